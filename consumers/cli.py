@@ -1,0 +1,290 @@
+"""The `trading-history` command: parses, delegates, prints. Errors are one line on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from consumers.stack import stack
+from producers.errors import HistoryError
+
+app = typer.Typer(
+    help="Portfolio snapshots and signal archives: from the controller through Redis Queue into PostgreSQL.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+outbox_app = typer.Typer(
+    help="The events that this machine has accepted and not yet seen stored.", no_args_is_help=True
+)
+app.add_typer(outbox_app, name="outbox")
+
+_debug = False
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")]
+PortfolioIdOption = Annotated[int | None, typer.Option(help="Only, or for, this portfolio.")]
+Since = Annotated[datetime | None, typer.Option(help="From this time on (local unless it has an offset).")]
+Until = Annotated[datetime | None, typer.Option(help="Before this time (local unless it has an offset).")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@app.command()
+def demo() -> None:
+    """Run the whole pipeline once on real input, in a folder of its own, and show what came of it."""
+    from consumers.demo import run_demo
+    from consumers.stack import embedded_home
+
+    raise typer.Exit(run_demo(embedded_home() / "demo"))
+
+
+@app.command()
+def up() -> None:
+    """Run a worker, and the embedded servers unless others are set, until Ctrl-C."""
+    from consumers.processes import wait_for_worker, worker_process
+
+    with stack(database=True, redis=True), worker_process() as worker:
+        for name in ("DATABASE_URL", "REDIS_URL"):
+            if value := os.environ.get(name):
+                print(f"export {name}='{value}'" if "@/" in value or "unix:" in value else f"# {name} as set")
+        print("A worker is running. A controller needs REDIS_URL. Ctrl-C stops everything.", flush=True)
+        wait_for_worker(worker)
+
+
+@app.command("init-db")
+def init_db() -> None:
+    """Make the tables, or bring them up to date."""
+    from consumers.connection import apply_schema, engine
+
+    with stack(database=True):
+        apply_schema(engine())
+        print("The tables are there.")
+
+
+@app.command()
+def worker(burst: Annotated[bool, typer.Option(help="Stop when the queue is empty.")] = False) -> None:
+    """Store events from the queue until told to stop."""
+    from consumers.worker import run_worker
+    from producers.settings import TransportSettings
+
+    with stack(database=True, redis=True):
+        settings = TransportSettings.from_environment()
+        run_worker(settings.redis(), settings.queue, burst=burst)
+
+
+@app.command()
+def snapshot(
+    file: Annotated[Path, typer.Argument(help="The controller's portfolio as JSON; - reads standard input.")],
+    portfolio_id: PortfolioIdOption = None,
+    timestamp: Annotated[datetime | None, typer.Option(help="When it was so; now by default.")] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until it is stored.")] = 0,
+) -> None:
+    """Record one portfolio snapshot, as the controller would."""
+    from producers.history_producer import HistoryProducer
+    from producers.trading_controller import create_daily_portfolio_snapshot
+
+    portfolio = _read_json(file)
+    with stack(redis=True), HistoryProducer() as producer:
+        receipt = create_daily_portfolio_snapshot(portfolio, portfolio_id, timestamp=timestamp, producer=producer)
+        _print_receipt(receipt, wait)
+
+
+@app.command()
+def archive(
+    file: Annotated[Path, typer.Argument(help="The current signals.")] = Path("data/trades/current_signals.json"),
+    url: Annotated[str | None, typer.Option(help="Read the signals from here instead.")] = None,
+    portfolio_id: PortfolioIdOption = None,
+    archived_at: Annotated[datetime | None, typer.Option(help="The cycle's time; now by default.")] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until it is stored.")] = 0,
+) -> None:
+    """Archive the current signals, as the controller would."""
+    from producers.history_producer import HistoryProducer
+    from producers.trading_controller import archive_current_signals
+
+    with stack(redis=True), HistoryProducer() as producer:
+        receipt = archive_current_signals(
+            signals_path=file,
+            signals_url=url,
+            portfolio_id=portfolio_id,
+            archived_at=archived_at,
+            producer=producer,
+        )
+        if receipt is None:
+            print("There are no signals to archive.")
+        else:
+            _print_receipt(receipt, wait)
+
+
+@app.command()
+def history(
+    limit: Limit = 20,
+    portfolio_id: PortfolioIdOption = None,
+    since: Since = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the newest portfolio snapshots."""
+    from consumers.operations import get_portfolio_history
+    from consumers.terminal import print_snapshots
+
+    with stack(database=True):
+        rows = get_portfolio_history(limit, portfolio_id=portfolio_id, since=_aware(since), until=_aware(until))
+    (_print_json if as_json else print_snapshots)(rows)
+
+
+@app.command()
+def archives(
+    limit: Limit = 20,
+    portfolio_id: PortfolioIdOption = None,
+    since: Since = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the newest signal archives."""
+    from consumers.operations import get_recent_signal_archives
+    from consumers.terminal import print_archives
+
+    with stack(database=True):
+        rows = get_recent_signal_archives(
+            limit, portfolio_id=portfolio_id, since=_aware(since), until=_aware(until)
+        )
+    (_print_json if as_json else print_archives)(rows)
+
+
+@outbox_app.command("status")
+def outbox_status(as_json: AsJson = False) -> None:
+    """Show how many events are pending, sent, confirmed and rejected."""
+    from consumers.terminal import print_facts
+    from producers.outbox import Outbox
+
+    outbox = Outbox(_existing_outbox())
+    status = outbox.status()
+    facts = {"path": str(outbox.path)} | asdict(status)
+    (_print_json if as_json else print_facts)(facts)
+
+
+@outbox_app.command("flush")
+def outbox_flush(
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to try.")] = 10.0, as_json: AsJson = False
+) -> None:
+    """Hand everything pending to Redis; exit status 1 if something could not be."""
+    from consumers.terminal import print_facts
+    from producers.history_producer import HistoryProducer
+
+    path = _existing_outbox()
+    with stack(redis=True), HistoryProducer(outbox=path) as producer:
+        pending = producer.flush(timeout)
+        facts = {"path": str(path)} | asdict(producer.status())
+    (_print_json if as_json else print_facts)(facts)
+    raise typer.Exit(1 if pending else 0)
+
+
+@app.command()
+def status(as_json: AsJson = False) -> None:
+    """Show the pipeline at a glance; exit status 1 if a part of it cannot be reached or no worker runs."""
+    from consumers.status import pipeline_status
+    from consumers.terminal import print_facts
+
+    with stack(database=True, redis=True):
+        facts, healthy = pipeline_status()
+    (_print_json if as_json else print_facts)(facts)
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the events."""
+    from producers.events import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _existing_outbox() -> Path:
+    from producers.settings import TransportSettings
+
+    path = TransportSettings.from_environment().outbox
+    if not path.is_file():
+        raise HistoryError(f"there is no outbox at {path.absolute()}; HISTORY_OUTBOX names another place")
+    return path
+
+
+def _aware(moment: datetime | None) -> datetime | None:
+    from producers.events import localized
+    from producers.settings import TransportSettings
+
+    return moment and localized(moment, TransportSettings.from_environment().timezone)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(sys.stdin.read() if str(file) == "-" else file.read_text("utf-8-sig"))
+    except OSError as error:
+        raise HistoryError(f"{file}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise HistoryError(f"{file}: not JSON: {error}") from None
+
+
+def _print_receipt(receipt: Any, wait_seconds: float) -> None:
+    print(f"accepted event {receipt.event_id} as {receipt.source} {receipt.sequence}")
+    if wait_seconds:
+        try:
+            print(f"stored as row {receipt.wait(wait_seconds)}")
+        except TimeoutError as error:
+            raise HistoryError(str(error)) from None
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, default=str, ensure_ascii=False, indent=2))
+
+
+def _terminate(*_: object) -> NoReturn:
+    # Like Ctrl-C: servers and workers that this command started are stopped on the way out.
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def main() -> None:
+    """Entry point: exit status 0 fine, 1 found or failed, 2 wrong usage."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except HistoryError as error:
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        extra = {"sqlalchemy": "worker", "psycopg2": "worker"}.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        _fail(f"this command needs more: pip install 'trading-history[{extra}]'")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _fail(message: str) -> NoReturn:
+    if _debug:
+        raise  # noqa: PLE0704  # re-raises what main is handling
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The process's engine, one transaction at a time, and the schema."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from pydantic import SecretStr
+from sqlalchemy import Connection, Engine, create_engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+
+from consumers.errors import OldSchema, StoreUnavailable
+from consumers.settings import StoreSettings
+from producers.errors import InvalidEvent, SettingsError
+
+CONNECT_TIMEOUT_SECONDS = 5
+_DUPLICATE_TABLE = "42P07"
+# SQLSTATE classes that the event itself causes: data exception, integrity constraint violation.
+_REFUSED_CLASSES = ("22", "23")
+
+
+def create_store_engine(url: SecretStr) -> Engine:
+    """An engine that shows times in UTC, checks a pooled connection before use and never logs values.
+
+    Raises:
+        SettingsError: the URL cannot be read.
+    """
+    try:
+        parsed = make_url(url.get_secret_value())
+    except ArgumentError:
+        raise SettingsError("DATABASE_URL: is not a URL such as postgresql://user@host/database") from None
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise SettingsError("DATABASE_URL: must be a postgresql:// URL")
+    return create_engine(
+        parsed.set(drivername="postgresql+psycopg2"),
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            "application_name": "trading-history",
+            "options": "-c timezone=UTC",
+        },
+        pool_pre_ping=True,
+        pool_size=2,
+        hide_parameters=True,
+    )
+
+
+@cache
+def engine() -> Engine:
+    """The engine of this process, made at the first use from the settings."""
+    return create_store_engine(StoreSettings.from_environment().url())
+
+
+def _forget_after_fork() -> None:
+    # The parent goes on using these sockets: the child must let go of them without closing them.
+    if engine.cache_info().currsize:
+        engine().dispose(close=False)
+        engine.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+@contextmanager
+def get_db() -> Iterator[Connection]:
+    """One transaction: committed when the block ends, rolled back when it raises.
+
+    Raises:
+        StoreUnavailable: the database cannot be reached, or has trouble of its own.
+        InvalidEvent: the database refused the values for good.
+        SettingsError: the settings name no database.
+    """
+    with translated_errors(), engine().begin() as connection:
+        yield connection
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn driver errors into the two kinds that matter to a caller: the event's fault, or the store's."""
+    try:
+        yield
+    except DBAPIError as error:
+        sqlstate = getattr(error.orig, "pgcode", None) or ""
+        if sqlstate.startswith(_REFUSED_CLASSES):
+            # Not chained: the driver's error carries the row's values into every traceback.
+            raise InvalidEvent(f"PostgreSQL refused it: {_cause(error)} (SQLSTATE {sqlstate})") from None
+        raise StoreUnavailable(f"PostgreSQL: {_cause(error)}") from error
+    except SQLAlchemyError as error:
+        raise StoreUnavailable(f"PostgreSQL: {type(error).__name__}") from error
+
+
+def _cause(error: DBAPIError) -> str:
+    """The server's or the driver's first line. The lines after it may hold the row's values."""
+    diagnostics = getattr(error.orig, "diag", None)
+    message = getattr(diagnostics, "message_primary", None) or str(error.orig)
+    return (message.strip().splitlines() or [type(error.orig).__name__])[0]
+
+
+def schema_sql() -> str:
+    """The text of schema.sql, from the wheel or from the source tree."""
+    packaged = Path(__file__).with_name("schema.sql")
+    return (packaged if packaged.exists() else Path(__file__).parent.parent / "schema.sql").read_text("utf-8")
+
+
+def apply_schema(store: Engine) -> None:
+    """Make the tables, or bring them up to date; safe to run at any time and by several at once.
+
+    Raises:
+        OldSchema: tables of the old shape have our names; nothing was changed.
+        StoreUnavailable: the database cannot be reached, or refuses.
+    """
+    with translated_errors(), store.connect() as connection:
+        # The file has its own BEGIN and COMMIT, so that psql runs it the same way.
+        raw = connection.execution_options(isolation_level="AUTOCOMMIT").connection
+        try:
+            raw.cursor().execute(schema_sql())
+        except raw.dbapi_connection.Error as error:  # type: ignore[union-attr]  # psycopg2's, by PEP 249
+            if error.pgcode == _DUPLICATE_TABLE:
+                raise OldSchema(f"{error.diag.message_primary}. {error.diag.message_hint}") from error
+            raise StoreUnavailable(f"PostgreSQL: {(str(error).splitlines() or ['no details'])[0]}") from error

@@ -1,0 +1,122 @@
+"""`trading-history demo`: months of trading cycles through the whole pipeline, twice, counted at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import text
+
+from consumers.connection import apply_schema, engine, translated_errors
+from consumers.demo.cycle import DAYS, PORTFOLIO_IDS, cycles
+from consumers.operations import get_portfolio_history, get_recent_signal_archives
+from consumers.processes import worker_process
+from consumers.stack import embedded_stack
+from consumers.status import database_counts
+from consumers.terminal import print_archives, print_snapshots
+from producers.errors import HistoryError
+from producers.history_producer import HistoryProducer, Receipt
+from producers.settings import TransportSettings
+from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
+
+_WAIT_SECONDS = 40.0
+
+_SERVER = text("SELECT current_setting('server_version')")
+
+
+def run_demo(home: Path) -> int:
+    """Run it in `home`, whose earlier content it replaces. Returns the exit status: 1 if one count is off."""
+    with _alone(home), embedded_stack(home):
+        _start_empty(home)
+        expected = 2 * DAYS * len(PORTFOLIO_IDS)
+        print(
+            f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one cycle a day: a snapshot and the signals of each\n"
+        )
+        with worker_process(home / "worker.log"):
+            first = _run_pass(home, "sent")
+            second = _run_pass(home, "sent again")
+        counts = database_counts()
+        stored = counts["portfolio_snapshots"] + counts["signal_archives"]
+        print(f"\n{stored} rows: {counts['portfolio_snapshots']} snapshots, {counts['signal_archives']} archives;")
+        print(f"{counts['absorbed']} duplicates absorbed, {counts['rejected']} events rejected\n")
+        print("The newest of portfolio_history:")
+        print_snapshots(get_portfolio_history(4))
+        print("\nThe newest of signal_archives:")
+        print_archives(get_recent_signal_archives(4))
+        right = (
+            first == second
+            and len(first) == stored == counts["absorbed"] == expected
+            and counts["portfolio_snapshots"] == counts["signal_archives"]
+            and counts["rejected"] == 0
+        )
+        engine().dispose()
+    if not right:
+        print(f"\nA count is off: {expected} rows and as many duplicates were expected.", file=sys.stderr)
+        return 1
+    print("\nEvery count is as it should be: sent twice, stored once.")
+    print(f"\nThe data stays in {home}. Look at it:")
+    print(f"  HISTORY_HOME={home} trading-history history --portfolio-id 1")
+    print("Start for real (servers, worker, and what a controller needs):\n  trading-history up")
+    return 0
+
+
+def _run_pass(home: Path, label: str) -> list[int]:
+    """Produce every cycle and wait for all; returns the row ids in the order of sending."""
+    started = time.monotonic()
+    deadline = started + _WAIT_SECONDS
+    with HistoryProducer(outbox=home / "outbox.db") as producer:
+        receipts: list[Receipt] = []
+        for cycle in cycles():
+            receipts.append(
+                create_daily_portfolio_snapshot(
+                    cycle.portfolio, cycle.portfolio_id, timestamp=cycle.at, producer=producer
+                )
+            )
+            archived = archive_current_signals(
+                cycle.signals, portfolio_id=cycle.portfolio_id, archived_at=cycle.at, producer=producer
+            )
+            if archived is not None:
+                receipts.append(archived)
+        recorded = time.monotonic() - started
+        row_ids = [_row_id(receipt, deadline) for receipt in receipts]
+    seconds = time.monotonic() - started
+    print(
+        f"{len(receipts)} events {label}: accepted in {recorded:.2f} s,"
+        f" acknowledged after {seconds:.2f} s ({len(receipts) / seconds:,.0f} events/s)"
+    )
+    return row_ids
+
+
+def _row_id(receipt: Receipt, deadline: float) -> int:
+    try:
+        return receipt.wait(max(0.0, deadline - time.monotonic()))
+    except TimeoutError as error:
+        raise HistoryError(f"{error}; the worker's log may say why") from None
+
+
+def _start_empty(home: Path) -> None:
+    """Only ever in the demo's own folder: an empty database, an empty Redis, no outbox."""
+    with translated_errors(), engine().begin() as db:
+        db.exec_driver_sql("DROP TABLE IF EXISTS portfolio_history, signal_archives, event_outcomes")
+        version = db.execute(_SERVER).scalar()
+    apply_schema(engine())
+    redis = TransportSettings.from_environment().redis()
+    redis.flushall()
+    print(f"PostgreSQL {version}, Valkey {redis.info('server')['valkey_version']}, one worker process")
+    for leftover in home.glob("outbox.db*"):
+        leftover.unlink()
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    home.mkdir(parents=True, exist_ok=True)
+    with open(home / "demo.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HistoryError(f"another demo is running in {home}") from None
+        yield

@@ -1,0 +1,31 @@
+"""What a consumer can raise. The root and InvalidEvent come from the producers' side of the contract.
+
+HistoryError
+├── InvalidEvent        permanent: the event breaks the contract, or the database's own constraints
+├── EventConflict       permanent: the id is stored already, with other content
+├── StoreUnavailable    transient: the database cannot take it now; nothing is wrong with the event
+└── OldSchema           the database has tables of the old shape under our names
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from producers.errors import HistoryError
+
+
+class EventConflict(HistoryError):
+    """The event's id is stored already, with other content; what is stored stays as it is."""
+
+    def __init__(self, event_id: UUID, table: str, row_id: int) -> None:
+        super().__init__(f"event {event_id} is stored already as row {row_id} of {table}, with other content")
+        self.event_id = event_id
+        self.row_id = row_id
+
+
+class StoreUnavailable(HistoryError):
+    """The database cannot take or give anything now; the same call may succeed later."""
+
+
+class OldSchema(HistoryError):
+    """The database has tables of the old shape under our names; nothing was changed."""

@@ -1,0 +1,71 @@
+"""The PostgreSQL and Redis that a command works against: those of the settings, or the embedded pair."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+
+from consumers.settings import StoreSettings
+from producers.errors import SettingsError
+from producers.settings import EnvironmentSettings, TransportSettings
+
+
+class EmbeddedSettings(EnvironmentSettings):
+    home: Path | None = Field(None, alias="HISTORY_HOME")
+
+
+def embedded_home() -> Path:
+    """HISTORY_HOME, or the usual place for this user's data."""
+    from consumers.embedded import default_home
+
+    return EmbeddedSettings.from_environment().home or default_home()
+
+
+@contextmanager
+def stack(*, database: bool = False, redis: bool = False) -> Iterator[None]:
+    """Make sure that the settings name what a command needs, for as long as the block lasts.
+
+    With neither database nor Redis set, the embedded servers are started, their addresses put into this
+    process's environment, and that is said on stderr. With only one set, needing the other is an error.
+
+    Raises:
+        SettingsError: what is needed is not set, although the other is.
+    """
+    store, transport = StoreSettings.from_environment(), TransportSettings.from_environment()
+    has_database, has_redis = store.is_set, transport.redis_url is not None
+    if not has_database and not has_redis:
+        with embedded_stack(embedded_home()):
+            yield
+        return
+    if database and not has_database:
+        raise SettingsError(
+            "REDIS_URL is set but DATABASE_URL is not; set both, or neither for the embedded servers"
+        )
+    if redis and not has_redis:
+        raise SettingsError(
+            "DATABASE_URL is set but REDIS_URL is not; set both, or neither for the embedded servers"
+        )
+    yield
+
+
+@contextmanager
+def embedded_stack(home: Path) -> Iterator[None]:
+    """Run the embedded pair in `home`, tables made, as this process's (and its children's) settings."""
+    from consumers.connection import apply_schema, create_store_engine
+    from consumers.embedded import servers
+
+    with servers(home) as addresses:
+        print(f"embedded PostgreSQL and Valkey in {home}", file=sys.stderr)
+        os.environ["DATABASE_URL"] = addresses.database_url
+        os.environ["REDIS_URL"] = addresses.redis_url
+        engine = create_store_engine(SecretStr(addresses.database_url))
+        try:
+            apply_schema(engine)
+        finally:
+            engine.dispose()
+        yield

@@ -1,0 +1,75 @@
+"""Rows and facts as tables for a person."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# A pipe has no width to fit: nothing is cut there.
+_PIPE_COLUMNS = 250
+
+
+def console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
+
+
+def print_snapshots(rows: Sequence[Mapping[str, Any]]) -> None:
+    table = _table(
+        "row", "portfolio", "date", "time", "balance", "invested", "profit/loss", "value", "open", "trades"
+    )
+    for row in rows:
+        amounts = (row["balance"], row["total_invested"], row["total_profit_loss"], row["total_value"])
+        table.add_row(
+            str(row["id"]),
+            _portfolio(row["portfolio_id"]),
+            str(row["snapshot_date"]),
+            _clock(row["timestamp"]),
+            *(f"{amount:,.2f}" for amount in amounts),
+            str(row["open_positions"]),
+            str(row["trade_count"]),
+        )
+    console().print(table if rows else "There are no portfolio snapshots.")
+
+
+def print_archives(rows: Sequence[Mapping[str, Any]]) -> None:
+    table = _table("row", "portfolio", "archived at", "month", "signals", "first signal")
+    for row in rows:
+        first = row["signals_data"][0]
+        label = " ".join(str(first[name]) for name in ("action", "market_question") if first.get(name))
+        table.add_row(
+            str(row["id"]),
+            _portfolio(row["portfolio_id"]),
+            f"{row['archived_at']:%Y-%m-%d} {_clock(row['archived_at'])}",
+            row["archive_month"],
+            str(row["signals_count"]),
+            label if len(label) <= 60 else label[:59] + "…",
+        )
+    console().print(table if rows else "There are no signal archives.")
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), "-" if value is None else str(value))
+    console().print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    numbers = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left")
+    return table
+
+
+def _portfolio(portfolio_id: int | None) -> str:
+    return "-" if portfolio_id is None else str(portfolio_id)
+
+
+def _clock(moment: datetime) -> str:
+    return f"{moment:%H:%M:%S}Z"

@@ -1,0 +1,51 @@
+"""What a producer can raise.
+
+HistoryError
+├── SettingsError          a setting is missing or wrong; names it
+├── InvalidEvent           permanent: this input is not, and will never be, an event
+│   └── SignalsUnreadable  the signals' file or URL does not hold JSON signals
+├── OutboxError            the outbox file cannot be written; nothing was recorded
+└── EventRejected          a consumer refused the event for good; raised by Receipt.wait
+"""
+
+from __future__ import annotations
+
+
+class HistoryError(Exception):
+    """Root of everything this project raises on purpose."""
+
+
+class SettingsError(HistoryError):
+    """A setting is missing or wrong; the message names it and never shows a secret value."""
+
+
+class InvalidEvent(HistoryError, ValueError):
+    """The input breaks the event contract; the message names the field and the reason, not the payload.
+
+    `field` is the dotted path of the first offending field, or None when there is no event at all.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+    @classmethod
+    def at(cls, field: str, reason: str) -> InvalidEvent:
+        return cls(f"{field}: {reason}", field)
+
+
+class SignalsUnreadable(InvalidEvent):
+    """The signals' file or URL could not be read as JSON signals; the message names it and the position."""
+
+
+class OutboxError(HistoryError):
+    """The outbox could not be written, so the event was not accepted."""
+
+
+class EventRejected(HistoryError):
+    """A consumer refused the event for good; `reason` says why, and the event stays in the outbox."""
+
+    def __init__(self, event_id: str, reason: str) -> None:
+        super().__init__(f"event {event_id} was rejected: {reason}")
+        self.event_id = event_id
+        self.reason = reason

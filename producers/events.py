@@ -1,0 +1,270 @@
+"""The event contract: CloudEvents 1.0 envelopes around portfolio snapshots and signal archives.
+
+One fact has one id, wherever and however often it is produced: a UUIDv5 of the event's type, its portfolio
+and the UTC instant in microseconds. The contract is checked by the same models on both sides of the queue.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta, tzinfo
+from decimal import Decimal
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from uuid import UUID, uuid5
+
+import simplejson
+from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from producers.errors import InvalidEvent
+from producers.fields import EPOCH, Count, Instant, LocalDate, Money, PortfolioId, Sequence, Signals
+
+SNAPSHOT_TYPE: Literal["trading.portfolio-snapshot.v1"] = "trading.portfolio-snapshot.v1"
+ARCHIVE_TYPE: Literal["trading.signal-archive.v1"] = "trading.signal-archive.v1"
+
+MAX_EVENT_BYTES = 8 * 1024 * 1024
+_ID_NAMESPACE = UUID("6f9a1d4e-2c57-5b0e-9d52-1c7b7f0e8a63")
+_REPORTED_PROBLEMS = 3
+_PLAIN_REASONS = {"extra_forbidden": "is not a field of this event", "missing": "is missing"}
+
+_PIECE = r"[A-Za-z0-9._~-]+"
+SourceName = Annotated[str, StringConstraints(pattern=f"^{_PIECE}$", max_length=100, strict=True)]
+Source = Annotated[str, StringConstraints(pattern=f"^{_PIECE}(/{_PIECE})*$", max_length=250, strict=True)]
+_Subject = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=250, strict=True)]
+
+
+def event_id(event_type: str, portfolio_id: int | None, instant: datetime) -> UUID:
+    """The id of the fact that `portfolio_id` had at `instant`; the instant's offset makes no difference."""
+    microseconds = (instant - EPOCH) // timedelta(microseconds=1)
+    portfolio = "" if portfolio_id is None else portfolio_id
+    return uuid5(_ID_NAMESPACE, f"{event_type}|{portfolio}|{microseconds}")
+
+
+def localized(moment: datetime, zone: tzinfo | None) -> datetime:
+    """`moment` with an offset: its own, else that of `zone`, else (None) that of this machine's zone."""
+    if moment.utcoffset() is not None:
+        return moment
+    return moment.astimezone() if zone is None else moment.replace(tzinfo=zone)
+
+
+class _Contract(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+    @classmethod
+    def checked(cls, **values: Any) -> Self:
+        """Build from Python values.
+
+        Raises:
+            InvalidEvent: a field breaks the contract; the message names it.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise _invalid(error) from None
+
+
+class PortfolioSnapshot(_Contract):
+    """One portfolio at one instant. Amounts are Decimals of at most 12 integer digits and 8 decimals."""
+
+    type: ClassVar[str] = SNAPSHOT_TYPE
+
+    snapshot_date: LocalDate
+    timestamp: Instant
+    balance: Money
+    total_invested: Money
+    total_profit_loss: Money
+    total_value: Money
+    open_positions: Count
+    trade_count: Count
+    portfolio_id: PortfolioId | None = None
+
+    @property
+    def instant(self) -> datetime:
+        return self.timestamp
+
+    @property
+    def subject(self) -> str:
+        return "portfolio" if self.portfolio_id is None else f"portfolio/{self.portfolio_id}"
+
+    @property
+    def event_id(self) -> UUID:
+        return event_id(self.type, self.portfolio_id, self.timestamp)
+
+    @property
+    def summary(self) -> str:
+        """What a person wants to read in a list of jobs: `portfolio 1 · 2026-11-22 · 10 097.37`."""
+        value = f"{self.total_value:,.2f}".replace(",", " ")
+        return f"{_portfolio_label(self.portfolio_id)} · {self.snapshot_date} · {value}"
+
+
+class SignalArchive(_Contract):
+    """The signals of one trading cycle. Month and count are derived, so that they cannot disagree."""
+
+    type: ClassVar[str] = ARCHIVE_TYPE
+
+    archived_at: Instant
+    signals: Signals
+    portfolio_id: PortfolioId | None = None
+
+    @property
+    def instant(self) -> datetime:
+        return self.archived_at
+
+    @property
+    def archive_month(self) -> str:
+        """`YYYY-MM` of the local date that `archived_at` has in its own offset."""
+        return f"{self.archived_at.year:04d}-{self.archived_at.month:02d}"
+
+    @property
+    def signals_count(self) -> int:
+        return len(self.signals)
+
+    @property
+    def subject(self) -> str:
+        return f"signals/{self.archive_month}"
+
+    @property
+    def event_id(self) -> UUID:
+        return event_id(self.type, self.portfolio_id, self.archived_at)
+
+    @property
+    def summary(self) -> str:
+        """What a person wants to read in a list of jobs: `portfolio 1 · 2026-11-22 · 3 signals`."""
+        noun = "signal" if self.signals_count == 1 else "signals"
+        day = self.archived_at.date()
+        return f"{_portfolio_label(self.portfolio_id)} · {day} · {self.signals_count} {noun}"
+
+
+def _portfolio_label(portfolio_id: int | None) -> str:
+    return "portfolio" if portfolio_id is None else f"portfolio {portfolio_id}"
+
+
+Payload = PortfolioSnapshot | SignalArchive
+
+
+class _Envelope(_Contract):
+    specversion: Literal["1.0"]
+    id: UUID
+    source: Source
+    sequence: Sequence | None = None
+    time: Instant
+    subject: _Subject | None = None
+    datacontenttype: Literal["application/json"] | None = None
+
+    @model_validator(mode="after")
+    def _id_belongs_to_the_fact(self) -> Self:
+        # A foreign id would let one fact in twice, or occupy the place of another.
+        if self.id != self.data.event_id:  # type: ignore[attr-defined]  # each subclass declares data
+            raise PydanticCustomError("contract", "id: is not the id of this type, portfolio and time")
+        return self
+
+
+class PortfolioSnapshotEvent(_Envelope):
+    """A portfolio snapshot as it travels."""
+
+    type: Literal["trading.portfolio-snapshot.v1"]
+    data: PortfolioSnapshot
+
+
+class SignalArchiveEvent(_Envelope):
+    """A signal archive as it travels."""
+
+    type: Literal["trading.signal-archive.v1"]
+    data: SignalArchive
+
+
+Event = PortfolioSnapshotEvent | SignalArchiveEvent
+AnyEvent = TypeVar("AnyEvent", PortfolioSnapshotEvent, SignalArchiveEvent)
+
+
+def event_of(payload: Payload, *, source: str, sequence: int | None) -> Event:
+    """The envelope of `payload`, which happened at its own instant.
+
+    Raises:
+        InvalidEvent: the source or sequence breaks the contract.
+    """
+    model = PortfolioSnapshotEvent if isinstance(payload, PortfolioSnapshot) else SignalArchiveEvent
+    return model.checked(
+        specversion="1.0",
+        id=payload.event_id,
+        source=source,
+        sequence=sequence,
+        type=payload.type,
+        time=payload.instant,
+        subject=payload.subject,
+        datacontenttype="application/json",
+        data=payload,
+    )
+
+
+# Decimals stay numbers with every digit they have; money never gets here as a Decimal, its field renders text.
+_ENCODER = simplejson.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), use_decimal=True, allow_nan=False, default=str
+)
+
+
+def encode(event: Event) -> str:
+    """`event` as JSON on one line: the same event gives the same text, numbers in signals keep every digit.
+
+    Raises:
+        InvalidEvent: the text is longer than MAX_EVENT_BYTES.
+    """
+    text: str = _ENCODER.encode(event.model_dump(exclude_none=True))
+    _check_size(text)
+    return text
+
+
+def decode(text: str, model: type[AnyEvent]) -> AnyEvent:
+    """Read an event of the expected type from its wire form, numbers in signals as exact Decimals.
+
+    Raises:
+        InvalidEvent: the text breaks the contract; the message names each field and the reason.
+    """
+    if not isinstance(text, str):
+        raise InvalidEvent(f"event: must be one JSON string, not {type(text).__name__}")
+    _check_size(text)
+    try:
+        event = model.model_validate_json(text)
+    except ValidationError as error:
+        raise _invalid(error) from None
+    if isinstance(event, SignalArchiveEvent):
+        # The JSON reader above goes through binary floats; this one keeps the digits.
+        exact = json.loads(text, parse_float=Decimal)["data"]["signals"]
+        return event.model_copy(update={"data": event.data.model_copy(update={"signals": exact})})
+    return event
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of the wire form of every event."""
+    schema = TypeAdapter(Event).json_schema(mode="validation")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "trading-history events",
+        **schema,
+    }
+
+
+def _check_size(text: str) -> None:
+    # Four bytes a character at the most: short texts need no encoding to know that they fit.
+    if len(text) * 4 > MAX_EVENT_BYTES and len(text.encode("utf-8", "surrogatepass")) > MAX_EVENT_BYTES:
+        raise InvalidEvent.at("event", f"is larger than {MAX_EVENT_BYTES // 2**20} MiB")
+
+
+def _invalid(error: ValidationError) -> InvalidEvent:
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    fields = [".".join(str(part) for part in problem["loc"]) for problem in problems]
+    lines = []
+    for field, problem in zip(fields, problems, strict=True):
+        reason = _PLAIN_REASONS.get(problem["type"], problem["msg"])
+        # A reason that starts below the field ("0.price: must be finite") continues its path.
+        joint = "." if field.endswith("signals") and problem["type"] == "contract" else ": "
+        lines.append(f"{field}{joint}{reason}" if field else reason)
+    more = len(lines) - _REPORTED_PROBLEMS
+    message = "; ".join(lines[:_REPORTED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+    return InvalidEvent(_printable(message), _printable(fields[0]) or None)
+
+
+def _printable(text: str, limit: int = 500) -> str:
+    """Names in a message may come from the payload: no control characters, no unbounded length."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"

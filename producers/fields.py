@@ -1,0 +1,232 @@
+"""Field types of the event contract: exact money, aware times, counts, JSON that PostgreSQL can hold.
+
+Each has two entrances. From the wire (JSON) it takes one spelling and never alters the value. From Python it
+takes what callers have, and rounds or converts here, once, so that nothing later needs to.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler
+from pydantic_core import PydanticCustomError, core_schema
+
+MONEY_DECIMALS = 8
+_MONEY_STEP = Decimal(1).scaleb(-MONEY_DECIMALS)
+_MONEY_LIMIT = Decimal(10) ** 12
+# Wide enough that quantize never fails for a number below the limit, however many decimals it has.
+_MONEY_CONTEXT = Context(prec=1100, rounding=ROUND_HALF_EVEN)
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LAST_INSTANT = datetime(9999, 1, 1, tzinfo=UTC)  # leaves room for any offset before year 10000
+
+MAX_NESTING = 50
+_MAX_NUMBER = 1.7976931348623157e308
+# PostgreSQL's numeric, which JSONB uses, keeps at most 16383 digits after the point.
+_MIN_EXPONENT = -16383
+_UNSTORABLE_CHARACTER = re.compile("[\0\ud800-\udfff]")
+
+
+def _refuse(reason: str) -> PydanticCustomError:
+    return PydanticCustomError("contract", "{reason}", {"reason": reason})
+
+
+@dataclass(frozen=True)
+class _WireText:
+    """Pydantic marker: `pattern` and `parse` read the wire, `coerce` reads Python, `render` writes both."""
+
+    pattern: str
+    parse: Callable[[str], Any]
+    coerce: Callable[[Any], Any]
+    render: Callable[[Any], str]
+    reason: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        wire = core_schema.custom_error_schema(
+            core_schema.no_info_after_validator_function(
+                self.parse, core_schema.str_schema(pattern=self.pattern, strict=True)
+            ),
+            "contract",
+            custom_error_message=self.reason,
+        )
+        return core_schema.json_or_python_schema(
+            wire,
+            core_schema.no_info_plain_validator_function(self.coerce),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                self.render, return_schema=core_schema.str_schema()
+            ),
+        )
+
+
+def _money_from_python(value: Any) -> Decimal:
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
+        raise _refuse(f"must be a number, not {type(value).__name__}")
+    try:
+        # repr gives the shortest decimal that means this float; Decimal(float) would spell out its noise.
+        exact = Decimal(repr(float(value)) if isinstance(value, float) else value)
+    except (InvalidOperation, ValueError):
+        raise _refuse("is text that is not a number") from None
+    if not exact.is_finite():
+        raise _refuse("must be finite, not NaN or Infinity")
+    if abs(exact) < _MONEY_LIMIT:
+        # A tiny exponent would make quantize work on thousands of digits for a result of zero.
+        exact = exact.quantize(_MONEY_STEP, context=_MONEY_CONTEXT) if exact.adjusted() > -20 else Decimal(0)
+    if abs(exact) >= _MONEY_LIMIT:
+        raise _refuse("has more than 12 digits before the decimal point")
+    return exact
+
+
+def _money_to_wire(value: Decimal) -> str:
+    text = format(value, "f")
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+Money = Annotated[
+    Decimal,
+    _WireText(
+        pattern=r"^-?[0-9]{1,12}(\.[0-9]{1,8})?$",
+        parse=Decimal,
+        coerce=_money_from_python,
+        render=_money_to_wire,
+        reason="must be a decimal string with at most 12 integer digits and 8 decimals, such as '1234.56'",
+    ),
+]
+
+
+def _in_range(value: datetime) -> datetime:
+    if not EPOCH <= value < _LAST_INSTANT:
+        raise ValueError
+    return value
+
+
+def _instant_from_wire(text: str) -> datetime:
+    return _in_range(datetime.fromisoformat(text))
+
+
+def _instant_from_python(value: Any) -> datetime:
+    if not isinstance(value, datetime):
+        raise _refuse(f"must be a datetime, not {type(value).__name__}")
+    offset = value.utcoffset()
+    if offset is None:
+        raise _refuse("has no UTC offset")
+    if offset % timedelta(minutes=1):
+        raise _refuse("has a UTC offset with seconds, which RFC 3339 cannot write")
+    try:
+        return _in_range(value)
+    except ValueError:
+        raise _refuse("must lie between the years 1970 and 9998") from None
+
+
+def _instant_to_wire(value: datetime) -> str:
+    return value.isoformat(timespec="microseconds")
+
+
+Instant = Annotated[
+    datetime,
+    _WireText(
+        pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$",
+        parse=_instant_from_wire,
+        coerce=_instant_from_python,
+        render=_instant_to_wire,
+        reason="must be an RFC 3339 time with its offset, between the years 1970 and 9998,"
+        " such as '2026-11-22T17:02:46.101234+01:00'",
+    ),
+]
+
+
+def _date_from_python(value: Any) -> date:
+    if isinstance(value, datetime) or not isinstance(value, date):
+        raise _refuse(f"must be a date, not {type(value).__name__}")
+    return value
+
+
+LocalDate = Annotated[
+    date,
+    _WireText(
+        pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$",
+        parse=date.fromisoformat,
+        coerce=_date_from_python,
+        render=date.isoformat,
+        reason="must be a date such as '2026-11-22'",
+    ),
+]
+
+Count = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
+PortfolioId = Annotated[int, Field(ge=-(2**63), le=2**63 - 1, strict=True)]
+
+
+def _sequence_from_wire(text: str) -> int:
+    sequence = int(text)
+    if sequence >= 2**63:
+        raise ValueError
+    return sequence
+
+
+def _sequence_from_python(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise _refuse("must be an integer from 0 to 2^63 - 1")
+    return value
+
+
+Sequence = Annotated[
+    int,
+    _WireText(
+        pattern="^[0-9]{19}$",
+        parse=_sequence_from_wire,
+        coerce=_sequence_from_python,
+        render="{:019d}".format,
+        reason="must be a string of 19 digits, at most 9223372036854775807",
+    ),
+]
+
+
+def _storable_number(value: int | float | Decimal, path: str) -> None:
+    if isinstance(value, Decimal) and (not value.is_finite() or value.as_tuple().exponent < _MIN_EXPONENT):  # type: ignore[operator]  # a finite Decimal's exponent is an int
+        raise _refuse(f"{path}: {'must be finite' if not value.is_finite() else 'has too many decimals'}")
+    # False for NaN as well. An interoperable reader holds at most a double's range, so nothing beyond is sent.
+    if not -_MAX_NUMBER <= value <= _MAX_NUMBER:
+        raise _refuse(f"{path}: must be finite and within ±1.8e308")
+
+
+def _storable_text(value: str, path: str) -> None:
+    if _UNSTORABLE_CHARACTER.search(value):
+        raise _refuse(f"{path}: contains a NUL character or a lone surrogate")
+
+
+def _storable(value: Any, path: str, depth: int = 0) -> None:
+    """Raise unless `value` is JSON that JSONB holds without loss; `path` leads to it in messages."""
+    if isinstance(value, str):
+        _storable_text(value, path)
+    elif isinstance(value, bool) or value is None:
+        pass
+    elif isinstance(value, int | float | Decimal):
+        _storable_number(value, path)
+    elif depth >= MAX_NESTING:
+        raise _refuse(f"{path}: is nested deeper than {MAX_NESTING} levels")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise _refuse(f"{path}: has a key that is not text but {type(key).__name__}")
+            _storable_text(key, f"{path}: a key")
+            _storable(item, f"{path}.{key}", depth + 1)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _storable(item, f"{path}.{index}", depth + 1)
+    else:
+        raise _refuse(f"{path}: is of type {type(value).__name__}, which JSON does not have")
+
+
+def _storable_signals(signals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for index, signal in enumerate(signals):
+        _storable(signal, str(index))
+    return signals
+
+
+Signals = Annotated[list[dict[str, Any]], Field(min_length=1, strict=True), AfterValidator(_storable_signals)]

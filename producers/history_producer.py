@@ -1,0 +1,199 @@
+"""The producer: records events in the outbox and lets a relay carry them to the workers."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+from uuid import UUID
+
+from pydantic import TypeAdapter, ValidationError
+from redis import Redis
+
+from producers.errors import EventRejected, HistoryError, SettingsError
+from producers.events import Payload, SourceName, localized
+from producers.outbox import Accepted, Outbox, OutboxStatus
+from producers.relay import Relay
+from producers.settings import TransportSettings
+
+EXIT_FLUSH_SECONDS = 2.0
+_POLL_SECONDS = 0.02
+
+
+class ProducerClosed(HistoryError):
+    """The producer was closed; nothing was recorded."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof that an event is durable: it will become one row or one recorded rejection."""
+
+    event_id: UUID
+    source: str
+    sequence: int
+    _accepted: Accepted = field(repr=False, compare=False)
+    _producer: HistoryProducer = field(repr=False, compare=False)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the id of the event's row once it is stored; `timeout` in seconds, None waits for ever.
+
+        Raises:
+            EventRejected: a consumer refused it for good.
+            TimeoutError: nothing is known yet; the event is still on its way and safe.
+        """
+        return self._producer._wait(self._accepted, timeout)
+
+
+class HistoryProducer:
+    """Records portfolio snapshots and signal archives, durably and without touching the network.
+
+    `redis` is any redis-py client, `outbox` the path of the outbox file, `queue` the RQ queue; None takes
+    each from the settings. All producers on one outbox must use the same Redis and queue, since any one of
+    them may carry the entries of all. `name` is the part before the slash of the events' source.
+
+    Threads may share one. A forked child may go on using it. Use it as a context manager, or leave closing to
+    the interpreter's exit.
+
+    Raises:
+        SettingsError: neither `redis` nor REDIS_URL is given, or a setting is wrong.
+        OutboxError: the outbox cannot be opened.
+    """
+
+    def __init__(
+        self,
+        redis: Redis | None = None,
+        *,
+        outbox: Path | str | None = None,
+        name: str = "trading-controller",
+        queue: str | None = None,
+    ) -> None:
+        settings = TransportSettings.from_environment()
+        self._redis = settings.redis() if redis is None else redis
+        self._name = _checked_name(name)
+        self._queue = queue or settings.queue
+        self._timezone = settings.timezone
+        self._closed = False
+        self._starting = threading.Lock()
+        self._outbox = Outbox(settings.outbox if outbox is None else outbox)
+        self._relay = Relay(self._outbox, self._redis, self._queue)
+        self._relay.start()
+        _live.add(self)
+
+    def record(self, event: Payload) -> Receipt:
+        """Accept one event: when this returns it is on disk.
+
+        Raises:
+            InvalidEvent: the event is larger than an event may be.
+            OutboxError: the outbox cannot be written; the event was not accepted.
+            ProducerClosed: after close().
+        """
+        return self.record_many([event])[0]
+
+    def record_many(self, events: Iterable[Payload]) -> list[Receipt]:
+        """Accept all of `events` in one commit, or none of them; raises what `record` raises."""
+        if self._closed:
+            raise ProducerClosed("this HistoryProducer was closed")
+        accepted = self._outbox.append(self._name, list(events))
+        self._run_relay()
+        return [Receipt(one.event_id, one.source, one.sequence, one, self) for one in accepted]
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def flush(self, timeout: float | None = None) -> int:
+        """Wait, at most `timeout` seconds, until Redis has everything recorded; return how many it has not."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while pending := self.status().pending:
+            self._run_relay()
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        return pending
+
+    def status(self) -> OutboxStatus:
+        return self._outbox.status()
+
+    def localized(self, moment: datetime) -> datetime:
+        """`moment`, or if it is naive, `moment` in the zone that HISTORY_TIMEZONE or this machine names."""
+        return localized(moment, self._timezone)
+
+    def now(self) -> datetime:
+        """This moment in the same zone, so that its date is the local one."""
+        return datetime.now(UTC).astimezone(self._timezone)
+
+    def close(self, timeout: float = EXIT_FLUSH_SECONDS) -> None:
+        """Hand over what is pending, for at most `timeout` seconds, and stop. What is left stays in the outbox."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush(timeout)
+        finally:
+            self._relay.stop()
+            self._outbox.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run_relay(self) -> None:
+        if not self._relay.running:
+            with self._starting:
+                if not self._relay.running:
+                    self._relay.start()
+        self._relay.wake()
+
+    def _wait(self, accepted: Accepted, timeout: float | None) -> int:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            outcome = self._outbox.outcome(accepted.source_id, accepted.sequence)
+            if outcome is not None:
+                break
+            left = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - time.monotonic())
+            if left <= 0:
+                raise TimeoutError(f"event {accepted.event_id} is on its way; not acknowledged in {timeout} s")
+            with self._relay.settled:
+                self._relay.settled.wait(left)
+        if outcome.row_id is None:
+            raise EventRejected(str(accepted.event_id), outcome.reason or "no reason given")
+        return outcome.row_id
+
+    def _after_fork(self) -> None:
+        self._relay.abandon_after_fork()
+        self._outbox.reopen_after_fork()
+        self._starting = threading.Lock()
+        self._relay = Relay(self._outbox, self._redis, self._queue)
+
+
+def _checked_name(name: str) -> str:
+    try:
+        return TypeAdapter(SourceName).validate_python(name)
+    except ValidationError:
+        raise SettingsError("name: must be 1 to 100 of the characters A-Z a-z 0-9 . _ ~ -") from None
+
+
+_live: weakref.WeakSet[HistoryProducer] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for producer in list(_live):
+        producer.close()
+
+
+def _reopen_all() -> None:
+    for producer in list(_live):
+        producer._after_fork()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_reopen_all)

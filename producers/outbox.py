@@ -1,0 +1,335 @@
+"""The durable local store of a producer: an event is accepted once its entry is committed here.
+
+One SQLite file serves any number of threads and processes. An entry is `pending` until it was handed to
+Redis, then `sent`, and ends as `confirmed` or `rejected` when its acknowledgement was read. Only appending
+waits for the disk: marks that a crash forgets merely cause a re-send, which the consumer absorbs.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from uuid import UUID, uuid4
+
+from producers.errors import OutboxError
+from producers.events import Payload, encode, event_of
+from producers.outcomes import Outcome
+
+State = Literal["pending", "sent", "confirmed", "rejected"]
+
+_BUSY_TIMEOUT_SECONDS = 5.0
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS sources (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    last_sequence INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS entries (
+    position INTEGER PRIMARY KEY,
+    source_id TEXT NOT NULL REFERENCES sources (id),
+    sequence INTEGER NOT NULL,
+    event_id TEXT NOT NULL,
+    type TEXT NOT NULL,
+    summary TEXT NOT NULL,
+    event TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'sent', 'confirmed', 'rejected')),
+    recorded_at REAL NOT NULL,
+    checks INTEGER NOT NULL DEFAULT 0,
+    check_at REAL,
+    settled_at REAL,
+    row_id INTEGER,
+    reason TEXT,
+    UNIQUE (source_id, sequence)
+);
+CREATE INDEX IF NOT EXISTS entries_pending ON entries (position) WHERE state = 'pending';
+CREATE INDEX IF NOT EXISTS entries_unconfirmed ON entries (check_at) WHERE state = 'sent';
+CREATE INDEX IF NOT EXISTS entries_rejected ON entries (position) WHERE state = 'rejected';
+"""
+
+_TAKE_SEQUENCES = """
+INSERT INTO sources (id, name, last_sequence) VALUES (:id, :name, :count)
+ON CONFLICT (name) DO UPDATE SET last_sequence = last_sequence + :count
+"""
+_LAST_TAKEN = "SELECT id, last_sequence FROM sources WHERE name = ?"
+
+_APPEND = """
+INSERT INTO entries (source_id, sequence, event_id, type, summary, event, recorded_at)
+VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
+
+_SELECT_ENTRIES = "SELECT position, source_id, sequence, type, summary, event, checks FROM entries "
+_PENDING = _SELECT_ENTRIES + "WHERE state = 'pending' ORDER BY position LIMIT ?"
+_OVERDUE = _SELECT_ENTRIES + "WHERE state = 'sent' AND check_at <= ? ORDER BY check_at LIMIT ?"
+
+_MARK_SENT = "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ?"
+_POSTPONE = "UPDATE entries SET checks = checks + 1, check_at = ? WHERE position = ? AND state = 'sent'"
+
+# A late `duplicate` or `rejected` of an earlier delivery must not undo what is known already.
+_SETTLE = """
+UPDATE entries SET state = ?, row_id = ?, reason = ?, settled_at = ?, check_at = NULL
+WHERE source_id = ? AND sequence = ? AND state IN ('pending', 'sent')
+"""
+
+_AWAITING = """
+SELECT id, name FROM sources WHERE EXISTS
+    (SELECT 1 FROM entries WHERE entries.source_id = sources.id AND state = 'sent')
+"""
+
+_STATUS = """
+SELECT state, count(*), min(recorded_at) FROM entries GROUP BY state
+"""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What one append gave its event: the source's name and id, and the number in its sequence."""
+
+    event_id: UUID
+    source: str
+    source_id: str
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One event on its way, with the exact bytes of every delivery of it."""
+
+    position: int
+    source_id: str
+    sequence: int
+    type: str
+    summary: str
+    event: str
+    checks: int
+
+    @property
+    def job_id(self) -> str:
+        """Names the delivery, not the fact: two records of one fact are two jobs."""
+        return f"{self.source_id}-{self.sequence}"
+
+
+@dataclass(frozen=True)
+class OutboxStatus:
+    """Entries by state, and the time (seconds since the epoch) of the oldest that is not settled."""
+
+    pending: int
+    sent: int
+    confirmed: int
+    rejected: int
+    oldest_unsettled: float | None
+
+    @property
+    def depth(self) -> int:
+        return self.pending + self.sent
+
+
+def source_of(name: str, source_id: str) -> str:
+    return f"{name}/{source_id}"
+
+
+class Outbox:
+    """Opens or creates the file at `path`.
+
+    Raises:
+        OutboxError: here and from every method, when the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._connections: dict[str, sqlite3.Connection] = {}
+        self._pid = os.getpid()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutboxError(f"outbox {self.path}: {error.strerror or error}") from error
+        with self._transaction() as db:
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+
+    def append(self, name: str, payloads: Sequence[Payload]) -> list[Accepted]:
+        """Record all of `payloads` in one durable commit, or none; the order is the order of sequences."""
+        now = time.time()
+        accepted = []
+        with self._transaction() as db:
+            db.execute(_TAKE_SEQUENCES, {"id": uuid4().hex, "name": name, "count": len(payloads)})
+            source_id, last = db.execute(_LAST_TAKEN, (name,)).fetchone()
+            source = source_of(name, source_id)
+            for sequence, payload in enumerate(payloads, start=last - len(payloads) + 1):
+                event = event_of(payload, source=source, sequence=sequence)
+                row = (source_id, sequence, str(event.id), event.type, payload.summary, encode(event), now)
+                db.execute(_APPEND, row)
+                accepted.append(Accepted(event.id, source, source_id, sequence))
+        return accepted
+
+    def pending(self, limit: int) -> list[Entry]:
+        """The oldest entries that were not yet handed to Redis."""
+        with self._reading() as db:
+            return [Entry(*row) for row in db.execute(_PENDING, (limit,))]
+
+    def overdue(self, now: float, limit: int) -> list[Entry]:
+        """Sent entries whose acknowledgement should have come by `now`."""
+        with self._reading() as db:
+            return [Entry(*row) for row in db.execute(_OVERDUE, (now, limit))]
+
+    def mark_sent(self, check_at: Mapping[int, float]) -> None:
+        """Entries (by position) that Redis has now, and when to look for what became of them."""
+        with self._transaction(durable=False) as db:
+            db.executemany(_MARK_SENT, [(at, position) for position, at in check_at.items()])
+
+    def postpone(self, check_at: Mapping[int, float]) -> None:
+        """Sent entries (by position) that are still under way, and when to look again."""
+        with self._transaction(durable=False) as db:
+            db.executemany(_POSTPONE, [(at, position) for position, at in check_at.items()])
+
+    def awaiting(self) -> list[tuple[str, str]]:
+        """(id, name) of each source that has entries without an acknowledgement."""
+        with self._reading() as db:
+            return db.execute(_AWAITING).fetchall()
+
+    def settle(self, source_id: str, outcomes: Iterable[tuple[int, Outcome]]) -> None:
+        """Store what became of entries of one source, by sequence."""
+        now = time.time()
+        rows = [
+            (
+                "rejected" if outcome.kind == "rejected" else "confirmed",
+                outcome.row_id,
+                outcome.reason,
+                now,
+                source_id,
+                sequence,
+            )
+            for sequence, outcome in outcomes
+        ]
+        with self._transaction(durable=False) as db:
+            db.executemany(_SETTLE, rows)
+
+    def outcome(self, source_id: str, sequence: int) -> Outcome | None:
+        """What became of one entry; None while it is under way."""
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT state, row_id, reason FROM entries WHERE source_id = ? AND sequence = ?",
+                (source_id, sequence),
+            ).fetchone()
+        if row is None:
+            raise OutboxError(f"outbox {self.path}: entry {sequence} is no longer kept")
+        state, row_id, reason = row
+        if state == "confirmed":
+            return Outcome("stored", row_id=row_id)
+        return Outcome("rejected", reason=reason) if state == "rejected" else None
+
+    def status(self) -> OutboxStatus:
+        with self._reading() as db:
+            by_state = {state: (count, oldest) for state, count, oldest in db.execute(_STATUS)}
+        unsettled = [by_state[state][1] for state in ("pending", "sent") if state in by_state]
+        pending, sent, confirmed, rejected = (
+            by_state.get(state, (0, None))[0] for state in ("pending", "sent", "confirmed", "rejected")
+        )
+        return OutboxStatus(pending, sent, confirmed, rejected, min(unsettled, default=None))
+
+    def relay_lock(self) -> RelayLock:
+        """The right to relay this outbox, which one thread of one process has at a time."""
+        return RelayLock(self.path.with_name(self.path.name + "-relay"))
+
+    def close(self) -> None:
+        with self._lock:
+            if self._pid == os.getpid():
+                for connection in self._connections.values():
+                    connection.close()
+            self._connections = {}
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _translated(self.path):
+            yield self._connection(durable=False)
+
+    @contextmanager
+    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        with self._lock, _translated(self.path):
+            db = self._connection(durable=durable)
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    def _connection(self, *, durable: bool) -> sqlite3.Connection:
+        """FULL waits for the disk at each commit, NORMAL leaves that to the next one that does."""
+        mode = "FULL" if durable else "NORMAL"
+        if mode not in self._connections:
+            connection = sqlite3.connect(
+                self.path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA synchronous = {mode}")
+            self._connections[mode] = connection
+        return self._connections[mode]
+
+    def reopen_after_fork(self) -> None:
+        """In a forked child: forget the parent's connections and lock, which SQLite forbids it to touch.
+
+        They are kept referenced rather than closed: closing would act on the parent's files.
+        """
+        _inherited.append(self._connections)
+        self._lock = threading.Lock()
+        self._connections = {}
+        self._pid = os.getpid()
+
+
+_inherited: list[object] = []
+
+
+class RelayLock:
+    """A lock across processes and threads that the kernel releases when its holder dies.
+
+    It is an open exclusive transaction on a small SQLite file of its own: unlike flock it is not inherited
+    by a forked child, and unlike bare POSIX locks it also excludes other threads of the same process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._connection: sqlite3.Connection | None = None
+
+    def acquire(self) -> bool:
+        """True when held, now or already; never waits."""
+        if self._connection is not None:
+            return True
+        with _translated(self._path):
+            connection = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+            try:
+                connection.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error:
+                connection.close()
+                if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                    return False
+                raise
+        self._connection = connection
+        return True
+
+    def release(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def abandon_after_fork(self) -> None:
+        _inherited.append(self._connection)
+        self._connection = None
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OutboxError(f"outbox {path}: {error}") from error

@@ -1,0 +1,246 @@
+"""Carries entries from the outbox to the queue, and acknowledgements back.
+
+A sweep takes what consumers acknowledged, hands over what is pending, and looks after what has been under way
+for long: it reads the states of those jobs and sends again only what is no longer on its way. Of all threads
+and processes on one outbox, one relays at a time; when it ends or dies, the next one takes over.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+from redis import Redis, RedisError
+from rq import Queue
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
+
+from producers.errors import HistoryError
+from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
+from producers.outbox import Entry, Outbox, RelayLock, source_of
+from producers.outcomes import Outcome, acknowledgement_key
+
+logger = logging.getLogger(__name__)
+
+# By name: the producer never imports the consumer. A test resolves each.
+JOB_FUNCTIONS = {
+    SNAPSHOT_TYPE: "consumers.handlers.record_portfolio_snapshot",
+    ARCHIVE_TYPE: "consumers.handlers.record_signal_archive",
+}
+
+_BATCH_ENTRIES = 200
+_IDLE_SECONDS = 0.05  # how soon entries of other processes are noticed
+_FIRST_LOOK_SECONDS = 0.005  # how soon after a send the first acknowledgement is looked for
+_FIRST_CHECK_SECONDS = 5.0
+_LAST_CHECK_SECONDS = 300.0
+_FIRST_BACKOFF_SECONDS = 0.1
+_LAST_BACKOFF_SECONDS = 5.0
+
+_UNDER_WAY = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
+
+
+def _check_interval(checks: int) -> float:
+    return min(_FIRST_CHECK_SECONDS * 2.0 ** min(checks, 10), _LAST_CHECK_SECONDS) * random.uniform(0.9, 1.1)
+
+
+class Relay:
+    """Relays one outbox to one queue, in a daemon thread once started, or by calling `sweep`."""
+
+    def __init__(self, outbox: Outbox, redis: Redis, queue: str) -> None:
+        self._outbox = outbox
+        self._redis = redis
+        self._queue = Queue(queue, connection=redis, serializer=JSONSerializer)
+        self._lock: RelayLock = outbox.relay_lock()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        # A send that failed may have arrived all the same: the next one asks Redis first.
+        self._doubtful = False
+        self._failures = 0
+        self.settled = threading.Condition()
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="history-relay", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Something was appended; no need to wait for the next look."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End the thread after the sweep it is in."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=_LAST_BACKOFF_SECONDS)
+        if not self.running:
+            self._lock.release()
+
+    def abandon_after_fork(self) -> None:
+        """In a forked child, where the thread is gone and the lock is the parent's."""
+        self._lock.abandon_after_fork()
+
+    def sweep(self) -> bool:
+        """One round over what there is to do; True when it got something done. Another relay's lock: False.
+
+        Raises:
+            RedisError: Redis cannot be reached or refuses; nothing is lost, entries stay as they were.
+            OutboxError: the outbox cannot be read or written.
+        """
+        if not self._lock.acquire():
+            return False
+        settled = self._take_acknowledgements()
+        sent = self._send_pending()
+        resent = self._look_after_overdue()
+        return bool(settled or sent or resent)
+
+    def _run(self) -> None:
+        pause = _IDLE_SECONDS
+        while not self._stopping:
+            try:
+                pause = _FIRST_LOOK_SECONDS if self.sweep() else self._next_pause(pause)
+                self._recovered()
+            except (RedisError, HistoryError, OSError) as error:
+                pause = self._back_off(error)
+            except Exception:
+                # A defect must neither kill the thread nor hide: entries wait, and the log shows it.
+                logger.exception("relay of %s failed unexpectedly; trying again", self._outbox.path)
+                pause = _LAST_BACKOFF_SECONDS
+            if self._failures:
+                self._pause_in_outage(pause)
+            elif self._wake.wait(pause):
+                self._wake.clear()
+                pause = _FIRST_LOOK_SECONDS
+
+    def _next_pause(self, pause: float) -> float:
+        """Look often right after something moved, then less and less."""
+        return min(pause * 1.5, _IDLE_SECONDS)
+
+    def _pause_in_outage(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._stopping and (left := until - time.monotonic()) > 0:
+            # New entries do not shorten the back-off, only stopping does.
+            self._wake.wait(left)
+            if not self._stopping:
+                self._wake.clear()
+                time.sleep(min(left, _IDLE_SECONDS))
+
+    def _back_off(self, error: Exception) -> float:
+        self._failures += 1
+        if self._failures == 1:
+            logger.warning(
+                "cannot relay %s: %s; events stay in the outbox, trying again",
+                self._outbox.path,
+                _brief(error),
+            )
+        ceiling = min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(self._failures, 10), _LAST_BACKOFF_SECONDS)
+        return random.uniform(ceiling / 2, ceiling)
+
+    def _recovered(self) -> None:
+        if self._failures:
+            logger.warning("relaying %s again after %d failed tries", self._outbox.path, self._failures)
+            self._failures = 0
+
+    def _take_acknowledgements(self) -> int:
+        taken = 0
+        for source_id, name in self._outbox.awaiting():
+            key = acknowledgement_key(source_of(name, source_id))
+            cursor = 0
+            while True:
+                cursor, page = self._redis.hscan(key, cursor, count=1000)
+                if page:
+                    outcomes = {_text(field): _text(value) for field, value in page.items()}  # type: ignore[union-attr]  # RESP2 and RESP3 answer a dict
+                    self._outbox.settle(source_id, _parsed(outcomes))
+                    # Only after the outbox has them: a crash in between reads them once more.
+                    self._redis.hdel(key, *outcomes)
+                    taken += len(outcomes)
+                if not cursor:
+                    break
+        if taken:
+            with self.settled:
+                self.settled.notify_all()
+        return taken
+
+    def _send_pending(self) -> int:
+        sent = 0
+        while entries := self._outbox.pending(_BATCH_ENTRIES):
+            states = self._job_states(entries) if self._doubtful else {}
+            self._send([entry for entry in entries if states.get(entry.position) not in _UNDER_WAY])
+            self._outbox.mark_sent(_next_checks(entries))
+            sent += len(entries)
+            if len(entries) < _BATCH_ENTRIES or self._stopping:
+                break
+        self._doubtful = False
+        return sent
+
+    def _look_after_overdue(self) -> int:
+        entries = self._outbox.overdue(time.time(), _BATCH_ENTRIES)
+        if not entries:
+            return 0
+        states = self._job_states(entries)
+        gone = [entry for entry in entries if states[entry.position] not in _UNDER_WAY]
+        self._send(gone)
+        self._outbox.postpone(_next_checks(entries))
+        return len(gone)
+
+    def _job_states(self, entries: Sequence[Entry]) -> dict[int, str | None]:
+        with self._redis.pipeline(transaction=False) as pipe:
+            for entry in entries:
+                pipe.hget(Job.key_for(entry.job_id), "status")
+            statuses = pipe.execute()
+        return {entry.position: status and _text(status) for entry, status in zip(entries, statuses, strict=True)}
+
+    def _send(self, entries: Sequence[Entry]) -> None:
+        """Enqueue in one transaction, and out of the failed registry in the same step."""
+        if not entries:
+            return
+        self._doubtful = True
+        failed = self._queue.failed_job_registry
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.zrem(failed.key, *(entry.job_id for entry in entries))
+            self._queue.enqueue_many([_job(entry) for entry in entries], pipeline=pipe)
+            pipe.execute()
+        self._doubtful = False
+
+
+def _job(entry: Entry):  # type: ignore[no-untyped-def]  # RQ's EnqueueData is untyped
+    return Queue.prepare_data(
+        JOB_FUNCTIONS[entry.type],
+        args=(entry.event,),
+        job_id=entry.job_id,
+        description=entry.summary,
+        # What failed waits for a person; it does not disappear by itself.
+        failure_ttl=-1,
+    )
+
+
+def _next_checks(entries: Iterable[Entry]) -> dict[int, float]:
+    now = time.time()
+    return {entry.position: now + _check_interval(entry.checks) for entry in entries}
+
+
+def _parsed(outcomes: dict[str, str]) -> list[tuple[int, Outcome]]:
+    parsed = []
+    for sequence, text in outcomes.items():
+        try:
+            parsed.append((int(sequence), Outcome.parse(text)))
+        except ValueError:
+            logger.warning("dropped an acknowledgement that is none, for sequence %s", sequence[:30])
+    return parsed
+
+
+def _text(value: str | bytes) -> str:
+    """A client given by the caller may or may not decode."""
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _brief(error: Exception) -> str:
+    """The first line, without what a driver may append."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"

@@ -1,0 +1,102 @@
+"""Settings of the transport: environment variables, then `.env` in the working directory.
+
+Plain Pydantic rather than pydantic-settings: a stock `rq worker` imports this once an event, and the larger
+library costs it another 0.1 s of CPU each time.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Self
+from zoneinfo import ZoneInfo
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+)
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from producers.errors import SettingsError
+
+CONNECT_TIMEOUT_SECONDS = 2.0
+ANSWER_TIMEOUT_SECONDS = 5.0
+
+
+def read_environment() -> dict[str, str]:
+    """The process's environment over `.env`; a variable set to nothing counts as not set."""
+    values: dict[str, str | None] = {}
+    if Path(".env").is_file():
+        from dotenv import dotenv_values
+
+        values.update(dotenv_values(".env"))
+    values.update(os.environ)
+    return {name: value for name, value in values.items() if value}
+
+
+def _zone(name: object) -> object:
+    if not isinstance(name, str):
+        return name
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        raise ValueError("is not a time zone of the IANA database, such as Europe/Berlin") from None
+
+
+class EnvironmentSettings(BaseModel):
+    """Settings whose aliases are the names of environment variables."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="ignore",
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,
+        populate_by_name=True,
+    )
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Raises SettingsError, which names the variable and never shows its value."""
+        try:
+            return cls.model_validate(read_environment())
+        except ValidationError as error:
+            problem = error.errors(include_input=False, include_context=False, include_url=False)[0]
+            reason = problem["msg"].removeprefix("Value error, ")
+            raise SettingsError(f"{problem['loc'][0]}: {reason}") from None
+
+
+class TransportSettings(EnvironmentSettings):
+    redis_url: SecretStr | None = Field(None, alias="REDIS_URL")
+    queue: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]+$")] = Field(
+        "history", alias="HISTORY_QUEUE"
+    )
+    outbox: Path = Field(Path("data/outbox.db"), alias="HISTORY_OUTBOX")
+    # None is the zone of this machine.
+    timezone: Annotated[ZoneInfo | None, BeforeValidator(_zone)] = Field(None, alias="HISTORY_TIMEZONE")
+
+    def redis(self) -> Redis:
+        """A client that gives up in seconds rather than hang; retrying is its user's decision.
+
+        Raises:
+            SettingsError: REDIS_URL is missing or cannot be read.
+        """
+        if self.redis_url is None:
+            raise SettingsError("REDIS_URL is not set (for example redis://localhost:6379/0)")
+        try:
+            return Redis.from_url(
+                self.redis_url.get_secret_value(),
+                socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
+                socket_timeout=ANSWER_TIMEOUT_SECONDS,
+                health_check_interval=30,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError:
+            # The library's message may repeat the URL with its password.
+            raise SettingsError("REDIS_URL: must be a redis://, rediss:// or unix:// URL") from None

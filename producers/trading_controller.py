@@ -1,0 +1,120 @@
+"""The two calls of a trading cycle: record the portfolio's snapshot, archive the current signals.
+
+Both validate, append to the outbox on local disk and return; neither waits for Redis or PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from producers.errors import InvalidEvent
+from producers.events import PortfolioSnapshot, SignalArchive
+from producers.history_producer import HistoryProducer, Receipt
+from producers.signals import read_signals
+
+_shared: HistoryProducer | None = None
+_sharing = threading.Lock()
+
+
+def create_daily_portfolio_snapshot(
+    portfolio_data: Mapping[str, Any],
+    portfolio_id: int | None = None,
+    *,
+    timestamp: datetime | None = None,
+    producer: HistoryProducer | None = None,
+) -> Receipt:
+    """Record what the portfolio is worth now; when this returns, the snapshot is durable.
+
+    `portfolio_data` has balance (or current_balance), total_invested, total_profit_loss, trade_count and
+    positions, and may have total_value; other keys are ignored. What is missing counts as 0; total_value is
+    then balance + total_profit_loss. Pass the cycle's own time as `timestamp` and a repeated cycle records
+    the same snapshot, not another one. Without `producer`, all calls of a process share one.
+
+    Raises:
+        InvalidEvent: a value is of the wrong type or out of range; the message names it.
+        OutboxError: the outbox cannot be written; nothing was recorded.
+        SettingsError: there is no producer and the settings do not describe one.
+    """
+    producer = producer or _shared_producer()
+    if not isinstance(portfolio_data, Mapping):
+        raise InvalidEvent.at("portfolio_data", f"must be a mapping, not {type(portfolio_data).__name__}")
+    moment = _moment("timestamp", timestamp, producer)
+    balance = portfolio_data.get("balance", portfolio_data.get("current_balance", 0))
+    profit_loss = portfolio_data.get("total_profit_loss", 0)
+    amounts = {
+        "balance": balance,
+        "total_invested": portfolio_data.get("total_invested", 0),
+        "total_profit_loss": profit_loss,
+        # Checked as 0 when it is to be derived, since the sum needs amounts that are known to be numbers.
+        "total_value": portfolio_data.get("total_value", 0),
+    }
+    snapshot = PortfolioSnapshot.checked(
+        snapshot_date=moment.date(),
+        timestamp=moment,
+        open_positions=_open_positions(portfolio_data.get("positions", [])),
+        trade_count=portfolio_data.get("trade_count", 0),
+        portfolio_id=portfolio_id,
+        **amounts,
+    )
+    if "total_value" not in portfolio_data:
+        total = snapshot.balance + snapshot.total_profit_loss
+        snapshot = PortfolioSnapshot.checked(**{**dict(snapshot), "total_value": total})
+    return producer.record(snapshot)
+
+
+def archive_current_signals(
+    signals: list[dict[str, Any]] | Mapping[str, Any] | None = None,
+    *,
+    signals_path: Path | str = "data/trades/current_signals.json",
+    signals_url: str | None = None,
+    portfolio_id: int | None = None,
+    archived_at: datetime | None = None,
+    producer: HistoryProducer | None = None,
+) -> Receipt | None:
+    """Archive the signals of this cycle; None when there are none. When this returns, they are durable.
+
+    They are `signals` (an array, or an API's object with the array under "signals"), else what `signals_url`
+    answers, else the content of `signals_path`, which is only read. A file that is missing or empty means
+    none. Pass the cycle's own time as `archived_at` and a repeated cycle archives once.
+
+    Raises:
+        InvalidEvent: a signal is no JSON object, or holds what JSON or PostgreSQL cannot; the message says where.
+        SignalsUnreadable: the file or the URL's answer is broken; the message names it and the position.
+        OutboxError: the outbox cannot be written; nothing was recorded.
+        SettingsError: there is no producer and the settings do not describe one.
+    """
+    producer = producer or _shared_producer()
+    moment = _moment("archived_at", archived_at, producer)
+    found = read_signals(signals, signals_url=signals_url, signals_path=Path(signals_path))
+    if not found:
+        return None
+    return producer.record(SignalArchive.checked(archived_at=moment, signals=found, portfolio_id=portfolio_id))
+
+
+def _moment(field: str, given: datetime | None, producer: HistoryProducer) -> datetime:
+    if given is None:
+        return producer.now()
+    if not isinstance(given, datetime):
+        raise InvalidEvent.at(field, f"must be a datetime, not {type(given).__name__}")
+    return producer.localized(given)
+
+
+def _open_positions(positions: Any) -> int:
+    if not isinstance(positions, list | tuple):
+        raise InvalidEvent.at("positions", f"must be a list, not {type(positions).__name__}")
+    for index, position in enumerate(positions):
+        if not isinstance(position, Mapping):
+            raise InvalidEvent.at(f"positions.{index}", f"must be a mapping, not {type(position).__name__}")
+    return sum(position.get("status") == "open" for position in positions)
+
+
+def _shared_producer() -> HistoryProducer:
+    global _shared
+    with _sharing:
+        if _shared is None or _shared.closed:
+            _shared = HistoryProducer()
+        return _shared

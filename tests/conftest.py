@@ -1,0 +1,112 @@
+"""Real servers for the tests that need them: one pair a run, one database a test, an empty Redis a test."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from pydantic import SecretStr
+from redis import Redis
+from rq import Queue, SimpleWorker
+from rq.serializers import JSONSerializer
+from sqlalchemy import Engine, create_engine, make_url
+
+from consumers import connection
+from consumers.embedded import Addresses, servers
+from producers.history_producer import HistoryProducer
+
+_TEMPLATE = "history_template"
+_OUR_VARIABLES = ("DATABASE_URL", "REDIS_URL", "POSTGRES_", "HISTORY_")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings, no .env, and a working folder of its own."""
+    for name in list(os.environ):
+        if name.startswith(_OUR_VARIABLES):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Addresses]:
+    """PostgreSQL and Valkey for this run, with a template database that has the tables."""
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, servers(Path(folder)) as addresses:
+        administrator = _administrator(addresses)
+        with administrator.connect() as db:
+            db.exec_driver_sql(f"CREATE DATABASE {_TEMPLATE}")
+        template = connection.create_store_engine(_url_of(addresses, _TEMPLATE))
+        connection.apply_schema(template)
+        template.dispose()
+        administrator.dispose()
+        yield addresses
+
+
+def _administrator(addresses: Addresses) -> Engine:
+    return create_engine(
+        make_url(addresses.database_url).set(drivername="postgresql+psycopg2"), isolation_level="AUTOCOMMIT"
+    )
+
+
+def _url_of(addresses: Addresses, database: str) -> SecretStr:
+    return SecretStr(make_url(addresses.database_url).set(database=database).render_as_string(hide_password=False))
+
+
+@pytest.fixture
+def empty_database_url(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A database without tables; the settings name it."""
+    yield from _database(pair, monkeypatch, "template1")
+
+
+@pytest.fixture
+def database_url(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A database with the tables, empty; the settings name it."""
+    yield from _database(pair, monkeypatch, _TEMPLATE)
+
+
+def _database(pair: Addresses, monkeypatch: pytest.MonkeyPatch, template: str) -> Iterator[str]:
+    name = f"test_{uuid4().hex}"
+    administrator = _administrator(pair)
+    with administrator.connect() as db:
+        db.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template}")
+    url = _url_of(pair, name).get_secret_value()
+    monkeypatch.setenv("DATABASE_URL", url)
+    connection.engine.cache_clear()
+    yield url
+    if connection.engine.cache_info().currsize:
+        connection.engine().dispose()
+        connection.engine.cache_clear()
+    with administrator.connect() as db:
+        db.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+    administrator.dispose()
+
+
+@pytest.fixture
+def redis(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
+    """An empty Valkey; the settings name it."""
+    monkeypatch.setenv("REDIS_URL", pair.redis_url)
+    client = Redis.from_url(pair.redis_url)
+    client.flushall()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def producer(redis: Redis, tmp_path: Path) -> Iterator[HistoryProducer]:
+    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
+        yield producer
+
+
+@pytest.fixture
+def work(redis: Redis, database_url: str) -> Callable[[], None]:
+    """Work off the queue with RQ's SimpleWorker, in this process."""
+
+    def burst() -> None:
+        queue = Queue("history", connection=redis, serializer=JSONSerializer)
+        SimpleWorker([queue], connection=redis, serializer=JSONSerializer).work(burst=True, logging_level="WARNING")
+
+    return burst

@@ -1,0 +1,154 @@
+"""The four history operations against a real PostgreSQL: insert, and read back in order."""
+
+from __future__ import annotations
+
+from datetime import date, datetime, timedelta
+
+import pytest
+
+from consumers.errors import EventConflict
+from consumers.operations import (
+    get_portfolio_history,
+    get_recent_signal_archives,
+    insert_portfolio_history_snapshot,
+    insert_signal_archive,
+)
+from producers.errors import InvalidEvent
+from tests.factories import INSTANT, a_signal
+
+pytestmark = pytest.mark.usefixtures("database_url")
+
+
+def _plain_snapshot(timestamp: datetime, **overrides: object) -> dict[str, object]:
+    """What the old code passed: a plain dict with a naive local time."""
+    return {
+        "snapshot_date": timestamp.date(),
+        "timestamp": timestamp,
+        "balance": 9900.5,
+        "total_invested": 100,
+        "total_profit_loss": -3.25,
+        "total_value": 9897.25,
+        "open_positions": 1,
+        "trade_count": 4,
+    } | overrides
+
+
+def test_snapshots_come_back_newest_first_by_date_and_time() -> None:
+    """Order is snapshot_date DESC, timestamp DESC, whatever the order of the inserts."""
+    noon = datetime(2025, 10, 20, 12)
+    times = [noon, noon + timedelta(days=1), noon - timedelta(days=1), noon + timedelta(hours=1)]
+    ids = {time: insert_portfolio_history_snapshot(_plain_snapshot(time)) for time in times}
+
+    rows = get_portfolio_history()
+
+    assert [row["id"] for row in rows] == [ids[time] for time in sorted(times, reverse=True)]
+    assert [row["id"] for row in get_portfolio_history(limit=2)] == [row["id"] for row in rows[:2]]
+    assert get_portfolio_history(limit=0) == []
+
+
+def test_a_snapshot_is_read_back_with_native_types_and_equal_values() -> None:
+    """Floats, ints, dates and aware times: what was inserted, to the microsecond."""
+    moment = datetime(2025, 10, 20, 17, 2, 46, 101234)
+    row_id = insert_portfolio_history_snapshot(_plain_snapshot(moment, portfolio_id=3))
+
+    (row,) = get_portfolio_history()
+
+    expected = _plain_snapshot(moment.astimezone(), portfolio_id=3) | {"id": row_id, "source": "direct", "sequence": None}
+    assert {name: row[name] for name in expected} == expected
+    assert {name: type(row[name]) for name in ("balance", "trade_count", "snapshot_date", "id")} == {
+        "balance": float,
+        "trade_count": int,
+        "snapshot_date": date,
+        "id": int,
+    }
+
+
+def test_archives_come_back_newest_first() -> None:
+    """Order is archived_at DESC, whatever the order of the inserts."""
+    noon = datetime(2025, 10, 20, 12)
+    times = [noon, noon + timedelta(days=40), noon - timedelta(days=1)]
+    ids = {time: insert_signal_archive({"archived_at": time, "signals": [a_signal()]}) for time in times}
+
+    rows = get_recent_signal_archives()
+
+    assert [row["id"] for row in rows] == [ids[time] for time in sorted(times, reverse=True)]
+    assert [row["archive_month"] for row in rows] == ["2025-11", "2025-10", "2025-10"]
+    assert [row["id"] for row in get_recent_signal_archives(limit=1)] == [rows[0]["id"]]
+
+
+def test_an_archive_keeps_its_signals_and_their_count() -> None:
+    """signals_data is the same JSON, and month and count are derived."""
+    signals = [a_signal(), a_signal(market_id="2", event_id=None)]
+    insert_signal_archive({"archived_at": INSTANT, "signals_data": signals, "signals_count": 2, "archive_month": "2026-11"})
+
+    (row,) = get_recent_signal_archives()
+
+    assert (row["signals_data"], row["signals_count"], row["archive_month"]) == (signals, 2, "2026-11")
+
+
+def test_inserting_a_fact_again_returns_the_same_row() -> None:
+    """The same instant and amounts, written another way, are the same fact."""
+    first = insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, balance=10))
+    again = insert_portfolio_history_snapshot(
+        _plain_snapshot(INSTANT.astimezone(), balance="10.00", snapshot_date=INSTANT.date())
+    )
+    archive = {"archived_at": INSTANT, "signals": [a_signal(amount=120)]}
+    first_archive = insert_signal_archive(archive)
+    archive_again = insert_signal_archive(archive | {"signals": [a_signal(amount=120.0)]})
+
+    assert (again, archive_again) == (first, first_archive)
+    assert (len(get_portfolio_history()), len(get_recent_signal_archives())) == (1, 1)
+
+
+def test_a_fact_with_other_content_is_refused_and_nothing_is_overwritten() -> None:
+    """Same portfolio and instant, other amounts or signals: EventConflict."""
+    row_id = insert_portfolio_history_snapshot(_plain_snapshot(INSTANT))
+    insert_signal_archive({"archived_at": INSTANT, "signals": [a_signal()]})
+
+    with pytest.raises(EventConflict, match=f"stored already as row {row_id} of portfolio_history, with other content"):
+        insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, balance=9900.51))
+    with pytest.raises(EventConflict, match="signal_archives"):
+        insert_signal_archive({"archived_at": INSTANT, "signals": [a_signal(reason="another")]})
+
+    assert [row["balance"] for row in get_portfolio_history()] == [9900.5]
+    assert [row["signals_data"] for row in get_recent_signal_archives()] == [[a_signal()]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"balance": "much"}, "^balance: is text that is not a number"),
+        ({"trade_count": -1}, "^trade_count: "),
+        ({"timestamp": "yesterday"}, "^timestamp: is text that is not an ISO 8601 time"),
+        ({"surprise": 1}, "^surprise: is not a field of this event"),
+    ],
+)
+def test_a_wrong_snapshot_is_refused_with_the_field_and_the_reason(change: dict[str, object], message: str) -> None:
+    """Nothing is inserted for a dict that is no snapshot."""
+    with pytest.raises(InvalidEvent, match=message):
+        insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, **change))
+    assert get_portfolio_history() == []
+
+
+def test_a_wrong_count_or_month_of_an_archive_is_refused() -> None:
+    """What can be derived must agree when it is given."""
+    archive = {"archived_at": INSTANT, "signals": [a_signal()]}
+    with pytest.raises(InvalidEvent, match="^signals_count: does not match the rest, which makes it 1"):
+        insert_signal_archive(archive | {"signals_count": 2})
+    with pytest.raises(InvalidEvent, match="^archive_month: does not match the rest, which makes it 2026-11"):
+        insert_signal_archive(archive | {"archive_month": "2026-10"})
+
+
+def test_reads_can_be_narrowed_to_a_portfolio_and_a_period() -> None:
+    """since is inclusive, until is exclusive."""
+    days = [INSTANT + timedelta(days=day) for day in range(4)]
+    for day in days:
+        for portfolio_id in (1, 2):
+            insert_portfolio_history_snapshot(_plain_snapshot(day, portfolio_id=portfolio_id))
+            insert_signal_archive({"archived_at": day, "signals": [a_signal()], "portfolio_id": portfolio_id})
+
+    snapshots = get_portfolio_history(portfolio_id=2, since=days[1], until=days[3])
+    archives = get_recent_signal_archives(portfolio_id=2, since=days[1], until=days[3])
+
+    assert [(row["portfolio_id"], row["timestamp"]) for row in snapshots] == [(2, days[2]), (2, days[1])]
+    assert [(row["portfolio_id"], row["archived_at"]) for row in archives] == [(2, days[2]), (2, days[1])]
