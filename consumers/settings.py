@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Self
 from urllib.parse import quote
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr
 
 from producers.errors import SettingsError
 from producers.settings import EnvironmentSettings
@@ -19,18 +18,12 @@ class StoreSettings(EnvironmentSettings):
     user: str | None = Field(None, alias="POSTGRES_USER")
     password: SecretStr | None = Field(None, alias="POSTGRES_PASSWORD")
 
-    @model_validator(mode="after")
-    def _said_once(self) -> Self:
-        if self.database_url is not None and self.host is not None:
-            raise ValueError("set DATABASE_URL or POSTGRES_HOST, not both")
-        return self
-
     @property
     def is_set(self) -> bool:
         return self.database_url is not None or self.host is not None
 
     def url(self) -> SecretStr:
-        """A libpq-style URL: DATABASE_URL, or one made of the POSTGRES_ variables.
+        """A libpq-style URL: DATABASE_URL, else one made of the POSTGRES_ variables.
 
         Raises:
             SettingsError: neither DATABASE_URL nor POSTGRES_HOST is set.

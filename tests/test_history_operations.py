@@ -19,11 +19,11 @@ from tests.factories import INSTANT, a_signal
 pytestmark = pytest.mark.usefixtures("database_url")
 
 
-def _plain_snapshot(timestamp: datetime, **overrides: object) -> dict[str, object]:
+def _plain_snapshot(moment: datetime, /, **overrides: object) -> dict[str, object]:
     """What the old code passed: a plain dict with a naive local time."""
     return {
-        "snapshot_date": timestamp.date(),
-        "timestamp": timestamp,
+        "snapshot_date": moment.date(),
+        "timestamp": moment,
         "balance": 9900.5,
         "total_invested": 100,
         "total_profit_loss": -3.25,
@@ -53,7 +53,11 @@ def test_a_snapshot_is_read_back_with_native_types_and_equal_values() -> None:
 
     (row,) = get_portfolio_history()
 
-    expected = _plain_snapshot(moment.astimezone(), portfolio_id=3) | {"id": row_id, "source": "direct", "sequence": None}
+    expected = _plain_snapshot(moment.astimezone(), portfolio_id=3) | {
+        "id": row_id,
+        "source": "direct",
+        "sequence": None,
+    }
     assert {name: row[name] for name in expected} == expected
     assert {name: type(row[name]) for name in ("balance", "trade_count", "snapshot_date", "id")} == {
         "balance": float,
@@ -79,7 +83,9 @@ def test_archives_come_back_newest_first() -> None:
 def test_an_archive_keeps_its_signals_and_their_count() -> None:
     """signals_data is the same JSON, and month and count are derived."""
     signals = [a_signal(), a_signal(market_id="2", event_id=None)]
-    insert_signal_archive({"archived_at": INSTANT, "signals_data": signals, "signals_count": 2, "archive_month": "2026-11"})
+    insert_signal_archive(
+        {"archived_at": INSTANT, "signals_data": signals, "signals_count": 2, "archive_month": "2026-11"}
+    )
 
     (row,) = get_recent_signal_archives()
 
@@ -105,7 +111,9 @@ def test_a_fact_with_other_content_is_refused_and_nothing_is_overwritten() -> No
     row_id = insert_portfolio_history_snapshot(_plain_snapshot(INSTANT))
     insert_signal_archive({"archived_at": INSTANT, "signals": [a_signal()]})
 
-    with pytest.raises(EventConflict, match=f"stored already as row {row_id} of portfolio_history, with other content"):
+    with pytest.raises(
+        EventConflict, match=f"stored already as row {row_id} of portfolio_history, with other content"
+    ):
         insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, balance=9900.51))
     with pytest.raises(EventConflict, match="signal_archives"):
         insert_signal_archive({"archived_at": INSTANT, "signals": [a_signal(reason="another")]})
@@ -123,7 +131,9 @@ def test_a_fact_with_other_content_is_refused_and_nothing_is_overwritten() -> No
         ({"surprise": 1}, "^surprise: is not a field of this event"),
     ],
 )
-def test_a_wrong_snapshot_is_refused_with_the_field_and_the_reason(change: dict[str, object], message: str) -> None:
+def test_a_wrong_snapshot_is_refused_with_the_field_and_the_reason(
+    change: dict[str, object], message: str
+) -> None:
     """Nothing is inserted for a dict that is no snapshot."""
     with pytest.raises(InvalidEvent, match=message):
         insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, **change))

@@ -1,0 +1,322 @@
+"""The whole path on real servers: a controller's call becomes one row, acknowledged back."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.utils import import_attribute
+from sqlalchemy import text
+
+from consumers.connection import get_db
+from consumers.handlers import record_portfolio_snapshot
+from consumers.operations import get_portfolio_history, get_recent_signal_archives
+from producers.errors import EventRejected
+from producers.events import encode, event_of
+from producers.history_producer import HistoryProducer
+from producers.outcomes import acknowledgement_key
+from producers.relay import JOB_FUNCTIONS
+from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
+from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archive
+
+Work = Callable[[], None]
+
+
+def _rows(statement: str) -> list[tuple[Any, ...]]:
+    with get_db() as db:
+        return [tuple(row) for row in db.execute(text(statement))]
+
+
+def _queue(redis: Redis) -> Queue:
+    return Queue("history", connection=redis, serializer=JSONSerializer)
+
+
+def test_a_trading_cycle_makes_one_row_of_portfolio_history(producer: HistoryProducer, work: Work) -> None:
+    """The row has the values of the controller's dict, and the receipt knows its id."""
+    receipt = create_daily_portfolio_snapshot(a_portfolio(), 1, timestamp=INSTANT, producer=producer)
+    producer.flush(5)
+    work()
+
+    (row,) = get_portfolio_history()
+    assert receipt.wait(5) == row["id"]
+    assert {name: row[name] for name in ("event_id", "source", "sequence", "portfolio_id", "timestamp")} == {
+        "event_id": str(receipt.event_id),
+        "source": receipt.source,
+        "sequence": receipt.sequence,
+        "portfolio_id": 1,
+        "timestamp": INSTANT,
+    }
+    assert (row["balance"], row["total_profit_loss"], row["total_value"]) == (9900.0, 87.35, 9987.35)
+    assert (row["open_positions"], row["trade_count"]) == (1, 2)
+
+
+def test_signals_make_one_row_with_the_right_count_and_the_same_json(
+    producer: HistoryProducer, work: Work
+) -> None:
+    """Numbers, nulls and Unicode included."""
+    signals = [a_signal(), a_signal(market_id="2", confidence=1, reason="„Ω”\n"), a_signal(event_id="7")]
+    receipt = archive_current_signals({"signals": signals}, archived_at=INSTANT, producer=producer)
+    producer.flush(5)
+    work()
+
+    (row,) = get_recent_signal_archives()
+    assert receipt is not None
+    assert receipt.wait(5) == row["id"]
+    assert (row["signals_count"], row["archive_month"]) == (3, "2026-11")
+    assert json.dumps(row["signals_data"], sort_keys=True) == json.dumps(signals, sort_keys=True)
+
+
+def test_no_json_file_is_written_by_either_path(
+    redis: Redis, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working folder of a cycle holds the outbox and what was there before, unchanged, and nothing else."""
+    signals_file = tmp_path / "data" / "trades" / "current_signals.json"
+    signals_file.parent.mkdir(parents=True)
+    signals_file.write_text(json.dumps([a_signal()]))
+    before = signals_file.read_bytes()
+
+    with HistoryProducer(redis) as producer:
+        create_daily_portfolio_snapshot(a_portfolio(), producer=producer)
+        assert archive_current_signals(producer=producer) is not None
+        producer.flush(5)
+        work()
+
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files - {"data/outbox.db-wal", "data/outbox.db-shm", "data/outbox.db-relay"} == {
+        "data/outbox.db",
+        "data/trades/current_signals.json",
+    }
+    assert signals_file.read_bytes() == before
+    assert (len(get_portfolio_history()), len(get_recent_signal_archives())) == (1, 1)
+
+
+def _send_facts(outbox: str, redis_url: str, seed: int) -> None:
+    facts = [a_snapshot(after=timedelta(seconds=number)) for number in range(200)]
+    random.Random(seed).shuffle(facts)
+    with HistoryProducer(Redis.from_url(redis_url), outbox=outbox) as producer:
+        for fact in facts:
+            producer.record(fact)
+        producer.flush(20)
+
+
+def test_eight_processes_sending_the_same_facts_make_each_row_once(
+    redis: Redis, work: Work, tmp_path: Path
+) -> None:
+    """8 x 200 deliveries, some through one shared outbox: 200 rows, and every other delivery accounted for."""
+    context = multiprocessing.get_context("spawn")
+    senders = [
+        context.Process(
+            target=_send_facts, args=(str(tmp_path / f"outbox-{number // 2}.db"), os.environ["REDIS_URL"], number)
+        )
+        for number in range(8)
+    ]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join(60)
+    assert [sender.exitcode for sender in senders] == [0] * 8
+    work()
+
+    assert _rows("SELECT count(*), count(DISTINCT event_id) FROM portfolio_history") == [(200, 200)]
+    accounted = """
+        SELECT count(*), count(DISTINCT (source, sequence)) FROM (
+            SELECT source, sequence FROM portfolio_history
+            UNION ALL SELECT source, sequence FROM event_outcomes WHERE outcome = 'absorbed') AS deliveries
+    """
+    assert _rows(accounted) == [(1600, 1600)]
+
+
+def test_events_in_any_order_make_the_same_tables(
+    redis: Redis, database_url: str, work: Work, tmp_path: Path
+) -> None:
+    """Apart from ids, numbers and times of insertion."""
+    facts = [a_snapshot(after=timedelta(hours=hour), portfolio_id=hour % 3) for hour in range(20)]
+    archives = [an_archive(after=timedelta(hours=hour)) for hour in range(20)]
+    tables = []
+    for seed in range(3):
+        events = [*facts, *archives]
+        random.Random(seed).shuffle(events)
+        with HistoryProducer(redis, outbox=tmp_path / f"outbox-{seed}.db") as producer:
+            producer.record_many(events)
+            producer.flush(10)
+            work()
+        tables.append(
+            _rows(
+                'SELECT event_id, portfolio_id, snapshot_date, "timestamp", total_value FROM portfolio_history ORDER BY 1'
+            )
+            + _rows("SELECT event_id, archived_at, archive_month, signals_data FROM signal_archives ORDER BY 1")
+        )
+        with get_db() as db:
+            db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes"))
+
+    assert tables[0] == tables[1] == tables[2]
+    assert len(tables[0]) == 40
+
+
+def test_a_fact_sent_twice_is_stored_once_and_the_second_delivery_is_told_the_same_row(
+    producer: HistoryProducer, work: Work
+) -> None:
+    """The second is noted as absorbed, under its own job."""
+    first, second = producer.record(a_snapshot()), producer.record(a_snapshot())
+    producer.flush(5)
+    work()
+
+    assert first.wait(5) == second.wait(5)
+    assert len(get_portfolio_history()) == 1
+    job_id = f"{second.source.split('/')[1]}-{second.sequence}"
+    assert _rows("SELECT job_id, outcome, sequence, reason, event FROM event_outcomes") == [
+        (job_id, "absorbed", second.sequence, None, None)
+    ]
+
+
+def test_the_same_id_with_other_content_is_rejected_loudly(
+    producer: HistoryProducer, work: Work, redis: Redis
+) -> None:
+    """The receipt raises, the table keeps what it had, the event is kept with the reason, the job is in Failed."""
+    kept = producer.record(a_snapshot())
+    producer.flush(5)
+    work()
+    refused = producer.record(a_snapshot(balance=1))
+    producer.flush(5)
+    work()
+
+    assert kept.wait(5)
+    with pytest.raises(EventRejected, match="with other content"):
+        refused.wait(5)
+    assert [row["balance"] for row in get_portfolio_history()] == [9900.12]
+    ((outcome, reason, event),) = _rows("SELECT outcome, reason, event FROM event_outcomes")
+    assert (outcome, json.loads(event)["data"]["balance"]) == ("rejected", "1")
+    assert reason.endswith("with other content")
+    (job_id,) = _queue(redis).failed_job_registry.get_job_ids()
+    assert job_id.endswith(f"-{refused.sequence}")
+    assert producer.status().rejected == 1
+
+
+@pytest.mark.parametrize(
+    "argument", ["not json", '{"source": "x/y"}', "\0", "\ud800", 17, '{"sequence": "9999999999999999999"}']
+)
+def test_a_job_that_holds_no_event_is_rejected_with_a_reason(redis: Redis, work: Work, argument: object) -> None:
+    """Whatever the argument is, the reason and what came are kept, and the worker goes on."""
+    _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", argument, job_id="foreign-1")
+    event = event_of(a_snapshot(), source="another/producer", sequence=None)
+    _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
+    work()
+
+    ((job_id, outcome, reason),) = _rows("SELECT job_id, outcome, reason FROM event_outcomes")
+    assert (job_id, outcome) == ("foreign-1", "rejected")
+    assert reason
+    assert [row["source"] for row in get_portfolio_history()] == ["another/producer"]
+
+
+def test_a_rejected_job_that_is_requeued_and_stored_leaves_no_rejection(
+    producer: HistoryProducer, work: Work, redis: Redis
+) -> None:
+    """The operator removes what was in the way and requeues: the entry in event_outcomes goes."""
+    producer.record(a_snapshot())
+    refused = producer.record(a_snapshot(balance=1))
+    producer.flush(5)
+    work()
+    with get_db() as db:
+        db.execute(text("DELETE FROM portfolio_history"))
+    failed = _queue(redis).failed_job_registry
+    failed.requeue(failed.get_job_ids()[0])
+    work()
+
+    assert [row["sequence"] for row in get_portfolio_history()] == [refused.sequence]
+    assert _rows("SELECT outcome FROM event_outcomes") == []
+
+
+def test_every_job_function_that_the_relay_names_exists() -> None:
+    """RQ enqueues a wrong path without a word; this is the only check."""
+    assert all(callable(import_attribute(path)) for path in JOB_FUNCTIONS.values())
+
+
+def test_the_job_shows_a_person_what_it_is(producer: HistoryProducer, redis: Redis) -> None:
+    """RQ's description is the summary, and the only argument is the event's text."""
+    receipt = producer.record(a_snapshot())
+    producer.flush(5)
+
+    job = Job.fetch(f"{receipt.source.split('/')[1]}-1", connection=redis, serializer=JSONSerializer)
+    assert job.description == "portfolio 1 · 2026-11-22 · 10 097.37"
+    assert (job.func_name, len(job.args), job.kwargs) == ("consumers.handlers.record_portfolio_snapshot", 1, {})
+    assert json.loads(job.args[0])["id"] == str(receipt.event_id)
+
+
+def test_acknowledgements_are_taken_away_when_they_were_read(
+    producer: HistoryProducer, work: Work, redis: Redis
+) -> None:
+    """And what nobody reads expires by itself."""
+    receipt = producer.record(a_snapshot())
+    producer.flush(5)
+    work()
+    receipt.wait(5)
+    redis.hset(acknowledgement_key(receipt.source), "999", "stored:1")
+    event = event_of(
+        a_snapshot(after=timedelta(1)), source=f"elsewhere/{receipt.source.split('/')[1]}", sequence=5
+    )
+    _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
+    work()
+
+    assert redis.hget(acknowledgement_key(receipt.source), str(receipt.sequence)) is None
+    assert 6 * 24 * 3600 < redis.ttl(acknowledgement_key(event.source)) <= 7 * 24 * 3600
+
+
+@pytest.mark.parametrize("options", [["--worker-class", "rq.SimpleWorker"], []])
+def test_a_stock_worker_stores_and_acknowledges(
+    producer: HistoryProducer, database_url: str, options: list[str]
+) -> None:
+    """RQ's own command, forking or not, with the JSON serializer: as documented for operators."""
+    receipts = [producer.record(a_snapshot(after=timedelta(seconds=second))) for second in range(3)]
+    receipts += [producer.record(an_archive())]
+    producer.flush(5)
+    worker = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "rq.cli",
+            "worker",
+            "--burst",
+            "--serializer",
+            "json",
+            "--url",
+            os.environ["REDIS_URL"],
+        ]
+        + [*options, "history"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (worker.returncode, [receipt.wait(5) for receipt in receipts]) == (0, [1, 2, 3, 1]), worker.stderr
+
+
+def test_a_forked_child_uses_a_database_connection_of_its_own(database_url: str) -> None:
+    """A child forked while the parent has a connection stores through another, and the parent's still works."""
+    record_portfolio_snapshot(encode(event_of(a_snapshot(), source="a/b", sequence=1)))
+    with get_db() as db:
+        parent_backend = db.execute(text("SELECT pg_backend_pid()")).scalar()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with get_db() as db:
+            os.write(writer, str(db.execute(text("SELECT pg_backend_pid()")).scalar()).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+
+    assert int(os.read(reader, 20)) != parent_backend
+    with get_db() as db:
+        assert db.execute(text("SELECT pg_backend_pid()")).scalar() == parent_backend

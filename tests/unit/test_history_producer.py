@@ -1,0 +1,188 @@
+"""The producer: records without the network, and its relay does the rest in the background."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import fakeredis
+import pytest
+from rq import Queue
+from rq.serializers import JSONSerializer
+
+from producers.errors import EventRejected, SettingsError
+from producers.history_producer import HistoryProducer, ProducerClosed
+from producers.outbox import Outbox
+from producers.outcomes import acknowledgement_key
+from tests.factories import a_snapshot, an_archive
+
+
+@pytest.fixture
+def server() -> fakeredis.FakeServer:
+    return fakeredis.FakeServer()
+
+
+@pytest.fixture
+def redis(server: fakeredis.FakeServer) -> fakeredis.FakeRedis:
+    return fakeredis.FakeRedis(server=server)
+
+
+@pytest.fixture
+def producer(redis: fakeredis.FakeRedis, tmp_path: Path) -> Iterator[HistoryProducer]:
+    with HistoryProducer(redis, outbox=tmp_path / "outbox.db", name="bot-7") as producer:
+        yield producer
+
+
+def _job_ids(redis: fakeredis.FakeRedis, queue: str = "history") -> list[str]:
+    return list(Queue(queue, connection=redis, serializer=JSONSerializer).job_ids)
+
+
+def test_a_receipt_names_the_event_its_source_and_its_number(producer: HistoryProducer) -> None:
+    """The name before the slash is the caller's."""
+    snapshot = a_snapshot()
+    receipts = [producer.record(snapshot), *producer.record_many([snapshot, an_archive()])]
+
+    assert [receipt.sequence for receipt in receipts] == [1, 2, 3]
+    assert receipts[0].event_id == receipts[1].event_id == snapshot.event_id
+    assert {receipt.source.split("/")[0] for receipt in receipts} == {"bot-7"}
+
+
+def test_recording_nothing_is_fine(producer: HistoryProducer) -> None:
+    """An empty batch gives no receipts."""
+    assert producer.record_many([]) == []
+
+
+def test_events_reach_the_queue_without_another_call(
+    producer: HistoryProducer, redis: fakeredis.FakeRedis
+) -> None:
+    """flush waits for that and returns how many are left: none."""
+    producer.record(a_snapshot())
+    assert (producer.flush(5), len(_job_ids(redis))) == (0, 1)
+
+
+def test_waiting_ends_with_the_row_id_or_the_reason(producer: HistoryProducer, redis: fakeredis.FakeRedis) -> None:
+    """stored and duplicate give the row's id, rejected raises with the reason."""
+    receipts = producer.record_many([a_snapshot(after=timedelta(n)) for n in range(3)])
+    producer.flush(5)
+    acknowledgements = {"1": "stored:11", "2": "duplicate:12", "3": "rejected:balance: wrong"}
+    redis.hset(acknowledgement_key(receipts[0].source), mapping=acknowledgements)
+
+    assert [receipt.wait(5) for receipt in receipts[:2]] == [11, 12]
+    with pytest.raises(EventRejected, match=f"^event {receipts[2].event_id} was rejected: balance: wrong$"):
+        receipts[2].wait(5)
+
+
+def test_waiting_in_vain_times_out_and_loses_nothing(producer: HistoryProducer) -> None:
+    """No worker, no acknowledgement."""
+    receipt = producer.record(a_snapshot())
+    with pytest.raises(TimeoutError, match="is on its way; not acknowledged in 0.05 s"):
+        receipt.wait(0.05)
+    assert producer.status().depth == 1
+
+
+def test_recording_works_while_redis_is_away_and_is_sent_when_it_is_back(
+    producer: HistoryProducer, redis: fakeredis.FakeRedis, server: fakeredis.FakeServer
+) -> None:
+    """The caller notices nothing; flush tells how many are waiting."""
+    server.connected = False
+    for n in range(5):
+        producer.record(a_snapshot(after=timedelta(n)))
+    assert producer.flush(0.2) == 5
+    server.connected = True
+    assert producer.flush(10) == 0
+    assert len(_job_ids(redis)) == 5
+
+
+def test_a_new_producer_sends_what_an_earlier_one_left(
+    redis: fakeredis.FakeRedis, server: fakeredis.FakeServer, tmp_path: Path
+) -> None:
+    """Closing gives up after its time limit and keeps everything."""
+    server.connected = False
+    first = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
+    first.record(a_snapshot())
+    first.close(timeout=0.1)
+    server.connected = True
+    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as second:
+        assert second.flush(5) == 0
+    assert len(_job_ids(redis)) == 1
+
+
+def test_a_closed_producer_refuses_and_may_be_closed_again(producer: HistoryProducer) -> None:
+    """Nothing is recorded after close."""
+    producer.close()
+    producer.close()
+    with pytest.raises(ProducerClosed):
+        producer.record(a_snapshot())
+
+
+def test_many_threads_record_through_one_producer(producer: HistoryProducer, redis: fakeredis.FakeRedis) -> None:
+    """Every event gets its own number and its own job."""
+    threads = [
+        threading.Thread(target=lambda: [producer.record(a_snapshot()) for _ in range(25)]) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    producer.flush(10)
+
+    assert sorted(int(job_id.split("-")[1]) for job_id in _job_ids(redis)) == list(range(1, 201))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_goes_on_recording(producer: HistoryProducer, tmp_path: Path) -> None:
+    """The child appends to the same outbox with a connection of its own; the parent is not disturbed."""
+    producer.record(a_snapshot())
+    child = os.fork()
+    if child == 0:
+        sequence = producer.record(a_snapshot(after=timedelta(1))).sequence
+        os._exit(0 if sequence == 2 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+    assert producer.record(a_snapshot(after=timedelta(2))).sequence == 3
+    assert producer.flush(5) == 0
+    assert Outbox(tmp_path / "outbox.db").status().sent == 3
+
+
+def test_queue_and_outbox_come_from_the_settings_unless_given(
+    redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HISTORY_QUEUE and HISTORY_OUTBOX; an argument goes before them."""
+    monkeypatch.setenv("HISTORY_QUEUE", "evening")
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "evening.db"))
+    with HistoryProducer(redis) as producer:
+        producer.record(a_snapshot())
+        producer.flush(5)
+    with HistoryProducer(redis, queue="night", outbox=tmp_path / "night.db") as producer:
+        producer.record(a_snapshot())
+        producer.flush(5)
+
+    assert (len(_job_ids(redis, "evening")), len(_job_ids(redis, "night"))) == (1, 1)
+    assert {path.name for path in tmp_path.glob("*.db")} == {"evening.db", "night.db"}
+
+
+def test_without_redis_the_construction_fails_and_names_the_setting() -> None:
+    """Not at the first event, at the start."""
+    with pytest.raises(SettingsError, match="^REDIS_URL is not set"):
+        HistoryProducer()
+    assert list(Path().rglob("*")) == []
+
+
+def test_an_unfit_name_is_refused(redis: fakeredis.FakeRedis) -> None:
+    """It becomes part of a key and of a CloudEvents source."""
+    with pytest.raises(SettingsError, match="^name: "):
+        HistoryProducer(redis, name="my bot/1")
+
+
+def test_now_and_naive_times_are_in_the_configured_zone(
+    redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The date that a snapshot gets is the local one there."""
+    monkeypatch.setenv("HISTORY_TIMEZONE", "Pacific/Kiritimati")
+    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
+        assert producer.now().utcoffset() == timedelta(hours=14)
+        assert producer.localized(datetime(2026, 1, 1, 10)) == datetime(2025, 12, 31, 20, tzinfo=UTC)
+        assert producer.localized(datetime(2026, 1, 1, tzinfo=UTC)).utcoffset() == timedelta(0)

@@ -1,0 +1,260 @@
+"""The outbox: what was accepted is on disk, numbered without gaps, and ends in one state."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from producers.errors import InvalidEvent, OutboxError
+from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode
+from producers.outbox import Outbox
+from producers.outcomes import Outcome
+from tests.factories import a_signal, a_snapshot, an_archive
+
+NAME = "trading-controller"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "down" / "outbox.db"
+
+
+def test_entries_are_numbered_from_one_and_carry_their_number(path: Path) -> None:
+    """The sequence of the entry, of its job and of its event is the same; the source names the outbox."""
+    outbox = Outbox(path)
+    accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(2)])
+    accepted += outbox.append(NAME, [an_archive()])
+
+    entries = outbox.pending(10)
+    assert [one.sequence for one in accepted] == [entry.sequence for entry in entries] == [1, 2, 3]
+    assert {one.source for one in accepted} == {f"{NAME}/{accepted[0].source_id}"}
+    event = decode(entries[1].event, PortfolioSnapshotEvent)
+    assert (event.source, event.sequence, event.id) == (accepted[1].source, 2, accepted[1].event_id)
+    assert entries[1].job_id == f"{accepted[0].source_id}-2"
+
+
+def test_each_name_on_one_file_is_a_source_with_numbers_of_its_own(path: Path) -> None:
+    """Two controllers may share a file: neither sees a gap, and no two jobs have one id."""
+    outbox = Outbox(path)
+    for name in ("a", "b", "a"):
+        outbox.append(name, [a_snapshot()])
+
+    entries = outbox.pending(10)
+    assert [entry.sequence for entry in entries] == [1, 1, 2]
+    assert len({entry.job_id for entry in entries}) == 3
+
+
+def test_numbers_go_on_after_reopening_and_source_ids_differ_between_files(path: Path, tmp_path: Path) -> None:
+    """A sequence is never used again."""
+    first = Outbox(path)
+    (before,) = first.append(NAME, [a_snapshot()])
+    first.close()
+    (after,) = Outbox(path).append(NAME, [a_snapshot()])
+    (elsewhere,) = Outbox(tmp_path / "other.db").append(NAME, [a_snapshot()])
+
+    assert (after.source, after.sequence) == (before.source, 2)
+    assert elsewhere.source != before.source
+
+
+def test_appending_many_takes_all_or_none(path: Path) -> None:
+    """One event that is too large leaves nothing behind, no used-up number either."""
+    outbox = Outbox(path)
+    too_large = an_archive(signals=[a_signal(reason="x" * MAX_EVENT_BYTES)])
+    with pytest.raises(InvalidEvent, match="event: is larger than 8 MiB"):
+        outbox.append(NAME, [a_snapshot(), too_large])
+
+    assert outbox.pending(10) == []
+    assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [1]
+
+
+def test_an_entry_goes_from_pending_to_sent_to_confirmed(path: Path) -> None:
+    """status counts each state and knows how old the oldest unsettled entry is."""
+    outbox = Outbox(path)
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    (entry,) = outbox.pending(10)
+    states = [outbox.status()]
+    outbox.mark_sent({entry.position: 0.0})
+    states.append(outbox.status())
+    assert outbox.outcome(accepted.source_id, 1) is None
+    outbox.settle(accepted.source_id, [(1, Outcome("duplicate", row_id=7))])
+    states.append(outbox.status())
+
+    assert [(state.pending, state.sent, state.confirmed, state.rejected) for state in states] == [
+        (1, 0, 0, 0),
+        (0, 1, 0, 0),
+        (0, 0, 1, 0),
+    ]
+    assert [state.oldest_unsettled is None for state in states] == [False, False, True]
+    assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=7)
+
+
+def test_a_late_acknowledgement_does_not_undo_an_earlier_one(path: Path) -> None:
+    """What is settled stays settled; an unknown sequence is ignored."""
+    outbox = Outbox(path)
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    outbox.settle(accepted.source_id, [(1, Outcome("stored", row_id=7))])
+    outbox.settle(accepted.source_id, [(1, Outcome("rejected", reason="late")), (99, Outcome("stored", row_id=1))])
+
+    assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=7)
+    assert outbox.status().confirmed == 1
+
+
+def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
+    """And looking at them postpones them."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    first, second, _ = outbox.pending(10)
+    outbox.mark_sent({first.position: 100.0, second.position: 200.0})
+
+    assert [entry.sequence for entry in outbox.overdue(150.0, 10)] == [1]
+    outbox.postpone({first.position: 300.0})
+    assert outbox.overdue(150.0, 10) == []
+
+
+def test_threads_share_an_outbox(path: Path) -> None:
+    """400 appends from 8 threads: every number once."""
+    outbox = Outbox(path)
+    threads = [
+        threading.Thread(target=lambda: [outbox.append(NAME, [a_snapshot()]) for _ in range(50)]) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [entry.sequence for entry in outbox.pending(1000)] == list(range(1, 401))
+
+
+def _append(path: Path, count: int) -> None:
+    outbox = Outbox(path)
+    for _ in range(count):
+        outbox.append(NAME, [a_snapshot()])
+
+
+def test_processes_share_an_outbox(path: Path) -> None:
+    """Opened and written by 4 processes from the first moment: one source, every number once."""
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append, args=(path, 50)) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    entries = Outbox(path).pending(1000)
+    assert sorted(entry.sequence for entry in entries) == list(range(1, 201))
+    assert len({entry.source_id for entry in entries}) == 1
+
+
+def test_what_was_accepted_survives_the_death_of_the_process(path: Path) -> None:
+    """The process kills itself right after append returned."""
+    script = f"""
+import os, signal
+from pathlib import Path
+from producers.outbox import Outbox
+from tests.factories import a_snapshot
+Outbox(Path({str(path)!r})).append("x", [a_snapshot()])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    root = Path(__file__).parents[2]
+    died = subprocess.run([sys.executable, "-c", script], cwd=root, check=False)
+
+    assert died.returncode == -9
+    assert [json.loads(entry.event)["type"] for entry in Outbox(path).pending(10)] == [
+        "trading.portfolio-snapshot.v1"
+    ]
+
+
+def test_appending_waits_for_the_disk_and_marking_does_not(path: Path) -> None:
+    """The connection that appends syncs each commit; losing a mark only costs a re-send."""
+    outbox = Outbox(path)
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    outbox.settle(accepted.source_id, [])
+
+    modes = {mode: db.execute("PRAGMA synchronous").fetchone()[0] for mode, db in outbox._connections.items()}
+    assert modes == {"FULL": 2, "NORMAL": 1}
+    assert outbox._connections["FULL"].execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.parametrize("content", [b"this is no database" * 100, None])
+def test_a_path_that_holds_no_outbox_is_an_error_that_names_it(path: Path, content: bytes | None) -> None:
+    """A foreign file, or a folder in the place of the file."""
+    path.parent.mkdir(parents=True)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(OutboxError, match=f"^outbox {path}: "):
+        Outbox(path)
+
+
+def test_a_full_disk_is_an_error_and_nothing_is_half_recorded(path: Path) -> None:
+    """SQLite's page limit stands in for the disk's end."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot()])
+    pages = outbox._connections["FULL"].execute("PRAGMA page_count").fetchone()[0]
+    outbox._connections["FULL"].execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(OutboxError, match="full"):
+        outbox.append(NAME, [an_archive(signals=[a_signal(reason="x" * 100_000)])])
+    outbox._connections["FULL"].execute("PRAGMA max_page_count = 1000000")
+
+    assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [2]
+
+
+def test_only_one_holds_the_relay_lock(path: Path) -> None:
+    """Within a process and across processes; the kernel frees it with the process."""
+    outbox = Outbox(path)
+    first, second = outbox.relay_lock(), Outbox(path).relay_lock()
+    assert (first.acquire(), first.acquire(), second.acquire()) == (True, True, False)
+    first.release()
+    assert second.acquire()
+    second.release()
+
+    script = f"""
+import os, sys
+from pathlib import Path
+from producers.outbox import Outbox
+print(Outbox(Path({str(path)!r})).relay_lock().acquire(), flush=True)
+lock = Outbox(Path({str(path)!r})).relay_lock()
+print(lock.acquire(), flush=True)
+sys.stdin.read()
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"True\n"
+    holder.stdout.readline()
+    assert not first.acquire()
+    holder.kill()
+    holder.communicate()
+    assert first.acquire()
+    first.release()
+
+
+def test_a_forked_child_opens_the_file_for_itself(path: Path) -> None:
+    """After reopen_after_fork the child appends, and the parent goes on undisturbed."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot()])
+    child = os.fork()
+    if child == 0:
+        outbox.reopen_after_fork()
+        outbox.append(NAME, [a_snapshot()])
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+    assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [3]
+    with sqlite3.connect(path) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
