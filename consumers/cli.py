@@ -64,10 +64,9 @@ def up() -> None:
     """Run a worker, and the embedded servers unless others are set, until Ctrl-C."""
     from consumers.processes import wait_for_worker, worker_process
 
-    with stack(database=True, redis=True), worker_process() as worker:
-        for name in ("DATABASE_URL", "REDIS_URL"):
-            if value := os.environ.get(name):
-                print(f"export {name}='{value}'" if "@/" in value or "unix:" in value else f"# {name} as set")
+    with stack(database=True, redis=True) as embedded, worker_process() as worker:
+        for name in ("DATABASE_URL", "REDIS_URL") if embedded else ():
+            print(f"export {name}='{os.environ[name]}'")
         print("A worker is running. A controller needs REDIS_URL. Ctrl-C stops everything.", flush=True)
         wait_for_worker(worker)
 

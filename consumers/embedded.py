@@ -170,12 +170,12 @@ def _start(
     _ensure_data(home / "postgres", installation, lock)
     url = "postgresql://postgres@/{}?host=" + quote(str(folder / "postgres"), safe="")
     psql = functools.partial(_run, installation.postgres_bin / "psql", "-XAtqd", url.format("postgres"), "-c")
-    launch = functools.partial(_launch_postgres, postgres, folder, installation)
+    launch = functools.partial(_launch_postgres, postgres, folder, installation, lock)
     _bring_up(postgres, lambda: psql("select 1").returncode == 0, launch)
     if not psql(f"select 1 from pg_database where datname = '{DATABASE}'").stdout.strip():
         _checked(psql(f"create database {DATABASE}"))
     redis_url = f"unix://{quote(str(folder / 'valkey.sock'))}?db=0"
-    launch = functools.partial(_launch_valkey, valkey, folder, installation)
+    launch = functools.partial(_launch_valkey, valkey, folder, installation, lock)
     _bring_up(valkey, lambda: _valkey_answers(redis_url), launch)
     return Addresses(url.format(DATABASE), redis_url)
 
@@ -197,7 +197,7 @@ def _bring_up(server: _Server, answers: Callable[[], bool], launch: Callable[[],
             time.sleep(0.05)
 
 
-def _launch_postgres(postgres: _Server, folder: Path, installation: _Installation) -> None:
+def _launch_postgres(postgres: _Server, folder: Path, installation: _Installation, lock: IO[str]) -> None:
     # PostgreSQL believes these files when any process has their pid. Its shared memory, whose key comes from
     # the data directory, still keeps a second server out.
     for stale in (postgres.pid_file, postgres.argument / f"{_SOCKET}.lock"):
@@ -213,7 +213,7 @@ def _launch_postgres(postgres: _Server, folder: Path, installation: _Installatio
     while True:
         result = _run(
             installation.postgres_bin / "pg_ctl", *command,
-            account=installation.account, PGDATA=str(postgres.argument),
+            account=installation.account, keep=lock, PGDATA=str(postgres.argument),
         )  # fmt: skip
         if result.returncode == 0 or postgres.process():  # the latter: it is still recovering
             return
@@ -223,7 +223,7 @@ def _launch_postgres(postgres: _Server, folder: Path, installation: _Installatio
         time.sleep(0.1)
 
 
-def _launch_valkey(valkey: _Server, folder: Path, installation: _Installation) -> None:
+def _launch_valkey(valkey: _Server, folder: Path, installation: _Installation, lock: IO[str]) -> None:
     home = valkey.argument.parent
     (home / "valkey").mkdir(mode=0o700, exist_ok=True)
     valkey.pid_file.unlink(missing_ok=True)
@@ -236,12 +236,13 @@ def _launch_valkey(valkey: _Server, folder: Path, installation: _Installation) -
     escaped = {key: str(value).replace("\\", r"\\").replace('"', r"\"") for key, value in settings.items()}
     text = "".join(f'{key} "{value}"\n' for key, value in escaped.items())
     valkey.argument.write_bytes(os.fsencode(text))
-    _checked(_run(installation.valkey, valkey.argument))
-    deadline = time.monotonic() + 5
-    while not (valkey.pid_file.exists() and valkey.pid_file.read_text()):
-        if time.monotonic() > deadline:
-            raise valkey.error("did not start")
-        time.sleep(0.01)
+    # A daemon returns before it has written its pid file; the shell stays, with the lock, until it has.
+    script = (
+        '"$0" "$1" </dev/null || exit; for _ in $(seq 500); do [ -s "$2" ] && exit; sleep 0.01; done; exit 1'
+    )
+    command = ("-c", script, installation.valkey, valkey.argument, valkey.pid_file)
+    if (result := _run("/bin/sh", *command, keep=lock)).returncode:
+        raise valkey.error(f"did not start {result.stdout.strip()}".rstrip())
 
 
 def _valkey_answers(url: str) -> bool:
@@ -273,7 +274,6 @@ def _ensure_data(data: Path, installation: _Installation, lock: IO[str]) -> None
     if installation.account:
         os.chown(new, installation.account.pw_uid, installation.account.pw_gid)
     initdb = ("-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "-D", new)
-    # With the lock inherited, nobody else begins while an initdb whose parent was killed still writes.
     _checked(_run(installation.postgres_bin / "initdb", *initdb, account=installation.account, keep=lock))
     new.rename(data)
 
@@ -343,17 +343,34 @@ def _socket_folder(home: Path) -> Path:
 
 
 def _run(
-    program: Path, *arguments: object, account: pwd.struct_passwd | None = None, keep: IO[str] | None = None,
+    program: Path | str,
+    *arguments: object,
+    account: pwd.struct_passwd | None = None,
+    keep: IO[str] | None = None,
     **environment: str,
-) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    # Own session: Ctrl-C is for us. Own environment: a server keeps it, secrets and PG* variables included.
+) -> subprocess.CompletedProcess[str]:
+    """Run it to its end in a session of its own: Ctrl-C is for us.
+
+    The environment is bare, because a server keeps it, with secrets and PG* variables. `keep` becomes the
+    standard input: its lock is held until the program ends, also when we are killed before. The servers
+    do not inherit it, since their launchers give them /dev/null.
+    """
     return subprocess.run(
-        [str(program), *map(str, arguments)], env={"LC_ALL": "C", "PATH": os.defpath, **environment},
-        cwd="/", umask=0o077, start_new_session=True, pass_fds=(keep.fileno(),) if keep else (),
-        user=account.pw_uid if account else None, group=account.pw_gid if account else None,
-        extra_groups=[] if account else None, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
-    )  # fmt: skip
+        [str(program), *map(str, arguments)],
+        env={"LC_ALL": "C", "PATH": os.defpath, **environment},
+        cwd="/",
+        umask=0o077,
+        start_new_session=True,
+        stdin=keep or subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+        user=account.pw_uid if account else None,
+        group=account.pw_gid if account else None,
+        extra_groups=[] if account else None,
+    )
 
 
 def _checked(result: subprocess.CompletedProcess[str]) -> None:

