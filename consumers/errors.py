@@ -4,7 +4,8 @@ HistoryError
 ├── InvalidEvent        permanent: the event breaks the contract, or the database's own constraints
 ├── EventConflict       permanent: the id is stored already, with other content
 ├── StoreUnavailable    transient: the database cannot take it now; nothing is wrong with the event
-└── OldSchema           the database has tables of the old shape under our names
+├── OldSchema           the database has tables of the old shape under our names
+└── EmbeddedError       the embedded servers are not installed, do not start or do not stop
 """
 
 from __future__ import annotations
@@ -29,3 +30,7 @@ class StoreUnavailable(HistoryError):
 
 class OldSchema(HistoryError):
     """The database has tables of the old shape under our names; nothing was changed."""
+
+
+class EmbeddedError(HistoryError):
+    """The embedded servers are not installed, do not start or do not stop."""

@@ -5,10 +5,12 @@ What only Docker can show is left out: the images, their entrypoints, and that t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -92,8 +94,8 @@ def postgres() -> Iterator[tuple[Path, int]]:
         data, password_file = Path(folder, "data"), Path(folder, "password")
         password_file.write_text(password, "utf-8")
         password_file.chmod(0o644)
-        _let_in(installation, Path(folder))
         if account := installation.account:
+            _let_in(installation, Path(folder))
             os.chown(folder, account.pw_uid, account.pw_gid)
         setup = ("-U", user, "--auth=scram-sha-256", f"--pwfile={password_file}", "--encoding=UTF8", "--no-sync")
         _checked(_run(programs / "initdb", "-D", data, *setup, account=account))
@@ -118,7 +120,9 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psu
         (folder / name).write_text(f"#!/bin/sh\n{line}\n")
         (folder / name).chmod(0o700)
     environment = settings["environment"] | {"PATH": f"{folder}:{os.defpath}"}
-    process = subprocess.Popen(settings["command"], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        settings["command"], cwd=folder, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 20
         while not redis_answers(port, PASSWORDS["REDIS_PASSWORD"]):
@@ -129,7 +133,8 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psu
         process.terminate()
         assert process.wait(20) == 0  # the signal has reached the server: the shell is gone
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -352,7 +352,7 @@ def test_what_is_no_amount_is_refused_at_the_producer(given: object, reason: str
     "context",
     [
         decimal.Context(prec=6),
-        decimal.Context(traps=[decimal.Inexact]),
+        decimal.Context(prec=6, traps=[decimal.Inexact]),
         decimal.Context(traps=[decimal.FloatOperation]),
     ],
     ids=["6 digits", "inexact forbidden", "floats forbidden"],
@@ -454,8 +454,6 @@ def test_signals_may_be_nested_49_levels_below_the_signal() -> None:
         ([{"a": (1,)}], "signals.0.a", "is of type tuple, which JSON does not have"),
         ([{"a": INSTANT}], "signals.0.a", "is of type datetime, which JSON does not have"),
         ([{"a": b"x"}], "signals.0.a", "is of type bytes, which JSON does not have"),
-        ([{"a": _nested(50)}], "signals.0.a" + ".0" * 49, "is nested deeper than 50 levels"),
-        ([_containing_itself()], "signals.0" + ".again" * 50, "is nested deeper than 50 levels"),
         ([{"a\n\x1b[31m\u202e": float("nan")}], r"signals.0.a\n\x1b[31m\u202e", "must be finite"),
         ([{"{reason}": float("nan")}], "signals.0.{reason}", "must be finite"),
     ],
@@ -480,11 +478,8 @@ def test_signals_that_json_or_postgresql_cannot_hold_are_refused_at_the_producer
         (f'[{{"a":{"1" * 310}}}]', "data.signals.0.a", "must be finite and within"),
         ('[{"a":1e-16384}]', "data.signals.0.a", "too many decimals"),
         (f'[{{"a":0.{"0" * 16383}1}}]', "data.signals.0.a", "too many decimals"),
-        ('[{"a":1e-99999999999999999999}]', "data.signals.0.a", ""),
-        ('[{"a":0e99999999999999999999}]', "data.signals.0.a", ""),
         (r'[{"a":"\u0000"}]', "data.signals.0.a", "NUL character or a lone surrogate"),
         (r'[{"a":{"\u0000":1}}]', "data.signals.0.a", "a key: contains a NUL character or a lone surrogate"),
-        (f'[{{"a":{"[" * 50}{"]" * 50}}}]', "data.signals.0.a" + ".0" * 49, "is nested deeper than 50 levels"),
     ],
     ids=lambda value: value[:40],
 )
@@ -493,6 +488,32 @@ def test_signals_that_postgresql_cannot_hold_are_refused_at_the_consumer(
 ) -> None:
     """The same limits as at the producer, for events that somebody else made."""
     _refused_at(_refusal(lambda: decode(_archive_text(signals), SignalArchiveEvent)), path, reason)
+
+
+@pytest.mark.parametrize(
+    ("make", "start"),
+    [
+        (lambda: an_archive(signals=[{"a": _nested(50)}]), "signals.0.a.0.0"),
+        (lambda: an_archive(signals=[_containing_itself()]), "signals.0.again.again"),
+        (
+            lambda: decode(_archive_text(f'[{{"a":{"[" * 50}{"]" * 50}}}]'), SignalArchiveEvent),
+            "data.signals.0.a.0.0",
+        ),
+    ],
+    ids=["producer", "contains itself", "consumer"],
+)
+def test_deeper_signals_are_refused(make: Callable[[], object], start: str) -> None:
+    """By name, before any recursion limit; so is a signal without end."""
+    error = _refusal(make)
+    assert str(error).startswith(start)
+    assert str(error).endswith(": is nested deeper than 50 levels")
+
+
+@pytest.mark.parametrize("number", ["1e-99999999999999999999", "0e99999999999999999999"])
+def test_an_exponent_beyond_every_reader_is_refused(number: str) -> None:
+    """Python's Decimal cannot even hold it; the binary float that it rounds to is no substitute."""
+    error = _refusal(lambda: decode(_archive_text(f'[{{"a":{number}}}]'), SignalArchiveEvent))
+    assert str(error).startswith("data.signals")
 
 
 @pytest.mark.parametrize(

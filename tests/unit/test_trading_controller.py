@@ -1,0 +1,653 @@
+"""The two calls of a trading cycle: what they make of the controller's dict and of the signals' sources."""
+
+from __future__ import annotations
+
+import decimal
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakeredis import FakeRedis, FakeServer
+
+from producers import trading_controller
+from producers.errors import InvalidEvent, SettingsError, SignalsUnreadable
+from producers.events import (
+    PortfolioSnapshot,
+    PortfolioSnapshotEvent,
+    SignalArchive,
+    SignalArchiveEvent,
+    decode,
+)
+from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
+from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
+from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archive
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> Path:
+    return tmp_path / "outbox.db"
+
+
+@pytest.fixture
+def make_producer(outbox: Path) -> Iterator[Callable[[], HistoryProducer]]:
+    """Producers whose Redis does not answer, so that what they record stays pending in the outbox."""
+    server = FakeServer()
+    server.connected = False
+    made: list[HistoryProducer] = []
+
+    def make() -> HistoryProducer:
+        made.append(HistoryProducer(FakeRedis(server=server), outbox=outbox))
+        return made[-1]
+
+    yield make
+    for producer in made:
+        producer.close(timeout=0)
+
+
+@pytest.fixture
+def producer(make_producer: Callable[[], HistoryProducer]) -> HistoryProducer:
+    return make_producer()
+
+
+@pytest.fixture
+def local_zone() -> Iterator[None]:
+    """This machine stands in Kathmandu, 5 hours and 45 minutes ahead of UTC all year."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "Asia/Kathmandu")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.fixture
+def snapshot_of(producer: HistoryProducer, outbox: Path) -> Callable[..., PortfolioSnapshot]:
+    """Record a portfolio, and read back what the outbox holds."""
+
+    def record(portfolio: Any, portfolio_id: int | None = None, **options: Any) -> PortfolioSnapshot:
+        create_daily_portfolio_snapshot(portfolio, portfolio_id, producer=producer, **options)
+        return decode(_recorded(outbox)[-1], PortfolioSnapshotEvent).data
+
+    return record
+
+
+@pytest.fixture
+def archive_of(producer: HistoryProducer, outbox: Path) -> Callable[..., SignalArchive]:
+    """Archive signals, and read back what the outbox holds."""
+
+    def record(*signals: Any, **options: Any) -> SignalArchive:
+        assert archive_current_signals(*signals, producer=producer, **options) is not None
+        return decode(_recorded(outbox)[-1], SignalArchiveEvent).data
+
+    return record
+
+
+def _recorded(outbox: Path) -> list[str]:
+    """The texts of the events in the outbox, in order."""
+    reader = Outbox(outbox)
+    texts = [entry.event for entry in reader.pending(10)]
+    reader.close()
+    return texts
+
+
+_NO_NUMBERS = {"snapshot_date", "timestamp", "portfolio_id"}
+
+
+def _portfolio_without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in a_portfolio().items() if name not in names}
+
+
+# ---- snapshots
+
+
+def test_the_controllers_dict_becomes_a_snapshot(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
+    """Amounts without float noise, total value derived, open positions counted, other keys ignored."""
+    assert snapshot_of(a_portfolio(), 7, timestamp=INSTANT) == a_snapshot(
+        balance=9900, total_invested=100, total_profit_loss="87.35", total_value="9987.35", portfolio_id=7
+    )
+
+
+def test_a_receipt_names_the_recorded_event(producer: HistoryProducer, outbox: Path) -> None:
+    """Id, source and sequence of both calls are those of the events in the outbox."""
+    snapshot = create_daily_portfolio_snapshot(a_portfolio(), 1, timestamp=INSTANT, producer=producer)
+    archive = archive_current_signals([a_signal()], portfolio_id=1, archived_at=INSTANT, producer=producer)
+    assert archive is not None
+
+    first, second = (json.loads(text) for text in _recorded(outbox))
+
+    assert (snapshot.event_id, archive.event_id) == (a_snapshot().event_id, an_archive().event_id)
+    assert (str(snapshot.event_id), snapshot.source) == (first["id"], first["source"])
+    assert (str(archive.event_id), archive.source) == (second["id"], second["source"])
+    assert (snapshot.sequence, archive.sequence) == (int(first["sequence"]), int(second["sequence"])) == (1, 2)
+
+
+def test_what_is_missing_counts_as_zero(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
+    """An empty dict is a portfolio that has nothing yet."""
+    zeros: dict[str, Any] = dict.fromkeys(PortfolioSnapshot.model_fields.keys() - _NO_NUMBERS, 0)
+    assert snapshot_of({}, timestamp=INSTANT) == a_snapshot(**zeros, portfolio_id=None)
+
+
+@pytest.mark.parametrize(
+    ("names", "balance"),
+    [
+        ({"current_balance": 5}, 5),
+        ({"balance": 6, "current_balance": 5}, 6),
+        ({"balance": 0, "current_balance": 5}, 0),
+    ],
+)
+def test_the_balance_may_be_called_current_balance(
+    snapshot_of: Callable[..., PortfolioSnapshot], names: dict[str, int], balance: int
+) -> None:
+    """balance wins, also when it is 0."""
+    assert snapshot_of(_portfolio_without("balance") | names).balance == balance
+
+
+@pytest.mark.parametrize(
+    ("portfolio", "total"),
+    [
+        ({"balance": 0.1, "total_profit_loss": 0.2}, "0.3"),
+        ({"balance": 10, "total_profit_loss": "-10.5"}, "-0.5"),
+        ({"balance": 10, "total_profit_loss": 1, "total_value": 99}, "99"),
+        ({"balance": 10, "total_profit_loss": 1, "total_value": 0}, "0"),
+        (
+            {"balance": "999999999999.99999998", "total_profit_loss": Decimal("0.00000001")},
+            "999999999999.99999999",
+        ),
+    ],
+)
+def test_the_total_value_is_the_given_one_or_the_sum(
+    snapshot_of: Callable[..., PortfolioSnapshot], portfolio: dict[str, Any], total: str
+) -> None:
+    """Without total_value it is balance + total_profit_loss, exactly."""
+    assert snapshot_of(portfolio).total_value == Decimal(total)
+
+
+def test_the_sum_is_exact_in_any_decimal_context(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
+    """A controller may have set a lower precision for its own sums."""
+    with decimal.localcontext(decimal.Context(prec=6)):
+        snapshot = snapshot_of({"balance": Decimal("123456.78"), "total_profit_loss": Decimal("0.33")})
+    assert snapshot.total_value == Decimal("123457.11")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "count"),
+    [(["open", "closed", "open"], 2), (["closed", "OPEN", None], 0), ([], 0)],
+)
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_open_positions_are_counted_by_their_status(
+    snapshot_of: Callable[..., PortfolioSnapshot], kind: type, statuses: list[str | None], count: int
+) -> None:
+    """Only `open` counts; a position without a status is not open."""
+    positions = kind({"status": status} if status else {} for status in statuses)
+    assert snapshot_of(a_portfolio(positions=positions)).open_positions == count
+
+
+@pytest.mark.parametrize(
+    ("portfolio", "message"),
+    [
+        (None, "^portfolio_data: must be a mapping, not NoneType$"),
+        ([("balance", 1)], "^portfolio_data: must be a mapping, not list$"),
+        (a_portfolio(balance=True), "^balance: must be a number, not bool$"),
+        (a_portfolio(balance=None), "^balance: must be a number, not NoneType$"),
+        (a_portfolio(balance=float("nan")), "^balance: must be finite"),
+        (a_portfolio(total_invested="a lot"), "^total_invested: is text that is not a number$"),
+        (a_portfolio(total_profit_loss=[1]), "^total_profit_loss: must be a number, not list$"),
+        (a_portfolio(total_value={}), "^total_value: must be a number, not dict$"),
+        (a_portfolio(trade_count="2"), "^trade_count: .*integer"),
+        (a_portfolio(trade_count=2.0), "^trade_count: .*integer"),
+        (a_portfolio(trade_count=True), "^trade_count: .*integer"),
+        (a_portfolio(trade_count=-1), "^trade_count: .*greater than or equal to 0"),
+        (a_portfolio(positions=None), "^positions: must be a list, not NoneType$"),
+        (a_portfolio(positions={"t-1": {}}), "^positions: must be a list, not dict$"),
+        (a_portfolio(positions="open"), "^positions: must be a list, not str$"),
+        (a_portfolio(positions=[{}, "open"]), r"^positions\.1: must be a mapping, not str$"),
+        ({"balance": 999_999_999_999, "total_profit_loss": 1}, "^total_value: has more than 12 digits"),
+    ],
+)
+def test_a_wrong_value_is_named_and_nothing_is_recorded(
+    producer: HistoryProducer, outbox: Path, portfolio: Any, message: str
+) -> None:
+    """A wrong type is an error, not a 0."""
+    with pytest.raises(InvalidEvent, match=message):
+        create_daily_portfolio_snapshot(portfolio, producer=producer)
+    assert _recorded(outbox) == []
+
+
+@pytest.mark.parametrize("portfolio_id", [True, "1", 1.0, 2**63])
+def test_a_wrong_portfolio_id_is_named(producer: HistoryProducer, portfolio_id: Any) -> None:
+    """By both calls."""
+    with pytest.raises(InvalidEvent, match=r"^portfolio_id: "):
+        create_daily_portfolio_snapshot(a_portfolio(), portfolio_id, producer=producer)
+    with pytest.raises(InvalidEvent, match=r"^portfolio_id: "):
+        archive_current_signals([a_signal()], portfolio_id=portfolio_id, producer=producer)
+
+
+# ---- times
+
+
+@pytest.mark.usefixtures("local_zone")
+@pytest.mark.parametrize(
+    ("setting", "offset"),
+    [(None, timedelta(hours=5, minutes=45)), ("America/New_York", timedelta(hours=-5))],
+    ids=["this machine's zone", "HISTORY_TIMEZONE"],
+)
+def test_a_naive_time_is_in_the_local_zone(
+    monkeypatch: pytest.MonkeyPatch,
+    make_producer: Callable[[], HistoryProducer],
+    outbox: Path,
+    setting: str | None,
+    offset: timedelta,
+) -> None:
+    """HISTORY_TIMEZONE, else the machine's; date and month are those of the local clock."""
+    if setting is not None:
+        monkeypatch.setenv("HISTORY_TIMEZONE", setting)
+    producer = make_producer()
+    naive = datetime(2026, 11, 30, 23, 59, 59, 101234)
+    create_daily_portfolio_snapshot(a_portfolio(), timestamp=naive, producer=producer)
+    archive_current_signals([a_signal()], archived_at=naive, producer=producer)
+
+    first, second = _recorded(outbox)
+    snapshot, archive = decode(first, PortfolioSnapshotEvent).data, decode(second, SignalArchiveEvent).data
+
+    assert (snapshot.timestamp.replace(tzinfo=None), snapshot.timestamp.utcoffset()) == (naive, offset)
+    assert (archive.archived_at, archive.archive_month) == (snapshot.timestamp, "2026-11")
+    assert snapshot.snapshot_date == date(2026, 11, 30)
+
+
+@pytest.mark.parametrize(
+    ("moment", "utc"),
+    [
+        (datetime(2026, 10, 25, 2, 30), datetime(2026, 10, 25, 0, 30, tzinfo=UTC)),
+        (datetime(2026, 10, 25, 2, 30, fold=1), datetime(2026, 10, 25, 1, 30, tzinfo=UTC)),
+        (datetime(2026, 7, 1, 12), datetime(2026, 7, 1, 10, tzinfo=UTC)),
+    ],
+    ids=["first", "second", "summer"],
+)
+def test_the_hour_that_comes_twice_is_told_apart_by_fold(
+    monkeypatch: pytest.MonkeyPatch,
+    make_producer: Callable[[], HistoryProducer],
+    outbox: Path,
+    moment: datetime,
+    utc: datetime,
+) -> None:
+    """Summer time ends in Berlin: 02:30 happens twice, and neither hides the other."""
+    monkeypatch.setenv("HISTORY_TIMEZONE", "Europe/Berlin")
+    create_daily_portfolio_snapshot(a_portfolio(), timestamp=moment, producer=make_producer())
+    assert decode(_recorded(outbox)[0], PortfolioSnapshotEvent).data.timestamp == utc
+
+
+def test_an_aware_time_keeps_its_offset(
+    monkeypatch: pytest.MonkeyPatch, make_producer: Callable[[], HistoryProducer], outbox: Path
+) -> None:
+    """The local zone is only for times that have none."""
+    monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
+    create_daily_portfolio_snapshot(a_portfolio(), timestamp=INSTANT, producer=make_producer())
+    snapshot = decode(_recorded(outbox)[0], PortfolioSnapshotEvent).data
+    assert (snapshot.timestamp, snapshot.timestamp.utcoffset()) == (INSTANT, timedelta(0))
+    assert snapshot.snapshot_date == INSTANT.date()
+
+
+@pytest.mark.usefixtures("local_zone")
+@pytest.mark.parametrize(
+    ("setting", "offset"),
+    [(None, timedelta(hours=5, minutes=45)), ("Asia/Tokyo", timedelta(hours=9))],
+    ids=["this machine's zone", "HISTORY_TIMEZONE"],
+)
+def test_without_a_time_it_is_now_in_the_local_zone(
+    monkeypatch: pytest.MonkeyPatch,
+    make_producer: Callable[[], HistoryProducer],
+    outbox: Path,
+    setting: str | None,
+    offset: timedelta,
+) -> None:
+    """Between before and after the call, with the local date."""
+    if setting is not None:
+        monkeypatch.setenv("HISTORY_TIMEZONE", setting)
+    producer = make_producer()
+
+    before = datetime.now(UTC)
+    create_daily_portfolio_snapshot(a_portfolio(), producer=producer)
+    archive_current_signals([a_signal()], producer=producer)
+    after = datetime.now(UTC)
+
+    first, second = _recorded(outbox)
+    snapshot, archive = decode(first, PortfolioSnapshotEvent).data, decode(second, SignalArchiveEvent).data
+    assert before <= snapshot.timestamp <= archive.archived_at <= after
+    assert (snapshot.timestamp.utcoffset(), archive.archived_at.utcoffset()) == (offset, offset)
+    assert snapshot.snapshot_date == snapshot.timestamp.date()
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "2026-11-22T17:02:46Z",
+        1795366966,
+        date(2026, 11, 22),
+        datetime(1, 1, 1),
+        datetime(9999, 12, 31, 23),
+        datetime(1969, 7, 20),
+    ],
+    ids=repr,
+)
+@pytest.mark.usefixtures("local_zone")
+def test_what_is_no_time_of_this_age_is_refused(producer: HistoryProducer, outbox: Path, moment: Any) -> None:
+    """By both calls, under the name of their argument."""
+    with pytest.raises(InvalidEvent, match=r"^timestamp: must "):
+        create_daily_portfolio_snapshot(a_portfolio(), timestamp=moment, producer=producer)
+    with pytest.raises(InvalidEvent, match=r"^archived_at: must "):
+        archive_current_signals([a_signal()], archived_at=moment, producer=producer)
+    assert _recorded(outbox) == []
+
+
+# ---- signals as an argument
+
+
+@pytest.mark.parametrize(
+    "shape", [lambda s: s, tuple, lambda s: {"signals": s, "count": 2}], ids=["list", "tuple", "object"]
+)
+def test_signals_may_be_given_as_an_array_or_as_an_apis_object(
+    archive_of: Callable[..., SignalArchive], shape: Callable[[Any], Any]
+) -> None:
+    """Then neither the URL nor the file is looked at."""
+    signals = [a_signal(target_price=Decimal("0.455")), {"market_id": "2"}]
+    options = {"signals_url": "http://127.0.0.1:1/", "signals_path": "/nowhere"}
+    archive = archive_of(shape(signals), archived_at=INSTANT, portfolio_id=3, **options)
+    assert archive.archived_at == INSTANT
+    assert (archive.signals_count, archive.portfolio_id) == (2, 3)
+    assert archive.signals[1] == {"market_id": "2"}
+    assert archive.signals[0]["target_price"] == Decimal("0.455")
+
+
+@pytest.mark.parametrize("signals", [[], (), {"signals": []}])
+def test_no_signals_are_not_archived(producer: HistoryProducer, outbox: Path, signals: Any) -> None:
+    """None is returned, nothing is recorded, and the file is not asked instead."""
+    Path("data/trades").mkdir(parents=True)
+    Path("data/trades/current_signals.json").write_text('[{"market_id": "1"}]', "utf-8")
+    assert archive_current_signals(signals, producer=producer) is None
+    assert _recorded(outbox) == []
+
+
+@pytest.mark.parametrize(
+    ("signals", "message"),
+    [
+        ("[]", "^signals: must be a list of signals, not str$"),
+        ({"results": []}, "^signals: is an object without 'signals'$"),
+        ({"signals": None}, "^signals: 'signals': must be a list of signals, not NoneType$"),
+        ([a_signal(), 1], r"^signals\.1: "),
+        ([a_signal(amount=float("nan"))], r"^signals\.0\.amount: must be finite"),
+        ([a_signal(reason="\0")], r"^signals\.0\.reason: contains a NUL"),
+        ([a_signal(timestamp=INSTANT)], r"^signals\.0\.timestamp: is of type datetime"),
+    ],
+)
+def test_wrong_signals_are_named_and_nothing_is_recorded(
+    producer: HistoryProducer, outbox: Path, signals: Any, message: str
+) -> None:
+    """What JSON or PostgreSQL cannot hold is refused where it is known."""
+    with pytest.raises(InvalidEvent, match=message):
+        archive_current_signals(signals, producer=producer)
+    assert _recorded(outbox) == []
+
+
+# ---- signals of an API
+
+
+class _Answers(BaseHTTPRequestHandler):
+    """Answers by path: what the path says, or not at all."""
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        bodies = {
+            "/array": '[{"price": 0.12345678901234567890}]',
+            "/object": '{"signals": [{"price": 0.12345678901234567890}]}',
+            "/empty": "",
+            "/none": "[]",
+            "/broken": '[\n  {"price": 0.5},\n  {"price": }\n]',
+            "/text": '"no signals"',
+            "/large": "[" + " " * (8 * 1024 * 1024) + "]",
+        }
+        if path == "/hang-up":
+            self.close_connection = True
+            return
+        if path == "/half":
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"[{")
+            return
+        if path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/array")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        body = bodies.get(path, "").encode()
+        self.send_response(200 if path in bodies else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up is part of the test."""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A local API; its query string stands for a token."""
+    with _QuietServer(("127.0.0.1", 0), _Answers) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/{{}}?token=pa55"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("path", ["array", "object", "moved"])
+def test_signals_come_from_an_api(archive_of: Callable[..., SignalArchive], url: str, path: str) -> None:
+    """As an array or as an object's; numbers keep every digit, and redirects are followed."""
+    archive = archive_of(signals_url=url.format(path), archived_at=INSTANT)
+    assert archive.signals == [{"price": Decimal("0.12345678901234567890")}]
+
+
+@pytest.mark.parametrize("path", ["empty", "none"])
+def test_an_api_without_signals_has_none(producer: HistoryProducer, outbox: Path, url: str, path: str) -> None:
+    """Nothing is recorded, and the file is not asked instead."""
+    Path("signals.json").write_text('[{"market_id": "1"}]', "utf-8")
+    assert (
+        archive_current_signals(signals_url=url.format(path), signals_path="signals.json", producer=producer)
+        is None
+    )
+    assert _recorded(outbox) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("missing", "signals_url answered 404"),
+        ("broken", "the answer of signals_url: line 3 column 13: Expecting value"),
+        ("text", "the answer of signals_url: must be a list of signals, not str"),
+        ("large", "the answer of signals_url is larger than 8 MiB"),
+        ("hang-up", "signals_url cannot be read: RemoteProtocolError"),
+        ("half", "signals_url cannot be read: RemoteProtocolError"),
+    ],
+)
+def test_a_broken_answer_is_told_without_the_url(
+    producer: HistoryProducer, outbox: Path, url: str, path: str, message: str
+) -> None:
+    """The URL may hold a token, so that neither the message nor the chain of causes has it."""
+    with pytest.raises(SignalsUnreadable) as caught:
+        archive_current_signals(signals_url=url.format(path), producer=producer)
+    assert (str(caught.value), caught.value.__cause__) == (message, None)
+    assert _recorded(outbox) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:1/?token=pa55",
+        "nonsense",
+        "file:///etc/hosts",
+        "http://[::1",
+        f"http://{'a' * 64}.example/",
+        "",
+    ],
+)
+def test_a_url_that_cannot_be_asked_is_unreadable(producer: HistoryProducer, url: str) -> None:
+    """Refused, or no URL of the web at all: one kind of error."""
+    with pytest.raises(SignalsUnreadable, match=r"^signals_url cannot be read: [A-Za-z]+$"):
+        archive_current_signals(signals_url=url, producer=producer)
+
+
+# ---- signals of the file
+
+
+@pytest.fixture
+def signals_file() -> Path:
+    """Where the trading system writes, below the working folder."""
+    path = Path("data/trades/current_signals.json")
+    path.parent.mkdir(parents=True)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"price": 0.12345678901234567890, "question": "🌉"}]',
+        '{"signals": [{"price": 0.12345678901234567890, "question": "\\ud83c\\udf09"}]}',
+        '\ufeff\r\n[{"price": 0.12345678901234567890, "question": "🌉"}]\r\n',
+    ],
+    ids=["array", "object", "byte order mark"],
+)
+def test_signals_come_from_the_file_which_is_only_read(
+    archive_of: Callable[..., SignalArchive], signals_file: Path, content: str
+) -> None:
+    """By default data/trades/current_signals.json; it is left as it was."""
+    signals_file.write_bytes(content.encode())
+    signals_file.chmod(0o444)
+    before = signals_file.stat()
+
+    archive = archive_of(archived_at=INSTANT)
+
+    assert archive.signals == [{"price": Decimal("0.12345678901234567890"), "question": "🌉"}]
+    after = signals_file.stat()
+    assert (signals_file.read_bytes(), after.st_mtime_ns) == (content.encode(), before.st_mtime_ns)
+    assert [path.name for path in signals_file.parent.iterdir()] == [signals_file.name]
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n\t", b"\xef\xbb\xbf", b"[]", b' {"signals": []} '])
+def test_a_file_without_signals_has_none(
+    producer: HistoryProducer, outbox: Path, signals_file: Path, content: bytes | None
+) -> None:
+    """Missing or empty: None is returned and nothing is recorded."""
+    if content is not None:
+        signals_file.write_bytes(content)
+    assert archive_current_signals(producer=producer) is None
+    assert archive_current_signals(signals_path="no/such/folder/signals.json", producer=producer) is None
+    assert _recorded(outbox) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[\n  {"a": 1},\n  {"a":', "line 3 column 8: Expecting value"),
+        (b'[{"a": "unfinished', "line 1 column 8: Unterminated string starting at"),
+        (b'[{"a": 1}] x', "line 1 column 12: Extra data"),
+        (b'[{"a": "\xff"}]', "not UTF-8 at byte 8"),
+        ('[{"a": 1}]'.encode("utf-16"), "not UTF-8 at byte 0"),
+        (b"[" * 100_000, "nested too deeply, or a number of too many digits"),
+        (b'[{"a": ' + b"1" * 5000 + b"}]", "nested too deeply, or a number of too many digits"),
+        (b'{"signal": []}', "is an object without 'signals'"),
+        (b"null", "must be a list of signals, not NoneType"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_broken_file_is_told_with_its_name_and_the_position(
+    producer: HistoryProducer, outbox: Path, signals_file: Path, content: bytes, reason: str
+) -> None:
+    """A file that was caught half-written is an error, not an absence of signals."""
+    signals_file.write_bytes(content)
+    with pytest.raises(SignalsUnreadable) as caught:
+        archive_current_signals(producer=producer)
+    assert str(caught.value) == f"data/trades/current_signals.json: {reason}"
+    assert (signals_file.read_bytes(), _recorded(outbox)) == (content, [])
+
+
+def test_a_folder_in_place_of_the_file_is_unreadable(producer: HistoryProducer, signals_file: Path) -> None:
+    """Anything but a missing file is told."""
+    with pytest.raises(SignalsUnreadable, match=r"^data/trades: Is a directory$"):
+        archive_current_signals(signals_path=signals_file.parent, producer=producer)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"a": 1}, {"price": NaN}]', r"signals\.1\.price: must be finite"),
+        ('[{"price": 1e999}]', r"signals\.0\.price: must be finite"),
+        (r'[{"a": "\ud800"}]', r"signals\.0\.a: contains a NUL character or a lone surrogate"),
+        ("[1]", r"signals\.0: "),
+        (f'[{{"a": {"[" * 50}{"]" * 50}}}]', r"signals\.0\.a[.0]*: is nested deeper than 50 levels"),
+        ('[{"price": 1e-99999999999999999999}]', "signals"),
+        ('[{"price": 1e99999999999999999999}]', "signals"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_a_file_with_what_postgresql_cannot_hold_is_refused(
+    producer: HistoryProducer, outbox: Path, signals_file: Path, content: str, message: str
+) -> None:
+    """JSON that Python reads and that is still no archive: nothing is recorded."""
+    signals_file.write_text(content, "utf-8")
+    with pytest.raises(InvalidEvent, match=message):
+        archive_current_signals(producer=producer)
+    assert _recorded(outbox) == []
+
+
+# ---- the shared producer
+
+
+@pytest.fixture
+def no_shared_producer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process that has just started; what the test makes is closed."""
+    monkeypatch.setattr(trading_controller, "_shared", None)
+    yield
+    if trading_controller._shared is not None:
+        trading_controller._shared.close(timeout=0)
+
+
+@pytest.mark.usefixtures("no_shared_producer")
+def test_without_producer_all_calls_share_one(monkeypatch: pytest.MonkeyPatch, outbox: Path) -> None:
+    """It is made from the settings at the first call, and anew after it was closed."""
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("HISTORY_OUTBOX", str(outbox))
+
+    snapshot = create_daily_portfolio_snapshot(a_portfolio())
+    first = trading_controller._shared
+    archive = archive_current_signals([a_signal()])
+    assert archive is not None
+    assert first is not None
+    assert trading_controller._shared is first
+    assert (snapshot.sequence, archive.sequence, archive.source) == (1, 2, snapshot.source)
+
+    first.close(timeout=0)
+    assert create_daily_portfolio_snapshot(a_portfolio()).sequence == 3
+    assert trading_controller._shared is not first
+
+
+@pytest.mark.usefixtures("no_shared_producer")
+def test_without_producer_and_redis_url_the_setting_is_named() -> None:
+    """Both calls fail before anything is written."""
+    with pytest.raises(SettingsError, match=r"^REDIS_URL is not set"):
+        create_daily_portfolio_snapshot(a_portfolio())
+    with pytest.raises(SettingsError, match=r"^REDIS_URL is not set"):
+        archive_current_signals([a_signal()])
+    assert list(Path().iterdir()) == []
