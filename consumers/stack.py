@@ -45,11 +45,11 @@ def stack(*, database: bool = False, redis: bool = False) -> Iterator[bool]:
         return
     if database and not has_database:
         raise SettingsError(
-            "REDIS_URL is set but DATABASE_URL is not; set both, or neither for the embedded servers"
+            "REDIS_URL is set but DATABASE_URL (or POSTGRES_HOST) is not; set both, or neither for the embedded servers"
         )
     if redis and not has_redis:
         raise SettingsError(
-            "DATABASE_URL is set but REDIS_URL is not; set both, or neither for the embedded servers"
+            "the database is set but REDIS_URL is not; set both, or neither for the embedded servers"
         )
     yield False
 

@@ -38,7 +38,15 @@ def _run(*arguments: str, stdin: str | None = None, **environment: str) -> subpr
 def test_a_snapshot_and_an_archive_go_all_the_way(redis: Redis, database_url: str, tmp_path: Path) -> None:
     """From files, through a worker, into the listings."""
     (tmp_path / "signals.json").write_text(json.dumps([a_signal(), a_signal()]))
-    recorded = _run("snapshot", "-", "--portfolio-id", "3", "--timestamp", "2026-11-22T17:00:00", stdin=json.dumps(a_portfolio()))
+    recorded = _run(
+        "snapshot",
+        "-",
+        "--portfolio-id",
+        "3",
+        "--timestamp",
+        "2026-11-22T17:00:00",
+        stdin=json.dumps(a_portfolio()),
+    )
     archived = _run("archive", "signals.json", "--portfolio-id", "3")
     worked = _run("worker", "--burst")
     snapshots, archives = _run("history", "--json"), _run("archives", "--json")
@@ -62,16 +70,30 @@ def test_nothing_to_archive_is_said_and_is_no_error(redis: Redis) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (["init-db"], {"DATABASE_URL": "postgresql://u:s3cret@127.0.0.1:1/x"}, "error: PostgreSQL: connection to server"),
-        (["init-db"], {"DATABASE_URL": "mysql://u:s3cret@h/x"}, "error: DATABASE_URL: must be a postgresql:// URL"),
+        (
+            ["init-db"],
+            {"DATABASE_URL": "postgresql://u:s3cret@127.0.0.1:1/x"},
+            "error: PostgreSQL: connection to server",
+        ),
+        (
+            ["init-db"],
+            {"DATABASE_URL": "mysql://u:s3cret@h/x"},
+            "error: DATABASE_URL: must be a postgresql:// URL",
+        ),
         (["init-db"], {"REDIS_URL": "redis://h"}, "error: REDIS_URL is set but DATABASE_URL is not"),
         (["snapshot", "missing.json"], {}, "error: missing.json: No such file or directory"),
         (["snapshot", "-"], {"REDIS_URL": "redis://127.0.0.1:1"}, "error: -: not JSON"),
         (["outbox", "status"], {}, "error: there is no outbox at"),
-        (["status"], {"HISTORY_TIMEZONE": "x", "REDIS_URL": "redis://h"}, "error: HISTORY_TIMEZONE: is not a time zone"),
+        (
+            ["status"],
+            {"HISTORY_TIMEZONE": "x", "REDIS_URL": "redis://h"},
+            "error: HISTORY_TIMEZONE: is not a time zone",
+        ),
     ],
 )
-def test_an_error_is_one_line_without_secrets(arguments: list[str], environment: dict[str, str], message: str) -> None:
+def test_an_error_is_one_line_without_secrets(
+    arguments: list[str], environment: dict[str, str], message: str
+) -> None:
     """On stderr, with exit status 1."""
     run = _run(*arguments, stdin="{", **environment)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1)
@@ -125,7 +147,12 @@ def test_status_tells_what_is_wrong(redis: Redis, database_url: str) -> None:
 
     assert (idle.returncode, away.returncode) == (1, 1)
     facts = json.loads(idle.stdout)
-    assert (facts["database"], facts["redis"], facts["workers"], facts["queued"]) == ("reachable", "reachable", 0, 0)
+    assert (facts["database"], facts["redis"], facts["workers"], facts["queued"]) == (
+        "reachable",
+        "reachable",
+        0,
+        0,
+    )
     assert json.loads(away.stdout)["redis"] == "ConnectionError"
 
 
@@ -143,7 +170,9 @@ def _processes_of(home: Path) -> list[str]:
 def test_without_settings_a_command_uses_the_embedded_servers_and_says_so(home: Path) -> None:
     """Data stays between commands; no process does."""
     said = f"embedded PostgreSQL and Valkey in {home}\n"
-    recorded = _run("snapshot", "-", "--portfolio-id", "1", stdin=json.dumps(a_portfolio()), HISTORY_HOME=str(home))
+    recorded = _run(
+        "snapshot", "-", "--portfolio-id", "1", stdin=json.dumps(a_portfolio()), HISTORY_HOME=str(home)
+    )
     worked = _run("worker", "--burst", HISTORY_HOME=str(home))
     shown = _run("history", "--json", HISTORY_HOME=str(home))
 

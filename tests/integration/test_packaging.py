@@ -29,7 +29,9 @@ def test_the_wheel_carries_the_schema_and_the_demo_and_no_tests(wheel: Path) -> 
     """And nothing at its top but the two packages and the metadata."""
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"consumers", "producers"}
-    assert {"consumers/schema.sql", "consumers/demo/portfolio.json", "consumers/demo/current_signals.json"} <= set(names)
+    assert {"consumers/schema.sql", "consumers/demo/portfolio.json", "consumers/demo/current_signals.json"} <= set(
+        names
+    )
 
 
 def test_a_controllers_installation_has_no_database_library(wheel: Path, tmp_path: Path) -> None:
@@ -37,7 +39,9 @@ def test_a_controllers_installation_has_no_database_library(wheel: Path, tmp_pat
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", str(wheel)], check=True, capture_output=True)
-    installed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout.lower()
+    installed = subprocess.run(
+        [python, "-m", "pip", "list"], check=True, capture_output=True, text=True
+    ).stdout.lower()
     imports = "import producers.trading_controller, producers.history_producer, sys; print(*sys.modules)"
     modules = subprocess.run([python, "-c", imports], check=True, capture_output=True, text=True).stdout.split()
     command = subprocess.run(

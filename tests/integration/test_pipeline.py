@@ -25,7 +25,7 @@ from consumers.connection import get_db
 from consumers.handlers import record_portfolio_snapshot
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
 from producers.errors import EventRejected
-from producers.events import encode, event_of
+from producers.events import Payload, encode, event_of
 from producers.history_producer import HistoryProducer
 from producers.outcomes import acknowledgement_key
 from producers.relay import JOB_FUNCTIONS
@@ -147,7 +147,7 @@ def test_events_in_any_order_make_the_same_tables(
     archives = [an_archive(after=timedelta(hours=hour)) for hour in range(20)]
     tables = []
     for seed in range(3):
-        events = [*facts, *archives]
+        events: list[Payload] = [*facts, *archives]
         random.Random(seed).shuffle(events)
         with HistoryProducer(redis, outbox=tmp_path / f"outbox-{seed}.db") as producer:
             producer.record_many(events)

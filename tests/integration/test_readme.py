@@ -64,7 +64,9 @@ def test_the_demo_prints_the_transcript_and_leaves_no_process(home: Path) -> Non
             check=False,
         )
         assert (demo.returncode, _comparable(demo.stdout, f"{home}/demo")) == (0, expected), demo.stderr
-        left = [process for process in psutil.process_iter(["cmdline"]) if str(home) in str(process.info["cmdline"])]
+        left = [
+            process for process in psutil.process_iter(["cmdline"]) if str(home) in str(process.info["cmdline"])
+        ]
         assert left == []
 
 
@@ -100,7 +102,11 @@ def test_the_test_vectors_are_right() -> None:
 def test_every_command_is_documented_and_every_documented_command_exists() -> None:
     """The table of commands against the command itself."""
     section = README.split("### Commands")[1].split("### Settings")[0]
-    documented = {name.split()[0] for cell in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall("`([^`]+)`", cell)}
+    documented = {
+        name.split()[0]
+        for cell in re.findall(r"^\| (`.*?) \|", section, re.M)
+        for name in re.findall("`([^`]+)`", cell)
+    }
     assert documented == set(get_command(app).commands)  # type: ignore[attr-defined]  # a click group
 
 

@@ -67,8 +67,8 @@ def test_waiting_ends_with_the_row_id_or_the_reason(producer: HistoryProducer, r
     """stored and duplicate give the row's id, rejected raises with the reason."""
     receipts = producer.record_many([a_snapshot(after=timedelta(n)) for n in range(3)])
     producer.flush(5)
-    acknowledgements = {"1": "stored:11", "2": "duplicate:12", "3": "rejected:balance: wrong"}
-    redis.hset(acknowledgement_key(receipts[0].source), mapping=acknowledgements)
+    for sequence, outcome in enumerate(("stored:11", "duplicate:12", "rejected:balance: wrong"), start=1):
+        redis.hset(acknowledgement_key(receipts[0].source), str(sequence), outcome)
 
     assert [receipt.wait(5) for receipt in receipts[:2]] == [11, 12]
     with pytest.raises(EventRejected, match=f"^event {receipts[2].event_id} was rejected: balance: wrong$"):

@@ -64,6 +64,11 @@ def test_the_database_is_named_by_url_or_by_parts(monkeypatch: pytest.MonkeyPatc
     settings = StoreSettings.from_environment()
     assert settings.url().get_secret_value() == "postgresql://me:p%40ss%2Fw%3Ard@db:6432/bot"
     assert "p@ss" not in repr(settings)
+    for name in ("HOST", "PORT", "DB", "USER"):
+        monkeypatch.delenv(f"POSTGRES_{name}")
+    assert StoreSettings.from_environment().url().get_secret_value() == (
+        "postgresql://trading_history:p%40ss%2Fw%3Ard@localhost:5432/trading_history"
+    )
     monkeypatch.setenv("DATABASE_URL", "postgresql://x@y/z")
     assert StoreSettings.from_environment().url().get_secret_value() == "postgresql://x@y/z"
 
@@ -74,14 +79,18 @@ def test_without_a_database_the_error_names_the_setting() -> None:
         StoreSettings.from_environment().url()
 
 
-@pytest.mark.parametrize(("present", "missing"), [("DATABASE_URL", "REDIS_URL"), ("REDIS_URL", "DATABASE_URL")])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("DATABASE_URL", "postgresql://h/d", "^the database is set but REDIS_URL is not"),
+        ("POSTGRES_PASSWORD", "secret", "^the database is set but REDIS_URL is not"),
+        ("REDIS_URL", "redis://h", "^REDIS_URL is set but DATABASE_URL"),
+    ],
+)
 def test_one_server_without_the_other_is_an_error_not_a_fallback(
-    monkeypatch: pytest.MonkeyPatch, present: str, missing: str
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     """A command that needs both never starts embedded servers beside a configured one."""
-    monkeypatch.setenv(present, "postgresql://h/d" if present == "DATABASE_URL" else "redis://h")
-    with (
-        pytest.raises(SettingsError, match=f"^{present} is set but {missing} is not"),
-        stack(database=True, redis=True),
-    ):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=message), stack(database=True, redis=True):
         pass
