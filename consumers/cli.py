@@ -165,9 +165,7 @@ def archives(
     from consumers.terminal import print_archives
 
     with stack(database=True):
-        rows = get_recent_signal_archives(
-            limit, portfolio_id=portfolio_id, since=_aware(since), until=_aware(until)
-        )
+        rows = get_recent_signal_archives(limit, portfolio_id=portfolio_id, since=_aware(since), until=_aware(until))
     (_print_json if as_json else print_archives)(rows)
 
 

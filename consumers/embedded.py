@@ -159,9 +159,7 @@ def _pair(home: Path) -> tuple[_Server, _Server]:
     )
 
 
-def _start(
-    home: Path, postgres: _Server, valkey: _Server, installation: _Installation, lock: IO[str]
-) -> Addresses:
+def _start(home: Path, postgres: _Server, valkey: _Server, installation: _Installation, lock: IO[str]) -> Addresses:
     folder = _socket_folder(home)
     if installation.account:
         _let_in(installation, home)

@@ -299,9 +299,7 @@ def record_rejected(
 ) -> None:
     """Note that this delivery was refused for good, why, and what it was."""
     values = {"source": source, "sequence": sequence, "event_id": event_id and str(event_id)}
-    db.execute(
-        _RECORD_OUTCOME, {"job_id": job_id, "outcome": "rejected", "reason": reason, "event": event} | values
-    )
+    db.execute(_RECORD_OUTCOME, {"job_id": job_id, "outcome": "rejected", "reason": reason, "event": event} | values)
 
 
 def forget_outcome(db: Connection, job_id: str) -> None:

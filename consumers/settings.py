@@ -33,9 +33,7 @@ class StoreSettings(EnvironmentSettings):
         if self.database_url is not None:
             return self.database_url
         if not self.is_set:
-            raise SettingsError(
-                "DATABASE_URL is not set (for example postgresql://user@localhost/trading_history)"
-            )
+            raise SettingsError("DATABASE_URL is not set (for example postgresql://user@localhost/trading_history)")
         login = quote(self.user, safe="")
         if self.password is not None:
             login += ":" + quote(self.password.get_secret_value(), safe="")

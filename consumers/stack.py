@@ -48,9 +48,7 @@ def stack(*, database: bool = False, redis: bool = False) -> Iterator[bool]:
             "REDIS_URL is set but DATABASE_URL (or POSTGRES_HOST) is not; set both, or neither for the embedded servers"
         )
     if redis and not has_redis:
-        raise SettingsError(
-            "the database is set but REDIS_URL is not; set both, or neither for the embedded servers"
-        )
+        raise SettingsError("the database is set but REDIS_URL is not; set both, or neither for the embedded servers")
     yield False
 
 

@@ -23,9 +23,7 @@ def _print(what: Table | str) -> None:
 
 
 def print_snapshots(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = _table(
-        "row", "portfolio", "date", "time", "balance", "invested", "profit/loss", "value", "open", "trades"
-    )
+    table = _table("row", "portfolio", "date", "time", "balance", "invested", "profit/loss", "value", "open", "trades")
     for row in rows:
         amounts = (row["balance"], row["total_invested"], row["total_profit_loss"], row["total_value"])
         table.add_row(

@@ -43,9 +43,7 @@ def _fetch(url: str) -> bytes:
             for chunk in response.iter_bytes():
                 content += chunk
                 if len(content) > MAX_EVENT_BYTES:
-                    raise SignalsUnreadable(
-                        f"the answer of signals_url is larger than {MAX_EVENT_BYTES // 2**20} MiB"
-                    )
+                    raise SignalsUnreadable(f"the answer of signals_url is larger than {MAX_EVENT_BYTES // 2**20} MiB")
             return content
     except httpx.HTTPStatusError as error:
         raise SignalsUnreadable(f"signals_url answered {error.response.status_code}") from None

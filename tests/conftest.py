@@ -107,8 +107,6 @@ def work(redis: Redis, database_url: str) -> Callable[[], None]:
 
     def burst() -> None:
         queue = Queue("history", connection=redis, serializer=JSONSerializer)
-        SimpleWorker([queue], connection=redis, serializer=JSONSerializer).work(
-            burst=True, logging_level="WARNING"
-        )
+        SimpleWorker([queue], connection=redis, serializer=JSONSerializer).work(burst=True, logging_level="WARNING")
 
     return burst

@@ -111,9 +111,7 @@ def test_a_fact_with_other_content_is_refused_and_nothing_is_overwritten() -> No
     row_id = insert_portfolio_history_snapshot(_plain_snapshot(INSTANT))
     insert_signal_archive({"archived_at": INSTANT, "signals": [a_signal()]})
 
-    with pytest.raises(
-        EventConflict, match=f"stored already as row {row_id} of portfolio_history, with other content"
-    ):
+    with pytest.raises(EventConflict, match=f"stored already as row {row_id} of portfolio_history, with other content"):
         insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, balance=9900.51))
     with pytest.raises(EventConflict, match="signal_archives"):
         insert_signal_archive({"archived_at": INSTANT, "signals": [a_signal(reason="another")]})
@@ -131,9 +129,7 @@ def test_a_fact_with_other_content_is_refused_and_nothing_is_overwritten() -> No
         ({"surprise": 1}, "^surprise: is not a field of this event"),
     ],
 )
-def test_a_wrong_snapshot_is_refused_with_the_field_and_the_reason(
-    change: dict[str, object], message: str
-) -> None:
+def test_a_wrong_snapshot_is_refused_with_the_field_and_the_reason(change: dict[str, object], message: str) -> None:
     """Nothing is inserted for a dict that is no snapshot."""
     with pytest.raises(InvalidEvent, match=message):
         insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, **change))

@@ -33,9 +33,7 @@ def run_demo(home: Path) -> int:
     with _alone(home), embedded_stack(home):
         _start_empty(home)
         expected = 2 * DAYS * len(PORTFOLIO_IDS)
-        print(
-            f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one cycle a day: a snapshot and the signals of each\n"
-        )
+        print(f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one cycle a day: a snapshot and the signals of each\n")
         with worker_process(home / "worker.log"):
             first = _run_pass(home, "sent")
             second = _run_pass(home, "sent again")

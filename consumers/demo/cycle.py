@@ -63,6 +63,5 @@ def _signals(signals: list[dict[str, Any]], dice: random.Random, at: datetime) -
     chosen = dice.sample(signals, dice.randint(1, len(signals)))
     price = round(dice.uniform(0.05, 0.95), 4)
     return [
-        signal | {"timestamp": at.isoformat(), "yes_price": price, "no_price": round(1 - price, 4)}
-        for signal in chosen
+        signal | {"timestamp": at.isoformat(), "yes_price": price, "no_price": round(1 - price, 4)} for signal in chosen
     ]

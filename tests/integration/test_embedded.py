@@ -145,9 +145,7 @@ def test_both_servers_answer_inside_the_block_and_are_gone_after_it(folder: Path
         with redis.Redis.from_url(addresses.redis_url) as client:
             assert client.ping()
             settings = client.config_get("append*", "maxmemory-policy", "save", "port")
-            kept = {
-                key: settings[key] for key in ("appendonly", "appendfsync", "maxmemory-policy", "save", "port")
-            }
+            kept = {key: settings[key] for key in ("appendonly", "appendfsync", "maxmemory-policy", "save", "port")}
             assert kept == {
                 "appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction",
                 "save": "", "port": "0",

@@ -39,9 +39,7 @@ def test_a_controllers_installation_has_no_database_library(wheel: Path, tmp_pat
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", str(wheel)], check=True, capture_output=True)
-    installed = subprocess.run(
-        [python, "-m", "pip", "list"], check=True, capture_output=True, text=True
-    ).stdout.lower()
+    installed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout.lower()
     imports = "import producers.trading_controller, producers.history_producer, sys; print(*sys.modules)"
     modules = subprocess.run([python, "-c", imports], check=True, capture_output=True, text=True).stdout.split()
     command = subprocess.run(

@@ -63,9 +63,7 @@ def test_a_trading_cycle_makes_one_row_of_portfolio_history(producer: HistoryPro
     assert (row["open_positions"], row["trade_count"]) == (1, 2)
 
 
-def test_signals_make_one_row_with_the_right_count_and_the_same_json(
-    producer: HistoryProducer, work: Work
-) -> None:
+def test_signals_make_one_row_with_the_right_count_and_the_same_json(producer: HistoryProducer, work: Work) -> None:
     """Numbers, nulls and Unicode included."""
     signals = [a_signal(), a_signal(market_id="2", confidence=1, reason="„Ω”\n"), a_signal(event_id="7")]
     receipt = archive_current_signals({"signals": signals}, archived_at=INSTANT, producer=producer)
@@ -112,9 +110,7 @@ def _send_facts(outbox: str, redis_url: str, seed: int) -> None:
         producer.flush(20)
 
 
-def test_eight_processes_sending_the_same_facts_make_each_row_once(
-    redis: Redis, work: Work, tmp_path: Path
-) -> None:
+def test_eight_processes_sending_the_same_facts_make_each_row_once(redis: Redis, work: Work, tmp_path: Path) -> None:
     """8 x 200 deliveries, some through one shared outbox: 200 rows, and every other delivery accounted for."""
     context = multiprocessing.get_context("spawn")
     senders = [
@@ -139,9 +135,7 @@ def test_eight_processes_sending_the_same_facts_make_each_row_once(
     assert _rows(accounted) == [(1600, 1600)]
 
 
-def test_events_in_any_order_make_the_same_tables(
-    redis: Redis, database_url: str, work: Work, tmp_path: Path
-) -> None:
+def test_events_in_any_order_make_the_same_tables(redis: Redis, database_url: str, work: Work, tmp_path: Path) -> None:
     """Apart from ids, numbers and times of insertion."""
     facts = [a_snapshot(after=timedelta(hours=hour), portfolio_id=hour % 3) for hour in range(20)]
     archives = [an_archive(after=timedelta(hours=hour)) for hour in range(20)]
@@ -182,9 +176,7 @@ def test_a_fact_sent_twice_is_stored_once_and_the_second_delivery_is_told_the_sa
     ]
 
 
-def test_the_same_id_with_other_content_is_rejected_loudly(
-    producer: HistoryProducer, work: Work, redis: Redis
-) -> None:
+def test_the_same_id_with_other_content_is_rejected_loudly(producer: HistoryProducer, work: Work, redis: Redis) -> None:
     """The receipt raises, the table keeps what it had, the event is kept with the reason, the job is in Failed."""
     kept = producer.record(a_snapshot())
     producer.flush(5)
@@ -264,9 +256,7 @@ def test_acknowledgements_are_taken_away_when_they_were_read(
     work()
     receipt.wait(5)
     redis.hset(acknowledgement_key(receipt.source), "999", "stored:1")
-    event = event_of(
-        a_snapshot(after=timedelta(1)), source=f"elsewhere/{receipt.source.split('/')[1]}", sequence=5
-    )
+    event = event_of(a_snapshot(after=timedelta(1)), source=f"elsewhere/{receipt.source.split('/')[1]}", sequence=5)
     _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
     work()
 
@@ -282,19 +272,9 @@ def test_a_stock_worker_stores_and_acknowledges(
     receipts = [producer.record(a_snapshot(after=timedelta(seconds=second))) for second in range(3)]
     receipts += [producer.record(an_archive())]
     producer.flush(5)
+    command = [sys.executable, "-m", "rq.cli", "worker", "--burst", "--serializer", "json"]
     worker = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "rq.cli",
-            "worker",
-            "--burst",
-            "--serializer",
-            "json",
-            "--url",
-            os.environ["REDIS_URL"],
-        ]
-        + [*options, "history"],
+        [*command, "--url", os.environ["REDIS_URL"], *options, "history"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -64,9 +64,7 @@ def test_the_demo_prints_the_transcript_and_leaves_no_process(home: Path) -> Non
             check=False,
         )
         assert (demo.returncode, _comparable(demo.stdout, f"{home}/demo")) == (0, expected), demo.stderr
-        left = [
-            process for process in psutil.process_iter(["cmdline"]) if str(home) in str(process.info["cmdline"])
-        ]
+        left = [process for process in psutil.process_iter(["cmdline"]) if str(home) in str(process.info["cmdline"])]
         assert left == []
 
 

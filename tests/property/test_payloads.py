@@ -48,9 +48,7 @@ COUNTS = ("open_positions", "trade_count")
 _LIMIT = Decimal("999999999999.99999999")
 _decimals = st.one_of(
     st.decimals(-_LIMIT, _LIMIT),
-    st.builds(
-        lambda n, places: Decimal(n).scaleb(-places), st.integers(-(10**20) + 1, 10**20 - 1), st.integers(8, 40)
-    ),
+    st.builds(lambda n, places: Decimal(n).scaleb(-places), st.integers(-(10**20) + 1, 10**20 - 1), st.integers(8, 40)),
 )
 amounts = st.one_of(
     st.integers(-(10**12) + 1, 10**12 - 1),
@@ -69,9 +67,7 @@ numbers = st.one_of(
     st.integers(),
     st.integers(-(2**1000), 2**1000),
     st.floats(allow_nan=False, allow_infinity=False),
-    st.builds(
-        lambda n, exponent: Decimal(n).scaleb(exponent), st.integers(-(10**27), 10**27), st.integers(-400, 280)
-    ),
+    st.builds(lambda n, exponent: Decimal(n).scaleb(exponent), st.integers(-(10**27), 10**27), st.integers(-400, 280)),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | numbers | texts,
@@ -208,9 +204,7 @@ def test_decoding_undoes_encoding_of_archives(payload: SignalArchive) -> None:
 def test_the_same_fact_has_the_same_id_in_any_offset(payload: Payload, offset: timezone) -> None:
     """Also on the wire, where an id that does not fit is refused."""
     moved = {
-        "timestamp" if isinstance(payload, PortfolioSnapshot) else "archived_at": payload.instant.astimezone(
-            offset
-        )
+        "timestamp" if isinstance(payload, PortfolioSnapshot) else "archived_at": payload.instant.astimezone(offset)
     }
     other = type(payload).checked(**dict(payload) | moved)
     assert (other.event_id, _sent(other).id) == (payload.event_id, payload.event_id)
@@ -274,9 +268,7 @@ _unstorable_texts = st.builds(
     texts,
 )
 _poison = st.one_of(
-    st.sampled_from(
-        [float("nan"), float("inf"), -float("inf"), Decimal("NaN"), Decimal("sNaN"), Decimal("Infinity")]
-    ),
+    st.sampled_from([float("nan"), float("inf"), -float("inf"), Decimal("NaN"), Decimal("sNaN"), Decimal("Infinity")]),
     st.integers(2 * 10**308) | st.integers(max_value=-2 * 10**308),
     st.integers(16384, 99999).map(lambda places: Decimal(1).scaleb(-places)),
     _unstorable_texts,
@@ -438,9 +430,7 @@ def _with_one_wrong_member(draw: st.DrawFn, payload: Payload) -> tuple[str, str]
     if kind == "unknown":
         path = draw(st.sampled_from(["", "data."])) + draw(st.text("xyz", min_size=1, max_size=5))
     else:
-        path = draw(
-            st.sampled_from([p for p in paths if p in _WIRE_WRONG and (kind == "wrong" or p not in _OPTIONAL)])
-        )
+        path = draw(st.sampled_from([p for p in paths if p in _WIRE_WRONG and (kind == "wrong" or p not in _OPTIONAL)]))
     holder = document["data"] if path.startswith("data.") else document
     name = path.removeprefix("data.")
     if kind == "missing":

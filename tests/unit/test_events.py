@@ -483,9 +483,7 @@ def test_signals_that_json_or_postgresql_cannot_hold_are_refused_at_the_producer
     ],
     ids=lambda value: value[:40],
 )
-def test_signals_that_postgresql_cannot_hold_are_refused_at_the_consumer(
-    signals: str, path: str, reason: str
-) -> None:
+def test_signals_that_postgresql_cannot_hold_are_refused_at_the_consumer(signals: str, path: str, reason: str) -> None:
     """The same limits as at the producer, for events that somebody else made."""
     _refused_at(_refusal(lambda: decode(_archive_text(signals), SignalArchiveEvent)), path, reason)
 

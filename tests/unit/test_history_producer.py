@@ -55,9 +55,7 @@ def test_recording_nothing_is_fine(producer: HistoryProducer) -> None:
     assert producer.record_many([]) == []
 
 
-def test_events_reach_the_queue_without_another_call(
-    producer: HistoryProducer, redis: fakeredis.FakeRedis
-) -> None:
+def test_events_reach_the_queue_without_another_call(producer: HistoryProducer, redis: fakeredis.FakeRedis) -> None:
     """flush waits for that and returns how many are left: none."""
     producer.record(a_snapshot())
     assert (producer.flush(5), len(_job_ids(redis))) == (0, 1)
@@ -120,9 +118,7 @@ def test_a_closed_producer_refuses_and_may_be_closed_again(producer: HistoryProd
 
 def test_many_threads_record_through_one_producer(producer: HistoryProducer, redis: fakeredis.FakeRedis) -> None:
     """Every event gets its own number and its own job."""
-    threads = [
-        threading.Thread(target=lambda: [producer.record(a_snapshot()) for _ in range(25)]) for _ in range(8)
-    ]
+    threads = [threading.Thread(target=lambda: [producer.record(a_snapshot()) for _ in range(25)]) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -169,9 +169,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     died = subprocess.run([sys.executable, "-c", script], cwd=root, check=False)
 
     assert died.returncode == -9
-    assert [json.loads(entry.event)["type"] for entry in Outbox(path).pending(10)] == [
-        "trading.portfolio-snapshot.v1"
-    ]
+    assert [json.loads(entry.event)["type"] for entry in Outbox(path).pending(10)] == ["trading.portfolio-snapshot.v1"]
 
 
 def test_appending_waits_for_the_disk_and_marking_does_not(path: Path) -> None:

@@ -62,9 +62,7 @@ def _job(redis: fakeredis.FakeRedis) -> Job:
     return Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
 
 
-def test_a_sweep_sends_everything_pending_in_order(
-    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
-) -> None:
+def test_a_sweep_sends_everything_pending_in_order(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
     """More than one batch, each kind to its own job function, failures kept for ever."""
     count = 2 * relay_module._BATCH_ENTRIES + 1
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(count)])
@@ -150,9 +148,7 @@ def test_what_failed_without_a_rejection_is_sent_again_and_leaves_the_failed_reg
 
 
 @pytest.mark.usefixtures("at_once")
-def test_what_is_acknowledged_is_never_sent_again(
-    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
-) -> None:
+def test_what_is_acknowledged_is_never_sent_again(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
     """Stored or rejected, even after Redis lost everything."""
     (first, _) = outbox.append(NAME, [a_snapshot(), a_snapshot(after=timedelta(1))])
     relay.sweep()

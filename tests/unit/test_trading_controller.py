@@ -464,10 +464,7 @@ def test_signals_come_from_an_api(archive_of: Callable[..., SignalArchive], url:
 def test_an_api_without_signals_has_none(producer: HistoryProducer, outbox: Path, url: str, path: str) -> None:
     """Nothing is recorded, and the file is not asked instead."""
     Path("signals.json").write_text('[{"market_id": "1"}]', "utf-8")
-    assert (
-        archive_current_signals(signals_url=url.format(path), signals_path="signals.json", producer=producer)
-        is None
-    )
+    assert archive_current_signals(signals_url=url.format(path), signals_path="signals.json", producer=producer) is None
     assert _recorded(outbox) == []
 
 
