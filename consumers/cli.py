@@ -148,7 +148,9 @@ def history(
     from consumers.terminal import print_snapshots
 
     with stack(database=True):
-        rows = get_portfolio_history(limit, portfolio_id=portfolio_id, since=_aware(since), until=_aware(until))
+        rows = get_portfolio_history(
+            limit, portfolio_id=portfolio_id, since=_aware(since, "--since"), until=_aware(until, "--until")
+        )
     (_print_json if as_json else print_snapshots)(rows)
 
 
@@ -165,7 +167,9 @@ def archives(
     from consumers.terminal import print_archives
 
     with stack(database=True):
-        rows = get_recent_signal_archives(limit, portfolio_id=portfolio_id, since=_aware(since), until=_aware(until))
+        rows = get_recent_signal_archives(
+            limit, portfolio_id=portfolio_id, since=_aware(since, "--since"), until=_aware(until, "--until")
+        )
     (_print_json if as_json else print_archives)(rows)
 
 
@@ -226,11 +230,11 @@ def _existing_outbox() -> Path:
     return path
 
 
-def _aware(moment: datetime | None) -> datetime | None:
+def _aware(moment: datetime | None, option: str) -> datetime | None:
     from producers.events import localized
     from producers.settings import TransportSettings
 
-    return moment and localized(moment, TransportSettings.from_environment().timezone)
+    return moment and localized(moment, TransportSettings.from_environment().timezone, option)
 
 
 def _read_json(file: Path) -> Any:

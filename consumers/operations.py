@@ -172,7 +172,7 @@ def _moment(field: str, values: Mapping[str, Any]) -> datetime:
         raise InvalidEvent.at(field, "is text that is not an ISO 8601 time") from None
     if not isinstance(moment, datetime):
         raise InvalidEvent.at(field, f"must be a datetime, not {type(moment).__name__}")
-    return localized(moment, TransportSettings.from_environment().timezone)
+    return localized(moment, TransportSettings.from_environment().timezone, field)
 
 
 def _day(day: Any) -> Any:

@@ -7,6 +7,7 @@ and the UTC instant in microseconds. The contract is checked by the same models 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime, timedelta, tzinfo
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -17,7 +18,19 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, Vali
 from pydantic_core import PydanticCustomError
 
 from producers.errors import InvalidEvent
-from producers.fields import EPOCH, Count, Instant, LocalDate, Money, PortfolioId, Sequence, Signals
+from producers.fields import (
+    EPOCH,
+    TIME_RANGE,
+    Count,
+    Instant,
+    LocalDate,
+    Money,
+    PortfolioId,
+    Sequence,
+    Signals,
+    readable,
+    storable_signals,
+)
 
 SNAPSHOT_TYPE: Literal["trading.portfolio-snapshot.v1"] = "trading.portfolio-snapshot.v1"
 ARCHIVE_TYPE: Literal["trading.signal-archive.v1"] = "trading.signal-archive.v1"
@@ -25,6 +38,7 @@ ARCHIVE_TYPE: Literal["trading.signal-archive.v1"] = "trading.signal-archive.v1"
 MAX_EVENT_BYTES = 8 * 1024 * 1024
 _ID_NAMESPACE = UUID("6f9a1d4e-2c57-5b0e-9d52-1c7b7f0e8a63")
 _REPORTED_PROBLEMS = 3
+_MESSAGE_CHARACTERS = 1000
 _PLAIN_REASONS = {"extra_forbidden": "is not a field of this event", "missing": "is missing"}
 
 _PIECE = r"[A-Za-z0-9._~-]+"
@@ -40,11 +54,18 @@ def event_id(event_type: str, portfolio_id: int | None, instant: datetime) -> UU
     return uuid5(_ID_NAMESPACE, f"{event_type}|{portfolio}|{microseconds}")
 
 
-def localized(moment: datetime, zone: tzinfo | None) -> datetime:
-    """`moment` with an offset: its own, else that of `zone`, else (None) that of this machine's zone."""
-    if moment.utcoffset() is not None:
-        return moment
-    return moment.astimezone() if zone is None else moment.replace(tzinfo=zone)
+def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:
+    """`moment` with an offset: its own, else that of `zone`, else (None) that of this machine's zone.
+
+    Raises:
+        InvalidEvent: it is too near to the first or last year for an offset; the message begins with `field`.
+    """
+    try:
+        if moment.utcoffset() is not None:
+            return moment
+        return moment.astimezone() if zone is None else moment.replace(tzinfo=zone)
+    except (ValueError, OverflowError):
+        raise InvalidEvent.at(field, TIME_RANGE) from None
 
 
 class _Contract(BaseModel):
@@ -155,7 +176,7 @@ class _Envelope(_Contract):
     def _id_belongs_to_the_fact(self) -> Self:
         # A foreign id would let one fact in twice, or occupy the place of another.
         if self.id != self.data.event_id:  # type: ignore[attr-defined]  # each subclass declares data
-            raise PydanticCustomError("contract", "id: is not the id of this type, portfolio and time")
+            raise PydanticCustomError("wrong_id", "is not the id of this type, portfolio and time")
         return self
 
 
@@ -228,10 +249,19 @@ def decode(text: str, model: type[AnyEvent]) -> AnyEvent:
     except ValidationError as error:
         raise _invalid(error) from None
     if isinstance(event, SignalArchiveEvent):
-        # The JSON reader above goes through binary floats; this one keeps the digits.
-        exact = json.loads(text, parse_float=Decimal)["data"]["signals"]
-        return event.model_copy(update={"data": event.data.model_copy(update={"signals": exact})})
+        data = event.data.model_copy(update={"signals": _exact_signals(text)})
+        return event.model_copy(update={"data": data})
     return event
+
+
+def _exact_signals(text: str) -> list[dict[str, Any]]:
+    # The model's JSON reader goes through binary floats; this one keeps the digits.
+    try:
+        return storable_signals(json.loads(text, parse_float=Decimal)["data"]["signals"])
+    except PydanticCustomError as error:
+        raise InvalidEvent(f"data.signals.{error.message()}", "data.signals") from None
+    except (ArithmeticError, ValueError):
+        raise InvalidEvent.at("data.signals", "has a number with too many digits") from None
 
 
 def json_schema() -> dict[str, Any]:
@@ -252,7 +282,7 @@ def _check_size(text: str) -> None:
 
 def _invalid(error: ValidationError) -> InvalidEvent:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
-    fields = [".".join(str(part) for part in problem["loc"]) for problem in problems]
+    fields = [_field(problem) for problem in problems]
     lines = []
     for field, problem in zip(fields, problems, strict=True):
         reason = _PLAIN_REASONS.get(problem["type"], problem["msg"])
@@ -261,10 +291,9 @@ def _invalid(error: ValidationError) -> InvalidEvent:
         lines.append(f"{field}{joint}{reason}" if field else reason)
     more = len(lines) - _REPORTED_PROBLEMS
     message = "; ".join(lines[:_REPORTED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
-    return InvalidEvent(_printable(message), _printable(fields[0]) or None)
+    return InvalidEvent(readable(message, _MESSAGE_CHARACTERS), fields[0] or None)
 
 
-def _printable(text: str, limit: int = 500) -> str:
-    """Names in a message may come from the payload: no control characters, no unbounded length."""
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+def _field(problem: Mapping[str, Any]) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    return readable(path, 200) if problem["type"] != "wrong_id" else "id"

@@ -13,20 +13,23 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, GetCoreSchemaHandler
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import PydanticCustomError, core_schema
 
 MONEY_DECIMALS = 8
 _MONEY_STEP = Decimal(1).scaleb(-MONEY_DECIMALS)
 _MONEY_LIMIT = Decimal(10) ** 12
-# Wide enough that quantize never fails for a number below the limit, however many decimals it has.
-_MONEY_CONTEXT = Context(prec=1100, rounding=ROUND_HALF_EVEN)
+# A context of our own: the caller's may round to few digits, or trap what is none of its business. Wide enough
+# that quantize never fails for a number below the limit.
+_MONEY_CONTEXT = Context(prec=1100, rounding=ROUND_HALF_EVEN, traps=[])
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_INSTANT = datetime(9999, 1, 1, tzinfo=UTC)  # leaves room for any offset before year 10000
+TIME_RANGE = "must lie between the years 1970 and 9998"
 
 MAX_NESTING = 50
-_MAX_NUMBER = 1.7976931348623157e308
+_MAX_FLOAT = 1.7976931348623157e308
+_MAX_DECIMAL = Decimal("1.7976931348623157e308")
 # PostgreSQL's numeric, which JSONB uses, keeps at most 16383 digits after the point.
 _MIN_EXPONENT = -16383
 _UNSTORABLE_CHARACTER = re.compile("[\0\ud800-\udfff]")
@@ -34,6 +37,12 @@ _UNSTORABLE_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 def _refuse(reason: str) -> PydanticCustomError:
     return PydanticCustomError("contract", "{reason}", {"reason": reason})
+
+
+def readable(text: str, limit: int) -> str:
+    """`text` as it may stand in a message, though it comes from a payload: no control characters, not endless."""
+    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:limit])
+    return shown if len(shown) <= limit and len(text) <= limit else shown[: limit - 1] + "…"
 
 
 @dataclass(frozen=True)
@@ -73,12 +82,16 @@ def _money_from_python(value: Any) -> Decimal:
         raise _refuse("is text that is not a number") from None
     if not exact.is_finite():
         raise _refuse("must be finite, not NaN or Infinity")
-    if abs(exact) < _MONEY_LIMIT:
-        # A tiny exponent would make quantize work on thousands of digits for a result of zero.
-        exact = exact.quantize(_MONEY_STEP, context=_MONEY_CONTEXT) if exact.adjusted() > -20 else Decimal(0)
-    if abs(exact) >= _MONEY_LIMIT:
+    if exact.copy_abs() < _MONEY_LIMIT:
+        exact = exact.quantize(_MONEY_STEP, context=_MONEY_CONTEXT)
+    if exact.copy_abs() >= _MONEY_LIMIT:
         raise _refuse("has more than 12 digits before the decimal point")
     return exact
+
+
+def money_sum(first: Decimal, second: Decimal) -> Decimal:
+    """The exact sum, whatever decimal context the caller has set."""
+    return _MONEY_CONTEXT.add(first, second)
 
 
 def _money_to_wire(value: Decimal) -> str:
@@ -113,15 +126,17 @@ def _instant_from_wire(text: str) -> datetime:
 def _instant_from_python(value: Any) -> datetime:
     if not isinstance(value, datetime):
         raise _refuse(f"must be a datetime, not {type(value).__name__}")
-    offset = value.utcoffset()
+    try:
+        offset = value.utcoffset()
+        if offset is not None:
+            _in_range(value)
+    except (ValueError, OverflowError):
+        raise _refuse(TIME_RANGE) from None
     if offset is None:
         raise _refuse("has no UTC offset")
     if offset % timedelta(minutes=1):
         raise _refuse("has a UTC offset with seconds, which RFC 3339 cannot write")
-    try:
-        return _in_range(value)
-    except ValueError:
-        raise _refuse("must lie between the years 1970 and 9998") from None
+    return value
 
 
 def _instant_to_wire(value: datetime) -> str:
@@ -131,7 +146,7 @@ def _instant_to_wire(value: datetime) -> str:
 Instant = Annotated[
     datetime,
     _WireText(
-        pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$",
+        pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$",
         parse=_instant_from_wire,
         coerce=_instant_from_python,
         render=_instant_to_wire,
@@ -187,17 +202,27 @@ Sequence = Annotated[
 ]
 
 
+def _refuse_at(path: str, reason: str) -> PydanticCustomError:
+    return _refuse(f"{readable(path, 200)}: {reason}")
+
+
 def _storable_number(value: int | float | Decimal, path: str) -> None:
-    if isinstance(value, Decimal) and (not value.is_finite() or value.as_tuple().exponent < _MIN_EXPONENT):  # type: ignore[operator]  # a finite Decimal's exponent is an int
-        raise _refuse(f"{path}: {'must be finite' if not value.is_finite() else 'has too many decimals'}")
-    # False for NaN as well. An interoperable reader holds at most a double's range, so nothing beyond is sent.
-    if not -_MAX_NUMBER <= value <= _MAX_NUMBER:
-        raise _refuse(f"{path}: must be finite and within ±1.8e308")
+    if not isinstance(value, Decimal):
+        within = -_MAX_FLOAT <= value <= _MAX_FLOAT  # False for NaN as well
+    elif value.is_finite():
+        if int(value.as_tuple().exponent) < _MIN_EXPONENT:
+            raise _refuse_at(path, "has too many decimals")
+        within = value.copy_abs() <= _MAX_DECIMAL
+    else:
+        within = False
+    if not within:
+        # An interoperable reader of JSON holds at most a double's range, so nothing beyond it is sent.
+        raise _refuse_at(path, "must be finite and within ±1.8e308")
 
 
 def _storable_text(value: str, path: str) -> None:
     if _UNSTORABLE_CHARACTER.search(value):
-        raise _refuse(f"{path}: contains a NUL character or a lone surrogate")
+        raise _refuse_at(path, "contains a NUL character or a lone surrogate")
 
 
 def _storable(value: Any, path: str, depth: int = 0) -> None:
@@ -209,24 +234,34 @@ def _storable(value: Any, path: str, depth: int = 0) -> None:
     elif isinstance(value, int | float | Decimal):
         _storable_number(value, path)
     elif depth >= MAX_NESTING:
-        raise _refuse(f"{path}: is nested deeper than {MAX_NESTING} levels")
+        raise _refuse_at(path, f"is nested deeper than {MAX_NESTING} levels")
     elif isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise _refuse(f"{path}: has a key that is not text but {type(key).__name__}")
+                raise _refuse_at(path, f"has a key that is not text but {type(key).__name__}")
             _storable_text(key, f"{path}: a key")
             _storable(item, f"{path}.{key}", depth + 1)
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _storable(item, f"{path}.{index}", depth + 1)
     else:
-        raise _refuse(f"{path}: is of type {type(value).__name__}, which JSON does not have")
+        raise _refuse_at(path, f"is of type {type(value).__name__}, which JSON does not have")
 
 
-def _storable_signals(signals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def storable_signals(signals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Raises PydanticCustomError, its message beginning with the path below the list."""
     for index, signal in enumerate(signals):
         _storable(signal, str(index))
     return signals
 
 
-Signals = Annotated[list[dict[str, Any]], Field(min_length=1, strict=True), AfterValidator(_storable_signals)]
+def _storable_from_python(signals: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
+    return signals if info.mode == "json" else storable_signals(signals)
+
+
+# From the wire only the shape: the contents are judged by decode, when it has read the numbers without loss.
+Signals = Annotated[
+    list[dict[str, Any]],
+    Field(min_length=1, strict=True),
+    AfterValidator(_storable_from_python),
+]

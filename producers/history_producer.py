@@ -121,9 +121,13 @@ class HistoryProducer:
     def status(self) -> OutboxStatus:
         return self._outbox.status()
 
-    def localized(self, moment: datetime) -> datetime:
-        """`moment`, or if it is naive, `moment` in the zone that HISTORY_TIMEZONE or this machine names."""
-        return localized(moment, self._timezone)
+    def localized(self, moment: datetime, field: str) -> datetime:
+        """`moment`, or if it is naive, `moment` in the zone that HISTORY_TIMEZONE or this machine names.
+
+        Raises:
+            InvalidEvent: no event can have this time; the message begins with `field`.
+        """
+        return localized(moment, self._timezone, field)
 
     def now(self) -> datetime:
         """This moment in the same zone, so that its date is the local one."""

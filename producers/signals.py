@@ -47,7 +47,7 @@ def _fetch(url: str) -> bytes:
             return content
     except httpx.HTTPStatusError as error:
         raise SignalsUnreadable(f"signals_url answered {error.response.status_code}") from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
         # Not the library's own message: it repeats the URL, which may hold a token.
         raise SignalsUnreadable(f"signals_url cannot be read: {type(error).__name__}") from None
 
@@ -64,7 +64,7 @@ def _parse(content: bytes, name: str) -> list[Any]:
         document = json.loads(text, parse_float=Decimal)
     except json.JSONDecodeError as error:
         raise SignalsUnreadable(f"{name}: line {error.lineno} column {error.colno}: {error.msg}") from None
-    except (RecursionError, ValueError):
+    except (RecursionError, ArithmeticError, ValueError):
         raise SignalsUnreadable(f"{name}: nested too deeply, or a number of too many digits") from None
     return _array(document, name)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
+from producers.fields import money_sum
 from producers.history_producer import HistoryProducer, Receipt
 from producers.signals import read_signals
 
@@ -61,7 +62,7 @@ def create_daily_portfolio_snapshot(
         **amounts,
     )
     if "total_value" not in portfolio_data:
-        total = snapshot.balance + snapshot.total_profit_loss
+        total = money_sum(snapshot.balance, snapshot.total_profit_loss)
         snapshot = PortfolioSnapshot.checked(**{**dict(snapshot), "total_value": total})
     return producer.record(snapshot)
 
@@ -100,7 +101,7 @@ def _moment(field: str, given: datetime | None, producer: HistoryProducer) -> da
         return producer.now()
     if not isinstance(given, datetime):
         raise InvalidEvent.at(field, f"must be a datetime, not {type(given).__name__}")
-    return producer.localized(given)
+    return producer.localized(given, field)
 
 
 def _open_positions(positions: Any) -> int:

@@ -148,9 +148,7 @@ def test_events_in_any_order_make_the_same_tables(redis: Redis, database_url: st
             producer.flush(10)
             work()
         tables.append(
-            _rows(
-                'SELECT event_id, portfolio_id, snapshot_date, "timestamp", total_value FROM portfolio_history ORDER BY 1'
-            )
+            _rows('SELECT event_id, snapshot_date, "timestamp", total_value FROM portfolio_history ORDER BY 1')
             + _rows("SELECT event_id, archived_at, archive_month, signals_data FROM signal_archives ORDER BY 1")
         )
         with get_db() as db:

@@ -180,5 +180,5 @@ def test_now_and_naive_times_are_in_the_configured_zone(
     monkeypatch.setenv("HISTORY_TIMEZONE", "Pacific/Kiritimati")
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         assert producer.now().utcoffset() == timedelta(hours=14)
-        assert producer.localized(datetime(2026, 1, 1, 10)) == datetime(2025, 12, 31, 20, tzinfo=UTC)
-        assert producer.localized(datetime(2026, 1, 1, tzinfo=UTC)).utcoffset() == timedelta(0)
+        assert producer.localized(datetime(2026, 1, 1, 10), "timestamp") == datetime(2025, 12, 31, 20, tzinfo=UTC)
+        assert producer.localized(datetime(2026, 1, 1, tzinfo=UTC), "timestamp").utcoffset() == timedelta(0)
