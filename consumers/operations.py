@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -78,19 +78,11 @@ def insert_event(db: Connection, event: Event) -> Stored:
         EventConflict: its id is stored with other content.
     """
     if isinstance(event, SignalArchiveEvent):
-        table, insert, stored, values = (
-            "signal_archives",
-            _INSERT_ARCHIVE,
-            _STORED_ARCHIVE,
-            _archive_values(event.data),
-        )
+        table, insert, stored = "signal_archives", _INSERT_ARCHIVE, _STORED_ARCHIVE
+        values = _archive_values(event.data)
     else:
-        table, insert, stored, values = (
-            "portfolio_history",
-            _INSERT_SNAPSHOT,
-            _STORED_SNAPSHOT,
-            dict(event.data),
-        )
+        table, insert, stored = "portfolio_history", _INSERT_SNAPSHOT, _STORED_SNAPSHOT
+        values = _snapshot_values(event.data)
     values |= {"event_id": str(event.id), "source": event.source, "sequence": event.sequence}
     # A row that was in the way of the insert can be deleted before the look at it: then the insert is due again.
     for _ in range(_INSERT_TRIES):
@@ -105,10 +97,17 @@ def insert_event(db: Connection, event: Event) -> Stored:
     raise StoreUnavailable(f"the row of event {event.id} comes and goes")
 
 
+# Instants go out in UTC: PostgreSQL reads offsets only up to 15:59, RFC 3339 has them up to 23:59.
+
+
+def _snapshot_values(snapshot: PortfolioSnapshot) -> dict[str, Any]:
+    return dict(snapshot) | {"timestamp": snapshot.timestamp.astimezone(UTC)}
+
+
 def _archive_values(archive: SignalArchive) -> dict[str, Any]:
     return {
         "portfolio_id": archive.portfolio_id,
-        "archived_at": archive.archived_at,
+        "archived_at": archive.archived_at.astimezone(UTC),
         "archive_month": archive.archive_month,
         "signals_count": archive.signals_count,
         "signals_data": simplejson.dumps(archive.signals, use_decimal=True, allow_nan=False),
