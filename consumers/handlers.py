@@ -29,14 +29,14 @@ from producers.events import (
     Source,
     decode,
 )
-from producers.fields import Sequence
+from producers.fields import EventId, Sequence
 from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome, acknowledgement_key
 
 logger = logging.getLogger(__name__)
 
 _SOURCE: TypeAdapter[str] = TypeAdapter(Source)
 _SEQUENCE: TypeAdapter[int] = TypeAdapter(Sequence)
-_EVENT_ID: TypeAdapter[UUID] = TypeAdapter(UUID)
+_EVENT_ID: TypeAdapter[UUID] = TypeAdapter(EventId)
 
 
 def record_portfolio_snapshot(event: str) -> int:

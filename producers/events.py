@@ -22,6 +22,7 @@ from producers.fields import (
     EPOCH,
     TIME_RANGE,
     Count,
+    EventId,
     Instant,
     LocalDate,
     Money,
@@ -114,7 +115,7 @@ class PortfolioSnapshot(_Contract):
     @property
     def summary(self) -> str:
         """What a person wants to read in a list of jobs: `portfolio 1 · 2026-11-22 · 10 097.37`."""
-        value = f"{self.total_value:,.2f}".replace(",", " ")
+        value = f"{self.total_value:z,.2f}".replace(",", " ")
         return f"{_portfolio_label(self.portfolio_id)} · {self.snapshot_date} · {value}"
 
 
@@ -165,7 +166,7 @@ Payload = PortfolioSnapshot | SignalArchive
 
 class _Envelope(_Contract):
     specversion: Literal["1.0"]
-    id: UUID
+    id: EventId
     source: Source
     sequence: Sequence | None = None
     time: Instant
@@ -219,9 +220,7 @@ def event_of(payload: Payload, *, source: str, sequence: int | None) -> Event:
 
 
 # Decimals stay numbers with every digit they have; money never gets here as a Decimal, its field renders text.
-_ENCODER = simplejson.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), use_decimal=True, allow_nan=False, default=str
-)
+_ENCODER = simplejson.JSONEncoder(ensure_ascii=False, separators=(",", ":"), use_decimal=True, allow_nan=False)
 
 
 def encode(event: Event) -> str:

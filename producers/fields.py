@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
 from typing import Annotated, Any
+from uuid import UUID
 
 from pydantic import AfterValidator, Field, GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import PydanticCustomError, core_schema
@@ -32,6 +33,7 @@ _MAX_FLOAT = 1.7976931348623157e308
 _MAX_DECIMAL = Decimal("1.7976931348623157e308")
 # PostgreSQL's numeric, which JSONB uses, keeps at most 16383 digits after the point.
 _MIN_EXPONENT = -16383
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _UNSTORABLE_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
@@ -75,6 +77,8 @@ class _WireText:
 def _money_from_python(value: Any) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         raise _refuse(f"must be a number, not {type(value).__name__}")
+    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+        raise _refuse("is text that is not a number")
     try:
         # repr gives the shortest decimal that means this float; Decimal(float) would spell out its noise.
         exact = Decimal(repr(float(value)) if isinstance(value, float) else value)
@@ -177,6 +181,24 @@ Count = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
 PortfolioId = Annotated[int, Field(ge=-(2**63), le=2**63 - 1, strict=True)]
 
 
+def _uuid_from_python(value: Any) -> UUID:
+    if not isinstance(value, UUID):
+        raise _refuse(f"must be a UUID, not {type(value).__name__}")
+    return value
+
+
+EventId = Annotated[
+    UUID,
+    _WireText(
+        pattern="^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
+        parse=UUID,
+        coerce=_uuid_from_python,
+        render=str,
+        reason="must be a UUID such as '7c1f366e-c9c3-5876-873e-6a33c29b098d'",
+    ),
+]
+
+
 def _sequence_from_wire(text: str) -> int:
     sequence = int(text)
     if sequence >= 2**63:
@@ -202,11 +224,20 @@ Sequence = Annotated[
 ]
 
 
-def _refuse_at(path: str, reason: str) -> PydanticCustomError:
-    return _refuse(f"{readable(path, 200)}: {reason}")
+# A path into a document, innermost step first: (step, rest). Made into text only for a message, since a document
+# may have a hundred thousand leaves below one long key.
+_Path = tuple[Any, ...]
 
 
-def _storable_number(value: int | float | Decimal, path: str) -> None:
+def _refuse_at(path: _Path, reason: str) -> PydanticCustomError:
+    steps = []
+    while path:
+        step, path = path
+        steps.append(readable(str(step), 60))
+    return _refuse(f"{readable('.'.join(reversed(steps)), 200)}: {reason}")
+
+
+def _storable_number(value: int | float | Decimal, path: _Path) -> None:
     if not isinstance(value, Decimal):
         within = -_MAX_FLOAT <= value <= _MAX_FLOAT  # False for NaN as well
     elif value.is_finite():
@@ -220,15 +251,11 @@ def _storable_number(value: int | float | Decimal, path: str) -> None:
         raise _refuse_at(path, "must be finite and within ±1.8e308")
 
 
-def _storable_text(value: str, path: str) -> None:
-    if _UNSTORABLE_CHARACTER.search(value):
-        raise _refuse_at(path, "contains a NUL character or a lone surrogate")
-
-
-def _storable(value: Any, path: str, depth: int = 0) -> None:
+def _storable(value: Any, path: _Path, depth: int = 0) -> None:
     """Raise unless `value` is JSON that JSONB holds without loss; `path` leads to it in messages."""
     if isinstance(value, str):
-        _storable_text(value, path)
+        if _UNSTORABLE_CHARACTER.search(value):
+            raise _refuse_at(path, "contains a NUL character or a lone surrogate")
     elif isinstance(value, bool) or value is None:
         pass
     elif isinstance(value, int | float | Decimal):
@@ -236,22 +263,28 @@ def _storable(value: Any, path: str, depth: int = 0) -> None:
     elif depth >= MAX_NESTING:
         raise _refuse_at(path, f"is nested deeper than {MAX_NESTING} levels")
     elif isinstance(value, dict):
+        _storable_keys(value, path)
         for key, item in value.items():
-            if not isinstance(key, str):
-                raise _refuse_at(path, f"has a key that is not text but {type(key).__name__}")
-            _storable_text(key, f"{path}: a key")
-            _storable(item, f"{path}.{key}", depth + 1)
+            _storable(item, (key, path), depth + 1)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _storable(item, f"{path}.{index}", depth + 1)
+            _storable(item, (index, path), depth + 1)
     else:
         raise _refuse_at(path, f"is of type {type(value).__name__}, which JSON does not have")
+
+
+def _storable_keys(document: dict[Any, Any], path: _Path) -> None:
+    for key in document:
+        if not isinstance(key, str):
+            raise _refuse_at(path, f"has a key that is not text but {type(key).__name__}")
+        if _UNSTORABLE_CHARACTER.search(key):
+            raise _refuse_at(path, "a key contains a NUL character or a lone surrogate")
 
 
 def storable_signals(signals: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Raises PydanticCustomError, its message beginning with the path below the list."""
     for index, signal in enumerate(signals):
-        _storable(signal, str(index))
+        _storable(signal, (index, ()))
     return signals
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -36,12 +37,16 @@ def read_signals(given: Any, *, signals_url: str | None, signals_path: Path) -> 
 def _fetch(url: str) -> bytes:
     import httpx  # only this path needs it, and it is slow to import
 
+    deadline = time.monotonic() + URL_TIMEOUT_SECONDS
     try:
         with httpx.stream("GET", url, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True) as response:
             response.raise_for_status()
             content = b""
             for chunk in response.iter_bytes():
                 content += chunk
+                # The library's limit is for each read; one that drips would hold the caller for ever.
+                if time.monotonic() > deadline:
+                    raise SignalsUnreadable(f"signals_url took longer than {URL_TIMEOUT_SECONDS:.0f} s")
                 if len(content) > MAX_EVENT_BYTES:
                     raise SignalsUnreadable(f"the answer of signals_url is larger than {MAX_EVENT_BYTES // 2**20} MiB")
             return content

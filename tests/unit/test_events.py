@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import decimal
 import json
+import time
 import random
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -84,7 +85,7 @@ def _refusal(call: Callable[[], object]) -> InvalidEvent:
     with pytest.raises(InvalidEvent) as caught:
         call()
     message = str(caught.value)
-    assert (message.isprintable(), len(message) <= 500, caught.value.__cause__) == (True, True, None)
+    assert (message.isprintable(), len(message) <= 1000, caught.value.__cause__) == (True, True, None)
     return caught.value
 
 
@@ -328,7 +329,7 @@ def test_an_amount_is_rounded_half_even_and_written_plainly(given: object, rende
         (float("nan"), "must be finite"),
         (float("-inf"), "must be finite"),
         (Decimal("sNaN"), "must be finite"),
-        ("Infinity", "must be finite"),
+        ("Infinity", "is text that is not a number"),
         (True, "must be a number, not bool"),
         (None, "must be a number, not NoneType"),
         ([1], "must be a number, not list"),
@@ -447,9 +448,9 @@ def test_signals_may_be_nested_49_levels_below_the_signal() -> None:
         ([{"a": Decimal("1E-16384")}], "signals.0.a", "too many decimals"),
         ([{"a": "\0"}], "signals.0.a", "NUL character or a lone surrogate"),
         ([{"a": ["\udfff"]}], "signals.0.a.0", "NUL character or a lone surrogate"),
-        ([{"a\0": 1}], "signals.0", "a key: contains a NUL character or a lone surrogate"),
-        ([{"\ud800": 1}], "signals.0", "a key: contains a NUL character or a lone surrogate"),
-        ([{"a": {"\ud800": 1}}], "signals.0.a", "a key: contains a NUL character or a lone surrogate"),
+        ([{"a\0": 1}], "signals.0", "a key contains a NUL character or a lone surrogate"),
+        ([{"\ud800": 1}], "signals.0", "a key contains a NUL character or a lone surrogate"),
+        ([{"a": {"\ud800": 1}}], "signals.0.a", "a key contains a NUL character or a lone surrogate"),
         ([{"a": {5: 1}}], "signals.0.a", "has a key that is not text but int"),
         ([{"a": (1,)}], "signals.0.a", "is of type tuple, which JSON does not have"),
         ([{"a": INSTANT}], "signals.0.a", "is of type datetime, which JSON does not have"),
@@ -479,7 +480,7 @@ def test_signals_that_json_or_postgresql_cannot_hold_are_refused_at_the_producer
         ('[{"a":1e-16384}]', "data.signals.0.a", "too many decimals"),
         (f'[{{"a":0.{"0" * 16383}1}}]', "data.signals.0.a", "too many decimals"),
         (r'[{"a":"\u0000"}]', "data.signals.0.a", "NUL character or a lone surrogate"),
-        (r'[{"a":{"\u0000":1}}]', "data.signals.0.a", "a key: contains a NUL character or a lone surrogate"),
+        (r'[{"a":{"\u0000":1}}]', "data.signals.0.a", "a key contains a NUL character or a lone surrogate"),
     ],
     ids=lambda value: value[:40],
 )
@@ -738,3 +739,11 @@ def test_a_producers_message_never_shows_a_value(name: str) -> None:
     values: dict[str, Any] = {name: _SECRET}
     error = _refusal(lambda: a_snapshot(**values))
     assert (error.field, "pa55" in repr(error)) == (name, False)
+
+
+def test_a_large_document_under_a_long_key_is_judged_in_linear_time() -> None:
+    """Paths are put together only for messages: building one for every leaf would take minutes here."""
+    leaves = [0] * 200_000
+    started = time.perf_counter()
+    SignalArchive.checked(archived_at=INSTANT, signals=[{"k" * 1_000_000: leaves}])
+    assert time.perf_counter() - started < 5

@@ -438,6 +438,8 @@ class _Answers(BaseHTTPRequestHandler):
 
 
 class _QuietServer(ThreadingHTTPServer):
+    daemon_threads = False  # closing waits for the last answer
+
     def handle_error(self, *_: object) -> None:
         """A client that hangs up is part of the test."""
 
