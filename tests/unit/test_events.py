@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import decimal
 import json
-import time
 import random
+import time
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
