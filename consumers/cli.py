@@ -201,6 +201,24 @@ def outbox_flush(
     raise typer.Exit(1 if pending else 0)
 
 
+@outbox_app.command("resend")
+def outbox_resend(
+    since: Annotated[
+        datetime, typer.Option(help="What was recorded from this time on (local unless it has an offset).")
+    ],
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to try.")] = 60.0,
+) -> None:
+    """Send confirmed events again, for a database restored from a backup; what it still has is absorbed."""
+    from producers.history_producer import HistoryProducer
+
+    path = _existing_outbox()
+    with stack(redis=True), HistoryProducer(outbox=path) as producer:
+        again = producer.resend(producer.localized(since, "--since"))
+        pending = producer.flush(timeout)
+    print(f"{again} events to send again, {pending} still pending")
+    raise typer.Exit(1 if pending else 0)
+
+
 @app.command()
 def status(as_json: AsJson = False) -> None:
     """Show the pipeline at a glance; exit status 1 if a part of it cannot be reached or no worker runs."""

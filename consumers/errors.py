@@ -3,6 +3,8 @@
 HistoryError
 ├── InvalidEvent        permanent: the event breaks the contract, or the database's own constraints
 ├── EventConflict       permanent: the id is stored already, with other content
+├── PoisonEvent         permanent: workers died with it
+├── RefusedJob          permanent: a job that is none of ours
 ├── StoreUnavailable    transient: the database cannot take it now; nothing is wrong with the event
 ├── OldSchema           the database has tables of the old shape under our names
 └── EmbeddedError       the embedded servers are not installed, do not start or do not stop
@@ -22,6 +24,20 @@ class EventConflict(HistoryError):
         super().__init__(f"event {event_id} is stored already as row {row_id} of {table}, with other content")
         self.event_id = event_id
         self.row_id = row_id
+
+
+class PoisonEvent(HistoryError):
+    """The event's processing killed worker after worker."""
+
+    def __init__(self, deaths: int) -> None:
+        super().__init__(f"poison event: {deaths} workers died while they had it alone")
+
+
+class RefusedJob(HistoryError):
+    """A job in our queue that does not carry an event of ours."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"refused: {reason}")
 
 
 class StoreUnavailable(HistoryError):

@@ -14,13 +14,13 @@ from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 from redis import RedisError
+from redis.client import Pipeline
 from rq import get_current_job
-from rq.job import Job
 
 from consumers import operations
 from consumers.connection import get_db
 from consumers.errors import EventConflict
-from producers.errors import InvalidEvent
+from producers.errors import HistoryError, InvalidEvent
 from producers.events import (
     MAX_EVENT_BYTES,
     AnyEvent,
@@ -30,7 +30,7 @@ from producers.events import (
     decode,
 )
 from producers.fields import EventId, Sequence
-from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome, acknowledgement_key
+from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Kind, Outcome, acknowledgement_key
 
 logger = logging.getLogger(__name__)
 
@@ -55,73 +55,85 @@ def record_signal_archive(event: str) -> int:
     return _record(event, SignalArchiveEvent)
 
 
-def _record(text: str, model: type[AnyEvent]) -> int:
-    job = get_current_job()
+@dataclass(frozen=True)
+class Settled:
+    """What became of one delivery, decided and committed. `error` is set exactly when it was rejected."""
+
+    outcome: Outcome
+    source: str | None
+    sequence: int | None
+    error: HistoryError | None = None
+
+
+def settle(job_id: str, text: Any, model: type[AnyEvent]) -> Settled:
+    """Store the event of one delivery, or record why it is refused for good.
+
+    Raises:
+        StoreUnavailable: the database cannot take either now; nothing was decided.
+    """
     try:
         event = decode(text, model)
-        stored = _store(event, job)
-    except (InvalidEvent, EventConflict) as error:
-        if job is not None:
-            _reject(job, text, str(error))
-        raise
-    logger.info(
-        "%s event %s: %s as row %d",
-        "stored" if stored.created else "had",
-        event.id,
-        event.data.summary,
-        stored.row_id,
-    )
-    if job is not None:
-        _acknowledge(
-            job,
-            event.source,
-            event.sequence,
-            Outcome("stored" if stored.created else "duplicate", stored.row_id),
-        )
-    return stored.row_id
-
-
-def _store(event: PortfolioSnapshotEvent | SignalArchiveEvent, job: Job | None) -> operations.Stored:
-    with get_db() as db:
-        stored = operations.insert_event(db, event)
-        if job is not None:
+        with get_db() as db:
+            stored = operations.insert_event(db, event)
             # The delivery that made the row may come again; its own row accounts for it.
             if (stored.source, stored.sequence) == (event.source, event.sequence):
-                operations.forget_outcome(db, job.id)
+                operations.forget_outcome(db, job_id)
             else:
-                operations.record_absorbed(db, job.id, event)
-    return stored
+                operations.record_absorbed(db, job_id, event)
+    except (InvalidEvent, EventConflict) as error:
+        return reject(job_id, text, error)
+    word = "stored" if stored.created else "had"
+    logger.info("%s event %s: %s as row %d", word, event.id, event.data.summary, stored.row_id)
+    kind: Kind = "stored" if stored.created else "duplicate"
+    return Settled(Outcome(kind, stored.row_id), event.source, event.sequence)
 
 
-def _reject(job: Job, text: Any, reason: str) -> None:
-    claim = _Claim.of(text)
+def reject(job_id: str, text: Any, error: HistoryError) -> Settled:
+    """Record that a delivery was refused for good, with what it was, as far as it can be read.
+
+    Raises:
+        StoreUnavailable: the database cannot take it now; nothing was decided.
+    """
+    claim, reason = _Claim.of(text), str(error)
     with get_db() as db:
         operations.record_rejected(
             db,
-            job.id,
+            job_id,
             reason,
             _storable(text),
             source=claim.source,
             sequence=claim.sequence,
             event_id=claim.event_id,
         )
-    logger.error("rejected job %s: %s", job.id, reason)
-    if claim.source is not None:
-        _acknowledge(job, claim.source, claim.sequence, Outcome("rejected", reason=reason))
+    logger.error("rejected job %s: %s", job_id, reason)
+    return Settled(Outcome("rejected", reason=reason), claim.source, claim.sequence, error)
 
 
-def _acknowledge(job: Job, source: str, sequence: int | None, outcome: Outcome) -> None:
-    if sequence is None:
-        return  # the producer keeps no outbox
-    key = acknowledgement_key(source)
+def acknowledge(pipe: Pipeline, settled: Settled) -> None:
+    """Tell the producer, which takes it from there; nothing to tell when it keeps no outbox."""
+    if settled.source is not None and settled.sequence is not None:
+        key = acknowledgement_key(settled.source)
+        pipe.hset(key, str(settled.sequence), str(settled.outcome))
+        pipe.expire(key, ACKNOWLEDGEMENT_TTL_SECONDS)
+
+
+def _record(text: str, model: type[AnyEvent]) -> int:
+    job = get_current_job()
+    if job is None:  # called by hand: there is no delivery to account for
+        with get_db() as db:
+            return operations.insert_event(db, decode(text, model)).row_id
+    settled = settle(job.id, text, model)
     try:
         with job.connection.pipeline(transaction=True) as pipe:
-            pipe.hset(key, str(sequence), str(outcome))
-            pipe.expire(key, ACKNOWLEDGEMENT_TTL_SECONDS)
+            acknowledge(pipe, settled)
             pipe.execute()
     except RedisError as error:
         # The work is done and committed. The producer sends again what it has no acknowledgement of.
         logger.warning("job %s is done but could not be acknowledged: %s", job.id, type(error).__name__)
+    if settled.error is not None:
+        raise settled.error
+    assert settled.outcome.row_id is not None
+    return settled.outcome.row_id
 
 
 @dataclass(frozen=True)

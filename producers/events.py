@@ -196,7 +196,7 @@ class SignalArchiveEvent(_Envelope):
 
 
 Event = PortfolioSnapshotEvent | SignalArchiveEvent
-AnyEvent = TypeVar("AnyEvent", PortfolioSnapshotEvent, SignalArchiveEvent)
+AnyEvent = TypeVar("AnyEvent", bound=PortfolioSnapshotEvent | SignalArchiveEvent)
 
 
 def event_of(payload: Payload, *, source: str, sequence: int | None) -> Event:

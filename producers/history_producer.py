@@ -82,7 +82,8 @@ class HistoryProducer:
         self._closed = False
         self._starting = threading.Lock()
         self._outbox = Outbox(settings.outbox if outbox is None else outbox)
-        self._relay = Relay(self._outbox, self._redis, self._queue)
+        self._keep_seconds = settings.outbox_keep_days * 86400
+        self._relay = self._new_relay()
         self._relay.start()
         _live.add(self)
 
@@ -129,6 +130,15 @@ class HistoryProducer:
         """
         return localized(moment, self._timezone, field)
 
+    def resend(self, since: datetime) -> int:
+        """Send again what was recorded since then and confirmed; returns how many events.
+
+        For a database that was restored from a backup. What it still has is absorbed.
+        """
+        again = self._outbox.resend(since.timestamp())
+        self._run_relay()
+        return again
+
     def now(self) -> datetime:
         """This moment in the same zone, so that its date is the local one."""
         return datetime.now(UTC).astimezone(self._timezone)
@@ -149,6 +159,9 @@ class HistoryProducer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _new_relay(self) -> Relay:
+        return Relay(self._outbox, self._redis, self._queue, keep_seconds=self._keep_seconds)
 
     def _run_relay(self) -> None:
         if not self._relay.running:
@@ -176,7 +189,7 @@ class HistoryProducer:
         self._relay.abandon_after_fork()
         self._outbox.reopen_after_fork()
         self._starting = threading.Lock()
-        self._relay = Relay(self._outbox, self._redis, self._queue)
+        self._relay = self._new_relay()
 
 
 def _checked_name(name: str) -> str:

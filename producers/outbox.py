@@ -3,10 +3,13 @@
 One SQLite file serves any number of threads and processes. An entry is `pending` until it was handed to
 Redis, then `sent`, and ends as `confirmed` or `rejected` when its acknowledgement was read. Only appending
 waits for the disk: marks that a crash forgets merely cause a re-send, which the consumer absorbs.
+
+Settled entries stay for a while, so that they can be sent again after the database was restored from a backup.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import threading
@@ -24,7 +27,11 @@ from producers.outcomes import Outcome
 
 State = Literal["pending", "sent", "confirmed", "rejected"]
 
+MAX_BYTES = 2**30
+KEEP_SECONDS = 7 * 24 * 3600.0
+
 _BUSY_TIMEOUT_SECONDS = 5.0
+_PRUNE_ENTRIES = 1000  # at once: a short transaction, which no append has to wait for
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sources (
@@ -51,7 +58,8 @@ CREATE TABLE IF NOT EXISTS entries (
 );
 CREATE INDEX IF NOT EXISTS entries_pending ON entries (position) WHERE state = 'pending';
 CREATE INDEX IF NOT EXISTS entries_unconfirmed ON entries (check_at) WHERE state = 'sent';
-CREATE INDEX IF NOT EXISTS entries_rejected ON entries (position) WHERE state = 'rejected';
+CREATE INDEX IF NOT EXISTS entries_confirmed ON entries (settled_at) WHERE state = 'confirmed';
+CREATE INDEX IF NOT EXISTS entries_awaiting ON entries (source_id) WHERE state IN ('sent', 'rejected');
 """
 
 _TAKE_SEQUENCES = """
@@ -72,15 +80,27 @@ _OVERDUE = _SELECT_ENTRIES + "WHERE state = 'sent' AND check_at <= ? ORDER BY ch
 _MARK_SENT = "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ?"
 _POSTPONE = "UPDATE entries SET checks = checks + 1, check_at = ? WHERE position = ? AND state = 'sent'"
 
-# A late `duplicate` or `rejected` of an earlier delivery must not undo what is known already.
+# A late word on an earlier delivery must not undo what is known already, with one exception: what was rejected
+# and then requeued by an operator can still be stored.
 _SETTLE = """
-UPDATE entries SET state = ?, row_id = ?, reason = ?, settled_at = ?, check_at = NULL
-WHERE source_id = ? AND sequence = ? AND state IN ('pending', 'sent')
+UPDATE entries SET state = :state, row_id = :row_id, reason = :reason, settled_at = :now, check_at = NULL
+WHERE source_id = :source_id AND sequence = :sequence
+    AND (state IN ('pending', 'sent') OR (state = 'rejected' AND :state = 'confirmed'))
 """
 
 _AWAITING = """
 SELECT id, name FROM sources WHERE EXISTS
-    (SELECT 1 FROM entries WHERE entries.source_id = sources.id AND state = 'sent')
+    (SELECT 1 FROM entries WHERE entries.source_id = sources.id AND state IN ('sent', 'rejected'))
+"""
+
+_RESEND = """
+UPDATE entries SET state = 'pending', checks = 0, check_at = NULL, settled_at = NULL, row_id = NULL
+WHERE state = 'confirmed' AND recorded_at >= ?
+"""
+
+_PRUNE = """
+DELETE FROM entries WHERE position IN
+    (SELECT position FROM entries WHERE state = 'confirmed' AND settled_at < ? ORDER BY settled_at LIMIT ?)
 """
 
 _STATUS = """
@@ -136,14 +156,15 @@ def source_of(name: str, source_id: str) -> str:
 
 
 class Outbox:
-    """Opens or creates the file at `path`.
+    """Opens or creates the file at `path`, which holds at most `max_bytes`.
 
     Raises:
         OutboxError: here and from every method, when the file cannot be read or written.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, max_bytes: int = MAX_BYTES) -> None:
         self.path = Path(path)
+        self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._connections: dict[str, sqlite3.Connection] = {}
         self._pid = os.getpid()
@@ -199,18 +220,34 @@ class Outbox:
         """Store what became of entries of one source, by sequence."""
         now = time.time()
         rows = [
-            (
-                "rejected" if outcome.kind == "rejected" else "confirmed",
-                outcome.row_id,
-                outcome.reason,
-                now,
-                source_id,
-                sequence,
-            )
+            {
+                "state": "rejected" if outcome.kind == "rejected" else "confirmed",
+                "row_id": outcome.row_id,
+                "reason": outcome.reason,
+                "now": now,
+                "source_id": source_id,
+                "sequence": sequence,
+            }
             for sequence, outcome in outcomes
         ]
         with self._transaction(durable=False) as db:
             db.executemany(_SETTLE, rows)
+
+    def resend(self, since: float) -> int:
+        """Make confirmed entries recorded since then (seconds since the epoch) pending again; returns how many."""
+        with self._transaction() as db:
+            return db.execute(_RESEND, (since,)).rowcount
+
+    def prune(self, keep_seconds: float) -> int:
+        """Drop some of the oldest confirmed entries, if they are older than wanted or the file is half full.
+
+        Returns how many; a large backlog needs more calls. What is not confirmed is never dropped.
+        """
+        with self._transaction(durable=False) as db:
+            settled_before = time.time() - keep_seconds
+            if 2 * self._used_bytes(db) > self._max_bytes:
+                settled_before = math.inf
+            return db.execute(_PRUNE, (settled_before, _PRUNE_ENTRIES)).rowcount
 
     def outcome(self, source_id: str, sequence: int) -> Outcome | None:
         """What became of one entry; None while it is under way."""
@@ -246,14 +283,20 @@ class Outbox:
                     connection.close()
             self._connections = {}
 
+    def _used_bytes(self, db: sqlite3.Connection) -> int:
+        pages, free, page_bytes = (
+            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * page_bytes)
+
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _translated(self.path):
+        with self._lock, self._translated():
             yield self._connection(durable=False)
 
     @contextmanager
     def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        with self._lock, _translated(self.path):
+        with self._lock, self._translated():
             db = self._connection(durable=durable)
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -273,8 +316,25 @@ class Outbox:
             )
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {mode}")
+            (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+            # Marks get some room beyond what appends may fill: a full outbox must still be able to empty.
+            room = self._max_bytes if durable else self._max_bytes + self._max_bytes // 16
+            connection.execute(f"PRAGMA max_page_count = {room // page_bytes}")
             self._connections[mode] = connection
         return self._connections[mode]
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        with _translated(self.path):
+            try:
+                yield
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                    raise
+                raise OutboxError(
+                    f"outbox {self.path} is full: its disk, or its limit of {self._max_bytes // 2**20} MiB;"
+                    " events leave it when Redis and a worker run"
+                ) from error
 
     def reopen_after_fork(self) -> None:
         """In a forked child: forget the parent's connections and lock, which SQLite forbids it to touch.

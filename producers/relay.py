@@ -20,7 +20,7 @@ from rq.serializers import JSONSerializer
 
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
-from producers.outbox import Entry, Outbox, RelayLock, source_of
+from producers.outbox import KEEP_SECONDS, Entry, Outbox, RelayLock, source_of
 from producers.outcomes import Outcome, acknowledgement_key
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ _FIRST_CHECK_SECONDS = 5.0
 _LAST_CHECK_SECONDS = 300.0
 _FIRST_BACKOFF_SECONDS = 0.1
 _LAST_BACKOFF_SECONDS = 5.0
+_PRUNE_SECONDS = 60.0
 
 _UNDER_WAY = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
 
@@ -49,15 +50,17 @@ def _check_interval(checks: int) -> float:
 class Relay:
     """Relays one outbox to one queue, in a daemon thread once started, or by calling `sweep`."""
 
-    def __init__(self, outbox: Outbox, redis: Redis, queue: str) -> None:
+    def __init__(self, outbox: Outbox, redis: Redis, queue: str, *, keep_seconds: float = KEEP_SECONDS) -> None:
         self._outbox = outbox
+        self._keep_seconds = keep_seconds
+        self._prune_at = 0.0
         self._redis = redis
         self._queue = Queue(queue, connection=redis, serializer=JSONSerializer)
         self._lock: RelayLock = outbox.relay_lock()
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
-        # A send that failed may have arrived all the same: the next one asks Redis first.
+        # A send that failed, or that could not be marked, may have arrived: the next one asks Redis first.
         self._doubtful = False
         self._failures = 0
         self.settled = threading.Condition()
@@ -99,6 +102,7 @@ class Relay:
         settled = self._take_acknowledgements()
         sent = self._send_pending()
         resent = self._look_after_overdue()
+        self._prune()
         return bool(settled or sent or resent)
 
     def _run(self) -> None:
@@ -172,13 +176,19 @@ class Relay:
         sent = 0
         while entries := self._outbox.pending(_BATCH_ENTRIES):
             states = self._job_states(entries) if self._doubtful else {}
+            self._doubtful = True
             self._send([entry for entry in entries if states.get(entry.position) not in _UNDER_WAY])
             self._outbox.mark_sent(_next_checks(entries))
+            self._doubtful = False
             sent += len(entries)
             if len(entries) < _BATCH_ENTRIES or self._stopping:
                 break
-        self._doubtful = False
         return sent
+
+    def _prune(self) -> None:
+        """A little at a time: at once while there is more, else every minute."""
+        if time.monotonic() >= self._prune_at and not self._outbox.prune(self._keep_seconds):
+            self._prune_at = time.monotonic() + _PRUNE_SECONDS
 
     def _look_after_overdue(self) -> int:
         entries = self._outbox.overdue(time.time(), _BATCH_ENTRIES)
@@ -201,13 +211,11 @@ class Relay:
         """Enqueue in one transaction, and out of the failed registry in the same step."""
         if not entries:
             return
-        self._doubtful = True
         failed = self._queue.failed_job_registry
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.zrem(failed.key, *(entry.job_id for entry in entries))
             self._queue.enqueue_many([_job(entry) for entry in entries], pipeline=pipe)
             pipe.execute()
-        self._doubtful = False
 
 
 def _job(entry: Entry):  # type: ignore[no-untyped-def]  # RQ's EnqueueData is untyped

@@ -76,6 +76,7 @@ class TransportSettings(EnvironmentSettings):
     redis_url: SecretStr | None = Field(None, alias="REDIS_URL")
     queue: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]+$")] = Field("history", alias="HISTORY_QUEUE")
     outbox: Path = Field(Path("data/outbox.db"), alias="HISTORY_OUTBOX")
+    outbox_keep_days: Annotated[float, Field(ge=0)] = Field(7.0, alias="HISTORY_OUTBOX_KEEP")
     # None is the zone of this machine.
     timezone: Annotated[ZoneInfo | None, BeforeValidator(_zone)] = Field(None, alias="HISTORY_TIMEZONE")
 

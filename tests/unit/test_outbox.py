@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -106,6 +107,18 @@ def test_a_late_acknowledgement_does_not_undo_an_earlier_one(path: Path) -> None
 
     assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=7)
     assert outbox.status().confirmed == 1
+
+
+def test_a_rejected_entry_is_confirmed_when_it_was_requeued_and_stored(path: Path) -> None:
+    """Its source still counts as awaiting, so that the acknowledgement is looked for."""
+    outbox = Outbox(path)
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    outbox.settle(accepted.source_id, [(1, Outcome("rejected", reason="no"))])
+    assert outbox.awaiting() == [(accepted.source_id, NAME)]
+    outbox.settle(accepted.source_id, [(1, Outcome("stored", row_id=7))])
+
+    assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=7)
+    assert outbox.awaiting() == []
 
 
 def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
@@ -206,6 +219,54 @@ def test_a_full_disk_is_an_error_and_nothing_is_half_recorded(path: Path) -> Non
     outbox._connections["FULL"].execute("PRAGMA max_page_count = 1000000")
 
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [2]
+
+
+def test_a_full_outbox_says_so_and_can_still_be_emptied(path: Path) -> None:
+    """Appending stops at the limit; marking and settling go on, and pruning makes room again."""
+    outbox = Outbox(path, max_bytes=2**20)
+
+    def fill() -> None:
+        for n in range(10_000):
+            outbox.append(NAME, [a_snapshot(after=timedelta(seconds=n))])
+
+    with pytest.raises(OutboxError, match=r"is full: its disk, or its limit of 1 MiB; events leave it when"):
+        fill()
+    full = outbox.status().pending
+    entries = outbox.pending(full)
+    outbox.mark_sent({entry.position: 0.0 for entry in entries})
+    outbox.settle(entries[0].source_id, [(entry.sequence, Outcome("stored", row_id=1)) for entry in entries])
+
+    assert outbox.prune(keep_seconds=1e9) > 0
+    assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [full + 1]
+
+
+def test_confirmed_entries_are_dropped_when_they_are_old_enough_and_others_never(path: Path) -> None:
+    """Pending, sent and rejected ones stay, however old."""
+    outbox = Outbox(path)
+    (accepted, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
+    _, sent, rejected, confirmed = outbox.pending(10)
+    outbox.mark_sent({entry.position: 0.0 for entry in (sent, rejected, confirmed)})
+    outbox.settle(accepted.source_id, [(3, Outcome("rejected", reason="no")), (4, Outcome("stored", row_id=1))])
+
+    assert outbox.prune(keep_seconds=60) == 0
+    assert outbox.prune(keep_seconds=0) == 1
+    status = outbox.status()
+    assert (status.pending, status.sent, status.rejected, status.confirmed) == (1, 1, 1, 0)
+    with pytest.raises(OutboxError, match="entry 4 is no longer kept"):
+        outbox.outcome(accepted.source_id, 4)
+
+
+def test_confirmed_entries_can_be_made_pending_again_by_time(path: Path) -> None:
+    """With the same number and bytes; what was recorded before, or is not confirmed, is left alone."""
+    outbox = Outbox(path)
+    (accepted, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    before = outbox.pending(10)
+    outbox.mark_sent({entry.position: 0.0 for entry in before})
+    outbox.settle(accepted.source_id, [(1, Outcome("stored", row_id=1)), (2, Outcome("rejected", reason="no"))])
+
+    assert outbox.resend(since=time.time() + 1) == 0
+    assert outbox.resend(since=time.time() - 60) == 1
+    assert [(entry.job_id, entry.event) for entry in outbox.pending(10)] == [(before[0].job_id, before[0].event)]
 
 
 def test_only_one_holds_the_relay_lock(path: Path) -> None:

@@ -16,6 +16,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from producers import relay as relay_module
+from producers.errors import OutboxError
 from producers.outbox import Outbox
 from producers.outcomes import acknowledgement_key
 from producers.relay import Relay
@@ -180,6 +181,23 @@ def test_a_send_whose_answer_was_lost_is_not_repeated_blindly(
     relay.sweep()
 
     assert (outbox.status().sent, _queue(redis).count) == (1, 1)
+
+
+def test_a_send_that_could_not_be_marked_is_not_repeated_blindly(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the mark is to be written: however often it is tried, one entry is in the queue."""
+    outbox.append(NAME, [a_snapshot()])
+
+    def full(check_at: Any) -> None:
+        raise OutboxError("full")
+
+    monkeypatch.setattr(outbox, "mark_sent", full)
+    for _ in range(4):
+        with pytest.raises(OutboxError):
+            relay.sweep()
+
+    assert _queue(redis).count == 1
 
 
 def test_only_one_relay_works_on_an_outbox(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
