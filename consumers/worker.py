@@ -27,7 +27,7 @@ from rq.registry import FinishedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.utils import now
 from rq.version import VERSION
-from rq.worker import SimpleWorker, WorkerStatus
+from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 
 from consumers.errors import PoisonEvent, RefusedJob, StoreUnavailable
 from consumers.handlers import Settled, acknowledge, record_portfolio_snapshot, record_signal_archive, reject, settle
@@ -85,7 +85,8 @@ class HistoryWorker(SimpleWorker):
         log_format: str = DEFAULT_LOGGING_FORMAT,
         max_jobs: int | None = None,
         max_idle_time: int | None = None,
-        **_: Any,
+        with_scheduler: bool = False,
+        dequeue_strategy: DequeueStrategy = DequeueStrategy.DEFAULT,
     ) -> bool:
         """Store events until told to stop, or with `burst` until the queue is empty. True if any job was done.
 

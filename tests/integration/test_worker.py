@@ -1,0 +1,284 @@
+"""HistoryWorker on real servers: nothing is lost when it dies, and it waits when a server is away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.registry import StartedJobRegistry
+from rq.serializers import JSONSerializer
+from sqlalchemy import text
+
+from consumers import worker as worker_module
+from consumers.connection import get_db
+from consumers.operations import get_portfolio_history
+from consumers.reservations import POISON_DEATHS, Reservations
+from consumers.worker import HistoryWorker
+from producers.errors import SettingsError
+from producers.events import encode, event_of
+from producers.history_producer import HistoryProducer
+from tests.factories import a_snapshot
+
+pytestmark = pytest.mark.usefixtures("database_url")
+
+
+def _queue(redis: Redis) -> Queue:
+    return Queue("history", connection=redis, serializer=JSONSerializer)
+
+
+def _enqueue(redis: Redis, count: int) -> list[str]:
+    """Snapshots of `count` consecutive seconds, as a producer without outbox would send them."""
+    jobs = []
+    for number in range(count):
+        event = event_of(a_snapshot(after=timedelta(seconds=number)), source="other/1", sequence=number)
+        jobs.append(_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event)))
+    return [job.id for job in jobs]
+
+
+def _burst(redis: Redis) -> HistoryWorker:
+    worker = HistoryWorker([_queue(redis)], connection=redis)
+    worker.work(burst=True, logging_level="WARNING")
+    return worker
+
+
+def _outcomes() -> list[tuple[Any, ...]]:
+    with get_db() as db:
+        return [tuple(row) for row in db.execute(text("SELECT job_id, outcome, reason FROM event_outcomes ORDER BY 1"))]
+
+
+def _until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+
+
+@contextmanager
+def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """RQ's own command with our worker class, as an operator starts it."""
+    command = [sys.executable, "-m", "rq.cli", "worker", "--url", os.environ["REDIS_URL"]]
+    process = subprocess.Popen(
+        [*command, "--worker-class", "consumers.worker.HistoryWorker", "history"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> None:
+    """No held list, no lease, no holder, no worker; jobs are finished and have the row's id as result."""
+    job_ids = _enqueue(redis, 250)
+    _burst(redis)
+
+    assert len(get_portfolio_history()) == 250
+    job = Job.fetch(job_ids[0], connection=redis, serializer=JSONSerializer)
+    assert (job.get_status(), job.return_value()) == ("finished", 1)
+    assert _queue(redis).finished_job_registry.count == 250
+    assert [key for key in redis.keys("history:*") if not key.startswith(b"history:ack:")] == []
+    assert redis.keys("rq:workers:history") == []
+
+
+def test_only_one_queue_and_a_tested_rq_are_accepted(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise it does not start, and says what to do instead."""
+    with pytest.raises(SettingsError, match="exactly one queue"):
+        HistoryWorker(["history", "other"], connection=redis)
+    monkeypatch.setattr(worker_module, "VERSION", "3.9.1")
+    with pytest.raises(SettingsError, match=r"tested with RQ 3\.0, this is 3\.9\.1: use RQ's own worker"):
+        HistoryWorker(["history"], connection=redis)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "reason"),
+    [
+        ("os.system", ["touch pwned"], "refused: it names a function that is not one of ours"),
+        ("consumers.handlers.record_portfolio_snapshot", [], "refused: it must have one argument, the event's text"),
+        ("consumers.handlers.record_portfolio_snapshot", ["{}"], "specversion: is missing"),
+    ],
+)
+def test_what_is_no_delivery_of_ours_is_refused_and_the_rest_goes_on(
+    redis: Redis, function: str, arguments: list[str], reason: str
+) -> None:
+    """The reason is the first line of what RQ shows, and stands in event_outcomes."""
+    refused = _queue(redis).enqueue(function, *arguments)
+    _enqueue(redis, 2)
+    _burst(redis)
+
+    ((job_id, outcome, recorded),) = _outcomes()
+    assert (job_id, outcome) == (refused.id, "rejected")
+    assert recorded.startswith(reason)
+    result = refused.latest_result()
+    assert result is not None
+    assert recorded in str(result.exc_string).splitlines()[0]
+    assert _queue(redis).failed_job_registry.get_job_ids() == [refused.id]
+    assert len(get_portfolio_history()) == 2
+
+
+def test_pickled_data_is_never_unpickled(redis: Redis) -> None:
+    """A job of a producer with RQ's default serializer is refused; loading it would have made a file."""
+    Queue("history", connection=redis).enqueue("consumers.handlers.record_portfolio_snapshot", _Trap())
+    _burst(redis)
+
+    ((_, outcome, reason),) = _outcomes()
+    assert (outcome, reason) == ("rejected", "refused: its data cannot be read as JSON: DeserializationError")
+    assert not os.path.exists("pwned")
+
+
+class _Trap:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("pwned",))
+
+
+def test_the_jobs_of_a_dead_holder_come_back_to_the_front_and_run_alone(redis: Redis) -> None:
+    """In their order, before what came later; one at a time, so that a death would name its cause."""
+    job_ids = _enqueue(redis, 5)
+    dead = Reservations(redis, _queue(redis), "dead")
+    dead.renew_lease()
+    assert [one.job_id for one in dead.reserve(3)] == job_ids[:3]
+    living = Reservations(redis, _queue(redis), "living")
+    assert living.recover_dead_holders() == []
+    redis.delete("history:lease:history:dead")
+
+    assert living.recover_dead_holders() == job_ids[:3]
+    assert _queue(redis).job_ids == job_ids
+    assert [(one.job_id, one.deaths) for one in living.reserve(10)] == [(job_ids[0], 0)]
+    living.hand_back()
+    _burst(redis)
+    assert len(get_portfolio_history()) == 5
+    assert redis.keys("history:suspects*") == []
+
+
+def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) -> None:
+    """Each death alone counts one; then it is rejected, and the queue goes on."""
+    job_ids = _enqueue(redis, 2)
+    for number in range(POISON_DEATHS):
+        dying = Reservations(redis, _queue(redis), f"dying-{number}")
+        dying.renew_lease()
+        assert [one.job_id for one in dying.reserve(1)] == job_ids[:1]
+        redis.delete(f"history:lease:history:dying-{number}")
+        Reservations(redis, _queue(redis), "living").recover_dead_holders()
+    _burst(redis)
+
+    assert [(job_id, reason) for job_id, _, reason in _outcomes()] == [
+        (job_ids[0], "poison event: 3 workers died while they had it alone")
+    ]
+    assert len(get_portfolio_history()) == 1
+
+
+def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception that nobody expected counts like a death of the worker."""
+    job_ids = _enqueue(redis, 2)
+    settle = worker_module.settle
+
+    def defective(job_id: str, *arguments: Any) -> Any:
+        if job_id == job_ids[0]:
+            raise ZeroDivisionError("a defect")
+        return settle(job_id, *arguments)
+
+    monkeypatch.setattr(worker_module, "settle", defective)
+    _burst(redis)
+
+    assert [job_id for job_id, _, _ in _outcomes()] == job_ids[:1]
+    assert len(get_portfolio_history()) == 1
+
+
+def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
+    """Reserved on the server, never heard of here: the next reservation has them again."""
+    job_ids = _enqueue(redis, 3)
+    reservations = Reservations(redis, _queue(redis), "one")
+    reservations.reserve(2)
+    assert [one.job_id for one in reservations.reserve(10)] == job_ids
+
+
+def test_what_stock_workers_left_behind_is_requeued_not_failed(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One job in the intermediate list, one expired in the started registry."""
+    monkeypatch.setattr(worker_module, "STRANDED_SECONDS", 0.0)
+    job_ids = _enqueue(redis, 3)
+    queue = _queue(redis)
+    redis.lmove(queue.key, queue.intermediate_queue_key, "LEFT", "RIGHT")
+    redis.lrem(queue.key, 1, job_ids[1])
+    redis.hset(Job.key_for(job_ids[1]), "status", "started")
+    redis.zadd(StartedJobRegistry(queue=queue).key, {f"{job_ids[1]}:execution": time.time() - 1})
+    worker = HistoryWorker([queue], connection=redis)
+    for _ in range(2):
+        worker._maintain_at = 0.0
+        worker._maintain()
+        time.sleep(0.01)
+    _burst(redis)
+
+    assert len(get_portfolio_history()) == 3
+    assert (queue.failed_job_registry.count, redis.exists(queue.intermediate_queue_key)) == (0, 0)
+
+
+def test_the_work_of_a_killed_worker_is_done_by_the_next(redis: Redis, database_url: str) -> None:
+    """kill -9 while it waits for a lock in the middle of an insert; nothing is lost, nothing fails."""
+    with get_db() as db:
+        db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
+        with _worker_process() as victim:
+            job_ids = _enqueue(redis, 20)
+            _until(lambda: len(redis.keys("history:held:*")) == 1)
+            victim.send_signal(signal.SIGKILL)
+            victim.wait()
+    assert get_portfolio_history() == []
+    started = time.monotonic()
+    with _worker_process():
+        _until(lambda: len(get_portfolio_history()) == 20, seconds=60)
+    assert time.monotonic() - started < 60
+    assert _queue(redis).failed_job_registry.count == 0
+    assert _outcomes() == []
+    assert len(job_ids) == 20
+
+
+def test_sigterm_lets_it_finish_what_it_holds(redis: Redis, database_url: str) -> None:
+    """Exit status 0, and the worker is gone from RQ's list; while idle it ends within moments."""
+    with _worker_process() as worker:
+        _enqueue(redis, 300)
+        _until(lambda: len(get_portfolio_history(limit=1)) == 1)
+        worker.terminate()
+        assert worker.wait(20) == 0
+    stored = len(get_portfolio_history())
+    assert stored + _queue(redis).count == 300
+    assert redis.keys("history:held:*") == []
+    assert redis.smembers("rq:workers") == set()
+    with _worker_process() as worker:
+        _until(lambda: _queue(redis).count == 0)
+        worker.terminate()
+        assert worker.wait(5) == 0
+    assert len(get_portfolio_history()) == 300
+
+
+def test_without_tables_it_waits_and_goes_on_by_itself(redis: Redis, database_url: str) -> None:
+    """The work goes back to the queue, the worker says what it waits for, nothing fails."""
+    with get_db() as db:
+        db.execute(text("ALTER TABLE portfolio_history RENAME TO elsewhere"))
+    with _worker_process():
+        _enqueue(redis, 5)
+        _until(lambda: any(b"waiting for the database" in redis.hvals(key) for key in redis.keys("rq:worker:*")))
+        with get_db() as db:
+            db.execute(text("ALTER TABLE elsewhere RENAME TO portfolio_history"))
+        _until(lambda: len(get_portfolio_history()) == 5)
+    assert (_queue(redis).failed_job_registry.count, _outcomes()) == (0, [])
+
+
+def test_it_survives_that_redis_loses_everything(redis: Redis, producer: HistoryProducer) -> None:
+    """It registers again and goes on; the outbox sends again what was lost."""
+    with _worker_process():
+        assert producer.record(a_snapshot()).wait(20) == 1
+        redis.flushall()
+        assert producer.record(a_snapshot(after=timedelta(1))).wait(20)
+        _until(lambda: len(redis.smembers("rq:workers:history")) == 1)
