@@ -105,7 +105,7 @@ class Reservations:
             pipe.sadd(self._holders, self._name)
             pipe.execute()
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: int) -> bool:
         """Wait until the queue has a job; it is held then, and `reserve` returns it."""
         return self._redis.blmove(self._queue.key, self._held, seconds, "LEFT", "RIGHT") is not None
 
@@ -149,7 +149,7 @@ class Reservations:
 
     def intermediate_ids(self) -> list[str]:
         """Jobs that a stock worker has popped and not yet begun, or dropped when it died."""
-        return [job_id.decode() for job_id in self._redis.lrange(self._queue.intermediate_queue_key, 0, -1)]
+        return [as_text(job_id) for job_id in self._redis.lrange(self._queue.intermediate_queue_key, 0, -1)]
 
     def requeue_from_intermediate(self, job_id: str) -> bool:
         return bool(self._take_from_list(keys=[self._queue.intermediate_queue_key, self._queue.key], args=[job_id]))
@@ -159,7 +159,7 @@ class Reservations:
         registry = self._queue.started_job_registry.key
         requeued = []
         for member in self._redis.zrangebyscore(registry, 0, now):
-            text = as_text(member)
+            text = as_text(member)  # type: ignore[arg-type]  # without scores it is bytes or text
             job_id = text.split(":")[0]
             keys = [registry, self._queue.key, Job.key_for(job_id)]
             if self._take_from_started(keys=keys, args=[text, job_id]):

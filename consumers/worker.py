@@ -28,6 +28,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
+from rq.worker_registration import REDIS_WORKER_KEYS as WORKERS_KEY
 
 from consumers.errors import PoisonEvent, RefusedJob, StoreUnavailable
 from consumers.handlers import Settled, acknowledge, record_portfolio_snapshot, record_signal_archive, reject, settle
@@ -47,7 +48,7 @@ _MODELS: dict[str, type[PortfolioSnapshotEvent] | type[SignalArchiveEvent]] = {
 }
 
 _BATCH_JOBS = 100
-_WAIT_SECONDS = 1.0  # also how long a stop request may go unnoticed by an idle worker
+_WAIT_SECONDS = 1  # also how long a stop request may go unnoticed by an idle worker
 _RENEW_SECONDS = LEASE_SECONDS / 4
 _MAINTENANCE_SECONDS = 5.0
 _FIRST_BACKOFF_SECONDS = 0.2
@@ -235,7 +236,8 @@ class HistoryWorker(SimpleWorker):
         if time.monotonic() < self._maintain_at:
             return
         self._maintain_at = time.monotonic() + _MAINTENANCE_SECONDS * random.uniform(0.8, 1.2)
-        if not self.connection.exists(self.key):  # Redis lost everything, this worker's registration included
+        if not self.connection.sismember(WORKERS_KEY, self.key):  # Redis lost everything, this registration included
+            self.connection.delete(self.key)
             self.register_birth()
             self._reservations.renew_lease()
         self.heartbeat()

@@ -20,6 +20,7 @@ from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
+from consumers import handlers
 from consumers import worker as worker_module
 from consumers.connection import get_db
 from consumers.operations import get_portfolio_history
@@ -90,7 +91,7 @@ def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> No
     job = Job.fetch(job_ids[0], connection=redis, serializer=JSONSerializer)
     assert (job.get_status(), job.return_value()) == ("finished", 1)
     assert _queue(redis).finished_job_registry.count == 250
-    assert [key for key in redis.keys("history:*") if not key.startswith(b"history:ack:")] == []
+    assert [key for key in redis.keys("history:*") if not bytes(key).startswith(b"history:ack:")] == []
     assert redis.keys("rq:workers:history") == []
 
 
@@ -121,10 +122,10 @@ def test_what_is_no_delivery_of_ours_is_refused_and_the_rest_goes_on(
 
     ((job_id, outcome, recorded),) = _outcomes()
     assert (job_id, outcome) == (refused.id, "rejected")
-    assert recorded.startswith(reason)
+    assert str(recorded).startswith(reason)
     result = refused.latest_result()
     assert result is not None
-    assert recorded in str(result.exc_string).splitlines()[0]
+    assert str(recorded) in str(result.exc_string).splitlines()[0]
     assert _queue(redis).failed_job_registry.get_job_ids() == [refused.id]
     assert len(get_portfolio_history()) == 2
 
@@ -183,7 +184,7 @@ def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) ->
 def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception that nobody expected counts like a death of the worker."""
     job_ids = _enqueue(redis, 2)
-    settle = worker_module.settle
+    settle = handlers.settle
 
     def defective(job_id: str, *arguments: Any) -> Any:
         if job_id == job_ids[0]:

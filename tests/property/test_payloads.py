@@ -472,5 +472,5 @@ def test_any_other_text_is_refused_at_the_consumer(wire: str) -> None:
     """Whatever arrives, the answer is InvalidEvent with a printable reason."""
     for model in (PortfolioSnapshotEvent, SignalArchiveEvent):
         with pytest.raises(InvalidEvent) as caught:
-            decode(wire, model)  # type: ignore[type-var]  # each is an event
+            decode(wire, model)
         assert str(caught.value).isprintable()
