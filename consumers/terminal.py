@@ -54,6 +54,29 @@ def print_archives(rows: Sequence[Mapping[str, Any]]) -> None:
     _print(table if rows else "There are no signal archives.")
 
 
+def print_rejections(rejections: Sequence[Mapping[str, Any]]) -> None:
+    table = _table("job", "kind", "event", "at", "reason")
+    for one in rejections:
+        moment = f"{one['created_at']:%Y-%m-%d} {_clock(one['created_at'])}"
+        table.add_row(one["job_id"], one["kind"] or "-", one["event_id"] or "-", moment, one["reason"])
+    _print(table if rejections else "Nothing was rejected.")
+
+
+def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
+    columns = ("stored", "absorbed", "rejected", "discarded", "under way", "last")
+    table = _table("source", *columns, "missing", "tail")
+    for one in audits:
+        ranges = [str(first) if first == last else f"{first}-{last}" for first, last in one["missing"]]
+        ranges += [f"{number} (another event)" for number in one["mismatched"]]
+        table.add_row(
+            one["source"],
+            *(str(one[column.replace(" ", "_")]) for column in columns),
+            ", ".join(ranges[:5]) + (f" and {len(ranges) - 5} more" if len(ranges) > 5 else "") or "none",
+            "known" if one["tail_known"] else "unknown",
+        )
+    _print(table if audits else "No source has numbered events here.")
+
+
 def print_facts(facts: Mapping[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
@@ -64,6 +87,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 def _table(*columns: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     numbers = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
+    numbers |= {"stored", "absorbed", "rejected", "discarded", "under way", "last"}
     for column in columns:
         table.add_column(column, justify="right" if column in numbers else "left")
     return table

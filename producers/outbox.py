@@ -103,6 +103,10 @@ DELETE FROM entries WHERE position IN
     (SELECT position FROM entries WHERE state = 'confirmed' AND settled_at < ? ORDER BY settled_at LIMIT ?)
 """
 
+_NUMBERS = """
+SELECT sequence, event_id, state FROM entries WHERE source_id = ? AND sequence > ? ORDER BY sequence LIMIT ?
+"""
+
 _STATUS = """
 SELECT state, count(*), min(recorded_at) FROM entries GROUP BY state
 """
@@ -275,6 +279,17 @@ class Outbox:
     def relay_lock(self) -> RelayLock:
         """The right to relay this outbox, which one thread of one process has at a time."""
         return RelayLock(self.path.with_name(self.path.name + "-relay"))
+
+    def sources(self) -> list[tuple[str, str, int]]:
+        """(id, name, last number used) of each source of this outbox."""
+        with self._reading() as db:
+            return db.execute("SELECT id, name, last_sequence FROM sources").fetchall()
+
+    def numbers(self, source_id: str, after: int, limit: int) -> list[tuple[int, UUID, State]]:
+        """(sequence, event id, state) of the kept entries of one source, in order, for going through all."""
+        with self._reading() as db:
+            rows = db.execute(_NUMBERS, (source_id, after, limit)).fetchall()
+        return [(sequence, UUID(event_id), state) for sequence, event_id, state in rows]
 
     def close(self) -> None:
         with self._lock:

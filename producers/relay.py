@@ -40,7 +40,7 @@ _FIRST_BACKOFF_SECONDS = 0.1
 _LAST_BACKOFF_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
 
-_UNDER_WAY = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
+UNDER_WAY = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
 
 
 def _check_interval(checks: int) -> float:
@@ -177,7 +177,7 @@ class Relay:
         while entries := self._outbox.pending(_BATCH_ENTRIES):
             states = self._job_states(entries) if self._doubtful else {}
             self._doubtful = True
-            self._send([entry for entry in entries if states.get(entry.position) not in _UNDER_WAY])
+            self._send([entry for entry in entries if states.get(entry.position) not in UNDER_WAY])
             self._outbox.mark_sent(_next_checks(entries))
             self._doubtful = False
             sent += len(entries)
@@ -195,7 +195,7 @@ class Relay:
         if not entries:
             return 0
         states = self._job_states(entries)
-        gone = [entry for entry in entries if states[entry.position] not in _UNDER_WAY]
+        gone = [entry for entry in entries if states[entry.position] not in UNDER_WAY]
         self._send(gone)
         self._outbox.postpone(_next_checks(entries))
         return len(gone)

@@ -1,0 +1,179 @@
+"""The proof: for each source, every number from the first to the last is accounted for, or named as missing.
+
+A source numbers its events without gaps. In the database each number is a row, or an outcome that is no row. With
+the producer's outbox at hand, the audit also knows the numbers after the last one in the database.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+from redis import Redis
+from rq.job import Job
+from rq.utils import as_text
+from sqlalchemy import text
+
+from consumers.connection import get_db
+from producers.outbox import Outbox, source_of
+from producers.relay import UNDER_WAY
+
+_NAMED_GAPS = 1000
+_PAGE = 5000
+
+# One ordered pass over the three indexes on (source, sequence).
+_NUMBERED = """
+    SELECT source, sequence FROM portfolio_history WHERE sequence IS NOT NULL
+    UNION ALL SELECT source, sequence FROM signal_archives WHERE sequence IS NOT NULL
+    UNION ALL SELECT source, sequence FROM event_outcomes WHERE sequence IS NOT NULL
+"""
+
+_COUNTS = text("""
+    SELECT source, sum(stored) AS stored, sum(absorbed) AS absorbed, sum(rejected) AS rejected,
+        sum(discarded) AS discarded, max(last) AS last
+    FROM (
+        SELECT source, count(*) AS stored, 0 AS absorbed, 0 AS rejected, 0 AS discarded, max(sequence) AS last
+        FROM portfolio_history WHERE sequence IS NOT NULL GROUP BY source
+        UNION ALL
+        SELECT source, count(*), 0, 0, 0, max(sequence)
+        FROM signal_archives WHERE sequence IS NOT NULL GROUP BY source
+        UNION ALL
+        SELECT source, 0, count(*) FILTER (WHERE outcome = 'absorbed'), count(*) FILTER (WHERE outcome = 'rejected'),
+            count(*) FILTER (WHERE outcome = 'discarded'), max(sequence)
+        FROM event_outcomes WHERE sequence IS NOT NULL GROUP BY source
+    ) AS tables GROUP BY source ORDER BY source
+""")
+
+# Sources count from 1; those that number the entries of a file count from 0.
+_GAPS = text(
+    f"""
+    SELECT source, previous + 1 AS first, sequence - 1 AS last FROM (
+        SELECT source, sequence, lag(sequence, 1, CAST(0 AS bigint)) OVER (PARTITION BY source ORDER BY sequence)
+            AS previous
+        FROM ({_NUMBERED}) AS numbered) AS steps
+    WHERE sequence > previous + 1 ORDER BY source, sequence LIMIT {_NAMED_GAPS}
+"""  # noqa: S608  # put together from constants
+)
+
+
+_IDENTITIES = text("""
+    SELECT sequence, event_id FROM (
+        SELECT source, sequence, event_id FROM portfolio_history
+        UNION ALL SELECT source, sequence, event_id FROM signal_archives
+        UNION ALL SELECT source, sequence, event_id FROM event_outcomes) AS identities
+    WHERE source = :source AND sequence BETWEEN :first AND :last
+""")
+
+Ranges = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class SourceAudit:
+    """One source's numbers, counted by what became of them.
+
+    `missing` are inclusive ranges of numbers that nothing is known of; `mismatched` are numbers under which the
+    database has another event than the outbox. `under_way` numbers are still in the outbox or the queue. Without
+    the outbox (`tail_known` false) what was accepted after `last` cannot be seen.
+    """
+
+    source: str
+    stored: int
+    absorbed: int
+    rejected: int
+    discarded: int
+    last: int
+    under_way: int
+    missing: Ranges
+    mismatched: list[int]
+    tail_known: bool
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing and not self.mismatched
+
+
+def audit(redis: Redis | None = None, outbox: Outbox | None = None) -> list[SourceAudit]:
+    """Account for every source in the database, and every source of `outbox`.
+
+    Raises:
+        StoreUnavailable: the database cannot be read now.
+    """
+    # The outbox first: what it accepts from now on is not expected in the database.
+    kept = {} if outbox is None else {source_of(name, key): (key, last) for key, name, last in outbox.sources()}
+    with get_db() as db:
+        counts = {row.source: row for row in db.execute(_COUNTS)}
+        gaps: dict[str, Ranges] = {}
+        for gap in db.execute(_GAPS):
+            gaps.setdefault(gap.source, []).append((gap.first, gap.last))
+    audits = []
+    for source in sorted(counts.keys() | kept.keys()):
+        row, open_ranges = counts.get(source), gaps.get(source, [])
+        last: int = 0 if row is None else row.last
+        mismatched: list[int] = []
+        if outbox is not None and source in kept:
+            source_id, used = kept[source]
+            if used > last:
+                open_ranges, last = [*open_ranges, (last + 1, used)], used
+            travelling, mismatched = _compare(source, source_id, outbox)
+        else:
+            travelling = _in_queue(source, open_ranges, redis)
+        missing = _without(open_ranges, travelling)
+        audits.append(
+            SourceAudit(
+                source=source,
+                stored=0 if row is None else int(row.stored),
+                absorbed=0 if row is None else int(row.absorbed),
+                rejected=0 if row is None else int(row.rejected),
+                discarded=0 if row is None else int(row.discarded),
+                last=last,
+                under_way=_size(open_ranges) - _size(missing),
+                missing=missing,
+                mismatched=mismatched,
+                tail_known=source in kept,
+            )
+        )
+    return audits
+
+
+def _compare(source: str, source_id: str, outbox: Outbox) -> tuple[set[int], list[int]]:
+    """The numbers that the outbox has not settled, and those whose event in the database is another one."""
+    travelling, mismatched, after = set(), [], -1
+    while page := outbox.numbers(source_id, after, _PAGE):
+        first, after = page[0][0], page[-1][0]
+        with get_db() as db:
+            rows = db.execute(_IDENTITIES, {"source": source, "first": first, "last": after})
+            stored = {row.sequence: row.event_id for row in rows}
+        travelling |= {sequence for sequence, _, state in page if state in ("pending", "sent")}
+        mismatched += [number for number, event_id, _ in page if stored.get(number, event_id) not in (event_id, None)]
+    return travelling, mismatched
+
+
+def _in_queue(source: str, ranges: Ranges, redis: Redis | None) -> set[int]:
+    """Those numbers whose job is on its way in Redis; of a very long gap only the first."""
+    numbers = list(islice((number for first, last in ranges for number in range(first, last + 1)), _PAGE))
+    if redis is None or not numbers:
+        return set()
+    source_id = source.rsplit("/", 1)[-1]
+    with redis.pipeline(transaction=False) as pipe:
+        for number in numbers:
+            pipe.hget(Job.key_for(f"{source_id}-{number}"), "status")
+        statuses = pipe.execute()
+    return {number for number, status in zip(numbers, statuses, strict=True) if status and as_text(status) in UNDER_WAY}
+
+
+def _without(ranges: Ranges, known: set[int]) -> Ranges:
+    """What is left of `ranges`, in order, without the numbers that are known."""
+    left: Ranges = []
+    for first, last in ranges:
+        start = first
+        for number in sorted(number for number in known if first <= number <= last):
+            if number > start:
+                left.append((start, number - 1))
+            start = number + 1
+        if start <= last:
+            left.append((start, last))
+    return left
+
+
+def _size(ranges: Ranges) -> int:
+    return sum(last - first + 1 for first, last in ranges)

@@ -1,0 +1,183 @@
+"""audit and failed: what happened to every number can be told, and what was refused can be mended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.serializers import JSONSerializer
+from sqlalchemy import text
+
+from consumers.audit import SourceAudit, audit
+from consumers.connection import get_db
+from consumers.failed import rejections
+from producers.errors import EventRejected
+from producers.history_producer import HistoryProducer, Receipt
+from producers.outbox import Outbox
+from tests.factories import a_snapshot, an_archive
+
+Work = Callable[[], None]
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "consumers.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ.copy(),
+        check=False,
+    )
+
+
+def _execute(statement: str) -> None:
+    with get_db() as db:
+        db.execute(text(statement))
+
+
+@pytest.fixture
+def mixed(producer: HistoryProducer, work: Work) -> list[Receipt]:
+    """1-3 snapshots, 4 an archive, 5 the same as 1, 6 in conflict with 1."""
+    receipts = [producer.record(a_snapshot(after=timedelta(n))) for n in range(3)]
+    receipts += [producer.record(an_archive()), producer.record(a_snapshot()), producer.record(a_snapshot(balance=1))]
+    producer.flush(5)
+    work()
+    for receipt in receipts[:5]:
+        receipt.wait(5)
+    return receipts
+
+
+def _audited(producer: HistoryProducer, redis: Redis, *, with_outbox: bool = True) -> SourceAudit:
+    path = producer._outbox.path
+    (one,) = audit(redis, Outbox(path) if with_outbox else None)
+    return one
+
+
+def test_every_number_is_accounted_for(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
+    """Across both tables and the outcomes; with the outbox the tail is known."""
+    one = _audited(producer, redis)
+    assert (one.stored, one.absorbed, one.rejected, one.discarded, one.last) == (4, 1, 1, 0, 6)
+    assert (one.source, one.under_way, one.missing, one.tail_known) == (mixed[0].source, 0, [], True)
+    assert one.complete
+    assert not _audited(producer, redis, with_outbox=False).tail_known
+
+
+def test_what_is_under_way_is_not_missing(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
+    """Recorded, not yet worked on: known from the outbox; in a gap, known from the queue as well."""
+    producer.record_many([a_snapshot(after=timedelta(10)), a_snapshot(after=timedelta(11))])
+    producer.flush(5)
+    assert (_audited(producer, redis).under_way, _audited(producer, redis).missing) == (2, [])
+    with get_db() as db:
+        db.execute(
+            text("INSERT INTO event_outcomes (job_id, source, sequence, outcome) VALUES ('x', :source, 8, 'absorbed')"),
+            {"source": mixed[0].source},
+        )
+    without = _audited(producer, redis, with_outbox=False)
+    assert (without.last, without.under_way, without.missing) == (8, 1, [])
+
+
+def test_a_lost_row_is_found_and_named(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
+    """In the middle, in a run, and at the end, which only the outbox can know; exit status 1."""
+    _execute("DELETE FROM portfolio_history WHERE sequence IN (2, 3)")
+    _execute("DELETE FROM event_outcomes WHERE sequence = 6")
+
+    assert _audited(producer, redis).missing == [(2, 3), (6, 6)]
+    assert _audited(producer, redis, with_outbox=False).missing == [(2, 3)]
+    os.environ["HISTORY_OUTBOX"] = str(producer._outbox.path)
+    told = _run("audit")
+    os.environ.pop("HISTORY_OUTBOX")
+    assert told.returncode == 1
+    assert "2-3, 6" in told.stdout
+
+
+def test_another_event_under_a_number_is_found(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
+    """The database has the number, but not with the id that the outbox gave it."""
+    _execute("UPDATE portfolio_history SET event_id = gen_random_uuid() WHERE sequence = 2")
+    one = _audited(producer, redis)
+    assert (one.missing, one.mismatched, one.complete) == ([], [2], False)
+
+
+def test_two_sources_do_not_hide_each_others_gaps(redis: Redis, database_url: str, work: Work, tmp_path: Path) -> None:
+    """Each is accounted for by itself."""
+    for name in ("a", "b"):
+        with HistoryProducer(redis, outbox=tmp_path / f"{name}.db", name=name) as producer:
+            producer.record_many([a_snapshot(after=timedelta(n), portfolio_id=ord(name)) for n in range(3)])
+            producer.flush(5)
+    work()
+    _execute("DELETE FROM portfolio_history WHERE source LIKE 'a/%' AND sequence = 2")
+
+    assert [(one.source[0], one.missing) for one in audit(redis)] == [("a", [(2, 2)]), ("b", [])]
+
+
+def test_failed_lists_and_shows_what_was_refused(mixed: list[Receipt]) -> None:
+    """Exit status 1 when there is something; by event id or job id; nothing of the payload in the list."""
+    listed = _run("failed", "list", "--json")
+    (fact,) = json.loads(listed.stdout)
+    shown = _run("failed", "show", str(mixed[5].event_id))
+
+    assert listed.returncode == 1
+    assert (fact["kind"], fact["sequence"], fact["event_id"]) == ("snapshot", 6, str(mixed[5].event_id))
+    assert fact["reason"].endswith("with other content")
+    assert '"balance":"1"' in shown.stdout
+    assert _run("failed", "list", "--kind", "archive").returncode == 0
+    assert _run("failed", "list", "--kind", "sheep").returncode == 2
+    assert _run("failed", "show", "nothing").stderr == "error: no rejection has the job id or event id nothing\n"
+
+
+@pytest.mark.parametrize("redis_kept_it", [True, False])
+def test_a_requeued_event_that_is_stored_is_a_rejection_no_more(
+    producer: HistoryProducer, redis: Redis, mixed: list[Receipt], work: Work, redis_kept_it: bool
+) -> None:
+    """Also when Redis has lost the job; the outbox learns of it and the receipt gives the row."""
+    with pytest.raises(EventRejected):
+        mixed[5].wait(5)
+    _execute("DELETE FROM portfolio_history WHERE sequence = 1")
+    if not redis_kept_it:
+        redis.flushall()
+    requeued = _run("failed", "requeue", "--all")
+    work()
+
+    assert (requeued.returncode, requeued.stdout) == (0, "1 sent through again\n")
+    assert rejections() == []
+    assert Queue("history", connection=redis, serializer=JSONSerializer).failed_job_registry.count == 0
+    deadline = 200
+    while producer.status().rejected and deadline:
+        mixed[4].wait(1)
+        deadline -= 1
+        redis.ping()
+    assert producer.status().rejected == 0
+
+
+def test_a_discarded_event_is_kept_with_the_reasons(
+    producer: HistoryProducer, redis: Redis, mixed: list[Receipt]
+) -> None:
+    """It leaves the list and the failed registry, and the audit counts it as discarded."""
+    (rejection,) = rejections()
+    discarded = _run("failed", "discard", rejection.job_id, "--reason", "test data")
+
+    assert (discarded.returncode, rejections()) == (0, [])
+    assert Queue("history", connection=redis, serializer=JSONSerializer).failed_job_registry.count == 0
+    one = _audited(producer, redis)
+    assert (one.rejected, one.discarded, one.missing) == (0, 1, [])
+    with get_db() as db:
+        reason, event = db.execute(text("SELECT reason, event FROM event_outcomes WHERE outcome = 'discarded'")).one()
+    assert reason.startswith("test data; it was rejected: event ")
+    assert json.loads(event)["sequence"] == "0000000000000000006"
+
+
+def test_requeue_and_discard_want_to_know_which(redis: Redis, database_url: str) -> None:
+    """One by name, or many by --kind or --all: neither or both is wrong usage."""
+    assert [
+        _run("failed", "requeue").returncode,
+        _run("failed", "requeue", "x", "--all").returncode,
+        _run("failed", "discard", "--reason", "r").returncode,
+        _run("failed", "discard", "--all").returncode,
+    ] == [2, 2, 2, 2]
