@@ -1,0 +1,127 @@
+"""Programs that the fault tests run as processes: `python -m tests.faults.programs producer|worker ...`.
+
+With FAULT_STEP set, a program kills itself with SIGKILL when it reaches that step for the FAULT_TIMES-th time.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from producers.events import PortfolioSnapshot, SignalArchive
+from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
+from producers.relay import Relay
+from tests.factories import a_signal, a_snapshot, an_archive
+
+# What a producer of the random run sends: mostly new facts, some that others send too, some in conflict.
+_SHARED_FACTS = 40
+
+
+def produce(outbox: str, seed: int, count: int, pause_seconds: float) -> None:
+    """Record `count` events, one at a time, and say of each on stdout that it was accepted."""
+    dice = random.Random(seed)
+    with HistoryProducer(outbox=outbox, name=f"producer-{seed % 1000}") as producer:
+        for number in range(count):
+            receipt = producer.record(_payload(dice, seed, number))
+            print(receipt.source, receipt.sequence, receipt.event_id, flush=True)  # noqa: T201  # read by the harness
+            time.sleep(pause_seconds * dice.random())
+        producer.flush(30)
+
+
+def _payload(dice: random.Random, seed: int, number: int) -> PortfolioSnapshot | SignalArchive:
+    if dice.random() < 0.1:
+        shared = timedelta(days=1, seconds=dice.randrange(_SHARED_FACTS))
+        return a_snapshot(after=shared, portfolio_id=0, balance=dice.choice([1, 1, 1, 2]))
+    after = timedelta(seconds=number)
+    if dice.random() < 0.2:
+        return an_archive(after=after, portfolio_id=seed, signals=[a_signal(), a_signal(reason=str(number))])
+    return a_snapshot(after=after, portfolio_id=seed)
+
+
+def work() -> None:
+    """A HistoryWorker as the command starts it."""
+    from consumers.cli import app
+
+    app(["worker"])
+
+
+def _die_at(step: str, times: int) -> None:
+    """Wrap the functions around the step so that the process dies there."""
+    left = times
+
+    def die() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    owner, name, when = _STEPS[step]()
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        if when == "before":
+            die()
+        result = original(*args, **kwargs)
+        if when == "after":
+            die()
+        return result
+
+    setattr(owner, name, dying)
+
+
+def _in_worker(module: str, name: str, when: str) -> Callable[[], tuple[Any, str, str]]:
+    def find() -> tuple[Any, str, str]:
+        import importlib
+
+        owner: Any = importlib.import_module(module)
+        *path, function = name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        return owner, function, when
+
+    return find
+
+
+PRODUCER_STEPS = {
+    "before append": lambda: (Outbox, "append", "before"),
+    "after append": lambda: (Outbox, "append", "after"),
+    "before send": lambda: (Relay, "_send", "before"),
+    "after send": lambda: (Relay, "_send", "after"),
+    "after mark": lambda: (Outbox, "mark_sent", "after"),
+    "before settle": lambda: (Outbox, "settle", "before"),
+    "after settle": lambda: (Outbox, "settle", "after"),
+}
+WORKER_STEPS = {
+    "before reserve": _in_worker("consumers.reservations", "Reservations.reserve", "before"),
+    "after reserve": _in_worker("consumers.reservations", "Reservations.reserve", "after"),
+    "before insert": _in_worker("consumers.operations", "insert_event", "before"),
+    "after insert": _in_worker("consumers.operations", "insert_event", "after"),
+    "after commit": _in_worker("consumers.worker", "settle", "after"),
+    "before finish": _in_worker("consumers.worker", "HistoryWorker._finish", "before"),
+    "after acknowledge": _in_worker("consumers.worker", "acknowledge", "after"),
+    "after finish": _in_worker("consumers.worker", "HistoryWorker._finish", "after"),
+    "while handing back": _in_worker("consumers.reservations", "Reservations.hand_back", "before"),
+}
+_STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {**PRODUCER_STEPS, **WORKER_STEPS}
+
+
+def main() -> None:
+    if step := os.environ.get("FAULT_STEP"):
+        _die_at(step, int(os.environ.get("FAULT_TIMES", "1")))
+    if sys.argv[1] == "worker":
+        work()
+    else:
+        _, _, outbox, seed, count, pause = sys.argv
+        produce(str(Path(outbox)), int(seed), int(count), float(pause))
+
+
+if __name__ == "__main__":
+    main()
