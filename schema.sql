@@ -1,12 +1,12 @@
 -- The history of portfolios and signals: the only DDL of this project.
--- Makes the tables on an empty database and may run again at any time, also twice at the same moment.
+-- Makes what is missing, and may run again at any time, also twice at the same moment.
 
 BEGIN;
 
 -- CREATE ... IF NOT EXISTS is not safe against another session that does the same; this lock is.
 SELECT pg_advisory_xact_lock(4825167903);
 
--- Tables of the same names from before this project have other columns. Nothing below may touch them.
+-- Tables of the same names from before this project have no event ids. Nothing below may touch them.
 DO $$
 DECLARE
     old_shape text;

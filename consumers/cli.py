@@ -7,12 +7,15 @@ import logging
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from redis import RedisError
 
 from consumers.stack import stack
 from producers.errors import HistoryError
@@ -34,7 +37,8 @@ _debug = False
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")]
-PortfolioIdOption = Annotated[int | None, typer.Option(help="Only, or for, this portfolio.")]
+OfPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="Only of this portfolio.")]
+ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="The portfolio's number.")]
 Since = Annotated[datetime | None, typer.Option(help="From this time on (local unless it has an offset).")]
 Until = Annotated[datetime | None, typer.Option(help="Before this time (local unless it has an offset).")]
 
@@ -54,7 +58,7 @@ def options(
 
 @app.command()
 def demo() -> None:
-    """Run the whole pipeline once on real input, in a folder of its own, and show what came of it."""
+    """Run simulated trading cycles through the whole pipeline, twice, in a folder of its own, and count."""
     from consumers.demo import run_demo
     from consumers.stack import embedded_home
 
@@ -75,7 +79,7 @@ def up() -> None:
 
 @app.command("init-db")
 def init_db() -> None:
-    """Make the tables, or bring them up to date."""
+    """Make the tables that are missing."""
     from consumers.connection import apply_schema, engine
 
     with stack(database=True):
@@ -84,7 +88,7 @@ def init_db() -> None:
 
 
 @app.command()
-def worker(burst: Annotated[bool, typer.Option(help="Stop when the queue is empty.")] = False) -> None:
+def worker(burst: Annotated[bool, typer.Option("--burst", help="Stop when the queue is empty.")] = False) -> None:
     """Store events from the queue until told to stop."""
     from consumers.worker import run_worker
     from producers.settings import TransportSettings
@@ -97,15 +101,15 @@ def worker(burst: Annotated[bool, typer.Option(help="Stop when the queue is empt
 @app.command()
 def snapshot(
     file: Annotated[Path, typer.Argument(help="The controller's portfolio as JSON; - reads standard input.")],
-    portfolio_id: PortfolioIdOption = None,
-    timestamp: Annotated[datetime | None, typer.Option(help="When it was so; now by default.")] = None,
+    portfolio_id: ForPortfolio = None,
+    timestamp: Annotated[datetime | None, typer.Option(help="Time of the snapshot; now by default.")] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until it is stored.")] = 0,
 ) -> None:
     """Record one portfolio snapshot, as the controller would."""
     from producers.history_producer import HistoryProducer
     from producers.trading_controller import create_daily_portfolio_snapshot
 
-    portfolio = _read_json(file)
+    portfolio = _read_portfolio(file)
     with stack(redis=True), HistoryProducer() as producer:
         receipt = create_daily_portfolio_snapshot(portfolio, portfolio_id, timestamp=timestamp, producer=producer)
         _print_receipt(receipt, wait)
@@ -115,7 +119,7 @@ def snapshot(
 def archive(
     file: Annotated[Path, typer.Argument(help="The current signals.")] = Path("data/trades/current_signals.json"),
     url: Annotated[str | None, typer.Option(help="Read the signals from here instead.")] = None,
-    portfolio_id: PortfolioIdOption = None,
+    portfolio_id: ForPortfolio = None,
     archived_at: Annotated[datetime | None, typer.Option(help="The cycle's time; now by default.")] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until it is stored.")] = 0,
 ) -> None:
@@ -140,7 +144,7 @@ def archive(
 @app.command()
 def history(
     limit: Limit = 20,
-    portfolio_id: PortfolioIdOption = None,
+    portfolio_id: OfPortfolio = None,
     since: Since = None,
     until: Until = None,
     as_json: AsJson = False,
@@ -150,16 +154,14 @@ def history(
     from consumers.terminal import print_snapshots
 
     with stack(database=True):
-        rows = get_portfolio_history(
-            limit, portfolio_id=portfolio_id, since=_aware(since, "--since"), until=_aware(until, "--until")
-        )
+        rows = get_portfolio_history(limit, portfolio_id=portfolio_id, since=since, until=until)
     (_print_json if as_json else print_snapshots)(rows)
 
 
 @app.command()
 def archives(
     limit: Limit = 20,
-    portfolio_id: PortfolioIdOption = None,
+    portfolio_id: OfPortfolio = None,
     since: Since = None,
     until: Until = None,
     as_json: AsJson = False,
@@ -169,9 +171,7 @@ def archives(
     from consumers.terminal import print_archives
 
     with stack(database=True):
-        rows = get_recent_signal_archives(
-            limit, portfolio_id=portfolio_id, since=_aware(since, "--since"), until=_aware(until, "--until")
-        )
+        rows = get_recent_signal_archives(limit, portfolio_id=portfolio_id, since=since, until=until)
     (_print_json if as_json else print_archives)(rows)
 
 
@@ -183,7 +183,7 @@ def outbox_status(as_json: AsJson = False) -> None:
 
     outbox = Outbox(_existing_outbox())
     status = outbox.status()
-    facts = {"path": str(outbox.path)} | asdict(status)
+    facts = {"path": str(outbox.path)} | _outbox_facts(status)
     (_print_json if as_json else print_facts)(facts)
 
 
@@ -198,7 +198,7 @@ def outbox_flush(
     path = _existing_outbox()
     with stack(redis=True), HistoryProducer(outbox=path) as producer:
         pending = producer.flush(timeout)
-        facts = {"path": str(path)} | asdict(producer.status())
+        facts = {"path": str(path)} | _outbox_facts(producer.status())
     (_print_json if as_json else print_facts)(facts)
     raise typer.Exit(1 if pending else 0)
 
@@ -337,6 +337,16 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+def _outbox_facts(status: Any) -> dict[str, Any]:
+    facts = asdict(status)
+    oldest = facts.pop("oldest_unsettled")
+    facts["oldest_unsettled_at"] = (
+        None if oldest is None else datetime.fromtimestamp(oldest, UTC).isoformat(" ", "seconds")
+    )
+    facts["oldest_unsettled_seconds"] = None if oldest is None else round(time.time() - oldest)
+    return facts
+
+
 def _existing_outbox() -> Path:
     from producers.settings import TransportSettings
 
@@ -346,19 +356,13 @@ def _existing_outbox() -> Path:
     return path
 
 
-def _aware(moment: datetime | None, option: str) -> datetime | None:
-    from producers.events import localized
-    from producers.settings import TransportSettings
-
-    return moment and localized(moment, TransportSettings.from_environment().timezone, option)
-
-
-def _read_json(file: Path) -> Any:
+def _read_portfolio(file: Path) -> Any:
     try:
-        return json.loads(sys.stdin.read() if str(file) == "-" else file.read_text("utf-8-sig"))
+        # Decimal keeps every digit that a binary float would drop.
+        return json.loads(sys.stdin.read() if str(file) == "-" else file.read_text("utf-8-sig"), parse_float=Decimal)
     except OSError as error:
         raise HistoryError(f"{file}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ArithmeticError, RecursionError, ValueError) as error:
         raise HistoryError(f"{file}: not JSON: {error}") from None
 
 
@@ -381,26 +385,29 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: exit status 0 fine, 1 found or failed, 2 wrong usage."""
+    """Entry point. Exit status 0 fine, 1 found or failed, 2 wrong usage, 130 and 143 ended by a signal."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app()
-    except HistoryError as error:
-        _fail(str(error))
-    except ModuleNotFoundError as error:
-        extra = {"sqlalchemy": "worker", "psycopg2": "worker"}.get((error.name or "").split(".")[0])
-        if extra is None:
-            raise
-        _fail(f"this command needs more: pip install 'trading-history[{extra}]'")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        message = _readable(error)
+        if message is None or _debug:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
 
 
-def _fail(message: str) -> NoReturn:
-    if _debug:
-        raise  # noqa: PLE0704  # re-raises what main is handling
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(1)
+def _readable(error: Exception) -> str | None:
+    """What to tell about an error that is not a defect of ours; None for any other."""
+    if isinstance(error, HistoryError):
+        return str(error)
+    if isinstance(error, RedisError):
+        return f"Redis: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in ("sqlalchemy", "psycopg2"):
+        return "this command needs more: pip install 'trading-history[worker]'"
+    return None
 
 
 if __name__ == "__main__":

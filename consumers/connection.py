@@ -39,7 +39,7 @@ def create_store_engine(url: SecretStr) -> Engine:
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             "application_name": "trading-history",
-            "options": "-c timezone=UTC",
+            "options": f"{parsed.query.get('options', '')} -c timezone=UTC".strip(),
         },
         pool_pre_ping=True,
         pool_size=2,
@@ -105,18 +105,24 @@ def schema_sql() -> str:
 
 
 def apply_schema(store: Engine) -> None:
-    """Make the tables, or bring them up to date; safe to run at any time and by several at once.
+    """Make the tables that are missing; safe to run at any time and by several at once.
 
     Raises:
-        OldSchema: tables of the old shape have our names; nothing was changed.
+        OldSchema: tables of another shape have our names; nothing was changed.
         StoreUnavailable: the database cannot be reached, or refuses.
     """
-    with translated_errors(), store.connect() as connection:
-        # The file has its own BEGIN and COMMIT, so that psql runs it the same way.
-        raw = connection.execution_options(isolation_level="AUTOCOMMIT").connection
-        try:
-            raw.cursor().execute(schema_sql())
-        except raw.dbapi_connection.Error as error:  # type: ignore[union-attr]  # psycopg2's, by PEP 249
-            if error.pgcode == _DUPLICATE_TABLE:
-                raise OldSchema(f"{error.diag.message_primary}. {error.diag.message_hint}") from error
-            raise StoreUnavailable(f"PostgreSQL: {(str(error).splitlines() or ['no details'])[0]}") from error
+    try:
+        with translated_errors(), store.connect() as pooled:
+            # The file has its own BEGIN and COMMIT, so that psql runs it the same way. Autocommit lets them be, and a
+            # connection on which they failed is in a transaction that nobody will end: away with it.
+            connection = pooled.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
+            try:
+                connection.exec_driver_sql(schema_sql())
+            except DBAPIError:
+                connection.invalidate()
+                raise
+    except StoreUnavailable as error:
+        cause = error.__cause__
+        if isinstance(cause, DBAPIError) and getattr(cause.orig, "pgcode", None) == _DUPLICATE_TABLE:
+            raise OldSchema(f"{_cause(cause)}. Nothing was changed.") from cause
+        raise

@@ -17,7 +17,7 @@ from redis import RedisError
 from redis.client import Pipeline
 from rq import get_current_job
 
-from consumers import operations
+from consumers import operations, outcomes
 from consumers.connection import get_db
 from consumers.errors import EventConflict
 from producers.errors import HistoryError, InvalidEvent
@@ -30,7 +30,8 @@ from producers.events import (
     decode,
 )
 from producers.fields import EventId, Sequence
-from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Kind, Outcome, acknowledgement_key
+from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Kind, Outcome
+from producers.redis_keys import acknowledgement_key
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,9 @@ def settle(job_id: str, text: Any, model: type[AnyEvent]) -> Settled:
             stored = operations.insert_event(db, event)
             # The delivery that made the row may come again; its own row accounts for it.
             if (stored.source, stored.sequence) == (event.source, event.sequence):
-                operations.forget_outcome(db, job_id)
+                outcomes.forget_outcome(db, job_id)
             else:
-                operations.record_absorbed(db, job_id, event)
+                outcomes.record_absorbed(db, job_id, event)
     except (InvalidEvent, EventConflict) as error:
         return reject(job_id, text, error)
     word = "stored" if stored.created else "had"
@@ -96,7 +97,7 @@ def reject(job_id: str, text: Any, error: HistoryError) -> Settled:
     """
     claim, reason = _Claim.of(text), str(error)
     with get_db() as db:
-        operations.record_rejected(
+        outcomes.record_rejected(
             db,
             job_id,
             reason,

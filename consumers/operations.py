@@ -1,10 +1,10 @@
-"""The SQL of the history: two idempotent inserts, two reads, and the outcomes that did not become rows."""
+"""The SQL of the history: two idempotent inserts and two reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -14,9 +14,8 @@ from sqlalchemy import Connection, text
 
 from consumers.connection import get_db
 from consumers.errors import EventConflict, StoreUnavailable
-from producers.errors import InvalidEvent
-from producers.events import Event, PortfolioSnapshot, SignalArchive, SignalArchiveEvent, event_of, localized
-from producers.settings import TransportSettings
+from consumers.plain_dicts import archive_of, snapshot_of, zoned
+from producers.events import Event, PortfolioSnapshot, SignalArchive, SignalArchiveEvent, event_of
 
 DIRECT_SOURCE = "direct"
 _INSERT_TRIES = 3
@@ -30,9 +29,6 @@ class Stored:
     created: bool
     source: str
     sequence: int | None
-
-
-# ---- inserting
 
 
 _INSERT_SNAPSHOT = text("""
@@ -126,11 +122,7 @@ def insert_portfolio_history_snapshot(snapshot: Mapping[str, Any]) -> int:
         EventConflict: the portfolio has a snapshot of that instant with other values.
         StoreUnavailable: the database cannot take it now.
     """
-    values = dict(snapshot)
-    values["timestamp"] = _moment("timestamp", values)
-    day = values.pop("date", values["timestamp"].date())
-    values["snapshot_date"] = _day(values.get("snapshot_date", day))
-    return _insert_direct(PortfolioSnapshot.checked(**values))
+    return _insert_direct(snapshot_of(snapshot))
 
 
 def insert_signal_archive(archive: Mapping[str, Any]) -> int:
@@ -144,44 +136,12 @@ def insert_signal_archive(archive: Mapping[str, Any]) -> int:
         EventConflict: the portfolio has an archive of that instant with other signals.
         StoreUnavailable: the database cannot take it now.
     """
-    values = dict(archive)
-    values["archived_at"] = _moment("archived_at", values)
-    if "signals_data" in values and "signals" not in values:
-        values["signals"] = values.pop("signals_data")
-    claimed = {name: values.pop(name) for name in ("archive_month", "signals_count") if name in values}
-    checked = SignalArchive.checked(**values)
-    for name, value in claimed.items():
-        if value != getattr(checked, name):
-            raise InvalidEvent.at(name, f"does not match the rest, which makes it {getattr(checked, name)}")
-    return _insert_direct(checked)
+    return _insert_direct(archive_of(archive))
 
 
 def _insert_direct(payload: PortfolioSnapshot | SignalArchive) -> int:
     with get_db() as db:
         return insert_event(db, event_of(payload, source=DIRECT_SOURCE, sequence=None)).row_id
-
-
-def _moment(field: str, values: Mapping[str, Any]) -> datetime:
-    if field not in values:
-        raise InvalidEvent.at(field, "is missing")
-    moment = values[field]
-    try:
-        moment = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
-    except ValueError:
-        raise InvalidEvent.at(field, "is text that is not an ISO 8601 time") from None
-    if not isinstance(moment, datetime):
-        raise InvalidEvent.at(field, f"must be a datetime, not {type(moment).__name__}")
-    return localized(moment, TransportSettings.from_environment().timezone, field)
-
-
-def _day(day: Any) -> Any:
-    try:
-        return date.fromisoformat(day) if isinstance(day, str) else day
-    except ValueError:
-        raise InvalidEvent.at("snapshot_date", "is text that is not an ISO 8601 date") from None
-
-
-# ---- reading
 
 
 _SNAPSHOTS = """
@@ -212,9 +172,11 @@ def get_portfolio_history(
 ) -> list[dict[str, Any]]:
     """Snapshots, newest first by date and time, as dicts of the columns with amounts as floats.
 
-    At most `limit` of them, of one portfolio, from `since` (inclusive) to `until` (exclusive): aware datetimes.
+    At most `limit` of them, of one portfolio, from `since` (inclusive) to `until` (exclusive).
+    A naive time is in the local zone.
 
     Raises:
+        ValueError: `limit` is negative.
         StoreUnavailable: the database cannot be read now.
     """
     return _select(_SNAPSHOTS, '"timestamp"', limit=limit, portfolio_id=portfolio_id, since=since, until=until)
@@ -229,9 +191,11 @@ def get_recent_signal_archives(
 ) -> list[dict[str, Any]]:
     """Signal archives, newest first, as dicts of the columns with signals_data as a list of dicts.
 
-    At most `limit` of them, of one portfolio, from `since` (inclusive) to `until` (exclusive): aware datetimes.
+    At most `limit` of them, of one portfolio, from `since` (inclusive) to `until` (exclusive).
+    A naive time is in the local zone.
 
     Raises:
+        ValueError: `limit` is negative.
         StoreUnavailable: the database cannot be read now.
     """
     return _select(_ARCHIVES, "archived_at", limit=limit, portfolio_id=portfolio_id, since=since, until=until)
@@ -246,6 +210,8 @@ def _select(
     since: datetime | None,
     until: datetime | None,
 ) -> list[dict[str, Any]]:
+    if limit is not None and limit < 0:
+        raise ValueError("limit must not be negative")
     conditions = []
     if portfolio_id is not None:
         conditions.append("portfolio_id = :portfolio_id")
@@ -254,7 +220,12 @@ def _select(
     if until is not None:
         conditions.append(f"{instant} < :until")
     where = "WHERE " + " AND ".join(conditions) if conditions else ""
-    values = {"limit": limit, "portfolio_id": portfolio_id, "since": since, "until": until}
+    values = {
+        "limit": limit,
+        "portfolio_id": portfolio_id,
+        "since": since and zoned(since, "since"),
+        "until": until and zoned(until, "until"),
+    }
     with get_db() as db:
         rows = db.execute(text(statement.format(where=where)), values).mappings()
         return [{name: _native(value) for name, value in row.items()} for row in rows]
@@ -264,43 +235,3 @@ def _native(value: Any) -> Any:
     if isinstance(value, Decimal):
         return float(value)
     return str(value) if isinstance(value, UUID) else value
-
-
-# ---- outcomes that are no row
-
-
-_RECORD_OUTCOME = text("""
-    INSERT INTO event_outcomes (job_id, source, sequence, event_id, outcome, reason, event)
-    VALUES (:job_id, :source, :sequence, CAST(:event_id AS uuid), :outcome, :reason, :event)
-    ON CONFLICT (job_id) DO UPDATE SET source = excluded.source, sequence = excluded.sequence,
-        event_id = excluded.event_id, outcome = excluded.outcome, reason = excluded.reason,
-        event = excluded.event, created_at = now()
-""")
-
-_FORGET_OUTCOME = text("DELETE FROM event_outcomes WHERE job_id = :job_id")
-
-
-def record_absorbed(db: Connection, job_id: str, event: Event) -> None:
-    """Note that this delivery brought a fact that another delivery had stored."""
-    values = {"source": event.source, "sequence": event.sequence, "event_id": str(event.id)}
-    db.execute(_RECORD_OUTCOME, {"job_id": job_id, "outcome": "absorbed", "reason": None, "event": None} | values)
-
-
-def record_rejected(
-    db: Connection,
-    job_id: str,
-    reason: str,
-    event: str,
-    *,
-    source: str | None,
-    sequence: int | None,
-    event_id: UUID | None,
-) -> None:
-    """Note that this delivery was refused for good, why, and what it was."""
-    values = {"source": source, "sequence": sequence, "event_id": event_id and str(event_id)}
-    db.execute(_RECORD_OUTCOME, {"job_id": job_id, "outcome": "rejected", "reason": reason, "event": event} | values)
-
-
-def forget_outcome(db: Connection, job_id: str) -> None:
-    """The delivery became a row after all: an earlier refusal of it no longer stands."""
-    db.execute(_FORGET_OUTCOME, {"job_id": job_id})

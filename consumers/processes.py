@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from producers.errors import HistoryError
@@ -19,13 +19,10 @@ def worker_process(log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]
 
     It has a session of its own, so that Ctrl-C reaches only its parent, which then stops it in order.
     """
-    with open(log or "/dev/stderr", "ab") as output:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "consumers.cli", "worker"],
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+    command = [sys.executable, "-m", "consumers.cli", "worker"]
+    with ExitStack() as opened:
+        output = None if log is None else opened.enter_context(open(log, "ab"))
+        worker = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
         yield worker
     finally:

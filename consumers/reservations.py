@@ -17,6 +17,8 @@ from rq import Queue
 from rq.job import Job
 from rq.utils import as_text
 
+from producers.redis_keys import held_key, holders_key, lease_key, suspects_key
+
 LEASE_SECONDS = 20
 POISON_DEATHS = 3
 STRANDED_SECONDS = 30.0
@@ -88,10 +90,10 @@ class Reservations:
         self._redis = redis
         self._queue = queue
         self._name = name
-        self._held = _held_key(queue, name)
-        self._lease = _lease_key(queue, name)
-        self._holders = _holders_key(queue)
-        self._suspects = f"history:suspects:{queue.name}"
+        self._held = held_key(queue.name, name)
+        self._lease = lease_key(queue.name, name)
+        self._holders = holders_key(queue.name)
+        self._suspects = suspects_key(queue.name)
         self._reserve = redis.register_script(_RESERVE)
         self._hand_back = redis.register_script(_HAND_BACK)
         self._recover = redis.register_script(_RECOVER)
@@ -141,8 +143,8 @@ class Reservations:
         recovered: list[str] = []
         for member in self._redis.smembers(self._holders):
             name = as_text(member)
-            keys = [_lease_key(self._queue, name), _held_key(self._queue, name), self._queue.key, self._suspects]
-            keys.append(self._holders)
+            lease, held = lease_key(self._queue.name, name), held_key(self._queue.name, name)
+            keys = [lease, held, self._queue.key, self._suspects, self._holders]
             ids: Any = self._recover(keys=keys, args=[name])
             recovered += [job_id.decode() for job_id in ids or []]
         return recovered
@@ -165,15 +167,3 @@ class Reservations:
             if self._take_from_started(keys=keys, args=[text, job_id]):
                 requeued.append(job_id)
         return requeued
-
-
-def _holders_key(queue: Queue) -> str:
-    return f"history:holders:{queue.name}"
-
-
-def _held_key(queue: Queue, name: str) -> str:
-    return f"history:held:{queue.name}:{name}"
-
-
-def _lease_key(queue: Queue, name: str) -> str:
-    return f"history:lease:{queue.name}:{name}"

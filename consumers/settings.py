@@ -37,4 +37,8 @@ class StoreSettings(EnvironmentSettings):
         login = quote(self.user, safe="")
         if self.password is not None:
             login += ":" + quote(self.password.get_secret_value(), safe="")
-        return SecretStr(f"postgresql://{login}@{self.host}:{self.port}/{quote(self.database, safe='')}")
+        # A host that is the folder of a unix socket cannot stand where URLs have hosts.
+        host, query = (
+            (":", f"?host={quote(self.host, safe='')}") if self.host.startswith("/") else (self.host + ":", "")
+        )
+        return SecretStr(f"postgresql://{login}@{host}{self.port}/{quote(self.database, safe='')}{query}")

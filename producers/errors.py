@@ -5,6 +5,7 @@ HistoryError
 ├── InvalidEvent           permanent: this input is not, and will never be, an event
 │   └── SignalsUnreadable  the signals' file or URL does not hold JSON signals
 ├── OutboxError            the outbox file cannot be written; nothing was recorded
+├── ProducerClosed         the producer was closed; nothing was recorded
 └── EventRejected          a consumer refused the event for good; raised by Receipt.wait
 """
 
@@ -40,6 +41,10 @@ class SignalsUnreadable(InvalidEvent):
 
 class OutboxError(HistoryError):
     """The outbox could not be written, so the event was not accepted."""
+
+
+class ProducerClosed(HistoryError):
+    """The producer was closed; nothing was recorded."""
 
 
 class EventRejected(HistoryError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime, timedelta, tzinfo
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from uuid import UUID, uuid5
@@ -20,7 +20,6 @@ from pydantic_core import PydanticCustomError
 from producers.errors import InvalidEvent
 from producers.fields import (
     EPOCH,
-    TIME_RANGE,
     Count,
     EventId,
     Instant,
@@ -33,8 +32,10 @@ from producers.fields import (
     storable_signals,
 )
 
-SNAPSHOT_TYPE: Literal["trading.portfolio-snapshot.v1"] = "trading.portfolio-snapshot.v1"
-ARCHIVE_TYPE: Literal["trading.signal-archive.v1"] = "trading.signal-archive.v1"
+SnapshotType = Literal["trading.portfolio-snapshot.v1"]
+ArchiveType = Literal["trading.signal-archive.v1"]
+SNAPSHOT_TYPE: SnapshotType = "trading.portfolio-snapshot.v1"
+ARCHIVE_TYPE: ArchiveType = "trading.signal-archive.v1"
 
 MAX_EVENT_BYTES = 8 * 1024 * 1024
 _ID_NAMESPACE = UUID("6f9a1d4e-2c57-5b0e-9d52-1c7b7f0e8a63")
@@ -53,20 +54,6 @@ def event_id(event_type: str, portfolio_id: int | None, instant: datetime) -> UU
     microseconds = (instant - EPOCH) // timedelta(microseconds=1)
     portfolio = "" if portfolio_id is None else portfolio_id
     return uuid5(_ID_NAMESPACE, f"{event_type}|{portfolio}|{microseconds}")
-
-
-def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:
-    """`moment` with an offset: its own, else that of `zone`, else (None) that of this machine's zone.
-
-    Raises:
-        InvalidEvent: it is too near to the first or last year for an offset; the message begins with `field`.
-    """
-    try:
-        if moment.utcoffset() is not None:
-            return moment
-        return moment.astimezone() if zone is None else moment.replace(tzinfo=zone)
-    except (ValueError, OverflowError):
-        raise InvalidEvent.at(field, TIME_RANGE) from None
 
 
 class _Contract(BaseModel):
@@ -184,14 +171,14 @@ class _Envelope(_Contract):
 class PortfolioSnapshotEvent(_Envelope):
     """A portfolio snapshot as it travels."""
 
-    type: Literal["trading.portfolio-snapshot.v1"]
+    type: SnapshotType
     data: PortfolioSnapshot
 
 
 class SignalArchiveEvent(_Envelope):
     """A signal archive as it travels."""
 
-    type: Literal["trading.signal-archive.v1"]
+    type: ArchiveType
     data: SignalArchive
 
 

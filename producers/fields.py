@@ -7,6 +7,7 @@ takes what callers have, and rounds or converts here, once, so that nothing late
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -17,20 +18,22 @@ from uuid import UUID
 from pydantic import AfterValidator, Field, GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import PydanticCustomError, core_schema
 
+from producers.errors import InvalidEvent
+
 MONEY_DECIMALS = 8
 _MONEY_STEP = Decimal(1).scaleb(-MONEY_DECIMALS)
 _MONEY_LIMIT = Decimal(10) ** 12
-# A context of our own: the caller's may round to few digits, or trap what is none of its business. Wide enough
-# that quantize never fails for a number below the limit.
-_MONEY_CONTEXT = Context(prec=1100, rounding=ROUND_HALF_EVEN, traps=[])
+# A context of our own: the caller's may round to few digits, or trap what is none of its business. The largest sum
+# has 13 digits before the point and 8 after.
+_MONEY_CONTEXT = Context(prec=30, rounding=ROUND_HALF_EVEN, traps=[])
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_INSTANT = datetime(9999, 1, 1, tzinfo=UTC)  # leaves room for any offset before year 10000
 TIME_RANGE = "must lie between the years 1970 and 9998"
 
 MAX_NESTING = 50
-_MAX_FLOAT = 1.7976931348623157e308
-_MAX_DECIMAL = Decimal("1.7976931348623157e308")
+_MAX_FLOAT = sys.float_info.max
+_MAX_DECIMAL = Decimal(repr(_MAX_FLOAT))
 # PostgreSQL's numeric, which JSONB uses, keeps at most 16383 digits after the point.
 _MIN_EXPONENT = -16383
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -91,6 +94,14 @@ def _money_from_python(value: Any) -> Decimal:
     if exact.copy_abs() >= _MONEY_LIMIT:
         raise _refuse("has more than 12 digits before the decimal point")
     return exact
+
+
+def as_money(value: Any, field: str) -> Decimal:
+    """`value` as the contract has amounts. Raises InvalidEvent, its message beginning with `field`."""
+    try:
+        return _money_from_python(value)
+    except PydanticCustomError as error:
+        raise InvalidEvent.at(field, error.message()) from None
 
 
 def money_sum(first: Decimal, second: Decimal) -> Decimal:

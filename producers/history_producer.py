@@ -17,18 +17,15 @@ from uuid import UUID
 from pydantic import TypeAdapter, ValidationError
 from redis import Redis
 
-from producers.errors import EventRejected, HistoryError, SettingsError
-from producers.events import Payload, SourceName, localized
+from producers.errors import EventRejected, ProducerClosed, SettingsError
+from producers.events import Payload, SourceName
 from producers.outbox import Accepted, Outbox, OutboxStatus
 from producers.relay import Relay
 from producers.settings import TransportSettings
+from producers.times import localized
 
 EXIT_FLUSH_SECONDS = 2.0
 _POLL_SECONDS = 0.02
-
-
-class ProducerClosed(HistoryError):
-    """The producer was closed; nothing was recorded."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,10 @@ class HistoryProducer:
         return datetime.now(UTC).astimezone(self._timezone)
 
     def close(self, timeout: float = EXIT_FLUSH_SECONDS) -> None:
-        """Hand over what is pending, for at most `timeout` seconds, and stop. What is left stays in the outbox."""
+        """Hand over what is pending, for at most `timeout` seconds, and stop. What is left stays in the outbox.
+
+        A Redis that does not answer may hold it up for as long again as the relay waits for that answer.
+        """
         if self._closed:
             return
         self._closed = True

@@ -1,6 +1,6 @@
-"""What became of a delivery, as a consumer tells it and a relay reads it: the acknowledgement hash in Redis.
+"""What became of a delivery, as a worker tells it and a relay reads it.
 
-`history:ack:<source>` maps a sequence to `stored:<row id>`, `duplicate:<row id>` or `rejected:<reason>`.
+The text is `stored:<row id>`, `duplicate:<row id>` or `rejected:<reason>`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,6 @@ from typing import Literal, Self, cast
 ACKNOWLEDGEMENT_TTL_SECONDS = 7 * 24 * 3600
 
 Kind = Literal["stored", "duplicate", "rejected"]
-
-
-def acknowledgement_key(source: str) -> str:
-    return f"history:ack:{source}"
 
 
 @dataclass(frozen=True)

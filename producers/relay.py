@@ -21,7 +21,8 @@ from rq.serializers import JSONSerializer
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
 from producers.outbox import KEEP_SECONDS, Entry, Outbox, RelayLock, source_of
-from producers.outcomes import Outcome, acknowledgement_key
+from producers.outcomes import Outcome
+from producers.redis_keys import acknowledgement_key, held_key, holders_key
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ _IDLE_SECONDS = 0.05  # how soon entries of other processes are noticed
 _FIRST_LOOK_SECONDS = 0.005  # how soon after a send the first acknowledgement is looked for
 _FIRST_CHECK_SECONDS = 5.0
 _LAST_CHECK_SECONDS = 300.0
+_DOUBTED_CHECKS = 3  # after about 35 seconds
+_DOUBTED_ENTRIES = 20  # a sweep: finding one in a long queue takes Redis a while
 _FIRST_BACKOFF_SECONDS = 0.1
 _LAST_BACKOFF_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
@@ -58,7 +61,7 @@ class Relay:
         self._queue = Queue(queue, connection=redis, serializer=JSONSerializer)
         self._lock: RelayLock = outbox.relay_lock()
         self._wake = threading.Event()
-        self._stopping = False
+        self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         # A send that failed, or that could not be marked, may have arrived: the next one asks Redis first.
         self._doubtful = False
@@ -79,7 +82,7 @@ class Relay:
 
     def stop(self) -> None:
         """End the thread after the sweep it is in."""
-        self._stopping = True
+        self._stop.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout=_LAST_BACKOFF_SECONDS)
@@ -107,42 +110,28 @@ class Relay:
 
     def _run(self) -> None:
         pause = _IDLE_SECONDS
-        while not self._stopping:
+        while not self._stop.is_set():
             try:
-                pause = _FIRST_LOOK_SECONDS if self.sweep() else self._next_pause(pause)
+                # Look often right after something moved, then less and less.
+                pause = _FIRST_LOOK_SECONDS if self.sweep() else min(pause * 1.5, _IDLE_SECONDS)
                 self._recovered()
-            except (RedisError, HistoryError, OSError) as error:
-                pause = self._back_off(error)
-            except Exception:
-                # A defect must neither kill the thread nor hide: entries wait, and the log shows it.
-                logger.exception("relay of %s failed unexpectedly; trying again", self._outbox.path)
-                pause = _LAST_BACKOFF_SECONDS
-            if self._failures:
-                self._pause_in_outage(pause)
-            elif self._wake.wait(pause):
-                self._wake.clear()
-                pause = _FIRST_LOOK_SECONDS
-
-    def _next_pause(self, pause: float) -> float:
-        """Look often right after something moved, then less and less."""
-        return min(pause * 1.5, _IDLE_SECONDS)
-
-    def _pause_in_outage(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while not self._stopping and (left := until - time.monotonic()) > 0:
-            # New entries do not shorten the back-off, only stopping does.
-            self._wake.wait(left)
-            if not self._stopping:
-                self._wake.clear()
-                time.sleep(min(left, _IDLE_SECONDS))
+            except Exception as error:
+                # Whatever it is, a defect of ours included, must not end the thread: entries wait and the log says so.
+                self._stop.wait(self._back_off(error))
+            else:
+                if self._wake.wait(pause):
+                    pause = _FIRST_LOOK_SECONDS
+            self._wake.clear()
 
     def _back_off(self, error: Exception) -> float:
+        """Say what is wrong, once; returns the seconds to pause, which new entries do not shorten."""
         self._failures += 1
         if self._failures == 1:
             logger.warning(
                 "cannot relay %s: %s; events stay in the outbox, trying again",
                 self._outbox.path,
                 _brief(error),
+                exc_info=not isinstance(error, (RedisError, HistoryError, OSError)),
             )
         ceiling = min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(self._failures, 10), _LAST_BACKOFF_SECONDS)
         return random.uniform(ceiling / 2, ceiling)
@@ -181,7 +170,7 @@ class Relay:
             self._outbox.mark_sent(_next_checks(entries))
             self._doubtful = False
             sent += len(entries)
-            if len(entries) < _BATCH_ENTRIES or self._stopping:
+            if len(entries) < _BATCH_ENTRIES or self._stop.is_set():
                 break
         return sent
 
@@ -196,6 +185,9 @@ class Relay:
             return 0
         states = self._job_states(entries)
         gone = [entry for entry in entries if states[entry.position] not in UNDER_WAY]
+        # A status outlives its worker: what has been under way for long must also be somewhere.
+        doubted = [e for e in entries if e.checks >= _DOUBTED_CHECKS and states[e.position] in UNDER_WAY]
+        gone += self._in_no_list(doubted[:_DOUBTED_ENTRIES])
         self._send(gone)
         self._outbox.postpone(_next_checks(entries))
         return len(gone)
@@ -206,6 +198,24 @@ class Relay:
                 pipe.hget(Job.key_for(entry.job_id), "status")
             statuses = pipe.execute()
         return {entry.position: status and _text(status) for entry, status in zip(entries, statuses, strict=True)}
+
+    def _in_no_list(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Those whose job is neither queued, nor held by a HistoryWorker, nor started by a living stock worker."""
+        if not entries:
+            return []
+        held: set[str] = set()
+        for worker in self._redis.smembers(holders_key(self._queue.name)):
+            held |= {_text(job_id) for job_id in self._redis.lrange(held_key(self._queue.name, _text(worker)), 0, -1)}
+        started = {
+            _text(member).split(":")[0]  # type: ignore[arg-type]  # without scores it is bytes or text
+            for member in self._redis.zrangebyscore(self._queue.started_job_registry.key, time.time(), "+inf")
+        }
+        waiting = [entry for entry in entries if entry.job_id not in held | started]
+        with self._redis.pipeline(transaction=False) as pipe:
+            for entry in waiting:
+                pipe.lpos(self._queue.key, entry.job_id)
+            found = pipe.execute()
+        return [entry for entry, position in zip(waiting, found, strict=True) if position is None]
 
     def _send(self, entries: Sequence[Entry]) -> None:
         """Enqueue in one transaction, and out of the failed registry in the same step."""
@@ -238,7 +248,10 @@ def _parsed(outcomes: dict[str, str]) -> list[tuple[int, Outcome]]:
     parsed = []
     for sequence, text in outcomes.items():
         try:
-            parsed.append((int(sequence), Outcome.parse(text)))
+            outcome = Outcome.parse(text)
+            if not sequence.isdecimal() or int(sequence) >= 2**63 or (outcome.row_id or 0) >= 2**63:
+                raise ValueError("out of range")
+            parsed.append((int(sequence), outcome))
         except ValueError:
             logger.warning("dropped an acknowledgement that is none, for sequence %s", sequence[:30])
     return parsed

@@ -72,13 +72,16 @@ class EnvironmentSettings(BaseModel):
             raise SettingsError(f"{problem['loc'][0]}: {reason}") from None
 
 
-class TransportSettings(EnvironmentSettings):
+class ZoneSettings(EnvironmentSettings):
+    # None is the zone of this machine.
+    timezone: Annotated[ZoneInfo | None, BeforeValidator(_zone)] = Field(None, alias="HISTORY_TIMEZONE")
+
+
+class TransportSettings(ZoneSettings):
     redis_url: SecretStr | None = Field(None, alias="REDIS_URL")
     queue: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]+$")] = Field("history", alias="HISTORY_QUEUE")
     outbox: Path = Field(Path("data/outbox.db"), alias="HISTORY_OUTBOX")
     outbox_keep_days: Annotated[float, Field(ge=0)] = Field(7.0, alias="HISTORY_OUTBOX_KEEP")
-    # None is the zone of this machine.
-    timezone: Annotated[ZoneInfo | None, BeforeValidator(_zone)] = Field(None, alias="HISTORY_TIMEZONE")
 
     def redis(self) -> Redis:
         """A client that gives up in seconds rather than hang; retrying is its user's decision.

@@ -8,12 +8,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
-from producers.fields import money_sum
+from producers.fields import as_money, money_sum
 from producers.history_producer import HistoryProducer, Receipt
 from producers.signals import read_signals
 
@@ -44,15 +45,7 @@ def create_daily_portfolio_snapshot(
     if not isinstance(portfolio_data, Mapping):
         raise InvalidEvent.at("portfolio_data", f"must be a mapping, not {type(portfolio_data).__name__}")
     moment = _moment("timestamp", timestamp, producer)
-    balance = portfolio_data.get("balance", portfolio_data.get("current_balance", 0))
-    profit_loss = portfolio_data.get("total_profit_loss", 0)
-    amounts = {
-        "balance": balance,
-        "total_invested": portfolio_data.get("total_invested", 0),
-        "total_profit_loss": profit_loss,
-        # Checked as 0 when it is to be derived, since the sum needs amounts that are known to be numbers.
-        "total_value": portfolio_data.get("total_value", 0),
-    }
+    amounts = _amounts(portfolio_data)
     snapshot = PortfolioSnapshot.checked(
         snapshot_date=moment.date(),
         timestamp=moment,
@@ -61,9 +54,6 @@ def create_daily_portfolio_snapshot(
         portfolio_id=portfolio_id,
         **amounts,
     )
-    if "total_value" not in portfolio_data:
-        total = money_sum(snapshot.balance, snapshot.total_profit_loss)
-        snapshot = PortfolioSnapshot.checked(**{**dict(snapshot), "total_value": total})
     return producer.record(snapshot)
 
 
@@ -102,6 +92,19 @@ def _moment(field: str, given: datetime | None, producer: HistoryProducer) -> da
     if not isinstance(given, datetime):
         raise InvalidEvent.at(field, f"must be a datetime, not {type(given).__name__}")
     return producer.localized(given, field)
+
+
+def _amounts(portfolio: Mapping[str, Any]) -> dict[str, Decimal]:
+    """The four amounts, each under the name that the event gives it; errors use the caller's name."""
+    balance_name = "balance" if "balance" in portfolio else "current_balance"
+    balance = as_money(portfolio.get(balance_name, 0), balance_name)
+    profit_loss = as_money(portfolio.get("total_profit_loss", 0), "total_profit_loss")
+    return {
+        "balance": balance,
+        "total_invested": as_money(portfolio.get("total_invested", 0), "total_invested"),
+        "total_profit_loss": profit_loss,
+        "total_value": as_money(portfolio.get("total_value", money_sum(balance, profit_loss)), "total_value"),
+    }
 
 
 def _open_positions(positions: Any) -> int:

@@ -145,6 +145,25 @@ def test_a_wrong_count_or_month_of_an_archive_is_refused() -> None:
         insert_signal_archive(archive | {"archive_month": "2026-10"})
 
 
+def test_a_naive_time_means_the_same_going_in_and_asking_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The local zone, or that of HISTORY_TIMEZONE."""
+    monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
+    moment = datetime(2025, 10, 20, 1)
+    insert_portfolio_history_snapshot(_plain_snapshot(moment))
+    insert_signal_archive({"archived_at": moment, "signals": [a_signal()]})
+
+    second = timedelta(seconds=1)
+    assert len(get_portfolio_history(since=moment, until=moment + second)) == 1
+    assert len(get_recent_signal_archives(since=moment, until=moment + second)) == 1
+    assert get_portfolio_history(since=moment + second) == []
+
+
+def test_a_negative_limit_is_a_mistake_of_the_caller() -> None:
+    """Not of the data."""
+    with pytest.raises(ValueError, match="^limit must not be negative$"):
+        get_portfolio_history(limit=-1)
+
+
 def test_reads_can_be_narrowed_to_a_portfolio_and_a_period() -> None:
     """since is inclusive, until is exclusive."""
     days = [INSTANT + timedelta(days=day) for day in range(4)]

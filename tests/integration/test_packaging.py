@@ -57,3 +57,7 @@ def test_a_controllers_installation_has_no_database_library(wheel: Path, tmp_pat
         1,
         "error: this command needs more: pip install 'trading-history[worker]'\n",
     )
+    unset = subprocess.run(
+        [tmp_path / "venv" / "bin" / "trading-history", "archive"], capture_output=True, text=True, check=False, env={}
+    )
+    assert (unset.returncode, unset.stderr.split(":")[1]) == (1, " neither DATABASE_URL nor REDIS_URL is set")

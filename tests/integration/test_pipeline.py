@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -24,10 +25,11 @@ from sqlalchemy import text
 from consumers.connection import get_db
 from consumers.handlers import record_portfolio_snapshot
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
+from producers import relay
 from producers.errors import EventRejected
 from producers.events import Payload, encode, event_of
 from producers.history_producer import HistoryProducer
-from producers.outcomes import acknowledgement_key
+from producers.redis_keys import acknowledgement_key
 from producers.relay import JOB_FUNCTIONS
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archive
@@ -227,6 +229,24 @@ def test_a_rejected_job_that_is_requeued_and_stored_leaves_no_rejection(
 
     assert [row["sequence"] for row in get_portfolio_history()] == [refused.sequence]
     assert _rows("SELECT outcome FROM event_outcomes") == []
+
+
+@pytest.mark.parametrize("lost_as", ["queued", "started"])
+def test_a_job_that_is_under_way_in_name_only_is_sent_again(
+    producer: HistoryProducer, work: Work, redis: Redis, monkeypatch: pytest.MonkeyPatch, lost_as: str
+) -> None:
+    """Popped by a stock worker that died: the hash says so for ever, but the job is in no list."""
+    monkeypatch.setattr(relay, "_check_interval", lambda checks: -1.0)
+    receipt = producer.record(a_snapshot())
+    producer.flush(5)
+    redis.delete("rq:queue:history")
+    redis.hset(f"rq:job:{receipt.source.split('/')[1]}-1", "status", lost_as)
+    deadline = time.monotonic() + 10
+    while not redis.llen("rq:queue:history") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    work()
+
+    assert receipt.wait(5) == 1
 
 
 def test_every_job_function_that_the_relay_names_exists() -> None:

@@ -36,9 +36,12 @@ def _block(marker: str) -> str:
     return found.group(1)
 
 
+PROGRAM = Path(sys.executable).with_name("trading-history")
+
+
 def _comparable(transcript: str, home: str) -> list[str]:
-    """Without what differs between runs: durations and rates, versions, the folder."""
-    text = transcript.replace(home, "HOME")
+    """Without what differs between runs: durations and rates, versions, the folders."""
+    text = transcript.replace(home, "HOME").replace(str(PROGRAM), ".venv/bin/trading-history")
     text = re.sub(r"PostgreSQL \d+(\.\d+)*, Valkey \d+(\.\d+)*", "PostgreSQL x, Valkey x", text)
     text = re.sub(r"\d+\.\d\d s", "T s", text)
     return re.sub(r"[\d,]+ events/s", "N events/s", text).splitlines()
@@ -53,10 +56,10 @@ def home() -> Iterator[Path]:
 def test_the_demo_prints_the_transcript_and_leaves_no_process(home: Path) -> None:
     """Twice: the second run replaces what the first left."""
     environment = {**os.environ, "HISTORY_HOME": str(home), "PYTHONWARNINGS": "error"}
-    expected = _comparable(_block("transcript: trading-history demo"), "/var/lib/trading-history/demo")
+    expected = _comparable(_block("transcript: trading-history demo"), "/home/me/.local/share/trading-history/demo")
     for _ in range(2):
         demo = subprocess.run(
-            [sys.executable, "-m", "consumers.cli", "demo"],
+            [PROGRAM, "demo"],
             capture_output=True,
             text=True,
             timeout=60,
@@ -66,6 +69,13 @@ def test_the_demo_prints_the_transcript_and_leaves_no_process(home: Path) -> Non
         assert (demo.returncode, _comparable(demo.stdout, f"{home}/demo")) == (0, expected), demo.stderr
         left = [process for process in psutil.process_iter(["cmdline"]) if str(home) in str(process.info["cmdline"])]
         assert left == []
+
+
+def test_nothing_in_it_waits_to_be_filled_in() -> None:
+    """No section is empty, and the figures are there."""
+    sections = re.split(r"^#{2,3} ", README, flags=re.M)[1:]
+    assert [section.split("\n")[0] for section in sections if len(section.split("\n", 1)[1].strip()) < 40] == []
+    assert re.search(r"create_daily_portfolio_snapshot +\d+\.\d\d +\d+\.\d\d", README)
 
 
 def test_the_python_examples_run(

@@ -13,10 +13,10 @@ import pytest
 from rq import Queue
 from rq.serializers import JSONSerializer
 
-from producers.errors import EventRejected, SettingsError
-from producers.history_producer import HistoryProducer, ProducerClosed
+from producers.errors import EventRejected, ProducerClosed, SettingsError
+from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
-from producers.outcomes import acknowledgement_key
+from producers.redis_keys import acknowledgement_key
 from tests.factories import a_snapshot, an_archive
 
 

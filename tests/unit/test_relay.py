@@ -18,7 +18,7 @@ from rq.serializers import JSONSerializer
 from producers import relay as relay_module
 from producers.errors import OutboxError
 from producers.outbox import Outbox
-from producers.outcomes import acknowledgement_key
+from producers.redis_keys import acknowledgement_key
 from producers.relay import Relay
 from tests.factories import a_snapshot, an_archive
 

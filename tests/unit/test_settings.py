@@ -73,6 +73,14 @@ def test_the_database_is_named_by_url_or_by_parts(monkeypatch: pytest.MonkeyPatc
     assert StoreSettings.from_environment().url().get_secret_value() == "postgresql://x@y/z"
 
 
+def test_a_host_may_be_the_folder_of_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for libpq."""
+    monkeypatch.setenv("POSTGRES_HOST", "/var/run/postgresql")
+    assert StoreSettings.from_environment().url().get_secret_value() == (
+        "postgresql://trading_history@:5432/trading_history?host=%2Fvar%2Frun%2Fpostgresql"
+    )
+
+
 def test_without_a_database_the_error_names_the_setting() -> None:
     """For a command or a worker that needs one."""
     with pytest.raises(SettingsError, match="^DATABASE_URL is not set"):

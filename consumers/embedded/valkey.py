@@ -1,0 +1,59 @@
+"""The embedded Redis-compatible server, Valkey: its settings and its start."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from pathlib import Path
+from typing import IO
+from urllib.parse import quote
+
+from consumers.embedded.installation import Installation
+from consumers.embedded.process import Server, run
+
+
+def server(home: Path) -> Server:
+    # SIGTERM does what the SHUTDOWN command does, and does it also while the server cannot answer.
+    clean = ((signal.SIGTERM, 20), (signal.SIGKILL, 5))
+    conf = home / "valkey.conf"
+    return Server("Valkey", "valkey-server", home / "valkey.pid", conf, home / "valkey.log", clean)
+
+
+def start(valkey: Server, folder: Path, installation: Installation, lock: IO[str]) -> str:
+    """Have it answer; its address. `folder` is its home under a plain name."""
+    url = f"unix://{quote(str(folder / 'valkey.sock'))}?db=0"
+    valkey.bring_up(lambda: _answers(url), functools.partial(_launch, valkey, folder, installation, lock))
+    return url
+
+
+def _launch(valkey: Server, folder: Path, installation: Installation, lock: IO[str]) -> None:
+    home = valkey.argument.parent
+    (home / "valkey").mkdir(mode=0o700, exist_ok=True)
+    valkey.pid_file.unlink(missing_ok=True)
+    settings = {
+        "dir": home / "valkey", "logfile": valkey.log, "pidfile": valkey.pid_file, "daemonize": "yes",
+        "set-proc-title": "no",  # keeps the command line by which we know it
+        "port": 0, "unixsocket": folder / "valkey.sock", "unixsocketperm": 700,
+        "appendonly": "yes", "appendfsync": "everysec", "save": "", "maxmemory-policy": "noeviction",
+    }  # fmt: skip
+    escaped = {key: str(value).replace("\\", r"\\").replace('"', r"\"") for key, value in settings.items()}
+    text = "".join(f'{key} "{value}"\n' for key, value in escaped.items())
+    valkey.argument.write_bytes(os.fsencode(text))
+    # A daemon returns before it has written its pid file; the shell stays, with the lock, until it has.
+    script = '"$0" "$1" </dev/null || exit; for _ in $(seq 500); do [ -s "$2" ] && exit; sleep 0.01; done; exit 1'
+    command = ("-c", script, installation.valkey, valkey.argument, valkey.pid_file)
+    if (result := run("/bin/sh", *command, keep=lock)).returncode:
+        raise valkey.error(f"did not start {result.stdout.strip()}".rstrip())
+
+
+def _answers(url: str) -> bool:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    with redis.Redis.from_url(url, socket_timeout=5, retry=Retry(NoBackoff(), 0)) as client:
+        try:
+            return bool(client.ping())
+        except (redis.ConnectionError, redis.TimeoutError):  # includes LOADING
+            return False

@@ -1,0 +1,60 @@
+"""Snapshots and archives as the old code passes them: plain dicts, naive local times, dates as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date, datetime
+from typing import Any
+
+from producers.errors import InvalidEvent
+from producers.events import PortfolioSnapshot, SignalArchive
+from producers.settings import ZoneSettings
+from producers.times import localized
+
+
+def snapshot_of(plain: Mapping[str, Any]) -> PortfolioSnapshot:
+    """Raises InvalidEvent, which names the key that is missing or wrong."""
+    values = dict(plain)
+    values["timestamp"] = _moment("timestamp", values)
+    day = values.pop("date", values["timestamp"].date())
+    values["snapshot_date"] = _day(values.get("snapshot_date", day))
+    return PortfolioSnapshot.checked(**values)
+
+
+def archive_of(plain: Mapping[str, Any]) -> SignalArchive:
+    """Raises InvalidEvent, which names the key that is missing or wrong."""
+    values = dict(plain)
+    values["archived_at"] = _moment("archived_at", values)
+    if "signals_data" in values and "signals" not in values:
+        values["signals"] = values.pop("signals_data")
+    claimed = {name: values.pop(name) for name in ("archive_month", "signals_count") if name in values}
+    checked = SignalArchive.checked(**values)
+    for name, value in claimed.items():
+        if value != getattr(checked, name):
+            raise InvalidEvent.at(name, f"does not match the rest, which makes it {getattr(checked, name)}")
+    return checked
+
+
+def zoned(moment: datetime, field: str) -> datetime:
+    """`moment` with an offset, that of the local zone if it has none. Raises InvalidEvent for an impossible one."""
+    return localized(moment, ZoneSettings.from_environment().timezone, field)
+
+
+def _moment(field: str, values: Mapping[str, Any]) -> datetime:
+    if field not in values:
+        raise InvalidEvent.at(field, "is missing")
+    moment = values[field]
+    try:
+        moment = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+    except ValueError:
+        raise InvalidEvent.at(field, "is text that is not an ISO 8601 time") from None
+    if not isinstance(moment, datetime):
+        raise InvalidEvent.at(field, f"must be a datetime, not {type(moment).__name__}")
+    return zoned(moment, field)
+
+
+def _day(day: Any) -> Any:
+    try:
+        return date.fromisoformat(day) if isinstance(day, str) else day
+    except ValueError:
+        raise InvalidEvent.at("snapshot_date", "is text that is not an ISO 8601 date") from None

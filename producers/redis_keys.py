@@ -1,0 +1,28 @@
+"""Names in Redis that a producer's relay and the workers share, beside RQ's own."""
+
+from __future__ import annotations
+
+
+def acknowledgement_key(source: str) -> str:
+    """Hash of sequence → outcome, written by workers and emptied by the relay of that source."""
+    return f"history:ack:{source}"
+
+
+def holders_key(queue: str) -> str:
+    """Set of the names of the workers that may hold jobs of a queue."""
+    return f"history:holders:{queue}"
+
+
+def held_key(queue: str, worker: str) -> str:
+    """List of the ids of the jobs that a worker holds."""
+    return f"history:held:{queue}:{worker}"
+
+
+def lease_key(queue: str, worker: str) -> str:
+    """Exists as long as the worker may hold jobs."""
+    return f"history:lease:{queue}:{worker}"
+
+
+def suspects_key(queue: str) -> str:
+    """Hash of job id → how many workers died with it alone."""
+    return f"history:suspects:{queue}"

@@ -1,0 +1,193 @@
+"""schema.sql and the connection: what the database refuses, what it is spared, and whose fault an error is."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from consumers.connection import apply_schema, create_store_engine, engine, get_db, schema_sql
+from consumers.errors import OldSchema, StoreUnavailable
+from consumers.operations import get_portfolio_history
+from producers.errors import InvalidEvent, SettingsError
+
+FIRST_GENERATION = """
+    CREATE TABLE portfolio_history (id serial PRIMARY KEY, snapshot_date date NOT NULL, timestamp timestamp NOT NULL,
+        balance decimal(15,2) NOT NULL, total_invested decimal(15,2) NOT NULL, total_profit_loss decimal(15,2) NOT NULL,
+        total_value decimal(15,2) NOT NULL, open_positions integer NOT NULL, trade_count integer NOT NULL,
+        created_at timestamp NOT NULL DEFAULT now());
+    CREATE INDEX idx_portfolio_history_date ON portfolio_history (snapshot_date DESC);
+    CREATE TABLE signal_archives (id serial PRIMARY KEY, archived_at timestamp NOT NULL,
+        archive_month varchar(7) NOT NULL, signals_count integer NOT NULL, signals_data jsonb NOT NULL,
+        created_at timestamp NOT NULL DEFAULT now());
+    CREATE INDEX idx_signal_archives_month ON signal_archives (archive_month);
+"""
+SECOND_GENERATION = """
+    CREATE TABLE portfolios (portfolio_id integer PRIMARY KEY);
+    CREATE TABLE portfolio_history (id serial PRIMARY KEY,
+        portfolio_id integer NOT NULL REFERENCES portfolios (portfolio_id) ON DELETE CASCADE,
+        snapshot_date date NOT NULL, timestamp timestamp NOT NULL, balance decimal(15,2) NOT NULL,
+        total_invested decimal(15,2) NOT NULL, total_profit_loss decimal(15,2) NOT NULL,
+        total_value decimal(15,2) NOT NULL, open_positions integer DEFAULT 0, trade_count integer DEFAULT 0,
+        UNIQUE (portfolio_id, snapshot_date));
+"""
+_STRUCTURE = """
+    SELECT table_name, column_name, data_type FROM information_schema.columns WHERE table_schema = 'public'
+    ORDER BY table_name, ordinal_position
+"""
+
+
+def _execute(statement: str, **values: Any) -> None:
+    with engine().begin() as db:
+        db.execute(text(statement), values)
+
+
+def _structure() -> list[tuple[Any, ...]]:
+    with get_db() as db:
+        return [tuple(row) for row in db.execute(text(_STRUCTURE))]
+
+
+@pytest.mark.parametrize(
+    ("old", "tables"),
+    [(FIRST_GENERATION, "portfolio_history, signal_archives"), (SECOND_GENERATION, "portfolio_history")],
+)
+def test_tables_of_the_old_shape_are_left_alone(empty_database_url: str, old: str, tables: str) -> None:
+    """Nothing is added or changed, the error says which tables, and the connection can be used afterwards."""
+    _execute(old)
+    before = _structure()
+    with pytest.raises(OldSchema, match=f"^tables of the old shape are in the way: {tables}. Nothing was changed.$"):
+        apply_schema(engine())
+
+    assert _structure() == before
+
+
+def test_the_schema_may_run_again_and_keeps_what_is_there(database_url: str) -> None:
+    """Rows stay."""
+    _execute(
+        "INSERT INTO event_outcomes (job_id, outcome, reason) VALUES ('kept', 'rejected', 'why')",
+    )
+    before = _structure()
+    apply_schema(engine())
+    with get_db() as db:
+        assert db.execute(text("SELECT job_id FROM event_outcomes")).scalars().all() == ["kept"]
+    assert _structure() == before
+
+
+def test_psql_runs_the_schema_too(empty_database_url: str, tmp_path: Path) -> None:
+    """The same file, by the tool that a database administrator has."""
+    from consumers.embedded.installation import installed
+
+    (tmp_path / "schema.sql").write_text(schema_sql())
+    psql = installed().postgres_bin / "psql"
+    run = subprocess.run(
+        [psql, "-XqAt", "-v", "ON_ERROR_STOP=1", "-f", tmp_path / "schema.sql", empty_database_url],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, get_portfolio_history()) == (0, []), run.stderr
+
+
+def test_every_table_and_column_has_a_comment(database_url: str) -> None:
+    """For who looks with psql or a database browser."""
+    uncommented = """
+        SELECT c.relname, a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum >= 0
+        WHERE c.relkind = 'r' AND c.relnamespace = 'public'::regnamespace AND NOT a.attisdropped
+            AND (col_description(c.oid, a.attnum) IS NULL OR obj_description(c.oid) IS NULL)
+    """
+    with get_db() as db:
+        assert db.execute(text(uncommented)).all() == []
+
+
+_SNAPSHOT = """
+    INSERT INTO portfolio_history (event_id, source, snapshot_date, "timestamp", balance, total_invested,
+        total_profit_loss, total_value, open_positions, trade_count)
+    VALUES (gen_random_uuid(), 'x', '2026-01-01', now(), {balance}, 0, 0, 0, {open}, {trades})
+"""
+_ARCHIVE = """
+    INSERT INTO signal_archives (event_id, source, archived_at, archive_month, signals_count, signals_data)
+    VALUES (gen_random_uuid(), 'x', now(), {month}, {count}, {data})
+"""
+
+
+@pytest.mark.parametrize(
+    ("statement", "constraint"),
+    [
+        (_SNAPSHOT.format(balance="'NaN'", open=0, trades=0), "portfolio_history_amounts_are_numbers"),
+        (_SNAPSHOT.format(balance=0, open=-1, trades=0), "portfolio_history_open_positions_not_negative"),
+        (_SNAPSHOT.format(balance=0, open=0, trades=-1), "portfolio_history_trade_count_not_negative"),
+        (_ARCHIVE.format(month="'2026-13'", count=1, data="'[{}]'"), "signal_archives_month_is_a_month"),
+        (_ARCHIVE.format(month="'2026-12'", count=2, data="'[{}]'"), "signal_archives_count_is_the_length"),
+        (_ARCHIVE.format(month="'2026-12'", count=0, data="'[]'"), "signal_archives_count_is_the_length"),
+        (_ARCHIVE.format(month="'2026-12'", count=1, data="'{}'"), "signal_archives_data_is_an_array"),
+        ("INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'lost')", "event_outcomes_outcome_is_known"),
+        (
+            "INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'rejected')",
+            "event_outcomes_refusal_has_a_reason",
+        ),
+    ],
+)
+def test_the_database_refuses_by_itself_what_cannot_be(database_url: str, statement: str, constraint: str) -> None:
+    """Whoever writes: the constraint has a name that says what is wrong."""
+    with pytest.raises(IntegrityError, match=constraint):
+        _execute(statement)
+
+
+def test_what_the_values_cause_is_the_events_fault_and_carries_none_of_them(database_url: str) -> None:
+    """SQLSTATE classes 22 and 23, with the constraint's name and without the row."""
+    reason = r"portfolio_history_open_positions_not_negative.*SQLSTATE 23514"
+    with pytest.raises(InvalidEvent, match=reason) as caught, get_db() as db:
+        db.execute(text(_SNAPSHOT.format(balance=987654, open=-1, trades=0)))
+    assert "987654" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    with pytest.raises(InvalidEvent, match="SQLSTATE 22003"), get_db() as db:
+        db.execute(text(_SNAPSHOT.format(balance="1e13", open=0, trades=0)))
+
+
+def _without_tables() -> None:
+    _execute("DROP TABLE portfolio_history")
+
+
+def _read_only() -> None:
+    with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        name = db.execute(text("SELECT current_database()")).scalar()
+        db.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    engine().dispose()
+
+
+@pytest.mark.parametrize(("trouble", "word"), [(_without_tables, "does not exist"), (_read_only, "read-only")])
+def test_everything_else_is_the_stores_trouble(database_url: str, trouble: Callable[[], None], word: str) -> None:
+    """A missing table, a read-only database: nothing is wrong with the event."""
+    trouble()
+    with pytest.raises(StoreUnavailable, match=word), get_db() as db:
+        db.execute(text(_SNAPSHOT.format(balance=0, open=0, trades=0)))
+
+
+def test_an_unreachable_database_is_the_stores_trouble_and_shows_no_password() -> None:
+    """In the error and in everything that it was caused by."""
+    store = create_store_engine(SecretStr("postgresql://me:s3cret@127.0.0.1:1/x"))
+    with pytest.raises(StoreUnavailable, match="Connection refused") as caught:
+        apply_schema(store)
+    assert "s3cret" not in f"{caught.value!r} {caught.value.__cause__!r}"
+
+
+def test_options_in_the_url_are_kept_beside_ours(database_url: str) -> None:
+    """A search_path of the operator's, and times in UTC all the same."""
+    store = create_store_engine(SecretStr(f"{database_url}&options=-csearch_path%3Delsewhere"))
+    with store.connect() as db:
+        shown = [db.execute(text(f"SHOW {name}")).scalar() for name in ("search_path", "timezone")]
+    store.dispose()
+    assert shown == ["elsewhere", "UTC"]
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mysql://host/db"])
+def test_a_url_that_is_none_of_postgresql_is_refused_by_name(url: str) -> None:
+    """Before anything is tried."""
+    with pytest.raises(SettingsError, match="^DATABASE_URL: "):
+        create_store_engine(SecretStr(url))
