@@ -24,6 +24,7 @@ from uuid import UUID, uuid4
 from producers.errors import OutboxError
 from producers.events import Payload, encode, event_of
 from producers.outcomes import Outcome
+from producers.relay_lock import RelayLock, inherited_connections, sqlite_errors
 
 State = Literal["pending", "sent", "confirmed", "rejected"]
 
@@ -340,7 +341,7 @@ class Outbox:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        with _translated(self.path):
+        with sqlite_errors(self.path):
             try:
                 yield
             except sqlite3.OperationalError as error:
@@ -356,55 +357,7 @@ class Outbox:
 
         They are kept referenced rather than closed: closing would act on the parent's files.
         """
-        _inherited.append(self._connections)
+        inherited_connections.append(self._connections)
         self._lock = threading.Lock()
         self._connections = {}
         self._pid = os.getpid()
-
-
-_inherited: list[object] = []
-
-
-class RelayLock:
-    """A lock across processes and threads that the kernel releases when its holder dies.
-
-    It is an open exclusive transaction on a small SQLite file of its own: unlike flock it is not inherited
-    by a forked child, and unlike bare POSIX locks it also excludes other threads of the same process.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._connection: sqlite3.Connection | None = None
-
-    def acquire(self) -> bool:
-        """True when held, now or already; never waits."""
-        if self._connection is not None:
-            return True
-        with _translated(self._path):
-            connection = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
-            try:
-                connection.execute("BEGIN EXCLUSIVE")
-            except sqlite3.OperationalError as error:
-                connection.close()
-                if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                    return False
-                raise
-        self._connection = connection
-        return True
-
-    def release(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-    def abandon_after_fork(self) -> None:
-        _inherited.append(self._connection)
-        self._connection = None
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise OutboxError(f"outbox {path}: {error}") from error

@@ -20,9 +20,10 @@ from rq.serializers import JSONSerializer
 
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
-from producers.outbox import KEEP_SECONDS, Entry, Outbox, RelayLock, source_of
+from producers.outbox import KEEP_SECONDS, Entry, Outbox, source_of
 from producers.outcomes import Outcome
 from producers.redis_keys import acknowledgement_key, held_key, holders_key
+from producers.relay_lock import RelayLock
 
 logger = logging.getLogger(__name__)
 

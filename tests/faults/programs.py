@@ -25,15 +25,28 @@ from tests.factories import a_signal, a_snapshot, an_archive
 _SHARED_FACTS = 40
 
 
-def produce(outbox: str, seed: int, count: int, pause_seconds: float) -> None:
-    """Record `count` events, one at a time, and say of each on stdout that it was accepted."""
+def produce(outbox: str, seed: int, count: int, pause_seconds: float, in_flight: int) -> None:
+    """Record `count` events, one at a time, and say of each on stdout that it was accepted.
+
+    After every `in_flight` events it waits until they are settled, so that it goes through each step that often.
+    """
     dice = random.Random(seed)
     with HistoryProducer(outbox=outbox, name=f"producer-{seed % 1000}") as producer:
         for number in range(count):
             receipt = producer.record(_payload(dice, seed, number))
             print(receipt.source, receipt.sequence, receipt.event_id, flush=True)  # noqa: T201  # read by the harness
             time.sleep(pause_seconds * dice.random())
+            if (number + 1) % in_flight == 0:
+                _wait_until_settled(producer)
         producer.flush(30)
+
+
+def _wait_until_settled(producer: HistoryProducer) -> None:
+    deadline = time.monotonic() + 30
+    while producer.status().depth:
+        if time.monotonic() > deadline:
+            raise TimeoutError("what was recorded was not settled in 30 s")
+        time.sleep(0.01)
 
 
 def _payload(dice: random.Random, seed: int, number: int) -> PortfolioSnapshot | SignalArchive:
@@ -119,8 +132,8 @@ def main() -> None:
     if sys.argv[1] == "worker":
         work()
     else:
-        _, _, outbox, seed, count, pause = sys.argv
-        produce(str(Path(outbox)), int(seed), int(count), float(pause))
+        _, _, outbox, seed, count, pause, in_flight = sys.argv
+        produce(str(Path(outbox)), int(seed), int(count), float(pause), int(in_flight))
 
 
 if __name__ == "__main__":

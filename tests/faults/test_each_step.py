@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from redis import Redis
 
+from producers import relay
 from producers.history_producer import HistoryProducer
-from producers.outbox import Outbox
+from producers.redis_keys import lease_key
 from tests.faults.programs import PRODUCER_STEPS, WORKER_STEPS
 from tests.faults.verdict import verdict
 
@@ -23,15 +25,20 @@ pytestmark = pytest.mark.usefixtures("database_url", "redis")
 ROOT = Path(__file__).parents[2]
 
 
-def _start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def _started(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """One of the programs; it does not outlive the block. What it writes to stderr is shown when the test fails."""
+    with subprocess.Popen(
         [sys.executable, "-m", "tests.faults.programs", *arguments],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
         text=True,
         cwd=ROOT,
         env={**os.environ, **environment},
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def _told(output: str) -> list[tuple[str, int, str]]:
@@ -46,19 +53,33 @@ def _until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("step", PRODUCER_STEPS)
-@pytest.mark.parametrize("times", [1, 3])
-def test_a_producer_that_dies_loses_nothing(redis: Redis, tmp_path: Path, step: str, times: int) -> None:
-    """The next process that opens its outbox delivers what it had accepted."""
-    outbox = tmp_path / "outbox.db"
-    worker = _start("worker")
-    dying = _start("producer", str(outbox), "7", "40", "0.01", FAULT_STEP=step, FAULT_TIMES=str(times))
-    output, _ = dying.communicate(timeout=60)
-    assert dying.returncode == -signal.SIGKILL
-    with HistoryProducer(redis, outbox=outbox, name="producer-7") as heir:
+def _settle_the_rest(redis: Redis, outbox: Path, name: str) -> None:
+    with HistoryProducer(redis, outbox=outbox, name=name) as heir:
         _until(lambda: heir.status().depth == 0, 40)
+
+
+def _retire(worker: subprocess.Popen[str]) -> None:
     worker.terminate()
     worker.communicate(timeout=20)
+    assert worker.returncode == 0
+
+
+@pytest.mark.parametrize("step", PRODUCER_STEPS)
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_producer_that_dies_loses_nothing(
+    redis: Redis, tmp_path: Path, step: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next process that opens its outbox delivers what it had accepted."""
+    monkeypatch.setattr(relay, "_FIRST_CHECK_SECONDS", 0.5)
+    outbox = tmp_path / "outbox.db"
+    with _started("worker") as worker:
+        with _started(
+            "producer", str(outbox), "7", "40", "0.01", "10", FAULT_STEP=step, FAULT_TIMES=str(times)
+        ) as dying:
+            output, _ = dying.communicate(timeout=60)
+        assert dying.returncode == -signal.SIGKILL
+        _settle_the_rest(redis, outbox, "producer-7")
+        _retire(worker)
 
     judged = verdict([outbox], _told(output))
     assert judged.breaches == []
@@ -67,28 +88,24 @@ def test_a_producer_that_dies_loses_nothing(redis: Redis, tmp_path: Path, step: 
 
 @pytest.mark.parametrize("step", WORKER_STEPS)
 @pytest.mark.parametrize("times", [1, 5])
-def test_a_worker_that_dies_loses_nothing(
-    redis: Redis, tmp_path: Path, step: str, times: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_dies_loses_nothing(redis: Redis, tmp_path: Path, step: str, times: int) -> None:
     """Another worker goes on with what it held."""
     outbox = tmp_path / "outbox.db"
-    producer = _start("producer", str(outbox), "8", "40", "0.0")
-    output, _ = producer.communicate(timeout=60)
-    dying = _start("worker", FAULT_STEP=step, FAULT_TIMES=str(times))
-    if step == "while handing back" and times > 1:
-        _until(lambda: redis.llen("rq:queue:history") == 0, 30)
-        dying.kill()
-    dying.communicate(timeout=60)
+    with _started("producer", str(outbox), "8", "40", "0.0", "100") as producer:
+        output, _ = producer.communicate(timeout=60)
+    with _started("worker", FAULT_STEP=step, FAULT_TIMES=str(times)) as dying:
+        if step == "while handing back" and times > 1:
+            # It hands back once; instead of a later time, it dies in the middle of what it took.
+            _until(lambda: redis.llen("rq:queue:history") == 0, 30)
+            dying.kill()
+        dying.communicate(timeout=60)
     assert dying.returncode == -signal.SIGKILL
     # What is proven here is that the lease brings the work back; its length is proven elsewhere.
-    for lease in redis.scan_iter("history:lease:*"):
+    for lease in redis.scan_iter(lease_key("history", "*")):
         redis.delete(lease)
-    heir = _start("worker")
-    with HistoryProducer(redis, outbox=outbox, name="producer-8") as rest:
-        _until(lambda: rest.status().depth == 0, 40)
-    heir.terminate()
-    heir.communicate(timeout=20)
+    with _started("worker") as heir:
+        _settle_the_rest(redis, outbox, "producer-8")
+        _retire(heir)
 
     judged = verdict([outbox], _told(output))
     assert (judged.accepted, judged.breaches) == (40, [])
-    assert Outbox(outbox).status().depth == 0

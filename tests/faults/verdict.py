@@ -56,17 +56,9 @@ def verdict(outboxes: Sequence[Path], told: Iterable[tuple[str, int, str]]) -> V
     stored_ids = {event_id for event_id, _, _ in stored}
     row_of = {(source, sequence): event_id for event_id, source, sequence in stored}
     for key, (event_id, state, _) in entries.items():
-        outcome = outcomes.get(key, ("", "", ""))[1]
-        if state == "confirmed" and event_id not in stored_ids:
-            breaches.append(f"confirmed, but without a row: {key} {event_id}")
-        if state == "rejected" and outcome != "rejected":
-            breaches.append(f"rejected in the outbox, but {outcome or 'unknown'} in the database: {key}")
-        if state == "rejected" and row_of.get(key) == event_id:
-            breaches.append(f"rejected and stored: {key}")
-        if state in ("pending", "sent"):
-            breaches.append(f"never settled: {key} is {state}")
-        if (row_of.get(key) == event_id) + (outcome != "") != 1:
-            breaches.append(f"not accounted for exactly once: {key} has row {key in row_of} and outcome {outcome!r}")
+        breaches += _fate(
+            key, state, event_id in stored_ids, row_of.get(key) == event_id, outcomes.get(key, ("", "", ""))[1]
+        )
     breaches += [f"a row that nobody accepted: {row}" for row in stored if (row[1], row[2]) not in entries]
     for path in outboxes:
         for one in audit(outbox=Outbox(path)):
@@ -74,6 +66,20 @@ def verdict(outboxes: Sequence[Path], told: Iterable[tuple[str, int, str]]) -> V
                 breaches.append(f"the audit misses {one.missing} {one.mismatched} of {one.source}")
     kinds = [outcome for _, outcome, _ in outcomes.values()]
     return Verdict(len(entries), len(stored), kinds.count("absorbed"), kinds.count("rejected"), breaches)
+
+
+def _fate(key: tuple[str, int], state: str, fact_has_row: bool, has_row: bool, outcome: str) -> list[str]:
+    """What is wrong with the end of one entry: `has_row` tells of a row of its own, `fact_has_row` of anybody's."""
+    breaches = []
+    if state in ("pending", "sent"):
+        breaches.append(f"never settled: {key} is {state}")
+    if state == "confirmed" and not fact_has_row:
+        breaches.append(f"confirmed, but without a row: {key}")
+    if state == "rejected" and (outcome != "rejected" or has_row):
+        breaches.append(f"rejected, but the database has outcome {outcome!r} and a row: {has_row}: {key}")
+    if has_row + (outcome != "") != 1:
+        breaches.append(f"not accounted for exactly once: {key} has a row: {has_row}, outcome {outcome!r}")
+    return breaches
 
 
 def _doubles(stored: Sequence[tuple[str, str, int]]) -> list[str]:

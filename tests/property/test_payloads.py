@@ -110,12 +110,12 @@ def _rounded(amount: Any) -> Fraction:
     return Fraction(round(exact * 10**8), 10**8)
 
 
-def _by_value(value: Any) -> Any:
+def _with_exact_numbers(value: Any) -> Any:
     """JSON in which numbers are exact and cannot be taken for booleans: true is not 1, and 10 is 10.0."""
     if isinstance(value, dict):
-        return {name: _by_value(item) for name, item in value.items()}
+        return {name: _with_exact_numbers(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_by_value(item) for item in value]
+        return [_with_exact_numbers(item) for item in value]
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return value
     return ("number", Decimal(repr(value)) if isinstance(value, float) else Decimal(value))
@@ -168,7 +168,7 @@ def test_any_archive_is_stored_and_read_back_equal(values: dict[str, Any]) -> No
         again = insert_event(db, _sent(payload))
 
     read = json.loads(row["exact"], parse_float=Decimal)
-    assert _by_value(read) == _by_value(values["signals"])
+    assert _with_exact_numbers(read) == _with_exact_numbers(values["signals"])
     assert (row["archived_at"], row["portfolio_id"]) == (values["archived_at"], values["portfolio_id"])
     assert row["archive_month"] == values["archived_at"].isoformat()[:7]
     assert (row["signals_count"], str(row["event_id"])) == (len(values["signals"]), str(payload.event_id))
@@ -194,7 +194,7 @@ def test_decoding_undoes_encoding_of_archives(payload: SignalArchive) -> None:
     event = _event(payload)
     read = _sent(payload)
     assert isinstance(read.data, SignalArchive)
-    assert _by_value(read.data.signals) == _by_value(payload.signals)
+    assert _with_exact_numbers(read.data.signals) == _with_exact_numbers(payload.signals)
     assert read.model_dump(exclude={"data": {"signals"}}) == event.model_dump(exclude={"data": {"signals"}})
     assert decode(encode(read), SignalArchiveEvent) == read
 

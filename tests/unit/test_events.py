@@ -96,12 +96,12 @@ def _refused_at(error: InvalidEvent, path: str, reason: str) -> None:
     assert path.startswith(error.field)
 
 
-def _by_value(value: Any) -> Any:
-    """JSON with every number as the decimal that its text means."""
+def _floats_as_decimals(value: Any) -> Any:
+    """JSON with each float as the decimal that its text means."""
     if isinstance(value, dict):
-        return {name: _by_value(item) for name, item in value.items()}
+        return {name: _floats_as_decimals(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_by_value(item) for item in value]
+        return [_floats_as_decimals(item) for item in value]
     return Decimal(repr(value)) if isinstance(value, float) else value
 
 
@@ -366,7 +366,7 @@ def test_the_callers_decimal_context_makes_no_difference(context: decimal.Contex
         texts = encode(snapshot), encode(archive)
         read = decode(texts[0], PortfolioSnapshotEvent), decode(texts[1], SignalArchiveEvent)
 
-    assert (read[0].data.balance, _by_value(read[1].data.signals)) == (amount, _by_value([signal]))
+    assert (read[0].data.balance, _floats_as_decimals(read[1].data.signals)) == (amount, _floats_as_decimals([signal]))
 
 
 # ---- signals
@@ -385,7 +385,7 @@ def test_numbers_in_signals_keep_every_digit() -> None:
     }
     text = encode(_archive_event(signals=[signal]))
     event = decode(text, SignalArchiveEvent)
-    assert _by_value(event.data.signals) == _by_value([signal])
+    assert _floats_as_decimals(event.data.signals) == _floats_as_decimals([signal])
     assert decode(encode(event), SignalArchiveEvent) == event
 
 

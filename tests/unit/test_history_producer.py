@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -10,34 +9,20 @@ from pathlib import Path
 
 import fakeredis
 import pytest
-from rq import Queue
-from rq.serializers import JSONSerializer
 
 from producers.errors import EventRejected, ProducerClosed, SettingsError
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key
 from tests.factories import a_snapshot, an_archive
-
-
-@pytest.fixture
-def server() -> fakeredis.FakeServer:
-    return fakeredis.FakeServer()
-
-
-@pytest.fixture
-def redis(server: fakeredis.FakeServer) -> fakeredis.FakeRedis:
-    return fakeredis.FakeRedis(server=server)
+from tests.forking import in_child
+from tests.unit.conftest import queue_of
 
 
 @pytest.fixture
 def producer(redis: fakeredis.FakeRedis, tmp_path: Path) -> Iterator[HistoryProducer]:
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db", name="bot-7") as producer:
         yield producer
-
-
-def _job_ids(redis: fakeredis.FakeRedis, queue: str = "history") -> list[str]:
-    return list(Queue(queue, connection=redis, serializer=JSONSerializer).job_ids)
 
 
 def test_a_receipt_names_the_event_its_source_and_its_number(producer: HistoryProducer) -> None:
@@ -58,7 +43,7 @@ def test_recording_nothing_is_fine(producer: HistoryProducer) -> None:
 def test_events_reach_the_queue_without_another_call(producer: HistoryProducer, redis: fakeredis.FakeRedis) -> None:
     """flush waits for that and returns how many are left: none."""
     producer.record(a_snapshot())
-    assert (producer.flush(5), len(_job_ids(redis))) == (0, 1)
+    assert (producer.flush(5), queue_of(redis).count) == (0, 1)
 
 
 def test_waiting_ends_with_the_row_id_or_the_reason(producer: HistoryProducer, redis: fakeredis.FakeRedis) -> None:
@@ -91,7 +76,7 @@ def test_recording_works_while_redis_is_away_and_is_sent_when_it_is_back(
     assert producer.flush(0.2) == 5
     server.connected = True
     assert producer.flush(10) == 0
-    assert len(_job_ids(redis)) == 5
+    assert queue_of(redis).count == 5
 
 
 def test_a_new_producer_sends_what_an_earlier_one_left(
@@ -105,7 +90,7 @@ def test_a_new_producer_sends_what_an_earlier_one_left(
     server.connected = True
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as second:
         assert second.flush(5) == 0
-    assert len(_job_ids(redis)) == 1
+    assert queue_of(redis).count == 1
 
 
 def test_a_closed_producer_refuses_and_may_be_closed_again(producer: HistoryProducer) -> None:
@@ -125,19 +110,18 @@ def test_many_threads_record_through_one_producer(producer: HistoryProducer, red
         thread.join()
     producer.flush(10)
 
-    assert sorted(int(job_id.split("-")[1]) for job_id in _job_ids(redis)) == list(range(1, 201))
+    assert sorted(int(job_id.split("-")[1]) for job_id in queue_of(redis).job_ids) == list(range(1, 201))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_goes_on_recording(producer: HistoryProducer, tmp_path: Path) -> None:
     """The child appends to the same outbox with a connection of its own; the parent is not disturbed."""
     producer.record(a_snapshot())
-    child = os.fork()
-    if child == 0:
-        sequence = producer.record(a_snapshot(after=timedelta(1))).sequence
-        os._exit(0 if sequence == 2 else 1)
-    assert os.waitpid(child, 0)[1] == 0
 
+    def record() -> None:
+        assert producer.record(a_snapshot(after=timedelta(1))).sequence == 2
+
+    assert in_child(record) == 0
     assert producer.record(a_snapshot(after=timedelta(2))).sequence == 3
     assert producer.flush(5) == 0
     assert Outbox(tmp_path / "outbox.db").status().sent == 3
@@ -156,7 +140,7 @@ def test_queue_and_outbox_come_from_the_settings_unless_given(
         producer.record(a_snapshot())
         producer.flush(5)
 
-    assert (len(_job_ids(redis, "evening")), len(_job_ids(redis, "night"))) == (1, 1)
+    assert (queue_of(redis, "evening").count, queue_of(redis, "night").count) == (1, 1)
     assert {path.name for path in tmp_path.glob("*.db")} == {"evening.db", "night.db"}
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode
 from producers.outbox import Outbox
 from producers.outcomes import Outcome
 from tests.factories import a_signal, a_snapshot, an_archive
+from tests.forking import in_child
 
 NAME = "trading-controller"
 
@@ -185,15 +187,31 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert [json.loads(entry.event)["type"] for entry in Outbox(path).pending(10)] == ["trading.portfolio-snapshot.v1"]
 
 
-def test_appending_waits_for_the_disk_and_marking_does_not(path: Path) -> None:
+def test_appending_waits_for_the_disk_and_marking_does_not(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection that appends syncs each commit; losing a mark only costs a re-send."""
+    opened: list[tuple[sqlite3.Connection, list[str]]] = []
+    connect = sqlite3.connect
+
+    def traced(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        opened.append((connect(*args, **kwargs), []))
+        opened[-1][0].set_trace_callback(opened[-1][1].append)
+        return opened[-1][0]
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
-    outbox.settle(accepted.source_id, [])
+    outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(1)})
+    outbox.settle(accepted.source_id, [(1, Outcome("stored", row_id=1))])
 
-    modes = {mode: db.execute("PRAGMA synchronous").fetchone()[0] for mode, db in outbox._connections.items()}
-    assert modes == {"FULL": 2, "NORMAL": 1}
-    assert outbox._connections["FULL"].execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    def modes_of(statement: str) -> list[tuple[str, int]]:
+        having = [db for db, statements in opened if any(one.strip().startswith(statement) for one in statements)]
+        return [
+            tuple(db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous"))
+            for db in having
+        ]
+
+    assert modes_of("INSERT INTO entries") == [("wal", 2)]
+    assert modes_of("UPDATE entries") == [("wal", 1)]
 
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, None])
@@ -279,26 +297,22 @@ def test_only_one_holds_the_relay_lock(path: Path) -> None:
     second.release()
 
     script = f"""
-import os, sys
+import sys
 from pathlib import Path
 from producers.outbox import Outbox
-print(Outbox(Path({str(path)!r})).relay_lock().acquire(), flush=True)
 lock = Outbox(Path({str(path)!r})).relay_lock()
 print(lock.acquire(), flush=True)
 sys.stdin.read()
 """
-    holder = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == b"True\n"
-    holder.stdout.readline()
-    assert not first.acquire()
-    holder.kill()
-    holder.communicate()
+    root = Path(__file__).parents[2]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, cwd=root) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"True\n"
+            assert not first.acquire()
+        finally:
+            holder.kill()
     assert first.acquire()
     first.release()
 
@@ -307,13 +321,12 @@ def test_a_forked_child_opens_the_file_for_itself(path: Path) -> None:
     """After reopen_after_fork the child appends, and the parent goes on undisturbed."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot()])
-    child = os.fork()
-    if child == 0:
-        outbox.reopen_after_fork()
-        outbox.append(NAME, [a_snapshot()])
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
 
+    def append() -> None:
+        outbox.reopen_after_fork()
+        assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [2]
+
+    assert in_child(append) == 0
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [3]
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import fakeredis
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
-from rq import Queue
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
@@ -21,6 +20,7 @@ from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key
 from producers.relay import Relay
 from tests.factories import a_snapshot, an_archive
+from tests.unit.conftest import queue_of
 
 NAME = "trading-controller"
 
@@ -28,16 +28,6 @@ NAME = "trading-controller"
 @pytest.fixture
 def outbox(tmp_path: Path) -> Outbox:
     return Outbox(tmp_path / "outbox.db")
-
-
-@pytest.fixture
-def server() -> fakeredis.FakeServer:
-    return fakeredis.FakeServer()
-
-
-@pytest.fixture
-def redis(server: fakeredis.FakeServer) -> fakeredis.FakeRedis:
-    return fakeredis.FakeRedis(server=server)
 
 
 @pytest.fixture
@@ -54,12 +44,8 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay_module, "_check_interval", lambda checks: -1.0)
 
 
-def _queue(redis: fakeredis.FakeRedis) -> Queue:
-    return Queue("history", connection=redis, serializer=JSONSerializer)
-
-
 def _job(redis: fakeredis.FakeRedis) -> Job:
-    (job_id,) = set(_queue(redis).job_ids)
+    (job_id,) = set(queue_of(redis).job_ids)
     return Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
 
 
@@ -71,7 +57,7 @@ def test_a_sweep_sends_everything_pending_in_order(outbox: Outbox, relay: Relay,
 
     assert relay.sweep()
 
-    job_ids = _queue(redis).job_ids
+    job_ids = queue_of(redis).job_ids
     assert [int(job_id.split("-")[1]) for job_id in job_ids] == list(range(1, count + 2))
     jobs = [Job.fetch(job_id, connection=redis, serializer=JSONSerializer) for job_id in (job_ids[0], job_ids[-1])]
     assert [job.func_name for job in jobs] == [
@@ -100,6 +86,35 @@ def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server:
     relay.stop()
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("9" * 25, "stored:1"), ("2", f"stored:{'9' * 25}"), ("9" * 5000, "stored:1"), ("-1", "stored:1")],
+    ids=["sequence of 25 digits", "row id of 25 digits", "sequence of 5000 digits", "negative sequence"],
+)
+def test_a_number_that_no_outbox_holds_is_dropped_and_stops_nothing(
+    outbox: Outbox,
+    relay: Relay,
+    redis: fakeredis.FakeRedis,
+    caplog: pytest.LogCaptureFixture,
+    field: str,
+    value: str,
+) -> None:
+    """Whoever wrote it, what stands beside it is settled, and so is what comes later."""
+    (first, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    relay.sweep()
+    key = acknowledgement_key(first.source)
+    redis.hset(key, mapping={field: value, "1": "stored:42"})
+    relay.sweep()
+    redis.hset(key, "3", "stored:43")
+    relay.sweep()
+
+    outcomes = [outbox.outcome(first.source_id, sequence) for sequence in (1, 2, 3)]
+    assert [outcome and str(outcome) for outcome in outcomes] == ["stored:42", None, "stored:43"]
+    assert redis.hgetall(key) == {}
+    (record,) = caplog.records
+    assert record.getMessage() == f"dropped an acknowledgement that is none, for sequence {field[:30]}"
+
+
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("status", [JobStatus.QUEUED, JobStatus.STARTED, JobStatus.SCHEDULED, JobStatus.DEFERRED])
 def test_what_is_under_way_is_left_alone(
@@ -112,7 +127,7 @@ def test_what_is_under_way_is_left_alone(
     for _ in range(5):
         relay.sweep()
 
-    assert _queue(redis).count == 1
+    assert queue_of(redis).count == 1
 
 
 @pytest.mark.usefixtures("at_once")
@@ -127,7 +142,7 @@ def test_what_redis_lost_is_sent_again_with_the_same_bytes(
     relay.sweep()
 
     assert (_job(redis).id, _job(redis).data) == (before.id, before.data)
-    assert _queue(redis).count == 1
+    assert queue_of(redis).count == 1
 
 
 @pytest.mark.usefixtures("at_once")
@@ -138,13 +153,13 @@ def test_what_failed_without_a_rejection_is_sent_again_and_leaves_the_failed_reg
     outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     job = _job(redis)
-    redis.delete(_queue(redis).key)
+    redis.delete(queue_of(redis).key)
     job.set_status(JobStatus.FAILED)
-    _queue(redis).failed_job_registry.add(job, ttl=-1, exc_string="boom")
+    queue_of(redis).failed_job_registry.add(job, ttl=-1, exc_string="boom")
     relay.sweep()
 
-    assert _queue(redis).job_ids == [job.id]
-    assert _queue(redis).failed_job_registry.get_job_ids() == []
+    assert queue_of(redis).job_ids == [job.id]
+    assert queue_of(redis).failed_job_registry.get_job_ids() == []
     assert job.get_status() == JobStatus.QUEUED
 
 
@@ -158,7 +173,7 @@ def test_what_is_acknowledged_is_never_sent_again(outbox: Outbox, relay: Relay, 
     for _ in range(3):
         relay.sweep()
 
-    assert _queue(redis).count == 0
+    assert queue_of(redis).count == 0
 
 
 def test_a_send_whose_answer_was_lost_is_not_repeated_blindly(
@@ -177,10 +192,10 @@ def test_a_send_whose_answer_was_lost_is_not_repeated_blindly(
     with pytest.raises(RedisConnectionError):
         relay.sweep()
     monkeypatch.setattr(relay._queue, "enqueue_many", original)
-    assert (outbox.status().pending, _queue(redis).count) == (1, 1)
+    assert (outbox.status().pending, queue_of(redis).count) == (1, 1)
     relay.sweep()
 
-    assert (outbox.status().sent, _queue(redis).count) == (1, 1)
+    assert (outbox.status().sent, queue_of(redis).count) == (1, 1)
 
 
 def test_a_send_that_could_not_be_marked_is_not_repeated_blindly(
@@ -197,7 +212,7 @@ def test_a_send_that_could_not_be_marked_is_not_repeated_blindly(
         with pytest.raises(OutboxError):
             relay.sweep()
 
-    assert _queue(redis).count == 1
+    assert queue_of(redis).count == 1
 
 
 def test_only_one_relay_works_on_an_outbox(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
@@ -205,31 +220,92 @@ def test_only_one_relay_works_on_an_outbox(outbox: Outbox, relay: Relay, redis: 
     second = Relay(Outbox(outbox.path), redis, "history")
     relay.sweep()
     outbox.append(NAME, [a_snapshot()])
-    assert (second.sweep(), _queue(redis).count) == (False, 0)
+    assert (second.sweep(), queue_of(redis).count) == (False, 0)
     relay.stop()
-    assert (second.sweep(), _queue(redis).count) == (True, 1)
+    assert (second.sweep(), queue_of(redis).count) == (True, 1)
     second.stop()
 
 
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.001)
+
+
+def _counted(relay: Relay, monkeypatch: pytest.MonkeyPatch, sweep: Callable[[], bool]) -> list[None]:
+    """Have the relay call `sweep`; the list grows by one with each call."""
+    calls: list[None] = []
+
+    def counting() -> bool:
+        calls.append(None)
+        return sweep()
+
+    monkeypatch.setattr(relay, "sweep", counting)
+    return calls
+
+
 def test_an_outage_is_said_once_and_so_is_its_end(
-    outbox: Outbox, relay: Relay, server: fakeredis.FakeServer, caplog: pytest.LogCaptureFixture
+    outbox: Outbox,
+    relay: Relay,
+    server: fakeredis.FakeServer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not at every try; pauses grow up to a limit and never exceed it."""
+    """Not at every try; with Redis back, the thread sends what was waiting."""
+    monkeypatch.setattr(relay_module, "_LAST_BACKOFF_SECONDS", 0.02)
+    tries = _counted(relay, monkeypatch, relay.sweep)
     server.connected = False
     outbox.append(NAME, [a_snapshot()])
-    with caplog.at_level(logging.WARNING):
-        pauses = []
-        for _ in range(20):
-            with pytest.raises(RedisConnectionError) as caught:
-                relay.sweep()
-            pauses.append(relay._back_off(caught.value))
-        server.connected = True
-        relay.sweep()
-        relay._recovered()
-        relay._recovered()
+    relay.start()
+    _until(lambda: len(tries) >= 5)
+    server.connected = True
+    _until(lambda: outbox.status().sent == 1 and len(caplog.records) >= 2)
+    after = len(tries)
+    _until(lambda: len(tries) >= after + 3)
+    relay.stop()
 
-    assert len(caplog.records) == 2
-    assert "events stay in the outbox" in caplog.records[0].getMessage()
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert f"cannot relay {outbox.path}: ConnectionError" in messages[0]
+    assert "events stay in the outbox" in messages[0]
+    assert messages[1].startswith(f"relaying {outbox.path} again after ")
+
+
+def test_a_defect_neither_ends_the_thread_nor_floods_the_log(
+    outbox: Outbox, relay: Relay, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is woken, it pauses between its tries; the log has the traceback, once."""
+
+    def defect() -> bool:
+        return 1 // 0 > 0
+
+    sweep = relay.sweep
+    outbox.append(NAME, [a_snapshot()])
+    tries = _counted(relay, monkeypatch, defect)
+    began, wakes = time.monotonic(), 0
+    relay.start()
+    while len(tries) < 3:
+        relay.wake()
+        wakes += 1
+        time.sleep(0.001)
+    elapsed = time.monotonic() - began
+
+    assert wakes > 20
+    assert elapsed >= relay_module._FIRST_BACKOFF_SECONDS * 3  # half of 0.2 s and half of 0.4 s
+    (record,) = caplog.records
+    assert "ZeroDivisionError" in record.getMessage()
+    assert record.exc_info is not None
+    assert relay.running
+
+    monkeypatch.setattr(relay, "sweep", sweep)
+    _until(lambda: outbox.status().sent == 1)
+
+
+def test_pauses_grow_up_to_a_limit_and_never_exceed_it(relay: Relay) -> None:
+    """About 0.1, 0.3, 0.6 ... 5 seconds, never in step with others."""
+    pauses = [relay._back_off(RedisConnectionError("gone")) for _ in range(20)]
+
     assert pauses[0] < 0.5
     assert all(2.5 <= pause <= 5 for pause in pauses[-5:])
     assert len(set(pauses)) == 20
