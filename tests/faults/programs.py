@@ -25,18 +25,20 @@ from tests.factories import a_signal, a_snapshot, an_archive
 _SHARED_FACTS = 40
 
 
-def produce(outbox: str, seed: int, count: int, pause_seconds: float, in_flight: int) -> None:
+def produce(outbox: str, seed: int, count: int, pause_seconds: float, in_flight: int = 0) -> None:
     """Record `count` events, one at a time, and say of each on stdout that it was accepted.
 
-    After every `in_flight` events it waits until they are settled, so that it goes through each step that often.
+    With `in_flight`, it waits after every so many events until they are settled: it meets each step that often.
     """
     dice = random.Random(seed)
     with HistoryProducer(outbox=outbox, name=f"producer-{seed % 1000}") as producer:
         for number in range(count):
             receipt = producer.record(_payload(dice, seed, number))
-            print(receipt.source, receipt.sequence, receipt.event_id, flush=True)  # noqa: T201  # read by the harness
+            # In one write: a death of the process leaves a whole line or none.
+            sys.stdout.write(f"{receipt.source} {receipt.sequence} {receipt.event_id}\n")
+            sys.stdout.flush()
             time.sleep(pause_seconds * dice.random())
-            if (number + 1) % in_flight == 0:
+            if in_flight and (number + 1) % in_flight == 0:
                 _wait_until_settled(producer)
         producer.flush(30)
 
@@ -132,8 +134,8 @@ def main() -> None:
     if sys.argv[1] == "worker":
         work()
     else:
-        _, _, outbox, seed, count, pause, in_flight = sys.argv
-        produce(str(Path(outbox)), int(seed), int(count), float(pause), int(in_flight))
+        outbox, seed, count, pause, *in_flight = sys.argv[2:]
+        produce(str(Path(outbox)), int(seed), int(count), float(pause), *map(int, in_flight))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def _settle_the_rest(redis: Redis, outbox: Path, name: str) -> None:
 def _retire(worker: subprocess.Popen[str]) -> None:
     worker.terminate()
     worker.communicate(timeout=20)
-    assert worker.returncode == 0
+    # By the signal itself when nothing was left to do and it had not got to the point of catching it.
+    assert worker.returncode in (0, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize("step", PRODUCER_STEPS)
@@ -91,7 +92,7 @@ def test_a_producer_that_dies_loses_nothing(
 def test_a_worker_that_dies_loses_nothing(redis: Redis, tmp_path: Path, step: str, times: int) -> None:
     """Another worker goes on with what it held."""
     outbox = tmp_path / "outbox.db"
-    with _started("producer", str(outbox), "8", "40", "0.0", "100") as producer:
+    with _started("producer", str(outbox), "8", "40", "0.0") as producer:
         output, _ = producer.communicate(timeout=60)
     with _started("worker", FAULT_STEP=step, FAULT_TIMES=str(times)) as dying:
         if step == "while handing back" and times > 1:

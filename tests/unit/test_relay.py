@@ -87,7 +87,7 @@ def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "stray",
     [("9" * 25, "stored:1"), ("2", f"stored:{'9' * 25}"), ("9" * 5000, "stored:1"), ("-1", "stored:1")],
     ids=["sequence of 25 digits", "row id of 25 digits", "sequence of 5000 digits", "negative sequence"],
 )
@@ -96,14 +96,13 @@ def test_a_number_that_no_outbox_holds_is_dropped_and_stops_nothing(
     relay: Relay,
     redis: fakeredis.FakeRedis,
     caplog: pytest.LogCaptureFixture,
-    field: str,
-    value: str,
+    stray: tuple[str, str],
 ) -> None:
     """Whoever wrote it, what stands beside it is settled, and so is what comes later."""
     (first, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     relay.sweep()
     key = acknowledgement_key(first.source)
-    redis.hset(key, mapping={field: value, "1": "stored:42"})
+    redis.hset(key, mapping={stray[0]: stray[1], "1": "stored:42"})
     relay.sweep()
     redis.hset(key, "3", "stored:43")
     relay.sweep()
@@ -112,7 +111,7 @@ def test_a_number_that_no_outbox_holds_is_dropped_and_stops_nothing(
     assert [outcome and str(outcome) for outcome in outcomes] == ["stored:42", None, "stored:43"]
     assert redis.hgetall(key) == {}
     (record,) = caplog.records
-    assert record.getMessage() == f"dropped an acknowledgement that is none, for sequence {field[:30]}"
+    assert record.getMessage() == f"dropped an acknowledgement that is none, for sequence {stray[0][:30]}"
 
 
 @pytest.mark.usefixtures("at_once")

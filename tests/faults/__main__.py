@@ -1,0 +1,36 @@
+"""A long storm of faults: `python -m tests.faults --minutes 20 [--seed N]`. Exit status 1 if a promise was broken."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.faults.storm import run_storm
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    options = parser.parse_args()
+    print(f"seed {options.seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        storm, judged = run_storm(Path(folder), seconds=options.minutes * 60, seed=options.seed)
+    for name, count in sorted(storm.faults.items()):
+        print(f"{count:6} {name}")
+    print(f"{storm.faults.total():6} faults in {options.minutes} minutes")
+    print(
+        f"{judged.accepted} events accepted: {judged.rows} rows, {judged.absorbed} absorbed, {judged.rejected} rejected"
+    )
+    print(f"at worst {storm.worst_queue_entries} queue entries of one delivery")
+    print(f"{len(judged.breaches)} breaches of the promise")
+    for breach in judged.breaches[:20]:
+        print(f"  {breach}")
+    return 1 if judged.breaches else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
