@@ -11,15 +11,15 @@ DO $$
 DECLARE
     old_shape text;
 BEGIN
-    SELECT string_agg(found.name, ', ' ORDER BY found.name) INTO old_shape
-    FROM (VALUES ('portfolio_history'), ('signal_archives')) AS found (name)
-    WHERE to_regclass(found.name) IS NOT NULL
+    SELECT string_agg(relname, ', ' ORDER BY relname) INTO old_shape
+    FROM pg_class
+    WHERE relname IN ('portfolio_history', 'signal_archives')
+      AND relnamespace = current_schema()::regnamespace
       AND NOT EXISTS (
-          SELECT FROM pg_attribute
-          WHERE attrelid = to_regclass(found.name) AND attname = 'event_id' AND NOT attisdropped);
+          SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'event_id' AND NOT attisdropped);
     IF old_shape IS NOT NULL THEN
         RAISE EXCEPTION USING
-            ERRCODE = 'duplicate_table',
+            ERRCODE = 'TH001',
             MESSAGE = format('tables of the old shape are in the way: %s', old_shape),
             HINT = 'Nothing was changed.';
     END IF;
@@ -150,5 +150,33 @@ COMMENT ON COLUMN event_outcomes.outcome IS
 COMMENT ON COLUMN event_outcomes.reason IS 'Why it was refused, or why it was discarded.';
 COMMENT ON COLUMN event_outcomes.event IS 'The text of the event as it came, kept when it was refused.';
 COMMENT ON COLUMN event_outcomes.created_at IS 'When it was decided.';
+
+-- CREATE INDEX IF NOT EXISTS is content with any index of the name, also one on another table.
+DO $$
+DECLARE
+    stray text;
+BEGIN
+    SELECT string_agg(expected.name, ', ' ORDER BY expected.name) INTO stray
+    FROM (VALUES
+        ('portfolio_history_newest', 'portfolio_history'),
+        ('portfolio_history_newest_of_portfolio', 'portfolio_history'),
+        ('portfolio_history_of_source', 'portfolio_history'),
+        ('signal_archives_newest', 'signal_archives'),
+        ('signal_archives_newest_of_portfolio', 'signal_archives'),
+        ('signal_archives_of_month', 'signal_archives'),
+        ('signal_archives_of_source', 'signal_archives'),
+        ('event_outcomes_of_source', 'event_outcomes')
+    ) AS expected (name, of_table)
+    WHERE NOT EXISTS (
+        SELECT FROM pg_index
+        WHERE indexrelid = to_regclass(expected.name) AND indrelid = to_regclass(expected.of_table));
+    IF stray IS NOT NULL THEN
+        RAISE EXCEPTION USING
+            ERRCODE = 'TH001',
+            MESSAGE = format('other tables have indexes of these names: %s', stray),
+            HINT = 'Nothing was changed.';
+    END IF;
+END
+$$;
 
 COMMIT;

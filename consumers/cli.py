@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -88,11 +89,17 @@ def init_db() -> None:
 
 
 @app.command()
-def worker(burst: Annotated[bool, typer.Option("--burst", help="Stop when the queue is empty.")] = False) -> None:
+def worker(
+    burst: Annotated[bool, typer.Option("--burst", help="Stop when the queue is empty.")] = False,
+    while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
+) -> None:
     """Store events from the queue until told to stop."""
+    from consumers.processes import stop_with_stdin
     from consumers.worker import run_worker
     from producers.settings import TransportSettings
 
+    if while_stdin:
+        stop_with_stdin()
     with stack(database=True, redis=True):
         settings = TransportSettings.from_environment()
         run_worker(settings.redis(), settings.queue, burst=burst)
@@ -117,7 +124,9 @@ def snapshot(
 
 @app.command()
 def archive(
-    file: Annotated[Path, typer.Argument(help="The current signals.")] = Path("data/trades/current_signals.json"),
+    file: Annotated[
+        Path | None, typer.Argument(help="The current signals; data/trades/current_signals.json if it exists.")
+    ] = None,
     url: Annotated[str | None, typer.Option(help="Read the signals from here instead.")] = None,
     portfolio_id: ForPortfolio = None,
     archived_at: Annotated[datetime | None, typer.Option(help="The cycle's time; now by default.")] = None,
@@ -127,13 +136,12 @@ def archive(
     from producers.history_producer import HistoryProducer
     from producers.trading_controller import archive_current_signals
 
+    if file is not None and not file.exists():
+        raise HistoryError(f"{file}: No such file or directory")
     with stack(redis=True), HistoryProducer() as producer:
+        chosen: dict[str, Any] = {} if file is None else {"signals_path": file}
         receipt = archive_current_signals(
-            signals_path=file,
-            signals_url=url,
-            portfolio_id=portfolio_id,
-            archived_at=archived_at,
-            producer=producer,
+            **chosen, signals_url=url, portfolio_id=portfolio_id, archived_at=archived_at, producer=producer
         )
         if receipt is None:
             print("There are no signals to archive.")
@@ -181,9 +189,8 @@ def outbox_status(as_json: AsJson = False) -> None:
     from consumers.terminal import print_facts
     from producers.outbox import Outbox
 
-    outbox = Outbox(_existing_outbox())
-    status = outbox.status()
-    facts = {"path": str(outbox.path)} | _outbox_facts(status)
+    with Outbox(_existing_outbox()) as outbox:
+        facts = {"path": str(outbox.path)} | _outbox_facts(outbox.status())
     (_print_json if as_json else print_facts)(facts)
 
 
@@ -312,7 +319,8 @@ def audit(as_json: AsJson = False) -> None:
     with stack(database=True):
         settings = TransportSettings.from_environment()
         redis = None if settings.redis_url is None else settings.redis()
-        audits = account(redis, Outbox(settings.outbox) if settings.outbox.is_file() else None)
+        with Outbox(settings.outbox) if settings.outbox.is_file() else nullcontext() as outbox:
+            audits = account(redis, outbox)
     (_print_json if as_json else print_audit)([asdict(one) for one in audits])
     raise typer.Exit(0 if all(one.complete for one in audits) else 1)
 
@@ -379,14 +387,15 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, default=str, ensure_ascii=False, indent=2))
 
 
-def _terminate(*_: object) -> NoReturn:
+def _terminate(number: int, _: object) -> NoReturn:
     # Like Ctrl-C: servers and workers that this command started are stopped on the way out.
-    raise SystemExit(128 + signal.SIGTERM)
+    raise SystemExit(128 + number)
 
 
 def main() -> None:
     """Entry point. Exit status 0 fine, 1 found or failed, 2 wrong usage, 130 and 143 ended by a signal."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
     try:
         app()
     except KeyboardInterrupt:
@@ -402,6 +411,8 @@ def main() -> None:
 def _readable(error: Exception) -> str | None:
     """What to tell about an error that is not a defect of ours; None for any other."""
     if isinstance(error, HistoryError):
+        return str(error)
+    if isinstance(error, OSError):
         return str(error)
     if isinstance(error, RedisError):
         return f"Redis: {str(error).splitlines()[0] if str(error) else type(error).__name__}"

@@ -17,7 +17,7 @@ from consumers.settings import StoreSettings
 from producers.errors import InvalidEvent, SettingsError
 
 CONNECT_TIMEOUT_SECONDS = 5
-_DUPLICATE_TABLE = "42P07"
+_IN_THE_WAY = "TH001"  # raised by schema.sql
 # SQLSTATE classes that the event itself causes: data exception, integrity constraint violation.
 _REFUSED_CLASSES = ("22", "23")
 
@@ -30,8 +30,10 @@ def create_store_engine(url: SecretStr) -> Engine:
     """
     try:
         parsed = make_url(url.get_secret_value())
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise SettingsError("DATABASE_URL: is not a URL such as postgresql://user@host/database") from None
+    if "@" in (parsed.host or ""):
+        raise SettingsError("DATABASE_URL: a password with @ in it must have it percent-encoded, as %40")
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise SettingsError("DATABASE_URL: must be a postgresql:// URL")
     return create_engine(
@@ -123,6 +125,6 @@ def apply_schema(store: Engine) -> None:
                 raise
     except StoreUnavailable as error:
         cause = error.__cause__
-        if isinstance(cause, DBAPIError) and getattr(cause.orig, "pgcode", None) == _DUPLICATE_TABLE:
+        if isinstance(cause, DBAPIError) and getattr(cause.orig, "pgcode", None) == _IN_THE_WAY:
             raise OldSchema(f"{_cause(cause)}. Nothing was changed.") from cause
         raise

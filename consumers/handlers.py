@@ -33,7 +33,8 @@ from producers.fields import EventId, Sequence
 from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Kind, Outcome
 from producers.redis_keys import acknowledgement_key
 
-logger = logging.getLogger(__name__)
+# Below RQ's own, whose level and handlers a stock worker sets up: these lines are seen there too.
+logger = logging.getLogger("rq.worker.history")
 
 _SOURCE: TypeAdapter[str] = TypeAdapter(Source)
 _SEQUENCE: TypeAdapter[int] = TypeAdapter(Sequence)

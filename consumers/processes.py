@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,15 +17,18 @@ _STOP_SECONDS = 15.0
 
 
 @contextmanager
-def worker_process(log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def worker_process(log: Path | None = None, keep: Sequence[int] = ()) -> Iterator[subprocess.Popen[bytes]]:
     """Run `trading-history worker` with this process's environment; stopped, after the job at hand, at the end.
 
-    It has a session of its own, so that Ctrl-C reaches only its parent, which then stops it in order.
+    It has a session of its own, so that Ctrl-C reaches only its parent, which then stops it in order; and it ends by
+    itself when its parent is killed. `keep` are file descriptors that it holds open as long as it lives.
     """
-    command = [sys.executable, "-m", "consumers.cli", "worker"]
+    command = [sys.executable, "-m", "consumers.cli", "worker", "--while-stdin"]
     with ExitStack() as opened:
         output = None if log is None else opened.enter_context(open(log, "ab"))
-        worker = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        worker = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True, pass_fds=keep
+        )
     try:
         yield worker
     finally:
@@ -32,6 +38,18 @@ def worker_process(log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
+        assert worker.stdin is not None
+        worker.stdin.close()
+
+
+def stop_with_stdin() -> None:
+    """In the child: end this process, in order, when standard input ends, as it does when the parent dies."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def wait_for_worker(worker: subprocess.Popen[bytes]) -> None:

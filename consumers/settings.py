@@ -38,7 +38,6 @@ class StoreSettings(EnvironmentSettings):
         if self.password is not None:
             login += ":" + quote(self.password.get_secret_value(), safe="")
         # A host that is the folder of a unix socket cannot stand where URLs have hosts.
-        host, query = (
-            (":", f"?host={quote(self.host, safe='')}") if self.host.startswith("/") else (self.host + ":", "")
-        )
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        host, query = (":", f"?host={quote(self.host, safe='')}") if self.host.startswith("/") else (name + ":", "")
         return SecretStr(f"postgresql://{login}@{host}{self.port}/{quote(self.database, safe='')}{query}")

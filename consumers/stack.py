@@ -23,7 +23,8 @@ def embedded_home() -> Path:
     """HISTORY_HOME, or the usual place for this user's data."""
     from consumers.embedded import default_home
 
-    return EmbeddedSettings.from_environment().home or default_home()
+    home = EmbeddedSettings.from_environment().home
+    return default_home() if home is None else home.expanduser().absolute()
 
 
 @contextmanager

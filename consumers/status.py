@@ -45,7 +45,8 @@ def pipeline_status() -> tuple[dict[str, Any], bool]:
     except RedisError as error:
         facts["redis"], healthy = f"{type(error).__name__}: {error}", False
     if settings.outbox.is_file():
-        outbox = Outbox(settings.outbox).status()
+        with Outbox(settings.outbox) as opened:
+            outbox = opened.status()
         facts |= {
             "outbox_pending": outbox.pending,
             "outbox_sent": outbox.sent,

@@ -89,7 +89,9 @@ def _table(*columns: str) -> Table:
     numbers = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
     numbers |= {"stored", "absorbed", "rejected", "discarded", "under way", "last"}
     for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left")
+        # Only free text may be cut when the window is narrow.
+        free = column in ("first signal", "reason", "missing")
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=not free)
     return table
 
 

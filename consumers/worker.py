@@ -292,4 +292,4 @@ def run_worker(redis: Redis, queue: str, *, burst: bool = False) -> None:
     """Run a HistoryWorker on `queue`; returns when it was told to stop, or with `burst` when the queue is empty."""
     worker = HistoryWorker([Queue(queue, connection=redis, serializer=JSONSerializer)], connection=redis)
     logger.info("worker %s on queue %s, process %d", worker.name, queue, os.getpid())
-    worker.work(burst=burst, logging_level="WARNING")
+    worker.work(burst=burst)

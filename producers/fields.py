@@ -36,6 +36,7 @@ _MAX_FLOAT = sys.float_info.max
 _MAX_DECIMAL = Decimal(repr(_MAX_FLOAT))
 # PostgreSQL's numeric, which JSONB uses, keeps at most 16383 digits after the point.
 _MIN_EXPONENT = -16383
+_MAX_EXPONENT = 100_000  # only zeros have one above 308, and these PostgreSQL still takes
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _UNSTORABLE_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
@@ -254,7 +255,7 @@ def _storable_number(value: int | float | Decimal, path: _Path) -> None:
     elif value.is_finite():
         if int(value.as_tuple().exponent) < _MIN_EXPONENT:
             raise _refuse_at(path, "has too many decimals")
-        within = value.copy_abs() <= _MAX_DECIMAL
+        within = value.copy_abs() <= _MAX_DECIMAL and int(value.as_tuple().exponent) <= _MAX_EXPONENT
     else:
         within = False
     if not within:

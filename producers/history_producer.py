@@ -17,8 +17,8 @@ from uuid import UUID
 from pydantic import TypeAdapter, ValidationError
 from redis import Redis
 
-from producers.errors import EventRejected, ProducerClosed, SettingsError
-from producers.events import Payload, SourceName
+from producers.errors import EventRejected, InvalidEvent, ProducerClosed, SettingsError
+from producers.events import Payload, PortfolioSnapshot, SignalArchive, SourceName
 from producers.outbox import Accepted, Outbox, OutboxStatus
 from producers.relay import Relay
 from producers.settings import TransportSettings
@@ -98,7 +98,11 @@ class HistoryProducer:
         """Accept all of `events` in one commit, or none of them; raises what `record` raises."""
         if self._closed:
             raise ProducerClosed("this HistoryProducer was closed")
-        accepted = self._outbox.append(self._name, list(events))
+        payloads = list(events)
+        for payload in payloads:
+            if not isinstance(payload, (PortfolioSnapshot, SignalArchive)):
+                raise InvalidEvent(f"event: must be a PortfolioSnapshot or SignalArchive, not {type(payload).__name__}")
+        accepted = self._outbox.append(self._name, payloads)
         self._run_relay()
         return [Receipt(one.event_id, one.source, one.sequence, one, self) for one in accepted]
 
@@ -111,6 +115,8 @@ class HistoryProducer:
         deadline = None if timeout is None else time.monotonic() + timeout
         while pending := self.status().pending:
             self._run_relay()
+            if not self._relay.running:
+                break
             if deadline is not None and time.monotonic() >= deadline:
                 break
             time.sleep(_POLL_SECONDS)
@@ -186,8 +192,6 @@ class HistoryProducer:
         return outcome.row_id
 
     def _after_fork(self) -> None:
-        self._relay.abandon_after_fork()
-        self._outbox.reopen_after_fork()
         self._starting = threading.Lock()
         self._relay = self._new_relay()
 

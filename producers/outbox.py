@@ -10,7 +10,6 @@ Settled entries stay for a while, so that they can be sent again after the datab
 from __future__ import annotations
 
 import math
-import os
 import sqlite3
 import threading
 import time
@@ -18,13 +17,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 from uuid import UUID, uuid4
 
 from producers.errors import OutboxError
 from producers.events import Payload, encode, event_of
 from producers.outcomes import Outcome
-from producers.relay_lock import RelayLock, inherited_connections, sqlite_errors
+from producers.relay_lock import RelayLock
+from producers.sqlite_forks import close_before_fork, sqlite_errors
 
 State = Literal["pending", "sent", "confirmed", "rejected"]
 
@@ -34,6 +34,7 @@ KEEP_SECONDS = 7 * 24 * 3600.0
 _BUSY_TIMEOUT_SECONDS = 5.0
 _PRUNE_ENTRIES = 1000  # at once: a short transaction, which no append has to wait for
 
+_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sources (
     id TEXT PRIMARY KEY,
@@ -170,16 +171,27 @@ class Outbox:
     def __init__(self, path: Path | str, *, max_bytes: int = MAX_BYTES) -> None:
         self.path = Path(path)
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._connections: dict[str, sqlite3.Connection] = {}
-        self._pid = os.getpid()
+        close_before_fork(self)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutboxError(f"outbox {self.path}: {error.strerror or error}") from error
-        with self._transaction() as db:
-            for statement in _SCHEMA.split(";"):
-                db.execute(statement)
+        try:
+            self._ensure_tables()
+        except OutboxError:
+            self.close()
+            raise
+
+    def _ensure_tables(self) -> None:
+        with self._reading() as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version != _VERSION:
+            with self._transaction() as db:
+                for statement in _SCHEMA.split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {_VERSION}")
 
     def append(self, name: str, payloads: Sequence[Payload]) -> list[Accepted]:
         """Record all of `payloads` in one durable commit, or none; the order is the order of sequences."""
@@ -293,11 +305,20 @@ class Outbox:
         return [(sequence, UUID(event_id), state) for sequence, event_id, state in rows]
 
     def close(self) -> None:
-        with self._lock:
-            if self._pid == os.getpid():
-                for connection in self._connections.values():
-                    connection.close()
-            self._connections = {}
+        """A closed outbox opens its file again when it is used again."""
+        with self.lock:
+            self.close_connections()
+
+    def close_connections(self) -> None:
+        """For who holds `lock`."""
+        while self._connections:
+            self._connections.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _used_bytes(self, db: sqlite3.Connection) -> int:
         pages, free, page_bytes = (
@@ -307,12 +328,12 @@ class Outbox:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._translated():
+        with self.lock, self._translated():
             yield self._connection(durable=False)
 
     @contextmanager
     def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._translated():
+        with self.lock, self._translated():
             db = self._connection(durable=durable)
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -351,13 +372,3 @@ class Outbox:
                     f"outbox {self.path} is full: its disk, or its limit of {self._max_bytes // 2**20} MiB;"
                     " events leave it when Redis and a worker run"
                 ) from error
-
-    def reopen_after_fork(self) -> None:
-        """In a forked child: forget the parent's connections and lock, which SQLite forbids it to touch.
-
-        They are kept referenced rather than closed: closing would act on the parent's files.
-        """
-        inherited_connections.append(self._connections)
-        self._lock = threading.Lock()
-        self._connections = {}
-        self._pid = os.getpid()

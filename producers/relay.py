@@ -7,6 +7,7 @@ and processes on one outbox, one relays at a time; when it ends or dies, the nex
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
@@ -74,8 +75,11 @@ class Relay:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="history-relay", daemon=True)
-        self._thread.start()
+        """Begin to relay. At the interpreter's end no thread can start: entries then wait for the next process."""
+        thread = threading.Thread(target=self._run, name="history-relay", daemon=True)
+        with contextlib.suppress(RuntimeError):
+            thread.start()
+            self._thread = thread
 
     def wake(self) -> None:
         """Something was appended; no need to wait for the next look."""
@@ -89,10 +93,6 @@ class Relay:
             self._thread.join(timeout=_LAST_BACKOFF_SECONDS)
         if not self.running:
             self._lock.release()
-
-    def abandon_after_fork(self) -> None:
-        """In a forked child, where the thread is gone and the lock is the parent's."""
-        self._lock.abandon_after_fork()
 
     def sweep(self) -> bool:
         """One round over what there is to do; True when it got something done. Another relay's lock: False.

@@ -36,8 +36,11 @@ def read_environment() -> dict[str, str]:
     if Path(".env").is_file():
         from dotenv import dotenv_values
 
-        values.update(dotenv_values(".env"))
-    values.update(os.environ)
+        try:
+            values.update(dotenv_values(".env"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f".env cannot be read: {type(error).__name__}") from None
+    values.update((name, value) for name, value in os.environ.items() if value)
     return {name: value for name, value in values.items() if value}
 
 
@@ -92,13 +95,15 @@ class TransportSettings(ZoneSettings):
         if self.redis_url is None:
             raise SettingsError("REDIS_URL is not set (for example redis://localhost:6379/0)")
         try:
-            return Redis.from_url(
+            client = Redis.from_url(
                 self.redis_url.get_secret_value(),
                 socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
                 socket_timeout=ANSWER_TIMEOUT_SECONDS,
                 health_check_interval=30,
                 retry=Retry(NoBackoff(), 0),
             )
-        except ValueError:
+            client.connection_pool.make_connection()  # does not connect, but takes the options apart
+            return client
+        except (TypeError, ValueError):
             # The library's message may repeat the URL with its password.
-            raise SettingsError("REDIS_URL: must be a redis://, rediss:// or unix:// URL") from None
+            raise SettingsError("REDIS_URL: must be a redis://, rediss:// or unix:// URL, its options known") from None

@@ -29,8 +29,8 @@ def read_signals(given: Any, *, signals_url: str | None, signals_path: Path) -> 
         content = signals_path.read_bytes()
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise SignalsUnreadable(f"{signals_path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # the latter for a path with a NUL character
+        raise SignalsUnreadable(f"{signals_path}: {getattr(error, 'strerror', None) or error}") from error
     return _parse(content, str(signals_path))
 
 

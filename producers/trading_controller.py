@@ -5,6 +5,7 @@ Both validate, append to the outbox on local disk and return; neither waits for 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from datetime import datetime
@@ -20,6 +21,15 @@ from producers.signals import read_signals
 
 _shared: HistoryProducer | None = None
 _sharing = threading.Lock()
+
+
+def _share_after_fork() -> None:
+    # Another thread may have held it, and that thread does not exist in the child.
+    global _sharing
+    _sharing = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_share_after_fork)
 
 
 def create_daily_portfolio_snapshot(

@@ -25,17 +25,18 @@ from producers.settings import TransportSettings
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 
 _WAIT_SECONDS = 40.0
+_OTHER_DEMO_SECONDS = 5.0  # enough for the worker of a killed one to end
 
 _SERVER = text("SELECT current_setting('server_version')")
 
 
 def run_demo(home: Path) -> int:
     """Run it in `home`, whose earlier content it replaces. Returns the exit status: 1 if one count is off."""
-    with _alone(home), embedded_stack(home):
+    with _alone(home) as lock, embedded_stack(home):
         _start_empty(home)
         expected = 2 * DAYS * len(PORTFOLIO_IDS)
         print(f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one cycle a day: a snapshot and the signals of each\n")
-        with worker_process(home / "worker.log"):
+        with worker_process(home / "worker.log", keep=[lock]):
             first = _run_pass(home, "sent")
             second = _run_pass(home, "sent again")
         counts = database_counts()
@@ -111,11 +112,17 @@ def _start_empty(home: Path) -> None:
 
 
 @contextmanager
-def _alone(home: Path) -> Iterator[None]:
+def _alone(home: Path) -> Iterator[int]:
+    """Hold the folder; yields the lock's descriptor, for the worker, so that a killed demo's worker holds it too."""
     home.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + _OTHER_DEMO_SECONDS
     with open(home / "demo.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise HistoryError(f"another demo is running in {home}") from None
-        yield
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise HistoryError(f"another demo is running in {home}") from None
+                time.sleep(0.05)
+        yield lock.fileno()

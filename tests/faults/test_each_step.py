@@ -53,9 +53,13 @@ def _until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def _settle_the_rest(redis: Redis, outbox: Path, name: str) -> None:
+def _settle_the_rest(redis: Redis, outbox: Path, name: str, worker: subprocess.Popen[str]) -> None:
+    def settled() -> bool:
+        assert worker.poll() is None, "the worker that should go on has ended"
+        return heir.status().depth == 0
+
     with HistoryProducer(redis, outbox=outbox, name=name) as heir:
-        _until(lambda: heir.status().depth == 0, 40)
+        _until(settled, 40)
 
 
 def _retire(worker: subprocess.Popen[str]) -> None:
@@ -79,7 +83,7 @@ def test_a_producer_that_dies_loses_nothing(
         ) as dying:
             output, _ = dying.communicate(timeout=60)
         assert dying.returncode == -signal.SIGKILL
-        _settle_the_rest(redis, outbox, "producer-7")
+        _settle_the_rest(redis, outbox, "producer-7", worker)
         _retire(worker)
 
     judged = verdict([outbox], _told(output))
@@ -105,7 +109,7 @@ def test_a_worker_that_dies_loses_nothing(redis: Redis, tmp_path: Path, step: st
     for lease in redis.scan_iter(lease_key("history", "*")):
         redis.delete(lease)
     with _started("worker") as heir:
-        _settle_the_rest(redis, outbox, "producer-8")
+        _settle_the_rest(redis, outbox, "producer-8", heir)
         _retire(heir)
 
     judged = verdict([outbox], _told(output))

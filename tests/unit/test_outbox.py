@@ -323,7 +323,6 @@ def test_a_forked_child_opens_the_file_for_itself(path: Path) -> None:
     outbox.append(NAME, [a_snapshot()])
 
     def append() -> None:
-        outbox.reopen_after_fork()
         assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [2]
 
     assert in_child(append) == 0
