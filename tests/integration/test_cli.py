@@ -219,7 +219,7 @@ def test_without_settings_a_command_uses_the_embedded_servers_and_says_so(home: 
     assert _processes_of(home) == []
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_up_runs_a_worker_until_it_is_told_to_stop(home: Path, how: signal.Signals) -> None:
     """The printed exports are all that a controller needs; afterwards nothing is left running."""
     up = subprocess.Popen(
@@ -247,4 +247,24 @@ def test_up_runs_a_worker_until_it_is_told_to_stop(home: Path, how: signal.Signa
     deadline = time.monotonic() + 5
     while _processes_of(home) and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert _processes_of(home) == []
+
+
+def test_a_killed_demo_leaves_no_worker_and_does_not_disturb_the_next(home: Path) -> None:
+    """kill -9 in the middle: its worker ends by itself, and the next run counts right and stops everything."""
+    environment = {**os.environ, "HISTORY_HOME": str(home)}
+    killed = subprocess.Popen([*PROGRAM, "demo"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
+    assert killed.stdout is not None
+    killed.stdout.readline()  # the servers are up
+    deadline = time.monotonic() + 20
+    while not (workers := psutil.Process(killed.pid).children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    killed.kill()
+    killed.communicate()
+    again = _run("demo", HISTORY_HOME=str(home))
+
+    assert again.returncode == 0, again.stderr
+    assert workers
+    assert [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE] == []
     assert _processes_of(home) == []
