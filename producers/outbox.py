@@ -172,7 +172,7 @@ class Outbox:
         self.path = Path(path)
         self._max_bytes = max_bytes
         self.lock = threading.Lock()
-        self._connections: dict[str, sqlite3.Connection] = {}
+        self._connections: dict[str, sqlite3.Connection] = {}  # by synchronous mode
         close_before_fork(self)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,6 +314,10 @@ class Outbox:
         while self._connections:
             self._connections.popitem()[1].close()
 
+    def __del__(self) -> None:
+        # Nobody has it any more, so nobody holds the lock either.
+        self.close_connections()
+
     def __enter__(self) -> Self:
         return self
 
@@ -351,13 +355,17 @@ class Outbox:
             connection = sqlite3.connect(
                 self.path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
             )
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute(f"PRAGMA synchronous = {mode}")
-            (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+            self._connections[mode] = connection
             # Marks get some room beyond what appends may fill: a full outbox must still be able to empty.
             room = self._max_bytes if durable else self._max_bytes + self._max_bytes // 16
-            connection.execute(f"PRAGMA max_page_count = {room // page_bytes}")
-            self._connections[mode] = connection
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute(f"PRAGMA synchronous = {mode}")
+                (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
+                connection.execute(f"PRAGMA max_page_count = {room // page_bytes}")
+            except sqlite3.Error:
+                self._connections.pop(mode).close()
+                raise
         return self._connections[mode]
 
     @contextmanager

@@ -42,6 +42,9 @@ class RelayLock:
         with self.lock:
             self.close_connections()
 
+    def __del__(self) -> None:
+        self.close_connections()
+
     def close_connections(self) -> None:
         if self._connection is not None:
             self._connection.close()
