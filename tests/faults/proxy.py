@@ -83,7 +83,15 @@ class Proxy:
         try:
             yield
         finally:
-            self.cut()
-            self._loop.call_soon_threadsafe(server.close)
+            asyncio.run_coroutine_threadsafe(self._close(server), self._loop).result(10)
             self._loop.call_soon_threadsafe(self._loop.stop)
             thread.join(10)
+            self._loop.close()
+
+    async def _close(self, server: asyncio.Server) -> None:
+        server.close()
+        self._abort_all()
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

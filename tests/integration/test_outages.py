@@ -1,0 +1,54 @@
+"""A producer in every kind of Redis outage: the caller notices nothing, the log says it once, nothing is lost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from producers.history_producer import HistoryProducer
+from tests.factories import a_snapshot
+from tests.outages import OUTAGES
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OUTAGES if kind != "slow"])
+def test_the_caller_notices_nothing_and_the_log_says_it_once(
+    redis: Redis, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Calls return at once, events stay pending; afterwards another producer delivers them."""
+    with caplog.at_level(logging.WARNING), OUTAGES[kind](os.environ["REDIS_URL"], tmp_path) as client:
+        producer = HistoryProducer(client, outbox=tmp_path / "outbox.db")
+        for number in range(20):
+            producer.record(a_snapshot(after=timedelta(seconds=number)))
+        deadline = time.monotonic() + 20
+        while producer._relay._failures < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        failures, status = producer._relay._failures, producer.status()
+        producer.close(timeout=0)
+
+    assert failures >= 3
+    assert (status.pending, status.sent) == (20, 0)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert "events stay in the outbox" in said[0]
+    assert "wrong" not in said[0]
+    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as heir:
+        assert heir.flush(20) == 0
+    assert redis.llen("rq:queue:history") == 20
+
+
+def test_a_slow_redis_only_takes_longer(redis: Redis, tmp_path: Path) -> None:
+    """Everything arrives, once."""
+    with (
+        OUTAGES["slow"](os.environ["REDIS_URL"], tmp_path) as client,
+        HistoryProducer(client, outbox=tmp_path / "outbox.db") as producer,
+    ):
+        for number in range(20):
+            producer.record(a_snapshot(after=timedelta(seconds=number)))
+        assert producer.flush(20) == 0
+    assert redis.llen("rq:queue:history") == 20
