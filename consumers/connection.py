@@ -17,13 +17,17 @@ from consumers.settings import StoreSettings
 from producers.errors import InvalidEvent, SettingsError
 
 CONNECT_TIMEOUT_SECONDS = 5
+# Query cancelled (statement timeout), lock not available, deadlock, serialization failure.
+_ONE_STATEMENT = ("57014", "55P03", "40P01", "40001")
 _IN_THE_WAY = "TH001"  # raised by schema.sql
 # SQLSTATE classes that the event itself causes: data exception, integrity constraint violation.
 _REFUSED_CLASSES = ("22", "23")
 
 
-def create_store_engine(url: SecretStr) -> Engine:
+def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0) -> Engine:
     """An engine that shows times in UTC, checks a pooled connection before use and never logs values.
+
+    A statement may take `statement_timeout_seconds`; 0 is no limit.
 
     Raises:
         SettingsError: the URL cannot be read.
@@ -36,12 +40,13 @@ def create_store_engine(url: SecretStr) -> Engine:
         raise SettingsError("DATABASE_URL: a password with @ in it must have it percent-encoded, as %40")
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise SettingsError("DATABASE_URL: must be a postgresql:// URL")
+    limit = f" -c statement_timeout={round(statement_timeout_seconds * 1000)}" if statement_timeout_seconds else ""
     return create_engine(
         parsed.set(drivername="postgresql+psycopg2"),
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             "application_name": "trading-history",
-            "options": f"{parsed.query.get('options', '')} -c timezone=UTC".strip(),
+            "options": f"{parsed.query.get('options', '')} -c timezone=UTC{limit}".strip(),
         },
         pool_pre_ping=True,
         pool_size=2,
@@ -49,10 +54,20 @@ def create_store_engine(url: SecretStr) -> Engine:
     )
 
 
+_statement_timeout_seconds = 0.0
+
+
+def limit_statements(seconds: float) -> None:
+    """For this process, before its first use of the engine: a worker must not wait for one row for ever."""
+    global _statement_timeout_seconds
+    _statement_timeout_seconds = seconds
+
+
 @cache
 def engine() -> Engine:
     """The engine of this process, made at the first use from the settings."""
-    return create_store_engine(StoreSettings.from_environment().url())
+    url = StoreSettings.from_environment().url()
+    return create_store_engine(url, statement_timeout_seconds=_statement_timeout_seconds)
 
 
 def _forget_after_fork() -> None:
@@ -88,7 +103,7 @@ def translated_errors() -> Iterator[None]:
         if sqlstate.startswith(_REFUSED_CLASSES):
             # Not chained: the driver's error carries the row's values into every traceback.
             raise InvalidEvent(f"PostgreSQL refused it: {_cause(error)} (SQLSTATE {sqlstate})") from None
-        raise StoreUnavailable(f"PostgreSQL: {_cause(error)}") from error
+        raise StoreUnavailable(f"PostgreSQL: {_cause(error)}", one_statement=sqlstate in _ONE_STATEMENT) from error
     except SQLAlchemyError as error:
         raise StoreUnavailable(f"PostgreSQL: {type(error).__name__}") from error
 

@@ -41,7 +41,14 @@ class RefusedJob(HistoryError):
 
 
 class StoreUnavailable(HistoryError):
-    """The database cannot take or give anything now; the same call may succeed later."""
+    """The database cannot take or give anything now; the same call may succeed later.
+
+    With `one_statement` it was a statement that waited too long or lost to another one: the next may pass.
+    """
+
+    def __init__(self, message: str, *, one_statement: bool = False) -> None:
+        super().__init__(message)
+        self.one_statement = one_statement
 
 
 class OldSchema(HistoryError):

@@ -17,7 +17,7 @@ from rq import Queue
 from rq.job import Job
 from rq.utils import as_text
 
-from producers.redis_keys import held_key, holders_key, lease_key, suspects_key
+from producers.redis_keys import delays_key, held_key, holders_key, lease_key, suspects_key
 
 LEASE_SECONDS = 20
 POISON_DEATHS = 3
@@ -94,6 +94,7 @@ class Reservations:
         self._lease = lease_key(queue.name, name)
         self._holders = holders_key(queue.name)
         self._suspects = suspects_key(queue.name)
+        self._delays = delays_key(queue.name)
         self._reserve = redis.register_script(_RESERVE)
         self._hand_back = redis.register_script(_HAND_BACK)
         self._recover = redis.register_script(_RECOVER)
@@ -121,6 +122,15 @@ class Reservations:
         """In the transaction that finishes the job: it is not held any more, and no suspect."""
         pipe.lrem(self._held, 1, job_id)
         pipe.hdel(self._suspects, job_id)
+        pipe.hdel(self._delays, job_id)
+
+    def postpone(self, job_id: str) -> int:
+        """Move one held job to the tail of the queue; returns how often that was done with it."""
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.lrem(self._held, 1, job_id)
+            pipe.rpush(self._queue.key, job_id)
+            pipe.hincrby(self._delays, job_id, 1)
+            return int(pipe.execute()[-1])
 
     def blame(self, job_id: str) -> None:
         """Count one death against a job whose holder has survived it."""

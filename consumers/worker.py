@@ -30,6 +30,7 @@ from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 from rq.worker_registration import REDIS_WORKER_KEYS as WORKERS_KEY
 
+from consumers.connection import limit_statements
 from consumers.errors import PoisonEvent, RefusedJob, StoreUnavailable
 from consumers.handlers import Settled, acknowledge, record_portfolio_snapshot, record_signal_archive, reject, settle
 from consumers.reservations import LEASE_SECONDS, POISON_DEATHS, STRANDED_SECONDS, Reservations, Reserved
@@ -47,6 +48,7 @@ _MODELS: dict[str, type[PortfolioSnapshotEvent] | type[SignalArchiveEvent]] = {
     )
 }
 
+STATEMENT_SECONDS = 20.0
 _BATCH_JOBS = 100
 _WAIT_SECONDS = 1  # also how long a stop request may go unnoticed by an idle worker
 _RENEW_SECONDS = LEASE_SECONDS / 4
@@ -93,6 +95,7 @@ class HistoryWorker(SimpleWorker):
 
         SIGINT and SIGTERM end it after what it holds. An outage of Redis or PostgreSQL, of any length, does not.
         """
+        limit_statements(STATEMENT_SECONDS)
         self.bootstrap(logging_level, date_format, log_format)
         self._install_signal_handlers()
         self._reservations.renew_lease()
@@ -137,20 +140,36 @@ class HistoryWorker(SimpleWorker):
         return reserved
 
     def _work_off(self, reserved: list[Reserved]) -> int:
-        """Settle and finish each job; what could not be settled goes back to the front of the queue."""
+        """Settle and finish each job; what could not be settled goes back to the front of the queue.
+
+        One that times out while others pass goes to the tail: it must not hold up the rest. Raises StoreUnavailable
+        when nothing passes.
+        """
         self.set_state(WorkerStatus.BUSY)
         found = Job.fetch_many([one.job_id for one in reserved], self.connection, serializer=JSONSerializer)
-        done = 0
+        done, late, trouble = 0, [], None
         try:
             for one, job in zip(reserved, found, strict=True):
                 if job is None:
                     self._drop(one.job_id)
                     continue
                 job.started_at = now()
-                settled = self._settled(job, one.deaths)
+                try:
+                    settled = self._settled(job, one.deaths)
+                except StoreUnavailable as error:
+                    if not error.one_statement:
+                        raise
+                    late.append(job.id)
+                    trouble = error
+                    continue
                 if settled is not None:
                     self._finish(job, settled)
                     done += 1
+            if trouble is not None and not done:
+                raise trouble
+            for job_id in late:
+                count = self._reservations.postpone(job_id)
+                logger.warning("job %s timed out alone and goes to the tail, for the %d. time", job_id, count)
         finally:
             self._reservations.hand_back()
             self.set_state(WorkerStatus.IDLE)

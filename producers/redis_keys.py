@@ -23,6 +23,11 @@ def lease_key(queue: str, worker: str) -> str:
     return f"history:lease:{queue}:{worker}"
 
 
+def delays_key(queue: str) -> str:
+    """Hash of job id → how often it was moved to the tail of the queue, since it alone timed out."""
+    return f"history:delays:{queue}"
+
+
 def suspects_key(queue: str) -> str:
     """Hash of job id → how many workers died with it alone."""
     return f"history:suspects:{queue}"

@@ -76,6 +76,7 @@ def _database(pair: Addresses, monkeypatch: pytest.MonkeyPatch, template: str) -
     url = _url_of(pair, name).get_secret_value()
     monkeypatch.setenv("DATABASE_URL", url)
     connection.engine.cache_clear()
+    connection.limit_statements(0)
     yield url
     if connection.engine.cache_info().currsize:
         connection.engine().dispose()

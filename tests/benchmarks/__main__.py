@@ -1,75 +1,28 @@
-"""Measure the pipeline on servers of its own: `python -m tests.benchmarks [--events N]`.
-
-Prints a table: the time of one producer call, and the time from the call until the row is committed with one
-idle worker. Events are paced so that each meets an idle worker.
-"""
+"""Measure the pipeline, on servers of its own: `python -m tests.benchmarks [latency|outages|recovery|audit]`."""
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
-import time
-from datetime import UTC, datetime
-from pathlib import Path
-from uuid import UUID
 
-from sqlalchemy import Connection, text
-
-from consumers.connection import engine
-from consumers.processes import worker_process
-from consumers.stack import embedded_stack
-from producers.history_producer import HistoryProducer
-from producers.trading_controller import create_daily_portfolio_snapshot
-from tests.factories import a_portfolio
-
-_PACE_SECONDS = 0.02
-_GIVE_UP_SECONDS = 10.0
-_STORED = text("SELECT 1 FROM portfolio_history WHERE event_id = CAST(:event_id AS uuid)")
+from tests.benchmarks.auditing import measure_audit
+from tests.benchmarks.latency import measure_latency
+from tests.benchmarks.outages import measure_outages
+from tests.benchmarks.recovery import measure_recovery
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=300)
-    events = parser.parse_args().events
-    with (
-        tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder,
-        embedded_stack(Path(folder)),
-        worker_process(Path(folder) / "worker.log"),
-        HistoryProducer(outbox=Path(folder) / "outbox.db") as producer,
-        engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db,
-    ):
-        _measure(producer, db, 20)  # warm-up
-        calls, commits = _measure(producer, db, events)
-    print(f"{'milliseconds, ' + str(events) + ' events':34}{'p50':>8}{'p99':>8}{'max':>8}")
-    _row("create_daily_portfolio_snapshot", calls)
-    _row("call -> row committed, idle worker", commits)
-
-
-def _measure(producer: HistoryProducer, db: Connection, count: int) -> tuple[list[float], list[float]]:
-    """Seconds of each call, and from before the call until another connection sees the row."""
-    calls, commits = [], []
-    for _ in range(count):
-        started = time.perf_counter()
-        receipt = create_daily_portfolio_snapshot(a_portfolio(), 1, timestamp=datetime.now(UTC), producer=producer)
-        calls.append(time.perf_counter() - started)
-        _wait_until_stored(db, receipt.event_id)
-        commits.append(time.perf_counter() - started)
-        time.sleep(_PACE_SECONDS)
-    return calls, commits
-
-
-def _wait_until_stored(db: Connection, event_id: UUID) -> None:
-    deadline = time.monotonic() + _GIVE_UP_SECONDS
-    while db.execute(_STORED, {"event_id": str(event_id)}).scalar() is None:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"event {event_id} was not stored in {_GIVE_UP_SECONDS} s")
-        time.sleep(0.0005)
-
-
-def _row(label: str, seconds: list[float]) -> None:
-    quantiles = statistics.quantiles(seconds, n=100)
-    print(f"{label:34}{quantiles[49] * 1e3:8.2f}{quantiles[98] * 1e3:8.2f}{max(seconds) * 1e3:8.2f}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    what = {
+        "latency": (measure_latency, 300),
+        "outages": (measure_outages, 200),
+        "recovery": (measure_recovery, 20),
+        "audit": (measure_audit, 10_000_000),
+    }
+    parser.add_argument("what", choices=what, nargs="?", default="latency")
+    parser.add_argument("--count", type=int, help="events, calls, times or rows")
+    options = parser.parse_args()
+    measure, count = what[options.what]
+    measure(options.count or count)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from redis import Redis
 from rq import Queue
 from rq.job import Job
@@ -23,8 +24,8 @@ from sqlalchemy import text
 
 from consumers import handlers
 from consumers import worker as worker_module
-from consumers.connection import get_db
-from consumers.operations import get_portfolio_history
+from consumers.connection import create_store_engine, get_db
+from consumers.operations import get_portfolio_history, insert_event
 from consumers.reservations import POISON_DEATHS, Reservations
 from consumers.worker import HistoryWorker
 from producers.errors import SettingsError
@@ -275,6 +276,28 @@ def test_without_tables_it_waits_and_goes_on_by_itself(redis: Redis, database_ur
             db.execute(text("ALTER TABLE elsewhere RENAME TO portfolio_history"))
         _until(lambda: len(get_portfolio_history()) == 5)
     assert (_queue(redis).failed_job_registry.count, _outcomes()) == (0, [])
+
+
+def test_one_event_that_times_out_alone_does_not_hold_up_the_others(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody has its row in an open transaction: it goes to the tail, and is stored when they are gone."""
+    monkeypatch.setattr(worker_module, "STATEMENT_SECONDS", 0.3)
+    job_ids = _enqueue(redis, 4)
+    administrator = create_store_engine(SecretStr(os.environ["DATABASE_URL"]))
+    with administrator.connect() as db:
+        insert_event(db, event_of(a_snapshot(), source="other/1", sequence=0))
+        worker = HistoryWorker([_queue(redis)], connection=redis)
+        worker.work(burst=False, logging_level="WARNING", max_jobs=3)
+        assert len(get_portfolio_history()) == 3
+        assert _queue(redis).job_ids == job_ids[:1]
+        assert redis.hgetall("history:delays:history") == {job_ids[0].encode(): b"1"}
+        db.rollback()
+    administrator.dispose()
+    _burst(redis)
+
+    assert len(get_portfolio_history()) == 4
+    assert redis.exists("history:delays:history") == 0
 
 
 def test_it_survives_that_redis_loses_everything(redis: Redis, producer: HistoryProducer) -> None:

@@ -1,0 +1,63 @@
+"""The time of one producer call, and from the call until the row is committed with one idle worker.
+
+Events are paced so that each meets an idle worker.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import UUID
+
+from sqlalchemy import Connection, text
+
+from consumers.connection import engine
+from consumers.processes import worker_process
+from consumers.stack import embedded_stack
+from producers.history_producer import HistoryProducer
+from producers.trading_controller import create_daily_portfolio_snapshot
+from tests.benchmarks.printing import print_header, print_quantiles
+from tests.factories import a_portfolio
+
+_PACE_SECONDS = 0.02
+_GIVE_UP_SECONDS = 10.0
+_STORED = text("SELECT 1 FROM portfolio_history WHERE event_id = CAST(:event_id AS uuid)")
+
+
+def measure_latency(events: int) -> None:
+    """Print both, in milliseconds."""
+    with (
+        tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder,
+        embedded_stack(Path(folder)),
+        worker_process(Path(folder) / "worker.log"),
+        HistoryProducer(outbox=Path(folder) / "outbox.db") as producer,
+        engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db,
+    ):
+        _measure(producer, db, 20)  # warm-up
+        calls, commits = _measure(producer, db, events)
+    print_header(f"milliseconds, {events} events")
+    print_quantiles("create_daily_portfolio_snapshot", calls)
+    print_quantiles("call -> row committed, idle worker", commits)
+
+
+def _measure(producer: HistoryProducer, db: Connection, count: int) -> tuple[list[float], list[float]]:
+    """Seconds of each call, and from before the call until another connection sees the row."""
+    calls, commits = [], []
+    for _ in range(count):
+        started = time.perf_counter()
+        receipt = create_daily_portfolio_snapshot(a_portfolio(), 1, timestamp=datetime.now(UTC), producer=producer)
+        calls.append(time.perf_counter() - started)
+        _wait_until_stored(db, receipt.event_id)
+        commits.append(time.perf_counter() - started)
+        time.sleep(_PACE_SECONDS)
+    return calls, commits
+
+
+def _wait_until_stored(db: Connection, event_id: UUID) -> None:
+    deadline = time.monotonic() + _GIVE_UP_SECONDS
+    while db.execute(_STORED, {"event_id": str(event_id)}).scalar() is None:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"event {event_id} was not stored in {_GIVE_UP_SECONDS} s")
+        time.sleep(0.0005)

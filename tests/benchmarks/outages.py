@@ -1,0 +1,39 @@
+"""The time of one producer call while Redis is of no use, in every way in which it can be."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from consumers.stack import embedded_stack
+from producers.history_producer import HistoryProducer
+from producers.trading_controller import create_daily_portfolio_snapshot
+from tests.benchmarks.printing import print_header, print_quantiles
+from tests.factories import a_portfolio
+from tests.outages import OUTAGES
+
+_PACE_SECONDS = 0.005
+
+
+def measure_outages(calls: int) -> None:
+    """Print one row for each kind."""
+    print_header(f"milliseconds, {calls} calls each")
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, embedded_stack(Path(folder)):
+        for number, (kind, outage) in enumerate(OUTAGES.items()):
+            place = Path(folder, str(number))
+            place.mkdir()
+            with outage(os.environ["REDIS_URL"], place) as client:
+                producer = HistoryProducer(client, outbox=place / "outbox.db")
+                seconds = [_one_call(producer) for _ in range(calls)]
+                producer.close(timeout=0)
+            print_quantiles(kind, seconds)
+
+
+def _one_call(producer: HistoryProducer) -> float:
+    time.sleep(_PACE_SECONDS)
+    started = time.perf_counter()
+    create_daily_portfolio_snapshot(a_portfolio(), 1, timestamp=datetime.now(UTC), producer=producer)
+    return time.perf_counter() - started

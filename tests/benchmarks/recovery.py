@@ -1,0 +1,65 @@
+"""From kill -9 of a worker that holds work until another worker has stored it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from redis import Redis
+from sqlalchemy import text
+
+from consumers.connection import engine
+from consumers.processes import worker_process
+from consumers.stack import embedded_stack
+from producers.history_producer import HistoryProducer
+from tests.factories import a_snapshot
+
+_EVENTS = 20
+
+
+def measure_recovery(times: int) -> None:
+    """Print median and worst, in seconds."""
+    with (
+        tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder,
+        embedded_stack(Path(folder)),
+        HistoryProducer(outbox=Path(folder) / "outbox.db") as producer,
+    ):
+        seconds = [_one_recovery(Path(folder), producer, number) for number in range(times)]
+    print(f"kill -9 -> stored by another worker, {times} times: median {statistics.median(seconds):.1f} s,", end=" ")
+    print(f"worst {max(seconds):.1f} s")
+
+
+def _one_recovery(folder: Path, producer: HistoryProducer, number: int) -> float:
+    redis = Redis.from_url(os.environ["REDIS_URL"])
+    with engine().connect() as db:
+        # The insert waits for this lock: the worker dies with the work in its hands.
+        db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
+        victim = subprocess.Popen([sys.executable, "-m", "consumers.cli", "worker"], stderr=subprocess.DEVNULL)
+        receipts = producer.record_many(
+            [a_snapshot(after=timedelta(days=number, seconds=second)) for second in range(_EVENTS)]
+        )
+        _until(lambda: bool(redis.keys("history:held:*")))
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        db.rollback()
+    started = time.monotonic()
+    with worker_process(folder / "worker.log"):
+        for receipt in receipts:
+            receipt.wait(120)
+    return time.monotonic() - started
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit("the worker took nothing in 30 s")
+        time.sleep(0.01)
