@@ -6,7 +6,6 @@ import atexit
 import os
 import threading
 import time
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -147,10 +146,7 @@ class HistoryProducer:
         return datetime.now(UTC).astimezone(self._timezone)
 
     def close(self, timeout: float = EXIT_FLUSH_SECONDS) -> None:
-        """Hand over what is pending, for at most `timeout` seconds, and stop. What is left stays in the outbox.
-
-        A Redis that does not answer may hold it up for as long again as the relay waits for that answer.
-        """
+        """Hand over what is pending, for at most `timeout` seconds, and stop. What is left stays in the outbox."""
         if self._closed:
             return
         self._closed = True
@@ -159,6 +155,7 @@ class HistoryProducer:
         finally:
             self._relay.stop()
             self._outbox.close()
+            _live.discard(self)
 
     def __enter__(self) -> Self:
         return self
@@ -203,7 +200,8 @@ def _checked_name(name: str) -> str:
         raise SettingsError("name: must be 1 to 100 of the characters A-Z a-z 0-9 . _ ~ -") from None
 
 
-_live: weakref.WeakSet[HistoryProducer] = weakref.WeakSet()
+# Strong references: a producer that nobody holds any more still has its entries to hand over at exit.
+_live: set[HistoryProducer] = set()
 
 
 def _close_all() -> None:

@@ -44,6 +44,7 @@ _DOUBTED_ENTRIES = 20  # a sweep: finding one in a long queue takes Redis a whil
 _FIRST_BACKOFF_SECONDS = 0.1
 _LAST_BACKOFF_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
+_STOP_SECONDS = 0.5
 
 UNDER_WAY = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
 
@@ -86,13 +87,13 @@ class Relay:
         self._wake.set()
 
     def stop(self) -> None:
-        """End the thread after the sweep it is in."""
+        """End the thread after the sweep it is in; one that waits for Redis is left behind, to end by itself."""
         self._stop.set()
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout=_LAST_BACKOFF_SECONDS)
-        if not self.running:
+        if self._thread is None:
             self._lock.release()
+        else:
+            self._thread.join(timeout=_STOP_SECONDS)
 
     def sweep(self) -> bool:
         """One round over what there is to do; True when it got something done. Another relay's lock: False.
@@ -123,6 +124,7 @@ class Relay:
                 if self._wake.wait(pause):
                     pause = _FIRST_LOOK_SECONDS
             self._wake.clear()
+        self._lock.release()
 
     def _back_off(self, error: Exception) -> float:
         """Say what is wrong, once; returns the seconds to pause, which new entries do not shorten."""

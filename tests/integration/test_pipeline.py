@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -29,10 +30,12 @@ from producers import relay
 from producers.errors import EventRejected
 from producers.events import Payload, encode, event_of
 from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key
 from producers.relay import JOB_FUNCTIONS
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archive
+from tests.forking import in_child
 
 Work = Callable[[], None]
 
@@ -308,13 +311,57 @@ def test_a_forked_child_uses_a_database_connection_of_its_own(database_url: str)
     with get_db() as db:
         parent_backend = db.execute(text("SELECT pg_backend_pid()")).scalar()
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def store() -> None:
         with get_db() as db:
             os.write(writer, str(db.execute(text("SELECT pg_backend_pid()")).scalar()).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
 
+    assert in_child(store) == 0
     assert int(os.read(reader, 20)) != parent_backend
     with get_db() as db:
         assert db.execute(text("SELECT pg_backend_pid()")).scalar() == parent_backend
+
+
+def test_entries_of_any_process_leave_at_once(redis: Redis, tmp_path: Path) -> None:
+    """Also those of a process that is not the one that relays: within 100 ms, in the middle of ten."""
+    seconds = []
+    with HistoryProducer(redis, outbox=tmp_path / "o.db"), HistoryProducer(redis, outbox=tmp_path / "o.db") as second:
+        for number in range(10):
+            started = time.monotonic()
+            second.record(a_snapshot(after=timedelta(number)))
+            while redis.llen("rq:queue:history") <= number and time.monotonic() - started < 10:
+                time.sleep(0.001)
+            seconds.append(time.monotonic() - started)
+    assert sorted(seconds)[5] < 0.1
+
+
+_SCRIPT = """
+import sys
+from producers.history_producer import HistoryProducer
+from tests.factories import a_snapshot
+HistoryProducer(outbox=sys.argv[1]).record(a_snapshot())
+"""
+
+
+def _run_script(outbox: Path, redis_url: str) -> float:
+    started = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(outbox)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "REDIS_URL": redis_url},
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    return time.monotonic() - started
+
+
+def test_a_script_that_ends_at_once_hands_over_what_it_recorded(redis: Redis, tmp_path: Path) -> None:
+    """Without flush or close; and when Redis never answers, its exit is held up for about two seconds, not more."""
+    quick = _run_script(tmp_path / "quick.db", os.environ["REDIS_URL"])
+    assert redis.llen("rq:queue:history") == 1
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        held_up = _run_script(tmp_path / "slow.db", f"redis://127.0.0.1:{silent.getsockname()[1]}")
+
+    assert 1.5 < held_up - quick < 4.0
+    assert Outbox(tmp_path / "slow.db").status().pending == 1
