@@ -27,10 +27,9 @@ from producers.fields import (
     Money,
     PortfolioId,
     Sequence,
-    Signals,
     readable,
-    storable_signals,
 )
+from producers.json_values import Signals, storable_signals
 
 SnapshotType = Literal["trading.portfolio-snapshot.v1"]
 ArchiveType = Literal["trading.signal-archive.v1"]

@@ -1,4 +1,4 @@
-"""Field types of the event contract: exact money, aware times, counts, JSON that PostgreSQL can hold.
+"""Field types of the event contract: exact money, aware times, counts, ids.
 
 Each has two entrances. From the wire (JSON) it takes one spelling and never alters the value. From Python it
 takes what callers have, and rounds or converts here, once, so that nothing later needs to.
@@ -7,7 +7,6 @@ takes what callers have, and rounds or converts here, once, so that nothing late
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -15,7 +14,7 @@ from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import AfterValidator, Field, GetCoreSchemaHandler, ValidationInfo
+from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 
 from producers.errors import InvalidEvent
@@ -31,17 +30,10 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_INSTANT = datetime(9999, 1, 1, tzinfo=UTC)  # leaves room for any offset before year 10000
 TIME_RANGE = "must lie between the years 1970 and 9998"
 
-MAX_NESTING = 50
-_MAX_FLOAT = sys.float_info.max
-_MAX_DECIMAL = Decimal(repr(_MAX_FLOAT))
-# PostgreSQL's numeric, which JSONB uses, keeps at most 16383 digits after the point.
-_MIN_EXPONENT = -16383
-_MAX_EXPONENT = 100_000  # only zeros have one above 308, and these PostgreSQL still takes
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_UNSTORABLE_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 
-def _refuse(reason: str) -> PydanticCustomError:
+def refuse(reason: str) -> PydanticCustomError:
     return PydanticCustomError("contract", "{reason}", {"reason": reason})
 
 
@@ -80,20 +72,20 @@ class _WireText:
 
 def _money_from_python(value: Any) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
-        raise _refuse(f"must be a number, not {type(value).__name__}")
+        raise refuse(f"must be a number, not {type(value).__name__}")
     if isinstance(value, str) and not _NUMBER.fullmatch(value):
-        raise _refuse("is text that is not a number")
+        raise refuse("is text that is not a number")
     try:
         # repr gives the shortest decimal that means this float; Decimal(float) would spell out its noise.
         exact = Decimal(repr(float(value)) if isinstance(value, float) else value)
     except (InvalidOperation, ValueError):
-        raise _refuse("is text that is not a number") from None
+        raise refuse("is text that is not a number") from None
     if not exact.is_finite():
-        raise _refuse("must be finite, not NaN or Infinity")
+        raise refuse("must be finite, not NaN or Infinity")
     if exact.copy_abs() < _MONEY_LIMIT:
         exact = exact.quantize(_MONEY_STEP, context=_MONEY_CONTEXT)
     if exact.copy_abs() >= _MONEY_LIMIT:
-        raise _refuse("has more than 12 digits before the decimal point")
+        raise refuse("has more than 12 digits before the decimal point")
     return exact
 
 
@@ -141,17 +133,17 @@ def _instant_from_wire(text: str) -> datetime:
 
 def _instant_from_python(value: Any) -> datetime:
     if not isinstance(value, datetime):
-        raise _refuse(f"must be a datetime, not {type(value).__name__}")
+        raise refuse(f"must be a datetime, not {type(value).__name__}")
     try:
         offset = value.utcoffset()
         if offset is not None:
             _in_range(value)
     except (ValueError, OverflowError):
-        raise _refuse(TIME_RANGE) from None
+        raise refuse(TIME_RANGE) from None
     if offset is None:
-        raise _refuse("has no UTC offset")
+        raise refuse("has no UTC offset")
     if offset % timedelta(minutes=1):
-        raise _refuse("has a UTC offset with seconds, which RFC 3339 cannot write")
+        raise refuse("has a UTC offset with seconds, which RFC 3339 cannot write")
     return value
 
 
@@ -174,7 +166,7 @@ Instant = Annotated[
 
 def _date_from_python(value: Any) -> date:
     if isinstance(value, datetime) or not isinstance(value, date):
-        raise _refuse(f"must be a date, not {type(value).__name__}")
+        raise refuse(f"must be a date, not {type(value).__name__}")
     return value
 
 
@@ -195,7 +187,7 @@ PortfolioId = Annotated[int, Field(ge=-(2**63), le=2**63 - 1, strict=True)]
 
 def _uuid_from_python(value: Any) -> UUID:
     if not isinstance(value, UUID):
-        raise _refuse(f"must be a UUID, not {type(value).__name__}")
+        raise refuse(f"must be a UUID, not {type(value).__name__}")
     return value
 
 
@@ -220,7 +212,7 @@ def _sequence_from_wire(text: str) -> int:
 
 def _sequence_from_python(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise _refuse("must be an integer from 0 to 2^63 - 1")
+        raise refuse("must be an integer from 0 to 2^63 - 1")
     return value
 
 
@@ -233,80 +225,4 @@ Sequence = Annotated[
         render="{:019d}".format,
         reason="must be a string of 19 digits, at most 9223372036854775807",
     ),
-]
-
-
-# A path into a document, innermost step first: (step, rest). Made into text only for a message, since a document
-# may have a hundred thousand leaves below one long key.
-_Path = tuple[Any, ...]
-
-
-def _refuse_at(path: _Path, reason: str) -> PydanticCustomError:
-    steps = []
-    while path:
-        step, path = path
-        steps.append(readable(str(step), 60))
-    return _refuse(f"{readable('.'.join(reversed(steps)), 200)}: {reason}")
-
-
-def _storable_number(value: int | float | Decimal, path: _Path) -> None:
-    if not isinstance(value, Decimal):
-        within = -_MAX_FLOAT <= value <= _MAX_FLOAT  # False for NaN as well
-    elif value.is_finite():
-        if int(value.as_tuple().exponent) < _MIN_EXPONENT:
-            raise _refuse_at(path, "has too many decimals")
-        within = value.copy_abs() <= _MAX_DECIMAL and int(value.as_tuple().exponent) <= _MAX_EXPONENT
-    else:
-        within = False
-    if not within:
-        # An interoperable reader of JSON holds at most a double's range, so nothing beyond it is sent.
-        raise _refuse_at(path, "must be finite and within ±1.8e308")
-
-
-def _storable(value: Any, path: _Path, depth: int = 0) -> None:
-    """Raise unless `value` is JSON that JSONB holds without loss; `path` leads to it in messages."""
-    if isinstance(value, str):
-        if _UNSTORABLE_CHARACTER.search(value):
-            raise _refuse_at(path, "contains a NUL character or a lone surrogate")
-    elif isinstance(value, bool) or value is None:
-        pass
-    elif isinstance(value, int | float | Decimal):
-        _storable_number(value, path)
-    elif depth >= MAX_NESTING:
-        raise _refuse_at(path, f"is nested deeper than {MAX_NESTING} levels")
-    elif isinstance(value, dict):
-        _storable_keys(value, path)
-        for key, item in value.items():
-            _storable(item, (key, path), depth + 1)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _storable(item, (index, path), depth + 1)
-    else:
-        raise _refuse_at(path, f"is of type {type(value).__name__}, which JSON does not have")
-
-
-def _storable_keys(document: dict[Any, Any], path: _Path) -> None:
-    for key in document:
-        if not isinstance(key, str):
-            raise _refuse_at(path, f"has a key that is not text but {type(key).__name__}")
-        if _UNSTORABLE_CHARACTER.search(key):
-            raise _refuse_at(path, "a key contains a NUL character or a lone surrogate")
-
-
-def storable_signals(signals: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Raises PydanticCustomError, its message beginning with the path below the list."""
-    for index, signal in enumerate(signals):
-        _storable(signal, (index, ()))
-    return signals
-
-
-def _storable_from_python(signals: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:
-    return signals if info.mode == "json" else storable_signals(signals)
-
-
-# From the wire only the shape: the contents are judged by decode, when it has read the numbers without loss.
-Signals = Annotated[
-    list[dict[str, Any]],
-    Field(min_length=1, strict=True),
-    AfterValidator(_storable_from_python),
 ]
