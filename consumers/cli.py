@@ -7,10 +7,9 @@ import logging
 import os
 import signal
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,7 +17,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 from redis import RedisError
 
+from consumers.cli_failed import failed_app
+from consumers.cli_options import AsJson
+from consumers.cli_outbox import outbox_app
 from consumers.stack import stack
+from consumers.terminal import print_archives, print_audit, print_facts, print_json, print_snapshots
 from producers.errors import HistoryError
 
 app = typer.Typer(
@@ -27,16 +30,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-outbox_app = typer.Typer(
-    help="The events that this machine has accepted and not yet seen stored.", no_args_is_help=True
-)
 app.add_typer(outbox_app, name="outbox")
-failed_app = typer.Typer(help="Events that were refused for good.", no_args_is_help=True)
 app.add_typer(failed_app, name="failed")
 
 _debug = False
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")]
 OfPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="Only of this portfolio.")]
 ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="The portfolio's number.")]
@@ -159,11 +157,10 @@ def history(
 ) -> None:
     """Show the newest portfolio snapshots."""
     from consumers.operations import get_portfolio_history
-    from consumers.terminal import print_snapshots
 
     with stack(database=True):
         rows = get_portfolio_history(limit, portfolio_id=portfolio_id, since=since, until=until)
-    (_print_json if as_json else print_snapshots)(rows)
+    (print_json if as_json else print_snapshots)(rows)
 
 
 @app.command()
@@ -176,143 +173,16 @@ def archives(
 ) -> None:
     """Show the newest signal archives."""
     from consumers.operations import get_recent_signal_archives
-    from consumers.terminal import print_archives
 
     with stack(database=True):
         rows = get_recent_signal_archives(limit, portfolio_id=portfolio_id, since=since, until=until)
-    (_print_json if as_json else print_archives)(rows)
-
-
-@outbox_app.command("status")
-def outbox_status(as_json: AsJson = False) -> None:
-    """Show how many events are pending, sent, confirmed and rejected."""
-    from consumers.terminal import print_facts
-    from producers.outbox import Outbox
-
-    with Outbox(_existing_outbox()) as outbox:
-        facts = {"path": str(outbox.path)} | _outbox_facts(outbox.status())
-    (_print_json if as_json else print_facts)(facts)
-
-
-@outbox_app.command("flush")
-def outbox_flush(
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds to try.")] = 10.0, as_json: AsJson = False
-) -> None:
-    """Hand everything pending to Redis; exit status 1 if something could not be."""
-    from consumers.terminal import print_facts
-    from producers.history_producer import HistoryProducer
-
-    path = _existing_outbox()
-    with stack(redis=True), HistoryProducer(outbox=path) as producer:
-        pending = producer.flush(timeout)
-        facts = {"path": str(path)} | _outbox_facts(producer.status())
-    (_print_json if as_json else print_facts)(facts)
-    raise typer.Exit(1 if pending else 0)
-
-
-@outbox_app.command("resend")
-def outbox_resend(
-    since: Annotated[
-        datetime, typer.Option(help="What was recorded from this time on (local unless it has an offset).")
-    ],
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds to try.")] = 60.0,
-) -> None:
-    """Send confirmed events again, for a database restored from a backup; what it still has is absorbed."""
-    from producers.history_producer import HistoryProducer
-
-    path = _existing_outbox()
-    with stack(redis=True), HistoryProducer(outbox=path) as producer:
-        again = producer.resend(producer.localized(since, "--since"))
-        pending = producer.flush(timeout)
-    print(f"{again} events to send again, {pending} still pending")
-    raise typer.Exit(1 if pending else 0)
-
-
-Name = Annotated[str | None, typer.Argument(help="A job id or an event id.")]
-KindOption = Annotated[str | None, typer.Option("--kind", help="Only these: snapshot or archive.")]
-All = Annotated[bool, typer.Option("--all", help="Every rejection, or every one of the kind.")]
-
-
-@failed_app.command("list")
-def failed_list(kind: KindOption = None, as_json: AsJson = False) -> None:
-    """List rejections, oldest first; exit status 1 if there are any."""
-    from consumers.failed import as_facts, rejections
-    from consumers.terminal import print_rejections
-
-    with stack(database=True):
-        facts = [as_facts(rejection) for rejection in rejections(kind=_checked_kind(kind))]
-    (_print_json if as_json else print_rejections)(facts)
-    raise typer.Exit(1 if facts else 0)
-
-
-@failed_app.command("show")
-def failed_show(name: Annotated[str, typer.Argument(help="A job id or an event id.")]) -> None:
-    """Show one rejection with the event's text as it came."""
-    from consumers.failed import as_facts, rejections
-    from consumers.terminal import print_facts
-
-    with stack(database=True):
-        found = rejections(name)
-    if not found:
-        raise HistoryError(f"no rejection has the job id or event id {name}")
-    for rejection in found:
-        print_facts(as_facts(rejection))
-        print(rejection.event)
-
-
-@failed_app.command("requeue")
-def failed_requeue(name: Name = None, kind: KindOption = None, every: All = False) -> None:
-    """Send rejected events through again; what is stored this time is a rejection no more."""
-    from consumers.failed import requeue
-    from producers.settings import TransportSettings
-
-    with stack(database=True, redis=True):
-        settings = TransportSettings.from_environment()
-        count = requeue(_chosen(name, kind, every), settings.redis(), settings.queue)
-    print(f"{count} sent through again")
-
-
-@failed_app.command("discard")
-def failed_discard(
-    reason: Annotated[str, typer.Option(help="Why it may be lost; kept with it.")],
-    name: Name = None,
-    kind: KindOption = None,
-    every: All = False,
-) -> None:
-    """Give rejected events up for good; their text and the reasons stay in event_outcomes."""
-    from consumers.failed import discard
-    from producers.settings import TransportSettings
-
-    with stack(database=True, redis=True):
-        settings = TransportSettings.from_environment()
-        count = discard(_chosen(name, kind, every), settings.redis(), settings.queue, reason)
-    print(f"{count} discarded")
-
-
-def _checked_kind(kind: str | None) -> str | None:
-    from consumers.failed import KINDS
-
-    if kind is not None and kind not in KINDS:
-        raise typer.BadParameter(f"must be one of {', '.join(KINDS)}", param_hint="--kind")
-    return kind
-
-
-def _chosen(name: str | None, kind: str | None, every: bool) -> list[Any]:
-    from consumers.failed import rejections
-
-    if (name is None) == (kind is None and not every):
-        raise typer.BadParameter("name one job or event, or choose with --kind or --all", param_hint="NAME")
-    found = rejections(name, kind=_checked_kind(kind))
-    if name is not None and not found:
-        raise HistoryError(f"no rejection has the job id or event id {name}")
-    return found
+    (print_json if as_json else print_archives)(rows)
 
 
 @app.command()
 def audit(as_json: AsJson = False) -> None:
     """Account for every number of every source; exit status 1 if one is missing."""
     from consumers.audit import audit as account
-    from consumers.terminal import print_audit
     from producers.outbox import Outbox
     from producers.settings import TransportSettings
 
@@ -321,7 +191,7 @@ def audit(as_json: AsJson = False) -> None:
         redis = None if settings.redis_url is None else settings.redis()
         with Outbox(settings.outbox) if settings.outbox.is_file() else nullcontext() as outbox:
             audits = account(redis, outbox)
-    (_print_json if as_json else print_audit)([asdict(one) for one in audits])
+    (print_json if as_json else print_audit)([asdict(one) for one in audits])
     raise typer.Exit(0 if all(one.complete for one in audits) else 1)
 
 
@@ -329,11 +199,10 @@ def audit(as_json: AsJson = False) -> None:
 def status(as_json: AsJson = False) -> None:
     """Show the pipeline at a glance; exit status 1 if a part of it cannot be reached or no worker runs."""
     from consumers.status import pipeline_status
-    from consumers.terminal import print_facts
 
     with stack(database=True, redis=True):
         facts, healthy = pipeline_status()
-    (_print_json if as_json else print_facts)(facts)
+    (print_json if as_json else print_facts)(facts)
     raise typer.Exit(0 if healthy else 1)
 
 
@@ -343,25 +212,6 @@ def schema() -> None:
     from producers.events import json_schema
 
     print(json.dumps(json_schema(), indent=2))
-
-
-def _outbox_facts(status: Any) -> dict[str, Any]:
-    facts = asdict(status)
-    oldest = facts.pop("oldest_unsettled")
-    facts["oldest_unsettled_at"] = (
-        None if oldest is None else datetime.fromtimestamp(oldest, UTC).isoformat(" ", "seconds")
-    )
-    facts["oldest_unsettled_seconds"] = None if oldest is None else round(time.time() - oldest)
-    return facts
-
-
-def _existing_outbox() -> Path:
-    from producers.settings import TransportSettings
-
-    path = TransportSettings.from_environment().outbox
-    if not path.is_file():
-        raise HistoryError(f"there is no outbox at {path.absolute()}; HISTORY_OUTBOX names another place")
-    return path
 
 
 def _read_portfolio(file: Path) -> Any:
@@ -381,10 +231,6 @@ def _print_receipt(receipt: Any, wait_seconds: float) -> None:
             print(f"stored as row {receipt.wait(wait_seconds)}")
         except TimeoutError as error:
             raise HistoryError(str(error)) from None
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, default=str, ensure_ascii=False, indent=2))
 
 
 def _terminate(number: int, _: object) -> NoReturn:

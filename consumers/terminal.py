@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -82,6 +83,10 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), "-" if value is None else str(value))
     _print(table)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, default=str, ensure_ascii=False, indent=2) + "\n")
 
 
 def _table(*columns: str) -> Table:

@@ -1,0 +1,91 @@
+"""`trading-history failed`: look at what was refused for good, send it through again, give it up."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from consumers.cli_options import AsJson
+from consumers.stack import stack
+from consumers.terminal import print_facts, print_json, print_rejections
+from producers.errors import HistoryError
+
+failed_app = typer.Typer(help="Events that were refused for good.", no_args_is_help=True)
+
+Name = Annotated[str | None, typer.Argument(help="A job id or an event id.")]
+KindOption = Annotated[str | None, typer.Option("--kind", help="Only these: snapshot or archive.")]
+All = Annotated[bool, typer.Option("--all", help="Every rejection, or every one of the kind.")]
+
+
+@failed_app.command("list")
+def failed_list(kind: KindOption = None, as_json: AsJson = False) -> None:
+    """List rejections, oldest first; exit status 1 if there are any."""
+    from consumers.failed import as_facts, rejections
+
+    with stack(database=True):
+        facts = [as_facts(rejection) for rejection in rejections(kind=_checked_kind(kind))]
+    (print_json if as_json else print_rejections)(facts)
+    raise typer.Exit(1 if facts else 0)
+
+
+@failed_app.command("show")
+def failed_show(name: Annotated[str, typer.Argument(help="A job id or an event id.")]) -> None:
+    """Show one rejection with the event's text as it came."""
+    from consumers.failed import as_facts, rejections
+
+    with stack(database=True):
+        found = rejections(name)
+    if not found:
+        raise HistoryError(f"no rejection has the job id or event id {name}")
+    for rejection in found:
+        print_facts(as_facts(rejection))
+        print(rejection.event)
+
+
+@failed_app.command("requeue")
+def failed_requeue(name: Name = None, kind: KindOption = None, every: All = False) -> None:
+    """Send rejected events through again; what is stored this time is a rejection no more."""
+    from consumers.failed import requeue
+    from producers.settings import TransportSettings
+
+    with stack(database=True, redis=True):
+        settings = TransportSettings.from_environment()
+        count = requeue(_chosen(name, kind, every), settings.redis(), settings.queue)
+    print(f"{count} sent through again")
+
+
+@failed_app.command("discard")
+def failed_discard(
+    reason: Annotated[str, typer.Option(help="Why it may be lost; kept with it.")],
+    name: Name = None,
+    kind: KindOption = None,
+    every: All = False,
+) -> None:
+    """Give rejected events up for good; their text and the reasons stay in event_outcomes."""
+    from consumers.failed import discard
+    from producers.settings import TransportSettings
+
+    with stack(database=True, redis=True):
+        settings = TransportSettings.from_environment()
+        count = discard(_chosen(name, kind, every), settings.redis(), settings.queue, reason)
+    print(f"{count} discarded")
+
+
+def _checked_kind(kind: str | None) -> str | None:
+    from consumers.failed import KINDS
+
+    if kind is not None and kind not in KINDS:
+        raise typer.BadParameter(f"must be one of {', '.join(KINDS)}", param_hint="--kind")
+    return kind
+
+
+def _chosen(name: str | None, kind: str | None, every: bool) -> list[Any]:
+    from consumers.failed import rejections
+
+    if (name is None) == (kind is None and not every):
+        raise typer.BadParameter("name one job or event, or choose with --kind or --all", param_hint="NAME")
+    found = rejections(name, kind=_checked_kind(kind))
+    if name is not None and not found:
+        raise HistoryError(f"no rejection has the job id or event id {name}")
+    return found
