@@ -6,6 +6,7 @@ the producer's outbox at hand, the audit also knows the numbers after the last o
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,7 +19,6 @@ from consumers.connection import get_db
 from producers.outbox import Outbox, source_of
 from producers.relay import UNDER_WAY
 
-_NAMED_GAPS = 1000
 _PAGE = 5000
 
 # One ordered pass over the three indexes on (source, sequence).
@@ -51,7 +51,7 @@ _GAPS = text(
         SELECT source, sequence, lag(sequence, 1, CAST(0 AS bigint)) OVER (PARTITION BY source ORDER BY sequence)
             AS previous
         FROM ({_NUMBERED}) AS numbered) AS steps
-    WHERE sequence > previous + 1 ORDER BY source, sequence LIMIT {_NAMED_GAPS}
+    WHERE sequence > previous + 1 ORDER BY source, sequence
 """  # noqa: S608  # put together from constants
 )
 
@@ -98,8 +98,10 @@ def audit(redis: Redis | None = None, outbox: Outbox | None = None) -> list[Sour
     Raises:
         StoreUnavailable: the database cannot be read now.
     """
-    # The outbox first: what it accepts from now on is not expected in the database.
+    # The outbox first: what is on its way when it is read may be stored a moment later, but cannot be missing; and
+    # what it accepts from now on is not expected in the database.
     kept = {} if outbox is None else {source_of(name, key): (key, last) for key, name, last in outbox.sources()}
+    unsettled = {source: outbox.unsettled(key) for source, (key, _) in kept.items()} if outbox is not None else {}
     with get_db() as db:
         counts = {row.source: row for row in db.execute(_COUNTS)}
         gaps: dict[str, Ranges] = {}
@@ -107,17 +109,12 @@ def audit(redis: Redis | None = None, outbox: Outbox | None = None) -> list[Sour
             gaps.setdefault(gap.source, []).append((gap.first, gap.last))
     audits = []
     for source in sorted(counts.keys() | kept.keys()):
-        row, open_ranges = counts.get(source), gaps.get(source, [])
+        row, ranges = counts.get(source), gaps.get(source, [])
         last: int = 0 if row is None else row.last
-        mismatched: list[int] = []
-        if outbox is not None and source in kept:
-            source_id, used = kept[source]
-            if used > last:
-                open_ranges, last = [*open_ranges, (last + 1, used)], used
-            travelling, mismatched = _compare(source, source_id, outbox)
-        else:
-            travelling = _in_queue(source, open_ranges, redis)
-        missing = _without(open_ranges, travelling)
+        if source in kept:
+            ranges, last = _up_to(ranges, last, kept[source][1]), kept[source][1]
+        travelling = unsettled[source] if source in unsettled else _in_queue(source, ranges, redis)
+        missing = _without(ranges, travelling)
         audits.append(
             SourceAudit(
                 source=source,
@@ -126,26 +123,32 @@ def audit(redis: Redis | None = None, outbox: Outbox | None = None) -> list[Sour
                 rejected=0 if row is None else int(row.rejected),
                 discarded=0 if row is None else int(row.discarded),
                 last=last,
-                under_way=_size(open_ranges) - _size(missing),
+                under_way=_size(ranges) - _size(missing),
                 missing=missing,
-                mismatched=mismatched,
+                mismatched=_mismatched(source, kept[source][0], outbox) if outbox and source in kept else [],
                 tail_known=source in kept,
             )
         )
     return audits
 
 
-def _compare(source: str, source_id: str, outbox: Outbox) -> tuple[set[int], list[int]]:
-    """The numbers that the outbox has not settled, and those whose event in the database is another one."""
-    travelling, mismatched, after = set(), [], -1
+def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:
+    """The gaps up to the last number that the outbox had used, the tail behind the last stored one included."""
+    if last_used > last_stored:
+        return [*ranges, (last_stored + 1, last_used)]
+    return [(first, min(last, last_used)) for first, last in ranges if first <= last_used]
+
+
+def _mismatched(source: str, source_id: str, outbox: Outbox) -> list[int]:
+    """The numbers under which the database has another event than the outbox."""
+    mismatched, after = [], -1
     while page := outbox.numbers(source_id, after, _PAGE):
         first, after = page[0][0], page[-1][0]
         with get_db() as db:
             rows = db.execute(_IDENTITIES, {"source": source, "first": first, "last": after})
             stored = {row.sequence: row.event_id for row in rows}
-        travelling |= {sequence for sequence, _, state in page if state in ("pending", "sent")}
-        mismatched += [number for number, event_id, _ in page if stored.get(number, event_id) not in (event_id, None)]
-    return travelling, mismatched
+        mismatched += [number for number, event_id in page if stored.get(number, event_id) not in (event_id, None)]
+    return mismatched
 
 
 def _in_queue(source: str, ranges: Ranges, redis: Redis | None) -> set[int]:
@@ -164,9 +167,10 @@ def _in_queue(source: str, ranges: Ranges, redis: Redis | None) -> set[int]:
 def _without(ranges: Ranges, known: set[int]) -> Ranges:
     """What is left of `ranges`, in order, without the numbers that are known."""
     left: Ranges = []
+    numbers = sorted(known)
     for first, last in ranges:
         start = first
-        for number in sorted(number for number in known if first <= number <= last):
+        for number in numbers[bisect_left(numbers, first) : bisect_right(numbers, last)]:
             if number > start:
                 left.append((start, number - 1))
             start = number + 1

@@ -45,6 +45,11 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0)
         parsed.set(drivername="postgresql+psycopg2"),
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            # A server that vanished without a word is noticed within half a minute, not in hours.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 30_000,
             "application_name": "trading-history",
             "options": f"{parsed.query.get('options', '')} -c timezone=UTC{limit}".strip(),
         },

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from redis import Redis
 from rq import Queue
-from rq.exceptions import NoSuchJobError
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from sqlalchemy import text
@@ -82,8 +82,12 @@ def requeue(chosen: Sequence[Rejection], redis: Redis, queue_name: str) -> int:
         except NoSuchJobError:
             _enqueue_anew(rejection, queue)
         else:
-            if job.is_failed:
+            try:
                 queue.failed_job_registry.requeue(job)
+            except InvalidJobOperation:
+                # It is not in the registry, so it is queued already, or somebody has taken it out.
+                if job.is_failed:
+                    _enqueue_anew(rejection, queue)
     return len(chosen)
 
 

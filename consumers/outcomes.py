@@ -14,6 +14,7 @@ _RECORD_OUTCOME = text("""
     ON CONFLICT (job_id) DO UPDATE SET source = excluded.source, sequence = excluded.sequence,
         event_id = excluded.event_id, outcome = excluded.outcome, reason = excluded.reason,
         event = excluded.event, created_at = now()
+    WHERE event_outcomes.outcome <> 'discarded'
 """)
 
 _FORGET_OUTCOME = text("DELETE FROM event_outcomes WHERE job_id = :job_id")

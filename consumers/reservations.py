@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 from redis import Redis
 from rq import Queue
@@ -25,9 +26,12 @@ STRANDED_SECONDS = 30.0
 
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 
-# KEYS queue, held list, suspects; ARGV jobs at most, bytes at most, prefix of job keys.
-# A list that is not empty holds what an answer that got lost had reserved: that goes back first.
+# KEYS queue, held list, suspects, lease, holders; ARGV jobs and bytes at most, prefix of job keys, lease, holder.
+# A list that is not empty holds what an answer that got lost had reserved: that goes back first. The lease is part
+# of it, so that nothing can be held without one, even right after Redis has lost everything.
 _RESERVE = """
+redis.call('SET', KEYS[4], '1', 'EX', ARGV[4])
+redis.call('SADD', KEYS[5], ARGV[5])
 while redis.call('LMOVE', KEYS[2], KEYS[1], 'RIGHT', 'LEFT') do end
 local jobs, bytes = {}, 0
 while #jobs < tonumber(ARGV[1]) and bytes < tonumber(ARGV[2]) do
@@ -36,7 +40,8 @@ while #jobs < tonumber(ARGV[1]) and bytes < tonumber(ARGV[2]) do
     local deaths = redis.call('HGET', KEYS[3], id)
     if deaths and #jobs > 0 then break end
     redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT')
-    bytes = bytes + redis.call('HSTRLEN', ARGV[3] .. id, 'data')
+    local size = redis.pcall('HSTRLEN', ARGV[3] .. id, 'data')
+    bytes = bytes + (tonumber(size) or 0)
     jobs[#jobs + 1] = {id, deaths or '-1'}
     if deaths then break end
 end
@@ -89,7 +94,8 @@ class Reservations:
     def __init__(self, redis: Redis, queue: Queue, name: str) -> None:
         self._redis = redis
         self._queue = queue
-        self._name = name
+        # A worker started again under its name must not take up, uncounted, what killed its namesake.
+        self._name = name = f"{name}:{uuid4().hex[:8]}"
         self._held = held_key(queue.name, name)
         self._lease = lease_key(queue.name, name)
         self._holders = holders_key(queue.name)
@@ -114,9 +120,13 @@ class Reservations:
 
     def reserve(self, limit: int) -> list[Reserved]:
         """Take up to `limit` jobs from the front; a suspect comes alone."""
-        keys = [self._queue.key, self._held, self._suspects]
-        found: Any = self._reserve(keys=keys, args=[limit, _MAX_BATCH_BYTES, Job.redis_job_namespace_prefix])
-        return [Reserved(job_id.decode(), None if int(deaths) < 0 else int(deaths)) for job_id, deaths in found]
+        keys = [self._queue.key, self._held, self._suspects, self._lease, self._holders]
+        limits: list[Any] = [limit, _MAX_BATCH_BYTES, Job.redis_job_namespace_prefix, LEASE_SECONDS, self._name]
+        found: Any = self._reserve(keys=keys, args=limits)
+        return [
+            Reserved(job_id.decode(errors="replace"), None if int(deaths) < 0 else int(deaths))
+            for job_id, deaths in found
+        ]
 
     def release(self, pipe: Any, job_id: str) -> None:
         """In the transaction that finishes the job: it is not held any more, and no suspect."""

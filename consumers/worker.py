@@ -49,6 +49,7 @@ _MODELS: dict[str, type[PortfolioSnapshotEvent] | type[SignalArchiveEvent]] = {
 }
 
 STATEMENT_SECONDS = 20.0
+_STUCK_SECONDS = 3 * STATEMENT_SECONDS
 _BATCH_JOBS = 100
 _WAIT_SECONDS = 1  # also how long a stop request may go unnoticed by an idle worker
 _RENEW_SECONDS = LEASE_SECONDS / 4
@@ -77,6 +78,8 @@ class HistoryWorker(SimpleWorker):
         self._queue = self.queues[0]
         self._reservations = Reservations(self.connection, self._queue, self.name)
         self._ending = threading.Event()
+        self._retired = threading.Event()
+        self._progress_at = time.monotonic()
         self._maintain_at = 0.0
         self._intermediate_seen: dict[str, float] = {}
 
@@ -105,6 +108,7 @@ class HistoryWorker(SimpleWorker):
         done, failures, idle_since = 0, 0, time.monotonic()
         try:
             while not self._ending.is_set() and (max_jobs is None or done < max_jobs):
+                self._progress_at = time.monotonic()
                 try:
                     self.check_for_suspension(burst)
                     self._maintain()
@@ -121,9 +125,14 @@ class HistoryWorker(SimpleWorker):
                     failures += 1
                     self._wait_for_recovery(error, failures)
         finally:
-            self._ending.set()
             self._retire()
+            self._retired.set()
         return bool(done)
+
+    @property
+    def connection_timeout(self) -> int:
+        """Seconds without an answer after which Redis counts as away; RQ waits for several minutes."""
+        return _WAIT_SECONDS + 9
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Only a note: the loop looks at it, so that no exception lands in the middle of something."""
@@ -146,14 +155,19 @@ class HistoryWorker(SimpleWorker):
         when nothing passes.
         """
         self.set_state(WorkerStatus.BUSY)
-        found = Job.fetch_many([one.job_id for one in reserved], self.connection, serializer=JSONSerializer)
+        found = self._fetch([one.job_id for one in reserved])
         done, late, trouble = 0, [], None
         try:
             for one, job in zip(reserved, found, strict=True):
+                if isinstance(job, Exception):
+                    self._refuse_unreadable(one.job_id, job)
+                    done += 1
+                    continue
                 if job is None:
                     self._drop(one.job_id)
                     continue
                 job.started_at = now()
+                self._progress_at = time.monotonic()
                 try:
                     settled = self._settled(job, one.deaths)
                 except StoreUnavailable as error:
@@ -165,7 +179,8 @@ class HistoryWorker(SimpleWorker):
                 if settled is not None:
                     self._finish(job, settled)
                     done += 1
-            if trouble is not None and not done:
+            # Alone, as a suspect comes, nothing can pass beside it: then whatever waits behind it counts.
+            if trouble is not None and not done and (len(reserved) > 1 or not self._queue.count):
                 raise trouble
             for job_id in late:
                 count = self._reservations.postpone(job_id)
@@ -192,6 +207,23 @@ class HistoryWorker(SimpleWorker):
             logger.exception("worker %s failed on job %s", self.name, job.id)
             self._reservations.blame(job.id)
             return None
+
+    def _fetch(self, job_ids: list[str]) -> list[Job | Exception | None]:
+        """Each job, None for one that is gone, or why its hash cannot be read."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            for job_id in job_ids:
+                pipe.hgetall(Job.key_for(job_id))
+            hashes = pipe.execute(raise_on_error=False)
+        return [_restored(job_id, found, self.connection) for job_id, found in zip(job_ids, hashes, strict=True)]
+
+    def _refuse_unreadable(self, job_id: str, cause: Exception) -> None:
+        """RQ could not even write a failure into it: it is noted, and failed by its id alone."""
+        reject(job_id, "", RefusedJob(f"its job cannot be read: {type(cause).__name__}"))
+        with self.connection.pipeline(transaction=True) as pipe:
+            self._reservations.release(pipe, job_id)
+            pipe.zadd(self._queue.failed_job_registry.key, {job_id: -1})
+            self.increment_failed_job_count(pipe)
+            pipe.execute()
 
     def _drop(self, job_id: str) -> None:
         # Deleted by somebody while it was queued: RQ's own worker skips it too.
@@ -243,12 +275,14 @@ class HistoryWorker(SimpleWorker):
         self._ending.wait(random.uniform(ceiling / 2, ceiling))
 
     def _renew_lease(self) -> None:
-        """In a thread: also while a long statement keeps the worker busy."""
-        while not self._ending.wait(_RENEW_SECONDS):
+        """In a thread, also while a long statement keeps the worker busy, but not for one that is stuck for good."""
+        while not self._retired.wait(_RENEW_SECONDS):
             try:
-                self._reservations.renew_lease()
-            except RedisError:
-                continue  # the loop meets the same trouble and says so
+                if time.monotonic() - self._progress_at < _STUCK_SECONDS:
+                    self._reservations.renew_lease()
+            except Exception as error:
+                # The loop meets the same trouble and waits for its end; without a lease others take over.
+                logger.debug("worker %s could not renew its lease: %s", self.name, type(error).__name__)
 
     def _maintain(self) -> None:
         """Find what the dead have left, rather than wait for RQ to fail it."""
@@ -291,6 +325,17 @@ def _json_queues(queues: Any) -> Any:
         if isinstance(queue, Queue):
             queue.serializer = JSONSerializer
     return queues
+
+
+def _restored(job_id: str, found: Any, connection: Redis) -> Job | Exception | None:
+    if isinstance(found, Exception) or not found:
+        return found if isinstance(found, Exception) else None
+    job = Job(job_id, connection=connection, serializer=JSONSerializer)
+    try:
+        job.restore(found)
+    except Exception as error:
+        return error
+    return job
 
 
 def _delivery(job: Job) -> tuple[Any, type[PortfolioSnapshotEvent] | type[SignalArchiveEvent]]:

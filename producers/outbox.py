@@ -105,8 +105,10 @@ DELETE FROM entries WHERE position IN
     (SELECT position FROM entries WHERE state = 'confirmed' AND settled_at < ? ORDER BY settled_at LIMIT ?)
 """
 
+_UNSETTLED = "SELECT sequence FROM entries WHERE source_id = ? AND state IN ('pending', 'sent')"
+
 _NUMBERS = """
-SELECT sequence, event_id, state FROM entries WHERE source_id = ? AND sequence > ? ORDER BY sequence LIMIT ?
+SELECT sequence, event_id FROM entries WHERE source_id = ? AND sequence > ? ORDER BY sequence LIMIT ?
 """
 
 _STATUS = """
@@ -298,11 +300,16 @@ class Outbox:
         with self._reading() as db:
             return db.execute("SELECT id, name, last_sequence FROM sources").fetchall()
 
-    def numbers(self, source_id: str, after: int, limit: int) -> list[tuple[int, UUID, State]]:
-        """(sequence, event id, state) of the kept entries of one source, in order, for going through all."""
+    def unsettled(self, source_id: str) -> set[int]:
+        """The numbers of one source that are pending or sent."""
+        with self._reading() as db:
+            return {sequence for (sequence,) in db.execute(_UNSETTLED, (source_id,))}
+
+    def numbers(self, source_id: str, after: int, limit: int) -> list[tuple[int, UUID]]:
+        """(sequence, event id) of the kept entries of one source, in order, for going through all."""
         with self._reading() as db:
             rows = db.execute(_NUMBERS, (source_id, after, limit)).fetchall()
-        return [(sequence, UUID(event_id), state) for sequence, event_id, state in rows]
+        return [(sequence, UUID(event_id)) for sequence, event_id in rows]
 
     def close(self) -> None:
         """A closed outbox opens its file again when it is used again."""

@@ -66,8 +66,8 @@ class Relay:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        # A send that failed, or that could not be marked, may have arrived: the next one asks Redis first.
-        self._doubtful = False
+        # A send that failed, that could not be marked, or whose sender died may have arrived: ask Redis first.
+        self._doubtful = True
         self._failures = 0
         self.settled = threading.Condition()
 
@@ -103,6 +103,7 @@ class Relay:
             OutboxError: the outbox cannot be read or written.
         """
         if not self._lock.acquire():
+            self._doubtful = True
             return False
         settled = self._take_acknowledgements()
         sent = self._send_pending()

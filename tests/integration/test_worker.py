@@ -132,6 +132,78 @@ def test_what_is_no_delivery_of_ours_is_refused_and_the_rest_goes_on(
     assert len(get_portfolio_history()) == 2
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("status", "zzz"), ("created_at", "garbage"), ("timeout", "abc"), ("description", b"\xff"), ("data", None)],
+)
+def test_a_job_that_cannot_be_read_is_refused_and_stops_nobody(redis: Redis, field: str, value: Any) -> None:
+    """Whatever somebody has done to its hash: recorded, failed, and the rest goes on."""
+    job_ids = _enqueue(redis, 3)
+    if value is None:
+        redis.hdel(Job.key_for(job_ids[1]), field)
+    else:
+        redis.hset(Job.key_for(job_ids[1]), field, value)
+    _burst(redis)
+
+    ((job_id, outcome, reason),) = _outcomes()
+    assert (job_id, outcome) == (job_ids[1], "rejected")
+    assert reason.startswith("refused: its job cannot be read: ")
+    assert len(get_portfolio_history()) == 2
+    assert _queue(redis).failed_job_registry.get_job_ids() == [job_ids[1]]
+
+
+def test_a_job_that_is_no_hash_is_refused_too(redis: Redis) -> None:
+    """A string in the place of the job."""
+    job_ids = _enqueue(redis, 2)
+    redis.delete(Job.key_for(job_ids[0]))
+    redis.set(Job.key_for(job_ids[0]), "not a hash")
+    _burst(redis)
+
+    assert [job_id for job_id, _, _ in _outcomes()] == job_ids[:1]
+    assert len(get_portfolio_history()) == 1
+
+
+def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to stop in the middle of a batch, it keeps what it holds until it has finished or handed it back."""
+    _enqueue(redis, 3)
+    worker = HistoryWorker([_queue(redis)], connection=redis)
+    leases = []
+    settle = handlers.settle
+
+    def stopped_meanwhile(*arguments: Any) -> Any:
+        worker.request_stop(15, None)
+        redis.delete(*redis.keys("history:lease:*") or ["none"])
+        deadline = time.monotonic() + 10
+        while not redis.keys("history:lease:*") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        leases.append(len(redis.keys("history:lease:*")))
+        return settle(*arguments)
+
+    monkeypatch.setattr(worker_module, "_RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(worker_module, "settle", stopped_meanwhile)
+    worker.work(burst=True, logging_level="WARNING")
+
+    assert leases == [1, 1, 1]
+    assert len(get_portfolio_history()) == 3
+
+
+def test_a_suspect_that_times_out_does_not_hold_up_the_others(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes alone, and goes to the tail alone."""
+    monkeypatch.setattr(worker_module, "STATEMENT_SECONDS", 0.3)
+    job_ids = _enqueue(redis, 3)
+    redis.hset("history:suspects:history", job_ids[0], 0)
+    administrator = create_store_engine(SecretStr(os.environ["DATABASE_URL"]))
+    with administrator.connect() as db:
+        insert_event(db, event_of(a_snapshot(), source="other/1", sequence=0))
+        HistoryWorker([_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=2)
+        assert len(get_portfolio_history()) == 2
+        db.rollback()
+    administrator.dispose()
+    _burst(redis)
+
+    assert len(get_portfolio_history()) == 3
+
+
 def test_pickled_data_is_never_unpickled(redis: Redis) -> None:
     """A job of a producer with RQ's default serializer is refused; loading it would have made a file."""
     Queue("history", connection=redis).enqueue("consumers.handlers.record_portfolio_snapshot", _Trap())
@@ -155,7 +227,7 @@ def test_the_jobs_of_a_dead_holder_come_back_to_the_front_and_run_alone(redis: R
     assert [one.job_id for one in dead.reserve(3)] == job_ids[:3]
     living = Reservations(redis, _queue(redis), "living")
     assert living.recover_dead_holders() == []
-    redis.delete("history:lease:history:dead")
+    redis.delete(*redis.keys("history:lease:history:dead:*"))
 
     assert living.recover_dead_holders() == job_ids[:3]
     assert _queue(redis).job_ids == job_ids
@@ -173,7 +245,7 @@ def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) ->
         dying = Reservations(redis, _queue(redis), f"dying-{number}")
         dying.renew_lease()
         assert [one.job_id for one in dying.reserve(1)] == job_ids[:1]
-        redis.delete(f"history:lease:history:dying-{number}")
+        redis.delete(*redis.keys(f"history:lease:history:dying-{number}:*"))
         Reservations(redis, _queue(redis), "living").recover_dead_holders()
     _burst(redis)
 

@@ -214,6 +214,26 @@ def test_a_send_that_could_not_be_marked_is_not_repeated_blindly(
     assert queue_of(redis).count == 1
 
 
+def test_senders_that_die_before_they_can_mark_leave_one_entry(
+    outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of them in a row: the next one finds the job there."""
+    outbox.append(NAME, [a_snapshot()])
+
+    def die(check_at: Any) -> None:
+        raise SystemExit
+
+    for _ in range(4):
+        dying = Relay(outbox, redis, "history")
+        monkeypatch.setattr(outbox, "mark_sent", die)
+        with pytest.raises(SystemExit):
+            dying.sweep()
+        monkeypatch.undo()
+        dying.stop()
+
+    assert queue_of(redis).count == 1
+
+
 def test_only_one_relay_works_on_an_outbox(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
     """The other takes over when the first one stops."""
     second = Relay(Outbox(outbox.path), redis, "history")
