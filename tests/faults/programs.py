@@ -23,6 +23,7 @@ from tests.factories import a_signal, a_snapshot, an_archive
 
 # What a producer of the random run sends: mostly new facts, some that others send too, some in conflict.
 _SHARED_FACTS = 40
+_MOST_UNDER_WAY = 1000
 
 
 def produce(outbox: str, seed: int, count: int, pause_seconds: float, in_flight: int = 0) -> None:

@@ -253,11 +253,13 @@ def run_storm(home: Path, *, seconds: float, seed: int) -> tuple[Storm, Verdict]
 
 
 def _drain(storm: Storm, redis: Redis) -> None:
-    """Give every outbox a living relay until nothing is under way."""
-    deadline = time.monotonic() + _DRAIN_SECONDS
+    """Give every outbox a living relay until nothing is under way, or nothing has moved for long."""
+    deadline, least = time.monotonic() + _DRAIN_SECONDS, sys.maxsize
     with ExitStack() as stack:
         producers = [stack.enter_context(HistoryProducer(redis, outbox=path)) for path in storm.outboxes()]
-        while any(producer.status().depth for producer in producers) and time.monotonic() < deadline:
+        while (depth := sum(producer.status().depth for producer in producers)) and time.monotonic() < deadline:
+            if depth < least:
+                deadline, least = time.monotonic() + _DRAIN_SECONDS, depth
             storm.restart_what_ended()
             storm.sample_queue(redis)
             time.sleep(0.2)
