@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from sqlalchemy import Engine, create_engine, make_url
 from consumers import connection
 from consumers.embedded import Addresses, servers
 from producers.history_producer import HistoryProducer
+
+# In the background a shell lets its programs ignore SIGINT, and the processes that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _TEMPLATE = "history_template"
 _OUR_VARIABLES = ("DATABASE_URL", "REDIS_URL", "POSTGRES_", "HISTORY_")

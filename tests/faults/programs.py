@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from producers import relay
 from producers.events import PortfolioSnapshot, SignalArchive
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
@@ -131,7 +132,13 @@ WORKER_STEPS = {
 _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {**PRODUCER_STEPS, **WORKER_STEPS}
 
 
+def look_often() -> None:
+    """Shorten the intervals at which a relay looks after what is overdue, so that a run can be judged in time."""
+    relay._LAST_CHECK_SECONDS = 15.0
+
+
 def main() -> None:
+    look_often()
     if step := os.environ.get("FAULT_STEP"):
         _die_at(step, int(os.environ.get("FAULT_TIMES", "1")))
     if sys.argv[1] == "worker":

@@ -56,7 +56,7 @@ class Proxy:
         self._connections |= pair
         try:
             await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
-        except (OSError, RuntimeError):  # the latter: written to after a half-close
+        except (OSError, RuntimeError, asyncio.CancelledError):  # RuntimeError: written to after a half-close
             pass  # one side is gone; the other learns of it below
         finally:
             self._connections -= pair

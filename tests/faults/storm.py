@@ -24,6 +24,7 @@ from consumers.connection import engine
 from consumers.embedded import servers
 from consumers.stack import embedded_stack
 from producers.history_producer import HistoryProducer
+from tests.faults.programs import look_often
 from tests.faults.proxy import Proxy
 from tests.faults.verdict import Verdict, verdict
 
@@ -180,7 +181,8 @@ def _faults(storm: Storm, redis: Redis, redis_proxy: Proxy, database_proxy: Prox
         storm.bring_back()
 
     def without_aof() -> None:
-        redis.config_set("appendonly", "no")
+        with contextlib.suppress(RedisError):  # it may be loading, or away
+            redis.config_set("appendonly", "no")
         time.sleep(dice.random())
         kill_server("redis", signal.SIGKILL)
 
@@ -226,6 +228,7 @@ def _proxies(home: Path) -> Iterator[tuple[Proxy, Proxy]]:
 
 def run_storm(home: Path, *, seconds: float, seed: int) -> tuple[Storm, Verdict]:
     """Run for `seconds` in the empty folder `home`; then end the faults, let everything drain, and judge."""
+    look_often()
     storm = Storm(home, random.Random(seed))
     with ExitStack() as stack:
         stack.enter_context(embedded_stack(home))
