@@ -214,6 +214,10 @@ class HistoryWorker(SimpleWorker):
             for job_id in job_ids:
                 pipe.hgetall(Job.key_for(job_id))
             hashes = pipe.execute(raise_on_error=False)
+        for found in hashes:
+            # Only this one is the job's fault; any other error is Redis's trouble, and no reason to refuse an event.
+            if isinstance(found, Exception) and not str(found).startswith("WRONGTYPE"):
+                raise found
         return [_restored(job_id, found, self.connection) for job_id, found in zip(job_ids, hashes, strict=True)]
 
     def _refuse_unreadable(self, job_id: str, cause: Exception) -> None:

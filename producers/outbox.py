@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 from uuid import UUID, uuid4
 
 from producers.errors import OutboxError
@@ -25,8 +25,6 @@ from producers.events import Payload, encode, event_of
 from producers.outcomes import Outcome
 from producers.relay_lock import RelayLock
 from producers.sqlite_forks import close_before_fork, sqlite_errors
-
-State = Literal["pending", "sent", "confirmed", "rejected"]
 
 MAX_BYTES = 2**30
 KEEP_SECONDS = 7 * 24 * 3600.0

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from redis import Redis
+from redis.client import Pipeline
+from redis.exceptions import BusyLoadingError
 from rq import Queue
 from rq.job import Job
 from rq.registry import StartedJobRegistry
@@ -161,6 +163,25 @@ def test_a_job_that_is_no_hash_is_refused_too(redis: Redis) -> None:
 
     assert [job_id for job_id, _, _ in _outcomes()] == job_ids[:1]
     assert len(get_portfolio_history()) == 1
+
+
+def test_an_error_that_is_redis_own_refuses_no_event(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is still loading answers each command with an error: that is an outage, not a bad job."""
+    _enqueue(redis, 2)
+    worker = HistoryWorker([_queue(redis)], connection=redis)
+    execute, loading = Pipeline.execute, [True]
+
+    def still_loading(pipe: Any, raise_on_error: bool = True) -> Any:
+        answers = execute(pipe, raise_on_error)
+        if not raise_on_error and loading:
+            loading.clear()
+            return [BusyLoadingError("LOADING") for _ in answers]
+        return answers
+
+    monkeypatch.setattr(Pipeline, "execute", still_loading)
+    worker.work(burst=True, logging_level="WARNING")
+
+    assert (_outcomes(), len(get_portfolio_history())) == ([], 2)
 
 
 def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
