@@ -19,7 +19,7 @@ from sqlalchemy import text
 from consumers.connection import get_db
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
-from producers.relay import JOB_FUNCTIONS
+from producers.rq_jobs import JOB_FUNCTIONS
 
 KINDS = {"snapshot": SNAPSHOT_TYPE, "archive": ARCHIVE_TYPE}
 

@@ -20,21 +20,16 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from producers.errors import HistoryError
-from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
 from producers.outbox import KEEP_SECONDS, Entry, Outbox, source_of
 from producers.outcomes import Outcome
 from producers.redis_keys import acknowledgement_key, held_key, holders_key
 from producers.relay_lock import RelayLock
+from producers.rq_jobs import enqueue
 
 logger = logging.getLogger(__name__)
 
-# By name: the producer never imports the consumer. A test resolves each.
-JOB_FUNCTIONS = {
-    SNAPSHOT_TYPE: "consumers.handlers.record_portfolio_snapshot",
-    ARCHIVE_TYPE: "consumers.handlers.record_signal_archive",
-}
-
-_BATCH_ENTRIES = 200
+_BATCH_ENTRIES = 100  # what a caller's thread may have to wait for: some 5 ms of the interpreter
+_FULL_QUEUE_JOBS = 20_000  # about a second of work; more would only fill Redis with what the outbox holds anyway
 _IDLE_SECONDS = 0.05  # how soon entries of other processes are noticed
 _FIRST_LOOK_SECONDS = 0.005  # how soon after a send the first acknowledgement is looked for
 _FIRST_CHECK_SECONDS = 5.0
@@ -69,6 +64,7 @@ class Relay:
         # A send that failed, that could not be marked, or whose sender died may have arrived: ask Redis first.
         self._doubtful = True
         self._failures = 0
+        self._queued = 0  # length of the queue after the last send
         self.settled = threading.Condition()
 
     @property
@@ -166,17 +162,26 @@ class Relay:
         return taken
 
     def _send_pending(self) -> int:
+        """Hand over what is pending, as long as the queue has room for it."""
         sent = 0
-        while entries := self._outbox.pending(_BATCH_ENTRIES):
+        # The first one after a failure is a probe: a hundred jobs made in vain would take the caller's time.
+        limit = 1 if self._failures else _BATCH_ENTRIES
+        while self._has_room() and (entries := self._outbox.pending(limit)):
             states = self._job_states(entries) if self._doubtful else {}
             self._doubtful = True
             self._send([entry for entry in entries if states.get(entry.position) not in UNDER_WAY])
             self._outbox.mark_sent(_next_checks(entries))
             self._doubtful = False
             sent += len(entries)
-            if len(entries) < _BATCH_ENTRIES or self._stop.is_set():
+            if len(entries) < limit or self._stop.is_set():
                 break
+            limit = _BATCH_ENTRIES
         return sent
+
+    def _has_room(self) -> bool:
+        if self._queued >= _FULL_QUEUE_JOBS:
+            self._queued = self._redis.llen(self._queue.key)
+        return self._queued < _FULL_QUEUE_JOBS
 
     def _prune(self) -> None:
         """A little at a time: at once while there is more, else every minute."""
@@ -222,25 +227,12 @@ class Relay:
         return [entry for entry, position in zip(waiting, found, strict=True) if position is None]
 
     def _send(self, entries: Sequence[Entry]) -> None:
-        """Enqueue in one transaction, and out of the failed registry in the same step."""
+        """Enqueue all in one transaction."""
         if not entries:
             return
-        failed = self._queue.failed_job_registry
         with self._redis.pipeline(transaction=True) as pipe:
-            pipe.zrem(failed.key, *(entry.job_id for entry in entries))
-            self._queue.enqueue_many([_job(entry) for entry in entries], pipeline=pipe)
-            pipe.execute()
-
-
-def _job(entry: Entry):  # type: ignore[no-untyped-def]  # RQ's EnqueueData is untyped
-    return Queue.prepare_data(
-        JOB_FUNCTIONS[entry.type],
-        args=(entry.event,),
-        job_id=entry.job_id,
-        description=entry.summary,
-        # What failed waits for a person; it does not disappear by itself.
-        failure_ttl=-1,
-    )
+            enqueue(pipe, self._queue, entries)
+            self._queued = pipe.execute()[-1]
 
 
 def _next_checks(entries: Iterable[Entry]) -> dict[int, float]:

@@ -32,7 +32,7 @@ from producers.events import Payload, encode, event_of
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key
-from producers.relay import JOB_FUNCTIONS
+from producers.rq_jobs import JOB_FUNCTIONS
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archive
 from tests.forking import in_child

@@ -19,6 +19,7 @@ from producers.errors import OutboxError
 from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key
 from producers.relay import Relay
+from producers.rq_jobs import enqueue
 from tests.factories import a_snapshot, an_archive
 from tests.unit.conftest import queue_of
 
@@ -67,6 +68,44 @@ def test_a_sweep_sends_everything_pending_in_order(outbox: Outbox, relay: Relay,
     assert [job.failure_ttl for job in jobs] == [-1, -1]
     assert (outbox.status().pending, outbox.status().sent) == (0, count + 1)
     assert not relay.sweep()
+
+
+def test_a_full_queue_gets_no_more(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backlog stays in the outbox, where it is durable, until workers have made room."""
+    monkeypatch.setattr(relay_module, "_FULL_QUEUE_JOBS", 250)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(500)])
+    for _ in range(3):
+        relay.sweep()
+    assert (queue_of(redis).count, outbox.status().pending) == (300, 200)
+
+    redis.ltrim(queue_of(redis).key, 100, -1)  # a worker took a hundred
+    relay.sweep()
+    assert (queue_of(redis).count, outbox.status().pending) == (300, 100)
+
+
+def test_after_a_failure_one_entry_goes_ahead(
+    outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch, redis: fakeredis.FakeRedis
+) -> None:
+    """Making a hundred jobs in vain, at each try, would hold up the caller's thread."""
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(150)])
+    tried: list[int] = []
+
+    def refuse(pipe: Any, queue: Any, entries: Any) -> None:
+        tried.append(len(entries))
+        if len(tried) < 4:
+            raise RedisConnectionError("refused")
+        enqueue(pipe, queue, entries)
+
+    monkeypatch.setattr(relay_module, "enqueue", refuse)
+    relay.start()
+    deadline = time.monotonic() + 10
+    while outbox.status().pending and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    assert tried[:4] == [100, 1, 1, 1]
+    assert queue_of(redis).count == 150
 
 
 @pytest.mark.parametrize("decode", [False, True])
@@ -180,17 +219,16 @@ def test_a_send_whose_answer_was_lost_is_not_repeated_blindly(
 ) -> None:
     """Redis took the jobs, the connection broke before it said so: the next sweep finds them there."""
     outbox.append(NAME, [a_snapshot()])
-    original = relay._queue.enqueue_many
 
-    def lose_the_answer(datas: Any, pipeline: Any) -> Any:
-        original(datas, pipeline=pipeline)
-        pipeline.execute()
+    def lose_the_answer(pipe: Any, queue: Any, entries: Any) -> None:
+        enqueue(pipe, queue, entries)
+        pipe.execute()
         raise RedisConnectionError("connection closed by server")
 
-    monkeypatch.setattr(relay._queue, "enqueue_many", lose_the_answer)
+    monkeypatch.setattr(relay_module, "enqueue", lose_the_answer)
     with pytest.raises(RedisConnectionError):
         relay.sweep()
-    monkeypatch.setattr(relay._queue, "enqueue_many", original)
+    monkeypatch.undo()
     assert (outbox.status().pending, queue_of(redis).count) == (1, 1)
     relay.sweep()
 

@@ -1,0 +1,102 @@
+"""Deliveries as RQ jobs: RQ reads them as if it had enqueued them itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+from rq import Queue
+from rq.job import Job, JobStatus
+from rq.registry import FailedJobRegistry, FinishedJobRegistry
+from rq.serializers import JSONSerializer
+
+from producers.outbox import Entry, Outbox
+from producers.rq_jobs import JOB_FUNCTIONS, TIMEOUT_SECONDS, enqueue
+from tests.factories import a_signal, a_snapshot, an_archive
+from tests.unit.conftest import queue_of
+
+_TIMES = ("created_at", "enqueued_at")
+
+
+def _entries(tmp_path: Path, *payloads: Any) -> list[Entry]:
+    outbox = Outbox(tmp_path / "outbox.db")
+    outbox.append("trading-controller", payloads)
+    return outbox.pending(10)
+
+
+def _enqueue(redis: fakeredis.FakeRedis, entries: list[Entry]) -> list[Any]:
+    with redis.pipeline(transaction=True) as pipe:
+        enqueue(pipe, queue_of(redis), entries)
+        return pipe.execute()
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """Everything that RQ knows of a job, its times aside."""
+    facts = dict(vars(job)) | {"call": (job.func_name, job.args, job.kwargs), "status": job.get_status()}
+    # Caches of the reading, and what belongs to the connection.
+    for name in ("connection", "_data", "_func_name", "_instance", "_args", "_kwargs", *_TIMES):
+        facts.pop(name, None)
+    return facts
+
+
+@pytest.mark.parametrize(
+    "payload", [a_snapshot(), an_archive(), an_archive(signals=[a_signal()] * 50)], ids=["snapshot", "archive", "large"]
+)
+def test_rq_reads_our_job_as_its_own(tmp_path: Path, redis: fakeredis.FakeRedis, payload: Any) -> None:
+    """Every attribute of the fetched job equals that of one which RQ's enqueue made."""
+    (entry,) = _entries(tmp_path, payload)
+    _enqueue(redis, [entry])
+    ours = Job.fetch(entry.job_id, connection=redis, serializer=JSONSerializer)
+    redis.flushall()
+    queue = Queue("history", connection=redis, serializer=JSONSerializer)
+    queue.enqueue_many(
+        [
+            Queue.prepare_data(
+                JOB_FUNCTIONS[entry.type],
+                args=(entry.event,),
+                job_id=entry.job_id,
+                description=entry.summary,
+                failure_ttl=-1,
+                timeout=TIMEOUT_SECONDS,
+            )
+        ]
+    )
+    theirs = Job.fetch(entry.job_id, connection=redis, serializer=JSONSerializer)
+
+    assert _facts(ours) == _facts(theirs)
+    for name in _TIMES:
+        assert abs((getattr(theirs, name) - getattr(ours, name)).total_seconds()) < 60
+
+
+def test_the_same_keys_as_rq(tmp_path: Path, redis: fakeredis.FakeRedis) -> None:
+    """The queue is among RQ's queues, its list has the ids in order, and the last answer is its length."""
+    entries = _entries(tmp_path, a_snapshot(), an_archive())
+    answers = _enqueue(redis, entries)
+
+    assert Queue.all(connection=redis) == [queue_of(redis)]
+    assert queue_of(redis).job_ids == [entry.job_id for entry in entries]
+    assert answers[-1] == 2
+    assert {redis.ttl(Job.key_for(entry.job_id)) for entry in entries} == {-1}
+
+
+@pytest.mark.parametrize("registry", [FailedJobRegistry, FinishedJobRegistry])
+def test_a_job_sent_again_starts_anew(tmp_path: Path, redis: fakeredis.FakeRedis, registry: Any) -> None:
+    """Nothing of its first end is left: not its place in a registry, its expiry, its times or its error."""
+    (entry,) = _entries(tmp_path, a_snapshot())
+    _enqueue(redis, [entry])
+    first = Job.fetch(entry.job_id, connection=redis, serializer=JSONSerializer)
+    ended = registry("history", connection=redis, serializer=JSONSerializer)
+    redis.hset(first.key, mapping={"exc_info": "boom", "ended_at": "2026-01-01T00:00:00Z", "worker_name": "w"})
+    first.set_status(JobStatus.FAILED)
+    ended.add(first, -1)
+    redis.expire(first.key, 500)
+    redis.lpop(queue_of(redis).key)
+
+    _enqueue(redis, [entry])
+
+    again = Job.fetch(entry.job_id, connection=redis, serializer=JSONSerializer)
+    assert (again.get_status(), again.ended_at, again.worker_name) == (JobStatus.QUEUED, None, None)
+    assert not redis.hexists(first.key, "exc_info")
+    assert (ended.count, redis.ttl(first.key)) == (0, -1)
