@@ -55,6 +55,7 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0)
         },
         pool_pre_ping=True,
         pool_size=2,
+        executemany_mode="values_plus_batch",
         hide_parameters=True,
     )
 
@@ -86,8 +87,10 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 @contextmanager
-def get_db() -> Iterator[Connection]:
+def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
     """One transaction: committed when the block ends, rolled back when it raises.
+
+    `statement_seconds` limits each of its statements.
 
     Raises:
         StoreUnavailable: the database cannot be reached, or has trouble of its own.
@@ -95,6 +98,8 @@ def get_db() -> Iterator[Connection]:
         SettingsError: the settings name no database.
     """
     with translated_errors(), engine().begin() as connection:
+        if statement_seconds is not None:
+            connection.exec_driver_sql(f"SET LOCAL statement_timeout = {round(statement_seconds * 1000)}")
         yield connection
 
 

@@ -1,113 +1,22 @@
-"""The SQL of the history: two idempotent inserts and two reads."""
+"""The four operations on the history: two idempotent inserts and two reads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-import simplejson
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from consumers.connection import get_db
-from consumers.errors import EventConflict, StoreUnavailable
+from consumers.errors import EventConflict
+from consumers.inserts import insert_events
 from consumers.plain_dicts import archive_of, snapshot_of, zoned
-from producers.events import Event, PortfolioSnapshot, SignalArchive, SignalArchiveEvent, event_of
+from producers.events import PortfolioSnapshot, SignalArchive, event_of
 
 DIRECT_SOURCE = "direct"
-_INSERT_TRIES = 3
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a fact is: its row, whether this call made it, and the delivery that did."""
-
-    row_id: int
-    created: bool
-    source: str
-    sequence: int | None
-
-
-_INSERT_SNAPSHOT = text("""
-    INSERT INTO portfolio_history (event_id, source, sequence, portfolio_id, snapshot_date, "timestamp", balance,
-        total_invested, total_profit_loss, total_value, open_positions, trade_count)
-    VALUES (CAST(:event_id AS uuid), :source, :sequence, :portfolio_id, :snapshot_date, :timestamp, :balance,
-        :total_invested, :total_profit_loss, :total_value, :open_positions, :trade_count)
-    ON CONFLICT (event_id) DO NOTHING
-    RETURNING id
-""")
-
-# The portfolio is part of the id, so it cannot differ.
-_STORED_SNAPSHOT = text("""
-    SELECT id, source, sequence,
-        (snapshot_date, "timestamp", balance, total_invested, total_profit_loss, total_value, open_positions,
-            trade_count)
-        = (:snapshot_date, :timestamp, :balance, :total_invested, :total_profit_loss, :total_value,
-            :open_positions, :trade_count) AS same
-    FROM portfolio_history WHERE event_id = CAST(:event_id AS uuid)
-""")
-
-_INSERT_ARCHIVE = text("""
-    INSERT INTO signal_archives (event_id, source, sequence, portfolio_id, archived_at, archive_month,
-        signals_count, signals_data)
-    VALUES (CAST(:event_id AS uuid), :source, :sequence, :portfolio_id, :archived_at, :archive_month,
-        :signals_count, CAST(:signals_data AS jsonb))
-    ON CONFLICT (event_id) DO NOTHING
-    RETURNING id
-""")
-
-# Month and count are derived: the instant and the signals are the content.
-_STORED_ARCHIVE = text("""
-    SELECT id, source, sequence,
-        (archived_at, signals_data) = (:archived_at, CAST(:signals_data AS jsonb)) AS same
-    FROM signal_archives WHERE event_id = CAST(:event_id AS uuid)
-""")
-
-
-def insert_event(db: Connection, event: Event) -> Stored:
-    """Insert the event's row unless the fact is stored already, in the transaction of `db`.
-
-    Raises:
-        EventConflict: its id is stored with other content.
-    """
-    if isinstance(event, SignalArchiveEvent):
-        table, insert, stored = "signal_archives", _INSERT_ARCHIVE, _STORED_ARCHIVE
-        values = _archive_values(event.data)
-    else:
-        table, insert, stored = "portfolio_history", _INSERT_SNAPSHOT, _STORED_SNAPSHOT
-        values = _snapshot_values(event.data)
-    values |= {"event_id": str(event.id), "source": event.source, "sequence": event.sequence}
-    # A row that was in the way of the insert can be deleted before the look at it: then the insert is due again.
-    for _ in range(_INSERT_TRIES):
-        row_id = db.execute(insert, values).scalar()
-        if row_id is not None:
-            return Stored(row_id, True, event.source, event.sequence)
-        row = db.execute(stored, values).one_or_none()
-        if row is not None:
-            if not row.same:
-                raise EventConflict(event.id, table, row.id)
-            return Stored(row.id, False, row.source, row.sequence)
-    raise StoreUnavailable(f"the row of event {event.id} comes and goes")
-
-
-# Instants go out in UTC: PostgreSQL reads offsets only up to 15:59, RFC 3339 has them up to 23:59.
-
-
-def _snapshot_values(snapshot: PortfolioSnapshot) -> dict[str, Any]:
-    return dict(snapshot) | {"timestamp": snapshot.timestamp.astimezone(UTC)}
-
-
-def _archive_values(archive: SignalArchive) -> dict[str, Any]:
-    return {
-        "portfolio_id": archive.portfolio_id,
-        "archived_at": archive.archived_at.astimezone(UTC),
-        "archive_month": archive.archive_month,
-        "signals_count": archive.signals_count,
-        "signals_data": simplejson.dumps(archive.signals, use_decimal=True, allow_nan=False),
-    }
 
 
 def insert_portfolio_history_snapshot(snapshot: Mapping[str, Any]) -> int:
@@ -141,7 +50,10 @@ def insert_signal_archive(archive: Mapping[str, Any]) -> int:
 
 def _insert_direct(payload: PortfolioSnapshot | SignalArchive) -> int:
     with get_db() as db:
-        return insert_event(db, event_of(payload, source=DIRECT_SOURCE, sequence=None)).row_id
+        (stored,) = insert_events(db, [event_of(payload, source=DIRECT_SOURCE, sequence=None)])
+    if isinstance(stored, EventConflict):
+        raise stored
+    return stored.row_id
 
 
 _SNAPSHOTS = """

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Literal
 from uuid import UUID
 
 from sqlalchemy import Connection, text
-
-from producers.events import Event
 
 _RECORD_OUTCOME = text("""
     INSERT INTO event_outcomes (job_id, source, sequence, event_id, outcome, reason, event)
@@ -17,30 +18,32 @@ _RECORD_OUTCOME = text("""
     WHERE event_outcomes.outcome <> 'discarded'
 """)
 
-_FORGET_OUTCOME = text("DELETE FROM event_outcomes WHERE job_id = :job_id")
+_FORGET_OUTCOMES = text("DELETE FROM event_outcomes WHERE job_id = ANY (:job_ids)")
 
 
-def record_absorbed(db: Connection, job_id: str, event: Event) -> None:
-    """Note that this delivery brought a fact that another delivery had stored."""
-    values = {"source": event.source, "sequence": event.sequence, "event_id": str(event.id)}
-    db.execute(_RECORD_OUTCOME, {"job_id": job_id, "outcome": "absorbed", "reason": None, "event": None} | values)
+@dataclass(frozen=True)
+class NoRow:
+    """A delivery that brought a fact which another one had stored (absorbed), or that was refused for good.
+
+    `event` is the text of what was refused, with as much of its identity as could be read.
+    """
+
+    job_id: str
+    outcome: Literal["absorbed", "rejected"]
+    source: str | None
+    sequence: int | None
+    event_id: UUID | None
+    reason: str | None = None
+    event: str | None = None
 
 
-def record_rejected(
-    db: Connection,
-    job_id: str,
-    reason: str,
-    event: str,
-    *,
-    source: str | None,
-    sequence: int | None,
-    event_id: UUID | None,
-) -> None:
-    """Note that this delivery was refused for good, why, and what it was."""
-    values = {"source": source, "sequence": sequence, "event_id": event_id and str(event_id)}
-    db.execute(_RECORD_OUTCOME, {"job_id": job_id, "outcome": "rejected", "reason": reason, "event": event} | values)
+def record_outcomes(db: Connection, ends: Iterable[NoRow]) -> None:
+    """Note these, in one order for all: transactions in opposite order would wait for each other."""
+    by_job = {end.job_id: asdict(end) | {"event_id": end.event_id and str(end.event_id)} for end in ends}
+    if by_job:
+        db.execute(_RECORD_OUTCOME, [by_job[job_id] for job_id in sorted(by_job)])
 
 
-def forget_outcome(db: Connection, job_id: str) -> None:
-    """The delivery became a row after all: an earlier refusal of it no longer stands."""
-    db.execute(_FORGET_OUTCOME, {"job_id": job_id})
+def forget_outcomes(db: Connection, job_ids: Iterable[str]) -> None:
+    """These deliveries became rows after all: an earlier refusal no longer stands."""
+    db.execute(_FORGET_OUTCOMES, {"job_ids": list(job_ids)})

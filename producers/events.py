@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
+from hashlib import sha1
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
-from uuid import UUID, uuid5
+from uuid import UUID
 
 import simplejson
 from pydantic import BaseModel, ConfigDict, StringConstraints, TypeAdapter, ValidationError, model_validator
@@ -38,6 +39,8 @@ ARCHIVE_TYPE: ArchiveType = "trading.signal-archive.v1"
 
 MAX_EVENT_BYTES = 8 * 1024 * 1024
 _ID_NAMESPACE = UUID("6f9a1d4e-2c57-5b0e-9d52-1c7b7f0e8a63")
+_ID_MASK = UUID("ffffffff-ffff-0fff-3fff-ffffffffffff").int
+_ID_VERSION_5 = UUID("00000000-0000-5000-8000-000000000000").int
 _REPORTED_PROBLEMS = 3
 _MESSAGE_CHARACTERS = 1000
 _PLAIN_REASONS = {"extra_forbidden": "is not a field of this event", "missing": "is missing"}
@@ -50,9 +53,13 @@ _Subject = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_leng
 
 def event_id(event_type: str, portfolio_id: int | None, instant: datetime) -> UUID:
     """The id of the fact that `portfolio_id` had at `instant`; the instant's offset makes no difference."""
-    microseconds = (instant - EPOCH) // timedelta(microseconds=1)
+    since = instant - EPOCH
+    microseconds = (since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds
     portfolio = "" if portfolio_id is None else portfolio_id
-    return uuid5(_ID_NAMESPACE, f"{event_type}|{portfolio}|{microseconds}")
+    # What uuid.uuid5 does, at half the price; it is made or checked at each step of an event's way.
+    name = f"{event_type}|{portfolio}|{microseconds}".encode()
+    digest = int.from_bytes(sha1(_ID_NAMESPACE.bytes + name, usedforsecurity=False).digest()[:16])
+    return UUID(int=digest & _ID_MASK | _ID_VERSION_5)
 
 
 class _Contract(BaseModel):

@@ -9,7 +9,7 @@ def acknowledgement_key(source: str) -> str:
 
 
 def holders_key(queue: str) -> str:
-    """Set of the names of the workers that may hold jobs of a queue."""
+    """Hash of the names of the workers that may hold jobs of a queue → `waiting` while one waits for the database."""
     return f"history:holders:{queue}"
 
 
@@ -31,3 +31,8 @@ def delays_key(queue: str) -> str:
 def suspects_key(queue: str) -> str:
     """Hash of job id → how many workers died with it alone."""
     return f"history:suspects:{queue}"
+
+
+def strays_key(queue: str) -> str:
+    """Hash of job id → when it was first seen in no list at all, in seconds since the epoch."""
+    return f"history:strays:{queue}"

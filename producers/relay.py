@@ -213,7 +213,7 @@ class Relay:
         if not entries:
             return []
         held: set[str] = set()
-        for worker in self._redis.smembers(holders_key(self._queue.name)):
+        for worker in self._redis.hkeys(holders_key(self._queue.name)):
             held |= {_text(job_id) for job_id in self._redis.lrange(held_key(self._queue.name, _text(worker)), 0, -1)}
         started = {
             _text(member).split(":")[0]  # type: ignore[arg-type]  # without scores it is bytes or text

@@ -66,8 +66,11 @@ def _payload(dice: random.Random, seed: int, number: int) -> PortfolioSnapshot |
 
 
 def work() -> None:
-    """A HistoryWorker as the command starts it."""
+    """A HistoryWorker as the command starts it; FAULT_BATCH makes its batches small."""
+    from consumers import worker
     from consumers.cli import app
+
+    worker.BATCH_JOBS = int(os.environ.get("FAULT_BATCH", worker.BATCH_JOBS))
 
     app(["worker"])
 
@@ -121,9 +124,9 @@ PRODUCER_STEPS = {
 WORKER_STEPS = {
     "before reserve": _in_worker("consumers.reservations", "Reservations.reserve", "before"),
     "after reserve": _in_worker("consumers.reservations", "Reservations.reserve", "after"),
-    "before insert": _in_worker("consumers.operations", "insert_event", "before"),
-    "after insert": _in_worker("consumers.operations", "insert_event", "after"),
-    "after commit": _in_worker("consumers.worker", "settle", "after"),
+    "before insert": _in_worker("consumers.settling", "insert_events", "before"),
+    "after insert": _in_worker("consumers.settling", "insert_events", "after"),
+    "after commit": _in_worker("consumers.settling", "_settle_together", "after"),
     "before finish": _in_worker("consumers.worker", "HistoryWorker._finish", "before"),
     "after acknowledge": _in_worker("consumers.worker", "acknowledge", "after"),
     "after finish": _in_worker("consumers.worker", "HistoryWorker._finish", "after"),

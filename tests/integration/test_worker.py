@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -15,7 +17,6 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from redis import Redis
-from redis.client import Pipeline
 from redis.exceptions import BusyLoadingError
 from rq import Queue
 from rq.job import Job
@@ -24,11 +25,13 @@ from rq.serializers import JSONSerializer
 from rq.utils import as_text
 from sqlalchemy import text
 
-from consumers import handlers
+from consumers import rq_jobs, settling, stranded
 from consumers import worker as worker_module
-from consumers.connection import create_store_engine, get_db
-from consumers.operations import get_portfolio_history, insert_event
+from consumers.connection import create_store_engine, engine, get_db
+from consumers.inserts import insert_events
+from consumers.operations import get_portfolio_history
 from consumers.reservations import POISON_DEATHS, Reservations
+from consumers.settling import settle
 from consumers.worker import HistoryWorker
 from producers.errors import SettingsError
 from producers.events import encode, event_of
@@ -88,15 +91,90 @@ def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> None:
     """No held list, no lease, no holder, no worker; jobs are finished and have the row's id as result."""
-    job_ids = _enqueue(redis, 250)
+    job_ids = _enqueue(redis, rq_jobs.KEPT_OF_A_BATCH)
     _burst(redis)
 
-    assert len(get_portfolio_history()) == 250
-    job = Job.fetch(job_ids[0], connection=redis, serializer=JSONSerializer)
-    assert (job.get_status(), job.return_value()) == ("finished", 1)
-    assert _queue(redis).finished_job_registry.count == 250
-    assert {as_text(key).split(":")[1] for key in redis.keys("history:*")} == {"ack"}
+    rows = {row["sequence"]: row["id"] for row in get_portfolio_history()}
+    jobs = [Job.fetch(job_id, connection=redis, serializer=JSONSerializer) for job_id in job_ids]
+    assert {job.get_status() for job in jobs} == {"finished"}
+    assert [job.return_value() for job in jobs] == [rows[sequence] for sequence in range(len(jobs))]
+    assert _queue(redis).finished_job_registry.count == len(jobs)
+    assert {as_text(key).split(":")[1] for key in redis.keys("history:*")} == {"ack", "strays"}
+    assert redis.ttl("history:strays:history:looked") > 0
     assert redis.keys("rq:workers:history") == []
+
+
+def test_what_is_kept_of_finished_jobs_is_bounded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number: the last ones of a batch and the last ones of all, results included; nothing else of them stays."""
+    monkeypatch.setattr(rq_jobs, "KEPT_OF_A_BATCH", 20)
+    monkeypatch.setattr(rq_jobs, "KEPT_FINISHED_JOBS", 30)
+    monkeypatch.setattr(worker_module, "BATCH_JOBS", 50)
+    job_ids = _enqueue(redis, 200)
+    _burst(redis)
+
+    assert _queue(redis).finished_job_registry.count == 30
+    assert len(redis.keys("rq:job:*")) == len(redis.keys("rq:results:*")) == 30
+    kept = {as_text(key).removeprefix("rq:job:") for key in redis.keys("rq:job:*")}
+    assert kept <= {job_id for start in range(30, 200, 50) for job_id in job_ids[start : start + 20]}
+    assert len(get_portfolio_history()) == 200
+
+
+def test_one_bad_event_in_a_batch_costs_only_itself(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only the database refuses is found by halving: 1 of 300 takes some 20 transactions, not 300."""
+    job_ids = _enqueue(redis, 300)
+    with get_db() as db:
+        db.execute(text("ALTER TABLE portfolio_history ADD CONSTRAINT unlucky CHECK (sequence <> 77)"))
+    together, sizes = settling._settle_together, []
+
+    def counted(deliveries: Any, patience_seconds: Any) -> Any:
+        sizes.append(len(deliveries))
+        return together(deliveries, patience_seconds)
+
+    monkeypatch.setattr(settling, "_settle_together", counted)
+    _burst(redis)
+
+    ((job_id, outcome, reason),) = _outcomes()
+    assert (job_id, outcome) == (job_ids[77], "rejected")
+    assert reason.startswith("PostgreSQL refused it: ")
+    assert reason.endswith("(SQLSTATE 23514)")
+    assert len(get_portfolio_history()) == 299
+    assert len(sizes) < 25
+
+
+def test_a_batch_may_have_the_same_fact_and_the_same_job_twice(redis: Redis) -> None:
+    """One row; another delivery of the fact is absorbed, another content refused, the same delivery is its row's."""
+    first, same, other = (
+        encode(event_of(a_snapshot(balance=balance), source=f"other/{n}", sequence=7))
+        for n, balance in enumerate((1, 1, 2))
+    )
+    for job_id, event in (("first", first), ("same", same), ("other", other), ("first", first)):
+        _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", event, job_id=job_id)
+    _burst(redis)
+
+    (row,) = get_portfolio_history()
+    assert (row["source"], row["balance"]) == ("other/0", 1.0)
+    assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [("other", "rejected"), ("same", "absorbed")]
+    acknowledged = {key: redis.hgetall(f"history:ack:other/{key}") for key in (0, 1)}
+    assert {text for hash in acknowledged.values() for text in hash.values()} == {b"duplicate:%d" % row["id"]}
+    assert redis.keys("history:held:*") == []
+
+
+def test_two_workers_with_the_same_facts_in_opposite_order_do_not_lock_each_other_out(redis: Redis) -> None:
+    """Rows go in sorted: no deadlock, and each fact is one row."""
+    events = [event_of(a_snapshot(after=timedelta(n)), source="other/1", sequence=n) for n in range(500)]
+    engine().dispose()
+    barrier = threading.Barrier(2)
+
+    def insert(chosen: list[Any]) -> None:
+        for start in range(0, 500, 100):
+            barrier.wait(10)
+            with get_db() as db:
+                insert_events(db, chosen[start : start + 100])
+
+    halves = [events, [event for at in range(0, 500, 100) for event in reversed(events[at : at + 100])]]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(insert, halves))
+    assert len(get_portfolio_history()) == 500
 
 
 def test_only_one_queue_and_a_tested_rq_are_accepted(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,21 +213,26 @@ def test_what_is_no_delivery_of_ours_is_refused_and_the_rest_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [("status", "zzz"), ("created_at", "garbage"), ("timeout", "abc"), ("description", b"\xff"), ("data", None)],
+    ("field", "value"), [("status", "zzz"), ("created_at", "garbage"), ("timeout", "abc"), ("description", b"\xff")]
 )
-def test_a_job_that_cannot_be_read_is_refused_and_stops_nobody(redis: Redis, field: str, value: Any) -> None:
-    """Whatever somebody has done to its hash: recorded, failed, and the rest goes on."""
+def test_what_somebody_did_to_a_job_is_not_held_against_its_event(redis: Redis, field: str, value: Any) -> None:
+    """Only the data of a job is of interest: the event is stored, and so is the rest."""
     job_ids = _enqueue(redis, 3)
-    if value is None:
-        redis.hdel(Job.key_for(job_ids[1]), field)
-    else:
-        redis.hset(Job.key_for(job_ids[1]), field, value)
+    redis.hset(Job.key_for(job_ids[1]), field, value)
     _burst(redis)
 
-    ((job_id, outcome, reason),) = _outcomes()
-    assert (job_id, outcome) == (job_ids[1], "rejected")
-    assert reason.startswith("refused: its job cannot be read: ")
+    assert (_outcomes(), len(get_portfolio_history())) == ([], 3)
+
+
+@pytest.mark.parametrize("field", ["created_at", "timeout", "status"])
+def test_a_job_that_cannot_be_read_is_refused_and_stops_nobody(redis: Redis, field: str) -> None:
+    """Without data, whatever else somebody has done to its hash: recorded, failed, and the rest goes on."""
+    job_ids = _enqueue(redis, 3)
+    redis.hset(Job.key_for(job_ids[1]), field, "garbage")
+    redis.hdel(Job.key_for(job_ids[1]), "data")
+    _burst(redis)
+
+    assert _outcomes() == [(job_ids[1], "rejected", "refused: its job cannot be read")]
     assert len(get_portfolio_history()) == 2
     assert _queue(redis).failed_job_registry.get_job_ids() == [job_ids[1]]
 
@@ -167,21 +250,22 @@ def test_a_job_that_is_no_hash_is_refused_too(redis: Redis) -> None:
 
 def test_an_error_that_is_redis_own_refuses_no_event(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is still loading answers each command with an error: that is an outage, not a bad job."""
-    _enqueue(redis, 2)
+    job_ids = _enqueue(redis, 2)
+    redis.hset(Job.key_for(job_ids[0]), "success_callback_name", "x.y")  # read as a whole, which is RQ's
     worker = HistoryWorker([_queue(redis)], connection=redis)
-    execute, loading = Pipeline.execute, [True]
+    fetch, loading = Job.fetch.__func__, [True]  # type: ignore[attr-defined]  # mypy does not know class methods' functions
 
-    def still_loading(pipe: Any, raise_on_error: bool = True) -> Any:
-        answers = execute(pipe, raise_on_error)
-        if not raise_on_error and loading:
+    def still_loading(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if loading:
             loading.clear()
-            return [BusyLoadingError("LOADING") for _ in answers]
-        return answers
+            raise BusyLoadingError("LOADING")
+        return fetch(cls, *args, **kwargs)
 
-    monkeypatch.setattr(Pipeline, "execute", still_loading)
+    monkeypatch.setattr(Job, "fetch", classmethod(still_loading))
     worker.work(burst=True, logging_level="WARNING")
 
-    assert (_outcomes(), len(get_portfolio_history())) == ([], 2)
+    assert _outcomes() == [(job_ids[0], "rejected", "refused: it has a callback or a webhook")]
+    assert len(get_portfolio_history()) == 1
 
 
 def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,22 +273,21 @@ def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypa
     _enqueue(redis, 3)
     worker = HistoryWorker([_queue(redis)], connection=redis)
     leases = []
-    settle = handlers.settle
 
-    def stopped_meanwhile(*arguments: Any) -> Any:
+    def stopped_meanwhile(deliveries: Any) -> Any:
         worker.request_stop(15, None)
         redis.delete(*redis.keys("history:lease:*") or ["none"])
         deadline = time.monotonic() + 10
         while not redis.keys("history:lease:*") and time.monotonic() < deadline:
             time.sleep(0.02)
         leases.append(len(redis.keys("history:lease:*")))
-        return settle(*arguments)
+        return settle(deliveries)
 
     monkeypatch.setattr(worker_module, "_RENEW_SECONDS", 0.05)
     monkeypatch.setattr(worker_module, "settle", stopped_meanwhile)
     worker.work(burst=True, logging_level="WARNING")
 
-    assert leases == [1, 1, 1]
+    assert leases == [1]
     assert len(get_portfolio_history()) == 3
 
 
@@ -215,7 +298,7 @@ def test_a_suspect_that_times_out_does_not_hold_up_the_others(redis: Redis, monk
     redis.hset("history:suspects:history", job_ids[0], 0)
     administrator = create_store_engine(SecretStr(os.environ["DATABASE_URL"]))
     with administrator.connect() as db:
-        insert_event(db, event_of(a_snapshot(), source="other/1", sequence=0))
+        insert_events(db, [event_of(a_snapshot(), source="other/1", sequence=0)])
         HistoryWorker([_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=2)
         assert len(get_portfolio_history()) == 2
         db.rollback()
@@ -231,7 +314,7 @@ def test_pickled_data_is_never_unpickled(redis: Redis) -> None:
     _burst(redis)
 
     ((_, outcome, reason),) = _outcomes()
-    assert (outcome, reason) == ("rejected", "refused: its data cannot be read as JSON: DeserializationError")
+    assert (outcome, reason) == ("rejected", "refused: its data cannot be read as JSON: UnicodeDecodeError")
     assert not os.path.exists("pwned")
 
 
@@ -279,14 +362,14 @@ def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) ->
 def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception that nobody expected counts like a death of the worker."""
     job_ids = _enqueue(redis, 2)
-    settle = handlers.settle
+    together = settling._settle_together
 
-    def defective(job_id: str, *arguments: Any) -> Any:
-        if job_id == job_ids[0]:
+    def defective(deliveries: Any, patience_seconds: Any) -> Any:
+        if any(delivery.job_id == job_ids[0] and delivery.refusal is None for delivery in deliveries):
             raise ZeroDivisionError("a defect")
-        return settle(job_id, *arguments)
+        return together(deliveries, patience_seconds)
 
-    monkeypatch.setattr(worker_module, "settle", defective)
+    monkeypatch.setattr(settling, "_settle_together", defective)
     _burst(redis)
 
     assert [job_id for job_id, _, _ in _outcomes()] == job_ids[:1]
@@ -303,7 +386,7 @@ def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
 
 def test_what_stock_workers_left_behind_is_requeued_not_failed(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """One job in the intermediate list, one expired in the started registry."""
-    monkeypatch.setattr(worker_module, "STRANDED_SECONDS", 0.0)
+    monkeypatch.setattr(stranded, "STRANDED_SECONDS", 0.0)
     job_ids = _enqueue(redis, 3)
     queue = _queue(redis)
     redis.lmove(queue.key, queue.intermediate_queue_key, "LEFT", "RIGHT")
@@ -343,19 +426,18 @@ def test_the_work_of_a_killed_worker_is_done_by_the_next(redis: Redis, database_
 def test_sigterm_lets_it_finish_what_it_holds(redis: Redis, database_url: str) -> None:
     """Exit status 0, and the worker is gone from RQ's list; while idle it ends within moments."""
     with _worker_process() as worker:
-        _enqueue(redis, 300)
+        _enqueue(redis, 2000)
         _until(lambda: len(get_portfolio_history(limit=1)) == 1)
         worker.terminate()
         assert worker.wait(20) == 0
     stored = len(get_portfolio_history())
-    assert stored + _queue(redis).count == 300
+    assert stored + _queue(redis).count == 2000
     assert redis.keys("history:held:*") == []
     assert redis.smembers("rq:workers") == set()
     with _worker_process() as worker:
-        _until(lambda: _queue(redis).count == 0)
+        _until(lambda: len(get_portfolio_history()) == 2000 and redis.scard("rq:workers") == 1)
         worker.terminate()
         assert worker.wait(5) == 0
-    assert len(get_portfolio_history()) == 300
 
 
 def test_without_tables_it_waits_and_goes_on_by_itself(redis: Redis, database_url: str) -> None:
@@ -379,7 +461,7 @@ def test_one_event_that_times_out_alone_does_not_hold_up_the_others(
     job_ids = _enqueue(redis, 4)
     administrator = create_store_engine(SecretStr(os.environ["DATABASE_URL"]))
     with administrator.connect() as db:
-        insert_event(db, event_of(a_snapshot(), source="other/1", sequence=0))
+        insert_events(db, [event_of(a_snapshot(), source="other/1", sequence=0)])
         worker = HistoryWorker([_queue(redis)], connection=redis)
         worker.work(burst=False, logging_level="WARNING", max_jobs=3)
         assert len(get_portfolio_history()) == 3

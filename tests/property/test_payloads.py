@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 
 from consumers.connection import engine
-from consumers.operations import insert_event
+from consumers.inserts import Stored, insert_events
 from producers.errors import InvalidEvent
 from producers.events import (
     Event,
@@ -130,6 +130,13 @@ def _undone() -> Iterator[Connection]:
 
 # ---- stored and read back
 
+
+def _insert(db: Connection, payload: Payload) -> Stored:
+    (answer,) = insert_events(db, [_sent(payload)])
+    assert isinstance(answer, Stored)
+    return answer
+
+
 _SNAPSHOT = text("SELECT * FROM portfolio_history WHERE id = :id")
 _ARCHIVE = text("SELECT *, signals_data::text AS exact FROM signal_archives WHERE id = :id")
 
@@ -142,9 +149,9 @@ def test_any_snapshot_is_stored_and_read_back_equal(values: dict[str, Any]) -> N
     """Money to the last of 8 decimals, the instant to the microsecond, everything else as it was."""
     payload = PortfolioSnapshot.checked(**values)
     with _undone() as db:
-        stored = insert_event(db, _sent(payload))
+        stored = _insert(db, payload)
         row = db.execute(_SNAPSHOT, {"id": stored.row_id}).mappings().one()
-        again = insert_event(db, _sent(payload))
+        again = _insert(db, payload)
 
     expected = values | {name: _rounded(values[name]) for name in AMOUNTS}
     assert {name: Fraction(row[name]) if name in AMOUNTS else row[name] for name in expected} == expected
@@ -163,9 +170,9 @@ def test_any_archive_is_stored_and_read_back_equal(values: dict[str, Any]) -> No
     """JSON by value: no digit of a number is lost on the way into JSONB, and a repeat finds it the same."""
     payload = SignalArchive.checked(**values)
     with _undone() as db:
-        stored = insert_event(db, _sent(payload))
+        stored = _insert(db, payload)
         row = db.execute(_ARCHIVE, {"id": stored.row_id}).mappings().one()
-        again = insert_event(db, _sent(payload))
+        again = _insert(db, payload)
 
     read = json.loads(row["exact"], parse_float=Decimal)
     assert _with_exact_numbers(read) == _with_exact_numbers(values["signals"])

@@ -1,0 +1,193 @@
+"""Idempotent inserts, any number of events with one statement a table.
+
+The unique key on event_id decides what is new. What was there already is compared by value, so that the same fact
+is absorbed and another content under the same id is a conflict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC
+from typing import Any
+
+import simplejson
+from sqlalchemy import Connection, TextClause, text
+
+from consumers.errors import EventConflict, StoreUnavailable
+from producers.events import Event, PortfolioSnapshot, SignalArchive, SignalArchiveEvent
+
+_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a fact is: its row, whether this insert made it, and the delivery that did."""
+
+    row_id: int
+    created: bool
+    source: str
+    sequence: int | None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """`columns` with their types, in the order of a row's values; the first three say which event it is."""
+
+    name: str
+    columns: tuple[tuple[str, str], ...]
+    content: tuple[str, ...]
+
+    def _given(self) -> str:
+        return ", ".join(f"CAST(:{name} AS {type_}[])" for name, type_ in self.columns)
+
+    def _names(self) -> str:
+        return ", ".join(f'"{name}"' for name, _ in self.columns)
+
+    # Text put together from the constants below; values are parameters.
+
+    def insert(self) -> TextClause:
+        return text(f"""
+            INSERT INTO {self.name} ({self._names()}) SELECT * FROM unnest({self._given()})
+            ON CONFLICT (event_id) DO NOTHING
+            RETURNING CAST(event_id AS text), id
+        """)  # noqa: S608
+
+    def compare(self) -> TextClause:
+        stored, given = (", ".join(f'{side}."{name}"' for name in self.content) for side in ("stored", "given"))
+        return text(f"""
+            SELECT given.number, stored.id, stored.source, stored.sequence, ({stored}) = ({given})
+            FROM unnest({self._given()}) WITH ORDINALITY AS given ({self._names()}, number)
+            JOIN {self.name} AS stored ON stored.event_id = given.event_id
+        """)  # noqa: S608
+
+
+_EVENT_COLUMNS = (("event_id", "uuid"), ("source", "text"), ("sequence", "bigint"))
+_SNAPSHOTS = _Table(
+    "portfolio_history",
+    (
+        *_EVENT_COLUMNS,
+        ("portfolio_id", "bigint"),
+        ("snapshot_date", "date"),
+        ("timestamp", "timestamptz"),
+        ("balance", "numeric"),
+        ("total_invested", "numeric"),
+        ("total_profit_loss", "numeric"),
+        ("total_value", "numeric"),
+        ("open_positions", "integer"),
+        ("trade_count", "integer"),
+    ),
+    # The portfolio is part of the id, so it cannot differ.
+    content=(
+        "snapshot_date",
+        "timestamp",
+        "balance",
+        "total_invested",
+        "total_profit_loss",
+        "total_value",
+        "open_positions",
+        "trade_count",
+    ),
+)
+_ARCHIVES = _Table(
+    "signal_archives",
+    (
+        *_EVENT_COLUMNS,
+        ("portfolio_id", "bigint"),
+        ("archived_at", "timestamptz"),
+        ("archive_month", "text"),
+        ("signals_count", "integer"),
+        ("signals_data", "jsonb"),
+    ),
+    # Month and count are derived.
+    content=("archived_at", "signals_data"),
+)
+_INSERT = {table.name: table.insert() for table in (_SNAPSHOTS, _ARCHIVES)}
+_COMPARE = {table.name: table.compare() for table in (_SNAPSHOTS, _ARCHIVES)}
+
+Row = tuple[Any, ...]
+
+
+def insert_events(db: Connection, events: Sequence[Event]) -> list[Stored | EventConflict]:
+    """Insert a row for each fact that is not stored yet, in the transaction of `db`; answers in the order of `events`.
+
+    An event whose id is stored with other content is answered with an EventConflict, and changes nothing.
+    """
+    answers: list[Stored | EventConflict | None] = [None] * len(events)
+    for table, model in ((_SNAPSHOTS, PortfolioSnapshot), (_ARCHIVES, SignalArchive)):
+        positions = [n for n, event in enumerate(events) if isinstance(event.data, model)]
+        if positions:
+            for n, answer in zip(positions, _insert(db, table, [events[n] for n in positions]), strict=True):
+                answers[n] = answer
+    return answers  # type: ignore[return-value]  # each event is of one of the two
+
+
+def _insert(db: Connection, table: _Table, events: Sequence[Event]) -> list[Stored | EventConflict]:
+    rows = [_row(event) for event in events]
+    answers: dict[int, Stored | EventConflict] = {}
+    # A row that was in the way of the insert can be deleted before the look at it: then the insert is due again.
+    for _ in range(_TRIES):
+        missing = [n for n in range(len(events)) if n not in answers]
+        # One row a fact, its first delivery. Sorted: two batches in opposite order would wait for each other.
+        first = {rows[n][0]: n for n in reversed(missing)}
+        chosen = [rows[first[event_id]] for event_id in sorted(first)]
+        for event_id, row_id in db.execute(_INSERT[table.name], _arrays(table, chosen)):
+            n = first[event_id]
+            answers[n] = Stored(row_id, True, events[n].source, events[n].sequence)
+        missing = [n for n in missing if n not in answers]
+        if missing:
+            found = db.execute(_COMPARE[table.name], _arrays(table, [rows[n] for n in missing]))
+            for number, row_id, source, sequence, same in found:
+                n = missing[number - 1]
+                answers[n] = (
+                    Stored(row_id, False, source, sequence) if same else EventConflict(events[n].id, table.name, row_id)
+                )
+        if len(answers) == len(events):
+            return [answers[n] for n in range(len(events))]
+    raise StoreUnavailable(f"rows of {table.name} come and go")
+
+
+# Instants go out in UTC: PostgreSQL reads offsets only up to 15:59, RFC 3339 has them up to 23:59.
+
+
+def _row(event: Event) -> Row:
+    """As text, in the order of the table's columns; None is NULL."""
+    data = event.data
+    if isinstance(event, SignalArchiveEvent):
+        assert isinstance(data, SignalArchive)
+        content: Row = (
+            data.archived_at.astimezone(UTC),
+            data.archive_month,
+            data.signals_count,
+            _quoted(simplejson.dumps(data.signals, use_decimal=True, allow_nan=False)),
+        )
+    else:
+        assert isinstance(data, PortfolioSnapshot)
+        content = (
+            data.snapshot_date,
+            data.timestamp.astimezone(UTC),
+            data.balance,
+            data.total_invested,
+            data.total_profit_loss,
+            data.total_value,
+            data.open_positions,
+            data.trade_count,
+        )
+    return (str(event.id), _quoted(event.source), event.sequence, data.portfolio_id, *content)
+
+
+def _arrays(table: _Table, rows: Iterable[Row]) -> dict[str, str]:
+    columns = zip(*rows, strict=True)
+    return {name: array(values) for (name, _), values in zip(table.columns, columns, strict=True)}
+
+
+def array(values: Iterable[Any]) -> str:
+    """A PostgreSQL array literal: one parameter for a whole column, which the server reads in one go.
+
+    Text must come through `_quoted`; numbers, dates, times and UUIDs need no quotes.
+    """
+    return "{" + ",".join(["NULL" if value is None else str(value) for value in values]) + "}"
+
+
+def _quoted(value: str) -> str:
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,203 @@
+"""What becomes of deliveries: decided for a batch in one transaction, and told to the producer.
+
+A batch that cannot be settled as a whole is halved until what is in the way stands alone: a bad event costs only
+itself, and the rest goes on in batches.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import UUID
+
+from pydantic import TypeAdapter, ValidationError
+from redis.client import Pipeline
+
+from consumers.connection import get_db
+from consumers.errors import StoreUnavailable
+from consumers.inserts import insert_events
+from consumers.outcomes import NoRow, forget_outcomes, record_outcomes
+from producers.errors import HistoryError, InvalidEvent
+from producers.events import MAX_EVENT_BYTES, Event, Source, decode
+from producers.fields import EventId
+from producers.fields import Sequence as SequenceNumber
+from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome
+from producers.redis_keys import acknowledgement_key
+
+# Below RQ's own, whose level and handlers a stock worker sets up: these lines are seen there too.
+logger = logging.getLogger("rq.worker.history")
+
+_ISOLATED_SECONDS = 2.0  # for a statement while looking for the one that waits for something
+
+_SOURCE: TypeAdapter[str] = TypeAdapter(Source)
+_SEQUENCE: TypeAdapter[int] = TypeAdapter(SequenceNumber)
+_EVENT_ID: TypeAdapter[UUID] = TypeAdapter(EventId)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One job's event as text, and the model it must fit; `refusal` when it is to be refused unread."""
+
+    job_id: str
+    text: Any
+    model: type[Event] | None
+    refusal: HistoryError | None = None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What became of one delivery, decided and committed. `error` is set exactly when it was rejected."""
+
+    job_id: str
+    outcome: Outcome
+    source: str | None
+    sequence: int | None
+    error: HistoryError | None = None
+
+
+@dataclass(frozen=True)
+class Unsettled:
+    """A delivery that alone could not be decided: the store had trouble with it, or this program has a defect."""
+
+    job_id: str
+    error: Exception
+
+
+def settle(deliveries: Sequence[Delivery], *, _patience_seconds: float | None = None) -> Iterator[Settled | Unsettled]:
+    """Each delivery's end, in no particular order, as soon as it is committed.
+
+    Raises:
+        StoreUnavailable: the database cannot take anything now. What was not answered before is undecided.
+    """
+    try:
+        settled = _settle_together(deliveries, _patience_seconds)
+    except StoreUnavailable as error:
+        if not error.one_statement:
+            raise
+        problem: Exception = error
+        _patience_seconds = _ISOLATED_SECONDS
+    except Exception as error:
+        problem = error
+    else:
+        yield from settled
+        return
+    if len(deliveries) > 1:
+        half = len(deliveries) // 2
+        yield from settle(deliveries[:half], _patience_seconds=_patience_seconds)
+        yield from settle(deliveries[half:], _patience_seconds=_patience_seconds)
+    elif isinstance(problem, InvalidEvent) and deliveries[0].refusal is None:
+        yield from _settle_together([replace(deliveries[0], refusal=problem)], _patience_seconds)
+    else:
+        yield Unsettled(deliveries[0].job_id, problem)
+
+
+def _settle_together(deliveries: Sequence[Delivery], patience_seconds: float | None) -> list[Settled]:
+    read = [_read(delivery) for delivery in deliveries]
+    with get_db(statement_seconds=patience_seconds) as db:
+        answers = iter(insert_events(db, [event for event in read if not isinstance(event, HistoryError)]))
+        settled, without_row = [], []
+        for delivery, event in zip(deliveries, read, strict=True):
+            answer = event if isinstance(event, HistoryError) else next(answers)
+            if isinstance(answer, HistoryError):
+                end, no_row = _rejected(delivery, answer)
+                without_row.append(no_row)
+            else:
+                assert not isinstance(event, HistoryError)
+                outcome = Outcome("stored" if answer.created else "duplicate", answer.row_id)
+                end = Settled(delivery.job_id, outcome, event.source, event.sequence)
+                # The delivery that made the row may come again; its own row accounts for it.
+                if (answer.source, answer.sequence) != (event.source, event.sequence):
+                    without_row.append(NoRow(delivery.job_id, "absorbed", event.source, event.sequence, event.id))
+            settled.append(end)
+        noted = {no_row.job_id for no_row in without_row}
+        record_outcomes(db, without_row)
+        forget_outcomes(db, [end.job_id for end in settled if end.job_id not in noted])
+    _log(read, settled)
+    return settled
+
+
+def _read(delivery: Delivery) -> Event | HistoryError:
+    if delivery.refusal is not None or delivery.model is None:
+        return delivery.refusal or InvalidEvent("event: has no known type")
+    try:
+        return decode(delivery.text, delivery.model)
+    except InvalidEvent as error:
+        return error
+
+
+def _rejected(delivery: Delivery, error: HistoryError) -> tuple[Settled, NoRow]:
+    claim, reason = _Claim.of(delivery.text), str(error)
+    end = NoRow(
+        delivery.job_id,
+        "rejected",
+        claim.source,
+        claim.sequence,
+        claim.event_id,
+        reason,
+        _storable(delivery.text),
+    )
+    return Settled(delivery.job_id, Outcome("rejected", reason=reason), claim.source, claim.sequence, error), end
+
+
+def _log(read: Sequence[Event | HistoryError], settled: Sequence[Settled]) -> None:
+    """A line for each rejection; for the others one for each event alone or for the batch."""
+    for end in settled:
+        if end.error is not None:
+            logger.error("rejected job %s: %s", end.job_id, end.outcome.reason)
+    if len(settled) > 1:
+        rows, had = (sum(end.outcome.kind == kind for end in settled) for kind in ("stored", "duplicate"))
+        logger.info("stored %d events, had %d, rejected %d", rows, had, len(settled) - rows - had)
+    each = logging.INFO if len(settled) == 1 else logging.DEBUG
+    if logger.isEnabledFor(each):
+        for event, end in zip(read, settled, strict=True):
+            if end.error is None and not isinstance(event, HistoryError):
+                word = "stored" if end.outcome.kind == "stored" else "had"
+                logger.log(each, "%s event %s: %s as row %d", word, event.id, event.data.summary, end.outcome.row_id)
+
+
+def acknowledge(pipe: Pipeline, ends: Iterable[Settled]) -> None:
+    """Tell the producers, which take it from there; nothing to tell to one that keeps no outbox."""
+    by_source: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for one in ends:
+        if one.source is not None and one.sequence is not None:
+            by_source[one.source][str(one.sequence)] = str(one.outcome)
+    for source, outcomes in by_source.items():
+        key = acknowledgement_key(source)
+        pipe.hset(key, mapping=outcomes)  # type: ignore[arg-type]  # text to text is fine
+        pipe.expire(key, ACKNOWLEDGEMENT_TTL_SECONDS)
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What a refused text says of itself, as far as it can be read."""
+
+    source: str | None = None
+    sequence: int | None = None
+    event_id: UUID | None = None
+
+    @classmethod
+    def of(cls, text: Any) -> _Claim:
+        try:
+            document = json.loads(text[:MAX_EVENT_BYTES])
+            attributes = document if isinstance(document, dict) else {}
+        except (TypeError, ValueError, RecursionError):
+            attributes = {}
+        source, sequence, event_id = (attributes.get(name) for name in ("source", "sequence", "id"))
+        return cls(_checked(_SOURCE, source), _checked(_SEQUENCE, sequence), _checked(_EVENT_ID, event_id))
+
+
+def _checked(adapter: TypeAdapter[Any], value: Any) -> Any:
+    try:
+        return adapter.validate_json(json.dumps(value))
+    except ValidationError:
+        return None
+
+
+def _storable(text: Any) -> str:
+    """The refused text as PostgreSQL can keep it: what it cannot hold is shown as an escape."""
+    shown = text if isinstance(text, str) else repr(text)
+    return shown[:MAX_EVENT_BYTES].encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -1,0 +1,400 @@
+"""The same jobs through RQ's own worker and through HistoryWorker leave the same in Redis and in PostgreSQL.
+
+Times are compared as the phase of the run that they fall in, row ids as the fact that the row holds. What differs
+is named, with its reason, in a list; whatever is in a list and does not differ any more fails too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from rq import Queue, RateLimit, Repeat, Retry, SimpleWorker, Worker
+from rq.exceptions import NoSuchJobError
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from sqlalchemy import text
+
+from consumers.connection import get_db
+from consumers.worker import HistoryWorker
+from producers.events import Payload, encode, event_of
+from tests.factories import a_snapshot, an_archive
+from tests.redis_state import EXPIRES, TYPE, Difference, Phases, State, error_fields, state_of, unexpected
+from tests.rq_programs import WORKER_NAME, rq, rq_worker, somebody_waits_for_a_lock, until
+
+SNAPSHOT_FUNCTION = "consumers.handlers.record_portfolio_snapshot"
+ARCHIVE_FUNCTION = "consumers.handlers.record_signal_archive"
+_REGISTRIES = ("finished", "failed", "started", "deferred", "scheduled", "canceled")
+# Where the ids of the rows begin: no other number in Redis looks like them.
+_FIRST_ROW = {"portfolio_history": 71_000_000_001, "signal_archives": 72_000_000_001}
+
+_ONE_LINE = "a refusal is told in one readable line; where in our code it came up helps nobody"
+_NO_RETRY = "what is refused for good is refused at once; RQ tries it again in vain"
+_NO_EXECUTION = "it runs jobs without RQ's executions; its held list and its lease stand for them"
+_NOT_FAILED = "what succeeded is not failed any more; RQ leaves it listed, unless it was requeued"
+_NO_GROUPS = "RQ's lock for cleaning its groups; our jobs are in none"
+_BATCH = "it takes many jobs at once, into a list of its own, and marks none of them as started"
+
+_STRAYS = "RQ does not look for jobs that are in no list; one worker of ours does, once a minute"
+ALLOWED_IN_REDIS = [
+    Difference("rq:results:*", "* execution_id", "an id", None, _NO_EXECUTION),
+    Difference("rq:results:*", "* exc_string form", "traceback", "1 line", _ONE_LINE),
+    Difference("rq:failed:history", "refused-then-sent-anew", "during the run + 31536000 s", None, _NOT_FAILED),
+    Difference("rq:job:retry-in-vain", "retries_left", "0", "2", _NO_RETRY),
+    Difference("rq:job:retry-in-vain", "enqueued_at", "first work", "first enqueue", _NO_RETRY),
+    Difference("rq:clean_groups", TYPE, "string", None, _NO_GROUPS),
+    Difference("rq:clean_groups", EXPIRES, "first work + 599 s", None, _NO_GROUPS),
+    Difference("rq:clean_groups", "(value)", "1", None, _NO_GROUPS),
+    Difference("history:strays:history:looked", TYPE, None, "string", _STRAYS),
+    Difference("history:strays:history:looked", EXPIRES, None, "first work + 60 s", _STRAYS),
+    Difference("history:strays:history:looked", "(value)", None, "1", _STRAYS),
+]
+ALLOWED_IN_READS = [
+    Difference("job *", "exc_string form", "traceback", "1 line", _ONE_LINE),
+    Difference("job refused-then-sent-anew", "in failed registry", "True", "False", _NOT_FAILED),
+    Difference("registries", "failed", "11", "10", _NOT_FAILED),
+    Difference("job retry-in-vain", "retries_left", "0", "2", _NO_RETRY),
+    Difference("job retry-in-vain", "enqueued_at", "first work", "first enqueue", _NO_RETRY),
+    Difference("worker after first work", "failed_job_count", "14", "12", _NO_RETRY),
+]
+ALLOWED_WHILE_RUNNING = [
+    Difference("busy", "current job", "one", "None", _NO_EXECUTION),
+    Difference("busy", "started", "1", "0", _BATCH),
+    Difference("busy", "job one", "started the-worker", "queued None", _BATCH),
+    Difference("busy", "job_ids", "['two']", "[]", _BATCH),
+    Difference(
+        "busy",
+        "rq info, line 0",
+        "history      |█ 1, 1 executing, 0 finished, 0 failed",
+        "history      | 0, 0 executing, 0 finished, 0 failed",
+        _BATCH,
+    ),
+    Difference("busy", "rq info, line 1", "1 queues, 1 jobs total", "1 queues, 0 jobs total", _BATCH),
+]
+
+
+def _queue(redis: Redis) -> Queue:
+    return Queue("history", connection=redis, serializer=JSONSerializer)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one worker left behind."""
+
+    in_redis: State
+    in_reads: State
+    in_postgresql: list[str]
+
+
+class _Run:
+    """One worker class on an empty Redis and empty tables."""
+
+    def __init__(self, redis: Redis, worker_class: type[SimpleWorker]) -> None:
+        self._redis = redis
+        self._queue = _queue(redis)
+        self._worker_class = worker_class
+        self._phases = Phases()
+        self._numbers = iter(range(1000))
+        self._job_ids: set[str] = set()
+        self._statistics: State = {}
+
+    def outcome(self) -> Outcome:
+        _empty(self._redis)
+        with self._phases.phase("first enqueue"):
+            self._enqueue_first()
+        self._work("first work")
+        with self._phases.phase("second enqueue"):
+            self._enqueue_second()
+        self._work("second work")
+        facts = _facts()
+        in_redis = state_of(self._redis, self._phases)
+        return Outcome(_named(in_redis, facts), _named(self._reads(), facts), _rows(facts))
+
+    def _work(self, phase: str) -> None:
+        with self._phases.phase(phase):
+            worker = self._worker_class([self._queue], WORKER_NAME, connection=self._redis, serializer=JSONSerializer)
+            assert worker.work(burst=True, logging_level="CRITICAL") is True
+        found = Worker.find_by_key(f"rq:worker:{WORKER_NAME}", connection=self._redis)
+        assert found is not None
+        statistics = {
+            "state": found.get_state(),
+            "successful_job_count": str(found.successful_job_count),
+            "failed_job_count": str(found.failed_job_count),
+            "total_working_time within the run": str(0 < found.total_working_time <= self._phases.seconds),
+        }
+        self._statistics |= {(f"worker after {phase}", name): value for name, value in statistics.items()}
+
+    def _enqueue_first(self) -> None:
+        """Every kind of job once, in one queue."""
+        self._send("snapshot", a_snapshot())
+        self._send("archive", an_archive())
+        self._send("duplicate", a_snapshot())
+        self._send("conflict", a_snapshot(balance="1.00"))
+        self._send("invalid", "{}")
+        self._send("unreadable-source", '{"source": "other/1", "sequence": 999, "specversion": "0.3"}')
+        self._send("result-ttl-0", _at(1), result_ttl=0)
+        self._send("result-ttl-forever", _at(2), result_ttl=-1)
+        self._send("result-ttl-900", _at(3), result_ttl=900)
+        self._send("failure-ttl-700", "{}", failure_ttl=700)
+        self._send("failure-ttl-forever", "{}", failure_ttl=-1)
+        self._send("invalid-result-ttl-0", "{}", result_ttl=0)
+        self._send("meta", _at(4), meta={"note": ["a", 1]}, description="as somebody wrote it", job_timeout=77)
+        self._send("meta-invalid", "{}", meta={"note": "b"})
+        self._send("deleted", _at(5))
+        self._redis.delete(Job.key_for("deleted"))
+        self._send("retry-that-succeeds", _at(6), retry=Retry(max=2))
+        self._send("retry-in-vain", "{}", retry=Retry(max=2))
+        self._send("ttl", _at(7), ttl=3600, result_ttl=-1)
+        self._send("ttl-invalid", "{}", ttl=3600, failure_ttl=-1)
+        for job_id, hour in _SENT_TWICE.items():
+            self._send(job_id, _at(hour))
+        self._send("refused-then-sent-anew", "{}")
+        self._send("refused-then-relayed-anew", "{}", failure_ttl=-1)
+        self._send("refused-then-requeued", a_snapshot(balance="2.00"))
+
+    def _enqueue_second(self) -> None:
+        """Deliveries that come once more, under their ids, after the first has ended well or badly."""
+        self._send("stored-then-sent-again", _at(20))
+        self._send("stored-then-sent-again-for-900-s", _at(21), result_ttl=900)
+        self._send("stored-then-sent-again-for-ever", _at(22), result_ttl=-1)
+        self._send("stored-then-discarded", _at(23), result_ttl=0)
+        self._send("stored-then-refused-for-ever", "{}", failure_ttl=-1)
+        self._send("refused-then-sent-anew", _at(30))
+        failed = self._queue.failed_job_registry
+        self._redis.zrem(failed.key, "refused-then-relayed-anew")
+        again = self._text(_at(31))
+        self._queue.enqueue_many(
+            [Queue.prepare_data(SNAPSHOT_FUNCTION, args=(again,), job_id="refused-then-relayed-anew", failure_ttl=-1)]
+        )
+        with get_db() as db:  # now nothing is in its way any more
+            db.execute(text("DELETE FROM portfolio_history WHERE source = 'other/1' AND sequence = 0"))
+        failed.requeue("refused-then-requeued")
+
+    def _send(self, job_id: str, event: Payload | str, **options: Any) -> None:
+        self._job_ids.add(job_id)
+        function = ARCHIVE_FUNCTION if job_id == "archive" else SNAPSHOT_FUNCTION
+        self._queue.enqueue(function, self._text(event), job_id=job_id, **options)
+
+    def _text(self, event: Payload | str) -> str:
+        return (
+            event if isinstance(event, str) else encode(event_of(event, source="other/1", sequence=next(self._numbers)))
+        )
+
+    def _reads(self) -> State:
+        """What RQ's interface says of it all."""
+        failed = self._queue.failed_job_registry.get_job_ids()
+        reads = self._statistics | _registries(self._queue)
+        for job_id in self._job_ids:
+            reads |= {(f"job {job_id}", name): value for name, value in self._job(job_id).items()}
+            reads[f"job {job_id}", "in failed registry"] = str(job_id in failed)
+        reads["workers", "all"] = str([worker.name for worker in Worker.all(connection=self._redis)])
+        return reads
+
+    def _job(self, job_id: str) -> dict[str, str]:
+        try:
+            job = Job.fetch(job_id, connection=self._redis, serializer=JSONSerializer)
+        except NoSuchJobError:
+            return {"fetch": "no such job"}
+        result = job.latest_result()
+        times = {"enqueued_at": job.enqueued_at, "started_at": job.started_at, "ended_at": job.ended_at}
+        known = [at for at in times.values() if at is not None]
+        return {
+            "status": job.get_status().value,
+            "flags": str((job.is_failed, job.is_finished, job.is_queued, job.is_started)),
+            "return_value": str(job.return_value()),
+            "result": f"{result.type.name} {result.return_value}" if result else "none",
+            "results": str(len(job.results())),
+            "in order": str(known == sorted(known)),
+            "meta": json.dumps(job.meta),
+            "worker_name": str(job.worker_name),
+            "retries_left": str(job.retries_left),
+            **{name: self._phases.of(at.timestamp() * 1000) if at else "none" for name, at in times.items()},
+            **(error_fields("exc_string", result.exc_string) if result and result.exc_string else {}),
+        }
+
+
+_SENT_TWICE = {
+    "stored-then-sent-again": 20,
+    "stored-then-sent-again-for-900-s": 21,
+    "stored-then-sent-again-for-ever": 22,
+    "stored-then-discarded": 23,
+    "stored-then-refused-for-ever": 24,
+}
+
+
+def _at(hours: int) -> Payload:
+    return a_snapshot(after=timedelta(hours=hours))
+
+
+def _empty(redis: Redis) -> None:
+    """Nothing in Redis, no rows, and row ids that cannot be mistaken for another number."""
+    redis.flushall()
+    with get_db() as db:
+        db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes"))
+        for table, first in _FIRST_ROW.items():
+            db.execute(text(f"ALTER TABLE {table} ALTER COLUMN id RESTART WITH {first}"))
+
+
+def _facts() -> dict[str, str]:
+    """Row id → the event that the row holds; a sequence may leave gaps, so the ids themselves mean nothing."""
+    with get_db() as db:
+        return {
+            str(row_id): f"row of {event_id}"
+            for table in _FIRST_ROW
+            for row_id, event_id in db.execute(text(f"SELECT id, event_id FROM {table}"))
+        }
+
+
+def _with_facts(value: str, facts: dict[str, str]) -> str:
+    return re.sub(r"\b7[12]00000\d{4}\b", lambda found: facts.get(found[0], "a row that is gone"), value)
+
+
+def _named(state: State, facts: dict[str, str]) -> State:
+    return {place: _with_facts(value, facts) for place, value in state.items()}
+
+
+def _rows(facts: dict[str, str]) -> list[str]:
+    """Every row of every table, but for its id and for when it was written."""
+    rows = []
+    with get_db() as db:
+        for table in (*_FIRST_ROW, "event_outcomes"):
+            found = db.execute(text(f"SELECT (to_jsonb(t) - 'id' - 'created_at')::text FROM {table} t"))
+            rows += [f"{table} {_with_facts(row, facts)}" for row in found.scalars()]
+    return sorted(rows)
+
+
+def _registries(queue: Queue) -> State:
+    counts = {name: str(getattr(queue, f"{name}_job_registry").count) for name in _REGISTRIES}
+    return {("registries", name): count for name, count in counts.items()} | {("queue", "job_ids"): str(queue.job_ids)}
+
+
+@pytest.fixture(scope="module")
+def made() -> list[Outcome]:
+    """The outcomes, once some test has made them: no test changes them."""
+    return []
+
+
+@pytest.fixture
+def outcomes(redis: Redis, database_url: str, made: list[Outcome]) -> list[Outcome]:
+    """Of RQ's own worker, and of ours."""
+    if not made:
+        made += [_Run(redis, worker_class).outcome() for worker_class in (SimpleWorker, HistoryWorker)]
+    return made
+
+
+def test_an_allowed_difference_has_to_occur_everywhere_and_as_it_says() -> None:
+    """Else the lists would come to allow what nobody has looked at."""
+    allowed = [Difference("job *", "status", "finished", "failed", "the reason")]
+    differing, same = {("job 1", "status"): "finished"}, {("job 2", "status"): "finished"}
+
+    assert unexpected(differing, {("job 1", "status"): "failed"}, allowed) == {}
+    assert unexpected(differing, {("job 1", "status"): "queued"}, allowed) == {
+        ("job 1", "status"): ("finished", "queued")
+    }
+    assert unexpected(differing | same, {("job 1", "status"): "failed"} | same, allowed) == {
+        ("job 2", "status"): ("finished", "finished")
+    }
+    assert unexpected({}, {}, allowed) == {("job *", "status"): "does not occur: the reason"}
+
+
+def test_every_key_in_redis_is_as_rqs_own_worker_leaves_it(outcomes: list[Outcome]) -> None:
+    """Keys, types, expiries, fields, members, scores and stream entries, but for what the list allows."""
+    rq_outcome, our_outcome = outcomes
+
+    assert unexpected(rq_outcome.in_redis, our_outcome.in_redis, ALLOWED_IN_REDIS) == {}
+
+
+def test_every_read_through_rqs_interface_answers_the_same(outcomes: list[Outcome]) -> None:
+    """Jobs, results, registries and the workers' statistics, but for what the list allows."""
+    rq_outcome, our_outcome = outcomes
+
+    assert unexpected(rq_outcome.in_reads, our_outcome.in_reads, ALLOWED_IN_READS) == {}
+
+
+def test_the_rows_in_postgresql_are_the_same(outcomes: list[Outcome]) -> None:
+    """Facts and outcomes, without exception."""
+    rq_outcome, our_outcome = outcomes
+
+    assert rq_outcome.in_postgresql == our_outcome.in_postgresql
+
+
+_WATCHED = ("one", "two")
+
+
+def _watched(redis: Redis, worker_class: str, log: Path) -> State:
+    """What anybody sees of one worker process while it is idle, busy, idle again, and gone."""
+    _empty(redis)
+    queue = _queue(redis)
+    with rq_worker(worker_class, log) as process:
+        until(lambda: _worker_states(redis) == ["idle"])
+        seen = _seen(redis, "idle")
+        with get_db() as db:
+            db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
+            events = {
+                job_id: event_of(_at(hour), source="other/1", sequence=hour) for hour, job_id in enumerate(_WATCHED)
+            }
+            queue.enqueue_many(
+                [
+                    Queue.prepare_data(SNAPSHOT_FUNCTION, (encode(event),), job_id=job_id)
+                    for job_id, event in events.items()
+                ]
+            )
+            until(somebody_waits_for_a_lock)
+            seen |= _seen(redis, "busy")
+        until(lambda: queue.finished_job_registry.count == 2 and _worker_states(redis) == ["idle"])
+        seen |= _seen(redis, "idle again")
+        process.terminate()
+        assert process.wait(20) == 0
+    return seen | _seen(redis, "gone")
+
+
+def _worker_states(redis: Redis) -> list[str]:
+    return [worker.get_state() for worker in Worker.all(connection=redis)]
+
+
+def _seen(redis: Redis, when: str) -> State:
+    seen = {field: value for (_, field), value in _registries(_queue(redis)).items()}
+    for worker in Worker.all(connection=redis):
+        seen["worker"] = f"{worker.name} {worker.get_state()} on {worker.queue_names()}"
+        seen["jobs done"] = f"{worker.successful_job_count} {worker.failed_job_count}"
+        seen["current job"] = str(worker.get_current_job_id())
+    for job_id in _WATCHED:
+        if redis.exists(Job.key_for(job_id)):
+            job = Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
+            seen[f"job {job_id}"] = f"{job.get_status().value} {job.worker_name}"
+    for number, line in enumerate(rq("info").splitlines() if when in ("idle", "busy") else []):
+        shown = re.sub(r"\(\S+ \S+ \d+\)", "(where it runs)", line)
+        seen[f"rq info, line {number}"] = re.sub("Updated: .*", "Updated: now", shown)
+    return {(when, what): value for what, value in seen.items()}
+
+
+def test_a_worker_looks_the_same_from_outside_while_it_runs(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """Idle, busy and gone: in Worker.all(), in the jobs' states and in `rq info`, but for what the list allows."""
+    rq_seen = _watched(redis, "rq.SimpleWorker", tmp_path / "rq.log")
+    our_seen = _watched(redis, "consumers.worker.HistoryWorker", tmp_path / "our.log")
+
+    assert unexpected(rq_seen, our_seen, ALLOWED_WHILE_RUNNING) == {}
+
+
+@pytest.mark.parametrize("worker_class", [SimpleWorker, HistoryWorker])
+def test_what_waits_for_a_job_is_let_go_when_the_job_ends(
+    redis: Redis, database_url: str, worker_class: type[SimpleWorker]
+) -> None:
+    """A job that depends on it, or that shares its rate limit, or its own repetition: all are worked off."""
+    queue = _queue(redis)
+    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(10)])
+    first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="first", repeat=Repeat(times=1))
+    queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="dependent", depends_on=first)
+    for job_id in ("limited-1", "limited-2"):
+        queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id=job_id, rate_limit=RateLimit("one at a time", 1))
+    worker_class([queue], connection=redis, serializer=JSONSerializer).work(burst=True, logging_level="CRITICAL")
+
+    expected = {"first": 2, "dependent": 1, "limited-1": 1, "limited-2": 1}
+    jobs = {job_id: Job.fetch(job_id, connection=redis, serializer=JSONSerializer) for job_id in expected}
+    assert {job_id: len(job.results()) for job_id, job in jobs.items()} == expected
