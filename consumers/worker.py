@@ -138,6 +138,7 @@ class HistoryWorker(SimpleWorker):
         """Sign on; while Redis is away, try again. False when told to stop before it came."""
         while not self._ending.is_set():
             try:
+                self._set_ip_address(self.connection)
                 if self.birth_date is not None:  # an earlier try got half way
                     self.connection.delete(self.key)
                 self.bootstrap(*logging_options)
@@ -148,6 +149,13 @@ class HistoryWorker(SimpleWorker):
             except RedisError as error:
                 self._wait_for_recovery(error)
         return False
+
+    def _set_ip_address(self, connection: Redis) -> None:
+        """RQ asks Redis for it when the worker is made; while Redis is away that must wait like everything else."""
+        try:
+            super()._set_ip_address(connection)
+        except RedisError:
+            self.ip_address = "unknown"
 
     @property
     def connection_timeout(self) -> int:

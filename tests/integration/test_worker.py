@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,11 +33,13 @@ from consumers.inserts import insert_events
 from consumers.operations import get_portfolio_history
 from consumers.reservations import POISON_DEATHS, Reservations
 from consumers.settling import settle
+from consumers.stranded import Stranded
 from consumers.worker import HistoryWorker
 from producers.errors import SettingsError
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
 from tests.factories import a_snapshot
+from tests.faults.proxy import Proxy
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -155,7 +158,7 @@ def test_a_batch_may_have_the_same_fact_and_the_same_job_twice(redis: Redis) -> 
     assert (row["source"], row["balance"]) == ("other/0", 1.0)
     assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [("other", "rejected"), ("same", "absorbed")]
     acknowledged = {key: redis.hgetall(f"history:ack:other/{key}") for key in (0, 1)}
-    assert {text for hash in acknowledged.values() for text in hash.values()} == {b"duplicate:%d" % row["id"]}
+    assert {told for outcomes in acknowledged.values() for told in outcomes.values()} == {b"duplicate:%d" % row["id"]}
     assert redis.keys("history:held:*") == []
 
 
@@ -421,6 +424,96 @@ def test_the_work_of_a_killed_worker_is_done_by_the_next(redis: Redis, database_
     assert _queue(redis).failed_job_registry.count == 0
     assert _outcomes() == []
     assert len(job_ids) == 20
+
+
+def _backend_of_the_worker() -> int:
+    """The process of PostgreSQL that waits for a lock."""
+    waiting = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
+    with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        _until(lambda: db.execute(waiting).scalar() is not None)
+        return int(db.execute(waiting).scalar_one())
+
+
+def test_a_death_during_a_stall_of_the_database_is_not_held_against_the_job(redis: Redis, database_url: str) -> None:
+    """However often deploys kill a worker that waits for an answer with one job in its hands."""
+    (job_id,) = _enqueue(redis, 1)
+    with get_db() as db:
+        db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
+        for _ in range(2):
+            with _worker_process() as victim:
+                _until(lambda: b"waiting" in redis.hvals("history:holders:history"))
+                victim.kill()
+                victim.wait()
+            redis.delete(*redis.keys("history:lease:*"))
+            assert Reservations(redis, _queue(redis), "living").recover_dead_holders() == [job_id]
+    assert redis.hgetall("history:suspects:history") == {job_id.encode(): b"0"}
+    _burst(redis)
+    assert len(get_portfolio_history()) == 1
+
+
+def test_sigterm_ends_it_while_the_database_is_frozen(redis: Redis, database_url: str) -> None:
+    """Connected, but never an answer: what it holds goes back to the queue, and it exits 0."""
+    with get_db() as db:
+        db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
+        with _worker_process() as worker:
+            job_ids = _enqueue(redis, 3)
+            backend = _backend_of_the_worker()
+            os.kill(backend, signal.SIGSTOP)
+            try:
+                worker.terminate()
+                assert worker.wait(15) == 0
+            finally:
+                os.kill(backend, signal.SIGCONT)
+    assert _queue(redis).job_ids == job_ids
+    _burst(redis)
+    assert len(get_portfolio_history()) == 3
+
+
+def test_it_waits_for_a_redis_that_is_away_when_it_starts(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """It says so, and begins when Redis has come."""
+    _enqueue(redis, 1)
+    kept: Any = redis.connection_pool.connection_kwargs["path"]
+    with Path(tmp_path / "log").open("wb") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "consumers.cli", "worker"],
+            stderr=log,
+            env={**os.environ, "REDIS_URL": f"unix://{tmp_path / 'proxy.sock'}?db={_database_number(redis)}"},
+        )
+    try:
+        _until(lambda: b"waits for Redis and tries again" in (tmp_path / "log").read_bytes())
+        with Proxy(tmp_path / "proxy.sock", Path(kept)).running():
+            _until(lambda: len(get_portfolio_history()) == 1)
+            worker.terminate()
+            assert worker.wait(10) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def _database_number(redis: Redis) -> int:
+    return int(redis.connection_pool.connection_kwargs.get("db", 0))
+
+
+def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stock worker died between taking it and noting it; it needs two looks, and others are left alone."""
+    monkeypatch.setattr(stranded, "STRANDED_SECONDS", 0.0)
+    job_ids = _enqueue(redis, 4)
+    other = Queue("other", connection=redis).enqueue("os.getpid")
+    redis.lpop("rq:queue:other")
+    queue = _queue(redis)
+    redis.lrem(queue.key, 1, job_ids[0])
+    redis.lrem(queue.key, 1, job_ids[1])
+    redis.hset(Job.key_for(job_ids[1]), "status", "finished")
+    holder = Reservations(redis, queue, "holder")
+    assert [job.job_id for job in holder.reserve(1)] == job_ids[2:3]
+    found = []
+    for _ in range(3):
+        redis.delete("history:strays:history:looked")
+        found.append(Stranded(redis, queue).requeue())
+
+    assert found == [[], job_ids[:1], []]
+    assert queue.job_ids == [job_ids[0], job_ids[3]]
+    assert Job.fetch(other.id, connection=redis).get_status() == "queued"
 
 
 def test_sigterm_lets_it_finish_what_it_holds(redis: Redis, database_url: str) -> None:
