@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
+from pydantic_core import from_json
 from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import ResponseError
@@ -143,9 +144,9 @@ def _call(reserved: ReservedJob) -> tuple[Any, type[Event]]:
     if reserved.state == "unreadable":
         raise RefusedJob("its job cannot be read")
     try:
-        function, _, arguments, keywords = JSONSerializer.loads(_inflated(reserved.data))
-    except Exception as error:
-        raise RefusedJob(f"its data cannot be read as JSON: {type(error).__name__}") from None
+        function, _, arguments, keywords = from_json(_inflated(reserved.data))
+    except Exception:
+        raise RefusedJob("its data cannot be read as JSON") from None
     if not isinstance(function, str) or function not in _MODELS:
         raise RefusedJob("it names a function that is not one of ours")
     if not isinstance(arguments, list) or len(arguments) != 1 or keywords:

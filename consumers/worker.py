@@ -9,6 +9,7 @@ Only the job functions of consumers.handlers run; any other job is refused.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -103,6 +104,7 @@ class HistoryWorker(SimpleWorker):
         SIGINT and SIGTERM end it after what it holds. An outage of Redis or PostgreSQL, of any length, does not.
         """
         limit_statements(STATEMENT_SECONDS)
+        gc.freeze()  # what the program consists of stays; looking through it after each batch costs a twentieth
         self._install_signal_handlers()
         if not self._arrive(logging_level, date_format, log_format):
             return False

@@ -1,28 +1,48 @@
-"""Measure the pipeline, on servers of its own: `python -m tests.benchmarks [latency|outages|recovery|audit]`."""
+"""Measure the pipeline, on servers of its own: `python -m tests.benchmarks [name] [--count N] [--json FILE]`."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 
 from tests.benchmarks.auditing import measure_audit
+from tests.benchmarks.environment import machine_facts
+from tests.benchmarks.growth import measure_growth
 from tests.benchmarks.latency import measure_latency
+from tests.benchmarks.memory import measure_memory
 from tests.benchmarks.outages import measure_outages
+from tests.benchmarks.recording import measure_record
 from tests.benchmarks.recovery import measure_recovery
+from tests.benchmarks.report import Report
+from tests.benchmarks.throughput import measure_throughput
+
+# The default of --count is the second of each.
+_MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
+    "throughput": (measure_throughput, 50_000),
+    "record": (measure_record, 10_000),
+    "latency": (measure_latency, 300),
+    "memory": (measure_memory, 1_000_000),
+    "growth": (measure_growth, 10_000_000),
+    "outages": (measure_outages, 200),
+    "recovery": (measure_recovery, 20),
+    "audit": (measure_audit, 10_000_000),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    what = {
-        "latency": (measure_latency, 300),
-        "outages": (measure_outages, 200),
-        "recovery": (measure_recovery, 20),
-        "audit": (measure_audit, 10_000_000),
-    }
-    parser.add_argument("what", choices=what, nargs="?", default="latency")
-    parser.add_argument("--count", type=int, help="events, calls, times or rows")
+    parser.add_argument("name", choices=_MEASURES, nargs="?", help="one of them; all without a name")
+    parser.add_argument("--count", type=int, help="events, calls, times or rows (at most)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and every single run there")
     options = parser.parse_args()
-    measure, count = what[options.what]
-    measure(options.count or count)
+    report = Report(machine_facts())
+    print("; ".join(f"{name} {fact}" for name, fact in report.machine.items()), flush=True)
+    for name in [options.name] if options.name else _MEASURES:
+        measure, count = _MEASURES[name]
+        measure(options.count or count, report)
+        if options.json:
+            report.write(options.json)
 
 
 if __name__ == "__main__":

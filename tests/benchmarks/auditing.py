@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
-
-from sqlalchemy import text
 
 from consumers.audit import audit
-from consumers.connection import engine
-from consumers.stack import embedded_stack
-
-_FILL = text("""
-    INSERT INTO portfolio_history (event_id, source, sequence, portfolio_id, snapshot_date, "timestamp", balance,
-        total_invested, total_profit_loss, total_value, open_positions, trade_count)
-    SELECT gen_random_uuid(), 'bot-' || number % 4 || '/0123456789abcdef0123456789abcdef', number / 4 + 1, number % 4,
-        date '2020-01-01' + number / 10000,
-        timestamptz '2020-01-01' + number * interval '8 seconds', number, 1, 2, 3, 4, 5
-    FROM generate_series(0, :rows - 1) AS number
-    WHERE number <> :lost
-""")
+from tests.benchmarks.checks import require
+from tests.benchmarks.environment import bench_stack
+from tests.benchmarks.filling import fill_snapshots
+from tests.benchmarks.report import Report
 
 
-def measure_audit(rows: int) -> None:
+def measure_audit(rows: int, report: Report) -> None:
     """Print the seconds, and that the one missing number was found."""
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, embedded_stack(Path(folder)):
-        with engine().begin() as db:
-            db.execute(_FILL, {"rows": rows, "lost": rows // 2})
-        with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
-            db.exec_driver_sql("VACUUM ANALYZE portfolio_history")
+    with bench_stack():
+        started = time.monotonic()
+        fill_snapshots(0, rows - 1, lost=rows // 2)
+        filled = time.monotonic() - started
         started = time.monotonic()
         audits = audit()
         seconds = time.monotonic() - started
         missing = [(one.source.split("/")[0], one.missing) for one in audits if one.missing]
-    print(f"audit of {rows:,} rows in {len(audits)} sources: {seconds:.1f} s, missing: {missing}")
+    require(len(missing) == 1, f"the audit found {missing} instead of the one lost number")
+    report.add("audit", f"{rows} rows", "s", [seconds])
+    report.add("audit", f"fill of {rows} rows", "s", [filled])
+    print(f"\naudit of {rows:,} rows in {len(audits)} sources: {seconds:.1f} s, missing: {missing}", end=" ")
+    print(f"(filled in {filled:.0f} s)", flush=True)

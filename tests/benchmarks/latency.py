@@ -5,41 +5,45 @@ Events are paced so that each meets an idle worker.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from uuid import UUID
 
 from sqlalchemy import Connection, text
 
 from consumers.connection import engine
 from consumers.processes import worker_process
-from consumers.stack import embedded_stack
 from producers.history_producer import HistoryProducer
 from producers.trading_controller import create_daily_portfolio_snapshot
+from tests.benchmarks.checks import require_rows
+from tests.benchmarks.environment import bench_stack
+from tests.benchmarks.pacing import measure_paced
 from tests.benchmarks.printing import print_header, print_quantiles
+from tests.benchmarks.report import Report
 from tests.factories import a_portfolio
 
 _PACE_SECONDS = 0.02
+_WARM_UP_EVENTS = 20
 _GIVE_UP_SECONDS = 10.0
 _STORED = text("SELECT 1 FROM portfolio_history WHERE event_id = CAST(:event_id AS uuid)")
 
 
-def measure_latency(events: int) -> None:
-    """Print both, in milliseconds."""
+def measure_latency(events: int, report: Report) -> None:
+    """Print both, in milliseconds, then the same at given rates."""
     with (
-        tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder,
-        embedded_stack(Path(folder)),
-        worker_process(Path(folder) / "worker.log"),
-        HistoryProducer(outbox=Path(folder) / "outbox.db") as producer,
+        bench_stack() as folder,
+        worker_process(folder / "worker.log"),
+        HistoryProducer(outbox=folder / "outbox.db") as producer,
         engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db,
     ):
-        _measure(producer, db, 20)  # warm-up
+        _measure(producer, db, _WARM_UP_EVENTS)
         calls, commits = _measure(producer, db, events)
+        require_rows(_WARM_UP_EVENTS + events)
     print_header(f"milliseconds, {events} events")
-    print_quantiles("create_daily_portfolio_snapshot", calls)
-    print_quantiles("call -> row committed, idle worker", commits)
+    for label, seconds in (("create_daily_portfolio_snapshot", calls), ("call -> row committed, idle worker", commits)):
+        report.add("latency", label, "ms", [one * 1e3 for one in seconds])
+        print_quantiles(label, seconds)
+    measure_paced(report)
 
 
 def _measure(producer: HistoryProducer, db: Connection, count: int) -> tuple[list[float], list[float]]:

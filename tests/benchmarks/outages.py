@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
-from consumers.stack import embedded_stack
 from producers.history_producer import HistoryProducer
 from producers.trading_controller import create_daily_portfolio_snapshot
+from tests.benchmarks.environment import bench_stack
 from tests.benchmarks.printing import print_header, print_quantiles
+from tests.benchmarks.report import Report
 from tests.factories import a_portfolio
 from tests.outages import OUTAGES
 
 _PACE_SECONDS = 0.005
 
 
-def measure_outages(calls: int) -> None:
+def measure_outages(calls: int, report: Report) -> None:
     """Print one row for each kind."""
     print_header(f"milliseconds, {calls} calls each")
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, embedded_stack(Path(folder)):
+    with bench_stack() as folder:
         for number, (kind, outage) in enumerate(OUTAGES.items()):
-            place = Path(folder, str(number))
+            place = folder / str(number)
             place.mkdir()
             with outage(os.environ["REDIS_URL"], place) as client:
                 producer = HistoryProducer(client, outbox=place / "outbox.db")
                 seconds = [_one_call(producer) for _ in range(calls)]
                 producer.close(timeout=0)
+            report.add("outages", kind, "ms", [one * 1e3 for one in seconds])
             print_quantiles(kind, seconds)
 
 

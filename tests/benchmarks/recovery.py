@@ -7,7 +7,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,22 +17,25 @@ from sqlalchemy import text
 
 from consumers.connection import engine
 from consumers.processes import worker_process
-from consumers.stack import embedded_stack
 from producers.history_producer import HistoryProducer
+from tests.benchmarks.checks import require_rows
+from tests.benchmarks.environment import bench_stack
+from tests.benchmarks.report import Report
 from tests.factories import a_snapshot
 
 _EVENTS = 20
 
 
-def measure_recovery(times: int) -> None:
+def measure_recovery(times: int, report: Report) -> None:
     """Print median and worst, in seconds."""
     with (
-        tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder,
-        embedded_stack(Path(folder)),
-        HistoryProducer(outbox=Path(folder) / "outbox.db") as producer,
+        bench_stack() as folder,
+        HistoryProducer(outbox=folder / "outbox.db") as producer,
     ):
-        seconds = [_one_recovery(Path(folder), producer, number) for number in range(times)]
-    print(f"kill -9 -> stored by another worker, {times} times: median {statistics.median(seconds):.1f} s,", end=" ")
+        seconds = [_one_recovery(folder, producer, number) for number in range(times)]
+        require_rows(times * _EVENTS)
+    report.add("recovery", "kill -9 -> stored by another worker", "s", seconds)
+    print(f"\nkill -9 -> stored by another worker, {times} times: median {statistics.median(seconds):.1f} s,", end=" ")
     print(f"worst {max(seconds):.1f} s")
 
 

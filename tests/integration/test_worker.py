@@ -317,7 +317,7 @@ def test_pickled_data_is_never_unpickled(redis: Redis) -> None:
     _burst(redis)
 
     ((_, outcome, reason),) = _outcomes()
-    assert (outcome, reason) == ("rejected", "refused: its data cannot be read as JSON: UnicodeDecodeError")
+    assert (outcome, reason) == ("rejected", "refused: its data cannot be read as JSON")
     assert not os.path.exists("pwned")
 
 

@@ -1,0 +1,95 @@
+"""Events that wait in the queue before a worker begins, put there by the producer's own outbox and relay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from uuid import uuid4
+
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from producers.events import PortfolioSnapshot, encode, event_of
+from producers.outbox import Outbox, source_of
+from producers.redis_keys import acknowledgement_key
+from producers.relay import UNDER_WAY, Relay
+from tests.benchmarks.checks import require, wait_for_progress
+from tests.benchmarks.environment import queue_name
+from tests.factories import a_snapshot
+
+_APPEND_EVENTS = 5000
+_PARKED = "benchmark:parked"
+_LAST_JOBS = 1000
+
+
+def snapshots(count: int, first: int = 0) -> Iterator[PortfolioSnapshot]:
+    """Different facts, a second apart."""
+    return (a_snapshot(after=timedelta(seconds=number)) for number in range(first, first + count))
+
+
+def texts(count: int) -> list[str]:
+    """The same on the wire, without a queue."""
+    return [
+        encode(event_of(payload, source="bench/0", sequence=number))
+        for number, payload in enumerate(snapshots(count), start=1)
+    ]
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """`count` jobs that wait beside the queue, out of every worker's sight until `release`."""
+
+    redis: Redis
+    queue: Queue
+    count: int
+    source_id: str
+    source: str
+
+    def release(self) -> None:
+        """Put all of them into the queue, in one step."""
+        self.redis.rename(_PARKED, self.queue.key)
+
+    def wait(self) -> int:
+        """Return when the last event is acknowledged, which is after its commit, and its job is finished.
+
+        Returns how many Redis commands were spent on watching.
+        """
+        key = acknowledgement_key(self.source)
+        looks = wait_for_progress(lambda: int(self.redis.hlen(key)), self.count)
+        last = range(max(1, self.count - _LAST_JOBS + 1), self.count + 1)
+        while True:
+            looks += len(last)
+            if not self._under_way(last):
+                return looks
+            time.sleep(0.002)
+
+    def _under_way(self, sequences: Sequence[int]) -> bool:
+        """Whether one of these jobs counts as waiting or running."""
+        with self.redis.pipeline(transaction=False) as pipe:
+            for sequence in sequences:
+                pipe.hget(Job.key_for(f"{self.source_id}-{sequence}"), "status")
+            statuses = pipe.execute()
+        return any(status and status.decode() in UNDER_WAY for status in statuses)
+
+
+def park_snapshots(redis: Redis, folder: Path, count: int, first: int = 0) -> Backlog:
+    """Record and relay `count` snapshots, numbered from `first`, then set the queue aside."""
+    queue = Queue(queue_name(), connection=redis, serializer=JSONSerializer)
+    with Outbox(folder / f"backlog-{uuid4().hex}.db") as outbox:
+        for done in range(0, count, _APPEND_EVENTS):
+            outbox.append("bench", list(snapshots(min(_APPEND_EVENTS, count - done), first + done)))
+        relay = Relay(outbox, redis, queue.name)
+        relay.sweep()
+        relay.stop()
+        sent = outbox.status().sent
+        ((source_id, name, _),) = outbox.sources()
+    require(sent == queue.count == count, f"{sent} events sent and {queue.count} queued of {count}")
+    redis.rename(queue.key, _PARKED)
+    for file in folder.glob("backlog-*"):
+        file.unlink()
+    return Backlog(redis, queue, count, source_id, source_of(name, source_id))

@@ -1,0 +1,72 @@
+"""Servers of its own for each benchmark, empty between runs, and the facts of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import rq
+from redis import Redis
+from sqlalchemy import text
+
+from consumers.connection import engine
+from consumers.stack import embedded_stack
+from producers.settings import TransportSettings
+
+
+@contextmanager
+def bench_stack() -> Iterator[Path]:
+    """PostgreSQL and Valkey with their defaults for durability in a new folder, which is removed in the end."""
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, embedded_stack(Path(folder)):
+        yield Path(folder)
+
+
+def redis() -> Redis:
+    return Redis.from_url(os.environ["REDIS_URL"])
+
+
+def queue_name() -> str:
+    return TransportSettings.from_environment().queue
+
+
+def reset() -> None:
+    """Empty tables and an empty Redis; no worker may run."""
+    with engine().begin() as db:
+        db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes"))
+    checkpoint()
+    with redis() as client:
+        client.flushall()
+
+
+def checkpoint() -> None:
+    """Write out what earlier runs have left, so that the next one does not pay for it."""
+    with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        db.execute(text("CHECKPOINT"))
+
+
+def vacuum() -> None:
+    with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        db.execute(text("VACUUM ANALYZE portfolio_history, signal_archives"))
+
+
+def machine_facts() -> dict[str, str]:
+    """Versions and what the durability of both servers is set to, asked of the servers themselves."""
+    with bench_stack(), engine().connect() as db, redis() as client:
+        setting = {
+            name: str(db.execute(text("SELECT current_setting(:name)"), {"name": name}).scalar())
+            for name in ("server_version", "fsync", "synchronous_commit")
+        }
+        info = client.info()
+        appendfsync = client.config_get("appendfsync")["appendfsync"]
+    return {
+        "cores": str(os.cpu_count()),
+        "Python": platform.python_version(),
+        "PostgreSQL": f"{setting['server_version'].split()[0]}, fsync {setting['fsync']},"
+        f" synchronous_commit {setting['synchronous_commit']}",
+        "Valkey": f"{info.get('valkey_version', info['redis_version'])}, AOF, appendfsync {appendfsync}",
+        "RQ": rq.__version__,
+    }

@@ -1,0 +1,66 @@
+"""Notes when rows become visible: `python -m tests.benchmarks.observer COUNT`.
+
+A process of its own, so that it takes no time from the producer. Its clock is the system's monotonic one, which all
+processes share. It ends when it has seen COUNT rows or its input ends, with one JSON list of [sequence, seconds].
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import text
+
+from consumers.connection import engine
+from tests.benchmarks.checks import require
+
+_PAUSE_SECONDS = 0.001  # it asks again after so long, which is the resolution of what it notes
+# One worker gives ids in the order of its commits.
+_NEW = text("SELECT id, sequence FROM portfolio_history WHERE id > :last")
+_STORED = text("SELECT count(*) FROM portfolio_history WHERE id <= :last")
+
+
+@contextmanager
+def observer(count: int) -> Iterator[subprocess.Popen[str]]:
+    """The process, ready; `seen_by` ends it."""
+    command = [sys.executable, "-m", "tests.benchmarks.observer", str(count)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+
+
+def seen_by(process: subprocess.Popen[str], seconds: float) -> dict[int, float]:
+    """Sequence -> monotonic seconds of what it has seen, at the latest `seconds` from now."""
+    assert process.stdout is not None
+    assert process.stdin is not None
+    select.select([process.stdout], [], [], seconds)
+    process.stdin.close()
+    answer = process.stdout.readline()
+    require(bool(answer), "the observer failed")
+    return dict(json.loads(answer))
+
+
+def _watch(count: int) -> None:
+    seen: list[tuple[int, float]] = []
+    last = 0
+    with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        db.execute(_NEW, {"last": last}).all()
+        print("ready", flush=True)
+        while len(seen) < count and not select.select([sys.stdin], [], [], _PAUSE_SECONDS)[0]:
+            rows = db.execute(_NEW, {"last": last}).all()
+            now = time.monotonic()
+            seen += [(row.sequence, now) for row in rows]
+            last = max([last, *(row.id for row in rows)])
+        stored = db.execute(_STORED, {"last": last}).scalar_one()
+    require(stored == len(seen), f"{len(seen)} rows were seen, {stored} were stored")
+    print(json.dumps(seen), flush=True)
+
+
+if __name__ == "__main__":
+    _watch(int(sys.argv[1]))

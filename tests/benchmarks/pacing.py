@@ -1,0 +1,113 @@
+"""From the moment for which an event was scheduled until its row is committed, at a given rate.
+
+Open loop: the schedule does not wait for anything, so what is late makes the rest late, and is counted as that.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from producers.history_producer import HistoryProducer
+from tests.benchmarks.backlog import snapshots
+from tests.benchmarks.checks import require, require_rows, rows, wait_for_progress
+from tests.benchmarks.environment import bench_stack, reset
+from tests.benchmarks.observer import observer, seen_by
+from tests.benchmarks.printing import print_header, print_quantiles, quantiles
+from tests.benchmarks.report import Report
+from tests.benchmarks.workers import Start, history_workers, simple_worker
+from tests.factories import a_snapshot
+
+_WARM_UP_EVENTS = 20
+_GRACE_SECONDS = 5.0  # after the last event was scheduled; what is not stored then is a backlog
+_LATE_SECONDS = 1.0
+_WORKERS: dict[str, Start] = {"HistoryWorker": history_workers, "RQ SimpleWorker": simple_worker}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """`events` events, `rate` a second, `chunk` of them in each call."""
+
+    rate: int
+    events: int
+    chunk: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"{self.rate:,}/s" + (f", {self.chunk} a call" if self.chunk > 1 else "")
+
+
+PACES = (Pace(1, 15), Pace(100, 1000), Pace(1000, 3000), Pace(1000, 5000, chunk=10))
+
+
+@dataclass(frozen=True)
+class Paced:
+    """`seconds` of each event stored in time, in order; how late the last call was; what was left; events/s."""
+
+    seconds: list[float]
+    late: float
+    left: int
+    rate: float
+
+    @property
+    def verdict(self) -> str:
+        """Empty when caller and worker kept up; who did not, and how many events a second were stored."""
+        behind = self.left > 0 or self.seconds[-1] - self.late > _LATE_SECONDS
+        slow = ["caller"] * (self.late > _LATE_SECONDS) + ["worker"] * behind
+        return f"{' and '.join(slow)} cannot keep up: {self.rate:,.0f}/s" if slow else ""
+
+
+def measure_paced(report: Report) -> None:
+    """Print each of PACES with each of _WORKERS, in milliseconds."""
+    print_header("scheduled -> row committed, ms")
+    with bench_stack() as folder:
+        for pace in PACES:
+            for name, start in _WORKERS.items():
+                _print(f"{pace.label}, {name}", _one_pace(folder, pace, start), report)
+
+
+def _print(label: str, paced: Paced, report: Report) -> None:
+    for what, value in zip(("p50", "p99", "max"), quantiles(paced.seconds), strict=True):
+        report.add("latency", f"scheduled -> committed, {label}: {what}", "ms", [value * 1e3])
+    report.add("latency", f"scheduled -> committed, {label}: each", "ms", [one * 1e3 for one in paced.seconds])
+    if paced.verdict:
+        report.notes.append(f"latency, {label}: {paced.verdict}")
+    print_quantiles(label, paced.seconds, paced.verdict)
+
+
+def _one_pace(folder: Path, pace: Pace, start: Start) -> Paced:
+    reset()
+    for file in folder.glob("outbox.db*"):
+        file.unlink()
+    total = _WARM_UP_EVENTS + pace.events
+    with HistoryProducer(outbox=folder / "outbox.db", name="paced") as producer:
+        with start(folder):
+            for snapshot in snapshots(_WARM_UP_EVENTS):
+                producer.record(snapshot)
+            wait_for_progress(rows, _WARM_UP_EVENTS)
+            with observer(total) as process:
+                scheduled, late = _call(producer, pace)
+                seen = seen_by(process, _GRACE_SECONDS)
+        if rows() < total:  # the rest is for another worker, so that every event is accounted for
+            with history_workers(folder):
+                wait_for_progress(rows, total, pause=0.2)
+        require_rows(total)
+    require(any(number in seen for number in scheduled), "no event was stored in time")
+    took = max(seen.values()) - min(scheduled.values())
+    in_time = [seen[number] - at for number, at in scheduled.items() if number in seen]
+    return Paced(in_time, late, pace.events - len(in_time), len(in_time) / took)
+
+
+def _call(producer: HistoryProducer, pace: Pace) -> tuple[dict[int, float], float]:
+    """Sequence -> scheduled monotonic seconds, and by how many seconds the last call began too late."""
+    scheduled: dict[int, float] = {}
+    started = time.monotonic() + 0.1
+    for number in range(0, pace.events, pace.chunk):
+        at = started + number / pace.rate
+        time.sleep(max(0.0, at - time.monotonic()))
+        late = time.monotonic() - at
+        facts = [a_snapshot(after=timedelta(days=1, seconds=number + one)) for one in range(pace.chunk)]
+        scheduled |= {receipt.sequence: at for receipt in producer.record_many(facts)}
+    return scheduled, late

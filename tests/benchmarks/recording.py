@@ -1,0 +1,63 @@
+"""What the producer's side can do: events a second from the call until all are committed."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from producers.history_producer import HistoryProducer
+from tests.benchmarks.backlog import snapshots
+from tests.benchmarks.checks import Rows, require, require_rows, wait_for_progress
+from tests.benchmarks.drains import drain_queue
+from tests.benchmarks.environment import bench_stack, reset
+from tests.benchmarks.printing import print_columns, print_row, spread
+from tests.benchmarks.report import Report
+from tests.benchmarks.workers import history_workers
+
+_RUNS = 3
+CHUNK = 1000
+_CALLS_SHARE = 10  # calls one at a time are a tenth of the events
+_COLUMNS = ("events", "events/s", "min..max events/s")
+_LABELS = (
+    f"record_many of {CHUNK} -> accepted",
+    f"record_many of {CHUNK} -> all committed",
+    "record, one at a time -> accepted",
+    "record, one at a time -> all committed",
+    "drain of the same events, waiting",
+)
+
+
+def measure_record(count: int, report: Report) -> None:
+    """Print medians of _RUNS runs, each with one worker, and beside them the worker's drain alone."""
+    rates: dict[str, list[float]] = {label: [] for label in _LABELS}
+    singles = max(1, count // _CALLS_SHARE)
+    with bench_stack() as folder:
+        for _ in range(_RUNS):
+            chunked, single = _record(folder, count, CHUNK), _record(folder, singles, 1)
+            drain = drain_queue(history_workers, folder, count).rate
+            for label, rate in zip(_LABELS, (*chunked, *single, drain), strict=True):
+                rates[label].append(rate)
+    print_columns(f"from the call on, one worker, {_RUNS} runs", _COLUMNS)
+    for label, runs in rates.items():
+        median = report.add("record", label, "events/s", runs)
+        events = singles if label.startswith("record,") else count
+        print_row(label, _COLUMNS, [f"{events:,}", f"{median:,.0f}", spread(runs)])
+
+
+def _record(folder: Path, count: int, chunk: int) -> tuple[float, float]:
+    """Events a second until the last call has returned, and until the last row is committed."""
+    reset()
+    for file in folder.glob("outbox.db*"):
+        file.unlink()
+    with history_workers(folder), HistoryProducer(outbox=folder / "outbox.db", name="recorder") as producer:
+        stored = Rows()
+        facts = list(snapshots(count))
+        started = time.perf_counter()
+        for first in range(0, count, chunk):
+            producer.record_many(facts[first : first + chunk])
+        accepted = time.perf_counter() - started
+        wait_for_progress(stored.count, count)
+        committed = time.perf_counter() - started
+        require(producer.flush(30) == 0, "the relay has events left")
+    require_rows(count)
+    return count / accepted, count / committed

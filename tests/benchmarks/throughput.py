@@ -1,0 +1,90 @@
+"""How fast waiting events become rows: this project's worker, others, and what the machine can do at the most."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from tests.benchmarks import peer
+from tests.benchmarks.ceilings import copy_staged, many_rows, measured, one_by_one, redis_list
+from tests.benchmarks.drains import Drain, drain_queue
+from tests.benchmarks.environment import bench_stack
+from tests.benchmarks.printing import print_columns, print_row, spread
+from tests.benchmarks.report import Report
+from tests.benchmarks.workers import history_workers, simple_worker
+
+_RUNS = 3
+_TARGET_SECONDS = 4.0
+_TRIAL_EVENTS = 500
+_TRIAL_SECONDS = 0.5
+_COLUMNS = ("events", "events/s", "min..max events/s")
+_COSTS = ("worker ms", "PostgreSQL ms", "Valkey ms", "commands", "WAL syncs")
+
+_CONTENDERS: dict[str, Callable[[Path, int], Drain]] = {
+    "HistoryWorker, one process": partial(drain_queue, history_workers),
+    "HistoryWorker, two processes": partial(drain_queue, partial(history_workers, processes=2)),
+    "RQ SimpleWorker, one process": partial(drain_queue, simple_worker),
+    "PgQueuer, one process": peer.drain_pgqueuer,
+    "no queue: one row a commit": partial(measured, one_by_one),
+    "no queue: 500 rows a commit": partial(measured, many_rows),
+    "no queue: COPY of 500, then insert": partial(measured, copy_staged),
+    "Redis list, 500 rows a commit": partial(measured, redis_list),
+}
+
+
+def measure_throughput(most: int, report: Report) -> None:
+    """Drain each contender _RUNS times in turn, with at most `most` events, and print medians."""
+    contenders = dict(_CONTENDERS)
+    if not peer.installed():
+        del contenders["PgQueuer, one process"]
+        report.note("PgQueuer is not installed (dependency group bench): not measured")
+    with bench_stack() as folder:
+        counts = {name: _scaled(drain, folder, most) for name, drain in contenders.items()}
+        drains: dict[str, list[Drain]] = {name: [] for name in contenders}
+        for number in range(1, _RUNS + 1):
+            for name, drain in contenders.items():
+                drains[name].append(drain(folder, counts[name]))
+                print(f"run {number}, {name}: {drains[name][-1].rate:,.0f} events/s", file=sys.stderr)
+    _print_rates(drains, report)
+    _print_costs(drains, report)
+
+
+def _scaled(drain: Callable[[Path, int], Drain], folder: Path, most: int) -> int:
+    """So many events that a run takes about _TARGET_SECONDS; its trial runs are the warm-up."""
+    count = min(_TRIAL_EVENTS, most)
+    trial = drain(folder, count)
+    if trial.seconds < _TRIAL_SECONDS and count < most:
+        count = min(10 * count, most)
+        trial = drain(folder, count)
+    hundreds = round(trial.rate * _TARGET_SECONDS / 100)
+    return max(min(hundreds * 100, most), min(_TRIAL_EVENTS, most))
+
+
+def _print_rates(drains: dict[str, list[Drain]], report: Report) -> None:
+    print_columns(f"drain of waiting events, {_RUNS} runs", _COLUMNS)
+    for name, runs in drains.items():
+        rates = [run.rate for run in runs]
+        median = report.add("throughput", name, "events/s", rates)
+        report.add("throughput", f"{name}: events a run", "events", [run.events for run in runs])
+        print_row(name, _COLUMNS, [f"{runs[0].events:,}", f"{median:,.0f}", spread(rates)])
+
+
+def _print_costs(drains: dict[str, list[Drain]], report: Report) -> None:
+    """CPU milliseconds an event are CPU seconds a thousand events."""
+    print_columns("what one event costs, medians", _COSTS)
+    for name, runs in drains.items():
+        costs = [_costs(run) for run in runs]
+        units = ("CPU ms/event", "CPU ms/event", "CPU ms/event", "commands/event", "syncs/event")
+        medians = [
+            report.add("throughput", f"{name}: {what}", unit, values)
+            for what, unit, values in zip(_COSTS, units, zip(*costs, strict=True), strict=True)
+        ]
+        print_row(name, _COSTS, [f"{value:.3f}" for value in medians])
+
+
+def _costs(run: Drain) -> Sequence[float]:
+    usage = run.usage
+    seconds = (usage.worker * 1e3, usage.postgres * 1e3, usage.valkey * 1e3)
+    return [value / run.events for value in (*seconds, usage.commands, run.syncs)]

@@ -1,0 +1,73 @@
+"""What work costs: CPU seconds of process trees, commands of Redis, waits of PostgreSQL for its disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import psutil
+from redis import Redis
+from sqlalchemy import text
+
+from consumers.connection import engine
+
+
+@dataclass(frozen=True)
+class Usage:
+    """CPU seconds so far of the three, and commands that Redis has executed, also those inside scripts."""
+
+    worker: float
+    postgres: float
+    valkey: float
+    commands: int
+
+    def since(self, before: Usage) -> Usage:
+        return Usage(
+            self.worker - before.worker,
+            self.postgres - before.postgres,
+            self.valkey - before.valkey,
+            self.commands - before.commands,
+        )
+
+
+class Meter:
+    """Reads the usage of the servers and of the given processes, at any time while they live."""
+
+    def __init__(self, redis: Redis, workers: Sequence[int] = ()) -> None:
+        self._redis = redis
+        self._workers = [psutil.Process(pid) for pid in workers] or [psutil.Process(os.getpid())]
+        self._own = not workers
+        with engine().connect() as db:
+            backend = psutil.Process(db.execute(text("SELECT pg_backend_pid()")).scalar_one())
+        postmaster = backend.parent()
+        assert postmaster is not None
+        self._postgres = postmaster
+        self._valkey = psutil.Process(redis.info("server")["process_id"])
+
+    def read(self) -> Usage:
+        if self._own:  # without its children, which are servers and old workers
+            worker = sum(self._workers[0].cpu_times()[:2])
+        else:
+            worker = sum(_tree_seconds(process) for process in self._workers)
+        return Usage(worker, _tree_seconds(self._postgres), _tree_seconds(self._valkey), self._commands())
+
+    def _commands(self) -> int:
+        stats = self._redis.info("commandstats")
+        return sum(one["calls"] for one in stats.values())
+
+
+def _tree_seconds(root: psutil.Process) -> float:
+    """User and system seconds of a process, its living descendants, and those that have ended."""
+    seconds = 0.0
+    for process in (root, *root.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):  # then its parent has taken over its seconds
+            seconds += sum(process.cpu_times()[:4])
+    return seconds
+
+
+def syncs() -> int:
+    """How often PostgreSQL has synced its log so far; a living backend's last second may be missing."""
+    with engine().connect() as db:
+        return int(db.execute(text("SELECT sum(fsyncs) FROM pg_stat_io WHERE object = 'wal'")).scalar_one())

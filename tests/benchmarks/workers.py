@@ -1,0 +1,55 @@
+"""Worker processes: the project's own and RQ's, as an operator starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+
+from rq.worker_registration import REDIS_WORKER_KEYS
+
+from consumers.processes import worker_process
+from tests.benchmarks.checks import wait_for_progress
+from tests.benchmarks.environment import queue_name, redis
+
+Start = Callable[[Path], AbstractContextManager[list[int]]]
+_STOP_SECONDS = 15.0
+_SETTLE_SECONDS = 1.0  # from its registration until a worker certainly waits for work
+
+
+@contextmanager
+def history_workers(folder: Path, processes: int = 1) -> Iterator[list[int]]:
+    """`trading-history worker`, so many times; yields their process ids once they wait for work."""
+    with ExitStack() as stack:
+        workers = [stack.enter_context(worker_process(folder / "worker.log")) for _ in range(processes)]
+        _wait_until_ready(processes)
+        yield [worker.pid for worker in workers]
+
+
+@contextmanager
+def simple_worker(folder: Path) -> Iterator[list[int]]:
+    """RQ's SimpleWorker, which runs jobs one by one without forking."""
+    command = [sys.executable, "-m", "rq.cli", "worker", "--url", os.environ["REDIS_URL"]]
+    command += ["--worker-class", "rq.SimpleWorker", "--serializer", "json", queue_name()]
+    with open(folder / "simple-worker.log", "ab") as log:
+        worker = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_until_ready(1)
+        yield [worker.pid]
+    finally:
+        worker.terminate()
+        try:
+            worker.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def _wait_until_ready(processes: int) -> None:
+    with redis() as client:
+        wait_for_progress(lambda: int(client.scard(REDIS_WORKER_KEYS)), processes, pause=0.05)
+    time.sleep(_SETTLE_SECONDS)
