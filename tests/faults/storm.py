@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+import psutil
 from redis import Redis, RedisError
 from sqlalchemy import text
 
@@ -133,18 +134,29 @@ class Storm:
             pass
 
     def pause(self, server: str, seconds: float) -> None:
-        self.signal_server(server, signal.SIGSTOP)
+        """Freeze it with every process that it has now: connected, but without an answer."""
+        frozen: list[psutil.Process] = []
+        with contextlib.suppress(FileNotFoundError, psutil.Error, ValueError):
+            main = psutil.Process(self.pid(server))
+            frozen = [main, *main.children()]
+        _send(frozen, signal.SIGSTOP)
         time.sleep(seconds)
-        self.signal_server(server, signal.SIGCONT)
+        _send(frozen, signal.SIGCONT)
 
     def sample_queue(self, redis: Redis) -> None:
         """How often one delivery stands in the queue and the held lists together, at worst."""
         with contextlib.suppress(RedisError):
             ids = redis.lrange("rq:queue:history", 0, -1)
-            for worker in redis.smembers("history:holders:history"):
-                ids += redis.lrange(b"history:held:history:" + bytes(worker), 0, -1)  # type: ignore[arg-type]
+            for worker in redis.hkeys("history:holders:history"):
+                ids += redis.lrange(b"history:held:history:" + worker, 0, -1)
             if ids:
                 self.worst_queue_entries = max(self.worst_queue_entries, Counter(ids).most_common(1)[0][1])
+
+
+def _send(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
 
 
 def _terminate_backends() -> None:
