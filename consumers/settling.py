@@ -21,7 +21,7 @@ from consumers.connection import get_db
 from consumers.errors import StoreUnavailable
 from consumers.inserts import insert_events
 from consumers.outcomes import NoRow, forget_outcomes, record_outcomes
-from producers.errors import HistoryError, InvalidEvent
+from producers.errors import HistoryError, InvalidEvent, SettingsError
 from producers.events import MAX_EVENT_BYTES, Event, Source, decode
 from producers.fields import EventId
 from producers.fields import Sequence as SequenceNumber
@@ -72,6 +72,7 @@ def settle(deliveries: Sequence[Delivery], *, _patience_seconds: float | None = 
 
     Raises:
         StoreUnavailable: the database cannot take anything now. What was not answered before is undecided.
+        SettingsError: the settings name no database.
     """
     try:
         settled = _settle_together(deliveries, _patience_seconds)
@@ -80,6 +81,8 @@ def settle(deliveries: Sequence[Delivery], *, _patience_seconds: float | None = 
             raise
         problem: Exception = error
         _patience_seconds = _ISOLATED_SECONDS
+    except SettingsError:
+        raise
     except Exception as error:
         problem = error
     else:

@@ -181,8 +181,8 @@ class HistoryWorker(SimpleWorker):
     def _work_off(self, reserved: Sequence[ReservedJob]) -> int:
         """Settle and finish a batch; what could not be settled goes back to the front of the queue.
 
-        One that times out while others pass goes to the tail: it must not hold up the rest. Raises StoreUnavailable
-        when nothing passes.
+        One that times out while others pass goes to the tail: it must not hold up the rest. One that fails on a
+        defect of ours while others pass is blamed. Raises StoreUnavailable when nothing passes.
         """
         self.set_state(WorkerStatus.BUSY)
         started_at = now()
@@ -190,30 +190,33 @@ class HistoryWorker(SimpleWorker):
         self._drop([job.job_id for job in reserved if job.state == "gone"])
         deliveries = [self._delivery(job) for job in reserved if job.state != "gone"]
         settled: list[Settled] = []
-        late: list[str] = []
-        trouble: StoreUnavailable | None = None
+        late: list[Unsettled] = []
+        broken: list[Unsettled] = []
         try:
             try:
                 for end in settle(deliveries) if deliveries else ():
                     self._progress_at = time.monotonic()
                     if isinstance(end, Settled):
                         settled.append(end)
-                    elif isinstance(end.error, StoreUnavailable):
-                        late.append(end.job_id)
-                        trouble = end.error
-                    else:
-                        self._blame(end)
-                    if trouble and not settled and len(late) > 1:
-                        raise trouble
+                        continue
+                    (late if isinstance(end.error, StoreUnavailable) else broken).append(end)
+                    if len(late) > 1 and not settled:
+                        raise late[0].error
+                    if self._ending.is_set():
+                        break
             finally:
                 # Also when the rest met trouble: what is committed is done.
                 self._finish(settled, jobs, started_at)
             # Alone, as a suspect comes, nothing can pass beside it: then whatever waits behind it counts.
-            if trouble is not None and not settled and (len(reserved) > 1 or not self._queue.count):
-                raise trouble
-            for job_id in late:
-                count = self._reservations.postpone(job_id)
-                logger.warning("job %s timed out alone and goes to the tail, for the %d. time", job_id, count)
+            if late and not settled and (len(reserved) > 1 or not self._queue.count):
+                raise late[0].error
+            if len(broken) > 1 and not settled:
+                raise StoreUnavailable(f"no event of a batch could be stored: {broken[0].error!r}") from broken[0].error
+            for end in late:
+                count = self._reservations.postpone(end.job_id)
+                logger.warning("job %s timed out alone and goes to the tail, for the %d. time", end.job_id, count)
+            for end in broken:
+                self._blame(end)
         finally:
             self._reservations.hand_back()
             self.set_state(WorkerStatus.IDLE)

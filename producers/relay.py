@@ -147,7 +147,7 @@ class Relay:
             key = acknowledgement_key(source_of(name, source_id))
             cursor = 0
             while True:
-                cursor, page = self._redis.hscan(key, cursor, count=1000)
+                cursor, page = self._redis.hscan(key, cursor, count=2 * _BATCH_ENTRIES)
                 if page:
                     outcomes = {_text(field): _text(value) for field, value in page.items()}  # type: ignore[union-attr]  # RESP2 and RESP3 answer a dict
                     self._outbox.settle(source_id, _parsed(outcomes))

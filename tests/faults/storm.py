@@ -19,12 +19,14 @@ from urllib.parse import quote
 
 import psutil
 from redis import Redis, RedisError
+from rq.utils import as_text
 from sqlalchemy import text
 
 from consumers.connection import engine
 from consumers.embedded import servers
 from consumers.stack import embedded_stack
 from producers.history_producer import HistoryProducer
+from producers.redis_keys import held_key
 from tests.faults.programs import look_often
 from tests.faults.proxy import Proxy
 from tests.faults.verdict import Verdict, verdict
@@ -148,7 +150,7 @@ class Storm:
         with contextlib.suppress(RedisError):
             ids = redis.lrange("rq:queue:history", 0, -1)
             for worker in redis.hkeys("history:holders:history"):
-                ids += redis.lrange(b"history:held:history:" + worker, 0, -1)
+                ids += redis.lrange(held_key("history", as_text(worker)), 0, -1)
             if ids:
                 self.worst_queue_entries = max(self.worst_queue_entries, Counter(ids).most_common(1)[0][1])
 

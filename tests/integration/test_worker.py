@@ -379,6 +379,42 @@ def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, mo
     assert len(get_portfolio_history()) == 1
 
 
+def test_a_defect_that_meets_every_event_is_held_against_none(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing passes: it waits as for the database, and nothing has been refused when it is mended."""
+    _enqueue(redis, 5)
+    together, tries = settling._settle_together, []
+
+    def defective(deliveries: Any, patience_seconds: Any) -> Any:
+        tries.append(len(deliveries))
+        if len(tries) < 30:
+            raise ZeroDivisionError("a defect")
+        return together(deliveries, patience_seconds)
+
+    monkeypatch.setattr(settling, "_settle_together", defective)
+    monkeypatch.setattr(worker_module, "_FIRST_BACKOFF_SECONDS", 0.01)
+    _burst(redis)
+
+    assert (_outcomes(), len(get_portfolio_history())) == ([], 5)
+    assert redis.hgetall("history:suspects:history") == {}
+
+
+def test_without_a_database_in_the_settings_it_ends_and_returns_its_work(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting would not help; nothing is held against the events."""
+    job_ids = _enqueue(redis, 3)
+
+    def unset(*arguments: Any, **keywords: Any) -> Any:
+        raise SettingsError("DATABASE_URL: is not set")
+
+    monkeypatch.setattr(settling, "get_db", unset)
+    with pytest.raises(SettingsError, match="DATABASE_URL"):
+        _burst(redis)
+
+    assert _queue(redis).job_ids == job_ids
+    assert redis.hgetall("history:suspects:history") == {}
+
+
 def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
     """Reserved on the server, never heard of here: the next reservation has them again."""
     job_ids = _enqueue(redis, 3)
