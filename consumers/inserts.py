@@ -47,8 +47,14 @@ class _Table:
     # Text put together from the constants below; values are parameters.
 
     def insert(self) -> TextClause:
+        # Numbered as they came, inserted in the order of their event ids: two batches in opposite order would wait for
+        # each other.
         return text(f"""
-            INSERT INTO {self.name} ({self._names()}) SELECT * FROM unnest({self._given()})
+            INSERT INTO {self.name} (id, {self._names()})
+            SELECT * FROM (
+                SELECT nextval(pg_get_serial_sequence('{self.name}', 'id')), given.*
+                FROM unnest({self._given()}) AS given ({self._names()})) AS numbered
+            ORDER BY event_id
             ON CONFLICT (event_id) DO NOTHING
             RETURNING CAST(event_id AS text), id
         """)  # noqa: S608
@@ -128,9 +134,8 @@ def _insert(db: Connection, table: _Table, events: Sequence[Event]) -> list[Stor
     # A row that was in the way of the insert can be deleted before the look at it: then the insert is due again.
     for _ in range(_TRIES):
         missing = [n for n in range(len(events)) if n not in answers]
-        # One row a fact, its first delivery. Sorted: two batches in opposite order would wait for each other.
-        first = {rows[n][0]: n for n in reversed(missing)}
-        chosen = [rows[first[event_id]] for event_id in sorted(first)]
+        first = {rows[n][0]: n for n in reversed(missing)}  # one row a fact, its first delivery
+        chosen = [rows[n] for n in sorted(first.values())]
         for event_id, row_id in db.execute(_INSERT[table.name], _arrays(table, chosen)):
             n = first[event_id]
             answers[n] = Stored(row_id, True, events[n].source, events[n].sequence)

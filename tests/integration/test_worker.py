@@ -93,7 +93,7 @@ def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> None:
-    """No held list, no lease, no holder, no worker; jobs are finished and have the row's id as result."""
+    """No held list, no lease, no holder, no worker; jobs are finished and have the row's id, in their order."""
     job_ids = _enqueue(redis, rq_jobs.KEPT_OF_A_BATCH)
     _burst(redis)
 
@@ -101,6 +101,7 @@ def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> No
     jobs = [Job.fetch(job_id, connection=redis, serializer=JSONSerializer) for job_id in job_ids]
     assert {job.get_status() for job in jobs} == {"finished"}
     assert [job.return_value() for job in jobs] == [rows[sequence] for sequence in range(len(jobs))]
+    assert [rows[sequence] for sequence in range(len(jobs))] == list(range(1, len(jobs) + 1))
     assert _queue(redis).finished_job_registry.count == len(jobs)
     assert {as_text(key).split(":")[1] for key in redis.keys("history:*")} == {"ack", "strays"}
     assert redis.ttl("history:strays:history:looked") > 0

@@ -1,0 +1,49 @@
+"""A worker's waits for PostgreSQL end, also when the server keeps no limit of its own."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import psycopg2
+import pytest
+
+from consumers import waits
+from consumers.waits import DatabaseWaits
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libpq's own connect_timeout does not hold while this waits in its place."""
+    monkeypatch.setattr(waits, "CONNECT_TIMEOUT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server, DatabaseWaits(60, threading.Event()).limited():
+        port = server.getsockname()[1]
+        with pytest.raises(psycopg2.OperationalError, match="no answer from the server"):
+            psycopg2.connect(host="127.0.0.1", port=port, user="x", dbname="x", sslmode="disable")
+
+
+def test_a_statement_without_an_answer_ends_and_takes_its_connection_along(database_url: str) -> None:
+    """Nobody can know what the server will still say on it."""
+    limits = DatabaseWaits(1.0, threading.Event())
+    with limits.limited():
+        connection = psycopg2.connect(database_url)
+        with pytest.raises(psycopg2.OperationalError, match="no answer from the server in 1 s"):
+            connection.cursor().execute("SELECT pg_sleep(10)")
+        assert connection.closed
+        assert limits.seconds == 0.0
+
+
+def test_told_to_stop_it_waits_only_a_little_longer(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what comes within that little is still taken."""
+    monkeypatch.setattr(waits, "_STOPPING_SECONDS", 1.5)
+    stopping = threading.Event()
+    stopping.set()
+    with DatabaseWaits(60, stopping).limited():
+        connection = psycopg2.connect(database_url)
+        cursor = connection.cursor()
+        cursor.execute("SELECT pg_sleep(0.7), 5")
+        assert cursor.fetchone() == ("", 5)
+        began = time.monotonic()
+        with pytest.raises(psycopg2.OperationalError, match="no answer"):
+            cursor.execute("SELECT pg_sleep(30)")
+        assert time.monotonic() - began < 10
