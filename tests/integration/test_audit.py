@@ -172,6 +172,23 @@ def test_a_discarded_event_is_kept_with_the_reasons(
     assert json.loads(event)["sequence"] == "0000000000000000006"
 
 
+def test_what_was_discarded_stays_so_when_it_is_refused_once_more(
+    redis: Redis, mixed: list[Receipt], work: Work
+) -> None:
+    """A late second delivery of it does not bring it back to the list."""
+    (rejection,) = rejections()
+    _run("failed", "discard", rejection.job_id, "--reason", "test data")
+    queue = Queue("history", connection=redis, serializer=JSONSerializer)
+    queue.enqueue("consumers.handlers.record_portfolio_snapshot", rejection.event, job_id=rejection.job_id)
+    work()
+
+    assert rejections() == []
+    with get_db() as db:
+        assert db.execute(text("SELECT outcome FROM event_outcomes WHERE outcome <> 'absorbed'")).all() == [
+            ("discarded",)
+        ]
+
+
 def test_requeue_and_discard_want_to_know_which(redis: Redis, database_url: str) -> None:
     """One by name, or many by --kind or --all: neither or both is wrong usage."""
     assert [

@@ -295,6 +295,29 @@ def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypa
     assert len(get_portfolio_history()) == 3
 
 
+def test_a_worker_that_is_stuck_loses_its_lease(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No progress for long: others may take over what it holds, though its process lives."""
+    _enqueue(redis, 1)
+    worker = HistoryWorker([_queue(redis)], connection=redis)
+    found: list[Any] = []
+
+    def stuck(deliveries: Any) -> Any:
+        time.sleep(0.4)  # beyond what counts as stuck
+        redis.delete(*redis.keys("history:lease:*"))
+        time.sleep(0.4)  # several renewals, if there were any
+        found.append((redis.keys("history:lease:*"), Reservations(redis, _queue(redis), "x").recover_dead_holders()))
+        return settle(deliveries)
+
+    monkeypatch.setattr(worker_module, "_RENEW_SECONDS", 0.05)
+    monkeypatch.setattr(worker_module, "_STUCK_SECONDS", 0.2)
+    monkeypatch.setattr(worker_module, "settle", stuck)
+    job_ids = _queue(redis).job_ids
+    worker.work(burst=True, logging_level="WARNING", max_jobs=1)
+
+    assert found == [([], job_ids)]
+    assert len(get_portfolio_history()) == 1
+
+
 def test_a_suspect_that_times_out_does_not_hold_up_the_others(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes alone, and goes to the tail alone."""
     monkeypatch.setattr(worker_module, "STATEMENT_SECONDS", 0.3)
