@@ -1,12 +1,14 @@
 """Programs that the fault tests run as processes: `python -m tests.faults.programs producer|worker ...`.
 
-With FAULT_STEP set, a program kills itself with SIGKILL when it reaches that step for the FAULT_TIMES-th time.
+With FAULT_STEP set, a program kills itself with SIGKILL when it reaches that step for the FAULT_TIMES-th time; with
+FAULT_FILE_BYTES, none of its files can grow beyond that.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -142,6 +144,9 @@ def look_often() -> None:
 
 def main() -> None:
     look_often()
+    if limit := os.environ.get("FAULT_FILE_BYTES"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error of the write, as on a full disk, instead of an end
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     if step := os.environ.get("FAULT_STEP"):
         _die_at(step, int(os.environ.get("FAULT_TIMES", "1")))
     if sys.argv[1] == "worker":
