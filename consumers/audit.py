@@ -17,7 +17,7 @@ from sqlalchemy import text
 
 from consumers.connection import get_db
 from producers.outbox import Outbox, source_of
-from producers.relay import UNDER_WAY
+from producers.rq_jobs import UNDER_WAY
 
 _PAGE = 5000
 

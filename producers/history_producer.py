@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,8 @@ from redis import Redis
 
 from producers.errors import EventRejected, InvalidEvent, ProducerClosed, SettingsError
 from producers.events import Payload, PortfolioSnapshot, SignalArchive, SourceName
-from producers.outbox import Accepted, Outbox, OutboxStatus
+from producers.outbox import Accepted, Outbox, OutboxStatus, source_of
+from producers.redis_keys import acknowledgement_key
 from producers.relay import Relay
 from producers.settings import TransportSettings
 from producers.times import localized
@@ -112,7 +114,7 @@ class HistoryProducer:
     def flush(self, timeout: float | None = None) -> int:
         """Wait, at most `timeout` seconds, until Redis has everything recorded; return how many it has not."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while pending := self.status().pending:
+        while pending := self._outbox.pending_count():
             self._run_relay()
             if not self._relay.running:
                 break
@@ -133,10 +135,15 @@ class HistoryProducer:
         return localized(moment, self._timezone, field)
 
     def resend(self, since: datetime) -> int:
-        """Send again what was recorded since then and confirmed; returns how many events.
+        """Send again what was recorded since then and is settled; returns how many events.
 
-        For a database that was restored from a backup. What it still has is absorbed.
+        For a database that was restored from a backup. What it still has is absorbed, and what workers said before
+        is forgotten: it is true of the old database only.
+
+        Raises:
+            RedisError: Redis cannot be reached, so that nothing can be sent again now.
         """
+        self._redis.delete(*(acknowledgement_key(source_of(name, key)) for key, name, _ in self._outbox.sources()))
         again = self._outbox.resend(since.timestamp())
         self._run_relay()
         return again
@@ -205,8 +212,9 @@ _live: set[HistoryProducer] = set()
 
 
 def _close_all() -> None:
-    for producer in list(_live):
-        producer.close()
+    with ExitStack() as stack:  # each of them, also when one fails
+        for producer in list(_live):
+            stack.callback(producer.close)
 
 
 def _reopen_all() -> None:

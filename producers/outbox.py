@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 from uuid import UUID, uuid4
 
 from producers.errors import OutboxError
@@ -27,17 +27,17 @@ from producers.relay_lock import RelayLock
 from producers.sqlite_forks import close_before_fork, sqlite_errors
 
 MAX_BYTES = 2**30
-KEEP_SECONDS = 7 * 24 * 3600.0
 
 _BUSY_TIMEOUT_SECONDS = 5.0
 _PRUNE_ENTRIES = 1000  # at once: a short transaction, which no append has to wait for
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sources (
     id TEXT PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,
-    last_sequence INTEGER NOT NULL
+    last_sequence INTEGER NOT NULL,
+    resends INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS entries (
     position INTEGER PRIMARY KEY,
@@ -58,8 +58,14 @@ CREATE TABLE IF NOT EXISTS entries (
 );
 CREATE INDEX IF NOT EXISTS entries_pending ON entries (position) WHERE state = 'pending';
 CREATE INDEX IF NOT EXISTS entries_unconfirmed ON entries (check_at) WHERE state = 'sent';
-CREATE INDEX IF NOT EXISTS entries_confirmed ON entries (settled_at) WHERE state = 'confirmed';
-CREATE INDEX IF NOT EXISTS entries_awaiting ON entries (source_id) WHERE state IN ('sent', 'rejected');
+CREATE INDEX IF NOT EXISTS entries_settled ON entries (settled_at) WHERE state IN ('confirmed', 'rejected');
+CREATE INDEX IF NOT EXISTS entries_awaiting ON entries (source_id) WHERE state = 'sent';
+CREATE INDEX IF NOT EXISTS entries_rejected ON entries (source_id) WHERE state = 'rejected';
+"""
+_UPGRADE_FROM_1 = """
+ALTER TABLE sources ADD COLUMN resends INTEGER NOT NULL DEFAULT 0;
+DROP INDEX entries_confirmed;
+DROP INDEX entries_awaiting;
 """
 
 _TAKE_SEQUENCES = """
@@ -89,18 +95,19 @@ WHERE source_id = :source_id AND sequence = :sequence
 """
 
 _AWAITING = """
-SELECT id, name FROM sources WHERE EXISTS
-    (SELECT 1 FROM entries WHERE entries.source_id = sources.id AND state IN ('sent', 'rejected'))
+SELECT id, name, resends FROM sources WHERE EXISTS
+    (SELECT 1 FROM entries WHERE entries.source_id = sources.id AND state = ?)
 """
 
 _RESEND = """
-UPDATE entries SET state = 'pending', checks = 0, check_at = NULL, settled_at = NULL, row_id = NULL
-WHERE state = 'confirmed' AND recorded_at >= ?
+UPDATE entries SET state = 'pending', checks = 0, check_at = NULL, settled_at = NULL, row_id = NULL, reason = NULL
+WHERE state IN ('confirmed', 'rejected') AND recorded_at >= ?
 """
 
 _PRUNE = """
-DELETE FROM entries WHERE position IN
-    (SELECT position FROM entries WHERE state = 'confirmed' AND settled_at < ? ORDER BY settled_at LIMIT ?)
+DELETE FROM entries WHERE position IN (
+    SELECT position FROM entries WHERE state IN ('confirmed', 'rejected') AND settled_at < ?
+    ORDER BY settled_at LIMIT ?)
 """
 
 _UNSETTLED = "SELECT sequence FROM entries WHERE source_id = ? AND state IN ('pending', 'sent')"
@@ -189,7 +196,8 @@ class Outbox:
             (version,) = db.execute("PRAGMA user_version").fetchone()
         if version != _VERSION:
             with self._transaction() as db:
-                for statement in _SCHEMA.split(";"):
+                (version,) = db.execute("PRAGMA user_version").fetchone()  # another process may have been first
+                for statement in ((_UPGRADE_FROM_1 if version == 1 else "") + _SCHEMA).split(";"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {_VERSION}")
 
@@ -228,13 +236,17 @@ class Outbox:
         with self._transaction(durable=False) as db:
             db.executemany(_POSTPONE, [(at, position) for position, at in check_at.items()])
 
-    def awaiting(self) -> list[tuple[str, str]]:
-        """(id, name) of each source that has entries without an acknowledgement."""
+    def awaiting(self, state: Literal["sent", "rejected"]) -> list[tuple[str, str, int]]:
+        """(id, name, number of its resends) of each source that has entries in this state."""
         with self._reading() as db:
-            return db.execute(_AWAITING).fetchall()
+            return db.execute(_AWAITING, (state,)).fetchall()
 
-    def settle(self, source_id: str, outcomes: Iterable[tuple[int, Outcome]]) -> None:
-        """Store what became of entries of one source, by sequence."""
+    def settle(self, source_id: str, resends: int, outcomes: Iterable[tuple[int, Outcome]]) -> None:
+        """Store what became of entries of one source, by sequence.
+
+        Nothing is stored when the source was sent again since it had this number of resends: what was read before
+        that tells of a database that is no more.
+        """
         now = time.time()
         rows = [
             {
@@ -248,17 +260,19 @@ class Outbox:
             for sequence, outcome in outcomes
         ]
         with self._transaction(durable=False) as db:
-            db.executemany(_SETTLE, rows)
+            if db.execute("SELECT resends FROM sources WHERE id = ?", (source_id,)).fetchone() == (resends,):
+                db.executemany(_SETTLE, rows)
 
     def resend(self, since: float) -> int:
-        """Make confirmed entries recorded since then (seconds since the epoch) pending again; returns how many."""
+        """Make settled entries recorded since then (seconds since the epoch) pending again; returns how many."""
         with self._transaction() as db:
+            db.execute("UPDATE sources SET resends = resends + 1")
             return db.execute(_RESEND, (since,)).rowcount
 
     def prune(self, keep_seconds: float) -> int:
-        """Drop some of the oldest confirmed entries, if they are older than wanted or the file is half full.
+        """Drop some of the oldest settled entries, if they are older than wanted or the file is half full.
 
-        Returns how many; a large backlog needs more calls. What is not confirmed is never dropped.
+        Returns how many; a large backlog needs more calls. What is not settled is never dropped.
         """
         with self._transaction(durable=False) as db:
             settled_before = time.time() - keep_seconds
@@ -279,6 +293,10 @@ class Outbox:
         if state == "confirmed":
             return Outcome("stored", row_id=row_id)
         return Outcome("rejected", reason=reason) if state == "rejected" else None
+
+    def pending_count(self) -> int:
+        with self._reading() as db:
+            return int(db.execute("SELECT count(*) FROM entries WHERE state = 'pending'").fetchone()[0])
 
     def status(self) -> OutboxStatus:
         with self._reading() as db:

@@ -14,17 +14,17 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 
-from redis import Redis, RedisError
+from redis import Redis, RedisError, WatchError
 from rq import Queue
-from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
+from rq.utils import as_text
 
 from producers.errors import HistoryError
-from producers.outbox import KEEP_SECONDS, Entry, Outbox, source_of
+from producers.outbox import Entry, Outbox, source_of
 from producers.outcomes import Outcome
-from producers.redis_keys import acknowledgement_key, held_key, holders_key
+from producers.redis_keys import acknowledgement_key
 from producers.relay_lock import RelayLock
-from producers.rq_jobs import enqueue
+from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +39,8 @@ _DOUBTED_ENTRIES = 20  # a sweep: finding one in a long queue takes Redis a whil
 _FIRST_BACKOFF_SECONDS = 0.1
 _LAST_BACKOFF_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
+_REJECTED_SECONDS = 5.0
 _STOP_SECONDS = 0.5
-
-UNDER_WAY = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
 
 
 def _check_interval(checks: int) -> float:
@@ -51,7 +50,7 @@ def _check_interval(checks: int) -> float:
 class Relay:
     """Relays one outbox to one queue, in a daemon thread once started, or by calling `sweep`."""
 
-    def __init__(self, outbox: Outbox, redis: Redis, queue: str, *, keep_seconds: float = KEEP_SECONDS) -> None:
+    def __init__(self, outbox: Outbox, redis: Redis, queue: str, *, keep_seconds: float) -> None:
         self._outbox = outbox
         self._keep_seconds = keep_seconds
         self._prune_at = 0.0
@@ -64,6 +63,7 @@ class Relay:
         # A send that failed, that could not be marked, or whose sender died may have arrived: ask Redis first.
         self._doubtful = True
         self._failures = 0
+        self._rejected_at = 0.0
         self._queued = 0  # length of the queue after the last send
         self.settled = threading.Condition()
 
@@ -98,8 +98,9 @@ class Relay:
             RedisError: Redis cannot be reached or refuses; nothing is lost, entries stay as they were.
             OutboxError: the outbox cannot be read or written.
         """
+        # A lock that was not held until now: whoever had it may have sent what is not marked.
+        self._doubtful |= not self._lock.held
         if not self._lock.acquire():
-            self._doubtful = True
             return False
         settled = self._take_acknowledgements()
         sent = self._send_pending()
@@ -142,24 +143,46 @@ class Relay:
             self._failures = 0
 
     def _take_acknowledgements(self) -> int:
-        taken = 0
-        for source_id, name in self._outbox.awaiting():
-            key = acknowledgement_key(source_of(name, source_id))
-            cursor = 0
-            while True:
-                cursor, page = self._redis.hscan(key, cursor, count=2 * _BATCH_ENTRIES)
-                if page:
-                    outcomes = {_text(field): _text(value) for field, value in page.items()}  # type: ignore[union-attr]  # RESP2 and RESP3 answer a dict
-                    self._outbox.settle(source_id, _parsed(outcomes))
-                    # Only after the outbox has them: a crash in between reads them once more.
-                    self._redis.hdel(key, *outcomes)
-                    taken += len(outcomes)
-                if not cursor:
-                    break
+        sources = self._outbox.awaiting("sent")
+        # What an operator requeues can still be stored; nobody waits for it in a hurry.
+        if time.monotonic() >= self._rejected_at:
+            self._rejected_at = time.monotonic() + _REJECTED_SECONDS
+            sources = list({*sources, *self._outbox.awaiting("rejected")})
+        taken = sum(self._take_from(source_id, source_of(name, source_id), n) for source_id, name, n in sources)
         if taken:
             with self.settled:
                 self.settled.notify_all()
         return taken
+
+    def _take_from(self, source_id: str, source: str, resends: int) -> int:
+        taken, cursor, key = 0, 0, acknowledgement_key(source)
+        while True:
+            cursor, page = self._redis.hscan(key, cursor, count=2 * _BATCH_ENTRIES)
+            if page:
+                told = {as_text(field): as_text(value) for field, value in page.items()}  # type: ignore[union-attr]  # RESP2 and RESP3 answer a dict
+                self._outbox.settle(source_id, resends, _parsed(told))
+                # Only after the outbox has them: a crash in between reads them once more.
+                self._forget(key, told)
+                taken += len(told)
+            if not cursor:
+                return taken
+
+    def _forget(self, key: str, told: dict[str, str]) -> None:
+        """Remove what was read; a rejection only if it is still what was read: a requeue may have ended since."""
+        final = [field for field, outcome in told.items() if not outcome.startswith("rejected:")]
+        if final:
+            self._redis.hdel(key, *final)
+        if rejected := [field for field in told if field not in final]:
+            with self._redis.pipeline() as pipe, contextlib.suppress(WatchError):  # then it is read once more
+                pipe.watch(key)  # type: ignore[no-untyped-call]  # redis-py annotates it by half
+                now = pipe.hmget(key, rejected)
+                same = [
+                    field for field, value in zip(rejected, now, strict=True) if value and as_text(value) == told[field]
+                ]
+                pipe.multi()
+                if same:
+                    pipe.hdel(key, *same)
+                pipe.execute()
 
     def _send_pending(self) -> int:
         """Hand over what is pending, as long as the queue has room for it."""
@@ -167,7 +190,7 @@ class Relay:
         # The first one after a failure is a probe: a hundred jobs made in vain would take the caller's time.
         limit = 1 if self._failures else _BATCH_ENTRIES
         while self._has_room() and (entries := self._outbox.pending(limit)):
-            states = self._job_states(entries) if self._doubtful else {}
+            states = job_states(self._redis, entries) if self._doubtful else {}
             self._doubtful = True
             self._send([entry for entry in entries if states.get(entry.position) not in UNDER_WAY])
             self._outbox.mark_sent(_next_checks(entries))
@@ -192,39 +215,14 @@ class Relay:
         entries = self._outbox.overdue(time.time(), _BATCH_ENTRIES)
         if not entries:
             return 0
-        states = self._job_states(entries)
+        states = job_states(self._redis, entries)
         gone = [entry for entry in entries if states[entry.position] not in UNDER_WAY]
         # A status outlives its worker: what has been under way for long must also be somewhere.
         doubted = [e for e in entries if e.checks >= _DOUBTED_CHECKS and states[e.position] in UNDER_WAY]
-        gone += self._in_no_list(doubted[:_DOUBTED_ENTRIES])
+        gone += in_no_list(self._redis, self._queue, doubted[:_DOUBTED_ENTRIES])
         self._send(gone)
         self._outbox.postpone(_next_checks(entries))
         return len(gone)
-
-    def _job_states(self, entries: Sequence[Entry]) -> dict[int, str | None]:
-        with self._redis.pipeline(transaction=False) as pipe:
-            for entry in entries:
-                pipe.hget(Job.key_for(entry.job_id), "status")
-            statuses = pipe.execute()
-        return {entry.position: status and _text(status) for entry, status in zip(entries, statuses, strict=True)}
-
-    def _in_no_list(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Those whose job is neither queued, nor held by a HistoryWorker, nor started by a living stock worker."""
-        if not entries:
-            return []
-        held: set[str] = set()
-        for worker in self._redis.hkeys(holders_key(self._queue.name)):
-            held |= {_text(job_id) for job_id in self._redis.lrange(held_key(self._queue.name, _text(worker)), 0, -1)}
-        started = {
-            _text(member).split(":")[0]  # type: ignore[arg-type]  # without scores it is bytes or text
-            for member in self._redis.zrangebyscore(self._queue.started_job_registry.key, time.time(), "+inf")
-        }
-        waiting = [entry for entry in entries if entry.job_id not in held | started]
-        with self._redis.pipeline(transaction=False) as pipe:
-            for entry in waiting:
-                pipe.lpos(self._queue.key, entry.job_id)
-            found = pipe.execute()
-        return [entry for entry, position in zip(waiting, found, strict=True) if position is None]
 
     def _send(self, entries: Sequence[Entry]) -> None:
         """Enqueue all in one transaction."""
@@ -251,11 +249,6 @@ def _parsed(outcomes: dict[str, str]) -> list[tuple[int, Outcome]]:
         except ValueError:
             logger.warning("dropped an acknowledgement that is none, for sequence %s", sequence[:30])
     return parsed
-
-
-def _text(value: str | bytes) -> str:
-    """A client given by the caller may or may not decode."""
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def _brief(error: Exception) -> str:

@@ -22,6 +22,10 @@ class RelayLock:
         self._connection: sqlite3.Connection | None = None
         close_before_fork(self)
 
+    @property
+    def held(self) -> bool:
+        return self._connection is not None
+
     def acquire(self) -> bool:
         """True when held, now or already; never waits."""
         with self.lock, sqlite_errors(self._path):

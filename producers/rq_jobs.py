@@ -3,31 +3,35 @@
 RQ's takes about 330 µs of the interpreter a job, during which a caller's thread does not run; this takes about 50.
 A test reads these jobs back through RQ, beside ones that RQ enqueued.
 
-Everything on the producing side that knows RQ's key layout is in this module.
+What the producing side knows of the layout of RQ's keys is in this module.
 """
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from redis import Redis
 from redis.client import Pipeline
 from rq import Queue
 from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, FinishedJobRegistry
 from rq.serializers import JSONSerializer
-from rq.utils import utcformat
+from rq.utils import as_text, utcformat
 
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
 from producers.outbox import Entry
+from producers.redis_keys import held_key, holders_key
 
 # By name: the producer never imports the consumer. A test resolves each.
 JOB_FUNCTIONS = {
     SNAPSHOT_TYPE: "consumers.handlers.record_portfolio_snapshot",
     ARCHIVE_TYPE: "consumers.handlers.record_signal_archive",
 }
+UNDER_WAY = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
 TIMEOUT_SECONDS = 180  # RQ's default, for the stock worker, which ends a job that takes longer
 _COMPRESS_BYTES = 2048  # RQ reads both; below this, zlib costs more time than its bytes are worth
 
@@ -62,3 +66,29 @@ def _fields(entry: Entry, origin: str, at: str) -> dict[Any, Any]:
         # What failed waits for a person; it does not disappear by itself.
         "failure_ttl": -1,
     }
+
+
+def job_states(redis: Redis, entries: Sequence[Entry]) -> dict[int, str | None]:
+    """RQ's status of each entry's job, by position; None for one that Redis does not have."""
+    with redis.pipeline(transaction=False) as pipe:
+        for entry in entries:
+            pipe.hget(Job.key_for(entry.job_id), "status")
+        statuses = pipe.execute()
+    return {entry.position: status and as_text(status) for entry, status in zip(entries, statuses, strict=True)}
+
+
+def in_no_list(redis: Redis, queue: Queue, entries: Sequence[Entry]) -> list[Entry]:
+    """Those whose job is neither queued, nor held by a HistoryWorker, nor started by a living stock worker."""
+    if not entries:
+        return []
+    elsewhere: set[str] = set()
+    for worker in redis.hkeys(holders_key(queue.name)):
+        elsewhere |= {as_text(job_id) for job_id in redis.lrange(held_key(queue.name, as_text(worker)), 0, -1)}
+    for member in redis.zrangebyscore(queue.started_job_registry.key, time.time(), "+inf"):
+        elsewhere.add(as_text(member).split(":")[0])  # type: ignore[arg-type]  # without scores it is bytes or text
+    waiting = [entry for entry in entries if entry.job_id not in elsewhere]
+    with redis.pipeline(transaction=False) as pipe:
+        for entry in waiting:
+            pipe.lpos(queue.key, entry.job_id)
+        found = pipe.execute()
+    return [entry for entry, position in zip(waiting, found, strict=True) if position is None]

@@ -17,7 +17,8 @@ from rq.serializers import JSONSerializer
 from producers.events import PortfolioSnapshot, encode, event_of
 from producers.outbox import Outbox, source_of
 from producers.redis_keys import acknowledgement_key
-from producers.relay import UNDER_WAY, Relay
+from producers.relay import Relay
+from producers.rq_jobs import UNDER_WAY
 from tests.benchmarks.checks import require, wait_for_progress
 from tests.benchmarks.environment import queue_name
 from tests.factories import a_snapshot
@@ -83,7 +84,7 @@ def park_snapshots(redis: Redis, folder: Path, count: int, first: int = 0) -> Ba
     with Outbox(folder / f"backlog-{uuid4().hex}.db") as outbox:
         for done in range(0, count, _APPEND_EVENTS):
             outbox.append("bench", list(snapshots(min(_APPEND_EVENTS, count - done), first + done)))
-        relay = Relay(outbox, redis, queue.name)
+        relay = Relay(outbox, redis, queue.name, keep_seconds=3600)
         relay.sweep()
         relay.stop()
         sent = outbox.status().sent

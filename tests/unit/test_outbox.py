@@ -88,7 +88,7 @@ def test_an_entry_goes_from_pending_to_sent_to_confirmed(path: Path) -> None:
     outbox.mark_sent({entry.position: 0.0})
     states.append(outbox.status())
     assert outbox.outcome(accepted.source_id, 1) is None
-    outbox.settle(accepted.source_id, [(1, Outcome("duplicate", row_id=7))])
+    outbox.settle(accepted.source_id, 0, [(1, Outcome("duplicate", row_id=7))])
     states.append(outbox.status())
 
     assert [(state.pending, state.sent, state.confirmed, state.rejected) for state in states] == [
@@ -104,8 +104,8 @@ def test_a_late_acknowledgement_does_not_undo_an_earlier_one(path: Path) -> None
     """What is settled stays settled; an unknown sequence is ignored."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
-    outbox.settle(accepted.source_id, [(1, Outcome("stored", row_id=7))])
-    outbox.settle(accepted.source_id, [(1, Outcome("rejected", reason="late")), (99, Outcome("stored", row_id=1))])
+    outbox.settle(accepted.source_id, 0, [(1, Outcome("stored", row_id=7))])
+    outbox.settle(accepted.source_id, 0, [(1, Outcome("rejected", reason="late")), (99, Outcome("stored", row_id=1))])
 
     assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=7)
     assert outbox.status().confirmed == 1
@@ -115,12 +115,12 @@ def test_a_rejected_entry_is_confirmed_when_it_was_requeued_and_stored(path: Pat
     """Its source still counts as awaiting, so that the acknowledgement is looked for."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
-    outbox.settle(accepted.source_id, [(1, Outcome("rejected", reason="no"))])
-    assert outbox.awaiting() == [(accepted.source_id, NAME)]
-    outbox.settle(accepted.source_id, [(1, Outcome("stored", row_id=7))])
+    outbox.settle(accepted.source_id, 0, [(1, Outcome("rejected", reason="no"))])
+    assert (outbox.awaiting("sent"), outbox.awaiting("rejected")) == ([], [(accepted.source_id, NAME, 0)])
+    outbox.settle(accepted.source_id, 0, [(1, Outcome("stored", row_id=7))])
 
     assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=7)
-    assert outbox.awaiting() == []
+    assert (outbox.awaiting("sent"), outbox.awaiting("rejected")) == ([], [])
 
 
 def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
@@ -201,7 +201,7 @@ def test_appending_waits_for_the_disk_and_marking_does_not(path: Path, monkeypat
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(1)})
-    outbox.settle(accepted.source_id, [(1, Outcome("stored", row_id=1))])
+    outbox.settle(accepted.source_id, 0, [(1, Outcome("stored", row_id=1))])
 
     def modes_of(statement: str) -> list[tuple[str, int]]:
         having = [db for db, statements in opened if any(one.strip().startswith(statement) for one in statements)]
@@ -252,39 +252,77 @@ def test_a_full_outbox_says_so_and_can_still_be_emptied(path: Path) -> None:
     full = outbox.status().pending
     entries = outbox.pending(full)
     outbox.mark_sent({entry.position: 0.0 for entry in entries})
-    outbox.settle(entries[0].source_id, [(entry.sequence, Outcome("stored", row_id=1)) for entry in entries])
+    outbox.settle(entries[0].source_id, 0, [(entry.sequence, Outcome("stored", row_id=1)) for entry in entries])
 
     assert outbox.prune(keep_seconds=1e9) > 0
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [full + 1]
 
 
-def test_confirmed_entries_are_dropped_when_they_are_old_enough_and_others_never(path: Path) -> None:
-    """Pending, sent and rejected ones stay, however old."""
+def test_settled_entries_are_dropped_when_they_are_old_enough_and_others_never(path: Path) -> None:
+    """Pending and sent ones stay, however old; of what was rejected the database keeps the record."""
     outbox = Outbox(path)
     (accepted, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
     _, sent, rejected, confirmed = outbox.pending(10)
     outbox.mark_sent({entry.position: 0.0 for entry in (sent, rejected, confirmed)})
-    outbox.settle(accepted.source_id, [(3, Outcome("rejected", reason="no")), (4, Outcome("stored", row_id=1))])
+    outbox.settle(accepted.source_id, 0, [(3, Outcome("rejected", reason="no")), (4, Outcome("stored", row_id=1))])
 
     assert outbox.prune(keep_seconds=60) == 0
-    assert outbox.prune(keep_seconds=0) == 1
+    assert outbox.prune(keep_seconds=0) == 2
     status = outbox.status()
-    assert (status.pending, status.sent, status.rejected, status.confirmed) == (1, 1, 1, 0)
+    assert (status.pending, status.sent, status.rejected, status.confirmed) == (1, 1, 0, 0)
     with pytest.raises(OutboxError, match="entry 4 is no longer kept"):
         outbox.outcome(accepted.source_id, 4)
 
 
-def test_confirmed_entries_can_be_made_pending_again_by_time(path: Path) -> None:
-    """With the same number and bytes; what was recorded before, or is not confirmed, is left alone."""
+def test_settled_entries_can_be_made_pending_again_by_time(path: Path) -> None:
+    """Stored and rejected, with the same number and bytes; what is older, or on its way, is left alone."""
     outbox = Outbox(path)
     (accepted, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     before = outbox.pending(10)
     outbox.mark_sent({entry.position: 0.0 for entry in before})
-    outbox.settle(accepted.source_id, [(1, Outcome("stored", row_id=1)), (2, Outcome("rejected", reason="no"))])
+    outbox.settle(accepted.source_id, 0, [(1, Outcome("stored", row_id=1)), (2, Outcome("rejected", reason="no"))])
 
     assert outbox.resend(since=time.time() + 1) == 0
-    assert outbox.resend(since=time.time() - 60) == 1
-    assert [(entry.job_id, entry.event) for entry in outbox.pending(10)] == [(before[0].job_id, before[0].event)]
+    assert outbox.resend(since=time.time() - 60) == 2
+    assert [(entry.job_id, entry.event) for entry in outbox.pending(10)] == [
+        (entry.job_id, entry.event) for entry in before[:2]
+    ]
+
+
+def test_what_was_told_before_a_resend_settles_nothing_after_it(path: Path) -> None:
+    """It is true of the database that was there before only."""
+    outbox = Outbox(path)
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(10)})
+    ((_, _, resends),) = outbox.awaiting("sent")
+    outbox.resend(since=0)
+    outbox.settle(accepted.source_id, resends, [(1, Outcome("stored", row_id=1))])
+    assert outbox.outcome(accepted.source_id, 1) is None
+
+    outbox.settle(accepted.source_id, resends + 1, [(1, Outcome("stored", row_id=1))])
+    assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=1)
+
+
+def test_an_outbox_of_the_first_version_is_brought_up_to_date(path: Path) -> None:
+    """Its entries stay as they are."""
+    outbox = Outbox(path)
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    outbox.close()
+    with sqlite3.connect(path) as db:
+        for statement in (
+            "ALTER TABLE sources DROP COLUMN resends",
+            "DROP INDEX entries_settled",
+            "DROP INDEX entries_rejected",
+            "CREATE INDEX entries_confirmed ON entries (settled_at) WHERE state = 'confirmed'",
+            "PRAGMA user_version = 1",
+        ):
+            db.execute(statement)
+    db.close()
+    upgraded = Outbox(path)
+
+    assert [entry.sequence for entry in upgraded.pending(10)] == [accepted.sequence]
+    upgraded.mark_sent({entry.position: 0.0 for entry in upgraded.pending(10)})
+    assert upgraded.awaiting("sent") == [(accepted.source_id, NAME, 0)]
 
 
 def test_only_one_holds_the_relay_lock(path: Path) -> None:

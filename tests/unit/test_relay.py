@@ -24,6 +24,7 @@ from tests.factories import a_snapshot, an_archive
 from tests.unit.conftest import queue_of
 
 NAME = "trading-controller"
+KEEP_SECONDS = 3600.0
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def outbox(tmp_path: Path) -> Outbox:
 @pytest.fixture
 def relay(outbox: Outbox, redis: fakeredis.FakeRedis) -> Iterator[Relay]:
     """Not started: each test calls sweep itself."""
-    relay = Relay(outbox, redis, "history")
+    relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
     yield relay
     relay.stop()
 
@@ -112,7 +113,7 @@ def test_after_a_failure_one_entry_goes_ahead(
 def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server: Any, decode: bool) -> None:
     """With clients that decode answers and such that do not; what is no acknowledgement is dropped with a word."""
     redis = fakeredis.FakeRedis(server=server, decode_responses=decode)
-    relay = Relay(outbox, redis, "history")
+    relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
     (first, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     relay.sweep()
     key = acknowledgement_key(first.source)
@@ -123,6 +124,31 @@ def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server:
     assert [outcome and str(outcome) for outcome in outcomes] == ["stored:42", "rejected:balance: wrong", None]
     assert redis.hgetall(key) == {}
     relay.stop()
+
+
+def test_a_rejection_that_became_a_row_meanwhile_is_not_forgotten(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A requeue ends between the reading of the old word and its removal: the new one is read next."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    key = acknowledgement_key(accepted.source)
+    redis.hset(key, "1", "rejected:no")
+    settle = outbox.settle
+
+    def stored_meanwhile(*arguments: Any) -> None:
+        settle(*arguments)
+        redis.hset(key, "1", "stored:42")
+
+    monkeypatch.setattr(outbox, "settle", stored_meanwhile)
+    relay.sweep()
+    monkeypatch.undo()
+    assert redis.hgetall(key) == {b"1": b"stored:42"}
+    monkeypatch.setattr(relay_module, "_REJECTED_SECONDS", 0.0)
+    relay._rejected_at = 0.0
+    relay.sweep()
+
+    assert (str(outbox.outcome(accepted.source_id, 1)), redis.hgetall(key)) == ("stored:42", {})
 
 
 @pytest.mark.parametrize(
@@ -262,7 +288,7 @@ def test_senders_that_die_before_they_can_mark_leave_one_entry(
         raise SystemExit
 
     for _ in range(4):
-        dying = Relay(outbox, redis, "history")
+        dying = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
         monkeypatch.setattr(outbox, "mark_sent", die)
         with pytest.raises(SystemExit):
             dying.sweep()
@@ -274,7 +300,7 @@ def test_senders_that_die_before_they_can_mark_leave_one_entry(
 
 def test_only_one_relay_works_on_an_outbox(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
     """The other takes over when the first one stops."""
-    second = Relay(Outbox(outbox.path), redis, "history")
+    second = Relay(Outbox(outbox.path), redis, "history", keep_seconds=KEEP_SECONDS)
     relay.sweep()
     outbox.append(NAME, [a_snapshot()])
     assert (second.sweep(), queue_of(redis).count) == (False, 0)
