@@ -3,7 +3,7 @@
 HistoryError
 ├── InvalidEvent        permanent: the event breaks the contract, or the database's own constraints
 ├── EventConflict       permanent: the id is stored already, with other content
-├── PoisonEvent         permanent: workers died with it
+├── PoisonEvent         permanent: workers died or failed with it
 ├── RefusedJob          permanent: a job that is none of ours
 ├── StoreUnavailable    transient: the database cannot take it now; nothing is wrong with the event
 ├── OldSchema           the database has tables of the old shape under our names
@@ -27,10 +27,10 @@ class EventConflict(HistoryError):
 
 
 class PoisonEvent(HistoryError):
-    """The event's processing killed worker after worker."""
+    """The event's processing killed worker after worker, or met a defect each time."""
 
     def __init__(self, deaths: int) -> None:
-        super().__init__(f"poison event: {deaths} workers died while they had it alone")
+        super().__init__(f"poison event: {deaths} workers died or failed while they had it alone")
 
 
 class RefusedJob(HistoryError):

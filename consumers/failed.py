@@ -11,12 +11,13 @@ from uuid import UUID
 
 from redis import Redis
 from rq import Queue
-from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.exceptions import InvalidJobOperation
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
 from consumers.connection import get_db
+from consumers.rq_jobs import RqJobs
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
 from producers.rq_jobs import JOB_FUNCTIONS
@@ -70,30 +71,34 @@ def rejections(name: str | None = None, *, kind: str | None = None) -> list[Reje
 
 
 def requeue(chosen: Sequence[Rejection], redis: Redis, queue_name: str) -> int:
-    """Put each into the queue again, under its own job id; a success removes the rejection. Returns how many.
+    """Put each into the queue again, under its own job id; a success removes the rejection. Returns how many were put.
 
     Raises:
         HistoryError: one cannot be sent again, since Redis has lost its job and its text does not tell what it is.
     """
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
-    for rejection in chosen:
+    jobs = RqJobs(redis, queue)
+    return sum(_requeue_one(rejection, jobs.fetch(rejection.job_id), queue) for rejection in chosen)
+
+
+def _requeue_one(rejection: Rejection, job: Job | None, queue: Queue) -> bool:
+    if job is not None:
         try:
-            job = Job.fetch(rejection.job_id, connection=redis, serializer=JSONSerializer)
-        except NoSuchJobError:
-            _enqueue_anew(rejection, queue)
+            queue.failed_job_registry.requeue(job)
+        except InvalidJobOperation:
+            # It is not in the registry: it is queued already, or somebody has taken it out.
+            if not job.is_failed:
+                return False
         else:
-            try:
-                queue.failed_job_registry.requeue(job)
-            except InvalidJobOperation:
-                # It is not in the registry, so it is queued already, or somebody has taken it out.
-                if job.is_failed:
-                    _enqueue_anew(rejection, queue)
-    return len(chosen)
+            return True
+    _enqueue_anew(rejection, queue)
+    return True
 
 
 def _enqueue_anew(rejection: Rejection, queue: Queue) -> None:
     if rejection.kind is None:
         raise HistoryError(f"job {rejection.job_id} cannot be sent again: Redis has lost it, and its text is no event")
+    queue.connection.delete(Job.key_for(rejection.job_id))  # whatever stands there cannot be read
     queue.enqueue(JOB_FUNCTIONS[KINDS[rejection.kind]], rejection.event, job_id=rejection.job_id, failure_ttl=-1)
 
 
@@ -103,8 +108,13 @@ def discard(chosen: Sequence[Rejection], redis: Redis, queue_name: str, reason: 
     with get_db() as db:
         for rejection in chosen:
             db.execute(_DISCARD, {"job_id": rejection.job_id, "reason": reason})
+    jobs = RqJobs(redis, queue)
     for rejection in chosen:
-        queue.failed_job_registry.remove(rejection.job_id, delete_job=True)
+        if job := jobs.fetch(rejection.job_id):
+            job.delete()
+        else:  # Redis has lost it, or it cannot be read
+            redis.delete(Job.key_for(rejection.job_id))
+        queue.failed_job_registry.remove(rejection.job_id)
     return len(chosen)
 
 

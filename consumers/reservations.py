@@ -23,9 +23,9 @@ POISON_DEATHS = 3
 
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 
-# KEYS queue, held list, suspects, lease, holders; ARGV jobs and bytes at most, prefix of job keys, lease, holder.
-# A list that is not empty holds what an answer that got lost had reserved: that goes back first. The lease is part
-# of it, so that nothing can be held without one, even right after Redis has lost everything.
+# KEYS queue, held list, suspects, lease, holders, delays; ARGV jobs and bytes at most, prefix of job keys, seconds of
+# the lease, holder. A list that is not empty holds what an answer that got lost had reserved: that goes back first.
+# The lease is part of it, so that nothing can be held without one, even right after Redis has lost everything.
 _RESERVE = (
     READ_JOBS
     + """
@@ -34,20 +34,19 @@ redis.call('HSETNX', KEYS[5], ARGV[5], '')
 while redis.call('LMOVE', KEYS[2], KEYS[1], 'RIGHT', 'LEFT') do end
 local ids = redis.call('LRANGE', KEYS[1], 0, ARGV[1] - 1)
 if #ids == 0 then return {} end
-local deaths = {}
-if redis.call('EXISTS', KEYS[3]) == 1 then
-    deaths = redis.call('HMGET', KEYS[3], unpack(ids))
-    local alone = deaths[1] and 1 or #ids
-    for n = 2, alone do
-        if deaths[n] then alone = n - 1 break end
-    end
-    for n = #ids, alone + 1, -1 do ids[n] = nil end
+local deaths, delays = {}, {}
+if redis.call('EXISTS', KEYS[3]) == 1 then deaths = redis.call('HMGET', KEYS[3], unpack(ids)) end
+if redis.call('EXISTS', KEYS[6]) == 1 then delays = redis.call('HMGET', KEYS[6], unpack(ids)) end
+local last = (deaths[1] or delays[1]) and 1 or #ids
+for n = 2, last do
+    if deaths[n] or delays[n] then last = n - 1 break end
 end
+for n = #ids, last + 1, -1 do ids[n] = nil end
 local jobs, bytes, taken = read_jobs(ARGV[3], ids), 0, 0
 while taken < #jobs and bytes < tonumber(ARGV[2]) do
     taken = taken + 1
     bytes = bytes + #jobs[taken][3]
-    jobs[taken][5] = deaths[taken] or '-1'
+    jobs[taken][5], jobs[taken][6] = deaths[taken] or '-1', delays[taken] or '0'
 end
 for n = #jobs, taken + 1, -1 do ids[n], jobs[n] = nil, nil end
 redis.call('LTRIM', KEYS[1], taken, -1)
@@ -122,19 +121,20 @@ class Reservations:
         return self._redis.blmove(self._queue.key, self._held, seconds, "LEFT", "RIGHT") is not None
 
     def reserve(self, limit: int) -> list[ReservedJob]:
-        """Take up to `limit` jobs from the front; a suspect comes alone."""
-        keys = [self._queue.key, self._held, self._suspects, self._lease, self._holders]
+        """Take up to `limit` jobs from the front; a suspect comes alone, and so does one that was delayed."""
+        keys = [self._queue.key, self._held, self._suspects, self._lease, self._holders, self._delays]
         limits: list[Any] = [limit, _MAX_BATCH_BYTES, JOB_PREFIX, LEASE_SECONDS, self._name]
         found: Any = self._reserve(keys=keys, args=limits)
         return [
             ReservedJob(
                 job_id.decode(errors="replace"),
                 None if int(deaths) < 0 else int(deaths),
+                int(delays),
                 state.decode(),
                 data,
-                int(result_ttl) if result_ttl else None,
+                int(result_ttl) if result_ttl.removeprefix(b"-").isdigit() else None,
             )
-            for job_id, state, data, result_ttl, deaths in found
+            for job_id, state, data, result_ttl, deaths, delays in found
         ]
 
     def release(self, pipe: Any, job_ids: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 RQ's own bookkeeping takes some 60 commands a job. Here taking jobs is part of the script that reserves them, and
 finishing them is one script; a test compares every key with what RQ's SimpleWorker leaves behind.
 
-Everything on the consuming side that knows RQ's key layout is in this module.
+What the consuming side knows of the layout of RQ's keys is here, and for leftovers in consumers.stranded.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from datetime import datetime
 from typing import Any, Literal
 
 from pydantic_core import from_json
-from redis import Redis
+from redis import Redis, RedisError
 from redis.client import Pipeline
-from redis.exceptions import ResponseError
 from rq import Queue
-from rq.exceptions import NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.rate_limit import release_slot
 from rq.repeat import Repeat
@@ -30,7 +28,7 @@ from rq.utils import utcformat
 
 from consumers.errors import RefusedJob
 from consumers.handlers import record_portfolio_snapshot, record_signal_archive
-from consumers.settling import Delivery
+from consumers.settling import Delivery, logger
 from producers.events import MAX_EVENT_BYTES, Event, PortfolioSnapshotEvent, SignalArchiveEvent
 
 # For the dashboard, about 2 MB; by time they are kept as long as RQ keeps them.
@@ -130,11 +128,13 @@ end
 class ReservedJob:
     """A job that is held now. `deaths` counts the holders that died with it alone; None for no suspect.
 
-    `data` is what RQ calls so: the serialized call. `result_ttl` is the job's own wish in seconds, if it has one.
+    `delays` counts how often it went to the tail since it alone timed out. `data` is what RQ calls so: the serialized
+    call. `result_ttl` is the job's own wish in seconds, if it has one.
     """
 
     job_id: str
     deaths: int | None
+    delays: int
     state: Literal["usual", "unusual", "unreadable", "gone"]
     data: bytes
     result_ttl: int | None
@@ -231,12 +231,13 @@ class RqJobs:
         """The job as RQ has it; None when it is gone or cannot be read."""
         try:
             return Job.fetch(job_id, connection=self._redis, serializer=JSONSerializer)
-        except ResponseError as error:
+        except RedisError as error:
             # Only this one is the job's fault; any other error is Redis's trouble, and no reason to refuse an event.
             if not str(error).startswith("WRONGTYPE"):
                 raise
-        except (NoSuchJobError, ValueError, TypeError, KeyError):
-            pass
+        except Exception as error:
+            # Whatever somebody has done to it: RQ raises as many kinds of errors as there are fields.
+            logger.debug("job %s cannot be read: %s", job_id, type(error).__name__)
         return None
 
     def let_go(self, job_id: str) -> None:

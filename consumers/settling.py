@@ -31,7 +31,7 @@ from producers.redis_keys import acknowledgement_key
 # Below RQ's own, whose level and handlers a stock worker sets up: these lines are seen there too.
 logger = logging.getLogger("rq.worker.history")
 
-_ISOLATED_SECONDS = 2.0  # for a statement while looking for the one that waits for something
+ISOLATED_SECONDS = 2.0  # for a statement while looking for the one that waits for something
 
 _SOURCE: TypeAdapter[str] = TypeAdapter(Source)
 _SEQUENCE: TypeAdapter[int] = TypeAdapter(SequenceNumber)
@@ -67,20 +67,22 @@ class Unsettled:
     error: Exception
 
 
-def settle(deliveries: Sequence[Delivery], *, _patience_seconds: float | None = None) -> Iterator[Settled | Unsettled]:
+def settle(deliveries: Sequence[Delivery], *, patience_seconds: float | None = None) -> Iterator[Settled | Unsettled]:
     """Each delivery's end, in no particular order, as soon as it is committed.
+
+    `patience_seconds` limits each statement, beyond the limit that the process has.
 
     Raises:
         StoreUnavailable: the database cannot take anything now. What was not answered before is undecided.
         SettingsError: the settings name no database.
     """
     try:
-        settled = _settle_together(deliveries, _patience_seconds)
+        settled = _settle_together(deliveries, patience_seconds)
     except StoreUnavailable as error:
         if not error.one_statement:
             raise
         problem: Exception = error
-        _patience_seconds = _ISOLATED_SECONDS
+        patience_seconds = ISOLATED_SECONDS
     except SettingsError:
         raise
     except Exception as error:
@@ -90,10 +92,10 @@ def settle(deliveries: Sequence[Delivery], *, _patience_seconds: float | None = 
         return
     if len(deliveries) > 1:
         half = len(deliveries) // 2
-        yield from settle(deliveries[:half], _patience_seconds=_patience_seconds)
-        yield from settle(deliveries[half:], _patience_seconds=_patience_seconds)
+        yield from settle(deliveries[:half], patience_seconds=patience_seconds)
+        yield from settle(deliveries[half:], patience_seconds=patience_seconds)
     elif isinstance(problem, InvalidEvent) and deliveries[0].refusal is None:
-        yield from _settle_together([replace(deliveries[0], refusal=problem)], _patience_seconds)
+        yield from _settle_together([replace(deliveries[0], refusal=problem)], patience_seconds)
     else:
         yield Unsettled(deliveries[0].job_id, problem)
 

@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -32,12 +33,13 @@ from rq.utils import now
 from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 from rq.worker_registration import REDIS_WORKER_KEYS as WORKERS_KEY
+from rq.worker_registration import clean_worker_registry
 
 from consumers.connection import limit_statements
 from consumers.errors import PoisonEvent, StoreUnavailable
 from consumers.reservations import POISON_DEATHS, Reservations
 from consumers.rq_jobs import ReservedJob, RqJobs, Run
-from consumers.settling import Delivery, Settled, Unsettled, acknowledge, settle
+from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, acknowledge, settle
 from consumers.stranded import Stranded
 from consumers.waits import DatabaseWaits
 from producers.errors import SettingsError
@@ -54,6 +56,7 @@ _WAIT_SECONDS = 1  # also how long a stop request may go unnoticed by an idle wo
 _RENEW_SECONDS = 2.0
 _STALL_SECONDS = 1.0  # waiting longer than this for an answer is the database's doing, not the job's
 _MAINTENANCE_SECONDS = 5.0
+_REGISTERED_SECONDS = 60  # RQ adds as much: a dead worker is in RQ's list for two minutes at most, not for eight
 _FIRST_BACKOFF_SECONDS = 0.2
 _LAST_BACKOFF_SECONDS = 15.0
 
@@ -78,6 +81,7 @@ class HistoryWorker(SimpleWorker):
         if len(self.queues) != 1:
             raise SettingsError("HistoryWorker works on exactly one queue; start another worker for another queue")
         self._queue = self.queues[0]
+        self.worker_ttl = min(self.worker_ttl, _REGISTERED_SECONDS)
         self._reservations = Reservations(self.connection, self._queue, self.name)
         self._jobs = RqJobs(self.connection, self._queue)
         self._stranded = Stranded(self.connection, self._queue)
@@ -120,7 +124,9 @@ class HistoryWorker(SimpleWorker):
                         if self._ending.is_set():
                             break
                         self._maintain()
-                        reserved = self._take(burst, BATCH_JOBS if max_jobs is None else max_jobs - done)
+                        reserved = self._take(
+                            burst, min(BATCH_JOBS, sys.maxsize if max_jobs is None else max_jobs - done)
+                        )
                         if reserved:
                             done += self._work_off(reserved)
                             idle_since = time.monotonic()
@@ -164,6 +170,10 @@ class HistoryWorker(SimpleWorker):
         """Seconds without an answer after which Redis counts as away; RQ waits for several minutes."""
         return _WAIT_SECONDS + 9
 
+    def _install_signal_handlers(self) -> None:
+        super()._install_signal_handlers()
+        signal.signal(signal.SIGHUP, self.request_stop)
+
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Only a note: the loop looks at it, so that no exception lands in the middle of something."""
         self._shutdown_requested_date = now()
@@ -194,7 +204,9 @@ class HistoryWorker(SimpleWorker):
         broken: list[Unsettled] = []
         try:
             try:
-                for end in settle(deliveries) if deliveries else ():
+                # One that has timed out before comes alone, and must not hold up the rest for as long again.
+                patience = ISOLATED_SECONDS if reserved[0].delays else None
+                for end in settle(deliveries, patience_seconds=patience) if deliveries else ():
                     self._progress_at = time.monotonic()
                     if isinstance(end, Settled):
                         settled.append(end)
@@ -298,11 +310,13 @@ class HistoryWorker(SimpleWorker):
         if time.monotonic() < self._maintain_at:
             return
         self._maintain_at = time.monotonic() + _MAINTENANCE_SECONDS * random.uniform(0.8, 1.2)
-        if not self.connection.sismember(WORKERS_KEY, self.key):  # Redis lost everything, this registration included
+        # Redis lost everything, this registration included, or it expired.
+        if not (self.connection.sismember(WORKERS_KEY, self.key) and self.connection.exists(self.key)):
             self.connection.delete(self.key)
             self.register_birth()
             self._reservations.renew_lease()
         self.heartbeat()
+        clean_worker_registry(self._queue)
         found = self._reservations.recover_dead_holders()
         found += self._stranded.requeue()
         if found:

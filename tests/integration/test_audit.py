@@ -172,6 +172,29 @@ def test_a_discarded_event_is_kept_with_the_reasons(
     assert json.loads(event)["sequence"] == "0000000000000000006"
 
 
+@pytest.mark.parametrize("harm", ["lost", "no hash", "unreadable"])
+def test_what_redis_did_to_a_failed_job_is_in_nobodys_way(
+    redis: Redis, mixed: list[Receipt], harm: str, work: Work
+) -> None:
+    """It can be sent through again from its text, and discarded, whatever has become of the job."""
+    (rejection,) = rejections()
+    key = f"rq:job:{rejection.job_id}"
+    if harm == "lost":
+        redis.flushall()
+    elif harm == "no hash":
+        redis.delete(key)
+        redis.set(key, "x")
+    else:
+        redis.hset(key, "timeout", "abc")
+    requeued = _run("failed", "requeue", rejection.job_id)
+    work()
+    discarded = _run("failed", "discard", rejection.job_id, "--reason", "test data")
+
+    assert (requeued.returncode, requeued.stdout) == (0, "1 sent through again\n")
+    assert (discarded.returncode, discarded.stderr, rejections()) == (0, "", [])
+    assert not redis.exists(key)
+
+
 def test_what_was_discarded_stays_so_when_it_is_refused_once_more(
     redis: Redis, mixed: list[Receipt], work: Work
 ) -> None:

@@ -228,6 +228,37 @@ def test_what_somebody_did_to_a_job_is_not_held_against_its_event(redis: Redis, 
     assert (_outcomes(), len(get_portfolio_history())) == ([], 3)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("timeout", "abc"), ("result_ttl", "abc"), ("created_at", "x"), ("webhooks", "x")]
+)
+def test_a_job_that_is_both_harmed_and_refused_stops_nobody(redis: Redis, field: str, value: str) -> None:
+    """Its failure cannot be written into it; its event is recorded all the same."""
+    refused = _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
+    redis.hset(refused.key, field, value)
+    _enqueue(redis, 2)
+    _burst(redis)
+
+    assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [(refused.id, "rejected")]
+    assert _queue(redis).failed_job_registry.get_job_ids() == [refused.id]
+    assert len(get_portfolio_history()) == 2
+
+
+def test_max_jobs_may_be_more_than_a_batch(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends after as many, in batches of the usual size."""
+    monkeypatch.setattr(worker_module, "BATCH_JOBS", 10)
+    _enqueue(redis, 40)
+    together, sizes = settling._settle_together, []
+
+    def counted(deliveries: Any, patience_seconds: Any) -> Any:
+        sizes.append(len(deliveries))
+        return together(deliveries, patience_seconds)
+
+    monkeypatch.setattr(settling, "_settle_together", counted)
+    HistoryWorker([_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=25)
+
+    assert (sizes, _queue(redis).count) == ([10, 10, 5], 15)
+
+
 @pytest.mark.parametrize("field", ["created_at", "timeout", "status"])
 def test_a_job_that_cannot_be_read_is_refused_and_stops_nobody(redis: Redis, field: str) -> None:
     """Without data, whatever else somebody has done to its hash: recorded, failed, and the rest goes on."""
@@ -278,7 +309,7 @@ def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypa
     worker = HistoryWorker([_queue(redis)], connection=redis)
     leases = []
 
-    def stopped_meanwhile(deliveries: Any) -> Any:
+    def stopped_meanwhile(deliveries: Any, patience_seconds: Any) -> Any:
         worker.request_stop(15, None)
         redis.delete(*redis.keys("history:lease:*") or ["none"])
         deadline = time.monotonic() + 10
@@ -301,7 +332,7 @@ def test_a_worker_that_is_stuck_loses_its_lease(redis: Redis, monkeypatch: pytes
     worker = HistoryWorker([_queue(redis)], connection=redis)
     found: list[Any] = []
 
-    def stuck(deliveries: Any) -> Any:
+    def stuck(deliveries: Any, patience_seconds: Any) -> Any:
         time.sleep(0.4)  # beyond what counts as stuck
         redis.delete(*redis.keys("history:lease:*"))
         time.sleep(0.4)  # several renewals, if there were any
@@ -381,7 +412,7 @@ def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) ->
     _burst(redis)
 
     assert [(job_id, reason) for job_id, _, reason in _outcomes()] == [
-        (job_ids[0], "poison event: 3 workers died while they had it alone")
+        (job_ids[0], "poison event: 3 workers died or failed while they had it alone")
     ]
     assert len(get_portfolio_history()) == 1
 
