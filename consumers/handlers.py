@@ -9,9 +9,7 @@ from __future__ import annotations
 from redis import RedisError
 from rq import get_current_job
 
-from consumers.connection import get_db
-from consumers.errors import EventConflict
-from consumers.inserts import insert_events
+from consumers.inserts import insert_event
 from consumers.settling import Delivery, Unsettled, acknowledge, logger, settle
 from producers.events import Event, PortfolioSnapshotEvent, SignalArchiveEvent, decode
 
@@ -35,7 +33,7 @@ def record_signal_archive(event: str) -> int:
 def _record(text: str, model: type[Event]) -> int:
     job = get_current_job()
     if job is None:  # called by hand: there is no delivery to account for
-        return _insert(decode(text, model))
+        return insert_event(decode(text, model))
     (end,) = settle([Delivery(job.id, text, model)])
     if isinstance(end, Unsettled):
         raise end.error
@@ -50,11 +48,3 @@ def _record(text: str, model: type[Event]) -> int:
         raise end.error
     assert end.outcome.row_id is not None
     return end.outcome.row_id
-
-
-def _insert(event: Event) -> int:
-    with get_db() as db:
-        (stored,) = insert_events(db, [event])
-    if isinstance(stored, EventConflict):
-        raise stored
-    return stored.row_id

@@ -14,6 +14,7 @@ from typing import Any
 import simplejson
 from sqlalchemy import Connection, TextClause, text
 
+from consumers.connection import get_db
 from consumers.errors import EventConflict, StoreUnavailable
 from producers.events import Event, PortfolioSnapshot, SignalArchive, SignalArchiveEvent
 
@@ -126,6 +127,20 @@ def insert_events(db: Connection, events: Sequence[Event]) -> list[Stored | Even
             for n, answer in zip(positions, _insert(db, table, [events[n] for n in positions]), strict=True):
                 answers[n] = answer
     return answers  # type: ignore[return-value]  # each event is of one of the two
+
+
+def insert_event(event: Event) -> int:
+    """Insert one event in a transaction of its own and return its row's id, the same id when it is stored already.
+
+    Raises:
+        EventConflict: its id is stored with other content.
+        StoreUnavailable: the database cannot take it now.
+    """
+    with get_db() as db:
+        (answer,) = insert_events(db, [event])
+    if isinstance(answer, EventConflict):
+        raise answer
+    return answer.row_id
 
 
 def _insert(db: Connection, table: _Table, events: Sequence[Event]) -> list[Stored | EventConflict]:

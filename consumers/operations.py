@@ -11,8 +11,7 @@ from uuid import UUID
 from sqlalchemy import text
 
 from consumers.connection import get_db
-from consumers.errors import EventConflict
-from consumers.inserts import insert_events
+from consumers.inserts import insert_event
 from consumers.plain_dicts import archive_of, snapshot_of, zoned
 from producers.events import PortfolioSnapshot, SignalArchive, event_of
 
@@ -49,11 +48,7 @@ def insert_signal_archive(archive: Mapping[str, Any]) -> int:
 
 
 def _insert_direct(payload: PortfolioSnapshot | SignalArchive) -> int:
-    with get_db() as db:
-        (stored,) = insert_events(db, [event_of(payload, source=DIRECT_SOURCE, sequence=None)])
-    if isinstance(stored, EventConflict):
-        raise stored
-    return stored.row_id
+    return insert_event(event_of(payload, source=DIRECT_SOURCE, sequence=None))
 
 
 _SNAPSHOTS = """

@@ -4,7 +4,7 @@ HistoryError
 ├── SettingsError          a setting is missing or wrong; names it
 ├── InvalidEvent           permanent: this input is not, and will never be, an event
 │   └── SignalsUnreadable  the signals' file or URL does not hold JSON signals
-├── OutboxError            the outbox file cannot be written; nothing was recorded
+├── OutboxError            the outbox file cannot be read or written; a call that raises it recorded nothing
 ├── ProducerClosed         the producer was closed; nothing was recorded
 └── EventRejected          a consumer refused the event for good; raised by Receipt.wait
 """
@@ -40,7 +40,7 @@ class SignalsUnreadable(InvalidEvent):
 
 
 class OutboxError(HistoryError):
-    """The outbox could not be written, so the event was not accepted."""
+    """The outbox could not be read or written; an event whose call raised this was not accepted."""
 
 
 class ProducerClosed(HistoryError):

@@ -45,6 +45,7 @@ class Receipt:
         Raises:
             EventRejected: a consumer refused it for good.
             TimeoutError: nothing is known yet; the event is still on its way and safe.
+            OutboxError: the outbox cannot be read, or its entry was settled so long ago that it is no longer kept.
         """
         return self._producer._wait(self._accepted, timeout)
 

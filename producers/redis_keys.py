@@ -1,4 +1,4 @@
-"""Names in Redis that a producer's relay and the workers share, beside RQ's own."""
+"""Names in Redis beside RQ's own. A producer's relay reads the first three; the others are the workers'."""
 
 from __future__ import annotations
 

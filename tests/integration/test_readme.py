@@ -18,6 +18,7 @@ from redis import Redis
 from typer.main import get_command
 
 from consumers.cli import app
+from consumers.connection import get_db
 from consumers.settings import StoreSettings
 from consumers.stack import EmbeddedSettings
 from producers import trading_controller
@@ -90,6 +91,15 @@ def test_the_python_examples_run(
 
     entries = redis.lrange("rq:queue:history", 0, -1)
     assert (len(entries), Outbox(tmp_path / "data" / "outbox.db").status().sent) == (4, 4)
+
+
+def test_the_sql_examples_run(database_url: str) -> None:
+    """Each statement, on the tables as schema.sql makes them."""
+    (block,) = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+    statements = [statement for statement in block.split(";") if statement.strip()]
+    with get_db() as db:
+        results = [db.exec_driver_sql(statement).all() for statement in statements]
+    assert results == [[], [], []]
 
 
 def test_the_wire_example_is_an_event_of_ours() -> None:
