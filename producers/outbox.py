@@ -10,11 +10,8 @@ Settled entries stay for a while, so that they can be sent again after the datab
 from __future__ import annotations
 
 import math
-import sqlite3
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -22,13 +19,12 @@ from uuid import UUID, uuid4
 
 from producers.errors import OutboxError
 from producers.events import Payload, encode, event_of
+from producers.outbox_file import OutboxFile
 from producers.outcomes import Outcome
 from producers.relay_lock import RelayLock
-from producers.sqlite_forks import close_before_fork, sqlite_errors
 
 MAX_BYTES = 2**30
 
-_BUSY_TIMEOUT_SECONDS = 5.0
 _PRUNE_ENTRIES = 1000  # at once: a short transaction, which no append has to wait for
 
 _VERSION = 2
@@ -177,14 +173,7 @@ class Outbox:
 
     def __init__(self, path: Path | str, *, max_bytes: int = MAX_BYTES) -> None:
         self.path = Path(path)
-        self._max_bytes = max_bytes
-        self.lock = threading.Lock()
-        self._connections: dict[str, sqlite3.Connection] = {}  # by synchronous mode
-        close_before_fork(self)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutboxError(f"outbox {self.path}: {error.strerror or error}") from error
+        self._file = OutboxFile(self.path, max_bytes)
         try:
             self._ensure_tables()
         except OutboxError:
@@ -192,10 +181,10 @@ class Outbox:
             raise
 
     def _ensure_tables(self) -> None:
-        with self._reading() as db:
+        with self._file.reading() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
         if version != _VERSION:
-            with self._transaction() as db:
+            with self._file.transaction() as db:
                 (version,) = db.execute("PRAGMA user_version").fetchone()  # another process may have been first
                 for statement in ((_UPGRADE_FROM_1 if version == 1 else "") + _SCHEMA).split(";"):
                     db.execute(statement)
@@ -205,7 +194,7 @@ class Outbox:
         """Record all of `payloads` in one durable commit, or none; the order is the order of sequences."""
         now = time.time()
         accepted = []
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute(_TAKE_SEQUENCES, {"id": uuid4().hex, "name": name, "count": len(payloads)})
             source_id, last = db.execute(_LAST_TAKEN, (name,)).fetchone()
             source = source_of(name, source_id)
@@ -218,27 +207,27 @@ class Outbox:
 
     def pending(self, limit: int) -> list[Entry]:
         """The oldest entries that were not yet handed to Redis."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             return [Entry(*row) for row in db.execute(_PENDING, (limit,))]
 
     def overdue(self, now: float, limit: int) -> list[Entry]:
         """Sent entries whose acknowledgement should have come by `now`."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             return [Entry(*row) for row in db.execute(_OVERDUE, (now, limit))]
 
     def mark_sent(self, check_at: Mapping[int, float]) -> None:
         """Entries (by position) that Redis has now, and when to look for what became of them."""
-        with self._transaction(durable=False) as db:
+        with self._file.transaction(durable=False) as db:
             db.executemany(_MARK_SENT, [(at, position) for position, at in check_at.items()])
 
     def postpone(self, check_at: Mapping[int, float]) -> None:
         """Sent entries (by position) that are still under way, and when to look again."""
-        with self._transaction(durable=False) as db:
+        with self._file.transaction(durable=False) as db:
             db.executemany(_POSTPONE, [(at, position) for position, at in check_at.items()])
 
     def awaiting(self, state: Literal["sent", "rejected"]) -> list[tuple[str, str, int]]:
         """(id, name, number of its resends) of each source that has entries in this state."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             return db.execute(_AWAITING, (state,)).fetchall()
 
     def settle(self, source_id: str, resends: int, outcomes: Iterable[tuple[int, Outcome]]) -> None:
@@ -259,13 +248,13 @@ class Outbox:
             }
             for sequence, outcome in outcomes
         ]
-        with self._transaction(durable=False) as db:
+        with self._file.transaction(durable=False) as db:
             if db.execute("SELECT resends FROM sources WHERE id = ?", (source_id,)).fetchone() == (resends,):
                 db.executemany(_SETTLE, rows)
 
     def resend(self, since: float) -> int:
         """Make settled entries recorded since then (seconds since the epoch) pending again; returns how many."""
-        with self._transaction() as db:
+        with self._file.transaction() as db:
             db.execute("UPDATE sources SET resends = resends + 1")
             return db.execute(_RESEND, (since,)).rowcount
 
@@ -274,15 +263,15 @@ class Outbox:
 
         Returns how many; a large backlog needs more calls. What is not settled is never dropped.
         """
-        with self._transaction(durable=False) as db:
+        with self._file.transaction(durable=False) as db:
             settled_before = time.time() - keep_seconds
-            if 2 * self._used_bytes(db) > self._max_bytes:
+            if self._file.is_half_full(db):
                 settled_before = math.inf
             return db.execute(_PRUNE, (settled_before, _PRUNE_ENTRIES)).rowcount
 
     def outcome(self, source_id: str, sequence: int) -> Outcome | None:
         """What became of one entry; None while it is under way."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             row = db.execute(
                 "SELECT state, row_id, reason FROM entries WHERE source_id = ? AND sequence = ?",
                 (source_id, sequence),
@@ -295,11 +284,11 @@ class Outbox:
         return Outcome("rejected", reason=reason) if state == "rejected" else None
 
     def pending_count(self) -> int:
-        with self._reading() as db:
+        with self._file.reading() as db:
             return int(db.execute("SELECT count(*) FROM entries WHERE state = 'pending'").fetchone()[0])
 
     def status(self) -> OutboxStatus:
-        with self._reading() as db:
+        with self._file.reading() as db:
             by_state = {state: (count, oldest) for state, count, oldest in db.execute(_STATUS)}
         unsettled = [by_state[state][1] for state in ("pending", "sent") if state in by_state]
         pending, sent, confirmed, rejected = (
@@ -313,93 +302,26 @@ class Outbox:
 
     def sources(self) -> list[tuple[str, str, int]]:
         """(id, name, last number used) of each source of this outbox."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             return db.execute("SELECT id, name, last_sequence FROM sources").fetchall()
 
     def unsettled(self, source_id: str) -> set[int]:
         """The numbers of one source that are pending or sent."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             return {sequence for (sequence,) in db.execute(_UNSETTLED, (source_id,))}
 
     def numbers(self, source_id: str, after: int, limit: int) -> list[tuple[int, UUID]]:
         """(sequence, event id) of the kept entries of one source, in order, for going through all."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             rows = db.execute(_NUMBERS, (source_id, after, limit)).fetchall()
         return [(sequence, UUID(event_id)) for sequence, event_id in rows]
 
     def close(self) -> None:
         """A closed outbox opens its file again when it is used again."""
-        with self.lock:
-            self.close_connections()
-
-    def close_connections(self) -> None:
-        """For who holds `lock`."""
-        while self._connections:
-            self._connections.popitem()[1].close()
-
-    def __del__(self) -> None:
-        # Nobody has it any more, so nobody holds the lock either.
-        self.close_connections()
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _used_bytes(self, db: sqlite3.Connection) -> int:
-        pages, free, page_bytes = (
-            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
-        )
-        return int((pages - free) * page_bytes)
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self.lock, self._translated():
-            yield self._connection(durable=False)
-
-    @contextmanager
-    def _transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        with self.lock, self._translated():
-            db = self._connection(durable=durable)
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-
-    def _connection(self, *, durable: bool) -> sqlite3.Connection:
-        """FULL waits for the disk at each commit, NORMAL leaves that to the next one that does."""
-        mode = "FULL" if durable else "NORMAL"
-        if mode not in self._connections:
-            connection = sqlite3.connect(
-                self.path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            self._connections[mode] = connection
-            # Marks get some room beyond what appends may fill: a full outbox must still be able to empty.
-            room = self._max_bytes if durable else self._max_bytes + self._max_bytes // 16
-            try:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute(f"PRAGMA synchronous = {mode}")
-                (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
-                connection.execute(f"PRAGMA max_page_count = {room // page_bytes}")
-            except sqlite3.Error:
-                self._connections.pop(mode).close()
-                raise
-        return self._connections[mode]
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        with sqlite_errors(self.path):
-            try:
-                yield
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
-                    raise
-                raise OutboxError(
-                    f"outbox {self.path} is full: its disk, or its limit of {self._max_bytes // 2**20} MiB;"
-                    " events leave it when Redis and a worker run"
-                ) from error

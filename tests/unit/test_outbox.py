@@ -230,11 +230,11 @@ def test_a_full_disk_is_an_error_and_nothing_is_half_recorded(path: Path) -> Non
     """SQLite's page limit stands in for the disk's end."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot()])
-    pages = outbox._connections["FULL"].execute("PRAGMA page_count").fetchone()[0]
-    outbox._connections["FULL"].execute(f"PRAGMA max_page_count = {pages}")
+    pages = outbox._file._connections["FULL"].execute("PRAGMA page_count").fetchone()[0]
+    outbox._file._connections["FULL"].execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(OutboxError, match="full"):
         outbox.append(NAME, [an_archive(signals=[a_signal(reason="x" * 100_000)])])
-    outbox._connections["FULL"].execute("PRAGMA max_page_count = 1000000")
+    outbox._file._connections["FULL"].execute("PRAGMA max_page_count = 1000000")
 
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [2]
 
