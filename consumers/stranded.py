@@ -22,6 +22,7 @@ _LOOK_SECONDS = 60
 _SHORT_QUEUE_JOBS = 1000
 _FEW_KEYS = 200_000
 _PAGE_KEYS = 1000
+_MOST_STRAYS = 1000  # at one look: each costs a round trip, during which no event is stored
 
 # KEYS intermediate list, queue; ARGV the job's id.
 _TAKE_FROM_LIST = """
@@ -103,11 +104,10 @@ class Stranded:
         # The jobs first: one that moves from list to list meanwhile is found in one of them.
         queued = list(self._queued())
         listed = {job_id for one in lists for job_id in self._ids_in(one)}
-        for job_id in queued:
-            if job_id not in listed:
-                keys = [self._queue.key, JOB_PREFIX + job_id, strays]
-                if self._take_stray(keys=keys, args=[job_id, now, STRANDED_SECONDS]):
-                    yield job_id
+        for job_id in [job_id for job_id in queued if job_id not in listed][:_MOST_STRAYS]:
+            keys = [self._queue.key, JOB_PREFIX + job_id, strays]
+            if self._take_stray(keys=keys, args=[job_id, now, STRANDED_SECONDS]):
+                yield job_id
 
     def _queued(self) -> Iterator[str]:
         page: list[str] = []

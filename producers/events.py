@@ -38,7 +38,7 @@ SNAPSHOT_TYPE: SnapshotType = "trading.portfolio-snapshot.v1"
 ARCHIVE_TYPE: ArchiveType = "trading.signal-archive.v1"
 
 MAX_EVENT_BYTES = 8 * 1024 * 1024
-_ID_NAMESPACE = UUID("6f9a1d4e-2c57-5b0e-9d52-1c7b7f0e8a63")
+_ID_NAMESPACE = UUID("6f9a1d4e-2c57-5b0e-9d52-1c7b7f0e8a63").bytes
 _ID_MASK = UUID("ffffffff-ffff-0fff-3fff-ffffffffffff").int
 _ID_VERSION_5 = UUID("00000000-0000-5000-8000-000000000000").int
 _REPORTED_PROBLEMS = 3
@@ -58,7 +58,7 @@ def event_id(event_type: str, portfolio_id: int | None, instant: datetime) -> UU
     portfolio = "" if portfolio_id is None else portfolio_id
     # What uuid.uuid5 does, at half the price; it is made or checked at each step of an event's way.
     name = f"{event_type}|{portfolio}|{microseconds}".encode()
-    digest = int.from_bytes(sha1(_ID_NAMESPACE.bytes + name, usedforsecurity=False).digest()[:16])
+    digest = int.from_bytes(sha1(_ID_NAMESPACE + name, usedforsecurity=False).digest()[:16])
     return UUID(int=digest & _ID_MASK | _ID_VERSION_5)
 
 
