@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC
-from typing import Any
+from typing import Any, NamedTuple
 
 import simplejson
 from sqlalchemy import Connection, TextClause, text
@@ -21,8 +21,7 @@ from producers.events import Event, PortfolioSnapshot, SignalArchive, SignalArch
 _TRIES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """Where a fact is: its row, whether this insert made it, and the delivery that did."""
 
     row_id: int

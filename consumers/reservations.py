@@ -21,11 +21,13 @@ from producers.redis_keys import delays_key, held_key, holders_key, lease_key, s
 LEASE_SECONDS = 20
 POISON_DEATHS = 3
 
+_AS_USUAL = ("usual", b"")
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 
 # KEYS queue, held list, suspects, lease, holders, delays; ARGV jobs and bytes at most, prefix of job keys, seconds of
 # the lease, holder. A list that is not empty holds what an answer that got lost had reserved: that goes back first.
-# The lease is part of it, so that nothing can be held without one, even right after Redis has lost everything.
+# The lease is part of it, so that nothing can be held without one, even right after Redis has lost everything. Only
+# the first job can have deaths or delays, since then it comes alone.
 _RESERVE = (
     READ_JOBS
     + """
@@ -42,16 +44,16 @@ for n = 2, last do
     if deaths[n] or delays[n] then last = n - 1 break end
 end
 for n = #ids, last + 1, -1 do ids[n] = nil end
-local jobs, bytes, taken = read_jobs(ARGV[3], ids), 0, 0
-while taken < #jobs and bytes < tonumber(ARGV[2]) do
+local data, odd = read_jobs(ARGV[3], ids)
+local bytes, taken = 0, 0
+while taken < #data and bytes < tonumber(ARGV[2]) do
     taken = taken + 1
-    bytes = bytes + #jobs[taken][3]
-    jobs[taken][5], jobs[taken][6] = deaths[taken] or '-1', delays[taken] or '0'
+    bytes = bytes + #data[taken]
 end
-for n = #jobs, taken + 1, -1 do ids[n], jobs[n] = nil, nil end
+for n = #data, taken + 1, -1 do ids[n], data[n] = nil, nil end
 redis.call('LTRIM', KEYS[1], taken, -1)
 redis.call('RPUSH', KEYS[2], unpack(ids))
-return jobs
+return {ids, data, odd, deaths[1] or '-1', delays[1] or '0'}
 """
 )
 
@@ -125,16 +127,21 @@ class Reservations:
         keys = [self._queue.key, self._held, self._suspects, self._lease, self._holders, self._delays]
         limits: list[Any] = [limit, _MAX_BATCH_BYTES, JOB_PREFIX, LEASE_SECONDS, self._name]
         found: Any = self._reserve(keys=keys, args=limits)
+        if not found:
+            return []
+        job_ids, datas, odd, deaths, delays = found
+        notes = {n - 1: (state.decode(), ttl) for n, state, ttl in odd}
         return [
             ReservedJob(
                 job_id.decode(errors="replace"),
                 None if int(deaths) < 0 else int(deaths),
                 int(delays),
-                state.decode(),
+                state,
                 data,
-                int(result_ttl) if result_ttl.removeprefix(b"-").isdigit() else None,
+                int(ttl) if ttl.removeprefix(b"-").isdigit() else None,
             )
-            for job_id, state, data, result_ttl, deaths, delays in found
+            for n, (job_id, data) in enumerate(zip(job_ids, datas, strict=True))
+            for state, ttl in [notes.get(n, _AS_USUAL)]
         ]
 
     def release(self, pipe: Any, job_ids: Sequence[str]) -> None:

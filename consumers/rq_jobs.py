@@ -13,7 +13,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic_core import from_json
 from redis import Redis, RedisError
@@ -50,7 +50,7 @@ JOB_PREFIX = Job.redis_job_namespace_prefix
 # script costs some microseconds: what can be asked of all jobs at once is not asked of each.
 READ_JOBS = """
 local function read_jobs(prefix, ids)
-    local keys, jobs = {}, {}
+    local keys, data, odd = {}, {}, {}
     for n, id in ipairs(ids) do keys[n] = prefix .. id .. ':dependents' end
     local awaited = #keys > 0 and redis.call('EXISTS', unpack(keys)) > 0
     for n, id in ipairs(ids) do
@@ -68,32 +68,29 @@ local function read_jobs(prefix, ids)
                 if found[field] and found[field] ~= '' then state = 'unusual' end
             end
         end
-        jobs[n] = {id, state, found[1] or '', found[2] or ''}
+        data[n] = found[1] or ''
+        -- What is as usual is told by its data alone.
+        if state ~= 'usual' or found[2] then odd[#odd + 1] = {n, state, found[2] or ''} end
     end
-    return jobs
+    return data, odd
 end
 """
 
 # KEYS finished registry, failed registry; ARGV prefixes of jobs and results, worker, start and end as text and as
-# seconds, seconds now, finished jobs to keep, of one batch and in all, then for each job its id, seconds to keep the
-# result, the result.
+# seconds, seconds now, finished jobs to keep, how many jobs are not kept and their ids, then for each job that is kept
+# its id, seconds to keep the result, the result.
 _FINISH = """
-local first, kept = 11, {}
 local forgotten, ended = {}, {}
-for n = first, #ARGV, 3 do
-    local id, ttl = ARGV[n], tonumber(ARGV[n + 1])
-    ended[#ended + 1] = id
-    -- Of a large batch only the last ones are kept: the others would be pushed out moments later.
-    if ttl < 0 or (ttl > 0 and #ARGV - n < 3 * tonumber(ARGV[9])) then
-        kept[#kept + 1] = n
-    else
-        forgotten[#forgotten + 1] = ARGV[1] .. id
-        forgotten[#forgotten + 1] = ARGV[2] .. id
-    end
+local first = 11 + tonumber(ARGV[10])
+for n = 11, first - 1 do
+    ended[#ended + 1] = ARGV[n]
+    forgotten[#forgotten + 1] = ARGV[1] .. ARGV[n]
+    forgotten[#forgotten + 1] = ARGV[2] .. ARGV[n]
 end
+for n = first, #ARGV, 3 do ended[#ended + 1] = ARGV[n] end
 redis.call('ZREM', KEYS[2], unpack(ended))
 if #forgotten > 0 then redis.call('DEL', unpack(forgotten)) end
-for _, n in ipairs(kept) do
+for n = first, #ARGV, 3 do
     local id, ttl = ARGV[n], tonumber(ARGV[n + 1])
     local job, results = ARGV[1] .. id, ARGV[2] .. id
     if redis.call('EXISTS', job) == 1 then
@@ -112,7 +109,7 @@ for _, n in ipairs(kept) do
     end
 end
 -- What is to be kept for ever is somebody's wish, and not counted.
-local extra = redis.call('ZCOUNT', KEYS[1], 0, '(+inf') - tonumber(ARGV[10])
+local extra = redis.call('ZCOUNT', KEYS[1], 0, '(+inf') - tonumber(ARGV[9])
 if extra > 0 then
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], 0, '(+inf', 'LIMIT', 0, extra)) do
         if redis.call('HGET', ARGV[1] .. id, 'status') == 'finished' then
@@ -124,8 +121,7 @@ end
 """
 
 
-@dataclass(frozen=True)
-class ReservedJob:
+class ReservedJob(NamedTuple):
     """A job that is held now. `deaths` counts the holders that died with it alone; None for no suspect.
 
     `delays` counts how often it went to the tail since it alone timed out. `data` is what RQ calls so: the serialized
@@ -203,13 +199,19 @@ class RqJobs:
     def finish(self, pipe: Pipeline, done: Sequence[tuple[ReservedJob, int | None]], run: Run) -> None:
         """Add to `pipe`: these jobs succeeded, each with the id of its row as result."""
         at = run.ended_at.timestamp()
-        ends: list[Any] = [JOB_PREFIX, Result.get_key(""), run.worker, utcformat(run.started_at)]
-        ends += [utcformat(run.ended_at), run.started_at.timestamp(), at, int(at), KEPT_OF_A_BATCH, KEPT_FINISHED_JOBS]
-        for job, row_id in done:
+        header: list[Any] = [JOB_PREFIX, Result.get_key(""), run.worker, utcformat(run.started_at)]
+        header += [utcformat(run.ended_at), run.started_at.timestamp(), at, int(at), KEPT_FINISHED_JOBS]
+        forgotten: list[str] = []
+        kept: list[Any] = []
+        for left, (job, row_id) in zip(range(len(done), 0, -1), done, strict=True):
             ttl = run.default_result_ttl if job.result_ttl is None else job.result_ttl
-            ends += [job.job_id, ttl, b64encode(b"%d" % row_id if row_id is not None else b"null")]
+            # Of a large batch only the last ones are kept: the others would be pushed out moments later.
+            if ttl < 0 or (ttl > 0 and left <= KEPT_OF_A_BATCH):
+                kept += [job.job_id, ttl, b64encode(b"%d" % row_id if row_id is not None else b"null")]
+            else:
+                forgotten.append(job.job_id)
         keys = [self._queue.finished_job_registry.key, self._queue.failed_job_registry.key]
-        self._finish(keys=keys, args=ends, client=pipe)
+        self._finish(keys=keys, args=[*header, len(forgotten), *forgotten, *kept], client=pipe)
 
     def fail(self, pipe: Pipeline, job_id: str, error: Exception, run: Run) -> None:
         """Add to `pipe`: this job failed for good."""

@@ -10,8 +10,8 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
@@ -38,8 +38,7 @@ _SEQUENCE: TypeAdapter[int] = TypeAdapter(SequenceNumber)
 _EVENT_ID: TypeAdapter[UUID] = TypeAdapter(EventId)
 
 
-@dataclass(frozen=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One job's event as text, and the model it must fit; `refusal` when it is to be refused unread."""
 
     job_id: str
@@ -48,8 +47,7 @@ class Delivery:
     refusal: HistoryError | None = None
 
 
-@dataclass(frozen=True)
-class Settled:
+class Settled(NamedTuple):
     """What became of one delivery, decided and committed. `error` is set exactly when it was rejected."""
 
     job_id: str
@@ -59,8 +57,7 @@ class Settled:
     error: HistoryError | None = None
 
 
-@dataclass(frozen=True)
-class Unsettled:
+class Unsettled(NamedTuple):
     """A delivery that alone could not be decided: the store had trouble with it, or this program has a defect."""
 
     job_id: str
@@ -95,7 +92,7 @@ def settle(deliveries: Sequence[Delivery], *, patience_seconds: float | None = N
         yield from settle(deliveries[:half], patience_seconds=patience_seconds)
         yield from settle(deliveries[half:], patience_seconds=patience_seconds)
     elif isinstance(problem, InvalidEvent) and deliveries[0].refusal is None:
-        yield from _settle_together([replace(deliveries[0], refusal=problem)], patience_seconds)
+        yield from _settle_together([deliveries[0]._replace(refusal=problem)], patience_seconds)
     else:
         yield Unsettled(deliveries[0].job_id, problem)
 

@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from types import FrameType
 from typing import Any
@@ -108,7 +107,7 @@ class HistoryWorker(SimpleWorker):
         SIGINT and SIGTERM end it after what it holds. An outage of Redis or PostgreSQL, of any length, does not.
         """
         limit_statements(STATEMENT_SECONDS)
-        gc.freeze()  # what the program consists of stays; looking through it after each batch costs a twentieth
+        gc.freeze()  # what the program consists of stays: no need to look through it again and again
         self._install_signal_handlers()
         if not self._arrive(logging_level, date_format, log_format):
             return False
@@ -237,7 +236,7 @@ class HistoryWorker(SimpleWorker):
     def _delivery(self, job: ReservedJob) -> Delivery:
         delivery = self._jobs.delivery(job)
         if delivery.refusal is None and job.deaths is not None and job.deaths >= POISON_DEATHS:
-            return replace(delivery, refusal=PoisonEvent(job.deaths))
+            return delivery._replace(refusal=PoisonEvent(job.deaths))
         return delivery
 
     def _blame(self, end: Unsettled) -> None:
