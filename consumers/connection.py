@@ -17,17 +17,22 @@ from consumers.settings import StoreSettings
 from producers.errors import InvalidEvent, SettingsError
 
 CONNECT_TIMEOUT_SECONDS = 5
-# Query cancelled (statement timeout), lock not available, deadlock, serialization failure.
-_ONE_STATEMENT = ("57014", "55P03", "40P01", "40001")
+# What ails the whole database, so that the next statement has no better prospects: connection, transaction state (such
+# as read-only), authorization, database or schema missing, objects missing or forbidden, resources, shutdown, system
+# and internal errors. Any other error may be of one statement only: cancelled, a lock, a deadlock, a trigger.
+_STORE_CLASSES = ("08", "25", "28", "3D", "3F", "42", "53", "57P", "58", "F0", "XX")
+_LOCK_SECONDS = 5.0
+_ISOLATED_LOCK_SECONDS = 0.5
 _IN_THE_WAY = "TH001"  # raised by schema.sql
 # SQLSTATE classes that the event itself causes: data exception, integrity constraint violation.
 _REFUSED_CLASSES = ("22", "23")
+_ROW_NUMBERS = ("portfolio_history_pk", "signal_archives_pk")
 
 
 def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0) -> Engine:
     """An engine that shows times in UTC, checks a pooled connection before use and never logs values.
 
-    A statement may take `statement_timeout_seconds`; 0 is no limit.
+    A statement may take `statement_timeout_seconds`, and wait for a lock for five at most; 0 is no limit.
 
     Raises:
         SettingsError: the URL cannot be read.
@@ -40,7 +45,11 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0)
         raise SettingsError("DATABASE_URL: a password with @ in it must have it percent-encoded, as %40")
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise SettingsError("DATABASE_URL: must be a postgresql:// URL")
-    limit = f" -c statement_timeout={round(statement_timeout_seconds * 1000)}" if statement_timeout_seconds else ""
+    limits = {
+        "statement_timeout": statement_timeout_seconds,
+        "lock_timeout": min(_LOCK_SECONDS, statement_timeout_seconds),
+    }
+    limit = "".join(f" -c {name}={round(seconds * 1000)}" for name, seconds in limits.items() if seconds)
     return create_engine(
         parsed.set(drivername="postgresql+psycopg2"),
         connect_args={
@@ -76,6 +85,12 @@ def engine() -> Engine:
     return create_store_engine(url, statement_timeout_seconds=_statement_timeout_seconds)
 
 
+def drop_connections() -> None:
+    """The next use connects anew: what a session was given at its start, such as being read-only, it keeps."""
+    if engine.cache_info().currsize:
+        engine().dispose()
+
+
 def _forget_after_fork() -> None:
     # The parent goes on using these sockets: the child must let go of them without closing them.
     if engine.cache_info().currsize:
@@ -90,7 +105,7 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
     """One transaction: committed when the block ends, rolled back when it raises.
 
-    `statement_seconds` limits each of its statements.
+    `statement_seconds` limits each of its statements, and then a lock is waited for only shortly.
 
     Raises:
         StoreUnavailable: the database cannot be reached, or has trouble of its own.
@@ -100,6 +115,7 @@ def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
     with translated_errors(), engine().begin() as connection:
         if statement_seconds is not None:
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = {round(statement_seconds * 1000)}")
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(_ISOLATED_LOCK_SECONDS * 1000)}")
         yield connection
 
 
@@ -110,10 +126,13 @@ def translated_errors() -> Iterator[None]:
         yield
     except DBAPIError as error:
         sqlstate = getattr(error.orig, "pgcode", None) or ""
-        if sqlstate.startswith(_REFUSED_CLASSES):
+        # The sequence of row numbers is behind the rows, as after a restore: no fault of the event.
+        numbers = getattr(getattr(error.orig, "diag", None), "constraint_name", None) in _ROW_NUMBERS
+        if sqlstate.startswith(_REFUSED_CLASSES) and not numbers:
             # Not chained: the driver's error carries the row's values into every traceback.
             raise InvalidEvent(f"PostgreSQL refused it: {_cause(error)} (SQLSTATE {sqlstate})") from None
-        raise StoreUnavailable(f"PostgreSQL: {_cause(error)}", one_statement=sqlstate in _ONE_STATEMENT) from error
+        alone = sqlstate != "" and not numbers and not sqlstate.startswith(_STORE_CLASSES)
+        raise StoreUnavailable(f"PostgreSQL: {_cause(error)}", one_statement=alone) from error
     except SQLAlchemyError as error:
         raise StoreUnavailable(f"PostgreSQL: {type(error).__name__}") from error
 

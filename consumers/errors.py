@@ -43,7 +43,8 @@ class RefusedJob(HistoryError):
 class StoreUnavailable(HistoryError):
     """The database cannot take or give anything now; the same call may succeed later.
 
-    With `one_statement` it was a statement that waited too long or lost to another one: the next may pass.
+    With `one_statement` it was the trouble of one statement, which waited too long, lost to another one, or met a
+    trigger: the next may pass.
     """
 
     def __init__(self, message: str, *, one_statement: bool = False) -> None:

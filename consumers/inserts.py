@@ -163,7 +163,7 @@ def _insert(db: Connection, table: _Table, events: Sequence[Event]) -> list[Stor
                 )
         if len(answers) == len(events):
             return [answers[n] for n in range(len(events))]
-    raise StoreUnavailable(f"rows of {table.name} come and go")
+    raise StoreUnavailable(f"rows of {table.name} come and go, or a trigger drops them", one_statement=True)
 
 
 # Instants go out in UTC: PostgreSQL reads offsets only up to 15:59, RFC 3339 has them up to 23:59.

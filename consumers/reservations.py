@@ -7,16 +7,18 @@ A job that was held when its holder died is a suspect: it runs alone, so that it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
 from redis import Redis
 from rq import Queue
-from rq.utils import as_text
 
 from consumers.rq_jobs import JOB_PREFIX, READ_JOBS, ReservedJob
-from producers.redis_keys import delays_key, held_key, holders_key, lease_key, suspects_key
+from producers.redis_keys import delays_key, held_key, holders_key, lease_key, strange_key, suspects_key
+
+logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 20
 POISON_DEATHS = 3
@@ -24,10 +26,11 @@ POISON_DEATHS = 3
 _AS_USUAL = ("usual", b"")
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 
-# KEYS queue, held list, suspects, lease, holders, delays; ARGV jobs and bytes at most, prefix of job keys, seconds of
-# the lease, holder. A list that is not empty holds what an answer that got lost had reserved: that goes back first.
-# The lease is part of it, so that nothing can be held without one, even right after Redis has lost everything. Only
-# the first job can have deaths or delays, since then it comes alone.
+# KEYS queue, held list, suspects, lease, holders, delays, strange; ARGV jobs and bytes at most, prefix of job keys,
+# seconds of the lease, holder. A list that is not empty holds what an answer that got lost had reserved: that goes back
+# first. The lease is part of it, so that nothing can be held without one, even right after Redis has lost everything.
+# Only the first job can have deaths or delays, since then it comes alone. What is no id (RQ's are letters, digits, _
+# and -) could not be handled by anything that reads ids as text: it is put aside.
 _RESERVE = (
     READ_JOBS
     + """
@@ -36,6 +39,15 @@ redis.call('HSETNX', KEYS[5], ARGV[5], '')
 while redis.call('LMOVE', KEYS[2], KEYS[1], 'RIGHT', 'LEFT') do end
 local ids = redis.call('LRANGE', KEYS[1], 0, ARGV[1] - 1)
 if #ids == 0 then return {} end
+local strange = {}
+for n = #ids, 1, -1 do
+    if #ids[n] > 200 or string.find(ids[n], '[^ -~]') then strange[#strange + 1] = table.remove(ids, n) end
+end
+for _, id in ipairs(strange) do
+    redis.call('LREM', KEYS[1], 1, id)
+    redis.call('RPUSH', KEYS[7], id)
+end
+if #ids == 0 then return {ids, {}, {}, '-1', '0', #strange} end
 local deaths, delays = {}, {}
 if redis.call('EXISTS', KEYS[3]) == 1 then deaths = redis.call('HMGET', KEYS[3], unpack(ids)) end
 if redis.call('EXISTS', KEYS[6]) == 1 then delays = redis.call('HMGET', KEYS[6], unpack(ids)) end
@@ -53,7 +65,7 @@ end
 for n = #data, taken + 1, -1 do ids[n], data[n] = nil, nil end
 redis.call('LTRIM', KEYS[1], taken, -1)
 redis.call('RPUSH', KEYS[2], unpack(ids))
-return {ids, data, odd, deaths[1] or '-1', delays[1] or '0'}
+return {ids, data, odd, deaths[1] or '-1', delays[1] or '0', #strange}
 """
 )
 
@@ -84,6 +96,7 @@ local guilty = #ids == 1 and redis.call('HGET', KEYS[5], ARGV[1]) ~= 'waiting'
 for _, id in ipairs(ids) do
     if guilty then redis.call('HINCRBY', KEYS[4], id, 1) else redis.call('HSETNX', KEYS[4], id, 0) end
 end
+redis.call('EXPIRE', KEYS[4], 604800)  -- other workers than ours do not remove what they finish
 while redis.call('LMOVE', KEYS[2], KEYS[3], 'RIGHT', 'LEFT') do end
 redis.call('HDEL', KEYS[5], ARGV[1])
 return ids
@@ -103,6 +116,7 @@ class Reservations:
         self._holders = holders_key(queue.name)
         self._suspects = suspects_key(queue.name)
         self._delays = delays_key(queue.name)
+        self._strange = strange_key(queue.name)
         self._reserve = redis.register_script(_RESERVE)
         self._release = redis.register_script(_RELEASE)
         self._hand_back = redis.register_script(_HAND_BACK)
@@ -124,16 +138,18 @@ class Reservations:
 
     def reserve(self, limit: int) -> list[ReservedJob]:
         """Take up to `limit` jobs from the front; a suspect comes alone, and so does one that was delayed."""
-        keys = [self._queue.key, self._held, self._suspects, self._lease, self._holders, self._delays]
+        keys = [self._queue.key, self._held, self._suspects, self._lease, self._holders, self._delays, self._strange]
         limits: list[Any] = [limit, _MAX_BATCH_BYTES, JOB_PREFIX, LEASE_SECONDS, self._name]
         found: Any = self._reserve(keys=keys, args=limits)
         if not found:
             return []
-        job_ids, datas, odd, deaths, delays = found
+        job_ids, datas, odd, deaths, delays, strange = found
+        if strange:
+            logger.error("moved %d entries of the queue that are no job ids to %s", strange, self._strange)
         notes = {n - 1: (state.decode(), ttl) for n, state, ttl in odd}
         return [
             ReservedJob(
-                job_id.decode(errors="replace"),
+                job_id.decode(),
                 None if int(deaths) < 0 else int(deaths),
                 int(delays),
                 state,
@@ -175,10 +191,11 @@ class Reservations:
     def recover_dead_holders(self) -> list[str]:
         """Return the jobs of every holder without a lease to the front of the queue; the ids of the jobs."""
         recovered: list[str] = []
-        for member in self._redis.hkeys(self._holders):
-            name = as_text(member)
+        members: Any = self._redis.hkeys(self._holders)
+        for member in members:
+            name = member.decode(errors="replace")  # a strange one is nobody's, and has no list
             lease, held = lease_key(self._queue.name, name), held_key(self._queue.name, name)
             keys = [lease, held, self._queue.key, self._suspects, self._holders]
             ids: Any = self._recover(keys=keys, args=[name])
-            recovered += [job_id.decode() for job_id in ids or []]
+            recovered += [job_id.decode(errors="replace") for job_id in ids or []]
         return recovered

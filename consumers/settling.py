@@ -184,7 +184,7 @@ class _Claim:
     @classmethod
     def of(cls, text: Any) -> _Claim:
         try:
-            document = json.loads(text[:MAX_EVENT_BYTES])
+            document = json.loads(text[:MAX_EVENT_BYTES]) if isinstance(text, str) else None
             attributes = document if isinstance(document, dict) else {}
         except (TypeError, ValueError, RecursionError):
             attributes = {}

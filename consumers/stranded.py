@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 
 from redis import Redis
 from rq import Queue
-from rq.utils import as_text
 
 from consumers.rq_jobs import JOB_PREFIX
 from producers.redis_keys import held_key, holders_key, strays_key
@@ -86,7 +85,7 @@ class Stranded:
         """What a stock worker let expire in the started registry."""
         registry = self._queue.started_job_registry.key
         for member in self._redis.zrangebyscore(registry, 0, now):
-            text = as_text(member)  # type: ignore[arg-type]  # without scores it is bytes or text
+            text = _shown(member)  # type: ignore[arg-type]  # without scores it is bytes or text
             job_id = text.split(":")[0]
             if self._take_from_started(keys=[registry, self._queue.key, JOB_PREFIX + job_id], args=[text, job_id]):
                 yield job_id
@@ -100,7 +99,7 @@ class Stranded:
             return
         lists = [self._queue.key, self._queue.intermediate_queue_key]
         names = self._redis.hkeys(holders_key(self._queue.name))
-        lists += [held_key(self._queue.name, as_text(name)) for name in names]
+        lists += [held_key(self._queue.name, _shown(name)) for name in names]
         # The jobs first: one that moves from list to list meanwhile is found in one of them.
         queued = list(self._queued())
         listed = {job_id for one in lists for job_id in self._ids_in(one)}
@@ -112,7 +111,7 @@ class Stranded:
     def _queued(self) -> Iterator[str]:
         page: list[str] = []
         for key in self._redis.scan_iter(match=f"{JOB_PREFIX}*", count=_PAGE_KEYS, _type="HASH"):
-            page.append(as_text(key))
+            page.append(_shown(key))
             if len(page) == _PAGE_KEYS:
                 yield from self._queued_among(page)
                 page.clear()
@@ -128,4 +127,9 @@ class Stranded:
                 yield key.removeprefix(JOB_PREFIX)
 
     def _ids_in(self, key: str) -> list[str]:
-        return [as_text(job_id) for job_id in self._redis.lrange(key, 0, -1)]
+        return [_shown(job_id) for job_id in self._redis.lrange(key, 0, -1)]
+
+
+def _shown(value: bytes | str) -> str:
+    """As text; what is none becomes an id that no job has, and is left where it is."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -34,7 +34,7 @@ from rq.worker import DequeueStrategy, SimpleWorker, WorkerStatus
 from rq.worker_registration import REDIS_WORKER_KEYS as WORKERS_KEY
 from rq.worker_registration import clean_worker_registry
 
-from consumers.connection import limit_statements
+from consumers.connection import drop_connections, limit_statements
 from consumers.errors import PoisonEvent, StoreUnavailable
 from consumers.reservations import POISON_DEATHS, Reservations
 from consumers.rq_jobs import ReservedJob, RqJobs, Run
@@ -51,6 +51,7 @@ STATEMENT_SECONDS = 20.0
 _ANSWER_SECONDS = STATEMENT_SECONDS + 5  # for a server that does not even keep its own limit
 _STUCK_SECONDS = 3 * STATEMENT_SECONDS
 BATCH_JOBS = 500
+_BATCH_CHARACTERS = 4 * 1024 * 1024
 _WAIT_SECONDS = 1  # also how long a stop request may go unnoticed by an idle worker
 _RENEW_SECONDS = 2.0
 _STALL_SECONDS = 1.0  # waiting longer than this for an answer is the database's doing, not the job's
@@ -137,8 +138,9 @@ class HistoryWorker(SimpleWorker):
                     except (RedisError, StoreUnavailable) as error:
                         self._wait_for_recovery(error)
         finally:
-            self._retire()
             self._retired.set()
+            renewing.join(self.connection_timeout)  # what is let go must not be leased once more
+            self._retire()
         return bool(done)
 
     def _arrive(self, *logging_options: Any) -> bool:
@@ -197,7 +199,7 @@ class HistoryWorker(SimpleWorker):
         started_at = now()
         jobs = {job.job_id: job for job in reserved}
         self._drop([job.job_id for job in reserved if job.state == "gone"])
-        deliveries = [self._delivery(job) for job in reserved if job.state != "gone"]
+        deliveries = self._deliveries([job for job in reserved if job.state != "gone"])
         settled: list[Settled] = []
         late: list[Unsettled] = []
         broken: list[Unsettled] = []
@@ -225,9 +227,12 @@ class HistoryWorker(SimpleWorker):
                 raise StoreUnavailable(f"no event of a batch could be stored: {broken[0].error!r}") from broken[0].error
             for end in late:
                 count = self._reservations.postpone(end.job_id)
-                logger.warning("job %s timed out alone and goes to the tail, for the %d. time", end.job_id, count)
+                logger.warning(
+                    "job %s cannot be stored now, alone, and goes to the tail, for the %d. time: %s",
+                    end.job_id, count, end.error,
+                )  # fmt: skip
             for end in broken:
-                self._blame(end)
+                self._blame(end, jobs[end.job_id].deaths or 0, started_at)
         finally:
             self._reservations.hand_back()
             self.set_state(WorkerStatus.IDLE)
@@ -239,10 +244,28 @@ class HistoryWorker(SimpleWorker):
             return delivery._replace(refusal=PoisonEvent(job.deaths))
         return delivery
 
-    def _blame(self, end: Unsettled) -> None:
+    def _deliveries(self, jobs: Sequence[ReservedJob]) -> list[Delivery]:
+        """As many as are worked on together: their texts may be a thousand times longer than what Redis has of them."""
+        deliveries, size = [], 0
+        for job in jobs:
+            deliveries.append(self._delivery(job))
+            size += len(deliveries[-1].text) if isinstance(deliveries[-1].text, str) else 0
+            if size > _BATCH_CHARACTERS:
+                break
+        return deliveries
+
+    def _blame(self, end: Unsettled, deaths: int, started_at: datetime) -> None:
         """Count a defect like a death of the worker: the job is tried again, alone, and given up in the end."""
         logger.error("worker %s failed on job %s", self.name, end.job_id, exc_info=end.error)
-        self._reservations.blame(end.job_id)
+        if deaths < POISON_DEATHS:
+            self._reservations.blame(end.job_id)
+            return
+        # Not even its rejection can be recorded: it leaves the queue for RQ's failed registry.
+        with self.connection.pipeline(transaction=True) as pipe:
+            self._reservations.release(pipe, [end.job_id])
+            self._jobs.fail(pipe, end.job_id, end.error, Run(self.name, started_at, now(), self.default_result_ttl))
+            self.increment_failed_job_count(pipe)
+            pipe.execute()
 
     def _drop(self, job_ids: Sequence[str]) -> None:
         # Deleted by somebody while it was queued: RQ's own worker skips it too.
@@ -286,6 +309,8 @@ class HistoryWorker(SimpleWorker):
             self.set_state(f"waiting for {what}")
         except RedisError:
             pass  # it is Redis that is away: what is held there stays held, and comes first when it is back
+        if isinstance(error, StoreUnavailable):
+            drop_connections()
         ceiling = min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(self._failures, 10), _LAST_BACKOFF_SECONDS)
         self._ending.wait(random.uniform(ceiling / 2, ceiling))
 

@@ -36,3 +36,8 @@ def suspects_key(queue: str) -> str:
 def strays_key(queue: str) -> str:
     """Hash of job id → when it was first seen in no list at all, in seconds since the epoch."""
     return f"history:strays:{queue}"
+
+
+def strange_key(queue: str) -> str:
+    """List of what stood in the queue and is no job id."""
+    return f"history:strange:{queue}"

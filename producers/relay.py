@@ -12,12 +12,12 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from redis import Redis, RedisError, WatchError
 from rq import Queue
 from rq.serializers import JSONSerializer
-from rq.utils import as_text
 
 from producers.errors import HistoryError
 from producers.outbox import Entry, Outbox, source_of
@@ -159,7 +159,7 @@ class Relay:
         while True:
             cursor, page = self._redis.hscan(key, cursor, count=2 * _BATCH_ENTRIES)
             if page:
-                told = {as_text(field): as_text(value) for field, value in page.items()}  # type: ignore[union-attr]  # RESP2 and RESP3 answer a dict
+                told: dict[Any, Any] = dict(page)  # type: ignore[arg-type]  # RESP2 and RESP3 answer a dict
                 self._outbox.settle(source_id, resends, _parsed(told))
                 # Only after the outbox has them: a crash in between reads them once more.
                 self._forget(key, told)
@@ -167,18 +167,16 @@ class Relay:
             if not cursor:
                 return taken
 
-    def _forget(self, key: str, told: dict[str, str]) -> None:
+    def _forget(self, key: str, told: dict[Any, Any]) -> None:
         """Remove what was read; a rejection only if it is still what was read: a requeue may have ended since."""
-        final = [field for field, outcome in told.items() if not outcome.startswith("rejected:")]
-        if final:
+        rejected = [field for field, outcome in told.items() if _shown(outcome).startswith("rejected:")]
+        if final := [field for field in told if field not in rejected]:
             self._redis.hdel(key, *final)
-        if rejected := [field for field in told if field not in final]:
+        if rejected:
             with self._redis.pipeline() as pipe, contextlib.suppress(WatchError):  # then it is read once more
                 pipe.watch(key)  # type: ignore[no-untyped-call]  # redis-py annotates it by half
-                now = pipe.hmget(key, rejected)
-                same = [
-                    field for field, value in zip(rejected, now, strict=True) if value and as_text(value) == told[field]
-                ]
+                found = zip(rejected, pipe.hmget(key, rejected), strict=True)
+                same = [field for field, value in found if value == told[field]]
                 pipe.multi()
                 if same:
                     pipe.hdel(key, *same)
@@ -238,9 +236,9 @@ def _next_checks(entries: Iterable[Entry]) -> dict[int, float]:
     return {entry.position: now + _check_interval(entry.checks) for entry in entries}
 
 
-def _parsed(outcomes: dict[str, str]) -> list[tuple[int, Outcome]]:
+def _parsed(told: Mapping[Any, Any]) -> list[tuple[int, Outcome]]:
     parsed = []
-    for sequence, text in outcomes.items():
+    for sequence, text in ((_shown(field), _shown(value)) for field, value in told.items()):
         try:
             outcome = Outcome.parse(text)
             if not sequence.isdecimal() or int(sequence) >= 2**63 or (outcome.row_id or 0) >= 2**63:
@@ -249,6 +247,11 @@ def _parsed(outcomes: dict[str, str]) -> list[tuple[int, Outcome]]:
         except ValueError:
             logger.warning("dropped an acknowledgement that is none, for sequence %s", sequence[:30])
     return parsed
+
+
+def _shown(value: str | bytes) -> str:
+    """A client given by the caller may or may not decode; what is no text is no acknowledgement either."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _brief(error: Exception) -> str:

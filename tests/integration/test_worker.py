@@ -38,7 +38,7 @@ from consumers.worker import HistoryWorker
 from producers.errors import SettingsError
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
-from tests.factories import a_snapshot
+from tests.factories import a_signal, a_snapshot, an_archive
 from tests.faults.proxy import Proxy
 
 pytestmark = pytest.mark.usefixtures("database_url")
@@ -622,6 +622,127 @@ def test_sigterm_lets_it_finish_what_it_holds(redis: Redis, database_url: str) -
         _until(lambda: len(get_portfolio_history()) == 2000 and redis.scard("rq:workers") == 1)
         worker.terminate()
         assert worker.wait(5) == 0
+
+
+def test_a_database_that_was_read_only_is_used_again(redis: Redis, database_url: str) -> None:
+    """A session keeps what it was given at its start: after trouble the worker connects anew."""
+    name = engine().url.database
+    with engine().begin() as db:
+        db.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
+    with _worker_process():
+        _enqueue(redis, 2)
+        _until(lambda: any(b"waiting for the database" in redis.hvals(key) for key in redis.keys("rq:worker:*")))
+        with engine().connect() as db:
+            db.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE"))
+            db.commit()
+            db.execute(text(f'ALTER DATABASE "{name}" RESET default_transaction_read_only'))
+            db.commit()
+        _until(lambda: len(get_portfolio_history()) == 2, seconds=30)
+
+
+@pytest.mark.parametrize("strange", [b"\xff\xfe", b"a\0b", b"x" * 4000])
+def test_what_is_no_job_id_is_put_aside(redis: Redis, strange: bytes) -> None:
+    """In the queue, with a job or without; the jobs around it are stored."""
+    _enqueue(redis, 2)
+    redis.lpush("rq:queue:history", strange)
+    redis.hset(b"rq:job:" + strange, mapping={"data": "[]", "status": "queued"})
+    for key in ("rq:queue:history:intermediate", "history:held:history:gone"):
+        redis.rpush(key, strange)
+    redis.zadd("rq:wip:history", {strange: 1})
+    redis.hset("history:holders:history", strange, "")
+    _burst(redis)
+
+    assert len(get_portfolio_history()) == 2
+    assert redis.lrange("history:strange:history", 0, -1)[:1] == [strange]
+
+
+def test_texts_that_are_much_longer_than_their_jobs_are_taken_one_by_one(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis has them compressed; the worker's memory and a transaction's length are bounded by what they are."""
+    for number in range(6):
+        archive = an_archive(after=timedelta(number), signals=[a_signal(reason="x" * 3_000_000)])
+        event = event_of(archive, source="o/1", sequence=number)
+        _queue(redis).enqueue("consumers.handlers.record_signal_archive", encode(event))
+    _enqueue(redis, 3)
+    together, sizes = settling._settle_together, []
+
+    def counted(deliveries: Any, patience_seconds: Any) -> Any:
+        sizes.append(len(deliveries))
+        return together(deliveries, patience_seconds)
+
+    monkeypatch.setattr(settling, "_settle_together", counted)
+    _burst(redis)
+
+    assert sizes == [2, 2, 2, 3]
+    assert len(get_portfolio_history()) == 3
+
+
+@pytest.mark.parametrize("error", ["RAISE EXCEPTION 'a rule'", "RETURN NULL"])
+def test_an_event_that_a_trigger_stops_does_not_stop_the_others(redis: Redis, error: str) -> None:
+    """It is not refused, since nothing is wrong with it, but goes to the tail."""
+    job_ids = _enqueue(redis, 20)
+    with get_db() as db:
+        db.exec_driver_sql(
+            "CREATE FUNCTION rule() RETURNS trigger LANGUAGE plpgsql AS"
+            f" $$ BEGIN IF NEW.sequence = 7 THEN {error}; END IF; RETURN NEW; END $$"
+        )
+        db.exec_driver_sql(
+            "CREATE TRIGGER rule BEFORE INSERT ON portfolio_history FOR EACH ROW EXECUTE FUNCTION rule()"
+        )
+    HistoryWorker([_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=19)
+
+    assert (len(get_portfolio_history()), _outcomes(), _queue(redis).job_ids) == (19, [], [job_ids[7]])
+    with get_db() as db:
+        db.exec_driver_sql("DROP TRIGGER rule ON portfolio_history")
+    _burst(redis)
+    assert len(get_portfolio_history()) == 20
+
+
+def test_row_numbers_that_are_taken_are_not_held_against_the_events(redis: Redis) -> None:
+    """As after a restore that did not bring the sequences along: it waits, and goes on when they are right."""
+    with get_db() as db:
+        db.exec_driver_sql(
+            "INSERT INTO portfolio_history (id, event_id, source, snapshot_date, timestamp, balance, total_invested,"
+            " total_profit_loss, total_value, open_positions, trade_count)"
+            " SELECT n, gen_random_uuid(), 'x', '2026-01-01', now(), 1, 1, 1, 1, 1, 1 FROM generate_series(1, 50) AS n"
+        )
+    _enqueue(redis, 3)
+    worker = HistoryWorker([_queue(redis)], connection=redis)
+    waited = worker._wait_for_recovery
+
+    def mend(error: Exception) -> None:
+        with get_db() as db:
+            db.exec_driver_sql("SELECT setval(pg_get_serial_sequence('portfolio_history', 'id'), 50)")
+        waited(error)
+
+    worker._wait_for_recovery = mend  # type: ignore[method-assign]  # this one only
+    worker.work(burst=True, logging_level="WARNING")
+
+    assert (len(get_portfolio_history()), _outcomes()) == (53, [])
+
+
+def test_an_event_that_can_neither_be_stored_nor_refused_is_given_up(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After as many tries as a poison event has it is in the failed registry, with the reason, and stops nobody."""
+    job_ids = _enqueue(redis, 3)
+    together = settling._settle_together
+
+    def defective(deliveries: Any, patience_seconds: Any) -> Any:
+        if any(delivery.job_id == job_ids[1] for delivery in deliveries):
+            raise ZeroDivisionError("a defect")
+        return together(deliveries, patience_seconds)
+
+    monkeypatch.setattr(settling, "_settle_together", defective)
+    _burst(redis)
+
+    assert len(get_portfolio_history()) == 2
+    assert _queue(redis).failed_job_registry.get_job_ids() == [job_ids[1]]
+    result = Job.fetch(job_ids[1], connection=redis, serializer=JSONSerializer).latest_result()
+    assert result is not None
+    assert result.exc_string == "ZeroDivisionError: a defect"
+    assert _queue(redis).count == 0
 
 
 def test_without_tables_it_waits_and_goes_on_by_itself(redis: Redis, database_url: str) -> None:

@@ -151,6 +151,20 @@ def test_a_rejection_that_became_a_row_meanwhile_is_not_forgotten(
     assert (str(outbox.outcome(accepted.source_id, 1)), redis.hgetall(key)) == ("stored:42", {})
 
 
+def test_an_acknowledgement_that_is_no_text_is_dropped(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what stands beside it is settled."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    redis.hset(acknowledgement_key(accepted.source), mapping={b"\xff": b"\xfe", b"1": b"stored:42"})
+    relay.sweep()
+
+    assert str(outbox.outcome(accepted.source_id, 1)) == "stored:42"
+    assert redis.hgetall(acknowledgement_key(accepted.source)) == {}
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize(
     "stray",
     [("9" * 25, "stored:1"), ("2", f"stored:{'9' * 25}"), ("9" * 5000, "stored:1"), ("-1", "stored:1")],
