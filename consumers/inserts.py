@@ -44,8 +44,6 @@ class _Table:
     def _names(self) -> str:
         return ", ".join(f'"{name}"' for name, _ in self.columns)
 
-    # Text put together from the constants below; values are parameters.
-
     def insert(self) -> TextClause:
         # Numbered as they came, inserted in the order of their event ids: two batches in opposite order would wait for
         # each other.
@@ -57,7 +55,7 @@ class _Table:
             ORDER BY event_id
             ON CONFLICT (event_id) DO NOTHING
             RETURNING CAST(event_id AS text), id
-        """)  # noqa: S608
+        """)  # noqa: S608  # from the constants below; values are parameters
 
     def compare(self) -> TextClause:
         stored, given = (", ".join(f'{side}."{name}"' for name in self.content) for side in ("stored", "given"))
@@ -65,7 +63,7 @@ class _Table:
             SELECT given.number, stored.id, stored.source, stored.sequence, ({stored}) = ({given})
             FROM unnest({self._given()}) WITH ORDINALITY AS given ({self._names()}, number)
             JOIN {self.name} AS stored ON stored.event_id = given.event_id
-        """)  # noqa: S608
+        """)  # noqa: S608  # from the constants below; values are parameters
 
 
 _EVENT_COLUMNS = (("event_id", "uuid"), ("source", "text"), ("sequence", "bigint"))
@@ -197,10 +195,10 @@ def _row(event: Event) -> Row:
 
 def _arrays(table: _Table, rows: Iterable[Row]) -> dict[str, str]:
     columns = zip(*rows, strict=True)
-    return {name: array(values) for (name, _), values in zip(table.columns, columns, strict=True)}
+    return {name: _array(values) for (name, _), values in zip(table.columns, columns, strict=True)}
 
 
-def array(values: Iterable[Any]) -> str:
+def _array(values: Iterable[Any]) -> str:
     """A PostgreSQL array literal: one parameter for a whole column, which the server reads in one go.
 
     Text must come through `_quoted`; numbers, dates, times and UUIDs need no quotes.

@@ -32,14 +32,19 @@ def worker_process(log: Path | None = None, keep: Sequence[int] = ()) -> Iterato
     try:
         yield worker
     finally:
-        worker.terminate()
-        try:
-            worker.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
+        stop_worker(worker)
         assert worker.stdin is not None
         worker.stdin.close()
+
+
+def stop_worker(worker: subprocess.Popen[bytes]) -> None:
+    """In order, after the batch at hand; one that does not end in time is killed."""
+    worker.terminate()
+    try:
+        worker.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        worker.wait()
 
 
 def stop_with_stdin() -> None:

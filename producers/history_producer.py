@@ -144,7 +144,8 @@ class HistoryProducer:
         Raises:
             RedisError: Redis cannot be reached, so that nothing can be sent again now.
         """
-        self._redis.delete(*(acknowledgement_key(source_of(name, key)) for key, name, _ in self._outbox.sources()))
+        for key, name, _ in self._outbox.sources():
+            self._redis.delete(acknowledgement_key(source_of(name, key)))
         again = self._outbox.resend(since.timestamp())
         self._run_relay()
         return again

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from rq.worker_registration import REDIS_WORKER_KEYS
 
-from consumers.processes import worker_process
+from consumers.processes import stop_worker, worker_process
 from tests.benchmarks.checks import wait_for_progress
 from tests.benchmarks.environment import queue_name, redis
 
 Start = Callable[[Path], AbstractContextManager[list[int]]]
-_STOP_SECONDS = 15.0
 _SETTLE_SECONDS = 1.0  # from its registration until a worker certainly waits for work
 
 
@@ -41,12 +40,7 @@ def simple_worker(folder: Path) -> Iterator[list[int]]:
         _wait_until_ready(1)
         yield [worker.pid]
     finally:
-        worker.terminate()
-        try:
-            worker.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
+        stop_worker(worker)
 
 
 def _wait_until_ready(processes: int) -> None:

@@ -219,9 +219,9 @@ def _faults(storm: Storm, redis: Redis, redis_proxy: Proxy, database_proxy: Prox
         faults |= {
             f"{name} connections cut": proxy.cut,
             f"{name} connections half-closed": proxy.half_close,
-            f"{name} refused": lambda proxy=proxy: _proxied(proxy, "refuse", dice.random() * 3),  # type: ignore[misc]
-            f"{name} swallowed": lambda proxy=proxy: _proxied(proxy, "swallow", dice.random() * 3),  # type: ignore[misc]
-            f"{name} slow": lambda proxy=proxy: _proxied(proxy, "delay", dice.random() * 3),  # type: ignore[misc]
+            f"{name} refused": lambda proxy=proxy: _proxied(proxy, "refuse", dice.random() * 3),  # type: ignore[misc]  # a default binds the loop's proxy
+            f"{name} swallowed": lambda proxy=proxy: _proxied(proxy, "swallow", dice.random() * 3),  # type: ignore[misc]  # likewise
+            f"{name} slow": lambda proxy=proxy: _proxied(proxy, "delay", dice.random() * 3),  # type: ignore[misc]  # likewise
         }
     return faults
 

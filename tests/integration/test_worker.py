@@ -57,6 +57,18 @@ def _enqueue(redis: Redis, count: int) -> list[str]:
     return [job.id for job in jobs]
 
 
+def _batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many deliveries each transaction was tried with from now on."""
+    together, sizes = settling._settle_together, []
+
+    def counted(deliveries: Any, patience_seconds: Any) -> Any:
+        sizes.append(len(deliveries))
+        return together(deliveries, patience_seconds)
+
+    monkeypatch.setattr(settling, "_settle_together", counted)
+    return sizes
+
+
 def _burst(redis: Redis) -> HistoryWorker:
     worker = HistoryWorker([_queue(redis)], connection=redis)
     worker.work(burst=True, logging_level="WARNING")
@@ -128,13 +140,7 @@ def test_one_bad_event_in_a_batch_costs_only_itself(redis: Redis, monkeypatch: p
     job_ids = _enqueue(redis, 300)
     with get_db() as db:
         db.execute(text("ALTER TABLE portfolio_history ADD CONSTRAINT unlucky CHECK (sequence <> 77)"))
-    together, sizes = settling._settle_together, []
-
-    def counted(deliveries: Any, patience_seconds: Any) -> Any:
-        sizes.append(len(deliveries))
-        return together(deliveries, patience_seconds)
-
-    monkeypatch.setattr(settling, "_settle_together", counted)
+    sizes = _batch_sizes(monkeypatch)
     _burst(redis)
 
     ((job_id, outcome, reason),) = _outcomes()
@@ -247,13 +253,7 @@ def test_max_jobs_may_be_more_than_a_batch(redis: Redis, monkeypatch: pytest.Mon
     """It ends after as many, in batches of the usual size."""
     monkeypatch.setattr(worker_module, "BATCH_JOBS", 10)
     _enqueue(redis, 40)
-    together, sizes = settling._settle_together, []
-
-    def counted(deliveries: Any, patience_seconds: Any) -> Any:
-        sizes.append(len(deliveries))
-        return together(deliveries, patience_seconds)
-
-    monkeypatch.setattr(settling, "_settle_together", counted)
+    sizes = _batch_sizes(monkeypatch)
     HistoryWorker([_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=25)
 
     assert (sizes, _queue(redis).count) == ([10, 10, 5], 15)
@@ -665,13 +665,7 @@ def test_texts_that_are_much_longer_than_their_jobs_are_taken_one_by_one(
         event = event_of(archive, source="o/1", sequence=number)
         _queue(redis).enqueue("consumers.handlers.record_signal_archive", encode(event))
     _enqueue(redis, 3)
-    together, sizes = settling._settle_together, []
-
-    def counted(deliveries: Any, patience_seconds: Any) -> Any:
-        sizes.append(len(deliveries))
-        return together(deliveries, patience_seconds)
-
-    monkeypatch.setattr(settling, "_settle_together", counted)
+    sizes = _batch_sizes(monkeypatch)
     _burst(redis)
 
     assert sizes == [2, 2, 2, 3]

@@ -168,6 +168,12 @@ def test_now_and_naive_times_are_in_the_configured_zone(
         assert producer.localized(datetime(2026, 1, 1, tzinfo=UTC), "timestamp").utcoffset() == timedelta(0)
 
 
+def test_a_resend_of_an_empty_outbox_sends_nothing(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
+    """There is no source yet whose acknowledgements could be forgotten."""
+    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
+        assert producer.resend(datetime(2020, 1, 1, tzinfo=UTC)) == 0
+
+
 def test_a_resend_forgets_what_workers_said_of_the_old_database(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
     """The controller was down, its event was stored, the database was restored to before: the event is sent again."""
     outbox = tmp_path / "outbox.db"
