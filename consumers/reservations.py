@@ -2,7 +2,7 @@
 
 RQ's intermediate list and started registry end in failures after minutes. Here any worker returns the jobs of
 a holder whose lease has run out to the front of the queue, at once and without a word to the retry counters.
-A job that was held when its holder died is a suspect: it runs alone, so that its deaths can be counted.
+A job that was held when its holder died is a suspect: it runs alone in its process, so that its deaths can be counted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RESERVE = (
     READ_JOBS
     + """
 redis.call('SET', KEYS[4], '1', 'EX', ARGV[4])
-redis.call('HSETNX', KEYS[5], ARGV[5], '')
+redis.call('HSET', KEYS[5], ARGV[5], '')
 while redis.call('LMOVE', KEYS[2], KEYS[1], 'RIGHT', 'LEFT') do end
 local ids = redis.call('LRANGE', KEYS[1], 0, ARGV[1] - 1)
 if #ids == 0 then return {} end
@@ -88,11 +88,11 @@ end
 _HAND_BACK = "local n = 0 while redis.call('LMOVE', KEYS[1], KEYS[2], 'RIGHT', 'LEFT') do n = n + 1 end return n"
 
 # KEYS lease, held list, queue, suspects, holders; ARGV the holder's name.
-# Whoever died while it waited for the database died of something else than its job.
+# Only a suspect is guilty, which had its holder's process for itself; unless the holder waited for the database then.
 _RECOVER = """
 if redis.call('EXISTS', KEYS[1]) == 1 then return false end
 local ids = redis.call('LRANGE', KEYS[2], 0, -1)
-local guilty = #ids == 1 and redis.call('HGET', KEYS[5], ARGV[1]) ~= 'waiting'
+local guilty = #ids == 1 and redis.call('HGET', KEYS[5], ARGV[1]) == 'accused'
 for _, id in ipairs(ids) do
     if guilty then redis.call('HINCRBY', KEYS[4], id, 1) else redis.call('HSETNX', KEYS[4], id, 0) end
 end
@@ -111,6 +111,7 @@ class Reservations:
         self._queue = queue
         # A worker started again under its name must not take up, uncounted, what killed its namesake.
         self._name = name = f"{name}:{uuid4().hex[:8]}"
+        self._accused = False
         self._held = held_key(queue.name, name)
         self._lease = lease_key(queue.name, name)
         self._holders = holders_key(queue.name)
@@ -120,17 +121,21 @@ class Reservations:
         self._reserve = redis.register_script(_RESERVE)
         self._release = redis.register_script(_RELEASE)
         self._hand_back = redis.register_script(_HAND_BACK)
-        self._recover = redis.register_script(_RECOVER)
 
     def renew_lease(self, *, waiting: bool = False) -> None:
         """Must be called more often than every LEASE_SECONDS, and before the first reservation.
 
-        With `waiting` for the database, a death is not held against the one job that is held.
+        With `waiting` for the database, a death is not held against the suspect that is held.
         """
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.set(self._lease, "1", ex=LEASE_SECONDS)
-            pipe.hset(self._holders, self._name, "waiting" if waiting else "")
+            pipe.hset(self._holders, self._name, "accused" if self._accused and not waiting else "")
             pipe.execute()
+
+    def accuse(self) -> None:
+        """Until the next reservation, the death of this process is the doing of the one job that is held."""
+        self._accused = True
+        self._redis.hset(self._holders, self._name, "accused")
 
     def wait(self, seconds: int) -> bool:
         """Wait until the queue has a job; it is held then, and `reserve` returns it."""
@@ -140,6 +145,7 @@ class Reservations:
         """Take up to `limit` jobs from the front; a suspect comes alone, and so does one that was delayed."""
         keys = [self._queue.key, self._held, self._suspects, self._lease, self._holders, self._delays, self._strange]
         limits: list[Any] = [limit, _MAX_BATCH_BYTES, JOB_PREFIX, LEASE_SECONDS, self._name]
+        self._accused = False
         found: Any = self._reserve(keys=keys, args=limits)
         if not found:
             return []
@@ -188,14 +194,16 @@ class Reservations:
             pipe.hdel(self._holders, self._name)
             pipe.execute()
 
-    def recover_dead_holders(self) -> list[str]:
-        """Return the jobs of every holder without a lease to the front of the queue; the ids of the jobs."""
-        recovered: list[str] = []
-        members: Any = self._redis.hkeys(self._holders)
-        for member in members:
-            name = member.decode(errors="replace")  # a strange one is nobody's, and has no list
-            lease, held = lease_key(self._queue.name, name), held_key(self._queue.name, name)
-            keys = [lease, held, self._queue.key, self._suspects, self._holders]
-            ids: Any = self._recover(keys=keys, args=[name])
-            recovered += [job_id.decode(errors="replace") for job_id in ids or []]
-        return recovered
+
+def recover_dead_holders(redis: Redis, queue: Queue) -> list[str]:
+    """Return the jobs of every holder without a lease to the front of the queue; the ids of the jobs."""
+    recover = redis.register_script(_RECOVER)
+    holders = holders_key(queue.name)
+    recovered: list[str] = []
+    members: Any = redis.hkeys(holders)
+    for member in members:
+        name = member.decode(errors="replace")  # a strange one is nobody's, and has no list
+        lease, held = lease_key(queue.name, name), held_key(queue.name, name)
+        ids: Any = recover(keys=[lease, held, queue.key, suspects_key(queue.name), holders], args=[name])
+        recovered += [job_id.decode(errors="replace") for job_id in ids or []]
+    return recovered

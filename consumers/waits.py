@@ -30,12 +30,11 @@ class DatabaseWaits:
     def __init__(self, answer_seconds: float, stopping: threading.Event) -> None:
         self._answer_seconds = answer_seconds
         self._stopping = stopping
-        self._since: float | None = None
+        self._since: dict[int, float] = {}  # by thread
 
-    @property
-    def seconds(self) -> float:
-        """How long the wait has been going on that is going on now; 0 when there is none."""
-        since = self._since
+    def seconds(self, thread: int | None) -> float:
+        """How long the wait has been going on that is going on now in this thread; 0 when there is none."""
+        since = self._since.get(thread) if thread is not None else None
         return 0.0 if since is None else time.monotonic() - since
 
     @contextmanager
@@ -51,7 +50,7 @@ class DatabaseWaits:
         # Connecting is waiting too; libpq's own limit does not hold here.
         connecting = connection.status == extensions.STATUS_SETUP
         limit = CONNECT_TIMEOUT_SECONDS if connecting else self._answer_seconds
-        self._since = started = time.monotonic()
+        self._since[threading.get_ident()] = started = time.monotonic()
         told_to_stop: float | None = None
         try:
             while (state := connection.poll()) != extensions.POLL_OK:
@@ -66,4 +65,4 @@ class DatabaseWaits:
                 if now - started > limit:
                     raise psycopg2.OperationalError(f"no answer from the server in {now - started:.0f} s")
         finally:
-            self._since = None
+            del self._since[threading.get_ident()]

@@ -9,7 +9,7 @@ def acknowledgement_key(source: str) -> str:
 
 
 def holders_key(queue: str) -> str:
-    """Hash of the names of the workers that may hold jobs of a queue → `waiting` while one waits for the database."""
+    """Hash of the names of those that may hold jobs of a queue → `accused` while one holds a suspect, alone."""
     return f"history:holders:{queue}"
 
 

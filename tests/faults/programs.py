@@ -69,10 +69,10 @@ def _payload(dice: random.Random, seed: int, number: int) -> PortfolioSnapshot |
 
 def work() -> None:
     """A HistoryWorker as the command starts it; FAULT_BATCH makes its batches small."""
-    from consumers import worker
+    from consumers import lane
     from consumers.cli import app
 
-    worker.BATCH_JOBS = int(os.environ.get("FAULT_BATCH", worker.BATCH_JOBS))
+    lane.BATCH_JOBS = int(os.environ.get("FAULT_BATCH", lane.BATCH_JOBS))
 
     app(["worker"])
 
@@ -129,9 +129,9 @@ WORKER_STEPS = {
     "before insert": _in_worker("consumers.settling", "insert_events", "before"),
     "after insert": _in_worker("consumers.settling", "insert_events", "after"),
     "after commit": _in_worker("consumers.settling", "_settle_together", "after"),
-    "before finish": _in_worker("consumers.worker", "HistoryWorker._finish", "before"),
-    "after acknowledge": _in_worker("consumers.worker", "acknowledge", "after"),
-    "after finish": _in_worker("consumers.worker", "HistoryWorker._finish", "after"),
+    "before finish": _in_worker("consumers.lane", "Lane._finish", "before"),
+    "after acknowledge": _in_worker("consumers.lane", "acknowledge", "after"),
+    "after finish": _in_worker("consumers.lane", "Lane._finish", "after"),
     "while handing back": _in_worker("consumers.reservations", "Reservations.hand_back", "before"),
 }
 _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {**PRODUCER_STEPS, **WORKER_STEPS}

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,35 +26,26 @@ from rq.serializers import JSONSerializer
 from rq.utils import as_text
 from sqlalchemy import text
 
+from consumers import lane as lane_module
 from consumers import rq_jobs, settling, stranded
 from consumers import worker as worker_module
 from consumers.connection import create_store_engine, engine, get_db
 from consumers.inserts import insert_events
+from consumers.lane import Lane
 from consumers.operations import get_portfolio_history
-from consumers.reservations import POISON_DEATHS, Reservations
+from consumers.reservations import POISON_DEATHS, Reservations, recover_dead_holders
 from consumers.settling import settle
 from consumers.stranded import Stranded
 from consumers.worker import HistoryWorker
 from producers.errors import SettingsError
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
+from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.faults.proxy import Proxy
+from tests.rq_programs import somebody_waits_for_a_lock, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
-
-
-def _queue(redis: Redis) -> Queue:
-    return Queue("history", connection=redis, serializer=JSONSerializer)
-
-
-def _enqueue(redis: Redis, count: int) -> list[str]:
-    """Snapshots of `count` consecutive seconds, as a producer without outbox would send them."""
-    jobs = []
-    for number in range(count):
-        event = event_of(a_snapshot(after=timedelta(seconds=number)), source="other/1", sequence=number)
-        jobs.append(_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event)))
-    return [job.id for job in jobs]
 
 
 def _batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -69,22 +60,9 @@ def _batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def _burst(redis: Redis) -> HistoryWorker:
-    worker = HistoryWorker([_queue(redis)], connection=redis)
-    worker.work(burst=True, logging_level="WARNING")
-    return worker
-
-
 def _outcomes() -> list[tuple[Any, ...]]:
     with get_db() as db:
         return [tuple(row) for row in db.execute(text("SELECT job_id, outcome, reason FROM event_outcomes ORDER BY 1"))]
-
-
-def _until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
 
 
 @contextmanager
@@ -106,15 +84,15 @@ def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> None:
     """No held list, no lease, no holder, no worker; jobs are finished and have the row's id, in their order."""
-    job_ids = _enqueue(redis, rq_jobs.KEPT_OF_A_BATCH)
-    _burst(redis)
+    job_ids = enqueue_snapshots(redis, rq_jobs.KEPT_OF_A_BATCH)
+    burst(redis)
 
     rows = {row["sequence"]: row["id"] for row in get_portfolio_history()}
     jobs = [Job.fetch(job_id, connection=redis, serializer=JSONSerializer) for job_id in job_ids]
     assert {job.get_status() for job in jobs} == {"finished"}
     assert [job.return_value() for job in jobs] == [rows[sequence] for sequence in range(len(jobs))]
     assert [rows[sequence] for sequence in range(len(jobs))] == list(range(1, len(jobs) + 1))
-    assert _queue(redis).finished_job_registry.count == len(jobs)
+    assert history_queue(redis).finished_job_registry.count == len(jobs)
     assert {as_text(key).split(":")[1] for key in redis.keys("history:*")} == {"ack", "strays"}
     assert redis.ttl("history:strays:history:looked") > 0
     assert redis.keys("rq:workers:history") == []
@@ -124,11 +102,11 @@ def test_what_is_kept_of_finished_jobs_is_bounded(redis: Redis, monkeypatch: pyt
     """By number: the last ones of a batch and the last ones of all, results included; nothing else of them stays."""
     monkeypatch.setattr(rq_jobs, "KEPT_OF_A_BATCH", 20)
     monkeypatch.setattr(rq_jobs, "KEPT_FINISHED_JOBS", 30)
-    monkeypatch.setattr(worker_module, "BATCH_JOBS", 50)
-    job_ids = _enqueue(redis, 200)
-    _burst(redis)
+    monkeypatch.setattr(lane_module, "BATCH_JOBS", 50)
+    job_ids = enqueue_snapshots(redis, 200)
+    burst(redis)
 
-    assert _queue(redis).finished_job_registry.count == 30
+    assert history_queue(redis).finished_job_registry.count == 30
     assert len(redis.keys("rq:job:*")) == len(redis.keys("rq:results:*")) == 30
     kept = {as_text(key).removeprefix("rq:job:") for key in redis.keys("rq:job:*")}
     assert kept <= {job_id for start in range(30, 200, 50) for job_id in job_ids[start : start + 20]}
@@ -137,11 +115,11 @@ def test_what_is_kept_of_finished_jobs_is_bounded(redis: Redis, monkeypatch: pyt
 
 def test_one_bad_event_in_a_batch_costs_only_itself(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """What only the database refuses is found by halving: 1 of 300 takes some 20 transactions, not 300."""
-    job_ids = _enqueue(redis, 300)
+    job_ids = enqueue_snapshots(redis, 300)
     with get_db() as db:
         db.execute(text("ALTER TABLE portfolio_history ADD CONSTRAINT unlucky CHECK (sequence <> 77)"))
     sizes = _batch_sizes(monkeypatch)
-    _burst(redis)
+    burst(redis)
 
     ((job_id, outcome, reason),) = _outcomes()
     assert (job_id, outcome) == (job_ids[77], "rejected")
@@ -158,8 +136,8 @@ def test_a_batch_may_have_the_same_fact_and_the_same_job_twice(redis: Redis) -> 
         for n, balance in enumerate((1, 1, 2))
     )
     for job_id, event in (("first", first), ("same", same), ("other", other), ("first", first)):
-        _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", event, job_id=job_id)
-    _burst(redis)
+        history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", event, job_id=job_id)
+    burst(redis)
 
     (row,) = get_portfolio_history()
     assert (row["source"], row["balance"]) == ("other/0", 1.0)
@@ -208,9 +186,9 @@ def test_what_is_no_delivery_of_ours_is_refused_and_the_rest_goes_on(
     redis: Redis, function: str, arguments: list[str], reason: str
 ) -> None:
     """The reason is the first line of what RQ shows, and stands in event_outcomes."""
-    refused = _queue(redis).enqueue(function, *arguments)
-    _enqueue(redis, 2)
-    _burst(redis)
+    refused = history_queue(redis).enqueue(function, *arguments)
+    enqueue_snapshots(redis, 2)
+    burst(redis)
 
     ((job_id, outcome, recorded),) = _outcomes()
     assert (job_id, outcome) == (refused.id, "rejected")
@@ -218,7 +196,7 @@ def test_what_is_no_delivery_of_ours_is_refused_and_the_rest_goes_on(
     result = refused.latest_result()
     assert result is not None
     assert str(recorded) in str(result.exc_string).splitlines()[0]
-    assert _queue(redis).failed_job_registry.get_job_ids() == [refused.id]
+    assert history_queue(redis).failed_job_registry.get_job_ids() == [refused.id]
     assert len(get_portfolio_history()) == 2
 
 
@@ -227,9 +205,9 @@ def test_what_is_no_delivery_of_ours_is_refused_and_the_rest_goes_on(
 )
 def test_what_somebody_did_to_a_job_is_not_held_against_its_event(redis: Redis, field: str, value: Any) -> None:
     """Only the data of a job is of interest: the event is stored, and so is the rest."""
-    job_ids = _enqueue(redis, 3)
+    job_ids = enqueue_snapshots(redis, 3)
     redis.hset(Job.key_for(job_ids[1]), field, value)
-    _burst(redis)
+    burst(redis)
 
     assert (_outcomes(), len(get_portfolio_history())) == ([], 3)
 
@@ -239,45 +217,45 @@ def test_what_somebody_did_to_a_job_is_not_held_against_its_event(redis: Redis, 
 )
 def test_a_job_that_is_both_harmed_and_refused_stops_nobody(redis: Redis, field: str, value: str) -> None:
     """Its failure cannot be written into it; its event is recorded all the same."""
-    refused = _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
+    refused = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
     redis.hset(refused.key, field, value)
-    _enqueue(redis, 2)
-    _burst(redis)
+    enqueue_snapshots(redis, 2)
+    burst(redis)
 
     assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [(refused.id, "rejected")]
-    assert _queue(redis).failed_job_registry.get_job_ids() == [refused.id]
+    assert history_queue(redis).failed_job_registry.get_job_ids() == [refused.id]
     assert len(get_portfolio_history()) == 2
 
 
 def test_max_jobs_may_be_more_than_a_batch(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends after as many, in batches of the usual size."""
-    monkeypatch.setattr(worker_module, "BATCH_JOBS", 10)
-    _enqueue(redis, 40)
+    monkeypatch.setattr(lane_module, "BATCH_JOBS", 10)
+    enqueue_snapshots(redis, 40)
     sizes = _batch_sizes(monkeypatch)
-    HistoryWorker([_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=25)
+    HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=25)
 
-    assert (sizes, _queue(redis).count) == ([10, 10, 5], 15)
+    assert (sizes, history_queue(redis).count) == ([10, 10, 5], 15)
 
 
 @pytest.mark.parametrize("field", ["created_at", "timeout", "status"])
 def test_a_job_that_cannot_be_read_is_refused_and_stops_nobody(redis: Redis, field: str) -> None:
     """Without data, whatever else somebody has done to its hash: recorded, failed, and the rest goes on."""
-    job_ids = _enqueue(redis, 3)
+    job_ids = enqueue_snapshots(redis, 3)
     redis.hset(Job.key_for(job_ids[1]), field, "garbage")
     redis.hdel(Job.key_for(job_ids[1]), "data")
-    _burst(redis)
+    burst(redis)
 
     assert _outcomes() == [(job_ids[1], "rejected", "refused: its job cannot be read")]
     assert len(get_portfolio_history()) == 2
-    assert _queue(redis).failed_job_registry.get_job_ids() == [job_ids[1]]
+    assert history_queue(redis).failed_job_registry.get_job_ids() == [job_ids[1]]
 
 
 def test_a_job_that_is_no_hash_is_refused_too(redis: Redis) -> None:
     """A string in the place of the job."""
-    job_ids = _enqueue(redis, 2)
+    job_ids = enqueue_snapshots(redis, 2)
     redis.delete(Job.key_for(job_ids[0]))
     redis.set(Job.key_for(job_ids[0]), "not a hash")
-    _burst(redis)
+    burst(redis)
 
     assert [job_id for job_id, _, _ in _outcomes()] == job_ids[:1]
     assert len(get_portfolio_history()) == 1
@@ -285,9 +263,9 @@ def test_a_job_that_is_no_hash_is_refused_too(redis: Redis) -> None:
 
 def test_an_error_that_is_redis_own_refuses_no_event(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is still loading answers each command with an error: that is an outage, not a bad job."""
-    job_ids = _enqueue(redis, 2)
+    job_ids = enqueue_snapshots(redis, 2)
     redis.hset(Job.key_for(job_ids[0]), "success_callback_name", "x.y")  # read as a whole, which is RQ's
-    worker = HistoryWorker([_queue(redis)], connection=redis)
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
     fetch, loading = Job.fetch.__func__, [True]  # type: ignore[attr-defined]  # mypy does not know class methods' functions
 
     def still_loading(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -305,12 +283,12 @@ def test_an_error_that_is_redis_own_refuses_no_event(redis: Redis, monkeypatch: 
 
 def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told to stop in the middle of a batch, it keeps what it holds until it has finished or handed it back."""
-    _enqueue(redis, 3)
-    worker = HistoryWorker([_queue(redis)], connection=redis)
+    enqueue_snapshots(redis, 3)
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
     leases = []
 
     def stopped_meanwhile(deliveries: Any, patience_seconds: Any) -> Any:
-        worker.request_stop(15, None)
+        os.kill(os.getpid(), signal.SIGTERM)
         redis.delete(*redis.keys("history:lease:*") or ["none"])
         deadline = time.monotonic() + 10
         while not redis.keys("history:lease:*") and time.monotonic() < deadline:
@@ -319,7 +297,7 @@ def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypa
         return settle(deliveries)
 
     monkeypatch.setattr(worker_module, "_RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(worker_module, "settle", stopped_meanwhile)
+    monkeypatch.setattr(lane_module, "settle", stopped_meanwhile)
     worker.work(burst=True, logging_level="WARNING")
 
     assert leases == [1]
@@ -328,21 +306,21 @@ def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypa
 
 def test_a_worker_that_is_stuck_loses_its_lease(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """No progress for long: others may take over what it holds, though its process lives."""
-    _enqueue(redis, 1)
-    worker = HistoryWorker([_queue(redis)], connection=redis)
+    enqueue_snapshots(redis, 1)
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
     found: list[Any] = []
 
     def stuck(deliveries: Any, patience_seconds: Any) -> Any:
         time.sleep(0.4)  # beyond what counts as stuck
         redis.delete(*redis.keys("history:lease:*"))
         time.sleep(0.4)  # several renewals, if there were any
-        found.append((redis.keys("history:lease:*"), Reservations(redis, _queue(redis), "x").recover_dead_holders()))
+        found.append((redis.keys("history:lease:*"), recover_dead_holders(redis, history_queue(redis))))
         return settle(deliveries)
 
     monkeypatch.setattr(worker_module, "_RENEW_SECONDS", 0.05)
     monkeypatch.setattr(worker_module, "_STUCK_SECONDS", 0.2)
-    monkeypatch.setattr(worker_module, "settle", stuck)
-    job_ids = _queue(redis).job_ids
+    monkeypatch.setattr(lane_module, "settle", stuck)
+    job_ids = history_queue(redis).job_ids
     worker.work(burst=True, logging_level="WARNING", max_jobs=1)
 
     assert found == [([], job_ids)]
@@ -352,16 +330,16 @@ def test_a_worker_that_is_stuck_loses_its_lease(redis: Redis, monkeypatch: pytes
 def test_a_suspect_that_times_out_does_not_hold_up_the_others(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes alone, and goes to the tail alone."""
     monkeypatch.setattr(worker_module, "STATEMENT_SECONDS", 0.3)
-    job_ids = _enqueue(redis, 3)
+    job_ids = enqueue_snapshots(redis, 3)
     redis.hset("history:suspects:history", job_ids[0], 0)
     administrator = create_store_engine(SecretStr(os.environ["DATABASE_URL"]))
     with administrator.connect() as db:
         insert_events(db, [event_of(a_snapshot(), source="other/1", sequence=0)])
-        HistoryWorker([_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=2)
+        HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=2)
         assert len(get_portfolio_history()) == 2
         db.rollback()
     administrator.dispose()
-    _burst(redis)
+    burst(redis)
 
     assert len(get_portfolio_history()) == 3
 
@@ -369,7 +347,7 @@ def test_a_suspect_that_times_out_does_not_hold_up_the_others(redis: Redis, monk
 def test_pickled_data_is_never_unpickled(redis: Redis) -> None:
     """A job of a producer with RQ's default serializer is refused; loading it would have made a file."""
     Queue("history", connection=redis).enqueue("consumers.handlers.record_portfolio_snapshot", _Trap())
-    _burst(redis)
+    burst(redis)
 
     ((_, outcome, reason),) = _outcomes()
     assert (outcome, reason) == ("rejected", "refused: its data cannot be read as JSON")
@@ -383,33 +361,34 @@ class _Trap:
 
 def test_the_jobs_of_a_dead_holder_come_back_to_the_front_and_run_alone(redis: Redis) -> None:
     """In their order, before what came later; one at a time, so that a death would name its cause."""
-    job_ids = _enqueue(redis, 5)
-    dead = Reservations(redis, _queue(redis), "dead")
+    job_ids = enqueue_snapshots(redis, 5)
+    dead = Reservations(redis, history_queue(redis), "dead")
     dead.renew_lease()
     assert [one.job_id for one in dead.reserve(3)] == job_ids[:3]
-    living = Reservations(redis, _queue(redis), "living")
-    assert living.recover_dead_holders() == []
+    living = Reservations(redis, history_queue(redis), "living")
+    assert recover_dead_holders(redis, history_queue(redis)) == []
     redis.delete(*redis.keys("history:lease:history:dead:*"))
 
-    assert living.recover_dead_holders() == job_ids[:3]
-    assert _queue(redis).job_ids == job_ids
+    assert recover_dead_holders(redis, history_queue(redis)) == job_ids[:3]
+    assert history_queue(redis).job_ids == job_ids
     assert [(one.job_id, one.deaths) for one in living.reserve(10)] == [(job_ids[0], 0)]
     living.hand_back()
-    _burst(redis)
+    burst(redis)
     assert len(get_portfolio_history()) == 5
     assert redis.keys("history:suspects*") == []
 
 
 def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) -> None:
     """Each death alone counts one; then it is rejected, and the queue goes on."""
-    job_ids = _enqueue(redis, 2)
+    job_ids = enqueue_snapshots(redis, 2)
     for number in range(POISON_DEATHS):
-        dying = Reservations(redis, _queue(redis), f"dying-{number}")
+        dying = Reservations(redis, history_queue(redis), f"dying-{number}")
         dying.renew_lease()
         assert [one.job_id for one in dying.reserve(1)] == job_ids[:1]
+        dying.accuse()
         redis.delete(*redis.keys(f"history:lease:history:dying-{number}:*"))
-        Reservations(redis, _queue(redis), "living").recover_dead_holders()
-    _burst(redis)
+        recover_dead_holders(redis, history_queue(redis))
+    burst(redis)
 
     assert [(job_id, reason) for job_id, _, reason in _outcomes()] == [
         (job_ids[0], "poison event: 3 workers died or failed while they had it alone")
@@ -419,7 +398,7 @@ def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) ->
 
 def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception that nobody expected counts like a death of the worker."""
-    job_ids = _enqueue(redis, 2)
+    job_ids = enqueue_snapshots(redis, 2)
     together = settling._settle_together
 
     def defective(deliveries: Any, patience_seconds: Any) -> Any:
@@ -428,7 +407,7 @@ def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, mo
         return together(deliveries, patience_seconds)
 
     monkeypatch.setattr(settling, "_settle_together", defective)
-    _burst(redis)
+    burst(redis)
 
     assert [job_id for job_id, _, _ in _outcomes()] == job_ids[:1]
     assert len(get_portfolio_history()) == 1
@@ -436,7 +415,7 @@ def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, mo
 
 def test_a_defect_that_meets_every_event_is_held_against_none(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing passes: it waits as for the database, and nothing has been refused when it is mended."""
-    _enqueue(redis, 5)
+    enqueue_snapshots(redis, 5)
     together, tries = settling._settle_together, []
 
     def defective(deliveries: Any, patience_seconds: Any) -> Any:
@@ -446,8 +425,8 @@ def test_a_defect_that_meets_every_event_is_held_against_none(redis: Redis, monk
         return together(deliveries, patience_seconds)
 
     monkeypatch.setattr(settling, "_settle_together", defective)
-    monkeypatch.setattr(worker_module, "_FIRST_BACKOFF_SECONDS", 0.01)
-    _burst(redis)
+    monkeypatch.setattr(lane_module, "_FIRST_BACKOFF_SECONDS", 0.01)
+    burst(redis)
 
     assert (_outcomes(), len(get_portfolio_history())) == ([], 5)
     assert redis.hgetall("history:suspects:history") == {}
@@ -457,23 +436,23 @@ def test_without_a_database_in_the_settings_it_ends_and_returns_its_work(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting would not help; nothing is held against the events."""
-    job_ids = _enqueue(redis, 3)
+    job_ids = enqueue_snapshots(redis, 3)
 
     def unset(*arguments: Any, **keywords: Any) -> Any:
         raise SettingsError("DATABASE_URL: is not set")
 
     monkeypatch.setattr(settling, "get_db", unset)
     with pytest.raises(SettingsError, match="DATABASE_URL"):
-        _burst(redis)
+        burst(redis)
 
-    assert _queue(redis).job_ids == job_ids
+    assert history_queue(redis).job_ids == job_ids
     assert redis.hgetall("history:suspects:history") == {}
 
 
 def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
     """Reserved on the server, never heard of here: the next reservation has them again."""
-    job_ids = _enqueue(redis, 3)
-    reservations = Reservations(redis, _queue(redis), "one")
+    job_ids = enqueue_snapshots(redis, 3)
+    reservations = Reservations(redis, history_queue(redis), "one")
     reservations.reserve(2)
     assert [one.job_id for one in reservations.reserve(10)] == job_ids
 
@@ -481,8 +460,8 @@ def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
 def test_what_stock_workers_left_behind_is_requeued_not_failed(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """One job in the intermediate list, one expired in the started registry."""
     monkeypatch.setattr(stranded, "STRANDED_SECONDS", 0.0)
-    job_ids = _enqueue(redis, 3)
-    queue = _queue(redis)
+    job_ids = enqueue_snapshots(redis, 3)
+    queue = history_queue(redis)
     redis.lmove(queue.key, queue.intermediate_queue_key, "LEFT", "RIGHT")
     redis.lrem(queue.key, 1, job_ids[1])
     redis.hset(Job.key_for(job_ids[1]), "status", "started")
@@ -492,7 +471,7 @@ def test_what_stock_workers_left_behind_is_requeued_not_failed(redis: Redis, mon
         worker._maintain_at = 0.0
         worker._maintain()
         time.sleep(0.01)
-    _burst(redis)
+    burst(redis)
 
     assert len(get_portfolio_history()) == 3
     assert (queue.failed_job_registry.count, redis.exists(queue.intermediate_queue_key)) == (0, 0)
@@ -503,16 +482,16 @@ def test_the_work_of_a_killed_worker_is_done_by_the_next(redis: Redis, database_
     with get_db() as db:
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
         with _worker_process() as victim:
-            job_ids = _enqueue(redis, 20)
-            _until(lambda: len(redis.keys("history:held:*")) == 1)
+            job_ids = enqueue_snapshots(redis, 20)
+            until(lambda: len(redis.keys("history:held:*")) == 1)
             victim.send_signal(signal.SIGKILL)
             victim.wait()
     assert get_portfolio_history() == []
     started = time.monotonic()
     with _worker_process():
-        _until(lambda: len(get_portfolio_history()) == 20, seconds=60)
+        until(lambda: len(get_portfolio_history()) == 20, seconds=60)
     assert time.monotonic() - started < 60
-    assert _queue(redis).failed_job_registry.count == 0
+    assert history_queue(redis).failed_job_registry.count == 0
     assert _outcomes() == []
     assert len(job_ids) == 20
 
@@ -521,24 +500,27 @@ def _backend_of_the_worker() -> int:
     """The process of PostgreSQL that waits for a lock."""
     waiting = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
-        _until(lambda: db.execute(waiting).scalar() is not None)
+        until(lambda: db.execute(waiting).scalar() is not None)
         return int(db.execute(waiting).scalar_one())
 
 
 def test_a_death_during_a_stall_of_the_database_is_not_held_against_the_job(redis: Redis, database_url: str) -> None:
     """However often deploys kill a worker that waits for an answer with one job in its hands."""
-    (job_id,) = _enqueue(redis, 1)
+    (job_id,) = enqueue_snapshots(redis, 1)
     with get_db() as db:
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
-        for _ in range(2):
+        for number in range(3):
             with _worker_process() as victim:
-                _until(lambda: b"waiting" in redis.hvals("history:holders:history"))
+                until(somebody_waits_for_a_lock)
+                if number:  # it is a suspect by now, until the wait shows that it is the database's doing
+                    until(lambda: b"accused" in redis.hvals("history:holders:history"))
+                    until(lambda: b"accused" not in redis.hvals("history:holders:history"))
                 victim.kill()
                 victim.wait()
             redis.delete(*redis.keys("history:lease:*"))
-            assert Reservations(redis, _queue(redis), "living").recover_dead_holders() == [job_id]
+            assert recover_dead_holders(redis, history_queue(redis)) == [job_id]
     assert redis.hgetall("history:suspects:history") == {job_id.encode(): b"0"}
-    _burst(redis)
+    burst(redis)
     assert len(get_portfolio_history()) == 1
 
 
@@ -547,7 +529,7 @@ def test_sigterm_ends_it_while_the_database_is_frozen(redis: Redis, database_url
     with get_db() as db:
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
         with _worker_process() as worker:
-            job_ids = _enqueue(redis, 3)
+            job_ids = enqueue_snapshots(redis, 3)
             backend = _backend_of_the_worker()
             os.kill(backend, signal.SIGSTOP)
             try:
@@ -555,14 +537,14 @@ def test_sigterm_ends_it_while_the_database_is_frozen(redis: Redis, database_url
                 assert worker.wait(15) == 0
             finally:
                 os.kill(backend, signal.SIGCONT)
-    assert _queue(redis).job_ids == job_ids
-    _burst(redis)
+    assert history_queue(redis).job_ids == job_ids
+    burst(redis)
     assert len(get_portfolio_history()) == 3
 
 
 def test_it_waits_for_a_redis_that_is_away_when_it_starts(redis: Redis, database_url: str, tmp_path: Path) -> None:
     """It says so, and begins when Redis has come."""
-    _enqueue(redis, 1)
+    enqueue_snapshots(redis, 1)
     kept: Any = redis.connection_pool.connection_kwargs["path"]
     with Path(tmp_path / "log").open("wb") as log:
         worker = subprocess.Popen(
@@ -571,9 +553,9 @@ def test_it_waits_for_a_redis_that_is_away_when_it_starts(redis: Redis, database
             env={**os.environ, "REDIS_URL": f"unix://{tmp_path / 'proxy.sock'}?db={_database_number(redis)}"},
         )
     try:
-        _until(lambda: b"waits for Redis and tries again" in (tmp_path / "log").read_bytes())
+        until(lambda: b"waits for Redis and tries again" in (tmp_path / "log").read_bytes())
         with Proxy(tmp_path / "proxy.sock", Path(kept)).running():
-            _until(lambda: len(get_portfolio_history()) == 1)
+            until(lambda: len(get_portfolio_history()) == 1)
             worker.terminate()
             assert worker.wait(10) == 0
     finally:
@@ -588,10 +570,10 @@ def _database_number(redis: Redis) -> int:
 def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stock worker died between taking it and noting it; it needs two looks, and others are left alone."""
     monkeypatch.setattr(stranded, "STRANDED_SECONDS", 0.0)
-    job_ids = _enqueue(redis, 4)
+    job_ids = enqueue_snapshots(redis, 4)
     other = Queue("other", connection=redis).enqueue("os.getpid")
     redis.lpop("rq:queue:other")
-    queue = _queue(redis)
+    queue = history_queue(redis)
     redis.lrem(queue.key, 1, job_ids[0])
     redis.lrem(queue.key, 1, job_ids[1])
     redis.hset(Job.key_for(job_ids[1]), "status", "finished")
@@ -610,16 +592,16 @@ def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.Monk
 def test_sigterm_lets_it_finish_what_it_holds(redis: Redis, database_url: str) -> None:
     """Exit status 0, and the worker is gone from RQ's list; while idle it ends within moments."""
     with _worker_process() as worker:
-        _enqueue(redis, 2000)
-        _until(lambda: len(get_portfolio_history(limit=1)) == 1)
+        enqueue_snapshots(redis, 2000)
+        until(lambda: len(get_portfolio_history(limit=1)) == 1)
         worker.terminate()
         assert worker.wait(20) == 0
     stored = len(get_portfolio_history())
-    assert stored + _queue(redis).count == 2000
+    assert stored + history_queue(redis).count == 2000
     assert redis.keys("history:held:*") == []
     assert redis.smembers("rq:workers") == set()
     with _worker_process() as worker:
-        _until(lambda: len(get_portfolio_history()) == 2000 and redis.scard("rq:workers") == 1)
+        until(lambda: len(get_portfolio_history()) == 2000 and redis.scard("rq:workers") == 1)
         worker.terminate()
         assert worker.wait(5) == 0
 
@@ -630,27 +612,27 @@ def test_a_database_that_was_read_only_is_used_again(redis: Redis, database_url:
     with engine().begin() as db:
         db.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
     with _worker_process():
-        _enqueue(redis, 2)
-        _until(lambda: any(b"waiting for the database" in redis.hvals(key) for key in redis.keys("rq:worker:*")))
+        enqueue_snapshots(redis, 2)
+        until(lambda: any(b"waiting for the database" in redis.hvals(key) for key in redis.keys("rq:worker:*")))
         with engine().connect() as db:
             db.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE"))
             db.commit()
             db.execute(text(f'ALTER DATABASE "{name}" RESET default_transaction_read_only'))
             db.commit()
-        _until(lambda: len(get_portfolio_history()) == 2, seconds=30)
+        until(lambda: len(get_portfolio_history()) == 2, seconds=30)
 
 
 @pytest.mark.parametrize("strange", [b"\xff\xfe", b"a\0b", b"x" * 4000])
 def test_what_is_no_job_id_is_put_aside(redis: Redis, strange: bytes) -> None:
     """In the queue, with a job or without; the jobs around it are stored."""
-    _enqueue(redis, 2)
+    enqueue_snapshots(redis, 2)
     redis.lpush("rq:queue:history", strange)
     redis.hset(b"rq:job:" + strange, mapping={"data": "[]", "status": "queued"})
     for key in ("rq:queue:history:intermediate", "history:held:history:gone"):
         redis.rpush(key, strange)
     redis.zadd("rq:wip:history", {strange: 1})
     redis.hset("history:holders:history", strange, "")
-    _burst(redis)
+    burst(redis)
 
     assert len(get_portfolio_history()) == 2
     assert redis.lrange("history:strange:history", 0, -1)[:1] == [strange]
@@ -663,10 +645,10 @@ def test_texts_that_are_much_longer_than_their_jobs_are_taken_one_by_one(
     for number in range(6):
         archive = an_archive(after=timedelta(number), signals=[a_signal(reason="x" * 3_000_000)])
         event = event_of(archive, source="o/1", sequence=number)
-        _queue(redis).enqueue("consumers.handlers.record_signal_archive", encode(event))
-    _enqueue(redis, 3)
+        history_queue(redis).enqueue("consumers.handlers.record_signal_archive", encode(event))
+    enqueue_snapshots(redis, 3)
     sizes = _batch_sizes(monkeypatch)
-    _burst(redis)
+    burst(redis)
 
     assert sizes == [2, 2, 2, 3]
     assert len(get_portfolio_history()) == 3
@@ -675,7 +657,7 @@ def test_texts_that_are_much_longer_than_their_jobs_are_taken_one_by_one(
 @pytest.mark.parametrize("error", ["RAISE EXCEPTION 'a rule'", "RETURN NULL"])
 def test_an_event_that_a_trigger_stops_does_not_stop_the_others(redis: Redis, error: str) -> None:
     """It is not refused, since nothing is wrong with it, but goes to the tail."""
-    job_ids = _enqueue(redis, 20)
+    job_ids = enqueue_snapshots(redis, 20)
     with get_db() as db:
         db.exec_driver_sql(
             "CREATE FUNCTION rule() RETURNS trigger LANGUAGE plpgsql AS"
@@ -684,16 +666,18 @@ def test_an_event_that_a_trigger_stops_does_not_stop_the_others(redis: Redis, er
         db.exec_driver_sql(
             "CREATE TRIGGER rule BEFORE INSERT ON portfolio_history FOR EACH ROW EXECUTE FUNCTION rule()"
         )
-    HistoryWorker([_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=19)
+    HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=19)
 
-    assert (len(get_portfolio_history()), _outcomes(), _queue(redis).job_ids) == (19, [], [job_ids[7]])
+    assert (len(get_portfolio_history()), _outcomes(), history_queue(redis).job_ids) == (19, [], [job_ids[7]])
     with get_db() as db:
         db.exec_driver_sql("DROP TRIGGER rule ON portfolio_history")
-    _burst(redis)
+    burst(redis)
     assert len(get_portfolio_history()) == 20
 
 
-def test_row_numbers_that_are_taken_are_not_held_against_the_events(redis: Redis) -> None:
+def test_row_numbers_that_are_taken_are_not_held_against_the_events(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As after a restore that did not bring the sequences along: it waits, and goes on when they are right."""
     with get_db() as db:
         db.exec_driver_sql(
@@ -701,17 +685,16 @@ def test_row_numbers_that_are_taken_are_not_held_against_the_events(redis: Redis
             " total_profit_loss, total_value, open_positions, trade_count)"
             " SELECT n, gen_random_uuid(), 'x', '2026-01-01', now(), 1, 1, 1, 1, 1, 1 FROM generate_series(1, 50) AS n"
         )
-    _enqueue(redis, 3)
-    worker = HistoryWorker([_queue(redis)], connection=redis)
-    waited = worker._wait_for_recovery
+    enqueue_snapshots(redis, 3)
+    waited = Lane._wait_for_recovery
 
-    def mend(error: Exception) -> None:
+    def mend(lane: Lane, error: Any) -> None:
         with get_db() as db:
             db.exec_driver_sql("SELECT setval(pg_get_serial_sequence('portfolio_history', 'id'), 50)")
-        waited(error)
+        waited(lane, error)
 
-    worker._wait_for_recovery = mend  # type: ignore[method-assign]  # this one only
-    worker.work(burst=True, logging_level="WARNING")
+    monkeypatch.setattr(Lane, "_wait_for_recovery", mend)
+    burst(redis)
 
     assert (len(get_portfolio_history()), _outcomes()) == (53, [])
 
@@ -720,7 +703,7 @@ def test_an_event_that_can_neither_be_stored_nor_refused_is_given_up(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After as many tries as a poison event has it is in the failed registry, with the reason, and stops nobody."""
-    job_ids = _enqueue(redis, 3)
+    job_ids = enqueue_snapshots(redis, 3)
     together = settling._settle_together
 
     def defective(deliveries: Any, patience_seconds: Any) -> Any:
@@ -729,14 +712,14 @@ def test_an_event_that_can_neither_be_stored_nor_refused_is_given_up(
         return together(deliveries, patience_seconds)
 
     monkeypatch.setattr(settling, "_settle_together", defective)
-    _burst(redis)
+    burst(redis)
 
     assert len(get_portfolio_history()) == 2
-    assert _queue(redis).failed_job_registry.get_job_ids() == [job_ids[1]]
+    assert history_queue(redis).failed_job_registry.get_job_ids() == [job_ids[1]]
     result = Job.fetch(job_ids[1], connection=redis, serializer=JSONSerializer).latest_result()
     assert result is not None
     assert result.exc_string == "ZeroDivisionError: a defect"
-    assert _queue(redis).count == 0
+    assert history_queue(redis).count == 0
 
 
 def test_without_tables_it_waits_and_goes_on_by_itself(redis: Redis, database_url: str) -> None:
@@ -744,12 +727,12 @@ def test_without_tables_it_waits_and_goes_on_by_itself(redis: Redis, database_ur
     with get_db() as db:
         db.execute(text("ALTER TABLE portfolio_history RENAME TO elsewhere"))
     with _worker_process():
-        _enqueue(redis, 5)
-        _until(lambda: any(b"waiting for the database" in redis.hvals(key) for key in redis.keys("rq:worker:*")))
+        enqueue_snapshots(redis, 5)
+        until(lambda: any(b"waiting for the database" in redis.hvals(key) for key in redis.keys("rq:worker:*")))
         with get_db() as db:
             db.execute(text("ALTER TABLE elsewhere RENAME TO portfolio_history"))
-        _until(lambda: len(get_portfolio_history()) == 5)
-    assert (_queue(redis).failed_job_registry.count, _outcomes()) == (0, [])
+        until(lambda: len(get_portfolio_history()) == 5)
+    assert (history_queue(redis).failed_job_registry.count, _outcomes()) == (0, [])
 
 
 def test_one_event_that_times_out_alone_does_not_hold_up_the_others(
@@ -757,18 +740,18 @@ def test_one_event_that_times_out_alone_does_not_hold_up_the_others(
 ) -> None:
     """Somebody has its row in an open transaction: it goes to the tail, and is stored when they are gone."""
     monkeypatch.setattr(worker_module, "STATEMENT_SECONDS", 0.3)
-    job_ids = _enqueue(redis, 4)
+    job_ids = enqueue_snapshots(redis, 4)
     administrator = create_store_engine(SecretStr(os.environ["DATABASE_URL"]))
     with administrator.connect() as db:
         insert_events(db, [event_of(a_snapshot(), source="other/1", sequence=0)])
-        worker = HistoryWorker([_queue(redis)], connection=redis)
+        worker = HistoryWorker([history_queue(redis)], connection=redis)
         worker.work(burst=False, logging_level="WARNING", max_jobs=3)
         assert len(get_portfolio_history()) == 3
-        assert _queue(redis).job_ids == job_ids[:1]
+        assert history_queue(redis).job_ids == job_ids[:1]
         assert redis.hgetall("history:delays:history") == {job_ids[0].encode(): b"1"}
         db.rollback()
     administrator.dispose()
-    _burst(redis)
+    burst(redis)
 
     assert len(get_portfolio_history()) == 4
     assert redis.exists("history:delays:history") == 0
@@ -780,4 +763,4 @@ def test_it_survives_that_redis_loses_everything(redis: Redis, producer: History
         assert producer.record(a_snapshot()).wait(20) == 1
         redis.flushall()
         assert producer.record(a_snapshot(after=timedelta(1))).wait(20)
-        _until(lambda: len(redis.smembers("rq:workers:history")) == 1)
+        until(lambda: len(redis.smembers("rq:workers:history")) == 1)

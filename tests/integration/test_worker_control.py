@@ -112,9 +112,9 @@ def test_after_the_shutdown_command_a_worker_finishes_what_it_holds(redis: Redis
             _enqueue(redis, 0)
             until(somebody_waits_for_a_lock)
             assert _states(redis) == ["busy"]
-            _enqueue(redis, 1)
             send_shutdown_command(redis, WORKER_NAME)
             until(lambda: b"Received shutdown command" in log.read_bytes())
+            _enqueue(redis, 1)
         assert process.wait(20) == 0
     assert (len(get_portfolio_history()), _queue(redis).job_ids) == (1, ["job-1"])
     assert _queue(redis).finished_job_registry.get_job_ids() == ["job-0"]

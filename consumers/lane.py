@@ -1,0 +1,234 @@
+"""One way through the queue: take what is there, store it, finish it; wait when that cannot be done now.
+
+A worker has some of them as threads, so that one computes while another waits for an answer of PostgreSQL or Redis.
+Each holds what it takes in a list of its own (see consumers.reservations).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+
+from redis.exceptions import RedisError
+from rq import Queue
+from rq.utils import now
+from rq.worker import BaseWorker
+
+from consumers.connection import drop_connections
+from consumers.crew import Crew
+from consumers.errors import PoisonEvent, StoreUnavailable
+from consumers.reservations import POISON_DEATHS, Reservations
+from consumers.rq_jobs import ReservedJob, RqJobs, Run
+from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, acknowledge, settle
+
+logger = logging.getLogger(__name__)
+
+BATCH_JOBS = 500
+_BATCH_CHARACTERS = 4 * 1024 * 1024
+WAIT_SECONDS = 1  # also how long a stop request may go unnoticed by an idle lane
+_FIRST_BACKOFF_SECONDS = 0.2
+_LAST_BACKOFF_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a lane ends by itself; see HistoryWorker.work."""
+
+    burst: bool
+    max_jobs: int | None
+    max_idle_seconds: float
+
+
+class Lane(threading.Thread):
+    """A thread of `worker` that works on `queue` until `stopping` is set or one of its limits is met."""
+
+    def __init__(self, worker: BaseWorker, queue: Queue, crew: Crew, stopping: threading.Event, limits: Limits) -> None:
+        super().__init__(name="history-lane", daemon=True)  # a second SIGTERM does not wait for it
+        self.reservations = Reservations(worker.connection, queue, worker.name)
+        self.done = 0  # jobs that it has ended, one way or the other
+        self.error: BaseException | None = None  # what has ended it, unless its work did
+        self._worker = worker
+        self._queue = queue
+        self._redis = worker.connection
+        self._jobs = RqJobs(worker.connection, queue)
+        self._crew = crew
+        self._stopping = stopping
+        self._limits = limits
+        self._failures = 0
+        self._progress_at: float | None = None
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:  # shown where the thread is joined, and the others must end too
+            self.error = error
+            self._stopping.set()
+
+    def seconds_without_progress(self) -> float:
+        """Since it last knew the end of an event that it works on; 0 while it works on none."""
+        progress_at = self._progress_at
+        return 0.0 if progress_at is None else time.monotonic() - progress_at
+
+    def _run(self) -> None:
+        max_jobs = sys.maxsize if self._limits.max_jobs is None else self._limits.max_jobs
+        while self.done < max_jobs and not self._stopping.is_set():
+            try:
+                if self._crew.suspended():
+                    if self._limits.burst:
+                        return
+                    self.reservations.hand_back()  # what the wait below has brought meanwhile
+                    self._stopping.wait(WAIT_SECONDS)
+                    continue
+                reserved = self.reservations.reserve(min(BATCH_JOBS, max_jobs - self.done))
+                if reserved:
+                    self._work_in_turn(reserved)
+                elif self._limits.burst or self._crew.idle_seconds() > self._limits.max_idle_seconds:
+                    return
+                else:
+                    self.reservations.wait(WAIT_SECONDS)
+                self._failures = 0
+                self._crew.passed(worked=bool(reserved))
+            except (RedisError, StoreUnavailable) as error:
+                self._wait_for_recovery(error)
+
+    def _work_in_turn(self, reserved: Sequence[ReservedJob]) -> None:
+        """A suspect is worked on alone in the process: should that die, it was the suspect's doing."""
+        suspect = reserved[0].deaths is not None
+        try:
+            with self._crew.working(alone=suspect):
+                if suspect:
+                    self.reservations.accuse()
+                self._work_off(reserved)
+        finally:
+            self._progress_at = None
+            self.reservations.hand_back()
+
+    def _work_off(self, reserved: Sequence[ReservedJob]) -> None:
+        """Settle and finish a batch; what could not be settled goes back to the front of the queue.
+
+        One that times out while others pass goes to the tail: it must not hold up the rest. One that fails on a
+        defect of ours while others pass is blamed. Raises StoreUnavailable when nothing passes.
+        """
+        self._progress_at = time.monotonic()
+        started_at = now()
+        jobs = {job.job_id: job for job in reserved}
+        self._drop([job.job_id for job in reserved if job.state == "gone"])
+        deliveries = self._deliveries([job for job in reserved if job.state != "gone"])
+        settled: list[Settled] = []
+        late: list[Unsettled] = []
+        broken: list[Unsettled] = []
+        try:
+            # One that has timed out before comes alone, and must not hold up the rest for as long again.
+            patience = ISOLATED_SECONDS if reserved[0].delays else None
+            for end in settle(deliveries, patience_seconds=patience) if deliveries else ():
+                self._progress_at = time.monotonic()
+                if isinstance(end, Settled):
+                    settled.append(end)
+                    continue
+                (late if isinstance(end.error, StoreUnavailable) else broken).append(end)
+                if len(late) > 1 and not settled:
+                    raise late[0].error
+                if self._stopping.is_set():
+                    break
+        finally:
+            # Also when the rest met trouble: what is committed is done.
+            self._finish(settled, jobs, started_at)
+            self.done += len(settled)
+        # Alone, as a suspect comes, nothing can pass beside it: then whatever waits behind it counts.
+        if late and not settled and (len(reserved) > 1 or not self._queue.count):
+            raise late[0].error
+        if len(broken) > 1 and not settled:
+            raise StoreUnavailable(f"no event of a batch could be stored: {broken[0].error!r}") from broken[0].error
+        for end in late:
+            count = self.reservations.postpone(end.job_id)
+            logger.warning(
+                "job %s cannot be stored now, alone, and goes to the tail, for the %d. time: %s",
+                end.job_id, count, end.error,
+            )  # fmt: skip
+        for end in broken:
+            self._blame(end, jobs[end.job_id].deaths or 0, started_at)
+
+    def _delivery(self, job: ReservedJob) -> Delivery:
+        delivery = self._jobs.delivery(job)
+        if delivery.refusal is None and job.deaths is not None and job.deaths >= POISON_DEATHS:
+            return delivery._replace(refusal=PoisonEvent(job.deaths))
+        return delivery
+
+    def _deliveries(self, jobs: Sequence[ReservedJob]) -> list[Delivery]:
+        """As many as are worked on together: their texts may be a thousand times longer than what Redis has of them."""
+        deliveries, size = [], 0
+        for job in jobs:
+            deliveries.append(self._delivery(job))
+            size += len(deliveries[-1].text) if isinstance(deliveries[-1].text, str) else 0
+            if size > _BATCH_CHARACTERS:
+                break
+        return deliveries
+
+    def _blame(self, end: Unsettled, deaths: int, started_at: datetime) -> None:
+        """Count a defect like a death of the worker: the job is tried again, alone, and given up in the end."""
+        logger.error("worker %s failed on job %s", self._worker.name, end.job_id, exc_info=end.error)
+        if deaths < POISON_DEATHS:
+            self.reservations.blame(end.job_id)
+            return
+        # Not even its rejection can be recorded: it leaves the queue for RQ's failed registry.
+        with self._redis.pipeline(transaction=True) as pipe:
+            self.reservations.release(pipe, [end.job_id])
+            self._jobs.fail(pipe, end.job_id, end.error, self._run_of(started_at))
+            self._worker.increment_failed_job_count(pipe)
+            pipe.execute()
+
+    def _drop(self, job_ids: Sequence[str]) -> None:
+        # Deleted by somebody while it was queued: RQ's own worker skips it too.
+        if job_ids:
+            with self._redis.pipeline(transaction=True) as pipe:
+                self.reservations.release(pipe, job_ids)
+                pipe.execute()
+
+    def _finish(self, settled: Sequence[Settled], jobs: dict[str, ReservedJob], started_at: datetime) -> None:
+        """Acknowledge and write what RQ writes for finished and failed jobs, in one transaction."""
+        if not settled:
+            return
+        run = self._run_of(started_at)
+        done = [(jobs[end.job_id], end.outcome.row_id) for end in settled if end.error is None]
+        with self._redis.pipeline(transaction=True) as pipe:
+            acknowledge(pipe, settled)
+            self.reservations.release(pipe, [end.job_id for end in settled])
+            if done:
+                self._jobs.finish(pipe, done, run)
+            for end in settled:
+                if end.error is not None:
+                    self._jobs.fail(pipe, end.job_id, end.error, run)
+            pipe.hincrby(self._worker.key, "successful_job_count", len(done))
+            pipe.hincrby(self._worker.key, "failed_job_count", len(settled) - len(done))
+            self._worker.increment_total_working_time(run.ended_at - started_at, pipe)
+            self._worker.heartbeat(pipeline=pipe)
+            pipe.execute()
+        for end in settled:
+            if jobs[end.job_id].state == "unusual":
+                self._jobs.let_go(end.job_id)
+
+    def _run_of(self, started_at: datetime) -> Run:
+        return Run(self._worker.name, started_at, now(), self._worker.default_result_ttl)
+
+    def _wait_for_recovery(self, error: RedisError | StoreUnavailable) -> None:
+        """Wait, longer each time; stopping ends the wait."""
+        self._failures += 1
+        with suppress(RedisError):  # it is Redis that is away: what is held there stays held, and comes first again
+            self.reservations.hand_back()
+        if isinstance(error, StoreUnavailable):
+            drop_connections()
+        self._crew.failed(error)
+        self._stopping.wait(backoff_seconds(self._failures))
+
+
+def backoff_seconds(failures: int) -> float:
+    """How long to wait after so many failed tries, with jitter."""
+    ceiling = min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 10), _LAST_BACKOFF_SECONDS)
+    return random.uniform(ceiling / 2, ceiling)

@@ -1,0 +1,167 @@
+"""The lanes of one worker: beside each other, except for a suspect, and seen by operators as one worker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from consumers import lane as lane_module
+from consumers.connection import engine
+from consumers.crew import Crew
+from consumers.errors import StoreUnavailable
+from consumers.inserts import insert_events
+from consumers.lane import Lane
+from consumers.operations import get_portfolio_history
+from consumers.reservations import Reservations, recover_dead_holders
+from consumers.settling import settle
+from consumers.worker import HistoryWorker
+from producers.events import event_of
+from tests.deliveries import burst, enqueue_snapshots, history_queue
+from tests.factories import a_snapshot
+from tests.rq_programs import until
+
+pytestmark = pytest.mark.usefixtures("database_url")
+
+
+@contextmanager
+def _running(worker: HistoryWorker) -> Iterator[threading.Thread]:
+    """It works in a thread of this process; at the end it is told to stop."""
+    worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # only the main thread may
+    thread = threading.Thread(target=worker.work, kwargs={"logging_level": "WARNING"})
+    thread.start()
+    try:
+        yield thread
+    finally:
+        worker._ending.set()
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_while_one_waits_for_the_database_the_other_goes_on(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody's uncommitted insert of the first fact holds up the first batch, not the second."""
+    monkeypatch.setattr(lane_module, "BATCH_JOBS", 1)
+    enqueue_snapshots(redis, 2)
+    with engine().connect() as db:
+        insert_events(db, [event_of(a_snapshot(), source="other/2", sequence=1)])
+        with _running(HistoryWorker([history_queue(redis)], connection=redis)) as thread:
+            until(lambda: [row["sequence"] for row in get_portfolio_history()] == [1], seconds=4)
+            db.rollback()
+            until(lambda: len(get_portfolio_history()) == 2)
+    assert not thread.is_alive()
+
+
+def test_a_suspect_has_the_process_for_itself(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two suspects and many others: whatever runs beside a suspect could be what kills the process."""
+    monkeypatch.setattr(lane_module, "BATCH_JOBS", 5)
+    job_ids = enqueue_snapshots(redis, 60)
+    suspects = {job_ids[10], job_ids[11], job_ids[40]}
+    for job_id in suspects:
+        redis.hset("history:suspects:history", job_id, 0)
+    running: list[set[str]] = []
+    beside: list[set[str]] = []
+    together: list[int] = []
+
+    def watched(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
+        mine = {delivery.job_id for delivery in deliveries}
+        running.append(mine)
+        time.sleep(0.02)  # long enough for the other lane to come along
+        together.append(len(running))
+        if any(one & suspects for one in running):
+            beside.append(set().union(*running))
+        yield from settle(deliveries, **options)
+        running.remove(mine)
+
+    monkeypatch.setattr(lane_module, "settle", watched)
+    burst(redis)
+
+    assert sorted(map(sorted, beside)) == sorted([[job_id] for job_id in suspects])
+    assert max(together) == 2
+    assert len(get_portfolio_history()) == 60
+
+
+def test_only_a_death_with_a_suspect_alone_counts_against_it(redis: Redis) -> None:
+    """Not one that a single job met by chance, nor one that came before the suspect's turn."""
+    (job_id,) = enqueue_snapshots(redis, 1)
+    counts = []
+    for accused in (False, False, True):
+        dying = Reservations(redis, history_queue(redis), "dying")
+        assert [one.job_id for one in dying.reserve(1)] == [job_id]
+        if accused:
+            dying.accuse()
+            dying.renew_lease()
+        redis.delete(*redis.keys("history:lease:*"))
+        assert recover_dead_holders(redis, history_queue(redis)) == [job_id]
+        counts.append(redis.hget("history:suspects:history", job_id))
+    assert counts == [b"0", b"0", b"1"]
+
+
+def test_a_worker_is_busy_as_long_as_one_lane_is(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says what it waits for, once, until something has been stored."""
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    crew, seen = worker._crew, list[str]()
+    monkeypatch.setattr(worker, "set_state", seen.append)
+    crew.show()
+    with crew.working(alone=False):
+        with crew.working(alone=False):
+            pass
+        crew.failed(StoreUnavailable("no route"))
+        crew.failed(StoreUnavailable("no route"))
+        crew.passed(worked=False)  # the other lane found nothing to do: it cannot know
+        crew.passed(worked=True)
+    assert seen == ["idle", "busy", "waiting for the database", "busy", "idle"]
+
+
+def test_a_defect_of_a_lane_ends_the_worker_and_shows(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a worker would look healthy for ever."""
+    job_ids = enqueue_snapshots(redis, 3)
+
+    def defective(*_: Any) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(Lane, "_finish", defective)
+    with pytest.raises(ZeroDivisionError, match="a defect"):
+        HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="CRITICAL")
+    assert history_queue(redis).job_ids == job_ids
+    assert (redis.keys("history:lease:*"), redis.smembers("rq:workers")) == ([], set())
+
+
+def test_the_crew_waits_for_whoever_works_before_one_works_alone(redis: Redis) -> None:
+    crew = Crew(HistoryWorker([history_queue(redis)], connection=redis))
+    order: list[str] = []
+
+    def alone() -> None:
+        with crew.working(alone=True):
+            order.append("alone")
+
+    def beside() -> None:
+        with crew.working(alone=False):
+            order.append("beside")
+
+    with crew.working(alone=False):
+        first = threading.Thread(target=alone)
+        first.start()
+        until(lambda: crew._alone)
+        second = threading.Thread(target=beside)
+        second.start()
+        time.sleep(0.05)  # whoever does not wait shows by then
+        order.append("working")
+    first.join(10)
+    second.join(10)
+    assert order == ["working", "alone", "beside"]
+    assert crew.idle_seconds() < 10
+
+
+def test_a_lone_lane_keeps_to_the_number_of_jobs(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane_module, "BATCH_JOBS", 4)
+    enqueue_snapshots(redis, 30)
+    assert HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=10)
+    assert (len(get_portfolio_history()), history_queue(redis).count) == (10, 20)
+    rows = get_portfolio_history()
+    assert {row["timestamp"] - rows[-1]["timestamp"] for row in rows} == {timedelta(seconds=n) for n in range(10)}
