@@ -18,6 +18,7 @@ import typer
 from redis import RedisError
 
 from consumers.cli_failed import failed_app
+from consumers.cli_import import import_history, verify_history
 from consumers.cli_options import AsJson
 from consumers.cli_outbox import outbox_app
 from consumers.stack import stack
@@ -32,6 +33,8 @@ app = typer.Typer(
 )
 app.add_typer(outbox_app, name="outbox")
 app.add_typer(failed_app, name="failed")
+app.command("import")(import_history)
+app.command("verify")(verify_history)
 
 _debug = False
 

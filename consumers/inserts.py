@@ -6,7 +6,7 @@ is absorbed and another content under the same id is a conflict.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from typing import Any, NamedTuple
@@ -118,12 +118,36 @@ def insert_events(db: Connection, events: Sequence[Event]) -> list[Stored | Even
     An event whose id is stored with other content is answered with an EventConflict, and changes nothing.
     """
     answers: list[Stored | EventConflict | None] = [None] * len(events)
+    for table, positions in _by_table(events):
+        for n, answer in zip(positions, _insert(db, table, [events[n] for n in positions]), strict=True):
+            answers[n] = answer
+    return answers  # type: ignore[return-value]  # each event is of one of the two
+
+
+class Found(NamedTuple):
+    """The row that has an event's id: which delivery made it, and whether its content is the same."""
+
+    row_id: int
+    source: str
+    sequence: int | None
+    same: bool
+
+
+def find_events(db: Connection, events: Sequence[Event]) -> list[Found | None]:
+    """The row of each event, in the order of `events`; None where there is none."""
+    found: list[Found | None] = [None] * len(events)
+    for table, positions in _by_table(events):
+        rows = [_row(events[n]) for n in positions]
+        for number, row_id, source, sequence, same in db.execute(_COMPARE[table.name], _arrays(table, rows)):
+            found[positions[number - 1]] = Found(row_id, source, sequence, same)
+    return found
+
+
+def _by_table(events: Sequence[Event]) -> Iterator[tuple[_Table, list[int]]]:
     for table, model in ((_SNAPSHOTS, PortfolioSnapshot), (_ARCHIVES, SignalArchive)):
         positions = [n for n, event in enumerate(events) if isinstance(event.data, model)]
         if positions:
-            for n, answer in zip(positions, _insert(db, table, [events[n] for n in positions]), strict=True):
-                answers[n] = answer
-    return answers  # type: ignore[return-value]  # each event is of one of the two
+            yield table, positions
 
 
 def insert_event(event: Event) -> int:

@@ -18,7 +18,7 @@ _PIPE_COLUMNS = 250
 def _print(what: Table | str) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
     with console.capture() as captured:
-        console.print(what)
+        console.print(what, markup=False) if isinstance(what, str) else console.print(what)
     # Without the blanks that fill a table's last column.
     sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
@@ -78,6 +78,24 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
     _print(table if audits else "No source has numbered events here.")
 
 
+def print_tallies(tallies: Sequence[Mapping[str, Any]]) -> None:
+    table = _table("file", "read", "stored", "already there", "rejected", "damage")
+    for one in tallies:
+        counts = (one[name] for name in ("read", "stored", "already_there", "rejected"))
+        table.add_row(one["name"], *(f"{count:,}" for count in counts), one["damage"] or "none")
+    _print(table)
+    for one in tallies:
+        for note, count in one["notes"].items():
+            _print(f"{one['name']}: {note} ({count:,} times)")
+
+
+def print_compared(compared: Sequence[Mapping[str, Any]]) -> None:
+    table = _table("file", "read", "equal", "differences")
+    for one in compared:
+        table.add_row(one["name"], *(f"{one[name]:,}" for name in ("read", "equal", "differences")))
+    _print(table)
+
+
 def print_facts(facts: Mapping[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
@@ -92,10 +110,11 @@ def print_json(value: Any) -> None:
 def _table(*columns: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     numbers = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
+    numbers |= {"read", "already there", "equal", "differences"}
     numbers |= {"stored", "absorbed", "rejected", "discarded", "under way", "last"}
     for column in columns:
         # Only free text may be cut when the window is narrow.
-        free = column in ("first signal", "reason", "missing")
+        free = column in ("first signal", "reason", "missing", "damage")
         table.add_column(column, justify="right" if column in numbers else "left", no_wrap=not free)
     return table
 

@@ -11,6 +11,7 @@ from tests.benchmarks.environment import machine_facts
 from tests.benchmarks.growth import measure_growth
 from tests.benchmarks.latency import measure_latency
 from tests.benchmarks.memory import measure_memory
+from tests.benchmarks.migration import measure_import
 from tests.benchmarks.outages import measure_outages
 from tests.benchmarks.recording import measure_record
 from tests.benchmarks.recovery import measure_recovery
@@ -27,6 +28,7 @@ _MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "outages": (measure_outages, 200),
     "recovery": (measure_recovery, 20),
     "audit": (measure_audit, 10_000_000),
+    "import": (measure_import, 1_000_000),
 }
 
 

@@ -1,0 +1,193 @@
+"""`trading-history import` and `verify`: old history into the tables, and whether it is all there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from consumers.cli_options import AsJson
+from consumers.stack import stack
+from consumers.terminal import print_compared, print_json, print_tallies
+
+if TYPE_CHECKING:
+    from datetime import tzinfo
+
+    from consumers.migration import OldHistory, Origin
+
+Directory = Annotated[
+    Path, typer.Argument(help="The folder with portfolio_history.json and signals_archive_*.json.", metavar="DIR")
+]
+Zone = Annotated[str | None, typer.Option("--timezone", help="Of times without one; HISTORY_TIMEZONE by default.")]
+ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="The portfolio of entries that name none.")]
+ReportFile = Annotated[
+    Path, typer.Option("--report", dir_okay=False, help="Where entries go that cannot be taken, one a line.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only read and count; needs no server and sends nothing.")]
+
+
+def import_history(  # noqa: PLR0917  # each is an option with a name of its own
+    directory: Directory,
+    timezone: Zone = None,
+    portfolio_id: ForPortfolio = None,
+    report: ReportFile = Path("import-report.jsonl"),
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring old JSON history in, through the queue; run again, it adds what is missing.
+
+    Exit status 1 if an entry could not be taken or a file is damaged.
+    """
+    from consumers.import_report import Report
+    from consumers.migration import OldHistory, file_origins
+
+    zone = _zone(timezone)
+    histories = [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in file_origins(directory)]
+    with Report(report) as opened:
+        if dry_run:
+            _look(histories, opened)
+        else:
+            _carry(histories, opened)
+        _print_tallies(histories, opened, zone, as_json)
+    raise typer.Exit(0 if all(history.tally.clean for history in histories) else 1)
+
+
+def verify_history(
+    directory: Directory,
+    timezone: Zone = None,
+    portfolio_id: ForPortfolio = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare old JSON history with the tables, both ways; exit status 1 if anything differs."""
+    from consumers.migration import OldHistory, file_origins
+    from consumers.verification import Verification
+
+    zone = _zone(timezone)
+    histories = [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in file_origins(directory)]
+    verification = Verification(histories)
+    with stack(database=True), _progress([history.origin for history in histories], "verify") as advance:
+        count = _stream(_advancing(verification.differences(), advance), as_json)
+    facts = [asdict(one) for one in verification.compared]
+    if as_json:
+        sys.stdout.write(f'], "files": {json.dumps(facts)}}}\n')
+    else:
+        print_compared(facts)
+    raise typer.Exit(1 if count else 0)
+
+
+def _zone(name: str | None) -> tzinfo:
+    from zoneinfo import ZoneInfo
+
+    from producers.settings import ZoneSettings
+    from producers.times import MachineZone
+
+    if name is None:
+        return ZoneSettings.from_environment().timezone or MachineZone()
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        raise typer.BadParameter("is not a time zone of the IANA database", param_hint="--timezone") from None
+
+
+def _look(histories: Sequence[OldHistory], report: Any) -> None:
+    from consumers.migration import look
+
+    with _progress([history.origin for history in histories], "read") as advance:
+        for history in histories:
+            look(history, report, advance)
+
+
+def _carry(histories: Sequence[OldHistory], report: Any) -> None:
+    from consumers.migration import Importer
+    from producers.settings import TransportSettings
+
+    with ExitStack() as held:
+        embedded = held.enter_context(stack(database=True, redis=True))
+        settings = TransportSettings.from_environment()
+        redis = settings.redis()
+        if embedded:
+            held.enter_context(_own_worker(settings.queue))
+        advance = held.enter_context(_progress([history.origin for history in histories], "import"))
+        importer = Importer(redis, settings.queue, report, say=_say, advance=advance)
+        try:
+            for history in histories:
+                importer.run(history)
+        except (KeyboardInterrupt, SystemExit):
+            settled = sum(history.tally.settled for history in histories)
+            _say(f"stopped after {settled:,} entries; run it again to go on")
+            raise
+
+
+@contextmanager
+def _own_worker(queue: str) -> Iterator[None]:
+    """On the embedded servers there may be nobody else who would run one."""
+    from rq import Queue, Worker
+
+    from consumers.processes import worker_process
+    from consumers.stack import embedded_home
+    from producers.settings import TransportSettings
+
+    if Worker.count(queue=Queue(queue, connection=TransportSettings.from_environment().redis())):
+        yield
+        return
+    with worker_process(embedded_home() / "import-worker.log"):
+        yield
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _progress(origins: Sequence[Origin], verb: str) -> Iterator[Callable[[], None]]:
+    """A bar with rate and time left on a terminal; the block calls what it gets every now and then."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    total = sum(origin.size for origin in origins) if all(origin.size for origin in origins) else None
+    columns = (TextColumn(verb), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(verb, total=total)
+        yield lambda: progress.update(task, completed=sum(origin.position() for origin in origins))
+
+
+def _advancing(differences: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any]:
+    for difference in differences:
+        advance()
+        yield difference
+
+
+def _stream(differences: Iterator[Any], as_json: bool) -> int:
+    """Print each as it comes: there may be as many as there are entries."""
+    count = 0
+    if as_json:
+        sys.stdout.write('{"differences": [')
+    for count, one in enumerate(differences, 1):
+        if as_json:
+            facts = asdict(one) | {"fields": [field._asdict() for field in one.fields]}
+            sys.stdout.write(("" if count == 1 else ",") + "\n" + json.dumps(facts))
+        else:
+            place = f"{one.table} row {one.row_id}" if one.file is None else f"{one.file} entry {one.index}"
+            print(f"{one.what}: {place}: {one.reason}")
+    return count
+
+
+def _print_tallies(histories: Sequence[OldHistory], report: Any, zone: tzinfo, as_json: bool) -> None:
+    tallies = [asdict(history.tally) | {"notes": dict(history.tally.notes)} for history in histories]
+    written = str(report.path) if report.lines else None
+    if as_json:
+        print_json({"files": tallies, "report": written, "timezone": str(zone)})
+        return
+    print_tallies(tallies)
+    print(f"Times without a zone were read as {zone}.")
+    if written:
+        print(f"What could not be taken is in {written}.")

@@ -1,0 +1,503 @@
+"""Import and verify on real servers: every entry a row or a reported rejection, whoever dies in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+from sqlalchemy import text
+
+from consumers import flight as flight_module
+from consumers.audit import audit
+from consumers.comparison import RowIds
+from consumers.connection import get_db
+from consumers.failed import discard, rejections
+from consumers.flight import FEWEST_JOBS, Flight, Window
+from consumers.import_report import Report
+from consumers.migration import Importer, OldHistory, Tally, file_origins
+from consumers.processes import worker_process
+from consumers.verification import Difference, Verification
+from producers.history_producer import HistoryProducer
+from producers.redis_keys import acknowledgement_key, lease_key
+from tests.factories import a_signal, a_snapshot
+from tests.faults.proxy import Proxy
+from tests.rq_programs import until
+
+pytestmark = pytest.mark.usefixtures("database_url")
+
+_FIRST = datetime(2025, 10, 20, 17, 2, 46, 101234)
+_QUEUE = "rq:queue:history"
+
+
+def _snapshot(number: int, **overrides: Any) -> dict[str, Any]:
+    moment = _FIRST + timedelta(seconds=number)
+    entry = {
+        "date": moment.date().isoformat(),
+        "timestamp": moment.isoformat(),
+        "balance": 9900.0 + number,
+        "total_invested": 100.0,
+        "total_profit_loss": 0.1 * number,
+        "total_value": 9987.350000000001,
+        "open_positions": 1,
+        "trade_count": number,
+    }
+    return entry | overrides
+
+
+def _archive(number: int, **overrides: Any) -> dict[str, Any]:
+    signals = [a_signal(target_price=0.1 * number)]
+    entry = {"archived_at": (_FIRST + timedelta(seconds=number)).isoformat(), "signals_count": 1, "signals": signals}
+    return entry | overrides
+
+
+def _write(folder: Path, snapshots: list[Any] | None = None, archives: list[Any] | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    if snapshots is not None:
+        (folder / "portfolio_history.json").write_text(json.dumps(snapshots))
+    if archives is not None:
+        (folder / "signals_archive_2025-10.json").write_text(json.dumps(archives))
+    return folder
+
+
+def _histories(folder: Path, portfolio_id: int | None = 1) -> list[OldHistory]:
+    return [OldHistory(origin, zone=UTC, portfolio_id=portfolio_id) for origin in file_origins(folder)]
+
+
+def _import(redis: Redis, folder: Path, said: list[str] | None = None, **about: Any) -> list[Tally]:
+    """Import in this process; the report is report.jsonl beside the folder."""
+    histories = _histories(folder, **about)
+    with Report(folder.parent / "report.jsonl") as report:
+        say = (said if said is not None else []).append
+        importer = Importer(redis, "history", report, say=say, advance=lambda: None)
+        for history in histories:
+            importer.run(history)
+    return [history.tally for history in histories]
+
+
+def _counts(tallies: list[Tally]) -> list[tuple[int, int, int, int]]:
+    return [(tally.read, tally.stored, tally.already_there, tally.rejected) for tally in tallies]
+
+
+def _verify(folder: Path, **about: Any) -> list[Difference]:
+    return list(Verification(_histories(folder, **about)).differences())
+
+
+def _reported(folder: Path) -> list[tuple[str, int, str]]:
+    lines = (folder.parent / "report.jsonl").read_text().splitlines()
+    return [(line["file"], line["index"], line["reason"]) for line in map(json.loads, lines)]
+
+
+def _execute(statement: str) -> None:
+    with get_db() as db:
+        db.execute(text(statement))
+
+
+@pytest.fixture
+def worker(redis: Redis, database_url: str, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with worker_process(tmp_path / "worker.log") as process:
+        yield process
+
+
+@contextmanager
+def _command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    line = [sys.executable, "-m", "consumers.cli", *arguments]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.usefixtures("worker")
+def test_every_entry_becomes_a_row_and_a_second_run_sends_nothing(redis: Redis, tmp_path: Path) -> None:
+    """Snapshots and archives; the audit finds no gap, verify no difference, and Redis keeps nothing of it."""
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(1500)], [_archive(n) for n in range(30)])
+    first = _import(redis, folder)
+    enqueued = redis.info("commandstats")
+    second = _import(redis, folder)
+
+    assert _counts(first) == [(1500, 1500, 0, 0), (30, 30, 0, 0)]
+    assert _counts(second) == [(1500, 0, 1500, 0), (30, 0, 30, 0)]
+    assert redis.info("commandstats").get("cmdstat_rpush") == enqueued.get("cmdstat_rpush")
+    assert _verify(folder) == []
+    assert {(one.source.split("/")[:2][1], one.stored, one.complete) for one in audit()} == {
+        ("portfolio_history.json", 1500, True),
+        ("signals_archive_2025-10.json", 30, True),
+    }
+    assert not (tmp_path / "report.jsonl").exists()
+    assert redis.keys("history:ack:*") == []
+
+
+@pytest.mark.usefixtures("worker")
+def test_what_cannot_be_taken_is_reported_and_recorded_and_the_rest_goes_on(redis: Redis, tmp_path: Path) -> None:
+    """No event at all, the same instant with other amounts, the same entry twice, a file that is cut off."""
+    entries = [
+        _snapshot(0),
+        _snapshot(1, balance=None),
+        _snapshot(0),
+        _snapshot(0, balance=1),
+        "nonsense",
+        _snapshot(2),
+    ]
+    folder = _write(tmp_path / "old", entries)
+    path = folder / "portfolio_history.json"
+    path.write_text(path.read_text()[:-1] + ', {"date": "20')
+
+    (tally,) = _import(redis, folder)
+    (again,) = _import(redis, folder)
+
+    assert _counts([tally, again]) == [(6, 2, 1, 3), (6, 0, 3, 3)]
+    assert tally.damage is not None
+    assert tally.damage.startswith("portfolio_history.json: is cut off (entry 6, byte ")
+    reported = _reported(folder)
+    assert sorted(reported) == sorted(_reported_lines(tmp_path / "report.jsonl.1"))
+    assert [(index, reason.split(":")[0]) for _, index, reason in sorted(reported)][:1] == [(1, "balance")]
+    assert {index for _, index, _ in reported} == {1, 3, 4}
+    assert {(one.sequence, one.reason) for one in rejections()} == {(index, reason) for _, index, reason in reported}
+    (account,) = audit()
+    assert (account.stored, account.absorbed, account.rejected, account.missing) == (2, 1, 3, [])
+    found = [(one.what, one.index) for one in _verify(folder)]
+    assert sorted(found) == [("damaged", 6), ("differs", 3), ("unusable", 1), ("unusable", 4)]
+
+
+def _reported_lines(path: Path) -> list[tuple[str, int, str]]:
+    return [(line["file"], line["index"], line["reason"]) for line in map(json.loads, path.read_text().splitlines())]
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_repaired_entry_comes_in_and_its_rejection_gives_way(redis: Redis, tmp_path: Path) -> None:
+    """Everything else is there already; nothing is rejected any more."""
+    folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(1, balance="?"), _snapshot(2)])
+    _import(redis, folder)
+    assert [one.sequence for one in rejections()] == [1]
+    _write(folder, [_snapshot(0), _snapshot(1), _snapshot(2)])
+
+    assert _counts(_import(redis, folder)) == [(3, 1, 2, 0)]
+    assert rejections() == []
+    assert _verify(folder) == []
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_rejection_that_a_person_gave_up_stays_given_up(redis: Redis, tmp_path: Path) -> None:
+    """It is reported, not sent again, and not recorded as rejected once more."""
+    folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(0, balance=1), _snapshot(1, balance="?")])
+    _import(redis, folder)
+    discard(rejections(), redis, "history", "known")
+
+    assert _counts(_import(redis, folder)) == [(3, 0, 1, 2)]
+    assert rejections() == []
+
+
+@pytest.mark.usefixtures("worker")
+def test_only_what_is_missing_is_sent(redis: Redis, tmp_path: Path) -> None:
+    """Rows that were lost, whatever old acknowledgements say; entries that were appended since."""
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(20)])
+    _import(redis, folder)
+    _execute("DELETE FROM portfolio_history WHERE sequence IN (3, 7)")
+    (source,) = {one.source for one in audit()}
+    redis.hset(acknowledgement_key(source), mapping={"3": "stored:4", "7": "rejected:of another database", "x": "y"})
+    _write(folder, [_snapshot(n) for n in range(22)])
+
+    assert _counts(_import(redis, folder)) == [(22, 4, 18, 0)]
+    assert _verify(folder) == []
+
+
+@pytest.mark.usefixtures("worker")
+def test_what_live_traffic_brought_already_is_accounted_for(redis: Redis, tmp_path: Path) -> None:
+    """The fact is one row, and the file's number is recorded as absorbed, once."""
+    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
+        moment = _FIRST.replace(tzinfo=UTC)
+        values = {name: value for name, value in _snapshot(0).items() if name not in ("date", "timestamp")}
+        payload = a_snapshot(timestamp=moment, snapshot_date=moment.date(), **values)
+        producer.record(payload).wait(20)
+    folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(1)])
+
+    assert _counts(_import(redis, folder)) == [(2, 1, 1, 0)]
+    assert _counts(_import(redis, folder)) == [(2, 0, 2, 0)]
+    imported = next(one for one in audit() if one.source.startswith("import/"))
+    assert (imported.stored, imported.absorbed, imported.missing) == (1, 1, [])
+    assert _verify(folder) == []
+
+
+@pytest.mark.usefixtures("worker")
+def test_verify_finds_what_differs_on_either_side(redis: Redis, tmp_path: Path) -> None:
+    """A changed amount, a changed signal, a lost row, a row too many; not what other portfolios or times have."""
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(5)], [_archive(n) for n in range(3)])
+    _import(redis, folder)
+    _execute("UPDATE portfolio_history SET balance = balance + 0.00000001, trade_count = 9 WHERE sequence = 1")
+    _execute("DELETE FROM portfolio_history WHERE sequence = 2")
+    _execute(
+        "UPDATE signal_archives SET signals_data = jsonb_set(signals_data, '{0,amount}', '121') WHERE sequence = 1"
+    )
+    for portfolio, seconds in ((1, 2), (2, 2), (1, 200)):
+        _execute(
+            "INSERT INTO portfolio_history (event_id, source, portfolio_id, snapshot_date, timestamp, balance,"
+            " total_invested, total_profit_loss, total_value, open_positions, trade_count) VALUES (gen_random_uuid(),"
+            f" 'direct', {portfolio}, '2025-10-20', '2025-10-20 17:02:46Z'::timestamptz + interval '{seconds} s',"
+            " 1, 1, 1, 1, 1, 1)"
+        )
+
+    found = _verify(folder)
+
+    assert [(one.what, one.file, one.index) for one in found] == [
+        ("missing", "portfolio_history.json", 2),
+        ("differs", "portfolio_history.json", 1),
+        ("differs", "signals_archive_2025-10.json", 1),
+        ("unexpected", None, None),
+    ]
+    assert sorted(found[1].fields) == [
+        ("balance", "9901.00000000", "9901.00000001"),
+        ("trade_count", "1", "9"),
+    ]
+    assert found[2].fields == [("signals.0.amount", "120", "121")]
+    assert "of portfolio 1, recorded by direct, stands for no entry" in found[3].reason
+
+
+def test_a_set_of_row_ids_holds_what_was_added() -> None:
+    """Also far apart."""
+    ids = RowIds()
+    for row_id in (0, 7, 65_535, 65_536, 2**62):
+        ids.add(row_id)
+    assert [row_id in ids for row_id in (0, 1, 7, 65_535, 65_536, 65_537, 2**62)] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_the_window_follows_the_workers() -> None:
+    """Half a second of what they have lately done, between its bounds."""
+    window = Window(0.0)
+    sizes = [window.jobs]
+    for tick in range(1, 200):
+        window.settled(20, tick / 100)
+        sizes.append(window.jobs)
+    assert (sizes[0], sizes[-1]) == (FEWEST_JOBS, 1000)
+    window.settled(0, 10.0)
+    window.settled(0, 12.0)
+    assert window.jobs == FEWEST_JOBS
+
+
+@contextmanager
+def _importing(redis: Redis, folder: Path, said: list[str]) -> Iterator[list[Tally]]:
+    """In a thread, which must have ended at the end of the block."""
+    tallies: list[Tally] = []
+    thread = threading.Thread(target=lambda: tallies.extend(_import(redis, folder, said)), daemon=True)
+    thread.start()
+    yield tallies
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_without_a_worker_little_is_enqueued_and_it_is_said(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Live events find a short queue; when a worker comes, the import goes on."""
+    monkeypatch.setattr(flight_module, "_CHECK_SECONDS", 0.3)
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(2000)])
+    said: list[str] = []
+    with _importing(redis, folder, said) as tallies:
+        until(lambda: bool(said))
+        queued = redis.llen(_QUEUE)
+        with worker_process(tmp_path / "worker.log"):
+            until(lambda: bool(tallies), 60)
+    assert said == ["no worker is running: waiting for one (trading-history worker)"]
+    assert queued == FEWEST_JOBS
+    assert _counts(tallies) == [(2000, 2000, 0, 0)]
+
+
+@pytest.mark.usefixtures("worker")
+def test_live_events_do_not_wait_for_the_import(redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is stored while no more of the import was than a window holds, many times during an import."""
+    monkeypatch.setattr(flight_module, "MOST_JOBS", 400)
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(8000)])
+    passed = []
+    with (
+        HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer,
+        _importing(redis, folder, []) as tallies,
+    ):
+        for number in range(10):
+            row = producer.record(a_snapshot(after=timedelta(seconds=number))).wait(20)
+            until(lambda row=row: bool(tallies) or _rows() > row + 300)  # type: ignore[misc]  # mypy wants a type
+            if tallies:
+                break
+            passed.append(row)
+    assert len(passed) >= 3
+    assert _counts(tallies) == [(8000, 8000, 0, 0)]
+
+
+def _rows() -> int:
+    with get_db() as db:
+        return int(db.scalar(text("SELECT coalesce(max(id), 0) FROM portfolio_history")) or 0)
+
+
+@pytest.mark.parametrize("loss", ["flushed", "one job", "failed elsewhere"])
+def test_what_redis_lost_is_sent_again(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, work: Callable[[], None]
+) -> None:
+    """Everything, a single job, or a job that another program failed without a word."""
+    monkeypatch.setattr(flight_module, "_CHECK_SECONDS", 0.3)
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(20)])
+    with _importing(redis, folder, []) as tallies:
+        until(lambda: redis.llen(_QUEUE) == 20)
+        if loss == "flushed":
+            redis.flushall()
+        else:
+            job_id = redis.lpop(_QUEUE)
+            assert isinstance(job_id, bytes)
+            if loss == "one job":
+                redis.delete(b"rq:job:" + job_id)
+            else:
+                redis.hset(b"rq:job:" + job_id, "status", "failed")
+        until(lambda: redis.llen(_QUEUE) == 20)
+        work()
+    assert _counts(tallies) == [(20, 20, 0, 0)]
+
+
+def test_an_outage_of_redis_is_waited_for_and_said_once(redis: Redis, tmp_path: Path) -> None:
+    """What was on its way when it broke is neither lost nor doubled."""
+    socket = str(Redis.from_url(os.environ["REDIS_URL"]).connection_pool.connection_kwargs["path"])
+    proxy = Proxy(tmp_path / "proxy.sock", Path(socket))
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(3000)])
+    said: list[str] = []
+    with proxy.running(), worker_process(tmp_path / "worker.log"):
+        broken = Redis(unix_socket_path=str(tmp_path / "proxy.sock"), socket_timeout=0.5)
+        with _importing(broken, folder, said) as tallies:
+            until(lambda: _rows() > 500)
+            proxy.set_mode("refuse")
+            proxy.cut()
+            until(lambda: bool(said))
+            proxy.set_mode("pass")
+            until(lambda: bool(tallies), 60)
+        broken.close()
+    assert [line.split(":")[0] for line in said] == ["waiting for Redis", "Redis is back, going on"]
+    (tally,) = tallies
+    assert (tally.read, tally.settled, tally.rejected) == (3000, 3000, 0)
+    assert _verify(folder) == []
+
+
+@pytest.mark.parametrize("victims", [("import",), ("worker",), ("import", "worker")])
+def test_after_kill_9_in_the_middle_a_second_run_completes_it(
+    redis: Redis, tmp_path: Path, victims: tuple[str]
+) -> None:
+    """Of the import, of the worker, or of both: afterwards verify is clean and the audit complete."""
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(6000)], [_archive(n) for n in range(100)])
+    arguments = ("import", str(folder), "--timezone", "UTC", "--portfolio-id", "1", "--json")
+    with worker_process(tmp_path / "worker.log") as worker, _command(*arguments) as dying:
+        until(lambda: _rows() > 300, 40)
+        if "import" in victims:
+            dying.kill()
+        if "worker" in victims:
+            worker.kill()
+        if "import" in victims:
+            dying.communicate(timeout=20)
+        worker.kill()
+        worker.wait()
+        assert _rows() < 6000
+        # That a dead worker's lease ends is proven elsewhere.
+        for lease in redis.scan_iter(lease_key("history", "*")):
+            redis.delete(lease)
+        with worker_process(tmp_path / "heir.log"):
+            if "import" in victims:
+                with _command(*arguments) as heir:
+                    output, errors = heir.communicate(timeout=90)
+            else:
+                output, errors = dying.communicate(timeout=90)
+    files = json.loads(output)["files"]
+    assert sum(one["stored"] + one["already_there"] for one in files) == 6100, errors
+    with _command("verify", str(folder), "--timezone", "UTC", "--portfolio-id", "1", "--json") as verify:
+        assert json.loads(verify.communicate(timeout=60)[0])["differences"] == []
+    assert verify.returncode == 0
+    assert all(one.complete for one in audit())
+
+
+@pytest.mark.usefixtures("worker")
+def test_the_commands_print_tables_and_json_and_exit_as_they_should(tmp_path: Path) -> None:
+    """0 when all is well, 1 with something rejected or different, 2 for wrong usage; a dry run needs no server."""
+    folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(1, balance="?")], [_archive(0, extra=1)])
+    common = (str(folder), "--timezone", "Europe/Berlin")
+
+    def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+        line = [sys.executable, "-m", "consumers.cli", *arguments]
+        done = subprocess.run(
+            line, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    dry = run("import", *common, "--dry-run", "--report", "dry.jsonl", DATABASE_URL="", REDIS_URL="redis://127.0.0.1:1")
+    real = run("import", *common)
+    again = run("import", *common, "--json")
+    checked = run("verify", *common)
+
+    assert dry[0] == 1
+    assert "signals_archive_2025-10.json: unknown key 'extra' left out (1 times)" in dry[1]
+    (line,) = Path("dry.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "file": "portfolio_history.json",
+        "index": 1,
+        "reason": "balance: is text that is not a number",
+        "entry": _snapshot(1, balance="?"),
+    }
+    assert real[0] == 1
+    assert real[1].splitlines()[1].split() == ["portfolio_history.json", "2", "1", "0", "1", "none"]
+    assert "Times without a zone were read as Europe/Berlin." in real[1]
+    assert real[2] == ""
+    facts = json.loads(again[1])
+    assert [(one["stored"], one["already_there"]) for one in facts["files"]] == [(0, 1), (0, 1)]
+    assert facts["report"] == "import-report.jsonl"
+    assert (Path("import-report.jsonl").exists(), Path("import-report.jsonl.1").exists()) == (True, True)
+    assert checked[0] == 1
+    assert checked[1].startswith("unusable: portfolio_history.json entry 1: balance: is text that is not a number\n")
+    assert run("import", str(tmp_path / "nowhere"))[0] == 1
+    assert run("import", *common[:1], "--timezone", "Berlin")[0] == 2
+
+
+def test_ctrl_c_says_how_far_it_came(redis: Redis, tmp_path: Path) -> None:
+    """On stderr, without a traceback, and that running it again goes on."""
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(500)])
+    with _command("import", str(folder)) as running:
+        until(lambda: redis.llen(_QUEUE) > 0)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=20)
+    assert running.returncode == 130
+    assert errors.splitlines()[-1] == "stopped after 0 entries; run it again to go on"
+    assert "Traceback" not in errors
+
+
+def test_jobs_left_by_a_dead_import_are_not_doubled(
+    redis: Redis, tmp_path: Path, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run finds them on their way and waits for them."""
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(30)])
+    with _command("import", str(folder), "--timezone", "UTC", "--portfolio-id", "1") as dying:
+        until(lambda: redis.llen(_QUEUE) == 30)
+        dying.kill()
+    sweeps = 0
+    original = Flight._take_acknowledgements
+
+    def counted(flight: Flight) -> int:
+        nonlocal sweeps
+        sweeps += 1
+        return original(flight)
+
+    monkeypatch.setattr(Flight, "_take_acknowledgements", counted)
+    with _importing(redis, folder, []) as tallies:
+        until(lambda: sweeps > 1)  # the first one handed over what was to be handed over
+        assert redis.llen(_QUEUE) == 30
+        work()
+    assert _counts(tallies) == [(30, 30, 0, 0)]

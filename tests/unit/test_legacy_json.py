@@ -1,0 +1,326 @@
+"""The old controller's files, with every oddity that they were seen with."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from producers import legacy_json
+from producers.errors import InvalidEvent
+from producers.legacy_json import Damaged, Entry, archive_from, history_files, notes_on, read_entries, snapshot_from
+from producers.times import MachineZone
+
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+def _entry(**overrides: Any) -> dict[str, Any]:
+    entry = {
+        "date": "2025-10-20",
+        "timestamp": "2025-10-20T17:02:46.101234",
+        "balance": Decimal("9900.0"),
+        "total_invested": 100,
+        "total_profit_loss": Decimal("0.0"),
+        "total_value": Decimal("9900.0"),
+        "open_positions": 1,
+        "trade_count": 1,
+    }
+    return entry | overrides
+
+
+def _archive(**overrides: Any) -> dict[str, Any]:
+    return {
+        "archived_at": "2025-10-20T17:02:47.000001",
+        "signals_count": 1,
+        "signals": [{"market_id": "1"}],
+    } | overrides
+
+
+def _read(path: Path) -> tuple[list[Any], Damaged | None]:
+    """What came before the damage, and the damage."""
+    found: list[Any] = []
+    try:
+        found.extend(entry.data for entry in read_entries(path))
+    except Damaged as damage:
+        return found, damage
+    return found, None
+
+
+def _read_bytes(tmp_path: Path, content: bytes) -> tuple[list[Any], Damaged | None]:
+    path = tmp_path / "portfolio_history.json"
+    path.write_bytes(content)
+    return _read(path)
+
+
+def test_numbers_are_exact(tmp_path: Path) -> None:
+    """They never pass through a float; text stays text."""
+    found, damage = _read_bytes(
+        tmp_path, b'[{"a": 9987.350000000001, "b": 12345678901234567890, "c": "1.5", "d": 1e2}]'
+    )
+    assert damage is None
+    assert (
+        repr(found)
+        == "[{'a': Decimal('9987.350000000001'), 'b': 12345678901234567890, 'c': '1.5', 'd': Decimal('1E+2')}]"
+    )
+
+
+@pytest.mark.parametrize("content", [b"[]", b" [ ]\n", b"\xef\xbb\xbf[]"])
+def test_an_empty_array_has_no_entries(tmp_path: Path, content: bytes) -> None:
+    """Which is no damage."""
+    assert _read_bytes(tmp_path, content) == ([], None)
+
+
+def test_a_byte_order_mark_and_blanks_are_passed_over(tmp_path: Path) -> None:
+    """Wherever JSON allows blanks."""
+    found, damage = _read_bytes(tmp_path, '\ufeff\n [ {"a": "ö"} ,\r\n\t{"b": 1 } ] \n'.encode())
+    assert (found, damage) == ([{"a": "ö"}, {"b": 1}], None)
+
+
+@pytest.mark.parametrize(
+    ("content", "whole", "message"),
+    [
+        (b"", 0, "is empty (entry 0, byte 0)"),
+        (b"\xef\xbb\xbf ", 0, "is empty (entry 0, byte 4)"),
+        (b'{"a": 1}', 0, "is not a JSON array (entry 0, byte 0)"),
+        (b"<html>", 0, "is not a JSON array (entry 0, byte 0)"),
+        (b"[", 0, "is cut off (entry 0, byte 1)"),
+        (b'[{"a": 1}', 1, "is cut off (entry 1, byte 9)"),
+        (b'[{"a": 1},', 1, "is cut off (entry 1, byte 10)"),
+        (b'[{"a": 1}, {"a"', 1, "is cut off (entry 1, byte 11)"),
+        (b'[{"a": 1}, {"a": "b', 1, "is cut off (entry 1, byte 11)"),
+        (b'[{"a": 1}, {"a": tr', 1, "is cut off (entry 1, byte 11)"),
+        (b'\xef\xbb\xbf[{"a": "\xc3\xb6"}, {"a"', 1, "is cut off (entry 1, byte 17)"),
+        (b'[{"a": 1} {"a": 2}]', 1, "is not JSON: a comma or ] is missing (entry 1, byte 10)"),
+        (b'[{"a": 1},]', 1, "is not JSON: Expecting value (entry 1, byte 10)"),
+        (b'[{"a": 1}, {"a": what is this, then?}, {"a": 3}]', 1, "is not JSON: Expecting value (entry 1, byte 17)"),
+        (b'[{"a": 1}][{"a": 2}]', 1, "goes on behind the end of the array (entry 1, byte 10)"),
+        (b'[{"a": 1}]\0\0\0', 1, "goes on behind the end of the array (entry 1, byte 10)"),
+        (b"[" * 100_000, 0, "is nested too deeply (entry 0, byte 1)"),
+    ],
+)
+def test_everything_before_the_damage_is_given_and_then_the_damage(
+    tmp_path: Path, content: bytes, whole: int, message: str
+) -> None:
+    """With the entry and the byte at which it is."""
+    found, damage = _read_bytes(tmp_path, content)
+    assert found == [{"a": 1}, {"a": 2}][:whole] or found == [{"a": "ö"}]
+    assert str(damage) == f"portfolio_history.json: {message}"
+    assert damage is not None
+    assert damage.index == whole
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@given(
+    entries=st.lists(
+        st.dictionaries(st.text(max_size=5), st.one_of(st.text(), st.integers(), st.booleans(), st.none()), max_size=4),
+        max_size=6,
+    ),
+    indent=st.sampled_from([None, 2]),
+    block=st.integers(1, 40),
+)
+def test_blocks_and_cuts_make_no_difference(
+    tmp_path: Path, entries: list[dict[str, Any]], indent: int | None, block: int
+) -> None:
+    """Whatever the block size, a whole file gives every entry, a file cut anywhere gives a prefix and the damage."""
+    content = json.dumps(entries, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(legacy_json, "_BLOCK_BYTES", block)
+        assert _read_bytes(tmp_path, content) == (json.loads(json.dumps(entries)), None)
+        for cut in {len(content) // 3, len(content) // 2, len(content) - 1}:
+            found, damage = _read_bytes(tmp_path, content[:cut])
+            assert found == entries[: len(found)]
+            assert damage is not None
+            assert damage.index == len(found)
+
+
+def test_a_number_at_the_end_of_a_block_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements that are no objects are given too; their conversion fails, not the file."""
+    monkeypatch.setattr(legacy_json, "_BLOCK_BYTES", 2)
+    found, damage = _read_bytes(tmp_path, b'[12345, null, "x"]')
+    assert (found, damage) == ([12345, None, "x"], None)
+    with pytest.raises(InvalidEvent, match="^entry: must be an object, not int"):
+        snapshot_from(found[0], zone=UTC, portfolio_id=None)
+
+
+def test_an_error_early_in_a_long_file_is_found_early(tmp_path: Path) -> None:
+    """It does not read on in the hope that the rest mends it."""
+    path = tmp_path / "portfolio_history.json"
+    path.write_bytes(b'[{"a" 1}' + b',{"a": 1}' * 1_000_000 + b"]")
+    read = 0
+
+    def progress(position: int) -> None:
+        nonlocal read
+        read = position
+
+    with pytest.raises(Damaged, match="entry 0, byte 6"):
+        list(read_entries(path, progress=progress))
+    assert read < 2**20
+
+
+def test_what_is_no_number_harms_one_entry(tmp_path: Path) -> None:
+    """NaN, as Python's json writes it; more digits than Python makes an int of; exponents that no Decimal has."""
+    odd = [b"NaN", b"-Infinity", b"1" * 5000, b"1" * 5000 + b".5", b"1e99999999999999999999"]
+    found, damage = _read_bytes(tmp_path, b"[" + b",".join(b'{"balance": %s}' % number for number in odd) + b"]")
+    assert damage is None
+    assert len(found) == len(odd)
+    for data in found:
+        with pytest.raises(InvalidEvent, match="^balance: (must be finite|has more than 12 digits)"):
+            snapshot_from(_entry(**data), zone=UTC, portfolio_id=None)
+
+
+def test_a_byte_that_is_not_utf8_harms_one_entry(tmp_path: Path) -> None:
+    """The entries around it are read."""
+    content = b'[{"signals": [{"q": "a"}]}, {"signals": [{"q": "\xff"}]}, {"signals": [{"q": "b"}]}]'
+    found, damage = _read_bytes(tmp_path, content)
+    assert damage is None
+    with pytest.raises(InvalidEvent, match="^signals.0.q: contains a NUL character or a lone surrogate"):
+        archive_from(_archive(**found[1]), zone=UTC, portfolio_id=None)
+    assert archive_from(_archive(**found[2]), zone=UTC, portfolio_id=None).signals == [{"q": "b"}]
+
+
+def test_progress_counts_the_bytes(tmp_path: Path) -> None:
+    """Up to the size of the file."""
+    path = tmp_path / "portfolio_history.json"
+    path.write_text(json.dumps([_entry(balance=1.5, total_profit_loss=0, total_value=1)] * 5000))
+    seen: list[int] = []
+    assert sum(1 for _ in read_entries(path, progress=seen.append)) == 5000
+    assert seen == sorted(seen)
+    assert seen[-1] == path.stat().st_size
+    assert len(seen) > 3
+
+
+def test_the_files_of_a_folder_come_in_order(tmp_path: Path) -> None:
+    """Snapshots first, then the months; nothing else."""
+    for name in (
+        "signals_archive_2025-11.json",
+        "signals_archive_2025-10.json",
+        "portfolio_history.json",
+        "other.json",
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / "signals_archive_2025-12.json").mkdir()
+    assert [path.name for path in history_files(tmp_path)] == [
+        "portfolio_history.json",
+        "signals_archive_2025-10.json",
+        "signals_archive_2025-11.json",
+    ]
+
+
+def test_an_entry_becomes_a_snapshot() -> None:
+    """Its naive time is in the given zone; amounts given as text or with float noise are numbers of 8 decimals."""
+    data = _entry(
+        balance=" 9900.5",
+        total_profit_loss=Decimal("0.300000000000000045"),
+        trade_count="7",
+        open_positions=Decimal("2.0"),
+    )
+    snapshot = snapshot_from(data, zone=BERLIN, portfolio_id=3)
+    assert snapshot.timestamp.isoformat() == "2025-10-20T17:02:46.101234+02:00"
+    assert snapshot.snapshot_date == date(2025, 10, 20)
+    assert (snapshot.balance, snapshot.total_profit_loss) == (Decimal("9900.5"), Decimal("0.3"))
+    assert (snapshot.open_positions, snapshot.trade_count, snapshot.portfolio_id) == (2, 7, 3)
+    assert list(notes_on(data, snapshot)) == []
+
+
+def test_rounding_is_half_even_as_the_producer_rounds() -> None:
+    """Once, to 8 decimals."""
+    data = _entry(balance=Decimal("0.000000005"), total_invested=Decimal("0.000000015"))
+    snapshot = snapshot_from(data, zone=UTC, portfolio_id=None)
+    assert (snapshot.balance, snapshot.total_invested) == (Decimal("0"), Decimal("0.00000002"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"timestamp": "yesterday"}, "timestamp: is text that is not an ISO 8601 time"),
+        ({"timestamp": 5}, "timestamp: must be a time, not int"),
+        ({"timestamp": None}, "timestamp: is missing"),
+        ({"timestamp": "0001-01-01T00:00:00"}, "timestamp: must lie between the years 1970 and 9998"),
+        ({"date": "20/10/2025"}, "date: is text that is not an ISO 8601 date"),
+        ({"balance": None}, "balance: is missing"),
+        ({"balance": "1,000"}, "balance: is text that is not a number"),
+        ({"balance": True}, "balance: must be a number, not bool"),
+        ({"balance": Decimal("1e15")}, "balance: has more than 12 digits before the decimal point"),
+        ({"trade_count": Decimal("1.5")}, "trade_count: must be a whole number in the range of a count"),
+        ({"trade_count": "1e1000000000"}, "trade_count: must be a whole number in the range of a count"),
+        ({"trade_count": []}, "trade_count: must be a whole number in the range of a count"),
+        ({"open_positions": -1}, "open_positions: Input should be greater than or equal to 0"),
+        ({"portfolio_id": "x"}, "portfolio_id: Input should be a valid integer"),
+    ],
+)
+def test_what_is_no_snapshot_is_refused_with_field_and_reason(overrides: dict[str, Any], message: str) -> None:
+    """Never with a made-up value."""
+    with pytest.raises(InvalidEvent) as caught:
+        snapshot_from(_entry(**overrides), zone=MachineZone(), portfolio_id=None)
+    assert str(caught.value) == message
+
+
+def test_an_entry_becomes_an_archive() -> None:
+    """The array decides how many signals there are; what is put right or left out is noted."""
+    data = _archive(signals_count=5, note="x")
+    archive = archive_from(data, zone=BERLIN, portfolio_id=None)
+    assert (archive.signals_count, archive.archive_month) == (1, "2025-10")
+    assert list(notes_on(data, archive)) == [
+        "unknown key 'note' left out",
+        "signals_count is not the number of signals, and was corrected",
+    ]
+    no_signals: list[Any] = [None, [], {}, [1]]
+    for signals in no_signals:
+        with pytest.raises(InvalidEvent, match="^signals"):
+            archive_from(_archive(signals=signals), zone=BERLIN, portfolio_id=None)
+
+
+def test_a_date_of_its_own_is_kept_and_noted() -> None:
+    """As when midnight passed between the two."""
+    data = _entry(date="2025-10-19")
+    snapshot = snapshot_from(data, zone=BERLIN, portfolio_id=None)
+    assert snapshot.snapshot_date == date(2025, 10, 19)
+    assert list(notes_on(data, snapshot)) == ["date is not the date of timestamp, and was kept"]
+
+
+def test_times_with_an_offset_and_datetimes_of_a_table_are_taken_as_they_are() -> None:
+    """The zone is for naive ones."""
+    aware = snapshot_from(_entry(timestamp="2025-10-20T17:02:46Z"), zone=BERLIN, portfolio_id=None)
+    table = snapshot_from(
+        _entry(
+            timestamp=datetime(2025, 10, 20, 17, 2, 46), date=None, snapshot_date=date(2025, 10, 20), portfolio_id=8
+        ),
+        zone=BERLIN,
+        portfolio_id=1,
+    )
+    assert aware.timestamp == datetime(2025, 10, 20, 17, 2, 46, tzinfo=UTC)
+    assert table.timestamp == datetime(2025, 10, 20, 17, 2, 46, tzinfo=timezone(timedelta(hours=2)))
+    assert table.portfolio_id == 8
+
+
+def test_of_an_hour_that_comes_twice_the_order_of_the_file_tells_which() -> None:
+    """The first, until the clock was put back between two entries."""
+    after = None
+    offsets = []
+    for clock in ("01:59", "02:30", "02:45", "02:15", "02:40", "03:00"):
+        snapshot = snapshot_from(
+            _entry(timestamp=f"2025-10-26T{clock}:00"), zone=BERLIN, portfolio_id=None, after=after
+        )
+        after = snapshot.timestamp
+        offsets.append(snapshot.timestamp.isoformat()[-6:])
+    assert offsets == ["+02:00", "+02:00", "+02:00", "+01:00", "+01:00", "+01:00"]
+
+
+def test_a_time_that_no_clock_showed_is_read_with_the_offset_before_the_gap() -> None:
+    """Also when an earlier entry is out of order."""
+    for after in (None, datetime(2026, 1, 1, tzinfo=UTC)):
+        snapshot = snapshot_from(_entry(timestamp="2025-03-30T02:30:00"), zone=BERLIN, portfolio_id=None, after=after)
+        assert snapshot.timestamp.isoformat() == "2025-03-30T02:30:00+01:00"
+
+
+def test_entries_are_pairs() -> None:
+    """Others take them apart."""
+    index, data = Entry(3, {"a": 1})
+    assert (index, data) == (3, {"a": 1})
