@@ -38,10 +38,9 @@ _COUNTS = text("""
 """)
 
 # Source by source, each is an ordered pass over three indexes; all at once would be a sort of everything.
-# Sources count from 1; those that number the entries of a file count from 0.
 _GAPS = text("""
     SELECT previous + 1 AS first, sequence - 1 AS last FROM (
-        SELECT sequence, lag(sequence, 1, CAST(0 AS bigint)) OVER (ORDER BY sequence) AS previous FROM (
+        SELECT sequence, lag(sequence, 1, CAST(:before AS bigint)) OVER (ORDER BY sequence) AS previous FROM (
             SELECT sequence FROM portfolio_history WHERE source = :source AND sequence IS NOT NULL
             UNION ALL SELECT sequence FROM signal_archives WHERE source = :source AND sequence IS NOT NULL
             UNION ALL SELECT sequence FROM event_outcomes WHERE source = :source AND sequence IS NOT NULL) AS numbered
@@ -100,7 +99,8 @@ def audit(redis: Redis | None = None, outbox: Outbox | None = None) -> list[Sour
         db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         counts = {row.source: row for row in db.execute(_COUNTS)}
         gaps: dict[str | None, Ranges] = {
-            source: [(gap.first, gap.last) for gap in db.execute(_GAPS, {"source": source})] for source in counts
+            source: [(gap.first, gap.last) for gap in db.execute(_GAPS, {"source": source, "before": _before(source)})]
+            for source in counts
         }
     audits = []
     for source in sorted(counts.keys() | kept.keys()):
@@ -125,6 +125,11 @@ def audit(redis: Redis | None = None, outbox: Outbox | None = None) -> list[Sour
             )
         )
     return audits
+
+
+def _before(source: str) -> int:
+    """The number before its first: outboxes count from 1, an import numbers the entries of a file from 0."""
+    return -1 if source.startswith("import/") and source.count("/") == 2 else 0
 
 
 def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:

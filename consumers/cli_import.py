@@ -72,7 +72,7 @@ def verify_history(
     histories = [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in file_origins(directory)]
     verification = Verification(histories)
     with stack(database=True), _progress([history.origin for history in histories], "verify") as advance:
-        count = _stream(_advancing(verification.differences(), advance), as_json)
+        count = _stream(verification.differences(advance), as_json)
     facts = [asdict(one) for one in verification.compared]
     if as_json:
         sys.stdout.write(f'], "files": {json.dumps(facts)}}}\n')
@@ -158,12 +158,6 @@ def _progress(origins: Sequence[Origin], verb: str) -> Iterator[Callable[[], Non
     with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task(verb, total=total)
         yield lambda: progress.update(task, completed=sum(origin.position() for origin in origins))
-
-
-def _advancing(differences: Iterator[Any], advance: Callable[[], None]) -> Iterator[Any]:
-    for difference in differences:
-        advance()
-        yield difference
 
 
 def _stream(differences: Iterator[Any], as_json: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
@@ -80,18 +80,20 @@ class Verification:
         self._sides: dict[Kind, _Side] = {}
         self.compared: list[Compared] = []
 
-    def differences(self) -> Iterator[Difference]:
+    def differences(self, advance: Callable[[], None] = lambda: None) -> Iterator[Difference]:
         """Each difference as it is found: origin by origin, then rows that no entry stands for.
+
+        `advance` is called every now and then.
 
         Raises:
             StoreUnavailable: the database cannot be read now.
         """
         for history in self._histories:
-            yield from self._forwards(history)
+            yield from self._forwards(history, advance)
         for kind, side in self._sides.items():
             yield from _backwards(kind, side)
 
-    def _forwards(self, history: OldHistory) -> Iterator[Difference]:
+    def _forwards(self, history: OldHistory, advance: Callable[[], None]) -> Iterator[Difference]:
         compared = Compared(history.origin.name)
         self.compared.append(compared)
         side = self._sides.setdefault(history.origin.kind, _Side())
@@ -102,6 +104,7 @@ class Verification:
             compared.equal += len(chunk) - len(found)
             compared.differences += len(found)
             yield from found
+            advance()
         if history.source:
             side.sources.append(history.source)
         if history.tally.damage is not None:

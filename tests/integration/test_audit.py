@@ -20,7 +20,9 @@ from sqlalchemy import text
 from consumers.audit import SourceAudit, audit
 from consumers.connection import get_db
 from consumers.failed import rejections
+from consumers.inserts import insert_events
 from producers.errors import EventRejected
+from producers.events import event_of
 from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
 from tests.factories import a_snapshot, an_archive
@@ -116,6 +118,18 @@ def test_two_sources_do_not_hide_each_others_gaps(redis: Redis, database_url: st
     _execute("DELETE FROM portfolio_history WHERE source LIKE 'a/%' AND sequence = 2")
 
     assert [(one.source[0], one.missing) for one in audit(redis)] == [("a", [(2, 2)]), ("b", [])]
+
+
+def test_an_import_counts_from_0(database_url: str) -> None:
+    """Its source has three parts; one that only has such a name counts from 1 like all the others."""
+    with get_db() as db:
+        events = [a_snapshot(after=timedelta(hours=number)) for number in range(4)]
+        insert_events(db, [event_of(events[n], source="import/a.json/0a", sequence=n) for n in (1, 3)])
+        insert_events(db, [event_of(events[0], source="import/0b", sequence=1)])
+    assert [(one.source, one.missing) for one in audit()] == [
+        ("import/0b", []),
+        ("import/a.json/0a", [(0, 0), (2, 2)]),
+    ]
 
 
 def test_failed_lists_and_shows_what_was_refused(mixed: list[Receipt]) -> None:
