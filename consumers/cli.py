@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from redis import RedisError
 
+from consumers.cli_doctor import doctor
 from consumers.cli_failed import failed_app
 from consumers.cli_import import import_history, verify_history
 from consumers.cli_options import AsJson
@@ -35,6 +36,7 @@ app.add_typer(outbox_app, name="outbox")
 app.add_typer(failed_app, name="failed")
 app.command("import")(import_history)
 app.command("verify")(verify_history)
+app.command()(doctor)
 
 _debug = False
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # A pipe has no width to fit: nothing is cut there.
 _PIPE_COLUMNS = 250
+_ONE_LINE_COLUMNS = 100_000
+_STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def _print(what: Table | str) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_COLUMNS)
+def _print(what: Table | str, *, pipe_columns: int = _PIPE_COLUMNS) -> None:
+    console = Console() if sys.stdout.isatty() else Console(width=pipe_columns)
     with console.capture() as captured:
         console.print(what, markup=False) if isinstance(what, str) else console.print(what)
     # Without the blanks that fill a table's last column.
@@ -101,6 +105,27 @@ def print_facts(facts: Mapping[str, Any]) -> None:
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), "-" if value is None else str(value))
     _print(table)
+
+
+def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
+    """One line a check in a pipe; in a window the last column may take several."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for column in ("status", "name", "found"):
+        table.add_column(no_wrap=column != "found")
+    for one in checks:
+        # As Text: what was found may have brackets, which would be styles.
+        found = Text(_printable(one["found"]))
+        if one["advice"]:
+            found.append(f" → {_printable(one['advice'])}", style="bold")
+        table.add_row(Text(one["status"], style=_STATUS_STYLES[one["status"]]), one["name"], found)
+    _print(table, pipe_columns=_ONE_LINE_COLUMNS)
+    counts = Counter(one["status"] for one in checks)
+    _print(f"{counts['ok']} fine, {counts['warn']} to look at, {counts['fail']} wrong")
+
+
+def _printable(text: str) -> str:
+    """Reasons and names come from others: what would steer the terminal is shown as a mark."""
+    return "".join(character if character.isprintable() else "�" for character in text)
 
 
 def print_json(value: Any) -> None:

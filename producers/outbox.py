@@ -296,6 +296,11 @@ class Outbox:
         )
         return OutboxStatus(pending, sent, confirmed, rejected, min(unsettled, default=None))
 
+    def used_bytes(self) -> int:
+        """How much of `max_bytes` is taken."""
+        with self._file.reading() as db:
+            return self._file.used_bytes(db)
+
     def relay_lock(self) -> RelayLock:
         """The right to relay this outbox, which one thread of one process has at a time."""
         return RelayLock(self.path.with_name(self.path.name + "-relay"))

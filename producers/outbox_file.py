@@ -52,11 +52,15 @@ class OutboxFile:
                     db.execute("ROLLBACK")
                 raise
 
-    def is_half_full(self, db: sqlite3.Connection) -> bool:
+    def used_bytes(self, db: sqlite3.Connection) -> int:
+        """Without what deleted entries have left free; the file itself never shrinks."""
         pages, free, page_bytes = (
             db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
         )
-        return bool(2 * (pages - free) * page_bytes > self._max_bytes)
+        return int((pages - free) * page_bytes)
+
+    def is_half_full(self, db: sqlite3.Connection) -> bool:
+        return 2 * self.used_bytes(db) > self._max_bytes
 
     def close(self) -> None:
         """A closed file is opened again when it is used again."""

@@ -1,0 +1,879 @@
+"""The doctor against real servers: each check when all is well and when it is not, and that it hides what is secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from redis import Redis
+from rq import Queue, SimpleWorker
+from rq.serializers import JSONSerializer
+from rq.suspension import resume, suspend
+from rq.utils import as_text
+from sqlalchemy import make_url, text
+from typer.testing import CliRunner
+
+from consumers.cli import app
+from consumers.connection import engine
+from consumers.doctor import Check, diagnose, postgres, redis_server
+from consumers.embedded import Addresses
+from consumers.operations import insert_portfolio_history_snapshot
+from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
+from producers.redis_keys import held_key, holders_key, lease_key, strange_key, strays_key, suspects_key
+from tests.factories import a_snapshot, an_archive
+from tests.integration.test_schema import FIRST_GENERATION, SECOND_GENERATION
+from tests.outages import hanging
+
+PROGRAM = [sys.executable, "-m", "consumers.cli"]
+PASSWORD = "s3c:ret/@ß w"
+ENCODED = quote(PASSWORD, safe="")
+HISTORY = Path("data/history")
+
+
+def _diagnosed(*folders: Path) -> dict[str, Check]:
+    checks = diagnose([HISTORY, *folders])
+    assert len({check.name for check in checks}) == len(checks)
+    assert [check for check in checks if check.status == "fail" and not (check.found and check.advice)] == []
+    return {check.name: check for check in checks}
+
+
+def _found(name: str) -> tuple[str, str]:
+    check = _diagnosed()[name]
+    return check.status, check.found
+
+
+def _execute(statement: str, **values: Any) -> None:
+    with engine().begin() as db:
+        db.execute(text(statement), values)
+
+
+def _alter_database(setting: str) -> None:
+    with engine().begin() as db:
+        name = db.exec_driver_sql("SELECT current_database()").scalar_one()
+        db.exec_driver_sql(f"ALTER DATABASE {name} SET {setting}")
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+@contextmanager
+def _worker(redis: Redis, **environment: str) -> Iterator[str]:
+    """A living HistoryWorker; its name in Redis."""
+    process = subprocess.Popen(
+        [*PROGRAM, "worker"], env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        _until(lambda: bool(redis.hkeys(holders_key("history"))))
+        (member,) = redis.hkeys(holders_key("history"))
+        yield as_text(member).rpartition(":")[0]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_healthy_installation_has_nothing_wrong(redis: Redis, database_url: str) -> None:
+    """Every check is there and fine, and the exit status says so."""
+    with _worker(redis):
+        run = _run("--json")
+        shown = _run()
+    checks = {check["name"]: check for check in json.loads(run.stdout)}
+
+    assert [check for check in checks.values() if check["status"] != "ok" or check["advice"]] == []
+    assert (run.returncode, run.stderr, shown.returncode) == (0, "", 0)
+    assert list(checks) == [
+        "database setting",
+        "Redis setting",
+        "time zone setting",
+        "PostgreSQL",
+        "PostgreSQL version",
+        "PostgreSQL writes",
+        "synchronous_commit",
+        "PostgreSQL disk writes",
+        "PostgreSQL clock",
+        "PostgreSQL time zone",
+        "privileges",
+        "tables",
+        "row numbers",
+        "newest snapshots",
+        "newest archives",
+        "direct inserts",
+        "rejected in the last day",
+        "Redis",
+        "Redis version",
+        "Redis role",
+        "Redis persistence",
+        "Redis eviction",
+        "Redis memory",
+        "queue",
+        "workers",
+        "held jobs",
+        "suspects",
+        "failed jobs",
+        "strange entries",
+        "outbox",
+        "JSON history",
+        "RQ",
+        "packages",
+    ]
+    lines = shown.stdout.splitlines()
+    assert len(lines) == len(checks) + 1
+    assert lines[-1] == f"{len(checks)} fine, 0 to look at, 0 wrong"
+    assert checks["workers"]["found"] == "1 of HistoryWorker, 0 of RQ's own"
+
+
+def test_warnings_alone_are_no_failure(redis: Redis, database_url: str) -> None:
+    """No worker, and nothing waits: something to look at."""
+    run = _run()
+    assert run.returncode == 0
+    assert "warn  workers                   none → trading-history worker\n" in run.stdout
+
+
+def test_without_settings_the_embedded_servers_are_looked_at() -> None:
+    """Started as for any other command, and stopped again."""
+    with TemporaryDirectory(prefix="th-", dir="/tmp") as home:
+        run = _run("--json", HISTORY_HOME=home)
+        checks = {check["name"]: check for check in json.loads(run.stdout)}
+        assert (run.returncode, run.stderr) == (0, f"embedded PostgreSQL and Valkey in {home}\n")
+        assert (checks["embedded servers"]["status"], checks["tables"]["status"]) == ("ok", "ok")
+        assert not (Path(home) / "valkey.pid").exists()
+
+
+def test_embedded_servers_that_do_not_start_are_told_and_the_rest_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their folder is a file."""
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("HISTORY_HOME", str(tmp_path / "home"))
+    checks = _diagnosed()
+    assert checks["embedded servers"].status == "fail"
+    assert checks["packages"].status == "ok"
+
+
+def test_one_server_without_the_other_is_wrong(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each side; what is set is looked at all the same."""
+    monkeypatch.setenv("REDIS_URL", pair.redis_url)
+    only_redis = _diagnosed()
+    monkeypatch.delenv("REDIS_URL")
+    monkeypatch.setenv("DATABASE_URL", pair.database_url)
+    only_database = _diagnosed()
+
+    assert [only_redis[name].status for name in ("database setting", "Redis setting", "Redis")] == ["fail", "ok", "ok"]
+    assert [only_database[name].status for name in ("database setting", "Redis setting", "PostgreSQL")] == [
+        "ok",
+        "fail",
+        "ok",
+    ]
+    assert "PostgreSQL" not in only_redis
+    assert "Redis" not in only_database
+
+
+_WITHOUT_DRIVER = """
+import sys
+sys.modules.update(sqlalchemy=None, psycopg2=None)
+from consumers.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("database", "status", "found"),
+    [
+        ("", "ok", "not set, and no driver installed: a controller's host needs none"),
+        (f"postgresql://u:{ENCODED}@h/d", "warn", "set, but no driver for it is installed here"),
+    ],
+)
+def test_a_controllers_host_needs_no_database(redis: Redis, database: str, status: str, found: str) -> None:
+    """Where no driver is installed, REDIS_URL alone is fine, and everything but PostgreSQL is looked at."""
+    run = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_DRIVER, "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "DATABASE_URL": database},
+        check=False,
+    )
+    checks = {check["name"]: check for check in json.loads(run.stdout)}
+    assert (run.returncode, run.stderr) == (0, "")
+    assert (checks["database setting"]["status"], checks["database setting"]["found"]) == (status, found)
+    assert {"Redis", "queue", "outbox", "RQ", "packages"} <= checks.keys()
+    assert "PostgreSQL" not in checks
+
+
+def test_settings_tell_where_they_point_and_where_they_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environment over .env, POSTGRES_ variables by name."""
+    Path(".env").write_text(
+        f"POSTGRES_HOST=127.0.0.1\nPOSTGRES_PASSWORD='{PASSWORD}'\nHISTORY_TIMEZONE=Europe/Berlin\n"
+    )
+    monkeypatch.setenv("POSTGRES_PORT", "1")
+    monkeypatch.setenv("REDIS_URL", f"redis://me:{ENCODED}@127.0.0.1:1/3")
+    checks = _diagnosed()
+    assert checks["database setting"].found == (
+        "trading_history on 127.0.0.1, port 1, as trading_history"
+        " (POSTGRES_HOST, POSTGRES_PASSWORD, POSTGRES_PORT from .env and environment)"
+    )
+    assert checks["Redis setting"].found == (
+        "database 3 on 127.0.0.1, port 1, as me, queue history (REDIS_URL from environment)"
+    )
+    assert checks["time zone setting"].found.startswith("a naive time means Europe/Berlin, now ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "check", "found"),
+    [
+        ("HISTORY_TIMEZONE", "Middle/Earth", "time zone setting", "HISTORY_TIMEZONE: is not a time zone"),
+        ("HISTORY_QUEUE", "two queues", "Redis setting", "HISTORY_QUEUE: "),
+        ("DATABASE_URL", "mysql://h/d", "database setting", "DATABASE_URL: must be a postgresql:// URL"),
+        ("DATABASE_URL", "postgresql://u:p@ss@h/d", "database setting", "DATABASE_URL: a password with @"),
+        ("REDIS_URL", "redis://h:port", "Redis setting", "REDIS_URL: must be"),
+        ("REDIS_URL", "redis://:12/34@h", "Redis setting", "REDIS_URL: a password with / ? or #"),
+    ],
+)
+def test_a_setting_that_cannot_be_read_is_told(
+    redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch, *, name: str, value: str, check: str, found: str
+) -> None:
+    """In the place where it belongs; the rest is looked at."""
+    monkeypatch.setenv(name, value)
+    checks = {one.name: one for one in diagnose([HISTORY])}
+    assert checks[check].status == "fail"
+    assert checks[check].found.startswith(found)
+    assert checks["packages"].status == "ok"
+
+
+def test_refused_servers_are_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for each server, none about what is in them."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u@127.0.0.1:1/x")
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1")
+    checks = _diagnosed()
+    assert (checks["PostgreSQL"].status, checks["Redis"].status) == ("fail", "fail")
+    assert "Connection refused" in checks["PostgreSQL"].found
+    assert "Connection refused" in checks["Redis"].found
+    assert not {"tables", "queue"} & checks.keys()
+
+
+def test_servers_that_never_answer_take_seconds(
+    pair: Addresses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Both at once: connected, and silent."""
+    with hanging(pair.redis_url, tmp_path) as client:
+        port = client.connection_pool.connection_kwargs["port"]
+        monkeypatch.setenv("DATABASE_URL", f"postgresql://u@127.0.0.1:{port}/x?sslmode=disable")
+        monkeypatch.setenv("REDIS_URL", f"redis://127.0.0.1:{port}")
+        began = time.monotonic()
+        checks = _diagnosed()
+    assert time.monotonic() - began < 10
+    assert (checks["PostgreSQL"].status, checks["Redis"].status) == ("fail", "fail")
+    assert checks["packages"].status == "ok"
+
+
+def test_what_knows_no_time_limit_is_left_behind(
+    redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that nobody resolves, for Redis; PostgreSQL is looked at meanwhile."""
+    never = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: never.wait(60))
+    monkeypatch.setattr("consumers.doctor._LOOK_SECONDS", 2.0)
+    monkeypatch.setenv("REDIS_URL", "redis://somewhere")
+    began = time.monotonic()
+    checks = _diagnosed()
+    took = time.monotonic() - began
+    never.set()
+    assert (checks["Redis"].status, checks["Redis"].found[:22]) == ("fail", "no answer within 2 s; ")
+    assert (checks["tables"].status, checks["packages"].status, took < 10) == ("ok", "ok", True)
+
+
+def test_a_wrong_password_is_told(
+    redis: Redis, database_url: str, pair: Addresses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By both servers, and by neither with the password."""
+    socket = redis.connection_pool.connection_kwargs["path"]
+    with ExitStack() as undo:
+        undo.enter_context(_password_needed("doctor_pw"))
+        redis.config_set("requirepass", "right")
+        undo.callback(redis.config_set, "requirepass", "")
+        wrong = make_url(database_url).set(username="doctor_pw", password=PASSWORD)
+        monkeypatch.setenv("DATABASE_URL", wrong.render_as_string(hide_password=False))
+        monkeypatch.setenv("REDIS_URL", f"unix://:{ENCODED}@{socket}")
+        checks = _diagnosed()
+    assert 'password authentication failed for user "doctor_pw"' in checks["PostgreSQL"].found
+    assert (checks["Redis"].status, "invalid username-password pair" in checks["Redis"].found) == ("fail", True)
+    assert PASSWORD not in str(checks)
+
+
+@contextmanager
+def _password_needed(role: str) -> Iterator[None]:
+    """A role that must give a password, while all others need none."""
+    with engine().begin() as db:
+        db.exec_driver_sql(f"CREATE ROLE {role} LOGIN PASSWORD 'right'")
+        file = Path(db.exec_driver_sql("SHOW hba_file").scalar_one())
+    before = file.read_text()
+    file.write_text(f"local all {role} scram-sha-256\n{before}")
+    _execute("SELECT pg_reload_conf()")
+    _until(lambda: _scalar("SELECT count(*) FROM pg_hba_file_rules WHERE auth_method = 'scram-sha-256'") == 1)
+    try:
+        yield
+    finally:
+        file.write_text(before)
+        _execute("SELECT pg_reload_conf()")
+        _execute(f"DROP ROLE {role}")
+
+
+def _scalar(statement: str) -> Any:
+    with engine().begin() as db:
+        return db.execute(text(statement)).scalar_one()
+
+
+@pytest.mark.parametrize(
+    ("setting", "check", "found"),
+    [
+        ("default_transaction_read_only = on", "PostgreSQL writes", "transactions are read-only"),
+        ("synchronous_commit = off", "synchronous_commit", "off"),
+    ],
+)
+def test_a_database_that_does_not_keep_rows_is_wrong(
+    redis: Redis, database_url: str, setting: str, check: str, found: str
+) -> None:
+    """As an administrator may have set it for this database."""
+    _alter_database(setting)
+    status, told = _found(check)
+    assert (status, told.startswith(found)) == ("fail", True)
+
+
+@pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
+def test_a_server_that_does_not_wait_for_its_disk_is_wrong(redis: Redis, database_url: str, setting: str) -> None:
+    """One power cut from the loss of everything."""
+    with _server_setting(setting, "off"):
+        assert _found("PostgreSQL disk writes") == ("fail", f"{setting} off")
+    assert _found("PostgreSQL disk writes")[0] == "ok"
+
+
+@contextmanager
+def _server_setting(name: str, value: str) -> Iterator[None]:
+    def reload(change: str, expected: str) -> None:
+        with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+            db.exec_driver_sql(f"ALTER SYSTEM {change}")
+            db.exec_driver_sql("SELECT pg_reload_conf()")
+        _until(lambda: bool(_scalar(f"SHOW {name}") == expected))
+
+    before = _scalar(f"SHOW {name}")
+    reload(f"SET {name} = {value}", value)
+    try:
+        yield
+    finally:
+        reload(f"RESET {name}", before)
+
+
+def test_a_replica_of_either_kind_is_wrong(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis's for real; PostgreSQL's by its own word, since a standby takes a server more."""
+    redis.replicaof("127.0.0.1", "1")
+    try:
+        status, found = _found("Redis role")
+    finally:
+        redis.replicaof("no", "one")
+    assert (status, found.startswith("a replica of 127.0.0.1, port 1")) == ("fail", True)
+
+    in_recovery = str(postgres._FACTS).replace("pg_is_in_recovery()", "true")
+    monkeypatch.setattr(postgres, "_FACTS", text(in_recovery))
+    assert _found("PostgreSQL writes") == ("fail", "a replica: nothing can be stored here")
+
+
+def test_an_old_server_is_wrong(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both servers by their own word."""
+    older = str(postgres._FACTS).replace("current_setting('server_version_num')", "'130012'")
+    monkeypatch.setattr(postgres, "_FACTS", text(older))
+    monkeypatch.setattr(redis_server, "_info", lambda *_: {"redis_version": "6.0.16"})
+    assert _found("PostgreSQL version")[0] == "fail"
+    assert [check.found for check in redis_server.version(redis)] == ["Redis 6.0.16"]
+    assert [check.status for check in redis_server.version(redis)] == ["fail"]
+
+
+def test_the_clocks_are_compared(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is an hour behind here."""
+    real = time.time
+    monkeypatch.setattr("consumers.doctor.postgres.time.time", lambda: real() - 3600)
+    assert _found("PostgreSQL clock") == ("fail", "60 min ahead of ours")
+
+
+def test_the_servers_time_zone_is_told(redis: Redis, database_url: str) -> None:
+    """It is what other programs see; ours see UTC."""
+    _alter_database("timezone = 'Asia/Tokyo'")
+    status, found = _found("PostgreSQL time zone")
+    assert (status, found.startswith("our sessions UTC, others Asia/Tokyo")) == ("ok", True)
+
+
+def test_missing_tables_ask_for_init_db(redis: Redis, empty_database_url: str) -> None:
+    """And nothing else about tables is told as broken."""
+    checks = _diagnosed()
+    assert (checks["tables"].status, checks["tables"].advice) == ("fail", "trading-history init-db")
+    assert checks["tables"].found == "missing: portfolio_history, signal_archives, event_outcomes"
+    assert checks["privileges"].status == "ok"
+    assert not {"row numbers", "newest snapshots"} & checks.keys()
+
+
+@pytest.mark.parametrize(
+    ("old", "tables"),
+    [(FIRST_GENERATION, "portfolio_history, signal_archives"), (SECOND_GENERATION, "portfolio_history")],
+)
+def test_tables_of_the_old_shape_ask_for_adoption(redis: Redis, empty_database_url: str, old: str, tables: str) -> None:
+    """Whether or not the other tables are there."""
+    _execute(old)
+    check = _diagnosed()["tables"]
+    assert (check.status, check.found) == ("fail", f"tables of the old shape: {tables}")
+    assert check.advice == "trading-history init-db --adopt-legacy"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "found"),
+    [
+        ("ALTER TABLE portfolio_history DROP COLUMN trade_count", "fail", "portfolio_history.trade_count is missing"),
+        (
+            "ALTER TABLE portfolio_history ALTER balance TYPE numeric(15, 2)",
+            "fail",
+            "portfolio_history.balance is numeric(15,2) not null, not numeric(20,8) not null",
+        ),
+        ("ALTER TABLE signal_archives ALTER source DROP NOT NULL", "fail", "signal_archives.source is text, not text"),
+        (
+            "ALTER TABLE signal_archives DROP CONSTRAINT signal_archives_event_once",
+            "fail",
+            "constraint signal_archives_event_once is missing",
+        ),
+        ("DROP INDEX portfolio_history_newest", "warn", "indexes missing or invalid: portfolio_history_newest"),
+        ("ALTER TABLE event_outcomes ADD COLUMN note text", "ok", "portfolio_history, signal_archives, event_outcomes"),
+    ],
+)
+def test_tables_are_compared_with_schema_sql(
+    redis: Redis, database_url: str, change: str, status: str, found: str
+) -> None:
+    """Columns, their types, constraints and indexes; more columns are welcome."""
+    _execute(change)
+    told = _found("tables")
+    assert (told[0], told[1].startswith(found)) == (status, True)
+
+
+def test_a_role_is_told_what_it_lacks(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the statements that give it; afterwards nothing is lacking."""
+    with _role("doctor_role"):
+        _execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO doctor_role")
+        limited = make_url(database_url).set(username="doctor_role").render_as_string(hide_password=False)
+        monkeypatch.setenv("DATABASE_URL", limited)
+        lacking = _diagnosed()["privileges"]
+        for grant in lacking.advice.split("; "):
+            _execute(grant)
+        granted = _diagnosed()
+        _execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+        closed = _found("tables")
+        _execute("GRANT USAGE ON SCHEMA public TO PUBLIC")
+
+    assert (lacking.status, lacking.found) == (
+        "fail",
+        "doctor_role lacks INSERT ON portfolio_history; USAGE ON SEQUENCE portfolio_history_id_seq;"
+        " INSERT ON signal_archives; USAGE ON SEQUENCE signal_archives_id_seq;"
+        " INSERT, UPDATE, DELETE ON event_outcomes",
+    )
+    assert (granted["privileges"].status, granted["tables"].status) == ("ok", "ok")
+    assert closed == ("fail", "this role may use no schema of its search_path")
+
+
+@contextmanager
+def _role(name: str) -> Iterator[None]:
+    _execute(f"CREATE ROLE {name} LOGIN")
+    try:
+        yield
+    finally:
+        _execute(f"DROP OWNED BY {name}")
+        _execute(f"DROP ROLE {name}")
+
+
+def test_a_sequence_behind_its_rows_is_told_with_the_way_out(redis: Redis, database_url: str) -> None:
+    """As after a restore that brought rows only; the advice mends it."""
+    with HistoryProducer(redis, outbox=Path("other.db")):
+        insert_portfolio_history_snapshot(_plain(hours=1))
+    _execute("UPDATE portfolio_history SET id = 1000")
+    behind = _diagnosed()["row numbers"]
+    _execute(behind.advice)
+    assert (behind.status, behind.found) == ("fail", "portfolio_history has row 1000, its sequence is at 1")
+    assert _found("row numbers")[0] == "ok"
+
+
+def _plain(**ago: float) -> dict[str, Any]:
+    """A snapshot as the old code inserts it, so long ago."""
+    amounts = dict.fromkeys(("balance", "total_invested", "total_profit_loss", "total_value"), 1)
+    return amounts | {
+        "timestamp": datetime.now(UTC) - timedelta(**ago),
+        "portfolio_id": 1,
+        "open_positions": 0,
+        "trade_count": 0,
+    }
+
+
+def test_rows_that_came_without_the_queue_are_told(redis: Redis, database_url: str) -> None:
+    """For a week."""
+    insert_portfolio_history_snapshot(_plain(hours=1))
+    recent = _diagnosed()["direct inserts"]
+    _execute("UPDATE portfolio_history SET created_at = now() - interval '8 days'")
+    assert (recent.status, recent.found) == ("warn", "1 rows of the last 7 days have source direct")
+    assert _found("direct inserts")[0] == "ok"
+
+
+_RECORD = """
+    INSERT INTO portfolio_history (event_id, source, portfolio_id, snapshot_date, "timestamp", balance, total_invested,
+        total_profit_loss, total_value, open_positions, trade_count)
+    SELECT gen_random_uuid(), 'x/1', {portfolio}, CAST(at AS date), at, 1, 1, 1, 1, 1, 1
+    FROM generate_series(now() - interval '{first}', now() - interval '{last}', interval '1 hour') AS at
+"""
+
+
+def test_portfolios_that_nobody_records_any_more_are_told(redis: Redis, database_url: str) -> None:
+    """Each by its own measure, one without a number too; what has been silent for months is retired."""
+    _execute(_RECORD.format(portfolio=1, first="300 hours", last="30 minutes"))
+    _execute(_RECORD.format(portfolio=2, first="300 hours", last="60 hours"))
+    _execute(_RECORD.format(portfolio="NULL", first="300 hours", last="70 hours"))
+    _execute(_RECORD.format(portfolio=4, first="3000 hours", last="2900 hours"))
+    stopped = _found("newest snapshots")
+    _execute("DELETE FROM portfolio_history WHERE portfolio_id IS NULL OR portfolio_id = 2")
+    fine = _found("newest snapshots")
+
+    assert stopped[0] == "warn"
+    assert stopped[1].split("; ") == [
+        "portfolio 2: silent for 2 d 12 h, at most 60 min before",
+        "without portfolio: silent for 2 d 22 h, at most 60 min before",
+    ]
+    assert (fine[0], fine[1].endswith("none of 2 portfolios later than usual")) == ("ok", True)
+
+
+def test_archives_that_nobody_records_any_more_are_told(redis: Redis, database_url: str) -> None:
+    """As for snapshots."""
+    _execute("""
+        INSERT INTO signal_archives (event_id, source, portfolio_id, archived_at, archive_month, signals_count,
+            signals_data)
+        SELECT gen_random_uuid(), 'x/1', 7, at, to_char(at, 'YYYY-MM'), 1, CAST('[{}]' AS jsonb)
+        FROM generate_series(now() - interval '300 hours', now() - interval '60 hours', interval '1 hour') AS at
+    """)
+    told = _found("newest archives")
+    assert told == ("warn", "portfolio 7: silent for 2 d 12 h, at most 60 min before")
+
+
+def test_recording_is_looked_at_through_the_index(redis: Redis, database_url: str) -> None:
+    """Whatever the table's size: no pass over it, for a number of portfolios or none."""
+    _execute(_RECORD.format(portfolio=1, first="3000 hours", last="0 hours"))
+    _execute(_RECORD.format(portfolio="NULL", first="3000 hours", last="0 hours"))
+    _execute("ANALYZE portfolio_history")
+    from consumers.doctor.history import _SNAPSHOTS
+
+    with engine().begin() as db:
+        lines = db.execute(text(f"EXPLAIN {_SNAPSHOTS}"), {"most": 500, "rows": 201}).scalars().all()
+    plan = "\n".join(lines)
+    assert "Seq Scan on portfolio_history" not in plan
+    assert set(re.findall(r"(?:using|on) (portfolio_history_[a-z_]+)", plan)) == {
+        "portfolio_history_newest_of_portfolio"
+    }
+
+
+def test_a_locked_table_is_a_warning_and_holds_nothing_up(redis: Redis, database_url: str) -> None:
+    """What can be looked at is."""
+    with engine().begin() as db:
+        db.exec_driver_sql("LOCK TABLE portfolio_history, signal_archives, event_outcomes IN ACCESS EXCLUSIVE MODE")
+        began = time.monotonic()
+        checks = _diagnosed()
+        took = time.monotonic() - began
+    names = ("tables", "newest snapshots", "newest archives", "direct inserts", "rejected in the last day")
+    assert [checks[name].status for name in names] == ["ok", "warn", "warn", "warn", "warn"]
+    assert "lock timeout" in checks["newest snapshots"].found
+    assert took < 8
+
+
+def test_what_was_refused_lately_is_told_with_the_most_frequent_reason(redis: Redis, database_url: str) -> None:
+    """Counted without the numbers in it; not what is older, or was absorbed."""
+    refused = "INSERT INTO event_outcomes (job_id, outcome, reason, created_at) VALUES (:job, :outcome, :reason, {at})"
+    conflict = "event 7c1f366e-c9c3-5876-873e-6a33c29b098{} is stored already as row {}, with other content"
+    for number in range(3):
+        _execute(
+            refused.format(at="now()"), job=f"j-{number}", outcome="rejected", reason=conflict.format(number, number)
+        )
+    _execute(refused.format(at="now()"), job="j-4", outcome="rejected", reason="balance: is not a number")
+    _execute(refused.format(at="now()"), job="j-5", outcome="absorbed", reason=None)
+    _execute(refused.format(at="now() - interval '25 hours'"), job="j-6", outcome="rejected", reason="old")
+    status, found = _found("rejected in the last day")
+    assert status == "warn"
+    assert found.startswith("4 events, 3 of them like: event 7c1f366e-")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "usual", "check", "found"),
+    [
+        ("maxmemory-policy", "allkeys-lru", "noeviction", "Redis eviction", "allkeys-lru"),
+        ("appendonly", "no", "yes", "Redis persistence", "no append-only file"),
+    ],
+)
+def test_a_redis_that_forgets_is_wrong(
+    redis: Redis, database_url: str, *, setting: str, value: str, usual: str, check: str, found: str
+) -> None:
+    """Eviction, and no file."""
+    redis.config_set(setting, value)
+    try:
+        told = _found(check)
+    finally:
+        redis.config_set(setting, usual)
+    assert told == ("fail", found)
+    assert _found(check)[0] == "ok"
+
+
+def test_a_redis_that_never_waits_for_its_disk_is_a_warning(redis: Redis, database_url: str) -> None:
+    """The operating system writes when it likes."""
+    redis.config_set("appendfsync", "no")
+    try:
+        told = _found("Redis persistence")
+    finally:
+        redis.config_set("appendfsync", "everysec")
+    assert told == ("warn", "append-only file, appendfsync no")
+
+
+@pytest.mark.parametrize(
+    ("key", "status", "found"),
+    [
+        ("aof_last_write_status", "fail", "the last write to the append-only file failed"),
+        ("aof_last_bgrewrite_status", "warn", "the last rewrite failed"),
+        ("rdb_last_bgsave_status", "warn", "the last snapshot failed"),
+    ],
+)
+def test_a_redis_that_could_not_write_is_told(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, key: str, status: str, found: str
+) -> None:
+    """By its own word: no full disk is at hand."""
+    info = redis.info("persistence")
+    monkeypatch.setattr(redis_server, "_info", lambda *_: info | {key: "err"})
+    assert [(check.status, check.found) for check in redis_server.persistence(redis)] == [(status, found)]
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.5, "ok"), (0.85, "warn"), (0.99, "fail")])
+def test_a_redis_that_fills_up_is_told(redis: Redis, database_url: str, share: float, status: str) -> None:
+    """Against its own limit; without one, against the machine's memory."""
+    redis.config_set("maxmemory", int(redis.info("memory")["used_memory"] / share))
+    try:
+        told = [check.status for check in redis_server.memory(redis)]
+    finally:
+        redis.config_set("maxmemory", 0)
+    assert told == ["ok", status]
+    assert "no maxmemory set" in _found("Redis memory")[1]
+
+
+def test_a_service_that_tells_nothing_is_a_warning(
+    redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """INFO and CONFIG forbidden, everything else allowed; then CONFIG alone, with and without a file."""
+    socket = redis.connection_pool.connection_kwargs["path"]
+    password = "s3cret/@w"
+    forbidden = ["-info", "-config"]
+    redis.acl_setuser(
+        "tenant", enabled=True, passwords=[f"+{password}"], keys=["*"], categories=["+@all"], commands=forbidden
+    )
+    monkeypatch.setenv("REDIS_URL", f"unix://tenant:{quote(password, safe='')}@{socket}")
+    try:
+        closed = _diagnosed()
+        redis.acl_setuser("tenant", enabled=True, commands=["+info"])
+        informed = _found("Redis persistence")
+        redis.config_set("appendonly", "no")
+        without_file = _found("Redis persistence")
+    finally:
+        redis.config_set("appendonly", "yes")
+        redis.acl_deluser("tenant")
+    names = ("Redis version", "Redis role", "Redis persistence", "Redis memory")
+    assert [closed[name].status for name in names] == ["warn"] * 4
+    assert [closed[name].status for name in ("Redis", "queue", "held jobs")] == ["ok"] * 3
+    assert informed == ("ok", "append-only file, appendfsync not to be seen (CONFIG is forbidden)")
+    assert without_file[0] == "warn"
+
+
+def test_a_queue_that_nobody_works_on_is_wrong(redis: Redis, database_url: str, producer: HistoryProducer) -> None:
+    """With how many wait and for how long."""
+    producer.record_many([a_snapshot(), an_archive()])
+    assert producer.flush(5) == 0
+    fresh = _diagnosed()
+    first = as_text(redis.lindex("rq:queue:history", 0) or b"")
+    redis.hset(f"rq:job:{first}", "enqueued_at", "2026-01-01T00:00:00.000000Z")
+    old = _found("queue")
+
+    assert (fresh["workers"].status, fresh["workers"].found) == ("fail", "none although jobs wait")
+    assert (fresh["queue"].status, fresh["queue"].found[:31]) == ("ok", "2 jobs in history, the first fo")
+    assert (old[0], old[1].startswith("2 jobs in history, the first for ")) == ("warn", True)
+
+
+def test_suspended_workers_are_wrong(redis: Redis, database_url: str) -> None:
+    """By RQ's own command, which is easily forgotten."""
+    suspend(redis)
+    told = _diagnosed()["queue"]
+    resume(redis)
+    assert (told.status, told.advice) == ("fail", "rq resume")
+
+
+def test_stock_workers_alone_are_a_warning(redis: Redis, database_url: str) -> None:
+    """They are correct, but slow."""
+    queue = Queue("history", connection=redis, serializer=JSONSerializer)
+    worker = SimpleWorker([queue], connection=redis, serializer=JSONSerializer)
+    worker.register_birth()  # type: ignore[no-untyped-call]  # RQ annotates only a part of its methods
+    told = _found("workers")
+    worker.register_death()  # type: ignore[no-untyped-call]  # RQ annotates only a part of its methods
+    assert told == ("warn", "0 of HistoryWorker, 1 of RQ's own")
+
+
+def test_a_worker_that_waits_for_the_database_is_wrong(
+    redis: Redis, database_url: str, producer: HistoryProducer
+) -> None:
+    """It is alive, and stores nothing."""
+    producer.record(a_snapshot())
+    assert producer.flush(5) == 0
+    with _worker(redis, DATABASE_URL="postgresql://u@127.0.0.1:1/x") as name:
+        _until(lambda: redis.hget(f"rq:worker:{name}", "state") == b"waiting for the database")
+        status, found = _found("workers")
+    assert (status, found) == ("fail", f"1 of HistoryWorker, 0 of RQ's own; {name} is waiting for the database")
+
+
+def test_held_jobs_of_the_dead_are_told(redis: Redis, database_url: str) -> None:
+    """Without a living worker nobody returns them; in a list that stands nowhere, not even then."""
+    redis.hset(holders_key("history"), "dead:1", "")
+    redis.rpush(held_key("history", "dead:1"), "job-1", "job-2")
+    dead = _diagnosed()["held jobs"]
+    redis.hset(holders_key("history"), "alive:1", "")
+    redis.set(lease_key("history", "alive:1"), "1")
+    redis.rpush(held_key("history", "alive:1"), "job-3")
+    rescued = _diagnosed()["held jobs"]
+    redis.hdel(holders_key("history"), "dead:1")
+    lost = _diagnosed()["held jobs"]
+    redis.delete(held_key("history", "dead:1"))
+    fine = _diagnosed()["held jobs"]
+
+    assert (dead.status, dead.found) == ("fail", "2 of dead workers")
+    assert (rescued.status, rescued.found) == ("warn", "2 of dead workers")
+    assert (lost.status, lost.found) == ("fail", "2 in lists that no worker knows: history:held:history:dead:1")
+    assert (fine.status, fine.found) == ("ok", "1, all under a lease")
+
+
+def test_what_waits_for_a_person_in_redis_is_told(redis: Redis, database_url: str) -> None:
+    """Suspects with deaths, failed jobs, entries that are none; suspects without deaths and strays mend themselves."""
+    redis.hset(suspects_key("history"), "job-0", 0)
+    redis.hset(strays_key("history"), "job-1", 1)
+    harmless = _diagnosed()
+    redis.hset(suspects_key("history"), "job-2", 2)
+    redis.zadd("rq:failed:history", {"job-3": -1})
+    redis.rpush(strange_key("history"), b"\xff")
+    checks = _diagnosed()
+
+    assert [harmless[name].status for name in ("suspects", "strange entries")] == ["ok", "ok"]
+    assert harmless["strange entries"].found.startswith("1 jobs in no list")
+    assert checks["suspects"].found == "1 jobs, with up to 2 dead workers each"
+    assert checks["failed jobs"].found == "1"
+    assert [checks[name].status for name in ("suspects", "failed jobs", "strange entries")] == ["warn"] * 3
+
+
+def test_keys_of_the_wrong_kind_stop_nothing(redis: Redis, database_url: str) -> None:
+    """Somebody else uses the same names."""
+    for key in ("rq:queue:history", holders_key("history"), suspects_key("history"), strange_key("history")):
+        redis.set(key, "not ours")
+    checks = _diagnosed()
+    assert [checks[name].status for name in ("queue", "workers", "suspects", "strange entries")] == ["warn"] * 4
+    assert checks["failed jobs"].status == "ok"
+
+
+def test_the_outbox_of_this_machine_is_looked_at(
+    redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path is a warning; an absolute one is not; a damaged file is wrong."""
+    with Outbox("data/outbox.db") as outbox:
+        outbox.append("bot", [a_snapshot()])
+    relative = _diagnosed()
+    monkeypatch.setenv("HISTORY_OUTBOX", str(Path("data/outbox.db").absolute()))
+    absolute = _diagnosed()
+    Path("damaged.db").write_bytes(b"no database at all" * 100)
+    monkeypatch.setenv("HISTORY_OUTBOX", str(Path("damaged.db").absolute()))
+    damaged = _diagnosed()["outbox"]
+
+    assert relative["outbox"].found.startswith("1 pending, 0 sent, the oldest 0 s old")
+    names = ("outbox rejections", "outbox size", "outbox access", "outbox disk")
+    assert [relative[name].status for name in names] == ["ok"] * 4
+    assert (relative["outbox place"].status, absolute["outbox place"].status) == ("warn", "ok")
+    assert (damaged.status, damaged.found.endswith("file is not a database")) == ("fail", True)
+
+
+def test_a_machine_without_an_outbox_is_left_without_one(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """A worker's host: no file is made by looking."""
+    assert _found("outbox")[0] == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_old_files_that_are_still_written_are_told(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """In the usual folder, and in one that is named; older ones are history."""
+    other = tmp_path / "elsewhere"
+    for folder, name in ((HISTORY, "portfolio_history.json"), (other, "signals_archive_2026-11.json")):
+        folder.mkdir(parents=True)
+        (folder / name).write_text("[]")
+    both = _diagnosed(other)["JSON history"]
+    for file in (HISTORY / "portfolio_history.json", other / "signals_archive_2026-11.json"):
+        os.utime(file, (0, time.time() - 4 * 86400))
+    old = _diagnosed(other)["JSON history"]
+
+    assert both.status == "warn"
+    assert both.found.endswith(" was written 0 s ago, 1 more in the last 3 days")
+    assert (old.status, old.found) == ("ok", "2 files, none written in the last 3 days")
+
+
+def test_a_folder_that_is_none_is_wrong_usage() -> None:
+    """Exit status 2, before anything is looked at."""
+    run = _run("--history-dir", "missing")
+    assert (run.returncode, run.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"DATABASE_URL": f"postgresql://u:{ENCODED}@127.0.0.1:1/x", "REDIS_URL": f"redis://u:{ENCODED}@127.0.0.1:1/0"},
+        {"DATABASE_URL": f"postgresql://u:{PASSWORD}@127.0.0.1:1/x", "REDIS_URL": f"redis://:{PASSWORD}@127.0.0.1:1"},
+        {"DATABASE_URL": f"postgresql://u@127.0.0.1:1/x?password={ENCODED}", "REDIS_URL": f"redis://127.0.0.1:1?password={ENCODED}"},
+        {"DATABASE_URL": f"{PASSWORD}", "REDIS_URL": f"redis://h:{PASSWORD}"},
+        {"DATABASE_URL": f"postgresql://u:{ENCODED}@no-such-host.invalid/x", "REDIS_URL": f"rediss://:{ENCODED}@no-such-host.invalid"},
+        {"POSTGRES_HOST": "127.0.0.1", "POSTGRES_PORT": "1", "POSTGRES_PASSWORD": PASSWORD, "REDIS_URL": f"unix://:{ENCODED}@/no/socket"},
+        {"POSTGRES_PORT": PASSWORD, "REDIS_URL": f"http://:{ENCODED}@h"},
+        {"DATABASE_URL": f"postgresql://u:{ENCODED}@127.0.0.1:1/x?{ENCODED}=1", "REDIS_URL": f"redis://:{ENCODED}@h?{ENCODED}=1"},
+        {"DATABASE_URL": "postgresql://u@127.0.0.1:1/x?s3cret=1", "REDIS_URL": "redis://h?s3cret=1"},
+    ],
+)  # fmt: skip
+def test_no_password_is_ever_shown(
+    environment: dict[str, str], form: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raw or encoded, whole or its first part, in either form of the output and on stderr."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = CliRunner().invoke(app, ["doctor", *form])
+    shown = run.stdout + run.stderr
+    assert run.exit_code == 1
+    assert isinstance(run.exception, SystemExit)
+    for secret in (PASSWORD, ENCODED, "s3c"):
+        assert secret not in shown
