@@ -18,12 +18,13 @@ import typer
 from redis import RedisError
 
 from consumers.cli_doctor import doctor
+from consumers.cli_export import export
 from consumers.cli_failed import failed_app
 from consumers.cli_import import import_history, verify_history
-from consumers.cli_options import AsJson
+from consumers.cli_options import AsJson, OfPortfolio, Since, Until
 from consumers.cli_outbox import outbox_app
 from consumers.stack import stack
-from consumers.terminal import print_archives, print_audit, print_facts, print_json, print_snapshots
+from consumers.terminal import print_archives, print_audit, print_csv, print_facts, print_json, print_snapshots
 from producers.errors import HistoryError
 
 app = typer.Typer(
@@ -37,14 +38,16 @@ app.add_typer(failed_app, name="failed")
 app.command("import")(import_history)
 app.command("verify")(verify_history)
 app.command()(doctor)
+app.command()(export)
 
 _debug = False
+_NEWEST = 20
 
-Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many, the newest.")]
-OfPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="Only of this portfolio.")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", "-n", min=1, help="At most so many, the newest; 20 unless --csv.")
+]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV: all rows, amounts exact, times with offset.")]
 ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="The portfolio's number.")]
-Since = Annotated[datetime | None, typer.Option(help="From this time on (local unless it has an offset).")]
-Until = Annotated[datetime | None, typer.Option(help="Before this time (local unless it has an offset).")]
 
 
 @app.callback()
@@ -154,33 +157,47 @@ def archive(
 
 @app.command()
 def history(
-    limit: Limit = 20,
+    *,
+    limit: Limit = None,
     portfolio_id: OfPortfolio = None,
     since: Since = None,
     until: Until = None,
     as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """Show the newest portfolio snapshots."""
-    from consumers.operations import get_portfolio_history
+    from consumers.operations import get_portfolio_history, stream_portfolio_history
 
+    _one_format(as_json, as_csv)
     with stack(database=True):
-        rows = get_portfolio_history(limit, portfolio_id=portfolio_id, since=since, until=until)
+        if as_csv:
+            with stream_portfolio_history(limit, portfolio_id=portfolio_id, since=since, until=until) as exact:
+                print_csv(exact.columns, exact.rows)
+            return
+        rows = get_portfolio_history(limit or _NEWEST, portfolio_id=portfolio_id, since=since, until=until)
     (print_json if as_json else print_snapshots)(rows)
 
 
 @app.command()
 def archives(
-    limit: Limit = 20,
+    *,
+    limit: Limit = None,
     portfolio_id: OfPortfolio = None,
     since: Since = None,
     until: Until = None,
     as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """Show the newest signal archives."""
-    from consumers.operations import get_recent_signal_archives
+    from consumers.operations import get_recent_signal_archives, stream_signal_archives
 
+    _one_format(as_json, as_csv)
     with stack(database=True):
-        rows = get_recent_signal_archives(limit, portfolio_id=portfolio_id, since=since, until=until)
+        if as_csv:
+            with stream_signal_archives(limit, portfolio_id=portfolio_id, since=since, until=until) as exact:
+                print_csv(exact.columns, exact.rows)
+            return
+        rows = get_recent_signal_archives(limit or _NEWEST, portfolio_id=portfolio_id, since=since, until=until)
     (print_json if as_json else print_archives)(rows)
 
 
@@ -217,6 +234,11 @@ def schema() -> None:
     from producers.events import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+
+
+def _one_format(as_json: bool, as_csv: bool) -> None:
+    if as_json and as_csv:
+        raise typer.BadParameter("print JSON or CSV, not both", param_hint="--csv")
 
 
 def _read_portfolio(file: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from consumers.cli_options import AsJson
+from consumers.cli_options import AsJson, Timezone
 from consumers.stack import stack
 from consumers.terminal import print_compared, print_json, print_tallies
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Directory = Annotated[
     Path, typer.Argument(help="The folder with portfolio_history.json and signals_archive_*.json.", metavar="DIR")
 ]
-Zone = Annotated[str | None, typer.Option("--timezone", help="Of times without one; HISTORY_TIMEZONE by default.")]
 ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="The portfolio of entries that name none.")]
 ReportFile = Annotated[
     Path, typer.Option("--report", dir_okay=False, help="Where entries go that cannot be taken, one a line.")
@@ -34,7 +33,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only read and count; ne
 
 def import_history(  # noqa: PLR0917  # each is an option with a name of its own
     directory: Directory,
-    timezone: Zone = None,
+    timezone: Timezone = None,
     portfolio_id: ForPortfolio = None,
     report: ReportFile = Path("import-report.jsonl"),
     dry_run: DryRun = False,
@@ -60,7 +59,7 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
 
 def verify_history(
     directory: Directory,
-    timezone: Zone = None,
+    timezone: Timezone = None,
     portfolio_id: ForPortfolio = None,
     as_json: AsJson = False,
 ) -> None:
@@ -81,18 +80,10 @@ def verify_history(
     raise typer.Exit(1 if count else 0)
 
 
-def _zone(name: str | None) -> tzinfo:
-    from zoneinfo import ZoneInfo
-
+def _zone(timezone: tzinfo | None) -> tzinfo | None:
     from producers.settings import ZoneSettings
-    from producers.times import MachineZone
 
-    if name is None:
-        return ZoneSettings.from_environment().timezone or MachineZone()
-    try:
-        return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):
-        raise typer.BadParameter("is not a time zone of the IANA database", param_hint="--timezone") from None
+    return timezone or ZoneSettings.from_environment().timezone
 
 
 def _look(histories: Sequence[OldHistory], report: Any) -> None:
@@ -175,13 +166,14 @@ def _stream(differences: Iterator[Any], as_json: bool) -> int:
     return count
 
 
-def _print_tallies(histories: Sequence[OldHistory], report: Any, zone: tzinfo, as_json: bool) -> None:
+def _print_tallies(histories: Sequence[OldHistory], report: Any, zone: tzinfo | None, as_json: bool) -> None:
     tallies = [asdict(history.tally) | {"notes": dict(history.tally.notes)} for history in histories]
     written = str(report.path) if report.lines else None
+    name = "this machine's time zone" if zone is None else str(zone)
     if as_json:
-        print_json({"files": tallies, "report": written, "timezone": str(zone)})
+        print_json({"files": tallies, "report": written, "timezone": name})
         return
     print_tallies(tallies)
-    print(f"Times without a zone were read as {zone}.")
+    print(f"Times without a zone were read in {name}.")
     if written:
         print(f"What could not be taken is in {written}.")

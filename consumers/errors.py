@@ -6,6 +6,7 @@ HistoryError
 ├── PoisonEvent         permanent: workers died or failed with it
 ├── RefusedJob          permanent: a job that is none of ours
 ├── StoreUnavailable    transient: the database cannot take it now; nothing is wrong with the event
+├── ExportRefused       files are in the way, nothing is selected, or portfolios would be mixed; nothing was written
 ├── OldSchema           the database has tables of the old shape under our names
 └── EmbeddedError       the embedded servers are not installed, do not start or do not stop
 """
@@ -50,6 +51,10 @@ class StoreUnavailable(HistoryError):
     def __init__(self, message: str, *, one_statement: bool = False) -> None:
         super().__init__(message)
         self.one_statement = one_statement
+
+
+class ExportRefused(HistoryError):
+    """An export that would overwrite, mix portfolios or be empty; nothing was written."""
 
 
 class OldSchema(HistoryError):

@@ -27,15 +27,8 @@ from consumers.import_report import Report, as_json
 from consumers.outcomes import NoRow, forget_outcomes, record_outcomes
 from producers.errors import HistoryError, InvalidEvent
 from producers.events import Event, PortfolioSnapshot, SignalArchive, encode, event_of
-from producers.legacy_json import (
-    Damaged,
-    Entry,
-    archive_from,
-    history_files,
-    notes_on,
-    read_entries,
-    snapshot_from,
-)
+from producers.json_arrays import Damaged, Entry, read_entries
+from producers.legacy_json import archive_from, history_files, notes_on, snapshot_from
 from producers.outbox import Entry as OutboxEntry
 from producers.outcomes import Outcome
 
@@ -131,7 +124,7 @@ class OldHistory:
     `source` and `source_id` are known from the first item on.
     """
 
-    def __init__(self, origin: Origin, *, zone: tzinfo, portfolio_id: int | None) -> None:
+    def __init__(self, origin: Origin, *, zone: tzinfo | None, portfolio_id: int | None) -> None:
         self.origin = origin
         self.tally = Tally(origin.name)
         self.source = self.source_id = ""

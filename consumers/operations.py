@@ -1,14 +1,15 @@
-"""The four operations on the history: two idempotent inserts and two reads."""
+"""The four operations on the history: two idempotent inserts and two reads; and the reads as exact streams."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 
 from consumers.connection import get_db
 from consumers.inserts import insert_event
@@ -16,6 +17,8 @@ from consumers.plain_dicts import archive_of, snapshot_of, zoned
 from producers.events import PortfolioSnapshot, SignalArchive, event_of
 
 DIRECT_SOURCE = "direct"
+_SNAPSHOTS_A_FETCH = 1000
+_ARCHIVES_A_FETCH = 16  # of up to 8 MiB each
 
 
 def insert_portfolio_history_snapshot(snapshot: Mapping[str, Any]) -> int:
@@ -61,7 +64,7 @@ _SNAPSHOTS = """
 """
 
 _ARCHIVES = """
-    SELECT id, event_id, source, sequence, portfolio_id, archived_at, archive_month, signals_count, signals_data,
+    SELECT id, event_id, source, sequence, portfolio_id, archived_at, archive_month, signals_count, {signals},
         created_at
     FROM signal_archives
     {where}
@@ -105,7 +108,69 @@ def get_recent_signal_archives(
         ValueError: `limit` is negative.
         StoreUnavailable: the database cannot be read now.
     """
-    return _select(_ARCHIVES, "archived_at", limit=limit, portfolio_id=portfolio_id, since=since, until=until)
+    return _select(
+        _ARCHIVES.replace("{signals}", "signals_data"),
+        "archived_at",
+        limit=limit,
+        portfolio_id=portfolio_id,
+        since=since,
+        until=until,
+    )
+
+
+class ExactRows(NamedTuple):
+    """Rows as they come from the server, in the order of `columns`: amounts are Decimals, signals JSON text."""
+
+    columns: Sequence[str]
+    rows: Iterator[Sequence[Any]]
+
+
+@contextmanager
+def stream_portfolio_history(
+    limit: int | None = None,
+    *,
+    portfolio_id: int | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> Iterator[ExactRows]:
+    """What `get_portfolio_history` gives, exactly and in flat memory; to be read inside the block.
+
+    Raises:
+        StoreUnavailable: the database cannot be read now; while reading, too.
+    """
+    statement, values = _narrowed(
+        _SNAPSHOTS, '"timestamp"', limit=limit, portfolio_id=portfolio_id, since=since, until=until
+    )
+    with _streamed(statement, values, _SNAPSHOTS_A_FETCH) as rows:
+        yield rows
+
+
+@contextmanager
+def stream_signal_archives(
+    limit: int | None = None,
+    *,
+    portfolio_id: int | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> Iterator[ExactRows]:
+    """What `get_recent_signal_archives` gives, exactly and in flat memory; to be read inside the block.
+
+    Raises:
+        StoreUnavailable: the database cannot be read now; while reading, too.
+    """
+    exact = _ARCHIVES.replace("{signals}", "CAST(signals_data AS text) AS signals_data")
+    statement, values = _narrowed(
+        exact, "archived_at", limit=limit, portfolio_id=portfolio_id, since=since, until=until
+    )
+    with _streamed(statement, values, _ARCHIVES_A_FETCH) as rows:
+        yield rows
+
+
+@contextmanager
+def _streamed(statement: TextClause, values: Mapping[str, Any], rows_a_fetch: int) -> Iterator[ExactRows]:
+    with get_db() as db:
+        result = db.execute(statement, values, execution_options={"yield_per": rows_a_fetch})
+        yield ExactRows(list(result.keys()), iter(result))
 
 
 def _select(
@@ -117,6 +182,21 @@ def _select(
     since: datetime | None,
     until: datetime | None,
 ) -> list[dict[str, Any]]:
+    narrowed, values = _narrowed(statement, instant, limit=limit, portfolio_id=portfolio_id, since=since, until=until)
+    with get_db() as db:
+        rows = db.execute(narrowed, values).mappings()
+        return [{name: _native(value) for name, value in row.items()} for row in rows]
+
+
+def _narrowed(
+    statement: str,
+    instant: str,
+    *,
+    limit: int | None,
+    portfolio_id: int | None,
+    since: datetime | None,
+    until: datetime | None,
+) -> tuple[TextClause, dict[str, Any]]:
     if limit is not None and limit < 0:
         raise ValueError("limit must not be negative")
     conditions = []
@@ -133,9 +213,7 @@ def _select(
         "since": since and zoned(since, "since"),
         "until": until and zoned(until, "until"),
     }
-    with get_db() as db:
-        rows = db.execute(text(statement.format(where=where)), values).mappings()
-        return [{name: _native(value) for name, value in row.items()} for row in rows]
+    return text(statement.replace("{where}", where)), values
 
 
 def _native(value: Any) -> Any:

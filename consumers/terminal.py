@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import signal
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from producers.fields import money_text
 
 # A pipe has no width to fit: nothing is cut there.
 _PIPE_COLUMNS = 250
@@ -132,11 +138,41 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, default=str, ensure_ascii=False, indent=2) + "\n")
 
 
+def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """RFC 4180 in UTF-8 with a header; amounts with every digit, times in ISO 8601 with offset, nothing for NULL.
+
+    When the reader closes the pipe, this ends the process like the signal that a program in C dies of.
+    """
+    try:
+        # A buffer of its own: what cannot be written any more must not be tried again at the end of the process.
+        with open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False) as out:
+            writer = csv.writer(out)
+            writer.writerow(columns)
+            writer.writerows([_csv_value(value) for value in row] for row in rows)
+    except BrokenPipeError:
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _csv_value(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return money_text(value) if isinstance(value, Decimal) else value
+
+
+def print_exported(directory: Path, exported: Mapping[str, Any]) -> None:
+    table = _table("file", "entries")
+    for one in exported["files"]:
+        table.add_row(one["file"], f"{one['entries']:,}")
+    _print(table)
+    files = f"{len(exported['files'])} file{'s' if len(exported['files']) > 1 else ''}"
+    sys.stdout.write(f"\n{exported['entries']:,} entries in {files} in {directory}\n")
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     numbers = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
     numbers |= {"read", "already there", "equal", "differences"}
-    numbers |= {"stored", "absorbed", "rejected", "discarded", "under way", "last"}
+    numbers |= {"stored", "absorbed", "rejected", "discarded", "under way", "last", "entries"}
     for column in columns:
         # Only free text may be cut when the window is narrow.
         free = column in ("first signal", "reason", "missing", "damage")

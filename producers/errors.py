@@ -4,12 +4,15 @@ HistoryError
 ├── SettingsError          a setting is missing or wrong; names it
 ├── InvalidEvent           permanent: this input is not, and will never be, an event
 │   └── SignalsUnreadable  the signals' file or URL does not hold JSON signals
+├── FileNotWritten         a file of the old format, or its folder, could not be written
 ├── OutboxError            the outbox file cannot be read or written; a call that raises it recorded nothing
 ├── ProducerClosed         the producer was closed; nothing was recorded
 └── EventRejected          a consumer refused the event for good; raised by Receipt.wait
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class HistoryError(Exception):
@@ -37,6 +40,13 @@ class InvalidEvent(HistoryError, ValueError):
 
 class SignalsUnreadable(InvalidEvent):
     """The signals' file or URL could not be read as JSON signals; the message names it and the position."""
+
+
+class FileNotWritten(HistoryError):
+    """A file or folder could not be written; the message names it and the system's reason."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"{path}: {error.strerror or error}")
 
 
 class OutboxError(HistoryError):

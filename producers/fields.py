@@ -102,7 +102,8 @@ def money_sum(first: Decimal, second: Decimal) -> Decimal:
     return _MONEY_CONTEXT.add(first, second)
 
 
-def _money_to_wire(value: Decimal) -> str:
+def money_text(value: Decimal) -> str:
+    """Every digit, no exponent and no zeros at the end: `9900.12`, `0`."""
     text = format(value, "f")
     if "." in text:
         text = text.rstrip("0").rstrip(".")
@@ -115,7 +116,7 @@ Money = Annotated[
         pattern=r"^-?[0-9]{1,12}(\.[0-9]{1,8})?$",
         parse=Decimal,
         coerce=_money_from_python,
-        render=_money_to_wire,
+        render=money_text,
         reason="must be a decimal string with at most 12 integer digits and 8 decimals, such as '1234.56'",
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta, tzinfo
+from datetime import UTC, datetime, timezone, tzinfo
 
 from producers.errors import InvalidEvent
 from producers.fields import TIME_RANGE
@@ -22,17 +22,36 @@ def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:
         raise InvalidEvent.at(field, TIME_RANGE) from None
 
 
-class MachineZone(tzinfo):
-    """The zone of this machine, with all its changes of offset, as the C library knows them."""
+def wall_clock(instant: datetime, zone: tzinfo | None) -> datetime:
+    """What a clock in `zone` (None: this machine's zone) shows at `instant`, without offset.
 
-    def utcoffset(self, dt: datetime | None) -> timedelta | None:
-        return None if dt is None else dt.replace(tzinfo=None).astimezone().utcoffset()
+    In an hour that is shown twice, as the clock is set back, this loses which of the two it is: see `read_back`.
+    """
+    return instant.astimezone(zone).replace(tzinfo=None, fold=0)
 
-    def dst(self, dt: datetime | None) -> timedelta | None:  # noqa: ARG002  # tzinfo's signature
-        return None
 
-    def tzname(self, dt: datetime | None) -> str:  # noqa: ARG002  # tzinfo's signature
-        return "this machine's time zone"
+def read_back(shown: datetime, zone: tzinfo | None, after: datetime | None, field: str) -> datetime:
+    """What a naive time means in `zone`, in a series whose entry before was at `after`; with its offset alone.
 
-    def __str__(self) -> str:
-        return self.tzname(None)
+    Of a time that is shown twice the second is meant when the first would lie before `after`, else the first. One that
+    is never shown is read with the offset that was valid before the gap.
+
+    Raises:
+        InvalidEvent: it is too near to the first or last year for an offset; the message begins with `field`.
+    """
+    first = with_fixed_offset(localized(shown, zone, field), field)
+    if after is None or first >= after:
+        return first
+    # Python gives the second reading of a time inside a gap an earlier instant; that one is never meant.
+    return max(first, with_fixed_offset(localized(shown.replace(fold=1), zone, field), field))
+
+
+def with_fixed_offset(moment: datetime, field: str) -> datetime:
+    """With its offset alone: two times of one zone would compare by their clocks, not by their instants."""
+    try:
+        offset = moment.utcoffset()
+    except (ValueError, OverflowError):
+        raise InvalidEvent.at(field, TIME_RANGE) from None
+    if offset is None:
+        raise InvalidEvent.at(field, "has no UTC offset")
+    return moment.replace(tzinfo=UTC if not offset else timezone(offset), fold=0)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from producers import legacy_json
 from producers.errors import InvalidEvent
-from producers.legacy_json import Damaged, Entry, archive_from, history_files, notes_on, read_entries, snapshot_from
-from producers.times import MachineZone
+from producers.json_arrays import Damaged, Entry, read_entries
+from producers.legacy_json import archive_from, history_files, notes_on, snapshot_from
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -258,7 +258,7 @@ def test_rounding_is_half_even_as_the_producer_rounds() -> None:
 def test_what_is_no_snapshot_is_refused_with_field_and_reason(overrides: dict[str, Any], message: str) -> None:
     """Never with a made-up value."""
     with pytest.raises(InvalidEvent) as caught:
-        snapshot_from(_entry(**overrides), zone=MachineZone(), portfolio_id=None)
+        snapshot_from(_entry(**overrides), zone=None, portfolio_id=None)
     assert str(caught.value) == message
 
 

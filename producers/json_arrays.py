@@ -1,0 +1,233 @@
+"""JSON arrays of hundreds of megabytes in files: read one entry at a time, numbers exact, and written whole or not."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from uuid import uuid4
+
+import simplejson
+
+from producers.errors import FileNotWritten, HistoryError
+from producers.events import MAX_EVENT_BYTES
+
+_BLOCK_BYTES = 2**18
+_MOST_CHARACTERS = 2 * MAX_EVENT_BYTES  # of one entry; what is longer is no event, however much of it is blanks
+_TORN_CHARACTERS = 8192  # an error further from the end of what was read is no matter of where the reading stopped
+_BLANKS = " \t\n\r"
+_LITERALS = ("true", "false", "null", "-Infinity", "NaN")
+_OPEN_STRING, _OPEN_ESCAPE = "Unterminated string", "Invalid \\uXXXX escape"
+_MOST_DIGITS = 4000  # beyond 4300 Python refuses to make an int
+
+_ENTRY_ENCODER = simplejson.JSONEncoder(ensure_ascii=False, use_decimal=True, allow_nan=False)
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+
+
+class Entry(NamedTuple):
+    """One element of the array, numbered from 0. Numbers are int and Decimal; it may be anything JSON knows."""
+
+    index: int  # type: ignore[assignment]  # nobody searches an entry with tuple.index
+    data: Any
+
+
+class Damaged(HistoryError):
+    """A file that is not a whole JSON array. `index` is the entry at which it stopped, `offset` the byte."""
+
+    def __init__(self, path: Path, index: int, offset: int, reason: str) -> None:
+        super().__init__(f"{path.name}: {reason} (entry {index}, byte {offset})")
+        self.index = index
+        self.offset = offset
+
+
+def read_entries(path: Path, *, progress: Callable[[int], None] | None = None) -> Iterator[Entry]:
+    """Every entry of the array in the file, in order; memory for one entry and a block.
+
+    `progress` is called with the number of bytes read so far, after each block.
+
+    Raises:
+        Damaged: after every entry before the damage was given: it is empty, no array, cut off, or not JSON.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        text = _Text(file, progress)
+        index = -1
+        try:
+            for index, value in enumerate(text.elements()):
+                yield Entry(index, value)
+        except _Broken as error:
+            raise Damaged(path, index + 1, text.offset(error.position), error.reason) from None
+
+
+class _Broken(Exception):
+    """What is wrong, and where in the text that is held."""
+
+    def __init__(self, position: int, reason: str) -> None:
+        super().__init__(reason)
+        self.position = position
+        self.reason = reason
+
+
+def _number(text: str) -> int | Decimal:
+    if len(text) < _MOST_DIGITS and text.lstrip("-").isdigit():
+        return int(text)
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return Decimal("NaN")  # an exponent beyond what a Decimal holds; every field refuses it
+
+
+_DECODER = json.JSONDecoder(parse_float=Decimal)
+_PATIENT_DECODER = json.JSONDecoder(parse_float=_number, parse_int=_number)
+
+
+def _decode(text: str, position: int) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, position)
+    except json.JSONDecodeError:
+        raise
+    except (ArithmeticError, ValueError):  # a number that Python will not make an int or a Decimal of
+        return _PATIENT_DECODER.raw_decode(text, position)
+
+
+class _Text:
+    """A window on the file's text that moves on, element by element."""
+
+    def __init__(self, file: BinaryIO, progress: Callable[[int], None] | None) -> None:
+        self._file = file
+        self._progress = progress
+        # A byte that is not UTF-8 becomes a lone surrogate, which harms one entry and not the rest of the file.
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self._text = ""
+        self._position = 0
+        self._passed_bytes = 0  # before the text that is held
+        self._read_bytes = 0
+        self._ended = False
+
+    def offset(self, position: int) -> int:
+        """The byte of the file at a position of the text that is held."""
+        return self._passed_bytes + len(self._text[:position].encode("utf-8", "surrogateescape"))
+
+    def elements(self) -> Iterator[Any]:
+        if self._next() != "[":
+            raise self._broken("is not a JSON array" if self._next() else "is empty")
+        self._position += 1
+        closed = self._next() == "]"
+        while not closed:
+            yield self._element()
+            mark = self._next()
+            if mark not in (",", "]"):
+                raise self._broken("is not JSON: a comma or ] is missing" if mark else "is cut off")
+            closed = mark == "]"
+            self._position += not closed
+        self._position += 1
+        if self._next():
+            raise self._broken("goes on behind the end of the array")
+
+    def _next(self) -> str:
+        """The next character that is not blank, which is not passed; empty at the end of the file."""
+        while True:
+            while self._position < len(self._text):
+                character = self._text[self._position]
+                if character not in _BLANKS:
+                    return character
+                self._position += 1
+            if self._ended:
+                return ""
+            self._read_more(_BLOCK_BYTES)
+
+    def _element(self) -> Any:
+        if not self._next():
+            raise self._broken("is cut off")
+        size = _BLOCK_BYTES
+        while True:
+            try:
+                value, end = _decode(self._text, self._position)
+            except json.JSONDecodeError as error:
+                near = error.pos + _TORN_CHARACTERS >= len(self._text)
+                if not near and not error.msg.startswith(_OPEN_STRING):
+                    raise _Broken(error.pos, f"is not JSON: {error.msg}") from None
+                if self._ended:
+                    raise self._last_words(error) from None
+            except RecursionError:
+                raise self._broken("is nested too deeply") from None
+            else:
+                # Only what comes after a number tells that it is whole.
+                if end < len(self._text) or self._ended:
+                    self._position = end
+                    return value
+            if len(self._text) - self._position > _MOST_CHARACTERS:
+                raise self._broken(f"has an entry of more than {_MOST_CHARACTERS // 2**20} million characters")
+            self._read_more(size)
+            size *= 2
+
+    def _last_words(self, error: json.JSONDecodeError) -> _Broken:
+        rest = self._text[error.pos :].strip()
+        cut_off = any(word.startswith(rest) for word in _LITERALS) or error.msg.startswith((_OPEN_STRING, _OPEN_ESCAPE))
+        return self._broken("is cut off") if cut_off else _Broken(error.pos, f"is not JSON: {error.msg}")
+
+    def _read_more(self, size: int) -> None:
+        block = self._file.read(size)
+        if self._read_bytes == 0 and block.startswith(codecs.BOM_UTF8):
+            self._passed_bytes = len(codecs.BOM_UTF8)
+        self._read_bytes += len(block)
+        self._ended = not block
+        self._passed_bytes = self.offset(self._position)
+        self._text = self._text[self._position :] + self._decoder.decode(block, self._ended)
+        self._position = 0
+        if self._progress is not None:
+            self._progress(self._read_bytes)
+
+    def _broken(self, reason: str) -> _Broken:
+        return _Broken(self._position, reason)
+
+
+def write_entries(path: Path, entries: Iterable[Mapping[str, Any]]) -> int:
+    """Write `entries` as one JSON array, and return how many there were.
+
+    When this returns, the file is complete and on disk. When it raises, whatever it raises, and when the process
+    dies, `path` is what it was before; only a process that is killed leaves a hidden `.<name>.<random>.tmp` beside it.
+    One entry a line, Decimals as numbers with every digit, ASCII only, so that a reader's encoding makes no difference.
+
+    Raises:
+        FileNotWritten: the disk is full, the folder is not there, and the like.
+        ValueError: an entry holds what JSON does not have, such as NaN.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    try:
+        try:
+            with temporary.open("x", encoding="ascii", newline="\n") as file:
+                count = 0
+                for count, entry in enumerate(entries, start=1):
+                    file.write(("[\n" if count == 1 else ",\n") + _line(entry))
+                file.write("\n]\n" if count else "[]\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+    except OSError as error:
+        raise FileNotWritten(path, error) from error
+    return count
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in `directory` durable. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    line: str = _ENTRY_ENCODER.encode(entry)
+    # Other characters than ASCII stand only inside strings, where an escape means the same.
+    return line if line.isascii() else _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], line)

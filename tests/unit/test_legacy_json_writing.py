@@ -1,0 +1,69 @@
+"""Writing a file of the old format: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producers.errors import FileNotWritten
+from producers.json_arrays import write_entries
+from producers.legacy_json import snapshot_entry
+from tests.factories import a_snapshot
+
+NAME = "portfolio_history.json"
+OLD = "[1]"
+
+
+def _failing(error: BaseException) -> Iterator[dict[str, Any]]:
+    yield {"a": 1}
+    raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("gone"), OSError("gone"), KeyboardInterrupt(), SystemExit(143)])
+def test_a_failure_half_way_leaves_the_old_file_and_no_other(tmp_path: Path, error: BaseException) -> None:
+    """Whatever it is."""
+    (tmp_path / NAME).write_text(OLD)
+    with pytest.raises(FileNotWritten if isinstance(error, OSError) else type(error)):
+        write_entries(tmp_path / NAME, _failing(error))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {NAME: OLD}
+
+
+def test_what_json_does_not_have_is_refused(tmp_path: Path) -> None:
+    """No file is written with NaN in it."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_entries(tmp_path / NAME, [{"balance": float("nan")}])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """With the system's reason."""
+    with pytest.raises(FileNotWritten, match=f"none/{NAME}: No such file or directory$"):
+        write_entries(tmp_path / "none" / NAME, [])
+
+
+def test_an_array_has_one_entry_a_line_in_ascii(tmp_path: Path) -> None:
+    """Amounts look like floats and keep every digit; counts are integers; an empty array is one, too."""
+    snapshot = a_snapshot(balance="0.10000001", total_invested=100)
+    numbers = [write_entries(tmp_path / name, entries) for name, entries in (("0", []), ("1", [{"ä": "🌉"}, {}]))]
+    write_entries(tmp_path / NAME, [snapshot_entry(snapshot, None)])
+
+    assert numbers == [0, 2]
+    assert [(tmp_path / name).read_text() for name in ("0", "1")] == [
+        "[]\n",
+        '[\n{"\\u00e4": "\\ud83c\\udf09"},\n{}\n]\n',
+    ]
+    assert '"balance": 0.10000001, "total_invested": 100.0, ' in (tmp_path / NAME).read_text()
+    (entry,) = json.loads((tmp_path / NAME).read_text(), parse_float=Decimal)
+    assert (entry["open_positions"], type(entry["open_positions"])) == (1, int)
+
+
+def test_a_file_that_is_replaced_may_be_read_by_the_same_people(tmp_path: Path) -> None:
+    """It has the permissions that any new file of this user has."""
+    (tmp_path / "other").touch()
+    write_entries(tmp_path / NAME, [])
+    assert (tmp_path / NAME).stat().st_mode == (tmp_path / "other").stat().st_mode
