@@ -14,14 +14,14 @@ BEGIN
     SELECT string_agg(relname, ', ' ORDER BY relname) INTO old_shape
     FROM pg_class
     WHERE relname IN ('portfolio_history', 'signal_archives')
-      AND relnamespace = current_schema()::regnamespace
+      AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
       AND NOT EXISTS (
           SELECT FROM pg_attribute WHERE attrelid = pg_class.oid AND attname = 'event_id' AND NOT attisdropped);
     IF old_shape IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'TH001',
             MESSAGE = format('tables of the old shape are in the way: %s', old_shape),
-            HINT = 'Nothing was changed.';
+            HINT = 'Nothing was changed. To rename them: trading-history init-db --adopt-legacy';
     END IF;
 END
 $$;

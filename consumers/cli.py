@@ -85,12 +85,27 @@ def up() -> None:
 
 
 @app.command("init-db")
-def init_db() -> None:
+def init_db(
+    adopt_legacy: Annotated[
+        bool, typer.Option("--adopt-legacy", help="Rename tables of the old shape to …_legacy first.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL instead of running it.")] = False,
+) -> None:
     """Make the tables that are missing."""
-    from consumers.connection import apply_schema, engine
+    from consumers import legacy_tables
+    from consumers.connection import apply_schema, engine, schema_sql
 
+    if dry_run and not adopt_legacy:
+        print(schema_sql(), end="")
+        return
     with stack(database=True):
-        apply_schema(engine())
+        if dry_run:
+            print(legacy_tables.plan_adoption(engine()).script(), end="")
+            return
+        if adopt_legacy:
+            _print_adoption(legacy_tables.adopt_legacy(engine()))
+        else:
+            apply_schema(engine())
         print("The tables are there.")
 
 
@@ -239,6 +254,16 @@ def schema() -> None:
 def _one_format(as_json: bool, as_csv: bool) -> None:
     if as_json and as_csv:
         raise typer.BadParameter("print JSON or CSV, not both", param_hint="--csv")
+
+
+def _print_adoption(adoption: Any) -> None:
+    for name, legacy in adoption.renamed:
+        print(f"{name} is {legacy} now.")
+    for note in adoption.notes:
+        print(f"Note: {note}.")
+    if not adoption.renamed:
+        earlier = f"; {' and '.join(adoption.earlier)} came from an earlier run" if adoption.earlier else ""
+        print(f"There are no tables of the old shape to rename{earlier}.")
 
 
 def _read_portfolio(file: Path) -> Any:

@@ -15,6 +15,7 @@ import typer
 from consumers.cli_options import AsJson, Timezone
 from consumers.stack import stack
 from consumers.terminal import print_compared, print_json, print_tallies
+from producers.errors import HistoryError
 
 if TYPE_CHECKING:
     from datetime import tzinfo
@@ -22,17 +23,20 @@ if TYPE_CHECKING:
     from consumers.migration import OldHistory, Origin
 
 Directory = Annotated[
-    Path, typer.Argument(help="The folder with portfolio_history.json and signals_archive_*.json.", metavar="DIR")
+    Path | None,
+    typer.Argument(help="The folder with portfolio_history.json and signals_archive_*.json.", metavar="DIR"),
 ]
 ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="The portfolio of entries that name none.")]
 ReportFile = Annotated[
     Path, typer.Option("--report", dir_okay=False, help="Where entries go that cannot be taken, one a line.")
 ]
+FromTables = Annotated[bool, typer.Option("--from-tables", help="Read the adopted tables instead of a folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only read and count; needs no server and sends nothing.")]
 
 
 def import_history(  # noqa: PLR0917  # each is an option with a name of its own
-    directory: Directory,
+    directory: Directory = None,
+    from_tables: FromTables = False,
     timezone: Timezone = None,
     portfolio_id: ForPortfolio = None,
     report: ReportFile = Path("import-report.jsonl"),
@@ -44,10 +48,12 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
     Exit status 1 if an entry could not be taken or a file is damaged.
     """
     from consumers.import_report import Report
-    from consumers.migration import OldHistory, file_origins
+    from consumers.migration import OldHistory
 
     zone = _zone(timezone)
-    histories = [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in file_origins(directory)]
+    histories = [
+        OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in _origins(directory, from_tables)
+    ]
     with Report(report) as opened:
         if dry_run:
             _look(histories, opened)
@@ -58,17 +64,20 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
 
 
 def verify_history(
-    directory: Directory,
+    directory: Directory = None,
+    from_tables: FromTables = False,
     timezone: Timezone = None,
     portfolio_id: ForPortfolio = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare old JSON history with the tables, both ways; exit status 1 if anything differs."""
-    from consumers.migration import OldHistory, file_origins
+    from consumers.migration import OldHistory
     from consumers.verification import Verification
 
     zone = _zone(timezone)
-    histories = [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in file_origins(directory)]
+    histories = [
+        OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in _origins(directory, from_tables)
+    ]
     verification = Verification(histories)
     with stack(database=True), _progress([history.origin for history in histories], "verify") as advance:
         count = _stream(verification.differences(advance), as_json)
@@ -78,6 +87,23 @@ def verify_history(
     else:
         print_compared(facts)
     raise typer.Exit(1 if count else 0)
+
+
+def _origins(directory: Path | None, from_tables: bool) -> Sequence[Origin]:
+    from consumers.connection import engine
+    from consumers.legacy_rows import legacy_origins
+    from consumers.migration import file_origins
+
+    if (directory is None) is not from_tables:
+        raise typer.BadParameter("give either a folder or --from-tables", param_hint="DIR")
+    if directory is not None:
+        return file_origins(directory)
+    origins = legacy_origins(engine())
+    if not origins:
+        raise HistoryError(
+            "there are no adopted tables in the database: trading-history init-db --adopt-legacy makes them"
+        )
+    return origins
 
 
 def _zone(timezone: tzinfo | None) -> tzinfo | None:
@@ -145,10 +171,17 @@ def _progress(origins: Sequence[Origin], verb: str) -> Iterator[Callable[[], Non
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     total = sum(origin.size for origin in origins) if all(origin.size for origin in origins) else None
-    columns = (TextColumn(verb), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(verb, total=total)
-        yield lambda: progress.update(task, completed=sum(origin.position() for origin in origins))
+    in_bytes = all(origin.unit == "bytes" for origin in origins)
+    rate = TransferSpeedColumn() if in_bytes else TextColumn("{task.fields[rows]:,} rows")
+    columns = (TextColumn(verb), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), rate, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(verb, total=total, rows=0)
+
+        def advance() -> None:
+            done = sum(origin.position() for origin in origins)
+            progress.update(task, completed=done, rows=done)
+
+        yield advance
 
 
 def _stream(differences: Iterator[Any], as_json: bool) -> int:

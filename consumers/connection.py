@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -150,6 +151,11 @@ def schema_sql() -> str:
     return (packaged if packaged.exists() else Path(__file__).parent.parent / "schema.sql").read_text("utf-8")
 
 
+def schema_body() -> str:
+    """schema.sql without its BEGIN and COMMIT, for a transaction that does more."""
+    return re.sub(r"^(BEGIN|COMMIT);\n", "", schema_sql(), flags=re.M)
+
+
 def apply_schema(store: Engine) -> None:
     """Make the tables that are missing; safe to run at any time and by several at once.
 
@@ -170,5 +176,6 @@ def apply_schema(store: Engine) -> None:
     except StoreUnavailable as error:
         cause = error.__cause__
         if isinstance(cause, DBAPIError) and getattr(cause.orig, "pgcode", None) == _IN_THE_WAY:
-            raise OldSchema(f"{_cause(cause)}. Nothing was changed.") from cause
+            hint = getattr(getattr(cause.orig, "diag", None), "message_hint", None)
+            raise OldSchema(f"{_cause(cause)}. {hint}") from cause
         raise

@@ -8,6 +8,7 @@ HistoryError
 ├── StoreUnavailable    transient: the database cannot take it now; nothing is wrong with the event
 ├── ExportRefused       files are in the way, nothing is selected, or portfolios would be mixed; nothing was written
 ├── OldSchema           the database has tables of the old shape under our names
+├── AdoptionRefused     tables of the old shape cannot be adopted as things are
 └── EmbeddedError       the embedded servers are not installed, do not start or do not stop
 """
 
@@ -59,6 +60,10 @@ class ExportRefused(HistoryError):
 
 class OldSchema(HistoryError):
     """The database has tables of the old shape under our names; nothing was changed."""
+
+
+class AdoptionRefused(HistoryError):
+    """Tables of the old shape cannot be adopted as things are; nothing was changed."""
 
 
 class EmbeddedError(HistoryError):

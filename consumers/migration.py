@@ -49,7 +49,7 @@ class Origin:
     """Where old entries come from: a file, or a table of the old shape.
 
     `entries` gives all of them, in the same order and with the same numbers each time, as snapshot_from or
-    archive_from read them; it may raise Damaged at its end. `position` counts up to `size` meanwhile (bytes or rows);
+    archive_from read them; it may raise Damaged at its end. `position` counts up to `size` meanwhile, in `unit`;
     a size of 0 is unknown.
     """
 
@@ -58,6 +58,7 @@ class Origin:
     entries: Callable[[], Iterator[Entry]]
     size: int = 0
     position: Callable[[], int] = lambda: 0
+    unit: Literal["bytes", "rows"] = "bytes"
 
 
 def file_origins(directory: Path) -> list[Origin]:

@@ -41,14 +41,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def pair() -> Iterator[Addresses]:
     """PostgreSQL and Valkey for this run, with a template database that has the tables."""
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, servers(Path(folder)) as addresses:
-        administrator = _administrator(addresses)
-        with administrator.connect() as db:
-            db.exec_driver_sql(f"CREATE DATABASE {_TEMPLATE}")
-        template = connection.create_store_engine(_url_of(addresses, _TEMPLATE))
-        connection.apply_schema(template)
-        template.dispose()
-        administrator.dispose()
+        make_template(addresses)
         yield addresses
+
+
+def make_template(addresses: Addresses) -> None:
+    """A database with the tables, which the databases of the tests are copies of."""
+    administrator = _administrator(addresses)
+    with administrator.connect() as db:
+        db.exec_driver_sql(f"CREATE DATABASE {_TEMPLATE}")
+    template = connection.create_store_engine(_url_of(addresses, _TEMPLATE))
+    connection.apply_schema(template)
+    template.dispose()
+    administrator.dispose()
 
 
 def _administrator(addresses: Addresses) -> Engine:

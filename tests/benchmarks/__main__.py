@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.benchmarks.adoption import measure_adoption
 from tests.benchmarks.auditing import measure_audit
 from tests.benchmarks.environment import machine_facts
 from tests.benchmarks.growth import measure_growth
@@ -29,6 +30,7 @@ _MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "recovery": (measure_recovery, 20),
     "audit": (measure_audit, 10_000_000),
     "import": (measure_import, 1_000_000),
+    "adopt": (measure_adoption, 1_000_000),
 }
 
 

@@ -35,7 +35,7 @@ from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key, lease_key, strange_key, strays_key, suspects_key
 from tests.factories import a_snapshot, an_archive
-from tests.integration.test_schema import FIRST_GENERATION, SECOND_GENERATION
+from tests.legacy_databases import FIRST_GENERATION, SECOND_GENERATION
 from tests.outages import hanging
 
 PROGRAM = [sys.executable, "-m", "consumers.cli"]

@@ -1,0 +1,113 @@
+"""How long the adoption of old tables takes, and for how long it keeps others out of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import text
+
+from consumers.connection import create_store_engine, engine
+from consumers.legacy_tables import adopt_legacy
+from consumers.settings import StoreSettings
+from tests.benchmarks.checks import require
+from tests.benchmarks.environment import bench_stack, checkpoint
+from tests.benchmarks.report import Report
+from tests.legacy_databases import ARCHIVES, FIRST_GENERATION, FIRST_GENERATION_SNAPSHOTS
+
+_ROWS_PER_ARCHIVE = 200
+_LOOK_SECONDS = 0.001
+
+_VALUES = """
+    SELECT count(*), min(id), max(id), sum(balance), sum(total_invested), sum(total_profit_loss), sum(total_value),
+        sum(open_positions), sum(trade_count), min(timestamp), max(timestamp), min(snapshot_date), max(created_at),
+        (SELECT count(*) FROM {archives}), (SELECT sum(signals_count) FROM {archives}),
+        (SELECT md5(string_agg(CAST(signals_data AS text), '' ORDER BY id)) FROM {archives})
+    FROM {snapshots}
+"""
+_OLD = text("SELECT oid FROM pg_class WHERE relname IN ('portfolio_history', 'signal_archives')")
+_LOCKED = text("""
+    SELECT FROM pg_locks WHERE granted AND mode = 'AccessExclusiveLock' AND relation = ANY(:old)
+""")
+
+
+def measure_adoption(rows: int, report: Report) -> None:
+    """Print the time, what is locked for how long, and that every value is as it was."""
+    with bench_stack():
+        _fill(rows)
+        before = _values("portfolio_history", "signal_archives")
+        with _observed() as (locked, reads):
+            started = time.perf_counter()
+            adoption = adopt_legacy(engine())
+            seconds = time.perf_counter() - started
+        after = _values("portfolio_history_legacy", "signal_archives_legacy")
+    require(len(adoption.renamed) == 2, f"renamed {adoption.renamed}")
+    require(before == after, f"the values were {before} and are {after}")
+    held = locked[-1] - locked[0] if locked else 0.0
+    report.add("adopt", f"{rows} rows: adoption", "ms", [seconds * 1e3])
+    report.add("adopt", f"{rows} rows: old tables locked", "ms", [held * 1e3])
+    report.add("adopt", f"{rows} rows: slowest read meanwhile", "ms", [max(reads) * 1e3])
+    print(f"\nadoption of {rows:,} snapshots and {rows // _ROWS_PER_ARCHIVE:,} archives: {seconds * 1e3:.0f} ms;")
+    print(f"ACCESS EXCLUSIVE on both old tables seen for {held * 1e3:.0f} ms, in {len(locked)} looks;", end=" ")
+    print(f"the slowest of {len(reads):,} reads of an old table beside it: {max(reads) * 1e3:.0f} ms;")
+    print(f"count, sums, first and last of every column the same before and after: {before == after}", flush=True)
+
+
+def _fill(rows: int) -> None:
+    with engine().begin() as db:
+        db.exec_driver_sql("DROP TABLE portfolio_history, signal_archives, event_outcomes")
+        db.exec_driver_sql(FIRST_GENERATION)
+        db.execute(text(FIRST_GENERATION_SNAPSHOTS), {"rows": rows})
+        db.execute(text(ARCHIVES), {"rows": rows // _ROWS_PER_ARCHIVE})
+    checkpoint()
+
+
+def _values(snapshots: str, archives: str) -> tuple[Any, ...]:
+    with engine().connect() as db:
+        return tuple(db.execute(text(_VALUES.format(snapshots=snapshots, archives=archives))).one())
+
+
+@contextmanager
+def _observed() -> Iterator[tuple[list[float], list[float]]]:
+    """Moments at which an old table was seen locked, and the seconds of each read of one, until the block ends."""
+    with engine().connect() as db:
+        oids = list(db.execute(_OLD).scalars())
+    locked: list[float] = []
+    reads: list[float] = [0.0]
+    done = threading.Event()
+    threads = [
+        threading.Thread(target=_look_for_locks, args=(oids, locked, done)),
+        threading.Thread(target=_read, args=(reads, done)),
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)  # both have a connection and a rhythm
+    try:
+        yield locked, reads
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+def _look_for_locks(oids: Sequence[int], locked: list[float], done: threading.Event) -> None:
+    store = create_store_engine(StoreSettings.from_environment().url())
+    with store.connect() as db:
+        while not done.wait(_LOOK_SECONDS):
+            if db.execute(_LOCKED, {"old": oids}).all():
+                locked.append(time.perf_counter())
+    store.dispose()
+
+
+def _read(reads: list[float], done: threading.Event) -> None:
+    """As any program does that knows the table by name, which names the new one afterwards."""
+    store = create_store_engine(StoreSettings.from_environment().url())
+    with store.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        while not done.wait(_LOOK_SECONDS):
+            started = time.perf_counter()
+            db.exec_driver_sql("SELECT balance FROM portfolio_history LIMIT 1").all()
+            reads.append(time.perf_counter() - started)
+    store.dispose()

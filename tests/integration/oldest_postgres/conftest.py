@@ -1,0 +1,41 @@
+"""Tests that run a second time, on an old PostgreSQL: here `pair` has the one that Debian's package brings.
+
+14 is the oldest that this project is made for; 14 and 15 lack the same things that the newest has.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from consumers.embedded import Addresses, postgres
+from consumers.embedded.installation import installed
+from tests.conftest import make_template
+
+_PROGRAMS = "/usr/lib/postgresql/{}/bin"
+_VERSIONS = ("14", "15")
+
+
+@pytest.fixture(scope="session")
+def pair(pair: Addresses) -> Iterator[Addresses]:
+    """The Valkey of this run, and an old PostgreSQL with a template database that has the tables."""
+    version = next((one for one in _VERSIONS if Path(_PROGRAMS.format(one), "initdb").exists()), None)
+    if version is None:
+        pytest.fail(f"no PostgreSQL {' or '.join(_VERSIONS)} below /usr/lib/postgresql: apt-get install postgresql-15")
+    programs = Path(_PROGRAMS.format(version))
+    installation = replace(installed(), postgres_bin=programs, postgres_version=version)
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        home = Path(folder)
+        home.chmod(0o711)  # PostgreSQL's account must get in
+        server = postgres.server(home)
+        with (home / "lock").open("w") as lock:
+            try:
+                addresses = Addresses(postgres.start(server, home, installation, lock), pair.redis_url)
+                make_template(addresses)
+                yield addresses
+            finally:
+                server.stop()

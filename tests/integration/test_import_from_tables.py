@@ -1,0 +1,148 @@
+"""Rows of the adopted tables, through the queue into the new ones: `import --from-tables`, `verify --from-tables`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from redis import Redis
+from sqlalchemy import text
+
+from consumers.connection import engine, get_db
+from consumers.legacy_rows import legacy_origins
+from consumers.legacy_tables import adopt_legacy
+from tests.legacy_databases import (
+    ARCHIVES,
+    FIRST_GENERATION,
+    FIRST_GENERATION_SNAPSHOTS,
+    SECOND_GENERATION,
+    SECOND_GENERATION_SNAPSHOTS,
+)
+
+PROGRAM = [sys.executable, "-m", "consumers.cli"]
+BERLIN = ("--timezone", "Europe/Berlin", "--json")
+
+
+def _execute(*statements: str, **values: Any) -> None:
+    with engine().begin() as db:
+        for statement in statements:
+            db.execute(text(statement), values)
+
+
+def _run(*arguments: str) -> tuple[int, dict[str, Any]]:
+    run = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, timeout=100, check=False)
+    assert run.stderr == ""
+    return run.returncode, json.loads(run.stdout)
+
+
+@pytest.fixture
+def worker(redis: Redis, empty_database_url: str) -> Iterator[None]:
+    """A worker that waits for the tables."""
+    process = subprocess.Popen([*PROGRAM, "worker"], stderr=subprocess.DEVNULL, env=os.environ.copy())
+    yield
+    process.terminate()
+    process.wait(30)
+
+
+@pytest.fixture
+def first_generation(empty_database_url: str) -> None:
+    _execute(FIRST_GENERATION)
+    _execute(FIRST_GENERATION_SNAPSHOTS, ARCHIVES, rows=700)
+    adopt_legacy(engine())
+
+
+def _counts(files: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [tuple(one[name] for name in ("name", "read", "stored", "already_there", "rejected")) for one in files]
+
+
+def _totals(snapshots: str, archives: str) -> tuple[Any, ...]:
+    """Sums over two tables, old or new: of money, of counts, of signals, and the first and last local times."""
+    with get_db() as db:
+        row = db.execute(
+            text(f"""
+                SELECT count(*), sum(balance), sum(total_invested), sum(total_profit_loss), sum(total_value),
+                    sum(open_positions), sum(trade_count), min(snapshot_date), max(snapshot_date),
+                    (SELECT count(*) FROM {archives}), (SELECT sum(signals_count) FROM {archives}),
+                    (SELECT md5(string_agg(CAST(signals_data AS text), ',' ORDER BY archived_at)) FROM {archives})
+                FROM {snapshots}
+            """)
+        ).one()
+    return tuple(row)
+
+
+def test_the_first_generation_comes_in_whole_and_once(worker: None, first_generation: None) -> None:
+    """Verify finds no difference, a second import nothing to send, the audit no gap."""
+    before = _totals("portfolio_history_legacy", "signal_archives_legacy")
+    first = _run("import", "--from-tables", *BERLIN)
+    verified = _run("verify", "--from-tables", *BERLIN)
+    again = _run("import", "--from-tables", *BERLIN)
+    audited = subprocess.run([*PROGRAM, "audit"], check=False, capture_output=True).returncode
+
+    names = ("portfolio_history_legacy", "signal_archives_legacy")
+    assert (first[0], _counts(first[1]["files"])) == (0, [(name, 700, 700, 0, 0) for name in names])
+    assert (verified[0], verified[1]["differences"]) == (0, [])
+    assert (again[0], _counts(again[1]["files"])) == (0, [(name, 700, 0, 700, 0) for name in names])
+    assert audited == 0
+    assert _totals("portfolio_history", "signal_archives") == before
+    assert _totals(*names) == before
+
+
+def test_each_portfolio_of_the_second_generation_keeps_its_number(worker: None, empty_database_url: str) -> None:
+    """Whatever --portfolio-id says of entries that name none; counts that were null are 0."""
+    _execute(SECOND_GENERATION)
+    _execute(SECOND_GENERATION_SNAPSHOTS, rows=30)
+    adopt_legacy(engine())
+    imported = _run("import", "--from-tables", "--portfolio-id", "99", *BERLIN)
+
+    same = """
+        SELECT count(*) FROM portfolio_history AS new JOIN portfolio_history_legacy AS old
+        ON (new.portfolio_id, new.snapshot_date, new.balance, new.total_value, new.open_positions, new.trade_count)
+        = (old.portfolio_id, old.snapshot_date, old.balance, old.total_value, coalesce(old.open_positions, 0),
+            coalesce(old.trade_count, 0))
+    """
+    assert (imported[0], _counts(imported[1]["files"])) == (0, [("portfolio_history_legacy", 30, 30, 0, 0)])
+    with get_db() as db:
+        assert db.execute(text(same)).scalar_one() == 30
+
+
+def test_rows_that_were_deleted_in_between_leave_no_gap(worker: None, first_generation: None) -> None:
+    """Those after them move down by one; what is stored is found again by its event's id."""
+    _execute(
+        "CREATE TABLE kept AS SELECT * FROM portfolio_history_legacy WHERE id > 400",
+        "DELETE FROM portfolio_history_legacy WHERE id > 400",
+    )
+    _run("import", "--from-tables", *BERLIN)
+    _execute(
+        "DELETE FROM portfolio_history_legacy WHERE id IN (2, 77)",
+        "INSERT INTO portfolio_history_legacy SELECT * FROM kept",
+    )
+    again = _run("import", "--from-tables", *BERLIN)
+    audited = subprocess.run([*PROGRAM, "audit"], check=False, capture_output=True).returncode
+    verified = _run("verify", "--from-tables", *BERLIN)
+
+    assert again[0] == 0
+    assert again[1]["files"][0]["stored"] == 300
+    assert audited == 0
+    # The two rows that the old table has no more.
+    assert (verified[0], [one["what"] for one in verified[1]["differences"]]) == (1, ["unexpected", "unexpected"])
+
+
+def test_without_adopted_tables_there_is_nothing_to_import(redis: Redis, database_url: str) -> None:
+    """And the user is told what makes them; naming both a folder and the tables, or neither, is wrong usage."""
+    run = subprocess.run([*PROGRAM, "import", "--from-tables"], capture_output=True, text=True, check=False)
+    wrong = [
+        subprocess.run([*PROGRAM, "import", *more], capture_output=True, check=False).returncode
+        for more in ([], ["/tmp", "--from-tables"])
+    ]
+
+    assert legacy_origins(engine()) == []
+    assert (run.returncode, run.stderr) == (
+        1,
+        "error: there are no adopted tables in the database: trading-history init-db --adopt-legacy makes them\n",
+    )
+    assert wrong == [2, 2]
