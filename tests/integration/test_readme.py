@@ -130,7 +130,7 @@ def test_every_command_is_documented_and_every_documented_command_exists() -> No
 
 def test_every_setting_is_documented_and_every_documented_setting_exists() -> None:
     """The table of settings against the models that read them."""
-    section = README.split("### Settings")[1].split("## The events")[0]
+    section = README.split("### Settings")[1].split("\n## ")[0]
     documented = set()
     for cell in re.findall(r"^\| (`.*?) \|", section, re.M):
         names = re.findall("`([^`]+)`", cell)
