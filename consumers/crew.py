@@ -8,13 +8,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from rq.suspension import is_suspended
 from rq.worker import BaseWorker, WorkerStatus
 
 from consumers.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
+
+
+def is_away(error: Exception) -> bool:
+    """Redis did not answer: asking it for more would only take as long again."""
+    return isinstance(error, RedisConnectionError | RedisTimeoutError)
 
 
 class Crew:
@@ -29,6 +36,7 @@ class Crew:
         self._suspended = False
         self._trouble: str | None = None
         self._trouble_since = 0.0
+        self._redis_is_away = False
         self._showing = threading.Lock()
         self._shown: str | None = None
 
@@ -50,7 +58,7 @@ class Crew:
                 self._alone = self._alone and not alone
                 self._idle_since = time.monotonic()
                 self._changed.notify_all()
-            self.show()
+        self.show()  # not after an error: `failed` shows more, if Redis can be asked at all
 
     def idle_seconds(self) -> float:
         """For how long none of them has worked."""
@@ -59,8 +67,8 @@ class Crew:
 
     def suspended(self) -> bool:
         """Whether somebody has told RQ's workers to take nothing new."""
-        self._suspended = bool(is_suspended(self._worker.connection, self._worker))
-        if self._suspended:
+        before, self._suspended = self._suspended, bool(is_suspended(self._worker.connection, self._worker))
+        if self._suspended != before:
             self.show()
         return self._suspended
 
@@ -68,24 +76,38 @@ class Crew:
         """Say it once and wherever operators look."""
         trouble = "the database" if isinstance(error, StoreUnavailable) else "Redis"
         with self._changed:
+            self._redis_is_away = is_away(error)
             known, self._trouble = self._trouble, trouble
             if known is None:
                 self._trouble_since = time.monotonic()
         if known != trouble:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             logger.error("worker %s waits for %s and tries again: %s", self._worker.name, trouble, reason)
-        with suppress(RedisError):  # then it is Redis that is away, and the log has it
-            self.show()
+        if not is_away(error):
+            with suppress(RedisError):  # whatever it refuses, the log has it
+                self.show()
 
-    def passed(self, *, worked: bool) -> None:
-        """One of them has done its work, or found nothing to do; then nobody may know yet that the database is back."""
+    def passed(self, *, worked: bool) -> bool:
+        """One of them has done its work, or found nothing to do; then nobody may know yet that the database is back.
+
+        Whether nothing is waited for any more.
+        """
         with self._changed:
-            if self._trouble is None or (self._trouble == "the database" and self._working and not worked):
-                return
+            if self._trouble is None:
+                return True
+            if self._trouble == "the database" and self._working and not worked:
+                return False
             self._trouble = None
+            self._redis_is_away = False
             seconds = time.monotonic() - self._trouble_since
         logger.warning("worker %s goes on after %.0f s", self._worker.name, seconds)
         self.show()
+        return True
+
+    @property
+    def redis_is_away(self) -> bool:
+        """As far as the last of them to ask it knows."""
+        return self._redis_is_away
 
     def show(self, *, again: bool = False) -> None:
         """Write the worker's state where RQ has it, if it has changed; `again`: in any case."""

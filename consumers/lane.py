@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -22,7 +21,7 @@ from rq.utils import now
 from rq.worker import BaseWorker
 
 from consumers.connection import drop_connections
-from consumers.crew import Crew
+from consumers.crew import Crew, is_away
 from consumers.errors import PoisonEvent, StoreUnavailable
 from consumers.reservations import POISON_DEATHS, Reservations
 from consumers.rq_jobs import ReservedJob, RqJobs, Run
@@ -67,7 +66,8 @@ class Lane(threading.Thread):
     def run(self) -> None:
         try:
             self._run()
-        except BaseException as error:  # shown where the thread is joined, and the others must end too
+        except BaseException as error:  # raised where the thread is joined; the others must end before
+            logger.critical("worker %s ends: %r", self._worker.name, error)
             self.error = error
             self._stopping.set()
 
@@ -84,31 +84,42 @@ class Lane(threading.Thread):
                     if self._limits.burst:
                         return
                     self.reservations.hand_back()  # what the wait below has brought meanwhile
+                    self._passed(worked=False)
                     self._stopping.wait(WAIT_SECONDS)
                     continue
                 reserved = self.reservations.reserve(min(BATCH_JOBS, max_jobs - self.done))
                 if reserved:
                     self._work_in_turn(reserved)
+                    self._passed(worked=True)
                 elif self._limits.burst or self._crew.idle_seconds() > self._limits.max_idle_seconds:
                     return
-                else:
-                    self.reservations.wait(WAIT_SECONDS)
-                self._failures = 0
-                self._crew.passed(worked=bool(reserved))
+                elif not self.reservations.wait(WAIT_SECONDS):
+                    self._passed(worked=False)
             except (RedisError, StoreUnavailable) as error:
                 self._wait_for_recovery(error)
 
     def _work_in_turn(self, reserved: Sequence[ReservedJob]) -> None:
         """A suspect is worked on alone in the process: should that die, it was the suspect's doing."""
         suspect = reserved[0].deaths is not None
-        try:
-            with self._crew.working(alone=suspect):
+        with self._crew.working(alone=suspect):
+            redis_is_away = False
+            try:
+                if self._stopping.is_set():  # meanwhile
+                    return
                 if suspect:
                     self.reservations.accuse()
                 self._work_off(reserved)
-        finally:
-            self._progress_at = None
-            self.reservations.hand_back()
+            except RedisError as error:
+                redis_is_away = is_away(error)
+                raise
+            finally:
+                self._progress_at = None
+                if not redis_is_away:  # else what is held there stays held, and comes first again
+                    self.reservations.hand_back()
+
+    def _passed(self, *, worked: bool) -> None:
+        if self._crew.passed(worked=worked):
+            self._failures = 0
 
     def _work_off(self, reserved: Sequence[ReservedJob]) -> None:
         """Settle and finish a batch; what could not be settled goes back to the front of the queue.
@@ -220,8 +231,6 @@ class Lane(threading.Thread):
     def _wait_for_recovery(self, error: RedisError | StoreUnavailable) -> None:
         """Wait, longer each time; stopping ends the wait."""
         self._failures += 1
-        with suppress(RedisError):  # it is Redis that is away: what is held there stays held, and comes first again
-            self.reservations.hand_back()
         if isinstance(error, StoreUnavailable):
             drop_connections()
         self._crew.failed(error)

@@ -18,7 +18,7 @@ from psycopg2 import extensions
 from consumers.connection import CONNECT_TIMEOUT_SECONDS
 
 _LOOK_SECONDS = 0.5
-_STOPPING_SECONDS = 5.0  # what an answer may still take once the worker is told to stop
+_STOPPING_SECONDS = 5.0  # what answers may still take once the worker is told to stop
 
 
 class DatabaseWaits:
@@ -31,6 +31,7 @@ class DatabaseWaits:
         self._answer_seconds = answer_seconds
         self._stopping = stopping
         self._since: dict[int, float] = {}  # by thread
+        self._told_to_stop: float | None = None
 
     def seconds(self, thread: int | None) -> float:
         """How long the wait has been going on that is going on now in this thread; 0 when there is none."""
@@ -51,7 +52,6 @@ class DatabaseWaits:
         connecting = connection.status == extensions.STATUS_SETUP
         limit = CONNECT_TIMEOUT_SECONDS if connecting else self._answer_seconds
         self._since[threading.get_ident()] = started = time.monotonic()
-        told_to_stop: float | None = None
         try:
             while (state := connection.poll()) != extensions.POLL_OK:
                 poller = select.poll()
@@ -60,8 +60,9 @@ class DatabaseWaits:
                     continue
                 now = time.monotonic()
                 if self._stopping.is_set():
-                    told_to_stop = told_to_stop or now
-                    limit = min(limit, told_to_stop - started + _STOPPING_SECONDS)
+                    # For all waits together: one that fails may only lead to the next.
+                    self._told_to_stop = self._told_to_stop or now
+                    limit = min(limit, self._told_to_stop - started + _STOPPING_SECONDS)
                 if now - started > limit:
                     raise psycopg2.OperationalError(f"no answer from the server in {now - started:.0f} s")
         finally:

@@ -21,11 +21,13 @@ from types import FrameType
 from typing import Any
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 from rq import Queue
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.serializers import JSONSerializer
-from rq.utils import now
+from rq.utils import now, utcformat
 from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker
 from rq.worker_registration import REDIS_WORKER_KEYS as WORKERS_KEY
@@ -115,7 +117,8 @@ class HistoryWorker(SimpleWorker):
         finally:
             self._ending.set()
             self._retired.set()
-            renewing.join(self.connection_timeout)  # what is let go must not be leased once more
+            if not self._crew.redis_is_away:
+                renewing.join(self.connection_timeout)  # what is let go must not be leased once more
             self._retire()
         return any(lane.done for lane in self._lanes)
 
@@ -124,7 +127,7 @@ class HistoryWorker(SimpleWorker):
             lane.start()
         for lane in self._lanes:
             while lane.is_alive():
-                lane.join(max(0.0, self._maintain_at - time.monotonic()))
+                lane.join(None if self._ending.is_set() else max(0.0, self._maintain_at - time.monotonic()))
                 self._maintain()
         for lane in self._lanes:
             if lane.error is not None:
@@ -137,7 +140,7 @@ class HistoryWorker(SimpleWorker):
             try:
                 self._set_ip_address(self.connection)
                 if self.birth_date is not None:  # an earlier try got half way
-                    self.connection.delete(self.key)
+                    self._pretend_death()
                 self.bootstrap(*logging_options)
                 self._crew.show(again=True)
                 self._crew.passed(worked=False)
@@ -148,6 +151,17 @@ class HistoryWorker(SimpleWorker):
                 self._crew.failed(error)
                 self._ending.wait(backoff_seconds(failures))
         return False
+
+    def _pretend_death(self) -> None:
+        # RQ registers no name twice, unless its bearer has died. To delete the key would not do: a lane may write its
+        # heartbeat there in the same moment.
+        self.connection.hset(self.key, "death", utcformat(now()))
+
+    def _set_connection(self, connection: Redis) -> Redis:
+        """Without the library's own retries, each of which would take as long as the first try."""
+        connection = super()._set_connection(connection)
+        connection.set_retry(Retry(NoBackoff(), 0))
+        return connection
 
     def _set_ip_address(self, connection: Redis) -> None:
         """RQ asks Redis for it when the worker is made; while Redis is away that must wait like everything else."""
@@ -197,7 +211,7 @@ class HistoryWorker(SimpleWorker):
         self._maintain_at = time.monotonic() + _MAINTENANCE_SECONDS * random.uniform(0.8, 1.2)
         # Redis lost everything, this registration included, or it expired.
         if not (self.connection.sismember(WORKERS_KEY, self.key) and self.connection.exists(self.key)):
-            self.connection.delete(self.key)
+            self._pretend_death()
             self.register_birth()
             self._crew.show(again=True)
         self.heartbeat()
@@ -209,12 +223,15 @@ class HistoryWorker(SimpleWorker):
         self._queue.finished_job_registry.cleanup()
 
     def _retire(self) -> None:
+        # Without Redis nothing is lost: the leases run out, and another worker returns what was held.
+        if self._crew.redis_is_away:
+            logger.warning("worker %s ends without Redis", self.name)
+            return
         try:
             for lane in self._lanes:
                 lane.reservations.give_up()
             self.teardown()
         except RedisError as error:
-            # Nothing is lost: the lease runs out, and another worker returns what was held.
             logger.warning("worker %s could not sign off: %s", self.name, type(error).__name__)
 
 

@@ -93,8 +93,7 @@ def _worker(redis: Redis, **environment: str) -> Iterator[str]:
     )
     try:
         _until(lambda: bool(redis.hkeys(holders_key("history"))))
-        (member,) = redis.hkeys(holders_key("history"))
-        yield as_text(member).rpartition(":")[0]
+        yield as_text(redis.hkeys(holders_key("history"))[0]).rpartition(":")[0]
     finally:
         process.terminate()
         process.wait(30)

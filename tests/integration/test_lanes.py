@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
+from sqlalchemy import text
 
 from consumers import lane as lane_module
-from consumers.connection import engine
+from consumers.connection import engine, get_db
 from consumers.crew import Crew
 from consumers.errors import StoreUnavailable
 from consumers.inserts import insert_events
@@ -25,7 +30,8 @@ from consumers.worker import HistoryWorker
 from producers.events import event_of
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import a_snapshot
-from tests.rq_programs import until
+from tests.faults.proxy import Proxy
+from tests.rq_programs import somebody_waits_for_a_lock, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -117,6 +123,130 @@ def test_a_worker_is_busy_as_long_as_one_lane_is(redis: Redis, monkeypatch: pyte
         assert seen[-1] == "waiting for the database"
         crew.passed(worked=True)
     assert seen == ["idle", "busy", "waiting for the database", "busy", "idle"]
+
+
+def test_an_outage_is_told_once_although_the_lanes_take_turns(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one job wanders between them, so that each finds nothing to do now and then; that is no good news."""
+    enqueue_snapshots(redis, 1)
+    tries = []
+
+    def failing(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
+        tries.append(len(deliveries))
+        if len(tries) < 8:
+            time.sleep(0.05)
+            raise StoreUnavailable("no answer")
+        yield from settle(deliveries, **options)
+
+    monkeypatch.setattr(lane_module, "settle", failing)
+    monkeypatch.setattr(lane_module, "_LAST_BACKOFF_SECONDS", 0.5)
+    with _running(HistoryWorker([history_queue(redis)], connection=redis)):
+        until(lambda: len(get_portfolio_history()) == 1)
+        until(lambda: "goes on" in caplog.text)
+    said = [record.message.split()[2:5] for record in caplog.records if record.name == "consumers.crew"]
+    assert said == [["waits", "for", "the"], ["goes", "on", "after"]]
+
+
+def test_suspended_it_is_shown_as_that_and_resumed_as_idle(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it waited for before: suspended it waits for nobody else."""
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    seen = list[str]()
+    monkeypatch.setattr(worker, "set_state", seen.append)
+    with _running(worker):
+        worker._crew.failed(StoreUnavailable("no route"))
+        redis.set("rq:suspended", 1)
+        until(lambda: seen[-1] == "suspended")
+        redis.delete("rq:suspended")
+        until(lambda: seen[-1] == "idle")
+    assert "waiting for the database" in seen
+
+
+def test_registered_anew_beside_a_lane_that_writes(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis lost the registration; a heartbeat of a lane comes back into it before the registration does."""
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    register = worker.register_birth
+
+    def beside_a_heartbeat() -> None:
+        redis.hset(worker.key, "last_heartbeat", "2026-11-22T17:02:46.101234Z")
+        register()  # type: ignore[no-untyped-call]  # RQ's
+
+    with _running(worker):
+        until(lambda: redis.scard("rq:workers") == 1)
+        monkeypatch.setattr(worker, "register_birth", beside_a_heartbeat)
+        redis.flushall()
+        worker._maintain_at = 0.0
+        enqueue_snapshots(redis, 1)  # ends a lane's wait, not the main thread's
+        until(lambda: redis.scard("rq:workers") == 1)
+        until(lambda: redis.hget(worker.key, "state") == b"idle")
+        assert redis.hexists(worker.key, "death") is False
+    assert len(get_portfolio_history()) == 1
+
+
+def test_told_to_stop_it_waits_for_its_lanes_without_a_busy_loop(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread would take the processor from the lane that has to finish."""
+    enqueue_snapshots(redis, 1)
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    looks = []
+    monkeypatch.setattr(worker, "_maintain", lambda: looks.append(1))
+    release = threading.Event()
+
+    def slow(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
+        worker._maintain_at = 0.0
+        worker._ending.set()
+        release.wait(10)
+        yield from settle(deliveries, **options)
+
+    monkeypatch.setattr(lane_module, "settle", slow)
+    with _running(worker):
+        until(worker._ending.is_set)
+        looks.clear()
+        time.sleep(0.3)
+        looked = len(looks)
+        release.set()
+    assert looked <= 1
+    assert len(get_portfolio_history()) == 1
+
+
+def test_told_to_stop_a_suspect_that_waits_for_its_turn_goes_back(redis: Redis) -> None:
+    (job_id,) = enqueue_snapshots(redis, 1)
+    redis.hset("history:suspects:history", job_id, 0)
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    stopping = threading.Event()
+    lane = Lane(worker, history_queue(redis), worker._crew, stopping, lane_module.Limits(True, None, 0))
+    reserved = lane.reservations.reserve(1)
+    with worker._crew.working(alone=False):
+        turn = threading.Thread(target=lane._work_in_turn, args=(reserved,))
+        turn.start()
+        until(lambda: worker._crew._alone)
+        stopping.set()
+    turn.join(10)
+    assert (history_queue(redis).job_ids, get_portfolio_history()) == ([job_id], [])
+    assert redis.hgetall("history:suspects:history") == {job_id.encode(): b"0"}
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_sigterm_ends_it_while_redis_is_frozen(redis: Redis, tmp_path: Path, busy: bool) -> None:
+    """One command's limit of 10 s, not one after the other; what it holds is under a lease that runs out."""
+    socket = tmp_path / "proxy.sock"
+    target, number = (redis.connection_pool.connection_kwargs[name] for name in ("path", "db"))
+    proxy = Proxy(socket, Path(target))
+    with proxy.running(), ExitStack() as held:
+        environment = {**os.environ, "REDIS_URL": f"unix://{socket}?db={number}"}
+        worker = subprocess.Popen([sys.executable, "-m", "consumers.cli", "worker"], env=environment)
+        held.callback(worker.wait)
+        held.callback(worker.kill)
+        until(lambda: redis.scard("rq:workers") == 1)
+        if busy:
+            db = held.enter_context(get_db())
+            db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
+            enqueue_snapshots(redis, 1)
+            until(somebody_waits_for_a_lock)
+        proxy.set_mode("swallow")
+        began = time.monotonic()
+        worker.terminate()
+        assert worker.wait(40) == 0
+        assert time.monotonic() - began < 18
 
 
 @pytest.mark.timeout(30)

@@ -455,7 +455,7 @@ def test_the_commands_print_tables_and_json_and_exit_as_they_should(tmp_path: Pa
     }
     assert real[0] == 1
     assert real[1].splitlines()[1].split() == ["portfolio_history.json", "2", "1", "0", "1", "none"]
-    assert "Times without a zone were read as Europe/Berlin." in real[1]
+    assert "Times without a zone were read in Europe/Berlin." in real[1]
     assert real[2] == ""
     facts = json.loads(again[1])
     assert [(one["stored"], one["already_there"]) for one in facts["files"]] == [(0, 1), (0, 1)]
