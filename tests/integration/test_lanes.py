@@ -18,6 +18,7 @@ from redis import Redis
 from sqlalchemy import text
 
 from consumers import lane as lane_module
+from consumers import worker as worker_module
 from consumers.connection import engine, get_db
 from consumers.crew import Crew
 from consumers.errors import StoreUnavailable
@@ -188,11 +189,11 @@ def test_told_to_stop_it_waits_for_its_lanes_without_a_busy_loop(redis: Redis, m
     enqueue_snapshots(redis, 1)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     looks = []
+    monkeypatch.setattr(worker_module, "_MAINTENANCE_SECONDS", 0.01)
     monkeypatch.setattr(worker, "_maintain", lambda: looks.append(1))
     release = threading.Event()
 
     def slow(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
-        worker._maintain_at = 0.0
         worker._ending.set()
         release.wait(10)
         yield from settle(deliveries, **options)
