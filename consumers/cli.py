@@ -92,7 +92,7 @@ def init_db(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL instead of running it.")] = False,
 ) -> None:
     """Make the tables that are missing."""
-    from consumers import legacy_tables
+    from consumers import adoption
     from consumers.connection import apply_schema, engine, schema_sql
 
     if dry_run and not adopt_legacy:
@@ -100,10 +100,10 @@ def init_db(
         return
     with stack(database=True):
         if dry_run:
-            print(legacy_tables.plan_adoption(engine()).script(), end="")
+            print(adoption.plan_adoption(engine()).script(), end="")
             return
         if adopt_legacy:
-            _print_adoption(legacy_tables.adopt_legacy(engine()))
+            _print_adoption(adoption.adopt_legacy(engine()))
         else:
             apply_schema(engine())
         print("The tables are there.")

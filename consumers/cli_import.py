@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,12 +26,14 @@ Directory = Annotated[
     Path | None,
     typer.Argument(help="The folder with portfolio_history.json and signals_archive_*.json.", metavar="DIR"),
 ]
-ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="The portfolio of entries that name none.")]
+ForPortfolio = Annotated[
+    int | None, typer.Option("--portfolio-id", help="The portfolio of entries that name none; none by default.")
+]
 ReportFile = Annotated[
     Path, typer.Option("--report", dir_okay=False, help="Where entries go that cannot be taken, one a line.")
 ]
 FromTables = Annotated[bool, typer.Option("--from-tables", help="Read the adopted tables instead of a folder.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only read and count; needs no server and sends nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only read, count and report; sends nothing.")]
 
 
 def import_history(  # noqa: PLR0917  # each is an option with a name of its own
@@ -48,17 +50,18 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
     Exit status 1 if an entry could not be taken or a file is damaged.
     """
     from consumers.import_report import Report
-    from consumers.migration import OldHistory
 
-    zone = _zone(timezone)
-    histories = [
-        OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in _origins(directory, from_tables)
-    ]
-    with Report(report) as opened:
+    with ExitStack() as held:
+        embedded = False
+        if from_tables or not dry_run:
+            embedded = held.enter_context(stack(database=True, redis=not dry_run))
+        zone = _zone(timezone)
+        histories = _histories(directory, from_tables, zone, portfolio_id)
+        opened = held.enter_context(Report(report))
         if dry_run:
             _look(histories, opened)
         else:
-            _carry(histories, opened)
+            _carry(histories, opened, embedded)
         _print_tallies(histories, opened, zone, as_json)
     raise typer.Exit(0 if all(history.tally.clean for history in histories) else 1)
 
@@ -71,22 +74,33 @@ def verify_history(
     as_json: AsJson = False,
 ) -> None:
     """Compare old JSON history with the tables, both ways; exit status 1 if anything differs."""
-    from consumers.migration import OldHistory
     from consumers.verification import Verification
 
     zone = _zone(timezone)
-    histories = [
-        OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in _origins(directory, from_tables)
-    ]
-    verification = Verification(histories)
-    with stack(database=True), _progress([history.origin for history in histories], "verify") as advance:
-        count = _stream(verification.differences(advance), as_json)
+    with stack(database=True):
+        histories = _histories(directory, from_tables, zone, portfolio_id)
+        verification = Verification(histories)
+        with _progress([history.origin for history in histories], "verify") as advance:
+            count = _stream(verification.differences(advance), as_json)
     facts = [asdict(one) for one in verification.compared]
     if as_json:
-        sys.stdout.write(f'], "files": {json.dumps(facts)}}}\n')
+        named = {"files": facts, "unexpected": verification.unexpected, "timezone": _name(zone)}
+        sys.stdout.write(f"], {json.dumps(named)[1:]}\n")
     else:
         print_compared(facts)
+        if verification.unexpected:
+            print(f"{verification.unexpected:,} rows in the tables stand for no entry.")
+        print(f"Times without a zone were read in {_name(zone)}.")
     raise typer.Exit(1 if count else 0)
+
+
+def _histories(
+    directory: Path | None, from_tables: bool, zone: tzinfo | None, portfolio_id: int | None
+) -> Sequence[OldHistory]:
+    from consumers.migration import OldHistory
+
+    origins = _origins(directory, from_tables)
+    return [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in origins]
 
 
 def _origins(directory: Path | None, from_tables: bool) -> Sequence[Origin]:
@@ -112,6 +126,10 @@ def _zone(timezone: tzinfo | None) -> tzinfo | None:
     return timezone or ZoneSettings.from_environment().timezone
 
 
+def _name(zone: tzinfo | None) -> str:
+    return "this machine's time zone" if zone is None else str(zone)
+
+
 def _look(histories: Sequence[OldHistory], report: Any) -> None:
     from consumers.migration import look
 
@@ -120,17 +138,16 @@ def _look(histories: Sequence[OldHistory], report: Any) -> None:
             look(history, report, advance)
 
 
-def _carry(histories: Sequence[OldHistory], report: Any) -> None:
+def _carry(histories: Sequence[OldHistory], report: Any, embedded: bool) -> None:
     from consumers.migration import Importer
     from producers.settings import TransportSettings
 
-    with ExitStack() as held:
-        embedded = held.enter_context(stack(database=True, redis=True))
-        settings = TransportSettings.from_environment()
-        redis = settings.redis()
-        if embedded:
-            held.enter_context(_own_worker(settings.queue))
-        advance = held.enter_context(_progress([history.origin for history in histories], "import"))
+    settings = TransportSettings.from_environment()
+    redis = settings.redis()
+    with (
+        _own_worker(settings.queue) if embedded else nullcontext(),
+        _progress([history.origin for history in histories], "import") as advance,
+    ):
         importer = Importer(redis, settings.queue, report, say=_say, advance=advance)
         try:
             for history in histories:
@@ -202,7 +219,7 @@ def _stream(differences: Iterator[Any], as_json: bool) -> int:
 def _print_tallies(histories: Sequence[OldHistory], report: Any, zone: tzinfo | None, as_json: bool) -> None:
     tallies = [asdict(history.tally) | {"notes": dict(history.tally.notes)} for history in histories]
     written = str(report.path) if report.lines else None
-    name = "this machine's time zone" if zone is None else str(zone)
+    name = _name(zone)
     if as_json:
         print_json({"files": tallies, "report": written, "timezone": name})
         return

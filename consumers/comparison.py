@@ -1,7 +1,4 @@
-"""What the tables hold of given events: nothing, the same, or something else, and in which fields.
-
-Shared by the import, which sends what is missing, and by verify, which says what differs.
-"""
+"""In which fields an event and its row differ, and which rows have been met."""
 
 from __future__ import annotations
 
@@ -12,23 +9,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from consumers.inserts import Found, find_events
 from producers.events import Event, PortfolioSnapshot, SignalArchive
 from producers.fields import readable
 
 _SHOWN_CHARACTERS = 80
-
-# Numbers of those that have a row or an outcome; the others, nearly all in a first import, cost no comparison.
-_KNOWN = """
-    SELECT given.number, history.id IS NOT NULL, outcomes.outcome, outcomes.reason
-    FROM unnest(CAST(:event_ids AS uuid[]), CAST(:job_ids AS text[]))
-        WITH ORDINALITY AS given (event_id, job_id, number)
-    LEFT JOIN {table} AS history ON history.event_id = given.event_id
-    LEFT JOIN event_outcomes AS outcomes ON outcomes.job_id = given.job_id
-    WHERE history.id IS NOT NULL OR outcomes.job_id IS NOT NULL
-"""
-_KNOWN_SNAPSHOTS = text(_KNOWN.format(table="portfolio_history"))
-_KNOWN_ARCHIVES = text(_KNOWN.format(table="signal_archives"))
 
 _SNAPSHOT_ROWS = text("""
     SELECT id, snapshot_date, "timestamp", balance, total_invested, total_profit_loss, total_value, open_positions,
@@ -38,54 +22,6 @@ _SNAPSHOT_ROWS = text("""
 _ARCHIVE_ROWS = text("""
     SELECT id, archived_at, CAST(signals_data AS text) AS signals FROM signal_archives WHERE id = ANY (:row_ids)
 """)
-
-
-class Standing(NamedTuple):
-    """What is known of one delivery: the row with its event's id, and the recorded outcome of its job."""
-
-    found: Found | None
-    outcome: str | None
-    reason: str | None
-
-    def is_own(self, source: str, sequence: int) -> bool:
-        """This delivery made the row, and the row is as the delivery would make it now."""
-        found = self.found
-        return found is not None and found.same and (found.source, found.sequence) == (source, sequence)
-
-    def is_settled(self, source: str, sequence: int) -> bool:
-        """Its own row; or another's of the same fact, if that was recorded: else an audit would miss the number."""
-        absorbed = self.found is not None and self.found.same and self.outcome == "absorbed"
-        return absorbed or self.is_own(source, sequence)
-
-    def refusal(self) -> str | None:
-        """The reason, if it would only be refused again: the other content still stands, or a person gave it up."""
-        conflict = self.found is not None and not self.found.same
-        if self.outcome == "discarded" or (self.outcome == "rejected" and conflict):
-            return self.reason
-        return None
-
-
-NOTHING_KNOWN = Standing(None, None, None)
-
-
-def standings(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> list[Standing]:
-    """For each (job id, event), all of one kind, in order."""
-    if not deliveries:
-        return []
-    known = [NOTHING_KNOWN] * len(deliveries)
-    archives = isinstance(deliveries[0][1].data, SignalArchive)
-    arrays = {
-        "event_ids": [str(event.id) for _, event in deliveries],
-        "job_ids": [job_id for job_id, _ in deliveries],
-    }
-    stored = []
-    for number, has_row, outcome, reason in db.execute(_KNOWN_ARCHIVES if archives else _KNOWN_SNAPSHOTS, arrays):
-        known[number - 1] = Standing(None, outcome, reason)
-        if has_row:
-            stored.append(number - 1)
-    for n, found in zip(stored, find_events(db, [deliveries[n][1] for n in stored]), strict=True):
-        known[n] = known[n]._replace(found=found)
-    return known
 
 
 class FieldDifference(NamedTuple):
@@ -115,7 +51,7 @@ def _between(event: Event, row: Any) -> Iterator[FieldDifference]:
         yield from _within("signals", _as_stored(data.signals), stored)
         return
     assert isinstance(data, PortfolioSnapshot)
-    for field in row._mapping.keys() - {"id"}:
+    for field in list(row._mapping)[1:]:  # after the id
         given, stored = getattr(data, field), getattr(row, field)
         if given != stored:
             yield _difference(field, given, stored)

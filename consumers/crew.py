@@ -25,7 +25,7 @@ def is_away(error: Exception) -> bool:
 
 
 class Crew:
-    """The lanes of `worker`, for as long as it runs; all of its methods may be called by any of them."""
+    """The lanes of `worker`, for as long as it runs; any thread of it may call any of its methods."""
 
     def __init__(self, worker: BaseWorker) -> None:
         self._worker = worker

@@ -20,11 +20,9 @@ from consumers.errors import ExportRefused
 from producers.errors import FileNotWritten
 from producers.events import PortfolioSnapshot
 from producers.json_arrays import sync_directory, write_entries
-from producers.legacy_json import archive_entry, snapshot_entry
+from producers.legacy_json import SNAPSHOTS_FILE, archive_entry, archives_file, history_files, snapshot_entry
 from producers.times import read_back, wall_clock
 
-SNAPSHOTS_FILE = "portfolio_history.json"
-_ARCHIVES_FILE = "signals_archive_{month}.json"
 _STAGING = ".export-"
 _SNAPSHOTS_A_FETCH = 1000
 _ARCHIVES_A_FETCH = 16  # of up to 8 MiB each
@@ -41,7 +39,7 @@ _SELECTED = """
 # Oldest first. What came from a file stands in the order of that file, also where that is not the order of time (in an
 # hour that the clock showed twice): each entry is as old as the newest before it.
 _IN_ORDER = """
-    CASE WHEN starts_with(source, 'import/') THEN max({instant}) OVER (PARTITION BY source ORDER BY sequence)
+    CASE WHEN source LIKE 'import/%/%' THEN max({instant}) OVER (PARTITION BY source ORDER BY sequence)
         ELSE {instant} END,
     source, sequence, id
 """
@@ -162,7 +160,7 @@ def export_history(
         FileNotWritten: the folder or a file cannot be written.
         StoreUnavailable: the database cannot be read now.
     """
-    if (existing := _history_files(directory)) and not overwrite:
+    if (existing := sorted(file.name for file in history_files(directory))) and not overwrite:
         raise ExportRefused(f"{directory} has {_some(existing)} already; --overwrite replaces what is exported")
     unfinished = sorted(folder.name for folder in directory.glob(f"{_STAGING}*"))
     with get_db() as db:
@@ -177,12 +175,6 @@ def export_history(
             raise FileNotWritten(directory, error) from error
     written = {one.file for one in files}
     return Exported(files=files, untouched=[name for name in existing if name not in written], unfinished=unfinished)
-
-
-def _history_files(directory: Path) -> list[str]:
-    return sorted(
-        file.name for pattern in (SNAPSHOTS_FILE, _ARCHIVES_FILE.format(month="*")) for file in directory.glob(pattern)
-    )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -207,7 +199,7 @@ def _write_files(db: Connection, staging: Path, selection: Selection, tally: _Ta
     entries: dict[str, Iterator[dict[str, Any]]] = {SNAPSHOTS_FILE: _snapshots(db, selection.parameters, tally)}
     for month in db.execute(_MONTHS, selection.parameters).scalars():
         parameters = selection.parameters | {"month": month}
-        entries[_ARCHIVES_FILE.format(month=month)] = _archives(db, parameters, tally)
+        entries[archives_file(month)] = _archives(db, parameters, tally)
     files = []
     for name, of_file in entries.items():
         tally.begin_file()

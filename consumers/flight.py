@@ -81,10 +81,6 @@ class Flight:
         self._complained = False
         self._cleared = False
 
-    @property
-    def under_way(self) -> int:
-        return len(self._under_way)
-
     def send(self, entries: Iterable[Entry]) -> None:
         """Hand over all of them, as fast as there is room; returns while the last ones are still under way."""
         waiting = deque(entries)

@@ -11,7 +11,7 @@ import simplejson
 class Report:
     """Written line by line from the first problem on; without one there is no file.
 
-    An earlier report of the name is kept as `<name>.1`, `<name>.2` and so on: this run may have seen less.
+    An earlier report of the name is kept as `<name>.1`, `<name>.2` and so on: this run may see less.
     """
 
     def __init__(self, path: Path) -> None:
@@ -22,7 +22,6 @@ class Report:
     def add(self, file: str, index: int, reason: str, entry: Any) -> None:
         """Raises OSError when it cannot be written."""
         if self._file is None:
-            self._keep_earlier()
             self._file = self.path.open("x", encoding="ascii")
         self._file.write(as_json({"file": file, "index": index, "reason": reason, "entry": entry}) + "\n")
         self.lines += 1
@@ -35,6 +34,7 @@ class Report:
             self.path.rename(kept)
 
     def __enter__(self) -> Self:
+        self._keep_earlier()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,9 +43,9 @@ class Report:
 
 
 def as_json(value: Any) -> str:
-    """On one line, in ASCII: an entry with characters that are no Unicode must not be lost. Times become text.
+    """On one line, in ASCII: an entry with characters that are no Unicode must not be lost.
 
     Numbers keep their digits; NaN stays NaN, as the old controller wrote it.
     """
-    text: str = simplejson.dumps(value, use_decimal=True, allow_nan=True, default=str)
+    text: str = simplejson.dumps(value, use_decimal=True, allow_nan=True)
     return text

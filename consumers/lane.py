@@ -51,7 +51,7 @@ class Lane(threading.Thread):
     def __init__(self, worker: BaseWorker, queue: Queue, crew: Crew, stopping: threading.Event, limits: Limits) -> None:
         super().__init__(name="history-lane", daemon=True)  # a second SIGTERM does not wait for it
         self.reservations = Reservations(worker.connection, queue, worker.name)
-        self.done = 0  # jobs that it has ended, one way or the other
+        self.done = 0  # jobs whose end it has recorded
         self.error: BaseException | None = None  # what has ended it, unless its work did
         self._worker = worker
         self._queue = queue
@@ -89,8 +89,9 @@ class Lane(threading.Thread):
                     continue
                 reserved = self.reservations.reserve(min(BATCH_JOBS, max_jobs - self.done))
                 if reserved:
+                    before = self.done
                     self._work_in_turn(reserved)
-                    self._passed(worked=True)
+                    self._passed(worked=self.done > before)
                 elif self._limits.burst or self._crew.idle_seconds() > self._limits.max_idle_seconds:
                     return
                 elif not self.reservations.wait(WAIT_SECONDS):
@@ -194,6 +195,7 @@ class Lane(threading.Thread):
             self._jobs.fail(pipe, end.job_id, end.error, self._run_of(started_at))
             self._worker.increment_failed_job_count(pipe)
             pipe.execute()
+        self.done += 1
 
     def _drop(self, job_ids: Sequence[str]) -> None:
         # Deleted by somebody while it was queued: RQ's own worker skips it too.

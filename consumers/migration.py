@@ -19,16 +19,16 @@ from typing import Any, Literal, NamedTuple
 import simplejson
 from redis import Redis
 
-from consumers.comparison import Standing, standings
 from consumers.connection import get_db
 from consumers.errors import StoreUnavailable
 from consumers.flight import Flight
 from consumers.import_report import Report, as_json
 from consumers.outcomes import NoRow, forget_outcomes, record_outcomes
+from consumers.standing import Standing, standings
 from producers.errors import HistoryError, InvalidEvent
 from producers.events import Event, PortfolioSnapshot, SignalArchive, encode, event_of
 from producers.json_arrays import Damaged, Entry, read_entries
-from producers.legacy_json import archive_from, history_files, notes_on, snapshot_from
+from producers.legacy_json import SNAPSHOTS_FILE, archive_from, archives_file, history_files, notes_on, snapshot_from
 from producers.outbox import Entry as OutboxEntry
 from producers.outcomes import Outcome
 
@@ -71,7 +71,7 @@ def file_origins(directory: Path) -> list[Origin]:
         raise HistoryError(f"{directory}: is not a folder")
     files = history_files(directory)
     if not files:
-        raise HistoryError(f"{directory}: has no portfolio_history.json and no signals_archive_*.json")
+        raise HistoryError(f"{directory}: has no {SNAPSHOTS_FILE} and no {archives_file('*')}")
     return [_file_origin(path) for path in files]
 
 
@@ -84,7 +84,7 @@ def _file_origin(path: Path) -> Origin:
 
     return Origin(
         path.name,
-        "snapshot" if path.name == "portfolio_history.json" else "archive",
+        "snapshot" if path.name == SNAPSHOTS_FILE else "archive",
         lambda: read_entries(path, progress=progress),
         path.stat().st_size,
         lambda: read,
@@ -164,10 +164,8 @@ class OldHistory:
             yield chunk
 
     def _identify(self, first: Entry) -> None:
-        # The portfolio belongs to it: the same file read for another portfolio is another history.
-        told = simplejson.dumps(
-            [self.origin.name, self._portfolio_id, first.data], use_decimal=True, sort_keys=True, default=str
-        )
+        # Not of the portfolio or the zone: the same file, read with others, must be known again.
+        told = simplejson.dumps([self.origin.name, first.data], use_decimal=True, sort_keys=True)
         name = _NOT_IN_SOURCES.sub("-", self.origin.name)[:_NAME_CHARACTERS]
         self.source_id = sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARACTERS]
         self.source = f"{_SOURCE_NAME}/{name}/{self.source_id}"

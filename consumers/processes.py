@@ -51,7 +51,9 @@ def stop_with_stdin() -> None:
     """In the child: end this process, in order, when standard input ends, as it does when the parent dies."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not through sys.stdin: the interpreter cannot end while a thread holds its buffer.
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -1,4 +1,4 @@
-"""What a HistoryWorker holds: jobs in a list of its own, for as long as it renews its lease.
+"""What a lane of a HistoryWorker holds: jobs in a list of its own, for as long as its lease is renewed.
 
 RQ's intermediate list and started registry end in failures after minutes. Here any worker returns the jobs of
 a holder whose lease has run out to the front of the queue, at once and without a word to the retry counters.
@@ -104,12 +104,12 @@ return ids
 
 
 class Reservations:
-    """The held list and the lease of the worker `name` on one queue."""
+    """The held list and the lease of one lane of the worker `name` on one queue."""
 
     def __init__(self, redis: Redis, queue: Queue, name: str) -> None:
         self._redis = redis
         self._queue = queue
-        # A worker started again under its name must not take up, uncounted, what killed its namesake.
+        # One for each lane; and a worker started again under its name must not take up what killed its namesake.
         self._name = name = f"{name}:{uuid4().hex[:8]}"
         self._accused = False
         self._held = held_key(queue.name, name)
@@ -123,7 +123,7 @@ class Reservations:
         self._hand_back = redis.register_script(_HAND_BACK)
 
     def renew_lease(self, *, waiting: bool = False) -> None:
-        """Must be called more often than every LEASE_SECONDS, and before the first reservation.
+        """Must be called more often than every LEASE_SECONDS; `reserve` does it too.
 
         With `waiting` for the database, a death is not held against the suspect that is held.
         """

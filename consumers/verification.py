@@ -55,7 +55,7 @@ class Difference:
 
 @dataclass
 class Compared:
-    """One origin's entries: read, and equal to their rows. `unexpected` rows belong to no origin alone."""
+    """One origin's entries: read, and equal to their rows."""
 
     name: str
     read: int = 0
@@ -73,12 +73,13 @@ class _Side:
 
 
 class Verification:
-    """Compares histories with the tables; `compared` grows while `differences` is read."""
+    """Compares histories with the tables; `compared` and `unexpected` grow while `differences` is read."""
 
     def __init__(self, histories: Iterable[OldHistory]) -> None:
         self._histories = list(histories)
         self._sides: dict[Kind, _Side] = {}
         self.compared: list[Compared] = []
+        self.unexpected = 0
 
     def differences(self, advance: Callable[[], None] = lambda: None) -> Iterator[Difference]:
         """Each difference as it is found: origin by origin, then rows that no entry stands for.
@@ -91,7 +92,9 @@ class Verification:
         for history in self._histories:
             yield from self._forwards(history, advance)
         for kind, side in self._sides.items():
-            yield from _backwards(kind, side)
+            for difference in _backwards(kind, side):
+                self.unexpected += 1
+                yield difference
 
     def _forwards(self, history: OldHistory, advance: Callable[[], None]) -> Iterator[Difference]:
         compared = Compared(history.origin.name)

@@ -2,9 +2,9 @@
 
     rq worker --worker-class consumers.worker.HistoryWorker history
 
-It runs in one process, without forking. What it takes from the queue it holds in a list of its own under a lease
-(see consumers.reservations), so that any other worker can return it to the queue within half a minute of its death.
-Only the job functions of consumers.handlers run; any other job is refused.
+It runs in one process, without forking, in lanes (see consumers.lane). What a lane takes from the queue it holds in a
+list of its own under a lease (see consumers.reservations), so that any other worker can return it to the queue within
+half a minute of its death. Only the job functions of consumers.handlers run; any other job is refused.
 """
 
 from __future__ import annotations

@@ -43,7 +43,12 @@ _ID_MASK = UUID("ffffffff-ffff-0fff-3fff-ffffffffffff").int
 _ID_VERSION_5 = UUID("00000000-0000-5000-8000-000000000000").int
 _REPORTED_PROBLEMS = 3
 _MESSAGE_CHARACTERS = 1000
-_PLAIN_REASONS = {"extra_forbidden": "is not a field of this event", "missing": "is missing"}
+_PLAIN_REASONS = {
+    "extra_forbidden": "is not a field of this event",
+    "int_type": "must be an integer",
+    "missing": "is missing",
+    "too_short": "must not be empty",
+}
 
 _PIECE = r"[A-Za-z0-9._~-]+"
 SourceName = Annotated[str, StringConstraints(pattern=f"^{_PIECE}$", max_length=100, strict=True)]

@@ -37,12 +37,11 @@ class Entry(NamedTuple):
 
 
 class Damaged(HistoryError):
-    """A file that is not a whole JSON array. `index` is the entry at which it stopped, `offset` the byte."""
+    """A file that is not a whole JSON array. `index` is the entry at which it stopped."""
 
     def __init__(self, path: Path, index: int, offset: int, reason: str) -> None:
         super().__init__(f"{path.name}: {reason} (entry {index}, byte {offset})")
         self.index = index
-        self.offset = offset
 
 
 def read_entries(path: Path, *, progress: Callable[[int], None] | None = None) -> Iterator[Entry]:

@@ -15,6 +15,7 @@ from producers.events import PortfolioSnapshot, SignalArchive
 from producers.fields import money_text
 from producers.times import read_back, wall_clock, with_fixed_offset
 
+SNAPSHOTS_FILE = "portfolio_history.json"
 SNAPSHOT_KEYS = frozenset({
     "date", "snapshot_date", "timestamp", "balance", "total_invested", "total_profit_loss", "total_value",
     "open_positions", "trade_count", "portfolio_id",
@@ -26,9 +27,14 @@ ARCHIVE_KEYS = frozenset({
 
 def history_files(directory: Path) -> list[Path]:
     """portfolio_history.json and every signals_archive_*.json of a folder, as far as they exist, in order."""
-    snapshots = directory / "portfolio_history.json"
-    archives = sorted(path for path in directory.glob("signals_archive_*.json") if path.is_file())
+    snapshots = directory / SNAPSHOTS_FILE
+    archives = sorted(path for path in directory.glob(archives_file("*")) if path.is_file())
     return [*([snapshots] if snapshots.is_file() else []), *archives]
+
+
+def archives_file(month: str) -> str:
+    """The name of the file for `month`, which is YYYY-MM."""
+    return f"signals_archive_{month}.json"
 
 
 def snapshot_from(
@@ -118,29 +124,35 @@ def _count(entry: Mapping[str, Any], field: str) -> Any:
 
 
 def _portfolio(entry: Mapping[str, Any], portfolio_id: int | None) -> int | None:
-    return portfolio_id if entry.get("portfolio_id") is None else entry["portfolio_id"]
+    own = entry.get("portfolio_id")
+    if own is None:
+        return portfolio_id
+    try:
+        return int(own) if isinstance(own, str) else own  # as numbers come as text elsewhere
+    except ValueError:
+        raise InvalidEvent.at("portfolio_id", "is text that is not an integer") from None
 
 
 def _moment(entry: Mapping[str, Any], field: str, zone: tzinfo | None, after: datetime | None) -> datetime:
     value = _given(entry, field)
+    if not isinstance(value, str):
+        raise InvalidEvent.at(field, f"must be a time, not {type(value).__name__}")
     try:
-        value = datetime.fromisoformat(value.strip()) if isinstance(value, str) else value
+        moment = datetime.fromisoformat(value.strip())
     except ValueError:
         raise InvalidEvent.at(field, "is text that is not an ISO 8601 time") from None
-    if not isinstance(value, datetime):
-        raise InvalidEvent.at(field, f"must be a time, not {type(value).__name__}")
-    if value.utcoffset() is None:
-        return read_back(value, zone, after, field)
-    return with_fixed_offset(value, field)
+    return read_back(moment, zone, after, field) if moment.utcoffset() is None else with_fixed_offset(moment, field)
 
 
 def _day(entry: Mapping[str, Any], moment: datetime) -> Any:
-    field = "date" if "date" in entry else "snapshot_date"
+    field = "snapshot_date" if "snapshot_date" in entry else "date"
     day = entry.get(field)
     if day is None:
         return moment.date()
+    if not isinstance(day, str):
+        raise InvalidEvent.at(field, f"must be a date, not {type(day).__name__}")
     try:
-        return date.fromisoformat(day.strip()) if isinstance(day, str) else day
+        return date.fromisoformat(day.strip())
     except ValueError:
         raise InvalidEvent.at(field, "is text that is not an ISO 8601 date") from None
 
@@ -164,9 +176,9 @@ def snapshot_entry(snapshot: PortfolioSnapshot, zone: tzinfo | None) -> dict[str
 
 
 def archive_entry(
-    archived_at: datetime, signals: list[dict[str, Any]] | simplejson.RawJSON, signals_count: int, zone: tzinfo | None
+    archived_at: datetime, signals: simplejson.RawJSON, signals_count: int, zone: tzinfo | None
 ) -> dict[str, Any]:
-    """An entry of a signals_archive_YYYY-MM.json; `signals` may be JSON text that is written as it stands."""
+    """An entry of a signals_archive_YYYY-MM.json; the JSON text of `signals` is written as it stands."""
     return {
         "archived_at": wall_clock(archived_at, zone).isoformat(),
         "signals_count": signals_count,

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from consumers.doctor.checks import Check, duration
+from producers.legacy_json import history_files
 
 DEFAULT_FOLDER = Path("data/history")
 _RECENT_SECONDS = 3 * 86400.0
-_PATTERNS = ("portfolio_history.json", "signals_archive_*.json")
 
 
 def json_history(folders: Sequence[Path]) -> Iterator[Check]:
     """Files of the old formats that were written in the last three days. Raises OSError."""
     name, now = "JSON history", time.time()
-    files = [file for folder in folders for pattern in _PATTERNS for file in sorted(folder.glob(pattern))]
+    files = [file for folder in folders for file in history_files(folder)]
     ages = {file: now - file.stat().st_mtime for file in files}
     recent = {file: age for file, age in ages.items() if age < _RECENT_SECONDS}
     if recent:

@@ -16,12 +16,12 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
+from consumers.adoption import adopt_legacy, names_in_schema, plan_adoption
 from consumers.connection import apply_schema, create_store_engine, engine, get_db
 from consumers.embedded.installation import installed
 from consumers.errors import AdoptionRefused, StoreUnavailable
 from consumers.inserts import Stored, insert_events
 from consumers.legacy_rows import read_legacy_rows
-from consumers.legacy_tables import adopt_legacy, names_in_schema, plan_adoption
 from consumers.operations import get_portfolio_history, get_recent_signal_archives, insert_signal_archive
 from producers.errors import InvalidEvent
 from producers.events import event_of

@@ -160,9 +160,13 @@ def _entries(payloads: Sequence[Payload], zone: ZoneInfo) -> list[dict[str, Any]
     return [
         snapshot_entry(one, zone)
         if isinstance(one, PortfolioSnapshot)
-        else archive_entry(one.archived_at, one.signals, one.signals_count, zone)
+        else archive_entry(one.archived_at, _as_text(one.signals), one.signals_count, zone)
         for one in payloads
     ]
+
+
+def _as_text(signals: Any) -> simplejson.RawJSON:
+    return simplejson.RawJSON(simplejson.dumps(signals, use_decimal=True))
 
 
 def _content_of(payload: Payload) -> dict[str, Any]:

@@ -436,7 +436,7 @@ def test_signals_may_be_nested_49_levels_below_the_signal() -> None:
 @pytest.mark.parametrize(
     ("signals", "path", "reason"),
     [
-        ([], "signals", "at least 1 item"),
+        ([], "signals", "must not be empty"),
         ({"a": 1}, "signals", "list"),
         (None, "signals", "list"),
         ([{}, 1], "signals.1", "dictionary"),
@@ -470,7 +470,7 @@ def test_signals_that_json_or_postgresql_cannot_hold_are_refused_at_the_producer
 @pytest.mark.parametrize(
     ("signals", "path", "reason"),
     [
-        ("[]", "data.signals", "at least 1 item"),
+        ("[]", "data.signals", "must not be empty"),
         ("null", "data.signals", "array"),
         ("[{},1]", "data.signals.1", "object"),
         ('[{"a":NaN}]', "data.signals.0.a", "must be finite"),
