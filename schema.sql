@@ -54,6 +54,11 @@ CREATE INDEX IF NOT EXISTS portfolio_history_newest
     ON portfolio_history (snapshot_date DESC, "timestamp" DESC, id DESC);
 CREATE INDEX IF NOT EXISTS portfolio_history_newest_of_portfolio
     ON portfolio_history (portfolio_id, snapshot_date DESC, "timestamp" DESC, id DESC);
+-- Nearly empty: dates are those of the snapshots' own offsets. With it a period is found by its dates.
+CREATE INDEX IF NOT EXISTS portfolio_history_dated_otherwise
+    ON portfolio_history (snapshot_date DESC, "timestamp" DESC, id DESC)
+    WHERE snapshot_date NOT BETWEEN CAST("timestamp" AT TIME ZONE 'UTC' AS date) - 1
+        AND CAST("timestamp" AT TIME ZONE 'UTC' AS date) + 1;
 CREATE INDEX IF NOT EXISTS portfolio_history_of_source
     ON portfolio_history (source, sequence);
 
@@ -105,6 +110,9 @@ CREATE INDEX IF NOT EXISTS signal_archives_newest_of_portfolio
     ON signal_archives (portfolio_id, archived_at DESC, id DESC);
 CREATE INDEX IF NOT EXISTS signal_archives_of_month
     ON signal_archives (archive_month);
+-- Of the markets alone: an index of whole signals is several times larger, and slower to insert into.
+CREATE INDEX IF NOT EXISTS signal_archives_of_market
+    ON signal_archives USING gin (jsonb_path_query_array(signals_data, '$[*].market_id') jsonb_path_ops);
 CREATE INDEX IF NOT EXISTS signal_archives_of_source
     ON signal_archives (source, sequence);
 
@@ -138,6 +146,8 @@ CREATE TABLE IF NOT EXISTS event_outcomes (
 
 CREATE INDEX IF NOT EXISTS event_outcomes_of_source
     ON event_outcomes (source, sequence);
+CREATE INDEX IF NOT EXISTS event_outcomes_rejected
+    ON event_outcomes (created_at DESC) WHERE outcome = 'rejected';
 
 COMMENT ON TABLE event_outcomes IS
     'Deliveries that did not become a row of their own, written in the transaction that decided it.';
@@ -160,12 +170,15 @@ BEGIN
     FROM (VALUES
         ('portfolio_history_newest', 'portfolio_history'),
         ('portfolio_history_newest_of_portfolio', 'portfolio_history'),
+        ('portfolio_history_dated_otherwise', 'portfolio_history'),
         ('portfolio_history_of_source', 'portfolio_history'),
         ('signal_archives_newest', 'signal_archives'),
         ('signal_archives_newest_of_portfolio', 'signal_archives'),
         ('signal_archives_of_month', 'signal_archives'),
+        ('signal_archives_of_market', 'signal_archives'),
         ('signal_archives_of_source', 'signal_archives'),
-        ('event_outcomes_of_source', 'event_outcomes')
+        ('event_outcomes_of_source', 'event_outcomes'),
+        ('event_outcomes_rejected', 'event_outcomes')
     ) AS expected (name, of_table)
     WHERE NOT EXISTS (
         SELECT FROM pg_index

@@ -23,8 +23,9 @@ from consumers.cli_failed import failed_app
 from consumers.cli_import import import_history, verify_history
 from consumers.cli_options import AsJson, OfPortfolio, Since, Until
 from consumers.cli_outbox import outbox_app
+from consumers.cli_views import api, status
 from consumers.stack import stack
-from consumers.terminal import print_archives, print_audit, print_csv, print_facts, print_json, print_snapshots
+from consumers.terminal import print_archives, print_audit, print_csv, print_json, print_snapshots
 from producers.errors import HistoryError
 
 app = typer.Typer(
@@ -39,9 +40,12 @@ app.command("import")(import_history)
 app.command("verify")(verify_history)
 app.command()(doctor)
 app.command()(export)
+app.command()(api)
+app.command()(status)
 
 _debug = False
 _NEWEST = 20
+_EXTRAS = {"sqlalchemy": "worker", "psycopg2": "worker", "fastapi": "api", "starlette": "api", "uvicorn": "api"}
 
 Limit = Annotated[
     int | None, typer.Option("--limit", "-n", min=1, help="At most so many, the newest; 20 unless --csv.")
@@ -233,17 +237,6 @@ def audit(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def status(as_json: AsJson = False) -> None:
-    """Show the pipeline at a glance; exit status 1 if a part of it cannot be reached or no worker runs."""
-    from consumers.status import pipeline_status
-
-    with stack(database=True, redis=True):
-        facts, healthy = pipeline_status()
-    (print_json if as_json else print_facts)(facts)
-    raise typer.Exit(0 if healthy else 1)
-
-
-@app.command()
 def schema() -> None:
     """Print the JSON Schema of the events."""
     from producers.events import json_schema
@@ -314,8 +307,9 @@ def _readable(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, RedisError):
         return f"Redis: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in ("sqlalchemy", "psycopg2"):
-        return "this command needs more: pip install 'trading-history[worker]'"
+    if isinstance(error, ModuleNotFoundError):
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        return f"this command needs more: pip install 'trading-history[{extra}]'" if extra else None
     return None
 
 

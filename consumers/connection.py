@@ -6,8 +6,9 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, create_engine, make_url
@@ -22,6 +23,11 @@ CONNECT_TIMEOUT_SECONDS = 5
 # as read-only), authorization, database or schema missing, objects missing or forbidden, resources, shutdown, system
 # and internal errors. Any other error may be of one statement only: cancelled, a lock, a deadlock, a trigger.
 _STORE_CLASSES = ("08", "25", "28", "3D", "3F", "42", "53", "57P", "58", "F0", "XX")
+READ_SECONDS = 5.0  # what a statement of a reader may take
+# A reader that finds no free connection for so long is told to come back, rather than to make one more. Each of its
+# statements is a transaction of its own, which spares two round trips.
+_READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0, "isolation_level": "AUTOCOMMIT"}
+_WRITER: dict[str, Any] = {"pool_size": 2}
 _LOCK_SECONDS = 5.0
 _ISOLATED_LOCK_SECONDS = 0.5
 _IN_THE_WAY = "TH001"  # raised by schema.sql
@@ -30,10 +36,11 @@ _REFUSED_CLASSES = ("22", "23")
 _ROW_NUMBERS = ("portfolio_history_pk", "signal_archives_pk")
 
 
-def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0) -> Engine:
+def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0, read_only: bool = False) -> Engine:
     """An engine that shows times in UTC, checks a pooled connection before use and never logs values.
 
-    A statement may take `statement_timeout_seconds`, and wait for a lock for five at most; 0 is no limit.
+    A statement may take `statement_timeout_seconds`, and wait for a lock for five at most; 0 is no limit. With
+    `read_only` PostgreSQL refuses every statement that would change something.
 
     Raises:
         SettingsError: the URL cannot be read.
@@ -51,6 +58,7 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0)
         "lock_timeout": min(_LOCK_SECONDS, statement_timeout_seconds),
     }
     limit = "".join(f" -c {name}={round(seconds * 1000)}" for name, seconds in limits.items() if seconds)
+    limit += " -c default_transaction_read_only=on" if read_only else ""
     return create_engine(
         parsed.set(drivername="postgresql+psycopg2"),
         connect_args={
@@ -64,7 +72,7 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0)
             "options": f"{parsed.query.get('options', '')} -c timezone=UTC{limit}".strip(),
         },
         pool_pre_ping=True,
-        pool_size=2,
+        **(_READER if read_only else _WRITER),
         executemany_mode="values_plus_batch",
         hide_parameters=True,
     )
@@ -86,6 +94,29 @@ def engine() -> Engine:
     return create_store_engine(url, statement_timeout_seconds=_statement_timeout_seconds)
 
 
+def reader() -> Engine:
+    """The engine of this process for reading: it cannot change anything, and each statement has READ_SECONDS."""
+    return _reader_of(engine())
+
+
+@lru_cache(maxsize=1)
+def _reader_of(store: Engine) -> Engine:
+    url = SecretStr(store.url.render_as_string(hide_password=False))
+    return create_store_engine(url, statement_timeout_seconds=READ_SECONDS, read_only=True)
+
+
+@contextmanager
+def get_reader() -> Iterator[Connection]:
+    """A connection that can only read.
+
+    Raises:
+        StoreUnavailable: the database cannot be reached, has trouble of its own, or a statement took too long.
+        SettingsError: the settings name no database.
+    """
+    with translated_errors(), reader().connect() as connection:
+        yield connection
+
+
 def drop_connections() -> None:
     """The next use connects anew: what a session was given at its start, such as being read-only, it keeps."""
     if engine.cache_info().currsize:
@@ -95,6 +126,9 @@ def drop_connections() -> None:
 def _forget_after_fork() -> None:
     # The parent goes on using these sockets: the child must let go of them without closing them.
     if engine.cache_info().currsize:
+        if _reader_of.cache_info().currsize:
+            _reader_of(engine()).dispose(close=False)
+            _reader_of.cache_clear()
         engine().dispose(close=False)
         engine.cache_clear()
 

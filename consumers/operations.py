@@ -1,4 +1,4 @@
-"""The four operations on the history: two idempotent inserts and two reads; and the reads as exact streams."""
+"""The operations on the history: two idempotent inserts, and the reads; two of them also as exact streams."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from uuid import UUID
-
-from sqlalchemy import TextClause, text
 
 from consumers.connection import get_db
 from consumers.inserts import insert_event
+from consumers.listings import Listing, Narrowing, archives, closes, market_signals, snapshots
 from consumers.plain_dicts import archive_of, snapshot_of, zoned
 from producers.events import PortfolioSnapshot, SignalArchive, event_of
 
-DIRECT_SOURCE = "direct"
 _SNAPSHOTS_A_FETCH = 1000
 _ARCHIVES_A_FETCH = 16  # of up to 8 MiB each
+DIRECT_SOURCE = "direct"
 
 
 def insert_portfolio_history_snapshot(snapshot: Mapping[str, Any]) -> int:
@@ -54,42 +53,27 @@ def _insert_direct(payload: PortfolioSnapshot | SignalArchive) -> int:
     return insert_event(event_of(payload, source=DIRECT_SOURCE, sequence=None))
 
 
-_SNAPSHOTS = """
-    SELECT id, event_id, source, sequence, portfolio_id, snapshot_date, "timestamp", balance, total_invested,
-        total_profit_loss, total_value, open_positions, trade_count, created_at
-    FROM portfolio_history
-    {where}
-    ORDER BY snapshot_date DESC, "timestamp" DESC, id DESC
-    LIMIT :limit
-"""
-
-_ARCHIVES = """
-    SELECT id, event_id, source, sequence, portfolio_id, archived_at, archive_month, signals_count, {signals},
-        created_at
-    FROM signal_archives
-    {where}
-    ORDER BY archived_at DESC, id DESC
-    LIMIT :limit
-"""
-
-
 def get_portfolio_history(
     limit: int | None = None,
     *,
     portfolio_id: int | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
+    daily: Literal["last"] | None = None,
+    after: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Snapshots, newest first by date and time, as dicts of the columns with amounts as floats.
 
-    At most `limit` of them, of one portfolio, from `since` (inclusive) to `until` (exclusive).
+    At most `limit` of them, of one portfolio, from `since` (inclusive) to `until` (exclusive); with `daily` only the
+    last of each portfolio and snapshot_date. The next page is what comes `after` the last dict of this one.
     A naive time is in the local zone.
 
     Raises:
         ValueError: `limit` is negative.
         StoreUnavailable: the database cannot be read now.
     """
-    return _select(_SNAPSHOTS, '"timestamp"', limit=limit, portfolio_id=portfolio_id, since=since, until=until)
+    wanted = _narrowing(limit, portfolio_id, since, until, after)
+    return _select((snapshots if daily is None else closes)(wanted))
 
 
 def get_recent_signal_archives(
@@ -98,24 +82,38 @@ def get_recent_signal_archives(
     portfolio_id: int | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
+    after: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Signal archives, newest first, as dicts of the columns with signals_data as a list of dicts.
 
-    At most `limit` of them, of one portfolio, from `since` (inclusive) to `until` (exclusive).
-    A naive time is in the local zone.
+    At most `limit` of them, of one portfolio, from `since` (inclusive) to `until` (exclusive). The next page is what
+    comes `after` the last dict of this one. A naive time is in the local zone.
 
     Raises:
         ValueError: `limit` is negative.
         StoreUnavailable: the database cannot be read now.
     """
-    return _select(
-        _ARCHIVES.replace("{signals}", "signals_data"),
-        "archived_at",
-        limit=limit,
-        portfolio_id=portfolio_id,
-        since=since,
-        until=until,
-    )
+    return _select(archives(_narrowing(limit, portfolio_id, since, until, after)))
+
+
+def get_market_signals(
+    market_id: str,
+    limit: int | None = None,
+    *,
+    portfolio_id: int | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    after: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Every archived signal of one market, newest first: archive_id, portfolio_id, archived_at, position, signal.
+
+    `position` is the signal's place in its archive, from 1. The rest is as for get_recent_signal_archives.
+
+    Raises:
+        ValueError: `limit` is negative.
+        StoreUnavailable: the database cannot be read now.
+    """
+    return _select(market_signals(market_id, _narrowing(limit, portfolio_id, since, until, after)))
 
 
 class ExactRows(NamedTuple):
@@ -138,10 +136,7 @@ def stream_portfolio_history(
     Raises:
         StoreUnavailable: the database cannot be read now; while reading, too.
     """
-    statement, values = _narrowed(
-        _SNAPSHOTS, '"timestamp"', limit=limit, portfolio_id=portfolio_id, since=since, until=until
-    )
-    with _streamed(statement, values, _SNAPSHOTS_A_FETCH) as rows:
+    with _streamed(snapshots(_narrowing(limit, portfolio_id, since, until, None)), _SNAPSHOTS_A_FETCH) as rows:
         yield rows
 
 
@@ -158,62 +153,39 @@ def stream_signal_archives(
     Raises:
         StoreUnavailable: the database cannot be read now; while reading, too.
     """
-    exact = _ARCHIVES.replace("{signals}", "CAST(signals_data AS text) AS signals_data")
-    statement, values = _narrowed(
-        exact, "archived_at", limit=limit, portfolio_id=portfolio_id, since=since, until=until
-    )
-    with _streamed(statement, values, _ARCHIVES_A_FETCH) as rows:
+    with _streamed(archives(_narrowing(limit, portfolio_id, since, until, None)), _ARCHIVES_A_FETCH) as rows:
         yield rows
 
 
 @contextmanager
-def _streamed(statement: TextClause, values: Mapping[str, Any], rows_a_fetch: int) -> Iterator[ExactRows]:
+def _streamed(listing: Listing, rows_a_fetch: int) -> Iterator[ExactRows]:
     with get_db() as db:
-        result = db.execute(statement, values, execution_options={"yield_per": rows_a_fetch})
+        result = db.execute(listing.exact_statement(), listing.values, execution_options={"yield_per": rows_a_fetch})
         yield ExactRows(list(result.keys()), iter(result))
 
 
-def _select(
-    statement: str,
-    instant: str,
-    *,
+def _narrowing(
     limit: int | None,
     portfolio_id: int | None,
     since: datetime | None,
     until: datetime | None,
-) -> list[dict[str, Any]]:
-    narrowed, values = _narrowed(statement, instant, limit=limit, portfolio_id=portfolio_id, since=since, until=until)
-    with get_db() as db:
-        rows = db.execute(narrowed, values).mappings()
-        return [{name: _native(value) for name, value in row.items()} for row in rows]
-
-
-def _narrowed(
-    statement: str,
-    instant: str,
-    *,
-    limit: int | None,
-    portfolio_id: int | None,
-    since: datetime | None,
-    until: datetime | None,
-) -> tuple[TextClause, dict[str, Any]]:
+    after: Mapping[str, Any] | None,
+) -> Narrowing:
     if limit is not None and limit < 0:
         raise ValueError("limit must not be negative")
-    conditions = []
-    if portfolio_id is not None:
-        conditions.append("portfolio_id = :portfolio_id")
-    if since is not None:
-        conditions.append(f"{instant} >= :since")
-    if until is not None:
-        conditions.append(f"{instant} < :until")
-    where = "WHERE " + " AND ".join(conditions) if conditions else ""
-    values = {
-        "limit": limit,
-        "portfolio_id": portfolio_id,
-        "since": since and zoned(since, "since"),
-        "until": until and zoned(until, "until"),
-    }
-    return text(statement.replace("{where}", where)), values
+    return Narrowing(
+        limit=limit,
+        portfolio_id=portfolio_id,
+        since=since and zoned(since, "since"),
+        until=until and zoned(until, "until"),
+        after=after,
+    )
+
+
+def _select(listing: Listing) -> list[dict[str, Any]]:
+    with get_db() as db:
+        rows = db.execute(listing.statement(), listing.values).mappings()
+        return [{name: _native(value) for name, value in row.items()} for row in rows]
 
 
 def _native(value: Any) -> Any:

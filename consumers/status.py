@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from redis import RedisError
+from redis import Redis, RedisError
 from rq import Queue, Worker
+from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.utils import utcparse
 from sqlalchemy import text
 
 from consumers.connection import get_db
 from consumers.errors import StoreUnavailable
 from producers.outbox import Outbox
+from producers.redis_keys import held_key, holders_key
 from producers.settings import TransportSettings
 
 _COUNTS = text("""
@@ -33,25 +39,15 @@ def pipeline_status() -> tuple[dict[str, Any], bool]:
     except StoreUnavailable as error:
         facts["database"], healthy = str(error), False
     try:
-        redis = settings.redis()
-        queue = Queue(settings.queue, connection=redis, serializer=JSONSerializer)
-        facts |= {
-            "queued": queue.count,
-            "failed": queue.failed_job_registry.count,
-            "workers": Worker.count(queue=queue),
-        }
+        with settings.redis() as redis:
+            queued = queue_facts(redis, settings.queue)
+        facts |= {name: queued[name] for name in ("queued", "failed", "workers")}
         facts["redis"] = "reachable"
         healthy = healthy and facts["workers"] > 0
     except RedisError as error:
         facts["redis"], healthy = f"{type(error).__name__}: {error}", False
-    if settings.outbox.is_file():
-        with Outbox(settings.outbox) as opened:
-            outbox = opened.status()
-        facts |= {
-            "outbox_pending": outbox.pending,
-            "outbox_sent": outbox.sent,
-            "outbox_rejected": outbox.rejected,
-        }
+    if outbox := outbox_facts(settings.outbox):
+        facts |= {f"outbox_{state}": outbox[state] for state in ("pending", "sent", "rejected")}
     return facts, healthy
 
 
@@ -59,3 +55,49 @@ def database_counts() -> dict[str, int]:
     """Rows of each table, and deliveries that did not become one. Raises StoreUnavailable."""
     with get_db() as db:
         return dict(db.execute(_COUNTS).mappings().one())
+
+
+def queue_facts(redis: Redis, queue_name: str) -> dict[str, Any]:
+    """Jobs waiting, held by workers and failed, seconds since the oldest waiting one came, workers alive.
+
+    Raises:
+        RedisError: Redis cannot be read now.
+    """
+    queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
+    names: Any = redis.hkeys(holders_key(queue_name))
+    holders = [name.decode() for name in names]
+    return {
+        "queued": queue.count,
+        "held": sum(redis.llen(held_key(queue_name, holder)) for holder in holders),
+        "oldest_waiting_seconds": _waited(redis, queue),
+        "failed": queue.failed_job_registry.count,
+        "workers": Worker.count(queue=queue),
+    }
+
+
+def _waited(redis: Redis, queue: Queue) -> float | None:
+    """Of the job at the front; None when there is none, or none that tells."""
+    front: Any = redis.lindex(queue.key, 0)
+    enqueued_at: Any = redis.hget(Job.key_for(front.decode(errors="replace")), "enqueued_at") if front else None
+    if not enqueued_at:
+        return None
+    return max((datetime.now(UTC) - utcparse(enqueued_at.decode())).total_seconds(), 0.0)
+
+
+def outbox_facts(path: Path) -> dict[str, Any] | None:
+    """Entries by state and the age of the oldest that is not settled; None when this machine has no outbox.
+
+    Raises:
+        OutboxError: the outbox cannot be read.
+    """
+    if not path.is_file():
+        return None
+    with Outbox(path) as outbox:
+        status = outbox.status()
+    oldest = status.oldest_unsettled
+    return {
+        "pending": status.pending,
+        "sent": status.sent,
+        "rejected": status.rejected,
+        "oldest_unsettled_seconds": None if oldest is None else max(time.time() - oldest, 0.0),
+    }

@@ -7,13 +7,14 @@ import json
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -25,92 +26,149 @@ _ONE_LINE_COLUMNS = 100_000
 _STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
+def _console(pipe_columns: int = _PIPE_COLUMNS) -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=pipe_columns)
+
+
 def _print(what: Table | str, *, pipe_columns: int = _PIPE_COLUMNS) -> None:
-    console = Console() if sys.stdout.isatty() else Console(width=pipe_columns)
+    console = _console(pipe_columns)
     with console.capture() as captured:
         console.print(what, markup=False) if isinstance(what, str) else console.print(what)
     # Without the blanks that fill a table's last column.
     sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
 
-def print_snapshots(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = _table("row", "portfolio", "date", "at", "balance", "invested", "profit/loss", "value", "open", "trades")
+# What a narrow window does without, the first of them first. A number that is cut off would be a wrong number.
+_LESSER = ("row", "month", "trades", "open", "invested", "date", "profit/loss", "balance", "portfolio")
+# What may be wrapped instead, to no less than this.
+_FREE_TEXT = {"first signal", "reason", "missing", "damage"}
+_WRAPPED_COLUMNS = 12
+_GAP = 2
+_NUMBERS = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
+_NUMBERS |= {"stored", "absorbed", "rejected", "discarded", "under way", "last"}
+_NUMBERS |= {"read", "already there", "equal", "differences", "entries"}
+
+
+def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], otherwise: str) -> None:
+    """As a table that fits the window; `otherwise` when there are no rows."""
+    if not rows:
+        _print(otherwise)
+        return
+    widths = {
+        column: min(width, _WRAPPED_COLUMNS) if column in _FREE_TEXT else width
+        for column, cells in zip(columns, zip(columns, *rows, strict=True), strict=True)
+        for width in [max(cell_len(cell) for cell in cells)]
+    }
+    left_out = set[str]()
+    for name in _LESSER:
+        needed = sum(width + _GAP for column, width in widths.items() if column not in left_out) - _GAP
+        if needed <= _console().width:
+            break
+        left_out |= {name} & set(columns)
+    table = _table(columns, rows, left_out)
+    if left_out:
+        table.caption = f"without: {', '.join(column for column in columns if column in left_out)}"
+        table.caption_justify = "left"
+    _print(table)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left_out: Set[str]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        if column not in left_out:
+            justify: JustifyMethod = "right" if column in _NUMBERS else "left"
+            table.add_column(column, justify=justify, no_wrap=column not in _FREE_TEXT)
     for row in rows:
-        amounts = (row["balance"], row["total_invested"], row["total_profit_loss"], row["total_value"])
-        table.add_row(
+        table.add_row(*(cell for column, cell in zip(columns, row, strict=True) if column not in left_out))
+    return table
+
+
+def print_snapshots(rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = ("row", "portfolio", "date", "at", "balance", "invested", "profit/loss", "value", "open", "trades")
+    amounts = ("balance", "total_invested", "total_profit_loss", "total_value")
+    cells = [
+        (
             str(row["id"]),
             _portfolio(row["portfolio_id"]),
             str(row["snapshot_date"]),
-            f"{row['timestamp']:%Y-%m-%d} {_clock(row['timestamp'])}",
-            *(f"{amount:,.2f}" for amount in amounts),
+            _moment(row["timestamp"]),
+            *(f"{row[amount]:,.2f}" for amount in amounts),
             str(row["open_positions"]),
             str(row["trade_count"]),
         )
-    _print(table if rows else "There are no portfolio snapshots.")
+        for row in rows
+    ]
+    _print_rows(columns, cells, "There are no portfolio snapshots.")
 
 
 def print_archives(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = _table("row", "portfolio", "archived at", "month", "signals", "first signal")
-    for row in rows:
-        first = row["signals_data"][0]
-        label = " ".join(str(first[name]) for name in ("action", "market_question") if first.get(name))
-        table.add_row(
+    cells = [
+        (
             str(row["id"]),
             _portfolio(row["portfolio_id"]),
-            f"{row['archived_at']:%Y-%m-%d} {_clock(row['archived_at'])}",
+            _moment(row["archived_at"]),
             row["archive_month"],
             str(row["signals_count"]),
-            label if len(label) <= 60 else label[:59] + "…",
+            _label(row["signals_data"][0]),
         )
-    _print(table if rows else "There are no signal archives.")
+        for row in rows
+    ]
+    columns = ("row", "portfolio", "archived at", "month", "signals", "first signal")
+    _print_rows(columns, cells, "There are no signal archives.")
+
+
+def _label(signal: Mapping[str, Any]) -> str:
+    label = " ".join(str(signal[name]) for name in ("action", "market_question") if signal.get(name))
+    return label if len(label) <= 60 else label[:59] + "…"
 
 
 def print_rejections(rejections: Sequence[Mapping[str, Any]]) -> None:
-    table = _table("job", "kind", "event", "at", "reason")
-    for one in rejections:
-        moment = f"{one['created_at']:%Y-%m-%d} {_clock(one['created_at'])}"
-        table.add_row(one["job_id"], one["kind"] or "-", one["event_id"] or "-", moment, one["reason"])
-    _print(table if rejections else "Nothing was rejected.")
+    cells = [
+        (one["job_id"], one["kind"] or "-", one["event_id"] or "-", _moment(one["created_at"]), one["reason"])
+        for one in rejections
+    ]
+    _print_rows(("job", "kind", "event", "at", "reason"), cells, "Nothing was rejected.")
 
 
 def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
-    columns = ("stored", "absorbed", "rejected", "discarded", "under way", "last")
-    table = _table("source", *columns, "missing", "tail")
+    counts = ("stored", "absorbed", "rejected", "discarded", "under way", "last")
+    cells = []
     for one in audits:
         ranges = [str(first) if first == last else f"{first}-{last}" for first, last in one["missing"]]
         ranges += [f"{number} (another event)" for number in one["mismatched"]]
-        table.add_row(
-            one["source"],
-            *(str(one[column.replace(" ", "_")]) for column in columns),
-            ", ".join(ranges[:5]) + (f" and {len(ranges) - 5} more" if len(ranges) > 5 else "") or "none",
-            "known" if one["tail_known"] else "unknown",
-        )
-    _print(table if audits else "No source has numbered events here.")
+        missing = ", ".join(ranges[:5]) + (f" and {len(ranges) - 5} more" if len(ranges) > 5 else "") or "none"
+        tail = "known" if one["tail_known"] else "unknown"
+        cells.append((one["source"], *(str(one[count.replace(" ", "_")]) for count in counts), missing, tail))
+    _print_rows(("source", *counts, "missing", "tail"), cells, "No source has numbered events here.")
 
 
 def print_tallies(tallies: Sequence[Mapping[str, Any]]) -> None:
-    table = _table("file", "read", "stored", "already there", "rejected", "damage")
-    for one in tallies:
-        counts = (one[name] for name in ("read", "stored", "already_there", "rejected"))
-        table.add_row(one["name"], *(f"{count:,}" for count in counts), one["damage"] or "none")
-    _print(table)
+    counts = ("read", "stored", "already there", "rejected")
+    cells = [
+        (one["name"], *(f"{one[count.replace(' ', '_')]:,}" for count in counts), one["damage"] or "none")
+        for one in tallies
+    ]
+    _print_rows(("file", *counts, "damage"), cells, "There is nothing to import.")
     for one in tallies:
         for note, count in one["notes"].items():
             _print(f"{one['name']}: {note} ({count:,} times)")
 
 
 def print_compared(compared: Sequence[Mapping[str, Any]]) -> None:
-    table = _table("file", "read", "equal", "differences")
-    for one in compared:
-        table.add_row(one["name"], *(f"{one[name]:,}" for name in ("read", "equal", "differences")))
-    _print(table)
+    counts = ("read", "equal", "differences")
+    cells = [(one["name"], *(f"{one[count]:,}" for count in counts)) for one in compared]
+    _print_rows(("file", *counts), cells, "There is nothing to compare.")
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
+    _print(facts_table(facts))
+
+
+def facts_table(facts: Mapping[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), "-" if value is None else str(value))
-    _print(table)
+    return table
 
 
 def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
@@ -138,6 +196,14 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, default=str, ensure_ascii=False, indent=2) + "\n")
 
 
+def _portfolio(portfolio_id: int | None) -> str:
+    return "-" if portfolio_id is None else str(portfolio_id)
+
+
+def _moment(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S}Z"
+
+
 def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """RFC 4180 in UTF-8 with a header; amounts with every digit, times in ISO 8601 with offset, nothing for NULL.
 
@@ -160,29 +226,6 @@ def _csv_value(value: Any) -> Any:
 
 
 def print_exported(directory: Path, exported: Mapping[str, Any]) -> None:
-    table = _table("file", "entries")
-    for one in exported["files"]:
-        table.add_row(one["file"], f"{one['entries']:,}")
-    _print(table)
+    _print_rows(("file", "entries"), [(one["file"], f"{one['entries']:,}") for one in exported["files"]], "No files.")
     files = f"{len(exported['files'])} file{'s' if len(exported['files']) > 1 else ''}"
     sys.stdout.write(f"\n{exported['entries']:,} entries in {files} in {directory}\n")
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    numbers = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
-    numbers |= {"read", "already there", "equal", "differences"}
-    numbers |= {"stored", "absorbed", "rejected", "discarded", "under way", "last", "entries"}
-    for column in columns:
-        # Only free text may be cut when the window is narrow.
-        free = column in ("first signal", "reason", "missing", "damage")
-        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=not free)
-    return table
-
-
-def _portfolio(portfolio_id: int | None) -> str:
-    return "-" if portfolio_id is None else str(portfolio_id)
-
-
-def _clock(moment: datetime) -> str:
-    return f"{moment:%H:%M:%S}Z"

@@ -89,6 +89,7 @@ def _database(pair: Addresses, monkeypatch: pytest.MonkeyPatch, template: str) -
     connection.limit_statements(0)
     yield url
     if connection.engine.cache_info().currsize:
+        connection.reader().dispose()
         connection.engine().dispose()
         connection.engine.cache_clear()
     with administrator.connect() as db:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.benchmarks.adoption import measure_adoption
+from tests.benchmarks.asking import measure_api
 from tests.benchmarks.auditing import measure_audit
 from tests.benchmarks.environment import machine_facts
 from tests.benchmarks.growth import measure_growth
@@ -31,6 +32,7 @@ _MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "audit": (measure_audit, 10_000_000),
     "import": (measure_import, 1_000_000),
     "adopt": (measure_adoption, 1_000_000),
+    "api": (measure_api, 10_000_000),
 }
 
 

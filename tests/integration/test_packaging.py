@@ -25,13 +25,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_carries_the_schema_and_the_demo_and_no_tests(wheel: Path) -> None:
+def test_the_wheel_carries_the_schema_the_demo_and_the_page_and_no_tests(wheel: Path) -> None:
     """And nothing at its top but the two packages and the metadata."""
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"consumers", "producers"}
     assert {"consumers/schema.sql", "consumers/demo/portfolio.json", "consumers/demo/current_signals.json"} <= set(
         names
     )
+    static = {f"consumers/page/static/{path.name}" for path in (ROOT / "consumers/page/static").iterdir()}
+    assert static
+    assert static <= set(names)
 
 
 def test_a_controllers_installation_has_no_database_library(wheel: Path, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_rounding_is_half_even_as_the_producer_rounds() -> None:
         ({"trade_count": "1e1000000000"}, "trade_count: must be a whole number in the range of a count"),
         ({"trade_count": []}, "trade_count: must be a whole number in the range of a count"),
         ({"open_positions": -1}, "open_positions: Input should be greater than or equal to 0"),
-        ({"portfolio_id": "x"}, "portfolio_id: Input should be a valid integer"),
+        ({"portfolio_id": "x"}, "portfolio_id: is text that is not an integer"),
     ],
 )
 def test_what_is_no_snapshot_is_refused_with_field_and_reason(overrides: dict[str, Any], message: str) -> None:

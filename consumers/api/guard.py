@@ -1,0 +1,113 @@
+"""What stands before every request: its size, who asks, and headers that keep browsers from doing more than read."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from functools import lru_cache
+from typing import Annotated
+
+from fastapi import Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from consumers.api.problems import Problem
+from consumers.api.settings import ApiSettings
+
+MAX_QUERY_BYTES = 4096
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+_bearer = HTTPBearer(auto_error=False, description="HISTORY_API_TOKEN, if the server has one set.")
+
+
+def settings_of(request: Request) -> ApiSettings:
+    """Those that the app was started with; the environment's where nothing was started, as in another app."""
+    started: ApiSettings | None = getattr(request.app.state, "history_api", None)
+    return started or ApiSettings.from_environment()
+
+
+async def require_token(
+    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+) -> None:
+    """Raises Problem 401 unless the token of the settings, if any, was given."""
+    token = settings_of(request).token
+    if token is None:
+        return
+    shown = "" if given is None else given.credentials
+    if not hmac.compare_digest(shown.encode(), token.get_secret_value().encode()):
+        raise Problem(401, "Needs the bearer token of this server.", headers={"WWW-Authenticate": "Bearer"})
+
+
+class Guard:
+    """ASGI middleware of our app. Headers that an answer has already are left as they are."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        if len(scope["query_string"]) > MAX_QUERY_BYTES:
+            problem = Problem(414, f"The query may have {MAX_QUERY_BYTES} bytes.")
+            await problem.response()(scope, receive, send_with_headers)
+            return
+        await _shared(self._app, settings_of(Request(scope)).cors_origins)(scope, receive, send_with_headers)
+
+
+@lru_cache(maxsize=8)
+def _shared(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
+    """`app`, readable from web pages of `origins`."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET"],
+        allow_headers=["Authorization", "If-None-Match"],
+        expose_headers=["ETag", "Link", "Retry-After"],
+    )
+
+
+class OwnHostOnly:
+    """ASGI middleware for a server on loopback without a token: it is asked by addresses and `localhost` only.
+
+    Otherwise a web page whose name was made to point to 127.0.0.1 (DNS rebinding) could read the history.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not _is_own(Headers(scope=scope).get("host", "")):
+            detail = "Under another name than localhost this server is asked only with a HISTORY_API_TOKEN set."
+            await Problem(421, detail).response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _is_own(host: str) -> bool:
+    name = host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
+    return name == "localhost" or is_address(name)
+
+
+def is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

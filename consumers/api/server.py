@@ -1,0 +1,50 @@
+"""The API as a server of its own."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import sys
+
+import uvicorn
+
+from consumers.api import app
+from consumers.api.guard import OwnHostOnly
+from consumers.api.settings import ApiSettings
+from producers.errors import HistoryError
+
+_LEAVE_SECONDS = 5  # for answers under way when it is told to stop
+
+
+def serve(host: str, port: int) -> None:
+    """Answer at `host` and `port` (0: any that is free) until a signal ends this process.
+
+    Raises:
+        SettingsError: a setting of the API is wrong.
+        HistoryError: the address cannot be used.
+    """
+    settings = ApiSettings.from_environment()
+    with _listening(host, port) as listening:
+        bound = listening.getsockname()
+        local = ipaddress.ip_address(bound[0].partition("%")[0]).is_loopback
+        if settings.token is None and not local:
+            print(f"Whoever reaches {host} can read everything: HISTORY_API_TOKEN is not set.", file=sys.stderr)
+        config = uvicorn.Config(
+            OwnHostOnly(app) if settings.token is None and local else app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            timeout_graceful_shutdown=_LEAVE_SECONDS,
+        )
+        name = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+        print(f"http://{name}:{bound[1]}/trading/portfolio-history - Ctrl-C ends it.", flush=True)
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise HistoryError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error

@@ -1,0 +1,70 @@
+"""Commands that show: `api` over HTTP, `status` in the terminal, once or again and again."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from consumers.cli_options import AsJson
+from consumers.stack import stack
+from consumers.terminal import facts_table, print_facts, print_json
+
+_WATCH_SECONDS = 2.0
+
+
+def api(
+    host: Annotated[
+        str, typer.Option(help="The address to answer at; by default only this machine can ask.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+) -> None:
+    """Answer read-only HTTP requests until Ctrl-C."""
+    from consumers.api.server import serve
+
+    with stack(database=True):
+        serve(host, port)
+
+
+def status(
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until Ctrl-C.")] = False,
+) -> None:
+    """Show the pipeline at a glance; exit status 1 if a part of it cannot be reached or no worker runs."""
+    from consumers.status import pipeline_status
+
+    with stack(database=True, redis=True):
+        if watch:
+            _watch(as_json)
+        facts, healthy = pipeline_status()
+    (print_json if as_json else print_facts)(facts)
+    raise typer.Exit(0 if healthy else 1)
+
+
+def _watch(as_json: bool) -> None:
+    """Never returns. On a terminal in place; in a pipe one block (with JSON one line) after the other."""
+    from consumers.status import pipeline_status
+
+    if as_json or not sys.stdout.isatty():
+        while True:
+            facts, _ = pipeline_status()
+            _print_block(facts, as_json)
+            time.sleep(_WATCH_SECONDS)
+    from rich.live import Live
+
+    with Live(auto_refresh=False) as live:
+        while True:
+            live.update(facts_table({"at": time.strftime("%H:%M:%S"), **pipeline_status()[0]}), refresh=True)
+            time.sleep(_WATCH_SECONDS)
+
+
+def _print_block(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, default=str, ensure_ascii=False))
+    else:
+        print_facts(facts)
+        print()
+    sys.stdout.flush()

@@ -1,0 +1,100 @@
+// Asks every few seconds whether rows have changed, shows them, and says so when nothing can be read.
+
+import { Archives } from "./archives.js";
+import { Curves } from "./curves.js";
+import { byId } from "./dom.js";
+import { time, zone } from "./format.js";
+import { healthIsOld, showHealth } from "./health.js";
+import { get, Unreadable, useToken } from "./server.js";
+
+const ROWS_MS = 3000;
+const HEALTH_MS = 10000;
+// Nobody's page may cost the database more than a tenth of its time.
+const REST = 10;
+
+const seen = { snapshots: null, archives: null };
+// What a click asked for in vain is read by the next try that succeeds.
+const curves = new Curves((error) => { seen.snapshots = null; stale(error); });
+const archives = new Archives((error) => { seen.archives = null; stale(error); });
+let readAt = null;
+
+async function rows() {
+  const newest = await get("newest");
+  if (newest.snapshots !== seen.snapshots) {
+    await curves.refresh();
+    seen.snapshots = newest.snapshots;
+  }
+  if (newest.archives !== seen.archives) {
+    await archives.refresh();
+    seen.archives = newest.archives;
+  }
+  fresh();
+}
+
+function fresh() {
+  readAt = new Date();
+  say("live", "Live");
+  byId("live").title = "";
+  byId("banner").hidden = true;
+}
+
+function stale(error) {
+  if (!(error instanceof Unreadable)) throw error;
+  const since = readAt ? `What you see was read at ${time(readAt)}` : "Nothing was read yet";
+  say("stale", readAt ? `Not up to date since ${time(readAt)}` : "Waiting for data");
+  const banner = byId("banner");
+  const text = `${error.message.replace(/\.$/, "")}. ${since}; the page keeps trying.`;
+  if (banner.textContent !== text) banner.textContent = text; // said once, not at every try
+  banner.hidden = false;
+  byId("token-form").hidden = error.status !== 401;
+}
+
+function say(state, text) {
+  const live = byId("live");
+  live.dataset.state = state;
+  if (live.textContent !== text) live.textContent = text;
+}
+
+/** Runs `work` again and again, while somebody looks; `wake` starts it at once. */
+function repeat(work, failed, pause) {
+  let timer = null;
+  let running = false;
+  const run = async () => {
+    clearTimeout(timer);
+    if (running || document.hidden) return;
+    running = true;
+    const start = performance.now();
+    try {
+      await work();
+    } catch (error) {
+      if (error.name !== "AbortError") failed(error);
+    } finally {
+      running = false;
+      timer = setTimeout(run, Math.max(pause, REST * (performance.now() - start)));
+    }
+  };
+  document.addEventListener("visibilitychange", run);
+  run();
+  return run;
+}
+
+byId("zone").textContent = `Times in ${zone()}`;
+const wakeRows = repeat(rows, stale, ROWS_MS);
+const wakeHealth = repeat(
+  async () => {
+    showHealth(await get("health"));
+    healthIsOld(null);
+  },
+  (error) => {
+    if (!(error instanceof Unreadable)) throw error;
+    healthIsOld(new Date());
+  },
+  HEALTH_MS,
+);
+byId("token-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useToken(byId("token").value);
+  byId("token-form").hidden = true;
+  wakeRows();
+  wakeHealth();
+});

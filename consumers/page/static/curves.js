@@ -1,0 +1,175 @@
+// The portfolio section: which portfolio, which range, the figures and the table of days.
+
+import { Charts, scaled } from "./charts.js";
+import { byId, element, number, replace, row } from "./dom.js";
+import { amount, change, count, day, localNoon, moment, percent, portfolio as named } from "./format.js";
+import { get, Unreadable } from "./server.js";
+
+const DAY = 86400;
+const RANGES = [["1D", DAY, "one day"], ["1W", 7 * DAY, "one week"], ["1M", 30 * DAY, "30 days"],
+  ["3M", 91 * DAY, "three months"], ["1Y", 365 * DAY, "one year"], ["All", null, "everything"]];
+const DAYS_AT_ONCE = 60;
+
+export class Curves {
+  #portfolios = [];
+  #chosen = null;
+  #range = { last: null }; // { last: seconds or null for everything } up to the newest, or { from, to }
+  #reading = null;
+  #daily = null;
+  #shownDays = DAYS_AT_ONCE;
+
+  /** `failed(error)` hears of data that could not be read after a click. */
+  constructor(failed) {
+    this.failed = failed;
+    this.charts = new Charts({
+      zoomed: (from, to) => this.#look({ from, to }),
+      reset: () => this.#look({ last: null }),
+    });
+    byId("portfolio").addEventListener("change", (event) => this.#choose(event.target.value));
+    byId("parts").addEventListener("change", () => this.#reread());
+    byId("steps").addEventListener("click", (event) => this.#step(event.target.dataset.step));
+    byId("more-days").addEventListener("click", () => { this.#shownDays *= 4; this.#listDays(); });
+    replace(byId("ranges"), ...RANGES.map(([text, last, label]) => element("button", {
+      type: "button", id: `range-${text}`, "aria-label": label, click: () => this.#look({ last }),
+    }, text)));
+  }
+
+  /** Reads everything that is shown anew. Throws Unreadable and keeps what is shown. */
+  async refresh() {
+    const portfolios = await get("portfolios");
+    this.#portfolios = portfolios;
+    this.#offer();
+    byId("curves-state").hidden = portfolios.length > 0;
+    byId("charts").hidden = portfolios.length === 0;
+    if (portfolios.length) await this.#read();
+    else replace(byId("curves-state"), ...nothingYet());
+    byId("curves").setAttribute("aria-busy", "false");
+  }
+
+  #offer() {
+    const select = byId("portfolio");
+    const names = this.#portfolios.map(({ portfolio }) => portfolio);
+    if (!names.includes(this.#chosen)) this.#chosen = names[0] ?? null;
+    const offered = [...select.options].map(({ value }) => value);
+    if (offered.join() !== names.join()) {
+      replace(select, ...names.map((name) => element("option", { value: name }, named(name))));
+    }
+    select.value = this.#chosen ?? "";
+    select.disabled = names.length < 2;
+    select.hidden = names.length === 0;
+  }
+
+  get #extent() {
+    const { first_at, last_at } = this.#portfolios.find(({ portfolio }) => portfolio === this.#chosen);
+    return [Date.parse(first_at) / 1000, Date.parse(last_at) / 1000];
+  }
+
+  #span() {
+    const [first, last] = this.#extent;
+    if (this.#range.from !== undefined) return [this.#range.from, this.#range.to];
+    return [this.#range.last === null ? first : last - this.#range.last, last];
+  }
+
+  async #choose(name) {
+    this.#chosen = name;
+    this.#shownDays = DAYS_AT_ONCE;
+    await this.#look({ last: null });
+  }
+
+  #step(step) {
+    if (!step) return;
+    const [from, to] = this.#span(), half = (to - from) / 2;
+    const moves = { in: scaled(from, to, 0.5), out: scaled(from, to, 2), earlier: [from - half, to - half], later: [from + half, to + half] };
+    const [nextFrom, nextTo] = moves[step];
+    this.#look({ from: nextFrom, to: nextTo });
+  }
+
+  async #look(range) {
+    const [first, last] = this.#extent;
+    const room = Math.max(last - first, DAY);
+    if (range.from !== undefined) {
+      // Not farther than to where snapshots are, not closer than a second.
+      const middle = Math.min(Math.max((range.from + range.to) / 2, first), last);
+      const half = Math.min(Math.max((range.to - range.from) / 2, 0.5), room);
+      range = { from: Math.max(middle - half, 0), to: middle + half };
+    }
+    this.#range = range;
+    this.charts.look(...this.#span());
+    await this.#reread();
+  }
+
+  async #reread() {
+    try {
+      await this.#read();
+    } catch (error) {
+      if (error.name !== "AbortError") this.failed(error);
+    }
+  }
+
+  async #read() {
+    this.#reading?.abort();
+    const reading = (this.#reading = new AbortController());
+    const [from, to] = this.#span();
+    const parts = byId("parts").checked;
+    const whole = this.#range.from === undefined && this.#range.last === null;
+    this.#mark();
+    const [curve, daily] = await Promise.all([
+      get("curve", {
+        portfolio: this.#chosen, buckets: this.charts.buckets, parts: parts || null,
+        since: whole ? null : new Date(from * 1000).toISOString(), until: whole ? null : new Date(to * 1000).toISOString(),
+      }, reading.signal),
+      get("daily", { portfolio: this.#chosen }, reading.signal),
+    ]);
+    daily.at = daily.date.map((date) => localNoon(date).getTime() / 1000);
+    this.#daily = daily;
+    // Half a day more on both sides of everything, for the bars of the first and the last day.
+    this.charts.look(whole ? Math.min(from, daily.at[0] - DAY / 2) : from, whole ? Math.max(to, daily.at.at(-1) + DAY / 2) : to);
+    this.charts.show(curve, daily, parts);
+    this.#summarize(curve, from, to);
+    this.#listDays();
+    if (typeof uPlot === "undefined") throw new Unreadable("the chart library did not load: pip install 'trading-history[api]'; the table has the same days");
+  }
+
+  #mark() {
+    for (const [text, last] of RANGES) {
+      const pressed = this.#range.from === undefined && this.#range.last === last;
+      byId(`range-${text}`).setAttribute("aria-pressed", String(pressed));
+    }
+  }
+
+  #summarize(curve, from, to) {
+    const inside = curve.at.map((_, index) => index)
+      .filter((index) => { const at = Date.parse(curve.at[index]) / 1000; return at >= from - 0.001 && at <= to + 0.001; });
+    const by = (key, better) => inside.reduce((best, index) =>
+      (best === null || better(Number(curve[key][index]), Number(curve[key][best])) ? index : best), null);
+    const lower = (a, b) => a < b, higher = (a, b) => a > b;
+    const last = inside.at(-1) ?? null, low = by("total_value", lower), high = by("total_value", higher);
+    const deep = by("drawdown", lower);
+    const values = (index) => (index === null ? "–" : amount(curve.total_value[index]));
+    const at = (index) => (index === null ? "" : moment(curve.at[index]));
+    replace(byId("summary"),
+      fact("Last value", values(last), at(last)), fact("Highest", values(high), at(high)), fact("Lowest", values(low), at(low)),
+      fact("Deepest drawdown", deep === null ? "–" : percent(curve.drawdown[deep]), at(deep)));
+    byId("drawn").textContent = curve.closes_only
+      ? "Too many snapshots to read at once: daily closes are drawn, and their drawdown. Zoom in for every snapshot."
+      : `${count(curve.snapshots)} snapshots in this range, ${count(inside.length)} drawn: the first, last, lowest, highest and most drawn down of every two pixels.`;
+  }
+
+  #listDays() {
+    const { date, close, profit_loss: changes, days } = this.#daily;
+    const newest = [...date.keys()].reverse().slice(0, this.#shownDays);
+    replace(byId("day-rows"), ...newest.map((index) =>
+      row(day(date[index]), number(amount(close[index])), number(change(changes[index])), number(days[index] === null ? "–" : count(days[index])))));
+    byId("more-days").hidden = newest.length === date.length;
+  }
+}
+
+function fact(name, value, note) {
+  return element("div", {}, element("dt", {}, name), element("dd", {}, element("strong", {}, value), element("span", {}, note)));
+}
+
+function nothingYet() {
+  const command = (text) => element("code", {}, text);
+  return ["No snapshot is stored yet. A controller records one with create_daily_portfolio_snapshot(), a file goes in with ",
+    command("trading-history snapshot FILE"), " while ", command("trading-history worker"), " runs. It will appear here by itself."];
+}

@@ -1,0 +1,64 @@
+// The pipeline's state as tiles, and the newest rejections.
+
+import { byId, element, replace, row } from "./dom.js";
+import { count, duration, moment } from "./format.js";
+
+/** Shows what GET health has answered. */
+export function showHealth({ database, redis, outbox, dashboard_url: dashboard }) {
+  replace(byId("tiles"), databaseTile(database), ...queueTiles(redis, dashboard), failedTile(database), outboxTile(outbox));
+  byId("tiles").setAttribute("aria-busy", "false");
+  if (!database.error) showRejections(database.rejections);
+}
+
+/** Says that the tiles are old, or that they are not. */
+export function healthIsOld(since) {
+  byId("tiles").classList.toggle("old", since !== null);
+}
+
+function tile(state, name, value, note) {
+  return element("li", { class: `tile ${state}` },
+    element("span", { class: "name" }, name), element("strong", {}, value), element("span", { class: "tile-note" }, note));
+}
+
+function databaseTile(database) {
+  if (database.error) return tile("bad", "Database", "not readable", database.error);
+  const stored = database.last_stored;
+  return stored
+    ? tile("good", "Database", "readable", `last snapshot stored ${moment(stored.stored_at)}, ${duration(Math.max(stored.seconds, 0))} after it was taken`)
+    : tile("good", "Database", "readable", "no snapshot yet");
+}
+
+function queueTiles(redis, dashboard) {
+  if (redis === null) return [tile("plain", "Queue", "unknown", "REDIS_URL is not set here"), unknownWorkers()];
+  if (redis.error) return [tile("bad", "Queue", "not readable", redis.error), unknownWorkers()];
+  const { queued, held, oldest_waiting_seconds: waited, workers } = redis;
+  const late = waited !== null && waited > 60;
+  const lag = waited === null ? "nothing waits" : `the oldest waits for ${duration(waited)}`;
+  const queue = tile(late ? "bad" : "good", "Queue", `${count(queued)} waiting`, `${lag}; ${count(held)} in work`);
+  if (dashboard) queue.append(element("a", { href: dashboard, rel: "noreferrer" }, "RQ Dashboard"));
+  return [queue, tile(workers ? "good" : "bad", "Workers", count(workers), workers ? "alive" : "no worker runs: trading-history worker")];
+}
+
+const unknownWorkers = () => tile("plain", "Workers", "unknown", "");
+
+function failedTile(database) {
+  if (database.error) return tile("plain", "Rejected", "unknown", "");
+  const { count: many } = database.rejections;
+  return tile(many ? "bad" : "good", "Rejected", many >= 1000 ? `${count(1000)} or more` : count(many),
+    many ? "see below, or trading-history failed list" : "every event was good");
+}
+
+function outboxTile(outbox) {
+  if (outbox === null) return tile("plain", "Outbox", "none", "on this machine");
+  if (outbox.error) return tile("bad", "Outbox", "not readable", outbox.error);
+  const { pending, sent, oldest_unsettled_seconds: age } = outbox;
+  const note = age === null ? "everything is settled" : `${count(sent)} sent and not confirmed; the oldest for ${duration(age)}`;
+  return tile(age !== null && age > 300 ? "bad" : "good", "Outbox", `${count(pending)} pending`, note);
+}
+
+function showRejections({ newest, count: many }) {
+  byId("failed").hidden = many === 0;
+  byId("failed-title").textContent = newest.length < many ? `The newest ${newest.length} rejections` : "Rejections";
+  replace(byId("failed-rows"), ...newest.map(({ created_at: at, job_id: job, reason }) =>
+    row(moment(at), element("td", {}, element("code", {}, job)), reason)));
+}

@@ -1,0 +1,549 @@
+"""The HTTP API against the real database: what it answers, page by page, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from httpx2 import Response
+from sqlalchemy import text
+
+from consumers.api import app, router
+from consumers.api import pages as api_pages
+from consumers.connection import engine, get_db, get_reader
+from consumers.errors import StoreUnavailable
+from consumers.operations import (
+    get_market_signals,
+    get_portfolio_history,
+    get_recent_signal_archives,
+    insert_portfolio_history_snapshot,
+    insert_signal_archive,
+)
+from tests.factories import INSTANT, a_signal
+
+HISTORY = "/trading/portfolio-history"
+ARCHIVES = "/trading/signal-archives"
+SIGNALS = "/trading/signals"
+_PROBLEM = "application/problem+json"
+
+
+@pytest.fixture
+def client(database_url: str) -> Iterator[TestClient]:
+    with TestClient(app) as client:
+        yield client
+
+
+def _store_snapshot(moment: datetime, **overrides: object) -> int:
+    amounts = {"balance": 9900.5, "total_invested": 0.1, "total_profit_loss": -3.25, "total_value": 9897.25}
+    counts = {"open_positions": 1, "trade_count": 4}
+    return insert_portfolio_history_snapshot({"timestamp": moment, **amounts, **counts, **overrides})
+
+
+def _store_archive(moment: datetime, *signals: dict[str, Any], **overrides: object) -> int:
+    return insert_signal_archive({"archived_at": moment, "signals": list(signals) or [a_signal()], **overrides})
+
+
+def _as_json(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the operations with their dates and times as ISO text; times only by value."""
+    return [
+        {name: value.isoformat() if isinstance(value, date) else value for name, value in row.items()} for row in rows
+    ]
+
+
+def _comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    times = ("timestamp", "archived_at", "created_at")
+    return [
+        {name: datetime.fromisoformat(value) if name in times else value for name, value in row.items()} for row in rows
+    ]
+
+
+def _pages(client: TestClient, url: str, at_most: int = 100) -> Iterator[list[dict[str, Any]]]:
+    """Follow the Link headers."""
+    for _ in range(at_most):
+        answer = client.get(url)
+        assert answer.status_code == 200, answer.text
+        yield answer.json()
+        if "next" not in answer.links:
+            return
+        url = answer.links["next"]["url"]
+    raise AssertionError("the pages do not end")
+
+
+def _all(client: TestClient, url: str) -> list[dict[str, Any]]:
+    return [row for page in _pages(client, url) for row in page]
+
+
+def _require_problem(answer: Response, status: int, *words: str) -> None:
+    assert (answer.status_code, answer.headers["content-type"]) == (status, _PROBLEM), answer.text
+    body = answer.json()
+    assert (body["status"], body["type"]) == (status, "about:blank")
+    assert [word for word in words if word not in body["detail"]] == []
+
+
+def test_the_bodies_are_the_rows_of_the_operations(client: TestClient) -> None:
+    """The same columns in the same order, the same values, amounts as floats."""
+    for number in range(5):
+        moment = INSTANT + timedelta(hours=number)
+        _store_snapshot(moment, portfolio_id=number, balance=0.1 + 0.2, total_value=123456789012.12345678)
+        _store_archive(moment, a_signal(yes_price=0.1, amount=10**25), portfolio_id=None)
+
+    for url, rows in ((HISTORY, get_portfolio_history(3)), (ARCHIVES, get_recent_signal_archives(3))):
+        answer = client.get(url, params={"limit": 3})
+        assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+        assert _comparable(answer.json()) == _comparable(_as_json(rows))
+        assert [list(row) for row in answer.json()] == [list(row) for row in rows]
+    assert {type(row["total_invested"]) for row in client.get(HISTORY).json()} == {float}
+
+
+def test_pages_follow_one_another_and_have_every_row_once(client: TestClient) -> None:
+    """Also where dates and times are equal and only the row's id tells them apart."""
+    for number in range(23):
+        _store_snapshot(INSTANT + timedelta(minutes=number // 3), portfolio_id=number)
+        _store_archive(INSTANT + timedelta(minutes=number // 3), portfolio_id=number)
+
+    for url, rows in ((HISTORY, get_portfolio_history()), (ARCHIVES, get_recent_signal_archives())):
+        pages = list(_pages(client, f"{url}?limit=5"))
+        assert [len(page) for page in pages] == [5, 5, 5, 5, 3]
+        assert [row["id"] for page in pages for row in page] == [row["id"] for row in rows]
+
+
+def test_a_full_last_page_has_no_next(client: TestClient) -> None:
+    for number in range(4):
+        _store_snapshot(INSTANT + timedelta(minutes=number))
+    assert [len(page) for page in _pages(client, f"{HISTORY}?limit=2")] == [2, 2]
+
+
+def test_rows_that_come_in_between_pages_neither_repeat_nor_hide_others(client: TestClient) -> None:
+    """New rows at the head, and old ones that an import brings in late, before and behind the page."""
+    stood = {_store_snapshot(INSTANT + timedelta(minutes=2 * number)) for number in range(20)}
+    seen: list[int] = []
+    for number, page in enumerate(_pages(client, f"{HISTORY}?limit=3")):
+        seen += [row["id"] for row in page]
+        _store_snapshot(INSTANT + timedelta(days=1, minutes=number))
+        _store_snapshot(INSTANT + timedelta(minutes=2 * number + 1))
+        _store_snapshot(INSTANT + timedelta(minutes=39 - 2 * number), portfolio_id=7)
+
+    assert len(seen) == len(set(seen))
+    assert stood <= set(seen)
+
+
+def test_operations_page_by_their_last_row(database_url: str) -> None:
+    """The next page is what comes after the last dict of this one."""
+    for number in range(7):
+        _store_snapshot(INSTANT + timedelta(minutes=number))
+        _store_archive(INSTANT + timedelta(minutes=number))
+    for get in (
+        get_portfolio_history,
+        get_recent_signal_archives,
+        lambda n, **rest: get_market_signals("510372", n, **rest),
+    ):
+        first = get(4)
+        assert first + get(4, after=first[-1]) == get(None)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["2025-10-26T02:30:00%2B01:00", "2025-10-26T02:30:00 01:00", "2025-10-26T01:30:00Z"]
+)
+def test_since_and_until_mean_instants_through_the_hour_that_comes_twice(client: TestClient, spelling: str) -> None:
+    """In Berlin 02:30 was twice on that day; also a + that a client did not encode."""
+    moments = [datetime(2025, 10, 26, 0, 30, tzinfo=UTC) + timedelta(minutes=30 * step) for step in range(4)]
+    ids = [_store_snapshot(moment) for moment in moments]
+
+    assert [row["id"] for row in client.get(f"{HISTORY}?since={spelling}").json()] == [ids[3], ids[2]]
+    assert [row["id"] for row in client.get(f"{HISTORY}?until={spelling}").json()] == [ids[1], ids[0]]
+
+
+def test_a_time_without_an_offset_is_in_the_servers_zone(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of HISTORY_TIMEZONE, as in the operations."""
+    monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
+    row_id = _store_snapshot(datetime(2025, 10, 20, 1))
+    assert [row["id"] for row in client.get(f"{HISTORY}?since=2025-10-20T01:00&until=2025-10-20T01:00:01").json()] == [
+        row_id
+    ]
+
+
+@pytest.mark.parametrize("daily", ["", "&daily=last"])
+def test_a_period_finds_snapshots_that_were_dated_otherwise(client: TestClient, daily: str) -> None:
+    """The order is by snapshot_date, which the caller may have set; the period is one of instants."""
+    day = timedelta(days=1)
+    dates = [INSTANT.date() + days * day for days in (-30, -1, 0, 1, 30)]
+    ids = [_store_snapshot(INSTANT, snapshot_date=dated, portfolio_id=number) for number, dated in enumerate(dates)]
+    _store_snapshot(INSTANT + 3 * day)
+    _store_snapshot(INSTANT - 3 * day)
+
+    found = client.get(HISTORY + "?since=2026-11-22T12:00:00Z&until=2026-11-22T18:00:00Z" + daily).json()
+    paged = _all(client, HISTORY + "?limit=2&since=2026-11-22T12:00:00Z&until=2026-11-22T18:00:00Z" + daily)
+
+    assert [row["id"] for row in found] == ids[::-1]
+    assert paged == found
+
+
+def test_daily_gives_the_last_of_each_portfolio_and_date(client: TestClient) -> None:
+    """Also of the portfolio without a number, page by page, and of a period that ends at noon."""
+    day, hour = timedelta(days=1), timedelta(hours=1)
+    start = datetime(2026, 3, 1, 8, tzinfo=UTC)
+    for number in range(10):
+        for portfolio_id in (None, 1, 2, 7):
+            if portfolio_id == 7 and number > 3:
+                continue
+            for step in range(3):
+                _store_snapshot(start + number * day + step * 4 * hour, portfolio_id=portfolio_id)
+    with get_db() as db:
+        closes = text("""
+            SELECT id FROM (
+                SELECT DISTINCT ON (portfolio_id, snapshot_date) * FROM portfolio_history WHERE "timestamp" < :until
+                ORDER BY portfolio_id, snapshot_date, "timestamp" DESC, id DESC) AS c
+            ORDER BY snapshot_date DESC, "timestamp" DESC, id DESC
+        """)
+        expected = db.execute(closes, {"until": datetime(9000, 1, 1, tzinfo=UTC)}).scalars().all()
+        before = db.execute(closes, {"until": start + 5 * day + 5 * hour}).scalars().all()
+
+    assert len(expected) == 34
+    assert [row["id"] for row in _all(client, f"{HISTORY}?daily=last")] == expected
+    assert [row["id"] for row in _all(client, f"{HISTORY}?daily=last&limit=3")] == expected
+    assert [row["id"] for row in _all(client, f"{HISTORY}?daily=last&limit=4&until=2026-03-06T13:00:00Z")] == before
+    assert [row["id"] for row in _all(client, f"{HISTORY}?daily=last&limit=1&portfolio_id=7")] == [
+        row["id"] for row in get_portfolio_history(daily="last", portfolio_id=7)
+    ]
+    assert len(get_portfolio_history(daily="last", portfolio_id=7)) == 4
+
+
+def test_every_signal_of_a_market_is_found_newest_first(client: TestClient) -> None:
+    """Several in one archive, written as a number too, in the order of their archive; from the index."""
+    for number in range(6):
+        moment = INSTANT + timedelta(minutes=number)
+        same = a_signal(market_id="77", reason=str(number))
+        _store_archive(moment, same, a_signal(market_id="770"), same | {"market_id": 77}, same, portfolio_id=number % 2)
+
+    found = client.get(f"{SIGNALS}?market_id=77").json()
+
+    assert [(row["signal"]["reason"], row["position"]) for row in found] == [
+        (str(number), position) for number in range(5, -1, -1) for position in (1, 3, 4)
+    ]
+    assert _all(client, f"{SIGNALS}?market_id=77&limit=4") == found
+    assert _comparable(found) == _comparable(_as_json(get_market_signals("77")))
+    assert {row["portfolio_id"] for row in client.get(f"{SIGNALS}?market_id=77&portfolio_id=1").json()} == {1}
+    assert client.get(f"{SIGNALS}?market_id=7").json() == []
+    with get_db() as db:
+        db.execute(text("SET LOCAL enable_seqscan = off"))
+        db.execute(text("SET LOCAL enable_indexscan = off"))
+        plan = (
+            "SELECT 1 FROM signal_archives WHERE jsonb_path_query_array(signals_data, '$[*].market_id') @> '[\"77\"]'"
+        )
+        assert "signal_archives_of_market" in str(db.execute(text(f"EXPLAIN {plan}")).scalars().all())
+
+
+@pytest.mark.parametrize(
+    "market_id", ["'; DROP TABLE signal_archives; --", '"] || true', "%", "Ünï🌉", "01", "1e2", "9" * 200]
+)
+def test_a_market_id_is_text_and_nothing_else(client: TestClient, market_id: str) -> None:
+    _store_archive(INSTANT, a_signal(market_id=market_id), a_signal(market_id="1"))
+    found = client.get(SIGNALS, params={"market_id": market_id}).json()
+    assert [row["signal"]["market_id"] for row in found] == [market_id]
+
+
+def test_a_page_of_large_archives_ends_early(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no answer is of any size; the Link goes on, and each page has a row at least."""
+    monkeypatch.setattr(api_pages, "PAGE_BYTES", 2500)
+    for number in range(6):
+        _store_archive(INSTANT + timedelta(minutes=number), *(a_signal(market_id="5", number=n) for n in range(3)))
+    archives = list(_pages(client, f"{ARCHIVES}?limit=100"))
+    signals = list(_pages(client, f"{SIGNALS}?market_id=5&limit=100"))
+
+    assert 1 < len(archives) <= 7
+    assert 1 < len(signals) <= 19
+    assert [row["id"] for page in archives for row in page] == [row["id"] for row in get_recent_signal_archives()]
+    assert len({(row["archive_id"], row["position"]) for page in signals for row in page}) == 18
+
+
+def test_an_unchanged_page_is_304_and_any_change_is_not(client: TestClient) -> None:
+    """A row that comes in late in the middle, one that is changed, one that is gone, one that begins a next page."""
+    for number in range(4):
+        _store_snapshot(INSTANT + timedelta(hours=number))
+    url = f"{HISTORY}?limit=4"
+
+    def tag_after(statement: str | None = None) -> str:
+        if statement is not None:
+            with get_db() as db:
+                db.execute(text(statement))
+        return str(client.get(url).headers["etag"])
+
+    first = tag_after()
+    unchanged = client.get(url, headers={"If-None-Match": f'"x", {first}'})
+    tags = [first]
+    _store_snapshot(INSTANT + timedelta(minutes=90))
+    tags.append(tag_after())
+    tags.append(tag_after("UPDATE portfolio_history SET balance = 1 WHERE id = 3"))
+    tags.append(tag_after("DELETE FROM portfolio_history WHERE id = 1"))
+    tags.append(tag_after("DELETE FROM portfolio_history WHERE id = 2"))
+
+    assert (unchanged.status_code, unchanged.text, unchanged.headers["etag"]) == (304, "", first)
+    assert len(set(tags)) == len(tags)
+    for old in tags[:-1]:
+        assert client.get(url, headers={"If-None-Match": old}).status_code == 200
+    assert client.get(url, headers={"If-None-Match": tags[-1]}).status_code == 304
+    assert client.get(f"{url}&format=csv", headers={"If-None-Match": tags[-1]}).status_code == 200
+
+
+def test_a_304_reads_no_documents_and_keeps_the_link(client: TestClient) -> None:
+    for number in range(3):
+        _store_archive(INSTANT + timedelta(hours=number))
+    first = client.get(f"{ARCHIVES}?limit=2")
+    again = client.get(f"{ARCHIVES}?limit=2", headers={"If-None-Match": first.headers["etag"]})
+    assert (again.status_code, again.headers["link"]) == (304, first.headers["link"])
+
+
+@pytest.mark.parametrize(
+    ("accept", "parameters", "media_type"),
+    [
+        ("text/csv", {}, "text/csv"),
+        ("text/csv;q=0.5, application/json;q=0.4", {}, "text/csv"),
+        ("application/json, text/csv;q=0.9", {}, "application/json"),
+        ("*/*", {}, "application/json"),
+        ("text/*", {}, "text/csv"),
+        ("text/html,application/xml;q=0.9,*/*;q=0.8", {}, "application/json"),
+        ("text/csv", {"format": "json"}, "application/json"),
+        ("application/json", {"format": "csv"}, "text/csv"),
+        (";;,q=,text/csv;q=x", {}, "text/csv"),
+    ],
+)
+def test_csv_is_given_to_whom_it_is_dearer(
+    client: TestClient, accept: str, parameters: dict[str, str], media_type: str
+) -> None:
+    """By the Accept header, or by format, which goes before it."""
+    answer = client.get(HISTORY, params=parameters, headers={"Accept": accept})
+    assert answer.headers["content-type"].partition(";")[0] == media_type
+    assert "Accept" in answer.headers["vary"]
+
+
+def test_csv_has_the_same_rows_and_is_no_spreadsheet_program(client: TestClient) -> None:
+    """Exact amounts; text that a spreadsheet would take for a formula is quoted, a negative number is not."""
+    for number in range(3):
+        _store_snapshot(INSTANT + timedelta(hours=number), total_profit_loss="-0.00000001")
+        _store_archive(INSTANT + timedelta(hours=number))
+    with get_db() as db:
+        db.execute(text("UPDATE portfolio_history SET source = '=HYPERLINK(\"http://x\")' WHERE id = 3"))
+    answer = client.get(f"{HISTORY}?format=csv&limit=2")
+    rows = list(csv.DictReader(io.StringIO(answer.text)))
+    archives = list(csv.DictReader(io.StringIO(client.get(f"{ARCHIVES}?format=csv").text)))
+
+    expected = get_portfolio_history(2)
+    assert [(int(row["id"]), float(row["balance"])) for row in rows] == [
+        (row["id"], row["balance"]) for row in expected
+    ]
+    assert (rows[0]["source"], rows[0]["total_profit_loss"], rows[0]["sequence"]) == (
+        '\'=HYPERLINK("http://x")',
+        "-0.00000001",
+        "",
+    )
+    assert "format=csv" in answer.links["next"]["url"]
+    assert answer.headers["content-disposition"] == 'attachment; filename="portfolio-history.csv"'
+    assert json.loads(archives[0]["signals_data"]) == [a_signal()]
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "words"),
+    [
+        (f"{HISTORY}?limit=0", 422, ["limit: ", "greater than or equal to 1"]),
+        (f"{HISTORY}?limit=1001", 422, ["limit: ", "1000"]),
+        (f"{HISTORY}?limit=ten", 422, ["limit: "]),
+        (f"{HISTORY}?limti=10", 422, ["limti: "]),
+        (f"{HISTORY}?portfolio_id=9223372036854775808", 422, ["portfolio_id: "]),
+        (f"{HISTORY}?since=yesterday", 422, ["since: is not a time such as"]),
+        (f"{HISTORY}?since=1700000000", 422, ["since: "]),
+        (f"{HISTORY}?until=" + "9" * 300, 422, ["until: "]),
+        (f"{HISTORY}?daily=first", 422, ["daily: "]),
+        (f"{HISTORY}?cursor=" + "A" * 201, 422, ["cursor: "]),
+        (f"{SIGNALS}", 422, ["market_id: "]),
+        (f"{SIGNALS}?market_id=%00", 422, ["market_id: "]),
+        (f"{SIGNALS}?market_id=" + "9" * 201, 422, ["market_id: "]),
+        (f"{HISTORY}?x=" + "9" * 5000, 414, ["4096 bytes"]),
+        (f"{HISTORY}/", 404, []),
+        ("/docs", 404, []),
+    ],
+)
+def test_what_is_wrong_is_told_as_a_problem(client: TestClient, url: str, status: int, words: list[str]) -> None:
+    _require_problem(client.get(url), status, *words)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
+def test_nothing_can_be_written(client: TestClient, method: str) -> None:
+    """405 with what is allowed; and the API's own connections could not, if they wanted."""
+    answer = client.request(method, HISTORY)
+    _require_problem(answer, 405)
+    assert answer.headers["allow"] == "GET"
+    with pytest.raises(StoreUnavailable, match="read-only"), get_reader() as db:
+        db.execute(text("INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'absorbed')"))
+
+
+def _tampered(cursor: str) -> list[str]:
+    flipped = [cursor[:n] + ("A" if cursor[n] != "A" else "B") + cursor[n + 1 :] for n in range(len(cursor))]
+    return [*flipped, cursor[:-1], cursor + "A", cursor[1:], "", "=", "%00", "🌉", "e30", "../..", "null"]
+
+
+def test_a_cursor_that_was_tampered_with_is_refused(client: TestClient) -> None:
+    """Every single change of a character; and a cursor of another listing."""
+    for number in range(3):
+        _store_snapshot(INSTANT + timedelta(hours=number))
+        _store_archive(INSTANT + timedelta(hours=number))
+    link = client.get(f"{HISTORY}?limit=1").links["next"]["url"]
+    cursor = link.partition("cursor=")[2]
+
+    statuses = {client.get(HISTORY, params={"cursor": one}).status_code for one in _tampered(cursor)}
+
+    assert statuses == {422}
+    for url in (f"{HISTORY}?daily=last", f"{ARCHIVES}?limit=1", f"{SIGNALS}?market_id=1"):
+        _require_problem(client.get(f"{url}&cursor={cursor}"), 422, "cursor: belongs to another listing")
+
+
+def test_answers_carry_headers_that_keep_browsers_in_check(client: TestClient) -> None:
+    """Also those that are errors. No other site may read them unless it is named."""
+    for url in ("/healthz", HISTORY, f"{HISTORY}?limit=0", "/nowhere"):
+        headers = client.get(url, headers={"Origin": "https://evil.example"}).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+        assert "access-control-allow-origin" not in headers
+    assert client.get(HISTORY).headers["cache-control"] == "private, no-cache"
+
+
+def test_origins_that_are_set_may_read(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HISTORY_API_CORS_ORIGINS", "https://a.example, https://b.example")
+    with TestClient(app) as client:
+        allowed = client.get(HISTORY, headers={"Origin": "https://b.example"}).headers
+        preflight = client.options(
+            HISTORY,
+            headers={
+                "Origin": "https://a.example",
+                "Access-Control-Request-Method": "GET",
+                "Access-Control-Request-Headers": "authorization",
+            },
+        )
+        other = client.get(HISTORY, headers={"Origin": "https://c.example"}).headers
+    assert allowed["access-control-allow-origin"] == "https://b.example"
+    assert "Link" in allowed["access-control-expose-headers"]
+    assert preflight.status_code == 200
+    assert "access-control-allow-origin" not in other
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer wrong",
+        "Basic czNjcmV0",
+        "Bearer s3cret-token2",
+        "Bearer s3cret-toke",
+        "Bearer \xe9",
+    ],
+)
+def test_a_token_that_is_missing_or_wrong_is_refused(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, given: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before anything else is looked at; health stays open to those that watch it."""
+    monkeypatch.setenv("HISTORY_API_TOKEN", "s3cret-token")
+    headers: dict[bytes, bytes] = {} if given is None else {b"Authorization": given.encode("latin-1")}
+    with TestClient(app) as client:
+        for url in (HISTORY, f"{ARCHIVES}?limit=0", SIGNALS):
+            answer = client.get(url, headers=headers)
+            _require_problem(answer, 401)
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert "s3cret" not in answer.text
+        assert [client.get(url).status_code for url in ("/healthz", "/readyz")] == [200, 200]
+        assert client.get(HISTORY, headers={"Authorization": "Bearer s3cret-token"}).status_code == 200
+    assert "s3cret" not in caplog.text
+
+
+def test_a_token_that_no_header_can_carry_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from producers.errors import SettingsError
+
+    monkeypatch.setenv("HISTORY_API_TOKEN", "two words")
+    with (
+        pytest.raises(SettingsError, match="^HISTORY_API_TOKEN: must be ASCII without blanks") as caught,
+        TestClient(app),
+    ):
+        pass
+    assert "two" not in str(caught.value)
+
+
+def test_another_app_can_include_the_router(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a prefix of its own; pages, problems and the token work there too."""
+    host = FastAPI()
+    host.include_router(router, prefix="/bot")
+    for number in range(3):
+        _store_snapshot(INSTANT + timedelta(hours=number))
+    with TestClient(host) as client:
+        assert len(_all(client, f"/bot{HISTORY}?limit=2")) == 3
+        _require_problem(client.get(f"/bot{HISTORY}?limit=0"), 422)
+        monkeypatch.setenv("HISTORY_API_TOKEN", "s3cret-token")
+        _require_problem(client.get(f"/bot{HISTORY}"), 401)
+
+
+def test_a_defect_tells_nothing_of_itself(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: object) -> None:
+        raise RuntimeError("the password is s3cret")
+
+    monkeypatch.setattr("consumers.api.read_page", defect)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        answer = client.get(HISTORY)
+    _require_problem(answer, 500)
+    assert "s3cret" not in answer.text
+
+
+def test_health_and_readiness(client: TestClient, redis: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ready needs the tables, and Redis only where it is set."""
+    ready = client.get("/readyz").json()
+    monkeypatch.setenv("REDIS_URL", "redis://me:s3cret@127.0.0.1:1")
+    without_redis = client.get("/readyz")
+    monkeypatch.delenv("REDIS_URL")
+    assert (ready, client.get("/readyz").json()) == (
+        {"status": "ok", "database": "ok", "redis": "ok"},
+        {"status": "ok", "database": "ok"},
+    )
+    _require_problem(without_redis, 503, "redis")
+    assert "s3cret" not in without_redis.text
+    with engine().begin() as db:
+        db.execute(text("DROP TABLE signal_archives"))
+    _require_problem(client.get("/readyz"), 503, "database")
+    _require_problem(client.get(ARCHIVES), 503)
+    assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_a_role_that_may_only_select_is_enough(
+    client: TestClient, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The API needs no other right."""
+    from sqlalchemy import make_url
+
+    from consumers import connection
+
+    _store_snapshot(INSTANT)
+    _store_archive(INSTANT)
+    with get_db() as db:
+        db.execute(text("CREATE ROLE only_looks LOGIN"))
+        db.execute(text("GRANT SELECT ON portfolio_history, signal_archives TO only_looks"))
+    try:
+        url = make_url(database_url).set(username="only_looks").render_as_string(hide_password=False)
+        monkeypatch.setenv("DATABASE_URL", url)
+        connection.engine().dispose()
+        connection.engine.cache_clear()
+        urls = (HISTORY, f"{HISTORY}?daily=last", ARCHIVES, f"{SIGNALS}?market_id=510372")
+        assert [len(client.get(one).json()) for one in urls] == [1, 1, 1, 1]
+        assert client.get("/readyz").status_code == 200
+    finally:
+        connection.reader().dispose()
+        connection.engine().dispose()
+        connection.engine.cache_clear()
+        monkeypatch.setenv("DATABASE_URL", database_url)
+        with get_db() as db:
+            db.execute(text("DROP OWNED BY only_looks"))
+            db.execute(text("DROP ROLE only_looks"))

@@ -1,0 +1,122 @@
+"""The API while PostgreSQL is gone, frozen, busy or restarted: 503 in seconds, and well again by itself."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from fastapi.testclient import TestClient
+from httpx2 import Response
+from sqlalchemy import create_engine, make_url, text
+
+from consumers import api, connection
+from tests.faults.proxy import Proxy
+
+HISTORY = "/trading/portfolio-history"
+
+
+@pytest.fixture
+def proxy(
+    database_url: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Proxy]:
+    """Between the API and PostgreSQL; the settings name it."""
+    url = make_url(database_url)
+    folder = Path("/tmp", f"th-{os.getpid()}-{time.monotonic_ns()}")
+    folder.mkdir()
+    between = Proxy(folder / ".s.PGSQL.5432", Path(str(url.query["host"])) / ".s.PGSQL.5432")
+    with between.running():
+        monkeypatch.setenv(
+            "DATABASE_URL", f"postgresql://{url.username}@/{url.database}?host={quote(str(folder), safe='')}"
+        )
+        yield between
+        connection.reader().dispose()
+        connection.engine.cache_clear()
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+def _require_unavailable(answer: Response) -> None:
+    assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json"), answer.text
+    assert int(answer.headers["retry-after"]) > 0
+    for secret in ("psycopg", "SELECT", "portfolio_history", "socket", "/tmp", "server"):
+        assert secret not in answer.text
+
+
+def test_a_database_that_is_gone_is_503_at_once_and_200_when_it_is_back(proxy: Proxy) -> None:
+    """Whatever is asked; the process itself is well."""
+    with TestClient(api.app) as client:
+        assert client.get(HISTORY).status_code == 200
+        proxy.set_mode("refuse")
+        proxy.cut()
+        began = time.monotonic()
+        for url in (
+            HISTORY,
+            f"{HISTORY}?daily=last",
+            "/trading/signal-archives",
+            "/trading/signals?market_id=1",
+            "/readyz",
+        ):
+            _require_unavailable(client.get(url))
+        assert client.get("/healthz").status_code == 200
+        assert time.monotonic() - began < 2
+        proxy.set_mode("pass")
+        assert [client.get(url).status_code for url in (HISTORY, "/readyz")] == [200, 200]
+
+
+def test_a_restarted_database_is_not_even_noticed(proxy: Proxy) -> None:
+    """A connection that broke while it was idle is replaced."""
+    with TestClient(api.app) as client:
+        assert client.get(HISTORY).status_code == 200
+        proxy.cut()
+        assert client.get(HISTORY).status_code == 200
+
+
+def test_a_frozen_database_is_503_after_seconds(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is connected and never answers: whoever asks is not kept for ever, and the next one neither."""
+    monkeypatch.setattr(api, "READ_SECONDS", 0.5)
+    with TestClient(api.app) as client:
+        assert client.get(HISTORY).status_code == 200
+        proxy.set_mode("swallow")
+        began = time.monotonic()
+        _require_unavailable(client.get(HISTORY))
+        assert time.monotonic() - began < 10
+        proxy.set_mode("pass")
+        assert client.get(HISTORY).status_code == 200
+
+
+def test_a_statement_that_takes_too_long_is_ended(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By PostgreSQL itself; here behind a lock that somebody holds."""
+    monkeypatch.setattr(connection, "READ_SECONDS", 0.4)
+    holder = create_engine(make_url(database_url).set(drivername="postgresql+psycopg2"))
+    with TestClient(api.app) as client:
+        with holder.begin() as db:
+            db.execute(text("LOCK TABLE portfolio_history IN ACCESS EXCLUSIVE MODE"))
+            answer = client.get(HISTORY)
+        _require_unavailable(answer)
+        assert "took too long" in answer.json()["detail"]
+        assert client.get(HISTORY).status_code == 200
+    holder.dispose()
+
+
+def test_more_requests_than_connections_all_get_an_answer(database_url: str) -> None:
+    """They wait for one another, or are told to come back; no connection is lost by it."""
+    with TestClient(api.app) as client, ThreadPoolExecutor(30) as pool:
+        together = threading.Barrier(30)
+
+        def ask(_: int) -> int:
+            together.wait(20)
+            return client.get(HISTORY).status_code
+
+        assert set(pool.map(ask, range(30))) == {200}
+    with connection.get_db() as db:
+        opened = db.execute(
+            text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
+        ).scalar_one()
+    assert opened <= 8

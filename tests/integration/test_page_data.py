@@ -1,0 +1,373 @@
+"""What the page's endpoints tell, against a real database."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from redis import Redis
+from rq import Queue
+from rq.serializers import JSONSerializer
+from sqlalchemy import TextClause, text
+
+from consumers.api import create_app
+from consumers.connection import engine, get_db
+from consumers.page import archive_queries, queries, signals, state_queries
+from consumers.page import curve as curves
+from producers.history_producer import HistoryProducer
+from tests.factories import a_signal, a_snapshot
+from tests.histories import START, store_archive, store_many, store_rejection, store_values
+
+
+@pytest.fixture
+def client(database_url: str) -> Iterator[TestClient]:
+    with TestClient(create_app()) as client:
+        yield client
+
+
+def _get(client: TestClient, path: str, **values: Any) -> Any:
+    response = client.get(f"/page/{path}", params=values)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def _iso(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat()
+
+
+def test_amounts_are_exact_and_times_are_utc_with_offset(client: TestClient) -> None:
+    """No float on the way, no zeros that nobody recorded."""
+    store_values(["999999999999.12345678", "10.10"])
+    told = _get(client, "curve", portfolio=1)
+    assert told["total_value"] == ["999999999999.12345678", "10.1"]
+    assert told["at"] == [_iso(START), _iso(START + timedelta(days=1))]
+    assert told["at"][0].endswith("+00:00")
+
+
+def test_a_thinned_curve_keeps_the_true_extremes(client: TestClient) -> None:
+    """Highest, lowest and deepest drawdown are those of all rows; every point is one of them."""
+    dice = random.Random(7)
+    values: list[Decimal] = [Decimal(10_000)]
+    for _ in range(2_999):
+        values.append(max(values[-1] + Decimal(dice.randint(-4_000, 4_000)) / 100, Decimal(1)))
+    values[1_234] = Decimal(60_000)  # one snapshot high
+    values[2_345] = Decimal("0.5")  # and one low
+    with get_db() as db:
+        db.execute(
+            text("""INSERT INTO portfolio_history (event_id, source, portfolio_id, snapshot_date, "timestamp", balance,
+                total_invested, total_profit_loss, total_value, open_positions, trade_count)
+                SELECT gen_random_uuid(), 'x', 1, CAST(at AS date), at, 1, 1, 1, value, 1, 1
+                FROM (SELECT CAST(:start AS timestamptz) + number * interval '1 minute' AS at, value
+                    FROM unnest(CAST(:values AS numeric[])) WITH ORDINALITY AS given (value, number)) AS timed"""),
+            {"start": START, "values": values},
+        )
+    told = _get(client, "curve", portfolio=1, buckets=50)
+
+    peak, deepest = Decimal(0), 0.0
+    for value in values:
+        peak = max(peak, value)
+        deepest = min(deepest, float(value / peak - 1))
+    drawn = [Decimal(one) for one in told["total_value"]]
+    assert told["snapshots"] == 3_000
+    assert len(drawn) <= 250
+    assert (max(drawn), min(drawn)) == (max(values), min(values))
+    assert min(told["drawdown"]) == pytest.approx(deepest, abs=1e-6)
+    minutes = [(datetime.fromisoformat(at) - START) // timedelta(minutes=1) for at in told["at"]]
+    assert minutes == sorted(set(minutes))
+    assert [values[minute - 1] for minute in minutes] == drawn
+
+    # A narrower range starts with the drawdown from the peak before it, and draws its neighbours.
+    since, until = START + timedelta(minutes=2_000), START + timedelta(minutes=2_010)
+    zoomed = _get(client, "curve", portfolio=1, since=_iso(since), until=_iso(until), buckets=1000)
+    assert zoomed["snapshots"] == 11
+    assert [Decimal(one) for one in zoomed["total_value"]] == values[1_998:2_011]
+    assert zoomed["drawdown"][1] == pytest.approx(float(values[1_999] / 60_000 - 1), abs=1e-6)
+
+
+def test_balance_keeps_its_peaks_on_demand(client: TestClient) -> None:
+    """Asked for, its extreme is drawn although the total value is flat."""
+    store_many(500, step="1 minute")
+    with get_db() as db:
+        db.execute(
+            text("UPDATE portfolio_history SET total_value = 5, balance = CASE sequence WHEN 225 THEN 77 ELSE 1 END")
+        )
+    assert "77" not in _get(client, "curve", portfolio=1, buckets=10)["balance"]
+    assert "77" in _get(client, "curve", portfolio=1, buckets=10, parts=True)["balance"]
+
+
+def test_gaps_are_told_and_are_never_zero(client: TestClient) -> None:
+    """A whole day without a snapshot is one; so is an outage among cycles of minutes."""
+    store_values([100, 101, None, 103, 104])
+    assert _get(client, "curve", portfolio=1)["after_gap"] == [2]
+    store_values([100] * 30 + [None] * 30 + [100] * 30, step=timedelta(minutes=1), portfolio=2)
+    told = _get(client, "curve", portfolio=2, buckets=1000)
+    assert told["after_gap"] == [30]
+    assert "0" not in told["total_value"]
+
+
+def test_daily_profit_and_loss_is_of_closes_and_says_over_how_many_days(client: TestClient) -> None:
+    """The last snapshot of a date is its close; days without one have no entry."""
+    store_values([100, 90, "110.25"], step=timedelta(hours=1))
+    store_values([None, "105.05", None, 120])
+    assert _get(client, "daily", portfolio=1) == {
+        "date": ["2026-06-01", "2026-06-02", "2026-06-04"],
+        "close": ["110.25", "105.05", "120"],
+        "profit_loss": [None, "-5.20", "14.95"],
+        "days": [None, 1, 2],
+    }
+
+
+def test_portfolios_with_and_without_a_number(client: TestClient) -> None:
+    """All are found, by number, the one without last."""
+    assert _get(client, "portfolios") == []
+    for portfolio, value in ((7, 1), (None, 2), (-3, 3)):
+        store_values([value], portfolio=portfolio)
+    told = _get(client, "portfolios")
+    assert [(one["portfolio"], one["total_value"]) for one in told] == [("-3", "3"), ("7", "1"), ("none", "2")]
+    assert _get(client, "curve", portfolio="none")["total_value"] == ["2"]
+    assert _get(client, "curve", portfolio=-3)["total_value"] == ["3"]
+    assert client.get("/page/curve", params={"portfolio": 4}).status_code == 404
+
+
+def test_too_many_snapshots_are_drawn_as_closes_until_the_range_is_narrow(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the answer says which it is; the drawdown of a narrow range still knows the earlier closes."""
+    monkeypatch.setattr(curves, "MOST_SNAPSHOTS", 400)
+    store_values([1000], start=START - timedelta(days=30))
+    store_values([100] * 500, step=timedelta(hours=1))
+    whole = _get(client, "curve", portfolio=1)
+    assert (whole["closes_only"], whole["snapshots"], len(whole["at"])) == (True, None, 23)
+    assert min(whole["drawdown"]) == -0.9
+    since = START + timedelta(days=10)
+    narrow = _get(client, "curve", portfolio=1, since=_iso(since), until=_iso(since + timedelta(hours=5)))
+    assert (narrow["closes_only"], narrow["snapshots"]) == (False, 6)
+    assert set(narrow["drawdown"]) == {-0.9}
+
+
+def test_archives_by_month_and_page(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts by month, the archives newest first, and every one of them once."""
+    monkeypatch.setattr("consumers.page.routes.ARCHIVES_AT_ONCE", 3)
+    ids = [store_archive([a_signal()], at=START + timedelta(hours=hour)) for hour in range(7)]
+    store_archive([a_signal()], at=datetime(2026, 7, 1, tzinfo=UTC), portfolio=None)
+    assert _get(client, "months") == [{"month": "2026-07", "archives": 1}, {"month": "2026-06", "archives": 7}]
+    seen: list[int] = []
+    before: dict[str, Any] = {}
+    while True:
+        told = _get(client, "archives", month="2026-06", **before)
+        seen += [one["id"] for one in told["archives"]]
+        if not told["more"]:
+            break
+        before = {"before_at": told["archives"][-1]["archived_at"], "before_id": told["archives"][-1]["id"]}
+    assert seen == ids[::-1]
+
+
+def test_an_archive_at_the_edge_of_a_month_is_found_in_the_month_of_its_own_offset(client: TestClient) -> None:
+    """Its UTC time may lie in the next month or in the one before."""
+    local = datetime.fromisoformat("2026-07-01T03:00:00+05:00")
+    store_archive([a_signal()], at=local)
+    assert _get(client, "months") == [{"month": "2026-07", "archives": 1}]
+    assert len(_get(client, "archives", month="2026-07")["archives"]) == 1
+
+
+def test_a_search_goes_through_the_month_piece_by_piece(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each match once, newest archive first, whatever ends a piece: enough found, or enough read."""
+    monkeypatch.setattr(signals, "MOST_FOUND", 2)
+    monkeypatch.setattr("consumers.page.routes.MOST_ARCHIVES", 3)
+    monkeypatch.setattr(signals, "MOST_ARCHIVES", 3)
+    for hour in range(10):
+        store_archive(
+            [a_signal(market_question=f"ÖFFNET {hour}/{number}?") for number in range(3)]
+            + [a_signal(market_question="nothing")]
+            if hour % 4 == 0
+            else [a_signal(market_question="nothing")],
+            at=START + timedelta(hours=hour),
+        )
+    found: list[str] = []
+    after: dict[str, Any] | None = {}
+    requests = 0
+    while after is not None and requests < 20:
+        told = _get(client, "signals", month="2026-06", q="öffnet", **after)
+        found += [one["fields"]["market_question"] for one in told["signals"]]
+        after = told["after"]
+        requests += 1
+    assert found == [f"ÖFFNET {hour}/{number}?" for hour in (8, 4, 0) for number in range(3)]
+
+
+def test_signals_keep_their_digits_and_their_bounds(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers as they were archived; long texts and many fields are cut."""
+    archive = store_archive([a_signal(yes_price=Decimal("0.30000000000000000004"), reason="x" * 5_000, event_id=None)])
+    (one,) = _get(client, f"archives/{archive}")["signals"]
+    assert one["fields"]["yes_price"] == "0.30000000000000000004"
+    assert len(one["fields"]["reason"]) == 2_001
+    assert one["fields"]["event_id"] is None
+    monkeypatch.setattr(signals, "MOST_FIELDS", 3)
+    assert len(_get(client, f"archives/{archive}")["signals"][0]["fields"]) == 3
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "curve", "curve?portfolio=x", "curve?portfolio=99999999999999999999", "curve?portfolio=1&buckets=100000",
+        "curve?portfolio=1&since=2026-01-01T00:00:00", "curve?portfolio=1&since=0001-01-01T00:00:00Z",
+        "curve?portfolio=1&since=2026-01-02T00:00:00Z&until=2026-01-01T00:00:00Z",
+        "archives?month=2026-13", "archives?month=0000-01", "signals?month=2026-06&q=%00",
+        "signals?month=2026-06&archive=-1",
+        f"signals?month=2026-06&q={'x' * 101}", "archives/99999999999999999999",
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_before_it_reaches_the_database(client: TestClient, path: str) -> None:
+    """As the client's mistake, never as a failure of ours."""
+    store_values([1])
+    assert client.get(f"/page/{path}").status_code == 422
+
+
+def test_an_answer_that_has_not_changed_is_not_sent_again(client: TestClient) -> None:
+    """304 for the tag that the browser has; compressed when it is worth it."""
+    store_values([1])
+    first = client.get("/page/newest")
+    again = client.get("/page/newest", headers={"If-None-Match": first.headers["ETag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    store_many(200, portfolio=2)
+    assert client.get("/page/curve?portfolio=2").headers["Content-Encoding"] == "gzip"
+    assert (
+        "Content-Encoding" not in client.get("/page/curve?portfolio=2", headers={"Accept-Encoding": "identity"}).headers
+    )
+
+
+def test_newest_tells_of_rows_that_came_late(client: TestClient) -> None:
+    """A row of a lower id than the newest, committed after it, is news too."""
+    store_many(3)
+    before = _get(client, "newest")
+    with get_db() as db:
+        db.execute(text("UPDATE portfolio_history SET id = -id WHERE id = 1"))
+        db.execute(text("SELECT pg_stat_force_next_flush()"))
+    after = _get(client, "newest")
+    assert after["snapshots"] != before["snapshots"]
+    assert after["archives"] == before["archives"]
+
+
+def test_a_database_without_tables_or_gone_is_one_readable_line(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503 with the reason, as a problem; the page itself still comes."""
+    with TestClient(create_app()) as client:
+        response = client.get("/page/portfolios")
+        assert (response.status_code, response.headers["Content-Type"]) == (503, "application/problem+json")
+        assert "trading-history init-db" in response.json()["detail"]
+        engine.cache_clear()
+        monkeypatch.setenv("DATABASE_URL", "postgresql://someone:s3cret@127.0.0.1:1/x")
+        response = client.get("/page/portfolios")
+        assert response.status_code == 503
+        assert "s3cret" not in response.text
+        assert client.get("/").status_code == 200
+
+
+def test_the_page_reads_only(client: TestClient) -> None:
+    """Its transactions cannot write."""
+    with pytest.raises(Exception, match="read-only"), queries.reading() as db:
+        db.execute(text("DELETE FROM portfolio_history"))
+
+
+def test_health_tells_of_queue_outbox_and_rejections(
+    client: TestClient, redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part by itself, with reasons."""
+    monkeypatch.setenv("HISTORY_OUTBOX", "outbox.db")
+    monkeypatch.setenv("HISTORY_DASHBOARD_URL", "https://rq.example/")
+    producer.record(a_snapshot())
+    producer.flush(10)
+    store_values([1])
+    for number in range(25):
+        store_rejection(f"job-{number}", f"reason {number}")
+    told = _get(client, "health")
+    assert told["redis"] | {"oldest_waiting_seconds": None} == {
+        "queued": 1, "held": 0, "oldest_waiting_seconds": None, "failed": 0, "workers": 0,
+    }  # fmt: skip
+    assert 0 <= told["redis"]["oldest_waiting_seconds"] < 60
+    assert (told["outbox"]["pending"], told["outbox"]["sent"]) == (0, 1)
+    assert told["database"]["rejections"]["count"] == 25
+    assert len(told["database"]["rejections"]["newest"]) == 20
+    assert told["database"]["last_stored"]["seconds"] > 0
+    assert told["dashboard_url"] == "https://rq.example/"
+
+
+def test_health_without_redis_and_without_an_answer_from_it(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not set is told from not reachable; a link that would run as script is refused."""
+    assert _get(client, "health")["redis"] is None
+    monkeypatch.setenv("REDIS_URL", "redis://:s3cret@127.0.0.1:1/0")
+    told = _get(client, "health")
+    assert "Connection" in told["redis"]["error"]
+    assert "s3cret" not in json.dumps(told)
+    monkeypatch.setenv("HISTORY_DASHBOARD_URL", "javascript:alert(1)")
+    assert client.get("/page/health").status_code == 503
+
+
+def test_a_job_that_cannot_be_read_at_the_front_does_not_hide_the_queue(client: TestClient, redis: Redis) -> None:
+    """Its age is unknown; the count is not."""
+    redis.rpush(Queue("history", connection=redis, serializer=JSONSerializer).key, "no-such-job")
+    told = _get(client, "health")["redis"]
+    assert (told["queued"], told["oldest_waiting_seconds"]) == (1, None)
+
+
+def test_every_query_goes_along_an_index(client: TestClient) -> None:
+    """Nothing reads a whole table, so the page does not grow slower with other portfolios' rows."""
+    for portfolio in range(20):
+        store_many(2_000, portfolio=portfolio)
+    with get_db() as db:
+        db.execute(
+            text("""INSERT INTO signal_archives (event_id, source, archived_at, archive_month, signals_count,
+                    signals_data)
+                SELECT gen_random_uuid(), 'x', at, to_char(at, 'YYYY-MM'), 1, '[{"a": 1}]'
+                FROM (SELECT CAST(:start AS timestamptz) + number * interval '30 minutes' AS at
+                    FROM generate_series(1, 20000) AS number) AS timed"""),
+            {"start": START},
+        )
+        db.execute(
+            text("""INSERT INTO event_outcomes (job_id, outcome, reason) SELECT 'j' || number,
+                CASE WHEN number % 1000 = 0 THEN 'rejected' ELSE 'absorbed' END, 'x'
+                FROM generate_series(1, 50000) AS number""")
+        )
+    with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        db.exec_driver_sql("VACUUM ANALYZE")
+    of = queries._of
+    dates = {"since": date(2026, 6, 2), "until": date(2026, 6, 5), "limit": 10, "portfolio": 3}
+    month = archive_queries._around(date(2026, 7, 1)) | {"at": START + timedelta(days=90), "id": 5, "limit": 50}
+    bucket = {
+        "from_date": date.min,
+        "to_date": date.max,
+        "peak": None,
+        "start": 0,
+        "width": 1,
+        "buckets": 9,
+        "portfolio": 3,
+    }
+    statements: list[tuple[TextClause, dict[str, Any]]] = [
+        (queries._PORTFOLIOS, {"limit": 9}),
+        (of(3, queries._EXTENT), {"portfolio": 3}),
+        (of(3, queries._COUNT), dates),
+        (of(3, queries._CLOSES), dates),
+        (of(3, queries._BUCKETS.replace("{parts}", "")), bucket),
+        (queries._SNAPSHOTS, {"ids": [1, 2]}),
+        (archive_queries._MONTHS, {"limit": 9}),
+        (archive_queries._LISTED, month),
+        (archive_queries._SEARCHED, month),
+        (archive_queries._ONE, {"id": 1}),
+        (state_queries._LAST_STORED, {}),
+        (state_queries._REJECTIONS, {"limit": 9}),
+        (state_queries._COUNT_REJECTIONS, {"limit": 9}),
+        (state_queries._NEWEST, {}),
+    ]
+    with queries.reading() as db:
+        for statement, values in statements:
+            plan = "\n".join(db.execute(text(f"EXPLAIN {statement.text}"), values).scalars())
+            for table in ("portfolio_history", "signal_archives", "event_outcomes"):
+                assert f"Seq Scan on {table}" not in plan, plan

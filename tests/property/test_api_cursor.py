@@ -1,0 +1,33 @@
+"""Cursors: whatever place they hold comes back, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumers.api.cursor import MAX_LENGTH, decode_cursor, encode_cursor
+from consumers.api.problems import Problem
+from consumers.listings import SIGNAL_KEYS, SNAPSHOT_KEYS
+
+_bigints = st.integers(-(2**63), 2**63 - 1)
+_instants = st.datetimes(datetime(1970, 1, 1), datetime(9998, 12, 31), timezones=st.just(UTC))
+
+
+@given(day=st.dates(), moment=_instants, row_id=_bigints)
+def test_a_place_comes_back_as_it_went_in(day: object, moment: datetime, row_id: int) -> None:
+    """To the microsecond, and short enough to be taken again."""
+    place = dict(zip(SNAPSHOT_KEYS, (day, moment, row_id), strict=True))
+    cursor = encode_cursor("snapshots", place)
+    assert decode_cursor("snapshots", SNAPSHOT_KEYS, cursor) == place
+    assert len(cursor) <= MAX_LENGTH
+
+
+@given(st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: raw.decode("latin-1")))
+def test_anything_else_is_a_problem_of_the_one_who_asks(text: str) -> None:
+    """Never an error of another kind."""
+    with pytest.raises(Problem) as refused:
+        decode_cursor("signals", SIGNAL_KEYS, text)
+    assert refused.value.status == 422

@@ -1,0 +1,100 @@
+"""Where the curve is interrupted, and what is drawn of each bucket: without a database."""
+
+from __future__ import annotations
+
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consumers.page.curve import chosen, drawdown, starts_after_gaps
+from consumers.page.daily import daily_profit_loss
+from consumers.page.files import content
+from consumers.page.queries import Bucket, Snapshot
+from consumers.page.signals import find
+
+
+def _buckets(times: list[float], width: float, inside: int = 10**8) -> list[Bucket]:
+    """As the query makes them of rows whose ids count up from 1 and whose value is their time."""
+    buckets: dict[int, list[tuple[float, int, float]]] = {}
+    for row_id, at in enumerate(times, start=1):
+        number = max(min(int(at // width), inside), -1)
+        buckets.setdefault(number, []).append((at, row_id, at))
+    return [
+        Bucket(number, len(rows), rows[0], rows[-1], [rows[0], rows[-1]]) for number, rows in sorted(buckets.items())
+    ]
+
+
+def test_a_step_far_longer_than_the_ten_before_it_is_told() -> None:
+    """Three times the longest is the limit; fewer than ten steps tell nothing yet."""
+    even = [float(number) for number in range(11)]
+    assert starts_after_gaps(_buckets([*even, 13.0], 0.5), 0.5)[12] is False
+    assert starts_after_gaps(_buckets([*even, 13.1], 0.5), 0.5)[12] is True
+    assert starts_after_gaps(_buckets([*even[:9], 40.0], 0.5), 0.5)[10] is False
+
+
+def test_a_step_that_no_screen_can_show_is_no_gap() -> None:
+    """It is narrower than a bucket."""
+    times = [number * 0.01 for number in range(100)] + [3.0, 3.01]
+    assert starts_after_gaps(_buckets(times, 5.0), 5.0) == {}
+    assert starts_after_gaps(_buckets(times, 0.5), 0.5) == {101: True}
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60, unique=True), st.floats(0.1, 1e5))
+def test_every_wide_step_is_found_and_both_its_ends_are_drawn(times: list[float], width: float) -> None:
+    """Whatever the buckets are."""
+    times.sort()
+    buckets = _buckets(times, width)
+    wide = {row_id + 1 for row_id, (a, b) in enumerate(pairwise(times), start=1) if b - a > width}
+    assert set(starts_after_gaps(buckets, width)) == wide
+    drawn = chosen(buckets, 10**8 + 1)
+    assert {end for row_id in wide for end in (row_id, row_id - 1)} <= set(drawn)
+
+
+def test_of_the_rows_outside_only_the_neighbours_are_drawn() -> None:
+    """The last before the range, the first after it."""
+    times = [-3.0, -2.0, 0.5, 1.5, 2.5, 3.5, 4.5]
+    assert set(chosen(_buckets(times, 1.0, inside=3), 3)) == {2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize(
+    ("value", "peak", "lost"), [(75, 100, -0.25), (100, 100, 0), (-50, 100, -1.5), (-5, -1, None), (0, 0, None)]
+)
+def test_drawdown_is_the_part_of_the_peak_that_is_lost(value: float, peak: float, lost: float | None) -> None:
+    """Without a positive peak there is nothing to lose a part of."""
+    assert drawdown(value, peak) == lost
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.decimals(-1000, 1000, places=8)), min_size=1, max_size=30))
+def test_profits_and_losses_add_up_to_the_whole_change(steps: list[tuple[int, Decimal]]) -> None:
+    """Exactly, over gaps too; and the days add up to the whole time."""
+    closes = []
+    day = date(2026, 1, 1).toordinal()
+    for number, (days, value) in enumerate(steps):
+        day += days if number else 0
+        moment = datetime(2026, 1, 1, tzinfo=UTC)
+        closes.append(Snapshot(number, date.fromordinal(day), moment, value, Decimal(0), Decimal(0)))
+    told = daily_profit_loss(closes)
+    assert (told[0].profit_loss, told[0].days) == (None, None)
+    assert (
+        sum((one.profit_loss for one in told if one.profit_loss is not None), Decimal(0)) == steps[-1][1] - steps[0][1]
+    )
+    assert sum(one.days or 0 for one in told) == day - date(2026, 1, 1).toordinal()
+
+
+def test_nothing_to_search_is_found_whole() -> None:
+    """An empty month ends at once."""
+    assert find(iter([]), "x", None) == find(iter([]), "", None)
+
+
+def test_the_page_names_the_sums_of_the_chart_library() -> None:
+    """A browser takes no other file, so a new version must come with its sums."""
+    from base64 import b64encode
+    from hashlib import sha256
+
+    page = content("index.html").decode()
+    for name in ("uplot.js", "uplot.css"):
+        assert f'integrity="sha256-{b64encode(sha256(content(name)).digest()).decode()}"' in page
