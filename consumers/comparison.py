@@ -15,12 +15,13 @@ from producers.fields import readable
 _SHOWN_CHARACTERS = 80
 
 _SNAPSHOT_ROWS = text("""
-    SELECT id, snapshot_date, "timestamp", balance, total_invested, total_profit_loss, total_value, open_positions,
-        trade_count
+    SELECT id, portfolio_id, snapshot_date, "timestamp", balance, total_invested, total_profit_loss, total_value,
+        open_positions, trade_count
     FROM portfolio_history WHERE id = ANY (:row_ids)
 """)
 _ARCHIVE_ROWS = text("""
-    SELECT id, archived_at, CAST(signals_data AS text) AS signals FROM signal_archives WHERE id = ANY (:row_ids)
+    SELECT id, portfolio_id, archived_at, archive_month, signals_count, CAST(signals_data AS text) AS signals
+    FROM signal_archives WHERE id = ANY (:row_ids)
 """)
 
 
@@ -45,8 +46,9 @@ def field_differences(db: Connection, differing: Sequence[tuple[Event, int]]) ->
 def _between(event: Event, row: Any) -> Iterator[FieldDifference]:
     data = event.data
     if isinstance(data, SignalArchive):
-        if data.archived_at != row.archived_at:
-            yield _difference("archived_at", data.archived_at, row.archived_at)
+        for field in ("portfolio_id", "archived_at", "archive_month", "signals_count"):
+            if getattr(data, field) != getattr(row, field):
+                yield _difference(field, getattr(data, field), getattr(row, field))
         stored = json.loads(row.signals, parse_float=Decimal)
         yield from _within("signals", _as_stored(data.signals), stored)
         return

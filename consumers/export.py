@@ -162,6 +162,8 @@ def export_history(
     """
     if (existing := sorted(file.name for file in history_files(directory))) and not overwrite:
         raise ExportRefused(f"{directory} has {_some(existing)} already; --overwrite replaces what is exported")
+    if odd := [name for name in existing if (directory / name).is_symlink() or not (directory / name).is_file()]:
+        raise ExportRefused(f"{directory}: {_some(odd)} cannot be replaced: not a plain file")
     unfinished = sorted(folder.name for folder in directory.glob(f"{_STAGING}*"))
     with get_db() as db:
         db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 import simplejson
+
+from producers.errors import HistoryError
 
 
 class Report:
     """Written line by line from the first problem on; without one there is no file.
 
     An earlier report of the name is kept as `<name>.1`, `<name>.2` and so on: this run may see less.
+
+    Raises:
+        HistoryError: it could not be written, which is to be known before the work begins.
     """
 
     def __init__(self, path: Path) -> None:
+        if not os.access(path.parent, os.W_OK) or path.is_dir():
+            raise HistoryError(f"{path}: the report could not be written there")
         self.path = path
         self.lines = 0
         self._file: TextIO | None = None
@@ -22,12 +30,12 @@ class Report:
     def add(self, file: str, index: int, reason: str, entry: Any) -> None:
         """Raises OSError when it cannot be written."""
         if self._file is None:
-            self._file = self.path.open("x", encoding="ascii")
+            self._file = self.path.open("w", encoding="ascii")
         self._file.write(as_json({"file": file, "index": index, "reason": reason, "entry": entry}) + "\n")
         self.lines += 1
 
     def _keep_earlier(self) -> None:
-        if self.path.exists():
+        if self.path.is_file() and not self.path.is_symlink():  # not a device or a pipe that somebody has named
             number = 1
             while (kept := self.path.with_name(f"{self.path.name}.{number}")).exists():
                 number += 1

@@ -32,11 +32,15 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class _Table:
-    """`columns` with their types, in the order of a row's values; the first three say which event it is."""
+    """`columns` with their types, in the order of a row's values; the first three say which event it is.
+
+    `content` decides whether two events are the same; `derived` follows from it, unless somebody has changed a row.
+    """
 
     name: str
     columns: tuple[tuple[str, str], ...]
     content: tuple[str, ...]
+    derived: tuple[str, ...]
 
     def _given(self) -> str:
         return ", ".join(f"CAST(:{name} AS {type_}[])" for name, type_ in self.columns)
@@ -59,8 +63,9 @@ class _Table:
 
     def compare(self) -> TextClause:
         stored, given = (", ".join(f'{side}."{name}"' for name in self.content) for side in ("stored", "given"))
+        intact = " AND ".join(f'stored."{name}" IS NOT DISTINCT FROM given."{name}"' for name in self.derived)
         return text(f"""
-            SELECT given.number, stored.id, stored.source, stored.sequence, ({stored}) = ({given})
+            SELECT given.number, stored.id, stored.source, stored.sequence, ({stored}) = ({given}), {intact}
             FROM unnest({self._given()}) WITH ORDINALITY AS given ({self._names()}, number)
             JOIN {self.name} AS stored ON stored.event_id = given.event_id
         """)  # noqa: S608  # from the constants below; values are parameters
@@ -81,7 +86,7 @@ _SNAPSHOTS = _Table(
         ("open_positions", "integer"),
         ("trade_count", "integer"),
     ),
-    # The portfolio is part of the id, so it cannot differ.
+    derived=("portfolio_id",),  # it is part of the id
     content=(
         "snapshot_date",
         "timestamp",
@@ -103,7 +108,7 @@ _ARCHIVES = _Table(
         ("signals_count", "integer"),
         ("signals_data", "jsonb"),
     ),
-    # Month and count are derived.
+    derived=("portfolio_id", "archive_month", "signals_count"),
     content=("archived_at", "signals_data"),
 )
 _INSERT = {table.name: table.insert() for table in (_SNAPSHOTS, _ARCHIVES)}
@@ -125,12 +130,13 @@ def insert_events(db: Connection, events: Sequence[Event]) -> list[Stored | Even
 
 
 class Found(NamedTuple):
-    """The row that has an event's id: which delivery made it, and whether its content is the same."""
+    """The row that has an event's id: which delivery made it, whether its content is the same, what follows intact."""
 
     row_id: int
     source: str
     sequence: int | None
     same: bool
+    intact: bool
 
 
 def find_events(db: Connection, events: Sequence[Event]) -> list[Found | None]:
@@ -138,8 +144,8 @@ def find_events(db: Connection, events: Sequence[Event]) -> list[Found | None]:
     found: list[Found | None] = [None] * len(events)
     for table, positions in _by_table(events):
         rows = [_row(events[n]) for n in positions]
-        for number, row_id, source, sequence, same in db.execute(_COMPARE[table.name], _arrays(table, rows)):
-            found[positions[number - 1]] = Found(row_id, source, sequence, same)
+        for number, *facts in db.execute(_COMPARE[table.name], _arrays(table, rows)):
+            found[positions[number - 1]] = Found(*facts)
     return found
 
 
@@ -178,7 +184,7 @@ def _insert(db: Connection, table: _Table, events: Sequence[Event]) -> list[Stor
         missing = [n for n in missing if n not in answers]
         if missing:
             found = db.execute(_COMPARE[table.name], _arrays(table, [rows[n] for n in missing]))
-            for number, row_id, source, sequence, same in found:
+            for number, row_id, source, sequence, same, _ in found:
                 n = missing[number - 1]
                 answers[n] = (
                     Stored(row_id, False, source, sequence) if same else EventConflict(events[n].id, table.name, row_id)

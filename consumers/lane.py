@@ -100,7 +100,10 @@ class Lane(threading.Thread):
                 self._wait_for_recovery(error)
 
     def _work_in_turn(self, reserved: Sequence[ReservedJob]) -> None:
-        """A suspect is worked on alone in the process: should that die, it was the suspect's doing."""
+        """A suspect is worked on alone in the process: should that die, it was the suspect's doing.
+
+        What is not settled then goes back to the front of the queue, or to the tail what must not hold up the rest.
+        """
         suspect = reserved[0].deaths is not None
         with self._crew.working(alone=suspect):
             redis_is_away = False
@@ -123,41 +126,32 @@ class Lane(threading.Thread):
             self._failures = 0
 
     def _work_off(self, reserved: Sequence[ReservedJob]) -> None:
-        """Settle and finish a batch; what could not be settled goes back to the front of the queue.
-
-        One that times out while others pass goes to the tail: it must not hold up the rest. One that fails on a
-        defect of ours while others pass is blamed. Raises StoreUnavailable when nothing passes.
-        """
+        """Settle and finish a batch, as far as that can be done now. Raises StoreUnavailable when nothing passes."""
         self._progress_at = time.monotonic()
         started_at = now()
         jobs = {job.job_id: job for job in reserved}
         self._drop([job.job_id for job in reserved if job.state == "gone"])
         deliveries = self._deliveries([job for job in reserved if job.state != "gone"])
+        # One that has timed out before comes alone, and must not hold up the rest for as long again.
+        patience = ISOLATED_SECONDS if reserved[0].delays else None
         settled: list[Settled] = []
         late: list[Unsettled] = []
         broken: list[Unsettled] = []
         try:
-            # One that has timed out before comes alone, and must not hold up the rest for as long again.
-            patience = ISOLATED_SECONDS if reserved[0].delays else None
             for end in settle(deliveries, patience_seconds=patience) if deliveries else ():
                 self._progress_at = time.monotonic()
                 if isinstance(end, Settled):
                     settled.append(end)
-                    continue
-                (late if isinstance(end.error, StoreUnavailable) else broken).append(end)
-                if len(late) > 1 and not settled:
-                    raise late[0].error
-                if self._stopping.is_set():
+                else:
+                    (late if isinstance(end.error, StoreUnavailable) else broken).append(end)
+                if self._stopping.is_set() or (len(late) > 1 and not settled):
                     break
         finally:
             # Also when the rest met trouble: what is committed is done.
             self._finish(settled, jobs, started_at)
             self.done += len(settled)
-        # Alone, as a suspect comes, nothing can pass beside it: then whatever waits behind it counts.
-        if late and not settled and (len(reserved) > 1 or not self._queue.count):
-            raise late[0].error
-        if len(broken) > 1 and not settled:
-            raise StoreUnavailable(f"no event of a batch could be stored: {broken[0].error!r}") from broken[0].error
+        if not settled:
+            self._look_for_trouble(late, broken, batch=len(reserved))
         for end in late:
             count = self.reservations.postpone(end.job_id)
             logger.warning(
@@ -166,6 +160,14 @@ class Lane(threading.Thread):
             )  # fmt: skip
         for end in broken:
             self._blame(end, jobs[end.job_id].deaths or 0, started_at)
+
+    def _look_for_trouble(self, late: Sequence[Unsettled], broken: Sequence[Unsettled], batch: int) -> None:
+        """Of a batch nothing has passed: is it these jobs, or the store, or this program? Raises for the latter two."""
+        # Alone, as a suspect comes, nothing can pass beside it: then whatever waits behind it counts.
+        if late and (batch > 1 or not self._queue.count):
+            raise late[0].error
+        if len(broken) > 1:
+            raise StoreUnavailable(f"no event of a batch could be stored: {broken[0].error!r}") from broken[0].error
 
     def _delivery(self, job: ReservedJob) -> Delivery:
         delivery = self._jobs.delivery(job)

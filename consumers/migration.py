@@ -86,7 +86,7 @@ def _file_origin(path: Path) -> Origin:
         path.name,
         "snapshot" if path.name == SNAPSHOTS_FILE else "archive",
         lambda: read_entries(path, progress=progress),
-        path.stat().st_size,
+        path.stat().st_size if path.is_file() else 0,
         lambda: read,
     )
 
@@ -139,7 +139,7 @@ class OldHistory:
         return f"{self.source_id}-{index}"
 
     def items(self) -> Iterator[Item]:
-        """Every entry, in order. Damage ends it and is noted in the tally."""
+        """Every entry, in order. Damage ends it, or that the file cannot be read, and is noted in the tally."""
         try:
             for entry in self.origin.entries():
                 if not self.source:
@@ -148,6 +148,8 @@ class OldHistory:
                 yield Item(entry, self._event(entry))
         except Damaged as damage:
             self.tally.damage = str(damage)
+        except OSError as error:
+            self.tally.damage = f"{self.origin.name}: cannot be read: {error.strerror}"
 
     def chunks(self) -> Iterator[list[Item]]:
         """The items, in portions of about the same weight."""

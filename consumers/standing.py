@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC
+from decimal import Decimal
 from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
 from consumers.inserts import Found, find_events
-from producers.events import Event, SignalArchive
+from producers.events import Event, PortfolioSnapshot, SignalArchive
 
 # Numbers of those that have a row or an outcome; the others, nearly all in a first import, cost no comparison.
 _KNOWN = """
     SELECT given.number, history.id IS NOT NULL, other.id, outcomes.outcome, outcomes.reason
-    FROM unnest(CAST(:event_ids AS uuid[]), CAST(:sequences AS bigint[]), CAST(:job_ids AS text[]))
-        WITH ORDINALITY AS given (event_id, sequence, job_id, number)
+    FROM unnest(CAST(:event_ids AS uuid[]), CAST(:sequences AS bigint[]), CAST(:job_ids AS text[]),
+        CAST(:instants AS timestamptz[]), CAST(:measures AS numeric[]))
+        WITH ORDINALITY AS given (event_id, sequence, job_id, instant, measure, number)
     LEFT JOIN {table} AS history ON history.event_id = given.event_id
     LEFT JOIN {table} AS other
         ON other.source = :source AND other.sequence = given.sequence AND other.event_id <> given.event_id
+        AND other.{measure} = given.measure AND abs(extract(epoch FROM other.{instant} - given.instant)) <= 93600
+        AND mod(extract(epoch FROM other.{instant} - given.instant), 900) = 0
     LEFT JOIN event_outcomes AS outcomes ON outcomes.job_id = given.job_id
     WHERE history.id IS NOT NULL OR other.id IS NOT NULL OR outcomes.job_id IS NOT NULL
 """
-_KNOWN_SNAPSHOTS = text(_KNOWN.format(table="portfolio_history"))
-_KNOWN_ARCHIVES = text(_KNOWN.format(table="signal_archives"))
+_KNOWN_SNAPSHOTS = text(_KNOWN.format(table="portfolio_history", instant='"timestamp"', measure="total_value"))
+_KNOWN_ARCHIVES = text(_KNOWN.format(table="signal_archives", instant="archived_at", measure="signals_count"))
 
 
 class Standing(NamedTuple):
     """What is known of one delivery: the row with its event's id, and the recorded outcome of its job.
 
-    `other_row` is what the same entry became in an earlier import that read it as another event.
+    `other_row` is what looks as if this very entry had been imported before, in another zone or portfolio: the same
+    source, number and content at a time that differs by what zones differ by.
     """
 
     found: Found | None
@@ -48,11 +54,8 @@ class Standing(NamedTuple):
 
     def refusal(self) -> str | None:
         """Why it is not to be sent: it would be stored twice, or only refused again, or a person gave it up."""
-        if self.other_row is not None:
-            return (
-                f"was imported before, as row {self.other_row}, with another time or portfolio:"
-                " with another --timezone or --portfolio-id?"
-            )
+        if self.found is None and self.other_row is not None:
+            return f"was imported before, as row {self.other_row}, with another --timezone or --portfolio-id"
         conflict = self.found is not None and not self.found.same
         if self.outcome == "discarded" or (self.outcome == "rejected" and conflict):
             return self.reason
@@ -60,6 +63,10 @@ class Standing(NamedTuple):
 
 
 NOTHING_KNOWN = Standing(None, None, None, None)
+
+
+def _measure(data: PortfolioSnapshot | SignalArchive) -> Decimal | int:
+    return data.signals_count if isinstance(data, SignalArchive) else data.total_value
 
 
 def standings(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> list[Standing]:
@@ -72,6 +79,8 @@ def standings(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> list[S
         "event_ids": [str(event.id) for _, event in deliveries],
         "sequences": [event.sequence for _, event in deliveries],
         "job_ids": [job_id for job_id, _ in deliveries],
+        "instants": [event.data.instant.astimezone(UTC).isoformat() for _, event in deliveries],
+        "measures": [_measure(event.data) for _, event in deliveries],
         "source": deliveries[0][1].source,
     }
     stored = []

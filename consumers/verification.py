@@ -130,7 +130,7 @@ def _compare(db: Connection, kind: Kind, name: str, chunk: list[Item], side: _Si
             yield Difference("missing", name, index, table, None, f"has no row in {table}: {event.data.summary}")
             continue
         side.rows.add(found.row_id)
-        if not found.same:
+        if not (found.same and found.intact):
             differing.append((index, event, found.row_id))
     details = field_differences(db, [(event, row_id) for _, event, row_id in differing])
     for (index, _, row_id), fields in zip(differing, details, strict=True):

@@ -30,7 +30,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_INSTANT = datetime(9999, 1, 1, tzinfo=UTC)  # leaves room for any offset before year 10000
 TIME_RANGE = "must lie between the years 1970 and 9998"
 
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def refuse(reason: str) -> PydanticCustomError:
@@ -73,7 +73,7 @@ class _WireText:
 def _money_from_python(value: Any) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         raise refuse(f"must be a number, not {type(value).__name__}")
-    if isinstance(value, str) and not _NUMBER.fullmatch(value):
+    if isinstance(value, str) and not NUMBER.fullmatch(value):
         raise refuse("is text that is not a number")
     try:
         # repr gives the shortest decimal that means this float; Decimal(float) would spell out its noise.

@@ -50,9 +50,11 @@ def read_entries(path: Path, *, progress: Callable[[int], None] | None = None) -
     `progress` is called with the number of bytes read so far, after each block.
 
     Raises:
-        Damaged: after every entry before the damage was given: it is empty, no array, cut off, or not JSON.
+        Damaged: after every entry before the damage was given: it is no file, empty, no array, cut off, or not JSON.
         OSError: it cannot be read.
     """
+    if not path.is_file():
+        raise Damaged(path, 0, 0, "is no file")
     with path.open("rb") as file:
         text = _Text(file, progress)
         index = -1

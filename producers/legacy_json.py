@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from datetime import date, datetime, tzinfo
 from decimal import Decimal
@@ -12,7 +13,7 @@ import simplejson
 
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
-from producers.fields import money_text
+from producers.fields import NUMBER, money_text
 from producers.times import read_back, wall_clock, with_fixed_offset
 
 SNAPSHOTS_FILE = "portfolio_history.json"
@@ -27,9 +28,9 @@ ARCHIVE_KEYS = frozenset({
 
 def history_files(directory: Path) -> list[Path]:
     """portfolio_history.json and every signals_archive_*.json of a folder, as far as they exist, in order."""
+    # Whatever has such a name, be it a folder or a link that leads nowhere: to pass over it would hide a history.
     snapshots = directory / SNAPSHOTS_FILE
-    archives = sorted(path for path in directory.glob(archives_file("*")) if path.is_file())
-    return [*([snapshots] if snapshots.is_file() else []), *archives]
+    return [*([snapshots] if os.path.lexists(snapshots) else []), *sorted(directory.glob(archives_file("*")))]
 
 
 def archives_file(month: str) -> str:
@@ -43,8 +44,8 @@ def snapshot_from(
     """The event of one entry of portfolio_history.json. A naive time is in `zone` (None: this machine's).
 
     Its own `date` stands even when its time has another one; its own portfolio_id, if any, goes before the given one.
-    `after` is the instant of the entry before it: of a local time that exists twice, the second is meant when the
-    first would lie before it. One that does not exist is read with the offset that was valid before the gap.
+    `after` is the instant of the entry before it: of a local time that exists twice, the second is meant when only
+    the first would lie before it. One that does not exist is read with the offset that was valid before the gap.
 
     Raises:
         InvalidEvent: a field is missing or wrong; the message names it.
@@ -113,7 +114,7 @@ def _count(entry: Mapping[str, Any], field: str) -> Any:
     if isinstance(value, int):
         return value
     try:
-        number = Decimal(value)
+        number = Decimal(_plain(value) if isinstance(value, str) else value)
         # What is far out of range anyway must not become an int of a million digits first.
         whole = number.is_finite() and abs(number) < 2**63 and number == number.to_integral_value()
     except (ArithmeticError, TypeError, ValueError):
@@ -123,12 +124,19 @@ def _count(entry: Mapping[str, Any], field: str) -> Any:
     return int(number)
 
 
+def _plain(text: str) -> str:
+    """What Python takes for a number beyond the usual digits, such as 1_000, is none. Raises ValueError."""
+    if not NUMBER.fullmatch(text.strip()):
+        raise ValueError
+    return text.strip()
+
+
 def _portfolio(entry: Mapping[str, Any], portfolio_id: int | None) -> int | None:
     own = entry.get("portfolio_id")
     if own is None:
         return portfolio_id
     try:
-        return int(own) if isinstance(own, str) else own  # as numbers come as text elsewhere
+        return int(_plain(own)) if isinstance(own, str) else own  # as numbers come as text elsewhere
     except ValueError:
         raise InvalidEvent.at("portfolio_id", "is text that is not an integer") from None
 

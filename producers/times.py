@@ -33,8 +33,8 @@ def wall_clock(instant: datetime, zone: tzinfo | None) -> datetime:
 def read_back(shown: datetime, zone: tzinfo | None, after: datetime | None, field: str) -> datetime:
     """What a naive time means in `zone`, in a series whose entry before was at `after`; with its offset alone.
 
-    Of a time that is shown twice the second is meant when the first would lie before `after`, else the first. One that
-    is never shown is read with the offset that was valid before the gap.
+    Of a time that is shown twice the second is meant when only the first would lie before `after`, else the first. One
+    that is never shown is read with the offset that was valid before the gap.
 
     Raises:
         InvalidEvent: it is too near to the first or last year for an offset; the message begins with `field`.
@@ -42,8 +42,8 @@ def read_back(shown: datetime, zone: tzinfo | None, after: datetime | None, fiel
     first = with_fixed_offset(localized(shown, zone, field), field)
     if after is None or first >= after:
         return first
-    # Python gives the second reading of a time inside a gap an earlier instant; that one is never meant.
-    return max(first, with_fixed_offset(localized(shown.replace(fold=1), zone, field), field))
+    second = with_fixed_offset(localized(shown.replace(fold=1), zone, field), field)
+    return second if second >= after else first
 
 
 def with_fixed_offset(moment: datetime, field: str) -> datetime:

@@ -292,7 +292,9 @@ def test_the_crew_waits_for_whoever_works_before_one_works_alone(redis: Redis) -
     first.join(10)
     second.join(10)
     assert order == ["working", "alone", "beside"]
-    assert crew.idle_seconds() < 10
+    idle = crew.idle_seconds()
+    with crew.working(alone=False):
+        assert crew.idle_seconds() == 0.0 < idle
 
 
 def test_a_lone_lane_keeps_to_the_number_of_jobs(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from typer.main import get_command
 from consumers.api.settings import ApiSettings
 from consumers.cli import app
 from consumers.connection import get_db
+from consumers.page.health import PageSettings
 from consumers.settings import StoreSettings
 from consumers.stack import EmbeddedSettings
 from producers import trading_controller
@@ -136,7 +137,7 @@ def test_every_setting_is_documented_and_every_documented_setting_exists() -> No
     for cell in re.findall(r"^\| (`.*?) \|", section, re.M):
         names = re.findall("`([^`]+)`", cell)
         documented |= {name if not name.startswith("_") else names[0].rsplit("_", 1)[0] + name for name in names}
-    models = (TransportSettings, StoreSettings, EmbeddedSettings, ApiSettings)
+    models = (TransportSettings, StoreSettings, EmbeddedSettings, ApiSettings, PageSettings)
     assert documented == {field.alias for model in models for field in model.model_fields.values()}
 
 

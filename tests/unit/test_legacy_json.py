@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from producers import legacy_json
+from producers import json_arrays
 from producers.errors import InvalidEvent
 from producers.json_arrays import Damaged, Entry, read_entries
 from producers.legacy_json import archive_from, history_files, notes_on, snapshot_from
@@ -131,7 +131,7 @@ def test_blocks_and_cuts_make_no_difference(
     """Whatever the block size, a whole file gives every entry, a file cut anywhere gives a prefix and the damage."""
     content = json.dumps(entries, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(legacy_json, "_BLOCK_BYTES", block)
+        patch.setattr(json_arrays, "_BLOCK_BYTES", block)
         assert _read_bytes(tmp_path, content) == (json.loads(json.dumps(entries)), None)
         for cut in {len(content) // 3, len(content) // 2, len(content) - 1}:
             found, damage = _read_bytes(tmp_path, content[:cut])
@@ -142,7 +142,7 @@ def test_blocks_and_cuts_make_no_difference(
 
 def test_a_number_at_the_end_of_a_block_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elements that are no objects are given too; their conversion fails, not the file."""
-    monkeypatch.setattr(legacy_json, "_BLOCK_BYTES", 2)
+    monkeypatch.setattr(json_arrays, "_BLOCK_BYTES", 2)
     found, damage = _read_bytes(tmp_path, b'[12345, null, "x"]')
     assert (found, damage) == ([12345, None, "x"], None)
     with pytest.raises(InvalidEvent, match="^entry: must be an object, not int"):
@@ -285,19 +285,38 @@ def test_a_date_of_its_own_is_kept_and_noted() -> None:
     assert list(notes_on(data, snapshot)) == ["date is not the date of timestamp, and was kept"]
 
 
-def test_times_with_an_offset_and_datetimes_of_a_table_are_taken_as_they_are() -> None:
-    """The zone is for naive ones."""
+def test_times_with_an_offset_are_taken_as_they_are() -> None:
+    """The zone is for naive ones; an entry's own portfolio goes before the one that is given."""
     aware = snapshot_from(_entry(timestamp="2025-10-20T17:02:46Z"), zone=BERLIN, portfolio_id=None)
-    table = snapshot_from(
-        _entry(
-            timestamp=datetime(2025, 10, 20, 17, 2, 46), date=None, snapshot_date=date(2025, 10, 20), portfolio_id=8
-        ),
-        zone=BERLIN,
-        portfolio_id=1,
-    )
+    own = snapshot_from(_entry(timestamp="2025-10-20T17:02:46", portfolio_id="8"), zone=BERLIN, portfolio_id=1)
     assert aware.timestamp == datetime(2025, 10, 20, 17, 2, 46, tzinfo=UTC)
-    assert table.timestamp == datetime(2025, 10, 20, 17, 2, 46, tzinfo=timezone(timedelta(hours=2)))
-    assert table.portfolio_id == 8
+    assert own.timestamp == datetime(2025, 10, 20, 17, 2, 46, tzinfo=timezone(timedelta(hours=2)))
+    assert own.portfolio_id == 8
+
+
+def test_the_same_entry_of_an_hour_that_comes_twice_stays_the_same() -> None:
+    """When both readings lie before the entry before it, the order tells nothing."""
+    first = snapshot_from(_entry(timestamp="2025-10-26T02:30:00"), zone=BERLIN, portfolio_id=None)
+    later = datetime(2025, 10, 27, 12, tzinfo=UTC)
+    again = snapshot_from(_entry(timestamp="2025-10-26T02:30:00"), zone=BERLIN, portfolio_id=None, after=later)
+    assert again.event_id == first.event_id
+
+
+@pytest.mark.parametrize("count", ["1_000", "\u0663", "", "1e", "0x10"])
+def test_a_count_that_is_no_plain_number_is_refused(count: str) -> None:
+    with pytest.raises(InvalidEvent, match="trade_count: must be a whole number"):
+        snapshot_from(_entry(trade_count=count), zone=BERLIN, portfolio_id=None)
+
+
+def test_whatever_has_the_name_of_a_history_file_is_found(tmp_path: Path) -> None:
+    """A folder, or a link to a disk that is not mounted: passed over, it would look as if there were no history."""
+    (tmp_path / "portfolio_history.json").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "signals_archive_2025-10.json").mkdir()
+    files = history_files(tmp_path)
+    assert [file.name for file in files] == ["portfolio_history.json", "signals_archive_2025-10.json"]
+    for file in files:
+        with pytest.raises(Damaged, match="is no file"):
+            list(read_entries(file))
 
 
 def test_of_an_hour_that_comes_twice_the_order_of_the_file_tells_which() -> None:
