@@ -29,6 +29,7 @@ from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states
 logger = logging.getLogger(__name__)
 
 _BATCH_ENTRIES = 100  # what a caller's thread may have to wait for: some 5 ms of the interpreter
+_SWEEP_ENTRIES = 10 * _BATCH_ENTRIES
 _FULL_QUEUE_JOBS = 20_000  # about a second of work; more would only fill Redis with what the outbox holds anyway
 _IDLE_SECONDS = 0.05  # how soon entries of other processes are noticed
 _FIRST_LOOK_SECONDS = 0.005  # how soon after a send the first acknowledgement is looked for
@@ -183,11 +184,14 @@ class Relay:
                 pipe.execute()
 
     def _send_pending(self) -> int:
-        """Hand over what is pending, as long as the queue has room for it."""
+        """Hand over what is pending, as long as the queue has room for it; but not without end.
+
+        Workers as fast as this would keep it from their acknowledgements, until the outbox is full of what is done.
+        """
         sent = 0
         # The first one after a failure is a probe: a hundred jobs made in vain would take the caller's time.
         limit = 1 if self._failures else _BATCH_ENTRIES
-        while self._has_room() and (entries := self._outbox.pending(limit)):
+        while sent < _SWEEP_ENTRIES and self._has_room() and (entries := self._outbox.pending(limit)):
             states = job_states(self._redis, entries) if self._doubtful else {}
             self._doubtful = True
             self._send([entry for entry in entries if states.get(entry.position) not in UNDER_WAY])

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
@@ -76,8 +77,9 @@ def _ensure_data(data: Path, installation: Installation, lock: IO[str]) -> None:
             )
         return
     new = data.with_name("postgres.new")  # initdb cannot go on where a killed one has stopped
-    if new.exists():
-        shutil.rmtree(new)
+    while new.exists():
+        with suppress(FileNotFoundError):  # what it had started may be about to end, and removes its own files
+            shutil.rmtree(new)
     new.mkdir(mode=0o700)
     if installation.account:
         os.chown(new, installation.account.pw_uid, installation.account.pw_gid)

@@ -205,7 +205,6 @@ def test_the_files_of_a_folder_come_in_order(tmp_path: Path) -> None:
         "other.json",
     ):
         (tmp_path / name).touch()
-    (tmp_path / "signals_archive_2025-12.json").mkdir()
     assert [path.name for path in history_files(tmp_path)] == [
         "portfolio_history.json",
         "signals_archive_2025-10.json",

@@ -71,6 +71,30 @@ def test_a_sweep_sends_everything_pending_in_order(outbox: Outbox, relay: Relay,
     assert not relay.sweep()
 
 
+def test_workers_as_fast_as_the_relay_do_not_keep_it_from_their_acknowledgements(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take each batch at once, so that the queue never fills: a sweep ends all the same."""
+    monkeypatch.setattr(relay_module, "_BATCH_ENTRIES", 2)
+    monkeypatch.setattr(relay_module, "_SWEEP_ENTRIES", 10)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(25)])
+    ((source_id, _, _),) = outbox.sources()
+    send = relay._send
+
+    def stored_at_once(entries: Any) -> None:
+        send(entries)
+        for entry in entries:
+            redis.hset(acknowledgement_key(f"{NAME}/{source_id}"), str(entry.sequence), f"stored:{entry.sequence}")
+        redis.delete(queue_of(redis).key)
+
+    monkeypatch.setattr(relay, "_send", stored_at_once)
+    sent = []
+    for _ in range(4):
+        relay.sweep()
+        sent.append((outbox.status().pending, outbox.status().sent))
+    assert sent == [(15, 10), (5, 10), (0, 5), (0, 0)]
+
+
 def test_a_full_queue_gets_no_more(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
