@@ -38,7 +38,7 @@ def serve(host: str, port: int) -> None:
             timeout_graceful_shutdown=_LEAVE_SECONDS,
         )
         name = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        print(f"http://{name}:{bound[1]}/trading/portfolio-history - Ctrl-C ends it.", flush=True)
+        print(f"http://{name}:{bound[1]}/ - Ctrl-C ends it.", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -37,7 +37,7 @@ def _serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.P
     )
     try:
         assert server.stdout is not None
-        yield server, server.stdout.readline().partition("/trading")[0]
+        yield server, server.stdout.readline().partition("/ - ")[0]
     finally:
         server.kill()
         server.communicate()

@@ -47,7 +47,7 @@ def _comparable(transcript: str, home: str) -> list[str]:
     text = transcript.replace(home, "HOME").replace(str(PROGRAM), ".venv/bin/trading-history")
     text = re.sub(r"PostgreSQL \d+(\.\d+)*, Valkey \d+(\.\d+)*", "PostgreSQL x, Valkey x", text)
     text = re.sub(r"\d+\.\d\d s", "T s", text)
-    text = re.sub(r"^\d+ +(?=\d  )", "N ", text, flags=re.M)
+    text = re.sub(r"^ *\d+ +(?=\d  )", "N ", text, flags=re.M)
     return re.sub(r"[\d,]+ events/s", "N events/s", text).splitlines()
 
 
