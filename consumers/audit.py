@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from redis import Redis
 from rq.job import Job
@@ -94,14 +95,7 @@ def audit(redis: Redis | None = None, outbox: Outbox | None = None) -> list[Sour
     # what it accepts from now on is not expected in the database.
     kept = {} if outbox is None else {source_of(name, key): (key, last) for key, name, last in outbox.sources()}
     unsettled = {source: outbox.unsettled(key) for source, (key, _) in kept.items()} if outbox is not None else {}
-    with get_db() as db:
-        # One moment for all: what is stored while this looks would else be counted in one place and not in the other.
-        db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        counts = {row.source: row for row in db.execute(_COUNTS)}
-        gaps: dict[str | None, Ranges] = {
-            source: [(gap.first, gap.last) for gap in db.execute(_GAPS, {"source": source, "before": _before(source)})]
-            for source in counts
-        }
+    counts, gaps = _recorded()
     audits = []
     for source in sorted(counts.keys() | kept.keys()):
         row, ranges = counts.get(source), gaps.get(source, [])
@@ -125,6 +119,19 @@ def audit(redis: Redis | None = None, outbox: Outbox | None = None) -> list[Sour
             )
         )
     return audits
+
+
+def _recorded() -> tuple[dict[str, Any], dict[str, Ranges]]:
+    """Of each source in the database its row of _COUNTS, and the gaps between its numbers."""
+    with get_db() as db:
+        # One moment for all: what is stored while this looks would else be counted in one place and not in the other.
+        db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        counts = {row.source: row for row in db.execute(_COUNTS)}
+        gaps = {
+            source: [(gap.first, gap.last) for gap in db.execute(_GAPS, {"source": source, "before": _before(source)})]
+            for source in counts
+        }
+    return counts, gaps
 
 
 def _before(source: str) -> int:

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 TESTED_RQ = ("3.0",)
 
-LANES = 2  # with two, some 1.4 times the events of one; three gave no more
+LANES = 2  # with two, some 1.4 times the events of one
 STATEMENT_SECONDS = 20.0
 _ANSWER_SECONDS = STATEMENT_SECONDS + 5  # for a server that does not even keep its own limit
 _STUCK_SECONDS = 3 * STATEMENT_SECONDS

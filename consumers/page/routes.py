@@ -188,8 +188,3 @@ def _number(portfolio: int | str) -> int | None:
 
 def _name(portfolio: int | None) -> str:
     return "none" if portfolio is None else str(portfolio)
-
-
-router = APIRouter()
-router.include_router(assets)
-router.include_router(data)

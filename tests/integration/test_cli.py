@@ -214,6 +214,13 @@ def test_without_settings_a_command_uses_the_embedded_servers_and_says_so(home: 
     assert _processes_of(home) == []
 
 
+def test_with_a_closed_stdout_it_works_unseen(database_url: str) -> None:
+    """As some supervisors start their programs: no traceback, and the work is done."""
+    closed = ["bash", "-c", 'exec "$@" >&-', "bash", *PROGRAM, "init-db"]
+    run = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_up_runs_a_worker_until_it_is_told_to_stop(home: Path, how: signal.Signals) -> None:
     """The printed exports are all that a controller needs; afterwards nothing is left running."""

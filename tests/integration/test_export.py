@@ -194,6 +194,17 @@ def test_nothing_to_export_is_an_error_and_writes_nothing(tmp_path: Path, argume
     assert (tmp_path / "out/portfolio_history.json").read_text() == _OLD
 
 
+def test_beside_a_folder_with_the_name_of_a_file_nothing_is_replaced(tmp_path: Path) -> None:
+    """It is found before the first file takes its place."""
+    _store(a_snapshot())
+    (tmp_path / "out/signals_archive_2020-01.json").mkdir(parents=True)
+    (tmp_path / "out/portfolio_history.json").write_text(_OLD)
+    run = _run("out", "--overwrite")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "error: out: signals_archive_2020-01.json cannot be replaced: not a plain file\n"
+    assert (tmp_path / "out/portfolio_history.json").read_text() == _OLD
+
+
 def test_files_that_are_there_are_only_replaced_when_told(tmp_path: Path) -> None:
     """--overwrite replaces those that are exported; the others stay, and that is said."""
     _store(a_snapshot())

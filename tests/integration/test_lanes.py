@@ -25,6 +25,7 @@ from consumers.errors import StoreUnavailable
 from consumers.inserts import insert_events
 from consumers.lane import Lane
 from consumers.operations import get_portfolio_history
+from consumers.processes import stop_worker, worker_process
 from consumers.reservations import Reservations, recover_dead_holders
 from consumers.settling import settle
 from consumers.worker import HistoryWorker
@@ -224,6 +225,15 @@ def test_told_to_stop_a_suspect_that_waits_for_its_turn_goes_back(redis: Redis) 
     turn.join(10)
     assert (history_queue(redis).job_ids, get_portfolio_history()) == ([job_id], [])
     assert redis.hgetall("history:suspects:history") == {job_id.encode(): b"0"}
+
+
+def test_a_worker_that_watches_its_parent_ends_in_order(redis: Redis, tmp_path: Path) -> None:
+    """The watch waits for standard input all the while, which must not be in the way of the interpreter's end."""
+    with worker_process(tmp_path / "log") as worker:
+        until(lambda: redis.scard("rq:workers") == 1)
+        stop_worker(worker)
+    assert worker.returncode == 0
+    assert "Fatal" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("busy", [False, True])

@@ -534,7 +534,7 @@ def test_sigterm_ends_it_while_the_database_is_frozen(redis: Redis, database_url
             os.kill(backend, signal.SIGSTOP)
             try:
                 worker.terminate()
-                assert worker.wait(15) == 0
+                assert worker.wait(10) == 0
             finally:
                 os.kill(backend, signal.SIGCONT)
     assert history_queue(redis).job_ids == job_ids
