@@ -34,7 +34,7 @@ def _record(text: str, model: type[Event]) -> int:
     job = get_current_job()
     if job is None:  # called by hand: there is no delivery to account for
         return insert_event(decode(text, model))
-    (end,) = settle([Delivery(job.id, text, model)])
+    ((end,),) = settle([Delivery(job.id, text, model)])
     if isinstance(end, Unsettled):
         raise end.error
     try:

@@ -138,12 +138,13 @@ class Lane(threading.Thread):
         late: list[Unsettled] = []
         broken: list[Unsettled] = []
         try:
-            for end in settle(deliveries, patience_seconds=patience) if deliveries else ():
+            for ends in settle(deliveries, patience_seconds=patience) if deliveries else ():
                 self._progress_at = time.monotonic()
-                if isinstance(end, Settled):
-                    settled.append(end)
-                else:
-                    (late if isinstance(end.error, StoreUnavailable) else broken).append(end)
+                for end in ends:
+                    if isinstance(end, Settled):
+                        settled.append(end)
+                    else:
+                        (late if isinstance(end.error, StoreUnavailable) else broken).append(end)
                 if self._stopping.is_set() or (len(late) > 1 and not settled):
                     break
         finally:

@@ -64,8 +64,10 @@ class Unsettled(NamedTuple):
     error: Exception
 
 
-def settle(deliveries: Sequence[Delivery], *, patience_seconds: float | None = None) -> Iterator[Settled | Unsettled]:
-    """Each delivery's end, in no particular order, as soon as it is committed.
+def settle(
+    deliveries: Sequence[Delivery], *, patience_seconds: float | None = None
+) -> Iterator[Sequence[Settled | Unsettled]]:
+    """Each delivery's end, in no particular order; together those that one transaction has committed, once it has.
 
     `patience_seconds` limits each statement, beyond the limit that the process has.
 
@@ -85,16 +87,16 @@ def settle(deliveries: Sequence[Delivery], *, patience_seconds: float | None = N
     except Exception as error:
         problem = error
     else:
-        yield from settled
+        yield settled
         return
     if len(deliveries) > 1:
         half = len(deliveries) // 2
         yield from settle(deliveries[:half], patience_seconds=patience_seconds)
         yield from settle(deliveries[half:], patience_seconds=patience_seconds)
     elif isinstance(problem, InvalidEvent) and deliveries[0].refusal is None:
-        yield from _settle_together([deliveries[0]._replace(refusal=problem)], patience_seconds)
+        yield _settle_together([deliveries[0]._replace(refusal=problem)], patience_seconds)
     else:
-        yield Unsettled(deliveries[0].job_id, problem)
+        yield [Unsettled(deliveries[0].job_id, problem)]
 
 
 def _settle_together(deliveries: Sequence[Delivery], patience_seconds: float | None) -> list[Settled]:

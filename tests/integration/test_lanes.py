@@ -18,6 +18,7 @@ from redis import Redis
 from sqlalchemy import text
 
 from consumers import lane as lane_module
+from consumers import settling
 from consumers import worker as worker_module
 from consumers.connection import engine, get_db
 from consumers.crew import Crew
@@ -125,6 +126,21 @@ def test_a_worker_is_busy_as_long_as_one_lane_is(redis: Redis, monkeypatch: pyte
         assert seen[-1] == "waiting for the database"
         crew.passed(worked=True)
     assert seen == ["idle", "busy", "waiting for the database", "busy", "idle"]
+
+
+def test_a_stop_in_the_moment_of_the_commit_hands_back_nothing_that_is_stored(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue_snapshots(redis, 5)
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+
+    def stopped(read: Sequence[Any], settled: Sequence[Any]) -> None:
+        worker._ending.set()
+
+    monkeypatch.setattr(settling, "_log", stopped)
+    worker.work(logging_level="WARNING")
+    assert len(get_portfolio_history()) == 5
+    assert history_queue(redis).count == 0
 
 
 def test_an_outage_is_told_once_although_the_lanes_take_turns(
