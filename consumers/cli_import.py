@@ -20,7 +20,7 @@ from producers.errors import HistoryError
 if TYPE_CHECKING:
     from datetime import tzinfo
 
-    from consumers.migration import OldHistory, Origin
+    from consumers.old_history import OldHistory, Origin
 
 Directory = Annotated[
     Path | None,
@@ -97,7 +97,7 @@ def verify_history(
 def _histories(
     directory: Path | None, from_tables: bool, zone: tzinfo | None, portfolio_id: int | None
 ) -> Sequence[OldHistory]:
-    from consumers.migration import OldHistory
+    from consumers.old_history import OldHistory
 
     origins = _origins(directory, from_tables)
     return [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in origins]
@@ -106,7 +106,7 @@ def _histories(
 def _origins(directory: Path | None, from_tables: bool) -> Sequence[Origin]:
     from consumers.connection import engine
     from consumers.legacy_rows import legacy_origins
-    from consumers.migration import file_origins
+    from consumers.old_history import file_origins
 
     if (directory is None) is not from_tables:
         raise typer.BadParameter("give either a folder or --from-tables", param_hint="DIR")

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, TextClause, text
 from consumers.comparison import FieldDifference, RowIds, field_differences
 from consumers.connection import get_db
 from consumers.inserts import find_events
-from consumers.migration import Item, Kind, OldHistory
+from consumers.old_history import Item, Kind, OldHistory
 from producers.errors import InvalidEvent
 
 _PAGE_ROWS = 20_000

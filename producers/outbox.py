@@ -77,6 +77,7 @@ VALUES (?, ?, ?, ?, ?, ?, ?)
 
 _SELECT_ENTRIES = "SELECT position, source_id, sequence, type, summary, event, checks FROM entries "
 _PENDING = _SELECT_ENTRIES + "WHERE state = 'pending' ORDER BY position LIMIT ?"
+_ENTRIES = _SELECT_ENTRIES + "ORDER BY position"
 _OVERDUE = _SELECT_ENTRIES + "WHERE state = 'sent' AND check_at <= ? ORDER BY check_at LIMIT ?"
 
 _MARK_SENT = "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ?"
@@ -204,6 +205,11 @@ class Outbox:
                 db.execute(_APPEND, row)
                 accepted.append(Accepted(event.id, source, source_id, sequence))
         return accepted
+
+    def entries(self) -> list[Entry]:
+        """Everything that is kept, in the order of recording."""
+        with self._file.reading() as db:
+            return [Entry(*row) for row in db.execute(_ENTRIES)]
 
     def pending(self, limit: int) -> list[Entry]:
         """The oldest entries that were not yet handed to Redis."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any
@@ -15,10 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from consumers.errors import StoreUnavailable
+from consumers.disclosure import Unreadable, disclosed
 from producers.errors import HistoryError
-
-logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 2
 MEDIA_TYPE = "application/problem+json"
@@ -67,11 +64,8 @@ def problem_of(error: Exception) -> Problem | None:
         return error
     if isinstance(error, RequestValidationError):
         return _invalid(error)
-    if isinstance(error, StoreUnavailable):
-        logger.warning("cannot read: %s", error)
-        if error.one_statement:
-            return unavailable("This took too long; ask for less, or later.")
-        return unavailable("The database cannot be read now.")
+    if isinstance(error, Unreadable):
+        return unavailable(disclosed(error))
     if isinstance(error, HTTPException):
         return Problem(error.status_code, HTTPStatus(error.status_code).description, headers=error.headers)
     return None

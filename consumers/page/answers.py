@@ -1,20 +1,15 @@
-"""How the page's routes answer: compact JSON that is sent only when it has changed, compressed, and readable errors."""
+"""How the page's routes answer: compact JSON that is sent only when it has changed, compressed."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Coroutine
 from datetime import date, datetime
 from decimal import Decimal
 from hashlib import sha256
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.routing import APIRoute
-
-from consumers.errors import StoreUnavailable
-from producers.errors import OutboxError, SettingsError
 
 # Nothing from elsewhere, nothing inline, no text that becomes markup.
 SECURITY_HEADERS = {
@@ -54,20 +49,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, (date, datetime)):
         return value.isoformat()
     raise TypeError(f"{type(value).__name__} has no form in JSON")
-
-
-class HistoryRoute(APIRoute):
-    """A route that tells in one readable line why nothing can be read: 503, as a problem of RFC 9457."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def handle_readably(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except (StoreUnavailable, OutboxError, SettingsError) as error:
-                problem = {"title": "The history cannot be read now", "status": 503, "detail": str(error)}
-                headers = SECURITY_HEADERS | {"Cache-Control": "no-store", "Retry-After": "5"}
-                return Response(json.dumps(problem), 503, headers=headers, media_type="application/problem+json")
-
-        return handle_readably

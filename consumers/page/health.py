@@ -8,10 +8,11 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator
 from redis import RedisError
 
+from consumers.disclosure import disclosed
 from consumers.errors import StoreUnavailable
 from consumers.page import queries, state_queries
 from consumers.status import outbox_facts, queue_facts
-from producers.errors import HistoryError
+from producers.errors import OutboxError
 from producers.settings import EnvironmentSettings, TransportSettings
 
 
@@ -30,7 +31,7 @@ class PageSettings(EnvironmentSettings):
 
 
 def health() -> dict[str, Any]:
-    """The database, Redis and the outbox of this machine: facts of each, or why they cannot be had.
+    """The database, Redis and the outbox of this machine: facts of each, or the word that they cannot be had.
 
     `redis` is None without REDIS_URL, `outbox` is None when this machine has none.
     """
@@ -48,7 +49,7 @@ def _database() -> dict[str, Any]:
         with queries.reading() as db:
             return {"last_stored": state_queries.last_stored(db), "rejections": state_queries.rejections(db)}
     except StoreUnavailable as error:
-        return {"error": str(error)}
+        return {"error": disclosed(error)}
 
 
 def _redis(transport: TransportSettings) -> dict[str, Any]:
@@ -56,11 +57,11 @@ def _redis(transport: TransportSettings) -> dict[str, Any]:
         with transport.redis() as redis:
             return queue_facts(redis, transport.queue)
     except RedisError as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": disclosed(error)}
 
 
 def _outbox(transport: TransportSettings) -> dict[str, Any] | None:
     try:
         return outbox_facts(transport.outbox)
-    except HistoryError as error:
-        return {"error": str(error)}
+    except OutboxError as error:
+        return {"error": disclosed(error)}

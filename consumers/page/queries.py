@@ -12,12 +12,9 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from sqlalchemy import Connection, TextClause, text
-from sqlalchemy.exc import DBAPIError
 
 from consumers.connection import get_reader
-from consumers.errors import StoreUnavailable
 
-_NO_SUCH_TABLE = "42P01"
 ALL_DATES = (date.min, date.max)
 MOST_PORTFOLIOS = 200
 MOST_DAYS = 5_000
@@ -28,15 +25,10 @@ _DATE_SLACK = timedelta(days=2)
 @contextmanager
 def reading() -> Iterator[Connection]:
     """One consistent transaction that can only read. Raises StoreUnavailable."""
-    try:
-        with get_reader() as reader, reader.execution_options(isolation_level="REPEATABLE READ").begin():
-            # Compiling costs more than it saves: hundreds of milliseconds for queries that take tens.
-            reader.exec_driver_sql("SET LOCAL jit = off")
-            yield reader
-    except StoreUnavailable as error:
-        if isinstance(error.__cause__, DBAPIError) and getattr(error.__cause__.orig, "pgcode", None) == _NO_SUCH_TABLE:
-            raise StoreUnavailable(f"{error}: run trading-history init-db") from error
-        raise
+    with get_reader() as reader, reader.execution_options(isolation_level="REPEATABLE READ").begin():
+        # Compiling costs more than it saves: hundreds of milliseconds for queries that take tens.
+        reader.exec_driver_sql("SET LOCAL jit = off")
+        yield reader
 
 
 def _of(portfolio: int | None, statement: str) -> TextClause:

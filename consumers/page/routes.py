@@ -1,4 +1,7 @@
-"""What the page serves: itself at `/` and `/page/static/`, its data below `/page/`. Nothing here writes."""
+"""What the page serves: itself at `/` and `/page/static/`, its data below `/page/`. Nothing here writes.
+
+Errors are left to the app, which answers all of its own in one way.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from fastapi import APIRouter, HTTPException, Query, Request, Response
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
 
 from consumers.page import archive_queries, queries, state_queries
-from consumers.page.answers import HistoryRoute, answer, json_answer
+from consumers.page.answers import answer, json_answer
 from consumers.page.curve import Curve, curve
 from consumers.page.daily import daily_profit_loss
 from consumers.page.files import MEDIA_TYPES, content, known_files
@@ -43,7 +46,7 @@ Month = Annotated[date, BeforeValidator(_first_day)]
 Wanted = Annotated[str, Query(max_length=100, pattern=r"^[^\x00]*$")]
 
 assets = APIRouter(include_in_schema=False)
-data = APIRouter(prefix="/page", include_in_schema=False, route_class=HistoryRoute)
+data = APIRouter(prefix="/page", include_in_schema=False)
 
 
 @assets.get("/")

@@ -21,7 +21,7 @@ import psutil
 
 from consumers.connection import engine
 from consumers.inserts import insert_events
-from consumers.migration import OldHistory, file_origins
+from consumers.old_history import OldHistory, file_origins
 from producers.errors import InvalidEvent
 from producers.events import Event
 from producers.history_producer import HistoryProducer

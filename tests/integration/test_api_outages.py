@@ -61,6 +61,7 @@ def test_a_database_that_is_gone_is_503_at_once_and_200_when_it_is_back(proxy: P
             f"{HISTORY}?daily=last",
             "/trading/signal-archives",
             "/trading/signals?market_id=1",
+            "/page/portfolios",
             "/readyz",
         ):
             _require_unavailable(client.get(url))
@@ -68,6 +69,37 @@ def test_a_database_that_is_gone_is_503_at_once_and_200_when_it_is_back(proxy: P
         assert time.monotonic() - began < 2
         proxy.set_mode("pass")
         assert [client.get(url).status_code for url in (HISTORY, "/readyz")] == [200, 200]
+
+
+def test_the_api_and_the_page_say_the_same_and_the_log_says_why(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    """A reference leads from the answer to the reason; it is the same at each try, and each reason has its own."""
+    with TestClient(api.app) as client:
+        proxy.set_mode("refuse")
+        told = [client.get(url).json()["detail"] for url in (HISTORY, "/page/portfolios", "/page/newest")]
+        health = client.get("/page/health").json()["database"]["error"]
+        proxy.set_mode("pass")
+        with connection.get_db() as db:
+            db.execute(text("DROP TABLE portfolio_history CASCADE"))
+        missing = {client.get(url).json()["detail"].rpartition(" ")[0] for url in (HISTORY, "/page/portfolios")}
+
+    assert {*told, health} == {told[0]}
+    reference = told[0].removesuffix(".").rpartition(" ")[2]
+    assert told[0] == f"The database cannot be read now. The log has the reason, reference {reference}."
+    logged = [record.getMessage() for record in caplog.records if f"(reference {reference})" in record.getMessage()]
+    assert len(logged) == 4
+    assert "StoreUnavailable: PostgreSQL: " in logged[0]
+    (no_tables,) = missing
+    assert no_tables.startswith("The database has no tables yet: trading-history init-db makes them. The log ")
+
+
+def test_without_a_database_in_the_settings_both_say_so() -> None:
+    """503, not a defect; which setting it is stands in the log."""
+    connection.engine.cache_clear()
+    with TestClient(api.app) as client:
+        answers = [client.get(url) for url in (HISTORY, "/page/portfolios")]
+    for answer in answers:
+        _require_unavailable(answer)
+        assert answer.json()["detail"].startswith("A setting is missing or wrong. The log has the reason, reference ")
 
 
 def test_a_restarted_database_is_not_even_noticed(proxy: Proxy) -> None:

@@ -26,7 +26,8 @@ from consumers.connection import get_db
 from consumers.failed import discard, rejections
 from consumers.flight import FEWEST_JOBS, Flight, Window
 from consumers.import_report import Report
-from consumers.migration import Importer, OldHistory, Tally, file_origins
+from consumers.migration import Importer
+from consumers.old_history import OldHistory, Tally, file_origins
 from consumers.processes import worker_process
 from consumers.verification import Difference, Verification
 from producers.errors import HistoryError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -256,7 +257,7 @@ def test_newest_tells_of_rows_that_came_late(client: TestClient) -> None:
 def test_a_database_without_tables_or_gone_is_one_readable_line(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 with the reason, as a problem; the page itself still comes."""
+    """503 with what to do or whom to ask, as a problem, and no more than that; the page itself still comes."""
     with TestClient(create_app()) as client:
         response = client.get("/page/portfolios")
         assert (response.status_code, response.headers["Content-Type"]) == (503, "application/problem+json")
@@ -265,7 +266,7 @@ def test_a_database_without_tables_or_gone_is_one_readable_line(
         monkeypatch.setenv("DATABASE_URL", "postgresql://someone:s3cret@127.0.0.1:1/x")
         response = client.get("/page/portfolios")
         assert response.status_code == 503
-        assert "s3cret" not in response.text
+        assert not re.search("s3cret|someone|127[.]0|PostgreSQL", response.text)
         assert client.get("/").status_code == 200
 
 
@@ -305,8 +306,8 @@ def test_health_without_redis_and_without_an_answer_from_it(
     assert _get(client, "health")["redis"] is None
     monkeypatch.setenv("REDIS_URL", "redis://:s3cret@127.0.0.1:1/0")
     told = _get(client, "health")
-    assert "Connection" in told["redis"]["error"]
-    assert "s3cret" not in json.dumps(told)
+    assert told["redis"]["error"].startswith("Redis cannot be read now. The log has the reason, reference ")
+    assert not re.search("s3cret|127[.]0", json.dumps(told))
     monkeypatch.setenv("HISTORY_DASHBOARD_URL", "javascript:alert(1)")
     assert client.get("/page/health").status_code == 503
 

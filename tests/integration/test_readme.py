@@ -96,6 +96,14 @@ def test_the_python_examples_run(
     assert (len(entries), Outbox(tmp_path / "data" / "outbox.db").status().sent) == (4, 4)
 
 
+def test_the_tests_of_a_controller_run(tmp_path: Path) -> None:
+    """As somebody else would run them: the fixture is there because the package is installed."""
+    (tmp_path / "test_bot.py").write_text(_block("test_bot.py"), "utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tmp_path)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, "2 passed" in run.stdout) == (0, True), run.stdout
+
+
 def test_the_sql_examples_run(database_url: str) -> None:
     """Each statement, on the tables as schema.sql makes them."""
     (block,) = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)

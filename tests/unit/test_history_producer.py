@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,19 +13,20 @@ from producers.errors import EventRejected, ProducerClosed, SettingsError
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key
+from producers.testing import FakeHistory
 from tests.factories import a_snapshot, an_archive
 from tests.forking import in_child
 from tests.unit.conftest import queue_of
 
 
 @pytest.fixture
-def producer(redis: fakeredis.FakeRedis, tmp_path: Path) -> Iterator[HistoryProducer]:
-    with HistoryProducer(redis, outbox=tmp_path / "outbox.db", name="bot-7") as producer:
-        yield producer
+def producer(trading_history: FakeHistory) -> HistoryProducer:
+    return trading_history.producer
 
 
-def test_a_receipt_names_the_event_its_source_and_its_number(producer: HistoryProducer) -> None:
+def test_a_receipt_names_the_event_its_source_and_its_number(trading_history: FakeHistory) -> None:
     """The name before the slash is the caller's."""
+    producer = HistoryProducer(name="bot-7")
     snapshot = a_snapshot()
     receipts = [producer.record(snapshot), *producer.record_many([snapshot, an_archive()])]
 
@@ -40,20 +40,21 @@ def test_recording_nothing_is_fine(producer: HistoryProducer) -> None:
     assert producer.record_many([]) == []
 
 
-def test_events_reach_the_queue_without_another_call(producer: HistoryProducer, redis: fakeredis.FakeRedis) -> None:
+def test_events_reach_the_queue_without_another_call(trading_history: FakeHistory) -> None:
     """flush waits for that and returns how many are left: none."""
-    producer.record(a_snapshot())
-    assert (producer.flush(5), queue_of(redis).count) == (0, 1)
+    trading_history.producer.record(a_snapshot())
+    assert (trading_history.producer.flush(5), queue_of(trading_history.redis).count) == (0, 1)
 
 
-def test_waiting_ends_with_the_row_id_or_the_reason(producer: HistoryProducer, redis: fakeredis.FakeRedis) -> None:
+def test_waiting_ends_with_the_row_id_or_the_reason(trading_history: FakeHistory) -> None:
     """stored and duplicate give the row's id, rejected raises with the reason."""
-    receipts = producer.record_many([a_snapshot(after=timedelta(n)) for n in range(3)])
-    producer.flush(5)
-    for sequence, outcome in enumerate(("stored:11", "duplicate:12", "rejected:balance: wrong"), start=1):
-        redis.hset(acknowledgement_key(receipts[0].source), str(sequence), outcome)
+    producer = trading_history.producer
+    receipts = [producer.record(a_snapshot()) for _ in range(2)]
+    trading_history.work()
+    receipts.append(producer.record(a_snapshot()))
+    trading_history.work(reject="balance: wrong")
 
-    assert [receipt.wait(5) for receipt in receipts[:2]] == [11, 12]
+    assert [receipt.wait(5) for receipt in receipts[:2]] == [1, 1]
     with pytest.raises(EventRejected, match=f"^event {receipts[2].event_id} was rejected: balance: wrong$"):
         receipts[2].wait(5)
 
@@ -66,31 +67,26 @@ def test_waiting_in_vain_times_out_and_loses_nothing(producer: HistoryProducer) 
     assert producer.status().depth == 1
 
 
-def test_recording_works_while_redis_is_away_and_is_sent_when_it_is_back(
-    producer: HistoryProducer, redis: fakeredis.FakeRedis, server: fakeredis.FakeServer
-) -> None:
+def test_recording_works_while_redis_is_away_and_is_sent_when_it_is_back(trading_history: FakeHistory) -> None:
     """The caller notices nothing; flush tells how many are waiting."""
-    server.connected = False
-    for n in range(5):
-        producer.record(a_snapshot(after=timedelta(n)))
-    assert producer.flush(0.2) == 5
-    server.connected = True
+    producer = trading_history.producer
+    with trading_history.redis_down():
+        for n in range(5):
+            producer.record(a_snapshot(after=timedelta(n)))
+        assert producer.flush(0.2) == 5
     assert producer.flush(10) == 0
-    assert queue_of(redis).count == 5
+    assert queue_of(trading_history.redis).count == 5
 
 
-def test_a_new_producer_sends_what_an_earlier_one_left(
-    redis: fakeredis.FakeRedis, server: fakeredis.FakeServer, tmp_path: Path
-) -> None:
+def test_a_new_producer_sends_what_an_earlier_one_left(trading_history: FakeHistory) -> None:
     """Closing gives up after its time limit and keeps everything."""
-    server.connected = False
-    first = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
-    first.record(a_snapshot())
-    first.close(timeout=0.1)
-    server.connected = True
-    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as second:
+    with trading_history.redis_down():
+        first = HistoryProducer()
+        first.record(a_snapshot())
+        first.close(timeout=0.1)
+    with HistoryProducer() as second:
         assert second.flush(5) == 0
-    assert queue_of(redis).count == 1
+    assert queue_of(trading_history.redis).count == 1
 
 
 def test_a_closed_producer_refuses_and_may_be_closed_again(producer: HistoryProducer) -> None:
@@ -101,8 +97,9 @@ def test_a_closed_producer_refuses_and_may_be_closed_again(producer: HistoryProd
         producer.record(a_snapshot())
 
 
-def test_many_threads_record_through_one_producer(producer: HistoryProducer, redis: fakeredis.FakeRedis) -> None:
+def test_many_threads_record_through_one_producer(trading_history: FakeHistory) -> None:
     """Every event gets its own number and its own job."""
+    producer = trading_history.producer
     threads = [threading.Thread(target=lambda: [producer.record(a_snapshot()) for _ in range(25)]) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -110,12 +107,14 @@ def test_many_threads_record_through_one_producer(producer: HistoryProducer, red
         thread.join()
     producer.flush(10)
 
-    assert sorted(int(job_id.split("-")[1]) for job_id in queue_of(redis).job_ids) == list(range(1, 201))
+    job_ids = queue_of(trading_history.redis).job_ids
+    assert sorted(int(job_id.split("-")[1]) for job_id in job_ids) == list(range(1, 201))
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_goes_on_recording(producer: HistoryProducer, tmp_path: Path) -> None:
+def test_a_forked_child_goes_on_recording(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
     """The child appends to the same outbox with a connection of its own; the parent is not disturbed."""
+    producer = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
     producer.record(a_snapshot())
 
     def record() -> None:
@@ -125,6 +124,7 @@ def test_a_forked_child_goes_on_recording(producer: HistoryProducer, tmp_path: P
     assert producer.record(a_snapshot(after=timedelta(2))).sequence == 3
     assert producer.flush(5) == 0
     assert Outbox(tmp_path / "outbox.db").status().sent == 3
+    producer.close()
 
 
 def test_queue_and_outbox_come_from_the_settings_unless_given(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import decimal
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,47 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakeredis import FakeRedis, FakeServer
 
 from producers import trading_controller
 from producers.errors import InvalidEvent, SettingsError, SignalsUnreadable
-from producers.events import (
-    PortfolioSnapshot,
-    PortfolioSnapshotEvent,
-    SignalArchive,
-    SignalArchiveEvent,
-    decode,
-)
-from producers.history_producer import HistoryProducer
-from producers.outbox import Outbox
+from producers.events import PortfolioSnapshot, SignalArchive
+from producers.testing import FakeHistory
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archive
-
-
-@pytest.fixture
-def outbox(tmp_path: Path) -> Path:
-    return tmp_path / "outbox.db"
-
-
-@pytest.fixture
-def make_producer(outbox: Path) -> Iterator[Callable[[], HistoryProducer]]:
-    """Producers whose Redis does not answer, so that what they record stays pending in the outbox."""
-    server = FakeServer()
-    server.connected = False
-    made: list[HistoryProducer] = []
-
-    def make() -> HistoryProducer:
-        made.append(HistoryProducer(FakeRedis(server=server), outbox=outbox))
-        return made[-1]
-
-    yield make
-    for producer in made:
-        producer.close(timeout=0)
-
-
-@pytest.fixture
-def producer(make_producer: Callable[[], HistoryProducer]) -> HistoryProducer:
-    return make_producer()
 
 
 @pytest.fixture
@@ -68,33 +33,25 @@ def local_zone() -> Iterator[None]:
 
 
 @pytest.fixture
-def snapshot_of(producer: HistoryProducer, outbox: Path) -> Callable[..., PortfolioSnapshot]:
-    """Record a portfolio, and read back what the outbox holds."""
+def snapshot_of(trading_history: FakeHistory) -> Callable[..., PortfolioSnapshot]:
+    """Record a portfolio, and read back what workers get."""
 
     def record(portfolio: Any, portfolio_id: int | None = None, **options: Any) -> PortfolioSnapshot:
-        create_daily_portfolio_snapshot(portfolio, portfolio_id, producer=producer, **options)
-        return decode(_recorded(outbox)[-1], PortfolioSnapshotEvent).data
+        create_daily_portfolio_snapshot(portfolio, portfolio_id, **options)
+        return trading_history.snapshots[-1]
 
     return record
 
 
 @pytest.fixture
-def archive_of(producer: HistoryProducer, outbox: Path) -> Callable[..., SignalArchive]:
-    """Archive signals, and read back what the outbox holds."""
+def archive_of(trading_history: FakeHistory) -> Callable[..., SignalArchive]:
+    """Archive signals, and read back what workers get."""
 
     def record(*signals: Any, **options: Any) -> SignalArchive:
-        assert archive_current_signals(*signals, producer=producer, **options) is not None
-        return decode(_recorded(outbox)[-1], SignalArchiveEvent).data
+        assert archive_current_signals(*signals, **options) is not None
+        return trading_history.archives[-1]
 
     return record
-
-
-def _recorded(outbox: Path) -> list[str]:
-    """The texts of the events in the outbox, in order."""
-    reader = Outbox(outbox)
-    texts = [entry.event for entry in reader.pending(10)]
-    reader.close()
-    return texts
 
 
 _NO_NUMBERS = {"snapshot_date", "timestamp", "portfolio_id"}
@@ -114,18 +71,16 @@ def test_the_controllers_dict_becomes_a_snapshot(snapshot_of: Callable[..., Port
     )
 
 
-def test_a_receipt_names_the_recorded_event(producer: HistoryProducer, outbox: Path) -> None:
+def test_a_receipt_names_the_recorded_event(trading_history: FakeHistory) -> None:
     """Id, source and sequence of both calls are those of the events in the outbox."""
-    snapshot = create_daily_portfolio_snapshot(a_portfolio(), 1, timestamp=INSTANT, producer=producer)
-    archive = archive_current_signals([a_signal()], portfolio_id=1, archived_at=INSTANT, producer=producer)
+    snapshot = create_daily_portfolio_snapshot(a_portfolio(), 1, timestamp=INSTANT)
+    archive = archive_current_signals([a_signal()], portfolio_id=1, archived_at=INSTANT)
     assert archive is not None
 
-    first, second = (json.loads(text) for text in _recorded(outbox))
-
     assert (snapshot.event_id, archive.event_id) == (a_snapshot().event_id, an_archive().event_id)
-    assert (str(snapshot.event_id), snapshot.source) == (first["id"], first["source"])
-    assert (str(archive.event_id), archive.source) == (second["id"], second["source"])
-    assert (snapshot.sequence, archive.sequence) == (int(first["sequence"]), int(second["sequence"])) == (1, 2)
+    told = [(receipt.event_id, receipt.source, receipt.sequence) for receipt in (snapshot, archive)]
+    assert told == [(event.id, event.source, event.sequence) for event in trading_history.events]
+    assert (snapshot.sequence, archive.sequence) == (1, 2)
 
 
 def test_what_is_missing_counts_as_zero(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
@@ -212,21 +167,21 @@ def test_open_positions_are_counted_by_their_status(
     ],
 )
 def test_a_wrong_value_is_named_and_nothing_is_recorded(
-    producer: HistoryProducer, outbox: Path, portfolio: Any, message: str
+    trading_history: FakeHistory, portfolio: Any, message: str
 ) -> None:
     """A wrong type is an error, not a 0."""
     with pytest.raises(InvalidEvent, match=message):
-        create_daily_portfolio_snapshot(portfolio, producer=producer)
-    assert _recorded(outbox) == []
+        create_daily_portfolio_snapshot(portfolio)
+    assert trading_history.events == []
 
 
 @pytest.mark.parametrize("portfolio_id", [True, "1", 1.0, 2**63])
-def test_a_wrong_portfolio_id_is_named(producer: HistoryProducer, portfolio_id: Any) -> None:
+def test_a_wrong_portfolio_id_is_named(trading_history: FakeHistory, portfolio_id: Any) -> None:
     """By both calls."""
     with pytest.raises(InvalidEvent, match=r"^portfolio_id: "):
-        create_daily_portfolio_snapshot(a_portfolio(), portfolio_id, producer=producer)
+        create_daily_portfolio_snapshot(a_portfolio(), portfolio_id)
     with pytest.raises(InvalidEvent, match=r"^portfolio_id: "):
-        archive_current_signals([a_signal()], portfolio_id=portfolio_id, producer=producer)
+        archive_current_signals([a_signal()], portfolio_id=portfolio_id)
 
 
 # ---- times
@@ -240,21 +195,18 @@ def test_a_wrong_portfolio_id_is_named(producer: HistoryProducer, portfolio_id: 
 )
 def test_a_naive_time_is_in_the_local_zone(
     monkeypatch: pytest.MonkeyPatch,
-    make_producer: Callable[[], HistoryProducer],
-    outbox: Path,
+    trading_history: FakeHistory,
     setting: str | None,
     offset: timedelta,
 ) -> None:
     """HISTORY_TIMEZONE, else the machine's; date and month are those of the local clock."""
     if setting is not None:
         monkeypatch.setenv("HISTORY_TIMEZONE", setting)
-    producer = make_producer()
     naive = datetime(2026, 11, 30, 23, 59, 59, 101234)
-    create_daily_portfolio_snapshot(a_portfolio(), timestamp=naive, producer=producer)
-    archive_current_signals([a_signal()], archived_at=naive, producer=producer)
+    create_daily_portfolio_snapshot(a_portfolio(), timestamp=naive)
+    archive_current_signals([a_signal()], archived_at=naive)
 
-    first, second = _recorded(outbox)
-    snapshot, archive = decode(first, PortfolioSnapshotEvent).data, decode(second, SignalArchiveEvent).data
+    (snapshot,), (archive,) = trading_history.snapshots, trading_history.archives
 
     assert (snapshot.timestamp.replace(tzinfo=None), snapshot.timestamp.utcoffset()) == (naive, offset)
     assert (archive.archived_at, archive.archive_month) == (snapshot.timestamp, "2026-11")
@@ -272,24 +224,21 @@ def test_a_naive_time_is_in_the_local_zone(
 )
 def test_the_hour_that_comes_twice_is_told_apart_by_fold(
     monkeypatch: pytest.MonkeyPatch,
-    make_producer: Callable[[], HistoryProducer],
-    outbox: Path,
+    trading_history: FakeHistory,
     moment: datetime,
     utc: datetime,
 ) -> None:
     """Summer time ends in Berlin: 02:30 happens twice, and neither hides the other."""
     monkeypatch.setenv("HISTORY_TIMEZONE", "Europe/Berlin")
-    create_daily_portfolio_snapshot(a_portfolio(), timestamp=moment, producer=make_producer())
-    assert decode(_recorded(outbox)[0], PortfolioSnapshotEvent).data.timestamp == utc
+    create_daily_portfolio_snapshot(a_portfolio(), timestamp=moment)
+    assert trading_history.snapshots[0].timestamp == utc
 
 
-def test_an_aware_time_keeps_its_offset(
-    monkeypatch: pytest.MonkeyPatch, make_producer: Callable[[], HistoryProducer], outbox: Path
-) -> None:
+def test_an_aware_time_keeps_its_offset(monkeypatch: pytest.MonkeyPatch, trading_history: FakeHistory) -> None:
     """The local zone is only for times that have none."""
     monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
-    create_daily_portfolio_snapshot(a_portfolio(), timestamp=INSTANT, producer=make_producer())
-    snapshot = decode(_recorded(outbox)[0], PortfolioSnapshotEvent).data
+    create_daily_portfolio_snapshot(a_portfolio(), timestamp=INSTANT)
+    snapshot = trading_history.snapshots[0]
     assert (snapshot.timestamp, snapshot.timestamp.utcoffset()) == (INSTANT, timedelta(0))
     assert snapshot.snapshot_date == INSTANT.date()
 
@@ -302,23 +251,20 @@ def test_an_aware_time_keeps_its_offset(
 )
 def test_without_a_time_it_is_now_in_the_local_zone(
     monkeypatch: pytest.MonkeyPatch,
-    make_producer: Callable[[], HistoryProducer],
-    outbox: Path,
+    trading_history: FakeHistory,
     setting: str | None,
     offset: timedelta,
 ) -> None:
     """Between before and after the call, with the local date."""
     if setting is not None:
         monkeypatch.setenv("HISTORY_TIMEZONE", setting)
-    producer = make_producer()
 
     before = datetime.now(UTC)
-    create_daily_portfolio_snapshot(a_portfolio(), producer=producer)
-    archive_current_signals([a_signal()], producer=producer)
+    create_daily_portfolio_snapshot(a_portfolio())
+    archive_current_signals([a_signal()])
     after = datetime.now(UTC)
 
-    first, second = _recorded(outbox)
-    snapshot, archive = decode(first, PortfolioSnapshotEvent).data, decode(second, SignalArchiveEvent).data
+    (snapshot,), (archive,) = trading_history.snapshots, trading_history.archives
     assert before <= snapshot.timestamp <= archive.archived_at <= after
     assert (snapshot.timestamp.utcoffset(), archive.archived_at.utcoffset()) == (offset, offset)
     assert snapshot.snapshot_date == snapshot.timestamp.date()
@@ -337,13 +283,13 @@ def test_without_a_time_it_is_now_in_the_local_zone(
     ids=repr,
 )
 @pytest.mark.usefixtures("local_zone")
-def test_what_is_no_time_of_this_age_is_refused(producer: HistoryProducer, outbox: Path, moment: Any) -> None:
+def test_what_is_no_time_of_this_age_is_refused(trading_history: FakeHistory, moment: Any) -> None:
     """By both calls, under the name of their argument."""
     with pytest.raises(InvalidEvent, match=r"^timestamp: must "):
-        create_daily_portfolio_snapshot(a_portfolio(), timestamp=moment, producer=producer)
+        create_daily_portfolio_snapshot(a_portfolio(), timestamp=moment)
     with pytest.raises(InvalidEvent, match=r"^archived_at: must "):
-        archive_current_signals([a_signal()], archived_at=moment, producer=producer)
-    assert _recorded(outbox) == []
+        archive_current_signals([a_signal()], archived_at=moment)
+    assert trading_history.events == []
 
 
 # ---- signals as an argument
@@ -366,12 +312,12 @@ def test_signals_may_be_given_as_an_array_or_as_an_apis_object(
 
 
 @pytest.mark.parametrize("signals", [[], (), {"signals": []}])
-def test_no_signals_are_not_archived(producer: HistoryProducer, outbox: Path, signals: Any) -> None:
+def test_no_signals_are_not_archived(trading_history: FakeHistory, signals: Any) -> None:
     """None is returned, nothing is recorded, and the file is not asked instead."""
     Path("data/trades").mkdir(parents=True)
     Path("data/trades/current_signals.json").write_text('[{"market_id": "1"}]', "utf-8")
-    assert archive_current_signals(signals, producer=producer) is None
-    assert _recorded(outbox) == []
+    assert archive_current_signals(signals) is None
+    assert trading_history.events == []
 
 
 @pytest.mark.parametrize(
@@ -387,12 +333,12 @@ def test_no_signals_are_not_archived(producer: HistoryProducer, outbox: Path, si
     ],
 )
 def test_wrong_signals_are_named_and_nothing_is_recorded(
-    producer: HistoryProducer, outbox: Path, signals: Any, message: str
+    trading_history: FakeHistory, signals: Any, message: str
 ) -> None:
     """What JSON or PostgreSQL cannot hold is refused where it is known."""
     with pytest.raises(InvalidEvent, match=message):
-        archive_current_signals(signals, producer=producer)
-    assert _recorded(outbox) == []
+        archive_current_signals(signals)
+    assert trading_history.events == []
 
 
 # ---- signals of an API
@@ -463,11 +409,11 @@ def test_signals_come_from_an_api(archive_of: Callable[..., SignalArchive], url:
 
 
 @pytest.mark.parametrize("path", ["empty", "none"])
-def test_an_api_without_signals_has_none(producer: HistoryProducer, outbox: Path, url: str, path: str) -> None:
+def test_an_api_without_signals_has_none(trading_history: FakeHistory, url: str, path: str) -> None:
     """Nothing is recorded, and the file is not asked instead."""
     Path("signals.json").write_text('[{"market_id": "1"}]', "utf-8")
-    assert archive_current_signals(signals_url=url.format(path), signals_path="signals.json", producer=producer) is None
-    assert _recorded(outbox) == []
+    assert archive_current_signals(signals_url=url.format(path), signals_path="signals.json") is None
+    assert trading_history.events == []
 
 
 @pytest.mark.parametrize(
@@ -482,13 +428,13 @@ def test_an_api_without_signals_has_none(producer: HistoryProducer, outbox: Path
     ],
 )
 def test_a_broken_answer_is_told_without_the_url(
-    producer: HistoryProducer, outbox: Path, url: str, path: str, message: str
+    trading_history: FakeHistory, url: str, path: str, message: str
 ) -> None:
     """The URL may hold a token, so that neither the message nor the chain of causes has it."""
     with pytest.raises(SignalsUnreadable) as caught:
-        archive_current_signals(signals_url=url.format(path), producer=producer)
+        archive_current_signals(signals_url=url.format(path))
     assert (str(caught.value), caught.value.__cause__) == (message, None)
-    assert _recorded(outbox) == []
+    assert trading_history.events == []
 
 
 @pytest.mark.parametrize(
@@ -502,10 +448,10 @@ def test_a_broken_answer_is_told_without_the_url(
         "",
     ],
 )
-def test_a_url_that_cannot_be_asked_is_unreadable(producer: HistoryProducer, url: str) -> None:
+def test_a_url_that_cannot_be_asked_is_unreadable(trading_history: FakeHistory, url: str) -> None:
     """Refused, or no URL of the web at all: one kind of error."""
     with pytest.raises(SignalsUnreadable, match=r"^signals_url cannot be read: [A-Za-z]+$"):
-        archive_current_signals(signals_url=url, producer=producer)
+        archive_current_signals(signals_url=url)
 
 
 # ---- signals of the file
@@ -546,14 +492,14 @@ def test_signals_come_from_the_file_which_is_only_read(
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\t", b"\xef\xbb\xbf", b"[]", b' {"signals": []} '])
 def test_a_file_without_signals_has_none(
-    producer: HistoryProducer, outbox: Path, signals_file: Path, content: bytes | None
+    trading_history: FakeHistory, signals_file: Path, content: bytes | None
 ) -> None:
     """Missing or empty: None is returned and nothing is recorded."""
     if content is not None:
         signals_file.write_bytes(content)
-    assert archive_current_signals(producer=producer) is None
-    assert archive_current_signals(signals_path="no/such/folder/signals.json", producer=producer) is None
-    assert _recorded(outbox) == []
+    assert archive_current_signals() is None
+    assert archive_current_signals(signals_path="no/such/folder/signals.json") is None
+    assert trading_history.events == []
 
 
 @pytest.mark.parametrize(
@@ -572,20 +518,20 @@ def test_a_file_without_signals_has_none(
     ids=lambda value: str(value)[:30],
 )
 def test_a_broken_file_is_told_with_its_name_and_the_position(
-    producer: HistoryProducer, outbox: Path, signals_file: Path, content: bytes, reason: str
+    trading_history: FakeHistory, signals_file: Path, content: bytes, reason: str
 ) -> None:
     """A file that was caught half-written is an error, not an absence of signals."""
     signals_file.write_bytes(content)
     with pytest.raises(SignalsUnreadable) as caught:
-        archive_current_signals(producer=producer)
+        archive_current_signals()
     assert str(caught.value) == f"data/trades/current_signals.json: {reason}"
-    assert (signals_file.read_bytes(), _recorded(outbox)) == (content, [])
+    assert (signals_file.read_bytes(), trading_history.events) == (content, [])
 
 
-def test_a_folder_in_place_of_the_file_is_unreadable(producer: HistoryProducer, signals_file: Path) -> None:
+def test_a_folder_in_place_of_the_file_is_unreadable(trading_history: FakeHistory, signals_file: Path) -> None:
     """Anything but a missing file is told."""
     with pytest.raises(SignalsUnreadable, match=r"^data/trades: Is a directory$"):
-        archive_current_signals(signals_path=signals_file.parent, producer=producer)
+        archive_current_signals(signals_path=signals_file.parent)
 
 
 @pytest.mark.parametrize(
@@ -602,13 +548,13 @@ def test_a_folder_in_place_of_the_file_is_unreadable(producer: HistoryProducer, 
     ids=lambda value: value[:30],
 )
 def test_a_file_with_what_postgresql_cannot_hold_is_refused(
-    producer: HistoryProducer, outbox: Path, signals_file: Path, content: str, message: str
+    trading_history: FakeHistory, signals_file: Path, content: str, message: str
 ) -> None:
     """JSON that Python reads and that is still no archive: nothing is recorded."""
     signals_file.write_text(content, "utf-8")
     with pytest.raises(InvalidEvent, match=message):
-        archive_current_signals(producer=producer)
-    assert _recorded(outbox) == []
+        archive_current_signals()
+    assert trading_history.events == []
 
 
 # ---- the shared producer
@@ -624,10 +570,10 @@ def no_shared_producer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_shared_producer")
-def test_without_producer_all_calls_share_one(monkeypatch: pytest.MonkeyPatch, outbox: Path) -> None:
+def test_without_producer_all_calls_share_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is made from the settings at the first call, and anew after it was closed."""
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
-    monkeypatch.setenv("HISTORY_OUTBOX", str(outbox))
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "outbox.db"))
 
     snapshot = create_daily_portfolio_snapshot(a_portfolio())
     first = trading_controller._shared

@@ -1,0 +1,47 @@
+"""What readers of the API and of the page are told when something cannot be read: never more than they may know.
+
+Drivers' messages name hosts, users and files. They go to the log, under a reference that the reader is given.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from hashlib import blake2b
+
+from redis import RedisError
+from sqlalchemy.exc import DBAPIError
+
+from consumers.errors import StoreUnavailable
+from producers.errors import OutboxError, SettingsError
+
+logger = logging.getLogger(__name__)
+
+Unreadable = StoreUnavailable | RedisError | OutboxError | SettingsError
+
+_NO_SUCH_TABLE = "42P01"
+# The same reason has the same reference as long as the process runs, so that who asks again sees no new trouble;
+# without the key nobody can try out whether it stands for a reason that he has guessed.
+_KEY = secrets.token_bytes(16)
+
+
+def disclosed(error: Unreadable) -> str:
+    """What a reader may be told of `error`, which is logged in full under the reference that ends this."""
+    reason = f"{type(error).__name__}: {error}"
+    reference = blake2b(reason.encode("utf-8", "replace"), key=_KEY, digest_size=4).hexdigest()
+    logger.warning("cannot read (reference %s): %s", reference, reason)
+    return f"{_summary(error)} The log has the reason, reference {reference}."
+
+
+def _summary(error: Unreadable) -> str:
+    if isinstance(error, RedisError):
+        return "Redis cannot be read now."
+    if isinstance(error, OutboxError):
+        return "The outbox cannot be read now."
+    if isinstance(error, SettingsError):
+        return "A setting is missing or wrong."
+    if isinstance(error.__cause__, DBAPIError) and getattr(error.__cause__.orig, "pgcode", None) == _NO_SUCH_TABLE:
+        return "The database has no tables yet: trading-history init-db makes them."
+    if error.one_statement:
+        return "This took too long; ask for less, or later."
+    return "The database cannot be read now."

@@ -1,0 +1,101 @@
+"""A worker's part without PostgreSQL, for tests: it reads jobs with the worker's models and answers in its words."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+from uuid import UUID
+
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.utils import as_text
+
+from producers.errors import HistoryError
+from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE, Event, PortfolioSnapshotEvent, SignalArchiveEvent, decode
+from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome
+from producers.redis_keys import acknowledgement_key
+from producers.rq_jobs import JOB_FUNCTIONS
+
+# The reason to refuse every event with, or a function that gives an event's reason, None for one to be stored.
+Refusal = str | Callable[[Event], str | None]
+
+MODELS: dict[str, type[Event]] = {SNAPSHOT_TYPE: PortfolioSnapshotEvent, ARCHIVE_TYPE: SignalArchiveEvent}
+_MODELS_OF_JOBS = {function: MODELS[event_type] for event_type, function in JOB_FUNCTIONS.items()}
+_TABLES = {SNAPSHOT_TYPE: "portfolio_history", ARCHIVE_TYPE: "signal_archives"}
+
+
+class Answer(NamedTuple):
+    """What the worker told the producer of one delivery."""
+
+    source: str
+    sequence: int
+    outcome: Outcome
+
+
+class _Row(NamedTuple):
+    row_id: int
+    event: Event
+
+
+class FakeWorker:
+    """Keeps in memory what a worker would have stored; each table numbers its rows from 1."""
+
+    def __init__(self, redis: Redis, queue: str) -> None:
+        self._redis = redis
+        self._queue = Queue(queue, connection=redis, serializer=JSONSerializer)
+        self._rows: dict[UUID, _Row] = {}
+        self._counts: Counter[str] = Counter()
+        self._one_at_a_time = threading.Lock()
+
+    def work(self, reject: Refusal | None = None) -> list[Answer]:
+        """Answer every job in the queue, in order.
+
+        Raises:
+            RedisError: Redis is down.
+            HistoryError: a job is none of this project's, or holds no event.
+        """
+        answers = []
+        with self._one_at_a_time:
+            while (job_id := self._redis.lindex(self._queue.key, 0)) is not None:
+                job = Job.fetch(as_text(job_id), connection=self._redis, serializer=JSONSerializer)
+                event = _event_of(job)
+                assert event.sequence is not None  # every outbox numbers its events
+                answer = Answer(event.source, event.sequence, self._outcome(event, reject))
+                self._tell(job, answer)
+                answers.append(answer)
+        return answers
+
+    def _outcome(self, event: Event, reject: Refusal | None) -> Outcome:
+        reason = reject(event) if callable(reject) else reject
+        if reason is not None:
+            return Outcome("rejected", reason=reason)
+        row = self._rows.get(event.id)
+        if row is None:
+            self._counts[event.type] += 1
+            row = self._rows[event.id] = _Row(self._counts[event.type], event)
+            return Outcome("stored", row_id=row.row_id)
+        if row.event.data != event.data:
+            place = f"row {row.row_id} of {_TABLES[event.type]}"
+            return Outcome("rejected", reason=f"event {event.id} is stored already as {place}, with other content")
+        return Outcome("duplicate", row_id=row.row_id)
+
+    def _tell(self, job: Job, answer: Answer) -> None:
+        """Only now the job leaves the queue: one that could not be answered is there for the next try."""
+        key = acknowledgement_key(answer.source)
+        with self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(key, str(answer.sequence), str(answer.outcome))
+            pipe.expire(key, ACKNOWLEDGEMENT_TTL_SECONDS)
+            pipe.lrem(self._queue.key, 1, job.id)
+            pipe.delete(job.key)
+            pipe.execute()
+
+
+def _event_of(job: Job) -> Event:
+    model = _MODELS_OF_JOBS.get(str(job.func_name))
+    if model is None:
+        raise HistoryError(f"job {job.id}: {job.func_name} is no job function of this project")
+    return decode(job.args[0], model)
