@@ -24,9 +24,10 @@ from consumers.cli_import import import_history, verify_history
 from consumers.cli_options import AsJson, OfPortfolio, Since, Until
 from consumers.cli_outbox import outbox_app
 from consumers.cli_views import api, status
+from consumers.logs import write_logs
 from consumers.stack import stack
 from consumers.terminal import print_archives, print_audit, print_csv, print_json, print_snapshots
-from producers.errors import HistoryError
+from producers.errors import HistoryError, SettingsError
 
 app = typer.Typer(
     help="Portfolio snapshots and signal archives: from the controller through Redis Queue into PostgreSQL.",
@@ -45,7 +46,8 @@ app.command()(status)
 
 _debug = False
 _NEWEST = 20
-_EXTRAS = {"sqlalchemy": "worker", "psycopg2": "worker", "fastapi": "api", "starlette": "api", "uvicorn": "api"}
+_EXTRAS = dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker")
+_EXTRAS |= dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api")
 
 Limit = Annotated[
     int | None, typer.Option("--limit", "-n", min=1, help="At most so many, the newest; 20 unless --csv.")
@@ -56,15 +58,16 @@ ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="The po
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
 ) -> None:
     global _debug
     _debug = debug
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        write_logs(logging.DEBUG if debug else logging.INFO)
+    except SettingsError:
+        if context.invoked_subcommand != "doctor":  # which tells of wrong settings itself
+            raise
 
 
 @app.command()
@@ -80,8 +83,10 @@ def demo() -> None:
 def up() -> None:
     """Run a worker, and the embedded servers unless others are set, until Ctrl-C."""
     from consumers.processes import wait_for_worker, worker_process
+    from consumers.settings import MetricsSettings
 
-    with stack(database=True, redis=True) as embedded, worker_process() as worker:
+    port = MetricsSettings.from_environment().port
+    with stack(database=True, redis=True) as embedded, worker_process(metrics_port=port) as worker:
         for name in ("DATABASE_URL", "REDIS_URL") if embedded else ():
             print(f"export {name}='{os.environ[name]}'")
         print("A worker is running. A controller needs REDIS_URL. Ctrl-C stops everything.", flush=True)
@@ -116,18 +121,25 @@ def init_db(
 @app.command()
 def worker(
     burst: Annotated[bool, typer.Option("--burst", help="Stop when the queue is empty.")] = False,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Answer Prometheus here; 0 takes any that is free.")
+    ] = None,
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
     """Store events from the queue until told to stop."""
     from consumers.processes import stop_with_stdin
+    from consumers.settings import MetricsSettings
     from consumers.worker import run_worker
     from producers.settings import TransportSettings
 
     if while_stdin:
         stop_with_stdin()
+    metrics = MetricsSettings.from_environment()
+    # A worker of another command (demo, import) would take the port of the one that the setting is meant for.
+    port = metrics_port if metrics_port is not None or while_stdin else metrics.port
     with stack(database=True, redis=True):
         settings = TransportSettings.from_environment()
-        run_worker(settings.redis(), settings.queue, burst=burst)
+        run_worker(settings.redis(), settings.queue, burst=burst, metrics=metrics.model_copy(update={"port": port}))
 
 
 @app.command()

@@ -105,6 +105,11 @@ class Crew:
         return True
 
     @property
+    def waits_for(self) -> str | None:
+        """`the database`, `Redis`, or nothing."""
+        return self._trouble
+
+    @property
     def redis_is_away(self) -> bool:
         """As far as the last of them to ask it knows."""
         return self._redis_is_away

@@ -10,7 +10,7 @@ from redis import RedisError
 from rq import get_current_job
 
 from consumers.inserts import insert_event
-from consumers.settling import Delivery, Unsettled, acknowledge, logger, settle
+from consumers.settling import Delivery, Unsettled, acknowledge, log_fields, logger, settle
 from producers.events import Event, PortfolioSnapshotEvent, SignalArchiveEvent, decode
 
 
@@ -43,7 +43,8 @@ def _record(text: str, model: type[Event]) -> int:
             pipe.execute()
     except RedisError as error:
         # The work is done and committed. The producer sends again what it has no acknowledgement of.
-        logger.warning("job %s is done but could not be acknowledged: %s", job.id, type(error).__name__)
+        reason = type(error).__name__
+        logger.warning("job %s is done but could not be acknowledged: %s", job.id, reason, extra=log_fields(end))
     if end.error is not None:
         raise end.error
     assert end.outcome.row_id is not None

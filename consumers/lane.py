@@ -23,9 +23,10 @@ from rq.worker import BaseWorker
 from consumers.connection import drop_connections
 from consumers.crew import Crew, is_away
 from consumers.errors import PoisonEvent, StoreUnavailable
+from consumers.metrics import COUNTS
 from consumers.reservations import POISON_DEATHS, Reservations
 from consumers.rq_jobs import ReservedJob, RqJobs, Run
-from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, acknowledge, settle
+from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, acknowledge, log_fields, settle
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class Lane(threading.Thread):
             count = self.reservations.postpone(end.job_id)
             logger.warning(
                 "job %s cannot be stored now, alone, and goes to the tail, for the %d. time: %s",
-                end.job_id, count, end.error,
+                end.job_id, count, end.error, extra=log_fields(end),
             )  # fmt: skip
         for end in broken:
             self._blame(end, jobs[end.job_id].deaths or 0, started_at)
@@ -188,7 +189,8 @@ class Lane(threading.Thread):
 
     def _blame(self, end: Unsettled, deaths: int, started_at: datetime) -> None:
         """Count a defect like a death of the worker: the job is tried again, alone, and given up in the end."""
-        logger.error("worker %s failed on job %s", self._worker.name, end.job_id, exc_info=end.error)
+        what = (self._worker.name, end.job_id)
+        logger.error("worker %s failed on job %s", *what, exc_info=end.error, extra=log_fields(end))
         if deaths < POISON_DEATHS:
             self.reservations.blame(end.job_id)
             return
@@ -198,6 +200,7 @@ class Lane(threading.Thread):
             self._jobs.fail(pipe, end.job_id, end.error, self._run_of(started_at))
             self._worker.increment_failed_job_count(pipe)
             pipe.execute()
+        COUNTS.gave_up(end.event_type)
         self.done += 1
 
     def _drop(self, job_ids: Sequence[str]) -> None:

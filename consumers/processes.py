@@ -17,13 +17,17 @@ _STOP_SECONDS = 15.0
 
 
 @contextmanager
-def worker_process(log: Path | None = None, keep: Sequence[int] = ()) -> Iterator[subprocess.Popen[bytes]]:
+def worker_process(
+    log: Path | None = None, keep: Sequence[int] = (), metrics_port: int | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run `trading-history worker` with this process's environment; stopped, after the job at hand, at the end.
 
     It has a session of its own, so that Ctrl-C reaches only its parent, which then stops it in order; and it ends by
-    itself when its parent is killed. `keep` are file descriptors that it holds open as long as it lives.
+    itself when its parent is killed. `keep` are file descriptors that it holds open as long as it lives. It answers
+    scrapes at `metrics_port` only, whatever the settings say.
     """
     command = [sys.executable, "-m", "consumers.cli", "worker", "--while-stdin"]
+    command += [] if metrics_port is None else [f"--metrics-port={metrics_port}"]
     with ExitStack() as opened:
         output = None if log is None else opened.enter_context(open(log, "ab"))
         worker = subprocess.Popen(

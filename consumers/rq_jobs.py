@@ -239,7 +239,7 @@ class RqJobs:
                 raise
         except Exception as error:
             # Whatever somebody has done to it: RQ raises as many kinds of errors as there are fields.
-            logger.debug("job %s cannot be read: %s", job_id, type(error).__name__)
+            logger.debug("job %s cannot be read: %s", job_id, type(error).__name__, extra={"job_id": job_id})
         return None
 
     def let_go(self, job_id: str) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the store: where PostgreSQL is."""
+"""Settings of a consumer: where PostgreSQL is, and where its metrics are."""
 
 from __future__ import annotations
 
@@ -41,3 +41,10 @@ class StoreSettings(EnvironmentSettings):
         name = f"[{self.host}]" if ":" in self.host else self.host
         host, query = (":", f"?host={quote(self.host, safe='')}") if self.host.startswith("/") else (name + ":", "")
         return SecretStr(f"postgresql://{login}@{host}{self.port}/{quote(self.database, safe='')}{query}")
+
+
+class MetricsSettings(EnvironmentSettings):
+    """Where a worker answers scrapes; nowhere without a port. Port 0 is any that is free."""
+
+    host: str = Field("127.0.0.1", alias="HISTORY_METRICS_HOST")
+    port: int | None = Field(None, alias="HISTORY_METRICS_PORT", ge=0, le=65535)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,11 +19,21 @@ from pydantic import TypeAdapter, ValidationError
 from redis.client import Pipeline
 
 from consumers.connection import get_db
-from consumers.errors import StoreUnavailable
+from consumers.errors import EventConflict, PoisonEvent, RefusedJob, StoreUnavailable
 from consumers.inserts import insert_events
+from consumers.metrics import COUNTS, UNKNOWN_TYPE
 from consumers.outcomes import NoRow, forget_outcomes, record_outcomes
 from producers.errors import HistoryError, InvalidEvent, SettingsError
-from producers.events import MAX_EVENT_BYTES, Event, Source, decode
+from producers.events import (
+    ARCHIVE_TYPE,
+    MAX_EVENT_BYTES,
+    SNAPSHOT_TYPE,
+    Event,
+    PortfolioSnapshotEvent,
+    SignalArchiveEvent,
+    Source,
+    decode,
+)
 from producers.fields import EventId
 from producers.fields import Sequence as SequenceNumber
 from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome
@@ -32,6 +43,10 @@ from producers.redis_keys import acknowledgement_key
 logger = logging.getLogger("rq.worker.history")
 
 ISOLATED_SECONDS = 2.0  # for a statement while looking for the one that waits for something
+
+_TYPES: dict[type[Event] | None, str] = {PortfolioSnapshotEvent: SNAPSHOT_TYPE, SignalArchiveEvent: ARCHIVE_TYPE}
+_REFUSALS: dict[type[HistoryError], str] = {EventConflict: "conflict", PoisonEvent: "poison", RefusedJob: "refused"}
+_IMPORTED = "import/"  # begins the sources of old history, which is late by years
 
 _SOURCE: TypeAdapter[str] = TypeAdapter(Source)
 _SEQUENCE: TypeAdapter[int] = TypeAdapter(SequenceNumber)
@@ -46,6 +61,10 @@ class Delivery(NamedTuple):
     model: type[Event] | None
     refusal: HistoryError | None = None
 
+    @property
+    def event_type(self) -> str:
+        return _TYPES.get(self.model, UNKNOWN_TYPE)
+
 
 class Settled(NamedTuple):
     """What became of one delivery, decided and committed. `error` is set exactly when it was rejected."""
@@ -54,7 +73,14 @@ class Settled(NamedTuple):
     outcome: Outcome
     source: str | None
     sequence: int | None
+    event_id: UUID | None
+    event_type: str
     error: HistoryError | None = None
+
+    @property
+    def word(self) -> str:
+        """stored, duplicate, conflict, invalid, poison or refused."""
+        return self.outcome.kind if self.error is None else _REFUSALS.get(type(self.error), "invalid")
 
 
 class Unsettled(NamedTuple):
@@ -62,6 +88,17 @@ class Unsettled(NamedTuple):
 
     job_id: str
     error: Exception
+    source: str | None
+    sequence: int | None
+    event_id: UUID | None
+    event_type: str
+
+
+def log_fields(end: Settled | Unsettled) -> dict[str, Any]:
+    """What a log line about one delivery has beside its text, as `extra`."""
+    outcome = end.word if isinstance(end, Settled) else None
+    identity = {"event_id": end.event_id, "job_id": end.job_id, "source": end.source, "sequence": end.sequence}
+    return identity | {"outcome": outcome}
 
 
 def settle(
@@ -96,11 +133,12 @@ def settle(
     elif isinstance(problem, InvalidEvent) and deliveries[0].refusal is None:
         yield _settle_together([deliveries[0]._replace(refusal=problem)], patience_seconds)
     else:
-        yield [Unsettled(deliveries[0].job_id, problem)]
+        yield [_unsettled(deliveries[0], problem)]
 
 
 def _settle_together(deliveries: Sequence[Delivery], patience_seconds: float | None) -> list[Settled]:
     read = [_read(delivery) for delivery in deliveries]
+    started = time.monotonic()
     with get_db(statement_seconds=patience_seconds) as db:
         answers = iter(insert_events(db, [event for event in read if not isinstance(event, HistoryError)]))
         settled, without_row = [], []
@@ -112,7 +150,7 @@ def _settle_together(deliveries: Sequence[Delivery], patience_seconds: float | N
             else:
                 assert not isinstance(event, HistoryError)
                 outcome = Outcome("stored" if answer.created else "duplicate", answer.row_id)
-                end = Settled(delivery.job_id, outcome, event.source, event.sequence)
+                end = Settled(delivery.job_id, outcome, event.source, event.sequence, event.id, event.type)
                 # The delivery that made the row may come again; its own row accounts for it.
                 if (answer.source, answer.sequence) != (event.source, event.sequence):
                     without_row.append(NoRow(delivery.job_id, "absorbed", event.source, event.sequence, event.id))
@@ -120,6 +158,7 @@ def _settle_together(deliveries: Sequence[Delivery], patience_seconds: float | N
         noted = {no_row.job_id for no_row in without_row}
         record_outcomes(db, without_row)
         forget_outcomes(db, [end.job_id for end in settled if end.job_id not in noted])
+    _count(read, settled, time.monotonic() - started)
     _log(read, settled)
     return settled
 
@@ -144,14 +183,32 @@ def _rejected(delivery: Delivery, error: HistoryError) -> tuple[Settled, NoRow]:
         reason,
         _storable(delivery.text),
     )
-    return Settled(delivery.job_id, Outcome("rejected", reason=reason), claim.source, claim.sequence, error), end
+    outcome = Outcome("rejected", reason=reason)
+    identity = (claim.source, claim.sequence, claim.event_id, delivery.event_type)
+    return Settled(delivery.job_id, outcome, *identity, error), end
+
+
+def _unsettled(delivery: Delivery, error: Exception) -> Unsettled:
+    claim = _Claim.of(delivery.text)
+    return Unsettled(delivery.job_id, error, claim.source, claim.sequence, claim.event_id, delivery.event_type)
+
+
+def _count(read: Sequence[Event | HistoryError], settled: Sequence[Settled], seconds: float) -> None:
+    now = time.time()
+    words = [end.word for end in settled]
+    lags = [
+        max(now - event.time.timestamp(), 0.0)  # clocks differ
+        for event, word in zip(read, words, strict=True)
+        if word == "stored" and not isinstance(event, HistoryError) and not event.source.startswith(_IMPORTED)
+    ]
+    COUNTS.batch(Counter(zip([end.event_type for end in settled], words, strict=True)), seconds, lags)
 
 
 def _log(read: Sequence[Event | HistoryError], settled: Sequence[Settled]) -> None:
     """A line for each rejection; for the others one for each event alone or for the batch."""
     for end in settled:
         if end.error is not None:
-            logger.error("rejected job %s: %s", end.job_id, end.outcome.reason)
+            logger.error("rejected job %s: %s", end.job_id, end.outcome.reason, extra=log_fields(end))
     if len(settled) > 1:
         rows, had = (sum(end.outcome.kind == kind for end in settled) for kind in ("stored", "duplicate"))
         logger.info("stored %d events, had %d, rejected %d", rows, had, len(settled) - rows - had)
@@ -160,7 +217,8 @@ def _log(read: Sequence[Event | HistoryError], settled: Sequence[Settled]) -> No
         for event, end in zip(read, settled, strict=True):
             if end.error is None and not isinstance(event, HistoryError):
                 word = "stored" if end.outcome.kind == "stored" else "had"
-                logger.log(each, "%s event %s: %s as row %d", word, event.id, event.data.summary, end.outcome.row_id)
+                what = (word, event.id, event.data.summary, end.outcome.row_id)
+                logger.log(each, "%s event %s: %s as row %d", *what, extra=log_fields(end))
 
 
 def acknowledge(pipe: Pipeline, ends: Iterable[Settled]) -> None:

@@ -14,7 +14,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import utcparse
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.connection import get_db, get_reader
 from consumers.errors import StoreUnavailable
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key
@@ -25,6 +25,25 @@ _COUNTS = text("""
         (SELECT count(*) FROM signal_archives) AS signal_archives,
         (SELECT count(*) FROM event_outcomes WHERE outcome = 'absorbed') AS absorbed,
         (SELECT count(*) FROM event_outcomes WHERE outcome = 'rejected') AS rejected
+""")
+
+# An index scan goes from one number straight to the next, and from there to the newest row.
+_NEWEST_AGES = text("""
+    WITH RECURSIVE known AS (
+        (SELECT portfolio_id FROM portfolio_history WHERE portfolio_id IS NOT NULL ORDER BY portfolio_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT portfolio_id FROM portfolio_history WHERE portfolio_id > known.portfolio_id
+            ORDER BY portfolio_id LIMIT 1)
+        FROM known WHERE portfolio_id IS NOT NULL
+    ), numbers AS (SELECT portfolio_id FROM known LIMIT :limit)
+    SELECT numbers.portfolio_id, CAST(extract(epoch FROM clock_timestamp() - newest.at) AS float8)
+    FROM numbers, LATERAL (SELECT "timestamp" AS at FROM portfolio_history AS history
+        WHERE history.portfolio_id = numbers.portfolio_id
+        ORDER BY snapshot_date DESC, "timestamp" DESC, id DESC LIMIT 1) AS newest
+    UNION ALL
+    SELECT NULL, CAST(extract(epoch FROM clock_timestamp() - newest.at) AS float8)
+    FROM (SELECT "timestamp" AS at FROM portfolio_history WHERE portfolio_id IS NULL
+        ORDER BY snapshot_date DESC, "timestamp" DESC, id DESC LIMIT 1) AS newest
 """)
 
 
@@ -55,6 +74,18 @@ def database_counts() -> dict[str, int]:
     """Rows of each table, and deliveries that did not become one. Raises StoreUnavailable."""
     with get_db() as db:
         return dict(db.execute(_COUNTS).mappings().one())
+
+
+def newest_snapshot_ages(most_portfolios: int) -> list[tuple[int | None, float]]:
+    """Portfolio, and seconds since the instant of its newest snapshot, of the lowest numbers; None: without one.
+
+    Raises:
+        StoreUnavailable: the database cannot be read now.
+    """
+    with get_reader() as reader, reader.execution_options(isolation_level="REPEATABLE READ").begin():
+        reader.exec_driver_sql("SET LOCAL jit = off")  # compiling would take longer than the query
+        found = reader.execute(_NEWEST_AGES, {"limit": most_portfolios})
+        return [(portfolio_id, seconds) for portfolio_id, seconds in found]
 
 
 def queue_facts(redis: Redis, queue_name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -36,7 +37,10 @@ from rq.worker_registration import clean_worker_registry
 from consumers.connection import limit_statements
 from consumers.crew import Crew
 from consumers.lane import WAIT_SECONDS, Lane, Limits, backoff_seconds
+from consumers.logs import write_json_if_set
+from consumers.metrics import COUNTS
 from consumers.reservations import recover_dead_holders
+from consumers.settings import MetricsSettings
 from consumers.stranded import Stranded
 from consumers.waits import DatabaseWaits
 from producers.errors import SettingsError
@@ -58,11 +62,13 @@ _REGISTERED_SECONDS = 60  # RQ adds as much: a dead worker is in RQ's list for t
 class HistoryWorker(SimpleWorker):
     """Works on exactly one queue, with JSON as serializer whatever it is told.
 
+    `metrics` says where it answers scrapes while it works; None takes that from the settings.
+
     Raises:
         SettingsError: there is more than one queue, or RQ is of a version that this was not tested with.
     """
 
-    def __init__(self, queues: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, queues: Any, *args: Any, metrics: MetricsSettings | None = None, **kwargs: Any) -> None:
         if not VERSION.startswith(TESTED_RQ):
             raise SettingsError(
                 f"HistoryWorker was tested with RQ {', '.join(TESTED_RQ)}, this is {VERSION}:"
@@ -81,6 +87,7 @@ class HistoryWorker(SimpleWorker):
         self._retired = threading.Event()
         self._waits = DatabaseWaits(_ANSWER_SECONDS, self._ending)
         self._crew = Crew(self)
+        self._metrics = metrics
         self._lanes: list[Lane] = []
         self._maintain_at = 0.0
 
@@ -99,6 +106,7 @@ class HistoryWorker(SimpleWorker):
 
         SIGINT and SIGTERM end it after what it holds. An outage of Redis or PostgreSQL, of any length, does not.
         """
+        write_json_if_set()
         limit_statements(STATEMENT_SECONDS)
         gc.freeze()  # what the program consists of stays: no need to look through it again and again
         self._install_signal_handlers()
@@ -107,8 +115,13 @@ class HistoryWorker(SimpleWorker):
         self._lanes = [
             Lane(self, self._queue, self._crew, self._ending, limits) for _ in range(LANES if max_jobs is None else 1)
         ]
-        if not self._arrive(logging_level, date_format, log_format):
-            return False
+        with self._metrics_served():
+            if not self._arrive(logging_level, date_format, log_format):
+                return False
+            self._work_in_lanes()
+        return any(lane.done for lane in self._lanes)
+
+    def _work_in_lanes(self) -> None:
         renewing = threading.Thread(target=self._renew_leases, name="history-lease", daemon=True)
         renewing.start()
         try:
@@ -120,7 +133,21 @@ class HistoryWorker(SimpleWorker):
             if not self._crew.redis_is_away:
                 renewing.join(self.connection_timeout)  # what is let go must not be leased once more
             self._retire()
-        return any(lane.done for lane in self._lanes)
+
+    def _metrics_served(self) -> AbstractContextManager[None]:
+        metrics = self._metrics or MetricsSettings.from_environment()
+        if metrics.port is None:
+            return nullcontext()
+        # Only here: what reads the outbox and speaks HTTP is of no use to a worker that nobody scrapes.
+        from consumers.metrics_server import served_metrics
+
+        return served_metrics(
+            metrics.host,
+            metrics.port,
+            waits_for=lambda: self._crew.waits_for,
+            redis=self.connection,
+            queue=self._queue.name,
+        )
 
     def _run_lanes(self) -> None:
         for lane in self._lanes:
@@ -219,6 +246,7 @@ class HistoryWorker(SimpleWorker):
         found = recover_dead_holders(self.connection, self._queue)
         found += self._stranded.requeue()
         if found:
+            COUNTS.recovered(len(found))
             logger.warning("returned %d jobs of dead workers to the queue", len(found))
         self._queue.finished_job_registry.cleanup()
 
@@ -243,8 +271,13 @@ def _json_queues(queues: Any) -> Any:
     return queues
 
 
-def run_worker(redis: Redis, queue: str, *, burst: bool = False) -> None:
-    """Run a HistoryWorker on `queue`; returns when it was told to stop, or with `burst` when the queue is empty."""
-    worker = HistoryWorker([Queue(queue, connection=redis, serializer=JSONSerializer)], connection=redis)
+def run_worker(redis: Redis, queue: str, *, burst: bool = False, metrics: MetricsSettings | None = None) -> None:
+    """Run a HistoryWorker on `queue`; returns when it was told to stop, or with `burst` when the queue is empty.
+
+    Raises:
+        HistoryError: it cannot answer scrapes where `metrics` (None: the settings) wants it to.
+    """
+    queues = [Queue(queue, connection=redis, serializer=JSONSerializer)]
+    worker = HistoryWorker(queues, connection=redis, metrics=metrics)
     logger.info("worker %s on queue %s, process %d", worker.name, queue, os.getpid())
     worker.work(burst=burst)

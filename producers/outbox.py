@@ -113,8 +113,13 @@ _NUMBERS = """
 SELECT sequence, event_id FROM entries WHERE source_id = ? AND sequence > ? ORDER BY sequence LIMIT ?
 """
 
+# By the indexes alone: going through all that is kept would take seconds, whenever somebody watches.
 _STATUS = """
-SELECT state, count(*), min(recorded_at) FROM entries GROUP BY state
+SELECT 'pending', count(*), (SELECT recorded_at FROM entries WHERE state = 'pending' ORDER BY position LIMIT 1)
+    FROM entries WHERE state = 'pending'
+UNION ALL SELECT 'sent', count(*), min(recorded_at) FROM entries WHERE state = 'sent'
+UNION ALL SELECT 'rejected', count(*), NULL FROM entries WHERE state = 'rejected'
+UNION ALL SELECT 'settled', count(*), NULL FROM entries WHERE state IN ('confirmed', 'rejected')
 """
 
 
@@ -295,12 +300,11 @@ class Outbox:
 
     def status(self) -> OutboxStatus:
         with self._file.reading() as db:
-            by_state = {state: (count, oldest) for state, count, oldest in db.execute(_STATUS)}
-        unsettled = [by_state[state][1] for state in ("pending", "sent") if state in by_state]
-        pending, sent, confirmed, rejected = (
-            by_state.get(state, (0, None))[0] for state in ("pending", "sent", "confirmed", "rejected")
-        )
-        return OutboxStatus(pending, sent, confirmed, rejected, min(unsettled, default=None))
+            found = {state: (count, oldest) for state, count, oldest in db.execute(_STATUS)}
+        (pending, oldest_pending), (sent, oldest_sent) = found["pending"], found["sent"]
+        rejected = found["rejected"][0]
+        oldest = min((at for at in (oldest_pending, oldest_sent) if at is not None), default=None)
+        return OutboxStatus(pending, sent, found["settled"][0] - rejected, rejected, oldest)
 
     def used_bytes(self) -> int:
         """How much of `max_bytes` is taken."""

@@ -161,12 +161,22 @@ class Relay:
             cursor, page = self._redis.hscan(key, cursor, count=2 * _BATCH_ENTRIES)
             if page:
                 told: dict[Any, Any] = dict(page)  # type: ignore[arg-type]  # RESP2 and RESP3 answer a dict
-                self._outbox.settle(source_id, resends, _parsed(told))
+                outcomes = _parsed(told, source)
+                self._outbox.settle(source_id, resends, outcomes)
                 # Only after the outbox has them: a crash in between reads them once more.
                 self._forget(key, told)
+                self._tell_rejections(source_id, source, outcomes)
                 taken += len(told)
             if not cursor:
                 return taken
+
+    def _tell_rejections(self, source_id: str, source: str, outcomes: Iterable[tuple[int, Outcome]]) -> None:
+        for sequence, outcome in outcomes:
+            if outcome.kind == "rejected":
+                event_id = dict(self._outbox.numbers(source_id, sequence - 1, 1)).get(sequence)
+                fields: dict[str, Any] = {"event_id": event_id, "job_id": f"{source_id}-{sequence}"}
+                fields |= {"source": source, "sequence": sequence, "outcome": outcome.kind}
+                logger.warning("event %s was rejected: %s", event_id, outcome.reason, extra=fields)
 
     def _forget(self, key: str, told: dict[Any, Any]) -> None:
         """Remove what was read; a rejection only if it is still what was read: a requeue may have ended since."""
@@ -240,7 +250,7 @@ def _next_checks(entries: Iterable[Entry]) -> dict[int, float]:
     return {entry.position: now + _check_interval(entry.checks) for entry in entries}
 
 
-def _parsed(told: Mapping[Any, Any]) -> list[tuple[int, Outcome]]:
+def _parsed(told: Mapping[Any, Any], source: str) -> list[tuple[int, Outcome]]:
     parsed = []
     for sequence, text in ((_shown(field), _shown(value)) for field, value in told.items()):
         try:
@@ -249,7 +259,8 @@ def _parsed(told: Mapping[Any, Any]) -> list[tuple[int, Outcome]]:
                 raise ValueError("out of range")
             parsed.append((int(sequence), outcome))
         except ValueError:
-            logger.warning("dropped an acknowledgement that is none, for sequence %s", sequence[:30])
+            what = "dropped an acknowledgement that is none, for sequence %s"
+            logger.warning(what, sequence[:30], extra={"source": source})
     return parsed
 
 

@@ -33,6 +33,7 @@ from consumers.api.questions import (
     answers,
     problems,
 )
+from consumers.api.scrape import metrics
 from consumers.api.settings import ApiSettings
 from consumers.connection import READ_SECONDS, get_reader
 from consumers.errors import StoreUnavailable
@@ -222,6 +223,7 @@ def create_app() -> FastAPI:
     made.add_middleware(Guard)
     tell_all_problems(made)
     made.include_router(router)
+    made.include_router(metrics, dependencies=[Depends(require_token)])
     made.include_router(page.assets)
     made.include_router(page.data, dependencies=[Depends(require_token)])
     return made

@@ -14,15 +14,20 @@ from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
+import yaml
 from redis import Redis
 from typer.main import get_command
 
 from consumers.api.settings import ApiSettings
 from consumers.cli import app
 from consumers.connection import get_db
+from consumers.exposition import worker_registry
+from consumers.logs import LogSettings
+from consumers.operations import insert_portfolio_history_snapshot
 from consumers.page.health import PageSettings
-from consumers.settings import StoreSettings
+from consumers.settings import MetricsSettings, StoreSettings
 from consumers.stack import EmbeddedSettings
+from consumers.status import queue_facts
 from producers import trading_controller
 from producers.events import PortfolioSnapshotEvent, decode, encode, event_id
 from producers.outbox import Outbox
@@ -146,8 +151,38 @@ def test_every_setting_is_documented_and_every_documented_setting_exists() -> No
     for cell in re.findall(r"^\| (`.*?) \|", section, re.M):
         names = re.findall("`([^`]+)`", cell)
         documented |= {name if not name.startswith("_") else names[0].rsplit("_", 1)[0] + name for name in names}
-    models = (TransportSettings, StoreSettings, EmbeddedSettings, ApiSettings, PageSettings)
+    models = (
+        *(TransportSettings, StoreSettings, EmbeddedSettings, ApiSettings, PageSettings),
+        *(MetricsSettings, LogSettings),
+    )
     assert documented == {field.alias for model in models for field in model.model_fields.values()}
+
+
+def test_the_metrics_of_the_table_and_of_the_alerts_exist_and_none_is_missing(redis: Redis, database_url: str) -> None:
+    """With an outbox, a portfolio and labels as they are; the rules as Prometheus reads their file."""
+    row = dict.fromkeys(("balance", "total_invested", "total_profit_loss", "total_value"), 1)
+    counts = {"open_positions": 1, "trade_count": 1, "portfolio_id": 1}
+    insert_portfolio_history_snapshot({"timestamp": datetime(2026, 11, 22), **row, **counts})
+    Path("data").mkdir()
+    Outbox("data/outbox.db").close()
+    families = {
+        family.name: {name for sample in family.samples for name in sample.labels}
+        for family in worker_registry(lambda: None, lambda: queue_facts(redis, "history")).collect()
+        if family.name.startswith("trading_history_")
+    }
+
+    section = README.split("## Watch it")[1].split("\n## ")[0]
+    cells = " ".join(re.findall(r"^\| (`.*?`) \|", section, re.M))
+    documented = re.findall(r"`(\w+?)(?:_total)?(?:\{([\w,]+)\})?`", cells)
+    assert {f"trading_history_{name}": set(labels.split(",")) - {""} for name, labels in documented} == {
+        name: labels - {"le"} for name, labels in families.items()
+    }
+
+    (group,) = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)[0])["groups"]
+    assert all({"alert", "expr", "annotations"} <= set(rule) <= {"alert", "expr", "annotations", "for"}
+               for rule in group["rules"])  # fmt: skip
+    used = set(re.findall(r"trading_history_\w+", " ".join(rule["expr"] for rule in group["rules"])))
+    assert {re.sub("_(total|bucket)$", "", name) for name in used} - {"trading_history_"} <= set(families)
 
 
 def test_the_schema_command_prints_json_schema() -> None:

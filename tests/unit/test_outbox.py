@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from producers import outbox as outbox_module
 from producers.errors import InvalidEvent, OutboxError
 from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode
 from producers.outbox import Outbox
@@ -367,3 +368,10 @@ def test_a_forked_child_opens_the_file_for_itself(path: Path) -> None:
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [3]
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_the_status_is_told_by_indexes_alone(path: Path) -> None:
+    """A week of confirmed entries would take seconds to go through, each time that somebody watches."""
+    with Outbox(path)._file.reading() as db:
+        plan = " ".join(step for *_, step in db.execute(f"EXPLAIN QUERY PLAN {outbox_module._STATUS}"))
+    assert plan.count("SCAN entries") == plan.count("SCAN entries USING") == 5

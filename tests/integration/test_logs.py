@@ -1,0 +1,214 @@
+"""Log lines of the processes: JSON where it is asked for, the event on every line about one, and never a password."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import quote
+from urllib.request import urlopen
+
+import pytest
+from redis import Redis
+from sqlalchemy import make_url, text
+
+from consumers.connection import get_db
+from consumers.operations import get_portfolio_history
+from producers.events import encode, event_of
+from producers.history_producer import HistoryProducer
+from tests.deliveries import burst, history_queue
+from tests.factories import a_snapshot
+from tests.rq_programs import rq_worker, until
+from tests.scrapes import log_lines, scraped, scraped_worker
+
+_FIELDS = ("event_id", "job_id", "source", "sequence", "outcome")
+_DATABASE_PASSWORD = "db pa/ss#word"
+_REDIS_PASSWORD = "redis pa/ss#word"
+_SECRETS = [form for word in (_DATABASE_PASSWORD, _REDIS_PASSWORD) for form in (word, quote(word, safe=""))]
+
+
+def _about_events(log: Path) -> list[tuple[object, ...]]:
+    lines = [tuple(line.get(name) for name in _FIELDS) for line in log_lines(log)]
+    return [fields for fields in lines if any(fields)]
+
+
+def _enqueue(redis: Redis, sequence: int, balance: str = "9900.12") -> tuple[str, str]:
+    """A snapshot of one instant; its event's id and its job's."""
+    event = event_of(a_snapshot(balance=balance), source="bot/1", sequence=sequence)
+    job = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
+    return str(event.id), job.id
+
+
+def test_a_workers_lines_are_json_and_name_the_event(
+    redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, RQ's own included; the same in the API."""
+    monkeypatch.setenv("HISTORY_LOG", "json")
+    log = tmp_path / "log"
+    with scraped_worker(log) as (worker, _):
+        event_id, first = _enqueue(redis, 1)
+        until(lambda: len(get_portfolio_history()) == 1)
+        _, second = _enqueue(redis, 2, balance="1")
+        refused = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}").id
+        until(lambda: history_queue(redis).failed_job_registry.count == 2)
+        worker.terminate()
+        assert worker.wait(15) == 0
+    assert set(_about_events(log)) == {
+        (event_id, first, "bot/1", 1, "stored"),
+        (event_id, second, "bot/1", 2, "conflict"),
+        (None, refused, None, None, "invalid"),
+    }
+    assert len(_about_events(log)) == 3
+    assert {"rq.worker", "rq.worker.history", "consumers.worker"} <= {line["logger"] for line in log_lines(log)}
+
+
+def test_under_rqs_own_command_too(
+    redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What RQ writes before our class has begun is RQ's."""
+    monkeypatch.setenv("HISTORY_LOG", "json")
+    event_id, job_id = _enqueue(redis, 1)
+    log = tmp_path / "log"
+    with rq_worker("consumers.worker.HistoryWorker", log):
+        until(lambda: "stored event" in log.read_text())
+    assert _about_events(log) == [(event_id, job_id, "bot/1", 1, "stored")]
+
+
+def test_the_producer_tells_of_a_rejection(
+    redis: Redis, database_url: str, producer: HistoryProducer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the controller's host, where nobody may look into the receipt; once."""
+    with caplog.at_level(logging.WARNING, "producers.relay"):
+        producer.record(a_snapshot())
+        receipt = producer.record(a_snapshot(balance=1))
+        producer.record(a_snapshot(after=timedelta(seconds=1)))
+        producer.flush(10)
+        burst(redis)
+        until(lambda: producer.status().depth == 0)
+        producer.close()
+    (record,) = [record for record in caplog.records if record.name == "producers.relay"]
+    assert record.getMessage().startswith(f"event {receipt.event_id} was rejected: event {receipt.event_id} is stored")
+    source_id = receipt.source.rpartition("/")[2]
+    found = tuple(getattr(record, name) for name in _FIELDS)
+    assert found == (receipt.event_id, f"{source_id}-2", receipt.source, 2, "rejected")
+
+
+def test_a_wrong_setting_is_an_error_except_for_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is there to tell what is wrong."""
+    monkeypatch.setenv("HISTORY_LOG", "yaml")
+    command = [sys.executable, "-m", "consumers.cli"]
+    ended = subprocess.run([*command, "schema"], capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "error: HISTORY_LOG: Input should be 'text' or 'json'\n")
+
+
+@contextmanager
+def _wrong_passwords(redis: Redis, database_url: str) -> Iterator[dict[str, str]]:
+    """Real servers that refuse them."""
+    url = make_url(database_url)
+    with get_db() as db:
+        db.execute(text("CREATE ROLE refused LOGIN PASSWORD 'another'"))
+        hba = Path(db.scalar(text("SHOW hba_file")))
+    before = hba.read_text()
+    with ExitStack() as undo:
+        undo.callback(_reload, "DROP ROLE refused")
+        undo.callback(hba.write_text, before)
+        hba.write_text(f"local all refused scram-sha-256\n{before}")
+        _reload()
+        redis.config_set("requirepass", "another")
+        undo.callback(redis.config_set, "requirepass", "")
+        where, path = quote(str(url.query["host"]), safe=""), redis.connection_pool.connection_kwargs["path"]
+        yield {
+            "DATABASE_URL": f"postgresql://refused:{quote(_DATABASE_PASSWORD, safe='')}@/{url.database}?host={where}",
+            "REDIS_URL": f"unix://:{quote(_REDIS_PASSWORD, safe='')}@{path}",
+        }
+
+
+def _reload(*statements: str) -> None:
+    with get_db() as db:
+        for statement in (*statements, "SELECT pg_reload_conf()"):
+            db.execute(text(statement))
+
+
+@contextmanager
+def _at_port(port: int) -> Iterator[dict[str, str]]:
+    yield {
+        "DATABASE_URL": f"postgresql://user:{quote(_DATABASE_PASSWORD, safe='')}@127.0.0.1:{port}/history",
+        "REDIS_URL": f"redis://:{quote(_REDIS_PASSWORD, safe='')}@127.0.0.1:{port}/0",
+    }
+
+
+@contextmanager
+def _frozen() -> Iterator[dict[str, str]]:
+    """Connected, and never an answer."""
+    with socket.create_server(("127.0.0.1", 0)) as silent, _at_port(silent.getsockname()[1]) as urls:
+        yield urls
+
+
+def _worker_said(log: Path, urls: dict[str, str]) -> str:
+    with scraped_worker(log, **urls) as (_, url):
+        assert [scraped(url)[f"{part}_up",] for part in ("database", "redis")] == [0, 0]
+        until(lambda: all(f"cannot read {part}" in log.read_text() for part in ("database", "redis")))
+        until(lambda: "waits for Redis" in log.read_text())
+    return log.read_text()
+
+
+def _api_said(log: Path, urls: dict[str, str], question: str) -> str:
+    command = [sys.executable, "-m", "consumers.cli", "--debug", "api", "--port=0"]
+    with log.open("wb") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **urls})
+    try:
+        until(lambda: "http://" in log.read_text(), seconds=40)
+        address = log.read_text().partition("http://")[2].split("/")[0]
+        answers = [_answer(f"http://{address}/{path}") for path in ("metrics", question)]
+        until(lambda: all(f"cannot read {part}" in log.read_text() for part in ("database", "redis")))
+    finally:
+        server.kill()
+        server.wait()
+    return log.read_text() + "".join(answers)
+
+
+def _answer(url: str) -> str:
+    try:
+        with urlopen(url, timeout=30) as answer:
+            return str(answer.read().decode())
+    except HTTPError as error:
+        return error.read().decode()
+
+
+def _commands_said(urls: dict[str, str]) -> str:
+    Path("portfolio.json").write_text(json.dumps({"balance": 1}))
+    said = []
+    for arguments in (["status"], ["snapshot", "portfolio.json"]):
+        command = [sys.executable, "-m", "consumers.cli", "--debug", *arguments]
+        environment = {**os.environ, **urls}
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, check=False)
+        said.append(ended.stdout + ended.stderr)
+    return "".join(said)
+
+
+def test_no_password_is_shown_whatever_goes_wrong(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """Refused, unreachable and frozen: by worker, API and commands, with tracebacks. Side by side, since they wait."""
+    with (
+        _wrong_passwords(redis, database_url) as refused,
+        _frozen() as frozen,
+        _at_port(1) as unreachable,
+        ThreadPoolExecutor(5) as pool,
+    ):
+        said = [pool.submit(_commands_said, refused)]
+        said.append(pool.submit(_worker_said, tmp_path / "refused-worker", refused))
+        said.append(pool.submit(_worker_said, tmp_path / "unreachable-worker", unreachable))
+        said.append(pool.submit(_api_said, tmp_path / "refused-api", refused, "readyz"))
+        said.append(pool.submit(_api_said, tmp_path / "frozen-api", frozen, "trading/portfolio-history"))
+        everything = "".join(one.result() for one in said)
+    for reason in ("password authentication failed", "invalid username-password pair", "Connection refused", "Timeout"):
+        assert reason in everything
+    assert [secret for secret in _SECRETS if secret in everything] == []

@@ -1,0 +1,297 @@
+"""Metrics of a worker and of the API, on real servers: exact, and never late."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client import generate_latest
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from sqlalchemy import make_url
+
+from consumers import api, exposition
+from consumers.exposition import worker_registry
+from consumers.lane import Lane
+from consumers.metrics import COUNTS
+from consumers.operations import get_portfolio_history, insert_portfolio_history_snapshot
+from consumers.reservations import POISON_DEATHS, Reservations
+from consumers.status import queue_facts
+from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE, encode, event_of
+from producers.history_producer import HistoryProducer
+from tests.deliveries import burst, enqueue_snapshots, history_queue
+from tests.factories import a_snapshot, an_archive
+from tests.faults.proxy import Proxy
+from tests.rq_programs import rq_worker, until
+from tests.scrapes import Scrape, parsed, scraped, scraped_worker
+
+pytestmark = pytest.mark.usefixtures("database_url")
+
+_AMOUNTS = ("balance", "total_invested", "total_profit_loss", "total_value", "open_positions", "trade_count")
+
+
+@pytest.fixture(autouse=True)
+def counting_from_zero() -> None:
+    COUNTS.forget()
+
+
+def _scrape(redis: Redis) -> Scrape:
+    """Of a worker in this process that waits for nothing."""
+    registry = worker_registry(lambda: None, lambda: queue_facts(redis, "history"))
+    return parsed(generate_latest(registry).decode())
+
+
+def _of(scrape: Scrape, metric: str) -> Scrape:
+    """The samples of one metric, by their labels."""
+    return {labels[1:]: value for labels, value in scrape.items() if labels[0] == metric}
+
+
+def _ends(scrape: Scrape) -> Scrape:
+    """(outcome, type) → how many, of those there were."""
+    return {labels: count for labels, count in _of(scrape, "events_total").items() if count}
+
+
+def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
+    """Stored, duplicate, conflict, invalid, poison and refused, in one batch or alone."""
+    queue = history_queue(redis)
+    poisonous, *_ = enqueue_snapshots(redis, 4)
+    redis.hset("history:suspects:history", poisonous, POISON_DEATHS)
+    archive, second = event_of(an_archive(), source="other/3", sequence=1), timedelta(seconds=2)
+    same = event_of(a_snapshot(after=second), source="other/2", sequence=1)
+    other = event_of(a_snapshot(after=second, balance=1), source="other/2", sequence=2)
+    for event in (same, other):
+        queue.enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
+    queue.enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
+    queue.enqueue("consumers.handlers.record_signal_archive", encode(archive))
+    queue.enqueue("os.system", "touch pwned")
+    burst(redis)
+
+    scrape = _scrape(redis)
+    assert _ends(scrape) == {
+        ("stored", SNAPSHOT_TYPE): 3,
+        ("stored", ARCHIVE_TYPE): 1,
+        ("duplicate", SNAPSHOT_TYPE): 1,
+        ("conflict", SNAPSHOT_TYPE): 1,
+        ("invalid", SNAPSHOT_TYPE): 1,
+        ("poison", SNAPSHOT_TYPE): 1,
+        ("refused", "unknown"): 1,
+    }
+    assert scrape["batch_events_sum",] == 9
+    assert scrape["lag_seconds_count",] == 4
+    assert scrape["batch_events_count",] == scrape["insert_seconds_count",] >= 2
+    assert scrape["failed_jobs",] == 4
+    assert Path("pwned").exists() is False
+
+
+def test_a_redelivery_after_the_commit_is_a_duplicate(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker loses Redis between commit and acknowledgement; the batch comes again, and is stored once."""
+    finish, cut = Lane._finish, list[int]()
+
+    def finish_the_second_time(*arguments: object) -> None:
+        if not cut:
+            cut.append(1)
+            raise RedisConnectionError("cut")
+        finish(*arguments)  # type: ignore[arg-type]  # as it came
+
+    monkeypatch.setattr(Lane, "_finish", finish_the_second_time)
+    enqueue_snapshots(redis, 7)
+    burst(redis)
+    assert _ends(_scrape(redis)) == {("stored", SNAPSHOT_TYPE): 7, ("duplicate", SNAPSHOT_TYPE): 7}
+    assert len(get_portfolio_history()) == 7
+
+
+def test_the_lag_is_that_of_live_events(redis: Redis) -> None:
+    """From the event's own time; a future one counts as none, and what an import brings not at all."""
+    now = datetime.now(UTC)
+    for number, (source, age) in enumerate([("bot/1", 90), ("bot/1", -3600), ("import/x.json/0", 86400 * 365)]):
+        moment = now - timedelta(seconds=age)
+        event = event_of(a_snapshot(timestamp=moment), source=source, sequence=number)
+        history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
+    burst(redis)
+    scrape = _scrape(redis)
+    assert scrape["lag_seconds_count",] == 2
+    assert 90 <= scrape["lag_seconds_sum",] < 120
+    assert (scrape["lag_seconds_bucket", "60.0"], scrape["lag_seconds_bucket", "300.0"]) == (1, 2)
+
+
+def test_what_dead_workers_left_is_counted(redis: Redis) -> None:
+    enqueue_snapshots(redis, 3)
+    Reservations(redis, history_queue(redis), "dead").reserve(2)
+    redis.delete(*redis.keys("history:lease:*"))
+    burst(redis)
+    scrape = _scrape(redis)
+    assert (scrape["recovered_jobs_total",], _ends(scrape)) == (2, {("stored", SNAPSHOT_TYPE): 3})
+
+
+def test_the_state_of_the_pipeline(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, producer: HistoryProducer
+) -> None:
+    """Queue, outbox and the age of each portfolio's newest row, of a bounded number of portfolios."""
+    monkeypatch.setattr(exposition, "MOST_PORTFOLIOS", 2)
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "outbox.db"))
+    now = datetime.now(UTC)
+    for portfolio_id, minutes in ((1, 30), (1, 5), (2, 60), (3, 1), (None, 120)):
+        row = {"timestamp": now - timedelta(minutes=minutes), "portfolio_id": portfolio_id}
+        insert_portfolio_history_snapshot({**row, **dict.fromkeys(_AMOUNTS, 1)})
+    producer.record(a_snapshot())
+    producer.flush(10)
+
+    scrape = _scrape(redis)
+    ages = {portfolio: round(age / 60) for (portfolio,), age in _of(scrape, "newest_row_age_seconds").items()}
+    assert ages == {"1": 5, "2": 60, "none": 120}
+    assert [scrape[f"{part}_up",] for part in ("database", "redis", "outbox")] == [1, 1, 1]
+    assert (scrape["queue_jobs",], scrape["held_jobs",], scrape["workers",]) == (1, 0, 0)
+    assert 0 <= scrape["queue_oldest_age_seconds",] < 20
+    assert [scrape["outbox_entries", state] for state in ("pending", "sent", "rejected")] == [0, 1, 0]
+    assert 0 <= scrape["outbox_oldest_age_seconds",] < 20
+    assert [scrape["waiting", what] for what in ("the database", "Redis")] == [0, 0]
+
+
+def test_an_idle_pipeline_has_ages_of_zero_and_no_outbox_that_is_not_there(redis: Redis) -> None:
+    """A gap in a graph means that it could not be read."""
+    scrape = _scrape(redis)
+    assert (scrape["queue_jobs",], scrape["queue_oldest_age_seconds",]) == (0, 0)
+    assert not any(name.startswith("outbox") for name, *_ in scrape)
+
+
+def test_an_unreadable_outbox_is_told(redis: Redis) -> None:
+    Path("data").mkdir()
+    Path("data/outbox.db").write_bytes(b"no database at all" * 100)
+    scrape = _scrape(redis)
+    assert (scrape["outbox_up",], scrape["database_up",]) == (0, 1)
+    assert ("outbox_oldest_age_seconds",) not in scrape
+
+
+@pytest.fixture
+def proxies(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy, Proxy]]:
+    """Between the settings and PostgreSQL, and between them and Redis."""
+    folder = Path("/tmp", f"th-{os.getpid()}-{time.monotonic_ns()}")
+    folder.mkdir()
+    url = make_url(database_url)
+    database = Proxy(folder / ".s.PGSQL.5432", Path(str(url.query["host"])) / ".s.PGSQL.5432")
+    queue = Proxy(folder / "redis.sock", Path(redis.connection_pool.connection_kwargs["path"]))
+    with database.running(), queue.running():
+        where = quote(str(folder), safe="")
+        monkeypatch.setenv("DATABASE_URL", f"postgresql://{url.username}@/{url.database}?host={where}")
+        monkeypatch.setenv("REDIS_URL", f"unix://{folder}/redis.sock")
+        yield database, queue
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+def _timed(scrape: Callable[[], Scrape]) -> Scrape:
+    began = time.monotonic()
+    found = scrape()
+    assert time.monotonic() - began < 2
+    return found
+
+
+def test_a_workers_scrape_in_every_outage(proxies: tuple[Proxy, Proxy], redis: Redis, tmp_path: Path) -> None:
+    """Gone, frozen and back again: an answer within 2 s that says which one it is; counts go on meanwhile."""
+    database, _ = proxies
+    enqueue_snapshots(redis, 1)
+    with scraped_worker(tmp_path / "log") as (_, url):
+        until(lambda: _ends(scraped(url)) == {("stored", SNAPSHOT_TYPE): 1})
+        assert [scraped(url)[f"{part}_up",] for part in ("database", "redis")] == [1, 1]
+
+        database.set_mode("refuse")
+        database.cut()
+        assert _timed(lambda: scraped(url))["database_up",] == 0
+        enqueue_snapshots(redis, 2)
+        until(lambda: scraped(url)["waiting", "the database"] == 1)
+        database.set_mode("pass")
+        until(lambda: (_scraped := scraped(url))["database_up",] == 1 and _scraped["waiting", "the database"] == 0)
+
+        for proxy in proxies:
+            proxy.set_mode("swallow")
+        frozen = _timed(lambda: scraped(url))
+        assert [frozen[f"{part}_up",] for part in ("database", "redis")] == [0, 0]
+        assert ("queue_jobs",) not in frozen
+        assert not any(name == "newest_row_age_seconds" for name, *_ in frozen)
+        assert _ends(frozen)["stored", SNAPSHOT_TYPE] == 2
+        _timed(lambda: scraped(url))
+        for proxy in proxies:
+            proxy.set_mode("pass")
+        until(lambda: [scraped(url)[f"{part}_up",] for part in ("database", "redis")] == [1, 1])
+
+
+def test_the_apis_scrape_in_every_outage(proxies: tuple[Proxy, Proxy]) -> None:
+    """Both frozen: within 2 s, again and again, and well when they are."""
+    with TestClient(api.app) as client:
+
+        def scrape() -> Scrape:
+            answer = client.get("/metrics")
+            assert answer.status_code == 200
+            return parsed(answer.text)
+
+        assert [scrape()[f"{part}_up",] for part in ("database", "redis")] == [1, 1]
+        for proxy in proxies:
+            proxy.set_mode("swallow")
+        for _ in range(2):
+            assert [_timed(scrape)[f"{part}_up",] for part in ("database", "redis")] == [0, 0]
+        for proxy in proxies:
+            proxy.set_mode("pass")
+        until(lambda: [scrape()[f"{part}_up",] for part in ("database", "redis")] == [1, 1])
+
+
+def test_the_api_asks_for_its_token_and_tells_only_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts no events itself; without REDIS_URL nothing about Redis; the format is the one asked for."""
+    monkeypatch.setenv("HISTORY_API_TOKEN", "right")
+    with TestClient(api.app) as client:
+        assert client.get("/metrics").status_code == 401
+        answer = client.get("/metrics", headers={"Authorization": "Bearer right"})
+        accept = {"Authorization": "Bearer right", "Accept": "application/openmetrics-text; version=1.0.0"}
+        other = client.get("/metrics", headers=accept)
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert parsed(answer.text) == {("database_up",): 1}
+    assert (other.headers["content-type"].split(";")[0], other.text.endswith("# EOF\n")) == (
+        "application/openmetrics-text",
+        True,
+    )
+
+
+def test_a_worker_that_cannot_have_its_port_says_so(redis: Redis) -> None:
+    """Another port would be one that nobody scrapes."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "consumers.cli", "worker", f"--metrics-port={port}"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (
+        1,
+        f"error: cannot serve metrics at 127.0.0.1 port {port}: Address already in use",
+    )
+
+
+def test_the_port_of_a_killed_worker_is_its_heirs_which_counts_from_zero(redis: Redis, tmp_path: Path) -> None:
+    enqueue_snapshots(redis, 2)
+    with scraped_worker(tmp_path / "log") as (worker, url):
+        until(lambda: _ends(scraped(url)) == {("stored", SNAPSHOT_TYPE): 2})
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+    with scraped_worker(tmp_path / "heir", f"--metrics-port={url.split(':')[2].split('/')[0]}") as (heir, same):
+        assert (same, _ends(scraped(same))) == (url, {})
+        heir.terminate()
+        assert heir.wait(15) == 0
+
+
+def test_under_rqs_own_command_the_setting_is_enough(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("HISTORY_METRICS_PORT", str(port))
+    enqueue_snapshots(redis, 1)
+    with rq_worker("consumers.worker.HistoryWorker", tmp_path / "log"):
+        until(lambda: len(get_portfolio_history()) == 1)
+        until(lambda: _ends(scraped(f"http://127.0.0.1:{port}/metrics")) == {("stored", SNAPSHOT_TYPE): 1})

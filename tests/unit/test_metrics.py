@@ -1,0 +1,106 @@
+"""Counting in this process, and readings that may hang."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from consumers.metrics import COUNTS, Counts, Histogram
+from consumers.probes import Probe
+from producers.errors import OutboxError
+from producers.events import SNAPSHOT_TYPE
+from tests.forking import in_child
+
+_STORED = (SNAPSHOT_TYPE, "stored")
+
+
+def test_a_value_on_a_bound_belongs_below_it() -> None:
+    """As Prometheus has it: `le` is less or equal."""
+    histogram = Histogram((1.0, 2.0))
+    histogram.observe([0.5, 1.0, 1.5, 2.0, 2.5])
+    assert (histogram.counts, histogram.sum) == ([2, 2, 1], 7.5)
+
+
+def test_what_was_read_does_not_change_any_more() -> None:
+    counts = Counts()
+    before = counts.read()
+    counts.batch({_STORED: 3}, 0.01, [0.5, 0.5, 9.0])
+    after = counts.read()
+    assert (before.ends[_STORED], before.batch_events.counts) == (0, [0] * 10)
+    assert (after.ends[_STORED], after.batch_events.sum, after.lag_seconds.sum) == (3, 3, 10)
+
+
+def test_every_end_is_there_from_the_start() -> None:
+    """Otherwise the first refusal would appear as a number that never grew, and raise no alarm."""
+    outcomes = [outcome for _, outcome in Counts().read().ends]
+    assert set(outcomes) == {"stored", "duplicate", "conflict", "invalid", "poison", "refused"}
+    assert set(Counts().read().ends.values()) == {0}
+
+
+def test_threads_that_count_at_once_lose_nothing() -> None:
+    counts = Counts()
+
+    def count(_: int) -> None:
+        for _ in range(1000):
+            counts.batch({_STORED: 2}, 0.001, [0.1, 0.1])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(count, range(4)))
+    assert counts.read().ends[_STORED] == 8000
+    assert sum(counts.read().lag_seconds.counts) == 8000
+
+
+def test_a_forked_child_begins_at_zero_also_while_the_parent_counts() -> None:
+    """What the parent counted it tells itself; a lock that another thread held at the fork is not the child's."""
+    COUNTS.batch({_STORED: 5}, 0.1, [])
+
+    def child() -> None:
+        assert COUNTS.read().ends[_STORED] == 0
+        COUNTS.batch({_STORED: 1}, 0.1, [])
+        assert COUNTS.read().ends[_STORED] == 1
+
+    with COUNTS._lock:
+        assert in_child(child) == 0
+    assert COUNTS.read().ends[_STORED] >= 5
+
+
+def test_a_reading_that_hangs_is_not_started_again() -> None:
+    """Whoever asks meanwhile waits for the same one; when it has ended the next is a new one."""
+    release, started = threading.Event(), list[int]()
+
+    def read() -> int:
+        started.append(1)
+        release.wait(10)
+        return len(started)
+
+    probe = Probe("a server", read)
+    with pytest.raises(TimeoutError):
+        probe.start().result(0.05)
+    assert probe.start() is probe.start()
+    assert started == [1]
+    release.set()
+    assert probe.start().result(10) == 1
+    assert probe.start().result(10) == 2
+
+
+def test_a_reading_that_fails_is_logged_once_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    """A scrape every few seconds must not fill the log. What is no outage is told with its traceback."""
+    failures: list[Exception | None] = [OutboxError("no\nsecret"), OutboxError("no"), None, ZeroDivisionError("defect")]
+
+    def read() -> None:
+        if failure := failures.pop(0):
+            raise failure
+
+    probe = Probe("outbox", read)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            probe.start().exception(10)
+    assert [record.getMessage() for record in caplog.records] == [
+        "cannot read outbox: OutboxError: no",
+        "outbox can be read again",
+        "cannot read outbox: ZeroDivisionError: defect",
+    ]
+    assert [bool(record.exc_info) for record in caplog.records] == [False, False, True]
