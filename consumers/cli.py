@@ -124,9 +124,13 @@ def worker(
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Answer Prometheus here; 0 takes any that is free.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="So many of them; one that dies is started again.")
+    ] = 1,
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
     """Store events from the queue until told to stop."""
+    from consumers.pool import run_pool
     from consumers.processes import stop_with_stdin
     from consumers.settings import MetricsSettings
     from consumers.worker import run_worker
@@ -139,7 +143,10 @@ def worker(
     port = metrics_port if metrics_port is not None or while_stdin else metrics.port
     with stack(database=True, redis=True):
         settings = TransportSettings.from_environment()
-        run_worker(settings.redis(), settings.queue, burst=burst, metrics=metrics.model_copy(update={"port": port}))
+        redis = settings.redis()
+        if processes > 1:
+            raise typer.Exit(run_pool(processes, burst=burst, debug=_debug, metrics_port=port))
+        run_worker(redis, settings.queue, burst=burst, metrics=metrics.model_copy(update={"port": port}))
 
 
 @app.command()

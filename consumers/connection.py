@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, Engine, create_engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from consumers.database_url import parse_database_url, session_attributes, try_hosts_in_turn
 from consumers.errors import OldSchema, StoreUnavailable
 from consumers.settings import StoreSettings
-from producers.errors import InvalidEvent, SettingsError
+from producers.errors import InvalidEvent
 
 CONNECT_TIMEOUT_SECONDS = 5
 # What ails the whole database, so that the next statement has no better prospects: connection, transaction state (such
@@ -45,22 +46,15 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
     Raises:
         SettingsError: the URL cannot be read.
     """
-    try:
-        parsed = make_url(url.get_secret_value())
-    except (ArgumentError, ValueError):
-        raise SettingsError("DATABASE_URL: is not a URL such as postgresql://user@host/database") from None
-    if "@" in (parsed.host or ""):
-        raise SettingsError("DATABASE_URL: a password with @ in it must have it percent-encoded, as %40")
-    if parsed.get_backend_name() not in ("postgresql", "postgres"):
-        raise SettingsError("DATABASE_URL: must be a postgresql:// URL")
+    parsed = parse_database_url(url)
     limits = {
         "statement_timeout": statement_timeout_seconds,
         "lock_timeout": min(_LOCK_SECONDS, statement_timeout_seconds),
     }
     limit = "".join(f" -c {name}={round(seconds * 1000)}" for name, seconds in limits.items() if seconds)
     limit += " -c default_transaction_read_only=on" if read_only else ""
-    return create_engine(
-        parsed.set(drivername="postgresql+psycopg2"),
+    store = create_engine(
+        parsed,
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             # A server that vanished without a word is noticed within half a minute, not in hours.
@@ -70,12 +64,15 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
             "tcp_user_timeout": 30_000,
             "application_name": "trading-history",
             "options": f"{parsed.query.get('options', '')} -c timezone=UTC{limit}".strip(),
+            **session_attributes(parsed, read_only=read_only),
         },
         pool_pre_ping=True,
         **(_READER if read_only else _WRITER),
         executemany_mode="values_plus_batch",
         hide_parameters=True,
     )
+    try_hosts_in_turn(store)
+    return store
 
 
 _statement_timeout_seconds = 0.0

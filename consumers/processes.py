@@ -1,4 +1,4 @@
-"""A worker as a child process of a command that runs one."""
+"""A worker as a child process of a command that runs one, or several (see consumers.pool)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO
 
 from producers.errors import HistoryError
 
-_STOP_SECONDS = 15.0
+STOP_SECONDS = 15.0
 
 
 @contextmanager
@@ -26,26 +27,46 @@ def worker_process(
     itself when its parent is killed. `keep` are file descriptors that it holds open as long as it lives. It answers
     scrapes at `metrics_port` only, whatever the settings say.
     """
-    command = [sys.executable, "-m", "consumers.cli", "worker", "--while-stdin"]
-    command += [] if metrics_port is None else [f"--metrics-port={metrics_port}"]
     with ExitStack() as opened:
         output = None if log is None else opened.enter_context(open(log, "ab"))
-        worker = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=output, start_new_session=True, pass_fds=keep
-        )
+        worker = start_worker(_scraped_at(metrics_port), output=output, keep=keep)
     try:
         yield worker
     finally:
         stop_worker(worker)
-        assert worker.stdin is not None
-        worker.stdin.close()
+        release(worker)
+
+
+def _scraped_at(port: int | None) -> list[str]:
+    return [] if port is None else [f"--metrics-port={port}"]
+
+
+def start_worker(
+    arguments: Sequence[str] = (), *, debug: bool = False, output: IO[bytes] | None = None, keep: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """The process of `worker_process`, which its caller must stop and `release`."""
+    program = [sys.executable, "-m", "consumers.cli", *(["--debug"] if debug else [])]
+    return subprocess.Popen(
+        [*program, "worker", "--while-stdin", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        pass_fds=keep,
+    )
+
+
+def release(worker: subprocess.Popen[bytes]) -> None:
+    """Close the pipe by whose end a worker knows that its parent is gone."""
+    assert worker.stdin is not None
+    worker.stdin.close()
 
 
 def stop_worker(worker: subprocess.Popen[bytes]) -> None:
     """In order, after the batch at hand; one that does not end in time is killed."""
     worker.terminate()
     try:
-        worker.wait(_STOP_SECONDS)
+        worker.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         worker.kill()
         worker.wait()

@@ -38,9 +38,11 @@ class StoreSettings(EnvironmentSettings):
         if self.password is not None:
             login += ":" + quote(self.password.get_secret_value(), safe="")
         # A host that is the folder of a unix socket cannot stand where URLs have hosts.
-        name = f"[{self.host}]" if ":" in self.host else self.host
-        host, query = (":", f"?host={quote(self.host, safe='')}") if self.host.startswith("/") else (name + ":", "")
-        return SecretStr(f"postgresql://{login}@{host}{self.port}/{quote(self.database, safe='')}{query}")
+        folder = self.host.startswith("/")
+        names = [""] if folder else [f"[{name}]" if ":" in name else name for name in self.host.split(",")]
+        hosts = ",".join(f"{name}:{self.port}" for name in names)
+        query = f"?host={quote(self.host, safe='')}" if folder else ""
+        return SecretStr(f"postgresql://{login}@{hosts}/{quote(self.database, safe='')}{query}")
 
 
 class MetricsSettings(EnvironmentSettings):

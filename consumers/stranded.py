@@ -39,15 +39,17 @@ redis.call('LPUSH', KEYS[2], ARGV[2])
 return 1
 """
 
-# KEYS queue, job, strays; ARGV the job's id, seconds now, seconds after which it is one.
+# KEYS queue, job, strays; ARGV the job's id, seconds after which it is one. By Redis' clock: another host may have
+# seen it first.
 _TAKE_STRAY = """
+local now = redis.call('TIME')[1]
 local seen = redis.call('HGET', KEYS[3], ARGV[1])
 if not seen then
-    redis.call('HSET', KEYS[3], ARGV[1], ARGV[2])
+    redis.call('HSET', KEYS[3], ARGV[1], now)
     redis.call('EXPIRE', KEYS[3], 600)
     return 0
 end
-if tonumber(ARGV[2]) - tonumber(seen) < tonumber(ARGV[3]) then return 0 end
+if tonumber(now) - tonumber(seen) < tonumber(ARGV[2]) then return 0 end
 redis.call('HDEL', KEYS[3], ARGV[1])
 if redis.call('HGET', KEYS[2], 'status') ~= 'queued' or redis.call('LPOS', KEYS[1], ARGV[1]) then return 0 end
 redis.call('LPUSH', KEYS[1], ARGV[1])
@@ -68,7 +70,7 @@ class Stranded:
 
     def requeue(self) -> list[str]:
         """Return what is stranded to the front of the queue, no attempt spent; the ids of the jobs."""
-        return [*self._from_intermediate(), *self._from_started(time.time()), *self._from_nowhere(time.time())]
+        return [*self._from_intermediate(), *self._from_started(), *self._from_nowhere()]
 
     def _from_intermediate(self) -> Iterator[str]:
         """A living stock worker takes a job out of there in moments; what stays, a dead one has left."""
@@ -81,16 +83,17 @@ class Stranded:
             ):
                 yield job_id
 
-    def _from_started(self, now: float) -> Iterator[str]:
-        """What a stock worker let expire in the started registry."""
+    def _from_started(self) -> Iterator[str]:
+        """What a stock worker let expire in the started registry; that is by its own host's clock."""
         registry = self._queue.started_job_registry.key
+        now, _ = self._redis.time()
         for member in self._redis.zrangebyscore(registry, 0, now):
             text = _shown(member)  # type: ignore[arg-type]  # without scores it is bytes or text
             job_id = text.split(":")[0]
             if self._take_from_started(keys=[registry, self._queue.key, JOB_PREFIX + job_id], args=[text, job_id]):
                 yield job_id
 
-    def _from_nowhere(self, now: float) -> Iterator[str]:
+    def _from_nowhere(self) -> Iterator[str]:
         """What calls itself queued and is in no list, at two looks of whichever worker."""
         strays = strays_key(self._queue.name)
         if not self._redis.set(f"{strays}:looked", "1", nx=True, ex=_LOOK_SECONDS):
@@ -105,7 +108,7 @@ class Stranded:
         listed = {job_id for one in lists for job_id in self._ids_in(one)}
         for job_id in [job_id for job_id in queued if job_id not in listed][:_MOST_STRAYS]:
             keys = [self._queue.key, JOB_PREFIX + job_id, strays]
-            if self._take_stray(keys=keys, args=[job_id, now, STRANDED_SECONDS]):
+            if self._take_stray(keys=keys, args=[job_id, STRANDED_SECONDS]):
                 yield job_id
 
     def _queued(self) -> Iterator[str]:

@@ -23,7 +23,9 @@ from typing import Any
 
 from redis import Redis
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from rq import Queue
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
@@ -201,6 +203,11 @@ class HistoryWorker(SimpleWorker):
     def connection_timeout(self) -> int:
         """Seconds without an answer after which Redis counts as away; RQ waits for several minutes."""
         return WAIT_SECONDS + 9
+
+    def _pubsub_exception_handler(self, exc: Exception, *thread: Any) -> None:
+        """RQ's lets an answer that takes too long end the thread that listens to its commands."""
+        lost = RedisConnectionError("no answer in time") if isinstance(exc, RedisTimeoutError) else exc
+        super()._pubsub_exception_handler(lost, *thread)
 
     def _install_signal_handlers(self) -> None:
         super()._install_signal_handlers()

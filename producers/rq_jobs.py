@@ -8,7 +8,6 @@ What the producing side knows of the layout of RQ's keys is in this module.
 
 from __future__ import annotations
 
-import time
 import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -84,7 +83,8 @@ def in_no_list(redis: Redis, queue: Queue, entries: Sequence[Entry]) -> list[Ent
     elsewhere: set[str] = set()
     for worker in redis.hkeys(holders_key(queue.name)):
         elsewhere |= {as_text(job_id) for job_id in redis.lrange(held_key(queue.name, as_text(worker)), 0, -1)}
-    for member in redis.zrangebyscore(queue.started_job_registry.key, time.time(), "+inf"):
+    now, _ = redis.time()  # this host's clock has no say
+    for member in redis.zrangebyscore(queue.started_job_registry.key, now, "+inf"):
         elsewhere.add(as_text(member).split(":")[0])  # type: ignore[arg-type]  # without scores it is bytes or text
     waiting = [entry for entry in entries if entry.job_id not in elsewhere]
     with redis.pipeline(transaction=False) as pipe:

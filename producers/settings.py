@@ -21,13 +21,9 @@ from pydantic import (
     ValidationError,
 )
 from redis import Redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from producers.errors import SettingsError
-
-CONNECT_TIMEOUT_SECONDS = 2.0
-ANSWER_TIMEOUT_SECONDS = 5.0
+from producers.redis_url import redis_client
 
 
 def read_environment() -> dict[str, str]:
@@ -94,16 +90,4 @@ class TransportSettings(ZoneSettings):
         """
         if self.redis_url is None:
             raise SettingsError("REDIS_URL is not set (for example redis://localhost:6379/0)")
-        try:
-            client = Redis.from_url(
-                self.redis_url.get_secret_value(),
-                socket_connect_timeout=CONNECT_TIMEOUT_SECONDS,
-                socket_timeout=ANSWER_TIMEOUT_SECONDS,
-                health_check_interval=30,
-                retry=Retry(NoBackoff(), 0),
-            )
-            client.connection_pool.make_connection()  # does not connect, but takes the options apart
-            return client
-        except (TypeError, ValueError):
-            # The library's message may repeat the URL with its password.
-            raise SettingsError("REDIS_URL: must be a redis://, rediss:// or unix:// URL, its options known") from None
+        return redis_client(self.redis_url.get_secret_value())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import datetime
 
 from redis import Redis
+from redis.sentinel import SentinelConnectionPool
 
 from consumers.doctor.checks import Check
 from consumers.doctor.software import has_database_driver
@@ -18,7 +19,7 @@ from producers.settings import TransportSettings, read_environment
 DATABASE = "database setting"
 REDIS = "Redis setting"
 # What is left of a login whose password has a / ? or # that is not percent-encoded: host and port are pieces of it.
-_TORN_URL = re.compile(r"^rediss?://[^/?#]*[/?#].*@", re.DOTALL)
+_TORN_URL = re.compile(r"^rediss?(\+sentinel)?://[^/?#]*[/?#].*@", re.DOTALL)
 
 
 def database_setting() -> Iterator[Check]:
@@ -81,6 +82,11 @@ def _database_place(settings: StoreSettings) -> str:
 def _redis_place(client: Redis) -> str:
     options = client.connection_pool.connection_kwargs
     user = f", as {options['username']}" if options.get("username") else ""
+    pool = client.connection_pool
+    if isinstance(pool, SentinelConnectionPool):
+        asked = (one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels)
+        sentinels = ", ".join(f"{one['host']}:{one['port']}" for one in asked)
+        return f"database {options.get('db') or 0} on the master of {pool.service_name}{user}, by Sentinel {sentinels}"
     place = options.get("path") or f"{options.get('host') or 'localhost'}, port {options.get('port') or 6379}"
     return f"database {options.get('db') or 0} on {place}{user}"
 

@@ -1,4 +1,7 @@
-"""A long storm of faults: `python -m tests.faults --minutes 20 [--seed N]`. Exit status 1 if a promise was broken."""
+"""A long storm of faults: `python -m tests.faults --minutes 20 [--seed N]`. Exit status 1 if a promise was broken.
+
+`python -m tests.faults failover`: Redis behind Sentinel, the master killed and another one paused.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+from consumers.stack import embedded_stack
+from tests.faults.failover import print_failovers, run_failovers
 from tests.faults.storm import run_storm
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("storm", "failover"), nargs="?", default="storm")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     options = parser.parse_args()
+    if options.what == "failover":
+        return _failover()
     print(f"seed {options.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
         storm, judged = run_storm(Path(folder), seconds=options.minutes * 60, seed=options.seed)
@@ -30,6 +38,14 @@ def main() -> int:
     for breach in judged.breaches[:20]:
         print(f"  {breach}")
     return 1 if judged.breaches else 0
+
+
+def _failover() -> int:
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        home = Path(folder)
+        (home / "sentinel").mkdir()
+        with embedded_stack(home):
+            return print_failovers(run_failovers(home / "sentinel", ["killed", "paused"]))
 
 
 if __name__ == "__main__":

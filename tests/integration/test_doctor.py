@@ -243,6 +243,11 @@ def test_settings_tell_where_they_point_and_where_they_came_from(monkeypatch: py
         "database 3 on 127.0.0.1, port 1, as me, queue history (REDIS_URL from environment)"
     )
     assert checks["time zone setting"].found.startswith("a naive time means Europe/Berlin, now ")
+    monkeypatch.setenv("REDIS_URL", f"redis+sentinel://me:{ENCODED}@127.0.0.1:1,127.0.0.1:2/mymaster/3")
+    assert _diagnosed()["Redis setting"].found == (
+        "database 3 on the master of mymaster, as me, by Sentinel 127.0.0.1:1, 127.0.0.1:2,"
+        " queue history (REDIS_URL from environment)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,6 +259,7 @@ def test_settings_tell_where_they_point_and_where_they_came_from(monkeypatch: py
         ("DATABASE_URL", "postgresql://u:p@ss@h/d", "database setting", "DATABASE_URL: a password with @"),
         ("REDIS_URL", "redis://h:port", "Redis setting", "REDIS_URL: must be"),
         ("REDIS_URL", "redis://:12/34@h", "Redis setting", "REDIS_URL: a password with / ? or #"),
+        ("REDIS_URL", "redis+sentinel://:12/34@h/m", "Redis setting", "REDIS_URL: a password with / ? or #"),
     ],
 )
 def test_a_setting_that_cannot_be_read_is_told(
@@ -862,6 +868,7 @@ def test_a_folder_that_is_none_is_wrong_usage() -> None:
         {"POSTGRES_PORT": PASSWORD, "REDIS_URL": f"http://:{ENCODED}@h"},
         {"DATABASE_URL": f"postgresql://u:{ENCODED}@127.0.0.1:1/x?{ENCODED}=1", "REDIS_URL": f"redis://:{ENCODED}@h?{ENCODED}=1"},
         {"DATABASE_URL": "postgresql://u@127.0.0.1:1/x?s3cret=1", "REDIS_URL": "redis://h?s3cret=1"},
+        {"DATABASE_URL": f"postgresql://u:{ENCODED}@127.0.0.1:1,127.0.0.1:2/x", "REDIS_URL": f"redis+sentinel://:{ENCODED}@127.0.0.1:1/m?sentinel_password={ENCODED}"},
     ],
 )  # fmt: skip
 def test_no_password_is_ever_shown(

@@ -19,6 +19,7 @@ import pytest
 from pydantic import SecretStr
 from redis import Redis
 from redis.exceptions import BusyLoadingError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from rq import Queue
 from rq.job import Job
 from rq.registry import StartedJobRegistry
@@ -764,3 +765,26 @@ def test_it_survives_that_redis_loses_everything(redis: Redis, producer: History
         redis.flushall()
         assert producer.record(a_snapshot(after=timedelta(1))).wait(20)
         until(lambda: len(redis.smembers("rq:workers:history")) == 1)
+
+
+def test_no_clock_of_a_host_decides_what_is_stranded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker host whose clock is hours ahead takes nothing from the others: only Redis' clock counts."""
+    job_ids = enqueue_snapshots(redis, 2)
+    queue = history_queue(redis)
+    redis.delete(queue.key)
+    soon = redis.time()[0] + 60
+    redis.zadd(StartedJobRegistry("history", connection=redis).key, {f"{job_ids[0]}:execution": soon})
+    assert Stranded(redis, queue).requeue() == []
+    redis.delete("history:strays:history:looked")
+    ahead = time.time() + 36_000
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    assert Stranded(redis, queue).requeue() == []
+
+
+def test_an_answer_that_takes_too_long_does_not_end_the_ear_for_commands(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RQ's handler survives a lost connection, but not a time-out: nobody could stop such a worker from afar."""
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    worker._pubsub_exception_handler(RedisTimeoutError("slow"), None, None)

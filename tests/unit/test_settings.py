@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import SecretStr
+from redis import Redis
+from redis.connection import SSLConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.sentinel import SentinelConnectionPool
 
+from consumers.database_url import parse_database_url, session_attributes
 from consumers.settings import StoreSettings
 from consumers.stack import stack
 from producers.errors import SettingsError
@@ -102,3 +110,105 @@ def test_one_server_without_the_other_is_an_error_not_a_fallback(
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=message), stack(database=True, redis=True):
         pass
+
+
+_SENTINEL = "redis+sentinel://us%40er:p%2Fw%3A@one,two:26380,[::1]:26381/mymaster"
+
+
+def test_redis_behind_sentinel_is_one_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Login, database and options are the master's; the Sentinels have their own, and short time limits."""
+    monkeypatch.setenv(
+        "REDIS_URL", f"{_SENTINEL}/3?sentinel_username=watch&sentinel_password=s%25p&health_check_interval=7"
+    )
+    pool = TransportSettings.from_environment().redis().connection_pool
+    assert isinstance(pool, SentinelConnectionPool)
+    options = pool.connection_kwargs
+    assert (pool.service_name, pool.is_master) == ("mymaster", True)
+    assert (options["username"], options["password"], options["db"]) == ("us@er", "p/w:", 3)
+    assert (options["health_check_interval"], options["socket_timeout"]) == (7, 5.0)
+    asked = [sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels]
+    assert [(one["host"], one["port"]) for one in asked] == [("one", 26379), ("two", 26380), ("::1", 26381)]
+    assert {(one["username"], one["password"], one["socket_timeout"]) for one in asked} == {("watch", "s%p", 1.0)}
+    assert not isinstance(pool.make_connection(), SSLConnection)
+
+
+def test_tls_is_for_the_master_and_the_sentinels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same certificates."""
+    monkeypatch.setenv("REDIS_URL", "rediss+sentinel://one/mymaster?ssl_ca_certs=/ca.pem&ssl_check_hostname=false")
+    pool = TransportSettings.from_environment().redis().connection_pool
+    assert isinstance(pool, SentinelConnectionPool)
+    (sentinel,) = pool.sentinel_manager.sentinels
+    for one in (pool, sentinel.connection_pool):
+        assert isinstance(one.make_connection(), SSLConnection)
+        assert one.connection_kwargs["ssl_ca_certs"] == "/ca.pem"
+        assert one.connection_kwargs["ssl_check_hostname"] is False
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis+sentinel://:s3cret@one",
+        "redis+sentinel://:s3cret@one/",
+        "redis+sentinel://:s3cret@one/mymaster/zero",
+        "redis+sentinel://:s3cret@one:99999/mymaster",
+        "redis+sentinel://:s3cret@one;two/mymaster?nobody_knows=1",
+        "redis+sentinel://:s3cret@one,,two/mymaster",
+        "redis+sentinel://:s3/cret@one/mymaster",
+        "sentinel://:s3cret@one/0",
+    ],
+)
+def test_a_sentinel_url_that_cannot_be_read_does_not_leak(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """The error shows the form instead."""
+    monkeypatch.setenv("REDIS_URL", url)
+    with pytest.raises(SettingsError, match=r"^REDIS_URL: must be .*redis\+sentinel://host") as caught:
+        TransportSettings.from_environment().redis()
+    assert "cret" not in str(caught.value)
+
+
+def test_threads_that_ask_at_once_lose_no_sentinel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is away, and each thread moves the second, which answers both, to the front."""
+    monkeypatch.setenv("REDIS_URL", "redis+sentinel://one,two,three/mymaster")
+    pool = TransportSettings.from_environment().redis().connection_pool
+    assert isinstance(pool, SentinelConnectionPool)
+    first, second, third = pool.sentinel_manager.sentinels
+    both_are_answered = threading.Barrier(2)
+    state = {"is_master": True, "is_sdown": False, "is_odown": False, "num-other-sentinels": 2, "ip": "h", "port": 1}
+
+    def masters(sentinel: Redis) -> dict[str, Any]:
+        if sentinel is not second:
+            raise RedisConnectionError
+        both_are_answered.wait(10)
+        return {"mymaster": state}
+
+    monkeypatch.setattr(Redis, "sentinel_masters", masters)
+    threads = [threading.Thread(target=pool.get_master_address) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert pool.sentinel_manager.sentinels == [second, first, third]
+
+
+def test_several_database_hosts_are_read_as_libpq_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its port, passwords decoded; and a session is wanted where it can write."""
+    url = parse_database_url(SecretStr("postgresql://me:p%40ss@one,two:5433,[::1]:5434/history?sslmode=prefer"))
+    assert dict(url.query) == {"host": "one,two,::1", "port": "5432,5433,5434", "sslmode": "prefer"}
+    assert (url.username, url.password, url.database, url.host) == ("me", "p@ss", "history", None)
+    assert session_attributes(url, read_only=False) == {"target_session_attrs": "read-write"}
+    assert session_attributes(url, read_only=True) == {"target_session_attrs": "primary"}
+    chosen = url.update_query_dict({"target_session_attrs": "prefer-standby"})
+    assert session_attributes(chosen, read_only=True) == {"target_session_attrs": "prefer-standby"}
+    alone = parse_database_url(SecretStr("postgresql://me@one/history"))
+    assert session_attributes(alone, read_only=False) == {}
+    monkeypatch.setenv("POSTGRES_HOST", "one,two")
+    monkeypatch.setenv("POSTGRES_PORT", "6000")
+    parts = parse_database_url(StoreSettings.from_environment().url())
+    assert (parts.query["host"], parts.query["port"]) == ("one,two", "6000,6000")
+
+
+@pytest.mark.parametrize("url", ["postgresql://:s3cret@one,two:x/d", "mysql://:s3cret@one,two/d"])
+def test_several_hosts_that_cannot_be_read_do_not_leak(url: str) -> None:
+    """As with one."""
+    with pytest.raises(SettingsError, match="^DATABASE_URL: ") as caught:
+        parse_database_url(SecretStr(url))
+    assert "s3cret" not in str(caught.value)

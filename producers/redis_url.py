@@ -1,0 +1,106 @@
+"""A client for REDIS_URL: of one server, or of whichever server Sentinel calls the master.
+
+redis-py has no URL for Sentinel. This is the form of redis-sentinel-url, limits and Prefect:
+
+    redis+sentinel://[user][:password@]host[:port][,host[:port]…]/service[/db][?options]
+
+The hosts are Sentinels; user, password, db and options are the master's, as in a redis:// URL. The Sentinels' own are
+sentinel_username and sentinel_password. With rediss+sentinel both speak TLS, with the same ssl_ options.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlencode
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.retry import Retry
+from redis.sentinel import Sentinel
+
+from producers.errors import SettingsError
+
+CONNECT_TIMEOUT_SECONDS = 2.0
+ANSWER_TIMEOUT_SECONDS = 5.0
+_SENTINEL_TIMEOUT_SECONDS = 1.0  # each that is away is waited for before the next is asked
+_SENTINEL_PORT = 26379
+
+_SENTINEL_SCHEME = re.compile(r"rediss?\+sentinel://")
+_SENTINEL_URL = re.compile(
+    r"(?P<scheme>rediss?)\+sentinel://(?:(?P<login>[^@/?#]*)@)?(?P<hosts>[^@/?#]+)/(?P<service>[^/?#]+)"
+    r"(?:/(?P<db>\d*))?(?:\?(?P<query>[^#]*))?"
+)
+_HOST = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>\d{1,5}))?")
+_OWN = {"username": "sentinel_username", "password": "sentinel_password"}
+
+
+class _SharedSentinel(Sentinel):
+    """For several threads.
+
+    redis-py moves the Sentinel that has answered to the front of its list in place: when it answers two threads at
+    once, it stands there twice in the end, and another one nowhere.
+    """
+
+    def discover_master(self, service_name: str) -> tuple[str, int]:
+        own = copy.copy(self)
+        own.sentinels = list(self.sentinels)
+        address: tuple[str, int] = Sentinel.discover_master(own, service_name)  # type: ignore[no-untyped-call]  # redis-py annotates it by half
+        self.sentinels = own.sentinels
+        return address
+
+
+def redis_client(url: str) -> Redis:
+    """A client that gives up in seconds rather than hang; retrying is its user's decision.
+
+    Raises:
+        SettingsError: the URL cannot be read, or has an option that nobody knows; the message does not repeat it.
+    """
+    options: dict[str, Any] = {
+        "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,
+        "socket_timeout": ANSWER_TIMEOUT_SECONDS,
+        "health_check_interval": 30,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    try:
+        client = _of_sentinel(url, options) if _SENTINEL_SCHEME.match(url) else Redis.from_url(url, **options)
+        client.connection_pool.make_connection()  # does not connect, but takes the options apart
+        return client
+    except (TypeError, ValueError):
+        # The library's message may repeat the URL with its password.
+        raise SettingsError(
+            "REDIS_URL: must be a redis://, rediss:// or unix:// URL, or"
+            " redis+sentinel://host:port,host:port/service/db, its options known"
+        ) from None
+
+
+def _of_sentinel(url: str, options: dict[str, Any]) -> Redis:
+    parts = _SENTINEL_URL.fullmatch(url)
+    if parts is None:
+        raise ValueError("not the URL of a service behind Sentinel")
+    given = parse_qsl(parts["query"] or "", keep_blank_values=True)
+    own = {name: dict(given).get(option) for name, option in _OWN.items()}
+    rest = urlencode([(name, value) for name, value in given if name not in _OWN.values()])
+    login = f"{parts['login']}@" if parts["login"] else ""
+    # redis-py decodes the login and knows the types of the options.
+    master = {**options, **parse_url(f"{parts['scheme']}://{login}master/{parts['db'] or ''}?{rest}")}  # type: ignore[no-untyped-call]  # likewise
+    del master["host"]
+    if master.pop("connection_class", None) is not None:
+        master["ssl"] = True
+    tls = {name: value for name, value in master.items() if name == "ssl" or name.startswith("ssl_")}
+    limits = dict.fromkeys(("socket_connect_timeout", "socket_timeout"), _SENTINEL_TIMEOUT_SECONDS)
+    sentinel = _SharedSentinel(  # type: ignore[no-untyped-call]  # likewise
+        [_address(host) for host in parts["hosts"].split(",")],
+        sentinel_kwargs={"retry": Retry(NoBackoff(), 0), **limits, **own, **tls},
+    )
+    client: Redis = sentinel.master_for(unquote(parts["service"]), **master)  # type: ignore[no-untyped-call]  # likewise
+    return client
+
+
+def _address(host: str) -> tuple[str, int]:
+    parts = _HOST.fullmatch(host)
+    if parts is None or int(parts["port"] or _SENTINEL_PORT) > 65535:
+        raise ValueError("not host:port")
+    return parts["six"] or unquote(parts["name"]), int(parts["port"] or _SENTINEL_PORT)

@@ -1,0 +1,185 @@
+"""Redis behind Sentinel loses its master under load: what was accepted, what was stored, how long nothing moved."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from redis import Redis
+from rq.worker_registration import REDIS_WORKER_KEYS
+from sqlalchemy import text
+
+from consumers.connection import engine
+from consumers.processes import stop_worker, worker_process
+from producers.history_producer import HistoryProducer
+from producers.redis_url import redis_client
+from tests.factories import a_snapshot
+from tests.faults.sentinels import Cluster
+from tests.faults.verdict import Verdict, verdict
+
+_RATE = 200  # events a second
+_BEFORE_SECONDS = 1.5
+_STALE_EVENTS = 50
+_DRAIN_SECONDS = 120.0
+
+
+@dataclass
+class Failovers:
+    """`pauses`: of each failover, the longest time in which no row was added. Seconds."""
+
+    pauses: dict[str, float] = field(default_factory=dict)
+    longest_call: float = 0.0
+    lost_by_redis: int = 0
+    judged: Verdict | None = None
+
+
+class _Load:
+    """Records at a steady rate in a thread, and watches the rows grow in another."""
+
+    def __init__(self, producer: HistoryProducer, found: Failovers) -> None:
+        self.told: list[tuple[str, int, str]] = []
+        self._producer, self._found = producer, found
+        self._done = threading.Event()
+        self._threads = [threading.Thread(target=run) for run in (self._record, self._watch)]
+        self._longest_pause = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._done.set()
+            for thread in self._threads:
+                thread.join()
+
+    def pause_during(self, fault: Callable[[], None]) -> float:
+        """The longest time without a new row, from before the fault until rows are added again after it."""
+        self._longest_pause = 0.0
+        fault()
+        rows = _rows()
+        while _rows() == rows:
+            time.sleep(0.02)
+        time.sleep(_BEFORE_SECONDS)  # the other lanes and the relay may meet it later
+        return self._longest_pause
+
+    def _record(self) -> None:
+        number = 0
+        while not self._done.wait(1 / _RATE):
+            began = time.monotonic()
+            receipt = self._producer.record(a_snapshot(after=timedelta(seconds=number)))
+            self._found.longest_call = max(self._found.longest_call, time.monotonic() - began)
+            self.told.append((receipt.source, receipt.sequence, str(receipt.event_id)))
+            number += 1
+
+    def _watch(self) -> None:
+        rows, changed_at = _rows(), time.monotonic()
+        while not self._done.wait(0.02):
+            self._longest_pause = max(self._longest_pause, time.monotonic() - changed_at)
+            if (now := _rows()) != rows:
+                rows, changed_at = now, time.monotonic()
+
+
+def _rows() -> int:
+    with engine().connect() as db:
+        return int(db.execute(text("SELECT count(*) FROM portfolio_history")).scalar_one())
+
+
+def run_failovers(folder: Path, kinds: Sequence[str]) -> Failovers:
+    """For each of `kinds` the master of a new cluster, or of what is left of it, is `killed`, or `paused` and resumed.
+
+    The settings must name a database with the tables; their REDIS_URL becomes the cluster's.
+    """
+    cluster, found = Cluster(folder), Failovers()
+    with ExitStack() as stack:
+        stack.enter_context(cluster.running())
+        os.environ["REDIS_URL"] = cluster.url
+        stack.enter_context(worker_process(folder / "worker.log"))
+        stack.enter_context(_rq_worker(cluster, folder))
+        with redis_client(cluster.url) as redis:
+            while redis.scard(REDIS_WORKER_KEYS) < 2:
+                time.sleep(0.05)
+        producer = stack.enter_context(HistoryProducer(outbox=folder / "outbox.db"))
+        load = _Load(producer, found)
+        outboxes = [folder / "outbox.db"]
+        with load.running():
+            for kind in kinds:
+                time.sleep(_BEFORE_SECONDS)
+                master = cluster.master()
+                found.pauses[kind] = load.pause_during(lambda: _fail(cluster, kind, master))  # noqa: B023  # called at once
+                if kind == "paused":
+                    found.lost_by_redis += _write_to_stale_master(cluster, master, folder / "stale.db", load.told)
+                    outboxes.append(folder / "stale.db")
+        with redis_client(cluster.url) as redis:
+            _drain(outboxes, redis, producer)
+        found.judged = verdict(outboxes, load.told)
+    return found
+
+
+@contextmanager
+def _rq_worker(cluster: Cluster, folder: Path) -> Iterator[None]:
+    """RQ's own command with our worker class."""
+    (folder / "behind_sentinel.py").write_text(cluster.rq_settings())
+    command = [sys.executable, "-m", "rq.cli", "worker", "--path", str(folder), "--config", "behind_sentinel"]
+    with open(folder / "rq-worker.log", "ab") as log:
+        process = subprocess.Popen(
+            [*command, "--worker-class", "consumers.worker.HistoryWorker", "history"], stdout=log, stderr=log
+        )
+    try:
+        yield
+    finally:
+        stop_worker(process)
+
+
+def _fail(cluster: Cluster, kind: str, master: int) -> None:
+    if kind == "killed":
+        cluster.kill(master)
+    else:
+        cluster.pause(master)
+    cluster.wait_for_failover(master)
+
+
+def _write_to_stale_master(cluster: Cluster, port: int, outbox: Path, told: list[tuple[str, int, str]]) -> int:
+    """A producer that the news has not reached: its Redis takes everything, and then drops it; how many jobs."""
+    cluster.resume(port)
+    with cluster.client(port) as stale, HistoryProducer(stale, outbox=outbox) as producer:
+        events = [a_snapshot(after=timedelta(days=1, seconds=number)) for number in range(_STALE_EVENTS)]
+        told.extend((one.source, one.sequence, str(one.event_id)) for one in producer.record_many(events))
+        while producer.status().pending:
+            time.sleep(0.02)
+        sent = producer.status().sent
+        cluster.wait_for_replica(port)
+    return sent
+
+
+def _drain(outboxes: Sequence[Path], redis: Redis, running: HistoryProducer) -> None:
+    with ExitStack() as stack:
+        others = [stack.enter_context(HistoryProducer(redis, outbox=path)) for path in outboxes[1:]]
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        while sum(producer.status().depth for producer in [running, *others]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def print_failovers(found: Failovers) -> int:
+    """Exit status: 1 if a promise was broken."""
+    assert found.judged is not None
+    judged = found.judged
+    lost = judged.accepted - judged.rows - judged.absorbed - judged.rejected
+    print(f"{judged.accepted} events accepted at {_RATE}/s, {judged.rows} rows, {lost} lost")
+    for kind, seconds in found.pauses.items():
+        print(f"master {kind}: no new row for {seconds:.1f} s")
+    print(
+        f"longest call {1000 * found.longest_call:.0f} ms; {found.lost_by_redis} jobs taken and lost by a stale master"
+    )
+    for breach in judged.breaches[:20]:
+        print(f"  {breach}", file=sys.stderr)
+    return 1 if judged.breaches else 0

@@ -1,0 +1,145 @@
+"""PostgreSQL moves to another host: the primary dies, and its standby takes no writes until it is promoted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from pydantic import SecretStr
+from redis import Redis
+from sqlalchemy import text
+
+from consumers import waits
+from consumers.connection import apply_schema, create_store_engine, engine, reader
+from consumers.embedded import Addresses, postgres, servers
+from consumers.embedded.installation import installed
+from consumers.embedded.process import run
+from consumers.errors import StoreUnavailable
+from consumers.operations import get_portfolio_history
+from consumers.processes import worker_process
+from consumers.waits import DatabaseWaits
+from producers.history_producer import HistoryProducer
+from tests.factories import a_snapshot
+from tests.rq_programs import until
+
+_PORT = 5433  # of the standby; its data has the primary's lock file of 5432
+
+
+class _Standby:
+    """A streaming standby of the primary in the folder `home`, beside it."""
+
+    def __init__(self, home: Path) -> None:
+        self._primary, self.folder = home / "postgres", home / "standby"
+        self._installation = installed()
+
+    def _run(self, program: str, *arguments: object) -> None:
+        result = run(self._installation.postgres_bin / program, *arguments, account=self._installation.account)
+        log = self.folder / "log"
+        assert result.returncode == 0, result.stdout + (log.read_text() if log.exists() else "")
+
+    def _control(self, *arguments: object) -> None:
+        self._run("pg_ctl", *arguments, "-w", "-D", self.folder, "-l", self.folder / "log")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self.folder.mkdir(mode=0o700)
+        if account := self._installation.account:
+            os.chown(self.folder, account.pw_uid, account.pw_gid)
+        self._run("pg_basebackup", "-h", self._primary, "-U", "postgres", "-D", self.folder, "-R", "-c", "fast")
+        self._control("start", "-o", f"-h '' -p {_PORT} -k {self.folder}")
+        try:
+            yield
+        finally:
+            self._control("stop", "-m", "immediate")
+
+    def promote(self) -> None:
+        self._control("promote")
+
+
+@pytest.fixture
+def primary() -> Iterator[tuple[Path, Addresses]]:
+    """A server of its own, whose commits wait for a standby."""
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, servers(Path(folder)) as addresses:
+        store = create_store_engine(SecretStr(addresses.database_url))
+        apply_schema(store)
+        store.dispose()
+        yield Path(folder), addresses
+
+
+def _wait_for_standbys(addresses: Addresses) -> None:
+    """From here on a commit has arrived there before it is known here."""
+    store = create_store_engine(SecretStr(addresses.database_url))
+    with store.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
+        db.exec_driver_sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        db.exec_driver_sql("SELECT pg_reload_conf()")
+        until(lambda: db.execute(text("SELECT sync_state FROM pg_stat_replication")).scalar() == "sync")
+    store.dispose()
+
+
+def test_a_worker_follows_the_primary_to_another_host(
+    primary: tuple[Path, Addresses], redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the only host left takes no writes it waits; then it goes on, and what was committed is there."""
+    home, addresses = primary
+    standby, log = _Standby(home), tmp_path / "log"
+    hosts = f"{quote(str(home / 'postgres'), safe='')},{quote(str(standby.folder), safe='')}:{_PORT}"
+    monkeypatch.setenv("DATABASE_URL", f"postgresql://postgres@{hosts}/{postgres.DATABASE}")
+    engine.cache_clear()
+    with ExitStack() as stack:
+        stack.enter_context(standby.running())
+        _wait_for_standbys(addresses)
+        producer = stack.enter_context(HistoryProducer(redis, outbox=tmp_path / "outbox.db"))
+        stack.enter_context(worker_process(log))
+        before = producer.record_many([a_snapshot(after=timedelta(seconds=number)) for number in range(300)])
+        rows = [receipt.wait(30) for receipt in before]
+        server = postgres.server(home).process()
+        assert server is not None
+        server.send_signal(signal.SIGKILL)
+        after = producer.record_many([a_snapshot(after=timedelta(days=1, seconds=number)) for number in range(300)])
+        until(lambda: "session is read-only" in log.read_text())
+        standby.promote()
+        rows += [receipt.wait(60) for receipt in after]
+        assert sorted(row["id"] for row in get_portfolio_history()) == sorted(rows)
+        assert len(set(rows)) == 600
+        reader().dispose()
+        engine().dispose()
+    engine.cache_clear()
+
+
+def test_a_host_that_is_frozen_does_not_keep_the_others_from_being_asked(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has its own time limit, in a worker too."""
+    monkeypatch.setattr(waits, "CONNECT_TIMEOUT_SECONDS", 0.2)
+    folder, name = str(engine().url.query["host"]), engine().url.database
+    with socket.create_server(("127.0.0.1", 0)) as frozen, DatabaseWaits(60, threading.Event()).limited():
+        hosts = f"127.0.0.1:{frozen.getsockname()[1]},{quote(folder, safe='')}:5432"
+        url = SecretStr(f"postgresql://postgres@{hosts}/{name}?sslmode=disable&gssencmode=disable")
+        for read_only in (False, True):
+            store = create_store_engine(url, read_only=read_only)
+            with store.connect() as db:
+                assert db.execute(text("SELECT 1")).scalar() == 1
+            store.dispose()
+
+
+def test_when_no_host_will_do_each_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:s3cret@127.0.0.1:1,127.0.0.1:2/history")
+    engine.cache_clear()
+    with pytest.raises(
+        StoreUnavailable, match=r"none of the hosts will do: 127\.0\.0\.1: .*; 127\.0\.0\.1: "
+    ) as caught:
+        get_portfolio_history()
+    assert "s3cret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    reader().dispose()
+    engine.cache_clear()
