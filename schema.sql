@@ -192,4 +192,57 @@ BEGIN
 END
 $$;
 
+-- Who may do what. A login of yours becomes a member: the worker's of the writer, the API's of the reader. Roles belong
+-- to the whole server: another database, in this moment, may be making the same, and a managed server may let nobody.
+DO $$
+DECLARE
+    made text;
+    home text := current_schema();
+BEGIN
+    FOREACH made IN ARRAY ARRAY['trading_history_writer', 'trading_history_reader'] LOOP
+        CONTINUE WHEN EXISTS (SELECT FROM pg_roles WHERE rolname = made);
+        BEGIN
+            EXECUTE format('CREATE ROLE %I NOLOGIN', made);
+        EXCEPTION
+            WHEN duplicate_object OR unique_violation THEN NULL;
+            WHEN OTHERS THEN
+                RAISE NOTICE 'roles: % was not made, the tables are as good without it: %', made, SQLERRM;
+        END;
+    END LOOP;
+
+    REVOKE ALL ON portfolio_history, signal_archives, event_outcomes FROM PUBLIC;
+    -- Who can make functions here can have them run by others. PostgreSQL 15 and later begin like this.
+    IF EXISTS (
+        SELECT FROM pg_namespace
+        WHERE nspname = home AND pg_has_role(nspowner, 'USAGE')
+            AND EXISTS (SELECT FROM aclexplode(nspacl) WHERE grantee = 0 AND privilege_type = 'CREATE')) THEN
+        EXECUTE format('REVOKE CREATE ON SCHEMA %I FROM PUBLIC', home);
+    ELSIF EXISTS (
+        SELECT FROM pg_namespace, aclexplode(nspacl)
+        WHERE nspname = home AND grantee = 0 AND privilege_type = 'CREATE') THEN
+        RAISE NOTICE 'roles: everybody may make things in schema %, and only its owner can change that: '
+            'REVOKE CREATE ON SCHEMA % FROM PUBLIC', home, home;
+    END IF;
+
+    FOR made IN SELECT rolname FROM pg_roles WHERE rolname IN ('trading_history_writer', 'trading_history_reader') LOOP
+        IF NOT has_schema_privilege(made, home, 'USAGE') THEN
+            IF has_schema_privilege(home, 'USAGE WITH GRANT OPTION') THEN
+                EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', home, made);
+            ELSE
+                RAISE NOTICE 'roles: % may not use schema %, and only its owner can change that: '
+                    'GRANT USAGE ON SCHEMA % TO %', made, home, home, made;
+            END IF;
+        END IF;
+        EXECUTE format('GRANT SELECT ON portfolio_history, signal_archives, event_outcomes TO %I', made);
+        IF made = 'trading_history_writer' THEN
+            GRANT INSERT ON portfolio_history, signal_archives TO trading_history_writer;
+            -- A requeue that succeeds removes the entry, a repeat and a discard change it.
+            GRANT INSERT, UPDATE, DELETE ON event_outcomes TO trading_history_writer;
+            EXECUTE format('GRANT USAGE ON SEQUENCE %s, %s TO trading_history_writer',
+                pg_get_serial_sequence('portfolio_history', 'id'), pg_get_serial_sequence('signal_archives', 'id'));
+        END IF;
+    END LOOP;
+END
+$$;
+
 COMMIT;

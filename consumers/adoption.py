@@ -7,13 +7,13 @@ grants of a renamed table are left as they are and go with it.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from consumers.connection import apply_schema, schema_body, translated_errors
+from consumers.connection import apply_schema, role_notes, schema_body, translated_errors
 from consumers.errors import AdoptionRefused, StoreUnavailable
 
 LEGACY_SUFFIX = "_legacy"
@@ -160,7 +160,7 @@ def adopt_legacy(store: Engine) -> Adoption:
             raise AdoptionRefused(_in_use(store)) from cause
         raise
     if not adoption.renamed:
-        apply_schema(store)
+        return replace(adoption, notes=(*adoption.notes, *apply_schema(store)))
     return adoption
 
 
@@ -172,9 +172,10 @@ def _adopt(store: Engine) -> Adoption:
             db.exec_driver_sql(statement)
         # Once more, under the lock: somebody else may have adopted them, or made an index, a moment ago.
         adoption = _plan(db, _old_tables(db))
-        for statement in adoption.statements if adoption.renamed else ():
-            db.exec_driver_sql(statement)
-        return adoption
+        with role_notes(db) as notes:
+            for statement in adoption.statements if adoption.renamed else ():
+                db.exec_driver_sql(statement)
+        return replace(adoption, notes=(*adoption.notes, *notes))
 
 
 def _old_tables(db: Connection) -> list[Any]:

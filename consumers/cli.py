@@ -103,6 +103,8 @@ def init_db(
     """Make the tables that are missing."""
     from consumers import adoption
     from consumers.connection import apply_schema, engine, schema_sql
+    from consumers.logins import set_passwords
+    from consumers.settings import LoginSettings
 
     if dry_run and not adopt_legacy:
         print(schema_sql(), end="")
@@ -114,8 +116,11 @@ def init_db(
         if adopt_legacy:
             _print_adoption(adoption.adopt_legacy(engine()))
         else:
-            apply_schema(engine())
+            for note in apply_schema(engine()):
+                print(f"Note: {note}.")
         print("The tables are there.")
+        for login in set_passwords(engine(), LoginSettings.from_environment()):
+            print(f"{login} may log in, with its password.")
 
 
 @app.command()

@@ -187,8 +187,31 @@ def schema_body() -> str:
     return re.sub(r"^(BEGIN|COMMIT);\n", "", schema_sql(), flags=re.M)
 
 
-def apply_schema(store: Engine) -> None:
-    """Make the tables that are missing; safe to run at any time and by several at once.
+class _Notices:
+    """Where psycopg2 puts what the server tells; no list, which SQLAlchemy would empty."""
+
+    def __init__(self) -> None:
+        self.of_roles: list[str] = []
+
+    def append(self, notice: str) -> None:
+        _, found, note = notice.partition("NOTICE:  roles: ")
+        if found:
+            self.of_roles.append(note.strip())
+
+
+@contextmanager
+def role_notes(connection: Connection) -> Iterator[list[str]]:
+    """What schema.sql tells inside the block about roles that it could not make, or not let in."""
+    session: Any = connection.connection.driver_connection
+    session.notices = notices = _Notices()
+    try:
+        yield notices.of_roles
+    finally:
+        session.notices = []
+
+
+def apply_schema(store: Engine) -> list[str]:
+    """Make the tables that are missing; safe to run at any time and by several at once. Notes for the user.
 
     Raises:
         OldSchema: tables of another shape have our names; nothing was changed.
@@ -200,7 +223,9 @@ def apply_schema(store: Engine) -> None:
             # connection on which they failed is in a transaction that nobody will end: away with it.
             connection = pooled.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
             try:
-                connection.exec_driver_sql(schema_sql())
+                with role_notes(connection) as notes:
+                    connection.exec_driver_sql(schema_sql())
+                return notes
             except DBAPIError:
                 connection.invalidate()
                 raise

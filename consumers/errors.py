@@ -5,9 +5,11 @@ HistoryError
 ├── EventConflict       permanent: the id is stored already, with other content
 ├── PoisonEvent         permanent: workers died or failed with it
 ├── RefusedJob          permanent: a job that is none of ours
+│   └── OversizedJob    permanent: one that is too large to be read
 ├── StoreUnavailable    transient: the database cannot take it now; nothing is wrong with the event
 ├── ExportRefused       files are in the way, nothing is selected, or portfolios would be mixed; nothing was written
 ├── OldSchema           the database has tables of the old shape under our names
+├── LoginNotMade        a login role cannot be made or changed
 ├── AdoptionRefused     tables of the old shape cannot be adopted as things are
 └── EmbeddedError       the embedded servers are not installed, do not start or do not stop
 """
@@ -42,6 +44,13 @@ class RefusedJob(HistoryError):
         super().__init__(f"refused: {reason}")
 
 
+class OversizedJob(RefusedJob):
+    """A job, or what its compressed data would become, that is larger than any of ours can be; it was not read."""
+
+    def __init__(self, largest_bytes: int) -> None:
+        super().__init__(f"its job is larger than {largest_bytes // 2**20} MiB")
+
+
 class StoreUnavailable(HistoryError):
     """The database cannot take or give anything now; the same call may succeed later.
 
@@ -60,6 +69,13 @@ class ExportRefused(HistoryError):
 
 class OldSchema(HistoryError):
     """The database has tables of the old shape under our names; nothing was changed."""
+
+
+class LoginNotMade(HistoryError):
+    """A login role cannot be made, changed or let in by this user; the tables are there all the same."""
+
+    def __init__(self, login: str, reason: str) -> None:
+        super().__init__(f"the tables are there, but login role {login} was not made or changed: {reason}")
 
 
 class AdoptionRefused(HistoryError):

@@ -53,7 +53,7 @@ class Rejection:
         """`snapshot`, `archive`, or None when its text does not tell."""
         try:
             document = json.loads(self.event)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         event_type = document.get("type") if isinstance(document, dict) else None
         return next((kind for kind, known in KINDS.items() if known == event_type), None)

@@ -20,12 +20,13 @@ from rq import Queue
 from rq.utils import now
 from rq.worker import BaseWorker
 
+from consumers.calls import ReservedJob
 from consumers.connection import drop_connections
 from consumers.crew import Crew, is_away
-from consumers.errors import PoisonEvent, StoreUnavailable
+from consumers.errors import PoisonEvent, RefusedJob, StoreUnavailable
 from consumers.metrics import COUNTS
 from consumers.reservations import POISON_DEATHS, Reservations
-from consumers.rq_jobs import ReservedJob, RqJobs, Run
+from consumers.rq_jobs import RqJobs, Run
 from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, acknowledge, log_fields, settle
 
 logger = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ class Lane(threading.Thread):
             pipe.execute()
         for end in settled:
             if jobs[end.job_id].state == "unusual":
-                self._jobs.let_go(end.job_id)
+                self._jobs.let_go(end.job_id, refused=isinstance(end.error, RefusedJob))
 
     def _run_of(self, started_at: datetime) -> Run:
         return Run(self._worker.name, started_at, now(), self._worker.default_result_ttl)

@@ -15,7 +15,8 @@ from uuid import uuid4
 from redis import Redis
 from rq import Queue
 
-from consumers.rq_jobs import JOB_PREFIX, READ_JOBS, ReservedJob
+from consumers.calls import MAX_JOB_BYTES, ReservedJob
+from consumers.rq_jobs import JOB_PREFIX, READ_JOBS
 from producers.redis_keys import delays_key, held_key, holders_key, lease_key, strange_key, suspects_key
 
 logger = logging.getLogger(__name__)
@@ -27,10 +28,10 @@ _AS_USUAL = ("usual", b"")
 _MAX_BATCH_BYTES = 4 * 1024 * 1024
 
 # KEYS queue, held list, suspects, lease, holders, delays, strange; ARGV jobs and bytes at most, prefix of job keys,
-# seconds of the lease, holder. A list that is not empty holds what an answer that got lost had reserved: that goes back
-# first. The lease is part of it, so that nothing can be held without one, even right after Redis has lost everything.
-# Only the first job can have deaths or delays, since then it comes alone. What is no id (RQ's are letters, digits, _
-# and -) could not be handled by anything that reads ids as text: it is put aside.
+# seconds of the lease, holder, bytes of one job at most. A list that is not empty holds what an answer that got lost
+# had reserved: that goes back first. The lease is part of it, so that nothing can be held without one, even right after
+# Redis has lost everything. Only the first job can have deaths or delays, since then it comes alone. What is no id
+# (RQ's are letters, digits, _ and -) could not be handled by anything that reads ids as text: it is put aside.
 _RESERVE = (
     READ_JOBS
     + """
@@ -56,13 +57,9 @@ for n = 2, last do
     if deaths[n] or delays[n] then last = n - 1 break end
 end
 for n = #ids, last + 1, -1 do ids[n] = nil end
-local data, odd = read_jobs(ARGV[3], ids)
-local bytes, taken = 0, 0
-while taken < #data and bytes < tonumber(ARGV[2]) do
-    taken = taken + 1
-    bytes = bytes + #data[taken]
-end
-for n = #data, taken + 1, -1 do ids[n], data[n] = nil, nil end
+local data, odd = read_jobs(ARGV[3], ids, tonumber(ARGV[2]), tonumber(ARGV[6]))
+local taken = #data
+for n = #ids, taken + 1, -1 do ids[n] = nil end
 redis.call('LTRIM', KEYS[1], taken, -1)
 redis.call('RPUSH', KEYS[2], unpack(ids))
 return {ids, data, odd, deaths[1] or '-1', delays[1] or '0', #strange}
@@ -144,7 +141,7 @@ class Reservations:
     def reserve(self, limit: int) -> list[ReservedJob]:
         """Take up to `limit` jobs from the front; a suspect comes alone, and so does one that was delayed."""
         keys = [self._queue.key, self._held, self._suspects, self._lease, self._holders, self._delays, self._strange]
-        limits: list[Any] = [limit, _MAX_BATCH_BYTES, JOB_PREFIX, LEASE_SECONDS, self._name]
+        limits: list[Any] = [limit, _MAX_BATCH_BYTES, JOB_PREFIX, LEASE_SECONDS, self._name, MAX_JOB_BYTES]
         self._accused = False
         found: Any = self._reserve(keys=keys, args=limits)
         if not found:
@@ -160,7 +157,7 @@ class Reservations:
                 int(delays),
                 state,
                 data,
-                int(ttl) if ttl.removeprefix(b"-").isdigit() else None,
+                _seconds(ttl),
             )
             for n, (job_id, data) in enumerate(zip(job_ids, datas, strict=True))
             for state, ttl in [notes.get(n, _AS_USUAL)]
@@ -193,6 +190,11 @@ class Reservations:
             pipe.delete(self._lease)
             pipe.hdel(self._holders, self._name)
             pipe.execute()
+
+
+def _seconds(ttl: bytes) -> int | None:
+    """A job's own wish for its result; None for what is no number, or one that Redis would not take."""
+    return int(ttl) if ttl.removeprefix(b"-").isdigit() and len(ttl) < 10 else None
 
 
 def recover_dead_holders(redis: Redis, queue: Queue) -> list[str]:

@@ -8,14 +8,12 @@ What the consuming side knows of the layout of RQ's keys is here, and for leftov
 
 from __future__ import annotations
 
-import zlib
 from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from pydantic_core import from_json
 from redis import Redis, RedisError
 from redis.client import Pipeline
 from rq import Queue
@@ -24,56 +22,71 @@ from rq.rate_limit import release_slot
 from rq.repeat import Repeat
 from rq.results import Result
 from rq.serializers import JSONSerializer
-from rq.utils import utcformat
+from rq.utils import now, utcformat
 
-from consumers.errors import RefusedJob
-from consumers.handlers import record_portfolio_snapshot, record_signal_archive
+from consumers.calls import MAX_JOB_BYTES, BoundedJob, ReservedJob, check_wishes, inflated, read_call
+from consumers.errors import OversizedJob, RefusedJob
 from consumers.settling import Delivery, logger
-from producers.events import MAX_EVENT_BYTES, Event, PortfolioSnapshotEvent, SignalArchiveEvent
 
 # For the dashboard, about 2 MB; by time they are kept as long as RQ keeps them.
 KEPT_FINISHED_JOBS = 1000
 KEPT_OF_A_BATCH = 100
-_MODELS: dict[str, type[Event]] = {
-    f"{function.__module__}.{function.__name__}": model
-    for function, model in (
-        (record_portfolio_snapshot, PortfolioSnapshotEvent),
-        (record_signal_archive, SignalArchiveEvent),
-    )
-}
-# An event's text as a JSON string inside the call; every character of it can be six there.
-_MAX_CALL_BYTES = 6 * MAX_EVENT_BYTES + 1000
+_NO_CALL = bytes(JSONSerializer.dumps(("removed", None, [], {})))
+_LONGEST_TTL_SECONDS = 10**9  # some thirty years; Redis knows no time much longer
 JOB_PREFIX = Job.redis_job_namespace_prefix
 
-# A piece of the reserving script. Tells of one job: its state, its data, and how long its result is to be kept.
+# A piece of the reserving script. Tells of jobs, until their data have so many bytes: the state of each, its data, and
+# how long its result is to be kept. What is larger than any job of ours stays where it is.
 # What asks for more than to be run (callbacks, dependents ...) is `unusual`, and goes RQ's own way. Each call from a
 # script costs some microseconds: what can be asked of all jobs at once is not asked of each.
 READ_JOBS = """
-local function read_jobs(prefix, ids)
-    local keys, data, odd = {}, {}, {}
+local function read_jobs(prefix, ids, enough, largest)
+    local keys, data, odd, bytes = {}, {}, {}, 0
     for n, id in ipairs(ids) do keys[n] = prefix .. id .. ':dependents' end
     local awaited = #keys > 0 and redis.call('EXISTS', unpack(keys)) > 0
     for n, id in ipairs(ids) do
-        local found = redis.pcall('HMGET', prefix .. id, 'data', 'result_ttl', 'success_callback_name',
-            'failure_callback_name', 'stopped_callback_name', 'webhooks', 'repeats_left', 'rate_limit_key')
-        local state = 'usual'
-        if found.err then
-            state, found = 'unreadable', {}
-        elseif not found[1] then
-            state = redis.call('EXISTS', prefix .. id) == 1 and 'unreadable' or 'gone'
-        elseif awaited and redis.call('EXISTS', keys[n]) == 1 then
-            state = 'unusual'
+        if bytes >= enough then break end
+        local state, found, size = 'usual', {}, redis.pcall('HSTRLEN', prefix .. id, 'data')
+        if type(size) == 'table' then  -- an error: it is no hash
+            state = 'unreadable'
+        elseif size > largest then
+            state = 'oversized'
         else
-            for field = 3, 8 do
-                if found[field] and found[field] ~= '' then state = 'unusual' end
+            found = redis.call('HMGET', prefix .. id, 'data', 'result_ttl', 'success_callback_name',
+                'failure_callback_name', 'stopped_callback_name', 'webhooks', 'repeats_left', 'rate_limit_key')
+            if not found[1] then
+                state = redis.call('EXISTS', prefix .. id) == 1 and 'unreadable' or 'gone'
+            elseif awaited and redis.call('EXISTS', keys[n]) == 1 then
+                state = 'unusual'
+            else
+                for field = 3, 8 do
+                    if found[field] and found[field] ~= '' then state = 'unusual' end
+                end
             end
         end
         data[n] = found[1] or ''
-        -- What is as usual is told by its data alone.
-        if state ~= 'usual' or found[2] then odd[#odd + 1] = {n, state, found[2] or ''} end
+        bytes = bytes + #data[n]
+        -- What is as usual is told by its data alone. No number has more digits than these.
+        local ttl = found[2] and #found[2] < 20 and found[2] or ''
+        if state ~= 'usual' or ttl ~= '' then odd[#odd + 1] = {n, state, ttl} end
     end
     return data, odd
 end
+"""
+
+# KEYS jobs; ARGV bytes. Whether all of them together, names of fields included, are larger; what is no hash has none.
+_LARGER = """
+local bytes = 0
+for _, key in ipairs(KEYS) do
+    if redis.call('TYPE', key).ok == 'hash' then
+        if redis.call('HLEN', key) > 1000 then return 1 end
+        for _, field in ipairs(redis.call('HKEYS', key)) do
+            bytes = bytes + #field + redis.call('HSTRLEN', key, field)
+            if bytes > tonumber(ARGV[1]) then return 1 end
+        end
+    end
+end
+return 0
 """
 
 # KEYS finished registry, failed registry; ARGV prefixes of jobs and results, worker, start and end as text and as
@@ -121,53 +134,6 @@ end
 """
 
 
-class ReservedJob(NamedTuple):
-    """A job that is held now. `deaths` counts the holders that died with it alone; None for no suspect.
-
-    `delays` counts how often it went to the tail since it alone timed out. `data` is what RQ calls so: the serialized
-    call. `result_ttl` is the job's own wish in seconds, if it has one.
-    """
-
-    job_id: str
-    deaths: int | None
-    delays: int
-    state: Literal["usual", "unusual", "unreadable", "gone"]
-    data: bytes
-    result_ttl: int | None
-
-
-def _call(reserved: ReservedJob) -> tuple[Any, type[Event]]:
-    if reserved.state == "unreadable":
-        raise RefusedJob("its job cannot be read")
-    try:
-        function, _, arguments, keywords = from_json(_inflated(reserved.data))
-    except Exception:
-        raise RefusedJob("its data cannot be read as JSON") from None
-    if not isinstance(function, str) or function not in _MODELS:
-        raise RefusedJob("it names a function that is not one of ours")
-    if not isinstance(arguments, list) or len(arguments) != 1 or keywords:
-        raise RefusedJob("it must have one argument, the event's text")
-    return arguments[0], _MODELS[function]
-
-
-def _inflated(data: bytes) -> bytes:
-    """As RQ reads it, compressed or not, but not without limit."""
-    if data.startswith(b"["):
-        return data
-    inflating = zlib.decompressobj()
-    inflated = inflating.decompress(data, _MAX_CALL_BYTES)
-    if inflating.unconsumed_tail:
-        raise OverflowError
-    return inflated
-
-
-def _check_wishes(job: Job | None) -> None:
-    if job is None:
-        raise RefusedJob("its job cannot be read")
-    if job._success_callback_name or job._failure_callback_name or job._stopped_callback_name or job.webhooks:
-        raise RefusedJob("it has a callback or a webhook")
-
-
 @dataclass(frozen=True)
 class Run:
     """One batch's run, as RQ tells it of a job."""
@@ -185,15 +151,18 @@ class RqJobs:
         self._redis = redis
         self._queue = queue
         self._finish = redis.register_script(_FINISH)
+        self._larger = redis.register_script(_LARGER)
+        self._bounded = Queue(queue.name, connection=redis, job_class=BoundedJob, serializer=JSONSerializer)
 
     def delivery(self, reserved: ReservedJob) -> Delivery:
         """The event that a job carries, or why the job is refused."""
+        text: Any = ""
         try:
-            text, model = _call(reserved)
+            text, model = read_call(reserved)
             if reserved.state == "unusual":
-                _check_wishes(self.fetch(reserved.job_id))
+                check_wishes(self._read(reserved.job_id))
         except RefusedJob as refusal:
-            return Delivery(reserved.job_id, "", None, refusal)
+            return Delivery(reserved.job_id, text, None, refusal)
         return Delivery(reserved.job_id, text, model)
 
     def finish(self, pipe: Pipeline, done: Sequence[tuple[ReservedJob, int | None]], run: Run) -> None:
@@ -215,11 +184,18 @@ class RqJobs:
 
     def fail(self, pipe: Pipeline, job_id: str, error: Exception, run: Run) -> None:
         """Add to `pipe`: this job failed for good."""
-        job = self.fetch(job_id)
+        try:
+            job = self._read(job_id)
+            if isinstance(error, OversizedJob):
+                raise error
+        except OversizedJob as oversized:
+            job = self._replacement(pipe, job_id, oversized)
         if job is None:
             # RQ could not even write a failure into it: it is failed by its id alone.
             pipe.zadd(self._queue.failed_job_registry.key, {job_id: -1})
             return
+        if job.failure_ttl is not None and not 0 <= job.failure_ttl <= _LONGEST_TTL_SECONDS:
+            job.failure_ttl = -1
         job.started_at, job.ended_at, job.last_heartbeat = run.started_at, run.ended_at, run.ended_at
         job.worker_name = run.worker
         pipe.persist(job.key)  # an expiry of an earlier end, or of its time in the queue
@@ -229,25 +205,70 @@ class RqJobs:
             reason, pipe, run.worker, execution_started_at=run.started_at, execution_ended_at=run.ended_at
         )
 
-    def fetch(self, job_id: str) -> Job | None:
-        """The job as RQ has it; None when it is gone or cannot be read."""
+    def _replacement(self, pipe: Pipeline, job_id: str, oversized: OversizedJob) -> Job:
+        """In place of one that is too large for everybody else who looks at failed jobs, too.
+
+        What is left of it is its call, unless that is what is too large.
+        """
+        key = Job.key_for(job_id)
         try:
-            return Job.fetch(job_id, connection=self._redis, serializer=JSONSerializer)
-        except RedisError as error:
-            # Only this one is the job's fault; any other error is Redis's trouble, and no reason to refuse an event.
-            if not str(error).startswith("WRONGTYPE"):
-                raise
+            small = self._redis.hstrlen(key, "data") <= MAX_JOB_BYTES
+            data: Any = self._redis.hget(key, "data") if small else None
+            call = inflated(data or _NO_CALL)
+        except RefusedJob:
+            call = _NO_CALL
+        pipe.delete(key)
+        job = Job(job_id, connection=self._redis, serializer=JSONSerializer)
+        job.data = call
+        job.origin, job.description, job.created_at, job.failure_ttl = self._queue.name, str(oversized), now(), -1
+        return job
+
+    def fetch(self, job_id: str) -> Job | None:
+        """The job as RQ has it; None when it is gone, too large, or cannot be read."""
+        try:
+            return self._read(job_id)
+        except OversizedJob:
+            return None
+
+    def _read(self, job_id: str) -> Job | None:
+        """Raises OversizedJob instead of reading one that is larger than any of ours."""
+        try:
+            if self._larger(keys=[Job.key_for(job_id)], args=[MAX_JOB_BYTES]):
+                raise OversizedJob(MAX_JOB_BYTES)
+            return BoundedJob.fetch(job_id, connection=self._redis, serializer=JSONSerializer)
+        except OversizedJob:
+            raise
         except Exception as error:
+            _raise_redis_trouble(error)
             # Whatever somebody has done to it: RQ raises as many kinds of errors as there are fields.
             logger.debug("job %s cannot be read: %s", job_id, type(error).__name__, extra={"job_id": job_id})
         return None
 
-    def let_go(self, job_id: str) -> None:
-        """What others made to wait for the end of this job goes on, RQ's own way: dependents, its next repetition."""
-        job = self.fetch(job_id)
-        if job is None:
-            return
+    def let_go(self, job_id: str, *, refused: bool) -> None:
+        """What others made to wait for the end of this job goes on, RQ's own way: dependents, its next repetition.
+
+        What waits for a job that was `refused` unread stays where it is, but for those that share its rate limit.
+        """
+        try:
+            if (job := self._read(job_id)) is None:
+                return
+            if not refused:
+                self._enqueue_dependents(job)
+            release_slot(job)
+        except Exception as error:
+            _raise_redis_trouble(error)
+            # Whatever somebody has put there must not end the worker: the event itself is settled.
+            logger.error("what waits for job %s is left waiting: %s", job_id, type(error).__name__)
+
+    def _enqueue_dependents(self, job: Job) -> None:
         if job.repeats_left and job.is_finished:
-            Repeat.schedule(job, self._queue)
-        self._queue.enqueue_dependents(job)
-        release_slot(job)
+            Repeat.schedule(job, self._bounded)
+        if self._larger(keys=[*map(Job.key_for, job.dependent_ids)], args=[MAX_JOB_BYTES]):
+            raise OversizedJob(MAX_JOB_BYTES)
+        self._bounded.enqueue_dependents(job)
+
+
+def _raise_redis_trouble(error: Exception) -> None:
+    """Raise it again, unless it is what somebody has put into a job or its neighbours; WRONGTYPE is."""
+    if isinstance(error, RedisError) and not str(error).startswith("WRONGTYPE"):
+        raise error

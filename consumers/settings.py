@@ -1,4 +1,4 @@
-"""Settings of a consumer: where PostgreSQL is, and where its metrics are."""
+"""Settings of a consumer: where PostgreSQL is, who may log in there, and where its metrics are."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ class StoreSettings(EnvironmentSettings):
         hosts = ",".join(f"{name}:{self.port}" for name in names)
         query = f"?host={quote(self.host, safe='')}" if folder else ""
         return SecretStr(f"postgresql://{login}@{hosts}/{quote(self.database, safe='')}{query}")
+
+
+class LoginSettings(EnvironmentSettings):
+    """The passwords that `init-db` gives to its two login roles; a role without one is left alone."""
+
+    writer_password: SecretStr | None = Field(None, alias="HISTORY_WRITER_PASSWORD")
+    reader_password: SecretStr | None = Field(None, alias="HISTORY_READER_PASSWORD")
 
 
 class MetricsSettings(EnvironmentSettings):

@@ -30,7 +30,7 @@ from producers.fields import (
     Sequence,
     readable,
 )
-from producers.json_values import Signals, storable_signals
+from producers.json_values import MAX_SIGNALS, Signals, storable_signals
 
 SnapshotType = Literal["trading.portfolio-snapshot.v1"]
 ArchiveType = Literal["trading.signal-archive.v1"]
@@ -47,6 +47,7 @@ _PLAIN_REASONS = {
     "extra_forbidden": "is not a field of this event",
     "int_type": "must be an integer",
     "missing": "is missing",
+    "too_long": f"has more than {MAX_SIGNALS} of them",
     "too_short": "must not be empty",
 }
 

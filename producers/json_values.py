@@ -13,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from producers.fields import readable, refuse
 
 MAX_NESTING = 50
+MAX_SIGNALS = 20_000  # of 400 bytes each they fill the largest event
 _MAX_FLOAT = sys.float_info.max
 _MAX_DECIMAL = Decimal(repr(_MAX_FLOAT))
 # PostgreSQL's numeric, which JSONB uses, keeps at most 16383 digits after the point.
@@ -91,6 +92,6 @@ def _storable_from_python(signals: list[dict[str, Any]], info: ValidationInfo) -
 # From the wire only the shape: the contents are judged by decode, when it has read the numbers without loss.
 Signals = Annotated[
     list[dict[str, Any]],
-    Field(min_length=1, strict=True),
+    Field(min_length=1, max_length=MAX_SIGNALS, strict=True),
     AfterValidator(_storable_from_python),
 ]

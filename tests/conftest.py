@@ -6,6 +6,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -79,22 +80,30 @@ def database_url(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
 
 
 def _database(pair: Addresses, monkeypatch: pytest.MonkeyPatch, template: str) -> Iterator[str]:
+    with a_database(pair, template) as url:
+        monkeypatch.setenv("DATABASE_URL", url)
+        connection.engine.cache_clear()
+        connection.limit_statements(0)
+        yield url
+        if connection.engine.cache_info().currsize:
+            connection.reader().dispose()
+            connection.engine().dispose()
+            connection.engine.cache_clear()
+
+
+@contextmanager
+def a_database(pair: Addresses, template: str = _TEMPLATE) -> Iterator[str]:
+    """The address of a database for the length of the block; with the tables, unless another template is given."""
     name = f"test_{uuid4().hex}"
     administrator = _administrator(pair)
     with administrator.connect() as db:
         db.exec_driver_sql(f"CREATE DATABASE {name} TEMPLATE {template}")
-    url = _url_of(pair, name).get_secret_value()
-    monkeypatch.setenv("DATABASE_URL", url)
-    connection.engine.cache_clear()
-    connection.limit_statements(0)
-    yield url
-    if connection.engine.cache_info().currsize:
-        connection.reader().dispose()
-        connection.engine().dispose()
-        connection.engine.cache_clear()
-    with administrator.connect() as db:
-        db.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
-    administrator.dispose()
+    try:
+        yield _url_of(pair, name).get_secret_value()
+    finally:
+        with administrator.connect() as db:
+            db.exec_driver_sql(f"DROP DATABASE {name} WITH (FORCE)")
+        administrator.dispose()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import socket
 import sys
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from consumers.api import app
 from consumers.api.guard import OwnHostOnly
@@ -14,6 +15,31 @@ from consumers.api.settings import ApiSettings
 from producers.errors import HistoryError
 
 _LEAVE_SECONDS = 5  # for answers under way when it is told to stop
+_MAX_HEAD_BYTES = 64 * 1024
+_HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class BoundedHead(HttpToolsProtocol):
+    """A connection whose requests may have 64 KiB of headers; httptools takes any number, and keeps them in memory."""
+
+    _awaiting_head = True
+    _head_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._awaiting_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.transport.write(_HEAD_TOO_LARGE)
+                self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self._awaiting_head, self._head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._awaiting_head = False
+        super().on_headers_complete()
 
 
 def serve(host: str, port: int) -> None:
@@ -31,6 +57,7 @@ def serve(host: str, port: int) -> None:
             print(f"Whoever reaches {host} can read everything: HISTORY_API_TOKEN is not set.", file=sys.stderr)
         config = uvicorn.Config(
             OwnHostOnly(app) if settings.token is None and local else app,
+            http=BoundedHead,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -37,6 +37,9 @@ _LACKING = text("""
     SELECT privilege FROM unnest(CAST(:privileges AS text[])) AS privilege
     WHERE NOT has_table_privilege(to_regclass(:table), privilege)
 """)
+_IS_READER = text("""
+    SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = 'trading_history_reader' AND pg_has_role(oid, 'USAGE'))
+""")
 _SEQUENCE_USABLE = text("SELECT has_sequence_privilege(pg_get_serial_sequence(:table, 'id'), 'USAGE')")
 _LAST_NUMBER = """
     SELECT (SELECT max(id) FROM {table}) AS highest_row,
@@ -104,7 +107,7 @@ def _compared(expected: dict[str, _Shape], found: dict[str, _Shape]) -> Check:
 
 
 def privileges(db: Connection) -> Iterator[Check]:
-    """What a worker does: the rows' ids come from the sequences by name."""
+    """What a worker does: the rows' ids come from the sequences by name. The API's role needs only to read."""
     lacking = []
     for table, wanted in _NEEDED.items():
         if not _found(db, table).columns:
@@ -116,7 +119,10 @@ def privileges(db: Connection) -> Iterator[Check]:
         if table in _HISTORY and db.execute(_SEQUENCE_USABLE, {"table": table}).scalar_one() is False:
             lacking.append(f"USAGE ON SEQUENCE {table}_id_seq")
     role = db.exec_driver_sql("SELECT current_user").scalar_one()
-    if lacking:
+    unread = [one for one in lacking if one.startswith("SELECT")]
+    if lacking and not unread and db.execute(_IS_READER).scalar_one():
+        yield Check("privileges", "ok", f"{role} may only read: what the API does, not what a worker does")
+    elif lacking:
         grants = "; ".join(f"GRANT {one} TO {role}" for one in lacking)
         yield Check("privileges", "fail", f"{role} lacks {'; '.join(lacking)}", grants)
     else:

@@ -25,7 +25,7 @@ from consumers.exposition import worker_registry
 from consumers.logs import LogSettings
 from consumers.operations import insert_portfolio_history_snapshot
 from consumers.page.health import PageSettings
-from consumers.settings import MetricsSettings, StoreSettings
+from consumers.settings import LoginSettings, MetricsSettings, StoreSettings
 from consumers.stack import EmbeddedSettings
 from consumers.status import queue_facts
 from producers import trading_controller
@@ -152,7 +152,7 @@ def test_every_setting_is_documented_and_every_documented_setting_exists() -> No
         names = re.findall("`([^`]+)`", cell)
         documented |= {name if not name.startswith("_") else names[0].rsplit("_", 1)[0] + name for name in names}
     models = (
-        *(TransportSettings, StoreSettings, EmbeddedSettings, ApiSettings, PageSettings),
+        *(TransportSettings, StoreSettings, LoginSettings, EmbeddedSettings, ApiSettings, PageSettings),
         *(MetricsSettings, LogSettings),
     )
     assert documented == {field.alias for model in models for field in model.model_fields.values()}

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -20,10 +22,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 
+from consumers.calls import MAX_JOB_BYTES, ReservedJob, read_call
 from consumers.connection import engine
 from consumers.inserts import Stored, insert_events
 from producers.errors import InvalidEvent
 from producers.events import (
+    MAX_EVENT_BYTES,
     Event,
     Payload,
     PortfolioSnapshot,
@@ -34,6 +38,9 @@ from producers.events import (
     encode,
     event_of,
 )
+from producers.json_values import MAX_SIGNALS
+from producers.outbox import Outbox
+from producers.rq_jobs import _fields
 from tests.factories import INSTANT, a_snapshot, an_archive
 
 _PURE = settings(deadline=None, max_examples=150)
@@ -180,6 +187,56 @@ def test_any_archive_is_stored_and_read_back_equal(values: dict[str, Any]) -> No
     assert row["archive_month"] == values["archived_at"].isoformat()[:7]
     assert (row["signals_count"], str(row["event_id"])) == (len(values["signals"]), str(payload.event_id))
     assert (again.created, again.row_id) == (False, stored.row_id)
+
+
+# ---- the limits are the same on both sides
+
+_edge_texts = st.builds(
+    lambda unit, times: unit * times,
+    st.sampled_from(["x", "\x7f", "\x01", '"', "\\", "é", "€", "🌉", "\u2028"]),
+    st.sampled_from([1, 1000, 100_000]),
+)
+_edge_numbers = st.one_of(
+    st.sampled_from([Decimal("1.7976931348623157E308"), -(2**1023), 10**308, Decimal("0E+99999"), -0.0, 5e-324]),
+    st.sampled_from([16383, 16382]).map(lambda places: Decimal(f"1{'0' * 4199}1E-{places}")),
+    st.integers(1, 16000).map(lambda digits: Decimal("1." + "7" * digits)),
+)
+_edge_values = st.one_of(
+    _edge_texts,
+    _edge_numbers,
+    st.integers(40, 49).map(lambda depth: _buried(1, [0] * depth)),
+    st.integers(40, 48).map(lambda depth: _buried(1, ["a"] * depth)),
+)
+_edge_signals = st.one_of(
+    st.lists(st.dictionaries(_edge_texts, _edge_values, max_size=2), min_size=1, max_size=2),
+    st.just([{}] * MAX_SIGNALS),
+    st.integers(-3, 3).map(lambda more: [{"a": "x" * (MAX_EVENT_BYTES - 400 + 100 * more)}]),
+    st.integers(-2, 2).map(lambda more: [{"a": "\x7f" * (MAX_EVENT_BYTES - 400 + 100 * more)}]),
+)
+
+
+@given(signals=_edge_signals)
+@example(signals=[{"a": "\x7f" * (MAX_EVENT_BYTES - 1000)}])
+@settings(_STORED, max_examples=30)
+@pytest.mark.usefixtures("database_url")
+def test_what_the_producer_accepts_at_a_limit_the_worker_accepts_and_the_database_stores(
+    tmp_path: Path, signals: list[dict[str, Any]]
+) -> None:
+    """In size, number, nesting, digits and length of keys, through the job as Redis has it."""
+    with TemporaryDirectory(dir=tmp_path) as folder, Outbox(Path(folder) / "outbox.db") as outbox:
+        try:
+            outbox.append("property", [an_archive(signals=signals)])
+        except InvalidEvent:
+            return
+        (entry,) = outbox.pending(1)
+    data = _fields(entry, "history", "")["data"]
+    assert len(data) <= MAX_JOB_BYTES
+    text_of_event, model = read_call(ReservedJob("x", None, 0, "usual", data, None))
+    with _undone() as db:
+        (answer,) = insert_events(db, [decode(text_of_event, model)])
+        assert isinstance(answer, Stored)
+        read = db.execute(_ARCHIVE, {"id": answer.row_id}).mappings().one()["exact"]
+    assert _with_exact_numbers(json.loads(read, parse_float=Decimal)) == _with_exact_numbers(signals)
 
 
 # ---- the wire

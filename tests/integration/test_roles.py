@@ -1,0 +1,276 @@
+"""The roles of schema.sql: a writer that adds and never changes, a reader that looks, and nobody else at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import SecretStr
+from redis import Redis
+from sqlalchemy import Engine, make_url, text
+from sqlalchemy.exc import ProgrammingError
+from typer.testing import CliRunner
+
+from consumers import connection, logins
+from consumers.api import create_app
+from consumers.cli import app
+from consumers.connection import apply_schema, create_store_engine
+from consumers.embedded import Addresses
+from consumers.logins import API, READER, WORKER, WRITER
+from consumers.operations import get_portfolio_history, insert_signal_archive
+from consumers.settings import LoginSettings
+from tests.conftest import a_database
+from tests.deliveries import burst, enqueue_snapshots, history_queue
+from tests.factories import INSTANT, a_signal
+from tests.histories import store_rejection
+
+_PASSWORD = "n0t-for-a-log 'quoted' §"
+
+
+def _execute(url: str, *statements: str) -> None:
+    store = create_store_engine(SecretStr(url))
+    with store.begin() as db:
+        for statement in statements:
+            db.exec_driver_sql(statement.replace("%", "%%"))
+    store.dispose()
+
+
+def _as(url: str, role: str) -> str:
+    return make_url(url).set(username=role).render_as_string(hide_password=False)
+
+
+def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command with these settings added to this process's."""
+    return subprocess.run(
+        [sys.executable, "-m", "consumers.cli", *arguments],
+        capture_output=True, text=True, check=False, timeout=60, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def roles(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a database of the owner's, with the two login roles and one that is neither."""
+    for name in ("HISTORY_WRITER_PASSWORD", "HISTORY_READER_PASSWORD"):
+        monkeypatch.setenv(name, _PASSWORD)
+    told = _in_process("init-db").splitlines()
+    assert told[1:] == [f"{login} may log in, with its password." for login in (WORKER, API)]
+    _execute(database_url, "CREATE ROLE a_stranger LOGIN")
+    yield database_url
+    _execute(database_url, *[f"DROP OWNED BY {name}; DROP ROLE {name}" for name in (WORKER, API, "a_stranger")])
+
+
+_NEW_ROW = """INSERT INTO portfolio_history (event_id, source, snapshot_date, "timestamp", balance, total_invested,
+    total_profit_loss, total_value, open_positions, trade_count)
+    VALUES (gen_random_uuid(), 'x', now(), now(), 1, 1, 1, 1, 1, 1)"""
+_NEW_OUTCOME = "INSERT INTO event_outcomes (job_id, outcome) VALUES (CAST(gen_random_uuid() AS text), 'absorbed')"
+_READS = [f"SELECT * FROM {table}" for table in ("portfolio_history", "signal_archives", "event_outcomes")]
+_WRITES = [_NEW_ROW, _NEW_OUTCOME, "UPDATE event_outcomes SET reason = 'x'", "DELETE FROM event_outcomes"]
+_CHANGES = [
+    *(f"{verb} portfolio_history{rest}" for verb, rest in (("UPDATE", " SET balance = 0"), ("DELETE FROM", ""))),
+    *(f"{verb} signal_archives{rest}" for verb, rest in (("UPDATE", " SET source = ''"), ("DELETE FROM", ""))),
+    *(f"TRUNCATE {table}" for table in ("portfolio_history", "signal_archives", "event_outcomes")),
+    "DROP TABLE portfolio_history",
+    "ALTER TABLE portfolio_history ADD x integer",
+    "CREATE INDEX ON portfolio_history (balance)",
+    "CREATE TABLE public.mine (x integer)",
+    "CREATE FUNCTION public.lower(x integer) RETURNS integer LANGUAGE sql AS 'SELECT 1'",
+    "SELECT setval('portfolio_history_id_seq', 1)",
+    "COPY (SELECT 1) TO PROGRAM 'true'",
+    "SELECT pg_read_file('postgresql.conf')",
+    "SELECT rolpassword FROM pg_authid",
+    "CREATE ROLE another",
+    f"GRANT {WRITER} TO {API}",
+]
+
+
+def _refused(url: str, statements: list[str]) -> list[str]:
+    """Those for which the privilege is missing."""
+    store = create_store_engine(SecretStr(url))
+    refused = []
+    for statement in statements:
+        with store.connect() as db:
+            try:
+                db.exec_driver_sql(statement)
+            except ProgrammingError as error:
+                if getattr(error.orig, "pgcode", None) != "42501":  # insufficient_privilege
+                    raise
+                refused.append(statement)
+            db.rollback()
+    store.dispose()
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("role", "may"), [(WORKER, [*_READS, *_WRITES]), (API, _READS), ("a_stranger", [])], ids=["worker", "api", "nobody"]
+)
+def test_each_role_may_exactly_this(roles: str, role: str, may: list[str]) -> None:
+    """Rows of history are never changed or removed, by neither; nobody makes anything that others would run."""
+    everything = [*_READS, *_WRITES, *_CHANGES]
+    assert _refused(_as(roles, role), everything) == [one for one in everything if one not in may]
+
+
+def _become(monkeypatch: pytest.MonkeyPatch, url: str, role: str) -> None:
+    """From now on this process is that role."""
+    connection.reader().dispose()
+    connection.engine().dispose()
+    connection.engine.cache_clear()
+    monkeypatch.setenv("DATABASE_URL", _as(url, role))
+
+
+def _in_process(*arguments: str, status: int = 0) -> str:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == status, (arguments, done.output, done.exception)
+    return done.output
+
+
+def test_the_commands_of_a_worker_host_need_no_more_than_the_writer(
+    roles: str, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storing, absorbing, refusing; failed, audit, status, doctor, import, verify, export."""
+    _become(monkeypatch, roles, WORKER)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "portfolio_history.json").write_text(
+        '[{"date": "2026-01-02", "timestamp": "2026-01-02T10:00:00", "balance": 1, "total_invested": 0,'
+        ' "total_profit_loss": 0, "total_value": 1, "open_positions": 0, "trade_count": 0}]'
+    )
+    old, new, zone = str(tmp_path / "old"), str(tmp_path / "new"), ("--timezone", "UTC")
+    enqueue_snapshots(redis, 2)
+    enqueue_snapshots(redis, 2)
+    for job_id in ("to-requeue", "to-discard"):
+        history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}", job_id=job_id)
+    worker = subprocess.Popen([sys.executable, "-m", "consumers.cli", "worker"], stderr=subprocess.DEVNULL)
+    try:
+        _in_process("import", old, *zone)
+        assert '"workers": 1' in _in_process("status", "--json")
+    finally:
+        worker.terminate()
+        assert worker.wait(30) == 0
+    _in_process("verify", old, *zone)
+    _in_process("export", new, *zone, "--portfolio-id", "none")
+    assert "to-discard" in _in_process("failed", "list", status=1)
+    _in_process("failed", "requeue", "to-requeue")
+    _in_process("failed", "discard", "to-discard", "--reason", "a test")
+    burst(redis)
+    for command in ("audit", "history", "archives"):
+        _in_process(command, "--json")
+    assert f"{WORKER} may do what a worker does" in CliRunner().invoke(app, ["doctor", "--json"]).output
+
+
+def test_the_stock_workers_handler_needs_no_more_than_the_writer(
+    roles: str, redis: Redis, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row, a repeat, a refusal."""
+    _become(monkeypatch, roles, WORKER)
+    enqueue_snapshots(redis, 2)
+    enqueue_snapshots(redis, 1)
+    history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
+    work()
+    assert len(get_portfolio_history()) == 2
+    assert history_queue(redis).failed_job_registry.count == 1
+
+
+_PATHS = [
+    "/readyz", "/trading/portfolio-history", "/trading/portfolio-history?daily=last", "/trading/signal-archives",
+    "/trading/signals?market_id=1", "/page/newest", "/page/portfolios", "/page/curve?portfolio=1",
+    "/page/daily?portfolio=1", "/page/months?portfolio_id=1", "/page/archives?portfolio_id=1&month=2026-11",
+    "/page/signals?portfolio_id=1&month=2026-11", "/page/archives/1", "/page/health",
+]  # fmt: skip
+
+
+def test_the_api_and_the_page_need_no_more_than_the_reader(
+    roles: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every path that asks the database answers as it does the owner; doctor says what this role is for."""
+    enqueue_snapshots(redis, 1)
+    burst(redis)
+    insert_signal_archive({"archived_at": INSTANT, "signals": [a_signal()], "portfolio_id": 1})
+    store_rejection("job", "why")
+
+    def statuses() -> dict[str, int]:
+        with TestClient(create_app(), base_url="http://localhost", raise_server_exceptions=False) as client:
+            return {path: client.get(path).status_code for path in _PATHS}
+
+    as_owner = statuses()
+    _become(monkeypatch, roles, API)
+    assert statuses() == as_owner
+    assert {path: status for path, status in as_owner.items() if status != 200} == {}
+    told = CliRunner().invoke(app, ["doctor", "--json"]).output
+    assert f"{API} may only read: what the API does, not what a worker does" in told
+
+
+def test_a_password_never_reaches_the_servers_log(pair: Addresses, database_url: str) -> None:
+    """It is there as a SCRAM verifier alone, even with every statement logged; and given again it is a new one."""
+    _execute(database_url, f"ALTER DATABASE {make_url(database_url).database} SET log_statement = 'all'")
+    owner = create_store_engine(SecretStr(database_url))
+    verifiers = []
+    for _ in range(2):
+        assert _run("init-db", HISTORY_WRITER_PASSWORD=_PASSWORD).returncode == 0
+        with owner.connect() as db:
+            verifiers.append(
+                str(db.scalar(text("SELECT rolpassword FROM pg_authid WHERE rolname = :name"), {"name": WORKER}))
+            )
+            assert db.scalar(text("SELECT count(*) FROM pg_roles WHERE rolname = :name"), {"name": API}) == 0
+    owner.dispose()
+    log = (Path(str(make_url(database_url).query["host"])).parent / "postgres.log").read_text()
+    _execute(database_url, f"DROP ROLE {WORKER}")
+
+    assert f'ROLE "{WORKER}" LOGIN PASSWORD \'SCRAM-SHA-256$' in log
+    assert "n0t-for-a-log" not in log
+    assert verifiers[0] != verifiers[1]
+    assert {one.split("$")[0] for one in verifiers} == {"SCRAM-SHA-256"}
+
+
+@pytest.fixture
+def without_groups(empty_database_url: str) -> Iterator[str]:
+    """A database of a server whose roles nobody has made yet; those of the other tests are out of the way."""
+    _execute(empty_database_url, *[f"ALTER ROLE {name} RENAME TO away_{name}" for name in (WRITER, READER)])
+    yield empty_database_url
+    _execute(empty_database_url, *[f"ALTER ROLE away_{name} RENAME TO {name}" for name in (WRITER, READER)])
+
+
+def test_who_may_not_make_roles_makes_the_tables_all_the_same(
+    without_groups: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain owner, as on a managed server: a note says so; only asking for a login is an error."""
+    database = make_url(without_groups).database
+    _execute(without_groups, "CREATE ROLE plain_owner LOGIN", f"ALTER DATABASE {database} OWNER TO plain_owner")
+    monkeypatch.setenv("DATABASE_URL", _as(without_groups, "plain_owner"))
+    done = _run("init-db")
+    asked = _run("init-db", HISTORY_READER_PASSWORD=_PASSWORD)
+    _execute(without_groups, "REASSIGN OWNED BY plain_owner TO CURRENT_USER", "DROP OWNED BY plain_owner")
+    _execute(without_groups, "DROP ROLE plain_owner")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    notes = done.stdout.splitlines()
+    assert [line.partition(" was not made")[0] for line in notes[:2]] == [f"Note: {WRITER}", f"Note: {READER}"]
+    assert notes[-1] == "The tables are there."
+    assert (asked.returncode, len(asked.stderr.splitlines())) == (1, 1)
+    assert f"login role {API} was not made or changed: permission denied" in asked.stderr
+    assert _PASSWORD not in asked.stderr
+
+
+def test_several_databases_at_once_make_the_roles_once(pair: Addresses) -> None:
+    """Roles belong to the server: the locks of one database keep nobody out of another."""
+    with a_database(pair, "template1") as one, a_database(pair, "template1") as other:
+        stores = [create_store_engine(SecretStr(url)) for url in (one, other, one, other)]
+        barrier = threading.Barrier(len(stores))
+
+        def make(store: Engine) -> Any:
+            barrier.wait(10)
+            apply_schema(store)
+            settings = LoginSettings(HISTORY_WRITER_PASSWORD=None, HISTORY_READER_PASSWORD=SecretStr(_PASSWORD))
+            return list(logins.set_passwords(store, settings))
+
+        with ThreadPoolExecutor(len(stores)) as pool:
+            assert list(pool.map(make, stores)) == [[API]] * len(stores)
+        for store in stores:
+            store.dispose()
+        _execute(one, f"DROP ROLE {API}")
