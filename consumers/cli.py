@@ -23,7 +23,8 @@ from consumers.cli_failed import failed_app
 from consumers.cli_import import import_history, verify_history
 from consumers.cli_options import AsJson, OfPortfolio, Since, Until
 from consumers.cli_outbox import outbox_app
-from consumers.cli_views import api, status
+from consumers.cli_up import up
+from consumers.cli_views import api, dashboard, status
 from consumers.logs import write_logs
 from consumers.stack import stack
 from consumers.terminal import print_archives, print_audit, print_csv, print_json, print_snapshots
@@ -41,13 +42,18 @@ app.command("import")(import_history)
 app.command("verify")(verify_history)
 app.command()(doctor)
 app.command()(export)
+app.command()(up)
 app.command()(api)
+app.command()(dashboard)
 app.command()(status)
 
 _debug = False
 _NEWEST = 20
-_EXTRAS = dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker")
-_EXTRAS |= dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api")
+_EXTRAS = {
+    **dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker"),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api"),
+    **dict.fromkeys(("flask", "jinja2", "rq_dashboard", "six", "waitress", "werkzeug"), "dashboard"),
+}
 
 Limit = Annotated[
     int | None, typer.Option("--limit", "-n", min=1, help="At most so many, the newest; 20 unless --csv.")
@@ -77,20 +83,6 @@ def demo() -> None:
     from consumers.stack import embedded_home
 
     raise typer.Exit(run_demo(embedded_home() / "demo"))
-
-
-@app.command()
-def up() -> None:
-    """Run a worker, and the embedded servers unless others are set, until Ctrl-C."""
-    from consumers.processes import wait_for_worker, worker_process
-    from consumers.settings import MetricsSettings
-
-    port = MetricsSettings.from_environment().port
-    with stack(database=True, redis=True) as embedded, worker_process(metrics_port=port) as worker:
-        for name in ("DATABASE_URL", "REDIS_URL") if embedded else ():
-            print(f"export {name}='{os.environ[name]}'")
-        print("A worker is running. A controller needs REDIS_URL. Ctrl-C stops everything.", flush=True)
-        wait_for_worker(worker)
 
 
 @app.command("init-db")

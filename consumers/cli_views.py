@@ -1,8 +1,9 @@
-"""Commands that show: `api` over HTTP, `status` in the terminal, once or again and again."""
+"""Commands that show: `api` and `dashboard` over HTTP, `status` in the terminal, once or again and again."""
 
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import time
 from typing import Annotated, Any
@@ -10,23 +11,39 @@ from typing import Annotated, Any
 import typer
 
 from consumers.cli_options import AsJson
+from consumers.processes import DASHBOARD_PORT
 from consumers.stack import stack
 from consumers.terminal import facts_table, print_facts, print_json
 
 _WATCH_SECONDS = 2.0
 
 
-def api(
-    host: Annotated[
-        str, typer.Option(help="The address to answer at; by default only this machine can ask.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
-) -> None:
+Host = Annotated[str, typer.Option(help="The address to answer at; by default only this machine can ask.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")]
+
+
+def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Answer read-only HTTP requests until Ctrl-C."""
     from consumers.api.server import serve
 
     with stack(database=True):
         serve(host, port)
+
+
+def dashboard(
+    host: Host = "127.0.0.1",
+    port: Port = DASHBOARD_PORT,
+    of_parent: Annotated[int | None, typer.Option("--of-parent", hidden=True)] = None,
+) -> None:
+    """Serve RQ Dashboard, behind a login, until Ctrl-C."""
+    from consumers.dashboard.server import serve
+    from consumers.listening import listen
+    from consumers.processes import stop_with_stdin
+
+    if of_parent is not None:
+        stop_with_stdin()
+    with stack(redis=True), listen(host, port) if of_parent is None else socket.socket(fileno=of_parent) as listening:
+        serve(listening)
 
 
 def status(

@@ -1,19 +1,21 @@
-"""A worker as a child process of a command that runs one, or several (see consumers.pool)."""
+"""A worker, or several (see consumers.pool), and RQ Dashboard, as child processes of a command that runs them."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from producers.errors import HistoryError
 
+DASHBOARD_PORT = 9181  # where rq-dashboard is usually found
 STOP_SECONDS = 15.0
 
 
@@ -27,39 +29,71 @@ def worker_process(
     itself when its parent is killed. `keep` are file descriptors that it holds open as long as it lives. It answers
     scrapes at `metrics_port` only, whatever the settings say.
     """
+    arguments = [] if metrics_port is None else [f"--metrics-port={metrics_port}"]
     with ExitStack() as opened:
         output = None if log is None else opened.enter_context(open(log, "ab"))
-        worker = start_worker(_scraped_at(metrics_port), output=output, keep=keep)
-    try:
+        worker = start_worker(arguments, output=output, keep=keep)
+    with _stopped(worker):
         yield worker
-    finally:
-        stop_worker(worker)
-        release(worker)
-
-
-def _scraped_at(port: int | None) -> list[str]:
-    return [] if port is None else [f"--metrics-port={port}"]
 
 
 def start_worker(
     arguments: Sequence[str] = (), *, debug: bool = False, output: IO[bytes] | None = None, keep: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
     """The process of `worker_process`, which its caller must stop and `release`."""
-    program = [sys.executable, "-m", "consumers.cli", *(["--debug"] if debug else [])]
-    return subprocess.Popen(
-        [*program, "worker", "--while-stdin", *arguments],
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=output,
-        start_new_session=True,
-        pass_fds=keep,
-    )
+    options = ["--debug"] if debug else []
+    return _start(*options, "worker", "--while-stdin", *arguments, stdout=output, stderr=output, pass_fds=keep)
 
 
-def release(worker: subprocess.Popen[bytes]) -> None:
-    """Close the pipe by whose end a worker knows that its parent is gone."""
-    assert worker.stdin is not None
-    worker.stdin.close()
+@contextmanager
+def dashboard_process(listening: socket.socket, password: str) -> Iterator[None]:
+    """Run `trading-history dashboard` on a listening socket, which it takes over, as `worker_process` does a worker.
+
+    That it ends by itself is said on stderr: nothing else depends on it.
+    """
+    with listening:
+        number = listening.fileno()
+        child = _start(
+            "dashboard", "--of-parent", str(number),
+            stdout=subprocess.DEVNULL,  # the address, which its parent tells
+            pass_fds=[number],
+            env={**os.environ, "HISTORY_DASHBOARD_PASSWORD": password},
+        )  # fmt: skip
+    stopping = threading.Event()
+
+    def watch() -> None:
+        if child.wait() and not stopping.is_set():
+            print(f"RQ Dashboard ended by itself, with status {child.returncode}; all else goes on.", file=sys.stderr)
+
+    watching = threading.Thread(target=watch, name="dashboard-watch", daemon=True)
+    watching.start()
+    try:
+        with _stopped(child, before=stopping.set):
+            yield
+    finally:
+        watching.join()
+
+
+def _start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "consumers.cli", *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **options)
+
+
+@contextmanager
+def _stopped(child: subprocess.Popen[bytes], before: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """In order at the end of the block."""
+    try:
+        yield
+    finally:
+        before()
+        stop_worker(child)
+        release(child)
+
+
+def release(child: subprocess.Popen[bytes]) -> None:
+    """Close the pipe by whose end a child knows that its parent is gone."""
+    assert child.stdin is not None
+    child.stdin.close()
 
 
 def stop_worker(worker: subprocess.Popen[bytes]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from functools import lru_cache
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from consumers.api.problems import Problem
 from consumers.api.settings import ApiSettings
+from consumers.listening import is_own_host
 
 MAX_QUERY_BYTES = 4096
 _HEADERS = {
@@ -93,21 +93,8 @@ class OwnHostOnly:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not _is_own(Headers(scope=scope).get("host", "")):
+        if scope["type"] == "http" and not is_own_host(Headers(scope=scope).get("host", "")):
             detail = "Under another name than localhost this server is asked only with a HISTORY_API_TOKEN set."
             await Problem(421, detail).response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
-
-
-def _is_own(host: str) -> bool:
-    name = host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
-    return name == "localhost" or is_address(name)
-
-
-def is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 import sys
 
 import uvicorn
@@ -12,7 +10,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from consumers.api import app
 from consumers.api.guard import OwnHostOnly
 from consumers.api.settings import ApiSettings
-from producers.errors import HistoryError
+from consumers.listening import is_local, listen, url_of
 
 _LEAVE_SECONDS = 5  # for answers under way when it is told to stop
 _MAX_HEAD_BYTES = 64 * 1024
@@ -50,9 +48,8 @@ def serve(host: str, port: int) -> None:
         HistoryError: the address cannot be used.
     """
     settings = ApiSettings.from_environment()
-    with _listening(host, port) as listening:
-        bound = listening.getsockname()
-        local = ipaddress.ip_address(bound[0].partition("%")[0]).is_loopback
+    with listen(host, port) as listening:
+        local = is_local(listening)
         if settings.token is None and not local:
             print(f"Whoever reaches {host} can read everything: HISTORY_API_TOKEN is not set.", file=sys.stderr)
         config = uvicorn.Config(
@@ -64,14 +61,5 @@ def serve(host: str, port: int) -> None:
             lifespan="on",
             timeout_graceful_shutdown=_LEAVE_SECONDS,
         )
-        name = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
-        print(f"http://{name}:{bound[1]}/ - Ctrl-C ends it.", flush=True)
+        print(f"{url_of(listening)} - Ctrl-C ends it.", flush=True)
         uvicorn.Server(config).run(sockets=[listening])
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
-    except OSError as error:
-        raise HistoryError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
 from redis import RedisError
 
+from consumers.dashboard.settings import DashboardSettings
 from consumers.disclosure import disclosed
 from consumers.errors import StoreUnavailable
 from consumers.page import queries, state_queries
 from consumers.status import outbox_facts, queue_facts
 from producers.errors import OutboxError
-from producers.settings import EnvironmentSettings, TransportSettings
-
-
-class PageSettings(EnvironmentSettings):
-    """What only the page needs."""
-
-    dashboard_url: str | None = Field(None, alias="HISTORY_DASHBOARD_URL")
-
-    @field_validator("dashboard_url")
-    @classmethod
-    def _is_a_web_address(cls, url: str | None) -> str | None:
-        # It becomes a link: javascript: would run in the page.
-        if url is not None and urlsplit(url).scheme not in ("http", "https"):
-            raise ValueError("must be an http:// or https:// URL")
-        return url
+from producers.settings import TransportSettings
 
 
 def health() -> dict[str, Any]:
@@ -40,7 +25,7 @@ def health() -> dict[str, Any]:
         "database": _database(),
         "redis": None if transport.redis_url is None else _redis(transport),
         "outbox": _outbox(transport),
-        "dashboard_url": PageSettings.from_environment().dashboard_url,
+        "dashboard_url": DashboardSettings.from_environment().url,
     }
 
 

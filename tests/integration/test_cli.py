@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import httpx
 import psutil
 import pytest
 from redis import Redis
@@ -223,7 +224,7 @@ def test_with_a_closed_stdout_it_works_unseen(database_url: str) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_up_runs_a_worker_until_it_is_told_to_stop(home: Path, how: signal.Signals) -> None:
-    """The printed exports are all that a controller needs; afterwards nothing is left running."""
+    """The printed exports are all that a controller needs, with RQ Dashboard's login; afterwards nothing is running."""
     up = subprocess.Popen(
         [*PROGRAM, "up"],
         stdout=subprocess.PIPE,
@@ -233,19 +234,28 @@ def test_up_runs_a_worker_until_it_is_told_to_stop(home: Path, how: signal.Signa
         start_new_session=True,
     )
     assert up.stdout is not None
-    exports = {}
+    exports, login = {}, ""
     for line in up.stdout:
         if line.startswith("A worker is running."):
             break
+        if line.startswith("RQ Dashboard: "):
+            login = line
+            continue
         name, _, value = line.removeprefix("export ").strip().partition("=")
         exports[name] = value.strip("'")
-    assert set(exports) == {"DATABASE_URL", "REDIS_URL"}
+    assert set(exports) == {"DATABASE_URL", "REDIS_URL", "HISTORY_DASHBOARD_URL"}
+    url, user, password = login.removeprefix("RQ Dashboard: ").replace(" - user ", ", password ").split(", password ")
+    assert url == exports["HISTORY_DASHBOARD_URL"]
+    assert httpx.get(url, timeout=30).status_code == 401
+    assert httpx.get(url, auth=(user, password.strip()), timeout=30).status_code == 200
     with HistoryProducer(Redis.from_url(exports["REDIS_URL"])) as producer:
         assert producer.record(a_snapshot()).wait(15) == 1
 
     os.killpg(up.pid, how)
     assert up.wait(30) == 128 + how
     up.stdout.close()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
     deadline = time.monotonic() + 5
     while _processes_of(home) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -21,10 +21,10 @@ from typer.main import get_command
 from consumers.api.settings import ApiSettings
 from consumers.cli import app
 from consumers.connection import get_db
+from consumers.dashboard.settings import DashboardSettings
 from consumers.exposition import worker_registry
 from consumers.logs import LogSettings
 from consumers.operations import insert_portfolio_history_snapshot
-from consumers.page.health import PageSettings
 from consumers.settings import LoginSettings, MetricsSettings, StoreSettings
 from consumers.stack import EmbeddedSettings
 from consumers.status import queue_facts
@@ -152,7 +152,7 @@ def test_every_setting_is_documented_and_every_documented_setting_exists() -> No
         names = re.findall("`([^`]+)`", cell)
         documented |= {name if not name.startswith("_") else names[0].rsplit("_", 1)[0] + name for name in names}
     models = (
-        *(TransportSettings, StoreSettings, LoginSettings, EmbeddedSettings, ApiSettings, PageSettings),
+        *(TransportSettings, StoreSettings, LoginSettings, EmbeddedSettings, ApiSettings, DashboardSettings),
         *(MetricsSettings, LogSettings),
     )
     assert documented == {field.alias for model in models for field in model.model_fields.values()}

@@ -1,0 +1,67 @@
+"""`trading-history up`: everything on one machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+from consumers.stack import stack
+from producers.errors import HistoryError
+
+
+def up() -> None:
+    """Run a worker, RQ Dashboard, and the embedded servers unless others are set, until Ctrl-C."""
+    from consumers.processes import wait_for_worker, worker_process
+    from consumers.settings import MetricsSettings
+
+    port = MetricsSettings.from_environment().port
+    with (
+        stack(database=True, redis=True) as embedded,
+        _dashboard() as told,
+        worker_process(metrics_port=port) as worker,
+    ):
+        for name in ("DATABASE_URL", "REDIS_URL") if embedded else ():
+            print(f"export {name}='{os.environ[name]}'")
+        print(told)
+        print("A worker is running. A controller needs REDIS_URL. Ctrl-C stops everything.", flush=True)
+        wait_for_worker(worker)
+
+
+@contextmanager
+def _dashboard() -> Iterator[str]:
+    """Run RQ Dashboard for the block, if it is installed; yields what there is to say of it.
+
+    Its password is HISTORY_DASHBOARD_PASSWORD, or a new one each time.
+    """
+    if find_spec("rq_dashboard") is None or find_spec("waitress") is None:
+        yield "RQ Dashboard is not installed: pip install 'trading-history[dashboard]'"
+        return
+    from consumers.dashboard.settings import USER, DashboardSettings
+    from consumers.listening import url_of
+    from consumers.processes import dashboard_process
+
+    settings, listening = DashboardSettings.from_environment(), _listening()
+    os.environ["HISTORY_DASHBOARD_URL"] = url = settings.url or url_of(listening)
+    if settings.password is not None:
+        password, login = settings.password.get_secret_value(), "password HISTORY_DASHBOARD_PASSWORD"
+    else:
+        password = secrets.token_urlsafe(18)
+        login = f"password {password}"
+    told = f"export HISTORY_DASHBOARD_URL='{url}'\nRQ Dashboard: {url_of(listening)} - user {USER}, {login}"
+    with dashboard_process(listening, password):
+        yield told
+
+
+def _listening() -> socket.socket:
+    """Where it is usually found; elsewhere when something is there already, such as another `up`."""
+    from consumers.listening import listen
+    from consumers.processes import DASHBOARD_PORT
+
+    try:
+        return listen("127.0.0.1", DASHBOARD_PORT)
+    except HistoryError:
+        return listen("127.0.0.1", 0)

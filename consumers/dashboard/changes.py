@@ -1,0 +1,112 @@
+"""What an operator may change: put failed jobs into the queue again, and take jobs out of Redis.
+
+What the outbox of a producer still waits for is sent again when it was taken out, and what was refused for good stays
+in event_outcomes: nothing of the history can be lost here.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from redis import Redis, RedisError, ResponseError
+from rq import Queue
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job
+from rq.results import Result
+from rq.serializers import JSONSerializer
+
+from consumers.dashboard.stored_jobs import REGISTRIES, registry_key, shown
+from producers.errors import HistoryError
+
+logger = logging.getLogger(__name__)
+
+
+class NotRequeued(HistoryError):
+    """A job that cannot go through again, and why."""
+
+
+def requeue(redis: Redis, job_id: str) -> None:
+    """Put a failed job into its queue again.
+
+    Raises:
+        NotRequeued: it is gone, not failed, or cannot be read.
+    """
+    try:
+        job = Job.fetch(job_id, connection=redis, serializer=JSONSerializer)
+        Queue(job.origin, connection=redis, serializer=JSONSerializer).failed_job_registry.requeue(job)
+    except InvalidJobOperation:
+        raise NotRequeued(f"job {job_id} is not failed any more") from None
+    except (NoSuchJobError, ResponseError):
+        raise NotRequeued(_unreadable(job_id)) from None
+    except RedisError:
+        raise
+    except Exception as error:
+        # Whatever somebody has done to it: RQ raises as many kinds of errors as there are fields.
+        raise NotRequeued(f"{_unreadable(job_id)} ({type(error).__name__})") from error
+    logger.info("job %s: sent through again", job_id)
+
+
+def _unreadable(job_id: str) -> str:
+    return f"job {job_id} cannot be read: trading-history failed requeue {job_id} takes its event from the database"
+
+
+def requeue_all(redis: Redis, queue_name: str) -> tuple[int, int]:
+    """Every failed job of the queue, in their order: how many went, and how many could not."""
+    went = failed = 0
+    job_ids: Any = redis.zrange(registry_key(queue_name, "failed"), 0, -1)
+    for job_id in job_ids:
+        try:
+            requeue(redis, shown(job_id))
+        except NotRequeued as error:
+            logger.warning("%s", error)
+            failed += 1
+        else:
+            went += 1
+    return went, failed
+
+
+def delete(redis: Redis, job_id: str) -> None:
+    """Take a job, harmed or gone, out of Redis: itself, its result, and its id wherever it is listed."""
+    try:
+        Job.fetch(job_id, connection=redis, serializer=JSONSerializer).delete()
+    except RedisError as error:
+        if not isinstance(error, ResponseError):
+            raise
+    except Exception as error:
+        logger.info("job %s is deleted unread: %s", job_id, type(error).__name__)
+    queues: Any = redis.smembers(Queue.redis_queues_keys)
+    with redis.pipeline() as pipe:
+        for queue_name in (shown(key).removeprefix(Queue.redis_queue_namespace_prefix) for key in queues):
+            pipe.lrem(Queue.redis_queue_namespace_prefix + queue_name, 0, job_id)
+            for registry_name in REGISTRIES:
+                pipe.zrem(registry_key(queue_name, registry_name), job_id)
+        pipe.delete(Job.key_for(job_id), Result.get_key(job_id), Job.dependents_key_for(job_id))
+        # A list or a registry that is of another type holds no job.
+        pipe.execute(raise_on_error=False)
+    logger.info("job %s: deleted", job_id)
+
+
+def empty(redis: Redis, queue_name: str, registry_name: str) -> None:
+    """Delete every job of the queue or of one of its registries."""
+    if registry_name == "queued":
+        Queue(queue_name, connection=redis, serializer=JSONSerializer).empty()
+    else:
+        key = registry_key(queue_name, registry_name)
+        entries: Any = redis.zrange(key, 0, -1)
+        for entry in entries:
+            delete(redis, shown(entry).split(":")[0] if registry_name == "started" else shown(entry))
+            redis.zrem(key, entry)  # also what is no text, or names an execution
+    logger.info("queue %s: %s emptied", queue_name, registry_name)
+
+
+def compact(redis: Redis, queue_name: str) -> int:
+    """Take out of the queue what Redis has no job of any more. Returns how many."""
+    key = Queue.redis_queue_namespace_prefix + queue_name
+    removed = 0
+    job_ids: Any = redis.lrange(key, 0, -1)
+    # RQ's own empties the queue into a list of its own first, which would stay if this process died.
+    for job_id in job_ids:
+        if not redis.exists(Job.redis_job_namespace_prefix.encode() + job_id):
+            removed += redis.lrem(key, 0, job_id)
+    return removed

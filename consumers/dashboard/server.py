@@ -1,0 +1,67 @@
+"""RQ Dashboard served by waitress."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import waitress
+
+from consumers.dashboard.guard import Guard
+from consumers.dashboard.json_only import forbid_pickle
+from consumers.dashboard.settings import USER, DashboardSettings
+from consumers.listening import is_local, url_of
+from producers.settings import TransportSettings
+
+_THREADS = 4
+_MAX_BODY_BYTES = 64 * 1024  # its own pages send none
+_MAX_ANSWER_BYTES = 64 * 1024 * 1024  # above it waitress writes to disk, which may be read-only; ours stay far below
+
+
+def serve(listening: socket.socket) -> NoReturn:
+    """Answer at a listening socket until a signal ends this process, in which nothing is unpickled any more.
+
+    Raises:
+        SettingsError: HISTORY_DASHBOARD_PASSWORD or REDIS_URL is missing, or a setting is wrong.
+    """
+    settings, transport = DashboardSettings.from_environment(), TransportSettings.from_environment()
+    guard = Guard.of(settings, local=is_local(listening))
+    redis = transport.redis()
+    forbid_pickle()
+    from consumers.dashboard.application import create_app
+    from consumers.dashboard.views import Views
+
+    if not guard.local:
+        print("The login crosses the network: put a TLS proxy before this server.", file=sys.stderr)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # of every request that waits for a thread
+    app = create_app(guard, Views(redis, _place(redis.connection_pool.connection_kwargs), transport.queue))
+    server = waitress.create_server(
+        app,
+        sockets=[listening],
+        threads=_THREADS,
+        ident=None,
+        max_request_body_size=_MAX_BODY_BYTES,
+        outbuf_overflow=_MAX_ANSWER_BYTES,
+    )
+    ended: list[int] = []
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        ended.append(number)
+        raise SystemExit
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    print(f"{url_of(listening)} - user {USER}, password HISTORY_DASHBOARD_PASSWORD - Ctrl-C ends it.", flush=True)
+    server.run()  # it swallows what ends it
+    raise SystemExit(128 + ended[0] if ended else 1)
+
+
+def _place(connection: dict[str, object]) -> str:
+    """Which Redis it is, without user and password."""
+    if path := connection.get("path"):
+        return f"unix://{path}"
+    return f"redis://{connection.get('host', 'sentinel')}:{connection.get('port', '')}/{connection.get('db') or 0}"

@@ -1,0 +1,211 @@
+"""RQ Dashboard as an operator meets it: what waits, who is busy, why something failed, and sending it through again."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Dialog, Page, expect
+from redis import Redis
+from rq import Queue
+from rq.serializers import JSONSerializer
+from sqlalchemy import text
+
+from consumers.connection import engine, get_db
+from consumers.embedded import Addresses
+from producers.events import encode, event_of
+from tests.browser.conftest import DESK
+from tests.dashboard_server import FAILED_KEY, PASSWORD, SNAPSHOT_FUNCTION, Dashboard, dashboard_of, failure, plant
+from tests.deliveries import burst, enqueue_snapshots
+from tests.factories import a_snapshot
+
+OpenDashboard = Callable[[str], Page]
+_POLLED = 10_000  # milliseconds; the pages ask again every 2.5 s
+
+
+@pytest.fixture(scope="module")
+def dashboard(pair: Addresses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dashboard]:
+    with dashboard_of(pair.redis_url, tmp_path_factory.mktemp("dashboard") / "log") as dashboard:
+        yield dashboard
+
+
+@pytest.fixture
+def open_dashboard(chromium: Browser, dashboard: Dashboard, redis: Redis) -> Iterator[OpenDashboard]:
+    """Opens an address of it, logged in; requires afterwards that no script failed or was refused."""
+    complaints: list[str] = []
+    login = {"username": "history", "password": PASSWORD}
+    context = chromium.new_context(viewport=DESK, http_credentials=login, locale="en-GB")  # type: ignore[arg-type]  # as both want it
+    context.set_default_timeout(30_000)
+
+    def listen(message: Any) -> None:
+        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
+            complaints.append(message.text)
+
+    def refuse(dialog: Dialog) -> None:
+        complaints.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def open_dashboard(address: str) -> Page:
+        page = context.new_page()
+        page.on("console", listen)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", refuse)
+        page.goto(dashboard.url + address)
+        return page
+
+    yield open_dashboard
+    context.close()
+    assert complaints == []
+
+
+def _reject_one(redis: Redis) -> str:
+    """A snapshot whose row is there with other amounts; the id of its job."""
+    queue = Queue("history", connection=redis, serializer=JSONSerializer)
+    jobs = [
+        queue.enqueue(
+            SNAPSHOT_FUNCTION,
+            encode(event_of(a_snapshot(balance=balance), source="other/1", sequence=sequence)),
+            failure_ttl=-1,
+        )
+        for sequence, balance in enumerate(("9900.12", "17.00000001"))
+    ]
+    burst(redis)
+    return str(jobs[1].id)
+
+
+def test_without_the_login_a_browser_shows_nothing(chromium: Browser, dashboard: Dashboard) -> None:
+    """It asks for user and password."""
+    with chromium.new_context() as context:
+        answer = context.request.get(dashboard.url + "0/view/queues")
+        assert (answer.status, answer.text()) == (401, "Needs the user and password of this server.\n")
+
+
+def test_a_rejected_event_is_read_requeued_and_then_stored(
+    open_dashboard: OpenDashboard, redis: Redis, database_url: str
+) -> None:
+    """From the number in red to its reason, its amounts, the button, and away from Failed and event_outcomes."""
+    job_id = _reject_one(redis)
+    page = open_dashboard("")
+    page.locator("#queues tbody td.failed a").first.click()
+    row = page.locator("tr[data-role=job]")
+    expect(row.locator(".description")).to_have_text(re.compile("portfolio/1 · 2026-11-22"))
+    expect(row.locator(".exc_info")).to_have_text(re.compile("^EventConflict: "))
+    row.get_by_role("link", name=job_id).click()
+    expect(page.locator("#job-reason")).to_have_text(re.compile("^EventConflict: "))
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator("#job-data tr").filter(has_text="balance")).to_have_text(re.compile(r"balance\s*17\.00000001$"))
+    page.get_by_text("As it came").click()
+    expect(page.locator("#job-text")).to_contain_text('"specversion": "1.0"')
+
+    with get_db() as db:
+        db.execute(text("DELETE FROM portfolio_history"))
+    page.get_by_role("button", name="Requeue").click()
+    expect(page.locator("#job-job tr").filter(has_text="status")).to_have_text(re.compile("queued"), timeout=_POLLED)
+    burst(redis)
+    expect(page.locator("#job-job tr").filter(has_text="status")).to_have_text(re.compile("finished"), timeout=_POLLED)
+    expect(page.locator("#job-job tr").filter(has_text="row")).to_be_visible()
+    expect(page.locator("#job-failed")).to_be_hidden()
+    expect(page.get_by_role("button", name="Requeue")).to_be_hidden()
+    with get_db() as db:
+        stored, open_outcomes = db.execute(
+            text("SELECT (SELECT max(balance) FROM portfolio_history), (SELECT count(*) FROM event_outcomes)")
+        ).one()
+    assert (str(stored), open_outcomes, redis.zcard(FAILED_KEY)) == ("17.00000001", 0, 0)
+
+
+def test_a_busy_worker_is_shown_with_what_it_has_at_hand(
+    open_dashboard: OpenDashboard, redis: Redis, database_url: str, tmp_path: Path
+) -> None:
+    """While its batch waits for a lock that somebody else has; idle afterwards."""
+    with engine().begin() as blocker, (tmp_path / "log").open("w") as log:
+        blocker.execute(text("LOCK TABLE portfolio_history"))
+        enqueue_snapshots(redis, 3)
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "consumers.cli", "worker"], stderr=log, stdin=subprocess.DEVNULL
+        )
+        try:
+            page = open_dashboard("0/view/workers")
+            expect(page.locator("#workers tbody")).to_contain_text("3 at hand", timeout=30_000)
+            for address in ("", "0/view/jobs"):
+                expect(open_dashboard(address).locator("tbody")).not_to_contain_text("Loading")
+            blocker.rollback()
+            expect(page.locator("#workers tbody")).to_contain_text("idle", timeout=30_000)
+        finally:
+            worker.terminate()
+            assert worker.wait(20) == 0
+
+
+_HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+def test_nothing_that_stands_in_redis_runs_in_the_browser(open_dashboard: OpenDashboard, redis: Redis) -> None:
+    """Names, descriptions, reasons, events; nor what stands in an address."""
+    fields = {"data": f'["f{_HOSTILE}", null, ["{{\\"data\\": {{\\"{_HOSTILE}\\": 1}}}}"], {{}}]'.encode()}
+    fields |= dict.fromkeys(("description", "origin", "status", "created_at", "worker_name"), _HOSTILE.encode())
+    plant(redis, "j", fields | {"status": b"failed"}, result=failure(_HOSTILE))
+    plant(redis, _HOSTILE.replace("/", ""), fields)
+    redis.sadd("rq:queues", f"rq:queue:{_HOSTILE}", "rq:queue:'-alert(3)-'", "rq:queue:</script>" + _HOSTILE)
+    redis.sadd("rq:workers", "rq:worker:w")
+    redis.hset("rq:worker:w", mapping={"state": _HOSTILE, "queues": _HOSTILE, "current_job": "j", "version": _HOSTILE})
+    shown = {
+        "": "#queues tbody", "0/view/workers": "#workers tbody", "0/view/job/j": "#job-data",
+        "0/view/jobs/history/failed/8/asc/1": "#jobs tbody",
+    }  # fmt: skip
+    for address, place in shown.items():
+        page = open_dashboard(address)
+        expect(page.locator(place)).to_contain_text("onerror")
+        assert page.locator("img").count() == 0
+    for name in ("'-alert(3)-'", "%3Cimg%20src=x%20onerror=alert(4)%3E", "a%5C"):
+        page = open_dashboard(f"0/view/jobs/{name}/queued/8/asc/1")
+        expect(page.locator("#jobs tbody")).to_contain_text("No jobs.")
+        page.locator("#select-queue").click()
+        page.locator("h2, .intro").first.hover()
+
+
+def test_what_cannot_be_done_is_said(open_dashboard: OpenDashboard, redis: Redis) -> None:
+    """A job that cannot be read stays, and the page tells how its event goes through again all the same."""
+    fields = {"data": b"\xff", "status": b"failed", "origin": b"history", "timeout": b"x"}
+    plant(redis, "harmed", fields, result=failure("no"))
+    page = open_dashboard("0/view/jobs/history/failed/8/asc/1")
+    page.get_by_role("link", name="Requeue", exact=True).click()
+    expect(page.get_by_role("alert")).to_have_text(
+        re.compile("job harmed cannot be read: trading-history failed requeue")
+    )
+    page.get_by_role("link", name="Delete").click()
+    page.get_by_role("button", name="Yes").click()
+    expect(page.locator("#jobs tbody")).to_contain_text("No jobs.", timeout=_POLLED)
+    assert redis.zcard(FAILED_KEY) == 0
+
+
+def test_another_site_changes_nothing_with_the_operators_login(
+    open_dashboard: OpenDashboard, dashboard: Dashboard, redis: Redis
+) -> None:
+    """The browser has the login, and sends it along with a form of a page of another origin."""
+    plant(redis, "j", {"data": b'["f", null, ["x"], {}]', "status": b"failed", "origin": b"history"})
+    page = open_dashboard("")
+    expect(page.locator("#queues tbody")).to_contain_text("history")
+    other = page.context.new_page()
+    for method, status in (("post", 403), ("get", 405)):
+        other.goto("about:blank")
+        other.set_content(
+            f'<form method="{method}" action="{dashboard.url}requeue/history"><button>Win</button></form>'
+        )
+        with other.expect_response("**/requeue/history*") as answer:
+            other.get_by_role("button").click()
+        assert answer.value.status == status
+    assert (redis.zcard(FAILED_KEY), redis.llen("rq:queue:history")) == (1, 0)
+
+
+def test_a_jobs_page_keeps_nobody_out(open_dashboard: OpenDashboard, redis: Redis, database_url: str) -> None:
+    """axe finds nothing serious in the page that is ours."""
+    page = open_dashboard(f"0/view/job/{_reject_one(redis)}")
+    expect(page.locator("#job-data")).to_contain_text("balance")
+    found = Axe().run(page, context=".section", options={"runOnly": ["wcag2a", "wcag2aa"]}).response["violations"]
+    wrong = [(one["id"], [node["html"] for node in one["nodes"]]) for one in found]
+    assert wrong == []
