@@ -38,13 +38,17 @@ _COUNTS = text("""
     ) AS tables GROUP BY source ORDER BY source
 """)
 
-# Source by source, each is an ordered pass over three indexes; all at once would be a sort of everything.
+# Source by source, each is an ordered pass over the indexes; all at once would be a sort of everything. Each part in
+# its order: PostgreSQL does not look for one behind a UNION ALL of tables that have heirs.
 _GAPS = text("""
     SELECT previous + 1 AS first, sequence - 1 AS last FROM (
         SELECT sequence, lag(sequence, 1, CAST(:before AS bigint)) OVER (ORDER BY sequence) AS previous FROM (
-            SELECT sequence FROM portfolio_history WHERE source = :source AND sequence IS NOT NULL
-            UNION ALL SELECT sequence FROM signal_archives WHERE source = :source AND sequence IS NOT NULL
-            UNION ALL SELECT sequence FROM event_outcomes WHERE source = :source AND sequence IS NOT NULL) AS numbered
+            (SELECT sequence FROM portfolio_history
+                WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)
+            UNION ALL (SELECT sequence FROM signal_archives
+                WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)
+            UNION ALL (SELECT sequence FROM event_outcomes
+                WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)) AS numbered
         ) AS steps
     WHERE sequence > previous + 1 ORDER BY sequence
 """)

@@ -23,6 +23,7 @@ from consumers.cli_failed import failed_app
 from consumers.cli_import import import_history, verify_history
 from consumers.cli_options import AsJson, OfPortfolio, Since, Until
 from consumers.cli_outbox import outbox_app
+from consumers.cli_retire import retire
 from consumers.cli_up import up
 from consumers.cli_views import api, dashboard, status
 from consumers.logs import write_logs
@@ -43,6 +44,7 @@ app.command("verify")(verify_history)
 app.command()(doctor)
 app.command()(export)
 app.command()(up)
+app.command()(retire)
 app.command()(api)
 app.command()(dashboard)
 app.command()(status)

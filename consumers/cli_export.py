@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from consumers.cli_options import AsJson, Since, Timezone, Until
+from consumers.cli_progress import progress_bar
 from consumers.stack import stack
 from consumers.terminal import print_exported, print_json
 
@@ -55,7 +55,7 @@ def export(
         since=aware(since, "since"),
         until=aware(until, "until"),
     )
-    with stack(database=True), _progress_bar() as on_progress:
+    with stack(database=True), progress_bar() as on_progress:
         exported = export_history(directory, selection, zone=zone, overwrite=overwrite, on_progress=on_progress)
     facts = asdict(exported) | {"entries": sum(one.entries for one in exported.files)}
     if as_json:
@@ -83,20 +83,3 @@ def _notes(facts: dict[str, Any]) -> Iterator[str]:
         yield f"not of this export, and left as they were: {', '.join(facts['untouched'])}"
     if facts["unfinished"]:
         yield f"left by exports that were killed, or still run: {', '.join(facts['unfinished'])}"
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A function to call with the entries done and all; it shows a bar on a terminal and nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    from consumers.export import no_progress
-
-    if not sys.stderr.isatty():
-        yield no_progress
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

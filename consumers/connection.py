@@ -28,7 +28,8 @@ READ_SECONDS = 5.0  # what a statement of a reader may take
 # A reader that finds no free connection for so long is told to come back, rather than to make one more. Each of its
 # statements is a transaction of its own, which spares two round trips.
 _READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0, "isolation_level": "AUTOCOMMIT"}
-_WRITER: dict[str, Any] = {"pool_size": 2}
+# What is stored after a statement began to wait must be seen by the next one, whatever the database's default is.
+_WRITER: dict[str, Any] = {"pool_size": 2, "isolation_level": "READ COMMITTED"}
 _LOCK_SECONDS = 5.0
 _ISOLATED_LOCK_SECONDS = 0.5
 _IN_THE_WAY = "TH001"  # raised by schema.sql

@@ -46,7 +46,7 @@ _WRAPPED_COLUMNS = 12
 _GAP = 2
 _NUMBERS = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
 _NUMBERS |= {"stored", "absorbed", "rejected", "discarded", "under way", "last"}
-_NUMBERS |= {"read", "already there", "equal", "differences", "entries"}
+_NUMBERS |= {"read", "already there", "equal", "differences", "entries", "rows"}
 
 
 def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], otherwise: str) -> None:
@@ -229,3 +229,8 @@ def print_exported(directory: Path, exported: Mapping[str, Any]) -> None:
     _print_rows(("file", "entries"), [(one["file"], f"{one['entries']:,}") for one in exported["files"]], "No files.")
     files = f"{len(exported['files'])} file{'s' if len(exported['files']) > 1 else ''}"
     sys.stdout.write(f"\n{exported['entries']:,} entries in {files} in {directory}\n")
+
+
+def print_months(months: Sequence[Mapping[str, Any]]) -> None:
+    cells = [(one["table"], one["month"], f"{one['rows']:,}") for one in months]
+    _print_rows(("table", "month", "rows"), cells, "No rows to move.")

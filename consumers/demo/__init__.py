@@ -101,7 +101,7 @@ def _row_id(receipt: Receipt, deadline: float) -> int:
 def _start_empty(home: Path) -> None:
     """Only ever in the demo's own folder: an empty database, an empty Redis, no outbox."""
     with translated_errors(), engine().begin() as db:
-        db.exec_driver_sql("DROP TABLE IF EXISTS portfolio_history, signal_archives, event_outcomes")
+        db.exec_driver_sql("DROP TABLE IF EXISTS portfolio_history, signal_archives, event_outcomes CASCADE")
         version = db.execute(_SERVER).scalar()
     apply_schema(engine())
     redis = TransportSettings.from_environment().redis()

@@ -36,8 +36,8 @@ def measure_latency(events: int, report: Report) -> None:
         HistoryProducer(outbox=folder / "outbox.db") as producer,
         engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db,
     ):
-        _measure(producer, db, _WARM_UP_EVENTS)
-        calls, commits = _measure(producer, db, events)
+        measure_calls(producer, db, _WARM_UP_EVENTS)
+        calls, commits = measure_calls(producer, db, events)
         require_rows(_WARM_UP_EVENTS + events)
     print_header(f"milliseconds, {events} events")
     for label, seconds in (("create_daily_portfolio_snapshot", calls), ("call -> row committed, idle worker", commits)):
@@ -46,7 +46,7 @@ def measure_latency(events: int, report: Report) -> None:
     measure_paced(report)
 
 
-def _measure(producer: HistoryProducer, db: Connection, count: int) -> tuple[list[float], list[float]]:
+def measure_calls(producer: HistoryProducer, db: Connection, count: int) -> tuple[list[float], list[float]]:
     """Seconds of each call, and from before the call until another connection sees the row."""
     calls, commits = [], []
     for _ in range(count):

@@ -1,0 +1,173 @@
+"""What an event takes: in Redis while it waits, finished, failed and acknowledged; in PostgreSQL as a row."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+from sqlalchemy import text
+
+from consumers.connection import engine, get_db
+from consumers.inserts import insert_events
+from producers.events import Event, PortfolioSnapshot, SignalArchive, event_of
+from producers.history_producer import HistoryProducer
+from tests.benchmarks.backlog import snapshots
+from tests.benchmarks.checks import require, rows, wait_for_progress
+from tests.benchmarks.environment import bench_stack, checkpoint, queue_name, redis, vacuum
+from tests.benchmarks.report import Report
+from tests.benchmarks.workers import history_workers
+from tests.factories import a_signal, a_snapshot, an_archive
+
+SIGNALS = 50
+# fmt: off
+_WORDS = (
+    "the", "a", "of", "in", "at", "bridge", "river", "harbour", "election", "rate", "bank", "oil", "gold", "storm",
+    "night", "team", "cup", "vote", "law", "price", "index", "court", "minister", "launch", "rocket", "summer",
+    "winter", "north", "south", "reopen", "reach", "fall", "rise", "win", "lose", "leave", "join", "sign", "report",
+    "two", "three",
+)
+# fmt: on
+_BATCH = 500
+_ARCHIVES_PART = 10  # one archive to so many snapshots
+_IN_REDIS = 2000
+_WAL = text("SELECT pg_current_wal_insert_lsn() - CAST(:since AS pg_lsn)")
+_SIZES = text("SELECT pg_table_size(CAST(:table AS regclass)), pg_indexes_size(CAST(:table AS regclass))")
+_KINDS = {"rq:job:": "job", "rq:results:": "result", "history:ack:": "acknowledgement"}
+
+
+def archives(count: int) -> Iterator[SignalArchive]:
+    """Different batches of SIGNALS signals: numbers and words that compress no better than real ones."""
+    chance = random.Random(2026)
+    for number in range(count):
+        signals = [
+            a_signal(
+                market_id=str(chance.randrange(500_000, 600_000)),
+                market_question=f"Will {' '.join(chance.choices(_WORDS, k=8))} before {chance.randrange(2026, 2031)}?",
+                reason=" ".join(chance.choices(_WORDS, k=12)),
+                confidence=chance.randrange(1000) / 1000,
+                yes_price=chance.randrange(10_000) / 10_000,
+                market_liquidity=chance.randrange(10**8) / 100,
+                market_volume=chance.randrange(10**7),
+            )
+            for _ in range(SIGNALS)
+        ]
+        yield an_archive(after=timedelta(seconds=number), signals=signals)
+
+
+def measure_space(count: int, report: Report) -> None:
+    """Print bytes an event; `count` snapshots, and a tenth as many archives, make the tables."""
+    with bench_stack() as folder:
+        _measure_redis(folder, report)
+        _measure_tables(count, report)
+
+
+def _print(report: Report, label: str, value: float, unit: str = "bytes") -> None:
+    report.add("space", label, unit, [value])
+    print(f"{label:64}{value:12,.0f} {unit}", flush=True)
+
+
+def _measure_redis(folder: Path, report: Report) -> None:
+    print("\nRedis, bytes an event (MEMORY USAGE)", flush=True)
+    few = _IN_REDIS // _ARCHIVES_PART
+    for name, payloads in (("snapshot", snapshots(_IN_REDIS)), (f"archive of {SIGNALS} signals", archives(few))):
+        _record(folder, payloads)
+        _print(report, f"{name}, waiting", sum(_used().values()) / _queued())
+        with redis() as client:
+            client.flushall()
+    _record(folder, snapshots(_IN_REDIS))
+    with history_workers(folder):
+        wait_for_progress(rows, _IN_REDIS)
+        wait_for_progress(_acknowledged, _IN_REDIS)
+    used, kept = _used(), _keys("rq:job:")
+    _print(report, "snapshot, finished, as long as it is kept", (used["job"] + used["result"]) / kept)
+    _print(report, "snapshot, acknowledged and not yet seen by its producer", used["acknowledgement"] / _IN_REDIS)
+    _print(report, f"finished jobs kept of {_IN_REDIS:,}", kept, "jobs")
+    with redis() as client:
+        client.flushall()
+    _record(folder, (a_snapshot(after=timedelta(seconds=number), balance=1) for number in range(_IN_REDIS)))
+    with history_workers(folder):
+        wait_for_progress(_acknowledged, _IN_REDIS)
+    used = _used()
+    _print(report, "snapshot, refused, until requeue or discard", (used["job"] + used["result"]) / _IN_REDIS)
+
+
+def _record(folder: Path, payloads: Iterator[PortfolioSnapshot] | Iterator[SignalArchive]) -> None:
+    """Into the queue, by a producer that has gone when a worker acknowledges."""
+    for file in folder.glob("outbox.db*"):
+        file.unlink()
+    with HistoryProducer(outbox=folder / "outbox.db", name="space") as producer:
+        producer.record_many(list(payloads))
+        require(producer.flush(60) == 0, "the queue did not take the events")
+
+
+def _queued() -> int:
+    with redis() as client:
+        return int(client.llen(f"rq:queue:{queue_name()}"))
+
+
+def _acknowledged() -> int:
+    with redis() as client:
+        return sum(int(client.hlen(key)) for key in client.keys("history:ack:*"))
+
+
+def _keys(prefix: str) -> int:
+    with redis() as client:
+        return len(client.keys(f"{prefix}*"))
+
+
+def _used() -> dict[str, int]:
+    """Bytes by kind of key, as Redis itself counts every element of them."""
+    used = dict.fromkeys([*_KINDS.values(), "other"], 0)
+    with redis() as client:
+        keys = [key.decode() for key in client.keys("*")]
+        with client.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.memory_usage(key, samples=0)
+            for key, size in zip(keys, pipe.execute(), strict=True):
+                kind = next((name for prefix, name in _KINDS.items() if key.startswith(prefix)), "other")
+                used[kind] += size or 0
+    return used
+
+
+def _measure_tables(count: int, report: Report) -> None:
+    print(f"\nPostgreSQL, bytes a row after {count:,} snapshots, {count // _ARCHIVES_PART:,} archives", flush=True)
+    with engine().begin() as db:
+        db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes"))
+    for table, name, payloads, number in (
+        ("portfolio_history", "snapshot", snapshots(count), count),
+        (
+            "signal_archives",
+            f"archive of {SIGNALS} signals",
+            archives(count // _ARCHIVES_PART),
+            count // _ARCHIVES_PART,
+        ),
+    ):
+        checkpoint()
+        wal = _insert(payloads)
+        vacuum()
+        with get_db() as db:
+            of_table, of_indexes = db.execute(_SIZES, {"table": table}).one()
+        _print(report, f"{name}: table", of_table / number)
+        _print(report, f"{name}: indexes", of_indexes / number)
+        _print(report, f"{name}: WAL, from a checkpoint on", wal / number)
+
+
+def _insert(payloads: Iterator[PortfolioSnapshot] | Iterator[SignalArchive]) -> int:
+    """In batches as a worker does; gives the bytes of WAL."""
+    with get_db() as db:
+        since = db.execute(text("SELECT pg_current_wal_insert_lsn()")).scalar_one()
+    events: list[Event] = []
+    each: Iterable[PortfolioSnapshot | SignalArchive] = payloads
+    for sequence, payload in enumerate(each, start=1):
+        events.append(event_of(payload, source="space/0123456789abcdef0123456789abcdef", sequence=sequence))
+        if len(events) == _BATCH:
+            with get_db() as db:
+                insert_events(db, events)
+            events = []
+    if events:
+        with get_db() as db:
+            insert_events(db, events)
+    with get_db() as db:
+        return int(db.execute(_WAL, {"since": since}).scalar_one())
