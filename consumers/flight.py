@@ -18,7 +18,7 @@ from rq.utils import as_text
 from producers.outbox import Entry
 from producers.outcomes import Outcome
 from producers.redis_keys import acknowledgement_key
-from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states
+from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
 
 FEWEST_JOBS, MOST_JOBS = 50, 4000
 _WORK_SECONDS = 0.5  # of the workers, waiting in the queue
@@ -183,7 +183,7 @@ class Flight:
         """Send again what is no longer on its way, whatever became of its job."""
         entries = list(self._under_way.values())
         states = job_states(self._redis, entries)
-        gone = [entry for entry in entries if states[entry.position] not in UNDER_WAY]
+        gone = unanswered(self._redis, [entry for entry in entries if states[entry.position] not in UNDER_WAY])
         # A status outlives its worker: what has been under way for long must also be somewhere.
         doubted = [
             entry

@@ -9,6 +9,7 @@ Settled entries stay for a while, so that they can be sent again after the datab
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -144,6 +145,11 @@ class Entry:
     summary: str
     event: str
     checks: int
+
+    @property
+    def source(self) -> str:
+        """As the event has it, and its acknowledgement."""
+        return str(json.loads(self.event)["source"])
 
     @property
     def job_id(self) -> str:

@@ -24,7 +24,7 @@ from producers.outbox import Entry, Outbox, source_of
 from producers.outcomes import Outcome
 from producers.redis_keys import acknowledgement_key
 from producers.relay_lock import RelayLock
-from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states
+from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ class Relay:
         if not entries:
             return 0
         states = job_states(self._redis, entries)
-        gone = [entry for entry in entries if states[entry.position] not in UNDER_WAY]
+        gone = unanswered(self._redis, [entry for entry in entries if states[entry.position] not in UNDER_WAY])
         # A status outlives its worker: what has been under way for long must also be somewhere.
         doubted = [e for e in entries if e.checks >= _DOUBTED_CHECKS and states[e.position] in UNDER_WAY]
         gone += in_no_list(self._redis, self._queue, doubted[:_DOUBTED_ENTRIES])

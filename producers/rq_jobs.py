@@ -23,7 +23,7 @@ from rq.utils import as_text, utcformat
 
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
 from producers.outbox import Entry
-from producers.redis_keys import held_key, holders_key
+from producers.redis_keys import acknowledgement_key, held_key, holders_key
 
 # By name: the producer never imports the consumer. A test resolves each.
 JOB_FUNCTIONS = {
@@ -76,19 +76,43 @@ def job_states(redis: Redis, entries: Sequence[Entry]) -> dict[int, str | None]:
     return {entry.position: status and as_text(status) for entry, status in zip(entries, statuses, strict=True)}
 
 
+def unanswered(redis: Redis, entries: Sequence[Entry]) -> list[Entry]:
+    """Those without an acknowledgement that waits to be read.
+
+    Asked after their states: a worker finishes a job, whose state is gone then, and acknowledges it in one step.
+    """
+    with redis.pipeline(transaction=False) as pipe:
+        for entry in entries:
+            pipe.hexists(acknowledgement_key(entry.source), str(entry.sequence))
+        answered = pipe.execute() if entries else []
+    return [entry for entry, has_answer in zip(entries, answered, strict=True) if not has_answer]
+
+
 def in_no_list(redis: Redis, queue: Queue, entries: Sequence[Entry]) -> list[Entry]:
-    """Those whose job is neither queued, nor held by a HistoryWorker, nor started by a living stock worker."""
+    """Those that call themselves under way, but are neither queued, nor held by a HistoryWorker, nor started.
+
+    As of one moment: between two looks a job is taken from one list into another, or finished, all the time.
+    """
     if not entries:
         return []
-    elsewhere: set[str] = set()
-    for worker in redis.hkeys(holders_key(queue.name)):
-        elsewhere |= {as_text(job_id) for job_id in redis.lrange(held_key(queue.name, as_text(worker)), 0, -1)}
+    holders = redis.hkeys(holders_key(queue.name))
     now, _ = redis.time()  # this host's clock has no say
-    for member in redis.zrangebyscore(queue.started_job_registry.key, now, "+inf"):
-        elsewhere.add(as_text(member).split(":")[0])  # type: ignore[arg-type]  # without scores it is bytes or text
-    waiting = [entry for entry in entries if entry.job_id not in elsewhere]
-    with redis.pipeline(transaction=False) as pipe:
-        for entry in waiting:
+    with redis.pipeline(transaction=True) as pipe:
+        pipe.hkeys(holders_key(queue.name))
+        pipe.zrangebyscore(queue.started_job_registry.key, now, "+inf")
+        for holder in holders:
+            pipe.lrange(held_key(queue.name, as_text(holder)), 0, -1)
+        for entry in entries:
+            pipe.hget(Job.key_for(entry.job_id), "status")
             pipe.lpos(queue.key, entry.job_id)
-        found = pipe.execute()
-    return [entry for entry, position in zip(waiting, found, strict=True) if position is None]
+        holders_then, started, *found = pipe.execute()
+    if not set(holders_then) <= set(holders):
+        return []  # a new one may hold them: the next look will tell
+    held, answers = found[: len(holders)], found[len(holders) :]
+    elsewhere = {as_text(job_id) for one in held for job_id in one}
+    elsewhere |= {as_text(member).split(":")[0] for member in started}
+    return [
+        entry
+        for entry, status, position in zip(entries, answers[::2], answers[1::2], strict=True)
+        if position is None and entry.job_id not in elsewhere and status and as_text(status) in UNDER_WAY
+    ]

@@ -278,6 +278,25 @@ def test_what_is_acknowledged_is_never_sent_again(outbox: Outbox, relay: Relay, 
     assert queue_of(redis).count == 0
 
 
+@pytest.mark.usefixtures("at_once")
+def test_what_a_worker_ends_during_a_sweep_is_not_sent_again(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the relay has read its acknowledgements, and before it asks for the jobs' states."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    send_pending = relay._send_pending
+
+    def ended_meanwhile() -> int:
+        redis.delete(_job(redis).key, queue_of(redis).key)
+        redis.hset(acknowledgement_key(accepted.source), "1", "stored:1")
+        return send_pending()
+
+    monkeypatch.setattr(relay, "_send_pending", ended_meanwhile)
+    relay.sweep()
+    assert queue_of(redis).count == 0
+
+
 def test_a_send_whose_answer_was_lost_is_not_repeated_blindly(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,8 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry
 from rq.serializers import JSONSerializer
 
 from producers.outbox import Entry, Outbox
-from producers.rq_jobs import JOB_FUNCTIONS, TIMEOUT_SECONDS, enqueue
+from producers.redis_keys import held_key, holders_key
+from producers.rq_jobs import JOB_FUNCTIONS, TIMEOUT_SECONDS, enqueue, in_no_list
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.unit.conftest import queue_of
 
@@ -100,3 +101,31 @@ def test_a_job_sent_again_starts_anew(tmp_path: Path, redis: fakeredis.FakeRedis
     assert (again.get_status(), again.ended_at, again.worker_name) == (JobStatus.QUEUED, None, None)
     assert not redis.hexists(first.key, "exc_info")
     assert (ended.count, redis.ttl(first.key)) == (0, -1)
+
+
+@pytest.mark.parametrize("what", ["nothing", "taken", "finished"])
+def test_a_job_that_is_taken_or_finished_meanwhile_is_not_taken_for_lost(
+    tmp_path: Path, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A worker goes on while it is looked for: by a holder that nobody has seen yet, or it is done with."""
+    queue = queue_of(redis)
+    with Outbox(tmp_path / "outbox.db") as outbox:
+        outbox.append("trading-controller", [a_snapshot()])
+        (entry,) = outbox.pending(10)
+    with redis.pipeline() as pipe:
+        enqueue(pipe, queue, [entry])
+        pipe.execute()
+    redis.lpop(queue.key)
+    ask = redis.hkeys
+
+    def meanwhile(name: str) -> Any:
+        found = ask(name)
+        if what == "taken":
+            redis.hset(holders_key(queue.name), "new", "")
+            redis.rpush(held_key(queue.name, "new"), entry.job_id)
+        elif what == "finished":
+            redis.hset(Job.key_for(entry.job_id), "status", "finished")
+        return found
+
+    monkeypatch.setattr(redis, "hkeys", meanwhile)
+    assert in_no_list(redis, queue, [entry]) == ([entry] if what == "nothing" else [])
