@@ -1,4 +1,4 @@
-"""Memory of Redis and of the worker, and what waits, while events go through the whole pipeline at full speed."""
+"""Memory of each process, and what waits, while events go through two workers at full speed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from tests.benchmarks.recording import CHUNK
 from tests.benchmarks.report import Report
 from tests.benchmarks.workers import history_workers
 
-_COLUMNS = ("rows", "Redis MiB", "worker MiB", "queued jobs", "outbox pending", "outbox sent")
-_UNITS = ("rows", "MiB", "MiB", "jobs", "events", "events")
+_COLUMNS = (
+    *("rows", "Redis MiB", "worker MiB", "other worker MiB", "producer MiB"),
+    *("queued jobs", "outbox pending", "outbox sent"),
+)
+_UNITS = ("rows", "MiB", "MiB", "MiB", "MiB", "jobs", "events", "events")
 _MIB = 2**20
 _SAMPLE_SECONDS = 1.0
 _SHARE = 10  # sampling takes at most about this part of the time
@@ -33,11 +36,13 @@ _FULL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Sample:
-    """Redis' used_memory and the worker's unique set size, MiB; lengths of the queue and of the outbox, events."""
+    """Redis' used_memory and the processes' unique set sizes, MiB; lengths of the queue and of the outbox, events."""
 
     rows: int
     redis: float
     worker: float
+    other_worker: float
+    producer: float
     queued: int
     pending: int
     sent: int
@@ -46,20 +51,23 @@ class Sample:
 class Sampler:
     """Takes samples from a thread of its own until stopped."""
 
-    def __init__(self, outbox: Path, worker: int) -> None:
+    def __init__(self, outbox: Path, workers: Sequence[int]) -> None:
         self.samples: list[Sample] = []
         self._outbox = Outbox(outbox)  # apart from the producer's: counting must not hold its lock
-        self._worker = psutil.Process(worker)
+        self._processes = [psutil.Process(one) for one in (*workers, None)]
         self._redis = redis()
         self._queue = Queue(queue_name(), connection=self._redis)
         self._rows = Rows()
 
     def take(self) -> Sample:
         status = self._outbox.status()
+        worker, other_worker, producer = (one.memory_full_info().uss / _MIB for one in self._processes)
         sample = Sample(
             rows=self._rows.count(),
             redis=self._redis.info("memory")["used_memory"] / _MIB,
-            worker=self._worker.memory_full_info().uss / _MIB,
+            worker=worker,
+            other_worker=other_worker,
+            producer=producer,
             queued=self._queue.count,
             pending=status.pending,
             sent=status.sent,
@@ -90,10 +98,10 @@ def measure_memory(events: int, report: Report) -> None:
     """Print a sample before the first event, at half of the rows, the peaks, and when all is acknowledged."""
     with (
         bench_stack() as folder,
-        history_workers(folder) as workers,
+        history_workers(folder, 2) as workers,
         HistoryProducer(outbox=folder / "outbox.db") as producer,
     ):
-        sampler, started = Sampler(folder / "outbox.db", workers[0]), time.monotonic()
+        sampler, started = Sampler(folder / "outbox.db", workers), time.monotonic()
         start = sampler.take()
         with sampler.running():
             full = _record(producer, events)
