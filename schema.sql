@@ -1,4 +1,4 @@
--- The history of portfolios and signals: the only DDL of this project.
+-- The history of portfolios and signals. Tables for retired rows, copies of these, are made by trading-history retire.
 -- Makes what is missing, and may run again at any time, also twice at the same moment.
 
 BEGIN;

@@ -37,17 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(outbox_app, name="outbox")
-app.add_typer(failed_app, name="failed")
-app.command("import")(import_history)
-app.command("verify")(verify_history)
-app.command()(doctor)
-app.command()(export)
-app.command()(up)
-app.command()(retire)
-app.command()(api)
-app.command()(dashboard)
-app.command()(status)
+_RUN, _RECORD, _LOOK, _MOVE = "Run it", "Record and read", "Look after it", "Move"
 
 _debug = False
 _NEWEST = 20
@@ -78,7 +68,7 @@ def options(
             raise
 
 
-@app.command()
+@app.command(rich_help_panel=_RUN)
 def demo() -> None:
     """Run simulated trading cycles through the whole pipeline, twice, in a folder of its own, and count."""
     from consumers.demo import run_demo
@@ -87,14 +77,17 @@ def demo() -> None:
     raise typer.Exit(run_demo(embedded_home() / "demo"))
 
 
-@app.command("init-db")
+app.command(rich_help_panel=_RUN)(up)
+
+
+@app.command("init-db", rich_help_panel=_RUN)
 def init_db(
     adopt_legacy: Annotated[
         bool, typer.Option("--adopt-legacy", help="Rename tables of the old shape to …_legacy first.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL instead of running it.")] = False,
 ) -> None:
-    """Make the tables that are missing."""
+    """Make the tables and roles that are missing, and the logins whose passwords are set."""
     from consumers import adoption
     from consumers.connection import apply_schema, engine, schema_sql
     from consumers.logins import set_passwords
@@ -117,11 +110,17 @@ def init_db(
             print(f"{login} may log in, with its password.")
 
 
-@app.command()
+@app.command(rich_help_panel=_RUN)
 def worker(
     burst: Annotated[bool, typer.Option("--burst", help="Stop when the queue is empty.")] = False,
     metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Answer Prometheus here; 0 takes any that is free.")
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Answer Prometheus here; with --processes also at the ports that follow. 0: any that are free.",
+            show_default="HISTORY_METRICS_PORT, else nowhere",
+        ),
     ] = None,
     processes: Annotated[
         int, typer.Option("--processes", min=1, help="So many of them; one that dies is started again.")
@@ -148,9 +147,15 @@ def worker(
         run_worker(redis, settings.queue, burst=burst, metrics=metrics.model_copy(update={"port": port}))
 
 
-@app.command()
+app.command(rich_help_panel=_RUN)(api)
+app.command(rich_help_panel=_RUN)(dashboard)
+
+
+@app.command(rich_help_panel=_RECORD)
 def snapshot(
-    file: Annotated[Path, typer.Argument(help="The controller's portfolio as JSON; - reads standard input.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The controller's portfolio as JSON; - reads standard input.")
+    ],
     portfolio_id: ForPortfolio = None,
     timestamp: Annotated[datetime | None, typer.Option(help="Time of the snapshot; now by default.")] = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until it is stored.")] = 0,
@@ -165,10 +170,11 @@ def snapshot(
         _print_receipt(receipt, wait)
 
 
-@app.command()
+@app.command(rich_help_panel=_RECORD)
 def archive(
     file: Annotated[
-        Path | None, typer.Argument(help="The current signals; data/trades/current_signals.json if it exists.")
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="The current signals; data/trades/current_signals.json if it exists."),
     ] = None,
     url: Annotated[str | None, typer.Option(help="Read the signals from here instead.")] = None,
     portfolio_id: ForPortfolio = None,
@@ -192,7 +198,7 @@ def archive(
             _print_receipt(receipt, wait)
 
 
-@app.command()
+@app.command(rich_help_panel=_RECORD)
 def history(
     *,
     limit: Limit = None,
@@ -215,7 +221,7 @@ def history(
     (print_json if as_json else print_snapshots)(rows)
 
 
-@app.command()
+@app.command(rich_help_panel=_RECORD)
 def archives(
     *,
     limit: Limit = None,
@@ -238,7 +244,11 @@ def archives(
     (print_json if as_json else print_archives)(rows)
 
 
-@app.command()
+app.command(rich_help_panel=_LOOK)(status)
+app.command(rich_help_panel=_LOOK)(doctor)
+
+
+@app.command(rich_help_panel=_LOOK)
 def audit(as_json: AsJson = False) -> None:
     """Account for every number of every source; exit status 1 if one is missing."""
     from consumers.audit import audit as account
@@ -254,12 +264,20 @@ def audit(as_json: AsJson = False) -> None:
     raise typer.Exit(0 if all(one.complete for one in audits) else 1)
 
 
-@app.command()
+@app.command(rich_help_panel=_RECORD)
 def schema() -> None:
     """Print the JSON Schema of the events."""
     from producers.events import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+
+
+app.add_typer(failed_app, name="failed", rich_help_panel=_LOOK)
+app.add_typer(outbox_app, name="outbox", rich_help_panel=_LOOK)
+app.command("import", rich_help_panel=_MOVE)(import_history)
+app.command("verify", rich_help_panel=_MOVE)(verify_history)
+app.command(rich_help_panel=_MOVE)(export)
+app.command(rich_help_panel=_MOVE)(retire)
 
 
 def _one_format(as_json: bool, as_csv: bool) -> None:
@@ -331,7 +349,7 @@ def _readable(error: Exception) -> str | None:
         return f"Redis: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get((error.name or "").split(".")[0])
-        return f"this command needs more: pip install 'trading-history[{extra}]'" if extra else None
+        return f"this command needs more: pip install '.[{extra}]' in a clone of trading-history" if extra else None
     return None
 
 

@@ -18,7 +18,9 @@ from consumers.terminal import print_exported, print_json
 
 _NO_NUMBER = "none"
 
-Directory = Annotated[Path, typer.Argument(help="The folder for the files; made if it is missing.", file_okay=True)]
+Directory = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The folder for the files; made if it is missing.", file_okay=True)
+]
 Portfolios = Annotated[
     list[str] | None,
     typer.Option(

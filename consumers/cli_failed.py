@@ -13,7 +13,7 @@ from producers.errors import HistoryError
 
 failed_app = typer.Typer(help="Events that were refused for good.", no_args_is_help=True)
 
-Name = Annotated[str | None, typer.Argument(help="A job id or an event id.")]
+Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="A job id or an event id.")]
 KindOption = Annotated[str | None, typer.Option("--kind", help="Only these: snapshot or archive.")]
 All = Annotated[bool, typer.Option("--all", help="Every rejection, or every one of the kind.")]
 
@@ -23,14 +23,15 @@ def failed_list(kind: KindOption = None, as_json: AsJson = False) -> None:
     """List rejections, oldest first; exit status 1 if there are any."""
     from consumers.failed import as_facts, rejections
 
+    _check_kind(kind)
     with stack(database=True):
-        facts = [as_facts(rejection) for rejection in rejections(kind=_checked_kind(kind))]
+        facts = [as_facts(rejection) for rejection in rejections(kind=kind)]
     (print_json if as_json else print_rejections)(facts)
     raise typer.Exit(1 if facts else 0)
 
 
 @failed_app.command("show")
-def failed_show(name: Annotated[str, typer.Argument(help="A job id or an event id.")]) -> None:
+def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A job id or an event id.")]) -> None:
     """Show one rejection with the event's text as it came."""
     from consumers.failed import as_facts, rejections
 
@@ -49,9 +50,10 @@ def failed_requeue(name: Name = None, kind: KindOption = None, every: All = Fals
     from consumers.failed import requeue
     from producers.settings import TransportSettings
 
+    _check_choice(name, kind, every)
     with stack(database=True, redis=True):
         settings = TransportSettings.from_environment()
-        count = requeue(_chosen(name, kind, every), settings.redis(), settings.queue)
+        count = requeue(_chosen(name, kind), settings.redis(), settings.queue)
     print(f"{count} sent through again")
 
 
@@ -66,26 +68,30 @@ def failed_discard(
     from consumers.failed import discard
     from producers.settings import TransportSettings
 
+    _check_choice(name, kind, every)
     with stack(database=True, redis=True):
         settings = TransportSettings.from_environment()
-        count = discard(_chosen(name, kind, every), settings.redis(), settings.queue, reason)
+        count = discard(_chosen(name, kind), settings.redis(), settings.queue, reason)
     print(f"{count} discarded")
 
 
-def _checked_kind(kind: str | None) -> str | None:
+def _check_kind(kind: str | None) -> None:
     from consumers.failed import KINDS
 
     if kind is not None and kind not in KINDS:
         raise typer.BadParameter(f"must be one of {', '.join(KINDS)}", param_hint="--kind")
-    return kind
 
 
-def _chosen(name: str | None, kind: str | None, every: bool) -> list[Any]:
-    from consumers.failed import rejections
-
+def _check_choice(name: str | None, kind: str | None, every: bool) -> None:
+    _check_kind(kind)
     if (name is None) == (kind is None and not every):
         raise typer.BadParameter("name one job or event, or choose with --kind or --all", param_hint="NAME")
-    found = rejections(name, kind=_checked_kind(kind))
+
+
+def _chosen(name: str | None, kind: str | None) -> list[Any]:
+    from consumers.failed import rejections
+
+    found = rejections(name, kind=kind)
     if name is not None and not found:
         raise HistoryError(f"no rejection has the job id or event id {name}")
     return found

@@ -51,12 +51,13 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
     """
     from consumers.import_report import Report
 
+    _check_place(directory, from_tables)
     with ExitStack() as held:
         embedded = False
         if from_tables or not dry_run:
             embedded = held.enter_context(stack(database=True, redis=not dry_run))
         zone = _zone(timezone)
-        histories = _histories(directory, from_tables, zone, portfolio_id)
+        histories = _histories(directory, zone, portfolio_id)
         opened = held.enter_context(Report(report))
         if dry_run:
             _look(histories, opened)
@@ -77,8 +78,9 @@ def verify_history(
     from consumers.verification import Verification
 
     zone = _zone(timezone)
+    _check_place(directory, from_tables)
     with stack(database=True):
-        histories = _histories(directory, from_tables, zone, portfolio_id)
+        histories = _histories(directory, zone, portfolio_id)
         verification = Verification(histories)
         with _progress([history.origin for history in histories], "verify") as advance:
             count = _stream(verification.differences(advance), as_json)
@@ -94,22 +96,26 @@ def verify_history(
     raise typer.Exit(1 if count else 0)
 
 
-def _histories(
-    directory: Path | None, from_tables: bool, zone: tzinfo | None, portfolio_id: int | None
-) -> Sequence[OldHistory]:
+def _histories(directory: Path | None, zone: tzinfo | None, portfolio_id: int | None) -> Sequence[OldHistory]:
     from consumers.old_history import OldHistory
 
-    origins = _origins(directory, from_tables)
+    origins = _origins(directory)
     return [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in origins]
 
 
-def _origins(directory: Path | None, from_tables: bool) -> Sequence[Origin]:
+def _check_place(directory: Path | None, from_tables: bool) -> None:
+    """Before any server is started for it."""
+    if (directory is None) is not from_tables:
+        raise typer.BadParameter("give either a folder or --from-tables", param_hint="DIR")
+    if directory is not None and not directory.is_dir():
+        raise HistoryError(f"{directory}: {'Not a directory' if directory.exists() else 'No such file or directory'}")
+
+
+def _origins(directory: Path | None) -> Sequence[Origin]:
     from consumers.connection import engine
     from consumers.legacy_rows import legacy_origins
     from consumers.old_history import file_origins
 
-    if (directory is None) is not from_tables:
-        raise typer.BadParameter("give either a folder or --from-tables", param_hint="DIR")
     if directory is not None:
         return file_origins(directory)
     origins = legacy_origins(engine())

@@ -38,7 +38,7 @@ def _dashboard() -> Iterator[str]:
     Its password is HISTORY_DASHBOARD_PASSWORD, or a new one each time.
     """
     if find_spec("rq_dashboard") is None or find_spec("waitress") is None:
-        yield "RQ Dashboard is not installed: pip install 'trading-history[dashboard]'"
+        yield "RQ Dashboard is not installed: pip install '.[dashboard]' in a clone of trading-history"
         return
     from consumers.dashboard.settings import USER, DashboardSettings
     from consumers.listening import url_of

@@ -18,6 +18,9 @@ from consumers.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
+# What they may wait for.
+DATABASE, REDIS = "the database", "Redis"
+
 
 def is_away(error: Exception) -> bool:
     """Redis did not answer: asking it for more would only take as long again."""
@@ -74,7 +77,7 @@ class Crew:
 
     def failed(self, error: RedisError | StoreUnavailable) -> None:
         """Say it once and wherever operators look."""
-        trouble = "the database" if isinstance(error, StoreUnavailable) else "Redis"
+        trouble = DATABASE if isinstance(error, StoreUnavailable) else REDIS
         with self._changed:
             self._redis_is_away = is_away(error)
             known, self._trouble = self._trouble, trouble
@@ -95,7 +98,7 @@ class Crew:
         with self._changed:
             if self._trouble is None:
                 return True
-            if self._trouble == "the database" and self._working and not worked:
+            if self._trouble == DATABASE and self._working and not worked:
                 return False
             self._trouble = None
             self._redis_is_away = False

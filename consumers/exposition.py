@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from consumers.crew import DATABASE, REDIS
 from consumers.metrics import COUNTS, Histogram
 from consumers.probes import Probe
 from consumers.status import newest_snapshot_ages, outbox_facts, queue_facts
@@ -21,7 +22,6 @@ from producers.settings import TransportSettings
 
 MOST_PORTFOLIOS = 100
 SCRAPE_SECONDS = 1.5
-_WAITED_FOR = ("the database", "Redis")
 
 # A list of what was found; None when there is nothing of the kind here.
 Reading = Callable[[], list[Metric] | None]
@@ -70,7 +70,7 @@ class _CountsCollector(Collector):
         )
         waiting = GaugeMetricFamily("trading_history_waiting", "1 while this worker waits for it.", labels=("for",))
         waited_for = self._waits_for()
-        for what in _WAITED_FOR:
+        for what in (DATABASE, REDIS):
             waiting.add_metric([what], float(waited_for == what))
         yield waiting
 

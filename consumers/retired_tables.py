@@ -37,6 +37,10 @@ class HistoryTable:
         return f"{self.name}_retired"
 
     @property
+    def trigger(self) -> str:
+        return f"{self.name}_retired_once"
+
+    @property
     def order(self) -> str:
         return ", ".join(f'"{key}"' for key, _ in self.keys)
 
@@ -109,7 +113,7 @@ def prepare(db: Connection, table: HistoryTable, before: date) -> None:
         RetirementRefused: another table has the name.
     """
     schema = schema_of(db, table)
-    hot, retired, name = f"{schema}.{table.name}", f"{schema}.{table.retired}", f"{table.retired}_once"
+    hot, retired, name = f"{schema}.{table.name}", f"{schema}.{table.retired}", table.trigger
     db.exec_driver_sql(f"LOCK TABLE ONLY {hot} IN SHARE ROW EXCLUSIVE MODE")
     place = db.execute(_PLACE, {"retired": retired, "hot": hot}).one()
     if not place.taken:

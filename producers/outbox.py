@@ -195,6 +195,8 @@ class Outbox:
     def _ensure_tables(self) -> None:
         with self._file.reading() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version > _VERSION:
+            raise OutboxError(f"{self.path} was made by a newer release (version {version}, this one knows {_VERSION})")
         if version != _VERSION:
             with self._file.transaction() as db:
                 (version,) = db.execute("PRAGMA user_version").fetchone()  # another process may have been first

@@ -21,7 +21,7 @@ def trading_history(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHistory]:
         from producers.fake_transport import VARIABLES
         from producers.testing import FakeHistory
     except ModuleNotFoundError as error:
-        pytest.fail(f"{error}: pip install 'trading-history[testing]'", pytrace=False)
+        pytest.fail(f"{error}: pip install '.[testing]' in a clone of trading-history", pytrace=False)
     # A test that changes one of these has monkeypatch put back what it found, which is the fake's; so monkeypatch, the
     # last to undo, must have seen them before.
     for name in VARIABLES:

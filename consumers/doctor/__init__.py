@@ -15,7 +15,15 @@ from consumers.doctor.checks import Check, Look, looked, side_by_side
 from consumers.doctor.json_files import json_history
 from consumers.doctor.masking import Mask
 from consumers.doctor.outbox import outbox_checks
-from consumers.doctor.places import DATABASE, REDIS, database_setting, redis_setting, time_zone_setting
+from consumers.doctor.places import (
+    DATABASE,
+    REDIS,
+    SETTING_ADVICE,
+    database_setting,
+    other_settings,
+    redis_setting,
+    time_zone_setting,
+)
 from consumers.doctor.software import has_database_driver, packages, rq_version
 from consumers.settings import StoreSettings
 from consumers.stack import embedded_home, stack
@@ -25,7 +33,6 @@ from producers.settings import TransportSettings, read_environment
 __all__ = ["Check", "diagnose"]
 
 _LOOK_SECONDS = 8.0
-_SETTING_ADVICE = "mend it in the environment or in .env"
 _EMBEDDED_ADVICE = "mend what it names, or set DATABASE_URL and REDIS_URL to servers of your own"
 _DATABASE_ADVICE = "does it run, and are its address, user and password right? DATABASE_URL or POSTGRES_ variables"
 _REDIS_ADVICE = "does it run, and are its address, user and password right? REDIS_URL"
@@ -41,9 +48,10 @@ def diagnose(history_folders: Sequence[Path]) -> list[Check]:
     except SettingsError as error:
         return [Check("settings", "fail", str(error), "mend the .env in this folder")]
     checks = [
-        *looked(DATABASE, database_setting, mask, advice=_SETTING_ADVICE),
-        *looked(REDIS, redis_setting, mask, advice=_SETTING_ADVICE),
-        *looked("time zone setting", time_zone_setting, mask, advice=_SETTING_ADVICE),
+        *looked(DATABASE, database_setting, mask, advice=SETTING_ADVICE),
+        *looked(REDIS, redis_setting, mask, advice=SETTING_ADVICE),
+        *looked("time zone setting", time_zone_setting, mask, advice=SETTING_ADVICE),
+        *looked("settings", other_settings, mask),
     ]
     with ExitStack() as servers:
         if all(check.status == "ok" for check in checks):

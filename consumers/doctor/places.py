@@ -6,18 +6,23 @@ import os
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from importlib.util import find_spec
 
 from redis import Redis
 from redis.sentinel import SentinelConnectionPool
 
+from consumers.dashboard.settings import DashboardSettings
 from consumers.doctor.checks import Check
 from consumers.doctor.software import has_database_driver
-from consumers.settings import StoreSettings
+from consumers.logs import LogSettings
+from consumers.settings import LoginSettings, MetricsSettings, StoreSettings
+from consumers.stack import EmbeddedSettings
 from producers.errors import SettingsError
-from producers.settings import TransportSettings, read_environment
+from producers.settings import EnvironmentSettings, TransportSettings, read_environment
 
 DATABASE = "database setting"
 REDIS = "Redis setting"
+SETTING_ADVICE = "mend it in the environment or in .env"
 # What is left of a login whose password has a / ? or # that is not percent-encoded: host and port are pieces of it.
 _TORN_URL = re.compile(r"^rediss?(\+sentinel)?://[^/?#]*[/?#].*@", re.DOTALL)
 
@@ -27,7 +32,7 @@ def database_setting() -> Iterator[Check]:
     settings = StoreSettings.from_environment()
     if settings.is_set and not has_database_driver():
         found = "set, but no driver for it is installed here"
-        yield Check(DATABASE, "warn", found, "pip install 'trading-history[worker]' unless only a controller runs here")
+        yield Check(DATABASE, "warn", found, "pip install '.[worker]' in a clone, unless only a controller runs here")
     elif settings.is_set:
         variables = ("DATABASE_URL",) if settings.database_url is not None else _set("POSTGRES_")
         yield Check(DATABASE, "ok", f"{_database_place(settings)} ({_origin(*variables)})")
@@ -39,7 +44,7 @@ def database_setting() -> Iterator[Check]:
             "fail",
             "not set, although REDIS_URL is",
             "set DATABASE_URL or POSTGRES_HOST, or neither side for the embedded servers; a controller's host does"
-            " without: it needs REDIS_URL and pip install trading-history only",
+            " without: it needs REDIS_URL and pip install . in a clone",
         )
     else:
         yield Check(DATABASE, "ok", "not set, and no driver installed: a controller's host needs none")
@@ -66,6 +71,21 @@ def time_zone_setting() -> Iterator[Check]:
     now = datetime.now().astimezone(zone)
     named = f"HISTORY_TIMEZONE, {_origin('HISTORY_TIMEZONE')}" if zone else "this machine's zone"
     yield Check("time zone setting", "ok", f"a naive time means {zone or now.tzname()}, now {now:%H:%M %z} ({named})")
+
+
+def other_settings() -> Iterator[Check]:
+    """A failed check for each model of settings that cannot be read."""
+    models: list[type[EnvironmentSettings]] = [EmbeddedSettings, LoginSettings, MetricsSettings, LogSettings]
+    models.append(DashboardSettings)
+    if has_database_driver() and find_spec("fastapi") is not None:  # what the API needs
+        from consumers.api.settings import ApiSettings
+
+        models.append(ApiSettings)
+    for model in models:
+        try:
+            model.from_environment()
+        except SettingsError as error:
+            yield Check("settings", "fail", str(error), SETTING_ADVICE)
 
 
 def _database_place(settings: StoreSettings) -> str:

@@ -80,6 +80,7 @@ def _of_the_database(db: Connection, url: URL) -> dict[str, Callable[[], Iterabl
         "privileges": partial(schema.privileges, db),
         schema.TABLES: partial(schema.tables, db),
         "row numbers": partial(schema.row_numbers, db),
+        "retired rows": partial(schema.retired, db),
         "newest snapshots": partial(history.newest_snapshots, db),
         "newest archives": partial(history.newest_archives, db),
         "direct inserts": partial(history.direct_inserts, db),

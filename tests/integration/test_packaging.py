@@ -59,7 +59,7 @@ def test_a_controllers_installation_has_no_database_library(wheel: Path, tmp_pat
     assert not {"consumers", "fakeredis", "httpx", "pytest", "sqlalchemy"} & set(modules)
     assert (command.returncode, command.stderr) == (
         1,
-        "error: this command needs more: pip install 'trading-history[worker]'\n",
+        "error: this command needs more: pip install '.[worker]' in a clone of trading-history\n",
     )
     unset = subprocess.run(
         [tmp_path / "venv" / "bin" / "trading-history", "archive"], capture_output=True, text=True, check=False, env={}

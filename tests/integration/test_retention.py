@@ -26,7 +26,7 @@ from consumers import listings, retention, rq_jobs
 from consumers.audit import audit
 from consumers.cli import app
 from consumers.connection import apply_schema, engine, get_db
-from consumers.doctor.schema import row_numbers, tables
+from consumers.doctor.schema import retired, row_numbers, tables
 from consumers.errors import EventConflict, RetirementRefused
 from consumers.inserts import Stored, insert_events
 from consumers.listings import Listing, Narrowing
@@ -399,8 +399,18 @@ def test_the_schema_the_adoption_and_the_doctor_are_content_with_retired_tables(
     apply_schema(engine())
     _run("init-db", "--adopt-legacy")
     with get_db() as db:
-        assert [check.status for check in (*tables(db), *row_numbers(db))] == ["ok", "ok"]
+        assert [check.status for check in (*tables(db), *row_numbers(db), *retired(db))] == ["ok", "ok"]
     assert _scalar("SELECT count(*) FROM portfolio_history") == 20
+
+
+def test_the_doctor_misses_the_trigger_that_keeps_retired_facts_out() -> None:
+    _store(_events())
+    retention.retire(_CUT)
+    _execute("ALTER TABLE portfolio_history DISABLE TRIGGER portfolio_history_retired_once")
+    with get_db() as db:
+        (check,) = retired(db)
+    assert (check.name, check.status) == ("portfolio_history_retired", "fail")
+    assert check.found == "is not guarded by the trigger portfolio_history_retired_once on portfolio_history"
 
 
 def test_another_isolation_level_is_refused_for_old_facts_and_never_ours() -> None:

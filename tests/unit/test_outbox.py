@@ -375,3 +375,17 @@ def test_the_status_is_told_by_indexes_alone(path: Path) -> None:
     with Outbox(path)._file.reading() as db:
         plan = " ".join(step for *_, step in db.execute(f"EXPLAIN QUERY PLAN {outbox_module._STATUS}"))
     assert plan.count("SCAN entries") == plan.count("SCAN entries USING") == 5
+
+
+def test_an_outbox_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
+    """Its entries may mean something else there."""
+    path = tmp_path / "outbox.db"
+    Outbox(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 3")
+    db.close()
+    with pytest.raises(OutboxError, match="was made by a newer release .version 3, this one knows 2."):
+        Outbox(path)
+    with sqlite3.connect(path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+    db.close()

@@ -299,7 +299,7 @@ def test_without_fakeredis_the_fixture_says_what_to_install(
     monkeypatch.setitem(sys.modules, "fakeredis", None)
     for module in ("producers.testing", "producers.fake_transport"):
         monkeypatch.delitem(sys.modules, module)
-    with pytest.raises(pytest.fail.Exception, match=re.escape(": pip install 'trading-history[testing]'")):
+    with pytest.raises(pytest.fail.Exception, match=re.escape(": pip install '.[testing]' in a clone")):
         request.getfixturevalue("trading_history")
 
 

@@ -127,7 +127,7 @@ export class Curves {
     this.charts.show(curve, daily, parts);
     this.#summarize(curve, from, to);
     this.#listDays();
-    if (typeof uPlot === "undefined") throw new Unreadable("the chart library did not load: pip install 'trading-history[api]'; the table has the same days");
+    if (typeof uPlot === "undefined") throw new Unreadable("the chart library did not load: pip install '.[api]' in a clone; the table has the same days");
   }
 
   #mark() {
