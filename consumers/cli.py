@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from redis import RedisError
 
+from consumers import stop_signals
 from consumers.cli_doctor import doctor
 from consumers.cli_export import export
 from consumers.cli_failed import failed_app
@@ -41,6 +42,7 @@ _RUN, _RECORD, _LOOK, _MOVE = "Run it", "Record and read", "Look after it", "Mov
 
 _debug = False
 _NEWEST = 20
+_LAST_PORT = 65535
 _EXTRAS = {
     **dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api"),
@@ -117,7 +119,7 @@ def worker(
         int | None,
         typer.Option(
             min=0,
-            max=65535,
+            max=_LAST_PORT,
             help="Answer Prometheus here; with --processes also at the ports that follow. 0: any that are free.",
             show_default="HISTORY_METRICS_PORT, else nowhere",
         ),
@@ -139,6 +141,11 @@ def worker(
     metrics = MetricsSettings.from_environment()
     # A worker of another command (demo, import) would take the port of the one that the setting is meant for.
     port = metrics_port if metrics_port is not None or while_stdin else metrics.port
+    if port and port + processes - 1 > _LAST_PORT:
+        raise typer.BadParameter(
+            f"{processes} processes from {port} on need ports above {_LAST_PORT}",
+            param_hint="HISTORY_METRICS_PORT" if metrics_port is None else "--metrics-port",
+        )
     with stack(database=True, redis=True):
         settings = TransportSettings.from_environment()
         redis = settings.redis()
@@ -321,8 +328,7 @@ def _terminate(number: int, _: object) -> NoReturn:
 
 def main() -> None:
     """Entry point. Exit status 0 fine, 1 found or failed, 2 wrong usage, 130 and 143 ended by a signal."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    stop_signals.handle((signal.SIGTERM, signal.SIGHUP), _terminate)
     # Started with a closed stdout or stderr: the work goes on, unseen.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:

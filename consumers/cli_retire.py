@@ -36,9 +36,9 @@ def retire(*, before: Before = None, undo: Undo = False, dry_run: DryRun = False
 def _month(name: str) -> date:
     """Its first day. A later month than this one has nothing to retire yet, but would slow down live inserts."""
     try:
-        month = datetime.strptime(name, "%Y-%m").replace(tzinfo=UTC)
+        month = date.fromisoformat(f"{name}-01")  # strptime would take 2026-1 too
     except ValueError:
         raise typer.BadParameter("must be a month such as 2026-01", param_hint="--before") from None
-    if month > datetime.now(UTC):
+    if month > datetime.now(UTC).date():
         raise typer.BadParameter("must not be a month to come", param_hint="--before")
-    return month.date()
+    return month

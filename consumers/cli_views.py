@@ -33,16 +33,17 @@ def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
 def dashboard(
     host: Host = "127.0.0.1",
     port: Port = DASHBOARD_PORT,
-    of_parent: Annotated[int | None, typer.Option("--of-parent", hidden=True)] = None,
+    fd: Annotated[int | None, typer.Option("--fd", hidden=True)] = None,
+    while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
     """Serve RQ Dashboard, behind a login, until Ctrl-C."""
     from consumers.dashboard.server import serve
     from consumers.listening import listen
     from consumers.processes import stop_with_stdin
 
-    if of_parent is not None:
+    if while_stdin:
         stop_with_stdin()
-    with stack(redis=True), listen(host, port) if of_parent is None else socket.socket(fileno=of_parent) as listening:
+    with stack(redis=True), listen(host, port) if fd is None else socket.socket(fileno=fd) as listening:
         serve(listening)
 
 

@@ -14,7 +14,13 @@ from producers.errors import SettingsError
 
 # As libpq has them: postgresql://user:password@host:port,host:port/database.
 _HOSTS = re.compile(r"(?P<begin>[\w+]+://(?:[^@/?#]*@)?)(?P<hosts>[^@/?#]*,[^@/?#]*)(?P<end>.*)", re.DOTALL)
+_LOGIN_UNENCODED = re.compile(r"[\w+]+://[^@]*[/?#][^@]*@[^@/?#]*,", re.DOTALL)
 _HOST = re.compile(r"(?:\[(?P<six>[^\]]+)\]|(?P<name>[^:]*))(?::(?P<port>\d*))?")
+
+_ENCODE_LOGIN = (
+    "DATABASE_URL: a password with /, ?, # or a comma in it must have it percent-encoded, as %2F, %3F, %23, %2C"
+)
+_ONE_ADDRESS = "DATABASE_URL: hostaddr is of one host only; several addresses stand where hosts do"
 
 
 def parse_database_url(url: SecretStr) -> URL:
@@ -26,9 +32,13 @@ def parse_database_url(url: SecretStr) -> URL:
     try:
         parsed = _with_hosts(url.get_secret_value())
     except (ArgumentError, ValueError):
+        if _LOGIN_UNENCODED.match(url.get_secret_value()):
+            raise SettingsError(_ENCODE_LOGIN) from None
         raise SettingsError("DATABASE_URL: is not a URL such as postgresql://user@host/database") from None
     if "@" in (parsed.host or ""):
         raise SettingsError("DATABASE_URL: a password with @ in it must have it percent-encoded, as %40")
+    if "," in (parsed.host or ""):
+        raise SettingsError(_ENCODE_LOGIN)
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise SettingsError("DATABASE_URL: must be a postgresql:// URL")
     return parsed.set(drivername="postgresql+psycopg2")
@@ -38,14 +48,52 @@ def _with_hosts(text: str) -> URL:
     """SQLAlchemy reads several hosts only in the query."""
     several = _HOSTS.fullmatch(text)
     if several is None:
-        return make_url(text)
-    hosts = [_HOST.fullmatch(host) for host in several["hosts"].split(",")]
-    if None in hosts:
-        raise ValueError("not host:port")
-    names = [unquote(host["six"] or host["name"]) for host in hosts if host]
-    ports = [host["port"] or "5432" for host in hosts if host]
+        return _with_ports(make_url(text))
+    if "@" in several["end"].partition("?")[0]:  # so those were no hosts, but the begin of a password
+        raise SettingsError(_ENCODE_LOGIN)
     parsed = make_url(several["begin"] + several["end"])
-    return parsed.update_query_dict({"host": ",".join(names), "port": ",".join(ports)})
+    if parsed.query.keys() & {"host", "port"}:
+        raise SettingsError(
+            "DATABASE_URL: several hosts and their ports stand before the database or after ?, not both"
+        )
+    return _among(parsed, *_hosts_and_ports(several["hosts"].split(",")))
+
+
+def _with_ports(parsed: URL) -> URL:
+    """Several hosts in the query, each with its port, or with one for all, as libpq has them."""
+    given = parsed.query.get("host", "")
+    if isinstance(given, tuple):  # SQLAlchemy's own form: host=one:5432&host=two:5433
+        hosts, own_ports = _hosts_and_ports(list(given))
+    else:
+        hosts, own_ports = given.split(","), []
+    if len(hosts) == 1:
+        if "," in str(parsed.query.get("hostaddr", "")):
+            raise SettingsError(_ONE_ADDRESS)
+        return parsed
+    asked = parsed.query.get("port", "")
+    ports = [one or "5432" for one in (asked.split(",") if isinstance(asked, str) else asked)] if asked else own_ports
+    ports = ports or [str(parsed.port or 5432)]
+    if len(ports) not in (1, len(hosts)):
+        raise SettingsError(f"DATABASE_URL: {len(hosts)} hosts need as many ports, or one for all, not {len(ports)}")
+    return _among(parsed, hosts, ports * (len(hosts) // len(ports)))
+
+
+def _hosts_and_ports(listed: list[str]) -> tuple[list[str], list[str]]:
+    found = [_HOST.fullmatch(one) for one in listed]
+    if None in found:
+        raise ValueError("not host:port")
+    names = [unquote(one["six"] or one["name"]) for one in found if one]
+    return names, [one["port"] or "5432" for one in found if one]
+
+
+def _among(parsed: URL, hosts: list[str], ports: list[str]) -> URL:
+    if not all(hosts):
+        raise SettingsError("DATABASE_URL: a host is missing before or after a comma")
+    if not all(port.isascii() and port.isdigit() and 1 <= int(port) <= 65535 for port in ports):
+        raise SettingsError("DATABASE_URL: a port must be a number from 1 to 65535")
+    if "hostaddr" in parsed.query:
+        raise SettingsError(_ONE_ADDRESS)
+    return parsed.update_query_dict({"host": ",".join(hosts), "port": ",".join(ports)})
 
 
 def session_attributes(url: URL, *, read_only: bool) -> dict[str, str]:
@@ -53,7 +101,7 @@ def session_attributes(url: URL, *, read_only: bool) -> dict[str, str]:
 
     A session that is read-only by our own choice must ask for the primary instead.
     """
-    several = "," in str(url.query.get("host", "")) or isinstance(url.query.get("host"), tuple)
+    several = "," in str(url.query.get("host", ""))
     asked = url.query.get("target_session_attrs", "read-write" if several else "")
     if not asked:
         return {}

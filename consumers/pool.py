@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
+from consumers import stop_signals
 from consumers.processes import STOP_SECONDS, release, start_worker
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,7 @@ class _Pool:
         self._passed = 0  # how often the members were
 
     def run(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._request_stop)
+        stop_signals.handle((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._request_stop)
         try:
             while not self._signals and not all(member.done for member in self._members):
                 for member in self._members:

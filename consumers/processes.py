@@ -42,7 +42,7 @@ def start_worker(
 ) -> subprocess.Popen[bytes]:
     """The process of `worker_process`, which its caller must stop and `release`."""
     options = ["--debug"] if debug else []
-    return _start(*options, "worker", "--while-stdin", *arguments, stdout=output, stderr=output, pass_fds=keep)
+    return _start(*options, "worker", *arguments, stdout=output, stderr=output, pass_fds=keep)
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def dashboard_process(listening: socket.socket, password: str) -> Iterator[None]
     with listening:
         number = listening.fileno()
         child = _start(
-            "dashboard", "--of-parent", str(number),
+            "dashboard", "--fd", str(number),
             stdout=subprocess.DEVNULL,  # the address, which its parent tells
             pass_fds=[number],
             env={**os.environ, "HISTORY_DASHBOARD_PASSWORD": password},
@@ -75,7 +75,7 @@ def dashboard_process(listening: socket.socket, password: str) -> Iterator[None]
 
 
 def _start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "consumers.cli", *arguments]
+    command = [sys.executable, "-m", "consumers.cli", *arguments, "--while-stdin"]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **options)
 
 
@@ -86,7 +86,7 @@ def _stopped(child: subprocess.Popen[bytes], before: Callable[[], None] = lambda
         yield
     finally:
         before()
-        stop_worker(child)
+        stop(child)
         release(child)
 
 
@@ -96,14 +96,14 @@ def release(child: subprocess.Popen[bytes]) -> None:
     child.stdin.close()
 
 
-def stop_worker(worker: subprocess.Popen[bytes]) -> None:
-    """In order, after the batch at hand; one that does not end in time is killed."""
-    worker.terminate()
+def stop(child: subprocess.Popen[bytes]) -> None:
+    """In order, a worker after the batch at hand; one that does not end in time is killed."""
+    child.terminate()
     try:
-        worker.wait(STOP_SECONDS)
+        child.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
-        worker.kill()
-        worker.wait()
+        child.kill()
+        child.wait()
 
 
 def stop_with_stdin() -> None:

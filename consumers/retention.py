@@ -6,22 +6,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import psycopg2
 from sqlalchemy import Connection, Row, TextClause, text
 from sqlalchemy.exc import DBAPIError
 
 from consumers.connection import engine, translated_errors
 from consumers.errors import RetirementRefused
-from consumers.retired_tables import HISTORY_TABLES, MOVE_LOCK, HistoryTable, prepare, schema_of, until
+from consumers.retired_tables import HISTORY_TABLES, MOVE_LOCK, RUN_LOCK, HistoryTable, prepare, schema_of, until
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
-_RUN_LOCK = 4825167904
 # Live inserts wait behind us while we wait for the trigger's lock; but an autovacuum gives way only after a second.
 _LOCK_MILLISECONDS = 1500
 _RUN_LOCK_MILLISECONDS = 3000  # the session of a run that was killed ends its statement first
@@ -73,6 +73,7 @@ def count_movable(before: date | None) -> list[MovedRows]:
         StoreUnavailable: the database cannot be read now.
     """
     with translated_errors(), engine().begin() as db:
+        db.exec_driver_sql("SET LOCAL statement_timeout = 0")
         return _count(db, _ways(db, before))
 
 
@@ -108,9 +109,11 @@ def _alone() -> Iterator[Connection]:
     """A connection that holds the lock of a run for as long as it lives."""
     with translated_errors(), engine().connect() as db:
         with db.begin():
+            # Counting and VACUUM take minutes, whatever the database or the role allows its sessions.
+            db.exec_driver_sql("SET statement_timeout = 0")
             db.exec_driver_sql(f"SET LOCAL lock_timeout = {_RUN_LOCK_MILLISECONDS}")
             try:
-                db.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _RUN_LOCK})
+                db.execute(text("SELECT pg_advisory_lock(:key)"), {"key": RUN_LOCK})
             except DBAPIError as error:
                 if getattr(error.orig, "pgcode", None) != _LOCK_NOT_AVAILABLE:
                     raise
@@ -237,11 +240,12 @@ def _tidy(db: Connection, ways: list[_Way]) -> None:
 
 def _interruptibly(db: Connection, statement: str) -> None:
     """For a statement of minutes: Ctrl-C and SIGTERM reach this thread, and cancel it."""
+    driver: Any = db.connection.driver_connection
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(db.exec_driver_sql, statement)
         try:
             running.result()
-        except BaseException:
-            driver: Any = db.connection.driver_connection
-            driver.cancel()
-            raise
+        finally:
+            if not running.done():
+                with suppress(psycopg2.Error):  # the server is gone: then the statement ends by that
+                    driver.cancel()

@@ -16,7 +16,9 @@ from sqlalchemy import Connection, text
 
 from consumers.errors import RetirementRefused
 
-MOVE_LOCK = 4825167905  # beside that of schema.sql
+# All advisory locks that this project takes in a database; 4825167903 is that of schema.sql.
+RUN_LOCK = 4825167904  # of a run of `retire`, as long as it lives
+MOVE_LOCK = 4825167905  # of one of its transactions; shared, of an insert of an old fact
 
 
 @dataclass(frozen=True)

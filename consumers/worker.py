@@ -36,6 +36,7 @@ from rq.worker import DequeueStrategy, SimpleWorker
 from rq.worker_registration import REDIS_WORKER_KEYS as WORKERS_KEY
 from rq.worker_registration import clean_worker_registry
 
+from consumers import stop_signals
 from consumers.connection import limit_statements
 from consumers.crew import Crew
 from consumers.lane import WAIT_SECONDS, Lane, Limits, backoff_seconds
@@ -210,14 +211,12 @@ class HistoryWorker(SimpleWorker):
         super()._pubsub_exception_handler(lost, *thread)
 
     def _install_signal_handlers(self) -> None:
-        super()._install_signal_handlers()
-        signal.signal(signal.SIGHUP, self.request_stop)
+        stop_signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self.request_stop)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """Only a note: the loop looks at it, so that no exception lands in the middle of something."""
         self._shutdown_requested_date = now()
-        signal.signal(signal.SIGINT, self.request_force_stop)
-        signal.signal(signal.SIGTERM, self.request_force_stop)
+        stop_signals.handle((signal.SIGINT, signal.SIGTERM), self.request_force_stop)
         self._stop_requested = True
         self._ending.set()
 

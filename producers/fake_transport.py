@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
+from weakref import WeakSet
 
 from fakeredis import FakeServer
 from redis import Redis
 
 from producers import history_producer, relay, settings
+from producers.errors import HistoryError
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 
 FAKE_QUEUE = "history"
 _LAST_BACKOFF_SECONDS = 0.05  # a test does not wait seconds for the end of an outage to be noticed
 _THREAD_END_SECONDS = 5.0
+_REAP_POLLS, _REAP_POLL_SECONDS = 100, 0.005  # with children that live on it ends later, unreaped
 
 VARIABLES = ("REDIS_URL", "HISTORY_OUTBOX", "HISTORY_OUTBOX_KEEP", "HISTORY_QUEUE")
 
 _servers: list[FakeServer] = []
+_outlived: WeakSet[threading.Thread] = WeakSet()  # threads of code under test that go on after it
 
 
 @contextmanager
@@ -29,7 +38,7 @@ def redirected(server: FakeServer, fake_redis: Redis, path: Path) -> Iterator[No
     """In the block, whatever this process records goes to the outbox at `path` and `fake_redis`, a client of `server`.
 
     Producers that were made in the block are closed at its end, their threads too; those from before are themselves
-    again.
+    again. Threads that were started in it and go on after it can record no more.
     """
     construct = HistoryProducer.__init__
 
@@ -45,6 +54,7 @@ def redirected(server: FakeServer, fake_redis: Redis, path: Path) -> Iterator[No
 
     with ExitStack() as stack:
         stack.enter_context(_environment(path))
+        stack.enter_context(_fork_server())
         stack.enter_context(patch.object(settings, "read_environment", _without_dotenv))
         stack.enter_context(patch.object(relay, "_LAST_BACKOFF_SECONDS", _LAST_BACKOFF_SECONDS))
         before = list(history_producer._live)
@@ -54,6 +64,7 @@ def redirected(server: FakeServer, fake_redis: Redis, path: Path) -> Iterator[No
         stack.enter_context(patch.object(HistoryProducer, "__init__", construct_here))
         _servers.append(server)
         stack.callback(_servers.remove, server)
+        stack.callback(_refuse_what_outlives, set(threading.enumerate()))  # first, before anything is real again
         yield
 
 
@@ -108,6 +119,58 @@ def _environment(path: Path) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _reap(pid: int) -> None:
+    for _ in range(_REAP_POLLS):
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                return
+        except ChildProcessError:  # by whoever waits for all children of this process
+            return
+        time.sleep(_REAP_POLL_SECONDS)
+
+
+@contextmanager
+def _fork_server() -> Iterator[None]:
+    """A fork server of its own: one that runs already would give its children the environment from before.
+
+    It is not stopped by multiprocessing's own means, which wait for all its children, but as they are: by closing the
+    pipe that it and they watch.
+    """
+    own = forkserver.ForkServer()
+    own.set_forkserver_preload(list(forkserver._forkserver._preload_modules))  # type: ignore[attr-defined]  # not in its stubs
+    names = ("ensure_running", "connect_to_new_process", "set_forkserver_preload")
+    try:
+        with patch.multiple(forkserver, **{name: getattr(own, name) for name in names}):
+            yield
+    finally:
+        alive: int | None = own._forkserver_alive_fd  # type: ignore[attr-defined]  # likewise
+        if alive is not None:
+            os.close(alive)
+            _reap(own._forkserver_pid)  # type: ignore[attr-defined]  # likewise
+
+
+def _refuse_what_outlives(before: set[threading.Thread]) -> None:
+    """A bot's own thread would otherwise record for real from now on, with the settings of the developer."""
+    _outlived.update(set(threading.enumerate()) - before)
+
+
+def _refusing_outlived(method: Any) -> Any:
+    @wraps(method)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        if not _servers and threading.current_thread() in _outlived:
+            raise HistoryError(
+                "this thread was started in a test that is over: nothing is recorded; end it in the test"
+            )
+        return method(*arguments, **options)
+
+    return checked
+
+
+# For good, since nobody knows when such a thread ends; whoever imports this is a test.
+for _method in ("__init__", "record_many"):
+    setattr(HistoryProducer, _method, _refusing_outlived(getattr(HistoryProducer, _method)))
 
 
 def _leave_relaying_to_the_parent() -> None:

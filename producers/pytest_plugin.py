@@ -5,7 +5,9 @@ Every run of pytest there imports this module, so it imports nothing else before
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +27,31 @@ def trading_history(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHistory]:
     # A test that changes one of these has monkeypatch put back what it found, which is the fake's; so monkeypatch, the
     # last to undo, must have seen them before.
     for name in VARIABLES:
-        monkeypatch.setenv(name, "")
-    with FakeHistory() as history:
+        _note(monkeypatch, name)
+    with FakeHistory() as history, _redirecting_again(monkeypatch, VARIABLES):
         yield history
+
+
+def _note(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Have it put back what the variable is now, which does not change by this."""
+    value = os.environ.get(name)
+    monkeypatch.setenv(name, value or "")
+    if value is None:
+        monkeypatch.delenv(name)
+
+
+@contextmanager
+def _redirecting_again(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> Iterator[None]:
+    """After an undo() in the block, too, child processes are kept away from the real Redis."""
+    from unittest.mock import patch
+
+    fakes = {name: os.environ[name] for name in names}
+    undo = monkeypatch.undo
+
+    def undo_but_redirect() -> None:
+        undo()
+        for name, value in fakes.items():
+            monkeypatch.setenv(name, value)
+
+    with patch.object(monkeypatch, "undo", undo_but_redirect):
+        yield

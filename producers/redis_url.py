@@ -15,9 +15,9 @@ import re
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode
 
-from redis import Redis
+from redis import Redis, RedisError
 from redis.backoff import NoBackoff
-from redis.connection import parse_url
+from redis.connection import URL_QUERY_ARGUMENT_PARSERS, parse_url
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
@@ -35,6 +35,8 @@ _SENTINEL_URL = re.compile(
 )
 _HOST = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>\d{1,5}))?")
 _OWN = {"username": "sentinel_username", "password": "sentinel_password"}
+# master_for() takes classes and addresses by the same way, which a URL cannot give.
+_OPTIONS = {*URL_QUERY_ARGUMENT_PARSERS, *_OWN, *_OWN.values(), "client_name", "encoding", "encoding_errors"}
 
 
 class _SharedSentinel(Sentinel):
@@ -68,7 +70,7 @@ def redis_client(url: str) -> Redis:
         client = _of_sentinel(url, options) if _SENTINEL_SCHEME.match(url) else Redis.from_url(url, **options)
         client.connection_pool.make_connection()  # does not connect, but takes the options apart
         return client
-    except (TypeError, ValueError):
+    except (AttributeError, RedisError, TypeError, ValueError):  # as redis-py is surprised by an option
         # The library's message may repeat the URL with its password.
         raise SettingsError(
             "REDIS_URL: must be a redis://, rediss:// or unix:// URL, or"
@@ -81,6 +83,8 @@ def _of_sentinel(url: str, options: dict[str, Any]) -> Redis:
     if parts is None:
         raise ValueError("not the URL of a service behind Sentinel")
     given = parse_qsl(parts["query"] or "", keep_blank_values=True)
+    if not all(name in _OPTIONS or name.startswith("ssl_") for name, _ in given):
+        raise ValueError("not an option of a connection")
     own = {name: dict(given).get(option) for name, option in _OWN.items()}
     rest = urlencode([(name, value) for name, value in given if name not in _OWN.values()])
     login = f"{parts['login']}@" if parts["login"] else ""

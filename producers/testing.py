@@ -41,7 +41,10 @@ class FakeHistory:
     While it is open, every HistoryProducer of this process uses its Redis and its outbox: the one that calls without
     `producer` share, those that are made meanwhile, whatever Redis, outbox and queue they name, and those made before.
     `.env` is not read. Child processes are kept away from the real Redis by the environment; what they record goes to
-    the same outbox, and this process carries it. When it closes, all is as it was before.
+    the same outbox, and this process carries it. Not so the processes of a pool that were started before: they have the
+    environment from then, so make such a pool anew in the test. When it closes, all is as it was before; but threads
+    that were started while it was open and go on can record nothing (HistoryError) until another one is open. End them
+    in the test all the same: threads that they start later are not known, and record for real.
 
     One at a time in a process. Not for code that is not a test: it replaces parts of this package.
 

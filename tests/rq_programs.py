@@ -15,6 +15,9 @@ from sqlalchemy import text
 from consumers.connection import get_db
 
 WORKER_NAME = "the-worker"
+_WAITING = text("""
+    SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()
+""")
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -26,7 +29,7 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 def somebody_waits_for_a_lock() -> bool:
     with get_db() as db:
-        return bool(db.scalar(text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")))
+        return bool(db.scalar(_WAITING))
 
 
 def rq(command: str, *arguments: str) -> str:

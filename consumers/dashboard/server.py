@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import waitress
 
+from consumers import stop_signals
 from consumers.dashboard.guard import Guard
 from consumers.dashboard.json_only import forbid_pickle
 from consumers.dashboard.settings import USER, DashboardSettings
@@ -53,8 +54,7 @@ def serve(listening: socket.socket) -> NoReturn:
         ended.append(number)
         raise SystemExit
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
+    stop_signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), end)
     print(f"{url_of(listening)} - user {USER}, password HISTORY_DASHBOARD_PASSWORD - Ctrl-C ends it.", flush=True)
     server.run()  # it swallows what ends it
     raise SystemExit(128 + ended[0] if ended else 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rq.worker_registration import REDIS_WORKER_KEYS
 
-from consumers.processes import stop_worker, worker_process
+from consumers.processes import stop, worker_process
 from tests.benchmarks.checks import wait_for_progress
 from tests.benchmarks.environment import queue_name, redis
 
@@ -40,7 +40,7 @@ def simple_worker(folder: Path) -> Iterator[list[int]]:
         _wait_until_ready(1)
         yield [worker.pid]
     finally:
-        stop_worker(worker)
+        stop(worker)
 
 
 def _wait_until_ready(processes: int) -> None:

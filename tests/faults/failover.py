@@ -18,7 +18,7 @@ from rq.worker_registration import REDIS_WORKER_KEYS
 from sqlalchemy import text
 
 from consumers.connection import engine
-from consumers.processes import stop_worker, worker_process
+from consumers.processes import stop, worker_process
 from producers.history_producer import HistoryProducer
 from producers.redis_url import redis_client
 from tests.factories import a_snapshot
@@ -137,7 +137,7 @@ def _rq_worker(cluster: Cluster, folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        stop_worker(process)
+        stop(process)
 
 
 def _fail(cluster: Cluster, kind: str, master: int) -> None:

@@ -26,7 +26,7 @@ from consumers.errors import StoreUnavailable
 from consumers.inserts import insert_events
 from consumers.lane import Lane
 from consumers.operations import get_portfolio_history
-from consumers.processes import stop_worker, worker_process
+from consumers.processes import stop, worker_process
 from consumers.reservations import Reservations, recover_dead_holders
 from consumers.settling import settle
 from consumers.worker import HistoryWorker
@@ -247,7 +247,7 @@ def test_a_worker_that_watches_its_parent_ends_in_order(redis: Redis, tmp_path: 
     """The watch waits for standard input all the while, which must not be in the way of the interpreter's end."""
     with worker_process(tmp_path / "log") as worker:
         until(lambda: redis.scard("rq:workers") == 1)
-        stop_worker(worker)
+        stop(worker)
     assert worker.returncode == 0
     assert "Fatal" not in (tmp_path / "log").read_text()
 

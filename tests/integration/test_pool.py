@@ -15,7 +15,9 @@ import pytest
 from redis import Redis
 from rq.utils import as_text
 from rq.worker_registration import REDIS_WORKER_KEYS
+from typer.testing import CliRunner
 
+from consumers.cli import app
 from consumers.operations import get_portfolio_history
 from tests.deliveries import enqueue_snapshots, history_queue
 from tests.rq_programs import until
@@ -107,3 +109,38 @@ def test_a_wrong_number_is_wrong_usage(number: str) -> None:
     """Exit status 2."""
     command = [sys.executable, "-m", "consumers.cli", "worker", "--processes", number]
     assert subprocess.run(command, capture_output=True, check=False, timeout=30).returncode == 2
+
+
+@pytest.mark.parametrize(("arguments", "port"), [(("--metrics-port", "65534"), ""), ((), "65534")])
+def test_ports_that_there_are_not_are_wrong_usage(
+    arguments: tuple[str, ...], port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, before any server is asked, rather than as the death of the last worker again and again."""
+    monkeypatch.setenv("HISTORY_METRICS_PORT", port)
+    monkeypatch.delenv("DATABASE_URL")
+    run = CliRunner().invoke(app, ["worker", "--processes", "3", *arguments])
+    assert run.exit_code == 2, run.output
+    named = " ".join(run.stderr.replace("│", " ").split())
+    assert "3 processes from 65534 on need ports above 65535" in named
+    assert ("--metrics-port" if arguments else "HISTORY_METRICS_PORT") in named
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_signals_that_it_was_started_to_ignore_it_ignores(redis: Redis, tmp_path: Path, processes: int) -> None:
+    """SIGHUP under nohup, SIGINT in a script's background."""
+    ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        with _pool(tmp_path / "log", processes) as pool:
+            until(lambda: len(_registered(redis)) == processes)
+            for one in (pool, *pool.children()):
+                assert all(_ignores(one.pid, number) for number in ignored)
+            pool.send_signal(signal.SIGTERM)
+            assert pool.wait(15) == 0
+    finally:
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
+
+
+def _ignores(pid: int, number: signal.Signals) -> bool:
+    (mask,) = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "SigIgn" in line]
+    return bool(int(mask, 16) >> (number - 1) & 1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,18 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from redis import Redis
-from rq.utils import as_text
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from typer.testing import CliRunner, Result
 
-from consumers import listings, retention, rq_jobs
+from consumers import listings, retention
 from consumers.audit import audit
 from consumers.cli import app
-from consumers.connection import apply_schema, engine, get_db
+from consumers.connection import apply_schema, engine, get_db, translated_errors
 from consumers.doctor.schema import retired, row_numbers, tables
-from consumers.errors import EventConflict, RetirementRefused
+from consumers.errors import EventConflict, RetirementRefused, StoreUnavailable
 from consumers.inserts import Stored, insert_events
 from consumers.listings import Listing, Narrowing
 from consumers.operations import (
@@ -39,9 +35,8 @@ from consumers.operations import (
 from consumers.page.queries import portfolios
 from consumers.retired_tables import HISTORY_TABLES, MOVE_LOCK, prepare
 from producers.events import Event, event_of
-from producers.history_producer import HistoryProducer
-from tests.deliveries import burst
 from tests.factories import a_signal, a_snapshot, an_archive
+from tests.rq_programs import somebody_waits_for_a_lock, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -92,18 +87,6 @@ def _execute(statement: str) -> None:
 
 def _rows_of(table: str) -> int:
     return int(_scalar(f"SELECT count(*) FROM ONLY {table}"))
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def _somebody_waits_for_a_lock() -> bool:
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    return bool(_scalar(waiting))
 
 
 def _pages(read: Callable[..., list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -235,7 +218,7 @@ def test_beside_a_move_new_facts_go_in_at_once_and_old_ones_are_found_after_it()
             new = event_of(a_snapshot(timestamp=datetime(2026, 11, 1, tzinfo=UTC)), source="bot/1", sequence=99)
             assert [answer.created for answer in _store([new]) if isinstance(answer, Stored)] == [True]
             again = pool.submit(_store, events)
-            _wait_until(_somebody_waits_for_a_lock)
+            until(somebody_waits_for_a_lock)
         assert again.result(20) == [answer._replace(created=False) for answer in first]  # type: ignore[union-attr]
     assert _scalar("SELECT count(*) - count(DISTINCT event_id) FROM portfolio_history") == 0
 
@@ -253,7 +236,7 @@ def test_a_move_waits_for_the_inserts_before_it_and_goes_on(monkeypatch: pytest.
         with get_db() as db:
             insert_events(db, events)
             retiring = _retiring(pool)
-            _wait_until(_somebody_waits_for_a_lock)
+            until(somebody_waits_for_a_lock)
         assert sum(row.rows for row in retiring.result(20)) == 18
 
 
@@ -286,7 +269,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was() -> None:
         db.execute(text("SELECT FROM portfolio_history WHERE id = 1200 FOR UPDATE"))
         run = subprocess.Popen([sys.executable, "-m", "consumers.cli", "retire", "--before", "2026-02"])
         try:
-            _wait_until(_somebody_waits_for_a_lock)
+            until(somebody_waits_for_a_lock)
         finally:
             run.kill()
             run.wait()
@@ -298,6 +281,35 @@ def test_a_run_that_is_killed_goes_on_where_it_was() -> None:
     assert json.loads(again.stdout) == [{"table": "portfolio_history", "month": "2026-01", "rows": 4000 - done}]
     assert _scalar("SELECT array_agg(event_id ORDER BY event_id) FROM portfolio_history") == ids
     assert _rows_of("portfolio_history") == 0
+
+
+def test_what_ended_the_vacuum_is_told() -> None:
+    """Here an administrator, as a server that is shut down does."""
+    _store(_events())
+    with engine().connect() as db, engine().connect() as holder, ThreadPoolExecutor(1) as pool:
+        db.execution_options(isolation_level="AUTOCOMMIT")
+        pid = db.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+        holder.exec_driver_sql("LOCK TABLE portfolio_history IN SHARE UPDATE EXCLUSIVE MODE")
+
+        def vacuum() -> None:
+            with translated_errors():
+                retention._interruptibly(db, "VACUUM portfolio_history")
+
+        vacuuming = pool.submit(vacuum)
+        until(somebody_waits_for_a_lock)
+        _execute(f"SELECT pg_terminate_backend({pid})")
+        with pytest.raises(StoreUnavailable, match="terminating connection|closed the connection"):
+            vacuuming.result(20)
+
+
+def test_limits_of_the_database_do_not_end_a_run() -> None:
+    """Counting and VACUUM of a large table take long; other sessions keep their limit."""
+    _store(_events())
+    _execute(f"ALTER DATABASE {_scalar('SELECT current_database()')} SET statement_timeout = 1234")
+    engine().dispose()
+    with retention._alone() as db:
+        assert db.exec_driver_sql("SHOW statement_timeout").scalar_one() == "0"
+    assert _scalar("SHOW statement_timeout") == "1234ms"
 
 
 def test_two_runs_at_once_are_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,6 +467,7 @@ def test_the_command_counts_moves_and_moves_back() -> None:
         ((), "name a month"),
         (("--before", "2026-01", "--undo"), "name a month"),
         (("--before", "2026-13"), "must be a month such as 2026-01"),
+        (("--before", "2025-6"), "must be a month such as 2026-01"),
         (("--before", "2999-01"), "must not be a month to come"),
     ],
 )
@@ -462,20 +475,3 @@ def test_wrong_usage_says_what_is_right(arguments: tuple[str, ...], reason: str)
     """Exit status 2, before any server is asked."""
     run = _run("retire", *arguments, status=2)
     assert reason in " ".join(run.stderr.replace("│", " ").split())
-
-
-def test_redis_keeps_no_more_after_many_events(producer: HistoryProducer, redis: Redis) -> None:
-    """Of the last 1,000 finished jobs a hash and a result each; no acknowledgement, no trace of the others."""
-    for round_ in range(2):
-        receipts = producer.record_many([a_snapshot(after=timedelta(seconds=3000 * round_ + n)) for n in range(3000)])
-        producer.flush(20)
-        burst(redis)
-        receipts[-1].wait(20)
-        _wait_until(lambda: producer.status().confirmed == 3000 * (round_ + 1))  # noqa: B023  # called in its round
-        _wait_until(lambda: redis.keys("history:ack:*") == [])
-        kinds = Counter(as_text(key).rsplit(":", 1)[0] for key in redis.keys("*"))
-        jobs, results = kinds.pop("rq:job"), kinds.pop("rq:results")
-        assert jobs == results <= rq_jobs.KEPT_FINISHED_JOBS
-        assert redis.zcard("rq:finished:history") == jobs
-        assert redis.keys("history:held:*") == []
-        assert sum(kinds.values()) < 10

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -112,6 +113,25 @@ def test_what_is_kept_of_finished_jobs_is_bounded(redis: Redis, monkeypatch: pyt
     kept = {as_text(key).removeprefix("rq:job:") for key in redis.keys("rq:job:*")}
     assert kept <= {job_id for start in range(30, 200, 50) for job_id in job_ids[start : start + 20]}
     assert len(get_portfolio_history()) == 200
+
+
+def test_redis_keeps_no_more_after_more_events(
+    producer: HistoryProducer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last finished jobs a hash and a result each; no acknowledgement, no trace of the others."""
+    monkeypatch.setattr(rq_jobs, "KEPT_OF_A_BATCH", 20)
+    monkeypatch.setattr(rq_jobs, "KEPT_FINISHED_JOBS", 30)
+    for round_ in range(2):
+        receipts = producer.record_many([a_snapshot(after=timedelta(seconds=100 * round_ + n)) for n in range(100)])
+        producer.flush(20)
+        burst(redis)
+        receipts[-1].wait(20)
+        until(lambda: redis.keys("history:ack:*") == [])
+        kinds = Counter(as_text(key).rsplit(":", 1)[0] for key in redis.keys("*"))
+        jobs = kinds.pop("rq:job")
+        assert kinds.pop("rq:results") == redis.zcard("rq:finished:history") == jobs <= 30
+        assert redis.keys("history:held:*") == []
+        assert kinds.total() < 10
 
 
 def test_one_bad_event_in_a_batch_costs_only_itself(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from redis import Redis
 from redis.connection import SSLConnection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.sentinel import SentinelConnectionPool
+from sqlalchemy import create_engine
 
 from consumers.database_url import parse_database_url, session_attributes
 from consumers.settings import StoreSettings
@@ -155,6 +156,15 @@ def test_tls_is_for_the_master_and_the_sentinels(monkeypatch: pytest.MonkeyPatch
         "redis+sentinel://:s3cret@one,,two/mymaster",
         "redis+sentinel://:s3/cret@one/mymaster",
         "sentinel://:s3cret@one/0",
+        "redis+sentinel://:s3cret@one/mymaster?redis_class=x",
+        "redis+sentinel://:s3cret@one/mymaster?connection_pool_class=x",
+        "redis+sentinel://:s3cret@one/mymaster?connection_class=x",
+        "redis+sentinel://:s3cret@one/mymaster?retry=x",
+        "redis+sentinel://:s3cret@one/mymaster?host=two",
+        "redis+sentinel://:s3cret@one/mymaster?port=1",
+        "rediss+sentinel://:s3cret@one/mymaster?ssl_cert_reqs=bogus",
+        "rediss://:s3cret@one?ssl_cert_reqs=bogus",
+        "redis://:s3cret@one?connection_class=x",
     ],
 )
 def test_a_sentinel_url_that_cannot_be_read_does_not_leak(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
@@ -212,3 +222,46 @@ def test_several_hosts_that_cannot_be_read_do_not_leak(url: str) -> None:
     with pytest.raises(SettingsError, match="^DATABASE_URL: ") as caught:
         parse_database_url(SecretStr(url))
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "ports"),
+    [
+        ("postgresql://me@/d?host=a,b&port=1", "a,b", "1,1"),
+        ("postgresql://me@/d?host=a,b&port=1,", "a,b", "1,5432"),
+        ("postgresql://me@/d?host=a,b", "a,b", "5432,5432"),
+        ("postgresql://me@:6000/d?host=/run/one,/run/two", "/run/one,/run/two", "6000,6000"),
+        ("postgresql://me@/d?host=a:1&host=b", "a,b", "1,5432"),
+    ],
+)
+def test_several_hosts_may_stand_in_the_query(url: str, hosts: str, ports: str) -> None:
+    """As for libpq, which takes one port for all; or as for SQLAlchemy."""
+    parsed = parse_database_url(SecretStr(url))
+    assert (parsed.query["host"], parsed.query["port"]) == (hosts, ports)
+    (_, options) = create_engine(parsed).dialect.create_connect_args(parsed)
+    assert (options["host"], options["port"]) == (hosts, ports)
+
+
+@pytest.mark.parametrize(
+    ("rest", "reason"),
+    [
+        ("me:s3c/ret@a,b/d", "percent-encoded"),
+        ("me:s3c?ret@a,b/d", "percent-encoded"),
+        ("me:s3c#ret@a:1,b:2/d", "percent-encoded"),
+        ("me:1,s3c/ret@a/d", "percent-encoded"),
+        ("me:s3cret@a,/d", "a host is missing"),
+        ("me:s3cret@,/d", "a host is missing"),
+        ("me:s3cret@/d?host=a,", "a host is missing"),
+        ("me:s3cret@a:0,b/d", "a port must be a number from 1 to 65535"),
+        ("me:s3cret@/d?host=a,b&port=x", "a port must be a number from 1 to 65535"),
+        ("me:s3cret@/d?host=a,b,c&port=1,2", "3 hosts need as many ports, or one for all, not 2"),
+        ("me:s3cret@a,b/d?port=1", "stand before the database or after"),
+        ("me:s3cret@a/d?hostaddr=::1,::2", "hostaddr is of one host only"),
+        ("me:s3cret@a,b/d?hostaddr=::1", "hostaddr is of one host only"),
+    ],
+)
+def test_what_is_wrong_with_several_hosts_is_told(rest: str, reason: str) -> None:
+    """Before a connection is tried to a host of such a name; nothing of the password is shown."""
+    with pytest.raises(SettingsError, match=f"^DATABASE_URL: .*{reason}") as caught:
+        parse_database_url(SecretStr(f"postgresql://{rest}"))
+    assert "s3c" not in str(caught.value)

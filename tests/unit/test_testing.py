@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import socket
@@ -10,11 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import datetime, timedelta
 from decimal import Decimal
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from redis import Redis
 
@@ -226,7 +230,48 @@ def test_child_processes_record_here_too(trading_history: FakeHistory) -> None:
     assert sorted(str(outcome) for outcome in trading_history.work()) == ["stored:1", "stored:2"]
 
 
+def _redis_url() -> str | None:
+    return os.environ.get("REDIS_URL")
+
+
+def test_a_fork_server_that_runs_already_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its children would have the environment that it was started with; afterwards it is there again."""
+    monkeypatch.setenv("REDIS_URL", "redis://real")
+    context = multiprocessing.get_context("forkserver")
+
+    def ask() -> str | None:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(_redis_url).result(30)
+
+    try:
+        assert ask() == "redis://real"
+        before = psutil.Process().children()
+        with FakeHistory():
+            assert ask() == os.environ["REDIS_URL"] != "redis://real"
+        assert ask() == "redis://real"
+        assert psutil.Process().children() == before
+    finally:
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # not in its stubs
+
+
 # ---- nothing left
+
+
+def test_a_thread_that_outlives_the_test_records_nothing(tmp_path: Path) -> None:
+    """By no producer, neither a new nor an old one; in the next test it is code under test again."""
+    with HistoryProducer(Redis(port=1), outbox=tmp_path / "own.db") as early, ThreadPoolExecutor(1) as pool:
+        with FakeHistory() as history:
+            pool.submit(_record).result(10)
+            assert len(history.events) == 1
+        for producer in (None, early):
+            with pytest.raises(HistoryError, match="^this thread was started in a test that is over"):
+                pool.submit(_record, producer=producer).result(10)
+        with FakeHistory() as history:
+            pool.submit(_record).result(10)
+            assert len(history.events) == 1
+        assert _record(producer=early).sequence == 1
+        early.close(timeout=0)
+    assert not Path("data").exists()
 
 
 def test_closing_leaves_no_thread_no_variable_and_no_shared_producer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,5 +357,25 @@ def test_a_test_that_changes_our_variables_leaves_them_as_they_were(
         import os
         def test_first(trading_history, monkeypatch): monkeypatch.setenv("REDIS_URL", "redis://other")
         def test_second(): assert os.environ["REDIS_URL"] == "redis://mine"
+    """)
+    pytester.runpytest_inprocess().assert_outcomes(passed=2)
+
+
+def test_a_test_that_undoes_its_monkeypatch_stays_redirected_and_leaves_all_as_it_was(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the environment had, and what it had not, so that .env would count again."""
+    monkeypatch.setenv("REDIS_URL", "redis://mine")
+    pytester.makepyfile("""
+        import os
+        def test_first(monkeypatch, trading_history):
+            fake = os.environ["REDIS_URL"]
+            monkeypatch.setenv("REDIS_URL", "redis://other")
+            monkeypatch.undo()
+            assert os.environ["REDIS_URL"] == fake != "redis://mine"
+            monkeypatch.setenv("HISTORY_QUEUE", "other")
+        def test_second():
+            assert os.environ["REDIS_URL"] == "redis://mine"
+            assert "HISTORY_QUEUE" not in os.environ
     """)
     pytester.runpytest_inprocess().assert_outcomes(passed=2)
