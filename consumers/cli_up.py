@@ -44,24 +44,24 @@ def _dashboard() -> Iterator[str]:
     from consumers.listening import url_of
     from consumers.processes import dashboard_process
 
-    settings, listening = DashboardSettings.from_environment(), _listening()
+    settings = DashboardSettings.from_environment()
+    listening, elsewhere = _listening()
     os.environ["HISTORY_DASHBOARD_URL"] = url = settings.url or url_of(listening)
     if settings.password is not None:
         password, login = settings.password.get_secret_value(), "password HISTORY_DASHBOARD_PASSWORD"
     else:
         password = secrets.token_urlsafe(18)
         login = f"password {password}"
-    told = f"export HISTORY_DASHBOARD_URL='{url}'\nRQ Dashboard: {url_of(listening)} - user {USER}, {login}"
+    told = f"export HISTORY_DASHBOARD_URL='{url}'\nRQ Dashboard: {url_of(listening)} - user {USER}, {login}{elsewhere}"
     with dashboard_process(listening, password):
         yield told
 
 
-def _listening() -> socket.socket:
-    """Where it is usually found; elsewhere when something is there already, such as another `up`."""
-    from consumers.listening import listen
-    from consumers.processes import DASHBOARD_PORT
+def _listening() -> tuple[socket.socket, str]:
+    """Where it is usually found; elsewhere, and why, when something is there already, such as another `up`."""
+    from consumers.listening import DASHBOARD_PORT, listen
 
     try:
-        return listen("127.0.0.1", DASHBOARD_PORT)
-    except HistoryError:
-        return listen("127.0.0.1", 0)
+        return listen("127.0.0.1", DASHBOARD_PORT), ""
+    except HistoryError as error:
+        return listen("127.0.0.1", 0), f" ({error})"

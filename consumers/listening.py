@@ -7,6 +7,8 @@ import socket
 
 from producers.errors import HistoryError
 
+DASHBOARD_PORT = 9181  # where rq-dashboard is usually found
+
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket; port 0 takes any that is free.
@@ -18,7 +20,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
-        raise HistoryError(f"cannot listen at {host} port {port}: {error.strerror or error}") from error
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address there
+        raise HistoryError(f"cannot listen at {host} port {port}: {reason}") from error
 
 
 def url_of(listening: socket.socket) -> str:

@@ -15,7 +15,6 @@ from typing import IO, Any
 
 from producers.errors import HistoryError
 
-DASHBOARD_PORT = 9181  # where rq-dashboard is usually found
 STOP_SECONDS = 15.0
 
 

@@ -17,9 +17,9 @@ from urllib.parse import parse_qsl, unquote, urlencode
 
 from redis import Redis, RedisError
 from redis.backoff import NoBackoff
-from redis.connection import URL_QUERY_ARGUMENT_PARSERS, parse_url
+from redis.connection import URL_QUERY_ARGUMENT_PARSERS, SSLConnection, parse_url
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from producers.errors import SettingsError
 
@@ -76,6 +76,20 @@ def redis_client(url: str) -> Redis:
             "REDIS_URL: must be a redis://, rediss:// or unix:// URL, or"
             " redis+sentinel://host:port,host:port/service/db, its options known"
         ) from None
+
+
+def place_of(client: Redis) -> str:
+    """What a client of REDIS_URL points to, for people; neither user nor password."""
+    pool = client.connection_pool
+    options = pool.connection_kwargs
+    how = ", by TLS" if issubclass(pool.connection_class, SSLConnection) else ""
+    database = f"database {options.get('db') or 0} on"
+    if isinstance(pool, SentinelConnectionPool):
+        asked = (one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels)
+        sentinels = ", ".join(f"{one['host']}:{one['port']}" for one in asked)
+        return f"{database} the master of {pool.service_name}{how}, by Sentinel {sentinels}"
+    place = options.get("path") or f"{options.get('host') or 'localhost'}, port {options.get('port') or 6379}"
+    return f"{database} {place}{how}"
 
 
 def _of_sentinel(url: str, options: dict[str, Any]) -> Redis:

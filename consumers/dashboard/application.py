@@ -28,7 +28,7 @@ def create_app(protection: guard.Guard, views: Views) -> Flask:
     app.jinja_env.autoescape = True  # by itself Jinja does not in what is included as .js
     protection.protect(app)
     app.before_request(_check_address)
-    app.register_error_handler(HTTPException, guard.as_text)
+    app.register_error_handler(HTTPException, guard.text_answer)
     app.register_error_handler(RedisError, _redis_is_away)
     app.register_error_handler(Exception, _defect)
     blueprint.before_request_funcs.clear()  # a connection of its own for each request, without a limit of time
@@ -58,12 +58,12 @@ def _check_address() -> None:
 
 def _redis_is_away(error: Exception) -> ResponseReturnValue:
     logger.warning("cannot answer: Redis: %s", type(error).__name__)
-    return guard.as_text(ServiceUnavailable(f"Redis does not answer: {type(error).__name__}."))
+    return guard.text_answer(ServiceUnavailable(f"Redis does not answer: {type(error).__name__}."))
 
 
 def _defect(error: Exception) -> ResponseReturnValue:
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
-    return guard.as_text(InternalServerError("This is a defect; the server's log has more."))
+    return guard.text_answer(InternalServerError("This is a defect; the server's log has more."))
 
 
 def _of_one_redis(view: View) -> View:

@@ -6,12 +6,11 @@ import hmac
 import logging
 import secrets
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import Forbidden, HTTPException, MethodNotAllowed, MisdirectedRequest, Unauthorized
 
-from consumers.dashboard.settings import USER, DashboardSettings
+from consumers.dashboard.settings import USER, DashboardSettings, origin_of
 from consumers.listening import is_own_host
 from producers.errors import SettingsError
 
@@ -33,11 +32,11 @@ _POLICY = (
 
 @dataclass(frozen=True)
 class Guard:
-    """Hooks of a Flask app. `local` when only this machine can reach it."""
+    """Hooks of a Flask app. `local` when only this machine can reach it, `origin` where browsers do."""
 
     password: bytes
     local: bool
-    url: str | None
+    origin: str | None
 
     @classmethod
     def of(cls, settings: DashboardSettings, *, local: bool) -> Guard:
@@ -46,7 +45,7 @@ class Guard:
             raise SettingsError(
                 "HISTORY_DASHBOARD_PASSWORD is not set: RQ Dashboard can delete jobs, and needs a login"
             )
-        return cls(settings.password.get_secret_value().encode(), local, settings.url)
+        return cls(settings.password.get_secret_value().encode(), local, settings.url and origin_of(settings.url))
 
     def protect(self, app: Flask) -> None:
         app.before_request(self._check)
@@ -54,7 +53,7 @@ class Guard:
         app.context_processor(lambda: {"nonce": _nonce()})
 
     def _check(self) -> None:
-        if self.local and not (is_own_host(request.host) or request.host == self._known_host):
+        if self.local and not (is_own_host(request.host) or self._is_known(request.host)):
             raise MisdirectedRequest("Set HISTORY_DASHBOARD_URL to the name that this server is asked under.")
         self._require_login()
         changes = request.url_rule is not None and "POST" in (request.url_rule.methods or ())
@@ -63,9 +62,9 @@ class Guard:
         if request.method not in ("GET", "HEAD", "OPTIONS"):
             self._require_own_page()
 
-    @property
-    def _known_host(self) -> str | None:
-        return None if self.url is None else urlsplit(self.url).netloc
+    def _is_known(self, host: str) -> bool:
+        """With or without the port that goes without saying: proxies pass on both."""
+        return self.origin is not None and origin_of(f"{self.origin.partition(':')[0]}://{host}") == self.origin
 
     def _require_login(self) -> None:
         given = request.authorization
@@ -80,9 +79,7 @@ class Guard:
     def _require_own_page(self) -> None:
         """A browser sends the login along with whatever another site makes it send."""
         origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
-        own = {f"{request.scheme}://{request.host}"}
-        if self.url is not None:
-            own.add("{0.scheme}://{0.netloc}".format(urlsplit(self.url)))
+        own = {origin_of(f"{request.scheme}://{request.host}"), self.origin}
         if (origin is None and site is None) or origin not in (None, *own) or site not in (None, "same-origin"):
             raise Forbidden("Changes are taken from this server's own pages only.")
 
@@ -105,7 +102,7 @@ def _with_headers(response: Response) -> Response:
     return response
 
 
-def as_text(error: HTTPException) -> Response:
+def text_answer(error: HTTPException) -> Response:
     """One line rather than a page: scripts show it, and it has nothing of the request in it."""
     response = Response(f"{error.description}\n", error.code, content_type="text/plain; charset=utf-8")
     for name, value in error.get_headers():

@@ -12,6 +12,11 @@ from jinja2 import BaseLoader, ChoiceLoader, Environment, FileSystemLoader
 _OURS = Path(__file__).with_name("templates")
 _THEIRS = Path(rq_dashboard.__file__).with_name("templates")
 
+# What stands where the buttons are.
+_LOSS = (
+    "Takes these jobs out of Redis. Producers with an outbox send again what they have not seen stored; what another"
+    " program has enqueued, and no worker has read, is lost."
+)
 # As Underscore's templates have it, <%= puts text into a page as HTML, <%- as text. Where their pages escape by
 # themselves they would do so twice.
 _ESCAPED_ALREADY = re.compile(r"<%= \$\('<div/>'\)\.text\((.+?)\)\.html\(\) %>")
@@ -26,6 +31,7 @@ _REWRITTEN = (
     ("<select {% if", '<select aria-label="Redis" {% if'),
     ("This list below contains", "This list contains"),
     ("all the queued jobs on queue", "the {{ registry_name }} jobs of queue"),
+    ("Remove all jobs from this queue (<b>destructive</b>)", _LOSS),
     ("Select a queue from above to view all jobs currently pending on the queue.", "Select a number to see the jobs."),
 )
 

@@ -16,6 +16,7 @@ from consumers.dashboard.guard import Guard
 from consumers.dashboard.json_only import forbid_pickle
 from consumers.dashboard.settings import USER, DashboardSettings
 from consumers.listening import is_local, url_of
+from producers.redis_url import place_of
 from producers.settings import TransportSettings
 
 _THREADS = 4
@@ -39,7 +40,7 @@ def serve(listening: socket.socket) -> NoReturn:
     if not guard.local:
         print("The login crosses the network: put a TLS proxy before this server.", file=sys.stderr)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # of every request that waits for a thread
-    app = create_app(guard, Views(redis, _place(redis.connection_pool.connection_kwargs), transport.queue))
+    app = create_app(guard, Views(redis, place_of(redis), transport.queue))
     server = waitress.create_server(
         app,
         sockets=[listening],
@@ -58,10 +59,3 @@ def serve(listening: socket.socket) -> NoReturn:
     print(f"{url_of(listening)} - user {USER}, password HISTORY_DASHBOARD_PASSWORD - Ctrl-C ends it.", flush=True)
     server.run()  # it swallows what ends it
     raise SystemExit(128 + ended[0] if ended else 1)
-
-
-def _place(connection: dict[str, object]) -> str:
-    """Which Redis it is, without user and password."""
-    if path := connection.get("path"):
-        return f"unix://{path}"
-    return f"redis://{connection.get('host', 'sentinel')}:{connection.get('port', '')}/{connection.get('db') or 0}"

@@ -7,8 +7,12 @@ from typing import Any
 from redis import Redis, ResponseError
 from rq import Queue, Worker
 
+from consumers.dashboard.bounded import FIELD_BYTES, PAGE_BYTES, is_wrong_type, read_hash
+from consumers.dashboard.stored_calls import line_of
 from consumers.dashboard.stored_jobs import REGISTRIES, read_job, registry_key, shown
 from producers.redis_keys import held_key, holders_key
+
+_WORKER_LIMITS = dict.fromkeys(("state", "queues", "current_job", "version", "python_version"), FIELD_BYTES)
 
 
 def queue_names(redis: Redis) -> list[str]:
@@ -27,7 +31,10 @@ def read_queues(redis: Redis) -> list[tuple[str, dict[str, int | str]]]:
             for registry_name in REGISTRIES:
                 pipe.zcard(registry_key(name, registry_name))
             answers = pipe.execute(raise_on_error=False)
-        counts = ["?" if isinstance(answer, ResponseError) else answer for answer in answers]
+        for answer in answers:
+            if isinstance(answer, Exception) and not is_wrong_type(answer):
+                raise answer
+        counts = ["?" if isinstance(answer, Exception) else answer for answer in answers]
         found.append((name, dict(zip(("queued", *REGISTRIES), counts, strict=True))))
     return found
 
@@ -37,12 +44,9 @@ def read_workers(redis: Redis) -> list[dict[str, Any]]:
     found = []
     keys: Any = redis.smembers(Worker.redis_workers_keys)
     for key in keys:
-        try:
-            fields: Any = redis.hgetall(key)
-        except ResponseError:
-            fields = {}
-        facts = {shown(name): shown(value) for name, value in fields.items()}
-        if facts:  # one that is gone without a word keeps its key in the set for a while
+        stored = read_hash(redis, key, _WORKER_LIMITS)
+        if stored and stored.exists:  # one that is gone without a word keeps its key in the set for a while
+            facts = {name: shown(value) for name, value in stored.fields.items()}
             found.append(_worker(redis, shown(key).removeprefix(Worker.redis_worker_namespace_prefix), facts))
     return sorted(found, key=lambda one: (one["state"], one["queues"], one["name"]))
 
@@ -62,11 +66,11 @@ def _worker(redis: Redis, name: str, facts: dict[str, str]) -> dict[str, Any]:
 def _work(redis: Redis, name: str, queues: list[str], facts: dict[str, str]) -> str | dict[str, str | None]:
     """The job at hand, or what else it does. A HistoryWorker has not one job at hand but batches of them."""
     if job_id := facts.get("current_job"):
-        job = read_job(redis, job_id)
+        job = read_job(redis, job_id, data_bytes=PAGE_BYTES)
         return {
             "job_id": job_id,
-            "description": job.description,
-            "call_string": job.description,
+            "description": (line := line_of(job)),
+            "call_string": line,
             "created_at": job.text("created_at"),
         }
     held = sum(_held(redis, queue, name) for queue in queues)
@@ -74,7 +78,12 @@ def _work(redis: Redis, name: str, queues: list[str], facts: dict[str, str]) -> 
 
 
 def _held(redis: Redis, queue: str, worker: str) -> int:
-    holders: Any = redis.hkeys(holders_key(queue))
-    # One for each of its lanes.
-    mine = [holder for holder in map(shown, holders) if holder.rpartition(":")[0] == worker]
-    return sum(redis.llen(held_key(queue, holder)) for holder in mine)
+    try:
+        holders: Any = redis.hkeys(holders_key(queue))
+        # One for each of its lanes.
+        mine = [holder for holder in map(shown, holders) if holder.rpartition(":")[0] == worker]
+        return sum(redis.llen(held_key(queue, holder)) for holder in mine)
+    except ResponseError as error:
+        if not is_wrong_type(error):
+            raise
+        return 0

@@ -16,6 +16,7 @@ from werkzeug.exceptions import Conflict, NotFound
 
 from consumers.dashboard import changes
 from consumers.dashboard.job_page import job_facts
+from consumers.dashboard.stored_calls import line_of
 from consumers.dashboard.stored_jobs import REGISTRIES, StoredJob, listed, read_job
 from consumers.dashboard.stored_queues import queue_names, read_queues, read_workers
 
@@ -150,7 +151,7 @@ def _row(job: StoredJob) -> dict[str, Any]:
     """As the list's script wants it; a job with `exc_info` gets a button to requeue it."""
     return {
         "id": job.id,
-        "description": job.description,
+        "description": line_of(job),
         "exc_info": job.reason,
         "created_at": job.text("created_at") or "",
         "ended_at": job.text("ended_at") or "",

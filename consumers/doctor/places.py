@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from datetime import datetime
 from importlib.util import find_spec
 
-from redis import Redis
-from redis.sentinel import SentinelConnectionPool
-
 from consumers.dashboard.settings import DashboardSettings
 from consumers.doctor.checks import Check
 from consumers.doctor.software import has_database_driver
@@ -18,6 +15,7 @@ from consumers.logs import LogSettings
 from consumers.settings import LoginSettings, MetricsSettings, StoreSettings
 from consumers.stack import EmbeddedSettings
 from producers.errors import SettingsError
+from producers.redis_url import place_of
 from producers.settings import EnvironmentSettings, TransportSettings, read_environment
 
 DATABASE = "database setting"
@@ -56,7 +54,10 @@ def redis_setting() -> Iterator[Check]:
     if settings.redis_url is not None:
         if _TORN_URL.match(settings.redis_url.get_secret_value()):
             raise SettingsError("REDIS_URL: a password with / ? or # in it must have it percent-encoded")
-        yield Check(REDIS, "ok", f"{_redis_place(settings.redis())}, queue {settings.queue} ({_origin('REDIS_URL')})")
+        client = settings.redis()
+        user = client.connection_pool.connection_kwargs.get("username")
+        place = place_of(client) + (f", as {user}" if user else "")
+        yield Check(REDIS, "ok", f"{place}, queue {settings.queue} ({_origin('REDIS_URL')})")
     elif StoreSettings.from_environment().is_set:
         yield Check(
             REDIS, "fail", "not set, although the database is", "set REDIS_URL, or neither for the embedded servers"
@@ -97,18 +98,6 @@ def _database_place(settings: StoreSettings) -> str:
     user = url.username or query.get("user") or "the account that runs this"
     port = url.port or query.get("port") or 5432
     return f"{url.database or query.get('dbname') or user} on {host}, port {port}, as {user}"
-
-
-def _redis_place(client: Redis) -> str:
-    options = client.connection_pool.connection_kwargs
-    user = f", as {options['username']}" if options.get("username") else ""
-    pool = client.connection_pool
-    if isinstance(pool, SentinelConnectionPool):
-        asked = (one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels)
-        sentinels = ", ".join(f"{one['host']}:{one['port']}" for one in asked)
-        return f"database {options.get('db') or 0} on the master of {pool.service_name}{user}, by Sentinel {sentinels}"
-    place = options.get("path") or f"{options.get('host') or 'localhost'}, port {options.get('port') or 6379}"
-    return f"database {options.get('db') or 0} on {place}{user}"
 
 
 def _set(prefix: str) -> tuple[str, ...]:

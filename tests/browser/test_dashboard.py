@@ -148,11 +148,12 @@ def test_nothing_that_stands_in_redis_runs_in_the_browser(open_dashboard: OpenDa
     """Names, descriptions, reasons, events; nor what stands in an address."""
     fields = {"data": f'["f{_HOSTILE}", null, ["{{\\"data\\": {{\\"{_HOSTILE}\\": 1}}}}"], {{}}]'.encode()}
     fields |= dict.fromkeys(("description", "origin", "status", "created_at", "worker_name"), _HOSTILE.encode())
-    plant(redis, "j", fields | {"status": b"failed"}, result=failure(_HOSTILE))
+    plant(redis, "j", fields | {"status": b"failed"}, result=failure(f"{_HOSTILE}\n{_HOSTILE}"))
     plant(redis, _HOSTILE.replace("/", ""), fields)
     redis.sadd("rq:queues", f"rq:queue:{_HOSTILE}", "rq:queue:'-alert(3)-'", "rq:queue:</script>" + _HOSTILE)
-    redis.sadd("rq:workers", "rq:worker:w")
-    redis.hset("rq:worker:w", mapping={"state": _HOSTILE, "queues": _HOSTILE, "current_job": "j", "version": _HOSTILE})
+    worker = f"rq:worker:{_HOSTILE}"
+    redis.sadd("rq:workers", worker)
+    redis.hset(worker, mapping={"state": _HOSTILE, "queues": _HOSTILE, "current_job": "j", "version": _HOSTILE})
     shown = {
         "": "#queues tbody", "0/view/workers": "#workers tbody", "0/view/job/j": "#job-data",
         "0/view/jobs/history/failed/8/asc/1": "#jobs tbody",

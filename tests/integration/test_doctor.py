@@ -245,7 +245,7 @@ def test_settings_tell_where_they_point_and_where_they_came_from(monkeypatch: py
     assert checks["time zone setting"].found.startswith("a naive time means Europe/Berlin, now ")
     monkeypatch.setenv("REDIS_URL", f"redis+sentinel://me:{ENCODED}@127.0.0.1:1,127.0.0.1:2/mymaster/3")
     assert _diagnosed()["Redis setting"].found == (
-        "database 3 on the master of mymaster, as me, by Sentinel 127.0.0.1:1, 127.0.0.1:2,"
+        "database 3 on the master of mymaster, by Sentinel 127.0.0.1:1, 127.0.0.1:2, as me,"
         " queue history (REDIS_URL from environment)"
     )
 
