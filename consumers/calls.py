@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 import zlib
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from pydantic_core import from_json
-from rq.job import Job
+from rq.job import Job, validate_job_id
 
 from consumers.errors import OversizedJob, RefusedJob
 from consumers.handlers import record_portfolio_snapshot, record_signal_archive
@@ -29,6 +31,8 @@ _MODELS: dict[str, type[Event]] = {
 _MAX_CALL_BYTES = 6 * MAX_EVENT_BYTES + 1000
 # Of a job as Redis has it: what cannot be compressed becomes a little larger by that.
 MAX_JOB_BYTES = _MAX_CALL_BYTES + _MAX_CALL_BYTES // 1000
+# Of a job's other fields together: RQ's own take some hundred, and what is read as JSON may become thirty times larger.
+MAX_BESIDE_BYTES = 64 * 1024
 # A document of this size, whatever it has in it, takes little memory. A larger one (48 MiB of brackets would take
 # gigabytes) is looked at only when it has the one shape that is ours.
 _ANY_CALL_BYTES = 64 * 1024
@@ -53,12 +57,22 @@ class ReservedJob(NamedTuple):
     result_ttl: int | None
 
 
+@dataclass(frozen=True)
+class Run:
+    """One batch's run, as RQ tells it of a job."""
+
+    worker: str
+    started_at: datetime
+    ended_at: datetime
+    default_result_ttl: int
+
+
 def read_call(reserved: ReservedJob) -> tuple[Any, type[Event]]:
     """The argument of the call, which may be anything yet, and the model that it must fit. Raises RefusedJob."""
     if reserved.state == "unreadable":
         raise RefusedJob("its job cannot be read")
     if reserved.state == "oversized":
-        raise OversizedJob(MAX_JOB_BYTES)
+        raise OversizedJob.in_all(MAX_JOB_BYTES)
     function, instance, arguments, keywords = _parsed(reserved.data)
     if not isinstance(function, str) or function not in _MODELS:
         name = f": {readable(function, 100)}" if isinstance(function, str) else ""
@@ -90,7 +104,7 @@ def inflated(data: bytes) -> bytes:
     """As RQ reads it, compressed or not, but not without limit. Raises RefusedJob."""
     if data.startswith(b"["):
         if len(data) > _MAX_CALL_BYTES:
-            raise OversizedJob(MAX_JOB_BYTES)
+            raise OversizedJob.in_all(MAX_JOB_BYTES)
         return data
     inflating = zlib.decompressobj()
     try:
@@ -98,12 +112,23 @@ def inflated(data: bytes) -> bytes:
     except zlib.error:
         raise RefusedJob("its data cannot be read as JSON") from None
     if inflating.unconsumed_tail:
-        raise OversizedJob(MAX_JOB_BYTES)
+        raise OversizedJob.in_all(MAX_JOB_BYTES)
     return text
 
 
+def shown_call(data: bytes) -> bytes | None:
+    """The call of a job that was refused, for those who look at it; None when to read it could harm them."""
+    try:
+        call = inflated(data)
+    except OversizedJob:
+        return None
+    except RefusedJob:
+        call = data
+    return call if len(call) <= _ANY_CALL_BYTES or _LARGE_CALL.fullmatch(call) else None
+
+
 class BoundedJob(Job):
-    """A job that does not inflate without limit: RQ's own does, whatever was put there."""
+    """A job that does not inflate without limit, and names only jobs as dependencies: RQ's own takes what it finds."""
 
     def restore(self, raw_data: Any) -> Any:
         for name in (b"data", b"exc_info"):
@@ -113,7 +138,13 @@ class BoundedJob(Job):
                 raise
             except RefusedJob:
                 pass  # what is not compressed RQ takes as it is
-        return super().restore(raw_data)
+        restored = super().restore(raw_data)
+        # What is none of this RQ could read, but not write again.
+        if not isinstance(self._dependency_ids, list):
+            raise RefusedJob("its job cannot be read")
+        for dependency_id in self._dependency_ids:
+            validate_job_id(dependency_id)
+        return restored
 
 
 def check_wishes(job: Job | None) -> None:

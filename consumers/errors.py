@@ -48,8 +48,13 @@ class RefusedJob(HistoryError):
 class OversizedJob(RefusedJob):
     """A job, or what its compressed data would become, that is larger than any of ours can be; it was not read."""
 
-    def __init__(self, largest_bytes: int) -> None:
-        super().__init__(f"its job is larger than {largest_bytes // 2**20} MiB")
+    @classmethod
+    def in_all(cls, largest_bytes: int) -> OversizedJob:
+        return cls(f"its job is larger than {largest_bytes // 2**20} MiB")
+
+    @classmethod
+    def beside_its_call(cls, largest_bytes: int) -> OversizedJob:
+        return cls(f"its job has more than {largest_bytes // 2**10} KiB beside its call")
 
 
 class StoreUnavailable(HistoryError):

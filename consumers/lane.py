@@ -14,20 +14,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from redis.exceptions import RedisError
 from rq import Queue
 from rq.utils import now
 from rq.worker import BaseWorker
 
-from consumers.calls import ReservedJob
+from consumers.calls import ReservedJob, Run
 from consumers.connection import drop_connections
 from consumers.crew import Crew, is_away
 from consumers.errors import PoisonEvent, RefusedJob, StoreUnavailable
+from consumers.harmed_keys import Kind, is_redis_trouble, is_wrong_type, put_aside
 from consumers.metrics import COUNTS
 from consumers.reservations import POISON_DEATHS, Reservations
-from consumers.rq_jobs import RqJobs, Run
+from consumers.rq_failures import RqFailures
+from consumers.rq_jobs import RqJobs
 from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, acknowledge, log_fields, settle
+from producers.redis_keys import acknowledgement_key
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +63,7 @@ class Lane(threading.Thread):
         self._queue = queue
         self._redis = worker.connection
         self._jobs = RqJobs(worker.connection, queue)
+        self._rq_failures = RqFailures(worker.connection, queue)
         self._crew = crew
         self._stopping = stopping
         self._limits = limits
@@ -99,7 +104,7 @@ class Lane(threading.Thread):
                 elif not self.reservations.wait(WAIT_SECONDS):
                     self._passed(worked=False)
             except (RedisError, StoreUnavailable) as error:
-                self._wait_for_recovery(error)
+                self._wait_for_recovery(self._mended(error))
 
     def _work_in_turn(self, reserved: Sequence[ReservedJob]) -> None:
         """A suspect is worked on alone in the process: should that die, it was the suspect's doing.
@@ -162,7 +167,7 @@ class Lane(threading.Thread):
                 end.job_id, count, end.error, extra=log_fields(end),
             )  # fmt: skip
         for end in broken:
-            self._blame(end, jobs[end.job_id].deaths or 0, started_at)
+            self._blame(end, jobs[end.job_id], started_at)
 
     def _look_for_trouble(self, late: Sequence[Unsettled], broken: Sequence[Unsettled], batch: int) -> None:
         """Of a batch nothing has passed: is it these jobs, or the store, or this program? Raises for the latter two."""
@@ -188,19 +193,24 @@ class Lane(threading.Thread):
                 break
         return deliveries
 
-    def _blame(self, end: Unsettled, deaths: int, started_at: datetime) -> None:
+    def _blame(self, end: Unsettled, job: ReservedJob, started_at: datetime) -> None:
         """Count a defect like a death of the worker: the job is tried again, alone, and given up in the end."""
         what = (self._worker.name, end.job_id)
         logger.error("worker %s failed on job %s", *what, exc_info=end.error, extra=log_fields(end))
-        if deaths < POISON_DEATHS:
+        if (job.deaths or 0) < POISON_DEATHS:
             self.reservations.blame(end.job_id)
             return
         # Not even its rejection can be recorded: it leaves the queue for RQ's failed registry.
-        with self._redis.pipeline(transaction=True) as pipe:
-            self.reservations.release(pipe, [end.job_id])
-            self._jobs.fail(pipe, end.job_id, end.error, self._run_of(started_at))
-            self._worker.increment_failed_job_count(pipe)
-            pipe.execute()
+        try:
+            with self._redis.pipeline(transaction=True) as pipe:
+                self.reservations.release(pipe, [end.job_id])
+                self._rq_failures.fail(pipe, [(job, end.error)], self._run_of(started_at))
+                self._worker.increment_failed_job_count(pipe)
+                pipe.execute()
+        except Exception as error:
+            if is_redis_trouble(error) or is_wrong_type(error):
+                raise
+            self._give_up(end, error)
         COUNTS.gave_up(end.event_type)
         self.done += 1
 
@@ -212,21 +222,38 @@ class Lane(threading.Thread):
                 pipe.execute()
 
     def _finish(self, settled: Sequence[Settled], jobs: dict[str, ReservedJob], started_at: datetime) -> None:
-        """Acknowledge and write what RQ writes for finished and failed jobs, in one transaction."""
+        """Tell the producers and RQ of what is settled; what cannot be written of one job costs only that job."""
         if not settled:
             return
+        try:
+            self._finish_together(settled, jobs, started_at)
+        except Exception as error:
+            if is_wrong_type(error):
+                if not self._put_aside(settled):
+                    raise
+                self._finish_together(settled, jobs, started_at)
+            elif is_redis_trouble(error):
+                raise
+            elif len(settled) > 1:
+                half = len(settled) // 2
+                self._finish(settled[:half], jobs, started_at)
+                self._finish(settled[half:], jobs, started_at)
+            else:
+                self._give_up(settled[0], error)
+
+    def _finish_together(self, settled: Sequence[Settled], jobs: dict[str, ReservedJob], started_at: datetime) -> None:
+        """Acknowledge and write what RQ writes for finished and failed jobs, in one transaction."""
         run = self._run_of(started_at)
         done = [(jobs[end.job_id], end.outcome.row_id) for end in settled if end.error is None]
+        failed = [(jobs[end.job_id], end.error) for end in settled if end.error is not None]
         with self._redis.pipeline(transaction=True) as pipe:
             acknowledge(pipe, settled)
             self.reservations.release(pipe, [end.job_id for end in settled])
             if done:
                 self._jobs.finish(pipe, done, run)
-            for end in settled:
-                if end.error is not None:
-                    self._jobs.fail(pipe, end.job_id, end.error, run)
+            self._rq_failures.fail(pipe, failed, run)
             pipe.hincrby(self._worker.key, "successful_job_count", len(done))
-            pipe.hincrby(self._worker.key, "failed_job_count", len(settled) - len(done))
+            pipe.hincrby(self._worker.key, "failed_job_count", len(failed))
             self._worker.increment_total_working_time(run.ended_at - started_at, pipe)
             self._worker.heartbeat(pipeline=pipe)
             pipe.execute()
@@ -234,15 +261,48 @@ class Lane(threading.Thread):
             if jobs[end.job_id].state == "unusual":
                 self._jobs.let_go(end.job_id, refused=isinstance(end.error, RefusedJob))
 
+    def _give_up(self, end: Settled | Unsettled, error: Exception) -> None:
+        """Its end is decided, but what RQ keeps of it cannot be written."""
+        logger.error("what RQ keeps of job %s cannot be written", end.job_id, exc_info=error, extra=log_fields(end))
+        with self._redis.pipeline(transaction=True) as pipe:
+            self.reservations.release(pipe, [end.job_id])
+            self._rq_failures.fail_by_id(pipe, end.job_id)
+            pipe.execute()
+
     def _run_of(self, started_at: datetime) -> Run:
         return Run(self._worker.name, started_at, now(), self._worker.default_result_ttl)
 
-    def _wait_for_recovery(self, error: RedisError | StoreUnavailable) -> None:
+    def _put_aside(self, settled: Sequence[Settled] = ()) -> bool:
+        """Whether somebody had put something else in the place of a key that is written to; it is moved away."""
+        kinds: dict[str, Kind] = {
+            self._queue.finished_job_registry.key: "zset",
+            self._queue.failed_job_registry.key: "zset",
+            self._worker.key: "hash",
+        }
+        kinds |= {acknowledgement_key(end.source): "hash" for end in settled if end.source is not None}
+        return bool(self.reservations.put_aside() + put_aside(self._redis, kinds))
+
+    def _mended(self, error: RedisError | StoreUnavailable) -> RedisError | StoreUnavailable | None:
+        """The trouble that remains: what was in the way in Redis may be moved, unless it is the queue itself."""
+        if not is_wrong_type(error):
+            return error
+        try:
+            if self._put_aside():
+                return None
+            kind: Any = self._redis.type(self._queue.key)
+        except RedisError as another:
+            return another
+        if kind in (b"list", b"none"):
+            return error
+        return RedisError(f"{self._queue.key} is a {kind.decode()} and no list: delete or rename it")
+
+    def _wait_for_recovery(self, error: RedisError | StoreUnavailable | None) -> None:
         """Wait, longer each time; stopping ends the wait."""
         self._failures += 1
-        if isinstance(error, StoreUnavailable):
-            drop_connections()
-        self._crew.failed(error)
+        if error is not None:
+            if isinstance(error, StoreUnavailable):
+                drop_connections()
+            self._crew.failed(error)
         self._stopping.wait(backoff_seconds(self._failures))
 
 

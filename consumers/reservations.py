@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
-from redis import Redis
+from redis import Redis, RedisError
 from rq import Queue
 
 from consumers.calls import MAX_JOB_BYTES, ReservedJob
+from consumers.harmed_keys import Kind, is_wrong_type, put_aside
 from consumers.rq_jobs import JOB_PREFIX, READ_JOBS
 from producers.redis_keys import delays_key, held_key, holders_key, lease_key, strange_key, suspects_key
 
@@ -30,11 +31,16 @@ _MAX_BATCH_BYTES = 4 * 1024 * 1024
 # KEYS queue, held list, suspects, lease, holders, delays, strange; ARGV jobs and bytes at most, prefix of job keys,
 # seconds of the lease, holder, bytes of one job at most. A list that is not empty holds what an answer that got lost
 # had reserved: that goes back first. The lease is part of it, so that nothing can be held without one, even right after
-# Redis has lost everything. Only the first job can have deaths or delays, since then it comes alone. What is no id
-# (RQ's are letters, digits, _ and -) could not be handled by anything that reads ids as text: it is put aside.
+# Redis has lost everything. Only the first job can have deaths or delays, since then it comes alone; what is no such
+# number counts as none. What is no id for RQ (letters, digits, _ and -) could not be handled by RQ: it is put aside.
 _RESERVE = (
     READ_JOBS
     + """
+local function count(key, id, found)
+    if not found or string.find(found, '^%d%d?%d?%d?$') then return found end
+    redis.call('HSET', key, id, 0)
+    return '0'
+end
 redis.call('SET', KEYS[4], '1', 'EX', ARGV[4])
 redis.call('HSET', KEYS[5], ARGV[5], '')
 while redis.call('LMOVE', KEYS[2], KEYS[1], 'RIGHT', 'LEFT') do end
@@ -42,7 +48,8 @@ local ids = redis.call('LRANGE', KEYS[1], 0, ARGV[1] - 1)
 if #ids == 0 then return {} end
 local strange = {}
 for n = #ids, 1, -1 do
-    if #ids[n] > 200 or string.find(ids[n], '[^ -~]') then strange[#strange + 1] = table.remove(ids, n) end
+    local id = ids[n]
+    if id == '' or #id > 200 or string.find(id, '[^A-Za-z0-9_-]') then strange[#strange + 1] = table.remove(ids, n) end
 end
 for _, id in ipairs(strange) do
     redis.call('LREM', KEYS[1], 1, id)
@@ -62,7 +69,8 @@ local taken = #data
 for n = #ids, taken + 1, -1 do ids[n] = nil end
 redis.call('LTRIM', KEYS[1], taken, -1)
 redis.call('RPUSH', KEYS[2], unpack(ids))
-return {ids, data, odd, deaths[1] or '-1', delays[1] or '0', #strange}
+local died, delayed = count(KEYS[3], ids[1], deaths[1]), count(KEYS[6], ids[1], delays[1])
+return {ids, data, odd, died or '-1', delayed or '0', #strange}
 """
 )
 
@@ -91,7 +99,11 @@ if redis.call('EXISTS', KEYS[1]) == 1 then return false end
 local ids = redis.call('LRANGE', KEYS[2], 0, -1)
 local guilty = #ids == 1 and redis.call('HGET', KEYS[5], ARGV[1]) == 'accused'
 for _, id in ipairs(ids) do
-    if guilty then redis.call('HINCRBY', KEYS[4], id, 1) else redis.call('HSETNX', KEYS[4], id, 0) end
+    if not guilty then
+        redis.call('HSETNX', KEYS[4], id, 0)
+    elseif type(redis.pcall('HINCRBY', KEYS[4], id, 1)) == 'table' then  -- an error: it is no number
+        redis.call('HSET', KEYS[4], id, 1)
+    end
 end
 redis.call('EXPIRE', KEYS[4], 604800)  -- other workers than ours do not remove what they finish
 while redis.call('LMOVE', KEYS[2], KEYS[3], 'RIGHT', 'LEFT') do end
@@ -143,12 +155,14 @@ class Reservations:
         keys = [self._queue.key, self._held, self._suspects, self._lease, self._holders, self._delays, self._strange]
         limits: list[Any] = [limit, _MAX_BATCH_BYTES, JOB_PREFIX, LEASE_SECONDS, self._name, MAX_JOB_BYTES]
         self._accused = False
-        found: Any = self._reserve(keys=keys, args=limits)
-        if not found:
-            return []
-        job_ids, datas, odd, deaths, delays, strange = found
-        if strange:
-            logger.error("moved %d entries of the queue that are no job ids to %s", strange, self._strange)
+        job_ids: list[bytes] = []
+        while not job_ids:
+            found: Any = self._reserve(keys=keys, args=limits)
+            if not found:
+                return []
+            job_ids, datas, odd, deaths, delays, strange = found
+            if strange:
+                logger.error("moved %d entries of the queue that are no job ids to %s", strange, self._strange)
         notes = {n - 1: (state.decode(), ttl) for n, state, ttl in odd}
         return [
             ReservedJob(
@@ -183,6 +197,12 @@ class Reservations:
         """Return everything held to the front of the queue; no attempt is counted."""
         return int(self._hand_back(keys=[self._held, self._queue.key]))
 
+    def put_aside(self) -> list[str]:
+        """Move away what somebody has put in the place of the keys of this bookkeeping; those keys."""
+        hashes: list[str] = [self._holders, self._suspects, self._delays]
+        kinds: dict[str, Kind] = {self._held: "list", self._strange: "list"}
+        return put_aside(self._redis, kinds | dict.fromkeys(hashes, "hash"))
+
     def give_up(self) -> None:
         """At an orderly end: nothing held, no lease, no holder."""
         self.hand_back()
@@ -198,14 +218,23 @@ def _seconds(ttl: bytes) -> int | None:
 
 
 def recover_dead_holders(redis: Redis, queue: Queue) -> list[str]:
-    """Return the jobs of every holder without a lease to the front of the queue; the ids of the jobs."""
+    """Return the jobs of every holder without a lease to the front of the queue; the ids of the jobs.
+
+    What stands in the place of a holder's list, or of one of the workers' own keys, is moved away.
+    """
     recover = redis.register_script(_RECOVER)
-    holders = holders_key(queue.name)
+    holders, suspects = holders_key(queue.name), suspects_key(queue.name)
+    put_aside(redis, {holders: "hash", suspects: "hash"})
     recovered: list[str] = []
     members: Any = redis.hkeys(holders)
     for member in members:
         name = member.decode(errors="replace")  # a strange one is nobody's, and has no list
         lease, held = lease_key(queue.name, name), held_key(queue.name, name)
-        ids: Any = recover(keys=[lease, held, queue.key, suspects_key(queue.name), holders], args=[name])
+        try:
+            ids: Any = recover(keys=[lease, held, queue.key, suspects, holders], args=[name])
+        except RedisError as error:
+            if not is_wrong_type(error) or not put_aside(redis, {held: "list"}):
+                raise
+            continue  # nothing is in it; the next look ends the holder
         recovered += [job_id.decode(errors="replace") for job_id in ids or []]
     return recovered

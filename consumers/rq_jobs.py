@@ -3,36 +3,35 @@
 RQ's own bookkeeping takes some 60 commands a job. Here taking jobs is part of the script that reserves them, and
 finishing them is one script; a test compares every key with what RQ's SimpleWorker leaves behind.
 
-What the consuming side knows of the layout of RQ's keys is here, and for leftovers in consumers.stranded.
+What the consuming side knows of the layout of RQ's keys is here, for failures in consumers.rq_failures, and for
+leftovers in consumers.stranded.
 """
 
 from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from redis import Redis, RedisError
 from redis.client import Pipeline
 from rq import Queue
-from rq.job import Job, JobStatus
+from rq.job import Job
 from rq.rate_limit import release_slot
 from rq.repeat import Repeat
 from rq.results import Result
 from rq.serializers import JSONSerializer
-from rq.utils import now, utcformat
+from rq.utils import utcformat
 
-from consumers.calls import MAX_JOB_BYTES, BoundedJob, ReservedJob, check_wishes, inflated, read_call
+from consumers.calls import MAX_BESIDE_BYTES, MAX_JOB_BYTES, BoundedJob, ReservedJob, Run, check_wishes, read_call
 from consumers.errors import OversizedJob, RefusedJob
+from consumers.harmed_keys import is_redis_trouble
 from consumers.settling import Delivery, logger
 
 # For the dashboard, about 2 MB; by time they are kept as long as RQ keeps them.
 KEPT_FINISHED_JOBS = 1000
 KEPT_OF_A_BATCH = 100
-_NO_CALL = bytes(JSONSerializer.dumps(("removed", None, [], {})))
-_LONGEST_TTL_SECONDS = 10**9  # some thirty years; Redis knows no time much longer
+_DEPENDENTS_BESIDE_BYTES = 1024 * 1024  # of all together, which RQ reads at once
 JOB_PREFIX = Job.redis_job_namespace_prefix
 
 # A piece of the reserving script. Tells of jobs, until their data have so many bytes: the state of each, its data, and
@@ -74,24 +73,27 @@ local function read_jobs(prefix, ids, enough, largest)
 end
 """
 
-# KEYS jobs; ARGV bytes. Whether all of them together, names of fields included, are larger; what is no hash has none.
-_LARGER = """
-local bytes = 0
+# KEYS jobs; ARGV bytes. Of all of them together the bytes of data, and of what they have beside it, names of fields
+# included; when that is more, it is not counted to its end. What is no hash has none.
+_SIZES = """
+local data, beside = 0, 0
 for _, key in ipairs(KEYS) do
     if redis.call('TYPE', key).ok == 'hash' then
-        if redis.call('HLEN', key) > 1000 then return 1 end
+        if redis.call('HLEN', key) > 1000 then return {data, tonumber(ARGV[1]) + 1} end
         for _, field in ipairs(redis.call('HKEYS', key)) do
-            bytes = bytes + #field + redis.call('HSTRLEN', key, field)
-            if bytes > tonumber(ARGV[1]) then return 1 end
+            local bytes = redis.call('HSTRLEN', key, field)
+            if field == 'data' then data = data + bytes else beside = beside + #field + bytes end
+            if beside > tonumber(ARGV[1]) then return {data, beside} end
         end
     end
 end
-return 0
+return {data, beside}
 """
 
 # KEYS finished registry, failed registry; ARGV prefixes of jobs and results, worker, start and end as text and as
 # seconds, seconds now, finished jobs to keep, how many jobs are not kept and their ids, then for each job that is kept
-# its id, seconds to keep the result, the result.
+# its id, seconds to keep the result, the result. What somebody has put in the place of a job or its results ends
+# nothing.
 _FINISH = """
 local forgotten, ended = {}, {}
 local first = 11 + tonumber(ARGV[10])
@@ -107,9 +109,9 @@ for n = first, #ARGV, 3 do
     local id, ttl = ARGV[n], tonumber(ARGV[n + 1])
     local job, results = ARGV[1] .. id, ARGV[2] .. id
     if redis.call('EXISTS', job) == 1 then
-        redis.call('HSET', job, 'status', 'finished', 'started_at', ARGV[4], 'ended_at', ARGV[5],
+        redis.pcall('HSET', job, 'status', 'finished', 'started_at', ARGV[4], 'ended_at', ARGV[5],
             'last_heartbeat', ARGV[5], 'worker_name', ARGV[3])
-        redis.call('XADD', results, 'MAXLEN', 10, '*', 'type', '1', 'worker_name', ARGV[3],
+        redis.pcall('XADD', results, 'MAXLEN', 10, '*', 'type', '1', 'worker_name', ARGV[3],
             'return_value', ARGV[n + 2], 'execution_started_at', ARGV[6], 'execution_ended_at', ARGV[7])
         if ttl > 0 then
             redis.call('EXPIRE', results, ttl)
@@ -125,23 +127,13 @@ end
 local extra = redis.call('ZCOUNT', KEYS[1], 0, '(+inf') - tonumber(ARGV[9])
 if extra > 0 then
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], 0, '(+inf', 'LIMIT', 0, extra)) do
-        if redis.call('HGET', ARGV[1] .. id, 'status') == 'finished' then
+        if redis.pcall('HGET', ARGV[1] .. id, 'status') == 'finished' then
             redis.call('DEL', ARGV[1] .. id, ARGV[2] .. id)
         end
         redis.call('ZREM', KEYS[1], id)
     end
 end
 """
-
-
-@dataclass(frozen=True)
-class Run:
-    """One batch's run, as RQ tells it of a job."""
-
-    worker: str
-    started_at: datetime
-    ended_at: datetime
-    default_result_ttl: int
 
 
 class RqJobs:
@@ -151,7 +143,7 @@ class RqJobs:
         self._redis = redis
         self._queue = queue
         self._finish = redis.register_script(_FINISH)
-        self._larger = redis.register_script(_LARGER)
+        self._sizes = redis.register_script(_SIZES)
         self._bounded = Queue(queue.name, connection=redis, job_class=BoundedJob, serializer=JSONSerializer)
 
     def delivery(self, reserved: ReservedJob) -> Delivery:
@@ -163,6 +155,12 @@ class RqJobs:
                 check_wishes(self._read(reserved.job_id))
         except RefusedJob as refusal:
             return Delivery(reserved.job_id, text, None, refusal)
+        except Exception as error:
+            if isinstance(error, RedisError | MemoryError):
+                raise
+            # A defect of this program, which must not end it: the job is to be found in Failed.
+            logger.error("job %s cannot be read", reserved.job_id, exc_info=error, extra={"job_id": reserved.job_id})
+            return Delivery(reserved.job_id, text, None, RefusedJob("its job cannot be read"))
         return Delivery(reserved.job_id, text, model)
 
     def finish(self, pipe: Pipeline, done: Sequence[tuple[ReservedJob, int | None]], run: Run) -> None:
@@ -182,47 +180,6 @@ class RqJobs:
         keys = [self._queue.finished_job_registry.key, self._queue.failed_job_registry.key]
         self._finish(keys=keys, args=[*header, len(forgotten), *forgotten, *kept], client=pipe)
 
-    def fail(self, pipe: Pipeline, job_id: str, error: Exception, run: Run) -> None:
-        """Add to `pipe`: this job failed for good."""
-        try:
-            job = self._read(job_id)
-            if isinstance(error, OversizedJob):
-                raise error
-        except OversizedJob as oversized:
-            job = self._replacement(pipe, job_id, oversized)
-        if job is None:
-            # RQ could not even write a failure into it: it is failed by its id alone.
-            pipe.zadd(self._queue.failed_job_registry.key, {job_id: -1})
-            return
-        if job.failure_ttl is not None and not 0 <= job.failure_ttl <= _LONGEST_TTL_SECONDS:
-            job.failure_ttl = -1
-        job.started_at, job.ended_at, job.last_heartbeat = run.started_at, run.ended_at, run.ended_at
-        job.worker_name = run.worker
-        pipe.persist(job.key)  # an expiry of an earlier end, or of its time in the queue
-        job.set_status(JobStatus.FAILED, pipeline=pipe)
-        reason = f"{type(error).__name__}: {error}"
-        job._handle_failure(
-            reason, pipe, run.worker, execution_started_at=run.started_at, execution_ended_at=run.ended_at
-        )
-
-    def _replacement(self, pipe: Pipeline, job_id: str, oversized: OversizedJob) -> Job:
-        """In place of one that is too large for everybody else who looks at failed jobs, too.
-
-        What is left of it is its call, unless that is what is too large.
-        """
-        key = Job.key_for(job_id)
-        try:
-            small = self._redis.hstrlen(key, "data") <= MAX_JOB_BYTES
-            data: Any = self._redis.hget(key, "data") if small else None
-            call = inflated(data or _NO_CALL)
-        except RefusedJob:
-            call = _NO_CALL
-        pipe.delete(key)
-        job = Job(job_id, connection=self._redis, serializer=JSONSerializer)
-        job.data = call
-        job.origin, job.description, job.created_at, job.failure_ttl = self._queue.name, str(oversized), now(), -1
-        return job
-
     def fetch(self, job_id: str) -> Job | None:
         """The job as RQ has it; None when it is gone, too large, or cannot be read."""
         try:
@@ -233,16 +190,23 @@ class RqJobs:
     def _read(self, job_id: str) -> Job | None:
         """Raises OversizedJob instead of reading one that is larger than any of ours."""
         try:
-            if self._larger(keys=[Job.key_for(job_id)], args=[MAX_JOB_BYTES]):
-                raise OversizedJob(MAX_JOB_BYTES)
+            self._check_sizes([job_id], MAX_BESIDE_BYTES)
             return BoundedJob.fetch(job_id, connection=self._redis, serializer=JSONSerializer)
         except OversizedJob:
             raise
         except Exception as error:
-            _raise_redis_trouble(error)
+            if is_redis_trouble(error):
+                raise
             # Whatever somebody has done to it: RQ raises as many kinds of errors as there are fields.
             logger.debug("job %s cannot be read: %s", job_id, type(error).__name__, extra={"job_id": job_id})
         return None
+
+    def _check_sizes(self, job_ids: Sequence[str], beside_bytes: int) -> None:
+        data, beside = self._sizes(keys=[Job.key_for(job_id) for job_id in job_ids], args=[beside_bytes])
+        if data > MAX_JOB_BYTES:
+            raise OversizedJob.in_all(MAX_JOB_BYTES)
+        if beside > beside_bytes:
+            raise OversizedJob.beside_its_call(beside_bytes)
 
     def let_go(self, job_id: str, *, refused: bool) -> None:
         """What others made to wait for the end of this job goes on, RQ's own way: dependents, its next repetition.
@@ -256,19 +220,13 @@ class RqJobs:
                 self._enqueue_dependents(job)
             release_slot(job)
         except Exception as error:
-            _raise_redis_trouble(error)
+            if is_redis_trouble(error):
+                raise
             # Whatever somebody has put there must not end the worker: the event itself is settled.
             logger.error("what waits for job %s is left waiting: %s", job_id, type(error).__name__)
 
     def _enqueue_dependents(self, job: Job) -> None:
         if job.repeats_left and job.is_finished:
             Repeat.schedule(job, self._bounded)
-        if self._larger(keys=[*map(Job.key_for, job.dependent_ids)], args=[MAX_JOB_BYTES]):
-            raise OversizedJob(MAX_JOB_BYTES)
+        self._check_sizes(job.dependent_ids, _DEPENDENTS_BESIDE_BYTES)
         self._bounded.enqueue_dependents(job)
-
-
-def _raise_redis_trouble(error: Exception) -> None:
-    """Raise it again, unless it is what somebody has put into a job or its neighbours; WRONGTYPE is."""
-    if isinstance(error, RedisError) and not str(error).startswith("WRONGTYPE"):
-        raise error

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from redis import Redis, RedisError
-from rq import Queue, Worker
+from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.utils import utcparse
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 from sqlalchemy import text
 
 from consumers.connection import get_db, get_reader
 from consumers.errors import StoreUnavailable
+from consumers.harmed_keys import is_wrong_type
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key
 from producers.settings import TransportSettings
@@ -95,24 +97,44 @@ def queue_facts(redis: Redis, queue_name: str) -> dict[str, Any]:
         RedisError: Redis cannot be read now.
     """
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
-    names: Any = redis.hkeys(holders_key(queue_name))
-    holders = [name.decode() for name in names]
     return {
         "queued": queue.count,
-        "held": sum(redis.llen(held_key(queue_name, holder)) for holder in holders),
+        "held": _held(redis, queue_name),
         "oldest_waiting_seconds": _waited(redis, queue),
         "failed": queue.failed_job_registry.count,
-        "workers": Worker.count(queue=queue),
+        # As RQ's Worker.count, which cannot read what is no text.
+        "workers": redis.scard(WORKERS_BY_QUEUE_KEY % queue_name),
     }
+
+
+def _held(redis: Redis, queue_name: str) -> int:
+    """By those whose names and lists are in order; workers look after the others."""
+    try:
+        names: Any = redis.hkeys(holders_key(queue_name))
+    except RedisError as error:
+        if is_wrong_type(error):
+            return 0
+        raise
+    with redis.pipeline(transaction=False) as pipe:
+        for name in names:
+            pipe.llen(held_key(queue_name, name.decode(errors="replace")))
+        lengths = pipe.execute(raise_on_error=False)
+    return sum(length for length in lengths if isinstance(length, int))
 
 
 def _waited(redis: Redis, queue: Queue) -> float | None:
     """Of the job at the front; None when there is none, or none that tells."""
     front: Any = redis.lindex(queue.key, 0)
-    enqueued_at: Any = redis.hget(Job.key_for(front.decode(errors="replace")), "enqueued_at") if front else None
-    if not enqueued_at:
+    if not front:
         return None
-    return max((datetime.now(UTC) - utcparse(enqueued_at.decode())).total_seconds(), 0.0)
+    try:
+        enqueued_at: Any = redis.hget(Job.key_for(front.decode()), "enqueued_at")
+        since = utcparse(enqueued_at.decode()) if enqueued_at else None
+    except (ValueError, RedisError) as error:
+        if isinstance(error, RedisError) and not is_wrong_type(error):
+            raise
+        return None
+    return None if since is None else max((datetime.now(UTC) - since).total_seconds(), 0.0)
 
 
 def outbox_facts(path: Path) -> dict[str, Any] | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
-from redis import Redis
+from redis import Redis, RedisError
 from rq import Queue
 
+from consumers.harmed_keys import is_wrong_type, put_aside
 from consumers.rq_jobs import JOB_PREFIX
 from producers.redis_keys import held_key, holders_key, strays_key
 
@@ -33,7 +34,7 @@ return 1
 # KEYS started registry, queue, job; ARGV the registry's member, the job's id.
 _TAKE_FROM_STARTED = """
 if redis.call('ZREM', KEYS[1], ARGV[1]) == 0 then return 0 end
-if redis.call('EXISTS', KEYS[3]) == 0 then return 0 end
+if redis.call('TYPE', KEYS[3]).ok ~= 'hash' then return 0 end
 redis.call('HSET', KEYS[3], 'status', 'queued')
 redis.call('LPUSH', KEYS[2], ARGV[2])
 return 1
@@ -49,7 +50,7 @@ if not seen then
     redis.call('EXPIRE', KEYS[3], 600)
     return 0
 end
-if tonumber(now) - tonumber(seen) < tonumber(ARGV[2]) then return 0 end
+if tonumber(now) - (tonumber(seen) or 0) < tonumber(ARGV[2]) then return 0 end
 redis.call('HDEL', KEYS[3], ARGV[1])
 if redis.call('HGET', KEYS[2], 'status') ~= 'queued' or redis.call('LPOS', KEYS[1], ARGV[1]) then return 0 end
 redis.call('LPUSH', KEYS[1], ARGV[1])
@@ -70,6 +71,7 @@ class Stranded:
 
     def requeue(self) -> list[str]:
         """Return what is stranded to the front of the queue, no attempt spent; the ids of the jobs."""
+        put_aside(self._redis, {strays_key(self._queue.name): "hash"})
         return [*self._from_intermediate(), *self._from_started(), *self._from_nowhere()]
 
     def _from_intermediate(self) -> Iterator[str]:
@@ -87,6 +89,8 @@ class Stranded:
         """What a stock worker let expire in the started registry; that is by its own host's clock."""
         registry = self._queue.started_job_registry.key
         now, _ = self._redis.time()
+        if self._redis.type(registry) != b"zset":
+            return
         for member in self._redis.zrangebyscore(registry, 0, now):
             text = _shown(member)  # type: ignore[arg-type]  # without scores it is bytes or text
             job_id = text.split(":")[0]
@@ -130,7 +134,12 @@ class Stranded:
                 yield key.removeprefix(JOB_PREFIX)
 
     def _ids_in(self, key: str) -> list[str]:
-        return [_shown(job_id) for job_id in self._redis.lrange(key, 0, -1)]
+        try:
+            return [_shown(job_id) for job_id in self._redis.lrange(key, 0, -1)]
+        except RedisError as error:
+            if is_wrong_type(error):  # somebody's, and no list
+                return []
+            raise
 
 
 def _shown(value: bytes | str) -> str:

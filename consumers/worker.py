@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
@@ -34,11 +35,12 @@ from rq.utils import now, utcformat
 from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker
 from rq.worker_registration import REDIS_WORKER_KEYS as WORKERS_KEY
-from rq.worker_registration import clean_worker_registry
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY, clean_worker_registry
 
 from consumers import stop_signals
 from consumers.connection import limit_statements
-from consumers.crew import Crew
+from consumers.crew import Crew, is_away
+from consumers.harmed_keys import is_redis_trouble
 from consumers.lane import WAIT_SECONDS, Lane, Limits, backoff_seconds
 from consumers.logs import write_json_if_set
 from consumers.metrics import COUNTS
@@ -93,6 +95,7 @@ class HistoryWorker(SimpleWorker):
         self._metrics = metrics
         self._lanes: list[Lane] = []
         self._maintain_at = 0.0
+        self._harmed_parts: set[int] = set()  # of the maintenance; each is told of once
 
     def work(
         self,
@@ -210,6 +213,15 @@ class HistoryWorker(SimpleWorker):
         lost = RedisConnectionError("no answer in time") if isinstance(exc, RedisTimeoutError) else exc
         super()._pubsub_exception_handler(lost, *thread)
 
+    def handle_payload(self, message: Any) -> None:
+        """RQ's lets whatever is no command end the thread that listens to commands."""
+        try:
+            super().handle_payload(message)
+        except Exception as error:
+            if is_away(error):
+                raise
+            logger.warning("worker %s ignores what is no command for it: %s", self.name, type(error).__name__)
+
     def _install_signal_handlers(self) -> None:
         stop_signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self.request_stop)
 
@@ -240,21 +252,52 @@ class HistoryWorker(SimpleWorker):
             self._crew.failed(error)
 
     def _look_after_the_dead(self) -> None:
-        """Find what they have left, rather than wait for RQ to fail it."""
+        """Find what they have left, rather than wait for RQ to fail it.
+
+        What somebody has put where one part looks ends neither the other parts nor the worker.
+        """
         self._maintain_at = time.monotonic() + _MAINTENANCE_SECONDS * random.uniform(0.8, 1.2)
+        parts: list[Callable[[], object]] = [
+            self._stay_registered,
+            self._forget_dead_workers,
+            lambda: self._tell_of_returned(recover_dead_holders(self.connection, self._queue)),
+            lambda: self._tell_of_returned(self._stranded.requeue()),
+            self._queue.finished_job_registry.cleanup,
+        ]
+        for number, part in enumerate(parts):
+            try:
+                part()
+            except Exception as error:
+                if is_redis_trouble(error):
+                    raise
+                if number not in self._harmed_parts:
+                    self._harmed_parts.add(number)
+                    what = f"{type(error).__name__}: {error}"[:200]
+                    logger.error("worker %s passes over a part of its maintenance: %s", self.name, what)
+            else:
+                self._harmed_parts.discard(number)
+
+    def _stay_registered(self) -> None:
         # Redis lost everything, this registration included, or it expired.
         if not (self.connection.sismember(WORKERS_KEY, self.key) and self.connection.exists(self.key)):
             self._pretend_death()
             self.register_birth()
             self._crew.show(again=True)
         self.heartbeat()
+
+    def _forget_dead_workers(self) -> None:
+        key = WORKERS_BY_QUEUE_KEY % self._queue.name
+        members: Any = self.connection.smembers(key)
+        # RQ's worker keys are text; it could read none of them beside what is not.
+        if strange := [member for member in members if "\ufffd" in member.decode(errors="replace")]:
+            self.connection.srem(key, *strange)
+            logger.error("removed %d entries of %s that are no workers", len(strange), key)
         clean_worker_registry(self._queue)
-        found = recover_dead_holders(self.connection, self._queue)
-        found += self._stranded.requeue()
-        if found:
-            COUNTS.recovered(len(found))
-            logger.warning("returned %d jobs of dead workers to the queue", len(found))
-        self._queue.finished_job_registry.cleanup()
+
+    def _tell_of_returned(self, job_ids: Sequence[str]) -> None:
+        if job_ids:
+            COUNTS.recovered(len(job_ids))
+            logger.warning("returned %d jobs of dead workers to the queue", len(job_ids))
 
     def _retire(self) -> None:
         # Without Redis nothing is lost: the leases run out, and another worker returns what was held.

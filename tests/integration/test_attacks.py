@@ -230,6 +230,7 @@ _FOREIGN = "refused: it names a function that is not one of ours"
 _ARGUMENT = "refused: it must have one argument, the event's text"
 _CALLBACK = "refused: it has a callback or a webhook"
 _TOO_LARGE = "refused: its job is larger than 48 MiB"
+_TOO_MUCH_BESIDE = "refused: its job has more than 64 KiB beside its call"
 _SHAPELESS = "refused: its data is large, and not the call of a function with one text"
 
 REFUSED: dict[str, tuple[Callable[[System], str], str]] = {
@@ -263,7 +264,15 @@ REFUSED: dict[str, tuple[Callable[[System], str], str]] = {
     "100 MB compressed": (lambda s: _put(s, "100MB-z", zlib.compress(b" " * 100 * _MEGABYTE)), _TOO_LARGE),
     "a bomb": (lambda s: _put(s, "bomb", _bomb()), _TOO_LARGE),
     "50 MB beside": (
-        lambda s: _put(s, "beside", _call(SNAPSHOT, _valid()), webhooks="[]", meta=b"x" * 50 * _MEGABYTE), _TOO_LARGE,
+        lambda s: _put(s, "beside", _call(SNAPSHOT, _valid()), webhooks="[]", meta=b"x" * 50 * _MEGABYTE),
+        _TOO_MUCH_BESIDE,
+    ),
+    "44 MB of lists as webhooks": (
+        lambda s: _put(s, "lists-webhooks", _call(SNAPSHOT, _valid()), webhooks=_lists()), _TOO_MUCH_BESIDE,
+    ),
+    "44 MB of lists as meta": (lambda s: _put(s, "lists-meta", _call("x"), meta=_lists()), _FOREIGN),
+    "44 MB of lists as dependencies": (
+        lambda s: _put(s, "lists-dependencies", _call("x"), dependency_ids=_lists()), _FOREIGN,
     ),
     "50 MB beside what is invalid": (
         lambda s: _put(s, "invalid", _call(SNAPSHOT, "{}"), meta=b"x" * 50 * _MEGABYTE), "specversion: is missing",
@@ -285,6 +294,10 @@ def _bomb() -> bytes:
     start = compressor.compress(b" ") + compressor.flush(zlib.Z_FULL_FLUSH)
     piece = compressor.compress(b" " * _MEGABYTE) + compressor.flush(zlib.Z_FULL_FLUSH)
     return start + piece * 1024
+
+
+def _lists() -> bytes:
+    return b"[" + b"[]," * 15_500_000 + b"[]]"
 
 
 def _archive_text(signals: str) -> str:
@@ -316,6 +329,7 @@ def test_a_job_that_is_none_of_ours_is_refused_with_a_reason(system: System, att
     assert result is not None
     assert str(system.outcome(job_id)) in str(result.exc_string)
     assert system.redis.hstrlen(job.key, "data") < _MEGABYTE
+    assert (system.redis.memory_usage(job.key) or 0) < 2 * _MEGABYTE
     system.has_withstood()
     assert _peak_bytes(system.worker) - before < 400 * _MEGABYTE
     job.delete()

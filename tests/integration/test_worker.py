@@ -36,7 +36,9 @@ from consumers.inserts import insert_events
 from consumers.lane import Lane
 from consumers.operations import get_portfolio_history
 from consumers.reservations import POISON_DEATHS, Reservations, recover_dead_holders
+from consumers.rq_failures import RqFailures
 from consumers.settling import settle
+from consumers.status import queue_facts
 from consumers.stranded import Stranded
 from consumers.worker import HistoryWorker
 from producers.errors import SettingsError
@@ -643,12 +645,13 @@ def test_a_database_that_was_read_only_is_used_again(redis: Redis, database_url:
         until(lambda: len(get_portfolio_history()) == 2, seconds=30)
 
 
-@pytest.mark.parametrize("strange", [b"\xff\xfe", b"a\0b", b"x" * 4000])
+@pytest.mark.parametrize("strange", [b"\xff\xfe", b"a\0b", b"x" * 4000, b"odd id", b"a:b", b"a.b", b""])
 def test_what_is_no_job_id_is_put_aside(redis: Redis, strange: bytes) -> None:
     """In the queue, with a job or without; the jobs around it are stored."""
     enqueue_snapshots(redis, 2)
     redis.lpush("rq:queue:history", strange)
-    redis.hset(b"rq:job:" + strange, mapping={"data": "[]", "status": "queued"})
+    fields: dict[Any, Any] = {"data": "[]", "status": "queued"} | {f"f{number}": "x" for number in range(1100)}
+    redis.hset(b"rq:job:" + strange, mapping=fields)
     for key in ("rq:queue:history:intermediate", "history:held:history:gone"):
         redis.rpush(key, strange)
     redis.zadd("rq:wip:history", {strange: 1})
@@ -808,3 +811,206 @@ def test_an_answer_that_takes_too_long_does_not_end_the_ear_for_commands(
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     worker._pubsub_exception_handler(RedisTimeoutError("slow"), None, None)
+
+
+def test_many_entries_that_are_no_ids_end_no_burst(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a batch of them in front of an event."""
+    monkeypatch.setattr(lane_module, "BATCH_JOBS", 10)
+    redis.rpush("rq:queue:history", *["no id"] * 35)
+    enqueue_snapshots(redis, 1)
+    burst(redis)
+    assert (len(get_portfolio_history()), redis.llen("history:strange:history")) == (1, 35)
+
+
+def _outcome_ids() -> list[str]:
+    return [job_id for job_id, outcome, _ in _outcomes() if outcome == "rejected"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '{"a":[]}',
+        "1",
+        "true",
+        "null",
+        "x",
+        '"\\ud800"',
+        '["\\ud800"]',
+        "[null]",
+        "[[]]",
+        "[{}]",
+        '["a b"]',
+        "[" * 60_000,
+    ],
+)
+def test_dependencies_that_are_none_cost_only_the_job_that_names_them(redis: Redis, value: str) -> None:
+    """It stands in Failed with its reason and its call, in a shape that RQ can read and send again."""
+    refused = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
+    redis.hset(refused.key, "dependency_ids", value)
+    enqueue_snapshots(redis, 2)
+    worker = burst(redis)
+
+    assert worker._crew.waits_for is None
+    assert (_outcome_ids(), len(get_portfolio_history())) == ([refused.id], 2)
+    queue = history_queue(redis)
+    assert queue.failed_job_registry.get_job_ids() == [refused.id]
+    found = queue.fetch_job(refused.id)
+    assert found is not None
+    result = found.latest_result()
+    assert result is not None
+    assert str(result.exc_string).startswith("InvalidEvent: specversion: is missing")
+    assert (found.is_failed, found.origin, found.args) == (True, "history", ["{}"])
+    queue.failed_job_registry.requeue(refused.id)
+
+
+def test_what_cannot_be_written_of_one_job_costs_only_that_job(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever defect of ours it is: an exception, or what redis-py does not send; Redis is not away for that."""
+    refused = [history_queue(redis).enqueue("os.system", str(number)).id for number in range(4)]
+    enqueue_snapshots(redis, 3)
+    written = RqFailures._written
+
+    def defective(self: Any, reserved: Any, *args: Any, **kwargs: Any) -> Any:
+        if reserved.job_id == refused[1]:
+            raise ZeroDivisionError("a defect")
+        fields = written(self, reserved, *args, **kwargs)
+        return fields | ({"description": None} if reserved.job_id == refused[2] else {})
+
+    monkeypatch.setattr(RqFailures, "_written", defective)
+    worker = burst(redis)
+
+    assert worker._crew.waits_for is None
+    assert (sorted(_outcome_ids()), len(get_portfolio_history())) == (sorted(refused), 3)
+    assert sorted(history_queue(redis).failed_job_registry.get_job_ids()) == sorted(refused)
+    assert redis.hget(Job.key_for(refused[3]), "status") == b"failed"
+    assert redis.keys("history:held:*") == []
+
+
+def test_many_refused_jobs_cost_few_commands(redis: Redis) -> None:
+    """Junk in front of an event must not keep it waiting: it is refused by the batch."""
+    history_queue(redis).enqueue_many([Queue.prepare_data("os.system", args=("true",)) for _ in range(300)])
+    redis.config_resetstat()
+    burst(redis)
+
+    assert len(_outcome_ids()) == history_queue(redis).failed_job_registry.count == 300
+    assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] < 50
+
+
+@pytest.mark.parametrize(
+    "key", ["suspects", "delays", "holders", "strange", "rq:finished", "rq:failed", "rq:results", "ack", "rq:worker"]
+)
+def test_what_stands_in_the_place_of_a_key_of_ours_is_moved_away(redis: Redis, key: str) -> None:
+    """Without it nothing would be stored any more."""
+    *_, last = enqueue_snapshots(redis, 2)
+    redis.rpush("rq:queue:history", "no id")
+    refused = history_queue(redis).enqueue("os.system", "true")
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    names = {"ack": "history:ack:other/1", "rq:results": f"rq:results:{last}", "rq:worker": worker.key}
+    name = names.get(key) or (f"{key}:history" if key.startswith("rq:") else f"history:{key}:history")
+    arrive = worker._arrive
+
+    def arrived(*args: Any) -> bool:
+        there = arrive(*args)
+        redis.delete(name)
+        redis.set(name, "x")
+        return there
+
+    worker._arrive = arrived  # type: ignore[method-assign]  # after all that happens at the start
+    worker.work(burst=True, logging_level="WARNING")
+
+    assert (_outcome_ids(), len(get_portfolio_history())) == ([refused.id], 2)
+    assert history_queue(redis).failed_job_registry.get_job_ids() == [refused.id]
+    assert redis.exists(f"{name}:harmed") == (key != "rq:results")
+    assert key != "ack" or redis.hlen(name) == 2
+
+
+@pytest.mark.parametrize("which", ["suspects", "delays"])
+def test_a_count_that_is_no_number_counts_as_none(redis: Redis, which: str) -> None:
+    """Of deaths and of delays: the job runs alone, and the worker goes on."""
+    job_ids = enqueue_snapshots(redis, 2)
+    redis.hset(f"history:{which}:history", job_ids[0], "abc")
+    burst(redis)
+    assert len(get_portfolio_history()) == 2
+
+
+def test_a_queue_that_is_no_list_is_named(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """It is not ours to move; the worker waits, and goes on when it is gone."""
+    redis.set("rq:queue:history", "x")
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    working = threading.Thread(target=lambda: worker.work(burst=True, logging_level="WARNING"))
+    worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # not in a thread
+    working.start()
+    until(lambda: "rq:queue:history is a string and no list" in caplog.text)
+    redis.delete("rq:queue:history")
+    enqueue_snapshots(redis, 1)
+    working.join(30)
+    assert len(get_portfolio_history()) == 1
+
+
+def test_one_harmed_holder_does_not_keep_the_others_from_recovery(redis: Redis) -> None:
+    """Its list is moved away; what the others held comes back."""
+    job_ids = enqueue_snapshots(redis, 3)
+    for holder in ("a-evil", "b-dead", "c-evil", "d-dead"):
+        redis.hset("history:holders:history", holder, "")
+        if holder.endswith("evil"):
+            redis.set(f"history:held:history:{holder}", "x")
+        else:
+            redis.lmove("rq:queue:history", f"history:held:history:{holder}", "RIGHT", "LEFT")
+    assert sorted(recover_dead_holders(redis, history_queue(redis))) == sorted(job_ids[1:])
+    assert recover_dead_holders(redis, history_queue(redis)) == []
+    assert redis.hgetall("history:holders:history") == {}
+
+
+def test_what_is_no_worker_in_rqs_list_ends_no_maintenance(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """It is removed, and the state of the queue can be told meanwhile."""
+    redis.sadd("rq:workers:history", b"\xff", "rq:worker:gone")
+    redis.hset("history:holders:history", b"\xff", "")
+    redis.set("history:held:history:evil", "x")
+    redis.hset("history:holders:history", "evil", "")
+    assert queue_facts(redis, "history")["held"] == 0
+    enqueue_snapshots(redis, 1)
+    burst(redis)
+
+    assert (redis.smembers("rq:workers:history"), len(get_portfolio_history())) == (set(), 1)
+    assert "removed 1 entries of rq:workers:history that are no workers" in caplog.text
+
+
+def test_each_part_of_the_maintenance_goes_on_without_the_others(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each is told of once, until it has passed again."""
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    worker.bootstrap("WARNING")
+
+    def defective(*args: Any) -> Any:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(worker_module, "clean_worker_registry", defective)
+    monkeypatch.setattr(worker_module, "recover_dead_holders", defective)
+    redis.set("rq:finished:history", "x")
+    redis.rpush("rq:queue:history:intermediate", "x")
+    monkeypatch.setattr(stranded, "STRANDED_SECONDS", -1.0)
+    for _ in range(3):
+        worker._look_after_the_dead()
+    assert redis.lrange("rq:queue:history", 0, -1) == [b"x"]
+    assert caplog.text.count("passes over a part of its maintenance") == 3
+    worker._retire()
+
+
+@pytest.mark.parametrize("value", ["garbage", b"\xff", None])
+def test_a_job_that_does_not_tell_since_when_it_waits(redis: Redis, value: Any) -> None:
+    """The age is unknown; everything else is told."""
+    (job_id,) = enqueue_snapshots(redis, 1)
+    if value is None:
+        redis.delete(Job.key_for(job_id))
+        redis.set(Job.key_for(job_id), "no hash")
+    else:
+        redis.hset(Job.key_for(job_id), "enqueued_at", value)
+    facts = queue_facts(redis, "history")
+    assert (facts["queued"], facts["oldest_waiting_seconds"]) == (1, None)
+
+
+@pytest.mark.parametrize("junk", [b"\xff", b"x", b"1", b"{}", b"[" * 100_000, b'{"command":"stop-job"}'])
+def test_junk_among_its_commands_leaves_the_ear_open(redis: Redis, junk: bytes) -> None:
+    """The thread that listens would end by it, and no later command be heard."""
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    worker.handle_payload({"data": junk})
