@@ -32,7 +32,13 @@ def url_of(listening: socket.socket) -> str:
 
 def is_local(listening: socket.socket) -> bool:
     """Only this machine can reach it."""
-    return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
+    return is_loopback(listening.getsockname()[0])
+
+
+def is_loopback(host: str) -> bool:
+    """`host` is an address that only this machine can reach."""
+    name = host.partition("%")[0]
+    return _is_address(name) and ipaddress.ip_address(name).is_loopback
 
 
 def is_own_host(host: str) -> bool:

@@ -129,6 +129,11 @@ class Listing:
         return text(f"SELECT {', '.join(columns)} FROM ({self.rows}) AS page ORDER BY {self.order}")  # noqa: S608  # from constants
 
 
+def guessed_bytes(document: str) -> str:
+    """An expression for about how many bytes of text a JSONB column is, without unpacking it."""
+    return f"(CASE WHEN pg_column_compression({document}) IS NULL THEN 1 ELSE 16 END * pg_column_size({document}))"
+
+
 def quoted(columns: Iterable[str]) -> str:
     return ", ".join(f'"{column}"' for column in columns)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,13 +16,16 @@ from rq.utils import utcparse
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 from sqlalchemy import text
 
-from consumers.connection import get_db, get_reader
+from consumers.connection import READ_SECONDS, get_db, get_reader
 from consumers.errors import StoreUnavailable
 from consumers.harmed_keys import is_wrong_type
+from consumers.waits import DatabaseWaits
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key
 from producers.settings import TransportSettings
 
+_COUNTING_SECONDS = 120.0  # for a billion rows
+_ANY = text("SELECT 1")
 _COUNTS = text("""
     SELECT (SELECT count(*) FROM portfolio_history) AS portfolio_snapshots,
         (SELECT count(*) FROM signal_archives) AS signal_archives,
@@ -55,7 +59,11 @@ def pipeline_status() -> tuple[dict[str, Any], bool]:
     facts: dict[str, Any] = {}
     healthy = True
     try:
-        facts |= database_counts()
+        # A server that is frozen but connected sends nothing, and libpq would wait for ever.
+        with DatabaseWaits(READ_SECONDS, threading.Event()).limited(), get_db() as db:
+            db.execute(_ANY)
+        with DatabaseWaits(_COUNTING_SECONDS, threading.Event()).limited():
+            facts |= database_counts()
         facts["database"] = "reachable"
     except StoreUnavailable as error:
         facts["database"], healthy = str(error), False

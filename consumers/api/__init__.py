@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 
 from consumers import page
 from consumers.api.cursor import decode_cursor, encode_cursor
-from consumers.api.guard import Guard, require_token
+from consumers.api.guard import Guard, require_once, require_token
 from consumers.api.pages import read_page
 from consumers.api.problems import ProblemRoute, tell_all_problems, unavailable
 from consumers.api.questions import (
@@ -61,7 +61,10 @@ KnownTags = Annotated[str | None, Header(alias="If-None-Match", max_length=4096)
 
 router = APIRouter(route_class=ProblemRoute)
 _trading = APIRouter(
-    prefix="/trading", tags=["trading"], route_class=ProblemRoute, dependencies=[Depends(require_token)]
+    prefix="/trading",
+    tags=["trading"],
+    route_class=ProblemRoute,
+    dependencies=[Depends(require_token), Depends(require_once)],
 )
 
 
@@ -114,13 +117,12 @@ def _page(
 ) -> Response:
     media_type = _media_type(question.format, accept)
     narrowing = Narrowing(
-        limit=question.limit + 1,
         portfolio_id=question.portfolio_id,
         since=question.since,
         until=question.until,
         after=None if question.cursor is None else decode_cursor(kind, _KEYS[kind], question.cursor),
     )
-    page = read_page(listing(narrowing), question.limit, media_type, known_tags)
+    page = read_page(listing, narrowing, question.limit, media_type, known_tags)
     headers = {"ETag": f'W/"{page.tag}"', "Cache-Control": "private, no-cache", "Vary": "Accept, Authorization"}
     if page.last is not None:
         headers["Link"] = f'<{_next(request, encode_cursor(kind, page.last))}>; rel="next"'
@@ -225,7 +227,7 @@ def create_app() -> FastAPI:
     made.include_router(router)
     made.include_router(metrics, dependencies=[Depends(require_token)])
     made.include_router(page.assets)
-    made.include_router(page.data, dependencies=[Depends(require_token)])
+    made.include_router(page.data, dependencies=[Depends(require_token), Depends(require_once)])
     return made
 
 

@@ -1,4 +1,4 @@
-"""What stands before every request: its size, who asks, and headers that keep browsers from doing more than read."""
+"""What stands before every request: its size, who asks and how, and headers that keep browsers from doing more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from consumers.api.problems import Problem
 from consumers.api.settings import ApiSettings
-from consumers.listening import is_own_host
+from consumers.listening import is_loopback, is_own_host
 
 MAX_QUERY_BYTES = 4096
 _HEADERS = {
@@ -44,8 +44,21 @@ async def require_token(
         raise Problem(401, "Needs the bearer token of this server.", headers={"WWW-Authenticate": "Bearer"})
 
 
+async def require_once(request: Request) -> None:
+    """Raises Problem 422 when a parameter is given twice: only one of them could be meant."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    for name in names:
+        if names.count(name) > 1:
+            reason = "is given more than once"
+            raise Problem(422, f"{name}: {reason}", errors=[{"parameter": name, "reason": reason}])
+
+
 class Guard:
-    """ASGI middleware of our app. Headers that an answer has already are left as they are."""
+    """ASGI middleware of our app. Headers that an answer has already are left as they are.
+
+    HEAD is answered as GET is, without the body. Over loopback and without a token it is asked by addresses and
+    `localhost` only: otherwise a web page whose name was made to point to 127.0.0.1 (DNS rebinding) could read along.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -60,13 +73,26 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+            elif scope["method"] == "HEAD" and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
-        if len(scope["query_string"]) > MAX_QUERY_BYTES:
-            problem = Problem(414, f"The query may have {MAX_QUERY_BYTES} bytes.")
+        settings = settings_of(Request(scope))
+        problem = _refusal(scope, settings)
+        if problem is not None:
             await problem.response()(scope, receive, send_with_headers)
             return
-        await _shared(self._app, settings_of(Request(scope)).cors_origins)(scope, receive, send_with_headers)
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        await _shared(self._app, settings.cors_origins)(asked, receive, send_with_headers)
+
+
+def _refusal(scope: Scope, settings: ApiSettings) -> Problem | None:
+    if len(scope["query_string"]) > MAX_QUERY_BYTES:
+        return Problem(414, f"The query may have {MAX_QUERY_BYTES} bytes.")
+    here, _ = scope.get("server") or ("", None)
+    if settings.token is None and is_loopback(here) and not is_own_host(Headers(scope=scope).get("host", "")):
+        return Problem(421, "Under another name than localhost this server is asked only with a HISTORY_API_TOKEN set.")
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -81,20 +107,3 @@ def _shared(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
         allow_headers=["Authorization", "If-None-Match"],
         expose_headers=["ETag", "Link", "Retry-After"],
     )
-
-
-class OwnHostOnly:
-    """ASGI middleware for a server on loopback without a token: it is asked by addresses and `localhost` only.
-
-    Otherwise a web page whose name was made to point to 127.0.0.1 (DNS rebinding) could read the history.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_own_host(Headers(scope=scope).get("host", "")):
-            detail = "Under another name than localhost this server is asked only with a HISTORY_API_TOKEN set."
-            await Problem(421, detail).response()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)

@@ -67,7 +67,9 @@ def problem_of(error: Exception) -> Problem | None:
     if isinstance(error, Unreadable):
         return unavailable(disclosed(error))
     if isinstance(error, HTTPException):
-        return Problem(error.status_code, HTTPStatus(error.status_code).description, headers=error.headers)
+        status = HTTPStatus(error.status_code)
+        detail = status.description if error.detail == status.phrase else error.detail
+        return Problem(status, detail, headers=error.headers)
     return None
 
 

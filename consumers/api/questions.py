@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
@@ -31,11 +31,9 @@ def _moment(value: object) -> object:
     except ValueError:
         raise ValueError("is not a time such as 2026-11-22T18:02:46+01:00") from None
     try:
-        aware = localized(moment, ZoneSettings.from_environment().timezone, "it")
-        aware.timestamp()
+        return localized(moment, ZoneSettings.from_environment().timezone, "it").astimezone(UTC)
     except (InvalidEvent, OverflowError, ValueError):
         raise ValueError("is too near to the first or last year") from None
-    return aware
 
 
 Moment = Annotated[

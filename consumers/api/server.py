@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from consumers.api import app
-from consumers.api.guard import OwnHostOnly
 from consumers.api.settings import ApiSettings
 from consumers.listening import is_local, listen, url_of
 
 _LEAVE_SECONDS = 5  # for answers under way when it is told to stop
+_IDLE_SECONDS = 30.0
 _MAX_HEAD_BYTES = 64 * 1024
 _HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
@@ -40,6 +41,12 @@ class BoundedHead(HttpToolsProtocol):
         super().on_headers_complete()
 
 
+def _give_up_idle_readers(listening: socket.socket) -> None:
+    """A client that takes nothing of its answer for half a minute is let go: uvicorn would keep the rest in memory."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted connections inherit it
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(_IDLE_SECONDS * 1000))
+
+
 def serve(host: str, port: int) -> None:
     """Answer at `host` and `port` (0: any that is free) until a signal ends this process.
 
@@ -49,11 +56,11 @@ def serve(host: str, port: int) -> None:
     """
     settings = ApiSettings.from_environment()
     with listen(host, port) as listening:
-        local = is_local(listening)
-        if settings.token is None and not local:
+        _give_up_idle_readers(listening)
+        if settings.token is None and not is_local(listening):
             print(f"Whoever reaches {host} can read everything: HISTORY_API_TOKEN is not set.", file=sys.stderr)
         config = uvicorn.Config(
-            OwnHostOnly(app) if settings.token is None and local else app,
+            app,
             http=BoundedHead,
             log_config=None,
             access_log=False,

@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
+from consumers.listings import guessed_bytes
+
 MOST_MONTHS = 1_200
+# What a search has in memory at a time.
+_MOST_AT_ONCE = 50
+_MOST_BYTES = 2**20
 
 _MONTHS = text("""
     WITH RECURSIVE months AS (
@@ -38,7 +43,11 @@ _ARCHIVES = """
     ORDER BY archived_at DESC, id DESC LIMIT :limit
 """
 _LISTED = text(_ARCHIVES.format(data="", before="<"))
-_SEARCHED = text(_ARCHIVES.format(data=", CAST(signals_data AS text) AS signals", before="<="))
+_SEARCHED = text(_ARCHIVES.format(data=f", {guessed_bytes('signals_data')} AS bytes", before="<="))
+_DOCUMENTS = text("""
+    SELECT id, archived_at, portfolio_id, CAST(signals_data AS text) FROM signal_archives
+    WHERE id = ANY(:ids) ORDER BY archived_at DESC, id DESC
+""")
 _ONE = text("SELECT id, archived_at, portfolio_id, CAST(signals_data AS text) FROM signal_archives WHERE id = :id")
 
 
@@ -66,9 +75,20 @@ class Archive(NamedTuple):
 def archives_with_signals(db: Connection, month: date, start: tuple[datetime, int], limit: int) -> Iterator[Archive]:
     """Archives of a month, newest first from (archived_at, id) on, a few at a time: they may be large."""
     values = _around(month) | {"at": start[0], "id": start[1], "limit": limit}
-    options = {"stream_results": True, "max_row_buffer": 20}
-    for row in db.execute(_SEARCHED, values, execution_options=options):
-        yield Archive(row.id, row.archived_at, row.portfolio_id, row.signals)
+    ids: list[int] = []
+    read_bytes = 0
+    for row in db.execute(_SEARCHED, values).all():
+        if ids and (read_bytes + row.bytes > _MOST_BYTES or len(ids) == _MOST_AT_ONCE):
+            yield from _documents(db, ids)
+            ids, read_bytes = [], 0
+        ids.append(row.id)
+        read_bytes += row.bytes
+    yield from _documents(db, ids)
+
+
+def _documents(db: Connection, ids: list[int]) -> Iterator[Archive]:
+    for row in db.execute(_DOCUMENTS, {"ids": ids}):
+        yield Archive(*row)
 
 
 def archive(db: Connection, archive_id: int) -> Archive | None:

@@ -260,6 +260,55 @@ def test_a_phone_scrolls_down_only(open_page: OpenPage) -> None:
     assert page.evaluate("document.querySelector('#value-chart .uplot').offsetWidth") <= 390
 
 
+def test_the_longest_amounts_are_read_whole(open_page: OpenPage) -> None:
+    """In the figures above the curve, on its axis, and in the columns of signals, on a phone and on a desk."""
+    store_values(["-999999999000.12345678", "999999999000.12345678", "-999999999000.12345678"])
+    store_archive([a_signal(amount=10**300, reason="because")], at=START)
+    page = open_page()
+    for width in (360, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        _live(page)
+        boxes = page.locator("#summary strong").evaluate_all(
+            """all => all.map(one => { const range = document.createRange(); range.selectNodeContents(one);
+                const {left, right, top, bottom} = range.getBoundingClientRect();
+                return [left, right, top, bottom]; })"""
+        )
+        assert len(boxes) == 4
+        for number, (left, right, top, bottom) in enumerate(boxes):
+            assert 0 <= left < right <= width
+            for other_left, other_right, other_top, other_bottom in boxes[:number]:
+                assert right <= other_left or left >= other_right or bottom <= other_top or top >= other_bottom
+        for chart in ("value", "drawdown", "daily"):
+            room = page.locator(f"#{chart}-chart .u-over").evaluate("plot => plot.offsetLeft")
+            assert room == page.locator("#value-chart .u-over").evaluate("plot => plot.offsetLeft")
+        needed = page.evaluate(
+            """text => { const context = document.createElement("canvas").getContext("2d");
+                context.font = "12px system-ui, sans-serif"; return context.measureText(text).width; }""",
+            "-999,999,999,000",
+        )
+        assert room >= needed + 12
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("#listing tbody button").first.click()
+    expect(page.locator("#listing tbody td.number").first).to_contain_text("… (301 characters)")
+    assert page.locator("#listing tbody td.number").first.evaluate("cell => cell.clientWidth") < 250
+
+
+def test_a_database_without_tables_says_so_and_asks_for_nothing(open_page: OpenPage) -> None:
+    """No list to choose from, and nothing that loads for ever; one snapshot is one snapshot."""
+    with get_db() as db:
+        db.execute(text("ALTER TABLE portfolio_history RENAME TO away"))
+    page = open_page()
+    expect(page.locator("#banner")).to_contain_text("trading-history init-db")
+    expect(page.locator("#curves-state")).to_have_text("Nothing was read yet.")
+    expect(page.locator("#archives-state")).to_have_text("Nothing was read yet.")
+    expect(page.locator("#portfolio")).to_be_hidden()
+    with get_db() as db:
+        db.execute(text("ALTER TABLE away RENAME TO portfolio_history"))
+    store_values([5])
+    expect(page.locator("#drawn")).to_contain_text("1 snapshot in this range", timeout=20_000)
+    expect(page.locator("#archives-state")).to_contain_text("No signals are archived yet")
+
+
 def test_an_empty_database_says_what_to_do_and_fills_by_itself(open_page: OpenPage) -> None:
     """The first snapshot and the first archive appear without a reload."""
     page = open_page()
@@ -336,21 +385,34 @@ def test_a_click_that_fails_is_told_and_the_page_goes_on(outage: Outage, open_pa
     store_archive([a_signal(market_question="Will it rain?"), a_signal()])
     with get_db() as db:  # so that no late news of these rows makes the page read again
         db.execute(text("SELECT pg_stat_force_next_flush()"))
+    store_values([7, 8], portfolio=2)
     page = open_page()
     _live(page)
+    lowest_of_all = page.locator("#summary > div").nth(2).inner_text()
     outage.begin()
     page.get_by_role("button", name="one day").click()
     page.locator("#wanted").fill("rain")
     page.keyboard.press("Enter")
     expect(page.locator("#banner")).to_contain_text("The database cannot be read now.", timeout=20_000)
+    expect(page.locator("#tiles")).to_contain_text("not readable", timeout=2_000)
+    expect(page.locator("#drawn")).to_have_text("Of this range nothing finer was read yet.")
+    lowest = page.locator("#summary > div").nth(2)
+    assert lowest.inner_text() != lowest_of_all
+    page.locator("#portfolio").select_option("2")
+    expect(page.locator("#drawn")).to_have_text("This range was not read yet.", timeout=20_000)
+    expect(lowest.locator("strong")).to_have_text("–")
+    expect(page.locator("#day-rows tr")).to_have_count(0)
+    page.locator("#portfolio").select_option("1")
+    page.get_by_role("button", name="one day").click()
     outage.end()
+    expect(page.locator("#tiles")).not_to_contain_text("not readable", timeout=20_000)
     expect(page.locator("#drawn")).to_contain_text("289 snapshots in this range", timeout=20_000)
     expect(page.locator("#listing tbody > tr")).to_have_text([re.compile("Will it rain?")], timeout=20_000)
     _live(page)
 
 
 def test_a_server_that_wants_a_token_is_given_one(open_page: OpenPage) -> None:
-    """The page asks for it after a 401, and sends it from then on."""
+    """The page asks for it after a 401, until it gets one that is right, and sends it from then on."""
     store_values([1, 2])
     page = open_page()
 
@@ -365,6 +427,13 @@ def test_a_server_that_wants_a_token_is_given_one(open_page: OpenPage) -> None:
     page.route(re.compile("/page/(?!static)"), guard)
     page.reload()
     expect(page.locator("#banner")).to_contain_text("a token is needed")
+    for wrong in ("close sesame", "“open sesame”"):
+        page.get_by_label("This server asks for its token").fill(wrong)
+        page.keyboard.press("Enter")
+        expect(page.locator("#banner")).to_contain_text("wrong token")
+        expect(page.locator("#token-form")).to_be_visible()
+    page.reload()
+    expect(page.locator("#banner")).to_contain_text("wrong token")
     page.get_by_label("This server asks for its token").fill("open sesame")
     page.keyboard.press("Enter")
     _live(page)

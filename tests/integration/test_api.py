@@ -263,6 +263,41 @@ def test_a_page_of_large_archives_ends_early(client: TestClient, monkeypatch: py
     assert len({(row["archive_id"], row["position"]) for page in signals for row in page}) == 18
 
 
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_a_page_is_bounded_by_its_text_and_not_by_what_the_table_takes(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """A hundredth of it, when a signal repeats itself: one row may pass the bound, and no more."""
+    monkeypatch.setattr(api_pages, "PAGE_BYTES", 160_000)
+    for number in range(6):
+        reasons = [a_signal(market_id="5", reason="x" * 40_000) for _ in range(3 if number % 2 else 1)]
+        _store_archive(INSTANT + timedelta(minutes=number), *reasons)
+    for url, row_bytes in ((f"{ARCHIVES}?limit=100", 125_000), (f"{SIGNALS}?market_id=5&limit=100", 50_000)):
+        seen: list[str] = []
+        following: str | None = f"{url}&format={form}"
+        while following is not None:
+            answer = client.get(following)
+            assert len(answer.content) < 160_000 + row_bytes
+            unchanged = client.get(following, headers={"If-None-Match": answer.headers["etag"]})
+            assert (unchanged.status_code, unchanged.headers.get("link")) == (304, answer.headers.get("link"))
+            rows = answer.json() if form == "json" else list(csv.DictReader(io.StringIO(answer.text)))
+            assert rows
+            seen += [str((row.get("id") or row["archive_id"], row.get("position"))) for row in rows]
+            following = answer.links["next"]["url"] if "next" in answer.links else None
+        assert len(set(seen)) == len(seen) == (6 if url.startswith(ARCHIVES) else 12)
+
+
+def test_steps_of_a_page_make_one_page(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks large in the table is read bit by bit, and comes as one page all the same."""
+    for number in range(9):
+        _store_archive(INSTANT + timedelta(minutes=number), a_signal(reason="x" * 4_000))
+    whole = client.get(f"{ARCHIVES}?limit=7")
+    monkeypatch.setattr(api_pages, "guessed_bytes", lambda _: f"({api_pages.PAGE_BYTES} / 2)")
+    in_steps = client.get(f"{ARCHIVES}?limit=7")
+    assert (in_steps.text, in_steps.headers["etag"], in_steps.links) == (whole.text, whole.headers["etag"], whole.links)
+    assert len(in_steps.json()) == 7
+
+
 def test_an_unchanged_page_is_304_and_any_change_is_not(client: TestClient) -> None:
     """A row that comes in late in the middle, one that is changed, one that is gone, one that begins a next page."""
     for number in range(4):
@@ -360,6 +395,12 @@ def test_csv_has_the_same_rows_and_is_no_spreadsheet_program(client: TestClient)
         (f"{HISTORY}?since=1700000000", 422, ["since: "]),
         (f"{HISTORY}?until=" + "9" * 300, 422, ["until: "]),
         (f"{HISTORY}?daily=first", 422, ["daily: "]),
+        (f"{HISTORY}?since=9999-12-31T23:59:59-12:00", 422, ["since: is too near"]),
+        (f"{HISTORY}?daily=last&until=0001-01-01T00:00%2B00:01", 422, ["until: is too near"]),
+        (f"{ARCHIVES}?until=9999-12-31T23:59:59-12:00", 422, ["until: is too near"]),
+        (f"{SIGNALS}?market_id=1&since=0001-01-01T00:00%2B00:01", 422, ["since: is too near"]),
+        (f"{HISTORY}?limit=1&limit=2", 422, ["limit: is given more than once"]),
+        ("/page/daily?portfolio=1&portfolio=2", 422, ["portfolio: is given more than once"]),
         (f"{HISTORY}?cursor=" + "A" * 201, 422, ["cursor: "]),
         (f"{SIGNALS}", 422, ["market_id: "]),
         (f"{SIGNALS}?market_id=%00", 422, ["market_id: "]),
@@ -381,6 +422,31 @@ def test_nothing_can_be_written(client: TestClient, method: str) -> None:
     assert answer.headers["allow"] == "GET"
     with pytest.raises(StoreUnavailable, match="read-only"), get_reader() as db:
         db.execute(text("INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'absorbed')"))
+
+
+def test_head_is_get_without_the_body(client: TestClient) -> None:
+    _store_snapshot(INSTANT)
+    for url in ("/healthz", "/readyz", HISTORY, f"{HISTORY}?limit=0", "/", "/openapi.json", "/nowhere"):
+        get, head = client.get(url), client.head(url)
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert head.headers == get.headers
+
+
+def test_loopback_without_a_token_is_asked_under_its_own_names_only(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever serves the app; elsewhere names are free."""
+    for address, host, status in (
+        ("127.0.0.1", "evil.example", 421),
+        ("127.0.0.1", "localhost:8000", 200),
+        ("[::1]", "evil.example", 421),
+        ("192.0.2.1", "history.example", 200),
+    ):
+        with TestClient(app, base_url=f"http://{address}") as client:
+            assert client.get("/healthz", headers={"Host": host}).status_code == status
+    monkeypatch.setenv("HISTORY_API_TOKEN", "s3cret-token")
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        assert client.get("/healthz", headers={"Host": "history.example"}).status_code == 200
 
 
 def _tampered(cursor: str) -> list[str]:

@@ -1,8 +1,10 @@
-"""The API while PostgreSQL is gone, frozen, busy or restarted: 503 in seconds, and well again by itself."""
+"""The API and `status` while PostgreSQL is gone, frozen, busy or restarted: an answer in seconds, and well again."""
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +17,9 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from sqlalchemy import create_engine, make_url, text
 
-from consumers import api, connection
+from consumers import api, connection, status, waits
+from consumers.api import server
+from consumers.listening import listen
 from tests.faults.proxy import Proxy
 
 HISTORY = "/trading/portfolio-history"
@@ -121,6 +125,36 @@ def test_a_frozen_database_is_503_after_seconds(proxy: Proxy, monkeypatch: pytes
         assert time.monotonic() - began < 10
         proxy.set_mode("pass")
         assert client.get(HISTORY).status_code == 200
+
+
+def test_status_says_that_a_frozen_database_does_not_answer(
+    proxy: Proxy, redis: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is connected already, or connects; and it sees when the database is well again."""
+    monkeypatch.setattr(status, "READ_SECONDS", 0.5)
+    monkeypatch.setattr(waits, "CONNECT_TIMEOUT_SECONDS", 0.5)
+    assert status.pipeline_status()[0]["database"] == "reachable"
+    for _ in range(2):
+        proxy.set_mode("swallow")
+        began = time.monotonic()
+        facts, healthy = status.pipeline_status()
+        assert (healthy, facts["redis"]) == (False, "reachable")
+        assert facts["database"].startswith("PostgreSQL: no answer from the server in")
+        assert time.monotonic() - began < 6
+    proxy.set_mode("pass")
+    assert status.pipeline_status()[0]["database"] == "reachable"
+
+
+def test_a_client_that_takes_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep its answer in the server's memory."""
+    monkeypatch.setattr(server, "_IDLE_SECONDS", 0.3)
+    with listen("127.0.0.1", 0) as listening:
+        server._give_up_idle_readers(listening)
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
+            accepted.settimeout(20)
+            with pytest.raises(OSError, match="timed out") as caught:
+                accepted.sendall(bytes(50_000_000))
+    assert caught.value.errno == errno.ETIMEDOUT
 
 
 def test_a_statement_that_takes_too_long_is_ended(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import tracemalloc
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -212,6 +213,50 @@ def test_signals_keep_their_digits_and_their_bounds(client: TestClient, monkeypa
     assert len(_get(client, f"archives/{archive}")["signals"][0]["fields"]) == 3
 
 
+def test_numbers_inside_values_are_numbers_and_are_found(client: TestClient) -> None:
+    """With every digit; also what JSON escapes is found."""
+    nested = {"y": [Decimal(1), Decimal("2.00000000000000000003"), True, None], "z": {"Ä": 'say "no"\n'}}
+    archive = store_archive([a_signal(nested=nested), a_signal()])
+    (one,) = _get(client, f"archives/{archive}", q='NULL], "z": {"ä"')["signals"]
+    shown = '{"y": [1, 2.00000000000000000003, true, null], "z": {"Ä": "say \\"no\\"\\n"}}'
+    assert one["fields"]["nested"] == shown
+    for wanted, found in (
+        ("2.00000000000000000003, TRUE", 1),
+        ("say", 1),
+        ('say \\"no', 1),
+        ("510372", 2),
+        ("absent", 0),
+    ):
+        assert len(_get(client, f"archives/{archive}", q=wanted)["signals"]) == found, wanted
+
+
+def test_a_search_has_a_few_large_archives_in_memory_at_a_time(client: TestClient) -> None:
+    """However little they take in the table."""
+    for number in range(4):
+        store_archive([a_signal(reason="x" * 1_000_000)] * 8, at=START + timedelta(hours=number))
+    tracemalloc.start()
+    try:
+        told = _get(client, "signals", month="2026-06", q="absent")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (told["signals"], told["after"] is not None) == ([], True)
+    assert peak < 90 * 2**20
+
+
+def test_what_the_page_is_refused_has_a_reason(client: TestClient) -> None:
+    store_values([1])
+    backwards = "curve?portfolio=1&since=2026-01-02T00:00:00Z&until=2026-01-01T00:00:00Z"
+    for path, status, detail in (
+        (backwards, 422, "until is before since"),
+        ("curve?portfolio=2", 404, "no snapshot is of this portfolio"),
+        ("archives/7", 404, "no archive has this id"),
+        ("static/nothing.js", 404, "Nothing matches the given URI"),
+    ):
+        answer = client.get(f"/page/{path}")
+        assert (answer.status_code, answer.json()["detail"]) == (status, detail)
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -361,6 +406,7 @@ def test_every_query_goes_along_an_index(client: TestClient) -> None:
         (archive_queries._MONTHS, {"limit": 9}),
         (archive_queries._LISTED, month),
         (archive_queries._SEARCHED, month),
+        (archive_queries._DOCUMENTS, {"ids": [1, 2]}),
         (archive_queries._ONE, {"id": 1}),
         (state_queries._LAST_STORED, {}),
         (state_queries._REJECTIONS, {"limit": 9}),

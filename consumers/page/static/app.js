@@ -4,7 +4,7 @@ import { Archives } from "./archives.js";
 import { Curves } from "./curves.js";
 import { byId } from "./dom.js";
 import { time, zone } from "./format.js";
-import { healthIsOld, showHealth } from "./health.js";
+import { databaseFailed, healthIsOld, showHealth } from "./health.js";
 import { get, Unreadable, useToken } from "./server.js";
 
 const ROWS_MS = 3000;
@@ -33,6 +33,7 @@ async function rows() {
 
 function fresh() {
   readAt = new Date();
+  if (byId("live").dataset.state === "stale") wakeHealth();
   say("live", "Live");
   byId("live").title = "";
   byId("banner").hidden = true;
@@ -41,6 +42,11 @@ function fresh() {
 function stale(error) {
   if (!(error instanceof Unreadable)) throw error;
   const since = readAt ? `What you see was read at ${time(readAt)}` : "Nothing was read yet";
+  if (error.status === 503) databaseFailed(error.message);
+  else healthIsOld(new Date());
+  for (const id of ["curves-state", "archives-state"]) {
+    if (byId(id).textContent === "Loading…") byId(id).textContent = "Nothing was read yet.";
+  }
   say("stale", readAt ? `Not up to date since ${time(readAt)}` : "Waiting for data");
   const banner = byId("banner");
   const text = `${error.message.replace(/\.$/, "")}. ${since}; the page keeps trying.`;

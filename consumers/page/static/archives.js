@@ -6,6 +6,7 @@ import { get } from "./server.js";
 
 const COLUMNS = [["market_question", "Market"], ["action", "Action"], ["amount", "Amount"], ["target_price", "Target"],
   ["confidence", "Confidence"], ["reason", "Reason"]];
+const LONGEST = 26; // characters in one line of a column; ±12.8 digits have 22
 const NUMERIC = new Set(["amount", "target_price", "confidence"]);
 
 export class Archives {
@@ -127,7 +128,8 @@ const numericTitle = (title) =>
 function signalRow({ archived_at: at, number: position, fields }, single) {
   const cells = COLUMNS.map(([key]) => {
     const text = fields[key] ?? (key === "market_question" ? fields.market_id : null) ?? "–";
-    return NUMERIC.has(key) ? number(text) : element("td", { class: key === "action" ? null : "text" }, text);
+    if (NUMERIC.has(key)) return number(text.length <= LONGEST ? text : `${text.slice(0, 8)}… (${count(text.length)} characters)`);
+    return element("td", { class: key === "action" && text.length <= LONGEST ? null : "text" }, text);
   });
   const toggle = element("button", {
     type: "button", class: "link toggle", "aria-expanded": "false", title: "all fields",

@@ -6,7 +6,9 @@ import { amount, change, day, moment, percent } from "./format.js";
 
 const HEIGHTS = { value: 280, drawdown: 150, daily: 170 };
 const SYNC = "trading-history";
-const AXIS_WIDTH = 74;
+const FONT = "12px system-ui, sans-serif";
+const MIN_AXIS_WIDTH = 74;
+const AXIS_ROOM = 22; // for the ticks, and between them and the labels
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const ticks = new Intl.NumberFormat(undefined, { style: "percent", maximumFractionDigits: 2 });
@@ -42,6 +44,7 @@ export class Charts {
   #curve = null;
   #daily = null;
   #parts = false;
+  #axisWidth = MIN_AXIS_WIDTH; // the same for all: an instant stands in one line
 
   /** `zoomed(from, to)` is called with seconds since the epoch, `reset()` for everything. */
   constructor({ zoomed, reset }) {
@@ -74,6 +77,7 @@ export class Charts {
     this.#curve = curve;
     this.#daily = daily;
     this.#lay(curve, daily);
+    this.#axisWidth = axisWidth(this.#data.value.slice(1, parts ? 4 : 2).flat(), this.#data.daily.slice(1).flat());
     if (!this.#plots.value || parts !== this.#parts) {
       this.#parts = parts;
       this.#build();
@@ -132,7 +136,7 @@ export class Charts {
   }
 
   #plot(name, series, y, written = (value) => short.format(value)) {
-    const text = color("muted"), grid = { stroke: color("grid"), width: 1 }, font = "12px system-ui, sans-serif";
+    const text = color("muted"), grid = { stroke: color("grid"), width: 1 }, font = FONT;
     const options = {
       width: byId(`${name}-chart`).clientWidth,
       height: HEIGHTS[name],
@@ -148,7 +152,7 @@ export class Charts {
       scales: { x: { range: () => this.#view }, y },
       axes: [
         { stroke: text, grid, ticks: grid, font, space: 80, values: instants },
-        { stroke: text, grid, ticks: grid, font, size: AXIS_WIDTH, values: (_, values) => values.map(written) },
+        { stroke: text, grid, ticks: grid, font, size: () => this.#axisWidth, values: (_, values) => values.map(written) },
       ],
       series,
       hooks: {
@@ -236,6 +240,22 @@ export class Charts {
       byId(`${other}-readout`).setAttribute("aria-live", other === name ? "polite" : "off");
     }
   }
+}
+
+/** What the longest label of an axis for one of these lists takes. */
+function axisWidth(...lists) {
+  const context = document.createElement("canvas").getContext("2d");
+  context.font = FONT;
+  const widths = lists.flatMap((values) => {
+    const [low, high] = values.reduce(([least, most], one) =>
+      (one === null ? [least, most] : [Math.min(least, one), Math.max(most, one)]), [Infinity, -Infinity]);
+    if (low > high) return [];
+    const room = (high - low || Math.abs(high)) * 0.2; // uPlot's axes go a little farther than the values
+    const digits = { maximumFractionDigits: high - low < 20 ? 2 : 0, minimumFractionDigits: high - low < 20 ? 2 : 0 };
+    return [low - room, high + room].map((one) =>
+      context.measureText(new Intl.NumberFormat(undefined, digits).format(one)).width);
+  });
+  return Math.ceil(Math.max(MIN_AXIS_WIDTH, ...widths.map((width) => width + AXIS_ROOM)));
 }
 
 function colored(name, text) {

@@ -9,12 +9,15 @@ const DAY = 86400;
 const RANGES = [["1D", DAY, "one day"], ["1W", 7 * DAY, "one week"], ["1M", 30 * DAY, "30 days"],
   ["3M", 91 * DAY, "three months"], ["1Y", 365 * DAY, "one year"], ["All", null, "everything"]];
 const DAYS_AT_ONCE = 60;
+const NOTHING = { at: [], total_value: [], balance: [], total_invested: [], drawdown: [], after_gap: [], snapshots: 0, closes_only: false };
+const NO_DAYS = { date: [], at: [], close: [], profit_loss: [], days: [] };
 
 export class Curves {
   #portfolios = [];
   #chosen = null;
   #range = { last: null }; // { last: seconds or null for everything } up to the newest, or { from, to }
   #reading = null;
+  #held = { portfolio: null, curve: NOTHING }; // what was read last
   #daily = null;
   #shownDays = DAYS_AT_ONCE;
 
@@ -95,6 +98,7 @@ export class Curves {
     }
     this.#range = range;
     this.charts.look(...this.#span());
+    if (this.#covered) this.#summarizeHeld();
     await this.#reread();
   }
 
@@ -102,8 +106,33 @@ export class Curves {
     try {
       await this.#read();
     } catch (error) {
-      if (error.name !== "AbortError") this.failed(error);
+      if (error.name === "AbortError") return;
+      if (error instanceof Unreadable) this.#showHeld();
+      this.failed(error);
     }
+  }
+
+  /** What can be said of the range that was asked for in vain: only what has been read. */
+  #showHeld() {
+    if (this.#held.portfolio !== this.#chosen) {
+      this.#held = { portfolio: null, curve: NOTHING };
+      this.#daily = NO_DAYS;
+      this.charts.show(NOTHING, NO_DAYS, byId("parts").checked);
+      this.#listDays();
+    }
+    this.#summarizeHeld();
+  }
+
+  /** Whether the curve that was read last has the whole range. */
+  get #covered() {
+    const { portfolio, curve } = this.#held;
+    const [from, to] = this.#span();
+    return portfolio === this.#chosen && Date.parse(curve.since) / 1000 <= from + 0.001 && Date.parse(curve.until) / 1000 >= to - 0.001;
+  }
+
+  #summarizeHeld() {
+    this.#summarize(this.#covered ? this.#held.curve : NOTHING, ...this.#span());
+    byId("drawn").textContent = this.#covered ? "Of this range nothing finer was read yet." : "This range was not read yet.";
   }
 
   async #read() {
@@ -122,6 +151,7 @@ export class Curves {
     ]);
     daily.at = daily.date.map((date) => localNoon(date).getTime() / 1000);
     this.#daily = daily;
+    this.#held = { portfolio: this.#chosen, curve };
     // Half a day more on both sides of everything, for the bars of the first and the last day.
     this.charts.look(whole ? Math.min(from, daily.at[0] - DAY / 2) : from, whole ? Math.max(to, daily.at.at(-1) + DAY / 2) : to);
     this.charts.show(curve, daily, parts);
@@ -152,7 +182,7 @@ export class Curves {
       fact("Deepest drawdown", deep === null ? "–" : percent(curve.drawdown[deep]), at(deep)));
     byId("drawn").textContent = curve.closes_only
       ? "Too many snapshots to read at once: daily closes are drawn, and their drawdown. Zoom in for every snapshot."
-      : `${count(curve.snapshots)} snapshots in this range, ${count(inside.length)} drawn: the first, last, lowest, highest and most drawn down of every two pixels.`;
+      : `${count(curve.snapshots)} ${curve.snapshots === 1 ? "snapshot" : "snapshots"} in this range, ${count(inside.length)} drawn: the first, last, lowest, highest and most drawn down of every two pixels.`;
   }
 
   #listDays() {

@@ -3,11 +3,20 @@
 import { byId, element, replace, row } from "./dom.js";
 import { count, duration, moment } from "./format.js";
 
+let shown = null;
+
 /** Shows what GET health has answered. */
-export function showHealth({ database, redis, outbox, dashboard_url: dashboard }) {
+export function showHealth(answer) {
+  shown = answer;
+  const { database, redis, outbox, dashboard_url: dashboard } = answer;
   replace(byId("tiles"), databaseTile(database), ...queueTiles(redis, dashboard), failedTile(database), outboxTile(outbox));
   byId("tiles").setAttribute("aria-busy", "false");
   if (!database.error) showRejections(database.rejections);
+}
+
+/** Says what another question to the database was answered with, which is newer than the last GET health. */
+export function databaseFailed(error) {
+  if (shown && !shown.database.error) showHealth({ ...shown, database: { error } });
 }
 
 /** Says that the tiles are old, or that they are not. */

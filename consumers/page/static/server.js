@@ -3,6 +3,7 @@
 const TIMEOUT_MS = 15000;
 const base = new URL("../", import.meta.url);
 const TOKEN_KEY = "trading-history-token";
+const CARRIED = /^[\x20-\x7e]+$/; // fetch throws at any other
 let token = read();
 
 function read() {
@@ -36,6 +37,7 @@ export async function get(path, values = {}, signal = undefined) {
   for (const [key, value] of Object.entries(values)) {
     if (value !== null && value !== undefined) url.searchParams.set(key, value);
   }
+  if (token && !CARRIED.test(token)) throw new Unreadable("wrong token: it has characters that no token has", 401);
   const limit = AbortSignal.timeout(TIMEOUT_MS);
   let response;
   try {
@@ -49,7 +51,8 @@ export async function get(path, values = {}, signal = undefined) {
     const late = error.name === "TimeoutError";
     throw new Unreadable(late ? "the server does not answer" : "the server cannot be reached");
   }
-  throw new Unreadable(await reason(response), response.status);
+  const refused = response.status === 401 && token;
+  throw new Unreadable(refused ? "wrong token" : await reason(response), response.status);
 }
 
 async function reason(response) {
