@@ -63,6 +63,18 @@ _LAST_DAY = "CAST(CAST(:until AS timestamptz) AT TIME ZONE 'UTC' AS date) + 1"
 _MARKETS = "jsonb_path_query_array(signals_data, '$[*].market_id')"  # the expression of the index on it
 _NO_LIMIT = 2**62
 
+# The beginning of a statement. An index scan goes from one number straight to the next, which the planner of PostgreSQL
+# below 18 does not think of. The last number is null.
+KNOWN_PORTFOLIOS = """
+    WITH RECURSIVE known AS (
+        (SELECT portfolio_id FROM portfolio_history WHERE portfolio_id IS NOT NULL ORDER BY portfolio_id LIMIT 1)
+        UNION ALL
+        SELECT (SELECT portfolio_id FROM portfolio_history WHERE portfolio_id > known.portfolio_id
+            ORDER BY portfolio_id LIMIT 1)
+        FROM known WHERE portfolio_id IS NOT NULL
+    )
+""".strip()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Narrowing:

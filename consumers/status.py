@@ -19,6 +19,7 @@ from sqlalchemy import text
 from consumers.connection import READ_SECONDS, get_db, get_reader
 from consumers.errors import StoreUnavailable
 from consumers.harmed_keys import is_wrong_type
+from consumers.listings import KNOWN_PORTFOLIOS
 from consumers.waits import DatabaseWaits
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key
@@ -33,15 +34,8 @@ _COUNTS = text("""
         (SELECT count(*) FROM event_outcomes WHERE outcome = 'rejected') AS rejected
 """)
 
-# An index scan goes from one number straight to the next, and from there to the newest row.
-_NEWEST_AGES = text("""
-    WITH RECURSIVE known AS (
-        (SELECT portfolio_id FROM portfolio_history WHERE portfolio_id IS NOT NULL ORDER BY portfolio_id LIMIT 1)
-        UNION ALL
-        SELECT (SELECT portfolio_id FROM portfolio_history WHERE portfolio_id > known.portfolio_id
-            ORDER BY portfolio_id LIMIT 1)
-        FROM known WHERE portfolio_id IS NOT NULL
-    ), numbers AS (SELECT portfolio_id FROM known LIMIT :limit)
+_NEWEST_AGES = text(f"""
+    {KNOWN_PORTFOLIOS}, numbers AS (SELECT portfolio_id FROM known LIMIT :limit)
     SELECT numbers.portfolio_id, CAST(extract(epoch FROM clock_timestamp() - newest.at) AS float8)
     FROM numbers, LATERAL (SELECT "timestamp" AS at FROM portfolio_history AS history
         WHERE history.portfolio_id = numbers.portfolio_id
@@ -50,7 +44,7 @@ _NEWEST_AGES = text("""
     SELECT NULL, CAST(extract(epoch FROM clock_timestamp() - newest.at) AS float8)
     FROM (SELECT "timestamp" AS at FROM portfolio_history WHERE portfolio_id IS NULL
         ORDER BY snapshot_date DESC, "timestamp" DESC, id DESC LIMIT 1) AS newest
-""")
+""")  # noqa: S608  # a constant
 
 
 def pipeline_status() -> tuple[dict[str, Any], bool]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, TextClause, text
 
 from consumers.connection import get_reader
+from consumers.listings import KNOWN_PORTFOLIOS
 
 ALL_DATES = (date.min, date.max)
 MOST_PORTFOLIOS = 200
@@ -36,19 +37,12 @@ def _of(portfolio: int | None, statement: str) -> TextClause:
     return text(statement.format(of="portfolio_id IS NULL" if portfolio is None else "portfolio_id = :portfolio"))
 
 
-# An index scan goes from one number straight to the next: the planner of PostgreSQL below 18 does not think of it.
-_PORTFOLIOS = text("""
-    WITH RECURSIVE known AS (
-        (SELECT portfolio_id FROM portfolio_history WHERE portfolio_id IS NOT NULL ORDER BY portfolio_id LIMIT 1)
-        UNION ALL
-        SELECT (SELECT portfolio_id FROM portfolio_history WHERE portfolio_id > known.portfolio_id
-            ORDER BY portfolio_id LIMIT 1)
-        FROM known WHERE portfolio_id IS NOT NULL
-    )
+_PORTFOLIOS = text(f"""
+    {KNOWN_PORTFOLIOS}
     SELECT portfolio_id FROM (SELECT portfolio_id FROM known LIMIT :limit) AS bounded WHERE portfolio_id IS NOT NULL
     UNION ALL
     SELECT NULL WHERE EXISTS (SELECT FROM portfolio_history WHERE portfolio_id IS NULL)
-""")
+""")  # noqa: S608  # a constant
 
 _EXTENT = """
     SELECT first.at AS first_at, last.at AS last_at, trim_scale(last.total_value) AS total_value
