@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -45,23 +46,24 @@ def _dashboard() -> Iterator[str]:
     from consumers.processes import dashboard_process
 
     settings = DashboardSettings.from_environment()
-    listening, elsewhere = _listening()
+    listening = _listening()
     os.environ["HISTORY_DASHBOARD_URL"] = url = settings.url or url_of(listening)
     if settings.password is not None:
         password, login = settings.password.get_secret_value(), "password HISTORY_DASHBOARD_PASSWORD"
     else:
         password = secrets.token_urlsafe(18)
         login = f"password {password}"
-    told = f"export HISTORY_DASHBOARD_URL='{url}'\nRQ Dashboard: {url_of(listening)} - user {USER}, {login}{elsewhere}"
+    told = f"export HISTORY_DASHBOARD_URL='{url}'\nRQ Dashboard: {url_of(listening)} - user {USER}, {login}"
     with dashboard_process(listening, password):
         yield told
 
 
-def _listening() -> tuple[socket.socket, str]:
+def _listening() -> socket.socket:
     """Where it is usually found; elsewhere, and why, when something is there already, such as another `up`."""
     from consumers.listening import DASHBOARD_PORT, listen
 
     try:
-        return listen("127.0.0.1", DASHBOARD_PORT), ""
+        return listen("127.0.0.1", DASHBOARD_PORT)
     except HistoryError as error:
-        return listen("127.0.0.1", 0), f" ({error})"
+        print(f"RQ Dashboard is at another port this time: {error}", file=sys.stderr)
+        return listen("127.0.0.1", 0)

@@ -21,9 +21,10 @@ from consumers import connection
 from consumers.embedded import Addresses, servers
 from producers.history_producer import HistoryProducer
 
-# In the background a shell lets its programs ignore SIGINT, and the processes that tests start would inherit that.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What runs the tests may ignore these (nohup, a script's background), and what they start would go on ignoring them.
+for _number, _handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 _TEMPLATE = "history_template"
 _OUR_VARIABLES = ("DATABASE_URL", "REDIS_URL", "POSTGRES_", "HISTORY_")

@@ -233,6 +233,18 @@ def test_up_runs_a_worker_until_it_is_told_to_stop(home: Path, how: signal.Signa
         env={**os.environ, "HISTORY_HOME": str(home)},
         start_new_session=True,
     )
+    try:
+        _used_and_ended(up, how)
+    finally:
+        up.kill()  # its children end with it
+        up.wait()
+    deadline = time.monotonic() + 5
+    while _processes_of(home) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _processes_of(home) == []
+
+
+def _used_and_ended(up: subprocess.Popen[str], how: signal.Signals) -> None:
     assert up.stdout is not None
     exports, login = {}, ""
     for line in up.stdout:
@@ -256,10 +268,6 @@ def test_up_runs_a_worker_until_it_is_told_to_stop(home: Path, how: signal.Signa
     up.stdout.close()
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
-    deadline = time.monotonic() + 5
-    while _processes_of(home) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert _processes_of(home) == []
 
 
 def test_a_killed_demo_leaves_no_worker_and_does_not_disturb_the_next(home: Path) -> None:

