@@ -43,9 +43,10 @@ from producers.outbox import Outbox
 from producers.rq_jobs import _fields
 from tests.factories import INSTANT, a_snapshot, an_archive
 
-_PURE = settings(deadline=None, max_examples=150)
+# How long an example takes to make says more of the machine than of the test: some have 8 MB.
+_PURE = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 # The database is made once for all examples of a test; rolling back keeps it the same for each.
-_STORED = settings(_PURE, suppress_health_check=[HealthCheck.function_scoped_fixture])
+_STORED = settings(_PURE, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 AMOUNTS = ("balance", "total_invested", "total_profit_loss", "total_value")
 COUNTS = ("open_positions", "trade_count")
