@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from producers.errors import OutboxError
 from producers.sqlite_forks import close_before_fork, sqlite_errors
 
 _BUSY_TIMEOUT_SECONDS = 5.0
+_BUSY_PAUSE_SECONDS = 0.005
 
 
 class OutboxFile:
@@ -87,7 +89,7 @@ class OutboxFile:
             # Marks get some room beyond what appends may fill: a full outbox must still be able to empty.
             room = self._max_bytes if durable else self._max_bytes + self._max_bytes // 16
             try:
-                connection.execute("PRAGMA journal_mode = WAL")
+                _use_wal(connection)
                 connection.execute(f"PRAGMA synchronous = {mode}")
                 (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
                 connection.execute(f"PRAGMA max_page_count = {room // page_bytes}")
@@ -108,3 +110,16 @@ class OutboxFile:
                     f"outbox {self._path} is full: its disk, or its limit of {self._max_bytes // 2**20} MiB;"
                     " events leave it when Redis and a worker run"
                 ) from error
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Of several that open a new file at once one changes its mode; SQLite lets the others fail, not wait."""
+    give_up_at = time.monotonic() + _BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
+                raise
+            time.sleep(_BUSY_PAUSE_SECONDS)

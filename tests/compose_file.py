@@ -127,11 +127,12 @@ def stop(containers: list[Container]) -> list[tuple[int, str]]:
 
 
 def unwritable(folder: Path) -> Path:
-    """A folder below it for services to run in."""
+    """A folder below it for services to run in, which as nobody can reach it and the interpreter."""
     made = folder / "read-only"
     made.mkdir()
     made.chmod(0o555)
-    for above in made.parents:  # pytest's are its owner's alone
+    # pytest's are its owner's alone, and so may be the home that the interpreter is in.
+    for above in [*made.parents, *Path(sys.executable).resolve().parents]:
         if not (mode := above.stat().st_mode) & stat.S_IXOTH:
             above.chmod(stat.S_IMODE(mode) | stat.S_IXOTH)
     return made

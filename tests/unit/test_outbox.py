@@ -171,6 +171,25 @@ def test_processes_share_an_outbox(path: Path) -> None:
     assert len({entry.source_id for entry in entries}) == 1
 
 
+def test_a_new_file_that_another_process_is_making_is_waited_for(tmp_path: Path) -> None:
+    """In the moment in which it has no write-ahead log yet, SQLite answers "locked" at once."""
+    path = tmp_path / "outbox.db"
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("CREATE TABLE made_first (one)")
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.MonkeyPatch.context() as patch:
+            ended = threading.Event()
+
+            def end(_: float) -> None:  # instead of the pause
+                if not ended.is_set():
+                    other.execute("COMMIT")
+                    ended.set()
+
+            patch.setattr("producers.outbox_file.time.sleep", end)
+            assert Outbox(path).append(NAME, [a_snapshot()])[0].sequence == 1
+        assert ended.is_set()
+
+
 def test_what_was_accepted_survives_the_death_of_the_process(path: Path) -> None:
     """The process kills itself right after append returned."""
     script = f"""
