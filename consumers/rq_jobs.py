@@ -30,7 +30,7 @@ from consumers.settling import Delivery, logger
 
 # For the dashboard, about 2 MB; by time they are kept as long as RQ keeps them.
 KEPT_FINISHED_JOBS = 1000
-KEPT_OF_A_BATCH = 100
+KEPT_OF_A_BATCH = 25
 _DEPENDENTS_BESIDE_BYTES = 1024 * 1024  # of all together, which RQ reads at once
 JOB_PREFIX = Job.redis_job_namespace_prefix
 
@@ -123,15 +123,19 @@ for n = first, #ARGV, 3 do
         redis.call('ZADD', KEYS[1], ttl > 0 and ARGV[8] + ttl or '+inf', id)
     end
 end
--- What is to be kept for ever is somebody's wish, and not counted.
+-- What is to be kept for ever is somebody's wish, and not counted. A thousand at once is more than a batch adds.
 local extra = redis.call('ZCOUNT', KEYS[1], 0, '(+inf') - tonumber(ARGV[9])
 if extra > 0 then
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], 0, '(+inf', 'LIMIT', 0, extra)) do
+    local oldest = redis.call('ZRANGEBYSCORE', KEYS[1], 0, '(+inf', 'LIMIT', 0, math.min(extra, 1000))
+    local dropped = {}
+    for _, id in ipairs(oldest) do
         if redis.pcall('HGET', ARGV[1] .. id, 'status') == 'finished' then
-            redis.call('DEL', ARGV[1] .. id, ARGV[2] .. id)
+            dropped[#dropped + 1] = ARGV[1] .. id
+            dropped[#dropped + 1] = ARGV[2] .. id
         end
-        redis.call('ZREM', KEYS[1], id)
     end
+    if #dropped > 0 then redis.call('DEL', unpack(dropped)) end
+    redis.call('ZREM', KEYS[1], unpack(oldest))
 end
 """
 

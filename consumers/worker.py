@@ -58,6 +58,7 @@ LANES = 2  # with two, some 1.4 times the events of one
 STATEMENT_SECONDS = 20.0
 _ANSWER_SECONDS = STATEMENT_SECONDS + 5  # for a server that does not even keep its own limit
 _STUCK_SECONDS = 3 * STATEMENT_SECONDS
+_READ_BYTES = 512 * 1024  # at once: a batch comes in few pieces, for each of which a lane may wait for the interpreter
 _RENEW_SECONDS = 2.0
 _STALL_SECONDS = 1.0  # waiting longer than this for an answer is the database's doing, not the job's
 _MAINTENANCE_SECONDS = 5.0
@@ -194,6 +195,7 @@ class HistoryWorker(SimpleWorker):
         """Without the library's own retries, each of which would take as long as the first try."""
         connection = super()._set_connection(connection)
         connection.set_retry(Retry(NoBackoff(), 0))
+        connection.connection_pool.connection_kwargs["socket_read_size"] = _READ_BYTES
         return connection
 
     def _set_ip_address(self, connection: Redis) -> None:

@@ -117,6 +117,26 @@ def test_what_is_kept_of_finished_jobs_is_bounded(redis: Redis, monkeypatch: pyt
     assert len(get_portfolio_history()) == 200
 
 
+def test_many_finished_jobs_of_another_worker_are_dropped_in_parts(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RQ's own worker bounds them by time alone; more than one script could name at once are there then."""
+    monkeypatch.setattr(rq_jobs, "KEPT_FINISHED_JOBS", 30)
+    monkeypatch.setattr(lane_module, "BATCH_JOBS", 20)
+    registry = history_queue(redis).finished_job_registry
+    with redis.pipeline(transaction=False) as pipe:
+        for number in range(9000):
+            pipe.hset(f"rq:job:theirs-{number}", mapping={"status": "finished"})
+            pipe.zadd(registry.key, {f"theirs-{number}": time.time() + 100})
+        pipe.execute()
+    enqueue_snapshots(redis, 200)
+    burst(redis)
+
+    assert registry.count == len(redis.keys("rq:job:*")) == 30
+    assert redis.keys("rq:job:theirs-*") == []
+    assert len(get_portfolio_history()) == 200
+
+
 def test_redis_keeps_no_more_after_more_events(
     producer: HistoryProducer, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
