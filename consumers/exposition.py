@@ -14,9 +14,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from consumers.crew import DATABASE, REDIS
 from consumers.metrics import COUNTS, Histogram
 from consumers.probes import Probe
+from consumers.queue.crew import DATABASE, REDIS
 from consumers.status import newest_snapshot_ages, outbox_facts, queue_facts
 from producers.settings import TransportSettings
 

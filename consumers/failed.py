@@ -17,7 +17,7 @@ from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
 from consumers.connection import get_db
-from consumers.rq_jobs import RqJobs
+from consumers.queue.rq_jobs import RqJobs
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
 from producers.rq_jobs import JOB_FUNCTIONS

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from consumers.connection import get_db
-from consumers.inserts import insert_event
-from consumers.listings import Listing, Narrowing, archives, closes, market_signals, snapshots
-from consumers.plain_dicts import archive_of, snapshot_of, zoned
+from consumers.store.inserts import insert_event
+from consumers.store.listings import Listing, Narrowing, archives, closes, market_signals, snapshots
+from consumers.store.plain_dicts import archive_of, snapshot_of, zoned
 from producers.events import PortfolioSnapshot, SignalArchive, event_of
 
 _SNAPSHOTS_A_FETCH = 1000

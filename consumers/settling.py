@@ -20,9 +20,9 @@ from redis.client import Pipeline
 
 from consumers.connection import get_db
 from consumers.errors import EventConflict, PoisonEvent, RefusedJob, StoreUnavailable
-from consumers.inserts import insert_events
 from consumers.metrics import COUNTS, UNKNOWN_TYPE
-from consumers.outcomes import NoRow, forget_outcomes, record_outcomes
+from consumers.store.inserts import insert_events
+from consumers.store.outcomes import NoRow, forget_outcomes, record_outcomes
 from producers.errors import HistoryError, InvalidEvent, SettingsError
 from producers.events import (
     ARCHIVE_TYPE,

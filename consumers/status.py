@@ -18,9 +18,9 @@ from sqlalchemy import text
 
 from consumers.connection import READ_SECONDS, get_db, get_reader
 from consumers.errors import StoreUnavailable
-from consumers.harmed_keys import is_wrong_type
-from consumers.listings import KNOWN_PORTFOLIOS
-from consumers.waits import DatabaseWaits
+from consumers.queue.harmed_keys import is_wrong_type
+from consumers.store.listings import KNOWN_PORTFOLIOS
+from consumers.store.waits import DatabaseWaits
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key
 from producers.settings import TransportSettings

@@ -2,9 +2,9 @@
 
     rq worker --worker-class consumers.worker.HistoryWorker history
 
-It runs in one process, without forking, in lanes (see consumers.lane). What a lane takes from the queue it holds in a
-list of its own under a lease (see consumers.reservations), so that any other worker can return it to the queue within
-half a minute of its death. Only the job functions of consumers.handlers run; any other job is refused.
+It runs in one process, without forking, in lanes (see consumers.queue.lane). What a lane takes from the queue it holds
+in a list of its own under a lease (see consumers.queue.reservations), so that any other worker can return it to the
+queue within half a minute of its death. Only the job functions of consumers.handlers run; any other job is refused.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from rq.worker_registration import WORKERS_BY_QUEUE_KEY, clean_worker_registry
 
 from consumers import stop_signals
 from consumers.connection import limit_statements
-from consumers.crew import Crew, is_away
-from consumers.harmed_keys import is_redis_trouble
-from consumers.lane import WAIT_SECONDS, Lane, Limits, backoff_seconds
 from consumers.logs import write_json_if_set
 from consumers.metrics import COUNTS
-from consumers.reservations import recover_dead_holders
+from consumers.queue.crew import Crew, is_away
+from consumers.queue.harmed_keys import is_redis_trouble
+from consumers.queue.lane import WAIT_SECONDS, Lane, Limits, backoff_seconds
+from consumers.queue.reservations import recover_dead_holders
+from consumers.queue.stranded import Stranded
 from consumers.settings import MetricsSettings
-from consumers.stranded import Stranded
-from consumers.waits import DatabaseWaits
+from consumers.store.waits import DatabaseWaits
 from producers.errors import SettingsError
 
 logger = logging.getLogger(__name__)

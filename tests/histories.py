@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import text
 
 from consumers.connection import engine, get_db
-from consumers.inserts import insert_event
+from consumers.store.inserts import insert_event
 from producers.events import event_of
 from tests.factories import a_snapshot, an_archive
 

@@ -37,7 +37,7 @@ from consumers.api.scrape import metrics
 from consumers.api.settings import ApiSettings
 from consumers.connection import READ_SECONDS, get_reader
 from consumers.errors import StoreUnavailable
-from consumers.listings import (
+from consumers.store.listings import (
     ARCHIVE_KEYS,
     SIGNAL_KEYS,
     SNAPSHOT_KEYS,
@@ -48,7 +48,7 @@ from consumers.listings import (
     market_signals,
     snapshots,
 )
-from consumers.waits import DatabaseWaits
+from consumers.store.waits import DatabaseWaits
 from producers.settings import TransportSettings
 
 logger = logging.getLogger(__name__)

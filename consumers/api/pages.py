@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, TextClause, text
 
 from consumers.connection import get_reader
-from consumers.listings import Listing, Narrowing, guessed_bytes, quoted
+from consumers.store.listings import Listing, Narrowing, guessed_bytes, quoted
 
 # What the rows of a page with documents may take as text; the row that passes it is the page's last.
 PAGE_BYTES = 4 * 1024 * 1024

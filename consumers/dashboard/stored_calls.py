@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import simplejson
 from rq.serializers import JSONSerializer
 
-from consumers.calls import ReservedJob, read_call
 from consumers.dashboard.stored_jobs import LINE, StoredJob, opening
 from consumers.errors import RefusedJob
+from consumers.queue.calls import ReservedJob, read_call
 
 _SMALL_BYTES = 64 * 1024
 _FUNCTION = re.compile(rb'\s*\["([\w.]{1,200})"')

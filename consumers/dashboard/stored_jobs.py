@@ -25,8 +25,8 @@ from rq.registry import (
 )
 from rq.results import Result
 
-from consumers.calls import MAX_JOB_BYTES
 from consumers.dashboard.bounded import FIELD_BYTES, PAGE_BYTES, StoredHash, read_hashes
+from consumers.queue.calls import MAX_JOB_BYTES
 
 REGISTRIES: Mapping[str, type[BaseRegistry]] = {
     "started": StartedJobRegistry,

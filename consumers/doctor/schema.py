@@ -11,7 +11,7 @@ from sqlalchemy import Connection, text
 
 from consumers.connection import schema_sql
 from consumers.doctor.checks import Check
-from consumers.retired_tables import HISTORY_TABLES
+from consumers.store.retired_tables import HISTORY_TABLES
 
 TABLES = "tables"
 _HISTORY = ("portfolio_history", "signal_archives")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from consumers.listings import guessed_bytes
+from consumers.store.listings import guessed_bytes
 
 MOST_MONTHS = 1_200
 # What a search has in memory at a time.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, TextClause, text
 
 from consumers.connection import get_reader
-from consumers.listings import KNOWN_PORTFOLIOS
+from consumers.store.listings import KNOWN_PORTFOLIOS
 
 ALL_DATES = (date.min, date.max)
 MOST_PORTFOLIOS = 200

@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 
 from consumers.connection import engine
-from consumers.inserts import insert_events
-from consumers.old_history import OldHistory, file_origins
+from consumers.migration.old_history import OldHistory, file_origins
+from consumers.store.inserts import insert_events
 from producers.errors import InvalidEvent
 from producers.events import Event
 from producers.history_producer import HistoryProducer

@@ -11,8 +11,8 @@ from pathlib import Path
 from sqlalchemy import text
 
 from consumers.connection import engine, get_db
-from consumers.inserts import insert_events
 from consumers.processes import worker_process
+from consumers.store.inserts import insert_events
 from producers.events import Event, event_of
 from producers.history_producer import HistoryProducer
 from tests.benchmarks.checks import require, rows

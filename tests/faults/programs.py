@@ -69,8 +69,8 @@ def _payload(dice: random.Random, seed: int, number: int) -> PortfolioSnapshot |
 
 def work() -> None:
     """A HistoryWorker as the command starts it; FAULT_BATCH makes its batches small."""
-    from consumers import lane
     from consumers.cli import app
+    from consumers.queue import lane
 
     lane.BATCH_JOBS = int(os.environ.get("FAULT_BATCH", lane.BATCH_JOBS))
 
@@ -124,15 +124,15 @@ PRODUCER_STEPS = {
     "after settle": lambda: (Outbox, "settle", "after"),
 }
 WORKER_STEPS = {
-    "before reserve": _in_worker("consumers.reservations", "Reservations.reserve", "before"),
-    "after reserve": _in_worker("consumers.reservations", "Reservations.reserve", "after"),
+    "before reserve": _in_worker("consumers.queue.reservations", "Reservations.reserve", "before"),
+    "after reserve": _in_worker("consumers.queue.reservations", "Reservations.reserve", "after"),
     "before insert": _in_worker("consumers.settling", "insert_events", "before"),
     "after insert": _in_worker("consumers.settling", "insert_events", "after"),
     "after commit": _in_worker("consumers.settling", "_settle_together", "after"),
-    "before finish": _in_worker("consumers.lane", "Lane._finish", "before"),
-    "after acknowledge": _in_worker("consumers.lane", "acknowledge", "after"),
-    "after finish": _in_worker("consumers.lane", "Lane._finish", "after"),
-    "while handing back": _in_worker("consumers.reservations", "Reservations.hand_back", "before"),
+    "before finish": _in_worker("consumers.queue.lane", "Lane._finish", "before"),
+    "after acknowledge": _in_worker("consumers.queue.lane", "acknowledge", "after"),
+    "after finish": _in_worker("consumers.queue.lane", "Lane._finish", "after"),
+    "while handing back": _in_worker("consumers.queue.reservations", "Reservations.hand_back", "before"),
 }
 _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {**PRODUCER_STEPS, **WORKER_STEPS}
 

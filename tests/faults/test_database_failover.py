@@ -18,7 +18,6 @@ from pydantic import SecretStr
 from redis import Redis
 from sqlalchemy import text
 
-from consumers import waits
 from consumers.connection import apply_schema, create_store_engine, engine, reader
 from consumers.embedded import Addresses, postgres, servers
 from consumers.embedded.installation import installed
@@ -26,7 +25,8 @@ from consumers.embedded.process import run
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
 from consumers.processes import worker_process
-from consumers.waits import DatabaseWaits
+from consumers.store import waits
+from consumers.store.waits import DatabaseWaits
 from producers.history_producer import HistoryProducer
 from tests.factories import a_snapshot
 from tests.rq_programs import until

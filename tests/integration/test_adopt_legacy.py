@@ -16,13 +16,13 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from consumers.adoption import adopt_legacy, names_in_schema, plan_adoption
 from consumers.connection import apply_schema, create_store_engine, engine, get_db
 from consumers.embedded.installation import installed
 from consumers.errors import AdoptionRefused, StoreUnavailable
-from consumers.inserts import Stored, insert_events
-from consumers.legacy_rows import read_legacy_rows
+from consumers.migration.adoption import adopt_legacy, names_in_schema, plan_adoption
+from consumers.migration.legacy_rows import read_legacy_rows
 from consumers.operations import get_portfolio_history, get_recent_signal_archives, insert_signal_archive
+from consumers.store.inserts import Stored, insert_events
 from producers.errors import InvalidEvent
 from producers.events import event_of
 from producers.legacy_json import archive_from, snapshot_from

@@ -17,9 +17,10 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from sqlalchemy import create_engine, make_url, text
 
-from consumers import api, connection, status, waits
+from consumers import api, connection, status
 from consumers.api import server
 from consumers.listening import listen
+from consumers.store import waits
 from tests.faults.proxy import Proxy
 
 HISTORY = "/trading/portfolio-history"

@@ -28,8 +28,8 @@ from sqlalchemy import Engine, make_url, text
 from consumers.connection import create_store_engine
 from consumers.embedded import Addresses
 from consumers.failed import Rejection
-from consumers.logins import API, WORKER, set_passwords
 from consumers.settings import LoginSettings
+from consumers.store.logins import API, WORKER, set_passwords
 from producers.events import encode, event_of
 from tests.conftest import a_database
 from tests.deliveries import history_queue

@@ -20,7 +20,7 @@ from sqlalchemy import text
 from consumers.audit import SourceAudit, audit
 from consumers.connection import get_db
 from consumers.failed import rejections
-from consumers.inserts import insert_events
+from consumers.store.inserts import insert_events
 from producers.errors import EventRejected
 from producers.events import event_of
 from producers.history_producer import HistoryProducer, Receipt

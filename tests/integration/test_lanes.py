@@ -17,18 +17,18 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
-from consumers import lane as lane_module
 from consumers import settling
 from consumers import worker as worker_module
 from consumers.connection import engine, get_db
-from consumers.crew import Crew
 from consumers.errors import StoreUnavailable
-from consumers.inserts import insert_events
-from consumers.lane import Lane
 from consumers.operations import get_portfolio_history
 from consumers.processes import stop, worker_process
-from consumers.reservations import Reservations, recover_dead_holders
+from consumers.queue import lane as lane_module
+from consumers.queue.crew import Crew
+from consumers.queue.lane import Lane
+from consumers.queue.reservations import Reservations, recover_dead_holders
 from consumers.settling import settle
+from consumers.store.inserts import insert_events
 from consumers.worker import HistoryWorker
 from producers.events import event_of
 from tests.deliveries import burst, enqueue_snapshots, history_queue
@@ -162,7 +162,7 @@ def test_an_outage_is_told_once_although_the_lanes_take_turns(
     with _running(HistoryWorker([history_queue(redis)], connection=redis)):
         until(lambda: len(get_portfolio_history()) == 1)
         until(lambda: "goes on" in caplog.text)
-    said = [record.message.split()[2:5] for record in caplog.records if record.name == "consumers.crew"]
+    said = [record.message.split()[2:5] for record in caplog.records if record.name == "consumers.queue.crew"]
     assert said == [["waits", "for", "the"], ["goes", "on", "after"]]
 
 

@@ -22,10 +22,10 @@ from sqlalchemy import make_url
 
 from consumers import api, exposition
 from consumers.exposition import worker_registry
-from consumers.lane import Lane
 from consumers.metrics import COUNTS
 from consumers.operations import get_portfolio_history, insert_portfolio_history_snapshot
-from consumers.reservations import POISON_DEATHS, Reservations
+from consumers.queue.lane import Lane
+from consumers.queue.reservations import POISON_DEATHS, Reservations
 from consumers.status import queue_facts
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer

@@ -19,17 +19,17 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
-from consumers import flight as flight_module
 from consumers.audit import audit
-from consumers.comparison import RowIds
 from consumers.connection import get_db
 from consumers.failed import discard, rejections
-from consumers.flight import FEWEST_JOBS, Flight, Window
-from consumers.import_report import Report
 from consumers.migration import Importer
-from consumers.old_history import OldHistory, Tally, file_origins
+from consumers.migration import flight as flight_module
+from consumers.migration.comparison import RowIds
+from consumers.migration.flight import FEWEST_JOBS, Flight, Window
+from consumers.migration.old_history import OldHistory, Tally, file_origins
+from consumers.migration.report import Report
+from consumers.migration.verification import Difference, Verification
 from consumers.processes import worker_process
-from consumers.verification import Difference, Verification
 from producers.errors import HistoryError
 from producers.history_producer import HistoryProducer
 from producers.redis_keys import acknowledgement_key, lease_key

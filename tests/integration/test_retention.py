@@ -18,14 +18,11 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from typer.testing import CliRunner, Result
 
-from consumers import listings, retention
 from consumers.audit import audit
 from consumers.cli import app
 from consumers.connection import apply_schema, engine, get_db, translated_errors
 from consumers.doctor.schema import retired, row_numbers, tables
 from consumers.errors import EventConflict, RetirementRefused, StoreUnavailable
-from consumers.inserts import Stored, insert_events
-from consumers.listings import Listing, Narrowing
 from consumers.operations import (
     get_market_signals,
     get_portfolio_history,
@@ -33,7 +30,10 @@ from consumers.operations import (
     stream_portfolio_history,
 )
 from consumers.page.queries import portfolios
-from consumers.retired_tables import HISTORY_TABLES, MOVE_LOCK, prepare
+from consumers.store import listings, retention
+from consumers.store.inserts import Stored, insert_events
+from consumers.store.listings import Listing, Narrowing
+from consumers.store.retired_tables import HISTORY_TABLES, MOVE_LOCK, prepare
 from producers.events import Event, event_of
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.rq_programs import somebody_waits_for_a_lock, until

@@ -19,14 +19,15 @@ from sqlalchemy import Engine, make_url, text
 from sqlalchemy.exc import ProgrammingError
 from typer.testing import CliRunner
 
-from consumers import connection, logins
+from consumers import connection
 from consumers.api import create_app
 from consumers.cli import app
 from consumers.connection import apply_schema, create_store_engine
 from consumers.embedded import Addresses
-from consumers.logins import API, READER, WORKER, WRITER
 from consumers.operations import get_portfolio_history, insert_signal_archive
 from consumers.settings import LoginSettings
+from consumers.store import logins
+from consumers.store.logins import API, READER, WORKER, WRITER
 from tests.conftest import a_database
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import INSTANT, a_signal

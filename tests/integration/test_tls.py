@@ -26,10 +26,10 @@ from consumers.embedded import Addresses, postgres
 from consumers.embedded.installation import installed
 from consumers.embedded.process import checked, run
 from consumers.errors import StoreUnavailable
-from consumers.logins import WORKER, set_passwords
 from consumers.operations import get_portfolio_history
 from consumers.settings import LoginSettings
 from consumers.status import pipeline_status
+from consumers.store.logins import WORKER, set_passwords
 from tests.deliveries import enqueue_snapshots
 
 _PASSWORD = "tls s3cret/@:"

@@ -28,18 +28,19 @@ from rq.serializers import JSONSerializer
 from rq.utils import as_text
 from sqlalchemy import text
 
-from consumers import lane as lane_module
-from consumers import rq_jobs, settling, stranded
+from consumers import settling
 from consumers import worker as worker_module
 from consumers.connection import create_store_engine, engine, get_db
-from consumers.inserts import insert_events
-from consumers.lane import Lane
 from consumers.operations import get_portfolio_history
-from consumers.reservations import POISON_DEATHS, Reservations, recover_dead_holders
-from consumers.rq_failures import RqFailures
+from consumers.queue import lane as lane_module
+from consumers.queue import rq_jobs, stranded
+from consumers.queue.lane import Lane
+from consumers.queue.reservations import POISON_DEATHS, Reservations, recover_dead_holders
+from consumers.queue.rq_failures import RqFailures
+from consumers.queue.stranded import Stranded
 from consumers.settling import settle
 from consumers.status import queue_facts
-from consumers.stranded import Stranded
+from consumers.store.inserts import insert_events
 from consumers.worker import HistoryWorker
 from producers.errors import SettingsError
 from producers.events import encode, event_of

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from consumers.connection import get_db
 from consumers.errors import EventConflict
-from consumers.export import Selection, export_history
-from consumers.inserts import insert_events
+from consumers.migration.export import Selection, export_history
+from consumers.store.inserts import insert_events
 from producers.errors import InvalidEvent
 from producers.events import Event, PortfolioSnapshot, SignalArchive, event_of
 from producers.json_arrays import Damaged, read_entries, write_entries

@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 
-from consumers.calls import MAX_JOB_BYTES, ReservedJob, read_call
 from consumers.connection import engine
-from consumers.inserts import Stored, insert_events
+from consumers.queue.calls import MAX_JOB_BYTES, ReservedJob, read_call
+from consumers.store.inserts import Stored, insert_events
 from producers.errors import InvalidEvent
 from producers.events import (
     MAX_EVENT_BYTES,

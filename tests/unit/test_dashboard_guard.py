@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from flask import Flask
 
-from consumers import cli_up, listening
+from consumers import listening
+from consumers.cli import up as cli_up
 from consumers.dashboard.guard import Guard
 from consumers.dashboard.settings import DashboardSettings, origin_of
 from producers.errors import SettingsError

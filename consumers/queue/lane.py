@@ -1,7 +1,7 @@
 """One way through the queue: take what is there, store it, finish it; wait when that cannot be done now.
 
 A worker has some of them as threads, so that one computes while another waits for an answer of PostgreSQL or Redis.
-Each holds what it takes in a list of its own (see consumers.reservations).
+Each holds what it takes in a list of its own (see consumers.queue.reservations).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from rq import Queue
 from rq.utils import now
 from rq.worker import BaseWorker
 
-from consumers.calls import ReservedJob, Run
 from consumers.connection import drop_connections
-from consumers.crew import Crew, is_away
 from consumers.errors import PoisonEvent, RefusedJob, StoreUnavailable
-from consumers.harmed_keys import Kind, is_redis_trouble, is_wrong_type, put_aside
 from consumers.metrics import COUNTS
-from consumers.reservations import POISON_DEATHS, Reservations
-from consumers.rq_failures import RqFailures
-from consumers.rq_jobs import RqJobs
+from consumers.queue.calls import ReservedJob, Run
+from consumers.queue.crew import Crew, is_away
+from consumers.queue.harmed_keys import Kind, is_redis_trouble, is_wrong_type, put_aside
+from consumers.queue.reservations import POISON_DEATHS, Reservations
+from consumers.queue.rq_failures import RqFailures
+from consumers.queue.rq_jobs import RqJobs
 from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, acknowledge, log_fields, settle
 from producers.redis_keys import acknowledgement_key
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from consumers.cli_options import AsJson
-from consumers.cli_progress import progress_bar
+from consumers.cli.options import AsJson
+from consumers.cli.progress import progress_bar
 from consumers.stack import stack
 from consumers.terminal import print_json, print_months
 
@@ -19,7 +19,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count what would b
 
 def retire(*, before: Before = None, undo: Undo = False, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Move old months into tables of their own, which the others show as theirs; may be ended, and run again."""
-    from consumers import retention
+    from consumers.store import retention
 
     if undo == (before is not None):
         raise typer.BadParameter("name a month, or --undo", param_hint="--before")

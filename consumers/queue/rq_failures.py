@@ -20,7 +20,7 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
-from consumers.calls import MAX_BESIDE_BYTES, BoundedJob, ReservedJob, Run, shown_call
+from consumers.queue.calls import MAX_BESIDE_BYTES, BoundedJob, ReservedJob, Run, shown_call
 
 logger = logging.getLogger(__name__)
 

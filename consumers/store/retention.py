@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from consumers.connection import engine, translated_errors
 from consumers.errors import RetirementRefused
-from consumers.retired_tables import HISTORY_TABLES, MOVE_LOCK, RUN_LOCK, HistoryTable, prepare, schema_of, until
+from consumers.store.retired_tables import HISTORY_TABLES, MOVE_LOCK, RUN_LOCK, HistoryTable, prepare, schema_of, until
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from consumers.cli_options import AsJson
+from consumers.cli.options import AsJson
 from consumers.listening import DASHBOARD_PORT
 from consumers.stack import stack
 from consumers.terminal import facts_table, print_facts, print_json

@@ -15,9 +15,9 @@ from uuid import uuid4
 from redis import Redis, RedisError
 from rq import Queue
 
-from consumers.calls import MAX_JOB_BYTES, ReservedJob
-from consumers.harmed_keys import Kind, is_wrong_type, put_aside
-from consumers.rq_jobs import JOB_PREFIX, READ_JOBS
+from consumers.queue.calls import MAX_JOB_BYTES, ReservedJob
+from consumers.queue.harmed_keys import Kind, is_wrong_type, put_aside
+from consumers.queue.rq_jobs import JOB_PREFIX, READ_JOBS
 from producers.redis_keys import delays_key, held_key, holders_key, lease_key, strange_key, suspects_key
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from consumers.cli_options import AsJson, Since, Timezone, Until
-from consumers.cli_progress import progress_bar
+from consumers.cli.options import AsJson, Since, Timezone, Until
+from consumers.cli.progress import progress_bar
 from consumers.stack import stack
 from consumers.terminal import print_exported, print_json
 
@@ -43,7 +43,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the history as the old controller's JSON files."""
-    from consumers.export import Selection, export_history
+    from consumers.migration.export import Selection, export_history
     from producers.settings import ZoneSettings
     from producers.times import localized
 

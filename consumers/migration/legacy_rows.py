@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 
 from consumers.connection import translated_errors
-from consumers.old_history import Kind, Origin
+from consumers.migration.old_history import Kind, Origin
 from producers.json_arrays import Entry
 
 _ROWS_AT_ONCE = 500

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from redis import Redis, RedisError
 from rq import Queue
 
-from consumers.harmed_keys import is_wrong_type, put_aside
-from consumers.rq_jobs import JOB_PREFIX
+from consumers.queue.harmed_keys import is_wrong_type, put_aside
+from consumers.queue.rq_jobs import JOB_PREFIX
 from producers.redis_keys import held_key, holders_key, strays_key
 
 STRANDED_SECONDS = 30.0

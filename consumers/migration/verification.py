@@ -9,10 +9,10 @@ from typing import Literal
 
 from sqlalchemy import Connection, TextClause, text
 
-from consumers.comparison import FieldDifference, RowIds, field_differences
 from consumers.connection import get_db
-from consumers.inserts import find_events
-from consumers.old_history import Item, Kind, OldHistory
+from consumers.migration.comparison import FieldDifference, RowIds, field_differences
+from consumers.migration.old_history import Item, Kind, OldHistory
+from consumers.store.inserts import find_events
 from producers.errors import InvalidEvent
 
 _PAGE_ROWS = 20_000

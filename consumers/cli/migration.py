@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from consumers.cli_options import AsJson, Timezone
+from consumers.cli.options import AsJson, Timezone
 from consumers.stack import stack
 from consumers.terminal import print_compared, print_json, print_tallies
 from producers.errors import HistoryError
@@ -20,7 +20,7 @@ from producers.errors import HistoryError
 if TYPE_CHECKING:
     from datetime import tzinfo
 
-    from consumers.old_history import OldHistory, Origin
+    from consumers.migration.old_history import OldHistory, Origin
 
 Directory = Annotated[
     Path | None,
@@ -49,7 +49,7 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
 
     Exit status 1 if an entry could not be taken or a file is damaged.
     """
-    from consumers.import_report import Report
+    from consumers.migration.report import Report
 
     _check_place(directory, from_tables)
     with ExitStack() as held:
@@ -75,7 +75,7 @@ def verify_history(
     as_json: AsJson = False,
 ) -> None:
     """Compare old JSON history with the tables, both ways; exit status 1 if anything differs."""
-    from consumers.verification import Verification
+    from consumers.migration.verification import Verification
 
     zone = _zone(timezone)
     _check_place(directory, from_tables)
@@ -97,7 +97,7 @@ def verify_history(
 
 
 def _histories(directory: Path | None, zone: tzinfo | None, portfolio_id: int | None) -> Sequence[OldHistory]:
-    from consumers.old_history import OldHistory
+    from consumers.migration.old_history import OldHistory
 
     origins = _origins(directory)
     return [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in origins]
@@ -113,8 +113,8 @@ def _check_place(directory: Path | None, from_tables: bool) -> None:
 
 def _origins(directory: Path | None) -> Sequence[Origin]:
     from consumers.connection import engine
-    from consumers.legacy_rows import legacy_origins
-    from consumers.old_history import file_origins
+    from consumers.migration.legacy_rows import legacy_origins
+    from consumers.migration.old_history import file_origins
 
     if directory is not None:
         return file_origins(directory)

@@ -14,11 +14,11 @@ from redis import Redis
 
 from consumers.connection import get_db
 from consumers.errors import StoreUnavailable
-from consumers.flight import Flight
-from consumers.import_report import Report, as_json
-from consumers.old_history import Item, OldHistory
-from consumers.outcomes import NoRow, forget_outcomes, record_outcomes
-from consumers.standing import Standing, standings
+from consumers.migration.flight import Flight
+from consumers.migration.old_history import Item, OldHistory
+from consumers.migration.report import Report, as_json
+from consumers.migration.standing import Standing, standings
+from consumers.store.outcomes import NoRow, forget_outcomes, record_outcomes
 from producers.errors import InvalidEvent
 from producers.events import Event, encode
 from producers.json_arrays import Entry

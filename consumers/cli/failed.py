@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from consumers.cli_options import AsJson
+from consumers.cli.options import AsJson
 from consumers.stack import stack
 from consumers.terminal import print_facts, print_json, print_rejections
 from producers.errors import HistoryError

@@ -3,8 +3,8 @@
 RQ's own bookkeeping takes some 60 commands a job. Here taking jobs is part of the script that reserves them, and
 finishing them is one script; a test compares every key with what RQ's SimpleWorker leaves behind.
 
-What the consuming side knows of the layout of RQ's keys is here, for failures in consumers.rq_failures, and for
-leftovers in consumers.stranded.
+What the consuming side knows of the layout of RQ's keys is here, for failures in consumers.queue.rq_failures, and for
+leftovers in consumers.queue.stranded.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from rq.results import Result
 from rq.serializers import JSONSerializer
 from rq.utils import utcformat
 
-from consumers.calls import MAX_BESIDE_BYTES, MAX_JOB_BYTES, BoundedJob, ReservedJob, Run, check_wishes, read_call
 from consumers.errors import OversizedJob, RefusedJob
-from consumers.harmed_keys import is_redis_trouble
+from consumers.queue.calls import MAX_BESIDE_BYTES, MAX_JOB_BYTES, BoundedJob, ReservedJob, Run, check_wishes, read_call
+from consumers.queue.harmed_keys import is_redis_trouble
 from consumers.settling import Delivery, logger
 
 # For the dashboard, about 2 MB; by time they are kept as long as RQ keeps them.

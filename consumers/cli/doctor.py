@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from consumers.cli_options import AsJson
+from consumers.cli.options import AsJson
 from consumers.terminal import print_checks, print_json
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
-from consumers.inserts import Found, find_events
+from consumers.store.inserts import Found, find_events
 from producers.events import Event, PortfolioSnapshot, SignalArchive
 
 # Numbers of those that have a row or an outcome; the others, nearly all in a first import, cost no comparison.

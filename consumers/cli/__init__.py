@@ -1,0 +1,126 @@
+"""The `trading-history` command: its commands by group, and how it ends. Errors are one line on stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import typer
+from redis import RedisError
+
+from consumers import stop_signals
+from consumers.cli import doctor, export, failed, migration, outbox, reading, recording, retire, running, up, views
+from consumers.logs import write_logs
+from producers.errors import HistoryError, SettingsError
+
+app = typer.Typer(
+    help="Portfolio snapshots and signal archives: from the controller through Redis Queue into PostgreSQL.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_debug = False
+_EXTRAS = {
+    **dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker"),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api"),
+    **dict.fromkeys(("flask", "jinja2", "rq_dashboard", "six", "waitress", "werkzeug"), "dashboard"),
+}
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    try:
+        write_logs(logging.DEBUG if debug else logging.INFO)
+    except SettingsError:
+        if context.invoked_subcommand != "doctor":  # which tells of wrong settings itself
+            raise
+
+
+# In the order of `--help`.
+_COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
+    "Run it": {
+        "demo": running.demo,
+        "up": up.up,
+        "init-db": running.init_db,
+        "worker": running.worker,
+        "api": views.api,
+        "dashboard": views.dashboard,
+    },
+    "Record and read": {
+        "snapshot": recording.snapshot,
+        "archive": recording.archive,
+        "history": reading.history,
+        "archives": reading.archives,
+        "schema": recording.schema,
+    },
+    "Look after it": {
+        "status": views.status,
+        "doctor": doctor.doctor,
+        "audit": reading.audit,
+        "failed": failed.failed_app,
+        "outbox": outbox.outbox_app,
+    },
+    "Move": {
+        "import": migration.import_history,
+        "verify": migration.verify_history,
+        "export": export.export,
+        "retire": retire.retire,
+    },
+}
+for _panel, _commands in _COMMANDS.items():
+    for _name, _command in _commands.items():
+        if isinstance(_command, typer.Typer):
+            app.add_typer(_command, name=_name, rich_help_panel=_panel)
+        else:
+            app.command(_name, rich_help_panel=_panel)(_command)
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    # Like Ctrl-C: servers and workers that this command started are stopped on the way out.
+    raise SystemExit(128 + number)
+
+
+def main() -> None:
+    """Entry point. Exit status 0 fine, 1 found or failed, 2 wrong usage, 130 and 143 ended by a signal."""
+    stop_signals.handle((signal.SIGTERM, signal.SIGHUP), _terminate)
+    # Started with a closed stdout or stderr: the work goes on, unseen.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        message = _readable(error)
+        if message is None or _debug:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _readable(error: Exception) -> str | None:
+    """What to tell about an error that is not a defect of ours; None for any other."""
+    if isinstance(error, HistoryError):
+        return str(error)
+    if isinstance(error, OSError):
+        return str(error)
+    if isinstance(error, RedisError):
+        return f"Redis: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    if isinstance(error, ModuleNotFoundError):
+        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        return f"this command needs more: pip install '.[{extra}]' in a clone of trading-history" if extra else None
+    return None
+
+
+if __name__ == "__main__":
+    main()

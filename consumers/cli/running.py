@@ -1,0 +1,102 @@
+"""Commands that run the pipeline: `demo`, `init-db`, `worker`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from consumers.stack import stack
+
+_LAST_PORT = 65535
+
+
+def demo() -> None:
+    """Run simulated trading cycles through the whole pipeline, twice, in a folder of its own, and count."""
+    from consumers.demo import run_demo
+    from consumers.stack import embedded_home
+
+    raise typer.Exit(run_demo(embedded_home() / "demo"))
+
+
+def init_db(
+    adopt_legacy: Annotated[
+        bool, typer.Option("--adopt-legacy", help="Rename tables of the old shape to …_legacy first.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL instead of running it.")] = False,
+) -> None:
+    """Make the tables and roles that are missing, and the logins whose passwords are set."""
+    from consumers.connection import apply_schema, engine, schema_sql
+    from consumers.migration import adoption
+    from consumers.settings import LoginSettings
+    from consumers.store.logins import set_passwords
+
+    if dry_run and not adopt_legacy:
+        print(schema_sql(), end="")
+        return
+    with stack(database=True):
+        if dry_run:
+            print(adoption.plan_adoption(engine()).script(), end="")
+            return
+        if adopt_legacy:
+            _print_adoption(adoption.adopt_legacy(engine()))
+        else:
+            for note in apply_schema(engine()):
+                print(f"Note: {note}.")
+        print("The tables are there.")
+        for login in set_passwords(engine(), LoginSettings.from_environment()):
+            print(f"{login} may log in, with its password.")
+
+
+def worker(
+    context: typer.Context,
+    burst: Annotated[bool, typer.Option("--burst", help="Stop when the queue is empty.")] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=_LAST_PORT,
+            help="Answer Prometheus here; with --processes also at the ports that follow. 0: any that are free.",
+            show_default="HISTORY_METRICS_PORT, else nowhere",
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="So many of them; one that dies is started again.")
+    ] = 1,
+    while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
+) -> None:
+    """Store events from the queue until told to stop."""
+    from consumers.pool import run_pool
+    from consumers.processes import stop_with_stdin
+    from consumers.settings import MetricsSettings
+    from consumers.worker import run_worker
+    from producers.settings import TransportSettings
+
+    if while_stdin:
+        stop_with_stdin()
+    metrics = MetricsSettings.from_environment()
+    # A worker of another command (demo, import) would take the port of the one that the setting is meant for.
+    port = metrics_port if metrics_port is not None or while_stdin else metrics.port
+    if port and port + processes - 1 > _LAST_PORT:
+        raise typer.BadParameter(
+            f"{processes} processes from {port} on need ports above {_LAST_PORT}",
+            param_hint="HISTORY_METRICS_PORT" if metrics_port is None else "--metrics-port",
+        )
+    with stack(database=True, redis=True):
+        settings = TransportSettings.from_environment()
+        redis = settings.redis()
+        if processes > 1:
+            raise typer.Exit(
+                run_pool(processes, burst=burst, debug=context.find_root().params["debug"], metrics_port=port)
+            )
+        run_worker(redis, settings.queue, burst=burst, metrics=metrics.model_copy(update={"port": port}))
+
+
+def _print_adoption(adoption: Any) -> None:
+    for name, legacy in adoption.renamed:
+        print(f"{name} is {legacy} now.")
+    for note in adoption.notes:
+        print(f"Note: {note}.")
+    if not adoption.renamed:
+        earlier = f"; {' and '.join(adoption.earlier)} came from an earlier run" if adoption.earlier else ""
+        print(f"There are no tables of the old shape to rename{earlier}.")

@@ -1,0 +1,1 @@
+"""What PostgreSQL is asked to do, beside opening the connection (see consumers.connection)."""
