@@ -12,12 +12,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
@@ -31,21 +29,16 @@ from redis.retry import Retry
 from rq import Queue
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.serializers import JSONSerializer
-from rq.utils import now, utcformat
+from rq.utils import now
 from rq.version import VERSION
 from rq.worker import DequeueStrategy, SimpleWorker
-from rq.worker_registration import REDIS_WORKER_KEYS as WORKERS_KEY
-from rq.worker_registration import WORKERS_BY_QUEUE_KEY, clean_worker_registry
 
 from consumers import stop_signals
 from consumers.connection import limit_statements
 from consumers.logs import write_json_if_set
-from consumers.metrics import COUNTS
 from consumers.queue.crew import Crew, is_away
-from consumers.queue.harmed_keys import is_redis_trouble
 from consumers.queue.lane import WAIT_SECONDS, Lane, Limits, backoff_seconds
-from consumers.queue.reservations import recover_dead_holders
-from consumers.queue.stranded import Stranded
+from consumers.queue.upkeep import Upkeep
 from consumers.settings import MetricsSettings
 from consumers.store.waits import DatabaseWaits
 from producers.errors import SettingsError
@@ -61,7 +54,6 @@ _STUCK_SECONDS = 3 * STATEMENT_SECONDS
 _READ_BYTES = 512 * 1024  # at once: a batch comes in few pieces, for each of which a lane may wait for the interpreter
 _RENEW_SECONDS = 2.0
 _STALL_SECONDS = 1.0  # waiting longer than this for an answer is the database's doing, not the job's
-_MAINTENANCE_SECONDS = 5.0
 _REGISTERED_SECONDS = 60  # RQ adds as much: a dead worker is in RQ's list for two minutes at most, not for eight
 
 
@@ -88,15 +80,13 @@ class HistoryWorker(SimpleWorker):
             raise SettingsError("HistoryWorker works on exactly one queue; start another worker for another queue")
         self._queue = self.queues[0]
         self.worker_ttl = min(self.worker_ttl, _REGISTERED_SECONDS)
-        self._stranded = Stranded(self.connection, self._queue)
         self._ending = threading.Event()
         self._retired = threading.Event()
         self._waits = DatabaseWaits(_ANSWER_SECONDS, self._ending)
         self._crew = Crew(self)
+        self._upkeep = Upkeep(self, self._queue, self._crew)
         self._metrics = metrics
         self._lanes: list[Lane] = []
-        self._maintain_at = 0.0
-        self._harmed_parts: set[int] = set()  # of the maintenance; each is told of once
 
     def work(
         self,
@@ -161,7 +151,7 @@ class HistoryWorker(SimpleWorker):
             lane.start()
         for lane in self._lanes:
             while lane.is_alive():
-                lane.join(None if self._ending.is_set() else max(0.0, self._maintain_at - time.monotonic()))
+                lane.join(None if self._ending.is_set() else max(0.0, self._upkeep.due_at - time.monotonic()))
                 self._maintain()
         for lane in self._lanes:
             if lane.error is not None:
@@ -174,22 +164,17 @@ class HistoryWorker(SimpleWorker):
             try:
                 self._set_ip_address(self.connection)
                 if self.birth_date is not None:  # an earlier try got half way
-                    self._pretend_death()
+                    self._upkeep.pretend_death()
                 self.bootstrap(*logging_options)
                 self._crew.show(again=True)
                 self._crew.passed(worked=False)
-                self._look_after_the_dead()
+                self._upkeep.look()
                 return True
             except RedisError as error:
                 failures += 1
                 self._crew.failed(error)
                 self._ending.wait(backoff_seconds(failures))
         return False
-
-    def _pretend_death(self) -> None:
-        # RQ registers no name twice, unless its bearer has died. To delete the key would not do: a lane may write its
-        # heartbeat there in the same moment.
-        self.connection.hset(self.key, "death", utcformat(now()))
 
     def _set_connection(self, connection: Redis) -> Redis:
         """Without the library's own retries, each of which would take as long as the first try."""
@@ -246,60 +231,12 @@ class HistoryWorker(SimpleWorker):
                     logger.debug("worker %s could not renew a lease: %s", self.name, type(error).__name__)
 
     def _maintain(self) -> None:
-        if time.monotonic() < self._maintain_at or self._ending.is_set():
+        if time.monotonic() < self._upkeep.due_at or self._ending.is_set():
             return
         try:
-            self._look_after_the_dead()
+            self._upkeep.look()
         except RedisError as error:
             self._crew.failed(error)
-
-    def _look_after_the_dead(self) -> None:
-        """Find what they have left, rather than wait for RQ to fail it.
-
-        What somebody has put where one part looks ends neither the other parts nor the worker.
-        """
-        self._maintain_at = time.monotonic() + _MAINTENANCE_SECONDS * random.uniform(0.8, 1.2)
-        parts: list[Callable[[], object]] = [
-            self._stay_registered,
-            self._forget_dead_workers,
-            lambda: self._tell_of_returned(recover_dead_holders(self.connection, self._queue)),
-            lambda: self._tell_of_returned(self._stranded.requeue()),
-            self._queue.finished_job_registry.cleanup,
-        ]
-        for number, part in enumerate(parts):
-            try:
-                part()
-            except Exception as error:
-                if is_redis_trouble(error):
-                    raise
-                if number not in self._harmed_parts:
-                    self._harmed_parts.add(number)
-                    what = f"{type(error).__name__}: {error}"[:200]
-                    logger.error("worker %s passes over a part of its maintenance: %s", self.name, what)
-            else:
-                self._harmed_parts.discard(number)
-
-    def _stay_registered(self) -> None:
-        # Redis lost everything, this registration included, or it expired.
-        if not (self.connection.sismember(WORKERS_KEY, self.key) and self.connection.exists(self.key)):
-            self._pretend_death()
-            self.register_birth()
-            self._crew.show(again=True)
-        self.heartbeat()
-
-    def _forget_dead_workers(self) -> None:
-        key = WORKERS_BY_QUEUE_KEY % self._queue.name
-        members: Any = self.connection.smembers(key)
-        # RQ's worker keys are text; it could read none of them beside what is not.
-        if strange := [member for member in members if "\ufffd" in member.decode(errors="replace")]:
-            self.connection.srem(key, *strange)
-            logger.error("removed %d entries of %s that are no workers", len(strange), key)
-        clean_worker_registry(self._queue)
-
-    def _tell_of_returned(self, job_ids: Sequence[str]) -> None:
-        if job_ids:
-            COUNTS.recovered(len(job_ids))
-            logger.warning("returned %d jobs of dead workers to the queue", len(job_ids))
 
     def _retire(self) -> None:
         # Without Redis nothing is lost: the leases run out, and another worker returns what was held.

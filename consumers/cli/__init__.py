@@ -120,7 +120,3 @@ def _readable(error: Exception) -> str | None:
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         return f"this command needs more: pip install '.[{extra}]' in a clone of trading-history" if extra else None
     return None
-
-
-if __name__ == "__main__":
-    main()

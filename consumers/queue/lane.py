@@ -22,16 +22,14 @@ from rq.utils import now
 from rq.worker import BaseWorker
 
 from consumers.connection import drop_connections
-from consumers.errors import PoisonEvent, RefusedJob, StoreUnavailable
-from consumers.metrics import COUNTS
-from consumers.queue.calls import ReservedJob, Run
+from consumers.errors import PoisonEvent, StoreUnavailable
+from consumers.queue.calls import ReservedJob
 from consumers.queue.crew import Crew, is_away
-from consumers.queue.harmed_keys import Kind, is_redis_trouble, is_wrong_type, put_aside
+from consumers.queue.finishing import Finishing
+from consumers.queue.harmed_keys import is_wrong_type
 from consumers.queue.reservations import POISON_DEATHS, Reservations
-from consumers.queue.rq_failures import RqFailures
 from consumers.queue.rq_jobs import RqJobs
-from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, acknowledge, log_fields, settle
-from producers.redis_keys import acknowledgement_key
+from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, log_fields, settle
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +61,7 @@ class Lane(threading.Thread):
         self._queue = queue
         self._redis = worker.connection
         self._jobs = RqJobs(worker.connection, queue)
-        self._rq_failures = RqFailures(worker.connection, queue)
+        self._finishing = Finishing(worker, queue, self.reservations, self._jobs)
         self._crew = crew
         self._stopping = stopping
         self._limits = limits
@@ -137,7 +135,7 @@ class Lane(threading.Thread):
         self._progress_at = time.monotonic()
         started_at = now()
         jobs = {job.job_id: job for job in reserved}
-        self._drop([job.job_id for job in reserved if job.state == "gone"])
+        self._finishing.drop([job.job_id for job in reserved if job.state == "gone"])
         deliveries = self._deliveries([job for job in reserved if job.state != "gone"])
         # One that has timed out before comes alone, and must not hold up the rest for as long again.
         patience = ISOLATED_SECONDS if reserved[0].delays else None
@@ -156,7 +154,7 @@ class Lane(threading.Thread):
                     break
         finally:
             # Also when the rest met trouble: what is committed is done.
-            self._finish(settled, jobs, started_at)
+            self._finishing.finish(settled, jobs, started_at)
             self.done += len(settled)
         if not settled:
             self._look_for_trouble(late, broken, batch=len(reserved))
@@ -199,95 +197,16 @@ class Lane(threading.Thread):
         logger.error("worker %s failed on job %s", *what, exc_info=end.error, extra=log_fields(end))
         if (job.deaths or 0) < POISON_DEATHS:
             self.reservations.blame(end.job_id)
-            return
-        # Not even its rejection can be recorded: it leaves the queue for RQ's failed registry.
-        try:
-            with self._redis.pipeline(transaction=True) as pipe:
-                self.reservations.release(pipe, [end.job_id])
-                self._rq_failures.fail(pipe, [(job, end.error)], self._run_of(started_at))
-                self._worker.increment_failed_job_count(pipe)
-                pipe.execute()
-        except Exception as error:
-            if is_redis_trouble(error) or is_wrong_type(error):
-                raise
-            self._give_up(end, error)
-        COUNTS.gave_up(end.event_type)
-        self.done += 1
-
-    def _drop(self, job_ids: Sequence[str]) -> None:
-        # Deleted by somebody while it was queued: RQ's own worker skips it too.
-        if job_ids:
-            with self._redis.pipeline(transaction=True) as pipe:
-                self.reservations.release(pipe, job_ids)
-                pipe.execute()
-
-    def _finish(self, settled: Sequence[Settled], jobs: dict[str, ReservedJob], started_at: datetime) -> None:
-        """Tell the producers and RQ of what is settled; what cannot be written of one job costs only that job."""
-        if not settled:
-            return
-        try:
-            self._finish_together(settled, jobs, started_at)
-        except Exception as error:
-            if is_wrong_type(error):
-                if not self._put_aside(settled):
-                    raise
-                self._finish_together(settled, jobs, started_at)
-            elif is_redis_trouble(error):
-                raise
-            elif len(settled) > 1:
-                half = len(settled) // 2
-                self._finish(settled[:half], jobs, started_at)
-                self._finish(settled[half:], jobs, started_at)
-            else:
-                self._give_up(settled[0], error)
-
-    def _finish_together(self, settled: Sequence[Settled], jobs: dict[str, ReservedJob], started_at: datetime) -> None:
-        """Acknowledge and write what RQ writes for finished and failed jobs, in one transaction."""
-        run = self._run_of(started_at)
-        done = [(jobs[end.job_id], end.outcome.row_id) for end in settled if end.error is None]
-        failed = [(jobs[end.job_id], end.error) for end in settled if end.error is not None]
-        with self._redis.pipeline(transaction=True) as pipe:
-            acknowledge(pipe, settled)
-            self.reservations.release(pipe, [end.job_id for end in settled])
-            if done:
-                self._jobs.finish(pipe, done, run)
-            self._rq_failures.fail(pipe, failed, run)
-            pipe.hincrby(self._worker.key, "successful_job_count", len(done))
-            pipe.hincrby(self._worker.key, "failed_job_count", len(failed))
-            self._worker.increment_total_working_time(run.ended_at - started_at, pipe)
-            self._worker.heartbeat(pipeline=pipe)
-            pipe.execute()
-        for end in settled:
-            if jobs[end.job_id].state == "unusual":
-                self._jobs.let_go(end.job_id, refused=isinstance(end.error, RefusedJob))
-
-    def _give_up(self, end: Settled | Unsettled, error: Exception) -> None:
-        """Its end is decided, but what RQ keeps of it cannot be written."""
-        logger.error("what RQ keeps of job %s cannot be written", end.job_id, exc_info=error, extra=log_fields(end))
-        with self._redis.pipeline(transaction=True) as pipe:
-            self.reservations.release(pipe, [end.job_id])
-            self._rq_failures.fail_by_id(pipe, end.job_id)
-            pipe.execute()
-
-    def _run_of(self, started_at: datetime) -> Run:
-        return Run(self._worker.name, started_at, now(), self._worker.default_result_ttl)
-
-    def _put_aside(self, settled: Sequence[Settled] = ()) -> bool:
-        """Whether somebody had put something else in the place of a key that is written to; it is moved away."""
-        kinds: dict[str, Kind] = {
-            self._queue.finished_job_registry.key: "zset",
-            self._queue.failed_job_registry.key: "zset",
-            self._worker.key: "hash",
-        }
-        kinds |= {acknowledgement_key(end.source): "hash" for end in settled if end.source is not None}
-        return bool(self.reservations.put_aside() + put_aside(self._redis, kinds))
+        else:
+            self._finishing.give_up(end, job, started_at)
+            self.done += 1
 
     def _mended(self, error: RedisError | StoreUnavailable) -> RedisError | StoreUnavailable | None:
         """The trouble that remains: what was in the way in Redis may be moved, unless it is the queue itself."""
         if not is_wrong_type(error):
             return error
         try:
-            if self._put_aside():
+            if self._finishing.put_aside():
                 return None
             kind: Any = self._redis.type(self._queue.key)
         except RedisError as another:

@@ -129,9 +129,9 @@ WORKER_STEPS = {
     "before insert": _in_worker("consumers.settling", "insert_events", "before"),
     "after insert": _in_worker("consumers.settling", "insert_events", "after"),
     "after commit": _in_worker("consumers.settling", "_settle_together", "after"),
-    "before finish": _in_worker("consumers.queue.lane", "Lane._finish", "before"),
-    "after acknowledge": _in_worker("consumers.queue.lane", "acknowledge", "after"),
-    "after finish": _in_worker("consumers.queue.lane", "Lane._finish", "after"),
+    "before finish": _in_worker("consumers.queue.finishing", "Finishing.finish", "before"),
+    "after acknowledge": _in_worker("consumers.queue.finishing", "acknowledge", "after"),
+    "after finish": _in_worker("consumers.queue.finishing", "Finishing.finish", "after"),
     "while handing back": _in_worker("consumers.queue.reservations", "Reservations.hand_back", "before"),
 }
 _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {**PRODUCER_STEPS, **WORKER_STEPS}

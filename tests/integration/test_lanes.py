@@ -18,12 +18,12 @@ from redis import Redis
 from sqlalchemy import text
 
 from consumers import settling
-from consumers import worker as worker_module
 from consumers.connection import engine, get_db
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
 from consumers.processes import stop, worker_process
 from consumers.queue import lane as lane_module
+from consumers.queue import upkeep
 from consumers.queue.crew import Crew
 from consumers.queue.lane import Lane
 from consumers.queue.reservations import Reservations, recover_dead_holders
@@ -193,7 +193,7 @@ def test_registered_anew_beside_a_lane_that_writes(redis: Redis, monkeypatch: py
         until(lambda: redis.scard("rq:workers") == 1)
         monkeypatch.setattr(worker, "register_birth", beside_a_heartbeat)
         redis.flushall()
-        worker._maintain_at = 0.0
+        worker._upkeep.due_at = 0.0
         enqueue_snapshots(redis, 1)  # ends a lane's wait, not the main thread's
         until(lambda: redis.scard("rq:workers") == 1)
         until(lambda: redis.hget(worker.key, "state") == b"idle")
@@ -206,7 +206,7 @@ def test_told_to_stop_it_waits_for_its_lanes_without_a_busy_loop(redis: Redis, m
     enqueue_snapshots(redis, 1)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     looks = []
-    monkeypatch.setattr(worker_module, "_MAINTENANCE_SECONDS", 0.01)
+    monkeypatch.setattr(upkeep, "_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(worker, "_maintain", lambda: looks.append(1))
     release = threading.Event()
 

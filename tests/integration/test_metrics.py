@@ -24,7 +24,7 @@ from consumers import api, exposition
 from consumers.exposition import worker_registry
 from consumers.metrics import COUNTS
 from consumers.operations import get_portfolio_history, insert_portfolio_history_snapshot
-from consumers.queue.lane import Lane
+from consumers.queue.finishing import Finishing
 from consumers.queue.reservations import POISON_DEATHS, Reservations
 from consumers.status import queue_facts
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE, encode, event_of
@@ -95,7 +95,7 @@ def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
 
 def test_a_redelivery_after_the_commit_is_a_duplicate(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker loses Redis between commit and acknowledgement; the batch comes again, and is stored once."""
-    finish, cut = Lane._finish, list[int]()
+    finish, cut = Finishing.finish, list[int]()
 
     def finish_the_second_time(*arguments: object) -> None:
         if not cut:
@@ -103,7 +103,7 @@ def test_a_redelivery_after_the_commit_is_a_duplicate(redis: Redis, monkeypatch:
             raise RedisConnectionError("cut")
         finish(*arguments)  # type: ignore[arg-type]  # as it came
 
-    monkeypatch.setattr(Lane, "_finish", finish_the_second_time)
+    monkeypatch.setattr(Finishing, "finish", finish_the_second_time)
     enqueue_snapshots(redis, 7)
     burst(redis)
     assert _ends(_scrape(redis)) == {("stored", SNAPSHOT_TYPE): 7, ("duplicate", SNAPSHOT_TYPE): 7}

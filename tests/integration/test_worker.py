@@ -33,7 +33,7 @@ from consumers import worker as worker_module
 from consumers.connection import create_store_engine, engine, get_db
 from consumers.operations import get_portfolio_history
 from consumers.queue import lane as lane_module
-from consumers.queue import rq_jobs, stranded
+from consumers.queue import rq_jobs, stranded, upkeep
 from consumers.queue.lane import Lane
 from consumers.queue.reservations import POISON_DEATHS, Reservations, recover_dead_holders
 from consumers.queue.rq_failures import RqFailures
@@ -512,7 +512,7 @@ def test_what_stock_workers_left_behind_is_requeued_not_failed(redis: Redis, mon
     redis.zadd(StartedJobRegistry(queue=queue).key, {f"{job_ids[1]}:execution": time.time() - 1})
     worker = HistoryWorker([queue], connection=redis)
     for _ in range(2):
-        worker._maintain_at = 0.0
+        worker._upkeep.due_at = 0.0
         worker._maintain()
         time.sleep(0.01)
     burst(redis)
@@ -942,6 +942,7 @@ def test_what_stands_in_the_place_of_a_key_of_ours_is_moved_away(redis: Redis, k
     assert history_queue(redis).failed_job_registry.get_job_ids() == [refused.id]
     assert redis.exists(f"{name}:harmed") == (key != "rq:results")
     assert key != "ack" or redis.hlen(name) == 2
+    assert redis.hmget(worker.key, "successful_job_count", "failed_job_count") == [b"2", b"1"]
 
 
 @pytest.mark.parametrize("which", ["suspects", "delays"])
@@ -1005,13 +1006,13 @@ def test_each_part_of_the_maintenance_goes_on_without_the_others(
     def defective(*args: Any) -> Any:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr(worker_module, "clean_worker_registry", defective)
-    monkeypatch.setattr(worker_module, "recover_dead_holders", defective)
+    monkeypatch.setattr(upkeep, "clean_worker_registry", defective)
+    monkeypatch.setattr(upkeep, "recover_dead_holders", defective)
     redis.set("rq:finished:history", "x")
     redis.rpush("rq:queue:history:intermediate", "x")
     monkeypatch.setattr(stranded, "STRANDED_SECONDS", -1.0)
     for _ in range(3):
-        worker._look_after_the_dead()
+        worker._upkeep.look()
     assert redis.lrange("rq:queue:history", 0, -1) == [b"x"]
     assert caplog.text.count("passes over a part of its maintenance") == 3
     worker._retire()

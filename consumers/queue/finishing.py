@@ -1,0 +1,125 @@
+"""How a lane's jobs end: producers are told, RQ's records written and what was held let go, in one transaction."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
+from rq import Queue
+from rq.utils import now
+from rq.worker import BaseWorker
+
+from consumers.errors import RefusedJob
+from consumers.metrics import COUNTS
+from consumers.queue.calls import ReservedJob, Run
+from consumers.queue.harmed_keys import Kind, is_redis_trouble, is_wrong_type, put_aside
+from consumers.queue.reservations import Reservations
+from consumers.queue.rq_failures import RqFailures
+from consumers.queue.rq_jobs import RqJobs
+from consumers.settling import Settled, Unsettled, acknowledge, log_fields
+from producers.redis_keys import acknowledgement_key
+
+logger = logging.getLogger(__name__)
+
+
+class Finishing:
+    """Of what one lane of `worker` holds by `reservations`; `jobs` are of the same queue.
+
+    Raises:
+        RedisError: from every method, when Redis cannot write now. What was not finished is held still.
+    """
+
+    def __init__(self, worker: BaseWorker, queue: Queue, reservations: Reservations, jobs: RqJobs) -> None:
+        self._worker = worker
+        self._redis = worker.connection
+        self._queue = queue
+        self._reservations = reservations
+        self._jobs = jobs
+        self._failures = RqFailures(worker.connection, queue)
+
+    def finish(self, settled: Sequence[Settled], jobs: Mapping[str, ReservedJob], started_at: datetime) -> None:
+        """Tell the producers and RQ of what is settled; what cannot be written of one job costs only that job."""
+        if not settled:
+            return
+        try:
+            self._finish_together(settled, jobs, started_at)
+        except Exception as error:
+            if is_wrong_type(error):
+                if not (moved := self.put_aside(settled)):
+                    raise
+                # The rest of that transaction was carried out, unless it is what was in the way.
+                self._finish_together(settled, jobs, started_at, count=self._worker.key in moved)
+            elif is_redis_trouble(error):
+                raise
+            elif len(settled) > 1:
+                half = len(settled) // 2
+                self.finish(settled[:half], jobs, started_at)
+                self.finish(settled[half:], jobs, started_at)
+            else:
+                self._end_by_id(settled[0], error)
+
+    def give_up(self, end: Unsettled, job: ReservedJob, started_at: datetime) -> None:
+        """Not even a rejection can be recorded: the job leaves the queue for RQ's failed registry."""
+        try:
+            with self._redis.pipeline(transaction=True) as pipe:
+                self._reservations.release(pipe, [end.job_id])
+                self._failures.fail(pipe, [(job, end.error)], self._run(started_at))
+                self._worker.increment_failed_job_count(pipe)
+                pipe.execute()
+        except Exception as error:
+            if is_redis_trouble(error) or is_wrong_type(error):
+                raise
+            self._end_by_id(end, error)
+        COUNTS.gave_up(end.event_type)
+
+    def drop(self, job_ids: Sequence[str]) -> None:
+        """Deleted by somebody while they were queued: RQ's own worker skips them too."""
+        if job_ids:
+            with self._redis.pipeline(transaction=True) as pipe:
+                self._reservations.release(pipe, job_ids)
+                pipe.execute()
+
+    def put_aside(self, settled: Sequence[Settled] = ()) -> list[str]:
+        """Move away what somebody has put in the place of a key that is written to; those keys."""
+        kinds: dict[str, Kind] = {
+            self._queue.finished_job_registry.key: "zset",
+            self._queue.failed_job_registry.key: "zset",
+            self._worker.key: "hash",
+        }
+        kinds |= {acknowledgement_key(end.source): "hash" for end in settled if end.source is not None}
+        return self._reservations.put_aside() + put_aside(self._redis, kinds)
+
+    def _finish_together(
+        self, settled: Sequence[Settled], jobs: Mapping[str, ReservedJob], started_at: datetime, *, count: bool = True
+    ) -> None:
+        """`count` them in the worker's statistics."""
+        run = self._run(started_at)
+        done = [(jobs[end.job_id], end.outcome.row_id) for end in settled if end.error is None]
+        failed = [(jobs[end.job_id], end.error) for end in settled if end.error is not None]
+        with self._redis.pipeline(transaction=True) as pipe:
+            acknowledge(pipe, settled)
+            self._reservations.release(pipe, [end.job_id for end in settled])
+            if done:
+                self._jobs.finish(pipe, done, run)
+            self._failures.fail(pipe, failed, run)
+            if count:
+                pipe.hincrby(self._worker.key, "successful_job_count", len(done))
+                pipe.hincrby(self._worker.key, "failed_job_count", len(failed))
+                self._worker.increment_total_working_time(run.ended_at - started_at, pipe)
+            self._worker.heartbeat(pipeline=pipe)
+            pipe.execute()
+        for end in settled:
+            if jobs[end.job_id].state == "unusual":
+                self._jobs.let_go(end.job_id, refused=isinstance(end.error, RefusedJob))
+
+    def _end_by_id(self, end: Settled | Unsettled, error: Exception) -> None:
+        """Its end is decided, but what RQ keeps of it cannot be written."""
+        logger.error("what RQ keeps of job %s cannot be written", end.job_id, exc_info=error, extra=log_fields(end))
+        with self._redis.pipeline(transaction=True) as pipe:
+            self._reservations.release(pipe, [end.job_id])
+            self._failures.fail_by_id(pipe, end.job_id)
+            pipe.execute()
+
+    def _run(self, started_at: datetime) -> Run:
+        return Run(self._worker.name, started_at, now(), self._worker.default_result_ttl)
