@@ -1,4 +1,4 @@
-"""Measure the pipeline, on servers of its own: `python -m tests.benchmarks [name] [--count N] [--json FILE]`."""
+"""Measure the pipeline, on servers of its own: `python -m tests.benchmarks [name ...] [--count N] [--json FILE]`."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ _MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=_MEASURES, nargs="?", help="one of them; all without a name")
+    parser.add_argument("names", metavar="name", choices=_MEASURES, nargs="*", help=f"all, or {', '.join(_MEASURES)}")
     parser.add_argument("--count", type=int, help="events, calls, times or rows (at most)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and every single run there")
     options = parser.parse_args()
     report = Report(machine_facts())
     print("; ".join(f"{name} {fact}" for name, fact in report.machine.items()), flush=True)
-    for name in [options.name] if options.name else _MEASURES:
+    for name in options.names or _MEASURES:
         measure, count = _MEASURES[name]
         measure(options.count or count, report)
         if options.json:
