@@ -18,6 +18,7 @@ from sqlalchemy import text
 
 from consumers.connection import get_db
 from producers.outbox import Outbox, source_of
+from producers.redis_keys import job_id_of
 from producers.rq_jobs import UNDER_WAY
 
 _PAGE = 5000
@@ -170,7 +171,7 @@ def _in_queue(source: str, ranges: Ranges, redis: Redis | None) -> set[int]:
     source_id = source.rsplit("/", 1)[-1]
     with redis.pipeline(transaction=False) as pipe:
         for number in numbers:
-            pipe.hget(Job.key_for(f"{source_id}-{number}"), "status")
+            pipe.hget(Job.key_for(job_id_of(source_id, number)), "status")
         statuses = pipe.execute()
     return {number for number, status in zip(numbers, statuses, strict=True) if status and as_text(status) in UNDER_WAY}
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from consumers import stop_signals
 from consumers.processes import STOP_SECONDS, release, start_worker
+from producers.backoff import backoff_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class _Member:
         """Say it, the louder the more often, and when it is started again."""
         lived = time.monotonic() - self._started_at
         self.deaths = self.deaths + 1 if lived < _SOUND_SECONDS else 1
-        pause = min(_FIRST_PAUSE_SECONDS * 2.0 ** min(self.deaths - 1, 10), _LAST_PAUSE_SECONDS)
+        pause = backoff_seconds(self.deaths, first=_FIRST_PAUSE_SECONDS, last=_LAST_PAUSE_SECONDS)
         self.start_at = time.monotonic() + pause
         logger.log(
             logging.CRITICAL if self.deaths >= _LOUD_DEATHS else logging.ERROR,

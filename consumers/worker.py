@@ -37,7 +37,7 @@ from consumers import stop_signals
 from consumers.connection import limit_statements
 from consumers.logs import write_json_if_set
 from consumers.queue.crew import Crew, is_away
-from consumers.queue.lane import WAIT_SECONDS, Lane, Limits, backoff_seconds
+from consumers.queue.lane import WAIT_SECONDS, Lane, Limits, recovery_seconds
 from consumers.queue.upkeep import Upkeep
 from consumers.settings import MetricsSettings
 from consumers.store.waits import DatabaseWaits
@@ -173,7 +173,7 @@ class HistoryWorker(SimpleWorker):
             except RedisError as error:
                 failures += 1
                 self._crew.failed(error)
-                self._ending.wait(backoff_seconds(failures))
+                self._ending.wait(recovery_seconds(failures))
         return False
 
     def _set_connection(self, connection: Redis) -> Redis:

@@ -22,6 +22,7 @@ from producers.errors import OutboxError
 from producers.events import Payload, encode, event_of
 from producers.outbox_file import OutboxFile
 from producers.outcomes import Outcome
+from producers.redis_keys import job_id_of
 from producers.relay_lock import RelayLock
 
 MAX_BYTES = 2**30
@@ -153,8 +154,7 @@ class Entry:
 
     @property
     def job_id(self) -> str:
-        """Names the delivery, not the fact: two records of one fact are two jobs."""
-        return f"{self.source_id}-{self.sequence}"
+        return job_id_of(self.source_id, self.sequence)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,11 @@
-"""Names in Redis beside RQ's own. A producer's relay reads the first three; the others are the workers'."""
+"""Names in Redis: of jobs, and of keys beside RQ's own. Most are the workers'; a relay reads some of them."""
 
 from __future__ import annotations
+
+
+def job_id_of(source_id: str, sequence: int) -> str:
+    """The RQ job of one delivery. It does not name the fact: two records of one fact are two jobs."""
+    return f"{source_id}-{sequence}"
 
 
 def acknowledgement_key(source: str) -> str:

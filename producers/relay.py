@@ -19,10 +19,11 @@ from redis import Redis, RedisError, WatchError
 from rq import Queue
 from rq.serializers import JSONSerializer
 
+from producers.backoff import backoff_seconds
 from producers.errors import HistoryError
 from producers.outbox import Entry, Outbox, source_of
 from producers.outcomes import Outcome
-from producers.redis_keys import acknowledgement_key
+from producers.redis_keys import acknowledgement_key, job_id_of
 from producers.relay_lock import RelayLock
 from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
 
@@ -37,7 +38,7 @@ _FIRST_CHECK_SECONDS = 5.0
 _LAST_CHECK_SECONDS = 300.0
 _DOUBTED_CHECKS = 3  # after about 35 seconds
 _DOUBTED_ENTRIES = 20  # a sweep: finding one in a long queue takes Redis a while
-_FIRST_BACKOFF_SECONDS = 0.1
+_FIRST_BACKOFF_SECONDS = 0.2
 _LAST_BACKOFF_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
 _REJECTED_SECONDS = 5.0
@@ -135,8 +136,7 @@ class Relay:
                 _brief(error),
                 exc_info=not isinstance(error, (RedisError, HistoryError, OSError)),
             )
-        ceiling = min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(self._failures, 10), _LAST_BACKOFF_SECONDS)
-        return random.uniform(ceiling / 2, ceiling)
+        return backoff_seconds(self._failures, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS)
 
     def _recovered(self) -> None:
         if self._failures:
@@ -174,7 +174,7 @@ class Relay:
         for sequence, outcome in outcomes:
             if outcome.kind == "rejected":
                 event_id = dict(self._outbox.numbers(source_id, sequence - 1, 1)).get(sequence)
-                fields: dict[str, Any] = {"event_id": event_id, "job_id": f"{source_id}-{sequence}"}
+                fields: dict[str, Any] = {"event_id": event_id, "job_id": job_id_of(source_id, sequence)}
                 fields |= {"source": source, "sequence": sequence, "outcome": outcome.kind}
                 logger.warning("event %s was rejected: %s", event_id, outcome.reason, extra=fields)
 

@@ -19,13 +19,14 @@ from consumers.migration.old_history import Item, OldHistory
 from consumers.migration.report import Report, as_json
 from consumers.migration.standing import Standing, standings
 from consumers.store.outcomes import NoRow, forget_outcomes, record_outcomes
+from producers.backoff import backoff_seconds
 from producers.errors import InvalidEvent
 from producers.events import Event, encode
 from producers.json_arrays import Entry
 from producers.outbox import Entry as OutboxEntry
 from producers.outcomes import Outcome
 
-_FIRST_BACKOFF_SECONDS = 0.1
+_FIRST_BACKOFF_SECONDS = 0.2
 _LAST_BACKOFF_SECONDS = 5.0
 
 
@@ -145,7 +146,7 @@ class Importer:
                 failures += 1
                 if failures == 1:
                     self._say(f"waiting for the database: {error}")
-                time.sleep(min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 10), _LAST_BACKOFF_SECONDS))
+                time.sleep(backoff_seconds(failures, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS))
             else:
                 if failures:
                     self._say("the database is back, going on")

@@ -15,6 +15,7 @@ from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 from rq.utils import as_text
 
+from producers.backoff import backoff_seconds
 from producers.outbox import Entry
 from producers.outcomes import Outcome
 from producers.redis_keys import acknowledgement_key
@@ -29,6 +30,7 @@ _PAUSE_SECONDS = 0.01
 _CHECK_SECONDS = 5.0
 _DOUBTED_CHECKS = 6
 _DOUBTED_JOBS = 20  # a check: finding one in a long queue takes Redis a while
+_FIRST_BACKOFF_SECONDS = 0.02
 _LAST_BACKOFF_SECONDS = 2.0
 
 
@@ -197,4 +199,4 @@ class Flight:
         if self._failures == 1:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._say(f"waiting for Redis: {reason}")
-        time.sleep(min(_PAUSE_SECONDS * 2.0 ** min(self._failures, 10), _LAST_BACKOFF_SECONDS))
+        time.sleep(backoff_seconds(self._failures, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS))

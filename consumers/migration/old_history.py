@@ -20,6 +20,7 @@ from producers.errors import HistoryError, InvalidEvent
 from producers.events import Event, PortfolioSnapshot, SignalArchive, event_of
 from producers.json_arrays import Damaged, Entry, read_entries
 from producers.legacy_json import SNAPSHOTS_FILE, archive_from, archives_file, history_files, notes_on, snapshot_from
+from producers.redis_keys import job_id_of
 
 Kind = Literal["snapshot", "archive"]
 
@@ -123,7 +124,7 @@ class OldHistory:
         self._envelope: Event | None = None
 
     def job_id(self, index: int) -> str:
-        return f"{self.source_id}-{index}"
+        return job_id_of(self.source_id, index)
 
     def items(self) -> Iterator[Item]:
         """Every entry, in order. Damage ends it, or that the file cannot be read, and is noted in the tally."""

@@ -66,6 +66,10 @@ class Run:
     ended_at: datetime
     default_result_ttl: int
 
+    def result_ttl_of(self, job: ReservedJob) -> int:
+        """For how many seconds the job's result is to be kept; below 0: for ever."""
+        return self.default_result_ttl if job.result_ttl is None else job.result_ttl
+
 
 def read_call(reserved: ReservedJob) -> tuple[Any, type[Event]]:
     """The argument of the call, which may be anything yet, and the model that it must fit. Raises RefusedJob."""

@@ -111,7 +111,7 @@ class Finishing:
             pipe.execute()
         for end in settled:
             if jobs[end.job_id].state == "unusual":
-                self._jobs.let_go(end.job_id, refused=isinstance(end.error, RefusedJob))
+                self._jobs.let_go(jobs[end.job_id], run, refused=isinstance(end.error, RefusedJob))
 
     def _end_by_id(self, end: Settled | Unsettled, error: Exception) -> None:
         """Its end is decided, but what RQ keeps of it cannot be written."""

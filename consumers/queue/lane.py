@@ -7,7 +7,6 @@ Each holds what it takes in a list of its own (see consumers.queue.reservations)
 from __future__ import annotations
 
 import logging
-import random
 import sys
 import threading
 import time
@@ -30,14 +29,20 @@ from consumers.queue.harmed_keys import is_wrong_type
 from consumers.queue.reservations import POISON_DEATHS, Reservations
 from consumers.queue.rq_jobs import RqJobs
 from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, log_fields, settle
+from producers.backoff import backoff_seconds
 
 logger = logging.getLogger(__name__)
 
 BATCH_JOBS = 500
 _BATCH_CHARACTERS = 4 * 1024 * 1024
 WAIT_SECONDS = 1  # also how long a stop request may go unnoticed by an idle lane
-_FIRST_BACKOFF_SECONDS = 0.2
+_FIRST_BACKOFF_SECONDS = 0.4
 _LAST_BACKOFF_SECONDS = 15.0
+
+
+def recovery_seconds(failures: int) -> float:
+    """How long a worker waits for Redis or the database, after so many failed tries in a row."""
+    return backoff_seconds(failures, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -222,10 +227,4 @@ class Lane(threading.Thread):
             if isinstance(error, StoreUnavailable):
                 drop_connections()
             self._crew.failed(error)
-        self._stopping.wait(backoff_seconds(self._failures))
-
-
-def backoff_seconds(failures: int) -> float:
-    """How long to wait after so many failed tries, with jitter."""
-    ceiling = min(_FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 10), _LAST_BACKOFF_SECONDS)
-    return random.uniform(ceiling / 2, ceiling)
+        self._stopping.wait(recovery_seconds(self._failures))

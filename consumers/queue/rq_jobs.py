@@ -31,6 +31,7 @@ from consumers.settling import Delivery, logger
 # For the dashboard, about 2 MB; by time they are kept as long as RQ keeps them.
 KEPT_FINISHED_JOBS = 1000
 KEPT_OF_A_BATCH = 25
+_UNTIL_LET_GO_SECONDS = 600  # for a job of which nothing is to be kept, but others wait for its end
 _DEPENDENTS_BESIDE_BYTES = 1024 * 1024  # of all together, which RQ reads at once
 JOB_PREFIX = Job.redis_job_namespace_prefix
 
@@ -175,9 +176,12 @@ class RqJobs:
         forgotten: list[str] = []
         kept: list[Any] = []
         for left, (job, row_id) in zip(range(len(done), 0, -1), done, strict=True):
-            ttl = run.default_result_ttl if job.result_ttl is None else job.result_ttl
+            ttl = run.result_ttl_of(job)
+            unusual = job.state == "unusual"
+            if unusual and ttl == 0:
+                ttl = _UNTIL_LET_GO_SECONDS
             # Of a large batch only the last ones are kept: the others would be pushed out moments later.
-            if ttl < 0 or (ttl > 0 and left <= KEPT_OF_A_BATCH):
+            if ttl < 0 or (ttl > 0 and (unusual or left <= KEPT_OF_A_BATCH)):
                 kept += [job.job_id, ttl, b64encode(b"%d" % row_id if row_id is not None else b"null")]
             else:
                 forgotten.append(job.job_id)
@@ -212,25 +216,35 @@ class RqJobs:
         if beside > beside_bytes:
             raise OversizedJob.beside_its_call(beside_bytes)
 
-    def let_go(self, job_id: str, *, refused: bool) -> None:
+    def let_go(self, reserved: ReservedJob, run: Run, *, refused: bool) -> None:
         """What others made to wait for the end of this job goes on, RQ's own way: dependents, its next repetition.
 
         What waits for a job that was `refused` unread stays where it is, but for those that share its rate limit.
         """
         try:
-            if (job := self._read(job_id)) is None:
+            if (job := self._read(reserved.job_id)) is None:
                 return
             if not refused:
                 self._enqueue_dependents(job)
+                self._repeat_or_end(job, run.result_ttl_of(reserved))
             release_slot(job)
         except Exception as error:
             if is_redis_trouble(error):
                 raise
             # Whatever somebody has put there must not end the worker: the event itself is settled.
-            logger.error("what waits for job %s is left waiting: %s", job_id, type(error).__name__)
+            logger.error("what waits for job %s is left waiting: %s", reserved.job_id, type(error).__name__)
 
     def _enqueue_dependents(self, job: Job) -> None:
-        if job.repeats_left and job.is_finished:
-            Repeat.schedule(job, self._bounded)
         self._check_sizes(job.dependent_ids, _DEPENDENTS_BESIDE_BYTES)
         self._bounded.enqueue_dependents(job)
+
+    def _repeat_or_end(self, job: Job, result_ttl: int) -> None:
+        again = job.repeats_left and job.is_finished
+        if result_ttl == 0:
+            self._redis.delete(Result.get_key(job.id))
+            self._queue.finished_job_registry.remove(job)
+        if again:
+            self._redis.persist(job.key)  # it would expire with its first result, maybe before it runs again
+            Repeat.schedule(job, self._bounded)
+        elif result_ttl == 0:
+            job.cleanup(0, remove_from_queue=False)

@@ -16,7 +16,7 @@ from rq.serializers import JSONSerializer
 
 from producers.events import PortfolioSnapshot, encode, event_of
 from producers.outbox import Outbox, source_of
-from producers.redis_keys import acknowledgement_key, strays_key
+from producers.redis_keys import acknowledgement_key, job_id_of, strays_key
 from producers.rq_jobs import UNDER_WAY, enqueue
 from tests.benchmarks.checks import require, wait_for_progress
 from tests.benchmarks.environment import queue_name
@@ -73,7 +73,7 @@ class Backlog:
         """Whether one of these jobs counts as waiting or running."""
         with self.redis.pipeline(transaction=False) as pipe:
             for sequence in sequences:
-                pipe.hget(Job.key_for(f"{self.source_id}-{sequence}"), "status")
+                pipe.hget(Job.key_for(job_id_of(self.source_id, sequence)), "status")
             statuses = pipe.execute()
         return any(status and status.decode() in UNDER_WAY for status in statuses)
 

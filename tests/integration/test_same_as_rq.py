@@ -22,6 +22,7 @@ from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
 from consumers.connection import get_db
+from consumers.queue.rq_jobs import KEPT_OF_A_BATCH
 from consumers.worker import HistoryWorker
 from producers.events import Payload, encode, event_of
 from tests.factories import a_snapshot, an_archive
@@ -382,19 +383,58 @@ def test_a_worker_looks_the_same_from_outside_while_it_runs(redis: Redis, databa
     assert unexpected(rq_seen, our_seen, ALLOWED_WHILE_RUNNING) == {}
 
 
+@pytest.mark.parametrize("others", [0, 2 * KEPT_OF_A_BATCH])
 @pytest.mark.parametrize("worker_class", [SimpleWorker, HistoryWorker])
 def test_what_waits_for_a_job_is_let_go_when_the_job_ends(
-    redis: Redis, database_url: str, worker_class: type[SimpleWorker]
+    redis: Redis, database_url: str, worker_class: type[SimpleWorker], others: int
 ) -> None:
-    """A job that depends on it, or that shares its rate limit, or its own repetition: all are worked off."""
+    """A job that depends on it, or that shares its rate limit, or its own repetition: all are worked off.
+
+    Also when so many other jobs come after it that of most of the batch nothing is kept.
+    """
     queue = _queue(redis)
-    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(10)])
+    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(10 + others)])
     first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="first", repeat=Repeat(times=1))
     queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="dependent", depends_on=first)
     for job_id in ("limited-1", "limited-2"):
         queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id=job_id, rate_limit=RateLimit("one at a time", 1))
+    for _ in range(others):
+        queue.enqueue(SNAPSHOT_FUNCTION, next(texts))
     worker_class([queue], connection=redis, serializer=JSONSerializer).work(burst=True, logging_level="CRITICAL")
 
     expected = {"first": 2, "dependent": 1, "limited-1": 1, "limited-2": 1}
     jobs = {job_id: Job.fetch(job_id, connection=redis, serializer=JSONSerializer) for job_id in expected}
     assert {job_id: len(job.results()) for job_id, job in jobs.items()} == expected
+
+
+@pytest.mark.parametrize("worker_class", [SimpleWorker, HistoryWorker])
+def test_what_waits_for_a_job_is_let_go_though_nothing_of_the_job_is_kept(
+    redis: Redis, database_url: str, worker_class: type[SimpleWorker]
+) -> None:
+    """With a `result_ttl` of 0; the job itself is gone then, like its results, and its repetition is not."""
+    queue = _queue(redis)
+    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(4)])
+    first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="first", result_ttl=0)
+    queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="dependent", depends_on=first)
+    queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="again", result_ttl=0, repeat=Repeat(times=1, interval=9))
+    worker_class([queue], connection=redis, serializer=JSONSerializer).work(burst=True, logging_level="CRITICAL")
+
+    assert Job.fetch("dependent", connection=redis, serializer=JSONSerializer).get_status() == "finished"
+    assert Job.exists("first", connection=redis) is False
+    assert redis.exists("rq:results:first", "rq:results:again") == 0
+    assert queue.finished_job_registry.get_job_ids() == ["dependent"]
+    assert queue.scheduled_job_registry.get_job_ids() == ["again"]
+
+
+@pytest.mark.parametrize("worker_class", [SimpleWorker, HistoryWorker])
+def test_a_job_that_is_to_run_again_later_does_not_expire_until_then(
+    redis: Redis, database_url: str, worker_class: type[SimpleWorker]
+) -> None:
+    """However long its result is kept."""
+    queue = _queue(redis)
+    text = encode(event_of(_at(1), source="other/1", sequence=1))
+    job = queue.enqueue(SNAPSHOT_FUNCTION, text, result_ttl=60, repeat=Repeat(times=1, interval=3600))
+    worker_class([queue], connection=redis, serializer=JSONSerializer).work(burst=True, logging_level="CRITICAL")
+
+    assert queue.scheduled_job_registry.get_job_ids() == [job.id]
+    assert (redis.ttl(job.key), job.get_status()) == (-1, "scheduled")
