@@ -25,12 +25,9 @@ from consumers.store.inserts import insert_events
 from consumers.store.outcomes import NoRow, forget_outcomes, record_outcomes
 from producers.errors import HistoryError, InvalidEvent, SettingsError
 from producers.events import (
-    ARCHIVE_TYPE,
     MAX_EVENT_BYTES,
-    SNAPSHOT_TYPE,
+    MODELS,
     Event,
-    PortfolioSnapshotEvent,
-    SignalArchiveEvent,
     Source,
     decode,
 )
@@ -44,7 +41,7 @@ logger = logging.getLogger("rq.worker.history")
 
 ISOLATED_SECONDS = 2.0  # for a statement while looking for the one that waits for something
 
-_TYPES: dict[type[Event] | None, str] = {PortfolioSnapshotEvent: SNAPSHOT_TYPE, SignalArchiveEvent: ARCHIVE_TYPE}
+_TYPES: dict[type[Event] | None, str] = {model: event_type for event_type, model in MODELS.items()}
 _REFUSALS: dict[type[HistoryError], str] = {EventConflict: "conflict", PoisonEvent: "poison", RefusedJob: "refused"}
 _IMPORTED = "import/"  # begins the sources of old history, which is late by years
 

@@ -195,6 +195,7 @@ class SignalArchiveEvent(_Envelope):
 
 
 Event = PortfolioSnapshotEvent | SignalArchiveEvent
+MODELS: dict[str, type[Event]] = {SNAPSHOT_TYPE: PortfolioSnapshotEvent, ARCHIVE_TYPE: SignalArchiveEvent}
 AnyEvent = TypeVar("AnyEvent", bound=PortfolioSnapshotEvent | SignalArchiveEvent)
 
 

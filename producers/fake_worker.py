@@ -15,7 +15,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import as_text
 
 from producers.errors import HistoryError
-from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE, Event, PortfolioSnapshotEvent, SignalArchiveEvent, decode
+from producers.events import ARCHIVE_TYPE, MODELS, SNAPSHOT_TYPE, Event, decode
 from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome
 from producers.redis_keys import acknowledgement_key
 from producers.rq_jobs import JOB_FUNCTIONS
@@ -23,7 +23,6 @@ from producers.rq_jobs import JOB_FUNCTIONS
 # The reason to refuse every event with, or a function that gives an event's reason, None for one to be stored.
 Refusal = str | Callable[[Event], str | None]
 
-MODELS: dict[str, type[Event]] = {SNAPSHOT_TYPE: PortfolioSnapshotEvent, ARCHIVE_TYPE: SignalArchiveEvent}
 _MODELS_OF_JOBS = {function: MODELS[event_type] for event_type, function in JOB_FUNCTIONS.items()}
 _TABLES = {SNAPSHOT_TYPE: "portfolio_history", ARCHIVE_TYPE: "signal_archives"}
 

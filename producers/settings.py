@@ -24,6 +24,7 @@ from redis import Redis
 
 from producers.errors import SettingsError
 from producers.redis_url import redis_client
+from producers.times import zone_named
 
 
 def read_environment() -> dict[str, str]:
@@ -43,10 +44,7 @@ def read_environment() -> dict[str, str]:
 def _zone(name: object) -> object:
     if not isinstance(name, str):
         return name
-    try:
-        return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):
-        raise ValueError("is not a time zone of the IANA database, such as Europe/Berlin") from None
+    return zone_named(name)
 
 
 class EnvironmentSettings(BaseModel):

@@ -21,9 +21,9 @@ from redis import RedisError
 
 from producers import trading_controller
 from producers.errors import HistoryError
-from producers.events import Event, PortfolioSnapshot, SignalArchive, decode, encode, event_of
+from producers.events import MODELS, Event, PortfolioSnapshot, SignalArchive, decode, encode, event_of
 from producers.fake_transport import FAKE_QUEUE, redirected
-from producers.fake_worker import MODELS, Answer, FakeWorker, Refusal
+from producers.fake_worker import Answer, FakeWorker, Refusal
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.outcomes import Outcome

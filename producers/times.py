@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timezone, tzinfo
+from zoneinfo import ZoneInfo
 
 from producers.errors import InvalidEvent
 from producers.fields import TIME_RANGE
+
+
+def zone_named(name: str) -> ZoneInfo:
+    """Raises ValueError, which says what such a name looks like."""
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):
+        raise ValueError("is not a time zone of the IANA database, such as Europe/Berlin") from None
 
 
 def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:

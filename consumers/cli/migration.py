@@ -137,7 +137,7 @@ def _name(zone: tzinfo | None) -> str:
 
 
 def _look(histories: Sequence[OldHistory], report: Any) -> None:
-    from consumers.migration import look
+    from consumers.migration.importing import look
 
     with _progress([history.origin for history in histories], "read") as advance:
         for history in histories:
@@ -145,7 +145,7 @@ def _look(histories: Sequence[OldHistory], report: Any) -> None:
 
 
 def _carry(histories: Sequence[OldHistory], report: Any, embedded: bool) -> None:
-    from consumers.migration import Importer
+    from consumers.migration.importing import Importer
     from producers.settings import TransportSettings
 
     settings = TransportSettings.from_environment()

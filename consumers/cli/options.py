@@ -8,12 +8,14 @@ from zoneinfo import ZoneInfo
 
 import typer
 
+from producers.times import zone_named
+
 
 def _zone(name: str) -> ZoneInfo:
     try:
-        return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):
-        raise typer.BadParameter("is not a time zone of the IANA database, such as Europe/Berlin") from None
+        return zone_named(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from redis import Redis, ResponseError
+from redis import Redis
+
+from consumers.queue.harmed_keys import is_wrong_type
 
 FIELD_BYTES = 4 * 1024  # of a name, a time or a description; RQ's own have some hundred
 PAGE_BYTES = 64 * 1024  # of what has a page to itself
@@ -65,11 +67,6 @@ class StoredHash:
     exists: bool
     fields: Mapping[str, bytes] = field(default_factory=dict)
     oversized: Mapping[str, int] = field(default_factory=dict)
-
-
-def is_wrong_type(answer: object) -> bool:
-    """It is Redis's refusal of a key that somebody has made something else of: the data's fault, not the server's."""
-    return isinstance(answer, ResponseError) and "WRONGTYPE" in str(answer)
 
 
 def read_hashes(

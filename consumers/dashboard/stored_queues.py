@@ -7,9 +7,10 @@ from typing import Any
 from redis import Redis, ResponseError
 from rq import Queue, Worker
 
-from consumers.dashboard.bounded import FIELD_BYTES, PAGE_BYTES, is_wrong_type, read_hash
+from consumers.dashboard.bounded import FIELD_BYTES, PAGE_BYTES, read_hash
 from consumers.dashboard.stored_calls import line_of
 from consumers.dashboard.stored_jobs import REGISTRIES, read_job, registry_key, shown
+from consumers.queue.harmed_keys import is_wrong_type
 from producers.redis_keys import held_key, holders_key
 
 _WORKER_LIMITS = dict.fromkeys(("state", "queues", "current_job", "version", "python_version"), FIELD_BYTES)

@@ -30,7 +30,7 @@ return moved
 """
 
 
-def is_wrong_type(error: Exception) -> bool:
+def is_wrong_type(error: object) -> bool:
     """A command met a key of another type; a script's error has more words around that one."""
     return isinstance(error, RedisError) and "WRONGTYPE" in str(error)
 

@@ -22,10 +22,10 @@ from sqlalchemy import text
 from consumers.audit import audit
 from consumers.connection import get_db
 from consumers.failed import discard, rejections
-from consumers.migration import Importer
 from consumers.migration import flight as flight_module
 from consumers.migration.comparison import RowIds
 from consumers.migration.flight import FEWEST_JOBS, Flight, Window
+from consumers.migration.importing import Importer
 from consumers.migration.old_history import OldHistory, Tally, file_origins
 from consumers.migration.report import Report
 from consumers.migration.verification import Difference, Verification
