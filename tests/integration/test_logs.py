@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -81,6 +82,24 @@ def test_under_rqs_own_command_too(
     with rq_worker("consumers.worker.HistoryWorker", log):
         until(lambda: "stored event" in log.read_text())
     assert _about_events(log) == [(event_id, job_id, "bot/1", 1, "stored")]
+
+
+def test_the_apis_lines_are_json(tmp_path: Path) -> None:
+    """Those of the server that runs it too."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "consumers.cli", "api", "--port=0"]
+    with _at_port(1) as urls, log.open("wb") as output:
+        settings = {**os.environ, **urls, "HISTORY_LOG": "json"}
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, env=settings, text=True)
+        assert server.stdout is not None
+        with server.stdout:
+            address = server.stdout.readline().split()[0]
+        _answer(f"{address}readyz")
+        server.terminate()
+        assert server.wait(20) == 128 + signal.SIGTERM
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {"uvicorn.error", "consumers.api"} <= {line["logger"] for line in lines}
+    assert "not ready: PostgreSQL: Connection refused" in [line["message"] for line in lines]
 
 
 def test_the_producer_tells_of_a_rejection(
