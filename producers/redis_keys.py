@@ -18,14 +18,14 @@ def holders_key(queue: str) -> str:
     return f"history:holders:{queue}"
 
 
-def held_key(queue: str, worker: str) -> str:
-    """List of the ids of the jobs that a worker holds."""
-    return f"history:held:{queue}:{worker}"
+def held_key(queue: str, holder: str) -> str:
+    """List of the ids of the jobs that a holder has: one lane of a worker, as `<worker>:<8 hex digits>`."""
+    return f"history:held:{queue}:{holder}"
 
 
-def lease_key(queue: str, worker: str) -> str:
-    """Exists as long as the worker may hold jobs."""
-    return f"history:lease:{queue}:{worker}"
+def lease_key(queue: str, holder: str) -> str:
+    """Exists as long as the holder may hold jobs."""
+    return f"history:lease:{queue}:{holder}"
 
 
 def delays_key(queue: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _OLD_SECONDS = 300.0
 _FEW_KEYS = 200_000  # looking through more would slow the server down
 _PAGE_KEYS = 1000
 _START = "trading-history worker"
+# What has one more colon may be of a queue whose name begins with this one's.
+_HOLDER = re.compile("[^:]+:[0-9a-f]{8}")
 
 
 def queue_checks(redis: Redis, name: str, mask: Mask) -> Iterator[Check]:
@@ -50,7 +53,7 @@ class _QueueState:
 
     @cached_property
     def holders(self) -> dict[str, bool]:
-        """Who has held jobs as `<worker>:<start>` → whether its lease stands."""
+        """Who has held jobs as `<worker>:<8 hex digits of the lane>` → whether its lease stands."""
         members: Any = self.redis.hkeys(holders_key(self.queue.name))
         names = [as_text(member) for member in members]
         return {name: bool(self.redis.exists(lease_key(self.queue.name, name))) for name in names}
@@ -125,12 +128,13 @@ def held(state: _QueueState) -> Iterator[Check]:
     lost = [name for name in orphans if name not in state.holders]
     count = sum(orphans.values())
     if lost:
-        keys = ", ".join(held_key(state.queue.name, name) for name in lost[:3])
+        keys = [held_key(state.queue.name, name) for name in lost[:3]]
         yield Check(
             "held jobs",
             "fail",
-            f"{count} in lists that no worker knows: {keys}",
-            "their outboxes send them again; then delete the lists",
+            f"{count} in lists that no worker knows: {', '.join(keys)}",
+            "return the jobs to the queue, for each list again and again until nothing is left in it: "
+            f"redis-cli LMOVE {keys[0]} {state.queue.key} RIGHT LEFT",
         )
     elif orphans:
         rescue = "returned within 30 s by the living worker" if state.history_workers else _START
@@ -145,8 +149,18 @@ def _unlisted(state: _QueueState) -> dict[str, int]:
         return {}
     prefix = held_key(state.queue.name, "")
     keys = state.redis.scan_iter(match=f"{prefix}*", count=_PAGE_KEYS)
-    names = {as_text(key).removeprefix(prefix) for key in keys}
-    return {name: _length(state, name) for name in names - state.holders.keys()}
+    names = {as_text(key).removeprefix(prefix) for key in keys} - state.holders.keys()
+    # Asked after the scan: a worker may have come since the holders were read.
+    return {name: _length(state, name) for name in names if _HOLDER.fullmatch(name) and not _is_known(state, name)}
+
+
+def _is_known(state: _QueueState, holder: str) -> bool:
+    """Whether somebody has the list. Queues and workers may have colons in their names: by any reading of its key."""
+    if state.redis.exists(lease_key(state.queue.name, holder)):
+        return True
+    parts = f"{state.queue.name}:{holder}".split(":")
+    readings = [(":".join(parts[:n]), ":".join(parts[n:])) for n in range(1, len(parts) - 1)]
+    return any(state.redis.hexists(holders_key(queue), reading) for queue, reading in readings)
 
 
 def _length(state: _QueueState, holder: str) -> int:

@@ -29,6 +29,8 @@ from typer.testing import CliRunner
 from consumers.cli import app
 from consumers.connection import engine
 from consumers.doctor import Check, diagnose, postgres, redis_server
+from consumers.doctor.masking import Mask
+from consumers.doctor.queue import queue_checks
 from consumers.embedded import Addresses
 from consumers.operations import insert_portfolio_history_snapshot
 from producers.history_producer import HistoryProducer
@@ -762,23 +764,56 @@ def test_a_worker_that_waits_for_the_database_is_wrong(
 
 
 def test_held_jobs_of_the_dead_are_told(redis: Redis, database_url: str) -> None:
-    """Without a living worker nobody returns them; in a list that stands nowhere, not even then."""
-    redis.hset(holders_key("history"), "dead:1", "")
-    redis.rpush(held_key("history", "dead:1"), "job-1", "job-2")
+    """Without a living worker nobody returns them; in a list that stands nowhere, not even then: a person can."""
+    dead_list = held_key("history", "dead:0000000a")
+    redis.hset(holders_key("history"), "dead:0000000a", "")
+    redis.rpush(dead_list, "job-1", "job-2")
     dead = _diagnosed()["held jobs"]
-    redis.hset(holders_key("history"), "alive:1", "")
-    redis.set(lease_key("history", "alive:1"), "1")
-    redis.rpush(held_key("history", "alive:1"), "job-3")
+    redis.hset(holders_key("history"), "alive:0000000b", "")
+    redis.set(lease_key("history", "alive:0000000b"), "1")
+    redis.rpush(held_key("history", "alive:0000000b"), "job-3")
     rescued = _diagnosed()["held jobs"]
-    redis.hdel(holders_key("history"), "dead:1")
+    redis.hdel(holders_key("history"), "dead:0000000a")
     lost = _diagnosed()["held jobs"]
-    redis.delete(held_key("history", "dead:1"))
+    advised = lost.advice.partition("redis-cli ")[2].split()
+    returned = [redis.execute_command(*advised) for _ in range(3)]  # type: ignore[no-untyped-call]  # takes any command
     fine = _diagnosed()["held jobs"]
 
     assert (dead.status, dead.found) == ("fail", "2 of dead workers")
     assert (rescued.status, rescued.found) == ("warn", "2 of dead workers")
-    assert (lost.status, lost.found) == ("fail", "2 in lists that no worker knows: history:held:history:dead:1")
+    assert (lost.status, lost.found) == ("fail", f"2 in lists that no worker knows: {dead_list}")
     assert (fine.status, fine.found) == ("ok", "1, all under a lease")
+    assert (returned, redis.lrange("rq:queue:history", 0, -1)) == ([b"job-2", b"job-1", None], [b"job-1", b"job-2"])
+
+
+def test_lists_of_another_queue_and_what_was_put_aside_are_no_lost_lists(
+    redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`history:eu` is a queue, and `eu:one` a name that a worker of `history` may have: as keys they look the same."""
+    redis.rpush(held_key("history:eu", "nobody:0000000a"), "job-1")
+    redis.rpush(held_key("history", "was:0000000b") + ":harmed", "job-2")
+    for holder in ("other:0000000c", "eu:one:0000000d"):
+        redis.rpush(held_key("history", holder), "job-3")
+    redis.set(lease_key("history", "other:0000000c"), "1")
+    redis.hset(holders_key("history"), "eu:one:0000000d", "")
+    redis.set(lease_key("history", "eu:one:0000000d"), "1")
+    ours = _diagnosed()["held jobs"]
+    monkeypatch.setenv("HISTORY_QUEUE", "history:eu")
+    theirs = _diagnosed()["held jobs"]
+
+    assert (ours.status, ours.found) == ("ok", "1, all under a lease")
+    assert (theirs.status, theirs.found.split(": ")) == (
+        "fail", ["1 in lists that no worker knows", "history:held:history:eu:nobody:0000000a"],
+    )  # fmt: skip
+
+
+def test_a_worker_that_starts_while_the_doctor_looks_has_lost_nothing(redis: Redis, database_url: str) -> None:
+    """Its list was not there when the doctor read who has one."""
+    checks = queue_checks(redis, "history", Mask(()))
+    assert [next(checks).name for _ in range(2)] == ["queue", "workers"]
+    redis.hset(holders_key("history"), "new:0000000a", "")
+    redis.rpush(held_key("history", "new:0000000a"), "job-1")
+    assert next(checks) == Check("held jobs", "ok", "0, all under a lease")
 
 
 def test_what_waits_for_a_person_in_redis_is_told(redis: Redis, database_url: str) -> None:
