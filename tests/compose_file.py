@@ -78,12 +78,13 @@ class Container:
         self._folder = folder
         self.process = self.run(self.settings["command"])
 
-    def run(self, command: list[str]) -> subprocess.Popen[bytes]:
-        """As `docker compose exec` does."""
+    def run(self, command: list[str], *, may_write: bool = False) -> subprocess.Popen[bytes]:
+        """As `docker compose exec` does, or `run` with a volume that it may write to."""
         paths = {"PATH": f"{Path(sys.executable).parent}:{os.defpath}", "PYTHONPATH": str(TOP)}
         account: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+        limit = "" if may_write else "ulimit -f 0 && "
         return subprocess.Popen(
-            ["sh", "-c", 'ulimit -f 0 && exec "$@"', "sh", *command],
+            ["sh", "-c", f'{limit}exec "$@"', "sh", *command],
             cwd=self._folder, env=self.environment | paths, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **account,
         )  # fmt: skip
 

@@ -26,8 +26,20 @@ from redis.retry import Retry
 from consumers.embedded.installation import installed, let_in
 from consumers.embedded.process import checked, run
 from producers.history_producer import HistoryProducer
-from tests.compose_file import LOCALHOST, SECRETS, SERVICES, Container, free_port, service, stop, unwritable
+from tests.compose_file import (
+    LOCALHOST,
+    NOBODY,
+    SECRETS,
+    SERVICES,
+    TOP,
+    Container,
+    free_port,
+    service,
+    stop,
+    unwritable,
+)
 from tests.factories import a_snapshot
+from tests.legacy_databases import ARCHIVES, FIRST_GENERATION, FIRST_GENERATION_SNAPSHOTS
 
 
 class Postgres(NamedTuple):
@@ -254,6 +266,59 @@ def test_an_event_is_stored_and_read_through_the_api(
 
     login = base64.b64encode(f"history:{SECRETS['HISTORY_DASHBOARD_PASSWORD']}".encode()).decode()
     assert (_get(dashboard, "/")[0], _get(dashboard, "/", f"Basic {login}")[0]) == (401, 200)
+
+
+def _commands(marker: str) -> list[list[str]]:
+    """Of a block of README.md, in words, each without its `docker compose`."""
+    (block,) = re.findall(rf"<!-- {marker} -->\n```sh\n(.*?)```", (TOP / "README.md").read_text("utf-8"), re.DOTALL)
+    commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
+    assert {tuple(command[:2]) for command in commands} == {("docker", "compose")}
+    return [command[2:] for command in commands]
+
+
+def _run_as_worker(worker: Container, words: list[str], here: Path) -> tuple[int, str]:
+    """`docker compose run` in the folder `here`: with the worker's environment, and the volumes as they are outside."""
+    at = words.index("worker")
+    options, command = words[:at], words[at + 1 :]
+    volumes = [options[n + 1] for n, word in enumerate(options) if word == "--volume"]
+    assert options == ["run", "--rm", "--user", "$(id -u):$(id -g)", *(x for one in volumes for x in ("--volume", one))]
+    for outside, inside, *read_only in (one.replace("$PWD", str(here)).split(":") for one in volumes):
+        command = [re.sub(rf"^{inside}(?=/|$)", outside, word) for word in command]
+        Path(outside).chmod(0o555 if read_only else 0o755)
+    with worker.run(command, may_write=True) as process:
+        printed, _ = process.communicate(timeout=60)
+    return process.returncode, printed.decode()
+
+
+def test_old_history_comes_in_by_the_commands_of_the_readme(
+    system: list[Container], postgres: Postgres, folder: Path
+) -> None:
+    """From files, with a report of what could not be taken; from adopted tables once the worker's login may read."""
+    here = folder.parent / "here"
+    (here / "data" / "history").mkdir(parents=True)
+    if os.geteuid() == 0:
+        os.chown(here / "data", NOBODY, NOBODY)
+    entry = {"timestamp": "2025-11-22T18:02:46.101234", "balance": 1, "total_invested": 0, "total_profit_loss": 0,
+             "total_value": 1, "open_positions": 0, "trade_count": 0}  # fmt: skip
+    (here / "data" / "history" / "portfolio_history.json").write_text(json.dumps([entry, {"balance": "?"}]))
+    owner = service("postgres")["environment"]
+    for statement in (FIRST_GENERATION, FIRST_GENERATION_SNAPSHOTS, ARCHIVES):
+        legacy = re.sub(r"\b(portfolio_history|signal_archives)\b", r"\1_legacy", statement)
+        checked(postgres.sql(owner, legacy.replace(":rows", "3")))
+
+    files, grant, tables = _commands("compose import")
+    from_files = _run_as_worker(system[0], files, here)
+    denied = _run_as_worker(system[0], tables, here)
+    assert (grant[:3], grant[-1].startswith("--command=")) == (["exec", "postgres", "psql"], True)
+    checked(postgres.sql(owner, grant[-1].removeprefix("--command=")))
+    from_tables = _run_as_worker(system[0], tables, here)
+
+    (refused,) = (here / "data" / "import-report.jsonl.1").read_text().splitlines()
+    assert (from_files[0], json.loads(refused)["index"]) == (1, 1), from_files
+    assert (denied[0], "permission denied" in denied[1]) == (1, True), denied
+    assert from_tables[0] == 0, from_tables
+    stored = "SELECT count(*) FROM portfolio_history WHERE source LIKE 'import/%' AND portfolio_id = 1"
+    assert postgres.sql(owner, stored).stdout == "4\n"
 
 
 def test_what_is_frozen_is_not_healthy(system: list[Container]) -> None:
