@@ -28,7 +28,7 @@ from consumers.queue.calls import MAX_BESIDE_BYTES, MAX_JOB_BYTES, BoundedJob, R
 from consumers.queue.harmed_keys import is_redis_trouble
 from consumers.settling import Delivery, logger
 
-# For the dashboard, about 2 MB; by time they are kept as long as RQ keeps them.
+# For the dashboard, about 6 MB of snapshots; by time they are kept as long as RQ keeps them.
 KEPT_FINISHED_JOBS = 1000
 KEPT_OF_A_BATCH = 25
 _UNTIL_LET_GO_SECONDS = 600  # for a job of which nothing is to be kept, but others wait for its end
