@@ -1,4 +1,6 @@
-"""What a consumer can raise. The root and InvalidEvent come from the producers' side of the contract.
+"""What a consumer can raise; api, dashboard and embedded have a few more, of their own.
+
+The root and InvalidEvent come from the producers' side of the contract.
 
 HistoryError
 ├── InvalidEvent        permanent: the event breaks the contract, or the database's own constraints

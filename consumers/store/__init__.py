@@ -1,1 +1,1 @@
-"""What PostgreSQL is asked to do, beside opening the connection (see consumers.connection)."""
+"""The SQL for what workers write and readers list, logins and retired rows; other SQL stands with what asks it."""
