@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 import pytest
@@ -133,15 +134,52 @@ def test_the_test_vectors_are_right() -> None:
         assert str(event_id(event_type, portfolio_id, datetime.fromisoformat(instant))) == expected
 
 
+def _own_options(command: Any) -> set[str]:
+    return {name for one in command.params for name in one.opts if name.startswith("--")} | {"--help"}
+
+
+def _commands() -> dict[str, set[str]]:
+    """The options of each command; those of a group go by both words, as in `outbox status`."""
+    found: dict[str, set[str]] = {}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]  # a click group
+        parts = getattr(command, "commands", None)
+        found |= {name: command} if parts is None else {f"{name} {part}": one for part, one in parts.items()}
+    return {name: _own_options(command) for name, command in found.items()}
+
+
+def _unknown(line: str, commands: dict[str, set[str]]) -> list[str]:
+    """What a command line, without its program, names and the command has not; all of it if it is none of ours."""
+    words = line.split()
+    name = next((name for name in commands if words[: len(name.split())] == name.split()), None)
+    named = re.findall(r"(?<!\S)--[\w-]+", line)
+    return [line] if name is None else [f"{name} {option}" for option in named if option not in commands[name]]
+
+
 def test_every_command_is_documented_and_every_documented_command_exists() -> None:
-    """The table of commands against the command itself."""
+    """The table of commands against the command itself: subcommands, and the options that a row names."""
     section = README.split("### Commands")[1].split("### Settings")[0]
-    documented = {
-        name.split()[0]
-        for cell in re.findall(r"^\| (`.*?) \|", section, re.M)
-        for name in re.findall("`([^`]+)`", cell)
-    }
-    assert documented == set(get_command(app).commands)  # type: ignore[attr-defined]  # a click group
+    commands, documented, unknown = _commands(), set(), []
+    for cell, does in re.findall(r"^\| (`.*?) \| (.*) \|$", section, re.M):
+        for line in re.findall("`([^`]+)`", cell):
+            documented |= {name for name in commands if f"{line} ".startswith(f"{name} ")}
+            unknown += _unknown(" ".join([line, *re.findall("`(--[^`]+)`", does)]), commands)
+    assert unknown == []
+    assert documented == set(commands)
+
+
+def test_every_command_line_in_it_exists() -> None:
+    """In code blocks, and in a line of text with the program's name or without; so do the options that it names."""
+    commands, top = _commands(), _own_options(get_command(app))
+    groups = {name.split()[0] for name in commands}
+    blocks = re.findall(r"```\w+\n(.*?)```", README, re.DOTALL)
+    spans = [" ".join(span.split()) for span in re.findall("`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.S))]
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()] + spans
+    called = [line for text in lines for line in re.findall(r"trading-history ([^;|&\"}]+)", text)]
+    called += [span for span in spans if span.split()[0] in groups and len(span.split()) > 1]
+    assert len(called) > 50
+    unknown = [one for line in called if line[0] not in "-…" for one in _unknown(line.rstrip(" …"), commands)]
+    assert unknown == []
+    assert {line.split()[0] for line in called if line[0] == "-"} <= top
 
 
 def test_every_setting_is_documented_and_every_documented_setting_exists() -> None:
