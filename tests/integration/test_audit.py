@@ -87,16 +87,17 @@ def test_what_is_under_way_is_not_missing(producer: HistoryProducer, redis: Redi
     assert (without.last, without.under_way, without.missing) == (8, 1, [])
 
 
-def test_a_lost_row_is_found_and_named(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
+def test_a_lost_row_is_found_and_named(
+    producer: HistoryProducer, redis: Redis, mixed: list[Receipt], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the middle, in a run, and at the end, which only the outbox can know; exit status 1."""
     _execute("DELETE FROM portfolio_history WHERE sequence IN (2, 3)")
     _execute("DELETE FROM event_outcomes WHERE sequence = 6")
 
     assert _audited(producer, redis).missing == [(2, 3), (6, 6)]
     assert _audited(producer, redis, with_outbox=False).missing == [(2, 3)]
-    os.environ["HISTORY_OUTBOX"] = str(producer._outbox.path)
+    monkeypatch.setenv("HISTORY_OUTBOX", str(producer._outbox.path))
     told = _run("audit")
-    os.environ.pop("HISTORY_OUTBOX")
     assert told.returncode == 1
     assert "2-3, 6" in told.stdout
 
