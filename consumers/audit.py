@@ -23,6 +23,7 @@ from producers.rq_jobs import UNDER_WAY
 
 _PAGE = 5000
 
+# What was refused may have a number and no source that is one: it is in no source's account.
 _COUNTS = text("""
     SELECT source, sum(stored) AS stored, sum(absorbed) AS absorbed, sum(rejected) AS rejected,
         sum(discarded) AS discarded, max(last) AS last
@@ -35,7 +36,7 @@ _COUNTS = text("""
         UNION ALL
         SELECT source, 0, count(*) FILTER (WHERE outcome = 'absorbed'), count(*) FILTER (WHERE outcome = 'rejected'),
             count(*) FILTER (WHERE outcome = 'discarded'), max(sequence)
-        FROM event_outcomes WHERE sequence IS NOT NULL GROUP BY source
+        FROM event_outcomes WHERE source IS NOT NULL AND sequence IS NOT NULL GROUP BY source
     ) AS tables GROUP BY source ORDER BY source
 """)
 

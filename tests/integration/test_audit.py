@@ -22,9 +22,10 @@ from consumers.connection import get_db
 from consumers.failed import rejections
 from consumers.store.inserts import insert_events
 from producers.errors import EventRejected
-from producers.events import event_of
+from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
+from producers.rq_jobs import JOB_FUNCTIONS
 from tests.factories import a_snapshot, an_archive
 
 Work = Callable[[], None]
@@ -131,6 +132,25 @@ def test_an_import_counts_from_0(database_url: str) -> None:
         ("import/0b", []),
         ("import/a.json/0a", [(0, 0), (2, 2)]),
     ]
+
+
+def test_a_refused_event_that_names_no_source_is_in_no_sources_account(
+    producer: HistoryProducer, redis: Redis, mixed: list[Receipt], work: Work
+) -> None:
+    """A foreign one, with a number, but with a source that is none: a rejection, of which the audit tells nothing."""
+    foreign = json.loads(encode(event_of(a_snapshot(after=timedelta(20)), source="x/1", sequence=1)))
+    foreign["source"] = "my bot"
+    queue = Queue("history", connection=redis, serializer=JSONSerializer)
+    queue.enqueue(JOB_FUNCTIONS[foreign["type"]], json.dumps(foreign), job_id="foreign")
+    work()
+    with get_db() as db:
+        refused = text("SELECT source, sequence FROM event_outcomes WHERE job_id = 'foreign'")
+        assert db.execute(refused).one() == (None, 1)
+
+    one = _audited(producer, redis)
+    assert (one.source, one.rejected, one.missing) == (mixed[0].source, 1, [])
+    told = _run("audit")
+    assert (told.returncode, told.stderr) == (0, "")
 
 
 def test_failed_lists_and_shows_what_was_refused(mixed: list[Receipt]) -> None:
