@@ -18,6 +18,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from consumers.printable import escaped, printable
 from producers.fields import money_text
 
 # A pipe has no width to fit: nothing is cut there.
@@ -33,7 +34,7 @@ def _console(pipe_columns: int = _PIPE_COLUMNS) -> Console:
 def _print(what: Table | str, *, pipe_columns: int = _PIPE_COLUMNS) -> None:
     console = _console(pipe_columns)
     with console.capture() as captured:
-        console.print(what, markup=False) if isinstance(what, str) else console.print(what)
+        console.print(printable(what), markup=False, emoji=False) if isinstance(what, str) else console.print(what)
     # Without the blanks that fill a table's last column.
     sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
@@ -54,6 +55,7 @@ def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], otherwise
     if not rows:
         _print(otherwise)
         return
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = {
         column: min(width, _WRAPPED_COLUMNS) if column in _FREE_TEXT else width
         for column, cells in zip(columns, zip(columns, *rows, strict=True), strict=True)
@@ -79,7 +81,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left_out: Set[
             justify: JustifyMethod = "right" if column in _NUMBERS else "left"
             table.add_column(column, justify=justify, no_wrap=column not in _FREE_TEXT)
     for row in rows:
-        table.add_row(*(cell for column, cell in zip(columns, row, strict=True) if column not in left_out))
+        # As Text: what others wrote may have brackets, which would be styles.
+        table.add_row(*(Text(cell) for column, cell in zip(columns, row, strict=True) if column not in left_out))
     return table
 
 
@@ -167,7 +170,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 def facts_table(facts: Mapping[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), "-" if value is None else str(value))
+        table.add_row(name.replace("_", " "), Text("-" if value is None else printable(str(value))))
     return table
 
 
@@ -177,23 +180,22 @@ def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
     for column in ("status", "name", "found"):
         table.add_column(no_wrap=column != "found")
     for one in checks:
-        # As Text: what was found may have brackets, which would be styles.
-        found = Text(_printable(one["found"]))
+        found = Text(printable(one["found"]))
         if one["advice"]:
-            found.append(f" → {_printable(one['advice'])}", style="bold")
-        table.add_row(Text(one["status"], style=_STATUS_STYLES[one["status"]]), one["name"], found)
+            found.append(f" → {printable(one['advice'])}", style="bold")
+        table.add_row(Text(one["status"], style=_STATUS_STYLES[one["status"]]), Text(printable(one["name"])), found)
     _print(table, pipe_columns=_ONE_LINE_COLUMNS)
     counts = Counter(one["status"] for one in checks)
     _print(f"{counts['ok']} fine, {counts['warn']} to look at, {counts['fail']} wrong")
 
 
-def _printable(text: str) -> str:
-    """Reasons and names come from others: what would steer the terminal is shown as a mark."""
-    return "".join(character if character.isprintable() else "�" for character in text)
-
-
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, default=str, ensure_ascii=False, indent=2) + "\n")
+    print_text(json.dumps(value, default=str, ensure_ascii=False, indent=2))
+
+
+def print_text(text: str) -> None:
+    """In its lines, as they are but for what would steer the terminal."""
+    sys.stdout.write(escaped(text) + "\n")
 
 
 def _portfolio(portfolio_id: int | None) -> str:

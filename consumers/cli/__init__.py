@@ -15,6 +15,7 @@ from redis import RedisError
 from consumers import stop_signals
 from consumers.cli import doctor, export, failed, migration, outbox, reading, recording, retire, running, up, views
 from consumers.logs import write_logs
+from consumers.printable import escaped
 from producers.errors import HistoryError, SettingsError
 
 app = typer.Typer(
@@ -104,7 +105,7 @@ def main() -> None:
         message = _readable(error)
         if message is None or _debug:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {escaped(message)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -8,7 +8,7 @@ import typer
 
 from consumers.cli.options import AsJson
 from consumers.stack import stack
-from consumers.terminal import print_facts, print_json, print_rejections
+from consumers.terminal import print_facts, print_json, print_rejections, print_text
 from producers.errors import HistoryError
 
 failed_app = typer.Typer(help="Events that were refused for good.", no_args_is_help=True)
@@ -32,7 +32,7 @@ def failed_list(kind: KindOption = None, as_json: AsJson = False) -> None:
 
 @failed_app.command("show")
 def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A job id or an event id.")]) -> None:
-    """Show one rejection with the event's text as it came."""
+    """Show one rejection with the event's text as it came; what would steer the terminal is escaped."""
     from consumers.failed import as_facts, rejections
 
     with stack(database=True):
@@ -41,7 +41,7 @@ def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A job 
         raise HistoryError(f"no rejection has the job id or event id {name}")
     for rejection in found:
         print_facts(as_facts(rejection))
-        print(rejection.event)
+        print_text(rejection.event)
 
 
 @failed_app.command("requeue")

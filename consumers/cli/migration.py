@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from consumers.cli.options import AsJson, Timezone
+from consumers.printable import printable
 from consumers.stack import stack
 from consumers.terminal import print_compared, print_json, print_tallies
 from producers.errors import HistoryError
@@ -218,7 +219,7 @@ def _stream(differences: Iterator[Any], as_json: bool) -> int:
             sys.stdout.write(("" if count == 1 else ",") + "\n" + json.dumps(facts))
         else:
             place = f"{one.table} row {one.row_id}" if one.file is None else f"{one.file} entry {one.index}"
-            print(f"{one.what}: {place}: {one.reason}")
+            print(printable(f"{one.what}: {place}: {one.reason}"))
     return count
 
 

@@ -22,10 +22,11 @@ from consumers.connection import get_db
 from consumers.failed import rejections
 from consumers.store.inserts import insert_events
 from producers.errors import EventRejected
-from producers.events import encode, event_of
+from producers.events import SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
 from producers.rq_jobs import JOB_FUNCTIONS
+from tests.deliveries import burst, history_queue
 from tests.factories import a_snapshot, an_archive
 
 Work = Callable[[], None]
@@ -255,3 +256,20 @@ def test_requeue_and_discard_want_to_know_which(redis: Redis, database_url: str)
         _run("failed", "discard", "--reason", "r").returncode,
         _run("failed", "discard", "--all").returncode,
     ] == [2, 2, 2, 2]
+
+
+def test_what_was_refused_is_shown_letter_by_letter(redis: Redis, database_url: str) -> None:
+    """A job that names `[/x]` as its function, and one whose text would steer the terminal."""
+    queue = history_queue(redis)
+    queue.enqueue("[/x]", "{}", job_id="no-function")
+    queue.enqueue(JOB_FUNCTIONS[SNAPSHOT_TYPE], "[/x] [range 1-2] \x1b[2J\x9b31m", job_id="steering")
+    burst(redis)
+    listed, shown = _run("failed", "list"), _run("failed", "show", "steering")
+
+    assert (listed.returncode, listed.stderr) == (1, "")
+    assert "not one of ours: [/x]" in listed.stdout
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.endswith("\n[/x] [range 1-2] \\u001b[2J\\u009b31m\n")
+    assert not {"\x1b", "\x9b"} & set(listed.stdout + shown.stdout)
+    nobody = _run("failed", "show", "\x1b[2J")
+    assert nobody.stderr == "error: no rejection has the job id or event id \\u001b[2J\n"
