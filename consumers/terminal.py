@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import datetime
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from producers.fields import money_text
 # A pipe has no width to fit: nothing is cut there.
 _PIPE_COLUMNS = 250
 _ONE_LINE_COLUMNS = 100_000
+MOST_REJECTIONS = 1000  # a table is as wide as its widest row needs, so it has all of them in memory
 _STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -125,12 +127,18 @@ def _label(signal: Mapping[str, Any]) -> str:
     return label if len(label) <= 60 else label[:59] + "…"
 
 
-def print_rejections(rejections: Sequence[Mapping[str, Any]]) -> None:
+def print_rejections(rejections: Iterable[Mapping[str, Any]]) -> int:
+    """The first MOST_REJECTIONS, and how many more there are. Returns how many there are in all."""
+    left = iter(rejections)
     cells = [
         (one["job_id"], one["kind"] or "-", one["event_id"] or "-", _moment(one["created_at"]), one["reason"])
-        for one in rejections
+        for one in islice(left, MOST_REJECTIONS)
     ]
+    more = sum(1 for _ in left)
     _print_rows(("job", "kind", "event", "at", "reason"), cells, "Nothing was rejected.")
+    if more:
+        _print(f"{more:,} more are not shown; --json has all.")
+    return len(cells) + more
 
 
 def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
@@ -191,6 +199,17 @@ def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
 
 def print_json(value: Any) -> None:
     print_text(json.dumps(value, default=str, ensure_ascii=False, indent=2))
+
+
+def print_json_array(values: Iterable[Any]) -> int:
+    """What print_json would print of the list of them, each as it comes. Returns how many there were."""
+    count = 0
+    for count, value in enumerate(values, 1):
+        sys.stdout.write("[" if count == 1 else ",")
+        lines = json.dumps(value, default=str, ensure_ascii=False, indent=2).splitlines()
+        sys.stdout.write("".join(f"\n  {escaped(line)}" for line in lines))
+    sys.stdout.write("\n]\n" if count else "[]\n")
+    return count
 
 
 def print_text(text: str) -> None:

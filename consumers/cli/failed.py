@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
 
 from consumers.cli.options import AsJson
 from consumers.stack import stack
-from consumers.terminal import print_facts, print_json, print_rejections, print_text
+from consumers.terminal import print_facts, print_json_array, print_rejections, print_text
 from producers.errors import HistoryError
 
 failed_app = typer.Typer(help="Events that were refused for good.", no_args_is_help=True)
@@ -25,23 +27,19 @@ def failed_list(kind: KindOption = None, as_json: AsJson = False) -> None:
 
     _check_kind(kind)
     with stack(database=True):
-        facts = [as_facts(rejection) for rejection in rejections(kind=kind)]
-    (print_json if as_json else print_rejections)(facts)
-    raise typer.Exit(1 if facts else 0)
+        count = (print_json_array if as_json else print_rejections)(map(as_facts, rejections(kind=kind)))
+    raise typer.Exit(1 if count else 0)
 
 
 @failed_app.command("show")
 def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A job id or an event id.")]) -> None:
     """Show one rejection with the event's text as it came; what would steer the terminal is escaped."""
-    from consumers.failed import as_facts, rejections
+    from consumers.failed import as_facts, refused_text
 
     with stack(database=True):
-        found = rejections(name)
-    if not found:
-        raise HistoryError(f"no rejection has the job id or event id {name}")
-    for rejection in found:
-        print_facts(as_facts(rejection))
-        print_text(rejection.event)
+        for rejection in _chosen(name, None):
+            print_facts(as_facts(rejection))
+            print_text(refused_text(rejection.job_id) or "")
 
 
 @failed_app.command("requeue")
@@ -88,10 +86,12 @@ def _check_choice(name: str | None, kind: str | None, every: bool) -> None:
         raise typer.BadParameter("name one job or event, or choose with --kind or --all", param_hint="NAME")
 
 
-def _chosen(name: str | None, kind: str | None) -> list[Any]:
+def _chosen(name: str | None, kind: str | None) -> Iterator[Any]:
+    """Raises HistoryError when nothing has the name that is given."""
     from consumers.failed import rejections
 
     found = rejections(name, kind=kind)
-    if name is not None and not found:
+    first = next(found, None)
+    if first is None and name is not None:
         raise HistoryError(f"no rejection has the job id or event id {name}")
-    return found
+    return found if first is None else chain([first], found)

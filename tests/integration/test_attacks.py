@@ -27,13 +27,12 @@ from sqlalchemy import Engine, make_url, text
 
 from consumers.connection import create_store_engine
 from consumers.embedded import Addresses
-from consumers.failed import Rejection
 from consumers.settings import LoginSettings
 from consumers.store.logins import API, WORKER, set_passwords
 from producers.events import encode, event_of
 from tests.conftest import a_database
 from tests.deliveries import history_queue
-from tests.factories import INSTANT, a_signal, a_snapshot, an_archive
+from tests.factories import a_signal, a_snapshot, an_archive
 from tests.rq_programs import until
 
 SNAPSHOT = "consumers.handlers.record_portfolio_snapshot"
@@ -333,11 +332,6 @@ def test_a_job_that_is_none_of_ours_is_refused_with_a_reason(system: System, att
     system.has_withstood()
     assert _peak_bytes(system.worker) - before < 400 * _MEGABYTE
     job.delete()
-
-
-def test_a_refused_text_of_any_depth_can_be_listed() -> None:
-    """It is looked at again by `failed list`, which must not stumble over it."""
-    assert Rejection("x", None, None, None, "why", "[" * 200_000, INSTANT).kind is None
 
 
 # ---- what hangs on a job of ours

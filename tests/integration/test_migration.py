@@ -187,7 +187,7 @@ def test_a_repaired_entry_comes_in_and_its_rejection_gives_way(redis: Redis, tmp
     _write(folder, [_snapshot(0), _snapshot(1), _snapshot(2)])
 
     assert _counts(_import(redis, folder)) == [(3, 1, 2, 0)]
-    assert rejections() == []
+    assert list(rejections()) == []
     assert _verify(folder) == []
 
 
@@ -253,7 +253,7 @@ def test_a_rejection_that_a_person_gave_up_stays_given_up(redis: Redis, tmp_path
     discard(rejections(), redis, "history", "known")
 
     assert _counts(_import(redis, folder)) == [(3, 0, 1, 2)]
-    assert rejections() == []
+    assert list(rejections()) == []
 
 
 @pytest.mark.usefixtures("worker")

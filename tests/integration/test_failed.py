@@ -1,0 +1,155 @@
+"""What was refused for good may be much and large: it is listed, sent again and given up in flat memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+import typer
+from redis import Redis
+from sqlalchemy import text
+
+from consumers.cli.failed import failed_list
+from consumers.connection import get_db
+from consumers.failed import Rejection, discard, kind_of, rejections, requeue
+from consumers.terminal import MOST_REJECTIONS
+from producers.errors import HistoryError
+from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
+from tests.deliveries import history_queue
+from tests.histories import store_rejection
+
+_MIB = 1024 * 1024
+
+_STORE_LARGE = text("""
+    INSERT INTO event_outcomes (job_id, outcome, reason, event)
+    SELECT 'job-' || number, 'rejected', 'why', '{"type":"' || :type || '","data":"' || repeat('x', :bytes) || '"}'
+    FROM generate_series(1, :count) AS number
+""")
+
+
+def _store_large(count: int) -> None:
+    with get_db() as db:
+        db.execute(_STORE_LARGE, {"type": ARCHIVE_TYPE, "bytes": 4 * _MIB, "count": count})
+
+
+def _peak_bytes(act: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def _list(as_json: bool) -> None:
+    with pytest.raises(typer.Exit):
+        failed_list(as_json=as_json)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_list_needs_no_memory_for_the_texts(
+    redis: Redis, database_url: str, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    """Of each it looks at the beginning alone, where an event tells its type."""
+    _store_large(8)
+    assert _peak_bytes(lambda: _list(as_json)) < _MIB
+    assert capsys.readouterr().out.count("archive") == 8
+
+
+def test_giving_up_needs_no_memory_for_the_texts(redis: Redis, database_url: str) -> None:
+    _store_large(8)
+    assert _peak_bytes(lambda: discard(rejections(kind="archive"), redis, "history", "known")) < _MIB
+    assert list(rejections()) == []
+
+
+def test_sending_again_has_one_text_in_memory_at_a_time(redis: Redis, database_url: str) -> None:
+    """When Redis has lost the jobs; of others none."""
+    _store_large(1)
+    of_one = _peak_bytes(lambda: requeue(rejections(), redis, "history"))
+    redis.flushall()
+    with get_db() as db:
+        db.execute(text("TRUNCATE event_outcomes"))
+    _store_large(8)
+    assert _peak_bytes(lambda: requeue(rejections(), redis, "history")) < 1.5 * of_one
+    assert history_queue(redis).count == 8
+
+
+def test_the_table_is_bounded_and_json_has_all(database_url: str) -> None:
+    """The table says how many it leaves out; both are in the order of the refusals."""
+    with get_db() as db:
+        db.execute(
+            text("INSERT INTO event_outcomes (job_id, outcome, reason, event)"
+                 " SELECT 'job-' || n, 'rejected', 'why', '{}' FROM generate_series(1, :count) AS n"),
+            {"count": MOST_REJECTIONS + 2},
+        )  # fmt: skip
+    program = [sys.executable, "-m", "consumers.cli", "failed", "list"]
+    table = subprocess.run(program, capture_output=True, text=True, check=False)
+    whole = subprocess.run([*program, "--json"], capture_output=True, text=True, check=False)
+    assert (table.returncode, whole.returncode) == (1, 1)
+    lines = table.stdout.splitlines()
+    assert lines[-1] == "2 more are not shown; --json has all."
+    assert len(lines) == 1 + MOST_REJECTIONS + 1
+    listed = [one["job_id"] for one in json.loads(whole.stdout)]
+    assert len(listed) == MOST_REJECTIONS + 2
+    assert [line.split()[0] for line in lines[1:-1]] == listed[:MOST_REJECTIONS]
+
+
+def test_what_was_not_rejected_any_more_is_not_counted_as_given_up(redis: Redis, database_url: str) -> None:
+    """Somebody else was quicker: the answer is what this one has changed, and the other's job stays."""
+    for name in ("a", "b"):
+        store_rejection(name, "why")
+    chosen = list(rejections())
+    with get_db() as db:
+        db.execute(text("DELETE FROM event_outcomes WHERE job_id = 'a'"))
+    history_queue(redis).enqueue("f", job_id="a")
+    assert discard(chosen, redis, "history", "known") == 1
+    assert discard(chosen, redis, "history", "known") == 0
+    assert redis.exists("rq:job:a")
+
+
+def test_what_was_stored_meanwhile_is_not_sent_again(redis: Redis, database_url: str) -> None:
+    """Its rejection is gone, and with it the text."""
+    store_rejection("a", "why")
+    chosen = list(rejections())
+    with get_db() as db:
+        db.execute(text("DELETE FROM event_outcomes"))
+    assert requeue(chosen, redis, "history") == 0
+    assert history_queue(redis).count == 0
+
+
+def test_a_lost_job_whose_text_is_no_event_cannot_be_sent_again(redis: Redis, database_url: str) -> None:
+    store_rejection("a", "why")
+    with pytest.raises(HistoryError, match="job a cannot be sent again: Redis has lost it, and its text is no event"):
+        requeue(rejections(), redis, "history")
+
+
+@pytest.mark.parametrize(
+    ("beginning", "kind"),
+    [
+        (f'{{"specversion":"1.0","type":"{SNAPSHOT_TYPE}","data":{{"bal', "snapshot"),
+        (f' {{ "a" : [1, {{"type": "x"}}] ,\n"type" : "{ARCHIVE_TYPE}" }} ', "archive"),
+        (f'{{"data":{{"type":"{SNAPSHOT_TYPE}"}},"type":"{ARCHIVE_TYPE}"}}', "archive"),
+        (f'{{"data":{{"type":"{SNAPSHOT_TYPE}"}},"more":"', None),
+        (f'{{"type":"{SNAPSHOT_TYPE[:-1]}', None),
+        (f'["type","{SNAPSHOT_TYPE}"]', None),
+        ('{"type":["x"]}', None),
+        ('{"type":1', None),
+        ('{"a":1', None),
+        ("{}", None),
+        ("", None),
+        ("[" * 200_000, None),
+        ('{"a":' * 200_000, None),
+    ],
+)
+def test_the_kind_is_what_the_beginning_of_a_text_tells(beginning: str, kind: str | None) -> None:
+    """Never that of something inside; a text of any depth is in nobody's way."""
+    assert kind_of(beginning) == kind
+
+
+def test_a_rejection_has_no_text() -> None:
+    """Whoever needs it asks for it by itself."""
+    assert "event" not in Rejection.__dataclass_fields__
