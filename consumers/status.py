@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import threading
 import time
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ from consumers.errors import StoreUnavailable
 from consumers.queue.harmed_keys import is_wrong_type
 from consumers.store.listings import KNOWN_PORTFOLIOS
 from consumers.store.waits import DatabaseWaits
+from producers.errors import OutboxError
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key
 from producers.settings import TransportSettings
@@ -48,7 +50,7 @@ _NEWEST_AGES = text(f"""
 
 
 def pipeline_status() -> tuple[dict[str, Any], bool]:
-    """Facts by name, and whether both servers answer and at least one worker is alive."""
+    """Facts by name, and whether all parts of it can be read and at least one worker is alive."""
     settings = TransportSettings.from_environment()
     facts: dict[str, Any] = {}
     healthy = True
@@ -69,8 +71,11 @@ def pipeline_status() -> tuple[dict[str, Any], bool]:
         healthy = healthy and facts["workers"] > 0
     except RedisError as error:
         facts["redis"], healthy = f"{type(error).__name__}: {error}", False
-    if outbox := outbox_facts(settings.outbox):
-        facts |= {f"outbox_{state}": outbox[state] for state in ("pending", "sent", "rejected")}
+    try:
+        if outbox := outbox_facts(settings.outbox):
+            facts |= {f"outbox_{state}": outbox[state] for state in ("pending", "sent", "rejected")}
+    except OutboxError as error:
+        facts["outbox"], healthy = str(error), False
     return facts, healthy
 
 
@@ -145,8 +150,13 @@ def outbox_facts(path: Path) -> dict[str, Any] | None:
     Raises:
         OutboxError: the outbox cannot be read.
     """
-    if not path.is_file():
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return None
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise OutboxError(f"outbox {path}: {error.strerror or error}") from error
     with Outbox(path) as outbox:
         status = outbox.status()
     oldest = status.oldest_unsettled
