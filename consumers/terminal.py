@@ -178,8 +178,15 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 def facts_table(facts: Mapping[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), Text("-" if value is None else printable(str(value))))
+        table.add_row(name.replace("_", " "), Text(printable(_fact(value))))
     return table
+
+
+def _fact(value: Any) -> str:
+    """A list is one of facts' names."""
+    if isinstance(value, list):
+        return ", ".join(name.replace("_", " ") for name in value) or "-"
+    return "-" if value is None else str(value)
 
 
 def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:

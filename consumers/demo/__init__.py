@@ -17,7 +17,7 @@ from consumers.demo.cycle import DAYS, PORTFOLIO_IDS, cycles
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
 from consumers.processes import worker_process
 from consumers.stack import embedded_stack
-from consumers.status import database_counts
+from consumers.store.row_counts import exact_counts
 from consumers.terminal import print_archives, print_snapshots
 from producers.errors import HistoryError
 from producers.history_producer import HistoryProducer, Receipt
@@ -39,7 +39,7 @@ def run_demo(home: Path) -> int:
         with worker_process(home / "worker.log", keep=[lock]):
             first = _run_pass(home, "sent")
             second = _run_pass(home, "sent again")
-        counts = database_counts()
+        counts = exact_counts()
         stored = counts["portfolio_snapshots"] + counts["signal_archives"]
         print(f"\n{stored} rows: {counts['portfolio_snapshots']} snapshots, {counts['signal_archives']} archives;")
         print(f"{counts['absorbed']} duplicates absorbed, {counts['rejected']} events rejected\n")

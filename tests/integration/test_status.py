@@ -1,4 +1,4 @@
-"""`status`: each part by itself."""
+"""`status`: each part by itself, and quick however much has been stored."""
 
 from __future__ import annotations
 
@@ -9,10 +9,38 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
+from sqlalchemy import text
 
+from consumers.connection import get_db
 from consumers.status import pipeline_status
+from consumers.store import row_counts
+from consumers.terminal import print_facts
 
 _PROGRAM = [sys.executable, "-m", "consumers.cli", "status"]
+
+_NUMBERS = ("portfolio_snapshots", "signal_archives", "absorbed", "rejected")
+
+_ROWS = """
+    INSERT INTO {table} (event_id, source, snapshot_date, "timestamp", balance, total_invested, total_profit_loss,
+        total_value, open_positions, trade_count)
+    SELECT gen_random_uuid(), 'x', now(), now(), 1, 1, 1, 1, 1, 1 FROM generate_series(1, {count})
+"""
+_OUTCOMES = """
+    INSERT INTO event_outcomes (job_id, outcome, reason)
+    SELECT '{outcome}-' || number, '{outcome}', 'why' FROM generate_series(1, {count}) AS number
+"""
+
+
+def _execute(*statements: str) -> None:
+    with get_db() as db:
+        for statement in statements:
+            db.execute(text(statement))
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 100 rows are many."""
+    monkeypatch.setattr(row_counts, "EXACT_UP_TO", 100)
 
 
 def _spoil(outbox: Path, how: str) -> Path:
@@ -49,3 +77,47 @@ def test_an_unreadable_outbox_is_told_beside_all_else(
             lines = [json.loads(watching.stdout.readline()) for _ in range(2)]
             watching.kill()
         assert [line["outbox"] for line in lines] == 2 * [facts["outbox"]]
+
+
+def test_few_rows_are_counted(redis: Redis, database_url: str, few: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also when the statistics say otherwise: 100 of each are no more than 100."""
+    _execute(_ROWS.format(table="portfolio_history", count=200), "ANALYZE portfolio_history")
+    _execute("DELETE FROM portfolio_history WHERE id > 100", _OUTCOMES.format(outcome="absorbed", count=60))
+    _execute(_OUTCOMES.format(outcome="rejected", count=40))
+    facts, _ = pipeline_status()
+    assert [facts[name] for name in _NUMBERS] == [100, 0, 60, 40]
+    assert facts["approximate"] == []
+    print_facts(facts)
+    assert ["approximate", "-"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_of_many_rows_it_tells_about_how_many(
+    redis: Redis, database_url: str, few: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With those of retired months; numbers stay numbers, and which of them are estimates is a fact of its own."""
+    _execute(
+        "CREATE TABLE old (LIKE portfolio_history INCLUDING ALL EXCLUDING IDENTITY) INHERITS (portfolio_history)",
+        _ROWS.format(table="portfolio_history", count=2000),
+        _ROWS.replace("(event_id", "(id, event_id")
+        .replace("SELECT ", "SELECT -generate_series, ")
+        .format(table="old", count=1000),
+        *(_OUTCOMES.format(outcome=outcome, count=count) for outcome, count in (("absorbed", 900), ("rejected", 50))),
+        "ANALYZE",
+        _ROWS.format(table="portfolio_history", count=2000),
+    )
+    facts, _ = pipeline_status()
+    assert facts["approximate"] == ["portfolio_snapshots", "absorbed"]
+    assert facts["portfolio_snapshots"] == pytest.approx(5000, rel=0.1)
+    assert facts["absorbed"] == pytest.approx(900, rel=0.1)
+    assert (facts["signal_archives"], facts["rejected"]) == (0, 50)
+    print_facts(facts)
+    assert "approximate          portfolio snapshots, absorbed\n" in capsys.readouterr().out
+
+
+def test_many_rows_that_were_never_analyzed_are_told_as_many(redis: Redis, database_url: str, few: None) -> None:
+    """The planner then guesses; it is at least what was counted."""
+    _execute(*(_OUTCOMES.format(outcome=outcome, count=150) for outcome in ("absorbed", "rejected")))
+    facts, _ = pipeline_status()
+    assert facts["approximate"] == ["absorbed", "rejected"]
+    assert min(facts["absorbed"], facts["rejected"]) > 100
+    assert {type(facts[name]) for name in _NUMBERS} == {int}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from sqlalchemy import text
 
 from consumers.connection import get_db
-from consumers.status import database_counts
+from consumers.store import row_counts
+from tests.histories import store_many
 
 
 def test_these_tests_meet_an_old_server(database_url: str) -> None:
@@ -14,7 +16,10 @@ def test_these_tests_meet_an_old_server(database_url: str) -> None:
         assert int(db.execute(text("SHOW server_version_num")).scalar_one()) // 10000 in (14, 15)
 
 
-def test_status_counts_there(database_url: str) -> None:
-    """Rows and outcomes."""
+def test_status_counts_there(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and outcomes; many by the planner's estimate."""
     counts = {"portfolio_snapshots": 0, "signal_archives": 0, "absorbed": 0, "rejected": 0}
-    assert database_counts() == counts
+    assert row_counts.quick_counts() == (counts, [])
+    monkeypatch.setattr(row_counts, "EXACT_UP_TO", 100)
+    store_many(1000)
+    assert row_counts.quick_counts() == (counts | {"portfolio_snapshots": 1000}, ["portfolio_snapshots"])
