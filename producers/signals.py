@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
+import socket
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 from producers.errors import SignalsUnreadable
 from producers.events import MAX_EVENT_BYTES
 
-URL_TIMEOUT_SECONDS = 5.0
+URL_TIMEOUT_SECONDS = 5.0  # from the call to its answer, or to an error
 
 
 def read_signals(given: Any, *, signals_url: str | None, signals_path: Path) -> list[Any]:
@@ -35,26 +38,84 @@ def read_signals(given: Any, *, signals_url: str | None, signals_path: Path) -> 
 
 
 def _fetch(url: str) -> bytes:
-    import httpx  # only this path needs it, and it is slow to import
-
-    deadline = time.monotonic() + URL_TIMEOUT_SECONDS
+    """What `url` answers; holds the caller for URL_TIMEOUT_SECONDS at the most, whatever the server does."""
+    download = _Download(url)
     try:
-        with httpx.stream("GET", url, timeout=URL_TIMEOUT_SECONDS, follow_redirects=True) as response:
-            response.raise_for_status()
-            content = b""
-            for chunk in response.iter_bytes():
-                content += chunk
-                # The library's limit is for each read; one that drips would hold the caller for ever.
-                if time.monotonic() > deadline:
-                    raise SignalsUnreadable(f"signals_url took longer than {URL_TIMEOUT_SECONDS:.0f} s")
-                if len(content) > MAX_EVENT_BYTES:
-                    raise SignalsUnreadable(f"the answer of signals_url is larger than {MAX_EVENT_BYTES // 2**20} MiB")
-            return content
-    except httpx.HTTPStatusError as error:
-        raise SignalsUnreadable(f"signals_url answered {error.response.status_code}") from None
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-        # Not the library's own message: it repeats the URL, which may hold a token.
-        raise SignalsUnreadable(f"signals_url cannot be read: {type(error).__name__}") from None
+        return download.content.result(URL_TIMEOUT_SECONDS)
+    except TimeoutError:
+        raise _too_slow() from None
+    finally:
+        download.give_up()
+
+
+class _Download:
+    """One GET, in a thread of its own: `content` gets what was answered, or SignalsUnreadable.
+
+    The library's limit is for each attempt to connect and each read, of which a server can cause any number; for the
+    look-up of a name it has none. Nothing waits for the thread, the interpreter's exit neither.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.content: Future[bytes] = Future()
+        self._url = url
+        self._socket: socket.socket | None = None
+        self._given_up = False
+        try:
+            threading.Thread(target=self._run, name="signals-url", daemon=True).start()
+        except RuntimeError:  # at the interpreter's end
+            raise SignalsUnreadable("signals_url cannot be read: no thread can start") from None
+
+    def give_up(self) -> None:
+        """End the thread: at once where it reads or writes, else when its look-up or attempt to connect has ended."""
+        self._given_up = True
+        self._hang_up()
+
+    def _run(self) -> None:
+        try:
+            self.content.set_result(self._read())
+        except Exception as error:
+            self.content.set_exception(error)
+
+    def _read(self) -> bytes:
+        import httpx  # only this path needs it, and it is slow to import
+
+        content = bytearray()
+        try:
+            with (
+                httpx.Client(timeout=URL_TIMEOUT_SECONDS, follow_redirects=True) as client,
+                client.stream("GET", self._url, extensions={"trace": self._note_socket}) as response,
+            ):
+                response.raise_for_status()
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    if len(content) > MAX_EVENT_BYTES:
+                        size = MAX_EVENT_BYTES // 2**20
+                        raise SignalsUnreadable(f"the answer of signals_url is larger than {size} MiB")
+                return bytes(content)
+        except httpx.HTTPStatusError as error:
+            raise SignalsUnreadable(f"signals_url answered {error.response.status_code}") from None
+        except httpx.TimeoutException:
+            raise _too_slow() from None
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            # Not the library's own message: it repeats the URL, which may hold a token.
+            raise SignalsUnreadable(f"signals_url cannot be read: {type(error).__name__}") from None
+
+    def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
+        """Hears of each step of the library, the connections that it makes among them: redirects lead to more."""
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            self._socket = info["return_value"].get_extra_info("socket")
+            if self._given_up:
+                self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Not by closing it: the thread would go on waiting for the number of a file that may soon be another."""
+        with contextlib.suppress(OSError):  # closed already
+            if self._socket is not None:
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # under TLS too, without a word to the server
+
+
+def _too_slow() -> SignalsUnreadable:
+    return SignalsUnreadable(f"signals_url took longer than {URL_TIMEOUT_SECONDS:g} s")
 
 
 def _parse(content: bytes, name: str) -> list[Any]:

@@ -79,12 +79,12 @@ def archive_current_signals(
     """Archive the signals of this cycle; None when there are none. When this returns, they are durable.
 
     They are `signals` (an array, or an API's object with the array under "signals"), else what `signals_url`
-    answers, else the content of `signals_path`, which is only read. A file that is missing or empty means
-    none. Pass the cycle's own time as `archived_at` and a repeated cycle archives once.
+    answers within 5 s, else the content of `signals_path`, which is only read. A file that is missing or empty
+    means none. Pass the cycle's own time as `archived_at` and a repeated cycle archives once.
 
     Raises:
         InvalidEvent: a signal is no JSON object, or holds what JSON or PostgreSQL cannot; the message says where.
-        SignalsUnreadable: the file or the URL's answer is broken; the message names it and the position.
+        SignalsUnreadable: the file or the URL's answer is broken, or late; the message names it and the position.
         OutboxError: the outbox cannot be written; nothing was recorded.
         SettingsError: there is no producer and the settings do not describe one.
     """

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import decimal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from producers import trading_controller
+from producers import signals, trading_controller
 from producers.errors import InvalidEvent, SettingsError, SignalsUnreadable
 from producers.events import PortfolioSnapshot, SignalArchive
 from producers.testing import FakeHistory
@@ -367,11 +370,15 @@ class _Answers(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"[{")
             return
-        if path == "/moved":
+        if path in ("/moved", "/round"):
+            time.sleep(0.3 if path == "/round" else 0.0)
             self.send_response(302)
-            self.send_header("Location", "/array")
+            self.send_header("Location", "/array" if path == "/moved" else "/round")
             self.send_header("Content-Length", "0")
             self.end_headers()
+            return
+        if path in _SLOW:
+            self._be_slow(*_SLOW[path])
             return
         body = bodies.get(path, "").encode()
         self.send_response(200 if path in bodies else 404)
@@ -379,8 +386,29 @@ class _Answers(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def _be_slow(self, beginning: bytes, drop: bytes) -> None:
+        """A drop from time to time, until the client hangs up; at most for as long as a test may take."""
+        self.wfile.write(beginning)
+        self.close_connection = True
+        self.connection.settimeout(0.1)
+        for _ in range(100):
+            with suppress(TimeoutError):
+                if not self.connection.recv(1):
+                    return
+            self.wfile.write(drop)
+
     def log_message(self, *_: object) -> None:
         """Quiet."""
+
+
+# By path: how an answer begins, and what comes every 0.1 s, for ever.
+_SLOW = {
+    "/silent": (b"", b""),
+    "/drip-status": (b"", b"H"),
+    "/drip-headers": (b"HTTP/1.1 200 OK\r\n", b"X-Header: 1\r\n"),
+    "/drip-body": (b"HTTP/1.1 200 OK\r\n\r\n[", b" "),
+    "/drip-hints": (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+}
 
 
 class _QuietServer(ThreadingHTTPServer):
@@ -435,6 +463,58 @@ def test_a_broken_answer_is_told_without_the_url(
         archive_current_signals(signals_url=url.format(path))
     assert (str(caught.value), caught.value.__cause__) == (message, None)
     assert trading_history.events == []
+
+
+@pytest.mark.parametrize("path", ["silent", "drip-status", "drip-headers", "drip-hints", "drip-body", "round"])
+def test_no_server_holds_the_caller_for_longer_than_the_limit(
+    trading_history: FakeHistory, url: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much comes within the limit of a read; and the thread that asked ends soon after."""
+    monkeypatch.setattr(signals, "URL_TIMEOUT_SECONDS", 0.5)
+    began = time.monotonic()
+    with pytest.raises(SignalsUnreadable, match=r"^signals_url took longer than 0\.5 s$") as caught:
+        archive_current_signals(signals_url=url.format(path))
+    assert time.monotonic() - began < 1.5
+    assert caught.value.__cause__ is None
+    while any(thread.name == "signals-url" for thread in threading.enumerate()):
+        assert time.monotonic() - began < 3
+        time.sleep(0.01)
+
+
+_HANGING_LOOK_UP = """
+import socket, time
+from pathlib import Path
+from producers import signals
+from producers.errors import SignalsUnreadable
+
+signals.URL_TIMEOUT_SECONDS = 0.5
+socket.getaddrinfo = lambda *_, **__: time.sleep(600)
+began = time.monotonic()
+try:
+    signals.read_signals(None, signals_url="http://signals.example/", signals_path=Path("signals.json"))
+except SignalsUnreadable as error:
+    print(error, time.monotonic() - began < 1.5)
+"""
+
+
+def test_a_look_up_that_hangs_holds_neither_the_caller_nor_the_interpreter() -> None:
+    """No limit of the library is for it, and nothing can end it: the thread is left behind."""
+    line = [sys.executable, "-c", _HANGING_LOOK_UP]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "signals_url took longer than 0.5 s True\n", "")
+
+
+def test_where_no_thread_can_start_a_url_is_unreadable(
+    trading_history: FakeHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the interpreter's end, for example: asked by the caller's own thread, a server could hold it."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(SignalsUnreadable, match=r"^signals_url cannot be read: no thread can start$"):
+        archive_current_signals(signals_url="http://127.0.0.1:1/")
 
 
 @pytest.mark.parametrize(
