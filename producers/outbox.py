@@ -9,13 +9,13 @@ Settled entries stay for a while, so that they can be sent again after the datab
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from uuid import UUID, uuid4
 
 from producers.errors import OutboxError
@@ -27,6 +27,7 @@ from producers.relay_lock import RelayLock
 
 MAX_BYTES = 2**30
 
+_BATCH_BYTES = 4 * 2**20  # of texts, which may be 8 MiB each: handing over a hundred of those takes gigabytes of memory
 _PRUNE_ENTRIES = 1000  # at once: a short transaction, which no append has to wait for
 
 _VERSION = 2
@@ -77,10 +78,19 @@ INSERT INTO entries (source_id, sequence, event_id, type, summary, event, record
 VALUES (?, ?, ?, ?, ?, ?, ?)
 """
 
-_SELECT_ENTRIES = "SELECT position, source_id, sequence, type, summary, event, checks FROM entries "
+# The source by a query of its own: with a join SQLite might begin with the sources, and sort.
+_SELECT_ENTRIES = """
+SELECT position, source_id, sequence, (SELECT name FROM sources WHERE id = source_id) || '/' || source_id, checks,
+    type, summary, event
+FROM entries
+"""
 _PENDING = _SELECT_ENTRIES + "WHERE state = 'pending' ORDER BY position LIMIT ?"
 _ENTRIES = _SELECT_ENTRIES + "ORDER BY position"
-_OVERDUE = _SELECT_ENTRIES + "WHERE state = 'sent' AND check_at <= ? ORDER BY check_at LIMIT ?"
+_ENTRY = _SELECT_ENTRIES + "WHERE position = ?"
+_OVERDUE = """
+SELECT position, source_id, sequence, (SELECT name FROM sources WHERE id = source_id) || '/' || source_id, checks
+FROM entries WHERE state = 'sent' AND check_at <= ? ORDER BY check_at LIMIT ?
+"""
 
 _MARK_SENT = "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ?"
 _POSTPONE = "UPDATE entries SET checks = checks + 1, check_at = ? WHERE position = ? AND state = 'sent'"
@@ -136,25 +146,27 @@ class Accepted:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One event on its way, with the exact bytes of every delivery of it."""
+class EntryHead:
+    """One event on its way, without its text. `source` is as the event has it, and its acknowledgement."""
 
     position: int
     source_id: str
     sequence: int
-    type: str
-    summary: str
-    event: str
+    source: str
     checks: int
-
-    @property
-    def source(self) -> str:
-        """As the event has it, and its acknowledgement."""
-        return str(json.loads(self.event)["source"])
 
     @property
     def job_id(self) -> str:
         return job_id_of(self.source_id, self.sequence)
+
+
+@dataclass(frozen=True)
+class Entry(EntryHead):
+    """One event on its way, with the exact bytes of every delivery of it."""
+
+    type: str
+    summary: str
+    event: str
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,19 @@ class OutboxStatus:
     @property
     def depth(self) -> int:
         return self.pending + self.sent
+
+
+def _one_batch(rows: Iterable[Sequence[Any]]) -> list[Entry]:
+    """Those before _BATCH_BYTES are exceeded, the first one in any case; the rows behind them are not read."""
+    entries: list[Entry] = []
+    room = _BATCH_BYTES
+    for row in rows:
+        entry = Entry(*row)
+        room -= len(entry.event.encode())
+        if room < 0 and entries:
+            break
+        entries.append(entry)
+    return entries
 
 
 def source_of(name: str, source_id: str) -> str:
@@ -225,14 +250,19 @@ class Outbox:
             return [Entry(*row) for row in db.execute(_ENTRIES)]
 
     def pending(self, limit: int) -> list[Entry]:
-        """The oldest entries that were not yet handed to Redis."""
-        with self._file.reading() as db:
-            return [Entry(*row) for row in db.execute(_PENDING, (limit,))]
+        """The oldest entries that were not yet handed to Redis: one batch, `limit` entries at the most."""
+        with self._file.reading() as db, closing(db.execute(_PENDING, (limit,))) as rows:
+            return _one_batch(rows)
 
-    def overdue(self, now: float, limit: int) -> list[Entry]:
+    def overdue(self, now: float, limit: int) -> list[EntryHead]:
         """Sent entries whose acknowledgement should have come by `now`."""
         with self._file.reading() as db:
-            return [Entry(*row) for row in db.execute(_OVERDUE, (now, limit))]
+            return [EntryHead(*row) for row in db.execute(_OVERDUE, (now, limit))]
+
+    def with_texts(self, heads: Iterable[EntryHead]) -> list[Entry]:
+        """The first of these: one batch."""
+        with self._file.reading() as db:
+            return _one_batch(row for head in heads for row in db.execute(_ENTRY, (head.position,)))
 
     def mark_sent(self, check_at: Mapping[int, float]) -> None:
         """Entries (by position) that Redis has now, and when to look for what became of them."""

@@ -21,7 +21,7 @@ from rq.serializers import JSONSerializer
 
 from producers.backoff import backoff_seconds
 from producers.errors import HistoryError
-from producers.outbox import Entry, Outbox, source_of
+from producers.outbox import Entry, EntryHead, Outbox, source_of
 from producers.outcomes import Outcome
 from producers.redis_keys import acknowledgement_key, job_id_of
 from producers.relay_lock import RelayLock
@@ -197,6 +197,7 @@ class Relay:
         """Hand over what is pending, as long as the queue has room for it; but not without end.
 
         Workers as fast as this would keep it from their acknowledgements, until the outbox is full of what is done.
+        A batch that its bytes cut short ends it as well.
         """
         sent = 0
         # The first one after a failure is a probe: a hundred jobs made in vain would take the caller's time.
@@ -224,17 +225,20 @@ class Relay:
             self._prune_at = time.monotonic() + _PRUNE_SECONDS
 
     def _look_after_overdue(self) -> int:
-        entries = self._outbox.overdue(time.time(), _BATCH_ENTRIES)
-        if not entries:
+        heads = self._outbox.overdue(time.time(), _BATCH_ENTRIES)
+        if not heads:
             return 0
-        states = job_states(self._redis, entries)
-        gone = unanswered(self._redis, [entry for entry in entries if states[entry.position] not in UNDER_WAY])
+        states = job_states(self._redis, heads)
+        gone = unanswered(self._redis, [head for head in heads if states[head.position] not in UNDER_WAY])
         # A status outlives its worker: what has been under way for long must also be somewhere.
-        doubted = [e for e in entries if e.checks >= _DOUBTED_CHECKS and states[e.position] in UNDER_WAY]
+        doubted = [h for h in heads if h.checks >= _DOUBTED_CHECKS and states[h.position] in UNDER_WAY]
         gone += in_no_list(self._redis, self._queue, doubted[:_DOUBTED_ENTRIES])
-        self._send(gone)
-        self._outbox.postpone(_next_checks(entries))
-        return len(gone)
+        entries = self._outbox.with_texts(gone)
+        self._send(entries)
+        # What is gone and was too much for one batch stays overdue: the next sweep goes on with it.
+        left = {head.position for head in gone[len(entries) :]}
+        self._outbox.postpone(_next_checks(head for head in heads if head.position not in left))
+        return len(entries)
 
     def _send(self, entries: Sequence[Entry]) -> None:
         """Enqueue all in one transaction."""
@@ -245,7 +249,7 @@ class Relay:
             self._queued = pipe.execute()[-1]
 
 
-def _next_checks(entries: Iterable[Entry]) -> dict[int, float]:
+def _next_checks(entries: Iterable[EntryHead]) -> dict[int, float]:
     now = time.time()
     return {entry.position: now + _check_interval(entry.checks) for entry in entries}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from redis import Redis
 from redis.client import Pipeline
@@ -22,8 +22,10 @@ from rq.serializers import JSONSerializer
 from rq.utils import as_text, utcformat
 
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
-from producers.outbox import Entry
+from producers.outbox import Entry, EntryHead
 from producers.redis_keys import acknowledgement_key, held_key, holders_key
+
+AnyHead = TypeVar("AnyHead", bound=EntryHead)
 
 # By name: the producer never imports the consumer. A test resolves each.
 JOB_FUNCTIONS = {
@@ -67,7 +69,7 @@ def _fields(entry: Entry, origin: str, at: str) -> dict[Any, Any]:
     }
 
 
-def job_states(redis: Redis, entries: Sequence[Entry]) -> dict[int, str | None]:
+def job_states(redis: Redis, entries: Sequence[EntryHead]) -> dict[int, str | None]:
     """RQ's status of each entry's job, by position; None for one that Redis does not have."""
     with redis.pipeline(transaction=False) as pipe:
         for entry in entries:
@@ -76,7 +78,7 @@ def job_states(redis: Redis, entries: Sequence[Entry]) -> dict[int, str | None]:
     return {entry.position: status and as_text(status) for entry, status in zip(entries, statuses, strict=True)}
 
 
-def unanswered(redis: Redis, entries: Sequence[Entry]) -> list[Entry]:
+def unanswered(redis: Redis, entries: Sequence[AnyHead]) -> list[AnyHead]:
     """Those without an acknowledgement that waits to be read.
 
     Asked after their states: a worker finishes a job, whose state is gone then, and acknowledges it in one step.
@@ -88,7 +90,7 @@ def unanswered(redis: Redis, entries: Sequence[Entry]) -> list[Entry]:
     return [entry for entry, has_answer in zip(entries, answered, strict=True) if not has_answer]
 
 
-def in_no_list(redis: Redis, queue: Queue, entries: Sequence[Entry]) -> list[Entry]:
+def in_no_list(redis: Redis, queue: Queue, entries: Sequence[AnyHead]) -> list[AnyHead]:
     """Those that call themselves under way, but are neither queued, nor held by a HistoryWorker, nor started.
 
     As of one moment: between two looks a job is taken from one list into another, or finished, all the time.

@@ -114,10 +114,11 @@ class Importer:
                     position=entry.index,
                     source_id=history.source_id,
                     sequence=entry.index,
+                    source=history.source,
+                    checks=0,
                     type=event.type,
                     summary=event.data.summary,
                     event=text,
-                    checks=0,
                 )
 
     def _refusal(self, history: OldHistory, entry: Entry, reason: str) -> NoRow:

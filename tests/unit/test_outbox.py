@@ -136,6 +136,20 @@ def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
     assert outbox.overdue(150.0, 10) == []
 
 
+def test_a_batch_ends_before_it_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the bytes of its texts; one that is larger than a batch comes alone, and nothing is passed over."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])
+    size = len(outbox.pending(1)[0].event)
+    monkeypatch.setattr(outbox_module, "_BATCH_BYTES", 3 * size)
+    assert [entry.sequence for entry in outbox.pending(10)] == [1, 2, 3]
+    assert [entry.sequence for entry in outbox.pending(2)] == [1, 2]
+    monkeypatch.setattr(outbox_module, "_BATCH_BYTES", size - 1)
+    batch = outbox.pending(10)
+    outbox.mark_sent({batch[0].position: 100.0})
+    assert [[entry.sequence for entry in found] for found in (batch, outbox.pending(10))] == [[1], [2]]
+
+
 def test_threads_share_an_outbox(path: Path) -> None:
     """400 appends from 8 threads: every number once."""
     outbox = Outbox(path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ from rq.serializers import JSONSerializer
 
 from producers import relay as relay_module
 from producers.errors import OutboxError
-from producers.outbox import Outbox
+from producers.events import SignalArchive
+from producers.outbox import Entry, Outbox
 from producers.redis_keys import acknowledgement_key
 from producers.relay import Relay
 from producers.rq_jobs import enqueue
-from tests.factories import a_snapshot, an_archive
+from tests.factories import a_signal, a_snapshot, an_archive
 from tests.unit.conftest import queue_of
 
 NAME = "trading-controller"
@@ -93,6 +96,69 @@ def test_workers_as_fast_as_the_relay_do_not_keep_it_from_their_acknowledgements
         relay.sweep()
         sent.append((outbox.status().pending, outbox.status().sent))
     assert sent == [(15, 10), (5, 10), (0, 5), (0, 0)]
+
+
+def _large_archive(number: int, mebibytes: float = 1.5) -> SignalArchive:
+    return an_archive(after=timedelta(number), signals=[a_signal(reason="ü" * round(mebibytes * 2**19))])
+
+
+@pytest.fixture
+def batches(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Grows by one with each batch that is handed over: the bytes of its events."""
+    found: list[list[int]] = []
+    send = relay._send
+
+    def noted(entries: Sequence[Entry]) -> None:
+        found.append([len(entry.event.encode()) for entry in entries])
+        send(entries)
+
+    monkeypatch.setattr(relay, "_send", noted)
+    return found
+
+
+def test_large_archives_are_handed_over_a_few_at_a_time(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, batches: list[list[int]]
+) -> None:
+    """No more than 4 MiB, or one that is larger; the next sweep goes on, and all arrive in their order."""
+    small = [a_snapshot(after=timedelta(n)) for n in range(3)]
+    archives = [_large_archive(n) for n in range(5)]
+    outbox.append(NAME, [*small, *archives, _large_archive(5, 6.0), *small])
+    while outbox.status().pending:
+        assert relay.sweep()
+
+    assert [len(batch) for batch in batches] == [5, 2, 1, 1, 3]
+    assert all(sum(batch) <= 4 * 2**20 or len(batch) == 1 for batch in batches)
+    assert [int(job_id.split("-")[1]) for job_id in queue_of(redis).job_ids] == list(range(1, 13))
+
+
+@pytest.mark.usefixtures("at_once")
+def test_large_archives_that_redis_lost_come_back_a_few_at_a_time(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, batches: list[list[int]]
+) -> None:
+    """Each once, and what is under way meanwhile is not among them."""
+    outbox.append(NAME, [_large_archive(n) for n in range(5)])
+    while outbox.status().pending:
+        relay.sweep()
+    sent = queue_of(redis).job_ids
+    redis.flushall()
+    batches.clear()
+    while relay.sweep():
+        pass
+
+    assert [len(batch) for batch in batches if batch] == [2, 2, 1]
+    assert queue_of(redis).job_ids == sent
+
+
+@pytest.mark.usefixtures("at_once")
+def test_no_text_is_read_of_what_is_under_way(outbox: Outbox, relay: Relay) -> None:
+    """Workers may be away for long, and large archives are looked after all that time."""
+    outbox.append(NAME, [an_archive()])
+    relay.sweep()
+    with closing(sqlite3.connect(outbox.path)) as db:
+        db.execute("UPDATE entries SET event = CAST(x'ff' AS TEXT)")  # no text: reading it fails
+        db.commit()
+    for _ in range(5):
+        assert not relay.sweep()
 
 
 def test_a_full_queue_gets_no_more(
