@@ -12,7 +12,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from redis import Redis, RedisError, WatchError
@@ -22,7 +22,7 @@ from rq.serializers import JSONSerializer
 from producers.backoff import backoff_seconds
 from producers.errors import HistoryError
 from producers.outbox import Entry, EntryHead, Outbox, source_of
-from producers.outcomes import Outcome
+from producers.outcomes import Outcome, read_acknowledgements, shown
 from producers.redis_keys import acknowledgement_key, job_id_of
 from producers.relay_lock import RelayLock
 from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
@@ -161,7 +161,7 @@ class Relay:
             cursor, page = self._redis.hscan(key, cursor, count=2 * _BATCH_ENTRIES)
             if page:
                 told: dict[Any, Any] = dict(page)  # type: ignore[arg-type]  # RESP2 and RESP3 answer a dict
-                outcomes = _parsed(told, source)
+                outcomes = read_acknowledgements(told, source)
                 self._outbox.settle(source_id, resends, outcomes)
                 # Only after the outbox has them: a crash in between reads them once more.
                 self._forget(key, told)
@@ -180,7 +180,7 @@ class Relay:
 
     def _forget(self, key: str, told: dict[Any, Any]) -> None:
         """Remove what was read; a rejection only if it is still what was read: a requeue may have ended since."""
-        rejected = [field for field, outcome in told.items() if _shown(outcome).startswith("rejected:")]
+        rejected = [field for field, outcome in told.items() if shown(outcome).startswith("rejected:")]
         if final := [field for field in told if field not in rejected]:
             self._redis.hdel(key, *final)
         if rejected:
@@ -252,25 +252,6 @@ class Relay:
 def _next_checks(entries: Iterable[EntryHead]) -> dict[int, float]:
     now = time.time()
     return {entry.position: now + _check_interval(entry.checks) for entry in entries}
-
-
-def _parsed(told: Mapping[Any, Any], source: str) -> list[tuple[int, Outcome]]:
-    parsed = []
-    for sequence, text in ((_shown(field), _shown(value)) for field, value in told.items()):
-        try:
-            outcome = Outcome.parse(text)
-            if not sequence.isdecimal() or int(sequence) >= 2**63 or (outcome.row_id or 0) >= 2**63:
-                raise ValueError("out of range")
-            parsed.append((int(sequence), outcome))
-        except ValueError:
-            what = "dropped an acknowledgement that is none, for sequence %s"
-            logger.warning(what, sequence[:30], extra={"source": source})
-    return parsed
-
-
-def _shown(value: str | bytes) -> str:
-    """A client given by the caller may or may not decode; what is no text is no acknowledgement either."""
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _brief(error: Exception) -> str:

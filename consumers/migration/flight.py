@@ -13,11 +13,10 @@ from typing import Any
 from redis import Redis, RedisError
 from rq import Queue, Worker
 from rq.serializers import JSONSerializer
-from rq.utils import as_text
 
 from producers.backoff import backoff_seconds
 from producers.outbox import Entry
-from producers.outcomes import Outcome
+from producers.outcomes import Outcome, read_acknowledgements
 from producers.redis_keys import acknowledgement_key
 from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
 
@@ -70,6 +69,7 @@ class Flight:
     ) -> None:
         self._redis = redis
         self._queue = Queue(queue, connection=redis, serializer=JSONSerializer)
+        self._source = source
         self._key = acknowledgement_key(source)
         self._settled = settled
         self._say = say
@@ -146,9 +146,7 @@ class Flight:
 
     def _take_acknowledgements(self) -> int:
         told: dict[Any, Any] = self._redis.hgetall(self._key)
-        taken = 0
-        for field, value in told.items():
-            taken += self._settle(as_text(field), as_text(value))
+        taken = sum(self._settle(*read) for read in read_acknowledgements(told, self._source))
         if told:
             self._redis.hdel(self._key, *told)
         if taken:
@@ -157,19 +155,14 @@ class Flight:
         self._window.settled(taken, time.monotonic())
         return taken
 
-    def _settle(self, sequence: str, outcome: str) -> bool:
-        """Whether it is the first word on an entry under way. What is no outcome is dropped: the entry comes again."""
-        entry = self._under_way.get(int(sequence)) if sequence.isdecimal() else None
-        try:
-            parsed = Outcome.parse(outcome)
-        except ValueError:
-            return False
+    def _settle(self, sequence: int, outcome: Outcome) -> bool:
+        """Whether it is the first word on an entry under way."""
+        entry = self._under_way.pop(sequence, None)
         if entry is None:
             return False
-        del self._under_way[entry.sequence]
-        self._checks.pop(entry.sequence, None)
+        self._checks.pop(sequence, None)
         self._characters -= len(entry.event)
-        self._settled(entry.sequence, parsed)
+        self._settled(sequence, outcome)
         return True
 
     def _look_after_overdue(self) -> None:

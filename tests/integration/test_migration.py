@@ -428,6 +428,36 @@ def test_what_redis_lost_is_sent_again(
     assert _counts(tallies) == [(20, 20, 0, 0)]
 
 
+def test_what_is_no_acknowledgement_neither_ends_an_import_nor_settles_anything(
+    redis: Redis,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    work: Callable[[], None],
+) -> None:
+    """Whoever wrote it: it is dropped with a word, and every entry ends by what a worker says of it."""
+    monkeypatch.setattr(flight_module, "_CHECK_SECONDS", 0.3)
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(20)])
+    (history,) = _histories(folder)
+    next(history.items())
+    key = acknowledgement_key(history.source)
+    strays: dict[Any, Any] = {
+        "9" * 5000: "stored:1",
+        b"\xff": "stored:1",
+        "1": b"\xfe",
+        "2": f"stored:{'9' * 5000}",
+        "x": "stored:1",
+    }
+    with _importing(redis, folder, []) as tallies:
+        until(lambda: redis.llen(_QUEUE) == 20)
+        redis.hset(key, mapping=strays)
+        until(lambda: not redis.exists(key))
+        work()
+    assert _counts(tallies) == [(20, 20, 0, 0)]
+    dropped = [record for record in caplog.records if "dropped an acknowledgement" in record.getMessage()]
+    assert len(dropped) == len(strays)
+
+
 def test_an_outage_of_redis_is_waited_for_and_said_once(redis: Redis, tmp_path: Path) -> None:
     """What was on its way when it broke is neither lost nor doubled."""
     socket = str(Redis.from_url(os.environ["REDIS_URL"]).connection_pool.connection_kwargs["path"])
