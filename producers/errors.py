@@ -58,7 +58,10 @@ class ProducerClosed(HistoryError):
 
 
 class EventRejected(HistoryError):
-    """A consumer refused the event for good; `reason` says why, and the event stays in the outbox."""
+    """A consumer refused the event for good; `reason` says why.
+
+    The outbox keeps the event for the days of HISTORY_OUTBOX_KEEP, or fewer when it is half full.
+    """
 
     def __init__(self, event_id: str, reason: str) -> None:
         super().__init__(f"event {event_id} was rejected: {reason}")

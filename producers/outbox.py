@@ -4,7 +4,8 @@ One SQLite file serves any number of threads and processes. An entry is `pending
 Redis, then `sent`, and ends as `confirmed` or `rejected` when its acknowledgement was read. Only appending
 waits for the disk: marks that a crash forgets merely cause a re-send, which the consumer absorbs.
 
-Settled entries stay for a while, so that they can be sent again after the database was restored from a backup.
+Settled entries, confirmed or rejected, stay for a while, so that they can be sent again after the database was
+restored from a backup.
 """
 
 from __future__ import annotations

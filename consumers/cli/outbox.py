@@ -1,4 +1,4 @@
-"""`trading-history outbox`: what this machine has accepted and not yet seen stored."""
+"""`trading-history outbox`: what this machine has accepted and not yet seen stored or refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from consumers.terminal import print_facts, print_json
 from producers.errors import HistoryError
 
 outbox_app = typer.Typer(
-    help="The events that this machine has accepted and not yet seen stored.", no_args_is_help=True
+    help="The events that this machine has accepted and not yet seen stored or refused.", no_args_is_help=True
 )
 
 
@@ -52,7 +52,7 @@ def outbox_resend(
     ],
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to try.")] = 60.0,
 ) -> None:
-    """Send settled events again, for a database restored from a backup; what it still has is absorbed."""
+    """Send stored and refused events again, for a database restored from a backup; what it still has is absorbed."""
     from producers.history_producer import HistoryProducer
 
     path = _existing_outbox()
