@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 _BATCH_ENTRIES = 100  # what a caller's thread may have to wait for: some 5 ms of the interpreter
 _SWEEP_ENTRIES = 10 * _BATCH_ENTRIES
-_FULL_QUEUE_JOBS = 20_000  # about a second of work; more would only fill Redis with what the outbox holds anyway
+# One to four seconds of a worker's work, as the machine goes; more would only fill Redis with what the outbox holds.
+_FULL_QUEUE_JOBS = 20_000
 _IDLE_SECONDS = 0.05  # how soon entries of other processes are noticed
 _FIRST_LOOK_SECONDS = 0.005  # how soon after a send the first acknowledgement is looked for
 _FIRST_CHECK_SECONDS = 5.0
