@@ -104,7 +104,8 @@ class OutboxFile:
             try:
                 yield
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_FULL:
+                # What this module itself raises, such as for text that is no UTF-8, has no code.
+                if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
                     raise
                 raise OutboxError(
                     f"outbox {self._path} is full: its disk, or its limit of {self._max_bytes // 2**20} MiB;"

@@ -10,7 +10,7 @@ from sqlalchemy import text
 from consumers.connection import engine
 
 STALL_SECONDS = 60.0
-_RECOUNT_SECONDS = 5.0
+_RECOUNT_SECONDS = 0.2  # without a new row
 _NEW_ROWS = text("SELECT count(*), max(id) FROM portfolio_history WHERE id > :last")
 
 
@@ -43,6 +43,7 @@ class Rows:
             new, last = db.execute(_NEW_ROWS, {"last": self._last}).one()
         if new:
             self._last, self._seen = last, self._seen + new
+            self._recount_at = time.monotonic() + _RECOUNT_SECONDS
         elif time.monotonic() > self._recount_at:  # one that was committed after a later one would be missed
             self._seen, self._recount_at = rows(), time.monotonic() + _RECOUNT_SECONDS
         return int(self._seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import sqlite3
 import subprocess
 import sys
@@ -258,6 +259,16 @@ def test_a_path_that_holds_no_outbox_is_an_error_that_names_it(path: Path, conte
         path.write_bytes(content)
     with pytest.raises(OutboxError, match=f"^outbox {path}: "):
         Outbox(path)
+
+
+def test_a_text_that_is_no_text_is_an_error_that_names_the_file(path: Path) -> None:
+    """As a damaged disk may give it: an error that SQLite has no code for."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot()])
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("UPDATE entries SET event = CAST(x'ff' AS TEXT)")
+    with pytest.raises(OutboxError, match=re.escape(str(path))):
+        outbox.pending(1)
 
 
 def test_a_full_disk_is_an_error_and_nothing_is_half_recorded(path: Path) -> None:
