@@ -39,13 +39,14 @@ class Rows:
         self.count()
 
     def count(self) -> int:
+        now = time.monotonic()
         with engine().connect() as db:
             new, last = db.execute(_NEW_ROWS, {"last": self._last}).one()
-        if new:
-            self._last, self._seen = last, self._seen + new
-            self._recount_at = time.monotonic() + _RECOUNT_SECONDS
-        elif time.monotonic() > self._recount_at:  # one that was committed after a later one would be missed
-            self._seen, self._recount_at = rows(), time.monotonic() + _RECOUNT_SECONDS
+            if new:
+                self._last, self._seen, self._recount_at = last, self._seen + new, now + _RECOUNT_SECONDS
+            elif now > self._recount_at:  # one that was committed after a later one would be missed
+                self._seen, last = db.execute(_NEW_ROWS, {"last": 0}).one()
+                self._last, self._recount_at = last or 0, now + _RECOUNT_SECONDS
         return int(self._seen)
 
 
