@@ -102,7 +102,12 @@ class HistoryWorker(SimpleWorker):
         """Store events until told to stop, or with `burst` until the queue is empty. True if any job was done.
 
         SIGINT and SIGTERM end it after what it holds. An outage of Redis or PostgreSQL, of any length, does not.
+
+        Raises:
+            SettingsError: it is to schedule jobs, or a setting cannot be read.
         """
+        if with_scheduler:
+            raise SettingsError("HistoryWorker has no scheduler: leave out --with-scheduler")
         write_json_if_set()
         limit_statements(STATEMENT_SECONDS)
         gc.freeze()  # what the program consists of stays: no need to look through it again and again

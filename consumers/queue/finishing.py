@@ -74,7 +74,7 @@ class Finishing:
         COUNTS.gave_up(end.event_type)
 
     def drop(self, job_ids: Sequence[str]) -> None:
-        """Deleted by somebody while they were queued: RQ's own worker skips them too."""
+        """Hold them no more. What somebody has deleted while it was queued RQ's own worker skips too."""
         if job_ids:
             with self._redis.pipeline(transaction=True) as pipe:
                 self._reservations.release(pipe, job_ids)
@@ -97,21 +97,28 @@ class Finishing:
         run = self._run(started_at)
         done = [(jobs[end.job_id], end.outcome.row_id) for end in settled if end.error is None]
         failed = [(jobs[end.job_id], end.error) for end in settled if end.error is not None]
+        # A death before others were let go must not leave them waiting: until then their job is held.
+        held = [end.job_id for end in settled if end.error is not None and jobs[end.job_id].state == "unusual"]
         with self._redis.pipeline(transaction=True) as pipe:
             acknowledge(pipe, settled)
-            self._reservations.release(pipe, [end.job_id for end in settled])
-            if done:
-                self._jobs.finish(pipe, done, run)
+            self._reservations.release(pipe, [end.job_id for end in settled if end.job_id not in held])
             self._failures.fail(pipe, failed, run)
+            if done:
+                finishing = len(pipe)
+                self._jobs.finish(pipe, done, run, self._reservations.held_key)
             if count:
                 pipe.hincrby(self._worker.key, "successful_job_count", len(done))
                 pipe.hincrby(self._worker.key, "failed_job_count", len(failed))
                 self._worker.increment_total_working_time(run.ended_at - started_at, pipe)
             self._worker.heartbeat(pipeline=pipe)
-            pipe.execute()
-        for end in settled:
-            if jobs[end.job_id].state == "unusual":
-                self._jobs.let_go(jobs[end.job_id], run, refused=isinstance(end.error, RefusedJob))
+            answers = pipe.execute()
+        if done:
+            held += [job_id.decode() for job_id in answers[finishing]]
+        if held:
+            refused = {end.job_id for end in settled if isinstance(end.error, RefusedJob)}
+            for job_id in held:
+                self._jobs.let_go(jobs[job_id], run, refused=job_id in refused)
+            self.drop(held)
 
     def _end_by_id(self, end: Settled | Unsettled, error: Exception) -> None:
         """Its end is decided, but what RQ keeps of it cannot be written."""

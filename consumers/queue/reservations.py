@@ -121,7 +121,7 @@ class Reservations:
         # One for each lane; and a worker started again under its name must not take up what killed its namesake.
         self._name = name = f"{name}:{uuid4().hex[:8]}"
         self._accused = False
-        self._held = held_key(queue.name, name)
+        self.held_key = held_key(queue.name, name)  # the list's
         self._lease = lease_key(queue.name, name)
         self._holders = holders_key(queue.name)
         self._suspects = suspects_key(queue.name)
@@ -148,11 +148,11 @@ class Reservations:
 
     def wait(self, seconds: int) -> bool:
         """Wait until the queue has a job; it is held then, and `reserve` returns it."""
-        return self._redis.blmove(self._queue.key, self._held, seconds, "LEFT", "RIGHT") is not None
+        return self._redis.blmove(self._queue.key, self.held_key, seconds, "LEFT", "RIGHT") is not None
 
     def reserve(self, limit: int) -> list[ReservedJob]:
         """Take up to `limit` jobs from the front; a suspect comes alone, and so does one that was delayed."""
-        keys = [self._queue.key, self._held, self._suspects, self._lease, self._holders, self._delays, self._strange]
+        keys = [self._queue.key, self.held_key, self._suspects, self._lease, self._holders, self._delays, self._strange]
         limits: list[Any] = [limit, _MAX_BATCH_BYTES, JOB_PREFIX, LEASE_SECONDS, self._name, MAX_JOB_BYTES]
         self._accused = False
         job_ids: list[bytes] = []
@@ -179,12 +179,12 @@ class Reservations:
 
     def release(self, pipe: Any, job_ids: Sequence[str]) -> None:
         """In the transaction that finishes these jobs: they are not held any more, and no suspects."""
-        self._release(keys=[self._held, self._suspects, self._delays], args=job_ids, client=pipe)
+        self._release(keys=[self.held_key, self._suspects, self._delays], args=job_ids, client=pipe)
 
     def postpone(self, job_id: str) -> int:
         """Move one held job to the tail of the queue; returns how often that was done with it."""
         with self._redis.pipeline(transaction=True) as pipe:
-            pipe.lrem(self._held, 1, job_id)
+            pipe.lrem(self.held_key, 1, job_id)
             pipe.rpush(self._queue.key, job_id)
             pipe.hincrby(self._delays, job_id, 1)
             return int(pipe.execute()[-1])
@@ -195,12 +195,12 @@ class Reservations:
 
     def hand_back(self) -> int:
         """Return everything held to the front of the queue; no attempt is counted."""
-        return int(self._hand_back(keys=[self._held, self._queue.key]))
+        return int(self._hand_back(keys=[self.held_key, self._queue.key]))
 
     def put_aside(self) -> list[str]:
         """Move away what somebody has put in the place of the keys of this bookkeeping; those keys."""
         hashes: list[str] = [self._holders, self._suspects, self._delays]
-        kinds: dict[str, Kind] = {self._held: "list", self._strange: "list"}
+        kinds: dict[str, Kind] = {self.held_key: "list", self._strange: "list"}
         return put_aside(self._redis, kinds | dict.fromkeys(hashes, "hash"))
 
     def give_up(self) -> None:

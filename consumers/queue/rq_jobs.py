@@ -9,6 +9,7 @@ leftovers in consumers.queue.stranded.
 
 from __future__ import annotations
 
+import contextlib
 from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any
@@ -32,18 +33,17 @@ from consumers.settling import Delivery, logger
 KEPT_FINISHED_JOBS = 1000
 KEPT_OF_A_BATCH = 25
 _UNTIL_LET_GO_SECONDS = 600  # for a job of which nothing is to be kept, but others wait for its end
-_DEPENDENTS_BESIDE_BYTES = 1024 * 1024  # of all together, which RQ reads at once
+_DEPENDENTS_BESIDE_BYTES = 8 * 1024 * 1024  # of all together, some 18,000 jobs, which RQ reads at once
+_READY_JOBS = 100  # at a time
 JOB_PREFIX = Job.redis_job_namespace_prefix
 
 # A piece of the reserving script. Tells of jobs, until their data have so many bytes: the state of each, its data, and
 # how long its result is to be kept. What is larger than any job of ours stays where it is.
-# What asks for more than to be run (callbacks, dependents ...) is `unusual`, and goes RQ's own way. Each call from a
+# What asks for more than to be run (callbacks, repetitions ...) is `unusual`, and goes RQ's own way. Each call from a
 # script costs some microseconds: what can be asked of all jobs at once is not asked of each.
 READ_JOBS = """
 local function read_jobs(prefix, ids, enough, largest)
-    local keys, data, odd, bytes = {}, {}, {}, 0
-    for n, id in ipairs(ids) do keys[n] = prefix .. id .. ':dependents' end
-    local awaited = #keys > 0 and redis.call('EXISTS', unpack(keys)) > 0
+    local data, odd, bytes = {}, {}, 0
     for n, id in ipairs(ids) do
         if bytes >= enough then break end
         local state, found, size = 'usual', {}, redis.pcall('HSTRLEN', prefix .. id, 'data')
@@ -53,13 +53,12 @@ local function read_jobs(prefix, ids, enough, largest)
             state = 'oversized'
         else
             found = redis.call('HMGET', prefix .. id, 'data', 'result_ttl', 'success_callback_name',
-                'failure_callback_name', 'stopped_callback_name', 'webhooks', 'repeats_left', 'rate_limit_key')
+                'failure_callback_name', 'stopped_callback_name', 'webhooks', 'repeats_left', 'rate_limit_key',
+                'dependency_ids')
             if not found[1] then
                 state = redis.call('EXISTS', prefix .. id) == 1 and 'unreadable' or 'gone'
-            elseif awaited and redis.call('EXISTS', keys[n]) == 1 then
-                state = 'unusual'
             else
-                for field = 3, 8 do
+                for field = 3, 9 do
                     if found[field] and found[field] ~= '' then state = 'unusual' end
                 end
             end
@@ -91,23 +90,37 @@ end
 return {data, beside}
 """
 
-# KEYS finished registry, failed registry; ARGV prefixes of jobs and results, worker, start and end as text and as
-# seconds, seconds now, finished jobs to keep, how many jobs are not kept and their ids, then for each job that is kept
-# its id, seconds to keep the result, the result. What somebody has put in the place of a job or its results ends
-# nothing.
+# KEYS finished registry, failed registry, held list; ARGV prefixes of jobs and results, worker, start and end as text
+# and as seconds, seconds now, finished jobs to keep, seconds until others are let go, how many jobs are not kept and
+# their ids, then for each job that is kept its id, seconds to keep the result, the result, whether it is unusual.
+# What somebody has put in the place of a job or its results ends nothing.
+# Others may have come to wait for a job at any time until now, when its status changes. Such jobs, and unusual ones,
+# are held on: others must be let go first. Those are the answer.
 _FINISH = """
-local forgotten, ended = {}, {}
-local first = 11 + tonumber(ARGV[10])
-for n = 11, first - 1 do
-    ended[#ended + 1] = ARGV[n]
-    forgotten[#forgotten + 1] = ARGV[1] .. ARGV[n]
-    forgotten[#forgotten + 1] = ARGV[2] .. ARGV[n]
-end
-for n = first, #ARGV, 3 do ended[#ended + 1] = ARGV[n] end
+local ended, first, width = {}, 12 + tonumber(ARGV[11]), 4
+for n = 12, first - 1 do ended[#ended + 1] = ARGV[n] end
+for n = first, #ARGV, width do ended[#ended + 1] = ARGV[n] end
 redis.call('ZREM', KEYS[2], unpack(ended))
+local dependents, awaited, forgotten, held = {}, {}, {}, {}
+for n, id in ipairs(ended) do dependents[n] = ARGV[1] .. id .. ':dependents' end
+if redis.call('EXISTS', unpack(dependents)) > 0 then
+    for n, id in ipairs(ended) do awaited[id] = redis.call('EXISTS', dependents[n]) == 1 end
+end
+for n = 12, first - 1 do
+    local job = ARGV[1] .. ARGV[n]
+    if awaited[ARGV[n]] and redis.call('EXISTS', job) == 1 then
+        redis.pcall('HSET', job, 'status', 'finished')
+        redis.call('EXPIRE', job, ARGV[10])
+        held[#held + 1] = ARGV[n]
+    else
+        forgotten[#forgotten + 1] = job
+        forgotten[#forgotten + 1] = ARGV[2] .. ARGV[n]
+    end
+end
 if #forgotten > 0 then redis.call('DEL', unpack(forgotten)) end
-for n = first, #ARGV, 3 do
+for n = first, #ARGV, width do
     local id, ttl = ARGV[n], tonumber(ARGV[n + 1])
+    if awaited[id] or ARGV[n + 3] ~= '' then held[#held + 1] = id end
     local job, results = ARGV[1] .. id, ARGV[2] .. id
     if redis.call('EXISTS', job) == 1 then
         redis.pcall('HSET', job, 'status', 'finished', 'started_at', ARGV[4], 'ended_at', ARGV[5],
@@ -138,6 +151,8 @@ if extra > 0 then
     if #dropped > 0 then redis.call('DEL', unpack(dropped)) end
     redis.call('ZREM', KEYS[1], unpack(oldest))
 end
+if #held > 0 then redis.call('RPUSH', KEYS[3], unpack(held)) end
+return held
 """
 
 
@@ -168,11 +183,15 @@ class RqJobs:
             return Delivery(reserved.job_id, text, None, RefusedJob("its job cannot be read"))
         return Delivery(reserved.job_id, text, model)
 
-    def finish(self, pipe: Pipeline, done: Sequence[tuple[ReservedJob, int | None]], run: Run) -> None:
-        """Add to `pipe`: these jobs succeeded, each with the id of its row as result."""
+    def finish(self, pipe: Pipeline, done: Sequence[tuple[ReservedJob, int | None]], run: Run, held_key: str) -> None:
+        """Add to `pipe`: these jobs succeeded, each with the id of its row as result.
+
+        The answer is the ids of those that others wait for, or may: they are in the list at `held_key` again.
+        """
         at = run.ended_at.timestamp()
         header: list[Any] = [JOB_PREFIX, Result.get_key(""), run.worker, utcformat(run.started_at)]
         header += [utcformat(run.ended_at), run.started_at.timestamp(), at, int(at), KEPT_FINISHED_JOBS]
+        header.append(_UNTIL_LET_GO_SECONDS)
         forgotten: list[str] = []
         kept: list[Any] = []
         for left, (job, row_id) in zip(range(len(done), 0, -1), done, strict=True):
@@ -182,10 +201,11 @@ class RqJobs:
                 ttl = _UNTIL_LET_GO_SECONDS
             # Of a large batch only the last ones are kept: the others would be pushed out moments later.
             if ttl < 0 or (ttl > 0 and (unusual or left <= KEPT_OF_A_BATCH)):
-                kept += [job.job_id, ttl, b64encode(b"%d" % row_id if row_id is not None else b"null")]
+                result = b64encode(b"%d" % row_id if row_id is not None else b"null")
+                kept += [job.job_id, ttl, result, "unusual" if unusual else ""]
             else:
                 forgotten.append(job.job_id)
-        keys = [self._queue.finished_job_registry.key, self._queue.failed_job_registry.key]
+        keys = [self._queue.finished_job_registry.key, self._queue.failed_job_registry.key, held_key]
         self._finish(keys=keys, args=[*header, len(forgotten), *forgotten, *kept], client=pipe)
 
     def fetch(self, job_id: str) -> Job | None:
@@ -234,6 +254,15 @@ class RqJobs:
             # Whatever somebody has put there must not end the worker: the event itself is settled.
             logger.error("what waits for job %s is left waiting: %s", reserved.job_id, type(error).__name__)
 
+    def enqueue_ready(self) -> None:
+        """Some of what RQ has left on its way from deferred to queued, as a death or a collision in between does."""
+        registry = self._bounded.ready_job_registry
+        found: Any = self._redis.zrange(registry.key, 0, _READY_JOBS - 1)
+        for job_id in found:
+            with contextlib.suppress(OversizedJob):
+                self._check_sizes([job_id.decode(errors="replace")], MAX_BESIDE_BYTES)
+                registry.enqueue_jobs([job_id.decode(errors="replace")])
+
     def _enqueue_dependents(self, job: Job) -> None:
         self._check_sizes(job.dependent_ids, _DEPENDENTS_BESIDE_BYTES)
         self._bounded.enqueue_dependents(job)
@@ -246,5 +275,5 @@ class RqJobs:
         if again:
             self._redis.persist(job.key)  # it would expire with its first result, maybe before it runs again
             Repeat.schedule(job, self._bounded)
-        elif result_ttl == 0:
-            job.cleanup(0, remove_from_queue=False)
+        else:
+            job.cleanup(result_ttl, remove_from_queue=False)  # with what it knows of dependencies

@@ -18,6 +18,7 @@ from consumers.metrics import COUNTS
 from consumers.queue.crew import Crew
 from consumers.queue.harmed_keys import is_redis_trouble
 from consumers.queue.reservations import recover_dead_holders
+from consumers.queue.rq_jobs import RqJobs
 from consumers.queue.stranded import Stranded
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Upkeep:
         self._queue = queue
         self._crew = crew
         self._stranded = Stranded(worker.connection, queue)
+        self._jobs = RqJobs(worker.connection, queue)
         self._harmed_parts: set[int] = set()  # each is told of once
 
     def look(self) -> None:
@@ -49,6 +51,7 @@ class Upkeep:
             self._forget_dead_workers,
             lambda: self._tell_of_returned(recover_dead_holders(self._redis, self._queue)),
             lambda: self._tell_of_returned(self._stranded.requeue()),
+            self._jobs.enqueue_ready,
             self._queue.finished_job_registry.cleanup,
         ]
         for number, part in enumerate(parts):

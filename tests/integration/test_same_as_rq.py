@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,15 +16,18 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from rq import Queue, RateLimit, Repeat, Retry, SimpleWorker, Worker
 from rq.exceptions import NoSuchJobError
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
+from rq.timeouts import TimerDeathPenalty
 from sqlalchemy import text
 
 from consumers.connection import get_db
-from consumers.queue.rq_jobs import KEPT_OF_A_BATCH
+from consumers.queue.rq_jobs import KEPT_OF_A_BATCH, RqJobs
 from consumers.worker import HistoryWorker
+from producers.errors import SettingsError
 from producers.events import Payload, encode, event_of
 from tests.factories import a_snapshot, an_archive
 from tests.redis_state import EXPIRES, TYPE, Difference, Phases, State, error_fields, state_of, unexpected
@@ -438,3 +442,75 @@ def test_a_job_that_is_to_run_again_later_does_not_expire_until_then(
 
     assert queue.scheduled_job_registry.get_job_ids() == [job.id]
     assert (redis.ttl(job.key), job.get_status()) == (-1, "scheduled")
+
+
+@pytest.mark.parametrize("others", [0, 2 * KEPT_OF_A_BATCH])
+@pytest.mark.parametrize("worker_class", [SimpleWorker, HistoryWorker])
+def test_a_dependent_that_comes_while_its_job_is_worked_on_runs_too(
+    redis: Redis, database_url: str, worker_class: type[SimpleWorker], others: int
+) -> None:
+    """The job's batch was taken when nothing waited for it; what both know of each other expires with them."""
+    queue = _queue(redis)
+    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(2 + others)])
+    first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts))
+    for _ in range(others):
+        queue.enqueue(SNAPSHOT_FUNCTION, next(texts))
+    worker = worker_class([queue], connection=redis, serializer=JSONSerializer)
+    working = threading.Thread(target=lambda: worker.work(burst=True, logging_level="CRITICAL"))
+    with get_db() as db, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_class, "_install_signal_handlers", lambda _: None)  # only the main thread may
+        patch.setattr(SimpleWorker, "death_penalty_class", TimerDeathPenalty)  # likewise
+        db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
+        working.start()
+        until(somebody_waits_for_a_lock)
+        dependent = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), depends_on=first)
+        db.rollback()
+        working.join(30)
+    assert dependent.get_status() == "finished"
+    assert redis.ttl(dependent.key) > 0
+    assert [key for key in redis.keys("rq:job:*depend*") if redis.ttl(key) < 0] == []
+
+
+def test_what_waits_for_a_job_is_let_go_after_a_cut_in_between(
+    redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the end of the job and that of the waiting: the job is held until then, and ends once more."""
+    queue = _queue(redis)
+    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(9)])
+    first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), result_ttl=0)
+    dependents = [queue.enqueue(SNAPSHOT_FUNCTION, next(texts), depends_on=first) for _ in range(2)]
+    limited = [
+        queue.enqueue(SNAPSHOT_FUNCTION, next(texts), rate_limit=RateLimit("one at a time", 1)) for _ in range(3)
+    ]
+    let_go, cut = RqJobs.let_go, list[int]()
+
+    def let_go_the_third_time(*arguments: Any, **options: Any) -> None:
+        if len(cut) < 2:
+            cut.append(1)
+            raise RedisConnectionError("cut")
+        let_go(*arguments, **options)
+
+    monkeypatch.setattr(RqJobs, "let_go", let_go_the_third_time)
+    HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
+    assert {job.get_status() for job in dependents + limited} == {"finished"}
+    assert Job.exists(first.id, connection=redis) is False
+    assert redis.keys("history:held:*") == []
+
+
+def test_what_rq_left_on_its_way_to_the_queue_goes_on(redis: Redis, database_url: str) -> None:
+    """Between deferred and queued, as after a death of whoever moved it; what is too large to be read stays."""
+    queue = _queue(redis)
+    job = queue.create_job(SNAPSHOT_FUNCTION, (encode(event_of(_at(1), source="other/1", sequence=1)),))
+    job.save()
+    job.set_status(JobStatus.READY_TO_ENQUEUE)
+    redis.hset("rq:job:large", mapping={"data": "x", "description": "x" * 2**20, "status": "ready_to_enqueue"})
+    redis.zadd(queue.ready_job_registry.key, {"large": 1, job.id: 2})
+    HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
+    assert job.get_status() == "finished"
+    assert redis.zrange(queue.ready_job_registry.key, 0, -1) == [b"large"]
+
+
+def test_a_worker_that_is_to_schedule_jobs_says_that_it_does_not(redis: Redis, database_url: str) -> None:
+    """Rather than leave them scheduled without a word."""
+    with pytest.raises(SettingsError, match="has no scheduler: leave out --with-scheduler"):
+        HistoryWorker([_queue(redis)], connection=redis).work(burst=True, with_scheduler=True)
