@@ -116,9 +116,14 @@ class Finishing:
             held += [job_id.decode() for job_id in answers[finishing]]
         if held:
             refused = {end.job_id for end in settled if isinstance(end.error, RefusedJob)}
-            for job_id in held:
-                self._jobs.let_go(jobs[job_id], run, refused=job_id in refused)
-            self.drop(held)
+            self._let_go([(jobs[job_id], job_id in refused) for job_id in held], run)
+
+    def _let_go(self, held: Sequence[tuple[ReservedJob, bool]], run: Run) -> None:
+        """What waits for these goes on, unless they were refused; they are held until then."""
+        for job, refused in held:
+            self._jobs.let_go(job, run, refused=refused)
+        self._jobs.enqueue_ready()  # lanes that let go at once keep each other from it
+        self.drop([job.job_id for job, _ in held])
 
     def _end_by_id(self, end: Settled | Unsettled, error: Exception) -> None:
         """Its end is decided, but what RQ keeps of it cannot be written."""

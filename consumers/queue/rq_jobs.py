@@ -257,11 +257,16 @@ class RqJobs:
     def enqueue_ready(self) -> None:
         """Some of what RQ has left on its way from deferred to queued, as a death or a collision in between does."""
         registry = self._bounded.ready_job_registry
-        found: Any = self._redis.zrange(registry.key, 0, _READY_JOBS - 1)
-        for job_id in found:
-            with contextlib.suppress(OversizedJob):
-                self._check_sizes([job_id.decode(errors="replace")], MAX_BESIDE_BYTES)
-                registry.enqueue_jobs([job_id.decode(errors="replace")])
+        try:
+            found: Any = self._redis.zrange(registry.key, 0, _READY_JOBS - 1)
+            for job_id in found:
+                with contextlib.suppress(OversizedJob):
+                    self._check_sizes([job_id.decode(errors="replace")], MAX_BESIDE_BYTES)
+                    registry.enqueue_jobs([job_id.decode(errors="replace")])
+        except Exception as error:
+            if is_redis_trouble(error):
+                raise
+            logger.error("what is in %s stays there: %s", registry.key, type(error).__name__)
 
     def _enqueue_dependents(self, job: Job) -> None:
         self._check_sizes(job.dependent_ids, _DEPENDENTS_BESIDE_BYTES)

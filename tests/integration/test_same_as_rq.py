@@ -514,3 +514,14 @@ def test_a_worker_that_is_to_schedule_jobs_says_that_it_does_not(redis: Redis, d
     """Rather than leave them scheduled without a word."""
     with pytest.raises(SettingsError, match="has no scheduler: leave out --with-scheduler"):
         HistoryWorker([_queue(redis)], connection=redis).work(burst=True, with_scheduler=True)
+
+
+def test_what_stands_in_the_place_of_rqs_registry_stops_no_event(redis: Redis, database_url: str) -> None:
+    """Of those on their way to the queue: what waits for a job waits on, its own event is stored."""
+    queue = _queue(redis)
+    first = queue.enqueue(SNAPSHOT_FUNCTION, encode(event_of(_at(1), source="other/1", sequence=1)))
+    waiting = queue.enqueue(SNAPSHOT_FUNCTION, encode(event_of(_at(2), source="other/1", sequence=2)), depends_on=first)
+    redis.set(queue.ready_job_registry.key, "x")
+    HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
+    assert (first.get_status(), waiting.get_status()) == ("finished", "deferred")
+    assert redis.keys("history:held:*") == []
