@@ -53,12 +53,11 @@ local function read_jobs(prefix, ids, enough, largest)
             state = 'oversized'
         else
             found = redis.call('HMGET', prefix .. id, 'data', 'result_ttl', 'success_callback_name',
-                'failure_callback_name', 'stopped_callback_name', 'webhooks', 'repeats_left', 'rate_limit_key',
-                'dependency_ids')
+                'failure_callback_name', 'stopped_callback_name', 'webhooks', 'repeats_left', 'rate_limit_key')
             if not found[1] then
                 state = redis.call('EXISTS', prefix .. id) == 1 and 'unreadable' or 'gone'
             else
-                for field = 3, 9 do
+                for field = 3, 8 do
                     if found[field] and found[field] ~= '' then state = 'unusual' end
                 end
             end
@@ -115,6 +114,7 @@ for n = 12, first - 1 do
     else
         forgotten[#forgotten + 1] = job
         forgotten[#forgotten + 1] = ARGV[2] .. ARGV[n]
+        forgotten[#forgotten + 1] = ARGV[1] .. ':' .. ARGV[n] .. ':dependencies'
     end
 end
 if #forgotten > 0 then redis.call('DEL', unpack(forgotten)) end
@@ -130,6 +130,7 @@ for n = first, #ARGV, width do
         if ttl > 0 then
             redis.call('EXPIRE', results, ttl)
             redis.call('EXPIRE', job, ttl)
+            redis.call('EXPIRE', ARGV[1] .. ':' .. id .. ':dependencies', ttl)
         else
             redis.call('PERSIST', results)
             redis.call('PERSIST', job)

@@ -523,5 +523,5 @@ def test_what_stands_in_the_place_of_rqs_registry_stops_no_event(redis: Redis, d
     waiting = queue.enqueue(SNAPSHOT_FUNCTION, encode(event_of(_at(2), source="other/1", sequence=2)), depends_on=first)
     redis.set(queue.ready_job_registry.key, "x")
     HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
-    assert (first.get_status(), waiting.get_status()) == ("finished", "deferred")
+    assert (first.get_status(), waiting.get_status()) == ("finished", "ready_to_enqueue")
     assert redis.keys("history:held:*") == []
