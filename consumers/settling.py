@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 from redis.client import Pipeline
 
 from consumers.connection import get_db
@@ -24,13 +25,7 @@ from consumers.metrics import COUNTS, UNKNOWN_TYPE
 from consumers.store.inserts import insert_events
 from consumers.store.outcomes import NoRow, forget_outcomes, record_outcomes
 from producers.errors import HistoryError, InvalidEvent, SettingsError
-from producers.events import (
-    MAX_EVENT_BYTES,
-    MODELS,
-    Event,
-    Source,
-    decode,
-)
+from producers.events import MAX_EVENT_BYTES, MODELS, Event, Source, decode, is_readable
 from producers.fields import EventId
 from producers.fields import Sequence as SequenceNumber
 from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome
@@ -43,6 +38,7 @@ ISOLATED_SECONDS = 2.0  # for a statement while looking for the one that waits f
 
 _TYPES: dict[type[Event] | None, str] = {model: event_type for event_type, model in MODELS.items()}
 _REFUSALS: dict[type[HistoryError], str] = {EventConflict: "conflict", PoisonEvent: "poison", RefusedJob: "refused"}
+_HEAD_CHARACTERS = 2000  # id, source and sequence are in an event's first 400
 _IMPORTED = "import/"  # begins the sources of old history, which is late by years
 
 _SOURCE: TypeAdapter[str] = TypeAdapter(Source)
@@ -241,12 +237,19 @@ class _Claim:
     @classmethod
     def of(cls, text: Any) -> _Claim:
         try:
-            document = json.loads(text[:MAX_EVENT_BYTES]) if isinstance(text, str) else None
+            document = _document(text) if isinstance(text, str) else None
             attributes = document if isinstance(document, dict) else {}
         except (TypeError, ValueError, RecursionError):
             attributes = {}
         source, sequence, event_id = (attributes.get(name) for name in ("source", "sequence", "id"))
         return cls(_checked(_SOURCE, source), _checked(_SEQUENCE, sequence), _checked(_EVENT_ID, event_id))
+
+
+def _document(text: str) -> Any:
+    if is_readable(text[:MAX_EVENT_BYTES]):
+        return json.loads(text[:MAX_EVENT_BYTES])
+    # Ours begin with the attributes, and what is refused for its size need not be read to its end.
+    return from_json(text[:_HEAD_CHARACTERS], allow_partial=True)
 
 
 def _checked(adapter: TypeAdapter[Any], value: Any) -> Any:

@@ -14,6 +14,7 @@ from producers.fields import readable, refuse
 
 MAX_NESTING = 50
 MAX_SIGNALS = 20_000  # of 400 bytes each they fill the largest event
+_NUMBERS = (int, float, Decimal)  # int | float | Decimal is made anew each time that it is evaluated
 _MAX_FLOAT = sys.float_info.max
 _MAX_DECIMAL = Decimal(repr(_MAX_FLOAT))
 # PostgreSQL's numeric, which JSONB uses, keeps at most 16383 digits after the point.
@@ -55,7 +56,7 @@ def _storable(value: Any, path: _Path, depth: int = 0) -> None:
             raise _refuse_at(path, "contains a NUL character or a lone surrogate")
     elif isinstance(value, bool) or value is None:
         pass
-    elif isinstance(value, int | float | Decimal):
+    elif isinstance(value, _NUMBERS):
         _storable_number(value, path)
     elif depth >= MAX_NESTING:
         raise _refuse_at(path, f"is nested deeper than {MAX_NESTING} levels")

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from producers.errors import InvalidEvent
 from producers.events import (
     MAX_EVENT_BYTES,
+    MAX_EVENT_STRUCTURE,
     Event,
     Payload,
     PortfolioSnapshot,
@@ -717,6 +718,49 @@ def test_an_event_may_have_8_mib_and_not_a_byte_more(filler: str) -> None:
     assert decode(text, SignalArchiveEvent) == largest
     _refused_at(_refusal(lambda: encode(larger)), "event", "is larger than 8 MiB")
     _refused_at(_refusal(lambda: decode(text + " ", SignalArchiveEvent)), "event", "is larger than 8 MiB")
+
+
+@pytest.mark.parametrize("filler", ["", '"'], ids=["numbers", "in a text"])
+def test_an_event_may_have_a_million_brackets_colons_and_commas_and_not_one_more(filler: str) -> None:
+    """Both ends agree, and both count those in texts."""
+    rest = sum(map(_archive_text('[{"a":[]}]').count, "{[:,"))
+
+    def signals(commas: int) -> list[Any]:
+        return [{"a": ["," * commas]}] if filler else [{"a": [1] * (commas + 1)}]
+
+    largest = _archive_event(signals=signals(MAX_EVENT_STRUCTURE - rest))
+    larger = _archive_event(signals=signals(MAX_EVENT_STRUCTURE - rest + 1))
+    text = encode(largest)
+
+    reason = "has more than 1048576 brackets, colons and commas"
+    assert decode(text, SignalArchiveEvent) == largest
+    _refused_at(_refusal(lambda: encode(larger)), "event", reason)
+    _refused_at(_refusal(lambda: decode(text.replace(",", ",,", 1), SignalArchiveEvent)), "event", reason)
+
+
+def test_a_snapshot_may_have_16_kib_and_not_a_character_more() -> None:
+    """With all its texts at their longest it has a quarter of them."""
+    longest = SNAPSHOT_TEXT + " " * (16 * 1024 - len(SNAPSHOT_TEXT))
+    assert decode(longest, PortfolioSnapshotEvent) == _snapshot_event()
+    _refused_at(_refusal(lambda: decode(longest + " ", PortfolioSnapshotEvent)), "event", "is larger than 16 KiB")
+
+
+@pytest.mark.parametrize(("start", "path"), [("{", "event"), ('"data":{', "data")])
+def test_so_many_unknown_fields_are_not_named(start: str, path: str) -> None:
+    """A hundred are told and counted, of more only that they are too many."""
+    text = _archive_text("[{}]")
+    few, many = (text.replace(start, start + "".join(f'"u{n}":0,' for n in range(count)), 1) for count in (90, 101))
+    assert str(_refusal(lambda: decode(few, SignalArchiveEvent))).endswith("and 87 more")
+    _refused_at(_refusal(lambda: decode(many, SignalArchiveEvent)), path, "has more than 100 fields")
+
+
+def test_every_wrong_signal_is_told_or_counted() -> None:
+    """As those in other fields are, and at once with them."""
+    text = _changed(_archive_text("[1,{},[2],null,{}]"), "source", "a b")
+    error = _refusal(lambda: decode(text, SignalArchiveEvent))
+    assert [part.split(":")[0] for part in str(error).split("; ")] == [
+        *("source", "data.signals.0", "data.signals.2", "and 1 more")
+    ]
 
 
 _SECRET = "\x1b[2Jpa55word\r\n"

@@ -1,0 +1,72 @@
+"""What a hostile text of 8 MiB, which is a job of 8 KiB, may cost a worker that reads and refuses it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[2]
+_MAX_BYTES = 150 * 2**20  # of the 512 MiB of a worker, two of whose lanes may read such a text at once
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+from consumers.settling import _Claim
+from producers.errors import InvalidEvent
+from producers.events import MODELS, SignalArchive, decode, encode, event_of
+from tests.factories import INSTANT, a_signal
+
+EVENT_TYPE, START, REPEATED, TIMES, END = sys.argv[1:]
+
+def peak():  # not ru_maxrss, which a process has from the one that began it
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+valid = encode(event_of(SignalArchive(archived_at=INSTANT, signals=[{"a": 1}]), source="x/1", sequence=7))
+head, tail = valid.split('"signals":[{"a":1}]')
+start, end = (valid[:-2] + ",", "}}") if START == "data" else (head + START, END + tail)
+pieces = (REPEATED.replace("#", f"{number:06d}") if "#" in REPEATED else REPEATED for number in range(int(TIMES)))
+text = start + ",".join(pieces) + end
+before = peak()
+try:
+    said = f"{len(decode(text, MODELS[EVENT_TYPE]).data.signals)} signals"
+except InvalidEvent as error:
+    said = str(error)
+claim = _Claim.of(text)
+print(peak() - before, claim.sequence, said, sep="|")
+"""
+
+_ARCHIVE, _SNAPSHOT = "trading.signal-archive.v1", "trading.portfolio-snapshot.v1"
+_TOO_MUCH = "event: has more than 1048576 brackets, colons and commas"
+_OUR_SIGNAL = "{" + ",".join(f'"field_number_{n:02d}":{n}.#' for n in range(15)) + "}"
+
+
+@pytest.mark.parametrize(
+    ("event_type", "text", "said"),
+    [
+        (_ARCHIVE, ('"signals":[', "[]", 2_790_000, "]"), _TOO_MUCH),
+        (_ARCHIVE, ('"signals":[', '{"a":[]}', 900_000, "]"), _TOO_MUCH),
+        (_SNAPSHOT, ("data", '"#":1', 760_000, ""), _TOO_MUCH),
+        (_ARCHIVE, ("data", '"a":1', 1_390_000, ""), _TOO_MUCH),
+        (_ARCHIVE, ("data", '"#":1', 500_000, ""), "data: has more than 100 fields"),
+        (_ARCHIVE, ('"signals":[', "[]", 20_000, "]"), "data.signals.0: Input should be an object"),
+        (_ARCHIVE, ('"signals":[{"a":[', "0.1", 1_000_000, "]}]"), "1 signals"),
+        (_ARCHIVE, ('"signals":[', _OUR_SIGNAL, 20_000, "]"), "20000 signals"),
+    ],
+    ids=[
+        *("lists as signals", "small signals", "unknown keys", "one unknown key again and again"),
+        *("keys within the bound", "as many wrong signals as may be", "numbers within the bound", "a full archive"),
+    ],
+)
+def test_reading_a_text_takes_little_memory_whatever_is_in_it(
+    event_type: str, text: tuple[str, str, int, str], said: str
+) -> None:
+    """In the validation and in finding out who sent what was refused."""
+    command = [sys.executable, "-c", _SCRIPT, event_type, *map(str, text)]
+    run = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
+    taken, sequence, answer = run.stdout.rstrip().split("|")
+
+    assert (sequence, answer[: len(said)]) == ("7", said)
+    assert int(taken) < _MAX_BYTES
