@@ -122,7 +122,13 @@ class Finishing:
         """What waits for these goes on, unless they were refused; they are held until then."""
         for job, refused in held:
             self._jobs.let_go(job, run, refused=refused)
-        self._jobs.enqueue_ready()  # lanes that let go at once keep each other from it
+        try:
+            self._jobs.enqueue_ready()  # lanes that let go at once keep each other from it
+        except Exception as error:
+            if is_redis_trouble(error):
+                raise
+            # Upkeep meets it too, and tells of it once.
+            logger.debug("what is on its way to the queue stays there: %s", type(error).__name__)
         self.drop([job.job_id for job, _ in held])
 
     def _end_by_id(self, end: Settled | Unsettled, error: Exception) -> None:

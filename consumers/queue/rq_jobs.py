@@ -39,8 +39,7 @@ JOB_PREFIX = Job.redis_job_namespace_prefix
 
 # A piece of the reserving script. Tells of jobs, until their data have so many bytes: the state of each, its data, and
 # how long its result is to be kept. What is larger than any job of ours stays where it is.
-# What asks for more than to be run (callbacks, repetitions ...) is `unusual`, and goes RQ's own way. Each call from a
-# script costs some microseconds: what can be asked of all jobs at once is not asked of each.
+# What asks for more than to be run (callbacks, repetitions ...) is `unusual`, and goes RQ's own way.
 READ_JOBS = """
 local function read_jobs(prefix, ids, enough, largest)
     local data, odd, bytes = {}, {}, 0
@@ -94,13 +93,14 @@ return {data, beside}
 # their ids, then for each job that is kept its id, seconds to keep the result, the result, whether it is unusual.
 # What somebody has put in the place of a job or its results ends nothing.
 # Others may have come to wait for a job at any time until now, when its status changes. Such jobs, and unusual ones,
-# are held on: others must be let go first. Those are the answer.
+# are held on, and neither expire nor are pushed out: others must be let go first. Those are the answer.
+# Each call from a script costs some microseconds: what can be asked of all jobs at once is not asked of each.
 _FINISH = """
 local ended, first, width = {}, 12 + tonumber(ARGV[11]), 4
 for n = 12, first - 1 do ended[#ended + 1] = ARGV[n] end
 for n = first, #ARGV, width do ended[#ended + 1] = ARGV[n] end
 redis.call('ZREM', KEYS[2], unpack(ended))
-local dependents, awaited, forgotten, held = {}, {}, {}, {}
+local dependents, awaited, forgotten, held, keep = {}, {}, {}, {}, {}
 for n, id in ipairs(ended) do dependents[n] = ARGV[1] .. id .. ':dependents' end
 if redis.call('EXISTS', unpack(dependents)) > 0 then
     for n, id in ipairs(ended) do awaited[id] = redis.call('EXISTS', dependents[n]) == 1 end
@@ -120,7 +120,8 @@ end
 if #forgotten > 0 then redis.call('DEL', unpack(forgotten)) end
 for n = first, #ARGV, width do
     local id, ttl = ARGV[n], tonumber(ARGV[n + 1])
-    if awaited[id] or ARGV[n + 3] ~= '' then held[#held + 1] = id end
+    local hold = awaited[id] or ARGV[n + 3] ~= ''
+    if hold then held[#held + 1], keep[id] = id, true end
     local job, results = ARGV[1] .. id, ARGV[2] .. id
     if redis.call('EXISTS', job) == 1 then
         redis.pcall('HSET', job, 'status', 'finished', 'started_at', ARGV[4], 'ended_at', ARGV[5],
@@ -129,7 +130,7 @@ for n = first, #ARGV, width do
             'return_value', ARGV[n + 2], 'execution_started_at', ARGV[6], 'execution_ended_at', ARGV[7])
         if ttl > 0 then
             redis.call('EXPIRE', results, ttl)
-            redis.call('EXPIRE', job, ttl)
+            redis.call('EXPIRE', job, hold and math.max(ttl, tonumber(ARGV[10])) or ttl)
             redis.call('EXPIRE', ARGV[1] .. ':' .. id .. ':dependencies', ttl)
         else
             redis.call('PERSIST', results)
@@ -142,15 +143,18 @@ end
 local extra = redis.call('ZCOUNT', KEYS[1], 0, '(+inf') - tonumber(ARGV[9])
 if extra > 0 then
     local oldest = redis.call('ZRANGEBYSCORE', KEYS[1], 0, '(+inf', 'LIMIT', 0, math.min(extra, 1000))
-    local dropped = {}
+    local dropped, removed = {}, {}
     for _, id in ipairs(oldest) do
-        if redis.pcall('HGET', ARGV[1] .. id, 'status') == 'finished' then
-            dropped[#dropped + 1] = ARGV[1] .. id
-            dropped[#dropped + 1] = ARGV[2] .. id
+        if not keep[id] then
+            removed[#removed + 1] = id
+            if redis.pcall('HGET', ARGV[1] .. id, 'status') == 'finished' then
+                dropped[#dropped + 1] = ARGV[1] .. id
+                dropped[#dropped + 1] = ARGV[2] .. id
+            end
         end
     end
     if #dropped > 0 then redis.call('DEL', unpack(dropped)) end
-    redis.call('ZREM', KEYS[1], unpack(oldest))
+    if #removed > 0 then redis.call('ZREM', KEYS[1], unpack(removed)) end
 end
 if #held > 0 then redis.call('RPUSH', KEYS[3], unpack(held)) end
 return held
@@ -258,16 +262,11 @@ class RqJobs:
     def enqueue_ready(self) -> None:
         """Some of what RQ has left on its way from deferred to queued, as a death or a collision in between does."""
         registry = self._bounded.ready_job_registry
-        try:
-            found: Any = self._redis.zrange(registry.key, 0, _READY_JOBS - 1)
-            for job_id in found:
-                with contextlib.suppress(OversizedJob):
-                    self._check_sizes([job_id.decode(errors="replace")], MAX_BESIDE_BYTES)
-                    registry.enqueue_jobs([job_id.decode(errors="replace")])
-        except Exception as error:
-            if is_redis_trouble(error):
-                raise
-            logger.error("what is in %s stays there: %s", registry.key, type(error).__name__)
+        found: Any = self._redis.zrange(registry.key, 0, _READY_JOBS - 1)
+        for job_id in found:
+            with contextlib.suppress(OversizedJob):
+                self._check_sizes([job_id.decode(errors="replace")], MAX_BESIDE_BYTES)
+                registry.enqueue_jobs([job_id.decode(errors="replace")])
 
     def _enqueue_dependents(self, job: Job) -> None:
         self._check_sizes(job.dependent_ids, _DEPENDENTS_BESIDE_BYTES)

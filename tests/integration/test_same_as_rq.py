@@ -25,6 +25,8 @@ from rq.timeouts import TimerDeathPenalty
 from sqlalchemy import text
 
 from consumers.connection import get_db
+from consumers.operations import get_portfolio_history
+from consumers.queue import rq_jobs
 from consumers.queue.rq_jobs import KEPT_OF_A_BATCH, RqJobs
 from consumers.worker import HistoryWorker
 from producers.errors import SettingsError
@@ -525,3 +527,23 @@ def test_what_stands_in_the_place_of_rqs_registry_stops_no_event(redis: Redis, d
     HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
     assert (first.get_status(), waiting.get_status()) == ("finished", "ready_to_enqueue")
     assert redis.keys("history:held:*") == []
+
+
+def test_a_job_that_others_wait_for_is_not_pushed_out_before_they_are_let_go(
+    redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By jobs whose results are to be kept longer, when more have finished than are kept."""
+    monkeypatch.setattr(rq_jobs, "KEPT_FINISHED_JOBS", 1)
+    queue = _queue(redis)
+    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(8)])
+    first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), result_ttl=1)
+    dependent = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), depends_on=first)
+    for job_id in ("limited-1", "limited-2"):
+        limit = RateLimit("one at a time", 1)
+        queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id=job_id, rate_limit=limit, result_ttl=1)
+    for _ in range(4):
+        queue.enqueue(SNAPSHOT_FUNCTION, next(texts))
+    HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
+    assert len(get_portfolio_history()) == 8
+    assert dependent.id not in queue.deferred_job_registry.get_job_ids()
+    assert redis.ttl(first.key) <= 1
