@@ -138,12 +138,50 @@ CREATE TABLE IF NOT EXISTS event_outcomes (
     event_id uuid,
     outcome text NOT NULL,
     reason text,
+    actor text,
     event text,
     created_at timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT event_outcomes_pk PRIMARY KEY (job_id),
-    CONSTRAINT event_outcomes_outcome_is_known CHECK (outcome IN ('absorbed', 'rejected', 'discarded')),
-    CONSTRAINT event_outcomes_refusal_has_a_reason CHECK (outcome = 'absorbed' OR reason IS NOT NULL)
+    CONSTRAINT event_outcomes_outcome_is_known CHECK (outcome IN ('duplicate', 'rejected', 'discarded')),
+    CONSTRAINT event_outcomes_refusal_has_a_reason CHECK (outcome = 'duplicate' OR reason IS NOT NULL)
 );
+
+-- A table from before the outcome 'absorbed' was renamed to 'duplicate' is upgraded; any other is not touched.
+DO $$
+BEGIN
+    IF EXISTS (
+        SELECT FROM pg_constraint
+        WHERE conrelid = to_regclass('event_outcomes') AND contype = 'c'
+            AND pg_get_constraintdef(oid) LIKE '%''absorbed''%') THEN
+        ALTER TABLE event_outcomes
+            DROP CONSTRAINT IF EXISTS event_outcomes_outcome_is_known,
+            DROP CONSTRAINT IF EXISTS event_outcomes_refusal_has_a_reason;
+        UPDATE event_outcomes SET outcome = 'duplicate' WHERE outcome = 'absorbed';
+        ALTER TABLE event_outcomes
+            ADD CONSTRAINT event_outcomes_outcome_is_known
+                CHECK (outcome IN ('duplicate', 'rejected', 'discarded')),
+            ADD CONSTRAINT event_outcomes_refusal_has_a_reason CHECK (outcome = 'duplicate' OR reason IS NOT NULL);
+    END IF;
+    IF NOT EXISTS (
+        SELECT FROM pg_attribute
+        WHERE attrelid = to_regclass('event_outcomes') AND attname = 'actor' AND NOT attisdropped) THEN
+        ALTER TABLE event_outcomes ADD COLUMN actor text;
+    END IF;
+END
+$$;
+
+-- A worker from before the upgrade, still running, goes on to write 'absorbed'. Without this it would report a stored
+-- event as rejected, because the constraint above refuses the word.
+CREATE OR REPLACE FUNCTION event_outcomes_absorbed_is_duplicate() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    NEW.outcome := 'duplicate';
+    RETURN NEW;
+END
+$$;
+CREATE OR REPLACE TRIGGER event_outcomes_absorbed_is_duplicate BEFORE INSERT ON event_outcomes FOR EACH ROW
+    WHEN (NEW.outcome = 'absorbed') EXECUTE FUNCTION event_outcomes_absorbed_is_duplicate();
+COMMENT ON TRIGGER event_outcomes_absorbed_is_duplicate ON event_outcomes IS
+    'Lets workers from before the outcome was renamed go on during an upgrade.';
 
 CREATE INDEX IF NOT EXISTS event_outcomes_of_source
     ON event_outcomes (source, sequence);
@@ -157,8 +195,9 @@ COMMENT ON COLUMN event_outcomes.source IS 'As in the history tables; null when 
 COMMENT ON COLUMN event_outcomes.sequence IS 'As in the history tables; null when the event did not tell.';
 COMMENT ON COLUMN event_outcomes.event_id IS 'As in the history tables; null when the event did not tell.';
 COMMENT ON COLUMN event_outcomes.outcome IS
-    'absorbed: the fact was stored already, by another delivery. rejected: refused for good. discarded: a person gave it up.';
+    'duplicate: another delivery had stored the event. rejected: refused for good. discarded: a person gave it up.';
 COMMENT ON COLUMN event_outcomes.reason IS 'Why it was refused, or why it was discarded.';
+COMMENT ON COLUMN event_outcomes.actor IS 'Who discarded it; null for the other outcomes.';
 COMMENT ON COLUMN event_outcomes.event IS 'The text of the event as it came, kept when it was refused.';
 COMMENT ON COLUMN event_outcomes.created_at IS 'When it was decided.';
 

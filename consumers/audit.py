@@ -25,16 +25,16 @@ _PAGE = 5000
 
 # What was refused may have a number and no source that is one: it is in no source's account.
 _COUNTS = text("""
-    SELECT source, sum(stored) AS stored, sum(absorbed) AS absorbed, sum(rejected) AS rejected,
+    SELECT source, sum(stored) AS stored, sum(duplicate) AS duplicate, sum(rejected) AS rejected,
         sum(discarded) AS discarded, max(last) AS last
     FROM (
-        SELECT source, count(*) AS stored, 0 AS absorbed, 0 AS rejected, 0 AS discarded, max(sequence) AS last
+        SELECT source, count(*) AS stored, 0 AS duplicate, 0 AS rejected, 0 AS discarded, max(sequence) AS last
         FROM portfolio_history WHERE sequence IS NOT NULL GROUP BY source
         UNION ALL
         SELECT source, count(*), 0, 0, 0, max(sequence)
         FROM signal_archives WHERE sequence IS NOT NULL GROUP BY source
         UNION ALL
-        SELECT source, 0, count(*) FILTER (WHERE outcome = 'absorbed'), count(*) FILTER (WHERE outcome = 'rejected'),
+        SELECT source, 0, count(*) FILTER (WHERE outcome = 'duplicate'), count(*) FILTER (WHERE outcome = 'rejected'),
             count(*) FILTER (WHERE outcome = 'discarded'), max(sequence)
         FROM event_outcomes WHERE source IS NOT NULL AND sequence IS NOT NULL GROUP BY source
     ) AS tables GROUP BY source ORDER BY source
@@ -77,7 +77,7 @@ class SourceAudit:
 
     source: str
     stored: int
-    absorbed: int
+    duplicate: int
     rejected: int
     discarded: int
     last: int
@@ -114,7 +114,7 @@ def audit(redis: Redis | None = None, outbox: Outbox | None = None) -> list[Sour
             SourceAudit(
                 source=source,
                 stored=0 if row is None else int(row.stored),
-                absorbed=0 if row is None else int(row.absorbed),
+                duplicate=0 if row is None else int(row.duplicate),
                 rejected=0 if row is None else int(row.rejected),
                 discarded=0 if row is None else int(row.discarded),
                 last=last,

@@ -40,7 +40,7 @@ _EVENT = text("SELECT event FROM event_outcomes WHERE job_id = :job_id AND outco
 
 # Locked in the order in which workers note outcomes: transactions in opposite order would wait for each other.
 _DISCARD = text("""
-    UPDATE event_outcomes SET outcome = 'discarded', reason = :reason || '; it was rejected: ' || reason
+    UPDATE event_outcomes SET outcome = 'discarded', reason = :reason || '; it was rejected: ' || reason, actor = :actor
     WHERE job_id IN (
         SELECT job_id FROM event_outcomes WHERE job_id = ANY (:job_ids) AND outcome = 'rejected'
         ORDER BY job_id FOR UPDATE)
@@ -162,8 +162,8 @@ def _enqueue_anew(job_id: str, queue: Queue) -> bool:
     return True
 
 
-def discard(chosen: Iterable[Rejection], redis: Redis, queue_name: str, reason: str) -> int:
-    """Give each up for good, keeping its text and why; it leaves the failed registry.
+def discard(chosen: Iterable[Rejection], redis: Redis, queue_name: str, reason: str, actor: str | None = None) -> int:
+    """Give each up for good, keeping its text, why, and `actor`, who decided it; it leaves the failed registry.
 
     Returns how many this has given up: what was a rejection no more is left as it is.
     """
@@ -171,7 +171,7 @@ def discard(chosen: Iterable[Rejection], redis: Redis, queue_name: str, reason: 
     jobs, given_up, left = RqJobs(redis, queue), 0, iter(chosen)
     while some := [rejection.job_id for rejection in islice(left, _AT_ONCE)]:
         with get_db() as db:
-            changed = db.execute(_DISCARD, {"job_ids": some, "reason": reason}).scalars().all()
+            changed = db.execute(_DISCARD, {"job_ids": some, "reason": reason, "actor": actor}).scalars().all()
         for job_id in changed:
             _remove_job(job_id, jobs, queue)
         given_up += len(changed)

@@ -146,7 +146,7 @@ def _settle_together(deliveries: Sequence[Delivery], patience_seconds: float | N
                 end = Settled(delivery.job_id, outcome, event.source, event.sequence, event.id, event.type)
                 # The delivery that made the row may come again; its own row accounts for it.
                 if (answer.source, answer.sequence) != (event.source, event.sequence):
-                    without_row.append(NoRow(delivery.job_id, "absorbed", event.source, event.sequence, event.id))
+                    without_row.append(NoRow(delivery.job_id, "duplicate", event.source, event.sequence, event.id))
             settled.append(end)
         noted = {no_row.job_id for no_row in without_row}
         record_outcomes(db, without_row)

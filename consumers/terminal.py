@@ -48,7 +48,7 @@ _FREE_TEXT = {"first signal", "reason", "missing", "damage"}
 _WRAPPED_COLUMNS = 12
 _GAP = 2
 _NUMBERS = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
-_NUMBERS |= {"stored", "absorbed", "rejected", "discarded", "under way", "last"}
+_NUMBERS |= {"stored", "duplicate", "rejected", "discarded", "under way", "last"}
 _NUMBERS |= {"read", "already there", "equal", "differences", "entries", "rows"}
 
 
@@ -142,7 +142,7 @@ def print_rejections(rejections: Iterable[Mapping[str, Any]]) -> int:
 
 
 def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
-    counts = ("stored", "absorbed", "rejected", "discarded", "under way", "last")
+    counts = ("stored", "duplicate", "rejected", "discarded", "under way", "last")
     cells = []
     for one in audits:
         ranges = [str(first) if first == last else f"{first}-{last}" for first, last in one["missing"]]

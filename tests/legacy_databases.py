@@ -13,6 +13,24 @@ FIRST_GENERATION = """
         created_at timestamp NOT NULL DEFAULT now());
     CREATE INDEX idx_signal_archives_month ON signal_archives (archive_month);
 """
+# event_outcomes as this project made it before the outcome `absorbed` was renamed.
+OUTCOMES_BEFORE_DUPLICATE = """
+    DROP TABLE event_outcomes;
+    CREATE TABLE event_outcomes (
+        job_id text NOT NULL,
+        source text,
+        sequence bigint,
+        event_id uuid,
+        outcome text NOT NULL,
+        reason text,
+        event text,
+        created_at timestamptz NOT NULL DEFAULT now(),
+        CONSTRAINT event_outcomes_pk PRIMARY KEY (job_id),
+        CONSTRAINT event_outcomes_outcome_is_known CHECK (outcome IN ('absorbed', 'rejected', 'discarded')),
+        CONSTRAINT event_outcomes_refusal_has_a_reason CHECK (outcome = 'absorbed' OR reason IS NOT NULL));
+    CREATE INDEX event_outcomes_of_source ON event_outcomes (source, sequence);
+    CREATE INDEX event_outcomes_rejected ON event_outcomes (created_at DESC) WHERE outcome = 'rejected';
+"""
 SECOND_GENERATION = """
     CREATE TABLE portfolios (portfolio_id integer PRIMARY KEY);
     CREATE TABLE portfolio_history (id serial PRIMARY KEY,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import getpass
+import os
 from collections.abc import Iterator
 from itertools import chain
 from typing import Annotated, Any
@@ -61,16 +63,24 @@ def failed_discard(
     name: Name = None,
     kind: KindOption = None,
     every: All = False,
+    actor: Annotated[str | None, typer.Option(help="Who decides it; kept with it. [default: this account]")] = None,
 ) -> None:
-    """Give rejected events up for good; their text and the reasons stay in event_outcomes."""
+    """Give rejected events up for good; their text, the reasons and the actor stay in event_outcomes."""
     from consumers.failed import discard
     from producers.settings import TransportSettings
 
     _check_choice(name, kind, every)
     with stack(database=True, redis=True):
         settings = TransportSettings.from_environment()
-        count = discard(_chosen(name, kind), settings.redis(), settings.queue, reason)
+        count = discard(_chosen(name, kind), settings.redis(), settings.queue, reason, actor or _account())
     print(f"{count} discarded")
+
+
+def _account() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return f"uid {os.getuid()}"
 
 
 def _check_kind(kind: str | None) -> None:

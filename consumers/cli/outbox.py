@@ -52,7 +52,7 @@ def outbox_resend(
     ],
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to try.")] = 60.0,
 ) -> None:
-    """Send stored and refused events again, for a database restored from a backup; what it still has is absorbed."""
+    """Send stored and refused events again, for a database restored from a backup; what it still has is a duplicate."""
     from producers.history_producer import HistoryProducer
 
     path = _existing_outbox()

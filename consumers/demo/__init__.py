@@ -42,14 +42,14 @@ def run_demo(home: Path) -> int:
         counts = exact_counts()
         stored = counts["portfolio_snapshots"] + counts["signal_archives"]
         print(f"\n{stored} rows: {counts['portfolio_snapshots']} snapshots, {counts['signal_archives']} archives;")
-        print(f"{counts['absorbed']} duplicates absorbed, {counts['rejected']} events rejected\n")
+        print(f"{counts['duplicate']} duplicates, {counts['rejected']} events rejected\n")
         print("The newest of portfolio_history:")
         print_snapshots(get_portfolio_history(4))
         print("\nThe newest of signal_archives:")
         print_archives(get_recent_signal_archives(4))
         right = (
             first == second
-            and len(first) == stored == counts["absorbed"] == expected
+            and len(first) == stored == counts["duplicate"] == expected
             and counts["portfolio_snapshots"] == counts["signal_archives"]
             and counts["rejected"] == 0
         )

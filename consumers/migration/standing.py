@@ -49,8 +49,8 @@ class Standing(NamedTuple):
 
     def is_settled(self, source: str, sequence: int) -> bool:
         """Its own row; or another's of the same fact, if that was recorded: else an audit would miss the number."""
-        absorbed = self.found is not None and self.found.same and self.outcome == "absorbed"
-        return absorbed or self.is_own(source, sequence)
+        duplicate = self.found is not None and self.found.same and self.outcome == "duplicate"
+        return duplicate or self.is_own(source, sequence)
 
     def refusal(self) -> str | None:
         """Why it is not to be sent: it would be stored twice, or only refused again, or a person gave it up."""

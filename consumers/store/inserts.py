@@ -1,7 +1,7 @@
 """Idempotent inserts, any number of events with one statement a table.
 
 The unique key on event_id decides what is new. What was there already is compared by value, so that the same fact
-is absorbed and another content under the same id is a conflict.
+is a duplicate and another content under the same id is a conflict.
 """
 
 from __future__ import annotations

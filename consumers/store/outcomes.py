@@ -23,13 +23,13 @@ _FORGET_OUTCOMES = text("DELETE FROM event_outcomes WHERE job_id = ANY (:job_ids
 
 @dataclass(frozen=True)
 class NoRow:
-    """A delivery that brought a fact which another one had stored (absorbed), or that was refused for good.
+    """A delivery of an event that another one had stored (duplicate), or one that was refused for good.
 
     `event` is the text of what was refused, with as much of its identity as could be read.
     """
 
     job_id: str
-    outcome: Literal["absorbed", "rejected"]
+    outcome: Literal["duplicate", "rejected"]
     source: str | None
     sequence: int | None
     event_id: UUID | None

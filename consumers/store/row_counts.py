@@ -11,13 +11,13 @@ EXACT_UP_TO = 100_000  # counted in some hundredths of a second
 _ROWS = {
     "portfolio_snapshots": "portfolio_history",
     "signal_archives": "signal_archives",
-    "absorbed": "event_outcomes WHERE outcome = 'absorbed'",
+    "duplicate": "event_outcomes WHERE outcome = 'duplicate'",
     "rejected": "event_outcomes WHERE outcome = 'rejected'",
 }
 _EXACT = text("SELECT " + ", ".join(f"(SELECT count(*) FROM {rows}) AS {name}" for name, rows in _ROWS.items()))  # noqa: S608  # from constants
 
 # At most so many of each, along an index: from the end where rows are added, not through pages that `retire` emptied.
-# What was absorbed has no index; the rows that are looked at for it are told as `outcomes`.
+# Duplicates have no index; the rows that are looked at for it are told as `outcomes`.
 _BOUNDED = text("""
     SELECT
         (SELECT count(*) FROM (
@@ -27,8 +27,8 @@ _BOUNDED = text("""
         (SELECT count(*) FROM (
             SELECT FROM event_outcomes WHERE outcome = 'rejected' ORDER BY created_at DESC LIMIT :most) AS bounded)
             AS rejected,
-        outcomes, absorbed
-    FROM (SELECT count(*) AS outcomes, count(*) FILTER (WHERE outcome = 'absorbed') AS absorbed
+        outcomes, duplicate
+    FROM (SELECT count(*) AS outcomes, count(*) FILTER (WHERE outcome = 'duplicate') AS duplicate
         FROM (SELECT outcome FROM event_outcomes LIMIT :most) AS bounded) AS looked_at
 """)
 
@@ -54,7 +54,7 @@ def quick_counts() -> tuple[dict[str, int], list[str]]:
     """
     with get_db() as db:
         counted = dict(db.execute(_BOUNDED, {"most": EXACT_UP_TO + 1}).mappings().one())
-        looked_at = counted | {"absorbed": counted["outcomes"]}
+        looked_at = counted | {"duplicate": counted["outcomes"]}
         many = [name for name in _ROWS if looked_at[name] > EXACT_UP_TO]
         counts = {name: counted[name] for name in _ROWS}
         return counts | {name: max(counts[name], _estimate(db, _ROWS[name])) for name in many}, many

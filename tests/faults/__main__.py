@@ -31,7 +31,8 @@ def main() -> int:
         print(f"{count:6} {name}")
     print(f"{storm.faults.total():6} faults in {options.minutes} minutes")
     print(
-        f"{judged.accepted} events accepted: {judged.rows} rows, {judged.absorbed} absorbed, {judged.rejected} rejected"
+        f"{judged.accepted} events accepted: {judged.rows} rows,"
+        f" {judged.duplicate} duplicates, {judged.rejected} rejected"
     )
     print(f"at worst {storm.worst_queue_entries} queue entries of one delivery")
     print(f"{len(judged.breaches)} breaches of the promise")

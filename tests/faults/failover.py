@@ -173,7 +173,7 @@ def print_failovers(found: Failovers) -> int:
     """Exit status: 1 if a promise was broken."""
     assert found.judged is not None
     judged = found.judged
-    lost = judged.accepted - judged.rows - judged.absorbed - judged.rejected
+    lost = judged.accepted - judged.rows - judged.duplicate - judged.rejected
     print(f"{judged.accepted} events accepted at {_RATE}/s, {judged.rows} rows, {lost} lost")
     for kind, seconds in found.pauses.items():
         print(f"master {kind}: no new row for {seconds:.1f} s")

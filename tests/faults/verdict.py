@@ -25,7 +25,7 @@ class Verdict:
 
     accepted: int
     rows: int
-    absorbed: int
+    duplicate: int
     rejected: int
     breaches: list[str]
 
@@ -65,7 +65,7 @@ def verdict(outboxes: Sequence[Path], told: Iterable[tuple[str, int, str]]) -> V
             if one.missing or one.mismatched:
                 breaches.append(f"the audit misses {one.missing} {one.mismatched} of {one.source}")
     kinds = [outcome for _, outcome, _ in outcomes.values()]
-    return Verdict(len(entries), len(stored), kinds.count("absorbed"), kinds.count("rejected"), breaches)
+    return Verdict(len(entries), len(stored), kinds.count("duplicate"), kinds.count("rejected"), breaches)
 
 
 def _fate(key: tuple[str, int], state: str, fact_has_row: bool, has_row: bool, outcome: str) -> list[str]:

@@ -421,7 +421,7 @@ def test_nothing_can_be_written(client: TestClient, method: str) -> None:
     _require_problem(answer, 405)
     assert answer.headers["allow"] == "GET"
     with pytest.raises(StoreUnavailable, match="read-only"), get_reader() as db:
-        db.execute(text("INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'absorbed')"))
+        db.execute(text("INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'duplicate')"))
 
 
 def test_head_is_get_without_the_body(client: TestClient) -> None:

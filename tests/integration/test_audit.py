@@ -71,7 +71,7 @@ def _audited(producer: HistoryProducer, redis: Redis, *, with_outbox: bool = Tru
 def test_every_number_is_accounted_for(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
     """Across both tables and the outcomes; with the outbox the tail is known."""
     one = _audited(producer, redis)
-    assert (one.stored, one.absorbed, one.rejected, one.discarded, one.last) == (4, 1, 1, 0, 6)
+    assert (one.stored, one.duplicate, one.rejected, one.discarded, one.last) == (4, 1, 1, 0, 6)
     assert (one.source, one.under_way, one.missing, one.tail_known) == (mixed[0].source, 0, [], True)
     assert one.complete
     assert not _audited(producer, redis, with_outbox=False).tail_known
@@ -84,7 +84,7 @@ def test_what_is_under_way_is_not_missing(producer: HistoryProducer, redis: Redi
     assert (_audited(producer, redis).under_way, _audited(producer, redis).missing) == (2, [])
     with get_db() as db:
         db.execute(
-            text("INSERT INTO event_outcomes (job_id, source, sequence, outcome) VALUES ('x', :source, 8, 'absorbed')"),
+            text("INSERT INTO event_outcomes (job_id, source, sequence, outcome) VALUES ('x', :source, 8, 'duplicate')"),
             {"source": mixed[0].source},
         )
     without = _audited(producer, redis, with_outbox=False)
@@ -244,7 +244,7 @@ def test_what_was_discarded_stays_so_when_it_is_refused_once_more(
 
     assert list(rejections()) == []
     with get_db() as db:
-        assert db.execute(text("SELECT outcome FROM event_outcomes WHERE outcome <> 'absorbed'")).all() == [
+        assert db.execute(text("SELECT outcome FROM event_outcomes WHERE outcome <> 'duplicate'")).all() == [
             ("discarded",)
         ]
 

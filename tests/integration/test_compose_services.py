@@ -228,7 +228,7 @@ def test_init_db_brings_an_older_database_its_logins(tables: list[tuple[int, str
         ("worker", "UPDATE signal_archives SET source = ''"),
         ("worker", "DROP TABLE portfolio_history"),
         ("worker", "ALTER ROLE trading_history PASSWORD 'x'"),
-        ("api", "INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'absorbed')"),
+        ("api", "INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'duplicate')"),
         ("api", "DELETE FROM event_outcomes"),
         ("api", "CREATE TABLE mine (x integer)"),
     ],

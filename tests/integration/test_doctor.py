@@ -618,7 +618,7 @@ def test_a_locked_table_is_a_warning_and_holds_nothing_up(redis: Redis, database
 
 
 def test_what_was_refused_lately_is_told_with_the_most_frequent_reason(redis: Redis, database_url: str) -> None:
-    """Counted without the numbers in it; not what is older, or was absorbed."""
+    """Counted without the numbers in it; not what is older, or was a duplicate."""
     refused = "INSERT INTO event_outcomes (job_id, outcome, reason, created_at) VALUES (:job, :outcome, :reason, {at})"
     conflict = "event 7c1f366e-c9c3-5876-873e-6a33c29b098{} is stored already as row {}, with other content"
     for number in range(3):
@@ -626,7 +626,7 @@ def test_what_was_refused_lately_is_told_with_the_most_frequent_reason(redis: Re
             refused.format(at="now()"), job=f"j-{number}", outcome="rejected", reason=conflict.format(number, number)
         )
     _execute(refused.format(at="now()"), job="j-4", outcome="rejected", reason="balance: is not a number")
-    _execute(refused.format(at="now()"), job="j-5", outcome="absorbed", reason=None)
+    _execute(refused.format(at="now()"), job="j-5", outcome="duplicate", reason=None)
     _execute(refused.format(at="now() - interval '25 hours'"), job="j-6", outcome="rejected", reason="old")
     status, found = _found("rejected in the last day")
     assert status == "warn"

@@ -106,9 +106,12 @@ def test_what_was_not_rejected_any_more_is_not_counted_as_given_up(redis: Redis,
     with get_db() as db:
         db.execute(text("DELETE FROM event_outcomes WHERE job_id = 'a'"))
     history_queue(redis).enqueue("f", job_id="a")
-    assert discard(chosen, redis, "history", "known") == 1
-    assert discard(chosen, redis, "history", "known") == 0
+    assert discard(chosen, redis, "history", "known", "me") == 1
+    assert discard(chosen, redis, "history", "known", "you") == 0
     assert redis.exists("rq:job:a")
+    with get_db() as db:
+        (given_up,) = db.execute(text("SELECT outcome, reason, actor FROM event_outcomes")).all()
+    assert tuple(given_up) == ("discarded", "known; it was rejected: why", "me")
 
 
 def test_what_was_stored_meanwhile_is_not_sent_again(redis: Redis, database_url: str) -> None:

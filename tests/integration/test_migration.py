@@ -169,7 +169,7 @@ def test_what_cannot_be_taken_is_reported_and_recorded_and_the_rest_goes_on(redi
     assert {index for _, index, _ in reported} == {1, 3, 4}
     assert {(one.sequence, one.reason) for one in rejections()} == {(index, reason) for _, index, reason in reported}
     (account,) = audit()
-    assert (account.stored, account.absorbed, account.rejected, account.missing) == (2, 1, 3, [])
+    assert (account.stored, account.duplicate, account.rejected, account.missing) == (2, 1, 3, [])
     found = [(one.what, one.index) for one in _verify(folder)]
     assert sorted(found) == [("damaged", 6), ("differs", 3), ("unusable", 1), ("unusable", 4)]
 
@@ -272,7 +272,7 @@ def test_only_what_is_missing_is_sent(redis: Redis, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("worker")
 def test_what_live_traffic_brought_already_is_accounted_for(redis: Redis, tmp_path: Path) -> None:
-    """The fact is one row, and the file's number is recorded as absorbed, once."""
+    """The fact is one row, and the file's number is recorded as a duplicate, once."""
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         moment = _FIRST.replace(tzinfo=UTC)
         values = {name: value for name, value in _snapshot(0).items() if name not in ("date", "timestamp")}
@@ -283,7 +283,7 @@ def test_what_live_traffic_brought_already_is_accounted_for(redis: Redis, tmp_pa
     assert _counts(_import(redis, folder)) == [(2, 1, 1, 0)]
     assert _counts(_import(redis, folder)) == [(2, 0, 2, 0)]
     imported = next(one for one in audit() if one.source.startswith("import/"))
-    assert (imported.stored, imported.absorbed, imported.missing) == (1, 1, [])
+    assert (imported.stored, imported.duplicate, imported.missing) == (1, 1, [])
     assert _verify(folder) == []
 
 

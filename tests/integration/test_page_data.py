@@ -379,7 +379,7 @@ def test_every_query_goes_along_an_index(client: TestClient) -> None:
         )
         db.execute(
             text("""INSERT INTO event_outcomes (job_id, outcome, reason) SELECT 'j' || number,
-                CASE WHEN number % 1000 = 0 THEN 'rejected' ELSE 'absorbed' END, 'x'
+                CASE WHEN number % 1000 = 0 THEN 'rejected' ELSE 'duplicate' END, 'x'
                 FROM generate_series(1, 50000) AS number""")
         )
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:

@@ -135,7 +135,7 @@ def test_eight_processes_sending_the_same_facts_make_each_row_once(redis: Redis,
     accounted = """
         SELECT count(*), count(DISTINCT (source, sequence)) FROM (
             SELECT source, sequence FROM portfolio_history
-            UNION ALL SELECT source, sequence FROM event_outcomes WHERE outcome = 'absorbed') AS deliveries
+            UNION ALL SELECT source, sequence FROM event_outcomes WHERE outcome = 'duplicate') AS deliveries
     """
     assert _rows(accounted) == [(1600, 1600)]
 
@@ -166,7 +166,7 @@ def test_events_in_any_order_make_the_same_tables(redis: Redis, database_url: st
 def test_a_fact_sent_twice_is_stored_once_and_the_second_delivery_is_told_the_same_row(
     producer: HistoryProducer, work: Work
 ) -> None:
-    """The second is noted as absorbed, under its own job."""
+    """The second is noted as a duplicate, under its own job."""
     first, second = producer.record(a_snapshot()), producer.record(a_snapshot())
     producer.flush(5)
     work()
@@ -175,7 +175,7 @@ def test_a_fact_sent_twice_is_stored_once_and_the_second_delivery_is_told_the_sa
     assert len(get_portfolio_history()) == 1
     job_id = f"{second.source.split('/')[1]}-{second.sequence}"
     assert _rows("SELECT job_id, outcome, sequence, reason, event FROM event_outcomes") == [
-        (job_id, "absorbed", second.sequence, None, None)
+        (job_id, "duplicate", second.sequence, None, None)
     ]
 
 

@@ -144,7 +144,7 @@ def test_readers_cannot_tell_and_the_way_back_is_complete(tmp_path: Path) -> Non
     assert _seen() == before
 
 
-def test_a_retired_fact_is_absorbed_and_other_content_is_a_conflict() -> None:
+def test_a_retired_fact_is_a_duplicate_and_other_content_is_a_conflict() -> None:
     """With the row that it has had from the start; what is new goes in, also for an old month, and can be retired."""
     events = _events()
     first = _store(events)

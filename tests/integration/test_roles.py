@@ -71,7 +71,7 @@ def roles(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 _NEW_ROW = """INSERT INTO portfolio_history (event_id, source, snapshot_date, "timestamp", balance, total_invested,
     total_profit_loss, total_value, open_positions, trade_count)
     VALUES (gen_random_uuid(), 'x', now(), now(), 1, 1, 1, 1, 1, 1)"""
-_NEW_OUTCOME = "INSERT INTO event_outcomes (job_id, outcome) VALUES (CAST(gen_random_uuid() AS text), 'absorbed')"
+_NEW_OUTCOME = "INSERT INTO event_outcomes (job_id, outcome) VALUES (CAST(gen_random_uuid() AS text), 'duplicate')"
 _READS = [f"SELECT * FROM {table}" for table in ("portfolio_history", "signal_archives", "event_outcomes")]
 _WRITES = [_NEW_ROW, _NEW_OUTCOME, "UPDATE event_outcomes SET reason = 'x'", "DELETE FROM event_outcomes"]
 _CHANGES = [
@@ -135,7 +135,7 @@ def _in_process(*arguments: str, status: int = 0) -> str:
 def test_the_commands_of_a_worker_host_need_no_more_than_the_writer(
     roles: str, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Storing, absorbing, refusing; failed, audit, status, doctor, import, verify, export."""
+    """Storing, a duplicate, refusing; failed, audit, status, doctor, import, verify, export."""
     _become(monkeypatch, roles, WORKER)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "portfolio_history.json").write_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,16 @@ from consumers.connection import apply_schema, create_store_engine, engine, get_
 from consumers.errors import OldSchema, StoreUnavailable
 from consumers.operations import get_portfolio_history
 from producers.errors import InvalidEvent, SettingsError
-from tests.legacy_databases import FIRST_GENERATION, SECOND_GENERATION
+from tests.legacy_databases import FIRST_GENERATION, OUTCOMES_BEFORE_DUPLICATE, SECOND_GENERATION
 
 _STRUCTURE = """
     SELECT table_name, column_name, data_type FROM information_schema.columns WHERE table_schema = 'public'
     ORDER BY table_name, ordinal_position
+"""
+
+_OLD_WORKERS_INSERT = """
+    INSERT INTO event_outcomes (job_id, outcome) VALUES (:job_id, 'absorbed')
+    ON CONFLICT (job_id) DO UPDATE SET outcome = excluded.outcome WHERE event_outcomes.outcome <> 'discarded'
 """
 
 
@@ -60,6 +66,38 @@ def test_the_schema_may_run_again_and_keeps_what_is_there(database_url: str) -> 
     with get_db() as db:
         assert db.execute(text("SELECT job_id FROM event_outcomes")).scalars().all() == ["kept"]
     assert _structure() == before
+
+
+def test_a_database_from_before_the_outcome_was_renamed_is_upgraded(database_url: str) -> None:
+    """By two at once; the rows keep all else; again, nothing is rewritten; and a worker of before may go on."""
+    _execute(OUTCOMES_BEFORE_DUPLICATE)
+    _execute("INSERT INTO event_outcomes (job_id, outcome) SELECT n::text, 'absorbed' FROM generate_series(1, 3) AS n")
+    _execute("INSERT INTO event_outcomes (job_id, outcome, reason) VALUES ('4', 'rejected', 'why')")
+    _execute("INSERT INTO event_outcomes (job_id, outcome, reason) VALUES ('5', 'discarded', 'why')")
+    kept = "SELECT job_id, outcome, reason, created_at FROM event_outcomes ORDER BY job_id"
+    with get_db() as db:
+        before = [tuple(row) for row in db.execute(text(kept))]
+    with ThreadPoolExecutor(2) as at_once:
+        assert list(at_once.map(apply_schema, [engine()] * 2)) == [[], []]
+
+    places = "SELECT ctid, xmin, * FROM event_outcomes ORDER BY job_id"
+    with get_db() as db:
+        assert [tuple(row) for row in db.execute(text(kept))] == [
+            (job_id, "duplicate" if outcome == "absorbed" else outcome, *rest) for job_id, outcome, *rest in before
+        ]
+        checks = (
+            "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint WHERE conrelid = 'event_outcomes'::regclass"
+        )
+        upgraded = (db.execute(text(checks)).all(), db.execute(text(places)).all())
+    assert "absorbed" not in str(upgraded)
+    apply_schema(engine())
+    with get_db() as db:
+        assert (db.execute(text(checks)).all(), db.execute(text(places)).all()) == upgraded
+
+    _execute(_OLD_WORKERS_INSERT, job_id="6")
+    _execute(_OLD_WORKERS_INSERT, job_id="1")
+    with get_db() as db:
+        assert db.execute(text("SELECT count(*) FROM event_outcomes WHERE outcome = 'duplicate'")).scalar() == 4
 
 
 def test_psql_runs_the_schema_too(empty_database_url: str, tmp_path: Path) -> None:

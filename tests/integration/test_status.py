@@ -18,7 +18,7 @@ from consumers.terminal import print_facts
 
 _PROGRAM = [sys.executable, "-m", "consumers.cli", "status"]
 
-_NUMBERS = ("portfolio_snapshots", "signal_archives", "absorbed", "rejected")
+_NUMBERS = ("portfolio_snapshots", "signal_archives", "duplicate", "rejected")
 
 _ROWS = """
     INSERT INTO {table} (event_id, source, snapshot_date, "timestamp", balance, total_invested, total_profit_loss,
@@ -82,7 +82,7 @@ def test_an_unreadable_outbox_is_told_beside_all_else(
 def test_few_rows_are_counted(redis: Redis, database_url: str, few: None, capsys: pytest.CaptureFixture[str]) -> None:
     """Also when the statistics say otherwise: 100 of each are no more than 100."""
     _execute(_ROWS.format(table="portfolio_history", count=200), "ANALYZE portfolio_history")
-    _execute("DELETE FROM portfolio_history WHERE id > 100", _OUTCOMES.format(outcome="absorbed", count=60))
+    _execute("DELETE FROM portfolio_history WHERE id > 100", _OUTCOMES.format(outcome="duplicate", count=60))
     _execute(_OUTCOMES.format(outcome="rejected", count=40))
     facts, _ = pipeline_status()
     assert [facts[name] for name in _NUMBERS] == [100, 0, 60, 40]
@@ -101,23 +101,23 @@ def test_of_many_rows_it_tells_about_how_many(
         _ROWS.replace("(event_id", "(id, event_id")
         .replace("SELECT ", "SELECT -generate_series, ")
         .format(table="old", count=1000),
-        *(_OUTCOMES.format(outcome=outcome, count=count) for outcome, count in (("absorbed", 900), ("rejected", 50))),
+        *(_OUTCOMES.format(outcome=outcome, count=count) for outcome, count in (("duplicate", 900), ("rejected", 50))),
         "ANALYZE",
         _ROWS.format(table="portfolio_history", count=2000),
     )
     facts, _ = pipeline_status()
-    assert facts["approximate"] == ["portfolio_snapshots", "absorbed"]
+    assert facts["approximate"] == ["portfolio_snapshots", "duplicate"]
     assert facts["portfolio_snapshots"] == pytest.approx(5000, rel=0.1)
-    assert facts["absorbed"] == pytest.approx(900, rel=0.1)
+    assert facts["duplicate"] == pytest.approx(900, rel=0.1)
     assert (facts["signal_archives"], facts["rejected"]) == (0, 50)
     print_facts(facts)
-    assert "approximate          portfolio snapshots, absorbed\n" in capsys.readouterr().out
+    assert "approximate          portfolio snapshots, duplicate\n" in capsys.readouterr().out
 
 
 def test_many_rows_that_were_never_analyzed_are_told_as_many(redis: Redis, database_url: str, few: None) -> None:
     """The planner then guesses; it is at least what was counted."""
-    _execute(*(_OUTCOMES.format(outcome=outcome, count=150) for outcome in ("absorbed", "rejected")))
+    _execute(*(_OUTCOMES.format(outcome=outcome, count=150) for outcome in ("duplicate", "rejected")))
     facts, _ = pipeline_status()
-    assert facts["approximate"] == ["absorbed", "rejected"]
-    assert min(facts["absorbed"], facts["rejected"]) > 100
+    assert facts["approximate"] == ["duplicate", "rejected"]
+    assert min(facts["duplicate"], facts["rejected"]) > 100
     assert {type(facts[name]) for name in _NUMBERS} == {int}

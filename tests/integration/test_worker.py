@@ -174,7 +174,7 @@ def test_one_bad_event_in_a_batch_costs_only_itself(redis: Redis, monkeypatch: p
 
 
 def test_a_batch_may_have_the_same_fact_and_the_same_job_twice(redis: Redis) -> None:
-    """One row; another delivery of the fact is absorbed, another content refused, the same delivery is its row's."""
+    """One row; another delivery of the fact is a duplicate, another content refused, the same delivery is its row's."""
     first, same, other = (
         encode(event_of(a_snapshot(balance=balance), source=f"other/{n}", sequence=7))
         for n, balance in enumerate((1, 1, 2))
@@ -185,7 +185,7 @@ def test_a_batch_may_have_the_same_fact_and_the_same_job_twice(redis: Redis) -> 
 
     (row,) = get_portfolio_history()
     assert (row["source"], row["balance"]) == ("other/0", 1.0)
-    assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [("other", "rejected"), ("same", "absorbed")]
+    assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [("other", "rejected"), ("same", "duplicate")]
     acknowledged = {key: redis.hgetall(f"history:ack:other/{key}") for key in (0, 1)}
     assert {told for outcomes in acknowledged.values() for told in outcomes.values()} == {b"duplicate:%d" % row["id"]}
     assert redis.keys("history:held:*") == []

@@ -18,7 +18,7 @@ def test_these_tests_meet_an_old_server(database_url: str) -> None:
 
 def test_status_counts_there(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows and outcomes; many by the planner's estimate."""
-    counts = {"portfolio_snapshots": 0, "signal_archives": 0, "absorbed": 0, "rejected": 0}
+    counts = {"portfolio_snapshots": 0, "signal_archives": 0, "duplicate": 0, "rejected": 0}
     assert row_counts.quick_counts() == (counts, [])
     monkeypatch.setattr(row_counts, "EXACT_UP_TO", 100)
     store_many(1000)
