@@ -84,7 +84,9 @@ def test_what_is_under_way_is_not_missing(producer: HistoryProducer, redis: Redi
     assert (_audited(producer, redis).under_way, _audited(producer, redis).missing) == (2, [])
     with get_db() as db:
         db.execute(
-            text("INSERT INTO event_outcomes (job_id, source, sequence, outcome) VALUES ('x', :source, 8, 'duplicate')"),
+            text(
+                "INSERT INTO event_outcomes (job_id, source, sequence, outcome) VALUES ('x', :source, 8, 'duplicate')"
+            ),
             {"source": mixed[0].source},
         )
     without = _audited(producer, redis, with_outbox=False)
