@@ -1,27 +1,31 @@
 """The proof: for each source, every number from the first to the last is accounted for, or named as missing.
 
 A source numbers its events without gaps. In the database each number is a row, or an outcome that is no row. With
-the producer's outbox at hand, the audit also knows the numbers after the last one in the database.
+the producer's outbox at hand, the audit also knows the numbers after the last one in the database, and compares each
+entry by its number and its event's id. Copies of an outbox may have used the same numbers for other events: then gaps
+can be seen only with each of the outboxes, and the audit says so.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
+from uuid import UUID
 
 from redis import Redis
-from rq.job import Job
-from rq.utils import as_text
+from rq import Queue
+from rq.intermediate_queue import IntermediateQueue
+from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
 from consumers.connection import get_db
-from producers.outbox import Outbox, source_of
-from producers.redis_keys import job_id_of
-from producers.rq_jobs import UNDER_WAY
+from producers.entries import Source
+from producers.outbox import Outbox
+from producers.outcomes import shown
+from producers.redis_keys import delivery_of, held_key, holders_key
 
-_PAGE = 5000
+_MOST_SHARED = 10_000  # numbers that are looked at, of a source whose numbers were used twice
 
 # What was refused may have a number and no source that is one: it is in no source's account.
 _COUNTS = text("""
@@ -43,7 +47,7 @@ _COUNTS = text("""
 # Source by source, each is an ordered pass over the indexes; all at once would be a sort of everything. Each part in
 # its order: PostgreSQL does not look for one behind a UNION ALL of tables that have heirs.
 _GAPS = text("""
-    SELECT previous + 1 AS first, sequence - 1 AS last FROM (
+    SELECT previous + 1 AS first, sequence - 1 AS last, sequence FROM (
         SELECT sequence, lag(sequence, 1, CAST(:before AS bigint)) OVER (ORDER BY sequence) AS previous FROM (
             (SELECT sequence FROM portfolio_history
                 WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)
@@ -52,16 +56,21 @@ _GAPS = text("""
             UNION ALL (SELECT sequence FROM event_outcomes
                 WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)) AS numbered
         ) AS steps
-    WHERE sequence > previous + 1 ORDER BY sequence
+    WHERE sequence <> previous + 1 ORDER BY sequence
 """)
 
-_IDENTITIES = text("""
-    SELECT sequence, event_id FROM (
-        SELECT source, sequence, event_id FROM portfolio_history
-        UNION ALL SELECT source, sequence, event_id FROM signal_archives
-        UNION ALL SELECT source, sequence, event_id FROM event_outcomes) AS identities
-    WHERE source = :source AND sequence BETWEEN :first AND :last
-""")
+_EVENTS = """(
+    SELECT source, sequence, event_id FROM portfolio_history
+    UNION ALL SELECT source, sequence, event_id FROM signal_archives
+    UNION ALL SELECT source, sequence, event_id FROM event_outcomes) AS events
+"""
+_IDENTITIES = text(f"""
+    SELECT sequence, event_id FROM {_EVENTS} WHERE source = :source AND sequence BETWEEN :first AND :last
+""")  # noqa: S608  # constants
+_SHARED = text(f"""
+    SELECT sequence FROM {_EVENTS} WHERE source = :source AND sequence = ANY (:numbers)
+    GROUP BY sequence HAVING count(DISTINCT event_id) > 1 ORDER BY sequence
+""")  # noqa: S608  # constants
 
 Ranges = list[tuple[int, int]]
 
@@ -71,8 +80,9 @@ class SourceAudit:
     """One source's numbers, counted by what became of them.
 
     `missing` are inclusive ranges of numbers that nothing is known of; `mismatched` are numbers under which the
-    database has another event than the outbox. `under_way` numbers are still in the outbox or the queue. Without
-    the outbox (`tail_known` false) what was accepted after `last` cannot be seen.
+    database has other events, and not the one of this outbox. `shared` are numbers that several events have, the first
+    10,000: copies of one outbox have used them. `under_way` numbers are still in the outbox or the queue. Where
+    `tail_known` is false, what was accepted after `last` cannot be seen: it needs the outbox, or each of its copies.
     """
 
     source: str
@@ -84,60 +94,104 @@ class SourceAudit:
     under_way: int
     missing: Ranges
     mismatched: list[int]
+    shared: list[int]
+    copied: bool
     tail_known: bool
 
     @property
     def complete(self) -> bool:
+        """Whether every number and every entry that can be seen from here is accounted for."""
         return not self.missing and not self.mismatched
 
 
-def audit(redis: Redis | None = None, outbox: Outbox | None = None) -> list[SourceAudit]:
-    """Account for every source in the database, and every source of `outbox`.
+@dataclass(frozen=True)
+class _Recorded:
+    """What the database has of one source."""
+
+    stored: int = 0
+    duplicate: int = 0
+    rejected: int = 0
+    discarded: int = 0
+    last: int = 0
+    gaps: tuple[tuple[int, int], ...] = ()
+    shared: tuple[int, ...] = ()
+
+
+def audit(redis: Redis | None = None, outbox: Outbox | None = None, queue: str = "history") -> list[SourceAudit]:
+    """Account for every source in the database, and every source of `outbox`; `redis` has the RQ queue `queue`.
 
     Raises:
         StoreUnavailable: the database cannot be read now.
+        OutboxError: the outbox cannot be read.
     """
-    # The outbox first: what is on its way when it is read may be stored a moment later, but cannot be missing; and
-    # what it accepts from now on is not expected in the database.
-    kept = {} if outbox is None else {source_of(name, key): (key, last) for key, name, last in outbox.sources()}
-    unsettled = {source: outbox.unsettled(key) for source, (key, _) in kept.items()} if outbox is not None else {}
-    counts, gaps = _recorded()
-    audits = []
-    for source in sorted(counts.keys() | kept.keys()):
-        row, ranges = counts.get(source), gaps.get(source, [])
-        last: int = 0 if row is None else row.last
-        if source in kept:
-            ranges, last = _up_to(ranges, last, kept[source][1]), kept[source][1]
-        travelling = unsettled[source] if source in unsettled else _in_queue(source, ranges, redis)
-        missing = _without(ranges, travelling)
-        audits.append(
-            SourceAudit(
-                source=source,
-                stored=0 if row is None else int(row.stored),
-                duplicate=0 if row is None else int(row.duplicate),
-                rejected=0 if row is None else int(row.rejected),
-                discarded=0 if row is None else int(row.discarded),
-                last=last,
-                under_way=_size(ranges) - _size(missing),
-                missing=missing,
-                mismatched=_mismatched(source, kept[source][0], outbox) if outbox and source in kept else [],
-                tail_known=source in kept,
-            )
+    # The outbox and the queue first: what is on its way when they are read may be stored a moment later, but cannot be
+    # missing; and what is accepted from now on is not expected in the database.
+    kept = {} if outbox is None else {source.full_name: source for source in outbox.sources()}
+    unsettled = {name: outbox.unsettled(source.id) for name, source in kept.items()} if outbox is not None else {}
+    queued = {} if redis is None else _numbers_in_queue(redis, queue)
+    recorded = _recorded()
+    lasts = {} if outbox is None else {source.full_name: source.last_sequence for source in outbox.sources()}
+    return [
+        _audited(
+            name,
+            recorded.get(name, _Recorded()),
+            kept.get(name),
+            last_now=lasts.get(name, 0),
+            under_way=unsettled.get(name, set()) | queued.get(name.rpartition("/")[2], set()),
+            mismatched=_mismatched(kept[name], outbox) if outbox is not None and name in kept else [],
         )
-    return audits
+        for name in sorted(recorded.keys() | kept.keys())
+    ]
 
 
-def _recorded() -> tuple[dict[str, Any], dict[str, Ranges]]:
-    """Of each source in the database its row of _COUNTS, and the gaps between its numbers."""
+def _audited(
+    name: str, found: _Recorded, kept: Source | None, *, last_now: int, under_way: set[int], mismatched: list[int]
+) -> SourceAudit:
+    """`kept` is the source as the outbox had it before the database was read, `last_now` its last number afterwards."""
+    gaps, last = list(found.gaps), found.last
+    copied = bool(found.shared)
+    if kept is not None:
+        # A number that this outbox has never used: a copy has, or this is an older copy that was put back.
+        copied |= kept.left_because == "copied" or found.last > last_now
+        gaps, last = _up_to(gaps, found.last, kept.last_sequence), max(kept.last_sequence, found.last if copied else 0)
+    missing = _without(gaps, under_way)
+    return SourceAudit(
+        source=name,
+        stored=found.stored,
+        duplicate=found.duplicate,
+        rejected=found.rejected,
+        discarded=found.discarded,
+        last=last,
+        under_way=_size(gaps) - _size(missing),
+        missing=missing,
+        mismatched=mismatched,
+        shared=list(found.shared),
+        copied=copied,
+        tail_known=kept is not None and not copied,
+    )
+
+
+def _recorded() -> dict[str, _Recorded]:
+    """What the database has of each source, as of one moment."""
     with get_db() as db:
-        # One moment for all: what is stored while this looks would else be counted in one place and not in the other.
+        # What is stored while this looks would else be counted in one place and not in the other.
         db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        counts = {row.source: row for row in db.execute(_COUNTS)}
-        gaps = {
-            source: [(gap.first, gap.last) for gap in db.execute(_GAPS, {"source": source, "before": _before(source)})]
-            for source in counts
-        }
-    return counts, gaps
+        found = {}
+        for row in db.execute(_COUNTS):
+            steps = db.execute(_GAPS, {"source": row.source, "before": _before(row.source)}).all()
+            gaps = tuple((step.first, step.last) for step in steps if step.last >= step.first)
+            again = sorted({step.sequence for step in steps if step.last < step.first})[:_MOST_SHARED]
+            shared = db.execute(_SHARED, {"source": row.source, "numbers": again}).scalars().all() if again else ()
+            found[row.source] = _Recorded(
+                stored=int(row.stored),
+                duplicate=int(row.duplicate),
+                rejected=int(row.rejected),
+                discarded=int(row.discarded),
+                last=row.last,
+                gaps=gaps,
+                shared=tuple(shared),
+            )
+        return found
 
 
 def _before(source: str) -> int:
@@ -152,29 +206,44 @@ def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:
     return [(first, min(last, last_used)) for first, last in ranges if first <= last_used]
 
 
-def _mismatched(source: str, source_id: str, outbox: Outbox) -> list[int]:
-    """The numbers under which the database has another event than the outbox."""
-    mismatched, after = [], -1
-    while page := outbox.numbers(source_id, after, _PAGE):
-        first, after = page[0][0], page[-1][0]
+def _mismatched(source: Source, outbox: Outbox) -> list[int]:
+    """The numbers under which the database has other events than the outbox, and not the outbox's own.
+
+    An entry that is under way is not looked for. Of what was rejected the database may not know the event's id.
+    """
+    mismatched: list[int] = []
+    for page in outbox.numbers(source.id):
+        stored: dict[int, set[UUID | None]] = {}
         with get_db() as db:
-            rows = db.execute(_IDENTITIES, {"source": source, "first": first, "last": after})
-            stored = {row.sequence: row.event_id for row in rows}
-        mismatched += [number for number, event_id in page if stored.get(number, event_id) not in (event_id, None)]
+            span = {"first": page[0].sequence, "last": page[-1].sequence}
+            for row in db.execute(_IDENTITIES, {"source": source.full_name, **span}):
+                stored.setdefault(row.sequence, set()).add(row.event_id)
+        mismatched += [
+            one.sequence
+            for one in page
+            if one.state in ("stored", "rejected")
+            and one.sequence in stored
+            and not stored[one.sequence] & {one.event_id, None}
+        ]
     return mismatched
 
 
-def _in_queue(source: str, ranges: Ranges, redis: Redis | None) -> set[int]:
-    """Those numbers whose job is on its way in Redis; of a very long gap only the first."""
-    numbers = list(islice((number for first, last in ranges for number in range(first, last + 1)), _PAGE))
-    if redis is None or not numbers:
-        return set()
-    source_id = source.rsplit("/", 1)[-1]
-    with redis.pipeline(transaction=False) as pipe:
-        for number in numbers:
-            pipe.hget(Job.key_for(job_id_of(source_id, number)), "status")
-        statuses = pipe.execute()
-    return {number for number, status in zip(numbers, statuses, strict=True) if status and as_text(status) in UNDER_WAY}
+def _numbers_in_queue(redis: Redis, queue_name: str) -> dict[str, set[int]]:
+    """By the id of their source, the numbers of the deliveries that wait or are worked on."""
+    queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
+    owners: Any = redis.hkeys(holders_key(queue_name))
+    with redis.pipeline(transaction=True) as pipe:
+        pipe.lrange(queue.key, 0, -1)
+        pipe.lrange(IntermediateQueue.get_intermediate_queue_key(queue.key), 0, -1)
+        for owner in owners:
+            pipe.lrange(held_key(queue_name, shown(owner)), 0, -1)
+        pipe.zrange(queue.started_job_registry.key, 0, -1)
+        lists = pipe.execute(raise_on_error=False)  # a key of another type is somebody else's
+    numbers: dict[str, set[int]] = {}
+    for job_id in (shown(member).partition(":")[0] for one in lists if isinstance(one, list) for member in one):
+        if delivery := delivery_of(job_id):
+            numbers.setdefault(delivery[0], set()).add(delivery[1])
+    return numbers
 
 
 def _without(ranges: Ranges, known: set[int]) -> Ranges:

@@ -136,7 +136,7 @@ def _queue_metrics(facts: Mapping[str, Any]) -> list[Metric]:
 
 
 def _outbox_metrics() -> list[Metric] | None:
-    facts = outbox_facts(TransportSettings.from_environment().outbox)
+    facts = outbox_facts(TransportSettings.from_environment())
     if facts is None:
         return None
     entries = GaugeMetricFamily(

@@ -41,6 +41,18 @@ _REFUSALS: dict[type[HistoryError], str] = {EventConflict: "conflict", PoisonEve
 _HEAD_CHARACTERS = 2000  # id, source and sequence are in an event's first 400
 _IMPORTED = "import/"  # begins the sources of old history, which is late by years
 
+# KEYS acknowledgements of one source; ARGV seconds until they expire, then for each delivery its job id and what
+# follows the time. The time is Redis': relays compare it with that, and no host's clock has a say.
+_ACKNOWLEDGE = """
+local fields, now = {}, redis.call('TIME')[1]
+for n = 2, #ARGV, 2 do
+    fields[n - 1] = ARGV[n]
+    fields[n] = now .. ' ' .. ARGV[n + 1]
+end
+redis.call('HSET', KEYS[1], unpack(fields))
+redis.call('EXPIRE', KEYS[1], ARGV[1])
+"""
+
 _SOURCE: TypeAdapter[str] = TypeAdapter(Source)
 _SEQUENCE: TypeAdapter[int] = TypeAdapter(SequenceNumber)
 _EVENT_ID: TypeAdapter[UUID] = TypeAdapter(EventId)
@@ -216,14 +228,12 @@ def _log(read: Sequence[Event | HistoryError], settled: Sequence[Settled]) -> No
 
 def acknowledge(pipe: Pipeline, ends: Iterable[Settled]) -> None:
     """Tell the producers, which take it from there; nothing to tell to one that keeps no outbox."""
-    by_source: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    by_source: defaultdict[str, list[str]] = defaultdict(list)
     for one in ends:
         if one.source is not None and one.sequence is not None:
-            by_source[one.source][str(one.sequence)] = str(one.outcome)
-    for source, outcomes in by_source.items():
-        key = acknowledgement_key(source)
-        pipe.hset(key, mapping=outcomes)  # type: ignore[arg-type]  # text to text is fine
-        pipe.expire(key, ACKNOWLEDGEMENT_TTL_SECONDS)
+            by_source[one.source] += [one.job_id, f"{one.event_id or '-'} {one.outcome}"]
+    for source, words in by_source.items():
+        pipe.eval(_ACKNOWLEDGE, 1, acknowledgement_key(source), ACKNOWLEDGEMENT_TTL_SECONDS, *words)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import stat
 import threading
-import time
+from contextlib import nullcontext
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from redis import Redis, RedisError
@@ -24,6 +23,7 @@ from consumers.store.listings import KNOWN_PORTFOLIOS
 from consumers.store.row_counts import quick_counts
 from consumers.store.waits import DatabaseWaits
 from producers.errors import OutboxError
+from producers.lateness import oldest_unsettled_seconds
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key
 from producers.settings import TransportSettings
@@ -71,7 +71,7 @@ def pipeline_status() -> tuple[dict[str, Any], bool]:
     except RedisError as error:
         facts["redis"], healthy = f"{type(error).__name__}: {error}", False
     try:
-        if outbox := outbox_facts(settings.outbox):
+        if outbox := outbox_facts(settings):
             facts |= {f"outbox_{state}": outbox[state] for state in ("pending", "sent", "rejected")}
     except OutboxError as error:
         facts["outbox"], healthy = str(error), False
@@ -137,12 +137,13 @@ def _waited(redis: Redis, queue: Queue) -> float | None:
     return None if since is None else max((datetime.now(UTC) - since).total_seconds(), 0.0)
 
 
-def outbox_facts(path: Path) -> dict[str, Any] | None:
-    """Entries by state and the age of the oldest that is not settled; None when this machine has no outbox.
+def outbox_facts(settings: TransportSettings) -> dict[str, Any] | None:
+    """Entries by state and the age of the oldest that is neither settled nor acknowledged; None without an outbox.
 
     Raises:
         OutboxError: the outbox cannot be read.
     """
+    path = settings.outbox
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return None
@@ -150,12 +151,12 @@ def outbox_facts(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise OutboxError(f"outbox {path}: {error.strerror or error}") from error
-    with Outbox(path) as outbox:
+    with Outbox(path) as outbox, nullcontext() if settings.redis_url is None else settings.redis() as redis:
         status = outbox.status()
-    oldest = status.oldest_unsettled
+        oldest = oldest_unsettled_seconds(outbox, redis)
     return {
         "pending": status.pending,
         "sent": status.sent,
         "rejected": status.rejected,
-        "oldest_unsettled_seconds": None if oldest is None else max(time.time() - oldest, 0.0),
+        "oldest_unsettled_seconds": oldest,
     }

@@ -151,6 +151,14 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
         tail = "known" if one["tail_known"] else "unknown"
         cells.append((one["source"], *(str(one[count.replace(" ", "_")]) for count in counts), missing, tail))
     _print_rows(("source", *counts, "missing", "tail"), cells, "No source has numbered events here.")
+    for one in audits:
+        if one["copied"]:
+            shared = ", ".join(map(str, one["shared"][:5])) + (" and more" if len(one["shared"]) > 5 else "")
+            used = f" Numbers that several events have: {shared}." if shared else ""
+            _print(
+                f"{one['source']} was used by copies of one outbox.{used} Gaps in it can be seen only with each of"
+                " them: run audit on each host."
+            )
 
 
 def print_tallies(tallies: Sequence[Mapping[str, Any]]) -> None:

@@ -6,6 +6,8 @@ HistoryError
 │   └── SignalsUnreadable  the signals' file or URL does not hold JSON signals
 ├── FileNotWritten         a file of the old format, or its folder, could not be written
 ├── OutboxError            the outbox file cannot be read or written; a call that raises it recorded nothing
+│   └── OutboxDamaged      its content cannot be read: a producer or relay sets the file aside and goes on in a new one
+├── RelayRefused           the outbox belongs to another Redis or queue
 ├── ProducerClosed         the producer was closed; nothing was recorded
 └── EventRejected          a consumer refused the event for good; raised by Receipt.wait
 """
@@ -51,6 +53,14 @@ class FileNotWritten(HistoryError):
 
 class OutboxError(HistoryError):
     """The outbox could not be read or written; an event whose call raised this was not accepted."""
+
+
+class OutboxDamaged(OutboxError):
+    """The outbox file is damaged, or holds no outbox; a producer sets a damaged one aside and goes on in a new one."""
+
+
+class RelayRefused(HistoryError):
+    """The outbox says that its entries go to another Redis or queue; the message names both."""
 
 
 class ProducerClosed(HistoryError):

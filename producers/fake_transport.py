@@ -24,6 +24,7 @@ from producers.outbox import Outbox
 
 FAKE_QUEUE = "history"
 _LAST_BACKOFF_SECONDS = 0.05  # a test does not wait seconds for the end of an outage to be noticed
+_EXIT_SECONDS = 0.2  # most tests close their producers without a worker, for which a real one waits longer
 _THREAD_END_SECONDS = 5.0
 _REAP_POLLS, _REAP_POLL_SECONDS = 100, 0.005  # with children that live on it ends later, unreaped
 
@@ -57,6 +58,7 @@ def redirected(server: FakeServer, fake_redis: Redis, path: Path) -> Iterator[No
         stack.enter_context(_fork_server())
         stack.enter_context(patch.object(settings, "read_environment", _without_dotenv))
         stack.enter_context(patch.object(relay, "_LAST_BACKOFF_SECONDS", _LAST_BACKOFF_SECONDS))
+        stack.enter_context(patch.object(history_producer, "EXIT_SECONDS", _EXIT_SECONDS))
         before = list(history_producer._live)
         for producer in before:
             stack.enter_context(_lent(producer, fake_redis, path))

@@ -16,7 +16,7 @@ from rq.utils import as_text
 
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, MODELS, SNAPSHOT_TYPE, Event, decode
-from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome
+from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome, acknowledgement_text
 from producers.redis_keys import acknowledgement_key
 from producers.rq_jobs import JOB_FUNCTIONS
 
@@ -30,8 +30,8 @@ _TABLES = {SNAPSHOT_TYPE: "portfolio_history", ARCHIVE_TYPE: "signal_archives"}
 class Answer(NamedTuple):
     """What the worker told the producer of one delivery."""
 
-    source: str
-    sequence: int
+    job_id: str
+    event: Event
     outcome: Outcome
 
 
@@ -62,8 +62,7 @@ class FakeWorker:
             while (job_id := self._redis.lindex(self._queue.key, 0)) is not None:
                 job = Job.fetch(as_text(job_id), connection=self._redis, serializer=JSONSerializer)
                 event = _event_of(job)
-                assert event.sequence is not None  # every outbox numbers its events
-                answer = Answer(event.source, event.sequence, self._outcome(event, reject))
+                answer = Answer(job.id, event, self._outcome(event, reject))
                 self._tell(job, answer)
                 answers.append(answer)
         return answers
@@ -84,9 +83,10 @@ class FakeWorker:
 
     def _tell(self, job: Job, answer: Answer) -> None:
         """Only now the job leaves the queue: one that could not be answered is there for the next try."""
-        key = acknowledgement_key(answer.source)
+        key = acknowledgement_key(answer.event.source)
+        now, _ = self._redis.time()
         with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(key, str(answer.sequence), str(answer.outcome))
+            pipe.hset(key, answer.job_id, acknowledgement_text(now, answer.event.id, answer.outcome))
             pipe.expire(key, ACKNOWLEDGEMENT_TTL_SECONDS)
             pipe.lrem(self._queue.key, 1, job.id)
             pipe.delete(job.key)

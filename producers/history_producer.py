@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from multiprocessing.util import Finalize, register_after_fork
 from pathlib import Path
 from typing import Self
 from uuid import UUID
@@ -17,16 +19,18 @@ from uuid import UUID
 from pydantic import TypeAdapter, ValidationError
 from redis import Redis
 
+from producers.entries import Accepted, OutboxStatus, State
 from producers.errors import EventRejected, InvalidEvent, ProducerClosed, SettingsError
 from producers.events import Payload, PortfolioSnapshot, SignalArchive, SourceName
-from producers.outbox import Accepted, Outbox, OutboxStatus, source_of
-from producers.redis_keys import acknowledgement_key
+from producers.outbox import Outbox
+from producers.redis_url import place_of
 from producers.relay import Relay
 from producers.settings import TransportSettings
 from producers.times import localized
 
-EXIT_FLUSH_SECONDS = 2.0
+EXIT_SECONDS = 2.0
 _POLL_SECONDS = 0.02
+_ASK_SECONDS = 1.0  # how often `settle` asks Redis about what is under way
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,15 @@ class Receipt:
     sequence: int
     _accepted: Accepted = field(repr=False, compare=False)
     _producer: HistoryProducer = field(repr=False, compare=False)
+
+    @property
+    def state(self) -> State:
+        """`pending` until Redis has the event, then `sent`, in the end `stored` or `rejected`.
+
+        Raises:
+            OutboxError: the outbox cannot be read, or its entry was settled so long ago that it is no longer kept.
+        """
+        return self._producer._outbox.fate(self._accepted).state
 
     def wait(self, timeout: float | None = None) -> int:
         """Return the id of the event's row once it is stored; `timeout` in seconds, None waits for ever.
@@ -80,8 +93,10 @@ class HistoryProducer:
         self._timezone = settings.timezone
         self._closed = False
         self._starting = threading.Lock()
-        self._outbox = Outbox(settings.outbox if outbox is None else outbox)
-        self._keep_seconds = settings.outbox_keep_days * 86400
+        self._outbox = Outbox(settings.outbox if outbox is None else outbox, repair=True)
+        self._outbox.identity.set_destination(place_of(self._redis), self._queue)
+        self._recorder = _new_recorder()
+        self._keep_seconds = settings.outbox_keep_seconds
         self._relay = self._new_relay()
         self._relay.start()
         _live.add(self)
@@ -104,7 +119,7 @@ class HistoryProducer:
         for payload in payloads:
             if not isinstance(payload, (PortfolioSnapshot, SignalArchive)):
                 raise InvalidEvent(f"event: must be a PortfolioSnapshot or SignalArchive, not {type(payload).__name__}")
-        accepted = self._outbox.append(self._name, payloads)
+        accepted = self._outbox.append(self._name, payloads, self._recorder)
         self._run_relay()
         return [Receipt(one.event_id, one.source, one.sequence, one, self) for one in accepted]
 
@@ -112,17 +127,42 @@ class HistoryProducer:
     def closed(self) -> bool:
         return self._closed
 
-    def flush(self, timeout: float | None = None) -> int:
-        """Wait, at most `timeout` seconds, until Redis has everything recorded; return how many it has not."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while pending := self._outbox.pending_count():
+    def flush(self, timeout: float | None = EXIT_SECONDS) -> int:
+        """Wait until Redis has everything recorded before this call, for at most `timeout` seconds (None: any time).
+
+        Returns how many of these events it has not. They are safe in the outbox.
+        """
+        until = self._outbox.last_position()
+        self._wait_for(lambda: not self._outbox.pending_count(until), _deadline(timeout))
+        return self._outbox.pending_count(until)
+
+    def settle(self, timeout: float | None = None, *, progress: Callable[[int], None] | None = None) -> int:
+        """Wait until everything recorded before this call is stored or rejected; returns how many events are not.
+
+        What is under way is asked for at once, not when it is due. `progress` hears, now and then, how many are left.
+        """
+        until, deadline, ask_at = self._outbox.last_position(), _deadline(timeout), 0.0
+
+        def is_settled() -> bool:
+            nonlocal ask_at
+            left = self._outbox.unsettled_count(until=until)
+            if progress is not None:
+                progress(left)
+            if left and time.monotonic() >= ask_at:
+                self._outbox.check_now(until)
+                ask_at = time.monotonic() + _ASK_SECONDS
+            return not left
+
+        self._wait_for(is_settled, deadline)
+        return self._outbox.unsettled_count(until=until)
+
+    def _wait_for(self, condition: Callable[[], bool], deadline: float | None) -> None:
+        while not condition():
             self._run_relay()
-            if not self._relay.running:
+            if not self._relay.running or (deadline is not None and time.monotonic() >= deadline):
                 break
-            if deadline is not None and time.monotonic() >= deadline:
-                break
-            time.sleep(_POLL_SECONDS)
-        return pending
+            with self._relay.settled:
+                self._relay.settled.wait(_POLL_SECONDS)
 
     def status(self) -> OutboxStatus:
         return self._outbox.status()
@@ -144,8 +184,7 @@ class HistoryProducer:
         Raises:
             RedisError: Redis cannot be reached, so that nothing can be sent again now.
         """
-        for key, name, _ in self._outbox.sources():
-            self._redis.delete(acknowledgement_key(source_of(name, key)))
+        self._relay.forget_acknowledgements()
         again = self._outbox.resend(since.timestamp())
         self._run_relay()
         return again
@@ -154,17 +193,25 @@ class HistoryProducer:
         """This moment in the same zone, so that its date is the local one."""
         return datetime.now(UTC).astimezone(self._timezone)
 
-    def close(self, timeout: float = EXIT_FLUSH_SECONDS) -> None:
-        """Hand over what is pending, for at most `timeout` seconds, and stop. What is left stays in the outbox."""
+    def close(self, timeout: float | None = None) -> None:
+        """Hand over what is pending, wait until this producer's own events are stored or rejected, and stop.
+
+        Takes at most `timeout` seconds (None: 2), and no time when a relay process looks after the outbox. What is
+        left stays in the outbox, for the next producer or relay that opens it.
+        """
         if self._closed:
             return
         self._closed = True
         try:
-            self.flush(timeout)
+            if not self._outbox.identity.relay_is_alive():
+                self._wait_for(self._has_nothing_under_way, _deadline(EXIT_SECONDS if timeout is None else timeout))
         finally:
             self._relay.stop()
             self._outbox.close()
             _live.discard(self)
+
+    def _has_nothing_under_way(self) -> bool:
+        return not self._outbox.pending_count() and not self._outbox.unsettled_count(recorder=self._recorder)
 
     def __enter__(self) -> Self:
         return self
@@ -185,20 +232,21 @@ class HistoryProducer:
     def _wait(self, accepted: Accepted, timeout: float | None) -> int:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            outcome = self._outbox.outcome(accepted.source_id, accepted.sequence)
-            if outcome is not None:
+            fate = self._outbox.fate(accepted)
+            if fate.state in ("stored", "rejected"):
                 break
             left = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - time.monotonic())
             if left <= 0:
                 raise TimeoutError(f"event {accepted.event_id} is on its way; not acknowledged in {timeout} s")
             with self._relay.settled:
                 self._relay.settled.wait(left)
-        if outcome.row_id is None:
-            raise EventRejected(str(accepted.event_id), outcome.reason or "no reason given")
-        return outcome.row_id
+        if fate.row_id is None:
+            raise EventRejected(str(accepted.event_id), fate.reason or "no reason given")
+        return fate.row_id
 
     def _after_fork(self) -> None:
         self._starting = threading.Lock()
+        self._recorder = _new_recorder()
         self._relay = self._new_relay()
 
 
@@ -209,14 +257,28 @@ def _checked_name(name: str) -> str:
         raise SettingsError("name: must be 1 to 100 of the characters A-Z a-z 0-9 . _ ~ -") from None
 
 
+def _new_recorder() -> int:
+    """A number that no other producer has, in this process or another one."""
+    return secrets.randbits(62)
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
 # Strong references: a producer that nobody holds any more still has its entries to hand over at exit.
 _live: set[HistoryProducer] = set()
 
 
 def _close_all() -> None:
+    deadline = time.monotonic() + EXIT_SECONDS  # for all of them together
+
+    def close(producer: HistoryProducer) -> None:
+        producer.close(max(0.0, deadline - time.monotonic()))
+
     with ExitStack() as stack:  # each of them, also when one fails
         for producer in list(_live):
-            stack.callback(producer.close)
+            stack.callback(close, producer)
 
 
 def _reopen_all() -> None:
@@ -224,5 +286,12 @@ def _reopen_all() -> None:
         producer._after_fork()
 
 
+def _close_all_when_a_child_ends(_: object = None) -> None:
+    # A child of multiprocessing ends without atexit. It forgets the finalizers of its parent when it begins.
+    Finalize(None, _close_all, exitpriority=100)
+
+
 atexit.register(_close_all)
 os.register_at_fork(after_in_child=_reopen_all)
+_close_all_when_a_child_ends()  # this may be a child, and this module imported only there
+register_after_fork(HistoryProducer, _close_all_when_a_child_ends)

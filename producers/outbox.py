@@ -1,108 +1,86 @@
 """The durable local store of a producer: an event is accepted once its entry is committed here.
 
 One SQLite file serves any number of threads and processes. An entry is `pending` until it was handed to
-Redis, then `sent`, and ends as `confirmed` or `rejected` when its acknowledgement was read. Only appending
-waits for the disk: marks that a crash forgets merely cause a re-send, which the consumer absorbs.
+Redis, then `sent`, and ends as `stored` or `rejected` when its acknowledgement was read. Only appending
+waits for the disk: marks that a crash forgets merely cause a re-send, which the worker finds to be a duplicate.
 
-Settled entries, confirmed or rejected, stay for a while, so that they can be sent again after the database was
+Settled entries, stored or rejected, stay for a while, so that they can be sent again after the database was
 restored from a backup.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 from uuid import UUID, uuid4
 
-from producers.errors import OutboxError
+from producers.entries import Accepted, Entry, EntryHead, Fate, Numbered, OutboxStatus, Settled, Source, source_of
+from producers.errors import OutboxDamaged, OutboxError
 from producers.events import Payload, encode, event_of
+from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
-from producers.outcomes import Outcome
-from producers.redis_keys import job_id_of
+from producers.outbox_identity import OutboxIdentity
+from producers.outbox_rescue import Rescue, carry_over
+from producers.outbox_schema import ensure_tables
+from producers.outcomes import Acknowledgement
 from producers.relay_lock import RelayLock
 
+logger = logging.getLogger(__name__)
+
 MAX_BYTES = 2**30
+LAST_CHECK_SECONDS = 300.0  # an entry is looked at again after so long at the latest
 
 _BATCH_BYTES = 4 * 2**20  # of texts, which may be 8 MiB each: handing over a hundred of those takes gigabytes of memory
 _PRUNE_ENTRIES = 1000  # at once: a short transaction, which no append has to wait for
-
-_VERSION = 2
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS sources (
-    id TEXT PRIMARY KEY,
-    name TEXT NOT NULL UNIQUE,
-    last_sequence INTEGER NOT NULL,
-    resends INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE IF NOT EXISTS entries (
-    position INTEGER PRIMARY KEY,
-    source_id TEXT NOT NULL REFERENCES sources (id),
-    sequence INTEGER NOT NULL,
-    event_id TEXT NOT NULL,
-    type TEXT NOT NULL,
-    summary TEXT NOT NULL,
-    event TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'sent', 'confirmed', 'rejected')),
-    recorded_at REAL NOT NULL,
-    checks INTEGER NOT NULL DEFAULT 0,
-    check_at REAL,
-    settled_at REAL,
-    row_id INTEGER,
-    reason TEXT,
-    UNIQUE (source_id, sequence)
-);
-CREATE INDEX IF NOT EXISTS entries_pending ON entries (position) WHERE state = 'pending';
-CREATE INDEX IF NOT EXISTS entries_unconfirmed ON entries (check_at) WHERE state = 'sent';
-CREATE INDEX IF NOT EXISTS entries_settled ON entries (settled_at) WHERE state IN ('confirmed', 'rejected');
-CREATE INDEX IF NOT EXISTS entries_awaiting ON entries (source_id) WHERE state = 'sent';
-CREATE INDEX IF NOT EXISTS entries_rejected ON entries (source_id) WHERE state = 'rejected';
-"""
-_UPGRADE_FROM_1 = """
-ALTER TABLE sources ADD COLUMN resends INTEGER NOT NULL DEFAULT 0;
-DROP INDEX entries_confirmed;
-DROP INDEX entries_awaiting;
-"""
+_NUMBERS_PAGE = 5000
 
 _TAKE_SEQUENCES = """
 INSERT INTO sources (id, name, last_sequence) VALUES (:id, :name, :count)
-ON CONFLICT (name) DO UPDATE SET last_sequence = last_sequence + :count
+ON CONFLICT (name) WHERE current DO UPDATE SET last_sequence = last_sequence + :count
+RETURNING id, last_sequence
 """
-_LAST_TAKEN = "SELECT id, last_sequence FROM sources WHERE name = ?"
 
 _APPEND = """
-INSERT INTO entries (source_id, sequence, event_id, type, summary, event, recorded_at)
-VALUES (?, ?, ?, ?, ?, ?, ?)
+INSERT INTO entries (source_id, sequence, nonce, recorder, event_id, type, summary, event, recorded_at)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
 # The source by a query of its own: with a join SQLite might begin with the sources, and sort.
-_SELECT_ENTRIES = """
-SELECT position, source_id, sequence, (SELECT name FROM sources WHERE id = source_id) || '/' || source_id, checks,
-    type, summary, event
-FROM entries
+_HEAD = """
+SELECT position, source_id, sequence, nonce, (SELECT name FROM sources WHERE id = source_id) || '/' || source_id, checks
 """
+_SELECT_ENTRIES = _HEAD + ", type, summary, event FROM entries "
 _PENDING = _SELECT_ENTRIES + "WHERE state = 'pending' ORDER BY position LIMIT ?"
 _ENTRIES = _SELECT_ENTRIES + "ORDER BY position"
 _ENTRY = _SELECT_ENTRIES + "WHERE position = ?"
-_OVERDUE = """
-SELECT position, source_id, sequence, (SELECT name FROM sources WHERE id = source_id) || '/' || source_id, checks
-FROM entries WHERE state = 'sent' AND check_at <= ? ORDER BY check_at LIMIT ?
-"""
+# Nothing is due later than the longest interval: a time beyond it was written by a clock that was ahead.
+_OVERDUE = f"""
+SELECT * FROM ({_HEAD} FROM entries WHERE state = 'sent' AND check_at <= :now ORDER BY check_at LIMIT :limit)
+UNION ALL
+SELECT * FROM ({_HEAD} FROM entries WHERE state = 'sent' AND check_at > :latest ORDER BY check_at DESC LIMIT :limit)
+LIMIT :limit
+"""  # noqa: S608  # constants
+_SENT = _HEAD + ", recorded_at FROM entries WHERE state = 'sent' AND position > ? ORDER BY position LIMIT ?"
 
 _MARK_SENT = "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ?"
 _POSTPONE = "UPDATE entries SET checks = checks + 1, check_at = ? WHERE position = ? AND state = 'sent'"
+_CHECK_NOW = "UPDATE entries SET check_at = 0 WHERE state = 'sent' AND position <= ?"
 
-# A late word on an earlier delivery must not undo what is known already, with one exception: what was rejected
-# and then requeued by an operator can still be stored.
+# A late acknowledgement of an earlier delivery must not undo what is known already, with one exception: what was
+# rejected and then requeued by an operator can still be stored. The event's id is compared for entries without a nonce.
 _SETTLE = """
 UPDATE entries SET state = :state, row_id = :row_id, reason = :reason, settled_at = :now, check_at = NULL
-WHERE source_id = :source_id AND sequence = :sequence
-    AND (state IN ('pending', 'sent') OR (state = 'rejected' AND :state = 'confirmed'))
+WHERE source_id = :source_id AND sequence = :sequence AND nonce = :nonce
+    AND (:event_id IS NULL OR event_id = :event_id)
+    AND (state IN ('pending', 'sent') OR (state = 'rejected' AND :state = 'stored'))
 """
+_IS_KEPT = "SELECT 1 FROM entries WHERE source_id = ? AND sequence = ? AND nonce = ?"
 
 _AWAITING = """
 SELECT id, name, resends FROM sources WHERE EXISTS
@@ -111,20 +89,27 @@ SELECT id, name, resends FROM sources WHERE EXISTS
 
 _RESEND = """
 UPDATE entries SET state = 'pending', checks = 0, check_at = NULL, settled_at = NULL, row_id = NULL, reason = NULL
-WHERE state IN ('confirmed', 'rejected') AND recorded_at >= ?
+WHERE state IN ('stored', 'rejected') AND recorded_at >= ?
 """
 
 _PRUNE = """
 DELETE FROM entries WHERE position IN (
-    SELECT position FROM entries WHERE state IN ('confirmed', 'rejected') AND settled_at < ?
+    SELECT position FROM entries WHERE state IN ('stored', 'rejected') AND settled_at < ?
     ORDER BY settled_at LIMIT ?)
 """
 
-_UNSETTLED = "SELECT sequence FROM entries WHERE source_id = ? AND state IN ('pending', 'sent')"
-
+_FATE = "SELECT state, row_id, reason FROM entries WHERE source_id = ? AND sequence = ? AND nonce = ?"
 _NUMBERS = """
-SELECT sequence, event_id FROM entries WHERE source_id = ? AND sequence > ? ORDER BY sequence LIMIT ?
+SELECT sequence, nonce, event_id, state FROM entries
+WHERE source_id = ? AND (sequence, nonce) > (?, ?) ORDER BY sequence, nonce LIMIT ?
 """
+
+# State by state, each along its own index.
+_OF_ASKED = "(:recorder IS NULL OR recorder = :recorder) AND (:until IS NULL OR position <= :until)"
+_UNSETTLED_COUNT = f"""
+SELECT (SELECT count(*) FROM entries WHERE state = 'pending' AND {_OF_ASKED})
+    + (SELECT count(*) FROM entries WHERE state = 'sent' AND {_OF_ASKED})
+"""  # noqa: S608  # constants
 
 # By the indexes alone: going through all that is kept would take seconds, whenever somebody watches.
 _STATUS = """
@@ -132,57 +117,8 @@ SELECT 'pending', count(*), (SELECT recorded_at FROM entries WHERE state = 'pend
     FROM entries WHERE state = 'pending'
 UNION ALL SELECT 'sent', count(*), min(recorded_at) FROM entries WHERE state = 'sent'
 UNION ALL SELECT 'rejected', count(*), NULL FROM entries WHERE state = 'rejected'
-UNION ALL SELECT 'settled', count(*), NULL FROM entries WHERE state IN ('confirmed', 'rejected')
+UNION ALL SELECT 'settled', count(*), NULL FROM entries WHERE state IN ('stored', 'rejected')
 """
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """What one append gave its event: the source's name and id, and the number in its sequence."""
-
-    event_id: UUID
-    source: str
-    source_id: str
-    sequence: int
-
-
-@dataclass(frozen=True)
-class EntryHead:
-    """One event on its way, without its text. `source` is as the event has it, and its acknowledgement."""
-
-    position: int
-    source_id: str
-    sequence: int
-    source: str
-    checks: int
-
-    @property
-    def job_id(self) -> str:
-        return job_id_of(self.source_id, self.sequence)
-
-
-@dataclass(frozen=True)
-class Entry(EntryHead):
-    """One event on its way, with the exact bytes of every delivery of it."""
-
-    type: str
-    summary: str
-    event: str
-
-
-@dataclass(frozen=True)
-class OutboxStatus:
-    """Entries by state, and the time (seconds since the epoch) of the oldest that is not settled."""
-
-    pending: int
-    sent: int
-    confirmed: int
-    rejected: int
-    oldest_unsettled: float | None
-
-    @property
-    def depth(self) -> int:
-        return self.pending + self.sent
 
 
 def _one_batch(rows: Iterable[Sequence[Any]]) -> list[Entry]:
@@ -198,51 +134,84 @@ def _one_batch(rows: Iterable[Sequence[Any]]) -> list[Entry]:
     return entries
 
 
-def source_of(name: str, source_id: str) -> str:
-    return f"{name}/{source_id}"
-
-
 class Outbox:
     """Opens or creates the file at `path`, which holds at most `max_bytes`.
 
+    With `repair`, as producers and relays have it, a damaged file is set aside by `append` and `repaired`, and the
+    next use makes a new one. Without, as those have it that only look, OutboxDamaged is raised.
+
     Raises:
+        OutboxDamaged: here and from every method, when the content of the file cannot be read.
         OutboxError: here and from every method, when the file cannot be read or written.
     """
 
-    def __init__(self, path: Path | str, *, max_bytes: int = MAX_BYTES) -> None:
-        self.path = Path(path)
-        self._file = OutboxFile(self.path, max_bytes)
+    def __init__(self, path: Path | str, *, max_bytes: int = MAX_BYTES, repair: bool = False) -> None:
+        self._file = OutboxFile(
+            Path(path), max_bytes, prepare=lambda db: ensure_tables(db, self.path), carry_over=carry_over
+        )
+        self.path = self._file.path
+        self._repair = repair
+        self._clock = OutboxClock()
+        self.identity = OutboxIdentity(self._file, self._clock)
+        self.rescue = Rescue(self._file)
         try:
-            self._ensure_tables()
+            with self.repaired(), self._file.reading():
+                pass
         except OutboxError:
             self.close()
             raise
 
-    def _ensure_tables(self) -> None:
-        with self._file.reading() as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version > _VERSION:
-            raise OutboxError(f"{self.path} was made by a newer release (version {version}, this one knows {_VERSION})")
-        if version != _VERSION:
-            with self._file.transaction() as db:
-                (version,) = db.execute("PRAGMA user_version").fetchone()  # another process may have been first
-                for statement in ((_UPGRADE_FROM_1 if version == 1 else "") + _SCHEMA).split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {_VERSION}")
+    @property
+    def generation(self) -> int:
+        """Another number means that another file is at the path than before."""
+        return self._file.generation
 
-    def append(self, name: str, payloads: Sequence[Payload]) -> list[Accepted]:
-        """Record all of `payloads` in one durable commit, or none; the order is the order of sequences."""
-        now = time.time()
+    @contextmanager
+    def repaired(self) -> Iterator[None]:
+        """In the block, damage sets the file aside; the block ends there, and its work is to be done again.
+
+        Raises:
+            OutboxDamaged: without `repair`, or when the file does not look like an outbox.
+        """
+        try:
+            yield
+        except OutboxDamaged as error:
+            # A file that never was an outbox is somebody's, named by mistake. Beside an outbox is its relay's lock.
+            if not self._repair or not self._lock_path().exists():
+                raise
+            aside = self._file.set_aside()
+            if aside is not None:
+                logger.error(
+                    "%s: the file is damaged and was set aside as %s. New events go into a new file; what can be read"
+                    " in the damaged one is carried over",
+                    error,
+                    aside,
+                )
+
+    def append(self, name: str, payloads: Sequence[Payload], recorder: int = 0) -> list[Accepted]:
+        """Record all of `payloads` in one durable commit, or none; the order is the order of sequences.
+
+        `recorder` is a number that the caller finds its own entries by.
+        """
+        with self.repaired():
+            return self._append(name, payloads, recorder)
+        return self._append(name, payloads, recorder)
+
+    def _append(self, name: str, payloads: Sequence[Payload], recorder: int) -> list[Accepted]:
         accepted = []
+        random = os.urandom(8 * len(payloads)).hex()
         with self._file.transaction() as db:
-            db.execute(_TAKE_SEQUENCES, {"id": uuid4().hex, "name": name, "count": len(payloads)})
-            source_id, last = db.execute(_LAST_TAKEN, (name,)).fetchone()
+            now = self._clock.now(db)
+            taken = {"id": uuid4().hex, "name": name, "count": len(payloads)}
+            source_id, last = db.execute(_TAKE_SEQUENCES, taken).fetchone()
             source = source_of(name, source_id)
-            for sequence, payload in enumerate(payloads, start=last - len(payloads) + 1):
+            for n, payload in enumerate(payloads):
+                sequence, nonce = last - len(payloads) + 1 + n, random[16 * n : 16 * n + 16]
                 event = event_of(payload, source=source, sequence=sequence)
-                row = (source_id, sequence, str(event.id), event.type, payload.summary, encode(event), now)
-                db.execute(_APPEND, row)
-                accepted.append(Accepted(event.id, source, source_id, sequence))
+                texts = (str(event.id), event.type, payload.summary, encode(event))
+                db.execute(_APPEND, (source_id, sequence, nonce, recorder, *texts, now))
+                accepted.append(Accepted(event.id, source, source_id, sequence, nonce))
+            self._clock.keep(db)
         return accepted
 
     def entries(self) -> list[Entry]:
@@ -255,58 +224,87 @@ class Outbox:
         with self._file.reading() as db, closing(db.execute(_PENDING, (limit,))) as rows:
             return _one_batch(rows)
 
-    def overdue(self, now: float, limit: int) -> list[EntryHead]:
-        """Sent entries whose acknowledgement should have come by `now`."""
+    def overdue(self, limit: int) -> list[EntryHead]:
+        """Sent entries whose acknowledgement should have come by now."""
         with self._file.reading() as db:
-            return [EntryHead(*row) for row in db.execute(_OVERDUE, (now, limit))]
+            now = self._clock.now(db)
+            latest = now + 1.2 * LAST_CHECK_SECONDS
+            rows = db.execute(_OVERDUE, {"now": now, "latest": latest, "limit": limit})
+            return [EntryHead(*row) for row in rows]
+
+    def sent(self, after: int, limit: int) -> list[tuple[EntryHead, float]]:
+        """Sent entries behind a position, in the order of recording, each with its age in seconds."""
+        with self._file.reading() as db:
+            now = self._clock.now(db)
+            return [(EntryHead(*head), max(now - at, 0.0)) for *head, at in db.execute(_SENT, (after, limit))]
 
     def with_texts(self, heads: Iterable[EntryHead]) -> list[Entry]:
         """The first of these: one batch."""
         with self._file.reading() as db:
             return _one_batch(row for head in heads for row in db.execute(_ENTRY, (head.position,)))
 
-    def mark_sent(self, check_at: Mapping[int, float]) -> None:
-        """Entries (by position) that Redis has now, and when to look for what became of them."""
-        with self._file.transaction(durable=False) as db:
-            db.executemany(_MARK_SENT, [(at, position) for position, at in check_at.items()])
+    def mark_sent(self, check_after: Mapping[int, float]) -> None:
+        """Entries (by position) that Redis has now, and in how many seconds to look for what became of them."""
+        self._mark(_MARK_SENT, check_after)
 
-    def postpone(self, check_at: Mapping[int, float]) -> None:
-        """Sent entries (by position) that are still under way, and when to look again."""
+    def postpone(self, check_after: Mapping[int, float]) -> None:
+        """Sent entries (by position) that are still under way, and in how many seconds to look again."""
+        self._mark(_POSTPONE, check_after)
+
+    def _mark(self, statement: str, check_after: Mapping[int, float]) -> None:
         with self._file.transaction(durable=False) as db:
-            db.executemany(_POSTPONE, [(at, position) for position, at in check_at.items()])
+            now = self._clock.now(db)
+            db.executemany(statement, [(now + seconds, position) for position, seconds in check_after.items()])
+            self._clock.keep(db)
+
+    def check_now(self, until: int) -> None:
+        """All that is under way up to this position is overdue at once."""
+        with self._file.transaction(durable=False) as db:
+            db.execute(_CHECK_NOW, (until,))
 
     def awaiting(self, state: Literal["sent", "rejected"]) -> list[tuple[str, str, int]]:
         """(id, name, number of its resends) of each source that has entries in this state."""
         with self._file.reading() as db:
             return db.execute(_AWAITING, (state,)).fetchall()
 
-    def settle(self, source_id: str, resends: int, outcomes: Iterable[tuple[int, Outcome]]) -> None:
-        """Store what became of entries of one source, by sequence.
+    def settle(self, source_id: str, resends: int, told: Mapping[Any, Acknowledgement]) -> Settled:
+        """Store what became of entries of one source, by acknowledgements under any keys.
 
-        Nothing is stored when the source was sent again since it had this number of resends: what was read before
-        that tells of a database that is no more.
+        Those of entries that this outbox does not have are in neither part of the answer. Nothing is stored when the
+        source was sent again since it had this number of resends: such an answer was given by another database.
         """
-        now = time.time()
-        rows = [
-            {
-                "state": "rejected" if outcome.kind == "rejected" else "confirmed",
-                "row_id": outcome.row_id,
-                "reason": outcome.reason,
-                "now": now,
-                "source_id": source_id,
-                "sequence": sequence,
-            }
-            for sequence, outcome in outcomes
-        ]
+        done = Settled([], [])
         with self._file.transaction(durable=False) as db:
-            if db.execute("SELECT resends FROM sources WHERE id = ?", (source_id,)).fetchone() == (resends,):
-                db.executemany(_SETTLE, rows)
+            if db.execute("SELECT resends FROM sources WHERE id = ?", (source_id,)).fetchone() != (resends,):
+                return done
+            now = self._clock.now(db)
+            for key, one in told.items():
+                outcome = one.outcome
+                identity = (source_id, one.sequence, one.nonce)
+                row = {
+                    "state": "rejected" if outcome.kind == "rejected" else "stored",
+                    "row_id": outcome.row_id,
+                    "reason": outcome.reason,
+                    "now": now,
+                    "event_id": one.event_id,
+                    **dict(zip(("source_id", "sequence", "nonce"), identity, strict=True)),
+                }
+                if one.source_id != source_id:
+                    continue
+                if db.execute(_SETTLE, row).rowcount:
+                    done.changed.append(key)
+                elif db.execute(_IS_KEPT, identity).fetchone():
+                    done.known.append(key)
+            self._clock.keep(db)
+        return done
 
     def resend(self, since: float) -> int:
         """Make settled entries recorded since then (seconds since the epoch) pending again; returns how many."""
         with self._file.transaction() as db:
+            # By how long ago that was: entries have times of the outbox's own clock.
+            recorded_since = self._clock.now(db) - (time.time() - since)
             db.execute("UPDATE sources SET resends = resends + 1")
-            return db.execute(_RESEND, (since,)).rowcount
+            return db.execute(_RESEND, (recorded_since,)).rowcount
 
     def prune(self, keep_seconds: float) -> int:
         """Drop some of the oldest settled entries, if they are older than wanted or the file is half full.
@@ -314,61 +312,105 @@ class Outbox:
         Returns how many; a large backlog needs more calls. What is not settled is never dropped.
         """
         with self._file.transaction(durable=False) as db:
-            settled_before = time.time() - keep_seconds
+            settled_before = self._clock.now(db) - keep_seconds
             if self._file.is_half_full(db):
                 settled_before = math.inf
             return db.execute(_PRUNE, (settled_before, _PRUNE_ENTRIES)).rowcount
 
-    def outcome(self, source_id: str, sequence: int) -> Outcome | None:
-        """What became of one entry; None while it is under way."""
+    def fate(self, accepted: Accepted) -> Fate:
+        """What is known of one entry. Raises OutboxError when it was settled so long ago that it is no longer kept."""
         with self._file.reading() as db:
-            row = db.execute(
-                "SELECT state, row_id, reason FROM entries WHERE source_id = ? AND sequence = ?",
-                (source_id, sequence),
-            ).fetchone()
+            row = db.execute(_FATE, (accepted.source_id, accepted.sequence, accepted.nonce)).fetchone()
         if row is None:
-            raise OutboxError(f"outbox {self.path}: entry {sequence} is no longer kept")
-        state, row_id, reason = row
-        if state == "confirmed":
-            return Outcome("stored", row_id=row_id)
-        return Outcome("rejected", reason=reason) if state == "rejected" else None
+            raise OutboxError(f"outbox {self.path}: entry {accepted.sequence} is no longer kept")
+        return Fate(*row)
 
-    def pending_count(self) -> int:
+    def has(self, delivery: tuple[str, int, str] | None) -> bool:
+        """Whether the entry of this source id, number and nonce is kept here."""
         with self._file.reading() as db:
-            return int(db.execute("SELECT count(*) FROM entries WHERE state = 'pending'").fetchone()[0])
+            return delivery is not None and db.execute(_IS_KEPT, delivery).fetchone() is not None
+
+    def is_settled(self, delivery: tuple[str, int, str] | None) -> bool:
+        """Whether that entry is stored or rejected."""
+        with self._file.reading() as db:
+            row = db.execute(_FATE, delivery).fetchone() if delivery else None
+            return row is not None and row[0] in ("stored", "rejected")
+
+    def last_position(self) -> int:
+        """Of the entry that was recorded last; 0 when there is none."""
+        with self._file.reading() as db:
+            return db.execute("SELECT max(position) FROM entries").fetchone()[0] or 0
+
+    def pending_count(self, until: int | None = None) -> int:
+        """How many are not handed to Redis yet, of those up to this position."""
+        with self._file.reading() as db:
+            query = "SELECT count(*) FROM entries WHERE state = 'pending' AND position <= ?"
+            return int(db.execute(query, (2**62 if until is None else until,)).fetchone()[0])
+
+    def unsettled_count(self, *, recorder: int | None = None, until: int | None = None) -> int:
+        """How many are pending or sent, of one recorder, of those up to this position."""
+        with self._file.reading() as db:
+            (count,) = db.execute(_UNSETTLED_COUNT, {"recorder": recorder, "until": until}).fetchone()
+            return int(count)
 
     def status(self) -> OutboxStatus:
         with self._file.reading() as db:
+            now = self._clock.now(db)
             found = {state: (count, oldest) for state, count, oldest in db.execute(_STATUS)}
         (pending, oldest_pending), (sent, oldest_sent) = found["pending"], found["sent"]
         rejected = found["rejected"][0]
         oldest = min((at for at in (oldest_pending, oldest_sent) if at is not None), default=None)
-        return OutboxStatus(pending, sent, found["settled"][0] - rejected, rejected, oldest)
+        age = None if oldest is None else max(now - oldest, 0.0)
+        return OutboxStatus(pending, sent, found["settled"][0] - rejected, rejected, age)
+
+    def oldest_pending_seconds(self) -> float | None:
+        """The age of the entry that waits longest for Redis; None when none does."""
+        with self._file.reading() as db:
+            query = "SELECT recorded_at FROM entries WHERE state = 'pending' ORDER BY position LIMIT 1"
+            row = db.execute(query).fetchone()
+            return None if row is None else max(self._clock.now(db) - row[0], 0.0)
 
     def used_bytes(self) -> int:
         """How much of `max_bytes` is taken."""
         with self._file.reading() as db:
             return self._file.used_bytes(db)
 
+    def quick_check(self, seconds: float) -> str | None:
+        """The first fault in the file, None when there is none, or `unfinished` after so many seconds."""
+        return self._file.quick_check(seconds)
+
     def relay_lock(self) -> RelayLock:
         """The right to relay this outbox, which one thread of one process has at a time."""
-        return RelayLock(self.path.with_name(self.path.name + "-relay"))
+        return RelayLock(self._lock_path())
 
-    def sources(self) -> list[tuple[str, str, int]]:
-        """(id, name, last number used) of each source of this outbox."""
+    def _lock_path(self) -> Path:
+        # Of the file itself: two paths that lead to it have one lock.
+        return self._file.real_path.with_name(self._file.real_path.name + "-relay")
+
+    def sources(self) -> list[Source]:
         with self._file.reading() as db:
-            return db.execute("SELECT id, name, last_sequence FROM sources").fetchall()
+            rows = db.execute("SELECT id, name, last_sequence, current, left_because FROM sources ORDER BY rowid")
+            return [Source(source_id, name, last, bool(current), why) for source_id, name, last, current, why in rows]
 
     def unsettled(self, source_id: str) -> set[int]:
         """The numbers of one source that are pending or sent."""
         with self._file.reading() as db:
-            return {sequence for (sequence,) in db.execute(_UNSETTLED, (source_id,))}
+            query = "SELECT sequence FROM entries WHERE source_id = ? AND state IN ('pending', 'sent')"
+            return {sequence for (sequence,) in db.execute(query, (source_id,))}
 
-    def numbers(self, source_id: str, after: int, limit: int) -> list[tuple[int, UUID]]:
-        """(sequence, event id) of the kept entries of one source, in order, for going through all."""
-        with self._file.reading() as db:
-            rows = db.execute(_NUMBERS, (source_id, after, limit)).fetchall()
-        return [(sequence, UUID(event_id)) for sequence, event_id in rows]
+    def numbers(self, source_id: str) -> Iterator[list[Numbered]]:
+        """The kept entries of one source in the order of their numbers, a page at a time.
+
+        Two entries may have one number: the outbox and a copy of it have used it, and entries were carried over.
+        """
+        after = (-1, "")
+        while True:
+            with self._file.reading() as db:
+                rows = db.execute(_NUMBERS, (source_id, *after, _NUMBERS_PAGE)).fetchall()
+            if not rows:
+                return
+            yield [Numbered(sequence, nonce, UUID(event_id), state) for sequence, nonce, event_id, state in rows]
+            after = rows[-1][:2]
 
     def close(self) -> None:
         """A closed outbox opens its file again when it is used again."""

@@ -1,6 +1,8 @@
-"""What became of a delivery, as a worker tells it and a relay reads it.
+"""What became of a delivery, as a worker writes it for the producer and a relay reads it.
 
-The text is `stored:<row id>`, `duplicate:<row id>` or `rejected:<reason>`.
+An acknowledgement is a field of the hash `history:ack:<source>`, named by the job id. Its value is text: the time in
+seconds since the epoch by Redis' clock, the event's id (`-` where the event was unreadable), and the outcome, which is
+`stored:<row id>`, `duplicate:<row id>` or `rejected:<reason>`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, cast
+
+from producers.redis_keys import delivery_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,27 +41,53 @@ class Outcome:
         kind, colon, detail = text.partition(":")
         if kind == "rejected" and colon:
             return cls("rejected", reason=detail)
-        if kind in ("stored", "duplicate"):
+        if kind in ("stored", "duplicate") and int(detail) < _END_OF_NUMBERS:
             return cls(cast("Kind", kind), row_id=int(detail))
         raise ValueError(f"not an acknowledgement: {text[:60]!r}")
 
 
-def read_acknowledgements(told: Mapping[Any, Any], source: str) -> list[tuple[int, Outcome]]:
-    """By sequence, what Redis has of this source: text or bytes, as its client gives it.
+@dataclass(frozen=True)
+class Acknowledgement:
+    """A worker's answer to one delivery. `at` is in seconds since the epoch, by Redis' clock."""
 
-    Anybody may have written there: what is no acknowledgement is left out, with a line in the log.
+    source_id: str
+    sequence: int
+    nonce: str
+    event_id: str | None
+    outcome: Outcome
+    at: int
+
+    @classmethod
+    def parse(cls, job_id: str, text: str) -> Self:
+        """From one field and its value. Raises ValueError when it is no acknowledgement."""
+        delivery = delivery_of(job_id)
+        at, event_id, outcome = [*text.split(" ", 2), "", ""][:3]
+        if delivery is None or delivery[1] >= _END_OF_NUMBERS or not at.isdecimal() or len(at) > 18:
+            raise ValueError(f"not an acknowledgement: {text[:60]!r}")
+        return cls(*delivery, None if event_id == "-" else event_id, Outcome.parse(outcome), int(at))
+
+
+def acknowledgement_text(at: int, event_id: object | None, outcome: Outcome) -> str:
+    """The value of an acknowledgement's field; `at` is Redis' time in seconds since the epoch."""
+    return f"{at} {event_id or '-'} {outcome}"
+
+
+def read_acknowledgements(fields: Mapping[Any, Any], source: str) -> dict[Any, Acknowledgement | None]:
+    """What stands in Redis for this source, by its fields (text or bytes, as the client gives them).
+
+    Anybody may have written there: what is no acknowledgement is None, with a line in the log.
     """
-    read = []
-    for sequence, text in ((shown(field), shown(value)) for field, value in told.items()):
+    found: dict[Any, Acknowledgement | None] = {}
+    for field, value in fields.items():
+        job_id = shown(field)
         try:
-            outcome = Outcome.parse(text)
-            if not sequence.isdecimal() or max(int(sequence), outcome.row_id or 0) >= _END_OF_NUMBERS:
-                raise ValueError("out of range")
-            read.append((int(sequence), outcome))
+            found[field] = Acknowledgement.parse(job_id, shown(value))
         except ValueError:  # also for a number of thousands of digits
-            what = "dropped an acknowledgement that is none, for sequence %s"
-            logger.warning(what, sequence[:30], extra={"source": source})
-    return read
+            found[field] = None
+            logger.warning(
+                "removed field %s of %s: it is no acknowledgement", job_id[:80], source, extra={"source": source}
+            )
+    return found
 
 
 def shown(value: str | bytes) -> str:

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import re
 
-def job_id_of(source_id: str, sequence: int) -> str:
-    """The RQ job of one delivery. It does not name the fact: two records of one fact are two jobs."""
-    return f"{source_id}-{sequence}"
+# No number has more digits than 2^63 - 1.
+_JOB_ID = re.compile(r"(?P<source_id>[0-9a-f]{1,64})-(?P<sequence>[0-9]{1,19})(-(?P<nonce>[0-9a-f]{16}))?")
+
+
+def job_id_of(source_id: str, sequence: int, nonce: str = "") -> str:
+    """The RQ job of one delivery. It does not name the fact: two records of one fact are two jobs.
+
+    The nonce keeps two copies of an outbox apart, which may give the same number to different events. Entries of an
+    import and of the first releases have none.
+    """
+    return f"{source_id}-{sequence}-{nonce}" if nonce else f"{source_id}-{sequence}"
+
+
+def delivery_of(job_id: str) -> tuple[str, int, str] | None:
+    """Source id, sequence and nonce of a job id as `job_id_of` makes it; None for any other."""
+    found = _JOB_ID.fullmatch(job_id)
+    return (found["source_id"], int(found["sequence"]), found["nonce"] or "") if found else None
 
 
 def acknowledgement_key(source: str) -> str:
-    """Hash of sequence → outcome, written by workers and emptied by the relay of that source."""
+    """Hash of job id → acknowledgement, written by workers and read by the relays that have entries of that source."""
     return f"history:ack:{source}"
+
+
+def token_key(source: str) -> str:
+    """The token that the outbox of this source wrote last; a copy of the outbox has another one."""
+    return f"history:outbox:{source}"
 
 
 def holders_key(queue: str) -> str:

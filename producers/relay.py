@@ -2,7 +2,8 @@
 
 A sweep takes what consumers acknowledged, hands over what is pending, and looks after what has been under way
 for long: it reads the states of those jobs and sends again only what is no longer on its way. Of all threads
-and processes on one outbox, one relays at a time; when it ends or dies, the next one takes over.
+and processes on one outbox, one relays at a time; when it ends or dies, the next one takes over. While a relay process
+(`trading-history relay`) gives signs of life, the threads of producers leave relaying to it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from redis import Redis, RedisError, WatchError
@@ -20,10 +21,14 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 
 from producers.backoff import backoff_seconds
-from producers.errors import HistoryError
-from producers.outbox import Entry, EntryHead, Outbox, source_of
-from producers.outcomes import Outcome, read_acknowledgements, shown
-from producers.redis_keys import acknowledgement_key, job_id_of
+from producers.copies import CopyGuard
+from producers.entries import Entry, EntryHead, source_of
+from producers.errors import HistoryError, RelayRefused
+from producers.outbox import LAST_CHECK_SECONDS, Outbox
+from producers.outbox_identity import Identity
+from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Acknowledgement, read_acknowledgements, shown
+from producers.redis_keys import acknowledgement_key, delivery_of, job_id_of
+from producers.redis_url import place_of
 from producers.relay_lock import RelayLock
 from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
 
@@ -36,7 +41,7 @@ _FULL_QUEUE_JOBS = 20_000
 _IDLE_SECONDS = 0.05  # how soon entries of other processes are noticed
 _FIRST_LOOK_SECONDS = 0.005  # how soon after a send the first acknowledgement is looked for
 _FIRST_CHECK_SECONDS = 5.0
-_LAST_CHECK_SECONDS = 300.0
+_LAST_CHECK_SECONDS = LAST_CHECK_SECONDS
 _DOUBTED_CHECKS = 3  # after about 35 seconds
 _DOUBTED_ENTRIES = 20  # a sweep: finding one in a long queue takes Redis a while
 _FIRST_BACKOFF_SECONDS = 0.2
@@ -44,6 +49,9 @@ _LAST_BACKOFF_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
 _REJECTED_SECONDS = 5.0
 _STOP_SECONDS = 0.5
+_SIGN_OF_LIFE_SECONDS = 2.0
+# An acknowledgement of an entry that was settled before: another copy of the outbox may still wait for it.
+_LEFT_FOR_COPIES_SECONDS = 60
 
 
 def _check_interval(checks: int) -> float:
@@ -51,15 +59,27 @@ def _check_interval(checks: int) -> float:
 
 
 class Relay:
-    """Relays one outbox to one queue, in a daemon thread once started, or by calling `sweep`."""
+    """Relays one outbox to one queue, in a daemon thread once started, or by calling `sweep`.
 
-    def __init__(self, outbox: Outbox, redis: Redis, queue: str, *, keep_seconds: float) -> None:
+    With `process_name` it is that of a relay process, which announces itself in the outbox.
+    """
+
+    def __init__(
+        self, outbox: Outbox, redis: Redis, queue: str, *, keep_seconds: float, process_name: str | None = None
+    ) -> None:
         self._outbox = outbox
         self._keep_seconds = keep_seconds
         self._prune_at = 0.0
         self._redis = redis
+        self._destination = (place_of(redis), queue)
         self._queue = Queue(queue, connection=redis, serializer=JSONSerializer)
         self._lock: RelayLock = outbox.relay_lock()
+        self._guard = CopyGuard(outbox, redis)
+        self._process_name = process_name
+        self._announce_at = 0.0
+        self._relaying = False
+        self._generation = outbox.generation
+        self._salvaging: Iterator[None] | None = None
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -85,31 +105,100 @@ class Relay:
         """Something was appended; no need to wait for the next look."""
         self._wake.set()
 
-    def stop(self) -> None:
-        """End the thread after the sweep it is in; one that waits for Redis is left behind, to end by itself."""
+    def stop(self, seconds: float = _STOP_SECONDS) -> None:
+        """End the thread after the sweep it is in; one that waits for Redis longer than this is left behind."""
         self._stop.set()
         self._wake.set()
         if self._thread is None:
-            self._lock.release()
+            self._end()
         else:
-            self._thread.join(timeout=_STOP_SECONDS)
+            self._thread.join(seconds)
 
     def sweep(self) -> bool:
-        """One round over what there is to do; True when it got something done. Another relay's lock: False.
+        """One round over what there is to do; True when it got something done. When another one relays: False.
 
         Raises:
             RedisError: Redis cannot be reached or refuses; nothing is lost, entries stay as they were.
             OutboxError: the outbox cannot be read or written.
+            RelayRefused: the entries go to another Redis or queue.
         """
-        # A lock that was not held until now: whoever had it may have sent what is not marked.
-        self._doubtful |= not self._lock.held
-        if not self._lock.acquire():
+        with self._outbox.repaired():
+            return self._sweep()
+        return True  # a damaged file was set aside: go on in the new one
+
+    def _sweep(self) -> bool:
+        if not self._may_relay():
             return False
         settled = self._take_acknowledgements()
+        self._guard.check()
         sent = self._send_pending()
         resent = self._look_after_overdue()
+        salvaged = self._salvage()
         self._prune()
-        return bool(settled or sent or resent)
+        return bool(settled or sent or resent or salvaged)
+
+    def _may_relay(self) -> bool:
+        """Whether it is this one's turn. Takes or releases the lock, and gives a sign of life."""
+        if self._outbox.generation != self._generation:  # another file is at the path, and another lock beside it
+            self._generation = self._outbox.generation
+            self._stand_back()
+        self._announce()
+        identity = self._outbox.identity.read()
+        try:
+            self.check_destination(identity)
+        except RelayRefused:
+            self._stand_back()
+            raise
+        process_lives = identity.relay is not None and self._outbox.identity.relay_is_alive()
+        if process_lives and self._process_name is None:
+            self._stand_back()
+            return False
+        if not self._lock.held:
+            self._relaying = False
+        # A relay process without signs of life may be stopped and keep its lock: two relays only do things twice.
+        if not self._lock.acquire() and (identity.relay is None or process_lives):
+            self._relaying = False
+            return False
+        if not self._relaying:
+            # Whichever relayed before may have sent what is not marked.
+            self._relaying = self._doubtful = True
+            self._guard.begin()
+            self._salvaging = None
+        return True
+
+    def check_destination(self, identity: Identity | None = None) -> None:
+        """Raises RelayRefused when the outbox says that its entries go to another Redis or queue."""
+        identity = identity or self._outbox.identity.read()
+        if (identity.redis, identity.queue) not in (self._destination, (None, None)):
+            redis, queue = self._destination
+            raise RelayRefused(
+                f"outbox {self._outbox.path}: its entries go to {identity.redis}, queue {identity.queue}, and not to"
+                f" {redis}, queue {queue}. Set REDIS_URL and HISTORY_QUEUE as for the producer that opened it last"
+            )
+
+    def _stand_back(self) -> None:
+        self._relaying = False
+        self._lock.release()
+
+    def _announce(self) -> None:
+        if self._process_name is not None and time.monotonic() >= self._announce_at:
+            self._announce_at = time.monotonic() + _SIGN_OF_LIFE_SECONDS
+            self._outbox.identity.announce_relay(self._process_name)
+
+    def _salvage(self) -> bool:
+        """Carry over a little from a damaged file that was set aside; whether there is more."""
+        if self._salvaging is None:
+            self._salvaging = self._salvage_all()
+        try:
+            next(self._salvaging)
+        except StopIteration:
+            self._salvaging = iter(())
+            return False
+        return True
+
+    def _salvage_all(self) -> Iterator[None]:
+        for file in self._outbox.rescue.damaged_files():
+            yield from self._outbox.rescue.salvaging(file)
 
     def _run(self) -> None:
         pause = _IDLE_SECONDS
@@ -125,7 +214,13 @@ class Relay:
                 if self._wake.wait(pause):
                     pause = _FIRST_LOOK_SECONDS
             self._wake.clear()
-        self._lock.release()
+        self._end()
+
+    def _end(self) -> None:
+        if self._process_name is not None:
+            with contextlib.suppress(HistoryError):  # its signs of life end in any case
+                self._outbox.identity.announce_relay(None)
+        self._stand_back()
 
     def _back_off(self, error: Exception) -> float:
         """Say what is wrong, once; returns the seconds to pause, which new entries do not shorten."""
@@ -161,34 +256,52 @@ class Relay:
         while True:
             cursor, page = self._redis.hscan(key, cursor, count=2 * _BATCH_ENTRIES)
             if page:
-                told: dict[Any, Any] = dict(page)  # type: ignore[arg-type]  # RESP2 and RESP3 answer a dict
-                outcomes = read_acknowledgements(told, source)
-                self._outbox.settle(source_id, resends, outcomes)
-                # Only after the outbox has them: a crash in between reads them once more.
-                self._forget(key, told)
-                self._tell_rejections(source_id, source, outcomes)
-                taken += len(told)
+                fields: dict[Any, Any] = dict(page)  # type: ignore[arg-type]  # RESP2 and RESP3 answer a dict
+                taken += self._settle(source_id, source, resends, fields)
             if not cursor:
                 return taken
 
-    def _tell_rejections(self, source_id: str, source: str, outcomes: Iterable[tuple[int, Outcome]]) -> None:
-        for sequence, outcome in outcomes:
-            if outcome.kind == "rejected":
-                event_id = dict(self._outbox.numbers(source_id, sequence - 1, 1)).get(sequence)
-                fields: dict[str, Any] = {"event_id": event_id, "job_id": job_id_of(source_id, sequence)}
-                fields |= {"source": source, "sequence": sequence, "outcome": outcome.kind}
-                logger.warning("event %s was rejected: %s", event_id, outcome.reason, extra=fields)
+    def _settle(self, source_id: str, source: str, resends: int, fields: Mapping[Any, Any]) -> int:
+        """Settle the entries that these fields acknowledge, and remove the fields; how many were new."""
+        found = read_acknowledgements(fields, source)
+        told = {field: one for field, one in found.items() if one is not None}
+        settled = self._outbox.settle(source_id, resends, told)
+        # Only after the outbox has them: a crash in between reads them once more.
+        done = {field for field, one in found.items() if one is None}.union(settled.changed)
+        if len(done) < len(fields):
+            done |= self._expired(told, set(settled.known))
+        self._forget(acknowledgement_key(source), {field: fields[field] for field in done}, told)
+        for field in settled.changed:
+            _log_rejection(source, told[field])
+        return len(settled.changed)
 
-    def _forget(self, key: str, told: dict[Any, Any]) -> None:
+    def _expired(self, told: Mapping[Any, Acknowledgement], known: set[Any]) -> set[Any]:
+        """Of fields that have settled nothing here, those that no copy of this outbox waits for any more."""
+        now, _ = self._redis.time()
+        return {
+            field
+            for field, one in told.items()
+            if now - one.at > (_LEFT_FOR_COPIES_SECONDS if field in known else ACKNOWLEDGEMENT_TTL_SECONDS)
+        }
+
+    def forget_acknowledgements(self) -> None:
+        """Remove those of this outbox's entries that wait in Redis: they were given by a database that is no more."""
+        for source in self._outbox.sources():
+            key = acknowledgement_key(source.full_name)
+            fields: Any = self._redis.hkeys(key)
+            if own := [field for field in fields if self._outbox.has(delivery_of(shown(field)))]:
+                self._redis.hdel(key, *own)
+
+    def _forget(self, key: str, fields: Mapping[Any, Any], told: Mapping[Any, Acknowledgement]) -> None:
         """Remove what was read; a rejection only if it is still what was read: a requeue may have ended since."""
-        rejected = [field for field, outcome in told.items() if shown(outcome).startswith("rejected:")]
-        if final := [field for field in told if field not in rejected]:
+        rejected = [field for field in fields if field in told and told[field].outcome.kind == "rejected"]
+        if final := [field for field in fields if field not in rejected]:
             self._redis.hdel(key, *final)
         if rejected:
             with self._redis.pipeline() as pipe, contextlib.suppress(WatchError):  # then it is read once more
                 pipe.watch(key)  # type: ignore[no-untyped-call]  # redis-py annotates it by half
-                found = zip(rejected, pipe.hmget(key, rejected), strict=True)
-                same = [field for field, value in found if value == told[field]]
+                values = zip(rejected, pipe.hmget(key, rejected), strict=True)
+                same = [field for field, value in values if value == fields[field]]
                 pipe.multi()
                 if same:
                     pipe.hdel(key, *same)
@@ -226,7 +339,7 @@ class Relay:
             self._prune_at = time.monotonic() + _PRUNE_SECONDS
 
     def _look_after_overdue(self) -> int:
-        heads = self._outbox.overdue(time.time(), _BATCH_ENTRIES)
+        heads = self._outbox.overdue(_BATCH_ENTRIES)
         if not heads:
             return 0
         states = job_states(self._redis, heads)
@@ -250,9 +363,15 @@ class Relay:
             self._queued = pipe.execute()[-1]
 
 
+def _log_rejection(source: str, one: Acknowledgement) -> None:
+    if one.outcome.kind == "rejected":
+        fields: dict[str, Any] = {"event_id": one.event_id, "source": source, "sequence": one.sequence}
+        fields |= {"job_id": job_id_of(one.source_id, one.sequence, one.nonce), "outcome": one.outcome.kind}
+        logger.warning("event %s was rejected: %s", one.event_id, one.outcome.reason, extra=fields)
+
+
 def _next_checks(entries: Iterable[EntryHead]) -> dict[int, float]:
-    now = time.time()
-    return {entry.position: now + _check_interval(entry.checks) for entry in entries}
+    return {entry.position: _check_interval(entry.checks) for entry in entries}
 
 
 def _brief(error: Exception) -> str:

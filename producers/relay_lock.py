@@ -20,11 +20,16 @@ class RelayLock:
         self._path = path
         self.lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
         close_before_fork(self)
 
     @property
     def held(self) -> bool:
-        return self._connection is not None
+        """Also false when the file was removed: another relay may have the lock of a new one."""
+        with self.lock:
+            if self._connection is not None and _identity_of(self._path) != self._identity:
+                self.close_connections()
+            return self._connection is not None
 
     def acquire(self) -> bool:
         """True when held, now or already; never waits."""
@@ -39,7 +44,7 @@ class RelayLock:
                 if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
                     return False
                 raise
-            self._connection = connection
+            self._connection, self._identity = connection, _identity_of(self._path)
             return True
 
     def release(self) -> None:
@@ -53,3 +58,11 @@ class RelayLock:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

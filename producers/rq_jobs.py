@@ -21,8 +21,8 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.utils import as_text, utcformat
 
+from producers.entries import Entry, EntryHead
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
-from producers.outbox import Entry, EntryHead
 from producers.redis_keys import acknowledgement_key, held_key, holders_key
 
 AnyHead = TypeVar("AnyHead", bound=EntryHead)
@@ -85,7 +85,7 @@ def unanswered(redis: Redis, entries: Sequence[AnyHead]) -> list[AnyHead]:
     """
     with redis.pipeline(transaction=False) as pipe:
         for entry in entries:
-            pipe.hexists(acknowledgement_key(entry.source), str(entry.sequence))
+            pipe.hexists(acknowledgement_key(entry.source), entry.job_id)
         answered = pipe.execute() if entries else []
     return [entry for entry, has_answer in zip(entries, answered, strict=True) if not has_answer]
 

@@ -80,6 +80,10 @@ class TransportSettings(ZoneSettings):
     outbox: Path = Field(Path("data/outbox.db"), alias="HISTORY_OUTBOX")
     outbox_keep_days: Annotated[float, Field(ge=0)] = Field(7.0, alias="HISTORY_OUTBOX_KEEP")
 
+    @property
+    def outbox_keep_seconds(self) -> float:
+        return self.outbox_keep_days * 86400
+
     def redis(self) -> Redis:
         """A client that gives up in seconds rather than hang; retrying is its user's decision.
 

@@ -27,6 +27,7 @@ from producers.fake_worker import Answer, FakeWorker, Refusal
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.outcomes import Outcome
+from producers.redis_keys import delivery_of
 
 AnyPayload = TypeVar("AnyPayload", PortfolioSnapshot, SignalArchive)
 
@@ -158,7 +159,7 @@ class FakeHistory:
             ended.result()
 
     def _are_known(self, answers: Sequence[Answer]) -> bool:
-        return all(self._outbox.outcome(one.source.rpartition("/")[2], one.sequence) for one in answers)
+        return all(self._outbox.is_settled(delivery_of(one.job_id)) for one in answers)
 
 
 _open = threading.Lock()

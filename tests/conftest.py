@@ -19,6 +19,7 @@ from sqlalchemy import Engine, create_engine, make_url
 
 from consumers import connection
 from consumers.embedded import Addresses, servers
+from producers import history_producer
 from producers.history_producer import HistoryProducer
 
 # What runs the tests may ignore these (nohup, a script's background), and what they start would go on ignoring them.
@@ -37,6 +38,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith(_OUR_VARIABLES):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+    # A producer that is closed waits for its workers, of which most tests have none.
+    monkeypatch.setattr(history_producer, "EXIT_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ TYPE, EXPIRES = "(type)", "(expires)"
 # then those that a test chooses.
 _LIFETIMES = (60, 500, 599, 604_800, 31_536_000, 700, 900, 3600)
 _UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
+_ACKNOWLEDGED = re.compile(r"^\d{10} (?=[0-9a-f-]+ \w+:)")
 _TIMESTAMP = re.compile(r"\d{10}\.\d+")
 
 
@@ -145,7 +146,7 @@ def _told(field: str, value: bytes, phases: Phases) -> Iterable[tuple[str, str]]
     elif field == "return_value":
         text = b64decode(value).decode()
     else:
-        text = phases.text(value.decode())
+        text = _ACKNOWLEDGED.sub("", phases.text(value.decode()))
     if field == "total_working_time" and 0 < float(text) <= phases.seconds:
         text = "within the run"
     elif field == "execution_id":

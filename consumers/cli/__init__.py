@@ -53,6 +53,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "up": up.up,
         "init-db": running.init_db,
         "worker": running.worker,
+        "relay": running.relay,
         "api": views.api,
         "dashboard": views.dashboard,
     },

@@ -74,7 +74,7 @@ def audit(as_json: AsJson = False) -> None:
         settings = TransportSettings.from_environment()
         redis = None if settings.redis_url is None else settings.redis()
         with Outbox(settings.outbox) if settings.outbox.is_file() else nullcontext() as outbox:
-            audits = account(redis, outbox)
+            audits = account(redis, outbox, settings.queue)
     (print_json if as_json else print_audit)([asdict(one) for one in audits])
     raise typer.Exit(0 if all(one.complete for one in audits) else 1)
 

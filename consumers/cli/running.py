@@ -1,7 +1,10 @@
-"""Commands that run the pipeline: `demo`, `init-db`, `worker`."""
+"""Commands that run the pipeline: `demo`, `init-db`, `worker`, `relay`."""
 
 from __future__ import annotations
 
+import signal
+import threading
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -90,6 +93,37 @@ def worker(
                 run_pool(processes, burst=burst, debug=context.find_root().params["debug"], metrics_port=port)
             )
         run_worker(redis, settings.queue, burst=burst, metrics=metrics.model_copy(update={"port": port}))
+
+
+def relay(
+    outboxes: Annotated[
+        list[Path] | None,
+        typer.Option("--outbox", help="File of an outbox; several may be given.", show_default="HISTORY_OUTBOX"),
+    ] = None,
+) -> None:
+    """Carry events from outboxes to the queue until told to stop: for controllers that cron starts."""
+    from consumers import stop_signals
+    from producers.relay_process import run_relay
+    from producers.settings import TransportSettings
+
+    with stack(redis=True):
+        settings = TransportSettings.from_environment()
+        stopping = threading.Event()
+        # A second signal ends it at once: what it has in hand is sent again by the next relay.
+        stop_signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda *_: _stop_once(stopping))
+        run_relay(
+            outboxes or [settings.outbox],
+            settings.redis(),
+            settings.queue,
+            keep_seconds=settings.outbox_keep_seconds,
+            stopping=stopping,
+        )
+
+
+def _stop_once(stopping: threading.Event) -> None:
+    if stopping.is_set():
+        raise SystemExit(128 + signal.SIGTERM)
+    stopping.set()
 
 
 def _print_adoption(adoption: Any) -> None:

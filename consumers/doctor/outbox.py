@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+
+from redis import Redis
 
 from consumers.doctor.checks import Check, duration, looked, size
 from consumers.doctor.file_systems import in_container, mount_of, mounts_text
 from consumers.doctor.masking import Mask
+from producers.lateness import oldest_unsettled_seconds
 from producers.outbox import MAX_BYTES, Outbox
+from producers.outbox_rescue import ranges_text
+from producers.outcomes import shown
+from producers.redis_keys import token_key
 from producers.settings import TransportSettings, read_environment
 
 _ADVICE = "mend what it names, or keep the file for later and set HISTORY_OUTBOX to a new one"
+_CHECK_SECONDS = 3.0
 _OLD_SECONDS = 600.0
 _VERY_OLD_SECONDS = 86400.0
 _HIGH_SHARE = 0.5  # settled entries leave then, so what is above is not settled
@@ -33,17 +40,19 @@ def outbox_checks(settings: TransportSettings, mask: Mask) -> Iterator[Check]:
         if "HISTORY_OUTBOX" not in read_environment() or not path.absolute().parent.is_dir():
             return
     else:
-        yield from looked("outbox", partial(contents, path), mask, advice=_ADVICE)
+        yield from looked("outbox", partial(contents, settings), mask, advice=_ADVICE)
+        yield from looked("outbox file", partial(soundness, path), mask, advice=_ADVICE)
+        yield from looked("outbox copies", partial(copies, settings), mask)
         yield from looked("outbox access", partial(access, path), mask)
     yield from looked("outbox place", lambda: [place_check(path, mounts_text(), in_container=in_container())], mask)
     yield from looked("outbox disk", lambda: [disk_check(shutil.disk_usage(path.absolute().parent).free)], mask)
 
 
-def contents(path: Path) -> Iterator[Check]:
+def contents(settings: TransportSettings) -> Iterator[Check]:
     """How much waits and for how long, what was rejected, how full it is. Raises OutboxError."""
-    with Outbox(path) as outbox:
+    with Outbox(settings.outbox) as outbox, _redis_of(settings) as redis:
         status, used = outbox.status(), outbox.used_bytes()
-        age = None if status.oldest_unsettled is None else time.time() - status.oldest_unsettled
+        age = oldest_unsettled_seconds(outbox, redis)
         forsaken = age is not None and age > _OLD_SECONDS and _nobody_relays(outbox)
     found = f"{status.pending} pending, {status.sent} sent" + (
         "" if age is None else f", the oldest {duration(age)} old"
@@ -55,7 +64,7 @@ def contents(path: Path) -> Iterator[Check]:
             "outbox",
             "fail",
             f"{found}; no process sends them",
-            "start the controller, or trading-history outbox flush",
+            "start the controller, trading-history relay, or trading-history outbox flush",
         )
     else:
         advice = "look at the lines about Redis, workers and PostgreSQL"
@@ -67,6 +76,53 @@ def contents(path: Path) -> Iterator[Check]:
         "trading-history failed list, on a machine that reaches the database" if status.rejected else "",
     )
     yield size_check(used)
+
+
+def soundness(path: Path) -> Iterator[Check]:
+    """Whether SQLite finds the file in order, and what was set aside because it did not."""
+    name = "outbox file"
+    with Outbox(path) as outbox:
+        fault = outbox.quick_check(_CHECK_SECONDS)
+        waiting, done = outbox.rescue.damaged_files(), outbox.rescue.salvaged_files()
+        losses = outbox.rescue.losses()
+    if fault not in (None, "unfinished"):
+        advice = "the next call of a producer sets the file aside and goes on in a new one: look at the disk"
+        yield Check(name, "fail", f"damaged: {fault}", advice)
+    elif waiting:
+        found = f"set aside as damaged, not salvaged yet: {', '.join(map(str, waiting))}"
+        yield Check(name, "fail", found, "start the controller or trading-history relay, which carry over its entries")
+    elif done:
+        lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in losses.items()) or "none"
+        found = f"salvaged after damage: {', '.join(map(str, done))}. Numbers that could not be read: {lost}"
+        yield Check(name, "warn", found, "run trading-history audit, look at the disk, then delete the salvaged file")
+    else:
+        seen = "sound" if fault is None else f"no fault found in {_CHECK_SECONDS:.0f} s"
+        yield Check(name, "ok", seen)
+
+
+def copies(settings: TransportSettings) -> Iterator[Check]:
+    """Whether another copy of this outbox is in use, by what the relays have noticed and by the token in Redis."""
+    name = "outbox copies"
+    advice = "trading-history audit on the host of each copy; give each controller an outbox of its own"
+    with Outbox(settings.outbox) as outbox:
+        sources, identity = outbox.sources(), outbox.identity.read()
+    current = [source.full_name for source in sources if source.current]
+    left = [source.full_name for source in sources if source.left_because == "copied"]
+    if redis_is_set := settings.redis_url is not None:
+        with settings.redis() as redis:
+            tokens = redis.mget([token_key(source) for source in current]) if current else []
+        known = {identity.token, identity.next_token, None}
+        if any((None if token is None else shown(token)) not in known for token in tokens):
+            yield Check(name, "warn", f"another copy uses {', '.join(current)} now", advice)
+            return
+    if left:
+        yield Check(name, "warn", f"copied or restored: it has left {', '.join(left)} to another copy", advice)
+    else:
+        yield Check(name, "ok", "none has been noticed" if redis_is_set else "none has been noticed, without Redis")
+
+
+def _redis_of(settings: TransportSettings) -> AbstractContextManager[Redis | None]:
+    return nullcontext() if settings.redis_url is None else settings.redis()
 
 
 def _nobody_relays(outbox: Outbox) -> bool:

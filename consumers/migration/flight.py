@@ -15,7 +15,7 @@ from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 
 from producers.backoff import backoff_seconds
-from producers.outbox import Entry
+from producers.entries import Entry
 from producers.outcomes import Outcome, read_acknowledgements
 from producers.redis_keys import acknowledgement_key
 from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
@@ -146,7 +146,8 @@ class Flight:
 
     def _take_acknowledgements(self) -> int:
         told: dict[Any, Any] = self._redis.hgetall(self._key)
-        taken = sum(self._settle(*read) for read in read_acknowledgements(told, self._source))
+        found = read_acknowledgements(told, self._source).values()
+        taken = sum(self._settle(one.sequence, one.outcome) for one in found if one is not None)
         if told:
             self._redis.hdel(self._key, *told)
         if taken:

@@ -20,10 +20,10 @@ from consumers.migration.report import Report, as_json
 from consumers.migration.standing import Standing, standings
 from consumers.store.outcomes import NoRow, forget_outcomes, record_outcomes
 from producers.backoff import backoff_seconds
+from producers.entries import Entry as OutboxEntry
 from producers.errors import InvalidEvent
 from producers.events import Event, encode
 from producers.json_arrays import Entry
-from producers.outbox import Entry as OutboxEntry
 from producers.outcomes import Outcome
 
 _FIRST_BACKOFF_SECONDS = 0.2
@@ -114,6 +114,7 @@ class Importer:
                     position=entry.index,
                     source_id=history.source_id,
                     sequence=entry.index,
+                    nonce="",
                     source=history.source,
                     checks=0,
                     type=event.type,

@@ -47,6 +47,6 @@ def _redis(transport: TransportSettings) -> dict[str, Any]:
 
 def _outbox(transport: TransportSettings) -> dict[str, Any] | None:
     try:
-        return outbox_facts(transport.outbox)
+        return outbox_facts(transport)
     except OutboxError as error:
         return {"error": disclosed(error)}

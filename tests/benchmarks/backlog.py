@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,8 +16,8 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from producers.events import PortfolioSnapshot, encode, event_of
-from producers.outbox import Outbox, source_of
-from producers.redis_keys import acknowledgement_key, job_id_of, strays_key
+from producers.outbox import Outbox
+from producers.redis_keys import acknowledgement_key, strays_key
 from producers.rq_jobs import UNDER_WAY, enqueue
 from tests.benchmarks.checks import require, wait_for_progress
 from tests.benchmarks.environment import queue_name
@@ -48,8 +49,8 @@ class Backlog:
     redis: Redis
     queue: Queue
     count: int
-    source_id: str
     source: str
+    last_job_ids: Sequence[str]
 
     def release(self) -> None:
         """Put all of them into the queue, in one step."""
@@ -62,18 +63,17 @@ class Backlog:
         """
         key = acknowledgement_key(self.source)
         looks = wait_for_progress(lambda: int(self.redis.hlen(key)), self.count)
-        last = range(max(1, self.count - _LAST_JOBS + 1), self.count + 1)
         while True:
-            looks += len(last)
-            if not self._under_way(last):
+            looks += len(self.last_job_ids)
+            if not self._under_way():
                 return looks
             time.sleep(0.002)
 
-    def _under_way(self, sequences: Sequence[int]) -> bool:
-        """Whether one of these jobs counts as waiting or running."""
+    def _under_way(self) -> bool:
+        """Whether one of the last jobs counts as waiting or running."""
         with self.redis.pipeline(transaction=False) as pipe:
-            for sequence in sequences:
-                pipe.hget(Job.key_for(job_id_of(self.source_id, sequence)), "status")
+            for job_id in self.last_job_ids:
+                pipe.hget(Job.key_for(job_id), "status")
             statuses = pipe.execute()
         return any(status and status.decode() in UNDER_WAY for status in statuses)
 
@@ -84,18 +84,20 @@ def park_snapshots(redis: Redis, folder: Path, count: int, first: int = 0) -> Ba
     with Outbox(folder / f"backlog-{uuid4().hex}.db") as outbox:
         for done in range(0, count, _APPEND_EVENTS):
             outbox.append("bench", list(snapshots(min(_APPEND_EVENTS, count - done), first + done)))
+        job_ids: deque[str] = deque(maxlen=_LAST_JOBS)
         # As the relay does, which would not fill a queue as long as this one.
         while entries := outbox.pending(_SEND_ENTRIES):
             with redis.pipeline(transaction=True) as pipe:
                 enqueue(pipe, queue, entries)
                 pipe.execute()
             outbox.mark_sent({entry.position: 0.0 for entry in entries})
+            job_ids.extend(entry.job_id for entry in entries)
         sent = outbox.status().sent
-        ((source_id, name, _),) = outbox.sources()
+        (source,) = outbox.sources()
     require(sent == queue.count == count, f"{sent} events sent and {queue.count} queued of {count}")
     redis.rename(queue.key, _PARKED)
     # Set aside they are in no list, which a worker would look into.
     redis.set(f"{strays_key(queue.name)}:looked", "1", ex=3600)
     for file in folder.glob("backlog-*"):
         file.unlink()
-    return Backlog(redis, queue, count, source_id, source_of(name, source_id))
+    return Backlog(redis, queue, count, source.full_name, tuple(job_ids))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import fakeredis
 import pytest
 
-from producers.errors import EventRejected, ProducerClosed, SettingsError
+from producers import history_producer
+from producers.errors import EventRejected, OutboxError, ProducerClosed, SettingsError
+from producers.fake_worker import FakeWorker
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
+from producers.outcomes import Outcome, acknowledgement_text
 from producers.redis_keys import acknowledgement_key
 from producers.testing import FakeHistory
 from tests.factories import a_snapshot, an_archive
@@ -89,6 +94,156 @@ def test_a_new_producer_sends_what_an_earlier_one_left(trading_history: FakeHist
     assert queue_of(trading_history.redis).count == 1
 
 
+def test_a_receipt_knows_the_state_of_its_event(
+    server: fakeredis.FakeServer, redis: fakeredis.FakeRedis, tmp_path: Path
+) -> None:
+    """pending, sent, then stored or rejected; an error when the entry was settled so long ago that it is dropped."""
+    worker = FakeWorker(redis, "history")
+    server.connected = False
+    producer = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
+    stored = producer.record(a_snapshot())
+    states = [stored.state]
+    server.connected = True
+    producer.flush(5)
+    states.append(stored.state)
+    worker.work()
+    stored.wait(5)
+    rejected = producer.record(a_snapshot(after=timedelta(1)))
+    producer.flush(5)
+    worker.work(reject="no")
+    with pytest.raises(EventRejected):
+        rejected.wait(5)
+    producer.close()
+
+    assert [*states, stored.state, rejected.state] == ["pending", "sent", "stored", "rejected"]
+    Outbox(tmp_path / "outbox.db").prune(keep_seconds=-1)
+    with pytest.raises(OutboxError, match="entry 1 is no longer kept"):
+        _ = stored.state
+
+
+def test_flushing_covers_what_was_recorded_before_the_call_and_no_more(
+    redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that goes on recording does not keep another one from its end."""
+    monkeypatch.setattr("producers.relay._BATCH_ENTRIES", 1)
+    monkeypatch.setattr("producers.relay._FULL_QUEUE_JOBS", 1)  # so that the second one stays in the outbox
+    producer = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
+    receipt = producer.record(a_snapshot())
+    last_position = Outbox.last_position
+
+    def another_one_meanwhile(outbox: Outbox) -> int:
+        position = last_position(outbox)
+        producer.record(a_snapshot(after=timedelta(1)))
+        return position
+
+    monkeypatch.setattr(Outbox, "last_position", another_one_meanwhile)
+    assert producer.flush(2) == 0
+    assert receipt.state == "sent"
+    assert producer.status().pending == 1
+    producer.close(timeout=0)
+
+
+def test_settling_asks_at_once_for_what_is_under_way(
+    redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis lost it: it is sent again now, not at its next check, and the caller hears how many are left."""
+    heard: list[int] = []
+    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
+        producer.record_many([a_snapshot(after=timedelta(n)) for n in range(3)])
+        producer.flush(5)
+        assert producer.settle(0.05) == 3
+        redis.flushall()
+        monkeypatch.setattr("producers.history_producer._ASK_SECONDS", 0.02)
+        stop = threading.Event()
+        worker = threading.Thread(target=_work_until, args=(FakeWorker(redis, "history"), stop))
+        worker.start()
+        assert producer.settle(10, progress=heard.append) == 0
+        stop.set()
+        worker.join()
+        assert producer.status().stored == 3
+    assert (heard[0], heard[-1]) == (3, 0)
+
+
+def _work_until(worker: FakeWorker, stop: threading.Event) -> None:
+    while not stop.wait(0.005):
+        worker.work()
+
+
+def test_closing_waits_until_its_own_events_are_settled(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
+    """A controller that exits after every event leaves nothing for the next one to find."""
+    stop = threading.Event()
+    worker = threading.Thread(target=_work_until, args=(FakeWorker(redis, "history"), stop))
+    worker.start()
+    for n in range(5):
+        with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
+            producer.record(a_snapshot(after=timedelta(n)))
+        with Outbox(tmp_path / "outbox.db") as outbox:
+            assert (outbox.status().depth, outbox.status().stored) == (0, n + 1)
+    stop.set()
+    worker.join()
+
+
+def test_closing_hands_over_events_of_others_and_does_not_wait_for_their_end(
+    redis: fakeredis.FakeRedis, tmp_path: Path
+) -> None:
+    """No worker runs: another producer's event would take all of the time that closing has."""
+    other = Outbox(tmp_path / "outbox.db")
+    other.append("other", [a_snapshot()], recorder=1)
+    began = time.monotonic()
+    HistoryProducer(redis, outbox=other.path).close(timeout=20)
+    assert time.monotonic() - began < 10
+    assert (other.status().pending, other.status().sent) == (0, 1)
+
+
+def test_closing_takes_no_time_when_a_relay_process_looks_after_the_outbox(
+    redis: fakeredis.FakeRedis, tmp_path: Path
+) -> None:
+    """It has the event when the process is gone."""
+    with Outbox(tmp_path / "outbox.db") as outbox:
+        outbox.identity.announce_relay("relay-1")
+        producer = HistoryProducer(redis, outbox=outbox.path)
+        producer.record(a_snapshot())
+        began = time.monotonic()
+        producer.close(timeout=20)
+        assert time.monotonic() - began < 10
+        assert (outbox.status().pending, queue_of(redis).count) == (1, 0)
+
+
+def test_all_producers_of_a_process_share_the_time_that_its_end_has(
+    redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four that wait for an acknowledgement in vain take as long as one."""
+    monkeypatch.setattr(history_producer, "_live", set())
+    monkeypatch.setattr(history_producer, "EXIT_SECONDS", 0.5)
+    producers = [HistoryProducer(redis, outbox=tmp_path / f"{n}.db") for n in range(4)]
+    for producer in producers:
+        producer.record(a_snapshot())
+        producer.flush(5)
+    began = time.monotonic()
+    history_producer._close_all()
+
+    assert 0.5 <= time.monotonic() - began < 1.5
+    assert all(producer.closed for producer in producers)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_of_multiprocessing_closes_its_producers_when_it_ends(
+    redis: fakeredis.FakeRedis, tmp_path: Path
+) -> None:
+    """It ends without atexit. A worker of its own settles its event, since Redis is the child's own here."""
+
+    def record() -> None:
+        worker = FakeWorker(redis, "history")
+        threading.Thread(target=_work_until, args=(worker, threading.Event()), daemon=True).start()
+        HistoryProducer(redis, outbox=tmp_path / "outbox.db").record(a_snapshot())
+
+    child = multiprocessing.get_context("fork").Process(target=record)
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0
+    assert Outbox(tmp_path / "outbox.db").status().stored == 1
+
+
 def test_a_closed_producer_refuses_and_may_be_closed_again(producer: HistoryProducer) -> None:
     """Nothing is recorded after close."""
     producer.close()
@@ -124,7 +279,7 @@ def test_a_forked_child_goes_on_recording(redis: fakeredis.FakeRedis, tmp_path: 
     assert producer.record(a_snapshot(after=timedelta(2))).sequence == 3
     assert producer.flush(5) == 0
     assert Outbox(tmp_path / "outbox.db").status().sent == 3
-    producer.close()
+    producer.close(timeout=0)
 
 
 def test_queue_and_outbox_come_from_the_settings_unless_given(
@@ -136,9 +291,11 @@ def test_queue_and_outbox_come_from_the_settings_unless_given(
     with HistoryProducer(redis) as producer:
         producer.record(a_snapshot())
         producer.flush(5)
+        producer.close(timeout=0)
     with HistoryProducer(redis, queue="night", outbox=tmp_path / "night.db") as producer:
         producer.record(a_snapshot())
         producer.flush(5)
+        producer.close(timeout=0)
 
     assert (queue_of(redis, "evening").count, queue_of(redis, "night").count) == (1, 1)
     assert {path.name for path in tmp_path.glob("*.db")} == {"evening.db", "night.db"}
@@ -180,16 +337,17 @@ def test_a_resend_forgets_what_workers_said_of_the_old_database(redis: fakeredis
     with HistoryProducer(redis, outbox=outbox) as first:
         receipt = first.record(a_snapshot())
         first.flush(5)
-    redis.hset(acknowledgement_key(receipt.source), "1", "stored:3")
-    redis.lpop("rq:queue:history")
-    redis.delete(f"rq:job:{receipt.source.split('/')[1]}-1")
-    old = Outbox(outbox)
-    again = HistoryProducer(redis, outbox=old.path)
+        first.close(timeout=0)
+    FakeWorker(redis, "history").work()
+    key = acknowledgement_key(receipt.source)
+    foreign = f"{receipt.source.split('/')[1]}-1-{'0' * 16}"  # of a copy of this outbox
+    redis.hset(key, foreign, acknowledgement_text(int(redis.time()[0]), None, Outcome("stored", row_id=9)))
+    again = HistoryProducer(redis, outbox=outbox)
     again.resend(datetime(2020, 1, 1, tzinfo=UTC))
     again.flush(5)
-    again.close()
+    again.close(timeout=0)
 
     state = Outbox(outbox).status()
-    # Either its relay had read the old word, and the resend undid that; or it had not, and never will.
-    assert state.confirmed == 0
-    assert redis.hgetall(acknowledgement_key(receipt.source)) == {}
+    # Either its relay had read the old answer, and the resend undid that; or it had not, and never will.
+    assert (state.stored, state.sent) == (0, 1)
+    assert redis.hkeys(key) == [foreign.encode()]

@@ -10,27 +10,41 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 
 from producers import outbox as outbox_module
+from producers.entries import Accepted, Fate, Settled, Source
 from producers.errors import InvalidEvent, OutboxError
-from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode
+from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode, encode, event_of
 from producers.outbox import Outbox
-from producers.outcomes import Outcome
+from producers.outcomes import Acknowledgement, Outcome
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.forking import in_child
 
 NAME = "trading-controller"
+STORED = Outcome("stored", row_id=7)
+REJECTED = Outcome("rejected", reason="no")
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "down" / "outbox.db"
+
+
+def _settle(outbox: Outbox, *told: tuple[Accepted, Outcome], resends: int = 0) -> Settled:
+    """As a relay that has read these; the keys are the numbers."""
+    found = {
+        one.sequence: Acknowledgement(one.source_id, one.sequence, one.nonce, str(one.event_id), outcome, at=0)
+        for one, outcome in told
+    }
+    return outbox.settle(told[0][0].source_id, resends, found)
 
 
 def test_entries_are_numbered_from_one_and_carry_their_number(path: Path) -> None:
@@ -44,7 +58,18 @@ def test_entries_are_numbered_from_one_and_carry_their_number(path: Path) -> Non
     assert {one.source for one in accepted} == {f"{NAME}/{accepted[0].source_id}"}
     event = decode(entries[1].event, PortfolioSnapshotEvent)
     assert (event.source, event.sequence, event.id) == (accepted[1].source, 2, accepted[1].event_id)
-    assert entries[1].job_id == f"{accepted[0].source_id}-2"
+    assert entries[1].job_id == f"{accepted[0].source_id}-2-{accepted[1].nonce}"
+
+
+def test_each_entry_has_a_nonce_of_its_own(path: Path) -> None:
+    """64 random bits: a copy of this file may give the same number to another event."""
+    outbox = Outbox(path)
+    accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(20)])
+    accepted += [outbox.append(NAME, [a_snapshot()])[0] for _ in range(20)]
+
+    assert len({one.nonce for one in accepted}) == 40
+    assert all(re.fullmatch("[0-9a-f]{16}", one.nonce) for one in accepted)
+    assert [entry.nonce for entry in outbox.pending(50)] == [one.nonce for one in accepted]
 
 
 def test_each_name_on_one_file_is_a_source_with_numbers_of_its_own(path: Path) -> None:
@@ -81,47 +106,66 @@ def test_appending_many_takes_all_or_none(path: Path) -> None:
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [1]
 
 
-def test_an_entry_goes_from_pending_to_sent_to_confirmed(path: Path) -> None:
+def test_an_entry_goes_from_pending_to_sent_to_stored(path: Path) -> None:
     """status counts each state and knows how old the oldest unsettled entry is."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     (entry,) = outbox.pending(10)
-    states = [outbox.status()]
-    outbox.mark_sent({entry.position: 0.0})
+    states, fates = [outbox.status()], [outbox.fate(accepted)]
+    outbox.mark_sent({entry.position: 5.0})
     states.append(outbox.status())
-    assert outbox.outcome(accepted.source_id, 1) is None
-    outbox.settle(accepted.source_id, 0, [(1, Outcome("duplicate", row_id=7))])
+    fates.append(outbox.fate(accepted))
+    _settle(outbox, (accepted, Outcome("duplicate", row_id=7)))
     states.append(outbox.status())
+    fates.append(outbox.fate(accepted))
 
-    assert [(state.pending, state.sent, state.confirmed, state.rejected) for state in states] == [
+    assert [(state.pending, state.sent, state.stored, state.rejected) for state in states] == [
         (1, 0, 0, 0),
         (0, 1, 0, 0),
         (0, 0, 1, 0),
     ]
-    assert [state.oldest_unsettled is None for state in states] == [False, False, True]
-    assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=7)
+    assert [state.oldest_unsettled_seconds is None for state in states] == [False, False, True]
+    assert fates == [Fate("pending", None, None), Fate("sent", None, None), Fate("stored", 7, None)]
 
 
 def test_a_late_acknowledgement_does_not_undo_an_earlier_one(path: Path) -> None:
-    """What is settled stays settled; an unknown sequence is ignored."""
+    """What is settled stays settled; of what is not here nothing is said."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
-    outbox.settle(accepted.source_id, 0, [(1, Outcome("stored", row_id=7))])
-    outbox.settle(accepted.source_id, 0, [(1, Outcome("rejected", reason="late")), (99, Outcome("stored", row_id=1))])
+    assert _settle(outbox, (accepted, STORED)) == Settled([1], [])
+    unknown = replace(accepted, sequence=99)
+    again = _settle(outbox, (accepted, REJECTED), (unknown, STORED))
 
-    assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=7)
-    assert outbox.status().confirmed == 1
+    assert again == Settled([], [1])
+    assert outbox.fate(accepted) == Fate("stored", 7, None)
+    assert outbox.status().stored == 1
 
 
-def test_a_rejected_entry_is_confirmed_when_it_was_requeued_and_stored(path: Path) -> None:
+@pytest.mark.parametrize("other", ["nonce", "event_id", "source_id"])
+def test_an_acknowledgement_of_another_delivery_settles_nothing(path: Path, other: str) -> None:
+    """A copy of this outbox has given the same number to another event; or the event's id is another one."""
+    outbox = Outbox(path)
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    told = Acknowledgement(accepted.source_id, 1, accepted.nonce, str(accepted.event_id), STORED, at=0)
+    foreign = {"nonce": "0" * 16, "event_id": str(uuid4()), "source_id": "ab"}[other]
+    settled = outbox.settle(accepted.source_id, 0, {"key": replace(told, **{other: foreign})})
+
+    # The entry of that job id is here, whatever event the acknowledgement names.
+    assert settled == Settled([], ["key"] if other == "event_id" else [])
+    assert outbox.fate(accepted).state == "pending"
+    assert outbox.settle(accepted.source_id, 0, {"key": replace(told, event_id=None)}) == Settled(["key"], [])
+
+
+def test_a_rejected_entry_is_stored_when_it_was_requeued_and_stored(path: Path) -> None:
     """Its source still counts as awaiting, so that the acknowledgement is looked for."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
-    outbox.settle(accepted.source_id, 0, [(1, Outcome("rejected", reason="no"))])
+    _settle(outbox, (accepted, REJECTED))
+    assert outbox.fate(accepted) == Fate("rejected", None, "no")
     assert (outbox.awaiting("sent"), outbox.awaiting("rejected")) == ([], [(accepted.source_id, NAME, 0)])
-    outbox.settle(accepted.source_id, 0, [(1, Outcome("stored", row_id=7))])
+    _settle(outbox, (accepted, STORED))
 
-    assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=7)
+    assert outbox.fate(accepted) == Fate("stored", 7, None)
     assert (outbox.awaiting("sent"), outbox.awaiting("rejected")) == ([], [])
 
 
@@ -130,11 +174,22 @@ def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     first, second, _ = outbox.pending(10)
-    outbox.mark_sent({first.position: 100.0, second.position: 200.0})
+    outbox.mark_sent({first.position: -1.0, second.position: 100.0})
 
-    assert [entry.sequence for entry in outbox.overdue(150.0, 10)] == [1]
-    outbox.postpone({first.position: 300.0})
-    assert outbox.overdue(150.0, 10) == []
+    assert [entry.sequence for entry in outbox.overdue(10)] == [1]
+    outbox.postpone({first.position: 100.0})
+    assert outbox.overdue(10) == []
+
+
+def test_all_that_was_sent_up_to_a_position_can_be_made_overdue(path: Path) -> None:
+    """For those that do not want to wait for the next check."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
+    first, second, third, _ = outbox.pending(10)
+    outbox.mark_sent({entry.position: 100.0 for entry in (first, second, third)})
+    outbox.check_now(second.position)
+
+    assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 2]
 
 
 def test_a_batch_ends_before_it_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +291,7 @@ def test_appending_waits_for_the_disk_and_marking_does_not(path: Path, monkeypat
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(1)})
-    outbox.settle(accepted.source_id, 0, [(1, Outcome("stored", row_id=1))])
+    _settle(outbox, (accepted, STORED))
 
     def modes_of(statement: str) -> list[tuple[str, int]]:
         having = [db for db, statements in opened if any(one.strip().startswith(statement) for one in statements)]
@@ -287,17 +342,18 @@ def test_a_full_disk_is_an_error_and_nothing_is_half_recorded(path: Path) -> Non
 def test_a_full_outbox_says_so_and_can_still_be_emptied(path: Path) -> None:
     """Appending stops at the limit; marking and settling go on, and pruning makes room again."""
     outbox = Outbox(path, max_bytes=2**20)
+    accepted: list[Accepted] = []
 
     def fill() -> None:
-        for n in range(10_000):
-            outbox.append(NAME, [a_snapshot(after=timedelta(seconds=n))])
+        for n in range(1000):
+            accepted.extend(outbox.append(NAME, [a_snapshot(after=timedelta(seconds=20 * n + m)) for m in range(20)]))
 
     with pytest.raises(OutboxError, match=r"is full: its disk, or its limit of 1 MiB; events leave it when"):
         fill()
     full = outbox.status().pending
     entries = outbox.pending(full)
     outbox.mark_sent({entry.position: 0.0 for entry in entries})
-    outbox.settle(entries[0].source_id, 0, [(entry.sequence, Outcome("stored", row_id=1)) for entry in entries])
+    _settle(outbox, *((one, STORED) for one in accepted))
 
     assert outbox.prune(keep_seconds=1e9) > 0
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [full + 1]
@@ -306,26 +362,25 @@ def test_a_full_outbox_says_so_and_can_still_be_emptied(path: Path) -> None:
 def test_settled_entries_are_dropped_when_they_are_old_enough_and_others_never(path: Path) -> None:
     """Pending and sent ones stay, however old; of what was rejected the database keeps the record."""
     outbox = Outbox(path)
-    (accepted, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
-    _, sent, rejected, confirmed = outbox.pending(10)
-    outbox.mark_sent({entry.position: 0.0 for entry in (sent, rejected, confirmed)})
-    outbox.settle(accepted.source_id, 0, [(3, Outcome("rejected", reason="no")), (4, Outcome("stored", row_id=1))])
+    *_, rejected, stored = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
+    outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(10)[1:]})
+    _settle(outbox, (rejected, REJECTED), (stored, STORED))
 
     assert outbox.prune(keep_seconds=60) == 0
     assert outbox.prune(keep_seconds=0) == 2
     status = outbox.status()
-    assert (status.pending, status.sent, status.rejected, status.confirmed) == (1, 1, 0, 0)
+    assert (status.pending, status.sent, status.rejected, status.stored) == (1, 1, 0, 0)
     with pytest.raises(OutboxError, match="entry 4 is no longer kept"):
-        outbox.outcome(accepted.source_id, 4)
+        outbox.fate(stored)
 
 
 def test_settled_entries_can_be_made_pending_again_by_time(path: Path) -> None:
     """Stored and rejected, with the same number and bytes; what is older, or on its way, is left alone."""
     outbox = Outbox(path)
-    (accepted, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    stored, rejected, _ = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     before = outbox.pending(10)
     outbox.mark_sent({entry.position: 0.0 for entry in before})
-    outbox.settle(accepted.source_id, 0, [(1, Outcome("stored", row_id=1)), (2, Outcome("rejected", reason="no"))])
+    _settle(outbox, (stored, STORED), (rejected, REJECTED))
 
     assert outbox.resend(since=time.time() + 1) == 0
     assert outbox.resend(since=time.time() - 60) == 2
@@ -340,34 +395,159 @@ def test_what_was_told_before_a_resend_settles_nothing_after_it(path: Path) -> N
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(10)})
     ((_, _, resends),) = outbox.awaiting("sent")
-    outbox.resend(since=0)
-    outbox.settle(accepted.source_id, resends, [(1, Outcome("stored", row_id=1))])
-    assert outbox.outcome(accepted.source_id, 1) is None
+    assert outbox.resend(since=0) == 0
+    assert _settle(outbox, (accepted, STORED), resends=resends) == Settled([], [])
+    assert outbox.fate(accepted).state == "sent"
 
-    outbox.settle(accepted.source_id, resends + 1, [(1, Outcome("stored", row_id=1))])
-    assert outbox.outcome(accepted.source_id, 1) == Outcome("stored", row_id=1)
+    assert _settle(outbox, (accepted, STORED), resends=resends + 1) == Settled([1], [])
+    assert outbox.fate(accepted) == Fate("stored", 7, None)
 
 
-def test_an_outbox_of_the_first_version_is_brought_up_to_date(path: Path) -> None:
-    """Its entries stay as they are."""
-    outbox = Outbox(path)
-    (accepted,) = outbox.append(NAME, [a_snapshot()])
-    outbox.close()
-    with sqlite3.connect(path) as db:
-        for statement in (
-            "ALTER TABLE sources DROP COLUMN resends",
-            "DROP INDEX entries_settled",
-            "DROP INDEX entries_rejected",
-            "CREATE INDEX entries_confirmed ON entries (settled_at) WHERE state = 'confirmed'",
-            "PRAGMA user_version = 1",
-        ):
-            db.execute(statement)
-    db.close()
+# As the releases before made their files.
+_SOURCES_BEFORE = {
+    1: "CREATE TABLE sources (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, last_sequence INTEGER NOT NULL);",
+    2: """CREATE TABLE sources (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, last_sequence INTEGER NOT NULL,
+        resends INTEGER NOT NULL DEFAULT 0);""",
+}
+_ENTRIES_BEFORE = """
+CREATE TABLE entries (
+    position INTEGER PRIMARY KEY,
+    source_id TEXT NOT NULL REFERENCES sources (id),
+    sequence INTEGER NOT NULL,
+    event_id TEXT NOT NULL,
+    type TEXT NOT NULL,
+    summary TEXT NOT NULL,
+    event TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'pending' CHECK (state IN ('pending', 'sent', 'confirmed', 'rejected')),
+    recorded_at REAL NOT NULL,
+    checks INTEGER NOT NULL DEFAULT 0,
+    check_at REAL,
+    settled_at REAL,
+    row_id INTEGER,
+    reason TEXT,
+    UNIQUE (source_id, sequence)
+);
+CREATE INDEX entries_pending ON entries (position) WHERE state = 'pending';
+CREATE INDEX entries_unconfirmed ON entries (check_at) WHERE state = 'sent';
+"""
+_INDEXES_BEFORE = {
+    1: """
+CREATE INDEX entries_confirmed ON entries (settled_at) WHERE state = 'confirmed';
+CREATE INDEX entries_awaiting ON entries (source_id) WHERE state IN ('sent', 'rejected');
+""",
+    2: """
+CREATE INDEX entries_settled ON entries (settled_at) WHERE state IN ('confirmed', 'rejected');
+CREATE INDEX entries_awaiting ON entries (source_id) WHERE state = 'sent';
+CREATE INDEX entries_rejected ON entries (source_id) WHERE state = 'rejected';
+""",
+}
+_SOURCE_ID = "0123456789abcdef" * 2
+_STATES_BEFORE = ("confirmed", "rejected", "sent", "pending")
+
+
+def _file_of_before(path: Path, version: int, count: int = 4, max_bytes: int = 2**30) -> list[str]:
+    """An outbox of an earlier release, with entries in every state in turn; returns the texts of the events."""
+    path.parent.mkdir(parents=True)
+    events = [
+        encode(event_of(a_snapshot(after=timedelta(n)), source=f"{NAME}/{_SOURCE_ID}", sequence=n))
+        for n in range(1, count + 1)
+    ]
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = OFF")
+        db.executescript(_SOURCES_BEFORE[version] + _ENTRIES_BEFORE + _INDEXES_BEFORE[version])
+        db.execute(f"PRAGMA max_page_count = {max_bytes // 4096}")
+        db.execute("INSERT INTO sources (id, name, last_sequence) VALUES (?, ?, ?)", (_SOURCE_ID, NAME, count))
+        for n, text in enumerate(events):
+            event, state = json.loads(text), _STATES_BEFORE[n % 4]
+            row_id, reason = 7 if state == "confirmed" else None, "no" if state == "rejected" else None
+            settled_at = 1.7e9 if state in ("confirmed", "rejected") else None
+            values = (_SOURCE_ID, n + 1, event["id"], event["type"], "s", text, state, settled_at, row_id, reason)
+            with suppress(sqlite3.OperationalError):  # full
+                db.execute(
+                    "INSERT INTO entries (source_id, sequence, event_id, type, summary, event, recorded_at, state,"
+                    " settled_at, row_id, reason) VALUES (?, ?, ?, ?, ?, ?, 1.7e9, ?, ?, ?, ?)",
+                    values,
+                )
+        db.execute(f"PRAGMA user_version = {version}")
+    return events
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, version: int) -> None:
+    """Entries keep their texts, states and job ids, which have no nonce; numbers go on, now with one."""
+    events = _file_of_before(path, version)
     upgraded = Outbox(path)
 
-    assert [entry.sequence for entry in upgraded.pending(10)] == [accepted.sequence]
-    upgraded.mark_sent({entry.position: 0.0 for entry in upgraded.pending(10)})
-    assert upgraded.awaiting("sent") == [(accepted.source_id, NAME, 0)]
+    assert [(entry.event, entry.job_id) for entry in upgraded.entries()] == [
+        (text, f"{_SOURCE_ID}-{n}") for n, text in enumerate(events, 1)
+    ]
+    ids = [UUID(json.loads(text)["id"]) for text in events]
+    (page,) = upgraded.numbers(_SOURCE_ID)
+    states = ("stored", "rejected", "sent", "pending")
+    assert [(one.event_id, one.state, one.nonce) for one in page] == [
+        (event_id, state, "") for event_id, state in zip(ids, states, strict=True)
+    ]
+    assert upgraded.sources() == [Source(_SOURCE_ID, NAME, 4, current=True, left_because=None)]
+    assert [upgraded.fate(Accepted(ids[n], NAME, _SOURCE_ID, n + 1, "")) for n in range(2)] == [
+        Fate("stored", 7, None),
+        Fate("rejected", None, "no"),
+    ]
+    (accepted,) = upgraded.append(NAME, [a_snapshot()])
+    assert (accepted.source_id, accepted.sequence, len(accepted.nonce)) == (_SOURCE_ID, 5, 16)
+    upgraded.close()
+    with closing(sqlite3.connect(path)) as db:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+        assert sorted(tables) == ["entries", "losses", "outbox", "sources"]
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_an_earlier_version_had_under_way_is_settled(path: Path, version: int) -> None:
+    """By an acknowledgement without a nonce, with or without the event's id."""
+    events = _file_of_before(path, version)
+    upgraded = Outbox(path)
+    sent, pending = (Acknowledgement(_SOURCE_ID, n, "", json.loads(events[n - 1])["id"], STORED, 0) for n in (3, 4))
+    assert upgraded.awaiting("sent") == [(_SOURCE_ID, NAME, 0)]
+    assert upgraded.settle(_SOURCE_ID, 0, {3: sent, 4: replace(pending, event_id=None)}) == Settled([3, 4], [])
+    assert upgraded.status().stored == 3
+
+
+def test_a_count_of_resends_survives_an_upgrade(path: Path) -> None:
+    """A relay of before that read it meanwhile must not settle what was sent again since."""
+    _file_of_before(path, 2)
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE sources SET resends = 3")
+    assert Outbox(path).awaiting("sent") == [(_SOURCE_ID, NAME, 3)]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_full_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, version: int) -> None:
+    """An upgrade needs room for both tables; then the limit holds as before, and pruning makes room again."""
+    _file_of_before(path, version, count=400, max_bytes=2**18)
+    upgraded = Outbox(path, max_bytes=2**18)
+    kept = len(upgraded.entries())
+    assert 100 < kept < 400
+    assert upgraded.status().depth >= kept // 2 - 1
+
+    with pytest.raises(OutboxError, match="is full"):
+        upgraded.append(NAME, [an_archive(signals=[a_signal(reason="x" * 2**19)])])
+    assert upgraded.prune(keep_seconds=1e9) > 0
+    upgraded.append(NAME, [a_snapshot()])
+
+
+def test_processes_that_open_an_outbox_of_an_earlier_version_together_share_one_upgrade(path: Path) -> None:
+    """The others wait for it."""
+    _file_of_before(path, 1)
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_append, args=(path, 5)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+
+    assert [writer.exitcode for writer in writers] == [0] * 3
+    assert [one.sequence for page in Outbox(path).numbers(_SOURCE_ID) for one in page] == list(range(1, 20))
 
 
 def test_only_one_holds_the_relay_lock(path: Path) -> None:
@@ -401,7 +581,7 @@ sys.stdin.read()
 
 
 def test_a_forked_child_opens_the_file_for_itself(path: Path) -> None:
-    """After reopen_after_fork the child appends, and the parent goes on undisturbed."""
+    """Without any call the child appends, and the parent goes on undisturbed."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot()])
 
@@ -415,7 +595,7 @@ def test_a_forked_child_opens_the_file_for_itself(path: Path) -> None:
 
 
 def test_the_status_is_told_by_indexes_alone(path: Path) -> None:
-    """A week of confirmed entries would take seconds to go through, each time that somebody watches."""
+    """A week of stored entries would take seconds to go through, each time that somebody watches."""
     with Outbox(path)._file.reading() as db:
         plan = " ".join(step for *_, step in db.execute(f"EXPLAIN QUERY PLAN {outbox_module._STATUS}"))
     assert plan.count("SCAN entries") == plan.count("SCAN entries USING") == 5
@@ -426,10 +606,10 @@ def test_an_outbox_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "outbox.db"
     Outbox(path).close()
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 3")
+        db.execute("PRAGMA user_version = 4")
     db.close()
-    with pytest.raises(OutboxError, match="was made by a newer release .version 3, this one knows 2."):
+    with pytest.raises(OutboxError, match="was made by a newer release .version 4, this one knows 3."):
         Outbox(path)
     with sqlite3.connect(path) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        assert db.execute("PRAGMA user_version").fetchone() == (4,)
     db.close()

@@ -17,10 +17,12 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from producers import relay as relay_module
+from producers.entries import Accepted, Entry, Fate, Settled
 from producers.errors import OutboxError
 from producers.events import SignalArchive
-from producers.outbox import Entry, Outbox
-from producers.redis_keys import acknowledgement_key
+from producers.outbox import Outbox
+from producers.outcomes import Outcome, acknowledgement_text
+from producers.redis_keys import acknowledgement_key, job_id_of
 from producers.relay import Relay
 from producers.rq_jobs import enqueue
 from tests.factories import a_signal, a_snapshot, an_archive
@@ -47,6 +49,16 @@ def relay(outbox: Outbox, redis: fakeredis.FakeRedis) -> Iterator[Relay]:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sent entry is overdue at the next sweep."""
     monkeypatch.setattr(relay_module, "_check_interval", lambda checks: -1.0)
+
+
+def _field(one: Accepted | Entry) -> str:
+    return job_id_of(one.source_id, one.sequence, one.nonce)
+
+
+def _acknowledge(redis: fakeredis.FakeRedis, one: Accepted | Entry, outcome: str) -> None:
+    """As a worker does it."""
+    text = acknowledgement_text(int(redis.time()[0]), None, Outcome.parse(outcome))
+    redis.hset(acknowledgement_key(one.source), _field(one), text)
 
 
 def _job(redis: fakeredis.FakeRedis) -> Job:
@@ -81,13 +93,12 @@ def test_workers_as_fast_as_the_relay_do_not_keep_it_from_their_acknowledgements
     monkeypatch.setattr(relay_module, "_BATCH_ENTRIES", 2)
     monkeypatch.setattr(relay_module, "_SWEEP_ENTRIES", 10)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(25)])
-    ((source_id, _, _),) = outbox.sources()
     send = relay._send
 
     def stored_at_once(entries: Any) -> None:
         send(entries)
         for entry in entries:
-            redis.hset(acknowledgement_key(f"{NAME}/{source_id}"), str(entry.sequence), f"stored:{entry.sequence}")
+            _acknowledge(redis, entry, f"stored:{entry.sequence}")
         redis.delete(queue_of(redis).key)
 
     monkeypatch.setattr(relay, "_send", stored_at_once)
@@ -201,66 +212,133 @@ def test_after_a_failure_one_entry_goes_ahead(
 
 @pytest.mark.parametrize("decode", [False, True])
 def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server: Any, decode: bool) -> None:
-    """With clients that decode answers and such that do not; what is no acknowledgement is dropped with a word."""
+    """With clients that decode answers and such that do not; what is no acknowledgement is removed with a line."""
     redis = fakeredis.FakeRedis(server=server, decode_responses=decode)
     relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
-    (first, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    first, second, third = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     relay.sweep()
     key = acknowledgement_key(first.source)
-    redis.hset(key, mapping={"1": "stored:42", "2": "rejected:balance: wrong", "3": "who knows", "x": "stored:1"})
-    relay.sweep()
+    _acknowledge(redis, first, "stored:42")
+    _acknowledge(redis, second, "rejected:balance: wrong")
+    redis.hset(key, mapping={_field(third): "who knows", "x": "17 - stored:1"})
+    assert relay.sweep()
 
-    outcomes = [outbox.outcome(first.source_id, sequence) for sequence in (1, 2, 3)]
-    assert [outcome and str(outcome) for outcome in outcomes] == ["stored:42", "rejected:balance: wrong", None]
+    assert [outbox.fate(one) for one in (first, second, third)] == [
+        Fate("stored", 42, None),
+        Fate("rejected", None, "balance: wrong"),
+        Fate("sent", None, None),
+    ]
     assert redis.hgetall(key) == {}
     relay.stop()
+
+
+def test_a_rejection_is_said_with_the_names_that_find_it(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, when the entry is settled by it."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    text = acknowledgement_text(int(redis.time()[0]), accepted.event_id, Outcome("rejected", reason="no"))
+    for _ in range(2):
+        redis.hset(acknowledgement_key(accepted.source), _field(accepted), text)
+        relay._rejected_at = 0.0
+        relay.sweep()
+
+    (record,) = caplog.records
+    assert record.getMessage() == f"event {accepted.event_id} was rejected: no"
+    named = {name: vars(record)[name] for name in ("source", "sequence", "job_id", "outcome")}
+    assert named == {
+        "source": accepted.source,
+        "sequence": 1,
+        "job_id": _field(accepted),
+        "outcome": "rejected",
+    }
 
 
 def test_a_rejection_that_became_a_row_meanwhile_is_not_forgotten(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A requeue ends between the reading of the old word and its removal: the new one is read next."""
+    """A requeue ends between the reading of the old answer and its removal: the new one is read next."""
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     key = acknowledgement_key(accepted.source)
-    redis.hset(key, "1", "rejected:no")
+    _acknowledge(redis, accepted, "rejected:no")
     settle = outbox.settle
 
-    def stored_meanwhile(*arguments: Any) -> None:
-        settle(*arguments)
-        redis.hset(key, "1", "stored:42")
+    def stored_meanwhile(*arguments: Any) -> Settled:
+        settled = settle(*arguments)
+        _acknowledge(redis, accepted, "stored:42")
+        return settled
 
     monkeypatch.setattr(outbox, "settle", stored_meanwhile)
     relay.sweep()
     monkeypatch.undo()
-    assert redis.hgetall(key) == {b"1": b"stored:42"}
-    monkeypatch.setattr(relay_module, "_REJECTED_SECONDS", 0.0)
+    assert outbox.fate(accepted).state == "rejected"
+    (left,) = redis.hvals(key)
+    assert left.endswith(b" - stored:42")
     relay._rejected_at = 0.0
     relay.sweep()
 
-    assert (str(outbox.outcome(accepted.source_id, 1)), redis.hgetall(key)) == ("stored:42", {})
+    assert (outbox.fate(accepted), redis.hgetall(key)) == (Fate("stored", 42, None), {})
 
 
-def test_an_acknowledgement_that_is_no_text_is_dropped(
+def test_a_worker_that_answers_once_more_while_a_rejection_is_removed_loses_nothing(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the comparison and the removal, which is one transaction then undone."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    _acknowledge(redis, accepted, "rejected:no")
+    hmget = fakeredis.FakeRedis.hmget
+
+    def answered_meanwhile(pipe: Any, *arguments: Any) -> Any:
+        found = hmget(pipe, *arguments)
+        _acknowledge(redis, accepted, "stored:42")
+        return found
+
+    monkeypatch.setattr("redis.client.Pipeline.hmget", answered_meanwhile)
+    relay.sweep()
+    monkeypatch.undo()
+
+    (left,) = redis.hvals(acknowledgement_key(accepted.source))
+    assert left.endswith(b" - stored:42")
+
+
+def test_an_acknowledgement_that_is_no_text_is_removed(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And what stands beside it is settled."""
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     relay.sweep()
-    redis.hset(acknowledgement_key(accepted.source), mapping={b"\xff": b"\xfe", b"1": b"stored:42"})
+    redis.hset(acknowledgement_key(accepted.source), b"\xff", b"\xfe")
+    _acknowledge(redis, accepted, "stored:42")
     relay.sweep()
 
-    assert str(outbox.outcome(accepted.source_id, 1)) == "stored:42"
+    assert outbox.fate(accepted) == Fate("stored", 42, None)
     assert redis.hgetall(acknowledgement_key(accepted.source)) == {}
     assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
     "stray",
-    [("9" * 25, "stored:1"), ("2", f"stored:{'9' * 25}"), ("9" * 5000, "stored:1"), ("-1", "stored:1")],
-    ids=["sequence of 25 digits", "row id of 25 digits", "sequence of 5000 digits", "negative sequence"],
+    [
+        ("{source_id}-" + "9" * 25, "17 - stored:1"),
+        ("{source_id}-" + "9" * 19, "17 - stored:1"),
+        ("{second}", f"17 - stored:{'9' * 25}"),
+        ("{second}", f"{'9' * 25} - stored:1"),
+        ("9" * 5000, "17 - stored:1"),
+        ("{source_id}--1", "17 - stored:1"),
+    ],
+    ids=[
+        "sequence of 25 digits",
+        "sequence beyond 2^63",
+        "row id of 25 digits",
+        "time of 25 digits",
+        "field of 5000 digits",
+        "negative sequence",
+    ],
 )
-def test_a_number_that_no_outbox_holds_is_dropped_and_stops_nothing(
+def test_a_number_that_no_outbox_holds_is_removed_and_stops_nothing(
     outbox: Outbox,
     relay: Relay,
     redis: fakeredis.FakeRedis,
@@ -268,19 +346,24 @@ def test_a_number_that_no_outbox_holds_is_dropped_and_stops_nothing(
     stray: tuple[str, str],
 ) -> None:
     """Whoever wrote it, what stands beside it is settled, and so is what comes later."""
-    (first, *_) = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    first, second, third = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     relay.sweep()
     key = acknowledgement_key(first.source)
-    redis.hset(key, mapping={stray[0]: stray[1], "1": "stored:42"})
+    field = stray[0].format(source_id=first.source_id, second=_field(second))
+    redis.hset(key, field, stray[1])
+    _acknowledge(redis, first, "stored:42")
     relay.sweep()
-    redis.hset(key, "3", "stored:43")
+    _acknowledge(redis, third, "stored:43")
     relay.sweep()
 
-    outcomes = [outbox.outcome(first.source_id, sequence) for sequence in (1, 2, 3)]
-    assert [outcome and str(outcome) for outcome in outcomes] == ["stored:42", None, "stored:43"]
+    assert [outbox.fate(one) for one in (first, second, third)] == [
+        Fate("stored", 42, None),
+        Fate("sent", None, None),
+        Fate("stored", 43, None),
+    ]
     assert redis.hgetall(key) == {}
     (record,) = caplog.records
-    assert record.getMessage() == f"dropped an acknowledgement that is none, for sequence {stray[0][:30]}"
+    assert record.getMessage() == f"removed field {field[:80]} of {first.source}: it is no acknowledgement"
 
 
 @pytest.mark.usefixtures("at_once")
@@ -334,10 +417,11 @@ def test_what_failed_without_a_rejection_is_sent_again_and_leaves_the_failed_reg
 @pytest.mark.usefixtures("at_once")
 def test_what_is_acknowledged_is_never_sent_again(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
     """Stored or rejected, even after Redis lost everything."""
-    (first, _) = outbox.append(NAME, [a_snapshot(), a_snapshot(after=timedelta(1))])
+    first, second = outbox.append(NAME, [a_snapshot(), a_snapshot(after=timedelta(1))])
     relay.sweep()
     redis.flushall()
-    redis.hset(acknowledgement_key(first.source), mapping={"1": "stored:1", "2": "rejected:no"})
+    _acknowledge(redis, first, "stored:1")
+    _acknowledge(redis, second, "rejected:no")
     for _ in range(3):
         relay.sweep()
 
@@ -355,7 +439,7 @@ def test_what_a_worker_ends_during_a_sweep_is_not_sent_again(
 
     def ended_meanwhile() -> int:
         redis.delete(_job(redis).key, queue_of(redis).key)
-        redis.hset(acknowledgement_key(accepted.source), "1", "stored:1")
+        _acknowledge(redis, accepted, "stored:1")
         return send_pending()
 
     monkeypatch.setattr(relay, "_send_pending", ended_meanwhile)

@@ -12,7 +12,8 @@ from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, FinishedJobRegistry
 from rq.serializers import JSONSerializer
 
-from producers.outbox import Entry, Outbox
+from producers.entries import Entry
+from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key
 from producers.rq_jobs import JOB_FUNCTIONS, TIMEOUT_SECONDS, enqueue, in_no_list
 from tests.factories import a_signal, a_snapshot, an_archive

@@ -27,7 +27,7 @@ _REJECTION = {"job_id": HOSTILE, "kind": None, "event_id": None, "created_at": I
 _ARCHIVE = {"id": 1, "portfolio_id": 1, "archived_at": INSTANT, "archive_month": "2026-11", "signals_count": 1}
 _SIGNAL = {"action": "[/x]", "market_question": "Will [/b] win? [range 1-2] \x1b[2J"}
 _SOURCE: dict[str, Any] = dict.fromkeys(("stored", "duplicate", "rejected", "discarded", "under_way", "last"), 0)
-_SOURCE |= {"missing": [], "mismatched": [], "tail_known": True}
+_SOURCE |= {"missing": [], "mismatched": [], "shared": [], "copied": False, "tail_known": True}
 
 
 @pytest.mark.parametrize(

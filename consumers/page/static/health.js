@@ -61,7 +61,7 @@ function outboxTile(outbox) {
   if (outbox === null) return tile("plain", "Outbox", "none", "on this machine");
   if (outbox.error) return tile("bad", "Outbox", "not readable", outbox.error);
   const { pending, sent, oldest_unsettled_seconds: age } = outbox;
-  const note = age === null ? "everything is settled" : `${count(sent)} sent and not confirmed; the oldest for ${duration(age)}`;
+  const note = age === null ? "every event is stored or rejected" : `${count(sent)} sent and not acknowledged; the oldest for ${duration(age)}`;
   return tile(age !== null && age > 300 ? "bad" : "good", "Outbox", `${count(pending)} pending`, note);
 }
 

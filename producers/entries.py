@@ -1,0 +1,104 @@
+"""The entries of an outbox, as the outbox gives them to its users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+from uuid import UUID
+
+from producers.redis_keys import job_id_of
+
+State = Literal["pending", "sent", "stored", "rejected"]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What one append gave its event: the source's name and id, the number in its sequence, and the entry's nonce."""
+
+    event_id: UUID
+    source: str
+    source_id: str
+    sequence: int
+    nonce: str
+
+
+@dataclass(frozen=True)
+class EntryHead:
+    """One event on its way, without its text. `source` is as the event has it, and its acknowledgement."""
+
+    position: int
+    source_id: str
+    sequence: int
+    nonce: str
+    source: str
+    checks: int
+
+    @property
+    def job_id(self) -> str:
+        return job_id_of(self.source_id, self.sequence, self.nonce)
+
+
+@dataclass(frozen=True)
+class Entry(EntryHead):
+    """One event on its way, with the exact bytes of every delivery of it."""
+
+    type: str
+    summary: str
+    event: str
+
+
+@dataclass(frozen=True)
+class OutboxStatus:
+    """Entries by state, and for how many seconds the oldest that is not settled has been there."""
+
+    pending: int
+    sent: int
+    stored: int
+    rejected: int
+    oldest_unsettled_seconds: float | None
+
+    @property
+    def depth(self) -> int:
+        return self.pending + self.sent
+
+
+class Source(NamedTuple):
+    """One source of this outbox. One that is not current gets no more numbers; `left_because` says why."""
+
+    id: str
+    name: str
+    last_sequence: int
+    current: bool
+    left_because: str | None
+
+    @property
+    def full_name(self) -> str:
+        return source_of(self.name, self.id)
+
+
+class Fate(NamedTuple):
+    """What is known of one entry. `row_id` is set once it is stored, `reason` when it was rejected."""
+
+    state: State
+    row_id: int | None
+    reason: str | None
+
+
+class Numbered(NamedTuple):
+    """One entry, as an audit compares it with the database."""
+
+    sequence: int
+    nonce: str
+    event_id: UUID
+    state: State
+
+
+class Settled(NamedTuple):
+    """Keys of acknowledgements: `changed` have settled an entry now, `known` are of one that was settled before."""
+
+    changed: list[Any]
+    known: list[Any]
+
+
+def source_of(name: str, source_id: str) -> str:
+    return f"{name}/{source_id}"

@@ -1,0 +1,46 @@
+"""How long events have been waited for, not counting those whose acknowledgement already waits in Redis."""
+
+from __future__ import annotations
+
+from redis import Redis, RedisError
+
+from producers.outbox import Outbox
+from producers.rq_jobs import unanswered
+
+_PAGE = 1000
+_MOST_PAGES = 20  # as many entries as a relay has under way at most
+_SOON_SECONDS = 30.0  # nobody calls an entry late before that
+
+
+def oldest_unsettled_seconds(outbox: Outbox, redis: Redis | None) -> float | None:
+    """The age in seconds of the oldest entry that is neither settled nor acknowledged; None when there is none.
+
+    A controller that has ended does not take its acknowledgements: its events are stored all the same. Without Redis
+    the oldest entry that is not settled counts.
+
+    Raises:
+        OutboxError: the outbox cannot be read.
+    """
+    plain = outbox.status().oldest_unsettled_seconds
+    if redis is None or plain is None or plain < _SOON_SECONDS:
+        return plain
+    try:
+        sent = _oldest_unanswered_seconds(outbox, redis)
+    except RedisError:
+        return plain
+    return max((age for age in (sent, outbox.oldest_pending_seconds()) if age is not None), default=None)
+
+
+def _oldest_unanswered_seconds(outbox: Outbox, redis: Redis) -> float | None:
+    after = 0
+    for _ in range(_MOST_PAGES):
+        page = outbox.sent(after, _PAGE)
+        ages = {head.position: age for head, age in page}
+        waiting = unanswered(redis, [head for head, _ in page])
+        if waiting:
+            return ages[waiting[0].position]
+        if len(page) < _PAGE:
+            return None
+        after = page[-1][0].position
+    rest = outbox.sent(after, 1)
+    return rest[0][1] if rest else None

@@ -1,0 +1,87 @@
+"""The outbox's own clock, which goes on evenly whatever is done to the clock on the wall.
+
+It counts the seconds that the machine has run, from a value that was the wall clock's when the outbox was made. Between
+two starts of the machine nothing counts but the wall clock, so it is believed there, up to a day and only forward.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+_LONGEST_STOP_SECONDS = 86400.0
+_KEEP_SECONDS = 60.0  # how often its reading is kept, so that it goes on from there after a restart
+# Linux and Android count suspended time there too; elsewhere the monotonic clock has to do.
+_RUNNING_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+@cache
+def boot_id() -> str:
+    """The same for all processes until the machine starts again; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def running_seconds() -> float:
+    """Seconds since the machine was started; no setting of a clock moves them."""
+    return time.clock_gettime(_RUNNING_CLOCK)
+
+
+@dataclass(frozen=True)
+class ClockReading:
+    """What the clock showed at one moment of the run `boot` of a machine, and what the wall clock showed then."""
+
+    shown: float
+    boot: str
+    running: float
+    wall: float
+
+    @classmethod
+    def first(cls) -> ClockReading:
+        wall = time.time()
+        return cls(wall, boot_id(), running_seconds(), wall)
+
+    def now(self) -> ClockReading:
+        """The reading of this moment, from an earlier one."""
+        running, wall = running_seconds(), time.time()
+        if boot_id() and boot_id() == self.boot and running >= self.running:
+            passed = running - self.running
+        else:
+            passed = min(max(wall - self.wall, 0.0), _LONGEST_STOP_SECONDS)
+        return ClockReading(self.shown + passed, boot_id(), running, wall)
+
+
+class OutboxClock:
+    """The clock of one outbox, of which a reading is kept in its file."""
+
+    def __init__(self) -> None:
+        self._reading: ClockReading | None = None
+        self._kept_at = -math.inf
+
+    def now(self, db: sqlite3.Connection) -> float:
+        """Seconds since the epoch, as this clock has them."""
+        if self._reading is None:
+            self._reading = _kept(db).now()
+        return self._reading.now().shown
+
+    def keep(self, db: sqlite3.Connection) -> None:
+        """In a transaction that writes anyway, now and then: keep a reading, from which other processes go on."""
+        if time.monotonic() - self._kept_at < _KEEP_SECONDS:
+            return
+        self._kept_at = time.monotonic()
+        self._reading = reading = _kept(db).now()
+        db.execute(
+            "UPDATE outbox SET clock_shown = ?, clock_boot = ?, clock_running = ?, clock_wall = ?",
+            (reading.shown, reading.boot, reading.running, reading.wall),
+        )
+
+
+def _kept(db: sqlite3.Connection) -> ClockReading:
+    query = "SELECT clock_shown, clock_boot, clock_running, clock_wall FROM outbox"
+    return ClockReading(*db.execute(query).fetchone())

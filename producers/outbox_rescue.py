@@ -1,0 +1,245 @@
+"""Takes entries out of another outbox file: one that was removed while it was open, or one that is damaged.
+
+Entries keep their source, number and nonce, and so their job id: what Redis or the database has of them already is
+recognized as the same delivery. An entry that the outbox has stays as it is there.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import re
+import sqlite3
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from producers.outbox_file import DAMAGED, OutboxFile
+from producers.sqlite_salvage import readable_records
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = (
+    "source_id", "sequence", "nonce", "recorder", "event_id", "type", "summary", "event", "state", "recorded_at",
+    "checks", "check_at", "settled_at", "row_id", "reason",
+)  # fmt: skip
+# Of a file that the first releases have made, in their order.
+_COLUMNS_BEFORE = tuple(name for name in _COLUMNS if name not in ("nonce", "recorder"))
+_STATES = {"pending": "pending", "sent": "sent", "stored": "stored", "confirmed": "stored", "rejected": "rejected"}
+_SOURCE_ID = re.compile("[0-9a-f]{32}")
+_MOST_LOST_RANGES = 1000
+_INSERT_PAGE = 500
+_SALVAGED = ".salvaged-"
+
+_INSERT = f"""
+INSERT OR IGNORE INTO entries ({", ".join(_COLUMNS)}) VALUES ({", ".join(f":{name}" for name in _COLUMNS)})
+"""  # noqa: S608  # constants
+# A page that was freed may have an old version of a row. Sending an entry once more than needed costs nothing.
+_INSERT_SALVAGED = f"""
+INSERT INTO entries ({", ".join(_COLUMNS)}) VALUES ({", ".join(f":{name}" for name in _COLUMNS)})
+ON CONFLICT (source_id, sequence, nonce) DO UPDATE
+    SET state = 'pending', checks = 0, check_at = NULL, settled_at = NULL, row_id = NULL, reason = NULL
+    WHERE entries.state IN ('stored', 'rejected') AND excluded.state IN ('pending', 'sent')
+"""  # noqa: S608  # constants
+_UNSETTLED = f"SELECT {', '.join(_COLUMNS)} FROM entries WHERE state IN ('pending', 'sent') ORDER BY position"  # noqa: S608  # constants
+
+# A source goes on here, unless its name has another current one here.
+_CONTINUE_SOURCE = """
+INSERT INTO sources (id, name, last_sequence, resends, current, left_at, left_because)
+VALUES (:id, :name, :last_sequence, :resends,
+    :current AND NOT EXISTS (SELECT 1 FROM sources WHERE name = :name AND current), :left_at, :left_because)
+ON CONFLICT (id) DO UPDATE SET last_sequence = max(last_sequence, excluded.last_sequence),
+    resends = max(resends, excluded.resends)
+"""
+_SOURCE_COLUMNS = ("id", "name", "last_sequence", "resends", "current", "left_at", "left_because")
+# A new file has the tokens of the one that it continues; any other has its own.
+_CONTINUE_IDENTITY = """
+UPDATE outbox SET token = ?, next_token = ?, redis = ?, queue = ? WHERE NOT EXISTS (SELECT 1 FROM sources)
+"""
+
+
+def carry_over(source: sqlite3.Connection, target: sqlite3.Connection) -> int:
+    """Copy sources and unsettled entries, in the caller's transaction; returns how many entries are new."""
+    target.execute(_CONTINUE_IDENTITY, source.execute("SELECT token, next_token, redis, queue FROM outbox").fetchone())
+    for row in source.execute(f"SELECT {', '.join(_SOURCE_COLUMNS)} FROM sources").fetchall():  # noqa: S608  # constants
+        target.execute(_CONTINUE_SOURCE, dict(zip(_SOURCE_COLUMNS, row, strict=True)))
+    rows = (dict(zip(_COLUMNS, row, strict=True)) for row in source.execute(_UNSETTLED))
+    return target.executemany(_INSERT, rows).rowcount
+
+
+_LOSE = "INSERT INTO losses (source_id, first, last, file) VALUES (?, ?, ?, ?)"
+
+
+@dataclass
+class Salvage:
+    """What could be read from a damaged file: how many entries of it are new here, and which numbers are not in it.
+
+    `unread` are inclusive ranges, by source: entries that are lost, unless they were settled and dropped long before.
+    """
+
+    file: Path
+    entries: int = 0
+    unread: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """For the log and for a person."""
+        lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in self.unread.items())
+        told = f" Not found there; lost, unless the database has them (trading-history audit): {lost}" if lost else ""
+        return f"salvaged {self.entries} entries from {self.file}.{told}"
+
+
+class Rescue:
+    """Damaged files that were set aside beside the outbox in `file`.
+
+    Raises:
+        OutboxError: from every method, when the outbox cannot be read or written.
+        OSError: from `salvage`, when the damaged file cannot be opened.
+    """
+
+    def __init__(self, file: OutboxFile) -> None:
+        self._file = file
+
+    def damaged_files(self) -> list[Path]:
+        """Files that were set aside, and not salvaged yet."""
+        return self._aside(DAMAGED)
+
+    def salvaged_files(self) -> list[Path]:
+        """Files that were set aside, and whose readable entries are in this outbox."""
+        return self._aside(_SALVAGED)
+
+    def _aside(self, mark: str) -> list[Path]:
+        real = self._file.real_path
+        found = real.parent.glob(f"{glob.escape(real.name)}{mark}*")
+        return sorted(one for one in found if not one.name.endswith(("-wal", "-shm")))
+
+    def salvage(self, file: Path) -> Salvage:
+        """Carry over what can be read in a damaged file, and log what could not."""
+        steps = self.salvaging(file)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                found: Salvage = end.value
+                return found
+
+    def salvaging(self, file: Path) -> Generator[None, None, Salvage]:
+        """What `salvage` does, some with each step."""
+        found = yield from _salvage(file, self._file.transaction)
+        logger.error("%s", found.summary())
+        for end in ("", "-wal"):  # the file first: without it, the log would not be looked for again
+            part = file.with_name(file.name + end)
+            if DAMAGED in part.name and part.exists():
+                part.rename(part.with_name(part.name.replace(DAMAGED, _SALVAGED)))
+        return found
+
+    def losses(self) -> dict[str, list[tuple[int, int]]]:
+        """By source, the inclusive ranges of numbers that could not be read in damaged files."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        with self._file.reading() as db:
+            query = """
+                SELECT name || '/' || source_id, first, last FROM losses JOIN sources ON id = source_id
+                ORDER BY source_id, first
+            """
+            for source, first, last in db.execute(query):
+                found.setdefault(source, []).append((first, last))
+        return found
+
+
+def _salvage(
+    file: Path, transaction: Callable[[], AbstractContextManager[sqlite3.Connection]]
+) -> Generator[None, None, Salvage]:
+    """Copy all that can be read in the damaged `file`, a page with each step; it may be begun again.
+
+    Its sources are not continued: which number was the last is not certain.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    found = Salvage(file)
+    numbers: defaultdict[str, set[int]] = defaultdict(set)
+    sources: dict[str, tuple[str, int]] = {}
+    for page in _pages(readable_records(file)):
+        entries = [entry for values in page if (entry := _entry_of(values))]
+        for entry in entries:
+            numbers[entry["source_id"]].add(entry["sequence"])
+            sources.setdefault(entry["source_id"], (_name_in(entry["event"]), 0))
+        for source_id, name, last in filter(None, map(_source_of, page)):
+            sources[source_id] = (name, max(last, sources.get(source_id, ("", 0))[1]))
+        with transaction() as db:
+            found.entries += db.executemany(_INSERT_SALVAGED, entries).rowcount if entries else 0
+        yield
+    with transaction() as db:
+        db.execute("DELETE FROM losses WHERE file = ?", (file.name,))
+        for source_id, (name, last_known) in sources.items():
+            have = sorted(numbers[source_id])
+            last = max(last_known, *have[-1:], 0)
+            source = {"id": source_id, "name": name, "last_sequence": last, "resends": 0, "current": 0}
+            db.execute(_CONTINUE_SOURCE, source | {"left_at": None, "left_because": "damaged"})
+            if unread := _gaps(have, last)[:_MOST_LOST_RANGES]:
+                found.unread[f"{name}/{source_id}"] = unread
+                db.executemany(_LOSE, [(source_id, first, end, file.name) for first, end in unread])
+    return found
+
+
+def _pages(records: Iterable[Any]) -> Iterator[list[Sequence[Any]]]:
+    page: list[Sequence[Any]] = []
+    for record in records:
+        page.append(record.values)
+        if len(page) == _INSERT_PAGE:
+            yield page
+            page = []
+    yield page
+
+
+def _entry_of(values: Sequence[Any]) -> dict[str, Any] | None:
+    """The columns of an entry, from a record without names; None when it is none."""
+    if len(values) == len(_COLUMNS) + 1:
+        row = dict(zip(_COLUMNS, values[1:], strict=True))
+    elif len(values) == len(_COLUMNS_BEFORE) + 1:
+        row = {"nonce": "", "recorder": 0} | dict(zip(_COLUMNS_BEFORE, values[1:], strict=True))
+    else:
+        return None
+    texts = all(isinstance(row[name], str) for name in ("source_id", "nonce", "event_id", "type", "summary", "event"))
+    numbers = all(isinstance(row[name], int) for name in ("sequence", "recorder", "checks"))
+    if not texts or not numbers or not _SOURCE_ID.fullmatch(row["source_id"]) or row["state"] not in _STATES:
+        return None
+    if not isinstance(row["recorded_at"], int | float):
+        return None
+    return row | {"state": _STATES[row["state"]]}
+
+
+def _source_of(values: Sequence[Any]) -> tuple[str, str, int] | None:
+    """Id, name and last number of a source."""
+    if len(values) not in (3, 4, len(_SOURCE_COLUMNS)):
+        return None
+    source_id, name, last = values[:3]
+    if not isinstance(source_id, str) or not isinstance(name, str) or not isinstance(last, int):
+        return None
+    return (source_id, name, last) if _SOURCE_ID.fullmatch(source_id) else None
+
+
+def _name_in(event: str) -> str:
+    """The source's name as the event has it, for a file whose sources cannot be read."""
+    try:
+        return str(json.loads(event)["source"]).rpartition("/")[0] or "unknown"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "unknown"
+
+
+def _gaps(numbers: Sequence[int], last: int) -> list[tuple[int, int]]:
+    """Between the first of `numbers` and `last`; what was before the first one was settled and dropped."""
+    gaps, before = [], numbers[0] if numbers else last
+    for number in [*numbers, last + 1]:
+        if number > before + 1:
+            gaps.append((before + 1, number - 1))
+        before = max(before, number)
+    return gaps
+
+
+def ranges_text(ranges: Sequence[tuple[int, int]]) -> str:
+    """`2-3, 6`."""
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

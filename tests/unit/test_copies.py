@@ -1,0 +1,492 @@
+"""Copies of an outbox: they are told apart where they meet, in Redis, and what one of them has is never the other's."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+
+from producers import copies
+from producers import relay as relay_module
+from producers.entries import Accepted, Fate
+from producers.events import Payload
+from producers.fake_worker import FakeWorker
+from producers.outbox import Outbox
+from producers.outcomes import Outcome, acknowledgement_text
+from producers.redis_keys import acknowledgement_key, job_id_of, token_key
+from producers.relay import Relay
+from tests.factories import a_snapshot
+from tests.unit.conftest import queue_of
+
+NAME = "trading-controller"
+DAYS = 24 * 3600
+
+
+class Bot:
+    """A producer on one outbox, whose relay sweeps when the test says so. It knows what it has accepted."""
+
+    def __init__(self, path: Path, redis: fakeredis.FakeRedis) -> None:
+        self.path = path
+        self.outbox = Outbox(path, repair=True)
+        self.relay = Relay(self.outbox, redis, "history", keep_seconds=3600.0)
+        self.accepted: list[Accepted] = []
+
+    def record(self, *payloads: Payload, name: str = NAME) -> str:
+        """Returns the source."""
+        self.accepted += self.outbox.append(name, payloads)
+        return self.accepted[-1].source
+
+    def fates(self) -> list[Fate]:
+        return [self.outbox.fate(one) for one in self.accepted]
+
+    def close(self) -> None:
+        self.relay.stop()
+        self.outbox.close()
+
+
+@pytest.fixture
+def bot(tmp_path: Path, redis: fakeredis.FakeRedis) -> Iterator[Callable[[str], Bot]]:
+    """Opens the outbox in this folder."""
+    opened: list[Bot] = []
+
+    def open_outbox(folder: str) -> Bot:
+        opened.append(Bot(tmp_path / folder / "outbox.db", redis))
+        return opened[-1]
+
+    yield open_outbox
+    for one in opened:
+        one.close()
+
+
+@pytest.fixture(autouse=True)
+def _looks_at_each_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "_CHECK_SECONDS", 0.0)
+
+
+@pytest.fixture
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sent entry is overdue at the next sweep."""
+    monkeypatch.setattr(relay_module, "_check_interval", lambda checks: -1.0)
+
+
+def _copy(one: Bot, folder: str) -> None:
+    shutil.copytree(one.path.parent, one.path.parent.with_name(folder))
+
+
+def _acknowledge(redis: fakeredis.FakeRedis, one: Accepted, outcome: Outcome, seconds_ago: float = 0) -> str:
+    """As a worker does it; returns the field."""
+    field = job_id_of(one.source_id, one.sequence, one.nonce)
+    text = acknowledgement_text(int(redis.time()[0] - seconds_ago), one.event_id, outcome)
+    redis.hset(acknowledgement_key(one.source), field, text)
+    return field
+
+
+def _sweep(*bots: Bot) -> None:
+    for one in bots:
+        while one.relay.sweep():
+            pass
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+@pytest.mark.parametrize("while_open", [False, True])
+def test_of_two_copies_one_goes_on_with_the_source_and_the_other_gets_a_new_one(
+    bot: Callable[[str], Bot], caplog: pytest.LogCaptureFixture, while_open: bool, first: str
+) -> None:
+    """A folder was copied for a second bot, while the first was stopped or while it ran."""
+    original = bot("a")
+    source = original.record(a_snapshot())
+    _sweep(original)
+    if not while_open:
+        original.close()
+    assert original.path.with_name("outbox.db-wal").exists() == while_open
+    _copy(original, "b")
+    if not while_open:
+        original = bot("a")
+    copy = bot("b")
+    one, other = (original, copy) if first == "a" else (copy, original)
+    _sweep(one, other)
+    if while_open:
+        # A relay exchanges the token when it begins: a bot that went on running finds that at its next look.
+        one, other = copy, original
+        _sweep(original)
+    sources = {one: one.record(a_snapshot()), other: other.record(a_snapshot())}
+    _sweep(one, other, one, other)
+    sources_later = {one: one.record(a_snapshot()), other: other.record(a_snapshot())}
+
+    assert sources == sources_later
+    assert sources[one] == source
+    assert sources[other] != source
+    assert sources[other].startswith(f"{NAME}/")
+    left = [record.getMessage() for record in caplog.records if "was copied or restored" in record.getMessage()]
+    assert len(left) == 1
+    assert f"outbox {other.path} was copied" in left[0]
+    assert source in left[0]
+    (before, now) = other.outbox.sources()
+    assert (before.full_name, before.current, before.left_because) == (source, False, "copied")
+    assert (now.full_name, now.current, now.left_because) == (sources[other], True, None)
+
+
+@pytest.mark.parametrize("same_events", [False, True])
+def test_what_copies_recorded_under_the_same_numbers_is_told_apart(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, same_events: bool
+) -> None:
+    """Before they meet. Each receipt has the row, or the refusal, of its own event, whichever relay reads first."""
+    original = bot("a")
+    original.record(a_snapshot(after=timedelta(hours=1)))
+    original.close()
+    _copy(original, "b")
+    a, b = bot("a"), bot("b")
+    for n in range(3):
+        a.record(a_snapshot(after=timedelta(n), balance=100 + n))
+        b.record(a_snapshot(after=timedelta(n if same_events else 10 + n), balance=200 + n))
+    assert [(one.source, one.sequence) for one in a.accepted] == [(one.source, one.sequence) for one in b.accepted]
+    _sweep(a, b)
+    assert len(set(queue_of(redis).job_ids)) == 7  # one of them is in both outboxes
+    answers = FakeWorker(redis, "history").work()
+    told = {answer.job_id: answer.outcome for answer in answers}
+    _sweep(b, a, b)
+
+    for one in (a, b):
+        for accepted, fate in zip(one.accepted, one.fates(), strict=True):
+            outcome = told[job_id_of(accepted.source_id, accepted.sequence, accepted.nonce)]
+            assert (fate.row_id, fate.reason) == (outcome.row_id, outcome.reason)
+    row_ids = [fate.row_id for fate in (*a.fates(), *b.fates()) if fate.row_id]
+    assert len(row_ids) == len(set(row_ids)) == (3 if same_events else 6)
+    assert [fate.state for fate in b.fates()] == ["rejected" if same_events else "stored"] * 3
+
+
+def test_a_relay_leaves_answers_to_entries_that_it_does_not_have(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
+) -> None:
+    """However often it looks: a copy that is down now will read them."""
+    a = bot("a")
+    a.record(a_snapshot())
+    a.close()
+    _copy(a, "b")
+    a, b = bot("a"), bot("b")
+    a.record(a_snapshot(after=timedelta(1)))
+    b.record(a_snapshot(after=timedelta(2)))
+    _sweep(b)
+    fields = {_acknowledge(redis, one, Outcome("stored", row_id=9)) for one in b.accepted}
+    _sweep(a)
+    _acknowledge(redis, a.accepted[0], Outcome("stored", row_id=8))
+    _sweep(a, a)
+    assert {field.decode() for field in redis.hkeys(acknowledgement_key(b.accepted[0].source))} == fields
+    _sweep(b)
+
+    assert (a.fates()[0].row_id, b.fates()[0].row_id) == (8, 9)
+    assert redis.hkeys(acknowledgement_key(b.accepted[0].source)) == []
+
+
+def test_answers_to_entries_of_others_are_removed_after_seven_days_by_redis_clock(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
+) -> None:
+    """By any relay that reads there: the outbox that waited for them may be gone for good."""
+    a = bot("a")
+    a.record(a_snapshot())
+    _sweep(a)
+    accepted = a.accepted[0]
+    source_id, source = accepted.source_id, accepted.source
+    for n, seconds_ago in enumerate((7 * DAYS - 60, 7 * DAYS + 60)):
+        text = acknowledgement_text(int(redis.time()[0] - seconds_ago), None, Outcome("rejected", reason="no"))
+        redis.hset(acknowledgement_key(source), job_id_of(source_id, n + 5, "0" * 16), text)
+    _sweep(a)
+
+    assert redis.hkeys(acknowledgement_key(source)) == [job_id_of(source_id, 5, "0" * 16).encode()]
+
+
+@pytest.mark.usefixtures("_at_once")
+def test_an_entry_that_both_copies_have_is_settled_in_both(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
+) -> None:
+    """The first relay takes the answer away; the second one sends again, and is left the answer to that."""
+    a = bot("a")
+    a.record(a_snapshot(), a_snapshot(after=timedelta(1)))
+    _sweep_once = [a.relay.sweep()]
+    a.close()
+    _copy(a, "b")
+    shared, a, b = a.accepted, bot("a"), bot("b")
+    worker = FakeWorker(redis, "history")
+    answers = worker.work()
+    _acknowledge(redis, shared[0], answers[0].outcome)
+    redis.hdel(acknowledgement_key(shared[1].source), answers[1].job_id)  # so that `a` goes on looking there
+    a.relay.sweep()
+    redis.delete(queue_of(redis).key)
+    redis.delete(f"rq:job:{answers[1].job_id}")
+    assert (a.outbox.fate(shared[0]).state, redis.hlen(acknowledgement_key(shared[0].source))) == ("stored", 0)
+
+    b.relay.sweep()
+    again = {answer.job_id: answer.outcome.kind for answer in worker.work()}
+    assert again[answers[0].job_id] == "duplicate"
+    redis.hdel(acknowledgement_key(shared[1].source), answers[1].job_id)
+    a.relay.sweep()
+    assert redis.hkeys(acknowledgement_key(shared[0].source)) == [answers[0].job_id.encode()]
+    b.relay.sweep()
+    assert b.outbox.fate(shared[0]) == Fate("stored", answers[0].outcome.row_id, None)
+    assert redis.hlen(acknowledgement_key(shared[0].source)) == 0
+
+
+@pytest.mark.parametrize(("seconds_ago", "left"), [(50, 1), (70, 0)])
+def test_an_answer_to_a_settled_entry_is_left_for_a_copy_for_a_minute(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, seconds_ago: float, left: int
+) -> None:
+    """By the clock of Redis, which also the answer's time is from."""
+    a = bot("a")
+    a.record(a_snapshot(), a_snapshot(after=timedelta(1)))
+    _sweep(a)
+    _acknowledge(redis, a.accepted[0], Outcome("stored", row_id=1))
+    _sweep(a)
+    _acknowledge(redis, a.accepted[0], Outcome("duplicate", row_id=1), seconds_ago)
+    _sweep(a)
+
+    assert redis.hlen(acknowledgement_key(a.accepted[0].source)) == left
+
+
+class Death(BaseException):
+    """The process ends here."""
+
+
+def _die(*_: Any) -> None:
+    raise Death
+
+
+@pytest.mark.parametrize("deaths", list(itertools.product(["before", "between", "after", "never"], repeat=2)))
+def test_the_death_of_a_relay_while_it_exchanges_the_token_is_no_copy(
+    bot: Callable[[str], Bot],
+    redis: fakeredis.FakeRedis,
+    monkeypatch: pytest.MonkeyPatch,
+    deaths: tuple[str, ...],
+) -> None:
+    """Before Redis has the new token, or before the outbox knows that it has; once and again."""
+    source = bot("a").record(a_snapshot())
+    for death in ("never", *deaths):
+        one = bot("a")
+        with monkeypatch.context() as patch, suppress(Death):
+            if death == "before":
+                patch.setattr(one.outbox.identity, "begin_exchange", _die)
+            elif death == "between":
+                patch.setattr(copies, "_set_tokens", _die)
+            elif death == "after":
+                patch.setattr(one.outbox.identity, "end_exchange", _die)
+            one.relay.sweep()
+            assert death == "never"
+        one.close()
+    last = bot("a")
+    _sweep(last)
+    _sweep(last)
+
+    assert last.record(a_snapshot()) == source
+    identity = last.outbox.identity.read()
+    assert (identity.token.encode(), identity.next_token) == (redis.get(token_key(source)), None)
+
+
+@pytest.mark.parametrize("death", ["between", "after"])
+def test_copies_made_while_the_token_is_exchanged_are_told_apart(
+    bot: Callable[[str], Bot], monkeypatch: pytest.MonkeyPatch, death: str
+) -> None:
+    """Both have the old and the new one: the first that exchanges it goes on."""
+    original = bot("a")
+    source = original.record(a_snapshot())
+    _sweep(original)
+    original.close()
+    again = bot("a")
+    with monkeypatch.context() as patch, suppress(Death):
+        if death == "between":
+            patch.setattr(copies, "_set_tokens", _die)
+        else:
+            patch.setattr(again.outbox.identity, "end_exchange", _die)
+        again.relay.sweep()
+    again.close()
+    _copy(original, "b")
+    a, b = bot("a"), bot("b")
+    _sweep(b, a, b, a)
+
+    assert b.record(a_snapshot()) == source
+    assert a.record(a_snapshot()) != source
+
+
+def test_a_redis_that_lost_everything_is_no_copy_and_gets_the_token_back(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
+) -> None:
+    """Within a run and at the start of the next one; a copy that comes after that is noticed all the same."""
+    a = bot("a")
+    source = a.record(a_snapshot())
+    _sweep(a)
+    redis.flushall()
+    _sweep(a)
+    assert redis.get(token_key(source)) == a.outbox.identity.read().token.encode()
+    assert redis.ttl(token_key(source)) > 29 * DAYS
+    a.close()
+    redis.flushall()
+    _copy(a, "b")
+    a = bot("a")
+    _sweep(a)
+    assert a.record(a_snapshot()) == source
+    redis.flushall()
+    _sweep(a)
+    b = bot("b")
+    _sweep(b)
+    _sweep(a)
+
+    assert a.record(a_snapshot()) == source
+    assert b.record(a_snapshot()) != source
+
+
+@pytest.mark.usefixtures("_at_once")
+@pytest.mark.parametrize("settled", [False, True])
+def test_an_older_copy_that_was_put_back_gives_its_next_events_a_new_source(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, tmp_path: Path, settled: bool
+) -> None:
+    """By `cp`, while nobody runs: the file has the same inode, and its numbers were used already."""
+    worker = FakeWorker(redis, "history")
+    one = bot("a")
+    source = one.record(a_snapshot())
+    if settled:
+        _sweep(one)
+        worker.work()
+    _sweep(one)
+    one.close()
+    shutil.copyfile(one.path, tmp_path / "backup")
+    inode = one.path.stat().st_ino
+    one = bot("a")
+    one.record(a_snapshot(after=timedelta(1)), a_snapshot(after=timedelta(2)))
+    _sweep(one)
+    worker.work()
+    _sweep(one)
+    assert {fate.state for fate in one.fates()} == {"stored"}
+    one.close()
+    shutil.copyfile(tmp_path / "backup", one.path)
+    assert one.path.stat().st_ino == inode
+
+    restored = bot("a")
+    assert restored.record(a_snapshot(after=timedelta(3))) == source  # nothing was compared yet
+    _sweep(restored)
+    new = restored.record(a_snapshot(after=timedelta(4)))
+    _sweep(restored)
+    outcomes = {answer.job_id: answer.outcome for answer in worker.work()}
+    _sweep(restored)
+
+    assert new != source
+    assert [one.sequence for one in restored.accepted] == [2, 1]
+    assert [(fate.state, fate.row_id) for fate in restored.fates()] == [("stored", 4), ("stored", 5)]
+    assert sorted(outcome.kind for outcome in outcomes.values()) == ["duplicate"] * (not settled) + ["stored"] * 2
+    assert restored.outbox.status().depth == 0
+
+
+def test_of_two_that_exchange_the_token_at_the_same_moment_one_goes_on(
+    bot: Callable[[str], Bot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has exchanged it between this one's question and its answer: Redis refuses, and it asks again."""
+    original = bot("a")
+    source = original.record(a_snapshot())
+    original.close()
+    _copy(original, "b")
+    a, b = bot("a"), bot("b")
+    begin_exchange = a.outbox.identity.begin_exchange
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(a.outbox.identity, "begin_exchange", begin_exchange)
+        b.relay.sweep()
+        return begin_exchange(*arguments)
+
+    monkeypatch.setattr(a.outbox.identity, "begin_exchange", meanwhile)
+    _sweep(a, b, a, b)
+
+    assert b.record(a_snapshot()) == source
+    assert a.record(a_snapshot()) != source
+
+
+def test_a_source_that_came_later_is_watched_over_too(bot: Callable[[str], Bot], redis: fakeredis.FakeRedis) -> None:
+    """Another name on the same file, recorded while the relay has its lock."""
+    original = bot("a")
+    first = original.record(a_snapshot())
+    _sweep(original)
+    second = original.record(a_snapshot(), name="other")
+    _sweep(original)
+    token = original.outbox.identity.read().token.encode()
+    assert redis.mget(token_key(first), token_key(second)) == [token, token]
+    original.close()
+    _copy(original, "b")
+    a, b = bot("a"), bot("b")
+    _sweep(a, b)
+
+    assert [a.record(a_snapshot(), name=name) for name in (NAME, "other")] == [first, second]
+    assert {b.record(a_snapshot(), name=name) for name in (NAME, "other")} & {first, second} == set()
+
+
+def test_the_source_of_a_copy_of_a_copy_differs_again(bot: Callable[[str], Bot]) -> None:
+    """A third bot made from the second."""
+    a = bot("a")
+    a.record(a_snapshot())
+    a.close()
+    _copy(a, "b")
+    a, b = bot("a"), bot("b")
+    _sweep(a, b)
+    b.record(a_snapshot())
+    _sweep(b)
+    b.close()
+    _copy(b, "c")
+    b, c = bot("b"), bot("c")
+    _sweep(a, b, c, a, b, c)
+
+    assert len({one.record(a_snapshot()) for one in (a, b, c)}) == 3
+
+
+@pytest.mark.parametrize("stopped_in", ["begin_exchange", "end_exchange"])
+def test_a_relay_that_was_stopped_while_another_one_took_over_is_no_copy(
+    bot: Callable[[str], Bot],
+    redis: fakeredis.FakeRedis,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped_in: str,
+) -> None:
+    """Two relays on one outbox: a relay process was stopped (SIGSTOP) at any point, and goes on later."""
+    one = bot("a")
+    source = one.record(a_snapshot())
+    _sweep(one)
+    one.close()
+    stopped, other = bot("a"), bot("a")
+    step = getattr(stopped.outbox.identity, stopped_in)
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(stopped.outbox.identity, stopped_in, step)
+        copies.CopyGuard(other.outbox, redis).check()
+        return step(*arguments)
+
+    monkeypatch.setattr(stopped.outbox.identity, stopped_in, meanwhile)
+    _sweep(stopped, stopped)
+
+    assert stopped.record(a_snapshot()) == source
+    token = stopped.outbox.identity.read().token.encode()
+    assert token == redis.get(token_key(source))
+
+
+def test_a_relay_that_compares_while_another_one_exchanges_the_token_is_no_copy(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look into the outbox and its look into Redis."""
+    one = bot("a")
+    source = one.record(a_snapshot())
+    _sweep(one)
+    read = one.outbox.identity.read
+    other = Outbox(one.path)
+
+    def meanwhile() -> Any:
+        monkeypatch.setattr(one.outbox.identity, "read", read)
+        found = read()
+        copies.CopyGuard(other, redis).check()
+        return found
+
+    guard = copies.CopyGuard(one.outbox, redis)
+    guard.check()
+    monkeypatch.setattr(one.outbox.identity, "read", meanwhile)
+    guard.check()
+    guard.check()
+
+    assert one.record(a_snapshot()) == source
