@@ -1,0 +1,334 @@
+"""Rows of a damaged SQLite file, read page by page: no B-tree has to be intact to find them.
+
+The layout of pages, cells, records and the write-ahead log (WAL) is https://www.sqlite.org/fileformat2.html.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+_MAX_PAYLOAD_BYTES = 64 * 2**20  # an outbox has events of 8 MiB at most
+_MAX_HEADER_BYTES = 98_307  # of a record, as in SQLite
+_PAGE_SIZES = (4096, 512, 1024, 2048, 8192, 16384, 32768, 65536)  # SQLite's own choice first
+_PROBED_PAGES = 1000
+_TABLE_LEAF = 0x0D
+_WAL_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # the latter: checksums over big-endian words
+_FIXED_BYTES = (0, 1, 2, 3, 4, 6, 8, 8, 0, 0)  # of a value, by serial type; 10 and 11 are not in use
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of a rowid table. Columns that were added to the table after the row was written are absent.
+
+    `values` are in the order of the columns. An INTEGER PRIMARY KEY reads as None, since it is the rowid. A whole
+    number in a REAL column may read as an int.
+    """
+
+    rowid: int
+    values: tuple[int | float | str | bytes | None, ...]
+
+
+def readable_records(path: Path) -> Iterator[Record]:
+    """Every row of any rowid table that can be read from the file at `path` and from its WAL, in no particular order.
+
+    The database must use UTF-8 (SQLite's default). Rows of pages that cannot be read are left out. SQLite's own tables
+    are read too, for example the schema.
+
+    If the file and its WAL are intact, each row is read once, as its last commit left it. Beside these, older versions
+    and deleted rows may appear: from free pages, and from pages of the file that have a newer image in the WAL, if the
+    WAL is damaged or does not show that it belongs to the file. The caller chooses between the versions of a row.
+
+    The caller also checks the content: pages of the file have no checksum, so a value may contain bytes of another one,
+    and garbage may happen to look like a row.
+
+    Memory is bounded by a few times the longest record (a payload of more than 64 MiB is taken for garbage) and an
+    index of the WAL, some 40 MiB for 1 GiB of it. No connection, of this process or another, may use the file
+    meanwhile: rows of different times would be mixed, and closing the file here ends SQLite's locks of this process.
+
+    Raises:
+        OSError: at the first record, if the file or its WAL exists and cannot be opened, or if the file does not exist.
+    """
+    wal_path = path.with_name(f"{path.name}-wal")
+    with ExitStack() as stack:
+        file = _File(path, stack)
+        log = _File(wal_path if wal_path.exists() else Path(os.devnull), stack)
+        page_bytes = _page_bytes(file)
+        wal = _Wal(log, page_bytes or _wal_page_bytes(log) or _likely_page_bytes(file))
+        page_bytes = page_bytes or wal.page_bytes
+        longest = min(_MAX_PAYLOAD_BYTES, file.size + log.size)
+        file_pages = -(-file.size // page_bytes)
+
+        file_alone = _Pages(file, log, {}, page_bytes, longest)
+        if wal.page_bytes != page_bytes:  # of another database
+            yield from file_alone.records(range(1, file_pages + 1))
+            nothing = _File(Path(os.devnull), stack)
+            images = wal.committed | wal.after_break
+            yield from _Pages(nothing, log, images, wal.page_bytes, longest).records(images)
+            return
+
+        current = _Pages(file, log, wal.committed, page_bytes, longest)
+        beyond = sorted(number for number in wal.committed if number > file_pages)
+        yield from current.records(chain(range(1, file_pages + 1), beyond))
+        if wal.after_break:
+            later = _Pages(file, log, wal.committed | wal.after_break, page_bytes, longest)
+            yield from later.records(wal.after_break)
+        if not wal.supersedes(file_pages):
+            yield from file_alone.records(number for number in wal.committed if number <= file_pages)
+
+
+class _File:
+    """A file that is read in pieces. It is not mapped: a mapped page that the disk cannot read ends the process."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self._fd = stack.enter_context(path.open("rb", buffering=0)).fileno()
+        self.size = os.fstat(self._fd).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Fewer bytes at the end of the file, and where the disk reports an error."""
+        try:
+            return os.pread(self._fd, length, offset)
+        except OSError:
+            return b""
+
+
+class _Pages:
+    """The pages of one state of the database: of the WAL where `images` has the offset of one, else of the file."""
+
+    def __init__(self, file: _File, log: _File, images: Mapping[int, int], page_bytes: int, longest: int) -> None:
+        self._file, self._log, self._images = file, log, images
+        self._page_bytes = page_bytes
+        self._longest_payload = longest
+        self._usable = page_bytes
+        first = self._page(1)
+        if _is_database_header(first) and page_bytes - first[20] >= 480:
+            self._usable = page_bytes - first[20]  # some builds of SQLite reserve bytes at the end of each page
+
+    def records(self, numbers: Iterable[int]) -> Iterator[Record]:
+        """Rows on those of the pages that are leaves of a table."""
+        for number in numbers:
+            page = self._page(number)
+            for at in _cell_offsets(page, 100 if number == 1 else 0):
+                # Garbage, or a reference beyond the end of a page.
+                try:
+                    record = self._record(page, at)
+                except (ValueError, IndexError, struct.error):
+                    continue
+                yield record
+
+    def _page(self, number: int) -> bytes:
+        """Shorter, or empty, where the file is."""
+        if number in self._images:
+            return self._log.read(self._images[number], self._page_bytes)[: self._usable]
+        return self._file.read((number - 1) * self._page_bytes, self._page_bytes)[: self._usable]
+
+    def _record(self, page: bytes, at: int) -> Record:
+        size, at = _varint(page, at)
+        rowid, at = _varint(page, at)
+        if size > self._longest_payload:
+            raise ValueError("a payload that is too long")
+        local = self._local_bytes(size)
+        payload = page[at : at + local]
+        if len(payload) < local:
+            raise ValueError("a payload beyond the end of its page")
+        # The header is checked before an overflow chain is read: garbage is found early.
+        if local < size and _varint(payload, 0)[0] > local:
+            payload += self._overflow(page, at + local, size - local)
+        types, start = _serial_types(payload, size)
+        if len(payload) < size:
+            payload += self._overflow(page, at + local, size - local)
+        return Record(rowid - 2**64 if rowid >= 2**63 else rowid, _values(payload, types, start))
+
+    def _local_bytes(self, size: int) -> int:
+        """The part of a payload that is in the leaf itself."""
+        most, least = self._usable - 35, (self._usable - 12) * 32 // 255 - 23
+        if size <= most:
+            return size
+        local = least + (size - least) % (self._usable - 4)
+        return local if local <= most else least
+
+    def _overflow(self, page: bytes, at: int, length: int) -> bytes:
+        """The rest of a payload. Its last page refers to none, so that most chains of mixed origin are found out."""
+        parts = []
+        (number,) = struct.unpack_from(">I", page, at)
+        seen = {0, 1}
+        while length:
+            if number in seen:
+                raise ValueError("an overflow chain that ends early or does not end")
+            seen.add(number)
+            page = self._page(number)
+            part = page[4 : 4 + length]
+            (number,) = struct.unpack_from(">I", page)
+            if len(part) < min(length, self._usable - 4):
+                raise ValueError("an overflow page that is cut off")
+            parts.append(part)
+            length -= len(part)
+        if number:
+            raise ValueError("an overflow chain that is too long")
+        return b"".join(parts)
+
+
+class _Wal:
+    """Where the WAL has committed images of pages: page number → offset of the newest image.
+
+    A frame's checksum continues that of the frame before, which stands in that frame's header. So each frame can be
+    checked from its predecessor alone, and a broken frame does not hide those that follow the next one.
+    """
+
+    def __init__(self, log: _File, page_bytes: int) -> None:
+        self.page_bytes = _wal_page_bytes(log) or page_bytes
+        self.committed: dict[int, int] = {}  # as SQLite itself would read it
+        self.after_break: dict[int, int] = {}  # what SQLite drops; perhaps of a transaction that a crash undid
+        self._database_pages = 0
+        self._is_whole = True  # nothing of this round of the WAL is unread
+        header = log.read(0, 32)
+        unbroken = _wal_page_bytes(log) is not None
+        order = (">" if header[3] & 1 else "<") if unbroken else ("<" if sys.byteorder == "little" else ">")
+        salts = header[16:24] if unbroken else None
+        before = header[16:]  # salts and checksum, like bytes 8 to 24 of a frame
+        uncommitted: dict[int, int] = {}
+        for offset in range(32, log.size, 24 + self.page_bytes):
+            frame = log.read(offset, 24 + self.page_bytes)
+            follows = len(frame) == 24 + self.page_bytes and _follows(frame, before, salts, order)
+            before = frame[8:24]
+            if not follows:
+                unbroken = False
+                self._is_whole = self._is_whole and salts is not None and _is_of_earlier_round(before, salts)
+                continue
+            salts = before[:8]
+            number, database_pages = struct.unpack_from(">II", frame)
+            uncommitted[number] = offset + 24
+            if database_pages:
+                (self.committed if unbroken else self.after_break).update(uncommitted)
+                uncommitted.clear()
+                self._database_pages = database_pages if unbroken else self._database_pages
+        self._is_whole = self._is_whole and not uncommitted
+
+    def supersedes(self, file_pages: int) -> bool:
+        """Whether the images of the WAL are surely newer than the pages of a file of `file_pages` pages.
+
+        Not so if the WAL is damaged, since the file may have got newer images from it, or if the WAL does not show that
+        it was written for this file: it needs pages that the file has, and none that the file lacks.
+        """
+        absent = (number for number in range(self._database_pages, 0, -1) if number not in self.committed)
+        return self._is_whole and 0 < next(absent, 0) <= file_pages <= self._database_pages
+
+
+def _follows(frame: bytes, before: bytes, salts: bytes | None, order: str) -> bool:
+    if not any(frame[:4]) or frame[8:16] != before[:8] or (salts is not None and frame[8:16] != salts):
+        return False
+    checksum = struct.unpack_from(">II", before, 8)
+    checksum = _checksum(frame[:8], order, *checksum)
+    return _checksum(frame[24:], order, *checksum) == struct.unpack_from(">II", frame, 16)
+
+
+def _is_of_earlier_round(before: bytes, salts: bytes) -> bool:
+    """SQLite adds 1 to the first salt each time it begins the WAL again, and leaves the old frames behind."""
+    return len(before) == 16 and 0 < (int.from_bytes(salts[:4]) - int.from_bytes(before[:4])) % 2**32 < 2**24
+
+
+def _checksum(data: bytes, order: str, first: int, second: int) -> tuple[int, int]:
+    for one, two in struct.iter_unpack(f"{order}II", data):
+        first = (first + one + second) & 0xFFFFFFFF
+        second = (second + two + first) & 0xFFFFFFFF
+    return first, second
+
+
+def _wal_page_bytes(log: _File) -> int | None:
+    """None if the WAL has no valid header."""
+    header = log.read(0, 32)
+    if len(header) < 32 or header[:4] not in _WAL_MAGICS:
+        return None
+    if _checksum(header[:24], ">" if header[3] & 1 else "<", 0, 0) != struct.unpack_from(">II", header, 24):
+        return None
+    page_bytes = int.from_bytes(header[8:12])
+    return page_bytes if page_bytes in _PAGE_SIZES else None
+
+
+def _is_database_header(page: bytes) -> bool:
+    return page[:16] == b"SQLite format 3\0" and page[21:24] == b"\x40\x20\x20"
+
+
+def _page_bytes(file: _File) -> int | None:
+    """None if the file has no valid header."""
+    header = file.read(0, 100)
+    page_bytes = int.from_bytes(header[16:18])
+    page_bytes = 65536 if page_bytes == 1 else page_bytes
+    return page_bytes if _is_database_header(header) and page_bytes in _PAGE_SIZES else None
+
+
+def _likely_page_bytes(file: _File) -> int:
+    """The size with which the most pages look like leaves of a table, judged by a sample."""
+
+    def leaves(page_bytes: int) -> float:
+        step = max(1, file.size // page_bytes // _PROBED_PAGES) * page_bytes
+        found = sum(_looks_like_leaf(file.read(at, page_bytes)) for at in range(0, file.size, step))
+        return found * step / page_bytes
+
+    return max(_PAGE_SIZES, key=leaves)
+
+
+def _looks_like_leaf(page: bytes) -> bool:
+    offsets = _cell_offsets(page, 0)
+    first_cell = 8 + 2 * int.from_bytes(page[3:5])
+    return bool(offsets) and min(offsets) >= first_cell and max(offsets) < len(page) - 3
+
+
+def _cell_offsets(page: bytes, start: int) -> list[int]:
+    """From the page header at `start`; none if this is no leaf of a table. They may lead beyond the page."""
+    if len(page) < start + 8 or page[start] != _TABLE_LEAF:
+        return []
+    count = min(int.from_bytes(page[start + 3 : start + 5]), (len(page) - start - 8) // 2)
+    offsets = struct.unpack_from(f">{count}H", page, start + 8)
+    return [at for at in dict.fromkeys(offsets) if at >= start + 10]
+
+
+def _serial_types(payload: bytes, size: int) -> tuple[list[int], int]:
+    """The types of a record's values and the offset of the first; they must add up to the record's size exactly."""
+    header_bytes, at = _varint(payload, 0)
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise ValueError("a header that is too long")
+    types = []
+    total = header_bytes
+    while at < header_bytes:
+        serial_type, at = _varint(payload, at)
+        total += (serial_type - 12) // 2 if serial_type >= 12 else _FIXED_BYTES[serial_type]
+        types.append(serial_type)
+    if not types or at != header_bytes or total != size:
+        raise ValueError("a header that does not add up to its record")
+    return types, header_bytes
+
+
+def _values(payload: bytes, types: list[int], at: int) -> tuple[int | float | str | bytes | None, ...]:
+    values: list[int | float | str | bytes | None] = []
+    for serial_type in types:
+        if serial_type >= 12:
+            data = payload[at : at + (serial_type - 12) // 2]
+            values.append(data.decode() if serial_type % 2 else data)
+            at += len(data)
+        elif serial_type in {8, 9}:
+            values.append(serial_type - 8)
+        elif serial_type == 0:
+            values.append(None)
+        else:
+            data = payload[at : at + _FIXED_BYTES[serial_type]]
+            values.append(struct.unpack(">d", data)[0] if serial_type == 7 else int.from_bytes(data, signed=True))
+            at += len(data)
+    return tuple(values)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of 1 to 9 bytes, and the offset behind it."""
+    value = 0
+    for step in range(8):
+        byte = data[at + step]
+        value = value << 7 | byte & 0x7F
+        if byte < 0x80:
+            return value, at + step + 1
+    return value << 8 | data[at + 8], at + 9
