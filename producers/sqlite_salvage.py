@@ -154,17 +154,19 @@ class _Pages:
         return local if local <= most else least
 
     def _overflow(self, page: bytes, at: int, length: int) -> bytes:
-        """The rest of a payload. Only its last page refers to no other: most chains with a foreign page break this."""
+        """The rest of a payload. Its last page refers to none, so that most chains of mixed origin are found out."""
         parts = []
         (number,) = struct.unpack_from(">I", page, at)
-        seen: set[int] = set()
+        seen = {0, 1}
         while length:
             if number in seen:
-                raise ValueError("an overflow chain that ends early or is a circle")
+                raise ValueError("an overflow chain that ends early or does not end")
             seen.add(number)
             page = self._page(number)
             part = page[4 : 4 + length]
             (number,) = struct.unpack_from(">I", page)
+            if len(part) < min(length, self._usable - 4):
+                raise ValueError("an overflow page that is cut off")
             parts.append(part)
             length -= len(part)
         if number:
