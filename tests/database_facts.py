@@ -1,7 +1,7 @@
-"""The contents of a database as its catalog has them, to compare two states of it on the same server.
+"""Facts of a database, read from its catalog and tables, to compare two states of it on one server.
 
-pg_dump's text is not compared: a server keeps numbers of its own beside a column, which a dump may show. An example is
-the option `pg_attver` of PostgreSQL 15.20, which each CREATE TABLE makes another one.
+A dump's text is not compared. Besides the schema, it can show values that the server generates: PostgreSQL 15.20 stores
+`pg_attver` among each column's options, and every CREATE TABLE gives it another value.
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ _NUMBER = sql.SQL("SELECT last_value, is_called FROM {}")
 
 
 def database_facts(url: str, schema: str | None = None) -> Facts:
-    """All that a dump would bring back: definitions, owners, privileges, comments, positions of sequences, rows.
+    """Return definitions, owners, privileges, comments, sequence values and rows, of one schema or of all.
 
-    Waits for sessions that change a table. Rows have no order, and neither have constraints; columns have. Settings,
-    roles, event triggers, operators and casts are left out.
+    Wait up to 60 s for sessions that hold a lock on a table. The order of columns counts, that of rows does not.
+    Settings, roles, event triggers, operators, casts and the rows of materialized views are not covered.
     """
     with closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as db:
         db.execute(_SESSION)

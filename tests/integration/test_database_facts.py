@@ -1,4 +1,4 @@
-"""The comparison that the tests of adoption rest on: it sees each kind of change, and no number of the server's own."""
+"""database_facts, which the tests of adoption use: each kind of change makes a difference, a rebuild makes none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _build() -> None:
 
 
 def test_the_same_database_made_twice_has_the_same_facts(empty_database_url: str) -> None:
-    """Whatever the server notes for itself beside columns, rows and objects."""
+    """Values that the server generates for itself are not among them."""
     _build()
     first = database_facts(empty_database_url)
     _build()
