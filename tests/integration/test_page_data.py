@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from psycopg2.errors import ReadOnlySqlTransaction
 from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
@@ -20,6 +21,7 @@ from sqlalchemy import TextClause, text
 
 from consumers.api import create_app
 from consumers.connection import engine, get_db
+from consumers.errors import StoreUnavailable
 from consumers.page import archive_queries, queries, signals, state_queries
 from consumers.page import curve as curves
 from producers.history_producer import HistoryProducer
@@ -317,8 +319,9 @@ def test_a_database_without_tables_or_gone_is_one_readable_line(
 
 def test_the_page_reads_only(client: TestClient) -> None:
     """Its transactions cannot write."""
-    with pytest.raises(Exception, match="read-only"), queries.reading() as db:
+    with pytest.raises(StoreUnavailable) as caught, queries.reading() as db:
         db.execute(text("DELETE FROM portfolio_history"))
+    assert isinstance(getattr(caught.value.__cause__, "orig", None), ReadOnlySqlTransaction)
 
 
 def test_health_tells_of_queue_outbox_and_rejections(

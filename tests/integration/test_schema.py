@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psycopg2
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
@@ -182,12 +183,16 @@ def _read_only() -> None:
     engine().dispose()
 
 
-@pytest.mark.parametrize(("trouble", "word"), [(_without_tables, "does not exist"), (_read_only, "read-only")])
-def test_everything_else_is_the_stores_trouble(database_url: str, trouble: Callable[[], None], word: str) -> None:
-    """A missing table, a read-only database: nothing is wrong with the event."""
+@pytest.mark.parametrize(("trouble", "sqlstate"), [(_without_tables, "42P01"), (_read_only, "25006")])
+def test_everything_else_is_the_stores_trouble(database_url: str, trouble: Callable[[], None], sqlstate: str) -> None:
+    """A missing table, a read-only database: nothing is wrong with the event; the error is the server's first line."""
     trouble()
-    with pytest.raises(StoreUnavailable, match=word), get_db() as db:
+    with pytest.raises(StoreUnavailable) as caught, get_db() as db:
         db.execute(text(_SNAPSHOT.format(balance=0, open=0, trades=0)))
+    original = getattr(caught.value.__cause__, "orig", None)
+    assert isinstance(original, psycopg2.Error)
+    assert original.pgcode == sqlstate
+    assert str(caught.value) == f"PostgreSQL: {original.diag.message_primary}"
 
 
 def test_an_unreachable_database_is_the_stores_trouble_and_shows_no_password() -> None:
