@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
@@ -43,7 +43,7 @@ from consumers.queue.lane import WAIT_SECONDS, Lane, Limits, recovery_seconds
 from consumers.queue.upkeep import Upkeep
 from consumers.settings import MetricsSettings
 from consumers.store.waits import DatabaseWaits
-from producers.errors import SettingsError
+from producers.errors import HistoryError, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class HistoryWorker(SimpleWorker):
                 " use RQ's own worker (rq worker --serializer json history)"
             )
         kwargs["serializer"] = JSONSerializer
-        if _POOL_MARK in multiprocessing.current_process().name:
+        if _is_in_rqs_pool() and kwargs.get("prepare_for_work", True):
             _forget_pool_signals()
         super().__init__(_json_queues(queues), *args, **kwargs)
         if not self.queues and not kwargs.get("prepare_for_work", True):
@@ -121,7 +121,8 @@ class HistoryWorker(SimpleWorker):
         self._lanes = [
             Lane(self, self._queue, self._crew, self._ending, limits) for _ in range(LANES if max_jobs is None else 1)
         ]
-        with self._metrics_served():
+        with ExitStack() as stack:
+            self._serve_metrics(stack)
             if not self._arrive(logging_level, date_format, log_format):
                 return False
             self._log_ignored(with_scheduler)
@@ -159,20 +160,32 @@ class HistoryWorker(SimpleWorker):
                 renewing.join(self.connection_timeout)  # what is let go must not be leased once more
             self._retire()
 
-    def _metrics_served(self) -> AbstractContextManager[None]:
+    def _serve_metrics(self, stack: ExitStack) -> None:
+        """Until `stack` is closed, if the settings name a port."""
         metrics = self._metrics or MetricsSettings.from_environment()
         if metrics.port is None:
-            return nullcontext()
+            return
         # Only here: what reads the outbox and speaks HTTP is of no use to a worker that nobody scrapes.
         from consumers.metrics_server import served_metrics
 
-        return served_metrics(
+        served = served_metrics(
             metrics.host,
             metrics.port,
             waits_for=lambda: self._crew.waits_for,
             redis=self.connection,
             queue=self._queue.name,
         )
+        try:
+            stack.enter_context(served)
+        except HistoryError as error:
+            if not _is_in_rqs_pool():
+                raise
+            # All workers of RQ's pool have the same settings, and it starts again at once whatever ends.
+            self.log.warning(
+                "Worker %s: answers no scrapes: %s. For a port for each process, start"
+                " `trading-history worker --processes` in place of rq worker-pool",
+                self.name, error,
+            )  # fmt: skip
 
     def _run_lanes(self) -> None:
         for lane in self._lanes:
@@ -286,8 +299,12 @@ class HistoryWorker(SimpleWorker):
             logger.warning("worker %s could not sign off: %s", self.name, type(error).__name__)
 
 
+def _is_in_rqs_pool() -> bool:
+    return _POOL_MARK in multiprocessing.current_process().name
+
+
 def _forget_pool_signals() -> None:
-    """In a worker that RQ's pool has forked: end by the signals that end other workers.
+    """In a process of RQ's pool: end by the signals that end other workers.
 
     The pool ends its workers by SIGINT, also where a script's background has it ignored. And a worker that it starts
     again begins with the pool's own handlers, which would signal all its siblings and let this process go on.
