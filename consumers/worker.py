@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 from rq import Queue
+from rq.command import parse_payload
 from rq.defaults import DEFAULT_LOGGING_DATE_FORMAT, DEFAULT_LOGGING_FORMAT
 from rq.serializers import JSONSerializer
 from rq.utils import now
@@ -41,7 +43,7 @@ from consumers.queue.lane import WAIT_SECONDS, Lane, Limits, recovery_seconds
 from consumers.queue.upkeep import Upkeep
 from consumers.settings import MetricsSettings
 from consumers.store.waits import DatabaseWaits
-from producers.errors import SettingsError
+from producers.errors import HistoryError, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ _STUCK_SECONDS = 3 * STATEMENT_SECONDS
 _READ_BYTES = 512 * 1024  # at once: a batch comes in few pieces, for each of which a lane may wait for the interpreter
 _RENEW_SECONDS = 2.0
 _STALL_SECONDS = 1.0  # waiting longer than this for an answer is the database's doing, not the job's
+_POOL_MARK = " (WorkerPool "  # in the names that RQ's pool gives to its processes
 _REGISTERED_SECONDS = 60  # RQ adds as much: a dead worker is in RQ's list for two minutes at most, not for eight
 
 
@@ -73,6 +76,8 @@ class HistoryWorker(SimpleWorker):
                 " use RQ's own worker (rq worker --serializer json history)"
             )
         kwargs["serializer"] = JSONSerializer
+        if _is_in_rqs_pool() and kwargs.get("prepare_for_work", True):
+            _forget_pool_signals()
         super().__init__(_json_queues(queues), *args, **kwargs)
         if not self.queues and not kwargs.get("prepare_for_work", True):
             return  # RQ's commands make such objects to read of other workers
@@ -102,12 +107,11 @@ class HistoryWorker(SimpleWorker):
         """Store events until told to stop, or with `burst` until the queue is empty. True if any job was done.
 
         SIGINT and SIGTERM end it after what it holds. An outage of Redis or PostgreSQL, of any length, does not.
+        `with_scheduler` and `dequeue_strategy` have no effect; the former is logged, as RQ's pool always asks for it.
 
         Raises:
-            SettingsError: it is to schedule jobs, or a setting cannot be read.
+            SettingsError: a setting cannot be read.
         """
-        if with_scheduler:
-            raise SettingsError("HistoryWorker has no scheduler: leave out --with-scheduler")
         write_json_if_set()
         limit_statements(STATEMENT_SECONDS)
         gc.freeze()  # what the program consists of stays: no need to look through it again and again
@@ -117,11 +121,31 @@ class HistoryWorker(SimpleWorker):
         self._lanes = [
             Lane(self, self._queue, self._crew, self._ending, limits) for _ in range(LANES if max_jobs is None else 1)
         ]
-        with self._metrics_served():
+        with ExitStack() as stack:
+            self._serve_metrics(stack)
             if not self._arrive(logging_level, date_format, log_format):
                 return False
+            self._log_ignored(with_scheduler)
             self._work_in_lanes()
         return any(lane.done for lane in self._lanes)
+
+    def _log_ignored(self, with_scheduler: bool) -> None:
+        """Log once each request that has no effect here and that somebody may rely on."""
+        # RQ's scheduler is a forked process. It ends when Redis is away; when its worker is killed it stays, with the
+        # worker's sockets, the port for scrapes among them, and no pool ends it. Nothing here needs one: no event is
+        # scheduled, retries are the worker's own. Beside the workers, under a supervisor, it does none of this harm.
+        if with_scheduler:
+            self.log.warning(
+                "Worker %s: runs no scheduler, and stores events without one. If other programs schedule jobs on queue"
+                " %s, run rq.scheduler.RQScheduler beside it: see RQ's options and commands in README.md",
+                self.name, self._queue.name,
+            )  # fmt: skip
+        if self._exc_handlers:
+            self.log.warning(
+                "Worker %s: calls no exception handler. Rejected events are in RQ's failed registry and in"
+                " event_outcomes: see trading-history failed list",
+                self.name,
+            )
 
     def _work_in_lanes(self) -> None:
         renewing = threading.Thread(target=self._renew_leases, name="history-lease", daemon=True)
@@ -136,20 +160,32 @@ class HistoryWorker(SimpleWorker):
                 renewing.join(self.connection_timeout)  # what is let go must not be leased once more
             self._retire()
 
-    def _metrics_served(self) -> AbstractContextManager[None]:
+    def _serve_metrics(self, stack: ExitStack) -> None:
+        """Until `stack` is closed, if the settings name a port."""
         metrics = self._metrics or MetricsSettings.from_environment()
         if metrics.port is None:
-            return nullcontext()
+            return
         # Only here: what reads the outbox and speaks HTTP is of no use to a worker that nobody scrapes.
         from consumers.metrics_server import served_metrics
 
-        return served_metrics(
+        served = served_metrics(
             metrics.host,
             metrics.port,
             waits_for=lambda: self._crew.waits_for,
             redis=self.connection,
             queue=self._queue.name,
         )
+        try:
+            stack.enter_context(served)
+        except HistoryError as error:
+            if not _is_in_rqs_pool():
+                raise
+            # All workers of RQ's pool have the same settings, and it starts again at once whatever ends.
+            self.log.warning(
+                "Worker %s: answers no scrapes: %s. For a port for each process, start"
+                " `trading-history worker --processes` in place of rq worker-pool",
+                self.name, error,
+            )  # fmt: skip
 
     def _run_lanes(self) -> None:
         for lane in self._lanes:
@@ -206,9 +242,16 @@ class HistoryWorker(SimpleWorker):
         super()._pubsub_exception_handler(lost, *thread)
 
     def handle_payload(self, message: Any) -> None:
-        """RQ's lets whatever is no command end the thread that listens to commands."""
+        """RQ's lets whatever is no command end the thread that listens to commands.
+
+        And it carries out a shutdown by SIGINT, which is ignored in a script's background.
+        """
         try:
-            super().handle_payload(message)
+            if parse_payload(message)["command"] == "shutdown":
+                self.log.info("Worker %s: received shutdown command", self.name)
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                super().handle_payload(message)
         except Exception as error:
             if is_away(error):
                 raise
@@ -254,6 +297,20 @@ class HistoryWorker(SimpleWorker):
             self.teardown()
         except RedisError as error:
             logger.warning("worker %s could not sign off: %s", self.name, type(error).__name__)
+
+
+def _is_in_rqs_pool() -> bool:
+    return _POOL_MARK in multiprocessing.current_process().name
+
+
+def _forget_pool_signals() -> None:
+    """In a process of RQ's pool: end by the signals that end other workers.
+
+    The pool ends its workers by SIGINT, also where a script's background has it ignored. And a worker that it starts
+    again begins with the pool's own handlers, which would signal all its siblings and let this process go on.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _json_queues(queues: Any) -> Any:

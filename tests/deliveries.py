@@ -7,7 +7,10 @@ from datetime import timedelta
 from redis import Redis
 from rq import Queue
 from rq.serializers import JSONSerializer
+from sqlalchemy import text
 
+from consumers.connection import get_db
+from consumers.operations import get_portfolio_history
 from consumers.worker import HistoryWorker
 from producers.events import encode, event_of
 from tests.factories import a_snapshot
@@ -17,10 +20,10 @@ def history_queue(redis: Redis) -> Queue:
     return Queue("history", connection=redis, serializer=JSONSerializer)
 
 
-def enqueue_snapshots(redis: Redis, count: int) -> list[str]:
-    """Snapshots of `count` consecutive seconds, numbered from 0; the ids of their jobs."""
+def enqueue_snapshots(redis: Redis, count: int, *, first: int = 0) -> list[str]:
+    """Snapshots of `count` consecutive seconds, numbered from `first`; the ids of their jobs."""
     jobs = []
-    for number in range(count):
+    for number in range(first, first + count):
         event = event_of(a_snapshot(after=timedelta(seconds=number)), source="other/1", sequence=number)
         jobs.append(history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event)))
     return [job.id for job in jobs]
@@ -31,3 +34,13 @@ def burst(redis: Redis) -> HistoryWorker:
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     worker.work(burst=True, logging_level="WARNING")
     return worker
+
+
+def assert_stored_once(redis: Redis, count: int) -> None:
+    """The snapshots numbered from 0 are rows, nothing else became of any, and no worker has left anything behind."""
+    assert sorted(row["sequence"] for row in get_portfolio_history()) == list(range(count))
+    with get_db() as db:
+        assert db.scalar(text("SELECT count(*) FROM event_outcomes")) == 0
+    queue = history_queue(redis)
+    assert (queue.count, queue.failed_job_registry.count, queue.started_job_registry.count) == (0, 0, 0)
+    assert redis.keys("history:held:*") + redis.keys("history:lease:*") + redis.keys("history:suspects:*") == []

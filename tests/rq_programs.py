@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+from redis import Redis
+from rq.utils import as_text
+from rq.worker_registration import REDIS_WORKER_KEYS
 from sqlalchemy import text
 
 from consumers.connection import get_db
@@ -40,14 +45,39 @@ def rq(command: str, *arguments: str) -> str:
 
 
 @contextmanager
-def rq_worker(worker_class: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`rq worker` with this class on the queue history, under WORKER_NAME; killed at the end of the block."""
-    line = [sys.executable, "-m", "rq.cli", "worker", "--url", os.environ["REDIS_URL"], "--name", WORKER_NAME]
-    line += ["--serializer", "json", "--worker-class", worker_class, "history"]
+def rq_process(command: str, *arguments: str, log: Path, url: bool = True) -> Iterator[psutil.Popen]:
+    """Run `rq <command>`, its output in `log`; killed at the end of the block, with its children."""
+    line = [sys.executable, "-m", "rq.cli", command, *(("--url", os.environ["REDIS_URL"]) if url else ()), *arguments]
     with log.open("wb") as output:
-        process = subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT)
+        process = psutil.Popen(line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         yield process
     finally:
-        process.kill()
-        process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a pool's workers too, also when the pool itself is gone
+        process.wait(10)
+
+
+def registered_workers(redis: Redis) -> dict[int, str]:
+    """The workers that RQ knows: process id → name."""
+    keys = [as_text(key) for key in redis.smembers(REDIS_WORKER_KEYS)]
+    return {int(pid): key.removeprefix("rq:worker:") for key in keys if (pid := redis.hget(key, "pid"))}
+
+
+@contextmanager
+def ignoring(*numbers: signal.Signals) -> Iterator[None]:
+    """Inside the block this process ignores these signals, and so do, at their start, the processes that it starts."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def rq_worker(worker_class: str, log: Path) -> Iterator[psutil.Popen]:
+    """`rq worker` with this class on the queue history, under WORKER_NAME; killed at the end of the block."""
+    options = ["--name", WORKER_NAME, "--serializer", "json", "--worker-class", worker_class]
+    with rq_process("worker", *options, "history", log=log) as process:
+        yield process

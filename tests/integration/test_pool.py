@@ -13,14 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 from redis import Redis
-from rq.utils import as_text
-from rq.worker_registration import REDIS_WORKER_KEYS
 from typer.testing import CliRunner
 
 from consumers.cli import app
 from consumers.operations import get_portfolio_history
 from tests.deliveries import enqueue_snapshots, history_queue
-from tests.rq_programs import until
+from tests.rq_programs import ignoring, registered_workers, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -40,42 +38,36 @@ def _pool(log: Path, processes: int, *arguments: str, **environment: str) -> Ite
         pool.wait(10)
 
 
-def _registered(redis: Redis) -> dict[int, str]:
-    """The workers that RQ knows: process id → key."""
-    keys = [as_text(key) for key in redis.smembers(REDIS_WORKER_KEYS)]
-    return {int(pid): key for key in keys if (pid := redis.hget(key, "pid"))}
-
-
 def test_one_that_dies_is_started_again_and_all_share_the_work(redis: Redis, tmp_path: Path) -> None:
     """Nobody starves: of a full queue each takes its part. SIGTERM ends them all, with status 0."""
     with _pool(tmp_path / "log", 2) as pool:
-        until(lambda: len(_registered(redis)) == 2)
-        victim, survivor = _registered(redis)
+        until(lambda: len(registered_workers(redis)) == 2)
+        victim, survivor = registered_workers(redis)
         os.kill(victim, signal.SIGKILL)
-        until(lambda: len(set(_registered(redis)) - {victim, survivor}) == 1)
+        until(lambda: len(set(registered_workers(redis)) - {victim, survivor}) == 1)
         assert "killed by signal 9" in (tmp_path / "log").read_text()
         enqueue_snapshots(redis, 3000)
         until(lambda: len(get_portfolio_history()) == 3000, 60)
-        working = {pid: key for pid, key in _registered(redis).items() if pid != victim}
-        shares = [int(redis.hget(key, "successful_job_count") or 0) for key in working.values()]
+        working = {pid: name for pid, name in registered_workers(redis).items() if pid != victim}
+        shares = [int(redis.hget(f"rq:worker:{name}", "successful_job_count") or 0) for name in working.values()]
         assert sum(shares) == 3000
         assert min(shares) > 300
         pool.send_signal(signal.SIGTERM)
         assert pool.wait(15) == 0
         assert not any(psutil.pid_exists(pid) for pid in working)
-    assert set(_registered(redis)) == {victim}
+    assert set(registered_workers(redis)) == {victim}
 
 
 def test_a_pool_that_is_killed_leaves_nobody_behind(redis: Redis, tmp_path: Path) -> None:
     """Its workers notice, and end in order."""
     with _pool(tmp_path / "log", 2) as pool:
-        until(lambda: len(_registered(redis)) == 2)
+        until(lambda: len(registered_workers(redis)) == 2)
         workers = pool.children()
         pool.kill()
         pool.wait(10)
         _, alive = psutil.wait_procs(workers, 10)
     assert alive == []
-    assert _registered(redis) == {}
+    assert registered_workers(redis) == {}
 
 
 def test_in_a_burst_they_end_with_the_queue(redis: Redis, tmp_path: Path) -> None:
@@ -128,17 +120,13 @@ def test_ports_that_there_are_not_are_wrong_usage(
 @pytest.mark.parametrize("processes", [1, 2])
 def test_signals_that_it_was_started_to_ignore_it_ignores(redis: Redis, tmp_path: Path, processes: int) -> None:
     """SIGHUP under nohup, SIGINT in a script's background."""
-    ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
-    try:
-        with _pool(tmp_path / "log", processes) as pool:
-            until(lambda: len(_registered(redis)) == processes)
-            for one in (pool, *pool.children()):
-                assert all(_ignores(one.pid, number) for number in ignored)
-            pool.send_signal(signal.SIGTERM)
-            assert pool.wait(15) == 0
-    finally:
-        for number, handler in ignored.items():
-            signal.signal(number, handler)
+    ignored = (signal.SIGHUP, signal.SIGINT)
+    with ignoring(*ignored), _pool(tmp_path / "log", processes) as pool:
+        until(lambda: len(registered_workers(redis)) == processes)
+        for one in (pool, *pool.children()):
+            assert all(_ignores(one.pid, number) for number in ignored)
+        pool.send_signal(signal.SIGTERM)
+        assert pool.wait(15) == 0
 
 
 def _ignores(pid: int, number: signal.Signals) -> bool:

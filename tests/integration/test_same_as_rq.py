@@ -29,7 +29,6 @@ from consumers.operations import get_portfolio_history
 from consumers.queue import rq_jobs
 from consumers.queue.rq_jobs import KEPT_OF_A_BATCH, RqJobs
 from consumers.worker import HistoryWorker
-from producers.errors import SettingsError
 from producers.events import Payload, encode, event_of
 from tests.factories import a_snapshot, an_archive
 from tests.redis_state import EXPIRES, TYPE, Difference, Phases, State, error_fields, state_of, unexpected
@@ -510,12 +509,6 @@ def test_what_rq_left_on_its_way_to_the_queue_goes_on(redis: Redis, database_url
     HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
     assert job.get_status() == "finished"
     assert redis.zrange(queue.ready_job_registry.key, 0, -1) == [b"large"]
-
-
-def test_a_worker_that_is_to_schedule_jobs_says_that_it_does_not(redis: Redis, database_url: str) -> None:
-    """Rather than leave them scheduled without a word."""
-    with pytest.raises(SettingsError, match="has no scheduler: leave out --with-scheduler"):
-        HistoryWorker([_queue(redis)], connection=redis).work(burst=True, with_scheduler=True)
 
 
 def test_what_stands_in_the_place_of_rqs_registry_stops_no_event(redis: Redis, database_url: str) -> None:

@@ -22,7 +22,7 @@ from consumers.operations import get_portfolio_history
 from consumers.worker import HistoryWorker
 from producers.events import encode, event_of
 from tests.factories import a_snapshot
-from tests.rq_programs import WORKER_NAME, rq, rq_worker, somebody_waits_for_a_lock, until
+from tests.rq_programs import WORKER_NAME, ignoring, rq, rq_worker, somebody_waits_for_a_lock, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -94,8 +94,8 @@ def test_a_burst_during_a_suspension_ends_at_once(redis: Redis, worker_class: ty
 
 
 def test_the_shutdown_command_ends_an_idle_worker(redis: Redis, tmp_path: Path) -> None:
-    """Exit status 0 within moments, and it is gone from RQ's list."""
-    with rq_worker(OURS, tmp_path / "log") as process:
+    """Exit status 0 within moments, and it is gone from RQ's list; also in a script's background, without SIGINT."""
+    with ignoring(signal.SIGINT), rq_worker(OURS, tmp_path / "log") as process:
         until(lambda: _states(redis) == ["idle"])
         send_shutdown_command(redis, WORKER_NAME)
         assert process.wait(5) == 0
@@ -113,7 +113,7 @@ def test_after_the_shutdown_command_a_worker_finishes_what_it_holds(redis: Redis
             until(somebody_waits_for_a_lock)
             assert _states(redis) == ["busy"]
             send_shutdown_command(redis, WORKER_NAME)
-            until(lambda: b"Received shutdown command" in log.read_bytes())
+            until(lambda: b"received shutdown command" in log.read_bytes())
             _enqueue(redis, 1)
         assert process.wait(20) == 0
     assert (len(get_portfolio_history()), _queue(redis).job_ids) == (1, ["job-1"])

@@ -1,0 +1,133 @@
+"""RQ's own pool, `rq worker-pool`, with HistoryWorker: what dies is started again, and nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from redis import Redis
+from rq.serializers import JSONSerializer
+from rq.suspension import resume, suspend
+from rq.utils import as_text
+from rq.worker_pool import WorkerPool
+from sqlalchemy import text
+
+from consumers.connection import get_db
+from consumers.operations import get_portfolio_history
+from consumers.worker import HistoryWorker
+from tests.compose_file import free_port
+from tests.deliveries import assert_stored_once, burst, enqueue_snapshots, history_queue
+from tests.rq_programs import ignoring, registered_workers, rq_process, somebody_waits_for_a_lock, until
+
+pytestmark = pytest.mark.usefixtures("database_url")
+
+OURS = "consumers.worker.HistoryWorker"
+_LOCK = text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE")
+
+
+def _sockets(process: psutil.Process) -> set[str]:
+    """The sockets that a process has open, but for what it was given as its standard streams."""
+    folder = Path(f"/proc/{process.pid}/fd")
+    return {link for fd in os.listdir(folder) if int(fd) > 2 if (link := os.readlink(folder / fd)).startswith("socket")}
+
+
+def _states(redis: Redis) -> set[str]:
+    return {as_text(redis.hget(f"rq:worker:{name}", "state") or b"") for name in registered_workers(redis).values()}
+
+
+def test_a_pool_replaces_a_worker_that_is_killed_and_ends_on_sigterm(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started during a suspension, by a script in its background: there a shell has it ignore SIGINT.
+
+    No two of its processes share a connection: each worker opens its own, after the fork. The settings give all of them
+    one port for metrics: the first answers there, and the others work without.
+    """
+    monkeypatch.setenv("HISTORY_METRICS_PORT", str(free_port()))
+    suspend(redis)
+    enqueue_snapshots(redis, 10)
+    log = tmp_path / "log"
+    with (
+        ignoring(signal.SIGINT),
+        rq_process("worker-pool", "--num-workers", "3", "--verbose", "-w", OURS, "history", log=log) as pool,
+    ):
+        until(lambda: len(registered_workers(redis)) == 3 and _states(redis) == {"suspended"})
+        assert history_queue(redis).count == 10
+        resume(redis)
+        until(lambda: len(get_portfolio_history()) == 10)
+
+        with get_db() as db:
+            db.execute(_LOCK)
+            for number in range(10, 16):  # one for each thread of each worker
+                enqueue_snapshots(redis, 1, first=number)
+                until(lambda: history_queue(redis).count == 0)
+            enqueue_snapshots(redis, 14, first=16)
+            until(lambda: len(redis.keys("history:held:*")) == 6)
+            workers = pool.children()
+            until(lambda: all(len(_sockets(one)) >= 4 for one in workers))  # two threads, with Redis and PostgreSQL
+            sockets = [_sockets(one) for one in (pool, *workers)]
+            assert len(set().union(*sockets)) == sum(map(len, sockets))
+
+            victim = workers[0].pid
+            name = registered_workers(redis)[victim]
+            os.kill(victim, signal.SIGKILL)
+            redis.delete(*redis.keys(f"history:lease:history:{name}:*"))  # rather than wait until they run out
+            until(lambda: len(registered_workers(redis)) == 4)  # the dead one stays in RQ's list for two minutes
+        until(lambda: len(get_portfolio_history()) == 30)
+        assert f"with pid {victim} is dead" in log.read_text()
+
+        workers = pool.children()
+        assert len(workers) == 3
+        pool.send_signal(signal.SIGTERM)
+        assert pool.wait(30) == 0
+        assert not any(one.is_running() for one in workers)
+    assert_stored_once(redis, 30)
+    assert set(registered_workers(redis)) == {victim}
+    assert log.read_text().count("runs no scheduler") == 4
+    assert log.read_text().count("answers no scrapes") in (2, 3)  # if the killed one had the port, its successor has it
+    assert "Traceback" not in log.read_text()
+    assert "sent heartbeat" in log.read_text()  # which RQ says at DEBUG
+
+
+def test_a_second_sigint_ends_a_pool_at_once_and_returns_its_work_to_the_queue(redis: Redis, tmp_path: Path) -> None:
+    """As with Ctrl-C twice while the database does not answer."""
+    with get_db() as db:
+        db.execute(_LOCK)
+        enqueue_snapshots(redis, 4)
+        with rq_process("worker-pool", "-n", "2", "--quiet", "-w", OURS, "history", log=tmp_path / "log") as pool:
+            until(somebody_waits_for_a_lock)
+            pool.send_signal(signal.SIGINT)
+            time.sleep(1.2)  # sooner it counts as the same, which the pool and the terminal both send
+            pool.send_signal(signal.SIGINT)
+            assert pool.wait(10) == 0
+        log = (tmp_path / "log").read_text()
+        assert ("cold shut down" in log, "Listening" in log) == (True, False)
+        assert history_queue(redis).count == 4
+    burst(redis)
+    assert_stored_once(redis, 4)
+
+
+def test_a_pool_grows_and_shrinks(redis: Redis) -> None:
+    """By its class: RQ's command cannot. Its process has used the database before, and goes on using it."""
+    pool = WorkerPool(["history"], connection=redis, worker_class=HistoryWorker, serializer=JSONSerializer)
+    assert get_portfolio_history() == []
+    try:
+        pool.start_workers(burst=False, logging_level="WARNING")
+        pool.start_worker(burst=False, logging_level="WARNING")
+        until(lambda: len(registered_workers(redis)) == 2)
+        enqueue_snapshots(redis, 20)
+        pool.stop_worker(next(iter(pool.worker_dict.values())))
+        until(lambda: len(registered_workers(redis)) == 1)
+        enqueue_snapshots(redis, 20, first=20)
+        until(lambda: len(get_portfolio_history()) == 40)
+        pool.check_workers(respawn=False)
+        assert pool.number_of_active_workers == 1
+    finally:
+        for worker in pool.worker_dict.values():
+            pool.stop_worker(worker)
+        until(pool.all_workers_have_stopped)
+    assert_stored_once(redis, 40)
