@@ -26,7 +26,7 @@ from producers.events import Payload, encode, event_of
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
 from producers.outbox_identity import OutboxIdentity
-from producers.outbox_rescue import Rescue, carry_over
+from producers.outbox_rescue import Rescue, carry_over, copy_out
 from producers.outbox_schema import ensure_tables
 from producers.outcomes import Acknowledgement
 from producers.relay_lock import RelayLock
@@ -147,7 +147,11 @@ class Outbox:
 
     def __init__(self, path: Path | str, *, max_bytes: int = MAX_BYTES, repair: bool = False) -> None:
         self._file = OutboxFile(
-            Path(path), max_bytes, prepare=lambda db: ensure_tables(db, self.path), carry_over=carry_over
+            Path(path),
+            max_bytes,
+            prepare=lambda db: ensure_tables(db, self.path),
+            copy_out=copy_out,
+            carry_over=carry_over,
         )
         self.path = self._file.path
         self._repair = repair
@@ -321,9 +325,11 @@ class Outbox:
         """What is known of one entry. Raises OutboxError when it was settled so long ago that it is no longer kept."""
         with self._file.reading() as db:
             row = db.execute(_FATE, (accepted.source_id, accepted.sequence, accepted.nonce)).fetchone()
-        if row is None:
-            raise OutboxError(f"outbox {self.path}: entry {accepted.sequence} is no longer kept")
-        return Fate(*row)
+        if row is not None:
+            return Fate(*row)
+        if self.rescue.damaged_files():  # the entry may be in one of them, and is carried over in a moment
+            return Fate("pending", None, None)
+        raise OutboxError(f"outbox {self.path}: entry {accepted.sequence} is no longer kept")
 
     def has(self, delivery: tuple[str, int, str] | None) -> bool:
         """Whether the entry of this source id, number and nonce is kept here."""
