@@ -194,7 +194,7 @@ def test_after_a_failure_one_entry_goes_ahead(
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(150)])
     tried: list[int] = []
 
-    def refuse(pipe: Any, queue: Any, entries: Any) -> None:
+    def refuse(pipe: Any, queue: Any, entries: Any, at: Any = None) -> None:
         tried.append(len(entries))
         if len(tried) < 4:
             raise RedisConnectionError("refused")
@@ -453,7 +453,7 @@ def test_a_send_whose_answer_was_lost_is_not_repeated_blindly(
     """Redis took the jobs, the connection broke before it said so: the next sweep finds them there."""
     outbox.append(NAME, [a_snapshot()])
 
-    def lose_the_answer(pipe: Any, queue: Any, entries: Any) -> None:
+    def lose_the_answer(pipe: Any, queue: Any, entries: Any, at: Any = None) -> None:
         enqueue(pipe, queue, entries)
         pipe.execute()
         raise RedisConnectionError("connection closed by server")
