@@ -19,6 +19,7 @@ from redis import Redis
 
 from producers.errors import EventRejected, InvalidEvent, ProducerClosed, SettingsError
 from producers.events import Payload, PortfolioSnapshot, SignalArchive, SourceName
+from producers.fields import type_name
 from producers.outbox import Accepted, Outbox, OutboxStatus, source_of
 from producers.redis_keys import acknowledgement_key
 from producers.relay import Relay
@@ -103,7 +104,7 @@ class HistoryProducer:
         payloads = list(events)
         for payload in payloads:
             if not isinstance(payload, (PortfolioSnapshot, SignalArchive)):
-                raise InvalidEvent(f"event: must be a PortfolioSnapshot or SignalArchive, not {type(payload).__name__}")
+                raise InvalidEvent(f"event: must be a PortfolioSnapshot or SignalArchive, not {type_name(payload)}")
         accepted = self._outbox.append(self._name, payloads)
         self._run_relay()
         return [Receipt(one.event_id, one.source, one.sequence, one, self) for one in accepted]

@@ -13,7 +13,7 @@ import simplejson
 
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
-from producers.fields import NUMBER, money_text
+from producers.fields import NUMBER, money_text, type_name
 from producers.times import read_back, wall_clock, with_fixed_offset
 
 SNAPSHOTS_FILE = "portfolio_history.json"
@@ -93,7 +93,7 @@ def notes_on(data: Mapping[str, Any], event: PortfolioSnapshot | SignalArchive) 
 
 def _object(data: Any) -> Mapping[str, Any]:
     if not isinstance(data, dict):
-        raise InvalidEvent.at("entry", f"must be an object, not {type(data).__name__}")
+        raise InvalidEvent.at("entry", f"must be an object, not {type_name(data)}")
     return data
 
 
@@ -144,7 +144,7 @@ def _portfolio(entry: Mapping[str, Any], portfolio_id: int | None) -> int | None
 def _moment(entry: Mapping[str, Any], field: str, zone: tzinfo | None, after: datetime | None) -> datetime:
     value = _given(entry, field)
     if not isinstance(value, str):
-        raise InvalidEvent.at(field, f"must be a time, not {type(value).__name__}")
+        raise InvalidEvent.at(field, f"must be a time, not {type_name(value)}")
     try:
         moment = datetime.fromisoformat(value.strip())
     except ValueError:
@@ -158,7 +158,7 @@ def _day(entry: Mapping[str, Any], moment: datetime) -> Any:
     if day is None:
         return moment.date()
     if not isinstance(day, str):
-        raise InvalidEvent.at(field, f"must be a date, not {type(day).__name__}")
+        raise InvalidEvent.at(field, f"must be a date, not {type_name(day)}")
     try:
         return date.fromisoformat(day.strip())
     except ValueError:
