@@ -27,18 +27,23 @@ _UNSTORABLE_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 # A path into a document, innermost step first: (step, rest). Made into text only for a message, since a document
 # may have a hundred thousand leaves below one long key.
-_Path = tuple[Any, ...]
+Path = tuple[Any, ...]
 
 
-def _refuse_at(path: _Path, reason: str) -> PydanticCustomError:
+def path_text(path: Path) -> str:
+    """`path` for a message, outermost step first: `0.prices.yes`."""
     steps = []
     while path:
         step, path = path
         steps.append(readable(str(step), 60))
-    return refuse(f"{readable('.'.join(reversed(steps)), 200)}: {reason}")
+    return readable(".".join(reversed(steps)), 200)
 
 
-def _storable_number(value: int | float | Decimal, path: _Path) -> None:
+def _refuse_at(path: Path, reason: str) -> PydanticCustomError:
+    return refuse(f"{path_text(path)}: {reason}")
+
+
+def _storable_number(value: int | float | Decimal, path: Path) -> None:
     if not isinstance(value, Decimal):
         within = -_MAX_FLOAT <= value <= _MAX_FLOAT  # False for NaN as well
     elif value.is_finite():
@@ -52,7 +57,7 @@ def _storable_number(value: int | float | Decimal, path: _Path) -> None:
         raise _refuse_at(path, "must be finite and within ±1.8e308")
 
 
-def _storable(value: Any, path: _Path, foreign: list[Any], depth: int = 0) -> None:
+def _storable(value: Any, path: Path, foreign: list[Any], depth: int = 0) -> None:
     """Raise unless `value` is JSON that JSONB holds without loss; `path` leads to it in messages.
 
     Numbers and booleans of other types than Python's own, such as NumPy's, go into `foreign`.
@@ -77,7 +82,7 @@ def _storable(value: Any, path: _Path, foreign: list[Any], depth: int = 0) -> No
             _storable(item, (index, path), foreign, depth + 1)
 
 
-def _of_pythons_own(value: Any, path: _Path) -> Any:
+def _of_pythons_own(value: Any, path: Path) -> Any:
     """A number or boolean of another type, such as NumPy's, as Python's own of the same value."""
     # NumPy's boolean is registered with no abstract class; before 2.0 its name was bool_.
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
@@ -102,7 +107,7 @@ def _without_foreign(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, *_NUMBERS)) else _of_pythons_own(value, ())
 
 
-def _storable_keys(document: dict[Any, Any], path: _Path) -> None:
+def _storable_keys(document: dict[Any, Any], path: Path) -> None:
     for key in document:
         if not isinstance(key, str):
             raise _refuse_at(path, f"has a key that is not text but {type_name(key)}")
