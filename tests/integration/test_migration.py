@@ -604,7 +604,7 @@ def _with_nan(folder: Path) -> Path:
     """NaN first, in the middle and last, in either file."""
     broken = [_snapshot(0, balance=_NAN), _snapshot(2, trade_count=-float("inf")), _snapshot(4, extra={"a": [_NAN]})]
     archives = [
-        _archive(0, signals=[a_signal(), a_signal(deep=[1, {"price": _NAN}])]),
+        _archive(0, signals=[a_signal(), a_signal(deep=[1, {"price": _NAN}])], signals_count=2),
         _archive(1),
         _archive(2, signals_count=_NAN),
         _archive(3),
