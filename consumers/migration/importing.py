@@ -103,7 +103,9 @@ class Importer:
         known, rows = self._settle_known(history, [(entry, event) for entry, event, _ in events], refused)
         for entry, why in refused:
             row = rows.get(entry.index)
-            self._reject(history, entry, why if row is None else f"{why}; an earlier import stored it as row {row}")
+            self._reject(
+                history, entry, why if row is None else f"{why}; an earlier import stored this number as row {row}"
+            )
         for (entry, event, text), standing in zip(events, known, strict=True):
             reason = standing.refusal()
             if standing.is_settled(history.source, entry.index):
@@ -132,8 +134,8 @@ class Importer:
     ) -> tuple[list[Standing], dict[int, int]]:
         """Record refusals, look up the others; a refusal of what is a row by now no longer stands.
 
-        An entry that is refused now may have a row, from a run with other options or from before the file was
-        changed: then the row stands, and its id is in the second result.
+        The number of an entry that is refused now may have a row, from a run with other options or from before the
+        file was changed: then the row stands alone, and its id is in the second result.
         """
         failures = 0
         while True:

@@ -685,7 +685,7 @@ def test_without_the_option_a_later_import_leaves_what_an_earlier_one_stored_wit
     reasons = [reason for file, index, reason in _reported(folder) if file.startswith("signals") and index != 2]
     rows = [int(reason.rpartition(" ")[2]) for reason in reasons]
     assert [reason.partition("; ")[2] for reason in reasons] == [
-        f"an earlier import stored it as row {row}" for row in rows
+        f"an earlier import stored this number as row {row}" for row in rows
     ]
     with get_db() as db:
         stored = db.execute(text("SELECT id FROM signal_archives WHERE sequence IN (0, 4) ORDER BY sequence")).scalars()
