@@ -123,7 +123,7 @@ class OutboxFile:
         with self.lock, self._translated():
             identity = self._damaged_at_path()
             real = self.real_path
-            with _alone_in(real.parent):
+            with _os_errors(self.path), _alone_in(real.parent):
                 if identity is None or _identity_of(self.path) != identity:
                     return None
                 aside = _free_name(real.with_name(f"{real.name}{DAMAGED}{identity[1]}"))
@@ -211,6 +211,7 @@ class OutboxFile:
             if taken_out is not None:
                 taken_out.unlink(missing_ok=True)
         before, self._connections, self._identity = self._connections, {"FULL": new}, identity
+        self._beside = [_identity_of(file) for file in self._files_beside()]
         self.generation += 1
         for connection in before.values():
             connection.close()
@@ -285,20 +286,15 @@ class OutboxFile:
         if _identity_of(self.path) is not None:
             return
         self._make_folder()
-        try:
-            with _alone_in(self.real_path.parent):
-                if _identity_of(self.path) is None:
-                    for file in self._files_beside():
-                        file.unlink(missing_ok=True)
-                    self.real_path.touch(0o644)
-        except OSError as error:
-            raise OutboxError(f"outbox {self.path}: {error.strerror or error}") from error
+        with _os_errors(self.path), _alone_in(self.real_path.parent):
+            if _identity_of(self.path) is None:
+                for file in self._files_beside():
+                    file.unlink(missing_ok=True)
+                self.real_path.touch(0o644)
 
     def _make_folder(self) -> None:
-        try:
+        with _os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutboxError(f"outbox {self.path}: {error.strerror or error}") from error
 
     def _connected(self, mode: str) -> sqlite3.Connection:
         self._make_file()
@@ -342,13 +338,21 @@ def _is_damage(error: sqlite3.Error) -> bool:
 
 def _identity_of(path: Path) -> tuple[int, int] | None:
     """Device and number of the file that the path leads to; None when there is none."""
+    with _os_errors(path):
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    """The system's errors as OutboxError, which names the file."""
     try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        yield
     except OSError as error:
         raise OutboxError(f"outbox {path}: {error.strerror or error}") from error
-    return found.st_dev, found.st_ino
 
 
 @contextmanager
