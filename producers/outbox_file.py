@@ -150,6 +150,7 @@ class OutboxFile:
                 raise
             return found  # what the open one holds is carried over as soon as there is a new file
         self.close_connections()
+        self.generation += 1
         return None
 
     def close(self) -> None:

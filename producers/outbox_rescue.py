@@ -198,8 +198,9 @@ def _salvage(
         with transaction() as db:
             found.entries += db.executemany(_INSERT_SALVAGED, entries).rowcount if entries else 0
         yield
+    name_then = file.name.replace(DAMAGED, _SALVAGED)
     with transaction() as db:
-        db.execute("DELETE FROM losses WHERE file = ?", (file.name,))
+        db.execute("DELETE FROM losses WHERE file = ?", (name_then,))
         for source_id, (name, last_known) in sources.items():
             have = sorted(numbers[source_id])
             last = max(last_known, *have[-1:], 0)
@@ -207,7 +208,7 @@ def _salvage(
             db.execute(_CONTINUE_SOURCE, source | {"left_at": None, "left_because": "damaged"})
             if unread := _gaps(have, last)[:_MOST_LOST_RANGES]:
                 found.unread[f"{name}/{source_id}"] = unread
-                db.executemany(_LOSE, [(source_id, first, end, file.name) for first, end in unread])
+                db.executemany(_LOSE, [(source_id, first, end, name_then) for first, end in unread])
     return found
 
 

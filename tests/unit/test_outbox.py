@@ -147,8 +147,12 @@ def test_an_acknowledgement_of_another_delivery_settles_nothing(path: Path, othe
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     told = Acknowledgement(accepted.source_id, 1, accepted.nonce, str(accepted.event_id), STORED, at=0)
-    foreign = {"nonce": "0" * 16, "event_id": str(uuid4()), "source_id": "ab"}[other]
-    settled = outbox.settle(accepted.source_id, 0, {"key": replace(told, **{other: foreign})})
+    foreign = {
+        "nonce": replace(told, nonce="0" * 16),
+        "event_id": replace(told, event_id=str(uuid4())),
+        "source_id": replace(told, source_id="ab"),
+    }
+    settled = outbox.settle(accepted.source_id, 0, {"key": foreign[other]})
 
     # The entry of that job id is here, whatever event the acknowledgement names.
     assert settled == Settled([], ["key"] if other == "event_id" else [])
@@ -185,11 +189,14 @@ def test_all_that_was_sent_up_to_a_position_can_be_made_overdue(path: Path) -> N
     """For those that do not want to wait for the next check."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
-    first, second, third, _ = outbox.pending(10)
-    outbox.mark_sent({entry.position: 100.0 for entry in (first, second, third)})
-    outbox.check_now(second.position)
+    outbox.mark_sent({entry.position: 100.0 for entry in outbox.pending(2)})
+    until = outbox.last_position()
+    outbox.append(NAME, [a_snapshot()])
+    outbox.mark_sent({entry.position: 100.0 for entry in outbox.pending(5)[-1:]})
+    outbox.check_now(until)
 
     assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 2]
+    assert (outbox.pending_count(until), outbox.unsettled_count(until=until), outbox.unsettled_count()) == (2, 4, 5)
 
 
 def test_a_batch_ends_before_it_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,9 +233,10 @@ def _append(path: Path, count: int) -> None:
         outbox.append(NAME, [a_snapshot()])
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_processes_share_an_outbox(path: Path) -> None:
     """Opened and written by 4 processes from the first moment: one source, every number once."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_append, args=(path, 50)) for _ in range(4)]
     for writer in writers:
         writer.start()
@@ -536,6 +544,7 @@ def test_a_full_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, v
     upgraded.append(NAME, [a_snapshot()])
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_processes_that_open_an_outbox_of_an_earlier_version_together_share_one_upgrade(path: Path) -> None:
     """The others wait for it."""
     write_outbox_of_before(path, 1)

@@ -15,7 +15,7 @@ from typing import Any
 import fakeredis
 import pytest
 
-from producers import outbox as outbox_module
+from producers import events
 from producers import outbox_file as outbox_file_module
 from producers import relay as relay_module
 from producers.entries import Accepted
@@ -247,6 +247,7 @@ def _use(path: Path, pipe: Any) -> None:
         pipe.send(_job_ids(_append(outbox, 20)))
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_processes_on_a_removed_file_lose_nothing(path: Path) -> None:
     """Three of them, which notice it at the same time."""
     context = multiprocessing.get_context("fork")
@@ -272,13 +273,12 @@ def test_a_file_that_is_removed_in_the_middle_of_an_append_holds_nothing_back(
 ) -> None:
     """The commit went into a file that no path leads to: append returns when the entry is in the one at the path."""
     outbox = Outbox(path)
-    event_of = outbox_module.event_of
 
     def removed_meanwhile(*arguments: Any, **named: Any) -> Any:
         path.unlink(missing_ok=True)
-        return event_of(*arguments, **named)
+        return events.event_of(*arguments, **named)
 
-    monkeypatch.setattr(outbox_module, "event_of", removed_meanwhile)
+    monkeypatch.setattr("producers.outbox.event_of", removed_meanwhile)
     accepted = _append(outbox)
     monkeypatch.undo()
     assert _at_path(path) == _job_ids(accepted)
@@ -289,7 +289,8 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(
 ) -> None:
     """By a deployment in that moment: the connection would be to a file that no path leads to."""
     Outbox(path).close()
-    connect, opened = sqlite3.connect, []
+    connect = sqlite3.connect
+    opened: list[sqlite3.Connection] = []
 
     def replaced_meanwhile(*arguments: Any, **named: Any) -> sqlite3.Connection:
         opened.append(connect(*arguments, **named))
