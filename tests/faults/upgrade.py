@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sqlite3
 import subprocess
-import sys
 import venv
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,9 +71,8 @@ def run_upgrade(home: Path, commit: str) -> Upgrade:
     (home / "servers").mkdir()
     with embedded_stack(home / "servers"):
         with get_db() as db:  # the tables of the old tree, not those that the embedded servers come with
-            db.execute(
-                text("DROP TABLE IF EXISTS portfolio_history, signal_archives, event_outcomes, withdrawals CASCADE")
-            )
+            db.execute(text("DROP SCHEMA public CASCADE"))
+            db.execute(text("CREATE SCHEMA public"))
         _run(old, "-m", "consumers.cli", "init-db")
         worker = _worker(old)
         _run(old, "-c", _CONTROLLER, "0", "10", "30")
@@ -131,12 +129,10 @@ def _environment(folder: Path, tree: Path) -> Path:
 
 def _run(python: Path, *arguments: str, **settings: str) -> int:
     """In a folder without a project, so that the installed packages are found; its exit status."""
-    ended = subprocess.run(
-        [python, *arguments], cwd=python.parent, env={**os.environ, **settings}, timeout=_SECONDS, check=False
-    )
-    if ended.returncode:
-        print(f"{arguments[:4]} ended with {ended.returncode}", file=sys.stderr)
-    return ended.returncode
+    environment = {**os.environ, **settings}
+    return subprocess.run(
+        [python, *arguments], cwd=python.parent, env=environment, timeout=_SECONDS, check=False
+    ).returncode
 
 
 def _worker(python: Path) -> subprocess.Popen[bytes]:
