@@ -457,25 +457,6 @@ def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, mo
     assert len(get_portfolio_history()) == 1
 
 
-def test_a_defect_that_meets_every_event_is_held_against_none(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing passes: it waits as for the database, and nothing has been refused when it is mended."""
-    enqueue_snapshots(redis, 5)
-    together, tries = settling._settle_together, []
-
-    def defective(deliveries: Any, patience_seconds: Any) -> Any:
-        tries.append(len(deliveries))
-        if len(tries) < 30:
-            raise ZeroDivisionError("a defect")
-        return together(deliveries, patience_seconds)
-
-    monkeypatch.setattr(settling, "_settle_together", defective)
-    monkeypatch.setattr(lane_module, "_FIRST_BACKOFF_SECONDS", 0.01)
-    burst(redis)
-
-    assert (_outcomes(), len(get_portfolio_history())) == ([], 5)
-    assert redis.hgetall("history:suspects:history") == {}
-
-
 def test_without_a_database_in_the_settings_it_ends_and_returns_its_work(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
