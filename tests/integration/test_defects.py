@@ -17,6 +17,7 @@ from sqlalchemy import Engine, event, text
 
 from consumers import settling
 from consumers.connection import get_db
+from consumers.metrics import COUNTS
 from consumers.operations import get_portfolio_history
 from consumers.queue import finishing, rq_jobs
 from consumers.queue.calls import inflated, read_call
@@ -235,7 +236,7 @@ def _counting(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException
     def failing(*_: Any) -> None:
         raise error()
 
-    monkeypatch.setattr(settling.COUNTS, "batch", failing)
+    monkeypatch.setattr(COUNTS, "batch", failing)
 
 
 def _finishing(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
