@@ -136,6 +136,7 @@ _planted: list[Any] = []
 @pytest.fixture(autouse=True)
 def _uprooted() -> Iterator[None]:
     yield
+    settling.logger.setLevel(logging.NOTSET)
     while _planted:
         event.remove(Engine, "before_cursor_execute", _planted.pop())
 
@@ -228,6 +229,7 @@ def _logging(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]
             raise error()
         return True
 
+    settling.logger.setLevel(logging.DEBUG)  # a line for each event, too
     for logger in (settling.logger, finishing.logger):
         monkeypatch.setattr(logger, "filters", [failing])
 
