@@ -89,6 +89,19 @@ for key = 2, 3 do
 end
 """
 
+# KEYS held list, queue, counts; ARGV the job's id. To the tail, unless it is held no more; the count, or 0.
+_TO_TAIL = """
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
+redis.call('RPUSH', KEYS[2], ARGV[1])
+return redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
+"""
+
+# KEYS held list, suspects. What is held comes alone next time; what was counted stays counted.
+_SUSPECT = """
+for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, -1)) do redis.call('HSETNX', KEYS[2], id, 0) end
+redis.call('EXPIRE', KEYS[2], 604800)  -- other workers than ours do not remove what they finish
+"""
+
 # KEYS held list, queue. In the order in which they were taken.
 _HAND_BACK = "local n = 0 while redis.call('LMOVE', KEYS[1], KEYS[2], 'RIGHT', 'LEFT') do n = n + 1 end return n"
 
@@ -130,6 +143,8 @@ class Reservations:
         self._reserve = redis.register_script(_RESERVE)
         self._release = redis.register_script(_RELEASE)
         self._hand_back = redis.register_script(_HAND_BACK)
+        self._to_tail = redis.register_script(_TO_TAIL)
+        self._suspect = redis.register_script(_SUSPECT)
 
     def renew_lease(self, *, waiting: bool = False) -> None:
         """Must be called more often than every LEASE_SECONDS; `reserve` does it too.
@@ -183,15 +198,15 @@ class Reservations:
 
     def postpone(self, job_id: str) -> int:
         """Move one held job to the tail of the queue; returns how often that was done with it."""
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.lrem(self.held_key, 1, job_id)
-            pipe.rpush(self._queue.key, job_id)
-            pipe.hincrby(self._delays, job_id, 1)
-            return int(pipe.execute()[-1])
+        return int(self._to_tail(keys=[self.held_key, self._queue.key, self._delays], args=[job_id]))
 
     def blame(self, job_id: str) -> None:
-        """Count one death against a job whose holder has survived it."""
-        self._redis.hincrby(self._suspects, job_id, 1)
+        """Count one death against a job whose holder has survived it, and move it to the tail of the queue."""
+        self._to_tail(keys=[self.held_key, self._queue.key, self._suspects], args=[job_id])
+
+    def suspect(self) -> None:
+        """Let each job that is held come alone next time: one of them, nobody knows which, met a defect."""
+        self._suspect(keys=[self.held_key, self._suspects])
 
     def hand_back(self) -> int:
         """Return everything held to the front of the queue; no attempt is counted."""

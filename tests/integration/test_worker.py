@@ -30,7 +30,7 @@ from sqlalchemy import text
 
 from consumers import settling
 from consumers import worker as worker_module
-from consumers.connection import create_store_engine, engine, get_db
+from consumers.connection import apply_schema, create_store_engine, engine, get_db
 from consumers.operations import get_portfolio_history
 from consumers.queue import lane as lane_module
 from consumers.queue import rq_jobs, stranded, upkeep
@@ -48,6 +48,7 @@ from producers.history_producer import HistoryProducer
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.faults.proxy import Proxy
+from tests.legacy_databases import OUTCOMES_BEFORE_DUPLICATE
 from tests.rq_programs import somebody_waits_for_a_lock, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
@@ -457,25 +458,6 @@ def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, mo
     assert len(get_portfolio_history()) == 1
 
 
-def test_a_defect_that_meets_every_event_is_held_against_none(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing passes: it waits as for the database, and nothing has been refused when it is mended."""
-    enqueue_snapshots(redis, 5)
-    together, tries = settling._settle_together, []
-
-    def defective(deliveries: Any, patience_seconds: Any) -> Any:
-        tries.append(len(deliveries))
-        if len(tries) < 30:
-            raise ZeroDivisionError("a defect")
-        return together(deliveries, patience_seconds)
-
-    monkeypatch.setattr(settling, "_settle_together", defective)
-    monkeypatch.setattr(lane_module, "_FIRST_BACKOFF_SECONDS", 0.01)
-    burst(redis)
-
-    assert (_outcomes(), len(get_portfolio_history())) == ([], 5)
-    assert redis.hgetall("history:suspects:history") == {}
-
-
 def test_without_a_database_in_the_settings_it_ends_and_returns_its_work(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -778,6 +760,42 @@ def test_without_tables_it_waits_and_goes_on_by_itself(redis: Redis, database_ur
             db.execute(text("ALTER TABLE elsewhere RENAME TO portfolio_history"))
         until(lambda: len(get_portfolio_history()) == 5)
     assert (history_queue(redis).failed_job_registry.count, _outcomes()) == (0, [])
+
+
+_CONSTRAINTS_BEFORE_DUPLICATE = """
+    ALTER TABLE event_outcomes DROP CONSTRAINT event_outcomes_outcome_is_known,
+        DROP CONSTRAINT event_outcomes_refusal_has_a_reason,
+        ADD CONSTRAINT event_outcomes_outcome_is_known CHECK (outcome IN ('absorbed', 'rejected', 'discarded'))
+"""
+
+
+@pytest.mark.parametrize("beside", [0, 3])
+@pytest.mark.parametrize("before", [OUTCOMES_BEFORE_DUPLICATE, _CONSTRAINTS_BEFORE_DUPLICATE])
+def test_a_database_that_was_not_upgraded_rejects_no_event(
+    redis: Redis, producer: HistoryProducer, caplog: pytest.LogCaptureFixture, before: str, beside: int
+) -> None:
+    """A duplicate cannot be recorded there: the worker waits and names init-db, and after that everything is stored."""
+    with get_db() as db:
+        insert_events(db, [event_of(a_snapshot(), source="other/1", sequence=0)])
+        db.exec_driver_sql(before)
+    engine().dispose()
+    receipts = producer.record_many([a_snapshot(after=timedelta(seconds=n)) for n in range(beside + 1)])
+    producer.flush(10)
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # only the main thread may
+    thread = threading.Thread(target=worker.work, kwargs={"logging_level": "WARNING"})
+    thread.start()
+    try:
+        until(lambda: "run trading-history init-db" in caplog.text)
+        assert (_outcomes(), history_queue(redis).failed_job_registry.count) == ([], 0)
+        apply_schema(engine())
+        for receipt in receipts:
+            assert receipt.wait(30) > 0
+    finally:
+        worker._ending.set()
+        thread.join(30)
+    assert [outcome for _, outcome, _ in _outcomes()] == ["duplicate"]
+    assert len(get_portfolio_history()) == beside + 1
 
 
 def test_one_event_that_times_out_alone_does_not_hold_up_the_others(
