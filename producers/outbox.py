@@ -178,15 +178,23 @@ class Outbox:
         )
         self.path = self._file.path
         self._repair = repair
-        self._clock = OutboxClock()
+        self._clock = OutboxClock(lambda: self._file.generation)
         self.identity = OutboxIdentity(self._file, self._clock)
         self.rescue = Rescue(self._file)
         try:
-            with self.repaired(), self._file.reading():
-                pass
+            with self.repaired():
+                self._open()
         except OutboxError:
             self.close()
             raise
+
+    def _open(self) -> None:
+        with self._file.reading() as db:
+            is_of_this_boot = self._clock.is_of_this_boot(db)
+        if self._repair and not is_of_this_boot:
+            # Before another process reads it: the wall clock may be set meanwhile, and both would go on differently.
+            with self._file.transaction(durable=False) as db:
+                self._clock.keep(db)
 
     @property
     def generation(self) -> int:

@@ -74,6 +74,7 @@ class OutboxIdentity:
         with self._file.transaction(durable=False) as db:
             at = None if relay is None else self._clock.now(db)
             db.execute("UPDATE outbox SET relay = ?, relay_at = ?", (relay, at))
+            self._clock.keep(db)
 
     def relay_is_alive(self) -> bool:
         """Whether a relay process has given a sign of life lately."""

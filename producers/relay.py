@@ -79,7 +79,7 @@ class Relay:
         self._guard = CopyGuard(outbox, redis)
         self._process_name = process_name
         self._announce_at = 0.0
-        self._relaying = False
+        self._relaying = self._has_lock = False
         self._generation = outbox.generation
         self._salvaging: Iterator[None] | None = None
         self._wake = threading.Event()
@@ -146,23 +146,27 @@ class Relay:
         if self._outbox.generation != self._generation:  # another file is at the path, and another lock beside it
             self._generation = self._outbox.generation
             self._stand_back()
-        self._announce()
         identity = self._outbox.identity.read()
         try:
             self.check_destination(identity)
         except RelayRefused:
             self._stand_back()
             raise
+        if self._announce():
+            identity = self._outbox.identity.read()
         process_lives = identity.relay is not None and self._outbox.identity.relay_is_alive()
         if process_lives and self._process_name is None:
             self._stand_back()
             return False
-        if not self._lock.held:
+        if self._has_lock and not self._lock.held:
             self._relaying = False
+        self._has_lock = self._lock.acquire()
         # A relay process without signs of life may be stopped and keep its lock: two relays only do things twice.
-        if not self._lock.acquire() and (identity.relay is None or process_lives):
+        if not self._has_lock and (identity.relay is None or process_lives):
             self._relaying = False
             return False
+        if not self._has_lock:
+            self._doubtful = True  # whether another one sends the same just now
         if not self._relaying:
             # Whichever relayed before may have sent what is not marked.
             self._relaying = self._doubtful = True
@@ -181,13 +185,16 @@ class Relay:
             )
 
     def _stand_back(self) -> None:
-        self._relaying = False
+        self._relaying = self._has_lock = False
         self._lock.release()
 
-    def _announce(self) -> None:
-        if self._process_name is not None and time.monotonic() >= self._announce_at:
-            self._announce_at = time.monotonic() + _SIGN_OF_LIFE_SECONDS
-            self._outbox.identity.announce_relay(self._process_name)
+    def _announce(self) -> bool:
+        """Give a sign of life when that is due. A process that is refused gives none: others have to relay then."""
+        if self._process_name is None or time.monotonic() < self._announce_at:
+            return False
+        self._announce_at = time.monotonic() + _SIGN_OF_LIFE_SECONDS
+        self._outbox.identity.announce_relay(self._process_name)
+        return True
 
     def _salvage(self) -> bool:
         """Carry over a little from a damaged file that was set aside; whether there is more."""

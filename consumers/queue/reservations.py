@@ -105,10 +105,13 @@ redis.call('EXPIRE', KEYS[2], 604800)  -- other workers than ours do not remove 
 # KEYS held list, queue. In the order in which they were taken.
 _HAND_BACK = "local n = 0 while redis.call('LMOVE', KEYS[1], KEYS[2], 'RIGHT', 'LEFT') do n = n + 1 end return n"
 
-# KEYS lease, held list, queue, suspects, holders; ARGV the holder's name.
+# KEYS lease, held list, queue, suspects, holders; ARGV the holder's name, seconds of a lease. A lease with more than
+# that is left from before Redis' clock was set back: its owner renews it, or it ends in time.
 # Only a suspect is guilty, which had its holder's process for itself; unless the holder waited for the database then.
 _RECOVER = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return false end
+local left = redis.call('TTL', KEYS[1])
+if left > tonumber(ARGV[2]) or left == -1 then redis.call('EXPIRE', KEYS[1], ARGV[2]) end
+if left ~= -2 then return false end
 local ids = redis.call('LRANGE', KEYS[2], 0, -1)
 local guilty = #ids == 1 and redis.call('HGET', KEYS[5], ARGV[1]) == 'accused'
 for _, id in ipairs(ids) do
@@ -246,7 +249,7 @@ def recover_dead_holders(redis: Redis, queue: Queue) -> list[str]:
         name = member.decode(errors="replace")  # a strange one is nobody's, and has no list
         lease, held = lease_key(queue.name, name), held_key(queue.name, name)
         try:
-            ids: Any = recover(keys=[lease, held, queue.key, suspects, holders], args=[name])
+            ids: Any = recover(keys=[lease, held, queue.key, suspects, holders], args=[name, LEASE_SECONDS])
         except RedisError as error:
             if not is_wrong_type(error) or not put_aside(redis, {held: "list"}):
                 raise

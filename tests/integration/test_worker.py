@@ -35,7 +35,7 @@ from consumers.operations import get_portfolio_history
 from consumers.queue import lane as lane_module
 from consumers.queue import rq_jobs, stranded, upkeep
 from consumers.queue.lane import Lane
-from consumers.queue.reservations import POISON_DEATHS, Reservations, recover_dead_holders
+from consumers.queue.reservations import LEASE_SECONDS, POISON_DEATHS, Reservations, recover_dead_holders
 from consumers.queue.rq_failures import RqFailures
 from consumers.queue.stranded import Stranded
 from consumers.settling import settle
@@ -45,6 +45,7 @@ from consumers.worker import HistoryWorker
 from producers.errors import SettingsError
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
+from producers.redis_keys import strays_key
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.faults.proxy import Proxy
@@ -187,8 +188,8 @@ def test_a_batch_may_have_the_same_fact_and_the_same_job_twice(redis: Redis) -> 
     (row,) = get_portfolio_history()
     assert (row["source"], row["balance"]) == ("other/0", 1.0)
     assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [("other", "rejected"), ("same", "duplicate")]
-    acknowledged = {key: redis.hgetall(f"history:ack:other/{key}") for key in (0, 1)}
-    assert {told for outcomes in acknowledged.values() for told in outcomes.values()} == {b"duplicate:%d" % row["id"]}
+    values = [as_text(value) for key in (0, 1) for value in redis.hvals(f"history:ack:other/{key}")]
+    assert {value.rpartition(" ")[2] for value in values} == {f"duplicate:{row['id']}"}
     assert redis.keys("history:held:*") == []
 
 
@@ -423,6 +424,20 @@ def test_the_jobs_of_a_dead_holder_come_back_to_the_front_and_run_alone(redis: R
     assert redis.keys("history:suspects*") == []
 
 
+def test_a_lease_from_before_redis_clock_was_set_back_ends_in_time(redis: Redis) -> None:
+    """Its holder is dead: without a bound, its jobs would wait as long as the clock has jumped."""
+    job_ids = enqueue_snapshots(redis, 2)
+    dead = Reservations(redis, history_queue(redis), "dead")
+    dead.reserve(2)
+    (lease,) = redis.keys("history:lease:history:dead:*")
+    redis.expire(lease, 2 * 86400)
+
+    assert recover_dead_holders(redis, history_queue(redis)) == []
+    assert 0 < redis.ttl(lease) <= LEASE_SECONDS
+    redis.delete(lease)
+    assert recover_dead_holders(redis, history_queue(redis)) == job_ids
+
+
 def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) -> None:
     """Each death alone counts one; then it is rejected, and the queue goes on."""
     job_ids = enqueue_snapshots(redis, 2)
@@ -613,6 +628,27 @@ def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.Monk
     assert found == [[], job_ids[:1], []]
     assert queue.job_ids == [job_ids[0], job_ids[3]]
     assert Job.fetch(other.id, connection=redis).get_status() == "queued"
+
+
+def test_a_job_in_no_list_is_found_after_redis_clock_was_set_back(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was first seen two days from now, and so was the last look."""
+    monkeypatch.setattr(stranded, "STRANDED_SECONDS", 0.0)
+    (job_id,) = enqueue_snapshots(redis, 1)
+    queue = history_queue(redis)
+    redis.lpop(queue.key)
+    redis.hset(strays_key(queue.name), job_id, redis.time()[0] + 2 * 86400)
+    looked = f"{strays_key(queue.name)}:looked"
+    redis.set(looked, "1", ex=2 * 86400)
+
+    assert Stranded(redis, queue).requeue() == []
+    assert 0 < redis.ttl(looked) <= 60
+    found = []
+    for _ in range(2):
+        redis.delete(looked)
+        found.append(Stranded(redis, queue).requeue())
+    assert found == [[], [job_id]]
 
 
 def test_sigterm_lets_it_finish_what_it_holds(redis: Redis, database_url: str) -> None:

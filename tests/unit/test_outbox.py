@@ -185,6 +185,19 @@ def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
     assert outbox.overdue(10) == []
 
 
+def test_a_check_that_is_further_ahead_than_any_interval_is_due_now(path: Path) -> None:
+    """A clock that was ahead has written it. Both kinds share the limit."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
+    due, far, later, farther = outbox.pending(10)
+    outbox.mark_sent({due.position: -1.0, far.position: 400.0, later.position: 330.0, farther.position: 2 * 86400.0})
+
+    assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 2, 4]
+    assert [entry.sequence for entry in outbox.overdue(1)] == [1]
+    outbox.postpone({far.position: 300.0})
+    assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 4]
+
+
 def test_all_that_was_sent_up_to_a_position_can_be_made_overdue(path: Path) -> None:
     """For those that do not want to wait for the next check."""
     outbox = Outbox(path)

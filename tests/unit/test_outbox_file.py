@@ -204,6 +204,48 @@ def test_closing_where_nothing_can_be_written_says_what_is_lost_and_ends(
     assert f"outbox {path} was removed, and its entries could not be carried over: " in record.getMessage()
 
 
+def test_a_file_may_be_removed_again_and_again(path: Path) -> None:
+    """Each new one has SQLite's files beside it, which must not be taken for those of the next."""
+    outbox = Outbox(path)
+    accepted = _append(outbox)
+    for n in range(1, 6):
+        path.unlink()
+        accepted += _append(outbox, 2, after=10 * n)
+        if n % 2:
+            outbox.status()
+    assert _at_path(path) == _job_ids(accepted)
+    assert outbox.generation == 5
+
+
+def test_what_another_process_left_beside_a_removed_file_is_not_taken_for_its_successors(
+    path: Path, tmp_path: Path
+) -> None:
+    """It was killed, so that its log stayed; somebody has removed the file alone."""
+    with Outbox(path) as outbox:
+        _append(outbox, 3)
+        shutil.copytree(path.parent, tmp_path / "killed")
+    path = tmp_path / "killed" / "outbox.db"
+    assert path.with_name("outbox.db-wal").stat().st_size > 0
+    path.unlink()
+    accepted = _append(Outbox(path))
+    assert _at_path(path) == _job_ids(accepted)
+
+
+def test_a_position_in_a_file_that_was_replaced_covers_all_in_the_one_that_is_there_now(path: Path) -> None:
+    """Entries have other positions there: those that were carried over are behind those that it had."""
+    outbox = Outbox(path)
+    _append(outbox, 1)
+    until = outbox.last_position()
+    _append(outbox, 1)
+    assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (1, 1)
+    _replace_by_another(path)
+    assert outbox.status().pending == 4
+    assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (4, 4)
+    until = outbox.last_position()
+    _append(outbox, 1)
+    assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (4, 4)
+
+
 def test_what_a_removed_file_holds_is_carried_over_before_a_fork(path: Path) -> None:
     """Its connections are closed there; parent and child go on in the new file."""
     outbox = Outbox(path)

@@ -167,14 +167,15 @@ def test_a_file_that_waits_to_be_salvaged_is_not_settled(path: Path) -> None:
 
 def test_calls_that_meet_the_damage_first_do_not_fail(path: Path) -> None:
     """Whatever a producer asks its outbox; those that only look are told that it is damaged."""
-    for ask in (
+    asks: list[Callable[[Outbox], object]] = [
         lambda outbox: outbox.status(),
         lambda outbox: outbox.pending_count(),
         lambda outbox: outbox.unsettled_count(),
         lambda outbox: outbox.last_position(),
         lambda outbox: outbox.check_now(Position(9, 0)),
         lambda outbox: outbox.resend(0),
-    ):
+    ]
+    for ask in asks:
         _filled(path)
         with Outbox(path, repair=True) as outbox, Outbox(path) as looking:
             looking.close()
