@@ -154,7 +154,7 @@ class Relay:
         process_lives = identity.relay is not None and self._outbox.identity.relay_is_alive()
         turn = self._turn_of_producer if self._process_name is None else self._turn_of_process
         if not turn(identity, process_lives):
-            self._stand_back()
+            self._relaying = False
             self._stands_by_since = self._stands_by_since or time.monotonic()
             return False
         self._stands_by_since = None
@@ -167,6 +167,7 @@ class Relay:
 
     def _turn_of_producer(self, identity: Identity, process_lives: bool) -> bool:
         if process_lives:
+            self._stand_back()
             return False
         if not self._take_lock():
             # A relay process without a heartbeat may be stopped and keep its lock: two relays only do things twice.
@@ -179,6 +180,7 @@ class Relay:
         # One that has relayed and finds another process announced was stopped meanwhile. One that has not waits for
         # the other's lock, which is free as soon as that has ended.
         if process_lives and identity.relay != self._process_name and (self._relaying or not self._take_lock()):
+            self._stand_back()
             return False
         self._announcing_since = self._announcing_since or time.monotonic()
         self.announce()
@@ -205,7 +207,7 @@ class Relay:
     def _stand_back(self) -> None:
         self._relaying = False
         if self._process_name is not None and self._announcing_since is not None:
-            self._announcing_since = None
+            self._announcing_since, self._announce_at = None, 0.0
             with contextlib.suppress(HistoryError):  # its heartbeat ends in any case
                 self._outbox.identity.forget_relay(self._process_name)
         self._lock.release()
