@@ -72,7 +72,9 @@ LIMIT :limit
 """  # noqa: S608  # constants
 _SENT = _HEAD + ", recorded_at FROM entries WHERE state = 'sent' AND position > ? ORDER BY position LIMIT ?"
 
-_MARK_SENT = "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ?"
+_MARK_SENT = (
+    "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ? AND state = 'pending'"
+)
 _POSTPONE = "UPDATE entries SET checks = checks + 1, check_at = ? WHERE position = ? AND state = 'sent'"
 _CHECK_NOW = "UPDATE entries SET check_at = 0 WHERE state = 'sent' AND position <= ?"
 

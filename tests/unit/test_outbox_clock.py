@@ -164,7 +164,7 @@ def test_signs_of_life_of_a_relay_process_last_for_ten_seconds(path: Path, machi
     assert [one.identity.relay_is_alive() for one in (relaying, producing, later)] == [False] * 3
     relaying.identity.announce_relay("relay")
     assert later.identity.relay_is_alive()
-    relaying.identity.announce_relay(None)
+    relaying.identity.forget_relay("relay")
     assert not later.identity.relay_is_alive()
 
 
