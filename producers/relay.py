@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from redis import Redis, RedisError, WatchError
@@ -49,6 +50,7 @@ _LAST_BACKOFF_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
 _REJECTED_SECONDS = 5.0
 _STOP_SECONDS = 0.5
+_ASK_TIME_SECONDS = 60.0
 _SIGN_OF_LIFE_SECONDS = 2.0
 # An acknowledgement of an entry that was settled before: another copy of the outbox may still wait for it.
 _LEFT_FOR_COPIES_SECONDS = 60
@@ -87,6 +89,8 @@ class Relay:
         self._doubtful = True
         self._failures = 0
         self._rejected_at = 0.0
+        self._ask_time_at = 0.0
+        self._redis_ahead = 0.0
         self._queued = 0  # length of the queue after the last send
         self.settled = threading.Condition()
 
@@ -359,8 +363,16 @@ class Relay:
         if not entries:
             return
         with self._redis.pipeline(transaction=True) as pipe:
-            enqueue(pipe, self._queue, entries)
+            enqueue(pipe, self._queue, entries, self._redis_now())
             self._queued = pipe.execute()[-1]
+
+    def _redis_now(self) -> datetime:
+        """By Redis' clock, asked now and then: how long a job has waited is told by it, on whichever host."""
+        if time.monotonic() >= self._ask_time_at:
+            seconds, microseconds = self._redis.time()
+            self._redis_ahead = seconds + microseconds / 1e6 - time.monotonic()
+            self._ask_time_at = time.monotonic() + _ASK_TIME_SECONDS
+        return datetime.fromtimestamp(time.monotonic() + self._redis_ahead, UTC)
 
 
 def _log_rejection(source: str, one: Acknowledgement) -> None:

@@ -21,7 +21,7 @@ from producers.entries import Accepted, Entry, Fate, Settled
 from producers.errors import OutboxError
 from producers.events import SignalArchive
 from producers.outbox import Outbox
-from producers.outcomes import Outcome, acknowledgement_text
+from producers.outcomes import Outcome, acknowledgement_text, shown
 from producers.redis_keys import acknowledgement_key, job_id_of
 from producers.relay import Relay
 from producers.rq_jobs import enqueue
@@ -194,7 +194,7 @@ def test_after_a_failure_one_entry_goes_ahead(
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(150)])
     tried: list[int] = []
 
-    def refuse(pipe: Any, queue: Any, entries: Any) -> None:
+    def refuse(pipe: Any, queue: Any, entries: Any, at: Any = None) -> None:
         tried.append(len(entries))
         if len(tried) < 4:
             raise RedisConnectionError("refused")
@@ -275,7 +275,7 @@ def test_a_rejection_that_became_a_row_meanwhile_is_not_forgotten(
     monkeypatch.undo()
     assert outbox.fate(accepted).state == "rejected"
     (left,) = redis.hvals(key)
-    assert left.endswith(b" - stored:42")
+    assert shown(left).endswith(" - stored:42")
     relay._rejected_at = 0.0
     relay.sweep()
 
@@ -301,7 +301,7 @@ def test_a_worker_that_answers_once_more_while_a_rejection_is_removed_loses_noth
     monkeypatch.undo()
 
     (left,) = redis.hvals(acknowledgement_key(accepted.source))
-    assert left.endswith(b" - stored:42")
+    assert shown(left).endswith(" - stored:42")
 
 
 def test_an_acknowledgement_that_is_no_text_is_removed(
@@ -453,7 +453,7 @@ def test_a_send_whose_answer_was_lost_is_not_repeated_blindly(
     """Redis took the jobs, the connection broke before it said so: the next sweep finds them there."""
     outbox.append(NAME, [a_snapshot()])
 
-    def lose_the_answer(pipe: Any, queue: Any, entries: Any) -> None:
+    def lose_the_answer(pipe: Any, queue: Any, entries: Any, at: Any = None) -> None:
         enqueue(pipe, queue, entries)
         pipe.execute()
         raise RedisConnectionError("connection closed by server")
