@@ -76,7 +76,8 @@ _MARK_SENT = (
     "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ? AND state = 'pending'"
 )
 _POSTPONE = "UPDATE entries SET checks = checks + 1, check_at = ? WHERE position = ? AND state = 'sent'"
-_CHECK_NOW = "UPDATE entries SET check_at = 0 WHERE state = 'sent' AND position <= ?"
+# What this look counts as another one is taken off before: the next one must not be put off by it.
+_CHECK_NOW = "UPDATE entries SET check_at = 0, checks = max(checks - 1, 0) WHERE state = 'sent' AND position <= ?"
 
 # A late acknowledgement of an earlier delivery must not undo what is known already, with one exception: what was
 # rejected and then requeued by an operator can still be stored. The event's id is compared for entries without a nonce.
