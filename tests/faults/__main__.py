@@ -1,6 +1,7 @@
 """A long storm of faults: `python -m tests.faults --minutes 20 [--seed N]`. Exit status 1 if a promise was broken.
 
 `python -m tests.faults failover`: Redis behind Sentinel, the master killed and another one paused.
+`python -m tests.faults upgrade --from COMMIT`: from the tree of that commit to this one, with events under way.
 """
 
 from __future__ import annotations
@@ -15,15 +16,21 @@ from pathlib import Path
 from consumers.stack import embedded_stack
 from tests.faults.failover import print_failovers, run_failovers
 from tests.faults.storm import run_storm
+from tests.faults.upgrade import run_upgrade
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("storm", "failover"), nargs="?", default="storm")
+    parser.add_argument("what", choices=("storm", "failover", "upgrade"), nargs="?", default="storm")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--folder", type=Path, help="an empty folder with a short path, which is kept")
+    parser.add_argument("--from", dest="commit", help="what to upgrade from")
     options = parser.parse_args()
+    if options.what == "upgrade":
+        if not options.commit:
+            parser.error("upgrade needs --from COMMIT")
+        return _upgrade(options.commit)
     if options.what == "failover":
         return _failover()
     print(f"seed {options.seed}", flush=True)
@@ -47,6 +54,14 @@ def main() -> int:
     for breach in judged.breaches[:20]:
         print(f"  {breach}")
     return 1 if judged.breaches else 0
+
+
+def _upgrade(commit: str) -> int:
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        found = run_upgrade(Path(folder), commit)
+    for line in (*found.notes, f"{len(found.faults)} faults", *found.faults):
+        print(line)
+    return 1 if found.faults else 0
 
 
 def _failover() -> int:

@@ -204,16 +204,18 @@ def test_closing_where_nothing_can_be_written_says_what_is_lost_and_ends(
     assert f"outbox {path} was removed, and its entries could not be carried over: " in record.getMessage()
 
 
-def test_a_file_may_be_removed_again_and_again(path: Path) -> None:
+@pytest.mark.parametrize("remove", [_unlink, _replace_by_another])
+def test_a_file_may_be_removed_again_and_again(path: Path, remove: Callable[[Path], None]) -> None:
     """Each new one has SQLite's files beside it, which must not be taken for those of the next."""
     outbox = Outbox(path)
     accepted = _append(outbox)
     for n in range(1, 6):
-        path.unlink()
+        remove(path)
         accepted += _append(outbox, 2, after=10 * n)
-        if n % 2:
+        if n % 3 == 0:
             outbox.status()
-    assert _at_path(path) == _job_ids(accepted)
+    assert set(_job_ids(accepted)) <= set(_at_path(path))
+    assert len(_at_path(path)) == len(accepted) + (2 * 5 if remove is _replace_by_another else 0)
     assert outbox.generation == 5
 
 
@@ -308,6 +310,29 @@ def test_processes_on_a_removed_file_lose_nothing(path: Path) -> None:
     assert [user.exitcode for user in users] == [0] * 3
     assert sorted(_at_path(path)) == sorted(expected)
     assert len(set(expected)) == 66
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_one_that_opens_a_new_file_before_others_notice_shares_nothing_with_the_removed_one(path: Path) -> None:
+    """SQLite's files beside the removed one are still there, and another process has them in use."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    user = context.Process(target=_use, args=(path, theirs))
+    user.start()
+    expected = mine.recv()
+    path.unlink()
+    assert path.with_name("outbox.db-shm").exists()
+    with Outbox(path) as outbox:
+        expected += _job_ids(_append(outbox, 3))
+        mine.send("go on")
+        expected += mine.recv()
+        expected += _job_ids(_append(outbox, 3))
+    user.join(60)
+
+    assert user.exitcode == 0
+    assert sorted(_at_path(path)) == sorted(expected)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def test_a_file_that_is_removed_in_the_middle_of_an_append_holds_nothing_back(

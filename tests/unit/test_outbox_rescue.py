@@ -26,7 +26,7 @@ from producers.outbox_rescue import ranges_text
 from producers.outcomes import Acknowledgement, Outcome
 from producers.redis_keys import job_id_of
 from producers.relay import Relay
-from tests.factories import a_snapshot
+from tests.factories import a_signal, a_snapshot, an_archive
 from tests.unit.conftest import queue_of
 from tests.unit.test_outbox import OLD_SOURCE_ID, write_outbox_of_before
 
@@ -133,6 +133,27 @@ def test_what_is_damaged_holds_up_nothing_that_is_not(
         assert source.startswith(f"{NAME}/")
         assert len(lost) > 5
     assert outbox.quick_check(60) is None
+
+
+def test_a_large_event_with_a_hole_in_it_is_lost_and_not_delivered(
+    path: Path, relay_of: Callable[[Outbox], Relay]
+) -> None:
+    """Its text is on pages of its own, whose content SQLite does not check."""
+    with Outbox(path, repair=True) as outbox:
+        lock = outbox.relay_lock()
+        lock.acquire()
+        lock.release()
+        outbox.append(NAME, [an_archive(after=timedelta(n), signals=[a_signal()] * 50) for n in range(30)])
+        before = {entry.job_id: entry.event for entry in outbox.entries()}
+    _overwrite(path, 0.5, "zeros", 3000)
+    _overwrite(path, 0.0, "noise", 4096)
+    outbox = Outbox(path, repair=True)
+    _sweep(relay_of(outbox))
+
+    found = {entry.job_id: entry.event for entry in outbox.entries()}
+    assert found.items() <= before.items()
+    assert 25 <= len(found) < 30
+    assert len(_lost(outbox)) == 30 - len(found)
 
 
 def test_flushing_covers_what_a_damaged_file_still_has(path: Path, redis: fakeredis.FakeRedis) -> None:
