@@ -250,7 +250,7 @@ def _append(path: Path, count: int) -> None:
 def test_processes_share_an_outbox(path: Path) -> None:
     """Opened and written by 4 processes from the first moment: one source, every number once."""
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_append, args=(path, 50)) for _ in range(4)]
+    writers = [context.Process(target=_append, args=(path, 50), daemon=True) for _ in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -562,7 +562,7 @@ def test_processes_that_open_an_outbox_of_an_earlier_version_together_share_one_
     """The others wait for it."""
     write_outbox_of_before(path, 1)
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_append, args=(path, 5)) for _ in range(3)]
+    writers = [context.Process(target=_append, args=(path, 5), daemon=True) for _ in range(3)]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -296,7 +296,7 @@ def test_processes_on_a_removed_file_lose_nothing(path: Path) -> None:
     """Three of them, which notice it at the same time."""
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in range(3)]
-    users = [context.Process(target=_use, args=(path, pipe)) for _, pipe in pipes]
+    users = [context.Process(target=_use, args=(path, pipe), daemon=True) for _, pipe in pipes]
     for user in users:
         user.start()
     expected = [job_id for pipe, _ in pipes for job_id in pipe.recv()]
@@ -317,7 +317,7 @@ def test_one_that_opens_a_new_file_before_others_notice_shares_nothing_with_the_
     """SQLite's files beside the removed one are still there, and another process has them in use."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
-    user = context.Process(target=_use, args=(path, theirs))
+    user = context.Process(target=_use, args=(path, theirs), daemon=True)
     user.start()
     expected = mine.recv()
     path.unlink()

@@ -145,7 +145,9 @@ def test_a_large_event_with_a_hole_in_it_is_lost_and_not_delivered(
         lock.release()
         outbox.append(NAME, [an_archive(after=timedelta(n), signals=[a_signal()] * 50) for n in range(30)])
         before = {entry.job_id: entry.event for entry in outbox.entries()}
-    _overwrite(path, 0.5, "zeros", 3000)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2 // 4096 * 4096 + 500)  # behind what links a page to the next one
+        file.write(bytes(3000))
     _overwrite(path, 0.0, "noise", 4096)
     outbox = Outbox(path, repair=True)
     _sweep(relay_of(outbox))
@@ -329,7 +331,7 @@ def test_processes_that_meet_the_damage_together_set_it_aside_once(path: Path) -
     _overwrite(path, 0.0, "noise")
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in range(4)]
-    users = [context.Process(target=_use_damaged, args=(path, pipe)) for _, pipe in pipes]
+    users = [context.Process(target=_use_damaged, args=(path, pipe), daemon=True) for _, pipe in pipes]
     for user in users:
         user.start()
     for pipe, _ in pipes:
