@@ -117,12 +117,13 @@ class OutboxFile:
             identity = self._identity or _identity_of(self.path)
             self.close_connections()
             real = self.real_path
-            with _alone_in(real.parent):
+            with alone_in(real.parent):
                 if identity is None or _identity_of(self.path) != identity:
                     return None
                 aside = _free_name(real.with_name(f"{real.name}{DAMAGED}{identity[1]}"))
-                # The log of what was not yet written into the file goes first: without it, the file at the path is
-                # still found damaged, and the next one to set it aside brings both together.
+                # The log of what was not yet written into the file goes first. If this process dies in between, the
+                # file at the path is still found damaged, and the next one to set it aside brings both together; or it
+                # is sound without its log, and a relay salvages the log alone.
                 for end in ("-wal", ""):
                     if real.with_name(real.name + end).exists():
                         real.with_name(real.name + end).rename(aside.with_name(aside.name + end))
@@ -256,7 +257,7 @@ def _identity_of(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """One process at a time; the kernel ends it with the process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -197,6 +197,7 @@ class Relay:
         return True
 
     def _salvage_all(self) -> Iterator[None]:
+        self._outbox.rescue.finish_renames()
         for file in self._outbox.rescue.damaged_files():
             yield from self._outbox.rescue.salvaging(file)
 
