@@ -105,7 +105,7 @@ class Rescue:
         self._file = file
 
     def finish_renames(self) -> None:
-        """Of files that were set aside or salvaged by a process that died before both the file and its log were renamed.
+        """For processes that died after they had renamed a damaged file or its log, and before the other of the two.
 
         A log that was set aside alone has entries of its own: it is salvaged beside an empty file.
         """

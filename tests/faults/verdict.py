@@ -203,6 +203,8 @@ def _fate(delivery: Delivery, database: _Database) -> tuple[str, str | None]:
 def _wrong_rows(database: _Database, known: Mapping[str, Delivery]) -> list[str]:
     accepted = {Row(one.event_id, one.source, one.sequence, one.content) for one in known.values()}
     wrong = [f"a row that nobody has accepted: {row}" for row in database.rows.values() if row not in accepted]
+    outcomes = [job_id for job_id in database.outcomes if job_id not in known]
+    wrong += [f"an outcome that nobody has accepted: {job_id} {database.outcomes[job_id]}" for job_id in outcomes]
     counts = Counter(row.event_id for row in database.rows.values())
     return wrong + [f"stored {count} times: event {event_id}" for event_id, count in counts.items() if count > 1]
 
