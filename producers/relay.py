@@ -23,7 +23,7 @@ from rq.serializers import JSONSerializer
 from producers.backoff import backoff_seconds
 from producers.copies import CopyGuard
 from producers.entries import Entry, EntryHead, source_of
-from producers.errors import HistoryError, RelayRefused
+from producers.errors import HistoryError, OutboxDamaged, RelayRefused
 from producers.outbox import LAST_CHECK_SECONDS, Outbox
 from producers.outbox_identity import Identity
 from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Acknowledgement, read_acknowledgements, shown
@@ -49,6 +49,7 @@ _LAST_BACKOFF_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
 _REJECTED_SECONDS = 5.0
 _STOP_SECONDS = 0.5
+_CHECK_FILE_SECONDS = 0.2  # for about 100 MB; calls to `record` wait meanwhile
 _SIGN_OF_LIFE_SECONDS = 2.0
 # An acknowledgement of an entry that was settled before: another copy of the outbox may still wait for it.
 _LEFT_FOR_COPIES_SECONDS = 60
@@ -160,6 +161,7 @@ class Relay:
             self._relaying = False
             return False
         if not self._relaying:
+            self._check_file()
             # Whichever relayed before may have sent what is not marked.
             self._relaying = self._doubtful = True
             self._guard.begin()
@@ -175,6 +177,14 @@ class Relay:
                 f"outbox {self._outbox.path}: its entries go to {identity.redis}, queue {identity.queue}, and not to"
                 f" {redis}, queue {queue}. Set REDIS_URL and HISTORY_QUEUE as for the producer that opened it last"
             )
+
+    def _check_file(self) -> None:
+        """Raise OutboxDamaged if a fault is found soon: of an older file that was put back beside a newer log, much is
+        never read while events come and go, and the file would stay as it is.
+        """
+        fault = self._outbox.quick_check(_CHECK_FILE_SECONDS)
+        if fault not in (None, "unfinished"):
+            raise OutboxDamaged(f"outbox {self._outbox.path}: {' '.join(str(fault).split())}")
 
     def _stand_back(self) -> None:
         self._relaying = False

@@ -89,7 +89,7 @@ def verdict(
     `replaced` are entries of files that were overwritten since.
     """
     database = _read_database()
-    entries = {path: kept_entries(path) for path in outboxes}
+    entries, unreadable = _read_outboxes(outboxes)
     told = {name: one.deliveries for name, one in accepted.items()}
     told[_NOT_TOLD] = [entry.delivery for kept in (replaced, *entries.values()) for entry in kept]
     known, by_controller, breaches = _fates(told, database)
@@ -100,11 +100,22 @@ def verdict(
     for path, kept in entries.items():
         states = [_wrong_state(entry, database) for entry in kept]
         breaches += [f"{path}: {breach}" for breach in states if breach]
-    breaches += _wrong_audits(outboxes, redis)
+    breaches += unreadable + _wrong_audits(list(entries), redis)
     fates = sum(by_controller.values(), Counter[str]())
     if not breaches and len(known) != len(database.rows) + fates["duplicate"] + fates["rejected"]:
         breaches.append(f"{len(known)} accepted are not {len(database.rows)} rows and {dict(fates)}")
     return Verdict(len(known), len(database.rows), fates["duplicate"], fates["rejected"], breaches, by_controller)
+
+
+def _read_outboxes(outboxes: Sequence[Path]) -> tuple[dict[Path, list[KeptEntry]], list[str]]:
+    entries: dict[Path, list[KeptEntry]] = {}
+    unreadable = []
+    for path in outboxes:
+        try:
+            entries[path] = kept_entries(path)
+        except sqlite3.DatabaseError as error:
+            unreadable.append(f"{path} is damaged, and no relay has set it aside: {error}")
+    return entries, unreadable
 
 
 def _fates(
@@ -136,7 +147,11 @@ def _fates(
 
 
 def kept_entries(path: Path) -> list[KeptEntry]:
-    """All entries in the file of an outbox."""
+    """All entries in the file of an outbox.
+
+    Raises:
+        sqlite3.DatabaseError: the file is damaged.
+    """
     query = """
         SELECT source_id, sequence, nonce, name || '/' || source_id, event_id, event, state, row_id, reason
         FROM entries JOIN sources ON sources.id = source_id ORDER BY position

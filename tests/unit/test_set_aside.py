@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -62,3 +63,36 @@ def test_a_log_whose_file_was_salvaged_with_it_is_not_salvaged_again(path: Path,
     assert not log.exists()
     assert salvaged.read_bytes() == b"as it was"
     assert salvaged.with_name(f"{salvaged.name}-wal").exists()
+
+
+def test_an_older_file_that_was_put_back_beside_a_newer_log_is_set_aside_when_a_relay_begins(
+    path: Path, redis: fakeredis.FakeRedis
+) -> None:
+    """Appending, sending and settling may go well for long in it, while the rest of it cannot be read."""
+    snapshots = [a_snapshot(after=timedelta(seconds=number)) for number in range(300)]
+    with Outbox(path) as outbox:
+        outbox.relay_lock().acquire()  # a producer has relayed it once
+        outbox.append("bot", snapshots[:20])
+    older = path.read_bytes()
+    with Outbox(path) as outbox:
+        outbox.append("bot", snapshots[20:])
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE entries SET state = 'stored', row_id = 1, settled_at = 0")
+        with closing(sqlite3.connect(path)) as db:
+            db.execute("PRAGMA wal_checkpoint(RESTART)")
+        outbox.append("bot", snapshots[:1])
+        newer_log = path.with_name("outbox.db-wal").read_bytes()
+    path.write_bytes(older)
+    path.with_name("outbox.db-wal").write_bytes(newer_log)
+
+    with Outbox(path, repair=True) as outbox, _relaying(outbox, redis) as relay:
+        (before,) = outbox.append("bot", snapshots[:1])
+        while relay.sweep():
+            pass
+        (after,) = outbox.append("bot", snapshots[:1])
+        while relay.sweep():
+            pass
+        assert outbox.quick_check(5) is None
+        assert outbox.rescue.salvaged_files()
+        assert {outbox.fate(before).state, outbox.fate(after).state} == {"sent"}
+        assert before.source_id != after.source_id
