@@ -123,12 +123,13 @@ class OutboxFile:
         with self.lock, self._translated():
             identity = self._damaged_at_path()
             real = self.real_path
-            with _os_errors(self.path), _alone_in(real.parent):
+            with _os_errors(self.path), alone_in(real.parent):
                 if identity is None or _identity_of(self.path) != identity:
                     return None
                 aside = _free_name(real.with_name(f"{real.name}{DAMAGED}{identity[1]}"))
-                # The log of what was not yet written into the file goes first: without it, the file at the path is
-                # still found damaged, and the next one to set it aside brings both together.
+                # The log of what was not yet written into the file goes first. If this process dies in between, the
+                # file at the path is still found damaged, and the next one to set it aside brings both together; or it
+                # is sound without its log, and a relay salvages the log alone.
                 for end in ("-wal", ""):
                     if self._companion(end).exists():
                         self._companion(end).rename(aside.with_name(aside.name + end))
@@ -287,7 +288,7 @@ class OutboxFile:
         if _identity_of(self.path) is not None:
             return
         self._make_folder()
-        with _os_errors(self.path), _alone_in(self.real_path.parent):
+        with _os_errors(self.path), alone_in(self.real_path.parent):
             if _identity_of(self.path) is None:
                 for file in self._files_beside():
                     file.unlink(missing_ok=True)
@@ -357,7 +358,7 @@ def _os_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """One process at a time; the kernel ends it with the process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

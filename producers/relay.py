@@ -24,7 +24,7 @@ from rq.serializers import JSONSerializer
 from producers.backoff import backoff_seconds
 from producers.copies import CopyGuard
 from producers.entries import Entry, EntryHead, source_of
-from producers.errors import HistoryError, RelayRefused
+from producers.errors import HistoryError, OutboxDamaged, RelayRefused
 from producers.outbox import LAST_CHECK_SECONDS, Outbox
 from producers.outbox_identity import RELAY_ALIVE_SECONDS, Identity
 from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Acknowledgement, read_acknowledgements, shown
@@ -53,6 +53,7 @@ STOP_SECONDS = 0.5
 _ASK_TIME_SECONDS = 60.0
 _HEARTBEAT_SECONDS = 2.0
 _STANDS_BY_SECONDS = 1.0
+_CHECK_FILE_SECONDS = 0.2  # for about 100 MB; calls to `record` wait meanwhile
 # An acknowledgement of an entry that was settled before: another copy of the outbox may still wait for it.
 _LEFT_FOR_COPIES_SECONDS = 60
 
@@ -165,6 +166,7 @@ class Relay:
         if not self._lock.held:
             self._doubtful = True  # whether another one sends the same just now
         if not self._relaying:
+            self._check_file()
             # Whichever relayed before may have sent what is not marked.
             self._relaying = self._doubtful = True
             self._guard.begin()
@@ -210,6 +212,14 @@ class Relay:
                 f" {redis}, queue {queue}. Set REDIS_URL and HISTORY_QUEUE as for the producer that opened it last"
             )
 
+    def _check_file(self) -> None:
+        """Raise OutboxDamaged if a fault is found soon: of an older file that was put back beside a newer log, much is
+        never read while events come and go, and the file would stay as it is.
+        """
+        fault = self._outbox.quick_check(_CHECK_FILE_SECONDS)
+        if fault not in (None, "unfinished"):
+            raise OutboxDamaged(f"outbox {self._outbox.path}: {' '.join(str(fault).split())}")
+
     def _stand_back(self) -> None:
         self._relaying = False
         if self._process_name is not None and self._announcing_since is not None:
@@ -244,6 +254,7 @@ class Relay:
         return True
 
     def _salvage_all(self) -> Iterator[None]:
+        self._outbox.rescue.finish_renames()
         for file in self._outbox.rescue.damaged_files():
             yield from self._outbox.rescue.salvaging(file)
 

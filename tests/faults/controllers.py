@@ -24,10 +24,11 @@ from tests.faults.supervisor import Supervisor
 from tests.faults.verdict import KeptEntry, kept_entries
 
 _CONTROLLERS = 3
+_MOST_PAUSED = 2
 _MOST_COPIES = 2  # that run at the same time
 _RELAYED = ("controller 1", "one-event 0")
 _RELAY = "relay 0"
-_SETTLE_SECONDS = 60.0
+_SETTLE_SECONDS = 150.0  # a job whose stock worker has died takes one and a half minutes
 _PAUSE_SECONDS = 1.0  # until the call to `record` that was running has returned
 _LOG = "-wal"
 _PROGRAMS = "tests.faults.programs"
@@ -73,7 +74,7 @@ class Controllers:
         self._numbers = itertools.count(1)
         self._all: dict[str, Controller] = {}
         self._copies: list[Controller] = []
-        self._paused: _Paused | None = None
+        self._paused: dict[str, _Paused] = {}
         self._resume_relay_at: float | None = None
         for folder in ("bots", "backups", "accepted"):
             (home / folder).mkdir()
@@ -153,40 +154,46 @@ class Controllers:
 
     def back_up_or_pause(self) -> str:
         """Copy the outbox of a controller for later, or ask a controller to pause, so that its copy can be put back."""
-        controller = self._any_running()
-        if self._paused is not None or controller.backup is None or not _has_accepted(controller):
+        running = [self._all[name] for name in self._programs.names("controller", "copy")]
+        ready = [
+            one for one in running if one.backup is not None and _has_accepted(one) and one.name not in self._paused
+        ]
+        if not ready or len(self._paused) == _MOST_PAUSED or self._dice.random() < 0.3:
+            controller = self._dice.choice(running)
             controller.backup = self._home / "backups" / f"{controller.folder.name}.{next(self._numbers)}"
             _copy_files(controller.folder, controller.backup)
             return "outbox backed up"
+        controller = self._dice.choice(ready)
         self._programs.send(controller.name, signal.SIGUSR1)
-        self._paused = _Paused(controller, controller.file, time.monotonic())
+        self._paused[controller.name] = _Paused(controller, controller.file, time.monotonic())
         return "controller paused"
 
-    def go_on(self) -> str | None:
-        """Between two faults: put the older copy back if that is fair now, and resume a relay process if that is due.
+    def go_on(self) -> list[str]:
+        """Between two faults: put older copies back where that is fair now, and resume a relay process if that is due.
 
         It is fair when each entry of the file that is overwritten is settled: what is not would be gone.
         """
         if self._resume_relay_at is not None and time.monotonic() >= self._resume_relay_at:
             self._resume_relay_at = None
             self._programs.send(_RELAY, signal.SIGCONT)
-        paused = self._paused
-        if paused is None:
-            return None
-        controller = paused.controller
+        done = {name: self._went_on(paused) for name, paused in list(self._paused.items())}
+        for name, what in done.items():
+            if what:
+                del self._paused[name]
+        return [what for what in done.values() if what]
+
+    def _went_on(self, paused: _Paused) -> str | None:
+        controller, seconds = paused.controller, time.monotonic() - paused.asked_at
         if controller.name not in self._programs.names("controller", "copy") or controller.file != paused.file:
-            self._paused = None
             return "older copy not put back: controller killed meanwhile"
-        seconds = time.monotonic() - paused.asked_at
         if seconds < _PAUSE_SECONDS:
             return None
-        if _unsettled_count(controller.outbox):
-            if seconds < _SETTLE_SECONDS:
-                return None
-            done = "older copy not put back: not settled in time"
-        else:
+        if not _unsettled_count(controller.outbox):
             done = self._put_back(controller)
-        self._paused = None
+        elif seconds < _SETTLE_SECONDS:
+            return None
+        else:
+            done = "older copy not put back: not settled in time"
         if controller.file == paused.file:  # before a new run listens, the signal would end it
             self._programs.send(controller.name, signal.SIGUSR2)
         return done

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from producers import copies, outbox_rescue, relay
+from producers import copies, outbox_rescue, relay, rq_jobs
 from producers import outbox as outbox_module
 from producers.errors import EventRejected, OutboxError
 from producers.events import PortfolioSnapshot, SignalArchive
@@ -243,8 +243,9 @@ _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {
 
 
 def look_often() -> None:
-    """Shorten the intervals at which a relay looks after what is overdue, so that a run can be judged in time."""
+    """Shorten the intervals at which what is overdue is looked after, so that a run can be judged in time."""
     relay._LAST_CHECK_SECONDS = 15.0
+    rq_jobs.TIMEOUT_SECONDS = 30  # so long a job counts as started whose stock worker is dead
 
 
 def main() -> None:

@@ -74,8 +74,7 @@ class Storm:
         """One fault at random, and what a supervisor does about it."""
         name, fault = self.dice.choice(faults)
         self.faults[fault() or name] += 1
-        if done := self.controllers.go_on():
-            self.faults[done] += 1
+        self.faults.update(self.controllers.go_on())
         self.programs.restart_what_ended()
 
     def pid(self, server: str) -> int:

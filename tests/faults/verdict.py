@@ -23,7 +23,7 @@ from tests.faults.accepted import Accepted, Answer, Delivery, content_of
 
 _SNAPSHOTS = "portfolio_history"
 _ARCHIVES = "signal_archives"
-_OF_OUTBOXES = "not told"  # events that are in an outbox, and whose `record` call did not return
+_NOT_TOLD = "not told"  # events that are in an outbox, and whose `record` call did not return
 
 
 class Row(NamedTuple):
@@ -88,37 +88,70 @@ def verdict(
 
     `replaced` are entries of files that were overwritten since.
     """
-    entries = {path: kept_entries(path) for path in outboxes}
     database = _read_database()
-    breaches: list[str] = []
-    by_controller: dict[str, Counter[str]] = {}
-    known: dict[str, Delivery] = {}
-    of_outboxes = [*replaced, *(entry for kept in entries.values() for entry in kept)]
+    entries, unreadable = _read_outboxes(outboxes)
     told = {name: one.deliveries for name, one in accepted.items()}
-    for name, deliveries in (told | {_OF_OUTBOXES: [entry.delivery for entry in of_outboxes]}).items():
-        fates: Counter[str] = Counter()
-        for delivery in deliveries:
-            if known.setdefault(delivery.job_id, delivery) != delivery:
-                breaches.append(f"{name}: two events have one job: {delivery} {known[delivery.job_id]}")
-            elif known[delivery.job_id] is delivery:
-                fate, breach = _fate(delivery, database)
-                fates[fate] += 1
-                breaches += [f"{name}: {breach}"] if breach else []
-        by_controller[name] = fates
+    told[_NOT_TOLD] = [entry.delivery for kept in (replaced, *entries.values()) for entry in kept]
+    known, by_controller, breaches = _fates(told, database)
     breaches += _wrong_rows(database, known)
     for name, one in accepted.items():
-        breaches += [
-            f"{name}: {breach}" for answer in one.answers if (breach := _wrong_answer(answer, known, database))
-        ]
+        answers = [_wrong_answer(answer, known, database) for answer in one.answers]
+        breaches += [f"{name}: {breach}" for breach in answers if breach]
     for path, kept in entries.items():
-        breaches += [f"{path}: {breach}" for entry in kept if (breach := _wrong_state(entry, database))]
-    breaches += _wrong_audits(outboxes, redis)
-    fates = sum(by_controller.values(), Counter())
+        states = [_wrong_state(entry, database) for entry in kept]
+        breaches += [f"{path}: {breach}" for breach in states if breach]
+    breaches += unreadable + _wrong_audits(list(entries), redis)
+    fates = sum(by_controller.values(), Counter[str]())
+    if not breaches and len(known) != len(database.rows) + fates["duplicate"] + fates["rejected"]:
+        breaches.append(f"{len(known)} accepted are not {len(database.rows)} rows and {dict(fates)}")
     return Verdict(len(known), len(database.rows), fates["duplicate"], fates["rejected"], breaches, by_controller)
 
 
+def _read_outboxes(outboxes: Sequence[Path]) -> tuple[dict[Path, list[KeptEntry]], list[str]]:
+    entries: dict[Path, list[KeptEntry]] = {}
+    unreadable = []
+    for path in outboxes:
+        try:
+            entries[path] = kept_entries(path)
+        except sqlite3.DatabaseError as error:
+            unreadable.append(f"{path} is damaged, and no relay has set it aside: {error}")
+    return entries, unreadable
+
+
+def _fates(
+    told: Mapping[str, Iterable[Delivery]], database: _Database
+) -> tuple[dict[str, Delivery], dict[str, Counter[str]], list[str]]:
+    """All deliveries by their job, what became of them by controller, and the breaches among that."""
+    known: dict[str, Delivery] = {}
+    with_row: set[tuple[str, int, str]] = set()
+    by_controller: dict[str, Counter[str]] = {}
+    breaches = []
+    for name, deliveries in told.items():
+        by_controller[name] = Counter()
+        for delivery in deliveries:
+            if (other := known.get(delivery.job_id)) is not None:
+                if other != delivery:
+                    breaches.append(f"{name}: two events have one job: {delivery} {other}")
+                continue
+            known[delivery.job_id] = delivery
+            fate, breach = _fate(delivery, database)
+            if breach:
+                breaches.append(f"{name}: {breach}")
+            elif fate == "row":
+                # Two copies may record the same event under the same number: that is one row.
+                identity = (delivery.source, delivery.sequence, delivery.event_id)
+                fate = "duplicate" if identity in with_row else fate
+                with_row.add(identity)
+            by_controller[name][fate] += 1
+    return known, by_controller, breaches
+
+
 def kept_entries(path: Path) -> list[KeptEntry]:
-    """All entries in the file of an outbox."""
+    """All entries in the file of an outbox.
+
+    Raises:
+        sqlite3.DatabaseError: the file is damaged.
+    """
     query = """
         SELECT source_id, sequence, nonce, name || '/' || source_id, event_id, event, state, row_id, reason
         FROM entries JOIN sources ON sources.id = source_id ORDER BY position
@@ -185,6 +218,8 @@ def _fate(delivery: Delivery, database: _Database) -> tuple[str, str | None]:
 def _wrong_rows(database: _Database, known: Mapping[str, Delivery]) -> list[str]:
     accepted = {Row(one.event_id, one.source, one.sequence, one.content) for one in known.values()}
     wrong = [f"a row that nobody has accepted: {row}" for row in database.rows.values() if row not in accepted]
+    outcomes = [job_id for job_id in database.outcomes if job_id not in known]
+    wrong += [f"an outcome that nobody has accepted: {job_id} {database.outcomes[job_id]}" for job_id in outcomes]
     counts = Counter(row.event_id for row in database.rows.values())
     return wrong + [f"stored {count} times: event {event_id}" for event_id, count in counts.items() if count > 1]
 
