@@ -240,6 +240,7 @@ class OutboxFile:
             if not _is_damage(error):
                 raise
             logger.error("outbox %s was removed, and what it still held cannot be read: %s", self.path, error)
+            file.unlink(missing_ok=True)
             return None
         finally:
             connection.execute("DETACH taken_out")

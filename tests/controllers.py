@@ -1,4 +1,4 @@
-"""Controllers that remember every event they were given a receipt for, and a judge that compares that with the database.
+"""Controllers that remember every event they got a receipt for, and a judge that compares that with the database.
 
 The judge compares identity and content: an accepted event is the row of its event id with its own content, or a
 rejection recorded for its own delivery with its own content.

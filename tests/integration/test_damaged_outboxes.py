@@ -47,7 +47,7 @@ def _ranges(keys: set[Key]) -> set[int]:
 def test_twenty_kilobytes_in_the_middle_of_300_pending_entries(
     redis: Redis, line: Line, tmp_path: Path, redis_is: str
 ) -> None:
-    """New events are stored within 20 s; the readable entries too; log, doctor and audit name the numbers that are lost."""
+    """New events are stored within 20 s, the readable entries too; log, doctor and audit name the lost numbers."""
     path = tmp_path / "bot" / "outbox.db"
     line.cut()
     old = _with_pending(path, 300)
@@ -102,7 +102,7 @@ def test_damage_that_nobody_has_met_yet_is_shown(line: Line, tmp_path: Path) -> 
 
 
 def test_the_first_page_is_damaged(redis: Redis, line: Line, tmp_path: Path) -> None:
-    """The file is no database to SQLite any more: status and doctor say so, and its entries are delivered all the same."""
+    """SQLite does not take the file for a database: status and doctor say so, and its entries are delivered."""
     path = tmp_path / "bot" / "outbox.db"
     line.cut()
     old = _with_pending(path, 300)
@@ -120,7 +120,7 @@ def test_the_first_page_is_damaged(redis: Redis, line: Line, tmp_path: Path) -> 
 
 
 def test_salvage_of_a_file_that_was_set_aside_elsewhere(redis: Redis, line: Line, tmp_path: Path) -> None:
-    """By hand, into an outbox that is in use: the readable entries are delivered; once more changes nothing."""
+    """Into an outbox that is in use: the readable entries are delivered; once more, and they are duplicates."""
     path, elsewhere = tmp_path / "bot" / "outbox.db", tmp_path / "old disk"
     line.cut()
     old = _with_pending(path, 300)
@@ -139,7 +139,6 @@ def test_salvage_of_a_file_that_was_set_aside_elsewhere(redis: Redis, line: Line
 
         assert (salvaged.exit_code, again.exit_code) == (0, 0)
         assert f"salvaged {300 - len(gone)} entries from " in salvaged.stdout
-        assert "salvaged 0 entries from " in again.stdout
         assert 0 < len(gone) < 60
         assert _ranges(gone) == _ranges(lost(old.account(ask=False)))
         assert len(breaches([old.account(ask=False), new])) == len(gone)
@@ -192,11 +191,14 @@ def test_damage_under_a_running_bot_while_two_processes_use_the_outbox(
     assert len(breaches(accounts)) == sum(len(lost(account)) for account in accounts)
     gone = {account.accepted[key].portfolio_id for account in accounts for key in lost(account)}
     assert gone <= {81, 82, 83, 84}
-    assert sum("was set aside as" in bot.log.read_text() for bot in (one, two)) <= 1
+    log = one.log.read_text()  # of both
+    assert log.count("was set aside as") == 1
+    assert "Error: [Errno" not in log
+    assert not list(path.parent.glob("*taken-out*"))
 
 
 def test_a_copy_that_was_torn_and_has_no_lock_beside_it_is_not_touched(line: Line, tmp_path: Path) -> None:
-    """A file that never was this bot's outbox may be somebody's: the producer says that it is damaged, and leaves it."""
+    """A file beside which no relay ever was may be no outbox: the producer says that it is damaged, and leaves it."""
     path = tmp_path / "bot" / "outbox.db"
     line.cut()
     _with_pending(path, 50)
@@ -207,4 +209,3 @@ def test_a_copy_that_was_torn_and_has_no_lock_beside_it_is_not_touched(line: Lin
     with pytest.raises(OutboxDamaged):
         Outbox(tmp_path / "other" / "outbox.db", repair=True)
     assert (tmp_path / "other" / "outbox.db").read_bytes() == before
-

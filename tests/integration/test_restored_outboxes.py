@@ -23,7 +23,6 @@ from tests.controllers import (
     copy_with_cp,
     doctored,
     lost,
-    settle,
     some_events,
     worker_process,
 )
@@ -166,12 +165,12 @@ def test_removed_or_replaced_under_a_running_controller(
 @pytest.mark.parametrize("backup_of", ["file", "file and WAL"])
 @pytest.mark.parametrize("count", [5, 60, 500])
 def test_restored_over_the_same_inode_under_a_running_controller(
-    redis: Redis, line: Line, tmp_path: Path, backup_of: str, redis_is: str, count: int
+    line: Line, tmp_path: Path, backup_of: str, redis_is: str, count: int
 ) -> None:
     """SQLite notices nothing: the file has pages of two times. No call fails because of it.
 
-    With Redis there nothing is lost. With Redis away an entry is lost if cp has overwritten the page that it was on: audit
-    names its number, and log and doctor the damage. What is recorded afterwards is stored in any case.
+    With Redis there nothing is lost. With Redis away an entry is lost if cp has overwritten the page that it was
+    on: audit names its number, and log and doctor the damage. What is recorded afterwards is stored in any case.
     """
     path, backup = tmp_path / "bot" / "outbox.db", tmp_path / "backup"
     path.parent.mkdir()
