@@ -28,6 +28,7 @@ DAMAGED = ".damaged-"
 TAKEN_OUT = ".taken-out-"
 _BESIDE = ("-wal", "-shm")  # SQLite's own files: the log of what is not yet in the file, and an index of that
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_CUT_OFF = sqlite3.SQLITE_IOERR_SHORT_READ  # the log ends before a page that is in it
 _CHECK_STEPS = 10_000  # of SQLite's virtual machine, between two looks at the clock
 
 Prepare = Callable[[sqlite3.Connection], None]
@@ -240,6 +241,7 @@ class OutboxFile:
             if not _is_damage(error):
                 raise
             logger.error("outbox %s was removed, and what it still held cannot be read: %s", self.path, error)
+            file.unlink(missing_ok=True)
             return None
         finally:
             connection.execute("DETACH taken_out")
@@ -335,7 +337,7 @@ class OutboxFile:
 def _is_damage(error: sqlite3.Error) -> bool:
     # What Python's module itself raises has no code, such as for text that is no UTF-8.
     code = getattr(error, "sqlite_errorcode", None)
-    return "UTF-8" in str(error) if code is None else code & 0xFF in _DAMAGE
+    return "UTF-8" in str(error) if code is None else code & 0xFF in _DAMAGE or code == _CUT_OFF
 
 
 def _identity_of(path: Path) -> tuple[int, int] | None:

@@ -143,7 +143,7 @@ class Rescue:
     def _aside(self, mark: str) -> list[Path]:
         real = self._file.real_path
         found = real.parent.glob(f"{glob.escape(real.name)}{mark}*")
-        return sorted(one for one in found if not one.name.endswith((_LOG, "-shm")))
+        return sorted(one for one in found if not one.name.endswith((_LOG, "-shm", "-journal")))
 
     def salvage(self, file: Path) -> Salvage:
         """Carry over what can be read in a damaged file, and log what could not."""

@@ -1,4 +1,4 @@
-"""Controllers that remember every event they were given a receipt for, and a judge that compares that with the database.
+"""Controllers that remember every event they got a receipt for, and a judge that compares that with the database.
 
 The judge compares identity and content: an accepted event is the row of its event id with its own content, or a
 rejection recorded for its own delivery with its own content.
@@ -33,6 +33,7 @@ from tests.factories import a_snapshot, an_archive
 from tests.faults.proxy import Proxy
 from tests.rq_programs import until
 
+_LOST = "is neither a row nor a rejection"
 ROOT = Path(__file__).parents[1]
 Content = tuple[Any, ...]
 Key = tuple[str, int, UUID]  # source, sequence and event id of one accepted event
@@ -124,29 +125,40 @@ def settle(*controllers: Controller, seconds: float = 30.0) -> None:
         assert one.producer.settle(seconds) == 0, f"{one.path}: {one.producer.status()}"
 
 
+def lost(account: Account) -> set[Key]:
+    """Events of a controller that are neither a row nor a rejection, for a test that expects some."""
+    return {key for breach, key in _breaches([account]) if key is not None and breach.endswith(_LOST)}
+
+
 def breaches(accounts: Iterable[Account]) -> list[str]:
     """Every breach of the promise, as a sentence. Empty: each accepted event is one row or one rejection of its own."""
-    accounts = list(accounts)
+    return [breach for breach, _ in _breaches(list(accounts))]
+
+
+def _breaches(accounts: list[Account]) -> list[tuple[str, Key | None]]:
+    """Each with the event that it is about."""
     with get_db() as db:
         rows = [(row.id, row.event_id, _content_of_row(row)) for row in db.execute(_ROWS)]
         # Copies may use one number for the same event id, each with a content of its own.
         refused = {((r.source, r.sequence, r.event_id), _content_of_event(r.event)) for r in db.execute(_REJECTIONS)}
     contents = {event_id: (row_id, content) for row_id, event_id, content in rows}
-    found = [] if len(contents) == len(rows) else ["an event id has two rows"]
+    found: list[tuple[str, Key | None]] = []
+    if len(contents) < len(rows):
+        found.append(("an event id has two rows", None))
     known = {(payload.event_id, content_of(payload)) for one in accounts for payload in one.accepted.values()}
-    found += [f"row {row_id} is nobody's" for row_id, event_id, content in rows if (event_id, content) not in known]
+    found += [(f"row {row_id} is nobody's", None) for row_id, *row in rows if tuple(row) not in known]
     for one in accounts:
         for key, payload in one.accepted.items():
             row_id, content = contents.get(payload.event_id, (None, None))
             is_stored = content == content_of(payload)
             is_rejected = (key, content_of(payload)) in refused
             if not (is_stored or is_rejected):
-                found.append(f"{one.name}: {key} {payload.summary} is neither a row nor a rejection")
+                found.append((f"{one.name}: {key} {payload.summary} {_LOST}", key))
             if is_stored and is_rejected:
-                found.append(f"{one.name}: {key} is a row and a rejection")
+                found.append((f"{one.name}: {key} is a row and a rejection", key))
             wanted = ("stored", row_id) if is_stored else ("rejected", None)
             if key in one.states and one.states[key] != wanted:
-                found.append(f"{one.name}: the receipt of {key} says {one.states[key]}, and it is {wanted}")
+                found.append((f"{one.name}: the receipt of {key} says {one.states[key]}, and it is {wanted}", key))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Folders of bots that are copied, outbox included: what each bot was given a receipt for is stored or rejected as its own."""
+"""Folders of bots are copied, outbox included: each event is stored or rejected as that of the bot that recorded it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from sqlalchemy import text
 
+from consumers.connection import get_db
 from producers.outbox import Outbox
 from producers.redis_keys import token_key
 from tests.controllers import (
@@ -60,7 +62,7 @@ def _worker(when: str, folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def _same_cycle(bot: Controller, balance: int) -> None:
-    """What both bots record about the same portfolio at the same times: the first 4 alike, then each its own content."""
+    """What bots record about the same portfolio at the same times: the first 4 alike, then each its own content."""
     for number in range(8):
         bot.record(a_snapshot(after=timedelta(days=1, seconds=number), balance=balance if number > 3 else 7))
     bot.record(an_archive(after=timedelta(days=1), signals=[{"market_id": str(balance)}]))
@@ -68,11 +70,10 @@ def _same_cycle(bot: Controller, balance: int) -> None:
 
 @pytest.mark.parametrize("when", ["running", "late", "killed"])
 @pytest.mark.parametrize("state", ["settled", "sent", "pending"])
-def test_a_folder_copied_while_the_bot_is_stopped(
-    bot: Open, redis: Redis, line: Line, tmp_path: Path, state: str, when: str
-) -> None:
+def test_a_folder_copied_while_the_bot_is_stopped(bot: Open, redis: Redis, line: Line, state: str, when: str) -> None:
     """Each has events of its own and events with the same ids, some of them with other content."""
     one = bot("one")
+    tmp_path = one.path.parent.parent
     one.record(*some_events(80, 0, 3))
     if state == "settled":
         one.producer.flush(10)
@@ -129,7 +130,7 @@ def test_two_copies_that_used_the_same_numbers_for_different_events(
 
 
 def test_an_event_of_one_copy_that_is_lost_is_missed_by_its_own_outbox(
-    bot: Open, redis: Redis, line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bot: Open, redis: Redis, line: Line, tmp_path: Path
 ) -> None:
     """Where copies share numbers, a row of the other one under the same number does not stand in for it."""
     one = bot("one")
@@ -145,10 +146,6 @@ def test_an_event_of_one_copy_that_is_lost_is_missed_by_its_own_outbox(
     with worker_process(tmp_path):
         settle(one, two)
     assert_sound(one.account(), two.account(), outboxes=[one.path, two.path])
-
-    from sqlalchemy import text
-
-    from consumers.connection import get_db
 
     with get_db() as db:
         db.execute(text("DELETE FROM portfolio_history WHERE event_id = :id"), {"id": lost.event_id})
@@ -191,9 +188,7 @@ def _token(one: Controller) -> str:
 
 
 @pytest.mark.parametrize("redis_is", ["there", "away"])
-def test_three_copies_and_a_copy_of_a_copy(
-    bot: Open, redis: Redis, line: Line, tmp_path: Path, redis_is: str
-) -> None:
+def test_three_copies_and_a_copy_of_a_copy(bot: Open, redis: Redis, line: Line, tmp_path: Path, redis_is: str) -> None:
     """All four run at the same time and record different events, and the same ids with other content."""
     first = bot("0")
     first.record(*some_events(80, 0, 3))
@@ -277,9 +272,6 @@ def test_a_copy_is_started_while_the_worker_has_what_both_have(
         assert (outbox.status().stored, outbox.status().rejected) == (len(receipts), 0)
 
 
-# --- one file under two paths, and the same path on two machines ---
-
-
 def test_the_same_relative_path_in_two_folders(redis: Redis, line: Line, tmp_path: Path) -> None:
     """Two containers made of one image, outbox included: the path says nothing about whose it is."""
     image = tmp_path / "image"
@@ -300,9 +292,7 @@ def test_the_same_relative_path_in_two_folders(redis: Redis, line: Line, tmp_pat
     assert_sound(*accounts, outboxes=[each.path for each in bots])
 
 
-def test_one_volume_under_two_paths(
-    redis: Redis, line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture, bot: Open
-) -> None:
+def test_one_volume_under_two_paths(redis: Redis, line: Line, tmp_path: Path) -> None:
     """Through a symbolic link to the folder and by its own name: one of them relays at a time, and it is no copy."""
     (tmp_path / "volume").mkdir()
     (tmp_path / "mounted").symlink_to("volume")

@@ -22,7 +22,7 @@ from tests.controllers import (
     breaches,
     copy_with_cp,
     doctored,
-    settle,
+    lost,
     some_events,
     worker_process,
 )
@@ -109,6 +109,11 @@ def _replace_by_another(path: Path) -> None:
     path.with_name("other.db").rename(path)
 
 
+def _replace_by_no_outbox(path: Path) -> None:
+    path.with_name("other.db").write_bytes(b"\x1f\x8b" * 10_000)
+    path.with_name("other.db").rename(path)
+
+
 def _replace_file_alone(path: Path) -> None:
     """A deployment that syncs the folder: a new file, and the WAL of the old one beside it."""
     path.with_name("new.db").write_bytes(path.read_bytes())
@@ -120,7 +125,10 @@ def _run_another(path: Path) -> None:
         other.append("trading-controller", some_events(90, 0, 2))
 
 
-HARM = {one.__name__.strip("_"): one for one in (_remove_folder, _remove_file, _replace_by_another, _replace_file_alone)}
+HARM = {
+    one.__name__.strip("_"): one
+    for one in (_remove_folder, _remove_file, _replace_by_another, _replace_by_no_outbox, _replace_file_alone)
+}
 
 
 @pytest.mark.parametrize("redis_is", ["there", "away"])
@@ -151,6 +159,60 @@ def test_removed_or_replaced_under_a_running_controller(
     assert "was removed or replaced while it was in use" in one.log.read_text()
     with Outbox(path) as outbox:
         assert outbox.quick_check(5) is None
+
+
+@pytest.mark.parametrize("redis_is", ["there", "away"])
+@pytest.mark.parametrize("backup_of", ["file", "file and WAL"])
+@pytest.mark.parametrize("count", [5, 60, 500])
+def test_restored_over_the_same_inode_under_a_running_controller(
+    line: Line, tmp_path: Path, backup_of: str, redis_is: str, count: int
+) -> None:
+    """SQLite notices nothing: the file has pages of two times. No call fails because of it.
+
+    With Redis there nothing is lost. With Redis away an entry is lost if cp has overwritten the page that it was
+    on: audit names its number, and log and doctor the damage. What is recorded afterwards is stored in any case.
+    """
+    path, backup = tmp_path / "bot" / "outbox.db", tmp_path / "backup"
+    path.parent.mkdir()
+    backup.mkdir()
+    ends = ["", "-wal"] if backup_of == "file and WAL" else [""]
+    with ExitStack() as stack:
+        if redis_is == "there":
+            stack.enter_context(worker_process(tmp_path))
+        else:
+            line.cut()
+        one = stack.enter_context(Bot(path))
+        one.record(81, 0, count)
+        if redis_is == "there":
+            one.settle()
+        copy_with_cp(*(f"{path}{end}" for end in ends), backup)
+        one.record(82, 0, count)
+        if redis_is == "there":
+            one.settle()
+        for end in ends:
+            _put_over(backup / f"{path.name}{end}", Path(f"{path}{end}"))
+        at_risk = set(one.accepted)
+        one.record(83, 0, count)
+        line.mend()
+        with worker_process(tmp_path):
+            one.settle()
+            one.record(84, 0, 1)
+            one.settle()
+        account = one.account(ask=False)
+    gone = lost(account)
+    status, sources = audited(path)
+    if redis_is == "there":
+        assert not gone
+        assert (status, one.log.read_text().count("Traceback")) == (0, 0)
+        return
+    assert gone <= at_risk
+    assert (status == 1) == bool(gone)
+    missing = {(s["source"], n) for s in sources for first, last in s["missing"] for n in range(first, last + 1)}
+    assert {(source, number) for source, number, _ in gone} == missing
+    assert len(breaches([account])) == len(gone)
+    if gone:
+        assert "the file is damaged and was set aside as" in one.log.read_text()
+        assert doctored(path, "outbox file")[0] == "warn"
 
 
 def _account_of_another() -> Account:
