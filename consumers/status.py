@@ -5,7 +5,6 @@ from __future__ import annotations
 import stat
 import threading
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from typing import Any
 
 from redis import Redis, RedisError
@@ -134,7 +133,10 @@ def _waited(redis: Redis, queue: Queue) -> float | None:
         if isinstance(error, RedisError) and not is_wrong_type(error):
             raise
         return None
-    return None if since is None else max((datetime.now(UTC) - since).total_seconds(), 0.0)
+    if since is None:
+        return None
+    now, _ = redis.time()  # the relay notes it by this clock, and this host's may be another
+    return max(now - since.timestamp(), 0.0)
 
 
 def outbox_facts(settings: TransportSettings) -> dict[str, Any] | None:

@@ -29,6 +29,7 @@ from producers.fields import (
     PortfolioId,
     Sequence,
     readable,
+    type_name,
 )
 from producers.json_values import MAX_SIGNALS, Signals, storable_signals
 
@@ -248,7 +249,7 @@ def decode(text: str, model: type[AnyEvent]) -> AnyEvent:
         InvalidEvent: the text breaks the contract; the message names each field and the reason.
     """
     if not isinstance(text, str):
-        raise InvalidEvent(f"event: must be one JSON string, not {type(text).__name__}")
+        raise InvalidEvent(f"event: must be one JSON string, not {type_name(text)}")
     if len(text) > _MAX_SNAPSHOT_CHARACTERS:
         _check_long(text, model)
     # Pydantic's own reader takes 300 bytes for an empty list, and each unknown key is an error of a kilobyte or two: of

@@ -10,11 +10,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation
+from decimal import ROUND_HALF_EVEN, Context, Decimal, Inexact, InvalidOperation
+from fractions import Fraction
+from numbers import Integral, Rational, Real
+from operator import index
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import Field, GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 
 from producers.errors import InvalidEvent
@@ -25,6 +28,9 @@ _MONEY_LIMIT = Decimal(10) ** 12
 # A context of our own: the caller's may round to few digits, or trap what is none of its business. The largest sum
 # has 13 digits before the point and 8 after.
 _MONEY_CONTEXT = Context(prec=30, rounding=ROUND_HALF_EVEN, traps=[])
+_MONEY_TOO_LARGE = "has more than 12 digits before the decimal point"
+_MONEY_TYPES = (int, float, Decimal, str)  # int | float | Decimal | str is made anew each time that it is evaluated
+_MOST_EXACT_DIGITS = 400  # of a fraction; the largest float has 309
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_INSTANT = datetime(9999, 1, 1, tzinfo=UTC)  # leaves room for any offset before year 10000
@@ -41,6 +47,48 @@ def readable(text: str, limit: int) -> str:
     """`text` as it may stand in a message, though it comes from a payload: no control characters, not endless."""
     shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:limit])
     return shown if len(shown) <= limit and len(text) <= limit else shown[: limit - 1] + "…"
+
+
+def type_name(value: Any) -> str:
+    """The type of `value` for a message, with its module unless it is a builtin: `int`, `numpy.ndarray`."""
+    kind = type(value)
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return readable(f"{module}{kind.__qualname__}", 80)
+
+
+def plain_number(value: Any) -> int | Decimal | Fraction | None:
+    """The value of any other number than int, float and Decimal, such as NumPy's; None if it is no real number.
+
+    A binary float of another precision becomes the shortest decimal that means it, as a float does: NumPy's
+    float32(0.1) is 0.1. What is not finite becomes a Decimal that is not.
+    """
+    try:
+        if isinstance(value, Integral):
+            return index(value)  # NumPy's timedelta64 calls itself an Integral, and has no index
+        if isinstance(value, Rational):
+            return Fraction(index(value.numerator), index(value.denominator))
+        return _shortest(value) if isinstance(value, Real) else None
+    except (ArithmeticError, TypeError, ValueError):
+        return None
+
+
+def _shortest(value: Real) -> Decimal:
+    text = str(value)
+    try:
+        means_it = type(value)(text) == value  # type: ignore[call-arg]  # what cannot be made from text raises
+    except (ArithmeticError, TypeError, ValueError):
+        means_it = False
+    # How it prints may be a setting: NumPy's legacy mode cuts digits off.
+    return Decimal(text if means_it and NUMBER.fullmatch(text) else repr(float(value)))
+
+
+def exact_decimal(value: Fraction) -> Decimal | None:
+    """The decimal that equals `value`; None if there is none, as for 1/3, or it has too many digits."""
+    context = Context(prec=_MOST_EXACT_DIGITS, traps=[Inexact])
+    try:
+        return context.divide(Decimal(value.numerator), Decimal(value.denominator))
+    except Inexact:
+        return None
 
 
 @dataclass(frozen=True)
@@ -71,8 +119,8 @@ class _WireText:
 
 
 def _money_from_python(value: Any) -> Decimal:
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
-        raise refuse(f"must be a number, not {type(value).__name__}")
+    if isinstance(value, bool) or not isinstance(value, _MONEY_TYPES):
+        value = _foreign_money(value)
     if isinstance(value, str) and not NUMBER.fullmatch(value):
         raise refuse("is text that is not a number")
     try:
@@ -85,8 +133,20 @@ def _money_from_python(value: Any) -> Decimal:
     if exact.copy_abs() < _MONEY_LIMIT:
         exact = exact.quantize(_MONEY_STEP, context=_MONEY_CONTEXT)
     if exact.copy_abs() >= _MONEY_LIMIT:
-        raise refuse("has more than 12 digits before the decimal point")
+        raise refuse(_MONEY_TOO_LARGE)
     return exact
+
+
+def _foreign_money(value: Any) -> int | Decimal:
+    number = None if isinstance(value, bool) else plain_number(value)
+    if number is None:
+        raise refuse(f"must be a number, not {type_name(value)}")
+    if not isinstance(number, Fraction):
+        return number
+    if abs(number) >= _MONEY_LIMIT:
+        raise refuse(_MONEY_TOO_LARGE)
+    # Rounded here and only once: half-even, as all amounts are.
+    return Decimal(round(number * 10**MONEY_DECIMALS)).scaleb(-MONEY_DECIMALS, context=_MONEY_CONTEXT)
 
 
 def as_money(value: Any, field: str) -> Decimal:
@@ -134,7 +194,7 @@ def _instant_from_wire(text: str) -> datetime:
 
 def _instant_from_python(value: Any) -> datetime:
     if not isinstance(value, datetime):
-        raise refuse(f"must be a datetime, not {type(value).__name__}")
+        raise refuse(f"must be a datetime, not {type_name(value)}")
     try:
         offset = value.utcoffset()
         if offset is not None:
@@ -167,7 +227,7 @@ Instant = Annotated[
 
 def _date_from_python(value: Any) -> date:
     if isinstance(value, datetime) or not isinstance(value, date):
-        raise refuse(f"must be a date, not {type(value).__name__}")
+        raise refuse(f"must be a date, not {type_name(value)}")
     return value
 
 
@@ -182,13 +242,37 @@ LocalDate = Annotated[
     ),
 ]
 
-Count = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
-PortfolioId = Annotated[int, Field(ge=-(2**63), le=2**63 - 1, strict=True)]
+
+@dataclass(frozen=True)
+class _WholeNumber:
+    """Pydantic marker: an integer within bounds; from Python anything of numbers.Integral but a boolean."""
+
+    lowest: int
+    highest: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        within = core_schema.int_schema(ge=self.lowest, le=self.highest, strict=True)
+        return core_schema.json_or_python_schema(
+            within, core_schema.no_info_before_validator_function(_whole_from_python, within)
+        )
+
+
+def _whole_from_python(value: Any) -> int:
+    if type(value) is int:
+        return value
+    number = plain_number(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+    if not isinstance(number, int):
+        raise refuse(f"must be an integer, not {type_name(value)}")
+    return number
+
+
+Count = Annotated[int, _WholeNumber(0, 2**31 - 1)]
+PortfolioId = Annotated[int, _WholeNumber(-(2**63), 2**63 - 1)]
 
 
 def _uuid_from_python(value: Any) -> UUID:
     if not isinstance(value, UUID):
-        raise refuse(f"must be a UUID, not {type(value).__name__}")
+        raise refuse(f"must be a UUID, not {type_name(value)}")
     return value
 
 

@@ -21,6 +21,7 @@ from redis import Redis
 from producers.entries import Accepted, OutboxStatus, State
 from producers.errors import EventRejected, InvalidEvent, ProducerClosed, SettingsError
 from producers.events import Payload, PortfolioSnapshot, SignalArchive, SourceName
+from producers.fields import type_name
 from producers.outbox import Outbox
 from producers.redis_url import place_of
 from producers.relay import STOP_SECONDS, Relay
@@ -117,7 +118,7 @@ class HistoryProducer:
         payloads = list(events)
         for payload in payloads:
             if not isinstance(payload, (PortfolioSnapshot, SignalArchive)):
-                raise InvalidEvent(f"event: must be a PortfolioSnapshot or SignalArchive, not {type(payload).__name__}")
+                raise InvalidEvent(f"event: must be a PortfolioSnapshot or SignalArchive, not {type_name(payload)}")
         accepted = self._outbox.append(self._name, payloads, self._recorder)
         self._run_relay()
         return [Receipt(one.event_id, one.source, one.sequence, one, self) for one in accepted]

@@ -21,7 +21,7 @@ _BLOCK_BYTES = 2**18
 _MOST_CHARACTERS = 2 * MAX_EVENT_BYTES  # of one entry; what is longer is no event, however much of it is blanks
 _TORN_CHARACTERS = 8192  # an error further from the end of what was read is no matter of where the reading stopped
 _BLANKS = " \t\n\r"
-_LITERALS = ("true", "false", "null", "-Infinity", "NaN")
+_LITERALS = ("true", "false", "null", "Infinity", "-Infinity", "NaN")
 _OPEN_STRING, _OPEN_ESCAPE = "Unterminated string", "Invalid \\uXXXX escape"
 _MOST_DIGITS = 4000  # beyond 4300 Python refuses to make an int
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import sys
 from decimal import Decimal
+from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from producers.fields import readable, refuse
+from producers.fields import exact_decimal, plain_number, readable, refuse, type_name
 
 MAX_NESTING = 50
 MAX_SIGNALS = 20_000  # of 400 bytes each they fill the largest event
-_NUMBERS = (int, float, Decimal)  # int | float | Decimal is made anew each time that it is evaluated
+# int | float | Decimal is made anew each time that it is evaluated.
+_NUMBERS = (int, float, Decimal)
+_CONTAINERS = (dict, list)
 _MAX_FLOAT = sys.float_info.max
 _MAX_DECIMAL = Decimal(repr(_MAX_FLOAT))
 # PostgreSQL's numeric, which JSONB uses, keeps at most 16383 digits after the point.
@@ -24,18 +27,23 @@ _UNSTORABLE_CHARACTER = re.compile("[\0\ud800-\udfff]")
 
 # A path into a document, innermost step first: (step, rest). Made into text only for a message, since a document
 # may have a hundred thousand leaves below one long key.
-_Path = tuple[Any, ...]
+Path = tuple[Any, ...]
 
 
-def _refuse_at(path: _Path, reason: str) -> PydanticCustomError:
+def path_text(path: Path) -> str:
+    """`path` for a message, outermost step first: `0.prices.yes`."""
     steps = []
     while path:
         step, path = path
         steps.append(readable(str(step), 60))
-    return refuse(f"{readable('.'.join(reversed(steps)), 200)}: {reason}")
+    return readable(".".join(reversed(steps)), 200)
 
 
-def _storable_number(value: int | float | Decimal, path: _Path) -> None:
+def _refuse_at(path: Path, reason: str) -> PydanticCustomError:
+    return refuse(f"{path_text(path)}: {reason}")
+
+
+def _storable_number(value: int | float | Decimal, path: Path) -> None:
     if not isinstance(value, Decimal):
         within = -_MAX_FLOAT <= value <= _MAX_FLOAT  # False for NaN as well
     elif value.is_finite():
@@ -49,8 +57,11 @@ def _storable_number(value: int | float | Decimal, path: _Path) -> None:
         raise _refuse_at(path, "must be finite and within ±1.8e308")
 
 
-def _storable(value: Any, path: _Path, depth: int = 0) -> None:
-    """Raise unless `value` is JSON that JSONB holds without loss; `path` leads to it in messages."""
+def _storable(value: Any, path: Path, foreign: list[Any], depth: int = 0) -> None:
+    """Raise unless `value` is JSON that JSONB holds without loss; `path` leads to it in messages.
+
+    Numbers and booleans of other types than Python's own, such as NumPy's, go into `foreign`.
+    """
     if isinstance(value, str):
         if _UNSTORABLE_CHARACTER.search(value):
             raise _refuse_at(path, "contains a NUL character or a lone surrogate")
@@ -58,32 +69,61 @@ def _storable(value: Any, path: _Path, depth: int = 0) -> None:
         pass
     elif isinstance(value, _NUMBERS):
         _storable_number(value, path)
+    elif not isinstance(value, _CONTAINERS):
+        foreign.append(_of_pythons_own(value, path))
     elif depth >= MAX_NESTING:
         raise _refuse_at(path, f"is nested deeper than {MAX_NESTING} levels")
     elif isinstance(value, dict):
         _storable_keys(value, path)
         for key, item in value.items():
-            _storable(item, (key, path), depth + 1)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _storable(item, (index, path), depth + 1)
+            _storable(item, (key, path), foreign, depth + 1)
     else:
-        raise _refuse_at(path, f"is of type {type(value).__name__}, which JSON does not have")
+        for index, item in enumerate(value):
+            _storable(item, (index, path), foreign, depth + 1)
 
 
-def _storable_keys(document: dict[Any, Any], path: _Path) -> None:
+def _of_pythons_own(value: Any, path: Path) -> Any:
+    """A number or boolean of another type, such as NumPy's, as Python's own of the same value."""
+    # NumPy's boolean is registered with no abstract class; before 2.0 its name was bool_.
+    if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    number = plain_number(value)
+    if number is None:
+        raise _refuse_at(path, f"is of type {type_name(value)}, which JSON does not have")
+    if isinstance(number, Fraction):
+        number = exact_decimal(number)
+        if number is None:
+            raise _refuse_at(path, "is a fraction that no decimal equals: round it")
+    _storable_number(number, path)
+    return number
+
+
+def _without_foreign(value: Any) -> Any:
+    """A copy of what is storable: the caller's own is left as it is."""
+    if isinstance(value, dict):
+        return {key: _without_foreign(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_foreign(item) for item in value]
+    return value if value is None or isinstance(value, (str, *_NUMBERS)) else _of_pythons_own(value, ())
+
+
+def _storable_keys(document: dict[Any, Any], path: Path) -> None:
     for key in document:
         if not isinstance(key, str):
-            raise _refuse_at(path, f"has a key that is not text but {type(key).__name__}")
+            raise _refuse_at(path, f"has a key that is not text but {type_name(key)}")
         if _UNSTORABLE_CHARACTER.search(key):
             raise _refuse_at(path, "a key contains a NUL character or a lone surrogate")
 
 
 def storable_signals(signals: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Raises PydanticCustomError, its message beginning with the path below the list."""
+    """The signals, or a copy of them if numbers or booleans had to become Python's own.
+
+    Raises PydanticCustomError, its message beginning with the path below the list.
+    """
+    foreign: list[Any] = []
     for index, signal in enumerate(signals):
-        _storable(signal, (index, ()))
-    return signals
+        _storable(signal, (index, ()), foreign)
+    return _without_foreign(signals) if foreign else signals
 
 
 def _storable_from_python(signals: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:

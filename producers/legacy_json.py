@@ -6,14 +6,16 @@ import os
 from collections.abc import Iterator, Mapping
 from datetime import date, datetime, tzinfo
 from decimal import Decimal
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import simplejson
 
+from producers import json_values
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
-from producers.fields import NUMBER, money_text
+from producers.fields import NUMBER, money_text, type_name
 from producers.times import read_back, wall_clock, with_fixed_offset
 
 SNAPSHOTS_FILE = "portfolio_history.json"
@@ -48,9 +50,11 @@ def snapshot_from(
     the first would lie before it. One that does not exist is read with the offset that was valid before the gap.
 
     Raises:
-        InvalidEvent: a field is missing or wrong; the message names it.
+        InvalidEvent: a field is missing or wrong, or has NaN or Infinity in it, be its name known or not; the message
+            names it.
     """
     entry = _object(data)
+    _refuse_nan(entry)
     moment = _moment(entry, "timestamp", zone, after)
     return PortfolioSnapshot.checked(
         snapshot_date=_day(entry, moment),
@@ -70,11 +74,38 @@ def archive_from(
 ) -> SignalArchive:
     """The event of one entry of a signals_archive_*.json, in the same way; the array decides how many signals."""
     entry = _object(data)
+    signals = _signals_key(entry)
+    _refuse_nan({name: value for name, value in entry.items() if name != signals})
     return SignalArchive.checked(
         archived_at=_moment(entry, "archived_at", zone, after),
-        signals=_given(entry, "signals_data" if "signals" not in entry and "signals_data" in entry else "signals"),
+        signals=_given(entry, signals),
         portfolio_id=_portfolio(entry, portfolio_id),
     )
+
+
+def null_for_nan(data: Any) -> tuple[Any, int]:
+    """An archive's entry with null for each NaN and Infinity in its signals, and how many there were.
+
+    The entry itself is left as it is, and so is everything of it that is no signal.
+    """
+    key = _signals_key(data) if isinstance(data, dict) else ""
+    signals = data[key] if key and key in data else None
+    if not isinstance(signals, list):
+        return data, 0
+    found: list[float] = []
+    nulled = [_null_for_nan(signal, found) if isinstance(signal, dict) else signal for signal in signals]
+    return (data | {key: nulled}, len(found)) if found else (data, 0)
+
+
+def _null_for_nan(value: Any, found: list[float], depth: int = 0) -> Any:
+    if isinstance(value, float) and not isfinite(value):
+        found.append(value)
+        return None
+    if isinstance(value, dict | list) and depth < json_values.MAX_NESTING:  # what is deeper is refused
+        if isinstance(value, dict):
+            return {key: _null_for_nan(item, found, depth + 1) for key, item in value.items()}
+        return [_null_for_nan(item, found, depth + 1) for item in value]
+    return value
 
 
 def notes_on(data: Mapping[str, Any], event: PortfolioSnapshot | SignalArchive) -> Iterator[str]:
@@ -91,10 +122,27 @@ def notes_on(data: Mapping[str, Any], event: PortfolioSnapshot | SignalArchive) 
         yield "archive_month is not the month of archived_at, and was corrected"
 
 
-def _object(data: Any) -> Mapping[str, Any]:
+def _object(data: Any) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise InvalidEvent.at("entry", f"must be an object, not {type(data).__name__}")
+        raise InvalidEvent.at("entry", f"must be an object, not {type_name(data)}")
     return data
+
+
+def _signals_key(entry: Mapping[str, Any]) -> str:
+    return "signals_data" if "signals" not in entry and "signals_data" in entry else "signals"
+
+
+def _refuse_nan(members: dict[str, Any]) -> None:
+    """Raise for the first NaN or Infinity, at any depth; without recursion, and with paths that share their steps."""
+    left: list[tuple[Any, json_values.Path]] = [(members, ())]
+    while left:
+        value, path = left.pop()
+        if isinstance(value, float) and not isfinite(value):
+            raise InvalidEvent.at(json_values.path_text(path), "must be finite, not NaN or Infinity")
+        if isinstance(value, dict):
+            left += [(item, (key, path)) for key, item in reversed(value.items())]
+        elif isinstance(value, list):
+            left += [(item, (index, path)) for index, item in reversed(list(enumerate(value)))]
 
 
 def _given(entry: Mapping[str, Any], field: str) -> Any:
@@ -144,7 +192,7 @@ def _portfolio(entry: Mapping[str, Any], portfolio_id: int | None) -> int | None
 def _moment(entry: Mapping[str, Any], field: str, zone: tzinfo | None, after: datetime | None) -> datetime:
     value = _given(entry, field)
     if not isinstance(value, str):
-        raise InvalidEvent.at(field, f"must be a time, not {type(value).__name__}")
+        raise InvalidEvent.at(field, f"must be a time, not {type_name(value)}")
     try:
         moment = datetime.fromisoformat(value.strip())
     except ValueError:
@@ -158,7 +206,7 @@ def _day(entry: Mapping[str, Any], moment: datetime) -> Any:
     if day is None:
         return moment.date()
     if not isinstance(day, str):
-        raise InvalidEvent.at(field, f"must be a date, not {type(day).__name__}")
+        raise InvalidEvent.at(field, f"must be a date, not {type_name(day)}")
     try:
         return date.fromisoformat(day.strip())
     except ValueError:

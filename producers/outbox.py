@@ -14,10 +14,11 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, Self, TypeVar
 from uuid import UUID, uuid4
 
 from producers.entries import Accepted, Entry, EntryHead, Fate, Numbered, OutboxStatus, Settled, Source, source_of
@@ -26,10 +27,13 @@ from producers.events import Payload, encode, event_of
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
 from producers.outbox_identity import OutboxIdentity
-from producers.outbox_rescue import Rescue, carry_over
+from producers.outbox_rescue import Rescue, carry_over, copy_out
 from producers.outbox_schema import ensure_tables
 from producers.outcomes import Acknowledgement
 from producers.relay_lock import RelayLock
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +76,8 @@ _MARK_SENT = (
     "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ? AND state = 'pending'"
 )
 _POSTPONE = "UPDATE entries SET checks = checks + 1, check_at = ? WHERE position = ? AND state = 'sent'"
-_CHECK_NOW = "UPDATE entries SET check_at = 0 WHERE state = 'sent' AND position <= ?"
+# What this look counts as another one is taken off before: the next one must not be put off by it.
+_CHECK_NOW = "UPDATE entries SET check_at = 0, checks = max(checks - 1, 0) WHERE state = 'sent' AND position <= ?"
 
 # A late acknowledgement of an earlier delivery must not undo what is known already, with one exception: what was
 # rejected and then requeued by an operator can still be stored. The event's id is compared for entries without a nonce.
@@ -123,6 +128,13 @@ UNION ALL SELECT 'settled', count(*), NULL FROM entries WHERE state IN ('stored'
 """
 
 
+class Position(NamedTuple):
+    """The place of an entry, in the order of recording, in the file that was at the path then."""
+
+    number: int
+    generation: int
+
+
 def _one_batch(rows: Iterable[Sequence[Any]]) -> list[Entry]:
     """Those before _BATCH_BYTES are exceeded, the first one in any case; the rows behind them are not read."""
     entries: list[Entry] = []
@@ -134,6 +146,18 @@ def _one_batch(rows: Iterable[Sequence[Any]]) -> list[Entry]:
             break
         entries.append(entry)
     return entries
+
+
+def _once_more_after_repair(method: Callable[Concatenate[Outbox, P], T]) -> Callable[Concatenate[Outbox, P], T]:
+    """When the method meets damage, the file is set aside, and the method is called once more, on a new one."""
+
+    @wraps(method)
+    def repaired(self: Outbox, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self.repaired():
+            return method(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return repaired
 
 
 class Outbox:
@@ -149,19 +173,31 @@ class Outbox:
 
     def __init__(self, path: Path | str, *, max_bytes: int = MAX_BYTES, repair: bool = False) -> None:
         self._file = OutboxFile(
-            Path(path), max_bytes, prepare=lambda db: ensure_tables(db, self.path), carry_over=carry_over
+            Path(path),
+            max_bytes,
+            prepare=lambda db: ensure_tables(db, self.path),
+            copy_out=copy_out,
+            carry_over=carry_over,
         )
         self.path = self._file.path
         self._repair = repair
-        self._clock = OutboxClock()
+        self._clock = OutboxClock(lambda: self._file.generation)
         self.identity = OutboxIdentity(self._file, self._clock)
         self.rescue = Rescue(self._file)
         try:
-            with self.repaired(), self._file.reading():
-                pass
+            with self.repaired():
+                self._open()
         except OutboxError:
             self.close()
             raise
+
+    def _open(self) -> None:
+        with self._file.reading() as db:
+            is_of_this_boot = self._clock.is_of_this_boot(db)
+        if self._repair and not is_of_this_boot:
+            # Before another process reads it: the wall clock may be set meanwhile, and both would go on differently.
+            with self._file.transaction(durable=False) as db:
+                self._clock.keep(db)
 
     @property
     def generation(self) -> int:
@@ -190,16 +226,12 @@ class Outbox:
                     aside,
                 )
 
+    @_once_more_after_repair
     def append(self, name: str, payloads: Sequence[Payload], recorder: int = 0) -> list[Accepted]:
         """Record all of `payloads` in one durable commit, or none; the order is the order of sequences.
 
         `recorder` is a number that the caller finds its own entries by.
         """
-        with self.repaired():
-            return self._append(name, payloads, recorder)
-        return self._append(name, payloads, recorder)
-
-    def _append(self, name: str, payloads: Sequence[Payload], recorder: int) -> list[Accepted]:
         accepted = []
         random = os.urandom(8 * len(payloads)).hex()
         with self._file.transaction() as db:
@@ -259,10 +291,11 @@ class Outbox:
             db.executemany(statement, [(now + seconds, position) for position, seconds in check_after.items()])
             self._clock.keep(db)
 
-    def check_now(self, until: int) -> None:
+    @_once_more_after_repair
+    def check_now(self, until: Position) -> None:
         """All that is under way up to this position is overdue at once."""
         with self._file.transaction(durable=False) as db:
-            db.execute(_CHECK_NOW, (until,))
+            db.execute(_CHECK_NOW, (self._until(until),))
 
     def awaiting(self, state: Literal["sent", "rejected"]) -> list[tuple[str, str, int]]:
         """(id, name, number of its resends) of each source that has entries in this state."""
@@ -300,6 +333,7 @@ class Outbox:
             self._clock.keep(db)
         return done
 
+    @_once_more_after_repair
     def resend(self, since: float) -> int:
         """Make settled entries recorded since then (seconds since the epoch) pending again; returns how many."""
         with self._file.transaction() as db:
@@ -319,13 +353,16 @@ class Outbox:
                 settled_before = math.inf
             return db.execute(_PRUNE, (settled_before, _PRUNE_ENTRIES)).rowcount
 
+    @_once_more_after_repair
     def fate(self, accepted: Accepted) -> Fate:
         """What is known of one entry. Raises OutboxError when it was settled so long ago that it is no longer kept."""
         with self._file.reading() as db:
             row = db.execute(_FATE, (accepted.source_id, accepted.sequence, accepted.nonce)).fetchone()
-        if row is None:
-            raise OutboxError(f"outbox {self.path}: entry {accepted.sequence} is no longer kept")
-        return Fate(*row)
+        if row is not None:
+            return Fate(*row)
+        if self.rescue.damaged_files():  # the entry may be in one of them, and is carried over in a moment
+            return Fate("pending", None, None)
+        raise OutboxError(f"outbox {self.path}: entry {accepted.sequence} is no longer kept")
 
     def has(self, delivery: tuple[str, int, str] | None) -> bool:
         """Whether the entry of this source id, number and nonce is kept here."""
@@ -338,23 +375,37 @@ class Outbox:
             row = db.execute(_FATE, delivery).fetchone() if delivery else None
             return row is not None and row[0] in ("stored", "rejected")
 
-    def last_position(self) -> int:
-        """Of the entry that was recorded last; 0 when there is none."""
+    @_once_more_after_repair
+    def last_position(self) -> Position:
+        """Of the entry that was recorded last."""
         with self._file.reading() as db:
-            return db.execute("SELECT max(position) FROM entries").fetchone()[0] or 0
+            (position,) = db.execute("SELECT max(position) FROM entries").fetchone()
+            return Position(position or 0, self.generation)
 
-    def pending_count(self, until: int | None = None) -> int:
-        """How many are not handed to Redis yet, of those up to this position."""
+    @_once_more_after_repair
+    def pending_count(self, until: Position | None = None) -> int:
+        """How many are not handed to Redis yet, of those up to this position.
+
+        A damaged file that was set aside counts as one entry until what can be read in it is here.
+        """
         with self._file.reading() as db:
             query = "SELECT count(*) FROM entries WHERE state = 'pending' AND position <= ?"
-            return int(db.execute(query, (2**62 if until is None else until,)).fetchone()[0])
+            (count,) = db.execute(query, (self._until(until),)).fetchone()
+        return int(count) + len(self.rescue.damaged_files())
 
-    def unsettled_count(self, *, recorder: int | None = None, until: int | None = None) -> int:
-        """How many are pending or sent, of one recorder, of those up to this position."""
+    @_once_more_after_repair
+    def unsettled_count(self, *, recorder: int | None = None, until: Position | None = None) -> int:
+        """How many are pending or sent, of one recorder, of those up to this position; damaged files as above."""
         with self._file.reading() as db:
-            (count,) = db.execute(_UNSETTLED_COUNT, {"recorder": recorder, "until": until}).fetchone()
-            return int(count)
+            asked = {"recorder": recorder, "until": self._until(until)}
+            (count,) = db.execute(_UNSETTLED_COUNT, asked).fetchone()
+        return int(count) + len(self.rescue.damaged_files())
 
+    def _until(self, position: Position | None) -> int:
+        """All there are if another file is at the path since: entries have other positions there."""
+        return 2**62 if position is None or position.generation != self.generation else position.number
+
+    @_once_more_after_repair
     def status(self) -> OutboxStatus:
         with self._file.reading() as db:
             now = self._clock.now(db)

@@ -25,34 +25,41 @@ _BUSY_TIMEOUT_SECONDS = 5.0
 _BUSY_PAUSE_SECONDS = 0.005
 _OPEN_TRIES = 5
 DAMAGED = ".damaged-"
+TAKEN_OUT = ".taken-out-"
+_BESIDE = ("-wal", "-shm")  # SQLite's own files: the log of what is not yet in the file, and an index of that
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _CHECK_STEPS = 10_000  # of SQLite's virtual machine, between two looks at the clock
 
 Prepare = Callable[[sqlite3.Connection], None]
-CarryOver = Callable[[sqlite3.Connection, sqlite3.Connection], int]
+CarryOver = Callable[[sqlite3.Connection], int]
 
 
 class OutboxFile:
     """The file at `path`, made with its folders when it is first used. It holds at most `max_bytes`.
 
-    `prepare` makes the tables in a file that was just opened. `carry_over` copies, from a file that no path leads to
-    any more into the one at the path, in a transaction of the latter, and returns how many entries.
+    `prepare` makes the tables in a file that was just opened. When no path leads to the open file any more, `copy_out`
+    copies what is of use in it into the attached database `taken_out`, and `carry_over` from there into the file at the
+    path, in its transaction; it returns how many entries it has carried.
 
     Raises:
         OutboxDamaged: from every method, when the content of the file cannot be read.
         OutboxError: from every method, when the file cannot be read or written.
     """
 
-    def __init__(self, path: Path, max_bytes: int, *, prepare: Prepare, carry_over: CarryOver) -> None:
+    def __init__(
+        self, path: Path, max_bytes: int, *, prepare: Prepare, copy_out: Prepare, carry_over: CarryOver
+    ) -> None:
         # A program may change its working folder, and the outbox must not change with it.
         self.path = path.absolute()
         self.lock = threading.Lock()
         self.generation = 0  # how often another file was found at the path
         self._max_bytes = max_bytes
         self._prepare = prepare
+        self._copy_out = copy_out
         self._carry_over = carry_over
         self._connections: dict[str, sqlite3.Connection] = {}  # by synchronous mode
         self._identity: tuple[int, int] | None = None  # of the file that they have open
+        self._beside: list[tuple[int, int] | None] = []  # of SQLite's files that belong to it
         close_before_fork(self)
 
     @property
@@ -113,22 +120,38 @@ class OutboxFile:
 
         Returns its new path, or None when another process has done so already.
         """
-        with self.lock:
-            identity = self._identity or _identity_of(self.path)
-            self.close_connections()
+        with self.lock, self._translated():
+            identity = self._damaged_at_path()
             real = self.real_path
-            with _alone_in(real.parent):
+            with _os_errors(self.path), _alone_in(real.parent):
                 if identity is None or _identity_of(self.path) != identity:
                     return None
                 aside = _free_name(real.with_name(f"{real.name}{DAMAGED}{identity[1]}"))
                 # The log of what was not yet written into the file goes first: without it, the file at the path is
                 # still found damaged, and the next one to set it aside brings both together.
                 for end in ("-wal", ""):
-                    if real.with_name(real.name + end).exists():
-                        real.with_name(real.name + end).rename(aside.with_name(aside.name + end))
-                real.with_name(real.name + "-shm").unlink(missing_ok=True)
+                    if self._companion(end).exists():
+                        self._companion(end).rename(aside.with_name(aside.name + end))
+                self._companion("-shm").unlink(missing_ok=True)
                 self.generation += 1
                 return aside
+
+    def _damaged_at_path(self) -> tuple[int, int] | None:
+        """Which file at the path is damaged, after this one has met damage; None when another process was first."""
+        found = _identity_of(self.path)
+        if self._connections and found == self._identity:
+            self.close_connections()
+            return found
+        # Either the file that was opened just now, or the open one, which is not at the path any more.
+        try:
+            self._opened("FULL")[0].close()
+        except sqlite3.Error as error:
+            if not _is_damage(error):
+                raise
+            return found  # what the open one holds is carried over as soon as there is a new file
+        self.close_connections()
+        self.generation += 1
+        return None
 
     def close(self) -> None:
         """A closed file is opened again when it is used again."""
@@ -137,9 +160,10 @@ class OutboxFile:
 
     def close_connections(self) -> None:
         """For who holds `lock`."""
-        if self._connections and not self._is_at_path():
+        if self._connections:
             try:
-                self._go_on_at_path()
+                if not self._is_at_path():
+                    self._go_on_at_path()
             except (OutboxError, sqlite3.Error, OSError) as error:
                 logger.error("outbox %s was removed, and its entries could not be carried over: %s", self.path, error)
         while self._connections:
@@ -167,21 +191,28 @@ class OutboxFile:
                 self._go_on_at_path()
                 return self._connection(durable=durable)
             self._connections[mode], self._identity = connection, identity
+            self._beside = [_identity_of(file) for file in self._files_beside()]
         return self._connections[mode]
 
     def _go_on_at_path(self) -> None:
         """Carry what the open file still holds into the file at the path, and have that one open instead."""
-        new, identity = self._opened("FULL")
+        # First out of the old file, then into the new one: SQLite's own files beside them have the same names, and what
+        # is read of one while the other is open may be mixed up.
+        taken_out = self._take_out()
+        new: sqlite3.Connection | None = None
         try:
-            source = next(iter(self._connections.values()))
-            new.execute("BEGIN IMMEDIATE")
-            carried = self._carry_over(source, new)
-            new.execute("COMMIT")
+            self._remove_own_files_beside()
+            new, identity = self._opened("FULL")
+            carried = 0 if taken_out is None else self._put_in(new, taken_out)
         except BaseException:
-            new.close()
+            if new is not None:
+                new.close()
             raise
-        before, self._connections = self._connections, {"FULL": new}
-        self._identity = identity
+        finally:
+            if taken_out is not None:
+                taken_out.unlink(missing_ok=True)
+        before, self._connections, self._identity = self._connections, {"FULL": new}, identity
+        self._beside = [_identity_of(file) for file in self._files_beside()]
         self.generation += 1
         for connection in before.values():
             connection.close()
@@ -191,6 +222,42 @@ class OutboxFile:
             self.path,
             carried,
         )
+
+    def _take_out(self) -> Path | None:
+        """Copy what the open file still holds into a file of its own; None when it cannot be read any more.
+
+        Should this process die before the content is in an outbox again, the next relay finds the file.
+        """
+        self._make_folder()
+        file = self._companion(f"{TAKEN_OUT}{os.getpid()}")
+        file.unlink(missing_ok=True)
+        connection = next(iter(self._connections.values()))
+        connection.execute("ATTACH ? AS taken_out", (str(file),))
+        try:
+            self._copy_out(connection)
+        except sqlite3.Error as error:
+            if not _is_damage(error):
+                raise
+            logger.error("outbox %s was removed, and what it still held cannot be read: %s", self.path, error)
+            return None
+        finally:
+            connection.execute("DETACH taken_out")
+        return file
+
+    def _put_in(self, connection: sqlite3.Connection, taken_out: Path) -> int:
+        connection.execute("ATTACH ? AS taken_out", (str(taken_out),))
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            carried = self._carry_over(connection)
+            connection.execute("COMMIT")
+            return carried
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            connection.execute("DETACH taken_out")
+
+    def _companion(self, end: str) -> Path:
+        return self.real_path.with_name(self.real_path.name + end)
 
     def _opened(self, mode: str) -> tuple[sqlite3.Connection, tuple[int, int]]:
         """A new connection with its tables made, and which file it has open."""
@@ -203,11 +270,35 @@ class OutboxFile:
             connection.close()
         raise OutboxError(f"outbox {self.path}: is replaced again and again while it is opened")
 
-    def _connected(self, mode: str) -> sqlite3.Connection:
-        try:
+    def _files_beside(self) -> list[Path]:
+        return [self._companion(end) for end in _BESIDE]
+
+    def _remove_own_files_beside(self) -> None:
+        """If the open file alone was removed: SQLite would take its log for one of the file that is at the path now.
+
+        The connections that have these files open, here and in other processes, keep them.
+        """
+        for file, own in zip(self._files_beside(), self._beside, strict=True):
+            if own is not None and _identity_of(file) == own:
+                file.unlink(missing_ok=True)
+
+    def _make_file(self) -> None:
+        """An empty one, if there is none. What SQLite left beside an earlier one is not its."""
+        if _identity_of(self.path) is not None:
+            return
+        self._make_folder()
+        with _os_errors(self.path), _alone_in(self.real_path.parent):
+            if _identity_of(self.path) is None:
+                for file in self._files_beside():
+                    file.unlink(missing_ok=True)
+                self.real_path.touch(0o644)
+
+    def _make_folder(self) -> None:
+        with _os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutboxError(f"outbox {self.path}: {error.strerror or error}") from error
+
+    def _connected(self, mode: str) -> sqlite3.Connection:
+        self._make_file()
         connection = sqlite3.connect(
             self.path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -230,13 +321,9 @@ class OutboxFile:
             try:
                 yield
             except sqlite3.Error as error:
-                # What Python's module itself raises has no code, such as for text that is no UTF-8.
-                code = getattr(error, "sqlite_errorcode", None)
-                if code is None and "UTF-8" not in str(error):
-                    raise
-                if code is None or code & 0xFF in _DAMAGE:
+                if _is_damage(error):
                     raise OutboxDamaged(f"outbox {self.path}: {error}") from error
-                if code != sqlite3.SQLITE_FULL:
+                if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
                     raise
                 raise OutboxError(
                     f"outbox {self.path} is full: its disk, or its limit of {self._max_bytes // 2**20} MiB;"
@@ -244,15 +331,29 @@ class OutboxFile:
                 ) from error
 
 
+def _is_damage(error: sqlite3.Error) -> bool:
+    # What Python's module itself raises has no code, such as for text that is no UTF-8.
+    code = getattr(error, "sqlite_errorcode", None)
+    return "UTF-8" in str(error) if code is None else code & 0xFF in _DAMAGE
+
+
 def _identity_of(path: Path) -> tuple[int, int] | None:
     """Device and number of the file that the path leads to; None when there is none."""
+    with _os_errors(path):
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    """The system's errors as OutboxError, which names the file."""
     try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        yield
     except OSError as error:
         raise OutboxError(f"outbox {path}: {error.strerror or error}") from error
-    return found.st_dev, found.st_ino
 
 
 @contextmanager

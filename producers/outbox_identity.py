@@ -73,6 +73,7 @@ class OutboxIdentity:
         """The heartbeat of the relay process of this name."""
         with self._file.transaction(durable=False) as db:
             db.execute("UPDATE outbox SET relay = ?, relay_at = ?", (relay, self._clock.now(db)))
+            self._clock.keep(db)
 
     def forget_relay(self, relay: str) -> None:
         """This relay process no longer relays; nothing changes when another one was announced since."""

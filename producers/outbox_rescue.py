@@ -9,16 +9,17 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
 import re
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from producers.outbox_file import DAMAGED, OutboxFile
+from producers.outbox_file import DAMAGED, TAKEN_OUT, OutboxFile
 from producers.sqlite_salvage import readable_records
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,15 @@ _MOST_LOST_RANGES = 1000
 _INSERT_PAGE = 500
 _SALVAGED = ".salvaged-"
 
-_INSERT = f"""
-INSERT OR IGNORE INTO entries ({", ".join(_COLUMNS)}) VALUES ({", ".join(f":{name}" for name in _COLUMNS)})
+# In the order of the columns: a file that is left behind is salvaged like a damaged one.
+_COPY_OUT = (
+    "CREATE TABLE taken_out.outbox AS SELECT * FROM main.outbox",
+    "CREATE TABLE taken_out.sources AS SELECT * FROM main.sources",
+    "CREATE TABLE taken_out.entries AS SELECT * FROM main.entries WHERE state IN ('pending', 'sent') ORDER BY position",
+)
+_CARRY_OVER = f"""
+INSERT OR IGNORE INTO main.entries ({", ".join(_COLUMNS)})
+SELECT {", ".join(_COLUMNS)} FROM taken_out.entries ORDER BY position
 """  # noqa: S608  # constants
 # A page that was freed may have an old version of a row. Sending an entry once more than needed costs nothing.
 _INSERT_SALVAGED = f"""
@@ -45,7 +53,6 @@ ON CONFLICT (source_id, sequence, nonce) DO UPDATE
     SET state = 'pending', checks = 0, check_at = NULL, settled_at = NULL, row_id = NULL, reason = NULL
     WHERE entries.state IN ('stored', 'rejected') AND excluded.state IN ('pending', 'sent')
 """  # noqa: S608  # constants
-_UNSETTLED = f"SELECT {', '.join(_COLUMNS)} FROM entries WHERE state IN ('pending', 'sent') ORDER BY position"  # noqa: S608  # constants
 
 # A source goes on here, unless its name has another current one here.
 _CONTINUE_SOURCE = """
@@ -62,13 +69,19 @@ UPDATE outbox SET token = ?, next_token = ?, redis = ?, queue = ? WHERE NOT EXIS
 """
 
 
-def carry_over(source: sqlite3.Connection, target: sqlite3.Connection) -> int:
-    """Copy sources and unsettled entries, in the caller's transaction; returns how many entries are new."""
-    target.execute(_CONTINUE_IDENTITY, source.execute("SELECT token, next_token, redis, queue FROM outbox").fetchone())
-    for row in source.execute(f"SELECT {', '.join(_SOURCE_COLUMNS)} FROM sources").fetchall():  # noqa: S608  # constants
-        target.execute(_CONTINUE_SOURCE, dict(zip(_SOURCE_COLUMNS, row, strict=True)))
-    rows = (dict(zip(_COLUMNS, row, strict=True)) for row in source.execute(_UNSETTLED))
-    return target.executemany(_INSERT, rows).rowcount
+def copy_out(db: sqlite3.Connection) -> None:
+    """Copy the identity, the sources and the unsettled entries into the attached database `taken_out`."""
+    for statement in _COPY_OUT:
+        db.execute(statement)
+
+
+def carry_over(db: sqlite3.Connection) -> int:
+    """Copy what `copy_out` has copied into this outbox, in the caller's transaction; how many entries are new."""
+    identity = db.execute("SELECT token, next_token, redis, queue FROM taken_out.outbox").fetchone()
+    db.execute(_CONTINUE_IDENTITY, identity)
+    for row in db.execute(f"SELECT {', '.join(_SOURCE_COLUMNS)} FROM taken_out.sources").fetchall():  # noqa: S608  # constants
+        db.execute(_CONTINUE_SOURCE, dict(zip(_SOURCE_COLUMNS, row, strict=True)))
+    return db.execute(_CARRY_OVER).rowcount
 
 
 _LOSE = "INSERT INTO losses (source_id, first, last, file) VALUES (?, ?, ?, ?)"
@@ -104,8 +117,8 @@ class Rescue:
         self._file = file
 
     def damaged_files(self) -> list[Path]:
-        """Files that were set aside, and not salvaged yet."""
-        return self._aside(DAMAGED)
+        """Files that were set aside, and not salvaged yet; and what a process had taken out of one before it died."""
+        return self._aside(DAMAGED) + [file for file in self._aside(TAKEN_OUT) if not _is_in_use(file)]
 
     def salvaged_files(self) -> list[Path]:
         """Files that were set aside, and whose readable entries are in this outbox."""
@@ -132,7 +145,9 @@ class Rescue:
         logger.error("%s", found.summary())
         for end in ("", "-wal"):  # the file first: without it, the log would not be looked for again
             part = file.with_name(file.name + end)
-            if DAMAGED in part.name and part.exists():
+            if TAKEN_OUT in part.name:
+                part.unlink(missing_ok=True)
+            elif DAMAGED in part.name and part.exists():
                 part.rename(part.with_name(part.name.replace(DAMAGED, _SALVAGED)))
         return found
 
@@ -147,6 +162,17 @@ class Rescue:
             for source, first, last in db.execute(query):
                 found.setdefault(source, []).append((first, last))
         return found
+
+
+def _is_in_use(taken_out: Path) -> bool:
+    """Whether the process that has made the file is alive."""
+    try:
+        os.kill(int(taken_out.name.rpartition("-")[2]), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _salvage(
@@ -172,8 +198,9 @@ def _salvage(
         with transaction() as db:
             found.entries += db.executemany(_INSERT_SALVAGED, entries).rowcount if entries else 0
         yield
+    name_then = file.name.replace(DAMAGED, _SALVAGED)
     with transaction() as db:
-        db.execute("DELETE FROM losses WHERE file = ?", (file.name,))
+        db.execute("DELETE FROM losses WHERE file = ?", (name_then,))
         for source_id, (name, last_known) in sources.items():
             have = sorted(numbers[source_id])
             last = max(last_known, *have[-1:], 0)
@@ -181,7 +208,7 @@ def _salvage(
             db.execute(_CONTINUE_SOURCE, source | {"left_at": None, "left_because": "damaged"})
             if unread := _gaps(have, last)[:_MOST_LOST_RANGES]:
                 found.unread[f"{name}/{source_id}"] = unread
-                db.executemany(_LOSE, [(source_id, first, end, file.name) for first, end in unread])
+                db.executemany(_LOSE, [(source_id, first, end, name_then) for first, end in unread])
     return found
 
 
@@ -207,9 +234,18 @@ def _entry_of(values: Sequence[Any]) -> dict[str, Any] | None:
     numbers = all(isinstance(row[name], int) for name in ("sequence", "recorder", "checks"))
     if not texts or not numbers or not _SOURCE_ID.fullmatch(row["source_id"]) or row["state"] not in _STATES:
         return None
-    if not isinstance(row["recorded_at"], int | float):
+    if not isinstance(row["recorded_at"], int | float) or not _is_intact(row):
         return None
     return row | {"state": _STATES[row["state"]]}
+
+
+def _is_intact(row: Mapping[str, Any]) -> bool:
+    """Whether the text is the event that the other columns name: a long one may have parts of another in it."""
+    try:
+        event = json.loads(row["event"])
+        return (event["id"], int(event["sequence"])) == (row["event_id"], row["sequence"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _source_of(values: Sequence[Any]) -> tuple[str, str, int] | None:

@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from redis import Redis, RedisError, WatchError
@@ -49,6 +50,7 @@ _LAST_BACKOFF_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
 _REJECTED_SECONDS = 5.0
 STOP_SECONDS = 0.5
+_ASK_TIME_SECONDS = 60.0
 _HEARTBEAT_SECONDS = 2.0
 _STANDS_BY_SECONDS = 1.0
 # An acknowledgement of an entry that was settled before: another copy of the outbox may still wait for it.
@@ -90,6 +92,8 @@ class Relay:
         self._doubtful = True
         self._failures = 0
         self._rejected_at = 0.0
+        self._ask_time_at = 0.0
+        self._redis_ahead = 0.0
         self._queued = 0  # length of the queue after the last send
         self.settled = threading.Condition()
 
@@ -158,6 +162,8 @@ class Relay:
             self._stands_by_since = self._stands_by_since or time.monotonic()
             return False
         self._stands_by_since = None
+        if not self._lock.held:
+            self._doubtful = True  # whether another one sends the same just now
         if not self._relaying:
             # Whichever relayed before may have sent what is not marked.
             self._relaying = self._doubtful = True
@@ -397,8 +403,16 @@ class Relay:
         if not entries:
             return
         with self._redis.pipeline(transaction=True) as pipe:
-            enqueue(pipe, self._queue, entries)
+            enqueue(pipe, self._queue, entries, self._redis_now())
             self._queued = pipe.execute()[-1]
+
+    def _redis_now(self) -> datetime:
+        """By Redis' clock, asked now and then: how long a job has waited is told by it, on whichever host."""
+        if time.monotonic() >= self._ask_time_at:
+            seconds, microseconds = self._redis.time()
+            self._redis_ahead = seconds + microseconds / 1e6 - time.monotonic()
+            self._ask_time_at = time.monotonic() + _ASK_TIME_SECONDS
+        return datetime.fromtimestamp(time.monotonic() + self._redis_ahead, UTC)
 
 
 def _log_rejection(source: str, one: Acknowledgement) -> None:

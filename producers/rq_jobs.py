@@ -37,10 +37,11 @@ TIMEOUT_SECONDS = 180  # RQ's default, for the stock worker, which ends a job th
 _COMPRESS_BYTES = 2048  # RQ reads both; below this, zlib costs more time than its bytes are worth
 
 
-def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry]) -> None:
+def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry], at: datetime | None = None) -> None:
     """Add to `pipe`: each entry as a new job at the tail of the queue, whatever a job of its id was before.
 
-    The last command's answer is the length of the queue.
+    `at` is now, by Redis' clock; without it this host's clock decides. The last command's answer is the length of the
+    queue.
     """
     job_ids = [entry.job_id for entry in entries]
     # An id that is queued and in a registry of ended jobs as well would be a riddle to whoever looks.
@@ -48,9 +49,9 @@ def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry]) -> None:
         pipe.zrem(registry.key_template.format(queue.name), *job_ids)
     pipe.delete(*map(Job.key_for, job_ids))
     pipe.sadd(Queue.redis_queues_keys, queue.key)
-    at = utcformat(datetime.now(UTC))
+    enqueued_at = utcformat(at or datetime.now(UTC))
     for entry in entries:
-        pipe.hset(Job.key_for(entry.job_id), mapping=_fields(entry, queue.name, at))
+        pipe.hset(Job.key_for(entry.job_id), mapping=_fields(entry, queue.name, enqueued_at))
     pipe.rpush(queue.key, *job_ids)
 
 

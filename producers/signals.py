@@ -14,6 +14,7 @@ from typing import Any
 
 from producers.errors import SignalsUnreadable
 from producers.events import MAX_EVENT_BYTES
+from producers.fields import type_name
 
 URL_TIMEOUT_SECONDS = 5.0  # from the call to its answer, or to an error
 
@@ -141,5 +142,5 @@ def _array(document: Any, name: str) -> list[Any]:
             raise SignalsUnreadable(f"{name}: is an object without 'signals'")
         document, name = document["signals"], f"{name}: 'signals'"
     if not isinstance(document, list | tuple):
-        raise SignalsUnreadable(f"{name}: must be a list of signals, not {type(document).__name__}")
+        raise SignalsUnreadable(f"{name}: must be a list of signals, not {type_name(document)}")
     return list(document)

@@ -43,7 +43,8 @@ def readable_records(path: Path) -> Iterator[Record]:
 
     If the file and its WAL are intact, each row is read once, as its last commit left it. Beside these, older versions
     and deleted rows may appear: from free pages, and from pages of the file that have a newer image in the WAL, if the
-    WAL is damaged or does not show that it belongs to the file. The caller chooses between the versions of a row.
+    WAL is damaged or does not show that it belongs to the file. From a damaged WAL, rows of a transaction that a crash
+    undid may appear as well. The caller chooses between the versions of a row.
 
     The caller also checks the content: pages of the file have no checksum, so a value may contain bytes of another one,
     and garbage may happen to look like a row.
@@ -55,7 +56,7 @@ def readable_records(path: Path) -> Iterator[Record]:
     Raises:
         OSError: at the first record, if the file or its WAL exists and cannot be opened, or if the file does not exist.
     """
-    wal_path = path.with_name(f"{path.name}-wal")
+    wal_path = Path(f"{os.path.realpath(path)}-wal")  # SQLite follows links too
     with ExitStack() as stack:
         file = _File(path, stack)
         log = _File(wal_path if wal_path.exists() else Path(os.devnull), stack)
@@ -154,19 +155,17 @@ class _Pages:
         return local if local <= most else least
 
     def _overflow(self, page: bytes, at: int, length: int) -> bytes:
-        """The rest of a payload. Its last page refers to none, so that most chains of mixed origin are found out."""
+        """The rest of a payload. Only its last page refers to no other: most chains with a foreign page break this."""
         parts = []
         (number,) = struct.unpack_from(">I", page, at)
         seen = {0, 1}
         while length:
             if number in seen:
-                raise ValueError("an overflow chain that ends early or does not end")
+                raise ValueError("an overflow chain that ends early or is a circle")
             seen.add(number)
             page = self._page(number)
             part = page[4 : 4 + length]
             (number,) = struct.unpack_from(">I", page)
-            if len(part) < min(length, self._usable - 4):
-                raise ValueError("an overflow page that is cut off")
             parts.append(part)
             length -= len(part)
         if number:

@@ -10,14 +10,18 @@ import threading
 from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
-from producers.fields import as_money, money_sum
+from producers.fields import as_money, money_sum, readable, type_name
 from producers.history_producer import HistoryProducer, Receipt
 from producers.signals import read_signals
+
+_SHOWN_KEYS = 10
+_KEY_CHARACTERS = 40
 
 _shared: HistoryProducer | None = None
 _sharing = threading.Lock()
@@ -42,18 +46,22 @@ def create_daily_portfolio_snapshot(
     """Record what the portfolio is worth now; when this returns, the snapshot is durable.
 
     `portfolio_data` has balance (or current_balance), total_invested, total_profit_loss, trade_count and
-    positions, and may have total_value; other keys are ignored. What is missing counts as 0; total_value is
-    then balance + total_profit_loss. Pass the cycle's own time as `timestamp` and a repeated cycle records
-    the same snapshot, not another one. Without `producer`, all calls of a process share one.
+    positions, and may have total_value; other keys are ignored. balance wins over current_balance, and one of
+    them must be there; other numbers that are missing count as 0. total_value is then balance +
+    total_profit_loss. Numbers are of any type of numbers.Real, or Decimals: NumPy's too, and text that is a number.
+    A position is open if its status is "open" in upper or lower case.
+    Pass the cycle's own time as `timestamp` and a repeated cycle records the same snapshot, not another one.
+    Without `producer`, all calls of a process share one.
 
     Raises:
-        InvalidEvent: a value is of the wrong type or out of range; the message names it.
+        InvalidEvent: neither balance nor current_balance is there, and the message lists the keys that are; or a
+            value is of the wrong type or out of range, and the message names it.
         OutboxError: the outbox cannot be written; nothing was recorded.
         SettingsError: there is no producer and the settings do not describe one.
     """
     producer = producer or _shared_producer()
     if not isinstance(portfolio_data, Mapping):
-        raise InvalidEvent.at("portfolio_data", f"must be a mapping, not {type(portfolio_data).__name__}")
+        raise InvalidEvent.at("portfolio_data", f"must be a mapping, not {type_name(portfolio_data)}")
     moment = _moment("timestamp", timestamp, producer)
     amounts = _amounts(portfolio_data)
     snapshot = PortfolioSnapshot.checked(
@@ -100,14 +108,14 @@ def _moment(field: str, given: datetime | None, producer: HistoryProducer) -> da
     if given is None:
         return producer.now()
     if not isinstance(given, datetime):
-        raise InvalidEvent.at(field, f"must be a datetime, not {type(given).__name__}")
+        raise InvalidEvent.at(field, f"must be a datetime, not {type_name(given)}")
     return producer.localized(given, field)
 
 
 def _amounts(portfolio: Mapping[str, Any]) -> dict[str, Decimal]:
     """The four amounts, each under the name that the event gives it; errors use the caller's name."""
-    balance_name = "balance" if "balance" in portfolio else "current_balance"
-    balance = as_money(portfolio.get(balance_name, 0), balance_name)
+    balance_name = _balance_name(portfolio)
+    balance = as_money(portfolio[balance_name], balance_name)
     profit_loss = as_money(portfolio.get("total_profit_loss", 0), "total_profit_loss")
     return {
         "balance": balance,
@@ -117,13 +125,40 @@ def _amounts(portfolio: Mapping[str, Any]) -> dict[str, Decimal]:
     }
 
 
+def _balance_name(portfolio: Mapping[str, Any]) -> str:
+    for name in ("balance", "current_balance"):
+        if name in portfolio:
+            return name
+    # An error's answer or another API's portfolio would become a row of zeros.
+    raise InvalidEvent.at("portfolio_data", f"must have 'balance' or 'current_balance'; {_keys_found(portfolio)}")
+
+
+def _keys_found(portfolio: Mapping[Any, Any]) -> str:
+    """The keys for a message, without values; they may be many, long and anything: of others than text, the type."""
+    shown = [
+        f"'{readable(key, _KEY_CHARACTERS)}'" if isinstance(key, str) else f"({type_name(key)})"
+        for key in islice(portfolio, _SHOWN_KEYS)
+    ]
+    more = len(portfolio) - len(shown)
+    return f"its keys are {', '.join(shown) or '(none)'}" + (f" and {more} more" if more > 0 else "")
+
+
 def _open_positions(positions: Any) -> int:
     if not isinstance(positions, list | tuple):
-        raise InvalidEvent.at("positions", f"must be a list, not {type(positions).__name__}")
-    for index, position in enumerate(positions):
-        if not isinstance(position, Mapping):
-            raise InvalidEvent.at(f"positions.{index}", f"must be a mapping, not {type(position).__name__}")
-    return sum(position.get("status") == "open" for position in positions)
+        raise InvalidEvent.at("positions", f"must be a list, not {type_name(positions)}")
+    return sum(_is_open(index, position) for index, position in enumerate(positions))
+
+
+def _is_open(index: int, position: Any) -> bool:
+    if not isinstance(position, Mapping):
+        raise InvalidEvent.at(f"positions.{index}", f"must be a mapping, not {type_name(position)}")
+    status = position.get("status")
+    if isinstance(status, str):
+        return status.lower() == "open"
+    if status is None:
+        return False
+    # An enum's member, say, would never count, however many positions are open.
+    raise InvalidEvent.at(f"positions.{index}.status", f"must be text, not {type_name(status)}")
 
 
 def _shared_producer() -> HistoryProducer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from datetime import date, datetime, timedelta
+from fractions import Fraction
 
+import numpy
 import pytest
 
 from consumers.errors import EventConflict
@@ -177,3 +179,30 @@ def test_reads_can_be_narrowed_to_a_portfolio_and_a_period() -> None:
 
     assert [(row["portfolio_id"], row["timestamp"]) for row in snapshots] == [(2, days[2]), (2, days[1])]
     assert [(row["portfolio_id"], row["archived_at"]) for row in archives] == [(2, days[2]), (2, days[1])]
+
+
+def test_the_inserts_take_numbers_of_other_types() -> None:
+    """NumPy's scalars and fractions, and what is read back has their value."""
+    moment = datetime(2025, 10, 20, 17)
+    insert_portfolio_history_snapshot(
+        _plain_snapshot(
+            moment,
+            balance=numpy.float32(0.1),
+            total_invested=numpy.int64(100),
+            total_value=Fraction(1, 3),
+            trade_count=numpy.int32(4),
+            portfolio_id=numpy.int64(3),
+        )
+    )
+    signal = {"f32": numpy.float32(0.1), "f64": numpy.float64(0.2), "i": numpy.int64(2**62), "b": [numpy.bool_(True)]}
+    archive = {"archived_at": moment, "signals": [signal], "signals_count": numpy.int64(1)}
+    row_id = insert_signal_archive(archive)
+
+    (row,), (stored,) = get_portfolio_history(), get_recent_signal_archives()
+
+    names = ("balance", "total_invested", "total_value", "trade_count", "portfolio_id")
+    assert [row[name] for name in names] == [0.1, 100, 0.33333333, 4, 3]
+    assert stored["signals_data"] == [{"f32": 0.1, "f64": 0.2, "i": 2**62, "b": [True]}]
+    assert insert_signal_archive(archive) == row_id
+    with pytest.raises(InvalidEvent, match=r"^balance: must be a number, not numpy\.bool"):
+        insert_portfolio_history_snapshot(_plain_snapshot(moment, balance=numpy.bool_(True)))

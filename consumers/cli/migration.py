@@ -34,6 +34,14 @@ ReportFile = Annotated[
     Path, typer.Option("--report", dir_okay=False, help="Where entries go that cannot be taken, one a line.")
 ]
 FromTables = Annotated[bool, typer.Option("--from-tables", help="Read the adopted tables instead of a folder.")]
+NanAsNull = Annotated[
+    bool,
+    typer.Option(
+        "--nan-as-null",
+        help="Take NaN and Infinity in signals as null, and count them; in amounts they stay refused."
+        " verify needs the option if import had it.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only read, count and report; sends nothing.")]
 
 
@@ -43,6 +51,7 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
     timezone: Timezone = None,
     portfolio_id: ForPortfolio = None,
     report: ReportFile = Path("import-report.jsonl"),
+    nan_as_null: NanAsNull = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -58,7 +67,7 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
         if from_tables or not dry_run:
             embedded = held.enter_context(stack(database=True, redis=not dry_run))
         zone = _zone(timezone)
-        histories = _histories(directory, zone, portfolio_id)
+        histories = _histories(directory, zone, portfolio_id, nan_as_null)
         opened = held.enter_context(Report(report))
         if dry_run:
             _look(histories, opened)
@@ -68,11 +77,12 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
     raise typer.Exit(0 if all(history.tally.clean for history in histories) else 1)
 
 
-def verify_history(
+def verify_history(  # noqa: PLR0917  # as above
     directory: Directory = None,
     from_tables: FromTables = False,
     timezone: Timezone = None,
     portfolio_id: ForPortfolio = None,
+    nan_as_null: NanAsNull = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare old JSON history with the tables, both ways; exit status 1 if anything differs."""
@@ -81,7 +91,7 @@ def verify_history(
     zone = _zone(timezone)
     _check_place(directory, from_tables)
     with stack(database=True):
-        histories = _histories(directory, zone, portfolio_id)
+        histories = _histories(directory, zone, portfolio_id, nan_as_null)
         verification = Verification(histories)
         with _progress([history.origin for history in histories], "verify") as advance:
             count = _stream(verification.differences(advance), as_json)
@@ -94,14 +104,18 @@ def verify_history(
         if verification.unexpected:
             print(f"{verification.unexpected:,} rows in the tables stand for no entry.")
         print(f"Times without a zone were read in {_name(zone)}.")
+        if nan_as_null:
+            print("NaN and Infinity in signals were read as null.")
     raise typer.Exit(1 if count else 0)
 
 
-def _histories(directory: Path | None, zone: tzinfo | None, portfolio_id: int | None) -> Sequence[OldHistory]:
+def _histories(
+    directory: Path | None, zone: tzinfo | None, portfolio_id: int | None, nan_as_null: bool
+) -> Sequence[OldHistory]:
     from consumers.migration.old_history import OldHistory
 
     origins = _origins(directory)
-    return [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in origins]
+    return [OldHistory(origin, zone=zone, portfolio_id=portfolio_id, nan_as_null=nan_as_null) for origin in origins]
 
 
 def _check_place(directory: Path | None, from_tables: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -102,7 +101,8 @@ def _age_of_the_first(state: _QueueState) -> float | None:
     at: Any = state.redis.hget(Job.key_for(as_text(first)), "enqueued_at") if first else None
     if not at:
         return None
-    return max(0.0, time.time() - datetime.fromisoformat(as_text(at)).astimezone(UTC).timestamp())
+    now, _ = state.redis.time()  # the relay notes it by this clock, and this host's may be another
+    return max(0.0, now - datetime.fromisoformat(as_text(at)).astimezone(UTC).timestamp())
 
 
 def workers(state: _QueueState) -> Iterator[Check]:

@@ -17,7 +17,7 @@ from consumers.errors import StoreUnavailable
 from consumers.migration.flight import Flight
 from consumers.migration.old_history import Item, OldHistory
 from consumers.migration.report import Report, as_json
-from consumers.migration.standing import Standing, standings
+from consumers.migration.standing import Standing, rows_of_numbers, standings
 from consumers.store.outcomes import NoRow, forget_outcomes, record_outcomes
 from producers.backoff import backoff_seconds
 from producers.entries import Entry as OutboxEntry
@@ -91,7 +91,7 @@ class Importer:
 
     def _to_send(self, history: OldHistory, chunk: list[Item]) -> Iterator[OutboxEntry]:
         """What the database does not have; the rest is counted. Those that are no events are recorded as rejected."""
-        refused: list[NoRow] = []
+        refused: list[tuple[Entry, str]] = []
         events: list[tuple[Entry, Event, str]] = []
         for entry, event in chunk:
             try:
@@ -99,9 +99,13 @@ class Importer:
                     raise event
                 events.append((entry, event, encode(event)))
             except InvalidEvent as error:
-                refused.append(self._refusal(history, entry, str(error)))
-                self._reject(history, entry, str(error))
-        known = self._settle_known(history, [(entry, event) for entry, event, _ in events], refused)
+                refused.append((entry, str(error)))
+        known, rows = self._settle_known(history, [(entry, event) for entry, event, _ in events], refused)
+        for entry, why in refused:
+            row = rows.get(entry.index)
+            self._reject(
+                history, entry, why if row is None else f"{why}; an earlier import stored this number as row {row}"
+            )
         for (entry, event, text), standing in zip(events, known, strict=True):
             reason = standing.refusal()
             if standing.is_settled(history.source, entry.index):
@@ -127,15 +131,22 @@ class Importer:
         return NoRow(job_id, "rejected", history.source, entry.index, None, reason, as_json(entry.data))
 
     def _settle_known(
-        self, history: OldHistory, events: list[tuple[Entry, Event]], refused: list[NoRow]
-    ) -> list[Standing]:
-        """Record refusals, look up the others; a refusal of what is a row by now no longer stands."""
+        self, history: OldHistory, events: list[tuple[Entry, Event]], refused: list[tuple[Entry, str]]
+    ) -> tuple[list[Standing], dict[int, int]]:
+        """Record refusals, look up the others; a refusal of what is a row by now no longer stands.
+
+        The number of an entry that is refused now may have a row, from a run with other options or from before the
+        file was changed: then the row stands alone, and its id is in the second result.
+        """
         failures = 0
         while True:
             try:
                 with get_db() as db:
                     known = standings(db, [(history.job_id(entry.index), event) for entry, event in events])
-                    record_outcomes(db, refused)
+                    rows = rows_of_numbers(
+                        db, history.origin.kind, history.source, [entry.index for entry, _ in refused]
+                    )
+                    record_outcomes(db, [self._refusal(history, *one) for one in refused if one[0].index not in rows])
                     forget_outcomes(
                         db,
                         [
@@ -152,4 +163,4 @@ class Importer:
             else:
                 if failures:
                     self._say("the database is back, going on")
-                return known
+                return known, rows

@@ -12,14 +12,22 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, tzinfo
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import simplejson
 
 from producers.errors import HistoryError, InvalidEvent
 from producers.events import Event, PortfolioSnapshot, SignalArchive, event_of
 from producers.json_arrays import Damaged, Entry, read_entries
-from producers.legacy_json import SNAPSHOTS_FILE, archive_from, archives_file, history_files, notes_on, snapshot_from
+from producers.legacy_json import (
+    SNAPSHOTS_FILE,
+    archive_from,
+    archives_file,
+    history_files,
+    notes_on,
+    null_for_nan,
+    snapshot_from,
+)
 from producers.redis_keys import job_id_of
 
 Kind = Literal["snapshot", "archive"]
@@ -29,6 +37,7 @@ _NOT_IN_SOURCES = re.compile(r"[^A-Za-z0-9._~-]+")
 _NAME_CHARACTERS = 100
 _DIGEST_CHARACTERS = 32
 _CHUNK_WEIGHT = 1000  # snapshots, or signals, looked up together
+_NULLED = "NaN or Infinity in signals taken as null; verify needs --nan-as-null too"
 _MOST_NOTES = 20  # different ones of an origin; a file of a thousand odd keys needs no thousand lines
 
 
@@ -110,16 +119,20 @@ class Item(NamedTuple):
 class OldHistory:
     """Reads one origin as events of its source; what it counts stands in `tally`.
 
-    `source` and `source_id` are known from the first item on.
+    `source` and `source_id` are known from the first item on, and do not depend on any option. An entry with NaN or
+    Infinity in it stands for no event; with `nan_as_null`, those in signals are read as null and counted in a note.
     """
 
-    def __init__(self, origin: Origin, *, zone: tzinfo | None, portfolio_id: int | None) -> None:
+    def __init__(
+        self, origin: Origin, *, zone: tzinfo | None, portfolio_id: int | None, nan_as_null: bool = False
+    ) -> None:
         self.origin = origin
         self.tally = Tally(origin.name)
         self.source = self.source_id = ""
         self._convert = snapshot_from if origin.kind == "snapshot" else archive_from
         self._zone = zone
         self._portfolio_id = portfolio_id
+        self._nan_as_null = nan_as_null
         self._after: datetime | None = None
         self._envelope: Event | None = None
 
@@ -155,22 +168,43 @@ class OldHistory:
 
     def _identify(self, first: Entry) -> None:
         # Not of the portfolio or the zone: the same file, read with others, must be known again.
-        told = simplejson.dumps([self.origin.name, first.data], use_decimal=True, sort_keys=True)
+        told = simplejson.dumps([self.origin.name, first.data], use_decimal=True, allow_nan=True, sort_keys=True)
         name = _NOT_IN_SOURCES.sub("-", self.origin.name)[:_NAME_CHARACTERS]
         self.source_id = sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARACTERS]
         self.source = f"{_SOURCE_NAME}/{name}/{self.source_id}"
 
     def _event(self, entry: Entry) -> Event | InvalidEvent:
+        data, nulled = (
+            null_for_nan(entry.data) if self._nan_as_null and self.origin.kind == "archive" else (entry.data, 0)
+        )
         try:
-            payload = self._convert(entry.data, zone=self._zone, portfolio_id=self._portfolio_id, after=self._after)
+            payload = self._payload(data)
             event = self._enveloped(payload, entry.index)
         except InvalidEvent as error:
-            return error
+            return error if self._nan_as_null else self._advised(error, entry.data)
         self._after = payload.instant.astimezone(UTC)
-        for note in notes_on(entry.data, payload):
+        if nulled:
+            self.tally.notes[_NULLED] += nulled
+        for note in notes_on(data, payload):
             if note in self.tally.notes or len(self.tally.notes) < _MOST_NOTES:
                 self.tally.notes[note] += 1
         return event
+
+    def _payload(self, data: Any) -> PortfolioSnapshot | SignalArchive:
+        return self._convert(data, zone=self._zone, portfolio_id=self._portfolio_id, after=self._after)
+
+    def _advised(self, error: InvalidEvent, data: Any) -> InvalidEvent:
+        """`error`, with the option that would take the entry if nothing but NaN in its signals is in the way."""
+        data, nulled = null_for_nan(data) if self.origin.kind == "archive" else (data, 0)
+        if not nulled:
+            return error
+        try:
+            payload = self._payload(data)
+        except InvalidEvent:
+            return error
+        # Times of later entries must not depend on the option.
+        self._after = payload.instant.astimezone(UTC)
+        return InvalidEvent(f"{error} (--nan-as-null takes NaN in signals as null)", error.field)
 
     def _enveloped(self, payload: PortfolioSnapshot | SignalArchive, index: int) -> Event:
         """What event_of makes, at a tenth of its price: of one source, it checks the envelope once."""

@@ -7,8 +7,9 @@ from datetime import UTC
 from decimal import Decimal
 from typing import NamedTuple
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 
+from consumers.migration.old_history import Kind
 from consumers.store.inserts import Found, find_events
 from producers.events import Event, PortfolioSnapshot, SignalArchive
 
@@ -28,6 +29,15 @@ _KNOWN = """
 """
 _KNOWN_SNAPSHOTS = text(_KNOWN.format(table="portfolio_history", instant='"timestamp"', measure="total_value"))
 _KNOWN_ARCHIVES = text(_KNOWN.format(table="signal_archives", instant="archived_at", measure="signals_count"))
+
+
+_ROWS_OF_NUMBERS = """
+    SELECT sequence, id FROM {table} WHERE source = :source AND sequence = ANY (CAST(:sequences AS bigint[]))
+"""
+_ROWS: dict[Kind, TextClause] = {
+    "snapshot": text(_ROWS_OF_NUMBERS.format(table="portfolio_history")),
+    "archive": text(_ROWS_OF_NUMBERS.format(table="signal_archives")),
+}
 
 
 class Standing(NamedTuple):
@@ -67,6 +77,12 @@ NOTHING_KNOWN = Standing(None, None, None, None)
 
 def _measure(data: PortfolioSnapshot | SignalArchive) -> Decimal | int:
     return data.signals_count if isinstance(data, SignalArchive) else data.total_value
+
+
+def rows_of_numbers(db: Connection, kind: Kind, source: str, numbers: Sequence[int]) -> dict[int, int]:
+    """The row ids of those numbers of a source that have a row."""
+    rows = db.execute(_ROWS[kind], {"source": source, "sequences": list(numbers)}) if numbers else ()
+    return {row.sequence: row.id for row in rows}
 
 
 def standings(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> list[Standing]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
+from producers.fields import type_name
 from producers.settings import ZoneSettings
 from producers.times import localized
 
@@ -49,7 +50,7 @@ def _moment(field: str, values: Mapping[str, Any]) -> datetime:
     except ValueError:
         raise InvalidEvent.at(field, "is text that is not an ISO 8601 time") from None
     if not isinstance(moment, datetime):
-        raise InvalidEvent.at(field, f"must be a datetime, not {type(moment).__name__}")
+        raise InvalidEvent.at(field, f"must be a datetime, not {type_name(moment)}")
     return zoned(moment, field)
 
 

@@ -9,6 +9,7 @@ import argparse
 import random
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from consumers.stack import embedded_stack
@@ -21,18 +22,25 @@ def main() -> int:
     parser.add_argument("what", choices=("storm", "failover"), nargs="?", default="storm")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--folder", type=Path, help="an empty folder with a short path, which is kept")
     options = parser.parse_args()
     if options.what == "failover":
         return _failover()
     print(f"seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
-        storm, judged = run_storm(Path(folder), seconds=options.minutes * 60, seed=options.seed)
+    with ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))
+        storm, judged = run_storm(folder, seconds=options.minutes * 60, seed=options.seed)
     for name, count in sorted(storm.faults.items()):
         print(f"{count:6} {name}")
     print(f"{storm.faults.total():6} faults in {options.minutes} minutes")
     print(
         f"{judged.accepted} events accepted: {judged.rows} rows,"
         f" {judged.duplicate} duplicates, {judged.rejected} rejected"
+    )
+    for name, fates in judged.by_controller.items():
+        print(f"{fates.total():6} {name}: {', '.join(f'{count} {fate}' for fate, count in fates.most_common())}")
+    print(
+        f"{len(storm.controllers.outboxes())} outboxes, {len(storm.controllers.salvaged_files())} damaged and salvaged"
     )
     print(f"at worst {storm.worst_queue_entries} queue entries of one delivery")
     print(f"{len(judged.breaches)} breaches of the promise")

@@ -25,7 +25,7 @@ from consumers.failed import discard, rejections
 from consumers.migration import flight as flight_module
 from consumers.migration.comparison import RowIds
 from consumers.migration.flight import FEWEST_JOBS, Flight, Window
-from consumers.migration.importing import Importer
+from consumers.migration.importing import Importer, look
 from consumers.migration.old_history import OldHistory, Tally, file_origins
 from consumers.migration.report import Report
 from consumers.migration.verification import Difference, Verification
@@ -73,8 +73,13 @@ def _write(folder: Path, snapshots: list[Any] | None = None, archives: list[Any]
     return folder
 
 
-def _histories(folder: Path, portfolio_id: int | None = 1, zone: tzinfo = UTC) -> list[OldHistory]:
-    return [OldHistory(origin, zone=zone, portfolio_id=portfolio_id) for origin in file_origins(folder)]
+def _histories(
+    folder: Path, portfolio_id: int | None = 1, zone: tzinfo = UTC, nan_as_null: bool = False
+) -> list[OldHistory]:
+    return [
+        OldHistory(origin, zone=zone, portfolio_id=portfolio_id, nan_as_null=nan_as_null)
+        for origin in file_origins(folder)
+    ]
 
 
 def _import(redis: Redis, folder: Path, said: list[str] | None = None, **about: Any) -> list[Tally]:
@@ -263,7 +268,13 @@ def test_only_what_is_missing_is_sent(redis: Redis, tmp_path: Path) -> None:
     _import(redis, folder)
     _execute("DELETE FROM portfolio_history WHERE sequence IN (3, 7)")
     (source,) = {one.source for one in audit()}
-    redis.hset(acknowledgement_key(source), mapping={"3": "stored:4", "7": "rejected:of another database", "x": "y"})
+    source_id = source.rpartition("/")[2]
+    old: dict[Any, Any] = {
+        f"{source_id}-3": "1 - stored:4",
+        f"{source_id}-7": "1 - rejected:of another database",
+        "x": "y",
+    }
+    redis.hset(acknowledgement_key(source), mapping=old)
     _write(folder, [_snapshot(n) for n in range(22)])
 
     assert _counts(_import(redis, folder)) == [(22, 4, 18, 0)]
@@ -351,10 +362,10 @@ def test_the_window_follows_the_workers() -> None:
 
 
 @contextmanager
-def _importing(redis: Redis, folder: Path, said: list[str]) -> Iterator[list[Tally]]:
+def _importing(redis: Redis, folder: Path, said: list[str], **about: Any) -> Iterator[list[Tally]]:
     """In a thread, which must have ended at the end of the block."""
     tallies: list[Tally] = []
-    thread = threading.Thread(target=lambda: tallies.extend(_import(redis, folder, said)), daemon=True)
+    thread = threading.Thread(target=lambda: tallies.extend(_import(redis, folder, said, **about)), daemon=True)
     thread.start()
     yield tallies
     thread.join(60)
@@ -442,11 +453,11 @@ def test_what_is_no_acknowledgement_neither_ends_an_import_nor_settles_anything(
     next(history.items())
     key = acknowledgement_key(history.source)
     strays: dict[Any, Any] = {
-        "9" * 5000: "stored:1",
-        b"\xff": "stored:1",
-        "1": b"\xfe",
-        "2": f"stored:{'9' * 5000}",
-        "x": "stored:1",
+        f"{history.source_id}-{'9' * 5000}": "1 - stored:1",
+        b"\xff": "1 - stored:1",
+        f"{history.source_id}-1": b"\xfe",
+        f"{history.source_id}-2": f"1 - stored:{'9' * 5000}",
+        "x": "1 - stored:1",
     }
     with _importing(redis, folder, []) as tallies:
         until(lambda: redis.llen(_QUEUE) == 20)
@@ -454,7 +465,7 @@ def test_what_is_no_acknowledgement_neither_ends_an_import_nor_settles_anything(
         until(lambda: not redis.exists(key))
         work()
     assert _counts(tallies) == [(20, 20, 0, 0)]
-    dropped = [record for record in caplog.records if "dropped an acknowledgement" in record.getMessage()]
+    dropped = [record for record in caplog.records if "it is no acknowledgement" in record.getMessage()]
     assert len(dropped) == len(strays)
 
 
@@ -590,3 +601,160 @@ def test_jobs_left_by_a_dead_import_are_not_doubled(
         assert redis.llen(_QUEUE) == 30
         work()
     assert _counts(tallies) == [(30, 30, 0, 0)]
+
+
+_NAN = float("nan")
+
+
+def _with_nan(folder: Path) -> Path:
+    """NaN first, in the middle and last, in either file."""
+    broken = [_snapshot(0, balance=_NAN), _snapshot(2, trade_count=-float("inf")), _snapshot(4, extra={"a": [_NAN]})]
+    archives = [
+        _archive(0, signals=[a_signal(), a_signal(deep=[1, {"price": _NAN}])], signals_count=2),
+        _archive(1),
+        _archive(2, signals_count=_NAN),
+        _archive(3),
+        _archive(4, signals=[a_signal(target_price=float("inf"), amount=_NAN)]),
+    ]
+    return _write(folder, [broken[0], _snapshot(1), broken[1], _snapshot(3), broken[2]], archives)
+
+
+_REFUSED = [
+    ("portfolio_history.json", 0, "balance: must be finite, not NaN or Infinity"),
+    ("portfolio_history.json", 2, "trade_count: must be finite, not NaN or Infinity"),
+    ("portfolio_history.json", 4, "extra.a.0: must be finite, not NaN or Infinity"),
+    (
+        "signals_archive_2025-10.json",
+        0,
+        "signals.1.deep.1.price: must be finite and within ±1.8e308 (--nan-as-null takes NaN in signals as null)",
+    ),
+    ("signals_archive_2025-10.json", 2, "signals_count: must be finite, not NaN or Infinity"),
+    (
+        "signals_archive_2025-10.json",
+        4,
+        "signals.0.target_price: must be finite and within ±1.8e308 (--nan-as-null takes NaN in signals as null)",
+    ),
+]
+
+
+@pytest.mark.usefixtures("worker")
+def test_an_entry_with_nan_is_refused_and_the_rest_of_file_and_folder_is_read(redis: Redis, tmp_path: Path) -> None:
+    """By the import, which records it, by a dry run and by verify: each names file, entry and field."""
+    folder = _with_nan(tmp_path / "old")
+    with Report(tmp_path / "dry.jsonl") as report:
+        for history in _histories(folder):
+            look(history, report, lambda: None)
+    assert _reported_lines(tmp_path / "dry.jsonl") == _REFUSED
+
+    assert _counts(_import(redis, folder)) == [(5, 2, 0, 3), (5, 2, 0, 3)]
+    assert _reported(folder) == _REFUSED
+    assert _counts(_import(redis, folder)) == [(5, 0, 2, 3), (5, 0, 2, 3)]
+    assert [(one.what, one.file, one.index, one.reason) for one in _verify(folder)] == [
+        ("unusable", *refused) for refused in _REFUSED
+    ]
+    assert sorted(one.reason or "" for one in rejections()) == sorted(reason for _, _, reason in _REFUSED)
+    assert [(one.stored, one.rejected, one.complete) for one in audit()] == [(2, 3, True)] * 2
+
+
+@pytest.mark.usefixtures("worker")
+def test_with_the_option_nan_in_signals_is_null_and_counted(redis: Redis, tmp_path: Path) -> None:
+    """Amounts stay refused. An earlier refusal gives way, and verify with the option finds what was stored."""
+    folder = _with_nan(tmp_path / "old")
+    _import(redis, folder)
+
+    tallies = _import(redis, folder, nan_as_null=True)
+
+    assert _counts(tallies) == [(5, 0, 2, 3), (5, 2, 2, 1)]
+    note = "NaN or Infinity in signals taken as null; verify needs --nan-as-null too"
+    assert [dict(tally.notes) for tally in tallies] == [{}, {note: 3}]
+    assert _reported(folder) == [one for one in _REFUSED if "--nan-as-null" not in one[2]]
+    assert sorted(one.reason or "" for one in rejections()) == sorted(reason for _, _, reason in _reported(folder))
+    with get_db() as db:
+        rows = db.execute(text("SELECT signals_data FROM signal_archives ORDER BY archived_at")).scalars().all()
+    assert [row[-1].get("deep") for row in rows] == [[1, {"price": None}], None, None, None]
+    assert (rows[3][0]["target_price"], rows[3][0]["amount"]) == (None, None)
+    assert {one.what for one in _verify(folder, nan_as_null=True)} == {"unusable"}
+    assert [one.what for one in _verify(folder)][-2:] == ["unexpected", "unexpected"]
+
+
+@pytest.mark.usefixtures("worker")
+def test_without_the_option_a_later_import_leaves_what_an_earlier_one_stored_with_it(
+    redis: Redis, tmp_path: Path
+) -> None:
+    """The entry is refused with the row that it has, and no rejection is recorded beside the row."""
+    folder = _with_nan(tmp_path / "old")
+    _import(redis, folder, nan_as_null=True)
+    before = audit()
+
+    assert _counts(_import(redis, folder)) == [(5, 0, 2, 3), (5, 0, 2, 3)]
+
+    reasons = [reason for file, index, reason in _reported(folder) if file.startswith("signals") and index != 2]
+    rows = [int(reason.rpartition(" ")[2]) for reason in reasons]
+    assert [reason.partition("; ")[2] for reason in reasons] == [
+        f"an earlier import stored this number as row {row}" for row in rows
+    ]
+    with get_db() as db:
+        stored = db.execute(text("SELECT id FROM signal_archives WHERE sequence IN (0, 4) ORDER BY sequence")).scalars()
+        assert list(stored) == rows
+    assert audit() == before
+    assert _counts(_import(redis, folder, nan_as_null=True)) == [(5, 0, 2, 3), (5, 0, 4, 1)]
+
+
+def test_an_import_with_nan_as_null_that_was_killed_goes_on_without_doubling(
+    redis: Redis, tmp_path: Path, work: Callable[[], None]
+) -> None:
+    """Whether the next run has the option or not: the jobs on their way are the same deliveries."""
+    archives = [_archive(n, signals=[a_signal(price=_NAN if n % 2 == 0 else n)]) for n in range(20)]
+    folder = _write(tmp_path / "old", archives=archives)
+    arguments = ("import", str(folder), "--timezone", "UTC", "--portfolio-id", "1", "--nan-as-null")
+    with _command(*arguments) as dying:
+        until(lambda: redis.llen(_QUEUE) == 20)
+        dying.kill()
+    with _importing(redis, folder, []) as without:
+        until(lambda: len(list(rejections())) == 10)
+        work()
+    with _importing(redis, folder, [], nan_as_null=True) as tallies:
+        pass
+    assert (_counts(without), _counts(tallies)) == ([(20, 10, 0, 10)], [(20, 0, 20, 0)])
+    assert list(rejections()) == []
+    assert [(one.stored, one.rejected, one.complete) for one in audit()] == [(20, 0, True)]
+    assert _verify(folder, nan_as_null=True) == []
+
+
+@pytest.mark.usefixtures("worker")
+def test_the_commands_say_which_entry_has_nan_and_take_the_option(tmp_path: Path) -> None:
+    """NaN first in the file ended all three in a traceback; a dry run needs no server."""
+    folder = _write(tmp_path / "old", [_snapshot(0, balance=_NAN)], [_archive(0, signals=[a_signal(price=_NAN)])])
+    common = (str(folder), "--timezone", "UTC")
+
+    def run(*arguments: str, **environment: str) -> tuple[int, str]:
+        line = [sys.executable, "-m", "consumers.cli", *arguments]
+        done = subprocess.run(
+            line, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}, check=False
+        )
+        assert done.stderr == ""
+        return done.returncode, done.stdout
+
+    away = {"DATABASE_URL": "", "REDIS_URL": "redis://127.0.0.1:1"}
+    dry = run("import", *common, "--dry-run", "--report", "dry.jsonl", **away)
+    real = run("import", *common)
+    checked = run("verify", *common)
+    with_option = run("import", *common, "--nan-as-null")
+    agreed = run("verify", *common, "--nan-as-null")
+
+    expected = [("portfolio_history.json", 0, "balance"), ("signals_archive_2025-10.json", 0, "signals.0.price")]
+    for report in ("dry.jsonl", "import-report.jsonl.1"):
+        found = [(file, index, reason.partition(":")[0]) for file, index, reason in _reported_lines(Path(report))]
+        assert found == expected
+    assert [code for code, _ in (dry, real, checked, with_option, agreed)] == [1] * 5
+    assert [line.rpartition(": must")[0] for line in checked[1].splitlines()[:2]] == [
+        f"unusable: {file} entry {index}: {field}" for file, index, field in expected
+    ]
+    note = "NaN or Infinity in signals taken as null; verify needs --nan-as-null too (1 times)"
+    assert f"signals_archive_2025-10.json: {note}" in with_option[1]
+    assert [
+        (one["file"], one["index"]) for one in map(json.loads, Path("import-report.jsonl").read_text().splitlines())
+    ] == [("portfolio_history.json", 0)]
+    assert agreed[1].startswith("unusable: portfolio_history.json entry 0: balance: must be finite")
+    assert agreed[1].count("unusable") == 1
+    assert "NaN and Infinity in signals were read as null." in agreed[1]

@@ -35,6 +35,11 @@ def _sockets(process: psutil.Process) -> set[str]:
     return {link for fd in os.listdir(folder) if int(fd) > 2 if (link := os.readlink(folder / fd)).startswith("socket")}
 
 
+def _active(pool: WorkerPool) -> int:
+    pool.check_workers(respawn=False)
+    return pool.number_of_active_workers
+
+
 def _states(redis: Redis) -> set[str]:
     return {as_text(redis.hget(f"rq:worker:{name}", "state") or b"") for name in registered_workers(redis).values()}
 
@@ -124,8 +129,7 @@ def test_a_pool_grows_and_shrinks(redis: Redis) -> None:
         until(lambda: len(registered_workers(redis)) == 1)
         enqueue_snapshots(redis, 20, first=20)
         until(lambda: len(get_portfolio_history()) == 40)
-        pool.check_workers(respawn=False)
-        assert pool.number_of_active_workers == 1
+        until(lambda: _active(pool) == 1)
     finally:
         for worker in pool.worker_dict.values():
             pool.stop_worker(worker)

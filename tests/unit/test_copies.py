@@ -19,7 +19,7 @@ from producers.entries import Accepted, Fate
 from producers.events import Payload
 from producers.fake_worker import FakeWorker
 from producers.outbox import Outbox
-from producers.outcomes import Outcome, acknowledgement_text
+from producers.outcomes import Outcome, acknowledgement_text, shown
 from producers.redis_keys import acknowledgement_key, job_id_of, token_key
 from producers.relay import Relay
 from tests.factories import a_snapshot
@@ -178,7 +178,7 @@ def test_a_relay_leaves_answers_to_entries_that_it_does_not_have(
     _sweep(a)
     _acknowledge(redis, a.accepted[0], Outcome("stored", row_id=8))
     _sweep(a, a)
-    assert {field.decode() for field in redis.hkeys(acknowledgement_key(b.accepted[0].source))} == fields
+    assert {shown(field) for field in redis.hkeys(acknowledgement_key(b.accepted[0].source))} == fields
     _sweep(b)
 
     assert (a.fates()[0].row_id, b.fates()[0].row_id) == (8, 9)
@@ -209,7 +209,7 @@ def test_an_entry_that_both_copies_have_is_settled_in_both(
     """The first relay takes the answer away; the second one sends again, and is left the answer to that."""
     a = bot("a")
     a.record(a_snapshot(), a_snapshot(after=timedelta(1)))
-    _sweep_once = [a.relay.sweep()]
+    a.relay.sweep()
     a.close()
     _copy(a, "b")
     shared, a, b = a.accepted, bot("a"), bot("b")
@@ -403,8 +403,11 @@ def test_of_two_that_exchange_the_token_at_the_same_moment_one_goes_on(
     assert a.record(a_snapshot()) != source
 
 
-def test_a_source_that_came_later_is_watched_over_too(bot: Callable[[str], Bot], redis: fakeredis.FakeRedis) -> None:
+def test_a_source_that_came_later_is_watched_over_at_once(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another name on the same file, recorded while the relay has its lock."""
+    monkeypatch.setattr(copies, "_CHECK_SECONDS", 1e9)
     original = bot("a")
     first = original.record(a_snapshot())
     _sweep(original)

@@ -454,7 +454,7 @@ def test_signals_may_be_nested_49_levels_below_the_signal() -> None:
         ([{"a": {"\ud800": 1}}], "signals.0.a", "a key contains a NUL character or a lone surrogate"),
         ([{"a": {5: 1}}], "signals.0.a", "has a key that is not text but int"),
         ([{"a": (1,)}], "signals.0.a", "is of type tuple, which JSON does not have"),
-        ([{"a": INSTANT}], "signals.0.a", "is of type datetime, which JSON does not have"),
+        ([{"a": INSTANT}], "signals.0.a", "is of type datetime.datetime, which JSON does not have"),
         ([{"a": b"x"}], "signals.0.a", "is of type bytes, which JSON does not have"),
         ([{"a\n\x1b[31m\u202e": float("nan")}], r"signals.0.a\n\x1b[31m\u202e", "must be finite"),
         ([{"{reason}": float("nan")}], "signals.0.{reason}", "must be finite"),

@@ -15,7 +15,7 @@ from producers import history_producer
 from producers.errors import EventRejected, OutboxError, ProducerClosed, SettingsError
 from producers.fake_worker import FakeWorker
 from producers.history_producer import HistoryProducer
-from producers.outbox import Outbox
+from producers.outbox import Outbox, Position
 from producers.outcomes import Outcome, acknowledgement_text
 from producers.redis_keys import acknowledgement_key
 from producers.testing import FakeHistory
@@ -131,7 +131,7 @@ def test_flushing_covers_what_was_recorded_before_the_call_and_no_more(
     receipt = producer.record(a_snapshot())
     last_position = Outbox.last_position
 
-    def another_one_meanwhile(outbox: Outbox) -> int:
+    def another_one_meanwhile(outbox: Outbox) -> Position:
         position = last_position(outbox)
         producer.record(a_snapshot(after=timedelta(1)))
         return position

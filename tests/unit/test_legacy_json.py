@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from producers import json_arrays
 from producers.errors import InvalidEvent
 from producers.json_arrays import Damaged, Entry, read_entries
-from producers.legacy_json import archive_from, history_files, notes_on, snapshot_from
+from producers.legacy_json import archive_from, history_files, notes_on, null_for_nan, snapshot_from
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -96,6 +97,9 @@ def test_a_byte_order_mark_and_blanks_are_passed_over(tmp_path: Path) -> None:
         (b'[{"a": 1}, {"a"', 1, "is cut off (entry 1, byte 11)"),
         (b'[{"a": 1}, {"a": "b', 1, "is cut off (entry 1, byte 11)"),
         (b'[{"a": 1}, {"a": tr', 1, "is cut off (entry 1, byte 11)"),
+        (b'[{"a": 1}, {"a": Na', 1, "is cut off (entry 1, byte 11)"),
+        (b'[{"a": 1}, {"a": Infin', 1, "is cut off (entry 1, byte 11)"),
+        (b'[{"a": 1}, {"a": -Infin', 1, "is cut off (entry 1, byte 11)"),
         (b'\xef\xbb\xbf[{"a": "\xc3\xb6"}, {"a"', 1, "is cut off (entry 1, byte 17)"),
         (b'[{"a": 1} {"a": 2}]', 1, "is not JSON: a comma or ] is missing (entry 1, byte 10)"),
         (b'[{"a": 1},]', 1, "is not JSON: Expecting value (entry 1, byte 10)"),
@@ -173,6 +177,98 @@ def test_what_is_no_number_harms_one_entry(tmp_path: Path) -> None:
     for data in found:
         with pytest.raises(InvalidEvent, match="^balance: (must be finite|has more than 12 digits)"):
             snapshot_from(_entry(**data), zone=UTC, portfolio_id=None)
+
+
+@pytest.mark.parametrize("block", range(1, 12))
+def test_nan_and_infinity_are_read_wherever_a_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Also as elements of the array."""
+    monkeypatch.setattr(json_arrays, "_BLOCK_BYTES", block)
+    found, damage = _read_bytes(tmp_path, b'[NaN, {"a": -Infinity, "b": [Infinity]}, -Infinity]')
+    assert (repr(found), damage) == ("[nan, {'a': -inf, 'b': [inf]}, -inf]", None)
+
+
+_NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("value", _NOT_FINITE, ids=repr)
+@pytest.mark.parametrize(
+    "field",
+    [
+        "date", "snapshot_date", "timestamp", "balance", "total_invested", "total_profit_loss", "total_value",
+        "open_positions", "trade_count", "portfolio_id", "unknown",
+    ],
+)  # fmt: skip
+def test_nan_anywhere_in_a_snapshot_is_refused(field: str, value: float) -> None:
+    """Under its name, also below a key that nobody knows: an entry with it is not JSON."""
+    with pytest.raises(InvalidEvent, match=f"^{field}: must be finite, not NaN or Infinity$") as caught:
+        snapshot_from(_entry(**{field: value}), zone=UTC, portfolio_id=1)
+    assert caught.value.field == field
+    with pytest.raises(InvalidEvent, match=r"^unknown\.1\.a\\n: must be finite, not NaN or Infinity$"):
+        snapshot_from(_entry(unknown=[0, {"a\n": value}]), zone=UTC, portfolio_id=1)
+
+
+@pytest.mark.parametrize("value", _NOT_FINITE, ids=repr)
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (lambda value: {"archived_at": value}, "archived_at"),
+        (lambda value: {"archive_month": value}, "archive_month"),
+        (lambda value: {"signals_count": value}, "signals_count"),
+        (lambda value: {"portfolio_id": value}, "portfolio_id"),
+        (lambda value: {"unknown": {"a": [value]}}, r"unknown\.a\.0"),
+        (lambda value: {"signals_data": [{"a": value}]}, r"signals_data\.0\.a"),
+        (lambda value: {"signals": [{}, {"a": [{"b": value}]}]}, r"signals\.1\.a\.0\.b"),
+        (lambda value: {"signals": [{}, value]}, r"signals\.1"),
+        (lambda value: {"signals": value}, "signals"),
+    ],
+)
+def test_nan_anywhere_in_an_archive_is_refused(
+    overrides: Callable[[float], dict[str, Any]], field: str, value: float
+) -> None:
+    """The message leads to it. With null for NaN in signals, what stands elsewhere is refused all the same."""
+    entry = _archive(**overrides(value))
+    with pytest.raises(InvalidEvent, match=f"^{field}: "):
+        archive_from(entry, zone=UTC, portfolio_id=1)
+    nulled, count = null_for_nan(entry)
+    if count:
+        assert archive_from(nulled, zone=UTC, portfolio_id=1).signals == [{}, {"a": [{"b": None}]}]
+        return
+    with pytest.raises(InvalidEvent, match=f"^{field}: "):
+        archive_from(nulled, zone=UTC, portfolio_id=1)
+
+
+def test_of_several_the_first_is_named_and_no_width_or_depth_is_too_much() -> None:
+    """Every leaf has the long path of its list, which is one object for all."""
+    deep: Any = [0] * 100_000 + [float("nan")]
+    for _ in range(900):
+        deep = {"k" * 1000: deep}
+    with pytest.raises(InvalidEvent, match=r"^unknown\.k+…") as caught:
+        snapshot_from(_entry(unknown=deep, later=float("nan")), zone=UTC, portfolio_id=1)
+    assert len(str(caught.value)) < 300
+
+
+def test_null_for_nan_counts_and_leaves_the_entry_as_it_is() -> None:
+    """Numbers that are too large for a Decimal are no NaN, and what is nested too deeply is left to be refused."""
+    nan, infinity = float("nan"), float("inf")
+    deep: Any = nan
+    for _ in range(900):
+        deep = [deep]
+    signals = [{"a": nan, "b": [infinity, -infinity, 1, "NaN", None]}, {"c": Decimal("NaN"), "d": deep}]
+    entry = _archive(signals=signals, extra=nan)
+    before = repr(entry)
+
+    nulled, count = null_for_nan(entry)
+
+    assert repr(entry) == before
+    assert count == 3
+    assert nulled["signals"][0] == {"a": None, "b": [None, None, 1, "NaN", None]}
+    assert repr(nulled["signals"][1]["c"]) == "Decimal('NaN')"
+    assert repr(nulled["extra"]) == "nan"
+    assert null_for_nan({"signals_data": [{"a": nan}]}) == ({"signals_data": [{"a": None}]}, 1)
+    odd: list[Any] = [[nan], None, {"signals": {"a": nan}}, {"signals": None}, {}]
+    assert [null_for_nan(one) for one in odd] == [(one, 0) for one in odd]
 
 
 def test_a_byte_that_is_not_utf8_harms_one_entry(tmp_path: Path) -> None:

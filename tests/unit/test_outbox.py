@@ -147,8 +147,12 @@ def test_an_acknowledgement_of_another_delivery_settles_nothing(path: Path, othe
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     told = Acknowledgement(accepted.source_id, 1, accepted.nonce, str(accepted.event_id), STORED, at=0)
-    foreign = {"nonce": "0" * 16, "event_id": str(uuid4()), "source_id": "ab"}[other]
-    settled = outbox.settle(accepted.source_id, 0, {"key": replace(told, **{other: foreign})})
+    foreign = {
+        "nonce": replace(told, nonce="0" * 16),
+        "event_id": replace(told, event_id=str(uuid4())),
+        "source_id": replace(told, source_id="ab"),
+    }
+    settled = outbox.settle(accepted.source_id, 0, {"key": foreign[other]})
 
     # The entry of that job id is here, whatever event the acknowledgement names.
     assert settled == Settled([], ["key"] if other == "event_id" else [])
@@ -181,15 +185,31 @@ def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
     assert outbox.overdue(10) == []
 
 
+def test_a_check_that_is_further_ahead_than_any_interval_is_due_now(path: Path) -> None:
+    """A clock that was ahead has written it. Both kinds share the limit."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
+    due, far, later, farther = outbox.pending(10)
+    outbox.mark_sent({due.position: -1.0, far.position: 400.0, later.position: 330.0, farther.position: 2 * 86400.0})
+
+    assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 2, 4]
+    assert [entry.sequence for entry in outbox.overdue(1)] == [1]
+    outbox.postpone({far.position: 300.0})
+    assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 4]
+
+
 def test_all_that_was_sent_up_to_a_position_can_be_made_overdue(path: Path) -> None:
     """For those that do not want to wait for the next check."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
-    first, second, third, _ = outbox.pending(10)
-    outbox.mark_sent({entry.position: 100.0 for entry in (first, second, third)})
-    outbox.check_now(second.position)
+    outbox.mark_sent({entry.position: 100.0 for entry in outbox.pending(2)})
+    until = outbox.last_position()
+    outbox.append(NAME, [a_snapshot()])
+    outbox.mark_sent({entry.position: 100.0 for entry in outbox.pending(5)[-1:]})
+    outbox.check_now(until)
 
     assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 2]
+    assert (outbox.pending_count(until), outbox.unsettled_count(until=until), outbox.unsettled_count()) == (2, 4, 5)
 
 
 def test_a_batch_ends_before_it_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,9 +246,10 @@ def _append(path: Path, count: int) -> None:
         outbox.append(NAME, [a_snapshot()])
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_processes_share_an_outbox(path: Path) -> None:
     """Opened and written by 4 processes from the first moment: one source, every number once."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_append, args=(path, 50)) for _ in range(4)]
     for writer in writers:
         writer.start()
@@ -441,15 +462,15 @@ CREATE INDEX entries_awaiting ON entries (source_id) WHERE state = 'sent';
 CREATE INDEX entries_rejected ON entries (source_id) WHERE state = 'rejected';
 """,
 }
-_SOURCE_ID = "0123456789abcdef" * 2
+OLD_SOURCE_ID = "0123456789abcdef" * 2
 _STATES_BEFORE = ("confirmed", "rejected", "sent", "pending")
 
 
-def _file_of_before(path: Path, version: int, count: int = 4, max_bytes: int = 2**30) -> list[str]:
+def write_outbox_of_before(path: Path, version: int, count: int = 4, max_bytes: int = 2**30) -> list[str]:
     """An outbox of an earlier release, with entries in every state in turn; returns the texts of the events."""
     path.parent.mkdir(parents=True)
     events = [
-        encode(event_of(a_snapshot(after=timedelta(n)), source=f"{NAME}/{_SOURCE_ID}", sequence=n))
+        encode(event_of(a_snapshot(after=timedelta(n)), source=f"{NAME}/{OLD_SOURCE_ID}", sequence=n))
         for n in range(1, count + 1)
     ]
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
@@ -457,12 +478,12 @@ def _file_of_before(path: Path, version: int, count: int = 4, max_bytes: int = 2
         db.execute("PRAGMA synchronous = OFF")
         db.executescript(_SOURCES_BEFORE[version] + _ENTRIES_BEFORE + _INDEXES_BEFORE[version])
         db.execute(f"PRAGMA max_page_count = {max_bytes // 4096}")
-        db.execute("INSERT INTO sources (id, name, last_sequence) VALUES (?, ?, ?)", (_SOURCE_ID, NAME, count))
+        db.execute("INSERT INTO sources (id, name, last_sequence) VALUES (?, ?, ?)", (OLD_SOURCE_ID, NAME, count))
         for n, text in enumerate(events):
             event, state = json.loads(text), _STATES_BEFORE[n % 4]
             row_id, reason = 7 if state == "confirmed" else None, "no" if state == "rejected" else None
             settled_at = 1.7e9 if state in ("confirmed", "rejected") else None
-            values = (_SOURCE_ID, n + 1, event["id"], event["type"], "s", text, state, settled_at, row_id, reason)
+            values = (OLD_SOURCE_ID, n + 1, event["id"], event["type"], "s", text, state, settled_at, row_id, reason)
             with suppress(sqlite3.OperationalError):  # full
                 db.execute(
                     "INSERT INTO entries (source_id, sequence, event_id, type, summary, event, recorded_at, state,"
@@ -476,25 +497,25 @@ def _file_of_before(path: Path, version: int, count: int = 4, max_bytes: int = 2
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, version: int) -> None:
     """Entries keep their texts, states and job ids, which have no nonce; numbers go on, now with one."""
-    events = _file_of_before(path, version)
+    events = write_outbox_of_before(path, version)
     upgraded = Outbox(path)
 
     assert [(entry.event, entry.job_id) for entry in upgraded.entries()] == [
-        (text, f"{_SOURCE_ID}-{n}") for n, text in enumerate(events, 1)
+        (text, f"{OLD_SOURCE_ID}-{n}") for n, text in enumerate(events, 1)
     ]
     ids = [UUID(json.loads(text)["id"]) for text in events]
-    (page,) = upgraded.numbers(_SOURCE_ID)
+    (page,) = upgraded.numbers(OLD_SOURCE_ID)
     states = ("stored", "rejected", "sent", "pending")
     assert [(one.event_id, one.state, one.nonce) for one in page] == [
         (event_id, state, "") for event_id, state in zip(ids, states, strict=True)
     ]
-    assert upgraded.sources() == [Source(_SOURCE_ID, NAME, 4, current=True, left_because=None)]
-    assert [upgraded.fate(Accepted(ids[n], NAME, _SOURCE_ID, n + 1, "")) for n in range(2)] == [
+    assert upgraded.sources() == [Source(OLD_SOURCE_ID, NAME, 4, current=True, left_because=None)]
+    assert [upgraded.fate(Accepted(ids[n], NAME, OLD_SOURCE_ID, n + 1, "")) for n in range(2)] == [
         Fate("stored", 7, None),
         Fate("rejected", None, "no"),
     ]
     (accepted,) = upgraded.append(NAME, [a_snapshot()])
-    assert (accepted.source_id, accepted.sequence, len(accepted.nonce)) == (_SOURCE_ID, 5, 16)
+    assert (accepted.source_id, accepted.sequence, len(accepted.nonce)) == (OLD_SOURCE_ID, 5, 16)
     upgraded.close()
     with closing(sqlite3.connect(path)) as db:
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
@@ -505,26 +526,26 @@ def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, versi
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_an_earlier_version_had_under_way_is_settled(path: Path, version: int) -> None:
     """By an acknowledgement without a nonce, with or without the event's id."""
-    events = _file_of_before(path, version)
+    events = write_outbox_of_before(path, version)
     upgraded = Outbox(path)
-    sent, pending = (Acknowledgement(_SOURCE_ID, n, "", json.loads(events[n - 1])["id"], STORED, 0) for n in (3, 4))
-    assert upgraded.awaiting("sent") == [(_SOURCE_ID, NAME, 0)]
-    assert upgraded.settle(_SOURCE_ID, 0, {3: sent, 4: replace(pending, event_id=None)}) == Settled([3, 4], [])
+    sent, pending = (Acknowledgement(OLD_SOURCE_ID, n, "", json.loads(events[n - 1])["id"], STORED, 0) for n in (3, 4))
+    assert upgraded.awaiting("sent") == [(OLD_SOURCE_ID, NAME, 0)]
+    assert upgraded.settle(OLD_SOURCE_ID, 0, {3: sent, 4: replace(pending, event_id=None)}) == Settled([3, 4], [])
     assert upgraded.status().stored == 3
 
 
 def test_a_count_of_resends_survives_an_upgrade(path: Path) -> None:
     """A relay of before that read it meanwhile must not settle what was sent again since."""
-    _file_of_before(path, 2)
+    write_outbox_of_before(path, 2)
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("UPDATE sources SET resends = 3")
-    assert Outbox(path).awaiting("sent") == [(_SOURCE_ID, NAME, 3)]
+    assert Outbox(path).awaiting("sent") == [(OLD_SOURCE_ID, NAME, 3)]
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_full_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, version: int) -> None:
     """An upgrade needs room for both tables; then the limit holds as before, and pruning makes room again."""
-    _file_of_before(path, version, count=400, max_bytes=2**18)
+    write_outbox_of_before(path, version, count=400, max_bytes=2**18)
     upgraded = Outbox(path, max_bytes=2**18)
     kept = len(upgraded.entries())
     assert 100 < kept < 400
@@ -536,9 +557,10 @@ def test_a_full_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, v
     upgraded.append(NAME, [a_snapshot()])
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_processes_that_open_an_outbox_of_an_earlier_version_together_share_one_upgrade(path: Path) -> None:
     """The others wait for it."""
-    _file_of_before(path, 1)
+    write_outbox_of_before(path, 1)
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_append, args=(path, 5)) for _ in range(3)]
     for writer in writers:
@@ -547,7 +569,7 @@ def test_processes_that_open_an_outbox_of_an_earlier_version_together_share_one_
         writer.join(60)
 
     assert [writer.exitcode for writer in writers] == [0] * 3
-    assert [one.sequence for page in Outbox(path).numbers(_SOURCE_ID) for one in page] == list(range(1, 20))
+    assert [one.sequence for page in Outbox(path).numbers(OLD_SOURCE_ID) for one in page] == list(range(1, 20))
 
 
 def test_only_one_holds_the_relay_lock(path: Path) -> None:

@@ -321,7 +321,7 @@ def test_a_clock_that_stands_still_holds_nothing_up(monkeypatch: pytest.MonkeyPa
 def test_the_zone_is_the_one_of_the_test(trading_history: FakeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
     """HISTORY_TIMEZONE counts, if it is set before the first call."""
     monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
-    create_daily_portfolio_snapshot({}, timestamp=datetime(2026, 1, 1))
+    create_daily_portfolio_snapshot({"balance": 1}, timestamp=datetime(2026, 1, 1))
     assert trading_history.snapshots[0].timestamp.utcoffset() == timedelta(hours=9)
 
 

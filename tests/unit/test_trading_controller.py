@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import decimal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from enum import Enum, StrEnum
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
 from producers import signals, trading_controller
@@ -86,10 +90,50 @@ def test_a_receipt_names_the_recorded_event(trading_history: FakeHistory) -> Non
     assert (snapshot.sequence, archive.sequence) == (1, 2)
 
 
-def test_what_is_missing_counts_as_zero(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
-    """An empty dict is a portfolio that has nothing yet."""
+@pytest.mark.parametrize("balance", ["balance", "current_balance"])
+def test_what_is_missing_counts_as_zero(snapshot_of: Callable[..., PortfolioSnapshot], balance: str) -> None:
+    """All but the balance."""
     zeros: dict[str, Any] = dict.fromkeys(PortfolioSnapshot.model_fields.keys() - _NO_NUMBERS, 0)
-    assert snapshot_of({}, timestamp=INSTANT) == a_snapshot(**zeros, portfolio_id=None)
+    assert snapshot_of({balance: 0}, timestamp=INSTANT) == a_snapshot(**zeros, portfolio_id=None)
+
+
+class _Odd:
+    """A key that can be neither printed nor sorted."""
+
+    def __repr__(self) -> str:
+        raise ValueError
+
+    __str__ = __repr__
+
+
+@pytest.mark.parametrize(
+    ("portfolio", "keys"),
+    [
+        ({}, "(none)"),
+        ({"detail": "internal error"}, "'detail'"),
+        ({"portfolio": {"balance": 100.0}}, "'portfolio'"),
+        ({"total_portfolio": 682.49, "usdc_balance": 586.91}, "'total_portfolio', 'usdc_balance'"),
+        ({"ballance": 1000}, "'ballance'"),
+        ({"Balance": 1000}, "'Balance'"),
+        (_portfolio_without("balance", "created_at", "last_updated", "positions"), None),
+        ({"\x1b[31m\n": 1, "\ud800": 2, "k" * 1000: 3}, f"'\\x1b[31m\\n', '\\ud800', '{'k' * 39}…'"),
+        ({None: 1, 10**5000: 2, b"balance": 3, Decimal(4): 5}, "(NoneType), (int), (bytes), (decimal.Decimal)"),
+        ({_Odd(): 1}, f"({__name__}._Odd)"),
+        (dict.fromkeys(range(5000), 0), f"{', '.join(['(int)'] * 10)} and 4990 more"),
+        ({f"k{n}": n for n in range(11)}, ", ".join(f"'k{n}'" for n in range(10)) + " and 1 more"),
+    ],
+    ids=["empty", "error", "nested", "other names", "typo", "case", "all but the balance", *"abcde"],
+)
+def test_a_mapping_without_a_balance_is_no_portfolio(
+    trading_history: FakeHistory, portfolio: dict[Any, Any], keys: str | None
+) -> None:
+    """An error's answer must not become a row of zeros; the message has the keys that were found, and no value."""
+    with pytest.raises(InvalidEvent) as caught:
+        create_daily_portfolio_snapshot(portfolio)
+    keys = keys or "'total_invested', 'total_profit_loss', 'trade_count'"
+    assert str(caught.value) == f"portfolio_data: must have 'balance' or 'current_balance'; its keys are {keys}"
+    assert caught.value.field == "portfolio_data"
+    assert trading_history.events == []
 
 
 @pytest.mark.parametrize(
@@ -136,15 +180,139 @@ def test_the_sum_is_exact_in_any_decimal_context(snapshot_of: Callable[..., Port
 
 @pytest.mark.parametrize(
     ("statuses", "count"),
-    [(["open", "closed", "open"], 2), (["closed", "OPEN", None], 0), ([], 0)],
+    [(["open", "closed", "open"], 2), (["closed", "OPEN", "Open", None], 2), (["opened", "", " open"], 0), ([], 0)],
 )
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_open_positions_are_counted_by_their_status(
     snapshot_of: Callable[..., PortfolioSnapshot], kind: type, statuses: list[str | None], count: int
 ) -> None:
-    """Only `open` counts; a position without a status is not open."""
-    positions = kind({"status": status} if status else {} for status in statuses)
+    """Only `open` counts, in upper or lower case; a position without a status, or with None as status, is not open."""
+    positions = kind({} if status is None else {"status": status} for status in statuses)
+    assert snapshot_of(a_portfolio(positions=[*positions, {"status": None}])).open_positions == count
     assert snapshot_of(a_portfolio(positions=positions)).open_positions == count
+
+
+class _Status(Enum):
+    OPEN = "open"
+
+
+class _TextStatus(StrEnum):
+    OPEN = "open"
+
+
+def test_a_status_that_is_a_text_of_another_type_counts(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
+    """Members of an enum of texts, and NumPy's text."""
+    positions = [{"status": _TextStatus.OPEN}, {"status": numpy.str_("open")}]
+    assert snapshot_of(a_portfolio(positions=positions)).open_positions == 2
+
+
+# ---- numbers of other types
+
+
+@pytest.mark.parametrize(
+    ("amount", "exact"),
+    [
+        (numpy.int8(-5), "-5"),
+        (numpy.int64(2**39), str(2**39)),
+        (numpy.uint64(7), "7"),
+        (numpy.float16(0.1), "0.1"),
+        (numpy.float32(0.1), "0.1"),
+        (numpy.float32(1e-8), "0.00000001"),
+        (numpy.float32(167772.17), "167772.17"),
+        (numpy.float64(0.1), "0.1"),
+        (numpy.longdouble("0.1"), "0.1"),
+        (Fraction(1, 3), "0.33333333"),
+        (Fraction(-2, 3), "-0.66666667"),
+        (Fraction(5, 10**9), "0"),
+        (Fraction(15, 10**9), "0.00000002"),
+        (Fraction(25, 10**9) + Fraction(1, 10**60), "0.00000003"),
+        (Fraction(10**12) - Fraction(1, 10**8), "999999999999.99999999"),
+    ],
+    ids=repr,
+)
+def test_an_amount_may_be_any_real_number(
+    snapshot_of: Callable[..., PortfolioSnapshot], amount: Any, exact: str
+) -> None:
+    """A float of NumPy's is the shortest decimal that means it; a fraction is divided and rounded half-even, once."""
+    for name in ("balance", "total_invested", "total_profit_loss", "total_value"):
+        assert getattr(snapshot_of({"balance": 0, "total_value": 0, name: amount}), name) == Decimal(exact)
+    assert snapshot_of({"current_balance": amount}).balance == Decimal(exact)
+
+
+def test_how_numpy_prints_changes_no_amount(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
+    """Its legacy mode cuts digits off."""
+    with numpy.printoptions(legacy="1.13"):
+        assert str(numpy.float32(167772.17)) == "167772.0"
+        assert snapshot_of({"balance": numpy.float32(167772.17)}).balance == Decimal("167772.171875")
+
+
+def test_counts_and_ids_may_be_any_integral_number(
+    snapshot_of: Callable[..., PortfolioSnapshot], archive_of: Callable[..., SignalArchive]
+) -> None:
+    """And are Python's own afterwards."""
+    snapshot = snapshot_of(a_portfolio(trade_count=numpy.uint16(3)), numpy.int64(2))
+    archive = archive_of([a_signal()], portfolio_id=numpy.int64(2))
+    built = a_snapshot(open_positions=numpy.int32(1), portfolio_id=numpy.int64(2))
+    counted = (snapshot.trade_count, snapshot.portfolio_id, archive.portfolio_id, built.open_positions)
+    assert counted == (3, 2, 2, 1)
+    assert {type(one) for one in (*counted, built.portfolio_id)} == {int}
+
+
+_NO_REAL_NUMBERS = [
+    (numpy.bool_(True), "numpy.bool"),
+    (numpy.complex64(1), "numpy.complex64"),
+    (numpy.timedelta64(5), "numpy.timedelta64"),
+    (numpy.timedelta64("NaT"), "numpy.timedelta64"),
+    (numpy.datetime64("2026-11-22"), "numpy.datetime64"),
+    (numpy.array(1.0), "numpy.ndarray"),
+    (numpy.array([1.0]), "numpy.ndarray"),
+    (1j, "complex"),
+]
+
+
+@pytest.mark.parametrize(("value", "kind"), _NO_REAL_NUMBERS, ids=repr)
+def test_what_is_no_real_number_is_named_with_its_module(trading_history: FakeHistory, value: Any, kind: str) -> None:
+    """Amounts, counts and ids, and in signals; a boolean of NumPy's is a boolean there."""
+    with pytest.raises(InvalidEvent, match=rf"^balance: must be a number, not {kind}_?$"):
+        create_daily_portfolio_snapshot(a_portfolio(balance=value))
+    with pytest.raises(InvalidEvent, match=rf"^trade_count: must be an integer, not {kind}_?$"):
+        create_daily_portfolio_snapshot(a_portfolio(trade_count=value))
+    with pytest.raises(InvalidEvent, match=rf"^portfolio_id: must be an integer, not {kind}_?$"):
+        create_daily_portfolio_snapshot(a_portfolio(), value)
+    if not isinstance(value, numpy.bool_):
+        with pytest.raises(InvalidEvent, match=rf"^signals\.0\.amount: is of type {kind}, which JSON does not have$"):
+            archive_current_signals([a_signal(amount=value)])
+    assert trading_history.events == []
+
+
+_NOT_FINITE = [
+    make(text)
+    for make in (float, Decimal, numpy.float16, numpy.float32, numpy.longdouble)
+    for text in ("nan", "inf", "-inf")
+]
+
+
+@pytest.mark.parametrize("value", _NOT_FINITE, ids=repr)
+def test_what_is_not_finite_is_refused_whatever_its_type(trading_history: FakeHistory, value: Any) -> None:
+    """As an amount, a count, an id and in signals."""
+    with pytest.raises(InvalidEvent, match=r"^total_value: must be finite, not NaN or Infinity$"):
+        create_daily_portfolio_snapshot(a_portfolio(total_value=value))
+    with pytest.raises(InvalidEvent, match=r"^trade_count: must be an integer"):
+        create_daily_portfolio_snapshot(a_portfolio(trade_count=value))
+    with pytest.raises(InvalidEvent, match=r"^signals\.0\.deep\.1: must be finite"):
+        archive_current_signals([a_signal(deep=[1, value])])
+    assert trading_history.events == []
+
+
+@pytest.mark.parametrize(
+    "amount", [Fraction(10**12), Fraction(-(10**4000), 3), numpy.float32(1e30), numpy.uint64(10**13)]
+)
+def test_an_amount_of_another_type_has_the_same_limit(trading_history: FakeHistory, amount: Any) -> None:
+    """Of 12 digits; so has a fraction that is rounded up to it."""
+    for one in (amount, Fraction(10**12) - Fraction(1, 10**9)):
+        with pytest.raises(InvalidEvent, match="^balance: has more than 12 digits before the decimal point$"):
+            create_daily_portfolio_snapshot({"balance": one})
+    assert trading_history.events == []
 
 
 @pytest.mark.parametrize(
@@ -154,6 +322,9 @@ def test_open_positions_are_counted_by_their_status(
         ([("balance", 1)], "^portfolio_data: must be a mapping, not list$"),
         (a_portfolio(balance=True), "^balance: must be a number, not bool$"),
         (a_portfolio(balance=None), "^balance: must be a number, not NoneType$"),
+        ({"balance": None, "current_balance": 5}, "^balance: must be a number, not NoneType$"),
+        ({"current_balance": None}, "^current_balance: must be a number, not NoneType$"),
+        (a_portfolio(total_invested=INSTANT), r"^total_invested: must be a number, not datetime\.datetime$"),
         (a_portfolio(balance=float("nan")), "^balance: must be finite"),
         (a_portfolio(total_invested="a lot"), "^total_invested: is text that is not a number$"),
         (a_portfolio(total_profit_loss=[1]), "^total_profit_loss: must be a number, not list$"),
@@ -166,6 +337,13 @@ def test_open_positions_are_counted_by_their_status(
         (a_portfolio(positions={"t-1": {}}), "^positions: must be a list, not dict$"),
         (a_portfolio(positions="open"), "^positions: must be a list, not str$"),
         (a_portfolio(positions=[{}, "open"]), r"^positions\.1: must be a mapping, not str$"),
+        (a_portfolio(positions=[{}, {"status": 1}]), r"^positions\.1\.status: must be text, not int$"),
+        (a_portfolio(positions=[{"status": True}]), r"^positions\.0\.status: must be text, not bool$"),
+        (
+            a_portfolio(positions=[{"status": _Status.OPEN}]),
+            rf"^positions\.0\.status: must be text, not {__name__}\._Status$",
+        ),
+        (a_portfolio(positions=numpy.array([])), r"^positions: must be a list, not numpy\.ndarray$"),
         ({"balance": 999_999_999_999, "total_profit_loss": 1}, "^total_value: has more than 12 digits"),
     ],
 )
@@ -296,6 +474,42 @@ def test_what_is_no_time_of_this_age_is_refused(trading_history: FakeHistory, mo
 
 
 # ---- signals as an argument
+
+
+def test_numbers_of_other_types_in_signals_keep_their_value(archive_of: Callable[..., SignalArchive]) -> None:
+    """Whatever their depth, and the caller's own signals are left as they are."""
+    inner = [numpy.float32(0.1), {"yes": numpy.bool_(True), "no": numpy.bool_(False)}, "text"]
+    given = a_signal(
+        int64=numpy.int64(-(2**62)),
+        uint64=numpy.uint64(2**64 - 1),
+        float64=numpy.float64(0.1),
+        longdouble=numpy.longdouble("0.1"),
+        half=Fraction(1, 2),
+        text=numpy.str_("Zürich"),
+        deep=[inner],
+    )
+    before = copy.deepcopy(given)
+
+    (signal,) = archive_of([given]).signals
+
+    assert given == before
+    assert given["deep"][0] is inner
+    assert [type(value) for value in inner[:1]] == [numpy.float32]
+    assert (signal["int64"], signal["uint64"]) == (-(2**62), 2**64 - 1)
+    assert (signal["float64"], signal["longdouble"]) == (Decimal("0.1"), Decimal("0.1"))
+    assert (signal["half"], signal["text"]) == (Decimal("0.5"), "Zürich")
+    assert signal["deep"] == [[Decimal("0.1"), {"yes": True, "no": False}, "text"]]
+    assert [type(flag) for flag in signal["deep"][0][1].values()] == [bool, bool]
+
+
+@pytest.mark.parametrize(
+    "fraction", [Fraction(1, 3), Fraction(1, 2**5000), Fraction(10**401 + 1)], ids=["1/3", "long", "large"]
+)
+def test_a_fraction_in_a_signal_must_equal_a_decimal(trading_history: FakeHistory, fraction: Fraction) -> None:
+    """Signals are kept by value, and JSON has no fractions."""
+    with pytest.raises(InvalidEvent, match=r"^signals\.0\.x: is a fraction that no decimal equals"):
+        archive_current_signals([{"x": fraction}])
+    assert trading_history.events == []
 
 
 @pytest.mark.parametrize(

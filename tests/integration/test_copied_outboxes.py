@@ -1,0 +1,341 @@
+"""Folders of bots that are copied, outbox included: what each bot was given a receipt for is stored or rejected as its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from producers.outbox import Outbox
+from producers.redis_keys import token_key
+from tests.controllers import (
+    Bot,
+    Controller,
+    Line,
+    assert_sound,
+    audited,
+    copy_with_cp,
+    doctored,
+    settle,
+    some_events,
+    wait_until_settled,
+    worker_process,
+)
+from tests.deliveries import burst
+from tests.factories import a_snapshot, an_archive
+from tests.rq_programs import until
+
+pytestmark = pytest.mark.usefixtures("database_url")
+
+Open = Callable[[str], Controller]
+
+
+@pytest.fixture
+def bot(tmp_path: Path, line: Line) -> Iterator[Open]:
+    """Starts a bot in this process, on the outbox in this folder."""
+    with ExitStack() as stack:
+        yield lambda folder: stack.enter_context(Controller(tmp_path / folder / "outbox.db"))
+
+
+@contextmanager
+def _worker(when: str, folder: Path) -> Iterator[Callable[[], None]]:
+    """A worker that runs all along, begins when the block calls, or is killed with SIGKILL and replaced then."""
+    with ExitStack() as stack:
+        running = stack.enter_context(worker_process(folder)) if when != "late" else None
+
+        def now() -> None:
+            if running is None or when == "killed":
+                if running is not None:
+                    running.kill()
+                stack.enter_context(worker_process(folder))
+
+        yield now
+
+
+def _same_cycle(bot: Controller, balance: int) -> None:
+    """What both bots record about the same portfolio at the same times: the first 4 alike, then each its own content."""
+    for number in range(8):
+        bot.record(a_snapshot(after=timedelta(days=1, seconds=number), balance=balance if number > 3 else 7))
+    bot.record(an_archive(after=timedelta(days=1), signals=[{"market_id": str(balance)}]))
+
+
+@pytest.mark.parametrize("when", ["running", "late", "killed"])
+@pytest.mark.parametrize("state", ["settled", "sent", "pending"])
+def test_a_folder_copied_while_the_bot_is_stopped(
+    bot: Open, redis: Redis, line: Line, tmp_path: Path, state: str, when: str
+) -> None:
+    """Each has events of its own and events with the same ids, some of them with other content."""
+    one = bot("one")
+    one.record(*some_events(80, 0, 3))
+    if state == "settled":
+        one.producer.flush(10)
+        burst(redis)
+        settle(one)
+    if state == "sent":
+        assert one.producer.flush(10) == 0
+    if state == "pending":
+        line.cut()
+    one.record(*some_events(80, 10, 3))
+    one.stop()
+    copy_with_cp(tmp_path / "one", tmp_path / "two")
+    line.mend()
+
+    with _worker(when, tmp_path) as change_worker:
+        one.restart()
+        two = bot("two")
+        for balance, each in enumerate((one, two), start=100):
+            each.record(*some_events(balance, 0, 5))
+            _same_cycle(each, balance)
+        change_worker()
+        settle(one, two)
+    assert_sound(one.account(), two.account(), outboxes=[one.path, two.path])
+    assert len({source for source, _, _ in [*one.accepted, *two.accepted]}) > 1
+
+
+def test_two_copies_that_used_the_same_numbers_for_different_events(
+    bot: Open, redis: Redis, line: Line, tmp_path: Path
+) -> None:
+    """Redis is away while both record. Audit names the source, and its exit status is 0: nothing is missing."""
+    one = bot("one")
+    one.record(*some_events(80, 0, 3))
+    one.stop()
+    line.cut()
+    copy_with_cp(tmp_path / "one", tmp_path / "two")
+    one.restart()
+    two = bot("two")
+    for balance, each in enumerate((one, two), start=100):
+        _same_cycle(each, balance)
+        each.record(*some_events(balance, 0, 3))
+    used_twice = sorted({n for _, n, _ in one.accepted} & {n for _, n, _ in two.accepted})
+    line.mend()
+    with worker_process(tmp_path):
+        settle(one, two)
+
+    assert_sound(one.account(), two.account(), outboxes=[one.path, two.path])
+    ((source, *_),) = {key[:1] for key in one.accepted}
+    different = [n for n in used_twice if len({k[2] for k in [*one.accepted, *two.accepted] if k[1] == n}) > 1]
+    for outbox in (one.path, two.path, None):
+        status, sources = audited(outbox)
+        (shared,) = [audit for audit in sources if audit["source"] == source]
+        assert (status, shared["copied"], shared["tail_known"]) == (0, True, False)
+        assert shared["shared"] == different != []
+
+
+def test_an_event_of_one_copy_that_is_lost_is_missed_by_its_own_outbox(
+    bot: Open, redis: Redis, line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where copies share numbers, a row of the other one under the same number does not stand in for it."""
+    one = bot("one")
+    one.record(*some_events(80, 0, 1))
+    one.stop()
+    line.cut()
+    copy_with_cp(tmp_path / "one", tmp_path / "two")
+    one.restart()
+    two = bot("two")
+    one.record(*some_events(81, 0, 3))
+    (lost, *_) = two.record(*some_events(82, 0, 3))
+    line.mend()
+    with worker_process(tmp_path):
+        settle(one, two)
+    assert_sound(one.account(), two.account(), outboxes=[one.path, two.path])
+
+    from sqlalchemy import text
+
+    from consumers.connection import get_db
+
+    with get_db() as db:
+        db.execute(text("DELETE FROM portfolio_history WHERE event_id = :id"), {"id": lost.event_id})
+    status, sources = audited(two.path)
+    assert status == 1
+    assert [audit["mismatched"] for audit in sources if audit["source"] == lost.source] == [[lost.sequence]]
+
+
+def test_after_copies_have_met_each_has_a_source_of_its_own(
+    bot: Open, redis: Redis, line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second one to start leaves the source, once; the log says so, and doctor on the copy."""
+    one = bot("one")
+    one.record(*some_events(80, 0, 3))
+    assert one.producer.flush(10) == 0
+    one.stop()
+    copy_with_cp(tmp_path / "one", tmp_path / "two")
+    one.restart()
+    until(lambda: redis.get(token_key(next(iter(one.accepted))[0])) == _token(one).encode())
+    two = bot("two")
+    until(lambda: "was copied or restored" in caplog.text)
+    first = one.record(*some_events(81, 0, 3))
+    second = two.record(*some_events(82, 0, 3))
+    with worker_process(tmp_path):
+        settle(one, two)
+
+    assert_sound(one.account(), two.account(), outboxes=[one.path, two.path])
+    assert {r.source for r in first} == {next(iter(one.accepted))[0]}
+    assert {r.source for r in second}.isdisjoint({r.source for r in first})
+    assert [r.sequence for r in second] == [1, 2, 3, 4]
+    assert caplog.text.count("was copied or restored") == 1
+    assert doctored(two.path, "outbox copies")[0] == "warn"
+    assert doctored(one.path, "outbox copies") == ("ok", "none has been noticed")
+    assert all(audit["shared"] == [] for audit in audited(None)[1])
+
+
+def _token(one: Controller) -> str:
+    with Outbox(one.path) as outbox:
+        return outbox.identity.read().token
+
+
+@pytest.mark.parametrize("redis_is", ["there", "away"])
+def test_three_copies_and_a_copy_of_a_copy(
+    bot: Open, redis: Redis, line: Line, tmp_path: Path, redis_is: str
+) -> None:
+    """All four run at the same time and record different events, and the same ids with other content."""
+    first = bot("0")
+    first.record(*some_events(80, 0, 3))
+    first.producer.flush(10)
+    first.stop()
+    copy_with_cp(tmp_path / "0", tmp_path / "1")
+    copy_with_cp(tmp_path / "0", tmp_path / "2")
+    second = bot("1")
+    second.record(*some_events(81, 0, 2))
+    second.producer.flush(10)
+    second.stop()
+    copy_with_cp(tmp_path / "1", tmp_path / "3")
+    if redis_is == "away":
+        line.cut()
+    first.restart()
+    second.restart()
+    bots = [first, second, bot("2"), bot("3")]
+    for _ in range(2):
+        for number, each in enumerate(bots):
+            each.record(*some_events(100 + number, len(each.accepted), 4))
+            _same_cycle(each, number)
+    line.mend()
+    with worker_process(tmp_path):
+        settle(*bots)
+    assert_sound(*(each.account() for each in bots), outboxes=[each.path for each in bots])
+
+
+@pytest.mark.parametrize("copied", ["the folder", "the files of the database"])
+def test_a_copy_made_while_the_bot_records(redis: Redis, line: Line, tmp_path: Path, copied: str) -> None:
+    """Such a copy may be torn: then it is damaged, and salvaged. The original does not notice."""
+    (tmp_path / "one").mkdir()
+    with worker_process(tmp_path), ExitStack() as stack:
+        one = stack.enter_context(Bot(tmp_path / "one" / "outbox.db"))
+        one.record(81, 0, 50)
+        copying = subprocess.Popen([sys.executable, "-c", _COPY, copied], cwd=tmp_path)
+        for number in range(1, 100):
+            one.record(81, 50 * number, 50)
+            if copying.poll() is not None:
+                break
+        assert copying.wait(20) == 0
+        copies = [stack.enter_context(Bot(tmp_path / name / "outbox.db")) for name in ("two", "three")]
+        for number, each in enumerate([one, *copies], start=81):
+            each.record(number, 10_000, 30)
+            each.record(80, 0, 10, balance=number)
+        for each in (one, *copies):
+            each.settle()
+        accounts = [each.account() for each in (one, *copies)]
+    assert_sound(*accounts, outboxes=[each.path for each in (one, *copies)])
+
+
+_COPY = """
+import os, shutil, sys, time
+time.sleep(0.3)
+for name in ("two", "three"):
+    if sys.argv[1] == "the folder":
+        shutil.copytree("one", name)
+    else:
+        os.mkdir(name)
+        for end in ("", "-wal", "-shm"):
+            shutil.copy(f"one/outbox.db{end}", f"{name}/outbox.db{end}")
+"""
+
+
+def test_a_copy_is_started_while_the_worker_has_what_both_have(
+    bot: Open, redis: Redis, line: Line, tmp_path: Path
+) -> None:
+    """The entries that were sent when it was copied are the same deliveries: one row each, which both outboxes see."""
+    one = bot("one")
+    receipts = one.record(*some_events(80, 0, 20))
+    assert one.producer.flush(10) == 0
+    one.stop()
+    copy_with_cp(tmp_path / "one", tmp_path / "two")
+    burst(redis)
+    one.restart()
+    settle(one)  # it has taken the acknowledgements
+    two = bot("two")
+    with worker_process(tmp_path):
+        wait_until_settled(two.path)
+    assert_sound(one.account(), outboxes=[one.path, two.path])
+    with Outbox(two.path) as outbox:
+        assert (outbox.status().stored, outbox.status().rejected) == (len(receipts), 0)
+
+
+# --- one file under two paths, and the same path on two machines ---
+
+
+def test_the_same_relative_path_in_two_folders(redis: Redis, line: Line, tmp_path: Path) -> None:
+    """Two containers made of one image, outbox included: the path says nothing about whose it is."""
+    image = tmp_path / "image"
+    (image / "data").mkdir(parents=True)
+    with Bot(image / "data" / "outbox.db") as first:
+        first.record(80, 0, 5)
+        first.stop()
+    for name in ("a", "b"):
+        copy_with_cp(image, tmp_path / name)
+    with worker_process(tmp_path), ExitStack() as stack:
+        bots = [stack.enter_context(Bot(tmp_path / name / "data" / "outbox.db")) for name in "ab"]
+        for number, each in enumerate(bots):
+            each.record(81 + number, 0, 20)
+            each.record(80, 100, 10, balance=number)
+        for each in bots:
+            each.settle()
+        accounts = [first.account(ask=False), *(each.account() for each in bots)]
+    assert_sound(*accounts, outboxes=[each.path for each in bots])
+
+
+def test_one_volume_under_two_paths(
+    redis: Redis, line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture, bot: Open
+) -> None:
+    """Through a symbolic link to the folder and by its own name: one of them relays at a time, and it is no copy."""
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "mounted").symlink_to("volume")
+    with Bot(tmp_path / "volume" / "outbox.db") as one, Bot(tmp_path / "mounted" / "outbox.db") as two:
+        for round_ in range(3):
+            one.record(81, 10 * round_, 10)
+            two.record(82, 10 * round_, 10)
+            two.record(81, 10 * round_, 10)  # the same facts
+        with worker_process(tmp_path):
+            one.settle()
+            two.settle()
+        assert_sound(one.account(), two.account(), outboxes=[one.path, two.path])
+        one.kill()  # the other one takes over
+        two.record(82, 100, 10)
+        with worker_process(tmp_path):
+            two.settle()
+        assert_sound(one.account(ask=False), two.account(), outboxes=[one.path, two.path])
+    sources = {source for source, _, _ in [*one.accepted, *two.accepted]}
+    assert len(sources) == 1
+    assert doctored(two.path, "outbox copies") == ("ok", "none has been noticed")
+    assert "copied or restored" not in "".join(log.read_text() for log in tmp_path.glob("*.log"))
+
+
+def test_two_paths_in_one_process_have_one_relay(redis: Redis, line: Line, tmp_path: Path, bot: Open) -> None:
+    """As with two processes."""
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "mounted").symlink_to("volume")
+    one, two = bot("volume"), bot("mounted")
+    one.record(*some_events(81, 0, 3))
+    two.record(*some_events(82, 0, 3))
+    until(lambda: one.producer.flush(0) == 0)
+    held: list[Any] = [each.producer._relay._lock.held for each in (one, two)]
+    with worker_process(tmp_path):
+        settle(one, two)
+    assert sorted(held) == [False, True]
+    assert_sound(one.account(), two.account(), outboxes=[one.path])

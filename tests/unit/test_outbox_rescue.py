@@ -1,0 +1,448 @@
+"""A damaged outbox is set aside and holds up nothing; what can be read in it is carried over, the rest is named."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import multiprocessing
+import random
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import fakeredis
+import pytest
+
+from producers import outbox_rescue
+from producers.entries import Accepted, EntryHead
+from producers.errors import OutboxDamaged, OutboxError
+from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox, Position
+from producers.outbox_rescue import ranges_text
+from producers.outcomes import Acknowledgement, Outcome
+from producers.redis_keys import job_id_of
+from producers.relay import Relay
+from tests.factories import a_snapshot
+from tests.unit.conftest import queue_of
+from tests.unit.test_outbox import OLD_SOURCE_ID, write_outbox_of_before
+
+NAME = "trading-controller"
+COUNT = 300
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "outbox.db"
+
+
+@pytest.fixture
+def relay_of(redis: fakeredis.FakeRedis) -> Iterator[Callable[[Outbox], Relay]]:
+    """Not started: each test calls sweep itself."""
+    opened: list[Relay] = []
+
+    def make(outbox: Outbox) -> Relay:
+        opened.append(Relay(outbox, redis, "history", keep_seconds=3600.0))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.stop()
+
+
+def _append(outbox: Outbox, count: int, after: int = 0) -> list[Accepted]:
+    return outbox.append(NAME, [a_snapshot(after=timedelta(minutes=after + n)) for n in range(count)])
+
+
+def _filled(path: Path) -> dict[str, tuple[int, str]]:
+    """An outbox with pending entries, closed: the number and the text of each, by its job id."""
+    with Outbox(path) as outbox:
+        lock = outbox.relay_lock()  # as any producer has made it
+        lock.acquire()
+        lock.release()
+        _append(outbox, COUNT)
+        return {entry.job_id: (entry.sequence, entry.event) for entry in outbox.entries()}
+
+
+def _overwrite(path: Path, share: float, filling: str, length: int = 20_000) -> None:
+    content = random.Random(1).randbytes(length) if filling == "noise" else bytes(length)
+    with path.open("r+b") as file:
+        file.seek(round(share * (path.stat().st_size - length)) if share else 0)
+        file.write(content)
+
+
+def _job_id(one: Accepted | EntryHead) -> str:
+    return job_id_of(one.source_id, one.sequence, one.nonce)
+
+
+def _sweep(relay: Relay) -> None:
+    while relay.sweep():
+        pass
+
+
+def _lost(outbox: Outbox) -> set[int]:
+    return {n for ranges in outbox.rescue.losses().values() for first, last in ranges for n in range(first, last + 1)}
+
+
+@pytest.mark.parametrize("damage", list(itertools.product([0.0, 0.2, 0.5, 0.8, 1.0], ["noise", "zeros"])))
+def test_what_is_damaged_holds_up_nothing_that_is_not(
+    path: Path,
+    relay_of: Callable[[Outbox], Relay],
+    redis: fakeredis.FakeRedis,
+    caplog: pytest.LogCaptureFixture,
+    damage: tuple[float, str],
+) -> None:
+    """20 kB anywhere in the file, its first page included: new events flow, readable ones too, others are named."""
+    before = _filled(path)
+    _overwrite(path, *damage)
+    outbox = Outbox(path, repair=True)
+    new = _append(outbox, 1, after=9000)
+    relay = relay_of(outbox)
+    _sweep(relay)
+    new += _append(outbox, 1, after=9001)
+    _sweep(relay)
+
+    delivered = {entry.job_id: entry.event for entry in outbox.entries()}
+    assert {_job_id(one) for one in new} <= set(queue_of(redis).job_ids) == set(delivered)
+    assert len(queue_of(redis).job_ids) == len(set(queue_of(redis).job_ids))
+    salvaged = {job_id: text for job_id, text in delivered.items() if job_id in before}
+    assert salvaged == {job_id: before[job_id][1] for job_id in salvaged}
+    assert len(salvaged) > COUNT * 0.7
+    assert len(delivered) == len(salvaged) + len(new)
+    missing = {sequence for job_id, (sequence, _) in before.items() if job_id not in salvaged}
+    there = {before[job_id][0] for job_id in salvaged}
+    # What is missing before the first one may have been settled and dropped: it is not known.
+    assert {n for n in missing if n > min(there)} == _lost(outbox)
+
+    assert outbox.rescue.damaged_files() == []
+    (aside,) = outbox.rescue.salvaged_files()
+    assert aside.name.startswith("outbox.db.salvaged-")
+    carried = sum(one.source_id == next(iter(before)).split("-")[0] for one in new)  # appended before it was noticed
+    messages = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
+    assert len(messages) == 2
+    assert "the file is damaged and was set aside as" in messages[0]
+    assert messages[1].startswith(f"salvaged {len(salvaged) + carried} entries from ")
+    if lost := _lost(outbox):
+        ((source, ranges),) = outbox.rescue.losses().items()
+        assert messages[1].endswith(
+            f"lost, unless the database has them (trading-history audit): {source}: {ranges_text(ranges)}"
+        )
+        assert source.startswith(f"{NAME}/")
+        assert len(lost) > 5
+    assert outbox.quick_check(60) is None
+
+
+def test_flushing_covers_what_a_damaged_file_still_has(path: Path, redis: fakeredis.FakeRedis) -> None:
+    """A new event may be in it as well: its receipt has a state meanwhile, and flush ends when Redis has it."""
+    before = _filled(path)
+    _overwrite(path, 0.5, "noise")
+    producer = HistoryProducer(redis, outbox=path)
+    receipts = [producer.record(a_snapshot(after=timedelta(minutes=9000 + n))) for n in range(3)]
+    assert {one.state for one in receipts} <= {"pending", "sent"}
+    assert producer.flush(20) == 0
+    assert {one.state for one in receipts} == {"sent"}
+    producer.close(timeout=0)
+
+    assert {_job_id(one._accepted) for one in receipts} <= set(queue_of(redis).job_ids)
+    assert len(set(queue_of(redis).job_ids) & set(before)) > COUNT * 0.7
+    assert len(Outbox(path).rescue.salvaged_files()) == 1
+
+
+def test_a_file_that_waits_to_be_salvaged_is_not_settled(path: Path) -> None:
+    """It counts as one entry; a receipt of an event in it knows no more than that it is safe."""
+    outbox = Outbox(path, repair=True)
+    (accepted,) = _append(outbox, 1)
+    outbox.relay_lock().acquire()
+    until = outbox.last_position()
+    (aside,) = _set_aside(outbox)
+    assert (outbox.pending_count(), outbox.pending_count(until), outbox.unsettled_count(recorder=9)) == (1, 1, 1)
+    assert outbox.fate(accepted).state == "pending"
+    assert outbox.rescue.salvage(aside).entries == 1
+    assert (outbox.pending_count(until), outbox.unsettled_count(recorder=9)) == (1, 0)
+    assert outbox.fate(accepted).state == "pending"
+
+
+def test_calls_that_meet_the_damage_first_do_not_fail(path: Path) -> None:
+    """Whatever a producer asks its outbox; those that only look are told that it is damaged."""
+    asks: list[Callable[[Outbox], object]] = [
+        lambda outbox: outbox.status(),
+        lambda outbox: outbox.pending_count(),
+        lambda outbox: outbox.unsettled_count(),
+        lambda outbox: outbox.last_position(),
+        lambda outbox: outbox.check_now(Position(9, 0)),
+        lambda outbox: outbox.resend(0),
+    ]
+    for ask in asks:
+        _filled(path)
+        with Outbox(path, repair=True) as outbox, Outbox(path) as looking:
+            looking.close()
+            _overwrite(path, 0.0, "noise", path.stat().st_size)
+            with pytest.raises(OutboxDamaged):
+                ask(looking)
+            outbox.close()
+            ask(outbox)
+            assert len(outbox.rescue.damaged_files()) == 1
+        shutil.rmtree(path.parent)
+
+
+def test_a_file_that_is_damaged_while_it_is_open_is_set_aside(
+    path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
+) -> None:
+    """By the relay, when it meets the damage; the producer has appended to it meanwhile."""
+    before = _filled(path)
+    outbox = Outbox(path, repair=True)
+    relay = relay_of(outbox)
+    _overwrite(path, 0.5, "noise")
+    new = _append(outbox, 2, after=9000)
+    _sweep(relay)
+    _sweep(relay)
+
+    assert len(outbox.rescue.salvaged_files()) == 1
+    assert {_job_id(one) for one in new} <= set(queue_of(redis).job_ids)
+    assert COUNT * 0.7 < len(set(queue_of(redis).job_ids) & set(before)) < COUNT
+
+
+def test_states_survive_and_what_is_settled_stays_so(path: Path, relay_of: Callable[[Outbox], Relay]) -> None:
+    """Stored entries are kept for a resend; one that was sent is looked after when it is due."""
+    with Outbox(path, repair=True) as outbox:
+        relay = relay_of(outbox)
+        accepted = _append(outbox, COUNT)
+        told = {
+            one.sequence: Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", 7), at=0)
+            for one in accepted[:100]
+        }
+        outbox.settle(accepted[0].source_id, 0, told)
+        outbox.mark_sent({entry.position: 200.0 for entry in outbox.pending(100)})
+        relay._lock.acquire()
+        relay._lock.release()
+    _overwrite(path, 0.0, "noise", 4096)
+    outbox = Outbox(path, repair=True)
+    _sweep(relay_of(outbox))
+    status = outbox.status()
+    assert (status.stored, status.sent) == (100, 200)
+    assert outbox.fate(accepted[0]).row_id == 7
+    assert outbox.rescue.losses() == {}
+    (source,) = outbox.sources()
+    assert (source.full_name, source.current, source.left_because) == (accepted[0].source, False, "damaged")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_damaged_outbox_of_an_earlier_version_is_salvaged(
+    path: Path, redis: fakeredis.FakeRedis, version: int
+) -> None:
+    """Its entries have no nonce, and states of before."""
+    events = write_outbox_of_before(path, version, count=200)
+    path.with_name("outbox.db-relay").touch()
+    _overwrite(path, 0.5, "noise")
+    outbox = Outbox(path, repair=True)
+    _sweep(Relay(outbox, redis, "history", keep_seconds=1e12))
+
+    found = {entry.job_id: entry.event for entry in outbox.entries()}
+    assert len(found) > 100
+    assert set(found.items()) <= {(f"{OLD_SOURCE_ID}-{n}", text) for n, text in enumerate(events, 1)}
+    assert len(found) + len(_lost(outbox)) <= 200
+    assert outbox.status().stored > 20
+
+
+def test_one_text_that_is_no_text_costs_one_entry(
+    path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
+) -> None:
+    """A single bit of it, where SQLite has nothing to object."""
+    _filled(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("UPDATE entries SET event = CAST(CAST(event AS BLOB) || x'ff' AS TEXT) WHERE sequence = 150")
+    outbox = Outbox(path, repair=True)
+    _sweep(relay_of(outbox))
+
+    assert _lost(outbox) == {150}
+    assert sorted(int(job_id.split("-")[1]) for job_id in queue_of(redis).job_ids) == [
+        n for n in range(1, COUNT + 1) if n != 150
+    ]
+
+
+@pytest.mark.parametrize("content", [b"somebody's notes\n" * 1000, b"somebody's notes"])
+def test_a_file_that_never_was_an_outbox_is_left_alone(path: Path, content: bytes) -> None:
+    """Named by mistake: no relay has left its lock beside it."""
+    path.parent.mkdir()
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(OutboxDamaged, match=f"^outbox {path}: "):
+            Outbox(path, repair=True)
+    assert path.read_bytes() == content
+    assert [one.name for one in path.parent.iterdir()] == ["outbox.db"]
+
+
+def test_those_that_only_look_leave_a_damaged_file_where_it_is(path: Path) -> None:
+    """Such as `outbox status`: they say that it is damaged."""
+    _filled(path)
+    _overwrite(path, 0.0, "noise")
+    with pytest.raises(OutboxDamaged, match=f"^outbox {path}: "):
+        Outbox(path)
+    assert sorted(one.name for one in path.parent.iterdir()) == ["outbox.db", "outbox.db-relay"]
+
+
+def test_a_quick_check_finds_damage_and_changes_nothing(path: Path) -> None:
+    """It names the first fault, or raises as every method does."""
+    _filled(path)
+    _overwrite(path, 0.5, "noise")
+    with Outbox(path) as outbox:
+        found = outbox.quick_check(60)
+        assert found
+        assert found != "unfinished"
+    assert path.exists()
+
+
+def _use_damaged(path: Path, pipe: Any) -> None:
+    pipe.recv()
+    with Outbox(path, repair=True) as outbox:
+        pipe.send([_job_id(one) for _ in range(5) for one in _append(outbox, 1)])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_processes_that_meet_the_damage_together_set_it_aside_once(path: Path) -> None:
+    """All go on in the same new file."""
+    _filled(path)
+    _overwrite(path, 0.0, "noise")
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe() for _ in range(4)]
+    users = [context.Process(target=_use_damaged, args=(path, pipe)) for _, pipe in pipes]
+    for user in users:
+        user.start()
+    for pipe, _ in pipes:
+        pipe.send("now")
+    accepted = [job_id for pipe, _ in pipes for job_id in pipe.recv()]
+    for user in users:
+        user.join(60)
+
+    assert [user.exitcode for user in users] == [0] * 4
+    with Outbox(path) as outbox:
+        assert sorted(entry.job_id for entry in outbox.entries()) == sorted(accepted)
+        assert [entry.sequence for entry in outbox.entries()] == list(range(1, 21))
+        assert len(outbox.rescue.damaged_files()) == 1
+
+
+def test_one_that_comes_too_late_to_set_a_file_aside_leaves_the_new_one_where_it_is(path: Path) -> None:
+    """Two have found the same damage; the second one finds a sound file at the path."""
+    _filled(path)
+    _overwrite(path, 0.5, "noise")
+    first, second, third = (Outbox(path, repair=True) for _ in range(3))
+    third.close()
+    asides: list[list[Path]] = []
+    for outbox in (first, second, third):
+        with outbox.repaired():
+            raise OutboxDamaged("as SQLite says it")
+        asides.append(outbox.rescue.damaged_files())
+        _append(outbox, 1)
+
+    assert asides[0] == asides[1] == asides[2]
+    assert len(asides[0]) == 1
+    assert [entry.sequence for entry in first.entries()] == [1, 2, 3]
+
+
+def test_what_a_damaged_file_took_from_a_process_that_had_it_open_is_not_lost(
+    path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
+) -> None:
+    """It was renamed under its hands; its events are in the new file, and those of before are salvaged."""
+    before = _filled(path)
+    _overwrite(path, 0.5, "noise")
+    busy, other = Outbox(path, repair=True), Outbox(path, repair=True)
+    relay = relay_of(other)
+    mine = _append(busy, 2, after=9000)
+    _sweep(relay)
+    mine += _append(busy, 2, after=9002)
+    _sweep(relay)
+
+    assert {_job_id(one) for one in mine} <= set(queue_of(redis).job_ids)
+    assert len(set(queue_of(redis).job_ids) & set(before)) > COUNT * 0.7
+
+
+def test_a_salvage_that_was_cut_short_is_done_again_and_takes_nothing_twice(
+    path: Path,
+    relay_of: Callable[[Outbox], Relay],
+    redis: fakeredis.FakeRedis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The relay's process ended in the middle of it."""
+    monkeypatch.setattr(outbox_rescue, "_INSERT_PAGE", 50)
+    before = _filled(path)
+    _overwrite(path, 0.5, "noise")
+    with Outbox(path, repair=True) as outbox:
+        (aside,) = _set_aside(outbox)
+        steps = outbox.rescue.salvaging(aside)
+        for _ in range(3):
+            next(steps)
+        assert 0 < len(outbox.entries()) < COUNT
+        del steps
+    outbox = Outbox(path, repair=True)
+    assert outbox.rescue.damaged_files() == [aside]
+    _sweep(relay_of(outbox))
+
+    job_ids = queue_of(redis).job_ids
+    assert len(job_ids) == len(set(job_ids)) == len(outbox.entries())
+    assert set(job_ids) <= set(before)
+    first = min(before[job_id][0] for job_id in job_ids)
+    assert len(_lost(outbox)) == COUNT - len(job_ids) - (first - 1)
+    lost = outbox.rescue.losses()
+    again = outbox.rescue.salvage(*outbox.rescue.salvaged_files())
+    assert (again.entries, again.unread) == (0, lost)
+    assert outbox.rescue.losses() == lost
+    assert len(outbox.rescue.salvaged_files()) == 1
+
+
+def _set_aside(outbox: Outbox) -> list[Path]:
+    with outbox.repaired():
+        raise OutboxDamaged("as SQLite says it")
+    return outbox.rescue.damaged_files()
+
+
+def test_an_older_file_beside_a_newer_log_stops_nothing(
+    path: Path, tmp_path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
+) -> None:
+    """A backup was put back by `cp` after the process had been killed, which leaves its log behind."""
+    _filled(path)
+    shutil.copyfile(path, tmp_path / "older.db")
+    with Outbox(path) as outbox:
+        _append(outbox, 200, after=1000)
+        outbox.mark_sent({entry.position: 300.0 for entry in outbox.pending(50)})
+        newer = tmp_path / "newer-wal"
+        shutil.copyfile(path.with_name("outbox.db-wal"), newer)
+    shutil.copyfile(tmp_path / "older.db", path)
+    shutil.copyfile(newer, path.with_name("outbox.db-wal"))
+
+    outbox = Outbox(path, repair=True)
+    relay = relay_of(outbox)
+    new = _append(outbox, 1, after=9000)
+    _sweep(relay)
+    new += _append(outbox, 1, after=9001)
+    _sweep(relay)
+    assert {_job_id(one) for one in new} <= set(queue_of(redis).job_ids)
+    assert outbox.quick_check(60) is None
+    assert len(outbox.entries()) >= COUNT + 2
+
+
+def test_a_damaged_file_in_a_folder_that_cannot_be_written_is_an_error_that_names_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is read-only since it failed: the caller hears that nothing was recorded."""
+    _filled(path)
+    outbox = Outbox(path, repair=True)
+    _overwrite(path, 0.0, "noise")
+    outbox.close()
+
+    def read_only(*_: Any) -> Path:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", read_only)
+    with pytest.raises(OutboxError, match=r"outbox\.db: "):
+        _append(outbox, 1)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "text"), [([(2, 3), (6, 6)], "2-3, 6"), ([(1, 1)], "1"), ([], "")], ids=["two", "one", "none"]
+)
+def test_ranges_are_told_as_people_write_them(ranges: list[tuple[int, int]], text: str) -> None:
+    """Inclusive."""
+    assert ranges_text(ranges) == text
