@@ -1,6 +1,7 @@
 """A long storm of faults: `python -m tests.faults --minutes 20 [--seed N]`. Exit status 1 if a promise was broken.
 
 `python -m tests.faults failover`: Redis behind Sentinel, the master killed and another one paused.
+`python -m tests.faults exits --runs 200`: controllers that record two events and end, with a worker and without Redis.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from consumers.stack import embedded_stack
+from tests.faults.exits import print_exits
 from tests.faults.failover import print_failovers, run_failovers
 from tests.faults.storm import run_storm
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("storm", "failover"), nargs="?", default="storm")
+    parser.add_argument("what", choices=("storm", "failover", "exits"), nargs="?", default="storm")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--folder", type=Path, help="an empty folder with a short path, which is kept")
+    parser.add_argument("--runs", type=int, default=200)
     options = parser.parse_args()
     if options.what == "failover":
         return _failover()
+    if options.what == "exits":
+        with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+            return print_exits(Path(folder), options.runs)
     print(f"seed {options.seed}", flush=True)
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))
