@@ -29,7 +29,7 @@ from producers.settings import TransportSettings
 from producers.times import localized
 
 EXIT_SECONDS = 2.0
-_LEAVE_SECONDS = 0.1  # of those at an exit are for relays to end; one that waits for Redis is left behind
+_LEAVE_SHARE = 0.05  # of the time of an exit is for relays to end; one that waits for Redis is left behind
 _POLL_SECONDS = 0.02
 _ASK_SECONDS = 1.0  # how often `settle` asks Redis about what is under way
 
@@ -288,7 +288,7 @@ def _close_all() -> None:
         for producer in producers:  # before the first of them is waited for, all know that they end
             last.callback(producer._relay.stop, 0.0)
         for producer in producers:
-            first.callback(producer._finish, deadline - _LEAVE_SECONDS)
+            first.callback(producer._finish, deadline - _LEAVE_SHARE * EXIT_SECONDS)
 
 
 def _reopen_all() -> None:

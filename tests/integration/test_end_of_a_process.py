@@ -33,7 +33,7 @@ def test_a_controller_that_ends_leaves_nothing_unsettled(
     with Outbox(outbox) as other:
         other.append("other", [a_snapshot()], recorder=1)
     with closing(sqlite3.connect(outbox)) as db:
-        db.execute("UPDATE entries SET state = 'sent', check_at = ?", (2**40,))
+        db.execute("UPDATE entries SET state = 'sent', check_at = (SELECT clock_shown + 250 FROM outbox)")
         db.commit()
     with a_worker(redis, tmp_path / "worker.log"):
         ended = run_script(TWO_EVENTS, tmp_path)
