@@ -29,6 +29,7 @@ from producers.settings import TransportSettings
 from producers.times import localized
 
 EXIT_SECONDS = 2.0
+_LEAVE_SHARE = 0.05  # of the time of an exit is for relays to end; one that waits for Redis is left behind
 _POLL_SECONDS = 0.02
 _ASK_SECONDS = 1.0  # how often `settle` asks Redis about what is under way
 
@@ -283,11 +284,11 @@ def _close_all() -> None:
     producers = list(_live)
     with ExitStack() as last, ExitStack() as first:  # each of them, also when one fails
         for producer in producers:
-            last.callback(producer._stop, deadline + STOP_SECONDS)
+            last.callback(producer._stop, deadline)
         for producer in producers:  # before the first of them is waited for, all know that they end
             last.callback(producer._relay.stop, 0.0)
         for producer in producers:
-            first.callback(producer._finish, deadline)
+            first.callback(producer._finish, deadline - _LEAVE_SHARE * EXIT_SECONDS)
 
 
 def _reopen_all() -> None:

@@ -24,7 +24,7 @@ from producers.relay import Relay
 logger = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0  # how often an outbox that cannot be relayed yet is tried
-_END_SECONDS = 8.0  # for all relays together: one that waits for Redis gets its answer, or none, within 5 s
+END_SECONDS = 8.0  # for all relays together: one that waits for Redis gets its answer, or none, within 5 s
 
 
 def run_relay(
@@ -49,7 +49,7 @@ def run_relay(
             if stopped(_LOOK_SECONDS):
                 return
     finally:
-        deadline = time.monotonic() + _END_SECONDS
+        deadline = time.monotonic() + END_SECONDS
         for one in watched:
             one.stop(0.0)
         for one in watched:

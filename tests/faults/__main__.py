@@ -2,6 +2,7 @@
 
 `python -m tests.faults failover`: Redis behind Sentinel, the master killed and another one paused.
 `python -m tests.faults upgrade --from COMMIT`: from the tree of that commit to this one, with events under way.
+`python -m tests.faults exits --runs 200`: controllers that record two events and end, with a worker and without Redis.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from consumers.stack import embedded_stack
+from tests.faults.exits import print_exits
 from tests.faults.failover import print_failovers, run_failovers
 from tests.faults.storm import run_storm
 from tests.faults.upgrade import run_upgrade
@@ -21,11 +23,12 @@ from tests.faults.upgrade import run_upgrade
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("storm", "failover", "upgrade"), nargs="?", default="storm")
+    parser.add_argument("what", choices=("storm", "failover", "upgrade", "exits"), nargs="?", default="storm")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--folder", type=Path, help="an empty folder with a short path, which is kept")
     parser.add_argument("--from", dest="commit", help="what to upgrade from")
+    parser.add_argument("--runs", type=int, default=200)
     options = parser.parse_args()
     if options.what == "upgrade":
         if not options.commit:
@@ -33,6 +36,9 @@ def main() -> int:
         return _upgrade(options.commit)
     if options.what == "failover":
         return _failover()
+    if options.what == "exits":
+        with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+            return print_exits(Path(folder), options.runs)
     print(f"seed {options.seed}", flush=True)
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))

@@ -225,7 +225,7 @@ def test_all_producers_of_a_process_share_the_time_that_its_end_has(
     began = time.monotonic()
     history_producer._close_all()
 
-    assert 0.5 <= time.monotonic() - began < 1.5
+    assert 0.3 <= time.monotonic() - began < 1.5
     assert all(producer.closed for producer in producers)
 
 
