@@ -37,8 +37,7 @@ def main() -> int:
     if options.what == "failover":
         return _failover()
     if options.what == "exits":
-        with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
-            return print_exits(Path(folder), options.runs)
+        return _exits(options.runs)
     print(f"seed {options.seed}", flush=True)
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))
@@ -60,6 +59,11 @@ def main() -> int:
     for breach in judged.breaches[:20]:
         print(f"  {breach}")
     return 1 if judged.breaches else 0
+
+
+def _exits(runs: int) -> int:
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        return print_exits(Path(folder), runs)
 
 
 def _upgrade(commit: str) -> int:

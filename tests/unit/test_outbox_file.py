@@ -292,6 +292,45 @@ def _use(path: Path, pipe: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_file_that_is_replaced_is_opened_without_the_log_of_the_one_before(path: Path) -> None:
+    """By a process that comes before the one that has the earlier file open notices: each has its own log."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_use, args=(path, theirs), daemon=True)
+    process.start()
+    expected = mine.recv()
+    _replace_by_another(path)
+    with Outbox(path, repair=True) as outbox:
+        expected += _job_ids(_append(outbox, 3, after=300))
+        mine.send("go on")
+        assert mine.poll(20)
+        expected += mine.recv()
+        expected += _job_ids(_append(outbox, 3, after=400))
+    process.join(20)
+
+    assert set(expected) <= set(_at_path(path))
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_the_log_of_a_killed_process_is_not_taken_for_that_of_a_file_put_in_its_place(path: Path) -> None:
+    """What stood in it is carried over; the file in its place is as it was."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_use, args=(path, theirs), daemon=True)
+    process.start()
+    killed = mine.recv()
+    process.kill()
+    process.join(20)
+    assert path.with_name("outbox.db-wal").stat().st_size > 0
+    _replace_by_another(path)
+    with Outbox(path, repair=True) as outbox:
+        assert len(outbox.entries()) == 2
+        (log,) = outbox.rescue.damaged_files()
+        outbox.rescue.salvage(log)
+        assert set(killed) <= {entry.job_id for entry in outbox.entries()}
+
+
 def test_processes_on_a_removed_file_lose_nothing(path: Path) -> None:
     """Three of them, which notice it at the same time."""
     context = multiprocessing.get_context("fork")

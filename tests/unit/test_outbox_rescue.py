@@ -304,7 +304,7 @@ def test_those_that_only_look_leave_a_damaged_file_where_it_is(path: Path) -> No
     _overwrite(path, 0.0, "noise")
     with pytest.raises(OutboxDamaged, match=f"^outbox {path}: "):
         Outbox(path)
-    assert sorted(one.name for one in path.parent.iterdir()) == ["outbox.db", "outbox.db-relay"]
+    assert sorted(one.name for one in path.parent.iterdir()) == ["outbox.db", "outbox.db-pair", "outbox.db-relay"]
 
 
 def test_a_quick_check_finds_damage_and_changes_nothing(path: Path) -> None:
