@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -202,7 +201,7 @@ def copy_with_cp(*names: object) -> None:
 class Bot:
     """A producer in a process of its own, which records when it is told to. It can be killed."""
 
-    def __init__(self, path: Path, **environment: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.accepted: dict[Key, Payload] = {}
         self.log = path.parent.with_name(f"{path.parent.name}.log")
@@ -214,7 +213,7 @@ class Bot:
                 stderr=log,
                 text=True,
                 cwd=path.parent.parent,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
             )
 
     def record(self, portfolio: int, first: int, count: int, balance: int = 100) -> None:
@@ -341,9 +340,3 @@ def is_settled(path: Path) -> bool:
 
 def wait_until_settled(path: Path, seconds: float = 30.0) -> None:
     until(lambda: is_settled(path), seconds)
-
-
-def pause_until_busy(path: Path) -> None:
-    """Until a controller in another process has recorded something there."""
-    until(path.exists)
-    time.sleep(0.1)

@@ -131,6 +131,28 @@ HARM = {
 }
 
 
+@pytest.mark.parametrize("harm", HARM)
+def test_killed_after_its_outbox_was_removed_or_replaced(line: Line, tmp_path: Path, harm: str) -> None:
+    """With Redis away all the time: what it was given receipts for before and after is in the file at the path."""
+    path = tmp_path / "bot" / "outbox.db"
+    path.parent.mkdir()
+    line.cut()
+    with Bot(path) as one:
+        one.record(81, 0, 30)
+        HARM[harm](path)
+        one.record(81, 200, 1)
+        one.kill()
+    accounts = [one.account(ask=False)]
+    line.mend()
+    with worker_process(tmp_path), Bot(path) as again:
+        again.record(82, 0, 3)
+        again.settle()
+        accounts.append(again.account())
+    if harm == "replace_by_another":
+        accounts.append(_account_of_another())
+    assert_sound(*accounts, outboxes=[path])
+
+
 @pytest.mark.parametrize("redis_is", ["there", "away"])
 @pytest.mark.parametrize("harm", HARM)
 def test_removed_or_replaced_under_a_running_controller(
@@ -163,7 +185,7 @@ def test_removed_or_replaced_under_a_running_controller(
 
 @pytest.mark.parametrize("redis_is", ["there", "away"])
 @pytest.mark.parametrize("backup_of", ["file", "file and WAL"])
-@pytest.mark.parametrize("count", [5, 60, 500])
+@pytest.mark.parametrize("count", [5, 500])
 def test_restored_over_the_same_inode_under_a_running_controller(
     line: Line, tmp_path: Path, backup_of: str, redis_is: str, count: int
 ) -> None:
