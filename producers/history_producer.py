@@ -94,7 +94,8 @@ class HistoryProducer:
         self._closed = False
         self._starting = threading.Lock()
         self._outbox = Outbox(settings.outbox if outbox is None else outbox, repair=True)
-        self._outbox.identity.set_destination(place_of(self._redis), self._queue)
+        place = place_of(self._redis)
+        self._outbox.retried(lambda: self._outbox.identity.set_destination(place, self._queue))
         self._recorder = _new_recorder()
         self._keep_seconds = settings.outbox_keep_seconds
         self._relay = self._new_relay()
@@ -132,8 +133,12 @@ class HistoryProducer:
 
         Returns how many of these events it has not. They are safe in the outbox.
         """
+        deadline = _deadline(timeout)
+        return self._outbox.retried(lambda: self._flush(deadline))
+
+    def _flush(self, deadline: float | None) -> int:
         until = self._outbox.last_position()
-        self._wait_for(lambda: not self._outbox.pending_count(until), _deadline(timeout))
+        self._wait_for(lambda: not self._outbox.pending_count(until), deadline)
         return self._outbox.pending_count(until)
 
     def settle(self, timeout: float | None = None, *, progress: Callable[[int], None] | None = None) -> int:
@@ -141,7 +146,11 @@ class HistoryProducer:
 
         What is under way is asked for at once, not when it is due. `progress` hears, now and then, how many are left.
         """
-        until, deadline, ask_at = self._outbox.last_position(), _deadline(timeout), 0.0
+        deadline = _deadline(timeout)
+        return self._outbox.retried(lambda: self._settle(deadline, progress))
+
+    def _settle(self, deadline: float | None, progress: Callable[[int], None] | None) -> int:
+        until, ask_at = self._outbox.last_position(), 0.0
 
         def is_settled() -> bool:
             nonlocal ask_at
@@ -165,7 +174,7 @@ class HistoryProducer:
                 self._relay.settled.wait(_POLL_SECONDS)
 
     def status(self) -> OutboxStatus:
-        return self._outbox.status()
+        return self._outbox.retried(self._outbox.status)
 
     def localized(self, moment: datetime, field: str) -> datetime:
         """`moment`, or if it is naive, `moment` in the zone that HISTORY_TIMEZONE or this machine names.
@@ -203,12 +212,16 @@ class HistoryProducer:
             return
         self._closed = True
         try:
-            if not self._outbox.identity.relay_is_alive():
-                self._wait_for(self._has_nothing_under_way, _deadline(EXIT_SECONDS if timeout is None else timeout))
+            deadline = _deadline(EXIT_SECONDS if timeout is None else timeout)
+            self._outbox.retried(lambda: self._wait_until_settled(deadline))
         finally:
             self._relay.stop()
             self._outbox.close()
             _live.discard(self)
+
+    def _wait_until_settled(self, deadline: float | None) -> None:
+        if not self._outbox.identity.relay_is_alive():
+            self._wait_for(self._has_nothing_under_way, deadline)
 
     def _has_nothing_under_way(self) -> bool:
         return not self._outbox.pending_count() and not self._outbox.unsettled_count(recorder=self._recorder)

@@ -14,10 +14,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 from uuid import UUID, uuid4
 
 from producers.entries import Accepted, Entry, EntryHead, Fate, Numbered, OutboxStatus, Settled, Source, source_of
@@ -32,6 +32,8 @@ from producers.outcomes import Acknowledgement
 from producers.relay_lock import RelayLock
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 MAX_BYTES = 2**30
 LAST_CHECK_SECONDS = 300.0  # an entry is looked at again after so long at the latest
@@ -188,14 +190,22 @@ class Outbox:
                     aside,
                 )
 
+    def retried(self, work: Callable[[], _T]) -> _T:
+        """Do `work`; if it finds the file damaged, do it once more in the new file.
+
+        Raises:
+            OutboxDamaged: as `repaired` raises it.
+        """
+        with self.repaired():
+            return work()
+        return work()
+
     def append(self, name: str, payloads: Sequence[Payload], recorder: int = 0) -> list[Accepted]:
         """Record all of `payloads` in one durable commit, or none; the order is the order of sequences.
 
         `recorder` is a number that the caller finds its own entries by.
         """
-        with self.repaired():
-            return self._append(name, payloads, recorder)
-        return self._append(name, payloads, recorder)
+        return self.retried(lambda: self._append(name, payloads, recorder))
 
     def _append(self, name: str, payloads: Sequence[Payload], recorder: int) -> list[Accepted]:
         accepted = []

@@ -47,17 +47,18 @@ def run_relay(
                     continue
                 try:
                     outbox = Outbox(path, repair=True)
+                    relay = Relay(outbox, redis, queue, keep_seconds=keep_seconds, process_name=name)
+                    outbox.retried(relay.check_destination)
+                    unsettled = outbox.retried(outbox.status).depth
                 except OutboxError as error:
                     if path not in said:
                         logger.error("cannot relay %s: %s; trying again", path, error)
                         said.add(path)
                     continue
                 waiting.remove(path)
-                relay = Relay(outbox, redis, queue, keep_seconds=keep_seconds, process_name=name)
-                relay.check_destination()
                 relay.start()
                 relays.append((outbox, relay))
-                logger.info("relaying %s: %d entries are not settled", path, outbox.status().depth)
+                logger.info("relaying %s: %d entries are not settled", path, unsettled)
             stopping.wait(_LOOK_SECONDS)
     finally:
         for _, relay in relays:
