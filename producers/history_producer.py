@@ -95,7 +95,7 @@ class HistoryProducer:
         self._closed = False
         self._starting = threading.Lock()
         self._outbox = Outbox(settings.outbox if outbox is None else outbox, repair=True)
-        self._outbox.identity.set_destination(place_of(self._redis), self._queue)
+        self._outbox.set_destination(place_of(self._redis), self._queue)
         self._recorder = _new_recorder()
         self._keep_seconds = settings.outbox_keep_seconds
         self._relay = self._new_relay()
@@ -209,8 +209,10 @@ class HistoryProducer:
             self._stop()
 
     def _finish(self, deadline: float | None) -> None:
-        if not self._outbox.identity.relay_is_alive():
-            self._wait_for(self._has_nothing_under_way, deadline)
+        with self._outbox.repaired():
+            if self._outbox.identity.relay_is_alive():
+                return
+        self._wait_for(self._has_nothing_under_way, deadline)
 
     def _stop(self, deadline: float | None = None) -> None:
         """End the relay; one that waits for Redis longer than the deadline, or half a second, is left behind."""

@@ -248,6 +248,11 @@ class Outbox:
             self._clock.keep(db)
         return accepted
 
+    @_once_more_after_repair
+    def set_destination(self, redis: str, queue: str) -> None:
+        """Note where the entries go, for relay processes."""
+        self.identity.set_destination(redis, queue)
+
     def entries(self) -> list[Entry]:
         """Everything that is kept, in the order of recording."""
         with self._file.reading() as db:

@@ -54,6 +54,8 @@ def main() -> int:
     print(
         f"{len(storm.controllers.outboxes())} outboxes, {len(storm.controllers.salvaged_files())} damaged and salvaged"
     )
+    for kind, count in storm.programs.failures.items():
+        print(f"{count:6} times a {kind} has ended with an error")
     print(f"at worst {storm.worst_queue_entries} queue entries of one delivery")
     print(f"{len(judged.breaches)} breaches of the promise")
     for breach in judged.breaches[:20]:

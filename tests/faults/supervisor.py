@@ -26,7 +26,8 @@ class Supervisor:
     """Each program has a name, `<kind> <number>`, and a log of that name in the folder `logs`."""
 
     def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
-        self.starts: Counter[str] = Counter()
+        self.starts: Counter[str] = Counter()  # by kind
+        self.failures: Counter[str] = Counter()  # by kind: ended by themselves, with an exit status that is not 0
         self._logs, self._environment = logs, environment
         self._programs: dict[str, _Program] = {}
 
@@ -53,7 +54,9 @@ class Supervisor:
 
     def restart_what_ended(self) -> None:
         for name, program in list(self._programs.items()):
-            if program.process.poll() is not None and program.restarts:
+            status = program.process.poll()
+            if status is not None and program.restarts:
+                self.failures[name.split(maxsplit=1)[0]] += status > 0
                 self.start(name, program.arguments)
 
     def restart(self, name: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -11,9 +13,12 @@ from pathlib import Path
 import fakeredis
 import pytest
 
+from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.relay import Relay
+from producers.relay_process import run_relay
 from tests.factories import a_snapshot
+from tests.unit.conftest import queue_of
 
 
 @pytest.fixture
@@ -96,3 +101,39 @@ def test_an_older_file_that_was_put_back_beside_a_newer_log_is_set_aside_when_a_
         assert outbox.rescue.salvaged_files()
         assert {outbox.fate(before).state, outbox.fate(after).state} == {"sent"}
         assert before.source_id != after.source_id
+
+
+def _without_its_own_table(path: Path) -> None:
+    """The file can be opened, and the page of what it knows of itself is damaged."""
+    with Outbox(path) as outbox:
+        outbox.relay_lock().acquire()  # a producer has relayed it once
+        outbox.append("bot", [a_snapshot()])
+    with closing(sqlite3.connect(path)) as db:
+        (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'outbox'").fetchone()
+    with open(path, "r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xff" * 4096)
+
+
+def test_a_producer_begins_on_a_damaged_outbox(path: Path, redis: fakeredis.FakeRedis) -> None:
+    _without_its_own_table(path)
+    with HistoryProducer(redis, outbox=path) as producer:
+        producer.record(a_snapshot(after=timedelta(seconds=1)))
+        producer.flush(5)
+        while producer.status().sent < 2:  # what was salvaged as well
+            time.sleep(0.01)
+
+
+def test_a_relay_process_begins_on_a_damaged_outbox(path: Path, redis: fakeredis.FakeRedis) -> None:
+    _without_its_own_table(path)
+    stopping = threading.Event()
+    process = threading.Thread(
+        target=run_relay, args=([path], redis, "history"), kwargs={"keep_seconds": 3600.0, "stopping": stopping}
+    )
+    process.start()
+    deadline = time.monotonic() + 10
+    while queue_of(redis).count < 1 and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stopping.set()
+    process.join()
+    assert queue_of(redis).count == 1
