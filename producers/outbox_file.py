@@ -65,7 +65,8 @@ class OutboxFile:
         self._connections: dict[str, sqlite3.Connection] = {}  # by synchronous mode
         self._identity: tuple[int, int] | None = None  # of the file that they have open
         self._beside: list[tuple[int, int] | None] = []  # of SQLite's files that belong to it
-        self._taken_out: list[Path] = []  # what files that are gone still held, and is not in the next one yet
+        # What files that are gone still held and is not in the next one yet, each locked while this process lives.
+        self._taken_out: dict[Path, int] = {}
         close_before_fork(self)
 
     @property
@@ -209,8 +210,8 @@ class OutboxFile:
         # is read of one while the other is open may be mixed up. If the new one cannot be used, the next use tries.
         if self._connections and not self._is_at_path():
             self._take_out()
+            self._remove_own_files_beside()  # while they are open: nothing else can have their numbers
             self._close_all()
-            self._remove_own_files_beside()
         if "FULL" not in self._connections:
             self._connections["FULL"], self._identity = self._opened("FULL")
             self._note_beside()
@@ -220,7 +221,7 @@ class OutboxFile:
             if file.exists():  # else a child of this process was first
                 carried += self._put_in(self._connections["FULL"], file)
                 file.unlink(missing_ok=True)
-            self._taken_out.remove(file)
+            os.close(self._taken_out.pop(file))
         logger.warning(
             "outbox %s was removed or replaced while it was in use: going on in the file that is there now,"
             " with %d entries carried over",
@@ -234,20 +235,23 @@ class OutboxFile:
         Should this process die before the content is in an outbox again, the next relay finds the file.
         """
         self._make_folder()
-        file = self._companion(f"{TAKEN_OUT}{secrets.token_hex(4)}-{os.getpid()}")
+        file = self._companion(f"{TAKEN_OUT}{secrets.token_hex(8)}")
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         connection = next(iter(self._connections.values()))
         connection.execute("ATTACH ? AS taken_out", (str(file),))
         try:
             self._copy_out(connection)
         except sqlite3.Error as error:
             file.unlink(missing_ok=True)
+            os.close(lock)
             if not _is_damage(error):
                 raise
             logger.error("outbox %s was removed, and what it still held cannot be read: %s", self.path, error)
             return
         finally:
             connection.execute("DETACH taken_out")
-        self._taken_out.append(file)
+        self._taken_out[file] = lock
 
     def _put_in(self, connection: sqlite3.Connection, taken_out: Path) -> int:
         connection.execute("ATTACH ? AS taken_out", (str(taken_out),))

@@ -6,6 +6,7 @@ recognized as the same delivery. An entry that the outbox has stays as it is the
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import logging
@@ -181,14 +182,18 @@ class Rescue:
 
 
 def _is_in_use(taken_out: Path) -> bool:
-    """Whether the process that has made the file is alive."""
+    """Whether the process that has made the file, or a child of it, is alive: it holds a lock on it."""
     try:
-        os.kill(int(taken_out.name.rpartition("-")[2]), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        descriptor = os.open(taken_out, os.O_RDONLY)
+    except FileNotFoundError:
+        return True  # no longer needed
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _salvage(

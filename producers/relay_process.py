@@ -94,7 +94,8 @@ class _Watched:
         try:
             outbox = Outbox(self._path, repair=True)
             relay = self._new_relay(outbox)
-            relay.check_destination()
+            with outbox.repaired():  # a new file names no other Redis
+                relay.check_destination()
             unsettled = outbox.status().depth
         except HistoryError as error:
             if outbox is not None:

@@ -313,6 +313,7 @@ def test_a_file_that_is_replaced_is_opened_without_the_log_of_the_one_before(pat
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_the_log_of_a_killed_process_is_not_taken_for_that_of_a_file_put_in_its_place(path: Path) -> None:
     """What stood in it is carried over; the file in its place is as it was."""
     context = multiprocessing.get_context("fork")
@@ -331,6 +332,7 @@ def test_the_log_of_a_killed_process_is_not_taken_for_that_of_a_file_put_in_its_
         assert set(killed) <= {entry.job_id for entry in outbox.entries()}
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_processes_on_a_removed_file_lose_nothing(path: Path) -> None:
     """Three of them, which notice it at the same time."""
     context = multiprocessing.get_context("fork")

@@ -128,7 +128,7 @@ def test_a_relay_process_begins_on_a_damaged_outbox(path: Path, redis: fakeredis
     _without_its_own_table(path)
     stopping = threading.Event()
     process = threading.Thread(
-        target=run_relay, args=([path], redis, "history"), kwargs={"keep_seconds": 3600.0, "stopping": stopping}
+        target=run_relay, args=([path], redis, "history"), kwargs={"keep_seconds": 3600.0, "stopped": stopping.wait}
     )
     process.start()
     deadline = time.monotonic() + 10
