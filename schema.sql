@@ -188,8 +188,9 @@ CREATE INDEX IF NOT EXISTS event_outcomes_of_source
 CREATE INDEX IF NOT EXISTS event_outcomes_rejected
     ON event_outcomes (created_at DESC) WHERE outcome = 'rejected';
 
+-- The version grows with each change that programs rely on: workers wait while the database has an older one.
 COMMENT ON TABLE event_outcomes IS
-    'Deliveries that did not become a row of their own, written in the transaction that decided it.';
+    'Deliveries that did not become a row of their own, written in the transaction that decided it (schema version 2).';
 COMMENT ON COLUMN event_outcomes.job_id IS 'The RQ job: <outbox id>-<sequence>.';
 COMMENT ON COLUMN event_outcomes.source IS 'As in the history tables; null when the event did not tell.';
 COMMENT ON COLUMN event_outcomes.sequence IS 'As in the history tables; null when the event did not tell.';

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, Engine, create_engine
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import Connection, Engine, Row, create_engine, text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
 from consumers.database_url import parse_database_url, session_attributes, try_hosts_in_turn
 from consumers.errors import OldSchema, StoreUnavailable
@@ -36,10 +36,18 @@ _IN_THE_WAY = "TH001"  # raised by schema.sql
 # SQLSTATE classes that the event itself causes: data exception, integrity constraint violation.
 _REFUSED_CLASSES = ("22", "23")
 _ROW_NUMBERS = ("portfolio_history_pk", "signal_archives_pk")
+_ENCODING = "UTF8"
+_SCHEMA_VERSION = re.compile(r"schema version (\d+)")
+_DATABASE = text("""
+    SELECT current_database() AS name, current_setting('server_encoding') AS encoding,
+        quote_ident(current_database() || '_utf8') AS another,
+        obj_description(to_regclass('event_outcomes'), 'pg_class') AS comment
+""")
+_CHECKED = "trading-history: checked"  # in the info of a pooled connection
 
 
 def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0, read_only: bool = False) -> Engine:
-    """An engine that shows times in UTC, checks a pooled connection before use and never logs values.
+    """An engine that speaks UTF8, shows times in UTC, checks a pooled connection before use and never logs values.
 
     A statement may take `statement_timeout_seconds`, and wait for a lock for five at most; 0 is no limit. With
     `read_only` PostgreSQL refuses every statement that would change something.
@@ -64,10 +72,13 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
             "keepalives_count": 3,
             "tcp_user_timeout": 30_000,
             "application_name": "trading-history",
+            "client_encoding": _ENCODING,  # else a PGCLIENTENCODING that is none would keep us from connecting
             "options": f"{parsed.query.get('options', '')} -c timezone=UTC{limit}".strip(),
             **session_attributes(parsed, read_only=read_only),
         },
         pool_pre_ping=True,
+        # By a statement after connecting. The role's own setting and the URL's are replaced by it.
+        client_encoding=_ENCODING,
         **(_READER if read_only else _WRITER),
         executemany_mode="values_plus_batch",
         hide_parameters=True,
@@ -142,7 +153,6 @@ def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
 
     Raises:
         StoreUnavailable: the database cannot be reached, or has trouble of its own.
-        InvalidEvent: the database refused the values for good.
         SettingsError: the settings name no database.
     """
     with translated_errors(), engine().begin() as connection:
@@ -154,20 +164,93 @@ def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Turn driver errors into the two kinds that matter to a caller: the event's fault, or the store's."""
+    """Turn driver errors into StoreUnavailable; what only the insert of an event means is `refused_values`' to say."""
     try:
         yield
     except DBAPIError as error:
-        sqlstate = getattr(error.orig, "pgcode", None) or ""
-        # The sequence of row numbers is behind the rows, as after a restore: no fault of the event.
-        numbers = getattr(getattr(error.orig, "diag", None), "constraint_name", None) in _ROW_NUMBERS
-        if sqlstate.startswith(_REFUSED_CLASSES) and not numbers:
+        sqlstate = _sqlstate(error)
+        if sqlstate.startswith(_REFUSED_CLASSES):
+            numbers = _constraint(error) in _ROW_NUMBERS
+            advice = "" if numbers else ": if the tables are of an earlier version, run trading-history init-db"
+            message = f"PostgreSQL: {_cause(error)} (SQLSTATE {sqlstate}){advice}"
             # Not chained: the driver's error carries the row's values into every traceback.
-            raise InvalidEvent(f"PostgreSQL refused it: {_cause(error)} (SQLSTATE {sqlstate})") from None
-        alone = sqlstate != "" and not numbers and not sqlstate.startswith(_STORE_CLASSES)
+            raise StoreUnavailable(message, one_statement=not numbers) from None
+        alone = sqlstate != "" and not sqlstate.startswith(_STORE_CLASSES)
         raise StoreUnavailable(f"PostgreSQL: {_cause(error)}", one_statement=alone) from error
+    except StatementError as error:  # raised before the driver was called: not the database's
+        raise (error.orig or error) from None
     except SQLAlchemyError as error:
         raise StoreUnavailable(f"PostgreSQL: {type(error).__name__}") from error
+
+
+@contextmanager
+def refused_values() -> Iterator[None]:
+    """Around the insert of events into their own table, and nothing else.
+
+    Raises:
+        InvalidEvent: the database refused the values for good.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        # When the sequence of row numbers is behind the rows, as after a restore, the events are not to blame.
+        if not _sqlstate(error).startswith(_REFUSED_CLASSES) or _constraint(error) in _ROW_NUMBERS:
+            raise
+        raise InvalidEvent(f"PostgreSQL refused it: {_cause(error)} (SQLSTATE {_sqlstate(error)})") from None
+
+
+def _sqlstate(error: DBAPIError) -> str:
+    return getattr(error.orig, "pgcode", None) or ""
+
+
+def _constraint(error: DBAPIError) -> str | None:
+    return getattr(getattr(error.orig, "diag", None), "constraint_name", None)
+
+
+def check_database(db: Connection) -> None:
+    """Check once for each connection that events can be stored in this database, by this version of the program.
+
+    Raises:
+        StoreUnavailable: the encoding is not UTF8, or the tables are older than this program.
+    """
+    if _CHECKED in db.info:
+        return
+    found = db.execute(_DATABASE).one()
+    if problem := wrong_encoding(found) or old_tables(found.comment):
+        raise StoreUnavailable(problem)
+    db.info[_CHECKED] = True
+
+
+def check_encoding(db: Connection) -> None:
+    """Raises StoreUnavailable when the database's encoding is not UTF8; the message says how to make another."""
+    if problem := wrong_encoding(db.execute(_DATABASE).one()):
+        raise StoreUnavailable(f"{problem}. Nothing was changed.")
+
+
+def wrong_encoding(found: Row[Any]) -> str | None:
+    """The problem and its solution as one line; `found` has `name`, `encoding` and `another`, a name to use."""
+    if found.encoding == _ENCODING:
+        return None
+    return f"the encoding of database {found.name} is {found.encoding}, not UTF8: {encoding_advice(found.another)}"
+
+
+def encoding_advice(another: str) -> str:
+    # Without the locale the server's own is taken, which may not go together with UTF8.
+    create = f"CREATE DATABASE {another} TEMPLATE template0 ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C'"
+    return f"create another database ({create}), name it in DATABASE_URL and run trading-history init-db"
+
+
+def old_tables(comment: str | None) -> str | None:
+    """The problem as one line when tables with this comment on event_outcomes are older than this program's."""
+    needed, found = _version_in(schema_sql()), _version_in(comment or "")
+    if found >= needed:
+        return None
+    return f"the tables are missing or older (schema version {found}, needed is {needed}): run trading-history init-db"
+
+
+def _version_in(words: str) -> int:
+    found = _SCHEMA_VERSION.search(words)
+    return 1 if found is None else int(found[1])  # the first did not say
 
 
 def _cause(error: DBAPIError) -> str:
@@ -177,6 +260,7 @@ def _cause(error: DBAPIError) -> str:
     return (message.strip().splitlines() or [type(error.orig).__name__])[0]
 
 
+@cache
 def schema_sql() -> str:
     """The text of schema.sql, from the wheel or from the source tree."""
     packaged = Path(__file__).with_name("schema.sql")
@@ -216,13 +300,14 @@ def apply_schema(store: Engine) -> list[str]:
 
     Raises:
         OldSchema: tables of another shape have our names; nothing was changed.
-        StoreUnavailable: the database cannot be reached, or refuses.
+        StoreUnavailable: the database cannot be reached, refuses, or is not encoded in UTF8.
     """
     try:
         with translated_errors(), store.connect() as pooled:
             # The file has its own BEGIN and COMMIT, so that psql runs it the same way. Autocommit lets them be, and a
             # connection on which they failed is in a transaction that nobody will end: away with it.
             connection = pooled.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
+            check_encoding(connection)
             try:
                 with role_notes(connection) as notes:
                     connection.exec_driver_sql(schema_sql())

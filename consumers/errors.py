@@ -5,7 +5,7 @@ The root and InvalidEvent come from the producers' side of the contract.
 HistoryError
 ├── InvalidEvent        permanent: the event breaks the contract, or the database's own constraints
 ├── EventConflict       permanent: the id is stored already, with other content
-├── PoisonEvent         permanent: workers died or failed with it
+├── PoisonEvent         permanent: workers died with it, or its processing failed each time
 ├── RefusedJob          permanent: a job that is none of ours
 │   └── OversizedJob    permanent: one that is too large to be read
 ├── StoreUnavailable    transient: the database cannot take it now; nothing is wrong with the event
@@ -23,6 +23,17 @@ from uuid import UUID
 
 from producers.errors import HistoryError
 
+_LONGEST_DESCRIPTION = 500
+
+
+def described(error: BaseException) -> str:
+    """An exception's type and message, whatever class it is of; not all of a very long message."""
+    try:
+        message = str(error)[:_LONGEST_DESCRIPTION]
+    except BaseException:  # its own code, which may be what failed
+        message = ""
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
 
 class EventConflict(HistoryError):
     """The event's id is stored already, with other content; what is stored stays as it is."""
@@ -34,10 +45,11 @@ class EventConflict(HistoryError):
 
 
 class PoisonEvent(HistoryError):
-    """The event's processing killed worker after worker, or met a defect each time."""
+    """The event's processing killed worker after worker, or met a defect, the last of which is `cause`, each time."""
 
-    def __init__(self, deaths: int) -> None:
-        super().__init__(f"poison event: {deaths} workers died or failed while they had it alone")
+    def __init__(self, deaths: int, cause: BaseException | None = None) -> None:
+        reason = "" if cause is None else f"; at last {described(cause)}"
+        super().__init__(f"poison event: {deaths} workers died or failed while they had it alone{reason}")
 
 
 class RefusedJob(HistoryError):

@@ -10,19 +10,22 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from uuid import UUID
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 from redis.client import Pipeline
+from sqlalchemy import Connection
 
 from consumers.connection import get_db
-from consumers.errors import EventConflict, PoisonEvent, RefusedJob, StoreUnavailable
+from consumers.errors import EventConflict, PoisonEvent, RefusedJob, StoreUnavailable, described
 from consumers.metrics import COUNTS, UNKNOWN_TYPE
-from consumers.store.inserts import insert_events
+from consumers.store.inserts import find_row, insert_events
 from consumers.store.outcomes import NoRow, forget_outcomes, record_outcomes
 from producers.errors import HistoryError, InvalidEvent, SettingsError
 from producers.events import MAX_EVENT_BYTES, MODELS, Event, Source, decode, is_readable
@@ -92,7 +95,7 @@ class Unsettled(NamedTuple):
     """A delivery that alone could not be decided: the store had trouble with it, or this program has a defect."""
 
     job_id: str
-    error: Exception
+    error: BaseException
     source: str | None
     sequence: int | None
     event_id: UUID | None
@@ -122,11 +125,11 @@ def settle(
     except StoreUnavailable as error:
         if not error.one_statement:
             raise
-        problem: Exception = error
+        problem: BaseException = error
         patience_seconds = ISOLATED_SECONDS
-    except SettingsError:
+    except (SettingsError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # of a library, GeneratorExit, SystemExit: an event's, like any other exception
         problem = error
     else:
         yield settled
@@ -136,9 +139,9 @@ def settle(
         yield from settle(deliveries[:half], patience_seconds=patience_seconds)
         yield from settle(deliveries[half:], patience_seconds=patience_seconds)
     elif isinstance(problem, InvalidEvent) and deliveries[0].refusal is None:
-        yield _settle_together([deliveries[0]._replace(refusal=problem)], patience_seconds)
+        yield from settle([deliveries[0]._replace(refusal=problem)], patience_seconds=patience_seconds)
     else:
-        yield [_unsettled(deliveries[0], problem)]
+        yield [unsettled(deliveries[0], problem)]
 
 
 def _settle_together(deliveries: Sequence[Delivery], patience_seconds: float | None) -> list[Settled]:
@@ -149,6 +152,9 @@ def _settle_together(deliveries: Sequence[Delivery], patience_seconds: float | N
         settled, without_row = [], []
         for delivery, event in zip(deliveries, read, strict=True):
             answer = event if isinstance(event, HistoryError) else next(answers)
+            if isinstance(answer, PoisonEvent) and (end := _stored_before(db, delivery)):
+                settled.append(end)
+                continue
             if isinstance(answer, HistoryError):
                 end, no_row = _rejected(delivery, answer)
                 without_row.append(no_row)
@@ -163,9 +169,20 @@ def _settle_together(deliveries: Sequence[Delivery], patience_seconds: float | N
         noted = {no_row.job_id for no_row in without_row}
         record_outcomes(db, without_row)
         forget_outcomes(db, [end.job_id for end in settled if end.job_id not in noted])
-    _count(read, settled, time.monotonic() - started)
-    _log(read, settled)
+    for report in (partial(_count, read, settled, time.monotonic() - started), partial(_log, read, settled)):
+        without_defects(report)
     return settled
+
+
+def without_defects(report: Callable[[], None]) -> None:
+    """Call what only tells of something. It is decided already: no exception may change what becomes of an event."""
+    try:
+        report()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        with suppress(Exception):
+            logger.error("a log line or a count is missing: %s", described(error))
 
 
 def _read(delivery: Delivery) -> Event | HistoryError:
@@ -178,7 +195,7 @@ def _read(delivery: Delivery) -> Event | HistoryError:
 
 
 def _rejected(delivery: Delivery, error: HistoryError) -> tuple[Settled, NoRow]:
-    claim, reason = _Claim.of(delivery.text), str(error)
+    claim, reason = _Claim.of(delivery.text), _storable(str(error))
     end = NoRow(
         delivery.job_id,
         "rejected",
@@ -193,7 +210,20 @@ def _rejected(delivery: Delivery, error: HistoryError) -> tuple[Settled, NoRow]:
     return Settled(delivery.job_id, outcome, *identity, error), end
 
 
-def _unsettled(delivery: Delivery, error: Exception) -> Unsettled:
+def _stored_before(db: Connection, delivery: Delivery) -> Settled | None:
+    """The end of a delivery that has made its row, in a transaction whose worker died before it could tell."""
+    claim = _Claim.of(delivery.text)
+    if claim.source is None or claim.sequence is None or claim.event_id is None:
+        return None
+    row_id = find_row(db, claim.source, claim.sequence, claim.event_id)
+    if row_id is None:
+        return None
+    identity = (claim.source, claim.sequence, claim.event_id, delivery.event_type)
+    return Settled(delivery.job_id, Outcome("stored", row_id), *identity)
+
+
+def unsettled(delivery: Delivery, error: BaseException) -> Unsettled:
+    """The end of a delivery that `error` kept from being decided."""
     claim = _Claim.of(delivery.text)
     return Unsettled(delivery.job_id, error, claim.source, claim.sequence, claim.event_id, delivery.event_type)
 
@@ -249,10 +279,12 @@ class _Claim:
         try:
             document = _document(text) if isinstance(text, str) else None
             attributes = document if isinstance(document, dict) else {}
-        except (TypeError, ValueError, RecursionError):
-            attributes = {}
-        source, sequence, event_id = (attributes.get(name) for name in ("source", "sequence", "id"))
-        return cls(_checked(_SOURCE, source), _checked(_SEQUENCE, sequence), _checked(_EVENT_ID, event_id))
+            source, sequence, event_id = (attributes.get(name) for name in ("source", "sequence", "id"))
+            return cls(_checked(_SOURCE, source), _checked(_SEQUENCE, sequence), _checked(_EVENT_ID, event_id))
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # whatever a reader of JSON can raise: a text that cannot be read claims nothing
+            return cls()
 
 
 def _document(text: str) -> Any:
@@ -271,5 +303,8 @@ def _checked(adapter: TypeAdapter[Any], value: Any) -> Any:
 
 def _storable(text: Any) -> str:
     """The refused text as PostgreSQL can keep it: what it cannot hold is shown as an escape."""
-    shown = text if isinstance(text, str) else repr(text)
+    try:
+        shown = text if isinstance(text, str) else repr(text)
+    except (RecursionError, ValueError):  # nested too deeply, or a number with too many digits
+        shown = f"a {type(text).__name__}"
     return shown[:MAX_EVENT_BYTES].encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import secrets
 import threading
@@ -25,11 +24,12 @@ from producers.events import Payload, PortfolioSnapshot, SignalArchive, SourceNa
 from producers.fields import type_name
 from producers.outbox import Outbox
 from producers.redis_url import place_of
-from producers.relay import Relay
+from producers.relay import STOP_SECONDS, Relay
 from producers.settings import TransportSettings
 from producers.times import localized
 
 EXIT_SECONDS = 2.0
+_LEAVE_SHARE = 0.05  # of the time of an exit is for relays to end; one that waits for Redis is left behind
 _POLL_SECONDS = 0.02
 _ASK_SECONDS = 1.0  # how often `settle` asks Redis about what is under way
 
@@ -95,7 +95,7 @@ class HistoryProducer:
         self._closed = False
         self._starting = threading.Lock()
         self._outbox = Outbox(settings.outbox if outbox is None else outbox, repair=True)
-        self._outbox.identity.set_destination(place_of(self._redis), self._queue)
+        self._outbox.set_destination(place_of(self._redis), self._queue)
         self._recorder = _new_recorder()
         self._keep_seconds = settings.outbox_keep_seconds
         self._relay = self._new_relay()
@@ -204,12 +204,22 @@ class HistoryProducer:
             return
         self._closed = True
         try:
-            if not self._outbox.identity.relay_is_alive():
-                self._wait_for(self._has_nothing_under_way, _deadline(EXIT_SECONDS if timeout is None else timeout))
+            self._finish(_deadline(EXIT_SECONDS if timeout is None else timeout))
         finally:
-            self._relay.stop()
-            self._outbox.close()
-            _live.discard(self)
+            self._stop()
+
+    def _finish(self, deadline: float | None) -> None:
+        with self._outbox.repaired():
+            if self._outbox.identity.relay_is_alive():
+                return
+        self._wait_for(self._has_nothing_under_way, deadline)
+
+    def _stop(self, deadline: float | None = None) -> None:
+        """End the relay; one that waits for Redis longer than the deadline, or half a second, is left behind."""
+        self._closed = True
+        self._relay.stop(STOP_SECONDS if deadline is None else max(0.0, deadline - time.monotonic()))
+        self._outbox.close()
+        _live.discard(self)
 
     def _has_nothing_under_way(self) -> bool:
         return not self._outbox.pending_count() and not self._outbox.unsettled_count(recorder=self._recorder)
@@ -273,13 +283,14 @@ _live: set[HistoryProducer] = set()
 
 def _close_all() -> None:
     deadline = time.monotonic() + EXIT_SECONDS  # for all of them together
-
-    def close(producer: HistoryProducer) -> None:
-        producer.close(max(0.0, deadline - time.monotonic()))
-
-    with ExitStack() as stack:  # each of them, also when one fails
-        for producer in list(_live):
-            stack.callback(close, producer)
+    producers = list(_live)
+    with ExitStack() as last, ExitStack() as first:  # each of them, also when one fails
+        for producer in producers:
+            last.callback(producer._stop, deadline)
+        for producer in producers:  # before the first of them is waited for, all know that they end
+            last.callback(producer._relay.stop, 0.0)
+        for producer in producers:
+            first.callback(producer._finish, deadline - _LEAVE_SHARE * EXIT_SECONDS)
 
 
 def _reopen_all() -> None:
@@ -287,12 +298,13 @@ def _reopen_all() -> None:
         producer._after_fork()
 
 
-def _close_all_when_a_child_ends(_: object = None) -> None:
-    # A child of multiprocessing ends without atexit. It forgets the finalizers of its parent when it begins.
-    Finalize(None, _close_all, exitpriority=100)
+def _close_all_at_exit(_: object = None) -> None:
+    # Not by atexit: a child of multiprocessing ends without it. And children that are terminated when this process
+    # ends are gone by then, which the priority is for: what they leave is handed over here.
+    Finalize(None, _close_all, exitpriority=-100)
 
 
-atexit.register(_close_all)
+_close_all_at_exit()  # this may be a child, and this module imported only there
 os.register_at_fork(after_in_child=_reopen_all)
-_close_all_when_a_child_ends()  # this may be a child, and this module imported only there
-register_after_fork(HistoryProducer, _close_all_when_a_child_ends)
+os.register_at_fork(after_in_child=_close_all_at_exit)
+register_after_fork(HistoryProducer, _close_all_at_exit)  # a child of multiprocessing forgets finalizers at its start

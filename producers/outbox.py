@@ -72,9 +72,12 @@ LIMIT :limit
 """  # noqa: S608  # constants
 _SENT = _HEAD + ", recorded_at FROM entries WHERE state = 'sent' AND position > ? ORDER BY position LIMIT ?"
 
-_MARK_SENT = "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ?"
+_MARK_SENT = (
+    "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ? AND state = 'pending'"
+)
 _POSTPONE = "UPDATE entries SET checks = checks + 1, check_at = ? WHERE position = ? AND state = 'sent'"
-_CHECK_NOW = "UPDATE entries SET check_at = 0 WHERE state = 'sent' AND position <= ?"
+# What this look counts as another one is taken off before: the next one must not be put off by it.
+_CHECK_NOW = "UPDATE entries SET check_at = 0, checks = max(checks - 1, 0) WHERE state = 'sent' AND position <= ?"
 
 # A late acknowledgement of an earlier delivery must not undo what is known already, with one exception: what was
 # rejected and then requeued by an operator can still be stored. The event's id is compared for entries without a nonce.
@@ -178,15 +181,23 @@ class Outbox:
         )
         self.path = self._file.path
         self._repair = repair
-        self._clock = OutboxClock()
+        self._clock = OutboxClock(lambda: self._file.generation)
         self.identity = OutboxIdentity(self._file, self._clock)
         self.rescue = Rescue(self._file)
         try:
-            with self.repaired(), self._file.reading():
-                pass
+            with self.repaired():
+                self._open()
         except OutboxError:
             self.close()
             raise
+
+    def _open(self) -> None:
+        with self._file.reading() as db:
+            is_of_this_boot = self._clock.is_of_this_boot(db)
+        if self._repair and not is_of_this_boot:
+            # Before another process reads it: the wall clock may be set meanwhile, and both would go on differently.
+            with self._file.transaction(durable=False) as db:
+                self._clock.keep(db)
 
     @property
     def generation(self) -> int:
@@ -236,6 +247,11 @@ class Outbox:
                 accepted.append(Accepted(event.id, source, source_id, sequence, nonce))
             self._clock.keep(db)
         return accepted
+
+    @_once_more_after_repair
+    def set_destination(self, redis: str, queue: str) -> None:
+        """Note where the entries go, for relay processes."""
+        self.identity.set_destination(redis, queue)
 
     def entries(self) -> list[Entry]:
         """Everything that is kept, in the order of recording."""

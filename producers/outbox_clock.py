@@ -7,8 +7,10 @@ two starts of the machine nothing counts but the wall clock, so it is believed t
 from __future__ import annotations
 
 import math
+import secrets
 import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,11 +23,11 @@ _RUNNING_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 @cache
 def boot_id() -> str:
-    """The same for all processes until the machine starts again; empty where the system does not say."""
+    """The same for all processes until the machine starts again; of this process where the system does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
-        return ""
+        return f"process {secrets.token_hex(8)}"
 
 
 def running_seconds() -> float:
@@ -50,7 +52,7 @@ class ClockReading:
     def now(self) -> ClockReading:
         """The reading of this moment, from an earlier one."""
         running, wall = running_seconds(), time.time()
-        if boot_id() and boot_id() == self.boot and running >= self.running:
+        if boot_id() == self.boot and running >= self.running:
             passed = running - self.running
         else:
             passed = min(max(wall - self.wall, 0.0), _LONGEST_STOP_SECONDS)
@@ -58,24 +60,36 @@ class ClockReading:
 
 
 class OutboxClock:
-    """The clock of one outbox, of which a reading is kept in its file."""
+    """The clock of one outbox, of which a reading is kept in its file.
 
-    def __init__(self) -> None:
-        self._reading: ClockReading | None = None
+    `generation` is another number when another file is at the path, which may have another clock.
+    """
+
+    def __init__(self, generation: Callable[[], int]) -> None:
+        self._generation = generation
+        self._read_in: int | None = None
         self._kept_at = -math.inf
 
     def now(self, db: sqlite3.Connection) -> float:
         """Seconds since the epoch, as this clock has them."""
-        if self._reading is None:
-            self._reading = _kept(db).now()
+        if self._read_in != self._generation():
+            self._read(db)
         return self._reading.now().shown
+
+    def is_of_this_boot(self, db: sqlite3.Connection) -> bool:
+        """Whether a reading was kept since the machine has started: all processes go on from there."""
+        return _kept(db).boot == boot_id()
+
+    def _read(self, db: sqlite3.Connection) -> None:
+        self._reading, self._read_in = _kept(db).now(), self._generation()
 
     def keep(self, db: sqlite3.Connection) -> None:
         """In a transaction that writes anyway, now and then: keep a reading, from which other processes go on."""
         if time.monotonic() - self._kept_at < _KEEP_SECONDS:
             return
         self._kept_at = time.monotonic()
-        self._reading = reading = _kept(db).now()
+        self._read(db)
+        reading = self._reading
         db.execute(
             "UPDATE outbox SET clock_shown = ?, clock_boot = ?, clock_running = ?, clock_wall = ?",
             (reading.shown, reading.boot, reading.running, reading.wall),

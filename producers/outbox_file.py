@@ -7,14 +7,17 @@ what such a file still holds is carried into the file at the path. A damaged fil
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
+import secrets
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from producers.errors import OutboxDamaged, OutboxError
 from producers.sqlite_forks import close_before_fork, sqlite_errors
@@ -26,6 +29,7 @@ _BUSY_PAUSE_SECONDS = 0.005
 _OPEN_TRIES = 5
 DAMAGED = ".damaged-"
 TAKEN_OUT = ".taken-out-"
+_PAIR = "-pair"
 _BESIDE = ("-wal", "-shm")  # SQLite's own files: the log of what is not yet in the file, and an index of that
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _CUT_OFF = sqlite3.SQLITE_IOERR_SHORT_READ  # the log ends before a page that is in it
@@ -61,6 +65,7 @@ class OutboxFile:
         self._connections: dict[str, sqlite3.Connection] = {}  # by synchronous mode
         self._identity: tuple[int, int] | None = None  # of the file that they have open
         self._beside: list[tuple[int, int] | None] = []  # of SQLite's files that belong to it
+        self._taken_out: list[Path] = []  # what files that are gone still held, and is not in the next one yet
         close_before_fork(self)
 
     @property
@@ -124,12 +129,13 @@ class OutboxFile:
         with self.lock, self._translated():
             identity = self._damaged_at_path()
             real = self.real_path
-            with _os_errors(self.path), _alone_in(real.parent):
+            with _os_errors(self.path), alone_in(real.parent):
                 if identity is None or _identity_of(self.path) != identity:
                     return None
                 aside = _free_name(real.with_name(f"{real.name}{DAMAGED}{identity[1]}"))
-                # The log of what was not yet written into the file goes first: without it, the file at the path is
-                # still found damaged, and the next one to set it aside brings both together.
+                # The log of what was not yet written into the file goes first. If this process dies in between, the
+                # file at the path is still found damaged, and the next one to set it aside brings both together; or it
+                # is sound without its log, and a relay salvages the log alone.
                 for end in ("-wal", ""):
                     if self._companion(end).exists():
                         self._companion(end).rename(aside.with_name(aside.name + end))
@@ -167,22 +173,24 @@ class OutboxFile:
                     self._go_on_at_path()
             except (OutboxError, sqlite3.Error, OSError) as error:
                 logger.error("outbox %s was removed, and its entries could not be carried over: %s", self.path, error)
+        self._close_all()
+
+    def __del__(self) -> None:
+        self._close_all()  # nobody has it any more, so nobody holds the lock either
+
+    def _close_all(self) -> None:
         while self._connections:
             self._connections.popitem()[1].close()
         self._identity = None
 
-    def __del__(self) -> None:
-        # Nobody has it any more, so nobody holds the lock either.
-        while self._connections:
-            self._connections.popitem()[1].close()
-
     def _is_at_path(self) -> bool:
-        """Whether the path leads to the file that is open."""
-        return _identity_of(self.path) == self._identity
+        """Whether the path leads to the file that is open, and its log is still beside it."""
+        log = self._beside[0] if self._beside else None
+        return _identity_of(self.path) == self._identity and log in (None, _identity_of(self._companion("-wal")))
 
     def _connection(self, *, durable: bool) -> sqlite3.Connection:
         """FULL waits for the disk at each commit, NORMAL leaves that to the next one that does."""
-        if self._connections and not self._is_at_path():
+        if self._taken_out or (self._connections and not self._is_at_path()):
             self._go_on_at_path()
         mode = "FULL" if durable else "NORMAL"
         if mode not in self._connections:
@@ -192,31 +200,27 @@ class OutboxFile:
                 self._go_on_at_path()
                 return self._connection(durable=durable)
             self._connections[mode], self._identity = connection, identity
-            self._beside = [_identity_of(file) for file in self._files_beside()]
+            self._note_beside()
         return self._connections[mode]
 
     def _go_on_at_path(self) -> None:
         """Carry what the open file still holds into the file at the path, and have that one open instead."""
         # First out of the old file, then into the new one: SQLite's own files beside them have the same names, and what
-        # is read of one while the other is open may be mixed up.
-        taken_out = self._take_out()
-        new: sqlite3.Connection | None = None
-        try:
+        # is read of one while the other is open may be mixed up. If the new one cannot be used, the next use tries.
+        if self._connections and not self._is_at_path():
+            self._take_out()
+            self._close_all()
             self._remove_own_files_beside()
-            new, identity = self._opened("FULL")
-            carried = 0 if taken_out is None else self._put_in(new, taken_out)
-        except BaseException:
-            if new is not None:
-                new.close()
-            raise
-        finally:
-            if taken_out is not None:
-                taken_out.unlink(missing_ok=True)
-        before, self._connections, self._identity = self._connections, {"FULL": new}, identity
-        self._beside = [_identity_of(file) for file in self._files_beside()]
-        self.generation += 1
-        for connection in before.values():
-            connection.close()
+        if "FULL" not in self._connections:
+            self._connections["FULL"], self._identity = self._opened("FULL")
+            self._note_beside()
+            self.generation += 1
+        carried = 0
+        for file in list(self._taken_out):
+            if file.exists():  # else a child of this process was first
+                carried += self._put_in(self._connections["FULL"], file)
+                file.unlink(missing_ok=True)
+            self._taken_out.remove(file)
         logger.warning(
             "outbox %s was removed or replaced while it was in use: going on in the file that is there now,"
             " with %d entries carried over",
@@ -224,27 +228,26 @@ class OutboxFile:
             carried,
         )
 
-    def _take_out(self) -> Path | None:
-        """Copy what the open file still holds into a file of its own; None when it cannot be read any more.
+    def _take_out(self) -> None:
+        """Copy what the open file still holds, if it can be read, into a file of its own.
 
         Should this process die before the content is in an outbox again, the next relay finds the file.
         """
         self._make_folder()
-        file = self._companion(f"{TAKEN_OUT}{os.getpid()}")
-        file.unlink(missing_ok=True)
+        file = self._companion(f"{TAKEN_OUT}{secrets.token_hex(4)}-{os.getpid()}")
         connection = next(iter(self._connections.values()))
         connection.execute("ATTACH ? AS taken_out", (str(file),))
         try:
             self._copy_out(connection)
         except sqlite3.Error as error:
+            file.unlink(missing_ok=True)
             if not _is_damage(error):
                 raise
             logger.error("outbox %s was removed, and what it still held cannot be read: %s", self.path, error)
-            file.unlink(missing_ok=True)
-            return None
+            return
         finally:
             connection.execute("DETACH taken_out")
-        return file
+        self._taken_out.append(file)
 
     def _put_in(self, connection: sqlite3.Connection, taken_out: Path) -> int:
         connection.execute("ATTACH ? AS taken_out", (str(taken_out),))
@@ -272,6 +275,10 @@ class OutboxFile:
             connection.close()
         raise OutboxError(f"outbox {self.path}: is replaced again and again while it is opened")
 
+    def _note_beside(self) -> None:
+        self._beside = [_identity_of(file) for file in self._files_beside()]
+        self._note_files()
+
     def _files_beside(self) -> list[Path]:
         return [self._companion(end) for end in _BESIDE]
 
@@ -289,11 +296,52 @@ class OutboxFile:
         if _identity_of(self.path) is not None:
             return
         self._make_folder()
-        with _os_errors(self.path), _alone_in(self.real_path.parent):
+        with _os_errors(self.path), alone_in(self.real_path.parent):
             if _identity_of(self.path) is None:
                 for file in self._files_beside():
                     file.unlink(missing_ok=True)
                 self.real_path.touch(0o644)
+
+    def _leave_foreign_log(self) -> None:
+        """Set aside the log of an earlier file at the path: SQLite would take it for that of the file there now.
+
+        A process may still have both of the earlier file open. Which files belong together stands in a small file.
+        """
+        with _os_errors(self.path), alone_in(self.real_path.parent):
+            now, before = self._pair(), self._noted_pair()
+            if before is None or now[0] == before[0]:
+                return
+            if now[1] is not None and now[1] == before[1]:
+                aside = _free_name(self._companion(f"{DAMAGED}{before[0][1]}"))
+                self._companion("-wal").rename(aside.with_name(aside.name + "-wal"))
+                self._companion("-shm").unlink(missing_ok=True)
+                aside.touch()
+                logger.warning(
+                    "outbox %s was replaced, and the log of the file before was left beside it: set aside as %s-wal",
+                    self.path,
+                    aside,
+                )
+            # At once: the file's own log may get the number of one that is gone.
+            self._note_pair((now[0], None))
+
+    def _note_files(self) -> None:
+        """Note that the file at the path and the log beside it belong together. A user who may only read does not."""
+        with _os_errors(self.path), alone_in(self.real_path.parent), suppress(PermissionError):
+            if _identity_of(self.path) == self._identity and self._noted_pair() != (pair := self._pair()):
+                self._note_pair(pair)
+
+    def _pair(self) -> tuple[Any, Any]:
+        return _identity_of(self.path), _identity_of(self._companion("-wal"))
+
+    def _noted_pair(self) -> tuple[Any, Any] | None:
+        try:
+            file, log = json.loads(self._companion(_PAIR).read_text(encoding="ascii"))
+            return tuple(file), log and tuple(log)
+        except (OSError, ValueError, TypeError):  # none yet, or half of one: nothing is known
+            return None
+
+    def _note_pair(self, pair: tuple[Any, Any]) -> None:
+        self._companion(_PAIR).write_text(json.dumps(pair), encoding="ascii")
 
     def _make_folder(self) -> None:
         with _os_errors(self.path):
@@ -301,6 +349,7 @@ class OutboxFile:
 
     def _connected(self, mode: str) -> sqlite3.Connection:
         self._make_file()
+        self._leave_foreign_log()
         connection = sqlite3.connect(
             self.path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -359,7 +408,7 @@ def _os_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """One process at a time; the kernel ends it with the process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
 
-RELAY_ALIVE_SECONDS = 10.0  # after its last sign of life a relay process counts as gone
+RELAY_ALIVE_SECONDS = 10.0  # after its last heartbeat a relay process counts as gone
 
 _IDENTITY = "SELECT token, next_token, redis, queue, relay, relay_at FROM outbox"
 _LEAVE_SOURCES = """
@@ -16,7 +16,7 @@ UPDATE sources SET current = 0, left_at = ?, left_because = ? WHERE current RETU
 
 
 class Identity(NamedTuple):
-    """What tells this outbox from a copy, where its entries go, and the last sign of life of a relay process."""
+    """What tells this outbox from a copy, where its entries go, and the last heartbeat of a relay process."""
 
     token: str
     next_token: str | None
@@ -69,14 +69,19 @@ class OutboxIdentity:
         with self._file.transaction() as db:
             db.execute("UPDATE outbox SET redis = ?, queue = ?", (redis, queue))
 
-    def announce_relay(self, relay: str | None) -> None:
-        """A relay process gives a sign of life, or with None says that it ends."""
+    def announce_relay(self, relay: str) -> None:
+        """The heartbeat of the relay process of this name."""
         with self._file.transaction(durable=False) as db:
-            at = None if relay is None else self._clock.now(db)
-            db.execute("UPDATE outbox SET relay = ?, relay_at = ?", (relay, at))
+            db.execute("UPDATE outbox SET relay = ?, relay_at = ?", (relay, self._clock.now(db)))
+            self._clock.keep(db)
+
+    def forget_relay(self, relay: str) -> None:
+        """This relay process no longer relays; nothing changes when another one was announced since."""
+        with self._file.transaction(durable=False) as db:
+            db.execute("UPDATE outbox SET relay = NULL, relay_at = NULL WHERE relay = ?", (relay,))
 
     def relay_is_alive(self) -> bool:
-        """Whether a relay process has given a sign of life lately."""
+        """Whether a relay process has had a heartbeat lately."""
         with self._file.reading() as db:
             at = Identity(*db.execute(_IDENTITY).fetchone()).relay_at
             return at is not None and abs(self._clock.now(db) - at) <= RELAY_ALIVE_SECONDS

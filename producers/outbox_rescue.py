@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from producers.outbox_file import DAMAGED, TAKEN_OUT, OutboxFile
+from producers.outbox_file import DAMAGED, TAKEN_OUT, OutboxFile, alone_in
 from producers.sqlite_salvage import readable_records
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ _SOURCE_ID = re.compile("[0-9a-f]{32}")
 _MOST_LOST_RANGES = 1000
 _INSERT_PAGE = 500
 _SALVAGED = ".salvaged-"
+_LOG = "-wal"
 
 # In the order of the columns: a file that is left behind is salvaged like a damaged one.
 _COPY_OUT = (
@@ -116,6 +117,21 @@ class Rescue:
     def __init__(self, file: OutboxFile) -> None:
         self._file = file
 
+    def finish_renames(self) -> None:
+        """For processes that died after they had renamed a damaged file or its log, and before the other of the two.
+
+        A log that was set aside alone has entries of its own: it is salvaged beside an empty file.
+        """
+        real = self._file.real_path
+        with alone_in(real.parent):
+            for log in real.parent.glob(f"{glob.escape(real.name)}{DAMAGED}*{_LOG}"):
+                file = log.with_name(log.name.removesuffix(_LOG))
+                salvaged = file.with_name(file.name.replace(DAMAGED, _SALVAGED))
+                if salvaged.exists():
+                    log.rename(salvaged.with_name(salvaged.name + _LOG))
+                else:
+                    file.touch()
+
     def damaged_files(self) -> list[Path]:
         """Files that were set aside, and not salvaged yet; and what a process had taken out of one before it died."""
         return self._aside(DAMAGED) + [file for file in self._aside(TAKEN_OUT) if not _is_in_use(file)]
@@ -127,7 +143,7 @@ class Rescue:
     def _aside(self, mark: str) -> list[Path]:
         real = self._file.real_path
         found = real.parent.glob(f"{glob.escape(real.name)}{mark}*")
-        return sorted(one for one in found if not one.name.endswith(("-wal", "-shm", "-journal")))
+        return sorted(one for one in found if not one.name.endswith((_LOG, "-shm", "-journal")))
 
     def salvage(self, file: Path) -> Salvage:
         """Carry over what can be read in a damaged file, and log what could not."""
@@ -143,7 +159,7 @@ class Rescue:
         """What `salvage` does, some with each step."""
         found = yield from _salvage(file, self._file.transaction)
         logger.error("%s", found.summary())
-        for end in ("", "-wal"):  # the file first: without it, the log would not be looked for again
+        for end in ("", _LOG):  # the file first: a log alone is salvaged once more
             part = file.with_name(file.name + end)
             if TAKEN_OUT in part.name:
                 part.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 A sweep takes what consumers acknowledged, hands over what is pending, and looks after what has been under way
 for long: it reads the states of those jobs and sends again only what is no longer on its way. Of all threads
 and processes on one outbox, one relays at a time; when it ends or dies, the next one takes over. While a relay process
-(`trading-history relay`) gives signs of life, the threads of producers leave relaying to it.
+(`trading-history relay`) has a heartbeat, the threads of producers leave relaying to it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rq.serializers import JSONSerializer
 from producers.backoff import backoff_seconds
 from producers.copies import CopyGuard
 from producers.entries import Entry, EntryHead, source_of
-from producers.errors import HistoryError, RelayRefused
+from producers.errors import HistoryError, OutboxDamaged, RelayRefused
 from producers.outbox import LAST_CHECK_SECONDS, Outbox
-from producers.outbox_identity import Identity
+from producers.outbox_identity import RELAY_ALIVE_SECONDS, Identity
 from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Acknowledgement, read_acknowledgements, shown
 from producers.redis_keys import acknowledgement_key, delivery_of, job_id_of
 from producers.redis_url import place_of
@@ -49,9 +49,11 @@ _FIRST_BACKOFF_SECONDS = 0.2
 _LAST_BACKOFF_SECONDS = 5.0
 _PRUNE_SECONDS = 60.0
 _REJECTED_SECONDS = 5.0
-_STOP_SECONDS = 0.5
+STOP_SECONDS = 0.5
 _ASK_TIME_SECONDS = 60.0
-_SIGN_OF_LIFE_SECONDS = 2.0
+_HEARTBEAT_SECONDS = 2.0
+_STANDS_BY_SECONDS = 1.0
+_CHECK_FILE_SECONDS = 0.2  # for about 100 MB; calls to `record` wait meanwhile
 # An acknowledgement of an entry that was settled before: another copy of the outbox may still wait for it.
 _LEFT_FOR_COPIES_SECONDS = 60
 
@@ -79,6 +81,8 @@ class Relay:
         self._guard = CopyGuard(outbox, redis)
         self._process_name = process_name
         self._announce_at = 0.0
+        self._announcing_since: float | None = None
+        self._stands_by_since: float | None = None
         self._relaying = False
         self._generation = outbox.generation
         self._salvaging: Iterator[None] | None = None
@@ -109,7 +113,7 @@ class Relay:
         """Something was appended; no need to wait for the next look."""
         self._wake.set()
 
-    def stop(self, seconds: float = _STOP_SECONDS) -> None:
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
         """End the thread after the sweep it is in; one that waits for Redis longer than this is left behind."""
         self._stop.set()
         self._wake.set()
@@ -142,11 +146,10 @@ class Relay:
         return bool(settled or sent or resent or salvaged)
 
     def _may_relay(self) -> bool:
-        """Whether it is this one's turn. Takes or releases the lock, and gives a sign of life."""
+        """Whether it is this one's turn. Takes or releases the lock, and announces a relay process."""
         if self._outbox.generation != self._generation:  # another file is at the path, and another lock beside it
             self._generation = self._outbox.generation
             self._stand_back()
-        self._announce()
         identity = self._outbox.identity.read()
         try:
             self.check_destination(identity)
@@ -154,20 +157,49 @@ class Relay:
             self._stand_back()
             raise
         process_lives = identity.relay is not None and self._outbox.identity.relay_is_alive()
-        if process_lives and self._process_name is None:
-            self._stand_back()
+        turn = self._turn_of_producer if self._process_name is None else self._turn_of_process
+        if not turn(identity, process_lives):
+            self._relaying = False
+            self._stands_by_since = self._stands_by_since or time.monotonic()
             return False
+        self._stands_by_since = None
         if not self._lock.held:
-            self._relaying = False
-        # A relay process without signs of life may be stopped and keep its lock: two relays only do things twice.
-        if not self._lock.acquire() and (identity.relay is None or process_lives):
-            self._relaying = False
-            return False
+            self._doubtful = True  # whether another one sends the same just now
         if not self._relaying:
+            self._check_file()
             # Whichever relayed before may have sent what is not marked.
             self._relaying = self._doubtful = True
             self._guard.begin()
             self._salvaging = None
+        return True
+
+    def _turn_of_producer(self, identity: Identity, process_lives: bool) -> bool:
+        if process_lives:
+            self._stand_back()
+            return False
+        if not self._take_lock():
+            # A relay process without a heartbeat may be stopped and keep its lock: two relays only do things twice.
+            return identity.relay is not None
+        if identity.relay is not None:  # it has ended without a word, or the lock would not be free
+            self._outbox.identity.forget_relay(identity.relay)
+        return True
+
+    def _turn_of_process(self, identity: Identity, process_lives: bool) -> bool:
+        # One that has relayed and finds another process announced was stopped meanwhile. One that has not waits for
+        # the other's lock, which is free as soon as that has ended.
+        if process_lives and identity.relay != self._process_name and (self._relaying or not self._take_lock()):
+            self._stand_back()
+            return False
+        self._announcing_since = self._announcing_since or time.monotonic()
+        self.announce()
+        # Producers release the lock when they see that. One that is stopped, and another relay process, may keep it.
+        return self._take_lock() or time.monotonic() - self._announcing_since > RELAY_ALIVE_SECONDS
+
+    def _take_lock(self) -> bool:
+        if not self._lock.held:
+            if not self._lock.acquire():
+                return False
+            self._relaying = False  # another one may have relayed before
         return True
 
     def check_destination(self, identity: Identity | None = None) -> None:
@@ -180,14 +212,35 @@ class Relay:
                 f" {redis}, queue {queue}. Set REDIS_URL and HISTORY_QUEUE as for the producer that opened it last"
             )
 
+    def _check_file(self) -> None:
+        """Raise OutboxDamaged if a fault is found soon: of an older file that was put back beside a newer log, much is
+        never read while events come and go, and the file would stay as it is.
+        """
+        fault = self._outbox.quick_check(_CHECK_FILE_SECONDS)
+        if fault not in (None, "unfinished"):
+            raise OutboxDamaged(f"outbox {self._outbox.path}: {' '.join(str(fault).split())}")
+
     def _stand_back(self) -> None:
         self._relaying = False
+        if self._process_name is not None and self._announcing_since is not None:
+            self._announcing_since, self._announce_at = None, 0.0
+            with contextlib.suppress(HistoryError):  # its heartbeat ends in any case
+                self._outbox.identity.forget_relay(self._process_name)
         self._lock.release()
 
-    def _announce(self) -> None:
-        if self._process_name is not None and time.monotonic() >= self._announce_at:
-            self._announce_at = time.monotonic() + _SIGN_OF_LIFE_SECONDS
-            self._outbox.identity.announce_relay(self._process_name)
+    @property
+    def stands_by(self) -> bool:
+        """Whether another process has relayed in place of this one for a second or more."""
+        since = self._stands_by_since
+        return since is not None and time.monotonic() - since >= _STANDS_BY_SECONDS
+
+    def announce(self) -> None:
+        """Of a relay process, whose heartbeat must not wait for Redis: announce it again when that is due."""
+        if self._process_name is not None and self._announcing_since is not None:
+            now = time.monotonic()
+            if now >= self._announce_at:
+                self._announce_at = now + _HEARTBEAT_SECONDS
+                self._outbox.identity.announce_relay(self._process_name)
 
     def _salvage(self) -> bool:
         """Carry over a little from a damaged file that was set aside; whether there is more."""
@@ -201,6 +254,7 @@ class Relay:
         return True
 
     def _salvage_all(self) -> Iterator[None]:
+        self._outbox.rescue.finish_renames()
         for file in self._outbox.rescue.damaged_files():
             yield from self._outbox.rescue.salvaging(file)
 
@@ -221,9 +275,6 @@ class Relay:
         self._end()
 
     def _end(self) -> None:
-        if self._process_name is not None:
-            with contextlib.suppress(HistoryError):  # its signs of life end in any case
-                self._outbox.identity.announce_relay(None)
         self._stand_back()
 
     def _back_off(self, error: Exception) -> float:

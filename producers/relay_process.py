@@ -1,67 +1,134 @@
 """A process that only relays: for controllers that cron starts, or that must not share their interpreter with a relay.
 
-It gives signs of life in each outbox, and producers leave relaying to it. It ends nothing that it finds wrong: what
-cannot be relayed now is said once, and tried again.
+It announces itself in each outbox with a heartbeat, and producers leave relaying to it. An outbox that cannot be
+relayed now is logged once and tried again; it does not end the process, nor hold up the other outboxes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
 import socket
-import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from redis import Redis
 
-from producers.errors import OutboxError
+from producers.errors import HistoryError, OutboxError
 from producers.outbox import Outbox
 from producers.relay import Relay
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 1.0  # for an outbox that is not there yet
-_END_SECONDS = 10.0
+_LOOK_SECONDS = 1.0  # how often an outbox that cannot be relayed yet is tried
+END_SECONDS = 8.0  # for all relays together: one that waits for Redis gets its answer, or none, within 5 s
 
 
 def run_relay(
-    outboxes: Sequence[Path], redis: Redis, queue: str, *, keep_seconds: float, stopping: threading.Event
+    outboxes: Sequence[Path], redis: Redis, queue: str, *, keep_seconds: float, stopped: Callable[[float], bool]
 ) -> None:
-    """Relay these outboxes to the RQ queue until `stopping` is set. One that does not exist yet is waited for.
+    """Relay these outboxes to the RQ queue until told to stop; an outbox that does not exist yet is waited for.
+
+    `stopped` waits for at most so many seconds and returns whether to stop, as `threading.Event.wait` does.
 
     Raises:
         RelayRefused: an outbox that is there at the start says that its entries go to another Redis or queue.
     """
-    name = f"{socket.gethostname()}:{os.getpid()}"
-    relays: list[tuple[Outbox, Relay]] = []
-    waiting = [path.absolute() for path in outboxes]
-    said: set[Path] = set()
+    name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+    by_file = {os.path.realpath(path): path.absolute() for path in outboxes}  # two paths to one file are one outbox
+    watched = [_Watched(path, redis, queue, keep_seconds, name) for path in by_file.values()]
+    for one in watched:
+        one.refuse()
     try:
-        while not stopping.is_set():
-            for path in list(waiting):
-                if not path.is_file():
-                    if path not in said:
-                        logger.warning("no outbox at %s yet: waiting for a producer to make it", path)
-                        said.add(path)
-                    continue
-                try:
-                    outbox = Outbox(path, repair=True)
-                except OutboxError as error:
-                    if path not in said:
-                        logger.error("cannot relay %s: %s; trying again", path, error)
-                        said.add(path)
-                    continue
-                waiting.remove(path)
-                relay = Relay(outbox, redis, queue, keep_seconds=keep_seconds, process_name=name)
-                relay.check_destination()
-                relay.start()
-                relays.append((outbox, relay))
-                logger.info("relaying %s: %d entries are not settled", path, outbox.status().depth)
-            stopping.wait(_LOOK_SECONDS)
+        while True:
+            for one in watched:
+                one.look()
+            if stopped(_LOOK_SECONDS):
+                return
     finally:
-        for _, relay in relays:
-            relay.stop(_END_SECONDS)
-        for outbox, _ in relays:
-            outbox.close()
-            logger.info("no longer relaying %s", outbox.path)
+        deadline = time.monotonic() + END_SECONDS
+        for one in watched:
+            one.stop(0.0)
+        for one in watched:
+            one.stop(max(deadline - time.monotonic(), 0.0))
+            one.close()
+
+
+class _Watched:
+    """One outbox and, as soon as it can be opened, its relay. Each change of its state is logged once."""
+
+    def __init__(self, path: Path, redis: Redis, queue: str, keep_seconds: float, name: str) -> None:
+        self._path = path
+        self._redis, self._queue, self._keep_seconds, self._name = redis, queue, keep_seconds, name
+        self._outbox: Outbox | None = None
+        self._relay: Relay | None = None
+        self._logged = ""
+        self._stands_by = False
+
+    def refuse(self) -> None:
+        """Raises RelayRefused when the outbox is there and its entries go elsewhere."""
+        if self._path.is_file():
+            try:
+                with Outbox(self._path) as outbox:
+                    self._new_relay(outbox).check_destination()
+            except OutboxError:
+                return  # `look` says why, and tries again
+
+    def look(self) -> None:
+        """Begin to relay when that can be done; log what has changed."""
+        if self._relay is None:
+            self._begin()
+        if self._relay is not None:
+            with contextlib.suppress(HistoryError):  # the relay meets it as well, and logs it
+                self._relay.announce()
+            self._log_turn(self._relay)
+
+    def _begin(self) -> None:
+        if not self._path.is_file():
+            self._log(logging.WARNING, "there is no outbox at %s yet: waiting for a producer to make it", self._path)
+            return
+        outbox: Outbox | None = None
+        try:
+            outbox = Outbox(self._path, repair=True)
+            relay = self._new_relay(outbox)
+            relay.check_destination()
+            unsettled = outbox.status().depth
+        except HistoryError as error:
+            if outbox is not None:
+                outbox.close()
+            self._log(logging.ERROR, "cannot relay %s, trying again: %s", self._path, error)
+            return
+        self._log(logging.INFO, "relaying %s: %d entries are not settled", self._path, unsettled)
+        self._outbox, self._relay = outbox, relay
+        relay.start()
+
+    def _new_relay(self, outbox: Outbox) -> Relay:
+        return Relay(outbox, self._redis, self._queue, keep_seconds=self._keep_seconds, process_name=self._name)
+
+    def _log_turn(self, relay: Relay) -> None:
+        waits = relay.stands_by
+        if waits == self._stands_by:
+            return
+        self._stands_by = waits
+        if waits:
+            logger.info("another process relays %s: standing by until it ends", self._path)
+        else:
+            logger.info("relaying %s now", self._path)
+
+    def _log(self, level: int, message: str, *arguments: object) -> None:
+        text = message % arguments
+        if text != self._logged:
+            self._logged = text
+            logger.log(level, text)
+
+    def stop(self, seconds: float) -> None:
+        if self._relay is not None:
+            self._relay.stop(seconds)
+
+    def close(self) -> None:
+        if self._outbox is not None:
+            self._outbox.close()
+            logger.info("no longer relaying %s", self._path)

@@ -18,7 +18,7 @@ TOP = Path(__file__).parents[1]
 TEXT = (TOP / "docker-compose.yml").read_text("utf-8")
 FILE = yaml.safe_load(TEXT)
 SERVICES = FILE["services"]
-OURS = ("init-db", "worker", "api", "dashboard")
+OURS = ("init-db", "worker", "api", "dashboard", "relay")
 SECRETS = {
     "POSTGRES_PASSWORD": "p@ss:w/o?r#d %41 'ü",
     "REDIS_PASSWORD": "0f4c-83.b1_d6~e2",
@@ -66,8 +66,19 @@ def free_port() -> int:
 class Container:
     """A service's process: with the service's environment and no more, as nobody, able to write no file."""
 
-    def __init__(self, name: str, folder: Path, *, postgres: int, redis: int, without: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        postgres: int,
+        redis: int,
+        without: tuple[str, ...] = (),
+        volume: Path | None = None,
+    ) -> None:
         text = json.dumps(service(name))
+        if volume is not None:  # where the service has one, which it may write to
+            text = text.replace(f'"{service(name)["volumes"][0]["target"]}/', f'"{volume}/')
         for published in ("8000", "9181", "9464"):
             text = text.replace(f'"{published}"', f'"{free_port()}"')
         for container, here in (('"postgres"', f'"{LOCALHOST}"'), ('"5432"', f'"{postgres}"'),
@@ -76,7 +87,7 @@ class Container:
         self.settings = json.loads(text)
         self.environment = {key: value for key, value in self.settings["environment"].items() if key not in without}
         self._folder = folder
-        self.process = self.run(self.settings["command"])
+        self.process = self.run(self.settings["command"], may_write=volume is not None)
 
     def run(self, command: list[str], *, may_write: bool = False) -> subprocess.Popen[bytes]:
         """As `docker compose exec` does, or `run` with a volume that it may write to."""

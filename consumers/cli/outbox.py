@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +15,12 @@ from consumers.cli.options import AsJson
 from consumers.cli.progress import progress_bar
 from consumers.stack import stack
 from consumers.terminal import print_facts, print_json
-from producers.errors import HistoryError
+from producers.errors import HistoryError, OutboxDamaged
+from producers.settings import TransportSettings
+
+if TYPE_CHECKING:
+    from producers.entries import OutboxStatus
+    from producers.history_producer import HistoryProducer
 
 outbox_app = typer.Typer(
     help="The events that this machine has accepted and not yet seen stored or rejected.", no_args_is_help=True
@@ -26,10 +32,13 @@ _CHECK_SECONDS = 5.0
 @outbox_app.command("status")
 def outbox_status(as_json: AsJson = False) -> None:
     """Show how many events are pending, sent, stored and rejected, and whether the file is sound."""
+    from producers.lateness import oldest_unsettled_seconds
     from producers.outbox import Outbox
 
-    with Outbox(_existing_outbox()) as outbox:
-        facts = {"path": str(outbox.path)} | _outbox_facts(outbox.status())
+    path, settings = _existing_outbox()
+    no_redis = settings.redis_url is None
+    with Outbox(path) as outbox, nullcontext() if no_redis else settings.redis() as redis:
+        facts = _facts(outbox.path, outbox.status(), oldest_unsettled_seconds(outbox, redis))
         fault = outbox.quick_check(_CHECK_SECONDS)
         facts["check"] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}.get(fault, fault)
         facts["damaged_files"] = [str(file) for file in outbox.rescue.damaged_files()]
@@ -42,48 +51,55 @@ def outbox_flush(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait.")] = 60.0, as_json: AsJson = False
 ) -> None:
     """Wait until every event that is in the outbox now is stored or rejected; exit status 1 if one is not."""
-    from producers.history_producer import HistoryProducer
-
-    path = _existing_outbox()
-    with stack(redis=True), HistoryProducer(outbox=path) as producer:
+    path, _ = _existing_outbox()
+    with _producer(path) as producer:
         waiting = producer.status().depth
         with progress_bar() as progress:
-            left = producer.settle(timeout, progress=lambda left: progress(waiting - left, waiting))
-        facts = {"path": str(path.absolute())} | _outbox_facts(producer.status())
-        reason = _what_it_waits_for(producer.status()) if left else None
+            left = producer.settle(timeout, progress=lambda left: progress(max(waiting - left, 0), waiting))
+        status = producer.status()
+        reason = _waits_for() if left else None
         producer.close(timeout=0)
+    facts = _facts(path, status, status.oldest_unsettled_seconds)
     if as_json:
         print_json(facts | {"unsettled": left, "waits_for": reason})
     elif left:
         print_facts(facts)
-        print(f"{left} events are not settled. {reason}", file=sys.stderr)
+        found = f"{_counted(left, 'event')} not settled: {status.pending} pending, {status.sent} sent."
+        print(f"{found} {reason}", file=sys.stderr)
+    elif status.depth:
+        print(
+            f"Every event that was in {path} is stored or rejected; {status.depth} recorded since then are not yet."
+            " End its controllers and run this again before you delete it."
+        )
     else:
-        print(f"Every event in {path.absolute()} is stored or rejected: once no process uses it, it may be deleted.")
+        print(f"Every event in {path} is stored or rejected. Once no process uses the file, it may be deleted.")
     raise typer.Exit(1 if left else 0)
 
 
-def _what_it_waits_for(status: Any) -> str:
-    """For a person: why entries are pending or sent, and what to do."""
+def _waits_for() -> str:
+    """Why entries are pending or sent, as far as Redis can tell, and what to do."""
     from redis import RedisError
     from rq import Queue
     from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-    from producers.settings import TransportSettings
-
     settings = TransportSettings.from_environment()
-    found = f"{status.pending} are pending and {status.sent} sent"
     try:
         with settings.redis() as redis:
-            queued = Queue(settings.queue, connection=redis).count
-            workers = redis.scard(WORKERS_BY_QUEUE_KEY % settings.queue)
+            jobs = Queue(settings.queue, connection=redis).count
+            keys: Any = redis.smembers(WORKERS_BY_QUEUE_KEY % settings.queue)
+            states = {redis.hget(key, "state") for key in keys}
     except RedisError as error:
-        return f"{found}: Redis cannot be reached ({type(error).__name__}). Run this again when it is back."
-    if not workers:
-        return f"{found}: {queued} jobs wait in the queue, and no worker runs. Start one: trading-history worker"
-    return (
-        f"{found}: {queued} jobs wait in the queue of {workers} workers. Look at the workers' log, or run this again"
-        " with a longer --timeout."
-    )
+        return f"Redis cannot be reached ({type(error).__name__}). They are safe here; run this again when it is back."
+    waits = f"Queue {settings.queue} has {_counted(jobs, 'waiting job')}"
+    if not keys:
+        return f"{waits} and no worker. Start one: trading-history worker"
+    if states == {b"waiting for the database"}:
+        return f"{waits}, and its workers wait for the database: run trading-history doctor on a worker's host."
+    return f"{waits} and {_counted(len(keys), 'worker')}. Run this again with a longer --timeout."
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 @outbox_app.command("resend")
@@ -94,14 +110,32 @@ def outbox_resend(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to try.")] = 60.0,
 ) -> None:
     """Send stored and rejected events again, for a database restored from a backup; rows it still has are kept."""
-    from producers.history_producer import HistoryProducer
-
-    path = _existing_outbox()
-    with stack(redis=True), HistoryProducer(outbox=path) as producer:
+    path, _ = _existing_outbox()
+    with _producer(path) as producer:
         again = producer.resend(producer.localized(since, "--since"))
         pending = producer.flush(timeout)
     print(f"{again} events to send again, {pending} still pending")
     raise typer.Exit(1 if pending else 0)
+
+
+@contextmanager
+def _producer(path: Path) -> Iterator[HistoryProducer]:
+    """A producer on this outbox, whose events go to the Redis of the settings.
+
+    Raises:
+        RelayRefused: they go elsewhere. A producer would redirect them, and those of a running controller.
+    """
+    from producers.history_producer import HistoryProducer
+    from producers.outbox import Outbox
+    from producers.relay import Relay
+
+    with stack(redis=True):
+        settings = TransportSettings.from_environment()
+        # A damaged file is the producer's to set aside.
+        with suppress(OutboxDamaged), Outbox(path) as outbox, settings.redis() as redis:
+            Relay(outbox, redis, settings.queue, keep_seconds=settings.outbox_keep_seconds).check_destination()
+        with HistoryProducer(outbox=path) as producer:
+            yield producer
 
 
 @outbox_app.command("salvage")
@@ -110,7 +144,6 @@ def outbox_salvage(
 ) -> None:
     """Carry what can be read in a damaged outbox file over into the outbox; it may be done again."""
     from producers.outbox import Outbox
-    from producers.settings import TransportSettings
 
     with Outbox(TransportSettings.from_environment().outbox) as outbox:
         if file.resolve() == outbox.path.resolve():
@@ -119,19 +152,22 @@ def outbox_salvage(
     print(found.summary())
 
 
-def _outbox_facts(status: Any) -> dict[str, Any]:
-    facts = asdict(status)
-    age = facts.pop("oldest_unsettled_seconds")
+def _facts(path: Path, status: OutboxStatus, age: float | None) -> dict[str, Any]:
     at = None if age is None else datetime.now(UTC) - timedelta(seconds=age)
-    facts["oldest_unsettled_at"] = None if at is None else at.isoformat(" ", "seconds")
-    facts["oldest_unsettled_seconds"] = None if age is None else round(age)
-    return facts
+    return {
+        "path": str(path.absolute()),
+        "pending": status.pending,
+        "sent": status.sent,
+        "stored": status.stored,
+        "rejected": status.rejected,
+        "oldest_unsettled_at": None if at is None else at.isoformat(" ", "seconds"),
+        "oldest_unsettled_seconds": None if age is None else round(age),
+    }
 
 
-def _existing_outbox() -> Path:
-    from producers.settings import TransportSettings
-
-    path = TransportSettings.from_environment().outbox
+def _existing_outbox() -> tuple[Path, TransportSettings]:
+    settings = TransportSettings.from_environment()
+    path = settings.outbox.absolute()
     if not path.is_file():
-        raise HistoryError(f"there is no outbox at {path.absolute()}; HISTORY_OUTBOX names another place")
-    return path
+        raise HistoryError(f"there is no outbox at {path}; HISTORY_OUTBOX names another place")
+    return path, settings

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-import threading
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Annotated, Any
 
 import typer
@@ -106,24 +107,28 @@ def relay(
     from producers.relay_process import run_relay
     from producers.settings import TransportSettings
 
+    signals = SimpleQueue[int]()  # whose put() may be called by a signal's handler at any moment
+
+    def stop(number: int, _: object) -> None:
+        if not signals.empty():  # a second one ends it at once: what is in hand is sent again by the next relay
+            raise SystemExit(128 + number)
+        signals.put(number)
+
+    def stopped(seconds: float) -> bool:
+        with suppress(Empty):
+            signals.put(signals.get(timeout=seconds))
+        return not signals.empty()
+
     with stack(redis=True):
         settings = TransportSettings.from_environment()
-        stopping = threading.Event()
-        # A second signal ends it at once: what it has in hand is sent again by the next relay.
-        stop_signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), lambda *_: _stop_once(stopping))
+        stop_signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), stop)
         run_relay(
             outboxes or [settings.outbox],
             settings.redis(),
             settings.queue,
             keep_seconds=settings.outbox_keep_seconds,
-            stopping=stopping,
+            stopped=stopped,
         )
-
-
-def _stop_once(stopping: threading.Event) -> None:
-    if stopping.is_set():
-        raise SystemExit(128 + signal.SIGTERM)
-    stopping.set()
 
 
 def _print_adoption(adoption: Any) -> None:

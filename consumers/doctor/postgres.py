@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, Row, create_engine, text
 from sqlalchemy.engine import URL
 
-from consumers.connection import CONNECT_TIMEOUT_SECONDS, create_store_engine, translated_errors
+from consumers.connection import CONNECT_TIMEOUT_SECONDS, create_store_engine, encoding_advice, translated_errors
 from consumers.doctor import history, schema
 from consumers.doctor.checks import Check, duration, looked
 from consumers.doctor.masking import Mask
@@ -33,7 +33,8 @@ _FACTS = text("""
         pg_is_in_recovery() AS replica, current_setting('transaction_read_only') = 'on' AS read_only,
         current_setting('default_transaction_read_only') = 'on' AS read_only_by_default,
         current_setting('synchronous_commit') AS synchronous_commit, current_setting('fsync') AS fsync,
-        current_setting('full_page_writes') AS full_page_writes, current_setting('TimeZone') AS time_zone
+        current_setting('full_page_writes') AS full_page_writes, current_setting('TimeZone') AS time_zone,
+        current_setting('server_encoding') AS encoding, quote_ident(current_database() || '_utf8') AS another
 """)
 _CLOCK = text("SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)")
 
@@ -100,6 +101,13 @@ def _of_the_server(facts: Row[Any]) -> Iterator[Check]:
     old = facts.version_number < _OLDEST_VERSION
     yield Check(
         "PostgreSQL version", "fail" if old else "ok", facts.version, "14 is the oldest that works" if old else ""
+    )
+    fits = facts.encoding == "UTF8"
+    yield Check(
+        "PostgreSQL encoding",
+        "ok" if fits else "fail",
+        facts.encoding,
+        "" if fits else encoding_advice(facts.another),
     )
     yield _writable(facts)
     lost = facts.synchronous_commit == "off"

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from consumers.connection import schema_sql
+from consumers.connection import old_tables, schema_sql
 from consumers.doctor.checks import Check
 from consumers.store.retired_tables import HISTORY_TABLES
 
@@ -29,6 +29,7 @@ _COLUMNS = text("""
     SELECT attname AS name, format_type(atttypid, atttypmod) AS type, attnotnull AS not_null
     FROM pg_attribute WHERE attrelid = to_regclass(:table) AND attnum > 0 AND NOT attisdropped
 """)
+_COMMENT = text("SELECT obj_description(to_regclass('event_outcomes'), 'pg_class')")
 _CONSTRAINTS = text("SELECT conname FROM pg_constraint WHERE conrelid = to_regclass(:table) AND convalidated")
 _INDEXES = text("""
     SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
@@ -84,6 +85,8 @@ def tables(db: Connection) -> Iterator[Check]:
         )
     elif missing:
         yield Check(TABLES, "fail", f"missing: {', '.join(missing)}", "trading-history init-db")
+    elif problem := old_tables(db.execute(_COMMENT).scalar_one()):
+        yield Check(TABLES, "fail", problem, "trading-history init-db")
     else:
         yield _compared(expected, found)
 

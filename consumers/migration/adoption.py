@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import DBAPIError
 
-from consumers.connection import apply_schema, role_notes, schema_body, translated_errors
+from consumers.connection import apply_schema, check_encoding, role_notes, schema_body, translated_errors
 from consumers.errors import AdoptionRefused, StoreUnavailable
 
 LEGACY_SUFFIX = "_legacy"
@@ -150,7 +150,7 @@ def adopt_legacy(store: Engine) -> Adoption:
 
     Raises:
         AdoptionRefused: somebody uses the old tables, a name is taken, or a privilege is missing; nothing was changed.
-        StoreUnavailable: the database cannot be reached, or refuses; nothing was changed.
+        StoreUnavailable: the database cannot be reached, refuses, or is not encoded in UTF8; nothing was changed.
     """
     try:
         adoption = _adopt(store)
@@ -166,6 +166,7 @@ def adopt_legacy(store: Engine) -> Adoption:
 
 def _adopt(store: Engine) -> Adoption:
     with translated_errors(), store.begin() as pooled:
+        check_encoding(pooled)
         db = pooled.execution_options(no_parameters=True)
         old = _old_tables(db)
         for statement in _lock(old):

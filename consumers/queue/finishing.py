@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 
 from rq import Queue
 from rq.utils import now
 from rq.worker import BaseWorker
 
-from consumers.errors import RefusedJob
+from consumers.errors import RefusedJob, described
 from consumers.metrics import COUNTS
 from consumers.queue.calls import ReservedJob, Run
-from consumers.queue.harmed_keys import Kind, is_redis_trouble, is_wrong_type, put_aside
+from consumers.queue.harmed_keys import Kind, is_of_the_work, is_redis_trouble, is_wrong_type, put_aside
 from consumers.queue.reservations import Reservations
 from consumers.queue.rq_failures import RqFailures
 from consumers.queue.rq_jobs import RqJobs
-from consumers.settling import Settled, Unsettled, acknowledge, log_fields
+from consumers.settling import Settled, Unsettled, acknowledge, log_fields, without_defects
 from producers.redis_keys import acknowledgement_key
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ class Finishing:
             return
         try:
             self._finish_together(settled, jobs, started_at)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             if is_wrong_type(error):
                 if not (moved := self.put_aside(settled)):
                     raise
@@ -60,15 +63,18 @@ class Finishing:
                 self._end_by_id(settled[0], error)
 
     def give_up(self, end: Unsettled, job: ReservedJob, started_at: datetime) -> None:
-        """Not even a rejection can be recorded: the job leaves the queue for RQ's failed registry."""
+        """Not even a rejection can be recorded: the job leaves the queue for RQ's failed registry.
+
+        The producer is not told, since the database has no record of it: its relay will send the event again.
+        """
         try:
             with self._redis.pipeline(transaction=True) as pipe:
                 self._reservations.release(pipe, [end.job_id])
                 self._failures.fail(pipe, [(job, end.error)], self._run(started_at))
                 self._worker.increment_failed_job_count(pipe)
                 pipe.execute()
-        except Exception as error:
-            if is_redis_trouble(error) or is_wrong_type(error):
+        except BaseException as error:
+            if not is_of_the_work(error):
                 raise
             self._end_by_id(end, error)
         COUNTS.gave_up(end.event_type)
@@ -131,13 +137,27 @@ class Finishing:
             logger.debug("what is on its way to the queue stays there: %s", type(error).__name__)
         self.drop([job.job_id for job, _ in held])
 
-    def _end_by_id(self, end: Settled | Unsettled, error: Exception) -> None:
+    def _end_by_id(self, end: Settled | Unsettled, error: BaseException) -> None:
         """Its end is decided, but what RQ keeps of it cannot be written."""
-        logger.error("what RQ keeps of job %s cannot be written", end.job_id, exc_info=error, extra=log_fields(end))
+        told = partial(logger.error, "what RQ keeps of job %s cannot be written", end.job_id)
+        without_defects(partial(told, exc_info=error, extra=log_fields(end)))
+        if isinstance(end, Settled):
+            self._acknowledge_alone(end)
         with self._redis.pipeline(transaction=True) as pipe:
             self._reservations.release(pipe, [end.job_id])
             self._failures.fail_by_id(pipe, end.job_id)
             pipe.execute()
+
+    def _acknowledge_alone(self, end: Settled) -> None:
+        """Unless that is what cannot be done: then its producer will send the event again."""
+        try:
+            with self._redis.pipeline(transaction=True) as pipe:
+                acknowledge(pipe, [end])
+                pipe.execute()
+        except BaseException as error:
+            if not is_of_the_work(error):
+                raise
+            without_defects(partial(logger.error, "job %s cannot be acknowledged: %s", end.job_id, described(error)))
 
     def _run(self, started_at: datetime) -> Run:
         return Run(self._worker.name, started_at, now(), self._worker.default_result_ttl)

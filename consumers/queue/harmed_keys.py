@@ -12,6 +12,9 @@ from typing import Any, Literal
 from redis import Redis, RedisError
 from redis.exceptions import DataError
 
+from consumers.errors import StoreUnavailable
+from producers.errors import SettingsError
+
 logger = logging.getLogger(__name__)
 
 Kind = Literal["list", "hash", "zset"]
@@ -35,9 +38,16 @@ def is_wrong_type(error: object) -> bool:
     return isinstance(error, RedisError) and "WRONGTYPE" in str(error)
 
 
-def is_redis_trouble(error: Exception) -> bool:
+def is_redis_trouble(error: BaseException) -> bool:
     """It is the server's, and may pass; not what somebody put there, nor what redis-py would not even send."""
     return isinstance(error, RedisError) and not isinstance(error, DataError) and not is_wrong_type(error)
+
+
+def is_of_the_work(error: BaseException) -> bool:
+    """Neither Redis nor the database is the trouble, nor do the settings lack something, nor is this to stop."""
+    if isinstance(error, RedisError):
+        return not is_redis_trouble(error) and not is_wrong_type(error)
+    return not isinstance(error, StoreUnavailable | SettingsError | KeyboardInterrupt)
 
 
 def put_aside(redis: Redis, kinds: Mapping[str, Kind]) -> list[str]:

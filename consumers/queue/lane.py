@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -21,14 +22,23 @@ from rq.utils import now
 from rq.worker import BaseWorker
 
 from consumers.connection import drop_connections
-from consumers.errors import PoisonEvent, StoreUnavailable
-from consumers.queue.calls import ReservedJob
+from consumers.errors import PoisonEvent, StoreUnavailable, described
+from consumers.queue.calls import ReservedJob, text_in
 from consumers.queue.crew import Crew, is_away
 from consumers.queue.finishing import Finishing
-from consumers.queue.harmed_keys import is_wrong_type
+from consumers.queue.harmed_keys import is_of_the_work, is_wrong_type
 from consumers.queue.reservations import POISON_DEATHS, Reservations
 from consumers.queue.rq_jobs import RqJobs
-from consumers.settling import ISOLATED_SECONDS, Delivery, Settled, Unsettled, log_fields, settle
+from consumers.settling import (
+    ISOLATED_SECONDS,
+    Delivery,
+    Settled,
+    Unsettled,
+    log_fields,
+    settle,
+    unsettled,
+    without_defects,
+)
 from producers.backoff import backoff_seconds
 
 logger = logging.getLogger(__name__)
@@ -102,6 +112,8 @@ class Lane(threading.Thread):
                     before = self.done
                     self._work_in_turn(reserved)
                     self._passed(worked=self.done > before)
+                    if self.done == before and self._queue.count <= len(reserved):
+                        self._stopping.wait(WAIT_SECONDS)  # nothing else is there that could be tried meanwhile
                 elif self._limits.burst or self._crew.idle_seconds() > self._limits.max_idle_seconds:
                     return
                 elif not self.reservations.wait(WAIT_SECONDS):
@@ -136,17 +148,32 @@ class Lane(threading.Thread):
             self._failures = 0
 
     def _work_off(self, reserved: Sequence[ReservedJob]) -> None:
-        """Settle and finish a batch, as far as that can be done now. Raises StoreUnavailable when nothing passes."""
+        """Settle and finish a batch, as far as that can be done now. Raises StoreUnavailable when nothing passes.
+
+        No exception that an event causes is raised: it counts against the event, once that is alone.
+        """
         self._progress_at = time.monotonic()
         started_at = now()
+        try:
+            self._process(reserved, started_at)
+        except BaseException as error:
+            if not is_of_the_work(error):
+                raise
+            if len(reserved) == 1:
+                self._count_defect(unsettled(self._unread(reserved[0]), error), reserved[0], started_at)
+            else:
+                self.reservations.suspect()
+                what = (self._worker.name, described(error))
+                without_defects(partial(logger.error, "worker %s failed on a batch: %s", *what, exc_info=error))
+
+    def _process(self, reserved: Sequence[ReservedJob], started_at: datetime) -> None:
         jobs = {job.job_id: job for job in reserved}
         self._finishing.drop([job.job_id for job in reserved if job.state == "gone"])
-        deliveries = self._deliveries([job for job in reserved if job.state != "gone"])
+        deliveries, broken = self._deliveries([job for job in reserved if job.state != "gone"])
         # One that has timed out before comes alone, and must not hold up the rest for as long again.
         patience = ISOLATED_SECONDS if reserved[0].delays else None
         settled: list[Settled] = []
         late: list[Unsettled] = []
-        broken: list[Unsettled] = []
         try:
             for ends in settle(deliveries, patience_seconds=patience) if deliveries else ():
                 self._progress_at = time.monotonic()
@@ -161,50 +188,86 @@ class Lane(threading.Thread):
             # Also when the rest met trouble: what is committed is done.
             self._finishing.finish(settled, jobs, started_at)
             self.done += len(settled)
-        if not settled:
-            self._look_for_trouble(late, broken, batch=len(reserved))
-        for end in late:
-            count = self.reservations.postpone(end.job_id)
-            logger.warning(
-                "job %s cannot be stored now, alone, and goes to the tail, for the %d. time: %s",
-                end.job_id, count, end.error, extra=log_fields(end),
-            )  # fmt: skip
-        for end in broken:
-            self._blame(end, jobs[end.job_id], started_at)
-
-    def _look_for_trouble(self, late: Sequence[Unsettled], broken: Sequence[Unsettled], batch: int) -> None:
-        """Of a batch nothing has passed: is it these jobs, or the store, or this program? Raises for the latter two."""
-        # Alone, as a suspect comes, nothing can pass beside it: then whatever waits behind it counts.
-        if late and (batch > 1 or not self._queue.count):
+        # Nothing has passed: is it these jobs, or the store? Alone, as a suspect comes, nothing can pass beside it:
+        # then whatever waits behind it counts.
+        if late and not settled and (len(reserved) > 1 or not self._queue.count):
             raise late[0].error
-        if len(broken) > 1:
-            raise StoreUnavailable(f"no event of a batch could be stored: {broken[0].error!r}") from broken[0].error
+        for end in late:
+            self._postpone(end)
+        for end in broken:
+            self._count_defect(end, jobs[end.job_id], started_at)
+
+    def _postpone(self, end: Unsettled) -> None:
+        count = self.reservations.postpone(end.job_id)
+        logger.warning(
+            "job %s cannot be stored now, alone, and goes to the tail, for the %d. time: %s",
+            end.job_id, count, end.error, extra=log_fields(end),
+        )  # fmt: skip
 
     def _delivery(self, job: ReservedJob) -> Delivery:
+        deaths = job.deaths or 0
+        if deaths > POISON_DEATHS:  # it was to be refused, and even so ended its worker: its text stays unread
+            return Delivery(job.job_id, "", None, PoisonEvent(deaths))
         delivery = self._jobs.delivery(job)
-        if delivery.refusal is None and job.deaths is not None and job.deaths >= POISON_DEATHS:
-            return delivery._replace(refusal=PoisonEvent(job.deaths))
+        if delivery.refusal is None and deaths == POISON_DEATHS:
+            return delivery._replace(refusal=PoisonEvent(deaths))
         return delivery
 
-    def _deliveries(self, jobs: Sequence[ReservedJob]) -> list[Delivery]:
-        """As many as are worked on together: their texts may be a thousand times longer than what Redis has of them."""
-        deliveries, size = [], 0
+    def _deliveries(self, jobs: Sequence[ReservedJob]) -> tuple[list[Delivery], list[Unsettled]]:
+        """As many as are worked on together: their texts may be a thousand times longer than what Redis has of them.
+
+        Beside these, those of them that a defect keeps from being read.
+        """
+        deliveries: list[Delivery] = []
+        broken: list[Unsettled] = []
+        size = 0
         for job in jobs:
-            deliveries.append(self._delivery(job))
+            try:
+                deliveries.append(self._delivery(job))
+            except BaseException as error:
+                if not is_of_the_work(error):
+                    raise
+                broken.append(unsettled(self._unread(job), error))
+                continue
             size += len(deliveries[-1].text) if isinstance(deliveries[-1].text, str) else 0
             if size > _BATCH_CHARACTERS:
                 break
-        return deliveries
+        return deliveries, broken
 
-    def _blame(self, end: Unsettled, job: ReservedJob, started_at: datetime) -> None:
-        """Count a defect like a death of the worker: the job is tried again, alone, and given up in the end."""
-        what = (self._worker.name, end.job_id)
-        logger.error("worker %s failed on job %s", *what, exc_info=end.error, extra=log_fields(end))
-        if (job.deaths or 0) < POISON_DEATHS:
+    def _unread(self, job: ReservedJob) -> Delivery:
+        return Delivery(job.job_id, text_in(job), None)
+
+    def _count_defect(self, end: Unsettled, job: ReservedJob, started_at: datetime) -> None:
+        """Count it like a death of the worker: the job comes again, alone, and is refused when it has failed so often.
+
+        Between its tries everything else in the queue has its turn.
+        """
+        failures = (job.deaths or 0) + 1
+        if failures < POISON_DEATHS:
             self.reservations.blame(end.job_id)
         else:
-            self._finishing.give_up(end, job, started_at)
-            self.done += 1
+            self._refuse(end, job, PoisonEvent(failures, end.error), started_at)
+        what = (self._worker.name, end.job_id, failures, POISON_DEATHS)
+        told = partial(logger.error, "worker %s failed on job %s, try %d of %d", *what)
+        without_defects(partial(told, exc_info=end.error, extra=log_fields(end)))
+
+    def _refuse(self, failed: Unsettled, job: ReservedJob, refusal: PoisonEvent, started_at: datetime) -> None:
+        """Record the rejection like any other; only when even that meets a defect is the job given up without."""
+        try:
+            delivery = self._jobs.delivery(job)
+        except BaseException as error:
+            if not is_of_the_work(error):
+                raise
+            delivery = self._unread(job)
+        for (end,) in settle([delivery._replace(refusal=refusal)]):
+            if isinstance(end, Settled):
+                self._finishing.finish([end], {job.job_id: job}, started_at)
+                self.done += 1
+            elif isinstance(end.error, StoreUnavailable):
+                self._postpone(end)
+            else:
+                self._finishing.give_up(failed, job, started_at)
+                self.done += 1
 
     def _mended(self, error: RedisError | StoreUnavailable) -> RedisError | StoreUnavailable | None:
         """The trouble that remains: what was in the way in Redis may be moved, unless it is the queue itself."""

@@ -89,13 +89,29 @@ for key = 2, 3 do
 end
 """
 
+# KEYS held list, queue, counts; ARGV the job's id. To the tail, unless it is held no more; the count, or 0.
+_TO_TAIL = """
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
+redis.call('RPUSH', KEYS[2], ARGV[1])
+return redis.call('HINCRBY', KEYS[3], ARGV[1], 1)
+"""
+
+# KEYS held list, suspects. What is held comes alone next time; what was counted stays counted.
+_SUSPECT = """
+for _, id in ipairs(redis.call('LRANGE', KEYS[1], 0, -1)) do redis.call('HSETNX', KEYS[2], id, 0) end
+redis.call('EXPIRE', KEYS[2], 604800)  -- other workers than ours do not remove what they finish
+"""
+
 # KEYS held list, queue. In the order in which they were taken.
 _HAND_BACK = "local n = 0 while redis.call('LMOVE', KEYS[1], KEYS[2], 'RIGHT', 'LEFT') do n = n + 1 end return n"
 
-# KEYS lease, held list, queue, suspects, holders; ARGV the holder's name.
+# KEYS lease, held list, queue, suspects, holders; ARGV the holder's name, seconds of a lease. A lease with more than
+# that is left from before Redis' clock was set back: its owner renews it, or it ends in time.
 # Only a suspect is guilty, which had its holder's process for itself; unless the holder waited for the database then.
 _RECOVER = """
-if redis.call('EXISTS', KEYS[1]) == 1 then return false end
+local left = redis.call('TTL', KEYS[1])
+if left > tonumber(ARGV[2]) or left == -1 then redis.call('EXPIRE', KEYS[1], ARGV[2]) end
+if left ~= -2 then return false end
 local ids = redis.call('LRANGE', KEYS[2], 0, -1)
 local guilty = #ids == 1 and redis.call('HGET', KEYS[5], ARGV[1]) == 'accused'
 for _, id in ipairs(ids) do
@@ -130,6 +146,8 @@ class Reservations:
         self._reserve = redis.register_script(_RESERVE)
         self._release = redis.register_script(_RELEASE)
         self._hand_back = redis.register_script(_HAND_BACK)
+        self._to_tail = redis.register_script(_TO_TAIL)
+        self._suspect = redis.register_script(_SUSPECT)
 
     def renew_lease(self, *, waiting: bool = False) -> None:
         """Must be called more often than every LEASE_SECONDS; `reserve` does it too.
@@ -183,15 +201,15 @@ class Reservations:
 
     def postpone(self, job_id: str) -> int:
         """Move one held job to the tail of the queue; returns how often that was done with it."""
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.lrem(self.held_key, 1, job_id)
-            pipe.rpush(self._queue.key, job_id)
-            pipe.hincrby(self._delays, job_id, 1)
-            return int(pipe.execute()[-1])
+        return int(self._to_tail(keys=[self.held_key, self._queue.key, self._delays], args=[job_id]))
 
     def blame(self, job_id: str) -> None:
-        """Count one death against a job whose holder has survived it."""
-        self._redis.hincrby(self._suspects, job_id, 1)
+        """Count one death against a job whose holder has survived it, and move it to the tail of the queue."""
+        self._to_tail(keys=[self.held_key, self._queue.key, self._suspects], args=[job_id])
+
+    def suspect(self) -> None:
+        """Let each job that is held come alone next time: one of them, nobody knows which, met a defect."""
+        self._suspect(keys=[self.held_key, self._suspects])
 
     def hand_back(self) -> int:
         """Return everything held to the front of the queue; no attempt is counted."""
@@ -231,7 +249,7 @@ def recover_dead_holders(redis: Redis, queue: Queue) -> list[str]:
         name = member.decode(errors="replace")  # a strange one is nobody's, and has no list
         lease, held = lease_key(queue.name, name), held_key(queue.name, name)
         try:
-            ids: Any = recover(keys=[lease, held, queue.key, suspects, holders], args=[name])
+            ids: Any = recover(keys=[lease, held, queue.key, suspects, holders], args=[name, LEASE_SECONDS])
         except RedisError as error:
             if not is_wrong_type(error) or not put_aside(redis, {held: "list"}):
                 raise

@@ -82,7 +82,7 @@ while at <= #ARGV do
 end
 """
 
-Failure = tuple[ReservedJob, Exception]
+Failure = tuple[ReservedJob, BaseException]
 
 
 class RqFailures:
@@ -126,7 +126,7 @@ class RqFailures:
             return None
         return job if job.failure_ttl is None or -1 <= job.failure_ttl <= _LONGEST_TTL_SECONDS else None
 
-    def _written(self, reserved: ReservedJob, error: Exception, run: Run, *, replaced: bool) -> dict[str, Any]:
+    def _written(self, reserved: ReservedJob, error: BaseException, run: Run, *, replaced: bool) -> dict[str, Any]:
         """The fields of its hash that are written."""
         call = shown_call(reserved.data) if reserved.data else None
         ended = utcformat(run.ended_at)
@@ -148,7 +148,7 @@ class RqFailures:
             "worker_name": run.worker,
         }
 
-    def _result(self, job_id: str, error: Exception, run: Run) -> dict[str, Any]:
+    def _result(self, job_id: str, error: BaseException, run: Run) -> dict[str, Any]:
         told = Result(
             job_id=job_id,
             type=Result.Type.FAILED,

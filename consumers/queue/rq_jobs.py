@@ -14,7 +14,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any
 
-from redis import Redis, RedisError
+from redis import Redis
 from redis.client import Pipeline
 from rq import Queue
 from rq.job import Job
@@ -172,7 +172,7 @@ class RqJobs:
         self._bounded = Queue(queue.name, connection=redis, job_class=BoundedJob, serializer=JSONSerializer)
 
     def delivery(self, reserved: ReservedJob) -> Delivery:
-        """The event that a job carries, or why the job is refused."""
+        """The event that a job carries, or why the job is refused. Raises whatever defect of ours reading it meets."""
         text: Any = ""
         try:
             text, model = read_call(reserved)
@@ -180,12 +180,6 @@ class RqJobs:
                 check_wishes(self._read(reserved.job_id))
         except RefusedJob as refusal:
             return Delivery(reserved.job_id, text, None, refusal)
-        except Exception as error:
-            if isinstance(error, RedisError | MemoryError):
-                raise
-            # A defect of this program, which must not end it: the job is to be found in Failed.
-            logger.error("job %s cannot be read", reserved.job_id, exc_info=error, extra={"job_id": reserved.job_id})
-            return Delivery(reserved.job_id, text, None, RefusedJob("its job cannot be read"))
         return Delivery(reserved.job_id, text, model)
 
     def finish(self, pipe: Pipeline, done: Sequence[tuple[ReservedJob, int | None]], run: Run, held_key: str) -> None:

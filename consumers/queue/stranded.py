@@ -45,7 +45,7 @@ return 1
 _TAKE_STRAY = """
 local now = redis.call('TIME')[1]
 local seen = redis.call('HGET', KEYS[3], ARGV[1])
-if not seen then
+if not seen or (tonumber(seen) or 0) > tonumber(now) then  -- never, or before the clock was set back
     redis.call('HSET', KEYS[3], ARGV[1], now)
     redis.call('EXPIRE', KEYS[3], 600)
     return 0
@@ -100,7 +100,10 @@ class Stranded:
     def _from_nowhere(self) -> Iterator[str]:
         """What calls itself queued and is in no list, at two looks of whichever worker."""
         strays = strays_key(self._queue.name)
-        if not self._redis.set(f"{strays}:looked", "1", nx=True, ex=_LOOK_SECONDS):
+        looked = f"{strays}:looked"
+        if not self._redis.set(looked, "1", nx=True, ex=_LOOK_SECONDS):
+            if self._redis.ttl(looked) > _LOOK_SECONDS:  # from before Redis' clock was set back
+                self._redis.expire(looked, _LOOK_SECONDS)
             return
         if self._queue.count > _SHORT_QUEUE_JOBS or self._redis.dbsize() > _FEW_KEYS:
             return

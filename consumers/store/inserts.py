@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from typing import Any, NamedTuple
+from uuid import UUID
 
 import simplejson
 from sqlalchemy import Connection, TextClause, text
 
-from consumers.connection import get_db
+from consumers.connection import check_database, get_db, refused_values
 from consumers.errors import EventConflict, StoreUnavailable
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE, Event, PortfolioSnapshot, SignalArchive
 
@@ -113,6 +114,12 @@ _ARCHIVES = _Table(
 )
 _INSERT = {table.name: table.insert() for table in (_SNAPSHOTS, _ARCHIVES)}
 _COMPARE = {table.name: table.compare() for table in (_SNAPSHOTS, _ARCHIVES)}
+_OWN_ROW = text("""
+    SELECT id FROM portfolio_history
+    WHERE source = :source AND sequence = :sequence AND event_id = CAST(:event_id AS uuid)
+    UNION ALL SELECT id FROM signal_archives
+    WHERE source = :source AND sequence = :sequence AND event_id = CAST(:event_id AS uuid)
+""")
 
 Row = tuple[Any, ...]
 
@@ -121,7 +128,12 @@ def insert_events(db: Connection, events: Sequence[Event]) -> list[Stored | Even
     """Insert a row for each fact that is not stored yet, in the transaction of `db`; answers in the order of `events`.
 
     An event whose id is stored with other content is answered with an EventConflict, and changes nothing.
+
+    Raises:
+        InvalidEvent: the database refuses the values of at least one of them for good.
+        StoreUnavailable: the database is not UTF8, or its tables are older than this program.
     """
+    check_database(db)
     answers: list[Stored | EventConflict | None] = [None] * len(events)
     for table, positions in _by_table(events):
         for n, answer in zip(positions, _insert(db, table, [events[n] for n in positions]), strict=True):
@@ -149,6 +161,14 @@ def find_events(db: Connection, events: Sequence[Event]) -> list[Found | None]:
     return found
 
 
+def find_row(db: Connection, source: str, sequence: int, event_id: UUID) -> int | None:
+    """The id of the row that this very delivery has made."""
+    row_id: int | None = db.execute(
+        _OWN_ROW, {"source": source, "sequence": sequence, "event_id": str(event_id)}
+    ).scalar_one_or_none()
+    return row_id
+
+
 def _by_table(events: Sequence[Event]) -> Iterator[tuple[_Table, list[int]]]:
     for table, event_type in ((_SNAPSHOTS, SNAPSHOT_TYPE), (_ARCHIVES, ARCHIVE_TYPE)):
         positions = [n for n, event in enumerate(events) if event.type == event_type]
@@ -161,6 +181,7 @@ def insert_event(event: Event) -> int:
 
     Raises:
         EventConflict: its id is stored with other content.
+        InvalidEvent: the database refuses its values for good.
         StoreUnavailable: the database cannot take it now.
     """
     with get_db() as db:
@@ -178,7 +199,9 @@ def _insert(db: Connection, table: _Table, events: Sequence[Event]) -> list[Stor
         missing = [n for n in range(len(events)) if n not in answers]
         first = {rows[n][0]: n for n in reversed(missing)}  # one row a fact, its first delivery
         chosen = [rows[n] for n in sorted(first.values())]
-        for event_id, row_id in db.execute(_INSERT[table.name], _arrays(table, chosen)):
+        with refused_values():
+            inserted = db.execute(_INSERT[table.name], _arrays(table, chosen)).all()
+        for event_id, row_id in inserted:
             n = first[event_id]
             answers[n] = Stored(row_id, True, events[n].source, events[n].sequence)
         missing = [n for n in missing if n not in answers]

@@ -1,6 +1,8 @@
 """A long storm of faults: `python -m tests.faults --minutes 20 [--seed N]`. Exit status 1 if a promise was broken.
 
 `python -m tests.faults failover`: Redis behind Sentinel, the master killed and another one paused.
+`python -m tests.faults upgrade --from COMMIT`: from the tree of that commit to this one, with events under way.
+`python -m tests.faults exits --runs 200`: controllers that record two events and end, with a worker and without Redis.
 """
 
 from __future__ import annotations
@@ -9,24 +11,37 @@ import argparse
 import random
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from consumers.stack import embedded_stack
+from tests.faults.exits import print_exits
 from tests.faults.failover import print_failovers, run_failovers
 from tests.faults.storm import run_storm
+from tests.faults.upgrade import run_upgrade
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("storm", "failover"), nargs="?", default="storm")
+    parser.add_argument("what", choices=("storm", "failover", "upgrade", "exits"), nargs="?", default="storm")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--folder", type=Path, help="an empty folder with a short path, which is kept")
+    parser.add_argument("--from", dest="commit", help="what to upgrade from")
+    parser.add_argument("--runs", type=int, default=200)
     options = parser.parse_args()
+    if options.what == "upgrade":
+        if not options.commit:
+            parser.error("upgrade needs --from COMMIT")
+        return _upgrade(options.commit)
     if options.what == "failover":
         return _failover()
+    if options.what == "exits":
+        return _exits(options.runs)
     print(f"seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
-        storm, judged = run_storm(Path(folder), seconds=options.minutes * 60, seed=options.seed)
+    with ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))
+        storm, judged = run_storm(folder, seconds=options.minutes * 60, seed=options.seed)
     for name, count in sorted(storm.faults.items()):
         print(f"{count:6} {name}")
     print(f"{storm.faults.total():6} faults in {options.minutes} minutes")
@@ -34,11 +49,31 @@ def main() -> int:
         f"{judged.accepted} events accepted: {judged.rows} rows,"
         f" {judged.duplicate} duplicates, {judged.rejected} rejected"
     )
+    for name, fates in judged.by_controller.items():
+        print(f"{fates.total():6} {name}: {', '.join(f'{count} {fate}' for fate, count in fates.most_common())}")
+    print(
+        f"{len(storm.controllers.outboxes())} outboxes, {len(storm.controllers.salvaged_files())} damaged and salvaged"
+    )
+    for kind, count in storm.programs.failures.items():
+        print(f"{count:6} times a {kind} has ended with an error")
     print(f"at worst {storm.worst_queue_entries} queue entries of one delivery")
     print(f"{len(judged.breaches)} breaches of the promise")
     for breach in judged.breaches[:20]:
         print(f"  {breach}")
     return 1 if judged.breaches else 0
+
+
+def _exits(runs: int) -> int:
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        return print_exits(Path(folder), runs)
+
+
+def _upgrade(commit: str) -> int:
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        found = run_upgrade(Path(folder), commit)
+    for line in (*found.notes, f"{len(found.faults)} faults", *found.faults):
+        print(line)
+    return 1 if found.faults else 0
 
 
 def _failover() -> int:

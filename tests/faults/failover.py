@@ -22,6 +22,7 @@ from consumers.processes import stop, worker_process
 from producers.history_producer import HistoryProducer
 from producers.redis_url import redis_client
 from tests.factories import a_snapshot
+from tests.faults.accepted import Accepted, delivery_of_receipt
 from tests.faults.sentinels import Cluster
 from tests.faults.verdict import Verdict, verdict
 
@@ -45,7 +46,7 @@ class _Load:
     """Records at a steady rate in a thread, and watches the rows grow in another."""
 
     def __init__(self, producer: HistoryProducer, found: Failovers) -> None:
-        self.told: list[tuple[str, int, str]] = []
+        self.accepted = Accepted()
         self._producer, self._found = producer, found
         self._done = threading.Event()
         self._threads = [threading.Thread(target=run) for run in (self._record, self._watch)]
@@ -76,9 +77,10 @@ class _Load:
         number = 0
         while not self._done.wait(1 / _RATE):
             began = time.monotonic()
-            receipt = self._producer.record(a_snapshot(after=timedelta(seconds=number)))
+            snapshot = a_snapshot(after=timedelta(seconds=number))
+            receipt = self._producer.record(snapshot)
             self._found.longest_call = max(self._found.longest_call, time.monotonic() - began)
-            self.told.append((receipt.source, receipt.sequence, str(receipt.event_id)))
+            self.accepted.deliveries.append(delivery_of_receipt(receipt, snapshot))
             number += 1
 
     def _watch(self) -> None:
@@ -117,11 +119,11 @@ def run_failovers(folder: Path, kinds: Sequence[str]) -> Failovers:
                 master = cluster.master()
                 found.pauses[kind] = load.pause_during(lambda: _fail(cluster, kind, master))  # noqa: B023  # called at once
                 if kind == "paused":
-                    found.lost_by_redis += _write_to_stale_master(cluster, master, folder / "stale.db", load.told)
+                    found.lost_by_redis += _write_to_stale_master(cluster, master, folder / "stale.db", load.accepted)
                     outboxes.append(folder / "stale.db")
         with redis_client(cluster.url) as redis:
             _drain(outboxes, redis, producer)
-        found.judged = verdict(outboxes, load.told)
+        found.judged = verdict(outboxes, {"producer": load.accepted})
     return found
 
 
@@ -148,12 +150,13 @@ def _fail(cluster: Cluster, kind: str, master: int) -> None:
     cluster.wait_for_failover(master)
 
 
-def _write_to_stale_master(cluster: Cluster, port: int, outbox: Path, told: list[tuple[str, int, str]]) -> int:
+def _write_to_stale_master(cluster: Cluster, port: int, outbox: Path, accepted: Accepted) -> int:
     """A producer that the news has not reached: its Redis takes everything, and then drops it; how many jobs."""
     cluster.resume(port)
     with cluster.client(port) as stale, HistoryProducer(stale, outbox=outbox) as producer:
         events = [a_snapshot(after=timedelta(days=1, seconds=number)) for number in range(_STALE_EVENTS)]
-        told.extend((one.source, one.sequence, str(one.event_id)) for one in producer.record_many(events))
+        receipts = producer.record_many(events)
+        accepted.deliveries.extend(map(delivery_of_receipt, receipts, events))
         while producer.status().pending:
             time.sleep(0.02)
         sent = producer.status().sent

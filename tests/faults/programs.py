@@ -1,4 +1,4 @@
-"""Programs that the fault tests run as processes: `python -m tests.faults.programs producer|worker ...`.
+"""Programs that the fault tests run as processes: `python -m tests.faults.programs producer|one-event|worker|relay`.
 
 With FAULT_STEP set, a program kills itself with SIGKILL when it reaches that step for the FAULT_TIMES-th time; with
 FAULT_FILE_BYTES, none of its files can grow beyond that.
@@ -6,47 +6,109 @@ FAULT_FILE_BYTES, none of its files can grow beyond that.
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import resource
 import signal
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from producers import relay
+from producers import copies, outbox_rescue, relay, rq_jobs
+from producers import outbox as outbox_module
+from producers.errors import EventRejected, OutboxError
 from producers.events import PortfolioSnapshot, SignalArchive
-from producers.history_producer import HistoryProducer
+from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
+from producers.outbox_file import OutboxFile
+from producers.outbox_identity import OutboxIdentity
 from producers.relay import Relay
 from tests.factories import a_signal, a_snapshot, an_archive
+from tests.faults.accepted import AcceptedFile, Answer, Delivery, delivery_of_receipt
 
 # What a producer of the random run sends: mostly new facts, some that others send too, some in conflict.
 _SHARED_FACTS = 40
 _MOST_UNDER_WAY = 1000
+_ANSWERED_EVERY = 10  # of how many events one receipt is asked
 
 
-def produce(outbox: str, seed: int, count: int, pause_seconds: float, in_flight: int = 0) -> None:
-    """Record `count` events, one at a time, and say of each on stdout that it was accepted.
+def produce(options: argparse.Namespace) -> None:
+    """A controller that runs for long: records `count` events, and writes down each that was accepted.
 
-    With `in_flight`, it waits after every so many events until they are settled: it meets each step that often.
+    With `in_flight`, it waits after every so many events until they are settled: it meets each step that often. From
+    SIGUSR1 until SIGUSR2 it records nothing. After `move_after` events its outbox is given another name.
     """
-    dice = random.Random(seed)
-    with HistoryProducer(outbox=outbox, name=f"producer-{seed % 1000}") as producer:
-        for number in range(count):
-            receipt = producer.record(_payload(dice, seed, number))
-            # In one write: a death of the process leaves a whole line or none.
-            sys.stdout.write(f"{receipt.source} {receipt.sequence} {receipt.event_id}\n")
-            sys.stdout.flush()
-            time.sleep(pause_seconds * dice.random())
+    asked, dice = _Asked(), random.Random(options.seed)
+    file = AcceptedFile(options.accepted)
+    waiting: list[tuple[Receipt, Delivery]] = []
+    with HistoryProducer(outbox=options.outbox, name=options.name) as producer:
+        for number in range(options.first, options.first + options.count):
+            while asked.to_pause:
+                time.sleep(0.05)
+            payload = _payload(options.seed, number, options.variant)
+            receipt = producer.record(payload)
+            delivery = delivery_of_receipt(receipt, payload)
+            file.write(delivery)
+            if number % _ANSWERED_EVERY == 0:
+                waiting.append((receipt, delivery))
+            waiting = [one for one in waiting if not _write_answer(file, *one)]
+            time.sleep(options.pause * dice.random())
             while number % 50 == 0 and producer.status().depth > _MOST_UNDER_WAY:
                 time.sleep(0.1)  # a backlog of hours would have to be drained before anything can be judged
-            if in_flight and (number + 1) % in_flight == 0:
+            if options.in_flight and (number + 1) % options.in_flight == 0:
                 _wait_until_settled(producer)
+            if options.move_after == number + 1:
+                _move_away(options.outbox)
         producer.flush(30)
+
+
+class _Asked:
+    """Whether a signal has asked this controller to pause."""
+
+    def __init__(self) -> None:
+        self.to_pause = False
+        signal.signal(signal.SIGUSR1, lambda *_: self._set(to_pause=True))
+        signal.signal(signal.SIGUSR2, lambda *_: self._set(to_pause=False))
+
+    def _set(self, *, to_pause: bool) -> None:
+        self.to_pause = to_pause
+
+
+def record_one(options: argparse.Namespace) -> None:
+    """A controller as cron starts it: records an event and ends, in one of three ways."""
+    file = AcceptedFile(options.accepted)
+    producer = HistoryProducer(outbox=options.outbox, name=options.name)
+    payload = a_snapshot(portfolio_id=options.seed)
+    file.write(delivery_of_receipt(producer.record(payload), payload))
+    end = random.Random(options.seed).choice(["close", "return", "_exit"])
+    if end == "close":
+        producer.close()
+    elif end == "_exit":
+        os._exit(0)
+
+
+def _write_answer(file: AcceptedFile, receipt: Receipt, delivery: Delivery) -> bool:
+    """Whether the event's end is known; False when it is to be asked for again."""
+    try:
+        file.write(Answer(delivery.job_id, receipt.wait(0), None))
+    except EventRejected as error:
+        file.write(Answer(delivery.job_id, None, error.reason))
+    except TimeoutError:
+        return False
+    except OutboxError:  # the file was replaced by an older copy, which does not have the entry
+        return True
+    return True
+
+
+def _move_away(outbox: Path) -> None:
+    """As a deployment does that renames the folder's files, and keeps them."""
+    for end in ("", "-wal", "-shm"):
+        file = outbox.with_name(outbox.name + end)
+        if file.exists():
+            file.rename(file.with_name(f"moved-{file.name}"))
 
 
 def _wait_until_settled(producer: HistoryProducer) -> None:
@@ -57,14 +119,20 @@ def _wait_until_settled(producer: HistoryProducer) -> None:
         time.sleep(0.01)
 
 
-def _payload(dice: random.Random, seed: int, number: int) -> PortfolioSnapshot | SignalArchive:
-    if dice.random() < 0.1:
-        shared = timedelta(days=1, seconds=dice.randrange(_SHARED_FACTS))
-        return a_snapshot(after=shared, portfolio_id=0, balance=dice.choice([1, 1, 1, 2]))
+def _payload(seed: int, number: int, variant: int) -> PortfolioSnapshot | SignalArchive:
+    """Mostly a new fact of this seed. Another variant records the same facts, half of them with another content."""
+    dice = random.Random(f"{seed} {number}")
+    shared, balance, kind = dice.random(), dice.choice([1, 1, 1, 2]), dice.random()
+    if dice.random() < 0.5:
+        variant = 0
+    if shared < 0.1:
+        fact = timedelta(days=1, seconds=dice.randrange(_SHARED_FACTS))
+        return a_snapshot(after=fact, portfolio_id=0, balance=balance)
     after = timedelta(seconds=number)
-    if dice.random() < 0.2:
-        return an_archive(after=after, portfolio_id=seed, signals=[a_signal(), a_signal(reason=str(number))])
-    return a_snapshot(after=after, portfolio_id=seed)
+    if kind < 0.2:
+        signals = [a_signal(), a_signal(reason=f"{number} {variant}")]
+        return an_archive(after=after, portfolio_id=seed, signals=signals)
+    return a_snapshot(after=after, portfolio_id=seed, trade_count=variant)
 
 
 def work() -> None:
@@ -75,6 +143,13 @@ def work() -> None:
     lane.BATCH_JOBS = int(os.environ.get("FAULT_BATCH", lane.BATCH_JOBS))
 
     app(["worker"])
+
+
+def relay_outboxes(outboxes: Sequence[Path]) -> None:
+    """`trading-history relay`."""
+    from consumers.cli import app
+
+    app(["relay", *(part for path in outboxes for part in ("--outbox", str(path)))])
 
 
 def _die_at(step: str, times: int) -> None:
@@ -122,6 +197,30 @@ PRODUCER_STEPS = {
     "after mark": lambda: (Outbox, "mark_sent", "after"),
     "before settle": lambda: (Outbox, "settle", "before"),
     "after settle": lambda: (Outbox, "settle", "after"),
+    "after removing acknowledgements": lambda: (Relay, "_forget", "after"),
+}
+# Of the token's exchange with Redis, once each time a relay begins.
+EXCHANGE_STEPS = {
+    "before begin_exchange": lambda: (OutboxIdentity, "begin_exchange", "before"),
+    "after begin_exchange": lambda: (OutboxIdentity, "begin_exchange", "after"),
+    "after the commands for Redis": lambda: (copies, "_set_tokens", "after"),
+    "before end_exchange": lambda: (OutboxIdentity, "end_exchange", "before"),
+    "after end_exchange": lambda: (OutboxIdentity, "end_exchange", "after"),
+}
+# Of a producer whose file is moved away while it has it open.
+CARRY_OVER_STEPS = {
+    "before carry-over": lambda: (outbox_module, "carry_over", "before"),
+    "after carry-over, before its commit": lambda: (outbox_module, "carry_over", "after"),
+    "after the commit of carry-over": lambda: (OutboxFile, "_go_on_at_path", "after"),
+}
+# Of a producer that finds its file damaged.
+RESCUE_STEPS = {
+    "before set_aside": lambda: (OutboxFile, "set_aside", "before"),
+    "before a rename": lambda: (Path, "rename", "before"),
+    "after a rename": lambda: (Path, "rename", "after"),
+    "after set_aside": lambda: (OutboxFile, "set_aside", "after"),
+    "while salvaging": lambda: (outbox_rescue, "_entry_of", "before"),
+    "before noting losses": lambda: (outbox_rescue, "_gaps", "before"),
 }
 WORKER_STEPS = {
     "before reserve": _in_worker("consumers.queue.reservations", "Reservations.reserve", "before"),
@@ -134,12 +233,19 @@ WORKER_STEPS = {
     "after finish": _in_worker("consumers.queue.finishing", "Finishing.finish", "after"),
     "while handing back": _in_worker("consumers.queue.reservations", "Reservations.hand_back", "before"),
 }
-_STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {**PRODUCER_STEPS, **WORKER_STEPS}
+_STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {
+    **PRODUCER_STEPS,
+    **EXCHANGE_STEPS,
+    **CARRY_OVER_STEPS,
+    **RESCUE_STEPS,
+    **WORKER_STEPS,
+}
 
 
 def look_often() -> None:
-    """Shorten the intervals at which a relay looks after what is overdue, so that a run can be judged in time."""
+    """Shorten the intervals at which what is overdue is looked after, so that a run can be judged in time."""
     relay._LAST_CHECK_SECONDS = 15.0
+    rq_jobs.TIMEOUT_SECONDS = 30  # so long a job counts as started whose stock worker is dead
 
 
 def main() -> None:
@@ -149,11 +255,36 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     if step := os.environ.get("FAULT_STEP"):
         _die_at(step, int(os.environ.get("FAULT_TIMES", "1")))
-    if sys.argv[1] == "worker":
+    options = _options()
+    if options.program == "worker":
         work()
+    elif options.program == "relay":
+        relay_outboxes(options.outbox)
+    elif options.program == "one-event":
+        record_one(options)
     else:
-        outbox, seed, count, pause, *in_flight = sys.argv[2:]
-        produce(str(Path(outbox)), int(seed), int(count), float(pause), *map(int, in_flight))
+        produce(options)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    programs = parser.add_subparsers(dest="program", required=True)
+    programs.add_parser("worker")
+    relay_parser = programs.add_parser("relay")
+    relay_parser.add_argument("--outbox", type=Path, action="append", required=True)
+    for name in ("producer", "one-event"):
+        one = programs.add_parser(name)
+        one.add_argument("--outbox", type=Path, required=True)
+        one.add_argument("--accepted", type=Path, required=True, help="file for what was accepted")
+        one.add_argument("--name", default="trading-controller", help="of the source")
+        one.add_argument("--seed", type=int, required=True)
+        one.add_argument("--variant", type=int, default=0, help="of the content, for a copy that has the same seed")
+        one.add_argument("--first", type=int, default=0, help="number of the first event")
+        one.add_argument("--count", type=int, default=10**6)
+        one.add_argument("--pause", type=float, default=0.0, help="most seconds between two events")
+        one.add_argument("--in-flight", type=int, default=0)
+        one.add_argument("--move-after", type=int, default=0)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

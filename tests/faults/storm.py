@@ -1,4 +1,4 @@
-"""Producers and workers as processes, faults at random under a seed, and the verdict at the end."""
+"""Controllers, workers and a relay as processes, faults at random under a seed, and the verdict at the end."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,100 +25,57 @@ from consumers.embedded import servers
 from consumers.stack import embedded_stack
 from producers.history_producer import HistoryProducer
 from producers.redis_keys import held_key
+from tests.faults.controllers import Controllers
 from tests.faults.programs import look_often
 from tests.faults.proxy import Proxy
+from tests.faults.supervisor import Supervisor
 from tests.faults.verdict import Verdict, verdict
 
-ROOT = Path(__file__).parents[2]
-_PRODUCERS = 3
 _WORKERS = 2
 _DRAIN_SECONDS = 400.0
+
+# Its answer, if it has one, says more exactly what it has done.
+Fault = Callable[[], str | None]
 
 
 @dataclass
 class Storm:
-    """One run's servers, processes and tallies."""
+    """One run's servers, programs and counts."""
 
     home: Path
     dice: random.Random
     faults: Counter[str] = field(default_factory=Counter)
-    told: list[tuple[str, int, str]] = field(default_factory=list)
     worst_queue_entries: int = 0
-    _processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
-    _readers: list[threading.Thread] = field(default_factory=list)
-    _generation: int = 0
 
-    def outboxes(self) -> list[Path]:
-        return sorted(self.home.glob("outbox-*.db"))
+    def __post_init__(self) -> None:
+        addresses = {"REDIS_URL": self.proxied_redis_url, "DATABASE_URL": self._proxied_database_url()}
+        self.programs = Supervisor(self.home, addresses)
+        self.controllers = Controllers(self.home, self.programs, self.dice)
 
     @property
     def proxied_redis_url(self) -> str:
         return f"unix://{quote(str(self.home / 'proxy-redis.sock'))}?db=0"
 
-    def start_producer(self, number: int) -> None:
-        self._generation += 1
-        seed = number + 1000 * self._generation
-        arguments = ["producer", str(self.home / f"outbox-{number}.db"), str(seed), "1000000", "0.02"]
-        process = self._start(f"producer {number}", "tests.faults.programs", *arguments)
-        reader = threading.Thread(target=self._read, args=(process,), daemon=True)
-        reader.start()
-        self._readers.append(reader)
-
-    def start_worker(self, number: int) -> None:
-        # One of them is RQ's own, beside ours on the same queue.
-        if number == _WORKERS:
-            command = ["worker", "--url", self.proxied_redis_url, "--serializer", "json"]
-            self._start(f"worker {number}", "rq.cli", *command, "--worker-class", "rq.SimpleWorker", "history")
-        else:
-            self._start(f"worker {number}", "tests.faults.programs", "worker")
-
-    def _start(self, name: str, module: str, *arguments: str) -> subprocess.Popen[str]:
-        log = open(self.home / f"{name.replace(' ', '-')}.log", "a")  # noqa: SIM115  # closed below, the child has it
-        with log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                stdout=subprocess.PIPE if name.startswith("producer") else log,
-                stderr=log,
-                text=True,
-                cwd=ROOT,
-                env={**os.environ, "REDIS_URL": self.proxied_redis_url, "DATABASE_URL": self._proxied_database_url()},
-            )
-        self._processes[name] = process
-        return process
-
     def _proxied_database_url(self) -> str:
         return f"postgresql://postgres@/trading_history?host={quote(str(self.home / 'proxy'), safe='')}"
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.endswith("\n"):
-                source, sequence, event_id = line.split()
-                self.told.append((source, int(sequence), event_id))
+    def start_workers(self) -> None:
+        """One of them is RQ's own, beside ours on the same queue; it ends when it loses its connection."""
+        for number in range(_WORKERS):
+            self.programs.start(f"worker {number}", lambda: ["tests.faults.programs", "worker"])
+        stock = ["rq.cli", "worker", "--url", self.proxied_redis_url, "--serializer", "json"]
+        stock += ["--worker-class", "rq.SimpleWorker", "history"]
+        self.programs.start(f"worker {_WORKERS}", lambda: stock)
 
-    def kill(self, kind: str) -> None:
-        name = self.dice.choice([name for name in self._processes if name.startswith(kind)])
-        self._reap(name, signal.SIGKILL)
-        (self.start_producer if kind == "producer" else self.start_worker)(int(name.split()[1]))
+    def kill_worker(self) -> None:
+        self.programs.restart(self.dice.choice(self.programs.names("worker")))
 
-    def restart_what_ended(self) -> None:
-        """As a supervisor does: RQ's own worker ends when it loses its connection."""
-        for name, process in list(self._processes.items()):
-            if process.poll() is not None:
-                self._reap(name, signal.SIGKILL)
-                (self.start_producer if name.startswith("producer") else self.start_worker)(int(name.split()[1]))
-
-    def _reap(self, name: str, number: signal.Signals) -> None:
-        process = self._processes.pop(name)
-        process.send_signal(number)
-        process.wait(30)
-
-    def stop(self, kind: str) -> None:
-        for name in [name for name in self._processes if name.startswith(kind)]:
-            self._processes[name].send_signal(signal.SIGCONT)
-            self._reap(name, signal.SIGKILL)
-        for reader in self._readers if kind == "producer" else ():
-            reader.join(10)
+    def cause(self, faults: Sequence[tuple[str, Fault]]) -> None:
+        """One fault at random, and what a supervisor does about it."""
+        name, fault = self.dice.choice(faults)
+        self.faults[fault() or name] += 1
+        self.faults.update(self.controllers.go_on())
+        self.programs.restart_what_ended()
 
     def pid(self, server: str) -> int:
         file = self.home / ("valkey.pid" if server == "redis" else "postgres/postmaster.pid")
@@ -186,7 +141,7 @@ def _proxied(proxy: Proxy, mode: str, seconds: float) -> None:
     proxy.set_mode("pass")
 
 
-def _faults(storm: Storm, redis: Redis, redis_proxy: Proxy, database_proxy: Proxy) -> dict[str, Callable[[], None]]:
+def _faults(storm: Storm, redis: Redis, redis_proxy: Proxy, database_proxy: Proxy) -> list[tuple[str, Fault]]:
     dice = storm.dice
 
     def kill_server(server: str, number: signal.Signals) -> None:
@@ -200,9 +155,9 @@ def _faults(storm: Storm, redis: Redis, redis_proxy: Proxy, database_proxy: Prox
         time.sleep(dice.random())
         kill_server("redis", signal.SIGKILL)
 
-    faults: dict[str, Callable[[], None]] = {
-        "worker killed": lambda: storm.kill("worker"),
-        "producer killed": lambda: storm.kill("producer"),
+    faults: dict[str, Fault] = {
+        "worker killed": storm.kill_worker,
+        "controller killed": storm.controllers.kill_one,
         "redis killed": lambda: kill_server("redis", signal.SIGKILL),
         "redis killed without AOF": without_aof,
         "redis restarted": lambda: kill_server("redis", signal.SIGTERM),
@@ -223,7 +178,12 @@ def _faults(storm: Storm, redis: Redis, redis_proxy: Proxy, database_proxy: Prox
             f"{name} swallowed": lambda proxy=proxy: _proxied(proxy, "swallow", dice.random() * 3),  # type: ignore[misc]  # likewise
             f"{name} slow": lambda proxy=proxy: _proxied(proxy, "delay", dice.random() * 3),  # type: ignore[misc]  # likewise
         }
-    return faults
+    of_outboxes: dict[str, Fault] = {
+        "outbox copied": storm.controllers.copy_one,
+        "outbox backed up": storm.controllers.back_up_or_pause,
+        "relay process steered": storm.controllers.steer_relay,
+    }
+    return [*faults.items(), *of_outboxes.items(), *of_outboxes.items()]
 
 
 def _flush(redis: Redis) -> None:
@@ -249,34 +209,36 @@ def run_storm(home: Path, *, seconds: float, seed: int) -> tuple[Storm, Verdict]
         redis_proxy, database_proxy = stack.enter_context(_proxies(home))
         redis = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=2)
         faults = _faults(storm, redis, redis_proxy, database_proxy)
-        for number in range(_PRODUCERS):
-            storm.start_producer(number)
-        for number in range(_WORKERS + 1):
-            storm.start_worker(number)
-        stack.callback(storm.stop, "worker")
-        stack.callback(storm.stop, "producer")
+        stack.callback(storm.programs.kill_all, "worker")
+        stack.callback(storm.controllers.stop)
+        storm.start_workers()
+        storm.controllers.start()
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(storm.dice.random() * 2)
-            name = storm.dice.choice(list(faults))
-            faults[name]()
-            storm.faults[name] += 1
-            storm.restart_what_ended()
+            storm.cause(faults)
             storm.sample_queue(redis)
         storm.bring_back()
-        storm.stop("producer")
-        _drain(storm, redis)
-        return storm, verdict(storm.outboxes(), storm.told)
+        storm.controllers.stop()
+        storm.faults["controller that exits after its event"] = storm.programs.starts["one-event"]
+        with Redis.from_url(storm.proxied_redis_url) as proxied:
+            _drain(storm, proxied)
+            accepted = storm.controllers.accepted()
+            outboxes, replaced = storm.controllers.outboxes(), storm.controllers.replaced
+            return storm, verdict(outboxes, accepted, replaced=replaced, redis=proxied)
 
 
 def _drain(storm: Storm, redis: Redis) -> None:
     """Give every outbox a living relay until nothing is under way, or nothing has moved for long."""
     deadline, least = time.monotonic() + _DRAIN_SECONDS, sys.maxsize
     with ExitStack() as stack:
-        producers = [stack.enter_context(HistoryProducer(redis, outbox=path)) for path in storm.outboxes()]
-        while (depth := sum(producer.status().depth for producer in producers)) and time.monotonic() < deadline:
-            if depth < least:
-                deadline, least = time.monotonic() + _DRAIN_SECONDS, depth
-            storm.restart_what_ended()
+        producers = [stack.enter_context(HistoryProducer(redis, outbox=path)) for path in storm.controllers.outboxes()]
+        while time.monotonic() < deadline:
+            left = sum(producer.status().depth for producer in producers) + len(storm.controllers.damaged_files())
+            if not left:
+                break
+            if left < least:
+                deadline, least = time.monotonic() + _DRAIN_SECONDS, left
+            storm.programs.restart_what_ended()
             storm.sample_queue(redis)
             time.sleep(0.2)

@@ -7,30 +7,34 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from redis import Redis
 
 from producers import relay
+from producers.errors import OutboxDamaged
 from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
 from producers.redis_keys import lease_key
-from tests.faults.programs import PRODUCER_STEPS, WORKER_STEPS
-from tests.faults.verdict import verdict
+from tests.faults.accepted import Accepted, read_accepted
+from tests.faults.programs import CARRY_OVER_STEPS, EXCHANGE_STEPS, PRODUCER_STEPS, WORKER_STEPS
+from tests.faults.verdict import Verdict, verdict
 
 pytestmark = pytest.mark.usefixtures("database_url", "redis")
 
 ROOT = Path(__file__).parents[2]
+NAME = "trading-controller"
+_PAGE = 4096
 
 
 @contextmanager
-def _started(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def started(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """One of the programs; it does not outlive the block. What it writes to stderr is shown when the test fails."""
     with subprocess.Popen(
         [sys.executable, "-m", "tests.faults.programs", *arguments],
-        stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         env={**os.environ, **environment},
@@ -41,9 +45,13 @@ def _started(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[s
             process.kill()
 
 
-def _told(output: str) -> list[tuple[str, int, str]]:
-    lines = [line.split() for line in output.splitlines()]
-    return [(source, int(sequence), event_id) for source, sequence, event_id in lines]
+def run_producer(folder: Path, *options: str, seconds: float = 60, **environment: str) -> tuple[int, Accepted]:
+    """Run a producer on `outbox.db` in this folder to its end; its exit status, and what it has accepted by then."""
+    accepted = folder / "accepted.jsonl"
+    files = ("--outbox", str(folder / "outbox.db"), "--accepted", str(accepted))
+    with started("producer", *files, *options, **environment) as producer:
+        producer.communicate(timeout=seconds)
+    return producer.returncode, read_accepted(accepted)
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> None:
@@ -53,20 +61,31 @@ def _until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def _settle_the_rest(redis: Redis, outbox: Path, name: str, worker: subprocess.Popen[str]) -> None:
+def settle_the_rest(redis: Redis, outboxes: Sequence[Path], worker: subprocess.Popen[str]) -> None:
+    """The next processes on these outboxes deliver what is left in them, and in damaged files beside them."""
+
     def settled() -> bool:
         assert worker.poll() is None, "the worker that should go on has ended"
-        return heir.status().depth == 0
+        damaged = [file for file in outboxes[0].parent.glob("*.damaged-*") if not file.name.endswith("-wal")]
+        try:
+            return not damaged and not any(heir.status().depth for heir in heirs)
+        except OutboxDamaged:
+            return False  # its relay will set it aside
 
-    with HistoryProducer(redis, outbox=outbox, name=name) as heir:
+    with ExitStack() as stack:
+        heirs = [stack.enter_context(HistoryProducer(redis, outbox=path, name=NAME)) for path in outboxes]
         _until(settled, 40)
 
 
-def _retire(worker: subprocess.Popen[str]) -> None:
+def retire(worker: subprocess.Popen[str]) -> None:
     worker.terminate()
     worker.communicate(timeout=20)
     # By the signal itself when nothing was left to do and it had not got to the point of catching it.
     assert worker.returncode in (0, -signal.SIGTERM)
+
+
+def judge(accepted: Accepted, *outboxes: Path) -> Verdict:
+    return verdict(outboxes, {"producer": accepted})
 
 
 @pytest.mark.parametrize("step", PRODUCER_STEPS)
@@ -77,18 +96,131 @@ def test_a_producer_that_dies_loses_nothing(
     """The next process that opens its outbox delivers what it had accepted."""
     monkeypatch.setattr(relay, "_FIRST_CHECK_SECONDS", 0.5)
     outbox = tmp_path / "outbox.db"
-    with _started("worker") as worker:
-        with _started(
-            "producer", str(outbox), "7", "40", "0.01", "10", FAULT_STEP=step, FAULT_TIMES=str(times)
-        ) as dying:
-            output, _ = dying.communicate(timeout=60)
-        assert dying.returncode == -signal.SIGKILL
-        _settle_the_rest(redis, outbox, "producer-7", worker)
-        _retire(worker)
+    options = ("--seed", "7", "--count", "40", "--pause", "0.01", "--in-flight", "10")
+    with started("worker") as worker:
+        status, accepted = run_producer(tmp_path, *options, FAULT_STEP=step, FAULT_TIMES=str(times))
+        assert status == -signal.SIGKILL
+        settle_the_rest(redis, [outbox], worker)
+        retire(worker)
 
-    judged = verdict([outbox], _told(output))
+    judged = judge(accepted, outbox)
     assert judged.breaches == []
-    assert judged.accepted >= len(_told(output))
+    assert judged.accepted >= len(accepted.deliveries)
+
+
+@pytest.mark.parametrize("step", EXCHANGE_STEPS)
+def test_a_relay_that_dies_while_it_exchanges_the_token_keeps_its_source(
+    redis: Redis, tmp_path: Path, step: str
+) -> None:
+    """Whichever of the two tokens Redis has, the outbox knows it as its own. No other outbox has used the source."""
+    outbox = tmp_path / "outbox.db"
+    options = ("--seed", "7", "--count", "40", "--pause", "0.01")
+    with started("worker") as worker:
+        for _ in range(2):  # the first relay finds no token, the second one its own
+            status, accepted = run_producer(tmp_path, *options, FAULT_STEP=step)
+            assert status == -signal.SIGKILL
+        settle_the_rest(redis, [outbox], worker)
+        retire(worker)
+
+    with Outbox(outbox) as one:
+        assert [source.current for source in one.sources()] == [True] * len(one.sources())
+    judged = judge(accepted, outbox)
+    assert judged.breaches == []
+
+
+@pytest.mark.parametrize("step", CARRY_OVER_STEPS)
+def test_a_producer_that_dies_while_it_carries_entries_over_loses_nothing(
+    redis: Redis, tmp_path: Path, step: str
+) -> None:
+    """Its file was moved away. Both files are there, and may have the same entries."""
+    moved = tmp_path / "moved-outbox.db"
+    options = ("--seed", "7", "--count", "40", "--pause", "0.01", "--move-after", "20")
+    status, accepted = run_producer(tmp_path, *options, FAULT_STEP=step)
+    assert status == -signal.SIGKILL
+    assert moved.exists()
+    assert len(accepted.deliveries) >= 20
+    redis.flushall()
+    with started("worker") as worker:
+        settle_the_rest(redis, [tmp_path / "outbox.db", moved], worker)
+        retire(worker)
+
+    judged = judge(accepted, tmp_path / "outbox.db", moved)
+    assert judged.breaches == []
+
+
+_RESCUES = [
+    ("before set_aside", 1, False),
+    ("before a rename", 1, False),
+    ("after a rename", 1, False),
+    ("before a rename", 1, True),
+    ("after a rename", 1, True),  # the log has its new name, the file not yet
+    ("after a rename", 2, True),
+    ("after set_aside", 1, False),
+    ("while salvaging", 1, False),
+    ("while salvaging", 10, True),
+    ("before noting losses", 1, False),
+    ("before a rename", 2, False),  # of what was salvaged
+    ("after a rename", 2, False),
+    ("after a rename", 3, True),
+]
+
+
+@pytest.mark.parametrize(("step", "times", "log"), _RESCUES)
+def test_a_producer_that_dies_while_it_rescues_a_damaged_file_loses_nothing(
+    redis: Redis, tmp_path: Path, step: str, times: int, log: bool
+) -> None:
+    """The root page of the entries is gone, the rows are not; with `log` the last one is only in the log beside it."""
+    outbox = tmp_path / "outbox.db"
+    run_producer(tmp_path, "--seed", "7", "--count", "40")
+    with ExitStack() as stack:
+        if log:  # while it is open in another process, nobody copies the log into the file
+            stack.enter_context(_opened_elsewhere(outbox))
+            run_producer(tmp_path, "--seed", "7", "--first", "40", "--count", "1")
+        _destroy_inner_pages(outbox)
+        assert outbox.with_name("outbox.db-wal").exists() == log
+        redis.flushall()
+        options = ("--seed", "7", "--first", "41", "--count", "40", "--pause", "0.1")
+        status, accepted = run_producer(tmp_path, *options, FAULT_STEP=step, FAULT_TIMES=str(times))
+    assert status == -signal.SIGKILL
+    assert len(accepted.deliveries) >= 40 + log
+    with started("worker") as worker:
+        settle_the_rest(redis, [outbox], worker)
+        retire(worker)
+
+    judged = judge(accepted, outbox)
+    assert judged.breaches == []
+    assert list(tmp_path.glob("outbox.db.salvaged-*"))
+
+
+@contextmanager
+def _opened_elsewhere(outbox: Path) -> Iterator[None]:
+    program = f"""
+import sqlite3
+db = sqlite3.connect({str(outbox)!r})
+print(db.execute("SELECT count(*) FROM entries").fetchone(), flush=True)
+input()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def _destroy_inner_pages(outbox: Path) -> None:
+    """Of the file, and not in its log: pages that lead to the rows, and have none."""
+    content = outbox.read_bytes()
+    log = outbox.with_name(outbox.name + "-wal")
+    frames = log.read_bytes()[32:] if log.exists() else b""
+    logged = {int.from_bytes(frames[at : at + 4]) for at in range(0, len(frames), 24 + _PAGE)}
+    inner = [at for at in range(0, len(content), _PAGE) if content[at] == 5 and at // _PAGE + 1 not in logged]
+    assert inner
+    with open(outbox, "r+b") as file:
+        for at in inner:
+            file.seek(at)
+            file.write(b"\xff" * _PAGE)
 
 
 @pytest.mark.parametrize("step", WORKER_STEPS)
@@ -96,17 +228,16 @@ def test_a_producer_that_dies_loses_nothing(
 def test_a_worker_that_dies_loses_nothing(redis: Redis, tmp_path: Path, step: str, times: int, batch: int) -> None:
     """With everything in one batch, or in the fifth of several: another worker goes on with what it held."""
     outbox = tmp_path / "outbox.db"
-    with _started("producer", str(outbox), "8", "40", "0.0") as producer:
-        output, _ = producer.communicate(timeout=60)
-    with _started("worker", FAULT_STEP=step, FAULT_TIMES=str(times), FAULT_BATCH=str(batch)) as dying:
+    _, accepted = run_producer(tmp_path, "--seed", "8", "--count", "40")
+    with started("worker", FAULT_STEP=step, FAULT_TIMES=str(times), FAULT_BATCH=str(batch)) as dying:
         dying.communicate(timeout=60)
     assert dying.returncode == -signal.SIGKILL
     # What is proven here is that the lease brings the work back; its length is proven elsewhere.
     for lease in redis.scan_iter(lease_key("history", "*")):
         redis.delete(lease)
-    with _started("worker") as heir:
-        _settle_the_rest(redis, outbox, "producer-8", heir)
-        _retire(heir)
+    with started("worker") as heir:
+        settle_the_rest(redis, [outbox], heir)
+        retire(heir)
 
-    judged = verdict([outbox], _told(output))
+    judged = judge(accepted, outbox)
     assert (judged.accepted, judged.breaches) == (40, [])

@@ -1,92 +1,268 @@
-"""The one question after every fault: is accepted = stored + rejected, each once?"""
+"""The judge after every fault: is each accepted event a row with its content, or a rejection of its own delivery?"""
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from redis import Redis
 from sqlalchemy import text
 
 from consumers.audit import audit
 from consumers.connection import get_db
 from producers.outbox import Outbox
+from producers.redis_keys import job_id_of
+from tests.faults.accepted import Accepted, Answer, Delivery, content_of
 
-_ROWS = """
-    SELECT event_id, source, sequence, id FROM portfolio_history
-    UNION ALL SELECT event_id, source, sequence, id FROM signal_archives
-"""
+_SNAPSHOTS = "portfolio_history"
+_ARCHIVES = "signal_archives"
+_NOT_TOLD = "not told"  # events that are in an outbox, and whose `record` call did not return
+
+
+class Row(NamedTuple):
+    event_id: str
+    source: str
+    sequence: int
+    content: str
+
+
+class Outcome(NamedTuple):
+    source: str | None
+    sequence: int | None
+    event_id: str | None
+    outcome: str
+    reason: str | None
+    content: str | None
+
+
+class KeptEntry(NamedTuple):
+    """An entry in the file of an outbox."""
+
+    delivery: Delivery
+    state: str
+    row_id: int | None
+    reason: str | None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Counts, and every breach of the promise as a sentence; none is what all this is for."""
+    """Counts, and every breach of the promise as a sentence. `by_controller` counts fates: row, duplicate, rejected."""
 
     accepted: int
     rows: int
     duplicate: int
     rejected: int
     breaches: list[str]
+    by_controller: dict[str, Counter[str]] = field(default_factory=dict)
 
 
-def verdict(outboxes: Sequence[Path], told: Iterable[tuple[str, int, str]]) -> Verdict:
-    """Compare what the outboxes accepted, what callers were told, and what the database has.
+@dataclass
+class _Database:
+    rows: dict[tuple[str, int], Row]
+    outcomes: dict[str, Outcome]
 
-    `told` are (source, sequence, event id) of record calls that returned.
+    def __post_init__(self) -> None:
+        self.by_event = {row.event_id: row for row in self.rows.values()}
+
+    def row_of(self, delivery: Delivery) -> Row | None:
+        """The row with this event's id, if it has this content."""
+        row = self.by_event.get(delivery.event_id)
+        return row if row is not None and row.content == delivery.content else None
+
+
+def verdict(
+    outboxes: Sequence[Path],
+    accepted: Mapping[str, Accepted],
+    *,
+    replaced: Iterable[KeptEntry] = (),
+    redis: Redis | None = None,
+) -> Verdict:
+    """Compare what controllers have accepted, by their names, with the database; and the outboxes, and the audit.
+
+    `replaced` are entries of files that were overwritten since.
     """
-    entries: dict[tuple[str, int], tuple[str, str, str | None]] = {}
-    for path in outboxes:
-        with sqlite3.connect(path) as db:
-            rows = db.execute(
-                "SELECT name || '/' || source_id, sequence, event_id, state, reason"
-                " FROM entries JOIN sources ON sources.id = source_id"
-            )
-            entries |= {
-                (source, sequence): (event_id, state, reason) for source, sequence, event_id, state, reason in rows
-            }
-    with get_db() as db:
-        stored = [(str(row.event_id), row.source, row.sequence) for row in db.execute(text(_ROWS))]
-        outcomes = {
-            (row.source, row.sequence): (str(row.event_id), row.outcome, row.reason)
-            for row in db.execute(text("SELECT source, sequence, event_id, outcome, reason FROM event_outcomes"))
-        }
-    breaches = [f"accepted but not in an outbox: {one}" for one in told if (one[0], one[1]) not in entries]
-    breaches += _doubles(stored)
-    stored_ids = {event_id for event_id, _, _ in stored}
-    row_of = {(source, sequence): event_id for event_id, source, sequence in stored}
-    for key, (event_id, state, _) in entries.items():
-        breaches += _fate(
-            key, state, event_id in stored_ids, row_of.get(key) == event_id, outcomes.get(key, ("", "", ""))[1]
-        )
-    breaches += [f"a row that nobody accepted: {row}" for row in stored if (row[1], row[2]) not in entries]
-    for path in outboxes:
-        for one in audit(outbox=Outbox(path)):
-            if one.missing or one.mismatched:
-                breaches.append(f"the audit misses {one.missing} {one.mismatched} of {one.source}")
-    kinds = [outcome for _, outcome, _ in outcomes.values()]
-    return Verdict(len(entries), len(stored), kinds.count("duplicate"), kinds.count("rejected"), breaches)
+    database = _read_database()
+    entries, unreadable = _read_outboxes(outboxes)
+    told = {name: one.deliveries for name, one in accepted.items()}
+    told[_NOT_TOLD] = [entry.delivery for kept in (replaced, *entries.values()) for entry in kept]
+    known, by_controller, breaches = _fates(told, database)
+    breaches += _wrong_rows(database, known)
+    for name, one in accepted.items():
+        answers = [_wrong_answer(answer, known, database) for answer in one.answers]
+        breaches += [f"{name}: {breach}" for breach in answers if breach]
+    for path, kept in entries.items():
+        states = [_wrong_state(entry, database) for entry in kept]
+        breaches += [f"{path}: {breach}" for breach in states if breach]
+    breaches += unreadable + _wrong_audits(list(entries), redis)
+    fates = sum(by_controller.values(), Counter[str]())
+    if not breaches and len(known) != len(database.rows) + fates["duplicate"] + fates["rejected"]:
+        breaches.append(f"{len(known)} accepted are not {len(database.rows)} rows and {dict(fates)}")
+    return Verdict(len(known), len(database.rows), fates["duplicate"], fates["rejected"], breaches, by_controller)
 
 
-def _fate(key: tuple[str, int], state: str, fact_has_row: bool, has_row: bool, outcome: str) -> list[str]:
-    """What is wrong with the end of one entry: `has_row` tells of a row of its own, `fact_has_row` of anybody's."""
+def _read_outboxes(outboxes: Sequence[Path]) -> tuple[dict[Path, list[KeptEntry]], list[str]]:
+    entries: dict[Path, list[KeptEntry]] = {}
+    unreadable = []
+    for path in outboxes:
+        try:
+            entries[path] = kept_entries(path)
+        except sqlite3.DatabaseError as error:
+            unreadable.append(f"{path} is damaged, and no relay has set it aside: {error}")
+    return entries, unreadable
+
+
+def _fates(
+    told: Mapping[str, Iterable[Delivery]], database: _Database
+) -> tuple[dict[str, Delivery], dict[str, Counter[str]], list[str]]:
+    """All deliveries by their job, what became of them by controller, and the breaches among that."""
+    known: dict[str, Delivery] = {}
+    with_row: set[tuple[str, int, str]] = set()
+    by_controller: dict[str, Counter[str]] = {}
     breaches = []
-    if state in ("pending", "sent"):
-        breaches.append(f"never settled: {key} is {state}")
-    if state == "confirmed" and not fact_has_row:
-        breaches.append(f"confirmed, but without a row: {key}")
-    if state == "rejected" and (outcome != "rejected" or has_row):
-        breaches.append(f"rejected, but the database has outcome {outcome!r} and a row: {has_row}: {key}")
-    if has_row + (outcome != "") != 1:
-        breaches.append(f"not accounted for exactly once: {key} has a row: {has_row}, outcome {outcome!r}")
-    return breaches
+    for name, deliveries in told.items():
+        by_controller[name] = Counter()
+        for delivery in deliveries:
+            if (other := known.get(delivery.job_id)) is not None:
+                if other != delivery:
+                    breaches.append(f"{name}: two events have one job: {delivery} {other}")
+                continue
+            known[delivery.job_id] = delivery
+            fate, breach = _fate(delivery, database)
+            if breach:
+                breaches.append(f"{name}: {breach}")
+            elif fate == "row":
+                # Two copies may record the same event under the same number: that is one row.
+                identity = (delivery.source, delivery.sequence, delivery.event_id)
+                fate = "duplicate" if identity in with_row else fate
+                with_row.add(identity)
+            by_controller[name][fate] += 1
+    return known, by_controller, breaches
 
 
-def _doubles(stored: Sequence[tuple[str, str, int]]) -> list[str]:
-    seen: set[str] = set()
-    doubles = []
-    for event_id, source, sequence in stored:
-        if event_id in seen:
-            doubles.append(f"stored twice: {event_id}, again by {source} {sequence}")
-        seen.add(event_id)
-    return doubles
+def kept_entries(path: Path) -> list[KeptEntry]:
+    """All entries in the file of an outbox.
+
+    Raises:
+        sqlite3.DatabaseError: the file is damaged.
+    """
+    query = """
+        SELECT source_id, sequence, nonce, name || '/' || source_id, event_id, event, state, row_id, reason
+        FROM entries JOIN sources ON sources.id = source_id ORDER BY position
+    """
+    entries = []
+    with closing(sqlite3.connect(path, timeout=10)) as db:
+        for source_id, sequence, nonce, source, event_id, event, *state in db.execute(query):
+            job_id = job_id_of(source_id, sequence, nonce)
+            delivery = Delivery(job_id, source, sequence, event_id, content_of(_data_of(event)))
+            entries.append(KeptEntry(delivery, *state))
+    return entries
+
+
+def _data_of(event: str) -> Any:
+    return json.loads(event, parse_float=Decimal)["data"]
+
+
+def _read_database() -> _Database:
+    rows: dict[tuple[str, int], Row] = {}
+    with get_db() as db:
+        for row in db.execute(text(f"SELECT * FROM {_SNAPSHOTS}")):
+            rows[_SNAPSHOTS, row.id] = _row(row, row._asdict())
+        for row in db.execute(text(f"SELECT *, CAST(signals_data AS text) AS signals FROM {_ARCHIVES}")):
+            signals = json.loads(row.signals, parse_float=Decimal)
+            rows[_ARCHIVES, row.id] = _row(row, row._asdict() | {"signals": signals})
+        query = "SELECT job_id, source, sequence, event_id, outcome, reason, event FROM event_outcomes"
+        outcomes = {
+            row.job_id: Outcome(
+                row.source, row.sequence, str(row.event_id), row.outcome, row.reason, _content_of_refused(row.event)
+            )
+            for row in db.execute(text(query))
+        }
+    return _Database(rows, outcomes)
+
+
+def _row(row: Any, data: Mapping[str, Any]) -> Row:
+    return Row(str(row.event_id), row.source, row.sequence, content_of(data))
+
+
+def _content_of_refused(event: str | None) -> str | None:
+    return None if event is None else content_of(_data_of(event))
+
+
+def _fate(delivery: Delivery, database: _Database) -> tuple[str, str | None]:
+    """What became of one delivery, and the breach of the promise if it is one."""
+    row, outcome = database.row_of(delivery), database.outcomes.get(delivery.job_id)
+    is_own = row is not None and (row.source, row.sequence) == (delivery.source, delivery.sequence)
+    if outcome is None:
+        if is_own:
+            return "row", None
+        other = database.by_event.get(delivery.event_id)
+        return "lost", f"has neither a row of its own nor an outcome: {delivery}; row of its event: {other}"
+    identity = (outcome.source, outcome.sequence, outcome.event_id)
+    if identity != (delivery.source, delivery.sequence, delivery.event_id):
+        return "lost", f"its outcome is of another event: {delivery} {outcome}"
+    if outcome.outcome == "duplicate":
+        if row is None or is_own:
+            return "duplicate", f"is called a duplicate of a row that is not there, or is its own: {delivery} {row}"
+    elif outcome.outcome != "rejected" or outcome.content != delivery.content or is_own:
+        return outcome.outcome, f"its rejection is of another content, or beside its row: {delivery} {outcome} {row}"
+    return outcome.outcome, None
+
+
+def _wrong_rows(database: _Database, known: Mapping[str, Delivery]) -> list[str]:
+    accepted = {Row(one.event_id, one.source, one.sequence, one.content) for one in known.values()}
+    wrong = [f"a row that nobody has accepted: {row}" for row in database.rows.values() if row not in accepted]
+    outcomes = [job_id for job_id in database.outcomes if job_id not in known]
+    wrong += [f"an outcome that nobody has accepted: {job_id} {database.outcomes[job_id]}" for job_id in outcomes]
+    counts = Counter(row.event_id for row in database.rows.values())
+    return wrong + [f"stored {count} times: event {event_id}" for event_id, count in counts.items() if count > 1]
+
+
+def _wrong_answer(answer: Answer, known: Mapping[str, Delivery], database: _Database) -> str | None:
+    """The breach, if a receipt has told what is not so."""
+    delivery = known[answer.job_id]
+    if answer.row_id is None:
+        outcome = database.outcomes.get(answer.job_id)
+        if outcome is None or (outcome.outcome, outcome.reason) != ("rejected", answer.reason):
+            return f"told rejected ({answer.reason}), but the database has {outcome}: {delivery}"
+        return None
+    return _wrong_row_id(delivery, answer.row_id, database)
+
+
+def _wrong_row_id(delivery: Delivery, row_id: int | None, database: _Database) -> str | None:
+    row = database.rows.get((_table_of(delivery), row_id)) if row_id is not None else None
+    if row is None or (row.event_id, row.content) != (delivery.event_id, delivery.content):
+        return f"told stored as row {row_id}, which is {row}: {delivery}"
+    return None
+
+
+def _table_of(delivery: Delivery) -> str:
+    return _SNAPSHOTS if "balance" in json.loads(delivery.content) else _ARCHIVES
+
+
+def _wrong_state(entry: KeptEntry, database: _Database) -> str | None:
+    """The breach, if an entry's state does not agree with the database."""
+    if entry.state == "stored":
+        return _wrong_row_id(entry.delivery, entry.row_id, database)
+    outcome = database.outcomes.get(entry.delivery.job_id)
+    if entry.state != "rejected":
+        return f"never settled, is {entry.state}: {entry.delivery}; outcome in the database: {outcome}"
+    if outcome is None or (outcome.outcome, outcome.reason) != ("rejected", entry.reason):
+        return f"is rejected ({entry.reason}), but the database has {outcome}: {entry.delivery}"
+    return None
+
+
+def _wrong_audits(outboxes: Sequence[Path], redis: Redis | None) -> list[str]:
+    """The audit of each outbox, and the one without any."""
+    wrong = []
+    for path in outboxes:
+        with Outbox(path) as outbox:
+            wrong += [f"of outbox {path}: {one}" for one in audit(redis, outbox) if not one.complete]
+    wrong += [f"without an outbox: {one}" for one in audit(redis) if not one.complete]
+    return [f"the audit does not agree, {one}" for one in wrong]

@@ -127,22 +127,6 @@ def test_two_init_db_at_the_same_moment_both_succeed(empty_database_url: str) ->
     assert (again.returncode, get_portfolio_history()) == (0, [])
 
 
-def test_the_outbox_is_shown_and_flushed(redis: Redis, tmp_path: Path) -> None:
-    """flush hands over what a producer could not; its exit status tells whether all of it went."""
-    dead = Redis(host="127.0.0.1", port=1)
-    producer = HistoryProducer(dead)
-    producer.record(a_snapshot())
-    producer.close(timeout=0)
-    before = json.loads(_run("outbox", "status", "--json").stdout)
-    unreachable = _run("outbox", "flush", "--timeout", "0.3", REDIS_URL="redis://127.0.0.1:1")
-    flushed = _run("outbox", "flush", "--json")
-
-    assert (before["pending"], before["sent"]) == (1, 0)
-    assert unreachable.returncode == 1
-    assert (flushed.returncode, json.loads(flushed.stdout)["pending"]) == (0, 0)
-    assert redis.llen("rq:queue:history") == 1
-
-
 def test_a_snapshot_keeps_every_digit_of_its_file(redis: Redis, database_url: str) -> None:
     """Amounts do not pass through binary floats on their way."""
     recorded = _run("snapshot", "-", stdin='{"balance": 123456789012.12345678}')

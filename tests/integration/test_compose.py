@@ -26,6 +26,7 @@ _KNOWN_TO = {
     "worker": {"HISTORY_WRITER_PASSWORD", "REDIS_PASSWORD"},
     "api": {"HISTORY_READER_PASSWORD", "REDIS_PASSWORD", "HISTORY_API_TOKEN"},
     "dashboard": {"REDIS_PASSWORD", "HISTORY_DASHBOARD_PASSWORD"},
+    "relay": {"REDIS_PASSWORD"},
 }
 
 
@@ -66,6 +67,17 @@ def test_what_a_service_waits_for_can_come() -> None:
             assert SERVICES[name]["restart"] == "no", name
 
 
+def test_the_relay_is_off_unless_it_is_asked_for() -> None:
+    """It has the outboxes' volume only, and writes there as the user of the controllers, whom .env may name."""
+    assert {name for name in SERVICES if "profiles" in SERVICES[name]} == {"relay"}
+    relay = service("relay")
+    assert (relay["profiles"], relay["user"]) == (["relay"], f"{NOBODY}:{NOBODY}")
+    (volume,) = relay["volumes"]
+    assert (volume["type"], volume["source"] in FILE["volumes"]) == ("volume", True)
+    assert relay["command"][-1].startswith(f"{volume['target']}/")
+    assert resolved(SERVICES["relay"]["user"], {"HISTORY_OUTBOX_USER": "1000:1000"}) == "1000:1000"
+
+
 def test_whatever_serves_is_checked_started_again_and_given_time_to_end() -> None:
     """All but init-db, which ends by itself."""
     for name in set(SERVICES) - {"init-db"}:
@@ -81,7 +93,7 @@ def test_no_service_can_do_more_than_its_work() -> None:
     for name, one in SERVICES.items():
         assert (one["read_only"], one["cap_drop"], one["security_opt"]) == (True, ["ALL"], ["no-new-privileges:true"])
         assert not {"cap_add", "privileged", "network_mode", "pid", "ipc", "devices"} & set(one), name
-    assert [name for name in OURS if "volumes" in SERVICES[name] or "tmpfs" in SERVICES[name]] == []
+    assert [name for name in OURS if "volumes" in SERVICES[name] or "tmpfs" in SERVICES[name]] == ["relay"]
     # Where PostgreSQL has its socket, and the shell of its entrypoint its here-documents.
     assert set(SERVICES["postgres"]["tmpfs"]) == {"/run/postgresql", "/tmp"}
 
@@ -107,7 +119,9 @@ def test_who_needs_no_server_cannot_reach_it() -> None:
     on_store = {name for name, joined in networks.items() if joined & networks["postgres"]}
     assert on_store == {"postgres", "init-db", "worker", "api"}
     assert networks["redis"] == {"queue"}
-    assert {name for name, joined in networks.items() if "queue" in joined} == {"redis", "worker", "api", "dashboard"}
+    assert {name for name, joined in networks.items() if "queue" in joined} == {
+        *("redis", "worker", "api", "dashboard", "relay")
+    }
     assert {name for name, joined in networks.items() if "front" in joined} == {"api", "dashboard"}
 
 

@@ -40,6 +40,7 @@ from tests.compose_file import (
 )
 from tests.factories import a_snapshot
 from tests.legacy_databases import ARCHIVES, FIRST_GENERATION, FIRST_GENERATION_SNAPSHOTS
+from tests.relaying import states
 
 
 class Postgres(NamedTuple):
@@ -266,6 +267,31 @@ def test_an_event_is_stored_and_read_through_the_api(
 
     login = base64.b64encode(f"history:{SECRETS['HISTORY_DASHBOARD_PASSWORD']}".encode()).decode()
     assert (_get(dashboard, "/")[0], _get(dashboard, "/", f"Basic {login}")[0]) == (401, 200)
+
+
+def test_the_relay_delivers_what_a_controller_has_left(
+    system: list[Container], folder: Path, redis_server: Redis, tmp_path: Path
+) -> None:
+    """In the volume, which it may write to; it ends in order, and nothing that it prints is a secret."""
+    volume = folder.parent / "outbox"
+    volume.mkdir()
+    with redis.Redis(LOCALHOST, redis_server.port, password=SECRETS["REDIS_PASSWORD"]) as client:
+        with HistoryProducer(client, outbox=volume / "outbox.db") as producer:
+            producer.record(a_snapshot(portfolio_id=77))
+            producer.flush(20)
+            producer.close(timeout=0)
+        if os.geteuid() == 0:
+            for path in (volume, *volume.iterdir()):
+                os.chown(path, NOBODY, NOBODY)
+        relay = Container("relay", folder, postgres=free_port(), redis=redis_server.port, volume=volume)
+        try:
+            _wait_for(lambda: states(volume / "outbox.db") == {"stored": 1})
+            ((status, printed),) = stop([relay])
+        finally:
+            relay.kill()
+    assert status == 0
+    assert f"relaying {volume / 'outbox.db'}: 1 entries are not settled" in printed
+    assert [name for name, secret in SECRETS.items() if secret in printed] == []
 
 
 def _commands(marker: str) -> list[list[str]]:

@@ -17,6 +17,7 @@ from typer.main import get_command
 from consumers.cli import app
 from consumers.processes import STOP_SECONDS
 from consumers.settings import MetricsSettings, StoreSettings
+from producers.relay_process import END_SECONDS
 from producers.settings import TransportSettings
 from tests.compose_file import FILE, NOBODY, SERVICES, TOP
 
@@ -59,6 +60,26 @@ def test_systemd_stops_the_pool_in_order() -> None:
     assert _parameters(shlex.split(service["ExecStart"]))["processes"] == 2
     assert (service["KillMode"], service["Restart"], unit["Unit"]["StartLimitIntervalSec"]) == ("mixed", "always", "0")
     assert float(service["TimeoutStopSec"]) > STOP_SECONDS
+
+
+def test_systemd_gives_the_relay_its_outboxes_and_the_time_to_end() -> None:
+    """As a user that may write them, with the hardening that the workers have."""
+    workers, relay = (configparser.ConfigParser(interpolation=None, strict=True) for _ in range(2))
+    for unit, marker in ((workers, "systemd"), (relay, "systemd relay")):
+        unit.optionxform = str  # type: ignore[assignment,method-assign]  # as configparser's documentation has it
+        unit.read_string(_block(marker))
+    service = relay["Service"]
+    outboxes = _parameters(shlex.split(service["ExecStart"]))["outboxes"]
+    assert len(outboxes) == 2
+    assert {str(path.parent) for path in outboxes} == {service["ReadWritePaths"]}
+    assert "DynamicUser" not in service  # the files belong to the controllers' user
+    assert service["User"]
+    assert float(service["TimeoutStopSec"]) > END_SECONDS
+    # What DynamicUser=yes brings along is set, and what it has beside that is the workers'.
+    hardening = {name: value for name, value in workers["Service"].items() if name.startswith(("Protect", "Restrict"))}
+    del hardening["ProtectProc"], hardening["ProtectClock"]
+    assert {name: service.get(name) for name in hardening} == hardening
+    assert service["PrivateTmp"] == "yes"
 
 
 def test_kubernetes_takes_the_manifests() -> None:

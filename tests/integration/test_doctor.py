@@ -116,6 +116,7 @@ def test_a_healthy_installation_has_nothing_wrong(redis: Redis, database_url: st
         "time zone setting",
         "PostgreSQL",
         "PostgreSQL version",
+        "PostgreSQL encoding",
         "PostgreSQL writes",
         "synchronous_commit",
         "PostgreSQL disk writes",

@@ -268,7 +268,13 @@ def test_only_what_is_missing_is_sent(redis: Redis, tmp_path: Path) -> None:
     _import(redis, folder)
     _execute("DELETE FROM portfolio_history WHERE sequence IN (3, 7)")
     (source,) = {one.source for one in audit()}
-    redis.hset(acknowledgement_key(source), mapping={"3": "stored:4", "7": "rejected:of another database", "x": "y"})
+    source_id = source.rpartition("/")[2]
+    old: dict[Any, Any] = {
+        f"{source_id}-3": "1 - stored:4",
+        f"{source_id}-7": "1 - rejected:of another database",
+        "x": "y",
+    }
+    redis.hset(acknowledgement_key(source), mapping=old)
     _write(folder, [_snapshot(n) for n in range(22)])
 
     assert _counts(_import(redis, folder)) == [(22, 4, 18, 0)]
@@ -447,11 +453,11 @@ def test_what_is_no_acknowledgement_neither_ends_an_import_nor_settles_anything(
     next(history.items())
     key = acknowledgement_key(history.source)
     strays: dict[Any, Any] = {
-        "9" * 5000: "stored:1",
-        b"\xff": "stored:1",
-        "1": b"\xfe",
-        "2": f"stored:{'9' * 5000}",
-        "x": "stored:1",
+        f"{history.source_id}-{'9' * 5000}": "1 - stored:1",
+        b"\xff": "1 - stored:1",
+        f"{history.source_id}-1": b"\xfe",
+        f"{history.source_id}-2": f"1 - stored:{'9' * 5000}",
+        "x": "1 - stored:1",
     }
     with _importing(redis, folder, []) as tallies:
         until(lambda: redis.llen(_QUEUE) == 20)
@@ -459,7 +465,7 @@ def test_what_is_no_acknowledgement_neither_ends_an_import_nor_settles_anything(
         until(lambda: not redis.exists(key))
         work()
     assert _counts(tallies) == [(20, 20, 0, 0)]
-    dropped = [record for record in caplog.records if "dropped an acknowledgement" in record.getMessage()]
+    dropped = [record for record in caplog.records if "it is no acknowledgement" in record.getMessage()]
     assert len(dropped) == len(strays)
 
 

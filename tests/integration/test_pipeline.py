@@ -31,6 +31,7 @@ from producers.errors import EventRejected
 from producers.events import Payload, encode, event_of
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
+from producers.outcomes import Outcome, acknowledgement_text
 from producers.redis_keys import acknowledgement_key, delivery_of
 from producers.rq_jobs import JOB_FUNCTIONS
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
@@ -277,12 +278,14 @@ def test_acknowledgements_are_taken_away_when_they_were_read(
     producer.flush(5)
     work()
     receipt.wait(5)
-    redis.hset(acknowledgement_key(receipt.source), "999", "stored:1")
+    foreign = acknowledgement_text(redis.time()[0], receipt.event_id, Outcome("stored", row_id=1))
+    redis.hset(acknowledgement_key(receipt.source), f"{receipt.source.split('/')[1]}-999-{'0' * 16}", foreign)
     event = event_of(a_snapshot(after=timedelta(1)), source=f"elsewhere/{receipt.source.split('/')[1]}", sequence=5)
     _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
     work()
 
-    assert redis.hget(acknowledgement_key(receipt.source), str(receipt.sequence)) is None
+    # What another copy of this outbox may wait for stays.
+    assert redis.hvals(acknowledgement_key(receipt.source)) == [foreign.encode()]
     assert 6 * 24 * 3600 < redis.ttl(acknowledgement_key(event.source)) <= 7 * 24 * 3600
 
 

@@ -17,7 +17,10 @@ from sqlalchemy.exc import IntegrityError
 from consumers.connection import apply_schema, create_store_engine, engine, get_db, schema_sql
 from consumers.errors import OldSchema, StoreUnavailable
 from consumers.operations import get_portfolio_history
+from consumers.store.inserts import insert_event
 from producers.errors import InvalidEvent, SettingsError
+from producers.events import event_of
+from tests.factories import a_snapshot
 from tests.legacy_databases import FIRST_GENERATION, OUTCOMES_BEFORE_DUPLICATE, SECOND_GENERATION
 
 _STRUCTURE = """
@@ -163,13 +166,46 @@ def test_the_database_refuses_by_itself_what_cannot_be(database_url: str, statem
 
 def test_what_the_values_cause_is_the_events_fault_and_carries_none_of_them(database_url: str) -> None:
     """SQLSTATE classes 22 and 23, with the constraint's name and without the row."""
-    reason = r"portfolio_history_open_positions_not_negative.*SQLSTATE 23514"
-    with pytest.raises(InvalidEvent, match=reason) as caught, get_db() as db:
-        db.execute(text(_SNAPSHOT.format(balance=987654, open=-1, trades=0)))
+    _execute("ALTER TABLE portfolio_history ADD CONSTRAINT unlucky CHECK (balance <> 987654)")
+    with pytest.raises(InvalidEvent, match=r"unlucky.*SQLSTATE 23514") as caught:
+        insert_event(event_of(a_snapshot(balance="987654"), source="other/1", sequence=1))
     assert "987654" not in str(caught.value)
     assert caught.value.__cause__ is None
-    with pytest.raises(InvalidEvent, match="SQLSTATE 22003"), get_db() as db:
-        db.execute(text(_SNAPSHOT.format(balance="1e13", open=0, trades=0)))
+    _execute("ALTER TABLE portfolio_history ALTER total_value TYPE numeric(4, 2)")
+    with pytest.raises(InvalidEvent, match="SQLSTATE 22003"):
+        insert_event(event_of(a_snapshot(), source="other/1", sequence=1))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO event_outcomes (job_id, outcome) VALUES ('987654', 'absorbent')",
+        "SELECT CAST('987654' AS smallint)",
+        _SNAPSHOT.format(balance=987654, open=-1, trades=0),
+    ],
+)
+def test_what_another_statement_causes_is_the_stores_trouble(database_url: str, statement: str) -> None:
+    """Of the same classes: a constraint of before must not reject an event; its error carries no values either."""
+    with pytest.raises(StoreUnavailable, match="SQLSTATE 2.*trading-history init-db") as caught, get_db() as db:
+        db.execute(text(statement))
+    assert caught.value.__cause__ is None
+    assert caught.value.one_statement
+
+
+def test_a_schema_of_an_earlier_version_is_waited_for(database_url: str) -> None:
+    """Asked once a connection; what is newer than this program is none of its business."""
+    event = event_of(a_snapshot(), source="other/1", sequence=1)
+    insert_event(event)
+    _execute("COMMENT ON TABLE event_outcomes IS 'as it was'")
+    engine().dispose()
+    with pytest.raises(StoreUnavailable, match="version 1, needed is 2.*run trading-history init-db") as caught:
+        insert_event(event)
+    assert not caught.value.one_statement
+    apply_schema(engine())
+    insert_event(event)
+    _execute("COMMENT ON TABLE event_outcomes IS 'schema version 10'")
+    engine().dispose()
+    insert_event(event)
 
 
 def _without_tables() -> None:

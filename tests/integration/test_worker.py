@@ -30,12 +30,12 @@ from sqlalchemy import text
 
 from consumers import settling
 from consumers import worker as worker_module
-from consumers.connection import create_store_engine, engine, get_db
+from consumers.connection import apply_schema, create_store_engine, engine, get_db
 from consumers.operations import get_portfolio_history
 from consumers.queue import lane as lane_module
 from consumers.queue import rq_jobs, stranded, upkeep
 from consumers.queue.lane import Lane
-from consumers.queue.reservations import POISON_DEATHS, Reservations, recover_dead_holders
+from consumers.queue.reservations import LEASE_SECONDS, POISON_DEATHS, Reservations, recover_dead_holders
 from consumers.queue.rq_failures import RqFailures
 from consumers.queue.stranded import Stranded
 from consumers.settling import settle
@@ -45,9 +45,11 @@ from consumers.worker import HistoryWorker
 from producers.errors import SettingsError
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
+from producers.redis_keys import strays_key
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.faults.proxy import Proxy
+from tests.legacy_databases import OUTCOMES_BEFORE_DUPLICATE
 from tests.rq_programs import somebody_waits_for_a_lock, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
@@ -186,8 +188,8 @@ def test_a_batch_may_have_the_same_fact_and_the_same_job_twice(redis: Redis) -> 
     (row,) = get_portfolio_history()
     assert (row["source"], row["balance"]) == ("other/0", 1.0)
     assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [("other", "rejected"), ("same", "duplicate")]
-    acknowledged = {key: redis.hgetall(f"history:ack:other/{key}") for key in (0, 1)}
-    assert {told for outcomes in acknowledged.values() for told in outcomes.values()} == {b"duplicate:%d" % row["id"]}
+    values = [as_text(value) for key in (0, 1) for value in redis.hvals(f"history:ack:other/{key}")]
+    assert {value.rpartition(" ")[2] for value in values} == {f"duplicate:{row['id']}"}
     assert redis.keys("history:held:*") == []
 
 
@@ -422,6 +424,20 @@ def test_the_jobs_of_a_dead_holder_come_back_to_the_front_and_run_alone(redis: R
     assert redis.keys("history:suspects*") == []
 
 
+def test_a_lease_from_before_redis_clock_was_set_back_ends_in_time(redis: Redis) -> None:
+    """Its holder is dead: without a bound, its jobs would wait as long as the clock has jumped."""
+    job_ids = enqueue_snapshots(redis, 2)
+    dead = Reservations(redis, history_queue(redis), "dead")
+    dead.reserve(2)
+    (lease,) = redis.keys("history:lease:history:dead:*")
+    redis.expire(lease, 2 * 86400)
+
+    assert recover_dead_holders(redis, history_queue(redis)) == []
+    assert 0 < redis.ttl(lease) <= LEASE_SECONDS
+    redis.delete(lease)
+    assert recover_dead_holders(redis, history_queue(redis)) == job_ids
+
+
 def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) -> None:
     """Each death alone counts one; then it is rejected, and the queue goes on."""
     job_ids = enqueue_snapshots(redis, 2)
@@ -455,25 +471,6 @@ def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, mo
 
     assert [job_id for job_id, _, _ in _outcomes()] == job_ids[:1]
     assert len(get_portfolio_history()) == 1
-
-
-def test_a_defect_that_meets_every_event_is_held_against_none(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing passes: it waits as for the database, and nothing has been refused when it is mended."""
-    enqueue_snapshots(redis, 5)
-    together, tries = settling._settle_together, []
-
-    def defective(deliveries: Any, patience_seconds: Any) -> Any:
-        tries.append(len(deliveries))
-        if len(tries) < 30:
-            raise ZeroDivisionError("a defect")
-        return together(deliveries, patience_seconds)
-
-    monkeypatch.setattr(settling, "_settle_together", defective)
-    monkeypatch.setattr(lane_module, "_FIRST_BACKOFF_SECONDS", 0.01)
-    burst(redis)
-
-    assert (_outcomes(), len(get_portfolio_history())) == ([], 5)
-    assert redis.hgetall("history:suspects:history") == {}
 
 
 def test_without_a_database_in_the_settings_it_ends_and_returns_its_work(
@@ -633,6 +630,27 @@ def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.Monk
     assert Job.fetch(other.id, connection=redis).get_status() == "queued"
 
 
+def test_a_job_in_no_list_is_found_after_redis_clock_was_set_back(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was first seen two days from now, and so was the last look."""
+    monkeypatch.setattr(stranded, "STRANDED_SECONDS", 0.0)
+    (job_id,) = enqueue_snapshots(redis, 1)
+    queue = history_queue(redis)
+    redis.lpop(queue.key)
+    redis.hset(strays_key(queue.name), job_id, redis.time()[0] + 2 * 86400)
+    looked = f"{strays_key(queue.name)}:looked"
+    redis.set(looked, "1", ex=2 * 86400)
+
+    assert Stranded(redis, queue).requeue() == []
+    assert 0 < redis.ttl(looked) <= 60
+    found = []
+    for _ in range(2):
+        redis.delete(looked)
+        found.append(Stranded(redis, queue).requeue())
+    assert found == [[], [job_id]]
+
+
 def test_sigterm_lets_it_finish_what_it_holds(redis: Redis, database_url: str) -> None:
     """Exit status 0, and the worker is gone from RQ's list; while idle it ends within moments."""
     with _worker_process() as worker:
@@ -778,6 +796,42 @@ def test_without_tables_it_waits_and_goes_on_by_itself(redis: Redis, database_ur
             db.execute(text("ALTER TABLE elsewhere RENAME TO portfolio_history"))
         until(lambda: len(get_portfolio_history()) == 5)
     assert (history_queue(redis).failed_job_registry.count, _outcomes()) == (0, [])
+
+
+_CONSTRAINTS_BEFORE_DUPLICATE = """
+    ALTER TABLE event_outcomes DROP CONSTRAINT event_outcomes_outcome_is_known,
+        DROP CONSTRAINT event_outcomes_refusal_has_a_reason,
+        ADD CONSTRAINT event_outcomes_outcome_is_known CHECK (outcome IN ('absorbed', 'rejected', 'discarded'))
+"""
+
+
+@pytest.mark.parametrize("beside", [0, 3])
+@pytest.mark.parametrize("before", [OUTCOMES_BEFORE_DUPLICATE, _CONSTRAINTS_BEFORE_DUPLICATE])
+def test_a_database_that_was_not_upgraded_rejects_no_event(
+    redis: Redis, producer: HistoryProducer, caplog: pytest.LogCaptureFixture, before: str, beside: int
+) -> None:
+    """A duplicate cannot be recorded there: the worker waits and names init-db, and after that everything is stored."""
+    with get_db() as db:
+        insert_events(db, [event_of(a_snapshot(), source="other/1", sequence=0)])
+        db.exec_driver_sql(before)
+    engine().dispose()
+    receipts = producer.record_many([a_snapshot(after=timedelta(seconds=n)) for n in range(beside + 1)])
+    producer.flush(10)
+    worker = HistoryWorker([history_queue(redis)], connection=redis)
+    worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # only the main thread may
+    thread = threading.Thread(target=worker.work, kwargs={"logging_level": "WARNING"})
+    thread.start()
+    try:
+        until(lambda: "run trading-history init-db" in caplog.text)
+        assert (_outcomes(), history_queue(redis).failed_job_registry.count) == ([], 0)
+        apply_schema(engine())
+        for receipt in receipts:
+            assert receipt.wait(30) > 0
+    finally:
+        worker._ending.set()
+        thread.join(30)
+    assert [outcome for _, outcome, _ in _outcomes()] == ["duplicate"]
+    assert len(get_portfolio_history()) == beside + 1
 
 
 def test_one_event_that_times_out_alone_does_not_hold_up_the_others(

@@ -403,8 +403,11 @@ def test_of_two_that_exchange_the_token_at_the_same_moment_one_goes_on(
     assert a.record(a_snapshot()) != source
 
 
-def test_a_source_that_came_later_is_watched_over_too(bot: Callable[[str], Bot], redis: fakeredis.FakeRedis) -> None:
+def test_a_source_that_came_later_is_watched_over_at_once(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another name on the same file, recorded while the relay has its lock."""
+    monkeypatch.setattr(copies, "_CHECK_SECONDS", 1e9)
     original = bot("a")
     first = original.record(a_snapshot())
     _sweep(original)

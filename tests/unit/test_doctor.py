@@ -105,16 +105,16 @@ def test_an_outbox_counts_what_waits_and_says_that_nobody_sends_it(tmp_path: Pat
     path = tmp_path / "outbox.db"
     with Outbox(path) as outbox:
         outbox.append("bot", [a_snapshot(), a_snapshot(after=timedelta(1))])
-        young = _by_name(contents(TransportSettings(HISTORY_OUTBOX=path)))
+        young = _by_name(contents(TransportSettings.model_validate({"HISTORY_OUTBOX": path})))
         _age(path, seconds=3600)
-        forsaken = _by_name(contents(TransportSettings(HISTORY_OUTBOX=path)))
+        forsaken = _by_name(contents(TransportSettings.model_validate({"HISTORY_OUTBOX": path})))
         lock = outbox.relay_lock()
         assert lock.acquire()
-        relayed = _by_name(contents(TransportSettings(HISTORY_OUTBOX=path)))
+        relayed = _by_name(contents(TransportSettings.model_validate({"HISTORY_OUTBOX": path})))
         lock.release()
         _age(path, seconds=100_000)
         assert lock.acquire()
-        very_old = _by_name(contents(TransportSettings(HISTORY_OUTBOX=path)))
+        very_old = _by_name(contents(TransportSettings.model_validate({"HISTORY_OUTBOX": path})))
         lock.release()
         assert lock.acquire()  # looking does not keep it
         lock.release()
@@ -134,7 +134,7 @@ def test_rejections_in_an_outbox_are_a_warning(tmp_path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("UPDATE entries SET state = 'rejected', reason = 'why', settled_at = 1")
     db.close()
-    check = _by_name(contents(TransportSettings(HISTORY_OUTBOX=path)))["outbox rejections"]
+    check = _by_name(contents(TransportSettings.model_validate({"HISTORY_OUTBOX": path})))["outbox rejections"]
     assert (check.status, check.found) == ("warn", "1")
 
 

@@ -185,6 +185,19 @@ def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
     assert outbox.overdue(10) == []
 
 
+def test_a_check_that_is_further_ahead_than_any_interval_is_due_now(path: Path) -> None:
+    """A clock that was ahead has written it. Both kinds share the limit."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
+    due, far, later, farther = outbox.pending(10)
+    outbox.mark_sent({due.position: -1.0, far.position: 400.0, later.position: 330.0, farther.position: 2 * 86400.0})
+
+    assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 2, 4]
+    assert [entry.sequence for entry in outbox.overdue(1)] == [1]
+    outbox.postpone({far.position: 300.0})
+    assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 4]
+
+
 def test_all_that_was_sent_up_to_a_position_can_be_made_overdue(path: Path) -> None:
     """For those that do not want to wait for the next check."""
     outbox = Outbox(path)
@@ -237,7 +250,7 @@ def _append(path: Path, count: int) -> None:
 def test_processes_share_an_outbox(path: Path) -> None:
     """Opened and written by 4 processes from the first moment: one source, every number once."""
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_append, args=(path, 50)) for _ in range(4)]
+    writers = [context.Process(target=_append, args=(path, 50), daemon=True) for _ in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -549,7 +562,7 @@ def test_processes_that_open_an_outbox_of_an_earlier_version_together_share_one_
     """The others wait for it."""
     write_outbox_of_before(path, 1)
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_append, args=(path, 5)) for _ in range(3)]
+    writers = [context.Process(target=_append, args=(path, 5), daemon=True) for _ in range(3)]
     for writer in writers:
         writer.start()
     for writer in writers:

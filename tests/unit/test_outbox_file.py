@@ -204,6 +204,50 @@ def test_closing_where_nothing_can_be_written_says_what_is_lost_and_ends(
     assert f"outbox {path} was removed, and its entries could not be carried over: " in record.getMessage()
 
 
+@pytest.mark.parametrize("remove", [_unlink, _replace_by_another])
+def test_a_file_may_be_removed_again_and_again(path: Path, remove: Callable[[Path], None]) -> None:
+    """Each new one has SQLite's files beside it, which must not be taken for those of the next."""
+    outbox = Outbox(path)
+    accepted = _append(outbox)
+    for n in range(1, 6):
+        remove(path)
+        accepted += _append(outbox, 2, after=10 * n)
+        if n % 3 == 0:
+            outbox.status()
+    assert set(_job_ids(accepted)) <= set(_at_path(path))
+    assert len(_at_path(path)) == len(accepted) + (2 * 5 if remove is _replace_by_another else 0)
+    assert outbox.generation == 5
+
+
+def test_what_another_process_left_beside_a_removed_file_is_not_taken_for_its_successors(
+    path: Path, tmp_path: Path
+) -> None:
+    """It was killed, so that its log stayed; somebody has removed the file alone."""
+    with Outbox(path) as outbox:
+        _append(outbox, 3)
+        shutil.copytree(path.parent, tmp_path / "killed")
+    path = tmp_path / "killed" / "outbox.db"
+    assert path.with_name("outbox.db-wal").stat().st_size > 0
+    path.unlink()
+    accepted = _append(Outbox(path))
+    assert _at_path(path) == _job_ids(accepted)
+
+
+def test_a_position_in_a_file_that_was_replaced_covers_all_in_the_one_that_is_there_now(path: Path) -> None:
+    """Entries have other positions there: those that were carried over are behind those that it had."""
+    outbox = Outbox(path)
+    _append(outbox, 1)
+    until = outbox.last_position()
+    _append(outbox, 1)
+    assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (1, 1)
+    _replace_by_another(path)
+    assert outbox.status().pending == 4
+    assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (4, 4)
+    until = outbox.last_position()
+    _append(outbox, 1)
+    assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (4, 4)
+
+
 def test_what_a_removed_file_holds_is_carried_over_before_a_fork(path: Path) -> None:
     """Its connections are closed there; parent and child go on in the new file."""
     outbox = Outbox(path)
@@ -248,11 +292,50 @@ def _use(path: Path, pipe: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_file_that_is_replaced_is_opened_without_the_log_of_the_one_before(path: Path) -> None:
+    """By a process that comes before the one that has the earlier file open notices: each has its own log."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_use, args=(path, theirs), daemon=True)
+    process.start()
+    expected = mine.recv()
+    _replace_by_another(path)
+    with Outbox(path, repair=True) as outbox:
+        expected += _job_ids(_append(outbox, 3, after=300))
+        mine.send("go on")
+        assert mine.poll(20)
+        expected += mine.recv()
+        expected += _job_ids(_append(outbox, 3, after=400))
+    process.join(20)
+
+    assert set(expected) <= set(_at_path(path))
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_the_log_of_a_killed_process_is_not_taken_for_that_of_a_file_put_in_its_place(path: Path) -> None:
+    """What stood in it is carried over; the file in its place is as it was."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_use, args=(path, theirs), daemon=True)
+    process.start()
+    killed = mine.recv()
+    process.kill()
+    process.join(20)
+    assert path.with_name("outbox.db-wal").stat().st_size > 0
+    _replace_by_another(path)
+    with Outbox(path, repair=True) as outbox:
+        assert len(outbox.entries()) == 2
+        (log,) = outbox.rescue.damaged_files()
+        outbox.rescue.salvage(log)
+        assert set(killed) <= {entry.job_id for entry in outbox.entries()}
+
+
 def test_processes_on_a_removed_file_lose_nothing(path: Path) -> None:
     """Three of them, which notice it at the same time."""
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in range(3)]
-    users = [context.Process(target=_use, args=(path, pipe)) for _, pipe in pipes]
+    users = [context.Process(target=_use, args=(path, pipe), daemon=True) for _, pipe in pipes]
     for user in users:
         user.start()
     expected = [job_id for pipe, _ in pipes for job_id in pipe.recv()]
@@ -266,6 +349,29 @@ def test_processes_on_a_removed_file_lose_nothing(path: Path) -> None:
     assert [user.exitcode for user in users] == [0] * 3
     assert sorted(_at_path(path)) == sorted(expected)
     assert len(set(expected)) == 66
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_one_that_opens_a_new_file_before_others_notice_shares_nothing_with_the_removed_one(path: Path) -> None:
+    """SQLite's files beside the removed one are still there, and another process has them in use."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    user = context.Process(target=_use, args=(path, theirs), daemon=True)
+    user.start()
+    expected = mine.recv()
+    path.unlink()
+    assert path.with_name("outbox.db-shm").exists()
+    with Outbox(path) as outbox:
+        expected += _job_ids(_append(outbox, 3))
+        mine.send("go on")
+        expected += mine.recv()
+        expected += _job_ids(_append(outbox, 3))
+    user.join(60)
+
+    assert user.exitcode == 0
+    assert sorted(_at_path(path)) == sorted(expected)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def test_a_file_that_is_removed_in_the_middle_of_an_append_holds_nothing_back(

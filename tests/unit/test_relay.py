@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fakeredis
@@ -16,17 +17,21 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
+from producers import outbox_clock
 from producers import relay as relay_module
 from producers.entries import Accepted, Entry, Fate, Settled
-from producers.errors import OutboxError
+from producers.errors import OutboxError, RelayRefused
 from producers.events import SignalArchive
+from producers.fake_worker import FakeWorker
 from producers.outbox import Outbox
 from producers.outcomes import Outcome, acknowledgement_text, shown
 from producers.redis_keys import acknowledgement_key, job_id_of
+from producers.redis_url import place_of
 from producers.relay import Relay
 from producers.rq_jobs import enqueue
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.unit.conftest import queue_of
+from tests.unit.test_outbox import OLD_SOURCE_ID, write_outbox_of_before
 
 NAME = "trading-controller"
 KEEP_SECONDS = 3600.0
@@ -514,6 +519,166 @@ def test_only_one_relay_works_on_an_outbox(outbox: Outbox, relay: Relay, redis: 
     relay.stop()
     assert (second.sweep(), queue_of(redis).count) == (True, 1)
     second.stop()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_outbox_of_an_earlier_release_is_delivered_under_its_job_ids(
+    tmp_path: Path, redis: fakeredis.FakeRedis, version: int
+) -> None:
+    """What a worker has of it already is recognized; entries without a nonce are settled by their number."""
+    path = tmp_path / "before" / "outbox.db"
+    write_outbox_of_before(path, version)
+    with Outbox(path, repair=True) as outbox:
+        relay = Relay(outbox, redis, "history", keep_seconds=1e12)
+        relay.sweep()
+        outbox.check_now(outbox.last_position())
+        relay.sweep()
+        assert sorted(queue_of(redis).job_ids) == [f"{OLD_SOURCE_ID}-3", f"{OLD_SOURCE_ID}-4"]
+        FakeWorker(redis, "history").work()
+        relay.sweep()
+        assert (outbox.status().depth, outbox.status().stored) == (0, 3)
+        relay.stop()
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets so many seconds pass, by the outbox's clock and by that of the relays."""
+    running, monotonic, passed = outbox_clock.running_seconds, time.monotonic, [0.0]
+    monkeypatch.setattr(outbox_clock, "running_seconds", lambda: running() + passed[0])
+    monkeypatch.setattr(relay_module, "time", SimpleNamespace(monotonic=lambda: monotonic() + passed[0]))
+
+    def wait(seconds: float) -> None:
+        passed[0] += seconds
+
+    return wait
+
+
+def _relay_process(outbox: Outbox, redis: fakeredis.FakeRedis, queue: str = "history") -> Relay:
+    other = Outbox(outbox.path, repair=True)
+    return Relay(other, redis, queue, keep_seconds=KEEP_SECONDS, process_name="relay on here")
+
+
+def test_producers_leave_relaying_to_a_relay_process(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, later: Callable[[float], None]
+) -> None:
+    """They release the lock after their sweep; when the process ends they take over at once."""
+    outbox.append(NAME, [a_snapshot()])
+    process = _relay_process(outbox, redis)
+    relay.sweep()
+    outbox.append(NAME, [a_snapshot(after=timedelta(1))])
+    assert not process.sweep()  # it has announced itself; the producer's relay has the lock
+    assert not relay.sweep()
+    assert (outbox.status().pending, queue_of(redis).count) == (1, 1)
+    assert process.sweep()
+    assert (outbox.status().pending, queue_of(redis).count) == (0, 2)
+    for _ in range(3):
+        later(9)
+        outbox.append(NAME, [a_snapshot()])
+        assert (process.sweep(), relay.sweep()) == (True, False)
+
+    outbox.append(NAME, [a_snapshot()])
+    process.stop()
+    assert relay.sweep()
+    assert outbox.status().pending == 0
+
+
+def test_producers_take_over_ten_seconds_after_a_relay_process_has_died(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, later: Callable[[float], None]
+) -> None:
+    """The kernel has released its lock."""
+    process = _relay_process(outbox, redis)
+    process.sweep()
+    process._lock.release()
+    outbox.append(NAME, [a_snapshot()])
+    later(9)
+    assert not relay.sweep()
+    later(2)
+    assert relay.sweep()
+    assert queue_of(redis).count == 1
+
+
+def test_producers_take_over_from_a_relay_process_that_is_stopped_and_keeps_its_lock(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, later: Callable[[float], None]
+) -> None:
+    """Nothing is lost and nothing is sent twice when it goes on; the producer stands back then."""
+    process = _relay_process(outbox, redis)
+    (first,) = outbox.append(NAME, [a_snapshot()])
+    process.sweep()
+    later(11)
+    token = outbox.identity.read().token
+    outbox.append(NAME, [a_snapshot(after=timedelta(1))])
+    assert relay.sweep()
+    assert outbox.identity.read().token != token
+    token = outbox.identity.read().token
+    for _ in range(3):
+        relay.sweep()
+    assert outbox.identity.read().token == token  # taken over once, and not anew with each sweep
+    assert queue_of(redis).count == 2
+    outbox.append(NAME, [a_snapshot(after=timedelta(2))])
+    assert process.sweep()
+    assert not relay.sweep()
+
+    assert (outbox.status().pending, queue_of(redis).count) == (0, 3)
+    assert outbox.append(NAME, [a_snapshot()])[0].source == first.source
+    process.stop()
+
+
+def test_a_second_relay_process_waits_for_the_first(
+    outbox: Outbox, redis: fakeredis.FakeRedis, later: Callable[[float], None]
+) -> None:
+    """Of the same outbox, started twice; it takes over when the first one ends."""
+    first, second = _relay_process(outbox, redis), _relay_process(outbox, redis)
+    for _ in range(3):
+        outbox.append(NAME, [a_snapshot()])
+        assert (first.sweep(), second.sweep()) == (True, False)
+        later(5)
+    outbox.append(NAME, [a_snapshot()])
+    first.stop()
+    assert second.sweep()
+    assert queue_of(redis).count == 4
+    second.stop()
+
+
+@pytest.mark.parametrize("other", ["queue", "redis"])
+def test_entries_are_not_carried_to_another_redis_or_queue(
+    outbox: Outbox, server: fakeredis.FakeServer, redis: fakeredis.FakeRedis, other: str
+) -> None:
+    """The outbox says where they go; the error names both places."""
+    outbox.identity.set_destination(place_of(redis), "history")
+    outbox.append(NAME, [a_snapshot()])
+    elsewhere = fakeredis.FakeRedis(server=server, db=1) if other == "redis" else redis
+    queue = "history" if other == "redis" else "other"
+    for process_name in (None, "relay on here"):
+        wrong = Relay(outbox, elsewhere, queue, keep_seconds=KEEP_SECONDS, process_name=process_name)
+        with pytest.raises(RelayRefused) as refused:
+            wrong.sweep()
+        assert f"outbox {outbox.path}: its entries go to {place_of(redis)}, queue history, and not" in str(
+            refused.value
+        )
+        assert f"{place_of(elsewhere)}, queue {queue}." in str(refused.value)
+        wrong.stop()
+    assert outbox.status().pending == 1
+    right = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
+    assert right.sweep()
+    right.stop()
+
+
+def test_a_relay_process_that_is_refused_keeps_nobody_from_relaying(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, later: Callable[[float], None]
+) -> None:
+    """A producer with other settings was started later, and its settings are those of the outbox now."""
+    process = _relay_process(outbox, redis, "other")
+    outbox.identity.set_destination(place_of(redis), "other")
+    process.sweep()
+    outbox.identity.set_destination(place_of(redis), "history")
+    outbox.append(NAME, [a_snapshot()])
+    for _ in range(6):
+        with pytest.raises(RelayRefused):
+            process.sweep()
+        later(2)
+    assert relay.sweep()
+    assert queue_of(redis).count == 1
+    process.stop()
 
 
 def _until(condition: Callable[[], bool]) -> None:

@@ -1,0 +1,339 @@
+"""An exception that one event causes, at each step of its processing, is that event's alone and ends no worker."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from redis import Redis
+from rq.utils import as_text
+from sqlalchemy import Engine, event, text
+
+from consumers import settling
+from consumers.connection import get_db
+from consumers.metrics import COUNTS
+from consumers.operations import get_portfolio_history
+from consumers.queue import finishing, rq_jobs
+from consumers.queue.calls import inflated, read_call
+from consumers.queue.rq_jobs import RqJobs
+from consumers.settling import acknowledge
+from consumers.store import inserts
+from producers.errors import EventRejected
+from producers.events import decode, event_of
+from producers.history_producer import HistoryProducer, Receipt
+from tests.deliveries import burst, history_queue
+from tests.factories import a_snapshot
+from tests.rq_programs import until
+
+pytestmark = pytest.mark.usefixtures("database_url")
+
+POISON = "666.66"
+
+
+class LibraryPanicError(BaseException):
+    """As a library written in another language raises it."""
+
+
+class _Unspeakable(ValueError):
+    def __str__(self) -> str:
+        raise RuntimeError("not even that")
+
+
+def _encode_error() -> UnicodeEncodeError:
+    return UnicodeEncodeError("latin-1", "€", 0, 1, "ordinal not in range")
+
+
+EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
+    "ValueError": lambda: ValueError("a defect"),
+    "UnicodeEncodeError": _encode_error,
+    "KeyError": lambda: KeyError("a defect"),
+    "MemoryError": MemoryError,
+    "RecursionError": lambda: RecursionError("a defect"),
+    "StopIteration": StopIteration,
+    "GeneratorExit": GeneratorExit,
+    "SystemExit": lambda: SystemExit(3),
+    "unspeakable": _Unspeakable,
+    "panic": lambda: LibraryPanicError("a defect"),
+    "NUL and half a pair": lambda: ValueError("\0\ud800"),
+}
+
+
+def _record(producer: HistoryProducer, poisoned: int, good: int = 3) -> tuple[list[Receipt], list[Receipt]]:
+    """Good events around the poisoned ones."""
+    events = [a_snapshot(after=timedelta(seconds=n)) for n in range(good)]
+    bad = [a_snapshot(after=timedelta(hours=1, seconds=n), balance=POISON) for n in range(poisoned)]
+    receipts = producer.record_many([*events[:1], *bad, *events[1:]])
+    producer.flush(10)
+    return receipts[: min(good, 1)] + receipts[min(good, 1) + poisoned :], receipts[min(good, 1) :][:poisoned]
+
+
+def _outcomes() -> list[tuple[Any, ...]]:
+    with get_db() as db:
+        rows = db.execute(text("SELECT outcome, reason, event FROM event_outcomes WHERE outcome = 'rejected'"))
+        return [tuple(row) for row in rows]
+
+
+Plant = Callable[[pytest.MonkeyPatch, Callable[[], BaseException]], None]
+
+
+def _reading(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
+    def failing(reserved: Any) -> Any:
+        found = read_call(reserved)
+        if POISON in found[0]:
+            raise error()
+        return found
+
+    monkeypatch.setattr(rq_jobs, "read_call", failing)
+
+
+def _decoding(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
+    def failing(given: Any, model: Any) -> Any:
+        if POISON in given:
+            raise error()
+        return decode(given, model)
+
+    monkeypatch.setattr(settling, "decode", failing)
+
+
+def _making_the_row(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
+    make = inserts._row
+
+    def failing(given: Any) -> Any:
+        if str(given.data.balance) == POISON:
+            raise error()
+        return make(given)
+
+    monkeypatch.setattr(inserts, "_row", failing)
+
+
+def _in_a_statement(beginning: str) -> Plant:
+    """As the driver would, just before the statement is sent."""
+
+    def plant(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
+        del monkeypatch
+
+        def failing(_db: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+            told = str(parameters)
+            if statement.strip().startswith(beginning) and _poisoned_id in told and "rejected" not in told:
+                raise error()
+
+        event.listen(Engine, "before_cursor_execute", failing)
+        _planted.append(failing)
+
+    return plant
+
+
+_poisoned_id = str(event_of(a_snapshot(after=timedelta(hours=1), balance=POISON), source="x/1", sequence=1).id)
+_planted: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def _uprooted() -> Iterator[None]:
+    yield
+    settling.logger.setLevel(logging.NOTSET)
+    while _planted:
+        event.remove(Engine, "before_cursor_execute", _planted.pop())
+
+
+UNDECIDED: dict[str, Plant] = {
+    "reading": _reading,
+    "decoding": _decoding,
+    "making the row": _making_the_row,
+    "insert": _in_a_statement("INSERT INTO portfolio_history"),
+    "comparing": _in_a_statement("SELECT given.number"),
+    "outcome": _in_a_statement("INSERT INTO event_outcomes"),
+}
+
+
+@contextmanager
+def _seconds(limit: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < limit
+
+
+def _is_refused(receipt: Receipt) -> None:
+    """Its producer is told so."""
+    with pytest.raises(EventRejected, match=r"poison event: 3 workers died or failed .*; at last \w+"):
+        receipt.wait(20)
+
+
+@pytest.mark.parametrize("exception", ["ValueError", "panic"])
+@pytest.mark.parametrize("step", UNDECIDED)
+def test_an_exception_before_the_end_is_decided_refuses_that_event_alone(
+    redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, step: str, exception: str
+) -> None:
+    """After three tries; the events beside it are stored."""
+    if step in ("comparing", "outcome"):  # these steps are of a fact that is stored already
+        with get_db() as db:
+            same = a_snapshot(after=timedelta(hours=1), balance=POISON)
+            inserts.insert_events(db, [event_of(same, source="other/1", sequence=1)])
+    UNDECIDED[step](monkeypatch, EXCEPTIONS[exception])
+    good, (poisoned,) = _record(producer, 1)
+    with _seconds(30):
+        burst(redis)
+
+    for receipt in good:
+        assert receipt.wait(20) > 0
+    _is_refused(poisoned)
+    ((outcome, reason, kept),) = _outcomes()
+    assert (outcome, POISON in kept) == ("rejected", True)
+    assert reason.startswith("poison event: 3 workers died or failed while they had it alone; at last ")
+    assert history_queue(redis).failed_job_registry.count == 1
+
+
+@pytest.mark.parametrize("exception", EXCEPTIONS)
+def test_whatever_the_exception_is(
+    redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, exception: str
+) -> None:
+    """Also one that ends a thread, a generator or a process elsewhere, and one that cannot be told."""
+    _decoding(monkeypatch, EXCEPTIONS[exception])
+    good, (poisoned,) = _record(producer, 1, good=1)
+    with _seconds(30):
+        burst(redis)
+
+    assert good[0].wait(20) > 0
+    _is_refused(poisoned)
+    assert (len(_outcomes()), history_queue(redis).failed_job_registry.count) == (1, 1)
+
+
+@pytest.mark.parametrize("exception", ["KeyError", "panic"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_several_such_events_alone_in_the_queue_are_refused_too(
+    redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, count: int, exception: str
+) -> None:
+    """Nothing passes beside them, and that is no outage; an event that comes later is stored at once."""
+    _decoding(monkeypatch, EXCEPTIONS[exception])
+    _, poisoned = _record(producer, count, good=0)
+    with _seconds(60):
+        burst(redis)
+
+    for receipt in poisoned:
+        _is_refused(receipt)
+    assert (len(_outcomes()), history_queue(redis).failed_job_registry.count) == (count, count)
+    later = producer.record(a_snapshot(after=timedelta(days=1)))
+    producer.flush(10)
+    burst(redis)
+    assert later.wait(20) > 0
+
+
+def _logging(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
+    def failing(record: logging.LogRecord) -> bool:
+        if _poisoned_id in str(record.__dict__.get("event_id")):
+            raise error()
+        return True
+
+    settling.logger.setLevel(logging.DEBUG)  # a line for each event, too
+    for logger in (settling.logger, finishing.logger):
+        monkeypatch.setattr(logger, "filters", [failing])
+
+
+def _counting(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
+    def failing(*_: Any) -> None:
+        raise error()
+
+    monkeypatch.setattr(COUNTS, "batch", failing)
+
+
+def _finishing(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
+    finish = RqJobs.finish
+
+    def failing(self: Any, pipe: Any, done: Any, *rest: Any) -> None:
+        if any(POISON.encode() in inflated(job.data) for job, _ in done):
+            raise error()
+        finish(self, pipe, done, *rest)
+
+    monkeypatch.setattr(RqJobs, "finish", failing)
+
+
+@pytest.mark.parametrize("exception", ["ValueError", "panic", "SystemExit"])
+@pytest.mark.parametrize("plant", [_logging, _counting, _finishing])
+def test_an_exception_after_the_end_is_decided_changes_nothing_about_it(
+    redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, plant: Plant, exception: str
+) -> None:
+    """The row is committed, so the producer is told that it is stored; nothing is rejected."""
+    plant(monkeypatch, EXCEPTIONS[exception])
+    good, (poisoned,) = _record(producer, 1)
+    with _seconds(20):
+        burst(redis)
+
+    for receipt in [*good, poisoned]:
+        assert receipt.wait(20) > 0
+    assert (_outcomes(), len(get_portfolio_history()), history_queue(redis).count) == ([], 4, 0)
+    assert redis.keys("history:held:*") == []
+
+
+@pytest.mark.parametrize("exception", ["ValueError", "panic"])
+def test_an_event_that_cannot_be_acknowledged_holds_up_no_other(
+    redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, exception: str
+) -> None:
+    """It is stored and leaves the queue for the failed registry; once it can be acknowledged, its relay gets that."""
+
+    def failing(pipe: Any, ends: Any) -> None:
+        ends = list(ends)
+        if any(str(end.event_id) == _poisoned_id for end in ends):
+            raise EXCEPTIONS[exception]()
+        acknowledge(pipe, ends)
+
+    monkeypatch.setattr(finishing, "acknowledge", failing)
+    good, (poisoned,) = _record(producer, 1)
+    with _seconds(20):
+        burst(redis)
+
+    for receipt in good:
+        assert receipt.wait(20) > 0
+    assert (_outcomes(), len(get_portfolio_history()), history_queue(redis).count) == ([], 4, 0)
+    (job_id,) = history_queue(redis).failed_job_registry.get_job_ids()
+    monkeypatch.setattr(finishing, "acknowledge", acknowledge)
+    redis.zrem(history_queue(redis).failed_job_registry.key, job_id)
+    redis.rpush(history_queue(redis).key, as_text(job_id))
+    burst(redis)
+    assert poisoned.wait(20) > 0
+
+
+def test_an_event_that_was_stored_before_its_workers_died_is_not_refused(
+    redis: Redis, producer: HistoryProducer
+) -> None:
+    """Three died between the commit and the acknowledgement: it has its row, and no rejection beside it."""
+    _, (receipt,) = _record(producer, 1, good=0)
+    (job_id,) = history_queue(redis).job_ids
+    source, sequence = receipt.source, receipt.sequence
+    with get_db() as db:
+        stored = event_of(a_snapshot(after=timedelta(hours=1), balance=POISON), source=source, sequence=sequence)
+        inserts.insert_events(db, [stored])
+    redis.hset("history:suspects:history", job_id, 3)
+    burst(redis)
+
+    assert receipt.wait(20) == get_portfolio_history()[0]["id"]
+    assert _outcomes() == []
+
+
+def test_a_defect_that_passes_in_time_refuses_nothing(
+    redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It met every event there was; between its tries some time passes."""
+    mended = threading.Event()
+
+    def failing(given: Any, model: Any) -> Any:
+        if not mended.is_set():
+            raise ValueError("a defect")
+        return decode(given, model)
+
+    def mend() -> None:
+        until(lambda: redis.hlen("history:suspects:history") == 3)
+        mended.set()
+
+    monkeypatch.setattr(settling, "decode", failing)
+    _, receipts = _record(producer, 3, good=0)
+    watching = threading.Thread(target=mend)
+    watching.start()
+    burst(redis)
+    watching.join()
+    assert [receipt.wait(20) > 0 for receipt in receipts] == [True] * 3
+    assert (_outcomes(), redis.hgetall("history:suspects:history")) == ([], {})

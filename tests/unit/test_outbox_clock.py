@@ -1,0 +1,307 @@
+"""What an outbox does in time: the clock on the wall may be set by days, in either direction, and nothing changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import fakeredis
+import pytest
+
+from producers import outbox_clock
+from producers.entries import Accepted
+from producers.outbox import LAST_CHECK_SECONDS, Outbox
+from producers.outcomes import Acknowledgement, Outcome
+from producers.relay import Relay
+from tests.factories import a_snapshot
+from tests.unit.conftest import queue_of
+
+NAME = "trading-controller"
+HOUR, DAY = 3600.0, 86400.0
+_jumps = pytest.mark.parametrize("jump", [-40 * 365 * DAY, -2 * DAY, 0.0, 2 * DAY, 400 * DAY])
+
+
+class Machine:
+    """Its two clocks, and the run of it that the system counts."""
+
+    def __init__(self) -> None:
+        self.wall = 1_800_000_000.0
+        self.running = 5000.0
+        self.boot = "boot 1"
+
+    def wait(self, seconds: float) -> None:
+        self.wall += seconds
+        self.running += seconds
+
+    def set_clock(self, by: float) -> None:
+        self.wall += by
+
+    def restart(self, after: float = 60.0) -> None:
+        """`after` seconds without power."""
+        self.wall += after
+        self.running = 10.0
+        self.boot = f"boot {int(self.boot.split()[1]) + 1}"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    machine = Machine()
+    monkeypatch.setattr(time, "time", lambda: machine.wall)
+    monkeypatch.setattr(outbox_clock, "running_seconds", lambda: machine.running)
+    monkeypatch.setattr(outbox_clock, "boot_id", lambda: machine.boot)
+    monkeypatch.setattr(outbox_clock, "_KEEP_SECONDS", 0.0)  # by a clock that stands still here
+    return machine
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "outbox.db"
+
+
+def _append(outbox: Outbox, count: int = 1) -> list[Accepted]:
+    return outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(count)])
+
+
+def _settle(outbox: Outbox, one: Accepted) -> None:
+    told = Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", row_id=1), at=0)
+    assert outbox.settle(one.source_id, 0, {"key": told}).changed == ["key"]
+
+
+def _again(outbox: Outbox, path: Path, *, is_new_run: bool) -> Outbox:
+    if not is_new_run:
+        return outbox
+    outbox.close()
+    return Outbox(path, repair=True)
+
+
+_runs = pytest.mark.parametrize("is_new_run", [False, True], ids=["within a run", "between runs"])
+
+
+@_jumps
+@_runs
+def test_an_entry_is_overdue_when_its_time_has_passed(
+    path: Path, machine: Machine, jump: float, is_new_run: bool
+) -> None:
+    """Neither earlier nor days later."""
+    outbox = Outbox(path, repair=True)
+    _append(outbox)
+    outbox.mark_sent({outbox.pending(1)[0].position: 100.0})
+    machine.wait(50)
+    machine.set_clock(jump)
+    outbox = _again(outbox, path, is_new_run=is_new_run)
+    machine.wait(49)
+    assert outbox.overdue(1) == []
+    machine.wait(2)
+    assert len(outbox.overdue(1)) == 1
+
+
+@_jumps
+@_runs
+def test_ages_are_the_seconds_that_have_passed(path: Path, machine: Machine, jump: float, is_new_run: bool) -> None:
+    """Never negative, never days."""
+    outbox = Outbox(path, repair=True)
+    assert (outbox.status().oldest_unsettled_seconds, outbox.oldest_pending_seconds()) == (None, None)
+    _append(outbox)
+    machine.wait(20)
+    machine.set_clock(jump)
+    outbox = _again(outbox, path, is_new_run=is_new_run)
+    machine.wait(10)
+
+    assert outbox.status().oldest_unsettled_seconds == pytest.approx(30)
+    assert outbox.oldest_pending_seconds() == pytest.approx(30)
+    outbox.mark_sent({outbox.pending(1)[0].position: 100.0})
+    assert [age for _, age in outbox.sent(0, 5)] == [pytest.approx(30)]
+
+
+@_jumps
+@_runs
+def test_settled_entries_are_kept_for_as_long_as_was_asked(
+    path: Path, machine: Machine, jump: float, is_new_run: bool
+) -> None:
+    """A clock that was set ahead would drop what a restored database still needs."""
+    outbox = Outbox(path, repair=True)
+    (accepted,) = _append(outbox)
+    _settle(outbox, accepted)
+    machine.wait(DAY)
+    machine.set_clock(jump)
+    outbox = _again(outbox, path, is_new_run=is_new_run)
+    machine.wait(6 * DAY - 1)
+    assert outbox.prune(keep_seconds=7 * DAY) == 0
+    machine.wait(2)
+    assert outbox.prune(keep_seconds=7 * DAY) == 1
+
+
+@_jumps
+@_runs
+def test_what_was_recorded_since_a_moment_is_what_was_recorded_since(
+    path: Path, machine: Machine, jump: float, is_new_run: bool
+) -> None:
+    """The moment is given by the clock on the wall as it is now."""
+    outbox = Outbox(path, repair=True)
+    for _ in range(3):
+        _settle(outbox, _append(outbox)[0])
+        machine.wait(HOUR)
+    machine.set_clock(jump)
+    outbox = _again(outbox, path, is_new_run=is_new_run)
+
+    assert outbox.resend(machine.wall - 2.5 * HOUR) == 2
+    assert [entry.sequence for entry in outbox.pending(5)] == [2, 3]
+
+
+@_jumps
+def test_signs_of_life_of_a_relay_process_last_for_ten_seconds(path: Path, machine: Machine, jump: float) -> None:
+    """For this process and for one that opens the outbox only now."""
+    relaying, producing = Outbox(path, repair=True), Outbox(path, repair=True)
+    assert not producing.identity.relay_is_alive()
+    relaying.identity.announce_relay("relay")
+    machine.set_clock(jump)
+    machine.wait(9)
+    later = Outbox(path, repair=True)
+    assert [one.identity.relay_is_alive() for one in (relaying, producing, later)] == [True] * 3
+    machine.wait(2)
+    assert [one.identity.relay_is_alive() for one in (relaying, producing, later)] == [False] * 3
+    relaying.identity.announce_relay("relay")
+    assert later.identity.relay_is_alive()
+    relaying.identity.forget_relay("relay")
+    assert not later.identity.relay_is_alive()
+
+
+@_jumps
+def test_what_redis_lost_is_sent_again_in_time(
+    path: Path, machine: Machine, redis: fakeredis.FakeRedis, jump: float
+) -> None:
+    """Recorded while the clock was wrong, which is set right afterwards."""
+    outbox = Outbox(path, repair=True)
+    relay = Relay(outbox, redis, "history", keep_seconds=7 * DAY)
+    _append(outbox)
+    relay.sweep()
+    redis.flushall()
+    machine.set_clock(jump)
+    relay.sweep()
+    assert queue_of(redis).count == 0
+    machine.wait(6)
+    relay.sweep()
+    assert queue_of(redis).count == 1
+    relay.stop()
+
+
+@_jumps
+def test_after_a_restart_of_the_machine_no_check_is_later_than_its_interval(
+    path: Path, machine: Machine, jump: float
+) -> None:
+    """Nothing but the wall clock counts the time without power, and it may be wrong then."""
+    outbox = Outbox(path, repair=True)
+    _append(outbox, 2)
+    first, second = outbox.pending(2)
+    outbox.mark_sent({first.position: 5.0, second.position: 1.1 * LAST_CHECK_SECONDS})
+    outbox.close()
+    machine.restart()
+    machine.set_clock(jump)
+    outbox = Outbox(path, repair=True)
+    machine.wait(5)
+    assert 1 in [entry.sequence for entry in outbox.overdue(5)]
+    machine.wait(1.1 * LAST_CHECK_SECONDS)
+    assert len(outbox.overdue(5)) == 2
+
+
+@pytest.mark.parametrize(
+    ("jump", "passed"), [(-DAY, 0.0), (0.0, HOUR), (400 * DAY, DAY)], ids=["behind", "right", "far ahead"]
+)
+def test_over_a_restart_the_wall_clock_is_believed_forward_and_for_a_day(
+    path: Path, machine: Machine, jump: float, passed: float
+) -> None:
+    """So that a machine without a battery, or with a clock that was set wrongly, drops nothing."""
+    outbox = Outbox(path, repair=True)
+    (accepted,) = _append(outbox)
+    _settle(outbox, accepted)
+    _append(outbox)
+    outbox.close()
+    machine.restart(after=HOUR)
+    machine.set_clock(jump)
+    outbox = Outbox(path, repair=True)
+
+    assert outbox.status().oldest_unsettled_seconds == pytest.approx(passed)
+    assert outbox.prune(keep_seconds=passed + 1) == 0
+    machine.wait(5)
+    assert outbox.status().oldest_unsettled_seconds == pytest.approx(passed + 5)
+
+
+def test_processes_that_open_an_outbox_after_a_restart_agree_on_the_time(path: Path, machine: Machine) -> None:
+    """The clock is set by the network after the first one has begun."""
+    outbox = Outbox(path, repair=True)
+    outbox.close()
+    machine.restart()
+    relaying = Outbox(path, repair=True)
+    machine.set_clock(2 * HOUR)
+    producing = Outbox(path, repair=True)
+    relaying.identity.announce_relay("relay")
+    assert producing.identity.relay_is_alive()
+    machine.wait(9)
+    assert (producing.identity.relay_is_alive(), relaying.identity.relay_is_alive()) == (True, True)
+    machine.wait(2)
+    assert (producing.identity.relay_is_alive(), relaying.identity.relay_is_alive()) == (False, False)
+
+
+def test_the_clock_of_a_file_that_is_at_the_path_now_is_the_one_that_counts(path: Path, machine: Machine) -> None:
+    """Another outbox, made while the clock was wrong, has replaced the one that was open."""
+    outbox = Outbox(path, repair=True)
+    _append(outbox)
+    machine.set_clock(-2 * DAY)
+    with Outbox(path.with_name("other.db"), repair=True) as other:
+        _append(other)
+    machine.set_clock(2 * DAY)
+    path.with_name("other.db").replace(path)
+    outbox.identity.announce_relay("relay")
+    machine.wait(3)
+
+    assert Outbox(path, repair=True).identity.relay_is_alive()
+    assert outbox.identity.relay_is_alive()
+
+
+def test_a_suspended_machine_counts_the_time_that_it_slept(path: Path, machine: Machine) -> None:
+    """The seconds that it has run go on meanwhile."""
+    outbox = Outbox(path, repair=True)
+    _append(outbox)
+    machine.wait(8 * HOUR)
+    assert outbox.status().oldest_unsettled_seconds == pytest.approx(8 * HOUR)
+
+
+def test_the_reading_is_kept_now_and_then_and_not_with_every_write(
+    path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart loses a minute of it at most while entries are written."""
+    monkeypatch.setattr(outbox_clock, "_KEEP_SECONDS", 60.0)
+    monotonic = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic)
+    outbox = Outbox(path, repair=True)
+    kept = []
+    for seconds in (0.0, 30.0, 31.0):
+        monotonic += seconds
+        machine.wait(seconds)
+        _append(outbox)
+        with outbox._file.reading() as db:
+            kept.append(db.execute("SELECT clock_running FROM outbox").fetchone()[0])
+    assert kept == [5000.0, 5000.0, 5061.0]
+
+
+def test_where_the_system_does_not_count_its_runs_each_process_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within it no setting of the clock counts."""
+
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    boots: list[Callable[[], str]] = [outbox_clock.boot_id.__wrapped__ for _ in range(2)]
+    first, second = (boot() for boot in boots)
+    assert first.startswith("process ")
+    assert first != second
+
+
+def test_the_clocks_of_this_machine_are_what_they_are_taken_for() -> None:
+    """Its run has a name, and its seconds go on."""
+    assert len(outbox_clock.boot_id()) > 10
+    assert outbox_clock.boot_id() == outbox_clock.boot_id()
+    before = outbox_clock.running_seconds()
+    assert 0 < before <= outbox_clock.running_seconds()
