@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import sys
 import tempfile
@@ -26,6 +27,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.what == "failover":
         return _failover()
+    logging.getLogger("producers.relay").setLevel(logging.ERROR)  # a line for each of thousands of rejections
     print(f"seed {options.seed}", flush=True)
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))
@@ -42,7 +44,7 @@ def main() -> int:
     print(
         f"{len(storm.controllers.outboxes())} outboxes, {len(storm.controllers.salvaged_files())} damaged and salvaged"
     )
-    for kind, count in storm.programs.failures.items():
+    for kind, count in (+storm.programs.failures).items():
         print(f"{count:6} times a {kind} has ended with an error")
     print(f"at worst {storm.worst_queue_entries} queue entries of one delivery")
     print(f"{len(judged.breaches)} breaches of the promise")
