@@ -144,17 +144,26 @@ class HistoryProducer:
     def settle(self, timeout: float | None = None, *, progress: Callable[[int], None] | None = None) -> int:
         """Wait until everything recorded before this call is stored or rejected; returns how many events are not.
 
-        What is under way is asked for at once, not when it is due. `progress` hears, now and then, how many are left.
+        What is under way is asked for at once, not when it is due. A damaged file that was set aside, and that no relay
+        has salvaged yet, counts as one event. `progress` hears, now and then, how many are left.
         """
         deadline = _deadline(timeout)
         return self._outbox.retried(lambda: self._settle(deadline, progress))
 
     def _settle(self, deadline: float | None, progress: Callable[[int], None] | None) -> int:
-        until, ask_at = self._outbox.last_position(), 0.0
+        until, generation, ask_at = self._outbox.last_position(), self._outbox.generation, 0.0
+
+        def count() -> int:
+            nonlocal until, generation
+            damaged = len(self._outbox.rescue.damaged_files())
+            if damaged or self._outbox.generation != generation:  # what is salvaged gets new positions
+                until = self._outbox.last_position()
+                generation = self._outbox.generation if not damaged else -1
+            return self._outbox.unsettled_count(until=until) or damaged
 
         def is_settled() -> bool:
             nonlocal ask_at
-            left = self._outbox.unsettled_count(until=until)
+            left = count()
             if progress is not None:
                 progress(left)
             if left and time.monotonic() >= ask_at:
@@ -163,7 +172,7 @@ class HistoryProducer:
             return not left
 
         self._wait_for(is_settled, deadline)
-        return self._outbox.unsettled_count(until=until)
+        return count()
 
     def _wait_for(self, condition: Callable[[], bool], deadline: float | None) -> None:
         while not condition():
