@@ -140,13 +140,23 @@ class HistoryProducer:
     def settle(self, timeout: float | None = None, *, progress: Callable[[int], None] | None = None) -> int:
         """Wait until everything recorded before this call is stored or rejected; returns how many events are not.
 
-        What is under way is asked for at once, not when it is due. `progress` hears, now and then, how many are left.
+        What is under way is asked for at once, not when it is due. A damaged file that was set aside, and that no relay
+        has salvaged yet, counts as one event. `progress` hears, now and then, how many are left.
         """
         until, deadline, ask_at = self._outbox.last_position(), _deadline(timeout), 0.0
+        salvaging = False
+
+        def count() -> int:
+            nonlocal until, salvaging
+            if self._outbox.rescue.damaged_files():
+                salvaging = True
+            elif salvaging:  # its entries have positions behind all others now
+                salvaging, until = False, self._outbox.last_position()
+            return self._outbox.unsettled_count(until=until)
 
         def is_settled() -> bool:
             nonlocal ask_at
-            left = self._outbox.unsettled_count(until=until)
+            left = count()
             if progress is not None:
                 progress(left)
             if left and time.monotonic() >= ask_at:
@@ -155,7 +165,7 @@ class HistoryProducer:
             return not left
 
         self._wait_for(is_settled, deadline)
-        return self._outbox.unsettled_count(until=until)
+        return count()
 
     def _wait_for(self, condition: Callable[[], bool], deadline: float | None) -> None:
         while not condition():

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import sys
 import tempfile
@@ -38,6 +39,7 @@ def main() -> int:
         return _failover()
     if options.what == "exits":
         return _exits(options.runs)
+    logging.getLogger("producers.relay").setLevel(logging.ERROR)  # a line for each of thousands of rejections
     print(f"seed {options.seed}", flush=True)
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))
@@ -54,7 +56,7 @@ def main() -> int:
     print(
         f"{len(storm.controllers.outboxes())} outboxes, {len(storm.controllers.salvaged_files())} damaged and salvaged"
     )
-    for kind, count in storm.programs.failures.items():
+    for kind, count in (+storm.programs.failures).items():
         print(f"{count:6} times a {kind} has ended with an error")
     print(f"at worst {storm.worst_queue_entries} queue entries of one delivery")
     print(f"{len(judged.breaches)} breaches of the promise")

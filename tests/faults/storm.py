@@ -234,7 +234,8 @@ def _drain(storm: Storm, redis: Redis) -> None:
     with ExitStack() as stack:
         producers = [stack.enter_context(HistoryProducer(redis, outbox=path)) for path in storm.controllers.outboxes()]
         while time.monotonic() < deadline:
-            left = sum(producer.status().depth for producer in producers) + len(storm.controllers.damaged_files())
+            # What is salvaged between the two looks at the outboxes is in them at the second one.
+            left = _depth(producers) + len(storm.controllers.damaged_files()) or _depth(producers)
             if not left:
                 break
             if left < least:
@@ -242,3 +243,7 @@ def _drain(storm: Storm, redis: Redis) -> None:
             storm.programs.restart_what_ended()
             storm.sample_queue(redis)
             time.sleep(0.2)
+
+
+def _depth(producers: Sequence[HistoryProducer]) -> int:
+    return sum(producer.status().depth for producer in producers)

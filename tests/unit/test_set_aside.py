@@ -110,6 +110,10 @@ def _without_its_own_table(path: Path) -> None:
         outbox.append("bot", [a_snapshot()])
     with closing(sqlite3.connect(path)) as db:
         (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'outbox'").fetchone()
+    _overwrite(path, page)
+
+
+def _overwrite(path: Path, page: int) -> None:
     with open(path, "r+b") as file:
         file.seek((page - 1) * 4096)
         file.write(b"\xff" * 4096)
@@ -122,6 +126,22 @@ def test_a_producer_begins_on_a_damaged_outbox(path: Path, redis: fakeredis.Fake
         producer.flush(5)
         while producer.status().sent < 2:  # what was salvaged as well
             time.sleep(0.01)
+
+
+def test_entries_in_a_damaged_file_are_not_settled(
+    path: Path, redis: fakeredis.FakeRedis, server: fakeredis.FakeServer
+) -> None:
+    """The file is set aside, and the new one is empty at first: that does not mean that all is done."""
+    with Outbox(path) as outbox:
+        outbox.relay_lock().acquire()  # a producer has relayed it once
+        outbox.append("bot", [a_snapshot(after=timedelta(seconds=number)) for number in range(40)])
+    with closing(sqlite3.connect(path)) as db:
+        (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'entries'").fetchone()
+    _overwrite(path, page)
+    server.connected = False
+    with HistoryProducer(redis, outbox=path) as producer:
+        assert producer.settle(0) > 0
+        assert producer.settle(2) == 40
 
 
 def test_a_relay_process_begins_on_a_damaged_outbox(path: Path, redis: fakeredis.FakeRedis) -> None:
