@@ -102,7 +102,7 @@ class _Watched:
                 outbox.close()
             self._log(logging.ERROR, "cannot relay %s, trying again: %s", self._path, error)
             return
-        self._log(logging.INFO, "relaying %s: %d entries are not settled", self._path, unsettled)
+        self._log(logging.INFO, "relaying %s, entries not settled: %d", self._path, unsettled)
         self._outbox, self._relay = outbox, relay
         relay.start()
 

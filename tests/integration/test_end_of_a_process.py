@@ -96,6 +96,9 @@ import multiprocessing, os, sys, time
 from datetime import timedelta
 from pathlib import Path
 
+if sys.argv[2] == "process":  # imported here or only in the child
+    import producers.trading_controller
+
 def record(number):
     from producers.trading_controller import create_daily_portfolio_snapshot
     from tests.factories import INSTANT
