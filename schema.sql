@@ -69,7 +69,7 @@ COMMENT ON COLUMN portfolio_history.id IS 'Grows, with gaps.';
 COMMENT ON COLUMN portfolio_history.event_id IS
     'UUIDv5 of event type, portfolio and the instant in microseconds: the same fact has the same id.';
 COMMENT ON COLUMN portfolio_history.source IS
-    'Who recorded it: <name>/<outbox id>, import/<file>/<digest>, or direct for an insert without the queue.';
+    'Who recorded it: <name>/<source id>, import/<file>/<digest>, or direct for an insert without the queue.';
 COMMENT ON COLUMN portfolio_history.sequence IS 'Number of the event in its source, from which gaps are found.';
 COMMENT ON COLUMN portfolio_history.portfolio_id IS 'The controller''s number of the portfolio; null when it has only one.';
 COMMENT ON COLUMN portfolio_history.snapshot_date IS 'Local date of the snapshot in the offset that it was recorded with.';
@@ -122,7 +122,7 @@ COMMENT ON COLUMN signal_archives.id IS 'Grows, with gaps.';
 COMMENT ON COLUMN signal_archives.event_id IS
     'UUIDv5 of event type, portfolio and the instant in microseconds: the same fact has the same id.';
 COMMENT ON COLUMN signal_archives.source IS
-    'Who recorded it: <name>/<outbox id>, import/<file>/<digest>, or direct for an insert without the queue.';
+    'Who recorded it: <name>/<source id>, import/<file>/<digest>, or direct for an insert without the queue.';
 COMMENT ON COLUMN signal_archives.sequence IS 'Number of the event in its source, from which gaps are found.';
 COMMENT ON COLUMN signal_archives.portfolio_id IS 'The controller''s number of the portfolio; null when it has only one.';
 COMMENT ON COLUMN signal_archives.archived_at IS 'The instant of archiving.';
@@ -191,7 +191,7 @@ CREATE INDEX IF NOT EXISTS event_outcomes_rejected
 -- The version grows with each change that programs rely on: workers wait while the database has an older one.
 COMMENT ON TABLE event_outcomes IS
     'Deliveries that did not become a row of their own, written in the transaction that decided it (schema version 2).';
-COMMENT ON COLUMN event_outcomes.job_id IS 'The RQ job: <outbox id>-<sequence>.';
+COMMENT ON COLUMN event_outcomes.job_id IS 'The RQ job: <source id>-<sequence>-<nonce>; without a nonce for imports and old releases.';
 COMMENT ON COLUMN event_outcomes.source IS 'As in the history tables; null when the event did not tell.';
 COMMENT ON COLUMN event_outcomes.sequence IS 'As in the history tables; null when the event did not tell.';
 COMMENT ON COLUMN event_outcomes.event_id IS 'As in the history tables; null when the event did not tell.';

@@ -22,7 +22,7 @@ from consumers.store.listings import KNOWN_PORTFOLIOS
 from consumers.store.row_counts import quick_counts
 from consumers.store.waits import DatabaseWaits
 from producers.errors import OutboxError
-from producers.lateness import oldest_unsettled_seconds
+from producers.lateness import oldest_unacknowledged_seconds
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key
 from producers.settings import TransportSettings
@@ -155,7 +155,7 @@ def outbox_facts(settings: TransportSettings) -> dict[str, Any] | None:
         raise OutboxError(f"outbox {path}: {error.strerror or error}") from error
     with Outbox(path) as outbox, nullcontext() if settings.redis_url is None else settings.redis() as redis:
         status = outbox.status()
-        oldest = oldest_unsettled_seconds(outbox, redis)
+        oldest = oldest_unacknowledged_seconds(outbox, redis)
     return {
         "pending": status.pending,
         "sent": status.sent,

@@ -175,6 +175,10 @@ class HistoryProducer:
             with self._relay.settled:
                 self._relay.settled.wait(_POLL_SECONDS)
 
+    def damaged_files(self) -> list[Path]:
+        """Damaged files of the outbox that were set aside, and not salvaged yet."""
+        return self._outbox.rescue.damaged_files()
+
     def status(self) -> OutboxStatus:
         return self._outbox.status()
 

@@ -1,4 +1,4 @@
-"""How long events have been waited for, not counting those whose acknowledgement already waits in Redis."""
+"""The age of the oldest entry that no worker has acknowledged."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from producers.rq_jobs import unanswered
 
 _PAGE = 1000
 _MOST_PAGES = 20  # as many entries as a relay has under way at most
-_SOON_SECONDS = 30.0  # nobody calls an entry late before that
+_SOON_SECONDS = 30.0  # younger entries are not looked up in Redis
 _ANSWER_SECONDS = 1.0  # of Redis, in all: readers of the outbox do not wait for it
 
 
-def oldest_unsettled_seconds(outbox: Outbox, redis: Redis | None) -> float | None:
+def oldest_unacknowledged_seconds(outbox: Outbox, redis: Redis | None) -> float | None:
     """The age in seconds of the oldest entry that is neither settled nor acknowledged; None when there is none.
 
     A controller that has ended does not take its acknowledgements: its events are stored all the same. Without Redis,

@@ -156,6 +156,8 @@ class Relay:
         except RelayRefused:
             self._stand_back()
             raise
+        if identity.redis is None and self._process_name is None:  # a new file, in the place of another one
+            self._outbox.set_destination(*self._destination)
         process_lives = identity.relay is not None and self._outbox.identity.relay_is_alive()
         turn = self._turn_of_producer if self._process_name is None else self._turn_of_process
         if not turn(identity, process_lives):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,13 +32,13 @@ _CHECK_SECONDS = 5.0
 @outbox_app.command("status")
 def outbox_status(as_json: AsJson = False) -> None:
     """Show how many events are pending, sent, stored and rejected, and whether the file is sound."""
-    from producers.lateness import oldest_unsettled_seconds
+    from producers.lateness import oldest_unacknowledged_seconds
     from producers.outbox import Outbox
 
     path, settings = _existing_outbox()
     no_redis = settings.redis_url is None
     with Outbox(path) as outbox, nullcontext() if no_redis else settings.redis() as redis:
-        facts = _facts(outbox.path, outbox.status(), oldest_unsettled_seconds(outbox, redis))
+        facts = _facts(outbox.path, outbox.status(), oldest_unacknowledged_seconds(outbox, redis))
         fault = outbox.quick_check(_CHECK_SECONDS)
         facts["check"] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}.get(fault, fault)
         facts["damaged_files"] = [str(file) for file in outbox.rescue.damaged_files()]
@@ -50,14 +50,15 @@ def outbox_status(as_json: AsJson = False) -> None:
 def outbox_flush(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait.")] = 60.0, as_json: AsJson = False
 ) -> None:
-    """Wait until every event that is in the outbox now is stored or rejected; exit status 1 if one is not."""
+    """Wait until every event in the outbox is stored or rejected; exit status 1 if one is not."""
     path, _ = _existing_outbox()
     with _producer(path) as producer:
         waiting = producer.status().depth
         with progress_bar() as progress:
             left = producer.settle(timeout, progress=lambda left: progress(max(waiting - left, 0), waiting))
         status = producer.status()
-        reason = _waits_for() if left else None
+        damaged = producer.damaged_files()
+        reason = _waits_for(damaged) if left else None
         producer.close(timeout=0)
     facts = _facts(path, status, status.oldest_unsettled_seconds)
     if as_json:
@@ -68,16 +69,20 @@ def outbox_flush(
         print(f"{found} {reason}", file=sys.stderr)
     elif status.depth:
         print(
-            f"Every event that was in {path} is stored or rejected; {status.depth} recorded since then are not yet."
-            " End its controllers and run this again before you delete it."
+            f"Every event that was in {path} is stored or rejected, but not {status.depth} recorded since then."
+            " Stop its controllers and run this again before you delete it.",
+            file=sys.stderr,
         )
     else:
         print(f"Every event in {path} is stored or rejected. Once no process uses the file, it may be deleted.")
-    raise typer.Exit(1 if left else 0)
+    raise typer.Exit(1 if left or status.depth else 0)
 
 
-def _waits_for() -> str:
-    """Why entries are pending or sent, as far as Redis can tell, and what to do."""
+def _waits_for(damaged: Sequence[Path]) -> str:
+    """Why entries are pending or sent, as far as can be seen from here, and what to do."""
+    if damaged:
+        files = ", ".join(map(str, damaged))
+        return f"Not salvaged yet: {files}. Start the controller or trading-history relay, which do that."
     from redis import RedisError
     from rq import Queue
     from rq.worker_registration import WORKERS_BY_QUEUE_KEY
@@ -89,7 +94,8 @@ def _waits_for() -> str:
             keys: Any = redis.smembers(WORKERS_BY_QUEUE_KEY % settings.queue)
             states = {redis.hget(key, "state") for key in keys}
     except RedisError as error:
-        return f"Redis cannot be reached ({type(error).__name__}). They are safe here; run this again when it is back."
+        reason = type(error).__name__
+        return f"Redis cannot be reached ({reason}). The events are safe in the outbox; run this again when it is back."
     waits = f"Queue {settings.queue} has {_counted(jobs, 'waiting job')}"
     if not keys:
         return f"{waits} and no worker. Start one: trading-history worker"

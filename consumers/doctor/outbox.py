@@ -15,7 +15,7 @@ from redis import Redis
 from consumers.doctor.checks import Check, duration, looked, size
 from consumers.doctor.file_systems import in_container, mount_of, mounts_text
 from consumers.doctor.masking import Mask
-from producers.lateness import oldest_unsettled_seconds
+from producers.lateness import oldest_unacknowledged_seconds
 from producers.outbox import MAX_BYTES, Outbox
 from producers.outbox_rescue import ranges_text
 from producers.outcomes import shown
@@ -52,7 +52,7 @@ def contents(settings: TransportSettings) -> Iterator[Check]:
     """How much waits and for how long, what was rejected, how full it is. Raises OutboxError."""
     with Outbox(settings.outbox) as outbox, _redis_of(settings) as redis:
         status, used = outbox.status(), outbox.used_bytes()
-        age = oldest_unsettled_seconds(outbox, redis)
+        age = oldest_unacknowledged_seconds(outbox, redis)
         forsaken = age is not None and age > _OLD_SECONDS and _nobody_relays(outbox)
     found = f"{status.pending} pending, {status.sent} sent" + (
         "" if age is None else f", the oldest {duration(age)} old"
@@ -86,7 +86,7 @@ def soundness(path: Path) -> Iterator[Check]:
         waiting, done = outbox.rescue.damaged_files(), outbox.rescue.salvaged_files()
         losses = outbox.rescue.losses()
     if fault not in (None, "unfinished"):
-        advice = "the next call of a producer sets the file aside and goes on in a new one: look at the disk"
+        advice = "check the disk, then restart the controller or relay: it sets the file aside and salvages it"
         yield Check(name, "fail", f"damaged: {fault}", advice)
     elif waiting:
         found = f"set aside as damaged, not salvaged yet: {', '.join(map(str, waiting))}"
@@ -118,7 +118,8 @@ def copies(settings: TransportSettings) -> Iterator[Check]:
     if left:
         yield Check(name, "warn", f"copied or restored: it has left {', '.join(left)} to another copy", advice)
     else:
-        yield Check(name, "ok", "none has been noticed" if redis_is_set else "none has been noticed, without Redis")
+        unasked = "" if redis_is_set else " (Redis was not asked: REDIS_URL is not set)"
+        yield Check(name, "ok", f"no other copy found{unasked}")
 
 
 def _redis_of(settings: TransportSettings) -> AbstractContextManager[Redis | None]:

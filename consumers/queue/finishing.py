@@ -14,7 +14,7 @@ from rq.worker import BaseWorker
 from consumers.errors import RefusedJob, described
 from consumers.metrics import COUNTS
 from consumers.queue.calls import ReservedJob, Run
-from consumers.queue.harmed_keys import Kind, is_of_the_work, is_redis_trouble, is_wrong_type, put_aside
+from consumers.queue.harmed_keys import Kind, is_caused_by_job, is_redis_trouble, is_wrong_type, put_aside
 from consumers.queue.reservations import Reservations
 from consumers.queue.rq_failures import RqFailures
 from consumers.queue.rq_jobs import RqJobs
@@ -74,7 +74,7 @@ class Finishing:
                 self._worker.increment_failed_job_count(pipe)
                 pipe.execute()
         except BaseException as error:
-            if not is_of_the_work(error):
+            if not is_caused_by_job(error):
                 raise
             self._end_by_id(end, error)
         COUNTS.gave_up(end.event_type)
@@ -155,7 +155,7 @@ class Finishing:
                 acknowledge(pipe, [end])
                 pipe.execute()
         except BaseException as error:
-            if not is_of_the_work(error):
+            if not is_caused_by_job(error):
                 raise
             without_defects(partial(logger.error, "job %s cannot be acknowledged: %s", end.job_id, described(error)))
 

@@ -43,8 +43,8 @@ def is_redis_trouble(error: BaseException) -> bool:
     return isinstance(error, RedisError) and not isinstance(error, DataError) and not is_wrong_type(error)
 
 
-def is_of_the_work(error: BaseException) -> bool:
-    """Neither Redis nor the database is the trouble, nor do the settings lack something, nor is this to stop."""
+def is_caused_by_job(error: BaseException) -> bool:
+    """Whether processing a job raised `error`, and not an outage of a server, a missing setting or Ctrl-C."""
     if isinstance(error, RedisError):
         return not is_redis_trouble(error) and not is_wrong_type(error)
     return not isinstance(error, StoreUnavailable | SettingsError | KeyboardInterrupt)

@@ -26,7 +26,7 @@ from consumers.errors import PoisonEvent, StoreUnavailable, described
 from consumers.queue.calls import ReservedJob, text_in
 from consumers.queue.crew import Crew, is_away
 from consumers.queue.finishing import Finishing
-from consumers.queue.harmed_keys import is_of_the_work, is_wrong_type
+from consumers.queue.harmed_keys import is_caused_by_job, is_wrong_type
 from consumers.queue.reservations import POISON_DEATHS, Reservations
 from consumers.queue.rq_jobs import RqJobs
 from consumers.settling import (
@@ -157,7 +157,7 @@ class Lane(threading.Thread):
         try:
             self._process(reserved, started_at)
         except BaseException as error:
-            if not is_of_the_work(error):
+            if not is_caused_by_job(error):
                 raise
             if len(reserved) == 1:
                 self._count_defect(unsettled(self._unread(reserved[0]), error), reserved[0], started_at)
@@ -200,7 +200,7 @@ class Lane(threading.Thread):
     def _postpone(self, end: Unsettled) -> None:
         count = self.reservations.postpone(end.job_id)
         logger.warning(
-            "job %s cannot be stored now, alone, and goes to the tail, for the %d. time: %s",
+            "job %s timed out alone (attempt %d) and was moved to the tail of the queue: %s",
             end.job_id, count, end.error, extra=log_fields(end),
         )  # fmt: skip
 
@@ -225,7 +225,7 @@ class Lane(threading.Thread):
             try:
                 deliveries.append(self._delivery(job))
             except BaseException as error:
-                if not is_of_the_work(error):
+                if not is_caused_by_job(error):
                     raise
                 broken.append(unsettled(self._unread(job), error))
                 continue
@@ -256,7 +256,7 @@ class Lane(threading.Thread):
         try:
             delivery = self._jobs.delivery(job)
         except BaseException as error:
-            if not is_of_the_work(error):
+            if not is_caused_by_job(error):
                 raise
             delivery = self._unread(job)
         for (end,) in settle([delivery._replace(refusal=refusal)]):
