@@ -126,7 +126,7 @@ def test_with_redis_away_it_says_so(redis: Redis, tmp_path: Path, mode: str) -> 
     assert flushed.returncode == 1
     last = flushed.stderr.splitlines()[-1]
     assert last.startswith("1 event not settled: 1 pending, 0 sent. Redis cannot be reached (")
-    assert last.endswith("). They are safe here; run this again when it is back.")
+    assert last.endswith("). The events are safe in the outbox; run this again when it is back.")
     assert took < 12
 
 
@@ -149,7 +149,7 @@ def test_with_workers_that_wait_for_the_database_it_says_so(
 def test_what_a_controller_records_meanwhile_is_not_waited_for(
     redis: Redis, database_url: str, outbox: Path, tmp_path: Path
 ) -> None:
-    """But the file may not be deleted then, and that is said."""
+    """But the file may not be deleted then: the exit status and a line say so."""
     stop = threading.Event()
 
     def record(producer: HistoryProducer) -> None:
@@ -165,9 +165,9 @@ def test_what_a_controller_records_meanwhile_is_not_waited_for(
         stop.set()
         recording.join()
         producer.settle(40)
-    assert (flushed.returncode, flushed.stderr) == (0, "")
-    assert flushed.stdout.startswith(f"Every event that was in {outbox} is stored or rejected; ")
-    assert flushed.stdout.endswith("not yet. End its controllers and run this again before you delete it.\n")
+    assert (flushed.returncode, flushed.stdout) == (1, "")
+    assert flushed.stderr.startswith(f"Every event that was in {outbox} is stored or rejected, but not ")
+    assert flushed.stderr.endswith(" since then. Stop its controllers and run this again before you delete it.\n")
 
 
 def test_another_redis_than_the_outboxs_is_refused(redis: Redis, outbox: Path) -> None:
