@@ -30,8 +30,8 @@ def main() -> int:
     if options.what == "failover":
         return _failover()
     if options.what == "exits":
-        with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
-            return print_exits(Path(folder), options.runs)
+        with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as home:
+            return print_exits(Path(home), options.runs)
     print(f"seed {options.seed}", flush=True)
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))

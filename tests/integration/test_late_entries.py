@@ -8,6 +8,7 @@ import re
 import subprocess
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -35,7 +36,7 @@ def _controller(redis: Redis, outbox: Path, *, stored: int, queued: int) -> None
         producer.record_many([a_snapshot(after=timedelta(seconds=number)) for number in range(stored + queued)])
         assert producer.flush(20) == 0
         producer.close(timeout=0)
-    waiting = [redis.rpop("rq:queue:history") for _ in range(queued)]
+    waiting: list[Any] = [redis.rpop("rq:queue:history") for _ in range(queued)]
     burst(redis)
     if waiting:
         redis.rpush("rq:queue:history", *waiting)
