@@ -56,6 +56,8 @@ class OutboxFile:
     ) -> None:
         # A program may change its working folder, and the outbox must not change with it.
         self.path = path.absolute()
+        # Where SQLite has the file, and its own files beside it, when the path is a symbolic link; as of its opening.
+        self.real_path = Path(os.path.realpath(self.path))
         self.lock = threading.Lock()
         self.generation = 0  # how often another file was found at the path
         self._max_bytes = max_bytes
@@ -68,11 +70,6 @@ class OutboxFile:
         # What files that are gone still held and is not in the next one yet, each locked while this process lives.
         self._taken_out: dict[Path, int] = {}
         close_before_fork(self)
-
-    @property
-    def real_path(self) -> Path:
-        """Where SQLite has the file, and its own files beside it, when the path is a symbolic link."""
-        return Path(os.path.realpath(self.path))
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -186,8 +183,10 @@ class OutboxFile:
 
     def _is_at_path(self) -> bool:
         """Whether the path leads to the file that is open, and its log is still beside it."""
+        if _identity_of(self.path) != self._identity:
+            return False
         log = self._beside[0] if self._beside else None
-        return _identity_of(self.path) == self._identity and log in (None, _identity_of(self._companion("-wal")))
+        return log is None or log == _identity_of(self._log)
 
     def _connection(self, *, durable: bool) -> sqlite3.Connection:
         """FULL waits for the disk at each commit, NORMAL leaves that to the next one that does."""
@@ -280,6 +279,7 @@ class OutboxFile:
         raise OutboxError(f"outbox {self.path}: is replaced again and again while it is opened")
 
     def _note_beside(self) -> None:
+        self._log = self._companion("-wal")
         self._beside = [_identity_of(file) for file in self._files_beside()]
         self._note_files()
 
@@ -352,6 +352,7 @@ class OutboxFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _connected(self, mode: str) -> sqlite3.Connection:
+        self.real_path = Path(os.path.realpath(self.path))
         self._make_file()
         self._leave_foreign_log()
         connection = sqlite3.connect(
@@ -394,11 +395,12 @@ def _is_damage(error: sqlite3.Error) -> bool:
 
 def _identity_of(path: Path) -> tuple[int, int] | None:
     """Device and number of the file that the path leads to; None when there is none."""
-    with _os_errors(path):
-        try:
-            found = path.stat()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise OutboxError(f"outbox {path}: {error.strerror or error}") from error
     return found.st_dev, found.st_ino
 
 
