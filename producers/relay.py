@@ -137,11 +137,11 @@ class Relay:
     def _sweep(self) -> bool:
         if not self._may_relay():
             return False
+        salvaged = self._salvage()  # first: it does not need Redis
         settled = self._take_acknowledgements()
         self._guard.check()
         sent = self._send_pending()
         resent = self._look_after_overdue()
-        salvaged = self._salvage()
         self._prune()
         return bool(settled or sent or resent or salvaged)
 
