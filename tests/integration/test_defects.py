@@ -193,6 +193,10 @@ def test_whatever_the_exception_is(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, exception: str
 ) -> None:
     """Also one that ends a thread, a generator or a process elsewhere, and one that cannot be told."""
+    # pytest sends what was logged from process to process, which half a pair cannot go through.
+    monkeypatch.setattr(logging.getLogger("rq"), "disabled", True)
+    for name in ("consumers.queue.lane", "rq.worker", "rq.worker.history"):
+        monkeypatch.setattr(logging.getLogger(name), "disabled", True)
     _decoding(monkeypatch, EXCEPTIONS[exception])
     good, (poisoned,) = _record(producer, 1, good=1)
     with _seconds(30):
