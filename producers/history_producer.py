@@ -22,7 +22,7 @@ from producers.entries import Accepted, OutboxStatus, State
 from producers.errors import EventRejected, InvalidEvent, ProducerClosed, SettingsError
 from producers.events import Payload, PortfolioSnapshot, SignalArchive, SourceName
 from producers.fields import type_name
-from producers.outbox import Outbox
+from producers.outbox import Outbox, Position
 from producers.redis_url import place_of
 from producers.relay import STOP_SECONDS, Relay
 from producers.settings import TransportSettings
@@ -97,6 +97,7 @@ class HistoryProducer:
         self._outbox = Outbox(settings.outbox if outbox is None else outbox, repair=True)
         self._outbox.set_destination(place_of(self._redis), self._queue)
         self._recorder = _new_recorder()
+        self._inherited = self._recorded = False
         self._keep_seconds = settings.outbox_keep_seconds
         self._relay = self._new_relay()
         self._relay.start()
@@ -121,6 +122,7 @@ class HistoryProducer:
             if not isinstance(payload, (PortfolioSnapshot, SignalArchive)):
                 raise InvalidEvent(f"event: must be a PortfolioSnapshot or SignalArchive, not {type_name(payload)}")
         accepted = self._outbox.append(self._name, payloads, self._recorder)
+        self._recorded = True
         self._run_relay()
         return [Receipt(one.event_id, one.source, one.sequence, one, self) for one in accepted]
 
@@ -133,9 +135,9 @@ class HistoryProducer:
 
         Returns how many of these events it has not. They are safe in the outbox.
         """
-        until = self._outbox.last_position()
-        self._wait_for(lambda: not self._outbox.pending_count(until), _deadline(timeout))
-        return self._outbox.pending_count(until)
+        left = self._counter(self._outbox.pending_count)
+        self._wait_for(lambda: not left(), _deadline(timeout))
+        return left()
 
     def settle(self, timeout: float | None = None, *, progress: Callable[[int], None] | None = None) -> int:
         """Wait until everything recorded before this call is stored or rejected; returns how many events are not.
@@ -143,16 +145,8 @@ class HistoryProducer:
         What is under way is asked for at once, not when it is due. A damaged file that was set aside, and that no relay
         has salvaged yet, counts as one event. `progress` hears, now and then, how many are left.
         """
-        until, deadline, ask_at = self._outbox.last_position(), _deadline(timeout), 0.0
-        salvaging = False
-
-        def count() -> int:
-            nonlocal until, salvaging
-            if self._outbox.rescue.damaged_files():
-                salvaging = True
-            elif salvaging:  # its entries have positions behind all others now
-                salvaging, until = False, self._outbox.last_position()
-            return self._outbox.unsettled_count(until=until)
+        ask_at = 0.0
+        count = self._counter(lambda until: self._outbox.unsettled_count(until=until))
 
         def is_settled() -> bool:
             nonlocal ask_at
@@ -160,12 +154,26 @@ class HistoryProducer:
             if progress is not None:
                 progress(left)
             if left and time.monotonic() >= ask_at:
-                self._outbox.check_now(until)
+                self._outbox.check_now(self._outbox.last_position())
                 ask_at = time.monotonic() + _ASK_SECONDS
             return not left
 
-        self._wait_for(is_settled, deadline)
+        self._wait_for(is_settled, _deadline(timeout))
         return count()
+
+    def _counter(self, count: Callable[[Position], int]) -> Callable[[], int]:
+        """What `count` says of the entries that are there now, those in damaged files that were set aside included."""
+        until, salvaging = self._outbox.last_position(), False
+
+        def counted() -> int:
+            nonlocal until, salvaging
+            if self._outbox.rescue.damaged_files():
+                salvaging = True
+            elif salvaging:  # their entries have positions behind all others now
+                salvaging, until = False, self._outbox.last_position()
+            return count(until)
+
+        return counted
 
     def _wait_for(self, condition: Callable[[], bool], deadline: float | None) -> None:
         while not condition():
@@ -223,6 +231,8 @@ class HistoryProducer:
             self._stop()
 
     def _finish(self, deadline: float | None) -> None:
+        if self._inherited and not self._recorded:  # a child that has recorded nothing: its parent goes on
+            return
         with self._outbox.repaired():
             if self._outbox.identity.relay_is_alive():
                 return
@@ -272,6 +282,7 @@ class HistoryProducer:
     def _after_fork(self) -> None:
         self._starting = threading.Lock()
         self._recorder = _new_recorder()
+        self._inherited, self._recorded = True, False
         self._relay = self._new_relay()
 
 

@@ -103,8 +103,11 @@ class Salvage:
     def summary(self) -> str:
         """For the log and for a person."""
         lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in self.unread.items())
-        told = f" Not found there; lost, unless the database has them (trading-history audit): {lost}" if lost else ""
-        return f"salvaged {self.entries} entries from {self.file}.{told}"
+        told = f" Sequence numbers that were not found: {lost}." if lost else ""
+        return (
+            f"salvaged {self.entries} entries from {self.file}.{told} Run trading-history audit: numbers that were not"
+            " found, or are before the first one found, are lost unless the database has them"
+        )
 
 
 class Rescue:

@@ -41,7 +41,7 @@ class Outcome:
         kind, colon, detail = text.partition(":")
         if kind == "rejected" and colon:
             return cls("rejected", reason=detail)
-        if kind in ("stored", "duplicate") and int(detail) < _END_OF_NUMBERS:
+        if kind in ("stored", "duplicate") and detail.isdecimal() and int(detail) < _END_OF_NUMBERS:
             return cls(cast("Kind", kind), row_id=int(detail))
         raise ValueError(f"not an acknowledgement: {text[:60]!r}")
 

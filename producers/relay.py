@@ -18,13 +18,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from redis import Redis, RedisError, WatchError
+from redis.exceptions import ResponseError
 from rq import Queue
 from rq.serializers import JSONSerializer
 
 from producers.backoff import backoff_seconds
 from producers.copies import CopyGuard
 from producers.entries import Entry, EntryHead, source_of
-from producers.errors import HistoryError, OutboxDamaged, RelayRefused
+from producers.errors import HistoryError, OutboxDamaged, OutboxError, RelayRefused
 from producers.outbox import LAST_CHECK_SECONDS, Outbox
 from producers.outbox_identity import RELAY_ALIVE_SECONDS, Identity
 from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Acknowledgement, read_acknowledgements, shown
@@ -52,6 +53,7 @@ _REJECTED_SECONDS = 5.0
 STOP_SECONDS = 0.5
 _ASK_TIME_SECONDS = 60.0
 _HEARTBEAT_SECONDS = 2.0
+_SALVAGE_PAUSE_SECONDS = 10.0
 _STANDS_BY_SECONDS = 1.0
 _CHECK_FILE_SECONDS = 0.2  # for about 100 MB; calls to `record` wait meanwhile
 # An acknowledgement of an entry that was settled before: another copy of the outbox may still wait for it.
@@ -86,6 +88,8 @@ class Relay:
         self._relaying = False
         self._generation = outbox.generation
         self._salvaging: Iterator[None] | None = None
+        self._salvage_at = 0.0
+        self._failing_since: float | None = None
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -187,6 +191,11 @@ class Relay:
         return True
 
     def _turn_of_process(self, identity: Identity, process_lives: bool) -> bool:
+        if self._failing_since is not None and time.monotonic() - self._failing_since > RELAY_ALIVE_SECONDS:
+            # Producers may reach Redis where this process cannot: it leaves relaying to them until it can.
+            self._stand_back()
+            self._redis.ping()
+            self._failing_since = None
         # One that has relayed and finds another process announced was stopped meanwhile. One that has not waits for
         # the other's lock, which is free as soon as that has ended.
         if process_lives and identity.relay != self._process_name and (self._relaying or not self._take_lock()):
@@ -248,10 +257,18 @@ class Relay:
         """Carry over a little from a damaged file that was set aside; whether there is more."""
         if self._salvaging is None:
             self._salvaging = self._salvage_all()
+        if time.monotonic() < self._salvage_at:
+            return False
         try:
             next(self._salvaging)
         except StopIteration:
             self._salvaging = iter(())
+            return False
+        except OutboxDamaged:
+            raise
+        except (OutboxError, OSError) as error:  # it is begun again, and does not hold up what is sound
+            logger.warning("cannot salvage a damaged file of %s now, trying again: %s", self._outbox.path, error)
+            self._salvaging, self._salvage_at = None, time.monotonic() + _SALVAGE_PAUSE_SECONDS
             return False
         return True
 
@@ -282,6 +299,8 @@ class Relay:
     def _back_off(self, error: Exception) -> float:
         """Say what is wrong, once; returns the seconds to pause, which new entries do not shorten."""
         self._failures += 1
+        if self._failing_since is None:
+            self._failing_since = time.monotonic()
         if self._failures == 1:
             logger.warning(
                 "cannot relay %s: %s; events stay in the outbox, trying again",
@@ -294,7 +313,7 @@ class Relay:
     def _recovered(self) -> None:
         if self._failures:
             logger.warning("relaying %s again after %d failed tries", self._outbox.path, self._failures)
-            self._failures = 0
+            self._failures, self._failing_since = 0, None
 
     def _take_acknowledgements(self) -> int:
         sources = self._outbox.awaiting("sent")
@@ -311,7 +330,17 @@ class Relay:
     def _take_from(self, source_id: str, source: str, resends: int) -> int:
         taken, cursor, key = 0, 0, acknowledgement_key(source)
         while True:
-            cursor, page = self._redis.hscan(key, cursor, count=2 * _BATCH_ENTRIES)
+            try:
+                cursor, page = self._redis.hscan(key, cursor, count=2 * _BATCH_ENTRIES)
+            except ResponseError as error:
+                if not str(error).startswith("WRONGTYPE"):
+                    raise
+                # Workers do the same, but may have nothing to acknowledge there any more.
+                self._redis.rename(key, f"{key}:harmed")
+                logger.error(
+                    "%s is no hash: moved to %s:harmed. Entries without acknowledgement are sent again", key, key
+                )
+                return taken
             if page:
                 fields: dict[Any, Any] = dict(page)  # type: ignore[arg-type]  # RESP2 and RESP3 answer a dict
                 taken += self._settle(source_id, source, resends, fields)

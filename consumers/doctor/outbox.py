@@ -92,7 +92,8 @@ def soundness(path: Path) -> Iterator[Check]:
         found = f"set aside as damaged, not salvaged yet: {', '.join(map(str, waiting))}"
         yield Check(name, "fail", found, "start the controller or trading-history relay, which carry over its entries")
     elif done:
-        lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in losses.items()) or "none"
+        lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in losses.items())
+        lost = lost or "none after the first that was found"
         found = f"salvaged after damage: {', '.join(map(str, done))}. Numbers that could not be read: {lost}"
         yield Check(name, "warn", found, "run trading-history audit, look at the disk, then delete the salvaged file")
     else:

@@ -63,6 +63,8 @@ _TEXT = b"17 - stored:1"
         (f"{SOURCE_ID}-{'9' * 25}".encode(), _TEXT),
         (b"9" * 5000, _TEXT),
         (_FIELD, b"stored:1"),
+        (_FIELD, b"17 - stored:-1"),
+        (_FIELD, b"17 - stored:-" + b"9" * 25),
         (_FIELD, b"- - stored:1"),
         (_FIELD, b"9" * 25 + b" - stored:1"),
         (_FIELD, b"9" * 5000 + b" - stored:1"),

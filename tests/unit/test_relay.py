@@ -771,3 +771,41 @@ def test_intervals_between_looks_grow_to_five_minutes() -> None:
     intervals = [relay_module._check_interval(checks) for checks in range(12)]
     expected = [5, 10, 20, 40, 80, 160, 300, 300, 300, 300, 300, 300]
     assert all(0.9 * wanted <= got <= 1.1 * wanted for got, wanted in zip(intervals, expected, strict=True))
+
+
+def test_acknowledgements_in_a_key_of_another_type_are_moved_away(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
+) -> None:
+    """Nothing would be sent any more otherwise: acknowledgements come first in each sweep."""
+    (first,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    redis.set(acknowledgement_key(first.source), "x")
+    outbox.append(NAME, [a_snapshot(after=timedelta(1))])
+    relay.sweep()
+
+    assert (outbox.status().pending, outbox.status().sent) == (0, 2)
+    assert redis.get(f"{acknowledgement_key(first.source)}:harmed") == b"x"
+
+
+def test_a_relay_process_that_cannot_reach_redis_leaves_relaying_to_others(
+    outbox: Outbox, redis: fakeredis.FakeRedis, server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its password is wrong, say: it gives no heartbeat until it can relay."""
+    clock = [1000.0]
+    monkeypatch.setattr(relay_module.time, "monotonic", lambda: clock[0])
+    process = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS, process_name="relay")
+    outbox.append(NAME, [a_snapshot()])
+    server.connected = False
+    for moment in (0.0, 5.0, 11.0, 12.0):
+        clock[0] = 1000.0 + moment
+        with pytest.raises(RedisConnectionError):
+            process.sweep()
+        process._back_off(RedisConnectionError("away"))
+        assert outbox.identity.relay_is_alive() == (moment < 11.0)
+    server.connected = True
+    producer = Relay(Outbox(outbox.path), redis, "history", keep_seconds=KEEP_SECONDS)
+    assert producer.sweep()
+    producer.stop()
+    process.sweep()
+    assert outbox.identity.relay_is_alive()
+    process.stop()
