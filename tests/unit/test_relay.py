@@ -792,7 +792,7 @@ def test_a_relay_process_that_cannot_reach_redis_leaves_relaying_to_others(
 ) -> None:
     """Its password is wrong, say: it gives no heartbeat until it can relay."""
     clock = [1000.0]
-    monkeypatch.setattr(relay_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("producers.relay.time.monotonic", lambda: clock[0])
     process = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS, process_name="relay")
     outbox.append(NAME, [a_snapshot()])
     server.connected = False
