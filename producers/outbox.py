@@ -25,7 +25,7 @@ from producers.entries import Accepted, Entry, EntryHead, Fate, Numbered, Outbox
 from producers.errors import OutboxDamaged, OutboxError
 from producers.events import Payload, encode, event_of
 from producers.outbox_clock import OutboxClock
-from producers.outbox_file import OutboxFile
+from producers.outbox_file import LOCK, OutboxFile
 from producers.outbox_identity import OutboxIdentity
 from producers.outbox_rescue import Rescue, carry_over, copy_out
 from producers.outbox_schema import ensure_tables
@@ -178,6 +178,7 @@ class Outbox:
             prepare=lambda db: ensure_tables(db, self.path),
             copy_out=copy_out,
             carry_over=carry_over,
+            repair=repair,
         )
         self.path = self._file.path
         self._repair = repair
@@ -443,7 +444,7 @@ class Outbox:
 
     def _lock_path(self) -> Path:
         # Of the file itself: two paths that lead to it have one lock.
-        return self._file.real_path.with_name(self._file.real_path.name + "-relay")
+        return self._file.real_path.with_name(self._file.real_path.name + LOCK)
 
     def sources(self) -> list[Source]:
         with self._file.reading() as db:

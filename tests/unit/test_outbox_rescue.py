@@ -20,6 +20,7 @@ import pytest
 from producers import outbox_rescue
 from producers.entries import Accepted, EntryHead
 from producers.errors import OutboxDamaged, OutboxError
+from producers.events import event_of
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox, Position
 from producers.outbox_rescue import ranges_text
@@ -380,6 +381,29 @@ def test_what_a_damaged_file_took_from_a_process_that_had_it_open_is_not_lost(
 
     assert {_job_id(one) for one in mine} <= set(queue_of(redis).job_ids)
     assert len(set(queue_of(redis).job_ids) & set(before)) > COUNT * 0.7
+
+
+def test_an_append_that_is_under_way_while_the_file_is_set_aside_and_salvaged_is_not_lost(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit goes into the renamed file, after the relay of another process has read that one."""
+    _filled(path)
+    _overwrite(path, 0.5, "noise")
+    busy, other = Outbox(path, repair=True), Outbox(path, repair=True)
+
+    def set_aside_meanwhile(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.undo()
+        (aside,) = _set_aside(other)
+        other.rescue.salvage(aside)
+        return event_of(*arguments, **named)
+
+    monkeypatch.setattr("producers.outbox.event_of", set_aside_meanwhile)
+    accepted = _append(busy, 1, after=9000)
+
+    with Outbox(path) as looking:
+        assert {_job_id(one) for one in accepted} <= {entry.job_id for entry in looking.entries()}
+        assert len(looking.rescue.salvaged_files()) == 1
+        assert looking.rescue.damaged_files() == []
 
 
 def test_a_salvage_that_was_cut_short_is_done_again_and_takes_nothing_twice(
