@@ -215,8 +215,8 @@ class Outbox:
         try:
             yield
         except OutboxDamaged as error:
-            # A file that never was an outbox is somebody's, named by mistake. Beside an outbox is its relay's lock.
-            if not self._repair or not self._lock_path().exists():
+            # A file that never was an outbox is somebody's, named by mistake.
+            if not self._repair or not self._file.has_been_used():
                 raise
             aside = self._file.set_aside()
             if aside is not None:

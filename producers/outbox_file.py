@@ -16,7 +16,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ DAMAGED = ".damaged-"
 TAKEN_OUT = ".taken-out-"
 LOCK = "-relay"
 _PAIR = "-pair"
+_NEW = ".new"
 _COPY = ".copy"
 _COPY_BYTES = 2**20
 _BESIDE = ("-wal", "-shm")  # SQLite's own files: the log of what is not yet in the file, and an index of that
@@ -173,6 +174,8 @@ class OutboxFile:
         # Either the file that was opened just now, or the open one, which is not at the path any more.
         try:
             self._opened("FULL")[0].close()
+        except OutboxDamaged:
+            return found
         except sqlite3.Error as error:
             if not _is_damage(error):
                 raise
@@ -325,7 +328,7 @@ class OutboxFile:
                 file.unlink(missing_ok=True)
 
     def _make_file(self) -> None:
-        """An empty one, if there is none. What SQLite left beside an earlier one is not its."""
+        """A new one, if there is none. What SQLite left beside an earlier one is not its."""
         if _identity_of(self.path) is not None:
             return
         self._make_folder()
@@ -333,7 +336,31 @@ class OutboxFile:
             if _identity_of(self.path) is None:
                 for file in self._files_beside():
                     file.unlink(missing_ok=True)
-                self.real_path.touch(0o644)
+                self._make_new()
+
+    def _make_new(self) -> None:
+        """Under another name first: a file at the path is never empty, not even for a moment."""
+        new = self._companion(_NEW)
+        new.unlink(missing_ok=True)  # of a process that died
+        with closing(sqlite3.connect(new, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+        new.rename(self.real_path)
+
+    def _refuse_emptied(self) -> None:
+        """SQLite takes an empty file for a new one, and removes the log beside it."""
+        # The size last: a file that is being made has content before any of the others is beside it.
+        ends = [end for end in (LOCK, _PAIR) if self._companion(end).exists()]
+        if _size_of(self._companion("-wal")):
+            ends.append("-wal")
+        if ends and _size_of(self.path) == 0:
+            raise OutboxDamaged(
+                f"outbox {self.path}: the file is empty (0 bytes), but not new: {self.path.name}{ends[0]} exists"
+            )
+
+    def has_been_used(self) -> bool:
+        """Whether the files beside it show that the file at the path is, or was, an outbox."""
+        used = any(self._companion(end).exists() for end in (LOCK, _PAIR))
+        return used or (_size_of(self.path) == 0 and bool(_size_of(self._companion("-wal"))))
 
     def _break_hard_links(self) -> None:
         """Replace a file that has a second name, as after `cp -al`, by a copy of it.
@@ -440,6 +467,7 @@ class OutboxFile:
     def _connected(self, mode: str) -> sqlite3.Connection:
         self.real_path = Path(os.path.realpath(self.path))
         self._make_file()
+        self._refuse_emptied()
         if self._repair:
             self._break_hard_links()
         self._leave_foreign_log()
@@ -510,6 +538,13 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
 
 
 def _has_two_names(path: Path) -> bool:

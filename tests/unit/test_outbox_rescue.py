@@ -299,6 +299,48 @@ def test_a_file_that_never_was_an_outbox_is_left_alone(path: Path, content: byte
     assert [one.name for one in path.parent.iterdir()] == ["outbox.db"]
 
 
+@pytest.mark.parametrize("beside", ["-relay", "-pair", "-wal"])
+def test_an_outbox_that_is_empty_now_is_set_aside(path: Path, beside: str, caplog: pytest.LogCaptureFixture) -> None:
+    """SQLite would take it for a new one, and remove its log."""
+    path.parent.mkdir()
+    path.touch()
+    path.with_name(path.name + beside).write_bytes(b"some content")
+    with pytest.raises(OutboxDamaged, match=f"outbox.db: the file is empty .*outbox.db{beside} exists"):
+        Outbox(path)
+    with Outbox(path, repair=True) as outbox:
+        accepted = _append(outbox, 1)
+        (aside,) = outbox.rescue.damaged_files()
+        assert aside.stat().st_size == 0
+        assert aside.with_name(f"{aside.name}-wal").exists() == (beside == "-wal")
+        assert [entry.job_id for entry in outbox.entries()] == [_job_id(one) for one in accepted]
+    assert "the file is empty (0 bytes)" in caplog.text
+    assert "was set aside" in caplog.text
+
+
+def test_an_empty_file_in_the_place_of_an_open_one_is_set_aside(path: Path) -> None:
+    """The open one holds all entries."""
+    with Outbox(path, repair=True) as outbox:
+        accepted = _append(outbox, 3)
+        path.unlink()
+        path.touch()
+        accepted += _append(outbox, 1)
+        assert [entry.job_id for entry in outbox.entries()] == [_job_id(one) for one in accepted]
+        assert len(outbox.rescue.damaged_files()) == 1
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["empty", "none"])
+def test_a_file_that_is_made_new_is_no_damaged_one(path: Path, made: bool) -> None:
+    """Also an empty one that an administrator has made, and one beside what a removed one has left."""
+    path.parent.mkdir()
+    if made:
+        path.touch()
+    else:
+        path.with_name(f"{path.name}-pair").write_bytes(b"[]")
+        path.with_name(f"{path.name}-relay").touch()
+    with Outbox(path, repair=True) as outbox, Outbox(path, repair=True):
+        assert outbox.rescue.damaged_files() == []
+
+
 def test_those_that_only_look_leave_a_damaged_file_where_it_is(path: Path) -> None:
     """Such as `outbox status`: they say that it is damaged."""
     _filled(path)
