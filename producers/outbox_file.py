@@ -151,7 +151,7 @@ class OutboxFile:
         with self.lock, self._translated():
             identity = self._damaged_at_path()
             real = self.real_path
-            with _os_errors(self.path), alone_in(real.parent):
+            with os_errors(self.path), alone_in(real.parent):
                 if identity is None or _identity_of(self.path) != identity:
                     return None
                 aside = _free_name(real.with_name(f"{real.name}{DAMAGED}{identity[1]}"))
@@ -177,7 +177,7 @@ class OutboxFile:
         except OutboxDamaged:
             return found
         except sqlite3.Error as error:
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
             return found  # what the open one holds is carried over as soon as there is a new file
         self.close_connections()
@@ -275,7 +275,7 @@ class OutboxFile:
         except sqlite3.Error as error:
             file.unlink(missing_ok=True)
             os.close(lock)
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
             logger.error("outbox %s was removed, and what it still held cannot be read: %s", self.path, error)
             return False
@@ -332,7 +332,7 @@ class OutboxFile:
         if _identity_of(self.path) is not None:
             return
         self._make_folder()
-        with _os_errors(self.path), alone_in(self.real_path.parent):
+        with os_errors(self.path), alone_in(self.real_path.parent):
             if _identity_of(self.path) is None:
                 for file in self._files_beside():
                     file.unlink(missing_ok=True)
@@ -370,7 +370,7 @@ class OutboxFile:
         if not _has_two_names(self.path):
             return
         real = self.real_path
-        with _os_errors(self.path), alone_in(real.parent):
+        with os_errors(self.path), alone_in(real.parent):
             if not _has_two_names(real):  # another process was first
                 return
             copies = self._copies_of_file_and_log()
@@ -424,7 +424,7 @@ class OutboxFile:
 
         A process may still have both of the earlier file open. Which files belong together stands in a small file.
         """
-        with _os_errors(self.path), alone_in(self.real_path.parent):
+        with os_errors(self.path), alone_in(self.real_path.parent):
             now, before = self._pair(), self._noted_pair()
             if before is None or now[0] == before[0]:
                 return
@@ -443,7 +443,7 @@ class OutboxFile:
 
     def _note_files(self) -> None:
         """Note that the file at the path and the log beside it belong together. A user who may only read does not."""
-        with _os_errors(self.path), alone_in(self.real_path.parent), suppress(PermissionError):
+        with os_errors(self.path), alone_in(self.real_path.parent), suppress(PermissionError):
             if _identity_of(self.path) == self._identity and self._noted_pair() != (pair := self._pair()):
                 self._note_pair(pair)
 
@@ -461,7 +461,7 @@ class OutboxFile:
         self._companion(_PAIR).write_text(json.dumps(pair), encoding="ascii")
 
     def _make_folder(self) -> None:
-        with _os_errors(self.path):
+        with os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _connected(self, mode: str) -> sqlite3.Connection:
@@ -493,7 +493,7 @@ class OutboxFile:
             try:
                 yield
             except sqlite3.Error as error:
-                if _is_damage(error):
+                if is_damage(error):
                     raise OutboxDamaged(f"outbox {self.path}: {error}") from error
                 if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
                     raise
@@ -503,7 +503,7 @@ class OutboxFile:
                 ) from error
 
 
-def _is_damage(error: sqlite3.Error) -> bool:
+def is_damage(error: sqlite3.Error) -> bool:
     # What Python's module itself raises has no code, such as for text that is no UTF-8.
     code = getattr(error, "sqlite_errorcode", None)
     return "UTF-8" in str(error) if code is None else code & 0xFF in _DAMAGE or code == _CUT_OFF
@@ -521,7 +521,7 @@ def _identity_of(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
+def os_errors(path: Path) -> Iterator[None]:
     """The system's errors as OutboxError, which names the file."""
     try:
         yield

@@ -552,6 +552,21 @@ def test_a_relay_lock_whose_file_was_removed_is_no_longer_held(path: Path) -> No
     other.release()
 
 
+@pytest.mark.parametrize("content", [b"noise" * 1000, b"SQLite format 3\0" + b"\xff" * 8000], ids=["noise", "torn"])
+def test_a_damaged_relay_lock_is_replaced(path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """It has no content that anybody needs; one relay at a time has the new one."""
+    with Outbox(path, repair=True) as outbox:
+        path.with_name(f"{path.name}-relay").write_bytes(content)
+        first, second = outbox.relay_lock(), outbox.relay_lock()
+        assert first.acquire()
+        assert first.held
+        assert not second.acquire()
+        assert "outbox.db-relay is damaged and was replaced" in caplog.text
+        first.release()
+        assert second.acquire()
+        second.release()
+
+
 def test_a_relay_goes_on_after_all_files_were_removed(path: Path, redis: fakeredis.FakeRedis) -> None:
     """It takes the lock beside the new file, and no other relay works on it meanwhile."""
     outbox, other = Outbox(path), Outbox(path)
