@@ -440,7 +440,7 @@ class Outbox:
 
     def relay_lock(self) -> RelayLock:
         """The right to relay this outbox, which one thread of one process has at a time."""
-        return RelayLock(self._lock_path())
+        return RelayLock(self._lock_path(), self._file.real_path)
 
     def _lock_path(self) -> Path:
         # Of the file itself: two paths that lead to it have one lock.

@@ -163,6 +163,8 @@ class OutboxFile:
                         self._companion(end).rename(aside.with_name(aside.name + end))
                 self._companion("-shm").unlink(missing_ok=True)
                 self.generation += 1
+                if os.geteuid() == 0:  # at once: the next one to use it might not know whose it was
+                    self._make_new(aside)
                 return aside
 
     def _damaged_at_path(self) -> tuple[int, int] | None:
@@ -336,12 +338,16 @@ class OutboxFile:
             if _identity_of(self.path) is None:
                 for file in self._files_beside():
                     file.unlink(missing_ok=True)
-                self._make_new()
+                self._make_new(self.real_path.parent)
 
-    def _make_new(self) -> None:
-        """Under another name first: a file at the path is never empty, not even for a moment."""
+    def _make_new(self, like: Path) -> None:
+        """Under another name first: a file at the path is never empty, not even for a moment.
+
+        If root makes it, it gets the owner of `like`.
+        """
         new = self._companion(_NEW)
         new.unlink(missing_ok=True)  # of a process that died
+        make_as_root(new, like)
         with closing(sqlite3.connect(new, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
         new.rename(self.real_path)
@@ -458,6 +464,7 @@ class OutboxFile:
             return None
 
     def _note_pair(self, pair: tuple[Any, Any]) -> None:
+        make_as_root(self._companion(_PAIR), self.real_path)
         self._companion(_PAIR).write_text(json.dumps(pair), encoding="ascii")
 
     def _make_folder(self) -> None:
@@ -540,6 +547,26 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def make_as_root(path: Path, like: Path) -> None:
+    """If this is root and there is no such file, make an empty one with the owner, group and mode of `like`.
+
+    Else an operator's command would leave files that the producer may not write. `like` may be a folder.
+    """
+    if os.geteuid() != 0:
+        return
+    try:
+        found = os.stat(like)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except (FileExistsError, FileNotFoundError):
+        return
+    try:
+        with suppress(OSError):  # in some containers root may not
+            os.fchown(descriptor, found.st_uid, found.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(found.st_mode) & (0o664 if stat.S_ISDIR(found.st_mode) else 0o666))
+    finally:
+        os.close(descriptor)
+
+
 def _size_of(path: Path) -> int | None:
     try:
         return os.stat(path).st_size
@@ -563,7 +590,8 @@ def _copy(file: Path, copy: Path) -> None:
     target = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         if os.geteuid() == 0:
-            os.fchown(target, found.st_uid, found.st_gid)
+            with suppress(OSError):  # in some containers root may not
+                os.fchown(target, found.st_uid, found.st_gid)
         os.fchmod(target, stat.S_IMODE(found.st_mode))
         while part := os.read(source, _COPY_BYTES):
             rest = memoryview(part)

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 from pathlib import Path
 
-from producers.outbox_file import alone_in, is_damage, os_errors
+from producers.outbox_file import alone_in, is_damage, make_as_root, os_errors
 from producers.sqlite_forks import close_before_fork, sqlite_errors
 
 logger = logging.getLogger(__name__)
@@ -20,8 +20,9 @@ class RelayLock:
     other threads of the same process. A fork releases it, for whoever asks first.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, outbox: Path) -> None:
         self._path = path
+        self._outbox = outbox  # if root makes the lock's file, it gets the owner of this one
         self.lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
@@ -55,6 +56,8 @@ class RelayLock:
 
     def _locked(self) -> sqlite3.Connection | None:
         """None when another relay has the lock."""
+        with os_errors(self._path):
+            make_as_root(self._path, self._outbox)
         connection = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("BEGIN EXCLUSIVE")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import os
 import random
 import shutil
 import sqlite3
@@ -339,6 +340,43 @@ def test_a_file_that_is_made_new_is_no_damaged_one(path: Path, made: bool) -> No
         path.with_name(f"{path.name}-relay").touch()
     with Outbox(path, repair=True) as outbox, Outbox(path, repair=True):
         assert outbox.rescue.damaged_files() == []
+
+
+@pytest.fixture
+def owners(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
+    """As root, which these tests may not be: the owner that a file was given, by the file's number."""
+    given: dict[int, tuple[int, int]] = {}
+    stat_before = os.stat
+
+    def fchown(descriptor: int, uid: int, gid: int) -> None:
+        given[os.fstat(descriptor).st_ino] = (uid, gid)
+
+    def stat(path: Any, **named: Any) -> os.stat_result:
+        found = stat_before(path, **named)
+        changed = list(found)
+        changed[4:6] = given.get(found.st_ino, (1234, 567))
+        return os.stat_result(changed)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", fchown)
+    monkeypatch.setattr("producers.outbox_file.os.stat", stat)
+    return given
+
+
+def test_what_root_makes_belongs_to_the_owner_of_what_was_there(path: Path, owners: dict[int, tuple[int, int]]) -> None:
+    """An operator's command meets the damage first, and the producer of another user goes on in the new file."""
+    path.parent.mkdir(mode=0o750)
+    with Outbox(path, repair=True) as outbox:
+        assert outbox.relay_lock().acquire()
+        for end in ("", "-pair", "-relay"):
+            found = path.with_name(path.name + end).stat()
+            assert (owners[found.st_ino], found.st_mode & 0o777) == ((1234, 567), 0o640)
+    path.chmod(0o660)
+    _overwrite(path, 0.0, "noise", 4096)
+    with Outbox(path, repair=True) as outbox:
+        (aside,) = outbox.rescue.damaged_files()
+        assert path.stat().st_ino != aside.stat().st_ino
+        assert (owners[path.stat().st_ino], path.stat().st_mode & 0o777) == ((1234, 567), 0o660)
 
 
 def test_those_that_only_look_leave_a_damaged_file_where_it_is(path: Path) -> None:
