@@ -27,7 +27,7 @@ from producers.events import Payload, encode, event_of
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import LOCK, OutboxFile
 from producers.outbox_identity import OutboxIdentity
-from producers.outbox_rescue import Rescue, carry_over, copy_out
+from producers.outbox_rescue import Rescue, carry_over, copy_out, has_content_of_an_outbox
 from producers.outbox_schema import ensure_tables
 from producers.outcomes import Acknowledgement
 from producers.relay_lock import RelayLock
@@ -216,7 +216,7 @@ class Outbox:
             yield
         except OutboxDamaged as error:
             # A file that never was an outbox is somebody's, named by mistake.
-            if not self._repair or not self._file.has_been_used():
+            if not self._repair or not (self._file.has_been_used() or self._has_content_of_an_outbox()):
                 raise
             aside = self._file.set_aside()
             if aside is not None:
@@ -226,6 +226,10 @@ class Outbox:
                     error,
                     aside,
                 )
+
+    def _has_content_of_an_outbox(self) -> bool:
+        self._file.close()  # reading the file ends the locks that SQLite has on it in this process
+        return has_content_of_an_outbox(self._file.real_path)
 
     @_once_more_after_repair
     def append(self, name: str, payloads: Sequence[Payload], recorder: int = 0) -> list[Accepted]:

@@ -342,6 +342,37 @@ def test_a_file_that_is_made_new_is_no_damaged_one(path: Path, made: bool) -> No
         assert outbox.rescue.damaged_files() == []
 
 
+@pytest.mark.parametrize("count", [COUNT, 0], ids=["entries", "sources alone"])
+def test_a_damaged_outbox_is_known_by_its_content(path: Path, count: int) -> None:
+    """It was put back from a backup without the small files that were beside it."""
+    _filled(path)
+    if not count:
+        with Outbox(path) as outbox, outbox._file.transaction() as db:
+            db.execute("DELETE FROM entries")
+    for end in ("-relay", "-pair"):
+        path.with_name(path.name + end).unlink()
+    _overwrite(path, 0.0, "noise", 4096)
+    with pytest.raises(OutboxDamaged):
+        Outbox(path)
+    with Outbox(path, repair=True) as outbox:
+        _append(outbox, 1)
+        assert len(outbox.rescue.damaged_files()) == 1
+
+
+def test_a_damaged_database_of_another_program_is_left_alone(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("CREATE TABLE accounts (id TEXT, name TEXT, number INTEGER)")
+        rows = [(random.Random(n).randbytes(16).hex(), f"name {n}", n) for n in range(500)]
+        db.executemany("INSERT INTO accounts VALUES (?, ?, ?)", rows)
+    _overwrite(path, 0.0, "noise", 4096)
+    content = path.read_bytes()
+    with pytest.raises(OutboxDamaged):
+        Outbox(path, repair=True)
+    assert path.read_bytes() == content
+    assert [one.name for one in path.parent.iterdir()] == ["outbox.db"]
+
+
 @pytest.fixture
 def owners(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
     """As root, which these tests may not be: the owner that a file was given, by the file's number."""
