@@ -12,10 +12,11 @@ import logging
 import os
 import secrets
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ _BUSY_PAUSE_SECONDS = 0.005
 _OPEN_TRIES = 5
 DAMAGED = ".damaged-"
 TAKEN_OUT = ".taken-out-"
+LOCK = "-relay"
 _PAIR = "-pair"
+_NEW = ".new"
+_COPY = ".copy"
+_COPY_BYTES = 2**20
 _BESIDE = ("-wal", "-shm")  # SQLite's own files: the log of what is not yet in the file, and an index of that
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _CUT_OFF = sqlite3.SQLITE_IOERR_SHORT_READ  # the log ends before a page that is in it
@@ -44,7 +49,8 @@ class OutboxFile:
 
     `prepare` makes the tables in a file that was just opened. When no path leads to the open file any more, `copy_out`
     copies what is of use in it into the attached database `taken_out`, and `carry_over` from there into the file at the
-    path, in its transaction; it returns how many entries it has carried.
+    path, in its transaction; it returns how many entries it has carried. With `repair`, a file that has a second name
+    (a hard link) is replaced by a copy before it is opened.
 
     Raises:
         OutboxDamaged: from every method, when the content of the file cannot be read.
@@ -52,7 +58,14 @@ class OutboxFile:
     """
 
     def __init__(
-        self, path: Path, max_bytes: int, *, prepare: Prepare, copy_out: Prepare, carry_over: CarryOver
+        self,
+        path: Path,
+        max_bytes: int,
+        *,
+        prepare: Prepare,
+        copy_out: Prepare,
+        carry_over: CarryOver,
+        repair: bool = False,
     ) -> None:
         # A program may change its working folder, and the outbox must not change with it.
         self.path = path.absolute()
@@ -64,6 +77,7 @@ class OutboxFile:
         self._prepare = prepare
         self._copy_out = copy_out
         self._carry_over = carry_over
+        self._repair = repair
         self._connections: dict[str, sqlite3.Connection] = {}  # by synchronous mode
         self._identity: tuple[int, int] | None = None  # of the file that they have open
         self._beside: list[tuple[int, int] | None] = []  # of SQLite's files that belong to it
@@ -79,7 +93,12 @@ class OutboxFile:
 
     @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """A transaction that can write; `durable` waits for the disk at its end."""
+        """A transaction that can write; `durable` waits for the disk at its end.
+
+        Raises:
+            OutboxDamaged: also after a durable commit into a file that was replaced meanwhile, if it cannot be carried
+                into the file at the path.
+        """
         with self.lock, self._translated():
             db = self._connection(durable=durable)
             db.execute("BEGIN IMMEDIATE")
@@ -90,8 +109,13 @@ class OutboxFile:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
-            if not self._is_at_path():
-                self._go_on_at_path()
+            if not self._is_at_path() and not self._go_on_at_path() and durable:
+                # Another process has set the damaged file aside meanwhile, and may have salvaged it without this.
+                self._close_all()  # the file at the path is another one: it was not found damaged
+                raise OutboxDamaged(
+                    f"outbox {self.path}: was set aside before a commit, which cannot be read there and has to be"
+                    " repeated"
+                )
 
     def used_bytes(self, db: sqlite3.Connection) -> int:
         """Without what deleted entries have left free; the file itself never shrinks."""
@@ -127,7 +151,7 @@ class OutboxFile:
         with self.lock, self._translated():
             identity = self._damaged_at_path()
             real = self.real_path
-            with _os_errors(self.path), alone_in(real.parent):
+            with os_errors(self.path), alone_in(real.parent):
                 if identity is None or _identity_of(self.path) != identity:
                     return None
                 aside = _free_name(real.with_name(f"{real.name}{DAMAGED}{identity[1]}"))
@@ -139,6 +163,8 @@ class OutboxFile:
                         self._companion(end).rename(aside.with_name(aside.name + end))
                 self._companion("-shm").unlink(missing_ok=True)
                 self.generation += 1
+                if os.geteuid() == 0:  # at once: the next one to use it might not know whose it was
+                    self._make_new(aside)
                 return aside
 
     def _damaged_at_path(self) -> tuple[int, int] | None:
@@ -150,8 +176,10 @@ class OutboxFile:
         # Either the file that was opened just now, or the open one, which is not at the path any more.
         try:
             self._opened("FULL")[0].close()
+        except OutboxDamaged:
+            return found
         except sqlite3.Error as error:
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
             return found  # what the open one holds is carried over as soon as there is a new file
         self.close_connections()
@@ -203,12 +231,16 @@ class OutboxFile:
             self._note_beside()
         return self._connections[mode]
 
-    def _go_on_at_path(self) -> None:
-        """Carry what the open file still holds into the file at the path, and have that one open instead."""
+    def _go_on_at_path(self) -> bool:
+        """Carry what the open file still holds into the file at the path, and have that one open instead.
+
+        False when damage made that impossible: the file at the path is open, without it.
+        """
+        is_whole = True
         # First out of the old file, then into the new one: SQLite's own files beside them have the same names, and what
         # is read of one while the other is open may be mixed up. If the new one cannot be used, the next use tries.
         if self._connections and not self._is_at_path():
-            self._take_out()
+            is_whole = self._take_out()
             self._remove_own_files_beside()  # while they are open: nothing else can have their numbers
             self._close_all()
         if "FULL" not in self._connections:
@@ -227,9 +259,10 @@ class OutboxFile:
             self.path,
             carried,
         )
+        return is_whole
 
-    def _take_out(self) -> None:
-        """Copy what the open file still holds, if it can be read, into a file of its own.
+    def _take_out(self) -> bool:
+        """Copy what the open file still holds into a file of its own; False when damage keeps it from being read.
 
         Should this process die before the content is in an outbox again, the next relay finds the file.
         """
@@ -244,13 +277,14 @@ class OutboxFile:
         except sqlite3.Error as error:
             file.unlink(missing_ok=True)
             os.close(lock)
-            if not _is_damage(error):
+            if not is_damage(error):
                 raise
             logger.error("outbox %s was removed, and what it still held cannot be read: %s", self.path, error)
-            return
+            return False
         finally:
             connection.execute("DETACH taken_out")
         self._taken_out[file] = lock
+        return True
 
     def _put_in(self, connection: sqlite3.Connection, taken_out: Path) -> int:
         connection.execute("ATTACH ? AS taken_out", (str(taken_out),))
@@ -296,22 +330,107 @@ class OutboxFile:
                 file.unlink(missing_ok=True)
 
     def _make_file(self) -> None:
-        """An empty one, if there is none. What SQLite left beside an earlier one is not its."""
+        """A new one, if there is none. What SQLite left beside an earlier one is not its."""
         if _identity_of(self.path) is not None:
             return
         self._make_folder()
-        with _os_errors(self.path), alone_in(self.real_path.parent):
+        with os_errors(self.path), alone_in(self.real_path.parent):
             if _identity_of(self.path) is None:
                 for file in self._files_beside():
                     file.unlink(missing_ok=True)
-                self.real_path.touch(0o644)
+                self._make_new(self.real_path.parent)
+
+    def _make_new(self, like: Path) -> None:
+        """Under another name first: a file at the path is never empty, not even for a moment.
+
+        If root makes it, it gets the owner of `like`.
+        """
+        new = self._companion(_NEW)
+        new.unlink(missing_ok=True)  # of a process that died
+        make_as_root(new, like)
+        with closing(sqlite3.connect(new, isolation_level=None)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+        new.rename(self.real_path)
+
+    def _refuse_emptied(self) -> None:
+        """SQLite takes an empty file for a new one, and removes the log beside it."""
+        # The size last: a file that is being made has content before any of the others is beside it.
+        ends = [end for end in (LOCK, _PAIR) if self._companion(end).exists()]
+        if _size_of(self._companion("-wal")):
+            ends.append("-wal")
+        if ends and _size_of(self.path) == 0:
+            raise OutboxDamaged(
+                f"outbox {self.path}: the file is empty (0 bytes), but not new: {self.path.name}{ends[0]} exists"
+            )
+
+    def has_been_used(self) -> bool:
+        """Whether the files beside it show that the file at the path is, or was, an outbox."""
+        used = any(self._companion(end).exists() for end in (LOCK, _PAIR))
+        return used or (_size_of(self.path) == 0 and bool(_size_of(self._companion("-wal"))))
+
+    def _break_hard_links(self) -> None:
+        """Replace a file that has a second name, as after `cp -al`, by a copy of it.
+
+        Through two names SQLite uses two logs, and each overwrites in the file what the other has written.
+        """
+        if not _has_two_names(self.path):
+            return
+        real = self.real_path
+        with os_errors(self.path), alone_in(real.parent):
+            if not _has_two_names(real):  # another process was first
+                return
+            copies = self._copies_of_file_and_log()
+            # The log first: if this process dies in between, the file still has two names. An index of another log
+            # must not be found beside it.
+            for end in ("-wal", "-shm", ""):
+                if end in copies:
+                    copies[end].rename(self._companion(end))
+                elif self._companion(end).exists():
+                    self._companion(end).unlink()
+            for end in (_PAIR, LOCK):  # they are made anew when they are needed
+                if _has_two_names(self._companion(end)):
+                    self._companion(end).unlink()
+        logger.warning(
+            "outbox %s had a second name (a hard link, such as `cp -al` makes): it was replaced by a copy, and the file"
+            " under the other name is an outbox of its own from now on",
+            self.path,
+        )
+
+    def _copies_of_file_and_log(self) -> dict[str, Path]:
+        """By the end of the name. A process that has the file open by its other name may write it meanwhile."""
+        copies: dict[str, Path] = {}
+        for tries_left in reversed(range(_OPEN_TRIES)):
+            before = self._written_at()
+            for end in ("", "-wal"):
+                if self._companion(end).exists():
+                    copies[end] = self._companion(f"{_COPY}{end}")
+                    _copy(self._companion(end), copies[end])
+            after = self._written_at()
+            # The log may be longer in the end: SQLite ignores half a transaction, and a process that has the file open
+            # by this name carries over what is missing.
+            if before == after or (before[0] == after[0] and not tries_left):
+                return copies
+        raise OutboxError(
+            f"outbox {self.path}: has a second name (a hard link), by which another process writes it again and again;"
+            " it is copied when that has ended"
+        )
+
+    def _written_at(self) -> list[tuple[int, int] | None]:
+        found: list[tuple[int, int] | None] = []
+        for end in ("", "-wal"):
+            try:
+                one = os.stat(self._companion(end))
+                found.append((one.st_mtime_ns, one.st_size))
+            except FileNotFoundError:
+                found.append(None)
+        return found
 
     def _leave_foreign_log(self) -> None:
         """Set aside the log of an earlier file at the path: SQLite would take it for that of the file there now.
 
         A process may still have both of the earlier file open. Which files belong together stands in a small file.
         """
-        with _os_errors(self.path), alone_in(self.real_path.parent):
+        with os_errors(self.path), alone_in(self.real_path.parent):
             now, before = self._pair(), self._noted_pair()
             if before is None or now[0] == before[0]:
                 return
@@ -330,7 +449,7 @@ class OutboxFile:
 
     def _note_files(self) -> None:
         """Note that the file at the path and the log beside it belong together. A user who may only read does not."""
-        with _os_errors(self.path), alone_in(self.real_path.parent), suppress(PermissionError):
+        with os_errors(self.path), alone_in(self.real_path.parent), suppress(PermissionError):
             if _identity_of(self.path) == self._identity and self._noted_pair() != (pair := self._pair()):
                 self._note_pair(pair)
 
@@ -345,15 +464,19 @@ class OutboxFile:
             return None
 
     def _note_pair(self, pair: tuple[Any, Any]) -> None:
+        make_as_root(self._companion(_PAIR), self.real_path)
         self._companion(_PAIR).write_text(json.dumps(pair), encoding="ascii")
 
     def _make_folder(self) -> None:
-        with _os_errors(self.path):
+        with os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _connected(self, mode: str) -> sqlite3.Connection:
         self.real_path = Path(os.path.realpath(self.path))
         self._make_file()
+        self._refuse_emptied()
+        if self._repair:
+            self._break_hard_links()
         self._leave_foreign_log()
         connection = sqlite3.connect(
             self.path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
@@ -377,7 +500,7 @@ class OutboxFile:
             try:
                 yield
             except sqlite3.Error as error:
-                if _is_damage(error):
+                if is_damage(error):
                     raise OutboxDamaged(f"outbox {self.path}: {error}") from error
                 if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
                     raise
@@ -387,7 +510,7 @@ class OutboxFile:
                 ) from error
 
 
-def _is_damage(error: sqlite3.Error) -> bool:
+def is_damage(error: sqlite3.Error) -> bool:
     # What Python's module itself raises has no code, such as for text that is no UTF-8.
     code = getattr(error, "sqlite_errorcode", None)
     return "UTF-8" in str(error) if code is None else code & 0xFF in _DAMAGE or code == _CUT_OFF
@@ -405,7 +528,7 @@ def _identity_of(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
+def os_errors(path: Path) -> Iterator[None]:
     """The system's errors as OutboxError, which names the file."""
     try:
         yield
@@ -422,6 +545,61 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def make_as_root(path: Path, like: Path) -> None:
+    """If this is root and there is no such file, make an empty one with the owner, group and mode of `like`.
+
+    Else an operator's command would leave files that the producer may not write. `like` may be a folder.
+    """
+    if os.geteuid() != 0:
+        return
+    try:
+        found = os.stat(like)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except (FileExistsError, FileNotFoundError):
+        return
+    try:
+        with suppress(OSError):  # in some containers root may not
+            os.fchown(descriptor, found.st_uid, found.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(found.st_mode) & (0o664 if stat.S_ISDIR(found.st_mode) else 0o666))
+    finally:
+        os.close(descriptor)
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return None
+
+
+def _has_two_names(path: Path) -> bool:
+    try:
+        return os.stat(path).st_nlink > 1
+    except OSError:
+        return False
+
+
+def _copy(file: Path, copy: Path) -> None:
+    """Copy content, owner and mode, and wait for the disk."""
+    # Never closed: closing it would end the locks that SQLite has on the file in this process.
+    source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    found = os.fstat(source)
+    copy.unlink(missing_ok=True)  # of a process that died
+    target = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        if os.geteuid() == 0:
+            with suppress(OSError):  # in some containers root may not
+                os.fchown(target, found.st_uid, found.st_gid)
+        os.fchmod(target, stat.S_IMODE(found.st_mode))
+        while part := os.read(source, _COPY_BYTES):
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(target, rest) :]
+        os.fsync(target)
+    finally:
+        os.close(target)
 
 
 def _free_name(wanted: Path) -> Path:

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _STATES = {"pending": "pending", "sent": "sent", "stored": "stored", "confirmed"
 _SOURCE_ID = re.compile("[0-9a-f]{32}")
 _MOST_LOST_RANGES = 1000
 _INSERT_PAGE = 500
+_PROBED_RECORDS = 5000
 _SALVAGED = ".salvaged-"
 _LOG = "-wal"
 
@@ -182,6 +184,17 @@ class Rescue:
             for source, first, last in db.execute(query):
                 found.setdefault(source, []).append((first, last))
         return found
+
+
+def has_content_of_an_outbox(file: Path) -> bool:
+    """Whether entries or sources of an outbox are among the first records that can be read in a damaged file."""
+    try:
+        return any(
+            _entry_of(record.values) or (len(record.values) == len(_SOURCE_COLUMNS) and _source_of(record.values))
+            for record in islice(readable_records(file), _PROBED_RECORDS)
+        )
+    except OSError:
+        return False
 
 
 def _is_in_use(taken_out: Path) -> bool:

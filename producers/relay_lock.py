@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 from pathlib import Path
 
+from producers.outbox_file import alone_in, is_damage, make_as_root, os_errors
 from producers.sqlite_forks import close_before_fork, sqlite_errors
+
+logger = logging.getLogger(__name__)
 
 
 class RelayLock:
@@ -16,8 +20,9 @@ class RelayLock:
     other threads of the same process. A fork releases it, for whoever asks first.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, outbox: Path) -> None:
         self._path = path
+        self._outbox = outbox  # if root makes the lock's file, it gets the owner of this one
         self.lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
@@ -36,16 +41,39 @@ class RelayLock:
         with self.lock, sqlite_errors(self._path):
             if self._connection is not None:
                 return True
-            connection = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+            found = _identity_of(self._path)
             try:
-                connection.execute("BEGIN EXCLUSIVE")
-            except sqlite3.OperationalError as error:
-                connection.close()
-                if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
-                    return False
-                raise
+                connection = self._locked()
+            except sqlite3.DatabaseError as error:
+                if not is_damage(error):
+                    raise
+                self._replace(found, error)
+                connection = self._locked()
+            if connection is None:
+                return False
             self._connection, self._identity = connection, _identity_of(self._path)
             return True
+
+    def _locked(self) -> sqlite3.Connection | None:
+        """None when another relay has the lock."""
+        with os_errors(self._path):
+            make_as_root(self._path, self._outbox)
+        connection = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
+            connection.close()
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+                return None
+            raise
+        return connection
+
+    def _replace(self, damaged: tuple[int, int] | None, error: sqlite3.Error) -> None:
+        """Remove the file if it is still the damaged one: its content is of no use, SQLite makes a new one."""
+        with os_errors(self._path), alone_in(self._path.parent):
+            if _identity_of(self._path) == damaged:
+                self._path.unlink(missing_ok=True)
+                logger.error("the relay's lock file %s is damaged and was replaced: %s", self._path, error)
 
     def release(self) -> None:
         with self.lock:

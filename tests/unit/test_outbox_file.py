@@ -552,6 +552,21 @@ def test_a_relay_lock_whose_file_was_removed_is_no_longer_held(path: Path) -> No
     other.release()
 
 
+@pytest.mark.parametrize("content", [b"noise" * 1000, b"SQLite format 3\0" + b"\xff" * 8000], ids=["noise", "torn"])
+def test_a_damaged_relay_lock_is_replaced(path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """It has no content that anybody needs; one relay at a time has the new one."""
+    with Outbox(path, repair=True) as outbox:
+        path.with_name(f"{path.name}-relay").write_bytes(content)
+        first, second = outbox.relay_lock(), outbox.relay_lock()
+        assert first.acquire()
+        assert first.held
+        assert not second.acquire()
+        assert "outbox.db-relay is damaged and was replaced" in caplog.text
+        first.release()
+        assert second.acquire()
+        second.release()
+
+
 def test_a_relay_goes_on_after_all_files_were_removed(path: Path, redis: fakeredis.FakeRedis) -> None:
     """It takes the lock beside the new file, and no other relay works on it meanwhile."""
     outbox, other = Outbox(path), Outbox(path)
@@ -587,3 +602,65 @@ def test_the_limit_of_size_holds_in_the_file_that_is_there_now(path: Path) -> No
         pages, page_bytes = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
     assert pages * page_bytes <= 2**18
     assert os.path.getsize(path) <= 2**18
+
+
+def _link_all(folder: Path, to: Path) -> None:
+    """As `cp -al` does."""
+    to.mkdir()
+    for one in folder.iterdir():
+        os.link(one, to / one.name)
+
+
+@pytest.mark.parametrize("was_killed", [False, True], ids=["closed", "with its log"])
+def test_two_names_of_one_file_become_two_outboxes(
+    path: Path, caplog: pytest.LogCaptureFixture, was_killed: bool
+) -> None:
+    """A folder was copied by hard links; SQLite would use one file with two logs."""
+    with Outbox(path, repair=True) as outbox:
+        lock = outbox.relay_lock()
+        assert lock.acquire()
+        lock.release()
+        before = _append(outbox, 3)
+        if was_killed:
+            shutil.copytree(path.parent, path.parent.with_name("killed"))
+    if was_killed:
+        shutil.rmtree(path.parent)
+        path.parent.with_name("killed").rename(path.parent)
+    other_path = path.parent.with_name("copy") / path.name
+    _link_all(path.parent, other_path.parent)
+
+    with Outbox(path, repair=True) as outbox, Outbox(other_path, repair=True) as other:
+        locks = [one.relay_lock() for one in (outbox, other)]
+        assert [lock.acquire() for lock in locks] == [True, True]
+        here, there = [], []
+        for n in range(20):
+            here += _append(outbox, 20, after=100 * n)
+            there += _append(other, 20, after=100 * n)
+        for lock in locks:
+            lock.release()
+
+    assert _at_path(path) == _job_ids([*before, *here])
+    assert _at_path(other_path) == _job_ids([*before, *there])
+    assert "had a second name" in caplog.text
+    for one in [*path.parent.iterdir(), *other_path.parent.iterdir()]:
+        assert one.stat().st_nlink == 1
+        assert not one.name.endswith(".copy")
+
+
+def test_a_file_that_gets_a_second_name_while_it_is_open_keeps_its_entries(path: Path) -> None:
+    """A backup by hard links was made of a running producer, which goes on; another process opens the file then."""
+    with Outbox(path, repair=True) as outbox:
+        accepted = _append(outbox, 3)
+        _link_all(path.parent, path.parent.with_name("backup"))
+        with Outbox(path, repair=True) as other:
+            accepted += _append(outbox, 3, after=10)
+            accepted += _append(other, 3, after=20)
+            accepted += _append(outbox, 3, after=30)
+    assert _at_path(path) == _job_ids(accepted)
+
+
+def test_those_that_only_look_leave_both_names_of_a_file(path: Path) -> None:
+    Outbox(path).close()
+    path.with_name("linked.db").hardlink_to(path)
+    Outbox(path).close()
+    assert path.stat().st_nlink == 2

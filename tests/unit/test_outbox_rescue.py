@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
+import os
 import random
 import shutil
 import sqlite3
@@ -20,6 +21,7 @@ import pytest
 from producers import outbox_rescue
 from producers.entries import Accepted, EntryHead
 from producers.errors import OutboxDamaged, OutboxError
+from producers.events import event_of
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox, Position
 from producers.outbox_rescue import ranges_text
@@ -296,6 +298,116 @@ def test_a_file_that_never_was_an_outbox_is_left_alone(path: Path, content: byte
     assert [one.name for one in path.parent.iterdir()] == ["outbox.db"]
 
 
+@pytest.mark.parametrize("beside", ["-relay", "-pair", "-wal"])
+def test_an_outbox_that_is_empty_now_is_set_aside(path: Path, beside: str, caplog: pytest.LogCaptureFixture) -> None:
+    """SQLite would take it for a new one, and remove its log."""
+    path.parent.mkdir()
+    path.touch()
+    path.with_name(path.name + beside).write_bytes(b"some content")
+    with pytest.raises(OutboxDamaged, match=f"outbox.db: the file is empty .*outbox.db{beside} exists"):
+        Outbox(path)
+    with Outbox(path, repair=True) as outbox:
+        accepted = _append(outbox, 1)
+        (aside,) = outbox.rescue.damaged_files()
+        assert aside.stat().st_size == 0
+        assert aside.with_name(f"{aside.name}-wal").exists() == (beside == "-wal")
+        assert [entry.job_id for entry in outbox.entries()] == [_job_id(one) for one in accepted]
+    assert "the file is empty (0 bytes)" in caplog.text
+    assert "was set aside" in caplog.text
+
+
+def test_an_empty_file_in_the_place_of_an_open_one_is_set_aside(path: Path) -> None:
+    """The open one holds all entries."""
+    with Outbox(path, repair=True) as outbox:
+        accepted = _append(outbox, 3)
+        path.unlink()
+        path.touch()
+        accepted += _append(outbox, 1)
+        assert [entry.job_id for entry in outbox.entries()] == [_job_id(one) for one in accepted]
+        assert len(outbox.rescue.damaged_files()) == 1
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["empty", "none"])
+def test_a_file_that_is_made_new_is_no_damaged_one(path: Path, made: bool) -> None:
+    """Also an empty one that an administrator has made, and one beside what a removed one has left."""
+    path.parent.mkdir()
+    if made:
+        path.touch()
+    else:
+        path.with_name(f"{path.name}-pair").write_bytes(b"[]")
+        path.with_name(f"{path.name}-relay").touch()
+    with Outbox(path, repair=True) as outbox, Outbox(path, repair=True):
+        assert outbox.rescue.damaged_files() == []
+
+
+@pytest.mark.parametrize("count", [COUNT, 0], ids=["entries", "sources alone"])
+def test_a_damaged_outbox_is_known_by_its_content(path: Path, count: int) -> None:
+    """It was put back from a backup without the small files that were beside it."""
+    _filled(path)
+    if not count:
+        with Outbox(path) as outbox, outbox._file.transaction() as db:
+            db.execute("DELETE FROM entries")
+    for end in ("-relay", "-pair"):
+        path.with_name(path.name + end).unlink()
+    _overwrite(path, 0.0, "noise", 4096)
+    with pytest.raises(OutboxDamaged):
+        Outbox(path)
+    with Outbox(path, repair=True) as outbox:
+        _append(outbox, 1)
+        assert len(outbox.rescue.damaged_files()) == 1
+
+
+def test_a_damaged_database_of_another_program_is_left_alone(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("CREATE TABLE accounts (id TEXT, name TEXT, number INTEGER)")
+        rows = [(random.Random(n).randbytes(16).hex(), f"name {n}", n) for n in range(500)]
+        db.executemany("INSERT INTO accounts VALUES (?, ?, ?)", rows)
+    _overwrite(path, 0.0, "noise", 4096)
+    content = path.read_bytes()
+    with pytest.raises(OutboxDamaged):
+        Outbox(path, repair=True)
+    assert path.read_bytes() == content
+    assert [one.name for one in path.parent.iterdir()] == ["outbox.db"]
+
+
+@pytest.fixture
+def owners(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
+    """As root, which these tests may not be: the owner that a file was given, by the file's number."""
+    given: dict[int, tuple[int, int]] = {}
+    stat_before = os.stat
+
+    def fchown(descriptor: int, uid: int, gid: int) -> None:
+        given[os.fstat(descriptor).st_ino] = (uid, gid)
+
+    def stat(path: Any, **named: Any) -> os.stat_result:
+        found = stat_before(path, **named)
+        changed = list(found)
+        changed[4:6] = given.get(found.st_ino, (1234, 567))
+        return os.stat_result(changed)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", fchown)
+    monkeypatch.setattr("producers.outbox_file.os.stat", stat)
+    return given
+
+
+def test_what_root_makes_belongs_to_the_owner_of_what_was_there(path: Path, owners: dict[int, tuple[int, int]]) -> None:
+    """An operator's command meets the damage first, and the producer of another user goes on in the new file."""
+    path.parent.mkdir(mode=0o750)
+    with Outbox(path, repair=True) as outbox:
+        assert outbox.relay_lock().acquire()
+        for end in ("", "-pair", "-relay"):
+            found = path.with_name(path.name + end).stat()
+            assert (owners[found.st_ino], found.st_mode & 0o777) == ((1234, 567), 0o640)
+    path.chmod(0o660)
+    _overwrite(path, 0.0, "noise", 4096)
+    with Outbox(path, repair=True) as outbox:
+        (aside,) = outbox.rescue.damaged_files()
+        assert path.stat().st_ino != aside.stat().st_ino
+        assert (owners[path.stat().st_ino], path.stat().st_mode & 0o777) == ((1234, 567), 0o660)
+
+
 def test_those_that_only_look_leave_a_damaged_file_where_it_is(path: Path) -> None:
     """Such as `outbox status`: they say that it is damaged."""
     _filled(path)
@@ -378,6 +490,29 @@ def test_what_a_damaged_file_took_from_a_process_that_had_it_open_is_not_lost(
 
     assert {_job_id(one) for one in mine} <= set(queue_of(redis).job_ids)
     assert len(set(queue_of(redis).job_ids) & set(before)) > COUNT * 0.7
+
+
+def test_an_append_that_is_under_way_while_the_file_is_set_aside_and_salvaged_is_not_lost(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commit goes into the renamed file, after the relay of another process has read that one."""
+    _filled(path)
+    _overwrite(path, 0.5, "noise")
+    busy, other = Outbox(path, repair=True), Outbox(path, repair=True)
+
+    def set_aside_meanwhile(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.undo()
+        (aside,) = _set_aside(other)
+        other.rescue.salvage(aside)
+        return event_of(*arguments, **named)
+
+    monkeypatch.setattr("producers.outbox.event_of", set_aside_meanwhile)
+    accepted = _append(busy, 1, after=9000)
+
+    with Outbox(path) as looking:
+        assert {_job_id(one) for one in accepted} <= {entry.job_id for entry in looking.entries()}
+        assert len(looking.rescue.salvaged_files()) == 1
+        assert looking.rescue.damaged_files() == []
 
 
 def test_a_salvage_that_was_cut_short_is_done_again_and_takes_nothing_twice(
