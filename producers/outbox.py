@@ -164,9 +164,11 @@ class Outbox:
     """Opens or creates the file at `path`, which holds at most `max_bytes`.
 
     With `repair`, as producers and relays have it, a damaged file is set aside by `append` and `repaired`, and the
-    next use makes a new one. Without, as those have it that only look, OutboxDamaged is raised.
+    next use makes a new one; a file of an earlier release is upgraded. Without, as those have it that only look,
+    OutboxDamaged or OutboxOutdated is raised, and the file is left as it is.
 
     Raises:
+        OutboxOutdated: the file is of an earlier release; without `repair` only.
         OutboxDamaged: here and from every method, when the content of the file cannot be read.
         OutboxError: here and from every method, when the file cannot be read or written.
     """
@@ -175,7 +177,7 @@ class Outbox:
         self._file = OutboxFile(
             Path(path),
             max_bytes,
-            prepare=lambda db: ensure_tables(db, self.path),
+            prepare=lambda db: ensure_tables(db, self.path, upgrade=repair),
             copy_out=copy_out,
             carry_over=carry_over,
         )

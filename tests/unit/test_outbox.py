@@ -241,7 +241,7 @@ def test_threads_share_an_outbox(path: Path) -> None:
 
 
 def _append(path: Path, count: int) -> None:
-    outbox = Outbox(path)
+    outbox = Outbox(path, repair=True)
     for _ in range(count):
         outbox.append(NAME, [a_snapshot()])
 
@@ -498,7 +498,7 @@ def write_outbox_of_before(path: Path, version: int, count: int = 4, max_bytes: 
 def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, version: int) -> None:
     """Entries keep their texts, states and job ids, which have no nonce; numbers go on, now with one."""
     events = write_outbox_of_before(path, version)
-    upgraded = Outbox(path)
+    upgraded = Outbox(path, repair=True)
 
     assert [(entry.event, entry.job_id) for entry in upgraded.entries()] == [
         (text, f"{OLD_SOURCE_ID}-{n}") for n, text in enumerate(events, 1)
@@ -527,11 +527,25 @@ def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, versi
 def test_what_an_earlier_version_had_under_way_is_settled(path: Path, version: int) -> None:
     """By an acknowledgement without a nonce, with or without the event's id."""
     events = write_outbox_of_before(path, version)
-    upgraded = Outbox(path)
+    upgraded = Outbox(path, repair=True)
     sent, pending = (Acknowledgement(OLD_SOURCE_ID, n, "", json.loads(events[n - 1])["id"], STORED, 0) for n in (3, 4))
     assert upgraded.awaiting("sent") == [(OLD_SOURCE_ID, NAME, 0)]
     assert upgraded.settle(OLD_SOURCE_ID, 0, {3: sent, 4: replace(pending, event_id=None)}) == Settled([3, 4], [])
     assert upgraded.status().stored == 3
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_outbox_of_an_earlier_version_is_left_as_it_is_by_those_that_look(path: Path, version: int) -> None:
+    """A controller of that release may have it open, and could not use it any more."""
+    write_outbox_of_before(path, version)
+    for _ in range(2):
+        with pytest.raises(
+            OutboxError, match=rf"^outbox {path}: .*earlier release .version {version}.: it is upgraded"
+        ):
+            Outbox(path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (version,)
+        assert db.execute("SELECT count(*) FROM entries WHERE state = 'confirmed'").fetchone() == (1,)
 
 
 def test_a_count_of_resends_survives_an_upgrade(path: Path) -> None:
@@ -539,14 +553,14 @@ def test_a_count_of_resends_survives_an_upgrade(path: Path) -> None:
     write_outbox_of_before(path, 2)
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("UPDATE sources SET resends = 3")
-    assert Outbox(path).awaiting("sent") == [(OLD_SOURCE_ID, NAME, 3)]
+    assert Outbox(path, repair=True).awaiting("sent") == [(OLD_SOURCE_ID, NAME, 3)]
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_full_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, version: int) -> None:
     """An upgrade needs room for both tables; then the limit holds as before, and pruning makes room again."""
     write_outbox_of_before(path, version, count=400, max_bytes=2**18)
-    upgraded = Outbox(path, max_bytes=2**18)
+    upgraded = Outbox(path, max_bytes=2**18, repair=True)
     kept = len(upgraded.entries())
     assert 100 < kept < 400
     assert upgraded.status().depth >= kept // 2 - 1
