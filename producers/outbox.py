@@ -41,7 +41,7 @@ MAX_BYTES = 2**30
 LAST_CHECK_SECONDS = 300.0  # an entry is looked at again after so long at the latest
 
 _BATCH_BYTES = 4 * 2**20  # of texts, which may be 8 MiB each: handing over a hundred of those takes gigabytes of memory
-_PRUNE_ENTRIES = 1000  # at once: a short transaction, which no append has to wait for
+_PAGE_ENTRIES = 1000  # at once: a short transaction, which no append waits for long
 _NUMBERS_PAGE = 5000
 
 _TAKE_SEQUENCES = """
@@ -96,7 +96,10 @@ SELECT id, name, resends FROM sources WHERE EXISTS
 
 _RESEND = """
 UPDATE entries SET state = 'pending', checks = 0, check_at = NULL, settled_at = NULL, row_id = NULL, reason = NULL
-WHERE state IN ('stored', 'rejected') AND recorded_at >= ?
+WHERE position > ? AND position <= ? AND state IN ('stored', 'rejected') AND recorded_at >= ?
+"""
+_END_OF_PAGE = """
+SELECT max(position) FROM (SELECT position FROM entries WHERE position > ? AND position <= ? ORDER BY position LIMIT ?)
 """
 
 _PRUNE = """
@@ -342,12 +345,29 @@ class Outbox:
 
     @_once_more_after_repair
     def resend(self, since: float) -> int:
-        """Make settled entries recorded since then (seconds since the epoch) pending again; returns how many."""
+        """Make settled entries recorded since then (seconds since the epoch) pending again; returns how many.
+
+        When it ends early, some are pending and the others as before; it may be called again.
+        """
         with self._file.transaction() as db:
             # By how long ago that was: entries have times of the outbox's own clock.
             recorded_since = self._clock.now(db) - (time.time() - since)
+            # First: what was acknowledged before must not settle an entry of any page.
             db.execute("UPDATE sources SET resends = resends + 1")
-            return db.execute(_RESEND, (recorded_since,)).rowcount
+        after, until, count = Position(0, self.generation), self.last_position(), 0
+        while True:
+            began_at = time.monotonic()
+            with self._file.transaction() as db:
+                start = after.number if after.generation == self.generation else 0
+                last = self._until(until)
+                (end,) = db.execute(_END_OF_PAGE, (start, last, _PAGE_ENTRIES)).fetchone()
+                if end is None:
+                    return count
+                count += db.execute(_RESEND, (start, end, recorded_since)).rowcount
+                after = Position(end, self.generation)
+            if end == last:
+                return count
+            time.sleep(time.monotonic() - began_at)  # else appends would hardly ever find the file free
 
     def prune(self, keep_seconds: float) -> int:
         """Drop some of the oldest settled entries, if they are older than wanted or the file is half full.
@@ -358,7 +378,7 @@ class Outbox:
             settled_before = self._clock.now(db) - keep_seconds
             if self._file.is_half_full(db):
                 settled_before = math.inf
-            return db.execute(_PRUNE, (settled_before, _PRUNE_ENTRIES)).rowcount
+            return db.execute(_PRUNE, (settled_before, _PAGE_ENTRIES)).rowcount
 
     @_once_more_after_repair
     def fate(self, accepted: Accepted) -> Fate:

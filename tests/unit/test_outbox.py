@@ -424,6 +424,54 @@ def test_what_was_told_before_a_resend_settles_nothing_after_it(path: Path) -> N
     assert outbox.fate(accepted) == Fate("stored", 7, None)
 
 
+def test_others_append_while_many_entries_are_made_pending_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page at a time; an acknowledgement of before settles nothing from the first page on."""
+    outbox, other = Outbox(path), Outbox(path)
+    accepted = _stored(outbox, 5)
+    monkeypatch.setattr(outbox_module, "_PAGE_ENTRIES", 2)
+    pending = []
+
+    def meanwhile(_: float) -> None:
+        pending.append(other.pending_count())
+        other.append(NAME, [a_snapshot()])
+        assert _settle(other, (accepted[0], STORED)) == Settled([], [])
+
+    monkeypatch.setattr(outbox_module.time, "sleep", meanwhile)
+    assert outbox.resend(since=0) == 5
+    assert pending == [2, 5]
+    assert outbox.pending_count() == 7
+
+
+def test_a_resend_that_was_ended_in_the_middle_is_done_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent and settled anew by then is sent once more, which does no harm; nothing is left out."""
+    outbox = Outbox(path)
+    first, *_ = _stored(outbox, 5)
+    monkeypatch.setattr(outbox_module, "_PAGE_ENTRIES", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox_module.time, "sleep", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            outbox.resend(since=0)
+    assert outbox.pending_count() == 2
+    assert _settle(outbox, (first, STORED), resends=1) == Settled([1], [])
+    assert outbox.resend(since=0) == 4
+    assert outbox.pending_count() == 5
+    assert _settle(outbox, (first, STORED), resends=1) == Settled([], [])
+
+
+def _stored(outbox: Outbox, count: int) -> list[Accepted]:
+    accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(count)])
+    outbox.settle(
+        accepted[0].source_id,
+        0,
+        {one: Acknowledgement(one.source_id, one.sequence, one.nonce, None, STORED, at=0) for one in accepted},
+    )
+    return accepted
+
+
+def _interrupt(_: float) -> None:
+    raise KeyboardInterrupt
+
+
 # As the releases before made their files.
 _SOURCES_BEFORE = {
     1: "CREATE TABLE sources (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, last_sequence INTEGER NOT NULL);",
