@@ -58,7 +58,8 @@ class OutboxFile:
         self.path = path.absolute()
         # Where SQLite has the file, and its own files beside it, when the path is a symbolic link; as of its opening.
         self.real_path = Path(os.path.realpath(self.path))
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # `_alone` takes it
+        self._in_use = False
         self.generation = 0  # how often another file was found at the path
         self._max_bytes = max_bytes
         self._prepare = prepare
@@ -72,15 +73,30 @@ class OutboxFile:
         close_before_fork(self)
 
     @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time. A signal handler, which runs in the midst of its thread's work, cannot wait for it."""
+        with self.lock:
+            if self._in_use:
+                raise OutboxError(
+                    f"outbox {self.path}: record was called by a signal handler while this thread was recording;"
+                    " record outside the handler, e.g. set a flag"
+                )
+            self._in_use = True
+            try:
+                yield
+            finally:
+                self._in_use = False
+
+    @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A connection for reading, which no other thread uses in the block."""
-        with self.lock, self._translated():
+        with self._alone(), self._translated():
             yield self._connection(durable=False)
 
     @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """A transaction that can write; `durable` waits for the disk at its end."""
-        with self.lock, self._translated():
+        with self._alone(), self._translated():
             db = self._connection(durable=durable)
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -106,7 +122,7 @@ class OutboxFile:
     def quick_check(self, seconds: float) -> str | None:
         """The first fault that SQLite finds, None when it finds none, or `unfinished` after so many seconds."""
         deadline = time.monotonic() + seconds
-        with self.lock, self._translated():
+        with self._alone(), self._translated():
             db = self._connection(durable=False)
             db.set_progress_handler(lambda: time.monotonic() > deadline, _CHECK_STEPS)
             try:
@@ -124,7 +140,7 @@ class OutboxFile:
 
         Returns its new path, or None when another process has done so already.
         """
-        with self.lock, self._translated():
+        with self._alone(), self._translated():
             identity = self._damaged_at_path()
             real = self.real_path
             with _os_errors(self.path), alone_in(real.parent):
@@ -160,7 +176,7 @@ class OutboxFile:
 
     def close(self) -> None:
         """A closed file is opened again when it is used again."""
-        with self.lock:
+        with self._alone():
             self.close_connections()
 
     def close_connections(self) -> None:

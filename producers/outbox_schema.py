@@ -96,6 +96,7 @@ DROP TABLE sources_before;
 _INSERT_OUTBOX = """
 INSERT INTO outbox (only_row, token, clock_shown, clock_boot, clock_running, clock_wall) VALUES (1, ?, ?, ?, ?, ?)
 """
+_UPGRADE_MILLISECONDS = 120_000  # another process may be upgrading a large file, which takes 20 s for 400 MB
 _FIRST_RELEASE = 1  # its sources had no count of resends
 
 
@@ -116,6 +117,8 @@ def ensure_tables(db: sqlite3.Connection, path: Path, *, upgrade: bool) -> None:
             " release starts; nothing was changed"
         )
     (limit,) = db.execute("PRAGMA max_page_count").fetchone()
+    (busy,) = db.execute("PRAGMA busy_timeout").fetchone()
+    db.execute(f"PRAGMA busy_timeout = {_UPGRADE_MILLISECONDS}")
     db.execute("PRAGMA max_page_count = 4294967294")  # an upgrade needs room for both, also in a full outbox
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -129,6 +132,7 @@ def ensure_tables(db: sqlite3.Connection, path: Path, *, upgrade: bool) -> None:
         raise
     finally:
         db.execute(f"PRAGMA max_page_count = {limit}")
+        db.execute(f"PRAGMA busy_timeout = {busy}")
 
 
 def _version_of(db: sqlite3.Connection, path: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from producers import outbox as outbox_module
+from producers import outbox_file as outbox_file_module
 from producers.entries import Accepted, Fate, Settled, Source
 from producers.errors import InvalidEvent, OutboxError
 from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode, encode, event_of
@@ -436,7 +438,7 @@ def test_others_append_while_many_entries_are_made_pending_again(path: Path, mon
         other.append(NAME, [a_snapshot()])
         assert _settle(other, (accepted[0], STORED)) == Settled([], [])
 
-    monkeypatch.setattr(outbox_module.time, "sleep", meanwhile)
+    monkeypatch.setattr(time, "sleep", meanwhile)
     assert outbox.resend(since=0) == 5
     assert pending == [2, 5]
     assert outbox.pending_count() == 7
@@ -448,7 +450,7 @@ def test_a_resend_that_was_ended_in_the_middle_is_done_again(path: Path, monkeyp
     first, *_ = _stored(outbox, 5)
     monkeypatch.setattr(outbox_module, "_PAGE_ENTRIES", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(outbox_module.time, "sleep", _interrupt)
+        patch.setattr(time, "sleep", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             outbox.resend(since=0)
     assert outbox.pending_count() == 2
@@ -470,6 +472,35 @@ def _stored(outbox: Outbox, count: int) -> list[Accepted]:
 
 def _interrupt(_: float) -> None:
     raise KeyboardInterrupt
+
+
+def test_an_upgrade_by_another_process_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than for another append: a large file takes many seconds."""
+    write_outbox_of_before(path, 2)
+    monkeypatch.setattr(outbox_file_module, "_BUSY_TIMEOUT_SECONDS", 0.0)
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        end = threading.Timer(0.2, other.execute, ("ROLLBACK",))
+        end.start()
+        with Outbox(path, repair=True) as outbox:
+            assert outbox.status().depth == 2
+            with outbox._file.reading() as db:
+                assert db.execute("PRAGMA busy_timeout").fetchone() == (0,)  # as before
+        end.join()
+
+
+def test_a_signal_handler_that_records_while_its_thread_does_is_told_so(path: Path) -> None:
+    """It could only wait for itself, for ever."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot()])
+    before = signal.signal(signal.SIGUSR1, lambda *_: outbox.append(NAME, [a_snapshot()]))
+    try:
+        with pytest.raises(OutboxError, match="by a signal handler"), outbox._file.transaction():
+            signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)  # while it does not, nothing is in the way
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [entry.sequence for entry in outbox.entries()] == [1, 2]
 
 
 # As the releases before made their files.
