@@ -6,7 +6,8 @@ HistoryError
 │   └── SignalsUnreadable  the signals' file or URL does not hold JSON signals
 ├── FileNotWritten         a file of the old format, or its folder, could not be written
 ├── OutboxError            the outbox file cannot be read or written; a call that raises it recorded nothing
-│   └── OutboxDamaged      its content cannot be read: a producer or relay sets the file aside and goes on in a new one
+│   ├── OutboxDamaged      its content cannot be read: a producer or relay sets the file aside and goes on in a new one
+│   └── OutboxOutdated     an earlier release has made it; it was opened only to look, and a producer upgrades it
 ├── RelayRefused           the outbox belongs to another Redis or queue
 ├── ProducerClosed         the producer was closed; nothing was recorded
 └── EventRejected          a consumer refused the event for good; raised by Receipt.wait
@@ -57,6 +58,10 @@ class OutboxError(HistoryError):
 
 class OutboxDamaged(OutboxError):
     """The outbox file is damaged, or holds no outbox; a producer sets a damaged one aside and goes on in a new one."""
+
+
+class OutboxOutdated(OutboxError):
+    """An earlier release has made the outbox, and its controller may still run: a producer or relay upgrades it."""
 
 
 class RelayRefused(HistoryError):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -41,8 +42,9 @@ MAX_BYTES = 2**30
 LAST_CHECK_SECONDS = 300.0  # an entry is looked at again after so long at the latest
 
 _BATCH_BYTES = 4 * 2**20  # of texts, which may be 8 MiB each: handing over a hundred of those takes gigabytes of memory
-_PRUNE_ENTRIES = 1000  # at once: a short transaction, which no append has to wait for
+_PAGE_ENTRIES = 1000  # at once: a short transaction, which no append waits for long
 _NUMBERS_PAGE = 5000
+_CHECK_STEPS = 10_000  # of SQLite's virtual machine, between two looks at the clock
 
 _TAKE_SEQUENCES = """
 INSERT INTO sources (id, name, last_sequence) VALUES (:id, :name, :count)
@@ -96,7 +98,10 @@ SELECT id, name, resends FROM sources WHERE EXISTS
 
 _RESEND = """
 UPDATE entries SET state = 'pending', checks = 0, check_at = NULL, settled_at = NULL, row_id = NULL, reason = NULL
-WHERE state IN ('stored', 'rejected') AND recorded_at >= ?
+WHERE position > ? AND position <= ? AND state IN ('stored', 'rejected') AND recorded_at >= ?
+"""
+_END_OF_PAGE = """
+SELECT max(position) FROM (SELECT position FROM entries WHERE position > ? AND position <= ? ORDER BY position LIMIT ?)
 """
 
 _PRUNE = """
@@ -126,6 +131,26 @@ UNION ALL SELECT 'sent', count(*), min(recorded_at) FROM entries WHERE state = '
 UNION ALL SELECT 'rejected', count(*), NULL FROM entries WHERE state = 'rejected'
 UNION ALL SELECT 'settled', count(*), NULL FROM entries WHERE state IN ('stored', 'rejected')
 """
+
+
+# Each with the entries that it has. The last one is of the unique columns, and has all.
+INDEXES = {
+    "entries_pending": "state = 'pending'",
+    "entries_sent": "state = 'sent'",
+    "entries_awaiting": "state = 'sent'",
+    "entries_settled": "state IN ('stored', 'rejected')",
+    "entries_rejected": "state = 'rejected'",
+    "sqlite_autoindex_entries_1": "true",
+}
+# What is in them, and what should be, as one statement: both as of one moment.
+_BY_INDEX = ", ".join(
+    f"(SELECT count(*) || ':' || total(position) FROM entries INDEXED BY {index} WHERE {has})"  # noqa: S608  # constants
+    for index, has in INDEXES.items()
+)
+_BY_TABLE = ", ".join(
+    f"count(*) FILTER (WHERE {has}) || ':' || total(position) FILTER (WHERE {has})" for has in INDEXES.values()
+)
+_COMPARE_INDEXES = f"SELECT {_BY_INDEX}, {_BY_TABLE} FROM entries NOT INDEXED"  # noqa: S608  # constants
 
 
 class Position(NamedTuple):
@@ -164,9 +189,11 @@ class Outbox:
     """Opens or creates the file at `path`, which holds at most `max_bytes`.
 
     With `repair`, as producers and relays have it, a damaged file is set aside by `append` and `repaired`, and the
-    next use makes a new one. Without, as those have it that only look, OutboxDamaged is raised.
+    next use makes a new one; a file of an earlier release is upgraded. Without, as those have it that only look,
+    OutboxDamaged or OutboxOutdated is raised, and the file is left as it is.
 
     Raises:
+        OutboxOutdated: the file is of an earlier release; without `repair` only.
         OutboxDamaged: here and from every method, when the content of the file cannot be read.
         OutboxError: here and from every method, when the file cannot be read or written.
     """
@@ -175,7 +202,7 @@ class Outbox:
         self._file = OutboxFile(
             Path(path),
             max_bytes,
-            prepare=lambda db: ensure_tables(db, self.path),
+            prepare=lambda db: ensure_tables(db, self.path, upgrade=repair),
             copy_out=copy_out,
             carry_over=carry_over,
             repair=repair,
@@ -345,12 +372,29 @@ class Outbox:
 
     @_once_more_after_repair
     def resend(self, since: float) -> int:
-        """Make settled entries recorded since then (seconds since the epoch) pending again; returns how many."""
+        """Make settled entries recorded since then (seconds since the epoch) pending again; returns how many.
+
+        When it ends early, some are pending and the others as before; it may be called again.
+        """
         with self._file.transaction() as db:
             # By how long ago that was: entries have times of the outbox's own clock.
             recorded_since = self._clock.now(db) - (time.time() - since)
+            # First: what was acknowledged before must not settle an entry of any page.
             db.execute("UPDATE sources SET resends = resends + 1")
-            return db.execute(_RESEND, (recorded_since,)).rowcount
+        after, until, count = Position(0, self.generation), self.last_position(), 0
+        while True:
+            began_at = time.monotonic()
+            with self._file.transaction() as db:
+                start = after.number if after.generation == self.generation else 0
+                last = self._until(until)
+                (end,) = db.execute(_END_OF_PAGE, (start, last, _PAGE_ENTRIES)).fetchone()
+                if end is None:
+                    return count
+                count += db.execute(_RESEND, (start, end, recorded_since)).rowcount
+                after = Position(end, self.generation)
+            if end == last:
+                return count
+            time.sleep(time.monotonic() - began_at)  # else appends would hardly ever find the file free
 
     def prune(self, keep_seconds: float) -> int:
         """Drop some of the oldest settled entries, if they are older than wanted or the file is half full.
@@ -361,7 +405,7 @@ class Outbox:
             settled_before = self._clock.now(db) - keep_seconds
             if self._file.is_half_full(db):
                 settled_before = math.inf
-            return db.execute(_PRUNE, (settled_before, _PRUNE_ENTRIES)).rowcount
+            return db.execute(_PRUNE, (settled_before, _PAGE_ENTRIES)).rowcount
 
     @_once_more_after_repair
     def fate(self, accepted: Accepted) -> Fate:
@@ -439,8 +483,46 @@ class Outbox:
             return self._file.used_bytes(db)
 
     def quick_check(self, seconds: float) -> str | None:
-        """The first fault in the file, None when there is none, or `unfinished` after so many seconds."""
-        return self._file.quick_check(seconds)
+        """The first fault in the file, None when there is none, or `unfinished` after so many seconds.
+
+        An index that does not have the entries that it should have is a fault, and with `repair` is built anew.
+        """
+        deadline = time.monotonic() + seconds
+        try:
+            stale = self._stale_indexes(seconds / 2)
+        except OutboxDamaged as error:
+            fault = self._file.quick_check(deadline - time.monotonic())
+            return str(error) if fault in (None, "unfinished") else fault
+        if self._repair and stale:
+            with self._file.transaction() as db:
+                for index in stale:
+                    db.execute(f"REINDEX {index}")
+            logger.error(
+                "outbox %s: an index did not have the entries that it should have, as after a power failure, and was"
+                " built anew: %s. What it had hidden is sent now; look at the disk",
+                self.path,
+                ", ".join(stale),
+            )
+        fault = self._file.quick_check(deadline - time.monotonic())
+        if fault in (None, "unfinished") and stale and not self._repair:
+            return f"index {', '.join(stale)} is stale: a controller or relay builds it anew when it starts"
+        return fault
+
+    def _stale_indexes(self, seconds: float) -> list[str]:
+        """Those found within this time. SQLite's quick check does not compare an index with its table."""
+        deadline = time.monotonic() + seconds
+        with self._file.reading() as db:
+            db.set_progress_handler(lambda: time.monotonic() > deadline, _CHECK_STEPS)
+            try:
+                found = db.execute(_COMPARE_INDEXES).fetchone()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+                    raise
+                return []
+            finally:
+                db.set_progress_handler(None, 0)
+        by_table = found[len(INDEXES) :]
+        return [index for index, has, should in zip(INDEXES, found, by_table, strict=False) if has != should]
 
     def relay_lock(self) -> RelayLock:
         """The right to relay this outbox, which one thread of one process has at a time."""

@@ -71,7 +71,8 @@ class OutboxFile:
         self.path = path.absolute()
         # Where SQLite has the file, and its own files beside it, when the path is a symbolic link; as of its opening.
         self.real_path = Path(os.path.realpath(self.path))
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # `_alone` takes it
+        self._in_use = False
         self.generation = 0  # how often another file was found at the path
         self._max_bytes = max_bytes
         self._prepare = prepare
@@ -86,9 +87,24 @@ class OutboxFile:
         close_before_fork(self)
 
     @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time. A signal handler, which runs in the midst of its thread's work, cannot wait for it."""
+        with self.lock:
+            if self._in_use:
+                raise OutboxError(
+                    f"outbox {self.path}: record was called by a signal handler while this thread was recording;"
+                    " record outside the handler, e.g. set a flag"
+                )
+            self._in_use = True
+            try:
+                yield
+            finally:
+                self._in_use = False
+
+    @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
         """A connection for reading, which no other thread uses in the block."""
-        with self.lock, self._translated():
+        with self._alone(), self._translated():
             yield self._connection(durable=False)
 
     @contextmanager
@@ -99,7 +115,7 @@ class OutboxFile:
             OutboxDamaged: also after a durable commit into a file that was replaced meanwhile, if it cannot be carried
                 into the file at the path.
         """
-        with self.lock, self._translated():
+        with self._alone(), self._translated():
             db = self._connection(durable=durable)
             db.execute("BEGIN IMMEDIATE")
             try:
@@ -130,7 +146,7 @@ class OutboxFile:
     def quick_check(self, seconds: float) -> str | None:
         """The first fault that SQLite finds, None when it finds none, or `unfinished` after so many seconds."""
         deadline = time.monotonic() + seconds
-        with self.lock, self._translated():
+        with self._alone(), self._translated():
             db = self._connection(durable=False)
             db.set_progress_handler(lambda: time.monotonic() > deadline, _CHECK_STEPS)
             try:
@@ -148,7 +164,7 @@ class OutboxFile:
 
         Returns its new path, or None when another process has done so already.
         """
-        with self.lock, self._translated():
+        with self._alone(), self._translated():
             identity = self._damaged_at_path()
             real = self.real_path
             with os_errors(self.path), alone_in(real.parent):
@@ -188,7 +204,7 @@ class OutboxFile:
 
     def close(self) -> None:
         """A closed file is opened again when it is used again."""
-        with self.lock:
+        with self._alone():
             self.close_connections()
 
     def close_connections(self) -> None:

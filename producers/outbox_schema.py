@@ -6,7 +6,7 @@ import secrets
 import sqlite3
 from pathlib import Path
 
-from producers.errors import OutboxError
+from producers.errors import OutboxError, OutboxOutdated
 from producers.outbox_clock import ClockReading
 
 VERSION = 3
@@ -96,18 +96,29 @@ DROP TABLE sources_before;
 _INSERT_OUTBOX = """
 INSERT INTO outbox (only_row, token, clock_shown, clock_boot, clock_running, clock_wall) VALUES (1, ?, ?, ?, ?, ?)
 """
+_UPGRADE_MILLISECONDS = 120_000  # another process may be upgrading a large file, which takes 20 s for 400 MB
 _FIRST_RELEASE = 1  # its sources had no count of resends
 
 
-def ensure_tables(db: sqlite3.Connection, path: Path) -> None:
-    """Make or upgrade the tables in one transaction, unless the file is up to date.
+def ensure_tables(db: sqlite3.Connection, path: Path, *, upgrade: bool) -> None:
+    """Make the tables or, with `upgrade`, upgrade them, in one transaction, unless the file is up to date.
 
     Raises:
+        OutboxOutdated: the file is of an earlier release; without `upgrade` only.
         OutboxError: a newer release has made the file.
     """
-    if _version_of(db, path) == VERSION:
+    version = _version_of(db, path)
+    if version == VERSION:
         return
+    if version and not upgrade:
+        # A controller of that release may be running, and every call of it would fail from now on.
+        raise OutboxOutdated(
+            f"outbox {path}: is of an earlier release (version {version}): it is upgraded when its controller of this"
+            " release starts; nothing was changed"
+        )
     (limit,) = db.execute("PRAGMA max_page_count").fetchone()
+    (busy,) = db.execute("PRAGMA busy_timeout").fetchone()
+    db.execute(f"PRAGMA busy_timeout = {_UPGRADE_MILLISECONDS}")
     db.execute("PRAGMA max_page_count = 4294967294")  # an upgrade needs room for both, also in a full outbox
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -121,6 +132,7 @@ def ensure_tables(db: sqlite3.Connection, path: Path) -> None:
         raise
     finally:
         db.execute(f"PRAGMA max_page_count = {limit}")
+        db.execute(f"PRAGMA busy_timeout = {busy}")
 
 
 def _version_of(db: sqlite3.Connection, path: Path) -> int:

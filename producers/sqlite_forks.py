@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from producers.errors import OutboxError
 
@@ -21,7 +21,7 @@ from producers.errors import OutboxError
 class HasConnections(Protocol):
     """Uses its connections only while it holds `lock`."""
 
-    lock: threading.Lock
+    lock: Any  # a threading.Lock or RLock
 
     def close_connections(self) -> None: ...
 
@@ -54,7 +54,7 @@ def _after_in_parent() -> None:
 def _after_in_child() -> None:
     for owner in _stopped:
         # Threads that waited for the old one do not exist here.
-        owner.lock = threading.Lock()
+        owner.lock = type(owner.lock)()
     _stopped.clear()
     _one_fork_at_a_time.release()
 

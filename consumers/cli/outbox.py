@@ -15,7 +15,7 @@ from consumers.cli.options import AsJson
 from consumers.cli.progress import progress_bar
 from consumers.stack import stack
 from consumers.terminal import print_facts, print_json
-from producers.errors import HistoryError, OutboxDamaged
+from producers.errors import HistoryError, OutboxDamaged, OutboxOutdated
 from producers.settings import TransportSettings
 
 if TYPE_CHECKING:
@@ -137,8 +137,8 @@ def _producer(path: Path) -> Iterator[HistoryProducer]:
 
     with stack(redis=True):
         settings = TransportSettings.from_environment()
-        # A damaged file is the producer's to set aside.
-        with suppress(OutboxDamaged), Outbox(path) as outbox, settings.redis() as redis:
+        # A damaged file is the producer's to set aside, and one of an earlier release to upgrade: it names no Redis.
+        with suppress(OutboxDamaged, OutboxOutdated), Outbox(path) as outbox, settings.redis() as redis:
             Relay(outbox, redis, settings.queue, keep_seconds=settings.outbox_keep_seconds).check_destination()
         with HistoryProducer(outbox=path) as producer:
             yield producer
@@ -151,9 +151,10 @@ def outbox_salvage(
     """Carry what can be read in a damaged outbox file over into the outbox; it may be done again."""
     from producers.outbox import Outbox
 
-    with Outbox(TransportSettings.from_environment().outbox) as outbox:
-        if file.resolve() == outbox.path.resolve():
-            raise HistoryError(f"{file} is the outbox itself: its producers set it aside when they find it damaged")
+    path = TransportSettings.from_environment().outbox
+    if file.resolve() == path.resolve():
+        raise HistoryError(f"{file} is the outbox itself: its producers set it aside when they find it damaged")
+    with Outbox(path, repair=True) as outbox:
         found = outbox.rescue.salvage(file)
     print(found.summary())
 

@@ -15,6 +15,7 @@ from redis import Redis
 from consumers.doctor.checks import Check, duration, looked, size
 from consumers.doctor.file_systems import in_container, mount_of, mounts_text
 from consumers.doctor.masking import Mask
+from producers.errors import OutboxError, OutboxOutdated
 from producers.lateness import oldest_unacknowledged_seconds
 from producers.outbox import MAX_BYTES, Outbox
 from producers.outbox_rescue import ranges_text
@@ -40,12 +41,23 @@ def outbox_checks(settings: TransportSettings, mask: Mask) -> Iterator[Check]:
         if "HISTORY_OUTBOX" not in read_environment() or not path.absolute().parent.is_dir():
             return
     else:
-        yield from looked("outbox", partial(contents, settings), mask, advice=_ADVICE)
-        yield from looked("outbox file", partial(soundness, path), mask, advice=_ADVICE)
-        yield from looked("outbox copies", partial(copies, settings), mask)
+        try:
+            Outbox(path).close()
+        except OutboxOutdated as error:
+            yield Check("outbox", "warn", mask.told(error), "start its controller of this release, and ask again")
+        except OutboxError:
+            yield from _looks_inside(settings, mask)  # which says why
+        else:
+            yield from _looks_inside(settings, mask)
         yield from looked("outbox access", partial(access, path), mask)
     yield from looked("outbox place", lambda: [place_check(path, mounts_text(), in_container=in_container())], mask)
     yield from looked("outbox disk", lambda: [disk_check(shutil.disk_usage(path.absolute().parent).free)], mask)
+
+
+def _looks_inside(settings: TransportSettings, mask: Mask) -> Iterator[Check]:
+    yield from looked("outbox", partial(contents, settings), mask, advice=_ADVICE)
+    yield from looked("outbox file", partial(soundness, settings.outbox), mask, advice=_ADVICE)
+    yield from looked("outbox copies", partial(copies, settings), mask)
 
 
 def contents(settings: TransportSettings) -> Iterator[Check]:

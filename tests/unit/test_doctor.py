@@ -22,12 +22,14 @@ from consumers.doctor.checks import Check, duration, looked, side_by_side, size
 from consumers.doctor.file_systems import Mount, mount_of
 from consumers.doctor.history import lateness
 from consumers.doctor.masking import Mask
-from consumers.doctor.outbox import access, contents, disk_check, place_check, size_check
+from consumers.doctor.outbox import access, contents, disk_check, outbox_checks, place_check, size_check
 from consumers.doctor.postgres import clock_check
 from consumers.terminal import print_checks
+from producers.errors import OutboxOutdated
 from producers.outbox import MAX_BYTES, Outbox
 from producers.settings import TransportSettings
 from tests.factories import a_snapshot
+from tests.unit.test_outbox import write_outbox_of_before
 
 MOUNTS = """\
 22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/nvme0n1p1 rw
@@ -124,6 +126,17 @@ def test_an_outbox_counts_what_waits_and_says_that_nobody_sends_it(tmp_path: Pat
     assert "no process sends them" in forsaken["outbox"].found
     assert "60 min old" in relayed["outbox"].found
     assert young["outbox rejections"].status == "ok"
+
+
+def test_an_outbox_of_an_earlier_release_is_told_once_and_left_alone(tmp_path: Path) -> None:
+    """Its controller may still run. What can be seen without opening the file is told as well."""
+    path = tmp_path / "deep" / "outbox.db"
+    write_outbox_of_before(path, 2)
+    checks = list(outbox_checks(TransportSettings.model_validate({"HISTORY_OUTBOX": path}), NO_SECRETS))
+    assert [(one.name, one.status) for one in checks if "earlier release" in one.found] == [("outbox", "warn")]
+    assert {"outbox access", "outbox place", "outbox disk"} < set(_by_name(checks))
+    with pytest.raises(OutboxOutdated):
+        Outbox(path)
 
 
 def test_rejections_in_an_outbox_are_a_warning(tmp_path: Path) -> None:

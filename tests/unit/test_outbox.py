@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from producers import outbox as outbox_module
+from producers import outbox_file as outbox_file_module
 from producers.entries import Accepted, Fate, Settled, Source
 from producers.errors import InvalidEvent, OutboxError
 from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode, encode, event_of
@@ -241,7 +243,7 @@ def test_threads_share_an_outbox(path: Path) -> None:
 
 
 def _append(path: Path, count: int) -> None:
-    outbox = Outbox(path)
+    outbox = Outbox(path, repair=True)
     for _ in range(count):
         outbox.append(NAME, [a_snapshot()])
 
@@ -424,6 +426,83 @@ def test_what_was_told_before_a_resend_settles_nothing_after_it(path: Path) -> N
     assert outbox.fate(accepted) == Fate("stored", 7, None)
 
 
+def test_others_append_while_many_entries_are_made_pending_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page at a time; an acknowledgement of before settles nothing from the first page on."""
+    outbox, other = Outbox(path), Outbox(path)
+    accepted = _stored(outbox, 5)
+    monkeypatch.setattr(outbox_module, "_PAGE_ENTRIES", 2)
+    pending = []
+
+    def meanwhile(_: float) -> None:
+        pending.append(other.pending_count())
+        other.append(NAME, [a_snapshot()])
+        assert _settle(other, (accepted[0], STORED)) == Settled([], [])
+
+    monkeypatch.setattr(time, "sleep", meanwhile)
+    assert outbox.resend(since=0) == 5
+    assert pending == [2, 5]
+    assert outbox.pending_count() == 7
+
+
+def test_a_resend_that_was_ended_in_the_middle_is_done_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent and settled anew by then is sent once more, which does no harm; nothing is left out."""
+    outbox = Outbox(path)
+    first, *_ = _stored(outbox, 5)
+    monkeypatch.setattr(outbox_module, "_PAGE_ENTRIES", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            outbox.resend(since=0)
+    assert outbox.pending_count() == 2
+    assert _settle(outbox, (first, STORED), resends=1) == Settled([1], [])
+    assert outbox.resend(since=0) == 4
+    assert outbox.pending_count() == 5
+    assert _settle(outbox, (first, STORED), resends=1) == Settled([], [])
+
+
+def _stored(outbox: Outbox, count: int) -> list[Accepted]:
+    accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(count)])
+    outbox.settle(
+        accepted[0].source_id,
+        0,
+        {one: Acknowledgement(one.source_id, one.sequence, one.nonce, None, STORED, at=0) for one in accepted},
+    )
+    return accepted
+
+
+def _interrupt(_: float) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_upgrade_by_another_process_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than for another append: a large file takes many seconds."""
+    write_outbox_of_before(path, 2)
+    monkeypatch.setattr(outbox_file_module, "_BUSY_TIMEOUT_SECONDS", 0.0)
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        end = threading.Timer(0.2, other.execute, ("ROLLBACK",))
+        end.start()
+        with Outbox(path, repair=True) as outbox:
+            assert outbox.status().depth == 2
+            with outbox._file.reading() as db:
+                assert db.execute("PRAGMA busy_timeout").fetchone() == (0,)  # as before
+        end.join()
+
+
+def test_a_signal_handler_that_records_while_its_thread_does_is_told_so(path: Path) -> None:
+    """It could only wait for itself, for ever."""
+    outbox = Outbox(path)
+    outbox.append(NAME, [a_snapshot()])
+    before = signal.signal(signal.SIGUSR1, lambda *_: outbox.append(NAME, [a_snapshot()]))
+    try:
+        with pytest.raises(OutboxError, match="by a signal handler"), outbox._file.transaction():
+            signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)  # while it does not, nothing is in the way
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [entry.sequence for entry in outbox.entries()] == [1, 2]
+
+
 # As the releases before made their files.
 _SOURCES_BEFORE = {
     1: "CREATE TABLE sources (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, last_sequence INTEGER NOT NULL);",
@@ -498,7 +577,7 @@ def write_outbox_of_before(path: Path, version: int, count: int = 4, max_bytes: 
 def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, version: int) -> None:
     """Entries keep their texts, states and job ids, which have no nonce; numbers go on, now with one."""
     events = write_outbox_of_before(path, version)
-    upgraded = Outbox(path)
+    upgraded = Outbox(path, repair=True)
 
     assert [(entry.event, entry.job_id) for entry in upgraded.entries()] == [
         (text, f"{OLD_SOURCE_ID}-{n}") for n, text in enumerate(events, 1)
@@ -527,11 +606,25 @@ def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, versi
 def test_what_an_earlier_version_had_under_way_is_settled(path: Path, version: int) -> None:
     """By an acknowledgement without a nonce, with or without the event's id."""
     events = write_outbox_of_before(path, version)
-    upgraded = Outbox(path)
+    upgraded = Outbox(path, repair=True)
     sent, pending = (Acknowledgement(OLD_SOURCE_ID, n, "", json.loads(events[n - 1])["id"], STORED, 0) for n in (3, 4))
     assert upgraded.awaiting("sent") == [(OLD_SOURCE_ID, NAME, 0)]
     assert upgraded.settle(OLD_SOURCE_ID, 0, {3: sent, 4: replace(pending, event_id=None)}) == Settled([3, 4], [])
     assert upgraded.status().stored == 3
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_outbox_of_an_earlier_version_is_left_as_it_is_by_those_that_look(path: Path, version: int) -> None:
+    """A controller of that release may have it open, and could not use it any more."""
+    write_outbox_of_before(path, version)
+    for _ in range(2):
+        with pytest.raises(
+            OutboxError, match=rf"^outbox {path}: .*earlier release .version {version}.: it is upgraded"
+        ):
+            Outbox(path)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (version,)
+        assert db.execute("SELECT count(*) FROM entries WHERE state = 'confirmed'").fetchone() == (1,)
 
 
 def test_a_count_of_resends_survives_an_upgrade(path: Path) -> None:
@@ -539,14 +632,14 @@ def test_a_count_of_resends_survives_an_upgrade(path: Path) -> None:
     write_outbox_of_before(path, 2)
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("UPDATE sources SET resends = 3")
-    assert Outbox(path).awaiting("sent") == [(OLD_SOURCE_ID, NAME, 3)]
+    assert Outbox(path, repair=True).awaiting("sent") == [(OLD_SOURCE_ID, NAME, 3)]
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_full_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, version: int) -> None:
     """An upgrade needs room for both tables; then the limit holds as before, and pruning makes room again."""
     write_outbox_of_before(path, version, count=400, max_bytes=2**18)
-    upgraded = Outbox(path, max_bytes=2**18)
+    upgraded = Outbox(path, max_bytes=2**18, repair=True)
     kept = len(upgraded.entries())
     assert 100 < kept < 400
     assert upgraded.status().depth >= kept // 2 - 1

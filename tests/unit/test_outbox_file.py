@@ -16,6 +16,7 @@ import fakeredis
 import pytest
 
 from producers import events
+from producers import outbox as outbox_module
 from producers import outbox_file as outbox_file_module
 from producers import relay as relay_module
 from producers.entries import Accepted
@@ -664,3 +665,34 @@ def test_those_that_only_look_leave_both_names_of_a_file(path: Path) -> None:
     path.with_name("linked.db").hardlink_to(path)
     Outbox(path).close()
     assert path.stat().st_nlink == 2
+
+
+@pytest.mark.parametrize("index", outbox_module.INDEXES)
+def test_an_index_that_has_an_older_content_is_told_and_built_anew(
+    path: Path, index: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a write that was lost with the power. SQLite's quick check does not compare indexes with their table."""
+    with Outbox(path) as outbox:
+        accepted = outbox.append(NAME, [a_snapshot() for _ in range(3)])
+        outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(2)})
+        told = Acknowledgement(accepted[0].source_id, 1, accepted[0].nonce, None, Outcome("rejected", reason="no"), 0)
+        outbox.settle(accepted[0].source_id, 0, {1: told})
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA journal_mode = DELETE")
+        (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (index,)).fetchone()
+    content = bytearray(path.read_bytes())
+    content[(page - 1) * 4096 : page * 4096] = bytes.fromhex("0a00000000100000").ljust(4096, b"\0")  # as it began
+    path.write_bytes(content)
+
+    with Outbox(path) as outbox:
+        assert outbox.quick_check(60) == (
+            f"index {index} is stale: a controller or relay builds it anew when it starts"
+        )
+        assert outbox.quick_check(60) is not None
+    assert not caplog.records
+    with Outbox(path, repair=True) as outbox:
+        assert outbox.quick_check(60) is None
+    assert [one.levelname for one in caplog.records] == ["ERROR"]
+    assert index in caplog.text
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
