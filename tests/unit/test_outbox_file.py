@@ -67,7 +67,10 @@ def _remove_all_files(path: Path) -> None:
 
 
 def _remove_folder(path: Path) -> None:
-    shutil.rmtree(path.parent)
+    # In one step: a producer in use would make it anew while its files are removed one by one.
+    away = path.parent.with_name("away")
+    path.parent.rename(away)
+    shutil.rmtree(away)
 
 
 def _move_away(path: Path) -> None:
