@@ -18,8 +18,9 @@ from pathlib import Path
 from consumers.stack import embedded_stack
 from tests.faults.exits import print_exits
 from tests.faults.failover import print_failovers, run_failovers
-from tests.faults.storm import run_storm
+from tests.faults.storm import Storm, run_storm
 from tests.faults.upgrade import run_upgrade
+from tests.faults.verdict import Verdict
 
 
 def main() -> int:
@@ -44,6 +45,11 @@ def main() -> int:
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))
         storm, judged = run_storm(folder, seconds=options.minutes * 60, seed=options.seed)
+        _print_storm(storm, judged)  # while its folder is there
+    return 1 if judged.breaches else 0
+
+
+def _print_storm(storm: Storm, judged: Verdict) -> None:
     for name, count in sorted(storm.faults.items()):
         print(f"{count:6} {name}")
     print(f"{storm.faults.total():6} faults in {options.minutes} minutes")
@@ -62,7 +68,6 @@ def main() -> int:
     print(f"{len(judged.breaches)} breaches of the promise")
     for breach in judged.breaches[:20]:
         print(f"  {breach}")
-    return 1 if judged.breaches else 0
 
 
 def _exits(runs: int) -> int:
