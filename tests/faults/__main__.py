@@ -45,14 +45,14 @@ def main() -> int:
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))
         storm, judged = run_storm(folder, seconds=options.minutes * 60, seed=options.seed)
-        _print_storm(storm, judged)  # while its folder is there
+        _print_storm(storm, judged, options.minutes)  # while its folder is there
     return 1 if judged.breaches else 0
 
 
-def _print_storm(storm: Storm, judged: Verdict) -> None:
+def _print_storm(storm: Storm, judged: Verdict, minutes: float) -> None:
     for name, count in sorted(storm.faults.items()):
         print(f"{count:6} {name}")
-    print(f"{storm.faults.total():6} faults in {options.minutes} minutes")
+    print(f"{storm.faults.total():6} faults in {minutes:g} minutes")
     print(
         f"{judged.accepted} events accepted: {judged.rows} rows,"
         f" {judged.duplicate} duplicates, {judged.rejected} rejected"
