@@ -66,7 +66,10 @@ def _remove_all_files(path: Path) -> None:
 
 
 def _remove_folder(path: Path) -> None:
-    shutil.rmtree(path.parent)
+    # A thread that notices makes a new file at once, and a folder that is removed file by file may get it meanwhile.
+    gone = path.parent.with_name("gone")
+    path.parent.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _move_away(path: Path) -> None:
