@@ -26,8 +26,9 @@ from producers.entries import Accepted, Entry, EntryHead, Fate, Numbered, Outbox
 from producers.errors import OutboxDamaged, OutboxError
 from producers.events import Payload, encode, event_of
 from producers.outbox_clock import OutboxClock
-from producers.outbox_file import LOCK, OutboxFile
+from producers.outbox_file import OutboxFile
 from producers.outbox_identity import OutboxIdentity
+from producers.outbox_place import LOCK
 from producers.outbox_rescue import Rescue, carry_over, copy_out, has_content_of_an_outbox
 from producers.outbox_schema import ensure_tables
 from producers.outcomes import Acknowledgement
@@ -243,7 +244,7 @@ class Outbox:
             yield
         except OutboxDamaged as error:
             # A file that never was an outbox is somebody's, named by mistake.
-            if not self._repair or not (self._file.has_been_used() or self._has_content_of_an_outbox()):
+            if not self._repair or not (self._file.place.has_been_used() or self._has_content_of_an_outbox()):
                 raise
             aside = self._file.set_aside()
             if aside is not None:
@@ -256,7 +257,7 @@ class Outbox:
 
     def _has_content_of_an_outbox(self) -> bool:
         self._file.close()  # reading the file ends the locks that SQLite has on it in this process
-        return has_content_of_an_outbox(self._file.real_path)
+        return has_content_of_an_outbox(self._file.place.real)
 
     @_once_more_after_repair
     def append(self, name: str, payloads: Sequence[Payload], recorder: int = 0) -> list[Accepted]:
@@ -526,11 +527,11 @@ class Outbox:
 
     def relay_lock(self) -> RelayLock:
         """The right to relay this outbox, which one thread of one process has at a time."""
-        return RelayLock(self._lock_path(), self._file.real_path)
+        return RelayLock(self._lock_path(), self._file.place.real)
 
     def _lock_path(self) -> Path:
         # Of the file itself: two paths that lead to it have one lock.
-        return self._file.real_path.with_name(self._file.real_path.name + LOCK)
+        return self._file.place.beside(LOCK)
 
     def sources(self) -> list[Source]:
         with self._file.reading() as db:

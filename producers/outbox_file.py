@@ -7,20 +7,18 @@ what such a file still holds is carried into the file at the path. A damaged fil
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import secrets
 import sqlite3
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from producers.errors import OutboxDamaged, OutboxError
+from producers.outbox_place import DAMAGED, TAKEN_OUT, OutboxPlace, alone_in, free_name, identity_of, os_errors
 from producers.sqlite_forks import close_before_fork, sqlite_errors
 
 logger = logging.getLogger(__name__)
@@ -28,14 +26,6 @@ logger = logging.getLogger(__name__)
 _BUSY_TIMEOUT_SECONDS = 5.0
 _BUSY_PAUSE_SECONDS = 0.005
 _OPEN_TRIES = 5
-DAMAGED = ".damaged-"
-TAKEN_OUT = ".taken-out-"
-LOCK = "-relay"
-_PAIR = "-pair"
-_NEW = ".new"
-_COPY = ".copy"
-_COPY_BYTES = 2**20
-_BESIDE = ("-wal", "-shm")  # SQLite's own files: the log of what is not yet in the file, and an index of that
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _CUT_OFF = sqlite3.SQLITE_IOERR_SHORT_READ  # the log ends before a page that is in it
 _CHECK_STEPS = 10_000  # of SQLite's virtual machine, between two looks at the clock
@@ -67,10 +57,8 @@ class OutboxFile:
         carry_over: CarryOver,
         repair: bool = False,
     ) -> None:
-        # A program may change its working folder, and the outbox must not change with it.
-        self.path = path.absolute()
-        # Where SQLite has the file, and its own files beside it, when the path is a symbolic link; as of its opening.
-        self.real_path = Path(os.path.realpath(self.path))
+        self.place = OutboxPlace(path)
+        self.path = self.place.path
         self.lock = threading.RLock()  # `_alone` takes it
         self._in_use = False
         self.generation = 0  # how often another file was found at the path
@@ -166,26 +154,26 @@ class OutboxFile:
         """
         with self._alone(), self._translated():
             identity = self._damaged_at_path()
-            real = self.real_path
+            real = self.place.real
             with os_errors(self.path), alone_in(real.parent):
-                if identity is None or _identity_of(self.path) != identity:
+                if identity is None or identity_of(self.path) != identity:
                     return None
-                aside = _free_name(real.with_name(f"{real.name}{DAMAGED}{identity[1]}"))
+                aside = free_name(real.with_name(f"{real.name}{DAMAGED}{identity[1]}"))
                 # The log of what was not yet written into the file goes first. If this process dies in between, the
                 # file at the path is still found damaged, and the next one to set it aside brings both together; or it
                 # is sound without its log, and a relay salvages the log alone.
                 for end in ("-wal", ""):
-                    if self._companion(end).exists():
-                        self._companion(end).rename(aside.with_name(aside.name + end))
-                self._companion("-shm").unlink(missing_ok=True)
+                    if self.place.beside(end).exists():
+                        self.place.beside(end).rename(aside.with_name(aside.name + end))
+                self.place.beside("-shm").unlink(missing_ok=True)
                 self.generation += 1
                 if os.geteuid() == 0:  # at once: the next one to use it might not know whose it was
-                    self._make_new(aside)
+                    self.place.make_new(aside)
                 return aside
 
     def _damaged_at_path(self) -> tuple[int, int] | None:
         """Which file at the path is damaged, after this one has met damage; None when another process was first."""
-        found = _identity_of(self.path)
+        found = identity_of(self.path)
         if self._connections and found == self._identity:
             self.close_connections()
             return found
@@ -227,10 +215,10 @@ class OutboxFile:
 
     def _is_at_path(self) -> bool:
         """Whether the path leads to the file that is open, and its log is still beside it."""
-        if _identity_of(self.path) != self._identity:
+        if identity_of(self.path) != self._identity:
             return False
         log = self._beside[0] if self._beside else None
-        return log is None or log == _identity_of(self._log)
+        return log is None or log == identity_of(self._log)
 
     def _connection(self, *, durable: bool) -> sqlite3.Connection:
         """FULL waits for the disk at each commit, NORMAL leaves that to the next one that does."""
@@ -282,8 +270,8 @@ class OutboxFile:
 
         Should this process die before the content is in an outbox again, the next relay finds the file.
         """
-        self._make_folder()
-        file = self._companion(f"{TAKEN_OUT}{secrets.token_hex(8)}")
+        self.place.make_folder()
+        file = self.place.beside(f"{TAKEN_OUT}{secrets.token_hex(8)}")
         lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         fcntl.flock(lock, fcntl.LOCK_EX)
         connection = next(iter(self._connections.values()))
@@ -314,186 +302,38 @@ class OutboxFile:
                 connection.execute("ROLLBACK")
             connection.execute("DETACH taken_out")
 
-    def _companion(self, end: str) -> Path:
-        return self.real_path.with_name(self.real_path.name + end)
-
     def _opened(self, mode: str) -> tuple[sqlite3.Connection, tuple[int, int]]:
         """A new connection with its tables made, and which file it has open."""
         for _ in range(_OPEN_TRIES):
-            before = _identity_of(self.path)
+            before = identity_of(self.path)
             connection = self._connected(mode)
-            identity = _identity_of(self.path)
+            identity = identity_of(self.path)
             if identity is not None and before in (None, identity):
                 return connection, identity
             connection.close()
         raise OutboxError(f"outbox {self.path}: is replaced again and again while it is opened")
 
     def _note_beside(self) -> None:
-        self._log = self._companion("-wal")
-        self._beside = [_identity_of(file) for file in self._files_beside()]
-        self._note_files()
-
-    def _files_beside(self) -> list[Path]:
-        return [self._companion(end) for end in _BESIDE]
+        self._log = self.place.beside("-wal")
+        self._beside = [identity_of(file) for file in self.place.sqlite_files()]
+        self.place.note_pair(self._identity)
 
     def _remove_own_files_beside(self) -> None:
         """If the open file alone was removed: SQLite would take its log for one of the file that is at the path now.
 
         The connections that have these files open, here and in other processes, keep them.
         """
-        for file, own in zip(self._files_beside(), self._beside, strict=True):
-            if own is not None and _identity_of(file) == own:
+        for file, own in zip(self.place.sqlite_files(), self._beside, strict=True):
+            if own is not None and identity_of(file) == own:
                 file.unlink(missing_ok=True)
 
-    def _make_file(self) -> None:
-        """A new one, if there is none. What SQLite left beside an earlier one is not its."""
-        if _identity_of(self.path) is not None:
-            return
-        self._make_folder()
-        with os_errors(self.path), alone_in(self.real_path.parent):
-            if _identity_of(self.path) is None:
-                for file in self._files_beside():
-                    file.unlink(missing_ok=True)
-                self._make_new(self.real_path.parent)
-
-    def _make_new(self, like: Path) -> None:
-        """Under another name first: a file at the path is never empty, not even for a moment.
-
-        If root makes it, it gets the owner of `like`.
-        """
-        new = self._companion(_NEW)
-        new.unlink(missing_ok=True)  # of a process that died
-        make_as_root(new, like)
-        with closing(sqlite3.connect(new, isolation_level=None)) as connection:
-            connection.execute("PRAGMA journal_mode = WAL")
-        new.rename(self.real_path)
-
-    def _refuse_emptied(self) -> None:
-        """SQLite takes an empty file for a new one, and removes the log beside it."""
-        # The size last: a file that is being made has content before any of the others is beside it.
-        ends = [end for end in (LOCK, _PAIR) if self._companion(end).exists()]
-        if _size_of(self._companion("-wal")):
-            ends.append("-wal")
-        if ends and _size_of(self.path) == 0:
-            raise OutboxDamaged(
-                f"outbox {self.path}: the file is empty (0 bytes), but not new: {self.path.name}{ends[0]} exists"
-            )
-
-    def has_been_used(self) -> bool:
-        """Whether the files beside it show that the file at the path is, or was, an outbox."""
-        used = any(self._companion(end).exists() for end in (LOCK, _PAIR))
-        return used or (_size_of(self.path) == 0 and bool(_size_of(self._companion("-wal"))))
-
-    def _break_hard_links(self) -> None:
-        """Replace a file that has a second name, as after `cp -al`, by a copy of it.
-
-        Through two names SQLite uses two logs, and each overwrites in the file what the other has written.
-        """
-        if not _has_two_names(self.path):
-            return
-        real = self.real_path
-        with os_errors(self.path), alone_in(real.parent):
-            if not _has_two_names(real):  # another process was first
-                return
-            copies = self._copies_of_file_and_log()
-            # The log first: if this process dies in between, the file still has two names. An index of another log
-            # must not be found beside it.
-            for end in ("-wal", "-shm", ""):
-                if end in copies:
-                    copies[end].rename(self._companion(end))
-                elif self._companion(end).exists():
-                    self._companion(end).unlink()
-            for end in (_PAIR, LOCK):  # they are made anew when they are needed
-                if _has_two_names(self._companion(end)):
-                    self._companion(end).unlink()
-        logger.warning(
-            "outbox %s had a second name (a hard link, such as `cp -al` makes): it was replaced by a copy, and the file"
-            " under the other name is an outbox of its own from now on",
-            self.path,
-        )
-
-    def _copies_of_file_and_log(self) -> dict[str, Path]:
-        """By the end of the name. A process that has the file open by its other name may write it meanwhile."""
-        copies: dict[str, Path] = {}
-        for tries_left in reversed(range(_OPEN_TRIES)):
-            before = self._written_at()
-            for end in ("", "-wal"):
-                if self._companion(end).exists():
-                    copies[end] = self._companion(f"{_COPY}{end}")
-                    _copy(self._companion(end), copies[end])
-            after = self._written_at()
-            # The log may be longer in the end: SQLite ignores half a transaction, and a process that has the file open
-            # by this name carries over what is missing.
-            if before == after or (before[0] == after[0] and not tries_left):
-                return copies
-        raise OutboxError(
-            f"outbox {self.path}: has a second name (a hard link), by which another process writes it again and again;"
-            " it is copied when that has ended"
-        )
-
-    def _written_at(self) -> list[tuple[int, int] | None]:
-        found: list[tuple[int, int] | None] = []
-        for end in ("", "-wal"):
-            try:
-                one = os.stat(self._companion(end))
-                found.append((one.st_mtime_ns, one.st_size))
-            except FileNotFoundError:
-                found.append(None)
-        return found
-
-    def _leave_foreign_log(self) -> None:
-        """Set aside the log of an earlier file at the path: SQLite would take it for that of the file there now.
-
-        A process may still have both of the earlier file open. Which files belong together stands in a small file.
-        """
-        with os_errors(self.path), alone_in(self.real_path.parent):
-            now, before = self._pair(), self._noted_pair()
-            if before is None or now[0] == before[0]:
-                return
-            if now[1] is not None and now[1] == before[1]:
-                aside = _free_name(self._companion(f"{DAMAGED}{before[0][1]}"))
-                self._companion("-wal").rename(aside.with_name(aside.name + "-wal"))
-                self._companion("-shm").unlink(missing_ok=True)
-                aside.touch()
-                logger.warning(
-                    "outbox %s was replaced, and the log of the file before was left beside it: set aside as %s-wal",
-                    self.path,
-                    aside,
-                )
-            # At once: the file's own log may get the number of one that is gone.
-            self._note_pair((now[0], None))
-
-    def _note_files(self) -> None:
-        """Note that the file at the path and the log beside it belong together. A user who may only read does not."""
-        with os_errors(self.path), alone_in(self.real_path.parent), suppress(PermissionError):
-            if _identity_of(self.path) == self._identity and self._noted_pair() != (pair := self._pair()):
-                self._note_pair(pair)
-
-    def _pair(self) -> tuple[Any, Any]:
-        return _identity_of(self.path), _identity_of(self._companion("-wal"))
-
-    def _noted_pair(self) -> tuple[Any, Any] | None:
-        try:
-            file, log = json.loads(self._companion(_PAIR).read_text(encoding="ascii"))
-            return tuple(file), log and tuple(log)
-        except (OSError, ValueError, TypeError):  # none yet, or half of one: nothing is known
-            return None
-
-    def _note_pair(self, pair: tuple[Any, Any]) -> None:
-        make_as_root(self._companion(_PAIR), self.real_path)
-        self._companion(_PAIR).write_text(json.dumps(pair), encoding="ascii")
-
-    def _make_folder(self) -> None:
-        with os_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-
     def _connected(self, mode: str) -> sqlite3.Connection:
-        self.real_path = Path(os.path.realpath(self.path))
-        self._make_file()
-        self._refuse_emptied()
+        self.place.look_up()
+        self.place.make_file()
+        self.place.refuse_emptied()
         if self._repair:
-            self._break_hard_links()
-        self._leave_foreign_log()
+            self.place.break_hard_links()
+        self.place.leave_foreign_log()
         connection = sqlite3.connect(
             self.path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -530,100 +370,6 @@ def is_damage(error: sqlite3.Error) -> bool:
     # What Python's module itself raises has no code, such as for text that is no UTF-8.
     code = getattr(error, "sqlite_errorcode", None)
     return "UTF-8" in str(error) if code is None else code & 0xFF in _DAMAGE or code == _CUT_OFF
-
-
-def _identity_of(path: Path) -> tuple[int, int] | None:
-    """Device and number of the file that the path leads to; None when there is none."""
-    try:
-        found = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise OutboxError(f"outbox {path}: {error.strerror or error}") from error
-    return found.st_dev, found.st_ino
-
-
-@contextmanager
-def os_errors(path: Path) -> Iterator[None]:
-    """The system's errors as OutboxError, which names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise OutboxError(f"outbox {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """One process at a time; the kernel ends it with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def make_as_root(path: Path, like: Path) -> None:
-    """If this is root and there is no such file, make an empty one with the owner, group and mode of `like`.
-
-    Else an operator's command would leave files that the producer may not write. `like` may be a folder.
-    """
-    if os.geteuid() != 0:
-        return
-    try:
-        found = os.stat(like)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except (FileExistsError, FileNotFoundError):
-        return
-    try:
-        with suppress(OSError):  # in some containers root may not
-            os.fchown(descriptor, found.st_uid, found.st_gid)
-        os.fchmod(descriptor, stat.S_IMODE(found.st_mode) & (0o664 if stat.S_ISDIR(found.st_mode) else 0o666))
-    finally:
-        os.close(descriptor)
-
-
-def _size_of(path: Path) -> int | None:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return None
-
-
-def _has_two_names(path: Path) -> bool:
-    try:
-        return os.stat(path).st_nlink > 1
-    except OSError:
-        return False
-
-
-def _copy(file: Path, copy: Path) -> None:
-    """Copy content, owner and mode, and wait for the disk."""
-    # Never closed: closing it would end the locks that SQLite has on the file in this process.
-    source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    found = os.fstat(source)
-    copy.unlink(missing_ok=True)  # of a process that died
-    target = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        if os.geteuid() == 0:
-            with suppress(OSError):  # in some containers root may not
-                os.fchown(target, found.st_uid, found.st_gid)
-        os.fchmod(target, stat.S_IMODE(found.st_mode))
-        while part := os.read(source, _COPY_BYTES):
-            rest = memoryview(part)
-            while rest:
-                rest = rest[os.write(target, rest) :]
-        os.fsync(target)
-    finally:
-        os.close(target)
-
-
-def _free_name(wanted: Path) -> Path:
-    name, number = wanted, 1
-    while name.exists():
-        number += 1
-        name = wanted.with_name(f"{wanted.name}-{number}")
-    return name
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

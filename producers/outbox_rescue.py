@@ -21,7 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from producers.outbox_file import DAMAGED, TAKEN_OUT, OutboxFile, alone_in
+from producers.outbox_file import OutboxFile
+from producers.outbox_place import DAMAGED, TAKEN_OUT, alone_in
 from producers.sqlite_salvage import readable_records
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class Rescue:
 
         A log that was set aside alone has entries of its own: it is salvaged beside an empty file.
         """
-        real = self._file.real_path
+        real = self._file.place.real
         with alone_in(real.parent):
             for log in real.parent.glob(f"{glob.escape(real.name)}{DAMAGED}*{_LOG}"):
                 file = log.with_name(log.name.removesuffix(_LOG))
@@ -147,7 +148,7 @@ class Rescue:
         return self._aside(_SALVAGED)
 
     def _aside(self, mark: str) -> list[Path]:
-        real = self._file.real_path
+        real = self._file.place.real
         found = real.parent.glob(f"{glob.escape(real.name)}{mark}*")
         return sorted(one for one in found if not one.name.endswith((_LOG, "-shm", "-journal")))
 

@@ -7,7 +7,8 @@ import sqlite3
 import threading
 from pathlib import Path
 
-from producers.outbox_file import alone_in, is_damage, make_as_root, os_errors
+from producers.outbox_file import is_damage
+from producers.outbox_place import alone_in, make_as_root, os_errors
 from producers.sqlite_forks import close_before_fork, sqlite_errors
 
 logger = logging.getLogger(__name__)

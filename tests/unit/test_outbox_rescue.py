@@ -388,7 +388,7 @@ def owners(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
 
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(os, "fchown", fchown)
-    monkeypatch.setattr("producers.outbox_file.os.stat", stat)
+    monkeypatch.setattr("producers.outbox_place.os.stat", stat)
     return given
 
 
