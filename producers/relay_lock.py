@@ -24,7 +24,7 @@ class RelayLock:
     def __init__(self, path: Path, outbox: Path) -> None:
         self._path = path
         self._outbox = outbox  # if root makes the lock's file, it gets the owner of this one
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
         close_before_fork(self)

@@ -21,7 +21,7 @@ from producers.errors import OutboxError
 class HasConnections(Protocol):
     """Uses its connections only while it holds `lock`."""
 
-    lock: Any  # a threading.Lock or RLock
+    lock: Any  # a threading.RLock, which has no public type
 
     def close_connections(self) -> None: ...
 
@@ -54,7 +54,7 @@ def _after_in_parent() -> None:
 def _after_in_child() -> None:
     for owner in _stopped:
         # Threads that waited for the old one do not exist here.
-        owner.lock = type(owner.lock)()
+        owner.lock = threading.RLock()
     _stopped.clear()
     _one_fork_at_a_time.release()
 
