@@ -26,6 +26,7 @@ from redis.retry import Retry
 from consumers.embedded.installation import installed, let_in
 from consumers.embedded.process import checked, run
 from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
 from tests.compose_file import (
     LOCALHOST,
     NOBODY,
@@ -275,20 +276,17 @@ def test_the_relay_delivers_what_a_controller_has_left(
     """In the volume, which it may write to; it ends in order, and nothing that it prints is a secret."""
     volume = folder.parent / "outbox"
     volume.mkdir()
-    with redis.Redis(LOCALHOST, redis_server.port, password=SECRETS["REDIS_PASSWORD"]) as client:
-        with HistoryProducer(client, outbox=volume / "outbox.db") as producer:
-            producer.record(a_snapshot(portfolio_id=77))
-            producer.flush(20)
-            producer.close(timeout=0)
-        if os.geteuid() == 0:
-            for path in (volume, *volume.iterdir()):
-                os.chown(path, NOBODY, NOBODY)
-        relay = Container("relay", folder, postgres=free_port(), redis=redis_server.port, volume=volume)
-        try:
-            _wait_for(lambda: states(volume / "outbox.db") == {"stored": 1})
-            ((status, printed),) = stop([relay])
-        finally:
-            relay.kill()
+    with Outbox(volume / "outbox.db") as outbox:
+        outbox.append("bot", [a_snapshot(portfolio_id=77)])
+    if os.geteuid() == 0:
+        for path in (volume, *volume.iterdir()):
+            os.chown(path, NOBODY, NOBODY)
+    relay = Container("relay", folder, postgres=free_port(), redis=redis_server.port, volume=volume)
+    try:
+        _wait_for(lambda: states(volume / "outbox.db") == {"stored": 1})
+        ((status, printed),) = stop([relay])
+    finally:
+        relay.kill()
     assert status == 0
     assert f"relaying {volume / 'outbox.db'}, entries not settled: 1" in printed
     assert [name for name, secret in SECRETS.items() if secret in printed] == []

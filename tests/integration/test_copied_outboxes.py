@@ -177,7 +177,7 @@ def test_after_copies_have_met_each_has_a_source_of_its_own(
     assert [r.sequence for r in second] == [1, 2, 3, 4]
     assert caplog.text.count("was copied or restored") == 1
     assert doctored(two.path, "outbox copies")[0] == "warn"
-    assert doctored(one.path, "outbox copies") == ("ok", "none has been noticed")
+    assert doctored(one.path, "outbox copies") == ("ok", "no other copy found")
     assert all(audit["shared"] == [] for audit in audited(None)[1])
 
 
@@ -311,7 +311,7 @@ def test_one_volume_under_two_paths(redis: Redis, line: Line, tmp_path: Path) ->
         assert_sound(one.account(ask=False), two.account(), outboxes=[one.path, two.path])
     sources = {source for source, _, _ in [*one.accepted, *two.accepted]}
     assert len(sources) == 1
-    assert doctored(two.path, "outbox copies") == ("ok", "none has been noticed")
+    assert doctored(two.path, "outbox copies") == ("ok", "no other copy found")
     assert "copied or restored" not in "".join(log.read_text() for log in tmp_path.glob("*.log"))
 
 

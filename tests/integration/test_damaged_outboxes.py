@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from producers.errors import OutboxDamaged
 from producers.outbox import Outbox
 from tests.controllers import Bot, Key, Line, audited, breaches, cli, copy_with_cp, doctored, lost, worker_process
 from tests.rq_programs import until
@@ -197,15 +196,15 @@ def test_damage_under_a_running_bot_while_two_processes_use_the_outbox(
     assert not list(path.parent.glob("*taken-out*"))
 
 
-def test_a_copy_that_was_torn_and_has_no_lock_beside_it_is_not_touched(line: Line, tmp_path: Path) -> None:
-    """A file beside which no relay ever was may be no outbox: the producer says that it is damaged, and leaves it."""
+def test_a_copy_that_was_torn_is_known_by_its_content(line: Line, tmp_path: Path) -> None:
+    """No relay ever was beside it: the producer sets it aside all the same, and goes on."""
     path = tmp_path / "bot" / "outbox.db"
     line.cut()
     _with_pending(path, 50)
     (tmp_path / "other").mkdir()
     copy_with_cp(path, tmp_path / "other")
     _damage(tmp_path / "other" / "outbox.db", at=0.0, length=4096)
-    before = (tmp_path / "other" / "outbox.db").read_bytes()
-    with pytest.raises(OutboxDamaged):
-        Outbox(tmp_path / "other" / "outbox.db", repair=True)
-    assert (tmp_path / "other" / "outbox.db").read_bytes() == before
+    with Outbox(tmp_path / "other" / "outbox.db", repair=True) as outbox:
+        assert outbox.entries() == []
+        (aside,) = outbox.rescue.damaged_files()
+        assert outbox.rescue.salvage(aside).entries == 50

@@ -99,7 +99,7 @@ def test_no_json_file_is_written_by_either_path(
         work()
 
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert files - {"data/outbox.db-wal", "data/outbox.db-shm", "data/outbox.db-relay"} == {
+    assert files - {f"data/outbox.db-{end}" for end in ("wal", "shm", "relay", "pair")} == {
         "data/outbox.db",
         "data/trades/current_signals.json",
     }
