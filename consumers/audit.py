@@ -106,7 +106,7 @@ class SourceAudit:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What the database has of one source."""
+    """The numbers of one source in the database."""
 
     stored: int = 0
     duplicate: int = 0
@@ -172,9 +172,9 @@ def _audited(
 
 
 def _recorded() -> dict[str, _Recorded]:
-    """What the database has of each source, as of one moment."""
+    """The numbers of each source in the database, from one snapshot."""
     with get_db() as db:
-        # What is stored while this looks would else be counted in one place and not in the other.
+        # One snapshot: an event that is stored meanwhile must not be counted in one query and missing in another.
         db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         found = {}
         for row in db.execute(_COUNTS):

@@ -72,7 +72,7 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
             "keepalives_count": 3,
             "tcp_user_timeout": 30_000,
             "application_name": "trading-history",
-            "client_encoding": _ENCODING,  # else a PGCLIENTENCODING that is none would keep us from connecting
+            "client_encoding": _ENCODING,  # an invalid PGCLIENTENCODING would prevent connecting
             "options": f"{parsed.query.get('options', '')} -c timezone=UTC{limit}".strip(),
             **session_attributes(parsed, read_only=read_only),
         },

@@ -175,7 +175,7 @@ def _settle_together(deliveries: Sequence[Delivery], patience_seconds: float | N
 
 
 def without_defects(report: Callable[[], None]) -> None:
-    """Call what only tells of something. It is decided already: no exception may change what becomes of an event."""
+    """Log or count, and ignore any exception: the result is already committed."""
     try:
         report()
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from producers.redis_keys import token_key
 
 logger = logging.getLogger(__name__)
 
-# A source that nobody has used for so long may lose its token: a missing one is accepted.
+# The token of a source that is not used for this long expires: a missing token is accepted.
 _TOKEN_TTL_SECONDS = 30 * 24 * 3600
 _CHECK_SECONDS = 5.0
 _TRIES = 5

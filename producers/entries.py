@@ -13,7 +13,7 @@ State = Literal["pending", "sent", "stored", "rejected"]
 
 @dataclass(frozen=True)
 class Accepted:
-    """What one append gave its event: the source's name and id, the number in its sequence, and the entry's nonce."""
+    """The identifiers that `append` assigned to one event."""
 
     event_id: UUID
     source: str
@@ -77,7 +77,7 @@ class Source(NamedTuple):
 
 
 class Fate(NamedTuple):
-    """What is known of one entry. `row_id` is set once it is stored, `reason` when it was rejected."""
+    """The state of one entry. `row_id` is set once it is stored, `reason` when it was rejected."""
 
     state: State
     row_id: int | None

@@ -208,7 +208,7 @@ class Reservations:
         self._to_tail(keys=[self.held_key, self._queue.key, self._suspects], args=[job_id])
 
     def suspect(self) -> None:
-        """Let each job that is held come alone next time: one of them, nobody knows which, met a defect."""
+        """Process each reserved job alone next time: one of them caused an error."""
         self._suspect(keys=[self.held_key, self._suspects])
 
     def hand_back(self) -> int:
