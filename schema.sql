@@ -4,7 +4,7 @@
 BEGIN;
 
 -- CREATE ... IF NOT EXISTS is not safe against another session that does the same; this lock is.
--- Its number stands with those of the other locks in consumers/store/retired_tables.py.
+-- Its number stands with those of the other locks in consumers/db/retired_tables.py.
 SELECT pg_advisory_xact_lock(4825167903);
 
 -- Tables of the same names from before this project have no event ids. Nothing below may touch them.

@@ -9,8 +9,8 @@ from __future__ import annotations
 from redis import RedisError
 from rq import get_current_job
 
-from consumers.settling import Delivery, Unsettled, acknowledge, log_fields, logger, settle
-from consumers.store.inserts import insert_event
+from consumers.db.inserts import insert_event
+from consumers.worker.batch import Delivery, Unsettled, acknowledge, log_fields, logger, settle
 from producers.events import Event, PortfolioSnapshotEvent, SignalArchiveEvent, decode
 
 

@@ -9,10 +9,10 @@ from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
-from consumers.connection import get_db
-from consumers.store.inserts import insert_event
-from consumers.store.listings import Listing, Narrowing, archives, closes, market_signals, snapshots
-from consumers.store.plain_dicts import archive_of, snapshot_of, zoned
+from consumers.db.engine import get_db
+from consumers.db.inserts import insert_event
+from consumers.db.plain_dicts import archive_of, snapshot_of, zoned
+from consumers.db.queries import Listing, Narrowing, archives, closes, market_signals, snapshots
 from producers.events import PortfolioSnapshot, SignalArchive, event_of
 
 _SNAPSHOTS_A_FETCH = 1000

@@ -1,10 +1,12 @@
-"""Settings of a consumer: where PostgreSQL is, who may log in there, and where its metrics are."""
+"""Settings of the consumers' processes, one class each, read once from the environment."""
 
 from __future__ import annotations
 
-from urllib.parse import quote
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import quote, urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator
 
 from producers.errors import SettingsError
 from producers.settings import EnvironmentSettings
@@ -57,3 +59,74 @@ class MetricsSettings(EnvironmentSettings):
 
     host: str = Field("127.0.0.1", alias="HISTORY_METRICS_HOST")
     port: int | None = Field(None, alias="HISTORY_METRICS_PORT", ge=0, le=65535)
+
+
+class LogSettings(EnvironmentSettings):
+    """Whether log lines are text or JSON."""
+
+    log: Literal["text", "json"] = Field("text", alias="HISTORY_LOG")
+
+
+class EmbeddedSettings(EnvironmentSettings):
+    """Folder of the embedded servers; None is the usual place for this user's data."""
+
+    home: Path | None = Field(None, alias="HISTORY_HOME")
+
+
+def _split(text: object) -> object:
+    return tuple(text.replace(",", " ").split()) if isinstance(text, str) else text
+
+
+def _usable(token: SecretStr) -> SecretStr:
+    if not token.get_secret_value().isascii() or any(char.isspace() for char in token.get_secret_value()):
+        raise ValueError("must be ASCII without blanks, as an HTTP header can carry it")
+    return token
+
+
+class ApiSettings(EnvironmentSettings):
+    """What protects the read API."""
+
+    # None: whoever reaches the API may read.
+    token: Annotated[SecretStr, AfterValidator(_usable)] | None = Field(None, alias="HISTORY_API_TOKEN")
+    # Web pages of these origins may read, such as https://example.org; none by default.
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field((), alias="HISTORY_API_CORS_ORIGINS")
+
+
+DASHBOARD_USER = "history"  # one account: the password decides
+_PORTS = {"http": 80, "https": 443}
+
+
+def origin_of(url: str) -> str | None:
+    """As a browser writes it, `https://rq.example:8443`; None of what has none, such as `null`."""
+    try:
+        parts = urlsplit(url)
+        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in _PORTS or not host:
+        return None
+    host = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{host}" + ("" if port in (None, _PORTS[parts.scheme]) else f":{port}")
+
+
+class DashboardSettings(EnvironmentSettings):
+    """The password of RQ Dashboard's one account, and the address at which browsers reach it."""
+
+    password: SecretStr | None = Field(None, alias="HISTORY_DASHBOARD_PASSWORD")
+    # Where browsers find it: the page links there, and behind a proxy this is the name that is asked for.
+    url: str | None = Field(None, alias="HISTORY_DASHBOARD_URL")
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_web_address(cls, url: str | None) -> str | None:
+        if url is None:
+            return url
+        parts = urlsplit(url)
+        # It becomes a link: javascript: would run in the page.
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError("must be an http:// or https:// URL")
+        if "@" in parts.netloc:
+            raise ValueError("must be without a password, since it is shown")
+        if origin_of(url) is None:
+            raise ValueError("must have a host name, and a port from 0 to 65535 if any")
+        return url

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import datetime
@@ -19,7 +21,6 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from consumers.printable import escaped, printable
 from producers.fields import money_text
 
 # A pipe has no width to fit: nothing is cut there.
@@ -270,3 +271,25 @@ def print_exported(directory: Path, exported: Mapping[str, Any]) -> None:
 def print_months(months: Sequence[Mapping[str, Any]]) -> None:
     cells = [(one["table"], one["month"], f"{one['rows']:,}") for one in months]
     _print_rows(("table", "month", "rows"), cells, "No rows to move.")
+
+
+# Text from elsewhere may contain characters that would control the terminal.
+_NOT_PLAIN = re.compile(r"[^ -~]")
+_JOINERS = "\u200c\u200d"  # of letters, and of pictures
+
+
+def printable(text: str) -> str:
+    """One line of `text`, with a mark for each character that is no letter, sign or space of any language."""
+    return _NOT_PLAIN.sub(lambda found: found[0] if _is_harmless(found[0]) else "�", text)
+
+
+def escaped(text: str) -> str:
+    """`text` in its lines, other such characters as escapes of JSON: what was JSON says the same."""
+    return _NOT_PLAIN.sub(
+        lambda found: found[0] if found[0] in "\n\t" or _is_harmless(found[0]) else json.dumps(found[0])[1:-1], text
+    )
+
+
+def _is_harmless(character: str) -> bool:
+    # The spaces of other alphabets, which are not "printable" to Python.
+    return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"

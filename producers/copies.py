@@ -14,8 +14,8 @@ import time
 from redis import Redis, WatchError
 from redis.client import Pipeline
 
+from producers.acknowledgements import shown
 from producers.outbox import Outbox
-from producers.outcomes import shown
 from producers.redis_keys import token_key
 
 logger = logging.getLogger(__name__)

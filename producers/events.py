@@ -202,6 +202,11 @@ class SignalArchiveEvent(_Envelope):
 
 Event = PortfolioSnapshotEvent | SignalArchiveEvent
 MODELS: dict[str, type[Event]] = {SNAPSHOT_TYPE: PortfolioSnapshotEvent, ARCHIVE_TYPE: SignalArchiveEvent}
+# By name: the producer never imports the consumer. A test resolves each.
+JOB_FUNCTIONS = {
+    SNAPSHOT_TYPE: "consumers.handlers.record_portfolio_snapshot",
+    ARCHIVE_TYPE: "consumers.handlers.record_signal_archive",
+}
 AnyEvent = TypeVar("AnyEvent", bound=PortfolioSnapshotEvent | SignalArchiveEvent)
 
 

@@ -14,11 +14,10 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.utils import as_text
 
+from producers.acknowledgements import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome, acknowledgement_text
 from producers.errors import HistoryError
-from producers.events import ARCHIVE_TYPE, MODELS, SNAPSHOT_TYPE, Event, decode
-from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome, acknowledgement_text
+from producers.events import ARCHIVE_TYPE, JOB_FUNCTIONS, MODELS, SNAPSHOT_TYPE, Event, decode
 from producers.redis_keys import acknowledgement_key
-from producers.rq_jobs import JOB_FUNCTIONS
 
 # The reason to refuse every event with, or a function that gives an event's reason, None for one to be stored.
 Refusal = str | Callable[[Event], str | None]

@@ -11,7 +11,7 @@ from redis import Redis, RedisError
 
 from producers.entries import EntryHead
 from producers.outbox import Outbox
-from producers.rq_jobs import unanswered
+from producers.rq_queue import unanswered
 
 _PAGE = 1000
 _MOST_PAGES = 20  # as many entries as a relay has under way at most

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, Self, TypeVar
 from uuid import UUID, uuid4
 
+from producers.acknowledgements import Acknowledgement
 from producers.entries import Accepted, Entry, EntryHead, Fate, Numbered, OutboxStatus, Settled, Source, source_of
 from producers.errors import OutboxDamaged, OutboxError
 from producers.events import Payload, encode, event_of
@@ -29,9 +30,8 @@ from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
 from producers.outbox_identity import OutboxIdentity
 from producers.outbox_place import LOCK
-from producers.outbox_rescue import Rescue, carry_over, copy_out, has_content_of_an_outbox
+from producers.outbox_recovery import Rescue, carry_over, copy_out, has_content_of_an_outbox
 from producers.outbox_schema import ensure_tables
-from producers.outcomes import Acknowledgement
 from producers.relay_lock import RelayLock
 
 P = ParamSpec("P")

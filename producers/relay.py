@@ -22,17 +22,17 @@ from redis.exceptions import ResponseError
 from rq import Queue
 from rq.serializers import JSONSerializer
 
+from producers.acknowledgements import ACKNOWLEDGEMENT_TTL_SECONDS, Acknowledgement, read_acknowledgements, shown
 from producers.backoff import backoff_seconds
 from producers.copies import CopyGuard
 from producers.entries import Entry, EntryHead, source_of
 from producers.errors import HistoryError, OutboxDamaged, OutboxError, RelayRefused
 from producers.outbox import LAST_CHECK_SECONDS, Outbox
 from producers.outbox_identity import RELAY_ALIVE_SECONDS, Identity
-from producers.outcomes import ACKNOWLEDGEMENT_TTL_SECONDS, Acknowledgement, read_acknowledgements, shown
 from producers.redis_keys import acknowledgement_key, delivery_of, job_id_of
 from producers.redis_url import place_of
 from producers.relay_lock import RelayLock
-from producers.rq_jobs import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
+from producers.rq_queue import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
 
 logger = logging.getLogger(__name__)
 

@@ -20,13 +20,13 @@ from fakeredis import FakeRedis, FakeServer
 from redis import RedisError
 
 from producers import trading_controller
+from producers.acknowledgements import Outcome
 from producers.errors import HistoryError
 from producers.events import MODELS, Event, PortfolioSnapshot, SignalArchive, decode, encode, event_of
 from producers.fake_transport import FAKE_QUEUE, redirected
 from producers.fake_worker import Answer, FakeWorker, Refusal
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
-from producers.outcomes import Outcome
 from producers.redis_keys import delivery_of
 
 AnyPayload = TypeVar("AnyPayload", PortfolioSnapshot, SignalArchive)

@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from producers.current_signals import read_signals
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
 from producers.fields import as_money, money_sum, readable, type_name
 from producers.history_producer import HistoryProducer, Receipt
-from producers.signals import read_signals
 
 _SHOWN_KEYS = 10
 _KEY_CHARACTERS = 40

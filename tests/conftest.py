@@ -17,7 +17,8 @@ from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 from sqlalchemy import Engine, create_engine, make_url
 
-from consumers import connection
+from consumers.db import engine as db_engine
+from consumers.db.schema import apply_schema
 from consumers.embedded import Addresses, servers
 from producers import history_producer
 from producers.history_producer import HistoryProducer
@@ -55,8 +56,8 @@ def make_template(addresses: Addresses) -> None:
     administrator = _administrator(addresses)
     with administrator.connect() as db:
         db.exec_driver_sql(f"CREATE DATABASE {_TEMPLATE}")
-    template = connection.create_store_engine(_url_of(addresses, _TEMPLATE))
-    connection.apply_schema(template)
+    template = db_engine.create_store_engine(_url_of(addresses, _TEMPLATE))
+    apply_schema(template)
     template.dispose()
     administrator.dispose()
 
@@ -86,13 +87,13 @@ def database_url(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
 def _database(pair: Addresses, monkeypatch: pytest.MonkeyPatch, template: str) -> Iterator[str]:
     with a_database(pair, template) as url:
         monkeypatch.setenv("DATABASE_URL", url)
-        connection.engine.cache_clear()
-        connection.limit_statements(0)
+        db_engine.engine.cache_clear()
+        db_engine.limit_statements(0)
         yield url
-        if connection.engine.cache_info().currsize:
-            connection.reader().dispose()
-            connection.engine().dispose()
-            connection.engine.cache_clear()
+        if db_engine.engine.cache_info().currsize:
+            db_engine.reader().dispose()
+            db_engine.engine().dispose()
+            db_engine.engine.cache_clear()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from sqlalchemy import text
 from typer.testing import CliRunner, Result
 
 from consumers.cli import app
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from producers.errors import EventRejected, OutboxError
 from producers.events import MODELS, Payload, decode
 from producers.history_producer import HistoryProducer, Receipt

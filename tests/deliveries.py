@@ -9,9 +9,9 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
-from consumers.worker import HistoryWorker
+from consumers.worker.history_worker import HistoryWorker
 from producers.events import encode, event_of
 from tests.factories import a_snapshot
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from sqlalchemy import text
 
-from consumers.connection import engine, get_db
-from consumers.store.inserts import insert_event
+from consumers.db.engine import engine, get_db
+from consumers.db.inserts import insert_event
 from producers.events import event_of
 from tests.factories import a_snapshot, an_archive
 

@@ -18,7 +18,7 @@ import psutil
 from redis import Redis
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from consumers.processes import worker_process
+from consumers.embedded.child_processes import worker_process
 from tests.faults.proxy import Proxy
 from tests.rq_programs import until
 

@@ -17,7 +17,7 @@ from rq.utils import as_text
 from rq.worker_registration import REDIS_WORKER_KEYS
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 
 WORKER_NAME = "the-worker"
 _WAITING = text("""

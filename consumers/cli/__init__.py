@@ -12,10 +12,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from redis import RedisError
 
-from consumers import stop_signals
-from consumers.cli import doctor, export, failed, migration, outbox, reading, recording, retire, running, up, views
-from consumers.logs import write_logs
-from consumers.printable import escaped
+from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, retire, running, up, views
+from consumers.process_setup import on_stop_signals, write_logs
+from consumers.terminal import escaped
 from producers.errors import HistoryError, SettingsError
 
 app = typer.Typer(
@@ -72,8 +71,8 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "outbox": outbox.outbox_app,
     },
     "Move": {
-        "import": migration.import_history,
-        "verify": migration.verify_history,
+        "import": legacy.import_history,
+        "verify": legacy.verify_history,
         "export": export.export,
         "retire": retire.retire,
     },
@@ -93,7 +92,7 @@ def _terminate(number: int, _: object) -> NoReturn:
 
 def main() -> None:
     """Entry point. Exit status 0 fine, 1 found or failed, 2 wrong usage, 130 and 143 ended by a signal."""
-    stop_signals.handle((signal.SIGTERM, signal.SIGHUP), _terminate)
+    on_stop_signals((signal.SIGTERM, signal.SIGHUP), _terminate)
     # Started with a closed stdout or stderr: the work goes on, unseen.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:

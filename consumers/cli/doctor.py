@@ -20,8 +20,8 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check settings, servers, queue, outbox and recording; exit status 1 if something is wrong."""
-    from consumers.doctor import diagnose
-    from consumers.doctor.json_files import DEFAULT_FOLDER
+    from consumers.ops.doctor import diagnose
+    from consumers.ops.doctor.json_files import DEFAULT_FOLDER
 
     folders = [DEFAULT_FOLDER] if history_dir is None else [DEFAULT_FOLDER, history_dir]
     checks = diagnose(folders)

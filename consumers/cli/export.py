@@ -13,7 +13,7 @@ import typer
 
 from consumers.cli.options import AsJson, Since, Timezone, Until
 from consumers.cli.progress import progress_bar
-from consumers.stack import stack
+from consumers.embedded.stack import stack
 from consumers.terminal import print_exported, print_json
 
 _NO_NUMBER = "none"
@@ -43,7 +43,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the history as the old controller's JSON files."""
-    from consumers.migration.export import Selection, export_history
+    from consumers.legacy.exporter import Selection, export_history
     from producers.settings import ZoneSettings
     from producers.times import localized
 

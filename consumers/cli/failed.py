@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from consumers.cli.options import AsJson
-from consumers.stack import stack
+from consumers.embedded.stack import stack
 from consumers.terminal import print_facts, print_json_array, print_rejections, print_text
 from producers.errors import HistoryError
 
@@ -25,7 +25,7 @@ All = Annotated[bool, typer.Option("--all", help="Every rejection, or every one 
 @failed_app.command("list")
 def failed_list(kind: KindOption = None, as_json: AsJson = False) -> None:
     """List rejections, oldest first; exit status 1 if there are any."""
-    from consumers.failed import as_facts, rejections
+    from consumers.ops.failed import as_facts, rejections
 
     _check_kind(kind)
     with stack(database=True):
@@ -36,7 +36,7 @@ def failed_list(kind: KindOption = None, as_json: AsJson = False) -> None:
 @failed_app.command("show")
 def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A job id or an event id.")]) -> None:
     """Show one rejection with the event's text as it came; what would steer the terminal is escaped."""
-    from consumers.failed import as_facts, refused_text
+    from consumers.ops.failed import as_facts, refused_text
 
     with stack(database=True):
         for rejection in _chosen(name, None):
@@ -47,7 +47,7 @@ def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A job 
 @failed_app.command("requeue")
 def failed_requeue(name: Name = None, kind: KindOption = None, every: All = False) -> None:
     """Send rejected events through again; what is stored this time is a rejection no more."""
-    from consumers.failed import requeue
+    from consumers.ops.failed import requeue
     from producers.settings import TransportSettings
 
     _check_choice(name, kind, every)
@@ -66,7 +66,7 @@ def failed_discard(
     actor: Annotated[str | None, typer.Option(help="Who decides it; kept with it. [default: this account]")] = None,
 ) -> None:
     """Give rejected events up for good; their text, the reasons and the actor stay in event_outcomes."""
-    from consumers.failed import discard
+    from consumers.ops.failed import discard
     from producers.settings import TransportSettings
 
     _check_choice(name, kind, every)
@@ -84,7 +84,7 @@ def _account() -> str:
 
 
 def _check_kind(kind: str | None) -> None:
-    from consumers.failed import KINDS
+    from consumers.ops.failed import KINDS
 
     if kind is not None and kind not in KINDS:
         raise typer.BadParameter(f"must be one of {', '.join(KINDS)}", param_hint="--kind")
@@ -98,7 +98,7 @@ def _check_choice(name: str | None, kind: str | None, every: bool) -> None:
 
 def _chosen(name: str | None, kind: str | None) -> Iterator[Any]:
     """Raises HistoryError when nothing has the name that is given."""
-    from consumers.failed import rejections
+    from consumers.ops.failed import rejections
 
     found = rejections(name, kind=kind)
     first = next(found, None)

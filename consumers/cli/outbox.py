@@ -13,7 +13,7 @@ import typer
 
 from consumers.cli.options import AsJson
 from consumers.cli.progress import progress_bar
-from consumers.stack import stack
+from consumers.embedded.stack import stack
 from consumers.terminal import print_facts, print_json
 from producers.errors import HistoryError, OutboxDamaged, OutboxOutdated
 from producers.settings import TransportSettings

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from consumers.cli.options import AsJson, OfPortfolio, Since, Until
-from consumers.stack import stack
+from consumers.embedded.stack import stack
 from consumers.terminal import print_archives, print_audit, print_csv, print_json, print_snapshots
 
 _NEWEST = 20
@@ -66,7 +66,7 @@ def archives(
 
 def audit(as_json: AsJson = False) -> None:
     """Account for every number of every source; exit status 1 if one is missing."""
-    from consumers.audit import audit as account
+    from consumers.ops.audit import audit as account
     from producers.outbox import Outbox
     from producers.settings import TransportSettings
 

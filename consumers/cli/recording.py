@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from consumers.stack import stack
+from consumers.embedded.stack import stack
 from producers.errors import HistoryError
 
 ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="The portfolio's number.")]

@@ -9,7 +9,7 @@ import typer
 
 from consumers.cli.options import AsJson
 from consumers.cli.progress import progress_bar
-from consumers.stack import stack
+from consumers.embedded.stack import stack
 from consumers.terminal import print_json, print_months
 
 Before = Annotated[str | None, typer.Option(metavar="YYYY-MM", help="Move the months before this one.")]
@@ -19,7 +19,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count what would b
 
 def retire(*, before: Before = None, undo: Undo = False, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Move old months into tables of their own, which the others show as theirs; may be ended, and run again."""
-    from consumers.store import retention
+    from consumers.db import retention
 
     if undo == (before is not None):
         raise typer.BadParameter("name a month, or --undo", param_hint="--before")

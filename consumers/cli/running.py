@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from consumers.stack import stack
+from consumers.embedded.stack import stack
 
 _LAST_PORT = 65535
 
@@ -18,7 +18,7 @@ _LAST_PORT = 65535
 def demo() -> None:
     """Run simulated trading cycles through the whole pipeline, twice, in a folder of its own, and count."""
     from consumers.demo import run_demo
-    from consumers.stack import embedded_home
+    from consumers.embedded.stack import embedded_home
 
     raise typer.Exit(run_demo(embedded_home() / "demo"))
 
@@ -30,10 +30,11 @@ def init_db(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL instead of running it.")] = False,
 ) -> None:
     """Make the tables and roles that are missing, and the logins whose passwords are set."""
-    from consumers.connection import apply_schema, engine, schema_sql
-    from consumers.migration import adoption
+    from consumers.db.engine import engine
+    from consumers.db.logins import set_passwords
+    from consumers.db.schema import apply_schema, schema_sql
+    from consumers.legacy import adoption
     from consumers.settings import LoginSettings
-    from consumers.store.logins import set_passwords
 
     if dry_run and not adopt_legacy:
         print(schema_sql(), end="")
@@ -70,10 +71,10 @@ def worker(
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
     """Store events from the queue until told to stop."""
-    from consumers.pool import run_pool
-    from consumers.processes import stop_with_stdin
+    from consumers.embedded.child_processes import stop_with_stdin
     from consumers.settings import MetricsSettings
-    from consumers.worker import run_worker
+    from consumers.worker.history_worker import run_worker
+    from consumers.worker.pool import run_pool
     from producers.settings import TransportSettings
 
     if while_stdin:
@@ -103,7 +104,7 @@ def relay(
     ] = None,
 ) -> None:
     """Carry events from outboxes to the queue until told to stop: for controllers that cron starts."""
-    from consumers import stop_signals
+    from consumers.process_setup import on_stop_signals
     from producers.relay_process import run_relay
     from producers.settings import TransportSettings
 
@@ -121,7 +122,7 @@ def relay(
 
     with stack(redis=True):
         settings = TransportSettings.from_environment()
-        stop_signals.handle((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), stop)
+        on_stop_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), stop)
         run_relay(
             outboxes or [settings.outbox],
             settings.redis(),

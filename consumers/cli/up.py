@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from consumers.stack import stack
+from consumers.embedded.stack import stack
 from producers.errors import HistoryError
 
 
 def up() -> None:
     """Run a worker, RQ Dashboard, and the embedded servers unless others are set, until Ctrl-C."""
-    from consumers.processes import wait_for_worker, worker_process
+    from consumers.embedded.child_processes import wait_for_worker, worker_process
     from consumers.settings import MetricsSettings
 
     port = MetricsSettings.from_environment().port
@@ -41,9 +41,9 @@ def _dashboard() -> Iterator[str]:
     if find_spec("rq_dashboard") is None or find_spec("waitress") is None:
         yield "RQ Dashboard is not installed: pip install '.[dashboard]' in a clone of trading-history"
         return
-    from consumers.dashboard.settings import USER, DashboardSettings
-    from consumers.listening import url_of
-    from consumers.processes import dashboard_process
+    from consumers.embedded.child_processes import dashboard_process
+    from consumers.settings import DASHBOARD_USER, DashboardSettings
+    from consumers.web.listening import url_of
 
     settings = DashboardSettings.from_environment()
     listening = _listening()
@@ -53,14 +53,14 @@ def _dashboard() -> Iterator[str]:
     else:
         password = secrets.token_urlsafe(18)
         login = f"password {password}"
-    told = f"export HISTORY_DASHBOARD_URL='{url}'\nRQ Dashboard: {url_of(listening)} - user {USER}, {login}"
+    told = f"export HISTORY_DASHBOARD_URL='{url}'\nRQ Dashboard: {url_of(listening)} - user {DASHBOARD_USER}, {login}"
     with dashboard_process(listening, password):
         yield told
 
 
 def _listening() -> socket.socket:
     """Where it is usually found; elsewhere, and why, when something is there already, such as another `up`."""
-    from consumers.listening import DASHBOARD_PORT, listen
+    from consumers.web.listening import DASHBOARD_PORT, listen
 
     try:
         return listen("127.0.0.1", DASHBOARD_PORT)

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from consumers.cli.options import AsJson
-from consumers.listening import DASHBOARD_PORT
-from consumers.stack import stack
+from consumers.embedded.stack import stack
 from consumers.terminal import facts_table, print_facts, print_json
+from consumers.web.listening import DASHBOARD_PORT
 
 _WATCH_SECONDS = 2.0
 
@@ -24,7 +24,7 @@ Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is f
 
 def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
     """Answer read-only HTTP requests until Ctrl-C."""
-    from consumers.api.server import serve
+    from consumers.web.api.api_server import serve
 
     with stack(database=True):
         serve(host, port)
@@ -37,9 +37,9 @@ def dashboard(
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
     """Serve RQ Dashboard, behind a login, until Ctrl-C."""
-    from consumers.dashboard.server import serve
-    from consumers.listening import listen
-    from consumers.processes import stop_with_stdin
+    from consumers.embedded.child_processes import stop_with_stdin
+    from consumers.web.dashboard.dashboard_server import serve
+    from consumers.web.listening import listen
 
     if while_stdin:
         stop_with_stdin()
@@ -52,7 +52,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Show the pipeline at a glance; exit status 1 if a part of it cannot be reached or no worker runs."""
-    from consumers.status import pipeline_status
+    from consumers.ops.status import pipeline_status
 
     with stack(database=True, redis=True):
         if watch:
@@ -64,7 +64,7 @@ def status(
 
 def _watch(as_json: bool) -> None:
     """Never returns. On a terminal in place; in a pipe one block (with JSON one line) after the other."""
-    from consumers.status import pipeline_status
+    from consumers.ops.status import pipeline_status
 
     if as_json or not sys.stdout.isatty():
         while True:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from consumers.connection import apply_schema, engine, translated_errors
+from consumers.db.engine import engine, translated_errors
+from consumers.db.row_counts import exact_counts
+from consumers.db.schema import apply_schema
 from consumers.demo.cycle import DAYS, PORTFOLIO_IDS, cycles
+from consumers.embedded.child_processes import worker_process
+from consumers.embedded.stack import embedded_stack
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
-from consumers.processes import worker_process
-from consumers.stack import embedded_stack
-from consumers.store.row_counts import exact_counts
 from consumers.terminal import print_archives, print_snapshots
 from producers.errors import HistoryError
 from producers.history_producer import HistoryProducer, Receipt

@@ -23,7 +23,7 @@ from typing import IO
 
 from consumers.embedded import postgres, valkey
 from consumers.embedded.installation import Installation, installed, let_in
-from consumers.embedded.process import Server, StillStarting
+from consumers.embedded.server_process import Server, StillStarting
 from consumers.errors import EmbeddedError
 
 

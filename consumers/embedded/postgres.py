@@ -14,7 +14,7 @@ from typing import IO
 from urllib.parse import quote
 
 from consumers.embedded.installation import Installation
-from consumers.embedded.process import START_SECONDS, Server, checked, run
+from consumers.embedded.server_process import START_SECONDS, Server, checked, run
 from consumers.errors import EmbeddedError
 
 DATABASE = "trading_history"

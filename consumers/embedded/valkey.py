@@ -10,7 +10,7 @@ from typing import IO
 from urllib.parse import quote
 
 from consumers.embedded.installation import Installation
-from consumers.embedded.process import Server, run
+from consumers.embedded.server_process import Server, run
 
 
 def server(home: Path) -> Server:

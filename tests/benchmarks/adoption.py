@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlalchemy import text
 
-from consumers.connection import create_store_engine, engine
-from consumers.migration.adoption import adopt_legacy
+from consumers.db.engine import create_store_engine, engine
+from consumers.legacy.adoption import adopt_legacy
 from consumers.settings import StoreSettings
 from tests.benchmarks.checks import require
 from tests.benchmarks.environment import bench_stack, checkpoint

@@ -78,9 +78,18 @@ def _print_rates(report: Report) -> None:
 
 @contextmanager
 def _serving(processes: int) -> Iterator[int]:
-    """uvicorn with `consumers.api:app`; the port, once it answers."""
+    """uvicorn with `consumers.web.api:app`; the port, once it answers."""
     port = _free_port()
-    command = [sys.executable, "-m", "uvicorn", "consumers.api:app", "--port", str(port), "--workers", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "consumers.web.api:app",
+        "--port",
+        str(port),
+        "--workers",
+        str(processes),
+    ]
     server = subprocess.Popen([*command, "--log-level", "warning", "--no-access-log"])
     try:
         deadline = time.monotonic() + _START_SECONDS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from consumers.audit import audit
+from consumers.ops.audit import audit
 from tests.benchmarks.checks import require
 from tests.benchmarks.environment import bench_stack
 from tests.benchmarks.filling import fill_snapshots

@@ -18,7 +18,7 @@ from rq.serializers import JSONSerializer
 from producers.events import PortfolioSnapshot, encode, event_of
 from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key, strays_key
-from producers.rq_jobs import UNDER_WAY, enqueue
+from producers.rq_queue import UNDER_WAY, enqueue
 from tests.benchmarks.checks import require, wait_for_progress
 from tests.benchmarks.environment import queue_name
 from tests.factories import a_snapshot

@@ -13,7 +13,7 @@ from typing import Any
 from redis import Redis
 from sqlalchemy import Connection, text
 
-from consumers.connection import engine
+from consumers.db.engine import engine
 from producers.events import PortfolioSnapshotEvent, decode
 from tests.benchmarks.backlog import texts
 from tests.benchmarks.checks import require, require_rows

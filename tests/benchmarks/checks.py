@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sqlalchemy import text
 
-from consumers.connection import engine
+from consumers.db.engine import engine
 
 STALL_SECONDS = 60.0
 _RECOUNT_SECONDS = 0.2  # without a new row

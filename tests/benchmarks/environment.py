@@ -13,8 +13,8 @@ import rq
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import engine
-from consumers.stack import embedded_stack
+from consumers.db.engine import engine
+from consumers.embedded.stack import embedded_stack
 from producers.settings import TransportSettings
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from sqlalchemy import Connection, text
 
-from consumers.connection import engine
+from consumers.db.engine import engine
 from tests.benchmarks.checks import require
 from tests.benchmarks.environment import checkpoint, vacuum
 

@@ -11,8 +11,8 @@ from uuid import UUID
 
 from sqlalchemy import Connection, text
 
-from consumers.connection import engine
-from consumers.processes import worker_process
+from consumers.db.engine import engine
+from consumers.embedded.child_processes import worker_process
 from producers.history_producer import HistoryProducer
 from producers.trading_controller import create_daily_portfolio_snapshot
 from tests.benchmarks.checks import require_rows

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import psutil
 
-from consumers.connection import engine
-from consumers.migration.old_history import OldHistory, file_origins
-from consumers.store.inserts import insert_events
+from consumers.db.engine import engine
+from consumers.db.inserts import insert_events
+from consumers.legacy.old_history import OldHistory, file_origins
 from producers.errors import InvalidEvent
 from producers.events import Event
 from producers.history_producer import HistoryProducer

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from sqlalchemy import text
 
-from consumers.connection import engine
+from consumers.db.engine import engine
 from tests.benchmarks.checks import require
 
 # It asks again after so long, which is the resolution of what it notes. Asking must be cheap, or what it watches gets

@@ -15,8 +15,8 @@ from pathlib import Path
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import engine
-from consumers.processes import worker_process
+from consumers.db.engine import engine
+from consumers.embedded.child_processes import worker_process
 from producers.history_producer import HistoryProducer
 from tests.benchmarks.checks import require_rows
 from tests.benchmarks.environment import bench_stack

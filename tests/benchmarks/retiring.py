@@ -10,9 +10,9 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from consumers.connection import engine, get_db
-from consumers.processes import worker_process
-from consumers.store.inserts import insert_events
+from consumers.db.engine import engine, get_db
+from consumers.db.inserts import insert_events
+from consumers.embedded.child_processes import worker_process
 from producers.events import Event, event_of
 from producers.history_producer import HistoryProducer
 from tests.benchmarks.checks import require, rows

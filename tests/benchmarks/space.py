@@ -9,8 +9,8 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from consumers.connection import engine, get_db
-from consumers.store.inserts import insert_events
+from consumers.db.engine import engine, get_db
+from consumers.db.inserts import insert_events
 from producers.events import Event, PortfolioSnapshot, SignalArchive, event_of
 from producers.history_producer import HistoryProducer
 from tests.benchmarks.backlog import snapshots

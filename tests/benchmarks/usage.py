@@ -11,7 +11,7 @@ import psutil
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import engine
+from consumers.db.engine import engine
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rq.worker_registration import REDIS_WORKER_KEYS
 
-from consumers.processes import stop, worker_process
+from consumers.embedded.child_processes import stop, worker_process
 from tests.benchmarks.checks import wait_for_progress
 from tests.benchmarks.environment import queue_name, redis
 

@@ -13,8 +13,8 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from sqlalchemy import make_url
 
-from consumers import connection
-from consumers.api import create_app
+from consumers.db import engine as db_engine
+from consumers.web.api import create_app
 from tests.faults.proxy import Proxy
 from tests.page_app import PageServer, serving
 
@@ -93,9 +93,9 @@ def outage(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outag
         with proxy.running():
             through = url.update_query_dict({"host": folder}).render_as_string(hide_password=False)
             monkeypatch.setenv("DATABASE_URL", through)
-            connection.engine.cache_clear()
+            db_engine.engine.cache_clear()
             yield Outage(proxy)
             with suppress(OSError):
-                connection.engine().dispose()
-            connection.engine.cache_clear()
+                db_engine.engine().dispose()
+            db_engine.engine.cache_clear()
             monkeypatch.setenv("DATABASE_URL", database_url)

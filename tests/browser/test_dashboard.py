@@ -17,7 +17,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
-from consumers.connection import engine, get_db
+from consumers.db.engine import engine, get_db
 from consumers.embedded import Addresses
 from producers.events import encode, event_of
 from tests.browser.conftest import DESK

@@ -14,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Response, expect
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from tests.browser.conftest import OpenPage, Outage
 from tests.factories import a_signal
 from tests.histories import START, store_archive, store_many, store_rejection, store_values

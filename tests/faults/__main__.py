@@ -15,7 +15,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from consumers.stack import embedded_stack
+from consumers.embedded.stack import embedded_stack
 from tests.faults.exits import print_exits
 from tests.faults.failover import print_failovers, run_failovers
 from tests.faults.storm import Storm, run_storm

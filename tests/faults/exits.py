@@ -13,8 +13,8 @@ from pathlib import Path
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import get_db
-from consumers.stack import embedded_stack
+from consumers.db.engine import get_db
+from consumers.embedded.stack import embedded_stack
 from tests.faults.proxy import Mode
 from tests.relaying import TWO_EVENTS, Ended, a_proxy, a_relay, a_worker, run_script, states, unsettled
 from tests.rq_programs import until

@@ -17,8 +17,8 @@ from redis import Redis
 from rq.worker_registration import REDIS_WORKER_KEYS
 from sqlalchemy import text
 
-from consumers.connection import engine
-from consumers.processes import stop, worker_process
+from consumers.db.engine import engine
+from consumers.embedded.child_processes import stop, worker_process
 from producers.history_producer import HistoryProducer
 from producers.redis_url import redis_client
 from tests.factories import a_snapshot

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from producers import copies, outbox_rescue, relay, rq_jobs
+from producers import copies, outbox_recovery, relay, rq_queue
 from producers import outbox as outbox_module
 from producers.errors import EventRejected, OutboxError
 from producers.events import PortfolioSnapshot, SignalArchive
@@ -138,9 +138,9 @@ def _payload(seed: int, number: int, variant: int) -> PortfolioSnapshot | Signal
 def work() -> None:
     """A HistoryWorker as the command starts it; FAULT_BATCH makes its batches small."""
     from consumers.cli import app
-    from consumers.queue import lane
+    from consumers.worker import worker_thread
 
-    lane.BATCH_JOBS = int(os.environ.get("FAULT_BATCH", lane.BATCH_JOBS))
+    worker_thread.BATCH_JOBS = int(os.environ.get("FAULT_BATCH", worker_thread.BATCH_JOBS))
 
     app(["worker"])
 
@@ -219,19 +219,19 @@ RESCUE_STEPS = {
     "before a rename": lambda: (Path, "rename", "before"),
     "after a rename": lambda: (Path, "rename", "after"),
     "after set_aside": lambda: (OutboxFile, "set_aside", "after"),
-    "while salvaging": lambda: (outbox_rescue, "_entry_of", "before"),
-    "before noting losses": lambda: (outbox_rescue, "_gaps", "before"),
+    "while salvaging": lambda: (outbox_recovery, "_entry_of", "before"),
+    "before noting losses": lambda: (outbox_recovery, "_gaps", "before"),
 }
 WORKER_STEPS = {
-    "before reserve": _in_worker("consumers.queue.reservations", "Reservations.reserve", "before"),
-    "after reserve": _in_worker("consumers.queue.reservations", "Reservations.reserve", "after"),
-    "before insert": _in_worker("consumers.settling", "insert_events", "before"),
-    "after insert": _in_worker("consumers.settling", "insert_events", "after"),
-    "after commit": _in_worker("consumers.settling", "_settle_together", "after"),
-    "before finish": _in_worker("consumers.queue.finishing", "Finishing.finish", "before"),
-    "after acknowledge": _in_worker("consumers.queue.finishing", "acknowledge", "after"),
-    "after finish": _in_worker("consumers.queue.finishing", "Finishing.finish", "after"),
-    "while handing back": _in_worker("consumers.queue.reservations", "Reservations.hand_back", "before"),
+    "before reserve": _in_worker("consumers.worker.reservations", "Reservations.reserve", "before"),
+    "after reserve": _in_worker("consumers.worker.reservations", "Reservations.reserve", "after"),
+    "before insert": _in_worker("consumers.worker.batch", "insert_events", "before"),
+    "after insert": _in_worker("consumers.worker.batch", "insert_events", "after"),
+    "after commit": _in_worker("consumers.worker.batch", "_settle_together", "after"),
+    "before finish": _in_worker("consumers.worker.completion", "Finishing.finish", "before"),
+    "after acknowledge": _in_worker("consumers.worker.completion", "acknowledge", "after"),
+    "after finish": _in_worker("consumers.worker.completion", "Finishing.finish", "after"),
+    "while handing back": _in_worker("consumers.worker.reservations", "Reservations.hand_back", "before"),
 }
 _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {
     **PRODUCER_STEPS,
@@ -245,7 +245,7 @@ _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {
 def look_often() -> None:
     """Shorten the intervals at which what is overdue is looked after, so that a run can be judged in time."""
     relay._LAST_CHECK_SECONDS = 15.0
-    rq_jobs.TIMEOUT_SECONDS = 30  # so long a job counts as started whose stock worker is dead
+    rq_queue.TIMEOUT_SECONDS = 30  # so long a job counts as started whose stock worker is dead
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ from redis import Redis, RedisError
 from rq.utils import as_text
 from sqlalchemy import text
 
-from consumers.connection import engine
+from consumers.db.engine import engine
 from consumers.embedded import servers
-from consumers.stack import embedded_stack
+from consumers.embedded.stack import embedded_stack
 from producers.history_producer import HistoryProducer
 from producers.redis_keys import held_key
 from tests.faults.controllers import Controllers

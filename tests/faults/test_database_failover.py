@@ -18,15 +18,16 @@ from pydantic import SecretStr
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import apply_schema, create_store_engine, engine, reader
+from consumers.db import waits
+from consumers.db.engine import create_store_engine, engine, reader
+from consumers.db.schema import apply_schema
+from consumers.db.waits import DatabaseWaits
 from consumers.embedded import Addresses, postgres, servers
+from consumers.embedded.child_processes import worker_process
 from consumers.embedded.installation import installed
-from consumers.embedded.process import run
+from consumers.embedded.server_process import run
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
-from consumers.processes import worker_process
-from consumers.store import waits
-from consumers.store.waits import DatabaseWaits
 from producers.history_producer import HistoryProducer
 from tests.factories import a_snapshot
 from tests.rq_programs import until

@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from producers.errors import EventRejected
 from producers.history_producer import HistoryProducer
 from tests.deliveries import burst

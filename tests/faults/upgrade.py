@@ -16,8 +16,8 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from consumers.connection import get_db
-from consumers.stack import embedded_stack
+from consumers.db.engine import get_db
+from consumers.embedded.stack import embedded_stack
 
 _ROOT = Path(__file__).parents[2]
 _SECONDS = 300

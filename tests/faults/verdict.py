@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.audit import audit
-from consumers.connection import get_db
+from consumers.db.engine import get_db
+from consumers.ops.audit import audit
 from producers.outbox import Outbox
 from producers.redis_keys import job_id_of
 from tests.faults.accepted import Accepted, Answer, Delivery, content_of

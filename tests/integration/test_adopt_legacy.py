@@ -16,16 +16,17 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from consumers.connection import apply_schema, create_store_engine, engine, get_db
+from consumers.db.engine import create_store_engine, engine, get_db
+from consumers.db.inserts import Stored, insert_events
+from consumers.db.schema import apply_schema
 from consumers.embedded.installation import installed
 from consumers.errors import AdoptionRefused, StoreUnavailable
-from consumers.migration.adoption import adopt_legacy, names_in_schema, plan_adoption
-from consumers.migration.legacy_rows import read_legacy_rows
+from consumers.legacy.adoption import adopt_legacy, names_in_schema, plan_adoption
+from consumers.legacy.legacy_json import archive_from, snapshot_from
+from consumers.legacy.legacy_rows import read_legacy_rows
 from consumers.operations import get_portfolio_history, get_recent_signal_archives, insert_signal_archive
-from consumers.store.inserts import Stored, insert_events
 from producers.errors import InvalidEvent
 from producers.events import event_of
-from producers.legacy_json import archive_from, snapshot_from
 from tests.database_facts import Facts, database_facts
 from tests.factories import INSTANT, a_signal
 from tests.legacy_databases import (

@@ -16,9 +16,7 @@ from httpx2 import Response
 from psycopg2.errors import ReadOnlySqlTransaction
 from sqlalchemy import text
 
-from consumers.api import app, router
-from consumers.api import pages as api_pages
-from consumers.connection import engine, get_db, get_reader
+from consumers.db.engine import engine, get_db, get_reader
 from consumers.errors import StoreUnavailable
 from consumers.operations import (
     get_market_signals,
@@ -27,6 +25,8 @@ from consumers.operations import (
     insert_portfolio_history_snapshot,
     insert_signal_archive,
 )
+from consumers.web.api import app, router
+from consumers.web.api import paging as api_pages
 from tests.factories import INSTANT, a_signal
 
 HISTORY = "/trading/portfolio-history"
@@ -560,7 +560,7 @@ def test_a_defect_tells_nothing_of_itself(database_url: str, monkeypatch: pytest
     def defect(*_: object) -> None:
         raise RuntimeError("the password is s3cret")
 
-    monkeypatch.setattr("consumers.api.read_page", defect)
+    monkeypatch.setattr("consumers.web.api.read_page", defect)
     with TestClient(app, raise_server_exceptions=False) as client:
         answer = client.get(HISTORY)
     _require_problem(answer, 500)
@@ -592,7 +592,7 @@ def test_a_role_that_may_only_select_is_enough(
     """The API needs no other right."""
     from sqlalchemy import make_url
 
-    from consumers import connection
+    from consumers.db import engine
 
     _store_snapshot(INSTANT)
     _store_archive(INSTANT)
@@ -602,15 +602,15 @@ def test_a_role_that_may_only_select_is_enough(
     try:
         url = make_url(database_url).set(username="only_looks").render_as_string(hide_password=False)
         monkeypatch.setenv("DATABASE_URL", url)
-        connection.engine().dispose()
-        connection.engine.cache_clear()
+        engine.engine().dispose()
+        engine.engine.cache_clear()
         urls = (HISTORY, f"{HISTORY}?daily=last", ARCHIVES, f"{SIGNALS}?market_id=510372")
         assert [len(client.get(one).json()) for one in urls] == [1, 1, 1, 1]
         assert client.get("/readyz").status_code == 200
     finally:
-        connection.reader().dispose()
-        connection.engine().dispose()
-        connection.engine.cache_clear()
+        engine.reader().dispose()
+        engine.engine().dispose()
+        engine.engine.cache_clear()
         monkeypatch.setenv("DATABASE_URL", database_url)
         with get_db() as db:
             db.execute(text("DROP OWNED BY only_looks"))

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, settings
 from schemathesis.openapi.loaders import from_asgi
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from consumers.api import create_app
 from consumers.operations import insert_portfolio_history_snapshot, insert_signal_archive
+from consumers.web.api import create_app
 from tests.factories import INSTANT, a_signal
 
 _NUMBERS = ("balance", "total_invested", "total_profit_loss", "total_value", "open_positions", "trade_count")

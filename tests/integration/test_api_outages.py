@@ -17,10 +17,11 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 from sqlalchemy import create_engine, make_url, text
 
-from consumers import api, connection, status
-from consumers.api import server
-from consumers.listening import listen
-from consumers.store import waits
+from consumers.db import engine, waits
+from consumers.ops import status
+from consumers.web import api
+from consumers.web.api import api_server
+from consumers.web.listening import listen
 from tests.faults.proxy import Proxy
 
 HISTORY = "/trading/portfolio-history"
@@ -40,8 +41,8 @@ def proxy(
             "DATABASE_URL", f"postgresql://{url.username}@/{url.database}?host={quote(str(folder), safe='')}"
         )
         yield between
-        connection.reader().dispose()
-        connection.engine.cache_clear()
+        engine.reader().dispose()
+        engine.engine.cache_clear()
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
@@ -83,7 +84,7 @@ def test_the_api_and_the_page_say_the_same_and_the_log_says_why(proxy: Proxy, ca
         told = [client.get(url).json()["detail"] for url in (HISTORY, "/page/portfolios", "/page/newest")]
         health = client.get("/page/health").json()["database"]["error"]
         proxy.set_mode("pass")
-        with connection.get_db() as db:
+        with engine.get_db() as db:
             db.execute(text("DROP TABLE portfolio_history CASCADE"))
         missing = {client.get(url).json()["detail"].rpartition(" ")[0] for url in (HISTORY, "/page/portfolios")}
 
@@ -99,7 +100,7 @@ def test_the_api_and_the_page_say_the_same_and_the_log_says_why(proxy: Proxy, ca
 
 def test_without_a_database_in_the_settings_both_say_so() -> None:
     """503, not a defect; which setting it is stands in the log."""
-    connection.engine.cache_clear()
+    engine.engine.cache_clear()
     with TestClient(api.app) as client:
         answers = [client.get(url) for url in (HISTORY, "/page/portfolios")]
     for answer in answers:
@@ -148,9 +149,9 @@ def test_status_says_that_a_frozen_database_does_not_answer(
 
 def test_a_client_that_takes_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would keep its answer in the server's memory."""
-    monkeypatch.setattr(server, "_IDLE_SECONDS", 0.3)
+    monkeypatch.setattr(api_server, "_IDLE_SECONDS", 0.3)
     with listen("127.0.0.1", 0) as listening:
-        server._give_up_idle_readers(listening)
+        api_server._give_up_idle_readers(listening)
         with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
             accepted.settimeout(20)
             with pytest.raises(OSError, match="timed out") as caught:
@@ -160,7 +161,7 @@ def test_a_client_that_takes_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_statement_that_takes_too_long_is_ended(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By PostgreSQL itself; here behind a lock that somebody holds."""
-    monkeypatch.setattr(connection, "READ_SECONDS", 0.4)
+    monkeypatch.setattr(engine, "READ_SECONDS", 0.4)
     holder = create_engine(make_url(database_url).set(drivername="postgresql+psycopg2"))
     with TestClient(api.app) as client:
         with holder.begin() as db:
@@ -182,7 +183,7 @@ def test_more_requests_than_connections_all_get_an_answer(database_url: str) -> 
             return client.get(HISTORY).status_code
 
         assert set(pool.map(ask, range(30))) == {200}
-    with connection.get_db() as db:
+    with engine.get_db() as db:
         opened = db.execute(
             text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
         ).scalar_one()

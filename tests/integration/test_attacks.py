@@ -25,10 +25,10 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from sqlalchemy import Engine, make_url, text
 
-from consumers.connection import create_store_engine
+from consumers.db.engine import create_store_engine
+from consumers.db.logins import API, WORKER, set_passwords
 from consumers.embedded import Addresses
 from consumers.settings import LoginSettings
-from consumers.store.logins import API, WORKER, set_passwords
 from producers.events import encode, event_of
 from tests.conftest import a_database
 from tests.deliveries import history_queue

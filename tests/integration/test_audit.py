@@ -17,15 +17,14 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
-from consumers.audit import SourceAudit, audit
-from consumers.connection import get_db
-from consumers.failed import refused_text, rejections
-from consumers.store.inserts import insert_events
+from consumers.db.engine import get_db
+from consumers.db.inserts import insert_events
+from consumers.ops.audit import SourceAudit, audit
+from consumers.ops.failed import refused_text, rejections
 from producers.errors import EventRejected
-from producers.events import SNAPSHOT_TYPE, encode, event_of
+from producers.events import JOB_FUNCTIONS, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
-from producers.rq_jobs import JOB_FUNCTIONS
 from tests.deliveries import burst, history_queue
 from tests.factories import a_snapshot, an_archive
 

@@ -19,9 +19,9 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
+from consumers.embedded.stack import stack
 from consumers.operations import get_portfolio_history
-from consumers.stack import stack
 from producers.history_producer import HistoryProducer
 from tests.factories import a_portfolio, a_signal, a_snapshot
 

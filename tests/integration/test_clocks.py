@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from consumers.status import outbox_facts
+from consumers.ops.status import outbox_facts
 from producers import outbox_clock
 from producers.settings import TransportSettings
 from tests.controllers import Controller, Line, assert_sound, doctored, some_events, worker_process

@@ -24,7 +24,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from consumers.embedded.installation import installed, let_in
-from consumers.embedded.process import checked, run
+from consumers.embedded.server_process import checked, run
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from tests.compose_file import (

@@ -14,7 +14,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from producers.outbox import Outbox
 from producers.redis_keys import token_key
 from tests.controllers import (

@@ -13,8 +13,8 @@ from decimal import Decimal
 
 import pytest
 
-from consumers.connection import get_db
-from consumers.store.inserts import insert_events
+from consumers.db.engine import get_db
+from consumers.db.inserts import insert_events
 from producers.events import PortfolioSnapshot, SignalArchive, event_of
 from tests.factories import INSTANT, a_signal, a_snapshot, an_archive
 

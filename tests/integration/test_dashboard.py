@@ -23,7 +23,7 @@ from rq import Queue
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from consumers.embedded import Addresses
 from producers.events import encode, event_of
 from tests.dashboard_server import (
@@ -230,7 +230,7 @@ def test_in_its_process_no_pickle_gets_hold_of_code(tmp_path: Path) -> None:
     """Not by RQ's defaults, and not by anybody else who might load one."""
     program = f"""if True:
         import pickle, rq
-        from consumers.dashboard.json_only import forbid_pickle
+        from consumers.web.dashboard.json_only import forbid_pickle
         trap = {pickle.dumps(_NAMED)!r}
         forbid_pickle()
         assert rq.serializers.resolve_serializer() is rq.serializers.resolve_serializer("pickle")

@@ -13,11 +13,11 @@ from redis import Redis
 from redis.exceptions import ReadOnlyError
 from rq.job import Job
 
-from consumers.dashboard import changes
-from consumers.dashboard.job_page import job_facts
-from consumers.dashboard.stored_calls import line_of
-from consumers.dashboard.stored_jobs import listed, read_job
-from consumers.dashboard.stored_queues import read_workers
+from consumers.web.dashboard import changes
+from consumers.web.dashboard.job_page import job_facts
+from consumers.web.dashboard.stored_calls import line_of
+from consumers.web.dashboard.stored_jobs import listed, read_job
+from consumers.web.dashboard.stored_queues import read_workers
 from producers.redis_keys import delays_key, held_key, holders_key, suspects_key
 from tests.dashboard_server import FAILED_KEY, QUEUE_KEY, SNAPSHOT_FUNCTION, failure, plant
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import text
 
-from consumers.connection import apply_schema, engine
+from consumers.db.engine import engine
+from consumers.db.schema import apply_schema
 from tests.database_facts import database_facts
 from tests.legacy_databases import FIRST_GENERATION, OTHER_TABLES
 

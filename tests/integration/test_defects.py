@@ -15,15 +15,14 @@ from redis import Redis
 from rq.utils import as_text
 from sqlalchemy import Engine, event, text
 
-from consumers import settling
-from consumers.connection import get_db
-from consumers.metrics import COUNTS
+from consumers.db import inserts
+from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
-from consumers.queue import finishing, rq_jobs
-from consumers.queue.calls import inflated, read_call
-from consumers.queue.rq_jobs import RqJobs
-from consumers.settling import acknowledge
-from consumers.store import inserts
+from consumers.ops.metrics import COUNTS
+from consumers.worker import batch, completion, rq_completion
+from consumers.worker.batch import acknowledge
+from consumers.worker.jobs import inflated, read_call
+from consumers.worker.rq_completion import RqJobs
 from producers.errors import EventRejected
 from producers.events import decode, event_of
 from producers.history_producer import HistoryProducer, Receipt
@@ -89,7 +88,7 @@ def _reading(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]
             raise error()
         return found
 
-    monkeypatch.setattr(rq_jobs, "read_call", failing)
+    monkeypatch.setattr(rq_completion, "read_call", failing)
 
 
 def _decoding(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
@@ -98,7 +97,7 @@ def _decoding(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException
             raise error()
         return decode(given, model)
 
-    monkeypatch.setattr(settling, "decode", failing)
+    monkeypatch.setattr(batch, "decode", failing)
 
 
 def _making_the_row(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
@@ -136,7 +135,7 @@ _planted: list[Any] = []
 @pytest.fixture(autouse=True)
 def _uprooted() -> Iterator[None]:
     yield
-    settling.logger.setLevel(logging.NOTSET)
+    batch.logger.setLevel(logging.NOTSET)
     while _planted:
         event.remove(Engine, "before_cursor_execute", _planted.pop())
 
@@ -195,7 +194,7 @@ def test_whatever_the_exception_is(
     """Also one that ends a thread, a generator or a process elsewhere, and one that cannot be told."""
     # pytest sends what was logged from process to process, which half a pair cannot go through.
     monkeypatch.setattr(logging.getLogger("rq"), "disabled", True)
-    for name in ("consumers.queue.lane", "rq.worker", "rq.worker.history"):
+    for name in ("consumers.worker.worker_thread", "rq.worker", "rq.worker.history"):
         monkeypatch.setattr(logging.getLogger(name), "disabled", True)
     _decoding(monkeypatch, EXCEPTIONS[exception])
     good, (poisoned,) = _record(producer, 1, good=1)
@@ -233,8 +232,8 @@ def _logging(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]
             raise error()
         return True
 
-    settling.logger.setLevel(logging.DEBUG)  # a line for each event, too
-    for logger in (settling.logger, finishing.logger):
+    batch.logger.setLevel(logging.DEBUG)  # a line for each event, too
+    for logger in (batch.logger, completion.logger):
         monkeypatch.setattr(logger, "filters", [failing])
 
 
@@ -285,7 +284,7 @@ def test_an_event_that_cannot_be_acknowledged_holds_up_no_other(
             raise EXCEPTIONS[exception]()
         acknowledge(pipe, ends)
 
-    monkeypatch.setattr(finishing, "acknowledge", failing)
+    monkeypatch.setattr(completion, "acknowledge", failing)
     good, (poisoned,) = _record(producer, 1)
     with _seconds(20):
         burst(redis)
@@ -294,7 +293,7 @@ def test_an_event_that_cannot_be_acknowledged_holds_up_no_other(
         assert receipt.wait(20) > 0
     assert (_outcomes(), len(get_portfolio_history()), history_queue(redis).count) == ([], 4, 0)
     (job_id,) = history_queue(redis).failed_job_registry.get_job_ids()
-    monkeypatch.setattr(finishing, "acknowledge", acknowledge)
+    monkeypatch.setattr(completion, "acknowledge", acknowledge)
     redis.zrem(history_queue(redis).failed_job_registry.key, job_id)
     redis.rpush(history_queue(redis).key, as_text(job_id))
     burst(redis)
@@ -333,7 +332,7 @@ def test_a_defect_that_passes_in_time_refuses_nothing(
         until(lambda: redis.hlen("history:suspects:history") == 3)
         mended.set()
 
-    monkeypatch.setattr(settling, "decode", failing)
+    monkeypatch.setattr(batch, "decode", failing)
     _, receipts = _record(producer, 3, good=0)
     watching = threading.Thread(target=mend)
     watching.start()

@@ -15,7 +15,7 @@ import yaml
 from typer.main import get_command
 
 from consumers.cli import app
-from consumers.processes import STOP_SECONDS
+from consumers.embedded.child_processes import STOP_SECONDS
 from consumers.settings import MetricsSettings, StoreSettings
 from producers.relay_process import END_SECONDS
 from producers.settings import TransportSettings

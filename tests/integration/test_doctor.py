@@ -27,12 +27,12 @@ from sqlalchemy import make_url, text
 from typer.testing import CliRunner
 
 from consumers.cli import app
-from consumers.connection import engine
-from consumers.doctor import Check, diagnose, postgres, redis_server
-from consumers.doctor.masking import Mask
-from consumers.doctor.queue import queue_checks
+from consumers.db.engine import engine
 from consumers.embedded import Addresses
 from consumers.operations import insert_portfolio_history_snapshot
+from consumers.ops.doctor import Check, diagnose, postgres_checks, redis_checks
+from consumers.ops.doctor.masking import Mask
+from consumers.ops.doctor.queue_checks import queue_checks
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key, lease_key, strange_key, strays_key, suspects_key
@@ -308,7 +308,7 @@ def test_what_knows_no_time_limit_is_left_behind(
     """A name that nobody resolves, for Redis; PostgreSQL is looked at meanwhile."""
     never = threading.Event()
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: never.wait(60))
-    monkeypatch.setattr("consumers.doctor._LOOK_SECONDS", 2.0)
+    monkeypatch.setattr("consumers.ops.doctor._LOOK_SECONDS", 2.0)
     monkeypatch.setenv("REDIS_URL", "redis://somewhere")
     began = time.monotonic()
     checks = _diagnosed()
@@ -408,25 +408,25 @@ def test_a_replica_of_either_kind_is_wrong(redis: Redis, database_url: str, monk
         redis.replicaof("no", "one")
     assert (status, found.startswith("a replica of 127.0.0.1, port 1")) == ("fail", True)
 
-    in_recovery = str(postgres._FACTS).replace("pg_is_in_recovery()", "true")
-    monkeypatch.setattr(postgres, "_FACTS", text(in_recovery))
+    in_recovery = str(postgres_checks._FACTS).replace("pg_is_in_recovery()", "true")
+    monkeypatch.setattr(postgres_checks, "_FACTS", text(in_recovery))
     assert _found("PostgreSQL writes") == ("fail", "a replica: nothing can be stored here")
 
 
 def test_an_old_server_is_wrong(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both servers by their own word."""
-    older = str(postgres._FACTS).replace("current_setting('server_version_num')", "'130012'")
-    monkeypatch.setattr(postgres, "_FACTS", text(older))
-    monkeypatch.setattr(redis_server, "_info", lambda *_: {"redis_version": "6.0.16"})
+    older = str(postgres_checks._FACTS).replace("current_setting('server_version_num')", "'130012'")
+    monkeypatch.setattr(postgres_checks, "_FACTS", text(older))
+    monkeypatch.setattr(redis_checks, "_info", lambda *_: {"redis_version": "6.0.16"})
     assert _found("PostgreSQL version")[0] == "fail"
-    assert [check.found for check in redis_server.version(redis)] == ["Redis 6.0.16"]
-    assert [check.status for check in redis_server.version(redis)] == ["fail"]
+    assert [check.found for check in redis_checks.version(redis)] == ["Redis 6.0.16"]
+    assert [check.status for check in redis_checks.version(redis)] == ["fail"]
 
 
 def test_the_clocks_are_compared(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours is an hour behind here."""
     real = time.time
-    monkeypatch.setattr("consumers.doctor.postgres.time.time", lambda: real() - 3600)
+    monkeypatch.setattr("consumers.ops.doctor.postgres_checks.time.time", lambda: real() - 3600)
     assert _found("PostgreSQL clock") == ("fail", "60 min ahead of ours")
 
 
@@ -594,7 +594,7 @@ def test_recording_is_looked_at_through_the_index(redis: Redis, database_url: st
     _execute(_RECORD.format(portfolio=1, first="3000 hours", last="0 hours"))
     _execute(_RECORD.format(portfolio="NULL", first="3000 hours", last="0 hours"))
     _execute("ANALYZE portfolio_history")
-    from consumers.doctor.history import _SNAPSHOTS
+    from consumers.ops.doctor.history_checks import _SNAPSHOTS
 
     with engine().begin() as db:
         lines = db.execute(text(f"EXPLAIN {_SNAPSHOTS}"), {"most": 500, "rows": 201}).scalars().all()
@@ -677,8 +677,8 @@ def test_a_redis_that_could_not_write_is_told(
 ) -> None:
     """By its own word: no full disk is at hand."""
     info = redis.info("persistence")
-    monkeypatch.setattr(redis_server, "_info", lambda *_: info | {key: "err"})
-    assert [(check.status, check.found) for check in redis_server.persistence(redis)] == [(status, found)]
+    monkeypatch.setattr(redis_checks, "_info", lambda *_: info | {key: "err"})
+    assert [(check.status, check.found) for check in redis_checks.persistence(redis)] == [(status, found)]
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.5, "ok"), (0.85, "warn"), (0.99, "fail")])
@@ -686,7 +686,7 @@ def test_a_redis_that_fills_up_is_told(redis: Redis, database_url: str, share: f
     """Against its own limit; without one, against the machine's memory."""
     redis.config_set("maxmemory", int(redis.info("memory")["used_memory"] / share))
     try:
-        told = [check.status for check in redis_server.memory(redis)]
+        told = [check.status for check in redis_checks.memory(redis)]
     finally:
         redis.config_set("maxmemory", 0)
     assert told == ["ok", status]

@@ -14,15 +14,16 @@ from redis import Redis
 from sqlalchemy import create_engine, make_url, text
 from typer.testing import CliRunner
 
-from consumers import connection
 from consumers.cli import app
-from consumers.connection import apply_schema, create_store_engine, engine, get_db, schema_sql
-from consumers.doctor import diagnose
+from consumers.db import engine as db_engine
+from consumers.db.engine import create_store_engine, engine, get_db
+from consumers.db.schema import apply_schema, schema_sql
 from consumers.embedded import Addresses
 from consumers.errors import StoreUnavailable
-from consumers.migration.adoption import adopt_legacy
+from consumers.legacy.adoption import adopt_legacy
 from consumers.operations import get_recent_signal_archives
-from consumers.worker import HistoryWorker
+from consumers.ops.doctor import diagnose
+from consumers.worker.history_worker import HistoryWorker
 from producers.history_producer import HistoryProducer
 from tests.deliveries import history_queue
 from tests.factories import a_signal, an_archive
@@ -58,10 +59,10 @@ def other_encoding_url(
         )
         url = make_url(pair.database_url).set(database=name).render_as_string(hide_password=False)
         monkeypatch.setenv("DATABASE_URL", url)
-        connection.engine.cache_clear()
+        db_engine.engine.cache_clear()
         yield url
-        connection.engine().dispose()
-        connection.engine.cache_clear()
+        db_engine.engine().dispose()
+        db_engine.engine.cache_clear()
         for database in (name, f"{name}_utf8"):
             db.exec_driver_sql(f"DROP DATABASE IF EXISTS {database} WITH (FORCE)")
 
@@ -147,13 +148,13 @@ def test_the_encoding_of_the_client_is_always_utf8(
         db.exec_driver_sql(f"ALTER DATABASE {name} SET client_encoding = 'LATIN1'")
     monkeypatch.setenv("PGCLIENTENCODING", encoding)
     monkeypatch.setenv("DATABASE_URL", f"{database_url}&client_encoding=LATIN1")
-    connection.engine.cache_clear()
+    db_engine.engine.cache_clear()
     receipt = producer.record(_archive())
     producer.flush(10)
     HistoryWorker([history_queue(redis)], connection=redis).work(burst=True, logging_level="WARNING")
 
     assert receipt.wait(20) == 1
     assert [signal["title"] for signal in get_recent_signal_archives()[0]["signals_data"]] == _TITLES
-    for store in (connection.engine(), connection.reader()):
+    for store in (db_engine.engine(), db_engine.reader()):
         with store.connect() as db:
             assert db.exec_driver_sql("SHOW client_encoding").scalar_one() == "UTF8"

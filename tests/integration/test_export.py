@@ -19,8 +19,8 @@ import pytest
 import simplejson
 from sqlalchemy import text
 
-from consumers.connection import get_db
-from consumers.store.inserts import insert_events
+from consumers.db.engine import get_db
+from consumers.db.inserts import insert_events
 from producers.events import PortfolioSnapshot, SignalArchive, event_of
 from tests.factories import INSTANT, a_signal, a_snapshot, an_archive
 
@@ -287,7 +287,7 @@ def test_an_export_that_is_killed_leaves_the_files_that_were_there(tmp_path: Pat
 
 def test_all_files_are_of_one_moment(tmp_path: Path) -> None:
     """What is stored while an export runs is in none of its files."""
-    from consumers.migration.export import Selection, export_history
+    from consumers.legacy.exporter import Selection, export_history
 
     _store(a_snapshot(), an_archive())
 
@@ -295,7 +295,7 @@ def test_all_files_are_of_one_moment(tmp_path: Path) -> None:
         _store(an_archive(after=timedelta(seconds=done)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("consumers.migration.export._PROGRESS_STEP", 1)
+        patch.setattr("consumers.legacy.exporter._PROGRESS_STEP", 1)
         exported = export_history(tmp_path / "out", Selection(), zone=UTC, on_progress=store_another)
 
     assert [(one.file, one.entries) for one in exported.files] == [

@@ -14,8 +14,8 @@ from redis import Redis
 from sqlalchemy import text
 
 from consumers.cli.failed import failed_list
-from consumers.connection import get_db
-from consumers.failed import Rejection, discard, kind_of, rejections, requeue
+from consumers.db.engine import get_db
+from consumers.ops.failed import Rejection, discard, kind_of, rejections, requeue
 from consumers.terminal import MOST_REJECTIONS
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE

@@ -13,9 +13,9 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import engine, get_db
-from consumers.migration.adoption import adopt_legacy
-from consumers.migration.legacy_rows import legacy_origins
+from consumers.db.engine import engine, get_db
+from consumers.legacy.adoption import adopt_legacy
+from consumers.legacy.legacy_rows import legacy_origins
 from tests.legacy_databases import (
     ARCHIVES,
     FIRST_GENERATION,

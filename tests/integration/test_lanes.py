@@ -17,19 +17,18 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
-from consumers import settling
-from consumers.connection import engine, get_db
+from consumers.db.engine import engine, get_db
+from consumers.db.inserts import insert_events
+from consumers.embedded.child_processes import stop, worker_process
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
-from consumers.processes import stop, worker_process
-from consumers.queue import lane as lane_module
-from consumers.queue import upkeep
-from consumers.queue.crew import Crew
-from consumers.queue.lane import Lane
-from consumers.queue.reservations import Reservations, recover_dead_holders
-from consumers.settling import settle
-from consumers.store.inserts import insert_events
-from consumers.worker import HistoryWorker
+from consumers.worker import batch, maintenance
+from consumers.worker import worker_thread as lane_module
+from consumers.worker.batch import settle
+from consumers.worker.history_worker import HistoryWorker
+from consumers.worker.reservations import Reservations, recover_dead_holders
+from consumers.worker.shared_state import Crew
+from consumers.worker.worker_thread import Lane
 from producers.events import event_of
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import a_snapshot
@@ -137,7 +136,7 @@ def test_a_stop_in_the_moment_of_the_commit_hands_back_nothing_that_is_stored(
     def stopped(read: Sequence[Any], settled: Sequence[Any]) -> None:
         worker._ending.set()
 
-    monkeypatch.setattr(settling, "_log", stopped)
+    monkeypatch.setattr(batch, "_log", stopped)
     worker.work(logging_level="WARNING")
     assert len(get_portfolio_history()) == 5
     assert history_queue(redis).count == 0
@@ -162,7 +161,7 @@ def test_an_outage_is_told_once_although_the_lanes_take_turns(
     with _running(HistoryWorker([history_queue(redis)], connection=redis)):
         until(lambda: len(get_portfolio_history()) == 1)
         until(lambda: "goes on" in caplog.text)
-    said = [record.message.split()[2:5] for record in caplog.records if record.name == "consumers.queue.crew"]
+    said = [record.message.split()[2:5] for record in caplog.records if record.name == "consumers.worker.shared_state"]
     assert said == [["waits", "for", "the"], ["goes", "on", "after"]]
 
 
@@ -206,7 +205,7 @@ def test_told_to_stop_it_waits_for_its_lanes_without_a_busy_loop(redis: Redis, m
     enqueue_snapshots(redis, 1)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     looks = []
-    monkeypatch.setattr(upkeep, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(maintenance, "_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(worker, "_maintain", lambda: looks.append(1))
     release = threading.Event()
 

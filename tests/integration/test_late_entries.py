@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
-from consumers.api import create_app
+from consumers.web.api import create_app
 from producers.history_producer import HistoryProducer
 from tests.deliveries import burst
 from tests.factories import a_snapshot

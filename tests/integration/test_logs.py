@@ -22,7 +22,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import make_url, text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
@@ -69,7 +69,9 @@ def test_a_workers_lines_are_json_and_name_the_event(
         (None, refused, None, None, "invalid"),
     }
     assert len(_about_events(log)) == 3
-    assert {"rq.worker", "rq.worker.history", "consumers.worker"} <= {line["logger"] for line in log_lines(log)}
+    assert {"rq.worker", "rq.worker.history", "consumers.worker.history_worker"} <= {
+        line["logger"] for line in log_lines(log)
+    }
 
 
 def test_under_rqs_own_command_too(
@@ -98,7 +100,7 @@ def test_the_apis_lines_are_json(tmp_path: Path) -> None:
         server.terminate()
         assert server.wait(20) == 128 + signal.SIGTERM
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert {"uvicorn.error", "consumers.api"} <= {line["logger"] for line in lines}
+    assert {"uvicorn.error", "consumers.web.api"} <= {line["logger"] for line in lines}
     assert "not ready: PostgreSQL: Connection refused" in [line["message"] for line in lines]
 
 

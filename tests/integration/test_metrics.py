@@ -20,13 +20,14 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy import make_url
 
-from consumers import api, exposition
-from consumers.exposition import worker_registry
-from consumers.metrics import COUNTS
 from consumers.operations import get_portfolio_history, insert_portfolio_history_snapshot
-from consumers.queue.finishing import Finishing
-from consumers.queue.reservations import POISON_DEATHS, Reservations
-from consumers.status import queue_facts
+from consumers.ops import exposition
+from consumers.ops.exposition import worker_registry
+from consumers.ops.metrics import COUNTS
+from consumers.ops.status import queue_facts
+from consumers.web import api
+from consumers.worker.completion import Finishing
+from consumers.worker.reservations import POISON_DEATHS, Reservations
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer
 from tests.deliveries import burst, enqueue_snapshots, history_queue

@@ -19,17 +19,17 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.audit import audit
-from consumers.connection import get_db
-from consumers.failed import discard, rejections
-from consumers.migration import flight as flight_module
-from consumers.migration.comparison import RowIds
-from consumers.migration.flight import FEWEST_JOBS, Flight, Window
-from consumers.migration.importing import Importer, look
-from consumers.migration.old_history import OldHistory, Tally, file_origins
-from consumers.migration.report import Report
-from consumers.migration.verification import Difference, Verification
-from consumers.processes import worker_process
+from consumers.db.engine import get_db
+from consumers.embedded.child_processes import worker_process
+from consumers.legacy import flight as flight_module
+from consumers.legacy.comparison import RowIds
+from consumers.legacy.flight import FEWEST_JOBS, Flight, Window
+from consumers.legacy.import_report import Report
+from consumers.legacy.importer import Importer, look
+from consumers.legacy.old_history import OldHistory, Tally, file_origins
+from consumers.legacy.verification import Difference, Verification
+from consumers.ops.audit import audit
+from consumers.ops.failed import discard, rejections
 from producers.errors import HistoryError
 from producers.history_producer import HistoryProducer
 from producers.redis_keys import acknowledgement_key, lease_key

@@ -17,7 +17,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
 from producers.history_producer import HistoryProducer
 from tests.factories import a_snapshot

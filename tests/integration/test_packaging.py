@@ -32,8 +32,8 @@ def test_the_wheel_carries_the_schema_the_demo_and_the_page_and_no_tests(wheel: 
     assert {"consumers/schema.sql", "consumers/demo/portfolio.json", "consumers/demo/current_signals.json"} <= set(
         names
     )
-    static = {f"consumers/page/static/{path.name}" for path in (ROOT / "consumers/page/static").iterdir()}
-    static |= {str(path.relative_to(ROOT)) for path in (ROOT / "consumers/dashboard/templates").rglob("*.*")}
+    static = {f"consumers/web/page/static/{path.name}" for path in (ROOT / "consumers/web/page/static").iterdir()}
+    static |= {str(path.relative_to(ROOT)) for path in (ROOT / "consumers/web/dashboard/templates").rglob("*.*")}
     assert static
     assert static <= set(names)
 

@@ -19,11 +19,12 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from sqlalchemy import TextClause, text
 
-from consumers.api import create_app
-from consumers.connection import engine, get_db
+from consumers.db import archive_queries, page_queries, state_queries
+from consumers.db.engine import engine, get_db
 from consumers.errors import StoreUnavailable
-from consumers.page import archive_queries, queries, signals, state_queries
-from consumers.page import curve as curves
+from consumers.web.api import create_app
+from consumers.web.page import curve as curves
+from consumers.web.page import signal_search
 from producers.history_producer import HistoryProducer
 from tests.factories import a_signal, a_snapshot
 from tests.histories import START, store_archive, store_many, store_rejection, store_values
@@ -157,7 +158,7 @@ def test_too_many_snapshots_are_drawn_as_closes_until_the_range_is_narrow(
 
 def test_archives_by_month_and_page(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts by month, the archives newest first, and every one of them once."""
-    monkeypatch.setattr("consumers.page.routes.ARCHIVES_AT_ONCE", 3)
+    monkeypatch.setattr("consumers.web.page.routes.ARCHIVES_AT_ONCE", 3)
     ids = [store_archive([a_signal()], at=START + timedelta(hours=hour)) for hour in range(7)]
     store_archive([a_signal()], at=datetime(2026, 7, 1, tzinfo=UTC), portfolio=None)
     assert _get(client, "months") == [{"month": "2026-07", "archives": 1}, {"month": "2026-06", "archives": 7}]
@@ -182,9 +183,9 @@ def test_an_archive_at_the_edge_of_a_month_is_found_in_the_month_of_its_own_offs
 
 def test_a_search_goes_through_the_month_piece_by_piece(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each match once, newest archive first, whatever ends a piece: enough found, or enough read."""
-    monkeypatch.setattr(signals, "MOST_FOUND", 2)
-    monkeypatch.setattr("consumers.page.routes.MOST_ARCHIVES", 3)
-    monkeypatch.setattr(signals, "MOST_ARCHIVES", 3)
+    monkeypatch.setattr(signal_search, "MOST_FOUND", 2)
+    monkeypatch.setattr("consumers.web.page.routes.MOST_ARCHIVES", 3)
+    monkeypatch.setattr(signal_search, "MOST_ARCHIVES", 3)
     for hour in range(10):
         store_archive(
             [a_signal(market_question=f"ÖFFNET {hour}/{number}?") for number in range(3)]
@@ -211,7 +212,7 @@ def test_signals_keep_their_digits_and_their_bounds(client: TestClient, monkeypa
     assert one["fields"]["yes_price"] == "0.30000000000000000004"
     assert len(one["fields"]["reason"]) == 2_001
     assert one["fields"]["event_id"] is None
-    monkeypatch.setattr(signals, "MOST_FIELDS", 3)
+    monkeypatch.setattr(signal_search, "MOST_FIELDS", 3)
     assert len(_get(client, f"archives/{archive}")["signals"][0]["fields"]) == 3
 
 
@@ -319,7 +320,7 @@ def test_a_database_without_tables_or_gone_is_one_readable_line(
 
 def test_the_page_reads_only(client: TestClient) -> None:
     """Its transactions cannot write."""
-    with pytest.raises(StoreUnavailable) as caught, queries.reading() as db:
+    with pytest.raises(StoreUnavailable) as caught, page_queries.reading() as db:
         db.execute(text("DELETE FROM portfolio_history"))
     assert isinstance(getattr(caught.value.__cause__, "orig", None), ReadOnlySqlTransaction)
 
@@ -387,7 +388,7 @@ def test_every_query_goes_along_an_index(client: TestClient) -> None:
         )
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
         db.exec_driver_sql("VACUUM ANALYZE")
-    of = queries._of
+    of = page_queries._of
     dates = {"since": date(2026, 6, 2), "until": date(2026, 6, 5), "limit": 10, "portfolio": 3}
     month = archive_queries._around(date(2026, 7, 1)) | {"at": START + timedelta(days=90), "id": 5, "limit": 50}
     bucket = {
@@ -400,12 +401,12 @@ def test_every_query_goes_along_an_index(client: TestClient) -> None:
         "portfolio": 3,
     }
     statements: list[tuple[TextClause, dict[str, Any]]] = [
-        (queries._PORTFOLIOS, {"limit": 9}),
-        (of(3, queries._EXTENT), {"portfolio": 3}),
-        (of(3, queries._COUNT), dates),
-        (of(3, queries._CLOSES), dates),
-        (of(3, queries._BUCKETS.replace("{parts}", "")), bucket),
-        (queries._SNAPSHOTS, {"ids": [1, 2]}),
+        (page_queries._PORTFOLIOS, {"limit": 9}),
+        (of(3, page_queries._EXTENT), {"portfolio": 3}),
+        (of(3, page_queries._COUNT), dates),
+        (of(3, page_queries._CLOSES), dates),
+        (of(3, page_queries._BUCKETS.replace("{parts}", "")), bucket),
+        (page_queries._SNAPSHOTS, {"ids": [1, 2]}),
         (archive_queries._MONTHS, {"limit": 9}),
         (archive_queries._LISTED, month),
         (archive_queries._SEARCHED, month),
@@ -416,7 +417,7 @@ def test_every_query_goes_along_an_index(client: TestClient) -> None:
         (state_queries._COUNT_REJECTIONS, {"limit": 9}),
         (state_queries._NEWEST, {}),
     ]
-    with queries.reading() as db:
+    with page_queries.reading() as db:
         for statement, values in statements:
             plan = "\n".join(db.execute(text(f"EXPLAIN {statement.text}"), values).scalars())
             for table in ("portfolio_history", "signal_archives", "event_outcomes"):

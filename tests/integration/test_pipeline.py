@@ -23,17 +23,16 @@ from rq.serializers import JSONSerializer
 from rq.utils import import_attribute
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from consumers.handlers import record_portfolio_snapshot
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
 from producers import relay
+from producers.acknowledgements import Outcome, acknowledgement_text
 from producers.errors import EventRejected
-from producers.events import Payload, encode, event_of
+from producers.events import JOB_FUNCTIONS, Payload, encode, event_of
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
-from producers.outcomes import Outcome, acknowledgement_text
 from producers.redis_keys import acknowledgement_key, delivery_of
-from producers.rq_jobs import JOB_FUNCTIONS
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archive
 from tests.forking import in_child

@@ -89,7 +89,7 @@ def test_one_that_dies_at_once_again_and_again_is_said_loudly(redis: Redis, tmp_
     )
     path = os.pathsep.join([str(broken), *filter(None, [os.environ.get("PYTHONPATH")])])
     with _pool(tmp_path / "log", 2, PYTHONPATH=path) as pool:
-        until(lambda: (tmp_path / "log").read_text().count("CRITICAL consumers.pool") == 2)  # both wait now
+        until(lambda: (tmp_path / "log").read_text().count("CRITICAL consumers.worker.pool") == 2)  # both wait now
         pool.send_signal(signal.SIGINT)
         assert pool.wait(15) == 0
     log = (tmp_path / "log").read_text()

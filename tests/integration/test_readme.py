@@ -19,16 +19,20 @@ import yaml
 from redis import Redis
 from typer.main import get_command
 
-from consumers.api.settings import ApiSettings
 from consumers.cli import app
-from consumers.connection import get_db
-from consumers.dashboard.settings import DashboardSettings
-from consumers.exposition import worker_registry
-from consumers.logs import LogSettings
+from consumers.db.engine import get_db
 from consumers.operations import insert_portfolio_history_snapshot
-from consumers.settings import LoginSettings, MetricsSettings, StoreSettings
-from consumers.stack import EmbeddedSettings
-from consumers.status import queue_facts
+from consumers.ops.exposition import worker_registry
+from consumers.ops.status import queue_facts
+from consumers.settings import (
+    ApiSettings,
+    DashboardSettings,
+    EmbeddedSettings,
+    LoginSettings,
+    LogSettings,
+    MetricsSettings,
+    StoreSettings,
+)
 from producers import trading_controller
 from producers.events import PortfolioSnapshotEvent, decode, encode, event_id
 from producers.outbox import Outbox

@@ -18,10 +18,14 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 from typer.testing import CliRunner, Result
 
-from consumers.audit import audit
 from consumers.cli import app
-from consumers.connection import apply_schema, engine, get_db, translated_errors
-from consumers.doctor.schema import retired, row_numbers, tables
+from consumers.db import queries, retention
+from consumers.db.engine import engine, get_db, translated_errors
+from consumers.db.inserts import Stored, insert_events
+from consumers.db.page_queries import portfolios
+from consumers.db.queries import Listing, Narrowing
+from consumers.db.retired_tables import HISTORY_TABLES, MOVE_LOCK, prepare
+from consumers.db.schema import apply_schema
 from consumers.errors import EventConflict, RetirementRefused, StoreUnavailable
 from consumers.operations import (
     get_market_signals,
@@ -29,11 +33,8 @@ from consumers.operations import (
     get_recent_signal_archives,
     stream_portfolio_history,
 )
-from consumers.page.queries import portfolios
-from consumers.store import listings, retention
-from consumers.store.inserts import Stored, insert_events
-from consumers.store.listings import Listing, Narrowing
-from consumers.store.retired_tables import HISTORY_TABLES, MOVE_LOCK, prepare
+from consumers.ops.audit import audit
+from consumers.ops.doctor.schema_checks import retired, row_numbers, tables
 from producers.events import Event, event_of
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.rq_programs import somebody_waits_for_a_lock, until
@@ -329,9 +330,9 @@ def _plan(db: Connection, statement: Any, values: Any) -> list[dict[str, Any]]:
 
 
 _LISTINGS: dict[str, Callable[[Narrowing], Listing]] = {
-    "snapshots": listings.snapshots,
-    "closes": listings.closes,
-    "archives": listings.archives,
+    "snapshots": queries.snapshots,
+    "closes": queries.closes,
+    "archives": queries.archives,
 }
 _SINCE, _UNTIL = datetime(2026, 3, 1, tzinfo=UTC), datetime(2026, 6, 1, tzinfo=UTC)
 
@@ -368,7 +369,7 @@ def test_a_page_costs_its_rows_wherever_the_boundary_is() -> None:
 
 def test_the_audit_reads_its_numbers_in_order_and_sorts_none() -> None:
     """An ordered pass over the indexes of both tables."""
-    from consumers import audit as module
+    from consumers.ops import audit as module
 
     _execute(_MANY.format(rows=15_000))
     retention.retire(_CUT)

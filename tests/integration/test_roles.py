@@ -19,15 +19,15 @@ from sqlalchemy import Engine, make_url, text
 from sqlalchemy.exc import ProgrammingError
 from typer.testing import CliRunner
 
-from consumers import connection
-from consumers.api import create_app
 from consumers.cli import app
-from consumers.connection import apply_schema, create_store_engine
+from consumers.db import engine, logins
+from consumers.db.engine import create_store_engine
+from consumers.db.logins import API, READER, WORKER, WRITER
+from consumers.db.schema import apply_schema
 from consumers.embedded import Addresses
 from consumers.operations import get_portfolio_history, insert_signal_archive
 from consumers.settings import LoginSettings
-from consumers.store import logins
-from consumers.store.logins import API, READER, WORKER, WRITER
+from consumers.web.api import create_app
 from tests.conftest import a_database
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import INSTANT, a_signal
@@ -120,9 +120,9 @@ def test_each_role_may_exactly_this(roles: str, role: str, may: list[str]) -> No
 
 def _become(monkeypatch: pytest.MonkeyPatch, url: str, role: str) -> None:
     """From now on this process is that role."""
-    connection.reader().dispose()
-    connection.engine().dispose()
-    connection.engine.cache_clear()
+    engine.reader().dispose()
+    engine.engine().dispose()
+    engine.engine.cache_clear()
     monkeypatch.setenv("DATABASE_URL", _as(url, role))
 
 

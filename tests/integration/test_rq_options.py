@@ -30,10 +30,10 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from consumers.handlers import record_portfolio_snapshot
 from consumers.operations import get_portfolio_history
-from consumers.worker import HistoryWorker
+from consumers.worker.history_worker import HistoryWorker
 from producers import relay
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer

@@ -16,9 +16,9 @@ from rq.utils import as_text
 from rq.worker_pool import WorkerPool
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
-from consumers.worker import HistoryWorker
+from consumers.worker.history_worker import HistoryWorker
 from tests.compose_file import free_port
 from tests.deliveries import assert_stored_once, burst, enqueue_snapshots, history_queue
 from tests.rq_programs import ignoring, registered_workers, rq_process, somebody_waits_for_a_lock, until

@@ -24,11 +24,11 @@ from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
-from consumers.queue import rq_jobs
-from consumers.queue.rq_jobs import KEPT_OF_A_BATCH, RqJobs
-from consumers.worker import HistoryWorker
+from consumers.worker import rq_completion
+from consumers.worker.history_worker import HistoryWorker
+from consumers.worker.rq_completion import KEPT_OF_A_BATCH, RqJobs
 from producers.events import Payload, encode, event_of
 from tests.factories import a_snapshot, an_archive
 from tests.redis_state import EXPIRES, TYPE, Difference, Phases, State, error_fields, state_of, unexpected
@@ -526,7 +526,7 @@ def test_a_job_that_others_wait_for_is_not_pushed_out_before_they_are_let_go(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By jobs whose results are to be kept longer, when more have finished than are kept."""
-    monkeypatch.setattr(rq_jobs, "KEPT_FINISHED_JOBS", 1)
+    monkeypatch.setattr(rq_completion, "KEPT_FINISHED_JOBS", 1)
     queue = _queue(redis)
     texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(8)])
     first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), result_ttl=1)

@@ -14,10 +14,11 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from consumers.connection import apply_schema, create_store_engine, engine, get_db, schema_sql
+from consumers.db.engine import create_store_engine, engine, get_db
+from consumers.db.inserts import insert_event
+from consumers.db.schema import apply_schema, schema_sql
 from consumers.errors import OldSchema, StoreUnavailable
 from consumers.operations import get_portfolio_history
-from consumers.store.inserts import insert_event
 from producers.errors import InvalidEvent, SettingsError
 from producers.events import event_of
 from tests.factories import a_snapshot

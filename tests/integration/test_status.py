@@ -11,9 +11,9 @@ import pytest
 from redis import Redis
 from sqlalchemy import text
 
-from consumers.connection import get_db
-from consumers.status import pipeline_status
-from consumers.store import row_counts
+from consumers.db import row_counts
+from consumers.db.engine import get_db
+from consumers.ops.status import pipeline_status
 from consumers.terminal import print_facts
 
 _PROGRAM = [sys.executable, "-m", "consumers.cli", "status"]

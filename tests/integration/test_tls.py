@@ -20,16 +20,17 @@ import trustme
 from pydantic import SecretStr
 from redis import Redis
 
-from consumers import connection
-from consumers.connection import apply_schema, create_store_engine
+from consumers.db import engine
+from consumers.db.engine import create_store_engine
+from consumers.db.logins import WORKER, set_passwords
+from consumers.db.schema import apply_schema
 from consumers.embedded import Addresses, postgres
 from consumers.embedded.installation import installed
-from consumers.embedded.process import checked, run
+from consumers.embedded.server_process import checked, run
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
+from consumers.ops.status import pipeline_status
 from consumers.settings import LoginSettings
-from consumers.status import pipeline_status
-from consumers.store.logins import WORKER, set_passwords
 from tests.deliveries import enqueue_snapshots
 
 _PASSWORD = "tls s3cret/@:"
@@ -162,7 +163,7 @@ def _redis(port: int, certificate: Path | None, host: str = "localhost", scheme:
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, *, database: str, redis: str) -> None:
-    connection.engine.cache_clear()
+    engine.engine.cache_clear()
     monkeypatch.setenv("DATABASE_URL", database)
     monkeypatch.setenv("REDIS_URL", redis)
 

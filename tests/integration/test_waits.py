@@ -9,8 +9,8 @@ import time
 import psycopg2
 import pytest
 
-from consumers.store import waits
-from consumers.store.waits import DatabaseWaits
+from consumers.db import waits
+from consumers.db.waits import DatabaseWaits
 
 
 def test_a_server_that_accepts_and_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

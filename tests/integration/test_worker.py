@@ -28,20 +28,20 @@ from rq.serializers import JSONSerializer
 from rq.utils import as_text
 from sqlalchemy import text
 
-from consumers import settling
-from consumers import worker as worker_module
-from consumers.connection import apply_schema, create_store_engine, engine, get_db
+from consumers.db.engine import create_store_engine, engine, get_db
+from consumers.db.inserts import insert_events
+from consumers.db.schema import apply_schema
 from consumers.operations import get_portfolio_history
-from consumers.queue import lane as lane_module
-from consumers.queue import rq_jobs, stranded, upkeep
-from consumers.queue.lane import Lane
-from consumers.queue.reservations import LEASE_SECONDS, POISON_DEATHS, Reservations, recover_dead_holders
-from consumers.queue.rq_failures import RqFailures
-from consumers.queue.stranded import Stranded
-from consumers.settling import settle
-from consumers.status import queue_facts
-from consumers.store.inserts import insert_events
-from consumers.worker import HistoryWorker
+from consumers.ops.status import queue_facts
+from consumers.worker import batch, maintenance, orphans, rq_completion
+from consumers.worker import history_worker as worker_module
+from consumers.worker import worker_thread as lane_module
+from consumers.worker.batch import settle
+from consumers.worker.history_worker import HistoryWorker
+from consumers.worker.orphans import Stranded
+from consumers.worker.reservations import LEASE_SECONDS, POISON_DEATHS, Reservations, recover_dead_holders
+from consumers.worker.rq_failures import RqFailures
+from consumers.worker.worker_thread import Lane
 from producers.errors import SettingsError
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
@@ -57,13 +57,13 @@ pytestmark = pytest.mark.usefixtures("database_url")
 
 def _batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many deliveries each transaction was tried with from now on."""
-    together, sizes = settling._settle_together, []
+    together, sizes = batch._settle_together, []
 
     def counted(deliveries: Any, patience_seconds: Any) -> Any:
         sizes.append(len(deliveries))
         return together(deliveries, patience_seconds)
 
-    monkeypatch.setattr(settling, "_settle_together", counted)
+    monkeypatch.setattr(batch, "_settle_together", counted)
     return sizes
 
 
@@ -91,7 +91,7 @@ def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> None:
     """No held list, no lease, no holder, no worker; jobs are finished and have the row's id, in their order."""
-    job_ids = enqueue_snapshots(redis, rq_jobs.KEPT_OF_A_BATCH)
+    job_ids = enqueue_snapshots(redis, rq_completion.KEPT_OF_A_BATCH)
     burst(redis)
 
     rows = {row["sequence"]: row["id"] for row in get_portfolio_history()}
@@ -107,8 +107,8 @@ def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> No
 
 def test_what_is_kept_of_finished_jobs_is_bounded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """By number: the last ones of a batch and the last ones of all, results included; nothing else of them stays."""
-    monkeypatch.setattr(rq_jobs, "KEPT_OF_A_BATCH", 20)
-    monkeypatch.setattr(rq_jobs, "KEPT_FINISHED_JOBS", 30)
+    monkeypatch.setattr(rq_completion, "KEPT_OF_A_BATCH", 20)
+    monkeypatch.setattr(rq_completion, "KEPT_FINISHED_JOBS", 30)
     monkeypatch.setattr(lane_module, "BATCH_JOBS", 50)
     job_ids = enqueue_snapshots(redis, 200)
     burst(redis)
@@ -124,7 +124,7 @@ def test_many_finished_jobs_of_another_worker_are_dropped_in_parts(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RQ's own worker bounds them by time alone; more than one script could name at once are there then."""
-    monkeypatch.setattr(rq_jobs, "KEPT_FINISHED_JOBS", 30)
+    monkeypatch.setattr(rq_completion, "KEPT_FINISHED_JOBS", 30)
     monkeypatch.setattr(lane_module, "BATCH_JOBS", 20)
     registry = history_queue(redis).finished_job_registry
     with redis.pipeline(transaction=False) as pipe:
@@ -144,8 +144,8 @@ def test_redis_keeps_no_more_after_more_events(
     producer: HistoryProducer, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the last finished jobs a hash and a result each; no acknowledgement, no trace of the others."""
-    monkeypatch.setattr(rq_jobs, "KEPT_OF_A_BATCH", 20)
-    monkeypatch.setattr(rq_jobs, "KEPT_FINISHED_JOBS", 30)
+    monkeypatch.setattr(rq_completion, "KEPT_OF_A_BATCH", 20)
+    monkeypatch.setattr(rq_completion, "KEPT_FINISHED_JOBS", 30)
     for round_ in range(2):
         receipts = producer.record_many([a_snapshot(after=timedelta(seconds=100 * round_ + n)) for n in range(100)])
         producer.flush(20)
@@ -459,14 +459,14 @@ def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) ->
 def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception that nobody expected counts like a death of the worker."""
     job_ids = enqueue_snapshots(redis, 2)
-    together = settling._settle_together
+    together = batch._settle_together
 
     def defective(deliveries: Any, patience_seconds: Any) -> Any:
         if any(delivery.job_id == job_ids[0] and delivery.refusal is None for delivery in deliveries):
             raise ZeroDivisionError("a defect")
         return together(deliveries, patience_seconds)
 
-    monkeypatch.setattr(settling, "_settle_together", defective)
+    monkeypatch.setattr(batch, "_settle_together", defective)
     burst(redis)
 
     assert [job_id for job_id, _, _ in _outcomes()] == job_ids[:1]
@@ -482,7 +482,7 @@ def test_without_a_database_in_the_settings_it_ends_and_returns_its_work(
     def unset(*arguments: Any, **keywords: Any) -> Any:
         raise SettingsError("DATABASE_URL: is not set")
 
-    monkeypatch.setattr(settling, "get_db", unset)
+    monkeypatch.setattr(batch, "get_db", unset)
     with pytest.raises(SettingsError, match="DATABASE_URL"):
         burst(redis)
 
@@ -500,7 +500,7 @@ def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
 
 def test_what_stock_workers_left_behind_is_requeued_not_failed(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """One job in the intermediate list, one expired in the started registry."""
-    monkeypatch.setattr(stranded, "STRANDED_SECONDS", 0.0)
+    monkeypatch.setattr(orphans, "STRANDED_SECONDS", 0.0)
     job_ids = enqueue_snapshots(redis, 3)
     queue = history_queue(redis)
     redis.lmove(queue.key, queue.intermediate_queue_key, "LEFT", "RIGHT")
@@ -610,7 +610,7 @@ def _database_number(redis: Redis) -> int:
 
 def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stock worker died between taking it and noting it; it needs two looks, and others are left alone."""
-    monkeypatch.setattr(stranded, "STRANDED_SECONDS", 0.0)
+    monkeypatch.setattr(orphans, "STRANDED_SECONDS", 0.0)
     job_ids = enqueue_snapshots(redis, 4)
     other = Queue("other", connection=redis).enqueue("os.getpid")
     redis.lpop("rq:queue:other")
@@ -634,7 +634,7 @@ def test_a_job_in_no_list_is_found_after_redis_clock_was_set_back(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was first seen two days from now, and so was the last look."""
-    monkeypatch.setattr(stranded, "STRANDED_SECONDS", 0.0)
+    monkeypatch.setattr(orphans, "STRANDED_SECONDS", 0.0)
     (job_id,) = enqueue_snapshots(redis, 1)
     queue = history_queue(redis)
     redis.lpop(queue.key)
@@ -767,14 +767,14 @@ def test_an_event_that_can_neither_be_stored_nor_refused_is_given_up(
 ) -> None:
     """After as many tries as a poison event has it is in the failed registry, with the reason, and stops nobody."""
     job_ids = enqueue_snapshots(redis, 3)
-    together = settling._settle_together
+    together = batch._settle_together
 
     def defective(deliveries: Any, patience_seconds: Any) -> Any:
         if any(delivery.job_id == job_ids[1] for delivery in deliveries):
             raise ZeroDivisionError("a defect")
         return together(deliveries, patience_seconds)
 
-    monkeypatch.setattr(settling, "_settle_together", defective)
+    monkeypatch.setattr(batch, "_settle_together", defective)
     burst(redis)
 
     assert len(get_portfolio_history()) == 2
@@ -1060,11 +1060,11 @@ def test_each_part_of_the_maintenance_goes_on_without_the_others(
     def defective(*args: Any) -> Any:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr(upkeep, "clean_worker_registry", defective)
-    monkeypatch.setattr(upkeep, "recover_dead_holders", defective)
+    monkeypatch.setattr(maintenance, "clean_worker_registry", defective)
+    monkeypatch.setattr(maintenance, "recover_dead_holders", defective)
     redis.set("rq:finished:history", "x")
     redis.rpush("rq:queue:history:intermediate", "x")
-    monkeypatch.setattr(stranded, "STRANDED_SECONDS", -1.0)
+    monkeypatch.setattr(orphans, "STRANDED_SECONDS", -1.0)
     for _ in range(3):
         worker._upkeep.look()
     assert redis.lrange("rq:queue:history", 0, -1) == [b"x"]

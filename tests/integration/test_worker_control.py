@@ -17,9 +17,9 @@ from rq.serializers import JSONSerializer
 from rq.suspension import suspend
 from sqlalchemy import text
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
-from consumers.worker import HistoryWorker
+from consumers.worker.history_worker import HistoryWorker
 from producers.events import encode, event_of
 from tests.factories import a_snapshot
 from tests.rq_programs import WORKER_NAME, ignoring, rq, rq_worker, somebody_waits_for_a_lock, until

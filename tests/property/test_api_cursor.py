@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.api.cursor import MAX_LENGTH, decode_cursor, encode_cursor
-from consumers.api.problems import Problem
-from consumers.store.listings import SIGNAL_KEYS, SNAPSHOT_KEYS
+from consumers.db.queries import SIGNAL_KEYS, SNAPSHOT_KEYS
+from consumers.web.api.cursor import MAX_LENGTH, decode_cursor, encode_cursor
+from consumers.web.api.problems import Problem
 
 _bigints = st.integers(-(2**63), 2**63 - 1)
 _instants = st.datetimes(datetime(1970, 1, 1), datetime(9998, 12, 31), timezones=st.just(UTC))

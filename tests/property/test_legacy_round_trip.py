@@ -20,14 +20,14 @@ import simplejson
 from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from consumers.connection import get_db
+from consumers.db.engine import get_db
+from consumers.db.inserts import insert_events
 from consumers.errors import EventConflict
-from consumers.migration.export import Selection, export_history
-from consumers.store.inserts import insert_events
+from consumers.legacy.exporter import Selection, export_history
+from consumers.legacy.json_arrays import Damaged, read_entries, write_entries
+from consumers.legacy.legacy_json import archive_entry, archive_from, history_files, snapshot_entry, snapshot_from
 from producers.errors import InvalidEvent
 from producers.events import Event, PortfolioSnapshot, SignalArchive, event_of
-from producers.json_arrays import Damaged, read_entries, write_entries
-from producers.legacy_json import archive_entry, archive_from, history_files, snapshot_entry, snapshot_from
 from producers.times import read_back, wall_clock
 from tests.property.test_payloads import _with_exact_numbers as exactly
 from tests.property.test_payloads import json_values, signal_lists, texts

@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, text
 
-from consumers.connection import engine
-from consumers.queue.calls import MAX_JOB_BYTES, ReservedJob, read_call
-from consumers.store.inserts import Stored, insert_events
+from consumers.db.engine import engine
+from consumers.db.inserts import Stored, insert_events
+from consumers.worker.jobs import MAX_JOB_BYTES, ReservedJob, read_call
 from producers.errors import InvalidEvent
 from producers.events import (
     MAX_EVENT_BYTES,
@@ -40,7 +40,7 @@ from producers.events import (
 )
 from producers.json_values import MAX_SIGNALS
 from producers.outbox import Outbox
-from producers.rq_jobs import _fields
+from producers.rq_queue import _fields
 from tests.factories import INSTANT, a_snapshot, an_archive
 
 # How long an example takes to make says more of the machine than of the test: some have 8 MB.

@@ -15,11 +15,11 @@ import pytest
 
 from producers import copies
 from producers import relay as relay_module
+from producers.acknowledgements import Outcome, acknowledgement_text, shown
 from producers.entries import Accepted, Fate
 from producers.events import Payload
 from producers.fake_worker import FakeWorker
 from producers.outbox import Outbox
-from producers.outcomes import Outcome, acknowledgement_text, shown
 from producers.redis_keys import acknowledgement_key, job_id_of, token_key
 from producers.relay import Relay
 from tests.factories import a_snapshot

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from flask import Flask
 
-from consumers import listening
 from consumers.cli import up as cli_up
-from consumers.dashboard.guard import Guard
-from consumers.dashboard.settings import DashboardSettings, origin_of
+from consumers.settings import DashboardSettings, origin_of
+from consumers.web import listening
+from consumers.web.dashboard.login import Guard
 from producers.errors import SettingsError
 from producers.redis_url import place_of, redis_client
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import rq_dashboard
 from jinja2 import Environment
 
-from consumers.dashboard import pages
+from consumers.web.dashboard import pages
 
 THEIRS = Path(rq_dashboard.__file__).with_name("templates")
 NAMES = sorted(str(path.relative_to(THEIRS)) for path in THEIRS.rglob("*.*"))

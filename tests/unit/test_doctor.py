@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.doctor import software
-from consumers.doctor.checks import Check, duration, looked, side_by_side, size
-from consumers.doctor.file_systems import Mount, mount_of
-from consumers.doctor.history import lateness
-from consumers.doctor.masking import Mask
-from consumers.doctor.outbox import access, contents, disk_check, outbox_checks, place_check, size_check
-from consumers.doctor.postgres import clock_check
+from consumers.ops.doctor import software_checks
+from consumers.ops.doctor.checks import Check, duration, looked, side_by_side, size
+from consumers.ops.doctor.file_systems import Mount, mount_of
+from consumers.ops.doctor.history_checks import lateness
+from consumers.ops.doctor.masking import Mask
+from consumers.ops.doctor.outbox_checks import access, contents, disk_check, outbox_checks, place_check, size_check
+from consumers.ops.doctor.postgres_checks import clock_check
 from consumers.terminal import print_checks
 from producers.errors import OutboxOutdated
 from producers.outbox import MAX_BYTES, Outbox
@@ -283,20 +283,20 @@ def test_a_package_of_the_wrong_version_is_told(
     """With what was wanted and what is there."""
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: wrong.get(name) or real(name))
-    checks = _by_name([*software.rq_version(), *software.packages()])
+    checks = _by_name([*software_checks.rq_version(), *software_checks.packages()])
     assert (checks[check].status, found in checks[check].found) == ("fail", True)
 
 
 def test_the_packages_of_this_installation_are_fine() -> None:
     """Else these tests would say nothing."""
-    assert [check.status for check in (*software.rq_version(), *software.packages())] == ["ok", "ok"]
+    assert [check.status for check in (*software_checks.rq_version(), *software_checks.packages())] == ["ok", "ok"]
 
 
 def test_a_controllers_installation_needs_no_database_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does without the extra."""
-    monkeypatch.setattr(software, "find_spec", lambda name: None)
+    monkeypatch.setattr(software_checks, "find_spec", lambda name: None)
     monkeypatch.setattr(metadata, "version", _only_without_database)
-    assert [check.status for check in software.packages()] == ["ok"]
+    assert [check.status for check in software_checks.packages()] == ["ok"]
 
 
 _real_version = metadata.version

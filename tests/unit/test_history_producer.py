@@ -12,11 +12,11 @@ import fakeredis
 import pytest
 
 from producers import history_producer
+from producers.acknowledgements import Outcome, acknowledgement_text
 from producers.errors import EventRejected, OutboxError, ProducerClosed, SettingsError
 from producers.fake_worker import FakeWorker
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox, Position
-from producers.outcomes import Outcome, acknowledgement_text
 from producers.redis_keys import acknowledgement_key
 from producers.testing import FakeHistory
 from tests.factories import a_snapshot, an_archive

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from producers import json_arrays
+from consumers.legacy import json_arrays
+from consumers.legacy.json_arrays import Damaged, Entry, read_entries
+from consumers.legacy.legacy_json import archive_from, history_files, notes_on, null_for_nan, snapshot_from
 from producers.errors import InvalidEvent
-from producers.json_arrays import Damaged, Entry, read_entries
-from producers.legacy_json import archive_from, history_files, notes_on, null_for_nan, snapshot_from
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from consumers.legacy.json_arrays import write_entries
+from consumers.legacy.legacy_json import snapshot_entry
 from producers.errors import FileNotWritten
-from producers.json_arrays import write_entries
-from producers.legacy_json import snapshot_entry
 from tests.factories import a_snapshot
 
 NAME = "portfolio_history.json"

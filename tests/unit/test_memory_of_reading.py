@@ -14,7 +14,7 @@ _MAX_BYTES = 150 * 2**20  # of the 512 MiB of a worker, two of whose lanes may r
 _SCRIPT = """
 import sys
 from pathlib import Path
-from consumers.settling import _Claim
+from consumers.worker.batch import _Claim
 from producers.errors import InvalidEvent
 from producers.events import MODELS, SignalArchive, decode, encode, event_of
 from tests.factories import INSTANT, a_signal

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from consumers.metrics import COUNTS, Counts, Histogram
-from consumers.probes import Probe
+from consumers.ops.metrics import COUNTS, Counts, Histogram
+from consumers.ops.probes import Probe
 from producers.errors import OutboxError
 from producers.events import SNAPSHOT_TYPE
 from tests.forking import in_child

@@ -22,11 +22,11 @@ import pytest
 
 from producers import outbox as outbox_module
 from producers import outbox_file as outbox_file_module
+from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted, Fate, Settled, Source
 from producers.errors import InvalidEvent, OutboxError
 from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode, encode, event_of
 from producers.outbox import Outbox
-from producers.outcomes import Acknowledgement, Outcome
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.forking import in_child
 

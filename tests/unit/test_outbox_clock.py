@@ -11,9 +11,9 @@ import fakeredis
 import pytest
 
 from producers import outbox_clock
+from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted
 from producers.outbox import LAST_CHECK_SECONDS, Outbox
-from producers.outcomes import Acknowledgement, Outcome
 from producers.relay import Relay
 from tests.factories import a_snapshot
 from tests.unit.conftest import queue_of

@@ -19,11 +19,11 @@ from producers import events
 from producers import outbox as outbox_module
 from producers import outbox_file as outbox_file_module
 from producers import relay as relay_module
+from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted
 from producers.errors import OutboxError
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
-from producers.outcomes import Acknowledgement, Outcome
 from producers.redis_keys import job_id_of
 from producers.relay import Relay
 from tests.factories import a_snapshot

@@ -18,14 +18,14 @@ from typing import Any
 import fakeredis
 import pytest
 
-from producers import outbox_rescue
+from producers import outbox_recovery
+from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted, EntryHead
 from producers.errors import OutboxDamaged, OutboxError
 from producers.events import event_of
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox, Position
-from producers.outbox_rescue import ranges_text
-from producers.outcomes import Acknowledgement, Outcome
+from producers.outbox_recovery import ranges_text
 from producers.redis_keys import job_id_of
 from producers.relay import Relay
 from tests.factories import a_signal, a_snapshot, an_archive
@@ -522,7 +522,7 @@ def test_a_salvage_that_was_cut_short_is_done_again_and_takes_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The relay's process ended in the middle of it."""
-    monkeypatch.setattr(outbox_rescue, "_INSERT_PAGE", 50)
+    monkeypatch.setattr(outbox_recovery, "_INSERT_PAGE", 50)
     before = _filled(path)
     _overwrite(path, 0.5, "noise")
     with Outbox(path, repair=True) as outbox:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from producers.outcomes import Acknowledgement, Outcome, acknowledgement_text, read_acknowledgements
+from producers.acknowledgements import Acknowledgement, Outcome, acknowledgement_text, read_acknowledgements
 from producers.redis_keys import delivery_of, job_id_of
 
 SOURCE_ID = "0123456789abcdef" * 2

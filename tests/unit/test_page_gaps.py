@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.page.curve import chosen, drawdown, starts_after_gaps
-from consumers.page.daily import daily_profit_loss
-from consumers.page.files import content
-from consumers.page.queries import Bucket, Snapshot
-from consumers.page.signals import find
+from consumers.db.page_queries import Bucket, Snapshot
+from consumers.web.page.curve import chosen, drawdown, starts_after_gaps
+from consumers.web.page.daily import daily_profit_loss
+from consumers.web.page.signal_search import find
+from consumers.web.page.static_files import content
 
 
 def _buckets(times: list[float], width: float, inside: int = 10**8) -> list[Bucket]:

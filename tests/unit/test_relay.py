@@ -19,16 +19,16 @@ from rq.serializers import JSONSerializer
 
 from producers import outbox_clock
 from producers import relay as relay_module
+from producers.acknowledgements import Outcome, acknowledgement_text, shown
 from producers.entries import Accepted, Entry, Fate, Settled
 from producers.errors import OutboxError, RelayRefused
 from producers.events import SignalArchive
 from producers.fake_worker import FakeWorker
 from producers.outbox import Outbox
-from producers.outcomes import Outcome, acknowledgement_text, shown
 from producers.redis_keys import acknowledgement_key, job_id_of
 from producers.redis_url import place_of
 from producers.relay import Relay
-from producers.rq_jobs import enqueue
+from producers.rq_queue import enqueue
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.unit.conftest import queue_of
 from tests.unit.test_outbox import OLD_SOURCE_ID, write_outbox_of_before

@@ -13,9 +13,10 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry
 from rq.serializers import JSONSerializer
 
 from producers.entries import Entry
+from producers.events import JOB_FUNCTIONS
 from producers.outbox import Outbox
 from producers.redis_keys import held_key, holders_key
-from producers.rq_jobs import JOB_FUNCTIONS, TIMEOUT_SECONDS, enqueue, in_no_list
+from producers.rq_queue import TIMEOUT_SECONDS, enqueue, in_no_list
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.unit.conftest import queue_of
 

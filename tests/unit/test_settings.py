@@ -14,9 +14,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.sentinel import SentinelConnectionPool
 from sqlalchemy import create_engine
 
-from consumers.database_url import parse_database_url, session_attributes
+from consumers.db.database_url import parse_database_url, session_attributes
+from consumers.embedded.stack import stack
 from consumers.settings import StoreSettings
-from consumers.stack import stack
 from producers.errors import SettingsError
 from producers.settings import TransportSettings
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy
 import pytest
 
-from producers import signals, trading_controller
+from producers import current_signals, trading_controller
 from producers.errors import InvalidEvent, SettingsError, SignalsUnreadable
 from producers.events import PortfolioSnapshot, SignalArchive
 from producers.testing import FakeHistory
@@ -684,7 +684,7 @@ def test_no_server_holds_the_caller_for_longer_than_the_limit(
     trading_history: FakeHistory, url: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much comes within the limit of a read; and the thread that asked ends soon after."""
-    monkeypatch.setattr(signals, "URL_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(current_signals, "URL_TIMEOUT_SECONDS", 0.5)
     began = time.monotonic()
     with pytest.raises(SignalsUnreadable, match=r"^signals_url took longer than 0\.5 s$") as caught:
         archive_current_signals(signals_url=url.format(path))
@@ -698,14 +698,14 @@ def test_no_server_holds_the_caller_for_longer_than_the_limit(
 _HANGING_LOOK_UP = """
 import socket, time
 from pathlib import Path
-from producers import signals
+from producers import current_signals
 from producers.errors import SignalsUnreadable
 
-signals.URL_TIMEOUT_SECONDS = 0.5
+current_signals.URL_TIMEOUT_SECONDS = 0.5
 socket.getaddrinfo = lambda *_, **__: time.sleep(600)
 began = time.monotonic()
 try:
-    signals.read_signals(None, signals_url="http://signals.example/", signals_path=Path("signals.json"))
+    current_signals.read_signals(None, signals_url="http://current_signals.example/", signals_path=Path("signals.json"))
 except SignalsUnreadable as error:
     print(error, time.monotonic() - began < 1.5)
 """
@@ -792,7 +792,7 @@ def test_a_file_without_signals_has_none(
     if content is not None:
         signals_file.write_bytes(content)
     assert archive_current_signals() is None
-    assert archive_current_signals(signals_path="no/such/folder/signals.json") is None
+    assert archive_current_signals(signals_path="no/such/folder/current_signals.json") is None
     assert trading_history.events == []
 
 

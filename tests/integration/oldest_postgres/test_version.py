@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import text
 
-from consumers.connection import get_db
-from consumers.store import row_counts
+from consumers.db import row_counts
+from consumers.db.engine import get_db
 from tests.histories import store_many
 
 

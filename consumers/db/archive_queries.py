@@ -1,0 +1,96 @@
+"""What the page asks PostgreSQL about signal archives: bounded reads along the indexes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import date, datetime, timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, text
+
+from consumers.db.queries import guessed_bytes
+
+MOST_MONTHS = 1_200
+# What a search has in memory at a time.
+_MOST_AT_ONCE = 50
+_MOST_BYTES = 2**20
+
+_MONTHS = text("""
+    WITH RECURSIVE months AS (
+        (SELECT archive_month FROM signal_archives ORDER BY archive_month DESC LIMIT 1)
+        UNION ALL
+        SELECT (SELECT archive_month FROM signal_archives WHERE archive_month < months.archive_month
+            ORDER BY archive_month DESC LIMIT 1)
+        FROM months WHERE archive_month IS NOT NULL
+    )
+    SELECT archive_month AS month,
+        (SELECT count(*) FROM signal_archives WHERE signal_archives.archive_month = months.archive_month) AS archives
+    FROM months WHERE archive_month IS NOT NULL LIMIT :limit
+""")
+
+
+def months(db: Connection) -> list[dict[str, Any]]:
+    """Months that have archives, newest first, with how many; at most 1,200."""
+    return [dict(row) for row in db.execute(_MONTHS, {"limit": MOST_MONTHS}).mappings()]
+
+
+# archived_at goes along signal_archives_newest; archive_month follows the local date, hence the day on both sides.
+_ARCHIVES = """
+    SELECT id, archived_at, portfolio_id, signals_count {data}
+    FROM signal_archives
+    WHERE archive_month = :month AND archived_at >= :since AND archived_at < :until
+        AND (archived_at, id) {before} (:at, :id)
+    ORDER BY archived_at DESC, id DESC LIMIT :limit
+"""
+_LISTED = text(_ARCHIVES.format(data="", before="<"))
+_SEARCHED = text(_ARCHIVES.format(data=f", {guessed_bytes('signals_data')} AS bytes", before="<="))
+_DOCUMENTS = text("""
+    SELECT id, archived_at, portfolio_id, CAST(signals_data AS text) FROM signal_archives
+    WHERE id = ANY(:ids) ORDER BY archived_at DESC, id DESC
+""")
+_ONE = text("SELECT id, archived_at, portfolio_id, CAST(signals_data AS text) FROM signal_archives WHERE id = :id")
+
+
+def _around(month: date) -> dict[str, Any]:
+    after = (month + timedelta(days=31)).replace(day=1)
+    day = timedelta(days=1)
+    return {"month": f"{month:%Y-%m}", "since": month - day, "until": after + day}
+
+
+def archives(db: Connection, month: date, before: tuple[datetime, int], limit: int) -> list[dict[str, Any]]:
+    """Archives of a month (its first day) without their signals, newest first, older than (archived_at, id)."""
+    values = _around(month) | {"at": before[0], "id": before[1], "limit": limit}
+    return [dict(row) for row in db.execute(_LISTED, values).mappings()]
+
+
+class Archive(NamedTuple):
+    """An archive and the text of the array of its signals."""
+
+    id: int
+    archived_at: datetime
+    portfolio: int | None
+    signals: str
+
+
+def archives_with_signals(db: Connection, month: date, start: tuple[datetime, int], limit: int) -> Iterator[Archive]:
+    """Archives of a month, newest first from (archived_at, id) on, a few at a time: they may be large."""
+    values = _around(month) | {"at": start[0], "id": start[1], "limit": limit}
+    ids: list[int] = []
+    read_bytes = 0
+    for row in db.execute(_SEARCHED, values).all():
+        if ids and (read_bytes + row.bytes > _MOST_BYTES or len(ids) == _MOST_AT_ONCE):
+            yield from _documents(db, ids)
+            ids, read_bytes = [], 0
+        ids.append(row.id)
+        read_bytes += row.bytes
+    yield from _documents(db, ids)
+
+
+def _documents(db: Connection, ids: list[int]) -> Iterator[Archive]:
+    for row in db.execute(_DOCUMENTS, {"ids": ids}):
+        yield Archive(*row)
+
+
+def archive(db: Connection, archive_id: int) -> Archive | None:
+    row = db.execute(_ONE, {"id": archive_id}).one_or_none()
+    return None if row is None else Archive(*row)

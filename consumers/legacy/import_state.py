@@ -1,0 +1,110 @@
+"""What the database knows of the deliveries of an import: nothing, their row, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC
+from decimal import Decimal
+from typing import NamedTuple
+
+from sqlalchemy import Connection, TextClause, text
+
+from consumers.db.inserts import Found, find_events
+from consumers.legacy.old_history import Kind
+from producers.events import Event, PortfolioSnapshot, SignalArchive
+
+# Numbers of those that have a row or an outcome; the others, nearly all in a first import, cost no comparison.
+_KNOWN = """
+    SELECT given.number, history.id IS NOT NULL, other.id, outcomes.outcome, outcomes.reason
+    FROM unnest(CAST(:event_ids AS uuid[]), CAST(:sequences AS bigint[]), CAST(:job_ids AS text[]),
+        CAST(:instants AS timestamptz[]), CAST(:measures AS numeric[]))
+        WITH ORDINALITY AS given (event_id, sequence, job_id, instant, measure, number)
+    LEFT JOIN {table} AS history ON history.event_id = given.event_id
+    LEFT JOIN {table} AS other
+        ON other.source = :source AND other.sequence = given.sequence AND other.event_id <> given.event_id
+        AND other.{measure} = given.measure AND abs(extract(epoch FROM other.{instant} - given.instant)) <= 93600
+        AND mod(extract(epoch FROM other.{instant} - given.instant), 900) = 0
+    LEFT JOIN event_outcomes AS outcomes ON outcomes.job_id = given.job_id
+    WHERE history.id IS NOT NULL OR other.id IS NOT NULL OR outcomes.job_id IS NOT NULL
+"""
+_KNOWN_SNAPSHOTS = text(_KNOWN.format(table="portfolio_history", instant='"timestamp"', measure="total_value"))
+_KNOWN_ARCHIVES = text(_KNOWN.format(table="signal_archives", instant="archived_at", measure="signals_count"))
+
+
+_ROWS_OF_NUMBERS = """
+    SELECT sequence, id FROM {table} WHERE source = :source AND sequence = ANY (CAST(:sequences AS bigint[]))
+"""
+_ROWS: dict[Kind, TextClause] = {
+    "snapshot": text(_ROWS_OF_NUMBERS.format(table="portfolio_history")),
+    "archive": text(_ROWS_OF_NUMBERS.format(table="signal_archives")),
+}
+
+
+class Standing(NamedTuple):
+    """What is known of one delivery: the row with its event's id, and the recorded outcome of its job.
+
+    `other_row` is what looks as if this very entry had been imported before, in another zone or portfolio: the same
+    source, number and content at a time that differs by what zones differ by.
+    """
+
+    found: Found | None
+    other_row: int | None
+    outcome: str | None
+    reason: str | None
+
+    def is_own(self, source: str, sequence: int) -> bool:
+        """This delivery made the row, and the row is as the delivery would make it now."""
+        found = self.found
+        return found is not None and found.same and (found.source, found.sequence) == (source, sequence)
+
+    def is_settled(self, source: str, sequence: int) -> bool:
+        """Its own row; or another's of the same fact, if that was recorded: else an audit would miss the number."""
+        duplicate = self.found is not None and self.found.same and self.outcome == "duplicate"
+        return duplicate or self.is_own(source, sequence)
+
+    def refusal(self) -> str | None:
+        """Why it is not to be sent: it would be stored twice, or only refused again, or a person gave it up."""
+        if self.found is None and self.other_row is not None:
+            return f"was imported before, as row {self.other_row}, with another --timezone or --portfolio-id"
+        conflict = self.found is not None and not self.found.same
+        if self.outcome == "discarded" or (self.outcome == "rejected" and conflict):
+            return self.reason
+        return None
+
+
+NOTHING_KNOWN = Standing(None, None, None, None)
+
+
+def _measure(data: PortfolioSnapshot | SignalArchive) -> Decimal | int:
+    return data.signals_count if isinstance(data, SignalArchive) else data.total_value
+
+
+def rows_of_numbers(db: Connection, kind: Kind, source: str, numbers: Sequence[int]) -> dict[int, int]:
+    """The row ids of those numbers of a source that have a row."""
+    rows = db.execute(_ROWS[kind], {"source": source, "sequences": list(numbers)}) if numbers else ()
+    return {row.sequence: row.id for row in rows}
+
+
+def standings(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> list[Standing]:
+    """For each (job id, event), all of one kind and one source, in order."""
+    if not deliveries:
+        return []
+    known = [NOTHING_KNOWN] * len(deliveries)
+    archives = isinstance(deliveries[0][1].data, SignalArchive)
+    arrays = {
+        "event_ids": [str(event.id) for _, event in deliveries],
+        "sequences": [event.sequence for _, event in deliveries],
+        "job_ids": [job_id for job_id, _ in deliveries],
+        "instants": [event.data.instant.astimezone(UTC).isoformat() for _, event in deliveries],
+        "measures": [_measure(event.data) for _, event in deliveries],
+        "source": deliveries[0][1].source,
+    }
+    stored = []
+    rows = db.execute(_KNOWN_ARCHIVES if archives else _KNOWN_SNAPSHOTS, arrays)
+    for number, has_row, other_row, outcome, reason in rows:
+        known[number - 1] = Standing(None, other_row, outcome, reason)
+        if has_row:
+            stored.append(number - 1)
+    for n, found in zip(stored, find_events(db, [deliveries[n][1] for n in stored]), strict=True):
+        known[n] = known[n]._replace(found=found)
+    return known

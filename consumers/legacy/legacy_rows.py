@@ -1,0 +1,99 @@
+"""Rows of the adopted tables as entries of the old JSON shape: an origin for the import like the old files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import Connection, Engine, text
+
+from consumers.db.engine import translated_errors
+from consumers.legacy.json_arrays import Entry
+from consumers.legacy.old_history import Kind, Origin
+
+_ROWS_AT_ONCE = 500
+_MOST_DIGITS = 4000  # beyond 4300 Python refuses to make an int
+
+# Values under the keys of the old files. What only some databases have is added when it is there.
+_TABLES: dict[str, tuple[Kind, str]] = {
+    "portfolio_history_legacy": (
+        "snapshot",
+        """'date', snapshot_date, 'timestamp', "timestamp", 'balance', balance, 'total_invested', total_invested,
+            'total_profit_loss', total_profit_loss, 'total_value', total_value,
+            'open_positions', coalesce(open_positions, 0), 'trade_count', coalesce(trade_count, 0)""",
+    ),
+    "signal_archives_legacy": (
+        "archive",
+        "'archived_at', archived_at, 'signals_count', signals_count, 'signals', signals_data",
+    ),
+}
+_SOME_HAVE = ("portfolio_id", "archive_month")
+
+_COLUMNS = text("""
+    SELECT CAST(attname AS text) FROM pg_attribute
+    WHERE attrelid = to_regclass(quote_ident(current_schema()) || '.' || :table) AND attnum > 0 AND NOT attisdropped
+""")
+
+
+def legacy_origins(store: Engine) -> list[Origin]:
+    """The adopted tables of the database, snapshots first; none when nothing was adopted.
+
+    Raises:
+        StoreUnavailable: the database cannot be read now; also while the entries are read.
+    """
+    with translated_errors(), store.connect() as db:
+        there = [name for name in _TABLES if _columns(db, name)]
+        sizes = [db.execute(text(f"SELECT count(*) FROM {name}")).scalar_one() for name in there]  # noqa: S608  # ours
+    return [_origin(store, name, size) for name, size in zip(there, sizes, strict=True)]
+
+
+def _origin(store: Engine, table: str, size: int) -> Origin:
+    read = 0
+
+    def entries() -> Iterator[Entry]:
+        nonlocal read
+        for entry in read_legacy_rows(store, table):
+            read = entry.index + 1
+            yield entry
+
+    return Origin(table, _TABLES[table][0], entries, size, lambda: read, "rows")
+
+
+def read_legacy_rows(store: Engine, table: str) -> Iterator[Entry]:
+    """Rows in the order of their ids, numbered from 0 without gaps, in memory a few hundred at a time.
+
+    The numbers are the same on each run as long as nobody deletes a row: nobody knows the table's name but us. If one
+    is deleted, those after it move down by one, and what is stored already is found by its event id all the same.
+    """
+    with translated_errors(), store.connect() as db:
+        # The import may rest between two rows for as long as an outage lasts.
+        db.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+        statement = text(_select(table, _columns(db, table)))
+        rows = db.execution_options(yield_per=_ROWS_AT_ONCE).execute(statement).scalars()
+        for index, row in enumerate(rows):
+            yield Entry(index, _decoded(row))
+
+
+def _select(table: str, columns: list[str]) -> str:
+    extra = "".join(f", '{name}', {name}" for name in _SOME_HAVE if name in columns)
+    # PostgreSQL writes the JSON: its times are ISO 8601 in any DateStyle, its numbers have every digit.
+    return f"""
+        SELECT CAST(json_build_object({_TABLES[table][1]}{extra}) AS text) FROM {table} ORDER BY id
+    """  # noqa: S608  # from the constants above
+
+
+def _columns(db: Connection, table: str) -> list[str]:
+    return list(db.execute(_COLUMNS, {"table": table}).scalars())
+
+
+def _decoded(row: str) -> Any:
+    try:
+        return json.loads(row, parse_float=Decimal, parse_int=_integer)
+    except RecursionError:
+        return row  # no object: it is refused, and the report shows it as it is
+
+
+def _integer(digits: str) -> int | Decimal:
+    return int(digits) if len(digits) < _MOST_DIGITS else Decimal(digits)

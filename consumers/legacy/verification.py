@@ -1,0 +1,167 @@
+"""Verify: old history against the tables, field by field and both ways. It only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from sqlalchemy import Connection, TextClause, text
+
+from consumers.db.engine import get_db
+from consumers.db.inserts import find_events
+from consumers.legacy.comparison import FieldDifference, RowIds, field_differences
+from consumers.legacy.old_history import Item, Kind, OldHistory
+from producers.errors import InvalidEvent
+
+_PAGE_ROWS = 20_000
+
+# Rows that the files should account for: what they brought, and what happened to their portfolios in their time.
+_EXPECTED = """
+    SELECT id, source, sequence, portfolio_id, {instant} FROM {table}
+    WHERE id > :after AND (source = ANY (:sources) OR EXISTS (
+        SELECT FROM unnest(CAST(:portfolios AS bigint[]), CAST(:firsts AS timestamptz[]), CAST(:lasts AS timestamptz[]))
+            AS span (portfolio, first, last)
+        WHERE {table}.portfolio_id IS NOT DISTINCT FROM span.portfolio
+            AND {instant} BETWEEN span.first AND span.last))
+    ORDER BY id LIMIT :limit
+"""
+_ROWS: dict[Kind, TextClause] = {
+    "snapshot": text(_EXPECTED.format(table="portfolio_history", instant='"timestamp"')),
+    "archive": text(_EXPECTED.format(table="signal_archives", instant="archived_at")),
+}
+_TABLES: dict[Kind, str] = {"snapshot": "portfolio_history", "archive": "signal_archives"}
+
+What = Literal["missing", "differs", "unusable", "damaged", "unexpected"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not the same on both sides.
+
+    missing: an entry without a row; differs: a row with other values, in `fields`; unusable: an entry that stands for
+    no event; damaged: the file cannot be read on; unexpected: a row that no entry stands for. `reason` reads well.
+    """
+
+    what: What
+    file: str | None
+    index: int | None
+    table: str | None
+    row_id: int | None
+    reason: str
+    fields: list[FieldDifference] = field(default_factory=list)
+
+
+@dataclass
+class Compared:
+    """One origin's entries: read, and equal to their rows."""
+
+    name: str
+    read: int = 0
+    equal: int = 0
+    differences: int = 0
+
+
+@dataclass
+class _Side:
+    """What the reading of one kind of origin left for the look from the tables."""
+
+    rows: RowIds = field(default_factory=RowIds)
+    sources: list[str] = field(default_factory=list)
+    spans: dict[int | None, tuple[datetime, datetime]] = field(default_factory=dict)
+
+
+class Verification:
+    """Compares histories with the tables; `compared` and `unexpected` grow while `differences` is read."""
+
+    def __init__(self, histories: Iterable[OldHistory]) -> None:
+        self._histories = list(histories)
+        self._sides: dict[Kind, _Side] = {}
+        self.compared: list[Compared] = []
+        self.unexpected = 0
+
+    def differences(self, advance: Callable[[], None] = lambda: None) -> Iterator[Difference]:
+        """Each difference as it is found: origin by origin, then rows that no entry stands for.
+
+        `advance` is called every now and then.
+
+        Raises:
+            StoreUnavailable: the database cannot be read now.
+        """
+        for history in self._histories:
+            yield from self._forwards(history, advance)
+        for kind, side in self._sides.items():
+            for difference in _backwards(kind, side):
+                self.unexpected += 1
+                yield difference
+
+    def _forwards(self, history: OldHistory, advance: Callable[[], None]) -> Iterator[Difference]:
+        compared = Compared(history.origin.name)
+        self.compared.append(compared)
+        side = self._sides.setdefault(history.origin.kind, _Side())
+        for chunk in history.chunks():
+            with get_db() as db:
+                found = list(_compare(db, history.origin.kind, history.origin.name, chunk, side))
+            compared.read += len(chunk)
+            compared.equal += len(chunk) - len(found)
+            compared.differences += len(found)
+            yield from found
+            advance()
+        if history.source:
+            side.sources.append(history.source)
+        if history.tally.damage is not None:
+            compared.differences += 1
+            yield Difference("damaged", compared.name, compared.read, None, None, history.tally.damage)
+
+
+def _compare(db: Connection, kind: Kind, name: str, chunk: list[Item], side: _Side) -> Iterator[Difference]:
+    table = _TABLES[kind]
+    events = []
+    for entry, event in chunk:
+        if isinstance(event, InvalidEvent):
+            yield Difference("unusable", name, entry.index, None, None, str(event))
+        else:
+            events.append((entry.index, event))
+            _widen(side, event.data.portfolio_id, event.data.instant.astimezone(UTC))
+    differing = []
+    for (index, event), found in zip(events, find_events(db, [event for _, event in events]), strict=True):
+        if found is None:
+            yield Difference("missing", name, index, table, None, f"has no row in {table}: {event.data.summary}")
+            continue
+        side.rows.add(found.row_id)
+        if not (found.same and found.intact):
+            differing.append((index, event, found.row_id))
+    details = field_differences(db, [(event, row_id) for _, event, row_id in differing])
+    for (index, _, row_id), fields in zip(differing, details, strict=True):
+        said = "; ".join(f"{one.field}: {one.in_file} in the file, {one.in_table} in the table" for one in fields)
+        yield Difference("differs", name, index, table, row_id, said or f"row {row_id} is gone", fields)
+
+
+def _widen(side: _Side, portfolio_id: int | None, instant: datetime) -> None:
+    first, last = side.spans.get(portfolio_id, (instant, instant))
+    side.spans[portfolio_id] = (min(first, instant), max(last, instant))
+
+
+def _backwards(kind: Kind, side: _Side) -> Iterator[Difference]:
+    spans = list(side.spans.items())
+    wanted = {
+        "sources": side.sources,
+        "portfolios": [portfolio for portfolio, _ in spans],
+        "firsts": [first for _, (first, _) in spans],
+        "lasts": [last for _, (_, last) in spans],
+        "limit": _PAGE_ROWS,
+    }
+    after = -(2**63)
+    while True:
+        with get_db() as db:
+            rows = db.execute(_ROWS[kind], wanted | {"after": after}).all()
+        for row_id, source, sequence, portfolio_id, instant in rows:
+            if row_id not in side.rows:
+                whose = "" if portfolio_id is None else f" of portfolio {portfolio_id}"
+                number = "" if sequence is None else f" {sequence}"
+                said = f"{instant:%Y-%m-%d %H:%M:%S.%fZ}{whose}, recorded by {source}{number}, stands for no entry"
+                yield Difference("unexpected", None, None, _TABLES[kind], row_id, said)
+        if len(rows) < _PAGE_ROWS:
+            return
+        after = rows[-1][0]

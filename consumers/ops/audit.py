@@ -1,0 +1,265 @@
+"""The proof: for each source, every number from the first to the last is accounted for, or named as missing.
+
+A source numbers its events without gaps. In the database each number is a row, or an outcome that is no row. With
+the producer's outbox at hand, the audit also knows the numbers after the last one in the database, and compares each
+entry by its number and its event's id. Copies of an outbox may have used the same numbers for other events: then gaps
+can be seen only with each of the outboxes, and the audit says so.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from redis import Redis
+from rq import Queue
+from rq.intermediate_queue import IntermediateQueue
+from rq.serializers import JSONSerializer
+from sqlalchemy import text
+
+from consumers.db.engine import get_db
+from producers.acknowledgements import shown
+from producers.entries import Source
+from producers.outbox import Outbox
+from producers.redis_keys import delivery_of, held_key, holders_key
+
+_MOST_SHARED = 10_000  # numbers that are looked at, of a source whose numbers were used twice
+
+# What was refused may have a number and no source that is one: it is in no source's account.
+_COUNTS = text("""
+    SELECT source, sum(stored) AS stored, sum(duplicate) AS duplicate, sum(rejected) AS rejected,
+        sum(discarded) AS discarded, max(last) AS last
+    FROM (
+        SELECT source, count(*) AS stored, 0 AS duplicate, 0 AS rejected, 0 AS discarded, max(sequence) AS last
+        FROM portfolio_history WHERE sequence IS NOT NULL GROUP BY source
+        UNION ALL
+        SELECT source, count(*), 0, 0, 0, max(sequence)
+        FROM signal_archives WHERE sequence IS NOT NULL GROUP BY source
+        UNION ALL
+        SELECT source, 0, count(*) FILTER (WHERE outcome = 'duplicate'), count(*) FILTER (WHERE outcome = 'rejected'),
+            count(*) FILTER (WHERE outcome = 'discarded'), max(sequence)
+        FROM event_outcomes WHERE source IS NOT NULL AND sequence IS NOT NULL GROUP BY source
+    ) AS tables GROUP BY source ORDER BY source
+""")
+
+# Source by source, each is an ordered pass over the indexes; all at once would be a sort of everything. Each part in
+# its order: PostgreSQL does not look for one behind a UNION ALL of tables that have heirs.
+_GAPS = text("""
+    SELECT previous + 1 AS first, sequence - 1 AS last, sequence FROM (
+        SELECT sequence, lag(sequence, 1, CAST(:before AS bigint)) OVER (ORDER BY sequence) AS previous FROM (
+            (SELECT sequence FROM portfolio_history
+                WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)
+            UNION ALL (SELECT sequence FROM signal_archives
+                WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)
+            UNION ALL (SELECT sequence FROM event_outcomes
+                WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)) AS numbered
+        ) AS steps
+    WHERE sequence <> previous + 1 ORDER BY sequence
+""")
+
+_EVENTS = """(
+    SELECT source, sequence, event_id FROM portfolio_history
+    UNION ALL SELECT source, sequence, event_id FROM signal_archives
+    UNION ALL SELECT source, sequence, event_id FROM event_outcomes) AS events
+"""
+_IDENTITIES = text(f"""
+    SELECT sequence, event_id FROM {_EVENTS} WHERE source = :source AND sequence BETWEEN :first AND :last
+""")  # noqa: S608  # constants
+_SHARED = text(f"""
+    SELECT sequence FROM {_EVENTS} WHERE source = :source AND sequence = ANY (:numbers)
+    GROUP BY sequence HAVING count(DISTINCT event_id) > 1 ORDER BY sequence
+""")  # noqa: S608  # constants
+
+Ranges = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class SourceAudit:
+    """One source's numbers, counted by what became of them.
+
+    `missing` are inclusive ranges of numbers that nothing is known of; `mismatched` are numbers under which the
+    database has other events, and not the one of this outbox. `shared` are numbers that several events have, the first
+    10,000: copies of one outbox have used them. `under_way` numbers are still in the outbox or the queue. Where
+    `tail_known` is false, what was accepted after `last` cannot be seen: it needs the outbox, or each of its copies.
+    """
+
+    source: str
+    stored: int
+    duplicate: int
+    rejected: int
+    discarded: int
+    last: int
+    under_way: int
+    missing: Ranges
+    mismatched: list[int]
+    shared: list[int]
+    copied: bool
+    tail_known: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether every number and every entry that can be seen from here is accounted for."""
+        return not self.missing and not self.mismatched
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """The numbers of one source in the database."""
+
+    stored: int = 0
+    duplicate: int = 0
+    rejected: int = 0
+    discarded: int = 0
+    last: int = 0
+    gaps: tuple[tuple[int, int], ...] = ()
+    shared: tuple[int, ...] = ()
+
+
+def audit(redis: Redis | None = None, outbox: Outbox | None = None, queue: str = "history") -> list[SourceAudit]:
+    """Account for every source in the database, and every source of `outbox`; `redis` has the RQ queue `queue`.
+
+    Raises:
+        StoreUnavailable: the database cannot be read now.
+        OutboxError: the outbox cannot be read.
+    """
+    # The outbox and the queue first: what is on its way when they are read may be stored a moment later, but cannot be
+    # missing; and what is accepted from now on is not expected in the database.
+    kept = {} if outbox is None else {source.full_name: source for source in outbox.sources()}
+    unsettled = {name: outbox.unsettled(source.id) for name, source in kept.items()} if outbox is not None else {}
+    queued = {} if redis is None else _numbers_in_queue(redis, queue)
+    recorded = _recorded()
+    lasts = {} if outbox is None else {source.full_name: source.last_sequence for source in outbox.sources()}
+    return [
+        _audited(
+            name,
+            recorded.get(name, _Recorded()),
+            kept.get(name),
+            last_now=lasts.get(name, 0),
+            under_way=unsettled.get(name, set()) | queued.get(name.rpartition("/")[2], set()),
+            mismatched=_mismatched(kept[name], outbox) if outbox is not None and name in kept else [],
+        )
+        for name in sorted(recorded.keys() | kept.keys())
+    ]
+
+
+def _audited(
+    name: str, found: _Recorded, kept: Source | None, *, last_now: int, under_way: set[int], mismatched: list[int]
+) -> SourceAudit:
+    """`kept` is the source as the outbox had it before the database was read, `last_now` its last number afterwards."""
+    gaps, last = list(found.gaps), found.last
+    copied = bool(found.shared)
+    if kept is not None:
+        # A number that this outbox has never used: a copy has, or this is an older copy that was put back.
+        copied |= kept.left_because == "copied" or found.last > last_now
+        gaps, last = _up_to(gaps, found.last, kept.last_sequence), max(kept.last_sequence, found.last if copied else 0)
+    missing = _without(gaps, under_way)
+    return SourceAudit(
+        source=name,
+        stored=found.stored,
+        duplicate=found.duplicate,
+        rejected=found.rejected,
+        discarded=found.discarded,
+        last=last,
+        under_way=_size(gaps) - _size(missing),
+        missing=missing,
+        mismatched=mismatched,
+        shared=list(found.shared),
+        copied=copied,
+        tail_known=kept is not None and not copied,
+    )
+
+
+def _recorded() -> dict[str, _Recorded]:
+    """The numbers of each source in the database, from one snapshot."""
+    with get_db() as db:
+        # One snapshot: an event that is stored meanwhile must not be counted in one query and missing in another.
+        db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        found = {}
+        for row in db.execute(_COUNTS):
+            steps = db.execute(_GAPS, {"source": row.source, "before": _before(row.source)}).all()
+            gaps = tuple((step.first, step.last) for step in steps if step.last >= step.first)
+            again = sorted({step.sequence for step in steps if step.last < step.first})[:_MOST_SHARED]
+            shared = db.execute(_SHARED, {"source": row.source, "numbers": again}).scalars().all() if again else ()
+            found[row.source] = _Recorded(
+                stored=int(row.stored),
+                duplicate=int(row.duplicate),
+                rejected=int(row.rejected),
+                discarded=int(row.discarded),
+                last=row.last,
+                gaps=gaps,
+                shared=tuple(shared),
+            )
+        return found
+
+
+def _before(source: str) -> int:
+    """The number before its first: outboxes count from 1, an import numbers the entries of a file from 0."""
+    return -1 if source.startswith("import/") and source.count("/") == 2 else 0
+
+
+def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:
+    """The gaps up to the last number that the outbox had used, the tail behind the last stored one included."""
+    if last_used > last_stored:
+        return [*ranges, (last_stored + 1, last_used)]
+    return [(first, min(last, last_used)) for first, last in ranges if first <= last_used]
+
+
+def _mismatched(source: Source, outbox: Outbox) -> list[int]:
+    """The numbers under which the database has other events than the outbox, and not the outbox's own.
+
+    An entry that is under way is not looked for. Of what was rejected the database may not know the event's id.
+    """
+    mismatched: list[int] = []
+    for page in outbox.numbers(source.id):
+        stored: dict[int, set[UUID | None]] = {}
+        with get_db() as db:
+            span = {"first": page[0].sequence, "last": page[-1].sequence}
+            for row in db.execute(_IDENTITIES, {"source": source.full_name, **span}):
+                stored.setdefault(row.sequence, set()).add(row.event_id)
+        mismatched += [
+            one.sequence
+            for one in page
+            if one.state in ("stored", "rejected")
+            and one.sequence in stored
+            and not stored[one.sequence] & {one.event_id, None}
+        ]
+    return mismatched
+
+
+def _numbers_in_queue(redis: Redis, queue_name: str) -> dict[str, set[int]]:
+    """By the id of their source, the numbers of the deliveries that wait or are worked on."""
+    queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
+    owners: Any = redis.hkeys(holders_key(queue_name))
+    with redis.pipeline(transaction=True) as pipe:
+        pipe.lrange(queue.key, 0, -1)
+        pipe.lrange(IntermediateQueue.get_intermediate_queue_key(queue.key), 0, -1)
+        for owner in owners:
+            pipe.lrange(held_key(queue_name, shown(owner)), 0, -1)
+        pipe.zrange(queue.started_job_registry.key, 0, -1)
+        lists = pipe.execute(raise_on_error=False)  # a key of another type is somebody else's
+    numbers: dict[str, set[int]] = {}
+    for job_id in (shown(member).partition(":")[0] for one in lists if isinstance(one, list) for member in one):
+        if delivery := delivery_of(job_id):
+            numbers.setdefault(delivery[0], set()).add(delivery[1])
+    return numbers
+
+
+def _without(ranges: Ranges, known: set[int]) -> Ranges:
+    """What is left of `ranges`, in order, without the numbers that are known."""
+    left: Ranges = []
+    numbers = sorted(known)
+    for first, last in ranges:
+        start = first
+        for number in numbers[bisect_left(numbers, first) : bisect_right(numbers, last)]:
+            if number > start:
+                left.append((start, number - 1))
+            start = number + 1
+        if start <= last:
+            left.append((start, last))
+    return left
+
+
+def _size(ranges: Ranges) -> int:
+    return sum(last - first + 1 for first, last in ranges)

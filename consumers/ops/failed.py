@@ -1,0 +1,198 @@
+"""What was refused for good: look at it, send it through again, or give it up."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from typing import Any
+from uuid import UUID
+
+from redis import Redis
+from rq import Queue
+from rq.exceptions import InvalidJobOperation
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from sqlalchemy import text
+
+from consumers.db.engine import get_db
+from consumers.worker.rq_completion import RqJobs
+from producers.errors import HistoryError
+from producers.events import ARCHIVE_TYPE, JOB_FUNCTIONS, SNAPSHOT_TYPE
+
+KINDS = {"snapshot": SNAPSHOT_TYPE, "archive": ARCHIVE_TYPE}
+
+# An event tells its type before its data; of what others send, the type may stand further on.
+_BEGINNING = 4096
+_AT_ONCE = 500
+
+_SELECT = text("""
+    SELECT job_id, source, sequence, event_id, reason, left(event, :beginning) AS beginning, created_at
+    FROM event_outcomes
+    WHERE outcome = 'rejected' AND (CAST(:name AS text) IS NULL OR job_id = :name OR CAST(event_id AS text) = :name)
+    ORDER BY created_at, job_id
+""")
+_EVENT = text("SELECT event FROM event_outcomes WHERE job_id = :job_id AND outcome = 'rejected'")
+
+# Locked in the order in which workers note outcomes: transactions in opposite order would wait for each other.
+_DISCARD = text("""
+    UPDATE event_outcomes SET outcome = 'discarded', reason = :reason || '; it was rejected: ' || reason, actor = :actor
+    WHERE job_id IN (
+        SELECT job_id FROM event_outcomes WHERE job_id = ANY (:job_ids) AND outcome = 'rejected'
+        ORDER BY job_id FOR UPDATE)
+    RETURNING job_id
+""")
+
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One delivery that was refused, and its reason; its text, which may be large, is had by `refused_text`.
+
+    `kind` is `snapshot`, `archive`, or None when the beginning of the text does not tell.
+    """
+
+    job_id: str
+    source: str | None
+    sequence: int | None
+    event_id: UUID | None
+    reason: str
+    kind: str | None
+    created_at: datetime
+
+
+def rejections(name: str | None = None, *, kind: str | None = None) -> Iterator[Rejection]:
+    """Rejections as of one moment, oldest first, in flat memory: all, those of one job or event id, or of one kind.
+
+    Raises:
+        StoreUnavailable: the database cannot be read now; while reading, too.
+    """
+    given = {"name": name, "beginning": _BEGINNING}
+    with get_db() as db:
+        for row in db.execute(_SELECT, given, execution_options={"yield_per": _AT_ONCE}):
+            told = kind_of(row.beginning or "")
+            if kind is None or told == kind:
+                yield Rejection(row.job_id, row.source, row.sequence, row.event_id, row.reason, told, row.created_at)
+
+
+def refused_text(job_id: str) -> str | None:
+    """The text of a rejection as it came; None when it is a rejection no more.
+
+    Raises:
+        StoreUnavailable: the database cannot be read now.
+    """
+    with get_db() as db:
+        row = db.execute(_EVENT, {"job_id": job_id}).one_or_none()
+    return None if row is None else row.event or ""
+
+
+def kind_of(beginning: str) -> str | None:
+    """What an event is whose text begins so: `snapshot`, `archive`, or None when this does not tell."""
+    try:
+        told = _type_told(beginning)
+    except (ValueError, RecursionError):
+        return None
+    return next((kind for kind, known in KINDS.items() if known == told), None)
+
+
+def _type_told(beginning: str) -> Any:
+    """The member `type` of the object that begins so. Raises ValueError when there is none in it."""
+    place = _behind("{", beginning, 0)
+    while True:
+        name, place = _DECODER.raw_decode(beginning, place)
+        value, place = _DECODER.raw_decode(beginning, _behind(":", beginning, place))
+        if name == "type":
+            return value
+        place = _behind(",", beginning, place)
+
+
+def _behind(sign: str, beginning: str, place: int) -> int:
+    """The place of what comes after `sign`, which must stand at `place`, but for spaces."""
+    place = _after_space(beginning, place)
+    if not beginning.startswith(sign, place):
+        raise ValueError(f"no {sign} at {place}")
+    return _after_space(beginning, place + 1)
+
+
+def _after_space(beginning: str, place: int) -> int:
+    space = _SPACE.match(beginning, place)
+    assert space is not None
+    return space.end()
+
+
+def requeue(chosen: Iterable[Rejection], redis: Redis, queue_name: str) -> int:
+    """Put each into the queue again, under its own job id; a success removes the rejection. Returns how many were put.
+
+    Raises:
+        HistoryError: one cannot be sent again, since Redis has lost its job and its text does not tell what it is.
+    """
+    queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
+    jobs = RqJobs(redis, queue)
+    return sum(_requeue_one(rejection.job_id, jobs.fetch(rejection.job_id), queue) for rejection in chosen)
+
+
+def _requeue_one(job_id: str, job: Job | None, queue: Queue) -> bool:
+    if job is not None:
+        try:
+            queue.failed_job_registry.requeue(job)
+        except InvalidJobOperation:
+            # It is not in the registry: it is queued already, or somebody has taken it out.
+            if not job.is_failed:
+                return False
+        else:
+            return True
+    return _enqueue_anew(job_id, queue)
+
+
+def _enqueue_anew(job_id: str, queue: Queue) -> bool:
+    event = refused_text(job_id)
+    if event is None:  # it was stored, or given up, since it was chosen
+        return False
+    kind = kind_of(event)
+    if kind is None:
+        raise HistoryError(f"job {job_id} cannot be sent again: Redis has lost it, and its text is no event")
+    queue.connection.delete(Job.key_for(job_id))  # whatever stands there cannot be read
+    queue.enqueue(JOB_FUNCTIONS[KINDS[kind]], event, job_id=job_id, failure_ttl=-1)
+    return True
+
+
+def discard(chosen: Iterable[Rejection], redis: Redis, queue_name: str, reason: str, actor: str | None = None) -> int:
+    """Give each up for good, keeping its text, why, and `actor`, who decided it; it leaves the failed registry.
+
+    Returns how many this has given up: what was a rejection no more is left as it is.
+    """
+    queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
+    jobs, given_up, left = RqJobs(redis, queue), 0, iter(chosen)
+    while some := [rejection.job_id for rejection in islice(left, _AT_ONCE)]:
+        with get_db() as db:
+            changed = db.execute(_DISCARD, {"job_ids": some, "reason": reason, "actor": actor}).scalars().all()
+        for job_id in changed:
+            _remove_job(job_id, jobs, queue)
+        given_up += len(changed)
+    return given_up
+
+
+def _remove_job(job_id: str, jobs: RqJobs, queue: Queue) -> None:
+    if job := jobs.fetch(job_id):
+        job.delete()
+    else:  # Redis has lost it, or it cannot be read
+        queue.connection.delete(Job.key_for(job_id))
+    queue.failed_job_registry.remove(job_id)
+
+
+def as_facts(rejection: Rejection) -> dict[str, Any]:
+    """For a listing, without the event's text."""
+    return {
+        "job_id": rejection.job_id,
+        "kind": rejection.kind,
+        "event_id": rejection.event_id and str(rejection.event_id),
+        "source": rejection.source,
+        "sequence": rejection.sequence,
+        "reason": rejection.reason,
+        "created_at": rejection.created_at,
+    }

@@ -1,0 +1,109 @@
+"""What stands before every request: its size, who asks and how, and headers that keep browsers from doing more."""
+
+from __future__ import annotations
+
+import hmac
+from functools import lru_cache
+from typing import Annotated
+
+from fastapi import Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from consumers.settings import ApiSettings
+from consumers.web.api.problems import Problem
+from consumers.web.listening import is_loopback, is_own_host
+
+MAX_QUERY_BYTES = 4096
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+_bearer = HTTPBearer(auto_error=False, description="HISTORY_API_TOKEN, if the server has one set.")
+
+
+def settings_of(request: Request) -> ApiSettings:
+    """Those that the app was started with; the environment's where nothing was started, as in another app."""
+    started: ApiSettings | None = getattr(request.app.state, "history_api", None)
+    return started or ApiSettings.from_environment()
+
+
+async def require_token(
+    request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+) -> None:
+    """Raises Problem 401 unless the token of the settings, if any, was given."""
+    token = settings_of(request).token
+    if token is None:
+        return
+    shown = "" if given is None else given.credentials
+    if not hmac.compare_digest(shown.encode(), token.get_secret_value().encode()):
+        raise Problem(401, "Needs the bearer token of this server.", headers={"WWW-Authenticate": "Bearer"})
+
+
+async def require_once(request: Request) -> None:
+    """Raises Problem 422 when a parameter is given twice: only one of them could be meant."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    for name in names:
+        if names.count(name) > 1:
+            reason = "is given more than once"
+            raise Problem(422, f"{name}: {reason}", errors=[{"parameter": name, "reason": reason}])
+
+
+class Guard:
+    """ASGI middleware of our app. Headers that an answer has already are left as they are.
+
+    HEAD is answered as GET is, without the body. Over loopback and without a token it is asked by addresses and
+    `localhost` only: otherwise a web page whose name was made to point to 127.0.0.1 (DNS rebinding) could read along.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            elif scope["method"] == "HEAD" and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        settings = settings_of(Request(scope))
+        problem = _refusal(scope, settings)
+        if problem is not None:
+            await problem.response()(scope, receive, send_with_headers)
+            return
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        await _shared(self._app, settings.cors_origins)(asked, receive, send_with_headers)
+
+
+def _refusal(scope: Scope, settings: ApiSettings) -> Problem | None:
+    if len(scope["query_string"]) > MAX_QUERY_BYTES:
+        return Problem(414, f"The query may have {MAX_QUERY_BYTES} bytes.")
+    here, _ = scope.get("server") or ("", None)
+    if settings.token is None and is_loopback(here) and not is_own_host(Headers(scope=scope).get("host", "")):
+        return Problem(421, "Under another name than localhost this server is asked only with a HISTORY_API_TOKEN set.")
+    return None
+
+
+@lru_cache(maxsize=8)
+def _shared(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
+    """`app`, readable from web pages of `origins`."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET"],
+        allow_headers=["Authorization", "If-None-Match"],
+        expose_headers=["ETag", "Link", "Retry-After"],
+    )

@@ -1,0 +1,187 @@
+"""What can be asked of the API, and what the OpenAPI document shows of the answers."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, date, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+
+from consumers.web.api.cursor import MAX_LENGTH
+from consumers.web.api.problems import MEDIA_TYPE, SCHEMA
+from producers.errors import InvalidEvent
+from producers.settings import ZoneSettings
+from producers.times import localized
+
+DEFAULT_LIMIT = 100
+MAX_LIMIT = 1000
+_MAX_TIME = 40
+# A + that was not written as %2B has become a blank on the way.
+_LOST_PLUS = re.compile(r"(T\S+) (\d\d:?\d\d)$")
+
+
+def _moment(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if len(value) > _MAX_TIME:
+        raise ValueError("is not a time such as 2026-11-22T18:02:46+01:00")
+    try:
+        moment = datetime.fromisoformat(_LOST_PLUS.sub(r"\1+\2", value))
+    except ValueError:
+        raise ValueError("is not a time such as 2026-11-22T18:02:46+01:00") from None
+    try:
+        return localized(moment, ZoneSettings.from_environment().timezone, "it").astimezone(UTC)
+    except (InvalidEvent, OverflowError, ValueError):
+        raise ValueError("is too near to the first or last year") from None
+
+
+Moment = Annotated[
+    datetime,
+    BeforeValidator(_moment),
+    WithJsonSchema({"type": "string", "format": "date-time", "examples": ["2026-11-22T18:02:46+01:00"]}),
+]
+_BIGINT = 2**63
+
+
+class Question(BaseModel):
+    """What all listings can be asked. An unknown parameter is an error: it was meant to change something."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT, description="At most so many rows.", examples=[100])
+    portfolio_id: int | None = Field(None, ge=-_BIGINT, lt=_BIGINT, description="Only of this portfolio.", examples=[1])
+    since: Moment | None = Field(
+        None, description="From this time on. Without an offset it is in the server's zone (HISTORY_TIMEZONE)."
+    )
+    until: Moment | None = Field(None, description="Before this time.")
+    cursor: str | None = Field(None, max_length=MAX_LENGTH, description="As in the Link header of the page before.")
+    format: Literal["json", "csv"] | None = Field(None, description="Goes before the Accept header.")
+
+
+class HistoryQuestion(Question):
+    daily: Literal["last"] | None = Field(
+        None, description="Of each portfolio only the last snapshot of each date, of those between since and until."
+    )
+
+
+class SignalsQuestion(Question):
+    market_id: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]+$")] = Field(
+        examples=["510372"]
+    )
+
+
+class SnapshotRow(BaseModel):
+    """A row of portfolio_history. Amounts are in the account's currency."""
+
+    id: int
+    event_id: str
+    source: str
+    sequence: int | None
+    portfolio_id: int | None
+    snapshot_date: date
+    timestamp: datetime
+    balance: float
+    total_invested: float
+    total_profit_loss: float
+    total_value: float
+    open_positions: int
+    trade_count: int
+    created_at: datetime
+
+
+class ArchiveRow(BaseModel):
+    """A row of signal_archives."""
+
+    id: int
+    event_id: str
+    source: str
+    sequence: int | None
+    portfolio_id: int | None
+    archived_at: datetime
+    archive_month: str
+    signals_count: int
+    signals_data: list[dict[str, Any]]
+    created_at: datetime
+
+
+class SignalRow(BaseModel):
+    """A signal of one market; `position` is its place in its archive, from 1."""
+
+    archive_id: int
+    portfolio_id: int | None
+    archived_at: datetime
+    position: int
+    signal: dict[str, Any]
+
+
+_SIGNAL = {"market_id": "510372", "action": "buy_yes", "yes_price": 0.9995}
+_EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {
+    SnapshotRow: {
+        "id": 42,
+        "event_id": "7c1f366e-c9c3-5876-873e-6a33c29b098d",
+        "source": "trading-controller/0b5f3c2e9a714d6c8e1f2a3b4c5d6e7f",
+        "sequence": 42,
+        "portfolio_id": 1,
+        "snapshot_date": "2026-11-22",
+        "timestamp": "2026-11-22T17:02:46.101234+00:00",
+        "balance": 9900.12,
+        "total_invested": 100.0,
+        "total_profit_loss": 197.25,
+        "total_value": 10097.37,
+        "open_positions": 1,
+        "trade_count": 2,
+        "created_at": "2026-11-22T17:02:46.118021+00:00",
+    },
+    ArchiveRow: {
+        "id": 42,
+        "event_id": "df9f8830-1521-5249-968e-c97c829a56a7",
+        "source": "trading-controller/0b5f3c2e9a714d6c8e1f2a3b4c5d6e7f",
+        "sequence": 43,
+        "portfolio_id": 1,
+        "archived_at": "2026-11-22T17:02:46.101234+00:00",
+        "archive_month": "2026-11",
+        "signals_count": 1,
+        "signals_data": [_SIGNAL],
+        "created_at": "2026-11-22T17:02:46.118021+00:00",
+    },
+    SignalRow: {
+        "archive_id": 42,
+        "portfolio_id": 1,
+        "archived_at": "2026-11-22T17:02:46.101234+00:00",
+        "position": 1,
+        "signal": _SIGNAL,
+    },
+}
+
+
+def answers(row: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The answers of a listing of such rows, for its OpenAPI document."""
+    example = _EXAMPLES[row]
+    headers = {
+        "Link": {"description": 'The next page, rel="next" (RFC 8288), if there is one.', "schema": {"type": "string"}},
+        "ETag": {"description": "For If-None-Match.", "schema": {"type": "string"}},
+    }
+    content = {
+        "application/json": {"example": [example]},
+        "text/csv": {"schema": {"type": "string"}, "example": ",".join(example) + "\r\n"},
+    }
+    return {
+        200: {"description": "One page, newest first.", "headers": headers, "content": content},
+        304: {"description": "As it was when the tag of If-None-Match was given out.", "headers": headers},
+        **problems(401, 414, 422, 503),
+    }
+
+
+_REASONS = {
+    401: "The bearer token is missing or wrong.",
+    414: "The query is too long.",
+    422: "A parameter is wrong; `errors` says which and why.",
+    503: "The database (or Redis) cannot answer now; Retry-After says when to try again.",
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {
+        status: {"description": _REASONS[status], "content": {MEDIA_TYPE: {"schema": SCHEMA}}} for status in statuses
+    }

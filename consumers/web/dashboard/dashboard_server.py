@@ -1,0 +1,64 @@
+"""RQ Dashboard served by waitress."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import waitress
+
+from consumers.process_setup import on_stop_signals
+from consumers.settings import DASHBOARD_USER, DashboardSettings
+from consumers.web.dashboard.json_only import forbid_pickle
+from consumers.web.dashboard.login import Guard
+from consumers.web.listening import is_local, url_of
+from producers.redis_url import place_of
+from producers.settings import TransportSettings
+
+_THREADS = 4
+_MAX_BODY_BYTES = 64 * 1024  # its own pages send none
+_MAX_ANSWER_BYTES = 64 * 1024 * 1024  # above it waitress writes to disk, which may be read-only; ours stay far below
+
+
+def serve(listening: socket.socket) -> NoReturn:
+    """Answer at a listening socket until a signal ends this process, in which nothing is unpickled any more.
+
+    Raises:
+        SettingsError: HISTORY_DASHBOARD_PASSWORD or REDIS_URL is missing, or a setting is wrong.
+    """
+    settings, transport = DashboardSettings.from_environment(), TransportSettings.from_environment()
+    guard = Guard.of(settings, local=is_local(listening))
+    redis = transport.redis()
+    forbid_pickle()
+    from consumers.web.dashboard.application import create_app
+    from consumers.web.dashboard.views import Views
+
+    if not guard.local:
+        print("The login crosses the network: put a TLS proxy before this server.", file=sys.stderr)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # of every request that waits for a thread
+    app = create_app(guard, Views(redis, place_of(redis), transport.queue))
+    server = waitress.create_server(
+        app,
+        sockets=[listening],
+        threads=_THREADS,
+        ident=None,
+        max_request_body_size=_MAX_BODY_BYTES,
+        outbuf_overflow=_MAX_ANSWER_BYTES,
+    )
+    ended: list[int] = []
+
+    def end(number: int, _: FrameType | None) -> NoReturn:
+        ended.append(number)
+        raise SystemExit
+
+    on_stop_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), end)
+    print(
+        f"{url_of(listening)} - user {DASHBOARD_USER}, password HISTORY_DASHBOARD_PASSWORD - Ctrl-C ends it.",
+        flush=True,
+    )
+    server.run()  # it swallows what ends it
+    raise SystemExit(128 + ended[0] if ended else 1)

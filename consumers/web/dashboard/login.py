@@ -1,0 +1,111 @@
+"""What stands before every request: under which name it comes, who asks, and from where a change is asked for."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+from dataclasses import dataclass
+
+from flask import Flask, Response, g, request
+from werkzeug.exceptions import Forbidden, HTTPException, MethodNotAllowed, MisdirectedRequest, Unauthorized
+
+from consumers.settings import DASHBOARD_USER, DashboardSettings, origin_of
+from consumers.web.listening import is_own_host
+from producers.errors import SettingsError
+
+logger = logging.getLogger(__name__)
+
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+# rq-dashboard's script compiles its templates in the browser, and its pages carry style attributes.
+_POLICY = (
+    "default-src 'none'; script-src 'self' 'nonce-{nonce}' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
+    " img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Hooks of a Flask app. `local` when only this machine can reach it, `origin` where browsers do."""
+
+    password: bytes
+    local: bool
+    origin: str | None
+
+    @classmethod
+    def of(cls, settings: DashboardSettings, *, local: bool) -> Guard:
+        """Raises SettingsError without a password: there is no default."""
+        if settings.password is None:
+            raise SettingsError(
+                "HISTORY_DASHBOARD_PASSWORD is not set: RQ Dashboard can delete jobs, and needs a login"
+            )
+        return cls(settings.password.get_secret_value().encode(), local, settings.url and origin_of(settings.url))
+
+    def protect(self, app: Flask) -> None:
+        app.before_request(self._check)
+        app.after_request(_with_headers)
+        app.context_processor(lambda: {"nonce": _nonce()})
+
+    def _check(self) -> None:
+        if self.local and not (is_own_host(request.host) or self._is_known(request.host)):
+            raise MisdirectedRequest("Set HISTORY_DASHBOARD_URL to the name that this server is asked under.")
+        self._require_login()
+        changes = request.url_rule is not None and "POST" in (request.url_rule.methods or ())
+        if changes and request.method != "POST":
+            raise MethodNotAllowed(["POST"])
+        if request.method not in ("GET", "HEAD", "OPTIONS"):
+            self._require_own_page()
+
+    def _is_known(self, host: str) -> bool:
+        """With or without the port that goes without saying: proxies pass on both."""
+        return self.origin is not None and origin_of(f"{self.origin.partition(':')[0]}://{host}") == self.origin
+
+    def _require_login(self) -> None:
+        given = request.authorization
+        if given is not None and given.type == "basic":
+            # Both are compared, whatever the first one says: the time taken tells nothing.
+            user = hmac.compare_digest((given.username or "").encode(), DASHBOARD_USER.encode())
+            if hmac.compare_digest((given.password or "").encode(), self.password) and user:
+                return
+            logger.warning("wrong login from %s", request.remote_addr)
+        raise Unauthorized("Needs the user and password of this server.")
+
+    def _require_own_page(self) -> None:
+        """A browser sends the login along with whatever another site makes it send."""
+        origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
+        own = {origin_of(f"{request.scheme}://{request.host}"), self.origin}
+        if (origin is None and site is None) or origin not in (None, *own) or site not in (None, "same-origin"):
+            raise Forbidden("Changes are taken from this server's own pages only.")
+
+
+def _nonce() -> str:
+    """Of this answer: scripts without it do not run."""
+    if "nonce" not in g:
+        g.nonce = secrets.token_urlsafe(16)
+    nonce: str = g.nonce
+    return nonce
+
+
+def _with_headers(response: Response) -> Response:
+    response.headers.update(_HEADERS)
+    response.headers["Content-Security-Policy"] = _POLICY.format(nonce=_nonce())
+    if response.status_code == Unauthorized.code:
+        response.headers["WWW-Authenticate"] = 'Basic realm="RQ Dashboard", charset="UTF-8"'
+    if request.endpoint not in ("static", "rq_dashboard.static"):
+        response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def text_answer(error: HTTPException) -> Response:
+    """One line rather than a page: scripts show it, and it has nothing of the request in it."""
+    response = Response(f"{error.description}\n", error.code, content_type="text/plain; charset=utf-8")
+    for name, value in error.get_headers():
+        if name == "Allow":
+            response.headers[name] = value
+    return response

@@ -1,0 +1,193 @@
+"""What the page serves: itself at `/` and `/page/static/`, its data below `/page/`. Nothing here writes.
+
+Errors are left to the app, which answers all of its own in one way.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, date, datetime
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
+
+from consumers.db import archive_queries, page_queries, state_queries
+from consumers.web.page.curve import Curve, curve
+from consumers.web.page.daily import daily_profit_loss
+from consumers.web.page.page_health import health
+from consumers.web.page.responses import answer, json_answer
+from consumers.web.page.signal_search import MOST_ARCHIVES, Found, Place, find
+from consumers.web.page.static_files import MEDIA_TYPES, content, known_files
+
+ARCHIVES_AT_ONCE = 50
+_END_OF_TIME = datetime(9998, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)  # as the contract has it
+_LARGEST = 2**63 - 1
+
+
+def _within_history(moment: datetime) -> datetime:
+    if not 1970 <= moment.year <= 9998:
+        raise ValueError("must be between 1970 and 9998")
+    return moment.astimezone(UTC)
+
+
+def _first_day(month: str) -> date:
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}", month) or not "1970" <= month[:4] <= "9998":
+        raise ValueError("must be a month between 1970-01 and 9998-12")
+    return date.fromisoformat(f"{month}-01")
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_within_history)]
+Id = Annotated[int, Field(ge=0, le=_LARGEST)]
+PortfolioNumber = Annotated[int, Field(ge=-(2**63), le=_LARGEST)]
+PortfolioName = Annotated[PortfolioNumber | Literal["none"], Query(description="Its number; none: without one.")]
+Month = Annotated[date, BeforeValidator(_first_day)]
+Wanted = Annotated[str, Query(max_length=100, pattern=r"^[^\x00]*$")]
+
+assets = APIRouter(include_in_schema=False)
+data = APIRouter(prefix="/page", include_in_schema=False)
+
+
+@assets.get("/")
+def page(request: Request) -> Response:
+    return answer(request, content("index.html"), MEDIA_TYPES[".html"])
+
+
+@assets.get("/page/static/{name}")
+def static_file(request: Request, name: str) -> Response:
+    if name not in known_files():
+        raise HTTPException(404)
+    return answer(request, content(name), MEDIA_TYPES[PurePath(name).suffix])
+
+
+@data.get("/newest")
+def newest(request: Request) -> Response:
+    """Words that change when rows do: what the page asks every few seconds."""
+    with page_queries.reading() as db:
+        return json_answer(request, state_queries.newest(db))
+
+
+@data.get("/portfolios")
+def portfolios(request: Request) -> Response:
+    """Every portfolio with its first and last instant and its last value."""
+    with page_queries.reading() as db:
+        found = [one._asdict() | {"portfolio": _name(one.portfolio)} for one in page_queries.portfolios(db)]
+    return json_answer(request, found)
+
+
+@data.get("/curve")
+def equity_curve(
+    request: Request,
+    *,
+    portfolio: PortfolioName,
+    since: Moment | None = None,
+    until: Moment | None = None,
+    buckets: Annotated[int, Query(ge=10, le=1000)] = 400,
+    parts: bool = False,
+) -> Response:
+    """The curve between two instants, all of it without them; see consumers.web.page.curve."""
+    number = _number(portfolio)
+    with page_queries.reading() as db:
+        known = page_queries.extent(db, number)
+        if known is None:
+            raise HTTPException(404, "no snapshot is of this portfolio")
+        over = page_queries.Range(since or known.first_at, until or known.last_at, buckets)
+        if over.until < over.since:
+            raise HTTPException(422, "until is before since")
+        drawn = curve(db, number, over, parts=parts)
+    return json_answer(request, {"since": over.since, "until": over.until} | _columns(drawn))
+
+
+def _columns(drawn: Curve) -> dict[str, Any]:
+    rows = [point.snapshot for point in drawn.points]
+    return {
+        "snapshots": drawn.snapshots,
+        "closes_only": drawn.closes_only,
+        "at": [row.at for row in rows],
+        "total_value": [row.total_value for row in rows],
+        "balance": [row.balance for row in rows],
+        "total_invested": [row.total_invested for row in rows],
+        "drawdown": [point.drawdown if point.drawdown is None else round(point.drawdown, 6) for point in drawn.points],
+        "after_gap": [number for number, point in enumerate(drawn.points) if point.after_gap],
+    }
+
+
+@data.get("/daily")
+def daily(request: Request, portfolio: PortfolioName) -> Response:
+    """Closes and profit or loss of each date, oldest first; see consumers.web.page.daily."""
+    with page_queries.reading() as db:
+        days = daily_profit_loss(page_queries.closes(db, _number(portfolio)))
+    facts = {
+        "date": [day.close.snapshot_date for day in days],
+        "close": [day.close.total_value for day in days],
+        "profit_loss": [day.profit_loss for day in days],
+        "days": [day.days for day in days],
+    }
+    return json_answer(request, facts)
+
+
+@data.get("/months")
+def months(request: Request) -> Response:
+    """Months that have archives, newest first, with how many."""
+    with page_queries.reading() as db:
+        return json_answer(request, archive_queries.months(db))
+
+
+@data.get("/archives")
+def archives(request: Request, month: Month, before_at: Moment = _END_OF_TIME, before_id: Id = _LARGEST) -> Response:
+    """Archives of a month, newest first: 50, and whether there are older ones."""
+    with page_queries.reading() as db:
+        rows = archive_queries.archives(db, month, (before_at, before_id), ARCHIVES_AT_ONCE + 1)
+    named = [row | {"portfolio": _name(row.pop("portfolio_id"))} for row in rows[:ARCHIVES_AT_ONCE]]
+    return json_answer(request, {"archives": named, "more": len(rows) > ARCHIVES_AT_ONCE})
+
+
+@data.get("/signals")
+def signals_of_month(
+    request: Request,
+    *,
+    month: Month,
+    q: Wanted = "",
+    at: Moment = _END_OF_TIME,
+    archive: Id = _LARGEST,
+    number: Id = 0,
+) -> Response:
+    """Signals of a month with this text in a value, newest first: 50, and where the search goes on."""
+    start = Place(at, archive, number)
+    with page_queries.reading() as db:
+        rows = archive_queries.archives_with_signals(db, month, (at, archive), MOST_ARCHIVES)
+        found = find(rows, q, start)
+    return json_answer(request, _found(found))
+
+
+@data.get("/archives/{archive_id}")
+def signals_of_archive(request: Request, archive_id: Id, q: Wanted = "", number: Id = 0) -> Response:
+    """Signals of one archive with this text in a value: 50, and where the search goes on."""
+    with page_queries.reading() as db:
+        archive = archive_queries.archive(db, archive_id)
+    if archive is None:
+        raise HTTPException(404, "no archive has this id")
+    return json_answer(request, _found(find(iter([archive]), q, Place(archive.archived_at, archive.id, number))))
+
+
+def _found(found: Found) -> dict[str, Any]:
+    after = found.after
+    return {
+        "signals": [one | {"portfolio": _name(one["portfolio"])} for one in found.signals],
+        "after": after and {"at": after.archived_at, "archive": after.archive, "number": after.number},
+    }
+
+
+@data.get("/health")
+def pipeline_health(request: Request) -> Response:
+    """The pipeline at a glance; see consumers.web.page.page_health."""
+    return json_answer(request, health())
+
+
+def _number(portfolio: int | str) -> int | None:
+    return None if portfolio == "none" else int(portfolio)
+
+
+def _name(portfolio: int | None) -> str:
+    return "none" if portfolio is None else str(portfolio)
