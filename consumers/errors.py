@@ -21,7 +21,9 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from producers.errors import HistoryError
+from redis.exceptions import DataError, RedisError
+
+from producers.errors import HistoryError, SettingsError
 
 _LONGEST_DESCRIPTION = 500
 
@@ -108,3 +110,20 @@ class RetirementRefused(HistoryError):
 
 class EmbeddedError(HistoryError):
     """The embedded servers are not installed, do not start or do not stop."""
+
+
+def is_wrong_type(error: object) -> bool:
+    """Return whether a command met a key of another type; a script's error has more words around that one."""
+    return isinstance(error, RedisError) and "WRONGTYPE" in str(error)
+
+
+def is_redis_outage(error: BaseException) -> bool:
+    """Return whether Redis itself failed, and not a key of another type or a value that redis-py does not send."""
+    return isinstance(error, RedisError) and not isinstance(error, DataError) and not is_wrong_type(error)
+
+
+def is_caused_by_job(error: BaseException) -> bool:
+    """Return whether the job at hand raised `error`, and not a failing server, a missing setting or Ctrl-C."""
+    if isinstance(error, RedisError):
+        return isinstance(error, DataError)
+    return not isinstance(error, StoreUnavailable | SettingsError | KeyboardInterrupt)

@@ -6,12 +6,15 @@ both may be repeated. A stock worker imports this module in each fork, so it imp
 
 from __future__ import annotations
 
-from redis import RedisError
+from redis import Redis, RedisError
 from rq import get_current_job
 
 from consumers.db.inserts import insert_event
-from consumers.worker.batch import Delivery, Unsettled, acknowledge, log_fields, logger, settle
+from consumers.worker.batch import Deferred, Result, acknowledgements, log_fields, logger, process_batch
+from consumers.worker.deliveries import Delivery
+from producers.acknowledgements import ACKNOWLEDGEMENT_TTL_SECONDS
 from producers.events import Event, PortfolioSnapshotEvent, SignalArchiveEvent, decode
+from producers.redis_keys import acknowledgement_key
 
 
 def record_portfolio_snapshot(event: str) -> int:
@@ -34,18 +37,25 @@ def _record(text: str, model: type[Event]) -> int:
     job = get_current_job()
     if job is None:  # called by hand: there is no delivery to account for
         return insert_event(decode(text, model))
-    ((end,),) = settle([Delivery(job.id, text, model)])
-    if isinstance(end, Unsettled):
-        raise end.error
+    ((result,),) = process_batch([Delivery(job.id, text, model)])
+    if isinstance(result, Deferred):
+        raise result.error
     try:
-        with job.connection.pipeline(transaction=True) as pipe:
-            acknowledge(pipe, [end])
-            pipe.execute()
+        _acknowledge(job.connection, result)
     except RedisError as error:
-        # The work is done and committed. The producer sends again what it has no acknowledgement of.
+        # It is committed. The producer sends an event again if it sees no acknowledgement.
         reason = type(error).__name__
-        logger.warning("job %s is done but could not be acknowledged: %s", job.id, reason, extra=log_fields(end))
-    if end.error is not None:
-        raise end.error
-    assert end.outcome.row_id is not None
-    return end.outcome.row_id
+        logger.warning("job %s is done but could not be acknowledged: %s", job.id, reason, extra=log_fields(result))
+    if result.error is not None:
+        raise result.error
+    assert result.outcome.row_id is not None
+    return result.outcome.row_id
+
+
+def _acknowledge(redis: Redis, result: Result) -> None:
+    seconds, _ = redis.time()  # relays compare it with Redis' clock
+    for source, (job_id, text) in acknowledgements([result]).items():
+        with redis.pipeline(transaction=True) as pipe:
+            pipe.hset(acknowledgement_key(source), job_id, f"{seconds} {text}")
+            pipe.expire(acknowledgement_key(source), ACKNOWLEDGEMENT_TTL_SECONDS)
+            pipe.execute()

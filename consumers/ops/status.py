@@ -19,8 +19,7 @@ from consumers.db.engine import READ_SECONDS, get_db, get_reader
 from consumers.db.queries import KNOWN_PORTFOLIOS
 from consumers.db.row_counts import quick_counts
 from consumers.db.waits import DatabaseWaits
-from consumers.errors import StoreUnavailable
-from consumers.worker.quarantine import is_wrong_type
+from consumers.errors import StoreUnavailable, is_wrong_type
 from producers.errors import OutboxError
 from producers.lateness import oldest_unacknowledged_seconds
 from producers.outbox import Outbox

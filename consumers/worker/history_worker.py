@@ -39,20 +39,22 @@ from consumers.db.engine import limit_statements
 from consumers.db.waits import DatabaseWaits
 from consumers.process_setup import on_stop_signals, write_json_if_set
 from consumers.settings import MetricsSettings
-from consumers.worker.maintenance import Upkeep
-from consumers.worker.shared_state import Crew, is_away
-from consumers.worker.worker_thread import WAIT_SECONDS, Lane, Limits, recovery_seconds
+from consumers.worker.maintenance import Maintenance
+from consumers.worker.shared_state import SharedState, is_unreachable
+from consumers.worker.worker_thread import WAIT_SECONDS, Limits, WorkerThread, recovery_seconds
 from producers.errors import HistoryError, SettingsError
 
 logger = logging.getLogger(__name__)
 
 TESTED_RQ = ("3.0",)
 
-LANES = 2  # with two, 1.2 to 1.4 times the events of one; with three, no more
+THREADS = 2  # with two, 1.2 to 1.4 times the events of one; with three, no more
 STATEMENT_SECONDS = 20.0
 _ANSWER_SECONDS = STATEMENT_SECONDS + 5  # for a server that does not even keep its own limit
 _STUCK_SECONDS = 3 * STATEMENT_SECONDS
-_READ_BYTES = 512 * 1024  # at once: a batch comes in few pieces, for each of which a lane may wait for the interpreter
+_READ_BYTES = (
+    512 * 1024
+)  # at once: a batch comes in few pieces, for each of which a thread may wait for the interpreter
 _RENEW_SECONDS = 2.0
 _STALL_SECONDS = 1.0  # waiting longer than this for an answer is the database's doing, not the job's
 _POOL_MARK = " (WorkerPool "  # in the names that RQ's pool gives to its processes
@@ -87,10 +89,10 @@ class HistoryWorker(SimpleWorker):
         self._ending = threading.Event()
         self._retired = threading.Event()
         self._waits = DatabaseWaits(_ANSWER_SECONDS, self._ending)
-        self._crew = Crew(self)
-        self._upkeep = Upkeep(self, self._queue, self._crew)
+        self._shared = SharedState(self)
+        self._maintenance = Maintenance(self, self._queue, self._shared)
         self._metrics = metrics
-        self._lanes: list[Lane] = []
+        self._threads: list[WorkerThread] = []
 
     def work(
         self,
@@ -116,17 +118,18 @@ class HistoryWorker(SimpleWorker):
         gc.freeze()  # what the program consists of stays: no need to look through it again and again
         self._install_signal_handlers()
         limits = Limits(burst, max_jobs, sys.maxsize if max_idle_time is None else max_idle_time)
-        # Several lanes would have to agree on who takes the last jobs that are allowed.
-        self._lanes = [
-            Lane(self, self._queue, self._crew, self._ending, limits) for _ in range(LANES if max_jobs is None else 1)
+        # Several threads would have to agree on who takes the last jobs that are allowed.
+        self._threads = [
+            WorkerThread(self, self._queue, self._shared, self._ending, limits)
+            for _ in range(THREADS if max_jobs is None else 1)
         ]
         with ExitStack() as stack:
             self._serve_metrics(stack)
             if not self._arrive(logging_level, date_format, log_format):
                 return False
             self._log_ignored(with_scheduler)
-            self._work_in_lanes()
-        return any(lane.done for lane in self._lanes)
+            self._work_in_threads()
+        return any(thread.done for thread in self._threads)
 
     def _log_ignored(self, with_scheduler: bool) -> None:
         """Log once each request that has no effect here and that somebody may rely on."""
@@ -146,16 +149,16 @@ class HistoryWorker(SimpleWorker):
                 self.name,
             )
 
-    def _work_in_lanes(self) -> None:
+    def _work_in_threads(self) -> None:
         renewing = threading.Thread(target=self._renew_leases, name="history-lease", daemon=True)
         renewing.start()
         try:
             with self._waits.limited():
-                self._run_lanes()
+                self._run_threads()
         finally:
             self._ending.set()
             self._retired.set()
-            if not self._crew.redis_is_away:
+            if not self._shared.redis_is_unreachable:
                 renewing.join(self.connection_timeout)  # what is let go must not be leased once more
             self._retire()
 
@@ -170,7 +173,7 @@ class HistoryWorker(SimpleWorker):
         served = served_metrics(
             metrics.host,
             metrics.port,
-            waits_for=lambda: self._crew.waits_for,
+            waits_for=lambda: self._shared.waits_for,
             redis=self.connection,
             queue=self._queue.name,
         )
@@ -186,16 +189,16 @@ class HistoryWorker(SimpleWorker):
                 self.name, error,
             )  # fmt: skip
 
-    def _run_lanes(self) -> None:
-        for lane in self._lanes:
-            lane.start()
-        for lane in self._lanes:
-            while lane.is_alive():
-                lane.join(None if self._ending.is_set() else max(0.0, self._upkeep.due_at - time.monotonic()))
+    def _run_threads(self) -> None:
+        for thread in self._threads:
+            thread.start()
+        for thread in self._threads:
+            while thread.is_alive():
+                thread.join(None if self._ending.is_set() else max(0.0, self._maintenance.due_at - time.monotonic()))
                 self._maintain()
-        for lane in self._lanes:
-            if lane.error is not None:
-                raise lane.error
+        for thread in self._threads:
+            if thread.error is not None:
+                raise thread.error
 
     def _arrive(self, *logging_options: Any) -> bool:
         """Sign on; while Redis is away, try again. False when told to stop before it came."""
@@ -204,15 +207,15 @@ class HistoryWorker(SimpleWorker):
             try:
                 self._set_ip_address(self.connection)
                 if self.birth_date is not None:  # an earlier try got half way
-                    self._upkeep.pretend_death()
+                    self._maintenance.allow_registration()
                 self.bootstrap(*logging_options)
-                self._crew.show(again=True)
-                self._crew.passed(worked=False)
-                self._upkeep.look()
+                self._shared.publish(always=True)
+                self._shared.succeeded(worked=False)
+                self._maintenance.run()
                 return True
             except RedisError as error:
                 failures += 1
-                self._crew.failed(error)
+                self._shared.failed(error)
                 self._ending.wait(recovery_seconds(failures))
         return False
 
@@ -252,7 +255,7 @@ class HistoryWorker(SimpleWorker):
             else:
                 super().handle_payload(message)
         except Exception as error:
-            if is_away(error):
+            if is_unreachable(error):
                 raise
             logger.warning("worker %s ignores what is no command for it: %s", self.name, type(error).__name__)
 
@@ -267,32 +270,34 @@ class HistoryWorker(SimpleWorker):
         self._ending.set()
 
     def _renew_leases(self) -> None:
-        """In a thread, also while a long statement keeps a lane busy, but not for one that is stuck for good."""
+        """Also while a worker thread waits for a long statement, but not for one that makes no progress any more."""
         while not self._retired.wait(_RENEW_SECONDS):
-            for lane in self._lanes:
+            for thread in self._threads:
                 try:
-                    if lane.seconds_without_progress() < _STUCK_SECONDS:
-                        lane.reservations.renew_lease(waiting=self._waits.seconds(lane.ident) > _STALL_SECONDS)
+                    if thread.seconds_without_progress() < _STUCK_SECONDS:
+                        thread.reservations.renew_lease(
+                            database_stalled=self._waits.seconds(thread.ident) > _STALL_SECONDS
+                        )
                 except Exception as error:
-                    # The lane meets the same trouble and waits for its end; without a lease others take over.
+                    # The thread meets the same trouble and waits for its end; without a lease others take over.
                     logger.debug("worker %s could not renew a lease: %s", self.name, type(error).__name__)
 
     def _maintain(self) -> None:
-        if time.monotonic() < self._upkeep.due_at or self._ending.is_set():
+        if time.monotonic() < self._maintenance.due_at or self._ending.is_set():
             return
         try:
-            self._upkeep.look()
+            self._maintenance.run()
         except RedisError as error:
-            self._crew.failed(error)
+            self._shared.failed(error)
 
     def _retire(self) -> None:
         # Without Redis nothing is lost: the leases run out, and another worker returns what was held.
-        if self._crew.redis_is_away:
+        if self._shared.redis_is_unreachable:
             logger.warning("worker %s ends without Redis", self.name)
             return
         try:
-            for lane in self._lanes:
-                lane.reservations.give_up()
+            for thread in self._threads:
+                thread.reservations.close()
             self.teardown()
         except RedisError as error:
             logger.warning("worker %s could not sign off: %s", self.name, type(error).__name__)

@@ -1,4 +1,4 @@
-"""What the lanes of one worker have in common: who of them works now, what they wait for, what operators see of it."""
+"""State that the threads of one worker share: who works, which server the worker waits for, its state in RQ."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from consumers.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
-# What they may wait for.
+# The servers that a worker waits for.
 DATABASE, REDIS = "the database", "Redis"
 
 
-def is_away(error: Exception) -> bool:
-    """Redis did not answer: asking it for more would only take as long again."""
+def is_unreachable(error: Exception) -> bool:
+    """Return whether Redis did not answer at all: another command would only take as long again."""
     return isinstance(error, RedisConnectionError | RedisTimeoutError)
 
 
-class Crew:
-    """The lanes of `worker`, for as long as it runs; any thread of it may call any of its methods."""
+class SharedState:
+    """The state of `worker`, whose threads may call every method at any time."""
 
     def __init__(self, worker: BaseWorker) -> None:
         self._worker = worker
@@ -37,15 +37,15 @@ class Crew:
         self._alone = False
         self._idle_since = time.monotonic()
         self._suspended = False
-        self._trouble: str | None = None
-        self._trouble_since = 0.0
-        self._redis_is_away = False
-        self._showing = threading.Lock()
-        self._shown: str | None = None
+        self._waits_for: str | None = None
+        self._waits_since = 0.0
+        self._redis_is_unreachable = False
+        self._publishing = threading.Lock()
+        self._published: str | None = None
 
     @contextmanager
     def working(self, *, alone: bool) -> Iterator[None]:
-        """Inside the block the caller works, beside others or while no other does."""
+        """Let the caller work inside the block: beside other threads, or `alone`, after they have finished."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
             self._alone = alone
@@ -53,7 +53,7 @@ class Crew:
                 self._changed.wait_for(lambda: not self._working)
             self._working += 1
         try:
-            self.show()
+            self.publish()
             yield
         finally:
             with self._changed:
@@ -61,72 +61,72 @@ class Crew:
                 self._alone = self._alone and not alone
                 self._idle_since = time.monotonic()
                 self._changed.notify_all()
-        self.show()  # not after an error: `failed` shows more, if Redis can be asked at all
+        self.publish()  # not after an error, which `failed` publishes if Redis can be reached
 
     def idle_seconds(self) -> float:
-        """For how long none of them has worked."""
+        """Return the seconds since a thread last worked."""
         with self._changed:
             return 0.0 if self._working else time.monotonic() - self._idle_since
 
     def suspended(self) -> bool:
-        """Whether somebody has told RQ's workers to take nothing new."""
+        """Return whether RQ's workers are suspended, so that they take no new jobs."""
         before, self._suspended = self._suspended, bool(is_suspended(self._worker.connection, self._worker))
         if self._suspended != before:
-            self.show()
+            self.publish()
         return self._suspended
 
     def failed(self, error: RedisError | StoreUnavailable) -> None:
-        """Say it once and wherever operators look."""
-        trouble = DATABASE if isinstance(error, StoreUnavailable) else REDIS
+        """Note that a server failed. An outage is logged once, and shown as the worker's state."""
+        server = DATABASE if isinstance(error, StoreUnavailable) else REDIS
         with self._changed:
-            self._redis_is_away = is_away(error)
-            known, self._trouble = self._trouble, trouble
+            self._redis_is_unreachable = is_unreachable(error)
+            known, self._waits_for = self._waits_for, server
             if known is None:
-                self._trouble_since = time.monotonic()
-        if known != trouble:
+                self._waits_since = time.monotonic()
+        if known != server:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logger.error("worker %s waits for %s and tries again: %s", self._worker.name, trouble, reason)
-        if not is_away(error):
-            with suppress(RedisError):  # whatever it refuses, the log has it
-                self.show()
+            logger.error("worker %s waits for %s and tries again: %s", self._worker.name, server, reason)
+        if not is_unreachable(error):
+            with suppress(RedisError):  # the log has it
+                self.publish()
 
-    def passed(self, *, worked: bool) -> bool:
-        """One of them has done its work, or found nothing to do; then nobody may know yet that the database is back.
+    def succeeded(self, *, worked: bool) -> bool:
+        """Note that a thread has worked, or (not `worked`) found nothing to do. Returns whether all outages are over.
 
-        Whether nothing is waited for any more.
+        A thread that had nothing to do cannot tell that the database is back while another thread still works.
         """
         with self._changed:
-            if self._trouble is None:
+            if self._waits_for is None:
                 return True
-            if self._trouble == DATABASE and self._working and not worked:
+            if self._waits_for == DATABASE and self._working and not worked:
                 return False
-            self._trouble = None
-            self._redis_is_away = False
-            seconds = time.monotonic() - self._trouble_since
-        logger.warning("worker %s goes on after %.0f s", self._worker.name, seconds)
-        self.show()
+            self._waits_for = None
+            self._redis_is_unreachable = False
+            seconds = time.monotonic() - self._waits_since
+        logger.warning("worker %s continues after %.0f s", self._worker.name, seconds)
+        self.publish()
         return True
 
     @property
     def waits_for(self) -> str | None:
-        """`the database`, `Redis`, or nothing."""
-        return self._trouble
+        """DATABASE, REDIS, or None."""
+        return self._waits_for
 
     @property
-    def redis_is_away(self) -> bool:
-        """As far as the last of them to ask it knows."""
-        return self._redis_is_away
+    def redis_is_unreachable(self) -> bool:
+        """Whether Redis did not answer the last thread that asked."""
+        return self._redis_is_unreachable
 
-    def show(self, *, again: bool = False) -> None:
-        """Write the worker's state where RQ has it, if it has changed; `again`: in any case."""
-        with self._showing:
-            if self._trouble is not None:
-                state = f"waiting for {self._trouble}"
+    def publish(self, *, always: bool = False) -> None:
+        """Write the worker's state for RQ, if it has changed or `always`."""
+        with self._publishing:
+            if self._waits_for is not None:
+                state = f"waiting for {self._waits_for}"
             elif self._working:
                 state = WorkerStatus.BUSY
             else:
                 state = WorkerStatus.SUSPENDED if self._suspended else WorkerStatus.IDLE
-            if again or state != self._shown:
-                self._shown = None  # unknown, should this fail
+            if always or state != self._published:
+                self._published = None  # unknown if this fails
                 self._worker.set_state(state)
-                self._shown = state
+                self._published = state

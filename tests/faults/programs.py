@@ -227,11 +227,11 @@ WORKER_STEPS = {
     "after reserve": _in_worker("consumers.worker.reservations", "Reservations.reserve", "after"),
     "before insert": _in_worker("consumers.worker.batch", "insert_events", "before"),
     "after insert": _in_worker("consumers.worker.batch", "insert_events", "after"),
-    "after commit": _in_worker("consumers.worker.batch", "_settle_together", "after"),
-    "before finish": _in_worker("consumers.worker.completion", "Finishing.finish", "before"),
-    "after acknowledge": _in_worker("consumers.worker.completion", "acknowledge", "after"),
-    "after finish": _in_worker("consumers.worker.completion", "Finishing.finish", "after"),
-    "while handing back": _in_worker("consumers.worker.reservations", "Reservations.hand_back", "before"),
+    "after commit": _in_worker("consumers.worker.batch", "_process_together", "after"),
+    "before finish": _in_worker("consumers.worker.completion", "Completion.complete", "before"),
+    "after acknowledge": _in_worker("consumers.worker.completion", "acknowledgements", "after"),
+    "after finish": _in_worker("consumers.worker.completion", "Completion.complete", "after"),
+    "while handing back": _in_worker("consumers.worker.reservations", "Reservations.requeue", "before"),
 }
 _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {
     **PRODUCER_STEPS,

@@ -19,10 +19,10 @@ from consumers.db import inserts
 from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
 from consumers.ops.metrics import COUNTS
-from consumers.worker import batch, completion, rq_completion
-from consumers.worker.batch import acknowledge
-from consumers.worker.jobs import inflated, read_call
-from consumers.worker.rq_completion import RqJobs
+from consumers.worker import batch, completion, worker_thread
+from consumers.worker.batch import acknowledgements
+from consumers.worker.completion import Completion
+from consumers.worker.deliveries import inflated, parse
 from producers.errors import EventRejected
 from producers.events import decode, event_of
 from producers.history_producer import HistoryProducer, Receipt
@@ -82,13 +82,13 @@ Plant = Callable[[pytest.MonkeyPatch, Callable[[], BaseException]], None]
 
 
 def _reading(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
-    def failing(reserved: Any) -> Any:
-        found = read_call(reserved)
-        if POISON in found[0]:
+    def failing(job: Any, crashes: int = 0) -> Any:
+        found = parse(job, crashes)
+        if POISON in found.text:
             raise error()
         return found
 
-    monkeypatch.setattr(rq_completion, "read_call", failing)
+    monkeypatch.setattr(worker_thread, "parse", failing)
 
 
 def _decoding(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
@@ -244,19 +244,19 @@ def _counting(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException
     monkeypatch.setattr(COUNTS, "batch", failing)
 
 
-def _finishing(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
-    finish = RqJobs.finish
+def _completing(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
+    finished = Completion._finished
 
-    def failing(self: Any, pipe: Any, done: Any, *rest: Any) -> None:
-        if any(POISON.encode() in inflated(job.data) for job, _ in done):
+    def failing(self: Any, results: Any, jobs: Any, run: Any) -> Any:
+        if any(POISON.encode() in inflated(jobs[result.job_id].data) for result in results):
             raise error()
-        finish(self, pipe, done, *rest)
+        return finished(self, results, jobs, run)
 
-    monkeypatch.setattr(RqJobs, "finish", failing)
+    monkeypatch.setattr(Completion, "_finished", failing)
 
 
 @pytest.mark.parametrize("exception", ["ValueError", "panic", "SystemExit"])
-@pytest.mark.parametrize("plant", [_logging, _counting, _finishing])
+@pytest.mark.parametrize("plant", [_logging, _counting, _completing])
 def test_an_exception_after_the_end_is_decided_changes_nothing_about_it(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, plant: Plant, exception: str
 ) -> None:
@@ -278,13 +278,12 @@ def test_an_event_that_cannot_be_acknowledged_holds_up_no_other(
 ) -> None:
     """It is stored and leaves the queue for the failed registry; once it can be acknowledged, its relay gets that."""
 
-    def failing(pipe: Any, ends: Any) -> None:
-        ends = list(ends)
-        if any(str(end.event_id) == _poisoned_id for end in ends):
+    def failing(results: Any) -> Any:
+        if any(str(result.event_id) == _poisoned_id for result in results):
             raise EXCEPTIONS[exception]()
-        acknowledge(pipe, ends)
+        return acknowledgements(results)
 
-    monkeypatch.setattr(completion, "acknowledge", failing)
+    monkeypatch.setattr(completion, "acknowledgements", failing)
     good, (poisoned,) = _record(producer, 1)
     with _seconds(20):
         burst(redis)
@@ -293,7 +292,7 @@ def test_an_event_that_cannot_be_acknowledged_holds_up_no_other(
         assert receipt.wait(20) > 0
     assert (_outcomes(), len(get_portfolio_history()), history_queue(redis).count) == ([], 4, 0)
     (job_id,) = history_queue(redis).failed_job_registry.get_job_ids()
-    monkeypatch.setattr(completion, "acknowledge", acknowledge)
+    monkeypatch.setattr(completion, "acknowledgements", acknowledgements)
     redis.zrem(history_queue(redis).failed_job_registry.key, job_id)
     redis.rpush(history_queue(redis).key, as_text(job_id))
     burst(redis)

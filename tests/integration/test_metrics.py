@@ -26,8 +26,9 @@ from consumers.ops.exposition import worker_registry
 from consumers.ops.metrics import COUNTS
 from consumers.ops.status import queue_facts
 from consumers.web import api
-from consumers.worker.completion import Finishing
-from consumers.worker.reservations import POISON_DEATHS, Reservations
+from consumers.worker.completion import Completion
+from consumers.worker.deliveries import POISON_CRASHES
+from consumers.worker.reservations import Reservations
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer
 from tests.deliveries import burst, enqueue_snapshots, history_queue
@@ -66,7 +67,7 @@ def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
     """Stored, duplicate, conflict, invalid, poison and refused, in one batch or alone."""
     queue = history_queue(redis)
     poisonous, *_ = enqueue_snapshots(redis, 4)
-    redis.hset("history:suspects:history", poisonous, POISON_DEATHS)
+    redis.hset("history:suspects:history", poisonous, POISON_CRASHES)
     archive, second = event_of(an_archive(), source="other/3", sequence=1), timedelta(seconds=2)
     same = event_of(a_snapshot(after=second), source="other/2", sequence=1)
     other = event_of(a_snapshot(after=second, balance=1), source="other/2", sequence=2)
@@ -96,15 +97,15 @@ def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
 
 def test_a_redelivery_after_the_commit_is_a_duplicate(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker loses Redis between commit and acknowledgement; the batch comes again, and is stored once."""
-    finish, cut = Finishing.finish, list[int]()
+    complete, cut = Completion.complete, list[int]()
 
-    def finish_the_second_time(*arguments: object) -> None:
+    def complete_the_second_time(*arguments: object) -> None:
         if not cut:
             cut.append(1)
             raise RedisConnectionError("cut")
-        finish(*arguments)  # type: ignore[arg-type]  # as it came
+        complete(*arguments)  # type: ignore[arg-type]  # as it came
 
-    monkeypatch.setattr(Finishing, "finish", finish_the_second_time)
+    monkeypatch.setattr(Completion, "complete", complete_the_second_time)
     enqueue_snapshots(redis, 7)
     burst(redis)
     assert _ends(_scrape(redis)) == {("stored", SNAPSHOT_TYPE): 7, ("duplicate", SNAPSHOT_TYPE): 7}

@@ -17,18 +17,19 @@ from typing import Any
 import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from rq import Queue, RateLimit, Repeat, Retry, SimpleWorker, Worker
+from rq import Callback, Queue, RateLimit, Repeat, Retry, SimpleWorker, Worker
 from rq.exceptions import NoSuchJobError
-from rq.job import Job, JobStatus
+from rq.job import Dependency, Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.timeouts import TimerDeathPenalty
 from sqlalchemy import text
 
 from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
-from consumers.worker import rq_completion
+from consumers.worker import completion
+from consumers.worker.completion import KEPT_OF_A_BATCH
+from consumers.worker.dependents import Dependents
 from consumers.worker.history_worker import HistoryWorker
-from consumers.worker.rq_completion import KEPT_OF_A_BATCH, RqJobs
 from producers.events import Payload, encode, event_of
 from tests.factories import a_snapshot, an_archive
 from tests.redis_state import EXPIRES, TYPE, Difference, Phases, State, error_fields, state_of, unexpected
@@ -57,9 +58,9 @@ ALLOWED_IN_REDIS = [
     Difference("rq:clean_groups", TYPE, "string", None, _NO_GROUPS),
     Difference("rq:clean_groups", EXPIRES, "first work + 599 s", None, _NO_GROUPS),
     Difference("rq:clean_groups", "(value)", "1", None, _NO_GROUPS),
-    Difference("history:strays:history:looked", TYPE, None, "string", _STRAYS),
-    Difference("history:strays:history:looked", EXPIRES, None, "first work + 60 s", _STRAYS),
-    Difference("history:strays:history:looked", "(value)", None, "1", _STRAYS),
+    Difference("history:strays:history:scanned", TYPE, None, "string", _STRAYS),
+    Difference("history:strays:history:scanned", EXPIRES, None, "first work + 60 s", _STRAYS),
+    Difference("history:strays:history:scanned", "(value)", None, "1", _STRAYS),
 ]
 ALLOWED_IN_READS = [
     Difference("job *", "exc_string form", "traceback", "1 line", _ONE_LINE),
@@ -390,59 +391,64 @@ def test_a_worker_looks_the_same_from_outside_while_it_runs(redis: Redis, databa
 
 @pytest.mark.parametrize("others", [0, 2 * KEPT_OF_A_BATCH])
 @pytest.mark.parametrize("worker_class", [SimpleWorker, HistoryWorker])
-def test_what_waits_for_a_job_is_let_go_when_the_job_ends(
-    redis: Redis, database_url: str, worker_class: type[SimpleWorker], others: int
+@pytest.mark.parametrize("options", [{}, {"result_ttl": 0}])
+def test_dependents_of_a_stored_event_run(
+    redis: Redis, database_url: str, options: dict[str, Any], worker_class: type[SimpleWorker], others: int
 ) -> None:
-    """A job that depends on it, or that shares its rate limit, or its own repetition: all are worked off.
-
-    Also when so many other jobs come after it that of most of the batch nothing is kept.
-    """
+    """Also when nothing is kept of the job itself, by its own wish or because so many others come after it."""
     queue = _queue(redis)
-    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(10 + others)])
-    first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="first", repeat=Repeat(times=1))
+    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(2 + others)])
+    first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="first", **options)
     queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="dependent", depends_on=first)
-    for job_id in ("limited-1", "limited-2"):
-        queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id=job_id, rate_limit=RateLimit("one at a time", 1))
     for _ in range(others):
         queue.enqueue(SNAPSHOT_FUNCTION, next(texts))
     worker_class([queue], connection=redis, serializer=JSONSerializer).work(burst=True, logging_level="CRITICAL")
 
-    expected = {"first": 2, "dependent": 1, "limited-1": 1, "limited-2": 1}
-    jobs = {job_id: Job.fetch(job_id, connection=redis, serializer=JSONSerializer) for job_id in expected}
-    assert {job_id: len(job.results()) for job_id, job in jobs.items()} == expected
+    dependent = Job.fetch("dependent", connection=redis, serializer=JSONSerializer)
+    assert (dependent.get_status(), len(dependent.results())) == ("finished", 1)
+    assert queue.deferred_job_registry.count == 0
+    assert redis.ttl(first.key) <= 600  # gone at once under RQ's worker with a time to live of 0
 
 
+@pytest.mark.parametrize("allow_failure", [True, False])
 @pytest.mark.parametrize("worker_class", [SimpleWorker, HistoryWorker])
-def test_what_waits_for_a_job_is_let_go_though_nothing_of_the_job_is_kept(
-    redis: Redis, database_url: str, worker_class: type[SimpleWorker]
+def test_dependents_of_a_rejected_event_run_if_they_allow_its_failure(
+    redis: Redis, database_url: str, worker_class: type[SimpleWorker], allow_failure: bool
 ) -> None:
-    """With a `result_ttl` of 0; the job itself is gone then, like its results, and its repetition is not."""
+    """As RQ decides; others stay deferred until the rejected job is requeued and succeeds."""
     queue = _queue(redis)
-    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(4)])
-    first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="first", result_ttl=0)
-    queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="dependent", depends_on=first)
-    queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="again", result_ttl=0, repeat=Repeat(times=1, interval=9))
+    rejected = queue.enqueue(SNAPSHOT_FUNCTION, "{}")
+    text_of_event = encode(event_of(_at(1), source="other/1", sequence=1))
+    dependency = Dependency([rejected], allow_failure=allow_failure)
+    dependent = queue.enqueue(SNAPSHOT_FUNCTION, text_of_event, depends_on=dependency)
     worker_class([queue], connection=redis, serializer=JSONSerializer).work(burst=True, logging_level="CRITICAL")
 
-    assert Job.fetch("dependent", connection=redis, serializer=JSONSerializer).get_status() == "finished"
-    assert Job.exists("first", connection=redis) is False
-    assert redis.exists("rq:results:first", "rq:results:again") == 0
-    assert queue.finished_job_registry.get_job_ids() == ["dependent"]
-    assert queue.scheduled_job_registry.get_job_ids() == ["again"]
+    assert dependent.get_status() == ("finished" if allow_failure else "deferred")
+    assert redis.keys("history:held:*") == []
 
 
-@pytest.mark.parametrize("worker_class", [SimpleWorker, HistoryWorker])
-def test_a_job_that_is_to_run_again_later_does_not_expire_until_then(
-    redis: Redis, database_url: str, worker_class: type[SimpleWorker]
+@pytest.mark.parametrize(
+    ("options", "wish"),
+    [
+        ({"repeat": Repeat(times=1)}, "repetitions"),
+        ({"rate_limit": RateLimit("one at a time", 1)}, "a rate limit"),
+        ({"on_success": Callback("builtins.print")}, "a callback"),
+    ],
+)
+def test_a_job_that_asks_rq_for_more_is_refused_with_the_reason(
+    redis: Redis, database_url: str, options: dict[str, Any], wish: str
 ) -> None:
-    """However long its result is kept."""
+    """HistoryWorker runs events. Whatever shares the refused job's rate limit has its turn, and is refused too."""
     queue = _queue(redis)
-    text = encode(event_of(_at(1), source="other/1", sequence=1))
-    job = queue.enqueue(SNAPSHOT_FUNCTION, text, result_ttl=60, repeat=Repeat(times=1, interval=3600))
-    worker_class([queue], connection=redis, serializer=JSONSerializer).work(burst=True, logging_level="CRITICAL")
+    texts = [encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(3)]
+    jobs = [queue.enqueue(SNAPSHOT_FUNCTION, text_of_event, **options) for text_of_event in texts]
+    HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
 
-    assert queue.scheduled_job_registry.get_job_ids() == [job.id]
-    assert (redis.ttl(job.key), job.get_status()) == (-1, "scheduled")
+    assert sorted(queue.failed_job_registry.get_job_ids()) == sorted(job.id for job in jobs)
+    with get_db() as db:
+        reasons = db.execute(text("SELECT DISTINCT reason FROM event_outcomes")).scalars().all()
+    assert reasons == [f"refused: RQ is asked for more than to run it: {wish}"]
+    assert (queue.count, redis.keys("history:held:*")) == (0, [])
 
 
 @pytest.mark.parametrize("others", [0, 2 * KEPT_OF_A_BATCH])
@@ -472,43 +478,37 @@ def test_a_dependent_that_comes_while_its_job_is_worked_on_runs_too(
     assert [key for key in redis.keys("rq:job:*depend*") if redis.ttl(key) < 0] == []
 
 
-def test_what_waits_for_a_job_is_let_go_after_a_cut_in_between(
+def test_dependents_run_after_a_cut_before_rq_has_enqueued_them(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the end of the job and that of the waiting: the job is held until then, and ends once more."""
+    """The completed job stays reserved until then, and is completed once more."""
     queue = _queue(redis)
     texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(9)])
     first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), result_ttl=0)
     dependents = [queue.enqueue(SNAPSHOT_FUNCTION, next(texts), depends_on=first) for _ in range(2)]
-    limited = [
-        queue.enqueue(SNAPSHOT_FUNCTION, next(texts), rate_limit=RateLimit("one at a time", 1)) for _ in range(3)
-    ]
-    let_go, cut = RqJobs.let_go, list[int]()
+    enqueue, cuts = Dependents.enqueue, list[int]()
 
-    def let_go_the_third_time(*arguments: Any, **options: Any) -> None:
-        if len(cut) < 2:
-            cut.append(1)
+    def enqueue_the_third_time(self: Dependents, job_id: str) -> None:
+        if len(cuts) < 2:
+            cuts.append(1)
             raise RedisConnectionError("cut")
-        let_go(*arguments, **options)
+        enqueue(self, job_id)
 
-    monkeypatch.setattr(RqJobs, "let_go", let_go_the_third_time)
+    monkeypatch.setattr(Dependents, "enqueue", enqueue_the_third_time)
     HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
-    assert {job.get_status() for job in dependents + limited} == {"finished"}
-    assert Job.exists(first.id, connection=redis) is False
+    assert {job.get_status() for job in dependents} == {"finished"}
     assert redis.keys("history:held:*") == []
 
 
-def test_what_rq_left_on_its_way_to_the_queue_goes_on(redis: Redis, database_url: str) -> None:
-    """Between deferred and queued, as after a death of whoever moved it; what is too large to be read stays."""
+def test_jobs_that_rq_left_between_deferred_and_queued_run(redis: Redis, database_url: str) -> None:
+    """As after a crash of the process that moved them."""
     queue = _queue(redis)
     job = queue.create_job(SNAPSHOT_FUNCTION, (encode(event_of(_at(1), source="other/1", sequence=1)),))
     job.save()
     job.set_status(JobStatus.READY_TO_ENQUEUE)
-    redis.hset("rq:job:large", mapping={"data": "x", "description": "x" * 2**20, "status": "ready_to_enqueue"})
-    redis.zadd(queue.ready_job_registry.key, {"large": 1, job.id: 2})
+    redis.zadd(queue.ready_job_registry.key, {job.id: 2})
     HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
     assert job.get_status() == "finished"
-    assert redis.zrange(queue.ready_job_registry.key, 0, -1) == [b"large"]
 
 
 def test_what_stands_in_the_place_of_rqs_registry_stops_no_event(redis: Redis, database_url: str) -> None:
@@ -522,21 +522,17 @@ def test_what_stands_in_the_place_of_rqs_registry_stops_no_event(redis: Redis, d
     assert redis.keys("history:held:*") == []
 
 
-def test_a_job_that_others_wait_for_is_not_pushed_out_before_they_are_let_go(
+def test_a_job_that_others_wait_for_is_not_pushed_out_before_they_are_enqueued(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By jobs whose results are to be kept longer, when more have finished than are kept."""
-    monkeypatch.setattr(rq_completion, "KEPT_FINISHED_JOBS", 1)
+    monkeypatch.setattr(completion, "KEPT_FINISHED_JOBS", 1)
     queue = _queue(redis)
-    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(8)])
+    texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(6)])
     first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), result_ttl=1)
     dependent = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), depends_on=first)
-    for job_id in ("limited-1", "limited-2"):
-        limit = RateLimit("one at a time", 1)
-        queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id=job_id, rate_limit=limit, result_ttl=1)
     for _ in range(4):
         queue.enqueue(SNAPSHOT_FUNCTION, next(texts))
     HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
-    assert len(get_portfolio_history()) == 8
+    assert len(get_portfolio_history()) == 6
     assert dependent.id not in queue.deferred_job_registry.get_job_ids()
-    assert redis.ttl(first.key) <= 1

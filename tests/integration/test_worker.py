@@ -33,15 +33,16 @@ from consumers.db.inserts import insert_events
 from consumers.db.schema import apply_schema
 from consumers.operations import get_portfolio_history
 from consumers.ops.status import queue_facts
-from consumers.worker import batch, maintenance, orphans, rq_completion
+from consumers.worker import batch, completion, maintenance, orphans
 from consumers.worker import history_worker as worker_module
-from consumers.worker import worker_thread as lane_module
-from consumers.worker.batch import settle
+from consumers.worker import worker_thread as thread_module
+from consumers.worker.batch import process_batch
+from consumers.worker.completion import Completion
+from consumers.worker.deliveries import POISON_CRASHES
 from consumers.worker.history_worker import HistoryWorker
-from consumers.worker.orphans import Stranded
-from consumers.worker.reservations import LEASE_SECONDS, POISON_DEATHS, Reservations, recover_dead_holders
-from consumers.worker.rq_failures import RqFailures
-from consumers.worker.worker_thread import Lane
+from consumers.worker.orphans import Orphans
+from consumers.worker.reservations import LEASE_SECONDS, Reservations, requeue_expired
+from consumers.worker.worker_thread import WorkerThread
 from producers.errors import SettingsError
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
@@ -57,13 +58,13 @@ pytestmark = pytest.mark.usefixtures("database_url")
 
 def _batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many deliveries each transaction was tried with from now on."""
-    together, sizes = batch._settle_together, []
+    together, sizes = batch._process_together, []
 
-    def counted(deliveries: Any, patience_seconds: Any) -> Any:
+    def counted(deliveries: Any, statement_seconds: Any) -> Any:
         sizes.append(len(deliveries))
-        return together(deliveries, patience_seconds)
+        return together(deliveries, statement_seconds)
 
-    monkeypatch.setattr(batch, "_settle_together", counted)
+    monkeypatch.setattr(batch, "_process_together", counted)
     return sizes
 
 
@@ -91,7 +92,7 @@ def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> None:
     """No held list, no lease, no holder, no worker; jobs are finished and have the row's id, in their order."""
-    job_ids = enqueue_snapshots(redis, rq_completion.KEPT_OF_A_BATCH)
+    job_ids = enqueue_snapshots(redis, completion.KEPT_OF_A_BATCH)
     burst(redis)
 
     rows = {row["sequence"]: row["id"] for row in get_portfolio_history()}
@@ -101,15 +102,15 @@ def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> No
     assert [rows[sequence] for sequence in range(len(jobs))] == list(range(1, len(jobs) + 1))
     assert history_queue(redis).finished_job_registry.count == len(jobs)
     assert {as_text(key).split(":")[1] for key in redis.keys("history:*")} == {"ack", "strays"}
-    assert redis.ttl("history:strays:history:looked") > 0
+    assert redis.ttl("history:strays:history:scanned") > 0
     assert redis.keys("rq:workers:history") == []
 
 
 def test_what_is_kept_of_finished_jobs_is_bounded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """By number: the last ones of a batch and the last ones of all, results included; nothing else of them stays."""
-    monkeypatch.setattr(rq_completion, "KEPT_OF_A_BATCH", 20)
-    monkeypatch.setattr(rq_completion, "KEPT_FINISHED_JOBS", 30)
-    monkeypatch.setattr(lane_module, "BATCH_JOBS", 50)
+    monkeypatch.setattr(completion, "KEPT_OF_A_BATCH", 20)
+    monkeypatch.setattr(completion, "KEPT_FINISHED_JOBS", 30)
+    monkeypatch.setattr(thread_module, "BATCH_JOBS", 50)
     job_ids = enqueue_snapshots(redis, 200)
     burst(redis)
 
@@ -124,8 +125,8 @@ def test_many_finished_jobs_of_another_worker_are_dropped_in_parts(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RQ's own worker bounds them by time alone; more than one script could name at once are there then."""
-    monkeypatch.setattr(rq_completion, "KEPT_FINISHED_JOBS", 30)
-    monkeypatch.setattr(lane_module, "BATCH_JOBS", 20)
+    monkeypatch.setattr(completion, "KEPT_FINISHED_JOBS", 30)
+    monkeypatch.setattr(thread_module, "BATCH_JOBS", 20)
     registry = history_queue(redis).finished_job_registry
     with redis.pipeline(transaction=False) as pipe:
         for number in range(9000):
@@ -144,8 +145,8 @@ def test_redis_keeps_no_more_after_more_events(
     producer: HistoryProducer, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the last finished jobs a hash and a result each; no acknowledgement, no trace of the others."""
-    monkeypatch.setattr(rq_completion, "KEPT_OF_A_BATCH", 20)
-    monkeypatch.setattr(rq_completion, "KEPT_FINISHED_JOBS", 30)
+    monkeypatch.setattr(completion, "KEPT_OF_A_BATCH", 20)
+    monkeypatch.setattr(completion, "KEPT_FINISHED_JOBS", 30)
     for round_ in range(2):
         receipts = producer.record_many([a_snapshot(after=timedelta(seconds=100 * round_ + n)) for n in range(100)])
         producer.flush(20)
@@ -275,7 +276,7 @@ def test_a_job_that_is_both_harmed_and_refused_stops_nobody(redis: Redis, field:
 
 def test_max_jobs_may_be_more_than_a_batch(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends after as many, in batches of the usual size."""
-    monkeypatch.setattr(lane_module, "BATCH_JOBS", 10)
+    monkeypatch.setattr(thread_module, "BATCH_JOBS", 10)
     enqueue_snapshots(redis, 40)
     sizes = _batch_sizes(monkeypatch)
     HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=25)
@@ -309,21 +310,20 @@ def test_a_job_that_is_no_hash_is_refused_too(redis: Redis) -> None:
 
 def test_an_error_that_is_redis_own_refuses_no_event(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is still loading answers each command with an error: that is an outage, not a bad job."""
-    job_ids = enqueue_snapshots(redis, 2)
-    redis.hset(Job.key_for(job_ids[0]), "success_callback_name", "x.y")  # read as a whole, which is RQ's
-    worker = HistoryWorker([history_queue(redis)], connection=redis)
-    fetch, loading = Job.fetch.__func__, [True]  # type: ignore[attr-defined]  # mypy does not know class methods' functions
+    refused = history_queue(redis).enqueue("os.system", "true")
+    enqueue_snapshots(redis, 1)
+    read, loading = Completion._failed, [True]
 
-    def still_loading(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def still_loading(*args: Any) -> Any:
         if loading:
             loading.clear()
             raise BusyLoadingError("LOADING")
-        return fetch(cls, *args, **kwargs)
+        return read(*args)
 
-    monkeypatch.setattr(Job, "fetch", classmethod(still_loading))
-    worker.work(burst=True, logging_level="WARNING")
+    monkeypatch.setattr(Completion, "_failed", still_loading)
+    HistoryWorker([history_queue(redis)], connection=redis).work(burst=True, logging_level="WARNING")
 
-    assert _outcomes() == [(job_ids[0], "rejected", "refused: it has a callback or a webhook")]
+    assert _outcome_ids() == history_queue(redis).failed_job_registry.get_job_ids() == [refused.id]
     assert len(get_portfolio_history()) == 1
 
 
@@ -333,17 +333,17 @@ def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypa
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     leases = []
 
-    def stopped_meanwhile(deliveries: Any, patience_seconds: Any) -> Any:
+    def stopped_meanwhile(deliveries: Any, statement_seconds: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         redis.delete(*redis.keys("history:lease:*") or ["none"])
         deadline = time.monotonic() + 10
         while not redis.keys("history:lease:*") and time.monotonic() < deadline:
             time.sleep(0.02)
         leases.append(bool(redis.keys("history:lease:*")))  # of this lane, or of both
-        return settle(deliveries)
+        return process_batch(deliveries)
 
     monkeypatch.setattr(worker_module, "_RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(lane_module, "settle", stopped_meanwhile)
+    monkeypatch.setattr(thread_module, "process_batch", stopped_meanwhile)
     worker.work(burst=True, logging_level="WARNING")
 
     assert leases == [True]
@@ -356,16 +356,16 @@ def test_a_worker_that_is_stuck_loses_its_lease(redis: Redis, monkeypatch: pytes
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     found: list[Any] = []
 
-    def stuck(deliveries: Any, patience_seconds: Any) -> Any:
+    def stuck(deliveries: Any, statement_seconds: Any) -> Any:
         time.sleep(0.4)  # beyond what counts as stuck
         redis.delete(*redis.keys("history:lease:*"))
         time.sleep(0.4)  # several renewals, if there were any
-        found.append((redis.keys("history:lease:*"), recover_dead_holders(redis, history_queue(redis))))
-        return settle(deliveries)
+        found.append((redis.keys("history:lease:*"), requeue_expired(redis, history_queue(redis))))
+        return process_batch(deliveries)
 
     monkeypatch.setattr(worker_module, "_RENEW_SECONDS", 0.05)
     monkeypatch.setattr(worker_module, "_STUCK_SECONDS", 0.2)
-    monkeypatch.setattr(lane_module, "settle", stuck)
+    monkeypatch.setattr(thread_module, "process_batch", stuck)
     job_ids = history_queue(redis).job_ids
     worker.work(burst=True, logging_level="WARNING", max_jobs=1)
 
@@ -410,15 +410,16 @@ def test_the_jobs_of_a_dead_holder_come_back_to_the_front_and_run_alone(redis: R
     job_ids = enqueue_snapshots(redis, 5)
     dead = Reservations(redis, history_queue(redis), "dead")
     dead.renew_lease()
-    assert [one.job_id for one in dead.reserve(3)] == job_ids[:3]
+    assert [job.job_id for job in dead.reserve(3).jobs] == job_ids[:3]
     living = Reservations(redis, history_queue(redis), "living")
-    assert recover_dead_holders(redis, history_queue(redis)) == []
+    assert requeue_expired(redis, history_queue(redis)) == []
     redis.delete(*redis.keys("history:lease:history:dead:*"))
 
-    assert recover_dead_holders(redis, history_queue(redis)) == job_ids[:3]
+    assert requeue_expired(redis, history_queue(redis)) == job_ids[:3]
     assert history_queue(redis).job_ids == job_ids
-    assert [(one.job_id, one.deaths) for one in living.reserve(10)] == [(job_ids[0], 0)]
-    living.hand_back()
+    reservation = living.reserve(10)
+    assert ([job.job_id for job in reservation.jobs], reservation.crashes) == (job_ids[:1], 0)
+    living.requeue()
     burst(redis)
     assert len(get_portfolio_history()) == 5
     assert redis.keys("history:suspects*") == []
@@ -432,22 +433,22 @@ def test_a_lease_from_before_redis_clock_was_set_back_ends_in_time(redis: Redis)
     (lease,) = redis.keys("history:lease:history:dead:*")
     redis.expire(lease, 2 * 86400)
 
-    assert recover_dead_holders(redis, history_queue(redis)) == []
+    assert requeue_expired(redis, history_queue(redis)) == []
     assert 0 < redis.ttl(lease) <= LEASE_SECONDS
     redis.delete(lease)
-    assert recover_dead_holders(redis, history_queue(redis)) == job_ids
+    assert requeue_expired(redis, history_queue(redis)) == job_ids
 
 
 def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) -> None:
     """Each death alone counts one; then it is rejected, and the queue goes on."""
     job_ids = enqueue_snapshots(redis, 2)
-    for number in range(POISON_DEATHS):
+    for number in range(POISON_CRASHES):
         dying = Reservations(redis, history_queue(redis), f"dying-{number}")
         dying.renew_lease()
-        assert [one.job_id for one in dying.reserve(1)] == job_ids[:1]
-        dying.accuse()
+        assert [job.job_id for job in dying.reserve(1).jobs] == job_ids[:1]
+        dying.run_alone()
         redis.delete(*redis.keys(f"history:lease:history:dying-{number}:*"))
-        recover_dead_holders(redis, history_queue(redis))
+        requeue_expired(redis, history_queue(redis))
     burst(redis)
 
     assert [(job_id, reason) for job_id, _, reason in _outcomes()] == [
@@ -459,14 +460,14 @@ def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) ->
 def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception that nobody expected counts like a death of the worker."""
     job_ids = enqueue_snapshots(redis, 2)
-    together = batch._settle_together
+    together = batch._process_together
 
-    def defective(deliveries: Any, patience_seconds: Any) -> Any:
+    def defective(deliveries: Any, statement_seconds: Any) -> Any:
         if any(delivery.job_id == job_ids[0] and delivery.refusal is None for delivery in deliveries):
             raise ZeroDivisionError("a defect")
-        return together(deliveries, patience_seconds)
+        return together(deliveries, statement_seconds)
 
-    monkeypatch.setattr(batch, "_settle_together", defective)
+    monkeypatch.setattr(batch, "_process_together", defective)
     burst(redis)
 
     assert [job_id for job_id, _, _ in _outcomes()] == job_ids[:1]
@@ -495,12 +496,12 @@ def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
     job_ids = enqueue_snapshots(redis, 3)
     reservations = Reservations(redis, history_queue(redis), "one")
     reservations.reserve(2)
-    assert [one.job_id for one in reservations.reserve(10)] == job_ids
+    assert [job.job_id for job in reservations.reserve(10).jobs] == job_ids
 
 
 def test_what_stock_workers_left_behind_is_requeued_not_failed(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """One job in the intermediate list, one expired in the started registry."""
-    monkeypatch.setattr(orphans, "STRANDED_SECONDS", 0.0)
+    monkeypatch.setattr(orphans, "ORPHAN_SECONDS", 0.0)
     job_ids = enqueue_snapshots(redis, 3)
     queue = history_queue(redis)
     redis.lmove(queue.key, queue.intermediate_queue_key, "LEFT", "RIGHT")
@@ -509,7 +510,7 @@ def test_what_stock_workers_left_behind_is_requeued_not_failed(redis: Redis, mon
     redis.zadd(StartedJobRegistry(queue=queue).key, {f"{job_ids[1]}:execution": time.time() - 1})
     worker = HistoryWorker([queue], connection=redis)
     for _ in range(2):
-        worker._upkeep.due_at = 0.0
+        worker._maintenance.due_at = 0.0
         worker._maintain()
         time.sleep(0.01)
     burst(redis)
@@ -559,7 +560,7 @@ def test_a_death_during_a_stall_of_the_database_is_not_held_against_the_job(redi
                 victim.kill()
                 victim.wait()
             redis.delete(*redis.keys("history:lease:*"))
-            assert recover_dead_holders(redis, history_queue(redis)) == [job_id]
+            assert requeue_expired(redis, history_queue(redis)) == [job_id]
     assert redis.hgetall("history:suspects:history") == {job_id.encode(): b"0"}
     burst(redis)
     assert len(get_portfolio_history()) == 1
@@ -610,7 +611,7 @@ def _database_number(redis: Redis) -> int:
 
 def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stock worker died between taking it and noting it; it needs two looks, and others are left alone."""
-    monkeypatch.setattr(orphans, "STRANDED_SECONDS", 0.0)
+    monkeypatch.setattr(orphans, "ORPHAN_SECONDS", 0.0)
     job_ids = enqueue_snapshots(redis, 4)
     other = Queue("other", connection=redis).enqueue("os.getpid")
     redis.lpop("rq:queue:other")
@@ -618,12 +619,12 @@ def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.Monk
     redis.lrem(queue.key, 1, job_ids[0])
     redis.lrem(queue.key, 1, job_ids[1])
     redis.hset(Job.key_for(job_ids[1]), "status", "finished")
-    holder = Reservations(redis, queue, "holder")
-    assert [job.job_id for job in holder.reserve(1)] == job_ids[2:3]
+    owner = Reservations(redis, queue, "owner")
+    assert [job.job_id for job in owner.reserve(1).jobs] == job_ids[2:3]
     found = []
     for _ in range(3):
-        redis.delete("history:strays:history:looked")
-        found.append(Stranded(redis, queue).requeue())
+        redis.delete("history:strays:history:scanned")
+        found.append(Orphans(redis, queue).requeue())
 
     assert found == [[], job_ids[:1], []]
     assert queue.job_ids == [job_ids[0], job_ids[3]]
@@ -634,20 +635,20 @@ def test_a_job_in_no_list_is_found_after_redis_clock_was_set_back(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was first seen two days from now, and so was the last look."""
-    monkeypatch.setattr(orphans, "STRANDED_SECONDS", 0.0)
+    monkeypatch.setattr(orphans, "ORPHAN_SECONDS", 0.0)
     (job_id,) = enqueue_snapshots(redis, 1)
     queue = history_queue(redis)
     redis.lpop(queue.key)
     redis.hset(strays_key(queue.name), job_id, redis.time()[0] + 2 * 86400)
-    looked = f"{strays_key(queue.name)}:looked"
+    looked = f"{strays_key(queue.name)}:scanned"
     redis.set(looked, "1", ex=2 * 86400)
 
-    assert Stranded(redis, queue).requeue() == []
+    assert Orphans(redis, queue).requeue() == []
     assert 0 < redis.ttl(looked) <= 60
     found = []
     for _ in range(2):
         redis.delete(looked)
-        found.append(Stranded(redis, queue).requeue())
+        found.append(Orphans(redis, queue).requeue())
     assert found == [[], [job_id]]
 
 
@@ -749,14 +750,14 @@ def test_row_numbers_that_are_taken_are_not_held_against_the_events(
             " SELECT n, gen_random_uuid(), 'x', '2026-01-01', now(), 1, 1, 1, 1, 1, 1 FROM generate_series(1, 50) AS n"
         )
     enqueue_snapshots(redis, 3)
-    waited = Lane._wait_for_recovery
+    waited = WorkerThread._wait_for_recovery
 
-    def mend(lane: Lane, error: Any) -> None:
+    def mend(thread: WorkerThread, error: Any) -> None:
         with get_db() as db:
             db.exec_driver_sql("SELECT setval(pg_get_serial_sequence('portfolio_history', 'id'), 50)")
-        waited(lane, error)
+        waited(thread, error)
 
-    monkeypatch.setattr(Lane, "_wait_for_recovery", mend)
+    monkeypatch.setattr(WorkerThread, "_wait_for_recovery", mend)
     burst(redis)
 
     assert (len(get_portfolio_history()), _outcomes()) == (53, [])
@@ -767,14 +768,14 @@ def test_an_event_that_can_neither_be_stored_nor_refused_is_given_up(
 ) -> None:
     """After as many tries as a poison event has it is in the failed registry, with the reason, and stops nobody."""
     job_ids = enqueue_snapshots(redis, 3)
-    together = batch._settle_together
+    together = batch._process_together
 
-    def defective(deliveries: Any, patience_seconds: Any) -> Any:
+    def defective(deliveries: Any, statement_seconds: Any) -> Any:
         if any(delivery.job_id == job_ids[1] for delivery in deliveries):
             raise ZeroDivisionError("a defect")
-        return together(deliveries, patience_seconds)
+        return together(deliveries, statement_seconds)
 
-    monkeypatch.setattr(batch, "_settle_together", defective)
+    monkeypatch.setattr(batch, "_process_together", defective)
     burst(redis)
 
     assert len(get_portfolio_history()) == 2
@@ -872,11 +873,11 @@ def test_no_clock_of_a_host_decides_what_is_stranded(redis: Redis, monkeypatch: 
     redis.delete(queue.key)
     soon = redis.time()[0] + 60
     redis.zadd(StartedJobRegistry("history", connection=redis).key, {f"{job_ids[0]}:execution": soon})
-    assert Stranded(redis, queue).requeue() == []
-    redis.delete("history:strays:history:looked")
+    assert Orphans(redis, queue).requeue() == []
+    redis.delete("history:strays:history:scanned")
     ahead = time.time() + 36_000
     monkeypatch.setattr(time, "time", lambda: ahead)
-    assert Stranded(redis, queue).requeue() == []
+    assert Orphans(redis, queue).requeue() == []
 
 
 def test_an_answer_that_takes_too_long_does_not_end_the_ear_for_commands(
@@ -890,7 +891,7 @@ def test_an_answer_that_takes_too_long_does_not_end_the_ear_for_commands(
 
 def test_many_entries_that_are_no_ids_end_no_burst(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than a batch of them in front of an event."""
-    monkeypatch.setattr(lane_module, "BATCH_JOBS", 10)
+    monkeypatch.setattr(thread_module, "BATCH_JOBS", 10)
     redis.rpush("rq:queue:history", *["no id"] * 35)
     enqueue_snapshots(redis, 1)
     burst(redis)
@@ -925,7 +926,7 @@ def test_dependencies_that_are_none_cost_only_the_job_that_names_them(redis: Red
     enqueue_snapshots(redis, 2)
     worker = burst(redis)
 
-    assert worker._crew.waits_for is None
+    assert worker._shared.waits_for is None
     assert (_outcome_ids(), len(get_portfolio_history())) == ([refused.id], 2)
     queue = history_queue(redis)
     assert queue.failed_job_registry.get_job_ids() == [refused.id]
@@ -942,18 +943,18 @@ def test_what_cannot_be_written_of_one_job_costs_only_that_job(redis: Redis, mon
     """Whatever defect of ours it is: an exception, or what redis-py does not send; Redis is not away for that."""
     refused = [history_queue(redis).enqueue("os.system", str(number)).id for number in range(4)]
     enqueue_snapshots(redis, 3)
-    written = RqFailures._written
+    failed_job = Completion._failed_job
 
-    def defective(self: Any, reserved: Any, *args: Any, **kwargs: Any) -> Any:
-        if reserved.job_id == refused[1]:
+    def defective(self: Any, job: Any, *args: Any) -> Any:
+        if job.job_id == refused[1]:
             raise ZeroDivisionError("a defect")
-        fields = written(self, reserved, *args, **kwargs)
-        return fields | ({"description": None} if reserved.job_id == refused[2] else {})
+        found = failed_job(self, job, *args)
+        return found | ({"fields": {b"bytes"}} if job.job_id == refused[2] else {})
 
-    monkeypatch.setattr(RqFailures, "_written", defective)
+    monkeypatch.setattr(Completion, "_failed_job", defective)
     worker = burst(redis)
 
-    assert worker._crew.waits_for is None
+    assert worker._shared.waits_for is None
     assert (sorted(_outcome_ids()), len(get_portfolio_history())) == (sorted(refused), 3)
     assert sorted(history_queue(redis).failed_job_registry.get_job_ids()) == sorted(refused)
     assert redis.hget(Job.key_for(refused[3]), "status") == b"failed"
@@ -994,7 +995,7 @@ def test_what_stands_in_the_place_of_a_key_of_ours_is_moved_away(redis: Redis, k
 
     assert (_outcome_ids(), len(get_portfolio_history())) == ([refused.id], 2)
     assert history_queue(redis).failed_job_registry.get_job_ids() == [refused.id]
-    assert redis.exists(f"{name}:harmed") == (key != "rq:results")
+    assert redis.exists(f"{name}:quarantined") == (key != "rq:results")
     assert key != "ack" or redis.hlen(name) == 2
     assert redis.hmget(worker.key, "successful_job_count", "failed_job_count") == [b"2", b"1"]
 
@@ -1015,7 +1016,7 @@ def test_a_queue_that_is_no_list_is_named(redis: Redis, caplog: pytest.LogCaptur
     working = threading.Thread(target=lambda: worker.work(burst=True, logging_level="WARNING"))
     worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # not in a thread
     working.start()
-    until(lambda: "rq:queue:history is a string and no list" in caplog.text)
+    until(lambda: "rq:queue:history is a string and not a list" in caplog.text)
     redis.delete("rq:queue:history")
     enqueue_snapshots(redis, 1)
     working.join(30)
@@ -1031,13 +1032,15 @@ def test_one_harmed_holder_does_not_keep_the_others_from_recovery(redis: Redis) 
             redis.set(f"history:held:history:{holder}", "x")
         else:
             redis.lmove("rq:queue:history", f"history:held:history:{holder}", "RIGHT", "LEFT")
-    assert sorted(recover_dead_holders(redis, history_queue(redis))) == sorted(job_ids[1:])
-    assert recover_dead_holders(redis, history_queue(redis)) == []
+    assert sorted(requeue_expired(redis, history_queue(redis))) == sorted(job_ids[1:])
+    assert requeue_expired(redis, history_queue(redis)) == []
     assert redis.hgetall("history:holders:history") == {}
 
 
-def test_what_is_no_worker_in_rqs_list_ends_no_maintenance(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
-    """It is removed, and the state of the queue can be told meanwhile."""
+def test_an_unusable_entry_among_rqs_workers_ends_no_maintenance(
+    redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RQ cannot read its list of workers then: the log says so once, and events are stored."""
     redis.sadd("rq:workers:history", b"\xff", "rq:worker:gone")
     redis.hset("history:holders:history", b"\xff", "")
     redis.set("history:held:history:evil", "x")
@@ -1046,8 +1049,8 @@ def test_what_is_no_worker_in_rqs_list_ends_no_maintenance(redis: Redis, caplog:
     enqueue_snapshots(redis, 1)
     burst(redis)
 
-    assert (redis.smembers("rq:workers:history"), len(get_portfolio_history())) == (set(), 1)
-    assert "removed 1 entries of rq:workers:history that are no workers" in caplog.text
+    assert len(get_portfolio_history()) == 1
+    assert "maintenance of queue history passes over dead workers: UnicodeDecodeError" in caplog.text
 
 
 def test_each_part_of_the_maintenance_goes_on_without_the_others(
@@ -1061,14 +1064,14 @@ def test_each_part_of_the_maintenance_goes_on_without_the_others(
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr(maintenance, "clean_worker_registry", defective)
-    monkeypatch.setattr(maintenance, "recover_dead_holders", defective)
+    monkeypatch.setattr(maintenance, "requeue_expired", defective)
     redis.set("rq:finished:history", "x")
     redis.rpush("rq:queue:history:intermediate", "x")
-    monkeypatch.setattr(orphans, "STRANDED_SECONDS", -1.0)
+    monkeypatch.setattr(orphans, "ORPHAN_SECONDS", -1.0)
     for _ in range(3):
-        worker._upkeep.look()
+        worker._maintenance.run()
     assert redis.lrange("rq:queue:history", 0, -1) == [b"x"]
-    assert caplog.text.count("passes over a part of its maintenance") == 3
+    assert caplog.text.count("maintenance of queue history passes over") == 3
     worker._retire()
 
 

@@ -24,7 +24,7 @@ from sqlalchemy import Connection, text
 
 from consumers.db.engine import engine
 from consumers.db.inserts import Stored, insert_events
-from consumers.worker.jobs import MAX_JOB_BYTES, ReservedJob, read_call
+from consumers.worker.deliveries import MAX_JOB_BYTES, ReservedJob, parse
 from producers.errors import InvalidEvent
 from producers.events import (
     MAX_EVENT_BYTES,
@@ -232,9 +232,10 @@ def test_what_the_producer_accepts_at_a_limit_the_worker_accepts_and_the_databas
         (entry,) = outbox.pending(1)
     data = _fields(entry, "history", "")["data"]
     assert len(data) <= MAX_JOB_BYTES
-    text_of_event, model = read_call(ReservedJob("x", None, 0, "usual", data, None))
+    delivery = parse(ReservedJob("x", "usual", data, None))
+    assert delivery.model is not None
     with _undone() as db:
-        (answer,) = insert_events(db, [decode(text_of_event, model)])
+        (answer,) = insert_events(db, [decode(delivery.text, delivery.model)])
         assert isinstance(answer, Stored)
         read = db.execute(_ARCHIVE, {"id": answer.row_id}).mappings().one()["exact"]
     assert _with_exact_numbers(json.loads(read, parse_float=Decimal)) == _with_exact_numbers(signals)

@@ -11,7 +11,7 @@ from typing import Any
 
 from redis import Redis
 
-from consumers.worker.quarantine import is_wrong_type
+from consumers.errors import is_wrong_type
 
 FIELD_BYTES = 4 * 1024  # of a name, a time or a description; RQ's own have some hundred
 PAGE_BYTES = 64 * 1024  # of what has a page to itself

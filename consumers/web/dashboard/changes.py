@@ -18,9 +18,9 @@ from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
+from consumers.errors import is_wrong_type
 from consumers.web.dashboard.bounded import read_without
 from consumers.web.dashboard.stored_jobs import REGISTRIES, registry_key, shown
-from consumers.worker.quarantine import is_wrong_type
 from producers.errors import HistoryError
 from producers.redis_keys import delays_key, held_key, holders_key, strays_key, suspects_key
 

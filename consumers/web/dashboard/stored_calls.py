@@ -15,7 +15,7 @@ from rq.serializers import JSONSerializer
 
 from consumers.errors import RefusedJob
 from consumers.web.dashboard.stored_jobs import LINE, StoredJob, opening
-from consumers.worker.jobs import ReservedJob, read_call
+from consumers.worker.deliveries import ReservedJob, _call
 
 _SMALL_BYTES = 64 * 1024
 _FUNCTION = re.compile(rb'\s*\["([\w.]{1,200})"')
@@ -51,7 +51,7 @@ def call_of(job: StoredJob, *, whole: bool) -> Call:
     if not whole:
         return Call(function, harm="its data is large")
     try:
-        return Call(function, read_call(ReservedJob(job.id, None, 0, "usual", data, None))[0])
+        return Call(function, _call(ReservedJob(job.id, None, 0, "usual", data, None))[0])
     except RefusedJob as refusal:
         return Call(function, harm=str(refusal))
 

@@ -26,7 +26,7 @@ from rq.registry import (
 from rq.results import Result
 
 from consumers.web.dashboard.bounded import FIELD_BYTES, PAGE_BYTES, StoredHash, read_hashes
-from consumers.worker.jobs import MAX_JOB_BYTES
+from consumers.worker.deliveries import MAX_JOB_BYTES
 
 REGISTRIES: Mapping[str, type[BaseRegistry]] = {
     "started": StartedJobRegistry,

@@ -7,10 +7,10 @@ from typing import Any
 from redis import Redis, ResponseError
 from rq import Queue, Worker
 
+from consumers.errors import is_wrong_type
 from consumers.web.dashboard.bounded import FIELD_BYTES, PAGE_BYTES, read_hash
 from consumers.web.dashboard.stored_calls import line_of
 from consumers.web.dashboard.stored_jobs import REGISTRIES, read_job, registry_key, shown
-from consumers.worker.quarantine import is_wrong_type
 from producers.redis_keys import held_key, holders_key
 
 _WORKER_LIMITS = dict.fromkeys(("state", "queues", "current_job", "version", "python_version"), FIELD_BYTES)

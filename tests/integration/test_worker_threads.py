@@ -1,4 +1,4 @@
-"""The lanes of one worker: beside each other, except for a suspect, and seen by operators as one worker."""
+"""The threads of one worker: beside each other, except for a poison candidate, and shown to operators as one worker."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from consumers.embedded.child_processes import stop, worker_process
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
 from consumers.worker import batch, maintenance
-from consumers.worker import worker_thread as lane_module
-from consumers.worker.batch import settle
+from consumers.worker import worker_thread as thread_module
+from consumers.worker.batch import process_batch
 from consumers.worker.history_worker import HistoryWorker
-from consumers.worker.reservations import Reservations, recover_dead_holders
-from consumers.worker.shared_state import Crew
-from consumers.worker.worker_thread import Lane
+from consumers.worker.reservations import Reservations, requeue_expired
+from consumers.worker.shared_state import SharedState
+from consumers.worker.worker_thread import WorkerThread
 from producers.events import event_of
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import a_snapshot
@@ -54,7 +54,7 @@ def _running(worker: HistoryWorker) -> Iterator[threading.Thread]:
 
 def test_while_one_waits_for_the_database_the_other_goes_on(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody's uncommitted insert of the first fact holds up the first batch, not the second."""
-    monkeypatch.setattr(lane_module, "BATCH_JOBS", 1)
+    monkeypatch.setattr(thread_module, "BATCH_JOBS", 1)
     enqueue_snapshots(redis, 2)
     with engine().connect() as db:
         insert_events(db, [event_of(a_snapshot(), source="other/2", sequence=1)])
@@ -65,9 +65,9 @@ def test_while_one_waits_for_the_database_the_other_goes_on(redis: Redis, monkey
     assert not thread.is_alive()
 
 
-def test_a_suspect_has_the_process_for_itself(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poison_candidate_has_the_process_for_itself(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two suspects and many others: whatever runs beside a suspect could be what kills the process."""
-    monkeypatch.setattr(lane_module, "BATCH_JOBS", 5)
+    monkeypatch.setattr(thread_module, "BATCH_JOBS", 5)
     job_ids = enqueue_snapshots(redis, 60)
     suspects = {job_ids[10], job_ids[11], job_ids[40]}
     for job_id in suspects:
@@ -79,14 +79,14 @@ def test_a_suspect_has_the_process_for_itself(redis: Redis, monkeypatch: pytest.
     def watched(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
         mine = {delivery.job_id for delivery in deliveries}
         running.append(mine)
-        time.sleep(0.02)  # long enough for the other lane to come along
+        time.sleep(0.02)  # long enough for the other thread to come along
         together.append(len(running))
         if any(one & suspects for one in running):
             beside.append(set().union(*running))
-        yield from settle(deliveries, **options)
+        yield from process_batch(deliveries, **options)
         running.remove(mine)
 
-    monkeypatch.setattr(lane_module, "settle", watched)
+    monkeypatch.setattr(thread_module, "process_batch", watched)
     burst(redis)
 
     assert sorted(map(sorted, beside)) == sorted([[job_id] for job_id in suspects])
@@ -100,30 +100,30 @@ def test_only_a_death_with_a_suspect_alone_counts_against_it(redis: Redis) -> No
     counts = []
     for accused in (False, False, True):
         dying = Reservations(redis, history_queue(redis), "dying")
-        assert [one.job_id for one in dying.reserve(1)] == [job_id]
+        assert [job.job_id for job in dying.reserve(1).jobs] == [job_id]
         if accused:
-            dying.accuse()
+            dying.run_alone()
             dying.renew_lease()
         redis.delete(*redis.keys("history:lease:*"))
-        assert recover_dead_holders(redis, history_queue(redis)) == [job_id]
+        assert requeue_expired(redis, history_queue(redis)) == [job_id]
         counts.append(redis.hget("history:suspects:history", job_id))
     assert counts == [b"0", b"0", b"1"]
 
 
-def test_a_worker_is_busy_as_long_as_one_lane_is(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_is_busy_as_long_as_one_thread_is(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says what it waits for, once, until something has been stored."""
     worker = HistoryWorker([history_queue(redis)], connection=redis)
-    crew, seen = worker._crew, list[str]()
+    shared, seen = worker._shared, list[str]()
     monkeypatch.setattr(worker, "set_state", seen.append)
-    crew.show()
-    with crew.working(alone=False):
-        with crew.working(alone=False):
+    shared.publish()
+    with shared.working(alone=False):
+        with shared.working(alone=False):
             pass
-        crew.failed(StoreUnavailable("no route"))
-        crew.failed(StoreUnavailable("no route"))
-        crew.passed(worked=False)  # the other lane found nothing to do: it cannot know
+        shared.failed(StoreUnavailable("no route"))
+        shared.failed(StoreUnavailable("no route"))
+        shared.succeeded(worked=False)  # the other thread found nothing to do: it cannot know
         assert seen[-1] == "waiting for the database"
-        crew.passed(worked=True)
+        shared.succeeded(worked=True)
     assert seen == ["idle", "busy", "waiting for the database", "busy", "idle"]
 
 
@@ -142,7 +142,7 @@ def test_a_stop_in_the_moment_of_the_commit_hands_back_nothing_that_is_stored(
     assert history_queue(redis).count == 0
 
 
-def test_an_outage_is_told_once_although_the_lanes_take_turns(
+def test_an_outage_is_told_once_although_the_threads_take_turns(
     redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The one job wanders between them, so that each finds nothing to do now and then; that is no good news."""
@@ -154,10 +154,10 @@ def test_an_outage_is_told_once_although_the_lanes_take_turns(
         if len(tries) < 8:
             time.sleep(0.05)
             raise StoreUnavailable("no answer")
-        yield from settle(deliveries, **options)
+        yield from process_batch(deliveries, **options)
 
-    monkeypatch.setattr(lane_module, "settle", failing)
-    monkeypatch.setattr(lane_module, "_LAST_BACKOFF_SECONDS", 0.5)
+    monkeypatch.setattr(thread_module, "process_batch", failing)
+    monkeypatch.setattr(thread_module, "_LAST_BACKOFF_SECONDS", 0.5)
     with _running(HistoryWorker([history_queue(redis)], connection=redis)):
         until(lambda: len(get_portfolio_history()) == 1)
         until(lambda: "goes on" in caplog.text)
@@ -171,7 +171,7 @@ def test_suspended_it_is_shown_as_that_and_resumed_as_idle(redis: Redis, monkeyp
     seen = list[str]()
     monkeypatch.setattr(worker, "set_state", seen.append)
     with _running(worker):
-        worker._crew.failed(StoreUnavailable("no route"))
+        worker._shared.failed(StoreUnavailable("no route"))
         redis.set("rq:suspended", 1)
         until(lambda: seen[-1] == "suspended")
         redis.delete("rq:suspended")
@@ -179,8 +179,8 @@ def test_suspended_it_is_shown_as_that_and_resumed_as_idle(redis: Redis, monkeyp
     assert "waiting for the database" in seen
 
 
-def test_registered_anew_beside_a_lane_that_writes(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redis lost the registration; a heartbeat of a lane comes back into it before the registration does."""
+def test_registered_anew_beside_a_thread_that_writes(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis lost the registration; a heartbeat of a thread comes back into it before the registration does."""
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     register = worker.register_birth
 
@@ -192,16 +192,16 @@ def test_registered_anew_beside_a_lane_that_writes(redis: Redis, monkeypatch: py
         until(lambda: redis.scard("rq:workers") == 1)
         monkeypatch.setattr(worker, "register_birth", beside_a_heartbeat)
         redis.flushall()
-        worker._upkeep.due_at = 0.0
-        enqueue_snapshots(redis, 1)  # ends a lane's wait, not the main thread's
+        worker._maintenance.due_at = 0.0
+        enqueue_snapshots(redis, 1)  # ends a thread's wait, not the main thread's
         until(lambda: redis.scard("rq:workers") == 1)
         until(lambda: redis.hget(worker.key, "state") == b"idle")
         assert redis.hexists(worker.key, "death") is False
     assert len(get_portfolio_history()) == 1
 
 
-def test_told_to_stop_it_waits_for_its_lanes_without_a_busy_loop(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The main thread would take the processor from the lane that has to finish."""
+def test_told_to_stop_it_waits_for_its_threads_not_in_a_loop(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread would take the processor from the thread that has to finish."""
     enqueue_snapshots(redis, 1)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     looks = []
@@ -212,9 +212,9 @@ def test_told_to_stop_it_waits_for_its_lanes_without_a_busy_loop(redis: Redis, m
     def slow(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
         worker._ending.set()
         release.wait(10)
-        yield from settle(deliveries, **options)
+        yield from process_batch(deliveries, **options)
 
-    monkeypatch.setattr(lane_module, "settle", slow)
+    monkeypatch.setattr(thread_module, "process_batch", slow)
     with _running(worker):
         until(worker._ending.is_set)
         looks.clear()
@@ -230,12 +230,12 @@ def test_told_to_stop_a_suspect_that_waits_for_its_turn_goes_back(redis: Redis) 
     redis.hset("history:suspects:history", job_id, 0)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     stopping = threading.Event()
-    lane = Lane(worker, history_queue(redis), worker._crew, stopping, lane_module.Limits(True, None, 0))
-    reserved = lane.reservations.reserve(1)
-    with worker._crew.working(alone=False):
-        turn = threading.Thread(target=lane._work_in_turn, args=(reserved,))
+    thread = WorkerThread(worker, history_queue(redis), worker._shared, stopping, thread_module.Limits(True, None, 0))
+    reserved = thread.reservations.reserve(1)
+    with worker._shared.working(alone=False):
+        turn = threading.Thread(target=thread._work_in_turn, args=(reserved,))
         turn.start()
-        until(lambda: worker._crew._alone)
+        until(lambda: worker._shared._alone)
         stopping.set()
     turn.join(10)
     assert (history_queue(redis).job_ids, get_portfolio_history()) == ([job_id], [])
@@ -276,40 +276,40 @@ def test_sigterm_ends_it_while_redis_is_frozen(redis: Redis, tmp_path: Path, bus
 
 
 @pytest.mark.timeout(30)
-def test_a_defect_of_a_lane_ends_the_worker_and_shows(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_of_a_thread_ends_the_worker_and_shows(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a worker would look healthy for ever."""
     job_ids = enqueue_snapshots(redis, 3)
-    work_off, defective = Lane._work_off, list[Lane]()
+    work, defective = WorkerThread._work, list[WorkerThread]()
 
-    def once(lane: Lane, reserved: Any) -> None:
+    def once(thread: WorkerThread, reserved: Any) -> None:
         if not defective:
-            defective.append(lane)
+            defective.append(thread)
             raise ZeroDivisionError("a defect")
-        work_off(lane, reserved)
+        work(thread, reserved)
 
-    monkeypatch.setattr(Lane, "_work_off", once)
+    monkeypatch.setattr(WorkerThread, "_work", once)
     with pytest.raises(ZeroDivisionError, match="a defect"):
         HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="CRITICAL")
     assert history_queue(redis).count + len(get_portfolio_history()) == len(job_ids)
     assert (redis.keys("history:lease:*"), redis.smembers("rq:workers")) == ([], set())
 
 
-def test_the_crew_waits_for_whoever_works_before_one_works_alone(redis: Redis) -> None:
-    crew = Crew(HistoryWorker([history_queue(redis)], connection=redis))
+def test_the_shared_waits_for_whoever_works_before_one_works_alone(redis: Redis) -> None:
+    shared = SharedState(HistoryWorker([history_queue(redis)], connection=redis))
     order: list[str] = []
 
     def alone() -> None:
-        with crew.working(alone=True):
+        with shared.working(alone=True):
             order.append("alone")
 
     def beside() -> None:
-        with crew.working(alone=False):
+        with shared.working(alone=False):
             order.append("beside")
 
-    with crew.working(alone=False):
+    with shared.working(alone=False):
         first = threading.Thread(target=alone)
         first.start()
-        until(lambda: crew._alone)
+        until(lambda: shared._alone)
         second = threading.Thread(target=beside)
         second.start()
         time.sleep(0.05)  # whoever does not wait shows by then
@@ -317,13 +317,13 @@ def test_the_crew_waits_for_whoever_works_before_one_works_alone(redis: Redis) -
     first.join(10)
     second.join(10)
     assert order == ["working", "alone", "beside"]
-    idle = crew.idle_seconds()
-    with crew.working(alone=False):
-        assert crew.idle_seconds() == 0.0 < idle
+    idle = shared.idle_seconds()
+    with shared.working(alone=False):
+        assert shared.idle_seconds() == 0.0 < idle
 
 
-def test_a_lone_lane_keeps_to_the_number_of_jobs(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane_module, "BATCH_JOBS", 4)
+def test_a_lone_thread_keeps_to_the_number_of_jobs(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread_module, "BATCH_JOBS", 4)
     enqueue_snapshots(redis, 30)
     assert HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=10)
     assert (len(get_portfolio_history()), history_queue(redis).count) == (10, 20)

@@ -1,0 +1,81 @@
+-- Reserve jobs from the front of the queue for one owner, under its lease.
+--
+-- KEYS 1 queue, 2 reserved list, 3 crash counts, 4 lease, 5 owners, 6 timeout counts, 7 quarantined ids
+-- ARGV 1 most jobs, 2 bytes after which no further job is added, 3 prefix of job keys, 4 seconds of a lease, 5 owner,
+--      6 most bytes of one job
+-- Reply {keys quarantined, number of ids quarantined, ids, data of each job, notes, crash count or -1, timeout count}.
+--      A note is {index, state, result_ttl} of a job that is not 'usual' or that has a result_ttl of its own.
+--
+-- If the reply of an earlier call was lost, the reserved list is not empty: its jobs go back to the queue first.
+-- A job with a crash count or a timeout count is reserved alone. The owner is named here again, in case Redis has lost
+-- everything meanwhile.
+
+local function count(key, id, found)
+    if not found or string.find(found, '^%d%d?%d?%d?$') then return found end
+    redis.call('HSET', key, id, 0)  -- not a number of ours
+    return '0'
+end
+
+-- A job that asks RQ for more than to be run has one of these fields; it is refused.
+local WISHES = {'success_callback_name', 'failure_callback_name', 'stopped_callback_name', 'webhooks', 'repeats_left',
+    'rate_limit_key'}
+
+local function read(key, most_bytes)
+    local size = redis.pcall('HSTRLEN', key, 'data')
+    if type(size) == 'table' then return 'unreadable', '', '' end  -- an error: the key is not a hash
+    if size > most_bytes then return 'oversized', '', '' end
+    local found = redis.call('HMGET', key, 'data', 'result_ttl', unpack(WISHES))
+    -- A longer number could not be a time to live.
+    local ttl = found[2] and #found[2] < 20 and found[2] or ''
+    if not found[1] then return redis.call('EXISTS', key) == 1 and 'unreadable' or 'gone', '', ttl end
+    for n, wish in ipairs(WISHES) do
+        if found[n + 2] and found[n + 2] ~= '' then return wish, found[1], ttl end
+    end
+    return 'usual', found[1], ttl
+end
+
+local quarantined = quarantine({[KEYS[2]] = 'list', [KEYS[3]] = 'hash', [KEYS[5]] = 'hash', [KEYS[6]] = 'hash',
+    [KEYS[7]] = 'list'})
+local kind = redis.call('TYPE', KEYS[1]).ok
+if kind ~= 'none' and kind ~= 'list' then
+    return redis.error_reply('WRONGTYPE ' .. KEYS[1] .. ' is a ' .. kind .. ' and not a list: rename or delete it')
+end
+redis.call('SET', KEYS[4], '1', 'EX', ARGV[4])
+redis.call('HSET', KEYS[5], ARGV[5], '')
+while redis.call('LMOVE', KEYS[2], KEYS[1], 'RIGHT', 'LEFT') do end
+
+local ids = redis.call('LRANGE', KEYS[1], 0, ARGV[1] - 1)
+local unusable = {}
+for n = #ids, 1, -1 do
+    local id = ids[n]
+    if id == '' or #id > 200 or string.find(id, '[^A-Za-z0-9_-]') then  -- RQ could not handle a job of this id
+        unusable[#unusable + 1] = table.remove(ids, n)
+    end
+end
+for _, id in ipairs(unusable) do
+    redis.call('LREM', KEYS[1], 1, id)
+    redis.call('RPUSH', KEYS[7], id)
+end
+if #ids == 0 then return {quarantined, #unusable, {}, {}, {}, '-1', '0'} end
+
+local crashes, timeouts = {}, {}
+if redis.call('EXISTS', KEYS[3]) == 1 then crashes = redis.call('HMGET', KEYS[3], unpack(ids)) end
+if redis.call('EXISTS', KEYS[6]) == 1 then timeouts = redis.call('HMGET', KEYS[6], unpack(ids)) end
+local last = (crashes[1] or timeouts[1]) and 1 or #ids
+for n = 2, last do
+    if crashes[n] or timeouts[n] then last = n - 1 break end
+end
+
+local data, notes, bytes = {}, {}, 0
+for n = 1, last do
+    if bytes >= tonumber(ARGV[2]) then break end
+    local state, text, ttl = read(ARGV[3] .. ids[n], tonumber(ARGV[6]))
+    data[n] = text
+    bytes = bytes + #text
+    if state ~= 'usual' or ttl ~= '' then notes[#notes + 1] = {n, state, ttl} end
+end
+for n = #ids, #data + 1, -1 do ids[n] = nil end
+redis.call('LTRIM', KEYS[1], #ids, -1)
+redis.call('RPUSH', KEYS[2], unpack(ids))
+return {quarantined, #unusable, ids, data, notes, count(KEYS[3], ids[1], crashes[1]) or '-1',
+    count(KEYS[6], ids[1], timeouts[1]) or '0'}
