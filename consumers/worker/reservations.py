@@ -24,6 +24,7 @@ from uuid import uuid4
 from redis import Redis
 from rq import Queue
 from rq.job import Job
+from rq.worker import BaseWorker
 
 from consumers.worker import scripts
 from consumers.worker.deliveries import MAX_JOB_BYTES, ReservedJob
@@ -67,6 +68,7 @@ class Reservations:
         self._lease = lease_key(queue.name, owner)
         self._owners = holders_key(queue.name)
         self._quarantine = strange_key(queue.name)
+        self._worker_key = BaseWorker.redis_worker_namespace_prefix + worker_name
         self._reserve = scripts.load(redis, "reserve")
         self._requeue = scripts.load(redis, "requeue")
         self._move_to_tail = scripts.load(redis, "move_to_tail")
@@ -79,7 +81,7 @@ class Reservations:
         self._alone = False
         unusable, ids = 1, list[bytes]()
         while unusable and not ids:  # behind unusable ids there may be usable ones
-            found: Any = self._reserve(keys=[*keys, self._quarantine], args=arguments)
+            found: Any = self._reserve(keys=[*keys, self._quarantine, self._worker_key], args=arguments)
             quarantined, unusable, ids, data, notes, crashes, timeouts = found
             log_quarantined(quarantined)
             if unusable:

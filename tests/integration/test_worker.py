@@ -555,8 +555,8 @@ def test_a_death_during_a_stall_of_the_database_is_not_held_against_the_job(redi
             with _worker_process() as victim:
                 until(somebody_waits_for_a_lock)
                 if number:  # it is a suspect by now, until the wait shows that it is the database's doing
-                    until(lambda: b"accused" in redis.hvals("history:holders:history"))
-                    until(lambda: b"accused" not in redis.hvals("history:holders:history"))
+                    until(lambda: b"alone" in redis.hvals("history:holders:history"))
+                    until(lambda: b"alone" not in redis.hvals("history:holders:history"))
                 victim.kill()
                 victim.wait()
             redis.delete(*redis.keys("history:lease:*"))

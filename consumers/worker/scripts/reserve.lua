@@ -1,6 +1,6 @@
 -- Reserve jobs from the front of the queue for one owner, under its lease.
 --
--- KEYS 1 queue, 2 reserved list, 3 crash counts, 4 lease, 5 owners, 6 timeout counts, 7 quarantined ids
+-- KEYS 1 queue, 2 reserved list, 3 crash counts, 4 lease, 5 owners, 6 timeout counts, 7 quarantined ids, 8 worker
 -- ARGV 1 most jobs, 2 bytes after which no further job is added, 3 prefix of job keys, 4 seconds of a lease, 5 owner,
 --      6 most bytes of one job
 -- Reply {keys quarantined, number of ids quarantined, ids, data of each job, notes, crash count or -1, timeout count}.
@@ -35,7 +35,7 @@ local function read(key, most_bytes)
 end
 
 local quarantined = quarantine({[KEYS[2]] = 'list', [KEYS[3]] = 'hash', [KEYS[5]] = 'hash', [KEYS[6]] = 'hash',
-    [KEYS[7]] = 'list'})
+    [KEYS[7]] = 'list', [KEYS[8]] = 'hash'})
 local kind = redis.call('TYPE', KEYS[1]).ok
 if kind ~= 'none' and kind ~= 'list' then
     return redis.error_reply('WRONGTYPE ' .. KEYS[1] .. ' is a ' .. kind .. ' and not a list: rename or delete it')
