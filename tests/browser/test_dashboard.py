@@ -173,7 +173,7 @@ def test_nothing_that_stands_in_redis_runs_in_the_browser(open_dashboard: OpenDa
     plant(redis, "other", fields | {"origin": hostile}, result={"type": b"1"} | returned)
     redis.sadd("rq:queues", f"rq:queue:{_HOSTILE}", "rq:queue:'-alert(3)-'", "rq:queue:</script>" + _HOSTILE)
     redis.sadd("rq:workers", f"rq:worker:{_HOSTILE}")
-    odd = {"state": _HOSTILE, "queues": _HOSTILE, "version": _HOSTILE, "python_version": _HOSTILE}
+    odd: Any = {"state": _HOSTILE, "queues": _HOSTILE, "version": _HOSTILE, "python_version": _HOSTILE}
     redis.hset(f"rq:worker:{_HOSTILE}", mapping=odd)
     with redis.pipeline() as pipe:
         job = Job.fetch("j", connection=redis, serializer=JSONSerializer)

@@ -55,4 +55,6 @@ def _failed(error: Exception) -> ResponseReturnValue:
         logger.warning("%s %s: Redis: %s", request.method, request.path, name)
         return login.text_answer(ServiceUnavailable(f"Redis does not answer, or refuses the command: {name}."))
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
-    return login.text_answer(InternalServerError(f"{name}: perhaps RQ cannot read a job; the server's log has more."))
+    return login.text_answer(
+        InternalServerError(f"{name}. RQ may be unable to read a job in this list: see the server's log.")
+    )

@@ -1,4 +1,4 @@
-"""What stands before every request: under which name it comes, who asks, and from where a change is asked for."""
+"""Checks before every request (host name, login, origin of a change), and headers of every answer."""
 
 from __future__ import annotations
 
