@@ -1,4 +1,4 @@
-"""What a consumer can raise; api, dashboard and embedded have a few more, of their own.
+"""What a consumer can raise; api and embedded have a few more, of their own.
 
 The root and InvalidEvent come from the producers' side of the contract.
 

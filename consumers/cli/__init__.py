@@ -27,7 +27,7 @@ _debug = False
 _EXTRAS = {
     **dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api"),
-    **dict.fromkeys(("flask", "jinja2", "rq_dashboard", "six", "waitress", "werkzeug"), "dashboard"),
+    **dict.fromkeys(("flask", "rq_dashboard", "six", "waitress", "werkzeug"), "dashboard"),
 }
 
 
