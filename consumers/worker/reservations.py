@@ -11,7 +11,7 @@ jobs of a thread as soon as its lease has expired, and spends no retry. Keys are
     timeout counts   hash of jobs that timed out alone: how often
 
 A job that was reserved when its worker died is a poison candidate: it runs alone from then on, so that its crashes can
-be counted. A key of another type in the place of one of these is quarantined by the scripts that meet it.
+be counted. If a command fails because one of these keys has another type, the key is renamed to <key>:quarantined.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Reservations:
 
     def __init__(self, redis: Redis, queue: Queue, worker_name: str) -> None:
         self._redis = redis
+        worker_key = BaseWorker.redis_worker_namespace_prefix + worker_name
         # A worker that is restarted under its name must not find what may have killed its predecessor.
         self._owner = owner = f"{worker_name}:{uuid4().hex[:8]}"
         self._alone = False
@@ -68,7 +69,8 @@ class Reservations:
         self._lease = lease_key(queue.name, owner)
         self._owners = holders_key(queue.name)
         self._quarantine = strange_key(queue.name)
-        self._worker_key = BaseWorker.redis_worker_namespace_prefix + worker_name
+        self._types = dict.fromkeys([self.crashes_key, self.timeouts_key, self._owners, worker_key], "hash")
+        self._types |= {self.list_key: "list", self._quarantine: "list"}
         self._reserve = scripts.load(redis, "reserve")
         self._requeue = scripts.load(redis, "requeue")
         self._move_to_tail = scripts.load(redis, "move_to_tail")
@@ -81,9 +83,8 @@ class Reservations:
         self._alone = False
         unusable, ids = 1, list[bytes]()
         while unusable and not ids:  # behind unusable ids there may be usable ones
-            found: Any = self._reserve(keys=[*keys, self._quarantine, self._worker_key], args=arguments)
-            quarantined, unusable, ids, data, notes, crashes, timeouts = found
-            log_quarantined(quarantined)
+            found: Any = self._reserve(keys=[*keys, self._quarantine], args=arguments)
+            unusable, ids, data, notes, crashes, timeouts = found
             if unusable:
                 logger.error(
                     "quarantined %d entries of the queue that are not job ids in %s", unusable, self._quarantine
@@ -124,6 +125,12 @@ class Reservations:
     def move_to_tail(self, job_id: str, counts_key: str) -> int:
         """Requeue one job at the tail and count that under `crashes_key` or `timeouts_key`. Returns the count."""
         return int(self._move_to_tail(keys=[self.list_key, self._queue_key, counts_key], args=[job_id]))
+
+    def quarantine_keys(self) -> bool:
+        """Rename each key that has another type than this thread needs. Returns whether there was one."""
+        found: Any = scripts.load(self._redis, "quarantine")(keys=list(self._types), args=list(self._types.values()))
+        log_quarantined(found)
+        return bool(found)
 
     def requeue(self) -> int:
         """Requeue all reserved jobs at the front of the queue; counts stay. Returns their number."""

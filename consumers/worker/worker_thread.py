@@ -19,7 +19,7 @@ from rq.utils import now
 from rq.worker import BaseWorker
 
 from consumers.db.engine import drop_connections
-from consumers.errors import PoisonEvent, StoreUnavailable, described, is_caused_by_job
+from consumers.errors import PoisonEvent, StoreUnavailable, described, is_caused_by_job, is_wrong_type
 from consumers.worker.batch import (
     ISOLATED_SECONDS,
     Deferred,
@@ -113,7 +113,8 @@ class WorkerThread(threading.Thread):
                 elif not self.reservations.wait(WAIT_SECONDS):
                     self._succeeded(worked=False)
             except (RedisError, StoreUnavailable) as error:
-                self._wait_for_recovery(error)
+                if not self._mended(error):
+                    self._wait_for_recovery(error)
 
     def _work_in_turn(self, reservation: Reservation) -> None:
         """Process a reservation, a poison candidate while no other thread works: then a crash is its own.
@@ -256,6 +257,13 @@ class WorkerThread(threading.Thread):
             else:
                 self._completion.dead_letter(defect, job, started_at)
                 self.done += 1
+
+    def _mended(self, error: RedisError | StoreUnavailable) -> bool:
+        """Whether a key of another type was the cause, and has been quarantined."""
+        try:
+            return is_wrong_type(error) and self.reservations.quarantine_keys()
+        except RedisError:
+            return False
 
     def _wait_for_recovery(self, error: RedisError | StoreUnavailable) -> None:
         """Wait, longer after each failure; a request to stop ends the wait."""

@@ -1,9 +1,9 @@
 -- Reserve jobs from the front of the queue for one owner, under its lease.
 --
--- KEYS 1 queue, 2 reserved list, 3 crash counts, 4 lease, 5 owners, 6 timeout counts, 7 quarantined ids, 8 worker
+-- KEYS 1 queue, 2 reserved list, 3 crash counts, 4 lease, 5 owners, 6 timeout counts, 7 quarantined ids
 -- ARGV 1 most jobs, 2 bytes after which no further job is added, 3 prefix of job keys, 4 seconds of a lease, 5 owner,
 --      6 most bytes of one job
--- Reply {keys quarantined, number of ids quarantined, ids, data of each job, notes, crash count or -1, timeout count}.
+-- Reply {number of ids quarantined, ids, data of each job, notes, crash count or -1, timeout count}.
 --      A note is {index, state, result_ttl} of a job that is not 'usual' or that has a result_ttl of its own.
 --
 -- If the reply of an earlier call was lost, the reserved list is not empty: its jobs go back to the queue first.
@@ -34,8 +34,6 @@ local function read(key, most_bytes)
     return 'usual', found[1], ttl
 end
 
-local quarantined = quarantine({[KEYS[2]] = 'list', [KEYS[3]] = 'hash', [KEYS[5]] = 'hash', [KEYS[6]] = 'hash',
-    [KEYS[7]] = 'list', [KEYS[8]] = 'hash'})
 local kind = redis.call('TYPE', KEYS[1]).ok
 if kind ~= 'none' and kind ~= 'list' then
     return redis.error_reply('WRONGTYPE ' .. KEYS[1] .. ' is a ' .. kind .. ' and not a list: rename or delete it')
@@ -56,7 +54,7 @@ for _, id in ipairs(unusable) do
     redis.call('LREM', KEYS[1], 1, id)
     redis.call('RPUSH', KEYS[7], id)
 end
-if #ids == 0 then return {quarantined, #unusable, {}, {}, {}, '-1', '0'} end
+if #ids == 0 then return {#unusable, {}, {}, {}, '-1', '0'} end
 
 local crashes, timeouts = {}, {}
 if redis.call('EXISTS', KEYS[3]) == 1 then crashes = redis.call('HMGET', KEYS[3], unpack(ids)) end
@@ -77,5 +75,5 @@ end
 for n = #ids, #data + 1, -1 do ids[n] = nil end
 redis.call('LTRIM', KEYS[1], #ids, -1)
 redis.call('RPUSH', KEYS[2], unpack(ids))
-return {quarantined, #unusable, ids, data, notes, count(KEYS[3], ids[1], crashes[1]) or '-1',
+return {#unusable, ids, data, notes, count(KEYS[3], ids[1], crashes[1]) or '-1',
     count(KEYS[6], ids[1], timeouts[1]) or '0'}
