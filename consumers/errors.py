@@ -68,10 +68,6 @@ class OversizedJob(RefusedJob):
     def in_all(cls, largest_bytes: int) -> OversizedJob:
         return cls(f"its job is larger than {largest_bytes // 2**20} MiB")
 
-    @classmethod
-    def beside_its_call(cls, largest_bytes: int) -> OversizedJob:
-        return cls(f"its job has more than {largest_bytes // 2**10} KiB beside its call")
-
 
 class StoreUnavailable(HistoryError):
     """The database cannot take or give anything now; the same call may succeed later.

@@ -229,7 +229,7 @@ def _log(events: Sequence[Event | HistoryError], results: Sequence[Result]) -> N
         for event, result in zip(events, results, strict=True):
             if result.error is None and not isinstance(event, HistoryError):
                 what = (result.outcome.kind, event.id, event.data.summary, result.outcome.row_id)
-                logger.log(each, "%s: event %s: %s, row %d", *what, extra=log_fields(result))
+                logger.log(each, "%s event %s: %s as row %d", *what, extra=log_fields(result))
 
 
 def acknowledgements(results: Iterable[Result]) -> dict[str, list[str]]:

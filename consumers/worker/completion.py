@@ -210,8 +210,8 @@ class Completion:
             kept = None if fields is None else self._restored(job.job_id, dict(zip(*fields, strict=True)))
             call = shown_call(job.data) if job.data else None
             jobs.append(self._failed_job(job, error, kept, run))
-            if kept is None or call is None:
-                calls.append(call or _NO_CALL)
+            if kept is None or call is None or job.data.startswith(b"["):  # RQ compresses the call of a failed job
+                calls.append(zlib.compress(call or _NO_CALL))
                 jobs[-1]["call"] = len(calls) + 1  # its place in ARGV
         return jobs, calls
 
