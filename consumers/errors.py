@@ -13,7 +13,6 @@ HistoryError
 ├── OldSchema           the database has tables of the old shape under our names
 ├── LoginNotMade        a login role cannot be made or changed
 ├── AdoptionRefused     tables of the old shape cannot be adopted as things are
-├── RetirementRefused   old rows cannot be moved now: another run, a name that is taken, or a table in use
 └── EmbeddedError       the embedded servers are not installed, do not start or do not stop
 """
 
@@ -100,10 +99,6 @@ class LoginNotMade(HistoryError):
 
 class AdoptionRefused(HistoryError):
     """Tables of the old shape cannot be adopted as things are; nothing was changed."""
-
-
-class RetirementRefused(HistoryError):
-    """Old rows cannot be moved as things are; what was moved before is complete."""
 
 
 class EmbeddedError(HistoryError):

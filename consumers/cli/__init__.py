@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from redis import RedisError
 
-from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, retire, running, up, views
+from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, running, up, views
 from consumers.process_setup import on_stop_signals, write_logs
 from consumers.terminal import escaped
 from producers.errors import HistoryError, SettingsError
@@ -74,7 +74,6 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "import": legacy.import_history,
         "verify": legacy.verify_history,
         "export": export.export,
-        "retire": retire.retire,
     },
 }
 for _panel, _commands in _COMMANDS.items():
