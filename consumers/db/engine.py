@@ -116,6 +116,15 @@ def get_reader() -> Iterator[Connection]:
         yield connection
 
 
+@contextmanager
+def read_transaction() -> Iterator[Connection]:
+    """One consistent transaction that can only read, otherwise as `get_reader`."""
+    with get_reader() as connection, connection.execution_options(isolation_level="REPEATABLE READ").begin():
+        # Compiling costs more than it saves: hundreds of milliseconds for queries that take tens.
+        connection.exec_driver_sql("SET LOCAL jit = off")
+        yield connection
+
+
 def drop_connections() -> None:
     """The next use connects anew: what a session was given at its start, such as being read-only, it keeps."""
     if engine.cache_info().currsize:
