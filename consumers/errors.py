@@ -34,6 +34,17 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name; for one of the database, the server's own message.
+
+    The lines after it may hold the values of a row.
+    """
+    original = getattr(error, "orig", None) or error  # SQLAlchemy's has the driver's
+    diagnostics = getattr(original, "diag", None)
+    message = getattr(diagnostics, "message_primary", None) or str(original)
+    return (message.strip().splitlines() or [type(original).__name__])[0]
+
+
 class EventConflict(HistoryError):
     """The event's id is stored already, with other content; what is stored stays as it is."""
 

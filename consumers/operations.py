@@ -133,7 +133,7 @@ def stream_portfolio_history(
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> Iterator[ExactRows]:
-    """What `get_portfolio_history` gives, exactly and in flat memory; to be read inside the block.
+    """The rows of `get_portfolio_history`, exactly and in flat memory; read them inside the block.
 
     Raises:
         StoreUnavailable: the database cannot be read now; while reading, too.
@@ -150,7 +150,7 @@ def stream_signal_archives(
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> Iterator[ExactRows]:
-    """What `get_recent_signal_archives` gives, exactly and in flat memory; to be read inside the block.
+    """The rows of `get_recent_signal_archives`, exactly and in flat memory; read them inside the block.
 
     Raises:
         StoreUnavailable: the database cannot be read now; while reading, too.

@@ -13,17 +13,17 @@ from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
 from consumers.db.database_url import parse_database_url, session_attributes, try_hosts_in_turn
-from consumers.errors import StoreUnavailable
+from consumers.errors import StoreUnavailable, first_line
 from consumers.settings import StoreSettings
 from producers.errors import InvalidEvent
 
 CONNECT_TIMEOUT_SECONDS = 5
-# What ails the whole database, so that the next statement has no better prospects: connection, transaction state (such
+# Errors of the whole database, after which the next statement would fail too: connection, transaction state (such
 # as read-only), authorization, database or schema missing, objects missing or forbidden, resources, shutdown, system
 # and internal errors. Any other error may be of one statement only: cancelled, a lock, a deadlock, a trigger.
 _STORE_CLASSES = ("08", "25", "28", "3D", "3F", "42", "53", "57P", "58", "F0", "XX")
 READ_SECONDS = 5.0  # what a statement of a reader may take
-# A reader that finds no free connection for so long is told to come back, rather than to make one more. Each of its
+# A reader that finds no free connection for this time gets an error; no further connection is made for it. Each of its
 # statements is a transaction of its own, which spares two round trips.
 _READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0, "isolation_level": "AUTOCOMMIT"}
 # What is stored after a statement began to wait must be seen by the next one, whatever the database's default is.
@@ -132,7 +132,7 @@ def drop_connections() -> None:
 
 
 def _forget_after_fork() -> None:
-    # The parent goes on using these sockets: the child must let go of them without closing them.
+    # The parent goes on using these sockets: the child must forget them without closing them.
     if engine.cache_info().currsize:
         if _reader_of.cache_info().currsize:
             _reader_of(engine()).dispose(close=False)
@@ -204,10 +204,3 @@ def _sqlstate(error: DBAPIError) -> str:
 
 def _constraint(error: DBAPIError) -> str | None:
     return getattr(getattr(error.orig, "diag", None), "constraint_name", None)
-
-
-def first_line(error: DBAPIError) -> str:
-    """The server's or the driver's first line. The lines after it may hold the row's values."""
-    diagnostics = getattr(error.orig, "diag", None)
-    message = getattr(diagnostics, "message_primary", None) or str(error.orig)
-    return (message.strip().splitlines() or [type(error.orig).__name__])[0]

@@ -17,7 +17,7 @@ _ROWS = {
 _EXACT = text("SELECT " + ", ".join(f"(SELECT count(*) FROM {rows}) AS {name}" for name, rows in _ROWS.items()))  # noqa: S608  # from constants
 
 # At most so many of each, along an index: from the end where rows are added, not through pages that moved rows left.
-# Duplicates have no index; the rows that are looked at for it are told as `outcomes`.
+# Duplicates have no index: `outcomes` is how many rows are read to count them.
 _BOUNDED = text("""
     SELECT
         (SELECT count(*) FROM (

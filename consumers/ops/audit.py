@@ -37,7 +37,7 @@ from producers.redis_keys import delivery_of, held_key, holders_key
 
 _MOST_SHARED = 10_000  # numbers that are looked at, of a source whose numbers were used twice
 
-# What was refused may have a number and no source that is one: it is in no source's account.
+# A refused event may have a number and no valid source: it is in no source's account.
 _COUNTS = """
     {before} SELECT source, sum(stored) AS stored, sum(duplicate) AS duplicate, sum(rejected) AS rejected,
         sum(discarded) AS discarded, max(last) AS last, max(last_before) AS last_before
@@ -303,7 +303,7 @@ def _numbers_in_queue(redis: Redis, queue_name: str) -> dict[str, set[int]]:
 
 
 def _without(ranges: Ranges, known: set[int]) -> Ranges:
-    """What is left of `ranges`, in order, without the numbers that are known."""
+    """The `ranges` without the numbers that are known, in order."""
     left: Ranges = []
     numbers = sorted(known)
     for first, last in ranges:

@@ -1,4 +1,4 @@
-"""Where the next page begins: the keys of a page's last row, as text that a client hands back unread."""
+"""Cursors: the keys of a page's last row as opaque text, with which a client gets the next page."""
 
 from __future__ import annotations
 

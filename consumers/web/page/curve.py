@@ -92,7 +92,7 @@ def _of_closes(closes: Sequence[Snapshot]) -> Curve:
 
 
 def drawdown(value: float, peak: float) -> float | None:
-    """What part of the highest value is lost: 0 or negative; None where the highest is not positive."""
+    """The part of the highest value that is lost: 0 or negative; None where the highest is not positive."""
     return value / peak - 1 if peak > 0 else None
 
 

@@ -1,4 +1,4 @@
-"""What the page's routes answer with: files of the page, and compact JSON; compressed, and only when it has changed.
+"""Answers of the page's routes: its files, and compact JSON; compressed, and only when they have changed.
 
 The files are our own beside this module, and uPlot's out of the wheel that carries them.
 """

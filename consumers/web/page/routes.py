@@ -1,4 +1,4 @@
-"""What the page serves: itself at `/` and `/page/static/`, its data below `/page/`. Nothing here writes.
+"""Routes of the page: itself at `/` and `/page/static/`, its data below `/page/`. Nothing here writes.
 
 Errors are left to the app, which answers all of its own in one way.
 """
@@ -62,7 +62,7 @@ def static_file(request: Request, name: str) -> Response:
 
 @data.get("/newest")
 def newest(request: Request) -> Response:
-    """Words that change when rows do: what the page asks every few seconds."""
+    """Change token per table. The page reads it every few seconds."""
     with read_transaction() as db:
         return json_answer(request, state_queries.newest(db))
 
