@@ -247,6 +247,22 @@ def test_with_the_outbox_the_tail_is_proven_also_when_nothing_was_stored_since(
     assert (lost.last, lost.missing) == (6, [(6, 6)])
 
 
+def test_another_event_under_an_old_number_is_not_in_the_proof(
+    producer: HistoryProducer, redis: Redis, work: Callable[[], None]
+) -> None:
+    """As after the move of a row whose number a copy of the outbox has used too."""
+    producer.record_many([a_snapshot(after=timedelta(number)) for number in range(4)])
+    assert producer.flush(5) == 0
+    work()
+    until(lambda: producer.status().depth == 0)
+    with get_db() as db:
+        db.execute(text("UPDATE portfolio_history SET event_id = gen_random_uuid() WHERE sequence IN (2, 4)"))
+        db.execute(text("UPDATE portfolio_history SET created_at = :at WHERE sequence <= 3"), {"at": _BEFORE})
+    with Outbox(producer._outbox.path) as outbox:
+        assert [one.mismatched for one in audit(redis, outbox)] == [[2, 4]]
+        assert [one.mismatched for one in audit(redis, outbox, since=_TIME)] == [[4]]
+
+
 def test_the_command_says_from_where_on_it_proves(history: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     """As text and as JSON; a time without an offset is local."""
     _run(_moved())
