@@ -22,55 +22,47 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from producers.acknowledgements import shown
 from producers.entries import Source
+from producers.events import KINDS
 from producers.outbox import Outbox
 from producers.redis_keys import delivery_of, held_key, holders_key
 
 _MOST_SHARED = 10_000  # numbers that are looked at, of a source whose numbers were used twice
 
 # What was refused may have a number and no source that is one: it is in no source's account.
-_COUNTS = text("""
+_COUNTS = """
     SELECT source, sum(stored) AS stored, sum(duplicate) AS duplicate, sum(rejected) AS rejected,
         sum(discarded) AS discarded, max(last) AS last
     FROM (
-        SELECT source, count(*) AS stored, 0 AS duplicate, 0 AS rejected, 0 AS discarded, max(sequence) AS last
-        FROM portfolio_history WHERE sequence IS NOT NULL GROUP BY source
-        UNION ALL
-        SELECT source, count(*), 0, 0, 0, max(sequence)
-        FROM signal_archives WHERE sequence IS NOT NULL GROUP BY source
+        {rows}
         UNION ALL
         SELECT source, 0, count(*) FILTER (WHERE outcome = 'duplicate'), count(*) FILTER (WHERE outcome = 'rejected'),
             count(*) FILTER (WHERE outcome = 'discarded'), max(sequence)
         FROM event_outcomes WHERE source IS NOT NULL AND sequence IS NOT NULL GROUP BY source
     ) AS tables GROUP BY source ORDER BY source
-""")
+"""
+_ROWS = """
+    SELECT source, count(*) AS stored, 0 AS duplicate, 0 AS rejected, 0 AS discarded, max(sequence) AS last
+    FROM {table} WHERE sequence IS NOT NULL GROUP BY source
+"""
 
 # Source by source, each is an ordered pass over the indexes; all at once would be a sort of everything. Each part in
 # its order: PostgreSQL does not look for one behind a UNION ALL of tables that have heirs.
-_GAPS = text("""
+_GAPS = """
     SELECT previous + 1 AS first, sequence - 1 AS last, sequence FROM (
-        SELECT sequence, lag(sequence, 1, CAST(:before AS bigint)) OVER (ORDER BY sequence) AS previous FROM (
-            (SELECT sequence FROM portfolio_history
-                WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)
-            UNION ALL (SELECT sequence FROM signal_archives
-                WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)
-            UNION ALL (SELECT sequence FROM event_outcomes
-                WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)) AS numbered
-        ) AS steps
+        SELECT sequence, lag(sequence, 1, CAST(:before AS bigint)) OVER (ORDER BY sequence) AS previous
+        FROM ({numbers}) AS numbered) AS steps
     WHERE sequence <> previous + 1 ORDER BY sequence
-""")
-
-_EVENTS = """(
-    SELECT source, sequence, event_id FROM portfolio_history
-    UNION ALL SELECT source, sequence, event_id FROM signal_archives
-    UNION ALL SELECT source, sequence, event_id FROM event_outcomes) AS events
 """
-_IDENTITIES = text(f"""
-    SELECT sequence, event_id FROM {_EVENTS} WHERE source = :source AND sequence BETWEEN :first AND :last
-""")  # noqa: S608  # constants
-_SHARED = text(f"""
-    SELECT sequence FROM {_EVENTS} WHERE source = :source AND sequence = ANY (:numbers)
+_NUMBERS = "(SELECT sequence FROM {table} WHERE source = :source AND sequence IS NOT NULL ORDER BY sequence)"
+
+_IDENTITIES = """
+    SELECT sequence, event_id FROM ({events}) AS events WHERE source = :source AND sequence BETWEEN :first AND :last
+"""
+_SHARED = """
+    SELECT sequence FROM ({events}) AS events WHERE source = :source AND sequence = ANY (:numbers)
     GROUP BY sequence HAVING count(DISTINCT event_id) > 1 ORDER BY sequence
-""")  # noqa: S608  # constants
+"""
+_EVENTS = "SELECT source, sequence, event_id FROM {table}"
 
 Ranges = list[tuple[int, int]]
 
@@ -177,11 +169,14 @@ def _recorded() -> dict[str, _Recorded]:
         # One snapshot: an event that is stored meanwhile must not be counted in one query and missing in another.
         db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         found = {}
-        for row in db.execute(_COUNTS):
-            steps = db.execute(_GAPS, {"source": row.source, "before": _before(row.source)}).all()
+        counts = text(_COUNTS.format(rows=_of_history_tables(_ROWS)))
+        gaps_of = text(_GAPS.format(numbers=_of_all_tables(_NUMBERS)))
+        shared_of = text(_SHARED.format(events=_of_all_tables(_EVENTS)))
+        for row in db.execute(counts):
+            steps = db.execute(gaps_of, {"source": row.source, "before": _before(row.source)}).all()
             gaps = tuple((step.first, step.last) for step in steps if step.last >= step.first)
             again = sorted({step.sequence for step in steps if step.last < step.first})[:_MOST_SHARED]
-            shared = db.execute(_SHARED, {"source": row.source, "numbers": again}).scalars().all() if again else ()
+            shared = db.execute(shared_of, {"source": row.source, "numbers": again}).scalars().all() if again else ()
             found[row.source] = _Recorded(
                 stored=int(row.stored),
                 duplicate=int(row.duplicate),
@@ -192,6 +187,16 @@ def _recorded() -> dict[str, _Recorded]:
                 shared=tuple(shared),
             )
         return found
+
+
+def _of_history_tables(part: str, *others: str) -> str:
+    """`part` of every table that events become rows of, and of `others`, as one."""
+    tables = [*(kind.table for kind in KINDS.values()), *others]
+    return " UNION ALL ".join(part.format(table=table) for table in tables)
+
+
+def _of_all_tables(part: str) -> str:
+    return _of_history_tables(part, "event_outcomes")
 
 
 def _before(source: str) -> int:
@@ -211,12 +216,13 @@ def _mismatched(source: Source, outbox: Outbox) -> list[int]:
 
     An entry that is under way is not looked for. Of what was rejected the database may not know the event's id.
     """
+    identities = text(_IDENTITIES.format(events=_of_all_tables(_EVENTS)))
     mismatched: list[int] = []
     for page in outbox.numbers(source.id):
         stored: dict[int, set[UUID | None]] = {}
         with get_db() as db:
             span = {"first": page[0].sequence, "last": page[-1].sequence}
-            for row in db.execute(_IDENTITIES, {"source": source.full_name, **span}):
+            for row in db.execute(identities, {"source": source.full_name, **span}):
                 stored.setdefault(row.sequence, set()).add(row.event_id)
         mismatched += [
             one.sequence

@@ -321,7 +321,7 @@ def test_an_amount_is_rounded_half_even_and_written_plainly(given: object, rende
     event = _snapshot_event(balance=given)
     text = encode(event)
     assert json.loads(text)["data"]["balance"] == rendered
-    assert decode(text, PortfolioSnapshotEvent).data.balance == event.data.balance == Decimal(rendered)  # type: ignore[union-attr]  # a snapshot
+    assert decode(text, PortfolioSnapshotEvent).data.balance == event.data.balance == Decimal(rendered)  # type: ignore[attr-defined]  # a snapshot
 
 
 @pytest.mark.parametrize(
@@ -623,7 +623,7 @@ _SEQUENCE = "must be a string of 19 digits, at most 9223372036854775807"
         ("type", ..., "is missing"),
         ("id", ..., "is missing"),
         ("id", "7c1f366e", "UUID"),
-        ("id", "df9f8830-1521-5249-968e-c97c829a56a7", "is not the id of this type, portfolio and time"),
+        ("id", "df9f8830-1521-5249-968e-c97c829a56a7", "is not the id of this type, portfolio_id and timestamp"),
         ("source", "a b", "pattern"),
         ("subject", "a\0", "pattern"),
         ("datacontenttype", "text/plain", "application/json"),
