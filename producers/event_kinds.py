@@ -229,9 +229,9 @@ class EventKinds(Mapping[str, EventKind]):
         """The kind whose job function has this dotted path."""
         return self._by_job_function.get(function)
 
-    def named(self, name: str) -> EventKind | None:
-        """The kind that people call so."""
-        return next((kind for kind in self.values() if kind.name == name), None)
+    def has(self, payload: object) -> bool:
+        """Whether `payload` is one of a kind in the table."""
+        return isinstance(payload, Payload) and payload.type in self and isinstance(payload, self[payload.type].payload)
 
     def register(self, kind: EventKind) -> ExitStack:
         """Add a kind: for good, or until the end of the block if the result is used as a context manager.

@@ -118,10 +118,9 @@ class HistoryProducer:
         if self._closed:
             raise ProducerClosed("this HistoryProducer was closed")
         payloads = list(events)
-        known = tuple(kind.payload for kind in KINDS.values())
         for payload in payloads:
-            if not isinstance(payload, known):
-                names = " or ".join(model.__name__ for model in known)
+            if not KINDS.has(payload):
+                names = " or ".join(kind.payload.__name__ for kind in KINDS.values())
                 raise InvalidEvent(f"event: must be a {names}, not {type_name(payload)}")
         accepted = self._outbox.append(self._name, payloads, self._recorder)
         self._recorded = True
