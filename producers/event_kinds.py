@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, 
 from pydantic_core import PydanticCustomError
 
 from producers.errors import InvalidEvent
-from producers.fields import EPOCH, EventId, Instant, Sequence, readable
+from producers.fields import EPOCH, EventId, Instant, Sequence, readable, type_name
 from producers.json_values import MAX_SIGNALS
 
 _ID_NAMESPACE = UUID("6f9a1d4e-2c57-5b0e-9d52-1c7b7f0e8a63").bytes
@@ -59,8 +59,10 @@ def _id_number(event_type: str, identity: Iterable[datetime | int | str | None])
         elif isinstance(value, str):
             # In quotes: two texts cannot run into each other, and an empty one is not an absent one.
             name += f"|{json.dumps(value)}"
-        else:
+        elif isinstance(value, int):
             name += f"|{value}"
+        else:  # of a Decimal or a float, equal values have different texts
+            raise TypeError(f"an event cannot be identified by a value of type {type_name(value)}")
     digest = int.from_bytes(sha1(_ID_NAMESPACE + name.encode(), usedforsecurity=False).digest()[:16])
     return digest & _ID_MASK | _ID_VERSION_5
 
@@ -94,7 +96,7 @@ class Payload(_Contract, ABC):
     @property
     @abstractmethod
     def instant(self) -> datetime:
-        """When it happened."""
+        """The time of the fact."""
 
     @property
     @abstractmethod
@@ -144,7 +146,7 @@ class Event(_Contract):
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Read a text of bounded size; a kind whose content needs another reader than Pydantic's has its own.
+        """Read a text of at most `max_characters`; overridden where Pydantic's JSON reader would lose digits.
 
         Raises:
             InvalidEvent, ValidationError: it breaks the contract.
@@ -158,29 +160,25 @@ class Event(_Contract):
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a kind's table, filled from the payload's attribute `value`, by default of the column's name.
+    """A column of a kind's table, filled from the payload's `attribute`, by default that of the column's name.
 
-    Two events of one id are the same when their columns are equal; a `derived` column follows from the id or from the
-    others, and is not compared.
+    Two events with one id are the same if their columns are equal. A `derived` column follows from the id or from the
+    other columns, and is not compared.
     """
 
     name: str
     type: Literal["bigint", "boolean", "date", "integer", "jsonb", "numeric", "text", "timestamptz"]
-    value: str = ""
+    attribute: str | None = None
     derived: bool = False
-
-    @property
-    def attribute(self) -> str:
-        return self.value or self.name
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EventKind:
     """One row of the table of event kinds.
 
-    `name` is what people call it. `job_function` is a dotted path: the producer never imports the consumer. `table` has
-    the columns `id`, `event_id`, `source`, `sequence` and `columns`, as schema.sql makes it; its primary key is named
-    `<table>_pk`.
+    `name` is for people, such as `snapshot`. `job_function` is a dotted path, since the producer never imports the
+    consumer. `table` is a table of schema.sql with the columns `id`, `event_id`, `source` and `sequence`, those in
+    `columns`, and a primary key named `<table>_pk`.
     """
 
     name: str
@@ -206,7 +204,7 @@ class EventKind:
 
 
 class EventKinds(Mapping[str, EventKind]):
-    """The table of event kinds, by type. Everything that treats events by their kind reads it when it needs it."""
+    """The table of event kinds, by type. Code that differs by kind reads it at each use, so that a test can add one."""
 
     def __init__(self, *kinds: EventKind) -> None:
         self._by_type: dict[str, EventKind] = {}
@@ -255,7 +253,7 @@ class EventKinds(Mapping[str, EventKind]):
 
 
 def invalid(error: ValidationError) -> InvalidEvent:
-    """The first problems that Pydantic found, each with its field, as one line without any value."""
+    """The first problems that Pydantic found as one line: each with its field, and without any value."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     fields = [_field(problem) for problem in problems]
     lines = []

@@ -192,7 +192,7 @@ KINDS = EventKinds(
             Column("archived_at", "timestamptz"),
             Column("archive_month", "text", derived=True),
             Column("signals_count", "integer", derived=True),
-            Column("signals_data", "jsonb", value="signals"),
+            Column("signals_data", "jsonb", attribute="signals"),
         ),
     ),
 )

@@ -190,8 +190,8 @@ def _texts(kind: EventKind, events: Sequence[Event]) -> dict[str, list[str]]:
 
 
 def _column_texts(column: Column, payloads: Iterable[Payload]) -> list[str]:
-    written = _WRITTEN.get(column.type, str)
-    return ["NULL" if value is None else written(value) for value in map(attrgetter(column.attribute), payloads)]
+    written, value_of = _WRITTEN.get(column.type, str), attrgetter(column.attribute or column.name)
+    return ["NULL" if value is None else written(value) for value in map(value_of, payloads)]
 
 
 def _quoted(value: str) -> str:

@@ -28,6 +28,7 @@ from producers.events import (
     SignalArchiveEvent,
     decode,
     encode,
+    event_id,
     event_of,
     json_schema,
 )
@@ -143,6 +144,14 @@ def test_another_portfolio_type_or_microsecond_is_another_fact() -> None:
         an_archive(after=later),
     ]
     assert len({payload.event_id for payload in payloads}) == len(payloads)
+
+
+def test_texts_that_identify_a_fact_do_not_run_into_each_other() -> None:
+    """Whatever is in them; an empty one is not an absent one, and a text of digits is not a number."""
+    identities = [("a|b", "c"), ("a", "b|c"), ('a"', "c"), ("", "c"), (None, "c"), ("1", "c"), (1, "c"), ("c",)]
+    assert len({event_id("t", *identity) for identity in identities}) == len(identities)
+    with pytest.raises(TypeError, match="by a value of type decimal.Decimal"):
+        event_id("t", Decimal(1))  # type: ignore[arg-type]  # which is the point
 
 
 def test_a_snapshot_travels_as_this_text() -> None:
