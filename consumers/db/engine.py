@@ -16,6 +16,7 @@ from consumers.db.database_url import parse_database_url, session_attributes, tr
 from consumers.errors import StoreUnavailable, first_line
 from consumers.settings import StoreSettings
 from producers.errors import InvalidEvent
+from producers.events import KINDS
 
 CONNECT_TIMEOUT_SECONDS = 5
 # Errors of the whole database, after which the next statement would fail too: connection, transaction state (such
@@ -32,7 +33,6 @@ _LOCK_SECONDS = 5.0
 _ISOLATED_LOCK_SECONDS = 0.5
 # SQLSTATE classes that the event itself causes: data exception, integrity constraint violation.
 _REFUSED_CLASSES = ("22", "23")
-_ROW_NUMBERS = ("portfolio_history_pk", "signal_archives_pk")
 ENCODING = "UTF8"
 
 
@@ -169,7 +169,7 @@ def translated_errors() -> Iterator[None]:
     except DBAPIError as error:
         sqlstate = _sqlstate(error)
         if sqlstate.startswith(_REFUSED_CLASSES):
-            numbers = _constraint(error) in _ROW_NUMBERS
+            numbers = _is_row_number(error)
             advice = "" if numbers else ": if the tables are of an earlier version, run trading-history init-db"
             message = f"PostgreSQL: {first_line(error)} (SQLSTATE {sqlstate}){advice}"
             # Not chained: the driver's error carries the row's values into every traceback.
@@ -193,7 +193,7 @@ def refused_values() -> Iterator[None]:
         yield
     except DBAPIError as error:
         # When the sequence of row numbers is behind the rows, as after a restore, the events are not to blame.
-        if not _sqlstate(error).startswith(_REFUSED_CLASSES) or _constraint(error) in _ROW_NUMBERS:
+        if not _sqlstate(error).startswith(_REFUSED_CLASSES) or _is_row_number(error):
             raise
         raise InvalidEvent(f"PostgreSQL refused it: {first_line(error)} (SQLSTATE {_sqlstate(error)})") from None
 
@@ -202,5 +202,7 @@ def _sqlstate(error: DBAPIError) -> str:
     return getattr(error.orig, "pgcode", None) or ""
 
 
-def _constraint(error: DBAPIError) -> str | None:
-    return getattr(getattr(error.orig, "diag", None), "constraint_name", None)
+def _is_row_number(error: DBAPIError) -> bool:
+    """Whether the number that a history table gave to a new row is taken."""
+    constraint = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
+    return constraint in {f"{kind.table}_pk" for kind in KINDS.values()}

@@ -27,11 +27,12 @@ from redis import Redis
 from rq import Queue
 from rq.intermediate_queue import IntermediateQueue
 from rq.serializers import JSONSerializer
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 
 from consumers.db.engine import get_db
 from producers.acknowledgements import shown
 from producers.entries import Source
+from producers.events import KINDS
 from producers.outbox import Outbox
 from producers.redis_keys import delivery_of, held_key, holders_key
 
@@ -42,12 +43,7 @@ _COUNTS = """
     {before} SELECT source, sum(stored) AS stored, sum(duplicate) AS duplicate, sum(rejected) AS rejected,
         sum(discarded) AS discarded, max(last) AS last, max(last_before) AS last_before
     FROM (
-        SELECT source, count(*) FILTER (WHERE {proven}) AS stored, 0 AS duplicate, 0 AS rejected, 0 AS discarded,
-            max(sequence) AS last, max({last_before}) AS last_before
-        FROM portfolio_history {join} WHERE sequence IS NOT NULL GROUP BY source
-        UNION ALL
-        SELECT source, count(*) FILTER (WHERE {proven}), 0, 0, 0, max(sequence), max({last_before})
-        FROM signal_archives {join} WHERE sequence IS NOT NULL GROUP BY source
+        {rows}
         UNION ALL
         SELECT source, 0, count(*) FILTER (WHERE outcome = 'duplicate' AND {proven}),
             count(*) FILTER (WHERE outcome = 'rejected' AND {proven}),
@@ -55,52 +51,38 @@ _COUNTS = """
         FROM event_outcomes {join} WHERE source IS NOT NULL AND sequence IS NOT NULL GROUP BY source
     ) AS tables GROUP BY source ORDER BY source
 """
-_BEFORE = """
-    WITH before AS (
-        SELECT source, max(sequence) AS last FROM (
-            SELECT source, sequence FROM portfolio_history WHERE created_at < :since
-            UNION ALL SELECT source, sequence FROM signal_archives WHERE created_at < :since
-            UNION ALL SELECT source, sequence FROM event_outcomes WHERE created_at < :since) AS earlier
-        GROUP BY source
-    )
+_ROWS = """
+    SELECT source, count(*) FILTER (WHERE {proven}) AS stored, 0 AS duplicate, 0 AS rejected, 0 AS discarded,
+        max(sequence) AS last, max({last_before}) AS last_before
+    FROM {table} {join} WHERE sequence IS NOT NULL GROUP BY source
 """
-_COUNT_ALL = text(_COUNTS.format(before="", join="", last_before="CAST(NULL AS bigint)", proven="true"))
-_COUNT_SINCE = text(
-    _COUNTS.format(
-        before=_BEFORE,
-        join="LEFT JOIN before USING (source)",
-        last_before="before.last",
-        proven="sequence > coalesce(before.last, -1)",
-    )
-)
+_ALL = {"before": "", "join": "", "last_before": "CAST(NULL AS bigint)", "proven": "true"}
+_SINCE = {
+    "before": "WITH before AS (SELECT source, max(sequence) AS last FROM ({earlier}) AS earlier GROUP BY source)",
+    "join": "LEFT JOIN before USING (source)",
+    "last_before": "before.last",
+    "proven": "sequence > coalesce(before.last, -1)",
+}
+_EARLIER = "SELECT source, sequence FROM {table} WHERE created_at < :since"
 
 # Source by source, each is an ordered pass over the indexes; all at once would be a sort of everything. Each part has
 # its ORDER BY, without which PostgreSQL sorts the result of the UNION ALL.
-_GAPS = text("""
+_GAPS = """
     SELECT previous + 1 AS first, sequence - 1 AS last, sequence FROM (
-        SELECT sequence, lag(sequence, 1, CAST(:first AS bigint) - 1) OVER (ORDER BY sequence) AS previous FROM (
-            (SELECT sequence FROM portfolio_history
-                WHERE source = :source AND sequence >= :first ORDER BY sequence)
-            UNION ALL (SELECT sequence FROM signal_archives
-                WHERE source = :source AND sequence >= :first ORDER BY sequence)
-            UNION ALL (SELECT sequence FROM event_outcomes
-                WHERE source = :source AND sequence >= :first ORDER BY sequence)) AS numbered
-        ) AS steps
+        SELECT sequence, lag(sequence, 1, CAST(:first AS bigint) - 1) OVER (ORDER BY sequence) AS previous
+        FROM ({numbers}) AS numbered) AS steps
     WHERE sequence <> previous + 1 ORDER BY sequence
-""")
-
-_EVENTS = """(
-    SELECT source, sequence, event_id FROM portfolio_history
-    UNION ALL SELECT source, sequence, event_id FROM signal_archives
-    UNION ALL SELECT source, sequence, event_id FROM event_outcomes) AS events
 """
-_IDENTITIES = text(f"""
-    SELECT sequence, event_id FROM {_EVENTS} WHERE source = :source AND sequence BETWEEN :first AND :last
-""")  # noqa: S608  # constants
-_SHARED = text(f"""
-    SELECT sequence FROM {_EVENTS} WHERE source = :source AND sequence = ANY (:numbers)
+_NUMBERS = "(SELECT sequence FROM {table} WHERE source = :source AND sequence >= :first ORDER BY sequence)"
+
+_IDENTITIES = """
+    SELECT sequence, event_id FROM ({events}) AS events WHERE source = :source AND sequence BETWEEN :first AND :last
+"""
+_SHARED = """
+    SELECT sequence FROM ({events}) AS events WHERE source = :source AND sequence = ANY (:numbers)
     GROUP BY sequence HAVING count(DISTINCT event_id) > 1 ORDER BY sequence
-""")  # noqa: S608  # constants
+"""
+_EVENTS = "SELECT source, sequence, event_id FROM {table}"
 
 Ranges = list[tuple[int, int]]
 
@@ -225,17 +207,18 @@ def _audited(
 
 def _recorded(since: datetime | None) -> dict[str, _Recorded]:
     """The numbers of each source in the database, from one snapshot."""
-    counts, values = (_COUNT_ALL, {}) if since is None else (_COUNT_SINCE, {"since": since})
     with get_db() as db:
         # One snapshot: an event that is stored meanwhile must not be counted in one query and missing in another.
         db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         found = {}
-        for row in db.execute(counts, values):
+        gaps_of = text(_GAPS.format(numbers=_of_all_tables(_NUMBERS)))
+        shared_of = text(_SHARED.format(events=_of_all_tables(_EVENTS)))
+        for row in db.execute(_counts(since), {} if since is None else {"since": since}):
             first = _first_number(row.source) if row.last_before is None else row.last_before + 1
-            steps = db.execute(_GAPS, {"source": row.source, "first": first}).all()
+            steps = db.execute(gaps_of, {"source": row.source, "first": first}).all()
             gaps = tuple((step.first, step.last) for step in steps if step.last >= step.first)
             again = sorted({step.sequence for step in steps if step.last < step.first})[:_MOST_SHARED]
-            shared = db.execute(_SHARED, {"source": row.source, "numbers": again}).scalars().all() if again else ()
+            shared = db.execute(shared_of, {"source": row.source, "numbers": again}).scalars().all() if again else ()
             found[row.source] = _Recorded(
                 first,
                 stored=int(row.stored),
@@ -247,6 +230,22 @@ def _recorded(since: datetime | None) -> dict[str, _Recorded]:
                 shared=tuple(shared),
             )
         return found
+
+
+def _counts(since: datetime | None) -> TextClause:
+    parts = dict(_ALL if since is None else _SINCE)
+    parts["before"] = parts["before"].format(earlier=_of_all_tables(_EARLIER))
+    return text(_COUNTS.format(rows=_of_history_tables(_ROWS, **parts), **parts))
+
+
+def _of_history_tables(part: str, *others: str, **values: str) -> str:
+    """`part` of every table that events become rows of, and of `others`, as one."""
+    tables = [*(kind.table for kind in KINDS.values()), *others]
+    return " UNION ALL ".join(part.format(table=table, **values) for table in tables)
+
+
+def _of_all_tables(part: str) -> str:
+    return _of_history_tables(part, "event_outcomes")
 
 
 def _first_number(source: str) -> int:
@@ -266,12 +265,13 @@ def _mismatched(source: Source, outbox: Outbox, first: int) -> list[int]:
 
     An entry that is under way is not looked for. Of what was rejected the database may not know the event's id.
     """
+    identities = text(_IDENTITIES.format(events=_of_all_tables(_EVENTS)))
     mismatched: list[int] = []
     for page in outbox.numbers(source.id):
         stored: dict[int, set[UUID | None]] = {}
         with get_db() as db:
             span = {"first": page[0].sequence, "last": page[-1].sequence}
-            for row in db.execute(_IDENTITIES, {"source": source.full_name, **span}):
+            for row in db.execute(identities, {"source": source.full_name, **span}):
                 stored.setdefault(row.sequence, set()).add(row.event_id)
         mismatched += [
             one.sequence
