@@ -1,4 +1,4 @@
-"""Change tokens, the last stored snapshot and the newest rejections: short reads for the page and the health model."""
+"""What the page asks PostgreSQL about the state of things: what is new, and what was refused."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 MOST_REJECTIONS = 20
-COUNTED_REJECTIONS = 1_000  # at most
+COUNTED_REJECTIONS = 1_000  # beyond it nobody counts
 
-# Rows become visible in another order than that of their ids. The counters of the statistics include those too.
+# Rows become visible in another order than that of their ids: the counters of the statistics tell of those too.
 _NEWEST = text("""
     SELECT concat_ws('-', (SELECT max(id) FROM portfolio_history),
             sum(changes) FILTER (WHERE name = 'portfolio_history'))
@@ -23,7 +23,7 @@ _NEWEST = text("""
 
 
 def newest(db: Connection) -> dict[str, str]:
-    """Change token per table."""
+    """A word for each table that is another one when its rows have changed."""
     return dict(db.execute(_NEWEST).mappings().one())
 
 
