@@ -96,7 +96,7 @@ def standings(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> list[S
         "sequences": [event.sequence for _, event in deliveries],
         "job_ids": [job_id for job_id, _ in deliveries],
         "instants": [event.data.instant.astimezone(UTC).isoformat() for _, event in deliveries],
-        "measures": [_measure(event.data) for _, event in deliveries],
+        "measures": [_measure(event.data) for _, event in deliveries],  # type: ignore[arg-type]  # of old history
         "source": deliveries[0][1].source,
     }
     stored = []

@@ -123,7 +123,7 @@ def _compare(db: Connection, kind: Kind, name: str, chunk: list[Item], side: _Si
             yield Difference("unusable", name, entry.index, None, None, str(event))
         else:
             events.append((entry.index, event))
-            _widen(side, event.data.portfolio_id, event.data.instant.astimezone(UTC))
+            _widen(side, event.data.portfolio_id, event.data.instant.astimezone(UTC))  # type: ignore[attr-defined]  # both kinds have one
     differing = []
     for (index, event), found in zip(events, find_events(db, [event for _, event in events]), strict=True):
         if found is None:

@@ -14,9 +14,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from consumers.db.engine import read_transaction
+from consumers.db.portfolio_queries import newest_snapshot_ages
 from consumers.ops.metrics import COUNTS, Histogram
 from consumers.ops.probes import Probe
-from consumers.ops.status import newest_snapshot_ages, outbox_facts, queue_facts
+from consumers.ops.status import outbox_facts, queue_facts
 from consumers.worker.shared_state import DATABASE, REDIS
 from producers.settings import TransportSettings
 
@@ -108,7 +110,9 @@ def _database_metrics() -> list[Metric]:
         f"Since the instant of a portfolio's newest snapshot; of the {MOST_PORTFOLIOS} lowest numbers.",
         labels=("portfolio_id",),
     )
-    for portfolio_id, seconds in newest_snapshot_ages(MOST_PORTFOLIOS):
+    with read_transaction() as db:
+        newest = newest_snapshot_ages(db, MOST_PORTFOLIOS)
+    for portfolio_id, seconds in newest:
         ages.add_metric(["none" if portfolio_id is None else str(portfolio_id)], seconds)
     return [ages]
 

@@ -12,20 +12,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
+from producers.events import KINDS
 
 UNKNOWN_TYPE = "unknown"  # of a job that carries no event of ours
 
 _BATCH_EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 _INSERT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25)
 _LAG_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 86400)
-# From the start, so that the first of a kind is an increase from 0.
-_ENDS = (
-    *((event_type, outcome) for event_type in (SNAPSHOT_TYPE, ARCHIVE_TYPE) for outcome in ("stored", "duplicate")),
-    *((event_type, outcome) for event_type in (SNAPSHOT_TYPE, ARCHIVE_TYPE) for outcome in ("conflict", "invalid")),
-    *((event_type, "poison") for event_type in (SNAPSHOT_TYPE, ARCHIVE_TYPE, UNKNOWN_TYPE)),
-    (UNKNOWN_TYPE, "refused"),
-)
+_OUTCOMES = ("stored", "duplicate", "conflict", "invalid", "poison")
 
 
 @dataclass
@@ -74,9 +68,7 @@ class Counts:
     def forget(self) -> None:
         """Begin at 0, with a lock that nobody holds: for a forked child, whose parent counts what it has done."""
         self._lock = threading.Lock()
-        self._counted = Counted(
-            dict.fromkeys(_ENDS, 0), Histogram(_BATCH_EVENTS), Histogram(_INSERT_SECONDS), Histogram(_LAG_SECONDS), 0
-        )
+        self._counted = Counted({}, Histogram(_BATCH_EVENTS), Histogram(_INSERT_SECONDS), Histogram(_LAG_SECONDS), 0)
         self._recovered = 0
 
     def batch(self, ends: Mapping[tuple[str, str], int], seconds: float, lags_seconds: Iterable[float]) -> None:
@@ -101,7 +93,7 @@ class Counts:
         with self._lock:
             counted = self._counted
             return Counted(
-                dict(counted.ends),
+                _none_yet() | counted.ends,
                 counted.batch_events.copy(),
                 counted.insert_seconds.copy(),
                 counted.lag_seconds.copy(),
@@ -111,6 +103,12 @@ class Counts:
     def _add(self, ends: Mapping[tuple[str, str], int]) -> None:
         for end, count in ends.items():
             self._counted.ends[end] = self._counted.ends.get(end, 0) + count
+
+
+def _none_yet() -> dict[tuple[str, str], int]:
+    """Every end that there can be, so that the first of its kind is an increase from 0."""
+    ends = [(event_type, outcome) for event_type in KINDS for outcome in _OUTCOMES]
+    return dict.fromkeys([*ends, (UNKNOWN_TYPE, "poison"), (UNKNOWN_TYPE, "refused")], 0)
 
 
 COUNTS = Counts()

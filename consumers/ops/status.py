@@ -15,8 +15,7 @@ from rq.utils import utcparse
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 from sqlalchemy import text
 
-from consumers.db.engine import READ_SECONDS, get_db, get_reader
-from consumers.db.queries import KNOWN_PORTFOLIOS
+from consumers.db.engine import READ_SECONDS, get_db
 from consumers.db.row_counts import quick_counts
 from consumers.db.waits import DatabaseWaits
 from consumers.errors import StoreUnavailable
@@ -29,18 +28,6 @@ from producers.settings import TransportSettings
 
 _COUNTING_SECONDS = 30.0  # of a slow disk
 _ANY = text("SELECT 1")
-
-_NEWEST_AGES = text(f"""
-    {KNOWN_PORTFOLIOS}, numbers AS (SELECT portfolio_id FROM known LIMIT :limit)
-    SELECT numbers.portfolio_id, CAST(extract(epoch FROM clock_timestamp() - newest.at) AS float8)
-    FROM numbers, LATERAL (SELECT "timestamp" AS at FROM portfolio_history AS history
-        WHERE history.portfolio_id = numbers.portfolio_id
-        ORDER BY snapshot_date DESC, "timestamp" DESC, id DESC LIMIT 1) AS newest
-    UNION ALL
-    SELECT NULL, CAST(extract(epoch FROM clock_timestamp() - newest.at) AS float8)
-    FROM (SELECT "timestamp" AS at FROM portfolio_history WHERE portfolio_id IS NULL
-        ORDER BY snapshot_date DESC, "timestamp" DESC, id DESC LIMIT 1) AS newest
-""")  # noqa: S608  # a constant
 
 
 def pipeline_status() -> tuple[dict[str, Any], bool]:
@@ -75,18 +62,6 @@ def pipeline_status() -> tuple[dict[str, Any], bool]:
     except OutboxError as error:
         facts["outbox"], healthy = str(error), False
     return facts, healthy
-
-
-def newest_snapshot_ages(most_portfolios: int) -> list[tuple[int | None, float]]:
-    """Portfolio, and seconds since the instant of its newest snapshot, of the lowest numbers; None: without one.
-
-    Raises:
-        StoreUnavailable: the database cannot be read now.
-    """
-    with get_reader() as reader, reader.execution_options(isolation_level="REPEATABLE READ").begin():
-        reader.exec_driver_sql("SET LOCAL jit = off")  # compiling would take longer than the query
-        found = reader.execute(_NEWEST_AGES, {"limit": most_portfolios})
-        return [(portfolio_id, seconds) for portfolio_id, seconds in found]
 
 
 def queue_facts(redis: Redis, queue_name: str) -> dict[str, Any]:

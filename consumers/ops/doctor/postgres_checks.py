@@ -82,7 +82,6 @@ def _of_the_database(db: Connection, url: URL) -> dict[str, Callable[[], Iterabl
         "privileges": partial(schema_checks.privileges, db),
         schema_checks.TABLES: partial(schema_checks.tables, db),
         "row numbers": partial(schema_checks.row_numbers, db),
-        "retired rows": partial(schema_checks.retired, db),
         "newest snapshots": partial(history_checks.newest_snapshots, db),
         "newest archives": partial(history_checks.newest_archives, db),
         "direct inserts": partial(history_checks.direct_inserts, db),

@@ -9,7 +9,6 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from consumers.db.retired_tables import HISTORY_TABLES
 from consumers.db.schema import old_tables, schema_sql
 from consumers.ops.doctor.checks import Check
 
@@ -38,13 +37,6 @@ _INDEXES = text("""
 _LACKING = text("""
     SELECT privilege FROM unnest(CAST(:privileges AS text[])) AS privilege
     WHERE NOT has_table_privilege(to_regclass(:table), privilege)
-""")
-_RETIRED = text("""
-    SELECT to_regclass(:retired) IS NOT NULL AS there,
-        EXISTS (SELECT FROM pg_inherits
-            WHERE inhrelid = to_regclass(:retired) AND inhparent = to_regclass(:hot)) AS inherits,
-        EXISTS (SELECT FROM pg_trigger WHERE tgrelid = to_regclass(:hot) AND tgname = :trigger
-            AND tgenabled IN ('O', 'A')) AS guarded
 """)
 _IS_READER = text("""
     SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = 'trading_history_reader' AND pg_has_role(oid, 'USAGE'))
@@ -115,19 +107,6 @@ def _compared(expected: dict[str, _Shape], found: dict[str, _Shape]) -> Check:
             "DROP INDEX those that are invalid, then trading-history init-db",
         )
     return Check(TABLES, "ok", f"{', '.join(expected)} as in schema.sql")
-
-
-def retired(db: Connection) -> Iterator[Check]:
-    """Once rows are retired, one trigger a table keeps their events from being stored again."""
-    for table in HISTORY_TABLES:
-        values = {"retired": table.retired, "hot": table.name, "trigger": table.trigger}
-        place = db.execute(_RETIRED, values).one()
-        if place.there and not (place.inherits and place.guarded):
-            wrong = "does not inherit" if not place.inherits else f"is not guarded by the trigger {table.trigger}"
-            advice = (
-                "trading-history retire makes the trigger again; as long as it is missing, old events may be doubled"
-            )
-            yield Check(table.retired, "fail", f"{wrong} on {table.name}", advice)
 
 
 def privileges(db: Connection) -> Iterator[Check]:

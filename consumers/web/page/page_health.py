@@ -6,7 +6,8 @@ from typing import Any
 
 from redis import RedisError
 
-from consumers.db import page_queries, state_queries
+from consumers.db import state_queries
+from consumers.db.engine import read_transaction
 from consumers.errors import StoreUnavailable
 from consumers.ops.status import outbox_facts, queue_facts
 from consumers.settings import DashboardSettings
@@ -31,7 +32,7 @@ def health() -> dict[str, Any]:
 
 def _database() -> dict[str, Any]:
     try:
-        with page_queries.reading() as db:
+        with read_transaction() as db:
             return {"last_stored": state_queries.last_stored(db), "rejections": state_queries.rejections(db)}
     except StoreUnavailable as error:
         return {"error": disclosed(error)}
