@@ -164,6 +164,7 @@ def _portfolio_label(portfolio_id: int | None) -> str:
     return "portfolio" if portfolio_id is None else f"portfolio {portfolio_id}"
 
 
+# The table of event kinds. To add one: tests/README.md.
 KINDS = EventKinds(
     EventKind(
         name="snapshot",

@@ -250,6 +250,7 @@ def test_a_wrong_one_is_refused_at_the_producer() -> None:
         a_trade(size=1)
 
 
+@pytest.mark.parametrize("any_worker", ["HistoryWorker", "SimpleWorker"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
