@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from redis import RedisError
+
 from producers.errors import HistoryError
 
 _LONGEST_DESCRIPTION = 500
@@ -33,6 +35,11 @@ def described(error: BaseException) -> str:
     except BaseException:  # its own code, which may be what failed
         message = ""
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def is_wrong_type(error: object) -> bool:
+    """A command met a key of another type; a script's error has more words around that one."""
+    return isinstance(error, RedisError) and "WRONGTYPE" in str(error)
 
 
 class EventConflict(HistoryError):

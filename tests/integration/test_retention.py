@@ -34,7 +34,6 @@ from consumers.operations import (
     stream_portfolio_history,
 )
 from consumers.ops.audit import audit
-from consumers.ops.doctor.schema_checks import retired, row_numbers, tables
 from producers.events import Event, event_of
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.rq_programs import somebody_waits_for_a_lock, until
@@ -405,25 +404,13 @@ def test_a_role_that_may_insert_and_select_goes_on_as_before(writer: str) -> Non
     assert stored.created
 
 
-def test_the_schema_the_adoption_and_the_doctor_are_content_with_retired_tables() -> None:
+def test_the_schema_and_the_adoption_are_content_with_retired_tables() -> None:
     """Each of them may run again at any time."""
     _store(_events())
     retention.retire(_CUT)
     apply_schema(engine())
     _run("init-db", "--adopt-legacy")
-    with get_db() as db:
-        assert [check.status for check in (*tables(db), *row_numbers(db), *retired(db))] == ["ok", "ok"]
     assert _scalar("SELECT count(*) FROM portfolio_history") == 20
-
-
-def test_the_doctor_misses_the_trigger_that_keeps_retired_facts_out() -> None:
-    _store(_events())
-    retention.retire(_CUT)
-    _execute("ALTER TABLE portfolio_history DISABLE TRIGGER portfolio_history_retired_once")
-    with get_db() as db:
-        (check,) = retired(db)
-    assert (check.name, check.status) == ("portfolio_history_retired", "fail")
-    assert check.found == "is not guarded by the trigger portfolio_history_retired_once on portfolio_history"
 
 
 def test_another_isolation_level_is_refused_for_old_facts_and_never_ours() -> None:
