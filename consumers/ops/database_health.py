@@ -22,7 +22,6 @@ from consumers.ops.facts import Fact, State, duration, facts_from, judged
 from consumers.ops.masking import Mask
 from producers.errors import SettingsError
 
-POSTGRES = "PostgreSQL"
 _STATEMENT_SECONDS = 2.0
 _LOCK_SECONDS = 0.5
 _OLDEST_VERSION = 140000
@@ -47,7 +46,7 @@ def database_facts(url: SecretStr, mask: Mask) -> Iterator[Fact]:
                 server = state_queries.server_state(db)
                 ahead_seconds = server.seconds - (before + time.time()) / 2
             answered = 1000 * (time.monotonic() - began)
-            yield Fact(POSTGRES, "ok", f"answers as {server.role} after {answered:.0f} ms")
+            yield Fact("PostgreSQL", "ok", f"answers as {server.role} after {answered:.0f} ms")
             yield from server_facts(server, ahead_seconds)
             tables = [*_looked("tables", db, _tables, mask)]
             yield from tables

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from consumers.embedded.stack import embedded_home, stack
 from consumers.ops.facts import Fact, duration, facts_from, judged
 from consumers.ops.health import Probe, read_side_by_side
 from consumers.ops.masking import Mask
 from consumers.ops.outbox_health import copy_facts, file_facts, has_outbox, outbox_of_settings
+from consumers.ops.redis_health import redis_facts
 from consumers.ops.settings_health import DATABASE, REDIS, has_database_driver, rq_facts, setting_facts
 from consumers.settings import StoreSettings
 from producers.errors import OutboxOutdated, SettingsError
@@ -26,6 +28,12 @@ _RECENT_SECONDS = 3 * 86400.0
 _SERVER_ADVICE = "does it run, and are its address, user and password right?"
 
 FindFiles = Callable[[], Sequence[Path]]
+
+
+class Part(NamedTuple):
+    name: str
+    read: Callable[[], Iterable[Fact]]
+    advice: str = ""
 
 
 def diagnose(old_files: FindFiles) -> list[Fact]:
@@ -43,7 +51,7 @@ def diagnose(old_files: FindFiles) -> list[Fact]:
             advice = "correct what it names, or set DATABASE_URL and REDIS_URL to servers of your own"
             facts += facts_from("embedded servers", partial(_start_embedded, servers), mask, advice=advice)
         failed = {fact.name for fact in facts if fact.state == "fail"}
-        return facts + _read_parts(_parts(failed, old_files, mask), mask)
+        return [*facts, *_read(_parts(failed, old_files, mask), mask)]
 
 
 def _start_embedded(servers: ExitStack) -> Iterator[Fact]:
@@ -54,45 +62,44 @@ def _start_embedded(servers: ExitStack) -> Iterator[Fact]:
         yield Fact("embedded servers", "ok", f"started in {home}, stopped again unless another process uses them")
 
 
-def _parts(failed: set[str], old_files: FindFiles, mask: Mask) -> dict[str, Callable[[], Iterable[Fact]]]:
+def _parts(failed: set[str], old_files: FindFiles, mask: Mask) -> list[Part]:
     """What can be read with these settings."""
-    parts: dict[str, Callable[[], Iterable[Fact]]] = {}
-    if DATABASE not in failed and has_database_driver() and StoreSettings.from_environment().is_set:
-        parts["PostgreSQL"] = partial(_database, mask)
-    if REDIS not in failed and "REDIS_URL" in read_environment():
-        parts["Redis"] = partial(_redis, mask)
-    return parts | {"outbox": partial(_outbox, mask), "JSON history": lambda: _old_files(old_files), "RQ": rq_facts}
-
-
-def _read_parts(parts: dict[str, Callable[[], Iterable[Fact]]], mask: Mask) -> list[Fact]:
-    probes = [
-        Probe(name, partial(lambda name, read: [*facts_from(name, read, mask)], name, read))
-        for name, read in parts.items()
+    parts = [
+        Part("outbox", partial(_outbox, mask)),
+        Part("JSON history", partial(_old_files, old_files)),
+        Part("RQ", rq_facts),
     ]
-    facts: list[Fact] = []
-    for name, reading in zip(parts, read_side_by_side(probes, READ_SECONDS), strict=True):
+    if REDIS not in failed and "REDIS_URL" in read_environment():
+        parts.insert(0, Part("Redis", partial(_redis, mask), f"{_SERVER_ADVICE} REDIS_URL"))
+    if DATABASE not in failed and has_database_driver() and StoreSettings.from_environment().is_set:
+        advice = f"{_SERVER_ADVICE} DATABASE_URL or POSTGRES_ variables"
+        parts.insert(0, Part("PostgreSQL", partial(_database, mask), advice))
+    return parts
+
+
+def _read(parts: Sequence[Part], mask: Mask) -> Iterator[Fact]:
+    """Side by side; a part that takes too long is one failed fact."""
+
+    def reader(part: Part) -> Callable[[], list[Fact]]:
+        return lambda: [*facts_from(part.name, part.read, mask, advice=part.advice)]
+
+    probes = [Probe(part.name, reader(part)) for part in parts]
+    for part, reading in zip(parts, read_side_by_side(probes, READ_SECONDS), strict=True):
         if reading.error is not None:
             advice = "look at name resolution, the network, and file systems on it"
-            facts.append(Fact(name, "fail", mask.told(reading.error), advice))
-        facts += reading.value or []
-    return facts
+            yield Fact(part.name, "fail", mask.told(reading.error), advice)
+        yield from reading.value or ()
 
 
 def _database(mask: Mask) -> Iterator[Fact]:
     # Not at the top: a controller's host has no database driver.
-    from consumers.ops.database_health import POSTGRES, database_facts
+    from consumers.ops.database_health import database_facts
 
-    url = StoreSettings.from_environment().url()
-    advice = f"{_SERVER_ADVICE} DATABASE_URL or POSTGRES_ variables"
-    return facts_from(POSTGRES, lambda: database_facts(url, mask), mask, advice=advice)
+    return database_facts(StoreSettings.from_environment().url(), mask)
 
 
 def _redis(mask: Mask) -> Iterator[Fact]:
-    from consumers.ops.redis_health import REDIS as SERVER
-    from consumers.ops.redis_health import redis_facts
-
-    settings = TransportSettings.from_environment()
-    return facts_from(SERVER, lambda: redis_facts(settings, mask), mask, advice=f"{_SERVER_ADVICE} REDIS_URL")
+    return redis_facts(TransportSettings.from_environment(), mask)
 
 
 def _outbox(mask: Mask) -> Iterator[Fact]:

@@ -15,7 +15,6 @@ from consumers.ops.masking import Mask
 from consumers.ops.queue_health import read_queue
 from producers.settings import TransportSettings
 
-REDIS = "Redis"
 _OLDEST_VERSION = (6, 2)
 _LAST_WRITES = {
     "write": "aof_last_write_status",
@@ -34,7 +33,7 @@ def redis_facts(settings: TransportSettings, mask: Mask) -> Iterator[Fact]:
     with settings.redis() as redis:
         began = time.monotonic()
         redis.ping()
-        yield Fact(REDIS, "ok", f"answers after {1000 * (time.monotonic() - began):.0f} ms")
+        yield Fact("Redis", "ok", f"answers after {1000 * (time.monotonic() - began):.0f} ms")
         # A managed service or an access list may forbid INFO: then it is not known to be wrong.
         advice = "let this user run INFO and CONFIG GET, or look at the provider's console"
         read = partial(_read_server, redis)

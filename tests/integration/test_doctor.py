@@ -569,7 +569,9 @@ def test_a_service_that_tells_nothing_is_a_warning(
     monkeypatch.setenv("REDIS_URL", f"unix://tenant:{quote(password, safe='')}@{socket}")
     try:
         closed = _diagnosed()
-        redis.acl_setuser("tenant", enabled=True, commands=["+info"])
+        redis.acl_setuser("tenant", enabled=True, commands=["+info", "-llen"])
+        uncounted = _diagnosed()["queue"]
+        redis.acl_setuser("tenant", enabled=True, commands=["+llen"])
         informed = _found("Redis persistence")
         redis.config_set("appendonly", "no")
         without_file = _found("Redis persistence")
@@ -578,6 +580,7 @@ def test_a_service_that_tells_nothing_is_a_warning(
         redis.acl_deluser("tenant")
     assert closed["Redis server"].state == "unknown"
     assert [closed[name].state for name in ("Redis", "queue", "held jobs")] == ["ok"] * 3
+    assert (uncounted.state, "llen" in uncounted.found) == ("fail", True)
     assert informed == ("ok", "append-only file, appendfsync not to be seen (CONFIG is forbidden)")
     assert without_file[0] == "warn"
 

@@ -174,7 +174,7 @@ def readyz() -> JSONResponse:
     for name, error in errors.items():
         if not isinstance(error, Unreadable):
             raise error
-        logger.warning("not ready: %s: %s", name, error if name == "database" else type(error).__name__)
+        logger.warning("not ready: %s", error if name == "database" else f"Redis: {type(error).__name__}")
     if errors:
         raise unavailable(f"No answer from: {', '.join(errors)}.")
     # Without REDIS_URL this API does not need it.
