@@ -94,7 +94,7 @@ class _PipelineCollector(Collector):
         if reading.value is not None:
             yield from metrics(reading.value)
 
-    def _log(self, name: str, error: Exception | None) -> None:
+    def _log(self, name: str, error: BaseException | None) -> None:
         if error is not None and name not in self._failing:
             self._failing.add(name)
             reason = (str(error).splitlines() or [""])[0]

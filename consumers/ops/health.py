@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -53,20 +52,20 @@ class Reading(Generic[Value]):
     """The value that a probe read. None: there is nothing of the kind here, or `error` says why it was not read."""
 
     value: Value | None = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 def read_side_by_side(probes: Sequence[Probe[Any]], seconds: float) -> list[Reading[Any]]:
     """A reading of each probe after `seconds` at most; one that takes longer has a TimeoutError."""
-    deadline = time.monotonic() + seconds
-    readings = []
-    for started in [probe.start() for probe in probes]:
-        try:
-            readings.append(Reading(started.result(max(deadline - time.monotonic(), 0.0))))
-        except Exception as error:
-            late = not started.done()
-            readings.append(Reading(error=TimeoutError(f"no answer within {seconds:g} s") if late else error))
-    return readings
+    started = [probe.start() for probe in probes]
+    ended, _ = wait(started, seconds)
+    late = TimeoutError(f"no answer within {seconds:g} s")
+    return [_reading(future) if future in ended else Reading(error=late) for future in started]
+
+
+def _reading(ended: Future[Any]) -> Reading[Any]:
+    error = ended.exception()
+    return Reading(ended.result()) if error is None else Reading(error=error)
 
 
 @dataclass(frozen=True)
