@@ -400,6 +400,13 @@ def test_a_replica_is_wrong(redis: Redis, database_url: str) -> None:
     assert (state, found.startswith("a replica of 127.0.0.1, port 1")) == ("fail", True)
 
 
+def test_the_clocks_are_compared(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is an hour behind here."""
+    real = time.time
+    monkeypatch.setattr("consumers.ops.database_health.time.time", lambda: real() - 3600)
+    assert _found("PostgreSQL clock") == ("fail", "60 min ahead of ours")
+
+
 def test_missing_tables_ask_for_init_db(redis: Redis, empty_database_url: str) -> None:
     """And nothing else about tables is told as broken."""
     checks = _diagnosed()
