@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from redis import RedisError
+
 from producers.errors import HistoryError
 
 _LONGEST_DESCRIPTION = 500
@@ -43,6 +45,11 @@ def first_line(error: BaseException) -> str:
     diagnostics = getattr(original, "diag", None)
     message = getattr(diagnostics, "message_primary", None) or str(original)
     return (message.strip().splitlines() or [type(original).__name__])[0]
+
+
+def is_wrong_type(error: object) -> bool:
+    """A command met a key of another type; a script's error has more words around that one."""
+    return isinstance(error, RedisError) and "WRONGTYPE" in str(error)
 
 
 class EventConflict(HistoryError):

@@ -17,7 +17,7 @@ from producers.errors import OutboxError, SettingsError
 
 logger = logging.getLogger(__name__)
 
-Unreadable = StoreUnavailable | RedisError | OutboxError | SettingsError
+Unreadable = StoreUnavailable | RedisError | OutboxError | SettingsError | TimeoutError
 
 _NO_SUCH_TABLE = "42P01"
 # The same reason has the same reference as long as the process runs, so that a repeated request shows no new problem.
@@ -42,6 +42,6 @@ def _summary(error: Unreadable) -> str:
         return "A setting is missing or wrong."
     if isinstance(error.__cause__, DBAPIError) and getattr(error.__cause__.orig, "pgcode", None) == _NO_SUCH_TABLE:
         return "The database has no tables yet: trading-history init-db makes them."
-    if error.one_statement:
+    if isinstance(error, TimeoutError) or error.one_statement:
         return "This took too long; ask for less, or later."
     return "The database cannot be read now."

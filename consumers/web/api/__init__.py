@@ -10,15 +10,15 @@ import logging
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
-from redis import RedisError
-from sqlalchemy import text
 from starlette.responses import JSONResponse
 
+from consumers.db import state_queries
 from consumers.db.engine import READ_SECONDS, get_reader
 from consumers.db.waits import DatabaseWaits
-from consumers.errors import StoreUnavailable
+from consumers.ops.health import Reading, shared_reader
 from consumers.settings import ApiSettings
 from consumers.web import page
 from consumers.web.api.access import Guard, require_once, require_token
@@ -26,11 +26,12 @@ from consumers.web.api.history_endpoints import trading
 from consumers.web.api.parameters import problems
 from consumers.web.api.problems import ProblemRoute, tell_all_problems, unavailable
 from consumers.web.api.scrape import metrics
-from producers.settings import TransportSettings
+from consumers.web.disclosure import Unreadable
 
 logger = logging.getLogger(__name__)
 
-_HAS_TABLES = text("SELECT (SELECT 1 FROM portfolio_history LIMIT 1), (SELECT 1 FROM signal_archives LIMIT 1)")
+_READY_SECONDS = 10.0
+
 router = APIRouter(route_class=ProblemRoute)
 
 
@@ -43,34 +44,22 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz", tags=["health"], responses=problems(503))
 def readyz() -> JSONResponse:
     """The database has the tables, and Redis answers if it is set."""
-    parts = {"database": _database_answers(), "redis": _redis_answers()}
-    missing = [name for name, answering in parts.items() if answering is False]
-    if missing:
-        raise unavailable(f"No answer from: {', '.join(missing)}.")
-    return JSONResponse({"status": "ok", **{name: "ok" for name, answering in parts.items() if answering}})
+    health = shared_reader(_tables_are_readable, outbox=lambda: None).read(_READY_SECONDS)
+    parts: dict[str, Reading[Any]] = {"database": health.database, "redis": health.queue}
+    errors = {name: reading.error for name, reading in parts.items() if reading.error is not None}
+    for name, error in errors.items():
+        if not isinstance(error, Unreadable):
+            raise error
+        logger.warning("not ready: %s", error if name == "database" else f"Redis: {type(error).__name__}")
+    if errors:
+        raise unavailable(f"No answer from: {', '.join(errors)}.")
+    # Without REDIS_URL this API does not need it.
+    return JSONResponse({"status": "ok"} | {name: "ok" for name, one in parts.items() if one.value is not None})
 
 
-def _database_answers() -> bool:
-    try:
-        with get_reader() as db:
-            db.execute(_HAS_TABLES)
-    except StoreUnavailable as error:
-        logger.warning("not ready: %s", error)
-        return False
-    return True
-
-
-def _redis_answers() -> bool | None:
-    """None: it is not set, and this API does not need it."""
-    settings = TransportSettings.from_environment()
-    if settings.redis_url is None:
-        return None
-    try:
-        with settings.redis() as redis:
-            redis.ping()
-    except RedisError as error:
-        logger.warning("not ready: Redis: %s", type(error).__name__)
-        return False
+def _tables_are_readable() -> bool:
+    with get_reader() as db:
+        state_queries.read_history_tables(db)
     return True
 
 
