@@ -88,13 +88,15 @@ def null_for_nan(data: Any) -> tuple[Any, int]:
 
     The entry itself is left as it is, and so is everything of it that is no signal.
     """
-    key = _signals_key(data) if isinstance(data, dict) else ""
-    signals = data[key] if key and key in data else None
-    if not isinstance(signals, list):
-        return data, 0
     found: list[float] = []
-    nulled = [_null_for_nan(signal, found) if isinstance(signal, dict) else signal for signal in signals]
-    return (data | {key: nulled}, len(found)) if found else (data, 0)
+    nulled = [_null_for_nan(signal, found) if isinstance(signal, dict) else signal for signal in signals_in(data)]
+    return (data | {_signals_key(data): nulled}, len(found)) if found else (data, 0)
+
+
+def signals_in(data: Any) -> list[Any]:
+    """The array of signals of an entry, whatever its elements are; empty when it has none."""
+    signals = data.get(_signals_key(data)) if isinstance(data, dict) else None
+    return signals if isinstance(signals, list) else []
 
 
 def _null_for_nan(value: Any, found: list[float], depth: int = 0) -> Any:

@@ -22,6 +22,7 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from producers.acknowledgements import shown
 from producers.entries import Source
+from producers.events import IMPORT_PREFIX
 from producers.outbox import Outbox
 from producers.redis_keys import delivery_of, held_key, holders_key
 
@@ -196,7 +197,7 @@ def _recorded() -> dict[str, _Recorded]:
 
 def _before(source: str) -> int:
     """The number before its first: outboxes count from 1, an import numbers the entries of a file from 0."""
-    return -1 if source.startswith("import/") and source.count("/") == 2 else 0
+    return -1 if source.startswith(IMPORT_PREFIX) and source.count("/") == 2 else 0
 
 
 def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:

@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from consumers.db.engine import engine, get_db
 from consumers.legacy.adoption import adopt_legacy
-from consumers.legacy.legacy_rows import legacy_origins
+from consumers.legacy.legacy_rows import table_sources
 from tests.legacy_databases import (
     ARCHIVES,
     FIRST_GENERATION,
@@ -140,7 +140,7 @@ def test_without_adopted_tables_there_is_nothing_to_import(redis: Redis, databas
         for more in ([], ["/tmp", "--from-tables"])
     ]
 
-    assert legacy_origins(engine()) == []
+    assert table_sources(engine()) == []
     assert (run.returncode, run.stderr) == (
         1,
         "error: there are no adopted tables in the database: trading-history init-db --adopt-legacy makes them\n",
