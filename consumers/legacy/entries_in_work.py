@@ -1,8 +1,8 @@
 """The entries in work, noted in a file: after a crash, the next import finds the entry that ended the process.
 
-A crash leaves the note behind. The next run processes the noted entries one by one, so that the entry that ends the
-process again is the only one noted, and its crashes can be counted. Kill -9 leaves a note too: then the entries pass
-one by one, and nothing else happens.
+A crash leaves the note behind. The next run processes the noted entries in small portions, so that fewer are noted when
+the process ends again, at last a single one, whose crashes can be counted. Kill -9 leaves a note too: then these
+entries pass in small portions, and nothing else happens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from consumers.legacy.json_arrays import Entry
 from producers.errors import HistoryError
 
 _SUFFIX = ".in-work"
+_PORTIONS = 32  # of the entries of a crash: a thousand entries come to single ones in two steps
 _ORDERLY_ENDS = (KeyboardInterrupt, SystemExit, HistoryError, OSError)
 
 
@@ -45,10 +46,13 @@ class EntriesInWork:
         self._left: _Note | None = None
 
     def portions(self, source: str, chunk: Sequence[Entry]) -> Iterator[list[Entry]]:
-        """`chunk` in order and in portions, each noted until the next is taken; entries of a crash come alone."""
-        for doubted, group in groupby(chunk, key=lambda entry: self._is_left(source, entry.index)):
+        """`chunk` in order and in portions, each noted until the next is taken; those of entries of a crash are small."""
+        left = self._left
+        for of_crash, group in groupby(chunk, key=lambda entry: self._is_left(source, entry.index)):
             entries = list(group)
-            for portion in [[entry] for entry in entries] if doubted else [entries]:
+            size = max(1, (left.last - left.first + 1) // _PORTIONS) if left and of_crash else len(entries)
+            for start in range(0, len(entries), size):
+                portion = entries[start : start + size]
                 first, last = portion[0].index, portion[-1].index
                 self._write(_Note(source, first, last, self.crashes(source, first)))
                 yield portion

@@ -1,6 +1,7 @@
 """Old history into the tables: its rate beside plain inserts, memory, a second run, verify, live latency.
 
-N snapshots (--count) in portfolio_history.json and a twohundredth as many archives of 50 signals. Live events have one worker.
+N snapshots (--count) in portfolio_history.json and a twohundredth as many archives of 50 signals.
+One worker for the live events.
 """
 
 from __future__ import annotations

@@ -513,7 +513,7 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("place", "crashes"), [("decode", 3), ("convert", 4)])
+@pytest.mark.parametrize(("place", "crashes"), [("decode", 4), ("convert", 5)])
 def test_an_entry_that_ends_the_process_is_isolated_by_the_next_runs(
     redis: Redis, tmp_path: Path, place: str, crashes: int
 ) -> None:
