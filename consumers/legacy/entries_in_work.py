@@ -46,7 +46,7 @@ class EntriesInWork:
         self._left: _Note | None = None
 
     def portions(self, source: str, chunk: Sequence[Entry]) -> Iterator[list[Entry]]:
-        """`chunk` in order and in portions, each noted until the next is taken; those of entries of a crash are small."""
+        """`chunk` in order and in portions, each noted until the next is taken; small ones for entries of a crash."""
         left = self._left
         for of_crash, group in groupby(chunk, key=lambda entry: self._is_left(source, entry.index)):
             entries = list(group)

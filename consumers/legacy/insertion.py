@@ -53,7 +53,7 @@ class _Undecided:
 class Insertion:
     """Decides deliveries, and calls `decided` with the job id and outcome of each once that is committed.
 
-    A delivery that alone cannot be decided now waits until the others are; after a few defects it is rejected as poison.
+    A delivery that alone cannot be decided now waits for the others; after a few defects it is rejected as poison.
     """
 
     def __init__(self, *, decided: Callable[[str, Outcome], None], say: Callable[[str], None]) -> None:
