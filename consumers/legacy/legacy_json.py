@@ -12,6 +12,7 @@ from typing import Any
 
 import simplejson
 
+from consumers.db.plain_dicts import day_of, moment_of
 from producers import json_values
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
@@ -192,27 +193,14 @@ def _portfolio(entry: Mapping[str, Any], portfolio_id: int | None) -> int | None
 
 
 def _moment(entry: Mapping[str, Any], field: str, zone: tzinfo | None, after: datetime | None) -> datetime:
-    value = _given(entry, field)
-    if not isinstance(value, str):
-        raise InvalidEvent.at(field, f"must be a time, not {type_name(value)}")
-    try:
-        moment = datetime.fromisoformat(value.strip())
-    except ValueError:
-        raise InvalidEvent.at(field, "is text that is not an ISO 8601 time") from None
+    moment = moment_of(_given(entry, field), field)
     return read_back(moment, zone, after, field) if moment.utcoffset() is None else with_fixed_offset(moment, field)
 
 
-def _day(entry: Mapping[str, Any], moment: datetime) -> Any:
+def _day(entry: Mapping[str, Any], moment: datetime) -> date:
     field = "snapshot_date" if "snapshot_date" in entry else "date"
     day = entry.get(field)
-    if day is None:
-        return moment.date()
-    if not isinstance(day, str):
-        raise InvalidEvent.at(field, f"must be a date, not {type_name(day)}")
-    try:
-        return date.fromisoformat(day.strip())
-    except ValueError:
-        raise InvalidEvent.at(field, "is text that is not an ISO 8601 date") from None
+    return moment.date() if day is None else day_of(day, field)
 
 
 def snapshot_entry(snapshot: PortfolioSnapshot, zone: tzinfo | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from tests.benchmarks.environment import bench_stack, reset
 from tests.benchmarks.printing import print_header, print_quantiles
 from tests.benchmarks.report import Report
 from tests.benchmarks.workers import history_workers
-from tests.factories import a_signal, a_snapshot
+from tests.factories import a_signal, a_snapshot, an_old_archive, an_old_snapshot
 
 _SNAPSHOTS_AN_ARCHIVE = 200
 _SIGNALS = 50
@@ -89,23 +89,14 @@ def _write_array(path: Path, entries: Iterator[dict[str, object]]) -> None:
 
 
 def _snapshot(number: int) -> dict[str, object]:
-    moment = _FIRST + timedelta(seconds=30 * number)
-    return {
-        "date": moment.date().isoformat(),
-        "timestamp": moment.isoformat(),
-        "balance": 9900 + number * 0.01,
-        "total_invested": 100.0,
-        "total_profit_loss": number * 0.1,
-        "total_value": 9900 + number * 0.11,
-        "open_positions": number % 7,
-        "trade_count": number,
-    }
+    values = {"balance": 9900 + number * 0.01, "total_profit_loss": number * 0.1, "total_value": 9900 + number * 0.11}
+    counts = {"open_positions": number % 7, "trade_count": number}
+    return an_old_snapshot(_FIRST + timedelta(seconds=30 * number), **values, **counts)
 
 
 def _archive(number: int) -> dict[str, object]:
-    moment = _FIRST + timedelta(hours=number)
     signals = [a_signal(market_id=str(n), target_price=n * 0.01, amount=number) for n in range(_SIGNALS)]
-    return {"archived_at": moment.isoformat(), "signals_count": _SIGNALS, "signals": signals}
+    return an_old_archive(_FIRST + timedelta(hours=number), signals)
 
 
 def _baseline(old: Path) -> float:

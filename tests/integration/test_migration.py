@@ -36,7 +36,7 @@ from producers.errors import HistoryError
 from producers.events import decode
 from producers.history_producer import HistoryProducer
 from tests.deliveries import burst
-from tests.factories import a_signal, a_snapshot
+from tests.factories import a_signal, a_snapshot, an_old_archive, an_old_snapshot
 from tests.faults.proxy import Proxy
 from tests.rq_programs import somebody_waits_for_a_lock, until
 
@@ -47,24 +47,12 @@ _OPTIONS = ("--timezone", "UTC", "--portfolio-id", "1", "--json")
 
 
 def _snapshot(number: int, **overrides: Any) -> dict[str, Any]:
-    moment = _FIRST + timedelta(seconds=number)
-    entry = {
-        "date": moment.date().isoformat(),
-        "timestamp": moment.isoformat(),
-        "balance": 9900.0 + number,
-        "total_invested": 100.0,
-        "total_profit_loss": 0.1 * number,
-        "total_value": 9987.350000000001,
-        "open_positions": 1,
-        "trade_count": number,
-    }
-    return entry | overrides
+    values = {"balance": 9900.0 + number, "total_profit_loss": 0.1 * number, "trade_count": number}
+    return an_old_snapshot(_FIRST + timedelta(seconds=number), **values | overrides)
 
 
 def _archive(number: int, **overrides: Any) -> dict[str, Any]:
-    signals = [a_signal(target_price=0.1 * number)]
-    entry = {"archived_at": (_FIRST + timedelta(seconds=number)).isoformat(), "signals_count": 1, "signals": signals}
-    return entry | overrides
+    return an_old_archive(_FIRST + timedelta(seconds=number), [a_signal(target_price=0.1 * number)]) | overrides
 
 
 def _write(folder: Path, snapshots: list[Any] | None = None, archives: list[Any] | None = None) -> Path:
