@@ -1,6 +1,6 @@
 """The way back: the tables as files of the old controller's format, see `consumers.legacy.legacy_json`.
 
-What the old format cannot say is lost on this way: the portfolio, the offset of a time, ids and sources.
+The old format has no place for the portfolio, the offset of a time, ids and sources: these are lost.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _SELECTED = """
     AND (CAST(:until AS timestamptz) IS NULL OR {instant} < :until)
 """
 
-# Oldest first. What came from a file stands in the order of that file, also where that is not the order of time (in an
-# hour that the clock showed twice): each entry is as old as the newest before it.
+# Oldest first. Imported rows are in the order of their file, also where that is not the order of time (in an hour that
+# the clock showed twice): each entry is as old as the newest before it.
 _IN_ORDER = f"""
     CASE WHEN source LIKE '{IMPORT_PREFIX}%/%' THEN max({{instant}}) OVER (PARTITION BY source ORDER BY sequence)
         ELSE {{instant}} END,
@@ -96,8 +96,8 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedFile:
-    """`ambiguous` entries are of the second of two equal hours, as the clock is set back, and no entry before them
-    tells: read again, their times mean the first."""
+    """A file written. Of two equal hours, when the clock is set back, `ambiguous` entries are of the second without an
+    entry before them that shows it: read again, their times mean the first."""
 
     file: str
     entries: int
@@ -106,7 +106,7 @@ class ExportedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written; `untouched` are files of the old format that were there and that this export does not have;
+    """The files written; `untouched` are files of the old format that were there and that this export does not have;
     `unfinished` are folders of exports that were killed (or still run)."""
 
     files: list[ExportedFile]

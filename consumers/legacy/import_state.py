@@ -1,4 +1,4 @@
-"""What the database knows of the deliveries of an import: nothing, their row, or why there is none."""
+"""The state of an import in the database: for each delivery its row, the reason why there is none, or nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PoisonRejection(NamedTuple):
 
 
 class ImportState(NamedTuple):
-    """What the database knows of one delivery: the row with its event's id, and the recorded outcome of its job.
+    """The database's state of one delivery: the row with its event's id, and the recorded outcome of its job.
 
     `other_row` is what looks as if this very entry had been imported before, in another zone or portfolio: the same
     source, number and content at a time that differs by what zones differ by.
@@ -66,7 +66,7 @@ class ImportState(NamedTuple):
         found = self.found
         return found is not None and found.same and (found.source, found.sequence) == (source, sequence)
 
-    def is_settled(self, source: str, sequence: int) -> bool:
+    def is_accounted_for(self, source: str, sequence: int) -> bool:
         """Its own row; or another's of the same fact, if that was recorded: else an audit would miss the number."""
         duplicate = self.found is not None and self.found.same and self.outcome == "duplicate"
         return duplicate or self.is_own(source, sequence)

@@ -174,7 +174,7 @@ class Importer:
             poison = self._poison.get(entry.index)
             known_poison = poison.reason if poison is not None and poison.event == delivery.text else None
             reason = state.refusal() or known_poison
-            if state.is_settled(self._history.source, entry.index):
+            if state.is_accounted_for(self._history.source, entry.index):
                 self._history.statistics.already_there += 1
             elif reason is not None:
                 self._reject(entry, reason)

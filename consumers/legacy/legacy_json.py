@@ -112,7 +112,7 @@ def _null_for_nan(value: Any, found: list[float], depth: int = 0) -> Any:
 
 
 def notes_on(data: Mapping[str, Any], event: PortfolioSnapshot | SignalArchive) -> Iterator[str]:
-    """What an entry says that its event does not: nothing of it is wrong enough to refuse it."""
+    """Notes on what an entry has that its event does not have, and that is no reason to refuse it."""
     known = SNAPSHOT_KEYS if isinstance(event, PortfolioSnapshot) else ARCHIVE_KEYS
     if not data.keys() <= known:
         yield from (f"unknown key {key[:60]!a} left out" for key in sorted(data.keys() - known))
@@ -166,7 +166,7 @@ def _count(entry: Mapping[str, Any], field: str) -> Any:
         return value
     try:
         number = Decimal(_plain(value) if isinstance(value, str) else value)
-        # What is far out of range anyway must not become an int of a million digits first.
+        # A number far out of range must not become an int of a million digits first.
         whole = number.is_finite() and abs(number) < 2**63 and number == number.to_integral_value()
     except (ArithmeticError, TypeError, ValueError):
         whole = False
@@ -176,7 +176,7 @@ def _count(entry: Mapping[str, Any], field: str) -> Any:
 
 
 def _plain(text: str) -> str:
-    """What Python takes for a number beyond the usual digits, such as 1_000, is none. Raises ValueError."""
+    """`text` without blanks. Raises ValueError if it is no plain number, such as 1_000, which Python accepts."""
     if not NUMBER.fullmatch(text.strip()):
         raise ValueError
     return text.strip()

@@ -16,7 +16,7 @@ from consumers.legacy.old_history import ImportSource, Kind
 _ROWS_AT_ONCE = 500
 _MOST_DIGITS = 4000  # beyond 4300 Python refuses to make an int
 
-# Values under the keys of the old files. What only some databases have is added when it is there.
+# Values under the keys of the old files. Columns that only some databases have are added if they exist.
 _TABLES: dict[str, tuple[Kind, str]] = {
     "portfolio_history_legacy": (
         "snapshot",

@@ -208,7 +208,7 @@ class OldHistory:
         return InvalidEvent(f"{error} (--nan-as-null takes NaN in signals as null)", error.field)
 
     def _enveloped(self, payload: PortfolioSnapshot | SignalArchive, index: int) -> Event:
-        """What event_of makes, at a tenth of its price: of one source, it checks the envelope once."""
+        """The same as event_of, in a tenth of the time: the envelope is checked once for the source."""
         if self._envelope is None:
             self._envelope = event_of(payload, source=self.source, sequence=index)
             return self._envelope

@@ -66,7 +66,7 @@ class Compared:
 
 @dataclass
 class _Side:
-    """What reading the old history of one kind leaves for the comparison from the tables."""
+    """Rows, sources and periods met in the old history of one kind, for the comparison from the tables."""
 
     rows: RowIds = field(default_factory=RowIds)
     sources: list[str] = field(default_factory=list)
