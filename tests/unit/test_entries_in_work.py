@@ -29,6 +29,12 @@ def _crash(report: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+def _end_with(error: BaseException, report: Path) -> None:
+    with EntriesInWork(report) as in_work:
+        next(in_work.portions(SOURCE, CHUNK))
+        raise error
+
+
 def _sizes(report: Path, source: str = SOURCE) -> set[int]:
     with EntriesInWork(report) as in_work:
         return {len(portion) for portion in in_work.portions(source, CHUNK)}
@@ -78,7 +84,6 @@ def test_without_a_note_of_its_own_an_import_works_all_the_same(tmp_path: Path) 
 )
 def test_only_a_crash_or_a_defect_leaves_a_note(tmp_path: Path, error: BaseException, left: int) -> None:
     """Not a stop, nor an error that is the user's to solve."""
-    with pytest.raises(type(error)), EntriesInWork(tmp_path / "report.jsonl") as in_work:
-        next(in_work.portions(SOURCE, CHUNK))
-        raise error
+    with pytest.raises(type(error)):
+        _end_with(error, tmp_path / "report.jsonl")
     assert len(list(tmp_path.iterdir())) == left
