@@ -173,14 +173,14 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def print_tallies(tallies: Sequence[Mapping[str, Any]]) -> None:
+def print_import_statistics(statistics: Sequence[Mapping[str, Any]]) -> None:
     counts = ("read", "stored", "already there", "rejected")
     cells = [
         (one["name"], *(f"{one[count.replace(' ', '_')]:,}" for count in counts), one["damage"] or "none")
-        for one in tallies
+        for one in statistics
     ]
     _print_rows(("file", *counts, "damage"), cells, "There is nothing to import.")
-    for one in tallies:
+    for one in statistics:
         for note, count in one["notes"].items():
             _print(f"{one['name']}: {note} ({count:,} times)")
 

@@ -57,6 +57,8 @@ ArchiveType = Literal["trading.signal-archive.v1"]
 SNAPSHOT_TYPE: SnapshotType = "trading.portfolio-snapshot.v1"
 ARCHIVE_TYPE: ArchiveType = "trading.signal-archive.v1"
 
+IMPORT_PREFIX = "import/"  # of the sources of old history: import/<file>/<digest>
+
 MAX_EVENT_BYTES = 8 * 1024 * 1024
 # Brackets, colons and commas. The fullest archive of signals such as ours has 620,000 of them, and those in its texts;
 # a million of anything takes some 150 MiB to read, where 8 MiB of brackets would take gigabytes.

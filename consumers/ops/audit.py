@@ -32,7 +32,7 @@ from sqlalchemy import TextClause, text
 from consumers.db.engine import get_db
 from producers.acknowledgements import shown
 from producers.entries import Source
-from producers.events import KINDS
+from producers.events import IMPORT_PREFIX, KINDS
 from producers.outbox import Outbox
 from producers.redis_keys import delivery_of, held_key, holders_key
 
@@ -250,7 +250,7 @@ def _of_all_tables(part: str) -> str:
 
 def _first_number(source: str) -> int:
     """Outboxes count from 1, an import numbers the entries of a file from 0."""
-    return 0 if source.startswith("import/") and source.count("/") == 2 else 1
+    return 0 if source.startswith(IMPORT_PREFIX) and source.count("/") == 2 else 1
 
 
 def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:

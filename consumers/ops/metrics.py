@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 
+from producers.events import KINDS
+
 UNKNOWN_TYPE = "unknown"  # of a job that carries no event of ours
 WAITED_FOR = ("the database", "Redis")  # by a worker that cannot go on
 
