@@ -22,7 +22,7 @@ from redis import RedisError
 from producers import trading_controller
 from producers.acknowledgements import Outcome
 from producers.errors import HistoryError
-from producers.events import MODELS, Event, PortfolioSnapshot, SignalArchive, decode, encode, event_of
+from producers.events import KINDS, Event, PortfolioSnapshot, SignalArchive, decode, encode, event_of
 from producers.fake_transport import FAKE_QUEUE, redirected
 from producers.fake_worker import Answer, FakeWorker, Refusal
 from producers.history_producer import HistoryProducer
@@ -81,7 +81,7 @@ class FakeHistory:
     @property
     def events(self) -> list[Event]:
         """Everything recorded so far, in order, as workers get it: amounts and numbers in signals are Decimals."""
-        return [decode(entry.event, MODELS[entry.type]) for entry in self._outbox.entries()]
+        return [decode(entry.event, KINDS[entry.type].event) for entry in self._outbox.entries()]
 
     @property
     def snapshots(self) -> list[PortfolioSnapshot]:

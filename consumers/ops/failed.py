@@ -21,11 +21,10 @@ from sqlalchemy import text
 
 from consumers.db.engine import get_db
 from producers.errors import HistoryError
-from producers.events import ARCHIVE_TYPE, JOB_FUNCTIONS, SNAPSHOT_TYPE
+from producers.event_kinds import EventKind
+from producers.events import KINDS
 
 logger = logging.getLogger(__name__)
-
-KINDS = {"snapshot": SNAPSHOT_TYPE, "archive": ARCHIVE_TYPE}
 
 # An event tells its type before its data; of what others send, the type may stand further on.
 _BEGINNING = 4096
@@ -56,7 +55,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 class Rejection:
     """One delivery that was refused, and its reason; its text, which may be large, is had by `refused_text`.
 
-    `kind` is `snapshot`, `archive`, or None when the beginning of the text does not tell.
+    `kind` is the name of the event's kind, such as `snapshot`; None when the beginning of the text does not tell.
     """
 
     job_id: str
@@ -78,8 +77,10 @@ def rejections(name: str | None = None, *, kind: str | None = None) -> Iterator[
     with get_db() as db:
         for row in db.execute(_SELECT, given, execution_options={"yield_per": _AT_ONCE}):
             told = kind_of(row.beginning or "")
-            if kind is None or told == kind:
-                yield Rejection(row.job_id, row.source, row.sequence, row.event_id, row.reason, told, row.created_at)
+            name_told = None if told is None else told.name
+            if kind is None or name_told == kind:
+                identity = (row.job_id, row.source, row.sequence, row.event_id)
+                yield Rejection(*identity, row.reason, name_told, row.created_at)
 
 
 def refused_text(job_id: str) -> str | None:
@@ -93,13 +94,13 @@ def refused_text(job_id: str) -> str | None:
     return None if row is None else row.event or ""
 
 
-def kind_of(beginning: str) -> str | None:
-    """What an event is whose text begins so: `snapshot`, `archive`, or None when this does not tell."""
+def kind_of(beginning: str) -> EventKind | None:
+    """The kind of the event whose text begins so; None when this does not tell."""
     try:
         told = _type_told(beginning)
     except (ValueError, RecursionError):
         return None
-    return next((kind for kind, known in KINDS.items() if known == told), None)
+    return KINDS.get(told) if isinstance(told, str) else None
 
 
 def _type_told(beginning: str) -> Any:
@@ -185,7 +186,7 @@ def _enqueue_anew(job_id: str, queue: Queue) -> bool:
     if kind is None:
         raise HistoryError(f"job {job_id} cannot be sent again: Redis has lost it, and its text is no event")
     queue.connection.delete(Job.key_for(job_id))  # whatever stands there cannot be read
-    queue.enqueue(JOB_FUNCTIONS[KINDS[kind]], event, job_id=job_id, failure_ttl=-1)
+    queue.enqueue(kind.job_function, event, job_id=job_id, failure_ttl=-1)
     return True
 
 

@@ -28,7 +28,7 @@ from consumers.ops.metrics import COUNTS, UNKNOWN_TYPE
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
 from producers.errors import HistoryError, InvalidEvent, SettingsError
-from producers.events import MAX_EVENT_BYTES, MODELS, Event, Source, decode, is_readable
+from producers.events import IMPORT_PREFIX, KINDS, MAX_EVENT_BYTES, Event, Source, decode, is_readable
 from producers.fields import EventId
 from producers.fields import Sequence as SequenceNumber
 
@@ -37,10 +37,8 @@ logger = logging.getLogger("rq.worker.history")
 
 ISOLATED_SECONDS = 2.0  # limit of a statement while the delivery that blocks a batch is isolated
 
-_TYPES: dict[type[Event] | None, str] = {model: event_type for event_type, model in MODELS.items()}
 _REFUSALS: dict[type[HistoryError], str] = {EventConflict: "conflict", PoisonEvent: "poison", RefusedJob: "refused"}
 _HEAD_CHARACTERS = 2000  # our events have their id, source and sequence in the first 400
-_IMPORTED = "import/"  # begins the sources of old history, which is late by years
 
 _SOURCE: TypeAdapter[str] = TypeAdapter(Source)
 _SEQUENCE: TypeAdapter[int] = TypeAdapter(SequenceNumber)
@@ -201,16 +199,16 @@ def _stored_before(db: Connection, delivery: Delivery) -> Result | None:
 
 
 def _event_type(delivery: Delivery) -> str:
-    return _TYPES.get(delivery.model, UNKNOWN_TYPE)
+    return next((kind.type for kind in KINDS.values() if kind.event is delivery.model), UNKNOWN_TYPE)
 
 
 def _count(events: Sequence[Event | HistoryError], results: Sequence[Result], seconds: float) -> None:
     now = time.time()
     labels = [result.label for result in results]
     lags = [
-        max(now - event.time.timestamp(), 0.0)  # clocks differ
+        max(now - event.time.timestamp(), 0.0)  # clocks differ; old history is late by years
         for event, label in zip(events, labels, strict=True)
-        if label == "stored" and not isinstance(event, HistoryError) and not event.source.startswith(_IMPORTED)
+        if label == "stored" and not isinstance(event, HistoryError) and not event.source.startswith(IMPORT_PREFIX)
     ]
     COUNTS.batch(Counter(zip([result.event_type for result in results], labels, strict=True)), seconds, lags)
 

@@ -37,7 +37,7 @@ from rq.worker import DequeueStrategy, SimpleWorker
 
 from consumers.db.engine import limit_statements
 from consumers.db.waits import DatabaseWaits
-from consumers.process_setup import on_stop_signals, write_json_if_set
+from consumers.process_setup import TESTED_RQ, on_stop_signals, write_json_if_set
 from consumers.settings import MetricsSettings
 from consumers.worker.maintenance import Maintenance
 from consumers.worker.shared_state import SharedState, is_unreachable
@@ -46,15 +46,12 @@ from producers.errors import HistoryError, SettingsError
 
 logger = logging.getLogger(__name__)
 
-TESTED_RQ = ("3.0",)
-
 THREADS = 2  # with two, 1.2 to 1.4 times the events of one; with three, no more
 STATEMENT_SECONDS = 20.0
 _ANSWER_SECONDS = STATEMENT_SECONDS + 5  # for a server that does not even keep its own limit
 _STUCK_SECONDS = 3 * STATEMENT_SECONDS
-_READ_BYTES = (
-    512 * 1024
-)  # at once: a batch comes in few pieces, for each of which a thread may wait for the interpreter
+# A batch is read in few pieces: for each, a thread may wait for the interpreter.
+_READ_BYTES = 512 * 1024
 _RENEW_SECONDS = 2.0
 _STALL_SECONDS = 1.0  # waiting longer than this for an answer is the database's doing, not the job's
 _POOL_MARK = " (WorkerPool "  # in the names that RQ's pool gives to its processes

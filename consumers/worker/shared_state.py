@@ -14,12 +14,12 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from rq.suspension import is_suspended
 from rq.worker import BaseWorker, WorkerStatus
 
-from consumers.errors import StoreUnavailable
+from consumers.errors import StoreUnavailable, first_line
+from consumers.ops.metrics import WAITED_FOR
 
 logger = logging.getLogger(__name__)
 
-# The servers that a worker waits for.
-DATABASE, REDIS = "the database", "Redis"
+DATABASE, REDIS = WAITED_FOR
 
 
 def is_unreachable(error: Exception) -> bool:
@@ -84,8 +84,7 @@ class SharedState:
             if known is None:
                 self._waits_since = time.monotonic()
         if known != server:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            logger.error("worker %s waits for %s and tries again: %s", self._worker.name, server, reason)
+            logger.error("worker %s waits for %s and tries again: %s", self._worker.name, server, first_line(error))
         if not is_unreachable(error):
             with suppress(RedisError):  # the log has it
                 self.publish()

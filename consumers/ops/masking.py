@@ -28,7 +28,7 @@ class Mask:
         found.update(_spellings([environment.get("POSTGRES_PASSWORD", "")]))
         return cls(tuple(sorted(filter(None, found), key=len, reverse=True)))
 
-    def told(self, error: Exception) -> str:
+    def told(self, error: BaseException) -> str:
         """The first line of its message, or its type."""
         lines = str(error).strip().splitlines() or [type(error).__name__]
         text = lines[0]
