@@ -41,7 +41,7 @@ def oldest_unacknowledged_seconds(outbox: Outbox, redis: Redis | None) -> float 
 def _oldest_unanswered_seconds(outbox: Outbox, redis: Redis, deadline: float) -> float | None:
     after = 0
     for _ in range(_MOST_PAGES):
-        page = outbox.sent(after, _PAGE)
+        page = outbox.deliveries.sent(after, _PAGE)
         ages = {head.position: age for head, age in page}
         waiting = _unanswered(redis, [head for head, _ in page], deadline)
         if waiting:
@@ -49,12 +49,12 @@ def _oldest_unanswered_seconds(outbox: Outbox, redis: Redis, deadline: float) ->
         if len(page) < _PAGE:
             return None
         after = page[-1][0].position
-    rest = outbox.sent(after, 1)
+    rest = outbox.deliveries.sent(after, 1)
     return rest[0][1] if rest else None
 
 
 def _unanswered(redis: Redis, heads: Sequence[EntryHead], deadline: float) -> list[EntryHead]:
-    """As rq_jobs.unanswered. Raises TimeoutError at the deadline, which the client's own limits are too long for."""
+    """As rq_queue.unanswered. Raises TimeoutError at the deadline, which the client's own limits are too long for."""
     answer: Future[list[EntryHead]] = Future()
 
     def ask() -> None:

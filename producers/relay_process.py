@@ -1,7 +1,7 @@
 """A process that only relays: for controllers that cron starts, or that must not share their interpreter with a relay.
 
-It announces itself in each outbox with a heartbeat, and producers leave relaying to it. An outbox that cannot be
-relayed now is logged once and tried again; it does not end the process, nor hold up the other outboxes.
+It has a heartbeat in each outbox, and producers leave relaying to it. An outbox that cannot be relayed now is logged
+once and tried again; it does not end the process, nor hold up the other outboxes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class _Watched:
         if self._path.is_file():
             try:
                 with Outbox(self._path) as outbox:
-                    self._new_relay(outbox).check_destination()
+                    self._new_relay(outbox).turn.check_destination()
             except OutboxError:
                 return  # `look` says why, and tries again
 
@@ -83,7 +83,7 @@ class _Watched:
             self._begin()
         if self._relay is not None:
             with contextlib.suppress(HistoryError):  # the relay meets it as well, and logs it
-                self._relay.announce()
+                self._relay.turn.heartbeat()
             self._log_turn(self._relay)
 
     def _begin(self) -> None:
@@ -95,7 +95,7 @@ class _Watched:
             outbox = Outbox(self._path, repair=True)
             relay = self._new_relay(outbox)
             with outbox.repaired():  # a new file names no other Redis
-                relay.check_destination()
+                relay.turn.check_destination()
             unsettled = outbox.status().depth
         except HistoryError as error:
             if outbox is not None:
@@ -110,7 +110,7 @@ class _Watched:
         return Relay(outbox, self._redis, self._queue, keep_seconds=self._keep_seconds, process_name=self._name)
 
     def _log_turn(self, relay: Relay) -> None:
-        waits = relay.stands_by
+        waits = relay.turn.stands_by
         if waits == self._stands_by:
             return
         self._stands_by = waits

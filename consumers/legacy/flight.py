@@ -15,10 +15,10 @@ from rq import Queue, Worker
 from rq.serializers import JSONSerializer
 
 from producers.acknowledgements import Outcome, read_acknowledgements
-from producers.backoff import backoff_seconds
 from producers.entries import Entry
 from producers.redis_keys import acknowledgement_key
 from producers.rq_queue import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
+from producers.times import backoff_seconds
 
 FEWEST_JOBS, MOST_JOBS = 50, 4000
 _WORK_SECONDS = 0.5  # of the workers, waiting in the queue

@@ -21,10 +21,10 @@ from consumers.legacy.import_state import Standing, rows_of_numbers, standings
 from consumers.legacy.json_arrays import Entry
 from consumers.legacy.old_history import Item, OldHistory
 from producers.acknowledgements import Outcome
-from producers.backoff import backoff_seconds
 from producers.entries import Entry as OutboxEntry
 from producers.errors import InvalidEvent
 from producers.events import Event, encode
+from producers.times import backoff_seconds
 
 _FIRST_BACKOFF_SECONDS = 0.2
 _LAST_BACKOFF_SECONDS = 5.0

@@ -21,7 +21,7 @@ from sqlalchemy import text
 
 from consumers.db.engine import get_db
 from producers.acknowledgements import shown
-from producers.entries import Source
+from producers.entries import OutboxSource
 from producers.outbox import Outbox
 from producers.redis_keys import delivery_of, held_key, holders_key
 
@@ -145,7 +145,7 @@ def audit(redis: Redis | None = None, outbox: Outbox | None = None, queue: str =
 
 
 def _audited(
-    name: str, found: _Recorded, kept: Source | None, *, last_now: int, under_way: set[int], mismatched: list[int]
+    name: str, found: _Recorded, kept: OutboxSource | None, *, last_now: int, under_way: set[int], mismatched: list[int]
 ) -> SourceAudit:
     """`kept` is the source as the outbox had it before the database was read, `last_now` its last number afterwards."""
     gaps, last = list(found.gaps), found.last
@@ -206,13 +206,13 @@ def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:
     return [(first, min(last, last_used)) for first, last in ranges if first <= last_used]
 
 
-def _mismatched(source: Source, outbox: Outbox) -> list[int]:
+def _mismatched(source: OutboxSource, outbox: Outbox) -> list[int]:
     """The numbers under which the database has other events than the outbox, and not the outbox's own.
 
     An entry that is under way is not looked for. Of what was rejected the database may not know the event's id.
     """
     mismatched: list[int] = []
-    for page in outbox.numbers(source.id):
+    for page in outbox.audit_pages(source.id):
         stored: dict[int, set[UUID | None]] = {}
         with get_db() as db:
             span = {"first": page[0].sequence, "last": page[-1].sequence}

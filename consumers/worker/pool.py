@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from consumers.embedded.child_processes import STOP_SECONDS, release, start_worker
 from consumers.process_setup import on_stop_signals
-from producers.backoff import backoff_seconds
+from producers.times import backoff_seconds
 
 logger = logging.getLogger(__name__)
 

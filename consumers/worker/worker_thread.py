@@ -39,7 +39,7 @@ from consumers.worker.quarantine import is_caused_by_job, is_wrong_type
 from consumers.worker.reservations import POISON_DEATHS, Reservations
 from consumers.worker.rq_completion import RqJobs
 from consumers.worker.shared_state import Crew, is_away
-from producers.backoff import backoff_seconds
+from producers.times import backoff_seconds
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ pytest_plugins = ["pytester"]
 CHILD = """
 from producers import trading_controller
 trading_controller.create_daily_portfolio_snapshot({"balance": 5})
-trading_controller._shared.close(timeout=0)
+trading_controller.shared_producer().close(timeout=0)
 """
 
 
@@ -279,9 +279,11 @@ def test_closing_leaves_no_thread_no_variable_and_no_shared_producer(monkeypatch
     monkeypatch.setenv("HISTORY_QUEUE", "mine")
     threads, variables = set(threading.enumerate()), dict(os.environ)
     made: list[HistoryProducer] = []
+    folders: list[Path] = []
 
     def fail() -> None:
         with FakeHistory() as history, history.redis_down():
+            folders.append(Path(os.environ["HISTORY_OUTBOX"]).parent)
             made.extend((HistoryProducer(name="forgotten"), history.producer))
             for producer in made:
                 _record(producer=producer)
@@ -289,10 +291,10 @@ def test_closing_leaves_no_thread_no_variable_and_no_shared_producer(monkeypatch
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    folder = made[0]._outbox.path.parent
     assert set(threading.enumerate()) <= threads
     assert dict(os.environ) == variables
-    assert ([producer.closed for producer in made], folder.exists()) == ([True, True], False)
+    assert [producer.closed for producer in made] == [True, True]
+    assert not folders[0].exists()
     with FakeHistory() as history:
         assert history.events == []
         assert history.producer not in made
@@ -342,7 +344,7 @@ def test_without_fakeredis_the_fixture_says_what_to_install(
 ) -> None:
     """In one line, in the test that asked for it."""
     monkeypatch.setitem(sys.modules, "fakeredis", None)
-    for module in ("producers.testing", "producers.fake_transport"):
+    for module in ("producers.testing", "producers.child_environment"):
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(pytest.fail.Exception, match=re.escape(": pip install '.[testing]' in a clone")):
         request.getfixturevalue("trading_history")

@@ -19,7 +19,7 @@ from producers.acknowledgements import shown
 from producers.errors import OutboxError, OutboxOutdated
 from producers.lateness import oldest_unacknowledged_seconds
 from producers.outbox import MAX_BYTES, Outbox
-from producers.outbox_recovery import ranges_text
+from producers.outbox_salvage import ranges_text
 from producers.redis_keys import token_key
 from producers.settings import TransportSettings, read_environment
 
@@ -91,18 +91,18 @@ def contents(settings: TransportSettings) -> Iterator[Check]:
 
 
 def soundness(path: Path) -> Iterator[Check]:
-    """Whether SQLite finds the file in order, and what was set aside because it did not."""
+    """Whether SQLite finds the file in order; damaged files that were moved away."""
     name = "outbox file"
     with Outbox(path) as outbox:
         fault = outbox.quick_check(_CHECK_SECONDS)
-        waiting, done = outbox.rescue.damaged_files(), outbox.rescue.salvaged_files()
-        losses = outbox.rescue.losses()
+        waiting, done = outbox.quarantine.damaged_files(), outbox.quarantine.salvaged_files()
+        losses = outbox.quarantine.losses()
     if fault not in (None, "unfinished"):
-        advice = "check the disk, then restart the controller or relay: it sets the file aside and salvages it"
+        advice = "check the disk, then restart the controller or relay: it moves the file away and salvages it"
         yield Check(name, "fail", f"damaged: {fault}", advice)
     elif waiting:
-        found = f"set aside as damaged, not salvaged yet: {', '.join(map(str, waiting))}"
-        yield Check(name, "fail", found, "start the controller or trading-history relay, which carry over its entries")
+        found = f"damaged files that are not salvaged yet: {', '.join(map(str, waiting))}"
+        yield Check(name, "fail", found, "start the controller or trading-history relay, which salvage their entries")
     elif done:
         lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in losses.items())
         lost = lost or "none after the first that was found"
@@ -118,13 +118,13 @@ def copies(settings: TransportSettings) -> Iterator[Check]:
     name = "outbox copies"
     advice = "trading-history audit on the host of each copy; give each controller an outbox of its own"
     with Outbox(settings.outbox) as outbox:
-        sources, identity = outbox.sources(), outbox.identity.read()
+        sources, header = outbox.sources(), outbox.header.read()
     current = [source.full_name for source in sources if source.current]
     left = [source.full_name for source in sources if source.left_because == "copied"]
     if redis_is_set := settings.redis_url is not None:
         with settings.redis() as redis:
             tokens = redis.mget([token_key(source) for source in current]) if current else []
-        known = {identity.token, identity.next_token, None}
+        known = {header.token, header.next_token, None}
         if any((None if token is None else shown(token)) not in known for token in tokens):
             yield Check(name, "warn", f"another copy uses {', '.join(current)} now", advice)
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from producers.backoff import backoff_seconds
+from producers.times import backoff_seconds
 
 
 @pytest.mark.parametrize(("failures", "ceiling"), [(1, 0.2), (2, 0.4), (5, 3.2), (6, 5.0), (100_000, 5.0)])
