@@ -1,6 +1,7 @@
 """The fixture `trading_history`, known to pytest wherever this package is installed.
 
-Every run of pytest there imports this module, so it imports nothing else before a test asks for the fixture.
+Every run of pytest there imports this module, so it imports nothing else before a test asks for the fixture. It is
+installed as `trading_history_pytest` too, for projects with another package `producers`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ def trading_history(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHistory]:
         from producers.child_environment import VARIABLES
         from producers.testing import FakeHistory
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("producers."):
+            pytest.fail(
+                f"a package of this project hides the package `producers` of trading-history: {error}", pytrace=False
+            )
         pytest.fail(f"{error}: pip install '.[testing]' in a clone of trading-history", pytrace=False)
     # A test that changes one of these has monkeypatch put back what it found, which is the fake's; so monkeypatch, the
     # last to undo, must have seen them before.

@@ -10,12 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from producers.outbox_identity import RELAY_ALIVE_SECONDS
 from redis import Redis
 
 from consumers.operations import get_portfolio_history
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
+from producers.outbox_header import RELAY_ALIVE_SECONDS
 from tests.deliveries import history_queue
 from tests.factories import a_snapshot
 from tests.relaying import COMMAND, a_proxy, a_relay, a_worker, states
