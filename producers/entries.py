@@ -13,7 +13,7 @@ State = Literal["pending", "sent", "stored", "rejected"]
 
 @dataclass(frozen=True)
 class Accepted:
-    """The identifiers that `append` assigned to one event."""
+    """The identifiers that `append` has given to one event."""
 
     event_id: UUID
     source: str

@@ -85,7 +85,7 @@ class TransportSettings(ZoneSettings):
         return self.outbox_keep_days * 86400
 
     def redis(self) -> Redis:
-        """A client that gives up in seconds rather than hang; retrying is its user's decision.
+        """A client whose calls fail after seconds rather than hang; retrying is the caller's decision.
 
         Raises:
             SettingsError: REDIS_URL is missing or cannot be read.

@@ -1,4 +1,4 @@
-"""SQLite connections: closed before a fork, switched to a write-ahead log, their errors told apart.
+"""SQLite connections: closed before a fork, switched to a write-ahead log; kinds of their errors.
 
 No connection may cross a fork, not even unused, or locks and files go wrong. Before a fork every connection of this
 process is closed, while its owner's lock is held; afterwards parent and child each open their own when they need one.

@@ -60,7 +60,7 @@ class Transport:
         )
 
     def after_fork(self) -> None:
-        """In a forked child: the relay's thread and whoever held its lock do not exist here."""
+        """In a forked child: make a new relay, since threads of the parent do not exist here."""
         self._prepare_relay()
 
     def wake_relay(self) -> None:
