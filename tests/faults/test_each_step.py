@@ -151,7 +151,7 @@ def test_a_producer_that_dies_while_it_carries_entries_over_loses_nothing(
     assert judged.breaches == []
 
 
-_RESCUES = [
+_QUARANTINES = [
     ("before quarantine", 1, False),
     ("before a rename", 1, False),
     ("after a rename", 1, False),
@@ -168,8 +168,8 @@ _RESCUES = [
 ]
 
 
-@pytest.mark.parametrize(("step", "times", "log"), _RESCUES)
-def test_a_producer_that_dies_while_it_rescues_a_damaged_file_loses_nothing(
+@pytest.mark.parametrize(("step", "times", "log"), _QUARANTINES)
+def test_a_producer_that_dies_while_it_quarantines_a_damaged_file_loses_nothing(
     redis: Redis, tmp_path: Path, step: str, times: int, log: bool
 ) -> None:
     """The root page of the entries is gone, the rows are not; with `log` the last one is only in the log beside it."""
