@@ -16,7 +16,7 @@ from producers.entries import full_source
 from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key, delivery_of, job_id_of
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("producers.relay")  # whose part this is: a name that log filters of controllers have
 
 _PAGE_FIELDS = 200
 _REJECTED_SECONDS = 5.0

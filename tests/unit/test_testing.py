@@ -222,7 +222,9 @@ def test_child_processes_record_here_too(trading_history: FakeHistory) -> None:
 
     def record_and_hand_over() -> None:
         _record()
-        assert trading_history.producer.flush(1) == 1  # to whom, if not to this process?
+        assert trading_history.producer.flush(1) == 1  # its copy of the fake Redis is of no use
+        with pytest.raises(HistoryError, match="forked child"):
+            trading_history.work()
 
     assert in_child(record_and_hand_over) == 0
     subprocess.run([sys.executable, "-c", CHILD], check=True, timeout=60)
