@@ -1,10 +1,9 @@
--- The history of portfolios and signals. Tables for retired rows, copies of these, are made by trading-history retire.
+-- The history of portfolios and signals.
 -- Makes what is missing, and may run again at any time, also twice at the same moment.
 
 BEGIN;
 
 -- CREATE ... IF NOT EXISTS is not safe against another session that does the same; this lock is.
--- Its number stands with those of the other locks in consumers/db/retired_tables.py.
 SELECT pg_advisory_xact_lock(4825167903);
 
 -- Tables of the same names from before this project have no event ids. Nothing below may touch them.

@@ -1,4 +1,4 @@
-"""What a consumer can raise; api, dashboard and embedded have a few more, of their own.
+"""What a consumer can raise; api and embedded have a few more, of their own.
 
 The root and InvalidEvent come from the producers' side of the contract.
 
@@ -13,13 +13,14 @@ HistoryError
 ├── OldSchema           the database has tables of the old shape under our names
 ├── LoginNotMade        a login role cannot be made or changed
 ├── AdoptionRefused     tables of the old shape cannot be adopted as things are
-├── RetirementRefused   old rows cannot be moved now: another run, a name that is taken, or a table in use
 └── EmbeddedError       the embedded servers are not installed, do not start or do not stop
 """
 
 from __future__ import annotations
 
 from uuid import UUID
+
+from redis import RedisError
 
 from producers.errors import HistoryError
 
@@ -33,6 +34,22 @@ def described(error: BaseException) -> str:
     except BaseException:  # its own code, which may be what failed
         message = ""
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name; for one of the database, the server's own message.
+
+    The lines after it may hold the values of a row.
+    """
+    original = getattr(error, "orig", None) or error  # SQLAlchemy's has the driver's
+    diagnostics = getattr(original, "diag", None)
+    message = getattr(diagnostics, "message_primary", None) or str(original)
+    return (message.strip().splitlines() or [type(original).__name__])[0]
+
+
+def is_wrong_type(error: object) -> bool:
+    """A command met a key of another type; a script's error has more words around that one."""
+    return isinstance(error, RedisError) and "WRONGTYPE" in str(error)
 
 
 class EventConflict(HistoryError):
@@ -100,10 +117,6 @@ class LoginNotMade(HistoryError):
 
 class AdoptionRefused(HistoryError):
     """Tables of the old shape cannot be adopted as things are; nothing was changed."""
-
-
-class RetirementRefused(HistoryError):
-    """Old rows cannot be moved as things are; what was moved before is complete."""
 
 
 class EmbeddedError(HistoryError):

@@ -22,15 +22,16 @@ def record_portfolio_snapshot(event: str) -> int:
         EventConflict: its id is stored with other content; likewise.
         StoreUnavailable: the database cannot take it now; the producer will send it again.
     """
-    return _record(event, PortfolioSnapshotEvent)
+    return record(event, PortfolioSnapshotEvent)
 
 
 def record_signal_archive(event: str) -> int:
     """Store one signal archive and return its row's id; raises what `record_portfolio_snapshot` raises."""
-    return _record(event, SignalArchiveEvent)
+    return record(event, SignalArchiveEvent)
 
 
-def _record(text: str, model: type[Event]) -> int:
+def record(text: str, model: type[Event]) -> int:
+    """Store one event of a kind and return its row's id; the body of every job function."""
     job = get_current_job()
     if job is None:  # called by hand: there is no delivery to account for
         return insert_event(decode(text, model))

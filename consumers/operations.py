@@ -9,10 +9,12 @@ from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
+from consumers.db.archive_queries import archives, market_signals
 from consumers.db.engine import get_db
 from consumers.db.inserts import insert_event
 from consumers.db.plain_dicts import archive_of, snapshot_of, zoned
-from consumers.db.queries import Listing, Narrowing, archives, closes, market_signals, snapshots
+from consumers.db.portfolio_queries import closes, snapshots
+from consumers.db.queries import Filter, Query
 from producers.events import PortfolioSnapshot, SignalArchive, event_of
 
 _SNAPSHOTS_A_FETCH = 1000
@@ -72,7 +74,7 @@ def get_portfolio_history(
         ValueError: `limit` is negative.
         StoreUnavailable: the database cannot be read now.
     """
-    wanted = _narrowing(limit, portfolio_id, since, until, after)
+    wanted = _filter(limit, portfolio_id, since, until, after)
     return _select((snapshots if daily is None else closes)(wanted))
 
 
@@ -93,7 +95,7 @@ def get_recent_signal_archives(
         ValueError: `limit` is negative.
         StoreUnavailable: the database cannot be read now.
     """
-    return _select(archives(_narrowing(limit, portfolio_id, since, until, after)))
+    return _select(archives(_filter(limit, portfolio_id, since, until, after)))
 
 
 def get_market_signals(
@@ -113,7 +115,7 @@ def get_market_signals(
         ValueError: `limit` is negative.
         StoreUnavailable: the database cannot be read now.
     """
-    return _select(market_signals(market_id, _narrowing(limit, portfolio_id, since, until, after)))
+    return _select(market_signals(market_id, _filter(limit, portfolio_id, since, until, after)))
 
 
 class ExactRows(NamedTuple):
@@ -131,12 +133,12 @@ def stream_portfolio_history(
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> Iterator[ExactRows]:
-    """What `get_portfolio_history` gives, exactly and in flat memory; to be read inside the block.
+    """The rows of `get_portfolio_history`, exactly and in flat memory; read them inside the block.
 
     Raises:
         StoreUnavailable: the database cannot be read now; while reading, too.
     """
-    with _streamed(snapshots(_narrowing(limit, portfolio_id, since, until, None)), _SNAPSHOTS_A_FETCH) as rows:
+    with _streamed(snapshots(_filter(limit, portfolio_id, since, until, None)), _SNAPSHOTS_A_FETCH) as rows:
         yield rows
 
 
@@ -148,32 +150,32 @@ def stream_signal_archives(
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> Iterator[ExactRows]:
-    """What `get_recent_signal_archives` gives, exactly and in flat memory; to be read inside the block.
+    """The rows of `get_recent_signal_archives`, exactly and in flat memory; read them inside the block.
 
     Raises:
         StoreUnavailable: the database cannot be read now; while reading, too.
     """
-    with _streamed(archives(_narrowing(limit, portfolio_id, since, until, None)), _ARCHIVES_A_FETCH) as rows:
+    with _streamed(archives(_filter(limit, portfolio_id, since, until, None)), _ARCHIVES_A_FETCH) as rows:
         yield rows
 
 
 @contextmanager
-def _streamed(listing: Listing, rows_a_fetch: int) -> Iterator[ExactRows]:
+def _streamed(query: Query, rows_a_fetch: int) -> Iterator[ExactRows]:
     with get_db() as db:
-        result = db.execute(listing.exact_statement(), listing.values, execution_options={"yield_per": rows_a_fetch})
+        result = db.execute(query.exact_statement(), query.values, execution_options={"yield_per": rows_a_fetch})
         yield ExactRows(list(result.keys()), iter(result))
 
 
-def _narrowing(
+def _filter(
     limit: int | None,
     portfolio_id: int | None,
     since: datetime | None,
     until: datetime | None,
     after: Mapping[str, Any] | None,
-) -> Narrowing:
+) -> Filter:
     if limit is not None and limit < 0:
         raise ValueError("limit must not be negative")
-    return Narrowing(
+    return Filter(
         limit=limit,
         portfolio_id=portfolio_id,
         since=since and zoned(since, "since"),
@@ -182,9 +184,9 @@ def _narrowing(
     )
 
 
-def _select(listing: Listing) -> list[dict[str, Any]]:
+def _select(query: Query) -> list[dict[str, Any]]:
     with get_db() as db:
-        rows = db.execute(listing.statement(), listing.values).mappings()
+        rows = db.execute(query.statement(), query.values).mappings()
         return [{name: _native(value) for name, value in row.items()} for row in rows]
 
 

@@ -10,6 +10,7 @@ from types import FrameType
 from consumers.settings import LogSettings
 from producers.json_logs import JsonFormatter
 
+TESTED_RQ = ("3.0",)  # beginnings of versions
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _LOGGERS_OF_RQ = ("rq.worker", "rq.job")
 

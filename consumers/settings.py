@@ -113,7 +113,7 @@ class DashboardSettings(EnvironmentSettings):
     """The password of RQ Dashboard's one account, and the address at which browsers reach it."""
 
     password: SecretStr | None = Field(None, alias="HISTORY_DASHBOARD_PASSWORD")
-    # Where browsers find it: the page links there, and behind a proxy this is the name that is asked for.
+    # Where browsers find it: the history page links there, and behind a proxy this is the name and the path asked for.
     url: str | None = Field(None, alias="HISTORY_DASHBOARD_URL")
 
     @field_validator("url")

@@ -10,7 +10,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -49,8 +49,8 @@ _FREE_TEXT = {"first signal", "reason", "missing", "damage"}
 _WRAPPED_COLUMNS = 12
 _GAP = 2
 _NUMBERS = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
-_NUMBERS |= {"stored", "duplicate", "rejected", "discarded", "under way", "last"}
-_NUMBERS |= {"read", "already there", "equal", "differences", "entries", "rows"}
+_NUMBERS |= {"stored", "duplicate", "rejected", "discarded", "under way", "last", "from"}
+_NUMBERS |= {"read", "already there", "equal", "differences", "entries"}
 
 
 def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], otherwise: str) -> None:
@@ -150,8 +150,19 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
         ranges += [f"{number} (another event)" for number in one["mismatched"]]
         missing = ", ".join(ranges[:5]) + (f" and {len(ranges) - 5} more" if len(ranges) > 5 else "") or "none"
         tail = "known" if one["tail_known"] else "unknown"
-        cells.append((one["source"], *(str(one[count.replace(" ", "_")]) for count in counts), missing, tail))
-    _print_rows(("source", *counts, "missing", "tail"), cells, "No source has numbered events here.")
+        cells.append(
+            (
+                one["source"],
+                str(one["proven_from"]),
+                *(str(one[count.replace(" ", "_")]) for count in counts),
+                missing,
+                tail,
+            )
+        )
+    _print_rows(("source", "from", *counts, "missing", "tail"), cells, "No source has numbered events here.")
+    if audits and audits[0]["since"] is not None:
+        since = audits[0]["since"].astimezone(UTC)
+        _print(f"Proven: what was recorded since {_moment(since)}, in each source the numbers from `from` on.")
     for one in audits:
         if one["copied"]:
             shared = ", ".join(map(str, one["shared"][:5])) + (" and more" if len(one["shared"]) > 5 else "")
@@ -162,14 +173,14 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def print_tallies(tallies: Sequence[Mapping[str, Any]]) -> None:
+def print_import_statistics(statistics: Sequence[Mapping[str, Any]]) -> None:
     counts = ("read", "stored", "already there", "rejected")
     cells = [
         (one["name"], *(f"{one[count.replace(' ', '_')]:,}" for count in counts), one["damage"] or "none")
-        for one in tallies
+        for one in statistics
     ]
     _print_rows(("file", *counts, "damage"), cells, "There is nothing to import.")
-    for one in tallies:
+    for one in statistics:
         for note, count in one["notes"].items():
             _print(f"{one['name']}: {note} ({count:,} times)")
 
@@ -266,11 +277,6 @@ def print_exported(directory: Path, exported: Mapping[str, Any]) -> None:
     _print_rows(("file", "entries"), [(one["file"], f"{one['entries']:,}") for one in exported["files"]], "No files.")
     files = f"{len(exported['files'])} file{'s' if len(exported['files']) > 1 else ''}"
     sys.stdout.write(f"\n{exported['entries']:,} entries in {files} in {directory}\n")
-
-
-def print_months(months: Sequence[Mapping[str, Any]]) -> None:
-    cells = [(one["table"], one["month"], f"{one['rows']:,}") for one in months]
-    _print_rows(("table", "month", "rows"), cells, "No rows to move.")
 
 
 # Text from elsewhere may contain characters that would control the terminal.

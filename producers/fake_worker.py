@@ -16,14 +16,11 @@ from rq.utils import as_text
 
 from producers.acknowledgements import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome, acknowledgement_text
 from producers.errors import HistoryError
-from producers.events import ARCHIVE_TYPE, JOB_FUNCTIONS, MODELS, SNAPSHOT_TYPE, Event, decode
+from producers.events import KINDS, Event, decode
 from producers.redis_keys import acknowledgement_key
 
 # The reason to refuse every event with, or a function that gives an event's reason, None for one to be stored.
 Refusal = str | Callable[[Event], str | None]
-
-_MODELS_OF_JOBS = {function: MODELS[event_type] for event_type, function in JOB_FUNCTIONS.items()}
-_TABLES = {SNAPSHOT_TYPE: "portfolio_history", ARCHIVE_TYPE: "signal_archives"}
 
 
 class Answer(NamedTuple):
@@ -76,7 +73,7 @@ class FakeWorker:
             row = self._rows[event.id] = _Row(self._counts[event.type], event)
             return Outcome("stored", row_id=row.row_id)
         if row.event.data != event.data:
-            place = f"row {row.row_id} of {_TABLES[event.type]}"
+            place = f"row {row.row_id} of {KINDS[event.type].table}"
             return Outcome("rejected", reason=f"event {event.id} is stored already as {place}, with other content")
         return Outcome("duplicate", row_id=row.row_id)
 
@@ -93,7 +90,7 @@ class FakeWorker:
 
 
 def _event_of(job: Job) -> Event:
-    model = _MODELS_OF_JOBS.get(str(job.func_name))
-    if model is None:
+    kind = KINDS.of_job(str(job.func_name))
+    if kind is None:
         raise HistoryError(f"job {job.id}: {job.func_name} is no job function of this project")
-    return decode(job.args[0], model)
+    return decode(job.args[0], kind.event)

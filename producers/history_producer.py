@@ -21,7 +21,7 @@ from redis import Redis
 
 from producers.entries import Accepted, OutboxStatus, State
 from producers.errors import InvalidEvent, ProducerClosed, SettingsError
-from producers.events import Payload, PortfolioSnapshot, SignalArchive, SourceName
+from producers.events import KINDS, Payload, SourceName
 from producers.fields import type_name
 from producers.redirection import Redirection, active_redirection, refuse_leftover_thread
 from producers.relay import STOP_SECONDS
@@ -65,7 +65,7 @@ class Receipt:
 
 
 class HistoryProducer:
-    """Records portfolio snapshots and signal archives, durably and without touching the network.
+    """Records events, such as portfolio snapshots and signal archives, durably and without touching the network.
 
     `redis` is any redis-py client, `outbox` the path of the outbox file, `queue` the RQ queue; None takes
     each from the settings. All producers on one outbox must use the same Redis and queue, since any one of
@@ -152,8 +152,9 @@ class HistoryProducer:
             raise ProducerClosed("this HistoryProducer was closed")
         payloads = list(events)
         for payload in payloads:
-            if not isinstance(payload, (PortfolioSnapshot, SignalArchive)):
-                raise InvalidEvent(f"event: must be a PortfolioSnapshot or SignalArchive, not {type_name(payload)}")
+            if not KINDS.has(payload):
+                names = " or ".join(kind.payload.__name__ for kind in KINDS.values())
+                raise InvalidEvent(f"event: must be a {names}, not {type_name(payload)}")
         transport = self._transport
         accepted = transport.outbox.append(self._name, payloads, self._producer_id)
         self._recorded = True

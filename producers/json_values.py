@@ -1,7 +1,8 @@
-"""Signals: JSON of any shape, as long as PostgreSQL's JSONB holds it without loss."""
+"""Signals: JSON of any shape, as long as PostgreSQL's JSONB holds it without loss; and archives of them as text."""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from decimal import Decimal
@@ -9,12 +10,14 @@ from fractions import Fraction
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
+from producers.errors import InvalidEvent
 from producers.fields import exact_decimal, plain_number, readable, refuse, type_name
 
 MAX_NESTING = 50
 MAX_SIGNALS = 20_000  # of 400 bytes each they fill the largest event
+_MAX_MEMBERS = 100  # of an envelope or its data, which have nine at the most
 # int | float | Decimal is made anew each time that it is evaluated.
 _NUMBERS = (int, float, Decimal)
 _CONTAINERS = (dict, list)
@@ -136,3 +139,55 @@ Signals = Annotated[
     Field(min_length=1, max_length=MAX_SIGNALS, strict=True),
     AfterValidator(_storable_from_python),
 ]
+
+
+def outline(text: str) -> str:
+    """An archive event as JSON without what is in its signals: its model finds the same faults in it.
+
+    Raises:
+        InvalidEvent: it is no JSON, or has too many fields.
+    """
+    try:
+        document = from_json(text)
+    except ValueError as error:
+        raise InvalidEvent(f"Invalid JSON: {error}") from None
+    except TypeError:
+        return text  # has a lone surrogate, and the model says so before it reads any of it
+    if not isinstance(document, dict):
+        return json.dumps(_hull(document))
+    outlined = _hulls(document, "event")
+    data = document.get("data")
+    if isinstance(data, dict):
+        outlined["data"] = _hulls(data, "data")
+        signals = data.get("signals")
+        if isinstance(signals, list):
+            outlined["data"]["signals"] = [_hull(signal) for signal in signals[: MAX_SIGNALS + 1]]
+    return json.dumps(outlined, ensure_ascii=False)
+
+
+_HULLS: dict[type, Any] = {dict: {}, list: []}
+
+
+def _hulls(members: dict[str, Any], field: str) -> dict[str, Any]:
+    if len(members) > _MAX_MEMBERS:
+        raise InvalidEvent.at(field, f"has more than {_MAX_MEMBERS} fields")
+    return {name: _hull(value) for name, value in members.items()}
+
+
+def _hull(value: Any) -> Any:
+    return _HULLS.get(type(value), value)
+
+
+def exact_signals(text: str) -> list[dict[str, Any]]:
+    """The signals of an archive event that its model has checked, numbers with every digit.
+
+    Raises:
+        InvalidEvent: one holds what JSONB cannot; the message says where.
+    """
+    # The model's JSON reader goes through binary floats; this one keeps the digits.
+    try:
+        return storable_signals(json.loads(text, parse_float=Decimal)["data"]["signals"])
+    except PydanticCustomError as error:
+        raise InvalidEvent(f"data.signals.{error.message()}", "data.signals") from None
+    except (ArithmeticError, ValueError):
+        raise InvalidEvent.at("data.signals", "has a number with too many digits") from None

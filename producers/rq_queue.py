@@ -22,7 +22,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import as_text, utcformat
 
 from producers.entries import Entry, EntryHead
-from producers.events import JOB_FUNCTIONS
+from producers.events import KINDS
 from producers.redis_keys import acknowledgement_key, held_key, holders_key
 
 AnyHead = TypeVar("AnyHead", bound=EntryHead)
@@ -51,7 +51,7 @@ def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry], at: datetime
 
 
 def _fields(entry: Entry, origin: str, at: str) -> dict[Any, Any]:
-    data = JSONSerializer.dumps((JOB_FUNCTIONS[entry.type], None, (entry.event,), {}))
+    data = JSONSerializer.dumps((KINDS[entry.type].job_function, None, (entry.event,), {}))
     return {
         "created_at": at,
         "enqueued_at": at,

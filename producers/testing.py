@@ -22,7 +22,7 @@ from redis import Redis, RedisError
 from producers.acknowledgements import Outcome
 from producers.child_environment import redirected_children
 from producers.errors import HistoryError
-from producers.events import MODELS, Event, PortfolioSnapshot, SignalArchive, decode, encode, event_of
+from producers.events import KINDS, Event, PortfolioSnapshot, SignalArchive, decode, encode, event_of
 from producers.fake_worker import Answer, FakeWorker, Refusal
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
@@ -100,7 +100,7 @@ class FakeHistory:
     @property
     def events(self) -> list[Event]:
         """All recorded events, in order, as workers get them: amounts and numbers in signals are Decimals."""
-        return [decode(entry.event, MODELS[entry.type]) for entry in self._outbox.entries()]
+        return [decode(entry.event, KINDS[entry.type].event) for entry in self._outbox.entries()]
 
     @property
     def snapshots(self) -> list[PortfolioSnapshot]:

@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 from consumers.cli import app
 from consumers.db.engine import get_db
 from producers.errors import EventRejected, OutboxError
-from producers.events import MODELS, Payload, decode
+from producers.events import MODELS, Payload, SignalArchive, decode
 from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
 from tests.factories import a_snapshot, an_archive
@@ -48,10 +48,11 @@ _REJECTIONS = text("SELECT source, sequence, event_id, event FROM event_outcomes
 
 def content_of(payload: Payload) -> Content:
     """By value: two payloads with the same content have the same."""
-    if payload.type.startswith("trading.signal"):
-        return ("archive", payload.portfolio_id, payload.instant.astimezone(UTC), _plain(payload.signals))  # type: ignore[union-attr]  # by its type
+    fields, instant = dict(payload), payload.instant.astimezone(UTC)
+    if isinstance(payload, SignalArchive):
+        return ("archive", payload.portfolio_id, instant, _plain(payload.signals))
     amounts = ("balance", "total_invested", "total_profit_loss", "total_value", "open_positions", "trade_count")
-    return ("snapshot", payload.portfolio_id, payload.instant.astimezone(UTC), *(getattr(payload, n) for n in amounts))
+    return ("snapshot", fields["portfolio_id"], instant, *(fields[name] for name in amounts))
 
 
 def _plain(signals: Any) -> str:

@@ -78,3 +78,23 @@ def a_portfolio(**overrides: Any) -> dict[str, Any]:
         "positions": [position, position | {"trade_id": "t-0", "status": "closed"}],
     }
     return portfolio | overrides
+
+
+def an_old_snapshot(moment: datetime, **overrides: Any) -> dict[str, Any]:
+    """An entry of portfolio_history.json; `moment` is what the old controller's clock showed."""
+    entry = {
+        "date": moment.date().isoformat(),
+        "timestamp": moment.isoformat(),
+        "balance": 9900.0,
+        "total_invested": 100.0,
+        "total_profit_loss": 0.0,
+        "total_value": 9987.350000000001,
+        "open_positions": 1,
+        "trade_count": 1,
+    }
+    return entry | overrides
+
+
+def an_old_archive(moment: datetime, signals: list[dict[str, Any]]) -> dict[str, Any]:
+    """An entry of a signals_archive_YYYY-MM.json."""
+    return {"archived_at": moment.isoformat(), "signals_count": len(signals), "signals": signals}

@@ -12,7 +12,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from redis import RedisError
 
-from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, retire, running, up, views
+from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, running, up, views
+from consumers.errors import first_line
 from consumers.process_setup import on_stop_signals, write_logs
 from consumers.terminal import escaped
 from producers.errors import HistoryError, SettingsError
@@ -27,7 +28,7 @@ _debug = False
 _EXTRAS = {
     **dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api"),
-    **dict.fromkeys(("flask", "jinja2", "rq_dashboard", "six", "waitress", "werkzeug"), "dashboard"),
+    **dict.fromkeys(("flask", "rq_dashboard", "six", "waitress", "werkzeug"), "dashboard"),
 }
 
 
@@ -74,7 +75,6 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "import": legacy.import_history,
         "verify": legacy.verify_history,
         "export": export.export,
-        "retire": retire.retire,
     },
 }
 for _panel, _commands in _COMMANDS.items():
@@ -116,7 +116,7 @@ def _readable(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return str(error)
     if isinstance(error, RedisError):
-        return f"Redis: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        return f"Redis: {first_line(error)}"
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         return f"this command needs more: pip install '.[{extra}]' in a clone of trading-history" if extra else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,8 @@ import typer
 
 from consumers.cli.options import AsJson
 from consumers.terminal import print_checks, print_json
+
+_DEFAULT_FOLDER = Path("data/history")
 
 
 def doctor(
@@ -20,10 +21,19 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check settings, servers, queue, outbox and recording; exit status 1 if something is wrong."""
+    from consumers.legacy.legacy_json import history_files
     from consumers.ops.doctor import diagnose
-    from consumers.ops.doctor.json_files import DEFAULT_FOLDER
 
-    folders = [DEFAULT_FOLDER] if history_dir is None else [DEFAULT_FOLDER, history_dir]
-    checks = diagnose(folders)
-    (print_json if as_json else print_checks)([asdict(check) for check in checks])
-    raise typer.Exit(1 if any(check.status == "fail" for check in checks) else 0)
+    folders = [_DEFAULT_FOLDER] if history_dir is None else [_DEFAULT_FOLDER, history_dir]
+    facts = diagnose(lambda: [file for folder in folders for file in history_files(folder)])
+    checks = [
+        {
+            "name": fact.name,
+            "status": "warn" if fact.state == "unknown" else fact.state,
+            "found": fact.found,
+            "advice": fact.advice,
+        }
+        for fact in facts
+    ]
+    (print_json if as_json else print_checks)(checks)
+    raise typer.Exit(1 if any(fact.state == "fail" for fact in facts) else 0)

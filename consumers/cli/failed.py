@@ -18,7 +18,7 @@ from producers.errors import HistoryError
 failed_app = typer.Typer(help="Events that were refused for good.", no_args_is_help=True)
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="A job id or an event id.")]
-KindOption = Annotated[str | None, typer.Option("--kind", help="Only these: snapshot or archive.")]
+KindOption = Annotated[str | None, typer.Option("--kind", help="Only those of a kind: snapshot, archive.")]
 All = Annotated[bool, typer.Option("--all", help="Every rejection, or every one of the kind.")]
 
 
@@ -84,10 +84,11 @@ def _account() -> str:
 
 
 def _check_kind(kind: str | None) -> None:
-    from consumers.ops.failed import KINDS
+    from producers.events import KINDS
 
-    if kind is not None and kind not in KINDS:
-        raise typer.BadParameter(f"must be one of {', '.join(KINDS)}", param_hint="--kind")
+    names = [known.name for known in KINDS.values()]
+    if kind is not None and kind not in names:
+        raise typer.BadParameter(f"must be one of {', '.join(names)}", param_hint="--kind")
 
 
 def _check_choice(name: str | None, kind: str | None, every: bool) -> None:

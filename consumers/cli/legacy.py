@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from consumers.cli.options import AsJson, Timezone
 from consumers.embedded.stack import stack
-from consumers.terminal import print_compared, print_json, print_tallies, printable
+from consumers.process_setup import on_stop_signals
+from consumers.terminal import print_compared, print_import_statistics, print_json, printable
 from producers.errors import HistoryError
 
 if TYPE_CHECKING:
     from datetime import tzinfo
 
-    from consumers.legacy.old_history import OldHistory, Origin
+    from consumers.legacy.old_history import ImportSource, OldHistory
+
+_STATEMENT_SECONDS = 20.0  # as a worker has
 
 Directory = Annotated[
     Path | None,
@@ -41,7 +46,11 @@ NanAsNull = Annotated[
         " verify needs the option if import had it.",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only read, count and report; sends nothing.")]
+Rate = Annotated[
+    int | None,
+    typer.Option("--rate", min=1, help="Insert at most so many events a second.", metavar="EVENTS_PER_SECOND"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only read, count and report; inserts nothing.")]
 
 
 def import_history(  # noqa: PLR0917  # each is an option with a name of its own
@@ -51,29 +60,31 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
     portfolio_id: ForPortfolio = None,
     report: ReportFile = Path("import-report.jsonl"),
     nan_as_null: NanAsNull = False,
+    rate: Rate = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Bring old JSON history in, through the queue; run again, it adds what is missing.
+    """Insert old JSON history into the tables; run again, it adds what is missing.
 
     Exit status 1 if an entry could not be taken or a file is damaged.
     """
+    from consumers.db.engine import limit_statements
     from consumers.legacy.import_report import Report
 
     _check_place(directory, from_tables)
     with ExitStack() as held:
-        embedded = False
         if from_tables or not dry_run:
-            embedded = held.enter_context(stack(database=True, redis=not dry_run))
+            held.enter_context(stack(database=True))
+            limit_statements(_STATEMENT_SECONDS)
         zone = _zone(timezone)
         histories = _histories(directory, zone, portfolio_id, nan_as_null)
         opened = held.enter_context(Report(report))
         if dry_run:
-            _look(histories, opened)
+            _only_read(histories, opened)
         else:
-            _carry(histories, opened, embedded)
-        _print_tallies(histories, opened, zone, as_json)
-    raise typer.Exit(0 if all(history.tally.clean for history in histories) else 1)
+            _import(histories, opened, rate)
+        _print_statistics(histories, opened, zone, as_json)
+    raise typer.Exit(0 if all(history.statistics.clean for history in histories) else 1)
 
 
 def verify_history(  # noqa: PLR0917  # as above
@@ -92,7 +103,7 @@ def verify_history(  # noqa: PLR0917  # as above
     with stack(database=True):
         histories = _histories(directory, zone, portfolio_id, nan_as_null)
         verification = Verification(histories)
-        with _progress([history.origin for history in histories], "verify") as advance:
+        with _progress([history.import_source for history in histories], "verify") as advance:
             count = _stream(verification.differences(advance), as_json)
     facts = [asdict(one) for one in verification.compared]
     if as_json:
@@ -113,8 +124,8 @@ def _histories(
 ) -> Sequence[OldHistory]:
     from consumers.legacy.old_history import OldHistory
 
-    origins = _origins(directory)
-    return [OldHistory(origin, zone=zone, portfolio_id=portfolio_id, nan_as_null=nan_as_null) for origin in origins]
+    sources = _import_sources(directory)
+    return [OldHistory(source, zone=zone, portfolio_id=portfolio_id, nan_as_null=nan_as_null) for source in sources]
 
 
 def _check_place(directory: Path | None, from_tables: bool) -> None:
@@ -125,19 +136,19 @@ def _check_place(directory: Path | None, from_tables: bool) -> None:
         raise HistoryError(f"{directory}: {'Not a directory' if directory.exists() else 'No such file or directory'}")
 
 
-def _origins(directory: Path | None) -> Sequence[Origin]:
+def _import_sources(directory: Path | None) -> Sequence[ImportSource]:
     from consumers.db.engine import engine
-    from consumers.legacy.legacy_rows import legacy_origins
-    from consumers.legacy.old_history import file_origins
+    from consumers.legacy.legacy_rows import table_sources
+    from consumers.legacy.old_history import file_sources
 
     if directory is not None:
-        return file_origins(directory)
-    origins = legacy_origins(engine())
-    if not origins:
+        return file_sources(directory)
+    sources = table_sources(engine())
+    if not sources:
         raise HistoryError(
             "there are no adopted tables in the database: trading-history init-db --adopt-legacy makes them"
         )
-    return origins
+    return sources
 
 
 def _zone(timezone: tzinfo | None) -> tzinfo | None:
@@ -150,48 +161,52 @@ def _name(zone: tzinfo | None) -> str:
     return "this machine's time zone" if zone is None else str(zone)
 
 
-def _look(histories: Sequence[OldHistory], report: Any) -> None:
-    from consumers.legacy.importer import look
+def _only_read(histories: Sequence[OldHistory], report: Any) -> None:
+    from consumers.legacy.importer import dry_run
 
-    with _progress([history.origin for history in histories], "read") as advance:
+    with _progress([history.import_source for history in histories], "read") as advance:
         for history in histories:
-            look(history, report, advance)
+            dry_run(history, report, advance)
 
 
-def _carry(histories: Sequence[OldHistory], report: Any, embedded: bool) -> None:
+def _import(histories: Sequence[OldHistory], report: Any, rate: int | None) -> None:
+    from consumers.legacy.entries_in_work import EntriesInWork
     from consumers.legacy.importer import Importer
-    from producers.settings import TransportSettings
+    from consumers.worker.batch import logger as batch_logger
 
-    settings = TransportSettings.from_environment()
-    redis = settings.redis()
+    if not batch_logger.isEnabledFor(logging.DEBUG):
+        batch_logger.setLevel(logging.CRITICAL)  # the report has each rejection, the statistics the rest
     with (
-        _own_worker(settings.queue) if embedded else nullcontext(),
-        _progress([history.origin for history in histories], "import") as advance,
+        _interrupted_by_signals(),
+        EntriesInWork(report.path) as in_work,
+        _progress([history.import_source for history in histories], "import") as advance,
     ):
-        importer = Importer(redis, settings.queue, report, say=_say, advance=advance)
         try:
             for history in histories:
-                importer.run(history)
-        except (KeyboardInterrupt, SystemExit):
-            settled = sum(history.tally.settled for history in histories)
-            _say(f"stopped after {settled:,} entries; run it again to go on")
+                Importer(history, report, in_work, say=_say, advance=advance, rate=rate).run()
+        except KeyboardInterrupt:
+            decided = sum(history.statistics.decided for history in histories)
+            _say(f"stopped after {decided:,} entries; run it again to go on")
             raise
 
 
 @contextmanager
-def _own_worker(queue: str) -> Iterator[None]:
-    """On the embedded servers there may be nobody else who would run one."""
-    from rq import Queue, Worker
+def _interrupted_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP interrupt like Ctrl-C: a SystemExit raised inside the processing of a batch would be taken
+    for a defect that an event causes."""
+    received: list[int] = []
 
-    from consumers.embedded.child_processes import worker_process
-    from consumers.embedded.stack import embedded_home
-    from producers.settings import TransportSettings
+    def interrupt(number: int, _: object) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
 
-    if Worker.count(queue=Queue(queue, connection=TransportSettings.from_environment().redis())):
+    on_stop_signals((signal.SIGTERM, signal.SIGHUP), interrupt)
+    try:
         yield
-        return
-    with worker_process(embedded_home() / "import-worker.log"):
-        yield
+    except KeyboardInterrupt:
+        if received:
+            raise SystemExit(128 + received[0]) from None
+        raise
 
 
 def _say(what: str) -> None:
@@ -199,7 +214,7 @@ def _say(what: str) -> None:
 
 
 @contextmanager
-def _progress(origins: Sequence[Origin], verb: str) -> Iterator[Callable[[], None]]:
+def _progress(sources: Sequence[ImportSource], verb: str) -> Iterator[Callable[[], None]]:
     """A bar with rate and time left on a terminal; the block calls what it gets every now and then."""
     if not sys.stderr.isatty():
         yield lambda: None
@@ -207,15 +222,15 @@ def _progress(origins: Sequence[Origin], verb: str) -> Iterator[Callable[[], Non
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    total = sum(origin.size for origin in origins) if all(origin.size for origin in origins) else None
-    in_bytes = all(origin.unit == "bytes" for origin in origins)
+    total = sum(source.size for source in sources) if all(source.size for source in sources) else None
+    in_bytes = all(source.unit == "bytes" for source in sources)
     rate = TransferSpeedColumn() if in_bytes else TextColumn("{task.fields[rows]:,} rows")
     columns = (TextColumn(verb), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), rate, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(verb, total=total, rows=0)
 
         def advance() -> None:
-            done = sum(origin.position() for origin in origins)
+            done = sum(source.position() for source in sources)
             progress.update(task, completed=done, rows=done)
 
         yield advance
@@ -236,14 +251,14 @@ def _stream(differences: Iterator[Any], as_json: bool) -> int:
     return count
 
 
-def _print_tallies(histories: Sequence[OldHistory], report: Any, zone: tzinfo | None, as_json: bool) -> None:
-    tallies = [asdict(history.tally) | {"notes": dict(history.tally.notes)} for history in histories]
+def _print_statistics(histories: Sequence[OldHistory], report: Any, zone: tzinfo | None, as_json: bool) -> None:
+    statistics = [asdict(history.statistics) | {"notes": dict(history.statistics.notes)} for history in histories]
     written = str(report.path) if report.lines else None
     name = _name(zone)
     if as_json:
-        print_json({"files": tallies, "report": written, "timezone": name})
+        print_json({"files": statistics, "report": written, "timezone": name})
         return
-    print_tallies(tallies)
+    print_import_statistics(statistics)
     print(f"Times without a zone were read in {name}.")
     if written:
-        print(f"What could not be taken is in {written}.")
+        print(f"Entries that were not imported are in {written}.")

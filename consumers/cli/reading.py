@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import datetime
 from typing import Annotated
 
 import typer
@@ -64,17 +65,27 @@ def archives(
     (print_json if as_json else print_archives)(rows)
 
 
-def audit(as_json: AsJson = False) -> None:
+def audit(
+    *,
+    since: Annotated[
+        datetime | None,
+        typer.Option(help="Prove only what was recorded from this time on (local unless it has an offset)."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Account for every number of every source; exit status 1 if one is missing."""
     from consumers.ops.audit import audit as account
     from producers.outbox import Outbox
-    from producers.settings import TransportSettings
+    from producers.settings import TransportSettings, ZoneSettings
+    from producers.times import localized
 
+    if since is not None:
+        since = localized(since, ZoneSettings.from_environment().timezone, "--since")
     with stack(database=True):
         settings = TransportSettings.from_environment()
         redis = None if settings.redis_url is None else settings.redis()
         with Outbox(settings.outbox) if settings.outbox.is_file() else nullcontext() as outbox:
-            audits = account(redis, outbox, settings.queue)
+            audits = account(redis, outbox, settings.queue, since=since)
     (print_json if as_json else print_audit)([asdict(one) for one in audits])
     raise typer.Exit(0 if all(one.complete for one in audits) else 1)
 

@@ -80,7 +80,7 @@ def worker(
     if while_stdin:
         stop_with_stdin()
     metrics = MetricsSettings.from_environment()
-    # A worker of another command (demo, import) would take the port of the one that the setting is meant for.
+    # A worker of another command (demo) would take the port of the one that the setting is meant for.
     port = metrics_port if metrics_port is not None or while_stdin else metrics.port
     if port and port + processes - 1 > _LAST_PORT:
         raise typer.BadParameter(

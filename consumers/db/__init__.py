@@ -1,1 +1,1 @@
-"""The SQL for what workers write and readers list, logins and retired rows; other SQL stands with what asks it."""
+"""The SQL for what workers write and readers list, and for logins; other SQL stands with what asks it."""

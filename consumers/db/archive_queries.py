@@ -1,19 +1,86 @@
-"""What the page asks PostgreSQL about signal archives: bounded reads along the indexes."""
+"""Signal archives and the signals in them: pages of them, months, and bounded reads for a search."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from datetime import date, datetime, timedelta
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from consumers.db.queries import guessed_bytes
+from consumers.db.queries import NO_LIMIT, Filter, Query, guessed_bytes, where
 
+ARCHIVE_COLUMNS = (
+    "id",
+    "event_id",
+    "source",
+    "sequence",
+    "portfolio_id",
+    "archived_at",
+    "archive_month",
+    "signals_count",
+    "signals_data",
+    "created_at",
+)
+SIGNAL_COLUMNS = ("archive_id", "portfolio_id", "archived_at", "position", "signal")
+ARCHIVE_KEYS = ("archived_at", "id")
+SIGNAL_KEYS = ("archived_at", "archive_id", "position")
 MOST_MONTHS = 1_200
 # What a search has in memory at a time.
 _MOST_AT_ONCE = 50
 _MOST_BYTES = 2**20
+_ARCHIVE_ORDER = "archived_at DESC, id DESC"
+_SIGNAL_ORDER = "archived_at DESC, archive_id DESC, position"
+_MARKETS = "jsonb_path_query_array(signals_data, '$[*].market_id')"  # the expression of the index on it
+
+
+def archives(wanted: Filter) -> Query:
+    """Signal archives, newest first by archived_at."""
+    rows = f"""
+        SELECT *, xmin FROM signal_archives {where(_of_archives(wanted, "<"))}
+        ORDER BY {wanted.order(_ARCHIVE_ORDER)} LIMIT :limit
+    """  # noqa: S608  # from the constants here; values are parameters
+    return Query(ARCHIVE_COLUMNS, _ARCHIVE_ORDER, ARCHIVE_KEYS, rows, wanted.values(), document="signals_data")
+
+
+def _of_archives(wanted: Filter, behind: str, key: str = "id") -> list[str]:
+    conditions = wanted.conditions("archived_at")
+    if wanted.after is not None:
+        conditions.append(f"(archived_at, id) {behind} (:after_archived_at, :after_{key})")
+    return conditions
+
+
+def market_signals(market_id: str, wanted: Filter) -> Query:
+    """Every archived signal of one market, newest first by archived_at, then in the order of its archive."""
+    spellings = _spellings(market_id)
+    given = [f"CAST(:market_{n} AS jsonb)" for n in range(len(spellings))]
+    has_market = " OR ".join(f"{_MARKETS} @> jsonb_build_array({one})" for one in given)
+    signal_conditions = [f"signal -> 'market_id' IN ({', '.join(given)})"]
+    if wanted.after is not None:  # of the same archive only what stands further on
+        signal_conditions.append(
+            "((archived_at, id) < (:after_archived_at, :after_archive_id) OR place > :after_position)"
+        )
+    rows = f"""
+        SELECT id AS archive_id, portfolio_id, archived_at, place AS position, signal, version AS xmin
+        FROM (
+            SELECT *, xmin AS version FROM signal_archives
+            {where([f"({has_market})", *_of_archives(wanted, "<=", "archive_id")])}
+            ORDER BY {_ARCHIVE_ORDER} LIMIT coalesce(:limit, {NO_LIMIT}) + 1
+        ) AS archives CROSS JOIN LATERAL jsonb_array_elements(signals_data) WITH ORDINALITY AS one (signal, place)
+        {where(signal_conditions)}
+        ORDER BY {_SIGNAL_ORDER} LIMIT :limit
+    """  # noqa: S608  # from the constants here; values are parameters
+    values = wanted.values() | {f"market_{n}": spelling for n, spelling in enumerate(spellings)}
+    return Query(SIGNAL_COLUMNS, _SIGNAL_ORDER, SIGNAL_KEYS, rows, values, document="signal")
+
+
+def _spellings(market_id: str) -> list[str]:
+    """As JSON: the text, and the number if somebody wrote it as one."""
+    number = re.fullmatch("0|[1-9][0-9]{0,99}", market_id)
+    return [json.dumps(market_id), *([market_id] if number else [])]
+
 
 _MONTHS = text("""
     WITH RECURSIVE months AS (
@@ -57,7 +124,7 @@ def _around(month: date) -> dict[str, Any]:
     return {"month": f"{month:%Y-%m}", "since": month - day, "until": after + day}
 
 
-def archives(db: Connection, month: date, before: tuple[datetime, int], limit: int) -> list[dict[str, Any]]:
+def archives_of_month(db: Connection, month: date, before: tuple[datetime, int], limit: int) -> list[dict[str, Any]]:
     """Archives of a month (its first day) without their signals, newest first, older than (archived_at, id)."""
     values = _around(month) | {"at": before[0], "id": before[1], "limit": limit}
     return [dict(row) for row in db.execute(_LISTED, values).mappings()]

@@ -10,6 +10,7 @@ from pydantic import SecretStr
 from sqlalchemy import URL, Engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 
+from consumers.errors import first_line
 from producers.errors import SettingsError
 
 # As libpq has them: postgresql://user:password@host:port,host:port/database.
@@ -131,6 +132,5 @@ def _connect(dialect: Any, _record: Any, arguments: list[Any], options: dict[str
             try:
                 return dialect.connect(*arguments, **one)
             except dialect.loaded_dbapi.OperationalError as error:
-                lines = str(error).strip().splitlines()
-                reasons.append(f"{host}: {lines[0].rpartition(': ')[2] if lines else type(error).__name__}")
+                reasons.append(f"{host}: {first_line(error).rpartition(': ')[2]}")
     raise dialect.loaded_dbapi.OperationalError(f"none of the hosts will do: {'; '.join(reasons)}")

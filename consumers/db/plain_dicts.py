@@ -18,7 +18,7 @@ def snapshot_of(plain: Mapping[str, Any]) -> PortfolioSnapshot:
     values = dict(plain)
     values["timestamp"] = _moment("timestamp", values)
     day = values.pop("date", values["timestamp"].date())
-    values["snapshot_date"] = _day(values.get("snapshot_date", day))
+    values["snapshot_date"] = day_of(values.get("snapshot_date", day), "snapshot_date")
     return PortfolioSnapshot.checked(**values)
 
 
@@ -41,21 +41,29 @@ def zoned(moment: datetime, field: str) -> datetime:
     return localized(moment, ZoneSettings.from_environment().timezone, field)
 
 
-def _moment(field: str, values: Mapping[str, Any]) -> datetime:
-    if field not in values:
-        raise InvalidEvent.at(field, "is missing")
-    moment = values[field]
+def moment_of(value: Any, field: str) -> datetime:
+    """A datetime, or ISO 8601 text, as it is: with or without an offset. Raises InvalidEvent for anything else."""
     try:
-        moment = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+        moment = datetime.fromisoformat(value.strip()) if isinstance(value, str) else value
     except ValueError:
         raise InvalidEvent.at(field, "is text that is not an ISO 8601 time") from None
     if not isinstance(moment, datetime):
-        raise InvalidEvent.at(field, f"must be a datetime, not {type_name(moment)}")
-    return zoned(moment, field)
+        raise InvalidEvent.at(field, f"must be a time, not {type_name(moment)}")
+    return moment
 
 
-def _day(day: Any) -> Any:
+def day_of(value: Any, field: str) -> date:
+    """A date, or ISO 8601 text. Raises InvalidEvent for anything else."""
     try:
-        return date.fromisoformat(day) if isinstance(day, str) else day
+        day = date.fromisoformat(value.strip()) if isinstance(value, str) else value
     except ValueError:
-        raise InvalidEvent.at("snapshot_date", "is text that is not an ISO 8601 date") from None
+        raise InvalidEvent.at(field, "is text that is not an ISO 8601 date") from None
+    if not isinstance(day, date):
+        raise InvalidEvent.at(field, f"must be a date, not {type_name(day)}")
+    return day
+
+
+def _moment(field: str, values: Mapping[str, Any]) -> datetime:
+    if field not in values:
+        raise InvalidEvent.at(field, "is missing")
+    return zoned(moment_of(values[field], field), field)

@@ -16,8 +16,8 @@ _ROWS = {
 }
 _EXACT = text("SELECT " + ", ".join(f"(SELECT count(*) FROM {rows}) AS {name}" for name, rows in _ROWS.items()))  # noqa: S608  # from constants
 
-# At most so many of each, along an index: from the end where rows are added, not through pages that `retire` emptied.
-# Duplicates have no index; the rows that are looked at for it are told as `outcomes`.
+# At most so many of each, along an index: from the end where rows are added, not through pages that moved rows left.
+# Duplicates have no index: `outcomes` is how many rows are read to count them.
 _BOUNDED = text("""
     SELECT
         (SELECT count(*) FROM (
@@ -46,8 +46,8 @@ def exact_counts() -> dict[str, int]:
 def quick_counts() -> tuple[dict[str, int], list[str]]:
     """The same by about as much work for a billion rows as for EXACT_UP_TO, and the names of those that are estimates.
 
-    An estimate is the planner's: by the statistics of the last ANALYZE, and by what the tables, those of retired rows
-    included, have grown to since. Before the first ANALYZE it is a guess, and may be off by several times.
+    An estimate is the planner's: by the statistics of the last ANALYZE, and by what the tables have grown to since.
+    Before the first ANALYZE it is a guess, and may be off by several times.
 
     Raises:
         StoreUnavailable: the database cannot be read now.

@@ -12,8 +12,8 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
-from consumers.db.engine import ENCODING, first_line, translated_errors
-from consumers.errors import OldSchema, StoreUnavailable
+from consumers.db.engine import ENCODING, translated_errors
+from consumers.errors import OldSchema, StoreUnavailable, first_line
 
 _IN_THE_WAY = "TH001"  # raised by schema.sql
 _SCHEMA_VERSION = re.compile(r"schema version (\d+)")

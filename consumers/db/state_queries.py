@@ -1,15 +1,15 @@
-"""What the page asks PostgreSQL about the state of things: what is new, and what was refused."""
+"""Queries about the state of the database: the server, the newest rows, and the rejections."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 MOST_REJECTIONS = 20
 COUNTED_REJECTIONS = 1_000  # beyond it nobody counts
 
-# Rows become visible in another order than that of their ids: the counters of the statistics tell of those too.
+# Rows become visible in another order than that of their ids: the counters of the statistics change with those too.
 _NEWEST = text("""
     SELECT concat_ws('-', (SELECT max(id) FROM portfolio_history),
             sum(changes) FILTER (WHERE name = 'portfolio_history'))
@@ -23,7 +23,7 @@ _NEWEST = text("""
 
 
 def newest(db: Connection) -> dict[str, str]:
-    """A word for each table that is another one when its rows have changed."""
+    """A change token for each table."""
     return dict(db.execute(_NEWEST).mappings().one())
 
 
@@ -53,3 +53,42 @@ def rejections(db: Connection) -> dict[str, Any]:
         "newest": [dict(row) for row in newest_ones],
         "count": db.execute(_COUNT_REJECTIONS, {"limit": COUNTED_REJECTIONS}).scalar_one(),
     }
+
+
+# One reason, whatever ids and numbers it names; the newest of them as its example.
+_REJECTED = text("""
+    SELECT count(*) AS events, (array_agg(reason ORDER BY created_at DESC))[1] AS example FROM event_outcomes
+    WHERE outcome = 'rejected' AND created_at > now() - interval '1 day'
+    GROUP BY regexp_replace(reason, '[0-9a-f]{8}-[0-9a-f-]{27}|[0-9]+', '', 'g')
+    ORDER BY count(*) DESC, example
+""")
+
+
+def rejections_of_last_day(db: Connection) -> list[tuple[int, str]]:
+    """How many events were rejected for one reason and an example of it, the most frequent first."""
+    return [(row.events, row.example) for row in db.execute(_REJECTED)]
+
+
+_HAS_TABLES = text("SELECT (SELECT 1 FROM portfolio_history LIMIT 1), (SELECT 1 FROM signal_archives LIMIT 1)")
+
+
+def read_history_tables(db: Connection) -> None:
+    """Read at most one row of each. Raises StoreUnavailable by way of the connection's block."""
+    db.execute(_HAS_TABLES)
+
+
+_SERVER = text("""
+    SELECT CAST(current_setting('server_version_num') AS integer) AS version_number,
+        current_setting('server_version') AS version, current_user AS role, current_schema() AS schema,
+        pg_is_in_recovery() AS replica, current_setting('transaction_read_only') = 'on' AS read_only,
+        current_setting('default_transaction_read_only') = 'on' AS read_only_by_default,
+        current_setting('synchronous_commit') AS synchronous_commit, current_setting('fsync') AS fsync,
+        current_setting('full_page_writes') AS full_page_writes, current_setting('server_encoding') AS encoding,
+        quote_ident(current_database() || '_utf8') AS another,
+        CAST(extract(epoch FROM clock_timestamp()) AS double precision) AS seconds
+""")
+
+
+def server_state(db: Connection) -> Row[Any]:
+    """The server's version, settings that decide what it keeps, and its clock."""
+    return db.execute(_SERVER).one()

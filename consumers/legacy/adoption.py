@@ -18,7 +18,7 @@ from consumers.db.schema import apply_schema, check_encoding, role_notes, schema
 from consumers.errors import AdoptionRefused, StoreUnavailable
 
 LEGACY_SUFFIX = "_legacy"
-# What an old table must have for its rows to be read; further columns stay with it.
+# Columns that an old table must have for its rows to be read; further columns stay with it.
 _OLD_COLUMNS = {
     "portfolio_history": (
         "id",
@@ -33,7 +33,7 @@ _OLD_COLUMNS = {
     ),
     "signal_archives": ("id", "archived_at", "signals_count", "signals_data"),
 }
-# Who wants the tables meanwhile waits behind us, so not long; but an autovacuum gives way only after a second.
+# Other sessions wait behind this one for the tables, so not long; but an autovacuum yields only after a second.
 _LOCK_SECONDS = 3
 _LOCK_NOT_AVAILABLE, _DEADLOCK = "55P03", "40P01"
 _SHOWN_HOLDERS = 3
@@ -117,7 +117,7 @@ _HOLDERS = text("""
 
 @dataclass(frozen=True)
 class Adoption:
-    """What adopts the old tables of a database.
+    """The steps that adopt the old tables of a database.
 
     `renamed` are tables, old name and new name; `notes` are sentences for the user; `earlier` are tables that an
     earlier adoption renamed. `statements` are SQL for one transaction: locks, renames, schema.sql.
@@ -135,7 +135,7 @@ class Adoption:
 
 
 def plan_adoption(store: Engine) -> Adoption:
-    """What adopt_legacy would do now; changes nothing and locks nothing.
+    """The steps that adopt_legacy would take now; changes nothing and locks nothing.
 
     Raises:
         AdoptionRefused: it would refuse.
@@ -250,7 +250,7 @@ def _taken(db: Connection, names: list[str]) -> list[str]:
 
 
 def _notes(db: Connection, table: Any) -> list[str]:
-    """What goes with the old table although somebody may expect it of the new one."""
+    """Notes on objects and grants that stay with the old table, although a user may expect them of the new one."""
     legacy, parameters = table.name + LEGACY_SUFFIX, {"table": table.oid}
     notes = [
         f"{found.description} belongs to {legacy} now, not to the new {table.name}"
@@ -272,7 +272,7 @@ def _notes(db: Connection, table: Any) -> list[str]:
 
 
 def _in_use(store: Engine) -> str:
-    """Who holds the tables now, for a person who may want to end that session."""
+    """The message about tables in use; it names the sessions, one of which an operator may want to end."""
     with translated_errors(), store.connect() as db:
         holders = list(db.execute(_HOLDERS, {"names": [*_OLD_COLUMNS, *names_in_schema()]}))
     shown = ", ".join(_holder(one) for one in holders[:_SHOWN_HOLDERS])

@@ -1,6 +1,6 @@
 """The way back: the tables as files of the old controller's format, see `consumers.legacy.legacy_json`.
 
-What the old format cannot say is lost on this way: the portfolio, the offset of a time, ids and sources.
+The old format has no place for the portfolio, the offset of a time, ids and sources: these are lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from consumers.errors import ExportRefused
 from consumers.legacy.json_arrays import sync_directory, write_entries
 from consumers.legacy.legacy_json import SNAPSHOTS_FILE, archive_entry, archives_file, history_files, snapshot_entry
 from producers.errors import FileNotWritten
-from producers.events import PortfolioSnapshot
+from producers.events import IMPORT_PREFIX, PortfolioSnapshot
 from producers.times import read_back, wall_clock
 
 _STAGING = ".export-"
@@ -36,11 +36,11 @@ _SELECTED = """
     AND (CAST(:until AS timestamptz) IS NULL OR {instant} < :until)
 """
 
-# Oldest first. What came from a file stands in the order of that file, also where that is not the order of time (in an
-# hour that the clock showed twice): each entry is as old as the newest before it.
-_IN_ORDER = """
-    CASE WHEN source LIKE 'import/%/%' THEN max({instant}) OVER (PARTITION BY source ORDER BY sequence)
-        ELSE {instant} END,
+# Oldest first. Imported rows are in the order of their file, also where that is not the order of time (in an hour that
+# the clock showed twice): each entry is as old as the newest before it.
+_IN_ORDER = f"""
+    CASE WHEN source LIKE '{IMPORT_PREFIX}%/%' THEN max({{instant}}) OVER (PARTITION BY source ORDER BY sequence)
+        ELSE {{instant}} END,
     source, sequence, id
 """
 
@@ -96,8 +96,8 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedFile:
-    """`ambiguous` entries are of the second of two equal hours, as the clock is set back, and no entry before them
-    tells: read again, their times mean the first."""
+    """A file written. Of two equal hours, when the clock is set back, `ambiguous` entries are of the second without an
+    entry before them that shows it: read again, their times mean the first."""
 
     file: str
     entries: int
@@ -106,7 +106,7 @@ class ExportedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written; `untouched` are files of the old format that were there and that this export does not have;
+    """The files written; `untouched` are files of the old format that were there and that this export does not have;
     `unfinished` are folders of exports that were killed (or still run)."""
 
     files: list[ExportedFile]
@@ -115,7 +115,7 @@ class Exported:
 
 
 @dataclass
-class _Tally:
+class _Statistics:
     """Counts the entries of a file as they pass, and those that a reader of the file takes for another time."""
 
     zone: tzinfo | None
@@ -137,7 +137,7 @@ class _Tally:
 
 
 def no_progress(_done: int, _total: int) -> None:
-    """For who shows none."""
+    """Show no progress."""
 
 
 def export_history(
@@ -167,11 +167,11 @@ def export_history(
     unfinished = sorted(folder.name for folder in directory.glob(f"{_STAGING}*"))
     with get_db() as db:
         db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
-        tally = _Tally(zone, _number_of_rows(db, selection), on_progress)
+        statistics = _Statistics(zone, _number_of_rows(db, selection), on_progress)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(prefix=_STAGING, dir=directory) as staging:
-                files = _write_files(db, Path(staging), selection, tally)
+                files = _write_files(db, Path(staging), selection, statistics)
                 _publish(Path(staging), directory, files)
         except OSError as error:
             raise FileNotWritten(directory, error) from error
@@ -196,32 +196,32 @@ def _number_of_rows(db: Connection, selection: Selection) -> int:
     return sum(numbers.values())
 
 
-def _write_files(db: Connection, staging: Path, selection: Selection, tally: _Tally) -> list[ExportedFile]:
+def _write_files(db: Connection, staging: Path, selection: Selection, statistics: _Statistics) -> list[ExportedFile]:
     """In `staging`; a file only for what has entries."""
-    entries: dict[str, Iterator[dict[str, Any]]] = {SNAPSHOTS_FILE: _snapshots(db, selection.parameters, tally)}
+    entries: dict[str, Iterator[dict[str, Any]]] = {SNAPSHOTS_FILE: _snapshots(db, selection.parameters, statistics)}
     for month in db.execute(_MONTHS, selection.parameters).scalars():
         parameters = selection.parameters | {"month": month}
-        entries[archives_file(month)] = _archives(db, parameters, tally)
+        entries[archives_file(month)] = _archives(db, parameters, statistics)
     files = []
     for name, of_file in entries.items():
-        tally.begin_file()
+        statistics.begin_file()
         count = write_entries(staging / name, of_file)
-        files.append(ExportedFile(file=name, entries=count, ambiguous=tally.ambiguous))
+        files.append(ExportedFile(file=name, entries=count, ambiguous=statistics.ambiguous))
     return [one for one in files if one.entries]
 
 
-def _snapshots(db: Connection, parameters: Mapping[str, Any], tally: _Tally) -> Iterator[dict[str, Any]]:
+def _snapshots(db: Connection, parameters: Mapping[str, Any], statistics: _Statistics) -> Iterator[dict[str, Any]]:
     rows = db.execute(_SNAPSHOTS, parameters, execution_options={"yield_per": _SNAPSHOTS_A_FETCH})
     for row in rows.mappings():
-        tally.count(row["timestamp"])
-        yield snapshot_entry(PortfolioSnapshot.model_construct(**row), tally.zone)
+        statistics.count(row["timestamp"])
+        yield snapshot_entry(PortfolioSnapshot.model_construct(**row), statistics.zone)
 
 
-def _archives(db: Connection, parameters: Mapping[str, Any], tally: _Tally) -> Iterator[dict[str, Any]]:
+def _archives(db: Connection, parameters: Mapping[str, Any], statistics: _Statistics) -> Iterator[dict[str, Any]]:
     rows = db.execute(_ARCHIVES, parameters, execution_options={"yield_per": _ARCHIVES_A_FETCH})
     for row in rows:
-        tally.count(row.archived_at)
-        yield archive_entry(row.archived_at, simplejson.RawJSON(row.signals), row.signals_count, tally.zone)
+        statistics.count(row.archived_at)
+        yield archive_entry(row.archived_at, simplejson.RawJSON(row.signals), row.signals_count, statistics.zone)
 
 
 def _publish(staging: Path, directory: Path, files: Sequence[ExportedFile]) -> None:

@@ -12,12 +12,12 @@ from producers.errors import HistoryError
 
 
 class Report:
-    """Written line by line from the first problem on; without one there is no file.
+    """Written line by line from the first rejected entry on; without one there is no file.
 
     An earlier report of the name is kept as `<name>.1`, `<name>.2` and so on: this run may see less.
 
     Raises:
-        HistoryError: it could not be written, which is to be known before the work begins.
+        HistoryError: the file cannot be written; raised before the import begins.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the database knows of the deliveries of an import: nothing, their row, or why there is none."""
+"""The state of an import in the database: for each delivery its row, the reason why there is none, or nothing."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ _KNOWN = """
 """
 _KNOWN_SNAPSHOTS = text(_KNOWN.format(table="portfolio_history", instant='"timestamp"', measure="total_value"))
 _KNOWN_ARCHIVES = text(_KNOWN.format(table="signal_archives", instant="archived_at", measure="signals_count"))
-
-
 _ROWS_OF_NUMBERS = """
     SELECT sequence, id FROM {table} WHERE source = :source AND sequence = ANY (CAST(:sequences AS bigint[]))
 """
@@ -38,10 +36,21 @@ _ROWS: dict[Kind, TextClause] = {
     "snapshot": text(_ROWS_OF_NUMBERS.format(table="portfolio_history")),
     "archive": text(_ROWS_OF_NUMBERS.format(table="signal_archives")),
 }
+_POISON = text("""
+    SELECT sequence, reason, event FROM event_outcomes
+    WHERE source = :source AND outcome IN ('rejected', 'discarded') AND reason LIKE '%poison event: %'
+""")
 
 
-class Standing(NamedTuple):
-    """What is known of one delivery: the row with its event's id, and the recorded outcome of its job.
+class PoisonRejection(NamedTuple):
+    """A recorded rejection of an entry that had ended the process, or met a defect, each time; `event` is its text."""
+
+    reason: str
+    event: str
+
+
+class ImportState(NamedTuple):
+    """The database's state of one delivery: the row with its event's id, and the recorded outcome of its job.
 
     `other_row` is what looks as if this very entry had been imported before, in another zone or portfolio: the same
     source, number and content at a time that differs by what zones differ by.
@@ -57,13 +66,13 @@ class Standing(NamedTuple):
         found = self.found
         return found is not None and found.same and (found.source, found.sequence) == (source, sequence)
 
-    def is_settled(self, source: str, sequence: int) -> bool:
+    def is_accounted_for(self, source: str, sequence: int) -> bool:
         """Its own row; or another's of the same fact, if that was recorded: else an audit would miss the number."""
         duplicate = self.found is not None and self.found.same and self.outcome == "duplicate"
         return duplicate or self.is_own(source, sequence)
 
     def refusal(self) -> str | None:
-        """Why it is not to be sent: it would be stored twice, or only refused again, or a person gave it up."""
+        """Why it is not inserted: it would be stored twice, or only be refused again, or a person has discarded it."""
         if self.found is None and self.other_row is not None:
             return f"was imported before, as row {self.other_row}, with another --timezone or --portfolio-id"
         conflict = self.found is not None and not self.found.same
@@ -72,7 +81,7 @@ class Standing(NamedTuple):
         return None
 
 
-NOTHING_KNOWN = Standing(None, None, None, None)
+_NOTHING_KNOWN = ImportState(None, None, None, None)
 
 
 def _measure(data: PortfolioSnapshot | SignalArchive) -> Decimal | int:
@@ -85,24 +94,30 @@ def rows_of_numbers(db: Connection, kind: Kind, source: str, numbers: Sequence[i
     return {row.sequence: row.id for row in rows}
 
 
-def standings(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> list[Standing]:
+def poison_rejections(db: Connection, source: str) -> dict[int, PoisonRejection]:
+    """By number. Such an entry is tried again when it has changed, and not before."""
+    rows = db.execute(_POISON, {"source": source})
+    return {row.sequence: PoisonRejection(row.reason, row.event) for row in rows}
+
+
+def import_states(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> list[ImportState]:
     """For each (job id, event), all of one kind and one source, in order."""
     if not deliveries:
         return []
-    known = [NOTHING_KNOWN] * len(deliveries)
+    known = [_NOTHING_KNOWN] * len(deliveries)
     archives = isinstance(deliveries[0][1].data, SignalArchive)
     arrays = {
         "event_ids": [str(event.id) for _, event in deliveries],
         "sequences": [event.sequence for _, event in deliveries],
         "job_ids": [job_id for job_id, _ in deliveries],
         "instants": [event.data.instant.astimezone(UTC).isoformat() for _, event in deliveries],
-        "measures": [_measure(event.data) for _, event in deliveries],
+        "measures": [_measure(event.data) for _, event in deliveries],  # type: ignore[arg-type]  # of old history
         "source": deliveries[0][1].source,
     }
     stored = []
     rows = db.execute(_KNOWN_ARCHIVES if archives else _KNOWN_SNAPSHOTS, arrays)
     for number, has_row, other_row, outcome, reason in rows:
-        known[number - 1] = Standing(None, other_row, outcome, reason)
+        known[number - 1] = ImportState(None, other_row, outcome, reason)
         if has_row:
             stored.append(number - 1)
     for n, found in zip(stored, find_events(db, [deliveries[n][1] for n in stored]), strict=True):

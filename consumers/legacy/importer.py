@@ -1,166 +1,196 @@
-"""The import: old history as events through the same queue and workers as live traffic.
+"""The import: old history into the tables, in this process, by the worker's own processing of a batch.
 
-What is read can be read again, so it is its own outbox: its source and numbers are the same on each run, and a run
-sends what the database does not have yet.
+Old history can be read again, so it is its own outbox: its source and its numbers are the same on each run, and a run
+inserts the entries that the database does not have yet.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
-
-from redis import Redis
+from typing import NamedTuple
 
 from consumers.db.engine import get_db
 from consumers.db.outcomes import NoRow, forget_outcomes, record_outcomes
-from consumers.errors import StoreUnavailable
-from consumers.legacy.flight import Flight
+from consumers.errors import PoisonEvent
+from consumers.legacy.entries_in_work import EntriesInWork
 from consumers.legacy.import_report import Report, as_json
-from consumers.legacy.import_state import Standing, rows_of_numbers, standings
+from consumers.legacy.import_state import (
+    ImportState,
+    PoisonRejection,
+    import_states,
+    poison_rejections,
+    rows_of_numbers,
+)
+from consumers.legacy.insertion import Insertion, when_available
 from consumers.legacy.json_arrays import Entry
-from consumers.legacy.old_history import Item, OldHistory
+from consumers.legacy.old_history import CHUNK_WEIGHT, OldHistory
+from consumers.worker.batch import Delivery
 from producers.acknowledgements import Outcome
-from producers.entries import Entry as OutboxEntry
 from producers.errors import InvalidEvent
-from producers.events import Event, encode
-from producers.times import backoff_seconds
+from producers.events import MODELS, Event, encode
 
-_FIRST_BACKOFF_SECONDS = 0.2
-_LAST_BACKOFF_SECONDS = 5.0
+_MOST_CRASHES = 2  # of this process, with nothing but the entry in work
 
 
-def look(history: OldHistory, report: Report, advance: Callable[[], None]) -> None:
-    """Only read it: what is an event counts as read, what is none goes into the report."""
+class _Converted(NamedTuple):
+    entry: Entry
+    event: Event
+    delivery: Delivery
+
+
+class _Refused(NamedTuple):
+    """An entry that does not become an event."""
+
+    entry: Entry
+    reason: str
+
+
+def dry_run(history: OldHistory, report: Report, advance: Callable[[], None]) -> None:
+    """Only read it: entries that can be imported count as read, the others go into the report."""
     for chunk in history.chunks():
-        for entry, event in chunk:
+        for entry in chunk:
             try:
-                if isinstance(event, InvalidEvent):
-                    raise event
-                encode(event)
+                encode(history.event(entry))
             except InvalidEvent as error:
-                history.tally.rejected += 1
-                report.add(history.origin.name, entry.index, str(error), entry.data)
+                history.statistics.rejected += 1
+                report.add(history.import_source.name, entry.index, str(error), entry.data)
         advance()
 
 
 class Importer:
-    """Carries old histories into the tables. `say` hears what hinders it, `advance` is called every now and then."""
+    """Imports one old history. `say` gets a message when the database is away; `advance` is called after each portion.
+
+    With `rate`, at most so many events a second are inserted, in portions of at most a second's.
+    """
 
     def __init__(
-        self, redis: Redis, queue: str, report: Report, *, say: Callable[[str], None], advance: Callable[[], None]
+        self,
+        history: OldHistory,
+        report: Report,
+        in_work: EntriesInWork,
+        *,
+        say: Callable[[str], None],
+        advance: Callable[[], None],
+        rate: int | None = None,
     ) -> None:
-        self._redis = redis
-        self._queue = queue
+        self._history = history
         self._report = report
+        self._in_work = in_work
         self._say = say
         self._advance = advance
-        self._raw: dict[int, Any] = {}
+        self._rate = rate
+        self._poison: dict[int, PoisonRejection] = {}
+        self._raw: dict[str, Entry] = {}  # by job id, of events that are not decided yet
+        self._insertion = Insertion(decided=self._count, say=say)
 
-    def run(self, history: OldHistory) -> None:
-        """Bring every entry to its end: a row, or a line in the report and a recorded rejection.
+    def run(self) -> None:
+        """Decide every entry: a row, or a line in the report and a recorded rejection.
 
-        Outages of Redis, of the database and of the workers are waited for.
+        Outages of the database are waited for.
         """
-        flight: Flight | None = None
-        for chunk in history.chunks():
-            if flight is None:
-                flight = self._flight(history)
-            flight.send(self._to_send(history, chunk))
-            self._advance()
-        if flight is not None:
-            flight.drain()
+        history = self._history
+        for number, chunk in enumerate(history.chunks(min(CHUNK_WEIGHT, self._rate or CHUNK_WEIGHT))):
+            if number == 0:
+                self._poison = when_available(self._poison_rejections, self._say)
+            for entries in self._in_work.portions(history.source, chunk):
+                self._import(entries)
+                self._advance()
+        self._insertion.finish()
         self._advance()
 
-    def _flight(self, history: OldHistory) -> Flight:
-        def settled(index: int, outcome: Outcome) -> None:
-            raw = self._raw.pop(index)
-            if outcome.kind == "rejected":
-                self._reject(history, Entry(index, raw), outcome.reason or "no reason was given")
-            elif outcome.kind == "stored":
-                history.tally.stored += 1
+    def _poison_rejections(self) -> dict[int, PoisonRejection]:
+        with get_db() as db:
+            return poison_rejections(db, self._history.source)
+
+    def _import(self, entries: list[Entry]) -> None:
+        started = time.monotonic()
+        converted: list[_Converted] = []
+        refused: list[_Refused] = []
+        for entry in entries:
+            one = self._convert(entry)
+            if isinstance(one, _Refused):
+                refused.append(one)
             else:
-                history.tally.already_there += 1
-            self._advance()
-
-        return Flight(self._redis, self._queue, history.source, settled=settled, say=self._say)
-
-    def _reject(self, history: OldHistory, entry: Entry, reason: str) -> None:
-        history.tally.rejected += 1
-        self._report.add(history.origin.name, entry.index, reason, entry.data)
-
-    def _to_send(self, history: OldHistory, chunk: list[Item]) -> Iterator[OutboxEntry]:
-        """What the database does not have; the rest is counted. Those that are no events are recorded as rejected."""
-        refused: list[tuple[Entry, str]] = []
-        events: list[tuple[Entry, Event, str]] = []
-        for entry, event in chunk:
-            try:
-                if isinstance(event, InvalidEvent):
-                    raise event
-                events.append((entry, event, encode(event)))
-            except InvalidEvent as error:
-                refused.append((entry, str(error)))
-        known, rows = self._settle_known(history, [(entry, event) for entry, event, _ in events], refused)
-        for entry, why in refused:
+                converted.append(one)
+        states, rows = when_available(lambda: self._record_known(converted, refused), self._say)
+        for entry, reason in refused:
             row = rows.get(entry.index)
             self._reject(
-                history, entry, why if row is None else f"{why}; an earlier import stored this number as row {row}"
+                entry, reason + ("" if row is None else f"; an earlier import stored this number as row {row}")
             )
-        for (entry, event, text), standing in zip(events, known, strict=True):
-            reason = standing.refusal()
-            if standing.is_settled(history.source, entry.index):
-                history.tally.already_there += 1
-            elif reason is not None:
-                self._reject(history, entry, reason)
-            else:
-                self._raw[entry.index] = entry.data
-                yield OutboxEntry(
-                    position=entry.index,
-                    source_id=history.source_id,
-                    sequence=entry.index,
-                    nonce="",
-                    source=history.source,
-                    checks=0,
-                    type=event.type,
-                    summary=event.data.summary,
-                    event=text,
-                )
+        missing = list(self._missing(converted, states))
+        self._insertion.insert(missing)
+        if self._rate is not None:
+            time.sleep(max(0.0, len(missing) / self._rate - (time.monotonic() - started)))
 
-    def _refusal(self, history: OldHistory, entry: Entry, reason: str) -> NoRow:
-        job_id = history.job_id(entry.index)
-        return NoRow(job_id, "rejected", history.source, entry.index, None, reason, as_json(entry.data))
+    def _convert(self, entry: Entry) -> _Converted | _Refused:
+        """One that has ended the process too often is delivered to be rejected unread, or not even converted."""
+        crashes = self._in_work.crashes(self._history.source, entry.index)
+        poison = self._poison.get(entry.index)
+        if poison is not None and poison.event == as_json(entry.data):
+            return _Refused(entry, poison.reason)
+        if crashes > _MOST_CRASHES:  # it was to be rejected unread, and the process ended all the same
+            return _Refused(entry, str(PoisonEvent(crashes)))
+        try:
+            event = self._history.event(entry)
+            text = encode(event)
+        except InvalidEvent as error:
+            return _Refused(entry, str(error))
+        refusal = PoisonEvent(crashes) if crashes == _MOST_CRASHES else None
+        job_id = self._history.job_id(entry.index)
+        return _Converted(entry, event, Delivery(job_id, text, MODELS[event.type], refusal))
 
-    def _settle_known(
-        self, history: OldHistory, events: list[tuple[Entry, Event]], refused: list[tuple[Entry, str]]
-    ) -> tuple[list[Standing], dict[int, int]]:
-        """Record refusals, look up the others; a refusal of what is a row by now no longer stands.
+    def _record_known(
+        self, converted: list[_Converted], refused: list[_Refused]
+    ) -> tuple[list[ImportState], dict[int, int]]:
+        """Record the refused ones and look the others up; a rejection of an entry that is a row by now is forgotten.
 
-        The number of an entry that is refused now may have a row, from a run with other options or from before the
-        file was changed: then the row stands alone, and its id is in the second result.
+        The number of a refused entry may have a row, from a run with other options or from before the file was changed.
+        Then the row alone accounts for the number: its id is in the second result, and no rejection is recorded.
         """
-        failures = 0
-        while True:
-            try:
-                with get_db() as db:
-                    known = standings(db, [(history.job_id(entry.index), event) for entry, event in events])
-                    rows = rows_of_numbers(
-                        db, history.origin.kind, history.source, [entry.index for entry, _ in refused]
-                    )
-                    record_outcomes(db, [self._refusal(history, *one) for one in refused if one[0].index not in rows])
-                    forget_outcomes(
-                        db,
-                        [
-                            history.job_id(entry.index)
-                            for (entry, _), standing in zip(events, known, strict=True)
-                            if standing.outcome == "rejected" and standing.is_own(history.source, entry.index)
-                        ],
-                    )
-            except StoreUnavailable as error:
-                failures += 1
-                if failures == 1:
-                    self._say(f"waiting for the database: {error}")
-                time.sleep(backoff_seconds(failures, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS))
+        history = self._history
+        with get_db() as db:
+            states = import_states(db, [(one.delivery.job_id, one.event) for one in converted])
+            rows = rows_of_numbers(db, history.import_source.kind, history.source, [one.entry.index for one in refused])
+            record_outcomes(db, [self._no_row(*one) for one in refused if one.entry.index not in rows])
+            forget_outcomes(
+                db,
+                [
+                    one.delivery.job_id
+                    for one, state in zip(converted, states, strict=True)
+                    if state.outcome == "rejected" and state.is_own(history.source, one.entry.index)
+                ],
+            )
+        return states, rows
+
+    def _no_row(self, entry: Entry, reason: str) -> NoRow:
+        job_id = self._history.job_id(entry.index)
+        return NoRow(job_id, "rejected", self._history.source, entry.index, None, reason, as_json(entry.data))
+
+    def _missing(self, converted: list[_Converted], states: list[ImportState]) -> Iterator[Delivery]:
+        """The events that the database does not have, and that are to be inserted; the others are counted."""
+        for (entry, _, delivery), state in zip(converted, states, strict=True):
+            poison = self._poison.get(entry.index)
+            known_poison = poison.reason if poison is not None and poison.event == delivery.text else None
+            reason = state.refusal() or known_poison
+            if state.is_accounted_for(self._history.source, entry.index):
+                self._history.statistics.already_there += 1
+            elif reason is not None:
+                self._reject(entry, reason)
             else:
-                if failures:
-                    self._say("the database is back, going on")
-                return known, rows
+                self._raw[delivery.job_id] = entry
+                yield delivery
+
+    def _count(self, job_id: str, outcome: Outcome) -> None:
+        entry = self._raw.pop(job_id)
+        if outcome.kind == "rejected":
+            self._reject(entry, outcome.reason or "no reason was given")
+        elif outcome.kind == "stored":
+            self._history.statistics.stored += 1
+        else:
+            self._history.statistics.already_there += 1
+
+    def _reject(self, entry: Entry, reason: str) -> None:
+        self._history.statistics.rejected += 1
+        self._report.add(self._history.import_source.name, entry.index, reason, entry.data)

@@ -66,7 +66,7 @@ def read_entries(path: Path, *, progress: Callable[[int], None] | None = None) -
 
 
 class _Broken(Exception):
-    """What is wrong, and where in the text that is held."""
+    """The reason why the text is no JSON array, and the position in the text held."""
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(reason)
@@ -102,7 +102,7 @@ class _Text:
     def __init__(self, file: BinaryIO, progress: Callable[[int], None] | None) -> None:
         self._file = file
         self._progress = progress
-        # A byte that is not UTF-8 becomes a lone surrogate, which harms one entry and not the rest of the file.
+        # A byte that is not UTF-8 becomes a lone surrogate, which spoils one entry and not the rest of the file.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._text = ""
         self._position = 0
@@ -158,7 +158,7 @@ class _Text:
             except RecursionError:
                 raise self._broken("is nested too deeply") from None
             else:
-                # Only what comes after a number tells that it is whole.
+                # A number may go on: it is whole only when something follows it.
                 if end < len(self._text) or self._ended:
                     self._position = end
                     return value

@@ -12,6 +12,7 @@ from typing import Any
 
 import simplejson
 
+from consumers.db.plain_dicts import day_of, moment_of
 from producers import json_values
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
@@ -88,13 +89,15 @@ def null_for_nan(data: Any) -> tuple[Any, int]:
 
     The entry itself is left as it is, and so is everything of it that is no signal.
     """
-    key = _signals_key(data) if isinstance(data, dict) else ""
-    signals = data[key] if key and key in data else None
-    if not isinstance(signals, list):
-        return data, 0
     found: list[float] = []
-    nulled = [_null_for_nan(signal, found) if isinstance(signal, dict) else signal for signal in signals]
-    return (data | {key: nulled}, len(found)) if found else (data, 0)
+    nulled = [_null_for_nan(signal, found) if isinstance(signal, dict) else signal for signal in signals_in(data)]
+    return (data | {_signals_key(data): nulled}, len(found)) if found else (data, 0)
+
+
+def signals_in(data: Any) -> list[Any]:
+    """The array of signals of an entry, whatever its elements are; empty when it has none."""
+    signals = data.get(_signals_key(data)) if isinstance(data, dict) else None
+    return signals if isinstance(signals, list) else []
 
 
 def _null_for_nan(value: Any, found: list[float], depth: int = 0) -> Any:
@@ -109,7 +112,7 @@ def _null_for_nan(value: Any, found: list[float], depth: int = 0) -> Any:
 
 
 def notes_on(data: Mapping[str, Any], event: PortfolioSnapshot | SignalArchive) -> Iterator[str]:
-    """What an entry says that its event does not: nothing of it is wrong enough to refuse it."""
+    """Notes on what an entry has that its event does not have, and that is no reason to refuse it."""
     known = SNAPSHOT_KEYS if isinstance(event, PortfolioSnapshot) else ARCHIVE_KEYS
     if not data.keys() <= known:
         yield from (f"unknown key {key[:60]!a} left out" for key in sorted(data.keys() - known))
@@ -163,7 +166,7 @@ def _count(entry: Mapping[str, Any], field: str) -> Any:
         return value
     try:
         number = Decimal(_plain(value) if isinstance(value, str) else value)
-        # What is far out of range anyway must not become an int of a million digits first.
+        # A number far out of range must not become an int of a million digits first.
         whole = number.is_finite() and abs(number) < 2**63 and number == number.to_integral_value()
     except (ArithmeticError, TypeError, ValueError):
         whole = False
@@ -173,7 +176,7 @@ def _count(entry: Mapping[str, Any], field: str) -> Any:
 
 
 def _plain(text: str) -> str:
-    """What Python takes for a number beyond the usual digits, such as 1_000, is none. Raises ValueError."""
+    """`text` without blanks. Raises ValueError if it is no plain number, such as 1_000, which Python accepts."""
     if not NUMBER.fullmatch(text.strip()):
         raise ValueError
     return text.strip()
@@ -190,27 +193,14 @@ def _portfolio(entry: Mapping[str, Any], portfolio_id: int | None) -> int | None
 
 
 def _moment(entry: Mapping[str, Any], field: str, zone: tzinfo | None, after: datetime | None) -> datetime:
-    value = _given(entry, field)
-    if not isinstance(value, str):
-        raise InvalidEvent.at(field, f"must be a time, not {type_name(value)}")
-    try:
-        moment = datetime.fromisoformat(value.strip())
-    except ValueError:
-        raise InvalidEvent.at(field, "is text that is not an ISO 8601 time") from None
+    moment = moment_of(_given(entry, field), field)
     return read_back(moment, zone, after, field) if moment.utcoffset() is None else with_fixed_offset(moment, field)
 
 
-def _day(entry: Mapping[str, Any], moment: datetime) -> Any:
+def _day(entry: Mapping[str, Any], moment: datetime) -> date:
     field = "snapshot_date" if "snapshot_date" in entry else "date"
     day = entry.get(field)
-    if day is None:
-        return moment.date()
-    if not isinstance(day, str):
-        raise InvalidEvent.at(field, f"must be a date, not {type_name(day)}")
-    try:
-        return date.fromisoformat(day.strip())
-    except ValueError:
-        raise InvalidEvent.at(field, "is text that is not an ISO 8601 date") from None
+    return moment.date() if day is None else day_of(day, field)
 
 
 def snapshot_entry(snapshot: PortfolioSnapshot, zone: tzinfo | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows of the adopted tables as entries of the old JSON shape: an origin for the import like the old files."""
+"""Rows of the adopted tables as entries of the old JSON shape: an import source like the old files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sqlalchemy import Connection, Engine, text
 
 from consumers.db.engine import translated_errors
 from consumers.legacy.json_arrays import Entry
-from consumers.legacy.old_history import Kind, Origin
+from consumers.legacy.old_history import ImportSource, Kind
 
 _ROWS_AT_ONCE = 500
 _MOST_DIGITS = 4000  # beyond 4300 Python refuses to make an int
 
-# Values under the keys of the old files. What only some databases have is added when it is there.
+# Values under the keys of the old files. Columns that only some databases have are added if they exist.
 _TABLES: dict[str, tuple[Kind, str]] = {
     "portfolio_history_legacy": (
         "snapshot",
@@ -37,19 +37,20 @@ _COLUMNS = text("""
 """)
 
 
-def legacy_origins(store: Engine) -> list[Origin]:
+def table_sources(store: Engine) -> list[ImportSource]:
     """The adopted tables of the database, snapshots first; none when nothing was adopted.
 
     Raises:
         StoreUnavailable: the database cannot be read now; also while the entries are read.
     """
     with translated_errors(), store.connect() as db:
+        db.exec_driver_sql("SET LOCAL statement_timeout = 0")  # counting many rows takes long
         there = [name for name in _TABLES if _columns(db, name)]
         sizes = [db.execute(text(f"SELECT count(*) FROM {name}")).scalar_one() for name in there]  # noqa: S608  # ours
-    return [_origin(store, name, size) for name, size in zip(there, sizes, strict=True)]
+    return [_source(store, name, size) for name, size in zip(there, sizes, strict=True)]
 
 
-def _origin(store: Engine, table: str, size: int) -> Origin:
+def _source(store: Engine, table: str, size: int) -> ImportSource:
     read = 0
 
     def entries() -> Iterator[Entry]:
@@ -58,7 +59,7 @@ def _origin(store: Engine, table: str, size: int) -> Origin:
             read = entry.index + 1
             yield entry
 
-    return Origin(table, _TABLES[table][0], entries, size, lambda: read, "rows")
+    return ImportSource(table, _TABLES[table][0], entries, size, lambda: read, "rows")
 
 
 def read_legacy_rows(store: Engine, table: str) -> Iterator[Entry]:
@@ -68,7 +69,8 @@ def read_legacy_rows(store: Engine, table: str) -> Iterator[Entry]:
     is deleted, those after it move down by one, and what is stored already is found by its event id all the same.
     """
     with translated_errors(), store.connect() as db:
-        # The import may rest between two rows for as long as an outage lasts.
+        # To sort many rows takes long, and the import may rest between two rows for as long as an outage lasts.
+        db.exec_driver_sql("SET LOCAL statement_timeout = 0")
         db.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         statement = text(_select(table, _columns(db, table)))
         rows = db.execution_options(yield_per=_ROWS_AT_ONCE).execute(statement).scalars()

@@ -12,7 +12,8 @@ from sqlalchemy import Connection, TextClause, text
 from consumers.db.engine import get_db
 from consumers.db.inserts import find_events
 from consumers.legacy.comparison import FieldDifference, RowIds, field_differences
-from consumers.legacy.old_history import Item, Kind, OldHistory
+from consumers.legacy.json_arrays import Entry
+from consumers.legacy.old_history import Kind, OldHistory
 from producers.errors import InvalidEvent
 
 _PAGE_ROWS = 20_000
@@ -55,7 +56,7 @@ class Difference:
 
 @dataclass
 class Compared:
-    """One origin's entries: read, and equal to their rows."""
+    """The entries of one import source: read, and equal to their rows."""
 
     name: str
     read: int = 0
@@ -65,7 +66,7 @@ class Compared:
 
 @dataclass
 class _Side:
-    """What the reading of one kind of origin left for the look from the tables."""
+    """Rows, sources and periods met in the old history of one kind, for the comparison from the tables."""
 
     rows: RowIds = field(default_factory=RowIds)
     sources: list[str] = field(default_factory=list)
@@ -82,7 +83,7 @@ class Verification:
         self.unexpected = 0
 
     def differences(self, advance: Callable[[], None] = lambda: None) -> Iterator[Difference]:
-        """Each difference as it is found: origin by origin, then rows that no entry stands for.
+        """Each difference as it is found: one import source after the other, then rows that no entry stands for.
 
         `advance` is called every now and then.
 
@@ -97,12 +98,12 @@ class Verification:
                 yield difference
 
     def _forwards(self, history: OldHistory, advance: Callable[[], None]) -> Iterator[Difference]:
-        compared = Compared(history.origin.name)
+        compared = Compared(history.import_source.name)
         self.compared.append(compared)
-        side = self._sides.setdefault(history.origin.kind, _Side())
+        side = self._sides.setdefault(history.import_source.kind, _Side())
         for chunk in history.chunks():
             with get_db() as db:
-                found = list(_compare(db, history.origin.kind, history.origin.name, chunk, side))
+                found = list(_compare(db, history, chunk, side))
             compared.read += len(chunk)
             compared.equal += len(chunk) - len(found)
             compared.differences += len(found)
@@ -110,20 +111,22 @@ class Verification:
             advance()
         if history.source:
             side.sources.append(history.source)
-        if history.tally.damage is not None:
+        if history.statistics.damage is not None:
             compared.differences += 1
-            yield Difference("damaged", compared.name, compared.read, None, None, history.tally.damage)
+            yield Difference("damaged", compared.name, compared.read, None, None, history.statistics.damage)
 
 
-def _compare(db: Connection, kind: Kind, name: str, chunk: list[Item], side: _Side) -> Iterator[Difference]:
-    table = _TABLES[kind]
+def _compare(db: Connection, history: OldHistory, chunk: list[Entry], side: _Side) -> Iterator[Difference]:
+    name, table = history.import_source.name, _TABLES[history.import_source.kind]
     events = []
-    for entry, event in chunk:
-        if isinstance(event, InvalidEvent):
-            yield Difference("unusable", name, entry.index, None, None, str(event))
+    for entry in chunk:
+        try:
+            event = history.event(entry)
+        except InvalidEvent as error:
+            yield Difference("unusable", name, entry.index, None, None, str(error))
         else:
             events.append((entry.index, event))
-            _widen(side, event.data.portfolio_id, event.data.instant.astimezone(UTC))
+            _widen(side, event.data.portfolio_id, event.data.instant.astimezone(UTC))  # type: ignore[attr-defined]  # both kinds have one
     differing = []
     for (index, event), found in zip(events, find_events(db, [event for _, event in events]), strict=True):
         if found is None:

@@ -1,39 +1,42 @@
-"""The metrics as Prometheus reads them: what this process has counted, and what the servers tell at that moment.
+"""The metrics as Prometheus reads them: the counts of this process, and the pipeline's health at that moment.
 
-What cannot be read in time is absent, and its `..._up` is 0: a scrape neither fails nor hangs.
+A value that cannot be read in time is absent, and its `..._up` is 0: a scrape neither fails nor hangs.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+from redis import RedisError
 
-from consumers.ops.metrics import COUNTS, Histogram
-from consumers.ops.probes import Probe
-from consumers.ops.status import newest_snapshot_ages, outbox_facts, queue_facts
-from consumers.worker.shared_state import DATABASE, REDIS
-from producers.settings import TransportSettings
+from consumers.db.engine import read_transaction
+from consumers.db.portfolio_queries import newest_snapshot_ages
+from consumers.errors import first_line
+from consumers.ops.health import HealthReader, Reading, Value
+from consumers.ops.metrics import COUNTS, WAITED_FOR, Histogram
+from consumers.ops.outbox_health import OutboxHealth
+from consumers.ops.queue_health import QueueHealth, queue_of_settings
+from producers.errors import HistoryError
+
+logger = logging.getLogger(__name__)
 
 MOST_PORTFOLIOS = 100
 SCRAPE_SECONDS = 1.5
 
-# A list of what was found; None when there is nothing of the kind here.
-Reading = Callable[[], list[Metric] | None]
+Ages = list[tuple[int | None, float]]
 
 
-def worker_registry(
-    waits_for: Callable[[], str | None], queue_facts: Callable[[], Mapping[str, Any]]
-) -> CollectorRegistry:
+def worker_registry(waits_for: Callable[[], str | None], queue: Callable[[], QueueHealth]) -> CollectorRegistry:
     """Of a worker, which knows what it `waits_for` and where its queue is."""
     registry = CollectorRegistry()
     registry.register(_CountsCollector(waits_for))
-    registry.register(_PipelineCollector(lambda: _queue_metrics(queue_facts())))
+    registry.register(_PipelineCollector(queue))
     ProcessCollector(registry=registry)
     return registry
 
@@ -41,7 +44,7 @@ def worker_registry(
 def pipeline_registry() -> CollectorRegistry:
     """Of a process that does not work itself; it finds the queue by the settings."""
     registry = CollectorRegistry()
-    registry.register(_PipelineCollector(_queue_of_the_settings))
+    registry.register(_PipelineCollector(queue_of_settings))
     ProcessCollector(registry=registry)
     return registry
 
@@ -52,13 +55,9 @@ class _CountsCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         counted = COUNTS.read()
-        events = CounterMetricFamily(
-            "trading_history_events", "Deliveries that this process has ended.", labels=("type", "outcome")
-        )
-        for labels, count in counted.ends.items():
-            events.add_metric(labels, count)
-        yield events
-        yield _histogram("batch_events", "Deliveries ended by one transaction.", counted.batch_events)
+        yield _family("events", "Deliveries that this process has decided.", ("type", "outcome"), counted.ends.items(),
+                      CounterMetricFamily)  # fmt: skip
+        yield _histogram("batch_events", "Deliveries decided by one transaction.", counted.batch_events)
         yield _histogram("insert_seconds", "From a transaction's start to its commit.", counted.insert_seconds)
         yield _histogram(
             "lag_seconds", "From an event's own time to the commit of its row; not of imports.", counted.lag_seconds
@@ -68,100 +67,98 @@ class _CountsCollector(Collector):
             "Jobs of dead workers that this one returned to the queue.",
             value=counted.recovered_jobs,
         )
-        waiting = GaugeMetricFamily("trading_history_waiting", "1 while this worker waits for it.", labels=("for",))
         waited_for = self._waits_for()
-        for what in (DATABASE, REDIS):
-            waiting.add_metric([what], float(waited_for == what))
-        yield waiting
+        waiting = [((server,), float(waited_for == server)) for server in WAITED_FOR]
+        yield _family("waiting", "1 while this worker waits for it.", ("for",), waiting)
 
 
 class _PipelineCollector(Collector):
-    """What PostgreSQL, Redis and the outbox tell, each asked beside the others."""
+    """The health of database, queue and outbox. A failure is logged once, and so is its end."""
 
-    def __init__(self, queue: Reading) -> None:
-        self._probes: list[Probe[list[Metric] | None]] = [
-            Probe("database", _database_metrics),
-            Probe("redis", queue),
-            Probe("outbox", _outbox_metrics),
-        ]
+    def __init__(self, queue: Callable[[], QueueHealth | None]) -> None:
+        self._reader = HealthReader(_ages, queue)
+        self._failing: set[str] = set()
 
     def collect(self) -> Iterator[Metric]:
-        deadline = time.monotonic() + SCRAPE_SECONDS
-        for probe, reading in [(probe, probe.start()) for probe in self._probes]:
-            try:
-                found = reading.result(max(deadline - time.monotonic(), 0))
-            except Exception:  # the probe has told of it; TimeoutError: not in time
-                yield _up(probe.name, up=False)
-                continue
-            if found is not None:
-                yield _up(probe.name, up=True)
-                yield from found
+        health = self._reader.read(SCRAPE_SECONDS)
+        yield from self._part("database", health.database, _database_metrics)
+        yield from self._part("redis", health.queue, _queue_metrics)
+        yield from self._part("outbox", health.outbox, _outbox_metrics)
+
+    def _part(
+        self, name: str, reading: Reading[Value], metrics: Callable[[Value], Iterable[Metric]]
+    ) -> Iterator[Metric]:
+        self._log(name, reading.error)
+        if reading.error is not None or reading.value is not None:
+            documentation = f"1 if the {name} could be read for this scrape, within {SCRAPE_SECONDS:g} s."
+            yield _gauge(f"{name}_up", documentation, reading.error is None)
+        if reading.value is not None:
+            yield from metrics(reading.value)
+
+    def _log(self, name: str, error: BaseException | None) -> None:
+        if error is not None and name not in self._failing:
+            self._failing.add(name)
+            reason = first_line(error)
+            outage = isinstance(error, RedisError | HistoryError | OSError)
+            logger.warning("cannot read %s: %s: %s", name, type(error).__name__, reason,
+                           exc_info=None if outage else error)  # fmt: skip
+        elif error is None and name in self._failing:
+            self._failing.remove(name)
+            logger.warning("%s can be read again", name)
 
 
-def _up(part: str, *, up: bool) -> Metric:
-    return _gauge(f"{part}_up", f"1 if the {part} could be read for this scrape, within {SCRAPE_SECONDS:g} s.", up)
+def _ages() -> Ages:
+    with read_transaction() as db:
+        return newest_snapshot_ages(db, MOST_PORTFOLIOS)
 
 
-def _database_metrics() -> list[Metric]:
-    ages = GaugeMetricFamily(
-        "trading_history_newest_row_age_seconds",
-        f"Since the instant of a portfolio's newest snapshot; of the {MOST_PORTFOLIOS} lowest numbers.",
-        labels=("portfolio_id",),
-    )
-    for portfolio_id, seconds in newest_snapshot_ages(MOST_PORTFOLIOS):
-        ages.add_metric(["none" if portfolio_id is None else str(portfolio_id)], seconds)
-    return [ages]
+def _database_metrics(ages: Ages) -> Iterator[Metric]:
+    told = f"Since the instant of a portfolio's newest snapshot; of the {MOST_PORTFOLIOS} lowest numbers."
+    named = [(("none" if portfolio_id is None else str(portfolio_id),), seconds) for portfolio_id, seconds in ages]
+    yield _family("newest_row_age_seconds", told, ("portfolio_id",), named)
 
 
-def _queue_of_the_settings() -> list[Metric] | None:
-    settings = TransportSettings.from_environment()
-    if settings.redis_url is None:
-        return None
-    with settings.redis() as redis:
-        return _queue_metrics(queue_facts(redis, settings.queue))
+def _queue_metrics(queue: QueueHealth) -> Iterator[Metric]:
+    # Unknown is when a job waits that does not say since when.
+    oldest = queue.oldest_waiting_seconds if queue.queued else 0
+    for name, documentation, value in (
+        ("queue_jobs", "Jobs that wait in the queue.", queue.queued),
+        ("held_jobs", "Jobs that workers have reserved.", queue.held),
+        ("failed_jobs", "Jobs in RQ's failed registry: refused for good.", queue.failed),
+        ("workers", "Workers of the queue that are alive, by their registration.", queue.workers),
+        ("queue_oldest_age_seconds", "Since the job at the front of the queue came.", oldest),
+    ):
+        if value is not None:
+            yield _gauge(name, documentation, value)
 
 
-def _queue_metrics(facts: Mapping[str, Any]) -> list[Metric]:
-    found = [
-        _gauge("queue_jobs", "Jobs that wait in the queue.", facts["queued"]),
-        _gauge("held_jobs", "Jobs that workers hold.", facts["held"]),
-        _gauge("failed_jobs", "Jobs in RQ's failed registry: refused for good.", facts["failed"]),
-        _gauge("workers", "Workers of the queue that are alive, by their registration.", facts["workers"]),
-    ]
-    # Unknown is when a job waits that does not tell since when.
-    oldest = facts["oldest_waiting_seconds"] if facts["queued"] else 0
-    if oldest is not None:
-        found.append(_gauge("queue_oldest_age_seconds", "Since the job at the front of the queue came.", oldest))
-    return found
-
-
-def _outbox_metrics() -> list[Metric] | None:
-    facts = outbox_facts(TransportSettings.from_environment())
-    if facts is None:
-        return None
-    entries = GaugeMetricFamily(
-        "trading_history_outbox_entries", "Entries of this machine's outbox that are not stored.", labels=("state",)
-    )
-    for state in ("pending", "sent", "rejected"):
-        entries.add_metric([state], facts[state])
-    oldest = facts["oldest_unsettled_seconds"] or 0
-    return [entries, _gauge("outbox_oldest_age_seconds", "Since the oldest pending or sent one was recorded.", oldest)]
+def _outbox_metrics(outbox: OutboxHealth) -> Iterator[Metric]:
+    entries = [((state,), getattr(outbox, state)) for state in ("pending", "sent", "rejected")]
+    yield _family("outbox_entries", "Entries of this machine's outbox that are not stored.", ("state",), entries)
+    oldest = outbox.oldest_unsettled_seconds or 0
+    yield _gauge("outbox_oldest_age_seconds", "Since the oldest pending or sent one was recorded.", oldest)
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:
     return GaugeMetricFamily(f"trading_history_{name}", documentation, value=float(value))
 
 
+def _family(
+    name: str,
+    documentation: str,
+    labels: tuple[str, ...],
+    samples: Iterable[tuple[tuple[str, ...], float]],
+    family: type[GaugeMetricFamily | CounterMetricFamily] = GaugeMetricFamily,
+) -> Metric:
+    made = family(f"trading_history_{name}", documentation, labels=labels)
+    for values, value in samples:
+        made.add_metric(values, value)
+    return made
+
+
 def _histogram(name: str, documentation: str, histogram: Histogram) -> Metric:
     bounds = [*map(floatToGoString, histogram.bounds), "+Inf"]
-    buckets = list(zip(bounds, _accumulated(histogram.counts), strict=True))
+    buckets = list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))
     return HistogramMetricFamily(
         f"trading_history_{name}", documentation, buckets=buckets, sum_value=float(histogram.sum)
     )
-
-
-def _accumulated(counts: Iterable[int]) -> Iterator[float]:
-    total = 0
-    for count in counts:
-        total += count
-        yield float(total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from itertools import islice
 from typing import Any
 from uuid import UUID
 
-from redis import Redis
+from redis import Redis, RedisError
 from rq import Queue
 from rq.exceptions import InvalidJobOperation
 from rq.job import Job
@@ -19,11 +20,11 @@ from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
 from consumers.db.engine import get_db
-from consumers.worker.rq_completion import RqJobs
 from producers.errors import HistoryError
-from producers.events import ARCHIVE_TYPE, JOB_FUNCTIONS, SNAPSHOT_TYPE
+from producers.event_kinds import EventKind
+from producers.events import KINDS
 
-KINDS = {"snapshot": SNAPSHOT_TYPE, "archive": ARCHIVE_TYPE}
+logger = logging.getLogger(__name__)
 
 # An event tells its type before its data; of what others send, the type may stand further on.
 _BEGINNING = 4096
@@ -54,7 +55,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 class Rejection:
     """One delivery that was refused, and its reason; its text, which may be large, is had by `refused_text`.
 
-    `kind` is `snapshot`, `archive`, or None when the beginning of the text does not tell.
+    `kind` is the name of the event's kind, such as `snapshot`; None when the beginning of the text does not tell.
     """
 
     job_id: str
@@ -76,8 +77,10 @@ def rejections(name: str | None = None, *, kind: str | None = None) -> Iterator[
     with get_db() as db:
         for row in db.execute(_SELECT, given, execution_options={"yield_per": _AT_ONCE}):
             told = kind_of(row.beginning or "")
-            if kind is None or told == kind:
-                yield Rejection(row.job_id, row.source, row.sequence, row.event_id, row.reason, told, row.created_at)
+            name_told = None if told is None else told.name
+            if kind is None or name_told == kind:
+                identity = (row.job_id, row.source, row.sequence, row.event_id)
+                yield Rejection(*identity, row.reason, name_told, row.created_at)
 
 
 def refused_text(job_id: str) -> str | None:
@@ -91,13 +94,13 @@ def refused_text(job_id: str) -> str | None:
     return None if row is None else row.event or ""
 
 
-def kind_of(beginning: str) -> str | None:
-    """What an event is whose text begins so: `snapshot`, `archive`, or None when this does not tell."""
+def kind_of(beginning: str) -> EventKind | None:
+    """The kind of the event whose text begins so; None when this does not tell."""
     try:
         told = _type_told(beginning)
     except (ValueError, RecursionError):
         return None
-    return next((kind for kind, known in KINDS.items() if known == told), None)
+    return KINDS.get(told) if isinstance(told, str) else None
 
 
 def _type_told(beginning: str) -> Any:
@@ -132,11 +135,37 @@ def requeue(chosen: Iterable[Rejection], redis: Redis, queue_name: str) -> int:
         HistoryError: one cannot be sent again, since Redis has lost its job and its text does not tell what it is.
     """
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
-    jobs = RqJobs(redis, queue)
-    return sum(_requeue_one(rejection.job_id, jobs.fetch(rejection.job_id), queue) for rejection in chosen)
+    return sum(_requeue_one(rejection.job_id, queue) for rejection in chosen)
 
 
-def _requeue_one(job_id: str, job: Job | None, queue: Queue) -> bool:
+class _UnopenedJob(Job):
+    """A job that leaves its call and its error in Redis as they are, whatever their size: RQ would inflate both."""
+
+    def restore(self, raw_data: Any) -> Any:
+        unopened = {name: value for name, value in raw_data.items() if name != b"exc_info"}
+        return super().restore(unopened | {b"data": b""} if b"data" in raw_data else unopened)
+
+    def to_dict(self, include_meta: bool = True, include_result: bool = True) -> dict[str, Any]:
+        fields: dict[str, Any] = super().to_dict(include_meta, include_result)
+        del fields["data"]
+        return fields
+
+
+def _fetch(job_id: str, redis: Redis) -> Job | None:
+    """None when Redis has lost the job, or RQ cannot read it."""
+    try:
+        return _UnopenedJob.fetch(job_id, connection=redis, serializer=JSONSerializer)
+    except RedisError as error:
+        if "WRONGTYPE" not in str(error):
+            raise
+    except Exception as error:
+        # RQ raises as many kinds of errors as there are fields.
+        logger.debug("job %s cannot be read: %s", job_id, type(error).__name__)
+    return None
+
+
+def _requeue_one(job_id: str, queue: Queue) -> bool:
+    job = _fetch(job_id, queue.connection)
     if job is not None:
         try:
             queue.failed_job_registry.requeue(job)
@@ -157,7 +186,7 @@ def _enqueue_anew(job_id: str, queue: Queue) -> bool:
     if kind is None:
         raise HistoryError(f"job {job_id} cannot be sent again: Redis has lost it, and its text is no event")
     queue.connection.delete(Job.key_for(job_id))  # whatever stands there cannot be read
-    queue.enqueue(JOB_FUNCTIONS[KINDS[kind]], event, job_id=job_id, failure_ttl=-1)
+    queue.enqueue(kind.job_function, event, job_id=job_id, failure_ttl=-1)
     return True
 
 
@@ -167,18 +196,18 @@ def discard(chosen: Iterable[Rejection], redis: Redis, queue_name: str, reason: 
     Returns how many this has given up: what was a rejection no more is left as it is.
     """
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
-    jobs, given_up, left = RqJobs(redis, queue), 0, iter(chosen)
+    given_up, left = 0, iter(chosen)
     while some := [rejection.job_id for rejection in islice(left, _AT_ONCE)]:
         with get_db() as db:
             changed = db.execute(_DISCARD, {"job_ids": some, "reason": reason, "actor": actor}).scalars().all()
         for job_id in changed:
-            _remove_job(job_id, jobs, queue)
+            _remove_job(job_id, queue)
         given_up += len(changed)
     return given_up
 
 
-def _remove_job(job_id: str, jobs: RqJobs, queue: Queue) -> None:
-    if job := jobs.fetch(job_id):
+def _remove_job(job_id: str, queue: Queue) -> None:
+    if job := _fetch(job_id, queue.connection):
         job.delete()
     else:  # Redis has lost it, or it cannot be read
         queue.connection.delete(Job.key_for(job_id))

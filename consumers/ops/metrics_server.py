@@ -10,7 +10,7 @@ from prometheus_client import start_http_server
 from redis import Redis
 
 from consumers.ops.exposition import worker_registry
-from consumers.ops.status import queue_facts
+from consumers.ops.queue_health import read_queue
 from producers.errors import HistoryError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def served_metrics(
     Raises:
         HistoryError: the address cannot be used. Another port would be one that nobody scrapes.
     """
-    registry = worker_registry(waits_for, lambda: queue_facts(redis, queue))
+    registry = worker_registry(waits_for, lambda: read_queue(redis, queue))
     try:
         server, thread = start_http_server(port, host, registry)
     except OSError as error:

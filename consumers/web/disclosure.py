@@ -1,6 +1,6 @@
-"""What readers of the API and of the page are told when something cannot be read: never more than they may know.
+"""Error texts for readers of the API and of the page, without details.
 
-Drivers' messages name hosts, users and files. They go to the log, under a reference that the reader is given.
+Drivers' messages name hosts, users and files. They go to the log, under a reference that the answer contains.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from producers.errors import OutboxError, SettingsError
 
 logger = logging.getLogger(__name__)
 
-Unreadable = StoreUnavailable | RedisError | OutboxError | SettingsError
+Unreadable = StoreUnavailable | RedisError | OutboxError | SettingsError | TimeoutError
 
 _NO_SUCH_TABLE = "42P01"
-# The same reason has the same reference as long as the process runs, so that who asks again sees no new trouble;
-# without the key nobody can try out whether it stands for a reason that he has guessed.
+# The same reason has the same reference as long as the process runs, so that a repeated request shows no new problem.
+# Without the key, a reader could check whether a reference stands for a reason that they have guessed.
 _KEY = secrets.token_bytes(16)
 
 
 def disclosed(error: Unreadable) -> str:
-    """What a reader may be told of `error`, which is logged in full under the reference that ends this."""
+    """A text without details; `error` is logged in full under the reference at the end of the text."""
     reason = f"{type(error).__name__}: {error}"
     reference = blake2b(reason.encode("utf-8", "replace"), key=_KEY, digest_size=4).hexdigest()
     logger.warning("cannot read (reference %s): %s", reference, reason)
@@ -42,6 +42,6 @@ def _summary(error: Unreadable) -> str:
         return "A setting is missing or wrong."
     if isinstance(error.__cause__, DBAPIError) and getattr(error.__cause__.orig, "pgcode", None) == _NO_SUCH_TABLE:
         return "The database has no tables yet: trading-history init-db makes them."
-    if error.one_statement:
+    if isinstance(error, TimeoutError) or error.one_statement:
         return "This took too long; ask for less, or later."
     return "The database cannot be read now."

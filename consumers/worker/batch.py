@@ -29,7 +29,7 @@ from consumers.errors import EventConflict, PoisonEvent, RefusedJob, StoreUnavai
 from consumers.ops.metrics import COUNTS, UNKNOWN_TYPE
 from producers.acknowledgements import ACKNOWLEDGEMENT_TTL_SECONDS, Outcome
 from producers.errors import HistoryError, InvalidEvent, SettingsError
-from producers.events import MAX_EVENT_BYTES, MODELS, Event, Source, decode, is_readable
+from producers.events import KINDS, MAX_EVENT_BYTES, Event, Source, decode, is_readable
 from producers.fields import EventId
 from producers.fields import Sequence as SequenceNumber
 from producers.redis_keys import acknowledgement_key
@@ -39,7 +39,6 @@ logger = logging.getLogger("rq.worker.history")
 
 ISOLATED_SECONDS = 2.0  # for a statement while looking for the one that waits for something
 
-_TYPES: dict[type[Event] | None, str] = {model: event_type for event_type, model in MODELS.items()}
 _REFUSALS: dict[type[HistoryError], str] = {EventConflict: "conflict", PoisonEvent: "poison", RefusedJob: "refused"}
 _HEAD_CHARACTERS = 2000  # id, source and sequence are in an event's first 400
 _IMPORTED = "import/"  # begins the sources of old history, which is late by years
@@ -71,7 +70,7 @@ class Delivery(NamedTuple):
 
     @property
     def event_type(self) -> str:
-        return _TYPES.get(self.model, UNKNOWN_TYPE)
+        return next((kind.type for kind in KINDS.values() if kind.event is self.model), UNKNOWN_TYPE)
 
 
 class Settled(NamedTuple):

@@ -17,10 +17,9 @@ from pydantic_core import from_json
 from rq.job import Job, validate_job_id
 
 from consumers.errors import OversizedJob, RefusedJob
-from producers.events import JOB_FUNCTIONS, MAX_EVENT_BYTES, MODELS, Event
+from producers.events import KINDS, MAX_EVENT_BYTES, Event
 from producers.fields import readable
 
-_MODELS: dict[str, type[Event]] = {JOB_FUNCTIONS[event_type]: model for event_type, model in MODELS.items()}
 # An event's text as a JSON string inside the call; every character of it can be six there.
 _MAX_CALL_BYTES = 6 * MAX_EVENT_BYTES + 1000
 # Of a job as Redis has it: what cannot be compressed becomes a little larger by that.
@@ -72,12 +71,13 @@ def read_call(reserved: ReservedJob) -> tuple[Any, type[Event]]:
     if reserved.state == "oversized":
         raise OversizedJob.in_all(MAX_JOB_BYTES)
     function, instance, arguments, keywords = _parsed(reserved.data)
-    if not isinstance(function, str) or function not in _MODELS:
+    kind = KINDS.of_job(function) if isinstance(function, str) else None
+    if kind is None:
         name = f": {readable(function, 100)}" if isinstance(function, str) else ""
         raise RefusedJob(f"it names a function that is not one of ours{name}")
     if not isinstance(arguments, list) or len(arguments) != 1 or keywords or instance is not None:
         raise RefusedJob("it must have one argument, the event's text")
-    return arguments[0], _MODELS[function]
+    return arguments[0], kind.event
 
 
 def text_in(reserved: ReservedJob) -> str:

@@ -18,7 +18,6 @@ from tests.benchmarks.outages import measure_outages
 from tests.benchmarks.recording import measure_record
 from tests.benchmarks.recovery import measure_recovery
 from tests.benchmarks.report import Report
-from tests.benchmarks.retiring import measure_retiring
 from tests.benchmarks.space import measure_space
 from tests.benchmarks.throughput import measure_throughput
 
@@ -36,7 +35,6 @@ _MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "adopt": (measure_adoption, 1_000_000),
     "api": (measure_api, 10_000_000),
     "space": (measure_space, 200_000),
-    "retire": (measure_retiring, 1_000_000),
 }
 
 

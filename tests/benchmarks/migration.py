@@ -1,6 +1,7 @@
-"""Old history into the tables: its rate beside inserts without a queue, memory, a second run, verify, live latency.
+"""Old history into the tables: its rate beside plain inserts, memory, a second run, verify, live latency.
 
-N snapshots (--count) in portfolio_history.json and a twohundredth as many archives of 50 signals, one worker.
+N snapshots (--count) in portfolio_history.json and a twohundredth as many archives of 50 signals.
+One worker for the live events.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import psutil
 
 from consumers.db.engine import engine
 from consumers.db.inserts import insert_events
-from consumers.legacy.old_history import OldHistory, file_origins
-from producers.errors import InvalidEvent
+from consumers.legacy.old_history import OldHistory, file_sources
 from producers.events import Event
 from producers.history_producer import HistoryProducer
 from tests.benchmarks.checks import require, rows
@@ -30,7 +30,7 @@ from tests.benchmarks.environment import bench_stack, reset
 from tests.benchmarks.printing import print_header, print_quantiles
 from tests.benchmarks.report import Report
 from tests.benchmarks.workers import history_workers
-from tests.factories import a_signal, a_snapshot
+from tests.factories import a_signal, a_snapshot, an_old_archive, an_old_snapshot
 
 _SNAPSHOTS_AN_ARCHIVE = 200
 _SIGNALS = 50
@@ -55,17 +55,16 @@ def measure_import(snapshots: int, report: Report) -> None:
         baseline = _baseline(old)
         _require_rows(snapshots, archives)
         reset()
-        with history_workers(folder):
-            seconds, peak = _command("import", old)
-            _require_rows(snapshots, archives)
-            again, _ = _command("import", old)
-            compared, _ = _command("verify", old)
+        seconds, peak = _command("import", old)
+        _require_rows(snapshots, archives)
+        again, _ = _command("import", old)
+        compared, _ = _command("verify", old)
         events = snapshots + archives
         figures = {
-            "rows by multi-row INSERT, no queue": ("s", baseline, f"{events / baseline:,.0f} events/s"),
-            "import, one worker": ("s", seconds, f"{events / seconds:,.0f} events/s, {baseline / seconds:.0%} of it"),
+            "rows by multi-row INSERT alone": ("s", baseline, f"{events / baseline:,.0f} events/s"),
+            "import": ("s", seconds, f"{events / seconds:,.0f} events/s, {baseline / seconds:.0%} of it"),
             "peak memory of the importer": ("MiB", peak / 2**20, ""),
-            "second run, nothing to send": ("s", again, f"{events / again:,.0f} entries/s"),
+            "second run, nothing to insert": ("s", again, f"{events / again:,.0f} entries/s"),
             "verify": ("s", compared, f"{events / compared:,.0f} entries/s"),
         }
         for label, (unit, value, note) in figures.items():
@@ -90,31 +89,22 @@ def _write_array(path: Path, entries: Iterator[dict[str, object]]) -> None:
 
 
 def _snapshot(number: int) -> dict[str, object]:
-    moment = _FIRST + timedelta(seconds=30 * number)
-    return {
-        "date": moment.date().isoformat(),
-        "timestamp": moment.isoformat(),
-        "balance": 9900 + number * 0.01,
-        "total_invested": 100.0,
-        "total_profit_loss": number * 0.1,
-        "total_value": 9900 + number * 0.11,
-        "open_positions": number % 7,
-        "trade_count": number,
-    }
+    values = {"balance": 9900 + number * 0.01, "total_profit_loss": number * 0.1, "total_value": 9900 + number * 0.11}
+    counts = {"open_positions": number % 7, "trade_count": number}
+    return an_old_snapshot(_FIRST + timedelta(seconds=30 * number), **values, **counts)
 
 
 def _archive(number: int) -> dict[str, object]:
-    moment = _FIRST + timedelta(hours=number)
     signals = [a_signal(market_id=str(n), target_price=n * 0.01, amount=number) for n in range(_SIGNALS)]
-    return {"archived_at": moment.isoformat(), "signals_count": _SIGNALS, "signals": signals}
+    return an_old_archive(_FIRST + timedelta(hours=number), signals)
 
 
 def _baseline(old: Path) -> float:
     """Seconds to read the files, convert and insert _BATCH rows (fewer large ones) a statement and commit."""
     started = time.perf_counter()
-    for origin in file_origins(old):
-        history = OldHistory(origin, zone=UTC, portfolio_id=1)
-        size = _BATCH if origin.kind == "snapshot" else _ARCHIVES_A_BATCH
+    for source in file_sources(old):
+        history = OldHistory(source, zone=UTC, portfolio_id=1)
+        size = _BATCH if source.kind == "snapshot" else _ARCHIVES_A_BATCH
         for batch in _batches(history, size):
             with engine().begin() as db:
                 insert_events(db, batch)
@@ -122,7 +112,7 @@ def _baseline(old: Path) -> float:
 
 
 def _batches(history: OldHistory, size: int) -> Iterator[Sequence[Event]]:
-    events = (item.event for item in history.items() if not isinstance(item.event, InvalidEvent))
+    events = (history.event(entry) for chunk in history.chunks() for entry in chunk)
     while batch := list(islice(events, size)):
         yield batch
 

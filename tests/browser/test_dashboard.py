@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Dialog, Page, expect
 from redis import Redis
 from rq import Queue
+from rq.executions import Execution
+from rq.job import Job
 from rq.serializers import JSONSerializer
 from sqlalchemy import text
 
@@ -89,29 +91,23 @@ def test_without_the_login_a_browser_shows_nothing(chromium: Browser, dashboard:
 def test_a_rejected_event_is_read_requeued_and_then_stored(
     open_dashboard: OpenDashboard, redis: Redis, database_url: str
 ) -> None:
-    """From the number in red to its reason, its amounts, the button, and away from Failed and event_outcomes."""
+    """From the number in red to its reason, the button, and away from Failed and event_outcomes."""
     job_id = _reject_one(redis)
     page = open_dashboard("")
     page.locator("#queues tbody td.failed a").first.click()
     row = page.locator("tr[data-role=job]")
-    expect(row.locator(".description")).to_have_text(re.compile("portfolio/1 · 2026-11-22"))
-    expect(row.locator(".exc_info")).to_have_text(re.compile("^EventConflict: "))
+    expect(row.locator(".exc_info")).to_have_text(re.compile("EventConflict: "))
     row.get_by_role("link", name=job_id).click()
-    expect(page.locator("#job-reason")).to_have_text(re.compile("^EventConflict: "))
-    expect(page.get_by_role("alert")).to_have_count(0)
-    expect(page.locator("#job-data tr").filter(has_text="balance")).to_have_text(re.compile(r"balance\s*17\.00000001$"))
-    page.get_by_text("As it came").click()
-    expect(page.locator("#job-text")).to_contain_text('"specversion": "1.0"')
+    shown = page.locator("#job-data")
+    expect(shown.locator(".exc_info")).to_have_text(re.compile("EventConflict: "))
+    expect(shown).to_contain_text(re.compile("Status:\\s*failed"))
 
     with get_db() as db:
         db.execute(text("DELETE FROM portfolio_history"))
     page.get_by_role("button", name="Requeue").click()
-    expect(page.locator("#job-job tr").filter(has_text="status")).to_have_text(re.compile("queued"), timeout=_POLLED)
+    expect(shown).to_contain_text(re.compile("Status:\\s*queued"), timeout=_POLLED)
     burst(redis)
-    expect(page.locator("#job-job tr").filter(has_text="status")).to_have_text(re.compile("finished"), timeout=_POLLED)
-    expect(page.locator("#job-job tr").filter(has_text="row")).to_be_visible()
-    expect(page.locator("#job-failed")).to_be_hidden()
-    expect(page.get_by_role("button", name="Requeue")).to_be_hidden()
+    expect(shown).to_contain_text(re.compile(r"Status:\s*finished\s*Result:\s*\d+\s"), timeout=_POLLED)
     with get_db() as db:
         stored, open_outcomes = db.execute(
             text("SELECT (SELECT max(balance) FROM portfolio_history), (SELECT count(*) FROM event_outcomes)")
@@ -119,10 +115,32 @@ def test_a_rejected_event_is_read_requeued_and_then_stored(
     assert (str(stored), open_outcomes, redis.zcard(FAILED_KEY)) == ("17.00000001", 0, 0)
 
 
-def test_a_busy_worker_is_shown_with_what_it_has_at_hand(
+def test_jobs_are_deleted_emptied_and_all_requeued(open_dashboard: OpenDashboard, redis: Redis) -> None:
+    """By the buttons of a list, each after a question."""
+    fields = {"data": b'["f", null, ["x"], {}]', "status": b"failed", "origin": b"history"}
+    for name in ("first", "second"):
+        plant(redis, name, fields, result=failure("InvalidEvent: no"))
+    page = open_dashboard("0/view/jobs/history/failed/8/asc/1")
+
+    def press(name: str) -> None:
+        page.get_by_role("link", name=name).first.click()
+        page.get_by_role("button", name="Yes").click()
+
+    press("Delete")
+    expect(page.locator("tr[data-role=job]")).to_have_count(1)
+    press("Requeue All")
+    expect(page.locator("#jobs tbody")).to_contain_text("No jobs.", timeout=_POLLED)
+    assert (redis.zcard(FAILED_KEY), redis.lrange("rq:queue:history", 0, -1)) == (0, [b"second"])
+    page.goto(page.url.replace("failed", "queued"))
+    press("Empty queue")
+    expect(page.locator("#jobs tbody")).to_contain_text("No jobs.")
+    assert redis.keys("rq:job:*") == []
+
+
+def test_every_page_shows_something_while_a_worker_is_busy(
     open_dashboard: OpenDashboard, redis: Redis, database_url: str, tmp_path: Path
 ) -> None:
-    """While its batch waits for a lock that somebody else has; idle afterwards."""
+    """While its batch waits for a lock that somebody else has."""
     with engine().begin() as blocker, (tmp_path / "log").open("w") as log:
         blocker.execute(text("LOCK TABLE portfolio_history"))
         enqueue_snapshots(redis, 3)
@@ -131,12 +149,11 @@ def test_a_busy_worker_is_shown_with_what_it_has_at_hand(
         )
         try:
             page = open_dashboard("0/view/workers")
-            expect(page.locator("#workers tbody")).to_contain_text("3 at hand", timeout=30_000)
+            expect(page.locator("#workers tr[data-role=worker]")).to_contain_text("history", timeout=30_000)
             for address in ("", "0/view/jobs"):
                 expect(open_dashboard(address).locator("tbody")).not_to_contain_text("Loading")
-            blocker.rollback()
-            expect(page.locator("#workers tbody")).to_contain_text("idle", timeout=30_000)
         finally:
+            blocker.rollback()
             worker.terminate()
             assert worker.wait(20) == 0
 
@@ -145,43 +162,38 @@ _HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
 def test_nothing_that_stands_in_redis_runs_in_the_browser(open_dashboard: OpenDashboard, redis: Redis) -> None:
-    """Names, descriptions, reasons, events; nor what stands in an address."""
-    fields = {"data": f'["f{_HOSTILE}", null, ["{{\\"data\\": {{\\"{_HOSTILE}\\": 1}}}}"], {{}}]'.encode()}
-    fields |= dict.fromkeys(("description", "origin", "status", "created_at", "worker_name"), _HOSTILE.encode())
-    plant(redis, "j", fields | {"status": b"failed"}, result=failure(f"{_HOSTILE}\n{_HOSTILE}"))
-    plant(redis, _HOSTILE.replace("/", ""), fields)
+    """Names, descriptions, calls, results, reasons; nor what stands in an address."""
+    hostile = _HOSTILE.encode()
+    fields = {
+        "data": f'["f{_HOSTILE}", null, ["{_HOSTILE}"], {{}}]'.encode(), "description": hostile, "origin": b"history",
+        "status": b"failed", "meta": b'{"a": "%s"}' % hostile, "dependency_ids": b'["%s"]' % hostile,
+    }  # fmt: skip
+    returned = {"return_value": b64encode(b'"%s"' % hostile)}
+    plant(redis, "j", fields, result=failure(f"{_HOSTILE}\n{_HOSTILE}"))
+    plant(redis, "other", fields | {"origin": hostile}, result={"type": b"1"} | returned)
     redis.sadd("rq:queues", f"rq:queue:{_HOSTILE}", "rq:queue:'-alert(3)-'", "rq:queue:</script>" + _HOSTILE)
-    worker = f"rq:worker:{_HOSTILE}"
-    redis.sadd("rq:workers", worker)
-    redis.hset(worker, mapping={"state": _HOSTILE, "queues": _HOSTILE, "current_job": "j", "version": _HOSTILE})
+    redis.sadd("rq:workers", f"rq:worker:{_HOSTILE}")
+    odd: Any = {"state": _HOSTILE, "queues": _HOSTILE, "version": _HOSTILE, "python_version": _HOSTILE}
+    redis.hset(f"rq:worker:{_HOSTILE}", mapping=odd)
+    with redis.pipeline() as pipe:
+        job = Job.fetch("j", connection=redis, serializer=JSONSerializer)
+        Execution.create(job, 60, pipe, worker_name=_HOSTILE)
+        pipe.execute()
+
     shown = {
         "": "#queues tbody", "0/view/workers": "#workers tbody", "0/view/job/j": "#job-data",
-        "0/view/jobs/history/failed/8/asc/1": "#jobs tbody",
+        "0/view/job/other": "#job-data", "0/view/jobs/history/failed/8/asc/1": "#jobs tbody",
     }  # fmt: skip
     for address, place in shown.items():
         page = open_dashboard(address)
         expect(page.locator(place)).to_contain_text("onerror")
+        expect(page.locator(place)).not_to_contain_text("&lt;")
         assert page.locator("img").count() == 0
-    for name in ("'-alert(3)-'", "%3Cimg%20src=x%20onerror=alert(4)%3E", "a%5C"):
+    for name in ("'-alert(3)-'", "%3Cimg%20src=x%20onerror=alert(4)%3E"):
         page = open_dashboard(f"0/view/jobs/{name}/queued/8/asc/1")
         expect(page.locator("#jobs tbody")).to_contain_text("No jobs.")
         page.locator("#select-queue").click()
         page.locator("h2, .intro").first.hover()
-
-
-def test_what_cannot_be_done_is_said(open_dashboard: OpenDashboard, redis: Redis) -> None:
-    """A job that cannot be read stays, and the page tells how its event goes through again all the same."""
-    fields = {"data": b"\xff", "status": b"failed", "origin": b"history", "timeout": b"x"}
-    plant(redis, "harmed", fields, result=failure("no"))
-    page = open_dashboard("0/view/jobs/history/failed/8/asc/1")
-    page.get_by_role("link", name="Requeue", exact=True).click()
-    expect(page.get_by_role("alert")).to_have_text(
-        re.compile("job harmed cannot be read: trading-history failed requeue")
-    )
-    page.get_by_role("link", name="Delete").click()
-    page.get_by_role("button", name="Yes").click()
-    expect(page.locator("#jobs tbody")).to_contain_text("No jobs.", timeout=_POLLED)
-    assert redis.zcard(FAILED_KEY) == 0
 
 
 def test_another_site_changes_nothing_with_the_operators_login(
@@ -201,12 +213,3 @@ def test_another_site_changes_nothing_with_the_operators_login(
             other.get_by_role("button").click()
         assert answer.value.status == status
     assert (redis.zcard(FAILED_KEY), redis.llen("rq:queue:history")) == (1, 0)
-
-
-def test_a_jobs_page_keeps_nobody_out(open_dashboard: OpenDashboard, redis: Redis, database_url: str) -> None:
-    """axe finds nothing serious in the page that is ours."""
-    page = open_dashboard(f"0/view/job/{_reject_one(redis)}")
-    expect(page.locator("#job-data")).to_contain_text("balance")
-    found = Axe().run(page, context=".section", options={"runOnly": ["wcag2a", "wcag2aa"]}).response["violations"]
-    wrong = [(one["id"], [node["html"] for node in one["nodes"]]) for one in found]
-    assert wrong == []

@@ -560,7 +560,7 @@ def test_a_defect_tells_nothing_of_itself(database_url: str, monkeypatch: pytest
     def defect(*_: object) -> None:
         raise RuntimeError("the password is s3cret")
 
-    monkeypatch.setattr("consumers.web.api.read_page", defect)
+    monkeypatch.setattr("consumers.web.api.history_endpoints.read_page", defect)
     with TestClient(app, raise_server_exceptions=False) as client:
         answer = client.get(HISTORY)
     _require_problem(answer, 500)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from consumers.ops.status import outbox_facts
+from consumers.ops.outbox_health import outbox_of_settings
 from producers import outbox_clock
-from producers.settings import TransportSettings
 from tests.controllers import Controller, Line, assert_sound, doctored, some_events, worker_process
 from tests.rq_programs import until
 
@@ -46,9 +45,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def _unsettled_seconds(bot: Controller) -> float:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HISTORY_OUTBOX", str(bot.path))
-        facts = outbox_facts(TransportSettings.from_environment())
-    assert facts is not None
-    return float(facts["oldest_unsettled_seconds"] or 0.0)
+        health = outbox_of_settings()
+    assert health is not None
+    return health.oldest_unsettled_seconds or 0.0
 
 
 @pytest.mark.parametrize("then", ["at once", "after a restart of the bot", "after a restart of the machine"])

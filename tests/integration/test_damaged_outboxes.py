@@ -188,7 +188,7 @@ def test_damage_under_a_running_bot_while_two_processes_use_the_outbox(
         two.settle()
         accounts = [one.account(ask=False), two.account(ask=False)]
     assert len(breaches(accounts)) == sum(len(lost(account)) for account in accounts)
-    gone = {account.accepted[key].portfolio_id for account in accounts for key in lost(account)}
+    gone = {dict(account.accepted[key])["portfolio_id"] for account in accounts for key in lost(account)}
     assert gone <= {81, 82, 83, 84}
     log = one.log.read_text()  # of both
     assert log.count("was moved to") == 1

@@ -15,8 +15,8 @@ from redis import Redis
 from rq.utils import as_text
 from sqlalchemy import Engine, event, text
 
-from consumers.db import inserts
 from consumers.db.engine import get_db
+from consumers.db.inserts import insert_events
 from consumers.operations import get_portfolio_history
 from consumers.ops.metrics import COUNTS
 from consumers.worker import batch, completion, rq_completion
@@ -101,14 +101,12 @@ def _decoding(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException
 
 
 def _making_the_row(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
-    make = inserts._row
-
-    def failing(given: Any) -> Any:
-        if str(given.data.balance) == POISON:
+    def failing(db: Any, events: Any) -> Any:
+        if any(str(one.data.balance) == POISON for one in events):
             raise error()
-        return make(given)
+        return insert_events(db, events)
 
-    monkeypatch.setattr(inserts, "_row", failing)
+    monkeypatch.setattr(batch, "insert_events", failing)
 
 
 def _in_a_statement(beginning: str) -> Plant:
@@ -172,7 +170,7 @@ def test_an_exception_before_the_end_is_decided_refuses_that_event_alone(
     if step in ("comparing", "outcome"):  # these steps are of a fact that is stored already
         with get_db() as db:
             same = a_snapshot(after=timedelta(hours=1), balance=POISON)
-            inserts.insert_events(db, [event_of(same, source="other/1", sequence=1)])
+            insert_events(db, [event_of(same, source="other/1", sequence=1)])
     UNDECIDED[step](monkeypatch, EXCEPTIONS[exception])
     good, (poisoned,) = _record(producer, 1)
     with _seconds(30):
@@ -309,7 +307,7 @@ def test_an_event_that_was_stored_before_its_workers_died_is_not_refused(
     source, sequence = receipt.source, receipt.sequence
     with get_db() as db:
         stored = event_of(a_snapshot(after=timedelta(hours=1), balance=POISON), source=source, sequence=sequence)
-        inserts.insert_events(db, [stored])
+        insert_events(db, [stored])
     redis.hset("history:suspects:history", job_id, 3)
     burst(redis)
 

@@ -104,10 +104,10 @@ def test_old_tables_in_another_encoding_are_not_adopted(other_encoding_url: str)
 
 def test_the_doctor_fails_on_another_encoding(other_encoding_url: str, redis: Redis) -> None:
     """With the same advice."""
-    (check,) = [one for one in diagnose([]) if one.name == "PostgreSQL encoding"]
+    (fact,) = [one for one in diagnose(list) if one.name == "PostgreSQL encoding"]
     name = make_url(other_encoding_url).database
-    assert (check.status, check.found in ENCODINGS) == ("fail", True)
-    assert f"CREATE DATABASE {name}_utf8 TEMPLATE template0 ENCODING 'UTF8'" in check.advice
+    assert (fact.state, fact.found in ENCODINGS) == ("fail", True)
+    assert f"CREATE DATABASE {name}_utf8 TEMPLATE template0 ENCODING 'UTF8'" in fact.advice
 
 
 def test_a_worker_waits_on_a_database_of_another_encoding_and_says_why(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from collections.abc import Callable
 
 import pytest
@@ -76,6 +77,25 @@ def test_sending_again_has_one_text_in_memory_at_a_time(redis: Redis, database_u
     _store_large(8)
     assert _peak_bytes(lambda: requeue(rejections(), redis, "history")) < 1.5 * of_one
     assert history_queue(redis).count == 8
+
+
+def test_a_call_of_any_size_is_neither_inflated_nor_written_anew(redis: Redis, database_url: str) -> None:
+    """Whether it can be run is the worker's business."""
+    bomb = zlib.compress(b"[" + b" " * 60 * _MIB, 1)
+    queue = history_queue(redis)
+    for job_id in ("to-requeue", "to-discard"):
+        store_rejection(job_id, "why")
+        queue.enqueue("f", job_id=job_id)
+        redis.hset(f"rq:job:{job_id}", mapping={"data": bomb, "exc_info": bomb, "status": "failed"})
+        redis.zadd(queue.failed_job_registry.key, {job_id: 1})
+    redis.delete(queue.key)
+
+    assert _peak_bytes(lambda: requeue(rejections("to-requeue"), redis, "history")) < 4 * _MIB
+    assert _peak_bytes(lambda: discard(rejections("to-discard"), redis, "history", "known")) < 4 * _MIB
+
+    assert (queue.get_job_ids(), queue.failed_job_registry.get_job_ids(cleanup=False)) == (["to-requeue"], [])
+    assert redis.hmget("rq:job:to-requeue", "data", "status") == [bomb, b"queued"]
+    assert not redis.exists("rq:job:to-discard")
 
 
 def test_the_table_is_bounded_and_json_has_all(database_url: str) -> None:
@@ -150,7 +170,8 @@ def test_a_lost_job_whose_text_is_no_event_cannot_be_sent_again(redis: Redis, da
 )
 def test_the_kind_is_what_the_beginning_of_a_text_tells(beginning: str, kind: str | None) -> None:
     """Never that of something inside; a text of any depth is in nobody's way."""
-    assert kind_of(beginning) == kind
+    found = kind_of(beginning)
+    assert (found and found.name) == kind
 
 
 def test_a_rejection_has_no_text() -> None:

@@ -1,21 +1,18 @@
-"""Rows of the adopted tables, through the queue into the new ones: `import --from-tables`, `verify --from-tables`."""
+"""Rows of the adopted tables into the new ones: `import --from-tables`, `verify --from-tables`."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from redis import Redis
 from sqlalchemy import text
 
 from consumers.db.engine import engine, get_db
 from consumers.legacy.adoption import adopt_legacy
-from consumers.legacy.legacy_rows import legacy_origins
+from consumers.legacy.legacy_rows import table_sources
 from tests.legacy_databases import (
     ARCHIVES,
     FIRST_GENERATION,
@@ -38,15 +35,6 @@ def _run(*arguments: str) -> tuple[int, dict[str, Any]]:
     run = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, timeout=100, check=False)
     assert run.stderr == ""
     return run.returncode, json.loads(run.stdout)
-
-
-@pytest.fixture
-def worker(redis: Redis, empty_database_url: str) -> Iterator[None]:
-    """A worker that waits for the tables."""
-    process = subprocess.Popen([*PROGRAM, "worker"], stderr=subprocess.DEVNULL, env=os.environ.copy())
-    yield
-    process.terminate()
-    process.wait(30)
 
 
 @pytest.fixture
@@ -75,8 +63,8 @@ def _totals(snapshots: str, archives: str) -> tuple[Any, ...]:
     return tuple(row)
 
 
-def test_the_first_generation_comes_in_whole_and_once(worker: None, first_generation: None) -> None:
-    """Verify finds no difference, a second import nothing to send, the audit no gap."""
+def test_the_first_generation_comes_in_whole_and_once(first_generation: None) -> None:
+    """Verify finds no difference, a second import nothing to insert, the audit no gap."""
     before = _totals("portfolio_history_legacy", "signal_archives_legacy")
     first = _run("import", "--from-tables", *BERLIN)
     verified = _run("verify", "--from-tables", *BERLIN)
@@ -92,7 +80,7 @@ def test_the_first_generation_comes_in_whole_and_once(worker: None, first_genera
     assert _totals(*names) == before
 
 
-def test_each_portfolio_of_the_second_generation_keeps_its_number(worker: None, empty_database_url: str) -> None:
+def test_each_portfolio_of_the_second_generation_keeps_its_number(empty_database_url: str) -> None:
     """Whatever --portfolio-id says of entries that name none; counts that were null are 0."""
     _execute(SECOND_GENERATION)
     _execute(SECOND_GENERATION_SNAPSHOTS, rows=30)
@@ -110,7 +98,7 @@ def test_each_portfolio_of_the_second_generation_keeps_its_number(worker: None, 
         assert db.execute(text(same)).scalar_one() == 30
 
 
-def test_rows_that_were_deleted_in_between_leave_no_gap(worker: None, first_generation: None) -> None:
+def test_rows_that_were_deleted_in_between_leave_no_gap(first_generation: None) -> None:
     """Those after them move down by one; what is stored is found again by its event's id."""
     _execute(
         "CREATE TABLE kept AS SELECT * FROM portfolio_history_legacy WHERE id > 400",
@@ -132,7 +120,7 @@ def test_rows_that_were_deleted_in_between_leave_no_gap(worker: None, first_gene
     assert (verified[0], [one["what"] for one in verified[1]["differences"]]) == (1, ["unexpected", "unexpected"])
 
 
-def test_without_adopted_tables_there_is_nothing_to_import(redis: Redis, database_url: str) -> None:
+def test_without_adopted_tables_there_is_nothing_to_import(database_url: str) -> None:
     """And the user is told what makes them; naming both a folder and the tables, or neither, is wrong usage."""
     run = subprocess.run([*PROGRAM, "import", "--from-tables"], capture_output=True, text=True, check=False)
     wrong = [
@@ -140,7 +128,7 @@ def test_without_adopted_tables_there_is_nothing_to_import(redis: Redis, databas
         for more in ([], ["/tmp", "--from-tables"])
     ]
 
-    assert legacy_origins(engine()) == []
+    assert table_sources(engine()) == []
     assert (run.returncode, run.stderr) == (
         1,
         "error: there are no adopted tables in the database: trading-history init-db --adopt-legacy makes them\n",

@@ -24,7 +24,7 @@ from consumers.operations import get_portfolio_history, insert_portfolio_history
 from consumers.ops import exposition
 from consumers.ops.exposition import worker_registry
 from consumers.ops.metrics import COUNTS
-from consumers.ops.status import queue_facts
+from consumers.ops.queue_health import read_queue
 from consumers.web import api
 from consumers.worker.completion import Finishing
 from consumers.worker.reservations import POISON_DEATHS, Reservations
@@ -48,7 +48,7 @@ def counting_from_zero() -> None:
 
 def _scrape(redis: Redis) -> Scrape:
     """Of a worker in this process that waits for nothing."""
-    registry = worker_registry(lambda: None, lambda: queue_facts(redis, "history"))
+    registry = worker_registry(lambda: None, lambda: read_queue(redis, "history"))
     return parsed(generate_latest(registry).decode())
 
 

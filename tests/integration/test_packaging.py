@@ -37,7 +37,6 @@ def test_the_wheel_carries_the_schema_the_demo_and_the_page_and_no_tests(wheel: 
         names
     )
     static = {f"consumers/web/page/static/{path.name}" for path in (ROOT / "consumers/web/page/static").iterdir()}
-    static |= {str(path.relative_to(ROOT)) for path in (ROOT / "consumers/web/dashboard/templates").rglob("*.*")}
     assert static
     assert static <= set(names)
 

@@ -19,8 +19,8 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 from sqlalchemy import TextClause, text
 
-from consumers.db import archive_queries, page_queries, state_queries
-from consumers.db.engine import engine, get_db
+from consumers.db import archive_queries, curve_queries, portfolio_queries, state_queries
+from consumers.db.engine import engine, get_db, read_transaction
 from consumers.errors import StoreUnavailable
 from consumers.web.api import create_app
 from consumers.web.page import curve as curves
@@ -320,7 +320,7 @@ def test_a_database_without_tables_or_gone_is_one_readable_line(
 
 def test_the_page_reads_only(client: TestClient) -> None:
     """Its transactions cannot write."""
-    with pytest.raises(StoreUnavailable) as caught, page_queries.reading() as db:
+    with pytest.raises(StoreUnavailable) as caught, read_transaction() as db:
         db.execute(text("DELETE FROM portfolio_history"))
     assert isinstance(getattr(caught.value.__cause__, "orig", None), ReadOnlySqlTransaction)
 
@@ -338,10 +338,10 @@ def test_health_tells_of_queue_outbox_and_rejections(
         store_rejection(f"job-{number}", f"reason {number}")
     told = _get(client, "health")
     assert told["redis"] | {"oldest_waiting_seconds": None} == {
-        "queued": 1, "held": 0, "oldest_waiting_seconds": None, "failed": 0, "workers": 0,
+        "queued": 1, "held": 0, "oldest_waiting_seconds": None, "failed": 0, "workers": 0, "state": "ok",
     }  # fmt: skip
     assert 0 <= told["redis"]["oldest_waiting_seconds"] < 60
-    assert (told["outbox"]["pending"], told["outbox"]["sent"]) == (0, 1)
+    assert [told["outbox"][name] for name in ("pending", "sent", "state")] == [0, 1, "ok"]
     assert told["database"]["rejections"]["count"] == 25
     assert len(told["database"]["rejections"]["newest"]) == 20
     assert told["database"]["last_stored"]["seconds"] > 0
@@ -388,8 +388,9 @@ def test_every_query_goes_along_an_index(client: TestClient) -> None:
         )
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
         db.exec_driver_sql("VACUUM ANALYZE")
-    of = page_queries._of
-    dates = {"since": date(2026, 6, 2), "until": date(2026, 6, 5), "limit": 10, "portfolio": 3}
+    of = portfolio_queries.of_one
+    dates = {"since": date(2026, 6, 2), "until": date(2026, 6, 5), "limit": 10, "portfolio_id": 3}
+    closes = {"first_date": dates["since"], "last_date": dates["until"], "limit": 10, "portfolio_id": 3}
     month = archive_queries._around(date(2026, 7, 1)) | {"at": START + timedelta(days=90), "id": 5, "limit": 50}
     bucket = {
         "from_date": date.min,
@@ -398,15 +399,16 @@ def test_every_query_goes_along_an_index(client: TestClient) -> None:
         "start": 0,
         "width": 1,
         "buckets": 9,
-        "portfolio": 3,
+        "portfolio_id": 3,
     }
     statements: list[tuple[TextClause, dict[str, Any]]] = [
-        (page_queries._PORTFOLIOS, {"limit": 9}),
-        (of(3, page_queries._EXTENT), {"portfolio": 3}),
-        (of(3, page_queries._COUNT), dates),
-        (of(3, page_queries._CLOSES), dates),
-        (of(3, page_queries._BUCKETS.replace("{parts}", "")), bucket),
-        (page_queries._SNAPSHOTS, {"ids": [1, 2]}),
+        (portfolio_queries._PORTFOLIOS, {"most": 9}),
+        (portfolio_queries._NEWEST_AGES, {"most": 9}),
+        (of(3, portfolio_queries._EXTENT), {"portfolio_id": 3}),
+        (of(3, curve_queries._COUNT), dates),
+        (portfolio_queries._DAILY_CLOSES, closes),
+        (of(3, curve_queries._BUCKETS.replace("{parts}", "")), bucket),
+        (curve_queries._SNAPSHOTS, {"ids": [1, 2]}),
         (archive_queries._MONTHS, {"limit": 9}),
         (archive_queries._LISTED, month),
         (archive_queries._SEARCHED, month),
@@ -417,7 +419,7 @@ def test_every_query_goes_along_an_index(client: TestClient) -> None:
         (state_queries._COUNT_REJECTIONS, {"limit": 9}),
         (state_queries._NEWEST, {}),
     ]
-    with page_queries.reading() as db:
+    with read_transaction() as db:
         for statement, values in statements:
             plan = "\n".join(db.execute(text(f"EXPLAIN {statement.text}"), values).scalars())
             for table in ("portfolio_history", "signal_archives", "event_outcomes"):

@@ -23,7 +23,7 @@ from consumers.cli import app
 from consumers.db.engine import get_db
 from consumers.operations import insert_portfolio_history_snapshot
 from consumers.ops.exposition import worker_registry
-from consumers.ops.status import queue_facts
+from consumers.ops.queue_health import read_queue
 from consumers.settings import (
     ApiSettings,
     DashboardSettings,
@@ -208,7 +208,7 @@ def test_the_metrics_of_the_table_and_of_the_alerts_exist_and_none_is_missing(re
     Outbox("data/outbox.db").close()
     families = {
         family.name: {name for sample in family.samples for name in sample.labels}
-        for family in worker_registry(lambda: None, lambda: queue_facts(redis, "history")).collect()
+        for family in worker_registry(lambda: None, lambda: read_queue(redis, "history")).collect()
         if family.name.startswith("trading_history_")
     }
 

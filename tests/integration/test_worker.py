@@ -32,7 +32,7 @@ from consumers.db.engine import create_store_engine, engine, get_db
 from consumers.db.inserts import insert_events
 from consumers.db.schema import apply_schema
 from consumers.operations import get_portfolio_history
-from consumers.ops.status import queue_facts
+from consumers.ops.queue_health import read_queue
 from consumers.worker import batch, maintenance, orphans, rq_completion
 from consumers.worker import history_worker as worker_module
 from consumers.worker import worker_thread as lane_module
@@ -1042,7 +1042,7 @@ def test_what_is_no_worker_in_rqs_list_ends_no_maintenance(redis: Redis, caplog:
     redis.hset("history:holders:history", b"\xff", "")
     redis.set("history:held:history:evil", "x")
     redis.hset("history:holders:history", "evil", "")
-    assert queue_facts(redis, "history")["held"] == 0
+    assert read_queue(redis, "history").held == 0
     enqueue_snapshots(redis, 1)
     burst(redis)
 
@@ -1081,8 +1081,8 @@ def test_a_job_that_does_not_tell_since_when_it_waits(redis: Redis, value: Any) 
         redis.set(Job.key_for(job_id), "no hash")
     else:
         redis.hset(Job.key_for(job_id), "enqueued_at", value)
-    facts = queue_facts(redis, "history")
-    assert (facts["queued"], facts["oldest_waiting_seconds"]) == (1, None)
+    health = read_queue(redis, "history")
+    assert (health.queued, health.oldest_waiting_seconds) == (1, None)
 
 
 @pytest.mark.parametrize("junk", [b"\xff", b"x", b"1", b"{}", b"[" * 100_000, b'{"command":"stop-job"}'])

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.db.queries import SIGNAL_KEYS, SNAPSHOT_KEYS
+from consumers.db.archive_queries import SIGNAL_KEYS
+from consumers.db.portfolio_queries import SNAPSHOT_KEYS
 from consumers.web.api.cursor import MAX_LENGTH, decode_cursor, encode_cursor
 from consumers.web.api.problems import Problem
 

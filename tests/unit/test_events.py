@@ -28,6 +28,7 @@ from producers.events import (
     SignalArchiveEvent,
     decode,
     encode,
+    event_id,
     event_of,
     json_schema,
 )
@@ -143,6 +144,14 @@ def test_another_portfolio_type_or_microsecond_is_another_fact() -> None:
         an_archive(after=later),
     ]
     assert len({payload.event_id for payload in payloads}) == len(payloads)
+
+
+def test_texts_that_identify_a_fact_do_not_run_into_each_other() -> None:
+    """Whatever is in them; an empty one is not an absent one, and a text of digits is not a number."""
+    identities = [("a|b", "c"), ("a", "b|c"), ('a"', "c"), ("", "c"), (None, "c"), ("1", "c"), (1, "c"), ("c",)]
+    assert len({event_id("t", *identity) for identity in identities}) == len(identities)
+    with pytest.raises(TypeError, match="by a value of type decimal.Decimal"):
+        event_id("t", Decimal(1))  # type: ignore[arg-type]  # which is the point
 
 
 def test_a_snapshot_travels_as_this_text() -> None:
@@ -321,7 +330,7 @@ def test_an_amount_is_rounded_half_even_and_written_plainly(given: object, rende
     event = _snapshot_event(balance=given)
     text = encode(event)
     assert json.loads(text)["data"]["balance"] == rendered
-    assert decode(text, PortfolioSnapshotEvent).data.balance == event.data.balance == Decimal(rendered)  # type: ignore[union-attr]  # a snapshot
+    assert decode(text, PortfolioSnapshotEvent).data.balance == event.data.balance == Decimal(rendered)  # type: ignore[attr-defined]  # a snapshot
 
 
 @pytest.mark.parametrize(
@@ -623,7 +632,7 @@ _SEQUENCE = "must be a string of 19 digits, at most 9223372036854775807"
         ("type", ..., "is missing"),
         ("id", ..., "is missing"),
         ("id", "7c1f366e", "UUID"),
-        ("id", "df9f8830-1521-5249-968e-c97c829a56a7", "is not the id of this type, portfolio and time"),
+        ("id", "df9f8830-1521-5249-968e-c97c829a56a7", "is not the id of this type, portfolio_id and timestamp"),
         ("source", "a b", "pattern"),
         ("subject", "a\0", "pattern"),
         ("datacontenttype", "text/plain", "application/json"),

@@ -18,30 +18,18 @@ from consumers.legacy import json_arrays
 from consumers.legacy.json_arrays import Damaged, Entry, read_entries
 from consumers.legacy.legacy_json import archive_from, history_files, notes_on, null_for_nan, snapshot_from
 from producers.errors import InvalidEvent
+from tests.factories import an_old_archive, an_old_snapshot
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
 
 def _entry(**overrides: Any) -> dict[str, Any]:
-    entry = {
-        "date": "2025-10-20",
-        "timestamp": "2025-10-20T17:02:46.101234",
-        "balance": Decimal("9900.0"),
-        "total_invested": 100,
-        "total_profit_loss": Decimal("0.0"),
-        "total_value": Decimal("9900.0"),
-        "open_positions": 1,
-        "trade_count": 1,
-    }
-    return entry | overrides
+    amounts = {"balance": Decimal("9900.0"), "total_profit_loss": Decimal("0.0"), "total_value": Decimal("9900.0")}
+    return an_old_snapshot(datetime(2025, 10, 20, 17, 2, 46, 101234), **amounts) | overrides
 
 
 def _archive(**overrides: Any) -> dict[str, Any]:
-    return {
-        "archived_at": "2025-10-20T17:02:47.000001",
-        "signals_count": 1,
-        "signals": [{"market_id": "1"}],
-    } | overrides
+    return an_old_archive(datetime(2025, 10, 20, 17, 2, 47, 1), [{"market_id": "1"}]) | overrides
 
 
 def _read(path: Path) -> tuple[list[Any], Damaged | None]:

@@ -1,16 +1,10 @@
-"""Counting in this process, and readings that may hang."""
+"""Counting in this process."""
 
 from __future__ import annotations
 
-import logging
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
 from consumers.ops.metrics import COUNTS, Counts, Histogram
-from consumers.ops.probes import Probe
-from producers.errors import OutboxError
 from producers.events import SNAPSHOT_TYPE
 from tests.forking import in_child
 
@@ -65,42 +59,3 @@ def test_a_forked_child_begins_at_zero_also_while_the_parent_counts() -> None:
     with COUNTS._lock:
         assert in_child(child) == 0
     assert COUNTS.read().ends[_STORED] >= 5
-
-
-def test_a_reading_that_hangs_is_not_started_again() -> None:
-    """Whoever asks meanwhile waits for the same one; when it has ended the next is a new one."""
-    release, started = threading.Event(), list[int]()
-
-    def read() -> int:
-        started.append(1)
-        release.wait(10)
-        return len(started)
-
-    probe = Probe("a server", read)
-    with pytest.raises(TimeoutError):
-        probe.start().result(0.05)
-    assert probe.start() is probe.start()
-    assert started == [1]
-    release.set()
-    assert probe.start().result(10) == 1
-    assert probe.start().result(10) == 2
-
-
-def test_a_reading_that_fails_is_logged_once_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
-    """A scrape every few seconds must not fill the log. What is no outage is told with its traceback."""
-    failures: list[Exception | None] = [OutboxError("no\nsecret"), OutboxError("no"), None, ZeroDivisionError("defect")]
-
-    def read() -> None:
-        if failure := failures.pop(0):
-            raise failure
-
-    probe = Probe("outbox", read)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(4):
-            probe.start().exception(10)
-    assert [record.getMessage() for record in caplog.records] == [
-        "cannot read outbox: OutboxError: no",
-        "outbox can be read again",
-        "cannot read outbox: ZeroDivisionError: defect",
-    ]
-    assert [bool(record.exc_info) for record in caplog.records] == [False, False, True]

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.db.page_queries import Bucket, Snapshot
-from consumers.web.page.curve import chosen, drawdown, starts_after_gaps
-from consumers.web.page.daily import daily_profit_loss
+from consumers.db.curve_queries import Bucket
+from consumers.db.portfolio_queries import Snapshot
+from consumers.web.page.curve import chosen, daily_profit_loss, drawdown, starts_after_gaps
+from consumers.web.page.responses import content
 from consumers.web.page.signal_search import find
-from consumers.web.page.static_files import content
 
 
 def _buckets(times: list[float], width: float, inside: int = 10**8) -> list[Bucket]:

@@ -14,7 +14,6 @@ from consumers.terminal import (
     print_compared,
     print_facts,
     print_json,
-    print_months,
     print_rejections,
     print_text,
 )
@@ -27,7 +26,15 @@ _REJECTION = {"job_id": HOSTILE, "kind": None, "event_id": None, "created_at": I
 _ARCHIVE = {"id": 1, "portfolio_id": 1, "archived_at": INSTANT, "archive_month": "2026-11", "signals_count": 1}
 _SIGNAL = {"action": "[/x]", "market_question": "Will [/b] win? [range 1-2] \x1b[2J"}
 _SOURCE: dict[str, Any] = dict.fromkeys(("stored", "duplicate", "rejected", "discarded", "under_way", "last"), 0)
-_SOURCE |= {"missing": [], "mismatched": [], "shared": [], "copied": False, "tail_known": True}
+_SOURCE |= {
+    "since": None,
+    "proven_from": 1,
+    "missing": [],
+    "mismatched": [],
+    "shared": [],
+    "copied": False,
+    "tail_known": True,
+}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +43,6 @@ _SOURCE |= {"missing": [], "mismatched": [], "shared": [], "copied": False, "tai
         (print_rejections, [_REJECTION]),
         (print_audit, [_SOURCE | {"source": HOSTILE}]),
         (print_compared, [{"name": HOSTILE, "read": 1, "equal": 1, "differences": 0}]),
-        (print_months, [{"table": HOSTILE, "month": "2026-11", "rows": 1}]),
         (print_checks, [{"status": "ok", "name": HOSTILE, "found": HOSTILE, "advice": HOSTILE}]),
         (print_facts, {"reason": HOSTILE}),
     ],

@@ -1,4 +1,4 @@
-"""What stands before every request: its size, who asks and how, and headers that keep browsers from doing more."""
+"""Checks of every request (size, host, token, repeated parameters), and security headers of every answer."""
 
 from __future__ import annotations
 

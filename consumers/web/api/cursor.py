@@ -1,4 +1,4 @@
-"""Where the next page begins: the keys of a page's last row, as text that a client hands back unread."""
+"""Cursors: the keys of a page's last row as opaque text, with which a client gets the next page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 def encode_cursor(kind: str, place: Mapping[str, Any]) -> str:
-    """`place` are the keys of a row of the listing `kind`: dates, aware times and integers."""
+    """`place` are the keys of a row of the query `kind`: dates, aware times and integers."""
     payload = json.dumps([kind, *(_plain(value) for value in place.values())], separators=(",", ":")).encode()
     return _text(_check(payload) + payload)
 
@@ -28,7 +28,7 @@ def decode_cursor(kind: str, keys: tuple[str, ...], text: str) -> dict[str, Any]
     """The keys again.
 
     Raises:
-        Problem: it is not as it was given out, or for another listing.
+        Problem: it is not as it was given out, or for another query.
     """
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)

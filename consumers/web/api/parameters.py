@@ -1,4 +1,4 @@
-"""What can be asked of the API, and what the OpenAPI document shows of the answers."""
+"""Parameters of the API, and the answers as its OpenAPI document shows them."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ Moment = Annotated[
 _BIGINT = 2**63
 
 
-class Question(BaseModel):
-    """What all listings can be asked. An unknown parameter is an error: it was meant to change something."""
+class PageParameters(BaseModel):
+    """Parameters of every page. An unknown one is an error: it was meant to change something."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
@@ -59,13 +59,13 @@ class Question(BaseModel):
     format: Literal["json", "csv"] | None = Field(None, description="Goes before the Accept header.")
 
 
-class HistoryQuestion(Question):
+class HistoryParameters(PageParameters):
     daily: Literal["last"] | None = Field(
         None, description="Of each portfolio only the last snapshot of each date, of those between since and until."
     )
 
 
-class SignalsQuestion(Question):
+class SignalsParameters(PageParameters):
     market_id: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]+$")] = Field(
         examples=["510372"]
     )
@@ -156,7 +156,7 @@ _EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {
 
 
 def answers(row: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The answers of a listing of such rows, for its OpenAPI document."""
+    """The answers of an endpoint with such rows, for its OpenAPI document."""
     example = _EXAMPLES[row]
     headers = {
         "Link": {"description": 'The next page, rel="next" (RFC 8288), if there is one.', "schema": {"type": "string"}},

@@ -1,4 +1,4 @@
-"""/metrics: the pipeline for Prometheus. What workers count, each of them tells itself."""
+"""/metrics: the pipeline for Prometheus. Each worker exports its own counters itself."""
 
 from __future__ import annotations
 

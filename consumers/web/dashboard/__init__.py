@@ -1,5 +1,1 @@
-"""RQ Dashboard as a server of its own, for whoever looks after the queue.
-
-Its pages and its script are those of rq-dashboard. What it reads from Redis and what it changes there is ours: JSON
-only, whatever state a job is in, and behind a login.
-"""
+"""RQ Dashboard as a server of its own: rq-dashboard's views and pages, behind a login, in a process without pickle."""

@@ -1,4 +1,4 @@
-"""The Flask app: rq-dashboard's addresses, pages and script, over our own reading and changing."""
+"""The Flask app: rq-dashboard's blueprint as it is, on one Redis client, behind our login."""
 
 from __future__ import annotations
 
@@ -7,70 +7,54 @@ from typing import Any
 
 from flask import Flask, request
 from flask.typing import ResponseReturnValue
-from redis import RedisError
+from markupsafe import Markup
+from redis import Redis, RedisError
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq_dashboard.web import blueprint
-from werkzeug.exceptions import HTTPException, InternalServerError, NotFound, ServiceUnavailable
+from werkzeug.exceptions import Conflict, HTTPException, InternalServerError, NotFound, ServiceUnavailable
 
 from consumers.web.dashboard import login
-from consumers.web.dashboard.pages import loader
-from consumers.web.dashboard.stored_jobs import REGISTRIES
-from consumers.web.dashboard.views import View, Views
+from producers.redis_url import place_of
 
 logger = logging.getLogger(__name__)
 
-MAX_PER_PAGE = 200  # what the page's own field allows
+# Underscore, which makes the tables in the browser, takes <%= as HTML and <%- as text. This makes it take both as text,
+# except where a template of rq-dashboard's escapes by itself. It is set by the one value that the pages' script takes
+# from the configuration, `var POLL_INTERVAL = {{ poll_interval }};`, before any template is read.
+_POLL_INTERVAL = Markup(r"2500;  _.templateSettings.escape = /<%[-=](?! \$\('<div\/>'\)\.text\()([\s\S]+?)%>/g")
 
 
-def create_app(protection: login.Guard, views: Views) -> Flask:
-    """Once a process: rq-dashboard's blueprint is a global."""
+def create_app(guard: login.Guard, redis: Redis, queue_name: str) -> Flask:
+    """Once a process: rq-dashboard's blueprint is a global. The page of jobs shows `queue_name` first."""
     app = Flask("rq_dashboard")
-    app.jinja_loader = loader()
-    app.jinja_env.autoescape = True  # by itself Jinja does not in what is included as .js
-    protection.protect(app)
-    app.before_request(_check_address)
+    app.jinja_env.autoescape = True  # Jinja alone does not escape in the scripts, which are included as .js
+    app.config["RQ_DASHBOARD_REDIS_URL"] = [place_of(redis)]  # only shown: it has no password in it
+    app.config["RQ_DASHBOARD_POLL_INTERVAL"] = _POLL_INTERVAL
+    app.redis_conn = redis  # type: ignore[attr-defined]  # where rq-dashboard's views look for it
+    blueprint.before_request_funcs.clear()  # they make a client for each request, without timeouts
+    guard.protect(app)
     app.register_error_handler(HTTPException, login.text_answer)
-    app.register_error_handler(RedisError, _redis_is_away)
-    app.register_error_handler(Exception, _defect)
-    blueprint.before_request_funcs.clear()  # a connection of its own for each request, without a limit of time
+    app.register_error_handler(Exception, _failed)
     app.register_blueprint(blueprint)
-    for name, view in views.by_endpoint().items():
-        app.view_functions[f"rq_dashboard.{name}"] = _of_one_redis(view)
+
+    @app.url_value_preprocessor
+    def name_queue(endpoint: str | None, values: dict[str, Any] | None) -> None:
+        if endpoint == "rq_dashboard.jobs_overview" and values and values["queue_name"] is None:
+            values["queue_name"] = queue_name  # RQ's own default is a queue called "default"
+
     return app
 
 
-def _check_address() -> None:
-    """What is out of the bounds of the pages' own fields is not found; their views would fail, or read for minutes."""
-    parts = dict(request.view_args or {})
-    try:
-        numbers = {name: int(parts[name]) for name in ("per_page", "page") if name in parts}
-    except ValueError:
-        raise NotFound from None
-    known = (
-        parts.get("instance_number", 0) == 0
-        and parts.get("registry_name", "queued") in {"queued", *REGISTRIES}
-        and parts.get("order", "asc") in {"asc", "dsc"}
-        and 1 <= numbers.get("per_page", 1) <= MAX_PER_PAGE
-        and 1 <= numbers.get("page", 1) <= 10**9
-    )
-    if not known:
-        raise NotFound
-
-
-def _redis_is_away(error: Exception) -> ResponseReturnValue:
-    logger.warning("cannot answer: Redis: %s", type(error).__name__)
-    return login.text_answer(ServiceUnavailable(f"Redis does not answer: {type(error).__name__}."))
-
-
-def _defect(error: Exception) -> ResponseReturnValue:
+def _failed(error: Exception) -> ResponseReturnValue:
+    name = type(error).__name__
+    if isinstance(error, NoSuchJobError):
+        return login.text_answer(NotFound("Redis has no such job any more."))
+    if isinstance(error, InvalidJobOperation):
+        return login.text_answer(Conflict("The job has another state than this needs: look at it again."))
+    if isinstance(error, RedisError):
+        logger.warning("%s %s: Redis: %s", request.method, request.path, name)
+        return login.text_answer(ServiceUnavailable(f"Redis does not answer, or refuses the command: {name}."))
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
-    return login.text_answer(InternalServerError("This is a defect; the server's log has more."))
-
-
-def _of_one_redis(view: View) -> View:
-    """Their addresses begin with the number of a Redis; here there is one."""
-
-    def answer(**parts: Any) -> ResponseReturnValue:
-        parts.pop("instance_number", None)
-        return view(**parts)
-
-    return answer
+    return login.text_answer(
+        InternalServerError(f"{name}. RQ may be unable to read a job in this list: see the server's log.")
+    )

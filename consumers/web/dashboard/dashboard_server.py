@@ -8,6 +8,7 @@ import socket
 import sys
 from types import FrameType
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 import waitress
 
@@ -16,12 +17,11 @@ from consumers.settings import DASHBOARD_USER, DashboardSettings
 from consumers.web.dashboard.json_only import forbid_pickle
 from consumers.web.dashboard.login import Guard
 from consumers.web.listening import is_local, url_of
-from producers.redis_url import place_of
 from producers.settings import TransportSettings
 
 _THREADS = 4
 _MAX_BODY_BYTES = 64 * 1024  # its own pages send none
-_MAX_ANSWER_BYTES = 64 * 1024 * 1024  # above it waitress writes to disk, which may be read-only; ours stay far below
+_MAX_ANSWER_BYTES = 64 * 1024 * 1024  # above it waitress writes to disk, which may be read-only
 
 
 def serve(listening: socket.socket) -> NoReturn:
@@ -35,17 +35,17 @@ def serve(listening: socket.socket) -> NoReturn:
     redis = transport.redis()
     forbid_pickle()
     from consumers.web.dashboard.application import create_app
-    from consumers.web.dashboard.views import Views
 
     if not guard.local:
         print("The login crosses the network: put a TLS proxy before this server.", file=sys.stderr)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # of every request that waits for a thread
-    app = create_app(guard, Views(redis, place_of(redis), transport.queue))
+    app = create_app(guard, redis, transport.queue)
     server = waitress.create_server(
         app,
         sockets=[listening],
         threads=_THREADS,
         ident=None,
+        url_prefix=urlsplit(settings.url or "").path.rstrip("/"),  # a proxy may keep it in what it asks for, or not
         max_request_body_size=_MAX_BODY_BYTES,
         outbuf_overflow=_MAX_ANSWER_BYTES,
     )

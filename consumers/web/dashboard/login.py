@@ -1,13 +1,16 @@
-"""What stands before every request: under which name it comes, who asks, and from where a change is asked for."""
+"""Checks before every request (host name, login, origin of a change), and headers of every answer."""
 
 from __future__ import annotations
 
 import hmac
 import logging
-import secrets
+import re
+from base64 import b64encode
 from dataclasses import dataclass
+from hashlib import sha256
+from urllib.parse import urlsplit
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, request
 from werkzeug.exceptions import Forbidden, HTTPException, MethodNotAllowed, MisdirectedRequest, Unauthorized
 
 from consumers.settings import DASHBOARD_USER, DashboardSettings, origin_of
@@ -23,11 +26,13 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-# rq-dashboard's script compiles its templates in the browser, and its pages carry style attributes.
+# rq-dashboard's script compiles its templates in the browser, and its pages have style attributes. Of scripts in a page
+# only the one that the page's template has may run, by its hash.
 _POLICY = (
-    "default-src 'none'; script-src 'self' 'nonce-{nonce}' 'unsafe-eval'; style-src 'self' 'unsafe-inline';"
+    "default-src 'none'; script-src 'self' 'unsafe-eval'{hashes}; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_INLINE_SCRIPT = re.compile('<script type="text/javascript">(.*?)</script>', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,6 @@ class Guard:
     def protect(self, app: Flask) -> None:
         app.before_request(self._check)
         app.after_request(_with_headers)
-        app.context_processor(lambda: {"nonce": _nonce()})
 
     def _check(self) -> None:
         if self.local and not (is_own_host(request.host) or self._is_known(request.host)):
@@ -84,17 +88,13 @@ class Guard:
             raise Forbidden("Changes are taken from this server's own pages only.")
 
 
-def _nonce() -> str:
-    """Of this answer: scripts without it do not run."""
-    if "nonce" not in g:
-        g.nonce = secrets.token_urlsafe(16)
-    nonce: str = g.nonce
-    return nonce
-
-
 def _with_headers(response: Response) -> Response:
     response.headers.update(_HEADERS)
-    response.headers["Content-Security-Policy"] = _POLICY.format(nonce=_nonce())
+    page = response.get_data(as_text=True) if response.mimetype == "text/html" else ""
+    hashes = (b64encode(sha256(script.encode()).digest()).decode() for script in _INLINE_SCRIPT.findall(page))
+    response.headers["Content-Security-Policy"] = _POLICY.format(hashes="".join(f" 'sha256-{one}'" for one in hashes))
+    if response.location:
+        response.location = urlsplit(response.location).path  # Flask writes http:// behind a proxy that speaks TLS
     if response.status_code == Unauthorized.code:
         response.headers["WWW-Authenticate"] = 'Basic realm="RQ Dashboard", charset="UTF-8"'
     if request.endpoint not in ("static", "rq_dashboard.static"):

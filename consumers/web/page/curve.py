@@ -1,4 +1,4 @@
-"""The equity curve of a portfolio, thinned to what a screen can show, its drawdown and its gaps.
+"""The equity curve of a portfolio, thinned to what a screen can show, its drawdown and gaps, and its daily profit.
 
 * Drawdown of a snapshot: total value / highest total value up to it - 1, so 0 at a new high and -0.25 a quarter below
   it. It looks at every snapshot since the first, not at the drawn ones: the deepest one shown is the true one. It is
@@ -8,6 +8,9 @@
   drawn is a snapshot with its exact amounts.
 * Gap: the step between two consecutive snapshots is wider than a bucket, and their dates leave a whole day out, or it
   is longer than three times the longest of the ten steps before it.
+* Close of a date: the last snapshot of that snapshot_date. A date's profit or loss is its close minus the close before
+  it, in total value. When days without snapshots lie between, that close is of an earlier date than the day before:
+  `days` says how many days the change took. The first close has none; a date without a snapshot has no entry.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from itertools import pairwise
 
 from sqlalchemy import Connection
 
-from consumers.db import page_queries
-from consumers.db.page_queries import ALL_DATES, Bucket, Range, Snapshot
+from consumers.db import curve_queries
+from consumers.db.curve_queries import Bucket, Range
+from consumers.db.portfolio_queries import ALL_DATES, Snapshot, daily_closes
 
 # Reading more rows than this at once takes seconds: then the daily closes are drawn, until the range is narrower.
 MOST_SNAPSHOTS = 250_000
@@ -54,20 +58,20 @@ class Curve:
 def curve(db: Connection, portfolio: int | None, over: Range, *, parts: bool = False) -> Curve:
     """The curve of a portfolio over a range; with `parts`, balance and invested keep their peaks too."""
     limit = MOST_SNAPSHOTS + 1
-    if page_queries.count_snapshots(db, portfolio, ALL_DATES, limit) < limit:
-        return _of_snapshots(db, over, page_queries.buckets(db, portfolio, over, parts=parts))
-    dates = page_queries.dates_around(over.since, over.until)
-    if page_queries.count_snapshots(db, portfolio, dates, limit) < limit:
-        before = page_queries.closes(db, portfolio, (date.min, dates[0] - timedelta(days=1)))
+    if curve_queries.count_snapshots(db, portfolio, ALL_DATES, limit) < limit:
+        return _of_snapshots(db, over, curve_queries.buckets(db, portfolio, over, parts=parts))
+    dates = curve_queries.dates_around(over.since, over.until)
+    if curve_queries.count_snapshots(db, portfolio, dates, limit) < limit:
+        before = daily_closes(db, portfolio, (date.min, dates[0] - timedelta(days=1)))
         peak = max((float(close.total_value) for close in before), default=None)
-        return _of_snapshots(db, over, page_queries.buckets(db, portfolio, over, dates=dates, peak=peak, parts=parts))
-    return _of_closes(page_queries.closes(db, portfolio))
+        return _of_snapshots(db, over, curve_queries.buckets(db, portfolio, over, dates=dates, peak=peak, parts=parts))
+    return _of_closes(daily_closes(db, portfolio))
 
 
 def _of_snapshots(db: Connection, over: Range, buckets: Sequence[Bucket]) -> Curve:
     kept = chosen(buckets, over.buckets)
     gaps = starts_after_gaps(buckets, over.bucket_seconds)
-    rows = page_queries.snapshots(db, list(kept))
+    rows = curve_queries.snapshots(db, list(kept))
     left_out = [False] + [days_left_out(before, row) for before, row in pairwise(rows)]
     points = [
         Point(row, drawdown(float(row.total_value), kept[row.id]), row.id in gaps and (gaps[row.id] or alone))
@@ -88,7 +92,7 @@ def _of_closes(closes: Sequence[Snapshot]) -> Curve:
 
 
 def drawdown(value: float, peak: float) -> float | None:
-    """What part of the highest value is lost: 0 or negative; None where the highest is not positive."""
+    """The part of the highest value that is lost: 0 or negative; None where the highest is not positive."""
     return value / peak - 1 if peak > 0 else None
 
 
@@ -132,3 +136,21 @@ def starts_after_gaps(buckets: Sequence[Bucket], bucket_seconds: float) -> dict[
             steps.append((bucket.last[0] - bucket.first[0]) / inner)
             seen += inner
     return wide
+
+
+@dataclass(frozen=True)
+class Day:
+    """A date's close, its profit or loss in the account's currency, and over how many days that came about."""
+
+    close: Snapshot
+    profit_loss: Decimal | None
+    days: int | None
+
+
+def daily_profit_loss(closes: Sequence[Snapshot]) -> list[Day]:
+    """One entry a close, oldest first as they are given."""
+    first = [Day(close, None, None) for close in closes[:1]]
+    return first + [
+        Day(close, close.total_value - before.total_value, (close.snapshot_date - before.snapshot_date).days)
+        for before, close in pairwise(closes)
+    ]

@@ -4,49 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from redis import RedisError
-
-from consumers.db import page_queries, state_queries
-from consumers.errors import StoreUnavailable
-from consumers.ops.status import outbox_facts, queue_facts
+from consumers.db import state_queries
+from consumers.db.engine import read_transaction
+from consumers.ops.health import Reading, shared_reader
 from consumers.settings import DashboardSettings
-from consumers.web.disclosure import disclosed
-from producers.errors import OutboxError
-from producers.settings import TransportSettings
+from consumers.web.disclosure import Unreadable, disclosed
+
+_SECONDS = 15.0
+_QUEUE = ("queued", "held", "oldest_waiting_seconds", "failed", "workers", "state")
+_OUTBOX = ("pending", "sent", "rejected", "oldest_unsettled_seconds", "state")
 
 
 def health() -> dict[str, Any]:
-    """The database, Redis and the outbox of this machine: facts of each, or the word that they cannot be had.
+    """Values of the database, Redis and the outbox of this machine, or the `error` that each cannot be read.
 
     `redis` is None without REDIS_URL, `outbox` is None when this machine has none.
     """
-    transport = TransportSettings.from_environment()
+    read = shared_reader(_rows).read(_SECONDS)
     return {
-        "database": _database(),
-        "redis": None if transport.redis_url is None else _redis(transport),
-        "outbox": _outbox(transport),
+        "database": _shown(read.database),
+        "redis": _shown(read.queue, _QUEUE),
+        "outbox": _shown(read.outbox, _OUTBOX),
         "dashboard_url": DashboardSettings.from_environment().url,
     }
 
 
-def _database() -> dict[str, Any]:
-    try:
-        with page_queries.reading() as db:
-            return {"last_stored": state_queries.last_stored(db), "rejections": state_queries.rejections(db)}
-    except StoreUnavailable as error:
-        return {"error": disclosed(error)}
+def _rows() -> dict[str, Any]:
+    with read_transaction() as db:
+        return {"last_stored": state_queries.last_stored(db), "rejections": state_queries.rejections(db)}
 
 
-def _redis(transport: TransportSettings) -> dict[str, Any]:
-    try:
-        with transport.redis() as redis:
-            return queue_facts(redis, transport.queue)
-    except RedisError as error:
-        return {"error": disclosed(error)}
-
-
-def _outbox(transport: TransportSettings) -> dict[str, Any] | None:
-    try:
-        return outbox_facts(transport)
-    except OutboxError as error:
-        return {"error": disclosed(error)}
+def _shown(reading: Reading[Any], names: tuple[str, ...] = ()) -> Any:
+    """These attributes of the value, without names the value itself."""
+    if reading.error is None:
+        value = reading.value
+        return {name: getattr(value, name) for name in names} if names and value is not None else value
+    if not isinstance(reading.error, Unreadable):
+        raise reading.error
+    return {"error": disclosed(reading.error)}

@@ -1,4 +1,4 @@
-"""What the page serves: itself at `/` and `/page/static/`, its data below `/page/`. Nothing here writes.
+"""Routes of the page: itself at `/` and `/page/static/`, its data below `/page/`. Nothing here writes.
 
 Errors are left to the app, which answers all of its own in one way.
 """
@@ -13,13 +13,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
 
-from consumers.db import archive_queries, page_queries, state_queries
-from consumers.web.page.curve import Curve, curve
-from consumers.web.page.daily import daily_profit_loss
+from consumers.db import archive_queries, curve_queries, portfolio_queries, state_queries
+from consumers.db.engine import read_transaction
+from consumers.web.page.curve import Curve, curve, daily_profit_loss
 from consumers.web.page.page_health import health
-from consumers.web.page.responses import answer, json_answer
+from consumers.web.page.responses import MEDIA_TYPES, answer, content, json_answer, known_files
 from consumers.web.page.signal_search import MOST_ARCHIVES, Found, Place, find
-from consumers.web.page.static_files import MEDIA_TYPES, content, known_files
 
 ARCHIVES_AT_ONCE = 50
 _END_OF_TIME = datetime(9998, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)  # as the contract has it
@@ -63,16 +62,16 @@ def static_file(request: Request, name: str) -> Response:
 
 @data.get("/newest")
 def newest(request: Request) -> Response:
-    """Words that change when rows do: what the page asks every few seconds."""
-    with page_queries.reading() as db:
+    """Change token per table. The page reads it every few seconds."""
+    with read_transaction() as db:
         return json_answer(request, state_queries.newest(db))
 
 
 @data.get("/portfolios")
 def portfolios(request: Request) -> Response:
     """Every portfolio with its first and last instant and its last value."""
-    with page_queries.reading() as db:
-        found = [one._asdict() | {"portfolio": _name(one.portfolio)} for one in page_queries.portfolios(db)]
+    with read_transaction() as db:
+        found = [one._asdict() | {"portfolio": _name(one.portfolio)} for one in portfolio_queries.portfolios(db)]
     return json_answer(request, found)
 
 
@@ -88,11 +87,11 @@ def equity_curve(
 ) -> Response:
     """The curve between two instants, all of it without them; see consumers.web.page.curve."""
     number = _number(portfolio)
-    with page_queries.reading() as db:
-        known = page_queries.extent(db, number)
+    with read_transaction() as db:
+        known = portfolio_queries.extent(db, number)
         if known is None:
             raise HTTPException(404, "no snapshot is of this portfolio")
-        over = page_queries.Range(since or known.first_at, until or known.last_at, buckets)
+        over = curve_queries.Range(since or known.first_at, until or known.last_at, buckets)
         if over.until < over.since:
             raise HTTPException(422, "until is before since")
         drawn = curve(db, number, over, parts=parts)
@@ -115,9 +114,9 @@ def _columns(drawn: Curve) -> dict[str, Any]:
 
 @data.get("/daily")
 def daily(request: Request, portfolio: PortfolioName) -> Response:
-    """Closes and profit or loss of each date, oldest first; see consumers.web.page.daily."""
-    with page_queries.reading() as db:
-        days = daily_profit_loss(page_queries.closes(db, _number(portfolio)))
+    """Closes and profit or loss of each date, oldest first; see consumers.web.page.curve."""
+    with read_transaction() as db:
+        days = daily_profit_loss(portfolio_queries.daily_closes(db, _number(portfolio)))
     facts = {
         "date": [day.close.snapshot_date for day in days],
         "close": [day.close.total_value for day in days],
@@ -130,15 +129,15 @@ def daily(request: Request, portfolio: PortfolioName) -> Response:
 @data.get("/months")
 def months(request: Request) -> Response:
     """Months that have archives, newest first, with how many."""
-    with page_queries.reading() as db:
+    with read_transaction() as db:
         return json_answer(request, archive_queries.months(db))
 
 
 @data.get("/archives")
 def archives(request: Request, month: Month, before_at: Moment = _END_OF_TIME, before_id: Id = _LARGEST) -> Response:
     """Archives of a month, newest first: 50, and whether there are older ones."""
-    with page_queries.reading() as db:
-        rows = archive_queries.archives(db, month, (before_at, before_id), ARCHIVES_AT_ONCE + 1)
+    with read_transaction() as db:
+        rows = archive_queries.archives_of_month(db, month, (before_at, before_id), ARCHIVES_AT_ONCE + 1)
     named = [row | {"portfolio": _name(row.pop("portfolio_id"))} for row in rows[:ARCHIVES_AT_ONCE]]
     return json_answer(request, {"archives": named, "more": len(rows) > ARCHIVES_AT_ONCE})
 
@@ -155,7 +154,7 @@ def signals_of_month(
 ) -> Response:
     """Signals of a month with this text in a value, newest first: 50, and where the search goes on."""
     start = Place(at, archive, number)
-    with page_queries.reading() as db:
+    with read_transaction() as db:
         rows = archive_queries.archives_with_signals(db, month, (at, archive), MOST_ARCHIVES)
         found = find(rows, q, start)
     return json_answer(request, _found(found))
@@ -164,7 +163,7 @@ def signals_of_month(
 @data.get("/archives/{archive_id}")
 def signals_of_archive(request: Request, archive_id: Id, q: Wanted = "", number: Id = 0) -> Response:
     """Signals of one archive with this text in a value: 50, and where the search goes on."""
-    with page_queries.reading() as db:
+    with read_transaction() as db:
         archive = archive_queries.archive(db, archive_id)
     if archive is None:
         raise HTTPException(404, "no archive has this id")

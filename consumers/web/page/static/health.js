@@ -40,10 +40,10 @@ function databaseTile(database) {
 function queueTiles(redis, dashboard) {
   if (redis === null) return [tile("plain", "Queue", "unknown", "REDIS_URL is not set here"), unknownWorkers()];
   if (redis.error) return [tile("bad", "Queue", "not readable", redis.error), unknownWorkers()];
-  const { queued, held, oldest_waiting_seconds: waited, workers } = redis;
-  const late = waited !== null && waited > 60;
+  const { queued, held, oldest_waiting_seconds: waited, workers, state } = redis;
+  if (state === "unknown") return [tile("bad", "Queue", "not readable", "trading-history doctor says why"), unknownWorkers()];
   const lag = waited === null ? "nothing waits" : `the oldest waits for ${duration(waited)}`;
-  const queue = tile(late ? "bad" : "good", "Queue", `${count(queued)} waiting`, `${lag}; ${count(held)} in work`);
+  const queue = tile(state === "ok" ? "good" : "bad", "Queue", `${count(queued)} waiting`, `${lag}; ${count(held)} in work`);
   if (dashboard) queue.append(element("a", { href: dashboard, rel: "noreferrer" }, "RQ Dashboard"));
   return [queue, tile(workers ? "good" : "bad", "Workers", count(workers), workers ? "alive" : "no worker runs: trading-history worker")];
 }
@@ -60,9 +60,9 @@ function failedTile(database) {
 function outboxTile(outbox) {
   if (outbox === null) return tile("plain", "Outbox", "none", "on this machine");
   if (outbox.error) return tile("bad", "Outbox", "not readable", outbox.error);
-  const { pending, sent, oldest_unsettled_seconds: age } = outbox;
+  const { pending, sent, oldest_unsettled_seconds: age, state } = outbox;
   const note = age === null ? "every event is stored or rejected" : `${count(sent)} sent and not acknowledged; the oldest for ${duration(age)}`;
-  return tile(age !== null && age > 300 ? "bad" : "good", "Outbox", `${count(pending)} pending`, note);
+  return tile(state === "ok" ? "good" : "bad", "Outbox", `${count(pending)} pending`, note);
 }
 
 function showRejections({ newest, count: many }) {

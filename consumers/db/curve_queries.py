@@ -1,0 +1,113 @@
+"""The snapshots of one portfolio over a range of time, bounded however many there are: for the equity curve.
+
+A portfolio is its number, or None for the snapshots without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date, datetime, timedelta
+from typing import NamedTuple
+
+from sqlalchemy import Connection, text
+
+from consumers.db.portfolio_queries import ALL_DATES, PAGE_COLUMNS, Snapshot, of_one
+
+# snapshot_date is a local date, and may be the day of a cycle that ended after midnight.
+_DATE_SLACK = timedelta(days=2)
+
+_COUNT = """
+    SELECT count(*) FROM (SELECT FROM portfolio_history WHERE {of} AND snapshot_date BETWEEN :since AND :until
+        LIMIT :limit) AS bounded
+"""
+
+
+def count_snapshots(db: Connection, portfolio: int | None, dates: tuple[date, date], limit: int) -> int:
+    """How many snapshots of these dates there are; `limit` when there are as many or more."""
+    values = {"portfolio_id": portfolio, "since": dates[0], "until": dates[1], "limit": limit}
+    return int(db.execute(of_one(portfolio, _COUNT), values).scalar_one())
+
+
+def dates_around(since: datetime, until: datetime) -> tuple[date, date]:
+    """The snapshot dates that rows between two instants can have."""
+    return since.date() - _DATE_SLACK, until.date() + _DATE_SLACK
+
+
+class Range(NamedTuple):
+    """A stretch of time in so many buckets; `until` belongs to the last one."""
+
+    since: datetime
+    until: datetime
+    buckets: int
+
+    @property
+    def bucket_seconds(self) -> float:
+        return ((self.until - self.since).total_seconds() + 1e-5) / self.buckets
+
+
+# float8 serves to choose rows, never to tell amounts. An array compares by its first element, then by the next: min
+# and max bring along which row it was and what the peak was then. Bucket -1 lies before the range, the last one after.
+_BUCKETS = """
+    WITH snapshots AS (
+        SELECT id, date_part('epoch', "timestamp") AS at, CAST(total_value AS float8) AS value,
+            CAST(balance AS float8) AS balance, CAST(total_invested AS float8) AS invested,
+            greatest(CAST(:peak AS float8), max(CAST(total_value AS float8)) OVER earlier) AS peak
+        FROM portfolio_history WHERE {of} AND snapshot_date BETWEEN :from_date AND :to_date
+        WINDOW earlier AS (ORDER BY "timestamp", id ROWS UNBOUNDED PRECEDING)
+    )
+    SELECT CAST(bucket AS integer), count(*) AS snapshots,
+        min(ARRAY[at, id, peak]) AS first, max(ARRAY[at, id, peak]) AS last,
+        ARRAY[min(ARRAY[value, id, peak]), max(ARRAY[value, id, peak]),
+            min(ARRAY[CASE WHEN peak > 0 THEN value / peak END, id, peak]) {parts}] AS extremes
+    FROM (SELECT *, least(greatest(floor((at - :start) / :width), -1), :buckets) AS bucket FROM snapshots) AS placed
+    GROUP BY bucket ORDER BY bucket
+"""
+_PARTS = """,
+            min(ARRAY[balance, id, peak]), max(ARRAY[balance, id, peak]),
+            min(ARRAY[invested, id, peak]), max(ARRAY[invested, id, peak])"""
+
+
+class Bucket(NamedTuple):
+    """The snapshots of one stretch of time: how many, the first and last, and those that are extreme in it.
+
+    Each chosen row is (what it was chosen by, its id, the highest total value up to it).
+    """
+
+    number: int
+    snapshots: int
+    first: Sequence[float]
+    last: Sequence[float]
+    extremes: Sequence[Sequence[float]]
+
+
+def buckets(
+    db: Connection,
+    portfolio: int | None,
+    over: Range,
+    *,
+    dates: tuple[date, date] = ALL_DATES,
+    peak: float | None = None,
+    parts: bool = False,
+) -> list[Bucket]:
+    """The snapshots of these dates by bucket; the peak starts with `peak`; `parts`: also balance and invested."""
+    values = {
+        "portfolio_id": portfolio,
+        "from_date": dates[0],
+        "to_date": dates[1],
+        "peak": peak,
+        "start": over.since.timestamp(),
+        "width": over.bucket_seconds,
+        "buckets": over.buckets,
+    }
+    statement = _BUCKETS.replace("{parts}", _PARTS if parts else "")
+    return [Bucket(*row) for row in db.execute(of_one(portfolio, statement), values)]
+
+
+_SNAPSHOTS = text(f"""
+    SELECT {PAGE_COLUMNS} FROM portfolio_history WHERE id = ANY(:ids) ORDER BY "timestamp", id
+""")  # noqa: S608  # a constant
+
+
+def snapshots(db: Connection, ids: Sequence[int]) -> list[Snapshot]:
+    """These rows, oldest first."""
+    return [Snapshot(*row) for row in db.execute(_SNAPSHOTS, {"ids": list(ids)})]

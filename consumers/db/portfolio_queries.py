@@ -1,0 +1,229 @@
+"""Snapshots of portfolios: all of them, daily closes, and the list of portfolios.
+
+In the functions that take a portfolio, None stands for the snapshots without one.
+"""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from decimal import Decimal
+from typing import NamedTuple
+
+from sqlalchemy import Connection, TextClause, text
+
+from consumers.db.queries import NO_LIMIT, Filter, Query, of_portfolio, quoted, where
+
+SNAPSHOT_COLUMNS = (
+    "id",
+    "event_id",
+    "source",
+    "sequence",
+    "portfolio_id",
+    "snapshot_date",
+    "timestamp",
+    "balance",
+    "total_invested",
+    "total_profit_loss",
+    "total_value",
+    "open_positions",
+    "trade_count",
+    "created_at",
+)
+SNAPSHOT_KEYS = ("snapshot_date", "timestamp", "id")
+ALL_DATES = (date.min, date.max)
+MOST_PORTFOLIOS = 200
+MOST_DAYS = 5_000
+_ORDER = 'snapshot_date DESC, "timestamp" DESC, id DESC'
+
+# A snapshot's date is that of its own offset, so within a day of UTC's. What a caller has dated otherwise stands in an
+# index of its own, and a period can be looked up by date all the same.
+_UTC_DATE = """CAST("timestamp" AT TIME ZONE 'UTC' AS date)"""
+_DATED_OTHERWISE = f"snapshot_date NOT BETWEEN {_UTC_DATE} - 1 AND {_UTC_DATE} + 1"
+_FIRST_DAY = "CAST(CAST(:since AS timestamptz) AT TIME ZONE 'UTC' AS date) - 1"
+_LAST_DAY = "CAST(CAST(:until AS timestamptz) AT TIME ZONE 'UTC' AS date) + 1"
+
+
+def snapshots(wanted: Filter) -> Query:
+    """Portfolio snapshots, newest first by snapshot_date, timestamp."""
+    conditions = wanted.conditions('"timestamp"')
+    if wanted.after is not None:
+        conditions.append(_BEHIND_SNAPSHOT)
+    within, outside = _days(wanted)
+    rows = _newest_snapshots([*conditions, *within], wanted.order(_ORDER))
+    if outside:
+        others = _newest_snapshots([*conditions, _DATED_OTHERWISE, outside], _ORDER)
+        rows = f"({rows}) UNION ALL ({others}) ORDER BY {_ORDER} LIMIT :limit"
+    return Query(SNAPSHOT_COLUMNS, _ORDER, SNAPSHOT_KEYS, rows, wanted.values())
+
+
+_BEHIND_SNAPSHOT = '(snapshot_date, "timestamp", id) < (:after_snapshot_date, :after_timestamp, :after_id)'
+
+
+def _newest_snapshots(conditions: list[str], order: str) -> str:
+    return f"""
+        SELECT *, xmin FROM portfolio_history {where(conditions)} ORDER BY {order} LIMIT :limit
+    """  # noqa: S608  # from the constants here; values are parameters
+
+
+def _days(wanted: Filter) -> tuple[list[str], str]:
+    """Conditions on the date that a period implies, and their contrary ('' without a period)."""
+    within, outside = [], []
+    if wanted.since is not None:
+        within.append(f"snapshot_date >= {_FIRST_DAY}")
+        outside.append(f"snapshot_date < {_FIRST_DAY}")
+    if wanted.until is not None:
+        within.append(f"snapshot_date <= {_LAST_DAY}")
+        outside.append(f"snapshot_date > {_LAST_DAY}")
+    return within, f"({' OR '.join(outside)})" if outside else ""
+
+
+def closes(wanted: Filter) -> Query:
+    """The last snapshot of each portfolio on each date (of those in the period), in the order of `snapshots`."""
+    conditions = wanted.conditions('"timestamp"')
+    within, outside = _days(wanted)
+    among = [*conditions, *within]
+    if wanted.after is not None:
+        among.append("snapshot_date <= :after_snapshot_date")
+    portfolios = portfolios_in("portfolio_history") if wanted.portfolio_id is None else _ONE_PORTFOLIO
+    rows = f"{_closes_of(portfolios, among)} SELECT {quoted(SNAPSHOT_COLUMNS)}, xmin FROM closes"  # noqa: S608  # from the constants here; values are parameters
+    if outside:
+        others = [*conditions, _DATED_OTHERWISE, outside]
+        rows += f"""
+            UNION ALL SELECT * FROM (
+                SELECT DISTINCT ON (portfolio_id, snapshot_date) {quoted(SNAPSHOT_COLUMNS)}, xmin
+                FROM portfolio_history {where(others)}
+                ORDER BY portfolio_id, {_ORDER}) AS dated_otherwise
+        """  # noqa: S608  # as above
+    behind = where([_BEHIND_SNAPSHOT] if wanted.after is not None else [])
+    rows = f"SELECT * FROM ({rows}) AS found {behind} ORDER BY {_ORDER} LIMIT :limit"  # noqa: S608  # as above
+    return Query(SNAPSHOT_COLUMNS, _ORDER, SNAPSHOT_KEYS, rows, wanted.values())
+
+
+def _closes_of(portfolios: str, conditions: list[str]) -> str:
+    """The beginning of a statement: `closes` has at least the newest :limit closes of each of `portfolios`, a CTE.
+
+    It jumps from one date of a portfolio to its next in the index: days of thousands of snapshots cost what others
+    cost.
+    """
+    return f"""
+        WITH RECURSIVE {portfolios}, closes AS (
+            SELECT 1 AS number, close.* FROM portfolios CROSS JOIN LATERAL ({_last("portfolios", conditions)}) AS close
+            UNION ALL
+            SELECT number + 1, close.* FROM closes CROSS JOIN LATERAL (
+                {_last("closes", [*conditions, "snapshot_date < closes.snapshot_date"])}) AS close
+            WHERE number <= coalesce(:limit, {NO_LIMIT})
+        )
+    """  # noqa: S608  # from the constants here; values are parameters
+
+
+def portfolios_in(table: str, most: str = "ALL") -> str:
+    """CTEs for WITH RECURSIVE: `portfolios` has the lowest numbers in the table, at most so many, then a row of null.
+
+    An index scan goes from one number straight to the next, which PostgreSQL below 18 does not find by itself.
+    """
+    return f"""
+        numbers (portfolio_id) AS (
+            SELECT min(portfolio_id) FROM {table}
+            UNION ALL
+            SELECT (SELECT min(portfolio_id) FROM {table} WHERE portfolio_id > numbers.portfolio_id)
+            FROM numbers WHERE portfolio_id IS NOT NULL
+        ),
+        portfolios (portfolio_id) AS (
+            (SELECT portfolio_id FROM numbers WHERE portfolio_id IS NOT NULL LIMIT {most}) UNION ALL SELECT NULL
+        )
+    """  # noqa: S608  # from constants
+
+
+_ONE_PORTFOLIO = "portfolios (portfolio_id) AS (SELECT CAST(:portfolio_id AS bigint))"
+
+
+def _last(of: str, conditions: list[str]) -> str:
+    """The newest snapshot of the portfolio of the relation `of`."""
+    # Two ways, as an index has no IS NOT DISTINCT FROM.
+    numbered, without = (
+        f"""
+        (SELECT {quoted(SNAPSHOT_COLUMNS)}, xmin FROM portfolio_history {where([*which, *conditions])}
+        ORDER BY portfolio_id, {_ORDER} LIMIT 1)
+        """  # noqa: S608  # from the constants here; values are parameters
+        for which in (
+            [f"portfolio_history.{of_portfolio(f'{of}.portfolio_id')}"],
+            [f"{of}.portfolio_id IS NULL", "portfolio_history.portfolio_id IS NULL"],
+        )
+    )
+    return f"{numbered} UNION ALL {without}"
+
+
+_NEWEST_AGES = text(f"""
+    WITH RECURSIVE {portfolios_in("portfolio_history", ":most")}
+    SELECT portfolios.portfolio_id, CAST(extract(epoch FROM clock_timestamp() - newest."timestamp") AS float8)
+    FROM portfolios CROSS JOIN LATERAL ({_last("portfolios", [])}) AS newest
+""")  # noqa: S608  # from the constants here
+_PORTFOLIOS = text(f"""
+    WITH RECURSIVE {portfolios_in("portfolio_history", ":most")} SELECT portfolio_id FROM portfolios
+""")  # noqa: S608  # as above
+_EXTENT = """
+    SELECT first.at AS first_at, last.at AS last_at, trim_scale(last.total_value) AS total_value
+    FROM (SELECT "timestamp" AS at FROM portfolio_history WHERE {of}
+            ORDER BY snapshot_date, "timestamp", id LIMIT 1) AS first,
+        (SELECT "timestamp" AS at, total_value FROM portfolio_history WHERE {of}
+            ORDER BY snapshot_date DESC, "timestamp" DESC, id DESC LIMIT 1) AS last
+"""
+
+
+def of_one(portfolio: int | None, statement: str) -> TextClause:
+    """`statement` with the condition on :portfolio_id for its `{of}`."""
+    # An index knows IS NULL and =, but not IS NOT DISTINCT FROM.
+    return text(statement.format(of="portfolio_id IS NULL" if portfolio is None else "portfolio_id = :portfolio_id"))
+
+
+def newest_snapshot_ages(db: Connection, most_portfolios: int) -> list[tuple[int | None, float]]:
+    """Portfolio, and seconds since the instant of its newest snapshot: of the lowest numbers, and of None."""
+    return [(row[0], row[1]) for row in db.execute(_NEWEST_AGES, {"most": most_portfolios})]
+
+
+class Extent(NamedTuple):
+    """The first and the last snapshot of a portfolio, and the value in the last."""
+
+    portfolio: int | None
+    first_at: datetime
+    last_at: datetime
+    total_value: Decimal
+
+
+def portfolios(db: Connection) -> list[Extent]:
+    """Every portfolio that has a snapshot, by number, those without one last; at most 200."""
+    numbers = db.execute(_PORTFOLIOS, {"most": MOST_PORTFOLIOS}).scalars().all()
+    return [found for number in numbers if (found := extent(db, number)) is not None]
+
+
+def extent(db: Connection, portfolio: int | None) -> Extent | None:
+    """None when the portfolio has no snapshot."""
+    row = db.execute(of_one(portfolio, _EXTENT), {"portfolio_id": portfolio}).one_or_none()
+    return None if row is None else Extent(portfolio, *row)
+
+
+class Snapshot(NamedTuple):
+    """A snapshot as the page draws it."""
+
+    id: int
+    snapshot_date: date
+    at: datetime
+    total_value: Decimal
+    balance: Decimal
+    total_invested: Decimal
+
+
+PAGE_COLUMNS = """
+    id, snapshot_date, "timestamp" AS at, trim_scale(total_value) AS total_value, trim_scale(balance) AS balance,
+    trim_scale(total_invested) AS total_invested
+"""
+_DAILY_CLOSES = text(f"""
+    {_closes_of(_ONE_PORTFOLIO, ["snapshot_date BETWEEN :first_date AND :last_date"])}
+    SELECT {PAGE_COLUMNS} FROM closes ORDER BY snapshot_date DESC LIMIT :limit
+""")  # noqa: S608  # from the constants here; values are parameters
+
+
+def daily_closes(db: Connection, portfolio: int | None, dates: tuple[date, date] = ALL_DATES) -> list[Snapshot]:
+    """The last snapshot of each snapshot_date, oldest first: at most the newest 5,000 of these dates."""
+    values = {"portfolio_id": portfolio, "first_date": dates[0], "last_date": dates[1], "limit": MOST_DAYS}
+    return [Snapshot(*row) for row in db.execute(_DAILY_CLOSES, values)][::-1]

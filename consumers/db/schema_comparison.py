@@ -1,0 +1,88 @@
+"""Comparison of a database with schema.sql by names, and of a role's privileges with those of a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, text
+
+# As schema.sql makes them, which a test checks.
+COLUMNS = {
+    "portfolio_history": "id event_id source sequence portfolio_id snapshot_date timestamp balance total_invested"
+    " total_profit_loss total_value open_positions trade_count created_at",
+    "signal_archives": "id event_id source sequence portfolio_id archived_at archive_month signals_count signals_data"
+    " created_at",
+    "event_outcomes": "job_id source sequence event_id outcome reason actor event created_at",
+}
+INDEXES = {
+    "portfolio_history": "pk event_once newest newest_of_portfolio dated_otherwise of_source",
+    "signal_archives": "pk event_once newest newest_of_portfolio of_month of_market of_source",
+    "event_outcomes": "pk of_source rejected",
+}
+_HISTORY = ("portfolio_history", "signal_archives")
+_NEEDED = [
+    *((table, privilege) for table in _HISTORY for privilege in ("SELECT", "INSERT")),
+    *(("event_outcomes", privilege) for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE")),
+]
+
+_FOUND = text("""
+    SELECT name, obj_description(to_regclass(name), 'pg_class') AS comment,
+        ARRAY(SELECT CAST(attname AS text) FROM pg_attribute
+            WHERE attrelid = to_regclass(name) AND attnum > 0 AND NOT attisdropped) AS columns,
+        ARRAY(SELECT CAST(relname AS text) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+            WHERE indrelid = to_regclass(name) AND indisvalid) AS indexes
+    FROM unnest(CAST(:tables AS text[])) AS name
+""")
+_LACKING = text("""
+    SELECT held.name, string_agg(privilege, ', ' ORDER BY place) || ' ON ' || held.name AS lacking
+    FROM unnest(CAST(:tables AS text[]), CAST(:privileges AS text[])) WITH ORDINALITY AS held (name, privilege, place)
+    WHERE NOT has_table_privilege(to_regclass(held.name), privilege)
+    GROUP BY held.name ORDER BY min(place)
+""")
+_SEQUENCES = text("""
+    SELECT CAST(CAST(sequence AS regclass) AS text) FROM (
+        SELECT pg_get_serial_sequence(name, 'id') AS sequence FROM unnest(CAST(:tables AS text[])) AS name) AS owned
+    WHERE NOT has_sequence_privilege(sequence, 'USAGE')
+""")
+_IS_READER = text("""
+    SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = 'trading_history_reader' AND pg_has_role(oid, 'USAGE'))
+""")
+
+
+@dataclass(frozen=True)
+class SchemaDifferences:
+    """Names that schema.sql has and the database has not; more than that in the database is no difference."""
+
+    tables: list[str]
+    columns: list[str]  # as table.column
+    indexes: list[str]  # missing or invalid
+    old_tables: list[str]  # of the shape before event ids
+    comment: str | None  # on event_outcomes, with the version of the schema
+
+
+def schema_differences(db: Connection) -> SchemaDifferences:
+    """Read from the catalog alone: a locked table does not delay it."""
+    found = {row.name: row for row in db.execute(_FOUND, {"tables": list(COLUMNS)})}
+    there = {table: row for table, row in found.items() if row.columns}
+    columns = [(table, name) for table in there for name in COLUMNS[table].split()]
+    indexes = [(table, f"{table}_{name}") for table in there for name in INDEXES[table].split()]
+    return SchemaDifferences(
+        [table for table in COLUMNS if table not in there],
+        [f"{table}.{name}" for table, name in columns if name not in there[table].columns],
+        [name for table, name in indexes if name not in there[table].indexes],
+        [table for table in _HISTORY if table in there and "event_id" not in there[table].columns],
+        found["event_outcomes"].comment,
+    )
+
+
+def lacking_privileges(db: Connection) -> list[str]:
+    """Privileges of a worker that this role has not, as a GRANT names them; the tables must be there."""
+    values = {"tables": [table for table, _ in _NEEDED], "privileges": [privilege for _, privilege in _NEEDED]}
+    tables = [row.lacking for row in db.execute(_LACKING, values)]
+    sequences = db.execute(_SEQUENCES, {"tables": list(_HISTORY)}).scalars()
+    return [*tables, *(f"USAGE ON SEQUENCE {sequence}" for sequence in sequences)]
+
+
+def is_reader(db: Connection) -> bool:
+    """Whether this role is a member of the role that may only read."""
+    return bool(db.execute(_IS_READER).scalar_one())

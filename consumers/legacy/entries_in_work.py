@@ -1,0 +1,101 @@
+"""The entries in work, noted in a file: after a crash, the next import finds the entry that ended the process.
+
+A crash leaves the note behind. The next run processes the noted entries in small portions, so that fewer are noted when
+the process ends again, at last a single one, whose crashes can be counted. Kill -9 leaves a note too: then these
+entries pass in small portions, and nothing else happens.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple, Self, TextIO
+
+from consumers.legacy.json_arrays import Entry
+from producers.errors import HistoryError
+
+_SUFFIX = ".in-work"
+_PORTIONS = 32  # of the entries of a crash: a thousand entries come to single ones in two steps
+_ORDERLY_ENDS = (KeyboardInterrupt, SystemExit, HistoryError, OSError)
+
+
+class _Note(NamedTuple):
+    """Entries of a source from number `first` to `last`; `crashes` counts those while one entry was noted alone."""
+
+    source: str
+    first: int
+    last: int
+    crashes: int
+
+
+class EntriesInWork:
+    """The note beside the report at `report`. It is removed at the end of the block, unless a defect ended it.
+
+    There is none beside a device or a pipe, nor if another import is using it: then a crash leaves nothing to the next
+    run.
+    """
+
+    def __init__(self, report: Path) -> None:
+        self._path = report.with_name(report.name + _SUFFIX)
+        self._usable = report.is_file() or not report.exists()
+        self._file: TextIO | None = None
+        self._left: _Note | None = None
+
+    def portions(self, source: str, chunk: Sequence[Entry]) -> Iterator[list[Entry]]:
+        """`chunk` in order and in portions, each noted until the next is taken; small ones for entries of a crash."""
+        left = self._left
+        for of_crash, group in groupby(chunk, key=lambda entry: self._is_left(source, entry.index)):
+            entries = list(group)
+            size = max(1, (left.last - left.first + 1) // _PORTIONS) if left and of_crash else len(entries)
+            for start in range(0, len(entries), size):
+                portion = entries[start : start + size]
+                first, last = portion[0].index, portion[-1].index
+                self._write(_Note(source, first, last, self.crashes(source, first)))
+                yield portion
+
+    def crashes(self, source: str, index: int) -> int:
+        """How often the process ended while it had this entry alone in work."""
+        left = self._left
+        return left.crashes if left is not None and (source, index, index) == left[:3] else 0
+
+    def _is_left(self, source: str, index: int) -> bool:
+        left = self._left
+        return left is not None and left.source == source and left.first <= index <= left.last
+
+    def __enter__(self) -> Self:
+        if self._usable:
+            file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+            else:
+                self._file, self._left = file, _read(file)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._file is not None:
+            if kind is None or issubclass(kind, _ORDERLY_ENDS):
+                self._path.unlink(missing_ok=True)
+            self._file.close()
+
+    def _write(self, note: _Note) -> None:
+        if self._file is not None:
+            self._file.seek(0)
+            self._file.write(json.dumps(note._asdict()) + "\n")
+            self._file.truncate()
+            self._file.flush()
+
+
+def _read(file: TextIO) -> _Note | None:
+    """The note that a crash has left, this crash counted; None if there is none, or it cannot be read."""
+    try:
+        found = json.loads(file.readline())
+        note = _Note(str(found["source"]), int(found["first"]), int(found["last"]), int(found["crashes"]))
+    except (LookupError, TypeError, ValueError):
+        return None
+    return note._replace(crashes=note.crashes + 1) if note.first == note.last else note

@@ -1,0 +1,148 @@
+"""The outbox of this machine: how much waits in it and for how long, whether its file is sound, and copies of it."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from redis import Redis
+
+from consumers.ops.facts import Fact, State, duration, judged, size
+from producers.acknowledgements import shown
+from producers.errors import OutboxError
+from producers.lateness import oldest_unacknowledged_seconds
+from producers.outbox import MAX_BYTES, Outbox
+from producers.outbox_salvage import ranges_text
+from producers.redis_keys import token_key
+from producers.settings import TransportSettings
+
+LATE_SECONDS = 600.0
+_VERY_LATE_SECONDS = 86400.0
+_HIGH_SHARE = 0.5  # settled entries leave then, so what is above is not settled
+_FULL_SHARE = 0.9
+_CHECK_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class OutboxHealth:
+    """Entries by state, and the age of the oldest that is neither settled nor acknowledged."""
+
+    pending: int
+    sent: int
+    rejected: int
+    oldest_unsettled_seconds: float | None
+    used_bytes: int
+    is_relayed: bool | None = None  # None: not looked at
+
+    @property
+    def state(self) -> State:
+        """Whether its entries are delivered in time."""
+        age = self.oldest_unsettled_seconds or 0.0
+        if age <= LATE_SECONDS:
+            return "ok"
+        return "fail" if age > _VERY_LATE_SECONDS or self.is_relayed is False else "warn"
+
+    def facts(self) -> Iterator[Fact]:
+        age = self.oldest_unsettled_seconds
+        found = f"{self.pending} pending, {self.sent} sent"
+        found += "" if age is None else f", the oldest {duration(age)} old"
+        advice = "look at the lines about Redis, workers and PostgreSQL"
+        if self.is_relayed is False:
+            found += "; no process sends them"
+            advice = "start the controller, trading-history relay, or trading-history outbox flush"
+        yield Fact("outbox", self.state, found, "" if self.state == "ok" else advice)
+        problem = str(self.rejected) if self.rejected else ""
+        advice = "trading-history failed list, on a machine that reaches the database"
+        yield judged("outbox rejections", "none", problem, advice=advice, state="warn")
+        share = self.used_bytes / MAX_BYTES
+        used = f"{size(self.used_bytes)}, {share:.0%} of its limit"
+        advice = "a full outbox accepts no event: get Redis and workers to run"
+        state: State = "fail" if share > _FULL_SHARE else "warn"
+        yield judged("outbox size", used, used if share > _HIGH_SHARE else "", advice=advice, state=state)
+
+
+def outbox_of_settings(*, ask_relay: bool = False) -> OutboxHealth | None:
+    """None when this machine has no outbox. With `ask_relay` it tries the relay's lock if an entry is late.
+
+    Raises:
+        OutboxError: it cannot be read.
+        SettingsError: a setting cannot be read.
+    """
+    settings = TransportSettings.from_environment()
+    if not has_outbox(settings.outbox):
+        return None
+    with Outbox(settings.outbox) as outbox, _redis_of(settings) as redis:
+        status = outbox.status()
+        age = oldest_unacknowledged_seconds(outbox, redis)
+        is_relayed = _is_relayed(outbox) if ask_relay and age is not None and age > LATE_SECONDS else None
+        return OutboxHealth(status.pending, status.sent, status.rejected, age, outbox.used_bytes(), is_relayed)
+
+
+def has_outbox(path: Path) -> bool:
+    """Raises OutboxError when that cannot be known."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise OutboxError(f"outbox {path}: {error.strerror or error}") from error
+
+
+def _redis_of(settings: TransportSettings) -> AbstractContextManager[Redis | None]:
+    return nullcontext() if settings.redis_url is None else settings.redis()
+
+
+def _is_relayed(outbox: Outbox) -> bool:
+    """Whether a producer or relay of any process has the relay's lock; it is released at once."""
+    lock = outbox.relay_lock()
+    try:
+        return not lock.acquire()
+    finally:
+        lock.release()
+
+
+def file_facts(path: Path) -> Iterator[Fact]:
+    """Whether SQLite finds the file in order; damaged files that were moved away. Raises OutboxError."""
+    name = "outbox file"
+    with Outbox(path) as outbox:
+        fault = outbox.quick_check(_CHECK_SECONDS)
+        waiting, done = outbox.quarantine.damaged_files(), outbox.quarantine.salvaged_files()
+        losses = outbox.quarantine.losses()
+    if fault not in (None, "unfinished"):
+        advice = "check the disk, then restart the controller or relay: it moves the file away and salvages it"
+        yield Fact(name, "fail", f"damaged: {fault}", advice)
+    elif waiting:
+        found = f"damaged files that are not salvaged yet: {', '.join(map(str, waiting))}"
+        yield Fact(name, "fail", found, "start the controller or trading-history relay, which salvage their entries")
+    elif done:
+        lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in losses.items())
+        lost = lost or "none after the first that was found"
+        found = f"salvaged after damage: {', '.join(map(str, done))}. Numbers that could not be read: {lost}"
+        yield Fact(name, "warn", found, "run trading-history audit, look at the disk, then delete the salvaged file")
+    else:
+        yield Fact(name, "ok", "sound" if fault is None else f"no fault found in {_CHECK_SECONDS:.0f} s")
+
+
+def copy_facts(settings: TransportSettings) -> Iterator[Fact]:
+    """Whether another copy of this outbox is in use, by what the relays have noticed and by the token in Redis.
+
+    Raises:
+        OutboxError: the outbox cannot be read.
+        RedisError: Redis cannot be read now.
+    """
+    with Outbox(settings.outbox) as outbox:
+        sources, header = outbox.sources(), outbox.header.read()
+    current = [source.full_name for source in sources if source.current]
+    left = [source.full_name for source in sources if source.left_because == "copied"]
+    with _redis_of(settings) as redis:
+        tokens = redis.mget([token_key(source) for source in current]) if redis is not None and current else []
+    known = {header.token, header.next_token, None}
+    problem = f"copied or restored: it has left {', '.join(left)} to another copy" if left else ""
+    if any((None if token is None else shown(token)) not in known for token in tokens):
+        problem = f"another copy uses {', '.join(current)} now"
+    found = "no other copy found" + (" (Redis was not asked: REDIS_URL is not set)" * (settings.redis_url is None))
+    advice = "trading-history audit on the host of each copy; give each controller an outbox of its own"
+    yield judged("outbox copies", found, problem, advice=advice, state="warn")

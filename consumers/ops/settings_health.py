@@ -1,0 +1,124 @@
+"""Facts of the settings: which servers they point to, and where each was found; never a password."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from importlib.util import find_spec
+
+from rq.version import VERSION
+
+from consumers.ops.facts import Fact, facts_from, judged
+from consumers.ops.masking import Mask
+from consumers.process_setup import TESTED_RQ
+from consumers.settings import (
+    DashboardSettings,
+    EmbeddedSettings,
+    LoginSettings,
+    LogSettings,
+    MetricsSettings,
+    StoreSettings,
+)
+from producers.errors import SettingsError
+from producers.redis_url import place_of
+from producers.settings import EnvironmentSettings, TransportSettings, read_environment
+
+DATABASE = "database setting"
+REDIS = "Redis setting"
+# What is left of a login whose password has a / ? or # that is not percent-encoded: host and port are pieces of it.
+_TORN_URL = re.compile(r"^rediss?(\+sentinel)?://[^/?#]*[/?#].*@", re.DOTALL)
+
+
+def setting_facts(mask: Mask) -> Iterator[Fact]:
+    """Whether the settings can be read, and the servers that they name."""
+    advice = "correct it in the environment or in .env"
+    yield from facts_from(DATABASE, _database, mask, advice=advice)
+    yield from facts_from(REDIS, _redis, mask, advice=advice)
+    yield from facts_from("time zone setting", _time_zone, mask, advice=advice)
+    models: list[type[EnvironmentSettings]] = [EmbeddedSettings, LoginSettings, MetricsSettings, LogSettings]
+    models.append(DashboardSettings)
+    if has_database_driver() and find_spec("fastapi") is not None:  # what the API needs
+        from consumers.settings import ApiSettings
+
+        models.append(ApiSettings)
+    for model in models:
+        try:
+            model.from_environment()
+        except SettingsError as error:
+            yield Fact("settings", "fail", mask.told(error), advice)
+
+
+def has_database_driver() -> bool:
+    """Whether the extra [worker] is installed, which a controller does without."""
+    return find_spec("sqlalchemy") is not None and find_spec("psycopg2") is not None
+
+
+def rq_facts() -> Iterator[Fact]:
+    """HistoryWorker refuses to start with an RQ that it was not tested with."""
+    tested = f"tested with {', '.join(TESTED_RQ)}"
+    problem = "" if VERSION.startswith(TESTED_RQ) else f"{VERSION}, but {tested}: HistoryWorker does not start"
+    advice = f"pip install 'rq=={TESTED_RQ[0]}.*', or use RQ's own worker"
+    yield judged("RQ", f"{VERSION} ({tested})", problem, advice=advice)
+
+
+def _database() -> Iterator[Fact]:
+    settings = StoreSettings.from_environment()
+    redis_is_set = "REDIS_URL" in read_environment()
+    if settings.is_set and not has_database_driver():
+        found = "set, but no driver for it is installed here"
+        yield Fact(DATABASE, "warn", found, "pip install '.[worker]' in a clone, unless only a controller runs here")
+    elif settings.is_set:
+        names = [name for name in read_environment() if name.startswith("POSTGRES_")]
+        names = ["DATABASE_URL"] if settings.database_url is not None else sorted(names)
+        yield Fact(DATABASE, "ok", f"{_database_place(settings)} ({_origin(*names)})")
+    elif not redis_is_set:
+        yield Fact(DATABASE, "ok", "not set, nor is Redis: the embedded servers")
+    elif has_database_driver():
+        advice = (
+            "set DATABASE_URL or POSTGRES_HOST, or neither side for the embedded servers; a controller's host does"
+            " without: it needs REDIS_URL and pip install . in a clone"
+        )
+        yield Fact(DATABASE, "fail", "not set, although REDIS_URL is", advice)
+    else:
+        yield Fact(DATABASE, "ok", "not set, and no driver installed: a controller's host needs none")
+
+
+def _redis() -> Iterator[Fact]:
+    settings = TransportSettings.from_environment()
+    if settings.redis_url is not None:
+        if _TORN_URL.match(settings.redis_url.get_secret_value()):
+            raise SettingsError("REDIS_URL: a password with / ? or # in it must have it percent-encoded")
+        client = settings.redis()
+        user = client.connection_pool.connection_kwargs.get("username")
+        place = place_of(client) + (f", as {user}" if user else "")
+        yield Fact(REDIS, "ok", f"{place}, queue {settings.queue} ({_origin('REDIS_URL')})")
+    elif StoreSettings.from_environment().is_set:
+        advice = "set REDIS_URL, or neither for the embedded servers"
+        yield Fact(REDIS, "fail", "not set, although the database is", advice)
+    else:
+        yield Fact(REDIS, "ok", "not set, nor is the database: the embedded servers")
+
+
+def _time_zone() -> Iterator[Fact]:
+    zone = TransportSettings.from_environment().timezone
+    now = datetime.now().astimezone(zone)
+    named = f"HISTORY_TIMEZONE, {_origin('HISTORY_TIMEZONE')}" if zone else "this machine's zone"
+    yield Fact("time zone setting", "ok", f"a naive time means {zone or now.tzname()}, now {now:%H:%M %z} ({named})")
+
+
+def _database_place(settings: StoreSettings) -> str:
+    from consumers.db.engine import create_store_engine
+
+    url = create_store_engine(settings.url()).url
+    query = {name: value if isinstance(value, str) else ",".join(value) for name, value in url.query.items()}
+    host = url.host or query.get("host") or "the local socket"
+    user = url.username or query.get("user") or "the account that runs this"
+    port = url.port or query.get("port") or 5432
+    return f"{url.database or query.get('dbname') or user} on {host}, port {port}, as {user}"
+
+
+def _origin(*variables: str) -> str:
+    origins = sorted({"environment" if os.environ.get(name) else ".env" for name in variables})
+    return f"{', '.join(variables)} from {' and '.join(origins)}"

@@ -1,0 +1,272 @@
+"""A kind of event: the payload, the envelope, and the row of the table that the rest of the program reads.
+
+The kinds themselves, and the table of them, stand in `producers.events`.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from hashlib import sha1
+from typing import Annotated, Any, ClassVar, Literal, Self
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from producers.errors import InvalidEvent
+from producers.fields import EPOCH, EventId, Instant, Sequence, readable, type_name
+from producers.json_values import MAX_SIGNALS
+
+_ID_NAMESPACE = UUID("6f9a1d4e-2c57-5b0e-9d52-1c7b7f0e8a63").bytes
+_ID_MASK = UUID("ffffffff-ffff-0fff-3fff-ffffffffffff").int
+_ID_VERSION_5 = UUID("00000000-0000-5000-8000-000000000000").int
+_REPORTED_PROBLEMS = 3
+_MESSAGE_CHARACTERS = 1000
+_PLAIN_REASONS = {
+    "extra_forbidden": "is not a field of this event",
+    "int_type": "must be an integer",
+    "missing": "is missing",
+    "too_long": f"has more than {MAX_SIGNALS} of them",
+    "too_short": "must not be empty",
+}
+
+_PIECE = r"[A-Za-z0-9._~-]+"
+SourceName = Annotated[str, StringConstraints(pattern=f"^{_PIECE}$", max_length=100, strict=True)]
+Source = Annotated[str, StringConstraints(pattern=f"^{_PIECE}(/{_PIECE})*$", max_length=250, strict=True)]
+_Subject = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=250, strict=True)]
+
+
+def event_id(event_type: str, *identity: datetime | int | str | None) -> UUID:
+    """The id of the fact of this type that `identity` names; the offset of an instant makes no difference."""
+    return UUID(int=_id_number(event_type, identity))
+
+
+def _id_number(event_type: str, identity: Iterable[datetime | int | str | None]) -> int:
+    # Made or checked at each step of an event's way: this is what uuid.uuid5 does, at half the price.
+    name = event_type
+    for value in identity:
+        if value is None:
+            name += "|"
+        elif isinstance(value, datetime):
+            since = value - EPOCH
+            name += f"|{(since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds}"
+        elif isinstance(value, str):
+            # In quotes: two texts cannot run into each other, and an empty one is not an absent one.
+            name += f"|{json.dumps(value)}"
+        elif isinstance(value, int):
+            name += f"|{value}"
+        else:  # of a Decimal or a float, equal values have different texts
+            raise TypeError(f"an event cannot be identified by a value of type {type_name(value)}")
+    digest = int.from_bytes(sha1(_ID_NAMESPACE + name.encode(), usedforsecurity=False).digest()[:16])
+    return digest & _ID_MASK | _ID_VERSION_5
+
+
+class _Contract(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+    @classmethod
+    def checked(cls, **values: Any) -> Self:
+        """Build from Python values.
+
+        Raises:
+            InvalidEvent: a field breaks the contract; the message names it.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise invalid(error) from None
+
+
+class Payload(_Contract, ABC):
+    """The data of an event, which is one fact.
+
+    `identity` names the fields that say which fact it is: the event's id is made of `type` and their values, which are
+    instants, integers, texts or None.
+    """
+
+    type: ClassVar[str]
+    identity: ClassVar[tuple[str, ...]]
+
+    @property
+    @abstractmethod
+    def instant(self) -> datetime:
+        """The time of the fact."""
+
+    @property
+    @abstractmethod
+    def subject(self) -> str:
+        """CloudEvents' attribute of this name, such as `portfolio/1`."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """One readable line for lists of jobs and logs."""
+
+    @property
+    def event_id(self) -> UUID:
+        return UUID(int=self.id_number)
+
+    @property
+    def id_number(self) -> int:
+        """The id as an integer: to make a UUID of it takes a microsecond."""
+        return _id_number(self.type, [getattr(self, name) for name in self.identity])
+
+
+class Event(_Contract):
+    """The envelope of a payload, as it travels; each kind declares its own `type` and `data`.
+
+    `max_characters` limits its text: a kind whose fields are few and short needs no more than this.
+    """
+
+    max_characters: ClassVar[int] = 16 * 1024
+
+    specversion: Literal["1.0"]
+    id: EventId
+    source: Source
+    sequence: Sequence | None = None
+    time: Instant
+    subject: _Subject | None = None
+    datacontenttype: Literal["application/json"] | None = None
+    type: str
+    data: Payload
+
+    @model_validator(mode="after")
+    def _id_belongs_to_the_fact(self) -> Self:
+        # A foreign id would let one fact in twice, or occupy the place of another.
+        if self.id.int != self.data.id_number:
+            names = " and ".join([", ".join(["type", *self.data.identity[:-1]]), self.data.identity[-1]])
+            raise PydanticCustomError("wrong_id", "is not the id of this {names}", {"names": names})
+        return self
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read a text of at most `max_characters`; overridden where Pydantic's JSON reader would lose digits.
+
+        Raises:
+            InvalidEvent, ValidationError: it breaks the contract.
+        """
+        return cls.model_validate_json(text)
+
+    def to_text(self) -> str:
+        """JSON on one line, which `from_text` reads without loss."""
+        return self.model_dump_json(exclude_none=True)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a kind's table, filled from the payload's `attribute`, by default that of the column's name.
+
+    Two events with one id are the same if their columns are equal. A `derived` column follows from the id or from the
+    other columns, and is not compared.
+    """
+
+    name: str
+    type: Literal["bigint", "boolean", "date", "integer", "jsonb", "numeric", "text", "timestamptz"]
+    attribute: str | None = None
+    derived: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EventKind:
+    """One row of the table of event kinds.
+
+    `name` is for people, such as `snapshot`. `job_function` is a dotted path, since the producer never imports the
+    consumer. `table` is a table of schema.sql with the columns `id`, `event_id`, `source` and `sequence`, those in
+    `columns`, and a primary key named `<table>_pk`.
+    """
+
+    name: str
+    event: type[Event]
+    job_function: str
+    table: str
+    columns: tuple[Column, ...]
+
+    @cached_property
+    def payload(self) -> type[Payload]:
+        model: type[Payload] | Any = self.event.model_fields["data"].annotation
+        assert isinstance(model, type)
+        assert issubclass(model, Payload)
+        return model
+
+    @cached_property
+    def type(self) -> str:
+        return self.payload.type
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        return self.payload.identity
+
+
+class EventKinds(Mapping[str, EventKind]):
+    """The table of event kinds, by type. Code that differs by kind reads it at each use, so that a test can add one."""
+
+    def __init__(self, *kinds: EventKind) -> None:
+        self._by_type: dict[str, EventKind] = {}
+        self._by_job_function: dict[str, EventKind] = {}
+        self.models: dict[str, type[Event]] = {}
+        self.job_functions: dict[str, str] = {}
+        for kind in kinds:
+            self.register(kind)
+
+    def __getitem__(self, event_type: str) -> EventKind:
+        return self._by_type[event_type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_type)
+
+    def __len__(self) -> int:
+        return len(self._by_type)
+
+    def of_job(self, function: str) -> EventKind | None:
+        """The kind whose job function has this dotted path."""
+        return self._by_job_function.get(function)
+
+    def has(self, payload: object) -> bool:
+        """Whether `payload` is one of a kind in the table."""
+        return isinstance(payload, Payload) and payload.type in self and isinstance(payload, self[payload.type].payload)
+
+    def register(self, kind: EventKind) -> ExitStack:
+        """Add a kind: for good, or until the end of the block if the result is used as a context manager.
+
+        Raises:
+            ValueError: another kind has its type, name, job function or table.
+        """
+        for other in self.values():
+            for name in ("type", "name", "job_function", "table"):
+                if getattr(kind, name) == getattr(other, name):
+                    raise ValueError(f"another kind of event has the {name} {getattr(kind, name)}")
+        self._by_type[kind.type] = self._by_job_function[kind.job_function] = kind
+        self.models[kind.type], self.job_functions[kind.type] = kind.event, kind.job_function
+        removal = ExitStack()
+        removal.callback(self._remove, kind)
+        return removal
+
+    def _remove(self, kind: EventKind) -> None:
+        del self._by_type[kind.type], self._by_job_function[kind.job_function]
+        del self.models[kind.type], self.job_functions[kind.type]
+
+
+def invalid(error: ValidationError) -> InvalidEvent:
+    """The first problems that Pydantic found as one line: each with its field, and without any value."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    fields = [_field(problem) for problem in problems]
+    lines = []
+    for field, problem in zip(fields, problems, strict=True):
+        reason = _PLAIN_REASONS.get(problem["type"], problem["msg"])
+        # A reason that starts below the field ("0.price: must be finite") continues its path.
+        joint = "." if field.endswith("signals") and problem["type"] == "contract" else ": "
+        lines.append(f"{field}{joint}{reason}" if field else reason)
+    more = len(lines) - _REPORTED_PROBLEMS
+    message = "; ".join(lines[:_REPORTED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
+    return InvalidEvent(readable(message, _MESSAGE_CHARACTERS), fields[0] or None)
+
+
+def _field(problem: Mapping[str, Any]) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    return readable(path, 200) if problem["type"] != "wrong_id" else "id"

@@ -1,0 +1,89 @@
+"""The note of the entries in work: what a crash leaves for the next import, and what leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from consumers.legacy.entries_in_work import EntriesInWork
+from consumers.legacy.json_arrays import Entry
+from producers.errors import HistoryError
+
+SOURCE = "import/a.json/1"
+NUMBER = 77  # of the entry that ends the process
+CHUNK = [Entry(index, {}) for index in range(100)]
+
+
+def _crash(report: Path) -> None:
+    """In a process of its own, which ends without a word when NUMBER is in work."""
+    child = os.fork()
+    if child == 0:
+        with EntriesInWork(report) as in_work:
+            for portion in in_work.portions(SOURCE, CHUNK):
+                if CHUNK[NUMBER] in portion:
+                    os._exit(9)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def _end_with(error: BaseException, report: Path) -> None:
+    with EntriesInWork(report) as in_work:
+        next(in_work.portions(SOURCE, CHUNK))
+        raise error
+
+
+def _sizes(report: Path, source: str = SOURCE) -> set[int]:
+    with EntriesInWork(report) as in_work:
+        return {len(portion) for portion in in_work.portions(source, CHUNK)}
+
+
+def test_each_crash_narrows_the_entries_down_and_then_counts(tmp_path: Path) -> None:
+    """From the chunk to small portions to one entry; the other entries of the chunk stay together."""
+    report = tmp_path / "report.jsonl"
+    noted = []
+    for _ in range(4):
+        _crash(report)
+        note = json.loads((tmp_path / "report.jsonl.in-work").read_text())
+        noted.append((note["first"], note["last"], note["crashes"]))
+    assert noted == [(0, 99, 0), (75, 77, 0), (77, 77, 0), (77, 77, 1)]
+    with EntriesInWork(report) as in_work:
+        assert in_work.crashes(SOURCE, NUMBER) == 2
+        assert [len(portion) for portion in in_work.portions(SOURCE, CHUNK)] == [77, 1, 22]
+
+
+@pytest.mark.parametrize("left", ["", "{", "[1]", '{"source": "import/a.json/1", "first": 0}', "null", "\x00" * 10])
+def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, left: str) -> None:
+    """As a full disk may leave it."""
+    (tmp_path / "report.jsonl.in-work").write_text(left)
+    assert _sizes(tmp_path / "report.jsonl") == {100}
+
+
+def test_a_note_of_another_source_says_nothing(tmp_path: Path) -> None:
+    _crash(tmp_path / "report.jsonl")
+    assert _sizes(tmp_path / "report.jsonl", "import/b.json/1") == {100}
+
+
+def test_without_a_note_of_its_own_an_import_works_all_the_same(tmp_path: Path) -> None:
+    """Beside a pipe, and while another import writes the note."""
+    pipe, report = tmp_path / "pipe", tmp_path / "report.jsonl"
+    os.mkfifo(pipe)
+    assert _sizes(pipe) == {100}
+    with EntriesInWork(report) as first:
+        next(first.portions(SOURCE, CHUNK))
+        note = (tmp_path / "report.jsonl.in-work").read_text()
+        assert _sizes(report) == {100}
+        assert (tmp_path / "report.jsonl.in-work").read_text() == note
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize(
+    ("error", "left"), [(KeyboardInterrupt(), 0), (HistoryError("x"), 0), (OSError(), 0), (MemoryError(), 1)]
+)
+def test_only_a_crash_or_a_defect_leaves_a_note(tmp_path: Path, error: BaseException, left: int) -> None:
+    """Not a stop, nor an error that is the user's to solve."""
+    with pytest.raises(type(error)):
+        _end_with(error, tmp_path / "report.jsonl")
+    assert len(list(tmp_path.iterdir())) == left

@@ -1,0 +1,236 @@
+"""The model of health without servers: its facts and states from values, and readings that hang or fail."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fakeredis import FakeRedis
+from prometheus_client import generate_latest
+
+from consumers.ops import exposition
+from consumers.ops.database_health import server_facts as database_server_facts
+from consumers.ops.exposition import worker_registry
+from consumers.ops.facts import Fact
+from consumers.ops.health import HealthReader, Probe
+from consumers.ops.outbox_health import OutboxHealth
+from consumers.ops.queue_health import Owner, QueueHealth, read_queue
+from consumers.ops.redis_health import server_facts as redis_server_facts
+from producers.errors import OutboxError
+from producers.outbox import MAX_BYTES
+
+DATABASE = {
+    "version_number": 140000,
+    "version": "14.0",
+    "encoding": "UTF8",
+    "another": "x_utf8",
+    "replica": False,
+    "read_only": False,
+    "read_only_by_default": False,
+    "synchronous_commit": "on",
+    "fsync": "on",
+    "full_page_writes": "on",
+}
+REDIS = {"redis_version": "6.2.0", "role": "master", "aof_enabled": 1, "maxmemory_policy": "noeviction"}
+
+
+def _bad(facts: Any) -> list[tuple[str, str]]:
+    """Name and state of each that is not ok; each of those has an advice, and no other has."""
+    listed: list[Fact] = list(facts)
+    assert [bool(fact.advice) for fact in listed] == [fact.state != "ok" for fact in listed]
+    return [(fact.name, fact.state) for fact in listed if fact.state != "ok"]
+
+
+@pytest.mark.parametrize(
+    ("values", "bad"),
+    [
+        ({"owners": {"one:0000000a": Owner(leased=True, jobs=2)}}, []),
+        ({}, [("workers", "warn")]),
+        ({"queued": 1}, [("workers", "fail")]),
+        ({"worker_states": {"stock": "busy"}}, [("workers", "warn")]),
+        ({"owners": {"dead:0000000a": Owner(leased=False, jobs=2)}}, [("workers", "warn"), ("held jobs", "fail")]),
+        (
+            {"owners": {"a:0000000a": Owner(leased=False, jobs=2), "b:0000000b": Owner(leased=True, jobs=0)}},
+            [("held jobs", "warn")],
+        ),
+    ],
+)
+def test_workers_are_judged_by_their_leases_and_by_what_waits(
+    values: dict[str, Any], bad: list[tuple[str, str]]
+) -> None:
+    assert _bad(QueueHealth("history", **values).facts()) == bad
+
+
+@pytest.mark.parametrize(
+    ("values", "bad"),
+    [
+        ({"queued": 1, "oldest_waiting_seconds": 300.0}, []),
+        ({"queued": 1, "oldest_waiting_seconds": 301.0}, [("queue", "warn")]),
+        ({"suspended": True}, [("queue", "fail")]),
+        ({"queued": None}, [("queue", "unknown")]),
+        ({"worker_states": {"one": "waiting for the database"}}, [("workers", "fail")]),
+        ({"crash_counts": [0, 0]}, []),
+        ({"crash_counts": [0, 2]}, [("poison candidates", "warn")]),
+        ({"failed": 1, "quarantined": 1}, [("failed jobs", "warn"), ("quarantine", "warn")]),
+        ({"failed": None, "quarantined": None}, [("failed jobs", "unknown"), ("quarantine", "unknown")]),
+        ({"orphans": 3}, []),
+    ],
+)
+def test_a_queue_beside_a_living_worker(values: dict[str, Any], bad: list[tuple[str, str]]) -> None:
+    health = QueueHealth("history", owners={"one:0000000a": Owner(leased=True, jobs=0)}, **values)
+    assert _bad(health.facts()) == bad
+
+
+def test_owners_that_cannot_be_read_are_unknown() -> None:
+    bad = _bad(QueueHealth("history", owners=None, crash_counts=None).facts())
+    assert bad == [("workers", "unknown"), ("held jobs", "unknown"), ("poison candidates", "unknown")]
+
+
+def test_a_queue_is_read_whatever_stands_in_the_places_of_its_keys() -> None:
+    redis = FakeRedis()
+    redis.rpush("rq:queue:history", "job")
+    redis.hset("rq:job:job", "enqueued_at", "2026-01-01T00:00:00.000000Z")
+    redis.sadd("rq:workers:history", "rq:worker:one", b"\xff")
+    redis.hset("rq:worker:one", mapping={"birth": "1", "state": "busy"})
+    redis.hset("history:holders:history", mapping={"one:0000000a": "", "dead:0000000b": ""})
+    redis.set("history:lease:history:one:0000000a", "1")
+    redis.rpush("history:held:history:one:0000000a", "a", "b")
+    redis.set("history:held:history:dead:0000000b", "no list")
+    redis.set("history:strange:history", "no list")
+    health = read_queue(redis, "history")
+    assert (health.queued, health.workers, health.held, health.quarantined, health.failed) == (1, 2, 2, None, 0)
+    assert (health.worker_states, health.oldest_waiting_seconds is not None) == ({"one": "busy"}, True)
+    assert health.owners == {"dead:0000000b": Owner(leased=False, jobs=0), "one:0000000a": Owner(leased=True, jobs=2)}
+
+
+@pytest.mark.parametrize(
+    ("values", "bad"),
+    [
+        ({}, []),
+        ({"oldest_unsettled_seconds": 600.0, "is_relayed": True}, []),
+        ({"oldest_unsettled_seconds": 601.0}, [("outbox", "warn")]),
+        ({"oldest_unsettled_seconds": 601.0, "is_relayed": False}, [("outbox", "fail")]),
+        ({"oldest_unsettled_seconds": 86401.0, "is_relayed": True}, [("outbox", "fail")]),
+        ({"rejected": 1}, [("outbox rejections", "warn")]),
+        ({"used_bytes": round(0.6 * MAX_BYTES)}, [("outbox size", "warn")]),
+        ({"used_bytes": round(0.95 * MAX_BYTES)}, [("outbox size", "fail")]),
+    ],
+)
+def test_an_outbox_is_judged_by_its_oldest_entry_and_its_size(
+    values: dict[str, Any], bad: list[tuple[str, str]]
+) -> None:
+    empty: dict[str, Any] = dict.fromkeys(("pending", "sent", "rejected", "used_bytes"), 0)
+    assert _bad(OutboxHealth(**(empty | {"oldest_unsettled_seconds": None} | values)).facts()) == bad
+
+
+@pytest.mark.parametrize(
+    ("values", "bad"),
+    [
+        ({}, None),
+        ({"version_number": 130012}, ("PostgreSQL version", "fail")),
+        ({"encoding": "LATIN1"}, ("PostgreSQL encoding", "fail")),
+        ({"replica": True}, ("PostgreSQL writes", "fail")),
+        ({"read_only_by_default": True}, ("PostgreSQL writes", "fail")),
+        ({"fsync": "off"}, ("PostgreSQL disk writes", "fail")),
+        ({"synchronous_commit": "local"}, None),
+    ],
+)
+def test_a_database_server_is_judged_by_its_settings(values: dict[str, Any], bad: tuple[str, str] | None) -> None:
+    server: Any = SimpleNamespace(**(DATABASE | values))
+    assert _bad(database_server_facts(server, 0.0)) == ([bad] if bad else [])
+
+
+@pytest.mark.parametrize(
+    ("values", "fsync", "bad"),
+    [
+        ({}, "everysec", None),
+        ({}, None, None),
+        ({"redis_version": "6.0.16"}, "everysec", ("Redis version", "fail")),
+        ({"redis_version": "6.0.16", "valkey_version": "9.0.0"}, "everysec", None),
+        ({"role": "slave"}, "everysec", ("Redis role", "fail")),
+        ({"aof_enabled": 0}, "everysec", ("Redis persistence", "fail")),
+        ({"aof_enabled": 0}, None, ("Redis persistence", "warn")),
+        ({"aof_last_write_status": "err"}, "everysec", ("Redis persistence", "fail")),
+        ({"aof_last_bgrewrite_status": "err"}, "everysec", ("Redis persistence", "warn")),
+        ({"rdb_last_bgsave_status": "err"}, "everysec", ("Redis persistence", "warn")),
+        ({}, "no", ("Redis persistence", "warn")),
+        ({"maxmemory_policy": "allkeys-lru"}, "everysec", ("Redis eviction", "fail")),
+    ],
+)
+def test_a_redis_server_is_judged_by_what_it_keeps(
+    values: Mapping[str, Any], fsync: str | None, bad: tuple[str, str] | None
+) -> None:
+    assert _bad(redis_server_facts({**REDIS, **values}, fsync)) == ([bad] if bad else [])
+
+
+def test_a_server_that_hangs_or_fails_hides_nothing_of_the_others() -> None:
+    """The reading ends in time, and a server that hangs is not asked again meanwhile."""
+    never, asked = threading.Event(), list[int]()
+
+    def hanging() -> None:
+        asked.append(1)
+        never.wait(60)
+
+    def broken() -> OutboxHealth:
+        raise OutboxError("no file")
+
+    reader = HealthReader(hanging, lambda: QueueHealth("history"), broken)
+    began = time.monotonic()
+    reader.read(0.1)
+    health = reader.read(0.1)
+    took = time.monotonic() - began
+    never.set()
+    assert (took < 10, asked) == (True, [1])
+    assert isinstance(health.database.error, TimeoutError)
+    assert health.queue.value == QueueHealth("history")
+    assert isinstance(health.outbox.error, OutboxError)
+
+
+def test_a_reading_that_hangs_is_not_started_again() -> None:
+    """Each caller meanwhile waits for the same one; when it has ended the next is a new one."""
+    release, started = threading.Event(), list[int]()
+
+    def read() -> int:
+        started.append(1)
+        release.wait(10)
+        return len(started)
+
+    probe = Probe("a server", read)
+    with pytest.raises(TimeoutError):
+        probe.start().result(0.05)
+    assert probe.start() is probe.start()
+    assert started == [1]
+    release.set()
+    assert probe.start().result(10) == 1
+    assert probe.start().result(10) == 2
+
+
+def test_a_part_that_cannot_be_scraped_is_logged_once_and_so_is_its_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A scrape every few seconds must not fill the log. A defect is logged with its traceback."""
+    failures: list[Exception | None] = [OutboxError("no\nsecret"), OutboxError("no"), None, ZeroDivisionError("defect")]
+
+    def read() -> QueueHealth:
+        if failure := failures.pop(0):
+            raise failure
+        return QueueHealth("history")
+
+    monkeypatch.setattr(exposition, "SCRAPE_SECONDS", 10)  # this machine may be slow
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u@127.0.0.1:1/x")
+    registry = worker_registry(lambda: None, read)
+    with caplog.at_level(logging.WARNING):
+        while failures:
+            generate_latest(registry)
+    records = [record for record in caplog.records if "redis" in record.getMessage()]
+    assert [record.getMessage() for record in records] == [
+        "cannot read redis: OutboxError: no",
+        "redis can be read again",
+        "cannot read redis: ZeroDivisionError: defect",
+    ]
+    assert [bool(record.exc_info) for record in records] == [False, False, True]
