@@ -1,4 +1,4 @@
-"""What became of a delivery, as a worker writes it for the producer and a relay reads it.
+"""The acknowledgement of a delivery, which a worker writes and a relay reads.
 
 An acknowledgement is a field of the hash `history:ack:<source>`, named by the job id. Its value is text: the time in
 seconds since the epoch by Redis' clock, the event's id (`-` where the event was unreadable), and the outcome, which is
@@ -16,7 +16,7 @@ from producers.redis_keys import delivery_of
 
 logger = logging.getLogger(__name__)
 
-# Long enough for a controller that is away over a long weekend; a lost acknowledgement only costs a re-send.
+# Long enough for a controller that does not run over a long weekend; a lost acknowledgement only costs a re-send.
 ACKNOWLEDGEMENT_TTL_SECONDS = 7 * 24 * 3600
 
 _END_OF_NUMBERS = 2**63  # neither SQLite nor PostgreSQL has a larger one
@@ -26,7 +26,7 @@ Kind = Literal["stored", "duplicate", "rejected"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One delivery's end. `row_id` is set unless it was rejected, `reason` only when it was."""
+    """How a delivery ended. `row_id` is set unless it was rejected, `reason` only when it was."""
 
     kind: Kind
     row_id: int | None = None
@@ -73,9 +73,9 @@ def acknowledgement_text(at: int, event_id: object | None, outcome: Outcome) -> 
 
 
 def read_acknowledgements(fields: Mapping[Any, Any], source: str) -> dict[Any, Acknowledgement | None]:
-    """What stands in Redis for this source, by its fields (text or bytes, as the client gives them).
+    """The acknowledgements of this source, by the hash's fields (text or bytes, as the client gives them).
 
-    Anybody may have written there: what is no acknowledgement is None, with a line in the log.
+    Any program may have written there: a field that is no acknowledgement gets None, and a line in the log.
     """
     found: dict[Any, Acknowledgement | None] = {}
     for field, value in fields.items():
@@ -91,5 +91,5 @@ def read_acknowledgements(fields: Mapping[Any, Any], source: str) -> dict[Any, A
 
 
 def shown(value: str | bytes) -> str:
-    """As text, whether the client decodes answers or not; what is no text gets signs that no acknowledgement has."""
+    """As text, whether the client decodes answers or not; bytes that are no text become replacement characters."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value

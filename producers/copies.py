@@ -1,8 +1,8 @@
 """Tells two copies of an outbox apart: a copied folder, a cloned machine, a restored backup.
 
 Each outbox has a random token, which stands in Redis as well, beside each of its current sources. A relay that takes
-its lock replaces both. Of two copies only one finds its own token there; the other one takes new sources for what it
-records from then on. What it has recorded keeps its source and number: its deliveries have a nonce of their own.
+its lock replaces both. Of two copies only one finds its own token there; the other one takes new sources for new
+events. Its earlier entries keep their source and number: a nonce tells their deliveries apart.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TRIES = 5
 
 
 class CopyGuard:
-    """Watches over the sources of one outbox, for its relay.
+    """Notices, for the relay of one outbox, that a copy of the outbox is in use.
 
     Raises:
         RedisError: from every method, when Redis cannot be reached; sources stay as they are.
@@ -41,11 +41,11 @@ class CopyGuard:
         self._check_at = 0.0
 
     def begin(self) -> None:
-        """The relay has just taken its lock: the next check exchanges the token."""
+        """Have the next check exchange the token, as when the relay has just taken its lock."""
         self._known = set()
 
     def check(self) -> None:
-        """Exchange the token when that is due; in between look whether another copy has done so."""
+        """Exchange the token once after `begin`; later, now and then, compare it with the one in Redis."""
         sources = [source.full_name for source in self._outbox.sources() if source.current]
         if not self._known.issuperset(sources):
             if not self._exchange(sources):
@@ -58,21 +58,22 @@ class CopyGuard:
         self._check_at = time.monotonic() + _CHECK_SECONDS
 
     def _exchange(self, sources: list[str]) -> bool:
-        """Put a new token there, or leave the sources when another copy has done so; False when it could not be told.
+        """Put a new token into Redis, or replace the sources if another copy has put one there.
 
-        A relay that was stopped may go on while another one has taken over and exchanges the token of the same outbox.
+        False when others changed the token again and again. A relay that was stopped may go on while another one has
+        taken over and exchanges the token of the same outbox.
         """
         keys = [token_key(source) for source in sources]
         for _ in range(_TRIES):
             with self._redis.pipeline(transaction=True) as pipe:
                 pipe.watch(*keys)  # type: ignore[no-untyped-call]  # redis-py annotates it by half
                 found = {shown(token) for token in pipe.mget(keys) if token is not None}
-                identity = self._outbox.identity.read()
-                is_own = found <= {identity.token, identity.next_token}
+                header = self._outbox.header.read()
+                is_own = found <= {header.token, header.next_token}
                 token = secrets.token_hex(8)
-                # Redis may answer and this process die before it hears: the outbox keeps both until then.
-                before = found.pop() if found and is_own else identity.token
-                if is_own and not self._outbox.identity.begin_exchange(identity, before, token):
+                # If this process dies before it gets Redis' answer, Redis has either: the outbox keeps both until then.
+                before = found.pop() if found and is_own else header.token
+                if is_own and not self._outbox.header.begin_exchange(header, before, token):
                     continue
                 pipe.multi()
                 if is_own:
@@ -84,15 +85,15 @@ class CopyGuard:
                 except WatchError:  # another copy, or another relay, in this moment: the next try finds its token
                     continue
                 if is_own:
-                    self._outbox.identity.end_exchange(token)
+                    self._outbox.header.end_exchange(token)
                 else:
-                    self._leave("copied")
+                    self._replace_sources()
                 return True
         return False
 
     def _compare(self, sources: list[str]) -> None:
         keys = [token_key(source) for source in sources]
-        token = self._outbox.identity.read().token
+        token = self._outbox.header.read().token
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.mget(keys)
             for key in keys:
@@ -102,14 +103,14 @@ class CopyGuard:
         if any(one is not None and shown(one) != token for one in found):
             self._exchange(sources)
 
-    def _leave(self, because: str) -> None:
-        left = self._outbox.identity.leave_sources(because)
-        if left:
+    def _replace_sources(self) -> None:
+        replaced = self._outbox.header.replace_sources()
+        if replaced:
             logger.warning(
-                "outbox %s was copied or restored, and another copy has used it: what is recorded from now on has a new"
-                " source instead of %s. No event is lost by that; `trading-history audit` tells more",
+                "outbox %s was copied or restored, and another copy has used it: new events get a new source instead of"
+                " %s. No event is lost by that; run `trading-history audit` on the host of each copy",
                 self._outbox.path,
-                ", ".join(left),
+                ", ".join(replaced),
             )
 
 

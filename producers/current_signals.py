@@ -39,36 +39,36 @@ def read_signals(given: Any, *, signals_url: str | None, signals_path: Path) -> 
 
 
 def _fetch(url: str) -> bytes:
-    """What `url` answers; holds the caller for URL_TIMEOUT_SECONDS at the most, whatever the server does."""
+    """The answer of `url`, within URL_TIMEOUT_SECONDS whatever the server does."""
     download = _Download(url)
     try:
         return download.content.result(URL_TIMEOUT_SECONDS)
     except TimeoutError:
         raise _too_slow() from None
     finally:
-        download.give_up()
+        download.abort()
 
 
 class _Download:
-    """One GET, in a thread of its own: `content` gets what was answered, or SignalsUnreadable.
+    """One GET, in a thread of its own: `content` gets the answer, or SignalsUnreadable.
 
-    The library's limit is for each attempt to connect and each read, of which a server can cause any number; for the
-    look-up of a name it has none. Nothing waits for the thread, the interpreter's exit neither.
+    The library limits each attempt to connect and each read, of which a server can cause any number, and not the
+    look-up of a name. Nothing waits for the thread, not even the interpreter's exit.
     """
 
     def __init__(self, url: str) -> None:
         self.content: Future[bytes] = Future()
         self._url = url
         self._socket: socket.socket | None = None
-        self._given_up = False
+        self._aborted = False
         try:
             threading.Thread(target=self._run, name="signals-url", daemon=True).start()
         except RuntimeError:  # at the interpreter's end
             raise SignalsUnreadable("signals_url cannot be read: no thread can start") from None
 
-    def give_up(self) -> None:
-        """End the thread: at once where it reads or writes, else when its look-up or attempt to connect has ended."""
-        self._given_up = True
+    def abort(self) -> None:
+        """End the thread: at once if it reads or writes, else when its look-up or attempt to connect has ended."""
+        self._aborted = True
         self._hang_up()
 
     def _run(self) -> None:
@@ -102,17 +102,17 @@ class _Download:
             raise SignalsUnreadable(f"signals_url cannot be read: {type(error).__name__}") from None
 
     def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
-        """Hears of each step of the library, the connections that it makes among them: redirects lead to more."""
+        """Called by the library at each step: notes the socket of each connection; redirects lead to several."""
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             self._socket = info["return_value"].get_extra_info("socket")
-            if self._given_up:
+            if self._aborted:
                 self._hang_up()
 
     def _hang_up(self) -> None:
-        """Not by closing it: the thread would go on waiting for the number of a file that may soon be another."""
+        """Shut the socket down without closing it: its file number might be given to another file at once."""
         with contextlib.suppress(OSError):  # closed already
             if self._socket is not None:
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # under TLS too, without a word to the server
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # under TLS too, without its closing message
 
 
 def _too_slow() -> SignalsUnreadable:

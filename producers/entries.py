@@ -13,7 +13,7 @@ State = Literal["pending", "sent", "stored", "rejected"]
 
 @dataclass(frozen=True)
 class Accepted:
-    """The identifiers that `append` assigned to one event."""
+    """The identifiers that `append` has given to one event."""
 
     event_id: UUID
     source: str
@@ -24,7 +24,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class EntryHead:
-    """One event on its way, without its text. `source` is as the event has it, and its acknowledgement."""
+    """One entry without its event. `source` is the event's, which also names its acknowledgements."""
 
     position: int
     source_id: str
@@ -40,7 +40,7 @@ class EntryHead:
 
 @dataclass(frozen=True)
 class Entry(EntryHead):
-    """One event on its way, with the exact bytes of every delivery of it."""
+    """One entry with its event, as the exact text of every delivery."""
 
     type: str
     summary: str
@@ -49,7 +49,7 @@ class Entry(EntryHead):
 
 @dataclass(frozen=True)
 class OutboxStatus:
-    """Entries by state, and for how many seconds the oldest that is not settled has been there."""
+    """Entries by state, and the age of the oldest one that is neither stored nor rejected."""
 
     pending: int
     sent: int
@@ -59,11 +59,12 @@ class OutboxStatus:
 
     @property
     def depth(self) -> int:
+        """Entries that are neither stored nor rejected."""
         return self.pending + self.sent
 
 
-class Source(NamedTuple):
-    """One source of this outbox. One that is not current gets no more numbers; `left_because` says why."""
+class OutboxSource(NamedTuple):
+    """One source of an outbox. One that is not current gets no more numbers, since it was `copied` or `damaged`."""
 
     id: str
     name: str
@@ -73,10 +74,10 @@ class Source(NamedTuple):
 
     @property
     def full_name(self) -> str:
-        return source_of(self.name, self.id)
+        return full_source(self.name, self.id)
 
 
-class Fate(NamedTuple):
+class EntryStatus(NamedTuple):
     """The state of one entry. `row_id` is set once it is stored, `reason` when it was rejected."""
 
     state: State
@@ -84,7 +85,7 @@ class Fate(NamedTuple):
     reason: str | None
 
 
-class Numbered(NamedTuple):
+class AuditEntry(NamedTuple):
     """One entry, as an audit compares it with the database."""
 
     sequence: int
@@ -93,12 +94,13 @@ class Numbered(NamedTuple):
     state: State
 
 
-class Settled(NamedTuple):
+class SettledKeys(NamedTuple):
     """Keys of acknowledgements: `changed` have settled an entry now, `known` are of one that was settled before."""
 
     changed: list[Any]
     known: list[Any]
 
 
-def source_of(name: str, source_id: str) -> str:
+def full_source(name: str, source_id: str) -> str:
+    """The source as events and acknowledgements name it."""
     return f"{name}/{source_id}"

@@ -6,7 +6,7 @@ HistoryError
 │   └── SignalsUnreadable  the signals' file or URL does not hold JSON signals
 ├── FileNotWritten         a file of the old format, or its folder, could not be written
 ├── OutboxError            the outbox file cannot be read or written; a call that raises it recorded nothing
-│   ├── OutboxDamaged      its content cannot be read: a producer or relay sets the file aside and goes on in a new one
+│   ├── OutboxDamaged      its content cannot be read: a producer or relay moves the file away and makes a new one
 │   └── OutboxOutdated     an earlier release has made it; it was opened only to look, and a producer upgrades it
 ├── RelayRefused           the outbox belongs to another Redis or queue
 ├── ProducerClosed         the producer was closed; nothing was recorded
@@ -57,7 +57,7 @@ class OutboxError(HistoryError):
 
 
 class OutboxDamaged(OutboxError):
-    """The outbox file is damaged, or holds no outbox; a producer sets a damaged one aside and goes on in a new one."""
+    """The outbox file is damaged, or holds no outbox; a producer moves a damaged one away and makes a new one."""
 
 
 class OutboxOutdated(OutboxError):

@@ -1,4 +1,4 @@
-"""A worker's part without PostgreSQL, for tests: it reads jobs with the worker's models and answers in its words."""
+"""A worker without PostgreSQL, for tests: it reads jobs with the worker's models and acknowledges as a worker does."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Refusal = str | Callable[[Event], str | None]
 
 
 class Answer(NamedTuple):
-    """What the worker told the producer of one delivery."""
+    """The acknowledgement of one delivery."""
 
     job_id: str
     event: Event
@@ -59,7 +59,7 @@ class FakeWorker:
                 job = Job.fetch(as_text(job_id), connection=self._redis, serializer=JSONSerializer)
                 event = _event_of(job)
                 answer = Answer(job.id, event, self._outcome(event, reject))
-                self._tell(job, answer)
+                self._acknowledge(job, answer)
                 answers.append(answer)
         return answers
 
@@ -77,8 +77,8 @@ class FakeWorker:
             return Outcome("rejected", reason=f"event {event.id} is stored already as {place}, with other content")
         return Outcome("duplicate", row_id=row.row_id)
 
-    def _tell(self, job: Job, answer: Answer) -> None:
-        """Only now the job leaves the queue: one that could not be answered is there for the next try."""
+    def _acknowledge(self, job: Job, answer: Answer) -> None:
+        """Acknowledge and remove the job in one step: one that cannot be acknowledged stays for the next try."""
         key = acknowledgement_key(answer.event.source)
         now, _ = self._redis.time()
         with self._redis.pipeline(transaction=True) as pipe:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing.util import Finalize, register_after_fork
 from pathlib import Path
 from typing import Self
@@ -19,19 +20,18 @@ from pydantic import TypeAdapter, ValidationError
 from redis import Redis
 
 from producers.entries import Accepted, OutboxStatus, State
-from producers.errors import EventRejected, InvalidEvent, ProducerClosed, SettingsError
+from producers.errors import InvalidEvent, ProducerClosed, SettingsError
 from producers.events import KINDS, Payload, SourceName
 from producers.fields import type_name
-from producers.outbox import Outbox, Position
-from producers.redis_url import place_of
-from producers.relay import STOP_SECONDS, Relay
+from producers.redirection import Redirection, active_redirection, refuse_leftover_thread
+from producers.relay import STOP_SECONDS
 from producers.settings import TransportSettings
 from producers.times import localized
+from producers.transport import Transport
 
 EXIT_SECONDS = 2.0
-_LEAVE_SHARE = 0.05  # of the time of an exit is for relays to end; one that waits for Redis is left behind
-_POLL_SECONDS = 0.02
-_ASK_SECONDS = 1.0  # how often `settle` asks Redis about what is under way
+_STOP_SHARE = 0.05  # of the time of an exit: for relays to end; one that waits for Redis is left behind
+_REDIRECTED_STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Receipt:
     source: str
     sequence: int
     _accepted: Accepted = field(repr=False, compare=False)
-    _producer: HistoryProducer = field(repr=False, compare=False)
+    _transport: Transport = field(repr=False, compare=False)
 
     @property
     def state(self) -> State:
@@ -51,17 +51,17 @@ class Receipt:
         Raises:
             OutboxError: the outbox cannot be read, or its entry was settled so long ago that it is no longer kept.
         """
-        return self._producer._outbox.fate(self._accepted).state
+        return self._transport.outbox.status_of(self._accepted).state
 
     def wait(self, timeout: float | None = None) -> int:
         """Return the id of the event's row once it is stored; `timeout` in seconds, None waits for ever.
 
         Raises:
-            EventRejected: a consumer refused it for good.
-            TimeoutError: nothing is known yet; the event is still on its way and safe.
+            EventRejected: a consumer rejected it; it is not stored.
+            TimeoutError: no outcome is known yet; the event is still on its way and safe.
             OutboxError: the outbox cannot be read, or its entry was settled so long ago that it is no longer kept.
         """
-        return self._producer._wait(self._accepted, timeout)
+        return self._transport.wait(self._accepted, timeout)
 
 
 class HistoryProducer:
@@ -87,21 +87,53 @@ class HistoryProducer:
         name: str = "trading-controller",
         queue: str | None = None,
     ) -> None:
-        settings = TransportSettings.from_environment()
-        self._redis = settings.redis() if redis is None else redis
+        refuse_leftover_thread()
+        redirection = active_redirection()
+        settings = TransportSettings.from_environment(dotenv=redirection is None)
         self._name = _checked_name(name)
-        self._queue = queue or settings.queue
         self._timezone = settings.timezone
-        self._closed = False
-        self._starting = threading.Lock()
-        self._outbox = Outbox(settings.outbox if outbox is None else outbox, repair=True)
-        self._outbox.set_destination(place_of(self._redis), self._queue)
-        self._recorder = _new_recorder()
-        self._inherited = self._recorded = False
         self._keep_seconds = settings.outbox_keep_seconds
-        self._relay = self._new_relay()
-        self._relay.start()
+        self._closed = False
+        self._inherited = self._recorded = False
+        self._producer_id = _new_producer_id()
+        self._redirecting = threading.Lock()
+        if redirection is None:
+            own = Transport(
+                settings.redis() if redis is None else redis,
+                queue or settings.queue,
+                settings.outbox if outbox is None else outbox,
+                keep_seconds=self._keep_seconds,
+            )
+            self._transports: dict[Redirection | None, Transport] = {None: own}
+        else:
+            self._transports = {redirection: self._redirected(redirection)}
+            redirection.at_end(partial(self._stop, _REDIRECTED_STOP_SECONDS))
         _live.add(self)
+
+    @property
+    def _transport(self) -> Transport:
+        """This producer's own, or while tests redirect it, another one."""
+        redirection = active_redirection()
+        found = self._transports.get(redirection)
+        if found is not None:
+            return found
+        if redirection is None:  # made in a redirection that has ended
+            raise ProducerClosed("this HistoryProducer was closed")
+        with self._redirecting:
+            if redirection not in self._transports:
+                self._transports[redirection] = self._redirected(redirection)
+                redirection.at_end(lambda: self._transports.pop(redirection).stop(_REDIRECTED_STOP_SECONDS))
+            return self._transports[redirection]
+
+    def _redirected(self, to: Redirection) -> Transport:
+        return Transport(
+            to.redis,
+            to.queue,
+            to.outbox,
+            keep_seconds=self._keep_seconds,
+            last_backoff_seconds=to.last_backoff_seconds,
+            relayed_by=to.pid,
+        )
 
     def record(self, event: Payload) -> Receipt:
         """Accept one event: when this returns it is on disk.
@@ -115,6 +147,7 @@ class HistoryProducer:
 
     def record_many(self, events: Iterable[Payload]) -> list[Receipt]:
         """Accept all of `events` in one commit, or none of them; raises what `record` raises."""
+        refuse_leftover_thread()
         if self._closed:
             raise ProducerClosed("this HistoryProducer was closed")
         payloads = list(events)
@@ -122,10 +155,11 @@ class HistoryProducer:
             if not KINDS.has(payload):
                 names = " or ".join(kind.payload.__name__ for kind in KINDS.values())
                 raise InvalidEvent(f"event: must be a {names}, not {type_name(payload)}")
-        accepted = self._outbox.append(self._name, payloads, self._recorder)
+        transport = self._transport
+        accepted = transport.outbox.append(self._name, payloads, self._producer_id)
         self._recorded = True
-        self._run_relay()
-        return [Receipt(one.event_id, one.source, one.sequence, one, self) for one in accepted]
+        transport.wake_relay()
+        return [Receipt(one.event_id, one.source, one.sequence, one, transport) for one in accepted]
 
     @property
     def closed(self) -> bool:
@@ -136,60 +170,23 @@ class HistoryProducer:
 
         Returns how many of these events it has not. They are safe in the outbox.
         """
-        left = self._counter(self._outbox.pending_count)
-        self._wait_for(lambda: not left(), _deadline(timeout))
-        return left()
+        return self._transport.flush(_deadline(timeout))
 
     def settle(self, timeout: float | None = None, *, progress: Callable[[int], None] | None = None) -> int:
         """Wait until everything recorded before this call is stored or rejected; returns how many events are not.
 
-        What is under way is asked for at once, not when it is due. A damaged file that was set aside, and that no relay
-        has salvaged yet, counts as one event. `progress` hears, now and then, how many are left.
+        Redis is asked at once about events that were sent, not when their next check is due. A damaged file that no
+        relay has salvaged yet counts as one event. `progress` is called now and then with how many are left.
         """
-        ask_at = 0.0
-        count = self._counter(lambda until: self._outbox.unsettled_count(until=until))
-
-        def is_settled() -> bool:
-            nonlocal ask_at
-            left = count()
-            if progress is not None:
-                progress(left)
-            if left and time.monotonic() >= ask_at:
-                self._outbox.check_now(self._outbox.last_position())
-                ask_at = time.monotonic() + _ASK_SECONDS
-            return not left
-
-        self._wait_for(is_settled, _deadline(timeout))
-        return count()
-
-    def _counter(self, count: Callable[[Position], int]) -> Callable[[], int]:
-        """What `count` says of the entries that are there now, those in damaged files that were set aside included."""
-        until, salvaging = self._outbox.last_position(), False
-
-        def counted() -> int:
-            nonlocal until, salvaging
-            if self._outbox.rescue.damaged_files():
-                salvaging = True
-            elif salvaging:  # their entries have positions behind all others now
-                salvaging, until = False, self._outbox.last_position()
-            return count(until)
-
-        return counted
-
-    def _wait_for(self, condition: Callable[[], bool], deadline: float | None) -> None:
-        while not condition():
-            self._run_relay()
-            if not self._relay.running or (deadline is not None and time.monotonic() >= deadline):
-                break
-            with self._relay.settled:
-                self._relay.settled.wait(_POLL_SECONDS)
+        return self._transport.settle(_deadline(timeout), progress)
 
     def damaged_files(self) -> list[Path]:
-        """Damaged files of the outbox that were set aside, and not salvaged yet."""
-        return self._outbox.rescue.damaged_files()
+        """Quarantined files: damaged, moved away from the outbox's path, and not salvaged yet."""
+        return self._transport.outbox.quarantine.damaged_files()
 
     def status(self) -> OutboxStatus:
-        return self._outbox.status()
+        """Count the outbox's entries by state."""
+        return self._transport.outbox.status()
 
     def localized(self, moment: datetime, field: str) -> datetime:
         """`moment`, or if it is naive, `moment` in the zone that HISTORY_TIMEZONE or this machine names.
@@ -199,55 +196,58 @@ class HistoryProducer:
         """
         return localized(moment, self._timezone, field)
 
-    def resend(self, since: datetime) -> int:
-        """Send again what was recorded since then and is settled; returns how many events.
-
-        For a database that was restored from a backup. What it still has is absorbed, and what workers said before
-        is forgotten: it is true of the old database only.
-
-        Raises:
-            RedisError: Redis cannot be reached, so that nothing can be sent again now.
-        """
-        self._relay.forget_acknowledgements()
-        again = self._outbox.resend(since.timestamp())
-        self._run_relay()
-        return again
-
     def now(self) -> datetime:
         """This moment in the same zone, so that its date is the local one."""
         return datetime.now(UTC).astimezone(self._timezone)
 
-    def close(self, timeout: float | None = None) -> None:
-        """Hand over what is pending, wait until this producer's own events are stored or rejected, and stop.
+    def resend(self, since: datetime) -> int:
+        """Send again the events that were recorded since then and are settled; returns how many.
 
-        Takes at most `timeout` seconds (None: 2), and no time when a relay process looks after the outbox. What is
-        left stays in the outbox, for the next producer or relay that opens it.
+        For a database that was restored from a backup. Rows that it still has become duplicates. Acknowledgements that
+        wait in Redis are removed: they are about rows of the old database.
+
+        Raises:
+            RedisError: Redis cannot be reached, so that nothing can be sent again now.
+        """
+        transport = self._transport
+        transport.relay.forget_acknowledgements()
+        again = transport.outbox.resend(since.timestamp())
+        transport.wake_relay()
+        return again
+
+    def close(self, timeout: float | None = None) -> None:
+        """Send what is pending, wait until this producer's own events are stored or rejected, and stop.
+
+        Takes at most `timeout` seconds (None: 2), and no time while a relay process has a heartbeat. Entries that are
+        not settled by then stay in the outbox, for the next producer or relay that opens it.
         """
         if self._closed:
             return
         self._closed = True
         try:
-            self._finish(_deadline(EXIT_SECONDS if timeout is None else timeout))
+            self._finish(time.monotonic() + (self._exit_seconds() if timeout is None else timeout))
         finally:
-            self._stop()
+            self._stop(STOP_SECONDS)
 
-    def _finish(self, deadline: float | None) -> None:
+    def _exit_seconds(self) -> float:
+        redirection = active_redirection()
+        return EXIT_SECONDS if redirection is None else redirection.exit_seconds
+
+    def _finish(self, deadline: float) -> None:
         if self._inherited and not self._recorded:  # a child that has recorded nothing: its parent goes on
             return
-        with self._outbox.repaired():
-            if self._outbox.identity.relay_is_alive():
+        transport = self._transport
+        with transport.outbox.repaired():
+            if transport.outbox.header.relay_is_alive():
                 return
-        self._wait_for(self._has_nothing_under_way, deadline)
+        transport.settle_own(self._producer_id, deadline)
 
-    def _stop(self, deadline: float | None = None) -> None:
-        """End the relay; one that waits for Redis longer than the deadline, or half a second, is left behind."""
+    def _stop(self, seconds: float) -> None:
+        """End the relay; one that waits for Redis longer than this is left behind."""
         self._closed = True
-        self._relay.stop(STOP_SECONDS if deadline is None else max(0.0, deadline - time.monotonic()))
-        self._outbox.close()
         _live.discard(self)
-
-    def _has_nothing_under_way(self) -> bool:
-        return not self._outbox.pending_count() and not self._outbox.unsettled_count(recorder=self._recorder)
+        for transport in list(self._transports.values()):
+            transport.stop(seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -255,36 +255,12 @@ class HistoryProducer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _new_relay(self) -> Relay:
-        return Relay(self._outbox, self._redis, self._queue, keep_seconds=self._keep_seconds)
-
-    def _run_relay(self) -> None:
-        if not self._relay.running:
-            with self._starting:
-                if not self._relay.running:
-                    self._relay.start()
-        self._relay.wake()
-
-    def _wait(self, accepted: Accepted, timeout: float | None) -> int:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            fate = self._outbox.fate(accepted)
-            if fate.state in ("stored", "rejected"):
-                break
-            left = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - time.monotonic())
-            if left <= 0:
-                raise TimeoutError(f"event {accepted.event_id} is on its way; not acknowledged in {timeout} s")
-            with self._relay.settled:
-                self._relay.settled.wait(left)
-        if fate.row_id is None:
-            raise EventRejected(str(accepted.event_id), fate.reason or "no reason given")
-        return fate.row_id
-
     def _after_fork(self) -> None:
-        self._starting = threading.Lock()
-        self._recorder = _new_recorder()
+        self._redirecting = threading.Lock()
+        self._producer_id = _new_producer_id()
         self._inherited, self._recorded = True, False
-        self._relay = self._new_relay()
+        for transport in self._transports.values():
+            transport.after_fork()
 
 
 def _checked_name(name: str) -> str:
@@ -294,7 +270,7 @@ def _checked_name(name: str) -> str:
         raise SettingsError("name: must be 1 to 100 of the characters A-Z a-z 0-9 . _ ~ -") from None
 
 
-def _new_recorder() -> int:
+def _new_producer_id() -> int:
     """A number that no other producer has, in this process or another one."""
     return secrets.randbits(62)
 
@@ -303,7 +279,7 @@ def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
 
 
-# Strong references: a producer that nobody holds any more still has its entries to hand over at exit.
+# Strong references: a producer that nothing refers to any more still has entries to send at exit.
 _live: set[HistoryProducer] = set()
 
 
@@ -312,11 +288,11 @@ def _close_all() -> None:
     producers = list(_live)
     with ExitStack() as last, ExitStack() as first:  # each of them, also when one fails
         for producer in producers:
-            last.callback(producer._stop, deadline)
-        for producer in producers:  # before the first of them is waited for, all know that they end
-            last.callback(producer._relay.stop, 0.0)
+            last.callback(lambda one: one._stop(max(0.0, deadline - time.monotonic())), producer)
+        for producer in producers:  # all are asked to end before the first is waited for
+            last.callback(producer._transport.relay.stop, 0.0)
         for producer in producers:
-            first.callback(producer._finish, deadline - _LEAVE_SHARE * EXIT_SECONDS)
+            first.callback(producer._finish, deadline - _STOP_SHARE * EXIT_SECONDS)
 
 
 def _reopen_all() -> None:
@@ -326,7 +302,7 @@ def _reopen_all() -> None:
 
 def _close_all_at_exit(_: object = None) -> None:
     # Not by atexit: a child of multiprocessing ends without it. And children that are terminated when this process
-    # ends are gone by then, which the priority is for: what they leave is handed over here.
+    # ends are gone by then, which the priority is for: entries that they leave are sent here.
     Finalize(None, _close_all, exitpriority=-100)
 
 

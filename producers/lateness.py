@@ -15,15 +15,15 @@ from producers.rq_queue import unanswered
 
 _PAGE = 1000
 _MOST_PAGES = 20  # as many entries as a relay has under way at most
-_SOON_SECONDS = 30.0  # younger entries are not looked up in Redis
-_ANSWER_SECONDS = 1.0  # of Redis, in all: readers of the outbox do not wait for it
+_SOON_SECONDS = 30.0  # Redis is not asked about younger entries
+_ANSWER_SECONDS = 1.0  # of Redis, in all
 
 
 def oldest_unacknowledged_seconds(outbox: Outbox, redis: Redis | None) -> float | None:
     """The age in seconds of the oldest entry that is neither settled nor acknowledged; None when there is none.
 
-    A controller that has ended does not take its acknowledgements: its events are stored all the same. Without Redis,
-    and when it has not answered within a second, the oldest entry that is not settled counts.
+    Redis is asked, since a controller that has ended does not read its acknowledgements. Without Redis, or when it does
+    not answer within a second, the oldest entry that is neither stored nor rejected counts.
 
     Raises:
         OutboxError: the outbox cannot be read.
@@ -41,7 +41,7 @@ def oldest_unacknowledged_seconds(outbox: Outbox, redis: Redis | None) -> float 
 def _oldest_unanswered_seconds(outbox: Outbox, redis: Redis, deadline: float) -> float | None:
     after = 0
     for _ in range(_MOST_PAGES):
-        page = outbox.sent(after, _PAGE)
+        page = outbox.deliveries.sent(after, _PAGE)
         ages = {head.position: age for head, age in page}
         waiting = _unanswered(redis, [head for head, _ in page], deadline)
         if waiting:
@@ -49,18 +49,18 @@ def _oldest_unanswered_seconds(outbox: Outbox, redis: Redis, deadline: float) ->
         if len(page) < _PAGE:
             return None
         after = page[-1][0].position
-    rest = outbox.sent(after, 1)
+    rest = outbox.deliveries.sent(after, 1)
     return rest[0][1] if rest else None
 
 
 def _unanswered(redis: Redis, heads: Sequence[EntryHead], deadline: float) -> list[EntryHead]:
-    """As rq_jobs.unanswered. Raises TimeoutError at the deadline, which the client's own limits are too long for."""
+    """As rq_queue.unanswered. Raises TimeoutError at the deadline, which the client's own limits are too long for."""
     answer: Future[list[EntryHead]] = Future()
 
     def ask() -> None:
         try:
             answer.set_result(unanswered(redis, heads))
-        except Exception as error:  # the caller gets it, if it still waits
+        except Exception as error:  # raised in the caller, if it still waits
             answer.set_exception(error)
 
     threading.Thread(target=ask, name="history-lateness", daemon=True).start()

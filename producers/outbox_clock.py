@@ -1,7 +1,7 @@
-"""The outbox's own clock, which goes on evenly whatever is done to the clock on the wall.
+"""The outbox's own clock, which runs evenly even if the wall clock is set.
 
-It counts the seconds that the machine has run, from a value that was the wall clock's when the outbox was made. Between
-two starts of the machine nothing counts but the wall clock, so it is believed there, up to a day and only forward.
+It adds the seconds that the machine has run to the time at which the outbox was made. Over a restart of the machine
+only the wall clock is left to measure by: it is trusted for at most a day, and only forward.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def running_seconds() -> float:
 
 @dataclass(frozen=True)
 class ClockReading:
-    """What the clock showed at one moment of the run `boot` of a machine, and what the wall clock showed then."""
+    """The clock's time at one moment, with the machine's boot id, its running seconds and the wall clock."""
 
     shown: float
     boot: str
@@ -60,7 +60,7 @@ class ClockReading:
 
 
 class OutboxClock:
-    """The clock of one outbox, of which a reading is kept in its file.
+    """The clock of one outbox. A reading of it is kept in the file, for other processes to go on from.
 
     `generation` is another number when another file is at the path, which may have another clock.
     """
@@ -77,14 +77,14 @@ class OutboxClock:
         return self._reading.now().shown
 
     def is_of_this_boot(self, db: sqlite3.Connection) -> bool:
-        """Whether a reading was kept since the machine has started: all processes go on from there."""
+        """Whether a reading was kept since the machine has started."""
         return _kept(db).boot == boot_id()
 
     def _read(self, db: sqlite3.Connection) -> None:
         self._reading, self._read_in = _kept(db).now(), self._generation()
 
     def keep(self, db: sqlite3.Connection) -> None:
-        """In a transaction that writes anyway, now and then: keep a reading, from which other processes go on."""
+        """Keep a reading if that is due; call it in transactions that write anyway."""
         if time.monotonic() - self._kept_at < _KEEP_SECONDS:
             return
         self._kept_at = time.monotonic()

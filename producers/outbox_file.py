@@ -1,62 +1,45 @@
 """One SQLite file for any number of threads and processes, bounded in size, with two degrees of durability.
 
 The file may be removed, replaced or damaged while it is open. A transaction never ends in a file that no path leads to:
-what such a file still holds is carried into the file at the path. A damaged file is given another name.
+its entries are carried over into the file at the path. A damaged file is quarantined: it gets another name.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
-import secrets
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from producers.errors import OutboxDamaged, OutboxError
-from producers.outbox_place import DAMAGED, TAKEN_OUT, OutboxPlace, alone_in, free_name, identity_of, os_errors
-from producers.sqlite_forks import close_before_fork, sqlite_errors
+from producers.file_operations import FileId, file_id, folder_lock, free_name, os_errors
+from producers.outbox_carry_over import CarryOver
+from producers.outbox_place import DAMAGED, OutboxPlace
+from producers.sqlite_connections import close_before_fork, is_damage, sqlite_errors, use_wal
 
 logger = logging.getLogger(__name__)
 
 _BUSY_TIMEOUT_SECONDS = 5.0
-_BUSY_PAUSE_SECONDS = 0.005
 _OPEN_TRIES = 5
-_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-_CUT_OFF = sqlite3.SQLITE_IOERR_SHORT_READ  # the log ends before a page that is in it
-_CHECK_STEPS = 10_000  # of SQLite's virtual machine, between two looks at the clock
 
 Prepare = Callable[[sqlite3.Connection], None]
-CarryOver = Callable[[sqlite3.Connection], int]
 
 
 class OutboxFile:
     """The file at `path`, made with its folders when it is first used. It holds at most `max_bytes`.
 
-    `prepare` makes the tables in a file that was just opened. When no path leads to the open file any more, `copy_out`
-    copies what is of use in it into the attached database `taken_out`, and `carry_over` from there into the file at the
-    path, in its transaction; it returns how many entries it has carried. With `repair`, a file that has a second name
-    (a hard link) is replaced by a copy before it is opened.
+    `prepare` makes the tables in a file that was just opened. With `repair`, a file that has a second name, which is a
+    hard link, is replaced by a copy before it is opened.
 
     Raises:
         OutboxDamaged: from every method, when the content of the file cannot be read.
         OutboxError: from every method, when the file cannot be read or written.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        max_bytes: int,
-        *,
-        prepare: Prepare,
-        copy_out: Prepare,
-        carry_over: CarryOver,
-        repair: bool = False,
-    ) -> None:
+    def __init__(self, path: Path, max_bytes: int, *, prepare: Prepare, repair: bool = False) -> None:
         self.place = OutboxPlace(path)
         self.path = self.place.path
         self.lock = threading.RLock()  # `_alone` takes it
@@ -64,14 +47,11 @@ class OutboxFile:
         self.generation = 0  # how often another file was found at the path
         self._max_bytes = max_bytes
         self._prepare = prepare
-        self._copy_out = copy_out
-        self._carry_over = carry_over
         self._repair = repair
         self._connections: dict[str, sqlite3.Connection] = {}  # by synchronous mode
-        self._identity: tuple[int, int] | None = None  # of the file that they have open
-        self._beside: list[tuple[int, int] | None] = []  # of SQLite's files that belong to it
-        # What files that are gone still held and is not in the next one yet, each locked while this process lives.
-        self._taken_out: dict[Path, int] = {}
+        self._open_file: FileId | None = None  # the one that they have open
+        self._open_sqlite_files: list[FileId | None] = []  # SQLite's files that belong to it
+        self._carry_over = CarryOver(self.place)
         close_before_fork(self)
 
     @contextmanager
@@ -114,15 +94,15 @@ class OutboxFile:
                     db.execute("ROLLBACK")
                 raise
             if not self._is_at_path() and not self._go_on_at_path() and durable:
-                # Another process has set the damaged file aside meanwhile, and may have salvaged it without this.
+                # Another process has quarantined the file meanwhile, and may have salvaged it without this commit.
                 self._close_all()  # the file at the path is another one: it was not found damaged
                 raise OutboxDamaged(
-                    f"outbox {self.path}: was set aside before a commit, which cannot be read there and has to be"
-                    " repeated"
+                    f"outbox {self.path}: was moved away as damaged before a commit, which cannot be read there and has"
+                    " to be repeated"
                 )
 
     def used_bytes(self, db: sqlite3.Connection) -> int:
-        """Without what deleted entries have left free; the file itself never shrinks."""
+        """Without the pages that deleted entries have left free; the file itself never shrinks."""
         pages, free, page_bytes = (
             db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
         )
@@ -131,50 +111,34 @@ class OutboxFile:
     def is_half_full(self, db: sqlite3.Connection) -> bool:
         return 2 * self.used_bytes(db) > self._max_bytes
 
-    def quick_check(self, seconds: float) -> str | None:
-        """The first fault that SQLite finds, None when it finds none, or `unfinished` after so many seconds."""
-        deadline = time.monotonic() + seconds
-        with self._alone(), self._translated():
-            db = self._connection(durable=False)
-            db.set_progress_handler(lambda: time.monotonic() > deadline, _CHECK_STEPS)
-            try:
-                (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
-                    raise
-                return "unfinished"
-            finally:
-                db.set_progress_handler(None, 0)
-        return None if found == "ok" else str(found)
+    def quarantine(self) -> Path | None:
+        """Move the damaged file to `<name>.damaged-<number>`, so that the next use makes a new one.
 
-    def set_aside(self) -> Path | None:
-        """Give the damaged file another name, `<name>.damaged-<number>`, so that the next use makes a new one.
-
-        Returns its new path, or None when another process has done so already.
+        Returns its new path, or None when another process has moved it already.
         """
         with self._alone(), self._translated():
-            identity = self._damaged_at_path()
+            damaged = self._damaged_at_path()
             real = self.place.real
-            with os_errors(self.path), alone_in(real.parent):
-                if identity is None or identity_of(self.path) != identity:
+            with os_errors(self.path), folder_lock(real.parent):
+                if damaged is None or file_id(self.path) != damaged:
                     return None
-                aside = free_name(real.with_name(f"{real.name}{DAMAGED}{identity[1]}"))
-                # The log of what was not yet written into the file goes first. If this process dies in between, the
-                # file at the path is still found damaged, and the next one to set it aside brings both together; or it
-                # is sound without its log, and a relay salvages the log alone.
+                moved_to = free_name(real.with_name(f"{real.name}{DAMAGED}{damaged[1]}"))
+                # The log of changes that are not yet in the file goes first. If this process dies in between, and the
+                # file at the path is found damaged without its log, the next quarantine brings both together; if it is
+                # then found intact, a relay salvages the log alone.
                 for end in ("-wal", ""):
-                    if self.place.beside(end).exists():
-                        self.place.beside(end).rename(aside.with_name(aside.name + end))
-                self.place.beside("-shm").unlink(missing_ok=True)
+                    if self.place.sibling(end).exists():
+                        self.place.sibling(end).rename(moved_to.with_name(moved_to.name + end))
+                self.place.sibling("-shm").unlink(missing_ok=True)
                 self.generation += 1
-                if os.geteuid() == 0:  # at once: the next one to use it might not know whose it was
-                    self.place.make_new(aside)
-                return aside
+                if os.geteuid() == 0:  # at once, while it is known whose file it was
+                    self.place.make_new(moved_to)
+                return moved_to
 
-    def _damaged_at_path(self) -> tuple[int, int] | None:
-        """Which file at the path is damaged, after this one has met damage; None when another process was first."""
-        found = identity_of(self.path)
-        if self._connections and found == self._identity:
+    def _damaged_at_path(self) -> FileId | None:
+        """The damaged file at the path; None when another process has replaced it since damage was met."""
+        found = file_id(self.path)
+        if self._connections and found == self._open_file:
             self.close_connections()
             return found
         # Either the file that was opened just now, or the open one, which is not at the path any more.
@@ -185,7 +149,7 @@ class OutboxFile:
         except sqlite3.Error as error:
             if not is_damage(error):
                 raise
-            return found  # what the open one holds is carried over as soon as there is a new file
+            return found  # the open file's entries are carried over as soon as there is a new one
         self.close_connections()
         self.generation += 1
         return None
@@ -196,7 +160,7 @@ class OutboxFile:
             self.close_connections()
 
     def close_connections(self) -> None:
-        """For who holds `lock`."""
+        """Carry over the entries of a removed file and close; the caller holds `lock`."""
         if self._connections:
             try:
                 if not self._is_at_path():
@@ -206,57 +170,52 @@ class OutboxFile:
         self._close_all()
 
     def __del__(self) -> None:
-        self._close_all()  # nobody has it any more, so nobody holds the lock either
+        self._close_all()  # without the lock, which nothing can hold any more
 
     def _close_all(self) -> None:
         while self._connections:
             self._connections.popitem()[1].close()
-        self._identity = None
+        self._open_file = None
 
     def _is_at_path(self) -> bool:
         """Whether the path leads to the file that is open, and its log is still beside it."""
-        if identity_of(self.path) != self._identity:
+        if file_id(self.path) != self._open_file:
             return False
-        log = self._beside[0] if self._beside else None
-        return log is None or log == identity_of(self._log)
+        log = self._open_sqlite_files[0] if self._open_sqlite_files else None
+        return log is None or log == file_id(self._log)
 
     def _connection(self, *, durable: bool) -> sqlite3.Connection:
         """FULL waits for the disk at each commit, NORMAL leaves that to the next one that does."""
-        if self._taken_out or (self._connections and not self._is_at_path()):
+        if self._carry_over.is_pending or (self._connections and not self._is_at_path()):
             self._go_on_at_path()
         mode = "FULL" if durable else "NORMAL"
         if mode not in self._connections:
-            connection, identity = self._opened(mode)
-            if self._identity not in (None, identity):  # replaced in this moment
+            connection, opened = self._opened(mode)
+            if self._open_file not in (None, opened):  # replaced in this moment
                 connection.close()
                 self._go_on_at_path()
                 return self._connection(durable=durable)
-            self._connections[mode], self._identity = connection, identity
-            self._note_beside()
+            self._connections[mode], self._open_file = connection, opened
+            self._note_open_files()
         return self._connections[mode]
 
     def _go_on_at_path(self) -> bool:
-        """Carry what the open file still holds into the file at the path, and have that one open instead.
+        """Open the file at the path instead of the open one, and carry the unsettled entries over into it.
 
-        False when damage made that impossible: the file at the path is open, without it.
+        False if they cannot be read because of damage; the file at the path is open all the same.
         """
         is_whole = True
         # First out of the old file, then into the new one: SQLite's own files beside them have the same names, and what
         # is read of one while the other is open may be mixed up. If the new one cannot be used, the next use tries.
         if self._connections and not self._is_at_path():
-            is_whole = self._take_out()
-            self._remove_own_files_beside()  # while they are open: nothing else can have their numbers
+            is_whole = self._carry_over.take_out(next(iter(self._connections.values())))
+            self._remove_own_sqlite_files()  # while they are open: no other file can have their inodes
             self._close_all()
         if "FULL" not in self._connections:
-            self._connections["FULL"], self._identity = self._opened("FULL")
-            self._note_beside()
+            self._connections["FULL"], self._open_file = self._opened("FULL")
+            self._note_open_files()
             self.generation += 1
-        carried = 0
-        for file in list(self._taken_out):
-            if file.exists():  # else a child of this process was first
-                carried += self._put_in(self._connections["FULL"], file)
-                file.unlink(missing_ok=True)
-            os.close(self._taken_out.pop(file))
+        carried = self._carry_over.put_in(self._connections["FULL"])
         logger.warning(
             "outbox %s was removed or replaced while it was in use: going on in the file that is there now,"
             " with %d entries carried over",
@@ -265,66 +224,29 @@ class OutboxFile:
         )
         return is_whole
 
-    def _take_out(self) -> bool:
-        """Copy what the open file still holds into a file of its own; False when damage keeps it from being read.
-
-        Should this process die before the content is in an outbox again, the next relay finds the file.
-        """
-        self.place.make_folder()
-        file = self.place.beside(f"{TAKEN_OUT}{secrets.token_hex(8)}")
-        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        connection = next(iter(self._connections.values()))
-        connection.execute("ATTACH ? AS taken_out", (str(file),))
-        try:
-            self._copy_out(connection)
-        except sqlite3.Error as error:
-            file.unlink(missing_ok=True)
-            os.close(lock)
-            if not is_damage(error):
-                raise
-            logger.error("outbox %s was removed, and what it still held cannot be read: %s", self.path, error)
-            return False
-        finally:
-            connection.execute("DETACH taken_out")
-        self._taken_out[file] = lock
-        return True
-
-    def _put_in(self, connection: sqlite3.Connection, taken_out: Path) -> int:
-        connection.execute("ATTACH ? AS taken_out", (str(taken_out),))
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            carried = self._carry_over(connection)
-            connection.execute("COMMIT")
-            return carried
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            connection.execute("DETACH taken_out")
-
-    def _opened(self, mode: str) -> tuple[sqlite3.Connection, tuple[int, int]]:
+    def _opened(self, mode: str) -> tuple[sqlite3.Connection, FileId]:
         """A new connection with its tables made, and which file it has open."""
         for _ in range(_OPEN_TRIES):
-            before = identity_of(self.path)
+            before = file_id(self.path)
             connection = self._connected(mode)
-            identity = identity_of(self.path)
-            if identity is not None and before in (None, identity):
-                return connection, identity
+            after = file_id(self.path)
+            if after is not None and before in (None, after):
+                return connection, after
             connection.close()
         raise OutboxError(f"outbox {self.path}: is replaced again and again while it is opened")
 
-    def _note_beside(self) -> None:
-        self._log = self.place.beside("-wal")
-        self._beside = [identity_of(file) for file in self.place.sqlite_files()]
-        self.place.note_pair(self._identity)
+    def _note_open_files(self) -> None:
+        self._log = self.place.sibling("-wal")
+        self._open_sqlite_files = [file_id(file) for file in self.place.sqlite_files()]
+        self.place.note_pair(self._open_file)
 
-    def _remove_own_files_beside(self) -> None:
+    def _remove_own_sqlite_files(self) -> None:
         """If the open file alone was removed: SQLite would take its log for one of the file that is at the path now.
 
         The connections that have these files open, here and in other processes, keep them.
         """
-        for file, own in zip(self.place.sqlite_files(), self._beside, strict=True):
-            if own is not None and identity_of(file) == own:
+        for file, own in zip(self.place.sqlite_files(), self._open_sqlite_files, strict=True):
+            if own is not None and file_id(file) == own:
                 file.unlink(missing_ok=True)
 
     def _connected(self, mode: str) -> sqlite3.Connection:
@@ -333,12 +255,12 @@ class OutboxFile:
         self.place.refuse_emptied()
         if self._repair:
             self.place.break_hard_links()
-        self.place.leave_foreign_log()
+        self.place.quarantine_foreign_log()
         connection = sqlite3.connect(
             self.path, timeout=_BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
-            _use_wal(connection)
+            use_wal(connection, _BUSY_TIMEOUT_SECONDS)
             connection.execute(f"PRAGMA synchronous = {mode}")
             (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
             # Marks get some room beyond what appends may fill: a full outbox must still be able to empty.
@@ -364,22 +286,3 @@ class OutboxFile:
                     f"outbox {self.path} is full: its disk, or its limit of {self._max_bytes // 2**20} MiB;"
                     " events leave it when Redis and a worker run"
                 ) from error
-
-
-def is_damage(error: sqlite3.Error) -> bool:
-    # What Python's module itself raises has no code, such as for text that is no UTF-8.
-    code = getattr(error, "sqlite_errorcode", None)
-    return "UTF-8" in str(error) if code is None else code & 0xFF in _DAMAGE or code == _CUT_OFF
-
-
-def _use_wal(connection: sqlite3.Connection) -> None:
-    """Of several that open a new file at once one changes its mode; SQLite lets the others fail, not wait."""
-    give_up_at = time.monotonic() + _BUSY_TIMEOUT_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > give_up_at:
-                raise
-            time.sleep(_BUSY_PAUSE_SECONDS)

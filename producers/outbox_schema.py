@@ -9,14 +9,15 @@ from pathlib import Path
 from producers.errors import OutboxError, OutboxOutdated
 from producers.outbox_clock import ClockReading
 
-VERSION = 3
+VERSION = 4
 
 # `outbox` has one row. `token` tells copies of the file apart, `next_token` is the one that is being exchanged for it;
-# `redis` and `queue` say where the entries go; `relay` and `relay_at` are the sign of life of a relay process; the four
+# `redis` and `queue` say where the entries go; `relay` and `relay_at` are the heartbeat of a relay process; the four
 # clock columns are a ClockReading. Times are seconds since the epoch by the outbox's own clock.
-# `sources` numbers what is recorded: of each name the current source. A source that is not current keeps its entries.
+# `sources` numbers the events: of each name the current source. A source that is not current keeps its entries.
 # `losses` are numbers whose entries could not be read from a damaged file.
-# `nonce` and `recorder` have defaults for a process of an earlier release that has the file open during an upgrade.
+# `recorder` is the id of the HistoryProducer object that has recorded the entry. It and `nonce` have defaults for a
+# process of an earlier release that has the file open during an upgrade, and goes on appending.
 _TABLES = """
 CREATE TABLE outbox (
     only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
@@ -37,7 +38,6 @@ CREATE TABLE sources (
     last_sequence INTEGER NOT NULL,
     resends INTEGER NOT NULL DEFAULT 0,
     current INTEGER NOT NULL DEFAULT 1,
-    left_at REAL,
     left_because TEXT
 );
 CREATE UNIQUE INDEX sources_current ON sources (name) WHERE current;
@@ -73,6 +73,10 @@ CREATE INDEX entries_awaiting ON entries (source_id) WHERE state = 'sent';
 CREATE INDEX entries_rejected ON entries (source_id) WHERE state = 'rejected';
 """
 
+# From version 3.
+_DROP_UNUSED = "ALTER TABLE sources DROP COLUMN left_at"
+
+# From versions 1 and 2.
 _BEFORE_UPGRADE = """
 ALTER TABLE entries RENAME TO entries_before;
 ALTER TABLE sources RENAME TO sources_before;
@@ -98,6 +102,7 @@ INSERT INTO outbox (only_row, token, clock_shown, clock_boot, clock_running, clo
 """
 _UPGRADE_MILLISECONDS = 120_000  # another process may be upgrading a large file, which takes 20 s for 400 MB
 _FIRST_RELEASE = 1  # its sources had no count of resends
+_WITH_LEFT_AT = 3  # its sources had a column that nothing read
 
 
 def ensure_tables(db: sqlite3.Connection, path: Path, *, upgrade: bool) -> None:
@@ -143,10 +148,13 @@ def _version_of(db: sqlite3.Connection, path: Path) -> int:
 
 
 def _make(db: sqlite3.Connection, version: int) -> None:
-    upgrade = _UPGRADE.format(resends="0" if version == _FIRST_RELEASE else "resends")
-    script = _BEFORE_UPGRADE + _TABLES + upgrade if version else _TABLES
-    for statement in script.split(";"):
-        db.execute(statement)
-    reading = ClockReading.first()
-    db.execute(_INSERT_OUTBOX, (secrets.token_hex(8), reading.shown, reading.boot, reading.running, reading.wall))
+    if version == _WITH_LEFT_AT:
+        db.execute(_DROP_UNUSED)
+    else:
+        upgrade = _UPGRADE.format(resends="0" if version == _FIRST_RELEASE else "resends")
+        script = _BEFORE_UPGRADE + _TABLES + upgrade if version else _TABLES
+        for statement in script.split(";"):
+            db.execute(statement)
+        reading = ClockReading.first()
+        db.execute(_INSERT_OUTBOX, (secrets.token_hex(8), reading.shown, reading.boot, reading.running, reading.wall))
     db.execute(f"PRAGMA user_version = {VERSION}")

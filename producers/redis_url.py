@@ -1,4 +1,4 @@
-"""A client for REDIS_URL: of one server, or of whichever server Sentinel calls the master.
+"""A client for REDIS_URL: of one server, or of the master that Sentinel names.
 
 redis-py has no URL for Sentinel. This is the form of redis-sentinel-url, limits and Prefect:
 
@@ -25,7 +25,7 @@ from producers.errors import SettingsError
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 ANSWER_TIMEOUT_SECONDS = 5.0
-_SENTINEL_TIMEOUT_SECONDS = 1.0  # each that is away is waited for before the next is asked
+_SENTINEL_TIMEOUT_SECONDS = 1.0  # each one that does not answer is waited for before the next is asked
 _SENTINEL_PORT = 26379
 
 _SENTINEL_SCHEME = re.compile(r"rediss?\+sentinel://")
@@ -55,10 +55,10 @@ class _SharedSentinel(Sentinel):
 
 
 def redis_client(url: str) -> Redis:
-    """A client that gives up in seconds rather than hang; retrying is its user's decision.
+    """A client whose calls fail after seconds rather than hang; retrying is the caller's decision.
 
     Raises:
-        SettingsError: the URL cannot be read, or has an option that nobody knows; the message does not repeat it.
+        SettingsError: the URL cannot be read, or has an unknown option; the message does not repeat it.
     """
     options: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,
@@ -79,7 +79,7 @@ def redis_client(url: str) -> Redis:
 
 
 def place_of(client: Redis) -> str:
-    """What a client of REDIS_URL points to, for people; neither user nor password."""
+    """The server that a client points to, for messages, without user and password."""
     pool = client.connection_pool
     options = pool.connection_kwargs
     how = ", by TLS" if issubclass(pool.connection_class, SSLConnection) else ""

@@ -1,4 +1,4 @@
-"""Who may relay an outbox: one thread of one process at a time."""
+"""The lock of an outbox's relay, which one thread of one process holds at a time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import sqlite3
 import threading
 from pathlib import Path
 
-from producers.outbox_file import is_damage
-from producers.outbox_place import alone_in, make_as_root, os_errors
-from producers.sqlite_forks import close_before_fork, sqlite_errors
+from producers.file_operations import FileId, file_id, folder_lock, make_as_root, os_errors
+from producers.sqlite_connections import close_before_fork, is_damage, sqlite_errors
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +17,7 @@ class RelayLock:
     """A lock across processes and threads that the kernel releases when its holder dies.
 
     It is an open exclusive transaction on a small SQLite file of its own: unlike bare POSIX locks it also excludes
-    other threads of the same process. A fork releases it, for whoever asks first.
+    other threads of the same process. A fork releases it, for the first relay that asks.
     """
 
     def __init__(self, path: Path, outbox: Path) -> None:
@@ -26,14 +25,14 @@ class RelayLock:
         self._outbox = outbox  # if root makes the lock's file, it gets the owner of this one
         self.lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
-        self._identity: tuple[int, int] | None = None
+        self._file_id: FileId | None = None
         close_before_fork(self)
 
     @property
     def held(self) -> bool:
         """Also false when the file was removed: another relay may have the lock of a new one."""
         with self.lock:
-            if self._connection is not None and _identity_of(self._path) != self._identity:
+            if self._connection is not None and file_id(self._path) != self._file_id:
                 self.close_connections()
             return self._connection is not None
 
@@ -42,7 +41,7 @@ class RelayLock:
         with self.lock, sqlite_errors(self._path):
             if self._connection is not None:
                 return True
-            found = _identity_of(self._path)
+            found = file_id(self._path)
             try:
                 connection = self._locked()
             except sqlite3.DatabaseError as error:
@@ -52,7 +51,7 @@ class RelayLock:
                 connection = self._locked()
             if connection is None:
                 return False
-            self._connection, self._identity = connection, _identity_of(self._path)
+            self._connection, self._file_id = connection, file_id(self._path)
             return True
 
     def _locked(self) -> sqlite3.Connection | None:
@@ -69,10 +68,10 @@ class RelayLock:
             raise
         return connection
 
-    def _replace(self, damaged: tuple[int, int] | None, error: sqlite3.Error) -> None:
+    def _replace(self, damaged: FileId | None, error: sqlite3.Error) -> None:
         """Remove the file if it is still the damaged one: its content is of no use, SQLite makes a new one."""
-        with os_errors(self._path), alone_in(self._path.parent):
-            if _identity_of(self._path) == damaged:
+        with os_errors(self._path), folder_lock(self._path.parent):
+            if file_id(self._path) == damaged:
                 self._path.unlink(missing_ok=True)
                 logger.error("the relay's lock file %s is damaged and was replaced: %s", self._path, error)
 
@@ -87,11 +86,3 @@ class RelayLock:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-
-
-def _identity_of(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino

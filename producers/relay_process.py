@@ -1,7 +1,7 @@
 """A process that only relays: for controllers that cron starts, or that must not share their interpreter with a relay.
 
-It announces itself in each outbox with a heartbeat, and producers leave relaying to it. An outbox that cannot be
-relayed now is logged once and tried again; it does not end the process, nor hold up the other outboxes.
+It has a heartbeat in each outbox, and producers leave relaying to it. An outbox that cannot be relayed now is logged
+once and tried again; it does not end the process, nor hold up the other outboxes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from producers.relay import Relay
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 1.0  # how often an outbox that cannot be relayed yet is tried
+_CHECK_SECONDS = 1.0  # how often an outbox that cannot be relayed yet is tried
 END_SECONDS = 8.0  # for all relays together: one that waits for Redis gets its answer, or none, within 5 s
 
 
 def run_relay(
     outboxes: Sequence[Path], redis: Redis, queue: str, *, keep_seconds: float, stopped: Callable[[float], bool]
 ) -> None:
-    """Relay these outboxes to the RQ queue until told to stop; an outbox that does not exist yet is waited for.
+    """Relay these outboxes to the RQ queue until `stopped`; an outbox that does not exist yet is waited for.
 
     `stopped` waits for at most so many seconds and returns whether to stop, as `threading.Event.wait` does.
 
@@ -41,12 +41,12 @@ def run_relay(
     by_file = {os.path.realpath(path): path.absolute() for path in outboxes}  # two paths to one file are one outbox
     watched = [_Watched(path, redis, queue, keep_seconds, name) for path in by_file.values()]
     for one in watched:
-        one.refuse()
+        one.check_destination()
     try:
         while True:
             for one in watched:
-                one.look()
-            if stopped(_LOOK_SECONDS):
+                one.check()
+            if stopped(_CHECK_SECONDS):
                 return
     finally:
         deadline = time.monotonic() + END_SECONDS
@@ -68,22 +68,22 @@ class _Watched:
         self._logged = ""
         self._stands_by = False
 
-    def refuse(self) -> None:
+    def check_destination(self) -> None:
         """Raises RelayRefused when the outbox is there and its entries go elsewhere."""
         if self._path.is_file():
             try:
                 with Outbox(self._path) as outbox:
-                    self._new_relay(outbox).check_destination()
+                    self._new_relay(outbox).turn.check_destination()
             except OutboxError:
-                return  # `look` says why, and tries again
+                return  # `check` logs why, and tries again
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Begin to relay when that can be done; log what has changed."""
         if self._relay is None:
             self._begin()
         if self._relay is not None:
             with contextlib.suppress(HistoryError):  # the relay meets it as well, and logs it
-                self._relay.announce()
+                self._relay.turn.heartbeat()
             self._log_turn(self._relay)
 
     def _begin(self) -> None:
@@ -95,7 +95,7 @@ class _Watched:
             outbox = Outbox(self._path, repair=True)
             relay = self._new_relay(outbox)
             with outbox.repaired():  # a new file names no other Redis
-                relay.check_destination()
+                relay.turn.check_destination()
             unsettled = outbox.status().depth
         except HistoryError as error:
             if outbox is not None:
@@ -110,7 +110,7 @@ class _Watched:
         return Relay(outbox, self._redis, self._queue, keep_seconds=self._keep_seconds, process_name=self._name)
 
     def _log_turn(self, relay: Relay) -> None:
-        waits = relay.stands_by
+        waits = relay.turn.stands_by
         if waits == self._stands_by:
             return
         self._stands_by = waits

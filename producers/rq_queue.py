@@ -1,9 +1,9 @@
-"""Our deliveries as RQ jobs: what RQ's own enqueue writes, for many at once and at a fraction of its price.
+"""Our deliveries as RQ jobs: the same as RQ's own enqueue writes, for many at once and in a fraction of its time.
 
 RQ's takes about 330 µs of the interpreter a job, during which a caller's thread does not run; this takes about 50.
 A test reads these jobs back through RQ, beside ones that RQ enqueued.
 
-What the producing side knows of the layout of RQ's keys is in this module.
+All knowledge of RQ's keys in `producers` is in this module.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry], at: datetime
     queue.
     """
     job_ids = [entry.job_id for entry in entries]
-    # An id that is queued and in a registry of ended jobs as well would be a riddle to whoever looks.
+    # An id that is queued must not be shown as failed or finished as well.
     for registry in (FailedJobRegistry, FinishedJobRegistry):
         pipe.zrem(registry.key_template.format(queue.name), *job_ids)
     pipe.delete(*map(Job.key_for, job_ids))
@@ -77,7 +77,7 @@ def job_states(redis: Redis, entries: Sequence[EntryHead]) -> dict[int, str | No
 def unanswered(redis: Redis, entries: Sequence[AnyHead]) -> list[AnyHead]:
     """Those without an acknowledgement that waits to be read.
 
-    Asked after their states: a worker finishes a job, whose state is gone then, and acknowledges it in one step.
+    To be called after `job_states`: a worker finishes a job, which removes its state, and acknowledges it in one step.
     """
     with redis.pipeline(transaction=False) as pipe:
         for entry in entries:
@@ -87,14 +87,14 @@ def unanswered(redis: Redis, entries: Sequence[AnyHead]) -> list[AnyHead]:
 
 
 def in_no_list(redis: Redis, queue: Queue, entries: Sequence[AnyHead]) -> list[AnyHead]:
-    """Those that call themselves under way, but are neither queued, nor held by a HistoryWorker, nor started.
+    """Those whose status says that they are under way, but that are in no list of queued, reserved or started jobs.
 
-    As of one moment: between two looks a job is taken from one list into another, or finished, all the time.
+    All lists are read at one moment: jobs move from one list to another, or are finished, all the time.
     """
     if not entries:
         return []
     holders = redis.hkeys(holders_key(queue.name))
-    now, _ = redis.time()  # this host's clock has no say
+    now, _ = redis.time()  # RQ's scores are times of Redis' clock
     with redis.pipeline(transaction=True) as pipe:
         pipe.hkeys(holders_key(queue.name))
         pipe.zrangebyscore(queue.started_job_registry.key, now, "+inf")
@@ -105,7 +105,7 @@ def in_no_list(redis: Redis, queue: Queue, entries: Sequence[AnyHead]) -> list[A
             pipe.lpos(queue.key, entry.job_id)
         holders_then, started, *found = pipe.execute()
     if not set(holders_then) <= set(holders):
-        return []  # a new one may hold them: the next look will tell
+        return []  # a new one may have reserved them: the next check finds out
     held, answers = found[: len(holders)], found[len(holders) :]
     elsewhere = {as_text(job_id) for one in held for job_id in one}
     elsewhere |= {as_text(member).split(":")[0] for member in started}

@@ -27,10 +27,10 @@ from producers.redis_url import redis_client
 from producers.times import zone_named
 
 
-def read_environment() -> dict[str, str]:
-    """The process's environment over `.env`; a variable set to nothing counts as not set."""
+def read_environment(*, dotenv: bool = True) -> dict[str, str]:
+    """The process's environment, over `.env` with `dotenv`; a variable set to nothing counts as not set."""
     values: dict[str, str | None] = {}
-    if Path(".env").is_file():
+    if dotenv and Path(".env").is_file():
         from dotenv import dotenv_values
 
         try:
@@ -59,10 +59,10 @@ class EnvironmentSettings(BaseModel):
     )
 
     @classmethod
-    def from_environment(cls) -> Self:
+    def from_environment(cls, *, dotenv: bool = True) -> Self:
         """Raises SettingsError, which names the variable and never shows its value."""
         try:
-            return cls.model_validate(read_environment())
+            return cls.model_validate(read_environment(dotenv=dotenv))
         except ValidationError as error:
             problem = error.errors(include_input=False, include_context=False, include_url=False)[0]
             reason = problem["msg"].removeprefix("Value error, ")
@@ -85,7 +85,7 @@ class TransportSettings(ZoneSettings):
         return self.outbox_keep_days * 86400
 
     def redis(self) -> Redis:
-        """A client that gives up in seconds rather than hang; retrying is its user's decision.
+        """A client whose calls fail after seconds rather than hang; retrying is the caller's decision.
 
         Raises:
             SettingsError: REDIS_URL is missing or cannot be read.

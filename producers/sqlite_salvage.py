@@ -1,25 +1,24 @@
 """Rows of a damaged SQLite file, read page by page: no B-tree has to be intact to find them.
 
-The layout of pages, cells, records and the write-ahead log (WAL) is https://www.sqlite.org/fileformat2.html.
+The layout of pages, cells and records is https://www.sqlite.org/fileformat2.html.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from producers.sqlite_wal import PAGE_SIZES, RawFile, WriteAheadLog, wal_page_bytes
+
 _MAX_PAYLOAD_BYTES = 64 * 2**20  # an outbox has events of 8 MiB at most
 _MAX_HEADER_BYTES = 98_307  # of a record, as in SQLite
-_PAGE_SIZES = (4096, 512, 1024, 2048, 8192, 16384, 32768, 65536)  # SQLite's own choice first
 _PROBED_PAGES = 1000
 _TABLE_LEAF = 0x0D
-_WAL_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # the latter: checksums over big-endian words
 _FIXED_BYTES = (0, 1, 2, 3, 4, 6, 8, 8, 0, 0)  # of a value, by serial type; 10 and 11 are not in use
 
 
@@ -58,10 +57,10 @@ def readable_records(path: Path) -> Iterator[Record]:
     """
     wal_path = Path(f"{os.path.realpath(path)}-wal")  # SQLite follows links too
     with ExitStack() as stack:
-        file = _File(path, stack)
-        log = _File(wal_path if wal_path.exists() else Path(os.devnull), stack)
+        file = RawFile(path, stack)
+        log = RawFile(wal_path if wal_path.exists() else Path(os.devnull), stack)
         page_bytes = _page_bytes(file)
-        wal = _Wal(log, page_bytes or _wal_page_bytes(log) or _likely_page_bytes(file))
+        wal = WriteAheadLog(log, page_bytes or wal_page_bytes(log) or _likely_page_bytes(file))
         page_bytes = page_bytes or wal.page_bytes
         longest = min(_MAX_PAYLOAD_BYTES, file.size + log.size)
         file_pages = -(-file.size // page_bytes)
@@ -69,7 +68,7 @@ def readable_records(path: Path) -> Iterator[Record]:
         file_alone = _Pages(file, log, {}, page_bytes, longest)
         if wal.page_bytes != page_bytes:  # of another database
             yield from file_alone.records(range(1, file_pages + 1))
-            nothing = _File(Path(os.devnull), stack)
+            nothing = RawFile(Path(os.devnull), stack)
             images = wal.committed | wal.after_break
             yield from _Pages(nothing, log, images, wal.page_bytes, longest).records(images)
             return
@@ -84,25 +83,10 @@ def readable_records(path: Path) -> Iterator[Record]:
             yield from file_alone.records(number for number in wal.committed if number <= file_pages)
 
 
-class _File:
-    """A file that is read in pieces. It is not mapped: a mapped page that the disk cannot read ends the process."""
-
-    def __init__(self, path: Path, stack: ExitStack) -> None:
-        self._fd = stack.enter_context(path.open("rb", buffering=0)).fileno()
-        self.size = os.fstat(self._fd).st_size
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Fewer bytes at the end of the file, and where the disk reports an error."""
-        try:
-            return os.pread(self._fd, length, offset)
-        except OSError:
-            return b""
-
-
 class _Pages:
     """The pages of one state of the database: of the WAL where `images` has the offset of one, else of the file."""
 
-    def __init__(self, file: _File, log: _File, images: Mapping[int, int], page_bytes: int, longest: int) -> None:
+    def __init__(self, file: RawFile, log: RawFile, images: Mapping[int, int], page_bytes: int, longest: int) -> None:
         self._file, self._log, self._images = file, log, images
         self._page_bytes = page_bytes
         self._longest_payload = longest
@@ -173,96 +157,19 @@ class _Pages:
         return b"".join(parts)
 
 
-class _Wal:
-    """Where the WAL has committed images of pages: page number → offset of the newest image.
-
-    A frame's checksum continues that of the frame before, which stands in that frame's header. So each frame can be
-    checked from its predecessor alone, and a broken frame does not hide those that follow the next one.
-    """
-
-    def __init__(self, log: _File, page_bytes: int) -> None:
-        self.page_bytes = _wal_page_bytes(log) or page_bytes
-        self.committed: dict[int, int] = {}  # as SQLite itself would read it
-        self.after_break: dict[int, int] = {}  # what SQLite drops; perhaps of a transaction that a crash undid
-        self._database_pages = 0
-        self._is_whole = True  # nothing of this round of the WAL is unread
-        header = log.read(0, 32)
-        unbroken = _wal_page_bytes(log) is not None
-        order = (">" if header[3] & 1 else "<") if unbroken else ("<" if sys.byteorder == "little" else ">")
-        salts = header[16:24] if unbroken else None
-        before = header[16:]  # salts and checksum, like bytes 8 to 24 of a frame
-        uncommitted: dict[int, int] = {}
-        for offset in range(32, log.size, 24 + self.page_bytes):
-            frame = log.read(offset, 24 + self.page_bytes)
-            follows = len(frame) == 24 + self.page_bytes and _follows(frame, before, salts, order)
-            before = frame[8:24]
-            if not follows:
-                unbroken = False
-                self._is_whole = self._is_whole and salts is not None and _is_of_earlier_round(before, salts)
-                continue
-            salts = before[:8]
-            number, database_pages = struct.unpack_from(">II", frame)
-            uncommitted[number] = offset + 24
-            if database_pages:
-                (self.committed if unbroken else self.after_break).update(uncommitted)
-                uncommitted.clear()
-                self._database_pages = database_pages if unbroken else self._database_pages
-        self._is_whole = self._is_whole and not uncommitted
-
-    def supersedes(self, file_pages: int) -> bool:
-        """Whether the images of the WAL are surely newer than the pages of a file of `file_pages` pages.
-
-        Not so if the WAL is damaged, since the file may have got newer images from it, or if the WAL does not show that
-        it was written for this file: it needs pages that the file has, and none that the file lacks.
-        """
-        absent = (number for number in range(self._database_pages, 0, -1) if number not in self.committed)
-        return self._is_whole and 0 < next(absent, 0) <= file_pages <= self._database_pages
-
-
-def _follows(frame: bytes, before: bytes, salts: bytes | None, order: str) -> bool:
-    if not any(frame[:4]) or frame[8:16] != before[:8] or (salts is not None and frame[8:16] != salts):
-        return False
-    checksum = struct.unpack_from(">II", before, 8)
-    checksum = _checksum(frame[:8], order, *checksum)
-    return _checksum(frame[24:], order, *checksum) == struct.unpack_from(">II", frame, 16)
-
-
-def _is_of_earlier_round(before: bytes, salts: bytes) -> bool:
-    """SQLite adds 1 to the first salt each time it begins the WAL again, and leaves the old frames behind."""
-    return len(before) == 16 and 0 < (int.from_bytes(salts[:4]) - int.from_bytes(before[:4])) % 2**32 < 2**24
-
-
-def _checksum(data: bytes, order: str, first: int, second: int) -> tuple[int, int]:
-    for one, two in struct.iter_unpack(f"{order}II", data):
-        first = (first + one + second) & 0xFFFFFFFF
-        second = (second + two + first) & 0xFFFFFFFF
-    return first, second
-
-
-def _wal_page_bytes(log: _File) -> int | None:
-    """None if the WAL has no valid header."""
-    header = log.read(0, 32)
-    if len(header) < 32 or header[:4] not in _WAL_MAGICS:
-        return None
-    if _checksum(header[:24], ">" if header[3] & 1 else "<", 0, 0) != struct.unpack_from(">II", header, 24):
-        return None
-    page_bytes = int.from_bytes(header[8:12])
-    return page_bytes if page_bytes in _PAGE_SIZES else None
-
-
 def _is_database_header(page: bytes) -> bool:
     return page[:16] == b"SQLite format 3\0" and page[21:24] == b"\x40\x20\x20"
 
 
-def _page_bytes(file: _File) -> int | None:
+def _page_bytes(file: RawFile) -> int | None:
     """None if the file has no valid header."""
     header = file.read(0, 100)
     page_bytes = int.from_bytes(header[16:18])
     page_bytes = 65536 if page_bytes == 1 else page_bytes
-    return page_bytes if _is_database_header(header) and page_bytes in _PAGE_SIZES else None
+    return page_bytes if _is_database_header(header) and page_bytes in PAGE_SIZES else None
 
 
-def _likely_page_bytes(file: _File) -> int:
+def _likely_page_bytes(file: RawFile) -> int:
     """The size with which the most pages look like leaves of a table, judged by a sample."""
 
     def leaves(page_bytes: int) -> float:
@@ -270,7 +177,7 @@ def _likely_page_bytes(file: _File) -> int:
         found = sum(_looks_like_leaf(file.read(at, page_bytes)) for at in range(0, file.size, step))
         return found * step / page_bytes
 
-    return max(_PAGE_SIZES, key=leaves)
+    return max(PAGE_SIZES, key=leaves)
 
 
 def _looks_like_leaf(page: bytes) -> bool:

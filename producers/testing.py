@@ -6,6 +6,7 @@ Needs `trading-history[testing]`. With pytest it is the fixture `trading_history
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,40 +15,60 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self, TypeVar
-from unittest.mock import patch
 
 from fakeredis import FakeRedis, FakeServer
-from redis import RedisError
+from redis import Redis, RedisError
 
-from producers import trading_controller
 from producers.acknowledgements import Outcome
+from producers.child_environment import redirected_children
 from producers.errors import HistoryError
 from producers.events import KINDS, Event, PortfolioSnapshot, SignalArchive, decode, encode, event_of
-from producers.fake_transport import FAKE_QUEUE, redirected
 from producers.fake_worker import Answer, FakeWorker, Refusal
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
+from producers.redirection import Redirection, activate
 from producers.redis_keys import delivery_of
+from producers.trading_controller import shared_producer
 
 AnyPayload = TypeVar("AnyPayload", PortfolioSnapshot, SignalArchive)
 
+_QUEUE = "history"
+_EXIT_SECONDS = 0.2  # most tests close their producers without a worker, for which a real one waits longer
+_LAST_BACKOFF_SECONDS = 0.05  # a test does not wait seconds for the end of an outage to be noticed
 _POLL_SECONDS = 0.005
 _POLLS = 2000  # counted, not timed: a test may have stopped the clock
 _SHOWN_PAYLOADS = 10
 
 
+@contextmanager
+def redirect(redis: Redis, outbox: Path, *, queue: str = _QUEUE) -> Iterator[None]:
+    """In the block, every HistoryProducer of this process records to `outbox` and relays to `queue` on `redis`.
+
+    That is: the one that calls without `producer` share; those made in the block, whatever Redis, outbox and queue they
+    name; and those made before. `.env` is not read. Child processes that are started in the block find no Redis; their
+    events go to the same outbox, and this process relays them. Processes of a pool that were started before are not
+    redirected: make such a pool anew in the test.
+
+    At the end, producers made in the block are closed, and the others are as before. A thread that was started in the
+    block and outlives it gets HistoryError when it records outside of such a block. End it in the test all the same:
+    a thread that it starts later is not known, and records for real.
+
+    Raises:
+        HistoryError: on entering, when producers of this process are redirected already.
+    """
+    with (
+        redirected_children(outbox, queue),
+        activate(
+            Redirection(redis, outbox, queue, exit_seconds=_EXIT_SECONDS, last_backoff_seconds=_LAST_BACKOFF_SECONDS)
+        ),
+    ):
+        yield
+
+
 class FakeHistory:
-    """A history that records for real, up to a Redis that is not there.
+    """A history that records for real, up to a fake Redis: while it is open, all producers are redirected to it.
 
-    While it is open, every HistoryProducer of this process uses its Redis and its outbox: the one that calls without
-    `producer` share, those that are made meanwhile, whatever Redis, outbox and queue they name, and those made before.
-    `.env` is not read. Child processes are kept away from the real Redis by the environment; what they record goes to
-    the same outbox, and this process carries it. Not so the processes of a pool that were started before: they have the
-    environment from then, so make such a pool anew in the test. When it closes, all is as it was before; but threads
-    that were started while it was open and go on can record nothing (HistoryError) until another one is open. End them
-    in the test all the same: threads that they start later are not known, and record for real.
-
-    One at a time in a process. Not for code that is not a test: it replaces parts of this package.
+    See `redirect`. One at a time in a process.
 
     Raises:
         HistoryError: on entering, when another one is open.
@@ -56,17 +77,15 @@ class FakeHistory:
     def __init__(self) -> None:
         self._server = FakeServer()
         self.redis = FakeRedis(server=self._server)
-        self._worker = FakeWorker(self.redis, FAKE_QUEUE)
+        self._worker = FakeWorker(self.redis, _QUEUE)
+        self._pid = os.getpid()
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(_only_one())
             path = Path(stack.enter_context(TemporaryDirectory(prefix="trading-history-")), "outbox.db")
             self._outbox = stack.enter_context(Outbox(path))
-            # The next call makes the shared producer anew, with the settings that the test has made by then.
-            stack.enter_context(patch.object(trading_controller, "_shared", None))
-            stack.enter_context(redirected(self._server, self.redis, path))
+            stack.enter_context(redirect(self.redis, path))
             self._undo = stack.pop_all()
         return self
 
@@ -76,11 +95,11 @@ class FakeHistory:
     @property
     def producer(self) -> HistoryProducer:
         """The one that calls without `producer` share."""
-        return trading_controller._shared_producer()
+        return shared_producer()
 
     @property
     def events(self) -> list[Event]:
-        """Everything recorded so far, in order, as workers get it: amounts and numbers in signals are Decimals."""
+        """All recorded events, in order, as workers get them: amounts and numbers in signals are Decimals."""
         return [decode(entry.event, KINDS[entry.type].event) for entry in self._outbox.entries()]
 
     @property
@@ -119,20 +138,20 @@ class FakeHistory:
             self._server.connected = connected
 
     def work(self, *, reject: Refusal | None = None) -> list[Outcome]:
-        """Play the worker for all that is recorded; receipts know their outcome when this returns.
+        """Do a worker's part for all recorded events; receipts know their outcome when this returns.
 
         Each event is checked as a worker does. It is stored, with row ids from 1 in each table, or a duplicate when
-        the same fact is stored already, or rejected when that has other content. `reject` is a reason to refuse
-        everything with, or a function that gives an event's reason, None for one that is to be stored.
+        the same fact is stored already, or rejected when that has other content. `reject` is a reason to reject
+        everything, or a function that returns an event's reason, None for one that is to be stored.
 
         Raises:
-            HistoryError: Redis is down.
+            HistoryError: Redis is down, or this is a forked child, whose events its parent delivers.
             TimeoutError: the relay did not deliver; its log says why.
         """
+        self._refuse_child()
         if not self._server.connected:
             raise HistoryError("Redis is down: no worker has anything to do")
-        producer = self.producer  # whoever recorded may be closed: this one relays what is left
-        producer.flush(0)
+        self.producer.flush(0)  # the producers that recorded may be closed: this one relays their entries
         _until(lambda: not self._outbox.pending_count(), "events did not reach Redis")
         answers = self._worker.work(reject)
         _until(lambda: self._are_known(answers), "outcomes did not reach the outbox")
@@ -140,7 +159,8 @@ class FakeHistory:
 
     @contextmanager
     def worker(self, *, reject: Refusal | None = None) -> Iterator[None]:
-        """A worker that goes on working in the block, for code that waits for its own receipts; see `work`."""
+        """Run a worker in the block, for code that waits for its own receipts; see `work`."""
+        self._refuse_child()
         stop = threading.Event()
 
         def run() -> None:
@@ -158,21 +178,12 @@ class FakeHistory:
                 stop.set()
             ended.result()
 
+    def _refuse_child(self) -> None:
+        if os.getpid() != self._pid:
+            raise HistoryError("this is a forked child: its parent delivers what it records")
+
     def _are_known(self, answers: Sequence[Answer]) -> bool:
-        return all(self._outbox.is_settled(delivery_of(one.job_id)) for one in answers)
-
-
-_open = threading.Lock()
-
-
-@contextmanager
-def _only_one() -> Iterator[None]:
-    if not _open.acquire(blocking=False):
-        raise HistoryError("another FakeHistory is open in this process")
-    try:
-        yield
-    finally:
-        _open.release()
+        return all(self._outbox.deliveries.is_settled(delivery_of(one.job_id)) for one in answers)
 
 
 def _until(condition: Callable[[], bool], problem: str) -> None:

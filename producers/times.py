@@ -1,12 +1,24 @@
-"""Naive times and the zone that they mean."""
+"""Naive times and the zone that they mean; pauses between tries."""
 
 from __future__ import annotations
 
+import random
 from datetime import UTC, datetime, timezone, tzinfo
 from zoneinfo import ZoneInfo
 
 from producers.errors import InvalidEvent
 from producers.fields import TIME_RANGE
+
+_random = random.SystemRandom()  # not the module's own state, which belongs to the program that records
+
+
+def backoff_seconds(failures: int, *, first: float, last: float) -> float:
+    """The pause after so many failed tries in a row: `first`, doubled after each further one, `last` at the most.
+
+    A random half to all of that, so that those that failed together do not try again together.
+    """
+    ceiling = min(first * 2.0 ** min(failures - 1, 20), last)
+    return _random.uniform(ceiling / 2, ceiling)
 
 
 def zone_named(name: str) -> ZoneInfo:

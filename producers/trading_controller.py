@@ -19,11 +19,12 @@ from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
 from producers.fields import as_money, money_sum, readable, type_name
 from producers.history_producer import HistoryProducer, Receipt
+from producers.redirection import Redirection, active_redirection
 
 _SHOWN_KEYS = 10
 _KEY_CHARACTERS = 40
 
-_shared: HistoryProducer | None = None
+_shared: dict[Redirection | None, HistoryProducer] = {}
 _sharing = threading.Lock()
 
 
@@ -59,7 +60,7 @@ def create_daily_portfolio_snapshot(
         OutboxError: the outbox cannot be written; nothing was recorded.
         SettingsError: there is no producer and the settings do not describe one.
     """
-    producer = producer or _shared_producer()
+    producer = producer or shared_producer()
     if not isinstance(portfolio_data, Mapping):
         raise InvalidEvent.at("portfolio_data", f"must be a mapping, not {type_name(portfolio_data)}")
     moment = _moment("timestamp", timestamp, producer)
@@ -96,7 +97,7 @@ def archive_current_signals(
         OutboxError: the outbox cannot be written; nothing was recorded.
         SettingsError: there is no producer and the settings do not describe one.
     """
-    producer = producer or _shared_producer()
+    producer = producer or shared_producer()
     moment = _moment("archived_at", archived_at, producer)
     found = read_signals(signals, signals_url=signals_url, signals_path=Path(signals_path))
     if not found:
@@ -161,9 +162,18 @@ def _is_open(index: int, position: Any) -> bool:
     raise InvalidEvent.at(f"positions.{index}.status", f"must be text, not {type_name(status)}")
 
 
-def _shared_producer() -> HistoryProducer:
-    global _shared
+def shared_producer() -> HistoryProducer:
+    """The producer that all calls without `producer` share; tests that redirect producers have one of their own.
+
+    Raises:
+        SettingsError: it has to be made, and the settings do not describe one.
+    """
     with _sharing:
-        if _shared is None or _shared.closed:
-            _shared = HistoryProducer()
-        return _shared
+        redirection = active_redirection()
+        producer = _shared.get(redirection)
+        if producer is None or producer.closed:
+            producer = HistoryProducer()
+            for key in [key for key, one in _shared.items() if one.closed]:
+                del _shared[key]
+            _shared[redirection] = producer
+        return producer

@@ -41,7 +41,7 @@ def outbox_status(as_json: AsJson = False) -> None:
         facts = _facts(outbox.path, outbox.status(), oldest_unacknowledged_seconds(outbox, redis))
         fault = outbox.quick_check(_CHECK_SECONDS)
         facts["check"] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}.get(fault, fault)
-        facts["damaged_files"] = [str(file) for file in outbox.rescue.damaged_files()]
+        facts["damaged_files"] = [str(file) for file in outbox.quarantine.damaged_files()]
     (print_json if as_json else print_facts)(facts)
     raise typer.Exit(1 if fault not in (None, "unfinished") else 0)
 
@@ -137,9 +137,9 @@ def _producer(path: Path) -> Iterator[HistoryProducer]:
 
     with stack(redis=True):
         settings = TransportSettings.from_environment()
-        # A damaged file is the producer's to set aside, and one of an earlier release to upgrade: it names no Redis.
+        # The producer quarantines a damaged file, and upgrades one of an earlier release, which names no Redis.
         with suppress(OutboxDamaged, OutboxOutdated), Outbox(path) as outbox, settings.redis() as redis:
-            Relay(outbox, redis, settings.queue, keep_seconds=settings.outbox_keep_seconds).check_destination()
+            Relay(outbox, redis, settings.queue, keep_seconds=settings.outbox_keep_seconds).turn.check_destination()
         with HistoryProducer(outbox=path) as producer:
             yield producer
 
@@ -148,14 +148,14 @@ def _producer(path: Path) -> Iterator[HistoryProducer]:
 def outbox_salvage(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A damaged outbox file.")],
 ) -> None:
-    """Carry what can be read in a damaged outbox file over into the outbox; it may be done again."""
+    """Copy the readable entries of a damaged outbox file into the outbox; it may be done again."""
     from producers.outbox import Outbox
 
     path = TransportSettings.from_environment().outbox
     if file.resolve() == path.resolve():
-        raise HistoryError(f"{file} is the outbox itself: its producers set it aside when they find it damaged")
+        raise HistoryError(f"{file} is the outbox itself: a producer or relay moves it away when it finds damage")
     with Outbox(path, repair=True) as outbox:
-        found = outbox.rescue.salvage(file)
+        found = outbox.quarantine.salvage(file)
     print(found.summary())
 
 

@@ -72,9 +72,9 @@ def worker(
 ) -> None:
     """Store events from the queue until told to stop."""
     from consumers.embedded.child_processes import stop_with_stdin
+    from consumers.embedded.worker_pool import run_pool
     from consumers.settings import MetricsSettings
     from consumers.worker.history_worker import run_worker
-    from consumers.worker.pool import run_pool
     from producers.settings import TransportSettings
 
     if while_stdin:

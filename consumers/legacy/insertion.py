@@ -12,7 +12,7 @@ from consumers.errors import PoisonEvent, StoreUnavailable
 from consumers.worker.batch import Deferred, process_batch
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
-from producers.backoff import backoff_seconds
+from producers.times import backoff_seconds
 
 _BATCH_CHARACTERS = 4 * 1024 * 1024
 _MOST_DEFERRED = 1000

@@ -31,7 +31,7 @@ from sqlalchemy import TextClause, text
 
 from consumers.db.engine import get_db
 from producers.acknowledgements import shown
-from producers.entries import Source
+from producers.entries import OutboxSource
 from producers.events import IMPORT_PREFIX, KINDS
 from producers.outbox import Outbox
 from producers.redis_keys import delivery_of, held_key, holders_key
@@ -172,7 +172,7 @@ def audit(
 def _audited(
     name: str,
     found: _Recorded,
-    kept: Source | None,
+    kept: OutboxSource | None,
     *,
     since: datetime | None,
     last_now: int,
@@ -260,14 +260,14 @@ def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:
     return [(first, min(last, last_used)) for first, last in ranges if first <= last_used]
 
 
-def _mismatched(source: Source, outbox: Outbox, first: int) -> list[int]:
+def _mismatched(source: OutboxSource, outbox: Outbox, first: int) -> list[int]:
     """The numbers from `first` on under which the database has other events than the outbox, and not the outbox's own.
 
     An entry that is under way is not looked for. Of what was rejected the database may not know the event's id.
     """
     identities = text(_IDENTITIES.format(events=_of_all_tables(_EVENTS)))
     mismatched: list[int] = []
-    for page in outbox.numbers(source.id):
+    for page in outbox.audit_pages(source.id):
         stored: dict[int, set[UUID | None]] = {}
         with get_db() as db:
             span = {"first": page[0].sequence, "last": page[-1].sequence}

@@ -15,7 +15,7 @@ from producers.acknowledgements import shown
 from producers.errors import OutboxError
 from producers.lateness import oldest_unacknowledged_seconds
 from producers.outbox import MAX_BYTES, Outbox
-from producers.outbox_recovery import ranges_text
+from producers.outbox_salvage import ranges_text
 from producers.redis_keys import token_key
 from producers.settings import TransportSettings
 
@@ -105,18 +105,18 @@ def _is_relayed(outbox: Outbox) -> bool:
 
 
 def file_facts(path: Path) -> Iterator[Fact]:
-    """Whether SQLite finds the file in order, and what was set aside because it did not. Raises OutboxError."""
+    """Whether SQLite finds the file in order; damaged files that were moved away. Raises OutboxError."""
     name = "outbox file"
     with Outbox(path) as outbox:
         fault = outbox.quick_check(_CHECK_SECONDS)
-        waiting, done = outbox.rescue.damaged_files(), outbox.rescue.salvaged_files()
-        losses = outbox.rescue.losses()
+        waiting, done = outbox.quarantine.damaged_files(), outbox.quarantine.salvaged_files()
+        losses = outbox.quarantine.losses()
     if fault not in (None, "unfinished"):
-        advice = "check the disk, then restart the controller or relay: it sets the file aside and salvages it"
+        advice = "check the disk, then restart the controller or relay: it moves the file away and salvages it"
         yield Fact(name, "fail", f"damaged: {fault}", advice)
     elif waiting:
-        found = f"set aside as damaged, not salvaged yet: {', '.join(map(str, waiting))}"
-        yield Fact(name, "fail", found, "start the controller or trading-history relay, which carry over its entries")
+        found = f"damaged files that are not salvaged yet: {', '.join(map(str, waiting))}"
+        yield Fact(name, "fail", found, "start the controller or trading-history relay, which salvage their entries")
     elif done:
         lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in losses.items())
         lost = lost or "none after the first that was found"
@@ -134,12 +134,12 @@ def copy_facts(settings: TransportSettings) -> Iterator[Fact]:
         RedisError: Redis cannot be read now.
     """
     with Outbox(settings.outbox) as outbox:
-        sources, identity = outbox.sources(), outbox.identity.read()
+        sources, header = outbox.sources(), outbox.header.read()
     current = [source.full_name for source in sources if source.current]
     left = [source.full_name for source in sources if source.left_because == "copied"]
     with _redis_of(settings) as redis:
         tokens = redis.mget([token_key(source) for source in current]) if redis is not None and current else []
-    known = {identity.token, identity.next_token, None}
+    known = {header.token, header.next_token, None}
     problem = f"copied or restored: it has left {', '.join(left)} to another copy" if left else ""
     if any((None if token is None else shown(token)) not in known for token in tokens):
         problem = f"another copy uses {', '.join(current)} now"

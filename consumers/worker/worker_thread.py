@@ -33,7 +33,7 @@ from consumers.worker.completion import Completion
 from consumers.worker.deliveries import POISON_CRASHES, Delivery, ReservedJob, parse, unparsed
 from consumers.worker.reservations import Reservation, Reservations
 from consumers.worker.shared_state import SharedState, is_unreachable
-from producers.backoff import backoff_seconds
+from producers.times import backoff_seconds
 
 logger = logging.getLogger(__name__)
 

@@ -86,11 +86,11 @@ def park_snapshots(redis: Redis, folder: Path, count: int, first: int = 0) -> Ba
             outbox.append("bench", list(snapshots(min(_APPEND_EVENTS, count - done), first + done)))
         job_ids: deque[str] = deque(maxlen=_LAST_JOBS)
         # As the relay does, which would not fill a queue as long as this one.
-        while entries := outbox.pending(_SEND_ENTRIES):
+        while entries := outbox.deliveries.pending(_SEND_ENTRIES):
             with redis.pipeline(transaction=True) as pipe:
                 enqueue(pipe, queue, entries)
                 pipe.execute()
-            outbox.mark_sent({entry.position: 0.0 for entry in entries})
+            outbox.deliveries.mark_sent({entry.position: 0.0 for entry in entries})
             job_ids.extend(entry.job_id for entry in entries)
         sent = outbox.status().sent
         (source,) = outbox.sources()

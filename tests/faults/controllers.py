@@ -91,7 +91,7 @@ class Controllers:
         return sorted(self._home.glob("bots/*/outbox.db"))
 
     def damaged_files(self) -> list[Path]:
-        """Files that were set aside, and not salvaged yet."""
+        """Quarantined files that are not salvaged yet."""
         return [file for file in self._home.glob("bots/*/*.damaged-*") if not file.name.endswith(_LOG)]
 
     def salvaged_files(self) -> list[Path]:

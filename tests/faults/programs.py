@@ -17,15 +17,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from producers import copies, outbox_recovery, relay, rq_queue
-from producers import outbox as outbox_module
+from producers import copies, entry_sender, outbox_carry_over, outbox_salvage, rq_queue
+from producers.acknowledgement_reader import AcknowledgementReader
+from producers.entry_sender import EntrySender
 from producers.errors import EventRejected, OutboxError
 from producers.events import PortfolioSnapshot, SignalArchive
 from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
+from producers.outbox_deliveries import OutboxDeliveries
 from producers.outbox_file import OutboxFile
-from producers.outbox_identity import OutboxIdentity
-from producers.relay import Relay
+from producers.outbox_header import OutboxHeader
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.faults.accepted import AcceptedFile, Answer, Delivery, delivery_of_receipt
 
@@ -192,35 +193,35 @@ def _in_worker(module: str, name: str, when: str) -> Callable[[], tuple[Any, str
 PRODUCER_STEPS = {
     "before append": lambda: (Outbox, "append", "before"),
     "after append": lambda: (Outbox, "append", "after"),
-    "before send": lambda: (Relay, "_send", "before"),
-    "after send": lambda: (Relay, "_send", "after"),
-    "after mark": lambda: (Outbox, "mark_sent", "after"),
-    "before settle": lambda: (Outbox, "settle", "before"),
-    "after settle": lambda: (Outbox, "settle", "after"),
-    "after removing acknowledgements": lambda: (Relay, "_forget", "after"),
+    "before send": lambda: (EntrySender, "_send", "before"),
+    "after send": lambda: (EntrySender, "_send", "after"),
+    "after mark": lambda: (OutboxDeliveries, "mark_sent", "after"),
+    "before settle": lambda: (OutboxDeliveries, "settle", "before"),
+    "after settle": lambda: (OutboxDeliveries, "settle", "after"),
+    "after removing acknowledgements": lambda: (AcknowledgementReader, "_remove", "after"),
 }
 # Of the token's exchange with Redis, once each time a relay begins.
 EXCHANGE_STEPS = {
-    "before begin_exchange": lambda: (OutboxIdentity, "begin_exchange", "before"),
-    "after begin_exchange": lambda: (OutboxIdentity, "begin_exchange", "after"),
+    "before begin_exchange": lambda: (OutboxHeader, "begin_exchange", "before"),
+    "after begin_exchange": lambda: (OutboxHeader, "begin_exchange", "after"),
     "after the commands for Redis": lambda: (copies, "_set_tokens", "after"),
-    "before end_exchange": lambda: (OutboxIdentity, "end_exchange", "before"),
-    "after end_exchange": lambda: (OutboxIdentity, "end_exchange", "after"),
+    "before end_exchange": lambda: (OutboxHeader, "end_exchange", "before"),
+    "after end_exchange": lambda: (OutboxHeader, "end_exchange", "after"),
 }
 # Of a producer whose file is moved away while it has it open.
 CARRY_OVER_STEPS = {
-    "before carry-over": lambda: (outbox_module, "carry_over", "before"),
-    "after carry-over, before its commit": lambda: (outbox_module, "carry_over", "after"),
+    "before carry-over": lambda: (outbox_carry_over, "_carry_over", "before"),
+    "after carry-over, before its commit": lambda: (outbox_carry_over, "_carry_over", "after"),
     "after the commit of carry-over": lambda: (OutboxFile, "_go_on_at_path", "after"),
 }
 # Of a producer that finds its file damaged.
-RESCUE_STEPS = {
-    "before set_aside": lambda: (OutboxFile, "set_aside", "before"),
+QUARANTINE_STEPS = {
+    "before quarantine": lambda: (OutboxFile, "quarantine", "before"),
     "before a rename": lambda: (Path, "rename", "before"),
     "after a rename": lambda: (Path, "rename", "after"),
-    "after set_aside": lambda: (OutboxFile, "set_aside", "after"),
-    "while salvaging": lambda: (outbox_recovery, "_entry_of", "before"),
-    "before noting losses": lambda: (outbox_recovery, "_gaps", "before"),
+    "after quarantine": lambda: (OutboxFile, "quarantine", "after"),
+    "while salvaging": lambda: (outbox_salvage, "_entry_of", "before"),
+    "before noting losses": lambda: (outbox_salvage, "_gaps", "before"),
 }
 WORKER_STEPS = {
     "before reserve": _in_worker("consumers.worker.reservations", "Reservations.reserve", "before"),
@@ -237,14 +238,14 @@ _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {
     **PRODUCER_STEPS,
     **EXCHANGE_STEPS,
     **CARRY_OVER_STEPS,
-    **RESCUE_STEPS,
+    **QUARANTINE_STEPS,
     **WORKER_STEPS,
 }
 
 
 def look_often() -> None:
     """Shorten the intervals at which what is overdue is looked after, so that a run can be judged in time."""
-    relay._LAST_CHECK_SECONDS = 15.0
+    entry_sender._LAST_CHECK_SECONDS = 15.0
     rq_queue.TIMEOUT_SECONDS = 30  # so long a job counts as started whose stock worker is dead
 
 

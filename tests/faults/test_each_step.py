@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from producers import relay
+from producers import entry_sender
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import lease_key
@@ -76,7 +76,7 @@ def settle_the_rest(redis: Redis, outboxes: Sequence[Path], worker: subprocess.P
 
 
 def _damaged_files(folder: Path) -> list[Path]:
-    """Set aside, and not salvaged yet; after that their entries are in the outbox."""
+    """Quarantined, and not salvaged yet; after that their entries are in the outbox."""
     return [file for file in folder.glob("*.damaged-*") if not file.name.endswith("-wal")]
 
 
@@ -97,7 +97,7 @@ def test_a_producer_that_dies_loses_nothing(
     redis: Redis, tmp_path: Path, step: str, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next process that opens its outbox delivers what it had accepted."""
-    monkeypatch.setattr(relay, "_FIRST_CHECK_SECONDS", 0.5)
+    monkeypatch.setattr(entry_sender, "_FIRST_CHECK_SECONDS", 0.5)
     outbox = tmp_path / "outbox.db"
     options = ("--seed", "7", "--count", "40", "--pause", "0.01", "--in-flight", "10")
     with started("worker") as worker:
@@ -151,14 +151,14 @@ def test_a_producer_that_dies_while_it_carries_entries_over_loses_nothing(
     assert judged.breaches == []
 
 
-_RESCUES = [
-    ("before set_aside", 1, False),
+_QUARANTINES = [
+    ("before quarantine", 1, False),
     ("before a rename", 1, False),
     ("after a rename", 1, False),
     ("before a rename", 1, True),
     ("after a rename", 1, True),  # the log has its new name, the file not yet
     ("after a rename", 2, True),
-    ("after set_aside", 1, False),
+    ("after quarantine", 1, False),
     ("while salvaging", 1, False),
     ("while salvaging", 10, True),
     ("before noting losses", 1, False),
@@ -168,8 +168,8 @@ _RESCUES = [
 ]
 
 
-@pytest.mark.parametrize(("step", "times", "log"), _RESCUES)
-def test_a_producer_that_dies_while_it_rescues_a_damaged_file_loses_nothing(
+@pytest.mark.parametrize(("step", "times", "log"), _QUARANTINES)
+def test_a_producer_that_dies_while_it_quarantines_a_damaged_file_loses_nothing(
     redis: Redis, tmp_path: Path, step: str, times: int, log: bool
 ) -> None:
     """The root page of the entries is gone, the rows are not; with `log` the last one is only in the log beside it."""

@@ -114,7 +114,7 @@ def _read_outboxes(outboxes: Sequence[Path]) -> tuple[dict[Path, list[KeptEntry]
         try:
             entries[path] = kept_entries(path)
         except sqlite3.DatabaseError as error:
-            unreadable.append(f"{path} is damaged, and no relay has set it aside: {error}")
+            unreadable.append(f"{path} is damaged, and no relay has quarantined it: {error}")
     return entries, unreadable
 
 

@@ -62,7 +62,7 @@ def mixed(producer: HistoryProducer, work: Work) -> list[Receipt]:
 
 
 def _audited(producer: HistoryProducer, redis: Redis, *, with_outbox: bool = True) -> SourceAudit:
-    path = producer._outbox.path
+    path = producer._transport.outbox.path
     (one,) = audit(redis, Outbox(path) if with_outbox else None)
     return one
 
@@ -101,7 +101,7 @@ def test_a_lost_row_is_found_and_named(
 
     assert _audited(producer, redis).missing == [(2, 3), (6, 6)]
     assert _audited(producer, redis, with_outbox=False).missing == [(2, 3)]
-    monkeypatch.setenv("HISTORY_OUTBOX", str(producer._outbox.path))
+    monkeypatch.setenv("HISTORY_OUTBOX", str(producer._transport.outbox.path))
     told = _run("audit")
     assert told.returncode == 1
     assert "2-3, 6" in told.stdout

@@ -183,7 +183,7 @@ def test_after_copies_have_met_each_has_a_source_of_its_own(
 
 def _token(one: Controller) -> str:
     with Outbox(one.path) as outbox:
-        return outbox.identity.read().token
+        return outbox.header.read().token
 
 
 @pytest.mark.parametrize("redis_is", ["there", "away"])
@@ -323,7 +323,7 @@ def test_two_paths_in_one_process_have_one_relay(redis: Redis, line: Line, tmp_p
     one.record(*some_events(81, 0, 3))
     two.record(*some_events(82, 0, 3))
     until(lambda: one.producer.flush(0) == 0)
-    held: list[Any] = [each.producer._relay._lock.held for each in (one, two)]
+    held: list[Any] = [each.producer._transport.relay.turn.is_exclusive for each in (one, two)]
     with worker_process(tmp_path):
         settle(one, two)
     assert sorted(held) == [False, True]

@@ -1,4 +1,4 @@
-"""A damaged outbox is set aside and never in the way: what can be read in it is delivered, and the loss is named."""
+"""A damaged outbox is quarantined and never in the way: its readable entries are delivered, the loss is named."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_first_page_is_damaged(redis: Redis, line: Line, tmp_path: Path) -> 
     assert breaches([old.account(ask=False), new]) == []
 
 
-def test_salvage_of_a_file_that_was_set_aside_elsewhere(redis: Redis, line: Line, tmp_path: Path) -> None:
+def test_salvage_of_a_file_that_was_quarantined_elsewhere(redis: Redis, line: Line, tmp_path: Path) -> None:
     """Into an outbox that is in use: the readable entries are delivered; once more, and they are duplicates."""
     path, elsewhere = tmp_path / "bot" / "outbox.db", tmp_path / "old disk"
     line.cut()
@@ -168,7 +168,7 @@ def test_nothing_is_lost_if_the_damaged_entries_were_stored(redis: Redis, line: 
 def test_damage_under_a_running_bot_while_two_processes_use_the_outbox(
     redis: Redis, line: Line, tmp_path: Path
 ) -> None:
-    """One of them sets the file aside, the other one goes on in the new file; no call fails."""
+    """One of them quarantines the file, the other one goes on in the new file; no call fails."""
     path = tmp_path / "bot" / "outbox.db"
     path.parent.mkdir()
     line.cut()
@@ -191,13 +191,13 @@ def test_damage_under_a_running_bot_while_two_processes_use_the_outbox(
     gone = {dict(account.accepted[key])["portfolio_id"] for account in accounts for key in lost(account)}
     assert gone <= {81, 82, 83, 84}
     log = one.log.read_text()  # of both
-    assert log.count("was set aside as") == 1
+    assert log.count("was moved to") == 1
     assert "Error: [Errno" not in log
     assert not list(path.parent.glob("*taken-out*"))
 
 
 def test_a_copy_that_was_torn_is_known_by_its_content(line: Line, tmp_path: Path) -> None:
-    """No relay ever was beside it: the producer sets it aside all the same, and goes on."""
+    """No relay ever was beside it: the producer quarantines it all the same, and goes on."""
     path = tmp_path / "bot" / "outbox.db"
     line.cut()
     _with_pending(path, 50)
@@ -206,5 +206,5 @@ def test_a_copy_that_was_torn_is_known_by_its_content(line: Line, tmp_path: Path
     _damage(tmp_path / "other" / "outbox.db", at=0.0, length=4096)
     with Outbox(tmp_path / "other" / "outbox.db", repair=True) as outbox:
         assert outbox.entries() == []
-        (aside,) = outbox.rescue.damaged_files()
-        assert outbox.rescue.salvage(aside).entries == 50
+        (moved,) = outbox.quarantine.damaged_files()
+        assert outbox.quarantine.salvage(moved).entries == 50

@@ -31,7 +31,7 @@ def test_a_controller_that_ends_leaves_nothing_unsettled(
 ) -> None:
     """And it waits for its own events only: another one's, which nobody will acknowledge, is under way meanwhile."""
     with Outbox(outbox) as other:
-        other.append("other", [a_snapshot()], recorder=1)
+        other.append("other", [a_snapshot()], producer_id=1)
     with closing(sqlite3.connect(outbox)) as db:
         db.execute("UPDATE entries SET state = 'sent', check_at = (SELECT clock_shown + 250 FROM outbox)")
         db.commit()

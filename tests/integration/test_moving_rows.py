@@ -237,7 +237,7 @@ def test_with_the_outbox_the_tail_is_proven_also_when_nothing_was_stored_since(
     _run(_moved())
     producer.record_many([a_snapshot(after=timedelta(number)) for number in range(3, 6)])
     assert producer.flush(5) == 0
-    with Outbox(producer._outbox.path) as outbox:
+    with Outbox(producer._transport.outbox.path) as outbox:
         (waiting,) = audit(redis, outbox, since=_TIME)
         assert (waiting.proven_from, waiting.under_way, waiting.missing, waiting.tail_known) == (4, 3, [], True)
         work()
@@ -258,7 +258,7 @@ def test_another_event_under_an_old_number_is_not_in_the_proof(
     with get_db() as db:
         db.execute(text("UPDATE portfolio_history SET event_id = gen_random_uuid() WHERE sequence IN (2, 4)"))
         db.execute(text("UPDATE portfolio_history SET created_at = :at WHERE sequence <= 3"), {"at": _BEFORE})
-    with Outbox(producer._outbox.path) as outbox:
+    with Outbox(producer._transport.outbox.path) as outbox:
         assert [one.mismatched for one in audit(redis, outbox)] == [[2, 4]]
         assert [one.mismatched for one in audit(redis, outbox, since=_TIME)] == [[4]]
 

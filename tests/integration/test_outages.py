@@ -26,9 +26,9 @@ def test_the_caller_notices_nothing_and_the_log_says_it_once(
         for number in range(20):
             producer.record(a_snapshot(after=timedelta(seconds=number)))
         deadline = time.monotonic() + 20
-        while producer._relay._failures < 3 and time.monotonic() < deadline:
+        while producer._transport.relay._failures < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
-        failures, status = producer._relay._failures, producer.status()
+        failures, status = producer._transport.relay._failures, producer.status()
         producer.close(timeout=0)
 
     assert failures >= 3

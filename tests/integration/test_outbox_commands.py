@@ -65,7 +65,7 @@ def test_what_redis_has_lost_is_sent_again_at_once(
         producer.record(a_snapshot(balance="1"))  # the same event with other content
         producer.flush(20)
         producer.close(timeout=0)
-        with producer._outbox._file.transaction() as db:
+        with producer._transport.outbox._file.transaction() as db:
             db.execute("UPDATE entries SET state = 'sent', check_at = check_at + 290")
     redis.flushall()
     with a_worker(redis, tmp_path / "worker.log"):

@@ -26,9 +26,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_carries_the_schema_the_demo_and_the_page_and_no_tests(wheel: Path) -> None:
-    """And nothing at its top but the two packages and the metadata."""
+    """And nothing at its top but the two packages, pytest's plugin and the metadata."""
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"consumers", "producers"}
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
+        "consumers",
+        "producers",
+        "trading_history_pytest.py",
+    }
     assert {"consumers/schema.sql", "consumers/demo/portfolio.json", "consumers/demo/current_signals.json"} <= set(
         names
     )
@@ -37,16 +41,25 @@ def test_the_wheel_carries_the_schema_the_demo_and_the_page_and_no_tests(wheel: 
     assert static <= set(names)
 
 
-def test_a_controllers_installation_has_no_database_library(wheel: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a virtual environment with a controller's installation."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, with_pip=True)
+    subprocess.run(
+        [folder / "bin" / "python", "-m", "pip", "install", "-q", str(wheel)], check=True, capture_output=True
+    )
+    return folder / "bin"
+
+
+def test_a_controllers_installation_has_no_database_library(bin_folder: Path) -> None:
     """producers imports there, the command answers, and what needs a database says which extra has it."""
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", str(wheel)], check=True, capture_output=True)
+    python = bin_folder / "python"
     installed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout.lower()
     imports = "import producers.trading_controller, producers.history_producer, sys; print(*sys.modules)"
     modules = subprocess.run([python, "-c", imports], check=True, capture_output=True, text=True).stdout.split()
     command = subprocess.run(
-        [tmp_path / "venv" / "bin" / "trading-history", "history"],
+        [bin_folder / "trading-history", "history"],
         capture_output=True,
         text=True,
         check=False,
@@ -61,6 +74,26 @@ def test_a_controllers_installation_has_no_database_library(wheel: Path, tmp_pat
         "error: this command needs more: pip install '.[worker]' in a clone of trading-history\n",
     )
     unset = subprocess.run(
-        [tmp_path / "venv" / "bin" / "trading-history", "archive"], capture_output=True, text=True, check=False, env={}
+        [bin_folder / "trading-history", "archive"], capture_output=True, text=True, check=False, env={}
     )
     assert (unset.returncode, unset.stderr.split(":")[1]) == (1, " neither DATABASE_URL nor REDIS_URL is set")
+
+
+def test_a_project_with_a_package_of_the_same_name_runs_its_tests(bin_folder: Path, tmp_path: Path) -> None:
+    """Every run of pytest loads the plugin, also where `producers` is another package; only the fixture fails."""
+    python = bin_folder / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "pytest"], check=True, capture_output=True)
+    (tmp_path / "producers").mkdir()
+    (tmp_path / "producers" / "__init__.py").write_text("", "utf-8")
+    (tmp_path / "test_own.py").write_text(
+        "import producers\ndef test_own(): pass\ndef test_fixture(trading_history): pass\n", "utf-8"
+    )
+    run = subprocess.run(
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "1 passed, 1 error" in run.stdout, run.stdout + run.stderr
+    assert "hides the package `producers` of trading-history" in run.stdout

@@ -26,7 +26,7 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from consumers.handlers import record_portfolio_snapshot
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
-from producers import relay
+from producers import entry_sender
 from producers.acknowledgements import Outcome, acknowledgement_text
 from producers.errors import EventRejected
 from producers.events import JOB_FUNCTIONS, Payload, encode, event_of
@@ -239,7 +239,7 @@ def test_a_job_that_is_under_way_in_name_only_is_sent_again(
     producer: HistoryProducer, work: Work, redis: Redis, monkeypatch: pytest.MonkeyPatch, lost_as: str
 ) -> None:
     """Popped by a stock worker that died: the hash says so for ever, but the job is in no list."""
-    monkeypatch.setattr(relay, "_check_interval", lambda checks: -1.0)
+    monkeypatch.setattr(entry_sender, "_check_interval", lambda checks: -1.0)
     receipt = producer.record(a_snapshot())
     producer.flush(5)
     redis.delete("rq:queue:history")

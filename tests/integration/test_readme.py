@@ -33,10 +33,10 @@ from consumers.settings import (
     MetricsSettings,
     StoreSettings,
 )
-from producers import trading_controller
 from producers.events import PortfolioSnapshotEvent, decode, encode, event_id
 from producers.outbox import Outbox
 from producers.settings import TransportSettings
+from producers.trading_controller import shared_producer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -99,8 +99,7 @@ def test_the_python_examples_run(
     namespace: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(block, namespace)
-    assert trading_controller._shared is not None
-    trading_controller._shared.close()
+    shared_producer().close()
 
     entries = redis.lrange("rq:queue:history", 0, -1)
     assert (len(entries), Outbox(tmp_path / "data" / "outbox.db").status().sent) == (4, 4)

@@ -15,7 +15,7 @@ from redis import Redis
 from consumers.operations import get_portfolio_history
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
-from producers.outbox_identity import RELAY_ALIVE_SECONDS
+from producers.outbox_header import RELAY_ALIVE_SECONDS
 from tests.deliveries import history_queue
 from tests.factories import a_snapshot
 from tests.relaying import COMMAND, a_proxy, a_relay, a_worker, states
@@ -73,9 +73,9 @@ def test_a_running_producer_stands_back_and_takes_over_when_it_ends(redis: Redis
             [(signal.SIGTERM, 0.0, _AT_ONCE_SECONDS), (signal.SIGKILL, 5.0, RELAY_ALIVE_SECONDS + 4)]
         ):
             with a_relay(log) as relay:
-                until(producer._outbox.identity.relay_is_alive)
+                until(producer._transport.outbox.header.relay_is_alive)
                 time.sleep(0.3)  # for the producer to notice
-                assert not producer._outbox.relay_lock().acquire()
+                assert not producer._transport.outbox.relay_lock().acquire()
                 relay.send_signal(ending)
                 relay.wait(5)
                 ended = time.monotonic()
@@ -83,7 +83,7 @@ def test_a_running_producer_stands_back_and_takes_over_when_it_ends(redis: Redis
                 until(lambda receipt=receipt: receipt.state == "sent")  # type: ignore[misc]  # a lambda's default
                 assert least <= time.monotonic() - ended < most, ending
         # Nothing of the process that was killed is left.
-        assert producer._outbox.identity.read().relay is None
+        assert producer._transport.outbox.header.read().relay is None
         assert "another process" not in log.read_text()
 
 
@@ -149,7 +149,7 @@ def test_a_relay_for_another_redis_or_queue_is_refused(
     assert f"{place}. Set REDIS_URL and HISTORY_QUEUE as for the producer that opened it last" in line
     assert "s3cret" not in line
     with Outbox(outbox) as untouched:
-        assert untouched.identity.read().relay is None
+        assert untouched.header.read().relay is None
 
 
 def test_an_outbox_of_another_redis_that_is_made_later_does_not_end_it(
@@ -174,9 +174,9 @@ def test_an_outbox_of_another_redis_that_is_made_later_does_not_end_it(
 def _longest_silence(watched: Outbox, seconds: float) -> float:
     """The longest time between two heartbeats, in the next so many seconds."""
     began = last = time.monotonic()
-    longest, heartbeat = 0.0, watched.identity.read().relay_at
+    longest, heartbeat = 0.0, watched.header.read().relay_at
     while (now := time.monotonic()) < began + seconds:
-        found = watched.identity.read().relay_at
+        found = watched.header.read().relay_at
         if found != heartbeat:
             heartbeat, last = found, now
         longest = max(longest, now - last)
@@ -190,7 +190,7 @@ def test_redis_away_is_two_lines_and_no_reason_for_producers_to_take_over(
     """Its heartbeat does not wait for a Redis that takes connections and never answers."""
     with a_proxy(os.environ["REDIS_URL"], tmp_path) as (proxy, url), Outbox(outbox) as watched:
         with a_relay(tmp_path / "log", REDIS_URL=url):
-            until(watched.identity.relay_is_alive)
+            until(watched.header.relay_is_alive)
             proxy.set_mode("swallow")
             _append(outbox)
             longest = _longest_silence(watched, 8.0)

@@ -233,7 +233,7 @@ def test_restored_over_the_same_inode_under_a_running_controller(
     assert {(source, number) for source, number, _ in gone} == missing
     assert len(breaches([account])) == len(gone)
     if gone:
-        assert "the file is damaged and was set aside as" in one.log.read_text()
+        assert "the file is damaged and was moved to" in one.log.read_text()
         assert doctored(path, "outbox file")[0] == "warn"
 
 

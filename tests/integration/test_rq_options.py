@@ -34,7 +34,7 @@ from consumers.db.engine import get_db
 from consumers.handlers import record_portfolio_snapshot
 from consumers.operations import get_portfolio_history
 from consumers.worker.history_worker import HistoryWorker
-from producers import relay
+from producers import entry_sender
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
 from tests.deliveries import assert_stored_once, burst, enqueue_snapshots, history_queue
@@ -288,7 +288,7 @@ def test_an_emptied_queue_is_filled_again_by_the_outbox(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As soon as it looks after what it has sent: the event is one row, and its receipt says so."""
-    monkeypatch.setattr(relay, "_FIRST_CHECK_SECONDS", 0.5)
+    monkeypatch.setattr(entry_sender, "_FIRST_CHECK_SECONDS", 0.5)
     receipts = producer.record_many([a_snapshot()])
     until(lambda: history_queue(redis).count == 1)
     assert _invoke("empty", "history") == "1 jobs removed from history queue\n"

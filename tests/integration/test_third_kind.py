@@ -316,15 +316,15 @@ def test_it_is_proven(producer: HistoryProducer, redis: Redis, monkeypatch: pyte
     burst(redis)
     for receipt in receipts:
         receipt.wait(10)
-    monkeypatch.setenv("HISTORY_OUTBOX", str(producer._outbox.path))
-    (one,) = audit(redis, producer._outbox)
+    monkeypatch.setenv("HISTORY_OUTBOX", str(producer._transport.outbox.path))
+    (one,) = audit(redis, producer._transport.outbox)
     assert (one.stored, one.last, one.missing, one.complete) == (4, 4, [], True)
     assert _run("audit").returncode == 0
 
     with get_db() as db:
         db.execute(text("DELETE FROM closed_trades WHERE sequence = 3"))
         db.execute(text("UPDATE closed_trades SET event_id = gen_random_uuid() WHERE sequence = 4"))
-    (one,) = audit(redis, producer._outbox)
+    (one,) = audit(redis, producer._transport.outbox)
     assert (one.stored, one.missing, one.mismatched) == (3, [(3, 3)], [4])
     assert _run("audit").returncode == 1
 

@@ -229,7 +229,7 @@ def test_what_the_producer_accepts_at_a_limit_the_worker_accepts_and_the_databas
             outbox.append("property", [an_archive(signals=signals)])
         except InvalidEvent:
             return
-        (entry,) = outbox.pending(1)
+        (entry,) = outbox.deliveries.pending(1)
     data = _fields(entry, "history", "")["data"]
     assert len(data) <= MAX_JOB_BYTES
     delivery = parse(ReservedJob("x", "usual", data, None))

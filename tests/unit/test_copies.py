@@ -13,10 +13,9 @@ from typing import Any
 import fakeredis
 import pytest
 
-from producers import copies
-from producers import relay as relay_module
+from producers import copies, entry_sender
 from producers.acknowledgements import Outcome, acknowledgement_text, shown
-from producers.entries import Accepted, Fate
+from producers.entries import Accepted, EntryStatus
 from producers.events import Payload
 from producers.fake_worker import FakeWorker
 from producers.outbox import Outbox
@@ -43,8 +42,8 @@ class Bot:
         self.accepted += self.outbox.append(name, payloads)
         return self.accepted[-1].source
 
-    def fates(self) -> list[Fate]:
-        return [self.outbox.fate(one) for one in self.accepted]
+    def fates(self) -> list[EntryStatus]:
+        return [self.outbox.status_of(one) for one in self.accepted]
 
     def close(self) -> None:
         self.relay.stop()
@@ -73,7 +72,7 @@ def _looks_at_each_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sent entry is overdue at the next sweep."""
-    monkeypatch.setattr(relay_module, "_check_interval", lambda checks: -1.0)
+    monkeypatch.setattr(entry_sender, "_check_interval", lambda checks: -1.0)
 
 
 def _copy(one: Bot, folder: str) -> None:
@@ -220,7 +219,7 @@ def test_an_entry_that_both_copies_have_is_settled_in_both(
     a.relay.sweep()
     redis.delete(queue_of(redis).key)
     redis.delete(f"rq:job:{answers[1].job_id}")
-    assert (a.outbox.fate(shared[0]).state, redis.hlen(acknowledgement_key(shared[0].source))) == ("stored", 0)
+    assert (a.outbox.status_of(shared[0]).state, redis.hlen(acknowledgement_key(shared[0].source))) == ("stored", 0)
 
     b.relay.sweep()
     again = {answer.job_id: answer.outcome.kind for answer in worker.work()}
@@ -229,7 +228,7 @@ def test_an_entry_that_both_copies_have_is_settled_in_both(
     a.relay.sweep()
     assert redis.hkeys(acknowledgement_key(shared[0].source)) == [answers[0].job_id.encode()]
     b.relay.sweep()
-    assert b.outbox.fate(shared[0]) == Fate("stored", answers[0].outcome.row_id, None)
+    assert b.outbox.status_of(shared[0]) == EntryStatus("stored", answers[0].outcome.row_id, None)
     assert redis.hlen(acknowledgement_key(shared[0].source)) == 0
 
 
@@ -270,11 +269,11 @@ def test_the_death_of_a_relay_while_it_exchanges_the_token_is_no_copy(
         one = bot("a")
         with monkeypatch.context() as patch, suppress(Death):
             if death == "before":
-                patch.setattr(one.outbox.identity, "begin_exchange", _die)
+                patch.setattr(one.outbox.header, "begin_exchange", _die)
             elif death == "between":
                 patch.setattr(copies, "_set_tokens", _die)
             elif death == "after":
-                patch.setattr(one.outbox.identity, "end_exchange", _die)
+                patch.setattr(one.outbox.header, "end_exchange", _die)
             one.relay.sweep()
             assert death == "never"
         one.close()
@@ -283,7 +282,7 @@ def test_the_death_of_a_relay_while_it_exchanges_the_token_is_no_copy(
     _sweep(last)
 
     assert last.record(a_snapshot()) == source
-    identity = last.outbox.identity.read()
+    identity = last.outbox.header.read()
     assert (identity.token.encode(), identity.next_token) == (redis.get(token_key(source)), None)
 
 
@@ -301,7 +300,7 @@ def test_copies_made_while_the_token_is_exchanged_are_told_apart(
         if death == "between":
             patch.setattr(copies, "_set_tokens", _die)
         else:
-            patch.setattr(again.outbox.identity, "end_exchange", _die)
+            patch.setattr(again.outbox.header, "end_exchange", _die)
         again.relay.sweep()
     again.close()
     _copy(original, "b")
@@ -321,7 +320,7 @@ def test_a_redis_that_lost_everything_is_no_copy_and_gets_the_token_back(
     _sweep(a)
     redis.flushall()
     _sweep(a)
-    assert redis.get(token_key(source)) == a.outbox.identity.read().token.encode()
+    assert redis.get(token_key(source)) == a.outbox.header.read().token.encode()
     assert redis.ttl(token_key(source)) > 29 * DAYS
     a.close()
     redis.flushall()
@@ -389,14 +388,14 @@ def test_of_two_that_exchange_the_token_at_the_same_moment_one_goes_on(
     original.close()
     _copy(original, "b")
     a, b = bot("a"), bot("b")
-    begin_exchange = a.outbox.identity.begin_exchange
+    begin_exchange = a.outbox.header.begin_exchange
 
     def meanwhile(*arguments: Any) -> Any:
-        monkeypatch.setattr(a.outbox.identity, "begin_exchange", begin_exchange)
+        monkeypatch.setattr(a.outbox.header, "begin_exchange", begin_exchange)
         b.relay.sweep()
         return begin_exchange(*arguments)
 
-    monkeypatch.setattr(a.outbox.identity, "begin_exchange", meanwhile)
+    monkeypatch.setattr(a.outbox.header, "begin_exchange", meanwhile)
     _sweep(a, b, a, b)
 
     assert b.record(a_snapshot()) == source
@@ -413,7 +412,7 @@ def test_a_source_that_came_later_is_watched_over_at_once(
     _sweep(original)
     second = original.record(a_snapshot(), name="other")
     _sweep(original)
-    token = original.outbox.identity.read().token.encode()
+    token = original.outbox.header.read().token.encode()
     assert redis.mget(token_key(first), token_key(second)) == [token, token]
     original.close()
     _copy(original, "b")
@@ -455,18 +454,18 @@ def test_a_relay_that_was_stopped_while_another_one_took_over_is_no_copy(
     _sweep(one)
     one.close()
     stopped, other = bot("a"), bot("a")
-    step = getattr(stopped.outbox.identity, stopped_in)
+    step = getattr(stopped.outbox.header, stopped_in)
 
     def meanwhile(*arguments: Any) -> Any:
-        monkeypatch.setattr(stopped.outbox.identity, stopped_in, step)
+        monkeypatch.setattr(stopped.outbox.header, stopped_in, step)
         copies.CopyGuard(other.outbox, redis).check()
         return step(*arguments)
 
-    monkeypatch.setattr(stopped.outbox.identity, stopped_in, meanwhile)
+    monkeypatch.setattr(stopped.outbox.header, stopped_in, meanwhile)
     _sweep(stopped, stopped)
 
     assert stopped.record(a_snapshot()) == source
-    token = stopped.outbox.identity.read().token.encode()
+    token = stopped.outbox.header.read().token.encode()
     assert token == redis.get(token_key(source))
 
 
@@ -477,18 +476,18 @@ def test_a_relay_that_compares_while_another_one_exchanges_the_token_is_no_copy(
     one = bot("a")
     source = one.record(a_snapshot())
     _sweep(one)
-    read = one.outbox.identity.read
+    read = one.outbox.header.read
     other = Outbox(one.path)
 
     def meanwhile() -> Any:
-        monkeypatch.setattr(one.outbox.identity, "read", read)
+        monkeypatch.setattr(one.outbox.header, "read", read)
         found = read()
         copies.CopyGuard(other, redis).check()
         return found
 
     guard = copies.CopyGuard(one.outbox, redis)
     guard.check()
-    monkeypatch.setattr(one.outbox.identity, "read", meanwhile)
+    monkeypatch.setattr(one.outbox.header, "read", meanwhile)
     guard.check()
     guard.check()
 

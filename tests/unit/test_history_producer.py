@@ -116,7 +116,7 @@ def test_a_receipt_knows_the_state_of_its_event(
     producer.close()
 
     assert [*states, stored.state, rejected.state] == ["pending", "sent", "stored", "rejected"]
-    Outbox(tmp_path / "outbox.db").prune(keep_seconds=-1)
+    Outbox(tmp_path / "outbox.db").deliveries.prune(keep_seconds=-1)
     with pytest.raises(OutboxError, match="entry 1 is no longer kept"):
         _ = stored.state
 
@@ -125,8 +125,8 @@ def test_flushing_covers_what_was_recorded_before_the_call_and_no_more(
     redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thread that goes on recording does not keep another one from its end."""
-    monkeypatch.setattr("producers.relay._BATCH_ENTRIES", 1)
-    monkeypatch.setattr("producers.relay._FULL_QUEUE_JOBS", 1)  # so that the second one stays in the outbox
+    monkeypatch.setattr("producers.entry_sender._BATCH_ENTRIES", 1)
+    monkeypatch.setattr("producers.entry_sender._FULL_QUEUE_JOBS", 1)  # so that the second one stays in the outbox
     producer = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
     receipt = producer.record(a_snapshot())
     last_position = Outbox.last_position
@@ -149,14 +149,14 @@ def test_settling_asks_at_once_for_what_is_under_way(
     redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Redis lost it: it is sent again now, not at its next check, and the caller hears how many are left."""
-    monkeypatch.setattr("producers.relay._FIRST_CHECK_SECONDS", 100.0)
+    monkeypatch.setattr("producers.entry_sender._FIRST_CHECK_SECONDS", 100.0)
     heard: list[int] = []
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         producer.record_many([a_snapshot(after=timedelta(n)) for n in range(3)])
         producer.flush(5)
         assert producer.settle(0.05) == 3
         redis.flushall()
-        monkeypatch.setattr("producers.history_producer._ASK_SECONDS", 0.02)
+        monkeypatch.setattr("producers.transport._CHECK_NOW_SECONDS", 0.02)
         stop = threading.Event()
         worker = threading.Thread(target=_work_until, args=(FakeWorker(redis, "history"), stop))
         worker.start()
@@ -191,7 +191,7 @@ def test_closing_hands_over_events_of_others_and_does_not_wait_for_their_end(
 ) -> None:
     """No worker runs: another producer's event would take all of the time that closing has."""
     other = Outbox(tmp_path / "outbox.db")
-    other.append("other", [a_snapshot()], recorder=1)
+    other.append("other", [a_snapshot()], producer_id=1)
     began = time.monotonic()
     HistoryProducer(redis, outbox=other.path).close(timeout=20)
     assert time.monotonic() - began < 10
@@ -203,7 +203,7 @@ def test_closing_takes_no_time_when_a_relay_process_looks_after_the_outbox(
 ) -> None:
     """It has the event when the process is gone."""
     with Outbox(tmp_path / "outbox.db") as outbox:
-        outbox.identity.announce_relay("relay-1")
+        outbox.header.heartbeat("relay-1")
         producer = HistoryProducer(redis, outbox=outbox.path)
         producer.record(a_snapshot())
         began = time.monotonic()

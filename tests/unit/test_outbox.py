@@ -21,10 +21,11 @@ from uuid import UUID, uuid4
 import pytest
 
 from producers import outbox as outbox_module
+from producers import outbox_deliveries
 from producers import outbox_file as outbox_file_module
 from producers.acknowledgements import Acknowledgement, Outcome
-from producers.entries import Accepted, Fate, Settled, Source
-from producers.errors import InvalidEvent, OutboxError
+from producers.entries import Accepted, EntryStatus, OutboxSource, SettledKeys
+from producers.errors import InvalidEvent, OutboxError, OutboxOutdated
 from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode, encode, event_of
 from producers.outbox import Outbox
 from tests.factories import a_signal, a_snapshot, an_archive
@@ -40,13 +41,13 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "down" / "outbox.db"
 
 
-def _settle(outbox: Outbox, *told: tuple[Accepted, Outcome], resends: int = 0) -> Settled:
+def _settle(outbox: Outbox, *told: tuple[Accepted, Outcome], resends: int = 0) -> SettledKeys:
     """As a relay that has read these; the keys are the numbers."""
     found = {
         one.sequence: Acknowledgement(one.source_id, one.sequence, one.nonce, str(one.event_id), outcome, at=0)
         for one, outcome in told
     }
-    return outbox.settle(told[0][0].source_id, resends, found)
+    return outbox.deliveries.settle(told[0][0].source_id, resends, found)
 
 
 def test_entries_are_numbered_from_one_and_carry_their_number(path: Path) -> None:
@@ -55,7 +56,7 @@ def test_entries_are_numbered_from_one_and_carry_their_number(path: Path) -> Non
     accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(2)])
     accepted += outbox.append(NAME, [an_archive()])
 
-    entries = outbox.pending(10)
+    entries = outbox.deliveries.pending(10)
     assert [one.sequence for one in accepted] == [entry.sequence for entry in entries] == [1, 2, 3]
     assert {one.source for one in accepted} == {f"{NAME}/{accepted[0].source_id}"}
     event = decode(entries[1].event, PortfolioSnapshotEvent)
@@ -71,7 +72,7 @@ def test_each_entry_has_a_nonce_of_its_own(path: Path) -> None:
 
     assert len({one.nonce for one in accepted}) == 40
     assert all(re.fullmatch("[0-9a-f]{16}", one.nonce) for one in accepted)
-    assert [entry.nonce for entry in outbox.pending(50)] == [one.nonce for one in accepted]
+    assert [entry.nonce for entry in outbox.deliveries.pending(50)] == [one.nonce for one in accepted]
 
 
 def test_each_name_on_one_file_is_a_source_with_numbers_of_its_own(path: Path) -> None:
@@ -80,7 +81,7 @@ def test_each_name_on_one_file_is_a_source_with_numbers_of_its_own(path: Path) -
     for name in ("a", "b", "a"):
         outbox.append(name, [a_snapshot()])
 
-    entries = outbox.pending(10)
+    entries = outbox.deliveries.pending(10)
     assert [entry.sequence for entry in entries] == [1, 1, 2]
     assert len({entry.job_id for entry in entries}) == 3
 
@@ -104,7 +105,7 @@ def test_appending_many_takes_all_or_none(path: Path) -> None:
     with pytest.raises(InvalidEvent, match="event: is larger than 8 MiB"):
         outbox.append(NAME, [a_snapshot(), too_large])
 
-    assert outbox.pending(10) == []
+    assert outbox.deliveries.pending(10) == []
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [1]
 
 
@@ -112,14 +113,14 @@ def test_an_entry_goes_from_pending_to_sent_to_stored(path: Path) -> None:
     """status counts each state and knows how old the oldest unsettled entry is."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
-    (entry,) = outbox.pending(10)
-    states, fates = [outbox.status()], [outbox.fate(accepted)]
-    outbox.mark_sent({entry.position: 5.0})
+    (entry,) = outbox.deliveries.pending(10)
+    states, fates = [outbox.status()], [outbox.status_of(accepted)]
+    outbox.deliveries.mark_sent({entry.position: 5.0})
     states.append(outbox.status())
-    fates.append(outbox.fate(accepted))
+    fates.append(outbox.status_of(accepted))
     _settle(outbox, (accepted, Outcome("duplicate", row_id=7)))
     states.append(outbox.status())
-    fates.append(outbox.fate(accepted))
+    fates.append(outbox.status_of(accepted))
 
     assert [(state.pending, state.sent, state.stored, state.rejected) for state in states] == [
         (1, 0, 0, 0),
@@ -127,19 +128,23 @@ def test_an_entry_goes_from_pending_to_sent_to_stored(path: Path) -> None:
         (0, 0, 1, 0),
     ]
     assert [state.oldest_unsettled_seconds is None for state in states] == [False, False, True]
-    assert fates == [Fate("pending", None, None), Fate("sent", None, None), Fate("stored", 7, None)]
+    assert fates == [
+        EntryStatus("pending", None, None),
+        EntryStatus("sent", None, None),
+        EntryStatus("stored", 7, None),
+    ]
 
 
 def test_a_late_acknowledgement_does_not_undo_an_earlier_one(path: Path) -> None:
     """What is settled stays settled; of what is not here nothing is said."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
-    assert _settle(outbox, (accepted, STORED)) == Settled([1], [])
+    assert _settle(outbox, (accepted, STORED)) == SettledKeys([1], [])
     unknown = replace(accepted, sequence=99)
     again = _settle(outbox, (accepted, REJECTED), (unknown, STORED))
 
-    assert again == Settled([], [1])
-    assert outbox.fate(accepted) == Fate("stored", 7, None)
+    assert again == SettledKeys([], [1])
+    assert outbox.status_of(accepted) == EntryStatus("stored", 7, None)
     assert outbox.status().stored == 1
 
 
@@ -154,12 +159,14 @@ def test_an_acknowledgement_of_another_delivery_settles_nothing(path: Path, othe
         "event_id": replace(told, event_id=str(uuid4())),
         "source_id": replace(told, source_id="ab"),
     }
-    settled = outbox.settle(accepted.source_id, 0, {"key": foreign[other]})
+    settled = outbox.deliveries.settle(accepted.source_id, 0, {"key": foreign[other]})
 
     # The entry of that job id is here, whatever event the acknowledgement names.
-    assert settled == Settled([], ["key"] if other == "event_id" else [])
-    assert outbox.fate(accepted).state == "pending"
-    assert outbox.settle(accepted.source_id, 0, {"key": replace(told, event_id=None)}) == Settled(["key"], [])
+    assert settled == SettledKeys([], ["key"] if other == "event_id" else [])
+    assert outbox.status_of(accepted).state == "pending"
+    assert outbox.deliveries.settle(accepted.source_id, 0, {"key": replace(told, event_id=None)}) == SettledKeys(
+        ["key"], []
+    )
 
 
 def test_a_rejected_entry_is_stored_when_it_was_requeued_and_stored(path: Path) -> None:
@@ -167,50 +174,55 @@ def test_a_rejected_entry_is_stored_when_it_was_requeued_and_stored(path: Path) 
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     _settle(outbox, (accepted, REJECTED))
-    assert outbox.fate(accepted) == Fate("rejected", None, "no")
-    assert (outbox.awaiting("sent"), outbox.awaiting("rejected")) == ([], [(accepted.source_id, NAME, 0)])
+    assert outbox.status_of(accepted) == EntryStatus("rejected", None, "no")
+    assert (outbox.deliveries.awaiting("sent"), outbox.deliveries.awaiting("rejected")) == (
+        [],
+        [(accepted.source_id, NAME, 0)],
+    )
     _settle(outbox, (accepted, STORED))
 
-    assert outbox.fate(accepted) == Fate("stored", 7, None)
-    assert (outbox.awaiting("sent"), outbox.awaiting("rejected")) == ([], [])
+    assert outbox.status_of(accepted) == EntryStatus("stored", 7, None)
+    assert (outbox.deliveries.awaiting("sent"), outbox.deliveries.awaiting("rejected")) == ([], [])
 
 
 def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
     """And looking at them postpones them."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
-    first, second, _ = outbox.pending(10)
-    outbox.mark_sent({first.position: -1.0, second.position: 100.0})
+    first, second, _ = outbox.deliveries.pending(10)
+    outbox.deliveries.mark_sent({first.position: -1.0, second.position: 100.0})
 
-    assert [entry.sequence for entry in outbox.overdue(10)] == [1]
-    outbox.postpone({first.position: 100.0})
-    assert outbox.overdue(10) == []
+    assert [entry.sequence for entry in outbox.deliveries.overdue(10)] == [1]
+    outbox.deliveries.postpone({first.position: 100.0})
+    assert outbox.deliveries.overdue(10) == []
 
 
 def test_a_check_that_is_further_ahead_than_any_interval_is_due_now(path: Path) -> None:
     """A clock that was ahead has written it. Both kinds share the limit."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
-    due, far, later, farther = outbox.pending(10)
-    outbox.mark_sent({due.position: -1.0, far.position: 400.0, later.position: 330.0, farther.position: 2 * 86400.0})
+    due, far, later, farther = outbox.deliveries.pending(10)
+    outbox.deliveries.mark_sent(
+        {due.position: -1.0, far.position: 400.0, later.position: 330.0, farther.position: 2 * 86400.0}
+    )
 
-    assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 2, 4]
-    assert [entry.sequence for entry in outbox.overdue(1)] == [1]
-    outbox.postpone({far.position: 300.0})
-    assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 4]
+    assert sorted(entry.sequence for entry in outbox.deliveries.overdue(10)) == [1, 2, 4]
+    assert [entry.sequence for entry in outbox.deliveries.overdue(1)] == [1]
+    outbox.deliveries.postpone({far.position: 300.0})
+    assert sorted(entry.sequence for entry in outbox.deliveries.overdue(10)) == [1, 4]
 
 
 def test_all_that_was_sent_up_to_a_position_can_be_made_overdue(path: Path) -> None:
     """For those that do not want to wait for the next check."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
-    outbox.mark_sent({entry.position: 100.0 for entry in outbox.pending(2)})
+    outbox.deliveries.mark_sent({entry.position: 100.0 for entry in outbox.deliveries.pending(2)})
     until = outbox.last_position()
     outbox.append(NAME, [a_snapshot()])
-    outbox.mark_sent({entry.position: 100.0 for entry in outbox.pending(5)[-1:]})
+    outbox.deliveries.mark_sent({entry.position: 100.0 for entry in outbox.deliveries.pending(5)[-1:]})
     outbox.check_now(until)
 
-    assert sorted(entry.sequence for entry in outbox.overdue(10)) == [1, 2]
+    assert sorted(entry.sequence for entry in outbox.deliveries.overdue(10)) == [1, 2]
     assert (outbox.pending_count(until), outbox.unsettled_count(until=until), outbox.unsettled_count()) == (2, 4, 5)
 
 
@@ -218,14 +230,14 @@ def test_a_batch_ends_before_it_is_too_large(path: Path, monkeypatch: pytest.Mon
     """By the bytes of its texts; one that is larger than a batch comes alone, and nothing is passed over."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])
-    size = len(outbox.pending(1)[0].event)
-    monkeypatch.setattr(outbox_module, "_BATCH_BYTES", 3 * size)
-    assert [entry.sequence for entry in outbox.pending(10)] == [1, 2, 3]
-    assert [entry.sequence for entry in outbox.pending(2)] == [1, 2]
-    monkeypatch.setattr(outbox_module, "_BATCH_BYTES", size - 1)
-    batch = outbox.pending(10)
-    outbox.mark_sent({batch[0].position: 100.0})
-    assert [[entry.sequence for entry in found] for found in (batch, outbox.pending(10))] == [[1], [2]]
+    size = len(outbox.deliveries.pending(1)[0].event)
+    monkeypatch.setattr(outbox_deliveries, "_BATCH_BYTES", 3 * size)
+    assert [entry.sequence for entry in outbox.deliveries.pending(10)] == [1, 2, 3]
+    assert [entry.sequence for entry in outbox.deliveries.pending(2)] == [1, 2]
+    monkeypatch.setattr(outbox_deliveries, "_BATCH_BYTES", size - 1)
+    batch = outbox.deliveries.pending(10)
+    outbox.deliveries.mark_sent({batch[0].position: 100.0})
+    assert [[entry.sequence for entry in found] for found in (batch, outbox.deliveries.pending(10))] == [[1], [2]]
 
 
 def test_threads_share_an_outbox(path: Path) -> None:
@@ -239,7 +251,7 @@ def test_threads_share_an_outbox(path: Path) -> None:
     for thread in threads:
         thread.join()
 
-    assert [entry.sequence for entry in outbox.pending(1000)] == list(range(1, 401))
+    assert [entry.sequence for entry in outbox.deliveries.pending(1000)] == list(range(1, 401))
 
 
 def _append(path: Path, count: int) -> None:
@@ -259,7 +271,7 @@ def test_processes_share_an_outbox(path: Path) -> None:
         writer.join(60)
 
     assert [writer.exitcode for writer in writers] == [0] * 4
-    entries = Outbox(path).pending(1000)
+    entries = Outbox(path).deliveries.pending(1000)
     assert sorted(entry.sequence for entry in entries) == list(range(1, 201))
     assert len({entry.source_id for entry in entries}) == 1
 
@@ -278,7 +290,7 @@ def test_a_new_file_that_another_process_is_making_is_waited_for(tmp_path: Path)
                     other.execute("COMMIT")
                     ended.set()
 
-            patch.setattr("producers.outbox_file.time.sleep", end)
+            patch.setattr("producers.sqlite_connections.time.sleep", end)
             assert Outbox(path).append(NAME, [a_snapshot()])[0].sequence == 1
         assert ended.is_set()
 
@@ -297,7 +309,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     died = subprocess.run([sys.executable, "-c", script], cwd=root, check=False)
 
     assert died.returncode == -9
-    assert [json.loads(entry.event)["type"] for entry in Outbox(path).pending(10)] == ["trading.portfolio-snapshot.v1"]
+    assert [json.loads(entry.event)["type"] for entry in Outbox(path).deliveries.pending(10)] == [
+        "trading.portfolio-snapshot.v1"
+    ]
 
 
 def test_appending_waits_for_the_disk_and_marking_does_not(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +327,7 @@ def test_appending_waits_for_the_disk_and_marking_does_not(path: Path, monkeypat
     monkeypatch.setattr(sqlite3, "connect", traced)
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
-    outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(1)})
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(1)})
     _settle(outbox, (accepted, STORED))
 
     def modes_of(statement: str) -> list[tuple[str, int]]:
@@ -346,7 +360,7 @@ def test_a_text_that_is_no_text_is_an_error_that_names_the_file(path: Path) -> N
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("UPDATE entries SET event = CAST(x'ff' AS TEXT)")
     with pytest.raises(OutboxError, match=re.escape(str(path))):
-        outbox.pending(1)
+        outbox.deliveries.pending(1)
 
 
 def test_a_full_disk_is_an_error_and_nothing_is_half_recorded(path: Path) -> None:
@@ -374,11 +388,11 @@ def test_a_full_outbox_says_so_and_can_still_be_emptied(path: Path) -> None:
     with pytest.raises(OutboxError, match=r"is full: its disk, or its limit of 1 MiB; events leave it when"):
         fill()
     full = outbox.status().pending
-    entries = outbox.pending(full)
-    outbox.mark_sent({entry.position: 0.0 for entry in entries})
+    entries = outbox.deliveries.pending(full)
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in entries})
     _settle(outbox, *((one, STORED) for one in accepted))
 
-    assert outbox.prune(keep_seconds=1e9) > 0
+    assert outbox.deliveries.prune(keep_seconds=1e9) > 0
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [full + 1]
 
 
@@ -386,28 +400,28 @@ def test_settled_entries_are_dropped_when_they_are_old_enough_and_others_never(p
     """Pending and sent ones stay, however old; of what was rejected the database keeps the record."""
     outbox = Outbox(path)
     *_, rejected, stored = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
-    outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(10)[1:]})
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(10)[1:]})
     _settle(outbox, (rejected, REJECTED), (stored, STORED))
 
-    assert outbox.prune(keep_seconds=60) == 0
-    assert outbox.prune(keep_seconds=0) == 2
+    assert outbox.deliveries.prune(keep_seconds=60) == 0
+    assert outbox.deliveries.prune(keep_seconds=0) == 2
     status = outbox.status()
     assert (status.pending, status.sent, status.rejected, status.stored) == (1, 1, 0, 0)
     with pytest.raises(OutboxError, match="entry 4 is no longer kept"):
-        outbox.fate(stored)
+        outbox.status_of(stored)
 
 
 def test_settled_entries_can_be_made_pending_again_by_time(path: Path) -> None:
     """Stored and rejected, with the same number and bytes; what is older, or on its way, is left alone."""
     outbox = Outbox(path)
     stored, rejected, _ = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
-    before = outbox.pending(10)
-    outbox.mark_sent({entry.position: 0.0 for entry in before})
+    before = outbox.deliveries.pending(10)
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in before})
     _settle(outbox, (stored, STORED), (rejected, REJECTED))
 
     assert outbox.resend(since=time.time() + 1) == 0
     assert outbox.resend(since=time.time() - 60) == 2
-    assert [(entry.job_id, entry.event) for entry in outbox.pending(10)] == [
+    assert [(entry.job_id, entry.event) for entry in outbox.deliveries.pending(10)] == [
         (entry.job_id, entry.event) for entry in before[:2]
     ]
 
@@ -416,27 +430,27 @@ def test_what_was_told_before_a_resend_settles_nothing_after_it(path: Path) -> N
     """It is true of the database that was there before only."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
-    outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(10)})
-    ((_, _, resends),) = outbox.awaiting("sent")
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(10)})
+    ((_, _, resends),) = outbox.deliveries.awaiting("sent")
     assert outbox.resend(since=0) == 0
-    assert _settle(outbox, (accepted, STORED), resends=resends) == Settled([], [])
-    assert outbox.fate(accepted).state == "sent"
+    assert _settle(outbox, (accepted, STORED), resends=resends) == SettledKeys([], [])
+    assert outbox.status_of(accepted).state == "sent"
 
-    assert _settle(outbox, (accepted, STORED), resends=resends + 1) == Settled([1], [])
-    assert outbox.fate(accepted) == Fate("stored", 7, None)
+    assert _settle(outbox, (accepted, STORED), resends=resends + 1) == SettledKeys([1], [])
+    assert outbox.status_of(accepted) == EntryStatus("stored", 7, None)
 
 
 def test_others_append_while_many_entries_are_made_pending_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page at a time; an acknowledgement of before settles nothing from the first page on."""
     outbox, other = Outbox(path), Outbox(path)
     accepted = _stored(outbox, 5)
-    monkeypatch.setattr(outbox_module, "_PAGE_ENTRIES", 2)
+    monkeypatch.setattr(outbox_module, "_RESENT_ENTRIES", 2)
     pending = []
 
     def meanwhile(_: float) -> None:
         pending.append(other.pending_count())
         other.append(NAME, [a_snapshot()])
-        assert _settle(other, (accepted[0], STORED)) == Settled([], [])
+        assert _settle(other, (accepted[0], STORED)) == SettledKeys([], [])
 
     monkeypatch.setattr(time, "sleep", meanwhile)
     assert outbox.resend(since=0) == 5
@@ -448,21 +462,21 @@ def test_a_resend_that_was_ended_in_the_middle_is_done_again(path: Path, monkeyp
     """What was sent and settled anew by then is sent once more, which does no harm; nothing is left out."""
     outbox = Outbox(path)
     first, *_ = _stored(outbox, 5)
-    monkeypatch.setattr(outbox_module, "_PAGE_ENTRIES", 2)
+    monkeypatch.setattr(outbox_module, "_RESENT_ENTRIES", 2)
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             outbox.resend(since=0)
     assert outbox.pending_count() == 2
-    assert _settle(outbox, (first, STORED), resends=1) == Settled([1], [])
+    assert _settle(outbox, (first, STORED), resends=1) == SettledKeys([1], [])
     assert outbox.resend(since=0) == 4
     assert outbox.pending_count() == 5
-    assert _settle(outbox, (first, STORED), resends=1) == Settled([], [])
+    assert _settle(outbox, (first, STORED), resends=1) == SettledKeys([], [])
 
 
 def _stored(outbox: Outbox, count: int) -> list[Accepted]:
     accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(count)])
-    outbox.settle(
+    outbox.deliveries.settle(
         accepted[0].source_id,
         0,
         {one: Acknowledgement(one.source_id, one.sequence, one.nonce, None, STORED, at=0) for one in accepted},
@@ -583,15 +597,15 @@ def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, versi
         (text, f"{OLD_SOURCE_ID}-{n}") for n, text in enumerate(events, 1)
     ]
     ids = [UUID(json.loads(text)["id"]) for text in events]
-    (page,) = upgraded.numbers(OLD_SOURCE_ID)
+    (page,) = upgraded.audit_pages(OLD_SOURCE_ID)
     states = ("stored", "rejected", "sent", "pending")
     assert [(one.event_id, one.state, one.nonce) for one in page] == [
         (event_id, state, "") for event_id, state in zip(ids, states, strict=True)
     ]
-    assert upgraded.sources() == [Source(OLD_SOURCE_ID, NAME, 4, current=True, left_because=None)]
-    assert [upgraded.fate(Accepted(ids[n], NAME, OLD_SOURCE_ID, n + 1, "")) for n in range(2)] == [
-        Fate("stored", 7, None),
-        Fate("rejected", None, "no"),
+    assert upgraded.sources() == [OutboxSource(OLD_SOURCE_ID, NAME, 4, current=True, left_because=None)]
+    assert [upgraded.status_of(Accepted(ids[n], NAME, OLD_SOURCE_ID, n + 1, "")) for n in range(2)] == [
+        EntryStatus("stored", 7, None),
+        EntryStatus("rejected", None, "no"),
     ]
     (accepted,) = upgraded.append(NAME, [a_snapshot()])
     assert (accepted.source_id, accepted.sequence, len(accepted.nonce)) == (OLD_SOURCE_ID, 5, 16)
@@ -602,14 +616,38 @@ def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, versi
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+def test_an_outbox_of_version_3_keeps_all_but_an_unused_column(path: Path) -> None:
+    """In between two numbers; a process of that release that has it open goes on appending."""
+    with Outbox(path) as outbox:
+        outbox.append(NAME, [a_snapshot()])
+        outbox.header.replace_sources()
+        sources, entries = outbox.sources(), outbox.entries()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("ALTER TABLE sources DROP COLUMN left_because")
+        db.execute("ALTER TABLE sources ADD COLUMN left_at REAL")
+        db.execute("ALTER TABLE sources ADD COLUMN left_because TEXT")
+        db.execute("UPDATE sources SET left_at = 1.7e9, left_because = 'copied'")
+        db.execute("PRAGMA user_version = 3")
+        with pytest.raises(OutboxOutdated):
+            Outbox(path)
+        upgraded = Outbox(path, repair=True)
+        assert (upgraded.sources(), upgraded.entries()) == (sources, entries)
+        assert "left_at" not in {row[1] for row in db.execute("PRAGMA table_info(sources)")}
+        columns = "source_id, sequence, nonce, recorder, event_id, type, summary, event, recorded_at"
+        db.execute(f"INSERT INTO entries ({columns}) VALUES ('a', 1, 'b', 9, 'c', 'd', 'e', 'f', 1.7e9)")
+    assert upgraded.append(NAME, [a_snapshot(after=timedelta(1))])[0].sequence == 1  # of a new source
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_an_earlier_version_had_under_way_is_settled(path: Path, version: int) -> None:
     """By an acknowledgement without a nonce, with or without the event's id."""
     events = write_outbox_of_before(path, version)
     upgraded = Outbox(path, repair=True)
     sent, pending = (Acknowledgement(OLD_SOURCE_ID, n, "", json.loads(events[n - 1])["id"], STORED, 0) for n in (3, 4))
-    assert upgraded.awaiting("sent") == [(OLD_SOURCE_ID, NAME, 0)]
-    assert upgraded.settle(OLD_SOURCE_ID, 0, {3: sent, 4: replace(pending, event_id=None)}) == Settled([3, 4], [])
+    assert upgraded.deliveries.awaiting("sent") == [(OLD_SOURCE_ID, NAME, 0)]
+    assert upgraded.deliveries.settle(OLD_SOURCE_ID, 0, {3: sent, 4: replace(pending, event_id=None)}) == SettledKeys(
+        [3, 4], []
+    )
     assert upgraded.status().stored == 3
 
 
@@ -632,7 +670,7 @@ def test_a_count_of_resends_survives_an_upgrade(path: Path) -> None:
     write_outbox_of_before(path, 2)
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("UPDATE sources SET resends = 3")
-    assert Outbox(path, repair=True).awaiting("sent") == [(OLD_SOURCE_ID, NAME, 3)]
+    assert Outbox(path, repair=True).deliveries.awaiting("sent") == [(OLD_SOURCE_ID, NAME, 3)]
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -646,7 +684,7 @@ def test_a_full_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, v
 
     with pytest.raises(OutboxError, match="is full"):
         upgraded.append(NAME, [an_archive(signals=[a_signal(reason="x" * 2**19)])])
-    assert upgraded.prune(keep_seconds=1e9) > 0
+    assert upgraded.deliveries.prune(keep_seconds=1e9) > 0
     upgraded.append(NAME, [a_snapshot()])
 
 
@@ -662,7 +700,7 @@ def test_processes_that_open_an_outbox_of_an_earlier_version_together_share_one_
         writer.join(60)
 
     assert [writer.exitcode for writer in writers] == [0] * 3
-    assert [one.sequence for page in Outbox(path).numbers(OLD_SOURCE_ID) for one in page] == list(range(1, 20))
+    assert [one.sequence for page in Outbox(path).audit_pages(OLD_SOURCE_ID) for one in page] == list(range(1, 20))
 
 
 def test_only_one_holds_the_relay_lock(path: Path) -> None:
@@ -721,10 +759,10 @@ def test_an_outbox_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "outbox.db"
     Outbox(path).close()
     with sqlite3.connect(path) as db:
-        db.execute("PRAGMA user_version = 4")
+        db.execute("PRAGMA user_version = 5")
     db.close()
-    with pytest.raises(OutboxError, match="was made by a newer release .version 4, this one knows 3."):
+    with pytest.raises(OutboxError, match="was made by a newer release .version 5, this one knows 4."):
         Outbox(path)
     with sqlite3.connect(path) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (4,)
+        assert db.execute("PRAGMA user_version").fetchone() == (5,)
     db.close()

@@ -13,7 +13,8 @@ import pytest
 from producers import outbox_clock
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted
-from producers.outbox import LAST_CHECK_SECONDS, Outbox
+from producers.outbox import Outbox
+from producers.outbox_deliveries import LAST_CHECK_SECONDS
 from producers.relay import Relay
 from tests.factories import a_snapshot
 from tests.unit.conftest import queue_of
@@ -66,7 +67,7 @@ def _append(outbox: Outbox, count: int = 1) -> list[Accepted]:
 
 def _settle(outbox: Outbox, one: Accepted) -> None:
     told = Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", row_id=1), at=0)
-    assert outbox.settle(one.source_id, 0, {"key": told}).changed == ["key"]
+    assert outbox.deliveries.settle(one.source_id, 0, {"key": told}).changed == ["key"]
 
 
 def _again(outbox: Outbox, path: Path, *, is_new_run: bool) -> Outbox:
@@ -87,14 +88,14 @@ def test_an_entry_is_overdue_when_its_time_has_passed(
     """Neither earlier nor days later."""
     outbox = Outbox(path, repair=True)
     _append(outbox)
-    outbox.mark_sent({outbox.pending(1)[0].position: 100.0})
+    outbox.deliveries.mark_sent({outbox.deliveries.pending(1)[0].position: 100.0})
     machine.wait(50)
     machine.set_clock(jump)
     outbox = _again(outbox, path, is_new_run=is_new_run)
     machine.wait(49)
-    assert outbox.overdue(1) == []
+    assert outbox.deliveries.overdue(1) == []
     machine.wait(2)
-    assert len(outbox.overdue(1)) == 1
+    assert len(outbox.deliveries.overdue(1)) == 1
 
 
 @_jumps
@@ -111,8 +112,8 @@ def test_ages_are_the_seconds_that_have_passed(path: Path, machine: Machine, jum
 
     assert outbox.status().oldest_unsettled_seconds == pytest.approx(30)
     assert outbox.oldest_pending_seconds() == pytest.approx(30)
-    outbox.mark_sent({outbox.pending(1)[0].position: 100.0})
-    assert [age for _, age in outbox.sent(0, 5)] == [pytest.approx(30)]
+    outbox.deliveries.mark_sent({outbox.deliveries.pending(1)[0].position: 100.0})
+    assert [age for _, age in outbox.deliveries.sent(0, 5)] == [pytest.approx(30)]
 
 
 @_jumps
@@ -128,9 +129,9 @@ def test_settled_entries_are_kept_for_as_long_as_was_asked(
     machine.set_clock(jump)
     outbox = _again(outbox, path, is_new_run=is_new_run)
     machine.wait(6 * DAY - 1)
-    assert outbox.prune(keep_seconds=7 * DAY) == 0
+    assert outbox.deliveries.prune(keep_seconds=7 * DAY) == 0
     machine.wait(2)
-    assert outbox.prune(keep_seconds=7 * DAY) == 1
+    assert outbox.deliveries.prune(keep_seconds=7 * DAY) == 1
 
 
 @_jumps
@@ -147,25 +148,25 @@ def test_what_was_recorded_since_a_moment_is_what_was_recorded_since(
     outbox = _again(outbox, path, is_new_run=is_new_run)
 
     assert outbox.resend(machine.wall - 2.5 * HOUR) == 2
-    assert [entry.sequence for entry in outbox.pending(5)] == [2, 3]
+    assert [entry.sequence for entry in outbox.deliveries.pending(5)] == [2, 3]
 
 
 @_jumps
 def test_signs_of_life_of_a_relay_process_last_for_ten_seconds(path: Path, machine: Machine, jump: float) -> None:
     """For this process and for one that opens the outbox only now."""
     relaying, producing = Outbox(path, repair=True), Outbox(path, repair=True)
-    assert not producing.identity.relay_is_alive()
-    relaying.identity.announce_relay("relay")
+    assert not producing.header.relay_is_alive()
+    relaying.header.heartbeat("relay")
     machine.set_clock(jump)
     machine.wait(9)
     later = Outbox(path, repair=True)
-    assert [one.identity.relay_is_alive() for one in (relaying, producing, later)] == [True] * 3
+    assert [one.header.relay_is_alive() for one in (relaying, producing, later)] == [True] * 3
     machine.wait(2)
-    assert [one.identity.relay_is_alive() for one in (relaying, producing, later)] == [False] * 3
-    relaying.identity.announce_relay("relay")
-    assert later.identity.relay_is_alive()
-    relaying.identity.forget_relay("relay")
-    assert not later.identity.relay_is_alive()
+    assert [one.header.relay_is_alive() for one in (relaying, producing, later)] == [False] * 3
+    relaying.header.heartbeat("relay")
+    assert later.header.relay_is_alive()
+    relaying.header.clear_heartbeat("relay")
+    assert not later.header.relay_is_alive()
 
 
 @_jumps
@@ -194,16 +195,16 @@ def test_after_a_restart_of_the_machine_no_check_is_later_than_its_interval(
     """Nothing but the wall clock counts the time without power, and it may be wrong then."""
     outbox = Outbox(path, repair=True)
     _append(outbox, 2)
-    first, second = outbox.pending(2)
-    outbox.mark_sent({first.position: 5.0, second.position: 1.1 * LAST_CHECK_SECONDS})
+    first, second = outbox.deliveries.pending(2)
+    outbox.deliveries.mark_sent({first.position: 5.0, second.position: 1.1 * LAST_CHECK_SECONDS})
     outbox.close()
     machine.restart()
     machine.set_clock(jump)
     outbox = Outbox(path, repair=True)
     machine.wait(5)
-    assert 1 in [entry.sequence for entry in outbox.overdue(5)]
+    assert 1 in [entry.sequence for entry in outbox.deliveries.overdue(5)]
     machine.wait(1.1 * LAST_CHECK_SECONDS)
-    assert len(outbox.overdue(5)) == 2
+    assert len(outbox.deliveries.overdue(5)) == 2
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_over_a_restart_the_wall_clock_is_believed_forward_and_for_a_day(
     outbox = Outbox(path, repair=True)
 
     assert outbox.status().oldest_unsettled_seconds == pytest.approx(passed)
-    assert outbox.prune(keep_seconds=passed + 1) == 0
+    assert outbox.deliveries.prune(keep_seconds=passed + 1) == 0
     machine.wait(5)
     assert outbox.status().oldest_unsettled_seconds == pytest.approx(passed + 5)
 
@@ -236,12 +237,12 @@ def test_processes_that_open_an_outbox_after_a_restart_agree_on_the_time(path: P
     relaying = Outbox(path, repair=True)
     machine.set_clock(2 * HOUR)
     producing = Outbox(path, repair=True)
-    relaying.identity.announce_relay("relay")
-    assert producing.identity.relay_is_alive()
+    relaying.header.heartbeat("relay")
+    assert producing.header.relay_is_alive()
     machine.wait(9)
-    assert (producing.identity.relay_is_alive(), relaying.identity.relay_is_alive()) == (True, True)
+    assert (producing.header.relay_is_alive(), relaying.header.relay_is_alive()) == (True, True)
     machine.wait(2)
-    assert (producing.identity.relay_is_alive(), relaying.identity.relay_is_alive()) == (False, False)
+    assert (producing.header.relay_is_alive(), relaying.header.relay_is_alive()) == (False, False)
 
 
 def test_the_clock_of_a_file_that_is_at_the_path_now_is_the_one_that_counts(path: Path, machine: Machine) -> None:
@@ -253,11 +254,11 @@ def test_the_clock_of_a_file_that_is_at_the_path_now_is_the_one_that_counts(path
         _append(other)
     machine.set_clock(2 * DAY)
     path.with_name("other.db").replace(path)
-    outbox.identity.announce_relay("relay")
+    outbox.header.heartbeat("relay")
     machine.wait(3)
 
-    assert Outbox(path, repair=True).identity.relay_is_alive()
-    assert outbox.identity.relay_is_alive()
+    assert Outbox(path, repair=True).header.relay_is_alive()
+    assert outbox.header.relay_is_alive()
 
 
 def test_a_suspended_machine_counts_the_time_that_it_slept(path: Path, machine: Machine) -> None:

@@ -15,10 +15,7 @@ from typing import Any
 import fakeredis
 import pytest
 
-from producers import events
-from producers import outbox as outbox_module
-from producers import outbox_file as outbox_file_module
-from producers import relay as relay_module
+from producers import entry_sender, events, outbox_check
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted
 from producers.errors import OutboxError
@@ -54,7 +51,7 @@ def _at_path(path: Path) -> list[str]:
 
 def _settle(outbox: Outbox, one: Accepted) -> None:
     told = Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", row_id=1), at=0)
-    assert outbox.settle(one.source_id, 0, {"key": told}).changed == ["key"]
+    assert outbox.deliveries.settle(one.source_id, 0, {"key": told}).changed == ["key"]
 
 
 def _unlink(path: Path) -> None:
@@ -96,14 +93,20 @@ def test_what_is_appended_after_the_file_was_removed_is_in_the_file_at_the_path(
     outbox = Outbox(path)
     stored, *before = _append(outbox, 4)
     _settle(outbox, stored)
-    outbox.mark_sent({outbox.pending(1)[0].position: 100.0})
+    outbox.deliveries.mark_sent({outbox.deliveries.pending(1)[0].position: 100.0})
     remove(path)
     after = _append(outbox, 2, after=10)
 
     found = _at_path(path)
     there = 2 if remove is _replace_by_another else 0
     assert found[there:] == _job_ids([*before, *after])
-    assert [outbox.fate(one).state for one in (*before, *after)] == ["sent", "pending", "pending", "pending", "pending"]
+    assert [outbox.status_of(one).state for one in (*before, *after)] == [
+        "sent",
+        "pending",
+        "pending",
+        "pending",
+        "pending",
+    ]
     assert outbox.generation == 1
     (record,) = caplog.records
     assert record.getMessage().startswith(f"outbox {path} was removed or replaced while it was in use: going on")
@@ -118,16 +121,16 @@ def test_numbers_go_on_in_a_new_file(path: Path, remove: Callable[[Path], None])
     outbox = Outbox(path)
     (before,) = _append(outbox)
     outbox.resend(since=0)
-    token = outbox.identity.read().token
-    outbox.identity.set_destination("database 0 on here", "history")
+    token = outbox.header.read().token
+    outbox.header.set_destination("database 0 on here", "history")
     remove(path)
     (after,) = _append(outbox)
 
     assert (after.source, after.sequence) == (before.source, before.sequence + 1)
     assert outbox.sources()[0].current
-    outbox.mark_sent({entry.position: 1.0 for entry in outbox.pending(2)})
-    assert outbox.awaiting("sent") == [(before.source_id, NAME, 1)]
-    identity = outbox.identity.read()
+    outbox.deliveries.mark_sent({entry.position: 1.0 for entry in outbox.deliveries.pending(2)})
+    assert outbox.deliveries.awaiting("sent") == [(before.source_id, NAME, 1)]
+    identity = outbox.header.read()
     assert (identity.token, identity.redis, identity.queue) == (token, "database 0 on here", "history")
 
 
@@ -137,14 +140,14 @@ def test_in_another_outbox_that_is_there_now_its_own_source_goes_on(path: Path) 
     (before,) = _append(outbox)
     with Outbox(path.with_name("other.db")) as other:
         (there,) = _append(other)
-        token = other.identity.read().token
+        token = other.header.read().token
     path.with_name("other.db").replace(path)
     (after,) = _append(outbox)
 
     assert (after.source, after.sequence) == (there.source, 2)
     assert [(one.full_name, one.current) for one in outbox.sources()] == [(there.source, True), (before.source, False)]
-    assert [entry.source for entry in outbox.pending(5)] == [there.source, before.source, there.source]
-    assert outbox.identity.read().token == token
+    assert [entry.source for entry in outbox.deliveries.pending(5)] == [there.source, before.source, there.source]
+    assert outbox.header.read().token == token
 
 
 def test_an_older_copy_of_itself_gets_what_is_newer(path: Path, tmp_path: Path) -> None:
@@ -168,8 +171,8 @@ def test_an_older_copy_of_itself_gets_what_is_newer(path: Path, tmp_path: Path) 
 def test_reading_marking_and_settling_notice_it_too(path: Path, remove: Callable[[Path], None]) -> None:
     """A relay may be the first that uses the outbox then."""
     for use in (
-        lambda outbox, _: outbox.pending(10),
-        lambda outbox, _: outbox.mark_sent({}),
+        lambda outbox, _: outbox.deliveries.pending(10),
+        lambda outbox, _: outbox.deliveries.mark_sent({}),
         _settle,
         lambda outbox, _: outbox.status(),
     ):
@@ -331,8 +334,8 @@ def test_the_log_of_a_killed_process_is_not_taken_for_that_of_a_file_put_in_its_
     _replace_by_another(path)
     with Outbox(path, repair=True) as outbox:
         assert len(outbox.entries()) == 2
-        (log,) = outbox.rescue.damaged_files()
-        outbox.rescue.salvage(log)
+        (log,) = outbox.quarantine.damaged_files()
+        outbox.quarantine.salvage(log)
         assert set(killed) <= {entry.job_id for entry in outbox.entries()}
 
 
@@ -433,7 +436,7 @@ def test_a_path_that_cannot_be_used_any_more_refuses_and_loses_nothing(path: Pat
     assert _at_path(path) == _job_ids([*before, *after])
 
 
-def test_a_file_that_cannot_be_read_in_the_place_of_an_open_one_is_set_aside(
+def test_a_file_that_cannot_be_read_in_the_place_of_an_open_one_is_quarantine(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Such as half of a backup. What the open one holds is not lost."""
@@ -446,9 +449,9 @@ def test_a_file_that_cannot_be_read_in_the_place_of_an_open_one_is_set_aside(
     after = _append(outbox)
 
     assert _at_path(path) == _job_ids([*before, *after])
-    (aside,) = outbox.rescue.damaged_files()
-    assert aside.read_bytes().startswith(b"no database")
-    assert any("was set aside as" in record.getMessage() for record in caplog.records)
+    (moved,) = outbox.quarantine.damaged_files()
+    assert moved.read_bytes().startswith(b"no database")
+    assert any("was moved to" in record.getMessage() for record in caplog.records)
     lock.release()
 
 
@@ -457,18 +460,18 @@ def test_a_relay_marks_nothing_in_the_new_file_that_it_did_not_send(
     path: Path, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, replace: Callable[[Path], None]
 ) -> None:
     """It has read entries from the one and writes its marks into the other, where positions are others."""
-    monkeypatch.setattr(relay_module, "_check_interval", lambda checks: -1.0)
+    monkeypatch.setattr(entry_sender, "_check_interval", lambda checks: -1.0)
     outbox = Outbox(path)
     relay = Relay(outbox, redis, "history", keep_seconds=3600.0)
     _append(outbox, 2)
-    send = relay._send
+    send = relay._sender._send
 
     def replaced_meanwhile(entries: Any) -> None:
-        monkeypatch.setattr(relay, "_send", send)
+        monkeypatch.setattr(relay._sender, "_send", send)
         send(entries)
         replace(path)
 
-    monkeypatch.setattr(relay, "_send", replaced_meanwhile)
+    monkeypatch.setattr(relay._sender, "_send", replaced_meanwhile)
     for _ in range(5):
         relay.sweep()
 
@@ -591,7 +594,7 @@ def test_a_quick_check_ends_in_time_and_knows_nothing_then(path: Path, monkeypat
     outbox = Outbox(path)
     _append(outbox, 20)
     assert outbox.quick_check(60) is None
-    monkeypatch.setattr(outbox_file_module, "_CHECK_STEPS", 1)
+    monkeypatch.setattr(outbox_check, "_CHECK_STEPS", 1)
     assert outbox.quick_check(-1) == "unfinished"
     assert [one.sequence for one in _append(outbox)] == [21]
 
@@ -670,16 +673,16 @@ def test_those_that_only_look_leave_both_names_of_a_file(path: Path) -> None:
     assert path.stat().st_nlink == 2
 
 
-@pytest.mark.parametrize("index", outbox_module.INDEXES)
+@pytest.mark.parametrize("index", outbox_check.INDEXES)
 def test_an_index_that_has_an_older_content_is_told_and_built_anew(
     path: Path, index: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After a write that was lost with the power. SQLite's quick check does not compare indexes with their table."""
     with Outbox(path) as outbox:
         accepted = outbox.append(NAME, [a_snapshot() for _ in range(3)])
-        outbox.mark_sent({entry.position: 0.0 for entry in outbox.pending(2)})
+        outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(2)})
         told = Acknowledgement(accepted[0].source_id, 1, accepted[0].nonce, None, Outcome("rejected", reason="no"), 0)
-        outbox.settle(accepted[0].source_id, 0, {1: told})
+        outbox.deliveries.settle(accepted[0].source_id, 0, {1: told})
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA journal_mode = DELETE")
         (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (index,)).fetchone()

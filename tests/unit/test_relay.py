@@ -17,10 +17,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from producers import outbox_clock
+from producers import entry_sender, outbox_clock
 from producers import relay as relay_module
 from producers.acknowledgements import Outcome, acknowledgement_text, shown
-from producers.entries import Accepted, Entry, Fate, Settled
+from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
 from producers.errors import OutboxError, RelayRefused
 from producers.events import SignalArchive
 from producers.fake_worker import FakeWorker
@@ -45,7 +45,7 @@ def outbox(tmp_path: Path) -> Outbox:
 @pytest.fixture
 def relay(outbox: Outbox, redis: fakeredis.FakeRedis) -> Iterator[Relay]:
     """Not started: each test calls sweep itself."""
-    relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
+    relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS, last_backoff_seconds=0.4)
     yield relay
     relay.stop()
 
@@ -53,7 +53,7 @@ def relay(outbox: Outbox, redis: fakeredis.FakeRedis) -> Iterator[Relay]:
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sent entry is overdue at the next sweep."""
-    monkeypatch.setattr(relay_module, "_check_interval", lambda checks: -1.0)
+    monkeypatch.setattr(entry_sender, "_check_interval", lambda checks: -1.0)
 
 
 def _field(one: Accepted | Entry) -> str:
@@ -73,7 +73,7 @@ def _job(redis: fakeredis.FakeRedis) -> Job:
 
 def test_a_sweep_sends_everything_pending_in_order(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
     """More than one batch, each kind to its own job function, failures kept for ever."""
-    count = 2 * relay_module._BATCH_ENTRIES + 1
+    count = 2 * entry_sender._BATCH_ENTRIES + 1
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(count)])
     outbox.append(NAME, [an_archive()])
 
@@ -95,10 +95,10 @@ def test_workers_as_fast_as_the_relay_do_not_keep_it_from_their_acknowledgements
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take each batch at once, so that the queue never fills: a sweep ends all the same."""
-    monkeypatch.setattr(relay_module, "_BATCH_ENTRIES", 2)
-    monkeypatch.setattr(relay_module, "_SWEEP_ENTRIES", 10)
+    monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 2)
+    monkeypatch.setattr(entry_sender, "_SWEEP_ENTRIES", 10)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(25)])
-    send = relay._send
+    send = relay._sender._send
 
     def stored_at_once(entries: Any) -> None:
         send(entries)
@@ -106,7 +106,7 @@ def test_workers_as_fast_as_the_relay_do_not_keep_it_from_their_acknowledgements
             _acknowledge(redis, entry, f"stored:{entry.sequence}")
         redis.delete(queue_of(redis).key)
 
-    monkeypatch.setattr(relay, "_send", stored_at_once)
+    monkeypatch.setattr(relay._sender, "_send", stored_at_once)
     sent = []
     for _ in range(4):
         relay.sweep()
@@ -122,13 +122,13 @@ def _large_archive(number: int, mebibytes: float = 1.5) -> SignalArchive:
 def batches(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Grows by one with each batch that is handed over: the bytes of its events."""
     found: list[list[int]] = []
-    send = relay._send
+    send = relay._sender._send
 
     def noted(entries: Sequence[Entry]) -> None:
         found.append([len(entry.event.encode()) for entry in entries])
         send(entries)
 
-    monkeypatch.setattr(relay, "_send", noted)
+    monkeypatch.setattr(relay._sender, "_send", noted)
     return found
 
 
@@ -181,7 +181,7 @@ def test_a_full_queue_gets_no_more(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backlog stays in the outbox, where it is durable, until workers have made room."""
-    monkeypatch.setattr(relay_module, "_FULL_QUEUE_JOBS", 250)
+    monkeypatch.setattr(entry_sender, "_FULL_QUEUE_JOBS", 250)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(500)])
     for _ in range(3):
         relay.sweep()
@@ -205,7 +205,7 @@ def test_after_a_failure_one_entry_goes_ahead(
             raise RedisConnectionError("refused")
         enqueue(pipe, queue, entries)
 
-    monkeypatch.setattr(relay_module, "enqueue", refuse)
+    monkeypatch.setattr(entry_sender, "enqueue", refuse)
     relay.start()
     deadline = time.monotonic() + 10
     while outbox.status().pending and time.monotonic() < deadline:
@@ -228,10 +228,10 @@ def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server:
     redis.hset(key, mapping={_field(third): "who knows", "x": "17 - stored:1"})
     assert relay.sweep()
 
-    assert [outbox.fate(one) for one in (first, second, third)] == [
-        Fate("stored", 42, None),
-        Fate("rejected", None, "balance: wrong"),
-        Fate("sent", None, None),
+    assert [outbox.status_of(one) for one in (first, second, third)] == [
+        EntryStatus("stored", 42, None),
+        EntryStatus("rejected", None, "balance: wrong"),
+        EntryStatus("sent", None, None),
     ]
     assert redis.hgetall(key) == {}
     relay.stop()
@@ -246,7 +246,7 @@ def test_a_rejection_is_said_with_the_names_that_find_it(
     text = acknowledgement_text(int(redis.time()[0]), accepted.event_id, Outcome("rejected", reason="no"))
     for _ in range(2):
         redis.hset(acknowledgement_key(accepted.source), _field(accepted), text)
-        relay._rejected_at = 0.0
+        relay._reader._rejected_at = 0.0
         relay.sweep()
 
     (record,) = caplog.records
@@ -268,23 +268,23 @@ def test_a_rejection_that_became_a_row_meanwhile_is_not_forgotten(
     relay.sweep()
     key = acknowledgement_key(accepted.source)
     _acknowledge(redis, accepted, "rejected:no")
-    settle = outbox.settle
+    settle = outbox.deliveries.settle
 
-    def stored_meanwhile(*arguments: Any) -> Settled:
+    def stored_meanwhile(*arguments: Any) -> SettledKeys:
         settled = settle(*arguments)
         _acknowledge(redis, accepted, "stored:42")
         return settled
 
-    monkeypatch.setattr(outbox, "settle", stored_meanwhile)
+    monkeypatch.setattr(outbox.deliveries, "settle", stored_meanwhile)
     relay.sweep()
     monkeypatch.undo()
-    assert outbox.fate(accepted).state == "rejected"
+    assert outbox.status_of(accepted).state == "rejected"
     (left,) = redis.hvals(key)
     assert shown(left).endswith(" - stored:42")
-    relay._rejected_at = 0.0
+    relay._reader._rejected_at = 0.0
     relay.sweep()
 
-    assert (outbox.fate(accepted), redis.hgetall(key)) == (Fate("stored", 42, None), {})
+    assert (outbox.status_of(accepted), redis.hgetall(key)) == (EntryStatus("stored", 42, None), {})
 
 
 def test_a_worker_that_answers_once_more_while_a_rejection_is_removed_loses_nothing(
@@ -319,7 +319,7 @@ def test_an_acknowledgement_that_is_no_text_is_removed(
     _acknowledge(redis, accepted, "stored:42")
     relay.sweep()
 
-    assert outbox.fate(accepted) == Fate("stored", 42, None)
+    assert outbox.status_of(accepted) == EntryStatus("stored", 42, None)
     assert redis.hgetall(acknowledgement_key(accepted.source)) == {}
     assert len(caplog.records) == 1
 
@@ -361,10 +361,10 @@ def test_a_number_that_no_outbox_holds_is_removed_and_stops_nothing(
     _acknowledge(redis, third, "stored:43")
     relay.sweep()
 
-    assert [outbox.fate(one) for one in (first, second, third)] == [
-        Fate("stored", 42, None),
-        Fate("sent", None, None),
-        Fate("stored", 43, None),
+    assert [outbox.status_of(one) for one in (first, second, third)] == [
+        EntryStatus("stored", 42, None),
+        EntryStatus("sent", None, None),
+        EntryStatus("stored", 43, None),
     ]
     assert redis.hgetall(key) == {}
     (record,) = caplog.records
@@ -440,14 +440,14 @@ def test_what_a_worker_ends_during_a_sweep_is_not_sent_again(
     """After the relay has read its acknowledgements, and before it asks for the jobs' states."""
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     relay.sweep()
-    send_pending = relay._send_pending
+    send_pending = relay._sender.send_pending
 
-    def ended_meanwhile() -> int:
+    def ended_meanwhile(**options: Any) -> int:
         redis.delete(_job(redis).key, queue_of(redis).key)
         _acknowledge(redis, accepted, "stored:1")
-        return send_pending()
+        return send_pending(**options)
 
-    monkeypatch.setattr(relay, "_send_pending", ended_meanwhile)
+    monkeypatch.setattr(relay._sender, "send_pending", ended_meanwhile)
     relay.sweep()
     assert queue_of(redis).count == 0
 
@@ -463,7 +463,7 @@ def test_a_send_whose_answer_was_lost_is_not_repeated_blindly(
         pipe.execute()
         raise RedisConnectionError("connection closed by server")
 
-    monkeypatch.setattr(relay_module, "enqueue", lose_the_answer)
+    monkeypatch.setattr(entry_sender, "enqueue", lose_the_answer)
     with pytest.raises(RedisConnectionError):
         relay.sweep()
     monkeypatch.undo()
@@ -482,7 +482,7 @@ def test_a_send_that_could_not_be_marked_is_not_repeated_blindly(
     def full(check_at: Any) -> None:
         raise OutboxError("full")
 
-    monkeypatch.setattr(outbox, "mark_sent", full)
+    monkeypatch.setattr(outbox.deliveries, "mark_sent", full)
     for _ in range(4):
         with pytest.raises(OutboxError):
             relay.sweep()
@@ -501,7 +501,7 @@ def test_senders_that_die_before_they_can_mark_leave_one_entry(
 
     for _ in range(4):
         dying = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
-        monkeypatch.setattr(outbox, "mark_sent", die)
+        monkeypatch.setattr(outbox.deliveries, "mark_sent", die)
         with pytest.raises(SystemExit):
             dying.sweep()
         monkeypatch.undo()
@@ -545,7 +545,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Lets so many seconds pass, by the outbox's clock and by that of the relays."""
     running, monotonic, passed = outbox_clock.running_seconds, time.monotonic, [0.0]
     monkeypatch.setattr(outbox_clock, "running_seconds", lambda: running() + passed[0])
-    monkeypatch.setattr(relay_module, "time", SimpleNamespace(monotonic=lambda: monotonic() + passed[0]))
+    monkeypatch.setattr(entry_sender, "time", SimpleNamespace(monotonic=lambda: monotonic() + passed[0]))
 
     def wait(seconds: float) -> None:
         passed[0] += seconds
@@ -588,7 +588,7 @@ def test_producers_take_over_ten_seconds_after_a_relay_process_has_died(
     """The kernel has released its lock."""
     process = _relay_process(outbox, redis)
     process.sweep()
-    process._lock.release()
+    process.turn._lock.release()
     outbox.append(NAME, [a_snapshot()])
     later(9)
     assert not relay.sweep()
@@ -605,14 +605,14 @@ def test_producers_take_over_from_a_relay_process_that_is_stopped_and_keeps_its_
     (first,) = outbox.append(NAME, [a_snapshot()])
     process.sweep()
     later(11)
-    token = outbox.identity.read().token
+    token = outbox.header.read().token
     outbox.append(NAME, [a_snapshot(after=timedelta(1))])
     assert relay.sweep()
-    assert outbox.identity.read().token != token
-    token = outbox.identity.read().token
+    assert outbox.header.read().token != token
+    token = outbox.header.read().token
     for _ in range(3):
         relay.sweep()
-    assert outbox.identity.read().token == token  # taken over once, and not anew with each sweep
+    assert outbox.header.read().token == token  # taken over once, and not anew with each sweep
     assert queue_of(redis).count == 2
     outbox.append(NAME, [a_snapshot(after=timedelta(2))])
     assert process.sweep()
@@ -644,7 +644,7 @@ def test_entries_are_not_carried_to_another_redis_or_queue(
     outbox: Outbox, server: fakeredis.FakeServer, redis: fakeredis.FakeRedis, other: str
 ) -> None:
     """The outbox says where they go; the error names both places."""
-    outbox.identity.set_destination(place_of(redis), "history")
+    outbox.header.set_destination(place_of(redis), "history")
     outbox.append(NAME, [a_snapshot()])
     elsewhere = fakeredis.FakeRedis(server=server, db=1) if other == "redis" else redis
     queue = "history" if other == "redis" else "other"
@@ -668,9 +668,9 @@ def test_a_relay_process_that_is_refused_keeps_nobody_from_relaying(
 ) -> None:
     """A producer with other settings was started later, and its settings are those of the outbox now."""
     process = _relay_process(outbox, redis, "other")
-    outbox.identity.set_destination(place_of(redis), "other")
+    outbox.header.set_destination(place_of(redis), "other")
     process.sweep()
-    outbox.identity.set_destination(place_of(redis), "history")
+    outbox.header.set_destination(place_of(redis), "history")
     outbox.append(NAME, [a_snapshot()])
     for _ in range(6):
         with pytest.raises(RelayRefused):
@@ -708,7 +708,6 @@ def test_an_outage_is_said_once_and_so_is_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Not at every try; with Redis back, the thread sends what was waiting."""
-    monkeypatch.setattr(relay_module, "_LAST_BACKOFF_SECONDS", 0.02)
     tries = _counted(relay, monkeypatch, relay.sweep)
     server.connected = False
     outbox.append(NAME, [a_snapshot()])
@@ -757,8 +756,9 @@ def test_a_defect_neither_ends_the_thread_nor_floods_the_log(
     _until(lambda: outbox.status().sent == 1)
 
 
-def test_pauses_grow_up_to_a_limit_and_never_exceed_it(relay: Relay) -> None:
+def test_pauses_grow_up_to_a_limit_and_never_exceed_it(outbox: Outbox, redis: fakeredis.FakeRedis) -> None:
     """About 0.1, 0.3, 0.6 ... 5 seconds, never in step with others."""
+    relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
     pauses = [relay._back_off(RedisConnectionError("gone")) for _ in range(20)]
 
     assert pauses[0] < 0.5
@@ -768,7 +768,7 @@ def test_pauses_grow_up_to_a_limit_and_never_exceed_it(relay: Relay) -> None:
 
 def test_intervals_between_looks_grow_to_five_minutes() -> None:
     """About 5, 10, 20 ... 300 seconds, never in step with others."""
-    intervals = [relay_module._check_interval(checks) for checks in range(12)]
+    intervals = [entry_sender._check_interval(checks) for checks in range(12)]
     expected = [5, 10, 20, 40, 80, 160, 300, 300, 300, 300, 300, 300]
     assert all(0.9 * wanted <= got <= 1.1 * wanted for got, wanted in zip(intervals, expected, strict=True))
 
@@ -801,11 +801,11 @@ def test_a_relay_process_that_cannot_reach_redis_leaves_relaying_to_others(
         with pytest.raises(RedisConnectionError):
             process.sweep()
         process._back_off(RedisConnectionError("away"))
-        assert outbox.identity.relay_is_alive() == (moment < 11.0)
+        assert outbox.header.relay_is_alive() == (moment < 11.0)
     server.connected = True
     producer = Relay(Outbox(outbox.path), redis, "history", keep_seconds=KEEP_SECONDS)
     assert producer.sweep()
     producer.stop()
     process.sweep()
-    assert outbox.identity.relay_is_alive()
+    assert outbox.header.relay_is_alive()
     process.stop()

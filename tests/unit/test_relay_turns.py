@@ -48,7 +48,7 @@ def _relays(relay: Relay, path: Path) -> bool:
 
 def _announced(path: Path) -> str | None:
     with Outbox(path) as outbox:
-        return outbox.identity.read().relay
+        return outbox.header.read().relay
 
 
 def _pass_heartbeat(path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_producer_makes_room_for_a_relay_process(new: New, path: Path) -> None
     producer, process = new(), new("one")
     assert _relays(producer, path)
     assert not _relays(process, path)
-    assert not process.stands_by  # so soon nobody can know
+    assert not process.turn.stands_by  # so soon nobody can know
     assert not _relays(producer, path)
     assert _relays(process, path)
     process.stop()
@@ -78,7 +78,7 @@ def test_of_two_processes_the_second_waits_without_a_word(new: New, path: Path) 
     assert not _relays(second, path)
     assert _announced(path) == "first"
     first._outbox.close()
-    first._lock.release()  # as the kernel does when it is killed
+    first.turn._lock.release()  # as the kernel does when it is killed
     assert _relays(second, path)
     assert _announced(path) == "second"
 
@@ -94,19 +94,19 @@ def test_a_stopped_process_that_keeps_its_lock_is_overruled_and_stands_back(
     assert _relays(producer, path)
     assert not _relays(other, path)  # a producer may have the lock, which has not seen its announcement yet
     assert not _relays(producer, path)
-    monkeypatch.setattr("producers.relay.RELAY_ALIVE_SECONDS", 0.0)
+    monkeypatch.setattr("producers.relay_turn.RELAY_ALIVE_SECONDS", 0.0)
     assert _relays(other, path)
     assert not _relays(stopped, path)
     assert _announced(path) == "other"
     assert _relays(other, path)
-    assert other._lock.held
+    assert other.turn.is_exclusive
 
 
 def test_a_process_that_was_killed_is_forgotten_by_the_producer_that_takes_over(new: New, path: Path) -> None:
     """Or all producers would relay from then on, each without the lock."""
     killed, producer, another = new("killed"), new(), new()
     assert _relays(killed, path)
-    killed._lock.release()  # by the kernel
+    killed.turn._lock.release()  # by the kernel
     assert not _relays(producer, path)
     _pass_heartbeat(path)
     assert _relays(producer, path)
@@ -118,7 +118,7 @@ def test_a_process_for_another_queue_is_refused_and_is_in_nobodys_way(new: New, 
     """It announces nothing, and no longer when the outbox gets another destination under it."""
     producer, process = new(), new("one")
     assert _relays(process, path)
-    producer._outbox.identity.set_destination(producer._destination[0], "evening")
+    producer._outbox.header.set_destination(producer.turn._destination[0], "evening")
     with pytest.raises(RelayRefused, match="queue evening, and not to .*, queue history"):
         process.sweep()
     assert _announced(path) is None
@@ -129,9 +129,9 @@ def test_what_was_stored_while_a_relay_was_stopped_stays_stored(path: Path) -> N
     """It goes on with what it had in hand, and marks it as sent."""
     with Outbox(path) as outbox:
         outbox.append("bot", [a_snapshot()])
-        (entry,) = outbox.pending(10)
+        (entry,) = outbox.deliveries.pending(10)
         with closing(sqlite3.connect(path)) as db:
             db.execute("UPDATE entries SET state = 'stored', row_id = 1")
             db.commit()
-        outbox.mark_sent({entry.position: 5.0})
+        outbox.deliveries.mark_sent({entry.position: 5.0})
         assert (outbox.status().stored, outbox.status().sent) == (1, 0)

@@ -26,7 +26,7 @@ _TIMES = ("created_at", "enqueued_at")
 def _entries(tmp_path: Path, *payloads: Any) -> list[Entry]:
     outbox = Outbox(tmp_path / "outbox.db")
     outbox.append("trading-controller", payloads)
-    return outbox.pending(10)
+    return outbox.deliveries.pending(10)
 
 
 def _enqueue(redis: fakeredis.FakeRedis, entries: list[Entry]) -> list[Any]:
@@ -113,7 +113,7 @@ def test_a_job_that_is_taken_or_finished_meanwhile_is_not_taken_for_lost(
     queue = queue_of(redis)
     with Outbox(tmp_path / "outbox.db") as outbox:
         outbox.append("trading-controller", [a_snapshot()])
-        (entry,) = outbox.pending(10)
+        (entry,) = outbox.deliveries.pending(10)
     with redis.pipeline() as pipe:
         enqueue(pipe, queue, [entry])
         pipe.execute()

@@ -20,14 +20,14 @@ from typing import Any
 
 import psutil
 import pytest
+from fakeredis import FakeRedis
 from redis import Redis
 
-from producers import history_producer
 from producers.errors import EventRejected, HistoryError, InvalidEvent, ProducerClosed
 from producers.events import Event
 from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
-from producers.testing import FakeHistory
+from producers.testing import FakeHistory, redirect
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archive
 from tests.forking import in_child
@@ -37,7 +37,7 @@ pytest_plugins = ["pytester"]
 CHILD = """
 from producers import trading_controller
 trading_controller.create_daily_portfolio_snapshot({"balance": 5})
-trading_controller._shared.close(timeout=0)
+trading_controller.shared_producer().close(timeout=0)
 """
 
 
@@ -213,7 +213,6 @@ def test_a_producer_made_before_records_here_and_is_itself_again(tmp_path: Path)
         late.close()
     with pytest.raises(ProducerClosed):
         _record(producer=late)
-    assert late not in history_producer._live
     assert {thread for thread in threading.enumerate() if thread.name == "history-relay"} <= before
 
 
@@ -223,7 +222,9 @@ def test_child_processes_record_here_too(trading_history: FakeHistory) -> None:
 
     def record_and_hand_over() -> None:
         _record()
-        assert trading_history.producer.flush(1) == 1  # to whom, if not to this process?
+        assert trading_history.producer.flush(1) == 1  # its copy of the fake Redis is of no use
+        with pytest.raises(HistoryError, match="forked child"):
+            trading_history.work()
 
     assert in_child(record_and_hand_over) == 0
     subprocess.run([sys.executable, "-c", CHILD], check=True, timeout=60)
@@ -279,9 +280,11 @@ def test_closing_leaves_no_thread_no_variable_and_no_shared_producer(monkeypatch
     monkeypatch.setenv("HISTORY_QUEUE", "mine")
     threads, variables = set(threading.enumerate()), dict(os.environ)
     made: list[HistoryProducer] = []
+    folders: list[Path] = []
 
     def fail() -> None:
         with FakeHistory() as history, history.redis_down():
+            folders.append(Path(os.environ["HISTORY_OUTBOX"]).parent)
             made.extend((HistoryProducer(name="forgotten"), history.producer))
             for producer in made:
                 _record(producer=producer)
@@ -289,13 +292,41 @@ def test_closing_leaves_no_thread_no_variable_and_no_shared_producer(monkeypatch
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    folder = made[0]._outbox.path.parent
     assert set(threading.enumerate()) <= threads
     assert dict(os.environ) == variables
-    assert ([producer.closed for producer in made], folder.exists()) == ([True, True], False)
+    assert [producer.closed for producer in made] == [True, True]
+    assert not folders[0].exists()
     with FakeHistory() as history:
         assert history.events == []
         assert history.producer not in made
+
+
+def test_a_test_may_redirect_to_a_client_and_a_file_of_its_own(tmp_path: Path) -> None:
+    """Once at a time; when it has failed in the block, too, all is as before."""
+    client = FakeRedis()
+
+    def fail() -> None:
+        with redirect(client, tmp_path / "mine.db", queue="mine"):
+            producer = HistoryProducer(Redis(port=1), outbox=tmp_path / "other.db")
+            _record(producer=producer)
+            assert producer.flush(10) == 0
+            with pytest.raises(HistoryError, match="redirected already"), redirect(client, tmp_path / "second.db"):
+                pass
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert client.llen("rq:queue:mine") == 1
+    assert [path.name for path in tmp_path.glob("*.db")] == ["mine.db"]
+    with redirect(client, tmp_path / "mine.db", queue="mine"):
+        assert _record(1).sequence == 2
+
+
+def test_no_producer_imports_code_that_is_meant_for_tests() -> None:
+    script = "import producers.trading_controller, producers.relay_process, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60)
+    unwanted = {"producers.testing", "producers.child_environment", "producers.fake_worker", "fakeredis"}
+    assert not unwanted & set(loaded.stdout.split())
 
 
 def test_only_one_is_open_at_a_time(trading_history: FakeHistory) -> None:
@@ -342,7 +373,7 @@ def test_without_fakeredis_the_fixture_says_what_to_install(
 ) -> None:
     """In one line, in the test that asked for it."""
     monkeypatch.setitem(sys.modules, "fakeredis", None)
-    for module in ("producers.testing", "producers.fake_transport"):
+    for module in ("producers.testing", "producers.child_environment"):
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(pytest.fail.Exception, match=re.escape(": pip install '.[testing]' in a clone")):
         request.getfixturevalue("trading_history")

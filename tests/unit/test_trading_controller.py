@@ -21,11 +21,11 @@ from typing import Any
 import numpy
 import pytest
 
-from producers import current_signals, trading_controller
+from producers import current_signals
 from producers.errors import InvalidEvent, SettingsError, SignalsUnreadable
 from producers.events import PortfolioSnapshot, SignalArchive
 from producers.testing import FakeHistory
-from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
+from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot, shared_producer
 from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archive
 
 
@@ -854,35 +854,24 @@ def test_a_file_with_what_postgresql_cannot_hold_is_refused(
 # ---- the shared producer
 
 
-@pytest.fixture
-def no_shared_producer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a process that has just started; what the test makes is closed."""
-    monkeypatch.setattr(trading_controller, "_shared", None)
-    yield
-    if trading_controller._shared is not None:
-        trading_controller._shared.close(timeout=0)
-
-
-@pytest.mark.usefixtures("no_shared_producer")
 def test_without_producer_all_calls_share_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It is made from the settings at the first call, and anew after it was closed."""
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
     monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "outbox.db"))
 
     snapshot = create_daily_portfolio_snapshot(a_portfolio())
-    first = trading_controller._shared
+    first = shared_producer()
     archive = archive_current_signals([a_signal()])
     assert archive is not None
-    assert first is not None
-    assert trading_controller._shared is first
+    assert shared_producer() is first
     assert (snapshot.sequence, archive.sequence, archive.source) == (1, 2, snapshot.source)
 
     first.close(timeout=0)
     assert create_daily_portfolio_snapshot(a_portfolio()).sequence == 3
-    assert trading_controller._shared is not first
+    assert shared_producer() is not first
+    shared_producer().close(timeout=0)
 
 
-@pytest.mark.usefixtures("no_shared_producer")
 def test_without_producer_and_redis_url_the_setting_is_named() -> None:
     """Both calls fail before anything is written."""
     with pytest.raises(SettingsError, match=r"^REDIS_URL is not set"):

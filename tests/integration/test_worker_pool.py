@@ -70,6 +70,18 @@ def test_a_pool_that_is_killed_leaves_nobody_behind(redis: Redis, tmp_path: Path
     assert registered_workers(redis) == {}
 
 
+def test_a_worker_that_does_not_end_is_killed_after_15_s(redis: Redis, tmp_path: Path) -> None:
+    """Here at SIGHUP, as when its terminal is closed; the others end in order, and the status tells."""
+    with _pool(tmp_path / "log", 2) as pool:
+        until(lambda: len(registered_workers(redis)) == 2)
+        stopped = next(iter(registered_workers(redis)))
+        os.kill(stopped, signal.SIGSTOP)
+        pool.send_signal(signal.SIGHUP)
+        assert pool.wait(25) == 1
+        assert not psutil.pid_exists(stopped)
+    assert set(registered_workers(redis)) == {stopped}
+
+
 def test_in_a_burst_they_end_with_the_queue(redis: Redis, tmp_path: Path) -> None:
     """Status 0, and nobody is started again."""
     enqueue_snapshots(redis, 1000)
@@ -89,11 +101,13 @@ def test_one_that_dies_at_once_again_and_again_is_said_loudly(redis: Redis, tmp_
     )
     path = os.pathsep.join([str(broken), *filter(None, [os.environ.get("PYTHONPATH")])])
     with _pool(tmp_path / "log", 2, PYTHONPATH=path) as pool:
-        until(lambda: (tmp_path / "log").read_text().count("CRITICAL consumers.worker.pool") == 2)  # both wait now
+        until(
+            lambda: (tmp_path / "log").read_text().count("CRITICAL consumers.embedded.worker_pool") == 2
+        )  # both wait now
         pool.send_signal(signal.SIGINT)
         assert pool.wait(15) == 0
     log = (tmp_path / "log").read_text()
-    assert "with exit status 1, 3. in a row; started again in " in log
+    assert "with exit status 1 (failure 3 in a row); started again in " in log
 
 
 @pytest.mark.parametrize("number", ["0", "x"])

@@ -1,4 +1,4 @@
-"""A damaged outbox is set aside and holds up nothing; what can be read in it is carried over, the rest is named."""
+"""A damaged outbox is quarantined and holds up nothing; its readable entries are salvaged, the others named."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import Any
 import fakeredis
 import pytest
 
-from producers import outbox_recovery
+from producers import outbox_salvage
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted, EntryHead
 from producers.errors import OutboxDamaged, OutboxError
 from producers.events import event_of
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox, Position
-from producers.outbox_recovery import ranges_text
+from producers.outbox_salvage import ranges_text
 from producers.redis_keys import job_id_of
 from producers.relay import Relay
 from tests.factories import a_signal, a_snapshot, an_archive
@@ -86,7 +86,9 @@ def _sweep(relay: Relay) -> None:
 
 
 def _lost(outbox: Outbox) -> set[int]:
-    return {n for ranges in outbox.rescue.losses().values() for first, last in ranges for n in range(first, last + 1)}
+    return {
+        n for ranges in outbox.quarantine.losses().values() for first, last in ranges for n in range(first, last + 1)
+    }
 
 
 @pytest.mark.parametrize("damage", list(itertools.product([0.0, 0.2, 0.5, 0.8, 1.0], ["noise", "zeros"])))
@@ -119,16 +121,16 @@ def test_what_is_damaged_holds_up_nothing_that_is_not(
     # What is missing before the first one may have been settled and dropped: it is not known.
     assert {n for n in missing if n > min(there)} == _lost(outbox)
 
-    assert outbox.rescue.damaged_files() == []
-    (aside,) = outbox.rescue.salvaged_files()
-    assert aside.name.startswith("outbox.db.salvaged-")
+    assert outbox.quarantine.damaged_files() == []
+    (moved,) = outbox.quarantine.salvaged_files()
+    assert moved.name.startswith("outbox.db.salvaged-")
     carried = sum(one.source_id == next(iter(before)).split("-")[0] for one in new)  # appended before it was noticed
     messages = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
     assert len(messages) == 2
-    assert "the file is damaged and was set aside as" in messages[0]
+    assert "the file is damaged and was moved to" in messages[0]
     assert messages[1].startswith(f"salvaged {len(salvaged) + carried} entries from ")
     if lost := _lost(outbox):
-        ((source, ranges),) = outbox.rescue.losses().items()
+        ((source, ranges),) = outbox.quarantine.losses().items()
         assert f" Sequence numbers that were not found: {source}: {ranges_text(ranges)}. " in messages[1]
         assert source.startswith(f"{NAME}/")
         assert len(lost) > 5
@@ -171,21 +173,21 @@ def test_flushing_covers_what_a_damaged_file_still_has(path: Path, redis: fakere
 
     assert {_job_id(one._accepted) for one in receipts} <= set(queue_of(redis).job_ids)
     assert len(set(queue_of(redis).job_ids) & set(before)) > COUNT * 0.7
-    assert len(Outbox(path).rescue.salvaged_files()) == 1
+    assert len(Outbox(path).quarantine.salvaged_files()) == 1
 
 
 def test_a_file_that_waits_to_be_salvaged_is_not_settled(path: Path) -> None:
-    """It counts as one entry; a receipt of an event in it knows no more than that it is safe."""
+    """A receipt of an event in it knows that it is safe; its entries are counted once they are salvaged."""
     outbox = Outbox(path, repair=True)
     (accepted,) = _append(outbox, 1)
     outbox.relay_lock().acquire()
     until = outbox.last_position()
-    (aside,) = _set_aside(outbox)
-    assert (outbox.pending_count(), outbox.pending_count(until), outbox.unsettled_count(recorder=9)) == (1, 1, 1)
-    assert outbox.fate(accepted).state == "pending"
-    assert outbox.rescue.salvage(aside).entries == 1
-    assert (outbox.pending_count(until), outbox.unsettled_count(recorder=9)) == (1, 0)
-    assert outbox.fate(accepted).state == "pending"
+    (moved,) = _quarantine(outbox)
+    assert outbox.pending_count(until) == 0
+    assert outbox.status_of(accepted).state == "pending"
+    assert outbox.quarantine.salvage(moved).entries == 1
+    assert (outbox.pending_count(until), outbox.unsettled_count(producer_id=9)) == (1, 0)
+    assert outbox.status_of(accepted).state == "pending"
 
 
 def test_calls_that_meet_the_damage_first_do_not_fail(path: Path) -> None:
@@ -207,11 +209,11 @@ def test_calls_that_meet_the_damage_first_do_not_fail(path: Path) -> None:
                 ask(looking)
             outbox.close()
             ask(outbox)
-            assert len(outbox.rescue.damaged_files()) == 1
+            assert len(outbox.quarantine.damaged_files()) == 1
         shutil.rmtree(path.parent)
 
 
-def test_a_file_that_is_damaged_while_it_is_open_is_set_aside(
+def test_a_file_that_is_damaged_while_it_is_open_is_quarantine(
     path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
 ) -> None:
     """By the relay, when it meets the damage; the producer has appended to it meanwhile."""
@@ -223,7 +225,7 @@ def test_a_file_that_is_damaged_while_it_is_open_is_set_aside(
     _sweep(relay)
     _sweep(relay)
 
-    assert len(outbox.rescue.salvaged_files()) == 1
+    assert len(outbox.quarantine.salvaged_files()) == 1
     assert {_job_id(one) for one in new} <= set(queue_of(redis).job_ids)
     assert COUNT * 0.7 < len(set(queue_of(redis).job_ids) & set(before)) < COUNT
 
@@ -237,17 +239,17 @@ def test_states_survive_and_what_is_settled_stays_so(path: Path, relay_of: Calla
             one.sequence: Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", 7), at=0)
             for one in accepted[:100]
         }
-        outbox.settle(accepted[0].source_id, 0, told)
-        outbox.mark_sent({entry.position: 200.0 for entry in outbox.pending(100)})
-        relay._lock.acquire()
-        relay._lock.release()
+        outbox.deliveries.settle(accepted[0].source_id, 0, told)
+        outbox.deliveries.mark_sent({entry.position: 200.0 for entry in outbox.deliveries.pending(100)})
+        relay.turn._lock.acquire()
+        relay.turn._lock.release()
     _overwrite(path, 0.0, "noise", 4096)
     outbox = Outbox(path, repair=True)
     _sweep(relay_of(outbox))
     status = outbox.status()
     assert (status.stored, status.sent) == (100, 200)
-    assert outbox.fate(accepted[0]).row_id == 7
-    assert outbox.rescue.losses() == {}
+    assert outbox.status_of(accepted[0]).row_id == 7
+    assert outbox.quarantine.losses() == {}
     (source,) = outbox.sources()
     assert (source.full_name, source.current, source.left_because) == (accepted[0].source, False, "damaged")
 
@@ -299,7 +301,7 @@ def test_a_file_that_never_was_an_outbox_is_left_alone(path: Path, content: byte
 
 
 @pytest.mark.parametrize("beside", ["-relay", "-pair", "-wal"])
-def test_an_outbox_that_is_empty_now_is_set_aside(path: Path, beside: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_outbox_that_is_empty_now_is_quarantine(path: Path, beside: str, caplog: pytest.LogCaptureFixture) -> None:
     """SQLite would take it for a new one, and remove its log."""
     path.parent.mkdir()
     path.touch()
@@ -308,15 +310,15 @@ def test_an_outbox_that_is_empty_now_is_set_aside(path: Path, beside: str, caplo
         Outbox(path)
     with Outbox(path, repair=True) as outbox:
         accepted = _append(outbox, 1)
-        (aside,) = outbox.rescue.damaged_files()
-        assert aside.stat().st_size == 0
-        assert aside.with_name(f"{aside.name}-wal").exists() == (beside == "-wal")
+        (moved,) = outbox.quarantine.damaged_files()
+        assert moved.stat().st_size == 0
+        assert moved.with_name(f"{moved.name}-wal").exists() == (beside == "-wal")
         assert [entry.job_id for entry in outbox.entries()] == [_job_id(one) for one in accepted]
     assert "the file is empty (0 bytes)" in caplog.text
-    assert "was set aside" in caplog.text
+    assert "was moved to" in caplog.text
 
 
-def test_an_empty_file_in_the_place_of_an_open_one_is_set_aside(path: Path) -> None:
+def test_an_empty_file_in_the_place_of_an_open_one_is_quarantine(path: Path) -> None:
     """The open one holds all entries."""
     with Outbox(path, repair=True) as outbox:
         accepted = _append(outbox, 3)
@@ -324,7 +326,7 @@ def test_an_empty_file_in_the_place_of_an_open_one_is_set_aside(path: Path) -> N
         path.touch()
         accepted += _append(outbox, 1)
         assert [entry.job_id for entry in outbox.entries()] == [_job_id(one) for one in accepted]
-        assert len(outbox.rescue.damaged_files()) == 1
+        assert len(outbox.quarantine.damaged_files()) == 1
 
 
 @pytest.mark.parametrize("made", [True, False], ids=["empty", "none"])
@@ -337,7 +339,7 @@ def test_a_file_that_is_made_new_is_no_damaged_one(path: Path, made: bool) -> No
         path.with_name(f"{path.name}-pair").write_bytes(b"[]")
         path.with_name(f"{path.name}-relay").touch()
     with Outbox(path, repair=True) as outbox, Outbox(path, repair=True):
-        assert outbox.rescue.damaged_files() == []
+        assert outbox.quarantine.damaged_files() == []
 
 
 @pytest.mark.parametrize("count", [COUNT, 0], ids=["entries", "sources alone"])
@@ -354,7 +356,7 @@ def test_a_damaged_outbox_is_known_by_its_content(path: Path, count: int) -> Non
         Outbox(path)
     with Outbox(path, repair=True) as outbox:
         _append(outbox, 1)
-        assert len(outbox.rescue.damaged_files()) == 1
+        assert len(outbox.quarantine.damaged_files()) == 1
 
 
 def test_a_damaged_database_of_another_program_is_left_alone(path: Path) -> None:
@@ -403,8 +405,8 @@ def test_what_root_makes_belongs_to_the_owner_of_what_was_there(path: Path, owne
     path.chmod(0o660)
     _overwrite(path, 0.0, "noise", 4096)
     with Outbox(path, repair=True) as outbox:
-        (aside,) = outbox.rescue.damaged_files()
-        assert path.stat().st_ino != aside.stat().st_ino
+        (moved,) = outbox.quarantine.damaged_files()
+        assert path.stat().st_ino != moved.stat().st_ino
         assert (owners[path.stat().st_ino], path.stat().st_mode & 0o777) == ((1234, 567), 0o660)
 
 
@@ -435,7 +437,7 @@ def _use_damaged(path: Path, pipe: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_processes_that_meet_the_damage_together_set_it_aside_once(path: Path) -> None:
+def test_processes_that_meet_the_damage_together_quarantine_it_once(path: Path) -> None:
     """All go on in the same new file."""
     _filled(path)
     _overwrite(path, 0.0, "noise")
@@ -454,24 +456,24 @@ def test_processes_that_meet_the_damage_together_set_it_aside_once(path: Path) -
     with Outbox(path) as outbox:
         assert sorted(entry.job_id for entry in outbox.entries()) == sorted(accepted)
         assert [entry.sequence for entry in outbox.entries()] == list(range(1, 21))
-        assert len(outbox.rescue.damaged_files()) == 1
+        assert len(outbox.quarantine.damaged_files()) == 1
 
 
-def test_one_that_comes_too_late_to_set_a_file_aside_leaves_the_new_one_where_it_is(path: Path) -> None:
+def test_one_that_comes_too_late_to_quarantine_a_file_leaves_the_new_one_where_it_is(path: Path) -> None:
     """Two have found the same damage; the second one finds a sound file at the path."""
     _filled(path)
     _overwrite(path, 0.5, "noise")
     first, second, third = (Outbox(path, repair=True) for _ in range(3))
     third.close()
-    asides: list[list[Path]] = []
+    quarantined: list[list[Path]] = []
     for outbox in (first, second, third):
         with outbox.repaired():
             raise OutboxDamaged("as SQLite says it")
-        asides.append(outbox.rescue.damaged_files())
+        quarantined.append(outbox.quarantine.damaged_files())
         _append(outbox, 1)
 
-    assert asides[0] == asides[1] == asides[2]
-    assert len(asides[0]) == 1
+    assert quarantined[0] == quarantined[1] == quarantined[2]
+    assert len(quarantined[0]) == 1
     assert [entry.sequence for entry in first.entries()] == [1, 2, 3]
 
 
@@ -492,7 +494,7 @@ def test_what_a_damaged_file_took_from_a_process_that_had_it_open_is_not_lost(
     assert len(set(queue_of(redis).job_ids) & set(before)) > COUNT * 0.7
 
 
-def test_an_append_that_is_under_way_while_the_file_is_set_aside_and_salvaged_is_not_lost(
+def test_an_append_that_is_under_way_while_the_file_is_quarantined_and_salvaged_is_not_lost(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its commit goes into the renamed file, after the relay of another process has read that one."""
@@ -500,19 +502,19 @@ def test_an_append_that_is_under_way_while_the_file_is_set_aside_and_salvaged_is
     _overwrite(path, 0.5, "noise")
     busy, other = Outbox(path, repair=True), Outbox(path, repair=True)
 
-    def set_aside_meanwhile(*arguments: Any, **named: Any) -> Any:
+    def quarantined_meanwhile(*arguments: Any, **named: Any) -> Any:
         monkeypatch.undo()
-        (aside,) = _set_aside(other)
-        other.rescue.salvage(aside)
+        (moved,) = _quarantine(other)
+        other.quarantine.salvage(moved)
         return event_of(*arguments, **named)
 
-    monkeypatch.setattr("producers.outbox.event_of", set_aside_meanwhile)
+    monkeypatch.setattr("producers.outbox.event_of", quarantined_meanwhile)
     accepted = _append(busy, 1, after=9000)
 
     with Outbox(path) as looking:
         assert {_job_id(one) for one in accepted} <= {entry.job_id for entry in looking.entries()}
-        assert len(looking.rescue.salvaged_files()) == 1
-        assert looking.rescue.damaged_files() == []
+        assert len(looking.quarantine.salvaged_files()) == 1
+        assert looking.quarantine.damaged_files() == []
 
 
 def test_a_salvage_that_was_cut_short_is_done_again_and_takes_nothing_twice(
@@ -522,18 +524,18 @@ def test_a_salvage_that_was_cut_short_is_done_again_and_takes_nothing_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The relay's process ended in the middle of it."""
-    monkeypatch.setattr(outbox_recovery, "_INSERT_PAGE", 50)
+    monkeypatch.setattr(outbox_salvage, "_INSERT_PAGE", 50)
     before = _filled(path)
     _overwrite(path, 0.5, "noise")
     with Outbox(path, repair=True) as outbox:
-        (aside,) = _set_aside(outbox)
-        steps = outbox.rescue.salvaging(aside)
+        (moved,) = _quarantine(outbox)
+        steps = outbox.quarantine.salvaging(moved)
         for _ in range(3):
             next(steps)
         assert 0 < len(outbox.entries()) < COUNT
         del steps
     outbox = Outbox(path, repair=True)
-    assert outbox.rescue.damaged_files() == [aside]
+    assert outbox.quarantine.damaged_files() == [moved]
     _sweep(relay_of(outbox))
 
     job_ids = queue_of(redis).job_ids
@@ -541,17 +543,17 @@ def test_a_salvage_that_was_cut_short_is_done_again_and_takes_nothing_twice(
     assert set(job_ids) <= set(before)
     first = min(before[job_id][0] for job_id in job_ids)
     assert len(_lost(outbox)) == COUNT - len(job_ids) - (first - 1)
-    lost = outbox.rescue.losses()
-    again = outbox.rescue.salvage(*outbox.rescue.salvaged_files())
+    lost = outbox.quarantine.losses()
+    again = outbox.quarantine.salvage(*outbox.quarantine.salvaged_files())
     assert (again.entries, again.unread) == (0, lost)
-    assert outbox.rescue.losses() == lost
-    assert len(outbox.rescue.salvaged_files()) == 1
+    assert outbox.quarantine.losses() == lost
+    assert len(outbox.quarantine.salvaged_files()) == 1
 
 
-def _set_aside(outbox: Outbox) -> list[Path]:
+def _quarantine(outbox: Outbox) -> list[Path]:
     with outbox.repaired():
         raise OutboxDamaged("as SQLite says it")
-    return outbox.rescue.damaged_files()
+    return outbox.quarantine.damaged_files()
 
 
 def test_an_older_file_beside_a_newer_log_stops_nothing(
@@ -562,7 +564,7 @@ def test_an_older_file_beside_a_newer_log_stops_nothing(
     shutil.copyfile(path, tmp_path / "older.db")
     with Outbox(path) as outbox:
         _append(outbox, 200, after=1000)
-        outbox.mark_sent({entry.position: 300.0 for entry in outbox.pending(50)})
+        outbox.deliveries.mark_sent({entry.position: 300.0 for entry in outbox.deliveries.pending(50)})
         newer = tmp_path / "newer-wal"
         shutil.copyfile(path.with_name("outbox.db-wal"), newer)
     shutil.copyfile(tmp_path / "older.db", path)

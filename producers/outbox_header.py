@@ -1,4 +1,4 @@
-"""What an outbox knows of itself: its token, where its entries go, whether a relay process looks after it."""
+"""The one row of an outbox's table `outbox`: its token, where its entries go, the heartbeat of a relay process."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
 
-RELAY_ALIVE_SECONDS = 10.0  # after its last heartbeat a relay process counts as gone
+RELAY_ALIVE_SECONDS = 10.0  # without a heartbeat for so long, a relay process counts as ended
 
-_IDENTITY = "SELECT token, next_token, redis, queue, relay, relay_at FROM outbox"
-_LEAVE_SOURCES = """
-UPDATE sources SET current = 0, left_at = ?, left_because = ? WHERE current RETURNING name || '/' || id
+_HEADER = "SELECT token, next_token, redis, queue, relay, relay_at FROM outbox"
+_REPLACE_SOURCES = """
+UPDATE sources SET current = 0, left_because = 'copied' WHERE current RETURNING name || '/' || id
 """
 
 
-class Identity(NamedTuple):
-    """What tells this outbox from a copy, where its entries go, and the last heartbeat of a relay process."""
+class Header(NamedTuple):
+    """`token` tells copies apart; `next_token` is being exchanged for it; `relay` is the name of a relay process."""
 
     token: str
     next_token: str | None
@@ -26,8 +26,8 @@ class Identity(NamedTuple):
     relay_at: float | None
 
 
-class OutboxIdentity:
-    """Of the outbox in `file`.
+class OutboxHeader:
+    """Reads and writes the header of the outbox in `file`.
 
     Raises:
         OutboxError: from every method, when the file cannot be read or written.
@@ -37,12 +37,12 @@ class OutboxIdentity:
         self._file = file
         self._clock = clock
 
-    def read(self) -> Identity:
+    def read(self) -> Header:
         with self._file.reading() as db:
-            return Identity(*db.execute(_IDENTITY).fetchone())
+            return Header(*db.execute(_HEADER).fetchone())
 
-    def begin_exchange(self, before: Identity, token: str, next_token: str) -> bool:
-        """Redis has `token`, and is about to get `next_token`: until it has answered, it may have either.
+    def begin_exchange(self, before: Header, token: str, next_token: str) -> bool:
+        """Note that Redis has `token` and is about to get `next_token`: until it answers, it may have either.
 
         False, and nothing is noted, when another relay has begun or ended an exchange since `before` was read.
         """
@@ -51,37 +51,36 @@ class OutboxIdentity:
             return db.execute(query, (token, next_token, before.token, before.next_token)).rowcount == 1
 
     def end_exchange(self, token: str) -> None:
-        """Redis has this token now, or another relay has begun a later exchange since."""
+        """Note that Redis has this token now; nothing changes if another relay has begun a later exchange since."""
         with self._file.transaction(durable=False) as db:
             db.execute("UPDATE outbox SET token = next_token, next_token = NULL WHERE next_token = ?", (token,))
 
-    def leave_sources(self, because: str) -> list[str]:
-        """From now on what is recorded has new sources; the full names of those that were current."""
+    def replace_sources(self) -> list[str]:
+        """Have new events get new sources, since a copy uses the current ones; returns their full names."""
         with self._file.transaction() as db:
-            left = db.execute(_LEAVE_SOURCES, (self._clock.now(db), because)).fetchall()
-        return [name for (name,) in left]
+            return [name for (name,) in db.execute(_REPLACE_SOURCES).fetchall()]
 
     def set_destination(self, redis: str, queue: str) -> None:
-        """Where the entries go. Of several producers with other settings, the one that was opened last decides."""
+        """Note where the entries go. Of several producers with other settings, the one that was opened last decides."""
         with self._file.reading() as db:
             if db.execute("SELECT redis, queue FROM outbox").fetchone() == (redis, queue):
                 return
         with self._file.transaction() as db:
             db.execute("UPDATE outbox SET redis = ?, queue = ?", (redis, queue))
 
-    def announce_relay(self, relay: str) -> None:
-        """The heartbeat of the relay process of this name."""
+    def heartbeat(self, relay: str) -> None:
+        """Note that the relay process of this name relays now."""
         with self._file.transaction(durable=False) as db:
             db.execute("UPDATE outbox SET relay = ?, relay_at = ?", (relay, self._clock.now(db)))
             self._clock.keep(db)
 
-    def forget_relay(self, relay: str) -> None:
-        """This relay process no longer relays; nothing changes when another one was announced since."""
+    def clear_heartbeat(self, relay: str) -> None:
+        """Note that this relay process no longer relays; nothing changes if another one has had a heartbeat since."""
         with self._file.transaction(durable=False) as db:
             db.execute("UPDATE outbox SET relay = NULL, relay_at = NULL WHERE relay = ?", (relay,))
 
     def relay_is_alive(self) -> bool:
-        """Whether a relay process has had a heartbeat lately."""
+        """Whether a relay process has had a heartbeat in the last RELAY_ALIVE_SECONDS."""
         with self._file.reading() as db:
-            at = Identity(*db.execute(_IDENTITY).fetchone()).relay_at
+            at = Header(*db.execute(_HEADER).fetchone()).relay_at
             return at is not None and abs(self._clock.now(db) - at) <= RELAY_ALIVE_SECONDS

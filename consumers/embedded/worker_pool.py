@@ -1,7 +1,7 @@
 """Several workers on one host: processes that are started again when they die, and stopped together.
 
-RQ's WorkerPool forks its workers, starts a dead one again every second without a word that anybody would see, leaves
-them behind when it is killed, waits for them for ever, and ends with 0 whatever became of them.
+RQ's own WorkerPool does not do: when it is killed its workers go on; at SIGTERM it waits without limit for a worker
+that does not end; its exit status is 0 when one failed; and it gives all workers one port for metrics.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from collections.abc import Sequence
 
 from consumers.embedded.child_processes import STOP_SECONDS, release, start_worker
 from consumers.process_setup import on_stop_signals
-from producers.backoff import backoff_seconds
+from producers.times import backoff_seconds
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.1
-_SOUND_SECONDS = 60.0  # who has lived so long did not die of its start
+_POLL_SECONDS = 0.1
+_STARTED_SECONDS = 60.0  # a worker that has lived so long has started well
 _FIRST_PAUSE_SECONDS = 0.5
 _LAST_PAUSE_SECONDS = 30.0
-_LOUD_DEATHS = 3
+_CRITICAL_FAILURES = 3
 _TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 def run_pool(processes: int, *, burst: bool, debug: bool, metrics_port: int | None = None) -> int:
     """Run `processes` workers until SIGTERM, SIGINT or SIGHUP, or with `burst` until each has found the queue empty.
 
-    They get 15 s to end what they hold; a second signal is passed on, and they let go of it. A pool that is killed
-    takes them along, in order. The first answers scrapes at `metrics_port`, the others at the ports that follow; with 0
-    at any that are free. Returns the exit status: 0, or 1 when one had to be killed, or failed in a burst.
+    They get 15 s to end their batches. A second signal is passed on: they requeue their batches and end at once. If the
+    pool is killed, they end too. The first worker answers scrapes at `metrics_port`, the others at the ports that
+    follow; with 0 at any free port. Returns the exit status: 0, or 1 when one had to be killed, or failed in a burst.
     """
     arguments = [_arguments(number, burst=burst, metrics_port=metrics_port) for number in range(processes)]
     return _Pool([_Member(number, one, debug=debug) for number, one in enumerate(arguments)], burst=burst).run()
@@ -42,7 +42,7 @@ class _Member:
 
     def __init__(self, number: int, arguments: Sequence[str], *, debug: bool) -> None:
         self.number = number
-        self.deaths = 0  # soon after their start, one after the other
+        self.failures = 0  # in a row, each soon after the start
         self.start_at = 0.0
         self.done = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -59,12 +59,12 @@ class _Member:
         try:
             self._process = start_worker(self._arguments, debug=self._debug)
         except OSError as error:  # no memory, no process left
-            self.note_death(f"{error.strerror} at its start")
+            self.note_failure(f"{error.strerror} at its start")
             return
         logger.info("worker %d of the pool is process %d", self.number, self._process.pid)
 
     def ended(self) -> int | None:
-        """Its exit status, once, when it has ended."""
+        """The exit status, once, when the process has ended."""
         status = None if self._process is None else self._process.poll()
         if self._process is not None and status is not None:
             release(self._process)
@@ -75,16 +75,16 @@ class _Member:
         if self._process is not None:
             self._process.send_signal(number)
 
-    def note_death(self, how: str) -> None:
-        """Say it, the louder the more often, and when it is started again."""
+    def note_failure(self, how: str) -> None:
+        """Log it, as critical after several failures in a row, and plan the next start."""
         lived = time.monotonic() - self._started_at
-        self.deaths = self.deaths + 1 if lived < _SOUND_SECONDS else 1
-        pause = backoff_seconds(self.deaths, first=_FIRST_PAUSE_SECONDS, last=_LAST_PAUSE_SECONDS)
+        self.failures = self.failures + 1 if lived < _STARTED_SECONDS else 1
+        pause = backoff_seconds(self.failures, first=_FIRST_PAUSE_SECONDS, last=_LAST_PAUSE_SECONDS)
         self.start_at = time.monotonic() + pause
         logger.log(
-            logging.CRITICAL if self.deaths >= _LOUD_DEATHS else logging.ERROR,
-            "worker %d of the pool ended by itself after %.0f s, %s, %d. in a row; started again in %.1f s",
-            self.number, lived, how, self.deaths, pause,
+            logging.CRITICAL if self.failures >= _CRITICAL_FAILURES else logging.ERROR,
+            "worker %d of the pool ended by itself after %.0f s, %s (failure %d in a row); started again in %.1f s",
+            self.number, lived, how, self.failures, pause,
         )  # fmt: skip
 
 
@@ -93,46 +93,46 @@ class _Pool:
         self._members = members
         self._burst = burst
         self._failed = False
-        self._signals = 0  # how often it was told to stop
-        self._passed = 0  # how often the members were
+        self._signals = 0  # how many stop signals came
+        self._passed = 0  # how many of them were passed on to the members
 
     def run(self) -> int:
         on_stop_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._request_stop)
         try:
             while not self._signals and not all(member.done for member in self._members):
                 for member in self._members:
-                    self._look_after(member)
-                time.sleep(_LOOK_SECONDS)
+                    self._supervise(member)
+                time.sleep(_POLL_SECONDS)
             self._stop()
         finally:
-            for member in self._members:  # after a defect of this loop; else nobody is left
+            for member in self._members:  # after a defect of this loop; else none runs any more
                 member.signal(signal.SIGKILL)
         return 1 if self._failed else 0
 
     def _request_stop(self, *_: object) -> None:
-        """Only a note: the loop looks at it, so that no exception lands between a start and its record."""
+        """Only counts; the loop acts on it, so that no exception comes between a start and its record."""
         self._signals += 1
 
-    def _look_after(self, member: _Member) -> None:
+    def _supervise(self, member: _Member) -> None:
         if (status := member.ended()) is not None:
             if not self._burst:
-                member.note_death(_named(status))
+                member.note_failure(_named(status))
             else:
                 member.done = True
-                self._judge(member, status)
+                self._note_end(member, status)
         elif not member.running and not member.done and time.monotonic() >= member.start_at:
             member.start()
 
-    def _judge(self, member: _Member, status: int) -> None:
-        """Of one that was to end; a signal may have come before it was ready for one."""
+    def _note_end(self, member: _Member, status: int) -> None:
+        """Note how a member ended that was to end; a signal may have come before it was ready for one."""
         if status and not (self._signals and status in _TERMINATED):
             self._failed = True
             logger.error(
-                "worker %d of the pool failed, %s: what it held is for the next worker", member.number, _named(status)
+                "worker %d of the pool failed, %s: another worker takes over its jobs", member.number, _named(status)
             )
 
     def _stop(self) -> None:
-        """All at once, and each has the same time."""
+        """Signal all at once, and kill those that have not ended in time."""
         deadline = time.monotonic() + STOP_SECONDS
         while any(member.running for member in self._members):
             while self._passed < self._signals:
@@ -141,17 +141,17 @@ class _Pool:
                     member.signal(signal.SIGTERM)
             for member in self._members:
                 if (status := member.ended()) is not None:
-                    self._judge(member, status)
+                    self._note_end(member, status)
             if time.monotonic() > deadline:
                 logger.error("workers did not end within %.0f s, and are killed", STOP_SECONDS)
                 for member in self._members:
                     member.signal(signal.SIGKILL)
                 deadline = float("inf")
-            time.sleep(_LOOK_SECONDS / 2)
+            time.sleep(_POLL_SECONDS / 2)
 
 
 def _arguments(number: int, *, burst: bool, metrics_port: int | None) -> list[str]:
-    """Of the process with this number, from 0. Its successors have the same, so that scrapes find them."""
+    """Of the process with this number, from 0. Its successors have the same port, so that scrapes find them."""
     arguments = ["--burst"] if burst else []
     if metrics_port is not None:
         arguments.append(f"--metrics-port={metrics_port + number if metrics_port else 0}")

@@ -43,7 +43,7 @@ def _log_alone(path: Path, mark: str) -> Path:
     return log
 
 
-def test_the_entries_of_a_log_that_was_set_aside_without_its_file_are_relayed(
+def test_the_entries_of_a_log_that_was_quarantined_without_its_file_are_relayed(
     path: Path, redis: fakeredis.FakeRedis
 ) -> None:
     """A process died after the first rename. What it left at the path is an older copy, without these entries."""
@@ -52,7 +52,7 @@ def test_the_entries_of_a_log_that_was_set_aside_without_its_file_are_relayed(
         assert outbox.entries() == []
         while relay.sweep():
             pass
-        assert (outbox.status().sent, outbox.rescue.damaged_files()) == (40, [])
+        assert (outbox.status().sent, outbox.quarantine.damaged_files()) == (40, [])
     assert not log.exists()
 
 
@@ -70,7 +70,7 @@ def test_a_log_whose_file_was_salvaged_with_it_is_not_salvaged_again(path: Path,
     assert salvaged.with_name(f"{salvaged.name}-wal").exists()
 
 
-def test_an_older_file_that_was_put_back_beside_a_newer_log_is_set_aside_when_a_relay_begins(
+def test_an_older_file_that_was_put_back_beside_a_newer_log_is_quarantined_when_a_relay_begins(
     path: Path, redis: fakeredis.FakeRedis
 ) -> None:
     """Appending, sending and settling may go well for long in it, while the rest of it cannot be read."""
@@ -98,8 +98,8 @@ def test_an_older_file_that_was_put_back_beside_a_newer_log_is_set_aside_when_a_
         while relay.sweep():
             pass
         assert outbox.quick_check(5) is None
-        assert outbox.rescue.salvaged_files()
-        assert {outbox.fate(before).state, outbox.fate(after).state} == {"sent"}
+        assert outbox.quarantine.salvaged_files()
+        assert {outbox.status_of(before).state, outbox.status_of(after).state} == {"sent"}
         assert before.source_id != after.source_id
 
 
@@ -131,7 +131,7 @@ def test_a_producer_begins_on_a_damaged_outbox(path: Path, redis: fakeredis.Fake
 def test_entries_in_a_damaged_file_are_not_settled(
     path: Path, redis: fakeredis.FakeRedis, server: fakeredis.FakeServer
 ) -> None:
-    """The file is set aside, and the new one is empty at first: that does not mean that all is done."""
+    """The file is quarantined, and the new one is empty at first: that does not mean that all is done."""
     with Outbox(path) as outbox:
         outbox.relay_lock().acquire()  # a producer has relayed it once
         outbox.append("bot", [a_snapshot(after=timedelta(seconds=number)) for number in range(40)])
@@ -141,6 +141,7 @@ def test_entries_in_a_damaged_file_are_not_settled(
     server.connected = False
     with HistoryProducer(redis, outbox=path) as producer:
         assert producer.settle(0) > 0
+        assert producer.flush(0) > 0
         assert producer.settle(2) == 40
 
 

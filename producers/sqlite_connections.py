@@ -1,7 +1,7 @@
-"""Keeps SQLite out of forks: no connection may cross one, not even unused, or locks and files go wrong.
+"""SQLite connections: closed before a fork, switched to a write-ahead log; kinds of their errors.
 
-Before a fork every connection of this process is closed, while its owner's lock is held; afterwards parent and
-child each open their own when they need one.
+No connection may cross a fork, not even unused, or locks and files go wrong. Before a fork every connection of this
+process is closed, while its owner's lock is held; afterwards parent and child each open their own when they need one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from producers.errors import OutboxError
+
+_BUSY_PAUSE_SECONDS = 0.005
+_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_SHORT_LOG = sqlite3.SQLITE_IOERR_SHORT_READ  # the log ends before a page that is in it
 
 
 class HasConnections(Protocol):
@@ -69,3 +74,23 @@ def sqlite_errors(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise OutboxError(f"outbox {path}: {error}") from error
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether it says that the content of the file cannot be read."""
+    # Errors that Python's module itself raises have no code, such as for text that is no UTF-8.
+    code = getattr(error, "sqlite_errorcode", None)
+    return "UTF-8" in str(error) if code is None else code & 0xFF in _DAMAGE or code == _SHORT_LOG
+
+
+def use_wal(connection: sqlite3.Connection, timeout: float) -> None:
+    """Switch to a write-ahead log; wait while others do so: SQLite lets all but the first of them fail at once."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(_BUSY_PAUSE_SECONDS)

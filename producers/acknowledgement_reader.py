@@ -1,0 +1,119 @@
+"""Reads acknowledgements from Redis, settles the entries that they name, and then removes them there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from redis import Redis, WatchError
+from redis.exceptions import ResponseError
+
+from producers.acknowledgements import ACKNOWLEDGEMENT_TTL_SECONDS, Acknowledgement, read_acknowledgements, shown
+from producers.entries import full_source
+from producers.outbox import Outbox
+from producers.redis_keys import acknowledgement_key, delivery_of, job_id_of
+
+logger = logging.getLogger("producers.relay")  # whose part this is: a name that log filters of controllers have
+
+_PAGE_FIELDS = 200
+_REJECTED_SECONDS = 5.0
+# An acknowledgement of an entry that was settled before: another copy of the outbox may still wait for it.
+_KEPT_FOR_COPIES_SECONDS = 60
+
+
+class AcknowledgementReader:
+    """Raises RedisError or OutboxError from every method; then nothing is lost and it may be called again."""
+
+    def __init__(self, outbox: Outbox, redis: Redis) -> None:
+        self._outbox = outbox
+        self._redis = redis
+        self._rejected_at = 0.0
+
+    def take(self) -> int:
+        """Settle what is acknowledged by now; returns how many entries."""
+        sources = self._outbox.deliveries.awaiting("sent")
+        # What an operator requeues can still be stored; that may take some seconds to be noticed.
+        if time.monotonic() >= self._rejected_at:
+            self._rejected_at = time.monotonic() + _REJECTED_SECONDS
+            sources = list({*sources, *self._outbox.deliveries.awaiting("rejected")})
+        return sum(self._take_from(source_id, full_source(name, source_id), n) for source_id, name, n in sources)
+
+    def discard_all(self) -> None:
+        """Remove those of this outbox's entries: the rows that they name are of a database that was replaced."""
+        for source in self._outbox.sources():
+            key = acknowledgement_key(source.full_name)
+            fields: Any = self._redis.hkeys(key)
+            if own := [field for field in fields if self._outbox.deliveries.has(delivery_of(shown(field)))]:
+                self._redis.hdel(key, *own)
+
+    def _take_from(self, source_id: str, source: str, resends: int) -> int:
+        taken, cursor, key = 0, 0, acknowledgement_key(source)
+        while True:
+            try:
+                cursor, page = self._redis.hscan(key, cursor, count=_PAGE_FIELDS)
+            except ResponseError as error:
+                if not str(error).startswith("WRONGTYPE"):
+                    raise
+                # Workers do the same, but may have nothing to acknowledge there any more.
+                self._redis.rename(key, f"{key}:harmed")
+                logger.error(
+                    "%s is no hash: moved to %s:harmed. Entries without acknowledgement are sent again", key, key
+                )
+                return taken
+            if page:
+                fields: dict[Any, Any] = dict(page)  # type: ignore[arg-type]  # RESP2 and RESP3 answer a dict
+                taken += self._settle(source_id, source, resends, fields)
+            if not cursor:
+                return taken
+
+    def _settle(self, source_id: str, source: str, resends: int, fields: Mapping[Any, Any]) -> int:
+        """Settle the entries that these fields acknowledge, and remove the fields; how many were new."""
+        found = read_acknowledgements(fields, source)
+        valid = {field: one for field, one in found.items() if one is not None}
+        settled = self._outbox.deliveries.settle(source_id, resends, valid)
+        # Only after the outbox has them: a crash in between reads them once more.
+        done = {field for field, one in found.items() if one is None}.union(settled.changed)
+        if len(done) < len(fields):
+            done |= self._expired(valid, set(settled.known))
+        self._remove(acknowledgement_key(source), {field: fields[field] for field in done}, valid)
+        for field in settled.changed:
+            _log_rejection(source, valid[field])
+        return len(settled.changed)
+
+    def _expired(self, acknowledgements: Mapping[Any, Acknowledgement], known: set[Any]) -> set[Any]:
+        """Of fields that have settled nothing here, those that no copy of this outbox waits for any more."""
+        now, _ = self._redis.time()
+        return {
+            field
+            for field, one in acknowledgements.items()
+            if now - one.at > (_KEPT_FOR_COPIES_SECONDS if field in known else ACKNOWLEDGEMENT_TTL_SECONDS)
+        }
+
+    def _remove(self, key: str, fields: Mapping[Any, Any], acknowledgements: Mapping[Any, Acknowledgement]) -> None:
+        """Remove what was read; a rejection only if it is still what was read: a requeue may have ended since."""
+        rejected = [
+            field
+            for field in fields
+            if field in acknowledgements and acknowledgements[field].outcome.kind == "rejected"
+        ]
+        if final := [field for field in fields if field not in rejected]:
+            self._redis.hdel(key, *final)
+        if rejected:
+            with self._redis.pipeline() as pipe, contextlib.suppress(WatchError):  # then it is read once more
+                pipe.watch(key)  # type: ignore[no-untyped-call]  # redis-py annotates it by half
+                values = zip(rejected, pipe.hmget(key, rejected), strict=True)
+                same = [field for field, value in values if value == fields[field]]
+                pipe.multi()
+                if same:
+                    pipe.hdel(key, *same)
+                pipe.execute()
+
+
+def _log_rejection(source: str, one: Acknowledgement) -> None:
+    if one.outcome.kind == "rejected":
+        fields: dict[str, Any] = {"event_id": one.event_id, "source": source, "sequence": one.sequence}
+        fields |= {"job_id": job_id_of(one.source_id, one.sequence, one.nonce), "outcome": one.outcome.kind}
+        logger.warning("event %s was rejected: %s", one.event_id, one.outcome.reason, extra=fields)

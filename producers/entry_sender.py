@@ -1,0 +1,111 @@
+"""Enqueues the entries of an outbox: pending ones, and sent ones that are overdue and no longer on their way."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+
+from redis import Redis
+from rq import Queue
+from rq.serializers import JSONSerializer
+
+from producers.entries import Entry, EntryHead
+from producers.outbox import Outbox
+from producers.outbox_deliveries import LAST_CHECK_SECONDS
+from producers.rq_queue import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
+
+_BATCH_ENTRIES = 100  # what a caller's thread may have to wait for: some 5 ms of the interpreter
+_SWEEP_ENTRIES = 10 * _BATCH_ENTRIES
+# One to four seconds of a worker's work, depending on the machine; more would only fill Redis with copies of entries.
+_FULL_QUEUE_JOBS = 20_000
+_FIRST_CHECK_SECONDS = 5.0
+_LAST_CHECK_SECONDS = LAST_CHECK_SECONDS
+_SEARCHED_CHECKS = 3  # after about 35 seconds
+_SEARCHED_ENTRIES = 20  # a sweep: finding one in a long queue takes Redis a while
+_CLOCK_SECONDS = 60.0  # how often Redis' clock is read
+_random = random.SystemRandom()  # not the module's own state, which belongs to the program that records
+
+
+def _check_interval(checks: int) -> float:
+    return min(_FIRST_CHECK_SECONDS * 2.0 ** min(checks, 10), _LAST_CHECK_SECONDS) * _random.uniform(0.9, 1.1)
+
+
+class EntrySender:
+    """Raises RedisError or OutboxError from its methods; entries then stay as they were."""
+
+    def __init__(self, outbox: Outbox, redis: Redis, queue: str) -> None:
+        self._deliveries = outbox.deliveries
+        self._redis = redis
+        self._queue = Queue(queue, connection=redis, serializer=JSONSerializer)
+        # Set when entries may have arrived without being marked (a send failed, or its relay ended): ask Redis first.
+        self.in_doubt = True
+        self._queued_jobs = 0  # after the last send
+        self._clock_read_at = 0.0
+        self._redis_ahead = 0.0
+
+    def send_pending(self, *, probe: bool, stopped: Callable[[], bool]) -> int:
+        """Send what is pending as long as the queue has room, but at most one sweep's share; returns how many entries.
+
+        Without that limit, fast workers would keep the relay from reading their acknowledgements, and the outbox would
+        fill with settled events. A batch that was cut short by its size in bytes ends the sweep as well.
+
+        With `probe`, as after a failure, the first batch is one entry: making a hundred jobs in vain would take time
+        from the caller's threads.
+        """
+        sent = 0
+        limit = 1 if probe else _BATCH_ENTRIES
+        while sent < _SWEEP_ENTRIES and self._queue_has_room() and (entries := self._deliveries.pending(limit)):
+            states = job_states(self._redis, entries) if self.in_doubt else {}
+            self.in_doubt = True
+            self._send([entry for entry in entries if states.get(entry.position) not in UNDER_WAY])
+            self._deliveries.mark_sent(_next_checks(entries))
+            self.in_doubt = False
+            sent += len(entries)
+            if len(entries) < limit or stopped():
+                break
+            limit = _BATCH_ENTRIES
+        return sent
+
+    def send_overdue(self) -> int:
+        """Send again what should have been acknowledged by now and is no longer on its way; returns how many."""
+        heads = self._deliveries.overdue(_BATCH_ENTRIES)
+        if not heads:
+            return 0
+        states = job_states(self._redis, heads)
+        gone = unanswered(self._redis, [head for head in heads if states[head.position] not in UNDER_WAY])
+        # A job's status survives its worker: a job that has been under way for long must also be in some list.
+        searched = [h for h in heads if h.checks >= _SEARCHED_CHECKS and states[h.position] in UNDER_WAY]
+        gone += in_no_list(self._redis, self._queue, searched[:_SEARCHED_ENTRIES])
+        entries = self._deliveries.with_events(gone)
+        self._send(entries)
+        # Entries that did not fit into the batch stay overdue, for the next sweep.
+        left = {head.position for head in gone[len(entries) :]}
+        self._deliveries.postpone(_next_checks(head for head in heads if head.position not in left))
+        return len(entries)
+
+    def _queue_has_room(self) -> bool:
+        if self._queued_jobs >= _FULL_QUEUE_JOBS:
+            self._queued_jobs = self._redis.llen(self._queue.key)
+        return self._queued_jobs < _FULL_QUEUE_JOBS
+
+    def _send(self, entries: Sequence[Entry]) -> None:
+        """Enqueue all in one transaction."""
+        if not entries:
+            return
+        with self._redis.pipeline(transaction=True) as pipe:
+            enqueue(pipe, self._queue, entries, self._redis_now())
+            self._queued_jobs = pipe.execute()[-1]
+
+    def _redis_now(self) -> datetime:
+        """By Redis' clock, which all hosts measure a job's waiting time by."""
+        if time.monotonic() >= self._clock_read_at:
+            seconds, microseconds = self._redis.time()
+            self._redis_ahead = seconds + microseconds / 1e6 - time.monotonic()
+            self._clock_read_at = time.monotonic() + _CLOCK_SECONDS
+        return datetime.fromtimestamp(time.monotonic() + self._redis_ahead, UTC)
+
+
+def _next_checks(entries: Iterable[EntryHead]) -> dict[int, float]:
+    return {entry.position: _check_interval(entry.checks) for entry in entries}
