@@ -58,9 +58,9 @@ class AcknowledgementReader:
                 if not str(error).startswith("WRONGTYPE"):
                     raise
                 # Workers do the same, but may have nothing to acknowledge there any more.
-                self._redis.rename(key, f"{key}:harmed")
+                self._redis.rename(key, f"{key}:quarantined")
                 logger.error(
-                    "%s is no hash: moved to %s:harmed. Entries without acknowledgement are sent again", key, key
+                    "%s is no hash: moved to %s:quarantined. Entries without acknowledgement are sent again", key, key
                 )
                 return taken
             if page:

@@ -33,36 +33,39 @@ def token_key(source: str) -> str:
     return f"history:outbox:{source}"
 
 
-def holders_key(queue: str) -> str:
-    """Hash of the names of those that may hold jobs of a queue → `accused` while one holds a suspect, alone."""
-    return f"history:holders:{queue}"
+def owners_key(queue: str) -> str:
+    """Hash of the worker threads that may have reservations → `alone` while one runs a poison candidate, else empty.
+
+    The name of an owner is `<worker>:<8 hex digits>`.
+    """
+    return f"history:owners:{queue}"
 
 
-def held_key(queue: str, holder: str) -> str:
-    """List of the ids of the jobs that a holder has: one lane of a worker, as `<worker>:<8 hex digits>`."""
-    return f"history:held:{queue}:{holder}"
+def reserved_key(queue: str, owner: str) -> str:
+    """List of the ids of the jobs that an owner has reserved."""
+    return f"history:reserved:{queue}:{owner}"
 
 
-def lease_key(queue: str, holder: str) -> str:
-    """Exists as long as the holder may hold jobs."""
-    return f"history:lease:{queue}:{holder}"
+def lease_key(queue: str, owner: str) -> str:
+    """Exists while the owner's reservations are valid."""
+    return f"history:lease:{queue}:{owner}"
 
 
-def delays_key(queue: str) -> str:
-    """Hash of job id → how often it was moved to the tail of the queue, since it alone timed out."""
-    return f"history:delays:{queue}"
+def timeouts_key(queue: str) -> str:
+    """Hash of job id → how often it timed out alone and was moved to the tail of the queue."""
+    return f"history:timeouts:{queue}"
 
 
-def suspects_key(queue: str) -> str:
-    """Hash of job id → how many workers died with it alone."""
-    return f"history:suspects:{queue}"
+def crashes_key(queue: str) -> str:
+    """Hash of poison candidates: job id → how many workers crashed while they ran it alone."""
+    return f"history:crashes:{queue}"
 
 
-def strays_key(queue: str) -> str:
-    """Hash of job id → when it was first seen in no list at all, in seconds since the epoch."""
-    return f"history:strays:{queue}"
+def orphans_key(queue: str) -> str:
+    """Hash of job id → when it was first seen in no list, in seconds since the epoch."""
+    return f"history:orphans:{queue}"
 
 
-def strange_key(queue: str) -> str:
-    """List of what stood in the queue and is no job id."""
-    return f"history:strange:{queue}"
+def quarantine_key(queue: str) -> str:
+    """List of entries of the queue that are not job ids."""
+    return f"history:quarantine:{queue}"

@@ -23,7 +23,7 @@ from rq.utils import as_text, utcformat
 
 from producers.entries import Entry, EntryHead
 from producers.events import KINDS
-from producers.redis_keys import acknowledgement_key, held_key, holders_key
+from producers.redis_keys import acknowledgement_key, owners_key, reserved_key
 
 AnyHead = TypeVar("AnyHead", bound=EntryHead)
 
@@ -93,21 +93,21 @@ def in_no_list(redis: Redis, queue: Queue, entries: Sequence[AnyHead]) -> list[A
     """
     if not entries:
         return []
-    holders = redis.hkeys(holders_key(queue.name))
+    owners = redis.hkeys(owners_key(queue.name))
     now, _ = redis.time()  # RQ's scores are times of Redis' clock
     with redis.pipeline(transaction=True) as pipe:
-        pipe.hkeys(holders_key(queue.name))
+        pipe.hkeys(owners_key(queue.name))
         pipe.zrangebyscore(queue.started_job_registry.key, now, "+inf")
-        for holder in holders:
-            pipe.lrange(held_key(queue.name, as_text(holder)), 0, -1)
+        for owner in owners:
+            pipe.lrange(reserved_key(queue.name, as_text(owner)), 0, -1)
         for entry in entries:
             pipe.hget(Job.key_for(entry.job_id), "status")
             pipe.lpos(queue.key, entry.job_id)
-        holders_then, started, *found = pipe.execute()
-    if not set(holders_then) <= set(holders):
+        owners_then, started, *found = pipe.execute()
+    if not set(owners_then) <= set(owners):
         return []  # a new one may have reserved them: the next check finds out
-    held, answers = found[: len(holders)], found[len(holders) :]
-    elsewhere = {as_text(job_id) for one in held for job_id in one}
+    reserved, answers = found[: len(owners)], found[len(owners) :]
+    elsewhere = {as_text(job_id) for one in reserved for job_id in one}
     elsewhere |= {as_text(member).split(":")[0] for member in started}
     return [
         entry

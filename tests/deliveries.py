@@ -43,4 +43,4 @@ def assert_stored_once(redis: Redis, count: int) -> None:
         assert db.scalar(text("SELECT count(*) FROM event_outcomes")) == 0
     queue = history_queue(redis)
     assert (queue.count, queue.failed_job_registry.count, queue.started_job_registry.count) == (0, 0, 0)
-    assert redis.keys("history:held:*") + redis.keys("history:lease:*") + redis.keys("history:suspects:*") == []
+    assert redis.keys("history:reserved:*") + redis.keys("history:lease:*") + redis.keys("history:crashes:*") == []

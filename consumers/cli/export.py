@@ -11,8 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from consumers.cli.options import AsJson, Since, Timezone, Until
-from consumers.cli.progress import progress_bar
+from consumers.cli.options import AsJson, Since, Timezone, Until, progress_bar
 from consumers.embedded.stack import stack
 from consumers.terminal import print_exported, print_json
 

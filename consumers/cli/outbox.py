@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from consumers.cli.options import AsJson
-from consumers.cli.progress import progress_bar
+from consumers.cli.options import AsJson, progress_bar
 from consumers.embedded.stack import stack
 from consumers.terminal import print_facts, print_json
 from producers.errors import HistoryError, OutboxDamaged, OutboxOutdated

@@ -22,7 +22,7 @@ _FORGET_OUTCOMES = text("DELETE FROM event_outcomes WHERE job_id = ANY (:job_ids
 
 
 @dataclass(frozen=True)
-class NoRow:
+class OutcomeRow:
     """A delivery of an event that another one had stored (duplicate), or one that was refused for good.
 
     `event` is the text of what was refused, with as much of its identity as could be read.
@@ -37,7 +37,7 @@ class NoRow:
     event: str | None = None
 
 
-def record_outcomes(db: Connection, ends: Iterable[NoRow]) -> None:
+def record_outcomes(db: Connection, ends: Iterable[OutcomeRow]) -> None:
     """Note these, in one order for all: transactions in opposite order would wait for each other."""
     by_job = {end.job_id: asdict(end) | {"event_id": end.event_id and str(end.event_id)} for end in ends}
     if by_job:

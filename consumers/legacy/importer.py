@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from consumers.db.engine import get_db
-from consumers.db.outcomes import NoRow, forget_outcomes, record_outcomes
+from consumers.db.outcomes import OutcomeRow, forget_outcomes, record_outcomes
 from consumers.errors import PoisonEvent
 from consumers.legacy.entries_in_work import EntriesInWork
 from consumers.legacy.import_report import Report, as_json
@@ -164,9 +164,9 @@ class Importer:
             )
         return states, rows
 
-    def _no_row(self, entry: Entry, reason: str) -> NoRow:
+    def _no_row(self, entry: Entry, reason: str) -> OutcomeRow:
         job_id = self._history.job_id(entry.index)
-        return NoRow(job_id, "rejected", self._history.source, entry.index, None, reason, as_json(entry.data))
+        return OutcomeRow(job_id, "rejected", self._history.source, entry.index, None, reason, as_json(entry.data))
 
     def _missing(self, converted: list[_Converted], states: list[ImportState]) -> Iterator[Delivery]:
         """The events that the database does not have, and that are to be inserted; the others are counted."""

@@ -34,7 +34,7 @@ from producers.acknowledgements import shown
 from producers.entries import OutboxSource
 from producers.events import IMPORT_PREFIX, KINDS
 from producers.outbox import Outbox
-from producers.redis_keys import delivery_of, held_key, holders_key
+from producers.redis_keys import delivery_of, owners_key, reserved_key
 
 _MOST_SHARED = 10_000  # numbers that are looked at, of a source whose numbers were used twice
 
@@ -287,12 +287,12 @@ def _mismatched(source: OutboxSource, outbox: Outbox, first: int) -> list[int]:
 def _numbers_in_queue(redis: Redis, queue_name: str) -> dict[str, set[int]]:
     """By the id of their source, the numbers of the deliveries that wait or are worked on."""
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
-    owners: Any = redis.hkeys(holders_key(queue_name))
+    owners: Any = redis.hkeys(owners_key(queue_name))
     with redis.pipeline(transaction=True) as pipe:
         pipe.lrange(queue.key, 0, -1)
         pipe.lrange(IntermediateQueue.get_intermediate_queue_key(queue.key), 0, -1)
         for owner in owners:
-            pipe.lrange(held_key(queue_name, shown(owner)), 0, -1)
+            pipe.lrange(reserved_key(queue_name, shown(owner)), 0, -1)
         pipe.zrange(queue.started_job_registry.key, 0, -1)
         lists = pipe.execute(raise_on_error=False)  # a key of another type is somebody else's
     numbers: dict[str, set[int]] = {}

@@ -123,7 +123,7 @@ def _queue_metrics(queue: QueueHealth) -> Iterator[Metric]:
     oldest = queue.oldest_waiting_seconds if queue.queued else 0
     for name, documentation, value in (
         ("queue_jobs", "Jobs that wait in the queue.", queue.queued),
-        ("held_jobs", "Jobs that workers have reserved.", queue.held),
+        ("reserved_jobs", "Jobs that workers have reserved.", queue.reserved),
         ("failed_jobs", "Jobs in RQ's failed registry: refused for good.", queue.failed),
         ("workers", "Workers of the queue that are alive, by their registration.", queue.workers),
         ("queue_oldest_age_seconds", "Since the job at the front of the queue came.", oldest),

@@ -18,7 +18,7 @@ from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from consumers.errors import is_wrong_type
 from consumers.ops.facts import Fact, State, duration, judged
-from producers.redis_keys import held_key, holders_key, lease_key, strange_key, strays_key, suspects_key
+from producers.redis_keys import crashes_key, lease_key, orphans_key, owners_key, quarantine_key, reserved_key
 from producers.settings import TransportSettings
 
 LATE_SECONDS = 300.0
@@ -51,7 +51,7 @@ class QueueHealth:
     orphans: int | None = 0
 
     @property
-    def held(self) -> int:
+    def reserved(self) -> int:
         """Jobs that worker threads have taken."""
         return sum(owner.jobs for owner in (self.owners or {}).values())
 
@@ -105,12 +105,12 @@ class QueueHealth:
 
     def _held(self) -> Fact:
         if self.owners is None:
-            return Fact("held jobs", "unknown", "cannot be read", _DISPLACED)
+            return Fact("reserved jobs", "unknown", "cannot be read", _DISPLACED)
         if lost := sum(owner.jobs for owner in self.owners.values() if not owner.leased):
             alive = any(owner.leased for owner in self.owners.values())
-            rescue = "returned within 30 s by the living worker" if alive else _START
-            return Fact("held jobs", "warn" if alive else "fail", f"{lost} of dead workers", rescue)
-        return Fact("held jobs", "ok", f"{self.held}, all under a lease")
+            advice = "returned within 30 s by the living worker" if alive else _START
+            return Fact("reserved jobs", "warn" if alive else "fail", f"{lost} of dead workers", advice)
+        return Fact("reserved jobs", "ok", f"{self.reserved}, all under a lease")
 
     def _crashes(self) -> Fact:
         if self.crash_counts is None:
@@ -122,7 +122,7 @@ class QueueHealth:
         return judged("poison candidates", found, problem, advice=advice, state="warn")
 
     def _quarantine(self) -> Fact:
-        advice = f"find out which program put them there, then delete {strange_key(self.name)}"
+        advice = f"find out which program put them there, then delete {quarantine_key(self.name)}"
         fact = _counted("quarantine", self.quarantined, " entries that are no job ids", advice=advice)
         if fact.state == "ok" and self.orphans:
             return Fact("quarantine", "ok", f"{self.orphans} jobs in no list: a worker returns them to the queue")
@@ -162,11 +162,11 @@ def read_queue(redis: Redis, name: str) -> QueueHealth:
         pipe.lindex(queue.key, 0)
         pipe.zcard(queue.failed_job_registry.key)
         pipe.smembers(WORKERS_BY_QUEUE_KEY % name)
-        pipe.hkeys(holders_key(name))
+        pipe.hkeys(owners_key(name))
         pipe.exists(WORKERS_SUSPENDED)
-        pipe.hvals(suspects_key(name))
-        pipe.llen(strange_key(name))
-        pipe.hlen(strays_key(name))
+        pipe.hvals(crashes_key(name))
+        pipe.llen(quarantine_key(name))
+        pipe.hlen(orphans_key(name))
         pipe.time()
         queued, front, failed, workers, owners, suspended, crashes, quarantined, orphans, (now, _) = _answers(pipe)
     worker_keys, owner_names = sorted(map(_text, workers or ())), sorted(map(_text, owners or ()))
@@ -176,7 +176,7 @@ def read_queue(redis: Redis, name: str) -> QueueHealth:
             pipe.hmget(key, "birth", "state")
         for owner in owner_names:
             pipe.exists(lease_key(name, owner))
-            pipe.llen(held_key(name, owner))
+            pipe.llen(reserved_key(name, owner))
         enqueued_at, *rest = _answers(pipe)
     states, leases = rest[: len(worker_keys)], iter(rest[len(worker_keys) :])
     return QueueHealth(

@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 
 from consumers.db.engine import get_db
 from consumers.db.inserts import find_row, insert_events
-from consumers.db.outcomes import NoRow, forget_outcomes, record_outcomes
+from consumers.db.outcomes import OutcomeRow, forget_outcomes, record_outcomes
 from consumers.errors import EventConflict, PoisonEvent, RefusedJob, StoreUnavailable, described
 from consumers.ops.metrics import COUNTS, UNKNOWN_TYPE
 from consumers.worker.deliveries import Delivery
@@ -130,7 +130,7 @@ def _process_together(deliveries: Sequence[Delivery], statement_seconds: float |
     with get_db(statement_seconds=statement_seconds) as db:
         answers = iter(insert_events(db, [event for event in events if not isinstance(event, HistoryError)]))
         results: list[Result] = []
-        outcomes: list[NoRow] = []
+        outcomes: list[OutcomeRow] = []
         for delivery, event in zip(deliveries, events, strict=True):
             answer = event if isinstance(event, HistoryError) else next(answers)
             if isinstance(answer, PoisonEvent) and (stored := _stored_before(db, delivery)):
@@ -180,11 +180,11 @@ def _rejected(delivery: Delivery, error: HistoryError) -> Result:
     return Result(delivery.job_id, outcome, *_claim_of(delivery.text), _event_type(delivery), error)
 
 
-def _outcome_of(result: Result, text: Any = None) -> NoRow:
+def _outcome_of(result: Result, text: Any = None) -> OutcomeRow:
     identity = (result.source, result.sequence, result.event_id)
     if result.error is None:
-        return NoRow(result.job_id, "duplicate", *identity)
-    return NoRow(result.job_id, "rejected", *identity, result.outcome.reason, _storable(text))
+        return OutcomeRow(result.job_id, "duplicate", *identity)
+    return OutcomeRow(result.job_id, "rejected", *identity, result.outcome.reason, _storable(text))
 
 
 def _stored_before(db: Connection, delivery: Delivery) -> Result | None:

@@ -15,7 +15,7 @@ from rq import Queue
 from consumers.errors import is_wrong_type
 from consumers.worker import scripts
 from consumers.worker.reservations import JOB_PREFIX
-from producers.redis_keys import held_key, holders_key, strays_key
+from producers.redis_keys import orphans_key, owners_key, reserved_key
 
 ORPHAN_SECONDS = 30.0
 _SCAN_SECONDS = 60
@@ -66,7 +66,7 @@ class Orphans:
 
     def _from_nowhere(self) -> Iterator[str]:
         """Jobs with status queued that are in no list, in two scans by any worker."""
-        orphans = strays_key(self._queue.name)
+        orphans = orphans_key(self._queue.name)
         scanned = f"{orphans}:scanned"
         if not self._redis.set(scanned, "1", nx=True, ex=_SCAN_SECONDS):
             if self._redis.ttl(scanned) > _SCAN_SECONDS:  # from before Redis' clock was set back
@@ -75,8 +75,8 @@ class Orphans:
         if self._queue.count > _SHORT_QUEUE_JOBS or self._redis.dbsize() > _FEW_KEYS:
             return
         lists = [self._queue.key, self._queue.intermediate_queue_key]
-        names = self._redis.hkeys(holders_key(self._queue.name))
-        lists += [held_key(self._queue.name, _text(name)) for name in names]
+        names = self._redis.hkeys(owners_key(self._queue.name))
+        lists += [reserved_key(self._queue.name, _text(name)) for name in names]
         # The jobs first: one that moves from list to list meanwhile is found in one of them.
         queued = list(self._queued())
         listed = {job_id for one in lists for job_id in self._ids_in(one)}

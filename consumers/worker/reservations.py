@@ -28,7 +28,7 @@ from rq.worker import BaseWorker
 
 from consumers.worker import scripts
 from consumers.worker.deliveries import MAX_JOB_BYTES, ReservedJob
-from producers.redis_keys import delays_key, held_key, holders_key, lease_key, strange_key, suspects_key
+from producers.redis_keys import crashes_key, lease_key, owners_key, quarantine_key, reserved_key, timeouts_key
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +63,12 @@ class Reservations:
         self._owner = owner = f"{worker_name}:{uuid4().hex[:8]}"
         self._alone = False
         self._queue_key = queue.key
-        self.list_key = held_key(queue.name, owner)
-        self.crashes_key = suspects_key(queue.name)
-        self.timeouts_key = delays_key(queue.name)
+        self.list_key = reserved_key(queue.name, owner)
+        self.crashes_key = crashes_key(queue.name)
+        self.timeouts_key = timeouts_key(queue.name)
         self._lease = lease_key(queue.name, owner)
-        self._owners = holders_key(queue.name)
-        self._quarantine = strange_key(queue.name)
+        self._owners = owners_key(queue.name)
+        self._quarantine = quarantine_key(queue.name)
         self._types = dict.fromkeys([self.crashes_key, self.timeouts_key, self._owners, worker_key], "hash")
         self._types |= {self.list_key: "list", self._quarantine: "list"}
         self._reserve = scripts.load(redis, "reserve")
@@ -148,12 +148,18 @@ class Reservations:
 def requeue_expired(redis: Redis, queue: Queue) -> list[str]:
     """Requeue the jobs of each owner whose lease has expired, at the front. Returns their ids."""
     recover = scripts.load(redis, "recover")
-    owners = holders_key(queue.name)
+    owners = owners_key(queue.name)
     requeued: list[str] = []
     members: Any = redis.hkeys(owners)
     for member in members:
         owner = member.decode(errors="replace")  # one that is not text is not ours, and has no list
-        keys = [lease_key(queue.name, owner), held_key(queue.name, owner), queue.key, suspects_key(queue.name), owners]
+        keys = [
+            lease_key(queue.name, owner),
+            reserved_key(queue.name, owner),
+            queue.key,
+            crashes_key(queue.name),
+            owners,
+        ]
         found: Any = recover(keys=keys, args=[owner, LEASE_SECONDS])
         quarantined, ids = found
         log_quarantined(quarantined)

@@ -17,7 +17,7 @@ from rq.serializers import JSONSerializer
 
 from producers.events import PortfolioSnapshot, encode, event_of
 from producers.outbox import Outbox
-from producers.redis_keys import acknowledgement_key, strays_key
+from producers.redis_keys import acknowledgement_key, orphans_key
 from producers.rq_queue import UNDER_WAY, enqueue
 from tests.benchmarks.checks import require, wait_for_progress
 from tests.benchmarks.environment import queue_name
@@ -97,7 +97,7 @@ def park_snapshots(redis: Redis, folder: Path, count: int, first: int = 0) -> Ba
     require(sent == queue.count == count, f"{sent} events sent and {queue.count} queued of {count}")
     redis.rename(queue.key, _PARKED)
     # Set aside they are in no list, which a worker would look into.
-    redis.set(f"{strays_key(queue.name)}:looked", "1", ex=3600)
+    redis.set(f"{orphans_key(queue.name)}:looked", "1", ex=3600)
     for file in folder.glob("backlog-*"):
         file.unlink()
     return Backlog(redis, queue, count, source.full_name, tuple(job_ids))

@@ -48,7 +48,7 @@ def _one_recovery(folder: Path, producer: HistoryProducer, number: int) -> float
         receipts = producer.record_many(
             [a_snapshot(after=timedelta(days=number, seconds=second)) for second in range(_EVENTS)]
         )
-        _until(lambda: bool(redis.keys("history:held:*")))
+        _until(lambda: bool(redis.keys("history:reserved:*")))
         victim.send_signal(signal.SIGKILL)
         victim.wait()
         db.rollback()

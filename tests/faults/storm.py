@@ -24,7 +24,7 @@ from consumers.db.engine import engine
 from consumers.embedded import servers
 from consumers.embedded.stack import embedded_stack
 from producers.history_producer import HistoryProducer
-from producers.redis_keys import held_key
+from producers.redis_keys import reserved_key
 from tests.faults.controllers import Controllers
 from tests.faults.programs import look_often
 from tests.faults.proxy import Proxy
@@ -104,8 +104,8 @@ class Storm:
         """How often one delivery stands in the queue and the held lists together, at worst."""
         with contextlib.suppress(RedisError):
             ids = redis.lrange("rq:queue:history", 0, -1)
-            for worker in redis.hkeys("history:holders:history"):
-                ids += redis.lrange(held_key("history", as_text(worker)), 0, -1)
+            for worker in redis.hkeys("history:owners:history"):
+                ids += redis.lrange(reserved_key("history", as_text(worker)), 0, -1)
             if ids:
                 self.worst_queue_entries = max(self.worst_queue_entries, Counter(ids).most_common(1)[0][1])
 

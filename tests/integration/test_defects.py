@@ -267,7 +267,7 @@ def test_an_exception_after_the_end_is_decided_changes_nothing_about_it(
     for receipt in [*good, poisoned]:
         assert receipt.wait(20) > 0
     assert (_outcomes(), len(get_portfolio_history()), history_queue(redis).count) == ([], 4, 0)
-    assert redis.keys("history:held:*") == []
+    assert redis.keys("history:reserved:*") == []
 
 
 @pytest.mark.parametrize("exception", ["ValueError", "panic"])
@@ -307,7 +307,7 @@ def test_an_event_that_was_stored_before_its_workers_died_is_not_refused(
     with get_db() as db:
         stored = event_of(a_snapshot(after=timedelta(hours=1), balance=POISON), source=source, sequence=sequence)
         insert_events(db, [stored])
-    redis.hset("history:suspects:history", job_id, 3)
+    redis.hset("history:crashes:history", job_id, 3)
     burst(redis)
 
     assert receipt.wait(20) == get_portfolio_history()[0]["id"]
@@ -326,7 +326,7 @@ def test_a_defect_that_passes_in_time_refuses_nothing(
         return decode(given, model)
 
     def mend() -> None:
-        until(lambda: redis.hlen("history:suspects:history") == 3)
+        until(lambda: redis.hlen("history:crashes:history") == 3)
         mended.set()
 
     monkeypatch.setattr(batch, "decode", failing)
@@ -336,4 +336,4 @@ def test_a_defect_that_passes_in_time_refuses_nothing(
     burst(redis)
     watching.join()
     assert [receipt.wait(20) > 0 for receipt in receipts] == [True] * 3
-    assert (_outcomes(), redis.hgetall("history:suspects:history")) == ([], {})
+    assert (_outcomes(), redis.hgetall("history:crashes:history")) == ([], {})

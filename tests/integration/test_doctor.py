@@ -34,7 +34,7 @@ from consumers.ops import doctor
 from consumers.ops.facts import Fact
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
-from producers.redis_keys import held_key, holders_key, lease_key, strange_key, strays_key, suspects_key
+from producers.redis_keys import crashes_key, lease_key, orphans_key, owners_key, quarantine_key, reserved_key
 from tests.factories import a_snapshot, an_archive
 from tests.legacy_databases import FIRST_GENERATION, SECOND_GENERATION
 from tests.outages import hanging
@@ -93,8 +93,8 @@ def _worker(redis: Redis, **environment: str) -> Iterator[str]:
         [*PROGRAM, "worker"], env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        _until(lambda: bool(redis.hkeys(holders_key("history"))))
-        yield as_text(redis.hkeys(holders_key("history"))[0]).rpartition(":")[0]
+        _until(lambda: bool(redis.hkeys(owners_key("history"))))
+        yield as_text(redis.hkeys(owners_key("history"))[0]).rpartition(":")[0]
     finally:
         process.terminate()
         process.wait(30)
@@ -129,7 +129,7 @@ def test_a_healthy_installation_has_nothing_wrong(redis: Redis, database_url: st
         "Redis eviction",
         "queue",
         "workers",
-        "held jobs",
+        "reserved jobs",
         "poison candidates",
         "failed jobs",
         "quarantine",
@@ -586,7 +586,7 @@ def test_a_service_that_tells_nothing_is_a_warning(
         redis.config_set("appendonly", "yes")
         redis.acl_deluser("tenant")
     assert closed["Redis server"].state == "unknown"
-    assert [closed[name].state for name in ("Redis", "queue", "held jobs")] == ["ok"] * 3
+    assert [closed[name].state for name in ("Redis", "queue", "reserved jobs")] == ["ok"] * 3
     assert (uncounted.state, "llen" in uncounted.found) == ("fail", True)
     assert informed == ("ok", "append-only file, appendfsync not to be seen (CONFIG is forbidden)")
     assert without_file[0] == "warn"
@@ -638,16 +638,16 @@ def test_a_worker_that_waits_for_the_database_is_wrong(
 
 def test_held_jobs_of_the_dead_are_told(redis: Redis, database_url: str) -> None:
     """Without a living worker nobody returns them."""
-    dead_list = held_key("history", "dead:0000000a")
-    redis.hset(holders_key("history"), "dead:0000000a", "")
+    dead_list = reserved_key("history", "dead:0000000a")
+    redis.hset(owners_key("history"), "dead:0000000a", "")
     redis.rpush(dead_list, "job-1", "job-2")
-    dead = _diagnosed()["held jobs"]
-    redis.hset(holders_key("history"), "alive:0000000b", "")
+    dead = _diagnosed()["reserved jobs"]
+    redis.hset(owners_key("history"), "alive:0000000b", "")
     redis.set(lease_key("history", "alive:0000000b"), "1")
-    redis.rpush(held_key("history", "alive:0000000b"), "job-3")
-    rescued = _diagnosed()["held jobs"]
+    redis.rpush(reserved_key("history", "alive:0000000b"), "job-3")
+    rescued = _diagnosed()["reserved jobs"]
     redis.delete(dead_list)
-    fine = _diagnosed()["held jobs"]
+    fine = _diagnosed()["reserved jobs"]
 
     assert (dead.state, dead.found) == ("fail", "2 of dead workers")
     assert (rescued.state, rescued.found) == ("warn", "2 of dead workers")
@@ -656,12 +656,12 @@ def test_held_jobs_of_the_dead_are_told(redis: Redis, database_url: str) -> None
 
 def test_what_waits_for_a_person_in_redis_is_told(redis: Redis, database_url: str) -> None:
     """Jobs that ended a worker, failed jobs, entries that are no jobs; workers see to what has not failed."""
-    redis.hset(suspects_key("history"), "job-0", 0)
-    redis.hset(strays_key("history"), "job-1", 1)
+    redis.hset(crashes_key("history"), "job-0", 0)
+    redis.hset(orphans_key("history"), "job-1", 1)
     harmless = _diagnosed()
-    redis.hset(suspects_key("history"), "job-2", 2)
+    redis.hset(crashes_key("history"), "job-2", 2)
     redis.zadd("rq:failed:history", {"job-3": -1})
-    redis.rpush(strange_key("history"), b"\xff")
+    redis.rpush(quarantine_key("history"), b"\xff")
     checks = _diagnosed()
 
     assert [harmless[name].state for name in ("poison candidates", "quarantine")] == ["ok", "ok"]
@@ -673,7 +673,7 @@ def test_what_waits_for_a_person_in_redis_is_told(redis: Redis, database_url: st
 
 def test_keys_of_the_wrong_kind_stop_nothing(redis: Redis, database_url: str) -> None:
     """Somebody else uses the same names."""
-    for key in ("rq:queue:history", holders_key("history"), suspects_key("history"), strange_key("history")):
+    for key in ("rq:queue:history", owners_key("history"), crashes_key("history"), quarantine_key("history")):
         redis.set(key, "not ours")
     checks = _diagnosed()
     assert [checks[name].state for name in ("queue", "workers", "poison candidates", "quarantine")] == ["unknown"] * 4

@@ -67,7 +67,7 @@ def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
     """Stored, duplicate, conflict, invalid, poison and refused, in one batch or alone."""
     queue = history_queue(redis)
     poisonous, *_ = enqueue_snapshots(redis, 4)
-    redis.hset("history:suspects:history", poisonous, POISON_CRASHES)
+    redis.hset("history:crashes:history", poisonous, POISON_CRASHES)
     archive, second = event_of(an_archive(), source="other/3", sequence=1), timedelta(seconds=2)
     same = event_of(a_snapshot(after=second), source="other/2", sequence=1)
     other = event_of(a_snapshot(after=second, balance=1), source="other/2", sequence=2)
@@ -152,7 +152,7 @@ def test_the_state_of_the_pipeline(
     ages = {portfolio: round(age / 60) for (portfolio,), age in _of(scrape, "newest_row_age_seconds").items()}
     assert ages == {"1": 5, "2": 60, "none": 120}
     assert [scrape[f"{part}_up",] for part in ("database", "redis", "outbox")] == [1, 1, 1]
-    assert (scrape["queue_jobs",], scrape["held_jobs",], scrape["workers",]) == (1, 0, 0)
+    assert (scrape["queue_jobs",], scrape["reserved_jobs",], scrape["workers",]) == (1, 0, 0)
     assert 0 <= scrape["queue_oldest_age_seconds",] < 20
     assert [scrape["outbox_entries", state] for state in ("pending", "sent", "rejected")] == [0, 1, 0]
     assert 0 <= scrape["outbox_oldest_age_seconds",] < 20

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from consumers.cli import app
 from consumers.db.engine import engine, get_db
 from consumers.db.inserts import Stored, insert_events
-from consumers.db.outcomes import NoRow, record_outcomes
+from consumers.db.outcomes import OutcomeRow, record_outcomes
 from consumers.ops.audit import SourceAudit, audit
 from producers.events import Event, event_of
 from producers.history_producer import HistoryProducer
@@ -209,7 +209,7 @@ def test_an_outcome_from_before_the_time_is_not_in_the_proof(history: list[Event
     """As a row is: it may be the highest number of that time."""
     _delete("portfolio_history", 11)
     with get_db() as db:
-        record_outcomes(db, [NoRow("job", "duplicate", "bot/1", 12, history[11].id)])
+        record_outcomes(db, [OutcomeRow("job", "duplicate", "bot/1", 12, history[11].id)])
         db.execute(text("UPDATE event_outcomes SET created_at = :at"), {"at": _BEFORE})
     one = _audit(_TIME)
     assert (one.proven_from, one.missing, one.duplicate) == (13, [], 0)

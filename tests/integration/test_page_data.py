@@ -338,7 +338,7 @@ def test_health_tells_of_queue_outbox_and_rejections(
         store_rejection(f"job-{number}", f"reason {number}")
     told = _get(client, "health")
     assert told["redis"] | {"oldest_waiting_seconds": None} == {
-        "queued": 1, "held": 0, "oldest_waiting_seconds": None, "failed": 0, "workers": 0, "state": "ok",
+        "queued": 1, "reserved": 0, "oldest_waiting_seconds": None, "failed": 0, "workers": 0, "state": "ok",
     }  # fmt: skip
     assert 0 <= told["redis"]["oldest_waiting_seconds"] < 60
     assert [told["outbox"][name] for name in ("pending", "sent", "state")] == [0, 1, "ok"]

@@ -53,7 +53,7 @@ PROGRAM = Path(sys.executable).with_name("trading-history")
 
 
 def _comparable(transcript: str, home: str) -> list[str]:
-    """Without what differs between runs: durations and rates, versions, the folders, row numbers of two lanes."""
+    """Without what differs between runs: durations and rates, versions, the folders, row numbers of two threads."""
     text = transcript.replace(home, "HOME").replace(str(PROGRAM), ".venv/bin/trading-history")
     text = re.sub(r"PostgreSQL \d+(\.\d+)*, Valkey \d+(\.\d+)*", "PostgreSQL x, Valkey x", text)
     text = re.sub(r"\d+\.\d\d s", "T s", text)

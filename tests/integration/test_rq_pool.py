@@ -71,7 +71,7 @@ def test_a_pool_replaces_a_worker_that_is_killed_and_ends_on_sigterm(
                 enqueue_snapshots(redis, 1, first=number)
                 until(lambda: history_queue(redis).count == 0)
             enqueue_snapshots(redis, 14, first=16)
-            until(lambda: len(redis.keys("history:held:*")) == 6)
+            until(lambda: len(redis.keys("history:reserved:*")) == 6)
             workers = pool.children()
             until(lambda: all(len(_sockets(one)) >= 4 for one in workers))  # two threads, with Redis and PostgreSQL
             sockets = [_sockets(one) for one in (pool, *workers)]

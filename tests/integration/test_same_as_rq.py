@@ -43,7 +43,7 @@ _FIRST_ROW = {"portfolio_history": 71_000_000_001, "signal_archives": 72_000_000
 
 _ONE_LINE = "a refusal is told in one readable line; where in our code it came up helps nobody"
 _NO_RETRY = "what is refused for good is refused at once; RQ tries it again in vain"
-_NO_EXECUTION = "it runs jobs without RQ's executions; its held list and its lease stand for them"
+_NO_EXECUTION = "it runs jobs without RQ's executions; its reserved list and its lease stand for them"
 _NOT_FAILED = "what succeeded is not failed any more; RQ leaves it listed, unless it was requeued"
 _NO_GROUPS = "RQ's lock for cleaning its groups; our jobs are in none"
 _BATCH = "it takes many jobs at once, into a list of its own, and marks none of them as started"
@@ -58,9 +58,9 @@ ALLOWED_IN_REDIS = [
     Difference("rq:clean_groups", TYPE, "string", None, _NO_GROUPS),
     Difference("rq:clean_groups", EXPIRES, "first work + 599 s", None, _NO_GROUPS),
     Difference("rq:clean_groups", "(value)", "1", None, _NO_GROUPS),
-    Difference("history:strays:history:scanned", TYPE, None, "string", _STRAYS),
-    Difference("history:strays:history:scanned", EXPIRES, None, "first work + 60 s", _STRAYS),
-    Difference("history:strays:history:scanned", "(value)", None, "1", _STRAYS),
+    Difference("history:orphans:history:scanned", TYPE, None, "string", _STRAYS),
+    Difference("history:orphans:history:scanned", EXPIRES, None, "first work + 60 s", _STRAYS),
+    Difference("history:orphans:history:scanned", "(value)", None, "1", _STRAYS),
 ]
 ALLOWED_IN_READS = [
     Difference("job *", "exc_string form", "traceback", "1 line", _ONE_LINE),
@@ -424,7 +424,7 @@ def test_dependents_of_a_rejected_event_run_if_they_allow_its_failure(
     worker_class([queue], connection=redis, serializer=JSONSerializer).work(burst=True, logging_level="CRITICAL")
 
     assert dependent.get_status() == ("finished" if allow_failure else "deferred")
-    assert redis.keys("history:held:*") == []
+    assert redis.keys("history:reserved:*") == []
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_a_job_that_asks_rq_for_more_is_refused_with_the_reason(
     with get_db() as db:
         reasons = db.execute(text("SELECT DISTINCT reason FROM event_outcomes")).scalars().all()
     assert reasons == [f"refused: RQ is asked for more than to run it: {wish}"]
-    assert (queue.count, redis.keys("history:held:*")) == (0, [])
+    assert (queue.count, redis.keys("history:reserved:*")) == (0, [])
 
 
 @pytest.mark.parametrize("others", [0, 2 * KEPT_OF_A_BATCH])
@@ -497,7 +497,7 @@ def test_dependents_run_after_a_cut_before_rq_has_enqueued_them(
     monkeypatch.setattr(Dependents, "enqueue", enqueue_the_third_time)
     HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
     assert {job.get_status() for job in dependents} == {"finished"}
-    assert redis.keys("history:held:*") == []
+    assert redis.keys("history:reserved:*") == []
 
 
 def test_jobs_that_rq_left_between_deferred_and_queued_run(redis: Redis, database_url: str) -> None:
@@ -519,7 +519,7 @@ def test_what_stands_in_the_place_of_rqs_registry_stops_no_event(redis: Redis, d
     redis.set(queue.ready_job_registry.key, "x")
     HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
     assert (first.get_status(), waiting.get_status()) == ("finished", "ready_to_enqueue")
-    assert redis.keys("history:held:*") == []
+    assert redis.keys("history:reserved:*") == []
 
 
 def test_a_job_that_others_wait_for_is_not_pushed_out_before_they_are_enqueued(

@@ -46,7 +46,7 @@ from consumers.worker.worker_thread import WorkerThread
 from producers.errors import SettingsError
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
-from producers.redis_keys import strays_key
+from producers.redis_keys import orphans_key
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.faults.proxy import Proxy
@@ -91,7 +91,7 @@ def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> None:
-    """No held list, no lease, no holder, no worker; jobs are finished and have the row's id, in their order."""
+    """No reserved list, no lease, no owner, no worker; jobs are finished and have the row's id, in their order."""
     job_ids = enqueue_snapshots(redis, completion.KEPT_OF_A_BATCH)
     burst(redis)
 
@@ -101,8 +101,8 @@ def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> No
     assert [job.return_value() for job in jobs] == [rows[sequence] for sequence in range(len(jobs))]
     assert [rows[sequence] for sequence in range(len(jobs))] == list(range(1, len(jobs) + 1))
     assert history_queue(redis).finished_job_registry.count == len(jobs)
-    assert {as_text(key).split(":")[1] for key in redis.keys("history:*")} == {"ack", "strays"}
-    assert redis.ttl("history:strays:history:scanned") > 0
+    assert {as_text(key).split(":")[1] for key in redis.keys("history:*")} == {"ack", "orphans"}
+    assert redis.ttl("history:orphans:history:scanned") > 0
     assert redis.keys("rq:workers:history") == []
 
 
@@ -156,7 +156,7 @@ def test_redis_keeps_no_more_after_more_events(
         kinds = Counter(as_text(key).rsplit(":", 1)[0] for key in redis.keys("*"))
         jobs = kinds.pop("rq:job")
         assert kinds.pop("rq:results") == redis.zcard("rq:finished:history") == jobs <= 30
-        assert redis.keys("history:held:*") == []
+        assert redis.keys("history:reserved:*") == []
         assert kinds.total() < 10
 
 
@@ -191,7 +191,7 @@ def test_a_batch_may_have_the_same_fact_and_the_same_job_twice(redis: Redis) -> 
     assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [("other", "rejected"), ("same", "duplicate")]
     values = [as_text(value) for key in (0, 1) for value in redis.hvals(f"history:ack:other/{key}")]
     assert {value.rpartition(" ")[2] for value in values} == {f"duplicate:{row['id']}"}
-    assert redis.keys("history:held:*") == []
+    assert redis.keys("history:reserved:*") == []
 
 
 def test_two_workers_with_the_same_facts_in_opposite_order_do_not_lock_each_other_out(redis: Redis) -> None:
@@ -339,7 +339,7 @@ def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypa
         deadline = time.monotonic() + 10
         while not redis.keys("history:lease:*") and time.monotonic() < deadline:
             time.sleep(0.02)
-        leases.append(bool(redis.keys("history:lease:*")))  # of this lane, or of both
+        leases.append(bool(redis.keys("history:lease:*")))  # of this thread, or of both
         return process_batch(deliveries)
 
     monkeypatch.setattr(worker_module, "_RENEW_SECONDS", 0.05)
@@ -377,7 +377,7 @@ def test_a_suspect_that_times_out_does_not_hold_up_the_others(redis: Redis, monk
     """It comes alone, and goes to the tail alone."""
     monkeypatch.setattr(worker_module, "STATEMENT_SECONDS", 0.3)
     job_ids = enqueue_snapshots(redis, 3)
-    redis.hset("history:suspects:history", job_ids[0], 0)
+    redis.hset("history:crashes:history", job_ids[0], 0)
     administrator = create_store_engine(SecretStr(os.environ["DATABASE_URL"]))
     with administrator.connect() as db:
         insert_events(db, [event_of(a_snapshot(), source="other/1", sequence=0)])
@@ -422,11 +422,11 @@ def test_the_jobs_of_a_dead_holder_come_back_to_the_front_and_run_alone(redis: R
     living.requeue()
     burst(redis)
     assert len(get_portfolio_history()) == 5
-    assert redis.keys("history:suspects*") == []
+    assert redis.keys("history:crashes*") == []
 
 
 def test_a_lease_from_before_redis_clock_was_set_back_ends_in_time(redis: Redis) -> None:
-    """Its holder is dead: without a bound, its jobs would wait as long as the clock has jumped."""
+    """Its owner is dead: without a bound, its jobs would wait as long as the clock has jumped."""
     job_ids = enqueue_snapshots(redis, 2)
     dead = Reservations(redis, history_queue(redis), "dead")
     dead.reserve(2)
@@ -488,7 +488,7 @@ def test_without_a_database_in_the_settings_it_ends_and_returns_its_work(
         burst(redis)
 
     assert history_queue(redis).job_ids == job_ids
-    assert redis.hgetall("history:suspects:history") == {}
+    assert redis.hgetall("history:crashes:history") == {}
 
 
 def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
@@ -525,7 +525,7 @@ def test_the_work_of_a_killed_worker_is_done_by_the_next(redis: Redis, database_
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
         with _worker_process() as victim:
             job_ids = enqueue_snapshots(redis, 20)
-            until(lambda: len(redis.keys("history:held:*")) == 1)
+            until(lambda: len(redis.keys("history:reserved:*")) == 1)
             victim.send_signal(signal.SIGKILL)
             victim.wait()
     assert get_portfolio_history() == []
@@ -554,14 +554,14 @@ def test_a_death_during_a_stall_of_the_database_is_not_held_against_the_job(redi
         for number in range(3):
             with _worker_process() as victim:
                 until(somebody_waits_for_a_lock)
-                if number:  # it is a suspect by now, until the wait shows that it is the database's doing
-                    until(lambda: b"alone" in redis.hvals("history:holders:history"))
-                    until(lambda: b"alone" not in redis.hvals("history:holders:history"))
+                if number:  # it is a poison candidate by now, until the wait shows that it is the database's doing
+                    until(lambda: b"alone" in redis.hvals("history:owners:history"))
+                    until(lambda: b"alone" not in redis.hvals("history:owners:history"))
                 victim.kill()
                 victim.wait()
             redis.delete(*redis.keys("history:lease:*"))
             assert requeue_expired(redis, history_queue(redis)) == [job_id]
-    assert redis.hgetall("history:suspects:history") == {job_id.encode(): b"0"}
+    assert redis.hgetall("history:crashes:history") == {job_id.encode(): b"0"}
     burst(redis)
     assert len(get_portfolio_history()) == 1
 
@@ -623,7 +623,7 @@ def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.Monk
     assert [job.job_id for job in owner.reserve(1).jobs] == job_ids[2:3]
     found = []
     for _ in range(3):
-        redis.delete("history:strays:history:scanned")
+        redis.delete("history:orphans:history:scanned")
         found.append(Orphans(redis, queue).requeue())
 
     assert found == [[], job_ids[:1], []]
@@ -639,8 +639,8 @@ def test_a_job_in_no_list_is_found_after_redis_clock_was_set_back(
     (job_id,) = enqueue_snapshots(redis, 1)
     queue = history_queue(redis)
     redis.lpop(queue.key)
-    redis.hset(strays_key(queue.name), job_id, redis.time()[0] + 2 * 86400)
-    looked = f"{strays_key(queue.name)}:scanned"
+    redis.hset(orphans_key(queue.name), job_id, redis.time()[0] + 2 * 86400)
+    looked = f"{orphans_key(queue.name)}:scanned"
     redis.set(looked, "1", ex=2 * 86400)
 
     assert Orphans(redis, queue).requeue() == []
@@ -661,7 +661,7 @@ def test_sigterm_lets_it_finish_what_it_holds(redis: Redis, database_url: str) -
         assert worker.wait(20) == 0
     stored = len(get_portfolio_history())
     assert stored + history_queue(redis).count == 2000
-    assert redis.keys("history:held:*") == []
+    assert redis.keys("history:reserved:*") == []
     assert redis.smembers("rq:workers") == set()
     with _worker_process() as worker:
         until(lambda: len(get_portfolio_history()) == 2000 and redis.scard("rq:workers") == 1)
@@ -692,14 +692,14 @@ def test_what_is_no_job_id_is_put_aside(redis: Redis, strange: bytes) -> None:
     redis.lpush("rq:queue:history", strange)
     fields: dict[Any, Any] = {"data": "[]", "status": "queued"} | {f"f{number}": "x" for number in range(1100)}
     redis.hset(b"rq:job:" + strange, mapping=fields)
-    for key in ("rq:queue:history:intermediate", "history:held:history:gone"):
+    for key in ("rq:queue:history:intermediate", "history:reserved:history:gone"):
         redis.rpush(key, strange)
     redis.zadd("rq:wip:history", {strange: 1})
-    redis.hset("history:holders:history", strange, "")
+    redis.hset("history:owners:history", strange, "")
     burst(redis)
 
     assert len(get_portfolio_history()) == 2
-    assert redis.lrange("history:strange:history", 0, -1)[:1] == [strange]
+    assert redis.lrange("history:quarantine:history", 0, -1)[:1] == [strange]
 
 
 def test_texts_that_are_much_longer_than_their_jobs_are_taken_one_by_one(
@@ -848,13 +848,13 @@ def test_one_event_that_times_out_alone_does_not_hold_up_the_others(
         worker.work(burst=False, logging_level="WARNING", max_jobs=3)
         assert len(get_portfolio_history()) == 3
         assert history_queue(redis).job_ids == job_ids[:1]
-        assert redis.hgetall("history:delays:history") == {job_ids[0].encode(): b"1"}
+        assert redis.hgetall("history:timeouts:history") == {job_ids[0].encode(): b"1"}
         db.rollback()
     administrator.dispose()
     burst(redis)
 
     assert len(get_portfolio_history()) == 4
-    assert redis.exists("history:delays:history") == 0
+    assert redis.exists("history:timeouts:history") == 0
 
 
 def test_it_survives_that_redis_loses_everything(redis: Redis, producer: HistoryProducer) -> None:
@@ -874,7 +874,7 @@ def test_no_clock_of_a_host_decides_what_is_stranded(redis: Redis, monkeypatch: 
     soon = redis.time()[0] + 60
     redis.zadd(StartedJobRegistry("history", connection=redis).key, {f"{job_ids[0]}:execution": soon})
     assert Orphans(redis, queue).requeue() == []
-    redis.delete("history:strays:history:scanned")
+    redis.delete("history:orphans:history:scanned")
     ahead = time.time() + 36_000
     monkeypatch.setattr(time, "time", lambda: ahead)
     assert Orphans(redis, queue).requeue() == []
@@ -895,7 +895,7 @@ def test_many_entries_that_are_no_ids_end_no_burst(redis: Redis, monkeypatch: py
     redis.rpush("rq:queue:history", *["no id"] * 35)
     enqueue_snapshots(redis, 1)
     burst(redis)
-    assert (len(get_portfolio_history()), redis.llen("history:strange:history")) == (1, 35)
+    assert (len(get_portfolio_history()), redis.llen("history:quarantine:history")) == (1, 35)
 
 
 def _outcome_ids() -> list[str]:
@@ -958,7 +958,7 @@ def test_what_cannot_be_written_of_one_job_costs_only_that_job(redis: Redis, mon
     assert (sorted(_outcome_ids()), len(get_portfolio_history())) == (sorted(refused), 3)
     assert sorted(history_queue(redis).failed_job_registry.get_job_ids()) == sorted(refused)
     assert redis.hget(Job.key_for(refused[3]), "status") == b"failed"
-    assert redis.keys("history:held:*") == []
+    assert redis.keys("history:reserved:*") == []
 
 
 def test_many_refused_jobs_cost_few_commands(redis: Redis) -> None:
@@ -972,7 +972,7 @@ def test_many_refused_jobs_cost_few_commands(redis: Redis) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["suspects", "delays", "holders", "strange", "rq:finished", "rq:failed", "rq:results", "ack", "rq:worker"]
+    "key", ["crashes", "timeouts", "owners", "quarantine", "rq:finished", "rq:failed", "rq:results", "ack", "rq:worker"]
 )
 def test_what_stands_in_the_place_of_a_key_of_ours_is_moved_away(redis: Redis, key: str) -> None:
     """Without it nothing would be stored any more."""
@@ -1000,7 +1000,7 @@ def test_what_stands_in_the_place_of_a_key_of_ours_is_moved_away(redis: Redis, k
     assert redis.hmget(worker.key, "successful_job_count", "failed_job_count") == [b"2", b"1"]
 
 
-@pytest.mark.parametrize("which", ["suspects", "delays"])
+@pytest.mark.parametrize("which", ["crashes", "timeouts"])
 def test_a_count_that_is_no_number_counts_as_none(redis: Redis, which: str) -> None:
     """Of deaths and of delays: the job runs alone, and the worker goes on."""
     job_ids = enqueue_snapshots(redis, 2)
@@ -1024,17 +1024,17 @@ def test_a_queue_that_is_no_list_is_named(redis: Redis, caplog: pytest.LogCaptur
 
 
 def test_one_harmed_holder_does_not_keep_the_others_from_recovery(redis: Redis) -> None:
-    """Its list is moved away; what the others held comes back."""
+    """Its list is moved away; the jobs of the others are requeued."""
     job_ids = enqueue_snapshots(redis, 3)
-    for holder in ("a-evil", "b-dead", "c-evil", "d-dead"):
-        redis.hset("history:holders:history", holder, "")
-        if holder.endswith("evil"):
-            redis.set(f"history:held:history:{holder}", "x")
+    for owner in ("a-evil", "b-dead", "c-evil", "d-dead"):
+        redis.hset("history:owners:history", owner, "")
+        if owner.endswith("evil"):
+            redis.set(f"history:reserved:history:{owner}", "x")
         else:
-            redis.lmove("rq:queue:history", f"history:held:history:{holder}", "RIGHT", "LEFT")
+            redis.lmove("rq:queue:history", f"history:reserved:history:{owner}", "RIGHT", "LEFT")
     assert sorted(requeue_expired(redis, history_queue(redis))) == sorted(job_ids[1:])
     assert requeue_expired(redis, history_queue(redis)) == []
-    assert redis.hgetall("history:holders:history") == {}
+    assert redis.hgetall("history:owners:history") == {}
 
 
 def test_an_unusable_entry_among_rqs_workers_ends_no_maintenance(
@@ -1042,10 +1042,10 @@ def test_an_unusable_entry_among_rqs_workers_ends_no_maintenance(
 ) -> None:
     """RQ cannot read its list of workers then: the log says so once, and events are stored."""
     redis.sadd("rq:workers:history", b"\xff", "rq:worker:gone")
-    redis.hset("history:holders:history", b"\xff", "")
-    redis.set("history:held:history:evil", "x")
-    redis.hset("history:holders:history", "evil", "")
-    assert read_queue(redis, "history").held == 0
+    redis.hset("history:owners:history", b"\xff", "")
+    redis.set("history:reserved:history:evil", "x")
+    redis.hset("history:owners:history", "evil", "")
+    assert read_queue(redis, "history").reserved == 0
     enqueue_snapshots(redis, 1)
     burst(redis)
 

@@ -118,7 +118,7 @@ def test_after_the_shutdown_command_a_worker_finishes_what_it_holds(redis: Redis
         assert process.wait(20) == 0
     assert (len(get_portfolio_history()), _queue(redis).job_ids) == (1, ["job-1"])
     assert _queue(redis).finished_job_registry.get_job_ids() == ["job-0"]
-    assert (_states(redis), redis.keys("history:held:*"), redis.keys("history:lease:*")) == ([], [], [])
+    assert (_states(redis), redis.keys("history:reserved:*"), redis.keys("history:lease:*")) == ([], [], [])
 
 
 def test_rqs_commands_may_name_our_class_too(redis: Redis, tmp_path: Path) -> None:

@@ -66,12 +66,12 @@ def test_while_one_waits_for_the_database_the_other_goes_on(redis: Redis, monkey
 
 
 def test_a_poison_candidate_has_the_process_for_itself(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two suspects and many others: whatever runs beside a suspect could be what kills the process."""
+    """Two poison candidates and many others: whatever runs beside one could be what kills the process."""
     monkeypatch.setattr(thread_module, "BATCH_JOBS", 5)
     job_ids = enqueue_snapshots(redis, 60)
-    suspects = {job_ids[10], job_ids[11], job_ids[40]}
-    for job_id in suspects:
-        redis.hset("history:suspects:history", job_id, 0)
+    candidates = {job_ids[10], job_ids[11], job_ids[40]}
+    for job_id in candidates:
+        redis.hset("history:crashes:history", job_id, 0)
     running: list[set[str]] = []
     beside: list[set[str]] = []
     together: list[int] = []
@@ -81,7 +81,7 @@ def test_a_poison_candidate_has_the_process_for_itself(redis: Redis, monkeypatch
         running.append(mine)
         time.sleep(0.02)  # long enough for the other thread to come along
         together.append(len(running))
-        if any(one & suspects for one in running):
+        if any(one & candidates for one in running):
             beside.append(set().union(*running))
         yield from process_batch(deliveries, **options)
         running.remove(mine)
@@ -89,24 +89,24 @@ def test_a_poison_candidate_has_the_process_for_itself(redis: Redis, monkeypatch
     monkeypatch.setattr(thread_module, "process_batch", watched)
     burst(redis)
 
-    assert sorted(map(sorted, beside)) == sorted([[job_id] for job_id in suspects])
+    assert sorted(map(sorted, beside)) == sorted([[job_id] for job_id in candidates])
     assert max(together) == 2
     assert len(get_portfolio_history()) == 60
 
 
 def test_only_a_death_with_a_suspect_alone_counts_against_it(redis: Redis) -> None:
-    """Not one that a single job met by chance, nor one that came before the suspect's turn."""
+    """Not one that a single job met by chance, nor one that came before the candidate's turn."""
     (job_id,) = enqueue_snapshots(redis, 1)
     counts = []
-    for accused in (False, False, True):
+    for alone in (False, False, True):
         dying = Reservations(redis, history_queue(redis), "dying")
         assert [job.job_id for job in dying.reserve(1).jobs] == [job_id]
-        if accused:
+        if alone:
             dying.run_alone()
             dying.renew_lease()
         redis.delete(*redis.keys("history:lease:*"))
         assert requeue_expired(redis, history_queue(redis)) == [job_id]
-        counts.append(redis.hget("history:suspects:history", job_id))
+        counts.append(redis.hget("history:crashes:history", job_id))
     assert counts == [b"0", b"0", b"1"]
 
 
@@ -227,7 +227,7 @@ def test_told_to_stop_it_waits_for_its_threads_not_in_a_loop(redis: Redis, monke
 
 def test_told_to_stop_a_suspect_that_waits_for_its_turn_goes_back(redis: Redis) -> None:
     (job_id,) = enqueue_snapshots(redis, 1)
-    redis.hset("history:suspects:history", job_id, 0)
+    redis.hset("history:crashes:history", job_id, 0)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     stopping = threading.Event()
     thread = WorkerThread(worker, history_queue(redis), worker._shared, stopping, thread_module.Limits(True, None, 0))
@@ -239,7 +239,7 @@ def test_told_to_stop_a_suspect_that_waits_for_its_turn_goes_back(redis: Redis) 
         stopping.set()
     turn.join(10)
     assert (history_queue(redis).job_ids, get_portfolio_history()) == ([job_id], [])
-    assert redis.hgetall("history:suspects:history") == {job_id.encode(): b"0"}
+    assert redis.hgetall("history:crashes:history") == {job_id.encode(): b"0"}
 
 
 def test_a_worker_that_watches_its_parent_ends_in_order(redis: Redis, tmp_path: Path) -> None:

@@ -53,10 +53,10 @@ def _bad(facts: Any) -> list[tuple[str, str]]:
         ({}, [("workers", "warn")]),
         ({"queued": 1}, [("workers", "fail")]),
         ({"worker_states": {"stock": "busy"}}, [("workers", "warn")]),
-        ({"owners": {"dead:0000000a": Owner(leased=False, jobs=2)}}, [("workers", "warn"), ("held jobs", "fail")]),
+        ({"owners": {"dead:0000000a": Owner(leased=False, jobs=2)}}, [("workers", "warn"), ("reserved jobs", "fail")]),
         (
             {"owners": {"a:0000000a": Owner(leased=False, jobs=2), "b:0000000b": Owner(leased=True, jobs=0)}},
-            [("held jobs", "warn")],
+            [("reserved jobs", "warn")],
         ),
     ],
 )
@@ -88,7 +88,7 @@ def test_a_queue_beside_a_living_worker(values: dict[str, Any], bad: list[tuple[
 
 def test_owners_that_cannot_be_read_are_unknown() -> None:
     bad = _bad(QueueHealth("history", owners=None, crash_counts=None).facts())
-    assert bad == [("workers", "unknown"), ("held jobs", "unknown"), ("poison candidates", "unknown")]
+    assert bad == [("workers", "unknown"), ("reserved jobs", "unknown"), ("poison candidates", "unknown")]
 
 
 def test_a_queue_is_read_whatever_stands_in_the_places_of_its_keys() -> None:
@@ -97,13 +97,13 @@ def test_a_queue_is_read_whatever_stands_in_the_places_of_its_keys() -> None:
     redis.hset("rq:job:job", "enqueued_at", "2026-01-01T00:00:00.000000Z")
     redis.sadd("rq:workers:history", "rq:worker:one", b"\xff")
     redis.hset("rq:worker:one", mapping={"birth": "1", "state": "busy"})
-    redis.hset("history:holders:history", mapping={"one:0000000a": "", "dead:0000000b": ""})
+    redis.hset("history:owners:history", mapping={"one:0000000a": "", "dead:0000000b": ""})
     redis.set("history:lease:history:one:0000000a", "1")
-    redis.rpush("history:held:history:one:0000000a", "a", "b")
-    redis.set("history:held:history:dead:0000000b", "no list")
-    redis.set("history:strange:history", "no list")
+    redis.rpush("history:reserved:history:one:0000000a", "a", "b")
+    redis.set("history:reserved:history:dead:0000000b", "no list")
+    redis.set("history:quarantine:history", "no list")
     health = read_queue(redis, "history")
-    assert (health.queued, health.workers, health.held, health.quarantined, health.failed) == (1, 2, 2, None, 0)
+    assert (health.queued, health.workers, health.reserved, health.quarantined, health.failed) == (1, 2, 2, None, 0)
     assert (health.worker_states, health.oldest_waiting_seconds is not None) == ({"one": "busy"}, True)
     assert health.owners == {"dead:0000000b": Owner(leased=False, jobs=0), "one:0000000a": Owner(leased=True, jobs=2)}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[2]
-_MAX_BYTES = 150 * 2**20  # of the 512 MiB of a worker, two of whose lanes may read such a text at once
+_MAX_BYTES = 150 * 2**20  # of the 512 MiB of a worker, two of whose threads may read such a text at once
 
 _SCRIPT = """
 import sys

@@ -784,7 +784,7 @@ def test_acknowledgements_in_a_key_of_another_type_are_moved_away(
     relay.sweep()
 
     assert (outbox.status().pending, outbox.status().sent) == (0, 2)
-    assert redis.get(f"{acknowledgement_key(first.source)}:harmed") == b"x"
+    assert redis.get(f"{acknowledgement_key(first.source)}:quarantined") == b"x"
 
 
 def test_a_relay_process_that_cannot_reach_redis_leaves_relaying_to_others(

@@ -40,10 +40,10 @@ function databaseTile(database) {
 function queueTiles(redis, dashboard) {
   if (redis === null) return [tile("plain", "Queue", "unknown", "REDIS_URL is not set here"), unknownWorkers()];
   if (redis.error) return [tile("bad", "Queue", "not readable", redis.error), unknownWorkers()];
-  const { queued, held, oldest_waiting_seconds: waited, workers, state } = redis;
+  const { queued, reserved, oldest_waiting_seconds: waited, workers, state } = redis;
   if (state === "unknown") return [tile("bad", "Queue", "not readable", "trading-history doctor says why"), unknownWorkers()];
   const lag = waited === null ? "nothing waits" : `the oldest waits for ${duration(waited)}`;
-  const queue = tile(state === "ok" ? "good" : "bad", "Queue", `${count(queued)} waiting`, `${lag}; ${count(held)} in work`);
+  const queue = tile(state === "ok" ? "good" : "bad", "Queue", `${count(queued)} waiting`, `${lag}; ${count(reserved)} in work`);
   if (dashboard) queue.append(element("a", { href: dashboard, rel: "noreferrer" }, "RQ Dashboard"));
   return [queue, tile(workers ? "good" : "bad", "Workers", count(workers), workers ? "alive" : "no worker runs: trading-history worker")];
 }

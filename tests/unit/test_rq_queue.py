@@ -15,7 +15,7 @@ from rq.serializers import JSONSerializer
 from producers.entries import Entry
 from producers.events import JOB_FUNCTIONS
 from producers.outbox import Outbox
-from producers.redis_keys import held_key, holders_key
+from producers.redis_keys import owners_key, reserved_key
 from producers.rq_queue import TIMEOUT_SECONDS, enqueue, in_no_list
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.unit.conftest import queue_of
@@ -109,7 +109,7 @@ def test_a_job_sent_again_starts_anew(tmp_path: Path, redis: fakeredis.FakeRedis
 def test_a_job_that_is_taken_or_finished_meanwhile_is_not_taken_for_lost(
     tmp_path: Path, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """A worker goes on while it is looked for: by a holder that nobody has seen yet, or it is done with."""
+    """A worker goes on while it is looked for: by an owner that was not seen yet, or not at all."""
     queue = queue_of(redis)
     with Outbox(tmp_path / "outbox.db") as outbox:
         outbox.append("trading-controller", [a_snapshot()])
@@ -123,8 +123,8 @@ def test_a_job_that_is_taken_or_finished_meanwhile_is_not_taken_for_lost(
     def meanwhile(name: str) -> Any:
         found = ask(name)
         if what == "taken":
-            redis.hset(holders_key(queue.name), "new", "")
-            redis.rpush(held_key(queue.name, "new"), entry.job_id)
+            redis.hset(owners_key(queue.name), "new", "")
+            redis.rpush(reserved_key(queue.name, "new"), entry.job_id)
         elif what == "finished":
             redis.hset(Job.key_for(entry.job_id), "status", "finished")
         return found
