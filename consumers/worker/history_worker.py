@@ -1,10 +1,10 @@
-"""HistoryWorker: an RQ worker that loses nothing when it dies and waits when the database or Redis is away.
+"""HistoryWorker: an RQ worker that stores events in batches, loses none of them, and waits out outages.
 
     rq worker --worker-class consumers.worker.HistoryWorker history
 
-It runs in one process, without forking, in threads (see consumers.worker.worker_thread). A thread keeps its jobs
-in a list of its own under a lease (see consumers.worker.reservations), so that any other worker can return it to the
-queue within half a minute of its death. Only the job functions of consumers.handlers run; any other job is refused.
+It runs in one process and does not fork. Two threads process the events (see worker_thread.py); each keeps its jobs in
+a list of its own under a lease (see reservations.py), so that another worker requeues them within half a minute of a
+crash. Only the job functions of consumers.handlers run; any other job is refused.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ logger = logging.getLogger(__name__)
 
 THREADS = 2  # with two, 1.2 to 1.4 times the events of one; with three, no more
 STATEMENT_SECONDS = 20.0
-_ANSWER_SECONDS = STATEMENT_SECONDS + 5  # for a server that does not even keep its own limit
+_ANSWER_SECONDS = STATEMENT_SECONDS + 5  # in case the server does not enforce its statement timeout
 _STUCK_SECONDS = 3 * STATEMENT_SECONDS
-# A batch is read in few pieces: for each, a thread may wait for the interpreter.
+# Few reads a batch: after each, a thread may have to wait for the interpreter lock.
 _READ_BYTES = 512 * 1024
 _RENEW_SECONDS = 2.0
-_STALL_SECONDS = 1.0  # waiting longer than this for an answer is the database's doing, not the job's
-_POOL_MARK = " (WorkerPool "  # in the names that RQ's pool gives to its processes
-_REGISTERED_SECONDS = 60  # RQ adds as much: a dead worker is in RQ's list for two minutes at most, not for eight
+_STALL_SECONDS = 1.0  # a longer wait for an answer is a stall of the database, not the job's doing
+_POOL_MARK = " (WorkerPool "  # RQ's pool names its processes so
+_REGISTERED_SECONDS = 60  # RQ adds 60: a dead worker leaves RQ's list after two minutes, instead of eight
 
 
 class HistoryWorker(SimpleWorker):
-    """Works on exactly one queue, with JSON as serializer whatever it is told.
+    """A worker of exactly one queue. Its serializer is JSON, whatever is asked for.
 
-    `metrics` says where it answers scrapes while it works; None takes that from the settings.
+    `metrics` is the address at which it answers scrapes while it works; None: from the settings.
 
     Raises:
-        SettingsError: there is more than one queue, or RQ is of a version that this was not tested with.
+        SettingsError: there is more than one queue, or this version of RQ is outside the tested range.
     """
 
     def __init__(self, queues: Any, *args: Any, metrics: MetricsSettings | None = None, **kwargs: Any) -> None:
@@ -78,13 +78,13 @@ class HistoryWorker(SimpleWorker):
             _forget_pool_signals()
         super().__init__(_json_queues(queues), *args, **kwargs)
         if not self.queues and not kwargs.get("prepare_for_work", True):
-            return  # RQ's commands make such objects to read of other workers
+            return  # RQ's commands make such objects only to read about other workers
         if len(self.queues) != 1:
             raise SettingsError("HistoryWorker works on exactly one queue; start another worker for another queue")
         self._queue = self.queues[0]
         self.worker_ttl = min(self.worker_ttl, _REGISTERED_SECONDS)
         self._ending = threading.Event()
-        self._retired = threading.Event()
+        self._deregistering = threading.Event()
         self._waits = DatabaseWaits(_ANSWER_SECONDS, self._ending)
         self._shared = SharedState(self)
         self._maintenance = Maintenance(self, self._queue, self._shared)
@@ -102,37 +102,37 @@ class HistoryWorker(SimpleWorker):
         with_scheduler: bool = False,
         dequeue_strategy: DequeueStrategy = DequeueStrategy.DEFAULT,
     ) -> bool:
-        """Store events until told to stop, or with `burst` until the queue is empty. True if any job was done.
+        """Store events until asked to stop, or with `burst` until the queue is empty. True if a job was completed.
 
-        SIGINT and SIGTERM end it after what it holds. An outage of Redis or PostgreSQL, of any length, does not.
-        `with_scheduler` and `dequeue_strategy` have no effect; the former is logged, as RQ's pool always asks for it.
+        SIGINT and SIGTERM end it after the batches in progress. No outage of Redis or PostgreSQL ends it.
+        `with_scheduler` and `dequeue_strategy` have no effect. The former is only logged: RQ's pool always asks for it.
 
         Raises:
             SettingsError: a setting cannot be read.
         """
         write_json_if_set()
         limit_statements(STATEMENT_SECONDS)
-        gc.freeze()  # what the program consists of stays: no need to look through it again and again
+        gc.freeze()  # modules and classes stay: the collector need not scan them again
         self._install_signal_handlers()
         limits = Limits(burst, max_jobs, sys.maxsize if max_idle_time is None else max_idle_time)
-        # Several threads would have to agree on who takes the last jobs that are allowed.
+        # With a limit of jobs: several threads would have to share the rest of it.
         self._threads = [
             WorkerThread(self, self._queue, self._shared, self._ending, limits)
             for _ in range(THREADS if max_jobs is None else 1)
         ]
         with ExitStack() as stack:
             self._serve_metrics(stack)
-            if not self._arrive(logging_level, date_format, log_format):
+            if not self._register(logging_level, date_format, log_format):
                 return False
             self._log_ignored(with_scheduler)
             self._work_in_threads()
         return any(thread.done for thread in self._threads)
 
     def _log_ignored(self, with_scheduler: bool) -> None:
-        """Log once each request that has no effect here and that somebody may rely on."""
-        # RQ's scheduler is a forked process. It ends when Redis is away; when its worker is killed it stays, with the
-        # worker's sockets, the port for scrapes among them, and no pool ends it. Nothing here needs one: no event is
-        # scheduled, retries are the worker's own. Beside the workers, under a supervisor, it does none of this harm.
+        """Log each option that has no effect here although somebody may rely on it."""
+        # RQ's scheduler is a forked process. It ends when Redis is away. When its worker is killed, it survives and
+        # keeps the worker's sockets, the metrics port included, and no pool ends it. Events need no scheduler: none is
+        # scheduled, and the worker retries by itself. A scheduler alone, under a supervisor, does no such harm.
         if with_scheduler:
             self.log.warning(
                 "Worker %s: runs no scheduler, and stores events without one. If other programs schedule jobs on queue"
@@ -154,17 +154,17 @@ class HistoryWorker(SimpleWorker):
                 self._run_threads()
         finally:
             self._ending.set()
-            self._retired.set()
+            self._deregistering.set()
             if not self._shared.redis_is_unreachable:
-                renewing.join(self.connection_timeout)  # what is let go must not be leased once more
-            self._retire()
+                renewing.join(self.connection_timeout)  # a closed reservation must not get a new lease
+            self._deregister()
 
     def _serve_metrics(self, stack: ExitStack) -> None:
-        """Until `stack` is closed, if the settings name a port."""
+        """Answer scrapes until `stack` is closed, if the settings name a port."""
         metrics = self._metrics or MetricsSettings.from_environment()
         if metrics.port is None:
             return
-        # Only here: what reads the outbox and speaks HTTP is of no use to a worker that nobody scrapes.
+        # Imported only here: a worker that nobody scrapes needs none of it.
         from consumers.ops.metrics_server import served_metrics
 
         served = served_metrics(
@@ -179,7 +179,7 @@ class HistoryWorker(SimpleWorker):
         except HistoryError as error:
             if not _is_in_rqs_pool():
                 raise
-            # All workers of RQ's pool have the same settings, and it starts again at once whatever ends.
+            # All workers of RQ's pool have the same port, and the pool restarts at once a worker that ends.
             self.log.warning(
                 "Worker %s: answers no scrapes: %s. For a port for each process, start"
                 " `trading-history worker --processes` in place of rq worker-pool",
@@ -197,13 +197,13 @@ class HistoryWorker(SimpleWorker):
             if thread.error is not None:
                 raise thread.error
 
-    def _arrive(self, *logging_options: Any) -> bool:
-        """Sign on; while Redis is away, try again. False when told to stop before it came."""
+    def _register(self, *logging_options: Any) -> bool:
+        """Register this worker, and try again while Redis is away. False if asked to stop before that."""
         failures = 0
         while not self._ending.is_set():
             try:
                 self._set_ip_address(self.connection)
-                if self.birth_date is not None:  # an earlier try got half way
+                if self.birth_date is not None:  # an earlier attempt got half way
                     self._maintenance.allow_registration()
                 self.bootstrap(*logging_options)
                 self._shared.publish(always=True)
@@ -217,14 +217,14 @@ class HistoryWorker(SimpleWorker):
         return False
 
     def _set_connection(self, connection: Redis) -> Redis:
-        """Without the library's own retries, each of which would take as long as the first try."""
+        """Turn off redis-py's retries: each would take as long as the first attempt."""
         connection = super()._set_connection(connection)
         connection.set_retry(Retry(NoBackoff(), 0))
         connection.connection_pool.connection_kwargs["socket_read_size"] = _READ_BYTES
         return connection
 
     def _set_ip_address(self, connection: Redis) -> None:
-        """RQ asks Redis for it when the worker is made; while Redis is away that must wait like everything else."""
+        """Accept that Redis is away: RQ asks it for the address as soon as the worker object is made."""
         try:
             super()._set_ip_address(connection)
         except RedisError:
@@ -232,18 +232,18 @@ class HistoryWorker(SimpleWorker):
 
     @property
     def connection_timeout(self) -> int:
-        """Seconds without an answer after which Redis counts as away; RQ waits for several minutes."""
+        """Seconds without an answer after which Redis counts as away; RQ's own value is several minutes."""
         return WAIT_SECONDS + 9
 
     def _pubsub_exception_handler(self, exc: Exception, *thread: Any) -> None:
-        """RQ's lets an answer that takes too long end the thread that listens to its commands."""
+        """Keep the thread that listens for commands alive after a timeout; in RQ that ends it."""
         lost = RedisConnectionError("no answer in time") if isinstance(exc, RedisTimeoutError) else exc
         super()._pubsub_exception_handler(lost, *thread)
 
     def handle_payload(self, message: Any) -> None:
-        """RQ's lets whatever is no command end the thread that listens to commands.
+        """Handle a command. A message that is not one is ignored; in RQ it ends the listening thread.
 
-        And it carries out a shutdown by SIGINT, which is ignored in a script's background.
+        A shutdown is carried out by SIGTERM. RQ uses SIGINT, which a process in a script's background ignores.
         """
         try:
             if parse_payload(message)["command"] == "shutdown":
@@ -254,21 +254,21 @@ class HistoryWorker(SimpleWorker):
         except Exception as error:
             if is_unreachable(error):
                 raise
-            logger.warning("worker %s ignores what is no command for it: %s", self.name, type(error).__name__)
+            logger.warning("worker %s ignores a message that is not a command: %s", self.name, type(error).__name__)
 
     def _install_signal_handlers(self) -> None:
         on_stop_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self.request_stop)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Only a note: the loop looks at it, so that no exception lands in the middle of something."""
+        """Note the request, which the loops check: an exception here could interrupt anything."""
         self._shutdown_requested_date = now()
         on_stop_signals((signal.SIGINT, signal.SIGTERM), self.request_force_stop)
         self._stop_requested = True
         self._ending.set()
 
     def _renew_leases(self) -> None:
-        """Also while a worker thread waits for a long statement, but not for one that makes no progress any more."""
-        while not self._retired.wait(_RENEW_SECONDS):
+        """Renew each lease, also during a long statement, but not that of a thread without any progress."""
+        while not self._deregistering.wait(_RENEW_SECONDS):
             for thread in self._threads:
                 try:
                     if thread.seconds_without_progress() < _STUCK_SECONDS:
@@ -276,7 +276,7 @@ class HistoryWorker(SimpleWorker):
                             database_stalled=self._waits.seconds(thread.ident) > _STALL_SECONDS
                         )
                 except Exception as error:
-                    # The thread meets the same trouble and waits for its end; without a lease others take over.
+                    # The thread meets the same error and waits. If its lease expires, another worker takes over.
                     logger.debug("worker %s could not renew a lease: %s", self.name, type(error).__name__)
 
     def _maintain(self) -> None:
@@ -287,8 +287,8 @@ class HistoryWorker(SimpleWorker):
         except RedisError as error:
             self._shared.failed(error)
 
-    def _retire(self) -> None:
-        # Without Redis nothing is lost: the leases run out, and another worker returns what was held.
+    def _deregister(self) -> None:
+        # Nothing is lost: the leases expire, and another worker requeues the reserved jobs.
         if self._shared.redis_is_unreachable:
             logger.warning("worker %s ends without Redis", self.name)
             return
@@ -297,7 +297,7 @@ class HistoryWorker(SimpleWorker):
                 thread.reservations.close()
             self.teardown()
         except RedisError as error:
-            logger.warning("worker %s could not sign off: %s", self.name, type(error).__name__)
+            logger.warning("worker %s could not deregister: %s", self.name, type(error).__name__)
 
 
 def _is_in_rqs_pool() -> bool:
@@ -305,17 +305,17 @@ def _is_in_rqs_pool() -> bool:
 
 
 def _forget_pool_signals() -> None:
-    """In a process of RQ's pool: end by the signals that end other workers.
+    """Let a process of RQ's pool end by SIGINT and SIGTERM like any other worker.
 
-    The pool ends its workers by SIGINT, also where a script's background has it ignored. And a worker that it starts
-    again begins with the pool's own handlers, which would signal all its siblings and let this process go on.
+    The pool ends its workers by SIGINT, even where SIGINT is ignored, as in a script's background. And a worker that
+    the pool restarts inherits the pool's own handlers, which would signal all workers and not end this one.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _json_queues(queues: Any) -> Any:
-    """The queues as given, but reading JSON; the command line makes them before it makes the worker."""
+    """Make the given queues read JSON; RQ's command line creates them before the worker."""
     for queue in queues if isinstance(queues, list | tuple) else [queues]:
         if isinstance(queue, Queue):
             queue.serializer = JSONSerializer
@@ -323,10 +323,10 @@ def _json_queues(queues: Any) -> Any:
 
 
 def run_worker(redis: Redis, queue: str, *, burst: bool = False, metrics: MetricsSettings | None = None) -> None:
-    """Run a HistoryWorker on `queue`; returns when it was told to stop, or with `burst` when the queue is empty.
+    """Run a HistoryWorker on `queue` until it is asked to stop, or with `burst` until the queue is empty.
 
     Raises:
-        HistoryError: it cannot answer scrapes where `metrics` (None: the settings) wants it to.
+        HistoryError: it cannot answer scrapes at the address that `metrics` (None: the settings) names.
     """
     queues = [Queue(queue, connection=redis, serializer=JSONSerializer)]
     worker = HistoryWorker(queues, connection=redis, metrics=metrics)

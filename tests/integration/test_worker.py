@@ -982,7 +982,7 @@ def test_what_stands_in_the_place_of_a_key_of_ours_is_moved_away(redis: Redis, k
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     names = {"ack": "history:ack:other/1", "rq:results": f"rq:results:{last}", "rq:worker": worker.key}
     name = names.get(key) or (f"{key}:history" if key.startswith("rq:") else f"history:{key}:history")
-    arrive = worker._arrive
+    arrive = worker._register
 
     def arrived(*args: Any) -> bool:
         there = arrive(*args)
@@ -990,7 +990,7 @@ def test_what_stands_in_the_place_of_a_key_of_ours_is_moved_away(redis: Redis, k
         redis.set(name, "x")
         return there
 
-    worker._arrive = arrived  # type: ignore[method-assign]  # after all that happens at the start
+    worker._register = arrived  # type: ignore[method-assign]  # after all that happens at the start
     worker.work(burst=True, logging_level="WARNING")
 
     assert (_outcome_ids(), len(get_portfolio_history())) == ([refused.id], 2)
@@ -1072,7 +1072,7 @@ def test_each_part_of_the_maintenance_goes_on_without_the_others(
         worker._maintenance.run()
     assert redis.lrange("rq:queue:history", 0, -1) == [b"x"]
     assert caplog.text.count("maintenance of queue history passes over") == 3
-    worker._retire()
+    worker._deregister()
 
 
 @pytest.mark.parametrize("value", ["garbage", b"\xff", None])
