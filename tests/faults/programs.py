@@ -229,10 +229,10 @@ WORKER_STEPS = {
     "before insert": _in_worker("consumers.worker.batch", "insert_events", "before"),
     "after insert": _in_worker("consumers.worker.batch", "insert_events", "after"),
     "after commit": _in_worker("consumers.worker.batch", "_process_together", "after"),
-    "before finish": _in_worker("consumers.worker.completion", "Completion.complete", "before"),
-    "after acknowledge": _in_worker("consumers.worker.completion", "acknowledgements", "after"),
-    "after finish": _in_worker("consumers.worker.completion", "Completion.complete", "after"),
-    "while handing back": _in_worker("consumers.worker.reservations", "Reservations.requeue", "before"),
+    "before completion": _in_worker("consumers.worker.completion", "Completion.complete", "before"),
+    "after the script of completion": _in_worker("consumers.worker.completion", "Completion._run_script", "after"),
+    "after completion": _in_worker("consumers.worker.completion", "Completion.complete", "after"),
+    "before requeueing": _in_worker("consumers.worker.reservations", "Reservations.requeue", "before"),
 }
 _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {
     **PRODUCER_STEPS,
