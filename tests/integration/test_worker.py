@@ -849,6 +849,7 @@ def test_one_event_that_times_out_alone_does_not_hold_up_the_others(
         assert len(get_portfolio_history()) == 3
         assert history_queue(redis).job_ids == job_ids[:1]
         assert redis.hgetall("history:timeouts:history") == {job_ids[0].encode(): b"1"}
+        assert 0 < redis.ttl("history:timeouts:history") <= 7 * 86400
         db.rollback()
     administrator.dispose()
     burst(redis)
