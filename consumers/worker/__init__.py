@@ -11,7 +11,7 @@ __all__ = ["HistoryWorker"]
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: a stock worker imports consumers.handlers, which needs the batch processing alone, in each of its forks.
+    # On demand: a stock worker imports consumers.handlers in each fork, and needs the batch processing alone.
     if name == "HistoryWorker":
         from consumers.worker.history_worker import HistoryWorker
 
