@@ -535,7 +535,7 @@ def test_only_the_files_of_the_page_are_given_out(system: System, path: str) -> 
         f"Bearer {_TOKEN.upper()}", "Bearer \xff", f"Token {_TOKEN}", f"Bearer {_TOKEN} {_TOKEN}",
     ],
 )  # fmt: skip
-def test_without_the_token_nothing_is_told(system: System, header: str | None) -> None:
+def test_without_the_token_nothing_is_disclosed(system: System, header: str | None) -> None:
     """Nor by another way to say it: a parameter, a cookie."""
     headers = [] if header is None else [f"Authorization: {header}"]
     lines = [f"{_HISTORY}?token={_TOKEN} HTTP/1.1", "Host: localhost", f"Cookie: token={_TOKEN}", *headers]

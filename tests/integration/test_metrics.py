@@ -166,7 +166,7 @@ def test_an_idle_pipeline_has_ages_of_zero_and_no_outbox_that_is_not_there(redis
     assert not any(name.startswith("outbox") for name, *_ in scrape)
 
 
-def test_an_unreadable_outbox_is_told(redis: Redis) -> None:
+def test_an_unreadable_outbox_is_reported(redis: Redis) -> None:
     Path("data").mkdir()
     Path("data/outbox.db").write_bytes(b"no database at all" * 100)
     scrape = _scrape(redis)

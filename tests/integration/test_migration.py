@@ -222,7 +222,7 @@ def test_verify_looks_at_what_follows_from_the_content_too(tmp_path: Path) -> No
     assert found == [("differs", ["portfolio_id"]), ("differs", ["portfolio_id", "archive_month"])]
 
 
-def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_an_error_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(HistoryError, match="the report could not be written"):
         Report(tmp_path / "nowhere" / "report.jsonl")
 

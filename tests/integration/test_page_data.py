@@ -106,7 +106,7 @@ def test_balance_keeps_its_peaks_on_demand(client: TestClient) -> None:
     assert "77" in _get(client, "curve", portfolio=1, buckets=10, parts=True)["balance"]
 
 
-def test_gaps_are_told_and_are_never_zero(client: TestClient) -> None:
+def test_gaps_are_reported_and_are_never_zero(client: TestClient) -> None:
     """A whole day without a snapshot is one; so is an outage among cycles of minutes."""
     store_values([100, 101, None, 103, 104])
     assert _get(client, "curve", portfolio=1)["after_gap"] == [2]

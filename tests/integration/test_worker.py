@@ -262,7 +262,9 @@ def test_what_somebody_did_to_a_job_is_not_held_against_its_event(redis: Redis, 
 @pytest.mark.parametrize(
     ("field", "value"), [("timeout", "abc"), ("result_ttl", "abc"), ("created_at", "x"), ("webhooks", "x")]
 )
-def test_a_job_that_is_both_harmed_and_refused_stops_nobody(redis: Redis, field: str, value: str) -> None:
+def test_a_job_that_is_both_unreadable_and_refused_does_not_stop_the_others(
+    redis: Redis, field: str, value: str
+) -> None:
     """Its failure cannot be written into it; its event is recorded all the same."""
     refused = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
     redis.hset(refused.key, field, value)
@@ -327,7 +329,9 @@ def test_an_error_that_is_redis_own_refuses_no_event(redis: Redis, monkeypatch: 
     assert len(get_portfolio_history()) == 1
 
 
-def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lease_is_renewed_until_the_reservations_are_released(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Told to stop in the middle of a batch, it keeps what it holds until it has finished or handed it back."""
     enqueue_snapshots(redis, 3)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
@@ -373,7 +377,9 @@ def test_a_worker_that_is_stuck_loses_its_lease(redis: Redis, monkeypatch: pytes
     assert len(get_portfolio_history()) == 1
 
 
-def test_a_suspect_that_times_out_does_not_hold_up_the_others(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poison_candidate_that_times_out_does_not_delay_the_others(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It comes alone, and goes to the tail alone."""
     monkeypatch.setattr(worker_module, "STATEMENT_SECONDS", 0.3)
     job_ids = enqueue_snapshots(redis, 3)
@@ -405,7 +411,7 @@ class _Trap:
         return (os.mkdir, ("pwned",))
 
 
-def test_the_jobs_of_a_dead_holder_come_back_to_the_front_and_run_alone(redis: Redis) -> None:
+def test_the_jobs_of_a_dead_worker_return_to_the_front_and_run_alone(redis: Redis) -> None:
     """In their order, before what came later; one at a time, so that a death would name its cause."""
     job_ids = enqueue_snapshots(redis, 5)
     dead = Reservations(redis, history_queue(redis), "dead")
@@ -686,7 +692,7 @@ def test_a_database_that_was_read_only_is_used_again(redis: Redis, database_url:
 
 
 @pytest.mark.parametrize("strange", [b"\xff\xfe", b"a\0b", b"x" * 4000, b"odd id", b"a:b", b"a.b", b""])
-def test_what_is_no_job_id_is_put_aside(redis: Redis, strange: bytes) -> None:
+def test_an_unusable_job_id_is_quarantined(redis: Redis, strange: bytes) -> None:
     """In the queue, with a job or without; the jobs around it are stored."""
     enqueue_snapshots(redis, 2)
     redis.lpush("rq:queue:history", strange)
@@ -763,7 +769,7 @@ def test_row_numbers_that_are_taken_are_not_held_against_the_events(
     assert (len(get_portfolio_history()), _outcomes()) == (53, [])
 
 
-def test_an_event_that_can_neither_be_stored_nor_refused_is_given_up(
+def test_an_event_that_can_neither_be_stored_nor_rejected_is_dead_lettered(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After as many tries as a poison event has it is in the failed registry, with the reason, and stops nobody."""
@@ -866,7 +872,7 @@ def test_it_survives_that_redis_loses_everything(redis: Redis, producer: History
         until(lambda: len(redis.smembers("rq:workers:history")) == 1)
 
 
-def test_no_clock_of_a_host_decides_what_is_stranded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_clock_of_a_host_decides_which_jobs_are_orphans(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker host whose clock is hours ahead takes nothing from the others: only Redis' clock counts."""
     job_ids = enqueue_snapshots(redis, 2)
     queue = history_queue(redis)
@@ -1023,7 +1029,7 @@ def test_a_queue_that_is_no_list_is_named(redis: Redis, caplog: pytest.LogCaptur
     assert len(get_portfolio_history()) == 1
 
 
-def test_one_harmed_holder_does_not_keep_the_others_from_recovery(redis: Redis) -> None:
+def test_one_unusable_reservation_list_does_not_prevent_recovery_of_the_others(redis: Redis) -> None:
     """Its list is moved away; the jobs of the others are requeued."""
     job_ids = enqueue_snapshots(redis, 3)
     for owner in ("a-evil", "b-dead", "c-evil", "d-dead"):

@@ -592,7 +592,7 @@ def test_a_missing_field_is_named(payload: Payload) -> None:
         _refused_at(_refusal(lambda rest=rest: type(payload).checked(**rest)), name, "is missing")  # type: ignore[misc]  # the lambda is called at once
 
 
-def test_several_problems_are_told_at_once_and_counted() -> None:
+def test_several_problems_are_reported_at_once_and_counted() -> None:
     """Three in full, the rest as a number."""
     assert str(_refusal(lambda: SignalArchive.checked(a=1, b=2))) == (
         "archived_at: is missing; signals: is missing; a: is not a field of this event; and 1 more"
@@ -763,7 +763,7 @@ def test_so_many_unknown_fields_are_not_named(start: str, path: str) -> None:
     _refused_at(_refusal(lambda: decode(many, SignalArchiveEvent)), path, "has more than 100 fields")
 
 
-def test_every_wrong_signal_is_told_or_counted() -> None:
+def test_every_wrong_signal_is_reported_or_counted() -> None:
     """As those in other fields are, and at once with them."""
     text = _changed(_archive_text("[1,{},[2],null,{}]"), "source", "a b")
     error = _refusal(lambda: decode(text, SignalArchiveEvent))

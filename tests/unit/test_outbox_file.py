@@ -674,7 +674,7 @@ def test_those_that_only_look_leave_both_names_of_a_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", outbox_check.INDEXES)
-def test_an_index_that_has_an_older_content_is_told_and_built_anew(
+def test_an_index_that_has_an_older_content_is_reported_and_rebuilt(
     path: Path, index: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After a write that was lost with the power. SQLite's quick check does not compare indexes with their table."""

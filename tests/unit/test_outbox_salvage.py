@@ -601,6 +601,6 @@ def test_a_damaged_file_in_a_folder_that_cannot_be_written_is_an_error_that_name
 @pytest.mark.parametrize(
     ("ranges", "text"), [([(2, 3), (6, 6)], "2-3, 6"), ([(1, 1)], "1"), ([], "")], ids=["two", "one", "none"]
 )
-def test_ranges_are_told_as_people_write_them(ranges: list[tuple[int, int]], text: str) -> None:
+def test_ranges_are_shown_as_people_write_them(ranges: list[tuple[int, int]], text: str) -> None:
     """Inclusive."""
     assert ranges_text(ranges) == text

@@ -403,7 +403,7 @@ def test_a_naive_time_is_in_the_local_zone(
     ],
     ids=["first", "second", "summer"],
 )
-def test_the_hour_that_comes_twice_is_told_apart_by_fold(
+def test_the_hour_that_comes_twice_is_distinguished_by_fold(
     monkeypatch: pytest.MonkeyPatch,
     trading_history: FakeHistory,
     moment: datetime,
@@ -669,7 +669,7 @@ def test_an_api_without_signals_has_none(trading_history: FakeHistory, url: str,
         ("half", "signals_url cannot be read: RemoteProtocolError"),
     ],
 )
-def test_a_broken_answer_is_told_without_the_url(
+def test_a_broken_answer_is_reported_without_the_url(
     trading_history: FakeHistory, url: str, path: str, message: str
 ) -> None:
     """The URL may hold a token, so that neither the message nor the chain of causes has it."""
@@ -811,7 +811,7 @@ def test_a_file_without_signals_has_none(
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_broken_file_is_told_with_its_name_and_the_position(
+def test_a_broken_file_is_reported_with_its_name_and_the_position(
     trading_history: FakeHistory, signals_file: Path, content: bytes, reason: str
 ) -> None:
     """A file that was caught half-written is an error, not an absence of signals."""
