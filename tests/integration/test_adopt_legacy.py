@@ -407,7 +407,7 @@ def test_the_names_that_ours_need_are_known(database_url: str) -> None:
         ),
     ],
 )
-def test_what_is_in_the_way_is_named(first_generation: str, obstacle: str, message: str) -> None:
+def test_each_obstacle_to_adoption_is_named(first_generation: str, obstacle: str, message: str) -> None:
     """By dry run and by run alike, before anything is changed."""
     _execute(obstacle)
     before = database_facts(first_generation)
@@ -439,7 +439,7 @@ def test_a_role_that_may_not_rename_gets_the_name_of_one_that_may(first_generati
     )
 
 
-def test_what_goes_with_the_old_tables_is_said(first_generation: str, role: str) -> None:
+def test_objects_that_follow_the_old_tables_are_reported(first_generation: str, role: str) -> None:
     """Views, foreign keys, triggers, functions and publications follow the rename, grants stay; nothing is broken."""
     _execute(
         "CREATE VIEW daily AS SELECT snapshot_date, max(total_value) AS value FROM portfolio_history GROUP BY 1",

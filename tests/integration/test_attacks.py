@@ -353,7 +353,7 @@ def test_a_dependent_of_a_refused_job_is_refused_too(system: System) -> None:
 
 
 @pytest.mark.parametrize("spoiled", ["a key of another kind", "a job that cannot be read", "a zip bomb"])
-def test_what_was_spoiled_beside_a_job_of_ours_does_not_end_the_worker(system: System, spoiled: str) -> None:
+def test_unreadable_keys_beside_a_job_do_not_end_the_worker(system: System, spoiled: str) -> None:
     """The event is stored; what RQ would stumble over stays where it is."""
     dependents = Job.dependents_key_for("spoiled")
     if spoiled == "a key of another kind":

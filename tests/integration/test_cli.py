@@ -159,7 +159,7 @@ def test_settings_are_as_before_when_the_embedded_servers_are_gone(home: Path, m
         assert "REDIS_URL" not in os.environ
 
 
-def test_status_tells_what_is_wrong(redis: Redis, database_url: str) -> None:
+def test_status_shows_each_problem(redis: Redis, database_url: str) -> None:
     """Exit status 1 without a worker, and when a server is away; the rest is shown all the same."""
     idle = _run("status", "--json")
     away = _run("status", "--json", REDIS_URL="redis://127.0.0.1:1")

@@ -57,7 +57,7 @@ def test_there_may_be_several_workers() -> None:
     assert not {"container_name", "hostname", "ports", "volumes"} & set(SERVICES["worker"])
 
 
-def test_what_a_service_waits_for_can_come() -> None:
+def test_each_condition_that_a_service_waits_for_can_be_met() -> None:
     """Who must be healthy has a check, and who must end is not started again; or the worker waits for ever."""
     waits = [wait for one in SERVICES.values() for wait in one.get("depends_on", {}).items()]
     for name, wait in waits:
@@ -112,7 +112,7 @@ def test_redis_is_full_before_its_container_is() -> None:
     assert 2 * int(limit) < int(SERVICES["redis"]["mem_limit"].removesuffix("m"))
 
 
-def test_who_needs_no_server_cannot_reach_it() -> None:
+def test_a_service_that_needs_no_server_cannot_reach_it() -> None:
     """RQ Dashboard and a controller in a container have no way to PostgreSQL."""
     networks = {name: set(one["networks"]) for name, one in SERVICES.items()}
     assert set.union(*networks.values()) == set(FILE["networks"])

@@ -345,7 +345,7 @@ def test_old_history_comes_in_by_the_commands_of_the_readme(
     assert postgres.sql(owner, stored).stdout == "4\n"
 
 
-def test_what_is_frozen_is_not_healthy(system: list[Container]) -> None:
+def test_a_frozen_service_is_not_healthy(system: list[Container]) -> None:
     """The process is there and its port takes connections; awake again it is healthy."""
     one_of_each = system[1:]
     for one in one_of_each:

@@ -293,7 +293,7 @@ def test_servers_that_never_answer_take_seconds(
     assert checks["RQ"].state == "ok"
 
 
-def test_what_knows_no_time_limit_is_left_behind(
+def test_doctor_does_not_wait_for_a_call_without_a_time_limit(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name that nobody resolves, for Redis; PostgreSQL is looked at meanwhile."""

@@ -126,7 +126,7 @@ def test_the_lag_is_that_of_live_events(redis: Redis) -> None:
     assert (scrape["lag_seconds_bucket", "60.0"], scrape["lag_seconds_bucket", "300.0"]) == (1, 2)
 
 
-def test_what_dead_workers_left_is_counted(redis: Redis) -> None:
+def test_recovered_jobs_of_dead_workers_are_counted(redis: Redis) -> None:
     enqueue_snapshots(redis, 3)
     Reservations(redis, history_queue(redis), "dead").reserve(2)
     redis.delete(*redis.keys("history:lease:*"))

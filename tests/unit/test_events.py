@@ -354,7 +354,7 @@ def test_an_amount_is_rounded_half_even_and_written_plainly(given: object, rende
     ],
     ids=ascii,
 )
-def test_what_is_no_amount_is_refused_at_the_producer(given: object, reason: str) -> None:
+def test_a_value_that_is_no_amount_is_refused_at_the_producer(given: object, reason: str) -> None:
     """The reason says what is wrong with it."""
     _refused_at(_refusal(lambda: a_snapshot(total_value=given)), "total_value", reason)
 
@@ -578,7 +578,7 @@ def test_a_long_name_does_not_push_the_reason_out_of_the_message(
         ({"portfolio_id": 2**63}, "portfolio_id", "less than or equal to 9223372036854775807"),
     ],
 )
-def test_what_is_no_snapshot_is_refused_at_the_producer(changes: dict[str, Any], path: str, reason: str) -> None:
+def test_an_invalid_snapshot_is_refused_at_the_producer(changes: dict[str, Any], path: str, reason: str) -> None:
     """The message begins with the field and says why."""
     _refused_at(_refusal(lambda: a_snapshot(**changes)), path, reason)
 
@@ -679,7 +679,7 @@ _SEQUENCE = "must be a string of 19 digits, at most 9223372036854775807"
         ("data.portfolio_id", 2**63, "less than or equal to 9223372036854775807"),
     ],
 )
-def test_what_is_no_event_is_refused_at_the_consumer(path: str, value: object, reason: str) -> None:
+def test_an_invalid_event_is_refused_at_the_consumer(path: str, value: object, reason: str) -> None:
     """On the wire there is one spelling of everything, and the message begins with the field."""
     text = _changed(SNAPSHOT_TEXT, path, value)
     _refused_at(_refusal(lambda: decode(text, PortfolioSnapshotEvent)), path, reason)
@@ -703,7 +703,7 @@ def test_what_is_no_event_is_refused_at_the_consumer(path: str, value: object, r
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_what_is_no_json_object_is_refused(text: Any, reason: str) -> None:
+def test_a_text_that_is_no_json_object_is_refused(text: Any, reason: str) -> None:
     """Before there are fields, the reason is the reader's own."""
     assert reason in str(_refusal(lambda: decode(text, SignalArchiveEvent)))
 

@@ -338,7 +338,7 @@ def test_rounding_is_half_even_as_the_producer_rounds() -> None:
         ({"portfolio_id": "x"}, "portfolio_id: is text that is not an integer"),
     ],
 )
-def test_what_is_no_snapshot_is_refused_with_field_and_reason(overrides: dict[str, Any], message: str) -> None:
+def test_an_entry_that_is_no_snapshot_is_refused_with_field_and_reason(overrides: dict[str, Any], message: str) -> None:
     """Never with a made-up value."""
     with pytest.raises(InvalidEvent) as caught:
         snapshot_from(_entry(**overrides), zone=None, portfolio_id=None)

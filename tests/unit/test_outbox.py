@@ -295,7 +295,7 @@ def test_a_new_file_that_another_process_is_making_is_waited_for(tmp_path: Path)
         assert ended.is_set()
 
 
-def test_what_was_accepted_survives_the_death_of_the_process(path: Path) -> None:
+def test_an_accepted_event_survives_the_end_of_the_process(path: Path) -> None:
     """The process kills itself right after append returned."""
     script = f"""
 import os, signal
@@ -639,7 +639,7 @@ def test_an_outbox_of_version_3_keeps_all_but_an_unused_column(path: Path) -> No
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_what_an_earlier_version_had_under_way_is_settled(path: Path, version: int) -> None:
+def test_entries_that_an_earlier_version_had_under_way_are_settled(path: Path, version: int) -> None:
     """By an acknowledgement without a nonce, with or without the event's id."""
     events = write_outbox_of_before(path, version)
     upgraded = Outbox(path, repair=True)
