@@ -361,7 +361,7 @@ PROOFS: dict[str, Callable[..., None]] = {
     "rq worker": _ALL_OPTIONS,
     "rq worker-pool": pool.test_a_pool_replaces_a_worker_that_is_killed_and_ends_on_sigterm,
     "send_kill_horse_command": test_commands_for_a_running_job_interrupt_none,
-    "send_shutdown_command": control.test_after_the_shutdown_command_a_worker_finishes_what_it_holds,
+    "send_shutdown_command": control.test_after_the_shutdown_command_a_worker_finishes_its_batch,
     "send_stop_execution_command": test_commands_for_a_running_job_interrupt_none,
     "send_stop_job_command": test_commands_for_a_running_job_interrupt_none,
 }

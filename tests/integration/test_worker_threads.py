@@ -94,7 +94,7 @@ def test_a_poison_candidate_has_the_process_for_itself(redis: Redis, monkeypatch
     assert len(get_portfolio_history()) == 60
 
 
-def test_only_a_death_with_a_suspect_alone_counts_against_it(redis: Redis) -> None:
+def test_a_crash_counts_only_against_a_poison_candidate_that_ran_alone(redis: Redis) -> None:
     """Not one that a single job met by chance, nor one that came before the candidate's turn."""
     (job_id,) = enqueue_snapshots(redis, 1)
     counts = []
@@ -142,7 +142,7 @@ def test_a_stop_in_the_moment_of_the_commit_hands_back_nothing_that_is_stored(
     assert history_queue(redis).count == 0
 
 
-def test_an_outage_is_told_once_although_the_threads_take_turns(
+def test_an_outage_is_logged_once_although_the_threads_take_turns(
     redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The one job wanders between them, so that each finds nothing to do now and then; that is no good news."""
@@ -200,7 +200,7 @@ def test_registered_anew_beside_a_thread_that_writes(redis: Redis, monkeypatch: 
     assert len(get_portfolio_history()) == 1
 
 
-def test_told_to_stop_it_waits_for_its_threads_not_in_a_loop(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopping_worker_waits_for_its_threads_without_polling(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """The main thread would take the processor from the thread that has to finish."""
     enqueue_snapshots(redis, 1)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
@@ -225,7 +225,7 @@ def test_told_to_stop_it_waits_for_its_threads_not_in_a_loop(redis: Redis, monke
     assert len(get_portfolio_history()) == 1
 
 
-def test_told_to_stop_a_suspect_that_waits_for_its_turn_goes_back(redis: Redis) -> None:
+def test_a_poison_candidate_that_waits_for_its_turn_is_requeued_at_a_stop(redis: Redis) -> None:
     (job_id,) = enqueue_snapshots(redis, 1)
     redis.hset("history:crashes:history", job_id, 0)
     worker = HistoryWorker([history_queue(redis)], connection=redis)

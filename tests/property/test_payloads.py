@@ -220,7 +220,7 @@ _edge_signals = st.one_of(
 @example(signals=[{"a": "\x7f" * (MAX_EVENT_BYTES - 1000)}])
 @settings(_STORED, max_examples=30)
 @pytest.mark.usefixtures("database_url")
-def test_what_the_producer_accepts_at_a_limit_the_worker_accepts_and_the_database_stores(
+def test_an_event_that_the_producer_accepts_at_a_limit_is_accepted_and_stored(
     tmp_path: Path, signals: list[dict[str, Any]]
 ) -> None:
     """In size, number, nesting, digits and length of keys, through the job as Redis has it."""
