@@ -96,7 +96,8 @@ def test_a_backup_is_put_back_while_nobody_runs(
 
 
 def _remove_folder(path: Path) -> None:
-    shutil.rmtree(path.parent)
+    """In one step: the controller makes a new file in the folder as soon as it misses its own."""
+    shutil.rmtree(path.parent.rename(path.parent.with_name("removed")))
 
 
 def _remove_file(path: Path) -> None:
