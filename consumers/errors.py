@@ -5,9 +5,9 @@ The root and InvalidEvent come from the producers' side of the contract.
 HistoryError
 ├── InvalidEvent        permanent: the event breaks the contract, or the database's own constraints
 ├── EventConflict       permanent: the id is stored already, with other content
-├── PoisonEvent         permanent: workers died with it, or its processing failed each time
-├── RefusedJob          permanent: a job that is none of ours
-│   └── OversizedJob    permanent: one that is too large to be read
+├── PoisonEvent         permanent: workers crashed or failed each time they processed it alone
+├── RefusedJob          permanent: a job that does not carry an event of ours
+│   └── OversizedJob    permanent: a job that is too large to be read
 ├── StoreUnavailable    transient: the database cannot take it now; nothing is wrong with the event
 ├── ExportRefused       files are in the way, nothing is selected, or portfolios would be mixed; nothing was written
 ├── OldSchema           the database has tables of the old shape under our names
@@ -62,11 +62,15 @@ class EventConflict(HistoryError):
 
 
 class PoisonEvent(HistoryError):
-    """The event's processing killed worker after worker, or met a defect, the last of which is `cause`, each time."""
+    """The event was processed alone `crashes` times, and each time its worker crashed or failed.
 
-    def __init__(self, deaths: int, cause: BaseException | None = None) -> None:
-        reason = "" if cause is None else f"; at last {described(cause)}"
-        super().__init__(f"poison event: {deaths} workers died or failed while they had it alone{reason}")
+    `cause` is the last exception, if there was one. The database keeps the message, and `legacy import` recognises its
+    first words.
+    """
+
+    def __init__(self, crashes: int, cause: BaseException | None = None) -> None:
+        reason = "" if cause is None else f"; last error: {described(cause)}"
+        super().__init__(f"poison event: {crashes} workers crashed or failed while processing it alone{reason}")
 
 
 class RefusedJob(HistoryError):
@@ -77,11 +81,10 @@ class RefusedJob(HistoryError):
 
 
 class OversizedJob(RefusedJob):
-    """A job, or what its compressed data would become, that is larger than any of ours can be; it was not read."""
+    """A job that is larger than any of ours can be, compressed or decompressed; it was not read."""
 
-    @classmethod
-    def in_all(cls, largest_bytes: int) -> OversizedJob:
-        return cls(f"its job is larger than {largest_bytes // 2**20} MiB")
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"its job is larger than {limit_bytes // 2**20} MiB")
 
 
 class StoreUnavailable(HistoryError):

@@ -127,7 +127,7 @@ def test_a_burst_with_every_option_that_does_not_hinder_it(redis: Redis, own: Pa
     lines = log.read_text().splitlines()
     assert [line for line in lines if not line.startswith("LOG|DATE|")] == []
     assert sum("stored event" in line for line in lines) == 3  # for more than one, only at DEBUG
-    assert sum("runs no scheduler" in line for line in lines) == 1
+    assert sum("does not run a scheduler" in line for line in lines) == 1
     assert sum("calls no exception handler" in line for line in lines) == 1
     assert {redis.ttl(Job.key_for(job_id)) for job_id in job_ids} <= set(range(1, 8))
     assert (later.get_status(), history_queue(redis).scheduled_job_registry.count) == ("scheduled", 1)
