@@ -152,12 +152,12 @@ class Reservations:
 
 def requeue_expired(redis: Redis, queue: Queue) -> list[str]:
     """Requeue the jobs of each owner whose lease has expired, at the front. Returns their ids."""
-    recover = scripts.load(redis, "recover")
+    requeue = scripts.load(redis, "requeue_expired")
     owners = owners_key(queue.name)
     requeued: list[str] = []
     members: Any = redis.hkeys(owners)
     for member in members:
-        owner = member.decode(errors="replace")  # one that is not text is not ours, and has no list
+        owner = member.decode(errors="replace")  # an owner that is not UTF-8 is not ours, and has no list
         keys = [
             lease_key(queue.name, owner),
             reserved_key(queue.name, owner),
@@ -165,7 +165,7 @@ def requeue_expired(redis: Redis, queue: Queue) -> list[str]:
             crashes_key(queue.name),
             owners,
         ]
-        found: Any = recover(keys=keys, args=[owner, LEASE_SECONDS])
+        found: Any = requeue(keys=keys, args=[owner, LEASE_SECONDS])
         quarantined, ids = found
         log_quarantined(quarantined)
         requeued += [job_id.decode(errors="replace") for job_id in ids]

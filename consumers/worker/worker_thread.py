@@ -64,7 +64,7 @@ class WorkerThread(threading.Thread):
     def __init__(
         self, worker: BaseWorker, queue: Queue, shared: SharedState, stopping: threading.Event, limits: Limits
     ) -> None:
-        super().__init__(name="history-worker", daemon=True)  # a second SIGTERM does not wait for it
+        super().__init__(name="history-worker", daemon=True)  # a daemon, since a second SIGTERM does not wait for it
         self.reservations = Reservations(worker.connection, queue, worker.name)
         self.done = 0  # completed jobs
         self.error: BaseException | None = None  # the defect that ended this thread

@@ -36,7 +36,7 @@ local expected = {[KEYS[1]] = 'list', [KEYS[2]] = 'hash', [KEYS[3]] = 'hash', [K
 for n = 7, #KEYS do expected[KEYS[n]] = 'hash' end
 local quarantined = quarantine(expected)
 
-local now = redis.call('TIME')[1]  -- relays compare it with Redis' clock
+local now = redis.call('TIME')[1]  -- relays compare the time with Redis' clock
 for n, words in ipairs(batch.acknowledgements) do
     for at = 2, #words, 2 do words[at] = now .. ' ' .. words[at] end
     redis.call('HSET', KEYS[6 + n], unpack(words))

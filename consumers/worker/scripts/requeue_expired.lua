@@ -5,8 +5,8 @@
 -- Reply {keys quarantined, ids of the requeued jobs}.
 --
 -- The owner's entry is 'alone' while it runs one job alone and the database is not stalled. Only then is the crash
--- counted against the job. Any other job becomes a poison candidate. If the lease has more time left than ARGV 2, Redis'
--- clock was set back: the time is reduced to ARGV 2.
+-- counted against the job. Any other job becomes a poison candidate. If the lease has more time left than ARGV 2, then
+-- Redis' clock was set back: the time is reduced to ARGV 2.
 
 local left = redis.call('TTL', KEYS[1])
 if left > tonumber(ARGV[2]) or left == -1 then redis.call('EXPIRE', KEYS[1], ARGV[2]) end
