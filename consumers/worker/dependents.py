@@ -59,7 +59,7 @@ class Dependents:
         except Exception as error:
             if is_redis_outage(error):
                 raise
-            # Another program's keys; RQ raises as many kinds of errors as there are fields.
+            # The keys can be of another program; RQ raises errors of any class.
             reason = type(error).__name__
             logger.error("RQ cannot enqueue the dependents of job %s; they stay deferred: %s", job_id, reason)
 

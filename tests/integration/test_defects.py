@@ -88,7 +88,7 @@ def _reading(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]
             raise error()
         return found
 
-    monkeypatch.setattr(worker_thread, "parse", failing)
+    monkeypatch.setattr(worker_thread, "parse_job", failing)
 
 
 def _decoding(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
