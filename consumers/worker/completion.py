@@ -161,12 +161,7 @@ class Completion:
             self._dependents.enqueue(job_id)
         self.release(still_reserved)
 
-    def _run_script(
-        self,
-        batch: _Batch,
-        *,
-        counts: tuple[int, int, _Run] | None = None,
-    ) -> list[str]:
+    def _run_script(self, batch: _Batch, *, counts: tuple[int, int, _Run] | None = None) -> list[str]:
         """Run the script and, with `counts` of successes and failures, update RQ's statistics.
 
         Returns the jobs that stay reserved, since they have dependents or a slot of a rate limit.

@@ -54,7 +54,7 @@ _STUCK_SECONDS = 3 * STATEMENT_SECONDS
 _READ_BYTES = 512 * 1024
 _RENEW_SECONDS = 2.0
 _STALL_SECONDS = 1.0  # a longer wait for an answer means that the database is stalled
-_POOL_MARK = " (WorkerPool "  # RQ's pool names its processes so
+_POOL_MARK = " (WorkerPool "  # in the names of the processes of RQ's pool
 _REGISTERED_SECONDS = 60  # RQ adds 60: a dead worker leaves RQ's list after two minutes, instead of eight
 
 
