@@ -227,9 +227,9 @@ def _with_webhook(status: str, event: str) -> Callable[[System], str]:
 _NOT_JSON = "refused: its data cannot be read as JSON"
 _FOREIGN = "refused: it names a function that is not one of ours"
 _ARGUMENT = "refused: it must have one argument, the event's text"
-_MORE = "refused: RQ is asked for more than to run it"
+_MORE = "refused: its job asks RQ for"
 _TOO_LARGE = "refused: its job is larger than 48 MiB"
-_SHAPELESS = "refused: its data is large, and not the call of a function with one text"
+_SHAPELESS = "refused: its call is larger than 64 KiB and does not have the form [function, null, [text], {}]"
 
 REFUSED: dict[str, tuple[Callable[[System], str], str]] = {
     "a pickled call": (_pickled_job, _NOT_JSON),

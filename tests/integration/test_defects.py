@@ -22,7 +22,7 @@ from consumers.ops.metrics import COUNTS
 from consumers.worker import batch, completion, worker_thread
 from consumers.worker.batch import acknowledgements
 from consumers.worker.completion import Completion
-from consumers.worker.deliveries import inflated, parse
+from consumers.worker.deliveries import decompressed_call, parse_job
 from producers.errors import EventRejected
 from producers.events import decode, event_of
 from producers.history_producer import HistoryProducer, Receipt
@@ -82,12 +82,12 @@ Plant = Callable[[pytest.MonkeyPatch, Callable[[], BaseException]], None]
 
 def _reading(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
     def failing(job: Any, crashes: int = 0) -> Any:
-        found = parse(job, crashes)
+        found = parse_job(job, crashes)
         if POISON in found.text:
             raise error()
         return found
 
-    monkeypatch.setattr(worker_thread, "parse", failing)
+    monkeypatch.setattr(worker_thread, "parse_job", failing)
 
 
 def _decoding(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
@@ -156,7 +156,7 @@ def _seconds(limit: float) -> Iterator[None]:
 
 def _is_refused(receipt: Receipt) -> None:
     """Its producer is told so."""
-    with pytest.raises(EventRejected, match=r"poison event: 3 workers died or failed .*; at last \w+"):
+    with pytest.raises(EventRejected, match=r"poison event: 3 workers crashed or failed .*; last error: \w+"):
         receipt.wait(20)
 
 
@@ -180,7 +180,7 @@ def test_an_exception_before_the_end_is_decided_refuses_that_event_alone(
     _is_refused(poisoned)
     ((outcome, reason, kept),) = _outcomes()
     assert (outcome, POISON in kept) == ("rejected", True)
-    assert reason.startswith("poison event: 3 workers died or failed while they had it alone; at last ")
+    assert reason.startswith("poison event: 3 workers crashed or failed while processing it alone; last error: ")
     assert history_queue(redis).failed_job_registry.count == 1
 
 
@@ -245,7 +245,7 @@ def _completing(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseExcepti
     finished = Completion._finished
 
     def failing(self: Any, results: Any, jobs: Any, run: Any) -> Any:
-        if any(POISON.encode() in inflated(jobs[result.job_id].data) for result in results):
+        if any(POISON.encode() in decompressed_call(jobs[result.job_id].data) for result in results):
             raise error()
         return finished(self, results, jobs, run)
 

@@ -460,7 +460,7 @@ def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) ->
     burst(redis)
 
     assert [(job_id, reason) for job_id, _, reason in _outcomes()] == [
-        (job_ids[0], "poison event: 3 workers died or failed while they had it alone")
+        (job_ids[0], "poison event: 3 workers crashed or failed while processing it alone")
     ]
     assert len(get_portfolio_history()) == 1
 
@@ -471,7 +471,7 @@ def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, mo
     together = batch._process_together
 
     def defective(deliveries: Any, statement_seconds: Any) -> Any:
-        if any(delivery.job_id == job_ids[0] and delivery.refusal is None for delivery in deliveries):
+        if any(delivery.job_id == job_ids[0] and delivery.error is None for delivery in deliveries):
             raise ZeroDivisionError("a defect")
         return together(deliveries, statement_seconds)
 
@@ -837,7 +837,7 @@ def test_a_database_that_was_not_upgraded_rejects_no_event(
         for receipt in receipts:
             assert receipt.wait(30) > 0
     finally:
-        worker._ending.set()
+        worker._stopping.set()
         thread.join(30)
     assert [outcome for _, outcome, _ in _outcomes()] == ["duplicate"]
     assert len(get_portfolio_history()) == beside + 1
@@ -1061,7 +1061,10 @@ def test_an_unusable_entry_among_rqs_workers_ends_no_maintenance(
     burst(redis)
 
     assert len(get_portfolio_history()) == 1
-    assert "maintenance of queue history passes over dead workers: UnicodeDecodeError" in caplog.text
+    assert (
+        "maintenance of queue history: step dead workers failed; it runs again in the next pass: UnicodeDecodeError"
+        in caplog.text
+    )
 
 
 def test_each_part_of_the_maintenance_goes_on_without_the_others(
@@ -1082,7 +1085,7 @@ def test_each_part_of_the_maintenance_goes_on_without_the_others(
     for _ in range(3):
         worker._maintenance.run()
     assert redis.lrange("rq:queue:history", 0, -1) == [b"x"]
-    assert caplog.text.count("maintenance of queue history passes over") == 3
+    assert caplog.text.count("failed; it runs again in the next pass") == 3
     worker._deregister()
 
 

@@ -47,7 +47,7 @@ def _running(worker: HistoryWorker) -> Iterator[threading.Thread]:
     try:
         yield thread
     finally:
-        worker._ending.set()
+        worker._stopping.set()
         thread.join(30)
     assert not thread.is_alive()
 
@@ -119,11 +119,11 @@ def test_a_worker_is_busy_as_long_as_one_thread_is(redis: Redis, monkeypatch: py
     with shared.working(alone=False):
         with shared.working(alone=False):
             pass
-        shared.failed(StoreUnavailable("no route"))
-        shared.failed(StoreUnavailable("no route"))
-        shared.succeeded(worked=False)  # the other thread found nothing to do: it cannot know
+        shared.note_outage(StoreUnavailable("no route"))
+        shared.note_outage(StoreUnavailable("no route"))
+        shared.note_progress(worked=False)  # the other thread found nothing to do: it cannot know
         assert seen[-1] == "waiting for the database"
-        shared.succeeded(worked=True)
+        shared.note_progress(worked=True)
     assert seen == ["idle", "busy", "waiting for the database", "busy", "idle"]
 
 
@@ -134,7 +134,7 @@ def test_a_stop_in_the_moment_of_the_commit_hands_back_nothing_that_is_stored(
     worker = HistoryWorker([history_queue(redis)], connection=redis)
 
     def stopped(read: Sequence[Any], settled: Sequence[Any]) -> None:
-        worker._ending.set()
+        worker._stopping.set()
 
     monkeypatch.setattr(batch, "_log", stopped)
     worker.work(logging_level="WARNING")
@@ -171,7 +171,7 @@ def test_suspended_it_is_shown_as_that_and_resumed_as_idle(redis: Redis, monkeyp
     seen = list[str]()
     monkeypatch.setattr(worker, "set_state", seen.append)
     with _running(worker):
-        worker._shared.failed(StoreUnavailable("no route"))
+        worker._shared.note_outage(StoreUnavailable("no route"))
         redis.set("rq:suspended", 1)
         until(lambda: seen[-1] == "suspended")
         redis.delete("rq:suspended")
@@ -210,13 +210,13 @@ def test_a_stopping_worker_waits_for_its_threads_without_polling(redis: Redis, m
     release = threading.Event()
 
     def slow(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
-        worker._ending.set()
+        worker._stopping.set()
         release.wait(10)
         yield from process_batch(deliveries, **options)
 
     monkeypatch.setattr(thread_module, "process_batch", slow)
     with _running(worker):
-        until(worker._ending.is_set)
+        until(worker._stopping.is_set)
         looks.clear()
         time.sleep(0.3)
         looked = len(looks)
@@ -233,7 +233,7 @@ def test_a_poison_candidate_that_waits_for_its_turn_is_requeued_at_a_stop(redis:
     thread = WorkerThread(worker, history_queue(redis), worker._shared, stopping, thread_module.Limits(True, None, 0))
     reserved = thread.reservations.reserve(1)
     with worker._shared.working(alone=False):
-        turn = threading.Thread(target=thread._work_in_turn, args=(reserved,))
+        turn = threading.Thread(target=thread._run_reservation, args=(reserved,))
         turn.start()
         until(lambda: worker._shared._alone)
         stopping.set()
@@ -279,7 +279,7 @@ def test_sigterm_ends_it_while_redis_is_frozen(redis: Redis, tmp_path: Path, bus
 def test_a_defect_of_a_thread_ends_the_worker_and_shows(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a worker would look healthy for ever."""
     job_ids = enqueue_snapshots(redis, 3)
-    work, defective = WorkerThread._work, list[WorkerThread]()
+    work, defective = WorkerThread._contain_defects, list[WorkerThread]()
 
     def once(thread: WorkerThread, reserved: Any) -> None:
         if not defective:
@@ -287,7 +287,7 @@ def test_a_defect_of_a_thread_ends_the_worker_and_shows(redis: Redis, monkeypatc
             raise ZeroDivisionError("a defect")
         work(thread, reserved)
 
-    monkeypatch.setattr(WorkerThread, "_work", once)
+    monkeypatch.setattr(WorkerThread, "_contain_defects", once)
     with pytest.raises(ZeroDivisionError, match="a defect"):
         HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="CRITICAL")
     assert history_queue(redis).count + len(get_portfolio_history()) == len(job_ids)

@@ -24,7 +24,7 @@ from sqlalchemy import Connection, text
 
 from consumers.db.engine import engine
 from consumers.db.inserts import Stored, insert_events
-from consumers.worker.deliveries import MAX_JOB_BYTES, ReservedJob, parse
+from consumers.worker.deliveries import MAX_JOB_BYTES, ReservedJob, parse_job
 from producers.errors import InvalidEvent
 from producers.events import (
     MAX_EVENT_BYTES,
@@ -232,7 +232,7 @@ def test_an_event_that_the_producer_accepts_at_a_limit_is_accepted_and_stored(
         (entry,) = outbox.deliveries.pending(1)
     data = _fields(entry, "history", "")["data"]
     assert len(data) <= MAX_JOB_BYTES
-    delivery = parse(ReservedJob("x", "usual", data, None))
+    delivery = parse_job(ReservedJob("x", "usual", data, None))
     assert delivery.model is not None
     with _undone() as db:
         (answer,) = insert_events(db, [decode(delivery.text, delivery.model)])
