@@ -37,9 +37,9 @@ class OutcomeRow:
     event: str | None = None
 
 
-def record_outcomes(db: Connection, ends: Iterable[OutcomeRow]) -> None:
+def record_outcomes(db: Connection, outcomes: Iterable[OutcomeRow]) -> None:
     """Note these, in one order for all: transactions in opposite order would wait for each other."""
-    by_job = {end.job_id: asdict(end) | {"event_id": end.event_id and str(end.event_id)} for end in ends}
+    by_job = {one.job_id: asdict(one) | {"event_id": one.event_id and str(one.event_id)} for one in outcomes}
     if by_job:
         db.execute(_RECORD_OUTCOME, [by_job[job_id] for job_id in sorted(by_job)])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from consumers.embedded.stack import embedded_home, stack
-from consumers.ops.facts import Fact, duration, facts_from, judged
+from consumers.ops.facts import Fact, duration, facts_or_error, check
 from consumers.ops.health import Probe, read_side_by_side
 from consumers.ops.masking import Mask
 from consumers.ops.outbox_health import copy_facts, file_facts, has_outbox, outbox_of_settings
@@ -49,7 +49,7 @@ def diagnose(old_files: FindFiles) -> list[Fact]:
     with ExitStack() as servers:
         if all(fact.state == "ok" for fact in facts):
             advice = "correct what it names, or set DATABASE_URL and REDIS_URL to servers of your own"
-            facts += facts_from("embedded servers", partial(_start_embedded, servers), mask, advice=advice)
+            facts += facts_or_error("embedded servers", partial(_start_embedded, servers), mask, advice=advice)
         failed = {fact.name for fact in facts if fact.state == "fail"}
         return [*facts, *_read(_parts(failed, old_files, mask), mask)]
 
@@ -81,13 +81,13 @@ def _read(parts: Sequence[Part], mask: Mask) -> Iterator[Fact]:
     """Side by side; a part that takes too long is one failed fact."""
 
     def reader(part: Part) -> Callable[[], list[Fact]]:
-        return lambda: [*facts_from(part.name, part.read, mask, advice=part.advice)]
+        return lambda: [*facts_or_error(part.name, part.read, mask, advice=part.advice)]
 
     probes = [Probe(part.name, reader(part)) for part in parts]
     for part, reading in zip(parts, read_side_by_side(probes, READ_SECONDS), strict=True):
         if reading.error is not None:
             advice = "look at name resolution, the network, and file systems on it"
-            yield Fact(part.name, "fail", mask.told(reading.error), advice)
+            yield Fact(part.name, "fail", mask.masked_first_line(reading.error), advice)
         yield from reading.value or ()
 
 
@@ -112,13 +112,13 @@ def _outbox(mask: Mask) -> Iterator[Fact]:
         health = outbox_of_settings(ask_relay=True)
         yield from health.facts() if health is not None else ()
     except OutboxOutdated as error:
-        yield Fact("outbox", "warn", mask.told(error), "start its controller of this release, then run doctor again")
+        yield Fact("outbox", "warn", mask.masked_first_line(error), "start its controller of this release, then run doctor again")
         return
     except Exception as error:
         advice = "correct what it names, or keep the file for later and set HISTORY_OUTBOX to a new one"
-        yield Fact("outbox", "fail", mask.told(error), advice)
-    yield from facts_from("outbox file", lambda: file_facts(path), mask, advice="check the disk")
-    yield from facts_from("outbox copies", lambda: copy_facts(settings), mask)
+        yield Fact("outbox", "fail", mask.masked_first_line(error), advice)
+    yield from facts_or_error("outbox file", lambda: file_facts(path), mask, advice="check the disk")
+    yield from facts_or_error("outbox copies", lambda: copy_facts(settings), mask)
 
 
 def _old_files(find: FindFiles) -> Iterator[Fact]:
@@ -133,4 +133,4 @@ def _old_files(find: FindFiles) -> Iterator[Fact]:
         problem += f", {len(recent) - 1} more in the last 3 days" if len(recent) > 1 else ""
     found = f"{len(ages)} files, none written in the last 3 days" if ages else "no files"
     advice = "does an old controller still append? Switch it, then trading-history import for what it wrote"
-    yield judged("JSON history", found, problem, advice=advice, state="warn")
+    yield check("JSON history", found, problem, advice=advice, state="warn")

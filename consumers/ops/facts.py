@@ -25,12 +25,12 @@ class Fact:
     advice: str = ""
 
 
-def judged(name: str, found: str, problem: str = "", *, advice: str, state: State = "fail") -> Fact:
+def check(name: str, found: str, problem: str = "", *, advice: str, state: State = "fail") -> Fact:
     """A fact that is ok, or in this `state` when there is a `problem`, which is shown in place of what was found."""
     return Fact(name, state, problem, advice) if problem else Fact(name, "ok", found)
 
 
-def facts_from(
+def facts_or_error(
     name: str,
     read: Callable[[], Iterable[Fact]],
     mask: Mask,
@@ -42,9 +42,9 @@ def facts_from(
     try:
         yield from read()
     except unknown as error:
-        yield Fact(name, "unknown", f"cannot be read: {mask.told(error)}", advice or "run doctor again later")
+        yield Fact(name, "unknown", f"cannot be read: {mask.masked_first_line(error)}", advice or "run doctor again later")
     except Exception as error:  # a defect in one must not hide what the others find
-        yield Fact(name, "fail", mask.told(error), advice or "if no other line explains it, report it")
+        yield Fact(name, "fail", mask.masked_first_line(error), advice or "if no other line explains it, report it")
 
 
 def duration(seconds: float) -> str:

@@ -102,7 +102,7 @@ class Completion:
             if not is_caused_by_job(error):
                 raise
             self._fail_by_id(deferred, error)
-        COUNTS.gave_up(deferred.event_type)
+        COUNTS.dead_lettered(deferred.event_type)
 
     def release(self, job_ids: Sequence[str]) -> None:
         """Release reserved jobs that somebody has deleted; RQ's own worker passes over them too."""

@@ -183,7 +183,7 @@ def test_a_requeued_event_that_is_stored_is_a_rejection_no_more(
     requeued = _run("failed", "requeue", "--all")
     work()
 
-    assert (requeued.returncode, requeued.stdout) == (0, "1 sent through again\n")
+    assert (requeued.returncode, requeued.stdout) == (0, "1 requeued\n")
     assert list(rejections()) == []
     assert Queue("history", connection=redis, serializer=JSONSerializer).failed_job_registry.count == 0
     deadline = time.monotonic() + 20
@@ -213,7 +213,7 @@ def test_a_discarded_event_is_kept_with_the_reasons(
 def test_what_redis_did_to_a_failed_job_is_in_nobodys_way(
     redis: Redis, mixed: list[Receipt], harm: str, work: Work
 ) -> None:
-    """It can be sent through again from its text, and discarded, whatever has become of the job."""
+    """It can be requeued from its text, and discarded, whatever has become of the job."""
     (rejection,) = rejections()
     key = f"rq:job:{rejection.job_id}"
     if harm == "lost":
@@ -227,7 +227,7 @@ def test_what_redis_did_to_a_failed_job_is_in_nobodys_way(
     work()
     discarded = _run("failed", "discard", rejection.job_id, "--reason", "test data")
 
-    assert (requeued.returncode, requeued.stdout) == (0, "1 sent through again\n")
+    assert (requeued.returncode, requeued.stdout) == (0, "1 requeued\n")
     assert (discarded.returncode, discarded.stderr, list(rejections())) == (0, "", [])
     assert not redis.exists(key)
 

@@ -1,4 +1,4 @@
-"""What was refused for good may be much and large: it is listed, sent again and given up in flat memory."""
+"""Rejected events may be many and large: they are listed, requeued and discarded in flat memory."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_table_is_bounded_and_json_has_all(database_url: str) -> None:
     assert [line.split()[0] for line in lines[1:-1]] == listed[:MOST_REJECTIONS]
 
 
-def test_what_was_not_rejected_any_more_is_not_counted_as_given_up(redis: Redis, database_url: str) -> None:
+def test_what_was_not_rejected_any_more_is_not_counted_as_discarded(redis: Redis, database_url: str) -> None:
     """Somebody else was quicker: the answer is what this one has changed, and the other's job stays."""
     for name in ("a", "b"):
         store_rejection(name, "why")
@@ -130,8 +130,8 @@ def test_what_was_not_rejected_any_more_is_not_counted_as_given_up(redis: Redis,
     assert discard(chosen, redis, "history", "known", "you") == 0
     assert redis.exists("rq:job:a")
     with get_db() as db:
-        (given_up,) = db.execute(text("SELECT outcome, reason, actor FROM event_outcomes")).all()
-    assert tuple(given_up) == ("discarded", "known; it was rejected: why", "me")
+        (discarded,) = db.execute(text("SELECT outcome, reason, actor FROM event_outcomes")).all()
+    assert tuple(discarded) == ("discarded", "known; it was rejected: why", "me")
 
 
 def test_what_was_stored_meanwhile_is_not_sent_again(redis: Redis, database_url: str) -> None:

@@ -225,7 +225,7 @@ def test_an_event_that_is_stored_by_then_is_counted_as_such(
             printed, _ = flushing.communicate(timeout=60)
         assert (flushing.returncode, printed) == (0, _deletable(outbox))
     facts = json.loads(_run("status", "--json").stdout)
-    assert (facts["stored"], facts["oldest_unsettled_seconds"], facts["check"]) == (2, None, "sound")
+    assert (facts["stored"], facts["oldest_unacknowledged_seconds"], facts["check"]) == (2, None, "sound")
     assert len(get_portfolio_history()) == 2
 
 

@@ -299,7 +299,7 @@ def test_it_is_counted(producer: HistoryProducer, redis: Redis) -> None:
     """Under its type, from the start with 0."""
 
     def counted() -> dict[str, int]:
-        ends = COUNTS.read().ends.items()
+        ends = COUNTS.read().results.items()
         return {outcome: count for (event_type, outcome), count in ends if event_type == ClosedTrade.type}
 
     ends = dict.fromkeys(("stored", "duplicate", "conflict", "invalid", "poison"), 0)
