@@ -59,11 +59,11 @@ def failed_requeue(name: Name = None, kind: KindOption = None, every: All = Fals
 
 @failed_app.command("discard")
 def failed_discard(
-    reason: Annotated[str, typer.Option(help="Why the event may be discarded; recorded with it.")],
+    reason: Annotated[str, typer.Option(help="Why the event may be discarded; recorded with the actor.")],
     name: Name = None,
     kind: KindOption = None,
     every: All = False,
-    actor: Annotated[str | None, typer.Option(help="Who discards it; recorded with it. [default: this account]")] = None,
+    actor: Annotated[str | None, typer.Option(help="Who discards it. [default: this account]")] = None,
 ) -> None:
     """Discard rejected events; their text, the reason and the actor stay in event_outcomes."""
     from consumers.ops.failed import discard

@@ -15,10 +15,10 @@ from sqlalchemy.engine import URL
 
 from consumers.db import state_queries
 from consumers.db.engine import create_store_engine, translated_errors
-from consumers.db.schema import encoding_advice, old_tables
+from consumers.db.schema import encoding_advice, outdated_schema_problem
 from consumers.db.schema_comparison import is_reader, lacking_privileges, schema_differences
 from consumers.errors import StoreUnavailable
-from consumers.ops.facts import Fact, State, duration, facts_or_error, check
+from consumers.ops.facts import Fact, State, check, duration, facts_or_error
 from consumers.ops.masking import Mask
 from producers.errors import SettingsError
 
@@ -124,7 +124,7 @@ def _tables(db: Connection) -> Fact:
         return Fact(name, "fail", problem, "trading-history init-db --adopt-legacy")
     if found.tables:
         return Fact(name, "fail", f"missing: {', '.join(found.tables)}", "trading-history init-db")
-    if problem := old_tables(found.comment) or "":
+    if problem := outdated_schema_problem(found.comment) or "":
         return Fact(name, "fail", problem, "trading-history init-db")
     if found.columns:
         return Fact(name, "fail", f"columns missing: {', '.join(found.columns)}", "add them as schema.sql has them")

@@ -55,8 +55,9 @@ class _CountsCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         counted = COUNTS.read()
-        yield _family("events", "Deliveries that this process has decided.", ("type", "outcome"), counted.results.items(),
-                      CounterMetricFamily)  # fmt: skip
+        results = counted.results.items()
+        documentation = "Deliveries that this process has decided."
+        yield _family("events", documentation, ("type", "outcome"), results, CounterMetricFamily)
         yield _histogram("batch_events", "Deliveries decided by one transaction.", counted.batch_events)
         yield _histogram("insert_seconds", "From a transaction's start to its commit.", counted.insert_seconds)
         yield _histogram(
@@ -134,7 +135,8 @@ def _queue_metrics(queue: QueueHealth) -> Iterator[Metric]:
 
 def _outbox_metrics(outbox: OutboxHealth) -> Iterator[Metric]:
     entries = [((state,), getattr(outbox, state)) for state in ("pending", "sent", "rejected")]
-    yield _family("outbox_entries", "Entries of this machine's outbox by state: pending, sent, rejected.", ("state",), entries)
+    documentation = "Entries of this machine's outbox by state: pending, sent, rejected."
+    yield _family("outbox_entries", documentation, ("state",), entries)
     oldest = outbox.oldest_unacknowledged_seconds or 0
     yield _gauge("outbox_oldest_age_seconds", "Age of the oldest entry that no worker has acknowledged.", oldest)
 

@@ -184,7 +184,9 @@ def _enqueue_anew(job_id: str, queue: Queue) -> bool:
         return False
     kind = kind_of(event)
     if kind is None:
-        raise HistoryError(f"job {job_id} cannot be requeued: Redis no longer has it, and the recorded text is not an event")
+        raise HistoryError(
+            f"job {job_id} cannot be requeued: Redis no longer has it, and the recorded text is not an event"
+        )
     queue.connection.delete(Job.key_for(job_id))  # whatever stands there cannot be read
     queue.enqueue(kind.job_function, event, job_id=job_id, failure_ttl=-1)
     return True

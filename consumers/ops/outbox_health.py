@@ -13,10 +13,10 @@ from pathlib import Path
 
 from redis import Redis, RedisError
 
-from consumers.ops.facts import Fact, State, duration, check, size
+from consumers.ops.facts import Fact, State, check, duration, size
 from producers.acknowledgements import shown
-from producers.errors import OutboxError
 from producers.entries import EntryHead
+from producers.errors import OutboxError
 from producers.outbox import MAX_BYTES, Outbox
 from producers.outbox_salvage import ranges_text
 from producers.redis_keys import token_key

@@ -17,7 +17,7 @@ from rq.worker import Worker
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from consumers.errors import is_wrong_type
-from consumers.ops.facts import Fact, State, duration, check
+from consumers.ops.facts import Fact, State, check, duration
 from producers.redis_keys import crashes_key, lease_key, orphans_key, owners_key, quarantine_key, reserved_key
 from producers.settings import TransportSettings
 
@@ -94,14 +94,17 @@ class QueueHealth:
         ours = {name.rpartition(":")[0] for name, owner in self.owners.items() if owner.leased}
         stock = self.worker_states.keys() - {name.rpartition(":")[0] for name in self.owners}
         found = f"{len(ours)} of HistoryWorker, {len(stock)} of RQ's own"
-        waiting = sorted(f"{name} is {state}" for name, state in self.worker_states.items() if state.startswith("waiting"))
+        states = sorted(self.worker_states.items())
+        waiting = [f"{name} is {state}" for name, state in states if state.startswith("waiting")]
         if not ours and not stock:
             return Fact("workers", "fail" if self.queued else "warn",
                         "none although jobs wait" if self.queued else "none", _START)  # fmt: skip
         if waiting:
             return Fact("workers", "fail", f"{found}; {'; '.join(waiting)}", "the worker's log says why it waits")
         if not ours:
-            advice = f"start {_START}: stock RQ workers process one job at a time and fail jobs during a database outage"
+            advice = (
+                f"start {_START}: stock RQ workers process one job at a time and fail jobs during a database outage"
+            )
             return Fact("workers", "warn", found, advice)
         return Fact("workers", "ok", found)
 

@@ -10,7 +10,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from consumers.ops.facts import Fact, facts_or_error, check
+from consumers.ops.facts import Fact, check, facts_or_error
 from consumers.ops.masking import Mask
 from consumers.ops.queue_health import read_queue
 from producers.settings import TransportSettings

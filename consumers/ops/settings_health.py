@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from rq.version import VERSION
 
-from consumers.ops.facts import Fact, facts_or_error, check
+from consumers.ops.facts import Fact, check, facts_or_error
 from consumers.ops.masking import Mask
 from consumers.process_setup import TESTED_RQ
 from consumers.settings import (

@@ -22,7 +22,7 @@ from consumers.db.inserts import insert_events
 from consumers.ops.audit import SourceAudit, audit
 from consumers.ops.failed import refused_text, rejections
 from producers.errors import EventRejected
-from producers.events import JOB_FUNCTIONS, SNAPSHOT_TYPE, encode, event_of
+from producers.events import KINDS, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
 from tests.deliveries import burst, history_queue
@@ -145,7 +145,7 @@ def test_a_refused_event_that_names_no_source_is_in_no_sources_account(
     foreign = json.loads(encode(event_of(a_snapshot(after=timedelta(20)), source="x/1", sequence=1)))
     foreign["source"] = "my bot"
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
-    queue.enqueue(JOB_FUNCTIONS[foreign["type"]], json.dumps(foreign), job_id="foreign")
+    queue.enqueue(KINDS[foreign["type"]].job_function, json.dumps(foreign), job_id="foreign")
     work()
     with get_db() as db:
         refused = text("SELECT source, sequence FROM event_outcomes WHERE job_id = 'foreign'")
@@ -240,7 +240,7 @@ def test_what_was_discarded_stays_so_when_it_is_refused_once_more(
     event = refused_text(rejection.job_id)
     _run("failed", "discard", rejection.job_id, "--reason", "test data")
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
-    queue.enqueue(JOB_FUNCTIONS[SNAPSHOT_TYPE], event, job_id=rejection.job_id)
+    queue.enqueue(KINDS[SNAPSHOT_TYPE].job_function, event, job_id=rejection.job_id)
     work()
 
     assert list(rejections()) == []
@@ -264,7 +264,7 @@ def test_what_was_refused_is_shown_letter_by_letter(redis: Redis, database_url: 
     """A job that names `[/x]` as its function, and one whose text would steer the terminal."""
     queue = history_queue(redis)
     queue.enqueue("[/x]", "{}", job_id="no-function")
-    queue.enqueue(JOB_FUNCTIONS[SNAPSHOT_TYPE], "[/x] [range 1-2] \x1b[2J\x9b31m", job_id="steering")
+    queue.enqueue(KINDS[SNAPSHOT_TYPE].job_function, "[/x] [range 1-2] \x1b[2J\x9b31m", job_id="steering")
     burst(redis)
     listed, shown = _run("failed", "list"), _run("failed", "show", "steering")
 

@@ -73,7 +73,7 @@ class ClosedTradeEvent(Event):
 
 CLOSED_TRADE = EventKind(
     name="closed-trade",
-    event=ClosedTradeEvent,
+    model=ClosedTradeEvent,
     job_function="tests.integration.test_third_kind.record_closed_trade",
     table="closed_trades",
     columns=(
@@ -388,9 +388,9 @@ def test_no_two_kinds_have_the_same_type_name_function_or_table(name: str) -> No
         data: OtherTrade
 
     if name == "type":
-        kind = EventKind(event=ClosedTradeEvent, **values)
+        kind = EventKind(model=ClosedTradeEvent, **values)
     else:
-        kind = EventKind(event=OtherTradeEvent, **values | {name: getattr(CLOSED_TRADE, name)})
+        kind = EventKind(model=OtherTradeEvent, **values | {name: getattr(CLOSED_TRADE, name)})
     with pytest.raises(ValueError, match=f"another kind of event has the {name} "):
         KINDS.register(kind)
     assert list(KINDS) == ["trading.portfolio-snapshot.v1", "trading.signal-archive.v1", "trading.closed-trade.v1"]

@@ -31,7 +31,7 @@ def health() -> dict[str, Any]:
 
 def _rows() -> dict[str, Any]:
     with read_transaction() as db:
-        return {"last_stored": state_queries.last_stored(db), "rejections": state_queries.rejections(db)}
+        return {"last_stored": state_queries.last_stored(db), "rejections": state_queries.newest_rejections(db)}
 
 
 def _shown(reading: Reading[Any], names: tuple[str, ...] = ()) -> Any:
