@@ -160,7 +160,7 @@ def outbox_salvage(
 
 
 def _facts(path: Path, status: OutboxStatus, oldest: str, age: float | None) -> dict[str, Any]:
-    """`age` is that of the `oldest` entry of this description."""
+    """`oldest` says which entries `age` is about: unacknowledged or unsettled."""
     at = None if age is None else datetime.now(UTC) - timedelta(seconds=age)
     return {
         "path": str(path.absolute()),

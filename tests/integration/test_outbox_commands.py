@@ -103,6 +103,7 @@ def test_without_a_worker_it_says_so_in_time(redis: Redis, outbox: Path) -> None
     assert "may be deleted" not in flushed.stdout
     assert took < 10
     facts = json.loads(as_json.stdout)
+    assert facts["oldest_unsettled_seconds"] < 60
     assert {name: facts[name] for name in ("path", "pending", "sent", "unsettled", "waits_for")} == {
         "path": str(outbox),
         "pending": 0,
