@@ -25,32 +25,32 @@ _KEPT_FOR_COPIES_SECONDS = 60
 
 
 class AcknowledgementReader:
-    """Raises RedisError or OutboxError from every method; then nothing is lost and it may be called again."""
+    """Settles entries by acknowledgements. Its methods raise RedisError or OutboxError, and can then be repeated."""
 
     def __init__(self, outbox: Outbox, redis: Redis) -> None:
         self._outbox = outbox
         self._redis = redis
         self._rejected_at = 0.0
 
-    def take(self) -> int:
-        """Settle what is acknowledged by now; returns how many entries."""
+    def apply(self) -> int:
+        """Settle the entries that are acknowledged by now; returns their number."""
         sources = self._outbox.deliveries.awaiting("sent")
         # What an operator requeues can still be stored; that may take some seconds to be noticed.
         if time.monotonic() >= self._rejected_at:
             self._rejected_at = time.monotonic() + _REJECTED_SECONDS
             sources = list({*sources, *self._outbox.deliveries.awaiting("rejected")})
-        return sum(self._take_from(source_id, full_source(name, source_id), n) for source_id, name, n in sources)
+        return sum(self._apply_to_source(source_id, full_source(name, source_id), n) for source_id, name, n in sources)
 
-    def discard_all(self) -> None:
-        """Remove those of this outbox's entries: the rows that they name are of a database that was replaced."""
+    def delete_acknowledgements(self) -> None:
+        """Delete those of this outbox's entries: they name rows of a database that was replaced."""
         for source in self._outbox.sources():
             key = acknowledgement_key(source.full_name)
             fields: Any = self._redis.hkeys(key)
             if own := [field for field in fields if self._outbox.deliveries.has(delivery_of(shown(field)))]:
                 self._redis.hdel(key, *own)
 
-    def _take_from(self, source_id: str, source: str, resends: int) -> int:
-        taken, cursor, key = 0, 0, acknowledgement_key(source)
+    def _apply_to_source(self, source_id: str, source: str, resends: int) -> int:
+        settled_count, cursor, key = 0, 0, acknowledgement_key(source)
         while True:
             try:
                 cursor, page = self._redis.hscan(key, cursor, count=_PAGE_FIELDS)
@@ -62,12 +62,12 @@ class AcknowledgementReader:
                 logger.error(
                     "%s is no hash: moved to %s:quarantined. Entries without acknowledgement are sent again", key, key
                 )
-                return taken
+                return settled_count
             if page:
                 fields: dict[Any, Any] = dict(page)  # type: ignore[arg-type]  # RESP2 and RESP3 answer a dict
-                taken += self._settle(source_id, source, resends, fields)
+                settled_count += self._settle(source_id, source, resends, fields)
             if not cursor:
-                return taken
+                return settled_count
 
     def _settle(self, source_id: str, source: str, resends: int, fields: Mapping[Any, Any]) -> int:
         """Settle the entries that these fields acknowledge, and remove the fields; how many were new."""
@@ -84,7 +84,7 @@ class AcknowledgementReader:
         return len(settled.changed)
 
     def _expired(self, acknowledgements: Mapping[Any, Acknowledgement], known: set[Any]) -> set[Any]:
-        """Of fields that have settled nothing here, those that no copy of this outbox waits for any more."""
+        """Fields that settled nothing here and that no copy of this outbox waits for any more."""
         now, _ = self._redis.time()
         return {
             field

@@ -2,7 +2,7 @@
 
 Each outbox has a random token, which stands in Redis as well, beside each of its current sources. A relay that takes
 its lock replaces both. Of two copies only one finds its own token there; the other one takes new sources for new
-events. Its earlier entries keep their source and number: a nonce tells their deliveries apart.
+events. Its earlier entries keep their source and number: a nonce distinguishes their deliveries.
 """
 
 from __future__ import annotations

@@ -89,7 +89,6 @@ class AuditEntry(NamedTuple):
     """One entry, as an audit compares it with the database."""
 
     sequence: int
-    nonce: str
     event_id: UUID
     state: State
 

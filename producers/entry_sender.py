@@ -14,7 +14,7 @@ from rq.serializers import JSONSerializer
 from producers.entries import Entry, EntryHead
 from producers.outbox import Outbox
 from producers.outbox_deliveries import LAST_CHECK_SECONDS
-from producers.rq_queue import UNDER_WAY, enqueue, in_no_list, job_states, unanswered
+from producers.rq_queue import ACTIVE_STATUSES, enqueue, in_no_list, job_states, without_acknowledgement
 
 _BATCH_ENTRIES = 100  # what a caller's thread may have to wait for: some 5 ms of the interpreter
 _SWEEP_ENTRIES = 10 * _BATCH_ENTRIES
@@ -59,7 +59,7 @@ class EntrySender:
         while sent < _SWEEP_ENTRIES and self._queue_has_room() and (entries := self._deliveries.pending(limit)):
             states = job_states(self._redis, entries) if self.in_doubt else {}
             self.in_doubt = True
-            self._send([entry for entry in entries if states.get(entry.position) not in UNDER_WAY])
+            self._send([entry for entry in entries if states.get(entry.position) not in ACTIVE_STATUSES])
             self._deliveries.mark_sent(_next_checks(entries))
             self.in_doubt = False
             sent += len(entries)
@@ -69,14 +69,15 @@ class EntrySender:
         return sent
 
     def send_overdue(self) -> int:
-        """Send again what should have been acknowledged by now and is no longer on its way; returns how many."""
+        """Send overdue entries again whose job is lost; returns how many."""
         heads = self._deliveries.overdue(_BATCH_ENTRIES)
         if not heads:
             return 0
         states = job_states(self._redis, heads)
-        gone = unanswered(self._redis, [head for head in heads if states[head.position] not in UNDER_WAY])
-        # A job's status survives its worker: a job that has been under way for long must also be in some list.
-        searched = [h for h in heads if h.checks >= _SEARCHED_CHECKS and states[h.position] in UNDER_WAY]
+        inactive = [head for head in heads if states[head.position] not in ACTIVE_STATUSES]
+        gone = without_acknowledgement(self._redis, inactive)
+        # A job's status survives its worker: a job that has been active for long must also be in some list.
+        searched = [h for h in heads if h.checks >= _SEARCHED_CHECKS and states[h.position] in ACTIVE_STATUSES]
         gone += in_no_list(self._redis, self._queue, searched[:_SEARCHED_ENTRIES])
         entries = self._deliveries.with_events(gone)
         self._send(entries)

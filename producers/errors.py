@@ -1,4 +1,4 @@
-"""What a producer can raise.
+"""The errors that a producer can raise.
 
 HistoryError
 ├── SettingsError          a setting is missing or wrong; names it

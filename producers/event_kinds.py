@@ -182,17 +182,17 @@ class EventKind:
     """
 
     name: str
-    event: type[Event]
+    model: type[Event]
     job_function: str
     table: str
     columns: tuple[Column, ...]
 
     @cached_property
     def payload(self) -> type[Payload]:
-        model: type[Payload] | Any = self.event.model_fields["data"].annotation
-        assert isinstance(model, type)
-        assert issubclass(model, Payload)
-        return model
+        payload: type[Payload] | Any = self.model.model_fields["data"].annotation
+        assert isinstance(payload, type)
+        assert issubclass(payload, Payload)
+        return payload
 
     @cached_property
     def type(self) -> str:
@@ -209,8 +209,6 @@ class EventKinds(Mapping[str, EventKind]):
     def __init__(self, *kinds: EventKind) -> None:
         self._by_type: dict[str, EventKind] = {}
         self._by_job_function: dict[str, EventKind] = {}
-        self.models: dict[str, type[Event]] = {}
-        self.job_functions: dict[str, str] = {}
         for kind in kinds:
             self.register(kind)
 
@@ -242,14 +240,12 @@ class EventKinds(Mapping[str, EventKind]):
                 if getattr(kind, name) == getattr(other, name):
                     raise ValueError(f"another kind of event has the {name} {getattr(kind, name)}")
         self._by_type[kind.type] = self._by_job_function[kind.job_function] = kind
-        self.models[kind.type], self.job_functions[kind.type] = kind.event, kind.job_function
         removal = ExitStack()
         removal.callback(self._remove, kind)
         return removal
 
     def _remove(self, kind: EventKind) -> None:
         del self._by_type[kind.type], self._by_job_function[kind.job_function]
-        del self.models[kind.type], self.job_functions[kind.type]
 
 
 def invalid(error: ValidationError) -> InvalidEvent:

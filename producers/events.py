@@ -30,11 +30,9 @@ from producers.json_values import Signals, exact_signals, outline
 
 __all__ = [
     "ARCHIVE_TYPE",
-    "JOB_FUNCTIONS",
     "KINDS",
     "MAX_EVENT_BYTES",
     "MAX_EVENT_STRUCTURE",
-    "MODELS",
     "SNAPSHOT_TYPE",
     "Event",
     "Payload",
@@ -48,7 +46,7 @@ __all__ = [
     "encode",
     "event_id",
     "event_of",
-    "is_readable",
+    "has_bounded_structure",
     "json_schema",
 ]
 
@@ -170,7 +168,7 @@ def _portfolio_label(portfolio_id: int | None) -> str:
 KINDS = EventKinds(
     EventKind(
         name="snapshot",
-        event=PortfolioSnapshotEvent,
+        model=PortfolioSnapshotEvent,
         job_function="consumers.handlers.record_portfolio_snapshot",
         table="portfolio_history",
         columns=(
@@ -187,7 +185,7 @@ KINDS = EventKinds(
     ),
     EventKind(
         name="archive",
-        event=SignalArchiveEvent,
+        model=SignalArchiveEvent,
         job_function="consumers.handlers.record_signal_archive",
         table="signal_archives",
         columns=(
@@ -199,8 +197,6 @@ KINDS = EventKinds(
         ),
     ),
 )
-MODELS = KINDS.models
-JOB_FUNCTIONS = KINDS.job_functions
 AnyEvent = TypeVar("AnyEvent", bound=Event)
 
 
@@ -210,7 +206,7 @@ def event_of(payload: Payload, *, source: str, sequence: int | None) -> Event:
     Raises:
         InvalidEvent: the source or sequence breaks the contract.
     """
-    return KINDS[payload.type].event.checked(
+    return KINDS[payload.type].model.checked(
         specversion="1.0",
         id=payload.event_id,
         source=source,
@@ -251,7 +247,7 @@ def decode(text: str, model: type[AnyEvent]) -> AnyEvent:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of the wire form of every event."""
-    events: Any = Union[tuple(kind.event for kind in KINDS.values())]  # noqa: UP007  # of as many as there are
+    events: Any = Union[tuple(kind.model for kind in KINDS.values())]  # noqa: UP007  # of as many as there are
     schema = TypeAdapter(events).json_schema(mode="validation")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -260,7 +256,7 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def is_readable(text: str) -> bool:
+def has_bounded_structure(text: str) -> bool:
     """Whether reading `text` as JSON takes a bounded amount of memory, whatever is in it."""
     # Counted in texts as well, and in what is no JSON: to know better would take a reader.
     return len(text) <= MAX_EVENT_STRUCTURE or sum(map(text.count, "{[:,")) <= MAX_EVENT_STRUCTURE
@@ -270,7 +266,7 @@ def _check_size(text: str, model: type[Event]) -> None:
     # Four bytes a character at the most: short texts need no encoding to know that they fit.
     if len(text) * 4 > MAX_EVENT_BYTES and len(text.encode("utf-8", "surrogatepass")) > MAX_EVENT_BYTES:
         raise InvalidEvent.at("event", f"is larger than {MAX_EVENT_BYTES // 2**20} MiB")
-    if not is_readable(text):
+    if not has_bounded_structure(text):
         raise InvalidEvent.at("event", f"has more than {MAX_EVENT_STRUCTURE} brackets, colons and commas")
     if len(text) > model.max_characters:
         raise InvalidEvent.at("event", f"is larger than {model.max_characters // 2**10} KiB, the limit of its type")

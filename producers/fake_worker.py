@@ -93,4 +93,4 @@ def _event_of(job: Job) -> Event:
     kind = KINDS.of_job(str(job.func_name))
     if kind is None:
         raise HistoryError(f"job {job.id}: {job.func_name} is no job function of this project")
-    return decode(job.args[0], kind.event)
+    return decode(job.args[0], kind.model)

@@ -17,7 +17,7 @@ FileId = tuple[int, int]  # device and inode
 
 
 def file_id(path: Path) -> FileId | None:
-    """Of the file that the path leads to; None when there is none."""
+    """Device and inode of the file at `path`; None if there is none."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

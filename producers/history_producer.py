@@ -210,7 +210,7 @@ class HistoryProducer:
             RedisError: Redis cannot be reached, so that nothing can be sent again now.
         """
         transport = self._transport
-        transport.relay.forget_acknowledgements()
+        transport.relay.delete_acknowledgements()
         again = transport.outbox.resend(since.timestamp())
         transport.wake_relay()
         return again

@@ -220,7 +220,7 @@ class Outbox:
 
     @_once_more_after_repair
     def last_position(self) -> Position:
-        """Of the entry that was recorded last."""
+        """The position of the entry that was recorded last."""
         with self._file.reading() as db:
             (position,) = db.execute("SELECT max(position) FROM entries").fetchone()
             return Position(position or 0, self.generation)
@@ -333,7 +333,7 @@ class Outbox:
                 rows = db.execute(_AUDIT_PAGE, (source_id, *after, _AUDITED_ENTRIES)).fetchall()
             if not rows:
                 return
-            yield [AuditEntry(sequence, nonce, UUID(event_id), state) for sequence, nonce, event_id, state in rows]
+            yield [AuditEntry(sequence, UUID(event_id), state) for sequence, _, event_id, state in rows]
             after = rows[-1][:2]
 
     def relay_lock(self) -> RelayLock:

@@ -57,7 +57,7 @@ def find_fault(file: OutboxFile, seconds: float, *, repair: bool) -> str | None:
 
 
 def _stale_indexes(file: OutboxFile, deadline: float) -> list[str]:
-    """Those found by the deadline. SQLite's quick check does not compare an index with its table."""
+    """Stale indexes that are found by the deadline. SQLite's quick check does not compare an index with its table."""
     with file.reading() as db:
         found = _until(deadline, db, lambda: db.execute(_COMPARE_INDEXES).fetchone())
     if found is None:

@@ -62,7 +62,7 @@ DELETE FROM entries WHERE position IN (
 
 
 class OutboxDeliveries:
-    """Of the outbox in `file`.
+    """The deliveries of the outbox in `file`.
 
     Raises:
         OutboxError: from every method, when the file cannot be read or written.
@@ -97,11 +97,11 @@ class OutboxDeliveries:
             return _one_batch(row for head in heads for row in db.execute(_ENTRY, (head.position,)))
 
     def mark_sent(self, check_after: Mapping[int, float]) -> None:
-        """Note entries (by position) that Redis has now, and in how many seconds to check each."""
+        """Mark entries (by position) as sent, each to be checked after so many seconds."""
         self._mark(_MARK_SENT, check_after)
 
     def postpone(self, check_after: Mapping[int, float]) -> None:
-        """Note sent entries (by position) that are still on their way, and in how many seconds to check each again."""
+        """Have sent entries (by position) checked again after so many seconds each."""
         self._mark(_POSTPONE, check_after)
 
     def _mark(self, statement: str, check_after: Mapping[int, float]) -> None:
@@ -116,10 +116,10 @@ class OutboxDeliveries:
             return db.execute(_AWAITING, (state,)).fetchall()
 
     def settle(self, source_id: str, resends: int, acknowledgements: Mapping[Any, Acknowledgement]) -> SettledKeys:
-        """Store the outcomes of entries of one source, by acknowledgements under any keys.
+        """Settle entries of one source by their acknowledgements, which may have any keys.
 
-        Keys of entries that this outbox does not have are in neither part of the answer. Nothing is stored when the
-        source was resent since it had this number of resends: the acknowledgements are about another database.
+        Keys of entries that this outbox does not have are in neither part of the answer. If the source was resent since
+        it had this number of `resends`, nothing is settled: the acknowledgements are of another database.
         """
         done = SettledKeys([], [])
         with self._file.transaction(durable=False) as db:

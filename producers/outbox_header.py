@@ -16,7 +16,7 @@ UPDATE sources SET current = 0, left_because = 'copied' WHERE current RETURNING 
 
 
 class Header(NamedTuple):
-    """`token` tells copies apart; `next_token` is being exchanged for it; `relay` is the name of a relay process."""
+    """`token` distinguishes copies; `next_token` is being exchanged for it; `relay` is the name of a relay process."""
 
     token: str
     next_token: str | None

@@ -20,7 +20,7 @@ _LOG = "-wal"
 
 
 class Quarantine:
-    """Of the outbox in `file`.
+    """Damaged files of the outbox in `file`.
 
     Raises:
         OutboxError: from every method, when the outbox cannot be read or written.

@@ -11,7 +11,7 @@ from producers.outbox_clock import ClockReading
 
 VERSION = 4
 
-# `outbox` has one row. `token` tells copies of the file apart, `next_token` is the one that is being exchanged for it;
+# `outbox` has one row. `token` distinguishes copies of the file, `next_token` is being exchanged for it;
 # `redis` and `queue` say where the entries go; `relay` and `relay_at` are the heartbeat of a relay process; the four
 # clock columns are a ClockReading. Times are seconds since the epoch by the outbox's own clock.
 # `sources` numbers the events: of each name the current source. A source that is not current keeps its entries.

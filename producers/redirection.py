@@ -61,7 +61,7 @@ def activate(redirection: Redirection) -> Iterator[None]:
     """
     global _active
     if not _activating.acquire(blocking=False):
-        raise HistoryError("another FakeHistory is open in this process, or its producers are redirected already")
+        raise HistoryError("another FakeHistory is active in this process")
     threads = set(threading.enumerate())
     _active = redirection
     try:
@@ -77,4 +77,4 @@ def activate(redirection: Redirection) -> Iterator[None]:
 def refuse_leftover_thread() -> None:
     """Raise HistoryError in a thread that was started in a redirection and has outlived it."""
     if _refused and _active is None and threading.current_thread() in _refused:
-        raise HistoryError("this thread was started in a test that is over: nothing is recorded; end it in the test")
+        raise HistoryError("this thread outlived the test that started it; join it in the test")

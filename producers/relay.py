@@ -72,7 +72,7 @@ class Relay:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Begin to relay. At the interpreter's end no thread can start: entries then wait for the next process."""
+        """Start the thread. When the interpreter shuts down none can start: entries wait for the next process."""
         thread = threading.Thread(target=self._run, name="history-relay", daemon=True)
         with contextlib.suppress(RuntimeError):
             thread.start()
@@ -92,12 +92,12 @@ class Relay:
             self._thread.join(seconds)
 
     def wait_for_results(self, seconds: float) -> None:
-        """Wait until this relay has settled entries, but at most so long: other processes relay without notice."""
+        """Wait until this relay settles entries, at most `seconds`: a relay of another process does not wake this."""
         with self._settled:
             self._settled.wait(seconds)
 
     def sweep(self) -> bool:
-        """One round over what there is to do; True when it got something done. When another one relays: False.
+        """Relay once; True if anything was settled, sent or salvaged, False also if another relay has the turn.
 
         Raises:
             RedisError: Redis cannot be reached or refuses; nothing is lost, entries stay as they were.
@@ -113,10 +113,10 @@ class Relay:
             return False
         if not self.turn.is_exclusive:
             self._sender.in_doubt = True  # the other relay may send the same entries now
-        if not self.turn.has_begun:
+        if not self.turn.started:
             self._begin_turn()
         salvaged = self._salvage()  # first: it does not need Redis
-        settled = self._reader.take()
+        settled = self._reader.apply()
         if settled:
             with self._settled:
                 self._settled.notify_all()
@@ -131,13 +131,12 @@ class Relay:
         self._sender.in_doubt = True  # the relay before may have sent what is not marked
         self._guard.begin()
         self._salvaging = None
-        self.turn.has_begun = True
+        self.turn.started = True
 
     def _check_file(self) -> None:
-        """Raise OutboxDamaged if a fault is found soon.
+        """Raise OutboxDamaged if a quick check finds a fault.
 
-        Of an older file that was put back beside a newer log, much is never read while events come and go: without this
-        check, the damage would go unnoticed.
+        If an older file was put back beside a newer log, relaying may not read the damaged pages for a long time.
         """
         fault = self._outbox.quick_check(_CHECK_FILE_SECONDS)
         if fault not in (None, "unfinished"):
@@ -167,12 +166,12 @@ class Relay:
         for file in self._outbox.quarantine.damaged_files():
             yield from self._outbox.quarantine.salvaging(file)
 
-    def forget_acknowledgements(self) -> None:
-        """Remove those of this outbox's entries in Redis: the rows that they name are of a replaced database."""
-        self._reader.discard_all()
+    def delete_acknowledgements(self) -> None:
+        """Delete this outbox's acknowledgements in Redis: they name rows of a database that was replaced."""
+        self._reader.delete_acknowledgements()
 
     def _prune(self) -> None:
-        """A little at a time: at once while there is more, else every minute."""
+        """Delete a few settled entries: again at the next sweep while there are more, else after a minute."""
         if time.monotonic() >= self._prune_at and not self._outbox.deliveries.prune(self._keep_seconds):
             self._prune_at = time.monotonic() + _PRUNE_SECONDS
 

@@ -66,7 +66,7 @@ class _Watched:
         self._outbox: Outbox | None = None
         self._relay: Relay | None = None
         self._logged = ""
-        self._stands_by = False
+        self._is_standby = False
 
     def check_destination(self) -> None:
         """Raises RelayRefused when the outbox is there and its entries go elsewhere."""
@@ -110,10 +110,10 @@ class _Watched:
         return Relay(outbox, self._redis, self._queue, keep_seconds=self._keep_seconds, process_name=self._name)
 
     def _log_turn(self, relay: Relay) -> None:
-        waits = relay.turn.stands_by
-        if waits == self._stands_by:
+        waits = relay.turn.is_standby
+        if waits == self._is_standby:
             return
-        self._stands_by = waits
+        self._is_standby = waits
         if waits:
             logger.info("another process relays %s: standing by until it ends", self._path)
         else:

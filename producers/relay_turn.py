@@ -14,7 +14,7 @@ from producers.redis_url import place_of
 from producers.relay_lock import RelayLock
 
 _HEARTBEAT_SECONDS = 2.0
-_STANDS_BY_SECONDS = 1.0
+_STANDBY_SECONDS = 1.0
 
 
 class RelayTurn:
@@ -29,8 +29,8 @@ class RelayTurn:
         self._generation = outbox.generation
         self._heartbeat_at = 0.0
         self._alive_since: float | None = None  # the first heartbeat
-        self._stands_by_since: float | None = None
-        self.has_begun = False  # set by the relay, once it has done what the beginning of a turn needs
+        self._standby_since: float | None = None
+        self.started = False  # set by the relay once it has prepared its turn
         self.failing_since: float | None = None  # set by the relay, while it cannot relay
 
     def take(self) -> bool:
@@ -53,10 +53,10 @@ class RelayTurn:
         process_lives = header.relay is not None and self._outbox.header.relay_is_alive()
         take = self._take_as_producer if self._process_name is None else self._take_as_process
         if not take(header, process_lives):
-            self.has_begun = False
-            self._stands_by_since = self._stands_by_since or time.monotonic()
+            self.started = False
+            self._standby_since = self._standby_since or time.monotonic()
             return False
-        self._stands_by_since = None
+        self._standby_since = None
         return True
 
     @property
@@ -65,14 +65,14 @@ class RelayTurn:
         return self._lock.held
 
     @property
-    def stands_by(self) -> bool:
-        """Whether another process has relayed in place of this one for a second or more."""
-        since = self._stands_by_since
-        return since is not None and time.monotonic() - since >= _STANDS_BY_SECONDS
+    def is_standby(self) -> bool:
+        """Whether another process has relayed instead of this one for a second or more."""
+        since = self._standby_since
+        return since is not None and time.monotonic() - since >= _STANDBY_SECONDS
 
     def end(self) -> None:
         """Leave relaying to others."""
-        self.has_begun = False
+        self.started = False
         if self._process_name is not None and self._alive_since is not None:
             self._alive_since, self._heartbeat_at = None, 0.0
             with contextlib.suppress(HistoryError):  # the heartbeat expires in any case
@@ -114,9 +114,9 @@ class RelayTurn:
             self.end()
             self._redis.ping()
             self.failing_since = None
-        # If this one has relayed and another process has the heartbeat, this one was stopped meanwhile. If it has not,
-        # it waits for the other's lock, which is free as soon as that process has ended.
-        if process_lives and header.relay != self._process_name and (self.has_begun or not self._take_lock()):
+        # If this one has started to relay and another process has the heartbeat, this one was stopped meanwhile. If
+        # this one has not started, it waits for the other's lock, which is free as soon as that process has ended.
+        if process_lives and header.relay != self._process_name and (self.started or not self._take_lock()):
             self.end()
             return False
         self._alive_since = self._alive_since or time.monotonic()
@@ -129,5 +129,5 @@ class RelayTurn:
         if not self._lock.held:
             if not self._lock.acquire():
                 return False
-            self.has_begun = False  # another one may have relayed before
+            self.started = False  # another one may have relayed before
         return True

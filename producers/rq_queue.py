@@ -27,16 +27,16 @@ from producers.redis_keys import acknowledgement_key, owners_key, reserved_key
 
 AnyHead = TypeVar("AnyHead", bound=EntryHead)
 
-UNDER_WAY = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
+ACTIVE_STATUSES = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
 TIMEOUT_SECONDS = 180  # RQ's default, for the stock worker, which ends a job that takes longer
 _COMPRESS_BYTES = 2048  # RQ reads both; below this, zlib costs more time than its bytes are worth
 
 
 def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry], at: datetime | None = None) -> None:
-    """Add to `pipe`: each entry as a new job at the tail of the queue, whatever a job of its id was before.
+    """Add commands to `pipe` that put each entry at the tail of the queue, in place of any job of the same id.
 
-    `at` is now, by Redis' clock; without it this host's clock decides. The last command's answer is the length of the
-    queue.
+    `at` is the time of enqueueing by Redis' clock; without it, this host's clock is used. The last command returns the
+    length of the queue.
     """
     job_ids = [entry.job_id for entry in entries]
     # An id that is queued must not be shown as failed or finished as well.
@@ -74,10 +74,10 @@ def job_states(redis: Redis, entries: Sequence[EntryHead]) -> dict[int, str | No
     return {entry.position: status and as_text(status) for entry, status in zip(entries, statuses, strict=True)}
 
 
-def unanswered(redis: Redis, entries: Sequence[AnyHead]) -> list[AnyHead]:
-    """Those without an acknowledgement that waits to be read.
+def without_acknowledgement(redis: Redis, entries: Sequence[AnyHead]) -> list[AnyHead]:
+    """Entries without an acknowledgement in Redis.
 
-    To be called after `job_states`: a worker finishes a job, which removes its state, and acknowledges it in one step.
+    Call it after `job_states`: a worker finishes a job, which removes its state, and acknowledges it in one step.
     """
     with redis.pipeline(transaction=False) as pipe:
         for entry in entries:
@@ -87,9 +87,9 @@ def unanswered(redis: Redis, entries: Sequence[AnyHead]) -> list[AnyHead]:
 
 
 def in_no_list(redis: Redis, queue: Queue, entries: Sequence[AnyHead]) -> list[AnyHead]:
-    """Those whose status says that they are under way, but that are in no list of queued, reserved or started jobs.
+    """Entries whose job has an active status, but is in no list of queued, reserved or started jobs.
 
-    All lists are read at one moment: jobs move from one list to another, or are finished, all the time.
+    All lists are read in one transaction, since jobs move between them all the time.
     """
     if not entries:
         return []
@@ -112,5 +112,5 @@ def in_no_list(redis: Redis, queue: Queue, entries: Sequence[AnyHead]) -> list[A
     return [
         entry
         for entry, status, position in zip(entries, answers[::2], answers[1::2], strict=True)
-        if position is None and entry.job_id not in elsewhere and status and as_text(status) in UNDER_WAY
+        if position is None and entry.job_id not in elsewhere and status and as_text(status) in ACTIVE_STATUSES
     ]

@@ -100,7 +100,7 @@ class FakeHistory:
     @property
     def events(self) -> list[Event]:
         """All recorded events, in order, as workers get them: amounts and numbers in signals are Decimals."""
-        return [decode(entry.event, KINDS[entry.type].event) for entry in self._outbox.entries()]
+        return [decode(entry.event, KINDS[entry.type].model) for entry in self._outbox.entries()]
 
     @property
     def snapshots(self) -> list[PortfolioSnapshot]:
@@ -116,7 +116,7 @@ class FakeHistory:
         """The newest snapshot that has these values; they are rounded as recording does, so floats will do.
 
         Raises:
-            AssertionError: there is none; the message tells what the recorded ones have instead.
+            AssertionError: there is none; the message shows the recorded ones.
             InvalidEvent: no snapshot can have such a value.
         """
         __tracebackhide__ = True

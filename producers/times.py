@@ -44,7 +44,7 @@ def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:
 
 
 def wall_clock(instant: datetime, zone: tzinfo | None) -> datetime:
-    """What a clock in `zone` (None: this machine's zone) shows at `instant`, without offset.
+    """The time that a clock in `zone` (None: this machine's zone) shows at `instant`, without offset.
 
     In an hour that is shown twice, as the clock is set back, this loses which of the two it is: see `read_back`.
     """
@@ -52,10 +52,10 @@ def wall_clock(instant: datetime, zone: tzinfo | None) -> datetime:
 
 
 def read_back(shown: datetime, zone: tzinfo | None, after: datetime | None, field: str) -> datetime:
-    """What a naive time means in `zone`, in a series whose entry before was at `after`; with its offset alone.
+    """The instant of a naive time in `zone`, in a series whose previous entry was at `after`; with its offset alone.
 
-    Of a time that is shown twice the second is meant when only the first would lie before `after`, else the first. One
-    that is never shown is read with the offset that was valid before the gap.
+    A time that occurs twice is the second one if only the first would lie before `after`, else the first. A time that
+    does not occur is read with the offset that was valid before the gap.
 
     Raises:
         InvalidEvent: it is too near to the first or last year for an offset; the message begins with `field`.

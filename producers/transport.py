@@ -120,7 +120,10 @@ class Transport:
                 break
             left = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - time.monotonic())
             if left <= 0:
-                raise TimeoutError(f"event {accepted.event_id} is on its way; not acknowledged in {timeout} s")
+                raise TimeoutError(
+                    f"event {accepted.event_id} was not acknowledged within {timeout} s;"
+                    " it stays in the outbox and is retried"
+                )
             self.relay.wait_for_results(left)
         if entry.row_id is None:
             raise EventRejected(str(accepted.event_id), entry.reason or "no reason given")

@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 from consumers.cli import app
 from consumers.db.engine import get_db
 from producers.errors import EventRejected, OutboxError
-from producers.events import MODELS, Payload, SignalArchive, decode
+from producers.events import KINDS, Payload, SignalArchive, decode
 from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
 from tests.factories import a_snapshot, an_archive
@@ -163,7 +163,7 @@ def _breaches(accounts: list[Account]) -> list[tuple[str, Key | None]]:
 
 
 def _content_of_event(event: str) -> Content:
-    return content_of(decode(event, MODELS[json.loads(event)["type"]]).data)
+    return content_of(decode(event, KINDS[json.loads(event)["type"]].model).data)
 
 
 def cli(*arguments: str, outbox: Path | None = None) -> Result:

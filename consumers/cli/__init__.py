@@ -42,7 +42,7 @@ def options(
     try:
         write_logs(logging.DEBUG if debug else logging.INFO)
     except SettingsError:
-        if context.invoked_subcommand != "doctor":  # which tells of wrong settings itself
+        if context.invoked_subcommand != "doctor":  # which reports wrong settings itself
             raise
 
 
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def _readable(error: Exception) -> str | None:
-    """What to tell about an error that is not a defect of ours; None for any other."""
+    """The message of an error that is not a defect of ours; None for any other."""
     if isinstance(error, HistoryError):
         return str(error)
     if isinstance(error, OSError):

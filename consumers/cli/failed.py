@@ -1,4 +1,4 @@
-"""`trading-history failed`: look at what was refused for good, send it through again, give it up."""
+"""`trading-history failed`: list, show, requeue and discard rejected events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from consumers.embedded.stack import stack
 from consumers.terminal import print_facts, print_json_array, print_rejections, print_text
 from producers.errors import HistoryError
 
-failed_app = typer.Typer(help="Events that were refused for good.", no_args_is_help=True)
+failed_app = typer.Typer(help="List, show, requeue and discard rejected events.", no_args_is_help=True)
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="A job id or an event id.")]
 KindOption = Annotated[str | None, typer.Option("--kind", help="Only those of a kind: snapshot, archive.")]
@@ -35,7 +35,7 @@ def failed_list(kind: KindOption = None, as_json: AsJson = False) -> None:
 
 @failed_app.command("show")
 def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A job id or an event id.")]) -> None:
-    """Show one rejection with the event's text as it came; what would steer the terminal is escaped."""
+    """Show one rejection with the event's text as received; control characters are escaped."""
     from consumers.ops.failed import as_facts, refused_text
 
     with stack(database=True):
@@ -46,7 +46,7 @@ def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A job 
 
 @failed_app.command("requeue")
 def failed_requeue(name: Name = None, kind: KindOption = None, every: All = False) -> None:
-    """Send rejected events through again; what is stored this time is a rejection no more."""
+    """Requeue rejected events; one that is stored this time is no longer rejected."""
     from consumers.ops.failed import requeue
     from producers.settings import TransportSettings
 
@@ -54,18 +54,18 @@ def failed_requeue(name: Name = None, kind: KindOption = None, every: All = Fals
     with stack(database=True, redis=True):
         settings = TransportSettings.from_environment()
         count = requeue(_chosen(name, kind), settings.redis(), settings.queue)
-    print(f"{count} sent through again")
+    print(f"{count} requeued")
 
 
 @failed_app.command("discard")
 def failed_discard(
-    reason: Annotated[str, typer.Option(help="Why it may be lost; kept with it.")],
+    reason: Annotated[str, typer.Option(help="Why the event may be discarded; recorded with the actor.")],
     name: Name = None,
     kind: KindOption = None,
     every: All = False,
-    actor: Annotated[str | None, typer.Option(help="Who decides it; kept with it. [default: this account]")] = None,
+    actor: Annotated[str | None, typer.Option(help="Who discards it. [default: this account]")] = None,
 ) -> None:
-    """Give rejected events up for good; their text, the reasons and the actor stay in event_outcomes."""
+    """Discard rejected events; their text, the reason and the actor stay in event_outcomes."""
     from consumers.ops.failed import discard
     from producers.settings import TransportSettings
 

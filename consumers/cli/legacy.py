@@ -170,7 +170,7 @@ def _only_read(histories: Sequence[OldHistory], report: Any) -> None:
 
 
 def _import(histories: Sequence[OldHistory], report: Any, rate: int | None) -> None:
-    from consumers.legacy.entries_in_work import EntriesInWork
+    from consumers.legacy.entries_in_progress import EntriesInProgress
     from consumers.legacy.importer import Importer
     from consumers.worker.batch import logger as batch_logger
 
@@ -178,12 +178,12 @@ def _import(histories: Sequence[OldHistory], report: Any, rate: int | None) -> N
         batch_logger.setLevel(logging.CRITICAL)  # the report has each rejection, the statistics the rest
     with (
         _interrupted_by_signals(),
-        EntriesInWork(report.path) as in_work,
+        EntriesInProgress(report.path) as in_progress,
         _progress([history.import_source for history in histories], "import") as advance,
     ):
         try:
             for history in histories:
-                Importer(history, report, in_work, say=_say, advance=advance, rate=rate).run()
+                Importer(history, report, in_progress, say=_say, advance=advance, rate=rate).run()
         except KeyboardInterrupt:
             decided = sum(history.statistics.decided for history in histories)
             _say(f"stopped after {decided:,} entries; run it again to go on")

@@ -31,13 +31,14 @@ _CHECK_SECONDS = 5.0
 @outbox_app.command("status")
 def outbox_status(as_json: AsJson = False) -> None:
     """Show how many events are pending, sent, stored and rejected, and whether the file is sound."""
-    from producers.lateness import oldest_unacknowledged_seconds
+    from consumers.ops.outbox_health import oldest_unacknowledged_seconds
     from producers.outbox import Outbox
 
     path, settings = _existing_outbox()
     no_redis = settings.redis_url is None
     with Outbox(path) as outbox, nullcontext() if no_redis else settings.redis() as redis:
-        facts = _facts(outbox.path, outbox.status(), oldest_unacknowledged_seconds(outbox, redis))
+        age = oldest_unacknowledged_seconds(outbox, redis)
+        facts = _facts(outbox.path, outbox.status(), "unacknowledged", age)
         fault = outbox.quick_check(_CHECK_SECONDS)
         facts["check"] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}.get(fault, fault)
         facts["damaged_files"] = [str(file) for file in outbox.quarantine.damaged_files()]
@@ -59,7 +60,7 @@ def outbox_flush(
         damaged = producer.damaged_files()
         reason = _waits_for(damaged) if left else None
         producer.close(timeout=0)
-    facts = _facts(path, status, status.oldest_unsettled_seconds)
+    facts = _facts(path, status, "unsettled", status.oldest_unsettled_seconds)
     if as_json:
         print_json(facts | {"unsettled": left, "waits_for": reason})
     elif left:
@@ -158,7 +159,8 @@ def outbox_salvage(
     print(found.summary())
 
 
-def _facts(path: Path, status: OutboxStatus, age: float | None) -> dict[str, Any]:
+def _facts(path: Path, status: OutboxStatus, oldest: str, age: float | None) -> dict[str, Any]:
+    """`oldest` says which entries `age` is about: unacknowledged or unsettled."""
     at = None if age is None else datetime.now(UTC) - timedelta(seconds=age)
     return {
         "path": str(path.absolute()),
@@ -166,8 +168,8 @@ def _facts(path: Path, status: OutboxStatus, age: float | None) -> dict[str, Any
         "sent": status.sent,
         "stored": status.stored,
         "rejected": status.rejected,
-        "oldest_unsettled_at": None if at is None else at.isoformat(" ", "seconds"),
-        "oldest_unsettled_seconds": None if age is None else round(age),
+        f"oldest_{oldest}_at": None if at is None else at.isoformat(" ", "seconds"),
+        f"oldest_{oldest}_seconds": None if age is None else round(age),
     }
 
 

@@ -70,7 +70,7 @@ def worker(
     ] = 1,
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
-    """Store events from the queue until told to stop."""
+    """Store events from the queue until stopped."""
     from consumers.embedded.child_processes import stop_with_stdin
     from consumers.embedded.worker_pool import run_pool
     from consumers.settings import MetricsSettings
@@ -103,7 +103,7 @@ def relay(
         typer.Option("--outbox", help="File of an outbox; several may be given.", show_default="HISTORY_OUTBOX"),
     ] = None,
 ) -> None:
-    """Carry events from outboxes to the queue until told to stop: for controllers that cron starts."""
+    """Carry events from outboxes to the queue until stopped: for controllers that cron starts."""
     from consumers.process_setup import on_stop_signals
     from producers.relay_process import run_relay
     from producers.settings import TransportSettings

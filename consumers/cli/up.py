@@ -22,19 +22,19 @@ def up() -> None:
     port = MetricsSettings.from_environment().port
     with (
         stack(database=True, redis=True) as embedded,
-        _dashboard() as told,
+        _dashboard() as dashboard_text,
         worker_process(metrics_port=port) as worker,
     ):
         for name in ("DATABASE_URL", "REDIS_URL") if embedded else ():
             print(f"export {name}='{os.environ[name]}'")
-        print(told)
+        print(dashboard_text)
         print("A worker is running. A controller needs REDIS_URL. Ctrl-C stops everything.", flush=True)
         wait_for_worker(worker)
 
 
 @contextmanager
 def _dashboard() -> Iterator[str]:
-    """Run RQ Dashboard for the block, if it is installed; yields what there is to say of it.
+    """Run RQ Dashboard for the block, if it is installed; yields the lines to print about it.
 
     Its password is HISTORY_DASHBOARD_PASSWORD, or a new one each time.
     """
@@ -53,9 +53,11 @@ def _dashboard() -> Iterator[str]:
     else:
         password = secrets.token_urlsafe(18)
         login = f"password {password}"
-    told = f"export HISTORY_DASHBOARD_URL='{url}'\nRQ Dashboard: {url_of(listening)} - user {DASHBOARD_USER}, {login}"
+    dashboard_text = (
+        f"export HISTORY_DASHBOARD_URL='{url}'\nRQ Dashboard: {url_of(listening)} - user {DASHBOARD_USER}, {login}"
+    )
     with dashboard_process(listening, password):
-        yield told
+        yield dashboard_text
 
 
 def _listening() -> socket.socket:

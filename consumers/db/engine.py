@@ -81,7 +81,7 @@ _statement_timeout_seconds = 0.0
 
 
 def limit_statements(seconds: float) -> None:
-    """For this process, before its first use of the engine: a worker must not wait for one row for ever."""
+    """Limit each statement of this process; call it before the first use of the engine."""
     global _statement_timeout_seconds
     _statement_timeout_seconds = seconds
 
@@ -126,7 +126,7 @@ def read_transaction() -> Iterator[Connection]:
 
 
 def drop_connections() -> None:
-    """The next use connects anew: what a session was given at its start, such as being read-only, it keeps."""
+    """Close the pooled connections: a session keeps the settings of its start, such as being read-only."""
     if engine.cache_info().currsize:
         engine().dispose()
 
@@ -148,7 +148,7 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
     """One transaction: committed when the block ends, rolled back when it raises.
 
-    `statement_seconds` limits each of its statements, and then a lock is waited for only shortly.
+    `statement_seconds` limits each of its statements; then its wait for a lock is short as well.
 
     Raises:
         StoreUnavailable: the database cannot be reached, or has trouble of its own.
@@ -163,17 +163,17 @@ def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Turn driver errors into StoreUnavailable; what only the insert of an event means is `refused_values`' to say."""
+    """Turn driver errors into StoreUnavailable; `refused_values` translates those of an event's insert first."""
     try:
         yield
     except DBAPIError as error:
         sqlstate = _sqlstate(error)
         if sqlstate.startswith(_REFUSED_CLASSES):
-            numbers = _is_row_number(error)
-            advice = "" if numbers else ": if the tables are of an earlier version, run trading-history init-db"
+            taken = _is_primary_key_violation(error)
+            advice = "" if taken else ": if the tables are of an earlier version, run trading-history init-db"
             message = f"PostgreSQL: {first_line(error)} (SQLSTATE {sqlstate}){advice}"
             # Not chained: the driver's error carries the row's values into every traceback.
-            raise StoreUnavailable(message, one_statement=not numbers) from None
+            raise StoreUnavailable(message, one_statement=not taken) from None
         alone = sqlstate != "" and not sqlstate.startswith(_STORE_CLASSES)
         raise StoreUnavailable(f"PostgreSQL: {first_line(error)}", one_statement=alone) from error
     except StatementError as error:  # raised before the driver was called: not the database's
@@ -192,8 +192,8 @@ def refused_values() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        # When the sequence of row numbers is behind the rows, as after a restore, the events are not to blame.
-        if not _sqlstate(error).startswith(_REFUSED_CLASSES) or _is_row_number(error):
+        # If a table's id sequence is behind its rows, as after a restore, the events are valid.
+        if not _sqlstate(error).startswith(_REFUSED_CLASSES) or _is_primary_key_violation(error):
             raise
         raise InvalidEvent(f"PostgreSQL refused it: {first_line(error)} (SQLSTATE {_sqlstate(error)})") from None
 
@@ -202,7 +202,7 @@ def _sqlstate(error: DBAPIError) -> str:
     return getattr(error.orig, "pgcode", None) or ""
 
 
-def _is_row_number(error: DBAPIError) -> bool:
-    """Whether the number that a history table gave to a new row is taken."""
+def _is_primary_key_violation(error: DBAPIError) -> bool:
+    """Whether a history table gave a new row an id that another row has."""
     constraint = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
     return constraint in {f"{kind.table}_pk" for kind in KINDS.values()}

@@ -156,7 +156,7 @@ def _insert(db: Connection, kind: EventKind, events: Sequence[Event]) -> list[St
     columns = _texts(kind, events)
     event_ids = columns["event_id"]
     answers: dict[int, Stored | EventConflict] = {}
-    # A row that was in the way of the insert can be deleted before the look at it: then the insert is due again.
+    # A row that conflicts with the insert can be deleted before it is compared: then the insert is repeated.
     for _ in range(_TRIES):
         missing = [n for n in range(len(events)) if n not in answers]
         first = {event_ids[n]: n for n in reversed(missing)}  # one row a fact, its first delivery
@@ -175,7 +175,11 @@ def _insert(db: Connection, kind: EventKind, events: Sequence[Event]) -> list[St
                 )
         if len(answers) == len(events):
             return [answers[n] for n in range(len(events))]
-    raise StoreUnavailable(f"rows of {kind.table} come and go, or a trigger drops them", one_statement=True)
+    raise StoreUnavailable(
+        f"cannot insert into {kind.table}: after {_TRIES} tries rows were neither inserted nor found"
+        " (concurrent deletes, or a trigger that drops rows)",
+        one_statement=True,
+    )
 
 
 def _texts(kind: EventKind, events: Sequence[Event]) -> dict[str, list[str]]:

@@ -23,9 +23,9 @@ _FORGET_OUTCOMES = text("DELETE FROM event_outcomes WHERE job_id = ANY (:job_ids
 
 @dataclass(frozen=True)
 class OutcomeRow:
-    """A delivery of an event that another one had stored (duplicate), or one that was refused for good.
+    """A delivery without a row of its own: a duplicate of a stored event, or a rejection.
 
-    `event` is the text of what was refused, with as much of its identity as could be read.
+    `event` is the text of a rejected event; its source, sequence and id are set as far as they could be read.
     """
 
     job_id: str
@@ -37,13 +37,13 @@ class OutcomeRow:
     event: str | None = None
 
 
-def record_outcomes(db: Connection, ends: Iterable[OutcomeRow]) -> None:
-    """Note these, in one order for all: transactions in opposite order would wait for each other."""
-    by_job = {end.job_id: asdict(end) | {"event_id": end.event_id and str(end.event_id)} for end in ends}
+def record_outcomes(db: Connection, outcomes: Iterable[OutcomeRow]) -> None:
+    """Record these in the order of their job ids: transactions in opposite order would deadlock."""
+    by_job = {one.job_id: asdict(one) | {"event_id": one.event_id and str(one.event_id)} for one in outcomes}
     if by_job:
         db.execute(_RECORD_OUTCOME, [by_job[job_id] for job_id in sorted(by_job)])
 
 
 def forget_outcomes(db: Connection, job_ids: Iterable[str]) -> None:
-    """These deliveries became rows after all: an earlier refusal no longer stands."""
+    """Delete the outcomes of deliveries that became rows after all."""
     db.execute(_FORGET_OUTCOMES, {"job_ids": list(job_ids)})

@@ -34,18 +34,18 @@ def check_database(db: Connection) -> None:
     if _CHECKED in db.info:
         return
     found = db.execute(_DATABASE).one()
-    if problem := wrong_encoding(found) or old_tables(found.comment):
+    if problem := encoding_problem(found) or outdated_schema_problem(found.comment):
         raise StoreUnavailable(problem)
     db.info[_CHECKED] = True
 
 
 def check_encoding(db: Connection) -> None:
     """Raises StoreUnavailable when the database's encoding is not UTF8; the message says how to make another."""
-    if problem := wrong_encoding(db.execute(_DATABASE).one()):
+    if problem := encoding_problem(db.execute(_DATABASE).one()):
         raise StoreUnavailable(f"{problem}. Nothing was changed.")
 
 
-def wrong_encoding(found: Row[Any]) -> str | None:
+def encoding_problem(found: Row[Any]) -> str | None:
     """The problem and its solution as one line; `found` has `name`, `encoding` and `another`, a name to use."""
     if found.encoding == ENCODING:
         return None
@@ -58,8 +58,8 @@ def encoding_advice(another: str) -> str:
     return f"create another database ({create}), name it in DATABASE_URL and run trading-history init-db"
 
 
-def old_tables(comment: str | None) -> str | None:
-    """The problem as one line when tables with this comment on event_outcomes are older than this program's."""
+def outdated_schema_problem(comment: str | None) -> str | None:
+    """The problem as one line if this comment on event_outcomes names an older schema version; else None."""
     needed, found = _version_in(schema_sql()), _version_in(comment or "")
     if found >= needed:
         return None
@@ -85,7 +85,7 @@ def schema_body() -> str:
 
 
 class _Notices:
-    """Where psycopg2 puts what the server tells; no list, which SQLAlchemy would empty."""
+    """Receives the notices of the server from psycopg2; SQLAlchemy would empty a list."""
 
     def __init__(self) -> None:
         self.of_roles: list[str] = []
@@ -98,7 +98,7 @@ class _Notices:
 
 @contextmanager
 def role_notes(connection: Connection) -> Iterator[list[str]]:
-    """What schema.sql tells inside the block about roles that it could not make, or not let in."""
+    """Notices of schema.sql inside the block about roles that it could not create or grant access to."""
     session: Any = connection.connection.driver_connection
     session.notices = notices = _Notices()
     try:

@@ -34,10 +34,10 @@ _FOUND = text("""
     FROM unnest(CAST(:tables AS text[])) AS name
 """)
 _LACKING = text("""
-    SELECT held.name, string_agg(privilege, ', ' ORDER BY place) || ' ON ' || held.name AS lacking
-    FROM unnest(CAST(:tables AS text[]), CAST(:privileges AS text[])) WITH ORDINALITY AS held (name, privilege, place)
-    WHERE NOT has_table_privilege(to_regclass(held.name), privilege)
-    GROUP BY held.name ORDER BY min(place)
+    SELECT needed.name, string_agg(privilege, ', ' ORDER BY place) || ' ON ' || needed.name AS lacking
+    FROM unnest(CAST(:tables AS text[]), CAST(:privileges AS text[])) WITH ORDINALITY AS needed (name, privilege, place)
+    WHERE NOT has_table_privilege(to_regclass(needed.name), privilege)
+    GROUP BY needed.name ORDER BY min(place)
 """)
 _SEQUENCES = text("""
     SELECT CAST(CAST(sequence AS regclass) AS text) FROM (
@@ -51,7 +51,7 @@ _IS_READER = text("""
 
 @dataclass(frozen=True)
 class SchemaDifferences:
-    """Names that schema.sql has and the database has not; more than that in the database is no difference."""
+    """Names of schema.sql that the database lacks; additional ones in the database are no difference."""
 
     tables: list[str]
     columns: list[str]  # as table.column

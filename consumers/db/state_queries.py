@@ -7,10 +7,10 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 MOST_REJECTIONS = 20
-COUNTED_REJECTIONS = 1_000  # beyond it nobody counts
+COUNTED_REJECTIONS = 1_000  # more are not counted
 
 # Rows become visible in another order than that of their ids: the counters of the statistics change with those too.
-_NEWEST = text("""
+_CHANGE_TOKENS = text("""
     SELECT concat_ws('-', (SELECT max(id) FROM portfolio_history),
             sum(changes) FILTER (WHERE name = 'portfolio_history'))
             AS snapshots,
@@ -22,9 +22,9 @@ _NEWEST = text("""
 """)
 
 
-def newest(db: Connection) -> dict[str, str]:
+def change_tokens(db: Connection) -> dict[str, str]:
     """A change token for each table."""
-    return dict(db.execute(_NEWEST).mappings().one())
+    return dict(db.execute(_CHANGE_TOKENS).mappings().one())
 
 
 _LAST_STORED = text("""
@@ -46,16 +46,16 @@ def last_stored(db: Connection) -> dict[str, Any] | None:
     return None if row is None else dict(row)
 
 
-def rejections(db: Connection) -> dict[str, Any]:
-    """The newest rejections with their reasons, and how many there are; 1,000 means as many or more."""
-    newest_ones = db.execute(_REJECTIONS, {"limit": MOST_REJECTIONS}).mappings()
+def newest_rejections(db: Connection) -> dict[str, Any]:
+    """The newest rejections with their reasons, and their count; 1,000 means 1,000 or more."""
+    rows = db.execute(_REJECTIONS, {"limit": MOST_REJECTIONS}).mappings()
     return {
-        "newest": [dict(row) for row in newest_ones],
+        "newest": [dict(row) for row in rows],
         "count": db.execute(_COUNT_REJECTIONS, {"limit": COUNTED_REJECTIONS}).scalar_one(),
     }
 
 
-# One reason, whatever ids and numbers it names; the newest of them as its example.
+# By reason without its ids and numbers; the example is the newest.
 _REJECTED = text("""
     SELECT count(*) AS events, (array_agg(reason ORDER BY created_at DESC))[1] AS example FROM event_outcomes
     WHERE outcome = 'rejected' AND created_at > now() - interval '1 day'
@@ -65,15 +65,15 @@ _REJECTED = text("""
 
 
 def rejections_of_last_day(db: Connection) -> list[tuple[int, str]]:
-    """How many events were rejected for one reason and an example of it, the most frequent first."""
+    """(number of events, example) of each reason for a rejection, the most frequent first."""
     return [(row.events, row.example) for row in db.execute(_REJECTED)]
 
 
 _HAS_TABLES = text("SELECT (SELECT 1 FROM portfolio_history LIMIT 1), (SELECT 1 FROM signal_archives LIMIT 1)")
 
 
-def read_history_tables(db: Connection) -> None:
-    """Read at most one row of each. Raises StoreUnavailable by way of the connection's block."""
+def check_tables_readable(db: Connection) -> None:
+    """Read at most one row of each history table; an error of the driver means that one cannot be read."""
     db.execute(_HAS_TABLES)
 
 
@@ -90,5 +90,5 @@ _SERVER = text("""
 
 
 def server_state(db: Connection) -> Row[Any]:
-    """The server's version, settings that decide what it keeps, and its clock."""
+    """The server's version, role, durability settings and clock."""
     return db.execute(_SERVER).one()

@@ -1,7 +1,7 @@
 """How long a worker waits for an answer of PostgreSQL.
 
 A server that is frozen but connected sends nothing, not even its own time limits: libpq would wait for ever, and a
-worker that is told to stop with it.
+worker could not stop meanwhile.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from psycopg2 import extensions
 from consumers.db.engine import CONNECT_TIMEOUT_SECONDS
 
 _LOOK_SECONDS = 0.5
-_STOPPING_SECONDS = 5.0  # what answers may still take once the worker is told to stop
+_STOPPING_SECONDS = 5.0  # for answers, once the worker is asked to stop
 
 
 class DatabaseWaits:
     """A limit on every wait of this process for PostgreSQL; longer ones end in an OperationalError.
 
-    `answer_seconds` should be longer than the server's own statement_timeout, which tells more.
+    `answer_seconds` should be longer than the server's statement_timeout, whose error names the cause.
     """
 
     def __init__(self, answer_seconds: float, stopping: threading.Event) -> None:
         self._answer_seconds = answer_seconds
         self._stopping = stopping
         self._since: dict[int, float] = {}  # by thread
-        self._told_to_stop: float | None = None
+        self._stop_requested_at: float | None = None
 
     def seconds(self, thread: int | None) -> float:
-        """How long the wait has been going on that is going on now in this thread; 0 when there is none."""
+        """Seconds that this thread has waited for PostgreSQL by now; 0 if it does not wait."""
         since = self._since.get(thread) if thread is not None else None
         return 0.0 if since is None else time.monotonic() - since
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """Inside the block psycopg2 waits this way, in every thread."""
+        """Apply the limit to all threads of this process inside the block."""
         extensions.set_wait_callback(self._wait)
         try:
             yield
@@ -61,8 +61,8 @@ class DatabaseWaits:
                 now = time.monotonic()
                 if self._stopping.is_set():
                     # For all waits together: one that fails may only lead to the next.
-                    self._told_to_stop = self._told_to_stop or now
-                    limit = min(limit, self._told_to_stop - started + _STOPPING_SECONDS)
+                    self._stop_requested_at = self._stop_requested_at or now
+                    limit = min(limit, self._stop_requested_at - started + _STOPPING_SECONDS)
                 if now - started > limit:
                     raise psycopg2.OperationalError(f"no answer from the server in {now - started:.0f} s")
         finally:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from consumers.db.engine import get_db
 from consumers.db.outcomes import OutcomeRow, forget_outcomes, record_outcomes
 from consumers.errors import PoisonEvent
-from consumers.legacy.entries_in_work import EntriesInWork
+from consumers.legacy.entries_in_progress import EntriesInProgress
+from consumers.legacy.import_batches import ImportBatches, retry_until_available
 from consumers.legacy.import_report import Report, as_json
 from consumers.legacy.import_state import (
     ImportState,
@@ -22,15 +23,14 @@ from consumers.legacy.import_state import (
     poison_rejections,
     rows_of_numbers,
 )
-from consumers.legacy.insertion import Insertion, when_available
 from consumers.legacy.json_arrays import Entry
 from consumers.legacy.old_history import CHUNK_WEIGHT, OldHistory
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
 from producers.errors import InvalidEvent
-from producers.events import MODELS, Event, encode
+from producers.events import KINDS, Event, encode
 
-_MOST_CRASHES = 2  # of this process, with nothing but the entry in work
+_MOST_CRASHES = 2  # of this process, while it processed only this entry
 
 
 class _Converted(NamedTuple):
@@ -68,7 +68,7 @@ class Importer:
         self,
         history: OldHistory,
         report: Report,
-        in_work: EntriesInWork,
+        in_progress: EntriesInProgress,
         *,
         say: Callable[[str], None],
         advance: Callable[[], None],
@@ -76,13 +76,13 @@ class Importer:
     ) -> None:
         self._history = history
         self._report = report
-        self._in_work = in_work
+        self._in_progress = in_progress
         self._say = say
         self._advance = advance
         self._rate = rate
         self._poison: dict[int, PoisonRejection] = {}
         self._raw: dict[str, Entry] = {}  # by job id, of events that are not decided yet
-        self._insertion = Insertion(decided=self._count, say=say)
+        self._batches = ImportBatches(decided=self._count, say=say)
 
     def run(self) -> None:
         """Decide every entry: a row, or a line in the report and a recorded rejection.
@@ -92,11 +92,11 @@ class Importer:
         history = self._history
         for number, chunk in enumerate(history.chunks(min(CHUNK_WEIGHT, self._rate or CHUNK_WEIGHT))):
             if number == 0:
-                self._poison = when_available(self._poison_rejections, self._say)
-            for entries in self._in_work.portions(history.source, chunk):
+                self._poison = retry_until_available(self._poison_rejections, self._say)
+            for entries in self._in_progress.portions(history.source, chunk):
                 self._import(entries)
                 self._advance()
-        self._insertion.finish()
+        self._batches.finish()
         self._advance()
 
     def _poison_rejections(self) -> dict[int, PoisonRejection]:
@@ -113,20 +113,20 @@ class Importer:
                 refused.append(one)
             else:
                 converted.append(one)
-        states, rows = when_available(lambda: self._record_known(converted, refused), self._say)
+        states, rows = retry_until_available(lambda: self._record_known(converted, refused), self._say)
         for entry, reason in refused:
             row = rows.get(entry.index)
             self._reject(
                 entry, reason + ("" if row is None else f"; an earlier import stored this number as row {row}")
             )
         missing = list(self._missing(converted, states))
-        self._insertion.insert(missing)
+        self._batches.insert(missing)
         if self._rate is not None:
             time.sleep(max(0.0, len(missing) / self._rate - (time.monotonic() - started)))
 
     def _convert(self, entry: Entry) -> _Converted | _Refused:
-        """One that has ended the process too often is delivered to be rejected unread, or not even converted."""
-        crashes = self._in_work.crashes(self._history.source, entry.index)
+        """Convert an entry. One that crashed the process too often is delivered as poison, or not even converted."""
+        crashes = self._in_progress.crashes(self._history.source, entry.index)
         poison = self._poison.get(entry.index)
         if poison is not None and poison.event == as_json(entry.data):
             return _Refused(entry, poison.reason)
@@ -139,15 +139,15 @@ class Importer:
             return _Refused(entry, str(error))
         refusal = PoisonEvent(crashes) if crashes == _MOST_CRASHES else None
         job_id = self._history.job_id(entry.index)
-        return _Converted(entry, event, Delivery(job_id, text, MODELS[event.type], refusal))
+        return _Converted(entry, event, Delivery(job_id, text, KINDS[event.type].model, refusal))
 
     def _record_known(
         self, converted: list[_Converted], refused: list[_Refused]
     ) -> tuple[list[ImportState], dict[int, int]]:
-        """Record the refused ones and look the others up; a rejection of an entry that is a row by now is forgotten.
+        """Record the refused entries, look the others up, and delete rejections of entries that have a row by now.
 
-        The number of a refused entry may have a row, from a run with other options or from before the file was changed.
-        Then the row alone accounts for the number: its id is in the second result, and no rejection is recorded.
+        The number of a refused entry may have a row, if an earlier run had other options or another file. Then the row
+        accounts for the number: its id is in the second result, and no rejection is recorded.
         """
         history = self._history
         with get_db() as db:

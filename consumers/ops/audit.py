@@ -1,18 +1,19 @@
-"""The proof: for each source, every number from the first to the last is accounted for, or named as missing.
+"""The audit: for each source, every number from the first to the last is accounted for, or reported as missing.
 
 A source numbers its events without gaps. In the database each number is a row, or an outcome that is no row. With
 the producer's outbox at hand, the audit also knows the numbers after the last one in the database, and compares each
 entry by its number and its event's id. Copies of an outbox may have used the same numbers for other events: then gaps
 can be seen only with each of the outboxes, and the audit says so.
 
-An audit `since` a time leaves out what was recorded earlier, whose rows may have been moved to another table. A lost
-event has no time of its own, but its number tells: a source numbers in the order of recording, so whatever it recorded
-at or after the time has a higher number than anything that the database had decided before it. The proof of a source
-therefore begins after the highest number whose row or outcome has a `created_at` before the time. That is the
-database's clock alone: no controller's clock matters, nor the times that callers gave their events, and an old number
-that was stored late (by a requeue, or after an outage) opens no gap. It needs that number to be there: the recipe for
-moving rows in consumers/db/README.md leaves the last row of each source. Copies of an outbox number by themselves: an
-event that one recorded after the time, under a number that another had used before it, is not in the proof.
+An audit `since` a time leaves out events that were recorded earlier, whose rows may have been moved to another table. A
+lost event has no time, so the audit goes by numbers: a source numbers its events in the order of recording, so an event
+that it recorded at or after the time has a higher number than all events that the database had decided before it. The
+proof of a source therefore begins after the highest number whose row or outcome has a `created_at` before the time.
+Only the database's clock counts: neither a controller's clock nor the times of the events matter, and an old number
+that was stored late (after a requeue or an outage) opens no gap. That highest number must still be in the table: the
+recipe for moving rows in consumers/db/README.md leaves the last row of each source. Copies of an outbox number
+independently: an event that one copy recorded after the time, under a number that another had used before it, is not in
+the proof.
 """
 
 from __future__ import annotations
@@ -89,13 +90,13 @@ Ranges = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class SourceAudit:
-    """One source's numbers from `proven_from` on, counted by what became of them.
+    """One source's numbers from `proven_from` on, counted by outcome.
 
     `proven_from` is its first number, or with `since` the first that the audit proves; earlier ones are not counted.
-    `missing` are inclusive ranges of numbers that nothing is known of; `mismatched` are numbers under which the
-    database has other events, and not the one of this outbox. `shared` are numbers that several events have, the first
-    10,000: copies of one outbox have used them. `under_way` numbers are still in the outbox or the queue. Where
-    `tail_known` is false, what was accepted after `last` cannot be seen: it needs the outbox, or each of its copies.
+    `missing` are inclusive ranges of numbers that are neither in the database nor under way. `mismatched` are numbers
+    under which the database has only other events than this outbox. `shared` are the first 10,000 numbers that several
+    events have, since copies of one outbox have used them. `under_way` numbers are still in the outbox or the queue. If
+    `tail_known` is false, events after `last` cannot be checked: that needs the outbox, or each of its copies.
     """
 
     source: str

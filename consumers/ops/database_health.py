@@ -15,10 +15,10 @@ from sqlalchemy.engine import URL
 
 from consumers.db import state_queries
 from consumers.db.engine import create_store_engine, translated_errors
-from consumers.db.schema import encoding_advice, old_tables
+from consumers.db.schema import encoding_advice, outdated_schema_problem
 from consumers.db.schema_comparison import is_reader, lacking_privileges, schema_differences
 from consumers.errors import StoreUnavailable
-from consumers.ops.facts import Fact, State, duration, facts_from, judged
+from consumers.ops.facts import Fact, State, check, duration, facts_or_error
 from consumers.ops.masking import Mask
 from producers.errors import SettingsError
 
@@ -47,12 +47,12 @@ def database_facts(url: SecretStr, mask: Mask) -> Iterator[Fact]:
                 ahead_seconds = server.seconds - (before + time.time()) / 2
             answered = 1000 * (time.monotonic() - began)
             yield Fact("PostgreSQL", "ok", f"answers as {server.role} after {answered:.0f} ms")
-            yield from server_facts(server, ahead_seconds)
-            tables = [*_looked("tables", db, _tables, mask)]
+            yield from database_server_facts(server, ahead_seconds)
+            tables = [*_read_fact("tables", db, _tables, mask)]
             yield from tables
             if any(fact.state != "fail" for fact in tables):  # else they cannot be read, or not as ours
-                yield from _looked("privileges", db, _privileges, mask)
-                yield from _looked("rejected in the last day", db, _rejections, mask)
+                yield from _read_fact("privileges", db, _privileges, mask)
+                yield from _read_fact("rejected in the last day", db, _rejections, mask)
     finally:
         store.dispose()
 
@@ -66,35 +66,35 @@ def _check_options(url: URL) -> None:
             raise SettingsError("DATABASE_URL: an option after the ? is none of PostgreSQL's") from None
 
 
-def _looked(name: str, db: Connection, look: Callable[[Connection], Fact], mask: Mask) -> Iterator[Fact]:
-    return facts_from(name, partial(_read, db, look), mask, unknown=(StoreUnavailable,))
+def _read_fact(name: str, db: Connection, query: Callable[[Connection], Fact], mask: Mask) -> Iterator[Fact]:
+    return facts_or_error(name, partial(_read, db, query), mask, unknown=(StoreUnavailable,))
 
 
-def _read(db: Connection, look: Callable[[Connection], Fact]) -> list[Fact]:
+def _read(db: Connection, query: Callable[[Connection], Fact]) -> list[Fact]:
     """In a transaction of its own, which changes nothing and, behind a pooler, leaves nothing to the next session."""
     with translated_errors(), db.begin():
         db.exec_driver_sql("SET TRANSACTION READ ONLY")
         db.exec_driver_sql(f"SET LOCAL lock_timeout = {round(1000 * _LOCK_SECONDS)}")
-        return [look(db)]
+        return [query(db)]
 
 
-def server_facts(server: Row[Any], ahead_seconds: float) -> Iterator[Fact]:
+def database_server_facts(server: Row[Any], ahead_seconds: float) -> Iterator[Fact]:
     """Facts of a server_state; `ahead_seconds` is how far its clock is ahead of ours."""
     old = server.version if server.version_number < _OLDEST_VERSION else ""
-    yield judged("PostgreSQL version", server.version, old, advice="14 is the oldest that works")
+    yield check("PostgreSQL version", server.version, old, advice="14 is the oldest that works")
     other = "" if server.encoding == "UTF8" else server.encoding
-    yield judged("PostgreSQL encoding", "UTF8", other, advice=encoding_advice(server.another))
+    yield check("PostgreSQL encoding", "UTF8", other, advice=encoding_advice(server.another))
     if server.replica:
         problem, advice = "a replica: nothing can be stored here", "point the settings to the primary"
     else:
         closed = server.read_only_by_default or server.read_only
         problem = "transactions are read-only (default_transaction_read_only)" if closed else ""
         advice = "turn it off for this role, database or server: the worker waits until then"
-    yield judged("PostgreSQL writes", "a primary, not read-only", problem, advice=advice)
+    yield check("PostgreSQL writes", "a primary, not read-only", problem, advice=advice)
     names = ("synchronous_commit", "fsync", "full_page_writes")
     unsafe = " and ".join(name for name in names if getattr(server, name) == "off")
-    advice = "turn on what is off: acknowledged rows can be lost when the server or its machine dies"
-    yield judged("PostgreSQL disk writes", ", ".join(names) + " on", f"{unsafe} off" if unsafe else "", advice=advice)
+    advice = "turn these on: without them a crash of the server can lose acknowledged rows"
+    yield check("PostgreSQL disk writes", ", ".join(names) + " on", f"{unsafe} off" if unsafe else "", advice=advice)
     yield clock_fact(ahead_seconds)
 
 
@@ -103,7 +103,7 @@ def clock_fact(ahead_seconds: float) -> Fact:
     apart = abs(ahead_seconds)
     problem = f"{duration(apart)} {'ahead of' if ahead_seconds > 0 else 'behind'} ours"
     state: State = "fail" if apart > _WRONG_CLOCK_SECONDS else "warn"
-    return judged(
+    return check(
         "PostgreSQL clock",
         "as ours, to within seconds",
         problem if apart > _CLOCK_SECONDS else "",
@@ -124,13 +124,13 @@ def _tables(db: Connection) -> Fact:
         return Fact(name, "fail", problem, "trading-history init-db --adopt-legacy")
     if found.tables:
         return Fact(name, "fail", f"missing: {', '.join(found.tables)}", "trading-history init-db")
-    if problem := old_tables(found.comment) or "":
+    if problem := outdated_schema_problem(found.comment) or "":
         return Fact(name, "fail", problem, "trading-history init-db")
     if found.columns:
         return Fact(name, "fail", f"columns missing: {', '.join(found.columns)}", "add them as schema.sql has them")
     problem = f"indexes missing or invalid: {', '.join(found.indexes)}" if found.indexes else ""
     advice = "DROP INDEX those that are invalid, then trading-history init-db"
-    return judged(name, "all tables, columns and indexes of schema.sql", problem, advice=advice, state="warn")
+    return check(name, "all tables, columns and indexes of schema.sql", problem, advice=advice, state="warn")
 
 
 def _privileges(db: Connection) -> Fact:
@@ -141,7 +141,7 @@ def _privileges(db: Connection) -> Fact:
         return Fact("privileges", "ok", f"{role} may only read: what the API does, not what a worker does")
     grants = "; ".join(f"GRANT {one} TO {role}" for one in lacking)
     problem = f"{role} lacks {'; '.join(lacking)}" if lacking else ""
-    return judged("privileges", f"{role} may do what a worker does", problem, advice=grants)
+    return check("privileges", f"{role} may do what a worker does", problem, advice=grants)
 
 
 def _rejections(db: Connection) -> Fact:
@@ -150,5 +150,5 @@ def _rejections(db: Connection) -> Fact:
     if reasons:
         count, example = reasons[0]
         problem = f"{sum(events for events, _ in reasons)} events, {count} of them like: {example.splitlines()[0]}"
-    advice = "trading-history failed list; mend the cause, then failed requeue or discard"
-    return judged("rejected in the last day", "none", problem, advice=advice, state="warn")
+    advice = "trading-history failed list; correct the cause, then failed requeue or discard"
+    return check("rejected in the last day", "none", problem, advice=advice, state="warn")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from consumers.embedded.stack import embedded_home, stack
-from consumers.ops.facts import Fact, duration, facts_from, judged
+from consumers.ops.facts import Fact, check, duration, facts_or_error
 from consumers.ops.health import Probe, read_side_by_side
 from consumers.ops.masking import Mask
 from consumers.ops.outbox_health import copy_facts, file_facts, has_outbox, outbox_of_settings
@@ -25,7 +25,7 @@ from producers.settings import TransportSettings, read_environment
 
 READ_SECONDS = 8.0
 _RECENT_SECONDS = 3 * 86400.0
-_SERVER_ADVICE = "does it run, and are its address, user and password right?"
+_SERVER_ADVICE = "check that it runs, and its address, user and password in"
 
 FindFiles = Callable[[], Sequence[Path]]
 
@@ -49,7 +49,7 @@ def diagnose(old_files: FindFiles) -> list[Fact]:
     with ExitStack() as servers:
         if all(fact.state == "ok" for fact in facts):
             advice = "correct what it names, or set DATABASE_URL and REDIS_URL to servers of your own"
-            facts += facts_from("embedded servers", partial(_start_embedded, servers), mask, advice=advice)
+            facts += facts_or_error("embedded servers", partial(_start_embedded, servers), mask, advice=advice)
         failed = {fact.name for fact in facts if fact.state == "fail"}
         return [*facts, *_read(_parts(failed, old_files, mask), mask)]
 
@@ -63,7 +63,7 @@ def _start_embedded(servers: ExitStack) -> Iterator[Fact]:
 
 
 def _parts(failed: set[str], old_files: FindFiles, mask: Mask) -> list[Part]:
-    """What can be read with these settings."""
+    """The parts that can be read with these settings."""
     parts = [
         Part("outbox", partial(_outbox, mask)),
         Part("JSON history", partial(_old_files, old_files)),
@@ -72,7 +72,7 @@ def _parts(failed: set[str], old_files: FindFiles, mask: Mask) -> list[Part]:
     if REDIS not in failed and "REDIS_URL" in read_environment():
         parts.insert(0, Part("Redis", partial(_redis, mask), f"{_SERVER_ADVICE} REDIS_URL"))
     if DATABASE not in failed and has_database_driver() and StoreSettings.from_environment().is_set:
-        advice = f"{_SERVER_ADVICE} DATABASE_URL or POSTGRES_ variables"
+        advice = f"{_SERVER_ADVICE} DATABASE_URL or the POSTGRES_ variables"
         parts.insert(0, Part("PostgreSQL", partial(_database, mask), advice))
     return parts
 
@@ -81,13 +81,13 @@ def _read(parts: Sequence[Part], mask: Mask) -> Iterator[Fact]:
     """Side by side; a part that takes too long is one failed fact."""
 
     def reader(part: Part) -> Callable[[], list[Fact]]:
-        return lambda: [*facts_from(part.name, part.read, mask, advice=part.advice)]
+        return lambda: [*facts_or_error(part.name, part.read, mask, advice=part.advice)]
 
     probes = [Probe(part.name, reader(part)) for part in parts]
     for part, reading in zip(parts, read_side_by_side(probes, READ_SECONDS), strict=True):
         if reading.error is not None:
-            advice = "look at name resolution, the network, and file systems on it"
-            yield Fact(part.name, "fail", mask.told(reading.error), advice)
+            advice = "check name resolution, the network, and network file systems"
+            yield Fact(part.name, "fail", mask.masked_first_line(reading.error), advice)
         yield from reading.value or ()
 
 
@@ -112,13 +112,14 @@ def _outbox(mask: Mask) -> Iterator[Fact]:
         health = outbox_of_settings(ask_relay=True)
         yield from health.facts() if health is not None else ()
     except OutboxOutdated as error:
-        yield Fact("outbox", "warn", mask.told(error), "start its controller of this release, then run doctor again")
+        advice = "start its controller of this release, then run doctor again"
+        yield Fact("outbox", "warn", mask.masked_first_line(error), advice)
         return
     except Exception as error:
         advice = "correct what it names, or keep the file for later and set HISTORY_OUTBOX to a new one"
-        yield Fact("outbox", "fail", mask.told(error), advice)
-    yield from facts_from("outbox file", lambda: file_facts(path), mask, advice="check the disk")
-    yield from facts_from("outbox copies", lambda: copy_facts(settings), mask)
+        yield Fact("outbox", "fail", mask.masked_first_line(error), advice)
+    yield from facts_or_error("outbox file", lambda: file_facts(path), mask, advice="check the disk")
+    yield from facts_or_error("outbox copies", lambda: copy_facts(settings), mask)
 
 
 def _old_files(find: FindFiles) -> Iterator[Fact]:
@@ -132,5 +133,5 @@ def _old_files(find: FindFiles) -> Iterator[Fact]:
         problem = f"{newest} was written {duration(age)} ago"
         problem += f", {len(recent) - 1} more in the last 3 days" if len(recent) > 1 else ""
     found = f"{len(ages)} files, none written in the last 3 days" if ages else "no files"
-    advice = "does an old controller still append? Switch it, then trading-history import for what it wrote"
-    yield judged("JSON history", found, problem, advice=advice, state="warn")
+    advice = "if an old controller still appends, switch it, then run trading-history import for these files"
+    yield check("JSON history", found, problem, advice=advice, state="warn")

@@ -33,7 +33,7 @@ Ages = list[tuple[int | None, float]]
 
 
 def worker_registry(waits_for: Callable[[], str | None], queue: Callable[[], QueueHealth]) -> CollectorRegistry:
-    """Of a worker, which knows what it `waits_for` and where its queue is."""
+    """Metrics of a worker: `waits_for` names the server that it waits for, `queue` reads its queue."""
     registry = CollectorRegistry()
     registry.register(_CountsCollector(waits_for))
     registry.register(_PipelineCollector(queue))
@@ -42,7 +42,7 @@ def worker_registry(waits_for: Callable[[], str | None], queue: Callable[[], Que
 
 
 def pipeline_registry() -> CollectorRegistry:
-    """Of a process that does not work itself; it finds the queue by the settings."""
+    """Metrics of a process that is no worker; the queue is that of the settings."""
     registry = CollectorRegistry()
     registry.register(_PipelineCollector(queue_of_settings))
     ProcessCollector(registry=registry)
@@ -55,8 +55,9 @@ class _CountsCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         counted = COUNTS.read()
-        yield _family("events", "Deliveries that this process has decided.", ("type", "outcome"), counted.ends.items(),
-                      CounterMetricFamily)  # fmt: skip
+        results = counted.results.items()
+        documentation = "Deliveries that this process has decided."
+        yield _family("events", documentation, ("type", "outcome"), results, CounterMetricFamily)
         yield _histogram("batch_events", "Deliveries decided by one transaction.", counted.batch_events)
         yield _histogram("insert_seconds", "From a transaction's start to its commit.", counted.insert_seconds)
         yield _histogram(
@@ -113,20 +114,20 @@ def _ages() -> Ages:
 
 
 def _database_metrics(ages: Ages) -> Iterator[Metric]:
-    told = f"Since the instant of a portfolio's newest snapshot; of the {MOST_PORTFOLIOS} lowest numbers."
+    documentation = f"Age of each portfolio's newest snapshot; only the {MOST_PORTFOLIOS} lowest portfolio numbers."
     named = [(("none" if portfolio_id is None else str(portfolio_id),), seconds) for portfolio_id, seconds in ages]
-    yield _family("newest_row_age_seconds", told, ("portfolio_id",), named)
+    yield _family("newest_snapshot_age_seconds", documentation, ("portfolio_id",), named)
 
 
 def _queue_metrics(queue: QueueHealth) -> Iterator[Metric]:
-    # Unknown is when a job waits that does not say since when.
+    # Absent if the front job has no enqueue time.
     oldest = queue.oldest_waiting_seconds if queue.queued else 0
     for name, documentation, value in (
         ("queue_jobs", "Jobs that wait in the queue.", queue.queued),
         ("reserved_jobs", "Jobs that workers have reserved.", queue.reserved),
         ("failed_jobs", "Jobs in RQ's failed registry: refused for good.", queue.failed),
         ("workers", "Workers of the queue that are alive, by their registration.", queue.workers),
-        ("queue_oldest_age_seconds", "Since the job at the front of the queue came.", oldest),
+        ("queue_oldest_age_seconds", "Age of the job at the front of the queue.", oldest),
     ):
         if value is not None:
             yield _gauge(name, documentation, value)
@@ -134,9 +135,10 @@ def _queue_metrics(queue: QueueHealth) -> Iterator[Metric]:
 
 def _outbox_metrics(outbox: OutboxHealth) -> Iterator[Metric]:
     entries = [((state,), getattr(outbox, state)) for state in ("pending", "sent", "rejected")]
-    yield _family("outbox_entries", "Entries of this machine's outbox that are not stored.", ("state",), entries)
-    oldest = outbox.oldest_unsettled_seconds or 0
-    yield _gauge("outbox_oldest_age_seconds", "Since the oldest pending or sent one was recorded.", oldest)
+    documentation = "Entries of this machine's outbox by state: pending, sent, rejected."
+    yield _family("outbox_entries", documentation, ("state",), entries)
+    oldest = outbox.oldest_unacknowledged_seconds or 0
+    yield _gauge("outbox_oldest_age_seconds", "Age of the oldest entry that no worker has acknowledged.", oldest)
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:

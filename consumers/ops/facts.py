@@ -13,7 +13,7 @@ State = Literal["ok", "warn", "fail", "unknown"]
 
 @dataclass(frozen=True)
 class Fact:
-    """One fact: its state, what was found, and what to do (empty when there is nothing to do).
+    """One fact: its state, the finding, and an advice (empty if there is nothing to do).
 
     `fail` loses events or keeps them from being stored, `warn` needs a person's attention, `unknown` could not be read
     from a server that answers otherwise.
@@ -25,12 +25,12 @@ class Fact:
     advice: str = ""
 
 
-def judged(name: str, found: str, problem: str = "", *, advice: str, state: State = "fail") -> Fact:
-    """A fact that is ok, or in this `state` when there is a `problem`, which is shown in place of what was found."""
+def check(name: str, found: str, problem: str = "", *, advice: str, state: State = "fail") -> Fact:
+    """A fact that is ok with `found`; if there is a `problem`, a fact in this `state` with the problem."""
     return Fact(name, state, problem, advice) if problem else Fact(name, "ok", found)
 
 
-def facts_from(
+def facts_or_error(
     name: str,
     read: Callable[[], Iterable[Fact]],
     mask: Mask,
@@ -38,13 +38,14 @@ def facts_from(
     advice: str = "",
     unknown: tuple[type[Exception], ...] = (),
 ) -> Iterator[Fact]:
-    """The facts that `read` gives. An error ends them with a failed fact of this name, an unknown one for `unknown`."""
+    """The facts of `read`. An error adds a failed fact of this name, or an unknown one if it is in `unknown`."""
     try:
         yield from read()
     except unknown as error:
-        yield Fact(name, "unknown", f"cannot be read: {mask.told(error)}", advice or "run doctor again later")
-    except Exception as error:  # a defect in one must not hide what the others find
-        yield Fact(name, "fail", mask.told(error), advice or "if no other line explains it, report it")
+        found = f"cannot be read: {mask.masked_first_line(error)}"
+        yield Fact(name, "unknown", found, advice or "run doctor again later")
+    except Exception as error:  # a defect in one fact must not hide the others
+        yield Fact(name, "fail", mask.masked_first_line(error), advice or "if no other line explains it, report it")
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What was refused for good: look at it, send it through again, or give it up."""
+"""Rejected events: list, show, requeue and discard them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from producers.events import KINDS
 
 logger = logging.getLogger(__name__)
 
-# An event tells its type before its data; of what others send, the type may stand further on.
+# Our events have the type before the data; in those of other programs it may stand behind these characters.
 _BEGINNING = 4096
 _AT_ONCE = 500
 
@@ -53,9 +53,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 @dataclass(frozen=True)
 class Rejection:
-    """One delivery that was refused, and its reason; its text, which may be large, is had by `refused_text`.
+    """One rejected delivery and its reason; `refused_text` reads its text, which may be large.
 
-    `kind` is the name of the event's kind, such as `snapshot`; None when the beginning of the text does not tell.
+    `kind` is the name of the event's kind, such as `snapshot`; None if the beginning of the text does not name it.
     """
 
     job_id: str
@@ -76,15 +76,15 @@ def rejections(name: str | None = None, *, kind: str | None = None) -> Iterator[
     given = {"name": name, "beginning": _BEGINNING}
     with get_db() as db:
         for row in db.execute(_SELECT, given, execution_options={"yield_per": _AT_ONCE}):
-            told = kind_of(row.beginning or "")
-            name_told = None if told is None else told.name
-            if kind is None or name_told == kind:
+            found = kind_of(row.beginning or "")
+            found_name = None if found is None else found.name
+            if kind is None or found_name == kind:
                 identity = (row.job_id, row.source, row.sequence, row.event_id)
-                yield Rejection(*identity, row.reason, name_told, row.created_at)
+                yield Rejection(*identity, row.reason, found_name, row.created_at)
 
 
 def refused_text(job_id: str) -> str | None:
-    """The text of a rejection as it came; None when it is a rejection no more.
+    """The text of a rejection as it came; None if it is no longer rejected.
 
     Raises:
         StoreUnavailable: the database cannot be read now.
@@ -95,16 +95,16 @@ def refused_text(job_id: str) -> str | None:
 
 
 def kind_of(beginning: str) -> EventKind | None:
-    """The kind of the event whose text begins so; None when this does not tell."""
+    """The kind of the event whose text begins so; None if this part does not name it."""
     try:
-        told = _type_told(beginning)
+        event_type = _type_of(beginning)
     except (ValueError, RecursionError):
         return None
-    return KINDS.get(told) if isinstance(told, str) else None
+    return KINDS.get(event_type) if isinstance(event_type, str) else None
 
 
-def _type_told(beginning: str) -> Any:
-    """The member `type` of the object that begins so. Raises ValueError when there is none in it."""
+def _type_of(beginning: str) -> Any:
+    """The member `type` of the JSON object that begins so. Raises ValueError if it is not in this part."""
     place = _behind("{", beginning, 0)
     while True:
         name, place = _DECODER.raw_decode(beginning, place)
@@ -129,10 +129,10 @@ def _after_space(beginning: str, place: int) -> int:
 
 
 def requeue(chosen: Iterable[Rejection], redis: Redis, queue_name: str) -> int:
-    """Put each into the queue again, under its own job id; a success removes the rejection. Returns how many were put.
+    """Requeue each under its own job id; a success removes the rejection. Returns how many were requeued.
 
     Raises:
-        HistoryError: one cannot be sent again, since Redis has lost its job and its text does not tell what it is.
+        HistoryError: one cannot be requeued: Redis no longer has its job, and the recorded text is not an event.
     """
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
     return sum(_requeue_one(rejection.job_id, queue) for rejection in chosen)
@@ -180,30 +180,32 @@ def _requeue_one(job_id: str, queue: Queue) -> bool:
 
 def _enqueue_anew(job_id: str, queue: Queue) -> bool:
     event = refused_text(job_id)
-    if event is None:  # it was stored, or given up, since it was chosen
+    if event is None:  # stored or discarded since it was chosen
         return False
     kind = kind_of(event)
     if kind is None:
-        raise HistoryError(f"job {job_id} cannot be sent again: Redis has lost it, and its text is no event")
+        raise HistoryError(
+            f"job {job_id} cannot be requeued: Redis no longer has it, and the recorded text is not an event"
+        )
     queue.connection.delete(Job.key_for(job_id))  # whatever stands there cannot be read
     queue.enqueue(kind.job_function, event, job_id=job_id, failure_ttl=-1)
     return True
 
 
 def discard(chosen: Iterable[Rejection], redis: Redis, queue_name: str, reason: str, actor: str | None = None) -> int:
-    """Give each up for good, keeping its text, why, and `actor`, who decided it; it leaves the failed registry.
+    """Discard each and remove its job; its text, the `reason` and the `actor` stay in event_outcomes.
 
-    Returns how many this has given up: what was a rejection no more is left as it is.
+    Returns how many were discarded; one that is no longer rejected is left as it is.
     """
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
-    given_up, left = 0, iter(chosen)
+    discarded, left = 0, iter(chosen)
     while some := [rejection.job_id for rejection in islice(left, _AT_ONCE)]:
         with get_db() as db:
             changed = db.execute(_DISCARD, {"job_ids": some, "reason": reason, "actor": actor}).scalars().all()
         for job_id in changed:
             _remove_job(job_id, queue)
-        given_up += len(changed)
-    return given_up
+        discarded += len(changed)
+    return discarded
 
 
 def _remove_job(job_id: str, queue: Queue) -> None:

@@ -1,6 +1,6 @@
-"""One model of the pipeline's health: facts with a state and an advice, read from each server once a collection.
+"""One model of the pipeline's health: database, queue and outbox, each read once per collection, side by side.
 
-`status`, `doctor`, `/metrics`, `/readyz` and the page render it; none of them asks a server by itself.
+`status`, `/metrics`, `/readyz` and the page each pass their own database query; the queue and the outbox are read here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rows = TypeVar("Rows")
 
 
 class Probe(Generic[Value]):
-    """Calls `read` in a thread of its own, in one at a time: a server that hangs is not asked again meanwhile.
+    """Calls `read` in its own thread, one at a time: a server that hangs is not asked again meanwhile.
 
     The thread is a daemon, since a process that ends must not wait for it.
     """
@@ -43,13 +43,13 @@ class Probe(Generic[Value]):
     def _run(self, reading: Future[Value]) -> None:
         try:
             reading.set_result(self._read())
-        except Exception as error:  # also a defect: the others are read all the same
+        except Exception as error:  # a defect too: the other probes are still read
             reading.set_exception(error)
 
 
 @dataclass(frozen=True)
 class Reading(Generic[Value]):
-    """The value that a probe read. None: there is nothing of the kind here, or `error` says why it was not read."""
+    """The value that a probe read; None if this machine has none, or if `error` says why it was not read."""
 
     value: Value | None = None
     error: BaseException | None = None
@@ -70,7 +70,7 @@ def _reading(ended: Future[Any]) -> Reading[Any]:
 
 @dataclass(frozen=True)
 class Health(Generic[Rows]):
-    """One collection. One broken server never hides what the others hold."""
+    """One collection. A server that fails does not hide the others."""
 
     database: Reading[Rows]
     queue: Reading[QueueHealth]

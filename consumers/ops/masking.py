@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Self
 from urllib.parse import parse_qsl, quote, unquote
 
+from consumers.errors import first_line
+
 # Greedy: a password that ought to be percent-encoded may have an @ itself.
 _LOGIN = re.compile(r"//[^:@]*:(.*)@", re.DOTALL)
 _SECRET_NAMES = ("pass", "secret", "token")
@@ -15,7 +17,7 @@ _SECRET_NAMES = ("pass", "secret", "token")
 
 @dataclass(frozen=True)
 class Mask:
-    """Hides these texts in whatever it tells."""
+    """Replaces these texts in messages by `***`."""
 
     secrets: tuple[str, ...]
 
@@ -28,10 +30,9 @@ class Mask:
         found.update(_spellings([environment.get("POSTGRES_PASSWORD", "")]))
         return cls(tuple(sorted(filter(None, found), key=len, reverse=True)))
 
-    def told(self, error: BaseException) -> str:
-        """The first line of its message, or its type."""
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        text = lines[0]
+    def masked_first_line(self, error: BaseException) -> str:
+        """The first line of its message, or the name of its type, without the secrets."""
+        text = first_line(error)
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text

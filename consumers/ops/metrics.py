@@ -1,8 +1,8 @@
 """Counters and histograms of this process: decided deliveries, and the sizes and durations of batches.
 
 Counted a batch at a time, in plain numbers: for a batch of 500 the client library's own histogram, which takes a lock
-for each value, needs 18 times as long. The numbers are of this process and begin with it, as Prometheus expects; a
-forked child begins at 0 again.
+for each value, needs 18 times as long. Counters are per process and start at 0, as Prometheus expects, also in a
+forked child.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Histogram:
 
 @dataclass
 class Counted:
-    """The numbers at one moment; `ends` are decided deliveries by event type and outcome."""
+    """The numbers at one moment; `results` counts decided deliveries by event type and outcome."""
 
-    ends: Counter[tuple[str, str]] = field(default_factory=Counter)
+    results: Counter[tuple[str, str]] = field(default_factory=Counter)
     batch_events: Histogram = field(default_factory=lambda: Histogram(_BATCH_EVENTS))
     insert_seconds: Histogram = field(default_factory=lambda: Histogram(_INSERT_SECONDS))
     lag_seconds: Histogram = field(default_factory=lambda: Histogram(_LAG_SECONDS))
@@ -71,18 +71,18 @@ class Counts:
         self._lock = threading.Lock()
         self._counted = Counted()
 
-    def batch(self, ends: Mapping[tuple[str, str], int], seconds: float, lags_seconds: Iterable[float]) -> None:
+    def batch(self, results: Mapping[tuple[str, str], int], seconds: float, lags_seconds: Iterable[float]) -> None:
         """One transaction that was committed: its decided deliveries, its duration, and how late each new row is."""
         with self._lock:
-            self._counted.ends.update(ends)
-            self._counted.batch_events.observe([sum(ends.values())])
+            self._counted.results.update(results)
+            self._counted.batch_events.observe([sum(results.values())])
             self._counted.insert_seconds.observe([seconds])
             self._counted.lag_seconds.observe(lags_seconds)
 
-    def gave_up(self, event_type: str) -> None:
+    def dead_lettered(self, event_type: str) -> None:
         """One delivery without a transaction: not even a rejection could be recorded."""
         with self._lock:
-            self._counted.ends[event_type, "poison"] += 1
+            self._counted.results[event_type, "poison"] += 1
 
     def recovered(self, jobs: int) -> None:
         """Jobs of dead workers that this one returned to the queue."""
@@ -95,7 +95,7 @@ class Counts:
         # Every outcome from the start, so that the first event of each is an increase from 0.
         known = [(event_type, outcome) for event_type in KINDS for outcome in _OUTCOMES]
         known += [(UNKNOWN_TYPE, "poison"), (UNKNOWN_TYPE, "refused")]
-        counted.ends = Counter(dict.fromkeys(known, 0) | counted.ends)
+        counted.results = Counter(dict.fromkeys(known, 0) | counted.results)
         return counted
 
 

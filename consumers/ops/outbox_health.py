@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from redis import Redis
+from redis import Redis, RedisError
 
-from consumers.ops.facts import Fact, State, duration, judged, size
+from consumers.ops.facts import Fact, State, check, duration, size
 from producers.acknowledgements import shown
+from producers.entries import EntryHead
 from producers.errors import OutboxError
-from producers.lateness import oldest_unacknowledged_seconds
 from producers.outbox import MAX_BYTES, Outbox
 from producers.outbox_salvage import ranges_text
 from producers.redis_keys import token_key
+from producers.rq_queue import without_acknowledgement
 from producers.settings import TransportSettings
 
-LATE_SECONDS = 600.0
+OUTBOX_LATE_SECONDS = 600.0
 _VERY_LATE_SECONDS = 86400.0
 _HIGH_SHARE = 0.5  # settled entries leave then, so what is above is not settled
 _FULL_SHARE = 0.9
 _CHECK_SECONDS = 3.0
+_PAGE_ENTRIES = 1000
+_MOST_PAGES = 20  # as many entries as a relay has under way at most
+_YOUNG_SECONDS = 30.0  # Redis is not asked about younger entries
+_REDIS_SECONDS = 1.0  # for all its answers
 
 
 @dataclass(frozen=True)
@@ -33,20 +41,20 @@ class OutboxHealth:
     pending: int
     sent: int
     rejected: int
-    oldest_unsettled_seconds: float | None
+    oldest_unacknowledged_seconds: float | None
     used_bytes: int
     is_relayed: bool | None = None  # None: not looked at
 
     @property
     def state(self) -> State:
         """Whether its entries are delivered in time."""
-        age = self.oldest_unsettled_seconds or 0.0
-        if age <= LATE_SECONDS:
+        age = self.oldest_unacknowledged_seconds or 0.0
+        if age <= OUTBOX_LATE_SECONDS:
             return "ok"
         return "fail" if age > _VERY_LATE_SECONDS or self.is_relayed is False else "warn"
 
     def facts(self) -> Iterator[Fact]:
-        age = self.oldest_unsettled_seconds
+        age = self.oldest_unacknowledged_seconds
         found = f"{self.pending} pending, {self.sent} sent"
         found += "" if age is None else f", the oldest {duration(age)} old"
         advice = "look at the lines about Redis, workers and PostgreSQL"
@@ -56,12 +64,12 @@ class OutboxHealth:
         yield Fact("outbox", self.state, found, "" if self.state == "ok" else advice)
         problem = str(self.rejected) if self.rejected else ""
         advice = "trading-history failed list, on a machine that reaches the database"
-        yield judged("outbox rejections", "none", problem, advice=advice, state="warn")
+        yield check("outbox rejections", "none", problem, advice=advice, state="warn")
         share = self.used_bytes / MAX_BYTES
         used = f"{size(self.used_bytes)}, {share:.0%} of its limit"
         advice = "a full outbox accepts no event: get Redis and workers to run"
         state: State = "fail" if share > _FULL_SHARE else "warn"
-        yield judged("outbox size", used, used if share > _HIGH_SHARE else "", advice=advice, state=state)
+        yield check("outbox size", used, used if share > _HIGH_SHARE else "", advice=advice, state=state)
 
 
 def outbox_of_settings(*, ask_relay: bool = False) -> OutboxHealth | None:
@@ -77,8 +85,56 @@ def outbox_of_settings(*, ask_relay: bool = False) -> OutboxHealth | None:
     with Outbox(settings.outbox) as outbox, _redis_of(settings) as redis:
         status = outbox.status()
         age = oldest_unacknowledged_seconds(outbox, redis)
-        is_relayed = _is_relayed(outbox) if ask_relay and age is not None and age > LATE_SECONDS else None
+        is_relayed = _is_relayed(outbox) if ask_relay and age is not None and age > OUTBOX_LATE_SECONDS else None
         return OutboxHealth(status.pending, status.sent, status.rejected, age, outbox.used_bytes(), is_relayed)
+
+
+def oldest_unacknowledged_seconds(outbox: Outbox, redis: Redis | None) -> float | None:
+    """The age in seconds of the oldest entry that is neither settled nor acknowledged; None if there is none.
+
+    Redis is read, since a controller that has ended does not read its acknowledgements. Without Redis, or if it does
+    not answer within a second, this is the age of the oldest entry that is neither stored nor rejected.
+
+    Raises:
+        OutboxError: the outbox cannot be read.
+    """
+    unsettled = outbox.status().oldest_unsettled_seconds
+    if redis is None or unsettled is None or unsettled < _YOUNG_SECONDS:
+        return unsettled
+    try:
+        sent = _oldest_sent_seconds(outbox, redis, time.monotonic() + _REDIS_SECONDS)
+    except (RedisError, TimeoutError):
+        return unsettled
+    return max((age for age in (sent, outbox.oldest_pending_seconds()) if age is not None), default=None)
+
+
+def _oldest_sent_seconds(outbox: Outbox, redis: Redis, deadline: float) -> float | None:
+    after = 0
+    for _ in range(_MOST_PAGES):
+        page = outbox.deliveries.sent(after, _PAGE_ENTRIES)
+        ages = {head.position: age for head, age in page}
+        waiting = _without_acknowledgement_before(redis, [head for head, _ in page], deadline)
+        if waiting:
+            return ages[waiting[0].position]
+        if len(page) < _PAGE_ENTRIES:
+            return None
+        after = page[-1][0].position
+    rest = outbox.deliveries.sent(after, 1)
+    return rest[0][1] if rest else None
+
+
+def _without_acknowledgement_before(redis: Redis, heads: Sequence[EntryHead], deadline: float) -> list[EntryHead]:
+    """Those without an acknowledgement. Raises TimeoutError at the deadline: the client's own limits are longer."""
+    answer: Future[list[EntryHead]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(without_acknowledgement(redis, heads))
+        except Exception as error:  # raised in the caller, if it still waits
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="history-acknowledgements", daemon=True).start()
+    return answer.result(max(deadline - time.monotonic(), 0.0))
 
 
 def has_outbox(path: Path) -> bool:
@@ -119,7 +175,7 @@ def file_facts(path: Path) -> Iterator[Fact]:
         yield Fact(name, "fail", found, "start the controller or trading-history relay, which salvage their entries")
     elif done:
         lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in losses.items())
-        lost = lost or "none after the first that was found"
+        lost = lost or "no gaps after the first readable entry"
         found = f"salvaged after damage: {', '.join(map(str, done))}. Numbers that could not be read: {lost}"
         yield Fact(name, "warn", found, "run trading-history audit, look at the disk, then delete the salvaged file")
     else:
@@ -145,4 +201,4 @@ def copy_facts(settings: TransportSettings) -> Iterator[Fact]:
         problem = f"another copy uses {', '.join(current)} now"
     found = "no other copy found" + (" (Redis was not asked: REDIS_URL is not set)" * (settings.redis_url is None))
     advice = "trading-history audit on the host of each copy; give each controller an outbox of its own"
-    yield judged("outbox copies", found, problem, advice=advice, state="warn")
+    yield check("outbox copies", found, problem, advice=advice, state="warn")

@@ -17,18 +17,18 @@ from rq.worker import Worker
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from consumers.errors import is_wrong_type
-from consumers.ops.facts import Fact, State, duration, judged
+from consumers.ops.facts import Fact, State, check, duration
 from producers.redis_keys import crashes_key, lease_key, orphans_key, owners_key, quarantine_key, reserved_key
 from producers.settings import TransportSettings
 
-LATE_SECONDS = 300.0
+QUEUE_LATE_SECONDS = 300.0
 _START = "trading-history worker"
-_DISPLACED = "something else stands in place of a key: a worker moves it aside and logs it"
+_DISPLACED = "a Redis key has the wrong type; a worker renames it to <key>:quarantined and logs it"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A worker thread that may have reservations: whether its lease stands, and how many jobs it has."""
+    """A worker thread that may have reservations: whether it has a lease, and its number of reserved jobs."""
 
     leased: bool
     jobs: int
@@ -36,7 +36,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class QueueHealth:
-    """The queue at one moment. A number is None when something else stands in the place of its key."""
+    """The queue at one moment. A number is None if its key has the wrong type."""
 
     name: str
     queued: int | None = 0
@@ -62,16 +62,18 @@ class QueueHealth:
             return "unknown"
         if self.suspended:
             return "fail"
-        return "warn" if (self.oldest_waiting_seconds or 0.0) > LATE_SECONDS else "ok"
+        return "warn" if (self.oldest_waiting_seconds or 0.0) > QUEUE_LATE_SECONDS else "ok"
 
     def facts(self) -> Iterator[Fact]:
         yield self._queue()
         yield self._workers()
-        yield self._held()
+        yield self._reserved()
         yield self._crashes()
         advice = "trading-history failed list; then failed requeue or discard"
         yield _counted("failed jobs", self.failed, advice=advice)
         yield self._quarantine()
+        if self.orphans:
+            yield Fact("orphans", "ok", f"{self.orphans} jobs are queued but in no list; a worker requeues them")
 
     def _queue(self) -> Fact:
         waited = self.oldest_waiting_seconds
@@ -88,52 +90,52 @@ class QueueHealth:
     def _workers(self) -> Fact:
         if self.workers is None or self.owners is None:
             return Fact("workers", "unknown", "cannot be read", _DISPLACED)
-        # A living HistoryWorker has a lease; stock workers have none, nor has a killed HistoryWorker.
+        # A live HistoryWorker has a lease; stock workers and killed HistoryWorkers have none.
         ours = {name.rpartition(":")[0] for name, owner in self.owners.items() if owner.leased}
         stock = self.worker_states.keys() - {name.rpartition(":")[0] for name in self.owners}
         found = f"{len(ours)} of HistoryWorker, {len(stock)} of RQ's own"
-        waiting = sorted(f"{name} is {told}" for name, told in self.worker_states.items() if told.startswith("waiting"))
+        states = sorted(self.worker_states.items())
+        waiting = [f"{name} is {state}" for name, state in states if state.startswith("waiting")]
         if not ours and not stock:
             return Fact("workers", "fail" if self.queued else "warn",
                         "none although jobs wait" if self.queued else "none", _START)  # fmt: skip
         if waiting:
             return Fact("workers", "fail", f"{found}; {'; '.join(waiting)}", "the worker's log says why it waits")
         if not ours:
-            advice = f"{_START}: RQ's own are slow and fail jobs while the database is away"
+            advice = (
+                f"start {_START}: stock RQ workers process one job at a time and fail jobs during a database outage"
+            )
             return Fact("workers", "warn", found, advice)
         return Fact("workers", "ok", found)
 
-    def _held(self) -> Fact:
+    def _reserved(self) -> Fact:
         if self.owners is None:
             return Fact("reserved jobs", "unknown", "cannot be read", _DISPLACED)
         if lost := sum(owner.jobs for owner in self.owners.values() if not owner.leased):
             alive = any(owner.leased for owner in self.owners.values())
-            advice = "returned within 30 s by the living worker" if alive else _START
-            return Fact("reserved jobs", "warn" if alive else "fail", f"{lost} of dead workers", advice)
+            advice = "a live worker requeues them within 30 s" if alive else _START
+            return Fact("reserved jobs", "warn" if alive else "fail", f"{lost} of crashed workers", advice)
         return Fact("reserved jobs", "ok", f"{self.reserved}, all under a lease")
 
     def _crashes(self) -> Fact:
         if self.crash_counts is None:
             return Fact("poison candidates", "unknown", "cannot be read", _DISPLACED)
         crashed = [count for count in self.crash_counts if count > 0]
-        found = f"{len(self.crash_counts)} run alone, none has ended a worker" if self.crash_counts else "none"
-        problem = f"{len(crashed)} jobs, with up to {max(crashed)} dead workers each" if crashed else ""
-        advice = "read the logs of the workers that died; after three deaths the job is rejected"
-        return judged("poison candidates", found, problem, advice=advice, state="warn")
+        found = f"{len(self.crash_counts)} candidates, none has crashed a worker" if self.crash_counts else "none"
+        problem = f"{len(crashed)} jobs, up to {max(crashed)} crashes each" if crashed else ""
+        advice = "read the logs of the crashed workers; after 3 crashes the job is rejected"
+        return check("poison candidates", found, problem, advice=advice, state="warn")
 
     def _quarantine(self) -> Fact:
         advice = f"find out which program put them there, then delete {quarantine_key(self.name)}"
-        fact = _counted("quarantine", self.quarantined, " entries that are no job ids", advice=advice)
-        if fact.state == "ok" and self.orphans:
-            return Fact("quarantine", "ok", f"{self.orphans} jobs in no list: a worker returns them to the queue")
-        return fact
+        return _counted("quarantine", self.quarantined, " unusable entries of the queue", advice=advice)
 
 
 def _counted(name: str, count: int | None, what: str = "", *, advice: str) -> Fact:
-    """None is fine, any is a warning."""
+    """0 is ok, more is a warning."""
     if count is None:
         return Fact(name, "unknown", "cannot be read", _DISPLACED)
-    return judged(name, "none", f"{count}{what}" if count else "", advice=advice, state="warn")
+    return check(name, "none", f"{count}{what}" if count else "", advice=advice, state="warn")
 
 
 def queue_of_settings() -> QueueHealth | None:
@@ -151,7 +153,7 @@ def queue_of_settings() -> QueueHealth | None:
 
 
 def read_queue(redis: Redis, name: str) -> QueueHealth:
-    """Read it in two round trips, whatever stands in the places of its keys.
+    """Read it in two round trips; a key of the wrong type is no error.
 
     Raises:
         RedisError: Redis cannot be read now.
@@ -187,9 +189,9 @@ def read_queue(redis: Redis, name: str) -> QueueHealth:
         None if workers is None else len(workers),
         bool(suspended),
         {
-            key.removeprefix(Worker.redis_worker_namespace_prefix): _text(told[1] or b"starting")
-            for key, told in zip(worker_keys, states, strict=True)
-            if told and told[0]
+            key.removeprefix(Worker.redis_worker_namespace_prefix): _text(fields[1] or b"starting")
+            for key, fields in zip(worker_keys, states, strict=True)
+            if fields and fields[0]
         },
         None if owners is None else {owner: Owner(bool(next(leases)), next(leases) or 0) for owner in owner_names},
         None if crashes is None else [int(count) for count in crashes if count.isdigit()],

@@ -10,7 +10,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from consumers.ops.facts import Fact, facts_from, judged
+from consumers.ops.facts import Fact, check, facts_or_error
 from consumers.ops.masking import Mask
 from consumers.ops.queue_health import read_queue
 from producers.settings import TransportSettings
@@ -37,41 +37,41 @@ def redis_facts(settings: TransportSettings, mask: Mask) -> Iterator[Fact]:
         # A managed service or an access list may forbid INFO: then it is not known to be wrong.
         advice = "let this user run INFO and CONFIG GET, or look at the provider's console"
         read = partial(_read_server, redis)
-        yield from facts_from("Redis server", read, mask, advice=advice, unknown=(ResponseError,))
-        yield from facts_from("queue", lambda: read_queue(redis, settings.queue).facts(), mask)
+        yield from facts_or_error("Redis server", read, mask, advice=advice, unknown=(ResponseError,))
+        yield from facts_or_error("queue", lambda: read_queue(redis, settings.queue).facts(), mask)
 
 
 def _read_server(redis: Redis) -> Iterator[Fact]:
     info: Any = redis.info()
     try:
-        told: Any = redis.config_get("appendfsync").get("appendfsync")
-        fsync = told.decode() if isinstance(told, bytes) else told
+        reply: Any = redis.config_get("appendfsync").get("appendfsync")
+        fsync = reply.decode() if isinstance(reply, bytes) else reply
     except ResponseError:
         fsync = None
-    return server_facts(info, fsync)
+    return redis_server_facts(info, fsync)
 
 
-def server_facts(info: Mapping[str, Any], fsync: str | None) -> Iterator[Fact]:
-    """Facts of what INFO tells; `fsync` is appendfsync, None if it cannot be seen."""
+def redis_server_facts(info: Mapping[str, Any], fsync: str | None) -> Iterator[Fact]:
+    """Facts of the reply to INFO; `fsync` is appendfsync, None if it cannot be read."""
     valkey, number = info.get("valkey_version"), str(info["redis_version"])
     old = not valkey and tuple(int(part) for part in number.split(".")[:2]) < _OLDEST_VERSION
     found = f"Valkey {valkey}" if valkey else f"Redis {number}"
-    yield judged("Redis version", found, found if old else "", advice="6.2 is the oldest that works")
+    yield check("Redis version", found, found if old else "", advice="6.2 is the oldest that works")
     master = f"{info.get('master_host')}, port {info.get('master_port')}"
     problem = "" if info["role"] == "master" else f"a replica of {master}: it takes no events"
-    yield judged("Redis role", "a primary", problem, advice="point REDIS_URL to the primary")
+    yield check("Redis role", "a primary", problem, advice="point REDIS_URL to the primary")
     yield _persistence(info, fsync)
     policy = str(info["maxmemory_policy"])
-    advice = "maxmemory-policy noeviction: an evicted event is missing until it is sent again"
-    yield judged("Redis eviction", policy, "" if policy == "noeviction" else policy, advice=advice)
+    advice = "set maxmemory-policy noeviction: an evicted job is delayed until its outbox sends it again"
+    yield check("Redis eviction", policy, "" if policy == "noeviction" else policy, advice=advice)
 
 
 def _persistence(info: Mapping[str, Any], fsync: str | None) -> Fact:
-    """The append-only file and its last writes; without it, only what is in outboxes comes again."""
+    """The append-only file and its last writes."""
     name, advice = "Redis persistence", "look at its disk and its log"
     if not info["aof_enabled"]:
         # A user that may not read the configuration cannot change it: a service may keep its data by other means.
-        lost = "appendonly yes: what Redis holds dies with it, and comes again only from outboxes"
+        lost = "set appendonly yes: if Redis loses its memory, only outboxes can send events again"
         return Fact(name, "warn" if fsync is None else "fail", "no append-only file", lost)
     broken = [what for what, key in _LAST_WRITES.items() if info.get(key, "ok") != "ok"]
     if "write" in broken:
@@ -80,5 +80,5 @@ def _persistence(info: Mapping[str, Any], fsync: str | None) -> Fact:
         return Fact(name, "warn", f"the last {' and '.join(broken)} failed", advice)
     if fsync == "no":
         return Fact(name, "warn", "append-only file, appendfsync no", "appendfsync everysec")
-    known = f"appendfsync {fsync}" if fsync else "appendfsync not to be seen (CONFIG is forbidden)"
+    known = f"appendfsync {fsync}" if fsync else "appendfsync unknown (CONFIG is forbidden)"
     return Fact(name, "ok", f"append-only file, {known}")

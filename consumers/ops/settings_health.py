@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from rq.version import VERSION
 
-from consumers.ops.facts import Fact, facts_from, judged
+from consumers.ops.facts import Fact, check, facts_or_error
 from consumers.ops.masking import Mask
 from consumers.process_setup import TESTED_RQ
 from consumers.settings import (
@@ -34,9 +34,9 @@ _TORN_URL = re.compile(r"^rediss?(\+sentinel)?://[^/?#]*[/?#].*@", re.DOTALL)
 def setting_facts(mask: Mask) -> Iterator[Fact]:
     """Whether the settings can be read, and the servers that they name."""
     advice = "correct it in the environment or in .env"
-    yield from facts_from(DATABASE, _database, mask, advice=advice)
-    yield from facts_from(REDIS, _redis, mask, advice=advice)
-    yield from facts_from("time zone setting", _time_zone, mask, advice=advice)
+    yield from facts_or_error(DATABASE, _database, mask, advice=advice)
+    yield from facts_or_error(REDIS, _redis, mask, advice=advice)
+    yield from facts_or_error("time zone setting", _time_zone, mask, advice=advice)
     models: list[type[EnvironmentSettings]] = [EmbeddedSettings, LoginSettings, MetricsSettings, LogSettings]
     models.append(DashboardSettings)
     if has_database_driver() and find_spec("fastapi") is not None:  # what the API needs
@@ -47,7 +47,7 @@ def setting_facts(mask: Mask) -> Iterator[Fact]:
         try:
             model.from_environment()
         except SettingsError as error:
-            yield Fact("settings", "fail", mask.told(error), advice)
+            yield Fact("settings", "fail", mask.masked_first_line(error), advice)
 
 
 def has_database_driver() -> bool:
@@ -60,7 +60,7 @@ def rq_facts() -> Iterator[Fact]:
     tested = f"tested with {', '.join(TESTED_RQ)}"
     problem = "" if VERSION.startswith(TESTED_RQ) else f"{VERSION}, but {tested}: HistoryWorker does not start"
     advice = f"pip install 'rq=={TESTED_RQ[0]}.*', or use RQ's own worker"
-    yield judged("RQ", f"{VERSION} ({tested})", problem, advice=advice)
+    yield check("RQ", f"{VERSION} ({tested})", problem, advice=advice)
 
 
 def _database() -> Iterator[Fact]:
@@ -95,7 +95,7 @@ def _redis() -> Iterator[Fact]:
         place = place_of(client) + (f", as {user}" if user else "")
         yield Fact(REDIS, "ok", f"{place}, queue {settings.queue} ({_origin('REDIS_URL')})")
     elif StoreSettings.from_environment().is_set:
-        advice = "set REDIS_URL, or neither for the embedded servers"
+        advice = "set REDIS_URL, or unset the database settings to use the embedded servers"
         yield Fact(REDIS, "fail", "not set, although the database is", advice)
     else:
         yield Fact(REDIS, "ok", "not set, nor is the database: the embedded servers")

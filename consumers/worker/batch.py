@@ -28,7 +28,7 @@ from consumers.ops.metrics import COUNTS, UNKNOWN_TYPE
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
 from producers.errors import HistoryError, InvalidEvent, SettingsError
-from producers.events import IMPORT_PREFIX, KINDS, MAX_EVENT_BYTES, Event, Source, decode, is_readable
+from producers.events import IMPORT_PREFIX, KINDS, MAX_EVENT_BYTES, Event, Source, decode, has_bounded_structure
 from producers.fields import EventId
 from producers.fields import Sequence as SequenceNumber
 
@@ -208,7 +208,7 @@ def _stored_before(db: Connection, delivery: Delivery) -> Result | None:
 
 
 def _event_type(delivery: Delivery) -> str:
-    return next((kind.type for kind in KINDS.values() if kind.event is delivery.model), UNKNOWN_TYPE)
+    return next((kind.type for kind in KINDS.values() if kind.model is delivery.model), UNKNOWN_TYPE)
 
 
 def _count(events: Sequence[Event | HistoryError], results: Sequence[Result], seconds: float) -> None:
@@ -269,7 +269,7 @@ def _reference_of(text: Any) -> EventReference:
 
 def _document(text: str) -> Any:
     """Return a text parsed as JSON. Of a text that could exhaust memory, parse only the beginning."""
-    if is_readable(text[:MAX_EVENT_BYTES]):
+    if has_bounded_structure(text[:MAX_EVENT_BYTES]):
         return json.loads(text[:MAX_EVENT_BYTES])
     # Our events begin with their id, source and sequence.
     return from_json(text[:_HEAD_CHARACTERS], allow_partial=True)

@@ -136,7 +136,7 @@ class Completion:
             if not is_caused_by_job(error):
                 raise
             self._fail_by_id(deferred, error)
-        COUNTS.gave_up(deferred.event_type)
+        COUNTS.dead_lettered(deferred.event_type)
 
     def release(self, job_ids: Sequence[str]) -> None:
         """Release reserved jobs that need nothing else: they were deleted, or their dependents are enqueued."""

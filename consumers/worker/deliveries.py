@@ -108,7 +108,7 @@ def _call(job: ReservedJob) -> tuple[Any, type[Event]]:
         raise RefusedJob(f"it names a function that is not one of ours{name}")
     if not isinstance(arguments, list) or len(arguments) != 1 or keywords or instance is not None:
         raise RefusedJob("it must have one argument, the event's text")
-    return arguments[0], kind.event
+    return arguments[0], kind.model
 
 
 def _split_call(data: bytes) -> tuple[Any, Any, Any, Any]:

@@ -18,7 +18,7 @@ from rq.serializers import JSONSerializer
 from producers.events import PortfolioSnapshot, encode, event_of
 from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key, orphans_key
-from producers.rq_queue import UNDER_WAY, enqueue
+from producers.rq_queue import ACTIVE_STATUSES, enqueue
 from tests.benchmarks.checks import require, wait_for_progress
 from tests.benchmarks.environment import queue_name
 from tests.factories import a_snapshot
@@ -75,7 +75,7 @@ class Backlog:
             for job_id in self.last_job_ids:
                 pipe.hget(Job.key_for(job_id), "status")
             statuses = pipe.execute()
-        return any(status and status.decode() in UNDER_WAY for status in statuses)
+        return any(status and status.decode() in ACTIVE_STATUSES for status in statuses)
 
 
 def park_snapshots(redis: Redis, folder: Path, count: int, first: int = 0) -> Backlog:

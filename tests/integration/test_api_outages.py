@@ -151,7 +151,7 @@ def test_a_client_that_takes_nothing_is_disconnected(monkeypatch: pytest.MonkeyP
     """It would keep its answer in the server's memory."""
     monkeypatch.setattr(api_server, "_IDLE_SECONDS", 0.3)
     with listen("127.0.0.1", 0) as listening:
-        api_server._give_up_idle_readers(listening)
+        api_server._disconnect_idle_readers(listening)
         with socket.create_connection(listening.getsockname()), listening.accept()[0] as accepted:
             accepted.settimeout(20)
             with pytest.raises(OSError, match="timed out") as caught:

@@ -22,7 +22,7 @@ from consumers.db.inserts import insert_events
 from consumers.ops.audit import SourceAudit, audit
 from consumers.ops.failed import refused_text, rejections
 from producers.errors import EventRejected
-from producers.events import JOB_FUNCTIONS, SNAPSHOT_TYPE, encode, event_of
+from producers.events import KINDS, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
 from tests.deliveries import burst, history_queue
@@ -145,7 +145,7 @@ def test_a_refused_event_that_names_no_source_is_in_no_sources_account(
     foreign = json.loads(encode(event_of(a_snapshot(after=timedelta(20)), source="x/1", sequence=1)))
     foreign["source"] = "my bot"
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
-    queue.enqueue(JOB_FUNCTIONS[foreign["type"]], json.dumps(foreign), job_id="foreign")
+    queue.enqueue(KINDS[foreign["type"]].job_function, json.dumps(foreign), job_id="foreign")
     work()
     with get_db() as db:
         refused = text("SELECT source, sequence FROM event_outcomes WHERE job_id = 'foreign'")
@@ -183,7 +183,7 @@ def test_a_requeued_event_that_is_stored_is_a_rejection_no_more(
     requeued = _run("failed", "requeue", "--all")
     work()
 
-    assert (requeued.returncode, requeued.stdout) == (0, "1 sent through again\n")
+    assert (requeued.returncode, requeued.stdout) == (0, "1 requeued\n")
     assert list(rejections()) == []
     assert Queue("history", connection=redis, serializer=JSONSerializer).failed_job_registry.count == 0
     deadline = time.monotonic() + 20
@@ -213,7 +213,7 @@ def test_a_discarded_event_is_kept_with_the_reasons(
 def test_a_rejection_can_be_requeued_and_discarded_whatever_became_of_its_job(
     redis: Redis, mixed: list[Receipt], damage: str, work: Work
 ) -> None:
-    """It can be sent through again from its text, and discarded, whatever has become of the job."""
+    """It can be requeued from its text, and discarded, whatever has become of the job."""
     (rejection,) = rejections()
     key = f"rq:job:{rejection.job_id}"
     if damage == "lost":
@@ -227,7 +227,7 @@ def test_a_rejection_can_be_requeued_and_discarded_whatever_became_of_its_job(
     work()
     discarded = _run("failed", "discard", rejection.job_id, "--reason", "test data")
 
-    assert (requeued.returncode, requeued.stdout) == (0, "1 sent through again\n")
+    assert (requeued.returncode, requeued.stdout) == (0, "1 requeued\n")
     assert (discarded.returncode, discarded.stderr, list(rejections())) == (0, "", [])
     assert not redis.exists(key)
 
@@ -240,7 +240,7 @@ def test_a_discarded_event_stays_discarded_when_it_is_rejected_again(
     event = refused_text(rejection.job_id)
     _run("failed", "discard", rejection.job_id, "--reason", "test data")
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
-    queue.enqueue(JOB_FUNCTIONS[SNAPSHOT_TYPE], event, job_id=rejection.job_id)
+    queue.enqueue(KINDS[SNAPSHOT_TYPE].job_function, event, job_id=rejection.job_id)
     work()
 
     assert list(rejections()) == []
@@ -264,7 +264,7 @@ def test_a_rejected_job_is_shown_letter_by_letter(redis: Redis, database_url: st
     """A job that names `[/x]` as its function, and one whose text would steer the terminal."""
     queue = history_queue(redis)
     queue.enqueue("[/x]", "{}", job_id="no-function")
-    queue.enqueue(JOB_FUNCTIONS[SNAPSHOT_TYPE], "[/x] [range 1-2] \x1b[2J\x9b31m", job_id="steering")
+    queue.enqueue(KINDS[SNAPSHOT_TYPE].job_function, "[/x] [range 1-2] \x1b[2J\x9b31m", job_id="steering")
     burst(redis)
     listed, shown = _run("failed", "list"), _run("failed", "show", "steering")
 

@@ -47,7 +47,7 @@ def _unsettled_seconds(bot: Controller) -> float:
         patch.setenv("HISTORY_OUTBOX", str(bot.path))
         health = outbox_of_settings()
     assert health is not None
-    return health.oldest_unsettled_seconds or 0.0
+    return health.oldest_unacknowledged_seconds or 0.0
 
 
 @pytest.mark.parametrize("then", ["at once", "after a restart of the bot", "after a restart of the machine"])

@@ -146,7 +146,7 @@ def test_an_event_that_was_stored_meanwhile_is_not_sent_again(redis: Redis, data
 
 def test_a_lost_job_whose_text_is_no_event_cannot_be_sent_again(redis: Redis, database_url: str) -> None:
     store_rejection("a", "why")
-    with pytest.raises(HistoryError, match="job a cannot be sent again: Redis has lost it, and its text is no event"):
+    with pytest.raises(HistoryError, match="job a cannot be requeued: Redis no longer has it"):
         requeue(rejections(), redis, "history")
 
 

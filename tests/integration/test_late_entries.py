@@ -64,11 +64,11 @@ def _ages(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[float, objec
         scraped = client.get("/metrics").text
         (age,) = re.findall(r"^trading_history_outbox_oldest_age_seconds (\S+)$", scraped, re.M)
         assert "trading_history_outbox_up 1.0" in scraped
-        health = client.get("/page/health").json()["outbox"]["oldest_unsettled_seconds"]
+        health = client.get("/page/health").json()["outbox"]["oldest_unacknowledged_seconds"]
     status, doctor = _json("outbox", "status"), _json("doctor")
     check = doctor["outbox"]
     assert isinstance(check, dict)
-    return float(age), health, status["oldest_unsettled_seconds"], check["status"]
+    return float(age), health, status["oldest_unacknowledged_seconds"], check["status"]
 
 
 def test_an_acknowledged_event_is_not_late(redis: Redis, outbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_the_state_of_the_pipeline(
     producer.flush(10)
 
     scrape = _scrape(redis)
-    ages = {portfolio: round(age / 60) for (portfolio,), age in _of(scrape, "newest_row_age_seconds").items()}
+    ages = {portfolio: round(age / 60) for (portfolio,), age in _of(scrape, "newest_snapshot_age_seconds").items()}
     assert ages == {"1": 5, "2": 60, "none": 120}
     assert [scrape[f"{part}_up",] for part in ("database", "redis", "outbox")] == [1, 1, 1]
     assert (scrape["queue_jobs",], scrape["reserved_jobs",], scrape["workers",]) == (1, 0, 0)
@@ -220,7 +220,7 @@ def test_a_workers_scrape_in_every_outage(proxies: tuple[Proxy, Proxy], redis: R
         frozen = _timed(lambda: scraped(url))
         assert [frozen[f"{part}_up",] for part in ("database", "redis")] == [0, 0]
         assert ("queue_jobs",) not in frozen
-        assert not any(name == "newest_row_age_seconds" for name, *_ in frozen)
+        assert not any(name == "newest_snapshot_age_seconds" for name, *_ in frozen)
         assert _ends(frozen)["stored", SNAPSHOT_TYPE] == 2
         _timed(lambda: scraped(url))
         for proxy in proxies:

@@ -24,7 +24,7 @@ from consumers.db.engine import engine, get_db
 from consumers.db.inserts import insert_events
 from consumers.embedded.child_processes import worker_process
 from consumers.legacy.comparison import RowIds
-from consumers.legacy.entries_in_work import EntriesInWork
+from consumers.legacy.entries_in_progress import EntriesInProgress
 from consumers.legacy.import_report import Report
 from consumers.legacy.importer import Importer, dry_run
 from consumers.legacy.old_history import ImportStatistics, OldHistory, file_sources
@@ -78,9 +78,9 @@ def _import(folder: Path, said: list[str] | None = None, **about: Any) -> list[I
     histories = _histories(folder, **about)
     say = (said if said is not None else []).append
     path = folder.parent / "report.jsonl"
-    with Report(path) as report, EntriesInWork(path) as in_work:
+    with Report(path) as report, EntriesInProgress(path) as in_progress:
         for history in histories:
-            Importer(history, report, in_work, say=say, advance=lambda: None).run()
+            Importer(history, report, in_progress, say=say, advance=lambda: None).run()
     return [history.statistics for history in histories]
 
 
@@ -343,7 +343,7 @@ def _database_behind(proxy_folder: Path) -> Iterator[tuple[Proxy, str]]:
 
 
 def test_an_outage_of_the_database_is_waited_for_and_said_once(tmp_path: Path) -> None:
-    """The entries in work when it began are neither lost nor doubled."""
+    """The entries in progress when it began are neither lost nor doubled."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(4000)])
     with (
         TemporaryDirectory(dir="/tmp") as short,
@@ -520,7 +520,7 @@ def test_an_entry_that_ends_the_process_is_isolated_by_the_next_runs(
     (rejection,) = rejections()
     assert (rejection.sequence, rejection.reason.partition(":")[0]) == (1234, "poison event")
     assert all(one.complete for one in audit())
-    assert not list(tmp_path.glob("*.in-work"))
+    assert not list(tmp_path.glob("*.in-progress"))
 
     if place == "decode":  # its event is known, and can go through the queue once the defect is mended
         requeue(rejections(), redis, "history")

@@ -103,6 +103,7 @@ def test_without_a_worker_it_says_so_in_time(redis: Redis, outbox: Path) -> None
     assert "may be deleted" not in flushed.stdout
     assert took < 10
     facts = json.loads(as_json.stdout)
+    assert facts["oldest_unsettled_seconds"] < 60
     assert {name: facts[name] for name in ("path", "pending", "sent", "unsettled", "waits_for")} == {
         "path": str(outbox),
         "pending": 0,
@@ -225,7 +226,7 @@ def test_an_event_that_is_stored_by_then_is_counted_as_such(
             printed, _ = flushing.communicate(timeout=60)
         assert (flushing.returncode, printed) == (0, _deletable(outbox))
     facts = json.loads(_run("status", "--json").stdout)
-    assert (facts["stored"], facts["oldest_unsettled_seconds"], facts["check"]) == (2, None, "sound")
+    assert (facts["stored"], facts["oldest_unacknowledged_seconds"], facts["check"]) == (2, None, "sound")
     assert len(get_portfolio_history()) == 2
 
 

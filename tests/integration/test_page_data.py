@@ -417,7 +417,7 @@ def test_every_query_goes_along_an_index(client: TestClient) -> None:
         (state_queries._LAST_STORED, {}),
         (state_queries._REJECTIONS, {"limit": 9}),
         (state_queries._COUNT_REJECTIONS, {"limit": 9}),
-        (state_queries._NEWEST, {}),
+        (state_queries._CHANGE_TOKENS, {}),
     ]
     with read_transaction() as db:
         for statement, values in statements:

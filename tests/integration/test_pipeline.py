@@ -29,7 +29,7 @@ from consumers.operations import get_portfolio_history, get_recent_signal_archiv
 from producers import entry_sender
 from producers.acknowledgements import Outcome, acknowledgement_text
 from producers.errors import EventRejected
-from producers.events import JOB_FUNCTIONS, Payload, encode, event_of
+from producers.events import KINDS, Payload, encode, event_of
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key, delivery_of
@@ -254,7 +254,7 @@ def test_a_job_that_is_under_way_in_name_only_is_sent_again(
 
 def test_every_job_function_that_the_relay_names_exists() -> None:
     """RQ enqueues a wrong path without a word; this is the only check."""
-    assert all(callable(import_attribute(path)) for path in JOB_FUNCTIONS.values())
+    assert all(callable(import_attribute(path)) for path in (kind.job_function for kind in KINDS.values()))
 
 
 def test_the_job_shows_a_person_what_it_is(producer: HistoryProducer, redis: Redis) -> None:

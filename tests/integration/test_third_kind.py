@@ -73,7 +73,7 @@ class ClosedTradeEvent(Event):
 
 CLOSED_TRADE = EventKind(
     name="closed-trade",
-    event=ClosedTradeEvent,
+    model=ClosedTradeEvent,
     job_function="tests.integration.test_third_kind.record_closed_trade",
     table="closed_trades",
     columns=(
@@ -299,7 +299,7 @@ def test_it_is_counted(producer: HistoryProducer, redis: Redis) -> None:
     """Under its type, from the start with 0."""
 
     def counted() -> dict[str, int]:
-        ends = COUNTS.read().ends.items()
+        ends = COUNTS.read().results.items()
         return {outcome: count for (event_type, outcome), count in ends if event_type == ClosedTrade.type}
 
     ends = dict.fromkeys(("stored", "duplicate", "conflict", "invalid", "poison"), 0)
@@ -388,9 +388,9 @@ def test_no_two_kinds_have_the_same_type_name_function_or_table(name: str) -> No
         data: OtherTrade
 
     if name == "type":
-        kind = EventKind(event=ClosedTradeEvent, **values)
+        kind = EventKind(model=ClosedTradeEvent, **values)
     else:
-        kind = EventKind(event=OtherTradeEvent, **values | {name: getattr(CLOSED_TRADE, name)})
+        kind = EventKind(model=OtherTradeEvent, **values | {name: getattr(CLOSED_TRADE, name)})
     with pytest.raises(ValueError, match=f"another kind of event has the {name} "):
         KINDS.register(kind)
     assert list(KINDS) == ["trading.portfolio-snapshot.v1", "trading.signal-archive.v1", "trading.closed-trade.v1"]

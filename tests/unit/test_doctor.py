@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from consumers.ops import doctor, settings_health
 from consumers.ops.database_health import clock_fact
-from consumers.ops.facts import Fact, duration, facts_from, size
+from consumers.ops.facts import Fact, duration, facts_or_error, size
 from consumers.ops.masking import Mask
 from consumers.ops.outbox_health import outbox_of_settings
 from consumers.terminal import print_checks
@@ -116,7 +116,7 @@ def test_no_spelling_of_a_password_gets_through(password: str) -> None:
         "REDIS_URL": f"redis://h?password={encoded}-in-query",
         "POSTGRES_PASSWORD": password,
     }
-    told = Mask.of(environment).told(Exception(f"no {password} no {encoded} no {encoded}-in-query no"))
+    told = Mask.of(environment).masked_first_line(Exception(f"no {password} no {encoded} no {encoded}-in-query no"))
     assert password not in told
     assert encoded not in told
 
@@ -128,8 +128,8 @@ def test_one_reading_that_fails_hides_nothing_of_the_others() -> None:
         yield Fact("first", "ok", "fine")
         raise ZeroDivisionError("a defect")
 
-    facts = list(facts_from("broken", broken, NO_SECRETS, advice="what to do"))
-    unknown = list(facts_from("broken", broken, NO_SECRETS, unknown=(ZeroDivisionError,)))
+    facts = list(facts_or_error("broken", broken, NO_SECRETS, advice="what to do"))
+    unknown = list(facts_or_error("broken", broken, NO_SECRETS, unknown=(ZeroDivisionError,)))
     assert facts == [Fact("first", "ok", "fine"), Fact("broken", "fail", "a defect", "what to do")]
     assert (unknown[1].state, unknown[1].found) == ("unknown", "cannot be read: a defect")
 

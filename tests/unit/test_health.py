@@ -14,13 +14,13 @@ from fakeredis import FakeRedis
 from prometheus_client import generate_latest
 
 from consumers.ops import exposition
-from consumers.ops.database_health import server_facts as database_server_facts
+from consumers.ops.database_health import database_server_facts
 from consumers.ops.exposition import worker_registry
 from consumers.ops.facts import Fact
 from consumers.ops.health import HealthReader, Probe
 from consumers.ops.outbox_health import OutboxHealth
 from consumers.ops.queue_health import Owner, QueueHealth, read_queue
-from consumers.ops.redis_health import server_facts as redis_server_facts
+from consumers.ops.redis_health import redis_server_facts
 from producers.errors import OutboxError
 from producers.outbox import MAX_BYTES
 
@@ -112,10 +112,10 @@ def test_a_queue_is_read_whatever_stands_in_the_places_of_its_keys() -> None:
     ("values", "bad"),
     [
         ({}, []),
-        ({"oldest_unsettled_seconds": 600.0, "is_relayed": True}, []),
-        ({"oldest_unsettled_seconds": 601.0}, [("outbox", "warn")]),
-        ({"oldest_unsettled_seconds": 601.0, "is_relayed": False}, [("outbox", "fail")]),
-        ({"oldest_unsettled_seconds": 86401.0, "is_relayed": True}, [("outbox", "fail")]),
+        ({"oldest_unacknowledged_seconds": 600.0, "is_relayed": True}, []),
+        ({"oldest_unacknowledged_seconds": 601.0}, [("outbox", "warn")]),
+        ({"oldest_unacknowledged_seconds": 601.0, "is_relayed": False}, [("outbox", "fail")]),
+        ({"oldest_unacknowledged_seconds": 86401.0, "is_relayed": True}, [("outbox", "fail")]),
         ({"rejected": 1}, [("outbox rejections", "warn")]),
         ({"used_bytes": round(0.6 * MAX_BYTES)}, [("outbox size", "warn")]),
         ({"used_bytes": round(0.95 * MAX_BYTES)}, [("outbox size", "fail")]),
@@ -125,7 +125,7 @@ def test_an_outbox_is_judged_by_its_oldest_entry_and_its_size(
     values: dict[str, Any], bad: list[tuple[str, str]]
 ) -> None:
     empty: dict[str, Any] = dict.fromkeys(("pending", "sent", "rejected", "used_bytes"), 0)
-    assert _bad(OutboxHealth(**(empty | {"oldest_unsettled_seconds": None} | values)).facts()) == bad
+    assert _bad(OutboxHealth(**(empty | {"oldest_unacknowledged_seconds": None} | values)).facts()) == bad
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from consumers.worker.batch import _reference_of
 from producers.errors import InvalidEvent
-from producers.events import MODELS, SignalArchive, decode, encode, event_of
+from producers.events import KINDS, SignalArchive, decode, encode, event_of
 from tests.factories import INSTANT, a_signal
 
 EVENT_TYPE, START, REPEATED, TIMES, END = sys.argv[1:]
@@ -31,7 +31,7 @@ pieces = (REPEATED.replace("#", f"{number:06d}") if "#" in REPEATED else REPEATE
 text = start + ",".join(pieces) + end
 before = peak()
 try:
-    said = f"{len(decode(text, MODELS[EVENT_TYPE]).data.signals)} signals"
+    said = f"{len(decode(text, KINDS[EVENT_TYPE].model).data.signals)} signals"
 except InvalidEvent as error:
     said = str(error)
 _, sequence, _ = _reference_of(text)

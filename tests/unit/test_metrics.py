@@ -23,15 +23,15 @@ def test_counts_that_were_read_do_not_change_any_more() -> None:
     before = counts.read()
     counts.batch({_STORED: 3}, 0.01, [0.5, 0.5, 9.0])
     after = counts.read()
-    assert (before.ends[_STORED], before.batch_events.counts) == (0, [0] * 10)
-    assert (after.ends[_STORED], after.batch_events.sum, after.lag_seconds.sum) == (3, 3, 10)
+    assert (before.results[_STORED], before.batch_events.counts) == (0, [0] * 10)
+    assert (after.results[_STORED], after.batch_events.sum, after.lag_seconds.sum) == (3, 3, 10)
 
 
 def test_every_end_is_there_from_the_start() -> None:
     """Otherwise the first refusal would appear as a number that never grew, and raise no alarm."""
-    outcomes = [outcome for _, outcome in Counts().read().ends]
+    outcomes = [outcome for _, outcome in Counts().read().results]
     assert set(outcomes) == {"stored", "duplicate", "conflict", "invalid", "poison", "refused"}
-    assert set(Counts().read().ends.values()) == {0}
+    assert set(Counts().read().results.values()) == {0}
 
 
 def test_threads_that_count_at_once_lose_nothing() -> None:
@@ -43,7 +43,7 @@ def test_threads_that_count_at_once_lose_nothing() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(count, range(4)))
-    assert counts.read().ends[_STORED] == 8000
+    assert counts.read().results[_STORED] == 8000
     assert sum(counts.read().lag_seconds.counts) == 8000
 
 
@@ -52,10 +52,10 @@ def test_a_forked_child_begins_at_zero_also_while_the_parent_counts() -> None:
     COUNTS.batch({_STORED: 5}, 0.1, [])
 
     def child() -> None:
-        assert COUNTS.read().ends[_STORED] == 0
+        assert COUNTS.read().results[_STORED] == 0
         COUNTS.batch({_STORED: 1}, 0.1, [])
-        assert COUNTS.read().ends[_STORED] == 1
+        assert COUNTS.read().results[_STORED] == 1
 
     with COUNTS._lock:
         assert in_child(child) == 0
-    assert COUNTS.read().ends[_STORED] >= 5
+    assert COUNTS.read().results[_STORED] >= 5

@@ -599,9 +599,7 @@ def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, versi
     ids = [UUID(json.loads(text)["id"]) for text in events]
     (page,) = upgraded.audit_pages(OLD_SOURCE_ID)
     states = ("stored", "rejected", "sent", "pending")
-    assert [(one.event_id, one.state, one.nonce) for one in page] == [
-        (event_id, state, "") for event_id, state in zip(ids, states, strict=True)
-    ]
+    assert [(one.event_id, one.state) for one in page] == list(zip(ids, states, strict=True))
     assert upgraded.sources() == [OutboxSource(OLD_SOURCE_ID, NAME, 4, current=True, left_because=None)]
     assert [upgraded.status_of(Accepted(ids[n], NAME, OLD_SOURCE_ID, n + 1, "")) for n in range(2)] == [
         EntryStatus("stored", 7, None),

@@ -63,7 +63,7 @@ def test_a_producer_makes_room_for_a_relay_process(new: New, path: Path) -> None
     producer, process = new(), new("one")
     assert _relays(producer, path)
     assert not _relays(process, path)
-    assert not process.turn.stands_by  # so soon nobody can know
+    assert not process.turn.is_standby  # so soon nobody can know
     assert not _relays(producer, path)
     assert _relays(process, path)
     process.stop()

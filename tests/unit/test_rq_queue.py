@@ -13,7 +13,7 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry
 from rq.serializers import JSONSerializer
 
 from producers.entries import Entry
-from producers.events import JOB_FUNCTIONS
+from producers.events import KINDS
 from producers.outbox import Outbox
 from producers.redis_keys import owners_key, reserved_key
 from producers.rq_queue import TIMEOUT_SECONDS, enqueue, in_no_list
@@ -57,7 +57,7 @@ def test_rq_reads_our_job_as_its_own(tmp_path: Path, redis: fakeredis.FakeRedis,
     queue.enqueue_many(
         [
             Queue.prepare_data(
-                JOB_FUNCTIONS[entry.type],
+                KINDS[entry.type].job_function,
                 args=(entry.event,),
                 job_id=entry.job_id,
                 description=entry.summary,

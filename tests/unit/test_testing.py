@@ -265,7 +265,7 @@ def test_a_thread_that_outlives_the_test_records_nothing(tmp_path: Path) -> None
             pool.submit(_record).result(10)
             assert len(history.events) == 1
         for producer in (None, early):
-            with pytest.raises(HistoryError, match="^this thread was started in a test that is over"):
+            with pytest.raises(HistoryError, match="^this thread outlived the test that started it"):
                 pool.submit(_record, producer=producer).result(10)
         with FakeHistory() as history:
             pool.submit(_record).result(10)
@@ -310,7 +310,10 @@ def test_a_test_may_redirect_to_a_client_and_a_file_of_its_own(tmp_path: Path) -
             producer = HistoryProducer(Redis(port=1), outbox=tmp_path / "other.db")
             _record(producer=producer)
             assert producer.flush(10) == 0
-            with pytest.raises(HistoryError, match="redirected already"), redirect(client, tmp_path / "second.db"):
+            with (
+                pytest.raises(HistoryError, match="another FakeHistory is active"),
+                redirect(client, tmp_path / "second.db"),
+            ):
                 pass
             raise ZeroDivisionError
 
@@ -331,7 +334,7 @@ def test_no_producer_imports_code_that_is_meant_for_tests() -> None:
 
 def test_only_one_is_open_at_a_time(trading_history: FakeHistory) -> None:
     """A second one would take the first one's producers."""
-    with pytest.raises(HistoryError, match="^another FakeHistory is open"), FakeHistory():
+    with pytest.raises(HistoryError, match="^another FakeHistory is active"), FakeHistory():
         pass
     _record()
     assert len(trading_history.events) == 1

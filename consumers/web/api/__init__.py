@@ -59,7 +59,7 @@ def readyz() -> JSONResponse:
 
 def _tables_are_readable() -> bool:
     with get_reader() as db:
-        state_queries.read_history_tables(db)
+        state_queries.check_tables_readable(db)
     return True
 
 

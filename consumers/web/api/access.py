@@ -27,7 +27,7 @@ _bearer = HTTPBearer(auto_error=False, description="HISTORY_API_TOKEN, if the se
 
 
 def settings_of(request: Request) -> ApiSettings:
-    """Those that the app was started with; the environment's where nothing was started, as in another app."""
+    """The settings that the app was started with; those of the environment if another app includes ours."""
     started: ApiSettings | None = getattr(request.app.state, "history_api", None)
     return started or ApiSettings.from_environment()
 

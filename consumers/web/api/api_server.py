@@ -12,7 +12,7 @@ from consumers.settings import ApiSettings
 from consumers.web.api import app
 from consumers.web.listening import is_local, listen, url_of
 
-_LEAVE_SECONDS = 5  # for answers under way when it is told to stop
+_LEAVE_SECONDS = 5  # for answers in progress when the server is stopped
 _IDLE_SECONDS = 30.0
 _MAX_HEAD_BYTES = 64 * 1024
 _HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -41,8 +41,8 @@ class BoundedHead(HttpToolsProtocol):
         super().on_headers_complete()
 
 
-def _give_up_idle_readers(listening: socket.socket) -> None:
-    """A client that takes nothing of its answer for half a minute is let go: uvicorn would keep the rest in memory."""
+def _disconnect_idle_readers(listening: socket.socket) -> None:
+    """Disconnect a client that reads nothing for half a minute: uvicorn would keep its answer in memory."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted connections inherit it
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(_IDLE_SECONDS * 1000))
 
@@ -56,7 +56,7 @@ def serve(host: str, port: int) -> None:
     """
     settings = ApiSettings.from_environment()
     with listen(host, port) as listening:
-        _give_up_idle_readers(listening)
+        _disconnect_idle_readers(listening)
         if settings.token is None and not is_local(listening):
             print(f"Whoever reaches {host} can read everything: HISTORY_API_TOKEN is not set.", file=sys.stderr)
         config = uvicorn.Config(

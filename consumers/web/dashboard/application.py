@@ -50,10 +50,10 @@ def _failed(error: Exception) -> ResponseReturnValue:
     if isinstance(error, NoSuchJobError):
         return login.text_answer(NotFound("Redis has no such job any more."))
     if isinstance(error, InvalidJobOperation):
-        return login.text_answer(Conflict("The job has another state than this needs: look at it again."))
+        return login.text_answer(Conflict("The job's state has changed; reload the page."))
     if isinstance(error, RedisError):
         logger.warning("%s %s: Redis: %s", request.method, request.path, name)
-        return login.text_answer(ServiceUnavailable(f"Redis does not answer, or refuses the command: {name}."))
+        return login.text_answer(ServiceUnavailable(f"Redis failed: {name}."))
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
     return login.text_answer(
         InternalServerError(f"{name}. RQ may be unable to read a job in this list: see the server's log.")

@@ -37,7 +37,7 @@ def serve(listening: socket.socket) -> NoReturn:
     from consumers.web.dashboard.application import create_app
 
     if not guard.local:
-        print("The login crosses the network: put a TLS proxy before this server.", file=sys.stderr)
+        print("The login is sent in clear text: put a TLS proxy in front of this server.", file=sys.stderr)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # of every request that waits for a thread
     app = create_app(guard, redis, transport.queue)
     server = waitress.create_server(

@@ -58,7 +58,7 @@ class Guard:
 
     def _check(self) -> None:
         if self.local and not (is_own_host(request.host) or self._is_known(request.host)):
-            raise MisdirectedRequest("Set HISTORY_DASHBOARD_URL to the name that this server is asked under.")
+            raise MisdirectedRequest("Unknown host name. Set HISTORY_DASHBOARD_URL to the public address.")
         self._require_login()
         changes = request.url_rule is not None and "POST" in (request.url_rule.methods or ())
         if changes and request.method != "POST":
@@ -73,7 +73,7 @@ class Guard:
     def _require_login(self) -> None:
         given = request.authorization
         if given is not None and given.type == "basic":
-            # Both are compared, whatever the first one says: the time taken tells nothing.
+            # Compare both in any case, so that the time taken reveals nothing.
             user = hmac.compare_digest((given.username or "").encode(), DASHBOARD_USER.encode())
             if hmac.compare_digest((given.password or "").encode(), self.password) and user:
                 return
@@ -85,7 +85,7 @@ class Guard:
         origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
         own = {origin_of(f"{request.scheme}://{request.host}"), self.origin}
         if (origin is None and site is None) or origin not in (None, *own) or site not in (None, "same-origin"):
-            raise Forbidden("Changes are taken from this server's own pages only.")
+            raise Forbidden("Changes must come from a page of this server.")
 
 
 def _with_headers(response: Response) -> Response:

@@ -12,7 +12,7 @@ from consumers.web.disclosure import Unreadable, disclosed
 
 _SECONDS = 15.0
 _QUEUE = ("queued", "reserved", "oldest_waiting_seconds", "failed", "workers", "state")
-_OUTBOX = ("pending", "sent", "rejected", "oldest_unsettled_seconds", "state")
+_OUTBOX = ("pending", "sent", "rejected", "oldest_unacknowledged_seconds", "state")
 
 
 def health() -> dict[str, Any]:
@@ -31,7 +31,7 @@ def health() -> dict[str, Any]:
 
 def _rows() -> dict[str, Any]:
     with read_transaction() as db:
-        return {"last_stored": state_queries.last_stored(db), "rejections": state_queries.rejections(db)}
+        return {"last_stored": state_queries.last_stored(db), "rejections": state_queries.newest_rejections(db)}
 
 
 def _shown(reading: Reading[Any], names: tuple[str, ...] = ()) -> Any:

@@ -64,7 +64,7 @@ def static_file(request: Request, name: str) -> Response:
 def newest(request: Request) -> Response:
     """Change token per table. The page reads it every few seconds."""
     with read_transaction() as db:
-        return json_answer(request, state_queries.newest(db))
+        return json_answer(request, state_queries.change_tokens(db))
 
 
 @data.get("/portfolios")

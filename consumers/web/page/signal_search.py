@@ -71,7 +71,7 @@ class _Number(str):
 
 
 def _may_have(signals: str, wanted: str) -> bool:
-    """False: no value has it, and parsing can be spared. What JSON writes with a backslash only parsing tells."""
+    """False if no value has it, so that parsing is not needed; True also for texts that JSON may escape."""
     if not wanted.isprintable() or '"' in wanted or "\\" in wanted:
         return True
     folded = wanted.casefold()

@@ -60,7 +60,7 @@ function failedTile(database) {
 function outboxTile(outbox) {
   if (outbox === null) return tile("plain", "Outbox", "none", "on this machine");
   if (outbox.error) return tile("bad", "Outbox", "not readable", outbox.error);
-  const { pending, sent, oldest_unsettled_seconds: age, state } = outbox;
+  const { pending, sent, oldest_unacknowledged_seconds: age, state } = outbox;
   const note = age === null ? "every event is stored or rejected" : `${count(sent)} sent and not acknowledged; the oldest for ${duration(age)}`;
   return tile(state === "ok" ? "good" : "bad", "Outbox", `${count(pending)} pending`, note);
 }

@@ -1,4 +1,4 @@
-"""The note of the entries in work: what a crash leaves for the next import, and what leaves nothing."""
+"""The file of the entries in progress: what a crash leaves for the next import, and what leaves nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from consumers.legacy.entries_in_work import EntriesInWork
+from consumers.legacy.entries_in_progress import EntriesInProgress
 from consumers.legacy.json_arrays import Entry
 from producers.errors import HistoryError
 
@@ -18,11 +18,11 @@ CHUNK = [Entry(index, {}) for index in range(100)]
 
 
 def _crash(report: Path) -> None:
-    """In a process of its own, which ends without a word when NUMBER is in work."""
+    """In a process of its own, which ends without a word when NUMBER is in progress."""
     child = os.fork()
     if child == 0:
-        with EntriesInWork(report) as in_work:
-            for portion in in_work.portions(SOURCE, CHUNK):
+        with EntriesInProgress(report) as in_progress:
+            for portion in in_progress.portions(SOURCE, CHUNK):
                 if CHUNK[NUMBER] in portion:
                     os._exit(9)
         os._exit(0)
@@ -30,14 +30,14 @@ def _crash(report: Path) -> None:
 
 
 def _end_with(error: BaseException, report: Path) -> None:
-    with EntriesInWork(report) as in_work:
-        next(in_work.portions(SOURCE, CHUNK))
+    with EntriesInProgress(report) as in_progress:
+        next(in_progress.portions(SOURCE, CHUNK))
         raise error
 
 
 def _sizes(report: Path, source: str = SOURCE) -> set[int]:
-    with EntriesInWork(report) as in_work:
-        return {len(portion) for portion in in_work.portions(source, CHUNK)}
+    with EntriesInProgress(report) as in_progress:
+        return {len(portion) for portion in in_progress.portions(source, CHUNK)}
 
 
 def test_each_crash_narrows_the_entries_down_and_then_counts(tmp_path: Path) -> None:
@@ -46,18 +46,18 @@ def test_each_crash_narrows_the_entries_down_and_then_counts(tmp_path: Path) -> 
     noted = []
     for _ in range(4):
         _crash(report)
-        note = json.loads((tmp_path / "report.jsonl.in-work").read_text())
+        note = json.loads((tmp_path / "report.jsonl.in-progress").read_text())
         noted.append((note["first"], note["last"], note["crashes"]))
     assert noted == [(0, 99, 0), (75, 77, 0), (77, 77, 0), (77, 77, 1)]
-    with EntriesInWork(report) as in_work:
-        assert in_work.crashes(SOURCE, NUMBER) == 2
-        assert [len(portion) for portion in in_work.portions(SOURCE, CHUNK)] == [77, 1, 22]
+    with EntriesInProgress(report) as in_progress:
+        assert in_progress.crashes(SOURCE, NUMBER) == 2
+        assert [len(portion) for portion in in_progress.portions(SOURCE, CHUNK)] == [77, 1, 22]
 
 
 @pytest.mark.parametrize("left", ["", "{", "[1]", '{"source": "import/a.json/1", "first": 0}', "null", "\x00" * 10])
 def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, left: str) -> None:
     """As a full disk may leave it."""
-    (tmp_path / "report.jsonl.in-work").write_text(left)
+    (tmp_path / "report.jsonl.in-progress").write_text(left)
     assert _sizes(tmp_path / "report.jsonl") == {100}
 
 
@@ -71,11 +71,11 @@ def test_without_a_note_of_its_own_an_import_works_all_the_same(tmp_path: Path) 
     pipe, report = tmp_path / "pipe", tmp_path / "report.jsonl"
     os.mkfifo(pipe)
     assert _sizes(pipe) == {100}
-    with EntriesInWork(report) as first:
+    with EntriesInProgress(report) as first:
         next(first.portions(SOURCE, CHUNK))
-        note = (tmp_path / "report.jsonl.in-work").read_text()
+        note = (tmp_path / "report.jsonl.in-progress").read_text()
         assert _sizes(report) == {100}
-        assert (tmp_path / "report.jsonl.in-work").read_text() == note
+        assert (tmp_path / "report.jsonl.in-progress").read_text() == note
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 

@@ -1,4 +1,4 @@
-"""Inserts the events of an import by the worker's own processing of a batch; what cannot be decided now is retried."""
+"""Batches of imported events, processed as by a worker; deliveries that cannot be decided now are retried."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _LAST_BACKOFF_SECONDS = 5.0
 _Answer = TypeVar("_Answer")
 
 
-def when_available(work: Callable[[], _Answer], say: Callable[[str], None]) -> _Answer:
-    """The answer of `work`, which is called again, after growing pauses, while the database cannot take it."""
+def retry_until_available(work: Callable[[], _Answer], say: Callable[[str], None]) -> _Answer:
+    """Return the answer of `work`, called again after growing pauses as long as the database is unavailable."""
     failures = 0
     while True:
         try:
@@ -43,16 +43,16 @@ def when_available(work: Callable[[], _Answer], say: Callable[[str], None]) -> _
 
 @dataclass
 class _Undecided:
-    """An event to insert; `failures` counts the defects that it met alone."""
+    """An event to insert; `failures` counts its defects."""
 
     delivery: Delivery
     failures: int = 0
 
 
-class Insertion:
-    """Decides deliveries, and calls `decided` with the job id and outcome of each once that is committed.
+class ImportBatches:
+    """Decides deliveries, and calls `decided` with the job id and outcome of each after its commit.
 
-    A delivery that alone cannot be decided now waits for the others; after a few defects it is rejected as poison.
+    A single delivery that cannot be decided now is deferred; after 3 defects it is rejected as poison.
     """
 
     def __init__(self, *, decided: Callable[[str, Outcome], None], say: Callable[[str], None]) -> None:
@@ -61,24 +61,24 @@ class Insertion:
         self._deferred: dict[str, _Undecided] = {}
 
     def insert(self, deliveries: Iterable[Delivery]) -> None:
-        """Decide them, but for a few that are deferred. Outages of the database are waited for."""
+        """Decide them except a few that are deferred. Waits during outages of the database."""
         for batch in _batches(deliveries):
-            when_available(lambda batch=batch: self._process(batch), self._say)  # type: ignore[misc]  # wants a type
+            retry_until_available(lambda batch=batch: self._process(batch), self._say)  # type: ignore[misc]  # wants a type
             self._deferred |= batch
         if len(self._deferred) > _MOST_DEFERRED:
             self.finish()
 
     def finish(self) -> None:
-        """Decide what was deferred, however long that takes."""
+        """Decide the deferred ones, however long that takes."""
         while self._deferred:
-            when_available(lambda: self._process(self._deferred, last=True), self._say)
+            retry_until_available(lambda: self._process(self._deferred, last=True), self._say)
 
     def _process(self, batch: dict[str, _Undecided], *, last: bool = False) -> None:
-        """Leave in `batch` what is deferred.
+        """Process `batch`, and leave only the deferred deliveries in it.
 
         Raises:
-            StoreUnavailable: the database decides nothing of it now. One delivery alone is deferred instead, so that it
-                does not hold up others, unless these are the `last`.
+            StoreUnavailable: the database can decide none of it now. A single delivery is deferred instead, so that it
+                does not delay others, except in the `last` batch.
         """
         decided = False
         waiting: list[StoreUnavailable] = []
@@ -97,7 +97,7 @@ class Insertion:
 
 
 def _count_failure(one: _Undecided, error: BaseException) -> None:
-    """From the last try on, the delivery is to be rejected unread. Raises `error` if even that fails."""
+    """Count it; at the third, have the delivery rejected unread. Raises `error` if even that failed."""
     one.failures += 1
     if one.failures > _MOST_FAILURES:
         raise error

@@ -1,8 +1,8 @@
-"""The entries in work, noted in a file: after a crash, the next import finds the entry that ended the process.
+"""A file that names the entries in progress: after a crash, the next import finds the entry that crashed it.
 
-A crash leaves the note behind. The next run processes the noted entries in small portions, so that fewer are noted when
-the process ends again, at last a single one, whose crashes can be counted. Kill -9 leaves a note too: then these
-entries pass in small portions, and nothing else happens.
+A crash leaves the file behind. The next run processes the named entries in small portions, so that the file names fewer
+if the process crashes again, at last a single one, whose crashes are counted. Kill -9 leaves the file behind too: then
+these entries are processed in small portions, and nothing else happens.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import NamedTuple, Self, TextIO
 from consumers.legacy.json_arrays import Entry
 from producers.errors import HistoryError
 
-_SUFFIX = ".in-work"
+_SUFFIX = ".in-progress"
 _PORTIONS = 32  # of the entries of a crash: a thousand entries come to single ones in two steps
-_ORDERLY_ENDS = (KeyboardInterrupt, SystemExit, HistoryError, OSError)
+_CLEAN_EXITS = (KeyboardInterrupt, SystemExit, HistoryError, OSError)
 
 
 class _Note(NamedTuple):
@@ -32,11 +32,10 @@ class _Note(NamedTuple):
     crashes: int
 
 
-class EntriesInWork:
-    """The note beside the report at `report`. It is removed at the end of the block, unless a defect ended it.
+class EntriesInProgress:
+    """The file beside the report at `report`. It is removed at the end of the block, unless a defect ended it.
 
-    There is none beside a device or a pipe, nor if another import is using it: then a crash leaves nothing to the next
-    run.
+    There is none beside a device or a pipe, nor if another import uses it: then the next run knows of no crash.
     """
 
     def __init__(self, report: Path) -> None:
@@ -58,7 +57,7 @@ class EntriesInWork:
                 yield portion
 
     def crashes(self, source: str, index: int) -> int:
-        """How often the process ended while it had this entry alone in work."""
+        """Crashes of the process while only this entry was in progress."""
         left = self._left
         return left.crashes if left is not None and (source, index, index) == left[:3] else 0
 
@@ -79,7 +78,7 @@ class EntriesInWork:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._file is not None:
-            if kind is None or issubclass(kind, _ORDERLY_ENDS):
+            if kind is None or issubclass(kind, _CLEAN_EXITS):
                 self._path.unlink(missing_ok=True)
             self._file.close()
 
