@@ -20,9 +20,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from redis.exceptions import DataError, RedisError
-
-from producers.errors import HistoryError, SettingsError
+from producers.errors import HistoryError
 
 _LONGEST_DESCRIPTION = 500
 
@@ -45,11 +43,6 @@ def first_line(error: BaseException) -> str:
     diagnostics = getattr(original, "diag", None)
     message = getattr(diagnostics, "message_primary", None) or str(original)
     return (message.strip().splitlines() or [type(original).__name__])[0]
-
-
-def is_wrong_type(error: object) -> bool:
-    """Return whether a Redis command or script failed because a key has the wrong type."""
-    return isinstance(error, RedisError) and "WRONGTYPE" in str(error)
 
 
 class EventConflict(HistoryError):
@@ -120,15 +113,3 @@ class AdoptionRefused(HistoryError):
 
 class EmbeddedError(HistoryError):
     """The embedded servers are not installed, do not start or do not stop."""
-
-
-def is_redis_outage(error: BaseException) -> bool:
-    """Return whether Redis itself failed; false for a key of the wrong type or a value that redis-py cannot encode."""
-    return isinstance(error, RedisError) and not isinstance(error, DataError) and not is_wrong_type(error)
-
-
-def is_caused_by_job(error: BaseException) -> bool:
-    """Return whether `error` comes from processing the job; false for a server failure, missing setting or Ctrl-C."""
-    if isinstance(error, RedisError):
-        return isinstance(error, DataError)
-    return not isinstance(error, StoreUnavailable | SettingsError | KeyboardInterrupt)

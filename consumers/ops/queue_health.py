@@ -16,8 +16,8 @@ from rq.utils import utcparse
 from rq.worker import Worker
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from consumers.errors import is_wrong_type
 from consumers.ops.facts import Fact, State, check, duration
+from consumers.ops.redis_errors import is_wrong_type
 from producers.redis_keys import crashes_key, lease_key, orphans_key, owners_key, quarantine_key, reserved_key
 from producers.settings import TransportSettings
 

@@ -25,8 +25,9 @@ from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 from rq.worker import BaseWorker
 
-from consumers.errors import described, is_caused_by_job
+from consumers.errors import described
 from consumers.ops.metrics import COUNTS
+from consumers.ops.redis_errors import is_caused_by_job
 from consumers.worker import scripts
 from consumers.worker.batch import Deferred, Result, acknowledgements, log_fields, report_safely
 from consumers.worker.deliveries import ReservedJob, displayable_call

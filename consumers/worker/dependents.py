@@ -14,7 +14,8 @@ from rq.job import Job, validate_job_id
 from rq.rate_limit import release_slot
 from rq.serializers import JSONSerializer
 
-from consumers.errors import OversizedJob, RefusedJob, is_redis_outage
+from consumers.errors import OversizedJob, RefusedJob
+from consumers.ops.redis_errors import is_redis_outage
 from consumers.worker.deliveries import decompressed_call
 
 logger = logging.getLogger(__name__)

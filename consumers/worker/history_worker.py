@@ -37,10 +37,11 @@ from rq.worker import DequeueStrategy, SimpleWorker
 
 from consumers.db.engine import limit_statements
 from consumers.db.waits import DatabaseWaits
+from consumers.ops.redis_errors import is_unreachable
 from consumers.process_setup import TESTED_RQ, on_stop_signals, write_json_if_set
 from consumers.settings import MetricsSettings
 from consumers.worker.maintenance import Maintenance
-from consumers.worker.shared_state import SharedState, is_unreachable
+from consumers.worker.shared_state import SharedState
 from consumers.worker.worker_thread import WAIT_SECONDS, Limits, WorkerThread, reconnect_seconds
 from producers.errors import HistoryError, SettingsError
 

@@ -13,8 +13,8 @@ from rq.worker import BaseWorker
 from rq.worker_registration import REDIS_WORKER_KEYS as WORKERS_KEY
 from rq.worker_registration import clean_worker_registry
 
-from consumers.errors import is_redis_outage
 from consumers.ops.metrics import COUNTS
+from consumers.ops.redis_errors import is_redis_outage
 from consumers.worker.dependents import Dependents
 from consumers.worker.orphans import Orphans
 from consumers.worker.reservations import requeue_expired

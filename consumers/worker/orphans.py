@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from redis import Redis, RedisError
 from rq import Queue
 
-from consumers.errors import is_wrong_type
+from consumers.ops.redis_errors import is_wrong_type
 from consumers.worker import scripts
 from consumers.worker.reservations import JOB_PREFIX
 from producers.redis_keys import orphans_key, owners_key, reserved_key

@@ -8,23 +8,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 from rq.suspension import is_suspended
 from rq.worker import BaseWorker, WorkerStatus
 
 from consumers.errors import StoreUnavailable, first_line
 from consumers.ops.metrics import WAITED_FOR
+from consumers.ops.redis_errors import is_unreachable
 
 logger = logging.getLogger(__name__)
 
 DATABASE, REDIS = WAITED_FOR
-
-
-def is_unreachable(error: Exception) -> bool:
-    """Return whether Redis did not answer at all, so that the next command would probably wait as long."""
-    return isinstance(error, RedisConnectionError | RedisTimeoutError)
 
 
 class SharedState:

@@ -19,7 +19,8 @@ from rq.utils import now
 from rq.worker import BaseWorker
 
 from consumers.db.engine import drop_connections
-from consumers.errors import PoisonEvent, StoreUnavailable, described, is_caused_by_job, is_wrong_type
+from consumers.errors import PoisonEvent, StoreUnavailable, described
+from consumers.ops.redis_errors import is_caused_by_job, is_unreachable, is_wrong_type
 from consumers.worker.batch import (
     ISOLATED_SECONDS,
     Deferred,
@@ -32,7 +33,7 @@ from consumers.worker.batch import (
 from consumers.worker.completion import Completion
 from consumers.worker.deliveries import POISON_CRASHES, Delivery, ReservedJob, parse_job, unreadable_delivery
 from consumers.worker.reservations import Reservation, Reservations
-from consumers.worker.shared_state import SharedState, is_unreachable
+from consumers.worker.shared_state import SharedState
 from producers.times import backoff_seconds
 
 logger = logging.getLogger(__name__)

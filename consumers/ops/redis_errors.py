@@ -1,0 +1,32 @@
+"""Errors of Redis told apart: no answer, a failing server, a key of another type, a value that was never sent."""
+
+from __future__ import annotations
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import DataError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from consumers.errors import StoreUnavailable
+from producers.errors import SettingsError
+
+
+def is_unreachable(error: Exception) -> bool:
+    """Return whether Redis did not answer at all, so that the next command would probably wait as long."""
+    return isinstance(error, RedisConnectionError | RedisTimeoutError)
+
+
+def is_wrong_type(error: object) -> bool:
+    """Return whether a Redis command or script failed because a key has the wrong type."""
+    return isinstance(error, RedisError) and "WRONGTYPE" in str(error)
+
+
+def is_redis_outage(error: BaseException) -> bool:
+    """Return whether Redis itself failed; false for a key of the wrong type or a value that redis-py cannot encode."""
+    return isinstance(error, RedisError) and not isinstance(error, DataError) and not is_wrong_type(error)
+
+
+def is_caused_by_job(error: BaseException) -> bool:
+    """Return whether `error` comes from processing the job; false for a server failure, missing setting or Ctrl-C."""
+    if isinstance(error, RedisError):
+        return isinstance(error, DataError)
+    return not isinstance(error, StoreUnavailable | SettingsError | KeyboardInterrupt)
