@@ -184,8 +184,8 @@ class HistoryWorker(SimpleWorker):
                 raise
             # All workers of RQ's pool are given the same port, and the pool at once restarts a worker that ends.
             self.log.warning(
-                "worker %s cannot serve metrics: %s. Use `trading-history worker --processes` instead of rq"
-                " worker-pool: it gives each process a port of its own",
+                "worker %s: %s. Use `trading-history worker --processes` instead of rq worker-pool: it gives each"
+                " process a port of its own",
                 self.name, error,
             )  # fmt: skip
 
