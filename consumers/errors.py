@@ -1,14 +1,14 @@
-"""What a consumer can raise; api and embedded have a few more, of their own.
+"""Exceptions of the consumers. consumers.web.api and consumers.embedded define a few more.
 
-The root and InvalidEvent come from the producers' side of the contract.
+The root and InvalidEvent are defined in producers.errors.
 
 HistoryError
 ├── InvalidEvent        permanent: the event breaks the contract, or the database's own constraints
 ├── EventConflict       permanent: the id is stored already, with other content
-├── PoisonEvent         permanent: workers died with it, or its processing failed each time
-├── RefusedJob          permanent: a job that is none of ours
-│   └── OversizedJob    permanent: one that is too large to be read
-├── StoreUnavailable    transient: the database cannot take it now; nothing is wrong with the event
+├── PoisonEvent         permanent: workers crashed or failed each time they processed it alone
+├── RefusedJob          permanent: a job that does not carry an event of ours
+│   └── OversizedJob    permanent: a job that is too large to be read
+├── StoreUnavailable    transient: the database is away or cannot execute the statement now; try again later
 ├── ExportRefused       files are in the way, nothing is selected, or portfolios would be mixed; nothing was written
 ├── OldSchema           the database has tables of the old shape under our names
 ├── LoginNotMade        a login role cannot be made or changed
@@ -28,32 +28,32 @@ _LONGEST_DESCRIPTION = 500
 
 
 def described(error: BaseException) -> str:
-    """An exception's type and message, whatever class it is of; not all of a very long message."""
+    """Return an exception's type and message, of which a very long one is cut."""
     try:
         message = str(error)[:_LONGEST_DESCRIPTION]
-    except BaseException:  # its own code, which may be what failed
+    except BaseException:  # its own __str__ may fail too
         message = ""
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type's name; for one of the database, the server's own message.
+    """Return the first line of an error's message, or its type's name; of a database error, the server's message.
 
-    The lines after it may hold the values of a row.
+    The other lines can contain the values of a row.
     """
-    original = getattr(error, "orig", None) or error  # SQLAlchemy's has the driver's
+    original = getattr(error, "orig", None) or error  # SQLAlchemy's error contains the driver's
     diagnostics = getattr(original, "diag", None)
     message = getattr(diagnostics, "message_primary", None) or str(original)
     return (message.strip().splitlines() or [type(original).__name__])[0]
 
 
 def is_wrong_type(error: object) -> bool:
-    """A command met a key of another type; a script's error has more words around that one."""
+    """Return whether a Redis command or script failed because a key has the wrong type."""
     return isinstance(error, RedisError) and "WRONGTYPE" in str(error)
 
 
 class EventConflict(HistoryError):
-    """The event's id is stored already, with other content; what is stored stays as it is."""
+    """The event's id is already stored with other content; the stored row is not changed."""
 
     def __init__(self, event_id: UUID, table: str, row_id: int) -> None:
         super().__init__(f"event {event_id} is stored already as row {row_id} of {table}, with other content")
@@ -62,11 +62,15 @@ class EventConflict(HistoryError):
 
 
 class PoisonEvent(HistoryError):
-    """The event's processing killed worker after worker, or met a defect, the last of which is `cause`, each time."""
+    """The event was processed alone `crashes` times, and each time its worker crashed or failed.
 
-    def __init__(self, deaths: int, cause: BaseException | None = None) -> None:
-        reason = "" if cause is None else f"; at last {described(cause)}"
-        super().__init__(f"poison event: {deaths} workers died or failed while they had it alone{reason}")
+    `cause` is the last exception, if there was one. The database keeps the message, and `legacy import` recognises its
+    first words.
+    """
+
+    def __init__(self, crashes: int, cause: BaseException | None = None) -> None:
+        reason = "" if cause is None else f"; last error: {described(cause)}"
+        super().__init__(f"poison event: {crashes} workers crashed or failed while processing it alone{reason}")
 
 
 class RefusedJob(HistoryError):
@@ -77,18 +81,17 @@ class RefusedJob(HistoryError):
 
 
 class OversizedJob(RefusedJob):
-    """A job, or what its compressed data would become, that is larger than any of ours can be; it was not read."""
+    """A job that is larger than any of ours can be, compressed or decompressed; it was not read."""
 
-    @classmethod
-    def in_all(cls, largest_bytes: int) -> OversizedJob:
-        return cls(f"its job is larger than {largest_bytes // 2**20} MiB")
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"its job is larger than {limit_bytes // 2**20} MiB")
 
 
 class StoreUnavailable(HistoryError):
-    """The database cannot take or give anything now; the same call may succeed later.
+    """The database is away or cannot execute the statement now; the same call may succeed later.
 
-    With `one_statement` it was the trouble of one statement, which waited too long, lost to another one, or met a
-    trigger: the next may pass.
+    `one_statement` is true if only this statement failed, by a timeout, a deadlock or a trigger: other statements may
+    succeed.
     """
 
     def __init__(self, message: str, *, one_statement: bool = False) -> None:
@@ -120,12 +123,12 @@ class EmbeddedError(HistoryError):
 
 
 def is_redis_outage(error: BaseException) -> bool:
-    """Return whether Redis itself failed, and not a key of another type or a value that redis-py does not send."""
+    """Return whether Redis itself failed; false for a key of the wrong type or a value that redis-py cannot encode."""
     return isinstance(error, RedisError) and not isinstance(error, DataError) and not is_wrong_type(error)
 
 
 def is_caused_by_job(error: BaseException) -> bool:
-    """Return whether the job at hand raised `error`, and not a failing server, a missing setting or Ctrl-C."""
+    """Return whether `error` comes from processing the job; false for a server failure, missing setting or Ctrl-C."""
     if isinstance(error, RedisError):
         return isinstance(error, DataError)
     return not isinstance(error, StoreUnavailable | SettingsError | KeyboardInterrupt)

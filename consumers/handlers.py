@@ -1,7 +1,7 @@
-"""The RQ job functions. A job carries one event as one JSON string and ends as one row or one recorded rejection.
+"""The RQ job functions. A job carries one event as one JSON string and makes one row or one recorded rejection.
 
-Correct under any RQ worker that uses the JSON serializer: the row is committed before it is acknowledged, and
-both may be repeated. A stock worker imports this module in each fork, so it imports little.
+They are correct under any RQ worker that uses the JSON serializer: the row is committed before it is acknowledged, and
+both steps may be repeated. A stock worker imports this module in each fork, so it imports little.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def record_portfolio_snapshot(event: str) -> int:
     """Store one portfolio snapshot and return its row's id. `event` is its JSON text.
 
     Raises:
-        InvalidEvent: it breaks the contract; the rejection is recorded when this runs as a job.
-        EventConflict: its id is stored with other content; likewise.
-        StoreUnavailable: the database cannot take it now; the producer will send it again.
+        InvalidEvent: it breaks the contract. If this runs as a job, the rejection is recorded.
+        EventConflict: its id is already stored with other content. If this runs as a job, the rejection is recorded.
+        StoreUnavailable: the database is away or cannot store it now; its producer sends the event again.
     """
     return record(event, PortfolioSnapshotEvent)
 
@@ -34,9 +34,9 @@ def record_signal_archive(event: str) -> int:
 
 
 def record(text: str, model: type[Event]) -> int:
-    """Store one event of a kind and return its row's id; the body of every job function."""
+    """Store one event and return its row's id; the body of every job function."""
     job = get_current_job()
-    if job is None:  # called by hand: there is no delivery to account for
+    if job is None:  # called outside of a job: no outcome to record
         return insert_event(decode(text, model))
     ((result,),) = process_batch([Delivery(job.id, text, model)])
     if isinstance(result, Deferred):
@@ -44,9 +44,9 @@ def record(text: str, model: type[Event]) -> int:
     try:
         _acknowledge(job.connection, result)
     except RedisError as error:
-        # It is committed. The producer sends an event again if it sees no acknowledgement.
-        reason = type(error).__name__
-        logger.warning("job %s is done but could not be acknowledged: %s", job.id, reason, extra=log_fields(result))
+        # The result is committed. Without an acknowledgement, the producer sends the event again.
+        message = "cannot acknowledge job %s; its producer sends the event again: %s"
+        logger.warning(message, job.id, type(error).__name__, extra=log_fields(result))
     if result.error is not None:
         raise result.error
     assert result.outcome.row_id is not None
@@ -54,7 +54,7 @@ def record(text: str, model: type[Event]) -> int:
 
 
 def _acknowledge(redis: Redis, result: Result) -> None:
-    seconds, _ = redis.time()  # relays compare it with Redis' clock
+    seconds, _ = redis.time()  # relays compare the time with Redis' clock
     for source, (job_id, text) in acknowledgements([result]).items():
         with redis.pipeline(transaction=True) as pipe:
             pipe.hset(acknowledgement_key(source), job_id, f"{seconds} {text}")

@@ -102,7 +102,7 @@ def _count_failure(one: _Undecided, error: BaseException) -> None:
     if one.failures > _MOST_FAILURES:
         raise error
     if one.failures == _MOST_FAILURES:
-        one.delivery = one.delivery._replace(refusal=PoisonEvent(one.failures, error))
+        one.delivery = one.delivery._replace(error=PoisonEvent(one.failures, error))
 
 
 def _batches(deliveries: Iterable[Delivery]) -> Iterator[dict[str, _Undecided]]:

@@ -32,13 +32,17 @@ from producers.events import IMPORT_PREFIX, KINDS, MAX_EVENT_BYTES, Event, Sourc
 from producers.fields import EventId
 from producers.fields import Sequence as SequenceNumber
 
-# Below RQ's own, whose level and handlers a stock worker sets up: these lines are seen there too.
+# A child of RQ's logger, so that a stock worker, which sets up RQ's logger, shows these lines too.
 logger = logging.getLogger("rq.worker.history")
 
 ISOLATED_SECONDS = 2.0  # limit of a statement while the delivery that blocks a batch is isolated
 
-_REFUSALS: dict[type[HistoryError], str] = {EventConflict: "conflict", PoisonEvent: "poison", RefusedJob: "refused"}
-_HEAD_CHARACTERS = 2000  # our events have their id, source and sequence in the first 400
+_REJECTION_LABELS: dict[type[HistoryError], str] = {
+    EventConflict: "conflict",
+    PoisonEvent: "poison",
+    RefusedJob: "refused",
+}
+_HEAD_CHARACTERS = 2000  # the id, source and sequence of our events are within the first 400
 
 _SOURCE: TypeAdapter[str] = TypeAdapter(Source)
 _SEQUENCE: TypeAdapter[int] = TypeAdapter(SequenceNumber)
@@ -59,11 +63,14 @@ class Result(NamedTuple):
     @property
     def label(self) -> str:
         """stored, duplicate, conflict, invalid, poison or refused."""
-        return self.outcome.kind if self.error is None else _REFUSALS.get(type(self.error), "invalid")
+        return self.outcome.kind if self.error is None else _REJECTION_LABELS.get(type(self.error), "invalid")
 
 
 class Deferred(NamedTuple):
-    """A delivery that could not be decided even alone: the database had trouble with it, or this program a defect."""
+    """A delivery to be retried: it could not be decided even alone. `error` is the reason.
+
+    If that is a StoreUnavailable, the database did not execute the statement now; else this program has a defect.
+    """
 
     job_id: str
     error: BaseException
@@ -95,6 +102,8 @@ def process_batch(
         StoreUnavailable: the database takes nothing now. Deliveries that were not yielded are undecided.
         SettingsError: the settings name no database.
     """
+    if not deliveries:
+        return
     try:
         results = _process_together(deliveries, statement_seconds)
     except StoreUnavailable as error:
@@ -113,15 +122,15 @@ def process_batch(
         half = len(deliveries) // 2
         yield from process_batch(deliveries[:half], statement_seconds=statement_seconds)
         yield from process_batch(deliveries[half:], statement_seconds=statement_seconds)
-    elif isinstance(problem, InvalidEvent) and deliveries[0].refusal is None:
-        yield from process_batch([deliveries[0]._replace(refusal=problem)], statement_seconds=statement_seconds)
+    elif isinstance(problem, InvalidEvent) and deliveries[0].error is None:
+        yield from process_batch([deliveries[0]._replace(error=problem)], statement_seconds=statement_seconds)
     else:
         yield [deferred(deliveries[0], problem)]
 
 
 def deferred(delivery: Delivery, error: BaseException) -> Deferred:
-    """Return the delivery as one that `error` kept from being decided."""
-    return Deferred(delivery.job_id, error, *_claim_of(delivery.text), _event_type(delivery))
+    """Return a delivery as deferred because of `error`."""
+    return Deferred(delivery.job_id, error, *_reference_of(delivery.text), _event_type(delivery))
 
 
 def _process_together(deliveries: Sequence[Delivery], statement_seconds: float | None) -> list[Result]:
@@ -144,18 +153,18 @@ def _process_together(deliveries: Sequence[Delivery], statement_seconds: float |
                 outcome = Outcome("stored" if answer.created else "duplicate", answer.row_id)
                 result = Result(delivery.job_id, outcome, event.source, event.sequence, event.id, event.type)
                 results.append(result)
-                # The delivery that made the row may come again: its row already accounts for it.
+                # Not recorded as a duplicate: this is a redelivery by the delivery that made the row.
                 if (answer.source, answer.sequence) != (event.source, event.sequence):
                     outcomes.append(_outcome_of(result))
         noted = {outcome.job_id for outcome in outcomes}
         record_outcomes(db, outcomes)
         forget_outcomes(db, [result.job_id for result in results if result.job_id not in noted])
     for report in (partial(_count, events, results, time.monotonic() - started), partial(_log, events, results)):
-        without_defects(report)
+        report_safely(report)
     return results
 
 
-def without_defects(report: Callable[[], None]) -> None:
+def report_safely(report: Callable[[], None]) -> None:
     """Log or count, and ignore any exception: the result is already committed."""
     try:
         report()
@@ -163,12 +172,12 @@ def without_defects(report: Callable[[], None]) -> None:
         raise
     except BaseException as error:
         with suppress(Exception):
-            logger.error("a log line or a count is missing: %s", described(error))
+            logger.error("cannot write a log line or update a counter: %s", described(error))
 
 
 def _decoded(delivery: Delivery) -> Event | HistoryError:
-    if delivery.refusal is not None or delivery.model is None:
-        return delivery.refusal or InvalidEvent("event: has no known type")
+    if delivery.error is not None or delivery.model is None:
+        return delivery.error or InvalidEvent("event: has no known type")
     try:
         return decode(delivery.text, delivery.model)
     except InvalidEvent as error:
@@ -177,7 +186,7 @@ def _decoded(delivery: Delivery) -> Event | HistoryError:
 
 def _rejected(delivery: Delivery, error: HistoryError) -> Result:
     outcome = Outcome("rejected", reason=_storable(str(error)))
-    return Result(delivery.job_id, outcome, *_claim_of(delivery.text), _event_type(delivery), error)
+    return Result(delivery.job_id, outcome, *_reference_of(delivery.text), _event_type(delivery), error)
 
 
 def _outcome_of(result: Result, text: Any = None) -> OutcomeRow:
@@ -188,8 +197,8 @@ def _outcome_of(result: Result, text: Any = None) -> OutcomeRow:
 
 
 def _stored_before(db: Connection, delivery: Delivery) -> Result | None:
-    """The result of a delivery that made its row before its worker crashed; None if it has none."""
-    source, sequence, event_id = _claim_of(delivery.text)
+    """Return the result of an earlier attempt whose row was committed before its worker crashed; else None."""
+    source, sequence, event_id = _reference_of(delivery.text)
     if source is None or sequence is None or event_id is None:
         return None
     row_id = find_row(db, source, sequence, event_id)
@@ -214,7 +223,7 @@ def _count(events: Sequence[Event | HistoryError], results: Sequence[Result], se
 
 
 def _log(events: Sequence[Event | HistoryError], results: Sequence[Result]) -> None:
-    """One line for each rejection; one for any other event that came alone, or for all others of the batch."""
+    """Log each rejection, and the totals of a batch. Log an accepted event that came alone; others only at DEBUG."""
     for result in results:
         if result.error is not None:
             logger.error("rejected job %s: %s", result.job_id, result.outcome.reason, extra=log_fields(result))
@@ -242,11 +251,11 @@ def acknowledgements(results: Iterable[Result]) -> dict[str, list[str]]:
     return by_source
 
 
-Claim = tuple[str | None, int | None, UUID | None]
+EventReference = tuple[str | None, int | None, UUID | None]  # source, sequence, event id
 
 
-def _claim_of(text: Any) -> Claim:
-    """Source, sequence and event id that a text claims for itself, each as far as it can be read."""
+def _reference_of(text: Any) -> EventReference:
+    """Return the source, sequence and event id in a text that need not be valid; None for each that is unreadable."""
     try:
         document = _document(text) if isinstance(text, str) else None
         attributes = document if isinstance(document, dict) else {}
@@ -254,14 +263,15 @@ def _claim_of(text: Any) -> Claim:
         return _checked(_SOURCE, source), _checked(_SEQUENCE, sequence), _checked(_EVENT_ID, event_id)
     except KeyboardInterrupt:
         raise
-    except BaseException:  # whatever a JSON reader can raise: a text that cannot be read claims nothing
+    except BaseException:  # anything that a JSON parser can raise
         return None, None, None
 
 
 def _document(text: str) -> Any:
+    """Return a text parsed as JSON. Of a text that could exhaust memory, parse only the beginning."""
     if has_bounded_structure(text[:MAX_EVENT_BYTES]):
         return json.loads(text[:MAX_EVENT_BYTES])
-    # Ours begin with the attributes, and what is refused for its size need not be read to its end.
+    # Our events begin with their id, source and sequence.
     return from_json(text[:_HEAD_CHARACTERS], allow_partial=True)
 
 

@@ -1,8 +1,8 @@
-"""The delivery that a job carries, parsed within limits.
+"""Parsing of jobs into deliveries, within limits of memory.
 
-Anybody who can write to Redis can put any job into the queue. Only calls of our own job functions with one text are
-accepted: nothing that a job names is imported, nothing of it is unpickled, and a job that is larger than any of ours is
-not read.
+Any client of Redis can put any job into the queue. Only a call of one of our job functions, with one text as its
+argument, is accepted. The parser imports nothing that a job names and unpickles nothing, and it does not read a job
+that is larger than any of ours can be.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from producers.errors import HistoryError
 from producers.events import KINDS, MAX_EVENT_BYTES, Event
 from producers.fields import readable
 
-# An event's text as a JSON string inside the call; every character of it can be six there.
+# The call holds the event's text as a JSON string, where a character can become an escape of six.
 _MAX_CALL_BYTES = 6 * MAX_EVENT_BYTES + 1000
-# Of a job as Redis has it: what cannot be compressed becomes a little larger by that.
+# Of a job's data in Redis: compression makes incompressible data a little larger.
 MAX_JOB_BYTES = _MAX_CALL_BYTES + _MAX_CALL_BYTES // 1000
-# A document of this size, whatever it has in it, takes little memory. A larger one (48 MiB of brackets would take
-# gigabytes) is looked at only when it has the one shape that is ours.
-_ANY_CALL_BYTES = 64 * 1024
+# Any JSON document up to this size takes little memory. A larger one is parsed only if it has the form of our calls:
+# 48 MiB of brackets would take gigabytes.
+_UNCHECKED_CALL_BYTES = 64 * 1024
 _LARGE_CALL = re.compile(
     rb"""\s*+\["(?P<function>[\w.]++)",\s*+null,\s*+\[(?P<text>"[^"\\]*+(?:\\.[^"\\]*+)*+")\],\s*+\{\}\]\s*+""",
     re.DOTALL,
 )
 
 POISON_CRASHES = 3
-_WISHES = {
+_UNSUPPORTED = {
     "success_callback_name": "a callback",
     "failure_callback_name": "a callback",
     "stopped_callback_name": "a callback",
@@ -43,10 +43,10 @@ _WISHES = {
 
 
 class ReservedJob(NamedTuple):
-    """A job as Redis has it.
+    """A job that a worker thread has reserved.
 
-    `state` is `usual`, `unreadable`, `oversized` or `gone`, or the field by which the job asks RQ for more than to be
-    run. `data` is the call as RQ serialized it. `result_ttl` is the job's own setting in seconds, if it has one.
+    `state` is `usual`, `unreadable`, `oversized` or `deleted`, or the name of the field that makes the job unsupported.
+    `data` is the call as RQ serialized it. `result_ttl` is the job's own setting in seconds, if it has one.
     """
 
     job_id: str
@@ -56,32 +56,38 @@ class ReservedJob(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """One job's event as text and the model that it must fit, or the reason for refusing it without reading it."""
+    """The event of one job: its text, and the model that validates it.
+
+    `error` is the reason to reject it unread.
+    """
 
     job_id: str
     text: Any
     model: type[Event] | None
-    refusal: HistoryError | None = None
+    error: HistoryError | None = None
 
 
-def parse(job: ReservedJob, crashes: int = 0) -> Delivery:
-    """Return the delivery that a job carries; `crashes` of it are counted. A job that is not ours is refused."""
-    if crashes > POISON_CRASHES:  # refusing it crashed too: do not even read its text
+def parse_job(job: ReservedJob, crashes: int = 0) -> Delivery:
+    """Return the delivery that a job carries, with an error if the job is not ours or has crashed workers.
+
+    `crashes` is the number of crashes counted against the job.
+    """
+    if crashes > POISON_CRASHES:  # rejecting it crashed too: do not even read its text
         return Delivery(job.job_id, "", None, PoisonEvent(crashes))
     text: Any = ""
     try:
         text, model = _call(job)
         if job.state != "usual":
-            raise RefusedJob(f"RQ is asked for more than to run it: {_WISHES.get(job.state, job.state)}")
-    except RefusedJob as refusal:
-        return Delivery(job.job_id, text, None, refusal)
+            raise RefusedJob(f"its job asks RQ for {_UNSUPPORTED.get(job.state, job.state)}, which is not supported")
+    except RefusedJob as error:
+        return Delivery(job.job_id, text, None, error)
     return Delivery(job.job_id, text, model, PoisonEvent(crashes) if crashes == POISON_CRASHES else None)
 
 
-def unparsed(job: ReservedJob) -> Delivery:
-    """Return a delivery of a job that `parse` fails on, with its text if it stands in the usual place."""
+def unreadable_delivery(job: ReservedJob) -> Delivery:
+    """Return the delivery of a job that `parse_job` fails on, with the first argument of its call if that is a text."""
     try:
-        text = json.loads(inflated(job.data))[2][0]
+        text = json.loads(decompressed_call(job.data))[2][0]
     except KeyboardInterrupt:
         raise
     except BaseException:
@@ -90,12 +96,12 @@ def unparsed(job: ReservedJob) -> Delivery:
 
 
 def _call(job: ReservedJob) -> tuple[Any, type[Event]]:
-    """The argument of the call, of any type, and the model that it must fit. Raises RefusedJob."""
+    """Return the argument of the call, of any type, and the model for it. Raises RefusedJob."""
     if job.state == "unreadable":
         raise RefusedJob("its job cannot be read")
     if job.state == "oversized":
-        raise OversizedJob.in_all(MAX_JOB_BYTES)
-    function, instance, arguments, keywords = _parsed(job.data)
+        raise OversizedJob(MAX_JOB_BYTES)
+    function, instance, arguments, keywords = _split_call(job.data)
     kind = KINDS.of_job(function) if isinstance(function, str) else None
     if kind is None:
         name = f": {readable(function, 100)}" if isinstance(function, str) else ""
@@ -105,46 +111,48 @@ def _call(job: ReservedJob) -> tuple[Any, type[Event]]:
     return arguments[0], kind.model
 
 
-def _parsed(data: bytes) -> tuple[Any, Any, Any, Any]:
-    """RQ's four parts of a call: function, instance, arguments, keywords."""
-    call = inflated(data)
+def _split_call(data: bytes) -> tuple[Any, Any, Any, Any]:
+    """Return the four parts of RQ's call: function, instance, arguments, keywords. Raises RefusedJob."""
+    call = decompressed_call(data)
     try:
-        if len(call) <= _ANY_CALL_BYTES:
+        if len(call) <= _UNCHECKED_CALL_BYTES:
             function, instance, arguments, keywords = from_json(call)
         else:
-            shape = _LARGE_CALL.fullmatch(call)
-            if shape is None:
-                raise RefusedJob("its data is large, and not the call of a function with one text")
+            parts = _LARGE_CALL.fullmatch(call)
+            if parts is None:
+                raise RefusedJob(
+                    "its call is larger than 64 KiB and does not have the form [function, null, [text], {}]"
+                )
             function, instance, arguments, keywords = (
-                shape["function"].decode(), None, [from_json(shape["text"])], {}
+                parts["function"].decode(), None, [from_json(parts["text"])], {}
             )  # fmt: skip
     except (TypeError, ValueError):
         raise RefusedJob("its data cannot be read as JSON") from None
     return function, instance, arguments, keywords
 
 
-def inflated(data: bytes) -> bytes:
-    """Return the call as RQ reads it, compressed or not, but within a limit. Raises RefusedJob."""
+def decompressed_call(data: bytes) -> bytes:
+    """Return the call, decompressed if it is compressed. Raises RefusedJob, or OversizedJob beyond the limit."""
     if data.startswith(b"["):
         if len(data) > _MAX_CALL_BYTES:
-            raise OversizedJob.in_all(MAX_JOB_BYTES)
+            raise OversizedJob(MAX_JOB_BYTES)
         return data
-    inflating = zlib.decompressobj()
+    decompressor = zlib.decompressobj()
     try:
-        text = inflating.decompress(data, _MAX_CALL_BYTES)
+        text = decompressor.decompress(data, _MAX_CALL_BYTES)
     except zlib.error:
         raise RefusedJob("its data cannot be read as JSON") from None
-    if inflating.unconsumed_tail:
-        raise OversizedJob.in_all(MAX_JOB_BYTES)
+    if decompressor.unconsumed_tail:
+        raise OversizedJob(MAX_JOB_BYTES)
     return text
 
 
-def shown_call(data: bytes) -> bytes | None:
-    """Return the call of a refused job for people to look at, or None if reading it could use up memory."""
+def displayable_call(data: bytes) -> bytes | None:
+    """Return the call of a rejected job for RQ's dashboards, or None if parsing it could exhaust their memory."""
     try:
-        call = inflated(data)
+        call = decompressed_call(data)
     except OversizedJob:
         return None
     except RefusedJob:
         call = data
-    return call if len(call) <= _ANY_CALL_BYTES or _LARGE_CALL.fullmatch(call) else None
+    return call if len(call) <= _UNCHECKED_CALL_BYTES or _LARGE_CALL.fullmatch(call) else None

@@ -1,4 +1,7 @@
-"""Jobs of other programs that wait for one of ours: RQ's own functions enqueue them, within limits of memory."""
+"""Dependents: jobs of other programs that wait for one of ours. RQ's own functions enqueue them.
+
+RQ decompresses any job without a limit; BoundedJob adds one.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,24 @@ from rq.rate_limit import release_slot
 from rq.serializers import JSONSerializer
 
 from consumers.errors import OversizedJob, RefusedJob, is_redis_outage
-from consumers.worker.deliveries import inflated
+from consumers.worker.deliveries import decompressed_call
 
 logger = logging.getLogger(__name__)
 
 
 class BoundedJob(Job):
-    """A job that RQ reads without inflating more than a job of ours can have, and whose dependencies are job ids."""
+    """A job of RQ that is read only if it decompresses to no more than a job of ours can have."""
 
     def restore(self, raw_data: Any) -> Any:
         for name in (b"data", b"exc_info"):
             try:
-                inflated(raw_data.get(name, b"["))
+                decompressed_call(raw_data.get(name, b"["))
             except OversizedJob:
                 raise
             except RefusedJob:
-                pass  # not compressed: RQ takes it as it is
+                pass  # not compressed: RQ reads it as it is
         restored = super().restore(raw_data)
-        # RQ reads these whatever they are, and could not write them again.
+        # RQ reads dependency ids of any type, but could not write them again.
         if not isinstance(self._dependency_ids, list):
             raise RefusedJob("its job cannot be read")
         for dependency_id in self._dependency_ids:
@@ -38,16 +41,16 @@ class BoundedJob(Job):
 
 
 class Dependents:
-    """Jobs that wait for jobs of one queue: their dependents, and those that share a rate limit with a refused job."""
+    """Jobs that wait for jobs of one queue: their dependents, and jobs that wait for a slot of a rate limit."""
 
     def __init__(self, redis: Redis, queue: Queue) -> None:
         self._queue = Queue(queue.name, connection=redis, job_class=BoundedJob, serializer=JSONSerializer)
 
     def enqueue(self, job_id: str) -> None:
-        """Have RQ enqueue the jobs that waited for this completed one. If it cannot, that is logged.
+        """Have RQ enqueue the jobs that wait for this completed job. If RQ cannot, that is logged.
 
         Raises:
-            RedisError: Redis fails. The job must stay reserved then, so that this is done again.
+            RedisError: Redis fails. The job must stay reserved, so that this is tried again.
         """
         try:
             job = BoundedJob.fetch(job_id, connection=self._queue.connection, serializer=JSONSerializer)
@@ -56,12 +59,10 @@ class Dependents:
         except Exception as error:
             if is_redis_outage(error):
                 raise
-            # Another program's keys; RQ raises as many kinds of errors as there are fields.
-            logger.error(
-                "the jobs that wait for job %s stay where they are, since RQ cannot enqueue them: %s",
-                job_id, type(error).__name__,
-            )  # fmt: skip
+            # The keys can be of another program; RQ raises errors of any class.
+            reason = type(error).__name__
+            logger.error("RQ cannot enqueue the dependents of job %s; they stay deferred: %s", job_id, reason)
 
     def enqueue_ready(self) -> None:
-        """Have RQ enqueue the jobs that it left between deferred and queued, as a crash in between does."""
+        """Have RQ enqueue the jobs that a crash left between deferred and queued."""
         self._queue.ready_job_registry.cleanup()

@@ -4,7 +4,7 @@
 
 It runs in one process and does not fork. Two threads process the events (see worker_thread.py); each keeps its jobs in
 a list of its own under a lease (see reservations.py), so that another worker requeues them within half a minute of a
-crash. Only the job functions of consumers.handlers run; any other job is refused.
+crash. Only the job functions of consumers.handlers run; any other job is rejected unread.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from consumers.process_setup import TESTED_RQ, on_stop_signals, write_json_if_se
 from consumers.settings import MetricsSettings
 from consumers.worker.maintenance import Maintenance
 from consumers.worker.shared_state import SharedState, is_unreachable
-from consumers.worker.worker_thread import WAIT_SECONDS, Limits, WorkerThread, recovery_seconds
+from consumers.worker.worker_thread import WAIT_SECONDS, Limits, WorkerThread, reconnect_seconds
 from producers.errors import HistoryError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -50,18 +50,18 @@ THREADS = 2  # with two, 1.2 to 1.4 times the events of one; with three, no more
 STATEMENT_SECONDS = 20.0
 _ANSWER_SECONDS = STATEMENT_SECONDS + 5  # in case the server does not enforce its statement timeout
 _STUCK_SECONDS = 3 * STATEMENT_SECONDS
-# Few reads a batch: after each, a thread may have to wait for the interpreter lock.
+# Large, since a thread may have to wait for the interpreter lock after each read.
 _READ_BYTES = 512 * 1024
 _RENEW_SECONDS = 2.0
-_STALL_SECONDS = 1.0  # a longer wait for an answer is a stall of the database, not the job's doing
-_POOL_MARK = " (WorkerPool "  # RQ's pool names its processes so
+_STALL_SECONDS = 1.0  # a longer wait for an answer means that the database is stalled
+_POOL_MARK = " (WorkerPool "  # in the names of the processes of RQ's pool
 _REGISTERED_SECONDS = 60  # RQ adds 60: a dead worker leaves RQ's list after two minutes, instead of eight
 
 
 class HistoryWorker(SimpleWorker):
-    """A worker of exactly one queue. Its serializer is JSON, whatever is asked for.
+    """A worker of exactly one queue. Its serializer is always JSON.
 
-    `metrics` is the address at which it answers scrapes while it works; None: from the settings.
+    `metrics` is the address at which it serves metrics while it works; None: from the settings.
 
     Raises:
         SettingsError: there is more than one queue, or this version of RQ is outside the tested range.
@@ -75,17 +75,17 @@ class HistoryWorker(SimpleWorker):
             )
         kwargs["serializer"] = JSONSerializer
         if _is_in_rqs_pool() and kwargs.get("prepare_for_work", True):
-            _forget_pool_signals()
+            _reset_stop_signals()
         super().__init__(_json_queues(queues), *args, **kwargs)
         if not self.queues and not kwargs.get("prepare_for_work", True):
-            return  # RQ's commands make such objects only to read about other workers
+            return  # RQ's commands create such objects only to read the state of other workers
         if len(self.queues) != 1:
             raise SettingsError("HistoryWorker works on exactly one queue; start another worker for another queue")
         self._queue = self.queues[0]
         self.worker_ttl = min(self.worker_ttl, _REGISTERED_SECONDS)
-        self._ending = threading.Event()
-        self._deregistering = threading.Event()
-        self._waits = DatabaseWaits(_ANSWER_SECONDS, self._ending)
+        self._stopping = threading.Event()
+        self._stop_renewing = threading.Event()
+        self._waits = DatabaseWaits(_ANSWER_SECONDS, self._stopping)
         self._shared = SharedState(self)
         self._maintenance = Maintenance(self, self._queue, self._shared)
         self._metrics = metrics
@@ -104,45 +104,47 @@ class HistoryWorker(SimpleWorker):
     ) -> bool:
         """Store events until asked to stop, or with `burst` until the queue is empty. True if a job was completed.
 
-        SIGINT and SIGTERM end it after the batches in progress. No outage of Redis or PostgreSQL ends it.
-        `with_scheduler` and `dequeue_strategy` have no effect. The former is only logged: RQ's pool always asks for it.
+        SIGINT and SIGTERM end it after the batches in progress. It waits for Redis and PostgreSQL while they are away.
+        `with_scheduler` and `dequeue_strategy` have no effect. With `with_scheduler`, which RQ's pool always sets, it
+        logs a warning.
 
         Raises:
             SettingsError: a setting cannot be read.
         """
         write_json_if_set()
         limit_statements(STATEMENT_SECONDS)
-        gc.freeze()  # modules and classes stay: the collector need not scan them again
+        gc.freeze()  # the garbage collector need not scan modules and classes again
         self._install_signal_handlers()
         limits = Limits(burst, max_jobs, sys.maxsize if max_idle_time is None else max_idle_time)
-        # With a limit of jobs: several threads would have to share the rest of it.
+        # With max_jobs, one thread: several threads would have to share the limit.
         self._threads = [
-            WorkerThread(self, self._queue, self._shared, self._ending, limits)
+            WorkerThread(self, self._queue, self._shared, self._stopping, limits)
             for _ in range(THREADS if max_jobs is None else 1)
         ]
         with ExitStack() as stack:
             self._serve_metrics(stack)
             if not self._register(logging_level, date_format, log_format):
                 return False
-            self._log_ignored(with_scheduler)
+            self._warn_about_ignored_options(with_scheduler)
             self._work_in_threads()
         return any(thread.done for thread in self._threads)
 
-    def _log_ignored(self, with_scheduler: bool) -> None:
-        """Log each option that has no effect here although somebody may rely on it."""
-        # RQ's scheduler is a forked process. It ends when Redis is away. When its worker is killed, it survives and
-        # keeps the worker's sockets, the metrics port included, and no pool ends it. Events need no scheduler: none is
-        # scheduled, and the worker retries by itself. A scheduler alone, under a supervisor, does no such harm.
+    def _warn_about_ignored_options(self, with_scheduler: bool) -> None:
+        """Log a warning for each option that has no effect here, but that another program may depend on."""
+        # RQ's scheduler is a forked process. It ends when Redis is away. If its worker is killed, it survives, keeps
+        # the worker's sockets (the metrics port included), and no pool ends it. Events need no scheduler: none is
+        # scheduled, and the worker retries by itself. A scheduler under a supervisor has none of these problems.
         if with_scheduler:
             self.log.warning(
-                "Worker %s: runs no scheduler, and stores events without one. If other programs schedule jobs on queue"
-                " %s, run rq.scheduler.RQScheduler beside it: see RQ's options and commands in README.md",
+                "worker %s does not run a scheduler (--with-scheduler is ignored); storing events needs none. If other"
+                " programs schedule jobs on queue %s, run rq.scheduler.RQScheduler as a process of its own: see RQ's"
+                " options and commands in README.md",
                 self.name, self._queue.name,
             )  # fmt: skip
         if self._exc_handlers:
             self.log.warning(
-                "Worker %s: calls no exception handler. Rejected events are in RQ's failed registry and in"
-                " event_outcomes: see trading-history failed list",
+                "worker %s does not call exception handlers (--exception-handler is ignored). Rejected events are in"
+                " RQ's failed registry and in event_outcomes: see `trading-history failed list`",
                 self.name,
             )
 
@@ -153,18 +155,18 @@ class HistoryWorker(SimpleWorker):
             with self._waits.limited():
                 self._run_threads()
         finally:
-            self._ending.set()
-            self._deregistering.set()
+            self._stopping.set()
+            self._stop_renewing.set()
             if not self._shared.redis_is_unreachable:
-                renewing.join(self.connection_timeout)  # a closed reservation must not get a new lease
+                renewing.join(self.connection_timeout)  # it must not renew the lease of closed reservations
             self._deregister()
 
     def _serve_metrics(self, stack: ExitStack) -> None:
-        """Answer scrapes until `stack` is closed, if the settings name a port."""
+        """Serve metrics until `stack` is closed, if the settings name a port."""
         metrics = self._metrics or MetricsSettings.from_environment()
         if metrics.port is None:
             return
-        # Imported only here: a worker that nobody scrapes needs none of it.
+        # Imported here, since only a worker with a metrics port needs it.
         from consumers.ops.metrics_server import served_metrics
 
         served = served_metrics(
@@ -179,10 +181,10 @@ class HistoryWorker(SimpleWorker):
         except HistoryError as error:
             if not _is_in_rqs_pool():
                 raise
-            # All workers of RQ's pool have the same port, and the pool restarts at once a worker that ends.
+            # All workers of RQ's pool are given the same port, and the pool at once restarts a worker that ends.
             self.log.warning(
-                "Worker %s: answers no scrapes: %s. For a port for each process, start"
-                " `trading-history worker --processes` in place of rq worker-pool",
+                "worker %s cannot serve metrics: %s. Use `trading-history worker --processes` instead of rq"
+                " worker-pool: it gives each process a port of its own",
                 self.name, error,
             )  # fmt: skip
 
@@ -191,29 +193,29 @@ class HistoryWorker(SimpleWorker):
             thread.start()
         for thread in self._threads:
             while thread.is_alive():
-                thread.join(None if self._ending.is_set() else max(0.0, self._maintenance.due_at - time.monotonic()))
+                thread.join(None if self._stopping.is_set() else max(0.0, self._maintenance.due_at - time.monotonic()))
                 self._maintain()
         for thread in self._threads:
             if thread.error is not None:
                 raise thread.error
 
     def _register(self, *logging_options: Any) -> bool:
-        """Register this worker, and try again while Redis is away. False if asked to stop before that."""
+        """Register this worker; while Redis is away, try again. False if asked to stop before that."""
         failures = 0
-        while not self._ending.is_set():
+        while not self._stopping.is_set():
             try:
                 self._set_ip_address(self.connection)
-                if self.birth_date is not None:  # an earlier attempt got half way
-                    self._maintenance.allow_registration()
+                if self.birth_date is not None:  # an earlier attempt failed half-way
+                    self._maintenance.mark_name_reusable()
                 self.bootstrap(*logging_options)
                 self._shared.publish(always=True)
-                self._shared.succeeded(worked=False)
+                self._shared.note_progress(worked=False)
                 self._maintenance.run()
                 return True
             except RedisError as error:
                 failures += 1
-                self._shared.failed(error)
-                self._ending.wait(recovery_seconds(failures))
+                self._shared.note_outage(error)
+                self._stopping.wait(reconnect_seconds(failures))
         return False
 
     def _set_connection(self, connection: Redis) -> Redis:
@@ -224,7 +226,7 @@ class HistoryWorker(SimpleWorker):
         return connection
 
     def _set_ip_address(self, connection: Redis) -> None:
-        """Accept that Redis is away: RQ asks it for the address as soon as the worker object is made."""
+        """Tolerate that Redis is away: RQ asks it for the address when the worker object is created."""
         try:
             super()._set_ip_address(connection)
         except RedisError:
@@ -260,15 +262,15 @@ class HistoryWorker(SimpleWorker):
         on_stop_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), self.request_stop)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Note the request, which the loops check: an exception here could interrupt anything."""
+        """Set the flags that the loops check. RQ's own handler raises, which could interrupt any step."""
         self._shutdown_requested_date = now()
         on_stop_signals((signal.SIGINT, signal.SIGTERM), self.request_force_stop)
         self._stop_requested = True
-        self._ending.set()
+        self._stopping.set()
 
     def _renew_leases(self) -> None:
-        """Renew each lease, also during a long statement, but not that of a thread without any progress."""
-        while not self._deregistering.wait(_RENEW_SECONDS):
+        """Renew each lease, also during a long statement, unless its thread has made no progress for _STUCK_SECONDS."""
+        while not self._stop_renewing.wait(_RENEW_SECONDS):
             for thread in self._threads:
                 try:
                     if thread.seconds_without_progress() < _STUCK_SECONDS:
@@ -276,16 +278,16 @@ class HistoryWorker(SimpleWorker):
                             database_stalled=self._waits.seconds(thread.ident) > _STALL_SECONDS
                         )
                 except Exception as error:
-                    # The thread meets the same error and waits. If its lease expires, another worker takes over.
+                    # The thread gets the same error and waits. If its lease expires, another worker requeues its jobs.
                     logger.debug("worker %s could not renew a lease: %s", self.name, type(error).__name__)
 
     def _maintain(self) -> None:
-        if time.monotonic() < self._maintenance.due_at or self._ending.is_set():
+        if time.monotonic() < self._maintenance.due_at or self._stopping.is_set():
             return
         try:
             self._maintenance.run()
         except RedisError as error:
-            self._shared.failed(error)
+            self._shared.note_outage(error)
 
     def _deregister(self) -> None:
         # Nothing is lost: the leases expire, and another worker requeues the reserved jobs.
@@ -304,10 +306,10 @@ def _is_in_rqs_pool() -> bool:
     return _POOL_MARK in multiprocessing.current_process().name
 
 
-def _forget_pool_signals() -> None:
-    """Let a process of RQ's pool end by SIGINT and SIGTERM like any other worker.
+def _reset_stop_signals() -> None:
+    """Make SIGINT and SIGTERM end a process of RQ's pool, as they end any other worker.
 
-    The pool ends its workers by SIGINT, even where SIGINT is ignored, as in a script's background. And a worker that
+    The pool ends its workers by SIGINT, also where SIGINT is ignored, as in the background of a script. A worker that
     the pool restarts inherits the pool's own handlers, which would signal all workers and not end this one.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -326,7 +328,7 @@ def run_worker(redis: Redis, queue: str, *, burst: bool = False, metrics: Metric
     """Run a HistoryWorker on `queue` until it is asked to stop, or with `burst` until the queue is empty.
 
     Raises:
-        HistoryError: it cannot answer scrapes at the address that `metrics` (None: the settings) names.
+        HistoryError: it cannot serve metrics at the address that `metrics` (None: the settings) names.
     """
     queues = [Queue(queue, connection=redis, serializer=JSONSerializer)]
     worker = HistoryWorker(queues, connection=redis, metrics=metrics)

@@ -39,7 +39,7 @@ class Maintenance:
         self._failures: set[str] = set()  # names of the steps whose failure has been logged
 
     def run(self) -> None:
-        """Make one pass. A step that fails for what another program has written is logged once and passed over.
+        """Make one pass. If a step fails on another program's data, log that once and continue with the next step.
 
         Raises:
             RedisError: Redis fails.
@@ -62,15 +62,18 @@ class Maintenance:
                 if name not in self._failures:
                     self._failures.add(name)
                     reason = f"{type(error).__name__}: {error}"[:200]
-                    logger.error("maintenance of queue %s passes over %s: %s", self._queue.name, name, reason)
+                    logger.error(
+                        "maintenance of queue %s: step %s failed; it runs again in the next pass: %s",
+                        self._queue.name, name, reason,
+                    )  # fmt: skip
             else:
                 self._failures.discard(name)
 
     def _stay_registered(self) -> None:
-        # Redis has lost everything, this registration included, or it has expired.
+        # The registration has expired, or Redis has lost its data.
         key = self._worker.key
         if not (self._redis.sismember(WORKERS_KEY, key) and self._redis.hexists(key, "birth")):
-            self.allow_registration()
+            self.mark_name_reusable()
             self._worker.register_birth()
             self._shared.publish(always=True)
         self._worker.heartbeat()
@@ -80,9 +83,9 @@ class Maintenance:
             COUNTS.recovered(len(job_ids))
             logger.warning("requeued %d jobs of dead workers", len(job_ids))
 
-    def allow_registration(self) -> None:
-        """Let RQ register this worker's name again, which it does only after a death.
+    def mark_name_reusable(self) -> None:
+        """Let RQ register this worker's name again, which it does only if the key records the worker's death.
 
-        Deleting the key would not do: a worker thread may write its heartbeat there in the same moment.
+        The key is not deleted, since a worker thread may write its heartbeat there at the same time.
         """
         self._redis.hset(self._worker.key, "death", utcformat(now()))

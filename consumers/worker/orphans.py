@@ -1,7 +1,8 @@
 """Orphans: jobs that stock workers left behind when they died, requeued at the front of the queue.
 
-RQ's own clean-up comes after ten minutes or more, and ends in failures or not at all: a stock worker that dies between
-popping a job from one of several queues and registering it leaves the job in no list (RQ's issues 381 and 1716).
+RQ's own clean-up runs ten minutes later or more, and fails such a job instead of requeueing it. It misses some jobs: if
+a stock worker of several queues dies after it has popped a job and before it has registered the job, then the job is in
+no list (RQ's issues 381 and 1716).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from producers.redis_keys import orphans_key, owners_key, reserved_key
 
 ORPHAN_SECONDS = 30.0
 _SCAN_SECONDS = 60
-# Reading the state of every job takes a while: only when the queue is short, and Redis not full of other things.
+# A scan reads the status of every job, so it is made only if the queue is short and Redis has few keys.
 _SHORT_QUEUE_JOBS = 1000
 _FEW_KEYS = 200_000
 _PAGE_KEYS = 1000
@@ -32,28 +33,30 @@ class Orphans:
     def __init__(self, redis: Redis, queue: Queue) -> None:
         self._redis = redis
         self._queue = queue
-        self._seen: dict[str, float] = {}  # in the intermediate list, by id
-        self._take_from_intermediate = scripts.load(redis, "take_from_intermediate")
-        self._take_from_started = scripts.load(redis, "take_from_started")
-        self._take_orphan = scripts.load(redis, "take_orphan")
+        self._seen: dict[
+            str, float
+        ] = {}  # by id, when a job was first seen in the intermediate list; monotonic seconds
+        self._requeue_intermediate = scripts.load(redis, "requeue_intermediate")
+        self._requeue_started = scripts.load(redis, "requeue_started")
+        self._requeue_unlisted = scripts.load(redis, "requeue_unlisted")
 
     def requeue(self) -> list[str]:
-        """Requeue all orphans, and spend no retry of theirs. Returns their ids."""
-        return [*self._from_intermediate(), *self._from_started(), *self._from_nowhere()]
+        """Requeue all orphans. This uses none of their retries. Returns their ids."""
+        return [*self._from_intermediate(), *self._from_started(), *self._from_no_list()]
 
     def _from_intermediate(self) -> Iterator[str]:
-        """A live stock worker takes a job out of there in moments; one that stays is of a dead worker."""
+        """Requeue jobs that stay in RQ's intermediate list: a live worker removes its job within milliseconds."""
         at = time.monotonic()
         intermediate = self._queue.intermediate_queue_key
         self._seen = {job_id: self._seen.get(job_id, at) for job_id in self._ids_in(intermediate)}
         for job_id, seen in self._seen.items():
-            if at - seen > ORPHAN_SECONDS and self._take_from_intermediate(
+            if at - seen > ORPHAN_SECONDS and self._requeue_intermediate(
                 keys=[intermediate, self._queue.key], args=[job_id]
             ):
                 yield job_id
 
     def _from_started(self) -> Iterator[str]:
-        """Jobs that expired in the started registry; their expiry is by the stock worker's own clock."""
+        """Requeue jobs that have expired in the started registry. The stock worker's clock set their expiry."""
         registry = self._queue.started_job_registry.key
         now, _ = self._redis.time()
         if self._redis.type(registry) != b"zset":
@@ -61,11 +64,11 @@ class Orphans:
         for member in self._redis.zrangebyscore(registry, 0, now):
             text = _text(member)  # type: ignore[arg-type]  # without scores it is bytes or text
             job_id = text.split(":")[0]
-            if self._take_from_started(keys=[registry, self._queue.key, JOB_PREFIX + job_id], args=[text, job_id]):
+            if self._requeue_started(keys=[registry, self._queue.key, JOB_PREFIX + job_id], args=[text, job_id]):
                 yield job_id
 
-    def _from_nowhere(self) -> Iterator[str]:
-        """Jobs with status queued that are in no list, in two scans by any worker."""
+    def _from_no_list(self) -> Iterator[str]:
+        """Requeue jobs with status queued that two scans, by any workers, found in no list."""
         orphans = orphans_key(self._queue.name)
         scanned = f"{orphans}:scanned"
         if not self._redis.set(scanned, "1", nx=True, ex=_SCAN_SECONDS):
@@ -77,12 +80,12 @@ class Orphans:
         lists = [self._queue.key, self._queue.intermediate_queue_key]
         names = self._redis.hkeys(owners_key(self._queue.name))
         lists += [reserved_key(self._queue.name, _text(name)) for name in names]
-        # The jobs first: one that moves from list to list meanwhile is found in one of them.
+        # Read the jobs before the lists: then a job that moves between the lists is found in one of them.
         queued = list(self._queued())
         listed = {job_id for one in lists for job_id in self._ids_in(one)}
         for job_id in [job_id for job_id in queued if job_id not in listed][:_MOST_ORPHANS]:
             keys = [self._queue.key, JOB_PREFIX + job_id, orphans]
-            if self._take_orphan(keys=keys, args=[job_id, ORPHAN_SECONDS]):
+            if self._requeue_unlisted(keys=keys, args=[job_id, ORPHAN_SECONDS]):
                 yield job_id
 
     def _queued(self) -> Iterator[str]:
@@ -113,5 +116,5 @@ class Orphans:
 
 
 def _text(value: bytes | str) -> str:
-    """As text. Bytes that are not text become an id that no job has, which is left where it is."""
+    """Return a value as text. Bytes that are not UTF-8 become an id that no job has, and that is ignored."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,7 +1,7 @@
 """Reservations of one worker thread: a Redis list per thread, guarded by a lease.
 
 RQ's own intermediate list and started registry let an interrupted job fail after minutes. Here any worker requeues the
-jobs of a thread as soon as its lease has expired, and spends no retry. Keys are of one queue:
+jobs of a thread as soon as its lease has expired, without using a retry. Each queue has these keys:
 
     reserved list    ids of the jobs that a thread has taken
     lease            exists while the thread renews it
@@ -39,7 +39,7 @@ _MAX_BATCH_BYTES = 4 * 1024 * 1024
 
 
 class Reservation(NamedTuple):
-    """Jobs that were taken together. A poison candidate, and a job that timed out alone, is taken alone.
+    """Jobs that were reserved together. A poison candidate, or a job that timed out alone, is reserved alone.
 
     `crashes` is None unless the job is a poison candidate.
     """
@@ -53,13 +53,14 @@ class Reservations:
     """The reservations of one thread of the worker `worker_name` on one queue.
 
     Raises:
-        RedisError: from every method, if Redis cannot be reached or does not take the command.
+        RedisError: from every method, if Redis cannot be reached or rejects the command.
     """
 
     def __init__(self, redis: Redis, queue: Queue, worker_name: str) -> None:
         self._redis = redis
         worker_key = BaseWorker.redis_worker_namespace_prefix + worker_name
-        # A worker that is restarted under its name must not find what may have killed its predecessor.
+        # A new suffix at each start: a worker restarted under its name must not take over jobs that may have crashed
+        # it.
         self._owner = owner = f"{worker_name}:{uuid4().hex[:8]}"
         self._alone = False
         self._queue_key = queue.key
@@ -75,6 +76,7 @@ class Reservations:
         self._requeue = scripts.load(redis, "requeue")
         self._move_to_tail = scripts.load(redis, "move_to_tail")
         self._mark_candidates = scripts.load(redis, "mark_candidates")
+        self._quarantine_keys = scripts.load(redis, "quarantine")
 
     def reserve(self, limit: int) -> Reservation:
         """Take up to `limit` jobs from the front of the queue, and renew the lease."""
@@ -87,7 +89,7 @@ class Reservations:
             unusable, ids, data, notes, crashes, timeouts = found
             if unusable:
                 logger.error(
-                    "quarantined %d entries of the queue that are not job ids in %s", unusable, self._quarantine
+                    "moved %d entries that are not job ids from the queue to list %s", unusable, self._quarantine
                 )
         if not ids:
             return Reservation([])
@@ -100,7 +102,7 @@ class Reservations:
         return Reservation(jobs, None if int(crashes) < 0 else int(crashes), int(timeouts))
 
     def wait(self, seconds: int) -> bool:
-        """Wait for a job in the queue. If one came, it is reserved, and the next `reserve` returns it."""
+        """Wait for a job in the queue and reserve it. Returns whether there was one; the next `reserve` returns it."""
         return self._redis.blmove(self._queue_key, self.list_key, seconds, "LEFT", "RIGHT") is not None
 
     def renew_lease(self, *, database_stalled: bool = False) -> None:
@@ -123,12 +125,15 @@ class Reservations:
         self._mark_candidates(keys=[self.list_key, self.crashes_key])
 
     def move_to_tail(self, job_id: str, counts_key: str) -> int:
-        """Requeue one job at the tail and count that under `crashes_key` or `timeouts_key`. Returns the count."""
+        """Requeue one job at the tail of the queue and increment its count in the hash `counts_key`. Returns the count.
+
+        `counts_key` is `crashes_key` or `timeouts_key`.
+        """
         return int(self._move_to_tail(keys=[self.list_key, self._queue_key, counts_key], args=[job_id]))
 
     def quarantine_keys(self) -> bool:
         """Rename each key that has another type than this thread needs. Returns whether there was one."""
-        found: Any = scripts.load(self._redis, "quarantine")(keys=list(self._types), args=list(self._types.values()))
+        found: Any = self._quarantine_keys(keys=list(self._types), args=list(self._types.values()))
         log_quarantined(found)
         return bool(found)
 
@@ -147,12 +152,12 @@ class Reservations:
 
 def requeue_expired(redis: Redis, queue: Queue) -> list[str]:
     """Requeue the jobs of each owner whose lease has expired, at the front. Returns their ids."""
-    recover = scripts.load(redis, "recover")
+    requeue = scripts.load(redis, "requeue_expired")
     owners = owners_key(queue.name)
     requeued: list[str] = []
     members: Any = redis.hkeys(owners)
     for member in members:
-        owner = member.decode(errors="replace")  # one that is not text is not ours, and has no list
+        owner = member.decode(errors="replace")  # an owner that is not UTF-8 is not ours, and has no list
         keys = [
             lease_key(queue.name, owner),
             reserved_key(queue.name, owner),
@@ -160,7 +165,7 @@ def requeue_expired(redis: Redis, queue: Queue) -> list[str]:
             crashes_key(queue.name),
             owners,
         ]
-        found: Any = recover(keys=keys, args=[owner, LEASE_SECONDS])
+        found: Any = requeue(keys=keys, args=[owner, LEASE_SECONDS])
         quarantined, ids = found
         log_quarantined(quarantined)
         requeued += [job_id.decode(errors="replace") for job_id in ids]
@@ -170,9 +175,9 @@ def requeue_expired(redis: Redis, queue: Queue) -> list[str]:
 def log_quarantined(keys: Iterable[bytes]) -> None:
     for key in keys:
         name = key.decode(errors="replace")
-        logger.error("%s was not of the type that the worker needs there: renamed to %s:quarantined", name, name)
+        logger.error("Redis key %s has the wrong type and was renamed to %s:quarantined", name, name)
 
 
 def _seconds(ttl: bytes) -> int | None:
-    """A job's own time to live of its result; None if it is not a number, or one that Redis would not take."""
+    """Return a job's result_ttl in seconds; None if it is not a number, or one that Redis would not accept."""
     return int(ttl) if ttl.removeprefix(b"-").isdigit() and len(ttl) < 10 else None

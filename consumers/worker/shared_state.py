@@ -1,4 +1,4 @@
-"""State that the threads of one worker share: who works, which server the worker waits for, its state in RQ."""
+"""State that the threads of one worker share: the threads that work, the server that it waits for, its state in RQ."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATABASE, REDIS = WAITED_FOR
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Return whether Redis did not answer at all: another command would only take as long again."""
+    """Return whether Redis did not answer at all, so that the next command would probably wait as long."""
     return isinstance(error, RedisConnectionError | RedisTimeoutError)
 
 
@@ -45,7 +45,7 @@ class SharedState:
 
     @contextmanager
     def working(self, *, alone: bool) -> Iterator[None]:
-        """Let the caller work inside the block: beside other threads, or `alone`, after they have finished."""
+        """Mark the calling thread as working. If `alone`, wait until no other thread works, and let none begin."""
         with self._changed:
             self._changed.wait_for(lambda: not self._alone)
             self._alone = alone
@@ -61,7 +61,7 @@ class SharedState:
                 self._alone = self._alone and not alone
                 self._idle_since = time.monotonic()
                 self._changed.notify_all()
-        self.publish()  # not after an error, which `failed` publishes if Redis can be reached
+        self.publish()  # not after an error: `note_outage` publishes the state if Redis can be reached
 
     def idle_seconds(self) -> float:
         """Return the seconds since a thread last worked."""
@@ -69,14 +69,14 @@ class SharedState:
             return 0.0 if self._working else time.monotonic() - self._idle_since
 
     def suspended(self) -> bool:
-        """Return whether RQ's workers are suspended, so that they take no new jobs."""
+        """Ask Redis whether RQ's workers are suspended (`rq suspend`), and publish a change."""
         before, self._suspended = self._suspended, bool(is_suspended(self._worker.connection, self._worker))
         if self._suspended != before:
             self.publish()
         return self._suspended
 
-    def failed(self, error: RedisError | StoreUnavailable) -> None:
-        """Note that a server failed. An outage is logged once, and shown as the worker's state."""
+    def note_outage(self, error: RedisError | StoreUnavailable) -> None:
+        """Note that a server failed. An outage is logged once, and published as the worker's state."""
         server = DATABASE if isinstance(error, StoreUnavailable) else REDIS
         with self._changed:
             self._redis_is_unreachable = is_unreachable(error)
@@ -86,13 +86,14 @@ class SharedState:
         if known != server:
             logger.error("worker %s waits for %s and tries again: %s", self._worker.name, server, first_line(error))
         if not is_unreachable(error):
-            with suppress(RedisError):  # the log has it
+            with suppress(RedisError):  # the outage is logged already
                 self.publish()
 
-    def succeeded(self, *, worked: bool) -> bool:
-        """Note that a thread has worked, or (not `worked`) found nothing to do. Returns whether all outages are over.
+    def note_progress(self, *, worked: bool) -> bool:
+        """Note that a thread completed jobs (`worked`) or found nothing to do. Returns whether no outage is left.
 
-        A thread that had nothing to do cannot tell that the database is back while another thread still works.
+        A thread that found nothing to do has not used the database. While another thread still works, it does not end
+        an outage of the database.
         """
         with self._changed:
             if self._waits_for is None:
@@ -108,16 +109,16 @@ class SharedState:
 
     @property
     def waits_for(self) -> str | None:
-        """DATABASE, REDIS, or None."""
+        """The server that the worker waits for: DATABASE, REDIS, or None."""
         return self._waits_for
 
     @property
     def redis_is_unreachable(self) -> bool:
-        """Whether Redis did not answer the last thread that asked."""
+        """Whether the last failure was that Redis did not answer."""
         return self._redis_is_unreachable
 
     def publish(self, *, always: bool = False) -> None:
-        """Write the worker's state for RQ, if it has changed or `always`."""
+        """Write the worker's state to Redis, where RQ shows it, if it has changed or `always` is true."""
         with self._publishing:
             if self._waits_for is not None:
                 state = f"waiting for {self._waits_for}"

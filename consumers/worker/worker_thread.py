@@ -1,6 +1,6 @@
-"""One thread of a worker: reserve jobs, process them as a batch, complete them; wait while a server is away.
+"""One thread of a worker: reserve jobs, process them as a batch, complete them. While a server is away, wait.
 
-A worker has two, so that one computes while the other waits for PostgreSQL or Redis.
+A worker has two threads, so that one computes while the other waits for PostgreSQL or Redis; with max_jobs it has one.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from consumers.worker.batch import (
     deferred,
     log_fields,
     process_batch,
-    without_defects,
+    report_safely,
 )
 from consumers.worker.completion import Completion
-from consumers.worker.deliveries import POISON_CRASHES, Delivery, ReservedJob, parse, unparsed
+from consumers.worker.deliveries import POISON_CRASHES, Delivery, ReservedJob, parse_job, unreadable_delivery
 from consumers.worker.reservations import Reservation, Reservations
 from consumers.worker.shared_state import SharedState, is_unreachable
 from producers.times import backoff_seconds
@@ -44,14 +44,14 @@ _FIRST_BACKOFF_SECONDS = 0.4
 _LAST_BACKOFF_SECONDS = 15.0
 
 
-def recovery_seconds(failures: int) -> float:
-    """Return the seconds to wait for Redis or the database after so many failures in a row."""
-    return backoff_seconds(failures, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS)
+def reconnect_seconds(failures_in_a_row: int) -> float:
+    """Return the seconds to wait before the next attempt to reach Redis or the database."""
+    return backoff_seconds(failures_in_a_row, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a thread ends by itself; see HistoryWorker.work."""
+    """Conditions under which a thread ends by itself; see HistoryWorker.work."""
 
     burst: bool
     max_jobs: int | None
@@ -64,7 +64,7 @@ class WorkerThread(threading.Thread):
     def __init__(
         self, worker: BaseWorker, queue: Queue, shared: SharedState, stopping: threading.Event, limits: Limits
     ) -> None:
-        super().__init__(name="history-worker", daemon=True)  # a second SIGTERM does not wait for it
+        super().__init__(name="history-worker", daemon=True)  # a daemon, since a second SIGTERM does not wait for it
         self.reservations = Reservations(worker.connection, queue, worker.name)
         self.done = 0  # completed jobs
         self.error: BaseException | None = None  # the defect that ended this thread
@@ -79,8 +79,8 @@ class WorkerThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._run()
-        except BaseException as error:  # raised where this thread is joined, after the other threads have ended
+            self._loop()
+        except BaseException as error:  # HistoryWorker raises it again after all threads have ended
             logger.critical("worker %s ends: %r", self._worker.name, error)
             self.error = error
             self._stopping.set()
@@ -90,36 +90,36 @@ class WorkerThread(threading.Thread):
         progress_at = self._progress_at
         return 0.0 if progress_at is None else time.monotonic() - progress_at
 
-    def _run(self) -> None:
+    def _loop(self) -> None:
         max_jobs = sys.maxsize if self._limits.max_jobs is None else self._limits.max_jobs
         while self.done < max_jobs and not self._stopping.is_set():
             try:
                 if self._shared.suspended():
                     if self._limits.burst:
                         return
-                    self.reservations.requeue()  # jobs that the wait below has reserved meanwhile
-                    self._succeeded(worked=False)
+                    self.reservations.requeue()  # the wait below may have reserved a job
+                    self._note_progress(worked=False)
                     self._stopping.wait(WAIT_SECONDS)
                     continue
                 reservation = self.reservations.reserve(min(BATCH_JOBS, max_jobs - self.done))
                 if reservation.jobs:
                     before = self.done
-                    self._work_in_turn(reservation)
-                    self._succeeded(worked=self.done > before)
+                    self._run_reservation(reservation)
+                    self._note_progress(worked=self.done > before)
                     if self.done == before and self._queue.count <= len(reservation.jobs):
                         self._stopping.wait(WAIT_SECONDS)  # the queue has no other job to try meanwhile
                 elif self._limits.burst or self._shared.idle_seconds() > self._limits.max_idle_seconds:
                     return
                 elif not self.reservations.wait(WAIT_SECONDS):
-                    self._succeeded(worked=False)
+                    self._note_progress(worked=False)
             except (RedisError, StoreUnavailable) as error:
-                if not self._mended(error):
+                if not self._quarantined_keys(error):
                     self._wait_for_recovery(error)
 
-    def _work_in_turn(self, reservation: Reservation) -> None:
-        """Process a reservation, a poison candidate while no other thread works: then a crash is its own.
+    def _run_reservation(self, reservation: Reservation) -> None:
+        """Process a reservation, then requeue the jobs that were not completed.
 
-        Jobs that were not completed are requeued.
+        A poison candidate is processed while no other thread works, so that a crash can be counted against it.
         """
         is_candidate = reservation.crashes is not None
         with self._shared.working(alone=is_candidate):
@@ -129,51 +129,53 @@ class WorkerThread(threading.Thread):
                     return
                 if is_candidate:
                     self.reservations.run_alone()
-                self._work(reservation)
+                self._contain_defects(reservation)
             except RedisError as error:
                 redis_is_unreachable = is_unreachable(error)
                 raise
             finally:
                 self._progress_at = None
-                if not redis_is_unreachable:  # else they stay reserved until Redis is back
+                if not redis_is_unreachable:  # else the jobs stay reserved until Redis is back
                     self.reservations.requeue()
 
-    def _succeeded(self, *, worked: bool) -> None:
-        if self._shared.succeeded(worked=worked):
+    def _note_progress(self, *, worked: bool) -> None:
+        if self._shared.note_progress(worked=worked):
             self._failures = 0
 
-    def _work(self, reservation: Reservation) -> None:
-        """Process and complete a reservation, as far as that is possible now.
+    def _contain_defects(self, reservation: Reservation) -> None:
+        """Process and complete a reservation; handle any exception that a job causes instead of raising it.
 
-        An exception that a job causes is not raised: it counts against the job, once that is alone.
+        Such an exception in a batch makes each job a poison candidate. From a job alone, it counts like a crash.
 
         Raises:
-            StoreUnavailable: the database takes none of the events.
+            RedisError: Redis fails.
+            StoreUnavailable: the database stores none of the events now.
         """
         self._progress_at = time.monotonic()
         started_at = now()
         try:
-            self._process(reservation, started_at)
+            self._process_and_complete(reservation, started_at)
         except BaseException as error:
             if not is_caused_by_job(error):
                 raise
             if len(reservation.jobs) == 1:
-                self._count_defect(deferred(unparsed(reservation.jobs[0]), error), reservation, started_at)
+                self._handle_defect(deferred(unreadable_delivery(reservation.jobs[0]), error), reservation, started_at)
             else:
                 self.reservations.mark_candidates()
                 report = partial(logger.error, "worker %s failed on a batch: %s", self._worker.name, described(error))
-                without_defects(partial(report, exc_info=error))
+                report_safely(partial(report, exc_info=error))
 
-    def _process(self, reservation: Reservation, started_at: datetime) -> None:
+    def _process_and_complete(self, reservation: Reservation, started_at: datetime) -> None:
+        """Decide the deliveries of a reservation, complete the decided ones, and move the others to the tail."""
         jobs = {job.job_id: job for job in reservation.jobs}
-        self._completion.release([job.job_id for job in reservation.jobs if job.state == "gone"])
-        deliveries, defects = self._parsed(reservation)
-        # A job that has timed out before comes alone, and must not hold up the others as long again.
+        self._completion.release([job.job_id for job in reservation.jobs if job.state == "deleted"])
+        deliveries, defects = self._parse_reservation(reservation)
+        # A job that has timed out before runs alone, with a shorter limit, so that other jobs wait less for it.
         statement_seconds = ISOLATED_SECONDS if reservation.timeouts else None
         results: list[Result] = []
         timeouts: list[Deferred] = []
         try:
-            for decided in process_batch(deliveries, statement_seconds=statement_seconds) if deliveries else ():
+            for decided in process_batch(deliveries, statement_seconds=statement_seconds):
                 self._progress_at = time.monotonic()
                 for one in decided:
                     if isinstance(one, Result):
@@ -183,92 +185,90 @@ class WorkerThread(threading.Thread):
                 if self._stopping.is_set() or (len(timeouts) > 1 and not results):
                     break
         finally:
-            # Whatever the others met: these are committed.
+            # Also after an exception: these results are committed.
             self._completion.complete(results, jobs, started_at)
             self.done += len(results)
-        # If nothing at all was stored, the database fails rather than these jobs. A job that came alone, while others
-        # wait behind it, proves nothing: it must let them try.
+        # If several jobs time out and none is stored, the database has failed, not these jobs. If a job times out
+        # alone, the next jobs of the queue, if there are any, are tried first.
         if timeouts and not results and (len(jobs) > 1 or not self._queue.count):
             raise timeouts[0].error
         for one in timeouts:
-            self._postpone(one)
+            self._move_to_tail(one)
         for one in defects:
-            self._count_defect(one, reservation, started_at)
+            self._handle_defect(one, reservation, started_at)
 
-    def _parsed(self, reservation: Reservation) -> tuple[list[Delivery], list[Deferred]]:
-        """The deliveries to process together, and those that a defect keeps from being parsed.
+    def _parse_reservation(self, reservation: Reservation) -> tuple[list[Delivery], list[Deferred]]:
+        """Return the deliveries to process together, and those whose parsing fails because of a defect.
 
-        Inflated texts may be a thousand times longer than Redis' data: the rest of the jobs stays for the next batch.
+        A decompressed text can be a thousand times longer than the job's data in Redis. If the batch becomes too large,
+        the other jobs are left for the next batch.
         """
         deliveries: list[Delivery] = []
         defects: list[Deferred] = []
         characters = 0
         for job in reservation.jobs:
-            if job.state == "gone":
+            if job.state == "deleted":
                 continue
             try:
-                deliveries.append(parse(job, reservation.crashes or 0))
+                deliveries.append(parse_job(job, reservation.crashes or 0))
             except BaseException as error:
                 if not is_caused_by_job(error):
                     raise
-                defects.append(deferred(unparsed(job), error))
+                defects.append(deferred(unreadable_delivery(job), error))
                 continue
             characters += len(deliveries[-1].text) if isinstance(deliveries[-1].text, str) else 0
             if characters > _BATCH_CHARACTERS:
                 break
         return deliveries, defects
 
-    def _postpone(self, timeout: Deferred) -> None:
+    def _move_to_tail(self, timeout: Deferred) -> None:
         count = self.reservations.move_to_tail(timeout.job_id, self.reservations.timeouts_key)
         logger.warning(
             "job %s timed out alone (attempt %d) and was moved to the tail of the queue: %s",
             timeout.job_id, count, timeout.error, extra=log_fields(timeout),
         )  # fmt: skip
 
-    def _count_defect(self, defect: Deferred, reservation: Reservation, started_at: datetime) -> None:
-        """Count a defect of this program like a crash: the job comes again alone, and is refused in the end.
-
-        Between its attempts all other jobs have their turn.
-        """
+    def _handle_defect(self, defect: Deferred, reservation: Reservation, started_at: datetime) -> None:
+        """Count a defect of this program like a crash: move the job to the tail, or reject it after POISON_CRASHES."""
         failures = (reservation.crashes or 0) + 1
         if failures < POISON_CRASHES:
             self.reservations.move_to_tail(defect.job_id, self.reservations.crashes_key)
         else:
             job = next(job for job in reservation.jobs if job.job_id == defect.job_id)
-            self._refuse(defect, job, PoisonEvent(failures, defect.error), started_at)
-        what = (self._worker.name, defect.job_id, failures, POISON_CRASHES)
-        report = partial(logger.error, "worker %s failed on job %s, attempt %d of %d", *what)
-        without_defects(partial(report, exc_info=defect.error, extra=log_fields(defect)))
+            self._reject_poison(defect, job, PoisonEvent(failures, defect.error), started_at)
+        values = (self._worker.name, defect.job_id, failures, POISON_CRASHES)
+        report = partial(logger.error, "worker %s failed on job %s, attempt %d of %d", *values)
+        report_safely(partial(report, exc_info=defect.error, extra=log_fields(defect)))
 
-    def _refuse(self, defect: Deferred, job: ReservedJob, refusal: PoisonEvent, started_at: datetime) -> None:
-        """Reject a poison event. If even that meets a defect, its job goes to the failed registry without a record."""
+    def _reject_poison(self, defect: Deferred, job: ReservedJob, rejection: PoisonEvent, started_at: datetime) -> None:
+        """Reject a poison event. If that fails because of a defect, dead-letter its job without a database record."""
         try:
-            delivery = parse(job)
+            delivery = parse_job(job)
         except BaseException as error:
             if not is_caused_by_job(error):
                 raise
-            delivery = unparsed(job)
-        for (one,) in process_batch([delivery._replace(refusal=refusal)]):
+            delivery = unreadable_delivery(job)
+        for (one,) in process_batch([delivery._replace(error=rejection)]):
             if isinstance(one, Result):
                 self._completion.complete([one], {job.job_id: job}, started_at)
                 self.done += 1
             elif isinstance(one.error, StoreUnavailable):
-                self._postpone(one)
+                self._move_to_tail(one)
             else:
                 self._completion.dead_letter(defect, job, started_at)
                 self.done += 1
 
-    def _mended(self, error: RedisError | StoreUnavailable) -> bool:
-        """Whether a key of another type was the cause, and has been quarantined."""
+    def _quarantined_keys(self, error: RedisError | StoreUnavailable) -> bool:
+        """Return whether a key of the wrong type caused the error and has been quarantined."""
         try:
             return is_wrong_type(error) and self.reservations.quarantine_keys()
         except RedisError:
             return False
 
     def _wait_for_recovery(self, error: RedisError | StoreUnavailable) -> None:
-        """Wait, longer after each failure; a request to stop ends the wait."""
+        """Wait before the next attempt, longer after each failure. A request to stop ends the wait."""
         self._failures += 1
         if isinstance(error, StoreUnavailable):
             drop_connections()
-        self._shared.failed(error)
-        self._stopping.wait(recovery_seconds(self._failures))
+        self._shared.note_outage(error)
+        self._stopping.wait(reconnect_seconds(self._failures))

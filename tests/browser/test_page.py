@@ -379,7 +379,7 @@ def test_the_server_restarts(open_page: OpenPage, server: PageServer) -> None:
     _live(page)
 
 
-def test_a_click_that_fails_is_told_and_the_page_goes_on(outage: Outage, open_page: OpenPage) -> None:
+def test_a_click_that_fails_shows_an_error_and_the_page_goes_on(outage: Outage, open_page: OpenPage) -> None:
     """A range and a search asked for during an outage are there after it."""
     store_many(2_000)
     store_archive([a_signal(market_question="Will it rain?"), a_signal()])

@@ -195,7 +195,7 @@ def test_an_entry_is_the_row_in_the_old_json_shape(second_generation: str) -> No
         snapshot_from(entries[2].data, zone=UTC, portfolio_id=None)
 
 
-def test_rows_that_no_reader_of_json_takes_harm_only_themselves(first_generation: str) -> None:
+def test_rows_that_json_readers_refuse_do_not_affect_other_rows(first_generation: str) -> None:
     """Numbers of thousands of digits, nesting beyond any stack."""
     _execute(
         "UPDATE signal_archives SET signals_data = CAST('[{\"n\": ' || repeat('9', 5000) || '}]' AS jsonb)"
@@ -407,7 +407,7 @@ def test_the_names_that_ours_need_are_known(database_url: str) -> None:
         ),
     ],
 )
-def test_what_is_in_the_way_is_named(first_generation: str, obstacle: str, message: str) -> None:
+def test_each_obstacle_to_adoption_is_named(first_generation: str, obstacle: str, message: str) -> None:
     """By dry run and by run alike, before anything is changed."""
     _execute(obstacle)
     before = database_facts(first_generation)
@@ -418,7 +418,7 @@ def test_what_is_in_the_way_is_named(first_generation: str, obstacle: str, messa
     assert database_facts(first_generation) == before
 
 
-def test_who_may_not_rename_is_told_who_may(first_generation: str, role: str) -> None:
+def test_a_role_that_may_not_rename_gets_the_name_of_one_that_may(first_generation: str, role: str) -> None:
     """One line, before any lock is asked for."""
     _execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}", f"GRANT CREATE ON SCHEMA public TO {role}")
     store = create_store_engine(SecretStr(f"{first_generation}&options=-crole%3D{role}"))
@@ -439,7 +439,7 @@ def test_who_may_not_rename_is_told_who_may(first_generation: str, role: str) ->
     )
 
 
-def test_what_goes_with_the_old_tables_is_said(first_generation: str, role: str) -> None:
+def test_objects_that_follow_the_old_tables_are_reported(first_generation: str, role: str) -> None:
     """Views, foreign keys, triggers, functions and publications follow the rename, grants stay; nothing is broken."""
     _execute(
         "CREATE VIEW daily AS SELECT snapshot_date, max(total_value) AS value FROM portfolio_history GROUP BY 1",

@@ -411,7 +411,7 @@ def test_csv_has_the_same_rows_and_is_no_spreadsheet_program(client: TestClient)
         ("/docs", 404, []),
     ],
 )
-def test_what_is_wrong_is_told_as_a_problem(client: TestClient, url: str, status: int, words: list[str]) -> None:
+def test_each_error_is_answered_as_a_problem(client: TestClient, url: str, status: int, words: list[str]) -> None:
     _require_problem(client.get(url), status, *words)
 
 

@@ -147,7 +147,7 @@ def test_status_says_that_a_frozen_database_does_not_answer(
     assert status.pipeline_status()[0]["database"] == "reachable"
 
 
-def test_a_client_that_takes_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_takes_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would keep its answer in the server's memory."""
     monkeypatch.setattr(api_server, "_IDLE_SECONDS", 0.3)
     with listen("127.0.0.1", 0) as listening:

@@ -227,9 +227,9 @@ def _with_webhook(status: str, event: str) -> Callable[[System], str]:
 _NOT_JSON = "refused: its data cannot be read as JSON"
 _FOREIGN = "refused: it names a function that is not one of ours"
 _ARGUMENT = "refused: it must have one argument, the event's text"
-_MORE = "refused: RQ is asked for more than to run it"
+_MORE = "refused: its job asks RQ for"
 _TOO_LARGE = "refused: its job is larger than 48 MiB"
-_SHAPELESS = "refused: its data is large, and not the call of a function with one text"
+_SHAPELESS = "refused: its call is larger than 64 KiB and does not have the form [function, null, [text], {}]"
 
 REFUSED: dict[str, tuple[Callable[[System], str], str]] = {
     "a pickled call": (_pickled_job, _NOT_JSON),
@@ -353,7 +353,7 @@ def test_a_dependent_of_a_refused_job_is_refused_too(system: System) -> None:
 
 
 @pytest.mark.parametrize("spoiled", ["a key of another kind", "a job that cannot be read", "a zip bomb"])
-def test_what_was_spoiled_beside_a_job_of_ours_does_not_end_the_worker(system: System, spoiled: str) -> None:
+def test_unreadable_keys_beside_a_job_do_not_end_the_worker(system: System, spoiled: str) -> None:
     """The event is stored; what RQ would stumble over stays where it is."""
     dependents = Job.dependents_key_for("spoiled")
     if spoiled == "a key of another kind":
@@ -535,7 +535,7 @@ def test_only_the_files_of_the_page_are_given_out(system: System, path: str) -> 
         f"Bearer {_TOKEN.upper()}", "Bearer \xff", f"Token {_TOKEN}", f"Bearer {_TOKEN} {_TOKEN}",
     ],
 )  # fmt: skip
-def test_without_the_token_nothing_is_told(system: System, header: str | None) -> None:
+def test_without_the_token_nothing_is_disclosed(system: System, header: str | None) -> None:
     """Nor by another way to say it: a parameter, a cookie."""
     headers = [] if header is None else [f"Authorization: {header}"]
     lines = [f"{_HISTORY}?token={_TOKEN} HTTP/1.1", "Host: localhost", f"Cookie: token={_TOKEN}", *headers]

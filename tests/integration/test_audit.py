@@ -76,7 +76,7 @@ def test_every_number_is_accounted_for(producer: HistoryProducer, redis: Redis, 
     assert not _audited(producer, redis, with_outbox=False).tail_known
 
 
-def test_what_is_under_way_is_not_missing(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
+def test_events_under_way_are_not_missing(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
     """Recorded, not yet worked on: known from the outbox; in a gap, known from the queue as well."""
     producer.record_many([a_snapshot(after=timedelta(10)), a_snapshot(after=timedelta(11))])
     producer.flush(5)
@@ -209,16 +209,16 @@ def test_a_discarded_event_is_kept_with_the_reasons(
     assert json.loads(event)["sequence"] == "0000000000000000006"
 
 
-@pytest.mark.parametrize("harm", ["lost", "no hash", "unreadable"])
-def test_what_redis_did_to_a_failed_job_is_in_nobodys_way(
-    redis: Redis, mixed: list[Receipt], harm: str, work: Work
+@pytest.mark.parametrize("damage", ["lost", "no hash", "unreadable"])
+def test_a_rejection_can_be_requeued_and_discarded_whatever_became_of_its_job(
+    redis: Redis, mixed: list[Receipt], damage: str, work: Work
 ) -> None:
     """It can be requeued from its text, and discarded, whatever has become of the job."""
     (rejection,) = rejections()
     key = f"rq:job:{rejection.job_id}"
-    if harm == "lost":
+    if damage == "lost":
         redis.flushall()
-    elif harm == "no hash":
+    elif damage == "no hash":
         redis.delete(key)
         redis.set(key, "x")
     else:
@@ -232,7 +232,7 @@ def test_what_redis_did_to_a_failed_job_is_in_nobodys_way(
     assert not redis.exists(key)
 
 
-def test_what_was_discarded_stays_so_when_it_is_refused_once_more(
+def test_a_discarded_event_stays_discarded_when_it_is_rejected_again(
     redis: Redis, mixed: list[Receipt], work: Work
 ) -> None:
     """A late second delivery of it does not bring it back to the list."""
@@ -260,7 +260,7 @@ def test_requeue_and_discard_want_to_know_which(redis: Redis, database_url: str)
     ] == [2, 2, 2, 2]
 
 
-def test_what_was_refused_is_shown_letter_by_letter(redis: Redis, database_url: str) -> None:
+def test_a_rejected_job_is_shown_letter_by_letter(redis: Redis, database_url: str) -> None:
     """A job that names `[/x]` as its function, and one whose text would steer the terminal."""
     queue = history_queue(redis)
     queue.enqueue("[/x]", "{}", job_id="no-function")

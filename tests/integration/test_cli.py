@@ -136,7 +136,7 @@ def test_a_snapshot_keeps_every_digit_of_its_file(redis: Redis, database_url: st
     assert (recorded.returncode, balance) == (0, Decimal("123456789012.12345678"))
 
 
-def test_a_healthy_pipeline_is_told_by_the_exit_status(redis: Redis, database_url: str) -> None:
+def test_the_exit_status_says_that_the_pipeline_is_healthy(redis: Redis, database_url: str) -> None:
     """Both servers reachable and a worker alive."""
     worker = subprocess.Popen([*PROGRAM, "worker"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
@@ -159,7 +159,7 @@ def test_settings_are_as_before_when_the_embedded_servers_are_gone(home: Path, m
         assert "REDIS_URL" not in os.environ
 
 
-def test_status_tells_what_is_wrong(redis: Redis, database_url: str) -> None:
+def test_status_shows_each_problem(redis: Redis, database_url: str) -> None:
     """Exit status 1 without a worker, and when a server is away; the rest is shown all the same."""
     idle = _run("status", "--json")
     away = _run("status", "--json", REDIS_URL="redis://127.0.0.1:1")
@@ -207,7 +207,7 @@ def test_with_a_closed_stdout_it_works_unseen(database_url: str) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_up_runs_a_worker_until_it_is_told_to_stop(home: Path, how: signal.Signals) -> None:
+def test_up_runs_a_worker_until_it_is_stopped(home: Path, how: signal.Signals) -> None:
     """The printed exports are all that a controller needs, with RQ Dashboard's login; afterwards nothing is running."""
     up = subprocess.Popen(
         [*PROGRAM, "up"],
@@ -274,7 +274,7 @@ def test_a_killed_demo_leaves_no_worker_and_does_not_disturb_the_next(home: Path
     assert _processes_of(home) == []
 
 
-def test_a_worker_without_redis_says_so_without_secrets_until_it_is_told_to_stop(tmp_path: Path) -> None:
+def test_a_worker_without_redis_says_so_without_secrets_until_it_is_stopped(tmp_path: Path) -> None:
     """One line, however often it tries; SIGTERM ends it with 0."""
     log = tmp_path / "log"
     settings = {"DATABASE_URL": "postgresql://h/d", "REDIS_URL": "redis://u:s3cret@127.0.0.1:1"}

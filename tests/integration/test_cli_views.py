@@ -44,7 +44,7 @@ def _serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.P
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_api_answers_on_loopback_until_it_is_told_to_stop(database_url: str, how: signal.Signals) -> None:
+def test_api_answers_on_loopback_until_it_is_stopped(database_url: str, how: signal.Signals) -> None:
     """As other commands it ends with the signal's status."""
     insert_portfolio_history_snapshot(_snapshot(0))
     with _serving() as (server, address):

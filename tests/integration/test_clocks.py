@@ -53,7 +53,7 @@ def _unsettled_seconds(bot: Controller) -> float:
 @pytest.mark.parametrize("then", ["at once", "after a restart of the bot", "after a restart of the machine"])
 @pytest.mark.parametrize("ahead", [2 * DAYS, -2 * DAYS])
 @pytest.mark.usefixtures("line")
-def test_what_redis_loses_is_sent_again_within_seconds(
+def test_jobs_that_redis_loses_are_sent_again_within_seconds(
     redis: Redis, tmp_path: Path, machine: Machine, ahead: float, then: str
 ) -> None:
     """Recorded while the clock is days off, before time is synchronised; then it is set right. No reader alarms."""

@@ -345,7 +345,7 @@ def test_old_history_comes_in_by_the_commands_of_the_readme(
     assert postgres.sql(owner, stored).stdout == "4\n"
 
 
-def test_what_is_frozen_is_not_healthy(system: list[Container]) -> None:
+def test_a_frozen_service_is_not_healthy(system: list[Container]) -> None:
     """The process is there and its port takes connections; awake again it is healthy."""
     one_of_each = system[1:]
     for one in one_of_each:
@@ -361,7 +361,7 @@ def test_what_is_frozen_is_not_healthy(system: list[Container]) -> None:
     assert [one.is_healthy() for one in one_of_each] == [True, True, True]
 
 
-def test_what_waits_for_its_servers_is_healthy_and_ends_when_told(start: Start) -> None:
+def test_a_service_that_waits_for_its_servers_is_healthy_and_stops_on_request(start: Start) -> None:
     """PostgreSQL and Redis are away from the start: to end these processes would help nobody."""
     nowhere = free_port()
     waiting = [start(name, postgres=nowhere, redis=nowhere) for name in ("worker", "api", "dashboard")]

@@ -406,7 +406,7 @@ def test_a_requeued_rejection_is_stored_and_leaves_no_trace(
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_what_is_deleted_while_a_worker_has_it_is_stored_all_the_same(
+def test_a_job_that_is_deleted_while_a_worker_has_it_is_stored_all_the_same(
     client: httpx.Client, redis: Redis, database_url: str, producer: HistoryProducer, killed: bool
 ) -> None:
     """A worker goes on with what it has read. When it is killed, the outbox sends again what nobody has stored."""

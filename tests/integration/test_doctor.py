@@ -160,7 +160,7 @@ def test_without_settings_the_embedded_servers_are_looked_at() -> None:
         assert not (Path(home) / "valkey.pid").exists()
 
 
-def test_embedded_servers_that_do_not_start_are_told_and_the_rest_is_looked_at(
+def test_embedded_servers_that_do_not_start_are_reported_and_the_rest_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their folder is a file."""
@@ -256,7 +256,7 @@ def test_settings_tell_where_they_point_and_where_they_came_from(monkeypatch: py
         ("REDIS_URL", "redis+sentinel://:12/34@h/m", "Redis setting", "REDIS_URL: a password with / ? or #"),
     ],
 )
-def test_a_setting_that_cannot_be_read_is_told(
+def test_a_setting_that_cannot_be_read_is_reported(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch, *, name: str, value: str, check: str, found: str
 ) -> None:
     """In the place where it belongs; the rest is looked at."""
@@ -267,7 +267,7 @@ def test_a_setting_that_cannot_be_read_is_told(
     assert checks["RQ"].state == "ok"
 
 
-def test_refused_servers_are_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_connections_are_reported_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     """One line for each server, none about what is in them."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://u@127.0.0.1:1/x")
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1")
@@ -293,7 +293,7 @@ def test_servers_that_never_answer_take_seconds(
     assert checks["RQ"].state == "ok"
 
 
-def test_what_knows_no_time_limit_is_left_behind(
+def test_doctor_does_not_wait_for_a_call_without_a_time_limit(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name that nobody resolves, for Redis; PostgreSQL is looked at meanwhile."""
@@ -309,7 +309,7 @@ def test_what_knows_no_time_limit_is_left_behind(
     assert (checks["tables"].state, checks["RQ"].state, took < 10) == ("ok", "ok", True)
 
 
-def test_a_wrong_password_is_told(
+def test_a_wrong_password_is_reported(
     redis: Redis, database_url: str, pair: Addresses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By both servers, and by neither with the password."""
@@ -470,7 +470,9 @@ def test_the_names_that_are_compared_are_those_of_schema_sql(database_url: str) 
     assert set(map(tuple, indexes)) == named
 
 
-def test_a_role_is_told_what_it_lacks(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_privileges_of_a_role_are_reported(
+    redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the statements that give it; afterwards nothing is lacking."""
     with _role("doctor_role"):
         _execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO doctor_role")
@@ -517,7 +519,7 @@ def test_a_locked_table_is_a_warning_and_holds_nothing_up(redis: Redis, database
     assert took < 8
 
 
-def test_what_was_refused_lately_is_told_with_the_most_frequent_reason(redis: Redis, database_url: str) -> None:
+def test_recent_rejections_are_reported_with_the_most_frequent_reason(redis: Redis, database_url: str) -> None:
     """Counted without the numbers in it; not what is older, or was a duplicate."""
     refused = "INSERT INTO event_outcomes (job_id, outcome, reason, created_at) VALUES (:job, :outcome, :reason, {at})"
     conflict = "event 7c1f366e-c9c3-5876-873e-6a33c29b098{} is stored already as row {}, with other content"
@@ -588,7 +590,7 @@ def test_a_service_that_tells_nothing_is_a_warning(
     assert closed["Redis server"].state == "unknown"
     assert [closed[name].state for name in ("Redis", "queue", "reserved jobs")] == ["ok"] * 3
     assert (uncounted.state, "llen" in uncounted.found) == ("fail", True)
-    assert informed == ("ok", "append-only file, appendfsync not to be seen (CONFIG is forbidden)")
+    assert informed == ("ok", "append-only file, appendfsync unknown (CONFIG is forbidden)")
     assert without_file[0] == "warn"
 
 
@@ -636,7 +638,7 @@ def test_a_worker_that_waits_for_the_database_is_wrong(
     assert (status, found) == ("fail", f"1 of HistoryWorker, 0 of RQ's own; {name} is waiting for the database")
 
 
-def test_held_jobs_of_the_dead_are_told(redis: Redis, database_url: str) -> None:
+def test_reserved_jobs_of_dead_workers_are_reported(redis: Redis, database_url: str) -> None:
     """Without a live worker, nothing requeues them."""
     dead_list = reserved_key("history", "dead:0000000a")
     redis.hset(owners_key("history"), "dead:0000000a", "")
@@ -654,7 +656,7 @@ def test_held_jobs_of_the_dead_are_told(redis: Redis, database_url: str) -> None
     assert (fine.state, fine.found) == ("ok", "1, all under a lease")
 
 
-def test_what_waits_for_a_person_in_redis_is_told(redis: Redis, database_url: str) -> None:
+def test_jobs_and_keys_that_need_an_operator_are_reported(redis: Redis, database_url: str) -> None:
     """Jobs that crashed a worker, failed jobs, unusable entries; candidates and orphans need nobody."""
     redis.hset(crashes_key("history"), "job-0", 0)
     redis.hset(orphans_key("history"), "job-1", 1)
@@ -703,7 +705,7 @@ def test_a_machine_without_an_outbox_is_left_without_one(redis: Redis, database_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_old_files_that_are_still_written_are_told(redis: Redis, database_url: str, tmp_path: Path) -> None:
+def test_old_files_that_are_still_written_are_reported(redis: Redis, database_url: str, tmp_path: Path) -> None:
     """In the usual folder, and in one that is named; older ones are history."""
     other = tmp_path / "elsewhere"
     for folder, name in ((HISTORY, "portfolio_history.json"), (other, "signals_archive_2026-11.json")):

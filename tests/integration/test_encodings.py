@@ -127,7 +127,7 @@ def test_a_worker_waits_on_a_database_of_another_encoding_and_says_why(
         assert "CREATE DATABASE" in caplog.text
         assert thread.is_alive()
     finally:
-        worker._ending.set()
+        worker._stopping.set()
         thread.join(30)
     with get_db() as db:
         assert db.execute(text("SELECT count(*) FROM event_outcomes")).scalar_one() == 0

@@ -189,7 +189,7 @@ if __name__ == "__main__":
     "how",
     ["fork killed producer", "fork terminated relay", "spawn killed relay", "forkserver terminated producer"],
 )
-def test_what_killed_children_leave_is_taken_within_a_second(
+def test_entries_of_killed_children_are_taken_within_a_second(
     redis: Redis, tmp_path: Path, outbox: Path, how: str
 ) -> None:
     """By a producer of their parent, or by a relay process."""

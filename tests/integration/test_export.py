@@ -205,7 +205,7 @@ def test_beside_a_folder_with_the_name_of_a_file_nothing_is_replaced(tmp_path: P
     assert (tmp_path / "out/portfolio_history.json").read_text() == _OLD
 
 
-def test_files_that_are_there_are_only_replaced_when_told(tmp_path: Path) -> None:
+def test_existing_files_are_replaced_only_on_request(tmp_path: Path) -> None:
     """--overwrite replaces those that are exported; the others stay, and that is said."""
     _store(a_snapshot())
     names = ["portfolio_history.json", "signals_archive_2020-01.json"]

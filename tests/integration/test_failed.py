@@ -1,4 +1,4 @@
-"""Rejected events may be many and large: they are listed, requeued and discarded in flat memory."""
+"""Rejections may be many and large: they are listed, requeued and discarded in flat memory."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_table_is_bounded_and_json_has_all(database_url: str) -> None:
     assert [line.split()[0] for line in lines[1:-1]] == listed[:MOST_REJECTIONS]
 
 
-def test_what_was_not_rejected_any_more_is_not_counted_as_discarded(redis: Redis, database_url: str) -> None:
+def test_a_job_that_is_no_longer_rejected_is_not_counted_as_discarded(redis: Redis, database_url: str) -> None:
     """Somebody else was quicker: the answer is what this one has changed, and the other's job stays."""
     for name in ("a", "b"):
         store_rejection(name, "why")
@@ -134,7 +134,7 @@ def test_what_was_not_rejected_any_more_is_not_counted_as_discarded(redis: Redis
     assert tuple(discarded) == ("discarded", "known; it was rejected: why", "me")
 
 
-def test_what_was_stored_meanwhile_is_not_sent_again(redis: Redis, database_url: str) -> None:
+def test_an_event_that_was_stored_meanwhile_is_not_sent_again(redis: Redis, database_url: str) -> None:
     """Its rejection is gone, and with it the text."""
     store_rejection("a", "why")
     chosen = list(rejections())

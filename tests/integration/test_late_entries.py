@@ -71,14 +71,16 @@ def _ages(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[float, objec
     return float(age), health, status["oldest_unacknowledged_seconds"], check["status"]
 
 
-def test_what_is_acknowledged_is_not_late(redis: Redis, outbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_acknowledged_event_is_not_late(redis: Redis, outbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long ago it was recorded; nobody has taken its acknowledgement."""
     _controller(redis, outbox, stored=3, queued=0)
     assert _ages(os.environ["REDIS_URL"], monkeypatch) == (0.0, None, None, "ok")
     assert states(outbox) == {"sent": 3}
 
 
-def test_what_is_not_acknowledged_is_late(redis: Redis, outbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_without_an_acknowledgement_is_late(
+    redis: Redis, outbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside others that are."""
     _controller(redis, outbox, stored=2, queued=1)
     metrics, health, status, doctor = _ages(os.environ["REDIS_URL"], monkeypatch)

@@ -126,7 +126,7 @@ def test_the_lag_is_that_of_live_events(redis: Redis) -> None:
     assert (scrape["lag_seconds_bucket", "60.0"], scrape["lag_seconds_bucket", "300.0"]) == (1, 2)
 
 
-def test_what_dead_workers_left_is_counted(redis: Redis) -> None:
+def test_recovered_jobs_of_dead_workers_are_counted(redis: Redis) -> None:
     enqueue_snapshots(redis, 3)
     Reservations(redis, history_queue(redis), "dead").reserve(2)
     redis.delete(*redis.keys("history:lease:*"))
@@ -166,7 +166,7 @@ def test_an_idle_pipeline_has_ages_of_zero_and_no_outbox_that_is_not_there(redis
     assert not any(name.startswith("outbox") for name, *_ in scrape)
 
 
-def test_an_unreadable_outbox_is_told(redis: Redis) -> None:
+def test_an_unreadable_outbox_is_reported(redis: Redis) -> None:
     Path("data").mkdir()
     Path("data/outbox.db").write_bytes(b"no database at all" * 100)
     scrape = _scrape(redis)

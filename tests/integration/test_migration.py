@@ -143,7 +143,7 @@ def _used_row_numbers() -> int:
         return int(db.scalar(text("SELECT last_value FROM portfolio_history_id_seq")) or 0)
 
 
-def test_what_cannot_be_taken_is_reported_and_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_entries_that_cannot_be_imported_are_reported_and_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     """No event at all, the same instant with other amounts, the same entry twice, a file that is cut off."""
     entries = [
         _snapshot(0),
@@ -222,7 +222,7 @@ def test_verify_looks_at_what_follows_from_the_content_too(tmp_path: Path) -> No
     assert found == [("differs", ["portfolio_id"]), ("differs", ["portfolio_id", "archive_month"])]
 
 
-def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_an_error_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(HistoryError, match="the report could not be written"):
         Report(tmp_path / "nowhere" / "report.jsonl")
 
@@ -260,7 +260,9 @@ def test_only_missing_entries_are_inserted(tmp_path: Path) -> None:
     assert _verify(folder) == []
 
 
-def test_what_live_traffic_brought_already_is_accounted_for(redis: Redis, worker: None, tmp_path: Path) -> None:
+def test_an_entry_that_live_traffic_has_stored_already_is_a_duplicate(
+    redis: Redis, worker: None, tmp_path: Path
+) -> None:
     """The fact is one row, and the file's number is recorded as a duplicate, once."""
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         moment = _FIRST.replace(tzinfo=UTC)
@@ -309,7 +311,7 @@ def test_verify_finds_what_differs_on_either_side(tmp_path: Path) -> None:
     assert "of portfolio 1, recorded by direct, stands for no entry" in found[3].reason
 
 
-def test_a_set_of_row_ids_holds_what_was_added() -> None:
+def test_a_set_of_row_ids_contains_the_ids_that_were_added() -> None:
     """Also far apart."""
     ids = RowIds()
     for row_id in (0, 7, 65_535, 65_536, 2**62):

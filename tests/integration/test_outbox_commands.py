@@ -56,7 +56,7 @@ def _record(count: int, *, first: int = 0, send: bool = True) -> None:
         producer.close(timeout=0)
 
 
-def test_what_redis_has_lost_is_sent_again_at_once(
+def test_jobs_that_redis_has_lost_are_sent_again_at_once(
     redis: Redis, database_url: str, outbox: Path, tmp_path: Path
 ) -> None:
     """Not at its next check, which is minutes away. A rejection is an end too."""
@@ -147,7 +147,7 @@ def test_with_workers_that_wait_for_the_database_it_says_so(
     )
 
 
-def test_what_a_controller_records_meanwhile_is_not_waited_for(
+def test_flush_does_not_wait_for_events_recorded_meanwhile(
     redis: Redis, database_url: str, outbox: Path, tmp_path: Path
 ) -> None:
     """But the file may not be deleted then: the exit status and a line say so."""

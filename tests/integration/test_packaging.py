@@ -25,7 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_carries_the_schema_the_demo_and_the_page_and_no_tests(wheel: Path) -> None:
+def test_the_wheel_carries_the_schema_and_the_files_of_demo_page_and_deploy_and_no_tests(wheel: Path) -> None:
     """And nothing at its top but the two packages, pytest's plugin and the metadata."""
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
@@ -36,9 +36,10 @@ def test_the_wheel_carries_the_schema_the_demo_and_the_page_and_no_tests(wheel: 
     assert {"consumers/schema.sql", "consumers/demo/portfolio.json", "consumers/demo/current_signals.json"} <= set(
         names
     )
-    static = {f"consumers/web/page/static/{path.name}" for path in (ROOT / "consumers/web/page/static").iterdir()}
-    assert static
-    assert static <= set(names)
+    for folder in ("consumers/web/page/static", "consumers/deploy"):
+        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
+        assert files
+        assert files <= set(names)
 
 
 @pytest.fixture(scope="module")

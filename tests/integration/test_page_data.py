@@ -106,7 +106,7 @@ def test_balance_keeps_its_peaks_on_demand(client: TestClient) -> None:
     assert "77" in _get(client, "curve", portfolio=1, buckets=10, parts=True)["balance"]
 
 
-def test_gaps_are_told_and_are_never_zero(client: TestClient) -> None:
+def test_gaps_are_reported_and_are_never_zero(client: TestClient) -> None:
     """A whole day without a snapshot is one; so is an outage among cycles of minutes."""
     store_values([100, 101, None, 103, 104])
     assert _get(client, "curve", portfolio=1)["after_gap"] == [2]
@@ -247,7 +247,7 @@ def test_a_search_has_a_few_large_archives_in_memory_at_a_time(client: TestClien
     assert peak < 90 * 2**20
 
 
-def test_what_the_page_is_refused_has_a_reason(client: TestClient) -> None:
+def test_each_refused_request_of_the_page_has_a_reason(client: TestClient) -> None:
     store_values([1])
     backwards = "curve?portfolio=1&since=2026-01-02T00:00:00Z&until=2026-01-01T00:00:00Z"
     for path, status, detail in (

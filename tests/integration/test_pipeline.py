@@ -163,7 +163,7 @@ def test_events_in_any_order_make_the_same_tables(redis: Redis, database_url: st
     assert len(tables[0]) == 40
 
 
-def test_a_fact_sent_twice_is_stored_once_and_the_second_delivery_is_told_the_same_row(
+def test_a_fact_sent_twice_is_stored_once_and_both_deliveries_get_the_same_row(
     producer: HistoryProducer, work: Work
 ) -> None:
     """The second is noted as a duplicate, under its own job."""

@@ -40,6 +40,7 @@ from producers.trading_controller import shared_producer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
+DEPLOY = ROOT / "consumers" / "deploy"
 
 
 def _block(marker: str) -> str:
@@ -171,16 +172,21 @@ def test_every_command_is_documented_and_every_documented_command_exists() -> No
 
 
 def test_every_command_line_in_it_exists() -> None:
-    """In code blocks, and in a line of text with the program's name or without; so do the options that it names."""
+    """In code blocks, and in a line of text with the program's name or without; so do the options that it names.
+
+    In README.md of consumers/deploy too, and in the summaries of the alerts.
+    """
+    pages = README + (DEPLOY / "README.md").read_text("utf-8")
+    alerts = (DEPLOY / "alerts.yaml").read_text("utf-8")
     commands, top = _commands(), _own_options(get_command(app))
     groups = {name.split()[0] for name in commands}
-    blocks = re.findall(r"```\w+\n(.*?)```", README, re.DOTALL)
-    spans = [" ".join(span.split()) for span in re.findall("`([^`]+)`", re.sub(r"```.*?```", "", README, flags=re.S))]
-    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()] + spans
+    blocks = re.findall(r"```\w+\n(.*?)```", pages, re.DOTALL)
+    spans = [" ".join(span.split()) for span in re.findall("`([^`]+)`", re.sub(r"```.*?```", "", pages, flags=re.S))]
+    lines = [line for block in [*blocks, alerts] for line in block.replace("\\\n", "").splitlines()] + spans
     called = [line for text in lines for line in re.findall(r"trading-history ([^;|&\"}]+)", text)]
     called += [span for span in spans if span.split()[0] in groups and len(span.split()) > 1]
     assert len(called) > 50
-    unknown = [one for line in called if line[0] not in "-…" for one in _unknown(line.rstrip(" …"), commands)]
+    unknown = [one for line in called if line[0] not in "-…" for one in _unknown(line.rstrip(" .…"), commands)]
     assert unknown == []
     assert {line.split()[0] for line in called if line[0] == "-"} <= top
 
@@ -219,7 +225,7 @@ def test_the_metrics_of_the_table_and_of_the_alerts_exist_and_none_is_missing(re
         name: labels - {"le"} for name, labels in families.items()
     }
 
-    (group,) = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)[0])["groups"]
+    (group,) = yaml.safe_load((DEPLOY / "alerts.yaml").read_text("utf-8"))["groups"]
     assert all({"alert", "expr", "annotations"} <= set(rule) <= {"alert", "expr", "annotations", "for"}
                for rule in group["rules"])  # fmt: skip
     used = set(re.findall(r"trading_history_\w+", " ".join(rule["expr"] for rule in group["rules"])))

@@ -222,7 +222,7 @@ def test_no_password_of_redis_is_written_anywhere(
     assert b"s3cret" not in written
 
 
-def test_it_ends_with_the_signal_when_it_is_told_twice(redis: Redis, outbox: Path, tmp_path: Path) -> None:
+def test_it_ends_with_the_signal_at_the_second_signal(redis: Redis, outbox: Path, tmp_path: Path) -> None:
     """Its relay waits for a Redis that never answers."""
     with a_proxy(os.environ["REDIS_URL"], tmp_path) as (proxy, url):
         proxy.set_mode("swallow")

@@ -237,7 +237,7 @@ def without_groups(empty_database_url: str) -> Iterator[str]:
     _execute(empty_database_url, *[f"ALTER ROLE away_{name} RENAME TO {name}" for name in (WRITER, READER)])
 
 
-def test_who_may_not_make_roles_makes_the_tables_all_the_same(
+def test_a_role_that_may_not_make_roles_makes_the_tables_all_the_same(
     without_groups: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plain owner, as on a managed server: a note says so; only asking for a login is an error."""

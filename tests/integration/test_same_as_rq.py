@@ -447,7 +447,7 @@ def test_a_job_that_asks_rq_for_more_is_refused_with_the_reason(
     assert sorted(queue.failed_job_registry.get_job_ids()) == sorted(job.id for job in jobs)
     with get_db() as db:
         reasons = db.execute(text("SELECT DISTINCT reason FROM event_outcomes")).scalars().all()
-    assert reasons == [f"refused: RQ is asked for more than to run it: {wish}"]
+    assert reasons == [f"refused: its job asks RQ for {wish}, which is not supported"]
     assert (queue.count, redis.keys("history:reserved:*")) == (0, [])
 
 
@@ -511,7 +511,7 @@ def test_jobs_that_rq_left_between_deferred_and_queued_run(redis: Redis, databas
     assert job.get_status() == "finished"
 
 
-def test_what_stands_in_the_place_of_rqs_registry_stops_no_event(redis: Redis, database_url: str) -> None:
+def test_a_key_of_a_wrong_type_in_place_of_rqs_registry_stops_no_event(redis: Redis, database_url: str) -> None:
     """Of those on their way to the queue: what waits for a job waits on, its own event is stored."""
     queue = _queue(redis)
     first = queue.enqueue(SNAPSHOT_FUNCTION, encode(event_of(_at(1), source="other/1", sequence=1)))

@@ -165,7 +165,7 @@ def test_the_database_refuses_by_itself_what_cannot_be(database_url: str, statem
         _execute(statement)
 
 
-def test_what_the_values_cause_is_the_events_fault_and_carries_none_of_them(database_url: str) -> None:
+def test_an_error_caused_by_values_is_the_events_and_carries_none_of_them(database_url: str) -> None:
     """SQLSTATE classes 22 and 23, with the constraint's name and without the row."""
     _execute("ALTER TABLE portfolio_history ADD CONSTRAINT unlucky CHECK (balance <> 987654)")
     with pytest.raises(InvalidEvent, match=r"unlucky.*SQLSTATE 23514") as caught:
@@ -185,7 +185,7 @@ def test_what_the_values_cause_is_the_events_fault_and_carries_none_of_them(data
         _SNAPSHOT.format(balance=987654, open=-1, trades=0),
     ],
 )
-def test_what_another_statement_causes_is_the_stores_trouble(database_url: str, statement: str) -> None:
+def test_an_error_of_another_statement_is_the_stores(database_url: str, statement: str) -> None:
     """Of the same classes: a constraint of before must not reject an event; its error carries no values either."""
     with pytest.raises(StoreUnavailable, match="SQLSTATE 2.*trading-history init-db") as caught, get_db() as db:
         db.execute(text(statement))

@@ -58,7 +58,7 @@ def _spoil(outbox: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize("how", ["no database", "of a newer release", "a name too long"])
-def test_an_unreadable_outbox_is_told_beside_all_else(
+def test_an_unreadable_outbox_is_reported_beside_all_else(
     redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """What the database and the queue hold is shown all the same; exit status 1, and --watch goes on."""
@@ -110,7 +110,7 @@ def test_of_many_rows_it_tells_about_how_many(
     assert "approximate          portfolio snapshots, duplicate\n" in capsys.readouterr().out
 
 
-def test_many_rows_that_were_never_analyzed_are_told_as_many(redis: Redis, database_url: str, few: None) -> None:
+def test_many_rows_that_were_never_analyzed_are_reported_as_many(redis: Redis, database_url: str, few: None) -> None:
     """The planner then guesses; it is at least what was counted."""
     _execute(*(_OUTCOMES.format(outcome=outcome, count=150) for outcome in ("duplicate", "rejected")))
     facts, _ = pipeline_status()

@@ -13,7 +13,7 @@ from consumers.db import waits
 from consumers.db.waits import DatabaseWaits
 
 
-def test_a_server_that_accepts_and_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_a_server_that_accepts_and_never_answers_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """libpq's own connect_timeout does not hold while this waits in its place."""
     monkeypatch.setattr(waits, "CONNECT_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server, DatabaseWaits(60, threading.Event()).limited():
@@ -33,7 +33,7 @@ def test_a_statement_without_an_answer_ends_and_takes_its_connection_along(datab
         assert limits.seconds(threading.get_ident()) == 0.0
 
 
-def test_told_to_stop_it_waits_only_a_little_longer(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_stop_request_it_waits_only_a_little_longer(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what comes within that little is still taken."""
     monkeypatch.setattr(waits, "_STOPPING_SECONDS", 1.5)
     stopping = threading.Event()

@@ -106,7 +106,7 @@ def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> No
     assert redis.keys("rq:workers:history") == []
 
 
-def test_what_is_kept_of_finished_jobs_is_bounded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_finished_jobs_that_are_kept_is_bounded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """By number: the last ones of a batch and the last ones of all, results included; nothing else of them stays."""
     monkeypatch.setattr(completion, "KEPT_OF_A_BATCH", 20)
     monkeypatch.setattr(completion, "KEPT_FINISHED_JOBS", 30)
@@ -229,7 +229,7 @@ def test_only_one_queue_and_a_tested_rq_are_accepted(redis: Redis, monkeypatch: 
         ("consumers.handlers.record_portfolio_snapshot", ["{}"], "specversion: is missing"),
     ],
 )
-def test_what_is_no_delivery_of_ours_is_refused_and_the_rest_goes_on(
+def test_a_job_that_is_no_delivery_is_rejected_and_the_rest_is_stored(
     redis: Redis, function: str, arguments: list[str], reason: str
 ) -> None:
     """The reason is the first line of what RQ shows, and stands in event_outcomes."""
@@ -250,7 +250,9 @@ def test_what_is_no_delivery_of_ours_is_refused_and_the_rest_goes_on(
 @pytest.mark.parametrize(
     ("field", "value"), [("status", "zzz"), ("created_at", "garbage"), ("timeout", "abc"), ("description", b"\xff")]
 )
-def test_what_somebody_did_to_a_job_is_not_held_against_its_event(redis: Redis, field: str, value: Any) -> None:
+def test_an_event_is_stored_although_other_fields_of_its_job_are_unreadable(
+    redis: Redis, field: str, value: Any
+) -> None:
     """Only the data of a job is of interest: the event is stored, and so is the rest."""
     job_ids = enqueue_snapshots(redis, 3)
     redis.hset(Job.key_for(job_ids[1]), field, value)
@@ -262,7 +264,9 @@ def test_what_somebody_did_to_a_job_is_not_held_against_its_event(redis: Redis, 
 @pytest.mark.parametrize(
     ("field", "value"), [("timeout", "abc"), ("result_ttl", "abc"), ("created_at", "x"), ("webhooks", "x")]
 )
-def test_a_job_that_is_both_harmed_and_refused_stops_nobody(redis: Redis, field: str, value: str) -> None:
+def test_a_job_that_is_both_unreadable_and_refused_does_not_stop_the_others(
+    redis: Redis, field: str, value: str
+) -> None:
     """Its failure cannot be written into it; its event is recorded all the same."""
     refused = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
     redis.hset(refused.key, field, value)
@@ -327,8 +331,10 @@ def test_an_error_that_is_redis_own_refuses_no_event(redis: Redis, monkeypatch: 
     assert len(get_portfolio_history()) == 1
 
 
-def test_the_lease_is_renewed_until_the_worker_has_let_go(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told to stop in the middle of a batch, it keeps what it holds until it has finished or handed it back."""
+def test_the_lease_is_renewed_until_the_reservations_are_released(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the middle of a batch: no other worker may take its jobs until the batch has ended."""
     enqueue_snapshots(redis, 3)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     leases = []
@@ -373,7 +379,9 @@ def test_a_worker_that_is_stuck_loses_its_lease(redis: Redis, monkeypatch: pytes
     assert len(get_portfolio_history()) == 1
 
 
-def test_a_suspect_that_times_out_does_not_hold_up_the_others(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poison_candidate_that_times_out_does_not_delay_the_others(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It comes alone, and goes to the tail alone."""
     monkeypatch.setattr(worker_module, "STATEMENT_SECONDS", 0.3)
     job_ids = enqueue_snapshots(redis, 3)
@@ -405,8 +413,8 @@ class _Trap:
         return (os.mkdir, ("pwned",))
 
 
-def test_the_jobs_of_a_dead_holder_come_back_to_the_front_and_run_alone(redis: Redis) -> None:
-    """In their order, before what came later; one at a time, so that a death would name its cause."""
+def test_the_jobs_of_a_dead_worker_return_to_the_front_and_run_alone(redis: Redis) -> None:
+    """In their order, before later jobs; one at a time, so that a crash counts against one job."""
     job_ids = enqueue_snapshots(redis, 5)
     dead = Reservations(redis, history_queue(redis), "dead")
     dead.renew_lease()
@@ -452,7 +460,7 @@ def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) ->
     burst(redis)
 
     assert [(job_id, reason) for job_id, _, reason in _outcomes()] == [
-        (job_ids[0], "poison event: 3 workers died or failed while they had it alone")
+        (job_ids[0], "poison event: 3 workers crashed or failed while processing it alone")
     ]
     assert len(get_portfolio_history()) == 1
 
@@ -463,7 +471,7 @@ def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, mo
     together = batch._process_together
 
     def defective(deliveries: Any, statement_seconds: Any) -> Any:
-        if any(delivery.job_id == job_ids[0] and delivery.refusal is None for delivery in deliveries):
+        if any(delivery.job_id == job_ids[0] and delivery.error is None for delivery in deliveries):
             raise ZeroDivisionError("a defect")
         return together(deliveries, statement_seconds)
 
@@ -499,7 +507,7 @@ def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
     assert [job.job_id for job in reservations.reserve(10).jobs] == job_ids
 
 
-def test_what_stock_workers_left_behind_is_requeued_not_failed(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orphans_of_stock_workers_are_requeued_not_failed(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """One job in the intermediate list, one expired in the started registry."""
     monkeypatch.setattr(orphans, "ORPHAN_SECONDS", 0.0)
     job_ids = enqueue_snapshots(redis, 3)
@@ -652,7 +660,7 @@ def test_a_job_in_no_list_is_found_after_redis_clock_was_set_back(
     assert found == [[], [job_id]]
 
 
-def test_sigterm_lets_it_finish_what_it_holds(redis: Redis, database_url: str) -> None:
+def test_sigterm_lets_it_finish_its_batch(redis: Redis, database_url: str) -> None:
     """Exit status 0, and the worker is gone from RQ's list; while idle it ends within moments."""
     with _worker_process() as worker:
         enqueue_snapshots(redis, 2000)
@@ -685,21 +693,21 @@ def test_a_database_that_was_read_only_is_used_again(redis: Redis, database_url:
         until(lambda: len(get_portfolio_history()) == 2, seconds=30)
 
 
-@pytest.mark.parametrize("strange", [b"\xff\xfe", b"a\0b", b"x" * 4000, b"odd id", b"a:b", b"a.b", b""])
-def test_what_is_no_job_id_is_put_aside(redis: Redis, strange: bytes) -> None:
+@pytest.mark.parametrize("unusable", [b"\xff\xfe", b"a\0b", b"x" * 4000, b"odd id", b"a:b", b"a.b", b""])
+def test_an_unusable_job_id_is_quarantined(redis: Redis, unusable: bytes) -> None:
     """In the queue, with a job or without; the jobs around it are stored."""
     enqueue_snapshots(redis, 2)
-    redis.lpush("rq:queue:history", strange)
+    redis.lpush("rq:queue:history", unusable)
     fields: dict[Any, Any] = {"data": "[]", "status": "queued"} | {f"f{number}": "x" for number in range(1100)}
-    redis.hset(b"rq:job:" + strange, mapping=fields)
+    redis.hset(b"rq:job:" + unusable, mapping=fields)
     for key in ("rq:queue:history:intermediate", "history:reserved:history:gone"):
-        redis.rpush(key, strange)
-    redis.zadd("rq:wip:history", {strange: 1})
-    redis.hset("history:owners:history", strange, "")
+        redis.rpush(key, unusable)
+    redis.zadd("rq:wip:history", {unusable: 1})
+    redis.hset("history:owners:history", unusable, "")
     burst(redis)
 
     assert len(get_portfolio_history()) == 2
-    assert redis.lrange("history:quarantine:history", 0, -1)[:1] == [strange]
+    assert redis.lrange("history:quarantine:history", 0, -1)[:1] == [unusable]
 
 
 def test_texts_that_are_much_longer_than_their_jobs_are_taken_one_by_one(
@@ -763,7 +771,7 @@ def test_row_numbers_that_are_taken_are_not_held_against_the_events(
     assert (len(get_portfolio_history()), _outcomes()) == (53, [])
 
 
-def test_an_event_that_can_neither_be_stored_nor_refused_is_given_up(
+def test_an_event_that_can_neither_be_stored_nor_rejected_is_dead_lettered(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After as many tries as a poison event has it is in the failed registry, with the reason, and stops nobody."""
@@ -829,7 +837,7 @@ def test_a_database_that_was_not_upgraded_rejects_no_event(
         for receipt in receipts:
             assert receipt.wait(30) > 0
     finally:
-        worker._ending.set()
+        worker._stopping.set()
         thread.join(30)
     assert [outcome for _, outcome, _ in _outcomes()] == ["duplicate"]
     assert len(get_portfolio_history()) == beside + 1
@@ -849,6 +857,7 @@ def test_one_event_that_times_out_alone_does_not_hold_up_the_others(
         assert len(get_portfolio_history()) == 3
         assert history_queue(redis).job_ids == job_ids[:1]
         assert redis.hgetall("history:timeouts:history") == {job_ids[0].encode(): b"1"}
+        assert 0 < redis.ttl("history:timeouts:history") <= 7 * 86400
         db.rollback()
     administrator.dispose()
     burst(redis)
@@ -866,7 +875,7 @@ def test_it_survives_that_redis_loses_everything(redis: Redis, producer: History
         until(lambda: len(redis.smembers("rq:workers:history")) == 1)
 
 
-def test_no_clock_of_a_host_decides_what_is_stranded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_clock_of_a_host_decides_which_jobs_are_orphans(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker host whose clock is hours ahead takes nothing from the others: only Redis' clock counts."""
     job_ids = enqueue_snapshots(redis, 2)
     queue = history_queue(redis)
@@ -939,7 +948,9 @@ def test_dependencies_that_are_none_cost_only_the_job_that_names_them(redis: Red
     queue.failed_job_registry.requeue(refused.id)
 
 
-def test_what_cannot_be_written_of_one_job_costs_only_that_job(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_whose_failure_cannot_be_written_does_not_affect_the_others(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever defect of ours it is: an exception, or what redis-py does not send; Redis is not away for that."""
     refused = [history_queue(redis).enqueue("os.system", str(number)).id for number in range(4)]
     enqueue_snapshots(redis, 3)
@@ -974,7 +985,7 @@ def test_many_refused_jobs_cost_few_commands(redis: Redis) -> None:
 @pytest.mark.parametrize(
     "key", ["crashes", "timeouts", "owners", "quarantine", "rq:finished", "rq:failed", "rq:results", "ack", "rq:worker"]
 )
-def test_what_stands_in_the_place_of_a_key_of_ours_is_moved_away(redis: Redis, key: str) -> None:
+def test_a_key_of_a_wrong_type_is_quarantined(redis: Redis, key: str) -> None:
     """Without it nothing would be stored any more."""
     *_, last = enqueue_snapshots(redis, 2)
     redis.rpush("rq:queue:history", "no id")
@@ -1023,8 +1034,8 @@ def test_a_queue_that_is_no_list_is_named(redis: Redis, caplog: pytest.LogCaptur
     assert len(get_portfolio_history()) == 1
 
 
-def test_one_harmed_holder_does_not_keep_the_others_from_recovery(redis: Redis) -> None:
-    """Its list is moved away; the jobs of the others are requeued."""
+def test_one_unusable_reservation_list_does_not_prevent_recovery_of_the_others(redis: Redis) -> None:
+    """It is quarantined; the jobs of the other dead workers are requeued."""
     job_ids = enqueue_snapshots(redis, 3)
     for owner in ("a-evil", "b-dead", "c-evil", "d-dead"):
         redis.hset("history:owners:history", owner, "")
@@ -1050,7 +1061,10 @@ def test_an_unusable_entry_among_rqs_workers_ends_no_maintenance(
     burst(redis)
 
     assert len(get_portfolio_history()) == 1
-    assert "maintenance of queue history passes over dead workers: UnicodeDecodeError" in caplog.text
+    assert (
+        "maintenance of queue history: step dead workers failed; it runs again in the next pass: UnicodeDecodeError"
+        in caplog.text
+    )
 
 
 def test_each_part_of_the_maintenance_goes_on_without_the_others(
@@ -1071,7 +1085,7 @@ def test_each_part_of_the_maintenance_goes_on_without_the_others(
     for _ in range(3):
         worker._maintenance.run()
     assert redis.lrange("rq:queue:history", 0, -1) == [b"x"]
-    assert caplog.text.count("maintenance of queue history passes over") == 3
+    assert caplog.text.count("failed; it runs again in the next pass") == 3
     worker._deregister()
 
 

@@ -102,7 +102,7 @@ def test_the_shutdown_command_ends_an_idle_worker(redis: Redis, tmp_path: Path) 
     assert _states(redis) == []
 
 
-def test_after_the_shutdown_command_a_worker_finishes_what_it_holds(redis: Redis, tmp_path: Path) -> None:
+def test_after_the_shutdown_command_a_worker_finishes_its_batch(redis: Redis, tmp_path: Path) -> None:
     """That and nothing that comes later; exit status 0."""
     log = tmp_path / "log"
     with rq_worker(OURS, log) as process:

@@ -47,7 +47,7 @@ def _running(worker: HistoryWorker) -> Iterator[threading.Thread]:
     try:
         yield thread
     finally:
-        worker._ending.set()
+        worker._stopping.set()
         thread.join(30)
     assert not thread.is_alive()
 
@@ -94,7 +94,7 @@ def test_a_poison_candidate_has_the_process_for_itself(redis: Redis, monkeypatch
     assert len(get_portfolio_history()) == 60
 
 
-def test_only_a_death_with_a_suspect_alone_counts_against_it(redis: Redis) -> None:
+def test_a_crash_counts_only_against_a_poison_candidate_that_ran_alone(redis: Redis) -> None:
     """Not one that a single job met by chance, nor one that came before the candidate's turn."""
     (job_id,) = enqueue_snapshots(redis, 1)
     counts = []
@@ -119,11 +119,11 @@ def test_a_worker_is_busy_as_long_as_one_thread_is(redis: Redis, monkeypatch: py
     with shared.working(alone=False):
         with shared.working(alone=False):
             pass
-        shared.failed(StoreUnavailable("no route"))
-        shared.failed(StoreUnavailable("no route"))
-        shared.succeeded(worked=False)  # the other thread found nothing to do: it cannot know
+        shared.note_outage(StoreUnavailable("no route"))
+        shared.note_outage(StoreUnavailable("no route"))
+        shared.note_progress(worked=False)  # the other thread found nothing to do: it cannot know
         assert seen[-1] == "waiting for the database"
-        shared.succeeded(worked=True)
+        shared.note_progress(worked=True)
     assert seen == ["idle", "busy", "waiting for the database", "busy", "idle"]
 
 
@@ -134,7 +134,7 @@ def test_a_stop_in_the_moment_of_the_commit_hands_back_nothing_that_is_stored(
     worker = HistoryWorker([history_queue(redis)], connection=redis)
 
     def stopped(read: Sequence[Any], settled: Sequence[Any]) -> None:
-        worker._ending.set()
+        worker._stopping.set()
 
     monkeypatch.setattr(batch, "_log", stopped)
     worker.work(logging_level="WARNING")
@@ -142,7 +142,7 @@ def test_a_stop_in_the_moment_of_the_commit_hands_back_nothing_that_is_stored(
     assert history_queue(redis).count == 0
 
 
-def test_an_outage_is_told_once_although_the_threads_take_turns(
+def test_an_outage_is_logged_once_although_the_threads_take_turns(
     redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The one job wanders between them, so that each finds nothing to do now and then; that is no good news."""
@@ -171,7 +171,7 @@ def test_suspended_it_is_shown_as_that_and_resumed_as_idle(redis: Redis, monkeyp
     seen = list[str]()
     monkeypatch.setattr(worker, "set_state", seen.append)
     with _running(worker):
-        worker._shared.failed(StoreUnavailable("no route"))
+        worker._shared.note_outage(StoreUnavailable("no route"))
         redis.set("rq:suspended", 1)
         until(lambda: seen[-1] == "suspended")
         redis.delete("rq:suspended")
@@ -200,7 +200,7 @@ def test_registered_anew_beside_a_thread_that_writes(redis: Redis, monkeypatch: 
     assert len(get_portfolio_history()) == 1
 
 
-def test_told_to_stop_it_waits_for_its_threads_not_in_a_loop(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopping_worker_waits_for_its_threads_without_polling(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """The main thread would take the processor from the thread that has to finish."""
     enqueue_snapshots(redis, 1)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
@@ -210,13 +210,13 @@ def test_told_to_stop_it_waits_for_its_threads_not_in_a_loop(redis: Redis, monke
     release = threading.Event()
 
     def slow(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
-        worker._ending.set()
+        worker._stopping.set()
         release.wait(10)
         yield from process_batch(deliveries, **options)
 
     monkeypatch.setattr(thread_module, "process_batch", slow)
     with _running(worker):
-        until(worker._ending.is_set)
+        until(worker._stopping.is_set)
         looks.clear()
         time.sleep(0.3)
         looked = len(looks)
@@ -225,7 +225,7 @@ def test_told_to_stop_it_waits_for_its_threads_not_in_a_loop(redis: Redis, monke
     assert len(get_portfolio_history()) == 1
 
 
-def test_told_to_stop_a_suspect_that_waits_for_its_turn_goes_back(redis: Redis) -> None:
+def test_a_poison_candidate_that_waits_for_its_turn_is_requeued_at_a_stop(redis: Redis) -> None:
     (job_id,) = enqueue_snapshots(redis, 1)
     redis.hset("history:crashes:history", job_id, 0)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
@@ -233,7 +233,7 @@ def test_told_to_stop_a_suspect_that_waits_for_its_turn_goes_back(redis: Redis) 
     thread = WorkerThread(worker, history_queue(redis), worker._shared, stopping, thread_module.Limits(True, None, 0))
     reserved = thread.reservations.reserve(1)
     with worker._shared.working(alone=False):
-        turn = threading.Thread(target=thread._work_in_turn, args=(reserved,))
+        turn = threading.Thread(target=thread._run_reservation, args=(reserved,))
         turn.start()
         until(lambda: worker._shared._alone)
         stopping.set()
@@ -279,7 +279,7 @@ def test_sigterm_ends_it_while_redis_is_frozen(redis: Redis, tmp_path: Path, bus
 def test_a_defect_of_a_thread_ends_the_worker_and_shows(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a worker would look healthy for ever."""
     job_ids = enqueue_snapshots(redis, 3)
-    work, defective = WorkerThread._work, list[WorkerThread]()
+    work, defective = WorkerThread._contain_defects, list[WorkerThread]()
 
     def once(thread: WorkerThread, reserved: Any) -> None:
         if not defective:
@@ -287,7 +287,7 @@ def test_a_defect_of_a_thread_ends_the_worker_and_shows(redis: Redis, monkeypatc
             raise ZeroDivisionError("a defect")
         work(thread, reserved)
 
-    monkeypatch.setattr(WorkerThread, "_work", once)
+    monkeypatch.setattr(WorkerThread, "_contain_defects", once)
     with pytest.raises(ZeroDivisionError, match="a defect"):
         HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="CRITICAL")
     assert history_queue(redis).count + len(get_portfolio_history()) == len(job_ids)

@@ -182,7 +182,7 @@ def _content_of(payload: Payload) -> dict[str, Any]:
 @given(entries=st.lists(st.dictionaries(texts, json_values, max_size=4), max_size=6))
 @example(entries=[{"": '\u2028\u2029"\\\n\U0001f309é'}, {"1": Decimal("0.00000001")}, {"2": 10**300}])
 @_PURE
-def test_what_is_written_is_read_again(entries: list[dict[str, Any]]) -> None:
+def test_a_written_file_is_read_again(entries: list[dict[str, Any]]) -> None:
     """JSON by value, every digit, whatever text; and the file is ASCII that any reader of JSON takes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "portfolio_history.json"

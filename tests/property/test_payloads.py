@@ -24,7 +24,7 @@ from sqlalchemy import Connection, text
 
 from consumers.db.engine import engine
 from consumers.db.inserts import Stored, insert_events
-from consumers.worker.deliveries import MAX_JOB_BYTES, ReservedJob, parse
+from consumers.worker.deliveries import MAX_JOB_BYTES, ReservedJob, parse_job
 from producers.errors import InvalidEvent
 from producers.events import (
     MAX_EVENT_BYTES,
@@ -220,7 +220,7 @@ _edge_signals = st.one_of(
 @example(signals=[{"a": "\x7f" * (MAX_EVENT_BYTES - 1000)}])
 @settings(_STORED, max_examples=30)
 @pytest.mark.usefixtures("database_url")
-def test_what_the_producer_accepts_at_a_limit_the_worker_accepts_and_the_database_stores(
+def test_an_event_that_the_producer_accepts_at_a_limit_is_accepted_and_stored(
     tmp_path: Path, signals: list[dict[str, Any]]
 ) -> None:
     """In size, number, nesting, digits and length of keys, through the job as Redis has it."""
@@ -232,7 +232,7 @@ def test_what_the_producer_accepts_at_a_limit_the_worker_accepts_and_the_databas
         (entry,) = outbox.deliveries.pending(1)
     data = _fields(entry, "history", "")["data"]
     assert len(data) <= MAX_JOB_BYTES
-    delivery = parse(ReservedJob("x", "usual", data, None))
+    delivery = parse_job(ReservedJob("x", "usual", data, None))
     assert delivery.model is not None
     with _undone() as db:
         (answer,) = insert_events(db, [decode(delivery.text, delivery.model)])

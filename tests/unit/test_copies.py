@@ -133,7 +133,7 @@ def test_of_two_copies_one_goes_on_with_the_source_and_the_other_gets_a_new_one(
 
 
 @pytest.mark.parametrize("same_events", [False, True])
-def test_what_copies_recorded_under_the_same_numbers_is_told_apart(
+def test_events_of_copies_under_the_same_numbers_are_distinguished(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, same_events: bool
 ) -> None:
     """Before they meet. Each receipt has the row, or the refusal, of its own event, whichever relay reads first."""
@@ -287,7 +287,7 @@ def test_the_death_of_a_relay_while_it_exchanges_the_token_is_no_copy(
 
 
 @pytest.mark.parametrize("death", ["between", "after"])
-def test_copies_made_while_the_token_is_exchanged_are_told_apart(
+def test_copies_made_while_the_token_is_exchanged_are_distinguished(
     bot: Callable[[str], Bot], monkeypatch: pytest.MonkeyPatch, death: str
 ) -> None:
     """Both have the old and the new one: the first that exchanges it goes on."""

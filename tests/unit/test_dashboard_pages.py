@@ -37,7 +37,7 @@ def test_the_switch_comes_before_every_template_of_underscore() -> None:
 
 
 @pytest.mark.parametrize("stored", [pickle.dumps(("f", None, (1,), {})), b"[" * 100_000, b"\xff", b"", b"9" * 5000])
-def test_what_is_not_json_reads_as_text_and_as_a_call_and_is_written_as_it_was(stored: bytes) -> None:
+def test_data_that_are_not_json_read_as_text_and_as_a_call_and_are_written_unchanged(stored: bytes) -> None:
     read = JsonOnly.loads(stored)
     function, instance, arguments, keywords = read
     assert read == f"({len(stored):,} bytes that are not JSON)" == function

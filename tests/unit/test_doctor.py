@@ -62,7 +62,7 @@ def test_an_outbox_counts_what_waits_and_says_that_nobody_sends_it(
     assert young["outbox rejections"].state == "ok"
 
 
-def test_an_outbox_of_an_earlier_release_is_told_once_and_left_alone(
+def test_an_outbox_of_an_earlier_release_is_reported_once_and_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its controller may still run."""
@@ -101,7 +101,7 @@ def test_rejections_in_an_outbox_are_a_warning(tmp_path: Path, monkeypatch: pyte
         (-400.0, "fail", "6 min behind ours"),
     ],
 )
-def test_a_clock_that_differs_is_told(ahead: float, state: str, found: str) -> None:
+def test_a_clock_that_differs_is_reported(ahead: float, state: str, found: str) -> None:
     """Seconds do not matter, minutes do."""
     fact = clock_fact(ahead)
     assert (fact.state, found in fact.found) == (state, True)
@@ -144,11 +144,11 @@ def test_an_rq_that_the_worker_refuses_is_wrong(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("seconds", "told"), [(0.2, "0 s"), (119, "119 s"), (125, "2 min"), (7300, "2 h"), (3 * 86400 + 7300, "3 d 2 h")]
 )
-def test_a_duration_is_told_in_units_that_matter(seconds: float, told: str) -> None:
+def test_a_duration_is_shown_in_units_that_matter(seconds: float, told: str) -> None:
     assert duration(seconds) == told
 
 
-def test_sizes_are_told_in_mib_and_gib() -> None:
+def test_sizes_are_shown_in_mib_and_gib() -> None:
     assert (size(1536 * 1024), size(3 * 2**30)) == ("1.5 MiB", "3.0 GiB")
 
 

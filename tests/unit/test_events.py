@@ -354,7 +354,7 @@ def test_an_amount_is_rounded_half_even_and_written_plainly(given: object, rende
     ],
     ids=ascii,
 )
-def test_what_is_no_amount_is_refused_at_the_producer(given: object, reason: str) -> None:
+def test_a_value_that_is_no_amount_is_refused_at_the_producer(given: object, reason: str) -> None:
     """The reason says what is wrong with it."""
     _refused_at(_refusal(lambda: a_snapshot(total_value=given)), "total_value", reason)
 
@@ -578,7 +578,7 @@ def test_a_long_name_does_not_push_the_reason_out_of_the_message(
         ({"portfolio_id": 2**63}, "portfolio_id", "less than or equal to 9223372036854775807"),
     ],
 )
-def test_what_is_no_snapshot_is_refused_at_the_producer(changes: dict[str, Any], path: str, reason: str) -> None:
+def test_an_invalid_snapshot_is_refused_at_the_producer(changes: dict[str, Any], path: str, reason: str) -> None:
     """The message begins with the field and says why."""
     _refused_at(_refusal(lambda: a_snapshot(**changes)), path, reason)
 
@@ -592,7 +592,7 @@ def test_a_missing_field_is_named(payload: Payload) -> None:
         _refused_at(_refusal(lambda rest=rest: type(payload).checked(**rest)), name, "is missing")  # type: ignore[misc]  # the lambda is called at once
 
 
-def test_several_problems_are_told_at_once_and_counted() -> None:
+def test_several_problems_are_reported_at_once_and_counted() -> None:
     """Three in full, the rest as a number."""
     assert str(_refusal(lambda: SignalArchive.checked(a=1, b=2))) == (
         "archived_at: is missing; signals: is missing; a: is not a field of this event; and 1 more"
@@ -679,7 +679,7 @@ _SEQUENCE = "must be a string of 19 digits, at most 9223372036854775807"
         ("data.portfolio_id", 2**63, "less than or equal to 9223372036854775807"),
     ],
 )
-def test_what_is_no_event_is_refused_at_the_consumer(path: str, value: object, reason: str) -> None:
+def test_an_invalid_event_is_refused_at_the_consumer(path: str, value: object, reason: str) -> None:
     """On the wire there is one spelling of everything, and the message begins with the field."""
     text = _changed(SNAPSHOT_TEXT, path, value)
     _refused_at(_refusal(lambda: decode(text, PortfolioSnapshotEvent)), path, reason)
@@ -703,7 +703,7 @@ def test_what_is_no_event_is_refused_at_the_consumer(path: str, value: object, r
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_what_is_no_json_object_is_refused(text: Any, reason: str) -> None:
+def test_a_text_that_is_no_json_object_is_refused(text: Any, reason: str) -> None:
     """Before there are fields, the reason is the reader's own."""
     assert reason in str(_refusal(lambda: decode(text, SignalArchiveEvent)))
 
@@ -763,7 +763,7 @@ def test_so_many_unknown_fields_are_not_named(start: str, path: str) -> None:
     _refused_at(_refusal(lambda: decode(many, SignalArchiveEvent)), path, "has more than 100 fields")
 
 
-def test_every_wrong_signal_is_told_or_counted() -> None:
+def test_every_wrong_signal_is_reported_or_counted() -> None:
     """As those in other fields are, and at once with them."""
     text = _changed(_archive_text("[1,{},[2],null,{}]"), "source", "a b")
     error = _refusal(lambda: decode(text, SignalArchiveEvent))

@@ -84,7 +84,7 @@ def test_recording_works_while_redis_is_away_and_is_sent_when_it_is_back(trading
 
 
 def test_a_new_producer_sends_what_an_earlier_one_left(trading_history: FakeHistory) -> None:
-    """Closing gives up after its time limit and keeps everything."""
+    """Closing ends at its time limit and loses nothing."""
     with trading_history.redis_down():
         first = HistoryProducer()
         first.record(a_snapshot())

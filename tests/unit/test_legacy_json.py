@@ -156,7 +156,7 @@ def test_an_error_early_in_a_long_file_is_found_early(tmp_path: Path) -> None:
     assert read < 2**20
 
 
-def test_what_is_no_number_harms_one_entry(tmp_path: Path) -> None:
+def test_an_invalid_number_affects_one_entry(tmp_path: Path) -> None:
     """NaN, as Python's json writes it; more digits than Python makes an int of; exponents that no Decimal has."""
     odd = [b"NaN", b"-Infinity", b"1" * 5000, b"1" * 5000 + b".5", b"1e99999999999999999999"]
     found, damage = _read_bytes(tmp_path, b"[" + b",".join(b'{"balance": %s}' % number for number in odd) + b"]")
@@ -259,7 +259,7 @@ def test_null_for_nan_counts_and_leaves_the_entry_as_it_is() -> None:
     assert [null_for_nan(one) for one in odd] == [(one, 0) for one in odd]
 
 
-def test_a_byte_that_is_not_utf8_harms_one_entry(tmp_path: Path) -> None:
+def test_a_byte_that_is_not_utf8_affects_one_entry(tmp_path: Path) -> None:
     """The entries around it are read."""
     content = b'[{"signals": [{"q": "a"}]}, {"signals": [{"q": "\xff"}]}, {"signals": [{"q": "b"}]}]'
     found, damage = _read_bytes(tmp_path, content)
@@ -338,7 +338,7 @@ def test_rounding_is_half_even_as_the_producer_rounds() -> None:
         ({"portfolio_id": "x"}, "portfolio_id: is text that is not an integer"),
     ],
 )
-def test_what_is_no_snapshot_is_refused_with_field_and_reason(overrides: dict[str, Any], message: str) -> None:
+def test_an_entry_that_is_no_snapshot_is_refused_with_field_and_reason(overrides: dict[str, Any], message: str) -> None:
     """Never with a made-up value."""
     with pytest.raises(InvalidEvent) as caught:
         snapshot_from(_entry(**overrides), zone=None, portfolio_id=None)

@@ -33,7 +33,7 @@ def test_a_failure_half_way_leaves_the_old_file_and_no_other(tmp_path: Path, err
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {NAME: OLD}
 
 
-def test_what_json_does_not_have_is_refused(tmp_path: Path) -> None:
+def test_a_value_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
     """No file is written with NaN in it."""
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_entries(tmp_path / NAME, [{"balance": float("nan")}])

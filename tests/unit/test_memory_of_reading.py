@@ -14,7 +14,7 @@ _MAX_BYTES = 150 * 2**20  # of the 512 MiB of a worker, two of whose threads may
 _SCRIPT = """
 import sys
 from pathlib import Path
-from consumers.worker.batch import _Claim
+from consumers.worker.batch import _reference_of
 from producers.errors import InvalidEvent
 from producers.events import KINDS, SignalArchive, decode, encode, event_of
 from tests.factories import INSTANT, a_signal
@@ -34,8 +34,8 @@ try:
     said = f"{len(decode(text, KINDS[EVENT_TYPE].model).data.signals)} signals"
 except InvalidEvent as error:
     said = str(error)
-claim = _Claim.of(text)
-print(peak() - before, claim.sequence, said, sep="|")
+_, sequence, _ = _reference_of(text)
+print(peak() - before, sequence, said, sep="|")
 """
 
 _ARCHIVE, _SNAPSHOT = "trading.signal-archive.v1", "trading.portfolio-snapshot.v1"

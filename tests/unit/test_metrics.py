@@ -18,7 +18,7 @@ def test_a_value_on_a_bound_belongs_below_it() -> None:
     assert (histogram.counts, histogram.sum) == ([2, 2, 1], 7.5)
 
 
-def test_what_was_read_does_not_change_any_more() -> None:
+def test_counts_that_were_read_do_not_change_any_more() -> None:
     counts = Counts()
     before = counts.read()
     counts.batch({_STORED: 3}, 0.01, [0.5, 0.5, 9.0])

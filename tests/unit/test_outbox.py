@@ -295,7 +295,7 @@ def test_a_new_file_that_another_process_is_making_is_waited_for(tmp_path: Path)
         assert ended.is_set()
 
 
-def test_what_was_accepted_survives_the_death_of_the_process(path: Path) -> None:
+def test_an_accepted_event_survives_the_end_of_the_process(path: Path) -> None:
     """The process kills itself right after append returned."""
     script = f"""
 import os, signal
@@ -426,7 +426,7 @@ def test_settled_entries_can_be_made_pending_again_by_time(path: Path) -> None:
     ]
 
 
-def test_what_was_told_before_a_resend_settles_nothing_after_it(path: Path) -> None:
+def test_an_acknowledgement_from_before_a_resend_settles_nothing_after_it(path: Path) -> None:
     """It is true of the database that was there before only."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
@@ -503,7 +503,7 @@ def test_an_upgrade_by_another_process_is_waited_for(path: Path, monkeypatch: py
         end.join()
 
 
-def test_a_signal_handler_that_records_while_its_thread_does_is_told_so(path: Path) -> None:
+def test_a_signal_handler_that_records_while_its_thread_does_gets_an_error(path: Path) -> None:
     """It could only wait for itself, for ever."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot()])
@@ -637,7 +637,7 @@ def test_an_outbox_of_version_3_keeps_all_but_an_unused_column(path: Path) -> No
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_what_an_earlier_version_had_under_way_is_settled(path: Path, version: int) -> None:
+def test_entries_that_an_earlier_version_had_under_way_are_settled(path: Path, version: int) -> None:
     """By an acknowledgement without a nonce, with or without the event's id."""
     events = write_outbox_of_before(path, version)
     upgraded = Outbox(path, repair=True)
@@ -745,7 +745,7 @@ def test_a_forked_child_opens_the_file_for_itself(path: Path) -> None:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_the_status_is_told_by_indexes_alone(path: Path) -> None:
+def test_the_status_is_read_from_indexes_only(path: Path) -> None:
     """A week of stored entries would take seconds to go through, each time that somebody watches."""
     with Outbox(path)._file.reading() as db:
         plan = " ".join(step for *_, step in db.execute(f"EXPLAIN QUERY PLAN {outbox_module._STATUS}"))

@@ -136,7 +136,7 @@ def test_settled_entries_are_kept_for_as_long_as_was_asked(
 
 @_jumps
 @_runs
-def test_what_was_recorded_since_a_moment_is_what_was_recorded_since(
+def test_a_resend_since_a_moment_takes_the_events_recorded_since(
     path: Path, machine: Machine, jump: float, is_new_run: bool
 ) -> None:
     """The moment is given by the clock on the wall as it is now."""
@@ -170,7 +170,7 @@ def test_signs_of_life_of_a_relay_process_last_for_ten_seconds(path: Path, machi
 
 
 @_jumps
-def test_what_redis_lost_is_sent_again_in_time(
+def test_jobs_that_redis_lost_are_sent_again_in_time(
     path: Path, machine: Machine, redis: fakeredis.FakeRedis, jump: float
 ) -> None:
     """Recorded while the clock was wrong, which is set right afterwards."""

@@ -86,7 +86,7 @@ _removals = pytest.mark.parametrize(
 
 
 @_removals
-def test_what_is_appended_after_the_file_was_removed_is_in_the_file_at_the_path(
+def test_entries_appended_after_the_file_was_removed_are_in_the_file_at_the_path(
     path: Path, caplog: pytest.LogCaptureFixture, remove: Callable[[Path], None]
 ) -> None:
     """What was not settled is carried over, once and with its job ids; a line in the log says so."""
@@ -186,7 +186,7 @@ def test_reading_marking_and_settling_notice_it_too(path: Path, remove: Callable
 
 
 @_removals
-def test_what_a_removed_file_holds_is_carried_over_when_the_outbox_is_closed(
+def test_entries_of_a_removed_file_are_carried_over_when_the_outbox_is_closed(
     path: Path, remove: Callable[[Path], None]
 ) -> None:
     """The last chance: the file is gone with its last connection."""
@@ -226,9 +226,7 @@ def test_a_file_may_be_removed_again_and_again(path: Path, remove: Callable[[Pat
     assert outbox.generation == 5
 
 
-def test_what_another_process_left_beside_a_removed_file_is_not_taken_for_its_successors(
-    path: Path, tmp_path: Path
-) -> None:
+def test_the_log_of_a_removed_file_is_not_taken_for_its_successors(path: Path, tmp_path: Path) -> None:
     """It was killed, so that its log stayed; somebody has removed the file alone."""
     with Outbox(path) as outbox:
         _append(outbox, 3)
@@ -255,7 +253,7 @@ def test_a_position_in_a_file_that_was_replaced_covers_all_in_the_one_that_is_th
     assert (outbox.pending_count(until), outbox.unsettled_count(until=until)) == (4, 4)
 
 
-def test_what_a_removed_file_holds_is_carried_over_before_a_fork(path: Path) -> None:
+def test_entries_of_a_removed_file_are_carried_over_before_a_fork(path: Path) -> None:
     """Its connections are closed there; parent and child go on in the new file."""
     outbox = Outbox(path)
     before = _append(outbox, 2)
@@ -674,7 +672,7 @@ def test_those_that_only_look_leave_both_names_of_a_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", outbox_check.INDEXES)
-def test_an_index_that_has_an_older_content_is_told_and_built_anew(
+def test_an_index_that_has_an_older_content_is_reported_and_rebuilt(
     path: Path, index: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After a write that was lost with the power. SQLite's quick check does not compare indexes with their table."""

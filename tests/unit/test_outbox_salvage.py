@@ -92,7 +92,7 @@ def _lost(outbox: Outbox) -> set[int]:
 
 
 @pytest.mark.parametrize("damage", list(itertools.product([0.0, 0.2, 0.5, 0.8, 1.0], ["noise", "zeros"])))
-def test_what_is_damaged_holds_up_nothing_that_is_not(
+def test_damage_does_not_delay_readable_and_new_events(
     path: Path,
     relay_of: Callable[[Outbox], Relay],
     redis: fakeredis.FakeRedis,
@@ -394,7 +394,9 @@ def owners(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
     return given
 
 
-def test_what_root_makes_belongs_to_the_owner_of_what_was_there(path: Path, owners: dict[int, tuple[int, int]]) -> None:
+def test_files_that_root_makes_belong_to_the_owner_of_the_earlier_ones(
+    path: Path, owners: dict[int, tuple[int, int]]
+) -> None:
     """An operator's command meets the damage first, and the producer of another user goes on in the new file."""
     path.parent.mkdir(mode=0o750)
     with Outbox(path, repair=True) as outbox:
@@ -477,7 +479,7 @@ def test_one_that_comes_too_late_to_quarantine_a_file_leaves_the_new_one_where_i
     assert [entry.sequence for entry in first.entries()] == [1, 2, 3]
 
 
-def test_what_a_damaged_file_took_from_a_process_that_had_it_open_is_not_lost(
+def test_events_of_a_process_that_has_the_damaged_file_open_are_not_lost(
     path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
 ) -> None:
     """It was renamed under its hands; its events are in the new file, and those of before are salvaged."""
@@ -601,6 +603,6 @@ def test_a_damaged_file_in_a_folder_that_cannot_be_written_is_an_error_that_name
 @pytest.mark.parametrize(
     ("ranges", "text"), [([(2, 3), (6, 6)], "2-3, 6"), ([(1, 1)], "1"), ([], "")], ids=["two", "one", "none"]
 )
-def test_ranges_are_told_as_people_write_them(ranges: list[tuple[int, int]], text: str) -> None:
+def test_ranges_are_shown_as_people_write_them(ranges: list[tuple[int, int]], text: str) -> None:
     """Inclusive."""
     assert ranges_text(ranges) == text

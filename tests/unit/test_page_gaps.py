@@ -28,7 +28,7 @@ def _buckets(times: list[float], width: float, inside: int = 10**8) -> list[Buck
     ]
 
 
-def test_a_step_far_longer_than_the_ten_before_it_is_told() -> None:
+def test_a_step_far_longer_than_the_ten_before_it_is_a_gap() -> None:
     """Three times the longest is the limit; fewer than ten steps tell nothing yet."""
     even = [float(number) for number in range(11)]
     assert starts_after_gaps(_buckets([*even, 13.0], 0.5), 0.5)[12] is False

@@ -373,7 +373,7 @@ def test_a_number_that_no_outbox_holds_is_removed_and_stops_nothing(
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("status", [JobStatus.QUEUED, JobStatus.STARTED, JobStatus.SCHEDULED, JobStatus.DEFERRED])
-def test_what_is_under_way_is_left_alone(
+def test_entries_under_way_are_left_alone(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, status: JobStatus
 ) -> None:
     """However often it is looked at, the queue keeps one entry."""
@@ -387,7 +387,7 @@ def test_what_is_under_way_is_left_alone(
 
 
 @pytest.mark.usefixtures("at_once")
-def test_what_redis_lost_is_sent_again_with_the_same_bytes(
+def test_jobs_that_redis_lost_are_sent_again_with_the_same_bytes(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
 ) -> None:
     """FLUSHALL: the same job id and the same data."""
@@ -402,7 +402,7 @@ def test_what_redis_lost_is_sent_again_with_the_same_bytes(
 
 
 @pytest.mark.usefixtures("at_once")
-def test_what_failed_without_a_rejection_is_sent_again_and_leaves_the_failed_registry(
+def test_a_job_that_failed_without_a_rejection_is_sent_again_and_leaves_the_failed_registry(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
 ) -> None:
     """A crash or an outage under a stock worker."""
@@ -420,7 +420,7 @@ def test_what_failed_without_a_rejection_is_sent_again_and_leaves_the_failed_reg
 
 
 @pytest.mark.usefixtures("at_once")
-def test_what_is_acknowledged_is_never_sent_again(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
+def test_an_acknowledged_entry_is_never_sent_again(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
     """Stored or rejected, even after Redis lost everything."""
     first, second = outbox.append(NAME, [a_snapshot(), a_snapshot(after=timedelta(1))])
     relay.sweep()
@@ -434,7 +434,7 @@ def test_what_is_acknowledged_is_never_sent_again(outbox: Outbox, relay: Relay, 
 
 
 @pytest.mark.usefixtures("at_once")
-def test_what_a_worker_ends_during_a_sweep_is_not_sent_again(
+def test_an_entry_that_a_worker_ends_during_a_sweep_is_not_sent_again(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the relay has read its acknowledgements, and before it asks for the jobs' states."""

@@ -125,7 +125,7 @@ def test_a_process_for_another_queue_is_refused_and_is_in_nobodys_way(new: New, 
     assert _relays(new(queue="evening"), path)
 
 
-def test_what_was_stored_while_a_relay_was_stopped_stays_stored(path: Path) -> None:
+def test_an_entry_stored_while_a_relay_was_stopped_stays_stored(path: Path) -> None:
     """It goes on with what it had in hand, and marks it as sent."""
     with Outbox(path) as outbox:
         outbox.append("bot", [a_snapshot()])

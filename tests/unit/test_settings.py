@@ -260,7 +260,7 @@ def test_several_hosts_may_stand_in_the_query(url: str, hosts: str, ports: str) 
         ("me:s3cret@a,b/d?hostaddr=::1", "hostaddr is of one host only"),
     ],
 )
-def test_what_is_wrong_with_several_hosts_is_told(rest: str, reason: str) -> None:
+def test_errors_in_a_list_of_hosts_are_reported(rest: str, reason: str) -> None:
     """Before a connection is tried to a host of such a name; nothing of the password is shown."""
     with pytest.raises(SettingsError, match=f"^DATABASE_URL: .*{reason}") as caught:
         parse_database_url(SecretStr(f"postgresql://{rest}"))

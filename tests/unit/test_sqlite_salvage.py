@@ -201,7 +201,7 @@ def test_rows_that_only_the_log_holds_are_read_and_replace_older_ones(path: Path
     assert Counter(readable_records(copy)) == expected
 
 
-def test_what_an_earlier_round_of_the_log_has_left_behind_is_not_read(path: Path) -> None:
+def test_pages_of_an_earlier_round_of_the_log_are_not_read(path: Path) -> None:
     """After a checkpoint SQLite writes the log from its start again and leaves the rest as it was."""
     with closing(_opened(path)) as db:
         _append(db, range(1, 200))

@@ -77,7 +77,7 @@ def test_values_are_compared_as_they_are_recorded(trading_history: FakeHistory) 
     assert trading_history.assert_archive(signals=[a_signal()]).portfolio_id == 1
 
 
-def test_what_was_recorded_instead_is_told(trading_history: FakeHistory) -> None:
+def test_a_failed_assertion_lists_the_recorded_events(trading_history: FakeHistory) -> None:
     """Of the fields that were asked for; a field that does not exist is a mistake of the test."""
     with pytest.raises(AssertionError, match="^no PortfolioSnapshot was recorded$"):
         trading_history.assert_snapshot()
@@ -129,7 +129,7 @@ def test_a_worker_stores_a_fact_once_and_refuses_other_content(trading_history: 
         receipts[4].wait(0)
 
 
-def test_a_worker_refuses_for_a_given_reason_what_it_is_told_to(trading_history: FakeHistory) -> None:
+def test_a_worker_rejects_chosen_events_for_a_given_reason(trading_history: FakeHistory) -> None:
     """Everything, or what a function names; a function that fails leaves the event for the next try."""
 
     def unbelievable(event: Event) -> str | None:

@@ -91,7 +91,7 @@ def test_a_receipt_names_the_recorded_event(trading_history: FakeHistory) -> Non
 
 
 @pytest.mark.parametrize("balance", ["balance", "current_balance"])
-def test_what_is_missing_counts_as_zero(snapshot_of: Callable[..., PortfolioSnapshot], balance: str) -> None:
+def test_a_missing_number_counts_as_zero(snapshot_of: Callable[..., PortfolioSnapshot], balance: str) -> None:
     """All but the balance."""
     zeros: dict[str, Any] = dict.fromkeys(PortfolioSnapshot.model_fields.keys() - _NO_NUMBERS, 0)
     assert snapshot_of({balance: 0}, timestamp=INSTANT) == a_snapshot(**zeros, portfolio_id=None)
@@ -271,7 +271,9 @@ _NO_REAL_NUMBERS = [
 
 
 @pytest.mark.parametrize(("value", "kind"), _NO_REAL_NUMBERS, ids=repr)
-def test_what_is_no_real_number_is_named_with_its_module(trading_history: FakeHistory, value: Any, kind: str) -> None:
+def test_a_value_that_is_no_real_number_is_named_with_its_module(
+    trading_history: FakeHistory, value: Any, kind: str
+) -> None:
     """Amounts, counts and ids, and in signals; a boolean of NumPy's is a boolean there."""
     with pytest.raises(InvalidEvent, match=rf"^balance: must be a number, not {kind}_?$"):
         create_daily_portfolio_snapshot(a_portfolio(balance=value))
@@ -293,7 +295,7 @@ _NOT_FINITE = [
 
 
 @pytest.mark.parametrize("value", _NOT_FINITE, ids=repr)
-def test_what_is_not_finite_is_refused_whatever_its_type(trading_history: FakeHistory, value: Any) -> None:
+def test_a_number_that_is_not_finite_is_refused_whatever_its_type(trading_history: FakeHistory, value: Any) -> None:
     """As an amount, a count, an id and in signals."""
     with pytest.raises(InvalidEvent, match=r"^total_value: must be finite, not NaN or Infinity$"):
         create_daily_portfolio_snapshot(a_portfolio(total_value=value))
@@ -403,7 +405,7 @@ def test_a_naive_time_is_in_the_local_zone(
     ],
     ids=["first", "second", "summer"],
 )
-def test_the_hour_that_comes_twice_is_told_apart_by_fold(
+def test_the_hour_that_comes_twice_is_distinguished_by_fold(
     monkeypatch: pytest.MonkeyPatch,
     trading_history: FakeHistory,
     moment: datetime,
@@ -464,7 +466,7 @@ def test_without_a_time_it_is_now_in_the_local_zone(
     ids=repr,
 )
 @pytest.mark.usefixtures("local_zone")
-def test_what_is_no_time_of_this_age_is_refused(trading_history: FakeHistory, moment: Any) -> None:
+def test_a_time_that_is_none_of_this_age_is_refused(trading_history: FakeHistory, moment: Any) -> None:
     """By both calls, under the name of their argument."""
     with pytest.raises(InvalidEvent, match=r"^timestamp: must "):
         create_daily_portfolio_snapshot(a_portfolio(), timestamp=moment)
@@ -669,7 +671,7 @@ def test_an_api_without_signals_has_none(trading_history: FakeHistory, url: str,
         ("half", "signals_url cannot be read: RemoteProtocolError"),
     ],
 )
-def test_a_broken_answer_is_told_without_the_url(
+def test_a_broken_answer_is_reported_without_the_url(
     trading_history: FakeHistory, url: str, path: str, message: str
 ) -> None:
     """The URL may hold a token, so that neither the message nor the chain of causes has it."""
@@ -811,7 +813,7 @@ def test_a_file_without_signals_has_none(
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_broken_file_is_told_with_its_name_and_the_position(
+def test_a_broken_file_is_reported_with_its_name_and_the_position(
     trading_history: FakeHistory, signals_file: Path, content: bytes, reason: str
 ) -> None:
     """A file that was caught half-written is an error, not an absence of signals."""

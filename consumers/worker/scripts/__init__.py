@@ -1,6 +1,6 @@
 """The worker's Lua scripts: one file each, with a header that names its KEYS, its ARGV and its reply.
 
-A script runs as one step: no other client sees half of it, and a worker that dies leaves all of it or nothing.
+A script is one atomic step: no other client sees a part of it, and if a worker dies, all of it or nothing is done.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _FOLDER = Path(__file__).parent
 
 
 def load(redis: Redis, name: str) -> Script:
-    """Return the script of that name, ready to be called on `redis`; the functions of library.lua stand before it."""
+    """Return the script of that name, preceded by the functions of library.lua. Call it with `keys` and `args`."""
     return redis.register_script(_text("library") + _text(name))
 
 

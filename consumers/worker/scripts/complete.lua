@@ -2,24 +2,33 @@
 -- them to the failed registry.
 --
 -- KEYS 1 reserved list, 2 crash counts, 3 timeout counts, 4 finished registry, 5 failed registry, 6 worker,
---      7 ... acknowledgements, one hash a source
--- ARGV 2 ... calls for failed jobs, 1 a JSON object:
+--      7 and following: the acknowledgements of each source, a hash
+-- ARGV 1 a JSON object, 2 and following: calls for failed jobs. Fields of the object:
 --      job_prefix, result_prefix   prefixes of RQ's keys
 --      released                    ids of all these jobs, in the order of their reservation
---      acknowledgements            for each key from 7 on: job id, text, job id, text ...
---      acknowledged_seconds        after which unclaimed acknowledgements expire
---      forgotten                   ids of finished jobs of which RQ keeps nothing
---      finished                    {id, ttl, result} of finished jobs that are kept for ttl seconds; negative: for ever
---      failed                      {id, ttl, replaced, held, fields, result, call} of jobs for the failed registry;
---                                  with `call`, their call is replaced by that ARGV; without fields only listed
+--      acknowledgements            for each key from 7 on a list: job id, text, job id, text ...
+--      acknowledged_seconds        expiry of the acknowledgements
+--      forgotten                   ids of finished jobs whose keys are deleted
+--      finished                    finished jobs that are kept, each an object:
+--          id, ttl                 ttl in seconds; negative: no expiry
+--          result                  the return value as RQ encodes it
+--      failed                      jobs for the failed registry, each an object:
+--          id, ttl                 ttl in seconds; negative: no expiry
+--          fields                  names and values to write to the job; empty: only add the job to the registry
+--          result                  names and values of RQ's result
+--          expires_results         true: results expire like the job; else their expiry is not changed
+--          is_placeholder          true: first delete the job's fields
+--          keep_reserved           true: the job holds a slot of a rate limit
+--          call                    index in ARGV of the call to write; absent: the job's call is not changed
 --      job, result                 fields that are the same for every finished job, and for every result
---      now                         seconds since the epoch
---      kept_jobs, held_seconds     most finished jobs that RQ keeps; seconds until a job that others wait for expires
--- Reply {keys quarantined, ids of jobs that others wait for}. These stay reserved: their owner has RQ enqueue the jobs
---      that wait, and releases them then. They are kept for a while, whatever their own wish.
+--      now                         seconds since the epoch, by the worker's clock
+--      kept_jobs                   maximum number of finished jobs with an expiry
+--      waited_for_seconds          minimum expiry of a job that has dependents
+-- Reply {keys quarantined, ids that are still reserved}. These jobs have dependents or a rate limit slot: the owner has
+--      RQ process them and then releases them.
 --
--- A job's own keys may hold anything: an error there stops nothing (pcall). Each call costs microseconds: where Redis
--- can be asked about all jobs at once, it is not asked about each.
+-- Errors on a job's own keys are ignored (pcall). Each command takes microseconds, so commands for all jobs at once are
+-- preferred to commands for each job.
 
 local batch = cjson.decode(ARGV[1])
 local expected = {[KEYS[1]] = 'list', [KEYS[2]] = 'hash', [KEYS[3]] = 'hash', [KEYS[4]] = 'zset', [KEYS[5]] = 'zset',
@@ -27,7 +36,7 @@ local expected = {[KEYS[1]] = 'list', [KEYS[2]] = 'hash', [KEYS[3]] = 'hash', [K
 for n = 7, #KEYS do expected[KEYS[n]] = 'hash' end
 local quarantined = quarantine(expected)
 
-local now = redis.call('TIME')[1]  -- relays compare it with Redis' clock
+local now = redis.call('TIME')[1]  -- relays compare the time with Redis' clock
 for n, words in ipairs(batch.acknowledgements) do
     for at = 2, #words, 2 do words[at] = now .. ' ' .. words[at] end
     redis.call('HSET', KEYS[6 + n], unpack(words))
@@ -44,11 +53,11 @@ for key = 2, 3 do
     if redis.call('EXISTS', KEYS[key]) == 1 then redis.call('HDEL', KEYS[key], unpack(released)) end
 end
 
--- Others can have come to wait for a job at any time until now, when its status changes.
-local dependents, awaited, held = {}, {}, {}
+-- Dependents can be added to a job until its status changes, which this script does.
+local dependents, waited_for, keep_reserved = {}, {}, {}
 for n, id in ipairs(released) do dependents[n] = batch.job_prefix .. id .. ':dependents' end
 if #dependents > 0 and redis.call('EXISTS', unpack(dependents)) > 0 then
-    for n, id in ipairs(released) do awaited[id] = redis.call('EXISTS', dependents[n]) == 1 end
+    for n, id in ipairs(released) do waited_for[id] = redis.call('EXISTS', dependents[n]) == 1 end
 end
 
 local function expire(id, seconds)
@@ -61,10 +70,10 @@ local succeeded, forgotten = {}, {}
 for _, id in ipairs(batch.forgotten) do
     succeeded[#succeeded + 1] = id
     local job = batch.job_prefix .. id
-    if awaited[id] and redis.call('EXISTS', job) == 1 then
+    if waited_for[id] and redis.call('EXISTS', job) == 1 then
         redis.pcall('HSET', job, unpack(batch.job))
-        expire(id, batch.held_seconds)
-        held[#held + 1] = id
+        expire(id, batch.waited_for_seconds)
+        keep_reserved[#keep_reserved + 1] = id
     else
         forgotten[#forgotten + 1] = job
         forgotten[#forgotten + 1] = batch.result_prefix .. id
@@ -83,13 +92,13 @@ for _, one in ipairs(batch.finished) do
         if ttl > 0 then
             redis.call('EXPIRE', results, ttl)
             expire(id, ttl)
-            if awaited[id] then expire(id, math.max(ttl, batch.held_seconds)) end
+            if waited_for[id] then expire(id, math.max(ttl, batch.waited_for_seconds)) end
         else
             redis.call('PERSIST', results)
             redis.call('PERSIST', job)
         end
         redis.call('ZADD', KEYS[4], ttl > 0 and batch.now + ttl or '+inf', id)
-        if awaited[id] then held[#held + 1] = id end
+        if waited_for[id] then keep_reserved[#keep_reserved + 1] = id end
     end
 end
 if #succeeded > 0 then redis.call('ZREM', KEYS[5], unpack(succeeded)) end
@@ -98,7 +107,7 @@ for _, one in ipairs(batch.failed) do
     local id, ttl = one.id, one.ttl
     local job, results = batch.job_prefix .. id, batch.result_prefix .. id
     if #one.fields > 0 then
-        if one.replaced or redis.call('TYPE', job).ok ~= 'hash' then redis.call('DEL', job) end
+        if one.is_placeholder or redis.call('TYPE', job).ok ~= 'hash' then redis.call('DEL', job) end
         redis.call('HSET', job, unpack(one.fields))
         if one.call then redis.call('HSET', job, 'data', ARGV[one.call]) end
         redis.call('PERSIST', job)  -- it had an expiry in the queue
@@ -113,14 +122,14 @@ for _, one in ipairs(batch.failed) do
         end
     end
     redis.call('ZADD', KEYS[5], ttl >= 0 and batch.now + ttl or -1, id)
-    if one.held or (awaited[id] and #one.fields > 0) then held[#held + 1] = id end
+    if one.keep_reserved or (waited_for[id] and #one.fields > 0) then keep_reserved[#keep_reserved + 1] = id end
 end
 
--- Jobs that are kept for ever do not count. A thousand at once is more than a batch adds.
+-- Jobs without an expiry do not count. A batch adds less than a thousand jobs.
 local excess = #succeeded > 0 and redis.call('ZCOUNT', KEYS[4], 0, '(+inf') - batch.kept_jobs or 0
 if excess > 0 then
     local keep = {}
-    for _, id in ipairs(held) do keep[id] = true end
+    for _, id in ipairs(keep_reserved) do keep[id] = true end
     local oldest = redis.call('ZRANGEBYSCORE', KEYS[4], 0, '(+inf', 'LIMIT', 0, math.min(excess, 1000))
     local dropped, removed = {}, {}
     for _, id in ipairs(oldest) do
@@ -136,5 +145,5 @@ if excess > 0 then
     if #removed > 0 then redis.call('ZREM', KEYS[4], unpack(removed)) end
 end
 
-if #held > 0 then redis.call('RPUSH', KEYS[1], unpack(held)) end
-return {quarantined, held}
+if #keep_reserved > 0 then redis.call('RPUSH', KEYS[1], unpack(keep_reserved)) end
+return {quarantined, keep_reserved}

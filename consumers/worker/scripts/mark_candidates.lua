@@ -1,4 +1,4 @@
--- Make every reserved job of one owner a poison candidate, which is reserved alone from then on. Counts stay.
+-- Make every reserved job of one owner a poison candidate, which is reserved alone from then on. Counts are kept.
 --
 -- KEYS 1 reserved list, 2 crash counts
 

@@ -1,8 +1,9 @@
--- Read the fields of jobs, without their data and within a limit.
+-- Read the fields of jobs, without their data and within limits.
 --
 -- KEYS jobs
 -- ARGV 1 most bytes of one job's fields, names included
--- Reply for each job {names, values}, or false if its key is not a hash or holds more.
+-- Reply for each job {names, values}, or false. A job is not read (false) if its key is not a hash, or if that has more
+--      bytes than ARGV 1 or more than 1000 fields.
 
 local found = {}
 for n, key in ipairs(KEYS) do

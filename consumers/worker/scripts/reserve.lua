@@ -3,33 +3,34 @@
 -- KEYS 1 queue, 2 reserved list, 3 crash counts, 4 lease, 5 owners, 6 timeout counts, 7 quarantined ids
 -- ARGV 1 most jobs, 2 bytes after which no further job is added, 3 prefix of job keys, 4 seconds of a lease, 5 owner,
 --      6 most bytes of one job
--- Reply {number of ids quarantined, ids, data of each job, notes, crash count or -1, timeout count}.
---      A note is {index, state, result_ttl} of a job that is not 'usual' or that has a result_ttl of its own.
+-- Reply {number of ids quarantined, ids, data of each job, notes, crash count or -1, timeout count}. The counts are
+--      those of the first job. A note is {index, state, result_ttl}, for each job whose state is not 'usual' or that
+--      has a result_ttl.
 --
--- If the reply of an earlier call was lost, the reserved list is not empty: its jobs go back to the queue first.
--- A job with a crash count or a timeout count is reserved alone. The owner is named here again, in case Redis has lost
--- everything meanwhile.
+-- If the reply of an earlier call was lost, the reserved list is not empty: its jobs are requeued first. A job with a
+-- crash count or a timeout count is reserved alone. The lease and the owner are written at each call, since Redis may
+-- have lost its data.
 
 local function count(key, id, found)
     if not found or string.find(found, '^%d%d?%d?%d?$') then return found end
-    redis.call('HSET', key, id, 0)  -- not a number of ours
+    redis.call('HSET', key, id, 0)  -- the count is not a number
     return '0'
 end
 
--- A job that asks RQ for more than to be run has one of these fields; it is refused.
-local WISHES = {'success_callback_name', 'failure_callback_name', 'stopped_callback_name', 'webhooks', 'repeats_left',
-    'rate_limit_key'}
+-- A job with one of these fields asks RQ for more than to be run, and is rejected.
+local UNSUPPORTED = {'success_callback_name', 'failure_callback_name', 'stopped_callback_name', 'webhooks',
+    'repeats_left', 'rate_limit_key'}
 
 local function read(key, most_bytes)
     local size = redis.pcall('HSTRLEN', key, 'data')
     if type(size) == 'table' then return 'unreadable', '', '' end  -- an error: the key is not a hash
     if size > most_bytes then return 'oversized', '', '' end
-    local found = redis.call('HMGET', key, 'data', 'result_ttl', unpack(WISHES))
+    local found = redis.call('HMGET', key, 'data', 'result_ttl', unpack(UNSUPPORTED))
     -- A longer number could not be a time to live.
     local ttl = found[2] and #found[2] < 20 and found[2] or ''
-    if not found[1] then return redis.call('EXISTS', key) == 1 and 'unreadable' or 'gone', '', ttl end
-    for n, wish in ipairs(WISHES) do
-        if found[n + 2] and found[n + 2] ~= '' then return wish, found[1], ttl end
+    if not found[1] then return redis.call('EXISTS', key) == 1 and 'unreadable' or 'deleted', '', ttl end
+    for n, field in ipairs(UNSUPPORTED) do
+        if found[n + 2] and found[n + 2] ~= '' then return field, found[1], ttl end
     end
     return 'usual', found[1], ttl
 end

@@ -1,10 +1,10 @@
--- Requeue a job that calls itself queued and has been in no list for a while.
+-- Requeue a job whose status is queued, but that has been in no list for ARGV 2 seconds. The first call notes the time.
 --
 -- KEYS 1 queue, 2 job, 3 orphans (job id to the second in which it was first seen)
 -- ARGV 1 job id, 2 seconds after which it is requeued
 -- Reply: 1 if it was requeued, else 0.
 --
--- The time is Redis', since another host may have seen the job first.
+-- The clock is Redis', since workers on several hosts make these calls.
 
 quarantine({[KEYS[3]] = 'hash'})
 local now = tonumber(redis.call('TIME')[1])

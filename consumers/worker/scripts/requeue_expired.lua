@@ -1,12 +1,12 @@
--- Requeue the jobs of one owner whose lease has expired, and forget the owner.
+-- If the lease of one owner has expired, requeue its jobs at the front of the queue and remove the owner.
 --
 -- KEYS 1 lease, 2 reserved list, 3 queue, 4 crash counts, 5 owners
 -- ARGV 1 owner, 2 seconds of a lease
 -- Reply {keys quarantined, ids of the requeued jobs}.
 --
--- A crash counts only against a job that its owner ran alone, and not while the database was stalled: then the owner's
--- entry is 'alone'. Any other job becomes a poison candidate. A lease with more time left than a lease has is from
--- before Redis' clock was set back: its owner renews it, or it ends in time.
+-- The owner's entry is 'alone' while it runs one job alone and the database is not stalled. Only then is the crash
+-- counted against the job. Any other job becomes a poison candidate. If the lease has more time left than ARGV 2, then
+-- Redis' clock was set back: the time is reduced to ARGV 2.
 
 local left = redis.call('TTL', KEYS[1])
 if left > tonumber(ARGV[2]) or left == -1 then redis.call('EXPIRE', KEYS[1], ARGV[2]) end
@@ -17,7 +17,7 @@ local counts = #ids == 1 and redis.call('HGET', KEYS[5], ARGV[1]) == 'alone'
 for _, id in ipairs(ids) do
     if not counts then
         redis.call('HSETNX', KEYS[4], id, 0)
-    elseif type(redis.pcall('HINCRBY', KEYS[4], id, 1)) == 'table' then  -- an error: it is not a number
+    elseif type(redis.pcall('HINCRBY', KEYS[4], id, 1)) == 'table' then  -- an error: the count is not a number
         redis.call('HSET', KEYS[4], id, 1)
     end
 end

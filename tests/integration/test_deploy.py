@@ -1,4 +1,4 @@
-"""The README's files for systemd, Kubernetes and a controller in a container: well-formed, of commands that exist."""
+"""consumers/deploy, and README.md's file for a controller in a container: valid, with commands that exist."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from producers.settings import TransportSettings
 from tests.compose_file import FILE, NOBODY, SERVICES, TOP
 
 README = (TOP / "README.md").read_text("utf-8")
+DEPLOY = TOP / "consumers" / "deploy"
 _KUBERNETES = "1.34"  # the first that has all of it without a feature gate
 
 
-def _block(marker: str) -> str:
-    found = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    return found.group(1)
+def _unit(name: str) -> configparser.ConfigParser:
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment,method-assign]  # as configparser's documentation has it
+    unit.read_string((DEPLOY / "systemd" / f"trading-history-{name}.service").read_text("utf-8"))
+    return unit
 
 
 def _parameters(command: list[str]) -> dict[str, Any]:
@@ -41,7 +43,8 @@ def _parameters(command: list[str]) -> dict[str, Any]:
 
 
 def _manifests() -> dict[tuple[str, str], Any]:
-    return {(one["kind"], one["metadata"]["name"]): one for one in yaml.safe_load_all(_block("kubernetes"))}
+    manifests = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text("utf-8"))
+    return {(one["kind"], one["metadata"]["name"]): one for one in manifests}
 
 
 def _pod(deployment: str) -> tuple[Any, Any]:
@@ -51,11 +54,16 @@ def _pod(deployment: str) -> tuple[Any, Any]:
     return pod, container
 
 
+def test_the_readme_of_the_folder_names_each_file() -> None:
+    """And no file that is not there."""
+    linked = re.findall(r"^\| \[.*?\]\((.*?)\) \|", (DEPLOY / "README.md").read_text("utf-8"), re.M)
+    files = {path.relative_to(DEPLOY).as_posix() for path in DEPLOY.rglob("*") if path.is_file()}
+    assert set(linked) == files - {"README.md"}
+
+
 def test_systemd_stops_the_pool_in_order() -> None:
-    """It tells the pool alone, and waits longer than the pool does for its workers."""
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment,method-assign]  # as configparser's documentation has it
-    unit.read_string(_block("systemd"))
+    """SIGTERM goes to the pool only, and the pool has time for its workers to end."""
+    unit = _unit("worker")
     service = unit["Service"]
     assert _parameters(shlex.split(service["ExecStart"]))["processes"] == 2
     assert (service["KillMode"], service["Restart"], unit["Unit"]["StartLimitIntervalSec"]) == ("mixed", "always", "0")
@@ -64,19 +72,16 @@ def test_systemd_stops_the_pool_in_order() -> None:
 
 def test_systemd_gives_the_relay_its_outboxes_and_the_time_to_end() -> None:
     """As a user that may write them, with the hardening that the workers have."""
-    workers, relay = (configparser.ConfigParser(interpolation=None, strict=True) for _ in range(2))
-    for unit, marker in ((workers, "systemd"), (relay, "systemd relay")):
-        unit.optionxform = str  # type: ignore[assignment,method-assign]  # as configparser's documentation has it
-        unit.read_string(_block(marker))
-    service = relay["Service"]
+    service = _unit("relay")["Service"]
     outboxes = _parameters(shlex.split(service["ExecStart"]))["outboxes"]
     assert len(outboxes) == 2
     assert {str(path.parent) for path in outboxes} == {service["ReadWritePaths"]}
     assert "DynamicUser" not in service  # the files belong to the controllers' user
     assert service["User"]
     assert float(service["TimeoutStopSec"]) > END_SECONDS
-    # What DynamicUser=yes brings along is set, and what it has beside that is the workers'.
-    hardening = {name: value for name, value in workers["Service"].items() if name.startswith(("Protect", "Restrict"))}
+    # The hardening of the workers' unit, and what DynamicUser=yes implies there.
+    workers = _unit("worker")["Service"]
+    hardening = {name: value for name, value in workers.items() if name.startswith(("Protect", "Restrict"))}
     del hardening["ProtectProc"], hardening["ProtectClock"]
     assert {name: service.get(name) for name in hardening} == hardening
     assert service["PrivateTmp"] == "yes"
@@ -121,10 +126,11 @@ def test_the_autoscaler_scales_the_workers_by_a_metric_that_exists() -> None:
 
 def test_a_controller_in_a_container_finds_redis(tmp_path: Path) -> None:
     """In a network that docker-compose.yml makes and Redis is in, by settings that exist."""
-    (tmp_path / "compose.yml").write_text(_block("controller"), "utf-8")
+    (text,) = re.findall(r"<!-- controller -->\n```yaml\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "compose.yml").write_text(text, "utf-8")
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     subprocess.run([*command, tmp_path / "compose.yml"], check=True, timeout=60)
-    file = yaml.safe_load(_block("controller"))
+    file = yaml.safe_load(text)
     (network,) = (one["name"] for one in file["networks"].values())
     project, _, network = network.partition("_")
     assert (project, network in FILE["networks"], network in SERVICES["redis"]["networks"]) == (

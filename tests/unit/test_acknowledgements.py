@@ -1,4 +1,4 @@
-"""Acknowledgements as they stand in Redis: what relays and imports make of them."""
+"""Acknowledgements in Redis: their text, and how relays read them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVENT_ID = "8f2b6a3e-9c1d-5e4f-8a7b-0123456789ab"
 @pytest.mark.parametrize(
     "outcome", [Outcome("stored", 42), Outcome("duplicate", 7), Outcome("rejected", None, "a:b c")]
 )
-def test_what_is_written_is_read_again(outcome: Outcome, event_id: str | None, nonce: str) -> None:
+def test_a_written_acknowledgement_is_read_again(outcome: Outcome, event_id: str | None, nonce: str) -> None:
     """From clients that decode answers and from such that do not."""
     field = job_id_of(SOURCE_ID, 3, nonce)
     text = acknowledgement_text(1_700_000_000, event_id, outcome)
@@ -77,13 +77,13 @@ _TEXT = b"17 - stored:1"
         (_FIELD, b""),
     ],
 )
-def test_what_is_none_is_removed_with_a_line_in_the_log_and_hides_nothing(
+def test_an_unreadable_acknowledgement_is_removed_with_a_line_in_the_log(
     caplog: pytest.LogCaptureFixture, field: bytes, value: bytes
 ) -> None:
     """What stands before and behind it is read."""
     first, last = f"{SOURCE_ID}-1-{NONCE}".encode(), f"{SOURCE_ID}-3-{NONCE}".encode()
-    told: dict[Any, Any] = {first: b"17 - stored:42", field: value, last: b"17 - rejected:no"}
-    found = read_acknowledgements(told, SOURCE)
+    fields: dict[Any, Any] = {first: b"17 - stored:42", field: value, last: b"17 - rejected:no"}
+    found = read_acknowledgements(fields, SOURCE)
 
     assert found[field] is None
     assert [one.outcome for one in (found[first], found[last]) if one] == [
