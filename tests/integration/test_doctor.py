@@ -590,7 +590,7 @@ def test_a_service_that_tells_nothing_is_a_warning(
     assert closed["Redis server"].state == "unknown"
     assert [closed[name].state for name in ("Redis", "queue", "reserved jobs")] == ["ok"] * 3
     assert (uncounted.state, "llen" in uncounted.found) == ("fail", True)
-    assert informed == ("ok", "append-only file, appendfsync not to be seen (CONFIG is forbidden)")
+    assert informed == ("ok", "append-only file, appendfsync unknown (CONFIG is forbidden)")
     assert without_file[0] == "warn"
 
 
@@ -639,7 +639,7 @@ def test_a_worker_that_waits_for_the_database_is_wrong(
 
 
 def test_reserved_jobs_of_dead_workers_are_reported(redis: Redis, database_url: str) -> None:
-    """Without a living worker nobody returns them."""
+    """Without a live worker, nothing requeues them."""
     dead_list = reserved_key("history", "dead:0000000a")
     redis.hset(owners_key("history"), "dead:0000000a", "")
     redis.rpush(dead_list, "job-1", "job-2")
@@ -651,13 +651,13 @@ def test_reserved_jobs_of_dead_workers_are_reported(redis: Redis, database_url: 
     redis.delete(dead_list)
     fine = _diagnosed()["reserved jobs"]
 
-    assert (dead.state, dead.found) == ("fail", "2 of dead workers")
-    assert (rescued.state, rescued.found) == ("warn", "2 of dead workers")
+    assert (dead.state, dead.found) == ("fail", "2 of crashed workers")
+    assert (rescued.state, rescued.found) == ("warn", "2 of crashed workers")
     assert (fine.state, fine.found) == ("ok", "1, all under a lease")
 
 
 def test_jobs_and_keys_that_need_an_operator_are_reported(redis: Redis, database_url: str) -> None:
-    """Jobs that ended a worker, failed jobs, entries that are no jobs; workers see to what has not failed."""
+    """Jobs that crashed a worker, failed jobs, unusable entries; candidates and orphans need nobody."""
     redis.hset(crashes_key("history"), "job-0", 0)
     redis.hset(orphans_key("history"), "job-1", 1)
     harmless = _diagnosed()
@@ -666,9 +666,9 @@ def test_jobs_and_keys_that_need_an_operator_are_reported(redis: Redis, database
     redis.rpush(quarantine_key("history"), b"\xff")
     checks = _diagnosed()
 
-    assert [harmless[name].state for name in ("poison candidates", "quarantine")] == ["ok", "ok"]
-    assert harmless["quarantine"].found.startswith("1 jobs in no list")
-    assert checks["poison candidates"].found == "1 jobs, with up to 2 dead workers each"
+    assert [harmless[name].state for name in ("poison candidates", "quarantine", "orphans")] == ["ok"] * 3
+    assert harmless["orphans"].found.startswith("1 jobs are queued but in no list")
+    assert checks["poison candidates"].found == "1 jobs, up to 2 crashes each"
     assert checks["failed jobs"].found == "1"
     assert [checks[name].state for name in ("poison candidates", "failed jobs", "quarantine")] == ["warn"] * 3
 
