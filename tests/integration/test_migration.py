@@ -548,7 +548,7 @@ def test_a_defect_of_one_entry_is_rejected_as_poison_in_the_same_run(
     folder = _write(tmp_path / "old", [_snapshot(n, balance=7.7777 if n == 3 else n) for n in range(8)])
     assert _counts(_import(folder)) == [(8, 7, 0, 1)]
     (rejection,) = rejections()
-    assert rejection.reason.endswith("at last RuntimeError: a defect")
+    assert rejection.reason.endswith("last error: RuntimeError: a defect")
     monkeypatch.undo()
     assert _counts(_import(folder)) == [(8, 0, 7, 1)]
 
