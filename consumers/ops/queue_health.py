@@ -23,6 +23,7 @@ from producers.settings import TransportSettings
 
 QUEUE_LATE_SECONDS = 300.0
 _START = "trading-history worker"
+_QUEUE_DISPLACED = "the queue's key has the wrong type: rename or delete it; workers wait until then"
 _DISPLACED = "a Redis key has the wrong type; a worker renames it to <key>:quarantined and logs it"
 
 
@@ -80,7 +81,7 @@ class QueueHealth:
         found = f"{self.queued} jobs in {self.name}" + ("" if waited is None else f", the first for {duration(waited)}")
         advice = ""
         if self.state == "unknown":
-            found, advice = "cannot be read", _DISPLACED
+            found, advice = "cannot be read", _QUEUE_DISPLACED
         elif self.state == "fail":
             found, advice = f"{self.queued} jobs, but RQ's workers are suspended", "rq resume"
         elif self.state == "warn":

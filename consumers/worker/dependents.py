@@ -11,7 +11,7 @@ from typing import Any
 from redis import Redis
 from rq import Queue
 from rq.job import Job, validate_job_id
-from rq.rate_limit import release_slot
+from rq.rate_limit import RateLimitRegistry, release_slot
 from rq.serializers import JSONSerializer
 
 from consumers.errors import OversizedJob, RefusedJob
@@ -63,6 +63,11 @@ class Dependents:
             # The keys can be of another program; RQ raises errors of any class.
             reason = type(error).__name__
             logger.error("RQ cannot enqueue the dependents of job %s; they stay deferred: %s", job_id, reason)
+
+    def free_slots(self) -> None:
+        """Have RQ free the slots of rate limits whose jobs have ended, and enqueue the jobs that wait for them."""
+        for registry in RateLimitRegistry.all(self._queue.connection):
+            registry.cleanup()
 
     def enqueue_ready(self) -> None:
         """Have RQ enqueue the jobs that a crash left between deferred and queued."""

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Any
 
@@ -37,7 +37,7 @@ from rq.worker import DequeueStrategy, SimpleWorker
 
 from consumers.db.engine import limit_statements
 from consumers.db.waits import DatabaseWaits
-from consumers.ops.redis_errors import is_unreachable
+from consumers.ops.redis_errors import is_unreachable, is_wrong_type
 from consumers.process_setup import TESTED_RQ, on_stop_signals, write_json_if_set
 from consumers.settings import MetricsSettings
 from consumers.worker.maintenance import Maintenance
@@ -216,8 +216,14 @@ class HistoryWorker(SimpleWorker):
             except RedisError as error:
                 failures += 1
                 self._shared.note_outage(error)
+                if is_wrong_type(error):
+                    self._quarantine_keys()
                 self._stopping.wait(reconnect_seconds(failures))
         return False
+
+    def _quarantine_keys(self) -> None:
+        with suppress(RedisError):  # tried again after the next failure
+            self._threads[0].reservations.quarantine_keys()
 
     def _set_connection(self, connection: Redis) -> Redis:
         """Turn off redis-py's retries: each would take as long as the first attempt."""

@@ -51,6 +51,7 @@ class Maintenance:
             "expired leases": lambda: self._report(requeue_expired(self._redis, self._queue)),
             "orphans": lambda: self._report(self._orphans.requeue()),
             "ready jobs": self._dependents.enqueue_ready,
+            "rate limits": self._dependents.free_slots,
             "finished jobs": self._queue.finished_job_registry.cleanup,
         }
         for name, step in steps.items():

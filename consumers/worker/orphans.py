@@ -72,7 +72,8 @@ class Orphans:
         orphans = orphans_key(self._queue.name)
         scanned = f"{orphans}:scanned"
         if not self._redis.set(scanned, "1", nx=True, ex=_SCAN_SECONDS):
-            if self._redis.ttl(scanned) > _SCAN_SECONDS:  # from before Redis' clock was set back
+            # Another program's key without an expiry, or one from before Redis' clock was set back.
+            if not 0 <= self._redis.ttl(scanned) <= _SCAN_SECONDS:
                 self._redis.expire(scanned, _SCAN_SECONDS)
             return
         if self._queue.count > _SHORT_QUEUE_JOBS or self._redis.dbsize() > _FEW_KEYS:

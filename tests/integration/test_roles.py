@@ -32,6 +32,7 @@ from tests.conftest import a_database
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import INSTANT, a_signal
 from tests.histories import store_rejection
+from tests.rq_programs import until
 
 _PASSWORD = "n0t-for-a-log 'quoted' §"
 
@@ -150,6 +151,7 @@ def test_the_commands_of_a_worker_host_need_no_more_than_the_writer(
     worker = subprocess.Popen([sys.executable, "-m", "consumers.cli", "worker"], stderr=subprocess.DEVNULL)
     try:
         _in_process("import", old, *zone)
+        until(lambda: history_queue(redis).failed_job_registry.count == 2 and history_queue(redis).count == 0)
         assert '"workers": 1' in _in_process("status", "--json")
     finally:
         worker.terminate()

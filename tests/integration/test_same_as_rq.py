@@ -427,6 +427,44 @@ def test_dependents_of_a_rejected_event_run_if_they_allow_its_failure(
     assert redis.keys("history:reserved:*") == []
 
 
+@pytest.mark.parametrize("harm", ["repeats too", "failure_ttl 0", "no data", "dependents of another type", "deleted"])
+def test_a_slot_of_a_rate_limit_is_freed_however_its_job_ends(redis: Redis, database_url: str, harm: str) -> None:
+    """The jobs that share the limit have their turn, and are refused too."""
+    queue = _queue(redis)
+    texts = [encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(3)]
+    options: dict[str, Any] = {"repeat": Repeat(times=2, interval=1)} if harm == "repeats too" else {}
+    options |= {"failure_ttl": 0} if harm == "failure_ttl 0" else {}
+    limit = RateLimit("one at a time", 1)
+    first, *others = (
+        queue.enqueue(SNAPSHOT_FUNCTION, one, rate_limit=limit, **(options if n == 0 else {}))
+        for n, one in enumerate(texts)
+    )
+    if harm == "no data":
+        redis.hdel(first.key, "data")
+    elif harm == "dependents of another type":
+        redis.set(Job.dependents_key_for(first.id), "x")
+    elif harm == "deleted":
+        redis.delete(first.key)
+    worker = HistoryWorker([queue], connection=redis)
+    for _ in range(4):  # with the maintenance that each run begins with
+        worker.work(burst=True, logging_level="CRITICAL")
+        worker = HistoryWorker([queue], connection=redis)
+    assert {job.get_status() for job in others} == {"failed"}
+
+
+@pytest.mark.parametrize("failure_ttl", [0, 1])
+def test_dependents_of_a_rejected_job_that_expires_at_once_run(
+    redis: Redis, database_url: str, failure_ttl: int
+) -> None:
+    """The job is kept until RQ has enqueued them."""
+    queue = _queue(redis)
+    rejected = queue.enqueue(SNAPSHOT_FUNCTION, "{}", failure_ttl=failure_ttl)
+    text_of_event = encode(event_of(_at(1), source="other/1", sequence=1))
+    dependent = queue.enqueue(SNAPSHOT_FUNCTION, text_of_event, depends_on=Dependency([rejected], allow_failure=True))
+    HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
+    assert dependent.get_status() == "finished"
+
+
 @pytest.mark.parametrize(
     ("options", "wish"),
     [

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 from redis import Redis
-from redis.exceptions import BusyLoadingError
+from redis.exceptions import BusyLoadingError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from rq import Queue
 from rq.job import Job
@@ -653,6 +653,9 @@ def test_a_job_in_no_list_is_found_after_redis_clock_was_set_back(
 
     assert Orphans(redis, queue).requeue() == []
     assert 0 < redis.ttl(looked) <= 60
+    redis.persist(looked)
+    assert Orphans(redis, queue).requeue() == []
+    assert 0 < redis.ttl(looked) <= 60
     found = []
     for _ in range(2):
         redis.delete(looked)
@@ -1009,6 +1012,41 @@ def test_a_key_of_a_wrong_type_is_quarantined(redis: Redis, key: str) -> None:
     assert redis.exists(f"{name}:quarantined") == (key != "rq:results")
     assert key != "ack" or redis.hlen(name) == 2
     assert redis.hmget(worker.key, "successful_job_count", "failed_job_count") == [b"2", b"1"]
+
+
+def test_a_crash_is_counted_once_though_the_queue_cannot_be_written(redis: Redis) -> None:
+    """Its key is of another type: the owner's jobs stay where they are until it is gone, and so do the counts."""
+    (job_id,) = enqueue_snapshots(redis, 1)
+    dead = Reservations(redis, history_queue(redis), "dead")
+    dead.reserve(1)
+    dead.run_alone()
+    redis.delete(*redis.keys("history:lease:*"))
+    redis.set("rq:queue:history", "x")
+    for _ in range(5):
+        with pytest.raises(ResponseError, match="rq:queue:history is a string and not a list"):
+            requeue_expired(redis, history_queue(redis))
+    redis.delete("rq:queue:history")
+    assert requeue_expired(redis, history_queue(redis)) == [job_id]
+    assert redis.hgetall("history:crashes:history") == {job_id.encode(): b"1"}
+
+
+def test_a_worker_whose_own_key_has_another_type_starts(redis: Redis) -> None:
+    """The key is renamed, as it is in a running worker."""
+    enqueue_snapshots(redis, 1)
+    redis.sadd("rq:worker:named", "x")
+    HistoryWorker([history_queue(redis)], "named", connection=redis).work(burst=True, logging_level="WARNING")
+    assert len(get_portfolio_history()) == 1
+    assert redis.smembers("rq:worker:named:quarantined") == {b"x"}
+
+
+def test_unusable_ids_are_kept_though_their_list_has_another_type(redis: Redis) -> None:
+    """The list's key is renamed first."""
+    redis.rpush("rq:queue:history", "bad:1", "bad:2", "bad:3")
+    redis.set("history:quarantine:history", "x")
+    enqueue_snapshots(redis, 1)
+    burst(redis)
+    assert len(get_portfolio_history()) == 1
+    assert sorted(redis.lrange("history:quarantine:history", 0, -1)) == [b"bad:1", b"bad:2", b"bad:3"]
 
 
 @pytest.mark.parametrize("which", ["crashes", "timeouts"])

@@ -116,7 +116,10 @@ for _, one in ipairs(batch.failed) do
             redis.call('DEL', results)
             redis.call('XADD', results, '*', unpack(one.result))
         end
-        if ttl >= 0 then expire(id, ttl) end
+        if ttl >= 0 then
+            local stays = one.keep_reserved or waited_for[id]
+            expire(id, stays and math.max(ttl, batch.waited_for_seconds) or ttl)
+        end
         if one.expires_results then
             if ttl >= 0 then redis.call('EXPIRE', results, ttl) else redis.call('PERSIST', results) end
         end

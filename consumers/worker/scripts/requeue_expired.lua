@@ -11,6 +11,10 @@
 local left = redis.call('TTL', KEYS[1])
 if left > tonumber(ARGV[2]) or left == -1 then redis.call('EXPIRE', KEYS[1], ARGV[2]) end
 if left ~= -2 then return {{}, {}} end
+local kind = redis.call('TYPE', KEYS[3]).ok
+if kind ~= 'none' and kind ~= 'list' then  -- before anything is counted
+    return redis.error_reply('WRONGTYPE ' .. KEYS[3] .. ' is a ' .. kind .. ' and not a list: rename or delete it')
+end
 local quarantined = quarantine({[KEYS[2]] = 'list', [KEYS[4]] = 'hash'})
 local ids = redis.call('LRANGE', KEYS[2], 0, -1)
 local counts = #ids == 1 and redis.call('HGET', KEYS[5], ARGV[1]) == 'alone'

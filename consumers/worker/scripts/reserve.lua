@@ -51,6 +51,7 @@ for n = #ids, 1, -1 do
         unusable[#unusable + 1] = table.remove(ids, n)
     end
 end
+if #unusable > 0 then quarantine({[KEYS[7]] = 'list'}) end
 for _, id in ipairs(unusable) do
     redis.call('LREM', KEYS[1], 1, id)
     redis.call('RPUSH', KEYS[7], id)
