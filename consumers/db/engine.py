@@ -27,7 +27,7 @@ READ_SECONDS = 5.0  # what a statement of a reader may take
 # A reader that finds no free connection for this time gets an error; no further connection is made for it. Each of its
 # statements is a transaction of its own, which spares two round trips.
 _READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0, "isolation_level": "AUTOCOMMIT"}
-# What is stored after a statement began to wait must be seen by the next one, whatever the database's default is.
+# Each statement must see rows that were committed while the one before waited, whatever the database's default is.
 _WRITER: dict[str, Any] = {"pool_size": 2, "isolation_level": "READ COMMITTED"}
 _LOCK_SECONDS = 5.0
 _ISOLATED_LOCK_SECONDS = 0.5
@@ -132,7 +132,7 @@ def drop_connections() -> None:
 
 
 def _forget_after_fork() -> None:
-    # The parent goes on using these sockets: the child must forget them without closing them.
+    # The parent still uses these connections: the child drops them without closing their sockets.
     if engine.cache_info().currsize:
         if _reader_of.cache_info().currsize:
             _reader_of(engine()).dispose(close=False)

@@ -108,7 +108,7 @@ class Found(NamedTuple):
 
 
 def find_events(db: Connection, events: Sequence[Event]) -> list[Found | None]:
-    """The row of each event, in the order of `events`; None where there is none."""
+    """Return the row of each event, in the order of `events`, or None if it has no row."""
     found: list[Found | None] = [None] * len(events)
     for kind, positions in _by_kind(events):
         columns = _texts(kind, [events[n] for n in positions])

@@ -151,7 +151,7 @@ class _Pool:
 
 
 def _arguments(number: int, *, burst: bool, metrics_port: int | None) -> list[str]:
-    """Of the process with this number, from 0. Its successors have the same port, so that scrapes find them."""
+    """Return the arguments of worker `number`, counted from 0. A restarted worker keeps its metrics port."""
     arguments = ["--burst"] if burst else []
     if metrics_port is not None:
         arguments.append(f"--metrics-port={metrics_port + number if metrics_port else 0}")

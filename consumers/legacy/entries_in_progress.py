@@ -35,7 +35,7 @@ class _Note(NamedTuple):
 class EntriesInProgress:
     """The file beside the report at `report`. It is removed at the end of the block, unless a defect ended it.
 
-    There is none beside a device or a pipe, nor if another import uses it: then the next run knows of no crash.
+    If the report is a device or a pipe, or if another import uses the file, none is kept: no crash is noticed then.
     """
 
     def __init__(self, report: Path) -> None:
@@ -91,7 +91,7 @@ class EntriesInProgress:
 
 
 def _read(file: TextIO) -> _Note | None:
-    """The note that a crash has left, this crash counted; None if there is none, or it cannot be read."""
+    """Return the note that a crash has left, with this crash counted; None if it is missing or unreadable."""
     try:
         found = json.loads(file.readline())
         note = _Note(str(found["source"]), int(found["first"]), int(found["last"]), int(found["crashes"]))

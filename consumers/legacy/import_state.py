@@ -1,4 +1,4 @@
-"""The state of an import in the database: for each delivery its row, the reason why there is none, or nothing."""
+"""Import state: for each delivery its row in the database, or its recorded rejection, or neither."""
 
 from __future__ import annotations
 

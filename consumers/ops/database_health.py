@@ -63,7 +63,7 @@ def _check_options(url: URL) -> None:
         try:
             parse_dsn(f"{option}=value")
         except ProgrammingError:
-            raise SettingsError("DATABASE_URL: an option after the ? is none of PostgreSQL's") from None
+            raise SettingsError("DATABASE_URL: an option after the ? is not an option of PostgreSQL") from None
 
 
 def _read_fact(name: str, db: Connection, query: Callable[[Connection], Fact], mask: Mask) -> Iterator[Fact]:

@@ -90,7 +90,7 @@ def outbox_of_settings(*, ask_relay: bool = False) -> OutboxHealth | None:
 
 
 def oldest_unacknowledged_seconds(outbox: Outbox, redis: Redis | None) -> float | None:
-    """The age in seconds of the oldest entry that is neither settled nor acknowledged; None if there is none.
+    """Return the age in seconds of the oldest entry that is neither settled nor acknowledged, or None.
 
     Redis is read, since a controller that has ended does not read its acknowledgements. Without Redis, or if it does
     not answer within a second, this is the age of the oldest entry that is neither stored nor rejected.
@@ -124,7 +124,7 @@ def _oldest_sent_seconds(outbox: Outbox, redis: Redis, deadline: float) -> float
 
 
 def _without_acknowledgement_before(redis: Redis, heads: Sequence[EntryHead], deadline: float) -> list[EntryHead]:
-    """Those without an acknowledgement. Raises TimeoutError at the deadline: the client's own limits are longer."""
+    """Return the entries without an acknowledgement. Raises TimeoutError at the deadline."""
     answer: Future[list[EntryHead]] = Future()
 
     def ask() -> None:

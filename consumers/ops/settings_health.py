@@ -27,7 +27,7 @@ from producers.settings import EnvironmentSettings, TransportSettings, read_envi
 
 DATABASE = "database setting"
 REDIS = "Redis setting"
-# What is left of a login whose password has a / ? or # that is not percent-encoded: host and port are pieces of it.
+# If a password has a / ? or # that is not percent-encoded, the URL is split there: the host is part of the login.
 _TORN_URL = re.compile(r"^rediss?(\+sentinel)?://[^/?#]*[/?#].*@", re.DOTALL)
 
 
