@@ -116,8 +116,8 @@ def apply_schema(store: Engine) -> list[str]:
     """
     try:
         with translated_errors(), store.connect() as pooled:
-            # The file has its own BEGIN and COMMIT, so that psql runs it in the same way; autocommit leaves them alone. If
-            # a statement fails, the connection is left in an open transaction, and is therefore invalidated.
+            # The file has its own BEGIN and COMMIT, so that psql runs it in the same way; autocommit leaves them alone.
+            # If a statement fails, the connection stays in an open transaction, and is therefore invalidated.
             connection = pooled.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
             check_encoding(connection)
             try:
