@@ -55,7 +55,7 @@ class PageParameters(BaseModel):
     )
     since: Moment | None = Field(
         None,
-        description="Only rows from this time on. Without an offset, a time is in the server's zone (HISTORY_TIMEZONE).",
+        description="Only rows from this time on. A time without an offset is in the zone HISTORY_TIMEZONE.",
     )
     until: Moment | None = Field(None, description="Only rows before this time.")
     cursor: str | None = Field(
