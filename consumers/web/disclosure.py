@@ -30,7 +30,7 @@ def disclosed(error: Unreadable) -> str:
     reason = f"{type(error).__name__}: {error}"
     reference = blake2b(reason.encode("utf-8", "replace"), key=_KEY, digest_size=4).hexdigest()
     logger.warning("a read failed (reference %s): %s", reference, reason)
-    return f"{_summary(error)} The server's log has the reason (reference {reference})."
+    return f"{_summary(error)} The API's log has the reason (reference {reference})."
 
 
 def _summary(error: Unreadable) -> str:

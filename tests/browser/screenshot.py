@@ -2,8 +2,8 @@
 
     python -m tests.browser.screenshot [FILE]
 
-It starts embedded servers, runs the demo in them, opens the page in Chromium and writes a PNG with a palette. The demo's
-data and the times on the page are always the same, so the picture changes only with the page, the fonts or Chromium.
+It starts embedded servers, runs the demo, opens the page in Chromium and writes a PNG with a palette. The data and the
+times on the page are always the same, so the picture changes only with the page, the fonts or Chromium.
 """
 
 from __future__ import annotations
