@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Unreadable = StoreUnavailable | RedisError | OutboxError | SettingsError | TimeoutError
 
 _NO_SUCH_TABLE = "42P01"
-# A process gives the same reason always the same reference: a repeated request does not look like a new problem.
+# Within a process, the same reason has the same reference: a repeated request does not look like a new problem.
 # Without the key, a client could guess a reason and check the guess against the reference.
 _KEY = secrets.token_bytes(16)
 

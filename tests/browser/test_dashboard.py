@@ -42,7 +42,7 @@ def open_dashboard(chromium: Browser, dashboard: Dashboard, redis: Redis) -> Ite
     """Function that opens one of its addresses, logged in. At the end, the console must have no error or warning."""
     complaints: list[str] = []
     login = {"username": "history", "password": PASSWORD}
-    context = chromium.new_context(viewport=DESK, http_credentials=login, locale="en-GB")  # type: ignore[arg-type]  # as both want it
+    context = chromium.new_context(viewport=DESK, http_credentials=login, locale="en-GB")  # type: ignore[arg-type]  # a dict is accepted
     context.set_default_timeout(30_000)
 
     def listen(message: Any) -> None:

@@ -1,4 +1,4 @@
-"""/metrics: the pipeline's state for Prometheus. The counters of a worker are exported by the worker."""
+"""/metrics: the pipeline's state for Prometheus. Each worker exports its own counters."""
 
 from __future__ import annotations
 
