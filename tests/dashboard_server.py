@@ -1,4 +1,4 @@
-"""`trading-history dashboard` as a process, the jobs that harm can be done to, and every address that it has."""
+"""`trading-history dashboard` as a process, jobs for it to show, and the paths of its pages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Dashboard:
         return self._log.read_text("utf-8")
 
     def client(self) -> httpx.Client:
-        """As the dashboard's own pages ask."""
+        """Return a client that sends requests like the dashboard's own pages."""
         return httpx.Client(
             base_url=self.url,
             auth=("history", PASSWORD),
@@ -46,7 +46,7 @@ class Dashboard:
 
 @contextmanager
 def dashboard_of(redis_url: str, log: Path, *arguments: str, **environment: str) -> Iterator[Dashboard]:
-    """A running dashboard at a free port; ended hard if it still runs."""
+    """Run the dashboard at a free port; kill it at the end of the block."""
     settings = {"REDIS_URL": redis_url, "HISTORY_DASHBOARD_PASSWORD": PASSWORD}
     with log.open("a") as errors:
         process = subprocess.Popen(
@@ -62,7 +62,7 @@ def dashboard_of(redis_url: str, log: Path, *arguments: str, **environment: str)
 
 
 def pages(job_ids: list[str]) -> list[str]:
-    """Every address that shows something: of each list, each job."""
+    """Return the path of every page and data file: each list, and each job."""
     registries = ("queued", "started", "finished", "failed", "deferred", "scheduled", "canceled")
     lists = [f"history/{registry}/200/{order}/1" for registry in registries for order in ("asc", "dsc")]
     return [
@@ -74,7 +74,7 @@ def pages(job_ids: list[str]) -> list[str]:
 
 
 def plant(redis: Redis, job_id: str, fields: Mapping[str, bytes], *, failed: bool = True, result: Any = None) -> None:
-    """A job as somebody has left it, in Failed or in the queue, and perhaps the newest of its results."""
+    """Write a job's hash as given, put it into the failed registry or the queue, and add a result if given."""
     written: Any = dict(fields)
     if written:
         redis.hset(Job.key_for(job_id), mapping=written)

@@ -1,4 +1,4 @@
-"""A server for an app that can be stopped and started again."""
+"""HTTP server for an app, which a test can stop and start again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 
 class PageServer:
-    """Serves in a thread of this process, always at the same address."""
+    """Server in a thread of this process. It keeps its port when it is started again."""
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
