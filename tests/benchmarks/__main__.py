@@ -25,7 +25,7 @@ from tests.benchmarks.space import measure_space
 from tests.benchmarks.throughput import measure_throughput
 
 # Benchmark -> its function and the default of --count.
-_MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
+MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "throughput": (measure_throughput, 50_000),
     "record": (measure_record, 10_000),
     "latency": (measure_latency, 300),
@@ -43,15 +43,15 @@ _MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    names = ", ".join(_MEASURES)
-    parser.add_argument("names", metavar="name", choices=_MEASURES, nargs="*", help=f"{names}; all of them by default")
+    names = ", ".join(MEASURES)
+    parser.add_argument("names", metavar="name", choices=MEASURES, nargs="*", help=f"{names}; all of them by default")
     parser.add_argument("--count", type=int, help="events, calls, repetitions or rows, depending on the benchmark")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and each of its runs to FILE")
     options = parser.parse_args()
     report = Report(machine_facts())
     print("; ".join(f"{name} {fact}" for name, fact in report.machine.items()), flush=True)
-    for name in options.names or _MEASURES:
-        measure, count = _MEASURES[name]
+    for name in options.names or MEASURES:
+        measure, count = MEASURES[name]
         measure(options.count or count, report)
         if options.json:
             report.write(options.json)

@@ -22,7 +22,7 @@ _TRIAL_SECONDS = 0.5
 _COLUMNS = ("events", "events/s", "min..max events/s")
 _COSTS = ("worker ms", "PostgreSQL ms", "Valkey ms", "commands", "WAL syncs")
 
-_CONTENDERS: dict[str, Callable[[Path, int], Drain]] = {
+CONTENDERS: dict[str, Callable[[Path, int], Drain]] = {
     "HistoryWorker, one process": partial(drain_queue, history_workers),
     "HistoryWorker, two processes": partial(drain_queue, partial(history_workers, processes=2)),
     "RQ SimpleWorker, one process": partial(drain_queue, simple_worker),
@@ -36,7 +36,7 @@ _CONTENDERS: dict[str, Callable[[Path, int], Drain]] = {
 
 def measure_throughput(most: int, report: Report) -> None:
     """Drain each contender _RUNS times in turn, with at most `most` events, and print the medians."""
-    contenders = dict(_CONTENDERS)
+    contenders = dict(CONTENDERS)
     if not peer.installed():
         del contenders["PgQueuer, one process"]
         report.note("PgQueuer is not installed (dependency group bench): not measured")
