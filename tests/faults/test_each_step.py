@@ -80,7 +80,7 @@ def _damaged_files(folder: Path) -> list[Path]:
     return [file for file in folder.glob("*.damaged-*") if not file.name.endswith("-wal")]
 
 
-def retire(worker: subprocess.Popen[str]) -> None:
+def stop_worker(worker: subprocess.Popen[str]) -> None:
     worker.terminate()
     worker.communicate(timeout=20)
     # The signal kills a worker that has not installed its handler yet.
@@ -104,7 +104,7 @@ def test_a_killed_producer_loses_no_event(
         status, accepted = run_producer(tmp_path, *options, FAULT_STEP=step, FAULT_TIMES=str(times))
         assert status == -signal.SIGKILL
         settle_the_rest(redis, [outbox], worker)
-        retire(worker)
+        stop_worker(worker)
 
     judged = judge(accepted, outbox)
     assert judged.breaches == []
@@ -121,7 +121,7 @@ def test_a_relay_killed_while_it_exchanges_the_token_keeps_its_source(redis: Red
             status, accepted = run_producer(tmp_path, *options, FAULT_STEP=step)
             assert status == -signal.SIGKILL
         settle_the_rest(redis, [outbox], worker)
-        retire(worker)
+        stop_worker(worker)
 
     with Outbox(outbox) as one:
         assert [source.current for source in one.sources()] == [True] * len(one.sources())
@@ -143,7 +143,7 @@ def test_a_producer_killed_while_it_carries_entries_over_loses_no_event(
     redis.flushall()
     with started("worker") as worker:
         settle_the_rest(redis, [tmp_path / "outbox.db", moved], worker)
-        retire(worker)
+        stop_worker(worker)
 
     judged = judge(accepted, tmp_path / "outbox.db", moved)
     assert judged.breaches == []
@@ -186,7 +186,7 @@ def test_a_producer_killed_while_it_quarantines_a_damaged_file_loses_no_event(
     assert len(accepted.deliveries) >= 40 + log
     with started("worker") as worker:
         settle_the_rest(redis, [outbox], worker)
-        retire(worker)
+        stop_worker(worker)
 
     judged = judge(accepted, outbox)
     assert judged.breaches == []
@@ -238,7 +238,7 @@ def test_a_killed_worker_loses_no_event(redis: Redis, tmp_path: Path, step: str,
         redis.delete(lease)
     with started("worker") as successor:
         settle_the_rest(redis, [outbox], successor)
-        retire(successor)
+        stop_worker(successor)
 
     judged = judge(accepted, outbox)
     assert (judged.accepted, judged.breaches) == (40, [])

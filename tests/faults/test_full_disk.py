@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from tests.faults.test_each_step import judge, retire, run_producer, settle_the_rest, started
+from tests.faults.test_each_step import judge, run_producer, settle_the_rest, started, stop_worker
 
 pytestmark = pytest.mark.usefixtures("database_url", "redis")
 
@@ -20,7 +20,7 @@ def test_a_call_on_a_full_disk_raises_and_no_accepted_event_is_lost(redis: Redis
         assert status == 1  # it ended with OutboxError
         assert len(accepted.deliveries) > 100
         settle_the_rest(redis, [outbox], worker)
-        retire(worker)
+        stop_worker(worker)
 
     judged = judge(accepted, outbox)
     assert (judged.accepted, judged.breaches) == (len(accepted.deliveries), [])
