@@ -1,7 +1,6 @@
-"""Controllers that remember every event they got a receipt for, and a judge that compares that with the database.
+"""Controllers that remember every accepted event, and functions that compare these events with the database.
 
-The judge compares identity and content: an accepted event is the row of its event id with its own content, or a
-rejection recorded for its own delivery with its own content.
+An accepted event must be one row with its event id and content, or one rejection of its delivery with its content.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _REJECTIONS = text("SELECT source, sequence, event_id, event FROM event_outcomes
 
 
 def content_of(payload: Payload) -> Content:
-    """By value: two payloads with the same content have the same."""
+    """Return the content in a form that compares by value."""
     fields, instant = dict(payload), payload.instant.astimezone(UTC)
     if isinstance(payload, SignalArchive):
         return ("archive", payload.portfolio_id, instant, _plain(payload.signals))
@@ -67,15 +66,15 @@ def _content_of_row(row: Any) -> Content:
 
 @dataclass
 class Account:
-    """What one controller was given receipts for: by source, number and event id the payload, and what they say."""
+    """Accepted events of one controller, and the states that their receipts report."""
 
     name: str
     accepted: dict[Key, Payload]
-    states: dict[Key, tuple[str, int | None]]  # state and row id, of those that can still be asked
+    states: dict[Key, tuple[str, int | None]]  # state and row id, of the receipts that still exist
 
 
 class Controller:
-    """A producer in this process on the outbox at `path`."""
+    """Controller in this process, with a producer on the outbox at `path`."""
 
     def __init__(self, path: Path, redis: Redis | None = None) -> None:
         self.path = path
@@ -92,7 +91,7 @@ class Controller:
         return receipts
 
     def restart(self) -> None:
-        """As a bot does: what it was given receipts for before cannot be asked any more."""
+        """Close the producer and open another one; the receipts are lost, as in a new process."""
         self.stop()
         self._receipts = {}
         self.producer = HistoryProducer(self._redis, outbox=self.path)
@@ -101,7 +100,9 @@ class Controller:
         self.producer.close(0)
 
     def account(self) -> Account:
-        return Account(self.path.parent.name, self.accepted, {key: _fate(one) for key, one in self._receipts.items()})
+        return Account(
+            self.path.parent.name, self.accepted, {key: _outcome(one) for key, one in self._receipts.items()}
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +111,7 @@ class Controller:
         self.stop()
 
 
-def _fate(receipt: Receipt) -> tuple[str, int | None]:
+def _outcome(receipt: Receipt) -> tuple[str, int | None]:
     try:
         return receipt.state, receipt.wait(0)
     except (EventRejected, TimeoutError):
@@ -120,45 +121,45 @@ def _fate(receipt: Receipt) -> tuple[str, int | None]:
 
 
 def settle(*controllers: Controller, seconds: float = 30.0) -> None:
-    """Wait until each entry of each outbox is stored or rejected; entries that are under way are asked for at once."""
+    """Wait until each entry of each outbox is stored or rejected; check sent entries at once, without the interval."""
     for one in controllers:
         assert one.producer.settle(seconds) == 0, f"{one.path}: {one.producer.status()}"
 
 
 def lost(account: Account) -> set[Key]:
-    """Events of a controller that are neither a row nor a rejection, for a test that expects some."""
+    """Return the events of a controller that are neither a row nor a rejection."""
     return {key for breach, key in _breaches([account]) if key is not None and breach.endswith(_LOST)}
 
 
 def breaches(accounts: Iterable[Account]) -> list[str]:
-    """Every breach of the promise, as a sentence. Empty: each accepted event is one row or one rejection of its own."""
+    """Return each breach of the promise as a sentence; none if each accepted event is one row or one rejection."""
     return [breach for breach, _ in _breaches(list(accounts))]
 
 
 def _breaches(accounts: list[Account]) -> list[tuple[str, Key | None]]:
-    """Each with the event that it is about."""
+    """Return each breach with the event that it concerns."""
     with get_db() as db:
         rows = [(row.id, row.event_id, _content_of_row(row)) for row in db.execute(_ROWS)]
-        # Copies may use one number for the same event id, each with a content of its own.
-        refused = {((r.source, r.sequence, r.event_id), _content_of_event(r.event)) for r in db.execute(_REJECTIONS)}
+        # Two copies of an outbox may use the same sequence for one event id with different contents.
+        rejected = {((r.source, r.sequence, r.event_id), _content_of_event(r.event)) for r in db.execute(_REJECTIONS)}
     contents = {event_id: (row_id, content) for row_id, event_id, content in rows}
     found: list[tuple[str, Key | None]] = []
     if len(contents) < len(rows):
         found.append(("an event id has two rows", None))
     known = {(payload.event_id, content_of(payload)) for one in accounts for payload in one.accepted.values()}
-    found += [(f"row {row_id} is nobody's", None) for row_id, *row in rows if tuple(row) not in known]
+    found += [(f"row {row_id} belongs to no accepted event", None) for row_id, *row in rows if tuple(row) not in known]
     for one in accounts:
         for key, payload in one.accepted.items():
             row_id, content = contents.get(payload.event_id, (None, None))
             is_stored = content == content_of(payload)
-            is_rejected = (key, content_of(payload)) in refused
+            is_rejected = (key, content_of(payload)) in rejected
             if not (is_stored or is_rejected):
                 found.append((f"{one.name}: {key} {payload.summary} {_LOST}", key))
             if is_stored and is_rejected:
                 found.append((f"{one.name}: {key} is a row and a rejection", key))
             wanted = ("stored", row_id) if is_stored else ("rejected", None)
             if key in one.states and one.states[key] != wanted:
-                found.append((f"{one.name}: the receipt of {key} says {one.states[key]}, and it is {wanted}", key))
+                found.append((f"{one.name}: the receipt of {key} reports {one.states[key]} instead of {wanted}", key))
     return found
 
 
@@ -167,26 +168,26 @@ def _content_of_event(event: str) -> Content:
 
 
 def cli(*arguments: str, outbox: Path | None = None) -> Result:
-    """Run `trading-history` in this process, with HISTORY_OUTBOX set to `outbox` or to a place without one."""
+    """Run `trading-history` in this process, with HISTORY_OUTBOX set to `outbox`, or to a file that does not exist."""
     named = {"HISTORY_OUTBOX": str(outbox or Path("no-outbox-here.db").absolute()), "COLUMNS": "400"}
     return CliRunner().invoke(app, arguments, env=named)
 
 
 def audited(outbox: Path | None) -> tuple[int, list[dict[str, Any]]]:
-    """Exit status of `audit`, and what it says of each source."""
+    """Run `audit`; return its exit status and its result for each source."""
     run = cli("audit", "--json", outbox=outbox)
     return run.exit_code, json.loads(run.stdout)
 
 
 def doctored(outbox: Path, name: str) -> tuple[str, str]:
-    """Status and finding of one check of `doctor`."""
+    """Run `doctor`; return the status and the finding of one check."""
     checks = json.loads(cli("doctor", "--json", outbox=outbox).stdout)
     (found,) = [(one["status"], one["found"]) for one in checks if one["name"] == name]
     return found
 
 
 def assert_sound(*accounts: Account, outboxes: Sequence[Path]) -> None:
-    """No breach, and `audit` finds nothing missing: with each of the outboxes, and without any."""
+    """Assert that there is no breach and that `audit` is complete, with each of the outboxes and without one."""
     found = breaches(accounts)
     assert not found, "\n".join(found)
     for outbox in (*outboxes, None):
@@ -195,12 +196,12 @@ def assert_sound(*accounts: Account, outboxes: Sequence[Path]) -> None:
 
 
 def copy_with_cp(*names: object) -> None:
-    """By a process of its own: closing a file ends all locks that this process has on it."""
+    """Copy with a separate process: closing a file would release all locks that this process has on it."""
     subprocess.run(["cp", "-a", *map(str, names)], check=True)
 
 
 class Bot:
-    """A producer in a process of its own, which records when it is told to. It can be killed."""
+    """Controller in a separate process, which can be killed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -218,7 +219,7 @@ class Bot:
             )
 
     def record(self, portfolio: int, first: int, count: int, balance: int = 100) -> None:
-        """Snapshots of this portfolio at consecutive seconds, from `first`."""
+        """Record snapshots of this portfolio at consecutive seconds, from `first`."""
         for source, sequence, number in self._ask("record", portfolio, first, count, balance):
             payload = a_snapshot(after=timedelta(seconds=number), portfolio_id=portfolio, balance=balance)
             self.accepted[(source, sequence, payload.event_id)] = payload
@@ -280,14 +281,14 @@ def record(portfolio, first, count, balance):
         done.append((receipts[-1].source, receipts[-1].sequence, number))
     return done
 
-def fate(receipt):
+def outcome(receipt):
     try:
         return receipt.state, receipt.wait(0)
     except (EventRejected, TimeoutError):
         return receipt.state, None
 
 def states():
-    return [(one.source, one.sequence, str(one.event_id), *fate(one)) for one in receipts]
+    return [(one.source, one.sequence, str(one.event_id), *outcome(one)) for one in receipts]
 
 with HistoryProducer(outbox=sys.argv[1]) as producer:
     for line in sys.stdin:
@@ -298,7 +299,7 @@ with HistoryProducer(outbox=sys.argv[1]) as producer:
 
 @contextmanager
 def worker_process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`trading-history worker`, on the real servers and not through a proxy; killed at the end of the block."""
+    """Run `trading-history worker`, not through a proxy; kill it at the end of the block."""
     with (folder / "worker.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "consumers.cli", "worker"],
@@ -314,7 +315,7 @@ def worker_process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 class Line:
-    """The way to Redis, which can be cut: clients of REDIS_URL lead through it."""
+    """Connection to Redis that can be cut: clients of REDIS_URL use its proxy."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
@@ -323,12 +324,12 @@ class Line:
         self._proxy.set_mode("refuse")
         self._proxy.cut()
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         self._proxy.set_mode("pass")
 
 
 def some_events(portfolio: int, first: int, count: int, **overrides: Any) -> list[Payload]:
-    """Snapshots at consecutive seconds from `first`, and one archive at the first of these."""
+    """Return snapshots at consecutive seconds from `first`, and one archive at the first of them."""
     at = [timedelta(seconds=number) for number in range(first, first + count)]
     archive = an_archive(after=at[0], portfolio_id=portfolio)
     return [*(a_snapshot(after=after, portfolio_id=portfolio, **overrides) for after in at), archive]

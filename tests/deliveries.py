@@ -1,4 +1,4 @@
-"""Jobs on the queue `history` as a producer without an outbox would send them, and a worker that takes them all."""
+"""Jobs in the queue `history`, enqueued without an outbox, and a worker that processes all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def history_queue(redis: Redis) -> Queue:
 
 
 def enqueue_snapshots(redis: Redis, count: int, *, first: int = 0) -> list[str]:
-    """Snapshots of `count` consecutive seconds, numbered from `first`; the ids of their jobs."""
+    """Enqueue snapshots at `count` consecutive seconds, numbered from `first`; return their job ids."""
     jobs = []
     for number in range(first, first + count):
         event = event_of(a_snapshot(after=timedelta(seconds=number)), source="other/1", sequence=number)
@@ -37,7 +37,7 @@ def burst(redis: Redis) -> HistoryWorker:
 
 
 def assert_stored_once(redis: Redis, count: int) -> None:
-    """The snapshots numbered from 0 are rows, nothing else became of any, and no worker has left anything behind."""
+    """Assert that the snapshots numbered from 0 are rows, without other outcomes, jobs, leases or crash counts."""
     assert sorted(row["sequence"] for row in get_portfolio_history()) == list(range(count))
     with get_db() as db:
         assert db.scalar(text("SELECT count(*) FROM event_outcomes")) == 0

@@ -1,4 +1,4 @@
-"""A forked child that cannot go on with the rest of the suite."""
+"""Forked child process that runs one function and never the rest of the test suite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from collections.abc import Callable
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Fork, run `function` in the child, wait; its exit code is 0, or 1 with a traceback when it raised."""
+    """Fork, run `function` in the child and wait for it.
+
+    Returns:
+        The child's exit code: 0, or 1 if the function raised; its traceback is printed.
+    """
     child = os.fork()
     if child == 0:
         code = 1
