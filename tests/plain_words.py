@@ -49,7 +49,7 @@ RETIRED = (
         "rejected, unsupported",
     ),
     Term(r"\bconfirmed\b|\bconfirmation", "acknowledged"),
-    Term(r"\btold\b|\btells?\b(?! apart)", "say which: reports, logs, returns"),
+    Term(r"\btold\b|(?<!\.)\btells?\b(?! apart)", "say which: reports, logs, returns"),
     Term(r"\bwho(?:m|so)?ever\b", "the subject itself: a process that …"),
     Term(r"\bin good order\b|\bmend(?:s|ed|ing)?\b", "correctly; fix, repair"),
     Term(r"\bgo(?:es|ing)? on (?:with|by|under|at|in|and)\b|\bgoes on\b", "continue"),
