@@ -64,7 +64,7 @@ def block(document: str, marker: str) -> str:
 def table(document: str, marker: str) -> list[list[str]]:
     """Return the cells of the table below the comment `<!-- marker -->`, without its head."""
     (lines,) = re.findall(rf"<!-- {re.escape(marker)} -->\n((?:\|.*\n)+)", text_of(document))
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines.splitlines()[2:]]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines.splitlines()[2:]]
 
 
 def words(text: str) -> int:

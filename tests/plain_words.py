@@ -60,6 +60,10 @@ RETIRED = (
 )
 """The terms and idioms that the product does not use."""
 
+# Names that other programs or databases of an earlier version have.
+_GIVEN_NAMES = re.compile(
+    r"""['"]absorbed['"]|event_outcomes_refusal_has_a_reason|TimerDeathPenalty|death_penalty|['"]death['"]"""
+)
 _DOCSTRING_BEGINS = re.compile(r"(?:What|Who|Whoever|Whose|Of)\b")
 
 
@@ -89,7 +93,7 @@ def retired_terms(text: str) -> Iterator[tuple[int, str, str]]:
 
     An identifier counts like its words: `held_jobs` and `HeldJobs` are found like "held jobs".
     """
-    plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", text)
+    plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", _GIVEN_NAMES.sub("", text))
     for pattern, instead in RETIRED:
         for found in re.finditer(pattern.replace(" ", r"\s+") if "(?<!" not in pattern else pattern, plain, re.I):
             yield text_line(plain, found.start()), found[0], instead

@@ -56,8 +56,8 @@ def test_a_document_without_problems_has_none(page: Path, text: str) -> None:
 def test_blocks_and_tables_are_found_by_their_marker(page: Path) -> None:
     page.write_text("<!-- a -->\n```sh\none\n```\n\n* x:\n\n  <!-- b -->\n  ```text\n  two\n  ```\n", "utf-8")
     assert [(one.marker, one.text) for one in blocks("page.md")] == [("a", "one\n"), ("b", "two\n")]
-    page.write_text("<!-- t -->\n| h | i |\n|---|---|\n| a | b c |\n", "utf-8")
-    assert table("page.md", "t") == [["a", "b c"]]
+    page.write_text("<!-- t -->\n| h | i |\n|---|---|\n| a | b c |\n| | `x \\| y` |\n", "utf-8")
+    assert table("page.md", "t") == [["a", "b c"], ["", r"`x \| y`"]]
 
 
 def test_a_marker_that_is_missing_is_an_error(page: Path) -> None:

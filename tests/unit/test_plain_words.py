@@ -30,7 +30,9 @@ def test_a_retired_term_is_found(text: str) -> None:
     assert list(retired_terms(text)) != []
 
 
-@pytest.mark.parametrize("text", ["the connection was refused", "the lock holder", "planes", "tells apart"])
+@pytest.mark.parametrize(
+    "text", ["the connection was refused", "the lock holder", "planes", "tells apart", "outcome = 'absorbed'"]
+)
 def test_ordinary_english_is_no_retired_term(text: str) -> None:
     assert list(retired_terms(text)) == []
 
