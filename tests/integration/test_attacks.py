@@ -224,12 +224,12 @@ def _with_webhook(status: str, event: str) -> Callable[[System], str]:
     return enqueue
 
 
-_NOT_JSON = "refused: its data cannot be read as JSON"
-_FOREIGN = "refused: it names a function that is not one of ours"
-_ARGUMENT = "refused: it must have one argument, the event's text"
-_MORE = "refused: its job asks RQ for"
-_TOO_LARGE = "refused: its job is larger than 48 MiB"
-_SHAPELESS = "refused: its call is larger than 64 KiB and does not have the form [function, null, [text], {}]"
+_NOT_JSON = "unsupported job: its data cannot be read as JSON"
+_FOREIGN = "unsupported job: it calls a function other than our job functions"
+_ARGUMENT = "unsupported job: its call must have one argument, the event's text"
+_MORE = "unsupported job: it asks RQ for"
+_TOO_LARGE = "unsupported job: it is larger than 48 MiB"
+_SHAPELESS = "unsupported job: its call is larger than 64 KiB and does not have the form [function, null, [text], {}]"
 
 REFUSED: dict[str, tuple[Callable[[System], str], str]] = {
     "a pickled call": (_pickled_job, _NOT_JSON),
@@ -347,7 +347,9 @@ def test_a_dependent_of_a_refused_job_is_refused_too(system: System) -> None:
     system.redis.delete("rq:suspended")
     until(lambda: system.outcome(waiting.id) is not None)
     system.has_withstood()
-    assert str(system.outcome(waiting.id)).startswith("refused: it names a function that is not one of ours")
+    assert str(system.outcome(waiting.id)).startswith(
+        "unsupported job: it calls a function other than our job functions"
+    )
     first.delete()
     waiting.delete()
 

@@ -485,7 +485,7 @@ def test_a_job_that_asks_rq_for_more_is_refused_with_the_reason(
     assert sorted(queue.failed_job_registry.get_job_ids()) == sorted(job.id for job in jobs)
     with get_db() as db:
         reasons = db.execute(text("SELECT DISTINCT reason FROM event_outcomes")).scalars().all()
-    assert reasons == [f"refused: its job asks RQ for {wish}, which is not supported"]
+    assert reasons == [f"unsupported job: it asks RQ for {wish}, which is not supported"]
     assert (queue.count, redis.keys("history:reserved:*")) == (0, [])
 
 
