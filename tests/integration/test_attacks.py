@@ -265,7 +265,7 @@ REJECTED: dict[str, tuple[Callable[[System], str], str]] = {
     "100 MB compressed": (lambda s: _put(s, "100MB-z", zlib.compress(b" " * 100 * _MEGABYTE)), _TOO_LARGE),
     "a bomb": (lambda s: _put(s, "bomb", _bomb()), _TOO_LARGE),
     "50 MB as meta": (
-        lambda s: _put(s, "beside", _call(SNAPSHOT, _valid()), webhooks="[]", meta=b"x" * 50 * _MEGABYTE),
+        lambda s: _put(s, "large-meta", _call(SNAPSHOT, _valid()), webhooks="[]", meta=b"x" * 50 * _MEGABYTE),
         _MORE,
     ),
     "44 MB of lists as webhooks": (

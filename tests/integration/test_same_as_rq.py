@@ -119,9 +119,9 @@ class _Run:
         with self._phases.phase("second enqueue"):
             self._enqueue_second()
         self._work("second work")
-        facts = _facts()
+        events = _events_of_rows()
         in_redis = state_of(self._redis, self._phases)
-        return Outcome(_named(in_redis, facts), _named(self._reads(), facts), _rows(facts))
+        return Outcome(_named(in_redis, events), _named(self._reads(), events), _rows(events))
 
     def _work(self, phase: str) -> None:
         with self._phases.phase(phase):
@@ -248,7 +248,7 @@ def _empty(redis: Redis) -> None:
             db.execute(text(f"ALTER TABLE {table} ALTER COLUMN id RESTART WITH {first}"))
 
 
-def _facts() -> dict[str, str]:
+def _events_of_rows() -> dict[str, str]:
     """Return the event of each row id. The ids themselves may differ between runs, since a sequence may have gaps."""
     with get_db() as db:
         return {
@@ -258,21 +258,21 @@ def _facts() -> dict[str, str]:
         }
 
 
-def _with_facts(value: str, facts: dict[str, str]) -> str:
-    return re.sub(r"\b7[12]00000\d{4}\b", lambda found: facts.get(found[0], "a row that is gone"), value)
+def _with_events(value: str, events: dict[str, str]) -> str:
+    return re.sub(r"\b7[12]00000\d{4}\b", lambda found: events.get(found[0], "a deleted row"), value)
 
 
-def _named(state: State, facts: dict[str, str]) -> State:
-    return {place: _with_facts(value, facts) for place, value in state.items()}
+def _named(state: State, events: dict[str, str]) -> State:
+    return {place: _with_events(value, events) for place, value in state.items()}
 
 
-def _rows(facts: dict[str, str]) -> list[str]:
+def _rows(events: dict[str, str]) -> list[str]:
     """Return every row of every table, without its id and the time when it was written."""
     rows = []
     with get_db() as db:
         for table in (*_FIRST_ROW, "event_outcomes"):
             found = db.execute(text(f"SELECT (to_jsonb(t) - 'id' - 'created_at')::text FROM {table} t"))
-            rows += [f"{table} {_with_facts(row, facts)}" for row in found.scalars()]
+            rows += [f"{table} {_with_events(row, events)}" for row in found.scalars()]
     return sorted(rows)
 
 

@@ -343,7 +343,7 @@ def test_the_lease_is_renewed_until_the_reservations_are_released(
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     leases = []
 
-    def stopped_meanwhile(deliveries: Any, statement_seconds: Any) -> Any:
+    def stop_during_batch(deliveries: Any, statement_seconds: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         redis.delete(*redis.keys("history:lease:*") or ["none"])
         deadline = time.monotonic() + 10
@@ -353,7 +353,7 @@ def test_the_lease_is_renewed_until_the_reservations_are_released(
         return process_batch(deliveries)
 
     monkeypatch.setattr(worker_module, "_RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(thread_module, "process_batch", stopped_meanwhile)
+    monkeypatch.setattr(thread_module, "process_batch", stop_during_batch)
     worker.work(burst=True, logging_level="WARNING")
 
     assert leases == [True]
