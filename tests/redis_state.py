@@ -1,4 +1,4 @@
-"""Content of Redis as a flat dict, with each time replaced by the phase it falls in, and the differences of two."""
+"""The content of Redis as one flat dict, in which times are phases of a run; the differences of two such dicts."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from typing import Any
 from redis import Redis
 from rq.utils import as_text
 
-# A place is a Redis key and a field in it, or another name for a value that two runs must share.
+# A place: a Redis key and one of its fields, or another pair of names by which two runs are compared.
 Place = tuple[str, str]
 State = dict[Place, str]
 
 TYPE, EXPIRES = "(type)", "(expires)"
-# Known lifetimes in seconds: of dead workers, results, RQ's lock, acknowledgements and failures, then those of tests.
+# Known lifetimes in seconds: of dead workers, results, RQ's lock, acknowledgements and failures, then those that a test
+# chooses.
 _LIFETIMES = (60, 500, 599, 604_800, 31_536_000, 700, 900, 3600)
 _UTC_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 _ACKNOWLEDGED = re.compile(r"^\d{10} (?=[0-9a-f-]+ \w+:)")
@@ -29,13 +30,14 @@ _TIMESTAMP = re.compile(r"\d{10}\.\d+")
 
 
 class Phases:
-    """Named phases of one run, in order; the methods return the phase that a time falls in."""
+    """The named parts of one run, in their order. A time is replaced by the name of the part that it falls in."""
 
     def __init__(self) -> None:
         self._spans: list[tuple[str, int, int]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Record the time of the block as the phase `name`."""
         time.sleep(0.003)  # so that no millisecond belongs to two phases
         began = int(time.time() * 1000)
         yield
@@ -43,17 +45,18 @@ class Phases:
 
     @property
     def seconds(self) -> float:
+        """The seconds from the first phase to the last."""
         return (self._spans[-1][2] - self._spans[0][1]) / 1000
 
     def of(self, at: float) -> str:
-        """Return the phase of a time in milliseconds."""
+        """Return the phase of a time, which is in milliseconds."""
         for name, began, ended in self._spans:
             if began <= int(at) <= ended:
                 return name
         return f"at {datetime.fromtimestamp(at / 1000, UTC)}"
 
     def expiry(self, at: int) -> str:
-        """Return phase and lifetime of an expiry time in milliseconds; a negative time means "never"."""
+        """Return the phase and the lifetime that make an expiry, which is in milliseconds; negative means never."""
         if at < 0:
             return "never"
         for lifetime in _LIFETIMES:
@@ -63,7 +66,7 @@ class Phases:
         return self.of(at)
 
     def score(self, score: float) -> str:
-        """Return a description of a score. RQ's scores are whole seconds, which is too coarse for a phase."""
+        """Return one of RQ's scores. It has whole seconds, which are too coarse to name the phase."""
         if score < 0 or score == float("inf"):
             return str(score)
         began, ended = self._spans[0][1] // 1000, self._spans[-1][2] // 1000
@@ -73,13 +76,14 @@ class Phases:
         return self.of(score * 1000)
 
     def text(self, text: str) -> str:
+        """Return the phase if a text is a time, else the text."""
         if _UTC_TIME.fullmatch(text):
             return self.of(datetime.fromisoformat(text).timestamp() * 1000)
         return self.of(float(text) * 1000) if _TIMESTAMP.fullmatch(text) else text
 
 
 def state_of(redis: Redis, phases: Phases) -> State:
-    """Return the type, the expiry and each field, member or entry of every key."""
+    """Return each key with its type, its expiry and each of its fields, members or entries."""
     state: State = {}
     for name in sorted(redis.keys("*")):
         key = as_text(name)
@@ -92,7 +96,7 @@ def state_of(redis: Redis, phases: Phases) -> State:
 
 
 def error_fields(prefix: str, text: str) -> dict[str, str]:
-    """Return the form of an error (traceback or number of lines), and its last line without the module's name."""
+    """Return the form of an error text (traceback or lines), and its last line without the module's name."""
     lines = text.strip().splitlines() or [""]
     form = "traceback" if lines[0].startswith("Traceback (") else f"{len(lines)} line"
     return {f"{prefix} form": form, f"{prefix} error": re.sub(r"^[\w.]+\.(?=\w+: )", "", lines[-1])}
@@ -136,7 +140,7 @@ _FIELDS = {"hash": _hash, "list": _list, "set": _set, "zset": _sorted_set, "stre
 
 
 def _decoded(field: str, value: bytes, phases: Phases) -> Iterable[tuple[str, str]]:
-    """Decode one field of a hash or a stream; an error becomes two fields."""
+    """Return one field of a hash or a stream, decoded; an error text becomes two fields."""
     if field in ("exc_info", "exc_string"):
         compressed = b64decode(value) if field == "exc_string" else value
         return error_fields(field, zlib.decompress(compressed).decode()).items()
@@ -157,7 +161,7 @@ def _decoded(field: str, value: bytes, phases: Phases) -> Iterable[tuple[str, st
 
 @dataclass(frozen=True)
 class Difference:
-    """Expected difference and its reason. Key and field may be shell patterns; None means an absent field."""
+    """An expected difference and its reason. Key and field may be shell patterns; None is an absent field."""
 
     key: str
     field: str
@@ -166,22 +170,23 @@ class Difference:
     reason: str
 
     def covers(self, place: Place) -> bool:
+        """Return whether key and field of a place match."""
         return fnmatchcase(place[0], self.key) and fnmatchcase(place[1], self.field)
 
 
 def unexpected(rq: State, ours: State, allowed: Sequence[Difference]) -> dict[Place, Any]:
-    """Return each place that differs without permission, as (RQ's, ours), and each permission that is not needed.
+    """Return each place with a difference that is not allowed, as (RQ's, ours), and each unused allowed difference.
 
-    Where a difference is allowed, the values must differ exactly as described, at every place.
+    A place that an allowed difference covers must differ, and exactly in this way.
     """
     found: dict[Place, Any] = {}
     met: set[Difference] = set()
     for place in sorted(rq.keys() | ours.keys()):
         pair = (rq.get(place), ours.get(place))
-        difference = next((one for one in allowed if one.covers(place)), None)
-        if difference is not None:
-            met.add(difference)
-        if pair != ((pair[0], pair[0]) if difference is None else (difference.rq, difference.ours)):
+        expected = next((difference for difference in allowed if difference.covers(place)), None)
+        if expected is not None:
+            met.add(expected)
+        if pair != ((pair[0], pair[0]) if expected is None else (expected.rq, expected.ours)):
             found[place] = pair
     unneeded = {(one.key, one.field): f"does not occur: {one.reason}" for one in allowed if one not in met}
     return found | unneeded

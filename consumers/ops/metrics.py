@@ -94,7 +94,7 @@ class Counts:
             counted = deepcopy(self._counted)
         # Every outcome from the start, so that the first event of each is an increase from 0.
         known = [(event_type, outcome) for event_type in KINDS for outcome in _OUTCOMES]
-        known += [(UNKNOWN_TYPE, "poison"), (UNKNOWN_TYPE, "refused")]
+        known += [(UNKNOWN_TYPE, "poison"), (UNKNOWN_TYPE, "unsupported")]
         counted.results = Counter(dict.fromkeys(known, 0) | counted.results)
         return counted
 

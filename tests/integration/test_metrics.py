@@ -64,7 +64,7 @@ def _ends(scrape: Scrape) -> Scrape:
 
 
 def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
-    """Stored, duplicate, conflict, invalid, poison and refused, in one batch or alone."""
+    """Stored, duplicate, conflict, invalid, poison and unsupported, in one batch or alone."""
     queue = history_queue(redis)
     poisonous, *_ = enqueue_snapshots(redis, 4)
     redis.hset("history:crashes:history", poisonous, POISON_CRASHES)
@@ -86,7 +86,7 @@ def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
         ("conflict", SNAPSHOT_TYPE): 1,
         ("invalid", SNAPSHOT_TYPE): 1,
         ("poison", SNAPSHOT_TYPE): 1,
-        ("refused", "unknown"): 1,
+        ("unsupported", "unknown"): 1,
     }
     assert scrape["batch_events_sum",] == 9
     assert scrape["lag_seconds_count",] == 4

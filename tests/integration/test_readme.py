@@ -24,18 +24,8 @@ from consumers.db.engine import get_db
 from consumers.operations import insert_portfolio_history_snapshot
 from consumers.ops.exposition import worker_registry
 from consumers.ops.queue_health import read_queue
-from consumers.settings import (
-    ApiSettings,
-    DashboardSettings,
-    EmbeddedSettings,
-    LoginSettings,
-    LogSettings,
-    MetricsSettings,
-    StoreSettings,
-)
 from producers.events import PortfolioSnapshotEvent, decode, encode, event_id
 from producers.outbox import Outbox
-from producers.settings import TransportSettings
 from producers.trading_controller import shared_producer
 
 ROOT = Path(__file__).parents[2]
@@ -188,20 +178,6 @@ def test_every_command_line_in_it_exists() -> None:
     unknown = [one for line in called if line[0] not in "-…" for one in _unknown(line.rstrip(" .…"), commands)]
     assert unknown == []
     assert {line.split()[0] for line in called if line[0] == "-"} <= top
-
-
-def test_every_setting_is_documented_and_every_documented_setting_exists() -> None:
-    """The table of settings against the models that read them."""
-    section = README.split("### Settings")[1].split("\n## ")[0]
-    documented = set()
-    for cell in re.findall(r"^\| (`.*?) \|", section, re.M):
-        names = re.findall("`([^`]+)`", cell)
-        documented |= {name if not name.startswith("_") else names[0].rsplit("_", 1)[0] + name for name in names}
-    models = (
-        *(TransportSettings, StoreSettings, LoginSettings, EmbeddedSettings, ApiSettings, DashboardSettings),
-        *(MetricsSettings, LogSettings),
-    )
-    assert documented == {field.alias for model in models for field in model.model_fields.values()}
 
 
 def test_the_metrics_of_the_table_and_of_the_alerts_exist_and_none_is_missing(redis: Redis, database_url: str) -> None:

@@ -30,7 +30,7 @@ def test_counts_that_were_read_do_not_change_any_more() -> None:
 def test_every_end_is_there_from_the_start() -> None:
     """Otherwise the first refusal would appear as a number that never grew, and raise no alarm."""
     outcomes = [outcome for _, outcome in Counts().read().results]
-    assert set(outcomes) == {"stored", "duplicate", "conflict", "invalid", "poison", "refused"}
+    assert set(outcomes) == {"stored", "duplicate", "conflict", "invalid", "poison", "unsupported"}
     assert set(Counts().read().results.values()) == {0}
 
 
