@@ -63,7 +63,7 @@ class ImportBatches:
     def insert(self, deliveries: Iterable[Delivery]) -> None:
         """Decide the deliveries, except a few that are deferred. During an outage of the database, wait."""
         for batch in _batches(deliveries):
-            retry_until_available(lambda batch=batch: self._process(batch), self._say)  # type: ignore[misc]  # wants a type
+            retry_until_available(lambda batch=batch: self._process(batch), self._say)  # type: ignore[misc]  # mypy does not infer the lambda
             self._deferred |= batch
         if len(self._deferred) > _MOST_DEFERRED:
             self.finish()

@@ -13,7 +13,7 @@ from consumers.db.inserts import Found, find_events
 from consumers.legacy.old_history import Kind
 from producers.events import Event, PortfolioSnapshot, SignalArchive
 
-# Only deliveries that have a row or an outcome. In a first import hardly any has, and the others need no comparison.
+# Only deliveries that have a row or an outcome: in a first import, hardly any. The others need no comparison.
 _KNOWN = """
     SELECT given.number, history.id IS NOT NULL, other.id, outcomes.outcome, outcomes.reason
     FROM unnest(CAST(:event_ids AS uuid[]), CAST(:sequences AS bigint[]), CAST(:job_ids AS text[]),
@@ -117,7 +117,7 @@ def import_states(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> li
         "sequences": [event.sequence for _, event in deliveries],
         "job_ids": [job_id for job_id, _ in deliveries],
         "instants": [event.data.instant.astimezone(UTC).isoformat() for _, event in deliveries],
-        "measures": [_measure(event.data) for _, event in deliveries],  # type: ignore[arg-type]  # of old history
+        "measures": [_measure(event.data) for _, event in deliveries],  # type: ignore[arg-type]  # only these two kinds
         "source": deliveries[0][1].source,
     }
     stored = []

@@ -126,7 +126,7 @@ def _compare(db: Connection, history: OldHistory, chunk: list[Entry], side: _Sid
             yield Difference("unusable", name, entry.index, None, None, str(error))
         else:
             events.append((entry.index, event))
-            _widen(side, event.data.portfolio_id, event.data.instant.astimezone(UTC))  # type: ignore[attr-defined]  # both kinds have one
+            _widen(side, event.data.portfolio_id, event.data.instant.astimezone(UTC))  # type: ignore[attr-defined]  # both kinds have them
     differing = []
     for (index, event), found in zip(events, find_events(db, [event for _, event in events]), strict=True):
         if found is None:
@@ -137,8 +137,8 @@ def _compare(db: Connection, history: OldHistory, chunk: list[Entry], side: _Sid
             differing.append((index, event, found.row_id))
     details = field_differences(db, [(event, row_id) for _, event, row_id in differing])
     for (index, _, row_id), fields in zip(differing, details, strict=True):
-        said = "; ".join(f"{one.field}: {one.in_file} in the file, {one.in_table} in the table" for one in fields)
-        yield Difference("differs", name, index, table, row_id, said or f"row {row_id} no longer exists", fields)
+        reason = "; ".join(f"{one.field}: {one.in_file} in the file, {one.in_table} in the table" for one in fields)
+        yield Difference("differs", name, index, table, row_id, reason or f"row {row_id} no longer exists", fields)
 
 
 def _widen(side: _Side, portfolio_id: int | None, instant: datetime) -> None:
@@ -163,8 +163,8 @@ def _backwards(kind: Kind, side: _Side) -> Iterator[Difference]:
             if row_id not in side.rows:
                 whose = "" if portfolio_id is None else f" of portfolio {portfolio_id}"
                 number = "" if sequence is None else f" {sequence}"
-                said = f"{instant:%Y-%m-%d %H:%M:%S.%fZ}{whose}, recorded by {source}{number}, has no entry"
-                yield Difference("unexpected", None, None, _TABLES[kind], row_id, said)
+                reason = f"{instant:%Y-%m-%d %H:%M:%S.%fZ}{whose}, recorded by {source}{number}, has no entry"
+                yield Difference("unexpected", None, None, _TABLES[kind], row_id, reason)
         if len(rows) < _PAGE_ROWS:
             return
         after = rows[-1][0]

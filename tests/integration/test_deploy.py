@@ -218,7 +218,8 @@ def test_rq_reads_from_its_module_what_the_sentinel_url_says() -> None:
     namespace: dict[str, Any] = {}
     exec(block("consumers/deploy/MACHINES.md", "sentinel_settings.py"), namespace)
     found = []
-    for pool in (client.connection_pool, get_redis_from_config(namespace).connection_pool):
+    of_rq = get_redis_from_config(namespace)  # type: ignore[no-untyped-call]  # RQ does not annotate it
+    for pool in (client.connection_pool, of_rq.connection_pool):
         assert isinstance(pool, SentinelConnectionPool)
         asked = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
         options = [pool.connection_kwargs[name] for name in ("username", "password", "db", "socket_timeout")]
