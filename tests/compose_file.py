@@ -1,4 +1,4 @@
-"""docker-compose.yml as Compose reads it, and its services as local processes. Docker is not needed."""
+"""Read docker-compose.yml as Compose does, and run its services as processes of this machine, without Docker."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOBODY = 65534
 
 
 def resolved(value: Any, variables: dict[str, str]) -> Any:
-    """Interpolate `value` like Compose: ${NAME:-default}, ${NAME:?message}, and $$ for a dollar sign.
+    """Return `value` as Compose interpolates it: ${NAME:-default}, ${NAME:?message}, and $$ for a dollar sign.
 
     Raises:
         LookupError: a required variable is not set.
@@ -46,7 +46,7 @@ def resolved(value: Any, variables: dict[str, str]) -> Any:
         name, operator, operand = match.groups()
         if match[0] == "$$":
             return "$"
-        assert name, f"single dollar sign in {value!r}"
+        assert name, f"a lone dollar sign in {value!r}"
         if operator == "?" and not variables.get(name):
             raise LookupError(f"{name} {operand}")
         return variables.get(name) or operand
@@ -65,7 +65,7 @@ def free_port() -> int:
 
 
 class Container:
-    """Process of a service: it has only the service's environment, runs as user nobody and cannot write files."""
+    """Process of a service: it has only the service's environment, runs as nobody, and cannot write files."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class Container:
         volume: Path | None = None,
     ) -> None:
         text = json.dumps(service(name))
-        if volume is not None:  # the folder that replaces the service's volume, which it may write to
+        if volume is not None:  # replaces the service's volume, which it may write to
             text = text.replace(f'"{service(name)["volumes"][0]["target"]}/', f'"{volume}/')
         for published in ("8000", "9181", "9464"):
             text = text.replace(f'"{published}"', f'"{free_port()}"')
@@ -91,7 +91,7 @@ class Container:
         self.process = self.run(self.settings["command"], may_write=volume is not None)
 
     def run(self, command: list[str], *, may_write: bool = False) -> subprocess.Popen[bytes]:
-        """Run a command like `docker compose exec`, or like `docker compose run` with a writable volume."""
+        """Run a command like `docker compose exec`, or like `run` with a volume that it may write to."""
         paths = {"PATH": f"{Path(sys.executable).parent}:{os.defpath}", "PYTHONPATH": str(TOP)}
         account: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
         limit = "" if may_write else "ulimit -f 0 && "
@@ -101,7 +101,7 @@ class Container:
         )  # fmt: skip
 
     def check(self) -> subprocess.Popen[bytes]:
-        """Start the health check; the service is healthy if it exits with status 0."""
+        """Start the health check. Exit status 0 means healthy."""
         kind, *command = self.settings["healthcheck"]["test"]
         assert kind == "CMD"
         return self.run(command)
@@ -117,7 +117,7 @@ class Container:
         return port
 
     def result(self, seconds: float | None = None) -> tuple[int, str]:
-        """Wait for the end, at most `seconds` or the grace period; return the exit status and the output."""
+        """Return the exit status and the output. The process must end within `seconds`, by default its grace period."""
         if seconds is None:
             seconds = float(self.settings["stop_grace_period"].removesuffix("s"))
         try:
@@ -127,24 +127,24 @@ class Container:
         return self.process.returncode, printed.decode()
 
     def kill(self) -> None:
-        """Kill the process, which may have ended already."""
+        """Kill the process. It may already have ended."""
         self.process.kill()
         self.process.communicate()
 
 
 def stop(containers: list[Container]) -> list[tuple[int, str]]:
-    """Stop the services like `docker compose stop`; return the exit status and output of each."""
+    """Stop the services like `docker compose stop`. Return the exit status and the output of each."""
     for one in containers:
         one.process.terminate()
     return [one.result() for one in containers]
 
 
 def unwritable(folder: Path) -> Path:
-    """Create a read-only subfolder in which services run; user nobody can reach it and the interpreter."""
+    """Make a read-only folder in `folder`, in which services can run as nobody, and return it."""
     made = folder / "read-only"
     made.mkdir()
     made.chmod(0o555)
-    # Only their owner can enter pytest's folders, and perhaps the home folder of the interpreter.
+    # pytest's folders, and perhaps the home folder with the interpreter, are private to their owner.
     for above in [*made.parents, *Path(sys.executable).resolve().parents]:
         if not (mode := above.stat().st_mode) & stat.S_IXOTH:
             above.chmod(stat.S_IMODE(mode) | stat.S_IXOTH)
