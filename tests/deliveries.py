@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Jobs in the queue `history`, enqueued without an outbox, and a worker that processes all of them."""
-=======
 """Jobs on the queue `history` as a producer without an outbox enqueues them, and a worker that empties the queue."""
->>>>>>> helper-c
 
 from __future__ import annotations
 
@@ -26,11 +22,7 @@ def history_queue(redis: Redis) -> Queue:
 
 
 def enqueue_snapshots(redis: Redis, count: int, *, first: int = 0) -> list[str]:
-<<<<<<< HEAD
-    """Enqueue snapshots at `count` consecutive seconds, numbered from `first`; return their job ids."""
-=======
     """Enqueue snapshots of `count` consecutive seconds, numbered from `first`. Returns the ids of their jobs."""
->>>>>>> helper-c
     jobs = []
     for number in range(first, first + count):
         event = event_of(a_snapshot(after=timedelta(seconds=number)), source="other/1", sequence=number)
@@ -46,11 +38,7 @@ def burst(redis: Redis) -> HistoryWorker:
 
 
 def assert_stored_once(redis: Redis, count: int) -> None:
-<<<<<<< HEAD
-    """Assert that the snapshots numbered from 0 are rows, without other outcomes, jobs, leases or crash counts."""
-=======
     """Check that snapshots 0 to `count` - 1 are rows, no outcome is recorded, and no job or reservation is left."""
->>>>>>> helper-c
     assert sorted(row["sequence"] for row in get_portfolio_history()) == list(range(count))
     with get_db() as db:
         assert db.scalar(text("SELECT count(*) FROM event_outcomes")) == 0
