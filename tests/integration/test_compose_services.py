@@ -288,7 +288,7 @@ def test_the_relay_delivers_what_a_controller_has_left(
     finally:
         relay.kill()
     assert status == 0
-    assert f"relaying {volume / 'outbox.db'}, entries not settled: 1" in printed
+    assert f"relaying {volume / 'outbox.db'}, unsettled entries: 1" in printed
     assert [name for name, secret in SECRETS.items() if secret in printed] == []
 
 

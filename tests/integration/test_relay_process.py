@@ -54,10 +54,10 @@ def test_it_relays_several_outboxes_also_one_that_is_made_later(redis: Redis, tm
         relay.terminate()
         assert relay.wait(5) == 0
     assert _messages(log) == [
-        f"relaying {tmp_path / 'link.db'}, entries not settled: 3",
-        f"relaying {second}, entries not settled: 2",
-        f"there is no outbox at {late} yet: waiting for a producer to make it",
-        f"relaying {late}, entries not settled: 1",
+        f"relaying {tmp_path / 'link.db'}, unsettled entries: 3",
+        f"relaying {second}, unsettled entries: 2",
+        f"there is no outbox at {late} yet: waiting for a producer to create it",
+        f"relaying {late}, unsettled entries: 1",
         f"no longer relaying {tmp_path / 'link.db'}",
         f"no longer relaying {second}",
         f"no longer relaying {late}",
@@ -126,11 +126,11 @@ def test_a_second_one_stands_by_and_takes_over(redis: Redis, outbox: Path, tmp_p
         other.terminate()
         assert other.wait(5) == 0
     assert _messages(second)[1:] == [
-        f"another process relays {outbox}: standing by until it ends",
+        f"another process is relaying {outbox}: waiting until it ends",
         f"relaying {outbox} now",
         f"no longer relaying {outbox}",
     ]
-    assert _messages(first) == [f"relaying {outbox}, entries not settled: 1"]
+    assert _messages(first) == [f"relaying {outbox}, unsettled entries: 1"]
     assert history_queue(redis).count == 3
 
 
@@ -146,7 +146,7 @@ def test_a_relay_for_another_redis_or_queue_is_refused(
     (line,) = (tmp_path / "log").read_text().splitlines()
     place = {"REDIS_URL": "database 4 on 127.0.0.1, port 1, queue history", "HISTORY_QUEUE": "queue evening"}[differs]
     assert line.startswith(f"error: outbox {outbox}: its entries go to database 0 on ")
-    assert f"{place}. Set REDIS_URL and HISTORY_QUEUE as for the producer that opened it last" in line
+    assert f"{place}. Set REDIS_URL and HISTORY_QUEUE to those of the producer that opened it last" in line
     assert "s3cret" not in line
     with Outbox(outbox) as untouched:
         assert untouched.header.read().relay is None
@@ -168,7 +168,7 @@ def test_an_outbox_of_another_redis_that_is_made_later_does_not_end_it(
             until(lambda: states(outbox) == {"sent": 2})
     refused = [message for message in _messages(tmp_path / "log") if "cannot relay" in message]
     assert len(refused) == 1
-    assert refused[0].startswith(f"cannot relay {late}, trying again: outbox {late}: its entries go to ")
+    assert refused[0].startswith(f"cannot relay {late}; trying again: outbox {late}: its entries go to ")
 
 
 def _longest_silence(watched: Outbox, seconds: float) -> float:

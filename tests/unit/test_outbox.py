@@ -385,7 +385,7 @@ def test_a_full_outbox_says_so_and_can_still_be_emptied(path: Path) -> None:
         for n in range(1000):
             accepted.extend(outbox.append(NAME, [a_snapshot(after=timedelta(seconds=20 * n + m)) for m in range(20)]))
 
-    with pytest.raises(OutboxError, match=r"is full: its disk, or its limit of 1 MiB; events leave it when"):
+    with pytest.raises(OutboxError, match=r"is full: its disk, or its limit of 1 MiB. Entries leave it when"):
         fill()
     full = outbox.status().pending
     entries = outbox.deliveries.pending(full)
@@ -655,7 +655,7 @@ def test_an_outbox_of_an_earlier_version_is_left_as_it_is_by_those_that_look(pat
     write_outbox_of_before(path, version)
     for _ in range(2):
         with pytest.raises(
-            OutboxError, match=rf"^outbox {path}: .*earlier release .version {version}.: it is upgraded"
+            OutboxError, match=rf"^outbox {path}: .*earlier release .version {version}.\. Nothing was changed"
         ):
             Outbox(path)
     with closing(sqlite3.connect(path)) as db:
@@ -759,7 +759,7 @@ def test_an_outbox_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 5")
     db.close()
-    with pytest.raises(OutboxError, match="was made by a newer release .version 5, this one knows 4."):
+    with pytest.raises(OutboxError, match="was written by a newer release .version 5; this release reads up to 4."):
         Outbox(path)
     with sqlite3.connect(path) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (5,)

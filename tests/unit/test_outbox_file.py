@@ -689,9 +689,7 @@ def test_an_index_that_has_an_older_content_is_reported_and_rebuilt(
     path.write_bytes(content)
 
     with Outbox(path) as outbox:
-        assert outbox.quick_check(60) == (
-            f"index {index} is stale: a controller or relay builds it anew when it starts"
-        )
+        assert outbox.quick_check(60) == (f"index {index} is stale: a controller or relay rebuilds it when it starts")
         assert outbox.quick_check(60) is not None
     assert not caplog.records
     with Outbox(path, repair=True) as outbox:

@@ -368,7 +368,7 @@ def test_a_number_that_no_outbox_holds_is_removed_and_stops_nothing(
     ]
     assert redis.hgetall(key) == {}
     (record,) = caplog.records
-    assert record.getMessage() == f"removed field {field[:80]} of {first.source}: it is no acknowledgement"
+    assert record.getMessage() == f"removed field {field[:80]} of {first.source}: it is not an acknowledgement"
 
 
 @pytest.mark.usefixtures("at_once")
