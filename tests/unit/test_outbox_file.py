@@ -109,7 +109,7 @@ def test_entries_appended_after_the_file_was_removed_are_in_the_file_at_the_path
     ]
     assert outbox.generation == 1
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"outbox {path} was removed or replaced while it was in use: going on")
+    assert record.getMessage().startswith(f"outbox {path} was removed or replaced while it was in use. Continuing")
     assert record.getMessage().endswith("with 3 entries carried over")
     _append(outbox, after=20)
     assert len(_at_path(path)) == len(found) + 1
@@ -566,7 +566,7 @@ def test_a_damaged_relay_lock_is_replaced(path: Path, content: bytes, caplog: py
         assert first.acquire()
         assert first.held
         assert not second.acquire()
-        assert "outbox.db-relay is damaged and was replaced" in caplog.text
+        assert "outbox.db-relay was damaged and was replaced" in caplog.text
         first.release()
         assert second.acquire()
         second.release()
