@@ -323,7 +323,7 @@ class Line:
         self._proxy.set_mode("refuse")
         self._proxy.cut()
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         self._proxy.set_mode("pass")
 
 
