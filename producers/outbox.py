@@ -110,7 +110,7 @@ def _once_more_after_repair(method: Callable[Concatenate[Outbox, P], T]) -> Call
 
 
 class Outbox:
-    """Outbox in the file at `path`, which is created if it is missing and never grows beyond `max_bytes`.
+    """Outbox in the file at `path`, which is created if it is missing. Appends fail when it has `max_bytes`.
 
     Producers and relays open it with `repair`: a damaged file is quarantined (renamed to `<name>.damaged-<number>`) and
     replaced by a new one, and a file of an earlier release is upgraded. Commands that only read open it without

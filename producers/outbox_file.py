@@ -29,7 +29,7 @@ Prepare = Callable[[sqlite3.Connection], None]
 
 
 class OutboxFile:
-    """File at `path`, created with its folders when it is first used. It never grows beyond `max_bytes`.
+    """File at `path`, created with its folders when it is first used. Durable commits fail beyond `max_bytes`.
 
     `prepare` creates the tables in a file that was just opened. With `repair`, a file that has a second name (a hard
     link) is replaced by a copy before it is opened.

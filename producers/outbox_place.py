@@ -115,7 +115,7 @@ class OutboxPlace:
             return
         real = self.real
         with os_errors(self.path), folder_lock(real.parent):
-            if not has_hard_link(real):  # another process was first
+            if not has_hard_link(real):  # another process has replaced it meanwhile
                 return
             copies = self._copies_of_file_and_log()
             # Replace the log first: if this process dies after that, the file still has two names and this is repeated.

@@ -1,7 +1,8 @@
 """Reads the entries out of a damaged outbox file and copies them into the outbox.
 
 Entries keep their source, number and nonce, and so their job id: if Redis or the database already has such an entry, it
-recognizes the same delivery. If the outbox already has an entry, that entry is left unchanged.
+recognizes the same delivery. If the outbox already has an entry, the entry is left unchanged, with one exception: a
+settled entry that is unsettled in the damaged file is sent again.
 """
 
 from __future__ import annotations

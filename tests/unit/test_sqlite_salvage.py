@@ -92,7 +92,8 @@ def _overwrite(path: Path, offset: int, data: bytes) -> None:
 def _positions_within(path: Path, start: int, end: int, *, page_bytes: int = _PAGE) -> set[int]:
     """Return the entries that have a part on a page with one of the bytes from `start` to `end`."""
     with path.open("rb") as file:
-        file.seek(first := start // page_bytes * page_bytes)
+        first = start // page_bytes * page_bytes
+        file.seek(first)
         data = file.read(-(-end // page_bytes) * page_bytes - first)
     return {int(position) for position in re.findall(rb"<(\d{6})>", data)}
 
