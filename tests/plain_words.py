@@ -62,7 +62,7 @@ RETIRED = (
 
 # Names that other programs or databases of an earlier version have.
 _GIVEN_NAMES = re.compile(
-    r"""['"]absorbed['"]|event_outcomes_refusal_has_a_reason|TimerDeathPenalty|death_penalty|['"]death['"]"""
+    r"""['"]absorbed['"]|event_outcomes_refusal_has_a_reason|TimerDeathPenalty|death_penalty|['"]death['"]|['"]confirmed['"]|entries_(?:un)?confirmed"""
 )
 _DOCSTRING_BEGINS = re.compile(r"(?:What|Who|Whoever|Whose|Of)\b")
 

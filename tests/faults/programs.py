@@ -212,7 +212,7 @@ EXCHANGE_STEPS = {
 CARRY_OVER_STEPS = {
     "before carry-over": lambda: (outbox_carry_over, "_carry_over", "before"),
     "after carry-over, before its commit": lambda: (outbox_carry_over, "_carry_over", "after"),
-    "after the commit of carry-over": lambda: (OutboxFile, "_go_on_at_path", "after"),
+    "after the commit of carry-over": lambda: (OutboxFile, "_continue_at_path", "after"),
 }
 # Steps of a producer that finds its outbox file damaged.
 QUARANTINE_STEPS = {

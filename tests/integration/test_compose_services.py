@@ -287,7 +287,7 @@ def test_the_relay_sends_the_events_that_a_controller_left(
     finally:
         relay.kill()
     assert status == 0
-    assert f"relaying {volume / 'outbox.db'}, entries not settled: 1" in printed
+    assert f"relaying {volume / 'outbox.db'}, unsettled entries: 1" in printed
     assert [name for name, secret in SECRETS.items() if secret in printed] == []
 
 
