@@ -60,9 +60,10 @@ RETIRED = (
 )
 """The terms and idioms that the product does not use."""
 
-# Names that other programs or databases of an earlier version have.
+# Names in RQ, and in databases and outboxes of earlier versions.
 _GIVEN_NAMES = re.compile(
-    r"""['"]absorbed['"]|event_outcomes_refusal_has_a_reason|TimerDeathPenalty|death_penalty|['"]death['"]|['"]confirmed['"]|entries_(?:un)?confirmed"""
+    r"""['"](?:absorbed|confirmed|death)['"]"""
+    "|event_outcomes_refusal_has_a_reason|entries_(?:un)?confirmed|TimerDeathPenalty|death_penalty"
 )
 _DOCSTRING_BEGINS = re.compile(r"(?:What|Who|Whoever|Whose|Of)\b")
 
