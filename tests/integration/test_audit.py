@@ -20,7 +20,7 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from consumers.db.inserts import insert_events
 from consumers.ops.audit import SourceAudit, audit
-from consumers.ops.failed import refused_text, rejections
+from consumers.ops.failed import rejected_text, rejections
 from producers.errors import EventRejected
 from producers.events import KINDS, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer, Receipt
@@ -237,7 +237,7 @@ def test_a_discarded_event_stays_discarded_when_it_is_rejected_again(
 ) -> None:
     """A late second delivery of it does not bring it back to the list."""
     (rejection,) = rejections()
-    event = refused_text(rejection.job_id)
+    event = rejected_text(rejection.job_id)
     _run("failed", "discard", rejection.job_id, "--reason", "test data")
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
     queue.enqueue(KINDS[SNAPSHOT_TYPE].job_function, event, job_id=rejection.job_id)

@@ -123,7 +123,7 @@ def test_two_init_db_at_the_same_moment_both_succeed(empty_database_url: str) ->
     answers = [one.communicate(timeout=60)[0] for one in both]
     again = _run("init-db")
 
-    assert ([one.returncode for one in both], answers) == ([0, 0], [b"The tables are there.\n"] * 2)
+    assert ([one.returncode for one in both], answers) == ([0, 0], [b"The tables are ready.\n"] * 2)
     assert (again.returncode, get_portfolio_history()) == (0, [])
 
 

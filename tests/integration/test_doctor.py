@@ -31,7 +31,7 @@ from consumers.db.engine import engine
 from consumers.embedded import Addresses
 from consumers.legacy.legacy_json import history_files
 from consumers.ops import doctor
-from consumers.ops.facts import Fact
+from consumers.ops.checks import HealthCheck
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import crashes_key, lease_key, orphans_key, owners_key, quarantine_key, reserved_key
@@ -45,7 +45,7 @@ ENCODED = quote(PASSWORD, safe="")
 HISTORY = Path("data/history")
 
 
-def _diagnosed(*folders: Path) -> dict[str, Fact]:
+def _diagnosed(*folders: Path) -> dict[str, HealthCheck]:
     facts = doctor.diagnose(lambda: [file for folder in (HISTORY, *folders) for file in history_files(folder)])
     assert len({fact.name for fact in facts}) == len(facts)
     assert [fact for fact in facts if fact.state == "fail" and not (fact.found and fact.advice)] == []

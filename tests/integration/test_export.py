@@ -176,8 +176,8 @@ def test_times_that_the_format_cannot_tell_apart_are_counted(tmp_path: Path) -> 
     alone, in_order = (_run(f"out{n}", *_BERLIN, "--portfolio-id", n) for n in ("1", "2"))
 
     assert alone.stderr == (
-        "note: 1 entries are of the second of two equal hours, as the clock was set back:"
-        " the format cannot tell, and an import takes them for the first\n"
+        "note: 1 entries are from the second of two equal hours, after the clock was set back;"
+        " the format has no offset, so an import takes them for the first hour\n"
     )
     assert (alone.returncode, in_order.returncode, in_order.stderr) == (0, 0, "")
 
@@ -221,7 +221,7 @@ def test_existing_files_are_replaced_only_on_request(tmp_path: Path) -> None:
     )
     assert (replaced.returncode, replaced.stderr) == (
         0,
-        "note: not of this export, and left as they were: signals_archive_2020-01.json\n",
+        "note: left unchanged, because they are not part of this export: signals_archive_2020-01.json\n",
     )
     assert len(_read(tmp_path / "out" / names[0])) == 1
     assert (tmp_path / "out" / names[1]).read_text() == _OLD
@@ -282,7 +282,8 @@ def test_an_export_that_is_killed_leaves_the_files_that_were_there(tmp_path: Pat
     assert len(left) == (how == signal.SIGKILL)
     again = _run("out", "--overwrite")
     assert (again.returncode, len(_read(out / "portfolio_history.json"))) == (0, 100_000)
-    assert again.stderr == "".join(f"note: left by exports that were killed, or still run: {name}\n" for name in left)
+    note = "note: temporary files of exports that were killed or are still running: "
+    assert again.stderr == "".join(f"{note}{name}\n" for name in left)
 
 
 def test_all_files_are_of_one_moment(tmp_path: Path) -> None:

@@ -131,6 +131,6 @@ def test_without_adopted_tables_there_is_nothing_to_import(database_url: str) ->
     assert table_sources(engine()) == []
     assert (run.returncode, run.stderr) == (
         1,
-        "error: there are no adopted tables in the database: trading-history init-db --adopt-legacy makes them\n",
+        "error: the database has no adopted tables: run trading-history init-db --adopt-legacy first\n",
     )
     assert wrong == [2, 2]

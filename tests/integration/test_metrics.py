@@ -271,7 +271,8 @@ def test_a_worker_that_cannot_have_its_port_says_so(redis: Redis) -> None:
         ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (
         1,
-        f"error: cannot serve metrics at 127.0.0.1 port {port}: Address already in use",
+        f"error: cannot serve metrics at 127.0.0.1 port {port}: Address already in use;"
+        " choose another address with HISTORY_METRICS_HOST and HISTORY_METRICS_PORT, or --metrics-port",
     )
 
 

@@ -235,6 +235,6 @@ def test_there_is_nothing_to_flush_without_an_outbox(redis: Redis, outbox: Path)
     flushed = _run("flush")
     assert (flushed.returncode, flushed.stderr) == (
         1,
-        f"error: there is no outbox at {outbox}; HISTORY_OUTBOX names another place\n",
+        f"error: there is no outbox at {outbox}; set HISTORY_OUTBOX to its path\n",
     )
     assert not outbox.exists()

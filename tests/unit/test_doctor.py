@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumers.ops import doctor, settings_health
-from consumers.ops.database_health import clock_fact
-from consumers.ops.facts import Fact, duration, facts_or_error, size
+from consumers.ops.checks import HealthCheck, checks_or_error, duration, size
+from consumers.ops.database_health import clock_check
 from consumers.ops.masking import Mask
 from consumers.ops.outbox_health import outbox_of_settings
 from consumers.terminal import print_checks
@@ -27,10 +27,10 @@ from tests.unit.test_outbox import write_outbox_of_before
 NO_SECRETS = Mask(())
 
 
-def _outbox_facts() -> dict[str, Fact]:
+def _outbox_facts() -> dict[str, HealthCheck]:
     health = outbox_of_settings(ask_relay=True)
     assert health is not None
-    return {fact.name: fact for fact in health.facts()}
+    return {fact.name: fact for fact in health.checks()}
 
 
 def test_an_outbox_counts_what_waits_and_says_that_nobody_sends_it(
@@ -103,7 +103,7 @@ def test_rejections_in_an_outbox_are_a_warning(tmp_path: Path, monkeypatch: pyte
 )
 def test_a_clock_that_differs_is_reported(ahead: float, state: str, found: str) -> None:
     """Seconds do not matter, minutes do."""
-    fact = clock_fact(ahead)
+    fact = clock_check(ahead)
     assert (fact.state, found in fact.found) == (state, True)
 
 
@@ -124,20 +124,20 @@ def test_no_spelling_of_a_password_gets_through(password: str) -> None:
 def test_one_reading_that_fails_hides_nothing_of_the_others() -> None:
     """A defect is a failed fact; facts that were read before it stand."""
 
-    def broken() -> Iterator[Fact]:
-        yield Fact("first", "ok", "fine")
+    def broken() -> Iterator[HealthCheck]:
+        yield HealthCheck("first", "ok", "fine")
         raise ZeroDivisionError("a defect")
 
-    facts = list(facts_or_error("broken", broken, NO_SECRETS, advice="what to do"))
-    unknown = list(facts_or_error("broken", broken, NO_SECRETS, unknown=(ZeroDivisionError,)))
-    assert facts == [Fact("first", "ok", "fine"), Fact("broken", "fail", "a defect", "what to do")]
+    facts = list(checks_or_error("broken", broken, NO_SECRETS, advice="what to do"))
+    unknown = list(checks_or_error("broken", broken, NO_SECRETS, unknown=(ZeroDivisionError,)))
+    assert facts == [HealthCheck("first", "ok", "fine"), HealthCheck("broken", "fail", "a defect", "what to do")]
     assert (unknown[1].state, unknown[1].found) == ("unknown", "cannot be read: a defect")
 
 
 @pytest.mark.parametrize(("version", "state"), [("3.0.0", "ok"), ("3.0.9", "ok"), ("4.0.0", "fail"), ("3.1", "fail")])
 def test_an_rq_that_the_worker_refuses_is_wrong(monkeypatch: pytest.MonkeyPatch, version: str, state: str) -> None:
     monkeypatch.setattr(settings_health, "VERSION", version)
-    (fact,) = settings_health.rq_facts()
+    (fact,) = settings_health.rq_checks()
     assert (fact.state, version in fact.found, bool(fact.advice)) == (state, True, state == "fail")
 
 
@@ -155,9 +155,9 @@ def test_sizes_are_shown_in_mib_and_gib() -> None:
 def test_each_check_is_one_line_in_a_pipe_whatever_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     """Long, with what would be a style, and with what would steer a terminal."""
     facts = [
-        Fact("name", "fail", "[red]" + 400 * "x" + "\x1b[2J\n", "do"),
-        Fact("other", "warn", "y"),
-        Fact("z", "ok", ""),
+        HealthCheck("name", "fail", "[red]" + 400 * "x" + "\x1b[2J\n", "do"),
+        HealthCheck("other", "warn", "y"),
+        HealthCheck("z", "ok", ""),
     ]
     print_checks([{"name": one.name, "status": one.state, "found": one.found, "advice": one.advice} for one in facts])
     assert capsys.readouterr().out.splitlines() == [

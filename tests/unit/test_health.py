@@ -14,13 +14,13 @@ from fakeredis import FakeRedis
 from prometheus_client import generate_latest
 
 from consumers.ops import exposition
-from consumers.ops.database_health import database_server_facts
+from consumers.ops.checks import HealthCheck
+from consumers.ops.database_health import database_server_checks
 from consumers.ops.exposition import worker_registry
-from consumers.ops.facts import Fact
 from consumers.ops.health import HealthReader, Probe
 from consumers.ops.outbox_health import OutboxHealth
 from consumers.ops.queue_health import Owner, QueueHealth, read_queue
-from consumers.ops.redis_health import redis_server_facts
+from consumers.ops.redis_health import redis_server_checks
 from producers.errors import OutboxError
 from producers.outbox import MAX_BYTES
 
@@ -41,7 +41,7 @@ REDIS = {"redis_version": "6.2.0", "role": "master", "aof_enabled": 1, "maxmemor
 
 def _bad(facts: Any) -> list[tuple[str, str]]:
     """Name and state of each that is not ok; each of those has an advice, and no other has."""
-    listed: list[Fact] = list(facts)
+    listed: list[HealthCheck] = list(facts)
     assert [bool(fact.advice) for fact in listed] == [fact.state != "ok" for fact in listed]
     return [(fact.name, fact.state) for fact in listed if fact.state != "ok"]
 
@@ -63,7 +63,7 @@ def _bad(facts: Any) -> list[tuple[str, str]]:
 def test_workers_are_judged_by_their_leases_and_by_what_waits(
     values: dict[str, Any], bad: list[tuple[str, str]]
 ) -> None:
-    assert _bad(QueueHealth("history", **values).facts()) == bad
+    assert _bad(QueueHealth("history", **values).checks()) == bad
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_workers_are_judged_by_their_leases_and_by_what_waits(
 )
 def test_a_queue_beside_a_living_worker(values: dict[str, Any], bad: list[tuple[str, str]]) -> None:
     health = QueueHealth("history", owners={"one:0000000a": Owner(leased=True, jobs=0)}, **values)
-    assert _bad(health.facts()) == bad
+    assert _bad(health.checks()) == bad
 
 
 def test_owners_that_cannot_be_read_are_unknown() -> None:
-    bad = _bad(QueueHealth("history", owners=None, crash_counts=None).facts())
+    bad = _bad(QueueHealth("history", owners=None, crash_counts=None).checks())
     assert bad == [("workers", "unknown"), ("reserved jobs", "unknown"), ("poison candidates", "unknown")]
 
 
@@ -125,7 +125,7 @@ def test_an_outbox_is_judged_by_its_oldest_entry_and_its_size(
     values: dict[str, Any], bad: list[tuple[str, str]]
 ) -> None:
     empty: dict[str, Any] = dict.fromkeys(("pending", "sent", "rejected", "used_bytes"), 0)
-    assert _bad(OutboxHealth(**(empty | {"oldest_unacknowledged_seconds": None} | values)).facts()) == bad
+    assert _bad(OutboxHealth(**(empty | {"oldest_unacknowledged_seconds": None} | values)).checks()) == bad
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_an_outbox_is_judged_by_its_oldest_entry_and_its_size(
 )
 def test_a_database_server_is_judged_by_its_settings(values: dict[str, Any], bad: tuple[str, str] | None) -> None:
     server: Any = SimpleNamespace(**(DATABASE | values))
-    assert _bad(database_server_facts(server, 0.0)) == ([bad] if bad else [])
+    assert _bad(database_server_checks(server, 0.0)) == ([bad] if bad else [])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_database_server_is_judged_by_its_settings(values: dict[str, Any], bad
 def test_a_redis_server_is_judged_by_what_it_keeps(
     values: Mapping[str, Any], fsync: str | None, bad: tuple[str, str] | None
 ) -> None:
-    assert _bad(redis_server_facts({**REDIS, **values}, fsync)) == ([bad] if bad else [])
+    assert _bad(redis_server_checks({**REDIS, **values}, fsync)) == ([bad] if bad else [])
 
 
 def test_a_server_that_hangs_or_fails_hides_nothing_of_the_others() -> None:
@@ -229,8 +229,8 @@ def test_a_part_that_cannot_be_scraped_is_logged_once_and_so_is_its_end(
             generate_latest(registry)
     records = [record for record in caplog.records if "redis" in record.getMessage()]
     assert [record.getMessage() for record in records] == [
-        "cannot read redis: OutboxError: no",
-        "redis can be read again",
-        "cannot read redis: ZeroDivisionError: defect",
+        "metrics cannot read redis: OutboxError: no",
+        "metrics can read redis again",
+        "metrics cannot read redis: ZeroDivisionError: defect",
     ]
     assert [bool(record.exc_info) for record in records] == [False, False, True]
