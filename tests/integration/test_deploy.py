@@ -20,6 +20,7 @@ from consumers.settings import MetricsSettings, StoreSettings
 from producers.relay_process import END_SECONDS
 from producers.settings import TransportSettings
 from tests.compose_file import FILE, NOBODY, SERVICES, TOP
+from tests.documents import text_of
 
 README = (TOP / "README.md").read_text("utf-8")
 DEPLOY = TOP / "consumers" / "deploy"
@@ -121,7 +122,7 @@ def test_the_autoscaler_scales_the_workers_by_a_metric_that_exists() -> None:
     assert (scaler["scaleTargetRef"]["kind"], scaler["scaleTargetRef"]["name"]) in _manifests()
     (metric,) = scaler["metrics"]
     name = metric["external"]["metric"]["name"].removeprefix("trading_history_")
-    assert f"`{name}`" in README.split("## Watch it")[1]  # whose names are compared with what is scraped
+    assert f"`{name}`" in text_of("consumers/ops/README.md")  # its metrics are compared with the exported ones
 
 
 def test_a_controller_in_a_container_finds_redis(tmp_path: Path) -> None:

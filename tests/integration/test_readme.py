@@ -11,19 +11,12 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 from redis import Redis
-from typer.main import get_command
 
-from consumers.cli import app
 from consumers.db.engine import get_db
-from consumers.operations import insert_portfolio_history_snapshot
-from consumers.ops.exposition import worker_registry
-from consumers.ops.queue_health import read_queue
 from consumers.settings import (
     ApiSettings,
     DashboardSettings,
@@ -40,7 +33,6 @@ from producers.trading_controller import shared_producer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-DEPLOY = ROOT / "consumers" / "deploy"
 
 
 def _block(marker: str) -> str:
@@ -138,59 +130,6 @@ def test_the_test_vectors_are_right() -> None:
         assert str(event_id(event_type, portfolio_id, datetime.fromisoformat(instant))) == expected
 
 
-def _own_options(command: Any) -> set[str]:
-    return {name for one in command.params for name in one.opts if name.startswith("--")} | {"--help"}
-
-
-def _commands() -> dict[str, set[str]]:
-    """The options of each command; those of a group go by both words, as in `outbox status`."""
-    found: dict[str, set[str]] = {}
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]  # a click group
-        parts = getattr(command, "commands", None)
-        found |= {name: command} if parts is None else {f"{name} {part}": one for part, one in parts.items()}
-    return {name: _own_options(command) for name, command in found.items()}
-
-
-def _unknown(line: str, commands: dict[str, set[str]]) -> list[str]:
-    """What a command line, without its program, names and the command has not; all of it if it is none of ours."""
-    words = line.split()
-    name = next((name for name in commands if words[: len(name.split())] == name.split()), None)
-    named = re.findall(r"(?<!\S)--[\w-]+", line)
-    return [line] if name is None else [f"{name} {option}" for option in named if option not in commands[name]]
-
-
-def test_every_command_is_documented_and_every_documented_command_exists() -> None:
-    """The table of commands against the command itself: subcommands, and the options that a row names."""
-    section = README.split("### Commands")[1].split("### Settings")[0]
-    commands, documented, unknown = _commands(), set(), []
-    for cell, does in re.findall(r"^\| (`.*?) \| (.*) \|$", section, re.M):
-        for line in re.findall("`([^`]+)`", cell):
-            documented |= {name for name in commands if f"{line} ".startswith(f"{name} ")}
-            unknown += _unknown(" ".join([line, *re.findall("`(--[^`]+)`", does)]), commands)
-    assert unknown == []
-    assert documented == set(commands)
-
-
-def test_every_command_line_in_it_exists() -> None:
-    """In code blocks, and in a line of text with the program's name or without; so do the options that it names.
-
-    In README.md of consumers/deploy too, and in the summaries of the alerts.
-    """
-    pages = README + (DEPLOY / "README.md").read_text("utf-8")
-    alerts = (DEPLOY / "alerts.yaml").read_text("utf-8")
-    commands, top = _commands(), _own_options(get_command(app))
-    groups = {name.split()[0] for name in commands}
-    blocks = re.findall(r"```\w+\n(.*?)```", pages, re.DOTALL)
-    spans = [" ".join(span.split()) for span in re.findall("`([^`]+)`", re.sub(r"```.*?```", "", pages, flags=re.S))]
-    lines = [line for block in [*blocks, alerts] for line in block.replace("\\\n", "").splitlines()] + spans
-    called = [line for text in lines for line in re.findall(r"trading-history ([^;|&\"}]+)", text)]
-    called += [span for span in spans if span.split()[0] in groups and len(span.split()) > 1]
-    assert len(called) > 50
-    unknown = [one for line in called if line[0] not in "-…" for one in _unknown(line.rstrip(" .…"), commands)]
-    assert unknown == []
-    assert {line.split()[0] for line in called if line[0] == "-"} <= top
-
-
 def test_every_setting_is_documented_and_every_documented_setting_exists() -> None:
     """The table of settings against the models that read them."""
     section = README.split("### Settings")[1].split("\n## ")[0]
@@ -203,33 +142,6 @@ def test_every_setting_is_documented_and_every_documented_setting_exists() -> No
         *(MetricsSettings, LogSettings),
     )
     assert documented == {field.alias for model in models for field in model.model_fields.values()}
-
-
-def test_the_metrics_of_the_table_and_of_the_alerts_exist_and_none_is_missing(redis: Redis, database_url: str) -> None:
-    """With an outbox, a portfolio and labels as they are; the rules as Prometheus reads their file."""
-    row = dict.fromkeys(("balance", "total_invested", "total_profit_loss", "total_value"), 1)
-    counts = {"open_positions": 1, "trade_count": 1, "portfolio_id": 1}
-    insert_portfolio_history_snapshot({"timestamp": datetime(2026, 11, 22), **row, **counts})
-    Path("data").mkdir()
-    Outbox("data/outbox.db").close()
-    families = {
-        family.name: {name for sample in family.samples for name in sample.labels}
-        for family in worker_registry(lambda: None, lambda: read_queue(redis, "history")).collect()
-        if family.name.startswith("trading_history_")
-    }
-
-    section = README.split("## Watch it")[1].split("\n## ")[0]
-    cells = " ".join(re.findall(r"^\| (`.*?`) \|", section, re.M))
-    documented = re.findall(r"`(\w+?)(?:_total)?(?:\{([\w,]+)\})?`", cells)
-    assert {f"trading_history_{name}": set(labels.split(",")) - {""} for name, labels in documented} == {
-        name: labels - {"le"} for name, labels in families.items()
-    }
-
-    (group,) = yaml.safe_load((DEPLOY / "alerts.yaml").read_text("utf-8"))["groups"]
-    assert all({"alert", "expr", "annotations"} <= set(rule) <= {"alert", "expr", "annotations", "for"}
-               for rule in group["rules"])  # fmt: skip
-    used = set(re.findall(r"trading_history_\w+", " ".join(rule["expr"] for rule in group["rules"])))
-    assert {re.sub("_(total|bucket)$", "", name) for name in used} - {"trading_history_"} <= set(families)
 
 
 def test_the_schema_command_prints_json_schema() -> None:
