@@ -102,8 +102,9 @@ class QueueHealth:
         states = sorted(self.worker_states.items())
         waiting = [f"{name} is {state}" for name, state in states if state.startswith("waiting")]
         if not ours and not stock:
-            state, found = ("fail", "none, but jobs wait") if self.queued else ("warn", "none")
-            return HealthCheck("workers", state, found, f"start {_START}")
+            if self.queued:
+                return HealthCheck("workers", "fail", "none, but jobs wait", f"start {_START}")
+            return HealthCheck("workers", "warn", "none", f"start {_START}")
         if waiting:
             return HealthCheck(
                 "workers", "fail", f"{found}; {'; '.join(waiting)}", "the worker's log says why it waits"

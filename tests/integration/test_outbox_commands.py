@@ -168,7 +168,7 @@ def test_flush_does_not_wait_for_events_recorded_meanwhile(
         producer.settle(40)
     assert (flushed.returncode, flushed.stdout) == (1, "")
     assert flushed.stderr.startswith(f"Every event that was in {outbox} is stored or rejected, but not ")
-    assert flushed.stderr.endswith(" since then. Stop its controllers and run this again before you delete it.\n")
+    assert flushed.stderr.endswith(" since then. Stop the controllers and run this again before you delete the file.\n")
 
 
 def test_another_redis_than_the_outboxs_is_refused(redis: Redis, outbox: Path) -> None:
