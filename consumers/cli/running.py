@@ -124,9 +124,8 @@ def relay(
     signals = SimpleQueue[int]()  # its put() is safe in a signal handler
 
     def stop(number: int, _: object) -> None:
-        if (
-            not signals.empty()
-        ):  # a second signal ends the relay at once; the next relay sends unacknowledged events again
+        # A second signal ends the relay at once. The next relay sends unacknowledged events again.
+        if not signals.empty():
             raise SystemExit(128 + number)
         signals.put(number)
 

@@ -60,7 +60,7 @@ class OutboxHealth:
         advice = "check the lines about Redis, workers and PostgreSQL"
         if self.is_relayed is False:
             found += "; no process sends them"
-            advice = "start the controller, trading-history relay, or trading-history outbox flush"
+            advice = "start the controller or trading-history relay, or run trading-history outbox flush"
         yield HealthCheck("outbox", self.state, found, "" if self.state == "ok" else advice)
         problem = str(self.rejected) if self.rejected else ""
         advice = "run trading-history failed list on a machine that reaches the database"

@@ -107,7 +107,10 @@ class QueueHealth:
             return HealthCheck("workers", "warn", "none", f"start {_START}")
         if waiting:
             return HealthCheck(
-                "workers", "fail", f"{found}; {'; '.join(waiting)}", "the worker's log says why it waits"
+                "workers",
+                "fail",
+                f"{found}; {'; '.join(waiting)}",
+                "read the worker's log: it says why the worker waits",
             )
         if not ours:
             advice = (

@@ -61,7 +61,7 @@ def rq_checks() -> Iterator[HealthCheck]:
     problem = (
         "" if VERSION.startswith(TESTED_RQ) else f"{VERSION}, but HistoryWorker was {tested} only and does not start"
     )
-    advice = f"pip install 'rq=={TESTED_RQ[0]}.*', or use RQ's own worker"
+    advice = f"run pip install 'rq=={TESTED_RQ[0]}.*', or use RQ's own worker"
     yield check_result("RQ", f"{VERSION} ({tested})", problem, advice=advice)
 
 
