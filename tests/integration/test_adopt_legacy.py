@@ -229,14 +229,15 @@ def test_a_second_adoption_changes_nothing_and_reports_it(first_generation: str)
 
     assert first == (
         0,
-        "portfolio_history is portfolio_history_legacy now.\nsignal_archives is signal_archives_legacy now.\n"
-        "The tables are there.\n",
+        "Table portfolio_history was renamed to portfolio_history_legacy.\n"
+        "Table signal_archives was renamed to signal_archives_legacy.\n"
+        "The tables are ready.\n",
         "",
     )
     assert again == (
         0,
-        "There are no tables of the old shape to rename; portfolio_history_legacy and signal_archives_legacy came from"
-        " an earlier run.\nThe tables are there.\n",
+        "There are no tables of the old shape to rename; portfolio_history_legacy and signal_archives_legacy are from"
+        " an earlier run.\nThe tables are ready.\n",
         "",
     )
     assert database_facts(first_generation) == before
@@ -249,7 +250,7 @@ def test_without_old_tables_adoption_does_the_same_as_init_db(empty_database_url
     _execute("DROP TABLE portfolio_history, signal_archives, event_outcomes")
     apply_schema(engine())
 
-    assert answer == (0, "There are no tables of the old shape to rename.\nThe tables are there.\n", "")
+    assert answer == (0, "There are no tables of the old shape to rename.\nThe tables are ready.\n", "")
     assert database_facts(empty_database_url) == made
 
 

@@ -217,7 +217,7 @@ def test_postgres_is_healthy_if_it_answers_over_tcp(postgres: Postgres) -> None:
 
 def test_init_db_adds_the_logins_to_an_older_database(tables: list[tuple[int, str]], postgres: Postgres) -> None:
     """Both logins can read rows that were stored before."""
-    assert [(status, printed.count("may log in")) for status, printed in tables] == [(0, 0), (0, 2)]
+    assert [(status, printed.count("is ready, with the password")) for status, printed in tables] == [(0, 0), (0, 2)]
     for name in ("worker", "api"):
         found = postgres.sql(service(name)["environment"], "SELECT balance FROM portfolio_history WHERE source = 'old'")
         assert found.stdout == "1.00000000\n"

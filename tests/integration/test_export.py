@@ -185,8 +185,8 @@ def test_ambiguous_times_are_counted(tmp_path: Path) -> None:
     alone, in_order = (_run(f"out{n}", *_BERLIN, "--portfolio-id", n) for n in ("1", "2"))
 
     assert alone.stderr == (
-        "note: 1 entries are of the second of two equal hours, as the clock was set back:"
-        " the format cannot tell, and an import takes them for the first\n"
+        "note: 1 entries are from the second of two equal hours, after the clock was set back;"
+        " the format has no offset, so an import takes them for the first hour\n"
     )
     assert (alone.returncode, in_order.returncode, in_order.stderr) == (0, 0, "")
 
@@ -230,7 +230,7 @@ def test_existing_files_are_replaced_only_on_request(tmp_path: Path) -> None:
     )
     assert (replaced.returncode, replaced.stderr) == (
         0,
-        "note: not of this export, and left as they were: signals_archive_2020-01.json\n",
+        "note: left unchanged, because they are not part of this export: signals_archive_2020-01.json\n",
     )
     assert len(_read(tmp_path / "out" / names[0])) == 1
     assert (tmp_path / "out" / names[1]).read_text() == _OLD
@@ -291,7 +291,8 @@ def test_a_killed_export_keeps_the_old_files(tmp_path: Path, how: signal.Signals
     assert len(left) == (how == signal.SIGKILL)
     again = _run("out", "--overwrite")
     assert (again.returncode, len(_read(out / "portfolio_history.json"))) == (0, 100_000)
-    assert again.stderr == "".join(f"note: left by exports that were killed, or still run: {name}\n" for name in left)
+    note = "note: temporary files of exports that were killed or are still running: "
+    assert again.stderr == "".join(f"{note}{name}\n" for name in left)
 
 
 def test_all_files_show_one_moment_of_the_database(tmp_path: Path) -> None:

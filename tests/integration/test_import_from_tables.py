@@ -132,7 +132,7 @@ def test_without_adopted_tables_the_import_fails(database_url: str) -> None:
     assert table_sources(engine()) == []
     assert (run.returncode, run.stderr) == (
         1,
-        "error: there are no adopted tables in the database: trading-history init-db --adopt-legacy makes them\n",
+        "error: the database has no adopted tables: run trading-history init-db --adopt-legacy first\n",
     )
     assert wrong == [2, 2]
 

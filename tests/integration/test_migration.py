@@ -408,7 +408,7 @@ def test_a_stop_signal_prints_the_number_of_decided_entries(
         _, errors = running.communicate(timeout=20)
     decided = _rows()
     assert running.returncode == status
-    message = re.fullmatch(r"stopped after (\d+) entries; run it again to go on\n", errors)
+    message = re.fullmatch(r"stopped after (\d+) entries; run the same command again to continue\n", errors)
     assert message is not None
     assert 0 <= int(message[1]) <= decided  # the signal may come between the commit of a batch and its count
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]

@@ -168,7 +168,7 @@ def test_flush_does_not_wait_for_events_that_are_recorded_meanwhile(
         producer.settle(40)
     assert (flushed.returncode, flushed.stdout) == (1, "")
     assert flushed.stderr.startswith(f"Every event that was in {outbox} is stored or rejected, but not ")
-    assert flushed.stderr.endswith(" since then. Stop its controllers and run this again before you delete it.\n")
+    assert flushed.stderr.endswith(" since then. Stop the controllers and run this again before you delete the file.\n")
 
 
 def test_flush_and_resend_fail_with_another_redis_than_the_outboxs(redis: Redis, outbox: Path) -> None:
@@ -235,6 +235,6 @@ def test_flush_fails_without_an_outbox(redis: Redis, outbox: Path) -> None:
     flushed = _run("flush")
     assert (flushed.returncode, flushed.stderr) == (
         1,
-        f"error: there is no outbox at {outbox}; HISTORY_OUTBOX names another place\n",
+        f"error: there is no outbox at {outbox}; set HISTORY_OUTBOX to its path\n",
     )
     assert not outbox.exists()

@@ -72,7 +72,7 @@ def test_a_controllers_installation_has_no_database_library(bin_folder: Path) ->
     assert not {"consumers", "fakeredis", "httpx", "pytest", "sqlalchemy"} & set(modules)
     assert (command.returncode, command.stderr) == (
         1,
-        "error: this command needs more: pip install '.[worker]' in a clone of trading-history\n",
+        "error: this command needs the extra [worker]: run pip install '.[worker]' in a clone of trading-history\n",
     )
     unset = subprocess.run(
         [bin_folder / "trading-history", "archive"], capture_output=True, text=True, check=False, env={}

@@ -63,7 +63,7 @@ def roles(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name in ("HISTORY_WRITER_PASSWORD", "HISTORY_READER_PASSWORD"):
         monkeypatch.setenv(name, _PASSWORD)
     told = _in_process("init-db").splitlines()
-    assert told[1:] == [f"{login} may log in, with its password." for login in (WORKER, API)]
+    assert told[1:] == [f"Login {login} is ready, with the password from the settings." for login in (WORKER, API)]
     _execute(database_url, "CREATE ROLE a_stranger LOGIN")
     yield database_url
     _execute(database_url, *[f"DROP OWNED BY {name}; DROP ROLE {name}" for name in (WORKER, API, "a_stranger")])
@@ -164,7 +164,7 @@ def test_the_commands_of_a_worker_host_need_no_more_than_the_writer(
     burst(redis)
     for command in ("audit", "history", "archives"):
         _in_process(command, "--json")
-    assert f"{WORKER} may do what a worker does" in CliRunner().invoke(app, ["doctor", "--json"]).output
+    assert f"{WORKER} has all privileges of a worker" in CliRunner().invoke(app, ["doctor", "--json"]).output
 
 
 def test_the_stock_workers_handler_needs_no_more_than_the_writer(
@@ -206,7 +206,7 @@ def test_the_api_and_the_page_need_no_more_than_the_reader(
     assert statuses() == as_owner
     assert {path: status for path, status in as_owner.items() if status != 200} == {}
     told = CliRunner().invoke(app, ["doctor", "--json"]).output
-    assert f"{API} may only read: what the API does, not what a worker does" in told
+    assert f"{API} may only read: enough for the API, not for a worker" in told
 
 
 def test_a_password_never_reaches_the_servers_log(pair: Addresses, database_url: str) -> None:
@@ -254,7 +254,7 @@ def test_a_role_that_may_not_make_roles_makes_the_tables_all_the_same(
     assert (done.returncode, done.stderr) == (0, "")
     notes = done.stdout.splitlines()
     assert [line.partition(" was not made")[0] for line in notes[:2]] == [f"Note: {WRITER}", f"Note: {READER}"]
-    assert notes[-1] == "The tables are there."
+    assert notes[-1] == "The tables are ready."
     assert (asked.returncode, len(asked.stderr.splitlines())) == (1, 1)
     assert f"login role {API} was not made or changed: permission denied" in asked.stderr
     assert _PASSWORD not in asked.stderr

@@ -127,7 +127,7 @@ def test_ports_that_there_are_not_are_wrong_usage(
     run = CliRunner().invoke(app, ["worker", "--processes", "3", *arguments])
     assert run.exit_code == 2, run.output
     named = " ".join(run.stderr.replace("│", " ").split())
-    assert "3 processes from 65534 on need ports above 65535" in named
+    assert "3 processes from port 65534 on need ports above 65535" in named
     assert ("--metrics-port" if arguments else "HISTORY_METRICS_PORT") in named
 
 

@@ -79,5 +79,5 @@ def test_up_reports_why_its_dashboard_has_another_port(
         other = cli_up._listening()
     with other:
         assert other.getsockname()[1] != port
-    why = f"RQ Dashboard is at another port this time: cannot listen at 127.0.0.1 port {port}: Address already in use\n"
+    why = f"RQ Dashboard uses another port this time: cannot listen at 127.0.0.1 port {port}: Address already in use\n"
     assert capsys.readouterr().err == why
