@@ -92,7 +92,7 @@ def test_nothing_to_archive_is_said_and_is_no_error(redis: Redis) -> None:
         (
             ["status"],
             {"HISTORY_TIMEZONE": "x", "REDIS_URL": "redis://h"},
-            "error: HISTORY_TIMEZONE: is not a time zone",
+            "error: HISTORY_TIMEZONE: must be the name of an IANA time zone",
         ),
     ],
 )

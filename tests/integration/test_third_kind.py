@@ -256,7 +256,7 @@ def test_a_wrong_one_is_refused_at_the_producer() -> None:
     [
         ({"data": {"profit_loss": -12.5}}, "data.profit_loss: must be a decimal string"),
         ({"data": {"size": 1}}, "data.size: is not a field of this event"),
-        ({"data": {"trade_id": "t-2"}}, "id: is not the id of this type and trade_id"),
+        ({"data": {"trade_id": "t-2"}}, "id: does not match type and trade_id"),
         ({"type": "trading.closed-trade.v2"}, "type: Input should be 'trading.closed-trade.v1'"),
         ({"subject": "x" * 20_000}, "event: is larger than 16 KiB"),
     ],
