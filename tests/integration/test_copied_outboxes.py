@@ -86,7 +86,7 @@ def test_a_folder_copied_while_the_bot_is_stopped(bot: Open, redis: Redis, line:
     one.record(*some_events(80, 10, 3))
     one.stop()
     copy_with_cp(tmp_path / "one", tmp_path / "two")
-    line.mend()
+    line.restore()
 
     with _worker(when, tmp_path) as change_worker:
         one.restart()
@@ -114,7 +114,7 @@ def test_two_copies_that_used_the_same_numbers_for_different_events(
         _same_cycle(each, balance)
         each.record(*some_events(balance, 0, 3))
     used_twice = sorted({n for _, n, _ in one.accepted} & {n for _, n, _ in two.accepted})
-    line.mend()
+    line.restore()
     with worker_process(tmp_path):
         settle(one, two)
 
@@ -141,7 +141,7 @@ def test_an_event_of_one_copy_that_is_lost_is_missed_by_its_own_outbox(
     two = bot("two")
     one.record(*some_events(81, 0, 3))
     (lost, *_) = two.record(*some_events(82, 0, 3))
-    line.mend()
+    line.restore()
     with worker_process(tmp_path):
         settle(one, two)
     assert_sound(one.account(), two.account(), outboxes=[one.path, two.path])
@@ -209,7 +209,7 @@ def test_three_copies_and_a_copy_of_a_copy(bot: Open, redis: Redis, line: Line, 
         for number, each in enumerate(bots):
             each.record(*some_events(100 + number, len(each.accepted), 4))
             _same_cycle(each, number)
-    line.mend()
+    line.restore()
     with worker_process(tmp_path):
         settle(*bots)
     assert_sound(*(each.account() for each in bots), outboxes=[each.path for each in bots])

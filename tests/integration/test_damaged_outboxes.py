@@ -52,10 +52,10 @@ def test_twenty_kilobytes_in_the_middle_of_300_pending_entries(
     old = _with_pending(path, 300)
     _damage(path)
     if redis_is == "there":
-        line.mend()
+        line.restore()
     with worker_process(tmp_path), Bot(path) as bot:
         bot.record(82, 0, 5)
-        line.mend()
+        line.restore()
         deadline = time.monotonic() + _NEW_SECONDS
         until(lambda: {state for state, _ in bot.states().values()} == {"stored"}, _NEW_SECONDS)
         assert time.monotonic() < deadline
@@ -87,7 +87,7 @@ def test_damage_that_nobody_has_met_yet_is_shown(line: Line, tmp_path: Path) -> 
     _with_pending(path, 300)
     assert json.loads(cli("outbox", "status", "--json", outbox=path).stdout)["check"] == "sound"
     _damage(path)
-    line.mend()
+    line.restore()
     before = sorted(one.name for one in path.parent.iterdir() if not one.name.endswith(("-wal", "-shm")))
 
     shown = cli("outbox", "status", "--json", outbox=path)
@@ -109,7 +109,7 @@ def test_the_first_page_is_damaged(redis: Redis, line: Line, tmp_path: Path) -> 
     shown = cli("outbox", "status", outbox=path)
     assert shown.exit_code == 1
     assert doctored(path, "outbox file")[0] == "fail"
-    line.mend()
+    line.restore()
     with worker_process(tmp_path), Bot(path) as bot:
         bot.record(82, 0, 5)
         bot.settle()
@@ -126,7 +126,7 @@ def test_salvage_of_a_file_that_was_quarantined_elsewhere(redis: Redis, line: Li
     elsewhere.mkdir()
     os.rename(path, elsewhere / "damaged")
     _damage(elsewhere / "damaged")
-    line.mend()
+    line.restore()
     with worker_process(tmp_path), Bot(path) as bot:
         bot.record(82, 0, 5)
         salvaged = cli("outbox", "salvage", str(elsewhere / "damaged"), outbox=path)
@@ -179,7 +179,7 @@ def test_damage_under_a_running_bot_while_two_processes_use_the_outbox(
         _damage(Path(f"{path}-wal"))
         one.record(83, 0, 20)
         two.record(84, 0, 20)
-        line.mend()
+        line.restore()
         one.settle()
         two.settle()
         one.record(85, 0, 20)

@@ -85,7 +85,7 @@ def test_a_backup_is_put_back_while_nobody_runs(
         again.record(81, 600, 20)
         again.record(80, 0, 20, balance=2)  # the ids of rows that are there, other content
         again.record(81, 300, 20)  # rows that are there, unless the restored file does not know it
-        line.mend()
+        line.restore()
         with worker_process(tmp_path):
             again.record(81, 700, 20)
             again.settle()
@@ -144,7 +144,7 @@ def test_killed_after_its_outbox_was_removed_or_replaced(line: Line, tmp_path: P
         one.record(81, 200, 1)
         one.kill()
     accounts = [one.account(ask=False)]
-    line.mend()
+    line.restore()
     with worker_process(tmp_path), Bot(path) as again:
         again.record(82, 0, 3)
         again.settle()
@@ -170,7 +170,7 @@ def test_removed_or_replaced_under_a_running_controller(
         CHANGES[change](path)
         one.record(81, 200, 30)
         one.record(80, 0, 5, balance=2)
-        line.mend()
+        line.restore()
         with worker_process(tmp_path):
             one.settle()
         states = one.states()
@@ -216,7 +216,7 @@ def test_restored_over_the_same_inode_under_a_running_controller(
             _put_over(backup / f"{path.name}{end}", Path(f"{path}{end}"))
         at_risk = set(one.accepted)
         one.record(83, 0, count)
-        line.mend()
+        line.restore()
         with worker_process(tmp_path):
             one.settle()
             one.record(84, 0, 1)
