@@ -1,4 +1,4 @@
-"""Keeps the child processes of a test away from the real Redis and outbox, by the environment that they inherit."""
+"""Environment variables that keep the child processes of a test away from the real Redis and outbox."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from unittest.mock import patch
 
 VARIABLES = ("REDIS_URL", "HISTORY_OUTBOX", "HISTORY_OUTBOX_KEEP", "HISTORY_QUEUE")
 
-_REAP_POLLS, _REAP_POLL_SECONDS = 100, 0.005  # with children that live on it ends later, unreaped
+_REAP_POLLS, _REAP_POLL_SECONDS = 100, 0.005  # while it has children, the fork server ends later and is not reaped
 
 
 @contextmanager
 def redirected_children(outbox: Path, queue: str) -> Iterator[None]:
-    """Have processes that are started in the block record to `outbox`, and find no Redis."""
+    """Make processes that are started in the block record to `outbox`, with a Redis that does not exist."""
     with _environment(outbox, queue), _fork_server():
         yield
 
@@ -39,10 +39,10 @@ def _environment(outbox: Path, queue: str) -> Iterator[None]:
 
 @contextmanager
 def _fork_server() -> Iterator[None]:
-    """A fork server for the block: one that runs already would give its children the environment from before.
+    """Use a new fork server in the block: the children of one that already runs have the environment from before.
 
-    It is not stopped by multiprocessing's own means, which wait for all its children, but as they are: by closing the
-    pipe that it and they watch.
+    multiprocessing's own way to stop a fork server waits for all its children. This one is stopped by closing the pipe
+    that the server and its children watch.
     """
     own = forkserver.ForkServer()
     own.set_forkserver_preload(list(forkserver._forkserver._preload_modules))  # type: ignore[attr-defined]  # not in its stubs
@@ -62,6 +62,6 @@ def _reap(pid: int) -> None:
         try:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 return
-        except ChildProcessError:  # the program waits for all children of this process
+        except ChildProcessError:  # the program has already reaped it
             return
         time.sleep(_REAP_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Where a cycle's signals come from: the caller, an API, or the file that the trading system overwrites."""
+"""Sources of the signals of a trading cycle: the caller, a URL, or the file that the trading system overwrites."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from producers.errors import SignalsUnreadable
 from producers.events import MAX_EVENT_BYTES
 from producers.fields import type_name
 
-URL_TIMEOUT_SECONDS = 5.0  # from the call to its answer, or to an error
+URL_TIMEOUT_SECONDS = 5.0  # for the whole request: name lookup, connections, redirects and the response
 
 
 def read_signals(given: Any, *, signals_url: str | None, signals_path: Path) -> list[Any]:
-    """The signals of the first source that is given; an empty list when it has none.
+    """Return the signals of the first source that is given: `given`, `signals_url`, then `signals_path`.
+
+    The list is empty if that source has no signals or the file does not exist.
 
     Raises:
-        SignalsUnreadable: the source that was chosen holds no JSON array of signals.
+        SignalsUnreadable: that source does not contain a JSON array of signals.
     """
     if given is not None:
         return _array(given, "signals")
     if signals_url is not None:
-        return _parse(_fetch(signals_url), "the answer of signals_url")
+        return _parse(_fetch(signals_url), "the response of signals_url")
     try:
         content = signals_path.read_bytes()
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:  # the latter for a path with a NUL character
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL character
         raise SignalsUnreadable(f"{signals_path}: {getattr(error, 'strerror', None) or error}") from error
     return _parse(content, str(signals_path))
 
 
 def _fetch(url: str) -> bytes:
-    """The answer of `url`, within URL_TIMEOUT_SECONDS whatever the server does."""
+    """Return the body of the response, or raise SignalsUnreadable, within URL_TIMEOUT_SECONDS."""
     download = _Download(url)
     try:
         return download.content.result(URL_TIMEOUT_SECONDS)
@@ -50,10 +52,10 @@ def _fetch(url: str) -> bytes:
 
 
 class _Download:
-    """One GET, in a thread of its own: `content` gets the answer, or SignalsUnreadable.
+    """One GET request in a separate thread. `content` receives the response body, or SignalsUnreadable.
 
-    The library limits each attempt to connect and each read, of which a server can cause any number, and not the
-    look-up of a name. Nothing waits for the thread, not even the interpreter's exit.
+    A thread, because httpx limits each connection attempt and each read, not the whole request, and the name lookup
+    not at all. Nothing waits for the thread, not even the interpreter's exit.
     """
 
     def __init__(self, url: str) -> None:
@@ -63,13 +65,13 @@ class _Download:
         self._aborted = False
         try:
             threading.Thread(target=self._run, name="signals-url", daemon=True).start()
-        except RuntimeError:  # at the interpreter's end
-            raise SignalsUnreadable("signals_url cannot be read: no thread can start") from None
+        except RuntimeError:  # the interpreter is shutting down
+            raise SignalsUnreadable("signals_url cannot be read: cannot start a thread") from None
 
     def abort(self) -> None:
-        """End the thread: at once if it reads or writes, else when its look-up or attempt to connect has ended."""
+        """End the thread: at once if it reads or writes, otherwise after its name lookup or connection attempt."""
         self._aborted = True
-        self._hang_up()
+        self._shut_down_socket()
 
     def _run(self) -> None:
         try:
@@ -78,7 +80,7 @@ class _Download:
             self.content.set_exception(error)
 
     def _read(self) -> bytes:
-        import httpx  # only this path needs it, and it is slow to import
+        import httpx  # here, because it is slow to import and only this function needs it
 
         content = bytearray()
         try:
@@ -91,28 +93,29 @@ class _Download:
                     content += chunk
                     if len(content) > MAX_EVENT_BYTES:
                         size = MAX_EVENT_BYTES // 2**20
-                        raise SignalsUnreadable(f"the answer of signals_url is larger than {size} MiB")
+                        raise SignalsUnreadable(f"the response of signals_url is larger than {size} MiB")
                 return bytes(content)
         except httpx.HTTPStatusError as error:
-            raise SignalsUnreadable(f"signals_url answered {error.response.status_code}") from None
+            raise SignalsUnreadable(f"signals_url returned HTTP status {error.response.status_code}") from None
         except httpx.TimeoutException:
             raise _too_slow() from None
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
-            # Not the library's own message: it repeats the URL, which may hold a token.
+            # The library's message repeats the URL, which may contain a token, so it is left out.
             raise SignalsUnreadable(f"signals_url cannot be read: {type(error).__name__}") from None
 
     def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
-        """Called by the library at each step: notes the socket of each connection; redirects lead to several."""
+        """Remember the socket of the newest connection; redirects open several. httpx calls this at each step."""
         if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
             self._socket = info["return_value"].get_extra_info("socket")
             if self._aborted:
-                self._hang_up()
+                self._shut_down_socket()
 
-    def _hang_up(self) -> None:
-        """Shut the socket down without closing it: its file number might be given to another file at once."""
-        with contextlib.suppress(OSError):  # closed already
+    def _shut_down_socket(self) -> None:
+        """Shut the socket down without closing it: a closed descriptor's number could be reused at once."""
+        with contextlib.suppress(OSError):  # it is closed already
             if self._socket is not None:
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)  # under TLS too, without its closing message
+                # The plain socket's method, with TLS too: no close message is exchanged.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
 def _too_slow() -> SignalsUnreadable:
@@ -127,19 +130,19 @@ def _parse(content: bytes, name: str) -> list[Any]:
     if not text.strip():
         return []
     try:
-        # Decimal keeps every digit that a binary float would drop.
+        # A binary float would lose digits, a Decimal keeps all.
         document = json.loads(text, parse_float=Decimal)
     except json.JSONDecodeError as error:
         raise SignalsUnreadable(f"{name}: line {error.lineno} column {error.colno}: {error.msg}") from None
     except (RecursionError, ArithmeticError, ValueError):
-        raise SignalsUnreadable(f"{name}: nested too deeply, or a number of too many digits") from None
+        raise SignalsUnreadable(f"{name}: nested too deeply, or a number has too many digits") from None
     return _array(document, name)
 
 
 def _array(document: Any, name: str) -> list[Any]:
     if isinstance(document, Mapping):
         if "signals" not in document:
-            raise SignalsUnreadable(f"{name}: is an object without 'signals'")
+            raise SignalsUnreadable(f"{name}: must be a list, or an object with the key 'signals'")
         document, name = document["signals"], f"{name}: 'signals'"
     if not isinstance(document, list | tuple):
         raise SignalsUnreadable(f"{name}: must be a list of signals, not {type_name(document)}")

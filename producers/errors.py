@@ -1,16 +1,16 @@
-"""The errors that a producer can raise.
+"""Errors of `producers`.
 
 HistoryError
-├── SettingsError          a setting is missing or wrong; names it
-├── InvalidEvent           permanent: this input is not, and will never be, an event
-│   └── SignalsUnreadable  the signals' file or URL does not hold JSON signals
-├── FileNotWritten         a file of the old format, or its folder, could not be written
-├── OutboxError            the outbox file cannot be read or written; a call that raises it recorded nothing
-│   ├── OutboxDamaged      its content cannot be read: a producer or relay moves the file away and makes a new one
-│   └── OutboxOutdated     an earlier release has made it; it was opened only to look, and a producer upgrades it
+├── SettingsError          a setting is missing or wrong
+├── InvalidEvent           the input breaks the event contract; the same input always fails
+│   └── SignalsUnreadable  the signals' file or URL does not contain JSON signals
+├── FileNotWritten         a file of the old format, or its folder, cannot be written
+├── OutboxError            the outbox file cannot be read or written; a call that raises this recorded nothing
+│   ├── OutboxDamaged      the file's content cannot be read; a producer or relay moves it away and makes a new one
+│   └── OutboxOutdated     the file has the format of an earlier release; a producer or relay upgrades it
 ├── RelayRefused           the outbox belongs to another Redis or queue
-├── ProducerClosed         the producer was closed; nothing was recorded
-└── EventRejected          a consumer refused the event for good; raised by Receipt.wait
+├── ProducerClosed         the producer is closed; nothing was recorded
+└── EventRejected          the event was rejected; raised by Receipt.wait
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pathlib import Path
 
 
 class HistoryError(Exception):
-    """Root of everything this project raises on purpose."""
+    """Base class of all errors that this project raises on purpose."""
 
 
 class SettingsError(HistoryError):
-    """A setting is missing or wrong; the message names it and never shows a secret value."""
+    """A setting is missing or wrong. The message names it and never shows its value."""
 
 
 class InvalidEvent(HistoryError, ValueError):
-    """The input breaks the event contract; the message names the field and the reason, not the payload.
+    """The input breaks the event contract. The message names the field and the reason, never the value.
 
-    `field` is the dotted path of the first offending field, or None when there is no event at all.
+    `field` is the dotted path of the first invalid field, or None if the input is not an event at all.
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:
@@ -38,44 +38,45 @@ class InvalidEvent(HistoryError, ValueError):
 
     @classmethod
     def at(cls, field: str, reason: str) -> InvalidEvent:
+        """Return the error for one field, given its dotted path."""
         return cls(f"{field}: {reason}", field)
 
 
 class SignalsUnreadable(InvalidEvent):
-    """The signals' file or URL could not be read as JSON signals; the message names it and the position."""
+    """The signals' file or URL does not contain JSON signals. The message names it and the position."""
 
 
 class FileNotWritten(HistoryError):
-    """A file or folder could not be written; the message names it and the system's reason."""
+    """A file or folder cannot be written. The message names it and the operating system's reason."""
 
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(f"{path}: {error.strerror or error}")
 
 
 class OutboxError(HistoryError):
-    """The outbox could not be read or written; an event whose call raised this was not accepted."""
+    """The outbox cannot be read or written. A call that raises this recorded nothing."""
 
 
 class OutboxDamaged(OutboxError):
-    """The outbox file is damaged, or holds no outbox; a producer moves a damaged one away and makes a new one."""
+    """The file is damaged, or is not an outbox. A producer or relay moves a damaged file away and makes a new one."""
 
 
 class OutboxOutdated(OutboxError):
-    """An earlier release has made the outbox, and its controller may still run: a producer or relay upgrades it."""
+    """The file has an earlier release's format, and its controller may still run. A producer or relay upgrades it."""
 
 
 class RelayRefused(HistoryError):
-    """The outbox says that its entries go to another Redis or queue; the message names both."""
+    """A relay for another Redis or queue was started on the outbox. The message names both destinations."""
 
 
 class ProducerClosed(HistoryError):
-    """The producer was closed; nothing was recorded."""
+    """The producer is closed. Nothing was recorded."""
 
 
 class EventRejected(HistoryError):
-    """A consumer refused the event for good; `reason` says why.
+    """The event was rejected and is not stored. `reason` says why.
 
-    The outbox keeps the event for the days of HISTORY_OUTBOX_KEEP, or fewer when it is half full.
+    The outbox keeps the event for HISTORY_OUTBOX_KEEP days, or less if the outbox is half full.
     """
 
     def __init__(self, event_id: str, reason: str) -> None:

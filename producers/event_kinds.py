@@ -1,6 +1,6 @@
-"""A kind of event: the payload, the envelope, and the row of the table that the rest of the program reads.
+"""Base classes for the kinds of events: the payload, the envelope, and the table KINDS that describes each kind.
 
-The kinds themselves, and the table of them, stand in `producers.events`.
+The kinds themselves are defined in `producers.events`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PLAIN_REASONS = {
     "extra_forbidden": "is not a field of this event",
     "int_type": "must be an integer",
     "missing": "is missing",
-    "too_long": f"has more than {MAX_SIGNALS} of them",
+    "too_long": f"has more than {MAX_SIGNALS} items",
     "too_short": "must not be empty",
 }
 
@@ -43,12 +43,12 @@ _Subject = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_leng
 
 
 def event_id(event_type: str, *identity: datetime | int | str | None) -> UUID:
-    """The id of the fact of this type that `identity` names; the offset of an instant makes no difference."""
+    """Return the id of the fact that the type and the values of its identity name. UTC offsets make no difference."""
     return UUID(int=_id_number(event_type, identity))
 
 
 def _id_number(event_type: str, identity: Iterable[datetime | int | str | None]) -> int:
-    # Made or checked at each step of an event's way: this is what uuid.uuid5 does, at half the price.
+    # The same as uuid.uuid5, in half the time: an id is made or checked at each step of the pipeline.
     name = event_type
     for value in identity:
         if value is None:
@@ -57,11 +57,11 @@ def _id_number(event_type: str, identity: Iterable[datetime | int | str | None])
             since = value - EPOCH
             name += f"|{(since.days * 86400 + since.seconds) * 1_000_000 + since.microseconds}"
         elif isinstance(value, str):
-            # In quotes: two texts cannot run into each other, and an empty one is not an absent one.
+            # Quotes keep adjacent texts apart, and an empty text apart from an absent one.
             name += f"|{json.dumps(value)}"
         elif isinstance(value, int):
             name += f"|{value}"
-        else:  # of a Decimal or a float, equal values have different texts
+        else:  # equal Decimals or floats can have different texts
             raise TypeError(f"an event cannot be identified by a value of type {type_name(value)}")
     digest = int.from_bytes(sha1(_ID_NAMESPACE + name.encode(), usedforsecurity=False).digest()[:16])
     return digest & _ID_MASK | _ID_VERSION_5
@@ -72,7 +72,7 @@ class _Contract(BaseModel):
 
     @classmethod
     def checked(cls, **values: Any) -> Self:
-        """Build from Python values.
+        """Build an instance from Python values.
 
         Raises:
             InvalidEvent: a field breaks the contract; the message names it.
@@ -84,10 +84,10 @@ class _Contract(BaseModel):
 
 
 class Payload(_Contract, ABC):
-    """The data of an event, which is one fact.
+    """The data of an event: one fact.
 
-    `identity` names the fields that say which fact it is: the event's id is made of `type` and their values, which are
-    instants, integers, texts or None.
+    `identity` lists the fields that identify the fact. The event's id is made of `type` and the values of these fields,
+    which are instants, integers, texts or None.
     """
 
     type: ClassVar[str]
@@ -101,12 +101,12 @@ class Payload(_Contract, ABC):
     @property
     @abstractmethod
     def subject(self) -> str:
-        """CloudEvents' attribute of this name, such as `portfolio/1`."""
+        """The CloudEvents attribute `subject`, such as `portfolio/1`."""
 
     @property
     @abstractmethod
     def summary(self) -> str:
-        """One readable line for lists of jobs and logs."""
+        """One readable line for logs and lists of jobs."""
 
     @property
     def event_id(self) -> UUID:
@@ -114,14 +114,14 @@ class Payload(_Contract, ABC):
 
     @property
     def id_number(self) -> int:
-        """The id as an integer: to make a UUID of it takes a microsecond."""
+        """The event id as an integer, which saves the microsecond that it takes to make a UUID."""
         return _id_number(self.type, [getattr(self, name) for name in self.identity])
 
 
 class Event(_Contract):
-    """The envelope of a payload, as it travels; each kind declares its own `type` and `data`.
+    """The CloudEvents envelope of a payload. Each kind of event declares its own `type` and `data`.
 
-    `max_characters` limits its text: a kind whose fields are few and short needs no more than this.
+    `max_characters` limits the length of the JSON text. The default is enough for a kind with few, short fields.
     """
 
     max_characters: ClassVar[int] = 16 * 1024
@@ -138,32 +138,32 @@ class Event(_Contract):
 
     @model_validator(mode="after")
     def _id_belongs_to_the_fact(self) -> Self:
-        # A foreign id would let one fact in twice, or occupy the place of another.
+        # With another id, one fact could be stored twice, or block the id of another fact.
         if self.id.int != self.data.id_number:
             names = " and ".join([", ".join(["type", *self.data.identity[:-1]]), self.data.identity[-1]])
-            raise PydanticCustomError("wrong_id", "is not the id of this {names}", {"names": names})
+            raise PydanticCustomError("wrong_id", "does not match {names}", {"names": names})
         return self
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Read a text of at most `max_characters`; overridden where Pydantic's JSON reader would lose digits.
+        """Read a JSON text of at most `max_characters`. Kinds whose digits Pydantic's JSON reader loses override it.
 
         Raises:
-            InvalidEvent, ValidationError: it breaks the contract.
+            InvalidEvent, ValidationError: the text breaks the contract.
         """
         return cls.model_validate_json(text)
 
     def to_text(self) -> str:
-        """JSON on one line, which `from_text` reads without loss."""
+        """Return JSON on one line, which `from_text` reads without loss."""
         return self.model_dump_json(exclude_none=True)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a kind's table, filled from the payload's `attribute`, by default that of the column's name.
+    """A column of a kind's table. Its value is the payload's `attribute`, by default the one with the column's name.
 
-    Two events with one id are the same if their columns are equal. A `derived` column follows from the id or from the
-    other columns, and is not compared.
+    Two events with the same id have the same content if their columns are equal. A `derived` column follows from the id
+    or from the other columns and is not compared.
     """
 
     name: str
@@ -174,11 +174,16 @@ class Column:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EventKind:
-    """One row of the table of event kinds.
+    """Description of one kind of event.
 
-    `name` is for people, such as `snapshot`. `job_function` is a dotted path, since the producer never imports the
-    consumer. `table` is a table of schema.sql with the columns `id`, `event_id`, `source` and `sequence`, those in
-    `columns`, and a primary key named `<table>_pk`.
+    Attributes:
+        name: A short name for people, such as `snapshot`.
+        model: The envelope.
+        job_function: The dotted path of the consumer's function. It is text, because a producer never imports the
+            consumer.
+        table: A table of schema.sql with the columns `id`, `event_id`, `source` and `sequence`, those in `columns`, and
+            a primary key named `<table>_pk`.
+        columns: The table's columns that are filled from the payload.
     """
 
     name: str
@@ -189,6 +194,7 @@ class EventKind:
 
     @cached_property
     def payload(self) -> type[Payload]:
+        """The payload's class, from the envelope's field `data`."""
         payload: type[Payload] | Any = self.model.model_fields["data"].annotation
         assert isinstance(payload, type)
         assert issubclass(payload, Payload)
@@ -196,6 +202,7 @@ class EventKind:
 
     @cached_property
     def type(self) -> str:
+        """The CloudEvents attribute `type`."""
         return self.payload.type
 
     @property
@@ -204,7 +211,7 @@ class EventKind:
 
 
 class EventKinds(Mapping[str, EventKind]):
-    """The table of event kinds, by type. Code that differs by kind reads it at each use, so that a test can add one."""
+    """All kinds of events, by type. Code reads it at each use and keeps no copy, so that a test can add a kind."""
 
     def __init__(self, *kinds: EventKind) -> None:
         self._by_type: dict[str, EventKind] = {}
@@ -222,18 +229,18 @@ class EventKinds(Mapping[str, EventKind]):
         return len(self._by_type)
 
     def of_job(self, function: str) -> EventKind | None:
-        """The kind whose job function has this dotted path."""
+        """Return the kind whose job function has this dotted path, or None."""
         return self._by_job_function.get(function)
 
     def has(self, payload: object) -> bool:
-        """Whether `payload` is one of a kind in the table."""
+        """Return whether `payload` belongs to a registered kind."""
         return isinstance(payload, Payload) and payload.type in self and isinstance(payload, self[payload.type].payload)
 
     def register(self, kind: EventKind) -> ExitStack:
-        """Add a kind: for good, or until the end of the block if the result is used as a context manager.
+        """Add a kind. If the result is used as a context manager, remove the kind at the end of the block.
 
         Raises:
-            ValueError: another kind has its type, name, job function or table.
+            ValueError: another kind has the same type, name, job function or table.
         """
         for other in self.values():
             for name in ("type", "name", "job_function", "table"):
@@ -249,13 +256,13 @@ class EventKinds(Mapping[str, EventKind]):
 
 
 def invalid(error: ValidationError) -> InvalidEvent:
-    """The first problems that Pydantic found as one line: each with its field, and without any value."""
+    """Return an error whose message lists, on one line, the first problems with their fields and without any value."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     fields = [_field(problem) for problem in problems]
     lines = []
     for field, problem in zip(fields, problems, strict=True):
         reason = _PLAIN_REASONS.get(problem["type"], problem["msg"])
-        # A reason that starts below the field ("0.price: must be finite") continues its path.
+        # A reason that begins with a path inside the field ("0.price: must be finite") continues the field's path.
         joint = "." if field.endswith("signals") and problem["type"] == "contract" else ": "
         lines.append(f"{field}{joint}{reason}" if field else reason)
     more = len(lines) - _REPORTED_PROBLEMS

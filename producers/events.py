@@ -1,8 +1,8 @@
 """The event contract: CloudEvents 1.0 envelopes around portfolio snapshots and signal archives.
 
-One fact has one id, wherever and however often it is produced: a UUIDv5 of the event's type and of what identifies the
-fact. The contract is checked by the same models on both sides of the queue. Everything that differs from one kind of
-event to another stands here, or is named in the table KINDS.
+The same fact always has the same id, wherever and however often it is produced: a UUIDv5 of the event's type and of the
+fields that identify the fact. Producers and workers check the contract with the same models. Everything that differs
+between the kinds of events is defined here or named in the table KINDS.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ ArchiveType = Literal["trading.signal-archive.v1"]
 SNAPSHOT_TYPE: SnapshotType = "trading.portfolio-snapshot.v1"
 ARCHIVE_TYPE: ArchiveType = "trading.signal-archive.v1"
 
-IMPORT_PREFIX = "import/"  # of the sources of old history: import/<file>/<digest>
+IMPORT_PREFIX = "import/"  # begins the source of imported history: import/<file>/<digest>
 
 MAX_EVENT_BYTES = 8 * 1024 * 1024
-# Brackets, colons and commas. The fullest archive of signals such as ours has 620,000 of them, and those in its texts;
-# a million of anything takes some 150 MiB to read, where 8 MiB of brackets would take gigabytes.
+# Number of brackets, colons and commas. The largest realistic archive has 620,000, and those inside its texts. A text
+# with a million takes about 150 MiB of memory to read; 8 MiB of nothing but brackets would take gigabytes.
 MAX_EVENT_STRUCTURE = 2**20
 
 
 class PortfolioSnapshot(Payload):
-    """One portfolio at one instant. Amounts are Decimals of at most 12 integer digits and 8 decimals."""
+    """State of one portfolio at one instant. Amounts are Decimals with at most 12 integer digits and 8 decimals."""
 
     type: ClassVar[str] = SNAPSHOT_TYPE
     identity: ClassVar[tuple[str, ...]] = ("portfolio_id", "timestamp")
@@ -95,14 +95,14 @@ class PortfolioSnapshot(Payload):
 
 
 class PortfolioSnapshotEvent(Event):
-    """A portfolio snapshot as it travels: 500 characters, and with every one of its texts at its longest some 4,000."""
+    """Envelope of a portfolio snapshot. Its text has about 500 characters, at most about 4,000."""
 
     type: SnapshotType
     data: PortfolioSnapshot
 
 
 class SignalArchive(Payload):
-    """The signals of one trading cycle. Month and count are derived, so that they cannot disagree."""
+    """Signals of one trading cycle. The month and the count are derived, so they cannot contradict the signals."""
 
     type: ClassVar[str] = ARCHIVE_TYPE
     identity: ClassVar[tuple[str, ...]] = ("portfolio_id", "archived_at")
@@ -117,7 +117,7 @@ class SignalArchive(Payload):
 
     @property
     def archive_month(self) -> str:
-        """`YYYY-MM` of the local date that `archived_at` has in its own offset."""
+        """`YYYY-MM` of the date of `archived_at` in its own UTC offset."""
         return f"{self.archived_at.year:04d}-{self.archived_at.month:02d}"
 
     @property
@@ -136,12 +136,12 @@ class SignalArchive(Payload):
         return f"{_portfolio_label(self.portfolio_id)} · {day} · {self.signals_count} {noun}"
 
 
-# Decimals stay numbers with every digit they have; money never gets here as a Decimal, its field renders text.
+# Decimals in signals are written as JSON numbers with all digits. Amounts are already text here.
 _ENCODER = simplejson.JSONEncoder(ensure_ascii=False, separators=(",", ":"), use_decimal=True, allow_nan=False)
 
 
 class SignalArchiveEvent(Event):
-    """A signal archive as it travels. Numbers in signals keep every digit, as they would not with Pydantic's JSON."""
+    """Envelope of a signal archive. Numbers in signals keep all digits, which Pydantic's JSON reader would lose."""
 
     max_characters: ClassVar[int] = MAX_EVENT_BYTES
 
@@ -150,8 +150,8 @@ class SignalArchiveEvent(Event):
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        # Pydantic's own reader takes 300 bytes for an empty list, and each unknown key is an error of a kilobyte or
-        # two: of a long text it sees no more than it judges.
+        # To bound the memory, Pydantic reads only an outline: it takes 300 bytes for each empty list, and 1 to 2 kB for
+        # the error of each unknown key.
         event = cls.model_validate_json(outline(text))
         return event.model_copy(update={"data": event.data.model_copy(update={"signals": exact_signals(text)})})
 
@@ -164,7 +164,7 @@ def _portfolio_label(portfolio_id: int | None) -> str:
     return "portfolio" if portfolio_id is None else f"portfolio {portfolio_id}"
 
 
-# The table of event kinds. To add one: tests/README.md.
+# All kinds of events. tests/README.md describes how to add one.
 KINDS = EventKinds(
     EventKind(
         name="snapshot",
@@ -201,10 +201,10 @@ AnyEvent = TypeVar("AnyEvent", bound=Event)
 
 
 def event_of(payload: Payload, *, source: str, sequence: int | None) -> Event:
-    """The envelope of `payload`, which happened at its own instant.
+    """Return `payload` in its envelope; the event's time is the payload's instant.
 
     Raises:
-        InvalidEvent: the source or sequence breaks the contract.
+        InvalidEvent: the source or the sequence breaks the contract.
     """
     return KINDS[payload.type].model.checked(
         specversion="1.0",
@@ -220,10 +220,11 @@ def event_of(payload: Payload, *, source: str, sequence: int | None) -> Event:
 
 
 def encode(event: Event) -> str:
-    """`event` as JSON on one line: the same event gives the same text, numbers in signals keep every digit.
+    """Return `event` as JSON on one line. The same event gives the same text, and numbers in signals keep all digits.
 
     Raises:
-        InvalidEvent: the text is longer than the kind of event may be, or has more than MAX_EVENT_STRUCTURE in it.
+        InvalidEvent: the text is too long for its kind of event, or has more than MAX_EVENT_STRUCTURE brackets, colons
+            and commas.
     """
     text = event.to_text()
     _check_size(text, type(event))
@@ -231,10 +232,10 @@ def encode(event: Event) -> str:
 
 
 def decode(text: str, model: type[AnyEvent]) -> AnyEvent:
-    """Read an event of the expected type from its wire form, numbers in signals as exact Decimals.
+    """Read an event of the expected type from its JSON text. Numbers in signals become exact Decimals.
 
     Raises:
-        InvalidEvent: the text breaks the contract; the message names each field and the reason.
+        InvalidEvent: the text breaks the contract; the message names the first fields and the reasons.
     """
     if not isinstance(text, str):
         raise InvalidEvent(f"event: must be one JSON string, not {type_name(text)}")
@@ -246,8 +247,8 @@ def decode(text: str, model: type[AnyEvent]) -> AnyEvent:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (2020-12) of the wire form of every event."""
-    events: Any = Union[tuple(kind.model for kind in KINDS.values())]  # noqa: UP007  # of as many as there are
+    """Return the JSON Schema (2020-12) of the JSON text of all events."""
+    events: Any = Union[tuple(kind.model for kind in KINDS.values())]  # noqa: UP007  # of any number of models
     schema = TypeAdapter(events).json_schema(mode="validation")
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -257,13 +258,13 @@ def json_schema() -> dict[str, Any]:
 
 
 def has_bounded_structure(text: str) -> bool:
-    """Whether reading `text` as JSON takes a bounded amount of memory, whatever is in it."""
-    # Counted in texts as well, and in what is no JSON: to know better would take a reader.
+    """Return whether reading `text` as JSON takes a bounded amount of memory."""
+    # This also counts the characters inside JSON strings: to leave them out, the text would have to be parsed.
     return len(text) <= MAX_EVENT_STRUCTURE or sum(map(text.count, "{[:,")) <= MAX_EVENT_STRUCTURE
 
 
 def _check_size(text: str, model: type[Event]) -> None:
-    # Four bytes a character at the most: short texts need no encoding to know that they fit.
+    # A character takes at most four bytes, so a short text is within the limit without being encoded.
     if len(text) * 4 > MAX_EVENT_BYTES and len(text.encode("utf-8", "surrogatepass")) > MAX_EVENT_BYTES:
         raise InvalidEvent.at("event", f"is larger than {MAX_EVENT_BYTES // 2**20} MiB")
     if not has_bounded_structure(text):

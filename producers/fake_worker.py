@@ -1,4 +1,4 @@
-"""A worker without PostgreSQL, for tests: it reads jobs with the worker's models and acknowledges as a worker does."""
+"""A worker without PostgreSQL, for tests: it validates and acknowledges jobs as a real worker does."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from producers.errors import HistoryError
 from producers.events import KINDS, Event, decode
 from producers.redis_keys import acknowledgement_key
 
-# The reason to refuse every event with, or a function that gives an event's reason, None for one to be stored.
-Refusal = str | Callable[[Event], str | None]
+# A reason with which all events are rejected, or a function that returns an event's reason, or None to store it.
+Rejection = str | Callable[[Event], str | None]
 
 
 class Answer(NamedTuple):
@@ -37,7 +37,7 @@ class _Row(NamedTuple):
 
 
 class FakeWorker:
-    """Keeps in memory what a worker would have stored; each table numbers its rows from 1."""
+    """A worker that keeps the rows in memory. Each table numbers its rows from 1."""
 
     def __init__(self, redis: Redis, queue: str) -> None:
         self._redis = redis
@@ -46,12 +46,12 @@ class FakeWorker:
         self._counts: Counter[str] = Counter()
         self._one_at_a_time = threading.Lock()
 
-    def work(self, reject: Refusal | None = None) -> list[Answer]:
-        """Answer every job in the queue, in order.
+    def work(self, reject: Rejection | None = None) -> list[Answer]:
+        """Process and acknowledge all jobs in the queue, in order.
 
         Raises:
             RedisError: Redis is down.
-            HistoryError: a job is none of this project's, or holds no event.
+            HistoryError: a job calls another function, or its argument is not a valid event.
         """
         answers = []
         with self._one_at_a_time:
@@ -63,7 +63,7 @@ class FakeWorker:
                 answers.append(answer)
         return answers
 
-    def _outcome(self, event: Event, reject: Refusal | None) -> Outcome:
+    def _outcome(self, event: Event, reject: Rejection | None) -> Outcome:
         reason = reject(event) if callable(reject) else reject
         if reason is not None:
             return Outcome("rejected", reason=reason)
@@ -78,7 +78,7 @@ class FakeWorker:
         return Outcome("duplicate", row_id=row.row_id)
 
     def _acknowledge(self, job: Job, answer: Answer) -> None:
-        """Acknowledge and remove the job in one step: one that cannot be acknowledged stays for the next try."""
+        """Acknowledge and remove the job in one transaction: if it fails, the job stays in the queue."""
         key = acknowledgement_key(answer.event.source)
         now, _ = self._redis.time()
         with self._redis.pipeline(transaction=True) as pipe:
@@ -92,5 +92,5 @@ class FakeWorker:
 def _event_of(job: Job) -> Event:
     kind = KINDS.of_job(str(job.func_name))
     if kind is None:
-        raise HistoryError(f"job {job.id}: {job.func_name} is no job function of this project")
+        raise HistoryError(f"job {job.id}: {job.func_name} is not a job function of this project")
     return decode(job.args[0], kind.model)

@@ -1,7 +1,7 @@
 """Field types of the event contract: exact money, aware times, counts, ids.
 
-Each has two entrances. From the wire (JSON) it takes one spelling and never alters the value. From Python it
-takes what callers have, and rounds or converts here, once, so that nothing later needs to.
+Each type validates two kinds of input. From the wire (JSON) it accepts one spelling and never changes the value. From
+Python it accepts what callers have and rounds or converts it, once, so that no later step needs to.
 """
 
 from __future__ import annotations
@@ -25,46 +25,47 @@ from producers.errors import InvalidEvent
 MONEY_DECIMALS = 8
 _MONEY_STEP = Decimal(1).scaleb(-MONEY_DECIMALS)
 _MONEY_LIMIT = Decimal(10) ** 12
-# A context of our own: the caller's may round to few digits, or trap what is none of its business. The largest sum
-# has 13 digits before the point and 8 after.
+# The caller's decimal context may round to fewer digits, or trap conditions that are normal here. The largest sum has
+# 13 digits before the decimal point and 8 after it.
 _MONEY_CONTEXT = Context(prec=30, rounding=ROUND_HALF_EVEN, traps=[])
 _MONEY_TOO_LARGE = "has more than 12 digits before the decimal point"
-_MONEY_TYPES = (int, float, Decimal, str)  # int | float | Decimal | str is made anew each time that it is evaluated
-_MOST_EXACT_DIGITS = 400  # of a fraction; the largest float has 309
+_MONEY_TYPES = (int, float, Decimal, str)  # a constant, because a union type would be built at each evaluation
+_MOST_EXACT_DIGITS = 400  # for a fraction; the largest float has 309
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_LAST_INSTANT = datetime(9999, 1, 1, tzinfo=UTC)  # leaves room for any offset before year 10000
+_LAST_INSTANT = datetime(9999, 1, 1, tzinfo=UTC)  # in any UTC offset, the local time is before the year 10000
 TIME_RANGE = "must lie between the years 1970 and 9998"
 
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-def refuse(reason: str) -> PydanticCustomError:
+def contract_error(reason: str) -> PydanticCustomError:
+    """Return the error that a validator raises for a value that breaks the contract."""
     return PydanticCustomError("contract", "{reason}", {"reason": reason})
 
 
 def readable(text: str, limit: int) -> str:
-    """`text` as it may stand in a message, though it comes from a payload: no control characters, not endless."""
+    """Return untrusted `text` for a message: control characters are escaped, and at most `limit` characters remain."""
     shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:limit])
     return shown if len(shown) <= limit and len(text) <= limit else shown[: limit - 1] + "…"
 
 
 def type_name(value: Any) -> str:
-    """The type of `value` for a message, with its module unless it is a builtin: `int`, `numpy.ndarray`."""
+    """Return the name of the type of `value` for a message, with its module unless builtin: `int`, `numpy.ndarray`."""
     kind = type(value)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return readable(f"{module}{kind.__qualname__}", 80)
 
 
 def plain_number(value: Any) -> int | Decimal | Fraction | None:
-    """The value of any other number than int, float and Decimal, such as NumPy's; None if it is no real number.
+    """Return the value of a number of another type than int, float and Decimal; None if it is not a real number.
 
-    A binary float of another precision becomes the shortest decimal that means it, as a float does: NumPy's
-    float32(0.1) is 0.1. What is not finite becomes a Decimal that is not.
+    A binary float of another precision becomes the shortest decimal that converts back to it: NumPy's float32(0.1) is
+    0.1. NaN and infinities become the Decimals of the same name.
     """
     try:
         if isinstance(value, Integral):
-            return index(value)  # NumPy's timedelta64 calls itself an Integral, and has no index
+            return index(value)  # raises for NumPy's timedelta64, which is registered as an Integral
         if isinstance(value, Rational):
             return Fraction(index(value.numerator), index(value.denominator))
         return _shortest(value) if isinstance(value, Real) else None
@@ -75,15 +76,15 @@ def plain_number(value: Any) -> int | Decimal | Fraction | None:
 def _shortest(value: Real) -> Decimal:
     text = str(value)
     try:
-        means_it = type(value)(text) == value  # type: ignore[call-arg]  # what cannot be made from text raises
+        converts_back = type(value)(text) == value  # type: ignore[call-arg]  # raises if the type takes no text
     except (ArithmeticError, TypeError, ValueError):
-        means_it = False
-    # How it prints may be a setting: NumPy's legacy mode cuts digits off.
-    return Decimal(text if means_it and NUMBER.fullmatch(text) else repr(float(value)))
+        converts_back = False
+    # The text may depend on a setting: NumPy's legacy print mode omits digits.
+    return Decimal(text if converts_back and NUMBER.fullmatch(text) else repr(float(value)))
 
 
 def exact_decimal(value: Fraction) -> Decimal | None:
-    """The decimal that equals `value`; None if there is none, as for 1/3, or it has too many digits."""
+    """Return the Decimal that equals `value`; None if none does (1/3), or it has more than 400 digits."""
     context = Context(prec=_MOST_EXACT_DIGITS, traps=[Inexact])
     try:
         return context.divide(Decimal(value.numerator), Decimal(value.denominator))
@@ -93,7 +94,10 @@ def exact_decimal(value: Fraction) -> Decimal | None:
 
 @dataclass(frozen=True)
 class _WireText:
-    """Pydantic marker: `pattern` and `parse` read the wire, `coerce` reads Python, `render` writes both."""
+    """Pydantic annotation: `pattern` and `parse` read JSON, `coerce` reads Python values, `render` writes JSON.
+
+    `reason` is the error message for JSON that does not fit.
+    """
 
     pattern: str
     parse: Callable[[str], Any]
@@ -120,37 +124,41 @@ class _WireText:
 
 def _money_from_python(value: Any) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, _MONEY_TYPES):
-        value = _foreign_money(value)
+        value = _other_number(value)
     if isinstance(value, str) and not NUMBER.fullmatch(value):
-        raise refuse("is text that is not a number")
+        raise contract_error("is text that is not a number")
     try:
-        # repr gives the shortest decimal that means this float; Decimal(float) would spell out its noise.
+        # repr() gives the shortest decimal that converts back to this float, Decimal(float) all its binary digits.
         exact = Decimal(repr(float(value)) if isinstance(value, float) else value)
     except (InvalidOperation, ValueError):
-        raise refuse("is text that is not a number") from None
+        raise contract_error("is text that is not a number") from None
     if not exact.is_finite():
-        raise refuse("must be finite, not NaN or Infinity")
+        raise contract_error("must be finite, not NaN or Infinity")
     if exact.copy_abs() < _MONEY_LIMIT:
         exact = exact.quantize(_MONEY_STEP, context=_MONEY_CONTEXT)
     if exact.copy_abs() >= _MONEY_LIMIT:
-        raise refuse(_MONEY_TOO_LARGE)
+        raise contract_error(_MONEY_TOO_LARGE)
     return exact
 
 
-def _foreign_money(value: Any) -> int | Decimal:
+def _other_number(value: Any) -> int | Decimal:
     number = None if isinstance(value, bool) else plain_number(value)
     if number is None:
-        raise refuse(f"must be a number, not {type_name(value)}")
+        raise contract_error(f"must be a number, not {type_name(value)}")
     if not isinstance(number, Fraction):
         return number
     if abs(number) >= _MONEY_LIMIT:
-        raise refuse(_MONEY_TOO_LARGE)
-    # Rounded here and only once: half-even, as all amounts are.
+        raise contract_error(_MONEY_TOO_LARGE)
+    # round() rounds half-even, as for all amounts; the result is not rounded again.
     return Decimal(round(number * 10**MONEY_DECIMALS)).scaleb(-MONEY_DECIMALS, context=_MONEY_CONTEXT)
 
 
 def as_money(value: Any, field: str) -> Decimal:
-    """`value` as the contract has amounts. Raises InvalidEvent, its message beginning with `field`."""
+    """Return `value` as an amount, rounded half-even to 8 decimals.
+
+    Raises:
+        InvalidEvent: it is not a number, not finite or too large; the message begins with `field`.
+    """
     try:
         return _money_from_python(value)
     except PydanticCustomError as error:
@@ -158,12 +166,12 @@ def as_money(value: Any, field: str) -> Decimal:
 
 
 def money_sum(first: Decimal, second: Decimal) -> Decimal:
-    """The exact sum, whatever decimal context the caller has set."""
+    """Return the exact sum, independent of the caller's decimal context."""
     return _MONEY_CONTEXT.add(first, second)
 
 
 def money_text(value: Decimal) -> str:
-    """Every digit, no exponent and no zeros at the end: `9900.12`, `0`."""
+    """Return all digits, without an exponent or trailing zeros: `9900.12`, `0`."""
     text = format(value, "f")
     if "." in text:
         text = text.rstrip("0").rstrip(".")
@@ -194,17 +202,17 @@ def _instant_from_wire(text: str) -> datetime:
 
 def _instant_from_python(value: Any) -> datetime:
     if not isinstance(value, datetime):
-        raise refuse(f"must be a datetime, not {type_name(value)}")
+        raise contract_error(f"must be a datetime, not {type_name(value)}")
     try:
         offset = value.utcoffset()
         if offset is not None:
             _in_range(value)
     except (ValueError, OverflowError):
-        raise refuse(TIME_RANGE) from None
+        raise contract_error(TIME_RANGE) from None
     if offset is None:
-        raise refuse("has no UTC offset")
+        raise contract_error("has no UTC offset")
     if offset % timedelta(minutes=1):
-        raise refuse("has a UTC offset with seconds, which RFC 3339 cannot write")
+        raise contract_error("has a UTC offset with seconds, which RFC 3339 cannot write")
     return value
 
 
@@ -227,7 +235,7 @@ Instant = Annotated[
 
 def _date_from_python(value: Any) -> date:
     if isinstance(value, datetime) or not isinstance(value, date):
-        raise refuse(f"must be a date, not {type_name(value)}")
+        raise contract_error(f"must be a date, not {type_name(value)}")
     return value
 
 
@@ -244,8 +252,8 @@ LocalDate = Annotated[
 
 
 @dataclass(frozen=True)
-class _WholeNumber:
-    """Pydantic marker: an integer within bounds; from Python anything of numbers.Integral but a boolean."""
+class _BoundedInteger:
+    """Pydantic annotation: an integer within bounds. From Python, any numbers.Integral except a boolean."""
 
     lowest: int
     highest: int
@@ -253,26 +261,26 @@ class _WholeNumber:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         within = core_schema.int_schema(ge=self.lowest, le=self.highest, strict=True)
         return core_schema.json_or_python_schema(
-            within, core_schema.no_info_before_validator_function(_whole_from_python, within)
+            within, core_schema.no_info_before_validator_function(_integer_from_python, within)
         )
 
 
-def _whole_from_python(value: Any) -> int:
+def _integer_from_python(value: Any) -> int:
     if type(value) is int:
         return value
     number = plain_number(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
     if not isinstance(number, int):
-        raise refuse(f"must be an integer, not {type_name(value)}")
+        raise contract_error(f"must be an integer, not {type_name(value)}")
     return number
 
 
-Count = Annotated[int, _WholeNumber(0, 2**31 - 1)]
-PortfolioId = Annotated[int, _WholeNumber(-(2**63), 2**63 - 1)]
+Count = Annotated[int, _BoundedInteger(0, 2**31 - 1)]
+PortfolioId = Annotated[int, _BoundedInteger(-(2**63), 2**63 - 1)]
 
 
 def _uuid_from_python(value: Any) -> UUID:
     if not isinstance(value, UUID):
-        raise refuse(f"must be a UUID, not {type_name(value)}")
+        raise contract_error(f"must be a UUID, not {type_name(value)}")
     return value
 
 
@@ -297,7 +305,7 @@ def _sequence_from_wire(text: str) -> int:
 
 def _sequence_from_python(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise refuse("must be an integer from 0 to 2^63 - 1")
+        raise contract_error("must be an integer from 0 to 2^63 - 1")
     return value
 
 

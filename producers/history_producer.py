@@ -1,4 +1,4 @@
-"""The producer: records events in the outbox and lets a relay carry them to the workers."""
+"""The producer: it appends events to the outbox, from which a relay sends them to Redis."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from producers.entries import Accepted, OutboxStatus, State
 from producers.errors import InvalidEvent, ProducerClosed, SettingsError
 from producers.events import KINDS, Payload, SourceName
 from producers.fields import type_name
-from producers.redirection import Redirection, active_redirection, refuse_leftover_thread
+from producers.redirection import Redirection, active_redirection, check_leftover_thread
 from producers.relay import STOP_SECONDS
 from producers.settings import TransportSettings
 from producers.times import localized
 from producers.transport import Transport
 
 EXIT_SECONDS = 2.0
-_STOP_SHARE = 0.05  # of the time of an exit: for relays to end; one that waits for Redis is left behind
+_STOP_SHARE = 0.05  # share of EXIT_SECONDS for stopping the relays; one that still waits for Redis is abandoned
 _REDIRECTED_STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """Proof that an event is durable: it will become one row or one recorded rejection."""
+    """Proof that an event is on disk: it will become one row or one recorded rejection."""
 
     event_id: UUID
     source: str
@@ -46,33 +46,36 @@ class Receipt:
 
     @property
     def state(self) -> State:
-        """`pending` until Redis has the event, then `sent`, in the end `stored` or `rejected`.
+        """State of the event: `pending` until Redis has it, then `sent`, and finally `stored` or `rejected`.
 
         Raises:
-            OutboxError: the outbox cannot be read, or its entry was settled so long ago that it is no longer kept.
+            OutboxError: the outbox cannot be read, or it no longer keeps the entry, which was settled long ago.
         """
         return self._transport.outbox.status_of(self._accepted).state
 
     def wait(self, timeout: float | None = None) -> int:
-        """Return the id of the event's row once it is stored; `timeout` in seconds, None waits for ever.
+        """Wait until the event is stored, for at most `timeout` seconds (None: no limit), and return the id of its row.
 
         Raises:
-            EventRejected: a consumer rejected it; it is not stored.
-            TimeoutError: no outcome is known yet; the event is still on its way and safe.
-            OutboxError: the outbox cannot be read, or its entry was settled so long ago that it is no longer kept.
+            EventRejected: the event was rejected and is not stored.
+            TimeoutError: the outcome is not known yet. The event is safe in the outbox and is still being delivered.
+            OutboxError: the outbox cannot be read, or it no longer keeps the entry, which was settled long ago.
         """
         return self._transport.wait(self._accepted, timeout)
 
 
 class HistoryProducer:
-    """Records events, such as portfolio snapshots and signal archives, durably and without touching the network.
+    """Records events on local disk, without any network access, and sends them to Redis in the background.
 
-    `redis` is any redis-py client, `outbox` the path of the outbox file, `queue` the RQ queue; None takes
-    each from the settings. All producers on one outbox must use the same Redis and queue, since any one of
-    them may carry the entries of all. `name` is the part before the slash of the events' source.
+    Threads may share a producer, and a forked child may continue to use it. Close it with `close()`, use it as a
+    context manager, or leave it open: it is closed when the process exits.
 
-    Threads may share one. A forked child may go on using it. Use it as a context manager, or leave closing to
-    the interpreter's exit.
+    Args:
+        redis: Any redis-py client; None makes one from REDIS_URL.
+        outbox: Path of the outbox file; None takes HISTORY_OUTBOX. All producers that use one outbox must have the same
+            Redis and queue, because any one of them may send the entries of all.
+        name: The part of the events' `source` before the slash.
+        queue: Name of the RQ queue; None takes HISTORY_QUEUE.
 
     Raises:
         SettingsError: neither `redis` nor REDIS_URL is given, or a setting is wrong.
@@ -87,7 +90,7 @@ class HistoryProducer:
         name: str = "trading-controller",
         queue: str | None = None,
     ) -> None:
-        refuse_leftover_thread()
+        check_leftover_thread()
         redirection = active_redirection()
         settings = TransportSettings.from_environment(dotenv=redirection is None)
         self._name = _checked_name(name)
@@ -112,13 +115,13 @@ class HistoryProducer:
 
     @property
     def _transport(self) -> Transport:
-        """This producer's own, or while tests redirect it, another one."""
+        """The producer's transport, or the one of the active redirection."""
         redirection = active_redirection()
         found = self._transports.get(redirection)
         if found is not None:
             return found
-        if redirection is None:  # made in a redirection that has ended
-            raise ProducerClosed("this HistoryProducer was closed")
+        if redirection is None:  # the producer was made in a redirection that has ended
+            raise _closed_error()
         with self._redirecting:
             if redirection not in self._transports:
                 self._transports[redirection] = self._redirected(redirection)
@@ -136,20 +139,20 @@ class HistoryProducer:
         )
 
     def record(self, event: Payload) -> Receipt:
-        """Accept one event: when this returns it is on disk.
+        """Record one event. When the call returns, the event is on disk.
 
         Raises:
-            InvalidEvent: the event is larger than an event may be.
-            OutboxError: the outbox cannot be written; the event was not accepted.
-            ProducerClosed: after close().
+            InvalidEvent: `event` is not a payload of a known kind, or is too large.
+            OutboxError: the outbox cannot be written; nothing was recorded.
+            ProducerClosed: the producer is closed; nothing was recorded.
         """
         return self.record_many([event])[0]
 
     def record_many(self, events: Iterable[Payload]) -> list[Receipt]:
-        """Accept all of `events` in one commit, or none of them; raises what `record` raises."""
-        refuse_leftover_thread()
+        """Record all `events` in one commit, or none of them. Raises the same errors as `record`."""
+        check_leftover_thread()
         if self._closed:
-            raise ProducerClosed("this HistoryProducer was closed")
+            raise _closed_error()
         payloads = list(events)
         for payload in payloads:
             if not KINDS.has(payload):
@@ -163,20 +166,25 @@ class HistoryProducer:
 
     @property
     def closed(self) -> bool:
+        """Whether the producer is closed."""
         return self._closed
 
     def flush(self, timeout: float | None = EXIT_SECONDS) -> int:
-        """Wait until Redis has everything recorded before this call, for at most `timeout` seconds (None: any time).
+        """Wait until Redis has all events recorded before this call, for at most `timeout` seconds (None: no limit).
 
-        Returns how many of these events it has not. They are safe in the outbox.
+        Returns:
+            The number of these events that Redis does not have yet. They are safe in the outbox.
         """
         return self._transport.flush(_deadline(timeout))
 
     def settle(self, timeout: float | None = None, *, progress: Callable[[int], None] | None = None) -> int:
-        """Wait until everything recorded before this call is stored or rejected; returns how many events are not.
+        """Wait until all events recorded before this call are settled, for at most `timeout` seconds (None: no limit).
 
-        Redis is asked at once about events that were sent, not when their next check is due. A damaged file that no
-        relay has salvaged yet counts as one event. `progress` is called now and then with how many are left.
+        The jobs of sent events are checked at once, not when their next check is due. `progress` is called regularly
+        with the number of events that are left.
+
+        Returns:
+            The number of events that are not settled. A damaged file that no relay has salvaged yet counts as one.
         """
         return self._transport.settle(_deadline(timeout), progress)
 
@@ -189,25 +197,28 @@ class HistoryProducer:
         return self._transport.outbox.status()
 
     def localized(self, moment: datetime, field: str) -> datetime:
-        """`moment`, or if it is naive, `moment` in the zone that HISTORY_TIMEZONE or this machine names.
+        """Return `moment` with an offset. If it is naive, take it as local: in HISTORY_TIMEZONE, or the machine's zone.
 
         Raises:
-            InvalidEvent: no event can have this time; the message begins with `field`.
+            InvalidEvent: the time is out of range; the message begins with `field`.
         """
         return localized(moment, self._timezone, field)
 
     def now(self) -> datetime:
-        """This moment in the same zone, so that its date is the local one."""
+        """Return the current time in HISTORY_TIMEZONE, or the machine's zone; its date is the local date."""
         return datetime.now(UTC).astimezone(self._timezone)
 
     def resend(self, since: datetime) -> int:
-        """Send again the events that were recorded since then and are settled; returns how many.
+        """Send the settled events that were recorded at or after `since` again. Call it after restoring the database.
 
-        For a database that was restored from a backup. Rows that it still has become duplicates. Acknowledgements that
-        wait in Redis are removed: they are about rows of the old database.
+        Events whose rows the database still has become duplicates. Acknowledgements that wait in Redis are deleted,
+        because they describe rows of the database before the restore.
+
+        Returns:
+            The number of events that are sent again.
 
         Raises:
-            RedisError: Redis cannot be reached, so that nothing can be sent again now.
+            RedisError: Redis cannot be reached; nothing is sent again.
         """
         transport = self._transport
         transport.relay.delete_acknowledgements()
@@ -216,10 +227,10 @@ class HistoryProducer:
         return again
 
     def close(self, timeout: float | None = None) -> None:
-        """Send what is pending, wait until this producer's own events are stored or rejected, and stop.
+        """Send pending entries, wait until this producer's own events are settled, and stop the relay thread.
 
-        Takes at most `timeout` seconds (None: 2), and no time while a relay process has a heartbeat. Entries that are
-        not settled by then stay in the outbox, for the next producer or relay that opens it.
+        The wait takes at most `timeout` seconds (None: 2), and is skipped while a relay process serves the outbox.
+        Entries that are not settled by then stay in the outbox; the next producer or relay that opens it continues.
         """
         if self._closed:
             return
@@ -234,7 +245,7 @@ class HistoryProducer:
         return EXIT_SECONDS if redirection is None else redirection.exit_seconds
 
     def _finish(self, deadline: float) -> None:
-        if self._inherited and not self._recorded:  # a child that has recorded nothing: its parent goes on
+        if self._inherited and not self._recorded:  # a forked child that recorded nothing: the parent sends the entries
             return
         transport = self._transport
         with transport.outbox.repaired():
@@ -243,7 +254,7 @@ class HistoryProducer:
         transport.settle_own(self._producer_id, deadline)
 
     def _stop(self, seconds: float) -> None:
-        """End the relay; one that waits for Redis longer than this is left behind."""
+        """Stop the relay thread. If it still waits for Redis after `seconds`, abandon it."""
         self._closed = True
         _live.discard(self)
         for transport in list(self._transports.values()):
@@ -270,8 +281,12 @@ def _checked_name(name: str) -> str:
         raise SettingsError("name: must be 1 to 100 of the characters A-Z a-z 0-9 . _ ~ -") from None
 
 
+def _closed_error() -> ProducerClosed:
+    return ProducerClosed("the HistoryProducer is closed; make a new one")
+
+
 def _new_producer_id() -> int:
-    """A number that no other producer has, in this process or another one."""
+    """Return a random number that identifies a producer among those of all processes."""
     return secrets.randbits(62)
 
 
@@ -279,17 +294,17 @@ def _deadline(timeout: float | None) -> float | None:
     return None if timeout is None else time.monotonic() + timeout
 
 
-# Strong references: a producer that nothing refers to any more still has entries to send at exit.
+# Strong references: a producer without any other reference still has entries to send at exit.
 _live: set[HistoryProducer] = set()
 
 
 def _close_all() -> None:
-    deadline = time.monotonic() + EXIT_SECONDS  # for all of them together
+    deadline = time.monotonic() + EXIT_SECONDS  # for all producers together
     producers = list(_live)
-    with ExitStack() as last, ExitStack() as first:  # each of them, also when one fails
+    with ExitStack() as last, ExitStack() as first:  # an exit stack runs the other callbacks even if one fails
         for producer in producers:
             last.callback(lambda one: one._stop(max(0.0, deadline - time.monotonic())), producer)
-        for producer in producers:  # all are asked to end before the first is waited for
+        for producer in producers:  # ask all relays to stop before waiting for the first
             last.callback(producer._transport.relay.stop, 0.0)
         for producer in producers:
             first.callback(producer._finish, deadline - _STOP_SHARE * EXIT_SECONDS)
@@ -301,12 +316,12 @@ def _reopen_all() -> None:
 
 
 def _close_all_at_exit(_: object = None) -> None:
-    # Not by atexit: a child of multiprocessing ends without it. And children that are terminated when this process
-    # ends are gone by then, which the priority is for: entries that they leave are sent here.
+    # A finalizer, because child processes of multiprocessing do not run atexit functions. Its priority makes it run
+    # after multiprocessing has terminated the daemonic children: the entries that they leave are sent here.
     Finalize(None, _close_all, exitpriority=-100)
 
 
-_close_all_at_exit()  # this may be a child, and this module imported only there
+_close_all_at_exit()  # here too: this process may be a child that imports the module itself
 os.register_at_fork(after_in_child=_reopen_all)
 os.register_at_fork(after_in_child=_close_all_at_exit)
-register_after_fork(HistoryProducer, _close_all_at_exit)  # a child of multiprocessing forgets finalizers at its start
+register_after_fork(HistoryProducer, _close_all_at_exit)  # a multiprocessing child clears finalizers at its start

@@ -1,8 +1,7 @@
-"""Log lines as JSON, one object a line, for log collectors.
+"""JSON log lines for log collectors, one object per line.
 
-    handler.setFormatter(producers.json_logs.JsonFormatter())
-
-is all that a controller needs; the `trading-history` command does it with HISTORY_LOG=json.
+In a controller: `handler.setFormatter(producers.json_logs.JsonFormatter())`. The command `trading-history` uses it if
+HISTORY_LOG is `json`.
 """
 
 from __future__ import annotations
@@ -11,14 +10,15 @@ import json
 import logging
 from datetime import UTC, datetime
 
-# On every line that concerns one event, as far as they are known there; `outcome` once it has one.
+# Added to each line about one event, as far as known; `outcome` is present once the event has one.
 EVENT_FIELDS = ("event_id", "job_id", "source", "sequence", "outcome")
 
 
 class JsonFormatter(logging.Formatter):
-    """Each line has time (RFC 3339, UTC), level, logger, process, message, and the EVENT_FIELDS that are known.
+    """Formats a record as one JSON object, in ASCII.
 
-    `exception` is a traceback. Everything beyond ASCII is escaped, so that any stream can take it.
+    The keys are time (RFC 3339, UTC), level, logger, process (the process id), message, the known EVENT_FIELDS, and
+    exception (a traceback) if there is one.
     """
 
     def format(self, record: logging.LogRecord) -> str:

@@ -1,7 +1,7 @@
-"""The fixture `trading_history`, known to pytest wherever this package is installed.
+"""The pytest fixture `trading_history`, which every environment with this package has.
 
-Every run of pytest there imports this module, so it imports nothing else before a test asks for the fixture. It is
-installed as `trading_history_pytest` too, for projects with another package `producers`.
+Each run of pytest in such an environment imports this module, so it imports the rest of the package only when a test
+uses the fixture. It is also installed as `trading_history_pytest`, for projects that have another package `producers`.
 """
 
 from __future__ import annotations
@@ -19,26 +19,24 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def trading_history(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHistory]:
-    """A `producers.testing.FakeHistory`: everything that the test records goes there, and nothing to a server."""
+    """An open `producers.testing.FakeHistory`. It receives all events of the test; nothing reaches a server."""
     try:
         from producers.child_environment import VARIABLES
         from producers.testing import FakeHistory
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("producers."):
-            pytest.fail(
-                f"a package of this project hides the package `producers` of trading-history: {error}", pytrace=False
-            )
+            pytest.fail(f"another package named `producers` hides the one of trading-history: {error}", pytrace=False)
         pytest.fail(f"{error}: pip install '.[testing]' in a clone of trading-history", pytrace=False)
-    # A test that changes one of these has monkeypatch put back what it found, which is the fake's; so monkeypatch, the
-    # last to undo, must have seen them before.
+    # If a test changes one of these with monkeypatch, monkeypatch restores the value at that time, which is the fake's.
+    # monkeypatch is undone last, so it must know the real values before.
     for name in VARIABLES:
-        _note(monkeypatch, name)
+        _remember(monkeypatch, name)
     with FakeHistory() as history, _redirecting_again(monkeypatch, VARIABLES):
         yield history
 
 
-def _note(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Have monkeypatch restore the variable's present value at its end; nothing changes now."""
+def _remember(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Make monkeypatch restore the present value of the variable when it is undone, without changing it now."""
     value = os.environ.get(name)
     monkeypatch.setenv(name, value or "")
     if value is None:
@@ -47,7 +45,7 @@ def _note(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 @contextmanager
 def _redirecting_again(monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> Iterator[None]:
-    """Keep child processes away from the real Redis after an undo() in the block, too."""
+    """Keep child processes redirected even if the test calls `monkeypatch.undo()` in the block."""
     from unittest.mock import patch
 
     fakes = {name: os.environ[name] for name in names}

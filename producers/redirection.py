@@ -1,6 +1,6 @@
-"""The one place that can send all producers of this process elsewhere: `producers.testing.redirect` sets it.
+"""State that redirects all producers of this process to another Redis and outbox, set by `producers.testing.redirect`.
 
-In production nothing is redirected, and no producer imports code that is meant for tests.
+In production it is never set, and producers do not import the code for tests.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from producers.errors import HistoryError
 
 @dataclass(frozen=True, eq=False)
 class Redirection:
-    """Where every HistoryProducer of this process records while it is active.
+    """The destination of every HistoryProducer of this process while the redirection is active.
 
-    `redis`, `outbox` and `queue` take the place of those that a producer was given or finds in the settings. `.env` is
-    not read. `exit_seconds` limits `close()`, `last_backoff_seconds` the pause after a failed try to reach Redis. Only
-    the process `pid` relays: in a forked child, a fake Redis is a copy that no other process sees.
+    Attributes:
+        redis, outbox, queue: They replace those of the producer's arguments and of the settings; `.env` is not read.
+        exit_seconds: Limit of `HistoryProducer.close()`.
+        last_backoff_seconds: Longest pause after a failed attempt to reach Redis.
+        pid: The only process that runs a relay: in a forked child, a fake Redis is a copy that no other process sees.
     """
 
     redis: Redis
@@ -36,25 +38,27 @@ class Redirection:
     _at_end: ExitStack = field(default_factory=ExitStack)
 
     def at_end(self, callback: Callable[[], object]) -> None:
-        """Call this when the redirection ends, after what was registered later."""
+        """Call `callback` when the redirection ends; the callback that was registered last is called first."""
         self._at_end.callback(callback)
 
     def end(self) -> None:
+        """Call the registered callbacks."""
         self._at_end.close()
 
 
 _active: Redirection | None = None
 _activating = threading.Lock()
-_refused: WeakSet[threading.Thread] = WeakSet()  # threads that were started in a redirection and outlive it
+_leftover_threads: WeakSet[threading.Thread] = WeakSet()  # threads that were started in a redirection and outlived it
 
 
 def active_redirection() -> Redirection | None:
+    """Return the active redirection; None in production."""
     return _active
 
 
 @contextmanager
 def activate(redirection: Redirection) -> Iterator[None]:
-    """Redirect all producers in the block; at its end, close those that were made in it.
+    """Redirect all producers in the block. At its end, close those that were made in it.
 
     Raises:
         HistoryError: another redirection is active.
@@ -67,14 +71,14 @@ def activate(redirection: Redirection) -> Iterator[None]:
     try:
         yield
     finally:
-        # First: such a thread would otherwise record for real from now on, with the settings of the developer.
-        _refused.update(set(threading.enumerate()) - threads)
+        # Before the redirection ends: otherwise such a thread could record for real, with the developer's settings.
+        _leftover_threads.update(set(threading.enumerate()) - threads)
         _active = None
         _activating.release()
         redirection.end()
 
 
-def refuse_leftover_thread() -> None:
-    """Raise HistoryError in a thread that was started in a redirection and has outlived it."""
-    if _refused and _active is None and threading.current_thread() in _refused:
+def check_leftover_thread() -> None:
+    """Raise HistoryError if this thread was started in a redirection that has ended, and none is active."""
+    if _leftover_threads and _active is None and threading.current_thread() in _leftover_threads:
         raise HistoryError("this thread outlived the test that started it; join it in the test")

@@ -1,42 +1,42 @@
-"""Names in Redis: of jobs, and of keys beside RQ's own. Most are the workers'; a relay reads some of them."""
+"""Ids of jobs, and names of the Redis keys that this project adds to RQ's. Workers write most of them."""
 
 from __future__ import annotations
 
 import re
 
-# No number has more digits than 2^63 - 1.
+# A sequence is less than 2^63, so it has at most 19 digits.
 _JOB_ID = re.compile(r"(?P<source_id>[0-9a-f]{1,64})-(?P<sequence>[0-9]{1,19})(-(?P<nonce>[0-9a-f]{16}))?")
 
 
 def job_id_of(source_id: str, sequence: int, nonce: str = "") -> str:
-    """The RQ job of one delivery. It does not name the fact: two records of one fact are two jobs.
+    """Return the id of the RQ job of one delivery. If a fact is recorded twice, it has two jobs.
 
-    The nonce keeps two copies of an outbox apart, which may give the same number to different events. Entries of an
-    import and of the first releases have none.
+    The nonce makes ids of two copies of an outbox differ, because they can give the same number to different events.
+    Entries of an import and of the first releases have no nonce.
     """
     return f"{source_id}-{sequence}-{nonce}" if nonce else f"{source_id}-{sequence}"
 
 
 def delivery_of(job_id: str) -> tuple[str, int, str] | None:
-    """Source id, sequence and nonce of a job id as `job_id_of` makes it; None for any other."""
+    """Return source id, sequence and nonce ("" if absent) of a job id made by `job_id_of`; None for any other id."""
     found = _JOB_ID.fullmatch(job_id)
     return (found["source_id"], int(found["sequence"]), found["nonce"] or "") if found else None
 
 
 def acknowledgement_key(source: str) -> str:
-    """Hash of job id → acknowledgement, written by workers and read by the relays that have entries of that source."""
+    """Hash of job id → acknowledgement. Workers write it; relays that have entries of that source read it."""
     return f"history:ack:{source}"
 
 
 def token_key(source: str) -> str:
-    """The token that the outbox of this source wrote last; a copy of the outbox has another one."""
+    """Token that the outbox of this source wrote last. A copy of the outbox has a different token."""
     return f"history:outbox:{source}"
 
 
 def owners_key(queue: str) -> str:
-    """Hash of the worker threads that may have reservations → `alone` while one runs a poison candidate, else empty.
+    """Hash of owner → `alone` while that worker thread runs a poison candidate, otherwise empty.
 
-    The name of an owner is `<worker>:<8 hex digits>`.
+    It contains all worker threads that may have reservations. The name of an owner is `<worker>:<8 hex digits>`.
     """
     return f"history:owners:{queue}"
 
@@ -47,25 +47,25 @@ def reserved_key(queue: str, owner: str) -> str:
 
 
 def lease_key(queue: str, owner: str) -> str:
-    """Exists while the owner's reservations are valid."""
+    """Lease of an owner. The key exists while the owner's reservations are valid."""
     return f"history:lease:{queue}:{owner}"
 
 
 def timeouts_key(queue: str) -> str:
-    """Hash of job id → how often it timed out alone and was moved to the tail of the queue."""
+    """Hash of job id → number of times that the job timed out alone and was moved to the tail of the queue."""
     return f"history:timeouts:{queue}"
 
 
 def crashes_key(queue: str) -> str:
-    """Hash of poison candidates: job id → how many workers crashed while they ran it alone."""
+    """Hash of poison candidates: job id → number of workers that crashed while they ran it alone."""
     return f"history:crashes:{queue}"
 
 
 def orphans_key(queue: str) -> str:
-    """Hash of job id → when it was first seen in no list, in seconds since the epoch."""
+    """Hash of orphans: job id → time at which it was first seen in no list, in seconds since the epoch."""
     return f"history:orphans:{queue}"
 
 
 def quarantine_key(queue: str) -> str:
-    """List of entries of the queue that are not job ids."""
+    """List of quarantined items of the queue that are not job ids."""
     return f"history:quarantine:{queue}"

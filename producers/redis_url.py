@@ -1,11 +1,12 @@
-"""A client for REDIS_URL: of one server, or of the master that Sentinel names.
+"""Redis client for REDIS_URL: for one server, or for the master of a service behind Sentinel.
 
-redis-py has no URL for Sentinel. This is the form of redis-sentinel-url, limits and Prefect:
+redis-py has no URL for Sentinel. This form is that of redis-sentinel-url, limits and Prefect:
 
     redis+sentinel://[user][:password@]host[:port][,host[:port]…]/service[/db][?options]
 
-The hosts are Sentinels; user, password, db and options are the master's, as in a redis:// URL. The Sentinels' own are
-sentinel_username and sentinel_password. With rediss+sentinel both speak TLS, with the same ssl_ options.
+The hosts are Sentinels. User, password, db and options apply to the master, as in a redis:// URL; the options
+sentinel_username and sentinel_password apply to the Sentinels. rediss+sentinel uses TLS for both, with the same ssl_
+options.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from producers.errors import SettingsError
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 ANSWER_TIMEOUT_SECONDS = 5.0
-_SENTINEL_TIMEOUT_SECONDS = 1.0  # each one that does not answer is waited for before the next is asked
+_SENTINEL_TIMEOUT_SECONDS = 1.0  # short, because Sentinels are asked one after the other
 _SENTINEL_PORT = 26379
 
 _SENTINEL_SCHEME = re.compile(r"rediss?\+sentinel://")
@@ -34,31 +35,36 @@ _SENTINEL_URL = re.compile(
     r"(?:/(?P<db>\d*))?(?:\?(?P<query>[^#]*))?"
 )
 _HOST = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>\d{1,5}))?")
-_OWN = {"username": "sentinel_username", "password": "sentinel_password"}
-# master_for() takes classes and addresses by the same way, which a URL cannot give.
-_OPTIONS = {*URL_QUERY_ARGUMENT_PARSERS, *_OWN, *_OWN.values(), "client_name", "encoding", "encoding_errors"}
+_SENTINEL_LOGIN = {"username": "sentinel_username", "password": "sentinel_password"}
+# Other keyword arguments of master_for() are not options of a URL, such as classes.
+_OPTIONS = {
+    *URL_QUERY_ARGUMENT_PARSERS,
+    *_SENTINEL_LOGIN,
+    *_SENTINEL_LOGIN.values(),
+    *("client_name", "encoding", "encoding_errors"),
+}
 
 
 class _SharedSentinel(Sentinel):
-    """For several threads.
+    """Sentinel client that several threads can share.
 
-    redis-py moves the Sentinel that has answered to the front of its list in place: when it answers two threads at
-    once, it stands there twice in the end, and another one nowhere.
+    redis-py moves the Sentinel that answered to the front of its list, in place. If two threads do so at once, the list
+    can have that Sentinel twice and lose another one. Here each call works on a copy of the list.
     """
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
         own = copy.copy(self)
         own.sentinels = list(self.sentinels)
-        address: tuple[str, int] = Sentinel.discover_master(own, service_name)  # type: ignore[no-untyped-call]  # redis-py annotates it by half
+        address: tuple[str, int] = Sentinel.discover_master(own, service_name)  # type: ignore[no-untyped-call]  # redis-py's annotations are incomplete
         self.sentinels = own.sentinels
         return address
 
 
 def redis_client(url: str) -> Redis:
-    """A client whose calls fail after seconds rather than hang; retrying is the caller's decision.
+    """Return a client with timeouts of 2 s for connecting and 5 s for a response, and without retries.
 
     Raises:
-        SettingsError: the URL cannot be read, or has an unknown option; the message does not repeat it.
+        SettingsError: the URL is not valid or has an unknown option; the message does not repeat the URL.
     """
     options: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_TIMEOUT_SECONDS,
@@ -67,19 +73,22 @@ def redis_client(url: str) -> Redis:
         "retry": Retry(NoBackoff(), 0),
     }
     try:
-        client = _of_sentinel(url, options) if _SENTINEL_SCHEME.match(url) else Redis.from_url(url, **options)
-        client.connection_pool.make_connection()  # does not connect, but takes the options apart
+        client = _sentinel_client(url, options) if _SENTINEL_SCHEME.match(url) else Redis.from_url(url, **options)
+        client.connection_pool.make_connection()  # checks the options; it does not connect
         return client
-    except (AttributeError, RedisError, TypeError, ValueError):  # as redis-py is surprised by an option
-        # The library's message may repeat the URL with its password.
+    except (AttributeError, RedisError, TypeError, ValueError):  # redis-py raises any of these for a wrong option
+        # The library's message may contain the URL with its password, so it is left out.
         raise SettingsError(
             "REDIS_URL: must be a redis://, rediss:// or unix:// URL, or"
-            " redis+sentinel://host:port,host:port/service/db, its options known"
+            " redis+sentinel://host:port,host:port/service/db, with known options"
         ) from None
 
 
 def place_of(client: Redis) -> str:
-    """The server that a client points to, for messages, without user and password."""
+    """Return the server of a client for messages, without user and password.
+
+    Outboxes store this text and compare it, so it must not change.
+    """
     pool = client.connection_pool
     options = pool.connection_kwargs
     how = ", by TLS" if issubclass(pool.connection_class, SSLConnection) else ""
@@ -92,17 +101,17 @@ def place_of(client: Redis) -> str:
     return f"{database} {place}{how}"
 
 
-def _of_sentinel(url: str, options: dict[str, Any]) -> Redis:
+def _sentinel_client(url: str, options: dict[str, Any]) -> Redis:
     parts = _SENTINEL_URL.fullmatch(url)
     if parts is None:
         raise ValueError("not the URL of a service behind Sentinel")
     given = parse_qsl(parts["query"] or "", keep_blank_values=True)
     if not all(name in _OPTIONS or name.startswith("ssl_") for name, _ in given):
         raise ValueError("not an option of a connection")
-    own = {name: dict(given).get(option) for name, option in _OWN.items()}
-    rest = urlencode([(name, value) for name, value in given if name not in _OWN.values()])
+    sentinel_login = {name: dict(given).get(option) for name, option in _SENTINEL_LOGIN.items()}
+    rest = urlencode([(name, value) for name, value in given if name not in _SENTINEL_LOGIN.values()])
     login = f"{parts['login']}@" if parts["login"] else ""
-    # redis-py decodes the login and knows the types of the options.
+    # redis-py decodes the login and converts the options to their types.
     master = {**options, **parse_url(f"{parts['scheme']}://{login}master/{parts['db'] or ''}?{rest}")}  # type: ignore[no-untyped-call]  # likewise
     del master["host"]
     if master.pop("connection_class", None) is not None:
@@ -111,7 +120,7 @@ def _of_sentinel(url: str, options: dict[str, Any]) -> Redis:
     limits = dict.fromkeys(("socket_connect_timeout", "socket_timeout"), _SENTINEL_TIMEOUT_SECONDS)
     sentinel = _SharedSentinel(  # type: ignore[no-untyped-call]  # likewise
         [_address(host) for host in parts["hosts"].split(",")],
-        sentinel_kwargs={"retry": Retry(NoBackoff(), 0), **limits, **own, **tls},
+        sentinel_kwargs={"retry": Retry(NoBackoff(), 0), **limits, **sentinel_login, **tls},
     )
     client: Redis = sentinel.master_for(unquote(parts["service"]), **master)  # type: ignore[no-untyped-call]  # likewise
     return client

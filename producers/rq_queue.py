@@ -1,9 +1,9 @@
-"""Our deliveries as RQ jobs: the same as RQ's own enqueue writes, for many at once and in a fraction of its time.
+"""Deliveries as RQ jobs: the same keys as RQ's own enqueue writes, for many jobs at once.
 
-RQ's takes about 330 µs of the interpreter a job, during which a caller's thread does not run; this takes about 50.
-A test reads these jobs back through RQ, beside ones that RQ enqueued.
+RQ's enqueue takes about 330 µs of Python per job, in which the caller's thread cannot run; this takes about 50 µs. A
+test compares these jobs with jobs that RQ enqueued.
 
-All knowledge of RQ's keys in `producers` is in this module.
+Only this module of `producers` reads or writes RQ's keys.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from producers.redis_keys import acknowledgement_key, owners_key, reserved_key
 AnyHead = TypeVar("AnyHead", bound=EntryHead)
 
 ACTIVE_STATUSES = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
-TIMEOUT_SECONDS = 180  # RQ's default, for the stock worker, which ends a job that takes longer
-_COMPRESS_BYTES = 2048  # RQ reads both; below this, zlib costs more time than its bytes are worth
+TIMEOUT_SECONDS = 180  # RQ's default; a stock worker ends a job that takes longer
+_COMPRESS_BYTES = 2048  # smaller data is not compressed, because it would save little; RQ reads both forms
 
 
 def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry], at: datetime | None = None) -> None:
-    """Add commands to `pipe` that put each entry at the tail of the queue, in place of any job of the same id.
+    """Add commands to `pipe` that append each entry to the queue and replace any job with the same id.
 
-    `at` is the time of enqueueing by Redis' clock; without it, this host's clock is used. The last command returns the
-    length of the queue.
+    `at` is the time of enqueueing by Redis' clock, by default this host's time. The last command returns the length of
+    the queue.
     """
     job_ids = [entry.job_id for entry in entries]
-    # An id that is queued must not be shown as failed or finished as well.
+    # A queued job must not be listed as failed or finished too.
     for registry in (FailedJobRegistry, FinishedJobRegistry):
         pipe.zrem(registry.key_template.format(queue.name), *job_ids)
     pipe.delete(*map(Job.key_for, job_ids))
@@ -60,13 +60,13 @@ def _fields(entry: Entry, origin: str, at: str) -> dict[Any, Any]:
         "origin": origin,
         "description": entry.summary,
         "timeout": TIMEOUT_SECONDS,
-        # What failed waits for a person; it does not disappear by itself.
+        # A failed job never expires: it waits for an operator.
         "failure_ttl": -1,
     }
 
 
 def job_states(redis: Redis, entries: Sequence[EntryHead]) -> dict[int, str | None]:
-    """RQ's status of each entry's job, by position; None for one that Redis does not have."""
+    """Return RQ's status of each entry's job, by the entry's position; None if Redis does not have the job."""
     with redis.pipeline(transaction=False) as pipe:
         for entry in entries:
             pipe.hget(Job.key_for(entry.job_id), "status")
@@ -75,9 +75,9 @@ def job_states(redis: Redis, entries: Sequence[EntryHead]) -> dict[int, str | No
 
 
 def without_acknowledgement(redis: Redis, entries: Sequence[AnyHead]) -> list[AnyHead]:
-    """Entries without an acknowledgement in Redis.
+    """Return the entries that have no acknowledgement in Redis.
 
-    Call it after `job_states`: a worker finishes a job, which removes its state, and acknowledges it in one step.
+    Call it after `job_states`: a worker acknowledges a job and removes its state in one step.
     """
     with redis.pipeline(transaction=False) as pipe:
         for entry in entries:
@@ -87,14 +87,14 @@ def without_acknowledgement(redis: Redis, entries: Sequence[AnyHead]) -> list[An
 
 
 def in_no_list(redis: Redis, queue: Queue, entries: Sequence[AnyHead]) -> list[AnyHead]:
-    """Entries whose job has an active status, but is in no list of queued, reserved or started jobs.
+    """Return the entries whose job has an active status, but is in no list of queued, reserved or started jobs.
 
-    All lists are read in one transaction, since jobs move between them all the time.
+    All lists are read in one transaction, because jobs move between them at any time.
     """
     if not entries:
         return []
     owners = redis.hkeys(owners_key(queue.name))
-    now, _ = redis.time()  # RQ's scores are times of Redis' clock
+    now, _ = redis.time()  # scores in the registry are times of Redis' clock
     with redis.pipeline(transaction=True) as pipe:
         pipe.hkeys(owners_key(queue.name))
         pipe.zrangebyscore(queue.started_job_registry.key, now, "+inf")
@@ -105,7 +105,7 @@ def in_no_list(redis: Redis, queue: Queue, entries: Sequence[AnyHead]) -> list[A
             pipe.lpos(queue.key, entry.job_id)
         owners_then, started, *found = pipe.execute()
     if not set(owners_then) <= set(owners):
-        return []  # a new one may have reserved them: the next check finds out
+        return []  # a new owner may have reserved them; the next check reads its list too
     reserved, answers = found[: len(owners)], found[len(owners) :]
     elsewhere = {as_text(job_id) for one in reserved for job_id in one}
     elsewhere |= {as_text(member).split(":")[0] for member in started}

@@ -1,7 +1,7 @@
-"""Settings of the transport: environment variables, then `.env` in the working directory.
+"""Settings of the transport, from environment variables and then from `.env` in the working directory.
 
-Plain Pydantic rather than pydantic-settings: a stock `rq worker` imports this once an event, and the larger
-library costs it another 0.1 s of CPU each time.
+This is plain Pydantic, not pydantic-settings: a stock `rq worker` imports this module once per event, and the larger
+library would take another 0.1 s of CPU each time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from producers.times import zone_named
 
 
 def read_environment(*, dotenv: bool = True) -> dict[str, str]:
-    """The process's environment, over `.env` with `dotenv`; a variable set to nothing counts as not set."""
+    """Return the variables of the environment and, with `dotenv`, those of `.env` that the environment does not set.
+
+    An empty variable counts as not set.
+
+    Raises:
+        SettingsError: `.env` cannot be read.
+    """
     values: dict[str, str | None] = {}
     if dotenv and Path(".env").is_file():
         from dotenv import dotenv_values
@@ -48,7 +54,7 @@ def _zone(name: object) -> object:
 
 
 class EnvironmentSettings(BaseModel):
-    """Settings whose aliases are the names of environment variables."""
+    """Base class for settings. A field's alias is the name of its environment variable."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -60,7 +66,11 @@ class EnvironmentSettings(BaseModel):
 
     @classmethod
     def from_environment(cls, *, dotenv: bool = True) -> Self:
-        """Raises SettingsError, which names the variable and never shows its value."""
+        """Read the settings.
+
+        Raises:
+            SettingsError: a variable has a wrong value; the message names the variable and never shows the value.
+        """
         try:
             return cls.model_validate(read_environment(dotenv=dotenv))
         except ValidationError as error:
@@ -70,11 +80,14 @@ class EnvironmentSettings(BaseModel):
 
 
 class ZoneSettings(EnvironmentSettings):
-    # None is the zone of this machine.
+    """The zone of naive times; None is this machine's zone."""
+
     timezone: Annotated[ZoneInfo | None, BeforeValidator(_zone)] = Field(None, alias="HISTORY_TIMEZONE")
 
 
 class TransportSettings(ZoneSettings):
+    """Settings of a controller: Redis, the queue and the outbox."""
+
     redis_url: SecretStr | None = Field(None, alias="REDIS_URL")
     queue: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]+$")] = Field("history", alias="HISTORY_QUEUE")
     outbox: Path = Field(Path("data/outbox.db"), alias="HISTORY_OUTBOX")
@@ -85,10 +98,10 @@ class TransportSettings(ZoneSettings):
         return self.outbox_keep_days * 86400
 
     def redis(self) -> Redis:
-        """A client whose calls fail after seconds rather than hang; retrying is the caller's decision.
+        """Return a client with timeouts of a few seconds and without retries.
 
         Raises:
-            SettingsError: REDIS_URL is missing or cannot be read.
+            SettingsError: REDIS_URL is not set or not valid.
         """
         if self.redis_url is None:
             raise SettingsError("REDIS_URL is not set (for example redis://localhost:6379/0)")

@@ -1,7 +1,7 @@
-"""For the tests of a controller: the real producer, outbox and relay on fakeredis, without any server.
+"""Tests of a controller: the real producer, outbox and relay on fakeredis, without any server.
 
-Needs `trading-history[testing]`. With pytest it is the fixture `trading_history`; elsewhere
-`with FakeHistory() as history:` does the same.
+pytest has the fixture `trading_history`. Without pytest, `with FakeHistory() as trading_history:` does the same. Both
+need the extra `testing`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from producers.acknowledgements import Outcome
 from producers.child_environment import redirected_children
 from producers.errors import HistoryError
 from producers.events import KINDS, Event, PortfolioSnapshot, SignalArchive, decode, encode, event_of
-from producers.fake_worker import Answer, FakeWorker, Refusal
+from producers.fake_worker import Answer, FakeWorker, Rejection
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redirection import Redirection, activate
@@ -33,28 +33,28 @@ from producers.trading_controller import shared_producer
 AnyPayload = TypeVar("AnyPayload", PortfolioSnapshot, SignalArchive)
 
 _QUEUE = "history"
-_EXIT_SECONDS = 0.2  # most tests close their producers without a worker, for which a real one waits longer
-_LAST_BACKOFF_SECONDS = 0.05  # a test does not wait seconds for the end of an outage to be noticed
+_EXIT_SECONDS = 0.2  # shorter than in production: most tests have no worker whose acknowledgements would arrive
+_LAST_BACKOFF_SECONDS = 0.05  # shorter than in production: after redis_down(), a test continues at once
 _POLL_SECONDS = 0.005
-_POLLS = 2000  # counted, not timed: a test may have stopped the clock
+_POLLS = 2000  # a number, not a time, because a test may have stopped the clock
 _SHOWN_PAYLOADS = 10
 
 
 @contextmanager
 def redirect(redis: Redis, outbox: Path, *, queue: str = _QUEUE) -> Iterator[None]:
-    """In the block, every HistoryProducer of this process records to `outbox` and relays to `queue` on `redis`.
+    """Make every HistoryProducer of this process record to `outbox` and send to `queue` on `redis`, in the block.
 
-    That is: the one that calls without `producer` share; those made in the block, whatever Redis, outbox and queue they
-    name; and those made before. `.env` is not read. Child processes that are started in the block find no Redis; their
-    events go to the same outbox, and this process relays them. Processes of a pool that were started before are not
-    redirected: make such a pool anew in the test.
+    This applies to the shared producer, to producers that exist already, and to those that are made in the block,
+    whatever Redis, outbox and queue they name. `.env` is not read. Child processes that are started in the block record
+    to the same outbox and have no Redis: this process sends their events. Processes that were started before the block,
+    such as those of a pool, are not redirected.
 
-    At the end, producers made in the block are closed, and the others are as before. A thread that was started in the
-    block and outlives it gets HistoryError when it records outside of such a block. End it in the test all the same:
-    a thread that it starts later is not known, and records for real.
+    At the end of the block, the producers made in it are closed, and the others work as before. A thread that was
+    started in the block and outlives it gets HistoryError when it records outside of a block. Join such threads in the
+    test: a thread that they start after the block is not known and records for real.
 
     Raises:
-        HistoryError: on entering, when producers of this process are redirected already.
+        HistoryError: producers of this process are redirected already.
     """
     with (
         redirected_children(outbox, queue),
@@ -66,12 +66,12 @@ def redirect(redis: Redis, outbox: Path, *, queue: str = _QUEUE) -> Iterator[Non
 
 
 class FakeHistory:
-    """A history that records for real, up to a fake Redis: while it is open, all producers are redirected to it.
+    """Redirects all producers of this process to a temporary outbox and a fake Redis; see `redirect`.
 
-    See `redirect`. One at a time in a process.
+    Use it as a context manager. Only one can be open in a process.
 
     Raises:
-        HistoryError: on entering, when another one is open.
+        HistoryError: another one is open (raised on entering).
     """
 
     def __init__(self) -> None:
@@ -94,12 +94,12 @@ class FakeHistory:
 
     @property
     def producer(self) -> HistoryProducer:
-        """The one that calls without `producer` share."""
+        """The shared producer, which calls without `producer` use."""
         return shared_producer()
 
     @property
     def events(self) -> list[Event]:
-        """All recorded events, in order, as workers get them: amounts and numbers in signals are Decimals."""
+        """All recorded events, in order, as workers receive them: amounts and decimals in signals are `Decimal`."""
         return [decode(entry.event, KINDS[entry.type].model) for entry in self._outbox.entries()]
 
     @property
@@ -113,23 +113,24 @@ class FakeHistory:
         return [event.data for event in self.events if isinstance(event.data, SignalArchive)]
 
     def assert_snapshot(self, **fields: Any) -> PortfolioSnapshot:
-        """The newest snapshot that has these values; they are rounded as recording does, so floats will do.
+        """Return the newest snapshot with these values. Floats are rounded as they are when recorded.
 
         Raises:
-            AssertionError: there is none; the message shows the recorded ones.
-            InvalidEvent: no snapshot can have such a value.
+            AssertionError: there is no such snapshot; the message shows the recorded ones.
+            InvalidEvent: a snapshot cannot have such a value.
+            TypeError: a snapshot has no such field.
         """
         __tracebackhide__ = True
         return _newest(self.snapshots, PortfolioSnapshot, fields)
 
     def assert_archive(self, **fields: Any) -> SignalArchive:
-        """The newest archive that has these values; raises what `assert_snapshot` raises."""
+        """Return the newest archive with these values. Raises the same errors as `assert_snapshot`."""
         __tracebackhide__ = True
         return _newest(self.archives, SignalArchive, fields)
 
     @contextmanager
     def redis_down(self) -> Iterator[None]:
-        """Redis cannot be reached in the block; what is recorded there is delivered after it."""
+        """Make Redis unreachable in the block. Events that are recorded in it are sent after it."""
         connected = self._server.connected
         self._server.connected = False
         try:
@@ -137,29 +138,35 @@ class FakeHistory:
         finally:
             self._server.connected = connected
 
-    def work(self, *, reject: Refusal | None = None) -> list[Outcome]:
-        """Do a worker's part for all recorded events; receipts know their outcome when this returns.
+    def work(self, *, reject: Rejection | None = None) -> list[Outcome]:
+        """Process all recorded events as a worker does. When this returns, all receipts have an outcome.
 
-        Each event is checked as a worker does. It is stored, with row ids from 1 in each table, or a duplicate when
-        the same fact is stored already, or rejected when that has other content. `reject` is a reason to reject
-        everything, or a function that returns an event's reason, None for one that is to be stored.
+        Each event is validated. It is stored, with row ids from 1 in each table; or a duplicate, if it is stored
+        already; or rejected, if it is stored already with other content.
+
+        Args:
+            reject: A reason with which all events are rejected, or a function of an event that returns a reason, or
+                None for an event that is to be stored.
+
+        Returns:
+            One outcome per delivery, in order.
 
         Raises:
-            HistoryError: Redis is down, or this is a forked child, whose events its parent delivers.
-            TimeoutError: the relay did not deliver; its log says why.
+            HistoryError: Redis is down, or this is a forked child: its parent delivers the events.
+            TimeoutError: the relay did not deliver within 10 s; its log says why.
         """
         self._refuse_child()
         if not self._server.connected:
-            raise HistoryError("Redis is down: no worker has anything to do")
-        self.producer.flush(0)  # the producers that recorded may be closed: this one relays their entries
+            raise HistoryError("Redis is down: call work() after the block of redis_down()")
+        self.producer.flush(0)  # starts a relay, if the producers that recorded the events are closed
         _until(lambda: not self._outbox.pending_count(), "events did not reach Redis")
         answers = self._worker.work(reject)
         _until(lambda: self._are_known(answers), "outcomes did not reach the outbox")
         return [answer.outcome for answer in answers]
 
     @contextmanager
-    def worker(self, *, reject: Refusal | None = None) -> Iterator[None]:
-        """Run a worker in the block, for code that waits for its own receipts; see `work`."""
+    def worker(self, *, reject: Rejection | None = None) -> Iterator[None]:
+        """Run a worker during the block, for code that waits for its own receipts; see `work`."""
         self._refuse_child()
         stop = threading.Event()
 
@@ -167,7 +174,7 @@ class FakeHistory:
             ending = False
             while not ending:
                 ending = stop.wait(_POLL_SECONDS)
-                with suppress(RedisError):  # down for now
+                with suppress(RedisError):  # raised in redis_down(); the next round tries again
                     self._worker.work(reject)
 
         with ThreadPoolExecutor(1, "history-fake-worker") as pool:
@@ -180,7 +187,7 @@ class FakeHistory:
 
     def _refuse_child(self) -> None:
         if os.getpid() != self._pid:
-            raise HistoryError("this is a forked child: its parent delivers what it records")
+            raise HistoryError("this is a forked child: call work() or worker() in its parent")
 
     def _are_known(self, answers: Sequence[Answer]) -> bool:
         return all(self._outbox.deliveries.is_settled(delivery_of(one.job_id)) for one in answers)
@@ -197,7 +204,7 @@ def _until(condition: Callable[[], bool], problem: str) -> None:
 def _newest(recorded: Sequence[AnyPayload], model: type[AnyPayload], fields: Mapping[str, Any]) -> AnyPayload:
     __tracebackhide__ = True
     if unknown := fields.keys() - model.model_fields.keys():
-        raise TypeError(f"{model.__name__} has no {', '.join(sorted(unknown))}")
+        raise TypeError(f"{model.__name__} has no field {', '.join(sorted(unknown))}")
     for payload in reversed(recorded):
         if _with(payload, fields) == payload:
             return payload
@@ -207,15 +214,15 @@ def _newest(recorded: Sequence[AnyPayload], model: type[AnyPayload], fields: Map
     ]
     wanted = ", ".join(f"{name}={value!r}" for name, value in fields.items())
     raise AssertionError(
-        f"no {model.__name__} with {wanted or 'any values'} was recorded, but {len(recorded)}:{''.join(shown)}"
+        f"no {model.__name__} with {wanted or 'any values'} among the {len(recorded)} recorded:{''.join(shown)}"
         if recorded
         else f"no {model.__name__} was recorded"
     )
 
 
 def _with(payload: AnyPayload, fields: Mapping[str, Any]) -> AnyPayload:
-    """`payload` as it would have been recorded with these values instead of its own."""
+    """Return `payload` as it would have been recorded with these values."""
     own = {name: getattr(payload, name) for name in type(payload).model_fields}
     event = event_of(type(payload).checked(**{**own, **fields}), source="expected", sequence=None)
-    # Over the wire: a float in a signal comes back as the Decimal that it is there.
-    return decode(encode(event), type(event)).data  # type: ignore[return-value]  # the event's payload is of its kind
+    # Encode and decode it, because a float in a signal becomes a Decimal on the way.
+    return decode(encode(event), type(event)).data  # type: ignore[return-value]  # decode returns the same kind of payload

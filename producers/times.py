@@ -1,4 +1,4 @@
-"""Naive times and the zone that they mean; pauses between tries."""
+"""Naive times and their zone; pauses between retries."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from zoneinfo import ZoneInfo
 from producers.errors import InvalidEvent
 from producers.fields import TIME_RANGE
 
-_random = random.SystemRandom()  # not the module's own state, which belongs to the program that records
+_random = random.SystemRandom()  # leaves the state of the module `random` to the program that records
 
 
 def backoff_seconds(failures: int, *, first: float, last: float) -> float:
-    """The pause after so many failed tries in a row: `first`, doubled after each further one, `last` at the most.
+    """Return the pause after the given number of consecutive failures: `first`, doubled each time, at most `last`.
 
-    A random half to all of that, so that those that failed together do not try again together.
+    The result is a random 50 to 100 % of that, so that processes that failed together do not retry together.
     """
     ceiling = min(first * 2.0 ** min(failures - 1, 20), last)
     return _random.uniform(ceiling / 2, ceiling)
 
 
 def zone_named(name: str) -> ZoneInfo:
-    """Raises ValueError, which says what such a name looks like."""
+    """Return the time zone of this name.
+
+    Raises:
+        ValueError: there is no such zone; the message has an example.
+    """
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        raise ValueError("is not a time zone of the IANA database, such as Europe/Berlin") from None
+        raise ValueError("must be the name of an IANA time zone, such as Europe/Berlin") from None
 
 
 def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:
-    """`moment` with an offset: its own, else that of `zone`, else (None) that of this machine's zone.
+    """Return `moment` with a UTC offset: its own, or if it is naive, that of `zone` (None: this machine's zone).
 
     Raises:
-        InvalidEvent: it is too near to the first or last year for an offset; the message begins with `field`.
+        InvalidEvent: the time is too close to the year 1 or 9999 for an offset; the message begins with `field`.
     """
     try:
         if moment.utcoffset() is not None:
@@ -44,21 +48,21 @@ def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:
 
 
 def wall_clock(instant: datetime, zone: tzinfo | None) -> datetime:
-    """The time that a clock in `zone` (None: this machine's zone) shows at `instant`, without offset.
+    """Return the naive time that a clock in `zone` (None: this machine's zone) shows at `instant`.
 
-    In an hour that is shown twice, as the clock is set back, this loses which of the two it is: see `read_back`.
+    If that hour occurs twice, because the clock was set back, the result does not say which one it is; see `read_back`.
     """
     return instant.astimezone(zone).replace(tzinfo=None, fold=0)
 
 
 def read_back(shown: datetime, zone: tzinfo | None, after: datetime | None, field: str) -> datetime:
-    """The instant of a naive time in `zone`, in a series whose previous entry was at `after`; with its offset alone.
+    """Return the instant of a naive time in `zone`, in a series whose previous entry was at `after`.
 
-    A time that occurs twice is the second one if only the first would lie before `after`, else the first. A time that
-    does not occur is read with the offset that was valid before the gap.
+    If the time occurs twice, take the first occurrence unless it is before `after` and the second one is not. If the
+    time does not occur, use the offset that was valid before the gap. The result has a fixed offset.
 
     Raises:
-        InvalidEvent: it is too near to the first or last year for an offset; the message begins with `field`.
+        InvalidEvent: the time is too close to the year 1 or 9999 for an offset; the message begins with `field`.
     """
     first = with_fixed_offset(localized(shown, zone, field), field)
     if after is None or first >= after:
@@ -68,7 +72,11 @@ def read_back(shown: datetime, zone: tzinfo | None, after: datetime | None, fiel
 
 
 def with_fixed_offset(moment: datetime, field: str) -> datetime:
-    """With its offset alone: two times of one zone would compare by their clocks, not by their instants."""
+    """Return `moment` with a fixed offset instead of a zone: Python compares times in the same zone without offsets.
+
+    Raises:
+        InvalidEvent: `moment` is naive or out of range; the message begins with `field`.
+    """
     try:
         offset = moment.utcoffset()
     except (ValueError, OverflowError):

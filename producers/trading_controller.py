@@ -1,6 +1,6 @@
-"""The two calls of a trading cycle: record the portfolio's snapshot, archive the current signals.
+"""The two calls that a controller makes in each trading cycle: record a portfolio snapshot, archive the signals.
 
-Both validate, append to the outbox on local disk and return; neither waits for Redis or PostgreSQL.
+Both validate their input, append an event to the outbox on local disk and return, without waiting for any server.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _shared: dict[Redirection | None, HistoryProducer] = {}
 _sharing = threading.Lock()
 
 
-def _share_after_fork() -> None:
-    # Another thread may have held it, and that thread does not exist in the child.
+def _renew_lock_after_fork() -> None:
+    # Another thread of the parent may have locked it, and that thread does not exist in the child.
     global _sharing
     _sharing = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_share_after_fork)
+os.register_at_fork(after_in_child=_renew_lock_after_fork)
 
 
 def create_daily_portfolio_snapshot(
@@ -44,21 +44,26 @@ def create_daily_portfolio_snapshot(
     timestamp: datetime | None = None,
     producer: HistoryProducer | None = None,
 ) -> Receipt:
-    """Record what the portfolio is worth now; when this returns, the snapshot is durable.
+    """Record a snapshot of the portfolio. When the call returns, the snapshot is on disk.
 
-    `portfolio_data` has balance (or current_balance), total_invested, total_profit_loss, trade_count and
-    positions, and may have total_value; other keys are ignored. balance wins over current_balance, and one of
-    them must be there; other numbers that are missing count as 0. total_value is then balance +
-    total_profit_loss. Numbers are of any type of numbers.Real, or Decimals: NumPy's too, and text that is a number.
-    A position is open if its status is "open" in upper or lower case.
-    Pass the cycle's own time as `timestamp` and a repeated cycle records the same snapshot, not another one.
-    Without `producer`, all calls of a process share one.
+    Args:
+        portfolio_data: The controller's dict. The keys balance (or current_balance; balance takes precedence),
+            total_invested, total_profit_loss, total_value, trade_count and positions are read, all others are ignored.
+            One of the two balances is required. Other missing numbers are 0, and a missing total_value is balance +
+            total_profit_loss, which leaves out invested money. An amount is any numbers.Real (NumPy's included), a
+            Decimal, or text that is a number; trade_count is any numbers.Integral. A position is open if its status is
+            "open", in upper or lower case.
+        portfolio_id: An integer that distinguishes several portfolios.
+        timestamp: The time of the trading cycle, by default now. If a repeated cycle passes the same time, it records
+            the same snapshot, which is stored once. A naive time is local (HISTORY_TIMEZONE).
+        producer: By default, all calls in a process share one producer, made from the settings.
 
     Raises:
-        InvalidEvent: neither balance nor current_balance is there, and the message lists the keys that are; or a
-            value is of the wrong type or out of range, and the message names it.
+        InvalidEvent: `portfolio_data` has no balance (the message lists its keys), or a value has the wrong type or
+            is out of range (the message names the field).
         OutboxError: the outbox cannot be written; nothing was recorded.
-        SettingsError: there is no producer and the settings do not describe one.
+        SettingsError: the shared producer cannot be made, because a setting is missing or wrong.
+        ProducerClosed: `producer` is closed; nothing was recorded.
     """
     producer = producer or shared_producer()
     if not isinstance(portfolio_data, Mapping):
@@ -85,17 +90,30 @@ def archive_current_signals(
     archived_at: datetime | None = None,
     producer: HistoryProducer | None = None,
 ) -> Receipt | None:
-    """Archive the signals of this cycle; None when there are none. When this returns, they are durable.
+    """Archive the signals of a trading cycle. When the call returns, they are on disk.
 
-    They are `signals` (an array, or an API's object with the array under "signals"), else what `signals_url`
-    answers within 5 s, else the content of `signals_path`, which is only read. A file that is missing or empty
-    means none. Pass the cycle's own time as `archived_at` and a repeated cycle archives once.
+    Args:
+        signals: A list of dicts, or a dict with such a list under "signals".
+        signals_path: A JSON file with the same content, read if neither `signals` nor `signals_url` is given. It is
+            never written. A missing or empty file means that there are no signals.
+        signals_url: A URL that returns the same content as JSON, read if `signals` is not given. The call waits for
+            it, for at most 5 s.
+        portfolio_id: An integer that distinguishes several portfolios.
+        archived_at: The time of the trading cycle, by default now. If a repeated cycle passes the same time, it
+            records the same archive, which is stored once. A naive time is local (HISTORY_TIMEZONE).
+        producer: By default, all calls in a process share one producer, made from the settings.
+
+    Returns:
+        The receipt, or None if there are no signals and nothing was recorded.
 
     Raises:
-        InvalidEvent: a signal is no JSON object, or holds what JSON or PostgreSQL cannot; the message says where.
-        SignalsUnreadable: the file or the URL's answer is broken, or late; the message names it and the position.
+        InvalidEvent: a signal is not a JSON object, or has a value that JSON or PostgreSQL cannot represent; the
+            message says where.
+        SignalsUnreadable: the file or the URL's response is not valid JSON, or the response is late; the message
+            names the source and the position.
         OutboxError: the outbox cannot be written; nothing was recorded.
-        SettingsError: there is no producer and the settings do not describe one.
+        SettingsError: the shared producer cannot be made, because a setting is missing or wrong.
+        ProducerClosed: `producer` is closed; nothing was recorded.
     """
     producer = producer or shared_producer()
     moment = _moment("archived_at", archived_at, producer)
@@ -114,7 +132,7 @@ def _moment(field: str, given: datetime | None, producer: HistoryProducer) -> da
 
 
 def _amounts(portfolio: Mapping[str, Any]) -> dict[str, Decimal]:
-    """The four amounts, each under the name that the event gives it; errors use the caller's name."""
+    """Return the four amounts under the event's field names. Errors use the caller's names."""
     balance_name = _balance_name(portfolio)
     balance = as_money(portfolio[balance_name], balance_name)
     profit_loss = as_money(portfolio.get("total_profit_loss", 0), "total_profit_loss")
@@ -130,12 +148,12 @@ def _balance_name(portfolio: Mapping[str, Any]) -> str:
     for name in ("balance", "current_balance"):
         if name in portfolio:
             return name
-    # An error's answer or another API's portfolio would become a row of zeros.
+    # Without this check, an API's error response would become a row of zeros.
     raise InvalidEvent.at("portfolio_data", f"must have 'balance' or 'current_balance'; {_keys_found(portfolio)}")
 
 
 def _keys_found(portfolio: Mapping[Any, Any]) -> str:
-    """The keys for a message, without values; they may be many, long and anything: of others than text, the type."""
+    """Return the first keys for a message, shortened and without values; for a key that is not text, its type."""
     shown = [
         f"'{readable(key, _KEY_CHARACTERS)}'" if isinstance(key, str) else f"({type_name(key)})"
         for key in islice(portfolio, _SHOWN_KEYS)
@@ -158,15 +176,18 @@ def _is_open(index: int, position: Any) -> bool:
         return status.lower() == "open"
     if status is None:
         return False
-    # An enum's member, say, would never count, however many positions are open.
+    # Otherwise a position whose status is an enum member, for example, would never count as open.
     raise InvalidEvent.at(f"positions.{index}.status", f"must be text, not {type_name(status)}")
 
 
 def shared_producer() -> HistoryProducer:
-    """The producer that all calls without `producer` share; tests that redirect producers have one of their own.
+    """Return the producer that all calls without `producer` share. Each redirection has a separate one.
+
+    If there is none yet, or it is closed, make one from the settings.
 
     Raises:
-        SettingsError: it has to be made, and the settings do not describe one.
+        SettingsError: a setting is missing or wrong.
+        OutboxError: the outbox cannot be opened.
     """
     with _sharing:
         redirection = active_redirection()

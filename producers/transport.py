@@ -1,4 +1,4 @@
-"""An outbox and the relay thread that carries its entries to Redis: the part of a producer that tests redirect."""
+"""The part of a producer that tests can redirect: an outbox, and the relay thread that sends its entries to Redis."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from producers.redis_url import place_of
 from producers.relay import LAST_BACKOFF_SECONDS, Relay
 
 _POLL_SECONDS = 0.02
-_CHECK_NOW_SECONDS = 1.0  # how often `settle` has Redis asked about what was sent
+_CHECK_NOW_SECONDS = 1.0  # how often `settle` makes the relay check the jobs of sent entries
 
 
 class Transport:
-    """Opens the outbox and starts its relay.
+    """An open outbox and its relay thread.
 
-    With `relayed_by`, the id of a process, the relay runs in that process only, and not in a forked child.
+    If `relayed_by` is a process id, the relay runs in that process only, and not in a forked child.
 
     Raises:
         OutboxError: the outbox cannot be opened.
@@ -60,11 +60,11 @@ class Transport:
         )
 
     def after_fork(self) -> None:
-        """In a forked child: make a new relay, since threads of the parent do not exist here."""
+        """Make a new relay in a forked child, where the threads of the parent do not exist."""
         self._prepare_relay()
 
     def wake_relay(self) -> None:
-        """Have the relay look for new entries at once; start its thread if it does not run."""
+        """Make the relay read new entries at once. Start its thread if it does not run."""
         if self._relayed_by not in (None, os.getpid()):
             return
         if not self.relay.running:
@@ -74,18 +74,18 @@ class Transport:
         self.relay.wake()
 
     def stop(self, seconds: float) -> None:
-        """End the relay, which gets so many seconds for its last round, and close the outbox."""
+        """Stop the relay, waiting at most `seconds` for its last round, and close the outbox."""
         self.relay.stop(seconds)
         self.outbox.close()
 
     def flush(self, deadline: float | None) -> int:
-        """Wait until Redis has all entries that are there now; returns how many it has not at the deadline."""
+        """Wait until Redis has all present entries. Return the number that it does not have at the deadline."""
         left = self._counter(lambda until: self.outbox.pending_count(until=until))
         self._wait_until(lambda: not left(), deadline)
         return left()
 
     def settle(self, deadline: float | None, progress: Callable[[int], None] | None) -> int:
-        """Wait until all entries that are there now are settled; returns how many are not at the deadline."""
+        """Wait until all present entries are settled. Return the number of unsettled ones at the deadline."""
         check_at = 0.0
         count = self._counter(lambda until: self.outbox.unsettled_count(until=until))
 
@@ -103,7 +103,7 @@ class Transport:
         return count()
 
     def settle_own(self, producer_id: int, deadline: float) -> None:
-        """Wait until Redis has all entries, and those of this producer are settled."""
+        """Wait until Redis has all entries and those of this producer are settled, or until the deadline."""
 
         def is_settled() -> bool:
             left = self.outbox.pending_count() or self.outbox.unsettled_count(producer_id=producer_id)
@@ -112,7 +112,7 @@ class Transport:
         self._wait_until(is_settled, deadline)
 
     def wait(self, accepted: Accepted, timeout: float | None) -> int:
-        """Return the row id of one entry; see `Receipt.wait`."""
+        """Wait until one entry is stored and return the id of its row; see `Receipt.wait`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             entry = self.outbox.status_of(accepted)
@@ -130,9 +130,10 @@ class Transport:
         return entry.row_id
 
     def _counter(self, count: Callable[[Position], int]) -> Callable[[], int]:
-        """A function that counts, of the entries that are there now, those that `count` counts.
+        """Return a function that calls `count` with the position of the newest present entry.
 
-        A damaged file that is not salvaged yet counts as one entry. Entries that are salvaged from it later count too.
+        To its result, it adds one for each damaged file that is not salvaged yet. Entries that are salvaged from such a
+        file later count too.
         """
         until, salvaging = self.outbox.last_position(), False
 
@@ -140,15 +141,15 @@ class Transport:
             nonlocal until, salvaging
             if self.outbox.quarantine.damaged_files():
                 salvaging = True
-            elif salvaging:  # their entries have positions behind all others now
+            elif salvaging:  # the salvaged entries now have the highest positions
                 salvaging, until = False, self.outbox.last_position()
-            left = count(until)  # first: it may find the file damaged
+            left = count(until)  # before counting damaged files, because it may find that the outbox is damaged
             return left + len(self.outbox.quarantine.damaged_files())
 
         return counted
 
     def _wait_until(self, condition: Callable[[], bool], deadline: float | None) -> None:
-        """Until the condition holds, the deadline has passed, or no relay can run here."""
+        """Wait until the condition is true, the deadline has passed, or no relay can run in this process."""
         while not condition():
             self.wake_relay()
             if not self.relay.running or (deadline is not None and time.monotonic() >= deadline):

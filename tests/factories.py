@@ -1,4 +1,4 @@
-"""Factories for valid events of every kind; a test names only the fields that matter to it."""
+"""Valid events and inputs with default values; a test overrides only the values that matter to it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def a_portfolio(**overrides: Any) -> dict[str, Any]:
 
 
 def an_old_snapshot(moment: datetime, **overrides: Any) -> dict[str, Any]:
-    """Return an entry of portfolio_history.json; `moment` is the naive time of the old controller's clock."""
+    """Return an entry of portfolio_history.json; `moment` is the old controller's local time."""
     entry = {
         "date": moment.date().isoformat(),
         "timestamp": moment.isoformat(),
@@ -96,5 +96,5 @@ def an_old_snapshot(moment: datetime, **overrides: Any) -> dict[str, Any]:
 
 
 def an_old_archive(moment: datetime, signals: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return an entry of a signals_archive_YYYY-MM.json."""
+    """Return an entry of signals_archive_YYYY-MM.json."""
     return {"archived_at": moment.isoformat(), "signals_count": len(signals), "signals": signals}

@@ -1,4 +1,4 @@
-"""Forked child process that runs one function and never the rest of the test suite."""
+"""A forked child that ends without continuing the test run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from collections.abc import Callable
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Fork, run `function` in the child and wait for it.
-
-    Returns:
-        The child's exit code: 0, or 1 if the function raised; its traceback is printed.
-    """
+    """Run `function` in a forked child and return its exit code: 0, or 1 after a traceback if it raised."""
     child = os.fork()
     if child == 0:
         code = 1

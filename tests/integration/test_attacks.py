@@ -283,7 +283,7 @@ REJECTED: dict[str, tuple[Callable[[System], str], str]] = {
     "nesting slightly too deep": (lambda s: _put(s, "deeper", _call(ARCHIVE, _nested(60))), "data.signals.0.a."),
     "too many signals": (
         lambda s: _put(s, "signals", _call(ARCHIVE, _archive_text("{}," * 500_000 + "{}"))),
-        "data.signals: has more than 20000 of them",
+        "data.signals: has more than 20000 items",
     ),
     "a huge time to live": (lambda s: _put(s, "ttl", _call("x"), failure_ttl="9" * 30, result_ttl="9" * 30), _FOREIGN),
 }  # fmt: skip

@@ -91,7 +91,7 @@ def test_archive_without_signals_says_so_and_succeeds(redis: Redis) -> None:
         (
             ["status"],
             {"HISTORY_TIMEZONE": "x", "REDIS_URL": "redis://h"},
-            "error: HISTORY_TIMEZONE: is not a time zone",
+            "error: HISTORY_TIMEZONE: must be the name of an IANA time zone",
         ),
     ],
 )

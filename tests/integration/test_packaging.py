@@ -97,4 +97,4 @@ def test_a_project_with_a_package_of_the_same_name_runs_its_tests(bin_folder: Pa
         check=False,
     )
     assert "1 passed, 1 error" in run.stdout, run.stdout + run.stderr
-    assert "hides the package `producers` of trading-history" in run.stdout
+    assert "hides the one of trading-history" in run.stdout

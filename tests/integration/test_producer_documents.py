@@ -1,0 +1,94 @@
+"""The examples and tables of the documents in `producers` for authors of controllers and of other programs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from redis import Redis
+
+from producers.events import PortfolioSnapshotEvent, decode, encode, event_id
+from producers.settings import TransportSettings
+from producers.testing import FakeHistory
+from tests.documents import block, table
+
+
+def test_the_examples_for_a_controller_run_one_after_the_other() -> None:
+    """The second snapshot is a duplicate of the first."""
+    examples = (
+        block("producers/README.md", "record"),
+        block("producers/README.md", "errors"),
+        block("producers/README.md", "receipt"),
+        block("producers/README.md", "producer"),
+        block("producers/README.md", "asyncio"),
+    )
+    namespace: dict[str, Any] = {}
+    with FakeHistory() as history, history.worker():
+        for example in examples:
+            exec(example, namespace)
+        assert [one.portfolio_id for one in history.snapshots] == [1, 1, 2, 3]
+        assert [one.portfolio_id for one in history.archives] == [1, 2]
+    assert namespace["row_id"] == 3
+
+
+def test_the_table_of_settings_has_the_variables_and_defaults_of_a_controller() -> None:
+    """A default in code style is the value; another one describes None."""
+    documented = {variable.strip("`"): default for variable, default, _ in table("producers/README.md", "settings")}
+    defaults = {str(field.alias): field.default for field in TransportSettings.model_fields.values()}
+    assert documented.keys() == defaults.keys()
+    for variable, default in defaults.items():
+        shown = re.fullmatch("`(.*)`", documented[variable])
+        assert (shown and type(default)(shown[1])) == default
+
+
+def test_the_example_test_of_a_controller_passes(tmp_path: Path) -> None:
+    """The fixture is available in any environment that has the package."""
+    (tmp_path / "test_bot.py").write_text(block("producers/TESTING.md", "test_bot.py"), "utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tmp_path)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, "3 passed" in run.stdout) == (0, True), run.stdout
+
+
+def test_the_example_without_pytest_runs() -> None:
+    exec(block("producers/TESTING.md", "without pytest"), {})
+
+
+def test_the_table_of_the_fixture_has_all_its_public_attributes() -> None:
+    cells = " ".join(row[0] for row in table("producers/TESTING.md", "fixture"))
+    public = {name for name in dir(FakeHistory()) if not name.startswith("_")}
+    assert set(re.findall(r"`(\w+)", cells)) == public
+
+
+def test_the_example_of_an_event_encodes_to_the_same_text() -> None:
+    text = block("producers/EVENTS.md", "wire").strip()
+    assert encode(decode(text, PortfolioSnapshotEvent)) == text
+
+
+def test_the_test_vectors_of_event_ids_hold() -> None:
+    """Both for the project's own function and for the one that the document shows."""
+    namespace: dict[str, Any] = {}
+    exec(block("producers/EVENTS.md", "event id"), namespace)
+    vectors = [[cell.strip("`") for cell in row] for row in table("producers/EVENTS.md", "test vectors")]
+    assert len(vectors) == 4
+    for event_type, portfolio, instant, expected in vectors:
+        arguments = (event_type, None if portfolio == "none" else int(portfolio), datetime.fromisoformat(instant))
+        assert (str(event_id(*arguments)), str(namespace["event_id"](*arguments))) == (expected, expected)
+
+
+def test_another_program_enqueues_an_event_and_reads_its_acknowledgement(
+    redis: Redis, database_url: str, work: Callable[[], None]
+) -> None:
+    """The event of the example becomes the first row."""
+    text = block("producers/EVENTS.md", "wire").strip()
+    event = decode(text, PortfolioSnapshotEvent)
+    namespace: dict[str, Any] = {"redis": redis, "text": text, "source": event.source}
+    exec(block("producers/EVENTS.md", "enqueue"), namespace)
+    work()
+    exec(block("producers/EVENTS.md", "acknowledgement"), namespace)
+    assert (namespace["event_id_or_dash"], namespace["outcome"]) == (str(event.id), "stored:1")
+    assert int(namespace["time"]) > 0
