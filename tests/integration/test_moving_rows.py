@@ -270,9 +270,10 @@ def test_the_command_says_from_where_on_it_proves(history: list[Event], monkeypa
     assert f"audit --since {since}" in _README
     text_, as_json = (CliRunner().invoke(app, ["audit", "--since", since, *more]) for more in ((), ("--json",)))
     assert (text_.exit_code, as_json.exit_code) == (0, 0)
-    assert "Proven: what was recorded since 2026-04-01 00:00:00Z, in each source the numbers from `from` on." in (
-        text_.stdout
+    expected = (
+        "Checked: events recorded since 2026-04-01 00:00:00Z, in each source from the number in column `from` on."
     )
+    assert expected in text_.stdout
     header, row = (line.split() for line in text_.stdout.splitlines()[:2])
     assert (row[header.index("from")], row[0]) == ("11", "bot/1")
     (one,) = json.loads(as_json.stdout)
