@@ -154,7 +154,7 @@ CREATE TABLE IF NOT EXISTS event_outcomes (
     CONSTRAINT event_outcomes_refusal_has_a_reason CHECK (outcome = 'duplicate' OR reason IS NOT NULL)
 );
 
--- Upgrade a table from schema version 1, in which the outcome 'duplicate' was called 'absorbed'.
+-- Upgrade a table of version 1 of the schema, in which the outcome 'duplicate' was called 'absorbed'.
 DO $$
 BEGIN
     IF EXISTS (
@@ -178,8 +178,8 @@ BEGIN
 END
 $$;
 
--- Until it is restarted, a worker of schema version 1 writes 'absorbed'. Without this trigger its statement would
--- violate the constraint above, and it would report a stored event as rejected.
+-- During an upgrade, workers of version 1 still write 'absorbed'. Without this trigger their statement would violate the
+-- constraint above, and they would report a stored event as rejected.
 CREATE OR REPLACE FUNCTION event_outcomes_absorbed_is_duplicate() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     NEW.outcome := 'duplicate';
@@ -189,7 +189,7 @@ $$;
 CREATE OR REPLACE TRIGGER event_outcomes_absorbed_is_duplicate BEFORE INSERT ON event_outcomes FOR EACH ROW
     WHEN (NEW.outcome = 'absorbed') EXECUTE FUNCTION event_outcomes_absorbed_is_duplicate();
 COMMENT ON TRIGGER event_outcomes_absorbed_is_duplicate ON event_outcomes IS
-    'Lets workers of schema version 1 run during an upgrade.';
+    'Lets workers of version 1 of the schema run during an upgrade.';
 
 CREATE INDEX IF NOT EXISTS event_outcomes_of_source
     ON event_outcomes (source, sequence);
@@ -197,6 +197,7 @@ CREATE INDEX IF NOT EXISTS event_outcomes_rejected
     ON event_outcomes (created_at DESC) WHERE outcome = 'rejected';
 
 -- Increment the version with each change that programs need: workers wait while the database has an older version.
+-- They read the first number after "schema version" in this file, so no other one may come before it.
 COMMENT ON TABLE event_outcomes IS
     'One row per delivery that made no row of history, written in the transaction that decided it (schema version 2).';
 COMMENT ON COLUMN event_outcomes.job_id IS

@@ -36,9 +36,7 @@ def run_demo(home: Path) -> int:
     with _alone(home) as lock, embedded_stack(home):
         _start_empty(home)
         expected = 2 * DAYS * len(PORTFOLIO_IDS)
-        print(
-            f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one trading cycle per day: a snapshot and an archive of signals\n"
-        )
+        print(f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one trading cycle per day: a snapshot and an archive\n")
         with worker_process(home / "worker.log", keep=[lock]):
             first = _run_pass(home, "recorded")
             second = _run_pass(home, "recorded again")
