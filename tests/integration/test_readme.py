@@ -20,7 +20,6 @@ from redis import Redis
 from typer.main import get_command
 
 from consumers.cli import app
-from consumers.db.engine import get_db
 from consumers.operations import insert_portfolio_history_snapshot
 from consumers.ops.exposition import worker_registry
 from consumers.ops.queue_health import read_queue
@@ -112,15 +111,6 @@ def test_the_tests_of_a_controller_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tmp_path)]
     run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     assert (run.returncode, "2 passed" in run.stdout) == (0, True), run.stdout
-
-
-def test_the_sql_examples_run(database_url: str) -> None:
-    """Each statement, on the tables as schema.sql makes them."""
-    (block,) = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
-    statements = [statement for statement in block.split(";") if statement.strip()]
-    with get_db() as db:
-        results = [db.exec_driver_sql(statement).all() for statement in statements]
-    assert results == [[], [], []]
 
 
 def test_the_wire_example_is_an_event_of_ours() -> None:
