@@ -327,7 +327,7 @@ main()
 
 @pytest.mark.parametrize(
     "step",
-    ["LOCK TABLE", "ALTER TABLE public.portfolio", "ALTER SEQUENCE public.signal", "-- The history", "commit"],
+    ["LOCK TABLE", "ALTER TABLE public.portfolio", "ALTER SEQUENCE public.signal", "-- Tables, indexes", "commit"],
 )
 def test_killed_in_the_middle_it_has_changed_nothing(first_generation: str, step: str) -> None:
     """And the next run does it all."""

@@ -256,7 +256,7 @@ def test_pid_files_with_the_pid_of_another_process_are_ignored(home: Path) -> No
     with servers(home) as addresses:
         write(addresses)
         texts = [file.read_text() for file in files]
-    # PostgreSQL takes only a process of its own account for another server.
+    # PostgreSQL takes only a process of the same account for another server.
     owner = data.stat().st_uid if os.geteuid() == 0 else None
     with subprocess.Popen(["sleep", "60"], user=owner) as other:
         try:

@@ -180,7 +180,7 @@ def test_insert_translates_value_errors_to_invalid_event_without_values(database
 @pytest.mark.parametrize(
     "statement",
     [
-        "INSERT INTO event_outcomes (job_id, outcome) VALUES ('987654', 'absorbent')",
+        "INSERT INTO event_outcomes (job_id, outcome) VALUES ('987654', 'unknown')",
         "SELECT CAST('987654' AS smallint)",
         _SNAPSHOT.format(balance=987654, open=-1, trades=0),
     ],
