@@ -286,16 +286,16 @@ _JOINERS = "\u200c\u200d"  # join letters, and emoji
 
 def printable(text: str) -> str:
     """Return `text` as one line, with � in place of each control character and other unprintable one."""
-    return _NOT_PLAIN.sub(lambda found: found[0] if _is_harmless(found[0]) else "�", text)
+    return _NOT_PLAIN.sub(lambda found: found[0] if _is_printable(found[0]) else "�", text)
 
 
 def escaped(text: str) -> str:
     """Return `text` with unprintable characters as JSON escapes; line breaks and tabs stay. JSON keeps its value."""
     return _NOT_PLAIN.sub(
-        lambda found: found[0] if found[0] in "\n\t" or _is_harmless(found[0]) else json.dumps(found[0])[1:-1], text
+        lambda found: found[0] if found[0] in "\n\t" or _is_printable(found[0]) else json.dumps(found[0])[1:-1], text
     )
 
 
-def _is_harmless(character: str) -> bool:
+def _is_printable(character: str) -> bool:
     # Python calls the spaces of other alphabets (category Zs) not printable.
     return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"

@@ -250,7 +250,7 @@ def test_settings_tell_where_they_point_and_where_they_came_from(monkeypatch: py
         ("HISTORY_TIMEZONE", "Middle/Earth", "time zone setting", "HISTORY_TIMEZONE: is not a time zone"),
         ("HISTORY_QUEUE", "two queues", "Redis setting", "HISTORY_QUEUE: "),
         ("DATABASE_URL", "mysql://h/d", "database setting", "DATABASE_URL: must be a postgresql:// URL"),
-        ("DATABASE_URL", "postgresql://u:p@ss@h/d", "database setting", "DATABASE_URL: a password with @"),
+        ("DATABASE_URL", "postgresql://u:p@ss@h/d", "database setting", "DATABASE_URL: percent-encode @"),
         ("REDIS_URL", "redis://h:port", "Redis setting", "REDIS_URL: must be"),
         ("REDIS_URL", "redis://:12/34@h", "Redis setting", "REDIS_URL: a password with / ? or #"),
         ("REDIS_URL", "redis+sentinel://:12/34@h/m", "Redis setting", "REDIS_URL: a password with / ? or #"),
