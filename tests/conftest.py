@@ -1,4 +1,4 @@
-"""Real servers for tests: PostgreSQL and Valkey once per run, a new database and an empty Valkey per test."""
+"""Fixtures with real servers: one PostgreSQL and Valkey per run, one database per test, an empty Redis per test."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from consumers.embedded import Addresses, servers
 from producers import history_producer
 from producers.history_producer import HistoryProducer
 
-# The program that runs the tests (nohup, a shell in the background) may ignore these signals, and the processes that
-# the tests start would inherit that.
+# nohup or a shell in the background may have set these signals to "ignore", which child processes would inherit.
 for _number, _handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
@@ -35,25 +34,25 @@ _OUR_VARIABLES = ("DATABASE_URL", "REDIS_URL", "POSTGRES_", "HISTORY_")
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Remove all settings and use an empty working folder, which has no .env."""
+    """Remove all settings, and run the test in its temporary folder, which has no .env."""
     for name in list(os.environ):
         if name.startswith(_OUR_VARIABLES):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    # A producer that closes waits for acknowledgements, and most tests run no worker.
+    # When a producer is closed, it waits for acknowledgements. Most tests have no worker.
     monkeypatch.setattr(history_producer, "EXIT_SECONDS", 0.1)
 
 
 @pytest.fixture(scope="session")
 def pair() -> Iterator[Addresses]:
-    """PostgreSQL and Valkey of this run, with a template database that has the tables."""
+    """PostgreSQL and Valkey for this run, with a template database that has the tables."""
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, servers(Path(folder)) as addresses:
         make_template(addresses)
         yield addresses
 
 
 def make_template(addresses: Addresses) -> None:
-    """Create the template database, with the tables; the databases of the tests are copies of it."""
+    """Create the template database with the tables, from which the databases of the tests are cloned."""
     administrator = _administrator(addresses)
     with administrator.connect() as db:
         db.exec_driver_sql(f"CREATE DATABASE {_TEMPLATE}")
@@ -75,13 +74,13 @@ def _url_of(addresses: Addresses, database: str) -> SecretStr:
 
 @pytest.fixture
 def empty_database_url(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of a database without tables; the settings name it."""
+    """URL of a database without tables, to which the settings point."""
     yield from _database(pair, monkeypatch, "template1")
 
 
 @pytest.fixture
 def database_url(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URL of a database with empty tables; the settings name it."""
+    """URL of a database with empty tables, to which the settings point."""
     yield from _database(pair, monkeypatch, _TEMPLATE)
 
 
@@ -99,7 +98,7 @@ def _database(pair: Addresses, monkeypatch: pytest.MonkeyPatch, template: str) -
 
 @contextmanager
 def a_database(pair: Addresses, template: str = _TEMPLATE) -> Iterator[str]:
-    """Create a database for the block and yield its URL. It has the tables unless another template is given."""
+    """Create a database from the template, yield its URL, and drop it at the end of the block."""
     name = f"test_{uuid4().hex}"
     administrator = _administrator(pair)
     with administrator.connect() as db:
@@ -114,7 +113,7 @@ def a_database(pair: Addresses, template: str = _TEMPLATE) -> Iterator[str]:
 
 @pytest.fixture
 def redis(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
-    """Client of an empty Valkey; the settings name it."""
+    """Client of an empty Valkey, to which the settings point."""
     monkeypatch.setenv("REDIS_URL", pair.redis_url)
     client = Redis.from_url(pair.redis_url)
     client.flushall()
@@ -130,7 +129,7 @@ def producer(redis: Redis, tmp_path: Path) -> Iterator[HistoryProducer]:
 
 @pytest.fixture
 def work(redis: Redis, database_url: str) -> Callable[[], None]:
-    """Function that processes all jobs in the queue with RQ's SimpleWorker, in this process."""
+    """Function that runs RQ's SimpleWorker in this process until the queue is empty."""
 
     def burst() -> None:
         queue = Queue("history", connection=redis, serializer=JSONSerializer)

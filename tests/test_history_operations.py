@@ -1,4 +1,4 @@
-"""The four history operations on a real PostgreSQL: they insert rows and return them in order."""
+"""The four history operations on a real PostgreSQL: inserts, and reads in the documented order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("database_url")
 
 
 def _plain_snapshot(moment: datetime, /, **overrides: object) -> dict[str, object]:
-    """Return a snapshot as the old code passes it: a plain dict with a naive local time."""
+    """Return a plain dict with a naive local time, like those of the old code."""
     return {
         "snapshot_date": moment.date(),
         "timestamp": moment,
@@ -35,7 +35,7 @@ def _plain_snapshot(moment: datetime, /, **overrides: object) -> dict[str, objec
     } | overrides
 
 
-def test_get_portfolio_history_returns_the_newest_first() -> None:
+def test_snapshots_are_read_newest_first_by_date_and_time() -> None:
     """The order is snapshot_date DESC, timestamp DESC, independent of the order of the inserts."""
     noon = datetime(2025, 10, 20, 12)
     times = [noon, noon + timedelta(days=1), noon - timedelta(days=1), noon + timedelta(hours=1)]
@@ -48,8 +48,8 @@ def test_get_portfolio_history_returns_the_newest_first() -> None:
     assert get_portfolio_history(limit=0) == []
 
 
-def test_get_portfolio_history_returns_equal_values_with_native_types() -> None:
-    """They are floats, ints, dates and aware times, exact to the microsecond."""
+def test_a_snapshot_is_read_with_native_types_and_equal_values() -> None:
+    """Floats, ints, dates and aware times have the inserted values, to the microsecond."""
     moment = datetime(2025, 10, 20, 17, 2, 46, 101234)
     row_id = insert_portfolio_history_snapshot(_plain_snapshot(moment, portfolio_id=3))
 
@@ -69,7 +69,7 @@ def test_get_portfolio_history_returns_equal_values_with_native_types() -> None:
     }
 
 
-def test_get_recent_signal_archives_returns_the_newest_first() -> None:
+def test_archives_are_read_newest_first() -> None:
     """The order is archived_at DESC, independent of the order of the inserts."""
     noon = datetime(2025, 10, 20, 12)
     times = [noon, noon + timedelta(days=40), noon - timedelta(days=1)]
@@ -82,8 +82,8 @@ def test_get_recent_signal_archives_returns_the_newest_first() -> None:
     assert [row["id"] for row in get_recent_signal_archives(limit=1)] == [rows[0]["id"]]
 
 
-def test_archive_keeps_its_signals_month_and_count() -> None:
-    """signals_data is the same JSON."""
+def test_an_archive_keeps_its_signals_and_their_count() -> None:
+    """signals_data is the same JSON; month and count are derived from the event."""
     signals = [a_signal(), a_signal(market_id="2", event_id=None)]
     insert_signal_archive(
         {"archived_at": INSTANT, "signals_data": signals, "signals_count": 2, "archive_month": "2026-11"}
@@ -94,8 +94,8 @@ def test_archive_keeps_its_signals_month_and_count() -> None:
     assert (row["signals_data"], row["signals_count"], row["archive_month"]) == (signals, 2, "2026-11")
 
 
-def test_inserting_a_fact_again_returns_the_same_row() -> None:
-    """The same instant and amounts in another notation are the same fact."""
+def test_inserting_the_same_event_again_returns_the_same_row() -> None:
+    """The same instant and amounts in another notation are the same event."""
     first = insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, balance=10))
     again = insert_portfolio_history_snapshot(
         _plain_snapshot(INSTANT.astimezone(), balance="10.00", snapshot_date=INSTANT.date())
@@ -108,7 +108,7 @@ def test_inserting_a_fact_again_returns_the_same_row() -> None:
     assert (len(get_portfolio_history()), len(get_recent_signal_archives())) == (1, 1)
 
 
-def test_inserting_other_content_for_a_fact_raises_and_overwrites_nothing() -> None:
+def test_inserting_other_content_for_an_event_raises_and_overwrites_nothing() -> None:
     """The same portfolio and instant with other amounts or signals raise EventConflict."""
     row_id = insert_portfolio_history_snapshot(_plain_snapshot(INSTANT))
     insert_signal_archive({"archived_at": INSTANT, "signals": [a_signal()]})
@@ -131,7 +131,9 @@ def test_inserting_other_content_for_a_fact_raises_and_overwrites_nothing() -> N
         ({"surprise": 1}, "^surprise: is not a field of this event"),
     ],
 )
-def test_inserting_an_invalid_snapshot_raises_with_field_and_reason(change: dict[str, object], message: str) -> None:
+def test_inserting_an_invalid_snapshot_raises_with_the_field_and_the_reason(
+    change: dict[str, object], message: str
+) -> None:
     """No row is inserted."""
     with pytest.raises(InvalidEvent, match=message):
         insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, **change))
@@ -139,7 +141,7 @@ def test_inserting_an_invalid_snapshot_raises_with_field_and_reason(change: dict
 
 
 def test_inserting_an_archive_with_a_wrong_count_or_month_raises() -> None:
-    """Both follow from the other values, and must agree with them if they are given."""
+    """Count and month are derived; if they are given too, they must agree."""
     archive = {"archived_at": INSTANT, "signals": [a_signal()]}
     with pytest.raises(InvalidEvent, match="^signals_count: must be 1, which follows from the other values"):
         insert_signal_archive(archive | {"signals_count": 2})
@@ -147,8 +149,8 @@ def test_inserting_an_archive_with_a_wrong_count_or_month_raises() -> None:
         insert_signal_archive(archive | {"archive_month": "2026-10"})
 
 
-def test_naive_times_are_in_the_same_zone_for_inserts_and_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the local zone, or that of HISTORY_TIMEZONE."""
+def test_a_naive_time_means_the_same_in_inserts_and_in_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in HISTORY_TIMEZONE, by default the local zone."""
     monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
     moment = datetime(2025, 10, 20, 1)
     insert_portfolio_history_snapshot(_plain_snapshot(moment))
@@ -160,8 +162,8 @@ def test_naive_times_are_in_the_same_zone_for_inserts_and_reads(monkeypatch: pyt
     assert get_portfolio_history(since=moment + second) == []
 
 
-def test_negative_limit_raises_value_error() -> None:
-    """It is an error of the caller, not of the data."""
+def test_a_negative_limit_raises_value_error() -> None:
+    """It is an error of the caller, not invalid data."""
     with pytest.raises(ValueError, match="^limit must not be negative$"):
         get_portfolio_history(limit=-1)
 
@@ -181,8 +183,8 @@ def test_reads_filter_by_portfolio_and_period() -> None:
     assert [(row["portfolio_id"], row["archived_at"]) for row in archives] == [(2, days[2]), (2, days[1])]
 
 
-def test_inserts_accept_numpy_scalars_and_fractions() -> None:
-    """The reads return their values."""
+def test_the_inserts_accept_numpy_numbers_and_fractions() -> None:
+    """The rows have their values."""
     moment = datetime(2025, 10, 20, 17)
     insert_portfolio_history_snapshot(
         _plain_snapshot(
