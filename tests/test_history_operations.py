@@ -127,7 +127,7 @@ def test_inserting_other_content_for_an_event_raises_and_overwrites_nothing() ->
     [
         ({"balance": "much"}, "^balance: is text that is not a number"),
         ({"trade_count": -1}, "^trade_count: "),
-        ({"timestamp": "yesterday"}, "^timestamp: is text that is not an ISO 8601 time"),
+        ({"timestamp": "yesterday"}, "^timestamp: must be an ISO 8601 time"),
         ({"surprise": 1}, "^surprise: is not a field of this event"),
     ],
 )
@@ -143,9 +143,9 @@ def test_inserting_an_invalid_snapshot_raises_with_the_field_and_the_reason(
 def test_inserting_an_archive_with_a_wrong_count_or_month_raises() -> None:
     """Count and month are derived; if they are given too, they must agree."""
     archive = {"archived_at": INSTANT, "signals": [a_signal()]}
-    with pytest.raises(InvalidEvent, match="^signals_count: does not match the rest, which makes it 1"):
+    with pytest.raises(InvalidEvent, match="^signals_count: must be 1, which follows from the other values"):
         insert_signal_archive(archive | {"signals_count": 2})
-    with pytest.raises(InvalidEvent, match="^archive_month: does not match the rest, which makes it 2026-11"):
+    with pytest.raises(InvalidEvent, match="^archive_month: must be 2026-11, which follows from the other values"):
         insert_signal_archive(archive | {"archive_month": "2026-10"})
 
 

@@ -137,7 +137,7 @@ def test_a_failed_connection_names_the_reason_of_each_host(monkeypatch: pytest.M
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:s3cret@127.0.0.1:1,127.0.0.1:2/history")
     engine.cache_clear()
     with pytest.raises(
-        StoreUnavailable, match=r"none of the hosts will do: 127\.0\.0\.1: .*; 127\.0\.0\.1: "
+        StoreUnavailable, match=r"no usable host in DATABASE_URL: 127\.0\.0\.1: .*; 127\.0\.0\.1: "
     ) as caught:
         get_portfolio_history()
     assert "s3cret" not in str(caught.value)

@@ -329,7 +329,7 @@ main()
 
 @pytest.mark.parametrize(
     "step",
-    ["LOCK TABLE", "ALTER TABLE public.portfolio", "ALTER SEQUENCE public.signal", "-- The history", "commit"],
+    ["LOCK TABLE", "ALTER TABLE public.portfolio", "ALTER SEQUENCE public.signal", "-- Tables, indexes", "commit"],
 )
 def test_a_killed_adoption_changes_nothing(first_generation: str, step: str) -> None:
     """The next run adopts the tables."""

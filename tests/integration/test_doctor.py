@@ -139,7 +139,7 @@ def test_healthy_installation_passes_every_check(redis: Redis, database_url: str
     ]
     lines = shown.stdout.splitlines()
     assert len(lines) == len(checks) + 1
-    assert lines[-1] == f"{len(checks)} fine, 0 to look at, 0 wrong"
+    assert lines[-1] == f"{len(checks)} ok, 0 warn, 0 fail"
     assert checks["workers"]["found"] == "HistoryWorkers: 1, stock RQ workers: 0"
 
 
@@ -260,7 +260,7 @@ def test_setting_checks_name_the_servers_and_the_origin_of_each_setting(monkeypa
         ),
         ("HISTORY_QUEUE", "two queues", "Redis setting", "HISTORY_QUEUE: "),
         ("DATABASE_URL", "mysql://h/d", "database setting", "DATABASE_URL: must be a postgresql:// URL"),
-        ("DATABASE_URL", "postgresql://u:p@ss@h/d", "database setting", "DATABASE_URL: a password with @"),
+        ("DATABASE_URL", "postgresql://u:p@ss@h/d", "database setting", "DATABASE_URL: percent-encode @"),
         ("REDIS_URL", "redis://h:port", "Redis setting", "REDIS_URL: must be"),
         ("REDIS_URL", "redis://:12/34@h", "Redis setting", "REDIS_URL: / ? and # in the password"),
         ("REDIS_URL", "redis+sentinel://:12/34@h/m", "Redis setting", "REDIS_URL: / ? and # in the password"),
@@ -448,7 +448,7 @@ def test_tables_of_the_old_shape_need_adoption(redis: Redis, empty_database_url:
             "indexes missing or invalid: signal_archives_event_once",
         ),
         ("DROP INDEX portfolio_history_newest", "warn", "indexes missing or invalid: portfolio_history_newest"),
-        ("COMMENT ON TABLE event_outcomes IS 'schema version 1'", "fail", "the tables are missing or older"),
+        ("COMMENT ON TABLE event_outcomes IS 'schema version 1'", "fail", "the tables are missing or too old"),
         ("ALTER TABLE event_outcomes ADD COLUMN note text", "ok", "all tables, columns and indexes of schema.sql"),
     ],
 )

@@ -388,7 +388,7 @@ def test_every_query_uses_an_index(client: TestClient) -> None:
         )
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
         db.exec_driver_sql("VACUUM ANALYZE")
-    of = portfolio_queries.of_one
+    of = portfolio_queries.for_one_portfolio
     dates = {"since": date(2026, 6, 2), "until": date(2026, 6, 5), "limit": 10, "portfolio_id": 3}
     closes = {"first_date": dates["since"], "last_date": dates["until"], "limit": 10, "portfolio_id": 3}
     month = archive_queries._around(date(2026, 7, 1)) | {"at": START + timedelta(days=90), "id": 5, "limit": 50}
