@@ -63,7 +63,7 @@ RETIRED = (
 # Names in RQ, and in databases and outboxes of earlier versions.
 _GIVEN_NAMES = re.compile(
     r"""['"](?:absorbed|confirmed|death)['"]"""
-    "|event_outcomes_refusal_has_a_reason|entries_(?:un)?confirmed|TimerDeathPenalty|death_penalty"
+    "|event_outcomes_(?:refusal_has_a_reason|absorbed_is_duplicate)|entries_(?:un)?confirmed|TimerDeathPenalty|death_penalty"
 )
 _DOCSTRING_BEGINS = re.compile(r"(?:What|Who|Whoever|Whose|Of)\b")
 
