@@ -42,6 +42,7 @@ class Range(NamedTuple):
 
     @property
     def bucket_seconds(self) -> float:
+        """Width of a bucket; a little more than its share, so that `until` is in the last one."""
         return ((self.until - self.since).total_seconds() + 1e-5) / self.buckets
 
 

@@ -10,9 +10,9 @@ table. A lost event has no time, so this works by numbers. A source numbers its 
 event recorded at or after the time has a higher number than every event that was decided before it. The audit of a
 source therefore begins after the highest number whose row or outcome has a `created_at` before the time. Only the
 database's clock matters, so that a controller with a wrong clock, and an old event that was stored late, cause no gap.
-That highest number must still be in the table: the procedure for moving rows in consumers/db keeps the last row of each
-source. Copies of an outbox number their events independently: if one copy has recorded an event after the time, under a
-number that another copy had used before it, the event is not checked.
+That highest number must still be in the table: the SQL in consumers/db/GROWTH.md that moves rows keeps the last row of
+each source. Copies of an outbox number their events independently: if one copy has recorded an event after the time,
+under a number that another copy had used before it, the event is not checked.
 """
 
 from __future__ import annotations
