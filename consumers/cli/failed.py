@@ -21,8 +21,10 @@ failed_app = typer.Typer(
 )
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Job id or event id.")]
-KindOption = Annotated[str | None, typer.Option("--kind", help="Only rejections of one kind: snapshot or archive.")]
-All = Annotated[bool, typer.Option("--all", help="All rejections, or all of the kind.")]
+KindOption = Annotated[
+    str | None, typer.Option("--kind", help="Only rejected events of this kind: snapshot or archive.")
+]
+All = Annotated[bool, typer.Option("--all", help="All rejections, or with --kind all of that kind.")]
 
 
 @failed_app.command("list")

@@ -162,7 +162,7 @@ def test_without_settings_the_embedded_servers_are_started_and_checked() -> None
     with TemporaryDirectory(prefix="th-", dir="/tmp") as home:
         run = _run("--json", HISTORY_HOME=home)
         checks = {check["name"]: check for check in json.loads(run.stdout)}
-        assert (run.returncode, run.stderr) == (0, f"embedded PostgreSQL and Valkey in {home}\n")
+        assert (run.returncode, run.stderr) == (0, f"using the embedded PostgreSQL and Valkey in {home}\n")
         assert (checks["embedded servers"]["status"], checks["tables"]["status"]) == ("ok", "ok")
         assert not (Path(home) / "valkey.pid").exists()
 
@@ -539,7 +539,7 @@ def test_recent_rejections_are_reported_with_the_most_frequent_reason(redis: Red
     _execute(insert.format(at="now() - interval '25 hours'"), job="j-6", outcome="rejected", reason="old")
     status, found = _found("rejected in the last day")
     assert status == "warn"
-    assert found.startswith("4 events, 3 of them like: event 7c1f366e-")
+    assert found.startswith("4, of which 3 because: event 7c1f366e-")
 
 
 @pytest.mark.parametrize(

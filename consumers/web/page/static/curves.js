@@ -182,7 +182,9 @@ export class Curves {
       fact("Deepest drawdown", deep === null ? "–" : percent(curve.drawdown[deep]), at(deep)));
     byId("drawn").textContent = curve.closes_only
       ? "Too many snapshots to read at once: the charts show daily closes and their drawdown. Zoom in to see every snapshot."
-      : `${count(curve.snapshots)} ${curve.snapshots === 1 ? "snapshot" : "snapshots"} in this range, ${count(inside.length)} drawn: the first, last, lowest, highest and deepest drawdown of every two pixels.`;
+      : `${count(curve.snapshots)} ${curve.snapshots === 1 ? "snapshot" : "snapshots"} in this range, ${inside.length < curve.snapshots
+        ? `${count(inside.length)} drawn: the first, last, lowest, highest and deepest drawdown of every two pixels`
+        : "all drawn"}.`;
   }
 
   #listDays() {
