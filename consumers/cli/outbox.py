@@ -13,7 +13,7 @@ import typer
 
 from consumers.cli.options import AsJson, progress_bar, time_option
 from consumers.embedded.stack import stack
-from consumers.terminal import print_facts, print_json
+from consumers.terminal import print_json, print_values
 from producers.errors import HistoryError, OutboxDamaged, OutboxOutdated
 from producers.settings import TransportSettings
 
@@ -46,7 +46,7 @@ def outbox_status(as_json: AsJson = False) -> None:
         fault = outbox.quick_check(_CHECK_SECONDS)
         values["check"] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}.get(fault, fault)
         values["damaged_files"] = [str(file) for file in outbox.quarantine.damaged_files()]
-    (print_json if as_json else print_facts)(values)
+    (print_json if as_json else print_values)(values)
     raise typer.Exit(1 if fault not in (None, "unfinished") else 0)
 
 
@@ -72,7 +72,7 @@ def outbox_flush(
     if as_json:
         print_json(values | {"unsettled": left, "waits_for": reason})
     elif left:
-        print_facts(values)
+        print_values(values)
         found = f"{_counted(left, 'event')} not settled: {status.pending} pending, {status.sent} sent."
         print(f"{found} {reason}", file=sys.stderr)
     elif status.depth:
