@@ -602,7 +602,7 @@ def test_redis_that_forbids_info_or_config_is_a_warning(
 
 
 def test_waiting_jobs_without_a_worker_fail(redis: Redis, database_url: str, producer: HistoryProducer) -> None:
-    """The line says how many wait, and the age of the oldest."""
+    """The line says how many wait, and the age of the first."""
     producer.record_many([a_snapshot(), an_archive()])
     assert producer.flush(5) == 0
     fresh = _diagnosed()
@@ -611,8 +611,8 @@ def test_waiting_jobs_without_a_worker_fail(redis: Redis, database_url: str, pro
     old = _found("queue")
 
     assert (fresh["workers"].state, fresh["workers"].found) == ("fail", "none, but jobs wait")
-    assert (fresh["queue"].state, fresh["queue"].found[:31]) == ("ok", "2 jobs in history, the oldest 0")
-    assert (old[0], old[1].startswith("2 jobs in history, the oldest ")) == ("warn", True)
+    assert (fresh["queue"].state, fresh["queue"].found[:31]) == ("ok", "2 jobs in history, the first 0 ")
+    assert (old[0], old[1].startswith("2 jobs in history, the first ")) == ("warn", True)
 
 
 def test_suspended_workers_fail(redis: Redis, database_url: str) -> None:
