@@ -41,7 +41,7 @@ def find_fault(file: OutboxFile, seconds: float, *, repair: bool) -> str | None:
     """Check the file for at most `seconds` seconds.
 
     Returns:
-        The first fault found; None if there is none; "unfinished" if the time was too short. An index that lacks
+        The first fault, or None if the file is sound, or "unfinished" if the time was too short. An index that lacks
         entries is a fault; with `repair` it is rebuilt.
     """
     deadline = time.monotonic() + seconds

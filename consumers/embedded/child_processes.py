@@ -120,6 +120,6 @@ def stop_with_stdin() -> None:
 
 
 def wait_for_worker(worker: subprocess.Popen[bytes]) -> None:
-    """Wait until the worker ends, then raise HistoryError, since nobody stopped it."""
+    """Wait until the worker ends, then raise HistoryError: its end was unexpected."""
     worker.wait()
     raise HistoryError(f"the worker ended unexpectedly, with status {worker.returncode}")

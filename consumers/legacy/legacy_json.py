@@ -102,7 +102,7 @@ def null_for_nan(data: Any) -> tuple[Any, int]:
 
 
 def signals_in(data: Any) -> list[Any]:
-    """Return the array of signals of an entry, with elements of any type; empty if there is none."""
+    """Return the array of signals of an entry, with elements of any type. Without signals, return an empty array."""
     signals = data.get(_signals_key(data)) if isinstance(data, dict) else None
     return signals if isinstance(signals, list) else []
 

@@ -23,7 +23,7 @@ def served_metrics(
     """Serve the metrics at `host` and `port` (0: any free port) for the duration of the block, in separate threads.
 
     Raises:
-        HistoryError: the address cannot be used. There is no fallback to another port, which nobody would scrape.
+        HistoryError: the address cannot be used. No other port is tried, because Prometheus would not scrape it.
     """
     registry = worker_registry(waits_for, lambda: read_queue(redis, queue))
     try:
