@@ -1,12 +1,12 @@
--- The history of portfolios and signals.
--- Makes what is missing, and may run again at any time, also twice at the same moment.
+-- Tables, indexes and roles of the history of portfolios and signals.
+-- Creates what is missing. It may run again at any time, also in several sessions at once.
 
 BEGIN;
 
--- CREATE ... IF NOT EXISTS is not safe against another session that does the same; this lock is.
+-- CREATE ... IF NOT EXISTS can fail if another session runs it at the same time, so this lock admits one session.
 SELECT pg_advisory_xact_lock(4825167903);
 
--- Tables of the same names from before this project have no event ids. Nothing below may touch them.
+-- Tables of the old shape have the same names and no event ids. The statements below must not change them.
 DO $$
 DECLARE
     old_shape text;
@@ -54,7 +54,8 @@ CREATE INDEX IF NOT EXISTS portfolio_history_newest
     ON portfolio_history (snapshot_date DESC, "timestamp" DESC, id DESC);
 CREATE INDEX IF NOT EXISTS portfolio_history_newest_of_portfolio
     ON portfolio_history (portfolio_id, snapshot_date DESC, "timestamp" DESC, id DESC);
--- Nearly empty: dates are those of the snapshots' own offsets. With it a period is found by its dates.
+-- For rows whose date is not that of their timestamp in any offset; nearly empty. With it, a query for a period can
+-- search by date.
 CREATE INDEX IF NOT EXISTS portfolio_history_dated_otherwise
     ON portfolio_history (snapshot_date DESC, "timestamp" DESC, id DESC)
     WHERE snapshot_date NOT BETWEEN CAST("timestamp" AT TIME ZONE 'UTC' AS date) - 1
@@ -63,22 +64,27 @@ CREATE INDEX IF NOT EXISTS portfolio_history_of_source
     ON portfolio_history (source, sequence);
 
 COMMENT ON TABLE portfolio_history IS
-    'One row for each snapshot of a portfolio: what it was worth at one instant.';
-COMMENT ON COLUMN portfolio_history.id IS 'Grows, with gaps.';
+    'One row per snapshot: the value of a portfolio at one instant.';
+COMMENT ON COLUMN portfolio_history.id IS 'Row id; it grows, with gaps.';
 COMMENT ON COLUMN portfolio_history.event_id IS
     'UUIDv5 of event type, portfolio and the instant in microseconds: the same fact has the same id.';
 COMMENT ON COLUMN portfolio_history.source IS
     'Who recorded it: <name>/<source id>, import/<file>/<digest>, or direct for an insert without the queue.';
-COMMENT ON COLUMN portfolio_history.sequence IS 'Number of the event in its source, from which gaps are found.';
-COMMENT ON COLUMN portfolio_history.portfolio_id IS 'The controller''s number of the portfolio; null when it has only one.';
-COMMENT ON COLUMN portfolio_history.snapshot_date IS 'Local date of the snapshot in the offset that it was recorded with.';
-COMMENT ON COLUMN portfolio_history."timestamp" IS 'The instant of the snapshot.';
-COMMENT ON COLUMN portfolio_history.balance IS 'Cash, in the account''s currency.';
-COMMENT ON COLUMN portfolio_history.total_invested IS 'Money in positions, in the account''s currency.';
-COMMENT ON COLUMN portfolio_history.total_profit_loss IS 'Profit (positive) or loss so far, in the account''s currency.';
-COMMENT ON COLUMN portfolio_history.total_value IS 'What the portfolio is worth, in the account''s currency.';
-COMMENT ON COLUMN portfolio_history.open_positions IS 'Positions that were open.';
-COMMENT ON COLUMN portfolio_history.trade_count IS 'Trades made so far.';
+COMMENT ON COLUMN portfolio_history.sequence IS
+    'Number of the event in its source, by which audit finds gaps; null for direct inserts.';
+COMMENT ON COLUMN portfolio_history.portfolio_id IS
+    'Number of the portfolio, given by the controller; null if it gives none.';
+COMMENT ON COLUMN portfolio_history.snapshot_date IS
+    'Local date of the snapshot, in the UTC offset with which it was recorded.';
+COMMENT ON COLUMN portfolio_history."timestamp" IS 'Time of the snapshot.';
+COMMENT ON COLUMN portfolio_history.balance IS 'Cash, in the currency of the account.';
+COMMENT ON COLUMN portfolio_history.total_invested IS 'Money in open positions, in the currency of the account.';
+COMMENT ON COLUMN portfolio_history.total_profit_loss IS
+    'Profit (positive) or loss (negative) so far, in the currency of the account.';
+COMMENT ON COLUMN portfolio_history.total_value IS
+    'Value of the portfolio, in the currency of the account; by default balance + total_profit_loss.';
+COMMENT ON COLUMN portfolio_history.open_positions IS 'Number of open positions.';
+COMMENT ON COLUMN portfolio_history.trade_count IS 'Number of trades so far.';
 COMMENT ON COLUMN portfolio_history.created_at IS 'When the row was inserted.';
 
 CREATE TABLE IF NOT EXISTS signal_archives (
@@ -97,7 +103,7 @@ CREATE TABLE IF NOT EXISTS signal_archives (
     CONSTRAINT signal_archives_sequence_not_negative CHECK (sequence >= 0),
     CONSTRAINT signal_archives_month_is_a_month CHECK (archive_month ~ '^[0-9]{4}-(0[1-9]|1[0-2])$'),
     CONSTRAINT signal_archives_data_is_an_array CHECK (jsonb_typeof(signals_data) = 'array'),
-    -- The CASE keeps this check quiet about data that is no array: that has a constraint of its own.
+    -- The CASE lets data that is not an array pass here: the constraint above reports it.
     CONSTRAINT signal_archives_count_is_the_length CHECK (
         signals_count > 0
         AND CASE jsonb_typeof(signals_data)
@@ -110,24 +116,27 @@ CREATE INDEX IF NOT EXISTS signal_archives_newest_of_portfolio
     ON signal_archives (portfolio_id, archived_at DESC, id DESC);
 CREATE INDEX IF NOT EXISTS signal_archives_of_month
     ON signal_archives (archive_month);
--- Of the markets alone: an index of whole signals is several times larger, and slower to insert into.
+-- It contains the market ids only: an index of whole signals is several times larger, and slower to insert into.
 CREATE INDEX IF NOT EXISTS signal_archives_of_market
     ON signal_archives USING gin (jsonb_path_query_array(signals_data, '$[*].market_id') jsonb_path_ops);
 CREATE INDEX IF NOT EXISTS signal_archives_of_source
     ON signal_archives (source, sequence);
 
-COMMENT ON TABLE signal_archives IS 'One row for each batch of signals that a trading cycle archived.';
-COMMENT ON COLUMN signal_archives.id IS 'Grows, with gaps.';
+COMMENT ON TABLE signal_archives IS 'One row per signal archive: the signals of one trading cycle.';
+COMMENT ON COLUMN signal_archives.id IS 'Row id; it grows, with gaps.';
 COMMENT ON COLUMN signal_archives.event_id IS
     'UUIDv5 of event type, portfolio and the instant in microseconds: the same fact has the same id.';
 COMMENT ON COLUMN signal_archives.source IS
     'Who recorded it: <name>/<source id>, import/<file>/<digest>, or direct for an insert without the queue.';
-COMMENT ON COLUMN signal_archives.sequence IS 'Number of the event in its source, from which gaps are found.';
-COMMENT ON COLUMN signal_archives.portfolio_id IS 'The controller''s number of the portfolio; null when it has only one.';
-COMMENT ON COLUMN signal_archives.archived_at IS 'The instant of archiving.';
-COMMENT ON COLUMN signal_archives.archive_month IS 'YYYY-MM of archived_at in the offset that it was recorded with.';
-COMMENT ON COLUMN signal_archives.signals_count IS 'Length of signals_data.';
-COMMENT ON COLUMN signal_archives.signals_data IS 'The signals as they came: an array of objects.';
+COMMENT ON COLUMN signal_archives.sequence IS
+    'Number of the event in its source, by which audit finds gaps; null for direct inserts.';
+COMMENT ON COLUMN signal_archives.portfolio_id IS
+    'Number of the portfolio, given by the controller; null if it gives none.';
+COMMENT ON COLUMN signal_archives.archived_at IS 'Time at which the signals were archived.';
+COMMENT ON COLUMN signal_archives.archive_month IS
+    'YYYY-MM, the local month of archived_at in the UTC offset with which it was recorded.';
+COMMENT ON COLUMN signal_archives.signals_count IS 'Number of signals in signals_data.';
+COMMENT ON COLUMN signal_archives.signals_data IS 'The signals: an array of objects, with every digit of their numbers.';
 COMMENT ON COLUMN signal_archives.created_at IS 'When the row was inserted.';
 
 CREATE TABLE IF NOT EXISTS event_outcomes (
@@ -145,7 +154,7 @@ CREATE TABLE IF NOT EXISTS event_outcomes (
     CONSTRAINT event_outcomes_refusal_has_a_reason CHECK (outcome = 'duplicate' OR reason IS NOT NULL)
 );
 
--- A table from before the outcome 'absorbed' was renamed to 'duplicate' is upgraded; any other is not touched.
+-- Upgrade a table of version 1 of the schema, in which the outcome 'duplicate' was called 'absorbed'.
 DO $$
 BEGIN
     IF EXISTS (
@@ -169,8 +178,8 @@ BEGIN
 END
 $$;
 
--- A worker from before the upgrade, still running, goes on to write 'absorbed'. Without this it would report a stored
--- event as rejected, because the constraint above refuses the word.
+-- During an upgrade, workers of version 1 still write 'absorbed'. Without this trigger their statement would violate the
+-- constraint above, and they would report a stored event as rejected.
 CREATE OR REPLACE FUNCTION event_outcomes_absorbed_is_duplicate() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     NEW.outcome := 'duplicate';
@@ -180,33 +189,35 @@ $$;
 CREATE OR REPLACE TRIGGER event_outcomes_absorbed_is_duplicate BEFORE INSERT ON event_outcomes FOR EACH ROW
     WHEN (NEW.outcome = 'absorbed') EXECUTE FUNCTION event_outcomes_absorbed_is_duplicate();
 COMMENT ON TRIGGER event_outcomes_absorbed_is_duplicate ON event_outcomes IS
-    'Lets workers from before the outcome was renamed go on during an upgrade.';
+    'Lets workers of version 1 of the schema run during an upgrade.';
 
 CREATE INDEX IF NOT EXISTS event_outcomes_of_source
     ON event_outcomes (source, sequence);
 CREATE INDEX IF NOT EXISTS event_outcomes_rejected
     ON event_outcomes (created_at DESC) WHERE outcome = 'rejected';
 
--- The version grows with each change that programs rely on: workers wait while the database has an older one.
+-- Increment the version with each change that programs need: workers wait while the database has an older version.
+-- They read the first number after "schema version" in this file, so no other one may come before it.
 COMMENT ON TABLE event_outcomes IS
-    'Deliveries that did not become a row of their own, written in the transaction that decided it (schema version 2).';
-COMMENT ON COLUMN event_outcomes.job_id IS 'The RQ job: <source id>-<sequence>-<nonce>; without a nonce for imports and old releases.';
-COMMENT ON COLUMN event_outcomes.source IS 'As in the history tables; null when the event did not tell.';
-COMMENT ON COLUMN event_outcomes.sequence IS 'As in the history tables; null when the event did not tell.';
-COMMENT ON COLUMN event_outcomes.event_id IS 'As in the history tables; null when the event did not tell.';
+    'One row per delivery that made no row of history, written in the transaction that decided it (schema version 2).';
+COMMENT ON COLUMN event_outcomes.job_id IS
+    'Id of the RQ job: <source id>-<sequence>-<nonce>; without a nonce for imports and old releases.';
+COMMENT ON COLUMN event_outcomes.source IS 'As in the history tables; null if it could not be read.';
+COMMENT ON COLUMN event_outcomes.sequence IS 'As in the history tables; null if it could not be read.';
+COMMENT ON COLUMN event_outcomes.event_id IS 'As in the history tables; null if it could not be read.';
 COMMENT ON COLUMN event_outcomes.outcome IS
-    'duplicate: another delivery had stored the event. rejected: refused for good. discarded: a person gave it up.';
-COMMENT ON COLUMN event_outcomes.reason IS 'Why it was refused, or why it was discarded.';
-COMMENT ON COLUMN event_outcomes.actor IS 'Who discarded it; null for the other outcomes.';
-COMMENT ON COLUMN event_outcomes.event IS 'The text of the event as it came, kept when it was refused.';
-COMMENT ON COLUMN event_outcomes.created_at IS 'When it was decided.';
+    'duplicate: another delivery had stored the event. rejected: see the reason. discarded: a person closed a rejection.';
+COMMENT ON COLUMN event_outcomes.reason IS 'Why the event was rejected, or why it was discarded.';
+COMMENT ON COLUMN event_outcomes.actor IS 'Name of the person who discarded it; null for the other outcomes.';
+COMMENT ON COLUMN event_outcomes.event IS 'Text of a rejected event, unchanged; null for a duplicate.';
+COMMENT ON COLUMN event_outcomes.created_at IS 'When the outcome was decided.';
 
--- CREATE INDEX IF NOT EXISTS is content with any index of the name, also one on another table.
+-- CREATE INDEX IF NOT EXISTS does nothing if an index of that name exists, even on another table.
 DO $$
 DECLARE
-    stray text;
+    misplaced text;
 BEGIN
-    SELECT string_agg(expected.name, ', ' ORDER BY expected.name) INTO stray
+    SELECT string_agg(expected.name, ', ' ORDER BY expected.name) INTO misplaced
     FROM (VALUES
         ('portfolio_history_newest', 'portfolio_history'),
         ('portfolio_history_newest_of_portfolio', 'portfolio_history'),
@@ -223,17 +234,17 @@ BEGIN
     WHERE NOT EXISTS (
         SELECT FROM pg_index
         WHERE indexrelid = to_regclass(expected.name) AND indrelid = to_regclass(expected.of_table));
-    IF stray IS NOT NULL THEN
+    IF misplaced IS NOT NULL THEN
         RAISE EXCEPTION USING
             ERRCODE = 'TH001',
-            MESSAGE = format('other tables have indexes of these names: %s', stray),
+            MESSAGE = format('other tables have indexes of these names: %s', misplaced),
             HINT = 'Nothing was changed.';
     END IF;
 END
 $$;
 
--- Who may do what. A login of yours becomes a member: the worker's of the writer, the API's of the reader. Roles belong
--- to the whole server: another database, in this moment, may be making the same, and a managed server may let nobody.
+-- Privileges belong to two roles without login; a login becomes a member of one. Roles belong to the whole server:
+-- another database may create the same role at the same time, and a managed server may forbid it.
 DO $$
 DECLARE
     made text;
@@ -246,12 +257,12 @@ BEGIN
         EXCEPTION
             WHEN duplicate_object OR unique_violation THEN NULL;
             WHEN OTHERS THEN
-                RAISE NOTICE 'roles: % was not made, the tables are as good without it: %', made, SQLERRM;
+                RAISE NOTICE 'roles: % was not created; the tables work without it: %', made, SQLERRM;
         END;
     END LOOP;
 
     REVOKE ALL ON portfolio_history, signal_archives, event_outcomes FROM PUBLIC;
-    -- Who can make functions here can have them run by others. PostgreSQL 15 and later begin like this.
+    -- A role that can create functions here can make others run them. PostgreSQL 15 and later have this by default.
     IF EXISTS (
         SELECT FROM pg_namespace
         WHERE nspname = home AND pg_has_role(nspowner, 'USAGE')
@@ -260,7 +271,7 @@ BEGIN
     ELSIF EXISTS (
         SELECT FROM pg_namespace, aclexplode(nspacl)
         WHERE nspname = home AND grantee = 0 AND privilege_type = 'CREATE') THEN
-        RAISE NOTICE 'roles: everybody may make things in schema %, and only its owner can change that: '
+        RAISE NOTICE 'roles: every role may create objects in schema %, and only its owner can change that: '
             'REVOKE CREATE ON SCHEMA % FROM PUBLIC', home, home;
     END IF;
 
@@ -276,7 +287,7 @@ BEGIN
         EXECUTE format('GRANT SELECT ON portfolio_history, signal_archives, event_outcomes TO %I', made);
         IF made = 'trading_history_writer' THEN
             GRANT INSERT ON portfolio_history, signal_archives TO trading_history_writer;
-            -- A requeue that succeeds removes the entry, a repeat and a discard change it.
+            -- A requeue that stores the event deletes its outcome; another delivery and a discard update it.
             GRANT INSERT, UPDATE, DELETE ON event_outcomes TO trading_history_writer;
             EXECUTE format('GRANT USAGE ON SEQUENCE %s, %s TO trading_history_writer',
                 pg_get_serial_sequence('portfolio_history', 'id'), pg_get_serial_sequence('signal_archives', 'id'));

@@ -1,4 +1,4 @@
-"""`get_db()`: one transaction on the database of the settings."""
+"""Transactions on the database that the settings name: `get_db`."""
 
 from consumers.db.engine import get_db
 

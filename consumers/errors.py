@@ -3,16 +3,16 @@
 The root and InvalidEvent are defined in producers.errors.
 
 HistoryError
-├── InvalidEvent        permanent: the event breaks the contract, or the database's own constraints
-├── EventConflict       permanent: the id is stored already, with other content
+├── InvalidEvent        permanent: the event violates the contract or a constraint of the database
+├── EventConflict       permanent: the id is already stored with other content
 ├── PoisonEvent         permanent: workers crashed or failed each time they processed it alone
 ├── RefusedJob          permanent: a job that does not carry an event of ours
 │   └── OversizedJob    permanent: a job that is too large to be read
 ├── StoreUnavailable    transient: the database is away or cannot execute the statement now; try again later
-├── ExportRefused       files are in the way, nothing is selected, or portfolios would be mixed; nothing was written
+├── ExportRefused       files already exist, no rows match, or portfolios would be mixed; nothing was written
 ├── OldSchema           the database has tables of the old shape under our names
-├── LoginNotMade        a login role cannot be made or changed
-├── AdoptionRefused     tables of the old shape cannot be adopted as things are
+├── LoginNotMade        a login role cannot be created or changed
+├── AdoptionRefused     tables of the old shape cannot be adopted in their present state
 └── EmbeddedError       the embedded servers are not installed, do not start or do not stop
 """
 
@@ -26,7 +26,7 @@ _LONGEST_DESCRIPTION = 500
 
 
 def described(error: BaseException) -> str:
-    """Return an exception's type and message, of which a very long one is cut."""
+    """Return the type and message of an exception; the message is cut after 500 characters."""
     try:
         message = str(error)[:_LONGEST_DESCRIPTION]
     except BaseException:  # its own __str__ may fail too
@@ -35,9 +35,9 @@ def described(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name; of a database error, the server's message.
+    """Return the first line of an error's message, or the name of its type if the message is empty.
 
-    The other lines can contain the values of a row.
+    A database error gives the server's primary message. The other lines can contain the values of a row.
     """
     original = getattr(error, "orig", None) or error  # SQLAlchemy's error contains the driver's
     diagnostics = getattr(original, "diag", None)
@@ -55,7 +55,7 @@ class EventConflict(HistoryError):
 
 
 class PoisonEvent(HistoryError):
-    """The event was processed alone `crashes` times, and each time its worker crashed or failed.
+    """The event was processed alone `crashes` times, and its worker crashed or failed each time.
 
     `cause` is the last exception, if there was one. The database keeps the message, and `legacy import` recognises its
     first words.
@@ -93,7 +93,7 @@ class StoreUnavailable(HistoryError):
 
 
 class ExportRefused(HistoryError):
-    """An export that would overwrite, mix portfolios or be empty; nothing was written."""
+    """The export would overwrite files, mix portfolios or be empty; nothing was written."""
 
 
 class OldSchema(HistoryError):
@@ -101,14 +101,14 @@ class OldSchema(HistoryError):
 
 
 class LoginNotMade(HistoryError):
-    """A login role cannot be made, changed or let in by this user; the tables are there all the same."""
+    """This user may not create or change a login role; the tables exist nevertheless."""
 
     def __init__(self, login: str, reason: str) -> None:
-        super().__init__(f"the tables are there, but login role {login} was not made or changed: {reason}")
+        super().__init__(f"the tables exist, but login role {login} was not created or changed: {reason}")
 
 
 class AdoptionRefused(HistoryError):
-    """Tables of the old shape cannot be adopted as things are; nothing was changed."""
+    """Tables of the old shape cannot be adopted in their present state; nothing was changed."""
 
 
 class EmbeddedError(HistoryError):

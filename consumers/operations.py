@@ -1,4 +1,4 @@
-"""The operations on the history: two idempotent inserts, and the reads; two of them also as exact streams."""
+"""Operations on the history: two idempotent inserts, three reads, and two streams with exact amounts."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ DIRECT_SOURCE = "direct"
 
 
 def insert_portfolio_history_snapshot(snapshot: Mapping[str, Any]) -> int:
-    """Store one snapshot and return its row's id, the same id when it is stored already.
+    """Insert one snapshot and return the id of its row. If it is already stored, return the id of that row.
 
-    Takes timestamp, balance, total_invested, total_profit_loss, total_value, open_positions, trade_count, and
-    optionally portfolio_id and snapshot_date (or date; the timestamp's by default). Dates and times may be ISO
-    text; a naive time is in the local zone.
+    `snapshot` has the keys timestamp, balance, total_invested, total_profit_loss, total_value, open_positions and
+    trade_count; optional are portfolio_id and snapshot_date (or date), by default the date of timestamp. Dates and
+    times may be ISO 8601 text. A naive time is in the local zone.
 
     Raises:
         InvalidEvent: a value is missing or wrong; the message names it.
-        EventConflict: the portfolio has a snapshot of that instant with other values.
-        StoreUnavailable: the database cannot take it now.
+        EventConflict: the portfolio already has a snapshot of that instant with other values.
+        StoreUnavailable: the database is away or cannot execute the insert now.
     """
     return _insert_direct(snapshot_of(snapshot))
 
 
 def insert_signal_archive(archive: Mapping[str, Any]) -> int:
-    """Store one batch of signals and return its row's id, the same id when it is stored already.
+    """Insert one archive of signals and return the id of its row. If it is already stored, return the id of that row.
 
-    Takes archived_at, signals (or signals_data) and optionally portfolio_id. archive_month and signals_count
-    may be given and must then be right. A naive time is in the local zone.
+    `archive` has the keys archived_at and signals (or signals_data), and optionally portfolio_id. If it has
+    archive_month or signals_count, they must agree with the other values. A naive time is in the local zone.
 
     Raises:
         InvalidEvent: a value is missing or wrong; the message names it.
-        EventConflict: the portfolio has an archive of that instant with other signals.
-        StoreUnavailable: the database cannot take it now.
+        EventConflict: the portfolio already has an archive of that instant with other signals.
+        StoreUnavailable: the database is away or cannot execute the insert now.
     """
     return _insert_direct(archive_of(archive))
 
@@ -64,11 +64,11 @@ def get_portfolio_history(
     daily: Literal["last"] | None = None,
     after: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Snapshots, newest first by date and time, as dicts of the columns with amounts as floats.
+    """Return snapshots, newest first by snapshot_date and timestamp, as dicts of the columns with amounts as floats.
 
-    At most `limit` of them, of one portfolio, from `since` (inclusive) to `until` (exclusive); with `daily` only the
-    last of each portfolio and snapshot_date. The next page is what comes `after` the last dict of this one.
-    A naive time is in the local zone.
+    Return at most `limit` rows, of one portfolio, from `since` (inclusive) to `until` (exclusive). With
+    `daily="last"` return only the last snapshot of each portfolio and snapshot_date. For the next page pass the last
+    dict of this page as `after`. A naive time is in the local zone.
 
     Raises:
         ValueError: `limit` is negative.
@@ -86,10 +86,10 @@ def get_recent_signal_archives(
     until: datetime | None = None,
     after: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Signal archives, newest first, as dicts of the columns with signals_data as a list of dicts.
+    """Return signal archives, newest first by archived_at, as dicts of the columns; signals_data is a list of dicts.
 
-    At most `limit` of them, of one portfolio, from `since` (inclusive) to `until` (exclusive). The next page is what
-    comes `after` the last dict of this one. A naive time is in the local zone.
+    Return at most `limit` rows, of one portfolio, from `since` (inclusive) to `until` (exclusive). For the next page
+    pass the last dict of this page as `after`. A naive time is in the local zone.
 
     Raises:
         ValueError: `limit` is negative.
@@ -107,9 +107,10 @@ def get_market_signals(
     until: datetime | None = None,
     after: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Every archived signal of one market, newest first: archive_id, portfolio_id, archived_at, position, signal.
+    """Return the archived signals of one market, newest first.
 
-    `position` is the signal's place in its archive, from 1. The rest is as for get_recent_signal_archives.
+    Each dict has archive_id, portfolio_id, archived_at, position (of the signal in its archive, from 1) and signal.
+    The other arguments are those of get_recent_signal_archives.
 
     Raises:
         ValueError: `limit` is negative.
@@ -119,7 +120,7 @@ def get_market_signals(
 
 
 class ExactRows(NamedTuple):
-    """Rows as they come from the server, in the order of `columns`: amounts are Decimals, signals JSON text."""
+    """Stream of rows, with values in the order of `columns`. Amounts are Decimals, signals are JSON text."""
 
     columns: Sequence[str]
     rows: Iterator[Sequence[Any]]
@@ -133,10 +134,10 @@ def stream_portfolio_history(
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> Iterator[ExactRows]:
-    """The rows of `get_portfolio_history`, exactly and in flat memory; read them inside the block.
+    """Stream the rows of `get_portfolio_history` with exact amounts in constant memory; read them inside the block.
 
     Raises:
-        StoreUnavailable: the database cannot be read now; while reading, too.
+        StoreUnavailable: the database cannot be read now. Reading the rows can raise it too.
     """
     with _streamed(snapshots(_filter(limit, portfolio_id, since, until, None)), _SNAPSHOTS_A_FETCH) as rows:
         yield rows
@@ -150,10 +151,10 @@ def stream_signal_archives(
     since: datetime | None = None,
     until: datetime | None = None,
 ) -> Iterator[ExactRows]:
-    """The rows of `get_recent_signal_archives`, exactly and in flat memory; read them inside the block.
+    """Stream the rows of `get_recent_signal_archives` with exact numbers in constant memory; read inside the block.
 
     Raises:
-        StoreUnavailable: the database cannot be read now; while reading, too.
+        StoreUnavailable: the database cannot be read now. Reading the rows can raise it too.
     """
     with _streamed(archives(_filter(limit, portfolio_id, since, until, None)), _ARCHIVES_A_FETCH) as rows:
         yield rows

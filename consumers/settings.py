@@ -1,4 +1,4 @@
-"""Settings of the consumers' processes, one class each, read once from the environment."""
+"""Settings of the consumer processes: one class per purpose, read once from the environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from producers.settings import EnvironmentSettings
 
 
 class StoreSettings(EnvironmentSettings):
-    """One variable is enough to mean a database: the other POSTGRES_ ones have the defaults of docker-compose.yml."""
+    """Address of PostgreSQL. One variable is enough; the POSTGRES_ defaults are those of docker-compose.yml."""
 
     database_url: SecretStr | None = Field(None, alias="DATABASE_URL")
     host: str = Field("localhost", alias="POSTGRES_HOST")
@@ -27,7 +27,7 @@ class StoreSettings(EnvironmentSettings):
         return bool(self.model_fields_set)
 
     def url(self) -> SecretStr:
-        """A libpq-style URL: DATABASE_URL, else one made of the POSTGRES_ variables.
+        """Return a libpq-style URL: DATABASE_URL if it is set, else one built from the POSTGRES_ variables.
 
         Raises:
             SettingsError: neither DATABASE_URL nor any POSTGRES_ variable is set.
@@ -39,7 +39,7 @@ class StoreSettings(EnvironmentSettings):
         login = quote(self.user, safe="")
         if self.password is not None:
             login += ":" + quote(self.password.get_secret_value(), safe="")
-        # A host that is the folder of a unix socket cannot stand where URLs have hosts.
+        # The folder of a unix socket cannot be in the host part of a URL, so it goes into the query.
         folder = self.host.startswith("/")
         names = [""] if folder else [f"[{name}]" if ":" in name else name for name in self.host.split(",")]
         hosts = ",".join(f"{name}:{self.port}" for name in names)
@@ -48,27 +48,27 @@ class StoreSettings(EnvironmentSettings):
 
 
 class LoginSettings(EnvironmentSettings):
-    """The passwords that `init-db` gives to its two login roles; a role without one is left alone."""
+    """Passwords of the two login roles. `init-db` creates or changes a role only if its password is set."""
 
     writer_password: SecretStr | None = Field(None, alias="HISTORY_WRITER_PASSWORD")
     reader_password: SecretStr | None = Field(None, alias="HISTORY_READER_PASSWORD")
 
 
 class MetricsSettings(EnvironmentSettings):
-    """Where a worker answers scrapes; nowhere without a port. Port 0 is any that is free."""
+    """Address of a worker's metrics. Without a port there are none; port 0 means any free port."""
 
     host: str = Field("127.0.0.1", alias="HISTORY_METRICS_HOST")
     port: int | None = Field(None, alias="HISTORY_METRICS_PORT", ge=0, le=65535)
 
 
 class LogSettings(EnvironmentSettings):
-    """Whether log lines are text or JSON."""
+    """Format of the log lines: text or JSON."""
 
     log: Literal["text", "json"] = Field("text", alias="HISTORY_LOG")
 
 
 class EmbeddedSettings(EnvironmentSettings):
-    """Folder of the embedded servers; None is the usual place for this user's data."""
+    """Folder of the embedded servers; None means the default folder of this user."""
 
     home: Path | None = Field(None, alias="HISTORY_HOME")
 
@@ -79,25 +79,25 @@ def _split(text: object) -> object:
 
 def _usable(token: SecretStr) -> SecretStr:
     if not token.get_secret_value().isascii() or any(char.isspace() for char in token.get_secret_value()):
-        raise ValueError("must be ASCII without blanks, as an HTTP header can carry it")
+        raise ValueError("must be ASCII without blanks, since it is sent in an HTTP header")
     return token
 
 
 class ApiSettings(EnvironmentSettings):
-    """What protects the read API."""
+    """Access to the read API."""
 
-    # None: whoever reaches the API may read.
+    # None: every client that reaches the API may read.
     token: Annotated[SecretStr, AfterValidator(_usable)] | None = Field(None, alias="HISTORY_API_TOKEN")
-    # Web pages of these origins may read, such as https://example.org; none by default.
+    # Web pages from these origins, such as https://example.org, may read. None by default.
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field((), alias="HISTORY_API_CORS_ORIGINS")
 
 
-DASHBOARD_USER = "history"  # one account: the password decides
+DASHBOARD_USER = "history"  # the only account
 _PORTS = {"http": 80, "https": 443}
 
 
 def origin_of(url: str) -> str | None:
-    """As a browser writes it, `https://rq.example:8443`; None of what has none, such as `null`."""
+    """Return the origin of a URL as browsers write it (`https://rq.example:8443`), or None if it has none (`null`)."""
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").encode("idna").decode(), parts.port
@@ -110,10 +110,10 @@ def origin_of(url: str) -> str | None:
 
 
 class DashboardSettings(EnvironmentSettings):
-    """The password of RQ Dashboard's one account, and the address at which browsers reach it."""
+    """Password of RQ Dashboard's only account, and the address at which browsers reach it."""
 
     password: SecretStr | None = Field(None, alias="HISTORY_DASHBOARD_PASSWORD")
-    # Where browsers find it: the history page links there, and behind a proxy this is the name and the path asked for.
+    # The history page links to it. Behind a proxy, browsers request this name and path.
     url: str | None = Field(None, alias="HISTORY_DASHBOARD_URL")
 
     @field_validator("url")
@@ -122,11 +122,11 @@ class DashboardSettings(EnvironmentSettings):
         if url is None:
             return url
         parts = urlsplit(url)
-        # It becomes a link: javascript: would run in the page.
+        # The page shows it as a link, and a javascript: URL would run there.
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError("must be an http:// or https:// URL")
         if "@" in parts.netloc:
-            raise ValueError("must be without a password, since it is shown")
+            raise ValueError("must have no password, since the page shows it")
         if origin_of(url) is None:
-            raise ValueError("must have a host name, and a port from 0 to 65535 if any")
+            raise ValueError("must have a host name; its port, if given, must be from 0 to 65535")
         return url

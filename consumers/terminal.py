@@ -1,4 +1,4 @@
-"""Rows and facts as tables for a person."""
+"""Output of the commands: tables for people, JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from rich.text import Text
 
 from producers.fields import money_text
 
-# A pipe has no width to fit: nothing is cut there.
+# A pipe has no width, so nothing is cut there.
 _PIPE_COLUMNS = 250
 _ONE_LINE_COLUMNS = 100_000
-MOST_REJECTIONS = 1000  # a table is as wide as its widest row needs, so it has all of them in memory
+MOST_REJECTIONS = 1000  # a table needs all its rows in memory to find the width of its columns
 _STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -38,13 +38,13 @@ def _print(what: Table | str, *, pipe_columns: int = _PIPE_COLUMNS) -> None:
     console = _console(pipe_columns)
     with console.capture() as captured:
         console.print(printable(what), markup=False, emoji=False) if isinstance(what, str) else console.print(what)
-    # Without the blanks that fill a table's last column.
+    # Remove the blanks that pad the last column of a table.
     sys.stdout.write("".join(line.rstrip() + "\n" for line in captured.get().splitlines()))
 
 
-# What a narrow window does without, the first of them first. A number that is cut off would be a wrong number.
+# Columns that a small window omits, in this order. A number that is cut off would be a wrong number.
 _LESSER = ("row", "month", "trades", "open", "invested", "date", "profit/loss", "balance", "portfolio")
-# What may be wrapped instead, to no less than this.
+# Columns that are wrapped instead, to no less than this width.
 _FREE_TEXT = {"first signal", "reason", "missing", "damage"}
 _WRAPPED_COLUMNS = 12
 _GAP = 2
@@ -54,7 +54,7 @@ _NUMBERS |= {"read", "already there", "equal", "differences", "entries"}
 
 
 def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], otherwise: str) -> None:
-    """As a table that fits the window; `otherwise` when there are no rows."""
+    """Print a table that fits the window, or `otherwise` if there are no rows."""
     if not rows:
         _print(otherwise)
         return
@@ -84,7 +84,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left_out: Set[
             justify: JustifyMethod = "right" if column in _NUMBERS else "left"
             table.add_column(column, justify=justify, no_wrap=column not in _FREE_TEXT)
     for row in rows:
-        # As Text: what others wrote may have brackets, which would be styles.
+        # As Text: rich would read brackets in a cell as styles.
         table.add_row(*(Text(cell) for column, cell in zip(columns, row, strict=True) if column not in left_out))
     return table
 
@@ -129,16 +129,16 @@ def _label(signal: Mapping[str, Any]) -> str:
 
 
 def print_rejections(rejections: Iterable[Mapping[str, Any]]) -> int:
-    """The first MOST_REJECTIONS, and how many more there are. Returns how many there are in all."""
+    """Print the first MOST_REJECTIONS rejections and the number of the others. Return the number of all."""
     left = iter(rejections)
     cells = [
         (one["job_id"], one["kind"] or "-", one["event_id"] or "-", _moment(one["created_at"]), one["reason"])
         for one in islice(left, MOST_REJECTIONS)
     ]
     more = sum(1 for _ in left)
-    _print_rows(("job", "kind", "event", "at", "reason"), cells, "Nothing was rejected.")
+    _print_rows(("job", "kind", "event", "at", "reason"), cells, "No event was rejected.")
     if more:
-        _print(f"{more:,} more are not shown; --json has all.")
+        _print(f"{more:,} more are not shown; --json prints all of them.")
     return len(cells) + more
 
 
@@ -162,14 +162,14 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
     _print_rows(("source", "from", *counts, "missing", "tail"), cells, "No source has numbered events here.")
     if audits and audits[0]["since"] is not None:
         since = audits[0]["since"].astimezone(UTC)
-        _print(f"Proven: what was recorded since {_moment(since)}, in each source the numbers from `from` on.")
+        _print(f"Checked: events recorded since {_moment(since)}, in each source from the number in column `from` on.")
     for one in audits:
         if one["copied"]:
             shared = ", ".join(map(str, one["shared"][:5])) + (" and more" if len(one["shared"]) > 5 else "")
-            used = f" Numbers that several events have: {shared}." if shared else ""
+            used = f" Numbers with several events: {shared}." if shared else ""
             _print(
-                f"{one['source']} was used by copies of one outbox.{used} Gaps in it can be seen only with each of"
-                " them: run audit on each host."
+                f"{one['source']} was used by copies of one outbox.{used} To find gaps in it, run audit on the host of"
+                " each copy."
             )
 
 
@@ -203,14 +203,14 @@ def facts_table(facts: Mapping[str, Any]) -> Table:
 
 
 def _fact(value: Any) -> str:
-    """A list is one of facts' names."""
+    """Return a value as text; a list is a list of names."""
     if isinstance(value, list):
         return ", ".join(name.replace("_", " ") for name in value) or "-"
     return "-" if value is None else str(value)
 
 
 def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
-    """One line a check in a pipe; in a window the last column may take several."""
+    """Print one line per check; in a window the last column may be wrapped."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for column in ("status", "name", "found"):
         table.add_column(no_wrap=column != "found")
@@ -221,7 +221,7 @@ def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(Text(one["status"], style=_STATUS_STYLES[one["status"]]), Text(printable(one["name"])), found)
     _print(table, pipe_columns=_ONE_LINE_COLUMNS)
     counts = Counter(one["status"] for one in checks)
-    _print(f"{counts['ok']} fine, {counts['warn']} to look at, {counts['fail']} wrong")
+    _print(f"{counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail")
 
 
 def print_json(value: Any) -> None:
@@ -229,7 +229,7 @@ def print_json(value: Any) -> None:
 
 
 def print_json_array(values: Iterable[Any]) -> int:
-    """What print_json would print of the list of them, each as it comes. Returns how many there were."""
+    """Print the values as `print_json` prints a list, one by one as they arrive. Return their number."""
     count = 0
     for count, value in enumerate(values, 1):
         sys.stdout.write("[" if count == 1 else ",")
@@ -240,7 +240,7 @@ def print_json_array(values: Iterable[Any]) -> int:
 
 
 def print_text(text: str) -> None:
-    """In its lines, as they are but for what would steer the terminal."""
+    """Print a text with its line breaks; characters that would control the terminal are escaped."""
     sys.stdout.write(escaped(text) + "\n")
 
 
@@ -253,12 +253,12 @@ def _moment(moment: datetime) -> str:
 
 
 def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """RFC 4180 in UTF-8 with a header; amounts with every digit, times in ISO 8601 with offset, nothing for NULL.
+    """Print CSV (RFC 4180, UTF-8) with a header: exact amounts, ISO 8601 times with offset, an empty field for NULL.
 
-    When the reader closes the pipe, this ends the process like the signal that a program in C dies of.
+    If the reader closes the pipe, the process exits with 141, the status of a program that SIGPIPE ended.
     """
     try:
-        # A buffer of its own: what cannot be written any more must not be tried again at the end of the process.
+        # Not sys.stdout's buffer: the interpreter would try again at exit to write the rest of it.
         with open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False) as out:
             writer = csv.writer(out)
             writer.writerow(columns)
@@ -279,23 +279,23 @@ def print_exported(directory: Path, exported: Mapping[str, Any]) -> None:
     sys.stdout.write(f"\n{exported['entries']:,} entries in {files} in {directory}\n")
 
 
-# Text from elsewhere may contain characters that would control the terminal.
+# Text from events may contain characters that control the terminal.
 _NOT_PLAIN = re.compile(r"[^ -~]")
-_JOINERS = "\u200c\u200d"  # of letters, and of pictures
+_JOINERS = "\u200c\u200d"  # join letters, and emoji
 
 
 def printable(text: str) -> str:
-    """One line of `text`, with a mark for each character that is no letter, sign or space of any language."""
+    """Return `text` as one line, with � in place of each control character and other unprintable one."""
     return _NOT_PLAIN.sub(lambda found: found[0] if _is_harmless(found[0]) else "�", text)
 
 
 def escaped(text: str) -> str:
-    """`text` in its lines, other such characters as escapes of JSON: what was JSON says the same."""
+    """Return `text` with unprintable characters as JSON escapes; line breaks and tabs stay. JSON keeps its value."""
     return _NOT_PLAIN.sub(
         lambda found: found[0] if found[0] in "\n\t" or _is_harmless(found[0]) else json.dumps(found[0])[1:-1], text
     )
 
 
 def _is_harmless(character: str) -> bool:
-    # The spaces of other alphabets, which are not "printable" to Python.
+    # Python calls the spaces of other alphabets (category Zs) not printable.
     return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"

@@ -127,7 +127,7 @@ def test_a_fact_with_other_content_is_refused_and_nothing_is_overwritten() -> No
     [
         ({"balance": "much"}, "^balance: is text that is not a number"),
         ({"trade_count": -1}, "^trade_count: "),
-        ({"timestamp": "yesterday"}, "^timestamp: is text that is not an ISO 8601 time"),
+        ({"timestamp": "yesterday"}, "^timestamp: must be an ISO 8601 time"),
         ({"surprise": 1}, "^surprise: is not a field of this event"),
     ],
 )
@@ -141,9 +141,9 @@ def test_a_wrong_snapshot_is_refused_with_the_field_and_the_reason(change: dict[
 def test_a_wrong_count_or_month_of_an_archive_is_refused() -> None:
     """What can be derived must agree when it is given."""
     archive = {"archived_at": INSTANT, "signals": [a_signal()]}
-    with pytest.raises(InvalidEvent, match="^signals_count: does not match the rest, which makes it 1"):
+    with pytest.raises(InvalidEvent, match="^signals_count: must be 1, which follows from the other values"):
         insert_signal_archive(archive | {"signals_count": 2})
-    with pytest.raises(InvalidEvent, match="^archive_month: does not match the rest, which makes it 2026-11"):
+    with pytest.raises(InvalidEvent, match="^archive_month: must be 2026-11, which follows from the other values"):
         insert_signal_archive(archive | {"archive_month": "2026-10"})
 
 

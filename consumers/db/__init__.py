@@ -1,1 +1,1 @@
-"""The SQL for what workers write and readers list, and for logins; other SQL stands with what asks it."""
+"""SQL of the project: engine, schema, inserts, queries, outcomes and login roles."""

@@ -1,4 +1,4 @@
-"""Signal archives and the signals in them: pages of them, months, and bounded reads for a search."""
+"""Queries for signal archives and their signals: pages, months, and bounded reads for a search."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIGNAL_COLUMNS = ("archive_id", "portfolio_id", "archived_at", "position", "sign
 ARCHIVE_KEYS = ("archived_at", "id")
 SIGNAL_KEYS = ("archived_at", "archive_id", "position")
 MOST_MONTHS = 1_200
-# What a search has in memory at a time.
+# A search reads at most this many archives, or bytes of them, at a time.
 _MOST_AT_ONCE = 50
 _MOST_BYTES = 2**20
 _ARCHIVE_ORDER = "archived_at DESC, id DESC"
@@ -37,7 +37,7 @@ _MARKETS = "jsonb_path_query_array(signals_data, '$[*].market_id')"  # the expre
 
 
 def archives(wanted: Filter) -> Query:
-    """Signal archives, newest first by archived_at."""
+    """Return the query for signal archives, newest first by archived_at."""
     rows = f"""
         SELECT *, xmin FROM signal_archives {where(_of_archives(wanted, "<"))}
         ORDER BY {wanted.order(_ARCHIVE_ORDER)} LIMIT :limit
@@ -53,12 +53,12 @@ def _of_archives(wanted: Filter, behind: str, key: str = "id") -> list[str]:
 
 
 def market_signals(market_id: str, wanted: Filter) -> Query:
-    """Every archived signal of one market, newest first by archived_at, then in the order of its archive."""
+    """Return the query for the archived signals of one market: newest archive first, each in its own order."""
     spellings = _spellings(market_id)
     given = [f"CAST(:market_{n} AS jsonb)" for n in range(len(spellings))]
     has_market = " OR ".join(f"{_MARKETS} @> jsonb_build_array({one})" for one in given)
     signal_conditions = [f"signal -> 'market_id' IN ({', '.join(given)})"]
-    if wanted.after is not None:  # of the same archive only what stands further on
+    if wanted.after is not None:  # in the same archive, only the signals behind that position
         signal_conditions.append(
             "((archived_at, id) < (:after_archived_at, :after_archive_id) OR place > :after_position)"
         )
@@ -77,7 +77,7 @@ def market_signals(market_id: str, wanted: Filter) -> Query:
 
 
 def _spellings(market_id: str) -> list[str]:
-    """As JSON: the text, and the number if somebody wrote it as one."""
+    """Return the id as JSON text, and also as a JSON number if it can be one: signals contain both."""
     number = re.fullmatch("0|[1-9][0-9]{0,99}", market_id)
     return [json.dumps(market_id), *([market_id] if number else [])]
 
@@ -97,11 +97,12 @@ _MONTHS = text("""
 
 
 def months(db: Connection) -> list[dict[str, Any]]:
-    """Months that have archives, newest first, with how many; at most 1,200."""
+    """Return the newest 1,200 months that have archives, newest first, each with its number of archives."""
     return [dict(row) for row in db.execute(_MONTHS, {"limit": MOST_MONTHS}).mappings()]
 
 
-# archived_at goes along signal_archives_newest; archive_month follows the local date, hence the day on both sides.
+# The range of archived_at uses the index signal_archives_newest. It has one more day on each side, because
+# archive_month follows the local date.
 _ARCHIVES = """
     SELECT id, archived_at, portfolio_id, signals_count {data}
     FROM signal_archives
@@ -125,13 +126,16 @@ def _around(month: date) -> dict[str, Any]:
 
 
 def archives_of_month(db: Connection, month: date, before: tuple[datetime, int], limit: int) -> list[dict[str, Any]]:
-    """Archives of a month (its first day) without their signals, newest first, older than (archived_at, id)."""
+    """Return archives of a month without their signals, newest first, older than the (archived_at, id) `before`.
+
+    `month` is the first day of the month.
+    """
     values = _around(month) | {"at": before[0], "id": before[1], "limit": limit}
     return [dict(row) for row in db.execute(_LISTED, values).mappings()]
 
 
 class Archive(NamedTuple):
-    """An archive and the text of the array of its signals."""
+    """Archive whose signals are the JSON text of an array."""
 
     id: int
     archived_at: datetime
@@ -140,7 +144,10 @@ class Archive(NamedTuple):
 
 
 def archives_with_signals(db: Connection, month: date, start: tuple[datetime, int], limit: int) -> Iterator[Archive]:
-    """Archives of a month, newest first from (archived_at, id) on, a few at a time: they may be large."""
+    """Yield archives of a month, newest first from the (archived_at, id) `start` on.
+
+    It reads a few at a time, because each may be large.
+    """
     values = _around(month) | {"at": start[0], "id": start[1], "limit": limit}
     ids: list[int] = []
     read_bytes = 0
@@ -159,5 +166,6 @@ def _documents(db: Connection, ids: list[int]) -> Iterator[Archive]:
 
 
 def archive(db: Connection, archive_id: int) -> Archive | None:
+    """Return the archive with this row id, or None."""
     row = db.execute(_ONE, {"id": archive_id}).one_or_none()
     return None if row is None else Archive(*row)

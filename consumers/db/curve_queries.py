@@ -1,6 +1,6 @@
-"""The snapshots of one portfolio over a range of time, bounded however many there are: for the equity curve.
+"""Queries for the equity curve: the snapshots of one portfolio over a range of time, in a bounded number of rows.
 
-A portfolio is its number, or None for the snapshots without one.
+A portfolio is its number, or None for the snapshots without a portfolio.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sqlalchemy import Connection, text
 
 from consumers.db.portfolio_queries import ALL_DATES, PAGE_COLUMNS, Snapshot, of_one
 
-# snapshot_date is a local date, and may be the day of a cycle that ended after midnight.
+# snapshot_date is a local date. It may also be the day before, if a cycle ended after midnight.
 _DATE_SLACK = timedelta(days=2)
 
 _COUNT = """
@@ -23,18 +23,18 @@ _COUNT = """
 
 
 def count_snapshots(db: Connection, portfolio: int | None, dates: tuple[date, date], limit: int) -> int:
-    """How many snapshots of these dates there are; `limit` when there are as many or more."""
+    """Return the number of snapshots of these dates, or `limit` if there are more."""
     values = {"portfolio_id": portfolio, "since": dates[0], "until": dates[1], "limit": limit}
     return int(db.execute(of_one(portfolio, _COUNT), values).scalar_one())
 
 
 def dates_around(since: datetime, until: datetime) -> tuple[date, date]:
-    """The snapshot dates that rows between two instants can have."""
+    """Return the first and last snapshot_date that rows between two instants can have."""
     return since.date() - _DATE_SLACK, until.date() + _DATE_SLACK
 
 
 class Range(NamedTuple):
-    """A stretch of time in so many buckets; `until` belongs to the last one."""
+    """Range of time in equal buckets; `until` belongs to the last one."""
 
     since: datetime
     until: datetime
@@ -45,8 +45,9 @@ class Range(NamedTuple):
         return ((self.until - self.since).total_seconds() + 1e-5) / self.buckets
 
 
-# float8 serves to choose rows, never to tell amounts. An array compares by its first element, then by the next: min
-# and max bring along which row it was and what the peak was then. Bucket -1 lies before the range, the last one after.
+# Amounts are float8 only to choose rows; they are never shown. PostgreSQL compares arrays element by element, so min
+# and max of ARRAY[value, id, peak] also return the row's id and the peak at that row. Bucket -1 is before the range,
+# bucket :buckets after it.
 _BUCKETS = """
     WITH snapshots AS (
         SELECT id, date_part('epoch', "timestamp") AS at, CAST(total_value AS float8) AS value,
@@ -68,9 +69,9 @@ _PARTS = """,
 
 
 class Bucket(NamedTuple):
-    """The snapshots of one stretch of time: how many, the first and last, and those that are extreme in it.
+    """Snapshots of one bucket: their number, the first and last, and those with extreme values.
 
-    Each chosen row is (what it was chosen by, its id, the highest total value up to it).
+    Each chosen row is (the value that it was chosen by, its id, the highest total value so far).
     """
 
     number: int
@@ -89,7 +90,11 @@ def buckets(
     peak: float | None = None,
     parts: bool = False,
 ) -> list[Bucket]:
-    """The snapshots of these dates by bucket; the peak starts with `peak`; `parts`: also balance and invested."""
+    """Return the buckets that have snapshots of these dates, in order.
+
+    `peak` is the highest total value before these dates. With `parts` the extremes include those of balance and
+    total_invested.
+    """
     values = {
         "portfolio_id": portfolio,
         "from_date": dates[0],
@@ -109,5 +114,5 @@ _SNAPSHOTS = text(f"""
 
 
 def snapshots(db: Connection, ids: Sequence[int]) -> list[Snapshot]:
-    """These rows, oldest first."""
+    """Return the snapshots with these row ids, oldest first."""
     return [Snapshot(*row) for row in db.execute(_SNAPSHOTS, {"ids": list(ids)})]

@@ -1,4 +1,4 @@
-"""DATABASE_URL, with one host or several: the primary of the moment among them is the one to use."""
+"""DATABASE_URL with one host or several, of which sessions use the current primary."""
 
 from __future__ import annotations
 
@@ -13,31 +13,29 @@ from sqlalchemy.exc import ArgumentError
 from consumers.errors import first_line
 from producers.errors import SettingsError
 
-# As libpq has them: postgresql://user:password@host:port,host:port/database.
+# Several hosts as in libpq: postgresql://user:password@host:port,host:port/database.
 _HOSTS = re.compile(r"(?P<begin>[\w+]+://(?:[^@/?#]*@)?)(?P<hosts>[^@/?#]*,[^@/?#]*)(?P<end>.*)", re.DOTALL)
 _LOGIN_UNENCODED = re.compile(r"[\w+]+://[^@]*[/?#][^@]*@[^@/?#]*,", re.DOTALL)
 _HOST = re.compile(r"(?:\[(?P<six>[^\]]+)\]|(?P<name>[^:]*))(?::(?P<port>\d*))?")
 
-_ENCODE_LOGIN = (
-    "DATABASE_URL: a password with /, ?, # or a comma in it must have it percent-encoded, as %2F, %3F, %23, %2C"
-)
-_ONE_ADDRESS = "DATABASE_URL: hostaddr is of one host only; several addresses stand where hosts do"
+_ENCODE_LOGIN = "DATABASE_URL: percent-encode /, ?, # and commas in the password, as %2F, %3F, %23, %2C"
+_ONE_ADDRESS = "DATABASE_URL: hostaddr takes one address only; give several addresses in place of the hosts"
 
 
 def parse_database_url(url: SecretStr) -> URL:
-    """Several hosts and their ports stand in the query of what it returns, separated by commas.
+    """Parse DATABASE_URL. In the URL returned, several hosts and their ports are in the query, separated by commas.
 
     Raises:
-        SettingsError: it cannot be read; the message does not repeat it.
+        SettingsError: the URL cannot be parsed; the message does not repeat it.
     """
     try:
         parsed = _with_hosts(url.get_secret_value())
     except (ArgumentError, ValueError):
         if _LOGIN_UNENCODED.match(url.get_secret_value()):
             raise SettingsError(_ENCODE_LOGIN) from None
-        raise SettingsError("DATABASE_URL: is not a URL such as postgresql://user@host/database") from None
+        raise SettingsError("DATABASE_URL: must be a URL such as postgresql://user@host/database") from None
     if "@" in (parsed.host or ""):
-        raise SettingsError("DATABASE_URL: a password with @ in it must have it percent-encoded, as %40")
+        raise SettingsError("DATABASE_URL: percent-encode @ in the password, as %40")
     if "," in (parsed.host or ""):
         raise SettingsError(_ENCODE_LOGIN)
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
@@ -46,22 +44,20 @@ def parse_database_url(url: SecretStr) -> URL:
 
 
 def _with_hosts(text: str) -> URL:
-    """SQLAlchemy reads several hosts only in the query."""
+    """Parse a URL and move several hosts into its query, the only place where SQLAlchemy reads them."""
     several = _HOSTS.fullmatch(text)
     if several is None:
         return _with_ports(make_url(text))
-    if "@" in several["end"].partition("?")[0]:  # so those were no hosts, but the begin of a password
+    if "@" in several["end"].partition("?")[0]:  # the text before the comma is not a host, but part of a password
         raise SettingsError(_ENCODE_LOGIN)
     parsed = make_url(several["begin"] + several["end"])
     if parsed.query.keys() & {"host", "port"}:
-        raise SettingsError(
-            "DATABASE_URL: several hosts and their ports stand before the database or after ?, not both"
-        )
+        raise SettingsError("DATABASE_URL: give hosts and ports either before the database or after ?")
     return _among(parsed, *_hosts_and_ports(several["hosts"].split(",")))
 
 
 def _with_ports(parsed: URL) -> URL:
-    """Several hosts in the query, each with its port, or with one for all, as libpq has them."""
+    """Check several hosts in the query, with one port each or one port for all, as in libpq."""
     given = parsed.query.get("host", "")
     if isinstance(given, tuple):  # SQLAlchemy's own form: host=one:5432&host=two:5433
         hosts, own_ports = _hosts_and_ports(list(given))
@@ -75,7 +71,9 @@ def _with_ports(parsed: URL) -> URL:
     ports = [one or "5432" for one in (asked.split(",") if isinstance(asked, str) else asked)] if asked else own_ports
     ports = ports or [str(parsed.port or 5432)]
     if len(ports) not in (1, len(hosts)):
-        raise SettingsError(f"DATABASE_URL: {len(hosts)} hosts need as many ports, or one for all, not {len(ports)}")
+        raise SettingsError(
+            f"DATABASE_URL: {len(hosts)} hosts need {len(hosts)} ports, or one for all, not {len(ports)}"
+        )
     return _among(parsed, hosts, ports * (len(hosts) // len(ports)))
 
 
@@ -98,9 +96,9 @@ def _among(parsed: URL, hosts: list[str], ports: list[str]) -> URL:
 
 
 def session_attributes(url: URL, *, read_only: bool) -> dict[str, str]:
-    """Which of several hosts a session may be on: without a word in the URL, only on one that takes writes.
+    """Return the target_session_attrs of a session. With several hosts the default is read-write.
 
-    A session that is read-only by our own choice must ask for the primary instead.
+    A session that is read-only by our own setting is never read-write, so it asks for the primary instead.
     """
     several = "," in str(url.query.get("host", ""))
     asked = url.query.get("target_session_attrs", "read-write" if several else "")
@@ -112,8 +110,8 @@ def session_attributes(url: URL, *, read_only: bool) -> dict[str, str]:
 def try_hosts_in_turn(engine: Engine) -> None:
     """Connect to several hosts one by one, as psycopg 3 does, so that each has its own time limit.
 
-    libpq has none when its caller waits for the answers itself, as a worker does: a first host that is frozen would
-    have all the time, and the second, which has become the primary, would never be asked.
+    When the caller waits for the answers itself, as a worker does, libpq has no time limit per host. A frozen first
+    host would use up all the time, and the second one, the new primary, would never be tried.
     """
     event.listen(engine, "do_connect", _connect)
 
@@ -121,7 +119,7 @@ def try_hosts_in_turn(engine: Engine) -> None:
 def _connect(dialect: Any, _record: Any, arguments: list[Any], options: dict[str, Any]) -> Any:
     hosts = str(options.get("host", "")).split(",")
     if len(hosts) < 2:
-        return None  # as usual
+        return None  # SQLAlchemy then connects by itself
     ports = str(options.get("port", "")).split(",")
     ports = ports * len(hosts) if len(ports) == 1 else ports
     asked = options.get("target_session_attrs", "any")
@@ -133,4 +131,4 @@ def _connect(dialect: Any, _record: Any, arguments: list[Any], options: dict[str
                 return dialect.connect(*arguments, **one)
             except dialect.loaded_dbapi.OperationalError as error:
                 reasons.append(f"{host}: {first_line(error).rpartition(': ')[2]}")
-    raise dialect.loaded_dbapi.OperationalError(f"none of the hosts will do: {'; '.join(reasons)}")
+    raise dialect.loaded_dbapi.OperationalError(f"no usable host in DATABASE_URL: {'; '.join(reasons)}")

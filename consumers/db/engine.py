@@ -1,4 +1,4 @@
-"""The process's engine, and one transaction at a time."""
+"""Engines and transactions of the process, and the translation of driver errors."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from producers.errors import InvalidEvent
 from producers.events import KINDS
 
 CONNECT_TIMEOUT_SECONDS = 5
-# Errors of the whole database, after which the next statement would fail too: connection, transaction state (such
-# as read-only), authorization, database or schema missing, objects missing or forbidden, resources, shutdown, system
-# and internal errors. Any other error may be of one statement only: cancelled, a lock, a deadlock, a trigger.
+# SQLSTATE classes of errors after which the next statement would fail too: connection, transaction state (such as
+# read-only), authorization, database or schema missing, objects missing or forbidden, resources, shutdown, system and
+# internal errors. Any other error may concern one statement only: cancelled, a lock, a deadlock, a trigger.
 _STORE_CLASSES = ("08", "25", "28", "3D", "3F", "42", "53", "57P", "58", "F0", "XX")
-READ_SECONDS = 5.0  # what a statement of a reader may take
-# A reader that finds no free connection for this time gets an error; no further connection is made for it. Each of its
-# statements is a transaction of its own, which spares two round trips.
+READ_SECONDS = 5.0  # statement timeout of readers
+# A reader that gets no free connection within 2 s fails; the pool never grows. Each statement is its own transaction,
+# which saves two round trips.
 _READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0, "isolation_level": "AUTOCOMMIT"}
-# Each statement must see rows that were committed while the one before waited, whatever the database's default is.
+# Each statement must see rows that were committed while the previous one waited, so the database's default isolation
+# level is not used.
 _WRITER: dict[str, Any] = {"pool_size": 2, "isolation_level": "READ COMMITTED"}
 _LOCK_SECONDS = 5.0
 _ISOLATED_LOCK_SECONDS = 0.5
-# SQLSTATE classes that the event itself causes: data exception, integrity constraint violation.
-_REFUSED_CLASSES = ("22", "23")
+# SQLSTATE classes of errors that the event's values cause: data exception, integrity constraint violation.
+_VALUE_CLASSES = ("22", "23")
 ENCODING = "UTF8"
 
 
 def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0, read_only: bool = False) -> Engine:
-    """An engine that speaks UTF8, shows times in UTC, checks a pooled connection before use and never logs values.
+    """Return an engine with UTF8, times in UTC, a check of each pooled connection before use, and no values in logs.
 
-    A statement may take `statement_timeout_seconds`, and wait for a lock for five at most; 0 is no limit. With
-    `read_only` PostgreSQL refuses every statement that would change something.
+    Each statement has a timeout of `statement_timeout_seconds`, and waits for a lock for at most 5 s; 0 means no
+    limit for both. With `read_only` PostgreSQL refuses every statement that would change data.
 
     Raises:
-        SettingsError: the URL cannot be read.
+        SettingsError: the URL cannot be parsed.
     """
     parsed = parse_database_url(url)
     limits = {
@@ -56,7 +57,7 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
         parsed,
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-            # A server that vanished without a word is noticed within half a minute, not in hours.
+            # If the server disappears without closing the connection, notice it within 30 s, not after hours.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
@@ -67,7 +68,7 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
             **session_attributes(parsed, read_only=read_only),
         },
         pool_pre_ping=True,
-        # By a statement after connecting. The role's own setting and the URL's are replaced by it.
+        # SQLAlchemy sets it by a statement after connecting, which overrides the role's setting and the URL's.
         client_encoding=ENCODING,
         **(_READER if read_only else _WRITER),
         executemany_mode="values_plus_batch",
@@ -81,20 +82,20 @@ _statement_timeout_seconds = 0.0
 
 
 def limit_statements(seconds: float) -> None:
-    """Limit each statement of this process; call it before the first use of the engine."""
+    """Set the statement timeout of this process; call it before the first use of the engine."""
     global _statement_timeout_seconds
     _statement_timeout_seconds = seconds
 
 
 @cache
 def engine() -> Engine:
-    """The engine of this process, made at the first use from the settings."""
+    """Return the engine of this process. The first call creates it from the settings."""
     url = StoreSettings.from_environment().url()
     return create_store_engine(url, statement_timeout_seconds=_statement_timeout_seconds)
 
 
 def reader() -> Engine:
-    """The engine of this process for reading: it cannot change anything, and each statement has READ_SECONDS."""
+    """Return the read-only engine of this process; its statement timeout is READ_SECONDS."""
     return _reader_of(engine())
 
 
@@ -106,10 +107,10 @@ def _reader_of(store: Engine) -> Engine:
 
 @contextmanager
 def get_reader() -> Iterator[Connection]:
-    """A connection that can only read.
+    """Yield a read-only connection.
 
     Raises:
-        StoreUnavailable: the database cannot be reached, has trouble of its own, or a statement took too long.
+        StoreUnavailable: the database is away, cannot execute a statement now, or a statement timed out.
         SettingsError: the settings name no database.
     """
     with translated_errors(), reader().connect() as connection:
@@ -118,21 +119,21 @@ def get_reader() -> Iterator[Connection]:
 
 @contextmanager
 def read_transaction() -> Iterator[Connection]:
-    """One consistent transaction that can only read, otherwise as `get_reader`."""
+    """Yield a read-only connection in one consistent (REPEATABLE READ) transaction. Raises as `get_reader`."""
     with get_reader() as connection, connection.execution_options(isolation_level="REPEATABLE READ").begin():
-        # Compiling costs more than it saves: hundreds of milliseconds for queries that take tens.
+        # JIT compilation takes hundreds of milliseconds for queries that run for tens.
         connection.exec_driver_sql("SET LOCAL jit = off")
         yield connection
 
 
 def drop_connections() -> None:
-    """Close the pooled connections: a session keeps the settings of its start, such as being read-only."""
+    """Close the pooled connections, since a session keeps settings of its start, such as being read-only."""
     if engine.cache_info().currsize:
         engine().dispose()
 
 
 def _forget_after_fork() -> None:
-    # The parent still uses these connections: the child drops them without closing their sockets.
+    # The parent still uses these connections, so the child forgets them without closing their sockets.
     if engine.cache_info().currsize:
         if _reader_of.cache_info().currsize:
             _reader_of(engine()).dispose(close=False)
@@ -146,12 +147,12 @@ os.register_at_fork(after_in_child=_forget_after_fork)
 
 @contextmanager
 def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
-    """One transaction: committed when the block ends, rolled back when it raises.
+    """Run one transaction: commit it when the block ends, roll it back when the block raises.
 
-    `statement_seconds` limits each of its statements; then its wait for a lock is short as well.
+    `statement_seconds` is the timeout of each of its statements; the lock timeout is then 0.5 s.
 
     Raises:
-        StoreUnavailable: the database cannot be reached, or has trouble of its own.
+        StoreUnavailable: the database is away or cannot execute a statement now.
         SettingsError: the settings name no database.
     """
     with translated_errors(), engine().begin() as connection:
@@ -163,39 +164,47 @@ def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Turn driver errors into StoreUnavailable; `refused_values` translates those of an event's insert first."""
+    """Translate driver errors to StoreUnavailable.
+
+    Errors that an event's values cause are translated before, by `translated_value_errors`.
+    """
     try:
         yield
     except DBAPIError as error:
         sqlstate = _sqlstate(error)
-        if sqlstate.startswith(_REFUSED_CLASSES):
+        if sqlstate.startswith(_VALUE_CLASSES):
             taken = _is_primary_key_violation(error)
-            advice = "" if taken else ": if the tables are of an earlier version, run trading-history init-db"
+            advice = "" if taken else ": if the tables are from an earlier version, run trading-history init-db"
             message = f"PostgreSQL: {first_line(error)} (SQLSTATE {sqlstate}){advice}"
-            # Not chained: the driver's error carries the row's values into every traceback.
+            # Not chained: the driver's error contains the row's values, and a traceback would show them.
             raise StoreUnavailable(message, one_statement=not taken) from None
         alone = sqlstate != "" and not sqlstate.startswith(_STORE_CLASSES)
         raise StoreUnavailable(f"PostgreSQL: {first_line(error)}", one_statement=alone) from error
-    except StatementError as error:  # raised before the driver was called: not the database's
+    except StatementError as error:  # raised before the driver was called, so not by the database
         raise (error.orig or error) from None
     except SQLAlchemyError as error:
         raise StoreUnavailable(f"PostgreSQL: {type(error).__name__}") from error
 
 
 @contextmanager
-def refused_values() -> Iterator[None]:
-    """Around the insert of events into their own table, and nothing else.
+def translated_value_errors() -> Iterator[None]:
+    """Translate errors that an event's values cause to InvalidEvent.
+
+    Use it only around the insert of events into their history table.
 
     Raises:
-        InvalidEvent: the database refused the values for good.
+        InvalidEvent: the values violate a type or a constraint of the table, now and later.
     """
     try:
         yield
     except DBAPIError as error:
-        # If a table's id sequence is behind its rows, as after a restore, the events are valid.
-        if not _sqlstate(error).startswith(_REFUSED_CLASSES) or _is_primary_key_violation(error):
+        # A taken primary key means that the table's id sequence is behind its rows, as after a restore. The events are
+        # valid then.
+        if not _sqlstate(error).startswith(_VALUE_CLASSES) or _is_primary_key_violation(error):
             raise
-        raise InvalidEvent(f"PostgreSQL refused it: {first_line(error)} (SQLSTATE {_sqlstate(error)})") from None
+        raise InvalidEvent(
+            f"PostgreSQL refused the values: {first_line(error)} (SQLSTATE {_sqlstate(error)})"
+        ) from None
 
 
 def _sqlstate(error: DBAPIError) -> str:
@@ -203,6 +212,6 @@ def _sqlstate(error: DBAPIError) -> str:
 
 
 def _is_primary_key_violation(error: DBAPIError) -> bool:
-    """Whether a history table gave a new row an id that another row has."""
+    """Return whether a history table gave a new row an id that another row already has."""
     constraint = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
     return constraint in {f"{kind.table}_pk" for kind in KINDS.values()}

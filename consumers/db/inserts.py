@@ -1,7 +1,7 @@
-"""Idempotent inserts, any number of events with one statement a table, by the table of event kinds.
+"""Idempotent inserts of any number of events, with one statement per kind of event.
 
-The unique key on event_id decides what is new. What was there already is compared by value, so that the same fact
-is a duplicate and another content under the same id is a conflict.
+The unique key on event_id decides which events are new. An event that is already stored is compared with its row by
+value: equal content is a duplicate, other content is a conflict.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from uuid import UUID
 import simplejson
 from sqlalchemy import Connection, TextClause, text
 
-from consumers.db.engine import get_db, refused_values
+from consumers.db.engine import get_db, translated_value_errors
 from consumers.db.schema import check_database
 from consumers.errors import EventConflict, StoreUnavailable
 from producers.event_kinds import Column, EventKind
@@ -26,7 +26,10 @@ _TRIES = 3
 
 
 class Stored(NamedTuple):
-    """Where a fact is: its row, whether this insert made it, and the delivery that did."""
+    """Row of a stored event.
+
+    `created` says whether this insert made it; `source` and `sequence` name the delivery that did.
+    """
 
     row_id: int
     created: bool
@@ -40,8 +43,8 @@ _EVENT_COLUMNS = (("event_id", "uuid"), ("source", "text"), ("sequence", "bigint
 @cache
 def _insert_statement(kind: EventKind) -> TextClause:
     arrays, names = _arrays_and_names(kind)
-    # Numbered as they came, inserted in the order of their event ids: two batches in opposite order would wait for
-    # each other. The sequence is looked up once, not for each row.
+    # Row ids follow the order of the events. The rows are inserted in the order of their event ids, because two batches
+    # in opposite order could deadlock. The subquery looks up the table's sequence once, not for each row.
     return text(f"""
         INSERT INTO {kind.table} (id, {names})
         SELECT * FROM (
@@ -72,7 +75,7 @@ def _compare_statement(kind: EventKind) -> TextClause:
 
 
 def _arrays_and_names(kind: EventKind) -> tuple[str, str]:
-    """The parameters, one array a column, and the names of the columns."""
+    """Return the parameters, one array per column, and the names of the columns."""
     columns = (*_EVENT_COLUMNS, *((column.name, column.type) for column in kind.columns))
     return (
         ", ".join(f"CAST(:{name} AS {type_}[])" for name, type_ in columns),
@@ -81,12 +84,14 @@ def _arrays_and_names(kind: EventKind) -> tuple[str, str]:
 
 
 def insert_events(db: Connection, events: Sequence[Event]) -> list[Stored | EventConflict]:
-    """Insert a row for each fact that is not stored yet, in the transaction of `db`; answers in the order of `events`.
+    """Insert a row for each event that is not stored yet, in the transaction of `db`.
 
-    An event whose id is stored with other content is answered with an EventConflict, and changes nothing.
+    Returns:
+        One item per event, in the order of `events`. An event whose id is stored with other content gives an
+        EventConflict and changes nothing.
 
     Raises:
-        InvalidEvent: the database refuses the values of at least one of them for good.
+        InvalidEvent: at least one event has values that the table cannot store.
         StoreUnavailable: the database is not UTF8, or its tables are older than this program.
     """
     check_database(db)
@@ -94,11 +99,14 @@ def insert_events(db: Connection, events: Sequence[Event]) -> list[Stored | Even
     for kind, positions in _by_kind(events):
         for n, answer in zip(positions, _insert(db, kind, [events[n] for n in positions]), strict=True):
             answers[n] = answer
-    return answers  # type: ignore[return-value]  # each event is of one of the kinds
+    return answers  # type: ignore[return-value]  # each event has one of the kinds
 
 
 class Found(NamedTuple):
-    """The row that has an event's id: which delivery made it, whether its content is the same, what follows intact."""
+    """Row with an event's id, and the delivery that made it.
+
+    `same` says whether its content equals the event's, `intact` whether its derived columns have the right values.
+    """
 
     row_id: int
     source: str
@@ -118,7 +126,7 @@ def find_events(db: Connection, events: Sequence[Event]) -> list[Found | None]:
 
 
 def find_row(db: Connection, source: str, sequence: int, event_id: UUID) -> int | None:
-    """The id of the row that this very delivery has made."""
+    """Return the id of the row that this delivery made, or None."""
     rows = " UNION ALL ".join(
         f"SELECT id FROM {kind.table} "  # noqa: S608  # constants
         "WHERE source = :source AND sequence = :sequence AND event_id = CAST(:event_id AS uuid)"
@@ -130,7 +138,7 @@ def find_row(db: Connection, source: str, sequence: int, event_id: UUID) -> int 
 
 
 def _by_kind(events: Sequence[Event]) -> Iterator[tuple[EventKind, list[int]]]:
-    """The positions of each kind's events, the kinds always in one order: transactions would wait for each other."""
+    """Yield the positions of the events of each kind, always in the same order of kinds: others could deadlock."""
     for event_type, kind in KINDS.items():
         positions = [n for n, event in enumerate(events) if event.type == event_type]
         if positions:
@@ -138,12 +146,12 @@ def _by_kind(events: Sequence[Event]) -> Iterator[tuple[EventKind, list[int]]]:
 
 
 def insert_event(event: Event) -> int:
-    """Insert one event in a transaction of its own and return its row's id, the same id when it is stored already.
+    """Insert one event in its own transaction and return the id of its row, which may already exist.
 
     Raises:
         EventConflict: its id is stored with other content.
-        InvalidEvent: the database refuses its values for good.
-        StoreUnavailable: the database cannot take it now.
+        InvalidEvent: the table cannot store its values.
+        StoreUnavailable: the database is away or cannot execute the insert now.
     """
     with get_db() as db:
         (answer,) = insert_events(db, [event])
@@ -156,11 +164,11 @@ def _insert(db: Connection, kind: EventKind, events: Sequence[Event]) -> list[St
     columns = _texts(kind, events)
     event_ids = columns["event_id"]
     answers: dict[int, Stored | EventConflict] = {}
-    # A row that conflicts with the insert can be deleted before it is compared: then the insert is repeated.
+    # If a row that conflicts with the insert is deleted before it is compared, the insert is repeated.
     for _ in range(_TRIES):
         missing = [n for n in range(len(events)) if n not in answers]
-        first = {event_ids[n]: n for n in reversed(missing)}  # one row a fact, its first delivery
-        with refused_values():
+        first = {event_ids[n]: n for n in reversed(missing)}  # one row per event id, from its first delivery
+        with translated_value_errors():
             inserted = db.execute(_insert_statement(kind), _arrays(columns, sorted(first.values()))).all()
         for event_id, row_id in inserted:
             n = first[event_id]
@@ -183,7 +191,7 @@ def _insert(db: Connection, kind: EventKind, events: Sequence[Event]) -> list[St
 
 
 def _texts(kind: EventKind, events: Sequence[Event]) -> dict[str, list[str]]:
-    """Column by column the values of the events, as elements of a PostgreSQL array literal."""
+    """Return the values of the events by column, as elements of a PostgreSQL array literal."""
     payloads = [event.data for event in events]
     return {
         "event_id": [str(event.id) for event in events],
@@ -202,17 +210,17 @@ def _quoted(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-# How values of these types are written; numbers, dates and UUIDs as Python prints them.
+# Functions that write values of these types; numbers, dates and UUIDs are written by str().
 _WRITTEN: dict[str, Callable[[Any], str]] = {
     "jsonb": lambda value: _quoted(simplejson.dumps(value, use_decimal=True, allow_nan=False)),
     "text": _quoted,
-    # In UTC: PostgreSQL reads offsets only up to 15:59, RFC 3339 has them up to 23:59.
+    # In UTC: PostgreSQL reads offsets only up to 15:59, RFC 3339 allows up to 23:59.
     "timestamptz": lambda value: str(value.astimezone(UTC)),
 }
 
 
 def _arrays(columns: Mapping[str, list[str]], chosen: Sequence[int] | None = None) -> dict[str, str]:
-    """One parameter for each column, which the server reads in one go; of the chosen events, or of all."""
+    """Return one array literal per column, with the chosen events or with all; the server parses it in one step."""
     return {
         name: "{" + ",".join(texts if chosen is None else [texts[n] for n in chosen]) + "}"
         for name, texts in columns.items()

@@ -1,4 +1,4 @@
-"""The login roles of the worker and of the API, with what schema.sql lets their groups do and nothing more."""
+"""Login roles of the worker and of the API. They have only the privileges of their groups, which schema.sql makes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from consumers.settings import LoginSettings
 WORKER, API = "trading_history_worker", "trading_history_api"
 WRITER, READER = "trading_history_writer", "trading_history_reader"
 
-# Roles belong to the whole server: another database's init-db may be at the same role in this moment.
-_AT_THE_SAME_MOMENT = ("23505", "42710", "XX000")
+# Roles belong to the whole server: init-db of another database may change the same role at the same time.
+_CONCURRENT_CHANGE = ("23505", "42710", "XX000")
 _TRIES = 5
 _EXISTS = text("SELECT EXISTS (SELECT FROM pg_roles WHERE rolname = :name)")
 
 
 def set_passwords(store: Engine, settings: LoginSettings) -> Iterator[str]:
-    """Make the login roles that have a password in the settings, or give them this password; their names, when done.
+    """Create the login roles whose passwords are in the settings, or change their passwords; yield each name when done.
 
     Raises:
-        LoginNotMade: this user may not make or change the role, or its group is missing.
+        LoginNotMade: this user may not create or change the role, or its group is missing.
         StoreUnavailable: the database cannot be reached.
     """
     wanted = ((WORKER, WRITER, settings.writer_password), (API, READER, settings.reader_password))
@@ -47,17 +47,17 @@ def _set_password(store: Engine, login: str, group: str, password: SecretStr) ->
             sqlstate = getattr(error.orig, "pgcode", None)
             if sqlstate is None:
                 raise
-            if sqlstate in _AT_THE_SAME_MOMENT and tries_left:
+            if sqlstate in _CONCURRENT_CHANGE and tries_left:
                 continue
             reason = getattr(getattr(error.orig, "diag", None), "message_primary", None) or sqlstate
-            # Not chained: the driver's error may repeat the statement.
+            # Not chained: the driver's error may contain the statement.
             raise LoginNotMade(login, reason) from None
 
 
 def _make_or_change(db: Connection, login: str, group: str, password: SecretStr) -> None:
     session = db.connection.driver_connection
     assert isinstance(session, extensions.connection)
-    # The server never sees the password, so that it cannot stand in its log.
+    # The server gets only a verifier, so its log can never contain the password.
     verifier = extensions.encrypt_password(password.get_secret_value(), login, scope=session, algorithm="scram-sha-256")
     verb = "ALTER" if db.execute(_EXISTS, {"name": login}).scalar_one() else "CREATE"
     role = sql.SQL("{} ROLE {} LOGIN PASSWORD {}").format(sql.SQL(verb), sql.Identifier(login), sql.Literal(verifier))

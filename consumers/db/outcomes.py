@@ -1,4 +1,4 @@
-"""event_outcomes: the deliveries that did not become a row of their own."""
+"""Deliveries that made no row: the table event_outcomes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _FORGET_OUTCOMES = text("DELETE FROM event_outcomes WHERE job_id = ANY (:job_ids
 
 @dataclass(frozen=True)
 class OutcomeRow:
-    """A delivery without a row of its own: a duplicate of a stored event, or a rejection.
+    """Delivery that made no row: a duplicate of a stored event, or a rejection.
 
-    `event` is the text of a rejected event; its source, sequence and id are set as far as they could be read.
+    `event` is the text of a rejected event. Source, sequence and event id are None if they could not be read.
     """
 
     job_id: str
@@ -38,12 +38,15 @@ class OutcomeRow:
 
 
 def record_outcomes(db: Connection, outcomes: Iterable[OutcomeRow]) -> None:
-    """Record these in the order of their job ids: transactions in opposite order would deadlock."""
+    """Insert or update these outcomes, in the order of their job ids, since another order could deadlock.
+
+    A discarded outcome is not changed.
+    """
     by_job = {one.job_id: asdict(one) | {"event_id": one.event_id and str(one.event_id)} for one in outcomes}
     if by_job:
         db.execute(_RECORD_OUTCOME, [by_job[job_id] for job_id in sorted(by_job)])
 
 
 def forget_outcomes(db: Connection, job_ids: Iterable[str]) -> None:
-    """Delete the outcomes of deliveries that became rows after all."""
+    """Delete the outcomes of deliveries that made a row later, as after a requeue."""
     db.execute(_FORGET_OUTCOMES, {"job_ids": list(job_ids)})

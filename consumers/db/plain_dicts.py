@@ -1,4 +1,4 @@
-"""Snapshots and archives as the old code passes them: plain dicts, naive local times, dates as text."""
+"""Snapshots and archives from plain dicts with naive local times and dates as text, as the old code passes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from producers.times import localized
 
 
 def snapshot_of(plain: Mapping[str, Any]) -> PortfolioSnapshot:
-    """Raises InvalidEvent, which names the key that is missing or wrong."""
+    """Return the snapshot in a plain dict. Raises InvalidEvent, which names the key that is missing or wrong."""
     values = dict(plain)
     values["timestamp"] = _moment("timestamp", values)
     day = values.pop("date", values["timestamp"].date())
@@ -23,7 +23,7 @@ def snapshot_of(plain: Mapping[str, Any]) -> PortfolioSnapshot:
 
 
 def archive_of(plain: Mapping[str, Any]) -> SignalArchive:
-    """Raises InvalidEvent, which names the key that is missing or wrong."""
+    """Return the archive in a plain dict. Raises InvalidEvent, which names the key that is missing or wrong."""
     values = dict(plain)
     values["archived_at"] = _moment("archived_at", values)
     if "signals_data" in values and "signals" not in values:
@@ -32,32 +32,32 @@ def archive_of(plain: Mapping[str, Any]) -> SignalArchive:
     checked = SignalArchive.checked(**values)
     for name, value in claimed.items():
         if value != getattr(checked, name):
-            raise InvalidEvent.at(name, f"does not match the rest, which makes it {getattr(checked, name)}")
+            raise InvalidEvent.at(name, f"must be {getattr(checked, name)}, which follows from the other values")
     return checked
 
 
 def zoned(moment: datetime, field: str) -> datetime:
-    """`moment` with an offset, that of the local zone if it has none. Raises InvalidEvent for an impossible one."""
+    """Return `moment` with its own offset, else the local zone's. Raises InvalidEvent for an impossible time."""
     return localized(moment, ZoneSettings.from_environment().timezone, field)
 
 
 def moment_of(value: Any, field: str) -> datetime:
-    """A datetime, or ISO 8601 text, as it is: with or without an offset. Raises InvalidEvent for anything else."""
+    """Return a datetime, or ISO 8601 text as one, with or without an offset. Raises InvalidEvent for anything else."""
     try:
         moment = datetime.fromisoformat(value.strip()) if isinstance(value, str) else value
     except ValueError:
-        raise InvalidEvent.at(field, "is text that is not an ISO 8601 time") from None
+        raise InvalidEvent.at(field, "must be an ISO 8601 time") from None
     if not isinstance(moment, datetime):
         raise InvalidEvent.at(field, f"must be a time, not {type_name(moment)}")
     return moment
 
 
 def day_of(value: Any, field: str) -> date:
-    """A date, or ISO 8601 text. Raises InvalidEvent for anything else."""
+    """Return a date, or ISO 8601 text as one. Raises InvalidEvent for anything else."""
     try:
         day = date.fromisoformat(value.strip()) if isinstance(value, str) else value
     except ValueError:
-        raise InvalidEvent.at(field, "is text that is not an ISO 8601 date") from None
+        raise InvalidEvent.at(field, "must be an ISO 8601 date") from None
     if not isinstance(day, date):
         raise InvalidEvent.at(field, f"must be a date, not {type_name(day)}")
     return day

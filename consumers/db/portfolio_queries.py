@@ -1,6 +1,6 @@
-"""Snapshots of portfolios: all of them, daily closes, and the list of portfolios.
+"""Queries for portfolio snapshots: pages, daily closes, and the list of portfolios.
 
-In the functions that take a portfolio, None stands for the snapshots without one.
+Where a function takes a portfolio, None means the snapshots without a portfolio.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ MOST_PORTFOLIOS = 200
 MOST_DAYS = 5_000
 _ORDER = 'snapshot_date DESC, "timestamp" DESC, id DESC'
 
-# A snapshot's date is that of its own offset, so within a day of UTC's. What a caller has dated otherwise stands in an
-# index of its own, and a period can be looked up by date all the same.
+# A snapshot's date is local to its offset, so it is within a day of the UTC date. Rows with another date, given by a
+# caller, are in a partial index. So a period can be looked up by date.
 _UTC_DATE = """CAST("timestamp" AT TIME ZONE 'UTC' AS date)"""
 _DATED_OTHERWISE = f"snapshot_date NOT BETWEEN {_UTC_DATE} - 1 AND {_UTC_DATE} + 1"
 _FIRST_DAY = "CAST(CAST(:since AS timestamptz) AT TIME ZONE 'UTC' AS date) - 1"
@@ -44,7 +44,7 @@ _LAST_DAY = "CAST(CAST(:until AS timestamptz) AT TIME ZONE 'UTC' AS date) + 1"
 
 
 def snapshots(wanted: Filter) -> Query:
-    """Portfolio snapshots, newest first by snapshot_date, timestamp."""
+    """Return the query for portfolio snapshots, newest first by snapshot_date and timestamp."""
     conditions = wanted.conditions('"timestamp"')
     if wanted.after is not None:
         conditions.append(_BEHIND_SNAPSHOT)
@@ -66,7 +66,7 @@ def _newest_snapshots(conditions: list[str], order: str) -> str:
 
 
 def _days(wanted: Filter) -> tuple[list[str], str]:
-    """Conditions on the date that a period implies, and their contrary ('' without a period)."""
+    """Return the conditions that a period implies for the date, and their opposite ('' without a period)."""
     within, outside = [], []
     if wanted.since is not None:
         within.append(f"snapshot_date >= {_FIRST_DAY}")
@@ -78,7 +78,7 @@ def _days(wanted: Filter) -> tuple[list[str], str]:
 
 
 def closes(wanted: Filter) -> Query:
-    """The last snapshot of each portfolio on each date (of those in the period), in the order of `snapshots`."""
+    """Return the query for the last snapshot of each portfolio and date in the period, in the order of `snapshots`."""
     conditions = wanted.conditions('"timestamp"')
     within, outside = _days(wanted)
     among = [*conditions, *within]
@@ -100,10 +100,10 @@ def closes(wanted: Filter) -> Query:
 
 
 def _closes_of(portfolios: str, conditions: list[str]) -> str:
-    """The beginning of a statement: `closes` has at least the newest :limit closes of each of `portfolios`, a CTE.
+    """Return the CTEs of a statement: `closes` has at least the newest :limit closes of each of `portfolios`.
 
-    It jumps from one date of a portfolio to its next in the index: days of thousands of snapshots cost what others
-    cost.
+    It jumps in the index from one date of a portfolio to the next, so the number of snapshots per day does not matter.
+    `portfolios` is the text of a CTE.
     """
     return f"""
         WITH RECURSIVE {portfolios}, closes AS (
@@ -117,9 +117,9 @@ def _closes_of(portfolios: str, conditions: list[str]) -> str:
 
 
 def portfolios_in(table: str, most: str = "ALL") -> str:
-    """CTEs for WITH RECURSIVE: `portfolios` has the lowest numbers in the table, at most so many, then a row of null.
+    """Return CTEs for WITH RECURSIVE: `portfolios` has the `most` lowest numbers in the table, then a null.
 
-    An index scan goes from one number straight to the next, which PostgreSQL below 18 does not find by itself.
+    The recursion jumps in the index from one number to the next. PostgreSQL before 18 does not plan DISTINCT that way.
     """
     return f"""
         numbers (portfolio_id) AS (
@@ -138,8 +138,8 @@ _ONE_PORTFOLIO = "portfolios (portfolio_id) AS (SELECT CAST(:portfolio_id AS big
 
 
 def _last(of: str, conditions: list[str]) -> str:
-    """The newest snapshot of the portfolio of the relation `of`."""
-    # Two ways, as an index has no IS NOT DISTINCT FROM.
+    """Return the SELECT for the newest snapshot of the portfolio in the relation `of`."""
+    # Two branches, because an index cannot search for IS NOT DISTINCT FROM.
     numbered, without = (
         f"""
         (SELECT {quoted(SNAPSHOT_COLUMNS)}, xmin FROM portfolio_history {where([*which, *conditions])}
@@ -171,18 +171,18 @@ _EXTENT = """
 
 
 def of_one(portfolio: int | None, statement: str) -> TextClause:
-    """`statement` with the condition on :portfolio_id for its `{of}`."""
-    # An index knows IS NULL and =, but not IS NOT DISTINCT FROM.
+    """Return `statement` with its `{of}` replaced by the condition for one portfolio."""
+    # An index can search for IS NULL and =, but not for IS NOT DISTINCT FROM.
     return text(statement.format(of="portfolio_id IS NULL" if portfolio is None else "portfolio_id = :portfolio_id"))
 
 
 def newest_snapshot_ages(db: Connection, most_portfolios: int) -> list[tuple[int | None, float]]:
-    """Portfolio, and seconds since the instant of its newest snapshot: of the lowest numbers, and of None."""
+    """Return (portfolio, seconds since its newest snapshot) for the lowest numbers, and for None if it has any."""
     return [(row[0], row[1]) for row in db.execute(_NEWEST_AGES, {"most": most_portfolios})]
 
 
 class Extent(NamedTuple):
-    """The first and the last snapshot of a portfolio, and the value in the last."""
+    """Times of the first and last snapshot of a portfolio, and the total value of the last."""
 
     portfolio: int | None
     first_at: datetime
@@ -191,19 +191,19 @@ class Extent(NamedTuple):
 
 
 def portfolios(db: Connection) -> list[Extent]:
-    """Every portfolio that has a snapshot, by number, those without one last; at most 200."""
+    """Return the portfolios that have snapshots: the 200 lowest numbers, then None if it has any."""
     numbers = db.execute(_PORTFOLIOS, {"most": MOST_PORTFOLIOS}).scalars().all()
     return [found for number in numbers if (found := extent(db, number)) is not None]
 
 
 def extent(db: Connection, portfolio: int | None) -> Extent | None:
-    """None when the portfolio has no snapshot."""
+    """Return the extent of a portfolio, or None if it has no snapshot."""
     row = db.execute(of_one(portfolio, _EXTENT), {"portfolio_id": portfolio}).one_or_none()
     return None if row is None else Extent(portfolio, *row)
 
 
 class Snapshot(NamedTuple):
-    """A snapshot as the page draws it."""
+    """Snapshot with the values that the history page draws."""
 
     id: int
     snapshot_date: date
@@ -224,6 +224,6 @@ _DAILY_CLOSES = text(f"""
 
 
 def daily_closes(db: Connection, portfolio: int | None, dates: tuple[date, date] = ALL_DATES) -> list[Snapshot]:
-    """The last snapshot of each snapshot_date, oldest first: at most the newest 5,000 of these dates."""
+    """Return the last snapshot of each snapshot_date, oldest first, for at most the newest 5,000 of these dates."""
     values = {"portfolio_id": portfolio, "first_date": dates[0], "last_date": dates[1], "limit": MOST_DAYS}
     return [Snapshot(*row) for row in db.execute(_DAILY_CLOSES, values)][::-1]

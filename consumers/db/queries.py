@@ -1,7 +1,7 @@
-"""Filters and queries, with which every reader selects rows: newest first, one page after another.
+"""Filters and queries of all readers: rows newest first, in pages.
 
-A page begins behind the keys of the last row of the page before it, not at a count of rows: that a page is far down, or
-that rows came in meanwhile, changes neither its cost nor its contents.
+A page begins behind the keys of the last row of the previous page, not at an offset. Its cost does not grow with the
+depth of the page, and its contents do not change when rows are inserted meanwhile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ NO_LIMIT = 2**62
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """At most `limit` rows, of one portfolio, from `since` to before `until` (aware), behind the row `after`."""
+    """Rows to select: at most `limit`, of one portfolio, from `since` to before `until`, behind the row `after`.
+
+    The times are aware. `after` has the keys of a row, see `Query.keys`.
+    """
 
     limit: int | None = None
     portfolio_id: int | None = None
@@ -27,7 +30,7 @@ class Filter:
     after: Mapping[str, Any] | None = None
 
     def values(self) -> dict[str, Any]:
-        """Parameters of a query's statement."""
+        """Return the parameters of a query's statement."""
         behind = {f"after_{name}": value for name, value in (self.after or {}).items()}
         return behind | {
             "limit": self.limit,
@@ -37,7 +40,7 @@ class Filter:
         }
 
     def conditions(self, instant: str) -> list[str]:
-        """All but `after`, for a table whose rows are of the time `instant`."""
+        """Return the SQL conditions, without that of `after`; `instant` is the column with the time of a row."""
         asked = {
             of_portfolio(":portfolio_id"): self.portfolio_id,
             f"{instant} >= :since": self.since,
@@ -46,16 +49,16 @@ class Filter:
         return [condition for condition, value in asked.items() if value is not None]
 
     def order(self, newest: str) -> str:
-        """The order in which an index finds these rows `newest` first."""
+        """Return the ORDER BY in which an index has these rows; `newest` is the order without a portfolio."""
         return newest if self.portfolio_id is None else f"portfolio_id, {newest}"
 
 
 @dataclass(frozen=True)
 class Query:
-    """The SQL that finds the rows of a filter.
+    """SQL that selects the rows of a filter.
 
-    `rows` is a SELECT that gives `columns` and `xmin`, the version of the row. `keys` are the columns that say where a
-    row stands in `order`, as `Filter.after` wants them; `document` is the JSONB column, of any size.
+    `rows` is a SELECT of `columns` and of `xmin`, the version of the row. `keys` are the columns that define the place
+    of a row in `order`, and the keys of `Filter.after`. `document` is the JSONB column, which may be large.
     """
 
     columns: tuple[str, ...]
@@ -66,30 +69,32 @@ class Query:
     document: str | None = None
 
     def statement(self) -> TextClause:
-        """For the rows as they are."""
+        """Return the statement for the rows with native values."""
         return text(f"SELECT {quoted(self.columns)} FROM ({self.rows}) AS page ORDER BY {self.order}")  # noqa: S608  # from constants
 
     def exact_statement(self) -> TextClause:
-        """The same, the document as JSON text with every digit."""
+        """Return the same statement with the document as JSON text, which keeps every digit."""
         columns = (f'CAST("{one}" AS text) AS "{one}"' if one == self.document else f'"{one}"' for one in self.columns)
         return text(f"SELECT {', '.join(columns)} FROM ({self.rows}) AS page ORDER BY {self.order}")  # noqa: S608  # from constants
 
 
 def of_portfolio(portfolio_id: str) -> str:
-    """The condition for rows of a portfolio, not null."""
-    # With = PostgreSQL may prefer to go through the newest rows of all portfolios, until it meets one that has been at
-    # rest for years. With this, and the portfolio in the order, only the index by portfolio will do.
+    """Return the condition for the rows of a portfolio that is not null."""
+    # With = PostgreSQL may scan the newest rows of all portfolios, which takes long if this portfolio has no row of the
+    # last years. With ANY, and the portfolio in the order, it can use only the index by portfolio.
     return f"portfolio_id = ANY (ARRAY[CAST({portfolio_id} AS bigint)])"
 
 
 def where(conditions: list[str]) -> str:
+    """Return a WHERE clause with all conditions, or '' if there are none."""
     return "WHERE " + " AND ".join(conditions) if conditions else ""
 
 
 def guessed_bytes(document: str) -> str:
-    """An expression for about how many bytes of text a JSONB column is, without unpacking it."""
+    """Return an SQL expression that estimates the bytes of a JSONB column as text, without decompressing it."""
     return f"(CASE WHEN pg_column_compression({document}) IS NULL THEN 1 ELSE 16 END * pg_column_size({document}))"
 
 
 def quoted(columns: Iterable[str]) -> str:
+    """Return a list of quoted column names for a SELECT."""
     return ", ".join(f'"{column}"' for column in columns)

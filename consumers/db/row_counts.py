@@ -1,4 +1,4 @@
-"""How many rows there are: exactly, or quickly however many they are."""
+"""Row counts: exact ones, and quick ones that are estimates for large tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sqlalchemy import Connection, text
 
 from consumers.db.engine import get_db
 
-EXACT_UP_TO = 100_000  # counted in some hundredths of a second
+EXACT_UP_TO = 100_000  # counting them takes a few hundredths of a second
 
 _ROWS = {
     "portfolio_snapshots": "portfolio_history",
@@ -16,8 +16,8 @@ _ROWS = {
 }
 _EXACT = text("SELECT " + ", ".join(f"(SELECT count(*) FROM {rows}) AS {name}" for name, rows in _ROWS.items()))  # noqa: S608  # from constants
 
-# At most so many of each, along an index: from the end where rows are added, not through pages that moved rows left.
-# Duplicates have no index: `outcomes` is how many rows are read to count them.
+# Count at most :most rows of each, from the new end of an index: at the old end, pages of moved rows may be empty.
+# Duplicates have no index, so `outcomes` is the number of rows that are read to count them.
 _BOUNDED = text("""
     SELECT
         (SELECT count(*) FROM (
@@ -29,12 +29,12 @@ _BOUNDED = text("""
             AS rejected,
         outcomes, duplicate
     FROM (SELECT count(*) AS outcomes, count(*) FILTER (WHERE outcome = 'duplicate') AS duplicate
-        FROM (SELECT outcome FROM event_outcomes LIMIT :most) AS bounded) AS looked_at
+        FROM (SELECT outcome FROM event_outcomes LIMIT :most) AS bounded) AS counted
 """)
 
 
 def exact_counts() -> dict[str, int]:
-    """Rows of each table, and deliveries that did not become one: every row is read.
+    """Return the number of rows of each table and of deliveries that made no row; it reads every row.
 
     Raises:
         StoreUnavailable: the database cannot be read now.
@@ -44,18 +44,18 @@ def exact_counts() -> dict[str, int]:
 
 
 def quick_counts() -> tuple[dict[str, int], list[str]]:
-    """The same by about as much work for a billion rows as for EXACT_UP_TO, and the names of those that are estimates.
+    """Return the same numbers, and the names of those that are estimates.
 
-    An estimate is the planner's: by the statistics of the last ANALYZE, and by what the tables have grown to since.
-    Before the first ANALYZE it is a guess, and may be off by several times.
+    A table of a billion rows takes about as long as one of EXACT_UP_TO rows. An estimate is the planner's, from the
+    last ANALYZE and the present size of the table. Before the first ANALYZE it may be wrong by a factor of several.
 
     Raises:
         StoreUnavailable: the database cannot be read now.
     """
     with get_db() as db:
         counted = dict(db.execute(_BOUNDED, {"most": EXACT_UP_TO + 1}).mappings().one())
-        looked_at = counted | {"duplicate": counted["outcomes"]}
-        many = [name for name in _ROWS if looked_at[name] > EXACT_UP_TO]
+        read = counted | {"duplicate": counted["outcomes"]}
+        many = [name for name in _ROWS if read[name] > EXACT_UP_TO]
         counts = {name: counted[name] for name in _ROWS}
         return counts | {name: max(counts[name], _estimate(db, _ROWS[name])) for name in many}, many
 

@@ -1,4 +1,4 @@
-"""Comparison of a database with schema.sql by names, and of a role's privileges with those of a worker."""
+"""Comparison of a database with schema.sql by names, and of a role's privileges with those that a worker needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
-# As schema.sql makes them, which a test checks.
+# Names in schema.sql; a test compares them.
 COLUMNS = {
     "portfolio_history": "id event_id source sequence portfolio_id snapshot_date timestamp balance total_invested"
     " total_profit_loss total_value open_positions trade_count created_at",
@@ -51,17 +51,17 @@ _IS_READER = text("""
 
 @dataclass(frozen=True)
 class SchemaDifferences:
-    """Names of schema.sql that the database lacks; additional ones in the database are no difference."""
+    """Names in schema.sql that the database lacks; additional names in the database are ignored."""
 
     tables: list[str]
     columns: list[str]  # as table.column
     indexes: list[str]  # missing or invalid
-    old_tables: list[str]  # of the shape before event ids
+    old_tables: list[str]  # of the old shape, without event ids
     comment: str | None  # on event_outcomes, with the version of the schema
 
 
 def schema_differences(db: Connection) -> SchemaDifferences:
-    """Read from the catalog alone: a locked table does not delay it."""
+    """Return the differences. It reads the catalog only, so a locked table does not delay it."""
     found = {row.name: row for row in db.execute(_FOUND, {"tables": list(COLUMNS)})}
     there = {table: row for table, row in found.items() if row.columns}
     columns = [(table, name) for table in there for name in COLUMNS[table].split()]
@@ -76,7 +76,7 @@ def schema_differences(db: Connection) -> SchemaDifferences:
 
 
 def lacking_privileges(db: Connection) -> list[str]:
-    """Privileges of a worker that this role has not, as a GRANT names them; the tables must be there."""
+    """Return the privileges that a worker needs and this role lacks, in the words of a GRANT; the tables must exist."""
     values = {"tables": [table for table, _ in _NEEDED], "privileges": [privilege for _, privilege in _NEEDED]}
     tables = [row.lacking for row in db.execute(_LACKING, values)]
     sequences = db.execute(_SEQUENCES, {"tables": list(_HISTORY)}).scalars()
@@ -84,5 +84,5 @@ def lacking_privileges(db: Connection) -> list[str]:
 
 
 def is_reader(db: Connection) -> bool:
-    """Whether this role is a member of the role that may only read."""
+    """Return whether this role is a member of trading_history_reader."""
     return bool(db.execute(_IS_READER).scalar_one())

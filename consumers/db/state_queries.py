@@ -1,4 +1,4 @@
-"""Queries about the state of the database: the server, the newest rows, and the rejections."""
+"""Queries for the state of the database: the server, the newest rows, and the rejections."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from sqlalchemy import Connection, Row, text
 MOST_REJECTIONS = 20
 COUNTED_REJECTIONS = 1_000  # more are not counted
 
-# Rows become visible in another order than that of their ids: the counters of the statistics change with those too.
+# Transactions do not commit in the order of their row ids, so max(id) alone can stay the same when a row becomes
+# visible. The statistics' counters change then.
 _CHANGE_TOKENS = text("""
     SELECT concat_ws('-', (SELECT max(id) FROM portfolio_history),
             sum(changes) FILTER (WHERE name = 'portfolio_history'))
@@ -23,7 +24,7 @@ _CHANGE_TOKENS = text("""
 
 
 def change_tokens(db: Connection) -> dict[str, str]:
-    """A change token for each table."""
+    """Return a change token per history table: it differs when rows have changed."""
     return dict(db.execute(_CHANGE_TOKENS).mappings().one())
 
 
@@ -41,13 +42,13 @@ _COUNT_REJECTIONS = text("""
 
 
 def last_stored(db: Connection) -> dict[str, Any] | None:
-    """When the newest snapshot was stored, and how many seconds after it was taken; None without snapshots."""
+    """Return when the newest snapshot was stored, and how many seconds after its own time; None without snapshots."""
     row = db.execute(_LAST_STORED).mappings().one_or_none()
     return None if row is None else dict(row)
 
 
 def newest_rejections(db: Connection) -> dict[str, Any]:
-    """The newest rejections with their reasons, and their count; 1,000 means 1,000 or more."""
+    """Return the newest 20 rejections with their reasons, and the number of all; 1,000 means 1,000 or more."""
     rows = db.execute(_REJECTIONS, {"limit": MOST_REJECTIONS}).mappings()
     return {
         "newest": [dict(row) for row in rows],
@@ -55,7 +56,7 @@ def newest_rejections(db: Connection) -> dict[str, Any]:
     }
 
 
-# By reason without its ids and numbers; the example is the newest.
+# Grouped by the reason without its ids and numbers; the example is the newest.
 _REJECTED = text("""
     SELECT count(*) AS events, (array_agg(reason ORDER BY created_at DESC))[1] AS example FROM event_outcomes
     WHERE outcome = 'rejected' AND created_at > now() - interval '1 day'
@@ -65,7 +66,7 @@ _REJECTED = text("""
 
 
 def rejections_of_last_day(db: Connection) -> list[tuple[int, str]]:
-    """(number of events, example) of each reason for a rejection, the most frequent first."""
+    """Return (number of events, example) for each reason of the last 24 hours' rejections, the most frequent first."""
     return [(row.events, row.example) for row in db.execute(_REJECTED)]
 
 
@@ -73,7 +74,7 @@ _HAS_TABLES = text("SELECT (SELECT 1 FROM portfolio_history LIMIT 1), (SELECT 1 
 
 
 def check_tables_readable(db: Connection) -> None:
-    """Read at most one row of each history table; an error of the driver means that one cannot be read."""
+    """Read at most one row of each history table. A driver error means that a table cannot be read."""
     db.execute(_HAS_TABLES)
 
 
@@ -90,5 +91,5 @@ _SERVER = text("""
 
 
 def server_state(db: Connection) -> Row[Any]:
-    """The server's version, role, durability settings and clock."""
+    """Return the server's version and clock, the role of this session, and the durability settings."""
     return db.execute(_SERVER).one()

@@ -1,4 +1,4 @@
-"""`trading-history demo`: months of trading cycles through the whole pipeline, twice, counted at the end."""
+"""`trading-history demo`: record three months of simulated trading cycles twice, and count the rows."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from producers.settings import TransportSettings
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 
 _WAIT_SECONDS = 40.0
-_OTHER_DEMO_SECONDS = 5.0  # enough for the worker of a killed one to end
+_OTHER_DEMO_SECONDS = 5.0  # time for the worker of a killed demo to end
 
 _SERVER = text("SELECT current_setting('server_version')")
 
 
 def run_demo(home: Path) -> int:
-    """Run it in `home`, whose earlier content it replaces. Returns the exit status: 1 if one count is off."""
+    """Run the demo in `home` and replace the data of an earlier run. Return the exit status, 1 if a count is wrong."""
     with _alone(home) as lock, embedded_stack(home):
         _start_empty(home)
         expected = 2 * DAYS * len(PORTFOLIO_IDS)
-        print(f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one cycle a day: a snapshot and the signals of each\n")
+        print(f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one trading cycle per day: a snapshot and an archive\n")
         with worker_process(home / "worker.log", keep=[lock]):
-            first = _run_pass(home, "sent")
-            second = _run_pass(home, "sent again")
+            first = _run_pass(home, "recorded")
+            second = _run_pass(home, "recorded again")
         counts = exact_counts()
         stored = counts["portfolio_snapshots"] + counts["signal_archives"]
-        print(f"\n{stored} rows: {counts['portfolio_snapshots']} snapshots, {counts['signal_archives']} archives;")
-        print(f"{counts['duplicate']} duplicates, {counts['rejected']} events rejected\n")
-        print("The newest of portfolio_history:")
+        print(f"\n{stored} rows: {counts['portfolio_snapshots']} snapshots, {counts['signal_archives']} archives")
+        print(f"{counts['duplicate']} duplicates, {counts['rejected']} rejected events\n")
+        print("Newest rows of portfolio_history:")
         print_snapshots(get_portfolio_history(4))
-        print("\nThe newest of signal_archives:")
+        print("\nNewest rows of signal_archives:")
         print_archives(get_recent_signal_archives(4))
         right = (
             first == second
@@ -55,18 +55,18 @@ def run_demo(home: Path) -> int:
             and counts["rejected"] == 0
         )
     if not right:
-        print(f"\nA count is off: {expected} rows and as many duplicates were expected.", file=sys.stderr)
+        print(f"\nWrong count: {expected} rows and {expected} duplicates were expected.", file=sys.stderr)
         return 1
-    print("\nEvery count is as it should be: sent twice, stored once.")
-    print(f"\nThe data stays in {home}. Look at it:")
+    print("\nAll counts are right: every event was recorded twice and stored once.")
+    print(f"\nThe data stays in {home}. To see more of it:")
     program = shlex.quote(sys.argv[0])
     print(f"  HISTORY_HOME={shlex.quote(str(home))} {program} history --portfolio-id 1")
-    print(f"Start for real (servers, worker, and what a controller needs):\n  {program} up")
+    print(f"To start the servers and a worker for a controller of yours:\n  {program} up")
     return 0
 
 
 def _run_pass(home: Path, label: str) -> list[int]:
-    """Produce every cycle and wait for all; returns the row ids in the order of sending."""
+    """Record every cycle and wait until all events are stored. Return their row ids, in the order of recording."""
     started = time.monotonic()
     deadline = started + _WAIT_SECONDS
     with HistoryProducer(outbox=home / "outbox.db") as producer:
@@ -87,7 +87,7 @@ def _run_pass(home: Path, label: str) -> list[int]:
     seconds = time.monotonic() - started
     print(
         f"{len(receipts)} events {label}: accepted in {recorded:.2f} s,"
-        f" acknowledged after {seconds:.2f} s ({len(receipts) / seconds:,.0f} events/s)"
+        f" all acknowledged after {seconds:.2f} s ({len(receipts) / seconds:,.0f} events/s)"
     )
     return row_ids
 
@@ -96,11 +96,11 @@ def _row_id(receipt: Receipt, deadline: float) -> int:
     try:
         return receipt.wait(max(0.0, deadline - time.monotonic()))
     except TimeoutError as error:
-        raise HistoryError(f"{error}; the worker's log may say why") from None
+        raise HistoryError(f"{error}; see the worker's log in the demo's folder") from None
 
 
 def _start_empty(home: Path) -> None:
-    """Only ever in the demo's own folder: an empty database, an empty Redis, no outbox."""
+    """Empty the database and Redis and delete the outbox. They are the embedded servers in the demo's own folder."""
     with translated_errors(), engine().begin() as db:
         db.exec_driver_sql("DROP TABLE IF EXISTS portfolio_history, signal_archives, event_outcomes CASCADE")
         version = db.execute(_SERVER).scalar()
@@ -114,7 +114,10 @@ def _start_empty(home: Path) -> None:
 
 @contextmanager
 def _alone(home: Path) -> Iterator[int]:
-    """Hold the folder; yields the lock's descriptor, for the worker, so that a killed demo's worker holds it too."""
+    """Lock the folder and yield the lock's file descriptor.
+
+    The worker inherits it, so that the lock of a killed demo lasts until its worker has ended.
+    """
     home.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + _OTHER_DEMO_SECONDS
     with open(home / "demo.lock", "w") as lock:
@@ -124,6 +127,6 @@ def _alone(home: Path) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise HistoryError(f"another demo is running in {home}") from None
+                    raise HistoryError(f"another demo is running in {home}: wait until it ends") from None
                 time.sleep(0.05)
         yield lock.fileno()

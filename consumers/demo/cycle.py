@@ -1,4 +1,4 @@
-"""A trading controller's cycles, simulated: the same months on every run, from the shipped files."""
+"""Simulated trading cycles: the same three months on every run, from the JSON files beside this module."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PORTFOLIO_IDS = (1, 2)
 
 @dataclass(frozen=True)
 class Cycle:
-    """What one cycle hands to the two producer calls."""
+    """Arguments of the two producer calls of one trading cycle."""
 
     portfolio_id: int
     at: datetime
@@ -27,7 +27,7 @@ class Cycle:
 
 
 def cycles() -> Iterator[Cycle]:
-    """One cycle a day for each portfolio, oldest first."""
+    """Yield one cycle per day and portfolio, oldest first."""
     folder = Path(__file__).parent
     portfolio = json.loads((folder / "portfolio.json").read_text("utf-8"))
     signals = json.loads((folder / "current_signals.json").read_text("utf-8"))
@@ -41,10 +41,10 @@ def cycles() -> Iterator[Cycle]:
 
 
 def _trade(portfolio: dict[str, Any], dice: random.Random, at: datetime) -> None:
-    """Let every open position move, now and then close one and open its successor."""
+    """Change the value of every open position; now and then close one and open another."""
     for position in portfolio["positions"]:
         if position["status"] == "open":
-            # Floats on purpose, noise included: that is what a controller hands over.
+            # Floats with their rounding noise, as a controller passes them.
             position["current_pnl"] += position["amount"] * dice.gauss(0.004, 0.05)
     if dice.random() < 0.2:
         closing = dice.choice([position for position in portfolio["positions"] if position["status"] == "open"])

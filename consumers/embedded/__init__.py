@@ -1,11 +1,11 @@
-"""Real PostgreSQL and a real Redis-compatible server (Valkey) for one machine, from wheels.
+"""PostgreSQL and Valkey (a Redis-compatible server) for one machine, installed from wheels.
 
-Everything is in one folder, `home`: `postgres/`, `valkey/`, a log of each, and two lock files. `lock` is
-held while somebody starts or stops the servers. Each `servers()` block holds `users` shared; who can turn
-that into an exclusive lock is alone and stops the servers. The kernel drops the locks of a killed process,
-so no count of users can go wrong.
+All files are in one folder, `home`: `postgres/`, `valkey/`, a log of each, and two lock files. A process locks `lock`
+while it starts or stops the servers. Each `servers()` block has a shared lock on `users`; a block that can make this
+lock exclusive is the last one, and stops the servers. The kernel releases the locks of a killed process, so the number
+of users is never wrong.
 
-Both listen on unix sockets only, which nobody but the owner and root can open; hence no passwords.
+Both servers listen on unix sockets only, which only their owner and root can open, so they need no passwords.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from consumers.errors import EmbeddedError
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the running pair answers: for libpq and SQLAlchemy, and for redis-py and RQ."""
+    """URLs of the running servers: for libpq and SQLAlchemy, and for redis-py and RQ."""
 
     database_url: str
     redis_url: str
 
 
 def default_home() -> Path:
-    """The folder of the embedded servers when HISTORY_HOME is not set."""
+    """Return the folder of the embedded servers if HISTORY_HOME is not set."""
     if os.geteuid() == 0:
-        # PostgreSQL refuses to run as root, and its own account must get in: /root should stay closed.
+        # PostgreSQL refuses to run as root, and its account must reach the folder. /root should stay closed.
         return Path("/var/lib/trading-history")
     data = os.environ.get("XDG_DATA_HOME", "")
     return (Path(data) if os.path.isabs(data) else Path.home() / ".local/share") / "trading-history"
@@ -46,14 +46,14 @@ def default_home() -> Path:
 
 @contextlib.contextmanager
 def servers(home: Path) -> Iterator[Addresses]:
-    """Both servers run and answer inside the block; the last block of all processes stops them.
+    """Run both servers inside the block; the last such block of all processes stops them.
 
-    Data is kept in `home`, which belongs to one user. The servers outlive a killed user and are then shared,
-    and stopped, by the next one. As root, folders above it and above the programs that are closed to PostgreSQL's
-    account are opened for search (chmod o+x), and each is named on stderr.
+    `home` keeps the data and belongs to one user. If a process that uses the servers is killed, they continue, and the
+    next block shares and stops them. As root, it opens folders above `home` and above the programs for search
+    (chmod o+x) if PostgreSQL's account cannot enter them, and prints each of them on stderr.
 
     Raises:
-        EmbeddedError: with what failed and the last lines of the log.
+        EmbeddedError: a server failed; the message has the last lines of its log.
     """
     home = home.expanduser().resolve()
     installation = installed()
@@ -75,7 +75,7 @@ def servers(home: Path) -> Iterator[Addresses]:
         try:
             yield addresses
         finally:
-            if os.getpid() == owner:  # a forked child (RQ's work horse) shares the lock but does not own it
+            if os.getpid() == owner:  # a forked child (RQ's work horse) has the lock too, but must not stop the servers
                 with _locked(home / "lock"):
                     _leave(users, pair)
 
@@ -91,7 +91,7 @@ def _start(home: Path, database: Server, transport: Server, installation: Instal
 
 
 def _leave(users: IO[str], pair: tuple[Server, Server]) -> None:
-    """Stop the servers unless somebody else uses them; needs `lock`."""
+    """Stop the servers unless another process uses them. The caller has locked `lock`."""
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -100,21 +100,21 @@ def _leave(users: IO[str], pair: tuple[Server, Server]) -> None:
         for server in pair:
             server.stop()
     finally:
-        fcntl.flock(users, fcntl.LOCK_UN)  # closing would not do while a forked child has the file open
+        fcntl.flock(users, fcntl.LOCK_UN)  # closing the file does not unlock it while a forked child has it open
 
 
 def _socket_folder(home: Path) -> Path:
-    """`home`, or a short link to it: a socket's path has at most 103 bytes, and libpq splits it at commas."""
+    """Return `home`, or a short link to it: a socket's path has at most 103 bytes, and libpq splits it at commas."""
     if len(os.fsencode(home / "postgres" / postgres.SOCKET)) < 100 and re.fullmatch(r"[\w./-]+", str(home), re.ASCII):
         return home
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    # root's runtime folder is closed to PostgreSQL's account
+    # PostgreSQL's account cannot enter root's runtime folder.
     base = runtime if os.geteuid() and os.path.isdir(runtime) else tempfile.gettempdir()
     link = Path(base, f"trading-history-{hashlib.sha256(os.fsencode(home)).hexdigest()[:16]}")
     with contextlib.suppress(FileExistsError):
         link.symlink_to(home)
     if link.lstat().st_uid != os.geteuid() or not link.is_symlink() or link.readlink() != home:
-        raise EmbeddedError(f"{link} is not our link to {home}: remove it, or shorten HISTORY_HOME")
+        raise EmbeddedError(f"{link} is not our link to {home}: remove it, or set HISTORY_HOME to a shorter path")
     return link
 
 

@@ -22,11 +22,13 @@ STOP_SECONDS = 15.0
 def worker_process(
     log: Path | None = None, keep: Sequence[int] = (), metrics_port: int | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `trading-history worker` with this process's environment; stopped, after the job at hand, at the end.
+    """Run `trading-history worker` with this process's environment inside the block.
 
-    It has a session of its own, so that Ctrl-C reaches only its parent, which then stops it in order; and it ends by
-    itself when its parent is killed. `keep` are file descriptors that it holds open as long as it lives. It answers
-    scrapes at `metrics_port` only, whatever the settings say.
+    At the end of the block the worker finishes its batch and stops.
+
+    The worker has its own session, so Ctrl-C reaches only its parent, which then stops it. If the parent is killed, the
+    worker ends too. It keeps the file descriptors `keep` open. It serves metrics at `metrics_port` only, and ignores
+    the setting.
     """
     arguments = [] if metrics_port is None else [f"--metrics-port={metrics_port}"]
     with ExitStack() as opened:
@@ -39,22 +41,22 @@ def worker_process(
 def start_worker(
     arguments: Sequence[str] = (), *, debug: bool = False, output: IO[bytes] | None = None, keep: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
-    """The process of `worker_process`, which its caller must stop and `release`."""
+    """Start the process of `worker_process`. The caller must stop it and then `release` it."""
     options = ["--debug"] if debug else []
     return _start(*options, "worker", *arguments, stdout=output, stderr=output, pass_fds=keep)
 
 
 @contextmanager
 def dashboard_process(listening: socket.socket, password: str) -> Iterator[None]:
-    """Run `trading-history dashboard` on a listening socket, which it takes over, as `worker_process` does a worker.
+    """Run `trading-history dashboard` inside the block, on a listening socket that it takes over.
 
-    That it ends by itself is said on stderr: nothing else depends on it.
+    If it ends before the block does, print that on stderr; nothing else depends on it.
     """
     with listening:
         number = listening.fileno()
         child = _start(
             "dashboard", "--fd", str(number),
-            stdout=subprocess.DEVNULL,  # the address, which its parent tells
+            stdout=subprocess.DEVNULL,  # only the address, which the parent prints
             pass_fds=[number],
             env={**os.environ, "HISTORY_DASHBOARD_PASSWORD": password},
         )  # fmt: skip
@@ -62,7 +64,7 @@ def dashboard_process(listening: socket.socket, password: str) -> Iterator[None]
 
     def watch() -> None:
         if child.wait() and not stopping.is_set():
-            print(f"RQ Dashboard ended by itself, with status {child.returncode}; all else goes on.", file=sys.stderr)
+            print(f"RQ Dashboard ended with status {child.returncode}; everything else continues.", file=sys.stderr)
 
     watching = threading.Thread(target=watch, name="dashboard-watch", daemon=True)
     watching.start()
@@ -80,7 +82,7 @@ def _start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
 
 @contextmanager
 def _stopped(child: subprocess.Popen[bytes], before: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """In order at the end of the block."""
+    """Stop and release the child at the end of the block."""
     try:
         yield
     finally:
@@ -90,13 +92,13 @@ def _stopped(child: subprocess.Popen[bytes], before: Callable[[], None] = lambda
 
 
 def release(child: subprocess.Popen[bytes]) -> None:
-    """Close the pipe by whose end a child knows that its parent is gone."""
+    """Close the pipe to a child's standard input. A child that still runs then ends."""
     assert child.stdin is not None
     child.stdin.close()
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
-    """In order, a worker after the batch at hand; one that does not end in time is killed."""
+    """Send SIGTERM, after which a worker finishes its batch, and kill the child if it does not end within 15 s."""
     child.terminate()
     try:
         child.wait(STOP_SECONDS)
@@ -106,10 +108,10 @@ def stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def stop_with_stdin() -> None:
-    """In the child: end this process, in order, when standard input ends, as it does when the parent dies."""
+    """Send SIGTERM to this process when its standard input ends, which happens when its parent dies."""
 
     def watch() -> None:
-        # Not through sys.stdin: the interpreter cannot end while a thread holds its buffer.
+        # Not with sys.stdin: the interpreter cannot exit while a thread has its buffer locked.
         while os.read(sys.stdin.fileno(), 4096):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
@@ -118,6 +120,6 @@ def stop_with_stdin() -> None:
 
 
 def wait_for_worker(worker: subprocess.Popen[bytes]) -> None:
-    """Block as long as the worker runs; raises HistoryError when it ends by itself."""
+    """Wait until the worker ends, then raise HistoryError, since nobody stopped it."""
     worker.wait()
-    raise HistoryError(f"the worker ended by itself, with status {worker.returncode}")
+    raise HistoryError(f"the worker ended unexpectedly, with status {worker.returncode}")

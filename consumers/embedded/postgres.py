@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: its data directory, its start, its database."""
+"""The embedded PostgreSQL: data directory, start, and database."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ SOCKET = ".s.PGSQL.5432"
 
 
 def server(home: Path) -> Server:
+    """Return the PostgreSQL server whose files are in `home`."""
     data = home / "postgres"
-    # SIGINT is the fast shutdown, SIGQUIT the immediate one. SIGTERM would wait for the clients to leave.
+    # SIGINT is the fast shutdown, SIGQUIT the immediate one. SIGTERM would wait until all clients disconnect.
     fast = ((signal.SIGINT, 60), (signal.SIGQUIT, 5), (signal.SIGKILL, 5))
     return Server("PostgreSQL", "postgres", data / "postmaster.pid", data, home / "postgres.log", fast)
 
 
 def start(postgres: Server, folder: Path, installation: Installation, lock: IO[str]) -> str:
-    """Have it answer, with data and our database; its address. `folder` is its home under a plain name."""
+    """Start PostgreSQL if necessary, with its data and our database, and return its URL.
+
+    `folder` is its home, or a link to it with a short, plain path.
+    """
     _ensure_data(postgres.argument, installation, lock)
     url = "postgresql://postgres@/{}?host=" + quote(str(folder / "postgres"), safe="")
     psql = functools.partial(run, installation.postgres_bin / "psql", "-XAtqd", url.format("postgres"), "-c")
@@ -41,14 +45,14 @@ def start(postgres: Server, folder: Path, installation: Installation, lock: IO[s
 
 
 def _launch(postgres: Server, folder: Path, installation: Installation, lock: IO[str]) -> None:
-    # PostgreSQL believes these files when any process has their pid. Its shared memory, whose key comes from
-    # the data directory, still keeps a second server out.
+    # If any process has the pid in these files, PostgreSQL takes it for a running server. Without them, its shared
+    # memory, whose key depends on the data directory, still prevents a second server.
     for stale in (postgres.pid_file, postgres.argument / f"{SOCKET}.lock"):
         stale.unlink(missing_ok=True)
     postgres.log.touch(mode=0o600)
     if installation.account:
         os.chown(postgres.log, installation.account.pw_uid, installation.account.pw_gid)
-    # pg_ctl hands -D and -l to a shell unescaped: PGDATA, -o and the plain `folder` keep odd paths out of it.
+    # pg_ctl passes -D and -l to a shell without escaping. PGDATA, -o and the plain `folder` avoid unusual paths there.
     data, sockets = shlex.quote(str(postgres.argument)), shlex.quote(str(folder / "postgres"))
     options = f"-D {data} -h '' -p 5432 -k {sockets} -c unix_socket_permissions=0700"
     command = ("start", "-w", "-t", START_SECONDS, "-l", folder / postgres.log.name, "-o", options)
@@ -58,16 +62,16 @@ def _launch(postgres: Server, folder: Path, installation: Installation, lock: IO
             installation.postgres_bin / "pg_ctl", *command,
             account=installation.account, keep=lock, PGDATA=str(postgres.argument),
         )  # fmt: skip
-        if result.returncode == 0 or postgres.process():  # the latter: it is still recovering
+        if result.returncode == 0 or postgres.process():  # the second: it is still recovering
             return
-        # The children of a killed server need a moment to notice and to let go of its shared memory.
+        # The children of a killed server need a moment to notice that and to detach its shared memory.
         if "still in use" not in postgres.last_lines(4) or time.monotonic() > deadline:
             raise postgres.error("did not start")
         time.sleep(0.1)
 
 
 def _ensure_data(data: Path, installation: Installation, lock: IO[str]) -> None:
-    """Make the data directory in one step, or check that its version is ours."""
+    """Create the data directory atomically, or check that its version is the installed one."""
     if data.exists():
         found = (data / "PG_VERSION").read_text().strip()
         if found != installation.postgres_version:
@@ -76,9 +80,9 @@ def _ensure_data(data: Path, installation: Installation, lock: IO[str]) -> None:
                 " installed: dump it with the old version, or set HISTORY_HOME to another folder"
             )
         return
-    new = data.with_name("postgres.new")  # initdb cannot go on where a killed one has stopped
+    new = data.with_name("postgres.new")  # initdb cannot continue where a killed one stopped
     while new.exists():
-        with suppress(FileNotFoundError):  # what it had started may be about to end, and removes its own files
+        with suppress(FileNotFoundError):  # processes that the killed initdb started may still delete their files
             shutil.rmtree(new)
     new.mkdir(mode=0o700)
     if installation.account:

@@ -1,4 +1,4 @@
-"""A server process that outlives the one that started it: known again by its pid file, awaited, stopped."""
+"""Server processes that outlive the process that started them: find them by pid file, wait for them, stop them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ START_SECONDS = 60  # includes crash recovery and the loading of Valkey's append
 
 
 class StillStarting(EmbeddedError):
-    """Left running: stopping a recovery would make the next start begin it again."""
+    """The server does not answer yet. It is left running, because the next start would begin its recovery again."""
 
 
 @dataclass(frozen=True)
 class Server:
+    """Program, files and stop signals of one server."""
+
     name: str
     program: str
     pid_file: Path
-    argument: Path  # on its command line and on that of no other process of this program
+    argument: Path  # only its own command line has this argument
     log: Path
-    stop_signals: Sequence[tuple[signal.Signals, int]]  # and the seconds that each one gets
+    stop_signals: Sequence[tuple[signal.Signals, int]]  # with the seconds to wait after each
 
     def process(self) -> psutil.Process | None:
-        """The running server, or None. A pid that now belongs to another program is not it."""
+        """Return the running server, or None, also if its pid now belongs to another program."""
         import psutil
 
         try:
@@ -46,7 +48,14 @@ class Server:
         return process if ours else None
 
     def bring_up(self, answers: Callable[[], bool], launch: Callable[[], None]) -> None:
-        """Start the server unless it runs, and wait: it may be recovering, or just started by a killed user."""
+        """Start the server unless it runs, and wait until it answers.
+
+        A server that runs may be recovering, or have been started by a process that was killed since.
+
+        Raises:
+            StillStarting: it runs but does not answer within 60 s.
+            EmbeddedError: it does not start.
+        """
         deadline = time.monotonic() + START_SECONDS
         launched = False
         while not answers():
@@ -56,13 +65,13 @@ class Server:
                 launch()
                 launched = True
             elif time.monotonic() > deadline:
-                what = f"does not answer after {START_SECONDS} seconds, is left running: try again"
+                what = f"does not answer after {START_SECONDS} seconds and is left running: try again later"
                 raise StillStarting(str(self.error(what)))
             else:
                 time.sleep(0.05)
 
     def stop(self) -> None:
-        """Return when the process is gone; not when its pid file is, which it removes before."""
+        """Stop the server and wait until its process has ended; it removes its pid file earlier than that."""
         import psutil
 
         process = self.process()
@@ -70,7 +79,7 @@ class Server:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             for number, seconds in self.stop_signals:
-                process.send_signal(number)  # psutil refuses when the pid has been given to another process
+                process.send_signal(number)  # psutil raises NoSuchProcess if the pid belongs to another process now
                 deadline = time.monotonic() + seconds
                 while time.monotonic() < deadline:
                     if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
@@ -79,10 +88,11 @@ class Server:
             raise self.error("does not stop")
 
     def error(self, what: str) -> EmbeddedError:
+        """Return the error that this server `what`, with the last lines of its log."""
         return EmbeddedError(f"embedded {self.name} {what}; log {self.log}: {self.last_lines()}")
 
     def last_lines(self, count: int = 2) -> str:
-        """The end of its log, or why that cannot be read."""
+        """Return the last lines of the log, or why it cannot be read."""
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, self.log.stat().st_size - 4096))
@@ -98,11 +108,11 @@ def run(
     keep: IO[str] | None = None,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run it to its end in a session of its own: Ctrl-C is for us.
+    """Run a program to its end, in its own session, so that Ctrl-C does not reach it.
 
-    The environment is bare, because a server keeps it, with secrets and PG* variables. `keep` becomes the
-    standard input: its lock is held until the program ends, also when we are killed before. The servers
-    do not inherit it, since their launchers give them /dev/null.
+    Its environment is minimal, because a server would keep ours, with secrets and PG* variables. `keep` is its
+    standard input: the lock on this file lasts until the program ends, even if we are killed before. The servers do
+    not inherit it, since the programs that launch them give them /dev/null.
     """
     return subprocess.run(
         [str(program), *map(str, arguments)],
@@ -123,7 +133,7 @@ def run(
 
 
 def checked(result: subprocess.CompletedProcess[str]) -> None:
-    """Raises EmbeddedError, with the end of its output, for a program that has failed."""
+    """Raise EmbeddedError with the end of the output if a program failed."""
     if result.returncode:
         output = " | ".join(result.stdout.splitlines()[-2:])
         raise EmbeddedError(f"{Path(result.args[0]).name} failed: {output}")

@@ -1,4 +1,4 @@
-"""The PostgreSQL and Redis that a command works against: those of the settings, or the embedded pair."""
+"""The PostgreSQL and Redis that a command uses: those of the settings, or the embedded servers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from producers.settings import TransportSettings
 
 
 def embedded_home() -> Path:
-    """HISTORY_HOME, or the usual place for this user's data."""
+    """Return HISTORY_HOME, or the default folder of this user."""
     from consumers.embedded import default_home
 
     home = EmbeddedSettings.from_environment().home
@@ -25,14 +25,13 @@ def embedded_home() -> Path:
 
 @contextmanager
 def stack(*, database: bool = False, redis: bool = False) -> Iterator[bool]:
-    """Make sure that the settings name what a command needs, for as long as the block lasts.
+    """Ensure that the settings name the servers that a command needs, inside the block.
 
-    Yields whether they are the embedded servers. Those are started when neither database nor Redis is set: their
-    addresses go into this process's environment, and that is said on stderr. With only one of the two set,
-    needing the other is an error.
+    If neither the database nor Redis is set, run the embedded servers, put their URLs into this process's environment,
+    and print that on stderr. Yields whether the embedded servers are used.
 
     Raises:
-        SettingsError: what is needed is not set, although the other is.
+        SettingsError: one of the two is set, but the other one is needed.
     """
     store, transport = StoreSettings.from_environment(), TransportSettings.from_environment()
     has_database, has_redis = store.is_set, transport.redis_url is not None
@@ -51,10 +50,10 @@ def stack(*, database: bool = False, redis: bool = False) -> Iterator[bool]:
 
 @contextmanager
 def embedded_stack(home: Path) -> Iterator[None]:
-    """Run the embedded pair in `home`, tables made, as this process's (and its children's) settings for the block.
+    """Run the embedded servers in `home`, with tables, as the settings of this process and its children in the block.
 
     Raises:
-        SettingsError: the extras for it are not installed.
+        SettingsError: the Python packages for them are not installed.
         EmbeddedError: a server does not start.
     """
     try:

@@ -1,4 +1,4 @@
-"""The embedded Redis-compatible server, Valkey: its settings and its start."""
+"""The embedded Valkey, a Redis-compatible server: settings and start."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from consumers.embedded.server_process import Server, run
 
 
 def server(home: Path) -> Server:
-    # SIGTERM does what the SHUTDOWN command does, and does it also while the server cannot answer.
+    """Return the Valkey server whose files are in `home`."""
+    # SIGTERM has the effect of the SHUTDOWN command, and also works while the server cannot answer.
     clean = ((signal.SIGTERM, 20), (signal.SIGKILL, 5))
     conf = home / "valkey.conf"
     return Server("Valkey", "valkey-server", home / "valkey.pid", conf, home / "valkey.log", clean)
 
 
 def start(valkey: Server, folder: Path, installation: Installation, lock: IO[str]) -> str:
-    """Have it answer; its address. `folder` is its home under a plain name."""
+    """Start Valkey if necessary and return its URL. `folder` is its home, or a link to it with a short, plain path."""
     url = f"unix://{quote(str(folder / 'valkey.sock'))}?db=0"
     valkey.bring_up(lambda: _answers(url), functools.partial(_launch, valkey, folder, installation, lock))
     return url
@@ -33,14 +34,14 @@ def _launch(valkey: Server, folder: Path, installation: Installation, lock: IO[s
     valkey.pid_file.unlink(missing_ok=True)
     settings = {
         "dir": home / "valkey", "logfile": valkey.log, "pidfile": valkey.pid_file, "daemonize": "yes",
-        "set-proc-title": "no",  # keeps the command line by which we know it
+        "set-proc-title": "no",  # keeps the command line, by which Server.process finds it
         "port": 0, "unixsocket": folder / "valkey.sock", "unixsocketperm": 700,
         "appendonly": "yes", "appendfsync": "everysec", "save": "", "maxmemory-policy": "noeviction",
     }  # fmt: skip
     escaped = {key: str(value).replace("\\", r"\\").replace('"', r"\"") for key, value in settings.items()}
     text = "".join(f'{key} "{value}"\n' for key, value in escaped.items())
     valkey.argument.write_bytes(os.fsencode(text))
-    # A daemon returns before it has written its pid file; the shell stays, with the lock, until it has.
+    # The command returns before the daemon has written its pid file, so the shell keeps the lock until it exists.
     script = '"$0" "$1" </dev/null || exit; for _ in $(seq 500); do [ -s "$2" ] && exit; sleep 0.01; done; exit 1'
     command = ("-c", script, installation.valkey, valkey.argument, valkey.pid_file)
     if (result := run("/bin/sh", *command, keep=lock)).returncode:

@@ -1,7 +1,7 @@
-"""Several workers on one host: processes that are started again when they die, and stopped together.
+"""Pool of workers on one host: processes that are restarted when they die and stopped together.
 
-RQ's own WorkerPool does not do: when it is killed its workers go on; at SIGTERM it waits without limit for a worker
-that does not end; its exit status is 0 when one failed; and it gives all workers one port for metrics.
+RQ's WorkerPool is not used, for four reasons. If it is killed, its workers continue. At SIGTERM it waits without limit
+for a worker that does not end. Its exit status is 0 if a worker failed. All its workers get the same metrics port.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from producers.times import backoff_seconds
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
-_STARTED_SECONDS = 60.0  # a worker that has lived so long has started well
+_STARTED_SECONDS = 60.0  # a worker that has run longer counts as started
 _FIRST_PAUSE_SECONDS = 0.5
 _LAST_PAUSE_SECONDS = 30.0
 _CRITICAL_FAILURES = 3
@@ -29,20 +29,23 @@ _TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 def run_pool(processes: int, *, burst: bool, debug: bool, metrics_port: int | None = None) -> int:
     """Run `processes` workers until SIGTERM, SIGINT or SIGHUP, or with `burst` until each has found the queue empty.
 
-    They get 15 s to end their batches. A second signal is passed on: they requeue their batches and end at once. If the
-    pool is killed, they end too. The first worker answers scrapes at `metrics_port`, the others at the ports that
-    follow; with 0 at any free port. Returns the exit status: 0, or 1 when one had to be killed, or failed in a burst.
+    After a signal they have 15 s to finish their batches. After a second one they requeue their batches and end at
+    once. If the pool is killed, they end too. The first worker serves metrics at `metrics_port`, the others at the next
+    ports; with 0, each uses any free port.
+
+    Returns:
+        The exit status: 0, or 1 if a worker had to be killed or failed in a burst.
     """
     arguments = [_arguments(number, burst=burst, metrics_port=metrics_port) for number in range(processes)]
     return _Pool([_Member(number, one, debug=debug) for number, one in enumerate(arguments)], burst=burst).run()
 
 
 class _Member:
-    """One place in the pool and the process that has it now."""
+    """One place in the pool, and its present process."""
 
     def __init__(self, number: int, arguments: Sequence[str], *, debug: bool) -> None:
         self.number = number
-        self.failures = 0  # in a row, each soon after the start
+        self.failures = 0  # consecutive failures, each within 60 s of the start
         self.start_at = 0.0
         self.done = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -58,13 +61,13 @@ class _Member:
         self._started_at = time.monotonic()
         try:
             self._process = start_worker(self._arguments, debug=self._debug)
-        except OSError as error:  # no memory, no process left
-            self.note_failure(f"{error.strerror} at its start")
+        except OSError as error:  # out of memory or processes
+            self.note_failure(f"start failed: {error.strerror}")
             return
         logger.info("worker %d of the pool is process %d", self.number, self._process.pid)
 
     def ended(self) -> int | None:
-        """The exit status, once, when the process has ended."""
+        """Return the exit status once after the process has ended, else None."""
         status = None if self._process is None else self._process.poll()
         if self._process is not None and status is not None:
             release(self._process)
@@ -76,14 +79,14 @@ class _Member:
             self._process.send_signal(number)
 
     def note_failure(self, how: str) -> None:
-        """Log it, as critical after several failures in a row, and plan the next start."""
+        """Log a failure, from the third consecutive one on as critical, and schedule the next start."""
         lived = time.monotonic() - self._started_at
         self.failures = self.failures + 1 if lived < _STARTED_SECONDS else 1
         pause = backoff_seconds(self.failures, first=_FIRST_PAUSE_SECONDS, last=_LAST_PAUSE_SECONDS)
         self.start_at = time.monotonic() + pause
         logger.log(
             logging.CRITICAL if self.failures >= _CRITICAL_FAILURES else logging.ERROR,
-            "worker %d of the pool ended by itself after %.0f s, %s (failure %d in a row); started again in %.1f s",
+            "worker %d of the pool ended unexpectedly after %.0f s, %s (consecutive failure %d); next start in %.1f s",
             self.number, lived, how, self.failures, pause,
         )  # fmt: skip
 
@@ -93,8 +96,8 @@ class _Pool:
         self._members = members
         self._burst = burst
         self._failed = False
-        self._signals = 0  # how many stop signals came
-        self._passed = 0  # how many of them were passed on to the members
+        self._signals = 0  # number of stop signals received
+        self._passed = 0  # number of those that were passed on to the workers
 
     def run(self) -> int:
         on_stop_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._request_stop)
@@ -105,12 +108,12 @@ class _Pool:
                 time.sleep(_POLL_SECONDS)
             self._stop()
         finally:
-            for member in self._members:  # after a defect of this loop; else none runs any more
+            for member in self._members:  # if this loop failed; otherwise no worker runs any more
                 member.signal(signal.SIGKILL)
         return 1 if self._failed else 0
 
     def _request_stop(self, *_: object) -> None:
-        """Only counts; the loop acts on it, so that no exception comes between a start and its record."""
+        """Count a stop signal. The loop acts on it, so that no exception interrupts a start before it is recorded."""
         self._signals += 1
 
     def _supervise(self, member: _Member) -> None:
@@ -124,15 +127,15 @@ class _Pool:
             member.start()
 
     def _note_end(self, member: _Member, status: int) -> None:
-        """Note how a member ended that was to end; a signal may have come before it was ready for one."""
+        """Record the end of a worker that had to end. A stop signal may have come before the worker handled signals."""
         if status and not (self._signals and status in _TERMINATED):
             self._failed = True
             logger.error(
-                "worker %d of the pool failed, %s: another worker takes over its jobs", member.number, _named(status)
+                "worker %d of the pool failed, %s; another worker requeues its jobs", member.number, _named(status)
             )
 
     def _stop(self) -> None:
-        """Signal all at once, and kill those that have not ended in time."""
+        """Send SIGTERM to all workers, and kill those that do not end within 15 s."""
         deadline = time.monotonic() + STOP_SECONDS
         while any(member.running for member in self._members):
             while self._passed < self._signals:
@@ -143,7 +146,7 @@ class _Pool:
                 if (status := member.ended()) is not None:
                     self._note_end(member, status)
             if time.monotonic() > deadline:
-                logger.error("workers did not end within %.0f s, and are killed", STOP_SECONDS)
+                logger.error("workers did not end within %.0f s and are killed", STOP_SECONDS)
                 for member in self._members:
                     member.signal(signal.SIGKILL)
                 deadline = float("inf")
@@ -151,7 +154,7 @@ class _Pool:
 
 
 def _arguments(number: int, *, burst: bool, metrics_port: int | None) -> list[str]:
-    """Return the arguments of worker `number`, counted from 0. A restarted worker keeps its metrics port."""
+    """Return the arguments of worker `number`, from 0. A restarted worker keeps its metrics port."""
     arguments = ["--burst"] if burst else []
     if metrics_port is not None:
         arguments.append(f"--metrics-port={metrics_port + number if metrics_port else 0}")

@@ -11,7 +11,7 @@ that it recorded at or after the time has a higher number than all events that t
 proof of a source therefore begins after the highest number whose row or outcome has a `created_at` before the time.
 Only the database's clock counts: neither a controller's clock nor the times of the events matter, and an old number
 that was stored late (after a requeue or an outage) opens no gap. That highest number must still be in the table: the
-recipe for moving rows in consumers/db/README.md leaves the last row of each source. Copies of an outbox number
+recipe for moving rows in consumers/db/GROWTH.md leaves the last row of each source. Copies of an outbox number
 independently: an event that one copy recorded after the time, under a number that another had used before it, is not in
 the proof.
 """

@@ -137,7 +137,7 @@ def test_when_no_host_will_do_each_reason_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:s3cret@127.0.0.1:1,127.0.0.1:2/history")
     engine.cache_clear()
     with pytest.raises(
-        StoreUnavailable, match=r"none of the hosts will do: 127\.0\.0\.1: .*; 127\.0\.0\.1: "
+        StoreUnavailable, match=r"no usable host in DATABASE_URL: 127\.0\.0\.1: .*; 127\.0\.0\.1: "
     ) as caught:
         get_portfolio_history()
     assert "s3cret" not in str(caught.value)

@@ -139,7 +139,7 @@ def test_a_healthy_installation_has_nothing_wrong(redis: Redis, database_url: st
     ]
     lines = shown.stdout.splitlines()
     assert len(lines) == len(checks) + 1
-    assert lines[-1] == f"{len(checks)} fine, 0 to look at, 0 wrong"
+    assert lines[-1] == f"{len(checks)} ok, 0 warn, 0 fail"
     assert checks["workers"]["found"] == "1 of HistoryWorker, 0 of RQ's own"
 
 
@@ -441,7 +441,7 @@ def test_tables_of_the_old_shape_ask_for_adoption(redis: Redis, empty_database_u
             "indexes missing or invalid: signal_archives_event_once",
         ),
         ("DROP INDEX portfolio_history_newest", "warn", "indexes missing or invalid: portfolio_history_newest"),
-        ("COMMENT ON TABLE event_outcomes IS 'schema version 1'", "fail", "the tables are missing or older"),
+        ("COMMENT ON TABLE event_outcomes IS 'schema version 1'", "fail", "the tables are missing or too old"),
         ("ALTER TABLE event_outcomes ADD COLUMN note text", "ok", "all tables, columns and indexes of schema.sql"),
     ],
 )

@@ -111,7 +111,7 @@ def test_the_table_is_bounded_and_json_has_all(database_url: str) -> None:
     whole = subprocess.run([*program, "--json"], capture_output=True, text=True, check=False)
     assert (table.returncode, whole.returncode) == (1, 1)
     lines = table.stdout.splitlines()
-    assert lines[-1] == "2 more are not shown; --json has all."
+    assert lines[-1] == "2 more are not shown; --json prints all of them."
     assert len(lines) == 1 + MOST_REJECTIONS + 1
     listed = [one["job_id"] for one in json.loads(whole.stdout)]
     assert len(listed) == MOST_REJECTIONS + 2

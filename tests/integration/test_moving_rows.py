@@ -1,13 +1,11 @@
-"""The recipe of consumers/db/README.md for moving old rows away, and the audit of what is left."""
+"""The SQL of consumers/db/GROWTH.md that moves old rows away, and the audit of the rows that stay."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from redis import Redis
@@ -23,25 +21,19 @@ from consumers.ops.audit import SourceAudit, audit
 from producers.events import Event, event_of
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
+from tests.documents import block
 from tests.factories import a_snapshot, an_archive
 from tests.rq_programs import somebody_waits_for_a_lock, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
-_README = Path(__file__).parents[2].joinpath("consumers/db/README.md").read_text("utf-8")
 _TIME = datetime(2026, 4, 1, tzinfo=UTC)
 _LATER = datetime(2026, 7, 1, tzinfo=UTC)
 _BEFORE, _AFTER = _TIME - timedelta(days=9), _TIME + timedelta(days=9)
 
 
-def _recipe(name: str) -> str:
-    found = re.search(rf"<!-- {name} -->\n```sql\n(.*?)```", _README, re.DOTALL)
-    assert found is not None
-    return found[1]
-
-
 def _run(sql: str) -> None:
-    """As psql does: what follows an error in a transaction is not run."""
+    """Run SQL like psql: after an error in a transaction, its other statements are not run."""
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT", no_parameters=True) as db:
         try:
             db.exec_driver_sql(sql)
@@ -49,18 +41,19 @@ def _run(sql: str) -> None:
             db.exec_driver_sql("ROLLBACK")
 
 
-def _moved(before: datetime = _TIME) -> str:
-    return _recipe("move").replace(f"{_TIME:%Y-%m-%dT%H:%M:%SZ}", before.isoformat())
+def _move_sql(before: datetime = _TIME) -> str:
+    """Return the SQL of the document with another time."""
+    return block("consumers/db/GROWTH.md", "move").replace(f"{_TIME:%Y-%m-%dT%H:%M:%SZ}", before.isoformat())
 
 
 def _event(sequence: int, source: str = "bot/1") -> Event:
-    """Odd numbers are snapshots, even ones archives, so that each source is in both tables."""
+    """Return a snapshot for an odd number and an archive for an even one, so that each source is in both tables."""
     after = timedelta(hours=sequence)
     return event_of((a_snapshot if sequence % 2 else an_archive)(after=after), source=source, sequence=sequence)
 
 
 def _store(events: Sequence[Event], created_at: datetime | None = None) -> list[bool]:
-    """Insert them at that time; whether each has made a row."""
+    """Insert events as if at `created_at`; return for each whether it made a row."""
     with get_db() as db:
         answers = insert_events(db, events)
         for table in ("portfolio_history", "signal_archives"):
@@ -98,18 +91,18 @@ MOVED = ("portfolio_history_moved", "signal_archives_moved")
 
 @pytest.fixture
 def history() -> list[Event]:
-    """Ten events from before the time, ten from after it, of one source."""
+    """Store ten events of one source before the time and ten after it."""
     events = [_event(number) for number in range(1, 21)]
     _store(events[:10], _BEFORE)
     _store(events[10:], _AFTER)
     return events
 
 
-def test_old_rows_move_and_the_last_of_each_table_stays(history: list[Event]) -> None:
+def test_move_takes_old_rows_and_leaves_the_last_of_each_table(history: list[Event]) -> None:
     """Each row is in one of the tables, with all its values."""
     with get_db() as db:
         before = db.execute(text("SELECT * FROM portfolio_history WHERE sequence = 3")).one()
-    _run(_moved())
+    _run(_move_sql())
 
     assert [_numbers(table) for table in MOVED] == [[1, 3, 5, 7], [2, 4, 6, 8]]
     assert [_numbers(table)[0] for table in HOT] == [9, 10]
@@ -118,25 +111,25 @@ def test_old_rows_move_and_the_last_of_each_table_stays(history: list[Event]) ->
         assert db.execute(text("SELECT * FROM portfolio_history_moved WHERE sequence = 3")).one() == before
 
 
-def test_it_can_run_again_and_takes_along_what_stayed(history: list[Event]) -> None:
-    """The same time moves nothing more, a later one moves the rows that were the last."""
-    _run(_moved())
-    _run(_moved())
+def test_move_runs_again_and_takes_the_rows_that_stayed(history: list[Event]) -> None:
+    """The same time moves nothing more. A later time also moves the rows that were the last ones."""
+    _run(_move_sql())
+    _run(_move_sql())
     assert [_numbers(table) for table in MOVED] == [[1, 3, 5, 7], [2, 4, 6, 8]]
-    _run(_moved(_LATER))
+    _run(_move_sql(_LATER))
     assert [_numbers(table) for table in HOT] == [[19], [20]]
 
 
-def test_rows_without_a_number_move_too() -> None:
-    """Direct inserts have none, and no audit needs the last of them."""
+def test_move_takes_rows_without_a_sequence() -> None:
+    """Direct inserts have no sequence, and no audit needs the last one."""
     _store([event_of(a_snapshot(), source="direct", sequence=None)], _BEFORE)
-    _run(_moved())
+    _run(_move_sql())
     assert [_ids(HOT[0]), len(_ids(MOVED[0]))] == [[], 1]
 
 
-def test_new_events_are_stored_beside_the_move_and_one_that_moves_waits(history: list[Event]) -> None:
-    """Afterwards the moved fact is unknown, and is inserted again, as the document says."""
-    statements, commit = _moved().rsplit("COMMIT", 1)
+def test_inserts_continue_during_a_move_except_of_a_fact_that_moves(history: list[Event]) -> None:
+    """The insert of a fact that is being moved waits for the commit, and then inserts the fact again."""
+    statements, commit = _move_sql().rsplit("COMMIT", 1)
     with ThreadPoolExecutor(1) as pool, engine().connect() as db:
         db.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
         db.exec_driver_sql(statements)
@@ -149,29 +142,29 @@ def test_new_events_are_stored_beside_the_move_and_one_that_moves_waits(history:
     assert _ids(*HOT, *MOVED) == sorted(str(event.id) for event in [*history, _event(21), _event(22), history[0]])
 
 
-def test_a_fact_that_was_inserted_again_stops_the_next_move_and_is_named(history: list[Event]) -> None:
-    """Nothing is moved then, and neither row is lost."""
-    _run(_moved())
+def test_next_move_fails_on_a_fact_that_was_inserted_again(history: list[Event]) -> None:
+    """It moves nothing and loses no row; the second query of the document finds the two rows."""
+    _run(_move_sql())
     _store([history[0]], _TIME + timedelta(days=1))
     before = [_ids(table) for table in (*HOT, *MOVED)]
     with pytest.raises(IntegrityError, match="event_id"):
-        _run(_moved(_LATER))
+        _run(_move_sql(_LATER))
 
     assert [_ids(table) for table in (*HOT, *MOVED)] == before
     with get_db() as db:
-        (twice,) = db.execute(text(_recipe("twice")))
+        (twice,) = db.execute(text(block("consumers/db/GROWTH.md", "twice")))
         assert str(twice.event_id) == str(history[0].id)
         db.execute(text("DELETE FROM portfolio_history WHERE id = :id"), {"id": twice.new_row})
-    _run(_moved(_LATER))
+    _run(_move_sql(_LATER))
     assert _ids(*HOT, *MOVED) == sorted(str(event.id) for event in history)
 
 
-def test_the_way_back_is_complete(history: list[Event]) -> None:
-    """With the same row numbers; then the audit proves all of it again."""
+def test_moving_rows_back_restores_all_of_them(history: list[Event]) -> None:
+    """The rows keep their ids, and the audit proves all of them again."""
     with get_db() as db:
         rows = [db.execute(text(f"SELECT * FROM {table} ORDER BY id")).all() for table in HOT]
-    _run(_moved())
-    _run(_recipe("back"))
+    _run(_move_sql())
+    _run(block("consumers/db/GROWTH.md", "back"))
 
     with get_db() as db:
         assert [db.execute(text(f"SELECT * FROM {table} ORDER BY id")).all() for table in HOT] == rows
@@ -179,34 +172,32 @@ def test_the_way_back_is_complete(history: list[Event]) -> None:
     assert _audit().complete
 
 
-def test_the_audit_since_the_time_proves_what_is_left_and_without_it_lists_what_was_moved(
-    history: list[Event],
-) -> None:
-    _run(_moved())
+def test_audit_since_the_move_is_complete_and_without_it_reports_moved_rows(history: list[Event]) -> None:
+    _run(_move_sql())
     assert _audit().missing == [(1, 8)]
     one = _audit(_TIME)
     assert (one.proven_from, one.stored, one.last, one.missing, one.complete) == (11, 10, 20, [], True)
 
 
-def test_a_gap_is_found_after_the_time_and_not_before_it(history: list[Event]) -> None:
+def test_audit_finds_gaps_after_the_time_only(history: list[Event]) -> None:
     _delete("signal_archives", 4)
     _delete("portfolio_history", 15)
-    _delete("portfolio_history", 11)  # the first that is proven
+    _delete("portfolio_history", 11)  # the first number that the audit covers
     assert _audit().missing == [(4, 4), (11, 11), (15, 15)]
     assert _audit(_TIME).missing == [(11, 11), (15, 15)]
     assert audit(since=_AFTER + timedelta(days=1)) == []
 
 
-def test_an_old_number_that_is_stored_late_opens_no_gap(history: list[Event]) -> None:
-    """As after a requeue: its row is new, the rows of the numbers behind it have been moved."""
+def test_late_row_with_an_old_number_makes_no_gap(history: list[Event]) -> None:
+    """After a requeue a row can be new although the rows with higher numbers have been moved."""
     _delete("portfolio_history", 3)
     _store([history[2]], _AFTER)
-    _run(_moved())
+    _run(_move_sql())
     assert (_audit(_TIME).missing, _audit(_TIME).proven_from) == ([], 11)
 
 
-def test_an_outcome_from_before_the_time_is_not_in_the_proof(history: list[Event]) -> None:
-    """As a row is: it may be the highest number of that time."""
+def test_audit_leaves_out_an_outcome_from_before_the_time(history: list[Event]) -> None:
+    """An outcome counts like a row: it may have the highest number from before the time."""
     _delete("portfolio_history", 11)
     with get_db() as db:
         record_outcomes(db, [OutcomeRow("job", "duplicate", "bot/1", 12, history[11].id)])
@@ -215,8 +206,8 @@ def test_an_outcome_from_before_the_time_is_not_in_the_proof(history: list[Event
     assert (one.proven_from, one.missing, one.duplicate) == (13, [], 0)
 
 
-def test_a_source_that_began_after_the_time_is_proven_from_its_first_number(history: list[Event]) -> None:
-    """One that has recorded nothing since then is not listed."""
+def test_audit_covers_a_new_source_from_its_first_number(history: list[Event]) -> None:
+    """A source without events since the time is not listed."""
     _store([_event(number, "old/1") for number in range(101, 105)], _BEFORE)
     _store([_event(number, "new/1") for number in (202, 203)], _AFTER)
     assert [(one.source, one.proven_from, one.missing) for one in audit(since=_TIME)] == [
@@ -225,16 +216,16 @@ def test_a_source_that_began_after_the_time_is_proven_from_its_first_number(hist
     ]
 
 
-def test_with_the_outbox_the_tail_is_proven_also_when_nothing_was_stored_since(
+def test_audit_with_an_outbox_covers_its_newest_events_even_if_none_is_stored(
     producer: HistoryProducer, redis: Redis, work: Callable[[], None]
 ) -> None:
-    """The rows of the first three are old; the next three are in the outbox only."""
+    """The first three rows are old; the next three events are only in the outbox."""
     producer.record_many([a_snapshot(after=timedelta(number)) for number in range(3)])
     assert producer.flush(5) == 0
     work()
     with get_db() as db:
         db.execute(text("UPDATE portfolio_history SET created_at = :at"), {"at": _BEFORE})
-    _run(_moved())
+    _run(_move_sql())
     producer.record_many([a_snapshot(after=timedelta(number)) for number in range(3, 6)])
     assert producer.flush(5) == 0
     with Outbox(producer._transport.outbox.path) as outbox:
@@ -247,10 +238,10 @@ def test_with_the_outbox_the_tail_is_proven_also_when_nothing_was_stored_since(
     assert (lost.last, lost.missing) == (6, [(6, 6)])
 
 
-def test_another_event_under_an_old_number_is_not_in_the_proof(
+def test_audit_leaves_out_another_event_with_an_old_number(
     producer: HistoryProducer, redis: Redis, work: Callable[[], None]
 ) -> None:
-    """As after the move of a row whose number a copy of the outbox has used too."""
+    """A copy of an outbox may have used the number of a moved row for another event."""
     producer.record_many([a_snapshot(after=timedelta(number)) for number in range(4)])
     assert producer.flush(5) == 0
     work()
@@ -263,17 +254,20 @@ def test_another_event_under_an_old_number_is_not_in_the_proof(
         assert [one.mismatched for one in audit(redis, outbox, since=_TIME)] == [[4]]
 
 
-def test_the_command_says_from_where_on_it_proves(history: list[Event], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As text and as JSON; a time without an offset is local."""
-    _run(_moved())
-    since = "2026-04-01T00:00:00Z"
-    assert f"audit --since {since}" in _README
-    text_, as_json = (CliRunner().invoke(app, ["audit", "--since", since, *more]) for more in ((), ("--json",)))
-    assert (text_.exit_code, as_json.exit_code) == (0, 0)
-    assert "Proven: what was recorded since 2026-04-01 00:00:00Z, in each source the numbers from `from` on." in (
-        text_.stdout
+def test_audit_command_prints_the_first_number_that_it_covers(
+    history: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does so as text and as JSON. A time without an offset is local."""
+    _run(_move_sql())
+    program, *command = block("consumers/db/GROWTH.md", "audit").split()
+    assert program == "trading-history"
+    as_text, as_json = (CliRunner().invoke(app, [*command, *more]) for more in ((), ("--json",)))
+    assert (as_text.exit_code, as_json.exit_code) == (0, 0)
+    expected = (
+        "Checked: events recorded since 2026-04-01 00:00:00Z, in each source from the number in column `from` on."
     )
-    header, row = (line.split() for line in text_.stdout.splitlines()[:2])
+    assert expected in as_text.stdout
+    header, row = (line.split() for line in as_text.stdout.splitlines()[:2])
     assert (row[header.index("from")], row[0]) == ("11", "bot/1")
     (one,) = json.loads(as_json.stdout)
     assert (datetime.fromisoformat(one["since"]), one["proven_from"]) == (_TIME, 11)

@@ -256,7 +256,7 @@ def test_a_role_that_may_not_make_roles_makes_the_tables_all_the_same(
     assert [line.partition(" was not made")[0] for line in notes[:2]] == [f"Note: {WRITER}", f"Note: {READER}"]
     assert notes[-1] == "The tables are there."
     assert (asked.returncode, len(asked.stderr.splitlines())) == (1, 1)
-    assert f"login role {API} was not made or changed: permission denied" in asked.stderr
+    assert f"login role {API} was not created or changed: permission denied" in asked.stderr
     assert _PASSWORD not in asked.stderr
 
 

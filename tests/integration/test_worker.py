@@ -170,7 +170,7 @@ def test_one_bad_event_in_a_batch_costs_only_itself(redis: Redis, monkeypatch: p
 
     ((job_id, outcome, reason),) = _outcomes()
     assert (job_id, outcome) == (job_ids[77], "rejected")
-    assert reason.startswith("PostgreSQL refused it: ")
+    assert reason.startswith("PostgreSQL refused the values: ")
     assert reason.endswith("(SQLSTATE 23514)")
     assert len(get_portfolio_history()) == 299
     assert len(sizes) < 25

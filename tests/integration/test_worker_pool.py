@@ -107,7 +107,7 @@ def test_one_that_dies_at_once_again_and_again_is_said_loudly(redis: Redis, tmp_
         pool.send_signal(signal.SIGINT)
         assert pool.wait(15) == 0
     log = (tmp_path / "log").read_text()
-    assert "with exit status 1 (failure 3 in a row); started again in " in log
+    assert "with exit status 1 (consecutive failure 3); next start in " in log
 
 
 @pytest.mark.parametrize("number", ["0", "x"])

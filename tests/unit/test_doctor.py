@@ -164,7 +164,7 @@ def test_each_check_is_one_line_in_a_pipe_whatever_it_says(capsys: pytest.Captur
         "fail  name   [red]" + 400 * "x" + "�[2J� → do",
         "warn  other  y",
         "ok    z",
-        "1 fine, 1 to look at, 1 wrong",
+        "1 ok, 1 warn, 1 fail",
     ]
 
 

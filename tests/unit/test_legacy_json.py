@@ -322,11 +322,11 @@ def test_rounding_is_half_even_as_the_producer_rounds() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"timestamp": "yesterday"}, "timestamp: is text that is not an ISO 8601 time"),
+        ({"timestamp": "yesterday"}, "timestamp: must be an ISO 8601 time"),
         ({"timestamp": 5}, "timestamp: must be a time, not int"),
         ({"timestamp": None}, "timestamp: is missing"),
         ({"timestamp": "0001-01-01T00:00:00"}, "timestamp: must lie between the years 1970 and 9998"),
-        ({"date": "20/10/2025"}, "date: is text that is not an ISO 8601 date"),
+        ({"date": "20/10/2025"}, "date: must be an ISO 8601 date"),
         ({"balance": None}, "balance: is missing"),
         ({"balance": "1,000"}, "balance: is text that is not a number"),
         ({"balance": True}, "balance: must be a number, not bool"),

@@ -245,19 +245,19 @@ def test_several_hosts_may_stand_in_the_query(url: str, hosts: str, ports: str) 
 @pytest.mark.parametrize(
     ("rest", "reason"),
     [
-        ("me:s3c/ret@a,b/d", "percent-encoded"),
-        ("me:s3c?ret@a,b/d", "percent-encoded"),
-        ("me:s3c#ret@a:1,b:2/d", "percent-encoded"),
-        ("me:1,s3c/ret@a/d", "percent-encoded"),
+        ("me:s3c/ret@a,b/d", "percent-encode"),
+        ("me:s3c?ret@a,b/d", "percent-encode"),
+        ("me:s3c#ret@a:1,b:2/d", "percent-encode"),
+        ("me:1,s3c/ret@a/d", "percent-encode"),
         ("me:s3cret@a,/d", "a host is missing"),
         ("me:s3cret@,/d", "a host is missing"),
         ("me:s3cret@/d?host=a,", "a host is missing"),
         ("me:s3cret@a:0,b/d", "a port must be a number from 1 to 65535"),
         ("me:s3cret@/d?host=a,b&port=x", "a port must be a number from 1 to 65535"),
-        ("me:s3cret@/d?host=a,b,c&port=1,2", "3 hosts need as many ports, or one for all, not 2"),
-        ("me:s3cret@a,b/d?port=1", "stand before the database or after"),
-        ("me:s3cret@a/d?hostaddr=::1,::2", "hostaddr is of one host only"),
-        ("me:s3cret@a,b/d?hostaddr=::1", "hostaddr is of one host only"),
+        ("me:s3cret@/d?host=a,b,c&port=1,2", "3 hosts need 3 ports, or one for all, not 2"),
+        ("me:s3cret@a,b/d?port=1", "either before the database or after"),
+        ("me:s3cret@a/d?hostaddr=::1,::2", "hostaddr takes one address only"),
+        ("me:s3cret@a,b/d?hostaddr=::1", "hostaddr takes one address only"),
     ],
 )
 def test_errors_in_a_list_of_hosts_are_reported(rest: str, reason: str) -> None:
