@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
 from consumers.db.database_url import parse_database_url, session_attributes, try_hosts_in_turn
@@ -24,12 +24,9 @@ CONNECT_TIMEOUT_SECONDS = 5
 # internal errors. Any other error may concern one statement only: cancelled, a lock, a deadlock, a trigger.
 _STORE_CLASSES = ("08", "25", "28", "3D", "3F", "42", "53", "57P", "58", "F0", "XX")
 READ_SECONDS = 5.0  # statement timeout of readers
-# A reader that gets no free connection within 2 s fails; the pool never grows. Each statement is its own transaction,
-# which saves two round trips.
-_READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0, "isolation_level": "AUTOCOMMIT"}
-# Each statement must see rows that were committed while the previous one waited, so the database's default isolation
-# level is not used.
-_WRITER: dict[str, Any] = {"pool_size": 2, "isolation_level": "READ COMMITTED"}
+# A reader that gets no free connection within 2 s fails; the pool never grows.
+_READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0}
+_WRITER: dict[str, Any] = {"pool_size": 2}
 _LOCK_SECONDS = 5.0
 _ISOLATED_LOCK_SECONDS = 0.5
 # SQLSTATE classes of errors that the event's values cause: data exception, integrity constraint violation.
@@ -47,12 +44,6 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
         SettingsError: the URL cannot be parsed.
     """
     parsed = parse_database_url(url)
-    limits = {
-        "statement_timeout": statement_timeout_seconds,
-        "lock_timeout": min(_LOCK_SECONDS, statement_timeout_seconds),
-    }
-    limit = "".join(f" -c {name}={round(seconds * 1000)}" for name, seconds in limits.items() if seconds)
-    limit += " -c default_transaction_read_only=on" if read_only else ""
     store = create_engine(
         parsed,
         connect_args={
@@ -64,18 +55,35 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
             "tcp_user_timeout": 30_000,
             "application_name": "trading-history",
             "client_encoding": ENCODING,  # an invalid PGCLIENTENCODING would prevent connecting
-            "options": f"{parsed.query.get('options', '')} -c timezone=UTC{limit}".strip(),
             **session_attributes(parsed, read_only=read_only),
         },
         pool_pre_ping=True,
         # SQLAlchemy sets it by a statement after connecting, which overrides the role's setting and the URL's.
         client_encoding=ENCODING,
+        isolation_level="READ COMMITTED",
         **(_READER if read_only else _WRITER),
+        execution_options={"postgresql_readonly": read_only},
         executemany_mode="values_plus_batch",
         hide_parameters=True,
     )
+    settings = transaction_settings(statement_timeout_seconds)
+    event.listen(store, "begin", lambda connection: connection.exec_driver_sql(settings))
     try_hosts_in_turn(store)
     return store
+
+
+def transaction_settings(statement_timeout_seconds: float) -> str:
+    """Return the statements with which each transaction begins; they replace the settings of role, database and server.
+
+    They are not startup options of the connection: a pooler refuses those or drops them, and in transaction mode it
+    gives each transaction another connection.
+    """
+    lock_seconds = min(_LOCK_SECONDS, statement_timeout_seconds)
+    return (
+        "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL extra_float_digits = 1;"
+        f" SET LOCAL statement_timeout = {round(1000 * statement_timeout_seconds)};"
+        f" SET LOCAL lock_timeout = {round(1000 * lock_seconds)}"
+    )
 
 
 _statement_timeout_seconds = 0.0
@@ -106,21 +114,15 @@ def _reader_of(store: Engine) -> Engine:
 
 
 @contextmanager
-def get_reader() -> Iterator[Connection]:
-    """Yield a read-only connection.
+def read_transaction() -> Iterator[Connection]:
+    """Run one read-only transaction that sees one state of the database (REPEATABLE READ).
 
     Raises:
         StoreUnavailable: the database is away, cannot execute a statement now, or a statement timed out.
         SettingsError: the settings name no database.
     """
-    with translated_errors(), reader().connect() as connection:
-        yield connection
-
-
-@contextmanager
-def read_transaction() -> Iterator[Connection]:
-    """Yield a read-only connection in one consistent (REPEATABLE READ) transaction. Raises as `get_reader`."""
-    with get_reader() as connection, connection.execution_options(isolation_level="REPEATABLE READ").begin():
+    with translated_errors(), reader().connect() as pooled:
+        connection = pooled.execution_options(isolation_level="REPEATABLE READ")
         # JIT compilation takes hundreds of milliseconds for queries that run for tens.
         connection.exec_driver_sql("SET LOCAL jit = off")
         yield connection

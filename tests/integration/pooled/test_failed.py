@@ -1,0 +1,1 @@
+from tests.integration.test_failed import *  # noqa: F403  # every test of it
