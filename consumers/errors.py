@@ -6,7 +6,7 @@ HistoryError
 ├── InvalidEvent        permanent: the event violates the contract or a constraint of the database
 ├── EventConflict       permanent: the id is already stored with other content
 ├── PoisonEvent         permanent: workers crashed or failed each time they processed it alone
-├── RefusedJob          permanent: a job that does not carry an event of ours
+├── UnsupportedJob      permanent: a job that is not ours, or asks RQ for more than to be run
 │   └── OversizedJob    permanent: a job that is too large to be read
 ├── StoreUnavailable    transient: the database is away or cannot execute the statement now; try again later
 ├── ExportRefused       files already exist, no rows match, or portfolios would be mixed; nothing was written
@@ -66,18 +66,18 @@ class PoisonEvent(HistoryError):
         super().__init__(f"poison event: {crashes} workers crashed or failed while processing it alone{reason}")
 
 
-class RefusedJob(HistoryError):
-    """A job in our queue that does not carry an event of ours."""
+class UnsupportedJob(HistoryError):
+    """A job in our queue that is not a plain call of one of our job functions; nothing of it was run."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"refused: {reason}")
+        super().__init__(f"unsupported job: {reason}")
 
 
-class OversizedJob(RefusedJob):
+class OversizedJob(UnsupportedJob):
     """A job that is larger than any of ours can be, compressed or decompressed; it was not read."""
 
     def __init__(self, limit_bytes: int) -> None:
-        super().__init__(f"its job is larger than {limit_bytes // 2**20} MiB")
+        super().__init__(f"it is larger than {limit_bytes // 2**20} MiB")
 
 
 class StoreUnavailable(HistoryError):

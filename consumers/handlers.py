@@ -21,22 +21,26 @@ def record_portfolio_snapshot(event: str) -> int:
     """Store one portfolio snapshot and return its row's id. `event` is its JSON text.
 
     Raises:
-        InvalidEvent: it breaks the contract. If this runs as a job, the rejection is recorded.
-        EventConflict: its id is already stored with other content. If this runs as a job, the rejection is recorded.
-        StoreUnavailable: the database is away or cannot store it now; its producer sends the event again.
+        InvalidEvent: the event breaks the contract. In a job, the rejection is recorded.
+        EventConflict: the event's id is already stored with other content. In a job, the rejection is recorded.
+        StoreUnavailable: the database is away or cannot store the event now; its producer sends it again.
     """
     return record(event, PortfolioSnapshotEvent)
 
 
 def record_signal_archive(event: str) -> int:
-    """Store one signal archive and return its row's id; raises what `record_portfolio_snapshot` raises."""
+    """Store one signal archive and return its row's id. `event` is its JSON text.
+
+    Raises:
+        HistoryError: as `record_portfolio_snapshot` does.
+    """
     return record(event, SignalArchiveEvent)
 
 
 def record(text: str, model: type[Event]) -> int:
-    """Store one event and return its row's id; the body of every job function."""
+    """Store one event and return its row's id. Every job function calls this."""
     job = get_current_job()
-    if job is None:  # called outside of a job: no outcome to record
+    if job is None:  # called outside of a job: no delivery whose outcome could be recorded
         return insert_event(decode(text, model))
     ((result,),) = process_batch([Delivery(job.id, text, model)])
     if isinstance(result, Deferred):

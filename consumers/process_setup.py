@@ -10,20 +10,24 @@ from types import FrameType
 from consumers.settings import LogSettings
 from producers.json_logs import JsonFormatter
 
-TESTED_RQ = ("3.0",)  # beginnings of versions
+TESTED_RQ = ("3.0",)  # first parts of version numbers
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _LOGGERS_OF_RQ = ("rq.worker", "rq.job")
 
 
 def write_logs(level: int) -> None:
-    """To stderr, from `level` on. Raises SettingsError."""
+    """Write log lines of `level` and above to stderr, as HISTORY_LOG says. Raises SettingsError."""
     logging.basicConfig(level=level, format=_TEXT)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     write_json_if_set()
 
 
 def write_json_if_set() -> None:
-    """Every handler of this process writes JSON if that is set; also in RQ's own command. Raises SettingsError."""
+    """Make every log handler of this process write JSON if HISTORY_LOG=json, in RQ's own commands too.
+
+    Raises:
+        SettingsError: HISTORY_LOG has another value than text and json.
+    """
     if LogSettings.from_environment().log != "json":
         return
     root = logging.getLogger()
@@ -31,16 +35,16 @@ def write_json_if_set() -> None:
         logging.basicConfig(level=logging.INFO)
     for handler in root.handlers:
         handler.setFormatter(JsonFormatter())
-    for name in _LOGGERS_OF_RQ:  # RQ's command has given them handlers of its own, for text
+    for name in _LOGGERS_OF_RQ:  # RQ's commands give them their own handlers, which write text
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
 
 
 def on_stop_signals(numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], object]) -> None:
-    """Have `handler` called for these signals, except for those that whoever started this process has it ignore.
+    """Call `handler` on these signals, except those that this process has ignored since its start.
 
-    So does `nohup` with SIGHUP, and a shell with SIGINT for what a script starts in the background.
+    `nohup` makes its command ignore SIGHUP; a shell makes a script's background processes ignore SIGINT.
     """
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:

@@ -24,6 +24,7 @@ class StoreSettings(EnvironmentSettings):
 
     @property
     def is_set(self) -> bool:
+        """True if at least one of the variables is set."""
         return bool(self.model_fields_set)
 
     def url(self) -> SecretStr:

@@ -90,6 +90,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left_out: Set[
 
 
 def print_snapshots(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table of snapshots, the dicts of `get_portfolio_history`."""
     columns = ("row", "portfolio", "date", "at", "balance", "invested", "profit/loss", "value", "open", "trades")
     amounts = ("balance", "total_invested", "total_profit_loss", "total_value")
     cells = [
@@ -108,6 +109,7 @@ def print_snapshots(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_archives(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table of archives, the dicts of `get_recent_signal_archives`, each with its first signal."""
     cells = [
         (
             str(row["id"]),
@@ -143,6 +145,7 @@ def print_rejections(rejections: Iterable[Mapping[str, Any]]) -> int:
 
 
 def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table of the audited sources, then notes on the checked range and on copies of an outbox."""
     counts = ("stored", "duplicate", "rejected", "discarded", "under way", "last")
     cells = []
     for one in audits:
@@ -174,6 +177,7 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_import_statistics(statistics: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table of the imported files, then their notes."""
     counts = ("read", "stored", "already there", "rejected")
     cells = [
         (one["name"], *(f"{one[count.replace(' ', '_')]:,}" for count in counts), one["damage"] or "none")
@@ -186,16 +190,19 @@ def print_import_statistics(statistics: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_compared(compared: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table of the verified files."""
     counts = ("read", "equal", "differences")
     cells = [(one["name"], *(f"{one[count]:,}" for count in counts)) for one in compared]
     _print_rows(("file", *counts), cells, "There is nothing to compare.")
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
+    """Print names and values, one per line."""
     _print(facts_table(facts))
 
 
 def facts_table(facts: Mapping[str, Any]) -> Table:
+    """Return a table of names and values."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), Text(printable(_fact(value))))
@@ -225,6 +232,7 @@ def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_json(value: Any) -> None:
+    """Print indented JSON; values that JSON does not have are printed as text."""
     print_text(json.dumps(value, default=str, ensure_ascii=False, indent=2))
 
 
@@ -274,6 +282,7 @@ def _csv_value(value: Any) -> Any:
 
 
 def print_exported(directory: Path, exported: Mapping[str, Any]) -> None:
+    """Print a table of the exported files and the number of all entries."""
     _print_rows(("file", "entries"), [(one["file"], f"{one['entries']:,}") for one in exported["files"]], "No files.")
     files = f"{len(exported['files'])} file{'s' if len(exported['files']) > 1 else ''}"
     sys.stdout.write(f"\n{exported['entries']:,} entries in {files} in {directory}\n")
@@ -286,16 +295,16 @@ _JOINERS = "\u200c\u200d"  # join letters, and emoji
 
 def printable(text: str) -> str:
     """Return `text` as one line, with � in place of each control character and other unprintable one."""
-    return _NOT_PLAIN.sub(lambda found: found[0] if _is_harmless(found[0]) else "�", text)
+    return _NOT_PLAIN.sub(lambda found: found[0] if _is_printable(found[0]) else "�", text)
 
 
 def escaped(text: str) -> str:
     """Return `text` with unprintable characters as JSON escapes; line breaks and tabs stay. JSON keeps its value."""
     return _NOT_PLAIN.sub(
-        lambda found: found[0] if found[0] in "\n\t" or _is_harmless(found[0]) else json.dumps(found[0])[1:-1], text
+        lambda found: found[0] if found[0] in "\n\t" or _is_printable(found[0]) else json.dumps(found[0])[1:-1], text
     )
 
 
-def _is_harmless(character: str) -> bool:
+def _is_printable(character: str) -> bool:
     # Python calls the spaces of other alphabets (category Zs) not printable.
     return character.isprintable() or character in _JOINERS or unicodedata.category(character) == "Zs"

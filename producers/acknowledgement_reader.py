@@ -1,4 +1,4 @@
-"""Reads acknowledgements from Redis, settles the entries that they name, and then removes them there."""
+"""Reads acknowledgements from Redis, settles the entries that they name, and then deletes them in Redis."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from producers.entries import full_source
 from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key, delivery_of, job_id_of
 
-logger = logging.getLogger("producers.relay")  # whose part this is: a name that log filters of controllers have
+logger = logging.getLogger("producers.relay")  # the name that log filters of controllers use for the whole relay
 
 _PAGE_FIELDS = 200
 _REJECTED_SECONDS = 5.0
-# An acknowledgement of an entry that was settled before: another copy of the outbox may still wait for it.
+# Keep the acknowledgement of an entry that is already settled: another copy of the outbox may still wait for it.
 _KEPT_FOR_COPIES_SECONDS = 60
 
 
 class AcknowledgementReader:
-    """Settles entries by acknowledgements. Its methods raise RedisError or OutboxError, and can then be repeated."""
+    """Settles the entries of one outbox by their acknowledgements.
+
+    Raises:
+        RedisError: from every method, when Redis cannot be reached; call the method again.
+        OutboxError: from every method, when the outbox cannot be read or written; call the method again.
+    """
 
     def __init__(self, outbox: Outbox, redis: Redis) -> None:
         self._outbox = outbox
@@ -33,16 +38,16 @@ class AcknowledgementReader:
         self._rejected_at = 0.0
 
     def apply(self) -> int:
-        """Settle the entries that are acknowledged by now; returns their number."""
+        """Settle the entries whose acknowledgements are in Redis, and return how many were settled."""
         sources = self._outbox.deliveries.awaiting("sent")
-        # What an operator requeues can still be stored; that may take some seconds to be noticed.
+        # An operator may requeue a rejected event, which is then stored. Look for that only now and then.
         if time.monotonic() >= self._rejected_at:
             self._rejected_at = time.monotonic() + _REJECTED_SECONDS
             sources = list({*sources, *self._outbox.deliveries.awaiting("rejected")})
         return sum(self._apply_to_source(source_id, full_source(name, source_id), n) for source_id, name, n in sources)
 
     def delete_acknowledgements(self) -> None:
-        """Delete those of this outbox's entries: they name rows of a database that was replaced."""
+        """Delete the acknowledgements of this outbox's entries, because they name rows of a replaced database."""
         for source in self._outbox.sources():
             key = acknowledgement_key(source.full_name)
             fields: Any = self._redis.hkeys(key)
@@ -57,24 +62,27 @@ class AcknowledgementReader:
             except ResponseError as error:
                 if not str(error).startswith("WRONGTYPE"):
                     raise
-                # Workers do the same, but may have nothing to acknowledge there any more.
+                # Workers quarantine the key too, but only when they have something to acknowledge there.
                 self._redis.rename(key, f"{key}:quarantined")
                 logger.error(
-                    "%s is no hash: moved to %s:quarantined. Entries without acknowledgement are sent again", key, key
+                    "key %s is not a hash and was renamed to %s:quarantined. Entries without an acknowledgement are"
+                    " sent again",
+                    key,
+                    key,
                 )
                 return settled_count
             if page:
-                fields: dict[Any, Any] = dict(page)  # type: ignore[arg-type]  # RESP2 and RESP3 answer a dict
+                fields: dict[Any, Any] = dict(page)  # type: ignore[arg-type]  # a dict with RESP2 and with RESP3
                 settled_count += self._settle(source_id, source, resends, fields)
             if not cursor:
                 return settled_count
 
     def _settle(self, source_id: str, source: str, resends: int, fields: Mapping[Any, Any]) -> int:
-        """Settle the entries that these fields acknowledge, and remove the fields; how many were new."""
+        """Settle the entries that these fields acknowledge, delete the fields, and return how many were settled."""
         found = read_acknowledgements(fields, source)
         valid = {field: one for field, one in found.items() if one is not None}
         settled = self._outbox.deliveries.settle(source_id, resends, valid)
-        # Only after the outbox has them: a crash in between reads them once more.
+        # Delete only now that the outbox has them: after a crash in between, they are read once more.
         done = {field for field, one in found.items() if one is None}.union(settled.changed)
         if len(done) < len(fields):
             done |= self._expired(valid, set(settled.known))
@@ -84,7 +92,7 @@ class AcknowledgementReader:
         return len(settled.changed)
 
     def _expired(self, acknowledgements: Mapping[Any, Acknowledgement], known: set[Any]) -> set[Any]:
-        """Fields that settled nothing here and that no copy of this outbox waits for any more."""
+        """Return the fields that settled nothing and are too old for another copy of this outbox to need them."""
         now, _ = self._redis.time()
         return {
             field
@@ -93,7 +101,7 @@ class AcknowledgementReader:
         }
 
     def _remove(self, key: str, fields: Mapping[Any, Any], acknowledgements: Mapping[Any, Acknowledgement]) -> None:
-        """Remove what was read; a rejection only if it is still what was read: a requeue may have ended since."""
+        """Delete fields that were read; a rejection only if its value is unchanged: a requeue may have replaced it."""
         rejected = [
             field
             for field in fields
@@ -102,8 +110,8 @@ class AcknowledgementReader:
         if final := [field for field in fields if field not in rejected]:
             self._redis.hdel(key, *final)
         if rejected:
-            with self._redis.pipeline() as pipe, contextlib.suppress(WatchError):  # then it is read once more
-                pipe.watch(key)  # type: ignore[no-untyped-call]  # redis-py annotates it by half
+            with self._redis.pipeline() as pipe, contextlib.suppress(WatchError):  # the next sweep reads it again
+                pipe.watch(key)  # type: ignore[no-untyped-call]  # redis-py annotates it only in part
                 values = zip(rejected, pipe.hmget(key, rejected), strict=True)
                 same = [field for field, value in values if value == fields[field]]
                 pipe.multi()

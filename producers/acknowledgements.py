@@ -1,8 +1,8 @@
-"""The acknowledgement of a delivery, which a worker writes and a relay reads.
+"""The acknowledgement of a delivery: a worker writes it, a relay reads it.
 
-An acknowledgement is a field of the hash `history:ack:<source>`, named by the job id. Its value is text: the time in
-seconds since the epoch by Redis' clock, the event's id (`-` where the event was unreadable), and the outcome, which is
-`stored:<row id>`, `duplicate:<row id>` or `rejected:<reason>`.
+It is a field of the hash `history:ack:<source>`; the field's name is the job id. Its value is text with three parts:
+the time by Redis' clock (seconds since the epoch), the event's id (`-` if the event was unreadable), and the outcome,
+which is `stored:<row id>`, `duplicate:<row id>` or `rejected:<reason>`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from producers.redis_keys import delivery_of
 
 logger = logging.getLogger(__name__)
 
-# Long enough for a controller that does not run over a long weekend; a lost acknowledgement only costs a re-send.
+# Longer than a controller is off over a long weekend. A lost acknowledgement costs only a re-send.
 ACKNOWLEDGEMENT_TTL_SECONDS = 7 * 24 * 3600
 
-_END_OF_NUMBERS = 2**63  # neither SQLite nor PostgreSQL has a larger one
+_END_OF_NUMBERS = 2**63  # SQLite and PostgreSQL store smaller integers only
 
 Kind = Literal["stored", "duplicate", "rejected"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a delivery ended. `row_id` is set unless it was rejected, `reason` only when it was."""
+    """Outcome of a delivery. `row_id` is set unless it was rejected; `reason` is set only if it was rejected."""
 
     kind: Kind
     row_id: int | None = None
@@ -37,7 +37,7 @@ class Outcome:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises ValueError for anything but the three forms."""
+        """Return the outcome that `str` wrote. Raises ValueError for any other text."""
         kind, colon, detail = text.partition(":")
         if kind == "rejected" and colon:
             return cls("rejected", reason=detail)
@@ -48,7 +48,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Acknowledgement:
-    """A worker's answer to one delivery. `at` is in seconds since the epoch, by Redis' clock."""
+    """A worker's report on one delivery. `at` is in seconds since the epoch, by Redis' clock."""
 
     source_id: str
     sequence: int
@@ -59,7 +59,7 @@ class Acknowledgement:
 
     @classmethod
     def parse(cls, job_id: str, text: str) -> Self:
-        """From one field and its value. Raises ValueError when it is no acknowledgement."""
+        """Read one field and its value. Raises ValueError if they are not an acknowledgement."""
         delivery = delivery_of(job_id)
         at, event_id, outcome = [*text.split(" ", 2), "", ""][:3]
         if delivery is None or delivery[1] >= _END_OF_NUMBERS or not at.isdecimal() or len(at) > 18:
@@ -68,28 +68,28 @@ class Acknowledgement:
 
 
 def acknowledgement_text(at: int, event_id: object | None, outcome: Outcome) -> str:
-    """The value of an acknowledgement's field; `at` is Redis' time in seconds since the epoch."""
+    """Return the value of an acknowledgement's field; `at` is Redis' time in seconds since the epoch."""
     return f"{at} {event_id or '-'} {outcome}"
 
 
 def read_acknowledgements(fields: Mapping[Any, Any], source: str) -> dict[Any, Acknowledgement | None]:
-    """The acknowledgements of this source, by the hash's fields (text or bytes, as the client gives them).
+    """Return the acknowledgements of this source by the hash's fields (text or bytes, as the client gives them).
 
-    Any program may have written there: a field that is no acknowledgement gets None, and a line in the log.
+    Other programs may write to the hash: a field that is not an acknowledgement is logged and gets None.
     """
     found: dict[Any, Acknowledgement | None] = {}
     for field, value in fields.items():
         job_id = shown(field)
         try:
             found[field] = Acknowledgement.parse(job_id, shown(value))
-        except ValueError:  # also for a number of thousands of digits
+        except ValueError:  # `int` also raises it for a number of thousands of digits
             found[field] = None
             logger.warning(
-                "removed field %s of %s: it is no acknowledgement", job_id[:80], source, extra={"source": source}
+                "removed field %s of %s: it is not an acknowledgement", job_id[:80], source, extra={"source": source}
             )
     return found
 
 
 def shown(value: str | bytes) -> str:
-    """As text, whether the client decodes answers or not; bytes that are no text become replacement characters."""
+    """Return a value of Redis as text, with or without `decode_responses`; invalid UTF-8 is replaced."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,8 +1,8 @@
-"""Tells two copies of an outbox apart: a copied folder, a cloned machine, a restored backup.
+"""Distinguishes two copies of an outbox: a copied folder, a cloned machine, a restored backup.
 
-Each outbox has a random token, which stands in Redis as well, beside each of its current sources. A relay that takes
-its lock replaces both. Of two copies only one finds its own token there; the other one takes new sources for new
-events. Its earlier entries keep their source and number: a nonce distinguishes their deliveries.
+Each outbox has a random token, which is also in Redis, once for each current source of the outbox. A relay that takes
+its lock replaces the token in both places. Of two copies, only one finds its own token in Redis; the other one takes
+new sources for new events. Its earlier entries keep their source and number: a nonce distinguishes their deliveries.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from producers.redis_keys import token_key
 
 logger = logging.getLogger(__name__)
 
-# The token of a source that is not used for this long expires: a missing token is accepted.
+# The token of a source that is not used for this long expires. A missing token is accepted.
 _TOKEN_TTL_SECONDS = 30 * 24 * 3600
 _CHECK_SECONDS = 5.0
 _TRIES = 5
 
 
 class CopyGuard:
-    """Notices, for the relay of one outbox, that a copy of the outbox is in use.
+    """Detects, for the relay of one outbox, that another copy of the outbox is in use.
 
     Raises:
-        RedisError: from every method, when Redis cannot be reached; sources stay as they are.
+        RedisError: from every method, when Redis cannot be reached; the sources are unchanged.
         OutboxError: from every method, when the outbox cannot be read or written.
     """
 
     def __init__(self, outbox: Outbox, redis: Redis) -> None:
         self._outbox = outbox
         self._redis = redis
-        self._known: set[str] = set()  # sources whose token stands in Redis, since this relay has its lock
+        self._known: set[str] = set()  # sources whose token this relay has put into Redis since it took its lock
         self._check_at = 0.0
 
     def begin(self) -> None:
-        """Have the next check exchange the token, as when the relay has just taken its lock."""
+        """Make the next check exchange the token. Call this when the relay has just taken its lock."""
         self._known = set()
 
     def check(self) -> None:
-        """Exchange the token once after `begin`; later, now and then, compare it with the one in Redis."""
+        """Exchange the token once after `begin`; later, compare it every few seconds with the one in Redis."""
         sources = [source.full_name for source in self._outbox.sources() if source.current]
         if not self._known.issuperset(sources):
             if not self._exchange(sources):
@@ -58,20 +58,20 @@ class CopyGuard:
         self._check_at = time.monotonic() + _CHECK_SECONDS
 
     def _exchange(self, sources: list[str]) -> bool:
-        """Put a new token into Redis, or replace the sources if another copy has put one there.
+        """Put a new token into Redis, or replace the sources if another copy has put its own token there.
 
-        False when others changed the token again and again. A relay that was stopped may go on while another one has
-        taken over and exchanges the token of the same outbox.
+        Return False if others changed the token at every try. That happens when a relay was stopped, another one took
+        over, and both now exchange the token of the same outbox.
         """
         keys = [token_key(source) for source in sources]
         for _ in range(_TRIES):
             with self._redis.pipeline(transaction=True) as pipe:
-                pipe.watch(*keys)  # type: ignore[no-untyped-call]  # redis-py annotates it by half
+                pipe.watch(*keys)  # type: ignore[no-untyped-call]  # redis-py annotates it only in part
                 found = {shown(token) for token in pipe.mget(keys) if token is not None}
                 header = self._outbox.header.read()
                 is_own = found <= {header.token, header.next_token}
                 token = secrets.token_hex(8)
-                # If this process dies before it gets Redis' answer, Redis has either: the outbox keeps both until then.
+                # The outbox keeps both tokens until Redis has answered: if this process dies, Redis may have either.
                 before = found.pop() if found and is_own else header.token
                 if is_own and not self._outbox.header.begin_exchange(header, before, token):
                     continue
@@ -79,10 +79,10 @@ class CopyGuard:
                 if is_own:
                     _set_tokens(pipe, keys, token)
                 else:
-                    pipe.exists(*keys)  # whether Redis still had what was found when the outbox was read
+                    pipe.exists(*keys)  # any command will do: EXEC fails if a token changed since it was read
                 try:
                     pipe.execute()
-                except WatchError:  # another copy, or another relay, in this moment: the next try finds its token
+                except WatchError:  # another copy or relay was faster: the next try finds its token
                     continue
                 if is_own:
                     self._outbox.header.end_exchange(token)
@@ -97,7 +97,7 @@ class CopyGuard:
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.mget(keys)
             for key in keys:
-                pipe.set(key, token, nx=True)  # Redis has lost it
+                pipe.set(key, token, nx=True)  # in case Redis has lost it
                 pipe.expire(key, _TOKEN_TTL_SECONDS)
             found = pipe.execute()[0]
         if any(one is not None and shown(one) != token for one in found):
@@ -107,8 +107,8 @@ class CopyGuard:
         replaced = self._outbox.header.replace_sources()
         if replaced:
             logger.warning(
-                "outbox %s was copied or restored, and another copy has used it: new events get a new source instead of"
-                " %s. No event is lost by that; run `trading-history audit` on the host of each copy",
+                "outbox %s was copied or restored, and another copy has used it. New events get a new source instead of"
+                " %s. No event is lost. Run `trading-history audit` on the host of each copy",
                 self._outbox.path,
                 ", ".join(replaced),
             )

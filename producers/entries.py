@@ -1,4 +1,4 @@
-"""The entries of an outbox, as the outbox gives them to its users."""
+"""Records that an outbox returns: entries, their state, sources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ State = Literal["pending", "sent", "stored", "rejected"]
 
 @dataclass(frozen=True)
 class Accepted:
-    """The identifiers that `append` has given to one event."""
+    """Identifiers of one event that `append` has accepted."""
 
     event_id: UUID
     source: str
@@ -24,7 +24,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class EntryHead:
-    """One entry without its event. `source` is the event's, which also names its acknowledgements."""
+    """Entry without its event. `source` is the event's source, which is also in the key of its acknowledgement."""
 
     position: int
     source_id: str
@@ -40,7 +40,7 @@ class EntryHead:
 
 @dataclass(frozen=True)
 class Entry(EntryHead):
-    """One entry with its event, as the exact text of every delivery."""
+    """Entry with its event. `event` is the exact text of every delivery."""
 
     type: str
     summary: str
@@ -49,7 +49,7 @@ class Entry(EntryHead):
 
 @dataclass(frozen=True)
 class OutboxStatus:
-    """Entries by state, and the age of the oldest one that is neither stored nor rejected."""
+    """Number of entries in each state, and the age of the oldest unsettled entry (pending or sent)."""
 
     pending: int
     sent: int
@@ -59,12 +59,12 @@ class OutboxStatus:
 
     @property
     def depth(self) -> int:
-        """Entries that are neither stored nor rejected."""
+        """Number of unsettled entries."""
         return self.pending + self.sent
 
 
 class OutboxSource(NamedTuple):
-    """One source of an outbox. One that is not current gets no more numbers, since it was `copied` or `damaged`."""
+    """Source of an outbox. If it is not `current`, it gets no new events; `left_because` is `copied` or `damaged`."""
 
     id: str
     name: str
@@ -78,7 +78,7 @@ class OutboxSource(NamedTuple):
 
 
 class EntryStatus(NamedTuple):
-    """The state of one entry. `row_id` is set once it is stored, `reason` when it was rejected."""
+    """State of one entry. `row_id` is set if it is stored, `reason` if it is rejected."""
 
     state: State
     row_id: int | None
@@ -86,7 +86,7 @@ class EntryStatus(NamedTuple):
 
 
 class AuditEntry(NamedTuple):
-    """One entry, as an audit compares it with the database."""
+    """Entry as an audit compares it with the database."""
 
     sequence: int
     event_id: UUID
@@ -94,12 +94,12 @@ class AuditEntry(NamedTuple):
 
 
 class SettledKeys(NamedTuple):
-    """Keys of acknowledgements: `changed` have settled an entry now, `known` are of one that was settled before."""
+    """Keys of acknowledgements: `changed` settled an entry now, `known` name an entry that was settled before."""
 
     changed: list[Any]
     known: list[Any]
 
 
 def full_source(name: str, source_id: str) -> str:
-    """The source as events and acknowledgements name it."""
+    """Return the source as it is written in events and in the keys of acknowledgements."""
     return f"{name}/{source_id}"

@@ -1,4 +1,4 @@
-"""Enqueues the entries of an outbox: pending ones, and sent ones that are overdue and no longer on their way."""
+"""Enqueues the entries of an outbox: pending entries, and overdue sent entries whose job is lost."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from producers.outbox import Outbox
 from producers.outbox_deliveries import LAST_CHECK_SECONDS
 from producers.rq_queue import ACTIVE_STATUSES, enqueue, in_no_list, job_states, without_acknowledgement
 
-_BATCH_ENTRIES = 100  # what a caller's thread may have to wait for: some 5 ms of the interpreter
+_BATCH_ENTRIES = 100  # takes about 5 ms of the interpreter, for which a caller's thread may have to wait
 _SWEEP_ENTRIES = 10 * _BATCH_ENTRIES
-# One to four seconds of a worker's work, depending on the machine; more would only fill Redis with copies of entries.
+# A worker needs one to four seconds for these, depending on the machine. More would only use memory of Redis.
 _FULL_QUEUE_JOBS = 20_000
 _FIRST_CHECK_SECONDS = 5.0
 _LAST_CHECK_SECONDS = LAST_CHECK_SECONDS
 _SEARCHED_CHECKS = 3  # after about 35 seconds
-_SEARCHED_ENTRIES = 20  # a sweep: finding one in a long queue takes Redis a while
+_SEARCHED_ENTRIES = 20  # per sweep: Redis needs time to find a job in a long queue
 _CLOCK_SECONDS = 60.0  # how often Redis' clock is read
-_random = random.SystemRandom()  # not the module's own state, which belongs to the program that records
+_random = random.SystemRandom()  # leaves the state of `random` to the caller's program
 
 
 def _check_interval(checks: int) -> float:
@@ -33,26 +33,32 @@ def _check_interval(checks: int) -> float:
 
 
 class EntrySender:
-    """Raises RedisError or OutboxError from its methods; entries then stay as they were."""
+    """Sends the entries of one outbox to one queue.
+
+    Raises:
+        RedisError: from every method, when Redis cannot be reached; the entries are unchanged.
+        OutboxError: from every method, when the outbox cannot be read or written; the entries are unchanged.
+    """
 
     def __init__(self, outbox: Outbox, redis: Redis, queue: str) -> None:
         self._deliveries = outbox.deliveries
         self._redis = redis
         self._queue = Queue(queue, connection=redis, serializer=JSONSerializer)
-        # Set when entries may have arrived without being marked (a send failed, or its relay ended): ask Redis first.
+        # True if Redis may have jobs of entries that are not marked as sent (a send failed, or its relay ended). The
+        # next send then asks Redis for the jobs' states first.
         self.in_doubt = True
         self._queued_jobs = 0  # after the last send
         self._clock_read_at = 0.0
         self._redis_ahead = 0.0
 
     def send_pending(self, *, probe: bool, stopped: Callable[[], bool]) -> int:
-        """Send what is pending as long as the queue has room, but at most one sweep's share; returns how many entries.
+        """Send pending entries while the queue has room, at most _SWEEP_ENTRIES of them; return how many were sent.
 
-        Without that limit, fast workers would keep the relay from reading their acknowledgements, and the outbox would
-        fill with settled events. A batch that was cut short by its size in bytes ends the sweep as well.
+        The limit lets the relay read acknowledgements between two sweeps even if workers are fast; otherwise the outbox
+        would fill with acknowledged entries. A batch that its size in bytes cuts short also ends the sweep.
 
-        With `probe`, as after a failure, the first batch is one entry: making a hundred jobs in vain would take time
-        from the caller's threads.
+        With `probe`, after a failure, the first batch is one entry: if Redis is still away, preparing a hundred jobs
+        would only take time from the caller's threads.
         """
         sent = 0
         limit = 1 if probe else _BATCH_ENTRIES
@@ -69,14 +75,14 @@ class EntrySender:
         return sent
 
     def send_overdue(self) -> int:
-        """Send overdue entries again whose job is lost; returns how many."""
+        """Send overdue entries again if their job is lost, and return how many were sent."""
         heads = self._deliveries.overdue(_BATCH_ENTRIES)
         if not heads:
             return 0
         states = job_states(self._redis, heads)
         inactive = [head for head in heads if states[head.position] not in ACTIVE_STATUSES]
         gone = without_acknowledgement(self._redis, inactive)
-        # A job's status survives its worker: a job that has been active for long must also be in some list.
+        # A job keeps its status when its worker dies. If it has been active for long, search the lists of jobs for it.
         searched = [h for h in heads if h.checks >= _SEARCHED_CHECKS and states[h.position] in ACTIVE_STATUSES]
         gone += in_no_list(self._redis, self._queue, searched[:_SEARCHED_ENTRIES])
         entries = self._deliveries.with_events(gone)
@@ -92,7 +98,7 @@ class EntrySender:
         return self._queued_jobs < _FULL_QUEUE_JOBS
 
     def _send(self, entries: Sequence[Entry]) -> None:
-        """Enqueue all in one transaction."""
+        """Enqueue all entries in one transaction of Redis."""
         if not entries:
             return
         with self._redis.pipeline(transaction=True) as pipe:
@@ -100,7 +106,7 @@ class EntrySender:
             self._queued_jobs = pipe.execute()[-1]
 
     def _redis_now(self) -> datetime:
-        """By Redis' clock, which all hosts measure a job's waiting time by."""
+        """Return the time by Redis' clock, which is the same for all hosts."""
         if time.monotonic() >= self._clock_read_at:
             seconds, microseconds = self._redis.time()
             self._redis_ahead = seconds + microseconds / 1e6 - time.monotonic()

@@ -38,6 +38,7 @@ class InvalidEvent(HistoryError, ValueError):
 
     @classmethod
     def at(cls, field: str, reason: str) -> InvalidEvent:
+        """Return the error for one field, given its dotted path."""
         return cls(f"{field}: {reason}", field)
 
 

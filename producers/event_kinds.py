@@ -194,6 +194,7 @@ class EventKind:
 
     @cached_property
     def payload(self) -> type[Payload]:
+        """The payload's class, from the envelope's field `data`."""
         payload: type[Payload] | Any = self.model.model_fields["data"].annotation
         assert isinstance(payload, type)
         assert issubclass(payload, Payload)
@@ -201,6 +202,7 @@ class EventKind:
 
     @cached_property
     def type(self) -> str:
+        """The CloudEvents attribute `type`."""
         return self.payload.type
 
     @property

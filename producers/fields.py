@@ -58,7 +58,7 @@ def type_name(value: Any) -> str:
 
 
 def plain_number(value: Any) -> int | Decimal | Fraction | None:
-    """Return the value of a number that is no int, float or Decimal, such as NumPy's; None if it is not a real number.
+    """Return the value of a number of another type than int, float and Decimal; None if it is not a real number.
 
     A binary float of another precision becomes the shortest decimal that converts back to it: NumPy's float32(0.1) is
     0.1. NaN and infinities become the Decimals of the same name.

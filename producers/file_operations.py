@@ -1,4 +1,4 @@
-"""File operations of the outbox: ids of files, a lock on a folder, owners, copies, free names."""
+"""File operations of the outbox: file ids, a folder lock, owners, copies, free names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FileId = tuple[int, int]  # device and inode
 
 
 def file_id(path: Path) -> FileId | None:
-    """Device and inode of the file at `path`; None if there is none."""
+    """Return device and inode of the file at `path`, or None if there is no file."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -28,7 +28,7 @@ def file_id(path: Path) -> FileId | None:
 
 
 def file_size(path: Path) -> int | None:
-    """In bytes; None when there is no such file, or it cannot be seen."""
+    """Return the size of a file in bytes, or None if there is no file or it cannot be accessed."""
     try:
         return os.stat(path).st_size
     except OSError:
@@ -36,7 +36,7 @@ def file_size(path: Path) -> int | None:
 
 
 def has_hard_link(path: Path) -> bool:
-    """Whether the file has a second name."""
+    """Return whether the file has a second name."""
     try:
         return os.stat(path).st_nlink > 1
     except OSError:
@@ -45,7 +45,7 @@ def has_hard_link(path: Path) -> bool:
 
 @contextmanager
 def os_errors(path: Path) -> Iterator[None]:
-    """The system's errors as OutboxError, which names the file."""
+    """Translate the system's errors into OutboxError, which names the file."""
     try:
         yield
     except OSError as error:
@@ -54,7 +54,7 @@ def os_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """One process at a time is in such a block; the kernel releases the lock when the process dies."""
+    """Let one process at a time into the block; the kernel releases the lock when the process dies."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -64,9 +64,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def make_as_root(path: Path, like: Path) -> None:
-    """If this is root and there is no such file, make an empty one with the owner, group and mode of `like`.
+    """If the user is root and `path` does not exist, create an empty file with the owner, group and mode of `like`.
 
-    Else an operator's command would leave files that the producer may not write. `like` may be a folder.
+    Otherwise a command that an operator runs as root would create files that the producer cannot write. `like` may be a
+    folder.
     """
     if os.geteuid() != 0:
         return
@@ -76,7 +77,7 @@ def make_as_root(path: Path, like: Path) -> None:
     except (FileExistsError, FileNotFoundError):
         return
     try:
-        with suppress(OSError):  # in some containers root may not
+        with suppress(OSError):  # not permitted in some containers
             os.fchown(descriptor, found.st_uid, found.st_gid)
         os.fchmod(descriptor, stat.S_IMODE(found.st_mode) & (0o664 if stat.S_ISDIR(found.st_mode) else 0o666))
     finally:
@@ -84,15 +85,15 @@ def make_as_root(path: Path, like: Path) -> None:
 
 
 def copy_file(file: Path, copy: Path) -> None:
-    """Copy content, owner and mode, and wait for the disk."""
-    # Never closed: closing it would end the locks that SQLite has on the file in this process.
+    """Copy a file with its owner and mode, and sync the copy to disk."""
+    # Never closed: closing it would release the locks that SQLite has on the file in this process.
     source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     found = os.fstat(source)
-    copy.unlink(missing_ok=True)  # of a process that died
+    copy.unlink(missing_ok=True)  # left by a process that died
     target = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         if os.geteuid() == 0:
-            with suppress(OSError):  # in some containers root may not
+            with suppress(OSError):  # not permitted in some containers
                 os.fchown(target, found.st_uid, found.st_gid)
         os.fchmod(target, stat.S_IMODE(found.st_mode))
         while part := os.read(source, _COPY_BYTES):
@@ -105,7 +106,7 @@ def copy_file(file: Path, copy: Path) -> None:
 
 
 def free_name(wanted: Path) -> Path:
-    """The wanted path, with a number behind it if there is such a file."""
+    """Return the wanted path, or the path with a number appended if the file exists."""
     name, number = wanted, 1
     while name.exists():
         number += 1

@@ -166,6 +166,7 @@ class HistoryProducer:
 
     @property
     def closed(self) -> bool:
+        """Whether the producer is closed."""
         return self._closed
 
     def flush(self, timeout: float | None = EXIT_SECONDS) -> int:

@@ -1,11 +1,11 @@
-"""The durable local store of a producer: an event is accepted once its entry is committed here.
+"""The durable local log of a producer: an event is accepted once its entry is committed here.
 
-One SQLite file serves any number of threads and processes. An entry is `pending` until Redis has it, then `sent`, and
-becomes `stored` or `rejected` when its acknowledgement was read. Only appending waits for the disk: if a crash undoes
-another mark, the entry is sent again, which the worker finds to be a duplicate.
+One SQLite file serves any number of threads and processes. An entry is `pending` until Redis has its job, then `sent`,
+and becomes `stored` or `rejected` when its acknowledgement is read. Only appending waits for the disk: if a crash
+undoes another change of state, the entry is sent again, and the worker finds a duplicate.
 
-Settled entries (stored or rejected) stay for a while, so that they can be sent again after the database was restored
-from a backup.
+Settled entries (stored or rejected) are kept for some days, so that they can be sent again after the database was
+restored from a backup.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 MAX_BYTES = 2**30
 
-_RESENT_ENTRIES = 1000  # at once: a short transaction, which no append waits for long
+_RESENT_ENTRIES = 1000  # per transaction, so that appends wait only briefly
 _AUDITED_ENTRIES = 5000
 
 _TAKE_SEQUENCES = """
@@ -55,7 +55,7 @@ INSERT INTO entries (source_id, sequence, nonce, recorder, event_id, type, summa
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
-# This check comes early and is not counted: the interval to the next one must not grow by it.
+# This check is early and is not counted, so that the interval to the next check does not grow.
 _CHECK_NOW = "UPDATE entries SET check_at = 0, checks = max(checks - 1, 0) WHERE state = 'sent' AND position <= ?"
 
 _RESEND = """
@@ -73,14 +73,14 @@ SELECT sequence, nonce, event_id, state FROM entries
 WHERE source_id = ? AND (sequence, nonce) > (?, ?) ORDER BY sequence, nonce LIMIT ?
 """
 
-# State by state, each along its own index.
+# One subquery for each state, so that each uses its own index.
 _IS_COUNTED = "(:producer_id IS NULL OR recorder = :producer_id) AND (:until IS NULL OR position <= :until)"
 _UNSETTLED_COUNT = f"""
 SELECT (SELECT count(*) FROM entries WHERE state = 'pending' AND {_IS_COUNTED})
     + (SELECT count(*) FROM entries WHERE state = 'sent' AND {_IS_COUNTED})
 """  # noqa: S608  # constants
 
-# By the indexes alone: reading all kept entries would take seconds each time a status is shown.
+# Uses indexes only: reading all kept entries would take seconds each time a status is shown.
 _STATUS = """
 SELECT 'pending', count(*), (SELECT recorded_at FROM entries WHERE state = 'pending' ORDER BY position LIMIT 1)
     FROM entries WHERE state = 'pending'
@@ -91,14 +91,14 @@ UNION ALL SELECT 'settled', count(*), NULL FROM entries WHERE state IN ('stored'
 
 
 class Position(NamedTuple):
-    """The place of an entry, in the order of recording, in the file that was at the path then."""
+    """Place of an entry in the order of recording, in the file that was at the path at that time."""
 
     number: int
     generation: int
 
 
 def _once_more_after_repair(method: Callable[Concatenate[Outbox, P], T]) -> Callable[Concatenate[Outbox, P], T]:
-    """If the method meets damage, quarantine the file and call the method once more, on a new one."""
+    """If the method finds the file damaged, quarantine it and call the method once more, on a new file."""
 
     @wraps(method)
     def repaired(self: Outbox, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -110,16 +110,16 @@ def _once_more_after_repair(method: Callable[Concatenate[Outbox, P], T]) -> Call
 
 
 class Outbox:
-    """Opens or creates the file at `path`, which holds at most `max_bytes`.
+    """Outbox in the file at `path`, which is created if it is missing. Appends fail when it has `max_bytes`.
 
-    With `repair`, as producers and relays open it, a damaged file is quarantined (moved to `<name>.damaged-<number>`)
-    and a new one is made, and a file of an earlier release is upgraded. Without it, as commands that only read open it,
-    OutboxDamaged or OutboxOutdated is raised, and the file is left as it is.
+    Producers and relays open it with `repair`: a damaged file is quarantined (renamed to `<name>.damaged-<number>`) and
+    replaced by a new one, and a file of an earlier release is upgraded. Commands that only read open it without
+    `repair`: such a file is left unchanged, and OutboxDamaged or OutboxOutdated is raised.
 
-    `header`, `deliveries` and `quarantine` are the parts of it that relays, doctor and audit use.
+    Relays, doctor and audit use its parts `header`, `deliveries` and `quarantine`.
 
     Raises:
-        OutboxOutdated: the file is of an earlier release; without `repair` only.
+        OutboxOutdated: an earlier release wrote the file; only without `repair`.
         OutboxDamaged: here and from every method, when the content of the file cannot be read.
         OutboxError: here and from every method, when the file cannot be read or written.
     """
@@ -145,18 +145,19 @@ class Outbox:
         with self._file.reading() as db:
             is_of_this_boot = self._clock.is_of_this_boot(db)
         if self._repair and not is_of_this_boot:
-            # Before another process reads it: if the wall clock is set in between, the two would read different times.
+            # Keep a reading before another process reads the clock: if the wall clock were set in between, the two
+            # processes would have different times.
             with self._file.transaction(durable=False) as db:
                 self._clock.keep(db)
 
     @property
     def generation(self) -> int:
-        """Another number means that another file is at the path than before."""
+        """Number of times that another file was found at the path."""
         return self._file.generation
 
     @contextmanager
     def repaired(self) -> Iterator[None]:
-        """If the block meets damage, quarantine the file and end the block there; the caller does its work again.
+        """If the block finds the file damaged, quarantine the file and leave the block; the caller repeats its work.
 
         Raises:
             OutboxDamaged: without `repair`, or when the file does not look like an outbox.
@@ -164,27 +165,30 @@ class Outbox:
         try:
             yield
         except OutboxDamaged as error:
-            # A file that never was an outbox belongs to another program and was named by mistake.
+            # A file that never was an outbox belongs to another program and was configured by mistake.
             if not self._repair or not (self._file.place.has_been_used() or self._has_content_of_an_outbox()):
                 raise
             moved_to = self._file.quarantine()
             if moved_to is not None:
                 logger.error(
-                    "%s: the file is damaged and was moved to %s. New events go into a new file; a relay salvages the"
-                    " readable entries of the damaged one",
+                    "%s: the file is damaged and was moved to %s. New events go into a new file. A relay salvages the"
+                    " readable entries of the damaged file",
                     error,
                     moved_to,
                 )
 
     def _has_content_of_an_outbox(self) -> bool:
-        self._file.close()  # reading the file ends the locks that SQLite has on it in this process
+        self._file.close()  # reading the file would release the locks that SQLite has on it in this process
         return has_content_of_an_outbox(self._file.place.real)
 
     @_once_more_after_repair
     def append(self, name: str, payloads: Sequence[Payload], producer_id: int = 0) -> list[Accepted]:
-        """Record all of `payloads` in one durable commit, or none; the order is the order of sequences.
+        """Append all of `payloads` in one durable commit, or none of them; sequences follow their order.
 
-        `producer_id` is a number that the caller counts its own entries by.
+        `producer_id` identifies the caller, so that it can count its own entries later.
+
+        Returns:
+            The identifiers of each event, in the order of `payloads`.
         """
         accepted = []
         random = os.urandom(8 * len(payloads)).hex()
@@ -204,30 +208,30 @@ class Outbox:
 
     @_once_more_after_repair
     def set_destination(self, redis: str, queue: str) -> None:
-        """Note where the entries go, for relay processes."""
+        """Store the Redis and the queue that the entries go to; a relay process compares them with its own."""
         self.header.set_destination(redis, queue)
 
     @_once_more_after_repair
     def status_of(self, accepted: Accepted) -> EntryStatus:
-        """The state of one entry. Raises OutboxError when it was settled so long ago that it is no longer kept."""
+        """Return the state of one entry. Raises OutboxError if it was settled and has been deleted since."""
         with self._file.reading() as db:
             row = db.execute(_ENTRY_STATUS, (accepted.source_id, accepted.sequence, accepted.nonce)).fetchone()
         if row is not None:
             return EntryStatus(*row)
-        if self.quarantine.damaged_files():  # the entry may be in one of them, which is salvaged soon
+        if self.quarantine.damaged_files():  # the entry may be in one of them, and a relay salvages them soon
             return EntryStatus("pending", None, None)
         raise OutboxError(f"outbox {self.path}: entry {accepted.sequence} is no longer kept")
 
     @_once_more_after_repair
     def last_position(self) -> Position:
-        """The position of the entry that was recorded last."""
+        """Return the position of the entry that was recorded last."""
         with self._file.reading() as db:
             (position,) = db.execute("SELECT max(position) FROM entries").fetchone()
             return Position(position or 0, self.generation)
 
     @_once_more_after_repair
     def pending_count(self, until: Position | None = None) -> int:
-        """How many entries Redis does not have yet, of those up to this position."""
+        """Return the number of pending entries up to this position, or of all pending entries."""
         with self._file.reading() as db:
             query = "SELECT count(*) FROM entries WHERE state = 'pending' AND position <= ?"
             (count,) = db.execute(query, (self._number(until),)).fetchone()
@@ -235,14 +239,14 @@ class Outbox:
 
     @_once_more_after_repair
     def unsettled_count(self, *, producer_id: int | None = None, until: Position | None = None) -> int:
-        """How many entries are pending or sent, of one producer, of those up to this position."""
+        """Return the number of pending and sent entries, optionally of one producer or up to a position only."""
         with self._file.reading() as db:
             counted = {"producer_id": producer_id, "until": self._number(until)}
             (count,) = db.execute(_UNSETTLED_COUNT, counted).fetchone()
             return int(count)
 
     def _number(self, until: Position | None) -> int:
-        """All entries if another file is at the path since: they have other positions there."""
+        """Return the position as a number; one beyond all entries if another file is at the path since."""
         return 2**62 if until is None or until.generation != self.generation else until.number
 
     @_once_more_after_repair
@@ -253,14 +257,14 @@ class Outbox:
 
     @_once_more_after_repair
     def resend(self, since: float) -> int:
-        """Make settled entries recorded since then (seconds since the epoch) pending again; returns how many.
+        """Make settled entries recorded since `since` (seconds since the epoch) pending again; return how many.
 
-        If it ends early, some are pending and the others as before; it may be called again.
+        If it fails halfway, some of them are pending and the others are unchanged; it may be called again.
         """
         with self._file.transaction() as db:
-            # By their age: entries have times of the outbox's own clock.
+            # Compare ages, because entries have times of the outbox's own clock.
             recorded_since = self._clock.now(db) - (time.time() - since)
-            # First: earlier acknowledgements must not settle an entry of any page.
+            # Before the first page: acknowledgements of earlier deliveries must not settle an entry of any page.
             db.execute("UPDATE sources SET resends = resends + 1")
         after, until, count = Position(0, self.generation), self.last_position(), 0
         while True:
@@ -275,7 +279,7 @@ class Outbox:
                 after = Position(end, self.generation)
             if end == last:
                 return count
-            time.sleep(time.monotonic() - began_at)  # else appends would hardly ever find the file free
+            time.sleep(time.monotonic() - began_at)  # otherwise appends would hardly ever find the file unlocked
 
     @_once_more_after_repair
     def status(self) -> OutboxStatus:
@@ -290,42 +294,42 @@ class Outbox:
         return OutboxStatus(pending, sent, found["settled"][0] - rejected, rejected, age)
 
     def oldest_pending_seconds(self) -> float | None:
-        """The age of the oldest pending entry; None when there is none."""
+        """Return the age of the oldest pending entry in seconds, or None if no entry is pending."""
         with self._file.reading() as db:
             query = "SELECT recorded_at FROM entries WHERE state = 'pending' ORDER BY position LIMIT 1"
             row = db.execute(query).fetchone()
             return None if row is None else max(self._clock.now(db) - row[0], 0.0)
 
     def used_bytes(self) -> int:
-        """How much of `max_bytes` is taken."""
+        """Return how many of the `max_bytes` are in use."""
         with self._file.reading() as db:
             return self._file.used_bytes(db)
 
     def quick_check(self, seconds: float) -> str | None:
-        """See `outbox_check.find_fault`; indexes are repaired with `repair`."""
+        """Return the first fault of the file, see `outbox_check.find_fault`. With `repair`, rebuild stale indexes."""
         return find_fault(self._file, seconds, repair=self._repair)
 
     def entries(self) -> list[Entry]:
-        """All kept entries in the order of recording."""
+        """Return all kept entries in the order of recording."""
         with self._file.reading() as db:
             return [Entry(*row) for row in db.execute(_ENTRIES)]
 
     def sources(self) -> list[OutboxSource]:
-        """All sources, the oldest first."""
+        """Return all sources, the oldest first."""
         with self._file.reading() as db:
             rows = db.execute("SELECT id, name, last_sequence, current, left_because FROM sources ORDER BY rowid")
             return [OutboxSource(source_id, name, last, bool(now), why) for source_id, name, last, now, why in rows]
 
     def unsettled(self, source_id: str) -> set[int]:
-        """The numbers of one source that are pending or sent."""
+        """Return the numbers of one source whose entries are pending or sent."""
         with self._file.reading() as db:
             query = "SELECT sequence FROM entries WHERE source_id = ? AND state IN ('pending', 'sent')"
             return {sequence for (sequence,) in db.execute(query, (source_id,))}
 
     def audit_pages(self, source_id: str) -> Iterator[list[AuditEntry]]:
-        """The kept entries of one source in the order of their numbers, a page at a time.
+        """Yield the kept entries of one source in pages, in the order of their numbers.
 
-        Two entries may have one number: the outbox and a copy of it have used it, and entries were carried over.
+        Two entries may have the same number if the outbox and a copy of it used it and entries were carried over.
         """
         after = (-1, "")
         while True:
@@ -337,12 +341,12 @@ class Outbox:
             after = rows[-1][:2]
 
     def relay_lock(self) -> RelayLock:
-        """The right to relay this outbox, which one thread of one process has at a time."""
-        # Beside the file itself: two paths that lead to it have one lock.
+        """Return the lock for relaying this outbox, which one thread of one process holds at a time."""
+        # Beside the real file, so that two paths to it share one lock.
         return RelayLock(self._file.place.sibling(LOCK), self._file.place.real)
 
     def close(self) -> None:
-        """A closed outbox opens its file again when it is used again."""
+        """Close the file. The outbox opens it again when it is used again."""
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
 """Carries unsettled entries from an outbox file that was removed or replaced into the file at the path.
 
-Entries keep their source, number and nonce, and so their job id: if Redis or the database has one already, it is
-recognized as the same delivery. An entry that the outbox has stays as it is there.
+Entries keep their source, number and nonce, and so their job id: if Redis or the database already has such an entry, it
+recognizes the same delivery. If the outbox at the path already has an entry, that entry is left unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ENTRY_COLUMNS = (
 )  # fmt: skip
 _SOURCE_COLUMNS = ("id", "name", "last_sequence", "resends", "current", "left_because")
 
-# In the order of the columns: a file that a dead process has left behind is salvaged like a damaged one.
+# The order of the columns matters: if the process dies, the file that it leaves is salvaged like a damaged one.
 _COPY_OUT = (
     "CREATE TABLE taken_out.outbox AS SELECT * FROM main.outbox",
     "CREATE TABLE taken_out.sources AS SELECT * FROM main.sources",
@@ -36,7 +36,7 @@ SELECT {", ".join(ENTRY_COLUMNS)} FROM taken_out.entries ORDER BY position
 """  # noqa: S608  # constants
 _SELECT_SOURCES = f"SELECT {', '.join(_SOURCE_COLUMNS)} FROM taken_out.sources"  # noqa: S608  # constants
 
-# A source goes on here, unless its name has another current one here.
+# The source stays current unless this file already has another current source of the same name.
 CONTINUE_SOURCE = """
 INSERT INTO sources (id, name, last_sequence, resends, current, left_because)
 VALUES (:id, :name, :last_sequence, :resends,
@@ -44,16 +44,16 @@ VALUES (:id, :name, :last_sequence, :resends,
 ON CONFLICT (id) DO UPDATE SET last_sequence = max(last_sequence, excluded.last_sequence),
     resends = max(resends, excluded.resends)
 """
-# A new file has the tokens of the one that it continues; any other has its own.
+# A new file takes the tokens of the file that it continues; a file that already has sources keeps its own.
 _CONTINUE_HEADER = """
 UPDATE outbox SET token = ?, next_token = ?, redis = ?, queue = ? WHERE NOT EXISTS (SELECT 1 FROM sources)
 """
 
 
 class CarryOver:
-    """Files beside the outbox with what was taken out of removed files and is not in the next one yet.
+    """Temporary files beside the outbox: they contain entries of removed files that the file at the path lacks.
 
-    Each is locked while this process lives: if it dies before, a relay salvages the file.
+    Each is locked as long as this process lives. If the process dies, a relay salvages the file.
     """
 
     def __init__(self, place: OutboxPlace) -> None:
@@ -65,7 +65,7 @@ class CarryOver:
         return bool(self._locks)
 
     def take_out(self, db: sqlite3.Connection) -> bool:
-        """Copy the header, the sources and the unsettled entries; False when damage keeps them from being read."""
+        """Copy header, sources and unsettled entries into a temporary file; return False if they are unreadable."""
         self._place.make_folder()
         file = self._place.sibling(f"{TAKEN_OUT}{secrets.token_hex(8)}")
         lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -87,10 +87,10 @@ class CarryOver:
         return True
 
     def put_in(self, db: sqlite3.Connection) -> int:
-        """Copy what was taken out into this database, and remove the files; returns how many entries are new."""
+        """Copy the temporary files into this database, delete them, and return how many entries are new."""
         carried = 0
         for file in list(self._locks):
-            if file.exists():  # else a child of this process was first
+            if file.exists():  # otherwise a child of this process has done it
                 carried += _put_in(db, file)
                 file.unlink(missing_ok=True)
             os.close(self._locks.pop(file))
@@ -98,11 +98,11 @@ class CarryOver:
 
 
 def is_in_use(taken_out: Path) -> bool:
-    """Whether the process that has made the file, or a child of it, is alive: it holds a lock on it."""
+    """Return whether the process that made the file, or a child of it, is alive and therefore locks the file."""
     try:
         descriptor = os.open(taken_out, os.O_RDONLY)
     except FileNotFoundError:
-        return True  # no longer needed
+        return True  # deleted in the meantime: there is nothing to salvage
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Finds faults in an outbox file: SQLite's own check, and indexes that lack entries."""
+"""Finds faults in an outbox file: those that SQLite's own check finds, and indexes that lack entries."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_CHECK_STEPS = 10_000  # of SQLite's virtual machine, between two looks at the clock
+_CHECK_STEPS = 10_000  # instructions of SQLite's virtual machine between two readings of the clock
 
-# Each index, with the condition for the entries in it. The last one is that of the unique columns.
+# Each index and the condition for its entries. SQLite made the last one for the unique columns.
 INDEXES = {
     "entries_pending": "state = 'pending'",
     "entries_sent": "state = 'sent'",
@@ -26,7 +26,7 @@ INDEXES = {
     "entries_rejected": "state = 'rejected'",
     "sqlite_autoindex_entries_1": "true",
 }
-# Sums over the indexes and over the table, in one statement, so that both are of one moment.
+# Count and sum the positions in each index and in the table, in one statement, so that both see the same state.
 _BY_INDEX = ", ".join(
     f"(SELECT count(*) || ':' || total(position) FROM entries INDEXED BY {index} WHERE {has})"  # noqa: S608  # constants
     for index, has in INDEXES.items()
@@ -38,9 +38,11 @@ _COMPARE_INDEXES = f"SELECT {_BY_INDEX}, {_BY_TABLE} FROM entries NOT INDEXED"  
 
 
 def find_fault(file: OutboxFile, seconds: float, *, repair: bool) -> str | None:
-    """The first fault in the file, None when there is none, or `unfinished` after so many seconds.
+    """Check the file for at most `seconds` seconds.
 
-    An index that lacks entries is a fault, and with `repair` is built anew.
+    Returns:
+        The first fault found; None if there is none; "unfinished" if the time was too short. An index that lacks
+        entries is a fault; with `repair` it is rebuilt.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -52,12 +54,12 @@ def find_fault(file: OutboxFile, seconds: float, *, repair: bool) -> str | None:
         _rebuild(file, stale)
     fault = _quick_check(file, deadline)
     if fault in (None, "unfinished") and stale and not repair:
-        return f"index {', '.join(stale)} is stale: a controller or relay builds it anew when it starts"
+        return f"index {', '.join(stale)} is stale: a controller or relay rebuilds it when it starts"
     return fault
 
 
 def _stale_indexes(file: OutboxFile, deadline: float) -> list[str]:
-    """Stale indexes that are found by the deadline. SQLite's quick check does not compare an index with its table."""
+    """Return the stale indexes, or none if the deadline passes. SQLite's quick check does not find them."""
     with file.reading() as db:
         found = _until(deadline, db, lambda: db.execute(_COMPARE_INDEXES).fetchone())
     if found is None:
@@ -71,8 +73,8 @@ def _rebuild(file: OutboxFile, indexes: list[str]) -> None:
         for index in indexes:
             db.execute(f"REINDEX {index}")
     logger.error(
-        "outbox %s: an index lacked entries, as after a power failure, and was built anew: %s. The entries that it"
-        " lacked are sent now; check the disk",
+        "outbox %s: an index lacked entries, as after a power failure, and was rebuilt: %s. Pending entries among them"
+        " are sent now. Check the disk",
         file.path,
         ", ".join(indexes),
     )
@@ -87,7 +89,7 @@ def _quick_check(file: OutboxFile, deadline: float) -> str | None:
 
 
 def _until(deadline: float, db: sqlite3.Connection, query: Callable[[], T]) -> T | None:
-    """The query's result; None if it has not ended by the deadline."""
+    """Return the query's result, or None if it has not ended by the deadline."""
     db.set_progress_handler(lambda: time.monotonic() > deadline, _CHECK_STEPS)
     try:
         return query()

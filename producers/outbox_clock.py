@@ -1,7 +1,7 @@
-"""The outbox's own clock, which runs evenly even if the wall clock is set.
+"""The outbox's own clock, which does not jump when the wall clock is set.
 
-It adds the seconds that the machine has run to the time at which the outbox was made. Over a restart of the machine
-only the wall clock is left to measure by: it is trusted for at most a day, and only forward.
+It adds the seconds that the machine has run to the time at which the outbox was made. Only the wall clock measures how
+long the machine was off: it is trusted for at most one day, and only forward.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from functools import cache
 from pathlib import Path
 
 _LONGEST_STOP_SECONDS = 86400.0
-_KEEP_SECONDS = 60.0  # how often its reading is kept, so that it goes on from there after a restart
-# Linux and Android count suspended time there too; elsewhere the monotonic clock has to do.
+_KEEP_SECONDS = 60.0  # interval between two kept readings; the clock continues from the last one after a restart
+# On Linux and Android, CLOCK_BOOTTIME includes suspended time. Other systems lack it.
 _RUNNING_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 @cache
 def boot_id() -> str:
-    """The same for all processes until the machine starts again; of this process where the system does not say."""
+    """Return an id that all processes share until the machine restarts; an id of this process if there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -31,13 +31,13 @@ def boot_id() -> str:
 
 
 def running_seconds() -> float:
-    """Seconds since the machine was started; no setting of a clock moves them."""
+    """Return the seconds since the machine was started; setting the wall clock does not change them."""
     return time.clock_gettime(_RUNNING_CLOCK)
 
 
 @dataclass(frozen=True)
 class ClockReading:
-    """The clock's time at one moment, with the machine's boot id, its running seconds and the wall clock."""
+    """Reading of the clock, with the boot id, running seconds and wall clock of the machine at that moment."""
 
     shown: float
     boot: str
@@ -50,7 +50,7 @@ class ClockReading:
         return cls(wall, boot_id(), running_seconds(), wall)
 
     def now(self) -> ClockReading:
-        """The reading of this moment, from an earlier one."""
+        """Return a reading of this moment, computed from this earlier one."""
         running, wall = running_seconds(), time.time()
         if boot_id() == self.boot and running >= self.running:
             passed = running - self.running
@@ -60,9 +60,9 @@ class ClockReading:
 
 
 class OutboxClock:
-    """The clock of one outbox. A reading of it is kept in the file, for other processes to go on from.
+    """Clock of one outbox. A reading of it is kept in the file, and other processes continue from it.
 
-    `generation` is another number when another file is at the path, which may have another clock.
+    `generation` returns another number when another file is at the path, which may have another clock.
     """
 
     def __init__(self, generation: Callable[[], int]) -> None:
@@ -71,20 +71,20 @@ class OutboxClock:
         self._kept_at = -math.inf
 
     def now(self, db: sqlite3.Connection) -> float:
-        """Seconds since the epoch, as this clock has them."""
+        """Return the seconds since the epoch by this clock."""
         if self._read_in != self._generation():
             self._read(db)
         return self._reading.now().shown
 
     def is_of_this_boot(self, db: sqlite3.Connection) -> bool:
-        """Whether a reading was kept since the machine has started."""
+        """Return whether a reading was kept since the machine was started."""
         return _kept(db).boot == boot_id()
 
     def _read(self, db: sqlite3.Connection) -> None:
         self._reading, self._read_in = _kept(db).now(), self._generation()
 
     def keep(self, db: sqlite3.Connection) -> None:
-        """Keep a reading if that is due; call it in transactions that write anyway."""
+        """Keep a reading if one is due; call this in transactions that write anyway."""
         if time.monotonic() - self._kept_at < _KEEP_SECONDS:
             return
         self._kept_at = time.monotonic()

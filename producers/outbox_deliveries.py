@@ -1,4 +1,4 @@
-"""The deliveries of an outbox's entries: what a relay sends and checks, and how it notes the results."""
+"""The relay's view of an outbox: which entries to send or check, and how to store the results."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from producers.outbox_file import OutboxFile
 
 LAST_CHECK_SECONDS = 300.0  # the longest interval between two checks of a sent entry
 
-_BATCH_BYTES = 4 * 2**20  # of events, which may be 8 MiB each: sending a hundred of those takes gigabytes of memory
-_PRUNED_ENTRIES = 1000  # at once: a short transaction, which no append waits for long
+_BATCH_BYTES = 4 * 2**20  # an event may have 8 MiB: sending a hundred of those at once would take gigabytes of memory
+_PRUNED_ENTRIES = 1000  # per transaction, so that appends wait only briefly
 
-# The source by a query of its own: with a join SQLite might begin with the sources, and sort.
+# A subquery reads the source: with a join, SQLite might begin with the sources and sort.
 _HEAD = """
 SELECT position, source_id, sequence, nonce, (SELECT name FROM sources WHERE id = source_id) || '/' || source_id, checks
 """
 SELECT_ENTRIES = _HEAD + ", type, summary, event FROM entries "
 _PENDING = SELECT_ENTRIES + "WHERE state = 'pending' ORDER BY position LIMIT ?"
 _ENTRY = SELECT_ENTRIES + "WHERE position = ?"
-# Nothing is due later than the longest interval: a time beyond it was written by a clock that was ahead.
+# No check is due later than after the longest interval: a later time was written by a clock that was ahead.
 _OVERDUE = f"""
 SELECT * FROM ({_HEAD} FROM entries WHERE state = 'sent' AND check_at <= :now ORDER BY check_at LIMIT :limit)
 UNION ALL
@@ -38,8 +38,9 @@ _MARK_SENT = (
 )
 _POSTPONE = "UPDATE entries SET checks = checks + 1, check_at = ? WHERE position = ? AND state = 'sent'"
 
-# A late acknowledgement of an earlier delivery must not change a settled entry, with one exception: what was rejected
-# and then requeued by an operator can still be stored. The event's id is compared for entries without a nonce.
+# A late acknowledgement of an earlier delivery must not change a settled entry, with one exception: an event that was
+# rejected, and that an operator then requeued, can still be stored. The event's id is compared because entries of
+# earlier releases have no nonce.
 _SETTLE = """
 UPDATE entries SET state = :state, row_id = :row_id, reason = :reason, settled_at = :now, check_at = NULL
 WHERE source_id = :source_id AND sequence = :sequence AND nonce = :nonce
@@ -62,7 +63,7 @@ DELETE FROM entries WHERE position IN (
 
 
 class OutboxDeliveries:
-    """The deliveries of the outbox in `file`.
+    """Deliveries of the outbox in `file`.
 
     Raises:
         OutboxError: from every method, when the file cannot be read or written.
@@ -73,12 +74,12 @@ class OutboxDeliveries:
         self._clock = clock
 
     def pending(self, limit: int) -> list[Entry]:
-        """The oldest entries that Redis does not have yet: one batch, `limit` entries at the most."""
+        """Return the oldest pending entries: one batch of at most `limit` entries."""
         with self._file.reading() as db, closing(db.execute(_PENDING, (limit,))) as rows:
             return _one_batch(rows)
 
     def overdue(self, limit: int) -> list[EntryHead]:
-        """Sent entries whose acknowledgement should have come by now."""
+        """Return at most `limit` sent entries whose next check is due."""
         with self._file.reading() as db:
             now = self._clock.now(db)
             latest = now + 1.2 * LAST_CHECK_SECONDS
@@ -86,22 +87,22 @@ class OutboxDeliveries:
             return [EntryHead(*row) for row in rows]
 
     def sent(self, after: int, limit: int) -> list[tuple[EntryHead, float]]:
-        """Sent entries behind a position, in the order of recording, each with its age in seconds."""
+        """Return sent entries after a position, in the order of recording, each with its age in seconds."""
         with self._file.reading() as db:
             now = self._clock.now(db)
             return [(EntryHead(*head), max(now - at, 0.0)) for *head, at in db.execute(_SENT, (after, limit))]
 
     def with_events(self, heads: Iterable[EntryHead]) -> list[Entry]:
-        """The first of these entries: one batch."""
+        """Return the first of these entries with their events: one batch."""
         with self._file.reading() as db:
             return _one_batch(row for head in heads for row in db.execute(_ENTRY, (head.position,)))
 
     def mark_sent(self, check_after: Mapping[int, float]) -> None:
-        """Mark entries (by position) as sent, each to be checked after so many seconds."""
+        """Mark entries as sent; `check_after` maps each position to the seconds until its first check."""
         self._mark(_MARK_SENT, check_after)
 
     def postpone(self, check_after: Mapping[int, float]) -> None:
-        """Have sent entries (by position) checked again after so many seconds each."""
+        """Set the next check of sent entries; `check_after` maps each position to the seconds until then."""
         self._mark(_POSTPONE, check_after)
 
     def _mark(self, statement: str, check_after: Mapping[int, float]) -> None:
@@ -111,15 +112,18 @@ class OutboxDeliveries:
             self._clock.keep(db)
 
     def awaiting(self, state: Literal["sent", "rejected"]) -> list[tuple[str, str, int]]:
-        """(id, name, number of its resends) of each source that has entries in this state."""
+        """Return (id, name, number of resends) of each source that has entries in this state."""
         with self._file.reading() as db:
             return db.execute(_AWAITING, (state,)).fetchall()
 
     def settle(self, source_id: str, resends: int, acknowledgements: Mapping[Any, Acknowledgement]) -> SettledKeys:
         """Settle entries of one source by their acknowledgements, which may have any keys.
 
-        Keys of entries that this outbox does not have are in neither part of the answer. If the source was resent since
-        it had this number of `resends`, nothing is settled: the acknowledgements are of another database.
+        If the source has another number of resends than `resends`, nothing is settled: it was resent meanwhile, and the
+        acknowledgements are of the replaced database.
+
+        Returns:
+            The keys of the acknowledgements whose entries this outbox has; the other keys are left out.
         """
         done = SettledKeys([], [])
         with self._file.transaction(durable=False) as db:
@@ -137,19 +141,22 @@ class OutboxDeliveries:
         return done
 
     def has(self, delivery: tuple[str, int, str] | None) -> bool:
-        """Whether the entry of this source id, number and nonce is kept here."""
+        """Return whether the outbox still has the entry of this source id, number and nonce."""
         with self._file.reading() as db:
             return delivery is not None and db.execute(_IS_KEPT, delivery).fetchone() is not None
 
     def is_settled(self, delivery: tuple[str, int, str] | None) -> bool:
-        """Whether that entry is stored or rejected."""
+        """Return whether the entry of this source id, number and nonce is stored or rejected."""
         with self._file.reading() as db:
             return delivery is not None and db.execute(_IS_SETTLED, delivery).fetchone() is not None
 
     def prune(self, keep_seconds: float) -> int:
-        """Delete some of the oldest settled entries, if they are older than this or the file is half full.
+        """Delete some of the oldest settled entries, if they were settled longer ago or the file is half full.
 
-        Returns how many; a large backlog needs more calls. Entries that are not settled are never deleted.
+        Entries that are not settled are never deleted.
+
+        Returns:
+            How many were deleted. Call it again until that is 0.
         """
         with self._file.transaction(durable=False) as db:
             settled_before = self._clock.now(db) - keep_seconds
@@ -172,7 +179,7 @@ def _settled_columns(one: Acknowledgement, now: float) -> dict[str, Any]:
 
 
 def _one_batch(rows: Iterable[Sequence[Any]]) -> list[Entry]:
-    """Those before _BATCH_BYTES are exceeded, the first one in any case; the rows behind them are not read."""
+    """Return the first entries, up to _BATCH_BYTES of events but at least one; the remaining rows are not read."""
     entries: list[Entry] = []
     room = _BATCH_BYTES
     for row in rows:

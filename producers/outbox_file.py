@@ -1,7 +1,7 @@
-"""One SQLite file for any number of threads and processes, bounded in size, with two degrees of durability.
+"""One SQLite file for any number of threads and processes, limited in size, with two degrees of durability.
 
-The file may be removed, replaced or damaged while it is open. A transaction never ends in a file that no path leads to:
-its entries are carried over into the file at the path. A damaged file is quarantined: it gets another name.
+The file may be removed, replaced or damaged while it is open. If a transaction ends in a file that is no longer at the
+path, its entries are carried over into the file at the path. A damaged file is quarantined: it is renamed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Prepare = Callable[[sqlite3.Connection], None]
 
 
 class OutboxFile:
-    """The file at `path`, made with its folders when it is first used. It holds at most `max_bytes`.
+    """File at `path`, created with its folders when it is first used. Durable commits fail beyond `max_bytes`.
 
-    `prepare` makes the tables in a file that was just opened. With `repair`, a file that has a second name, which is a
-    hard link, is replaced by a copy before it is opened.
+    `prepare` creates the tables in a file that was just opened. With `repair`, a file that has a second name (a hard
+    link) is replaced by a copy before it is opened.
 
     Raises:
         OutboxDamaged: from every method, when the content of the file cannot be read.
@@ -44,24 +44,28 @@ class OutboxFile:
         self.path = self.place.path
         self.lock = threading.RLock()  # `_alone` takes it
         self._in_use = False
-        self.generation = 0  # how often another file was found at the path
+        self.generation = 0  # number of times that another file was found at the path
         self._max_bytes = max_bytes
         self._prepare = prepare
         self._repair = repair
         self._connections: dict[str, sqlite3.Connection] = {}  # by synchronous mode
-        self._open_file: FileId | None = None  # the one that they have open
-        self._open_sqlite_files: list[FileId | None] = []  # SQLite's files that belong to it
+        self._open_file: FileId | None = None  # the file that the connections have open
+        self._open_sqlite_files: list[FileId | None] = []  # SQLite's own files of that file
         self._carry_over = CarryOver(self.place)
         close_before_fork(self)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One thread at a time. A signal handler, which runs in the midst of its thread's work, cannot wait for it."""
+        """Let one thread at a time into the block.
+
+        Raises:
+            OutboxError: a signal handler of the thread that is in the block enters it. Waiting would never end.
+        """
         with self.lock:
             if self._in_use:
                 raise OutboxError(
-                    f"outbox {self.path}: record was called by a signal handler while this thread was recording;"
-                    " record outside the handler, e.g. set a flag"
+                    f"outbox {self.path}: record was called by a signal handler while its thread was recording. Record"
+                    " outside the handler, for example set a flag in it"
                 )
             self._in_use = True
             try:
@@ -71,17 +75,17 @@ class OutboxFile:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """A connection for reading, which no other thread uses in the block."""
+        """Give the block a connection for reading, which no other thread uses meanwhile."""
         with self._alone(), self._translated():
             yield self._connection(durable=False)
 
     @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """A transaction that can write; `durable` waits for the disk at its end.
+        """Run the block in a transaction that can write; if `durable`, wait for the disk after the commit.
 
         Raises:
-            OutboxDamaged: also after a durable commit into a file that was replaced meanwhile, if it cannot be carried
-                into the file at the path.
+            OutboxDamaged: also after a durable commit into a file that was replaced meanwhile, if the entries cannot be
+                carried over into the file at the path.
         """
         with self._alone(), self._translated():
             db = self._connection(durable=durable)
@@ -93,16 +97,16 @@ class OutboxFile:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
-            if not self._is_at_path() and not self._go_on_at_path() and durable:
+            if not self._is_at_path() and not self._continue_at_path() and durable:
                 # Another process has quarantined the file meanwhile, and may have salvaged it without this commit.
-                self._close_all()  # the file at the path is another one: it was not found damaged
+                self._close_all()  # the file at the path is a different file, which was not found damaged
                 raise OutboxDamaged(
-                    f"outbox {self.path}: was moved away as damaged before a commit, which cannot be read there and has"
-                    " to be repeated"
+                    f"outbox {self.path}: was moved away as damaged before a commit. The commit is unreadable there and"
+                    " must be repeated"
                 )
 
     def used_bytes(self, db: sqlite3.Connection) -> int:
-        """Without the pages that deleted entries have left free; the file itself never shrinks."""
+        """Return the bytes in use, without free pages that deleted entries left; the file itself never shrinks."""
         pages, free, page_bytes = (
             db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
         )
@@ -112,9 +116,10 @@ class OutboxFile:
         return 2 * self.used_bytes(db) > self._max_bytes
 
     def quarantine(self) -> Path | None:
-        """Move the damaged file to `<name>.damaged-<number>`, so that the next use makes a new one.
+        """Rename the damaged file to `<name>.damaged-<number>`, so that the next use creates a new file.
 
-        Returns its new path, or None when another process has moved it already.
+        Returns:
+            The new path, or None if another process has already moved the file.
         """
         with self._alone(), self._translated():
             damaged = self._damaged_at_path()
@@ -123,25 +128,25 @@ class OutboxFile:
                 if damaged is None or file_id(self.path) != damaged:
                     return None
                 moved_to = free_name(real.with_name(f"{real.name}{DAMAGED}{damaged[1]}"))
-                # The log of changes that are not yet in the file goes first. If this process dies in between, and the
-                # file at the path is found damaged without its log, the next quarantine brings both together; if it is
-                # then found intact, a relay salvages the log alone.
+                # First move the log, which has the changes that are not yet in the file. If this process dies after
+                # that and the file at the path is found damaged without its log, the next quarantine moves it to the
+                # same name; if the file is found intact, a relay salvages the log alone.
                 for end in ("-wal", ""):
                     if self.place.sibling(end).exists():
                         self.place.sibling(end).rename(moved_to.with_name(moved_to.name + end))
                 self.place.sibling("-shm").unlink(missing_ok=True)
                 self.generation += 1
-                if os.geteuid() == 0:  # at once, while it is known whose file it was
+                if os.geteuid() == 0:  # now, while the owner of the damaged file is known
                     self.place.make_new(moved_to)
                 return moved_to
 
     def _damaged_at_path(self) -> FileId | None:
-        """The damaged file at the path; None when another process has replaced it since damage was met."""
+        """Return the damaged file at the path, or None if another process replaced it after the damage was found."""
         found = file_id(self.path)
         if self._connections and found == self._open_file:
             self.close_connections()
             return found
-        # Either the file that was opened just now, or the open one, which is not at the path any more.
+        # The damaged file is the one that was just being opened, or the open one, which is no longer at the path.
         try:
             self._opened("FULL")[0].close()
         except OutboxDamaged:
@@ -149,28 +154,28 @@ class OutboxFile:
         except sqlite3.Error as error:
             if not is_damage(error):
                 raise
-            return found  # the open file's entries are carried over as soon as there is a new one
+            return found  # the open file's entries are carried over as soon as there is a new file
         self.close_connections()
         self.generation += 1
         return None
 
     def close(self) -> None:
-        """A closed file is opened again when it is used again."""
+        """Close the file. It is opened again when it is used again."""
         with self._alone():
             self.close_connections()
 
     def close_connections(self) -> None:
-        """Carry over the entries of a removed file and close; the caller holds `lock`."""
+        """Carry over the entries of a removed file and close it; the caller must hold `lock`."""
         if self._connections:
             try:
                 if not self._is_at_path():
-                    self._go_on_at_path()
+                    self._continue_at_path()
             except (OutboxError, sqlite3.Error, OSError) as error:
                 logger.error("outbox %s was removed, and its entries could not be carried over: %s", self.path, error)
         self._close_all()
 
     def __del__(self) -> None:
-        self._close_all()  # without the lock, which nothing can hold any more
+        self._close_all()  # without the lock: no other thread has a reference to this object
 
     def _close_all(self) -> None:
         while self._connections:
@@ -178,38 +183,38 @@ class OutboxFile:
         self._open_file = None
 
     def _is_at_path(self) -> bool:
-        """Whether the path leads to the file that is open, and its log is still beside it."""
+        """Return whether the open file is still at the path and its log is still beside it."""
         if file_id(self.path) != self._open_file:
             return False
         log = self._open_sqlite_files[0] if self._open_sqlite_files else None
         return log is None or log == file_id(self._log)
 
     def _connection(self, *, durable: bool) -> sqlite3.Connection:
-        """FULL waits for the disk at each commit, NORMAL leaves that to the next one that does."""
+        """Return a connection that waits for the disk at each commit (FULL) if `durable`, else one that does not."""
         if self._carry_over.is_pending or (self._connections and not self._is_at_path()):
-            self._go_on_at_path()
+            self._continue_at_path()
         mode = "FULL" if durable else "NORMAL"
         if mode not in self._connections:
             connection, opened = self._opened(mode)
-            if self._open_file not in (None, opened):  # replaced in this moment
+            if self._open_file not in (None, opened):  # the file was replaced just now
                 connection.close()
-                self._go_on_at_path()
+                self._continue_at_path()
                 return self._connection(durable=durable)
             self._connections[mode], self._open_file = connection, opened
             self._note_open_files()
         return self._connections[mode]
 
-    def _go_on_at_path(self) -> bool:
+    def _continue_at_path(self) -> bool:
         """Open the file at the path instead of the open one, and carry the unsettled entries over into it.
 
-        False if they cannot be read because of damage; the file at the path is open all the same.
+        Return False if damage makes them unreadable; the file at the path is open in that case too.
         """
         is_whole = True
-        # First out of the old file, then into the new one: SQLite's own files beside them have the same names, and what
-        # is read of one while the other is open may be mixed up. If the new one cannot be used, the next use tries.
+        # Copy out of the old file before the new one is opened: SQLite's own files have the same names for both, and
+        # would be mixed up. If the new file cannot be opened, the next use tries again.
         if self._connections and not self._is_at_path():
             is_whole = self._carry_over.take_out(next(iter(self._connections.values())))
-            self._remove_own_sqlite_files()  # while they are open: no other file can have their inodes
+            self._remove_own_sqlite_files()  # while they are open, no other file can have their inodes
             self._close_all()
         if "FULL" not in self._connections:
             self._connections["FULL"], self._open_file = self._opened("FULL")
@@ -217,7 +222,7 @@ class OutboxFile:
             self.generation += 1
         carried = self._carry_over.put_in(self._connections["FULL"])
         logger.warning(
-            "outbox %s was removed or replaced while it was in use: going on in the file that is there now,"
+            "outbox %s was removed or replaced while it was in use. Continuing with the file that is there now,"
             " with %d entries carried over",
             self.path,
             carried,
@@ -225,7 +230,7 @@ class OutboxFile:
         return is_whole
 
     def _opened(self, mode: str) -> tuple[sqlite3.Connection, FileId]:
-        """A new connection with its tables made, and which file it has open."""
+        """Return a new connection, with the tables created, and the id of the file that it has open."""
         for _ in range(_OPEN_TRIES):
             before = file_id(self.path)
             connection = self._connected(mode)
@@ -233,7 +238,7 @@ class OutboxFile:
             if after is not None and before in (None, after):
                 return connection, after
             connection.close()
-        raise OutboxError(f"outbox {self.path}: is replaced again and again while it is opened")
+        raise OutboxError(f"outbox {self.path}: was replaced {_OPEN_TRIES} times while it was being opened")
 
     def _note_open_files(self) -> None:
         self._log = self.place.sibling("-wal")
@@ -241,9 +246,9 @@ class OutboxFile:
         self.place.note_pair(self._open_file)
 
     def _remove_own_sqlite_files(self) -> None:
-        """If the open file alone was removed: SQLite would take its log for one of the file that is at the path now.
+        """Remove SQLite's files of a file that was removed without them: they must not be used for the file there now.
 
-        The connections that have these files open, here and in other processes, keep them.
+        Connections that have them open, here and in other processes, can continue to use them.
         """
         for file, own in zip(self.place.sqlite_files(), self._open_sqlite_files, strict=True):
             if own is not None and file_id(file) == own:
@@ -263,7 +268,7 @@ class OutboxFile:
             use_wal(connection, _BUSY_TIMEOUT_SECONDS)
             connection.execute(f"PRAGMA synchronous = {mode}")
             (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
-            # Marks get some room beyond what appends may fill: a full outbox must still be able to empty.
+            # Appends get less room than changes of state: a full outbox must still be able to settle its entries.
             room = self._max_bytes if mode == "FULL" else self._max_bytes + self._max_bytes // 16
             connection.execute(f"PRAGMA max_page_count = {room // page_bytes}")
             self._prepare(connection)
@@ -283,6 +288,6 @@ class OutboxFile:
                 if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
                     raise
                 raise OutboxError(
-                    f"outbox {self.path} is full: its disk, or its limit of {self._max_bytes // 2**20} MiB;"
-                    " events leave it when Redis and a worker run"
+                    f"outbox {self.path} is full: its disk, or its limit of {self._max_bytes // 2**20} MiB. Entries"
+                    " leave it when Redis and a worker run"
                 ) from error

@@ -1,4 +1,4 @@
-"""The one row of an outbox's table `outbox`: its token, where its entries go, the heartbeat of a relay process."""
+"""The single row of an outbox's table `outbox`: its token, its Redis and queue, the heartbeat of a relay process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
 
-RELAY_ALIVE_SECONDS = 10.0  # without a heartbeat for so long, a relay process counts as ended
+RELAY_ALIVE_SECONDS = 10.0  # a relay process counts as ended when its last heartbeat is older
 
 _HEADER = "SELECT token, next_token, redis, queue, relay, relay_at FROM outbox"
 _REPLACE_SOURCES = """
@@ -16,7 +16,10 @@ UPDATE sources SET current = 0, left_because = 'copied' WHERE current RETURNING 
 
 
 class Header(NamedTuple):
-    """`token` distinguishes copies; `next_token` is being exchanged for it; `relay` is the name of a relay process."""
+    """Header of an outbox. `token` distinguishes copies, `next_token` is about to replace it, `relay` names a process.
+
+    `relay_at` is the time of the relay's last heartbeat by the outbox's clock.
+    """
 
     token: str
     next_token: str | None
@@ -42,26 +45,26 @@ class OutboxHeader:
             return Header(*db.execute(_HEADER).fetchone())
 
     def begin_exchange(self, before: Header, token: str, next_token: str) -> bool:
-        """Note that Redis has `token` and is about to get `next_token`: until it answers, it may have either.
+        """Store that Redis has `token` and is about to get `next_token`; until Redis answers, it may have either.
 
-        False, and nothing is noted, when another relay has begun or ended an exchange since `before` was read.
+        Return False and store nothing if another relay has begun or ended an exchange since `before` was read.
         """
         with self._file.transaction() as db:
             query = "UPDATE outbox SET token = ?, next_token = ? WHERE token = ? AND next_token IS ?"
             return db.execute(query, (token, next_token, before.token, before.next_token)).rowcount == 1
 
     def end_exchange(self, token: str) -> None:
-        """Note that Redis has this token now; nothing changes if another relay has begun a later exchange since."""
+        """Store that Redis has this token now. If another relay has begun an exchange since, nothing changes."""
         with self._file.transaction(durable=False) as db:
             db.execute("UPDATE outbox SET token = next_token, next_token = NULL WHERE next_token = ?", (token,))
 
     def replace_sources(self) -> list[str]:
-        """Have new events get new sources, since a copy uses the current ones; returns their full names."""
+        """Give new events new sources, because a copy uses the current ones; return the old sources' full names."""
         with self._file.transaction() as db:
             return [name for (name,) in db.execute(_REPLACE_SOURCES).fetchall()]
 
     def set_destination(self, redis: str, queue: str) -> None:
-        """Note where the entries go. Of several producers with other settings, the one that was opened last decides."""
+        """Store the Redis and the queue that the entries go to. The producer that was opened last decides."""
         with self._file.reading() as db:
             if db.execute("SELECT redis, queue FROM outbox").fetchone() == (redis, queue):
                 return
@@ -69,18 +72,18 @@ class OutboxHeader:
             db.execute("UPDATE outbox SET redis = ?, queue = ?", (redis, queue))
 
     def heartbeat(self, relay: str) -> None:
-        """Note that the relay process of this name relays now."""
+        """Store that the relay process of this name is relaying now."""
         with self._file.transaction(durable=False) as db:
             db.execute("UPDATE outbox SET relay = ?, relay_at = ?", (relay, self._clock.now(db)))
             self._clock.keep(db)
 
     def clear_heartbeat(self, relay: str) -> None:
-        """Note that this relay process no longer relays; nothing changes if another one has had a heartbeat since."""
+        """Store that this relay process no longer relays. If another one sent a heartbeat since, nothing changes."""
         with self._file.transaction(durable=False) as db:
             db.execute("UPDATE outbox SET relay = NULL, relay_at = NULL WHERE relay = ?", (relay,))
 
     def relay_is_alive(self) -> bool:
-        """Whether a relay process has had a heartbeat in the last RELAY_ALIVE_SECONDS."""
+        """Return whether the last heartbeat of a relay process is at most RELAY_ALIVE_SECONDS old."""
         with self._file.reading() as db:
             at = Header(*db.execute(_HEADER).fetchone()).relay_at
             return at is not None and abs(self._clock.now(db) - at) <= RELAY_ALIVE_SECONDS

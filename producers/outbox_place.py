@@ -1,7 +1,7 @@
 """The path of an outbox and the files beside it, which may be replaced, linked or emptied while it is not open.
 
-SQLite finds its log and the log's index by their names: beside a file that was replaced, it would open those of another
-file.
+SQLite finds its log and the log's index by their names. If the file was replaced, it would open the log and index of
+the earlier file.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ _COPY_TRIES = 5
 
 
 class OutboxPlace:
-    """The place of the outbox at `path`.
+    """Path of an outbox, and operations on the files beside it.
 
     Raises:
         OutboxDamaged: from `refuse_emptied`.
-        OutboxError: from every method, when the system refuses.
+        OutboxError: from every method, when a system call fails.
     """
 
     def __init__(self, path: Path) -> None:
-        # A program may change its working folder, and the outbox must not change with it.
+        # A program may change its working directory; the outbox must stay where it is.
         self.path = path.absolute()
         self.look_up()
 
     def look_up(self) -> None:
-        """Follow symbolic links: SQLite keeps its own files beside the file itself."""
+        """Follow symbolic links: SQLite keeps its own files beside the real file."""
         self.real = Path(os.path.realpath(self.path))
 
     def sibling(self, end: str) -> Path:
-        """The file beside the outbox whose name has this end."""
+        """Return the path beside the outbox with this text appended to its name."""
         return self.real.with_name(self.real.name + end)
 
     def sqlite_files(self) -> list[Path]:
-        """SQLite's own: the log of changes that are not yet in the file, and its index."""
+        """Return the paths of SQLite's own files: the log of changes that are not yet in the file, and its index."""
         return [self.sibling("-wal"), self.sibling("-shm")]
 
     def make_folder(self) -> None:
@@ -68,7 +68,7 @@ class OutboxPlace:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def make_file(self) -> None:
-        """Make a new file if there is none, and remove the log that SQLite left beside an earlier one."""
+        """Create the file if there is none, and remove a log that SQLite left beside an earlier file."""
         if file_id(self.path) is not None:
             return
         self.make_folder()
@@ -79,20 +79,20 @@ class OutboxPlace:
                 self.make_new(self.real.parent)
 
     def make_new(self, like: Path) -> None:
-        """Make a new file under another name and rename it: a file at the path is never empty, not even for a moment.
+        """Create a new file under another name and rename it, so that the file at the path is never empty.
 
-        If root makes it, it gets the owner of `like`.
+        If root creates it, it gets the owner of `like`.
         """
         new = self.sibling(_NEW)
-        new.unlink(missing_ok=True)  # of a process that died
+        new.unlink(missing_ok=True)  # left by a process that died
         make_as_root(new, like)
         with closing(sqlite3.connect(new, isolation_level=None)) as connection:
             connection.execute("PRAGMA journal_mode = WAL")
         new.rename(self.real)
 
     def refuse_emptied(self) -> None:
-        """Raise OutboxDamaged for an empty file that was in use: SQLite would take it for new and remove its log."""
-        # The size last: a file that is being made has content before any of the others is beside it.
+        """Raise OutboxDamaged if the file was in use and is empty: SQLite would treat it as new and remove its log."""
+        # Read the size last: a file that is being created has content before any other file is beside it.
         ends = [end for end in (LOCK, _PAIR) if self.sibling(end).exists()]
         if file_size(self.sibling("-wal")):
             ends.append("-wal")
@@ -102,40 +102,40 @@ class OutboxPlace:
             )
 
     def has_been_used(self) -> bool:
-        """Whether the files beside it show that the file at the path is, or was, an outbox."""
+        """Return whether the files beside it show that the file at the path is, or was, an outbox."""
         used = any(self.sibling(end).exists() for end in (LOCK, _PAIR))
         return used or (file_size(self.path) == 0 and bool(file_size(self.sibling("-wal"))))
 
     def break_hard_links(self) -> None:
-        """Replace a file that has a second name, as after `cp -al`, by a copy of it.
+        """Replace a file that has a second name, for example after `cp -al`, by a copy of it.
 
-        Through two names SQLite uses two logs, and each overwrites in the file what the other has written.
+        SQLite would use one log for each name, and from each log overwrite changes that came from the other.
         """
         if not has_hard_link(self.path):
             return
         real = self.real
         with os_errors(self.path), folder_lock(real.parent):
-            if not has_hard_link(real):  # another process was first
+            if not has_hard_link(real):  # another process has replaced it meanwhile
                 return
             copies = self._copies_of_file_and_log()
-            # The log first: if this process dies in between, the file still has two names. An index of another log
-            # must not be found beside it.
+            # Replace the log first: if this process dies after that, the file still has two names and this is repeated.
+            # Remove the index, because it belongs to the other log.
             for end in ("-wal", "-shm", ""):
                 if end in copies:
                     copies[end].rename(self.sibling(end))
                 elif self.sibling(end).exists():
                     self.sibling(end).unlink()
-            for end in (_PAIR, LOCK):  # they are made anew when they are needed
+            for end in (_PAIR, LOCK):  # they are created again when they are needed
                 if has_hard_link(self.sibling(end)):
                     self.sibling(end).unlink()
         logger.warning(
-            "outbox %s had a second name (a hard link, such as `cp -al` makes): it was replaced by a copy, and the file"
-            " under the other name is an outbox of its own from now on",
+            "outbox %s had a second name (a hard link, as `cp -al` makes it) and was replaced by a copy. The file under"
+            " the other name is a separate outbox from now on",
             self.path,
         )
 
     def _copies_of_file_and_log(self) -> dict[str, Path]:
-        """Copies by the end of the name, of one moment: a process may write the file by its other name meanwhile."""
+        """Copy the file and its log, unchanged between both copies, and return the copies by the end of the name."""
         copies: dict[str, Path] = {}
         for tries_left in reversed(range(_COPY_TRIES)):
             before = self._written_at()
@@ -144,13 +144,13 @@ class OutboxPlace:
                     copies[end] = self.sibling(f"{_COPY}{end}")
                     copy_file(self.sibling(end), copies[end])
             after = self._written_at()
-            # The log may be longer in the end: SQLite ignores half a transaction, and a process that has the file open
-            # by this name carries over what is missing.
+            # At the last try, accept a log that grew meanwhile: SQLite ignores an incomplete transaction, and a process
+            # that has the file open by this name carries over the missing entries.
             if before == after or (before[0] == after[0] and not tries_left):
                 return copies
         raise OutboxError(
-            f"outbox {self.path}: has a second name (a hard link), by which another process writes it again and again;"
-            " it is copied when that has ended"
+            f"outbox {self.path}: has a second name (a hard link), and another process keeps writing to it under that"
+            " name. It is copied when that process has ended"
         )
 
     def _written_at(self) -> list[tuple[int, int] | None]:
@@ -164,9 +164,10 @@ class OutboxPlace:
         return found
 
     def quarantine_foreign_log(self) -> None:
-        """Move away the log of an earlier file at the path: SQLite would take it for that of the file there now.
+        """Move away the log of an earlier file at the path: SQLite would apply it to the file that is there now.
 
-        A process may still have the earlier file and its log open. A small file says which two belong together.
+        A process may still have the earlier file and its log open. The small file `<name>-pair` stores the ids of the
+        file and the log that belong together.
         """
         with os_errors(self.path), folder_lock(self.real.parent):
             now, before = self._pair(), self._noted_pair()
@@ -178,16 +179,19 @@ class OutboxPlace:
                 self.sibling("-shm").unlink(missing_ok=True)
                 moved_to.touch()
                 logger.warning(
-                    "outbox %s was replaced, and the log of the earlier file was left beside it: moved to %s-wal, which"
-                    " a relay salvages",
+                    "outbox %s was replaced, and the log of the earlier file was left beside it. The log was moved to"
+                    " %s-wal, and a relay salvages it",
                     self.path,
                     moved_to,
                 )
-            # At once: the file's own log may get the inode of one that was removed.
+            # Store this before the file gets its own log, which may get the inode of a log that was removed.
             self._note_pair((now[0], None))
 
     def note_pair(self, of: FileId | None) -> None:
-        """Note that this file, if it is at the path, and the log beside it belong together, if this user may write."""
+        """Store that this file and the log beside it belong together, unless another file is at the path.
+
+        If this user has no permission to write, store nothing.
+        """
         with os_errors(self.path), folder_lock(self.real.parent), suppress(PermissionError):
             if file_id(self.path) == of and self._noted_pair() != (pair := self._pair()):
                 self._note_pair(pair)
@@ -199,7 +203,7 @@ class OutboxPlace:
         try:
             file, log = json.loads(self.sibling(_PAIR).read_text(encoding="ascii"))
             return tuple(file), log and tuple(log)
-        except (OSError, ValueError, TypeError):  # none yet, or half of one: nothing is known
+        except (OSError, ValueError, TypeError):  # missing or incomplete: treat as unknown
             return None
 
     def _note_pair(self, pair: tuple[Any, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Damaged files beside an outbox: they were moved away, wait to be salvaged, and keep a record of what was lost."""
+"""The damaged files beside an outbox: which wait to be salvaged, and which numbers could not be read in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOG = "-wal"
 
 
 class Quarantine:
-    """Damaged files of the outbox in `file`.
+    """Quarantined files of the outbox in `file`.
 
     Raises:
         OutboxError: from every method, when the outbox cannot be read or written.
@@ -31,9 +31,9 @@ class Quarantine:
         self._file = file
 
     def finish_renames(self) -> None:
-        """Complete the work of processes that died between renaming a damaged file and renaming its log.
+        """Complete the renames of processes that died after they renamed a file or its log, but not both.
 
-        A log that was moved alone has entries of its own: it is salvaged beside an empty file.
+        If only the log was moved to quarantine, create an empty file beside it, so that its entries are salvaged.
         """
         real = self._file.place.real
         with folder_lock(real.parent):
@@ -46,11 +46,11 @@ class Quarantine:
                     file.touch()
 
     def damaged_files(self) -> list[Path]:
-        """Files that are not salvaged yet; also those with entries that a dead process had not carried over yet."""
+        """Return the files that are not salvaged yet, including entries that a dead process was carrying over."""
         return self._files(DAMAGED) + [file for file in self._files(TAKEN_OUT) if not is_in_use(file)]
 
     def salvaged_files(self) -> list[Path]:
-        """Damaged files whose readable entries are in this outbox."""
+        """Return the damaged files whose readable entries are in this outbox."""
         return self._files(_SALVAGED)
 
     def _files(self, mark: str) -> list[Path]:
@@ -59,7 +59,7 @@ class Quarantine:
         return sorted(one for one in found if not one.name.endswith((_LOG, "-shm", "-journal")))
 
     def salvage(self, file: Path) -> Salvage:
-        """Copy the readable entries of a damaged file into this outbox, and log which could not be read."""
+        """Copy the readable entries of a damaged file into this outbox, and log the numbers that were not found."""
         steps = self.salvaging(file)
         while True:
             try:
@@ -69,10 +69,10 @@ class Quarantine:
                 return found
 
     def salvaging(self, file: Path) -> Generator[None, None, Salvage]:
-        """The steps of `salvage`, a page each."""
+        """Do the work of `salvage` step by step, one page of entries at each step."""
         found = yield from salvage_pages(file, _salvaged_name(file), self._file.transaction)
         logger.error("%s", found.summary())
-        for end in ("", _LOG):  # the file first: a log alone is salvaged once more
+        for end in ("", _LOG):  # the file first: after a crash, `finish_renames` also renames the log
             part = file.with_name(file.name + end)
             if TAKEN_OUT in part.name:
                 part.unlink(missing_ok=True)
@@ -81,7 +81,7 @@ class Quarantine:
         return found
 
     def losses(self) -> dict[str, list[tuple[int, int]]]:
-        """By source, the inclusive ranges of numbers that could not be read in damaged files."""
+        """Return the numbers that could not be read in damaged files, as inclusive ranges by source."""
         found: dict[str, list[tuple[int, int]]] = {}
         with self._file.reading() as db:
             query = """

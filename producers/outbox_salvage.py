@@ -1,7 +1,8 @@
 """Reads the entries out of a damaged outbox file and copies them into the outbox.
 
-Entries keep their source, number and nonce, and so their job id: if Redis or the database has one already, it is
-recognized as the same delivery. An entry that the outbox has stays as it is there.
+Entries keep their source, number and nonce, and so their job id: if Redis or the database already has such an entry, it
+recognizes the same delivery. If the outbox already has an entry, the entry is left unchanged, with one exception: a
+settled entry that is unsettled in the damaged file is sent again.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from producers.entries import full_source
 from producers.outbox_carry_over import CONTINUE_SOURCE, ENTRY_COLUMNS
 from producers.sqlite_salvage import readable_records
 
-# Of a file that the first releases have made, in their order.
+# The columns of a file of the first releases, in order.
 _COLUMNS_BEFORE = tuple(name for name in ENTRY_COLUMNS if name not in ("nonce", "recorder"))
-_SOURCE_COLUMNS = (3, 4, 6, 7)  # how many columns the releases gave to a source; the first three are the same
-_LEAST_CERTAIN_COLUMNS = 6  # shorter rows may be those of any program
+_SOURCE_COLUMNS = (3, 4, 6, 7)  # number of columns of `sources` in each release; the first three are the same
+_LEAST_CERTAIN_COLUMNS = 6  # a shorter row may belong to any program
 _STATES = {"pending": "pending", "sent": "sent", "stored": "stored", "confirmed": "stored", "rejected": "rejected"}
 _SOURCE_ID = re.compile("[0-9a-f]{32}")
 _MOST_LOST_RANGES = 1000
 _INSERT_PAGE = 500
 _PROBED_RECORDS = 5000
 
-# A page that was freed may have an old version of a row. Sending an entry once more than needed costs nothing.
+# A freed page may contain an old version of a row. An entry that is sent once too often is only a duplicate.
 _INSERT_SALVAGED = f"""
 INSERT INTO entries ({", ".join(ENTRY_COLUMNS)}) VALUES ({", ".join(f":{name}" for name in ENTRY_COLUMNS)})
 ON CONFLICT (source_id, sequence, nonce) DO UPDATE
@@ -43,9 +44,9 @@ _INSERT_LOSS = "INSERT INTO losses (source_id, first, last, file) VALUES (?, ?, 
 
 @dataclass
 class Salvage:
-    """How many entries of a damaged file are new in the outbox, and which numbers were not found.
+    """Result of a salvage: the number of entries copied into the outbox, and the numbers that were not found.
 
-    `unread` are inclusive ranges, by source: entries that are lost, unless they were settled and deleted long before.
+    `unread` has inclusive ranges by source. Their entries are lost, unless they were settled and deleted before.
     """
 
     file: Path
@@ -53,17 +54,17 @@ class Salvage:
     unread: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """For the log and for a person."""
+        """Return the result as text, for the log and for an operator."""
         lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in self.unread.items())
         not_found = f" Sequence numbers that were not found: {lost}." if lost else ""
         return (
             f"salvaged {self.entries} entries from {self.file}.{not_found} Run trading-history audit: numbers that were"
-            " not found, or are before the first one found, are lost unless the database has them"
+            " not found, or that are lower than the first one found, are lost unless the database has them"
         )
 
 
 def has_content_of_an_outbox(file: Path) -> bool:
-    """Whether entries or sources of an outbox are among the first readable records of a damaged file."""
+    """Return whether an entry or a source of an outbox is among the first readable records of a damaged file."""
     try:
         return any(
             _entry_of(record.values) or (len(record.values) >= _LEAST_CERTAIN_COLUMNS and _source_of(record.values))
@@ -76,9 +77,9 @@ def has_content_of_an_outbox(file: Path) -> bool:
 def salvage_pages(
     file: Path, name: str, transaction: Callable[[], AbstractContextManager[sqlite3.Connection]]
 ) -> Generator[None, None, Salvage]:
-    """Copy the readable entries of the damaged `file`, a page with each step; it may be begun again.
+    """Copy the readable entries of the damaged `file`, one page at each step; it may be repeated from the start.
 
-    Losses are noted under `name`. The file's sources are not continued: which number was the last is not certain.
+    Losses are stored under `name`. A source that only the file has gets no new events: its last number is not certain.
 
     Raises:
         OSError: the file cannot be opened.
@@ -120,7 +121,7 @@ def _pages(records: Iterable[Any]) -> Iterator[list[Sequence[Any]]]:
 
 
 def _entry_of(values: Sequence[Any]) -> dict[str, Any] | None:
-    """The columns of an entry, from a record without names; None when it is none."""
+    """Return the columns of an entry by name, or None if the record is not an entry."""
     if len(values) == len(ENTRY_COLUMNS) + 1:
         row = dict(zip(ENTRY_COLUMNS, values[1:], strict=True))
     elif len(values) == len(_COLUMNS_BEFORE) + 1:
@@ -137,7 +138,7 @@ def _entry_of(values: Sequence[Any]) -> dict[str, Any] | None:
 
 
 def _is_intact(row: Mapping[str, Any]) -> bool:
-    """Whether the event is the one that the other columns name: a long one may have parts of another in it."""
+    """Return whether the event matches the other columns: a long event may contain parts of another one."""
     try:
         event = json.loads(row["event"])
         return (event["id"], int(event["sequence"])) == (row["event_id"], row["sequence"])
@@ -146,7 +147,7 @@ def _is_intact(row: Mapping[str, Any]) -> bool:
 
 
 def _source_of(values: Sequence[Any]) -> tuple[str, str, int] | None:
-    """Id, name and last number of a source."""
+    """Return id, name and last number of a source, or None if the record is not a source."""
     if len(values) not in _SOURCE_COLUMNS:
         return None
     source_id, name, last = values[:3]
@@ -156,7 +157,7 @@ def _source_of(values: Sequence[Any]) -> tuple[str, str, int] | None:
 
 
 def _name_in(event: str) -> str:
-    """The source's name as the event has it, for a file whose sources cannot be read."""
+    """Return the source's name from an event, for a file whose sources cannot be read."""
     try:
         return str(json.loads(event)["source"]).rpartition("/")[0] or "unknown"
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -164,7 +165,7 @@ def _name_in(event: str) -> str:
 
 
 def _gaps(numbers: Sequence[int], last: int) -> list[tuple[int, int]]:
-    """Between the first of `numbers` and `last`; entries before the first one were settled and deleted."""
+    """Return the gaps between the first of `numbers` and `last`; lower entries were settled and deleted."""
     gaps, before = [], numbers[0] if numbers else last
     for number in [*numbers, last + 1]:
         if number > before + 1:
@@ -174,5 +175,5 @@ def _gaps(numbers: Sequence[int], last: int) -> list[tuple[int, int]]:
 
 
 def ranges_text(ranges: Sequence[tuple[int, int]]) -> str:
-    """`2-3, 6`."""
+    """Return ranges as text, such as `2-3, 6`."""
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)

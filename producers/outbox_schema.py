@@ -1,4 +1,4 @@
-"""The tables of an outbox, and how a file of an earlier version becomes one of this version."""
+"""The tables of an outbox, and the upgrade of a file of an earlier version."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from producers.outbox_clock import ClockReading
 
 VERSION = 4
 
-# `outbox` has one row. `token` distinguishes copies of the file, `next_token` is being exchanged for it;
-# `redis` and `queue` say where the entries go; `relay` and `relay_at` are the heartbeat of a relay process; the four
-# clock columns are a ClockReading. Times are seconds since the epoch by the outbox's own clock.
-# `sources` numbers the events: of each name the current source. A source that is not current keeps its entries.
-# `losses` are numbers whose entries could not be read from a damaged file.
-# `recorder` is the id of the HistoryProducer object that has recorded the entry. It and `nonce` have defaults for a
-# process of an earlier release that has the file open during an upgrade, and goes on appending.
+# All times are seconds since the epoch by the outbox's own clock.
+# `outbox` has one row. `token` distinguishes copies of the file, `next_token` is about to replace it; `redis` and
+# `queue` say where the entries go; `relay` and `relay_at` are the heartbeat of a relay process; the four clock columns
+# are a ClockReading.
+# `sources` has the last number of each source. Each name has one current source, which new events get; the entries of
+# the other sources are still relayed.
+# `losses` has the numbers whose entries could not be read from a damaged file.
+# `entries.recorder` identifies the HistoryProducer object that recorded the entry. It and `nonce` have defaults because
+# a process of an earlier release may have the file open during an upgrade and continue to append.
 _TABLES = """
 CREATE TABLE outbox (
     only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
@@ -73,10 +75,10 @@ CREATE INDEX entries_awaiting ON entries (source_id) WHERE state = 'sent';
 CREATE INDEX entries_rejected ON entries (source_id) WHERE state = 'rejected';
 """
 
-# From version 3.
+# Upgrade from version 3.
 _DROP_UNUSED = "ALTER TABLE sources DROP COLUMN left_at"
 
-# From versions 1 and 2.
+# Upgrade from versions 1 and 2.
 _BEFORE_UPGRADE = """
 ALTER TABLE entries RENAME TO entries_before;
 ALTER TABLE sources RENAME TO sources_before;
@@ -100,34 +102,34 @@ DROP TABLE sources_before;
 _INSERT_OUTBOX = """
 INSERT INTO outbox (only_row, token, clock_shown, clock_boot, clock_running, clock_wall) VALUES (1, ?, ?, ?, ?, ?)
 """
-_UPGRADE_MILLISECONDS = 120_000  # another process may be upgrading a large file, which takes 20 s for 400 MB
-_FIRST_RELEASE = 1  # its sources had no count of resends
-_WITH_LEFT_AT = 3  # its sources had a column that nothing read
+_UPGRADE_MILLISECONDS = 120_000  # wait for an upgrade by another process: 400 MB take 20 s
+_FIRST_RELEASE = 1  # `sources` had no column `resends`
+_WITH_LEFT_AT = 3  # `sources` had a column that was never read
 
 
 def ensure_tables(db: sqlite3.Connection, path: Path, *, upgrade: bool) -> None:
-    """Make the tables or, with `upgrade`, upgrade them, in one transaction, unless the file is up to date.
+    """Create the tables or, with `upgrade`, upgrade them, in one transaction, unless the file is up to date.
 
     Raises:
-        OutboxOutdated: the file is of an earlier release; without `upgrade` only.
-        OutboxError: a newer release has made the file.
+        OutboxOutdated: an earlier release wrote the file; only without `upgrade`.
+        OutboxError: a newer release wrote the file.
     """
     version = _version_of(db, path)
     if version == VERSION:
         return
     if version and not upgrade:
-        # A controller of that release may be running, and every call of it would fail from now on.
+        # A controller of that release may be running, and after an upgrade all of its calls would fail.
         raise OutboxOutdated(
-            f"outbox {path}: is of an earlier release (version {version}): it is upgraded when its controller of this"
-            " release starts; nothing was changed"
+            f"outbox {path}: was written by an earlier release (version {version}). Nothing was changed; it is upgraded"
+            " when a controller or relay of this release opens it"
         )
     (limit,) = db.execute("PRAGMA max_page_count").fetchone()
     (busy,) = db.execute("PRAGMA busy_timeout").fetchone()
     db.execute(f"PRAGMA busy_timeout = {_UPGRADE_MILLISECONDS}")
-    db.execute("PRAGMA max_page_count = 4294967294")  # an upgrade needs room for both, also in a full outbox
+    db.execute("PRAGMA max_page_count = 4294967294")  # an upgrade needs room for old and new tables
     db.execute("BEGIN IMMEDIATE")
     try:
-        version = _version_of(db, path)  # another process may have been first
+        version = _version_of(db, path)  # another process may have upgraded the file meanwhile
         if version != VERSION:
             _make(db, version)
         db.execute("COMMIT")
@@ -143,7 +145,10 @@ def ensure_tables(db: sqlite3.Connection, path: Path, *, upgrade: bool) -> None:
 def _version_of(db: sqlite3.Connection, path: Path) -> int:
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if version > VERSION:
-        raise OutboxError(f"{path} was made by a newer release (version {version}, this one knows {VERSION})")
+        raise OutboxError(
+            f"outbox {path}: was written by a newer release (version {version}; this release reads up to {VERSION})."
+            " Upgrade this program"
+        )
     return int(version)
 
 

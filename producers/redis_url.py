@@ -55,7 +55,7 @@ class _SharedSentinel(Sentinel):
     def discover_master(self, service_name: str) -> tuple[str, int]:
         own = copy.copy(self)
         own.sentinels = list(self.sentinels)
-        address: tuple[str, int] = Sentinel.discover_master(own, service_name)  # type: ignore[no-untyped-call]  # redis-py annotates it by half
+        address: tuple[str, int] = Sentinel.discover_master(own, service_name)  # type: ignore[no-untyped-call]  # redis-py's annotations are incomplete
         self.sentinels = own.sentinels
         return address
 

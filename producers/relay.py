@@ -1,8 +1,8 @@
-"""Carries entries from the outbox to the queue, and acknowledgements back.
+"""Carries entries from the outbox to the queue, and acknowledgements back to the outbox.
 
-A sweep reads acknowledgements, sends pending entries and checks overdue ones. Of all threads and processes on one
-outbox, one relays at a time; when it ends or dies, the next one takes over. While a relay process
-(`trading-history relay`) has a heartbeat, the threads of producers leave relaying to it.
+A sweep reads acknowledgements, sends pending entries and checks overdue entries. Among all threads and processes that
+use one outbox, one relays at a time; when it ends or dies, another one takes over. While a relay process
+(`trading-history relay`) sends heartbeats, the producers' threads leave relaying to it.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ logger = logging.getLogger(__name__)
 STOP_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 5.0
 _FIRST_BACKOFF_SECONDS = 0.2
-_IDLE_SECONDS = 0.05  # how soon entries of other processes are noticed
-_FIRST_PAUSE_SECONDS = 0.005  # how soon after a send the first acknowledgement is looked for
+_IDLE_SECONDS = 0.05  # the longest pause, after which entries of other processes are noticed
+_FIRST_PAUSE_SECONDS = 0.005  # the pause between a send and the first look for acknowledgements
 _PRUNE_SECONDS = 60.0
 _SALVAGE_PAUSE_SECONDS = 10.0
-_CHECK_FILE_SECONDS = 0.2  # for about 100 MB; calls to `record` wait meanwhile
+_CHECK_FILE_SECONDS = 0.2  # enough for about 100 MB; calls of `record` wait meanwhile
 
 
 class Relay:
-    """Relays one outbox to one queue, in a daemon thread once started, or by calling `sweep`.
+    """Relays one outbox to one queue, in a daemon thread after `start`, or whenever `sweep` is called.
 
-    With `process_name` it is the relay of a relay process, which has a heartbeat in the outbox.
+    With `process_name`, it belongs to a relay process, which sends heartbeats to the outbox.
     """
 
     def __init__(
@@ -72,18 +72,18 @@ class Relay:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Start the thread. When the interpreter shuts down none can start: entries wait for the next process."""
+        """Start the thread. If the interpreter is shutting down, do nothing: entries wait for the next process."""
         thread = threading.Thread(target=self._run, name="history-relay", daemon=True)
         with contextlib.suppress(RuntimeError):
             thread.start()
             self._thread = thread
 
     def wake(self) -> None:
-        """Begin the next sweep at once, as after an append."""
+        """Start the next sweep now, for example after an append."""
         self._wake.set()
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """End the thread after the sweep it is in; one that waits for Redis longer than this is left behind."""
+        """End the thread after its current sweep; return after `seconds` even if it still waits for Redis."""
         self._stop.set()
         self._wake.set()
         if self._thread is None:
@@ -92,30 +92,33 @@ class Relay:
             self._thread.join(seconds)
 
     def wait_for_results(self, seconds: float) -> None:
-        """Wait until this relay settles entries, at most `seconds`: a relay of another process does not wake this."""
+        """Wait until this relay settles entries, at most `seconds`. Relays of other processes do not end the wait."""
         with self._settled:
             self._settled.wait(seconds)
 
     def sweep(self) -> bool:
-        """Relay once; True if anything was settled, sent or salvaged, False also if another relay has the turn.
+        """Relay once.
+
+        Returns:
+            True if anything was settled, sent or salvaged; False if not, or if another relay has the turn.
 
         Raises:
-            RedisError: Redis cannot be reached or refuses; nothing is lost, entries stay as they were.
+            RedisError: Redis cannot be reached, or answers with an error; the entries are unchanged.
             OutboxError: the outbox cannot be read or written.
-            RelayRefused: the entries go to another Redis or queue.
+            RelayRefused: the outbox belongs to another Redis or queue.
         """
         with self._outbox.repaired():
             return self._sweep()
-        return True  # a damaged file was quarantined: go on in the new one
+        return True  # a damaged file was quarantined: continue with the new one
 
     def _sweep(self) -> bool:
         if not self.turn.take():
             return False
         if not self.turn.is_exclusive:
-            self._sender.in_doubt = True  # the other relay may send the same entries now
+            self._sender.in_doubt = True  # the other relay may be sending the same entries
         if not self.turn.started:
             self._begin_turn()
-        salvaged = self._salvage()  # first: it does not need Redis
+        salvaged = self._salvage()  # first, because it does not need Redis
         settled = self._reader.apply()
         if settled:
             with self._settled:
@@ -128,7 +131,7 @@ class Relay:
 
     def _begin_turn(self) -> None:
         self._check_file()
-        self._sender.in_doubt = True  # the relay before may have sent what is not marked
+        self._sender.in_doubt = True  # the previous relay may have sent entries that are not marked as sent
         self._guard.begin()
         self._salvaging = None
         self.turn.started = True
@@ -136,14 +139,15 @@ class Relay:
     def _check_file(self) -> None:
         """Raise OutboxDamaged if a quick check finds a fault.
 
-        If an older file was put back beside a newer log, relaying may not read the damaged pages for a long time.
+        Relaying alone might not read the damaged pages for a long time, for example if an older file was put back
+        beside a newer log.
         """
         fault = self._outbox.quick_check(_CHECK_FILE_SECONDS)
         if fault not in (None, "unfinished"):
             raise OutboxDamaged(f"outbox {self._outbox.path}: {' '.join(str(fault).split())}")
 
     def _salvage(self) -> bool:
-        """Salvage a page of a quarantined file; whether there is more."""
+        """Salvage one page of a quarantined file, and return whether there may be more."""
         if self._salvaging is None:
             self._salvaging = self._salvage_all()
         if time.monotonic() < self._salvage_at:
@@ -155,8 +159,13 @@ class Relay:
             return False
         except OutboxDamaged:
             raise
-        except (OutboxError, OSError) as error:  # it is begun again, and does not hold up new events
-            logger.warning("cannot salvage a damaged file of %s now, trying again: %s", self._outbox.path, error)
+        except (OutboxError, OSError) as error:  # new events must not wait for this
+            logger.warning(
+                "cannot salvage a damaged file of %s; trying again in %.0f s: %s",
+                self._outbox.path,
+                _SALVAGE_PAUSE_SECONDS,
+                error,
+            )
             self._salvaging, self._salvage_at = None, time.monotonic() + _SALVAGE_PAUSE_SECONDS
             return False
         return True
@@ -167,11 +176,11 @@ class Relay:
             yield from self._outbox.quarantine.salvaging(file)
 
     def delete_acknowledgements(self) -> None:
-        """Delete this outbox's acknowledgements in Redis: they name rows of a database that was replaced."""
+        """Delete this outbox's acknowledgements in Redis, because they name rows of a replaced database."""
         self._reader.delete_acknowledgements()
 
     def _prune(self) -> None:
-        """Delete a few settled entries: again at the next sweep while there are more, else after a minute."""
+        """Delete a page of old settled entries; continue at the next sweep if there are more, else in a minute."""
         if time.monotonic() >= self._prune_at and not self._outbox.deliveries.prune(self._keep_seconds):
             self._prune_at = time.monotonic() + _PRUNE_SECONDS
 
@@ -179,11 +188,11 @@ class Relay:
         pause = _IDLE_SECONDS
         while not self._stop.is_set():
             try:
-                # Look often right after something moved, then less and less.
+                # Sweep often right after an entry changed its state, then less and less often.
                 pause = _FIRST_PAUSE_SECONDS if self.sweep() else min(pause * 1.5, _IDLE_SECONDS)
                 self._recovered()
             except Exception as error:
-                # No error ends the thread, a defect of ours included: entries wait and the log says why.
+                # No error may end the thread, not even a defect in this code: entries wait and the log says why.
                 self._stop.wait(self._back_off(error))
             else:
                 if self._wake.wait(pause):
@@ -192,7 +201,7 @@ class Relay:
         self.turn.end()
 
     def _back_off(self, error: Exception) -> float:
-        """Log the first failure; returns the seconds to pause, which new entries do not shorten."""
+        """Log the first failure, and return the seconds until the next try, which new entries do not shorten."""
         self._failures += 1
         if self.turn.failing_since is None:
             self.turn.failing_since = time.monotonic()
@@ -212,5 +221,5 @@ class Relay:
 
 
 def _brief(error: Exception) -> str:
-    """The first line, without what a driver may append."""
+    """Return the error's type and the first line of its message, without the details that a driver may append."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"

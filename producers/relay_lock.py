@@ -14,15 +14,15 @@ logger = logging.getLogger(__name__)
 
 
 class RelayLock:
-    """A lock across processes and threads that the kernel releases when its holder dies.
+    """Lock across processes and threads. The kernel releases it when the process that has it dies.
 
-    It is an open exclusive transaction on a small SQLite file of its own: unlike bare POSIX locks it also excludes
-    other threads of the same process. A fork releases it, for the first relay that asks.
+    It is an open exclusive transaction on a small, separate SQLite file: unlike a POSIX lock, it also excludes other
+    threads of the same process. A fork releases it, and the first relay that asks gets it.
     """
 
     def __init__(self, path: Path, outbox: Path) -> None:
         self._path = path
-        self._outbox = outbox  # if root makes the lock's file, it gets the owner of this one
+        self._outbox = outbox  # if root creates the lock file, it gets the owner of the outbox
         self.lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._file_id: FileId | None = None
@@ -30,14 +30,14 @@ class RelayLock:
 
     @property
     def held(self) -> bool:
-        """Also false when the file was removed: another relay may have the lock of a new one."""
+        """Whether this object has the lock. It is lost if the lock file was removed: others may lock a new one."""
         with self.lock:
             if self._connection is not None and file_id(self._path) != self._file_id:
                 self.close_connections()
             return self._connection is not None
 
     def acquire(self) -> bool:
-        """True when held, now or already; never waits."""
+        """Take the lock without waiting, and return whether this object has it now."""
         with self.lock, sqlite_errors(self._path):
             if self._connection is not None:
                 return True
@@ -55,7 +55,7 @@ class RelayLock:
             return True
 
     def _locked(self) -> sqlite3.Connection | None:
-        """None when another relay has the lock."""
+        """Return a connection that has the lock, or None if another relay has it."""
         with os_errors(self._path):
             make_as_root(self._path, self._outbox)
         connection = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -69,11 +69,11 @@ class RelayLock:
         return connection
 
     def _replace(self, damaged: FileId | None, error: sqlite3.Error) -> None:
-        """Remove the file if it is still the damaged one: its content is of no use, SQLite makes a new one."""
+        """Remove the lock file if it is still the damaged one. It has no content of value; SQLite creates a new one."""
         with os_errors(self._path), folder_lock(self._path.parent):
             if file_id(self._path) == damaged:
                 self._path.unlink(missing_ok=True)
-                logger.error("the relay's lock file %s is damaged and was replaced: %s", self._path, error)
+                logger.error("the relay's lock file %s was damaged and was replaced: %s", self._path, error)
 
     def release(self) -> None:
         with self.lock:

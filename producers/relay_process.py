@@ -1,7 +1,7 @@
 """A process that only relays: for controllers that cron starts, or that must not share their interpreter with a relay.
 
-It has a heartbeat in each outbox, and producers leave relaying to it. An outbox that cannot be relayed now is logged
-once and tried again; it does not end the process, nor hold up the other outboxes.
+It sends heartbeats to each outbox, and producers leave relaying to it. If an outbox cannot be relayed, that is logged
+once and tried again; the process continues and relays the other outboxes meanwhile.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from producers.relay import Relay
 
 logger = logging.getLogger(__name__)
 
-_CHECK_SECONDS = 1.0  # how often an outbox that cannot be relayed yet is tried
-END_SECONDS = 8.0  # for all relays together: one that waits for Redis gets its answer, or none, within 5 s
+_CHECK_SECONDS = 1.0  # between two tries to open an outbox
+END_SECONDS = 8.0  # for all relays together: a relay waits for an answer of Redis for at most 5 s
 
 
 def run_relay(
     outboxes: Sequence[Path], redis: Redis, queue: str, *, keep_seconds: float, stopped: Callable[[float], bool]
 ) -> None:
-    """Relay these outboxes to the RQ queue until `stopped`; an outbox that does not exist yet is waited for.
+    """Relay these outboxes to the RQ queue until `stopped` returns True; wait for outboxes that do not exist yet.
 
-    `stopped` waits for at most so many seconds and returns whether to stop, as `threading.Event.wait` does.
+    `stopped` takes the seconds to wait at most, and returns whether to stop, like `threading.Event.wait`.
 
     Raises:
-        RelayRefused: an outbox that is there at the start says that its entries go to another Redis or queue.
+        RelayRefused: an outbox that exists at the start belongs to another Redis or queue.
     """
     name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
-    by_file = {os.path.realpath(path): path.absolute() for path in outboxes}  # two paths to one file are one outbox
+    by_file = {os.path.realpath(path): path.absolute() for path in outboxes}  # once, even if two paths lead to it
     watched = [_Watched(path, redis, queue, keep_seconds, name) for path in by_file.values()]
     for one in watched:
         one.check_destination()
@@ -58,7 +58,7 @@ def run_relay(
 
 
 class _Watched:
-    """One outbox and, as soon as it can be opened, its relay. Each change of its state is logged once."""
+    """An outbox and, as soon as it can be opened, its relay. Each change of its state is logged once."""
 
     def __init__(self, path: Path, redis: Redis, queue: str, keep_seconds: float, name: str) -> None:
         self._path = path
@@ -69,40 +69,40 @@ class _Watched:
         self._is_standby = False
 
     def check_destination(self) -> None:
-        """Raises RelayRefused when the outbox is there and its entries go elsewhere."""
+        """Raise RelayRefused if the outbox exists and belongs to another Redis or queue."""
         if self._path.is_file():
             try:
                 with Outbox(self._path) as outbox:
                     self._new_relay(outbox).turn.check_destination()
             except OutboxError:
-                return  # `check` logs why, and tries again
+                return  # `check` logs the error and tries again
 
     def check(self) -> None:
-        """Begin to relay when that can be done; log what has changed."""
+        """Start to relay as soon as that is possible, and log each change of state."""
         if self._relay is None:
             self._begin()
         if self._relay is not None:
-            with contextlib.suppress(HistoryError):  # the relay meets it as well, and logs it
+            with contextlib.suppress(HistoryError):  # the relay gets the same error and logs it
                 self._relay.turn.heartbeat()
             self._log_turn(self._relay)
 
     def _begin(self) -> None:
         if not self._path.is_file():
-            self._log(logging.WARNING, "there is no outbox at %s yet: waiting for a producer to make it", self._path)
+            self._log(logging.WARNING, "there is no outbox at %s yet: waiting for a producer to create it", self._path)
             return
         outbox: Outbox | None = None
         try:
             outbox = Outbox(self._path, repair=True)
             relay = self._new_relay(outbox)
-            with outbox.repaired():  # a new file names no other Redis
+            with outbox.repaired():  # if the file is damaged, a new one replaces it, which names no Redis yet
                 relay.turn.check_destination()
             unsettled = outbox.status().depth
         except HistoryError as error:
             if outbox is not None:
                 outbox.close()
-            self._log(logging.ERROR, "cannot relay %s, trying again: %s", self._path, error)
+            self._log(logging.ERROR, "cannot relay %s; trying again: %s", self._path, error)
             return
-        self._log(logging.INFO, "relaying %s, entries not settled: %d", self._path, unsettled)
+        self._log(logging.INFO, "relaying %s, unsettled entries: %d", self._path, unsettled)
         self._outbox, self._relay = outbox, relay
         relay.start()
 
@@ -115,7 +115,7 @@ class _Watched:
             return
         self._is_standby = waits
         if waits:
-            logger.info("another process relays %s: standing by until it ends", self._path)
+            logger.info("another process is relaying %s: waiting until it ends", self._path)
         else:
             logger.info("relaying %s now", self._path)
 

@@ -1,4 +1,4 @@
-"""Which relay of an outbox relays: one at a time, and a relay process before the threads of producers."""
+"""Decides which relay of an outbox relays: one at a time, and a relay process rather than the producers' threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _STANDBY_SECONDS = 1.0
 
 
 class RelayTurn:
-    """The turn of one relay, by a lock beside the outbox. With `process_name`, the relay's process has a heartbeat."""
+    """Turn of one relay, guarded by a lock beside the outbox. With `process_name`, it sends heartbeats as well."""
 
     def __init__(self, outbox: Outbox, redis: Redis, queue: str, process_name: str | None) -> None:
         self._outbox = outbox
@@ -28,18 +28,20 @@ class RelayTurn:
         self._lock: RelayLock = outbox.relay_lock()
         self._generation = outbox.generation
         self._heartbeat_at = 0.0
-        self._alive_since: float | None = None  # the first heartbeat
+        self._alive_since: float | None = None  # time of the first heartbeat
         self._standby_since: float | None = None
-        self.started = False  # set by the relay once it has prepared its turn
-        self.failing_since: float | None = None  # set by the relay, while it cannot relay
+        self.started = False  # the relay sets it when it has prepared its turn
+        self.failing_since: float | None = None  # the relay sets it while it cannot relay
 
     def take(self) -> bool:
-        """Whether it is this relay's turn. Takes or releases the lock; gives a relay process its heartbeat.
+        """Take the turn if possible, and return whether this relay has it.
+
+        Takes or releases the lock, and sends the heartbeat of a relay process.
 
         Raises:
-            RelayRefused: the entries go to another Redis or queue.
+            RelayRefused: the outbox belongs to another Redis or queue.
         """
-        if self._outbox.generation != self._generation:  # another file is at the path, and another lock beside it
+        if self._outbox.generation != self._generation:  # another file is at the path, with another lock beside it
             self._generation = self._outbox.generation
             self.end()
         header = self._outbox.header.read()
@@ -48,7 +50,7 @@ class RelayTurn:
         except RelayRefused:
             self.end()
             raise
-        if header.redis is None and self._process_name is None:  # a new file, in the place of another one
+        if header.redis is None and self._process_name is None:  # a new file has replaced another one
             self._outbox.set_destination(*self._destination)
         process_lives = header.relay is not None and self._outbox.header.relay_is_alive()
         take = self._take_as_producer if self._process_name is None else self._take_as_process
@@ -61,17 +63,17 @@ class RelayTurn:
 
     @property
     def is_exclusive(self) -> bool:
-        """False if another relay that does not answer keeps the lock: both may relay."""
+        """Whether this relay has the lock. If not, an unresponsive relay has it, and both may relay."""
         return self._lock.held
 
     @property
     def is_standby(self) -> bool:
-        """Whether another process has relayed instead of this one for a second or more."""
+        """Whether another process has had the turn for at least one second."""
         since = self._standby_since
         return since is not None and time.monotonic() - since >= _STANDBY_SECONDS
 
     def end(self) -> None:
-        """Leave relaying to others."""
+        """End the turn, so that another relay can take it."""
         self.started = False
         if self._process_name is not None and self._alive_since is not None:
             self._alive_since, self._heartbeat_at = None, 0.0
@@ -80,7 +82,7 @@ class RelayTurn:
         self._lock.release()
 
     def heartbeat(self) -> None:
-        """Renew the heartbeat of a relay process when that is due; it must not wait for Redis."""
+        """Send the heartbeat of a relay process if it is due. This never waits for Redis."""
         if self._process_name is not None and self._alive_since is not None:
             now = time.monotonic()
             if now >= self._heartbeat_at:
@@ -88,13 +90,13 @@ class RelayTurn:
                 self._outbox.header.heartbeat(self._process_name)
 
     def check_destination(self, header: Header | None = None) -> None:
-        """Raises RelayRefused when the outbox says that its entries go to another Redis or queue."""
+        """Raise RelayRefused if the outbox belongs to another Redis or queue."""
         header = header or self._outbox.header.read()
         if (header.redis, header.queue) not in (self._destination, (None, None)):
             redis, queue = self._destination
             raise RelayRefused(
                 f"outbox {self._outbox.path}: its entries go to {header.redis}, queue {header.queue}, and not to"
-                f" {redis}, queue {queue}. Set REDIS_URL and HISTORY_QUEUE as for the producer that opened it last"
+                f" {redis}, queue {queue}. Set REDIS_URL and HISTORY_QUEUE to those of the producer that opened it last"
             )
 
     def _take_as_producer(self, header: Header, process_lives: bool) -> bool:
@@ -102,32 +104,32 @@ class RelayTurn:
             self.end()
             return False
         if not self._take_lock():
-            # A relay process without a heartbeat may be stopped and keep its lock: two relays only do things twice.
+            # A stopped relay process sends no heartbeat but keeps its lock. Two relays at once only make duplicates.
             return header.relay is not None
-        if header.relay is not None:  # it was killed, or the lock would not be free
+        if header.relay is not None:  # the lock is free, so the relay process was killed
             self._outbox.header.clear_heartbeat(header.relay)
         return True
 
     def _take_as_process(self, header: Header, process_lives: bool) -> bool:
         if self.failing_since is not None and time.monotonic() - self.failing_since > RELAY_ALIVE_SECONDS:
-            # Producers may reach Redis where this process cannot: it leaves relaying to them until it can.
+            # Producers may reach Redis even if this process cannot: leave relaying to them until it can.
             self.end()
             self._redis.ping()
             self.failing_since = None
-        # If this one has started to relay and another process has the heartbeat, this one was stopped meanwhile. If
-        # this one has not started, it waits for the other's lock, which is free as soon as that process has ended.
+        # If this process has started to relay and another process sends the heartbeat, this one was stopped meanwhile.
+        # If this process has not started, it waits for the lock, which is free as soon as the other process has ended.
         if process_lives and header.relay != self._process_name and (self.started or not self._take_lock()):
             self.end()
             return False
         self._alive_since = self._alive_since or time.monotonic()
         self.heartbeat()
-        # Producers release the lock when they see the heartbeat. One that is stopped, and another relay process, may
-        # keep it.
+        # Producers release the lock when they see the heartbeat. A stopped producer or another relay process may keep
+        # it: then relay without it after RELAY_ALIVE_SECONDS.
         return self._take_lock() or time.monotonic() - self._alive_since > RELAY_ALIVE_SECONDS
 
     def _take_lock(self) -> bool:
         if not self._lock.held:
             if not self._lock.acquire():
                 return False
-            self.started = False  # another one may have relayed before
+            self.started = False  # another relay may have relayed in the meantime
         return True

@@ -1,7 +1,8 @@
-"""SQLite connections: closed before a fork, switched to a write-ahead log; kinds of their errors.
+"""SQLite connections: closing them before a fork, switching to a write-ahead log, and telling damage from other errors.
 
-No connection may cross a fork, not even unused, or locks and files go wrong. Before a fork every connection of this
-process is closed, while its owner's lock is held; afterwards parent and child each open their own when they need one.
+No connection may survive a fork, not even an unused one: locks would be lost and files damaged. Before a fork, every
+connection of this process is closed while its owner's lock is held. Parent and child then open new ones when they need
+them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SHORT_LOG = sqlite3.SQLITE_IOERR_SHORT_READ  # the log ends before a page that 
 
 
 class HasConnections(Protocol):
-    """Uses its connections only while it holds `lock`."""
+    """Object that uses its SQLite connections only while it has `lock`."""
 
     lock: Any  # a threading.RLock, which has no public type
 
@@ -37,7 +38,7 @@ _one_fork_at_a_time = threading.Lock()
 
 
 def close_before_fork(owner: HasConnections) -> None:
-    """From now on, for as long as `owner` lives."""
+    """Close the connections of `owner` before each fork, as long as `owner` exists."""
     _owners.add(owner)
 
 
@@ -58,7 +59,7 @@ def _after_in_parent() -> None:
 
 def _after_in_child() -> None:
     for owner in _stopped:
-        # Threads that waited for the old one do not exist here.
+        # The old lock may have waiting threads, which do not exist in the child.
         owner.lock = threading.RLock()
     _stopped.clear()
     _one_fork_at_a_time.release()
@@ -69,7 +70,7 @@ os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_c
 
 @contextmanager
 def sqlite_errors(path: Path) -> Iterator[None]:
-    """SQLite's errors as OutboxError, which names the file."""
+    """Translate SQLite's errors into OutboxError, which names the file."""
     try:
         yield
     except sqlite3.Error as error:
@@ -77,14 +78,14 @@ def sqlite_errors(path: Path) -> Iterator[None]:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Whether it says that the content of the file cannot be read."""
-    # Errors that Python's module itself raises have no code, such as for text that is no UTF-8.
+    """Return whether the error means that the content of the file is damaged."""
+    # Errors of Python's own module have no code; one of them is text that is not UTF-8.
     code = getattr(error, "sqlite_errorcode", None)
     return "UTF-8" in str(error) if code is None else code & 0xFF in _DAMAGE or code == _SHORT_LOG
 
 
 def use_wal(connection: sqlite3.Connection, timeout: float) -> None:
-    """Switch to a write-ahead log; wait while others do so: SQLite lets all but the first of them fail at once."""
+    """Switch to a write-ahead log. Retry for `timeout` seconds: SQLite lets only one connection switch at a time."""
     deadline = time.monotonic() + timeout
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Rows of a damaged SQLite file, read page by page: no B-tree has to be intact to find them.
+"""Reads the rows of a damaged SQLite file page by page, without an intact B-tree.
 
 The layout of pages, cells and records is https://www.sqlite.org/fileformat2.html.
 """
@@ -15,19 +15,19 @@ from pathlib import Path
 
 from producers.sqlite_wal import PAGE_SIZES, RawFile, WriteAheadLog, wal_page_bytes
 
-_MAX_PAYLOAD_BYTES = 64 * 2**20  # an outbox has events of 8 MiB at most
-_MAX_HEADER_BYTES = 98_307  # of a record, as in SQLite
+_MAX_PAYLOAD_BYTES = 64 * 2**20  # an event in an outbox has at most 8 MiB
+_MAX_HEADER_BYTES = 98_307  # SQLite's limit for the header of a record
 _PROBED_PAGES = 1000
 _TABLE_LEAF = 0x0D
-_FIXED_BYTES = (0, 1, 2, 3, 4, 6, 8, 8, 0, 0)  # of a value, by serial type; 10 and 11 are not in use
+_FIXED_BYTES = (0, 1, 2, 3, 4, 6, 8, 8, 0, 0)  # size of a value by serial type; 10 and 11 are unused
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row of a rowid table. Columns that were added to the table after the row was written are absent.
+    """Row of a rowid table. Columns that were added to the table after the row was written are missing.
 
-    `values` are in the order of the columns. An INTEGER PRIMARY KEY reads as None, since it is the rowid. A whole
-    number in a REAL column may read as an int.
+    `values` are in the order of the columns. An INTEGER PRIMARY KEY is None, because it is the rowid. A whole number in
+    a REAL column may be an int.
     """
 
     rowid: int
@@ -35,25 +35,25 @@ class Record:
 
 
 def readable_records(path: Path) -> Iterator[Record]:
-    """Every row of any rowid table that can be read from the file at `path` and from its WAL, in no particular order.
+    """Yield every readable row of any rowid table in the file at `path` and in its WAL, in no particular order.
 
-    The database must use UTF-8 (SQLite's default). Rows of pages that cannot be read are left out. SQLite's own tables
-    are read too, for example the schema.
+    The database must use UTF-8 (SQLite's default). Rows on unreadable pages are left out. SQLite's own tables, such as
+    the schema, are read too.
 
-    If the file and its WAL are intact, each row is read once, as its last commit left it. Beside these, older versions
-    and deleted rows may appear: from free pages, and from pages of the file that have a newer image in the WAL, if the
-    WAL is damaged or does not show that it belongs to the file. From a damaged WAL, rows of a transaction that a crash
-    undid may appear as well. The caller chooses between the versions of a row.
+    If the file and its WAL are intact, each row is read once, in its last committed version. Older versions and deleted
+    rows may appear in addition: from free pages, and from pages of the file that have a newer image in the WAL, if the
+    WAL is damaged or does not prove that it belongs to the file. From a damaged WAL, rows of a transaction that a crash
+    rolled back may appear as well. The caller must choose between the versions of a row.
 
-    The caller also checks the content: pages of the file have no checksum, so a value may contain bytes of another one,
-    and garbage may happen to look like a row.
+    The caller must also check the content: pages of the file have no checksum, so a value may contain bytes of another
+    one, and garbage may happen to look like a row.
 
-    Memory is bounded by a few times the longest record (a payload of more than 64 MiB is taken for garbage) and an
-    index of the WAL, some 40 MiB for 1 GiB of it. No connection, of this process or another, may use the file
-    meanwhile: rows of different times would be mixed, and closing the file here ends SQLite's locks of this process.
+    Memory is limited to a few times the longest record (a payload of more than 64 MiB is treated as garbage) and an
+    index of the WAL, about 40 MiB for a WAL of 1 GiB. No connection, of this process or another, may use the file
+    meanwhile: rows of different times would be mixed, and closing the file releases SQLite's locks in this process.
 
     Raises:
-        OSError: at the first record, if the file or its WAL exists and cannot be opened, or if the file does not exist.
+        OSError: at the first record, if the file does not exist, or if the file or its WAL cannot be opened.
     """
     wal_path = Path(f"{os.path.realpath(path)}-wal")  # SQLite follows links too
     with ExitStack() as stack:
@@ -66,7 +66,7 @@ def readable_records(path: Path) -> Iterator[Record]:
         file_pages = -(-file.size // page_bytes)
 
         file_alone = _Pages(file, log, {}, page_bytes, longest)
-        if wal.page_bytes != page_bytes:  # of another database
+        if wal.page_bytes != page_bytes:  # the WAL belongs to another database
             yield from file_alone.records(range(1, file_pages + 1))
             nothing = RawFile(Path(os.devnull), stack)
             images = wal.committed | wal.after_break
@@ -84,7 +84,7 @@ def readable_records(path: Path) -> Iterator[Record]:
 
 
 class _Pages:
-    """The pages of one state of the database: of the WAL where `images` has the offset of one, else of the file."""
+    """Pages of one state of the database: from the WAL if `images` has the offset of a page, else from the file."""
 
     def __init__(self, file: RawFile, log: RawFile, images: Mapping[int, int], page_bytes: int, longest: int) -> None:
         self._file, self._log, self._images = file, log, images
@@ -96,11 +96,11 @@ class _Pages:
             self._usable = page_bytes - first[20]  # some builds of SQLite reserve bytes at the end of each page
 
     def records(self, numbers: Iterable[int]) -> Iterator[Record]:
-        """Rows on those of the pages that are leaves of a table."""
+        """Yield the rows on those of the pages that are leaves of a table."""
         for number in numbers:
             page = self._page(number)
             for at in _cell_offsets(page, 100 if number == 1 else 0):
-                # Garbage, or a reference beyond the end of a page.
+                # A cell may be garbage, or point beyond the end of its page.
                 try:
                     record = self._record(page, at)
                 except (ValueError, IndexError, struct.error):
@@ -108,7 +108,7 @@ class _Pages:
                 yield record
 
     def _page(self, number: int) -> bytes:
-        """Shorter, or empty, where the file is."""
+        """Return the page; it is shorter or empty if the file ends before the page does."""
         if number in self._images:
             return self._log.read(self._images[number], self._page_bytes)[: self._usable]
         return self._file.read((number - 1) * self._page_bytes, self._page_bytes)[: self._usable]
@@ -117,12 +117,12 @@ class _Pages:
         size, at = _varint(page, at)
         rowid, at = _varint(page, at)
         if size > self._longest_payload:
-            raise ValueError("a payload that is too long")
+            raise ValueError("payload too long")
         local = self._local_bytes(size)
         payload = page[at : at + local]
         if len(payload) < local:
-            raise ValueError("a payload beyond the end of its page")
-        # The header is checked before an overflow chain is read: garbage is found early.
+            raise ValueError("payload beyond the end of its page")
+        # Check the header before an overflow chain is read, so that garbage is found early.
         if local < size and _varint(payload, 0)[0] > local:
             payload += self._overflow(page, at + local, size - local)
         types, start = _serial_types(payload, size)
@@ -131,7 +131,7 @@ class _Pages:
         return Record(rowid - 2**64 if rowid >= 2**63 else rowid, _values(payload, types, start))
 
     def _local_bytes(self, size: int) -> int:
-        """The part of a payload that is in the leaf itself."""
+        """Return how many bytes of a payload are in the leaf itself."""
         most, least = self._usable - 35, (self._usable - 12) * 32 // 255 - 23
         if size <= most:
             return size
@@ -139,13 +139,16 @@ class _Pages:
         return local if local <= most else least
 
     def _overflow(self, page: bytes, at: int, length: int) -> bytes:
-        """The rest of a payload. Only its last page refers to no other: most chains with a foreign page break this."""
+        """Return the rest of a payload.
+
+        Only its last page may have no next page. Most chains that contain a page of another record violate this.
+        """
         parts = []
         (number,) = struct.unpack_from(">I", page, at)
         seen = {0, 1}
         while length:
             if number in seen:
-                raise ValueError("an overflow chain that ends early or is a circle")
+                raise ValueError("overflow chain too short or circular")
             seen.add(number)
             page = self._page(number)
             part = page[4 : 4 + length]
@@ -153,7 +156,7 @@ class _Pages:
             parts.append(part)
             length -= len(part)
         if number:
-            raise ValueError("an overflow chain that is too long")
+            raise ValueError("overflow chain too long")
         return b"".join(parts)
 
 
@@ -162,7 +165,7 @@ def _is_database_header(page: bytes) -> bool:
 
 
 def _page_bytes(file: RawFile) -> int | None:
-    """None if the file has no valid header."""
+    """Return the page size of a file, or None if the file has no valid header."""
     header = file.read(0, 100)
     page_bytes = int.from_bytes(header[16:18])
     page_bytes = 65536 if page_bytes == 1 else page_bytes
@@ -170,7 +173,7 @@ def _page_bytes(file: RawFile) -> int | None:
 
 
 def _likely_page_bytes(file: RawFile) -> int:
-    """The size with which the most pages look like leaves of a table, judged by a sample."""
+    """Return the page size with which most pages of a sample look like leaves of a table."""
 
     def leaves(page_bytes: int) -> float:
         step = max(1, file.size // page_bytes // _PROBED_PAGES) * page_bytes
@@ -187,7 +190,10 @@ def _looks_like_leaf(page: bytes) -> bool:
 
 
 def _cell_offsets(page: bytes, start: int) -> list[int]:
-    """From the page header at `start`; none if this is no leaf of a table. They may lead beyond the page."""
+    """Return the cell offsets in the page header at `start`; none if the page is not a leaf of a table.
+
+    Offsets may point beyond the end of the page.
+    """
     if len(page) < start + 8 or page[start] != _TABLE_LEAF:
         return []
     count = min(int.from_bytes(page[start + 3 : start + 5]), (len(page) - start - 8) // 2)
@@ -196,10 +202,14 @@ def _cell_offsets(page: bytes, start: int) -> list[int]:
 
 
 def _serial_types(payload: bytes, size: int) -> tuple[list[int], int]:
-    """The types of a record's values and the offset of the first; they must add up to the record's size exactly."""
+    """Return the serial types of a record's values and the offset of the first value.
+
+    Raises:
+        ValueError: header and values do not add up to exactly `size` bytes.
+    """
     header_bytes, at = _varint(payload, 0)
     if header_bytes > _MAX_HEADER_BYTES:
-        raise ValueError("a header that is too long")
+        raise ValueError("header too long")
     types = []
     total = header_bytes
     while at < header_bytes:
@@ -207,7 +217,7 @@ def _serial_types(payload: bytes, size: int) -> tuple[list[int], int]:
         total += (serial_type - 12) // 2 if serial_type >= 12 else _FIXED_BYTES[serial_type]
         types.append(serial_type)
     if not types or at != header_bytes or total != size:
-        raise ValueError("a header that does not add up to its record")
+        raise ValueError("header does not match the size of its record")
     return types, header_bytes
 
 
@@ -230,7 +240,7 @@ def _values(payload: bytes, types: list[int], at: int) -> tuple[int | float | st
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of 1 to 9 bytes, and the offset behind it."""
+    """Return a number of 1 to 9 bytes and the offset after it."""
     value = 0
     for step in range(8):
         byte = data[at + step]

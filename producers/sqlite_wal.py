@@ -1,4 +1,4 @@
-"""The write-ahead log (WAL) of an SQLite file that may be damaged: where it has committed images of pages.
+"""Finds committed page images in the write-ahead log (WAL) of an SQLite file; both may be damaged.
 
 The layout of the WAL is https://www.sqlite.org/fileformat2.html.
 """
@@ -11,19 +11,19 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-PAGE_SIZES = (4096, 512, 1024, 2048, 8192, 16384, 32768, 65536)  # SQLite's own choice first
-_WAL_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # the latter: checksums over big-endian words
+PAGE_SIZES = (4096, 512, 1024, 2048, 8192, 16384, 32768, 65536)  # SQLite's default first
+_WAL_MAGICS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83")  # the second one: checksums over big-endian words
 
 
 class RawFile:
-    """A file that is read in pieces. It is not mapped: a mapped page that the disk cannot read ends the process."""
+    """File that is read in pieces. It is not memory-mapped: a mapped page with a read error would end the process."""
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self._fd = stack.enter_context(path.open("rb", buffering=0)).fileno()
         self.size = os.fstat(self._fd).st_size
 
     def read(self, offset: int, length: int) -> bytes:
-        """Fewer bytes at the end of the file, and where the disk reports an error."""
+        """Return `length` bytes; fewer at the end of the file, and none if the disk reports an error."""
         try:
             return os.pread(self._fd, length, offset)
         except OSError:
@@ -31,18 +31,18 @@ class RawFile:
 
 
 class WriteAheadLog:
-    """Where the WAL has committed images of pages: page number → offset of the newest image.
+    """Offsets of the committed page images in a WAL: page number → offset of the newest image.
 
-    A frame's checksum continues that of the frame before, which stands in that frame's header. So each frame can be
-    checked from its predecessor alone, and a broken frame does not hide those that follow the next one.
+    A frame's checksum continues the checksum in the header of the previous frame. So a frame can be checked with its
+    predecessor alone, and after a broken frame only the next frame is unreadable too.
     """
 
     def __init__(self, log: RawFile, page_bytes: int) -> None:
         self.page_bytes = wal_page_bytes(log) or page_bytes
-        self.committed: dict[int, int] = {}  # as SQLite itself would read it
-        self.after_break: dict[int, int] = {}  # what SQLite drops; perhaps of a transaction that a crash undid
+        self.committed: dict[int, int] = {}  # images that SQLite itself would read
+        self.after_break: dict[int, int] = {}  # images that SQLite drops; a crash may have rolled them back
         self._database_pages = 0
-        self._is_whole = True  # nothing of this round of the WAL is unread
+        self._is_whole = True  # all frames of the WAL's current round are readable
         header = log.read(0, 32)
         unbroken = wal_page_bytes(log) is not None
         order = (">" if header[3] & 1 else "<") if unbroken else ("<" if sys.byteorder == "little" else ">")
@@ -67,10 +67,10 @@ class WriteAheadLog:
         self._is_whole = self._is_whole and not uncommitted
 
     def supersedes(self, file_pages: int) -> bool:
-        """Whether the images of the WAL are surely newer than the pages of a file of `file_pages` pages.
+        """Return whether the WAL's images are certainly newer than the pages of a file of `file_pages` pages.
 
-        Not so if the WAL is damaged, since the file may have got newer images from it, or if the WAL does not show that
-        it was written for this file: it needs pages that the file has, and none that the file lacks.
+        That is not certain if the WAL is damaged, because the file may have received newer images from it. The WAL must
+        also prove that it was written for this file: it relies on pages that the file has, and on none that it lacks.
         """
         absent = (number for number in range(self._database_pages, 0, -1) if number not in self.committed)
         return self._is_whole and 0 < next(absent, 0) <= file_pages <= self._database_pages
@@ -85,7 +85,7 @@ def _follows(frame: bytes, before: bytes, salts: bytes | None, order: str) -> bo
 
 
 def _is_of_earlier_round(before: bytes, salts: bytes) -> bool:
-    """SQLite adds 1 to the first salt each time it begins the WAL again, and leaves the old frames behind."""
+    """Return whether a frame is from an earlier round: SQLite adds 1 to the first salt when it restarts the WAL."""
     return len(before) == 16 and 0 < (int.from_bytes(salts[:4]) - int.from_bytes(before[:4])) % 2**32 < 2**24
 
 
@@ -97,7 +97,7 @@ def _checksum(data: bytes, order: str, first: int, second: int) -> tuple[int, in
 
 
 def wal_page_bytes(log: RawFile) -> int | None:
-    """None if the WAL has no valid header."""
+    """Return the page size of a WAL, or None if the WAL has no valid header."""
     header = log.read(0, 32)
     if len(header) < 32 or header[:4] not in _WAL_MAGICS:
         return None

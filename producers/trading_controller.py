@@ -50,8 +50,9 @@ def create_daily_portfolio_snapshot(
         portfolio_data: The controller's dict. The keys balance (or current_balance; balance takes precedence),
             total_invested, total_profit_loss, total_value, trade_count and positions are read, all others are ignored.
             One of the two balances is required. Other missing numbers are 0, and a missing total_value is balance +
-            total_profit_loss, which leaves out invested money. A number is any numbers.Real (NumPy's included), a
-            Decimal, or text that is a number. A position is open if its status is "open", in upper or lower case.
+            total_profit_loss, which leaves out invested money. An amount is any numbers.Real (NumPy's included), a
+            Decimal, or text that is a number; trade_count is any numbers.Integral. A position is open if its status is
+            "open", in upper or lower case.
         portfolio_id: An integer that distinguishes several portfolios.
         timestamp: The time of the trading cycle, by default now. If a repeated cycle passes the same time, it records
             the same snapshot, which is stored once. A naive time is local (HISTORY_TIMEZONE).

@@ -1,4 +1,4 @@
-"""docker-compose.yml as Compose reads it, and its services as processes of this machine: no Docker is needed."""
+"""Read docker-compose.yml as Compose does, and run its services as processes of this machine, without Docker."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ NOBODY = 65534
 
 
 def resolved(value: Any, variables: dict[str, str]) -> Any:
-    """`value` as Compose interpolates it: ${NAME:-default}, ${NAME:?message}, and $$ for a dollar sign.
+    """Return `value` as Compose interpolates it: ${NAME:-default}, ${NAME:?message}, and $$ for a dollar sign.
 
-    Raises LookupError for a variable that is required and not set.
+    Raises:
+        LookupError: a required variable is not set.
     """
     if isinstance(value, dict):
         return {key: resolved(item, variables) for key, item in value.items()}
@@ -64,7 +65,7 @@ def free_port() -> int:
 
 
 class Container:
-    """A service's process: with the service's environment and no more, as nobody, able to write no file."""
+    """Process of a service: it has only the service's environment, runs as nobody, and cannot write files."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class Container:
         volume: Path | None = None,
     ) -> None:
         text = json.dumps(service(name))
-        if volume is not None:  # where the service has one, which it may write to
+        if volume is not None:  # replaces the service's volume, which it may write to
             text = text.replace(f'"{service(name)["volumes"][0]["target"]}/', f'"{volume}/')
         for published in ("8000", "9181", "9464"):
             text = text.replace(f'"{published}"', f'"{free_port()}"')
@@ -90,7 +91,7 @@ class Container:
         self.process = self.run(self.settings["command"], may_write=volume is not None)
 
     def run(self, command: list[str], *, may_write: bool = False) -> subprocess.Popen[bytes]:
-        """As `docker compose exec` does, or `run` with a volume that it may write to."""
+        """Run a command like `docker compose exec`, or like `run` with a volume that it may write to."""
         paths = {"PATH": f"{Path(sys.executable).parent}:{os.defpath}", "PYTHONPATH": str(TOP)}
         account: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
         limit = "" if may_write else "ulimit -f 0 && "
@@ -100,7 +101,7 @@ class Container:
         )  # fmt: skip
 
     def check(self) -> subprocess.Popen[bytes]:
-        """The health check, under way; Compose calls the service healthy when it ends with 0."""
+        """Start the health check. Exit status 0 means healthy."""
         kind, *command = self.settings["healthcheck"]["test"]
         assert kind == "CMD"
         return self.run(command)
@@ -111,12 +112,12 @@ class Container:
             return check.returncode == 0
 
     def port(self) -> int:
-        """Where it answers."""
+        """Return the port that the health check asks."""
         (port,) = (int(one) for one in self.settings["healthcheck"]["test"] if one.isdigit() and len(one) > 3)
         return port
 
     def result(self, seconds: float | None = None) -> tuple[int, str]:
-        """Its exit status and what it has printed, when it ends within its grace period, or so many seconds."""
+        """Return the exit status and the output. The process must end within `seconds`, by default its grace period."""
         if seconds is None:
             seconds = float(self.settings["stop_grace_period"].removesuffix("s"))
         try:
@@ -126,24 +127,24 @@ class Container:
         return self.process.returncode, printed.decode()
 
     def kill(self) -> None:
-        """Whatever it does; it may have ended."""
+        """Kill the process. It may already have ended."""
         self.process.kill()
         self.process.communicate()
 
 
 def stop(containers: list[Container]) -> list[tuple[int, str]]:
-    """As `docker compose stop` does."""
+    """Stop the services like `docker compose stop`. Return the exit status and the output of each."""
     for one in containers:
         one.process.terminate()
     return [one.result() for one in containers]
 
 
 def unwritable(folder: Path) -> Path:
-    """A folder below it for services to run in, which as nobody can reach it and the interpreter."""
+    """Make a read-only folder in `folder`, in which services can run as nobody, and return it."""
     made = folder / "read-only"
     made.mkdir()
     made.chmod(0o555)
-    # pytest's are its owner's alone, and so may be the home that the interpreter is in.
+    # pytest's folders, and perhaps the home folder with the interpreter, are private to their owner.
     for above in [*made.parents, *Path(sys.executable).resolve().parents]:
         if not (mode := above.stat().st_mode) & stat.S_IXOTH:
             above.chmod(stat.S_IMODE(mode) | stat.S_IXOTH)

@@ -1,4 +1,4 @@
-"""Real servers for the tests that need them: one pair a run, one database a test, an empty Redis a test."""
+"""Fixtures with real servers: one PostgreSQL and Valkey per run, one database per test, an empty Redis per test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from consumers.embedded import Addresses, servers
 from producers import history_producer
 from producers.history_producer import HistoryProducer
 
-# What runs the tests may ignore these (nohup, a script's background), and what they start would go on ignoring them.
+# nohup or a shell in the background may have set these signals to "ignore", which child processes would inherit.
 for _number, _handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
@@ -34,12 +34,12 @@ _OUR_VARIABLES = ("DATABASE_URL", "REDIS_URL", "POSTGRES_", "HISTORY_")
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No settings, no .env, and a working folder of its own."""
+    """Remove all settings, and run the test in its temporary folder, which has no .env."""
     for name in list(os.environ):
         if name.startswith(_OUR_VARIABLES):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    # A producer that is closed waits for its workers, of which most tests have none.
+    # When a producer is closed, it waits for acknowledgements. Most tests have no worker.
     monkeypatch.setattr(history_producer, "EXIT_SECONDS", 0.1)
 
 
@@ -52,7 +52,7 @@ def pair() -> Iterator[Addresses]:
 
 
 def make_template(addresses: Addresses) -> None:
-    """A database with the tables, which the databases of the tests are copies of."""
+    """Create the template database with the tables, from which the databases of the tests are cloned."""
     administrator = _administrator(addresses)
     with administrator.connect() as db:
         db.exec_driver_sql(f"CREATE DATABASE {_TEMPLATE}")
@@ -74,13 +74,13 @@ def _url_of(addresses: Addresses, database: str) -> SecretStr:
 
 @pytest.fixture
 def empty_database_url(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A database without tables; the settings name it."""
+    """URL of a database without tables, to which the settings point."""
     yield from _database(pair, monkeypatch, "template1")
 
 
 @pytest.fixture
 def database_url(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A database with the tables, empty; the settings name it."""
+    """URL of a database with empty tables, to which the settings point."""
     yield from _database(pair, monkeypatch, _TEMPLATE)
 
 
@@ -98,7 +98,7 @@ def _database(pair: Addresses, monkeypatch: pytest.MonkeyPatch, template: str) -
 
 @contextmanager
 def a_database(pair: Addresses, template: str = _TEMPLATE) -> Iterator[str]:
-    """The address of a database for the length of the block; with the tables, unless another template is given."""
+    """Create a database from the template, yield its URL, and drop it at the end of the block."""
     name = f"test_{uuid4().hex}"
     administrator = _administrator(pair)
     with administrator.connect() as db:
@@ -113,7 +113,7 @@ def a_database(pair: Addresses, template: str = _TEMPLATE) -> Iterator[str]:
 
 @pytest.fixture
 def redis(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
-    """An empty Valkey; the settings name it."""
+    """Client of an empty Valkey, to which the settings point."""
     monkeypatch.setenv("REDIS_URL", pair.redis_url)
     client = Redis.from_url(pair.redis_url)
     client.flushall()
@@ -129,7 +129,7 @@ def producer(redis: Redis, tmp_path: Path) -> Iterator[HistoryProducer]:
 
 @pytest.fixture
 def work(redis: Redis, database_url: str) -> Callable[[], None]:
-    """Work off the queue with RQ's SimpleWorker, in this process."""
+    """Function that runs RQ's SimpleWorker in this process until the queue is empty."""
 
     def burst() -> None:
         queue = Queue("history", connection=redis, serializer=JSONSerializer)

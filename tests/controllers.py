@@ -1,7 +1,7 @@
-"""Controllers that remember every event they got a receipt for, and a judge that compares that with the database.
+"""Controllers that keep a list of the events they have recorded, and functions that compare it with the database.
 
-The judge compares identity and content: an accepted event is the row of its event id with its own content, or a
-rejection recorded for its own delivery with its own content.
+The comparison is by id and content: each accepted event is either the row of its event id, with the same content, or a
+rejection of its delivery, with the same content.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _REJECTIONS = text("SELECT source, sequence, event_id, event FROM event_outcomes
 
 
 def content_of(payload: Payload) -> Content:
-    """By value: two payloads with the same content have the same."""
+    """Return the content of a payload for comparison by value."""
     fields, instant = dict(payload), payload.instant.astimezone(UTC)
     if isinstance(payload, SignalArchive):
         return ("archive", payload.portfolio_id, instant, _plain(payload.signals))
@@ -67,15 +67,15 @@ def _content_of_row(row: Any) -> Content:
 
 @dataclass
 class Account:
-    """What one controller was given receipts for: by source, number and event id the payload, and what they say."""
+    """The events that one controller has recorded, and the states of their receipts."""
 
     name: str
     accepted: dict[Key, Payload]
-    states: dict[Key, tuple[str, int | None]]  # state and row id, of those that can still be asked
+    states: dict[Key, tuple[str, int | None]]  # state and row id of the receipts that still exist
 
 
 class Controller:
-    """A producer in this process on the outbox at `path`."""
+    """A producer in this process with the outbox at `path`."""
 
     def __init__(self, path: Path, redis: Redis | None = None) -> None:
         self.path = path
@@ -92,7 +92,7 @@ class Controller:
         return receipts
 
     def restart(self) -> None:
-        """As a bot does: what it was given receipts for before cannot be asked any more."""
+        """Make a new producer, as a restarted bot does. The receipts of the old one no longer exist."""
         self.stop()
         self._receipts = {}
         self.producer = HistoryProducer(self._redis, outbox=self.path)
@@ -101,7 +101,9 @@ class Controller:
         self.producer.close(0)
 
     def account(self) -> Account:
-        return Account(self.path.parent.name, self.accepted, {key: _fate(one) for key, one in self._receipts.items()})
+        return Account(
+            self.path.parent.name, self.accepted, {key: _outcome(one) for key, one in self._receipts.items()}
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +112,7 @@ class Controller:
         self.stop()
 
 
-def _fate(receipt: Receipt) -> tuple[str, int | None]:
+def _outcome(receipt: Receipt) -> tuple[str, int | None]:
     try:
         return receipt.state, receipt.wait(0)
     except (EventRejected, TimeoutError):
@@ -120,45 +122,45 @@ def _fate(receipt: Receipt) -> tuple[str, int | None]:
 
 
 def settle(*controllers: Controller, seconds: float = 30.0) -> None:
-    """Wait until each entry of each outbox is stored or rejected; entries that are under way are asked for at once."""
+    """Wait until all entries of all outboxes are settled. Check the jobs of sent entries at once."""
     for one in controllers:
         assert one.producer.settle(seconds) == 0, f"{one.path}: {one.producer.status()}"
 
 
 def lost(account: Account) -> set[Key]:
-    """Events of a controller that are neither a row nor a rejection, for a test that expects some."""
+    """Return the events of a controller that are neither a row nor a rejection."""
     return {key for breach, key in _breaches([account]) if key is not None and breach.endswith(_LOST)}
 
 
 def breaches(accounts: Iterable[Account]) -> list[str]:
-    """Every breach of the promise, as a sentence. Empty: each accepted event is one row or one rejection of its own."""
+    """Return a sentence for each event that is not exactly one row or one rejection."""
     return [breach for breach, _ in _breaches(list(accounts))]
 
 
 def _breaches(accounts: list[Account]) -> list[tuple[str, Key | None]]:
-    """Each with the event that it is about."""
+    """Return each breach with its event, if it concerns one."""
     with get_db() as db:
         rows = [(row.id, row.event_id, _content_of_row(row)) for row in db.execute(_ROWS)]
-        # Copies may use one number for the same event id, each with a content of its own.
-        refused = {((r.source, r.sequence, r.event_id), _content_of_event(r.event)) for r in db.execute(_REJECTIONS)}
+        # Two copies of an outbox may use the same number and event id with different contents.
+        rejected = {((r.source, r.sequence, r.event_id), _content_of_event(r.event)) for r in db.execute(_REJECTIONS)}
     contents = {event_id: (row_id, content) for row_id, event_id, content in rows}
     found: list[tuple[str, Key | None]] = []
     if len(contents) < len(rows):
         found.append(("an event id has two rows", None))
     known = {(payload.event_id, content_of(payload)) for one in accounts for payload in one.accepted.values()}
-    found += [(f"row {row_id} is nobody's", None) for row_id, *row in rows if tuple(row) not in known]
+    found += [(f"row {row_id} is not an accepted event", None) for row_id, *row in rows if tuple(row) not in known]
     for one in accounts:
         for key, payload in one.accepted.items():
             row_id, content = contents.get(payload.event_id, (None, None))
             is_stored = content == content_of(payload)
-            is_rejected = (key, content_of(payload)) in refused
+            is_rejected = (key, content_of(payload)) in rejected
             if not (is_stored or is_rejected):
                 found.append((f"{one.name}: {key} {payload.summary} {_LOST}", key))
             if is_stored and is_rejected:
                 found.append((f"{one.name}: {key} is a row and a rejection", key))
             wanted = ("stored", row_id) if is_stored else ("rejected", None)
             if key in one.states and one.states[key] != wanted:
-                found.append((f"{one.name}: the receipt of {key} says {one.states[key]}, and it is {wanted}", key))
+                found.append((f"{one.name}: the receipt of {key} has {one.states[key]} instead of {wanted}", key))
     return found
 
 
@@ -167,26 +169,26 @@ def _content_of_event(event: str) -> Content:
 
 
 def cli(*arguments: str, outbox: Path | None = None) -> Result:
-    """Run `trading-history` in this process, with HISTORY_OUTBOX set to `outbox` or to a place without one."""
+    """Run `trading-history` in this process. HISTORY_OUTBOX is `outbox`, or a path without a file."""
     named = {"HISTORY_OUTBOX": str(outbox or Path("no-outbox-here.db").absolute()), "COLUMNS": "400"}
     return CliRunner().invoke(app, arguments, env=named)
 
 
 def audited(outbox: Path | None) -> tuple[int, list[dict[str, Any]]]:
-    """Exit status of `audit`, and what it says of each source."""
+    """Return the exit status of `audit` and its result for each source."""
     run = cli("audit", "--json", outbox=outbox)
     return run.exit_code, json.loads(run.stdout)
 
 
 def doctored(outbox: Path, name: str) -> tuple[str, str]:
-    """Status and finding of one check of `doctor`."""
+    """Return the status and the finding of one check of `doctor`."""
     checks = json.loads(cli("doctor", "--json", outbox=outbox).stdout)
     (found,) = [(one["status"], one["found"]) for one in checks if one["name"] == name]
     return found
 
 
 def assert_sound(*accounts: Account, outboxes: Sequence[Path]) -> None:
-    """No breach, and `audit` finds nothing missing: with each of the outboxes, and without any."""
+    """Assert that there is no breach, and that `audit` finds nothing missing, with each outbox and without any."""
     found = breaches(accounts)
     assert not found, "\n".join(found)
     for outbox in (*outboxes, None):
@@ -195,12 +197,12 @@ def assert_sound(*accounts: Account, outboxes: Sequence[Path]) -> None:
 
 
 def copy_with_cp(*names: object) -> None:
-    """By a process of its own: closing a file ends all locks that this process has on it."""
+    """Copy files in a separate process: closing a file in this process would release its locks on the file."""
     subprocess.run(["cp", "-a", *map(str, names)], check=True)
 
 
 class Bot:
-    """A producer in a process of its own, which records when it is told to. It can be killed."""
+    """A producer in a separate process that records on request and can be killed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -218,21 +220,21 @@ class Bot:
             )
 
     def record(self, portfolio: int, first: int, count: int, balance: int = 100) -> None:
-        """Snapshots of this portfolio at consecutive seconds, from `first`."""
-        for source, sequence, number in self._ask("record", portfolio, first, count, balance):
+        """Record snapshots of this portfolio, one per second, the first at `first` seconds."""
+        for source, sequence, number in self._call("record", portfolio, first, count, balance):
             payload = a_snapshot(after=timedelta(seconds=number), portfolio_id=portfolio, balance=balance)
             self.accepted[(source, sequence, payload.event_id)] = payload
 
     def settle(self, seconds: float = 30) -> None:
-        assert self._ask("settle", seconds) == 0
+        assert self._call("settle", seconds) == 0
 
     def states(self) -> dict[Key, tuple[str, int | None]]:
-        return {(source, n, UUID(event)): (state, row) for source, n, event, state, row in self._ask("states")}
+        return {(source, n, UUID(event)): (state, row) for source, n, event, state, row in self._call("states")}
 
     def account(self, *, ask: bool = True) -> Account:
         return Account(self.path.parent.name, self.accepted, self.states() if ask else {})
 
-    def _ask(self, *words: object) -> Any:
+    def _call(self, *words: object) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(words) + "\n")
@@ -244,7 +246,7 @@ class Bot:
         self._end()
 
     def stop(self) -> None:
-        """It closes its producer."""
+        """End the process, which closes its producer."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self._end()
@@ -280,14 +282,14 @@ def record(portfolio, first, count, balance):
         done.append((receipts[-1].source, receipts[-1].sequence, number))
     return done
 
-def fate(receipt):
+def outcome(receipt):
     try:
         return receipt.state, receipt.wait(0)
     except (EventRejected, TimeoutError):
         return receipt.state, None
 
 def states():
-    return [(one.source, one.sequence, str(one.event_id), *fate(one)) for one in receipts]
+    return [(one.source, one.sequence, str(one.event_id), *outcome(one)) for one in receipts]
 
 with HistoryProducer(outbox=sys.argv[1]) as producer:
     for line in sys.stdin:
@@ -298,7 +300,7 @@ with HistoryProducer(outbox=sys.argv[1]) as producer:
 
 @contextmanager
 def worker_process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`trading-history worker`, on the real servers and not through a proxy; killed at the end of the block."""
+    """Run `trading-history worker` on the real servers, without a proxy. It is killed at the end of the block."""
     with (folder / "worker.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "consumers.cli", "worker"],
@@ -314,7 +316,7 @@ def worker_process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 class Line:
-    """The way to Redis, which can be cut: clients of REDIS_URL lead through it."""
+    """The connection to Redis that clients of REDIS_URL use. A test can cut it."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
@@ -323,12 +325,12 @@ class Line:
         self._proxy.set_mode("refuse")
         self._proxy.cut()
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         self._proxy.set_mode("pass")
 
 
 def some_events(portfolio: int, first: int, count: int, **overrides: Any) -> list[Payload]:
-    """Snapshots at consecutive seconds from `first`, and one archive at the first of these."""
+    """Return snapshots, one per second, the first at `first` seconds, and one archive at that time."""
     at = [timedelta(seconds=number) for number in range(first, first + count)]
     archive = an_archive(after=at[0], portfolio_id=portfolio)
     return [*(a_snapshot(after=after, portfolio_id=portfolio, **overrides) for after in at), archive]

@@ -1,4 +1,4 @@
-"""`trading-history dashboard` as a process, the jobs that harm can be done to, and every address that it has."""
+"""Runs `trading-history dashboard` as a process, lists its addresses, and writes jobs of any content to Redis."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ SNAPSHOT_FUNCTION = "consumers.handlers.record_portfolio_snapshot"
 
 
 class Dashboard:
+    """Running `trading-history dashboard`, its address and its log."""
+
     def __init__(self, process: subprocess.Popen[str], url: str, log: Path) -> None:
         self.process = process
         self.url = url
@@ -34,7 +36,7 @@ class Dashboard:
         return self._log.read_text("utf-8")
 
     def client(self) -> httpx.Client:
-        """As the dashboard's own pages ask."""
+        """Return a client that sends the login and the headers of the dashboard's own pages."""
         return httpx.Client(
             base_url=self.url,
             auth=("history", PASSWORD),
@@ -46,7 +48,7 @@ class Dashboard:
 
 @contextmanager
 def dashboard_of(redis_url: str, log: Path, *arguments: str, **environment: str) -> Iterator[Dashboard]:
-    """A running dashboard at a free port; ended hard if it still runs."""
+    """Run a dashboard at a free port; it is killed at the end of the block."""
     settings = {"REDIS_URL": redis_url, "HISTORY_DASHBOARD_PASSWORD": PASSWORD}
     with log.open("a") as errors:
         process = subprocess.Popen(
@@ -62,7 +64,7 @@ def dashboard_of(redis_url: str, log: Path, *arguments: str, **environment: str)
 
 
 def pages(job_ids: list[str]) -> list[str]:
-    """Every address that shows something: of each list, each job."""
+    """Return every address that shows something, for each list and each of these jobs."""
     registries = ("queued", "started", "finished", "failed", "deferred", "scheduled", "canceled")
     lists = [f"history/{registry}/200/{order}/1" for registry in registries for order in ("asc", "dsc")]
     return [
@@ -74,7 +76,7 @@ def pages(job_ids: list[str]) -> list[str]:
 
 
 def plant(redis: Redis, job_id: str, fields: Mapping[str, bytes], *, failed: bool = True, result: Any = None) -> None:
-    """A job as somebody has left it, in Failed or in the queue, and perhaps the newest of its results."""
+    """Write a job with these fields to Redis, in Failed or in the queue, with `result` as its newest result."""
     written: Any = dict(fields)
     if written:
         redis.hset(Job.key_for(job_id), mapping=written)
@@ -88,4 +90,5 @@ def plant(redis: Redis, job_id: str, fields: Mapping[str, bytes], *, failed: boo
 
 
 def failure(text: str) -> dict[str, bytes]:
+    """Return the result of a failed job, as RQ stores it."""
     return {"type": b"2", "exc_string": b64encode(zlib.compress(text.encode()))}

@@ -1,7 +1,7 @@
 """Facts of a database, read from its catalog and tables, to compare two states of it on one server.
 
-A dump's text is not compared. Besides the schema, it can show values that the server generates: PostgreSQL 15.20 stores
-`pg_attver` among each column's options, and every CREATE TABLE gives it another value.
+The text of a dump is not compared, because it can contain values that the server generates: PostgreSQL 15.20 stores
+`pg_attver` among the options of each column, with another value after every CREATE TABLE.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _OURS = "nspname <> 'information_schema' AND nspname NOT LIKE 'pg\\_%'"
 
 
 def _privileges(acl: str, kind: str, owner: str) -> str:
-    """SQL of an ACL in one order; one that was never changed is what it stands for."""
+    """Return SQL for an ACL in sorted order; an ACL that was never changed gives the default privileges."""
     entries = f"unnest(coalesce({acl}, acldefault('{kind}', {owner})))"
     return f"ARRAY(SELECT CAST(entry AS text) FROM {entries} entry ORDER BY 1)"
 
 
-# Each yields schema, name, kind of fact, fact. Positions are those among the columns that were not dropped. Of the
-# options of a column only those that a user can set are taken.
+# Each query returns schema, name, kind of fact, fact. Column positions do not count dropped columns. Only the column
+# options that a user can set are included.
 _QUERIES = (
     f"""
     SELECT nspname, '', 'schema', jsonb_build_array(pg_get_userbyid(nspowner),
@@ -123,7 +123,7 @@ _TABLES = f"""
     SELECT nspname, relname, relkind FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
     WHERE {_OURS} AND relkind IN ('r', 'p', 'S') ORDER BY 1, 2
 """
-# Of the table itself: what inherits from it has rows of its own.
+# ONLY: tables that inherit from this one are read separately.
 _ROWS = sql.SQL("SELECT CAST(t AS text) FROM ONLY {} t ORDER BY 1")
 _NUMBER = sql.SQL("SELECT last_value, is_called FROM {}")
 
@@ -131,7 +131,7 @@ _NUMBER = sql.SQL("SELECT last_value, is_called FROM {}")
 def database_facts(url: str, schema: str | None = None) -> Facts:
     """Return definitions, owners, privileges, comments, sequence values and rows, of one schema or of all.
 
-    Wait up to 60 s for sessions that hold a lock on a table. The order of columns counts, that of rows does not.
+    If a session has a lock on a table, wait up to 60 s. The order of columns matters, the order of rows does not.
     Settings, roles, event triggers, operators, casts and the rows of materialized views are not covered.
     """
     with closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as db:

@@ -1,4 +1,4 @@
-"""Jobs on the queue `history` as a producer without an outbox would send them, and a worker that takes them all."""
+"""Jobs on the queue `history` as a producer without an outbox enqueues them, and a worker that empties the queue."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from tests.factories import a_snapshot
 
 
 def history_queue(redis: Redis) -> Queue:
+    """Return RQ's queue `history`, with the JSON serializer."""
     return Queue("history", connection=redis, serializer=JSONSerializer)
 
 
 def enqueue_snapshots(redis: Redis, count: int, *, first: int = 0) -> list[str]:
-    """Snapshots of `count` consecutive seconds, numbered from `first`; the ids of their jobs."""
+    """Enqueue snapshots of `count` consecutive seconds, numbered from `first`. Returns the ids of their jobs."""
     jobs = []
     for number in range(first, first + count):
         event = event_of(a_snapshot(after=timedelta(seconds=number)), source="other/1", sequence=number)
@@ -37,7 +38,7 @@ def burst(redis: Redis) -> HistoryWorker:
 
 
 def assert_stored_once(redis: Redis, count: int) -> None:
-    """The snapshots numbered from 0 are rows, nothing else became of any, and no worker has left anything behind."""
+    """Check that snapshots 0 to `count` - 1 are rows, no outcome is recorded, and no job or reservation is left."""
     assert sorted(row["sequence"] for row in get_portfolio_history()) == list(range(count))
     with get_db() as db:
         assert db.scalar(text("SELECT count(*) FROM event_outcomes")) == 0

@@ -39,7 +39,6 @@ def documents() -> list[str]:
     return sorted(str(file.relative_to(ROOT)) for file in files)
 
 
-@cache
 def text_of(document: str) -> str:
     """Return the text of a document, given its path relative to the project's root."""
     return (ROOT / document).read_text("utf-8")
@@ -65,7 +64,7 @@ def block(document: str, marker: str) -> str:
 def table(document: str, marker: str) -> list[list[str]]:
     """Return the cells of the table below the comment `<!-- marker -->`, without its head."""
     (lines,) = re.findall(rf"<!-- {re.escape(marker)} -->\n((?:\|.*\n)+)", text_of(document))
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines.splitlines()[2:]]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines.splitlines()[2:]]
 
 
 def words(text: str) -> int:
@@ -93,10 +92,10 @@ def _broken_links(document: str) -> Iterator[str]:
 
 
 @cache
-def _tested_blocks() -> frozenset[tuple[str, str]]:
+def _tested_blocks(tests: Path) -> frozenset[tuple[str, str]]:
     """The document and marker of each call of `block` in a test."""
     found = set()
-    for file in (ROOT / "tests").rglob("*.py"):
+    for file in tests.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "block":
                 values = [one.value for one in node.args if isinstance(one, ast.Constant)]
@@ -107,7 +106,7 @@ def _tested_blocks() -> frozenset[tuple[str, str]]:
 
 def _untested_blocks(document: str) -> Iterator[str]:
     for one in blocks(document):
-        if one.marker.startswith(_NOT_RUN) or (document, one.marker) in _tested_blocks():
+        if one.marker.startswith(_NOT_RUN) or (document, one.marker) in _tested_blocks(ROOT / "tests"):
             continue
         first = one.text.strip().split("\n")[0]
         yield f"{document}: no test reads the code block <!-- {one.marker} --> that begins with: {first}"

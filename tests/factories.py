@@ -1,4 +1,4 @@
-"""Valid events of every kind; a test names only what matters to it."""
+"""Valid events and inputs with default values; a test overrides only the values that matter to it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def an_archive(*, after: timedelta = timedelta(0), **overrides: Any) -> SignalAr
 
 
 def a_portfolio(**overrides: Any) -> dict[str, Any]:
-    """What a controller hands to create_daily_portfolio_snapshot."""
+    """Return the dict that a controller passes to create_daily_portfolio_snapshot."""
     position = {
         "trade_id": "t-1",
         "market_id": "510372",
@@ -81,7 +81,7 @@ def a_portfolio(**overrides: Any) -> dict[str, Any]:
 
 
 def an_old_snapshot(moment: datetime, **overrides: Any) -> dict[str, Any]:
-    """An entry of portfolio_history.json; `moment` is what the old controller's clock showed."""
+    """Return an entry of portfolio_history.json; `moment` is the old controller's local time."""
     entry = {
         "date": moment.date().isoformat(),
         "timestamp": moment.isoformat(),
@@ -96,5 +96,5 @@ def an_old_snapshot(moment: datetime, **overrides: Any) -> dict[str, Any]:
 
 
 def an_old_archive(moment: datetime, signals: list[dict[str, Any]]) -> dict[str, Any]:
-    """An entry of a signals_archive_YYYY-MM.json."""
+    """Return an entry of signals_archive_YYYY-MM.json."""
     return {"archived_at": moment.isoformat(), "signals_count": len(signals), "signals": signals}

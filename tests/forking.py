@@ -1,4 +1,4 @@
-"""A forked child that cannot go on with the rest of the suite."""
+"""A forked child that ends without continuing the test run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Fork, run `function` in the child, wait; its exit code is 0, or 1 with a traceback when it raised."""
+    """Run `function` in a forked child and return its exit code: 0, or 1 after a traceback if it raised."""
     child = os.fork()
     if child == 0:
         code = 1

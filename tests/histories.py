@@ -1,4 +1,4 @@
-"""Rows for the read side, straight into the tables."""
+"""Insert rows for tests of the read side directly into the tables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MANY = text("""
 def store_values(
     values: Sequence[Any], *, step: timedelta = timedelta(days=1), start: datetime = START, portfolio: int | None = 1
 ) -> None:
-    """One snapshot a value, `step` apart; None is a step without one."""
+    """Store one snapshot for each value, `step` apart. None leaves out a step."""
     for number, value in enumerate(values):
         if value is None:
             continue
@@ -54,7 +54,7 @@ def store_archive(signals: list[dict[str, Any]], *, at: datetime = START, portfo
 
 
 def store_many(count: int, *, step: str = "5 minutes", portfolio: int = 1, start: datetime = START) -> None:
-    """A long curve of two waves."""
+    """Store `count` snapshots whose values are the sum of two sine waves."""
     with get_db() as db:
         db.execute(_MANY, {"count": count, "step": step, "portfolio": portfolio, "start": start})
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

@@ -1,4 +1,4 @@
-"""Databases of the old controller, as they stand out there."""
+"""SQL that makes databases of the old controller, as they exist in practice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIRST_GENERATION = """
         created_at timestamp NOT NULL DEFAULT now());
     CREATE INDEX idx_signal_archives_month ON signal_archives (archive_month);
 """
-# event_outcomes as this project made it before the outcome `absorbed` was renamed.
+# event_outcomes of an earlier release of this project, in which the outcome `duplicate` had another name.
 OUTCOMES_BEFORE_DUPLICATE = """
     DROP TABLE event_outcomes;
     CREATE TABLE event_outcomes (
@@ -41,8 +41,8 @@ SECOND_GENERATION = """
         UNIQUE (portfolio_id, snapshot_date));
 """
 
-# :rows of each. Amounts to the cent, of both signs; times to the microsecond, two of them in the hour that clocks in
-# Berlin show twice.
+# Each makes :rows rows. Amounts have cents and both signs. Times have microseconds; two of them are in the hour that
+# clocks in Berlin show twice.
 FIRST_GENERATION_SNAPSHOTS = """
     INSERT INTO portfolio_history (snapshot_date, timestamp, balance, total_invested, total_profit_loss, total_value,
         open_positions, trade_count, created_at)
@@ -68,7 +68,7 @@ ARCHIVES = """
     FROM generate_series(1, CAST(:rows AS integer)) AS number,
         LATERAL (SELECT timestamp '2025-10-31 23:59:58.000001' + number * interval '1 second' AS at) AS moment
 """
-# Beside them: what nobody may touch.
+# Tables beside the old ones, which must not change.
 OTHER_TABLES = """
     CREATE TABLE markets (market_id text PRIMARY KEY, question text NOT NULL);
     CREATE TABLE trades (id serial PRIMARY KEY, market_id text REFERENCES markets, at timestamp NOT NULL);

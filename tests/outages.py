@@ -1,4 +1,4 @@
-"""Every way in which a Redis can be of no use, each as a client for a producer and a way back."""
+"""Kinds of Redis outages: each is a context manager that yields a client for a producer and ends the outage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from redis.retry import Retry
 
 from tests.faults.proxy import Mode, Proxy
 
-ANSWER_SECONDS = 0.5  # what the clients here wait for an answer; a shipped one waits longer, the caller never
+ANSWER_SECONDS = 0.5  # time limit of these clients for an answer; a real producer's client waits longer
 
 
 def _client(**target: object) -> Redis:
@@ -28,13 +28,13 @@ def _socket_of(redis_url: str) -> str:
 
 @contextmanager
 def refused(redis_url: str, folder: Path) -> Iterator[Redis]:
-    """Nobody listens."""
+    """Refuse connections: no server listens."""
     yield _client(host="127.0.0.1", port=1)
 
 
 @contextmanager
 def hanging(redis_url: str, folder: Path) -> Iterator[Redis]:
-    """Connections are accepted, and nothing is ever answered."""
+    """Accept connections and never answer."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         kept: list[socket.socket] = []
 
@@ -64,12 +64,12 @@ def _through_proxy(mode: Mode) -> Callable[[str, Path], Iterator[Redis]]:
 
 
 slow = contextmanager(_through_proxy("delay"))
-slow.__doc__ = "Every piece takes 50 ms longer."
+slow.__doc__ = "Delay each piece of data by 50 ms."
 
 
 @contextmanager
 def read_only(redis_url: str, folder: Path) -> Iterator[Redis]:
-    """A replica of a master that is gone."""
+    """Make the server a replica of a master that is unreachable."""
     with Redis.from_url(redis_url) as administrator, ExitStack() as stack:
         administrator.replicaof("127.0.0.1", 1)
         stack.callback(administrator.replicaof, "no", "one")
@@ -78,7 +78,7 @@ def read_only(redis_url: str, folder: Path) -> Iterator[Redis]:
 
 @contextmanager
 def out_of_memory(redis_url: str, folder: Path) -> Iterator[Redis]:
-    """Nothing may be written, since nothing may be evicted."""
+    """Reject writes: `maxmemory` is reached and no key may be evicted."""
     with Redis.from_url(redis_url) as administrator, ExitStack() as stack:
         administrator.config_set("maxmemory", 1)
         stack.callback(administrator.config_set, "maxmemory", 0)
@@ -87,16 +87,16 @@ def out_of_memory(redis_url: str, folder: Path) -> Iterator[Redis]:
 
 @contextmanager
 def wrong_password(redis_url: str, folder: Path) -> Iterator[Redis]:
-    """The server wants another one."""
+    """Make the server require another password."""
     with Redis.from_url(redis_url) as administrator, ExitStack() as stack:
         administrator.config_set("requirepass", "right")  # this connection stays authenticated
         stack.callback(administrator.config_set, "requirepass", "")
-        yield _client(unix_socket_path=_socket_of(redis_url), password="wrong")  # that is the point
+        yield _client(unix_socket_path=_socket_of(redis_url), password="wrong")
 
 
 @contextmanager
 def unresolvable(redis_url: str, folder: Path) -> Iterator[Redis]:
-    """No such name."""
+    """Use a host name that does not exist."""
     yield _client(host="no-such-host.invalid")
 
 

@@ -1,4 +1,4 @@
-"""A server for an app that can be stopped and started again."""
+"""Serves an app; the server can be stopped and started again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 
 class PageServer:
-    """Serves in a thread of this process, always at the same address."""
+    """Server in a thread of this process. After a restart it has the same address."""
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
@@ -44,6 +44,7 @@ class PageServer:
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[PageServer]:
+    """Serve the app inside the block."""
     server = PageServer(app)
     server.start()
     try:

@@ -1,4 +1,4 @@
-"""Controllers that end and processes that relay, as processes; and what an outbox holds, read without opening one."""
+"""Controllers, relays and workers as processes, and the states in an outbox file, read without an Outbox."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.rq_programs import until
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "consumers.cli"]
 
-# Records two events and says when it is at its end.
+# Records two events and prints the time at its end.
 TWO_EVENTS = """
 import time
 from datetime import timedelta
@@ -40,7 +40,7 @@ print(time.monotonic(), flush=True)
 
 
 class Ended(NamedTuple):
-    """A process that has ended: how long it took from the end of its script on, and what it printed."""
+    """Process that has ended. `seconds`: time from the end of its script to its exit."""
 
     seconds: float
     returncode: int
@@ -49,7 +49,7 @@ class Ended(NamedTuple):
 
 
 def states(outbox: Path) -> dict[str, int]:
-    """The number of entries in each state that there is."""
+    """Return the number of entries in each state."""
     with closing(sqlite3.connect(outbox)) as db:
         return dict(db.execute("SELECT state, count(*) FROM entries GROUP BY state"))
 
@@ -60,14 +60,14 @@ def unsettled(outbox: Path) -> int:
 
 
 def make_older(outbox: Path, seconds: float) -> None:
-    """As if everything had been recorded so much earlier."""
+    """Move the recording times of all entries back by `seconds`."""
     with closing(sqlite3.connect(outbox)) as db:
         db.execute("UPDATE entries SET recorded_at = recorded_at - ?", (seconds,))
         db.commit()
 
 
 def run_script(script: str, folder: Path, *arguments: object, name: str = "controller.py", **environment: str) -> Ended:
-    """Run `script` from a file, as multiprocessing needs it; its last line is the monotonic clock at its end."""
+    """Run `script` from a file, which multiprocessing needs. Its last line is the monotonic time at its end."""
     (folder / name).write_text(script)
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(folder / name), *map(str, arguments)],
@@ -85,7 +85,7 @@ def run_script(script: str, folder: Path, *arguments: object, name: str = "contr
 
 @contextmanager
 def a_worker(redis: Redis, log: Path) -> Iterator[psutil.Process]:
-    """`trading-history worker`, ready; stopped at the end of the block."""
+    """Run `trading-history worker` and wait until it is ready; stop it at the end of the block."""
     with worker_process(log) as worker:
         until(lambda: bool(redis.scard(WORKERS_BY_QUEUE_KEY % "history")), 40)
         yield psutil.Process(worker.pid)
@@ -93,7 +93,7 @@ def a_worker(redis: Redis, log: Path) -> Iterator[psutil.Process]:
 
 @contextmanager
 def a_relay(log: Path, *arguments: object, wait: bool = True, **environment: str) -> Iterator[psutil.Popen]:
-    """`trading-history relay`, its log lines in `log`; killed at the end of the block."""
+    """Run `trading-history relay` with its log in `log`; kill it at the end of the block."""
     with log.open("wb") as output:
         process = psutil.Popen(
             [*COMMAND, "relay", *map(str, arguments)],
@@ -115,7 +115,7 @@ def a_relay(log: Path, *arguments: object, wait: bool = True, **environment: str
 
 @contextmanager
 def a_proxy(redis_url: str, folder: Path) -> Iterator[tuple[Proxy, str]]:
-    """A proxy before the Redis of this URL, and the URL of the proxy."""
+    """Run a proxy before the Redis of this URL; yield it and its URL."""
     target = Redis.from_url(redis_url).connection_pool.connection_kwargs["path"]
     proxy = Proxy(folder / "proxy.sock", Path(target))
     with proxy.running():

@@ -1,4 +1,4 @@
-"""RQ's own commands as processes, as an operator runs them, and waiting for what they do."""
+"""RQ's own commands as processes, as an operator runs them, and functions that wait for their effects."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ _WAITING = text("""
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until the condition holds, and fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds} s"
         time.sleep(0.02)
 
 
 def somebody_waits_for_a_lock() -> bool:
+    """Return whether a session of the test's database waits for a lock."""
     with get_db() as db:
         return bool(db.scalar(_WAITING))
 
 
 def rq(command: str, *arguments: str) -> str:
-    """Run `rq <command>` to its end; what it printed."""
+    """Run `rq <command>` to its end and return its output."""
     line = [sys.executable, "-m", "rq.cli", command, "--url", os.environ["REDIS_URL"], *arguments]
     environment = {**os.environ, "COLUMNS": "80"}
     return subprocess.run(line, check=True, capture_output=True, text=True, timeout=30, env=environment).stdout
@@ -46,7 +48,7 @@ def rq(command: str, *arguments: str) -> str:
 
 @contextmanager
 def rq_process(command: str, *arguments: str, log: Path, url: bool = True) -> Iterator[psutil.Popen]:
-    """Run `rq <command>`, its output in `log`; killed at the end of the block, with its children."""
+    """Run `rq <command>` with its output in `log`, and kill it and its children at the end of the block."""
     line = [sys.executable, "-m", "rq.cli", command, *(("--url", os.environ["REDIS_URL"]) if url else ()), *arguments]
     with log.open("wb") as output:
         process = psutil.Popen(line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -54,19 +56,19 @@ def rq_process(command: str, *arguments: str, log: Path, url: bool = True) -> It
         yield process
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # a pool's workers too, also when the pool itself is gone
+            os.killpg(process.pid, signal.SIGKILL)  # also a pool's workers, even if the pool has ended
         process.wait(10)
 
 
 def registered_workers(redis: Redis) -> dict[int, str]:
-    """The workers that RQ knows: process id → name."""
+    """Return the workers in RQ's list: process id to name."""
     keys = [as_text(key) for key in redis.smembers(REDIS_WORKER_KEYS)]
     return {int(pid): key.removeprefix("rq:worker:") for key in keys if (pid := redis.hget(key, "pid"))}
 
 
 @contextmanager
 def ignoring(*numbers: signal.Signals) -> Iterator[None]:
-    """Inside the block this process ignores these signals, and so do, at their start, the processes that it starts."""
+    """Ignore these signals in this process during the block. Processes that it starts there ignore them too."""
     handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         yield
@@ -77,7 +79,7 @@ def ignoring(*numbers: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def rq_worker(worker_class: str, log: Path) -> Iterator[psutil.Popen]:
-    """`rq worker` with this class on the queue history, under WORKER_NAME; killed at the end of the block."""
+    """Run `rq worker` with this class on the queue history as WORKER_NAME, and kill it at the end of the block."""
     options = ["--name", WORKER_NAME, "--serializer", "json", "--worker-class", worker_class]
     with rq_process("worker", *options, "history", log=log) as process:
         yield process

@@ -1,4 +1,4 @@
-"""What Prometheus would read, by Prometheus' own parser."""
+"""Scrapes of metrics, parsed by Prometheus' own parser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Scrape = dict[tuple[str, ...], float]
 
 
 def parsed(text: str) -> Scrape:
-    """Our samples: (name without the prefix, label values in the order of their names) → value."""
+    """Return our samples: (name without the prefix, label values in the order of the labels' names) → value."""
     return {
         (sample.name.removeprefix(PREFIX), *(sample.labels[name] for name in sorted(sample.labels))): sample.value
         for family in text_string_to_metric_families(text)
@@ -35,13 +35,13 @@ def scraped(url: str) -> Scrape:
 
 
 def log_lines(log: Path) -> list[dict[str, object]]:
-    """Every line must be JSON."""
+    """Return the lines of a log, all of which must be JSON."""
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 @contextmanager
 def scraped_worker(log: Path, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`trading-history worker` with metrics at any free port, and their address; killed at the end of the block."""
+    """Run `trading-history worker` with metrics at a free port during the block. Yields the process and its URL."""
     command = [sys.executable, "-m", "consumers.cli", "worker", "--metrics-port=0", *arguments]
     with log.open("wb") as output:
         worker = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})

@@ -1,4 +1,4 @@
-"""The four history operations against a real PostgreSQL: insert, and read back in order."""
+"""The four history operations on a real PostgreSQL: inserts, and reads in the documented order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("database_url")
 
 
 def _plain_snapshot(moment: datetime, /, **overrides: object) -> dict[str, object]:
-    """What the old code passed: a plain dict with a naive local time."""
+    """Return a plain dict with a naive local time, like those of the old code."""
     return {
         "snapshot_date": moment.date(),
         "timestamp": moment,
@@ -35,8 +35,8 @@ def _plain_snapshot(moment: datetime, /, **overrides: object) -> dict[str, objec
     } | overrides
 
 
-def test_snapshots_come_back_newest_first_by_date_and_time() -> None:
-    """Order is snapshot_date DESC, timestamp DESC, whatever the order of the inserts."""
+def test_snapshots_are_read_newest_first_by_date_and_time() -> None:
+    """The order is snapshot_date DESC, timestamp DESC, independent of the order of the inserts."""
     noon = datetime(2025, 10, 20, 12)
     times = [noon, noon + timedelta(days=1), noon - timedelta(days=1), noon + timedelta(hours=1)]
     ids = {time: insert_portfolio_history_snapshot(_plain_snapshot(time)) for time in times}
@@ -48,8 +48,8 @@ def test_snapshots_come_back_newest_first_by_date_and_time() -> None:
     assert get_portfolio_history(limit=0) == []
 
 
-def test_a_snapshot_is_read_back_with_native_types_and_equal_values() -> None:
-    """Floats, ints, dates and aware times: what was inserted, to the microsecond."""
+def test_a_snapshot_is_read_with_native_types_and_equal_values() -> None:
+    """Floats, ints, dates and aware times have the inserted values, to the microsecond."""
     moment = datetime(2025, 10, 20, 17, 2, 46, 101234)
     row_id = insert_portfolio_history_snapshot(_plain_snapshot(moment, portfolio_id=3))
 
@@ -69,8 +69,8 @@ def test_a_snapshot_is_read_back_with_native_types_and_equal_values() -> None:
     }
 
 
-def test_archives_come_back_newest_first() -> None:
-    """Order is archived_at DESC, whatever the order of the inserts."""
+def test_archives_are_read_newest_first() -> None:
+    """The order is archived_at DESC, independent of the order of the inserts."""
     noon = datetime(2025, 10, 20, 12)
     times = [noon, noon + timedelta(days=40), noon - timedelta(days=1)]
     ids = {time: insert_signal_archive({"archived_at": time, "signals": [a_signal()]}) for time in times}
@@ -83,7 +83,7 @@ def test_archives_come_back_newest_first() -> None:
 
 
 def test_an_archive_keeps_its_signals_and_their_count() -> None:
-    """signals_data is the same JSON, and month and count are derived."""
+    """signals_data is the same JSON; month and count are derived from the event."""
     signals = [a_signal(), a_signal(market_id="2", event_id=None)]
     insert_signal_archive(
         {"archived_at": INSTANT, "signals_data": signals, "signals_count": 2, "archive_month": "2026-11"}
@@ -94,8 +94,8 @@ def test_an_archive_keeps_its_signals_and_their_count() -> None:
     assert (row["signals_data"], row["signals_count"], row["archive_month"]) == (signals, 2, "2026-11")
 
 
-def test_inserting_a_fact_again_returns_the_same_row() -> None:
-    """The same instant and amounts, written another way, are the same fact."""
+def test_inserting_the_same_event_again_returns_the_same_row() -> None:
+    """The same instant and amounts in another notation are the same event."""
     first = insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, balance=10))
     again = insert_portfolio_history_snapshot(
         _plain_snapshot(INSTANT.astimezone(), balance="10.00", snapshot_date=INSTANT.date())
@@ -108,8 +108,8 @@ def test_inserting_a_fact_again_returns_the_same_row() -> None:
     assert (len(get_portfolio_history()), len(get_recent_signal_archives())) == (1, 1)
 
 
-def test_a_fact_with_other_content_is_refused_and_nothing_is_overwritten() -> None:
-    """Same portfolio and instant, other amounts or signals: EventConflict."""
+def test_inserting_other_content_for_an_event_raises_and_overwrites_nothing() -> None:
+    """The same portfolio and instant with other amounts or signals raise EventConflict."""
     row_id = insert_portfolio_history_snapshot(_plain_snapshot(INSTANT))
     insert_signal_archive({"archived_at": INSTANT, "signals": [a_signal()]})
 
@@ -131,15 +131,17 @@ def test_a_fact_with_other_content_is_refused_and_nothing_is_overwritten() -> No
         ({"surprise": 1}, "^surprise: is not a field of this event"),
     ],
 )
-def test_a_wrong_snapshot_is_refused_with_the_field_and_the_reason(change: dict[str, object], message: str) -> None:
-    """Nothing is inserted for a dict that is no snapshot."""
+def test_inserting_an_invalid_snapshot_raises_with_the_field_and_the_reason(
+    change: dict[str, object], message: str
+) -> None:
+    """No row is inserted."""
     with pytest.raises(InvalidEvent, match=message):
         insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, **change))
     assert get_portfolio_history() == []
 
 
-def test_a_wrong_count_or_month_of_an_archive_is_refused() -> None:
-    """What can be derived must agree when it is given."""
+def test_inserting_an_archive_with_a_wrong_count_or_month_raises() -> None:
+    """Count and month are derived; if they are given too, they must agree."""
     archive = {"archived_at": INSTANT, "signals": [a_signal()]}
     with pytest.raises(InvalidEvent, match="^signals_count: must be 1, which follows from the other values"):
         insert_signal_archive(archive | {"signals_count": 2})
@@ -147,8 +149,8 @@ def test_a_wrong_count_or_month_of_an_archive_is_refused() -> None:
         insert_signal_archive(archive | {"archive_month": "2026-10"})
 
 
-def test_a_naive_time_means_the_same_going_in_and_asking_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The local zone, or that of HISTORY_TIMEZONE."""
+def test_a_naive_time_means_the_same_in_inserts_and_in_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in HISTORY_TIMEZONE, by default the local zone."""
     monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
     moment = datetime(2025, 10, 20, 1)
     insert_portfolio_history_snapshot(_plain_snapshot(moment))
@@ -160,14 +162,14 @@ def test_a_naive_time_means_the_same_going_in_and_asking_for_it(monkeypatch: pyt
     assert get_portfolio_history(since=moment + second) == []
 
 
-def test_a_negative_limit_is_a_mistake_of_the_caller() -> None:
-    """Not of the data."""
+def test_a_negative_limit_raises_value_error() -> None:
+    """It is an error of the caller, not invalid data."""
     with pytest.raises(ValueError, match="^limit must not be negative$"):
         get_portfolio_history(limit=-1)
 
 
-def test_reads_can_be_narrowed_to_a_portfolio_and_a_period() -> None:
-    """since is inclusive, until is exclusive."""
+def test_reads_filter_by_portfolio_and_period() -> None:
+    """`since` is inclusive, `until` is exclusive."""
     days = [INSTANT + timedelta(days=day) for day in range(4)]
     for day in days:
         for portfolio_id in (1, 2):
@@ -181,8 +183,8 @@ def test_reads_can_be_narrowed_to_a_portfolio_and_a_period() -> None:
     assert [(row["portfolio_id"], row["archived_at"]) for row in archives] == [(2, days[2]), (2, days[1])]
 
 
-def test_the_inserts_take_numbers_of_other_types() -> None:
-    """NumPy's scalars and fractions, and what is read back has their value."""
+def test_the_inserts_accept_numpy_numbers_and_fractions() -> None:
+    """The rows have their values."""
     moment = datetime(2025, 10, 20, 17)
     insert_portfolio_history_snapshot(
         _plain_snapshot(

@@ -1,4 +1,4 @@
-"""The `trading-history` command: its commands by group, and how it ends. Errors are one line on stderr."""
+"""The `trading-history` command: its subcommands, exit statuses and error messages (one line on stderr)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from consumers.terminal import escaped
 from producers.errors import HistoryError, SettingsError
 
 app = typer.Typer(
-    help="Portfolio snapshots and signal archives: from the controller through Redis Queue into PostgreSQL.",
+    help="Store portfolio snapshots and signal archives of a trading controller in PostgreSQL, through Redis Queue.\n\n"
+    "Example: trading-history demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,20 +36,20 @@ _EXTRAS = {
 @app.callback()
 def options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug log lines.")] = False,
 ) -> None:
     global _debug
     _debug = debug
     try:
         write_logs(logging.DEBUG if debug else logging.INFO)
     except SettingsError:
-        if context.invoked_subcommand != "doctor":  # which reports wrong settings itself
+        if context.invoked_subcommand != "doctor":  # doctor reports wrong settings itself
             raise
 
 
 # In the order of `--help`.
 _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
-    "Run it": {
+    "Run": {
         "demo": running.demo,
         "up": up.up,
         "init-db": running.init_db,
@@ -64,14 +65,14 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "archives": reading.archives,
         "schema": recording.schema,
     },
-    "Look after it": {
+    "Monitor and repair": {
         "status": views.status,
         "doctor": doctor.doctor,
         "audit": reading.audit,
         "failed": failed.failed_app,
         "outbox": outbox.outbox_app,
     },
-    "Move": {
+    "Import and export": {
         "import": legacy.import_history,
         "verify": legacy.verify_history,
         "export": export.export,
@@ -86,14 +87,14 @@ for _panel, _commands in _COMMANDS.items():
 
 
 def _terminate(number: int, _: object) -> NoReturn:
-    # Like Ctrl-C: servers and workers that this command started are stopped on the way out.
+    # As on Ctrl-C, servers and workers that this command has started are stopped on the way out.
     raise SystemExit(128 + number)
 
 
 def main() -> None:
-    """Entry point. Exit status 0 fine, 1 found or failed, 2 wrong usage, 130 and 143 ended by a signal."""
+    """Run the command. Exit status: 0 fine, 1 failed or found something, 2 wrong usage, 128 + number of a signal."""
     on_stop_signals((signal.SIGTERM, signal.SIGHUP), _terminate)
-    # Started with a closed stdout or stderr: the work goes on, unseen.
+    # Some supervisors close stdout or stderr: the command must work without them.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
@@ -110,7 +111,7 @@ def main() -> None:
 
 
 def _readable(error: Exception) -> str | None:
-    """The message of an error that is not a defect of ours; None for any other."""
+    """Return the message for an expected error, or None for a defect, which shows its traceback."""
     if isinstance(error, HistoryError):
         return str(error)
     if isinstance(error, OSError):
@@ -119,5 +120,9 @@ def _readable(error: Exception) -> str | None:
         return f"Redis: {first_line(error)}"
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get((error.name or "").split(".")[0])
-        return f"this command needs more: pip install '.[{extra}]' in a clone of trading-history" if extra else None
+        return (
+            f"this command needs the extra [{extra}]: run pip install '.[{extra}]' in a clone of trading-history"
+            if extra
+            else None
+        )
     return None

@@ -1,4 +1,4 @@
-"""`python -m consumers.cli` is `trading-history`: how its own processes are started."""
+"""Makes `python -m consumers.cli` the same as `trading-history`; its child processes are started this way."""
 
 from consumers.cli import main
 

@@ -1,4 +1,4 @@
-"""`trading-history export`: the way back to the files of the old controller."""
+"""The command `trading-history export`: write the history as JSON files of the old controller."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from consumers.terminal import print_exported, print_json
 _NO_NUMBER = "none"
 
 Directory = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The folder for the files; made if it is missing.", file_okay=True)
+    Path, typer.Argument(metavar="DIR", help="Folder for the files; created if it does not exist.", file_okay=True)
 ]
 Portfolios = Annotated[
     list[str] | None,
     typer.Option(
         "--portfolio-id",
         metavar="ID",
-        help="Only of this portfolio; 'none' are rows without one. Given again, their rows become one history.",
+        help="Export only this portfolio, or 'none' for rows without one. If repeated, their rows are merged.",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files that are there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
 
 def export(
@@ -41,7 +41,10 @@ def export(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the history as the old controller's JSON files."""
+    """Write the history as JSON files in the old controller's format.
+
+    Example: trading-history export data/history --timezone Europe/Berlin --portfolio-id 1
+    """
     from consumers.legacy.exporter import Selection, export_history
     from producers.settings import ZoneSettings
     from producers.times import localized
@@ -58,12 +61,12 @@ def export(
     )
     with stack(database=True), progress_bar() as on_progress:
         exported = export_history(directory, selection, zone=zone, overwrite=overwrite, on_progress=on_progress)
-    facts = asdict(exported) | {"entries": sum(one.entries for one in exported.files)}
+    values = asdict(exported) | {"entries": sum(one.entries for one in exported.files)}
     if as_json:
-        print_json(facts)
+        print_json(values)
     else:
-        print_exported(directory, facts)
-    for note in _notes(facts):
+        print_exported(directory, values)
+    for note in _notes(values):
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -74,13 +77,13 @@ def _portfolio(name: str) -> int | None:
         raise typer.BadParameter(f"must be an integer or '{_NO_NUMBER}'", param_hint="--portfolio-id") from None
 
 
-def _notes(facts: dict[str, Any]) -> Iterator[str]:
-    if ambiguous := sum(one["ambiguous"] for one in facts["files"]):
+def _notes(values: dict[str, Any]) -> Iterator[str]:
+    if ambiguous := sum(one["ambiguous"] for one in values["files"]):
         yield (
-            f"{ambiguous} entries are of the second of two equal hours, as the clock was set back:"
-            " the format cannot tell, and an import takes them for the first"
+            f"{ambiguous} entries are from the second of two equal hours, after the clock was set back;"
+            " the format has no offset, so an import takes them for the first hour"
         )
-    if facts["untouched"]:
-        yield f"not of this export, and left as they were: {', '.join(facts['untouched'])}"
-    if facts["unfinished"]:
-        yield f"left by exports that were killed, or still run: {', '.join(facts['unfinished'])}"
+    if values["untouched"]:
+        yield f"left unchanged, because they are not part of this export: {', '.join(values['untouched'])}"
+    if values["unfinished"]:
+        yield f"temporary files of exports that were killed or are still running: {', '.join(values['unfinished'])}"

@@ -1,4 +1,4 @@
-"""`trading-history failed`: list, show, requeue and discard rejected events."""
+"""The commands `trading-history failed`: list, show, requeue and discard rejected events."""
 
 from __future__ import annotations
 
@@ -15,38 +15,50 @@ from consumers.embedded.stack import stack
 from consumers.terminal import print_facts, print_json_array, print_rejections, print_text
 from producers.errors import HistoryError
 
-failed_app = typer.Typer(help="List, show, requeue and discard rejected events.", no_args_is_help=True)
+failed_app = typer.Typer(
+    help="List, show, requeue and discard rejected events.\n\nExample: trading-history failed list",
+    no_args_is_help=True,
+)
 
-Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="A job id or an event id.")]
-KindOption = Annotated[str | None, typer.Option("--kind", help="Only those of a kind: snapshot, archive.")]
-All = Annotated[bool, typer.Option("--all", help="Every rejection, or every one of the kind.")]
+Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Job id or event id.")]
+KindOption = Annotated[str | None, typer.Option("--kind", help="Only rejections of one kind: snapshot or archive.")]
+All = Annotated[bool, typer.Option("--all", help="All rejections, or all of the kind.")]
 
 
 @failed_app.command("list")
 def failed_list(kind: KindOption = None, as_json: AsJson = False) -> None:
-    """List rejections, oldest first; exit status 1 if there are any."""
-    from consumers.ops.failed import as_facts, rejections
+    """List rejected events, oldest first; exit status 1 if there are any.
+
+    Example: trading-history failed list --kind snapshot
+    """
+    from consumers.ops.failed import as_dict, rejections
 
     _check_kind(kind)
     with stack(database=True):
-        count = (print_json_array if as_json else print_rejections)(map(as_facts, rejections(kind=kind)))
+        count = (print_json_array if as_json else print_rejections)(map(as_dict, rejections(kind=kind)))
     raise typer.Exit(1 if count else 0)
 
 
 @failed_app.command("show")
-def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A job id or an event id.")]) -> None:
-    """Show one rejection with the event's text as received; control characters are escaped."""
-    from consumers.ops.failed import as_facts, refused_text
+def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="Job id or event id.")]) -> None:
+    """Show a rejected event and its text as received; control characters are escaped.
+
+    Example: trading-history failed show 7c1f366e-c9c3-5876-873e-6a33c29b098d
+    """
+    from consumers.ops.failed import as_dict, rejected_text
 
     with stack(database=True):
         for rejection in _chosen(name, None):
-            print_facts(as_facts(rejection))
-            print_text(refused_text(rejection.job_id) or "")
+            print_facts(as_dict(rejection))
+            print_text(rejected_text(rejection.job_id) or "")
 
 
 @failed_app.command("requeue")
 def failed_requeue(name: Name = None, kind: KindOption = None, every: All = False) -> None:
-    """Requeue rejected events; one that is stored this time is no longer rejected."""
+    """Requeue rejected events; an event that is then stored is no longer rejected.
+
+    Example: trading-history failed requeue --kind snapshot
+    """
     from consumers.ops.failed import requeue
     from producers.settings import TransportSettings
 
@@ -59,13 +71,19 @@ def failed_requeue(name: Name = None, kind: KindOption = None, every: All = Fals
 
 @failed_app.command("discard")
 def failed_discard(
-    reason: Annotated[str, typer.Option(help="Why the event may be discarded; recorded with the actor.")],
+    reason: Annotated[str, typer.Option(help="Why the event may be discarded; recorded in event_outcomes.")],
     name: Name = None,
     kind: KindOption = None,
     every: All = False,
-    actor: Annotated[str | None, typer.Option(help="Who discards it. [default: this account]")] = None,
+    actor: Annotated[
+        str | None,
+        typer.Option(help="Name of the person who discards it; by default the account that runs this command."),
+    ] = None,
 ) -> None:
-    """Discard rejected events; their text, the reason and the actor stay in event_outcomes."""
+    """Discard rejected events; their text, the reason and the actor stay in event_outcomes.
+
+    Example: trading-history failed discard 7c1f366e-c9c3-5876-873e-6a33c29b098d --reason "test data"
+    """
     from consumers.ops.failed import discard
     from producers.settings import TransportSettings
 
@@ -79,7 +97,7 @@ def failed_discard(
 def _account() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
+    except (KeyError, OSError):  # in a container, the user may have no name
         return f"uid {os.getuid()}"
 
 
@@ -94,11 +112,11 @@ def _check_kind(kind: str | None) -> None:
 def _check_choice(name: str | None, kind: str | None, every: bool) -> None:
     _check_kind(kind)
     if (name is None) == (kind is None and not every):
-        raise typer.BadParameter("name one job or event, or choose with --kind or --all", param_hint="NAME")
+        raise typer.BadParameter("give a job id or event id, or choose with --kind or --all", param_hint="NAME")
 
 
 def _chosen(name: str | None, kind: str | None) -> Iterator[Any]:
-    """Raises HistoryError when nothing has the name that is given."""
+    """Yield the chosen rejections. Raises HistoryError if no rejection has the given name."""
     from consumers.ops.failed import rejections
 
     found = rejections(name, kind=kind)

@@ -1,4 +1,4 @@
-"""`trading-history import` and `verify`: old history into the tables, and whether it is all there."""
+"""The commands `trading-history import` and `verify`: insert old history, and compare it with the tables."""
 
 from __future__ import annotations
 
@@ -25,35 +25,37 @@ if TYPE_CHECKING:
 
     from consumers.legacy.old_history import ImportSource, OldHistory
 
-_STATEMENT_SECONDS = 20.0  # as a worker has
+_STATEMENT_SECONDS = 20.0  # the same as in a worker
 
 Directory = Annotated[
     Path | None,
-    typer.Argument(help="The folder with portfolio_history.json and signals_archive_*.json.", metavar="DIR"),
+    typer.Argument(help="Folder with portfolio_history.json and signals_archive_*.json.", metavar="DIR"),
 ]
 ForPortfolio = Annotated[
-    int | None, typer.Option("--portfolio-id", help="The portfolio of entries that name none; none by default.")
+    int | None,
+    typer.Option("--portfolio-id", help="Portfolio for entries without one; by default they stay without one."),
 ]
 ReportFile = Annotated[
-    Path, typer.Option("--report", dir_okay=False, help="Where entries go that cannot be taken, one a line.")
+    Path,
+    typer.Option("--report", dir_okay=False, help="File for entries that cannot be imported, one JSON line per entry."),
 ]
 FromTables = Annotated[bool, typer.Option("--from-tables", help="Read the adopted tables instead of a folder.")]
 NanAsNull = Annotated[
     bool,
     typer.Option(
         "--nan-as-null",
-        help="Take NaN and Infinity in signals as null, and count them; in amounts they stay refused."
-        " verify needs the option if import had it.",
+        help="Import NaN and Infinity in signals as null and count them; in amounts they are always rejected."
+        " If import had this option, verify needs it too.",
     ),
 ]
 Rate = Annotated[
     int | None,
-    typer.Option("--rate", min=1, help="Insert at most so many events a second.", metavar="EVENTS_PER_SECOND"),
+    typer.Option("--rate", min=1, help="Insert at most this many events per second.", metavar="EVENTS_PER_SECOND"),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only read, count and report; inserts nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Read, count and report, but insert nothing.")]
 
 
-def import_history(  # noqa: PLR0917  # each is an option with a name of its own
+def import_history(  # noqa: PLR0917  # each parameter is a named option
     directory: Directory = None,
     from_tables: FromTables = False,
     timezone: Timezone = None,
@@ -64,21 +66,21 @@ def import_history(  # noqa: PLR0917  # each is an option with a name of its own
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Insert old JSON history into the tables; run again, it adds what is missing.
+    """Insert missing entries of old JSON history or adopted tables; exit status 1 if one is rejected or a file damaged.
 
-    Exit status 1 if an entry could not be taken or a file is damaged.
+    Example: trading-history import data/history --timezone Europe/Berlin --portfolio-id 1
     """
     from consumers.db.engine import limit_statements
     from consumers.legacy.import_report import Report
 
     _check_place(directory, from_tables)
-    with ExitStack() as held:
+    with ExitStack() as resources:
         if from_tables or not dry_run:
-            held.enter_context(stack(database=True))
+            resources.enter_context(stack(database=True))
             limit_statements(_STATEMENT_SECONDS)
         zone = _zone(timezone)
         histories = _histories(directory, zone, portfolio_id, nan_as_null)
-        opened = held.enter_context(Report(report))
+        opened = resources.enter_context(Report(report))
         if dry_run:
             _only_read(histories, opened)
         else:
@@ -95,7 +97,10 @@ def verify_history(  # noqa: PLR0917  # as above
     nan_as_null: NanAsNull = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare old JSON history with the tables, both ways; exit status 1 if anything differs."""
+    """Compare old JSON history or adopted tables with the new tables; exit status 1 if anything differs.
+
+    Example: trading-history verify data/history --timezone Europe/Berlin --portfolio-id 1
+    """
     from consumers.legacy.verification import Verification
 
     zone = _zone(timezone)
@@ -105,14 +110,14 @@ def verify_history(  # noqa: PLR0917  # as above
         verification = Verification(histories)
         with _progress([history.import_source for history in histories], "verify") as advance:
             count = _stream(verification.differences(advance), as_json)
-    facts = [asdict(one) for one in verification.compared]
+    compared = [asdict(one) for one in verification.compared]
     if as_json:
-        named = {"files": facts, "unexpected": verification.unexpected, "timezone": _name(zone)}
+        named = {"files": compared, "unexpected": verification.unexpected, "timezone": _name(zone)}
         sys.stdout.write(f"], {json.dumps(named)[1:]}\n")
     else:
-        print_compared(facts)
+        print_compared(compared)
         if verification.unexpected:
-            print(f"{verification.unexpected:,} rows in the tables stand for no entry.")
+            print(f"{verification.unexpected:,} rows in the tables have no entry in the old history.")
         print(f"Times without a zone were read in {_name(zone)}.")
         if nan_as_null:
             print("NaN and Infinity in signals were read as null.")
@@ -129,7 +134,7 @@ def _histories(
 
 
 def _check_place(directory: Path | None, from_tables: bool) -> None:
-    """Before any server is started for it."""
+    """Check the arguments before any server is started."""
     if (directory is None) is not from_tables:
         raise typer.BadParameter("give either a folder or --from-tables", param_hint="DIR")
     if directory is not None and not directory.is_dir():
@@ -145,9 +150,7 @@ def _import_sources(directory: Path | None) -> Sequence[ImportSource]:
         return file_sources(directory)
     sources = table_sources(engine())
     if not sources:
-        raise HistoryError(
-            "there are no adopted tables in the database: trading-history init-db --adopt-legacy makes them"
-        )
+        raise HistoryError("the database has no adopted tables: run trading-history init-db --adopt-legacy first")
     return sources
 
 
@@ -175,7 +178,7 @@ def _import(histories: Sequence[OldHistory], report: Any, rate: int | None) -> N
     from consumers.worker.batch import logger as batch_logger
 
     if not batch_logger.isEnabledFor(logging.DEBUG):
-        batch_logger.setLevel(logging.CRITICAL)  # the report has each rejection, the statistics the rest
+        batch_logger.setLevel(logging.CRITICAL)  # rejections are in the report, and the rest in the statistics
     with (
         _interrupted_by_signals(),
         EntriesInProgress(report.path) as in_progress,
@@ -186,14 +189,16 @@ def _import(histories: Sequence[OldHistory], report: Any, rate: int | None) -> N
                 Importer(history, report, in_progress, say=_say, advance=advance, rate=rate).run()
         except KeyboardInterrupt:
             decided = sum(history.statistics.decided for history in histories)
-            _say(f"stopped after {decided:,} entries; run it again to go on")
+            _say(f"stopped after {decided:,} entries; run the same command again to continue")
             raise
 
 
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP interrupt like Ctrl-C: a SystemExit raised inside the processing of a batch would be taken
-    for a defect that an event causes."""
+    """Treat SIGTERM and SIGHUP like Ctrl-C during the block.
+
+    A SystemExit raised while a batch is processed would be counted as a defect that an event causes.
+    """
     received: list[int] = []
 
     def interrupt(number: int, _: object) -> NoReturn:
@@ -209,13 +214,13 @@ def _interrupted_by_signals() -> Iterator[None]:
         raise
 
 
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _progress(sources: Sequence[ImportSource], verb: str) -> Iterator[Callable[[], None]]:
-    """A bar with rate and time left on a terminal; the block calls what it gets every now and then."""
+    """Show a progress bar on a terminal. Yields a function that the block calls now and then to update it."""
     if not sys.stderr.isatty():
         yield lambda: None
         return
@@ -237,14 +242,14 @@ def _progress(sources: Sequence[ImportSource], verb: str) -> Iterator[Callable[[
 
 
 def _stream(differences: Iterator[Any], as_json: bool) -> int:
-    """Print each as it comes: there may be as many as there are entries."""
+    """Print each difference at once, since there may be millions. Returns their number."""
     count = 0
     if as_json:
         sys.stdout.write('{"differences": [')
     for count, one in enumerate(differences, 1):
         if as_json:
-            facts = asdict(one) | {"fields": [field._asdict() for field in one.fields]}
-            sys.stdout.write(("" if count == 1 else ",") + "\n" + json.dumps(facts))
+            difference = asdict(one) | {"fields": [field._asdict() for field in one.fields]}
+            sys.stdout.write(("" if count == 1 else ",") + "\n" + json.dumps(difference))
         else:
             place = f"{one.table} row {one.row_id}" if one.file is None else f"{one.file} entry {one.index}"
             print(printable(f"{one.what}: {place}: {one.reason}"))

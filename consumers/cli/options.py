@@ -1,4 +1,4 @@
-"""Options that several commands share, and their progress bar."""
+"""Options and the progress bar that several commands share."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ def _zone(name: str) -> ZoneInfo:
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-OfPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="Only of this portfolio.")]
-Since = Annotated[datetime | None, typer.Option(help="From this time on (local unless it has an offset).")]
-Until = Annotated[datetime | None, typer.Option(help="Before this time (local unless it has an offset).")]
+OfPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="Only rows of this portfolio.")]
+Since = Annotated[datetime | None, typer.Option(help="Only rows from this time on; a time without offset is local.")]
+Until = Annotated[datetime | None, typer.Option(help="Only rows before this time; a time without offset is local.")]
 Timezone = Annotated[
     ZoneInfo | None,
-    typer.Option(parser=_zone, metavar="NAME", help="The files' zone; HISTORY_TIMEZONE or the machine's by default."),
+    typer.Option(
+        parser=_zone,
+        metavar="NAME",
+        help="Time zone of times without offset; by default HISTORY_TIMEZONE, else the machine's zone.",
+    ),
 ]
 
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A function to call with what is done and all; it shows a bar on a terminal and nothing elsewhere."""
+    """Yield a function that takes the numbers of done and of all steps. It shows a bar on a terminal only."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""`trading-history outbox`: what this machine has accepted and not yet seen stored or rejected."""
+"""The commands `trading-history outbox`: status, flush, resend and salvage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from producers.history_producer import HistoryProducer
 
 outbox_app = typer.Typer(
-    help="The events that this machine has accepted and not yet seen stored or rejected.", no_args_is_help=True
+    help="Show, flush, resend and salvage the outbox of this machine.\n\nExample: trading-history outbox status",
+    no_args_is_help=True,
 )
 
 _CHECK_SECONDS = 5.0
@@ -30,7 +31,10 @@ _CHECK_SECONDS = 5.0
 
 @outbox_app.command("status")
 def outbox_status(as_json: AsJson = False) -> None:
-    """Show how many events are pending, sent, stored and rejected, and whether the file is sound."""
+    """Show the number of pending, sent, stored and rejected events; exit status 1 if the file is damaged.
+
+    Example: trading-history outbox status --json
+    """
     from consumers.ops.outbox_health import oldest_unacknowledged_seconds
     from producers.outbox import Outbox
 
@@ -38,19 +42,23 @@ def outbox_status(as_json: AsJson = False) -> None:
     no_redis = settings.redis_url is None
     with Outbox(path) as outbox, nullcontext() if no_redis else settings.redis() as redis:
         age = oldest_unacknowledged_seconds(outbox, redis)
-        facts = _facts(outbox.path, outbox.status(), "unacknowledged", age)
+        values = _status_values(outbox.path, outbox.status(), "unacknowledged", age)
         fault = outbox.quick_check(_CHECK_SECONDS)
-        facts["check"] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}.get(fault, fault)
-        facts["damaged_files"] = [str(file) for file in outbox.quarantine.damaged_files()]
-    (print_json if as_json else print_facts)(facts)
+        values["check"] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}.get(fault, fault)
+        values["damaged_files"] = [str(file) for file in outbox.quarantine.damaged_files()]
+    (print_json if as_json else print_facts)(values)
     raise typer.Exit(1 if fault not in (None, "unfinished") else 0)
 
 
 @outbox_app.command("flush")
 def outbox_flush(
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait.")] = 60.0, as_json: AsJson = False
+    timeout: Annotated[float, typer.Option(min=0, help="Wait at most this many seconds.")] = 60.0,
+    as_json: AsJson = False,
 ) -> None:
-    """Wait until every event in the outbox is stored or rejected; exit status 1 if one is not."""
+    """Wait until every event in the outbox is stored or rejected; exit status 1 if one is not.
+
+    Example: trading-history outbox flush --timeout 300
+    """
     path, _ = _existing_outbox()
     with _producer(path) as producer:
         waiting = producer.status().depth
@@ -60,17 +68,17 @@ def outbox_flush(
         damaged = producer.damaged_files()
         reason = _waits_for(damaged) if left else None
         producer.close(timeout=0)
-    facts = _facts(path, status, "unsettled", status.oldest_unsettled_seconds)
+    values = _status_values(path, status, "unsettled", status.oldest_unsettled_seconds)
     if as_json:
-        print_json(facts | {"unsettled": left, "waits_for": reason})
+        print_json(values | {"unsettled": left, "waits_for": reason})
     elif left:
-        print_facts(facts)
+        print_facts(values)
         found = f"{_counted(left, 'event')} not settled: {status.pending} pending, {status.sent} sent."
         print(f"{found} {reason}", file=sys.stderr)
     elif status.depth:
         print(
-            f"Every event that was in {path} is stored or rejected, but not {status.depth} recorded since then."
-            " Stop its controllers and run this again before you delete it.",
+            f"Every event that was in {path} is stored or rejected, but not the {_counted(status.depth, 'event')}"
+            " recorded since then. Stop the controllers and run this again before you delete the file.",
             file=sys.stderr,
         )
     else:
@@ -79,10 +87,10 @@ def outbox_flush(
 
 
 def _waits_for(damaged: Sequence[Path]) -> str:
-    """Why entries are pending or sent, as far as can be seen from here, and what to do."""
+    """Return why entries are pending or sent, as far as this machine can find out, and what to do."""
     if damaged:
         files = ", ".join(map(str, damaged))
-        return f"Not salvaged yet: {files}. Start the controller or trading-history relay, which do that."
+        return f"Not salvaged yet: {files}. Start the controller or trading-history relay: either salvages them."
     from redis import RedisError
     from rq import Queue
     from rq.worker_registration import WORKERS_BY_QUEUE_KEY
@@ -111,25 +119,29 @@ def _counted(count: int, what: str) -> str:
 @outbox_app.command("resend")
 def outbox_resend(
     since: Annotated[
-        datetime, typer.Option(help="What was recorded from this time on (local unless it has an offset).")
+        datetime, typer.Option(help="Resend events recorded from this time on; a time without offset is local.")
     ],
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds to try.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=0, help="Try for at most this many seconds.")] = 60.0,
 ) -> None:
-    """Send stored and rejected events again, for a database restored from a backup; rows it still has are kept."""
+    """Send settled events again, after the database was restored from a backup; its rows are kept.
+
+    Example: trading-history outbox resend --since 2026-11-22T17:00
+    """
     path, _ = _existing_outbox()
     with _producer(path) as producer:
         again = producer.resend(producer.localized(since, "--since"))
         pending = producer.flush(timeout)
-    print(f"{again} events to send again, {pending} still pending")
+    print(f"{_counted(again, 'event')} to resend, {pending} still pending")
     raise typer.Exit(1 if pending else 0)
 
 
 @contextmanager
 def _producer(path: Path) -> Iterator[HistoryProducer]:
-    """A producer on this outbox, whose events go to the Redis of the settings.
+    """Open a producer on this outbox.
 
     Raises:
-        RelayRefused: they go elsewhere. A producer would redirect them, and those of a running controller.
+        RelayRefused: the outbox's events go to another Redis or queue than those of the settings. The producer would
+            redirect them, and those of a running controller.
     """
     from producers.history_producer import HistoryProducer
     from producers.outbox import Outbox
@@ -137,7 +149,7 @@ def _producer(path: Path) -> Iterator[HistoryProducer]:
 
     with stack(redis=True):
         settings = TransportSettings.from_environment()
-        # The producer quarantines a damaged file, and upgrades one of an earlier release, which names no Redis.
+        # A damaged file, or one of an earlier release (which names no Redis), is repaired or upgraded by the producer.
         with suppress(OutboxDamaged, OutboxOutdated), Outbox(path) as outbox, settings.redis() as redis:
             Relay(outbox, redis, settings.queue, keep_seconds=settings.outbox_keep_seconds).turn.check_destination()
         with HistoryProducer(outbox=path) as producer:
@@ -146,21 +158,26 @@ def _producer(path: Path) -> Iterator[HistoryProducer]:
 
 @outbox_app.command("salvage")
 def outbox_salvage(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A damaged outbox file.")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Damaged outbox file.")],
 ) -> None:
-    """Copy the readable entries of a damaged outbox file into the outbox; it may be done again."""
+    """Copy the readable entries of a damaged outbox file into the outbox; running it twice is safe.
+
+    Example: trading-history outbox salvage data/outbox.db.damaged-1
+    """
     from producers.outbox import Outbox
 
     path = TransportSettings.from_environment().outbox
     if file.resolve() == path.resolve():
-        raise HistoryError(f"{file} is the outbox itself: a producer or relay moves it away when it finds damage")
+        raise HistoryError(
+            f"{file} is the outbox itself: if it is damaged, a producer or relay quarantines and salvages it"
+        )
     with Outbox(path, repair=True) as outbox:
         found = outbox.quarantine.salvage(file)
     print(found.summary())
 
 
-def _facts(path: Path, status: OutboxStatus, oldest: str, age: float | None) -> dict[str, Any]:
-    """`oldest` says which entries `age` is about: unacknowledged or unsettled."""
+def _status_values(path: Path, status: OutboxStatus, oldest: str, age: float | None) -> dict[str, Any]:
+    """Return the status for printing. `age` is that of the oldest `oldest` entry: unacknowledged or unsettled."""
     at = None if age is None else datetime.now(UTC) - timedelta(seconds=age)
     return {
         "path": str(path.absolute()),
@@ -177,5 +194,5 @@ def _existing_outbox() -> tuple[Path, TransportSettings]:
     settings = TransportSettings.from_environment()
     path = settings.outbox.absolute()
     if not path.is_file():
-        raise HistoryError(f"there is no outbox at {path}; HISTORY_OUTBOX names another place")
+        raise HistoryError(f"there is no outbox at {path}; set HISTORY_OUTBOX to its path")
     return path, settings

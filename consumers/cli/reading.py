@@ -1,4 +1,4 @@
-"""Commands that read the tables: `history`, `archives`, `audit`."""
+"""The commands that read the tables: `history`, `archives` and `audit`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from consumers.terminal import print_archives, print_audit, print_csv, print_jso
 _NEWEST = 20
 
 Limit = Annotated[
-    int | None, typer.Option("--limit", "-n", min=1, help="At most so many, the newest; 20 unless --csv.")
+    int | None,
+    typer.Option("--limit", "-n", min=1, help="Maximum number of rows, newest first; 20 by default, all with --csv."),
 ]
-AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV: all rows, amounts exact, times with offset.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print all rows as CSV, with exact amounts and times with offset.")]
 
 
 def history(
@@ -30,7 +31,10 @@ def history(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Show the newest portfolio snapshots."""
+    """Show portfolio snapshots, newest first.
+
+    Example: trading-history history --portfolio-id 1 --since 2026-06-01 --limit 50
+    """
     from consumers.operations import get_portfolio_history, stream_portfolio_history
 
     _one_format(as_json, as_csv)
@@ -52,7 +56,10 @@ def archives(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Show the newest signal archives."""
+    """Show signal archives, newest first.
+
+    Example: trading-history archives --since 2026-06-01 --json
+    """
     from consumers.operations import get_recent_signal_archives, stream_signal_archives
 
     _one_format(as_json, as_csv)
@@ -69,11 +76,14 @@ def audit(
     *,
     since: Annotated[
         datetime | None,
-        typer.Option(help="Prove only what was recorded from this time on (local unless it has an offset)."),
+        typer.Option(help="Check only events recorded from this time on; a time without offset is local."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Account for every number of every source; exit status 1 if one is missing."""
+    """Check that every event of every source has a row or an outcome; exit status 1 if one is missing.
+
+    Example: trading-history audit --since 2026-06-01
+    """
     from consumers.ops.audit import audit as account
     from producers.outbox import Outbox
     from producers.settings import TransportSettings, ZoneSettings
@@ -92,4 +102,4 @@ def audit(
 
 def _one_format(as_json: bool, as_csv: bool) -> None:
     if as_json and as_csv:
-        raise typer.BadParameter("print JSON or CSV, not both", param_hint="--csv")
+        raise typer.BadParameter("give --json or --csv, not both", param_hint="--csv")

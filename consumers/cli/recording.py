@@ -1,4 +1,4 @@
-"""Commands that record as a controller would: `snapshot`, `archive`, and the `schema` of what they record."""
+"""The commands `snapshot` and `archive`, which record like a controller, and `schema`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ import typer
 from consumers.embedded.stack import stack
 from producers.errors import HistoryError
 
-ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="The portfolio's number.")]
+ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="Number of the portfolio.")]
 
 
 def snapshot(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The controller's portfolio as JSON; - reads standard input.")
+        Path, typer.Argument(metavar="FILE", help="JSON file with the controller's portfolio; - reads standard input.")
     ],
     portfolio_id: ForPortfolio = None,
-    timestamp: Annotated[datetime | None, typer.Option(help="Time of the snapshot; now by default.")] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until it is stored.")] = 0,
+    timestamp: Annotated[datetime | None, typer.Option(help="Time of the snapshot; by default now.")] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Wait at most this many seconds until the event is stored.")] = 0,
 ) -> None:
-    """Record one portfolio snapshot, as the controller would."""
+    """Record one portfolio snapshot, as a controller does.
+
+    Example: trading-history snapshot portfolio.json --portfolio-id 1 --wait 5
+    """
     from producers.history_producer import HistoryProducer
     from producers.trading_controller import create_daily_portfolio_snapshot
 
@@ -38,14 +41,19 @@ def snapshot(
 def archive(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="The current signals; data/trades/current_signals.json if it exists."),
+        typer.Argument(
+            metavar="[FILE]", help="JSON file with the signals; by default data/trades/current_signals.json."
+        ),
     ] = None,
-    url: Annotated[str | None, typer.Option(help="Read the signals from here instead.")] = None,
+    url: Annotated[str | None, typer.Option(help="Read the signals from this URL instead of a file.")] = None,
     portfolio_id: ForPortfolio = None,
-    archived_at: Annotated[datetime | None, typer.Option(help="The cycle's time; now by default.")] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait until it is stored.")] = 0,
+    archived_at: Annotated[datetime | None, typer.Option(help="Time of the trading cycle; by default now.")] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Wait at most this many seconds until the event is stored.")] = 0,
 ) -> None:
-    """Archive the current signals, as the controller would."""
+    """Archive the current signals, as a controller does.
+
+    Example: trading-history archive data/trades/current_signals.json --portfolio-id 1 --wait 5
+    """
     from producers.history_producer import HistoryProducer
     from producers.trading_controller import archive_current_signals
 
@@ -63,7 +71,10 @@ def archive(
 
 
 def schema() -> None:
-    """Print the JSON Schema of the events."""
+    """Print the JSON Schema of the events.
+
+    Example: trading-history schema
+    """
     from producers.events import json_schema
 
     print(json.dumps(json_schema(), indent=2))
@@ -71,7 +82,7 @@ def schema() -> None:
 
 def _read_portfolio(file: Path) -> Any:
     try:
-        # Decimal keeps every digit that a binary float would drop.
+        # Decimal keeps every digit; a float would not.
         return json.loads(sys.stdin.read() if str(file) == "-" else file.read_text("utf-8-sig"), parse_float=Decimal)
     except OSError as error:
         raise HistoryError(f"{file}: {error.strerror or error}") from error

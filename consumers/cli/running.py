@@ -1,4 +1,4 @@
-"""Commands that run the pipeline: `demo`, `init-db`, `worker`, `relay`."""
+"""The commands that run the pipeline: `demo`, `init-db`, `worker` and `relay`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _LAST_PORT = 65535
 
 
 def demo() -> None:
-    """Run simulated trading cycles through the whole pipeline, twice, in a folder of its own, and count."""
+    """Run simulated trading cycles through the whole pipeline, twice, and check the number of rows.
+
+    Example: trading-history demo
+    """
     from consumers.demo import run_demo
     from consumers.embedded.stack import embedded_home
 
@@ -25,11 +28,14 @@ def demo() -> None:
 
 def init_db(
     adopt_legacy: Annotated[
-        bool, typer.Option("--adopt-legacy", help="Rename tables of the old shape to …_legacy first.")
+        bool, typer.Option("--adopt-legacy", help="First rename tables of the old shape to …_legacy.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL instead of running it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL without running it.")] = False,
 ) -> None:
-    """Make the tables and roles that are missing, and the logins whose passwords are set."""
+    """Create the missing tables and roles, and the logins whose passwords are set.
+
+    Example: trading-history init-db
+    """
     from consumers.db.engine import engine
     from consumers.db.logins import set_passwords
     from consumers.db.schema import apply_schema, schema_sql
@@ -48,9 +54,9 @@ def init_db(
         else:
             for note in apply_schema(engine()):
                 print(f"Note: {note}.")
-        print("The tables are there.")
+        print("The tables are ready.")
         for login in set_passwords(engine(), LoginSettings.from_environment()):
-            print(f"{login} may log in, with its password.")
+            print(f"Login {login} is ready, with the password from the settings.")
 
 
 def worker(
@@ -61,16 +67,20 @@ def worker(
         typer.Option(
             min=0,
             max=_LAST_PORT,
-            help="Answer Prometheus here; with --processes also at the ports that follow. 0: any that are free.",
-            show_default="HISTORY_METRICS_PORT, else nowhere",
+            help="Port for Prometheus; with --processes, also the ports after it. 0: any free port.",
+            show_default="HISTORY_METRICS_PORT, otherwise no metrics",
         ),
     ] = None,
     processes: Annotated[
-        int, typer.Option("--processes", min=1, help="So many of them; one that dies is started again.")
+        int,
+        typer.Option("--processes", min=1, help="Number of worker processes; a process that dies is started again."),
     ] = 1,
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
-    """Store events from the queue until stopped."""
+    """Store events from the queue until stopped.
+
+    Example: trading-history worker --processes 2 --metrics-port 9464
+    """
     from consumers.embedded.child_processes import stop_with_stdin
     from consumers.embedded.worker_pool import run_pool
     from consumers.settings import MetricsSettings
@@ -80,11 +90,11 @@ def worker(
     if while_stdin:
         stop_with_stdin()
     metrics = MetricsSettings.from_environment()
-    # A worker of another command (demo) would take the port of the one that the setting is meant for.
+    # The setting is for a worker that an operator starts: a worker of another command (demo) must not take its port.
     port = metrics_port if metrics_port is not None or while_stdin else metrics.port
     if port and port + processes - 1 > _LAST_PORT:
         raise typer.BadParameter(
-            f"{processes} processes from {port} on need ports above {_LAST_PORT}",
+            f"{processes} processes from port {port} on need ports above {_LAST_PORT}",
             param_hint="HISTORY_METRICS_PORT" if metrics_port is None else "--metrics-port",
         )
     with stack(database=True, redis=True):
@@ -100,18 +110,22 @@ def worker(
 def relay(
     outboxes: Annotated[
         list[Path] | None,
-        typer.Option("--outbox", help="File of an outbox; several may be given.", show_default="HISTORY_OUTBOX"),
+        typer.Option("--outbox", help="Outbox file; may be repeated.", show_default="HISTORY_OUTBOX"),
     ] = None,
 ) -> None:
-    """Carry events from outboxes to the queue until stopped: for controllers that cron starts."""
+    """Send events from outboxes to the queue until stopped, for example for controllers that cron starts.
+
+    Example: trading-history relay --outbox /var/lib/bot/outbox.db
+    """
     from consumers.process_setup import on_stop_signals
     from producers.relay_process import run_relay
     from producers.settings import TransportSettings
 
-    signals = SimpleQueue[int]()  # whose put() may be called by a signal's handler at any moment
+    signals = SimpleQueue[int]()  # its put() is safe in a signal handler
 
     def stop(number: int, _: object) -> None:
-        if not signals.empty():  # a second one ends it at once: what is in hand is sent again by the next relay
+        # A second signal ends the relay at once. The next relay sends unacknowledged events again.
+        if not signals.empty():
             raise SystemExit(128 + number)
         signals.put(number)
 
@@ -134,9 +148,9 @@ def relay(
 
 def _print_adoption(adoption: Any) -> None:
     for name, legacy in adoption.renamed:
-        print(f"{name} is {legacy} now.")
+        print(f"Table {name} was renamed to {legacy}.")
     for note in adoption.notes:
         print(f"Note: {note}.")
     if not adoption.renamed:
-        earlier = f"; {' and '.join(adoption.earlier)} came from an earlier run" if adoption.earlier else ""
+        earlier = f"; {' and '.join(adoption.earlier)} are from an earlier run" if adoption.earlier else ""
         print(f"There are no tables of the old shape to rename{earlier}.")

@@ -1,4 +1,4 @@
-"""`trading-history up`: everything on one machine, until Ctrl-C."""
+"""The command `trading-history up`: the whole pipeline on one machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from producers.errors import HistoryError
 
 
 def up() -> None:
-    """Run a worker, RQ Dashboard, and the embedded servers unless others are set, until Ctrl-C."""
+    """Run a worker, RQ Dashboard and, if no servers are set, the embedded servers, until Ctrl-C.
+
+    Example: trading-history up
+    """
     from consumers.embedded.child_processes import wait_for_worker, worker_process
     from consumers.settings import MetricsSettings
 
@@ -34,12 +37,12 @@ def up() -> None:
 
 @contextmanager
 def _dashboard() -> Iterator[str]:
-    """Run RQ Dashboard for the block, if it is installed; yields the lines to print about it.
+    """Run RQ Dashboard during the block, if it is installed, and yield the lines to print about it.
 
-    Its password is HISTORY_DASHBOARD_PASSWORD, or a new one each time.
+    The password is HISTORY_DASHBOARD_PASSWORD, otherwise a new one for each run.
     """
     if find_spec("rq_dashboard") is None or find_spec("waitress") is None:
-        yield "RQ Dashboard is not installed: pip install '.[dashboard]' in a clone of trading-history"
+        yield "RQ Dashboard is not installed: run pip install '.[dashboard]' in a clone of trading-history"
         return
     from consumers.embedded.child_processes import dashboard_process
     from consumers.settings import DASHBOARD_USER, DashboardSettings
@@ -61,11 +64,11 @@ def _dashboard() -> Iterator[str]:
 
 
 def _listening() -> socket.socket:
-    """Where it is usually found; elsewhere, and why, when something is there already, such as another `up`."""
+    """Listen at the usual port, or at any free port if it is taken, for example by another `up`."""
     from consumers.web.listening import DASHBOARD_PORT, listen
 
     try:
         return listen("127.0.0.1", DASHBOARD_PORT)
     except HistoryError as error:
-        print(f"RQ Dashboard is at another port this time: {error}", file=sys.stderr)
+        print(f"RQ Dashboard uses another port this time: {error}", file=sys.stderr)
         return listen("127.0.0.1", 0)

@@ -1,4 +1,4 @@
-"""Commands that show: `api` and `dashboard` over HTTP, `status` in the terminal, once or again and again."""
+"""The commands `api` and `dashboard`, which serve HTTP, and `status`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from consumers.web.listening import DASHBOARD_PORT
 _WATCH_SECONDS = 2.0
 
 
-Host = Annotated[str, typer.Option(help="The address to answer at; by default only this machine can ask.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")]
+Host = Annotated[str, typer.Option(help="Address to listen at; the default is reachable from this machine only.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes any free port.")]
 
 
 def api(host: Host = "127.0.0.1", port: Port = 8000) -> None:
-    """Answer read-only HTTP requests until Ctrl-C."""
+    """Serve the history page and the read-only HTTP API until Ctrl-C.
+
+    Example: trading-history api --port 8000
+    """
     from consumers.web.api.api_server import serve
 
     with stack(database=True):
@@ -36,7 +39,10 @@ def dashboard(
     fd: Annotated[int | None, typer.Option("--fd", hidden=True)] = None,
     while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
-    """Serve RQ Dashboard, behind a login, until Ctrl-C."""
+    """Serve RQ Dashboard behind a login until Ctrl-C.
+
+    Example: trading-history dashboard --port 9181
+    """
     from consumers.embedded.child_processes import stop_with_stdin
     from consumers.web.dashboard.dashboard_server import serve
     from consumers.web.listening import listen
@@ -49,27 +55,30 @@ def dashboard(
 
 def status(
     as_json: AsJson = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Repeat every 2 s until Ctrl-C.")] = False,
 ) -> None:
-    """Show the pipeline at a glance; exit status 1 if a part of it cannot be reached or no worker runs."""
+    """Show row counts, queue, workers and outbox; exit status 1 if a part cannot be read or no worker runs.
+
+    Example: trading-history status --watch
+    """
     from consumers.ops.status import pipeline_status
 
     with stack(database=True, redis=True):
         if watch:
             _watch(as_json)
-        facts, healthy = pipeline_status()
-    (print_json if as_json else print_facts)(facts)
+        values, healthy = pipeline_status()
+    (print_json if as_json else print_facts)(values)
     raise typer.Exit(0 if healthy else 1)
 
 
 def _watch(as_json: bool) -> None:
-    """Never returns. On a terminal in place; in a pipe one block (with JSON one line) after the other."""
+    """Show the status every 2 s, for ever: in place on a terminal, otherwise as one block or JSON line each."""
     from consumers.ops.status import pipeline_status
 
     if as_json or not sys.stdout.isatty():
         while True:
-            facts, _ = pipeline_status()
-            _print_block(facts, as_json)
+            values, _ = pipeline_status()
+            _print_block(values, as_json)
             time.sleep(_WATCH_SECONDS)
     from rich.live import Live
 
@@ -79,10 +88,10 @@ def _watch(as_json: bool) -> None:
             time.sleep(_WATCH_SECONDS)
 
 
-def _print_block(facts: dict[str, Any], as_json: bool) -> None:
+def _print_block(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(facts, default=str, ensure_ascii=False))
+        print(json.dumps(values, default=str, ensure_ascii=False))
     else:
-        print_facts(facts)
+        print_facts(values)
         print()
     sys.stdout.flush()

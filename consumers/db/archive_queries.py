@@ -39,13 +39,13 @@ _MARKETS = "jsonb_path_query_array(signals_data, '$[*].market_id')"  # the expre
 def archives(wanted: Filter) -> Query:
     """Return the query for signal archives, newest first by archived_at."""
     rows = f"""
-        SELECT *, xmin FROM signal_archives {where(_of_archives(wanted, "<"))}
+        SELECT *, xmin FROM signal_archives {where(_archive_conditions(wanted, "<"))}
         ORDER BY {wanted.order(_ARCHIVE_ORDER)} LIMIT :limit
     """  # noqa: S608  # from the constants here; values are parameters
     return Query(ARCHIVE_COLUMNS, _ARCHIVE_ORDER, ARCHIVE_KEYS, rows, wanted.values(), document="signals_data")
 
 
-def _of_archives(wanted: Filter, behind: str, key: str = "id") -> list[str]:
+def _archive_conditions(wanted: Filter, behind: str, key: str = "id") -> list[str]:
     conditions = wanted.conditions("archived_at")
     if wanted.after is not None:
         conditions.append(f"(archived_at, id) {behind} (:after_archived_at, :after_{key})")
@@ -66,7 +66,7 @@ def market_signals(market_id: str, wanted: Filter) -> Query:
         SELECT id AS archive_id, portfolio_id, archived_at, place AS position, signal, version AS xmin
         FROM (
             SELECT *, xmin AS version FROM signal_archives
-            {where([f"({has_market})", *_of_archives(wanted, "<=", "archive_id")])}
+            {where([f"({has_market})", *_archive_conditions(wanted, "<=", "archive_id")])}
             ORDER BY {_ARCHIVE_ORDER} LIMIT coalesce(:limit, {NO_LIMIT}) + 1
         ) AS archives CROSS JOIN LATERAL jsonb_array_elements(signals_data) WITH ORDINALITY AS one (signal, place)
         {where(signal_conditions)}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, text
 
-from consumers.db.portfolio_queries import ALL_DATES, PAGE_COLUMNS, Snapshot, of_one
+from consumers.db.portfolio_queries import ALL_DATES, PAGE_COLUMNS, Snapshot, for_one_portfolio
 
 # snapshot_date is a local date. It may also be the day before, if a cycle ended after midnight.
 _DATE_SLACK = timedelta(days=2)
@@ -25,7 +25,7 @@ _COUNT = """
 def count_snapshots(db: Connection, portfolio: int | None, dates: tuple[date, date], limit: int) -> int:
     """Return the number of snapshots of these dates, or `limit` if there are more."""
     values = {"portfolio_id": portfolio, "since": dates[0], "until": dates[1], "limit": limit}
-    return int(db.execute(of_one(portfolio, _COUNT), values).scalar_one())
+    return int(db.execute(for_one_portfolio(portfolio, _COUNT), values).scalar_one())
 
 
 def dates_around(since: datetime, until: datetime) -> tuple[date, date]:
@@ -42,6 +42,7 @@ class Range(NamedTuple):
 
     @property
     def bucket_seconds(self) -> float:
+        """Width of a bucket; a little more than its share, so that `until` is in the last one."""
         return ((self.until - self.since).total_seconds() + 1e-5) / self.buckets
 
 
@@ -105,7 +106,7 @@ def buckets(
         "buckets": over.buckets,
     }
     statement = _BUCKETS.replace("{parts}", _PARTS if parts else "")
-    return [Bucket(*row) for row in db.execute(of_one(portfolio, statement), values)]
+    return [Bucket(*row) for row in db.execute(for_one_portfolio(portfolio, statement), values)]
 
 
 _SNAPSHOTS = text(f"""

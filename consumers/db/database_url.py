@@ -29,7 +29,7 @@ def parse_database_url(url: SecretStr) -> URL:
         SettingsError: the URL cannot be parsed; the message does not repeat it.
     """
     try:
-        parsed = _with_hosts(url.get_secret_value())
+        parsed = _parse(url.get_secret_value())
     except (ArgumentError, ValueError):
         if _LOGIN_UNENCODED.match(url.get_secret_value()):
             raise SettingsError(_ENCODE_LOGIN) from None
@@ -43,7 +43,7 @@ def parse_database_url(url: SecretStr) -> URL:
     return parsed.set(drivername="postgresql+psycopg2")
 
 
-def _with_hosts(text: str) -> URL:
+def _parse(text: str) -> URL:
     """Parse a URL and move several hosts into its query, the only place where SQLAlchemy reads them."""
     several = _HOSTS.fullmatch(text)
     if several is None:
@@ -53,7 +53,7 @@ def _with_hosts(text: str) -> URL:
     parsed = make_url(several["begin"] + several["end"])
     if parsed.query.keys() & {"host", "port"}:
         raise SettingsError("DATABASE_URL: give hosts and ports either before the database or after ?")
-    return _among(parsed, *_hosts_and_ports(several["hosts"].split(",")))
+    return _with_hosts_in_query(parsed, *_hosts_and_ports(several["hosts"].split(",")))
 
 
 def _with_ports(parsed: URL) -> URL:
@@ -74,7 +74,7 @@ def _with_ports(parsed: URL) -> URL:
         raise SettingsError(
             f"DATABASE_URL: {len(hosts)} hosts need {len(hosts)} ports, or one for all, not {len(ports)}"
         )
-    return _among(parsed, hosts, ports * (len(hosts) // len(ports)))
+    return _with_hosts_in_query(parsed, hosts, ports * (len(hosts) // len(ports)))
 
 
 def _hosts_and_ports(listed: list[str]) -> tuple[list[str], list[str]]:
@@ -85,7 +85,7 @@ def _hosts_and_ports(listed: list[str]) -> tuple[list[str], list[str]]:
     return names, [one["port"] or "5432" for one in found if one]
 
 
-def _among(parsed: URL, hosts: list[str], ports: list[str]) -> URL:
+def _with_hosts_in_query(parsed: URL, hosts: list[str], ports: list[str]) -> URL:
     if not all(hosts):
         raise SettingsError("DATABASE_URL: a host is missing before or after a comma")
     if not all(port.isascii() and port.isdigit() and 1 <= int(port) <= 65535 for port in ports):

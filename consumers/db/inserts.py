@@ -202,7 +202,7 @@ def _texts(kind: EventKind, events: Sequence[Event]) -> dict[str, list[str]]:
 
 
 def _column_texts(column: Column, payloads: Iterable[Payload]) -> list[str]:
-    written, value_of = _WRITTEN.get(column.type, str), attrgetter(column.attribute or column.name)
+    written, value_of = _WRITERS.get(column.type, str), attrgetter(column.attribute or column.name)
     return ["NULL" if value is None else written(value) for value in map(value_of, payloads)]
 
 
@@ -211,7 +211,7 @@ def _quoted(value: str) -> str:
 
 
 # Functions that write values of these types; numbers, dates and UUIDs are written by str().
-_WRITTEN: dict[str, Callable[[Any], str]] = {
+_WRITERS: dict[str, Callable[[Any], str]] = {
     "jsonb": lambda value: _quoted(simplejson.dumps(value, use_decimal=True, allow_nan=False)),
     "text": _quoted,
     # In UTC: PostgreSQL reads offsets only up to 15:59, RFC 3339 allows up to 23:59.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, TextClause, text
 
-from consumers.db.queries import NO_LIMIT, Filter, Query, of_portfolio, quoted, where
+from consumers.db.queries import NO_LIMIT, Filter, Query, portfolio_condition, quoted, where
 
 SNAPSHOT_COLUMNS = (
     "id",
@@ -48,7 +48,7 @@ def snapshots(wanted: Filter) -> Query:
     conditions = wanted.conditions('"timestamp"')
     if wanted.after is not None:
         conditions.append(_BEHIND_SNAPSHOT)
-    within, outside = _days(wanted)
+    within, outside = _date_conditions(wanted)
     rows = _newest_snapshots([*conditions, *within], wanted.order(_ORDER))
     if outside:
         others = _newest_snapshots([*conditions, _DATED_OTHERWISE, outside], _ORDER)
@@ -65,7 +65,7 @@ def _newest_snapshots(conditions: list[str], order: str) -> str:
     """  # noqa: S608  # from the constants here; values are parameters
 
 
-def _days(wanted: Filter) -> tuple[list[str], str]:
+def _date_conditions(wanted: Filter) -> tuple[list[str], str]:
     """Return the conditions that a period implies for the date, and their opposite ('' without a period)."""
     within, outside = [], []
     if wanted.since is not None:
@@ -80,7 +80,7 @@ def _days(wanted: Filter) -> tuple[list[str], str]:
 def closes(wanted: Filter) -> Query:
     """Return the query for the last snapshot of each portfolio and date in the period, in the order of `snapshots`."""
     conditions = wanted.conditions('"timestamp"')
-    within, outside = _days(wanted)
+    within, outside = _date_conditions(wanted)
     among = [*conditions, *within]
     if wanted.after is not None:
         among.append("snapshot_date <= :after_snapshot_date")
@@ -107,10 +107,10 @@ def _closes_of(portfolios: str, conditions: list[str]) -> str:
     """
     return f"""
         WITH RECURSIVE {portfolios}, closes AS (
-            SELECT 1 AS number, close.* FROM portfolios CROSS JOIN LATERAL ({_last("portfolios", conditions)}) AS close
+            SELECT 1 AS number, close.* FROM portfolios CROSS JOIN LATERAL ({_close("portfolios", conditions)}) AS close
             UNION ALL
             SELECT number + 1, close.* FROM closes CROSS JOIN LATERAL (
-                {_last("closes", [*conditions, "snapshot_date < closes.snapshot_date"])}) AS close
+                {_close("closes", [*conditions, "snapshot_date < closes.snapshot_date"])}) AS close
             WHERE number <= coalesce(:limit, {NO_LIMIT})
         )
     """  # noqa: S608  # from the constants here; values are parameters
@@ -137,7 +137,7 @@ def portfolios_in(table: str, most: str = "ALL") -> str:
 _ONE_PORTFOLIO = "portfolios (portfolio_id) AS (SELECT CAST(:portfolio_id AS bigint))"
 
 
-def _last(of: str, conditions: list[str]) -> str:
+def _close(of: str, conditions: list[str]) -> str:
     """Return the SELECT for the newest snapshot of the portfolio in the relation `of`."""
     # Two branches, because an index cannot search for IS NOT DISTINCT FROM.
     numbered, without = (
@@ -146,7 +146,7 @@ def _last(of: str, conditions: list[str]) -> str:
         ORDER BY portfolio_id, {_ORDER} LIMIT 1)
         """  # noqa: S608  # from the constants here; values are parameters
         for which in (
-            [f"portfolio_history.{of_portfolio(f'{of}.portfolio_id')}"],
+            [f"portfolio_history.{portfolio_condition(f'{of}.portfolio_id')}"],
             [f"{of}.portfolio_id IS NULL", "portfolio_history.portfolio_id IS NULL"],
         )
     )
@@ -156,7 +156,7 @@ def _last(of: str, conditions: list[str]) -> str:
 _NEWEST_AGES = text(f"""
     WITH RECURSIVE {portfolios_in("portfolio_history", ":most")}
     SELECT portfolios.portfolio_id, CAST(extract(epoch FROM clock_timestamp() - newest."timestamp") AS float8)
-    FROM portfolios CROSS JOIN LATERAL ({_last("portfolios", [])}) AS newest
+    FROM portfolios CROSS JOIN LATERAL ({_close("portfolios", [])}) AS newest
 """)  # noqa: S608  # from the constants here
 _PORTFOLIOS = text(f"""
     WITH RECURSIVE {portfolios_in("portfolio_history", ":most")} SELECT portfolio_id FROM portfolios
@@ -170,7 +170,7 @@ _EXTENT = """
 """
 
 
-def of_one(portfolio: int | None, statement: str) -> TextClause:
+def for_one_portfolio(portfolio: int | None, statement: str) -> TextClause:
     """Return `statement` with its `{of}` replaced by the condition for one portfolio."""
     # An index can search for IS NULL and =, but not for IS NOT DISTINCT FROM.
     return text(statement.format(of="portfolio_id IS NULL" if portfolio is None else "portfolio_id = :portfolio_id"))
@@ -198,7 +198,7 @@ def portfolios(db: Connection) -> list[Extent]:
 
 def extent(db: Connection, portfolio: int | None) -> Extent | None:
     """Return the extent of a portfolio, or None if it has no snapshot."""
-    row = db.execute(of_one(portfolio, _EXTENT), {"portfolio_id": portfolio}).one_or_none()
+    row = db.execute(for_one_portfolio(portfolio, _EXTENT), {"portfolio_id": portfolio}).one_or_none()
     return None if row is None else Extent(portfolio, *row)
 
 

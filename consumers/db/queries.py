@@ -42,7 +42,7 @@ class Filter:
     def conditions(self, instant: str) -> list[str]:
         """Return the SQL conditions, without that of `after`; `instant` is the column with the time of a row."""
         asked = {
-            of_portfolio(":portfolio_id"): self.portfolio_id,
+            portfolio_condition(":portfolio_id"): self.portfolio_id,
             f"{instant} >= :since": self.since,
             f"{instant} < :until": self.until,
         }
@@ -78,7 +78,7 @@ class Query:
         return text(f"SELECT {', '.join(columns)} FROM ({self.rows}) AS page ORDER BY {self.order}")  # noqa: S608  # from constants
 
 
-def of_portfolio(portfolio_id: str) -> str:
+def portfolio_condition(portfolio_id: str) -> str:
     """Return the condition for the rows of a portfolio that is not null."""
     # With = PostgreSQL may scan the newest rows of all portfolios, which takes long if this portfolio has no row of the
     # last years. With ANY, and the portfolio in the order, it can use only the index by portfolio.

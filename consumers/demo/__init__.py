@@ -33,7 +33,7 @@ _SERVER = text("SELECT current_setting('server_version')")
 
 def run_demo(home: Path) -> int:
     """Run the demo in `home` and replace the data of an earlier run. Return the exit status, 1 if a count is wrong."""
-    with _alone(home) as lock, embedded_stack(home):
+    with _locked(home) as lock, embedded_stack(home):
         _start_empty(home)
         expected = 2 * DAYS * len(PORTFOLIO_IDS)
         print(f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one trading cycle per day: a snapshot and an archive\n")
@@ -113,7 +113,7 @@ def _start_empty(home: Path) -> None:
 
 
 @contextmanager
-def _alone(home: Path) -> Iterator[int]:
+def _locked(home: Path) -> Iterator[int]:
     """Lock the folder and yield the lock's file descriptor.
 
     The worker inherits it, so that the lock of a killed demo lasts until its worker has ended.

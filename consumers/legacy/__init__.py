@@ -1,1 +1,1 @@
-"""Moving in and out: import and verify of old history, adoption of old tables, export to the old format."""
+"""Import and verify old history, adopt old tables, and export history to the old format."""

@@ -1,7 +1,7 @@
-"""Adoption of tables of the old shape: out of the way under a `_legacy` name, with the new ones in their place.
+"""Adopt tables of the old shape: rename them with the suffix `_legacy` and create the new tables under their names.
 
-Everything is one transaction: renames first, then schema.sql. Rows, columns, keys, views, triggers, foreign keys and
-grants of a renamed table are left as they are and go with it.
+Everything happens in one transaction: first the renames, then schema.sql. A renamed table keeps its rows, columns,
+keys, views, triggers, foreign keys and grants.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from consumers.db.schema import apply_schema, check_encoding, role_notes, schema
 from consumers.errors import AdoptionRefused, StoreUnavailable
 
 LEGACY_SUFFIX = "_legacy"
-# Columns that an old table must have for its rows to be read; further columns stay with it.
+# The import reads these columns, so an old table must have them. Other columns are not read.
 _OLD_COLUMNS = {
     "portfolio_history": (
         "id",
@@ -33,10 +33,10 @@ _OLD_COLUMNS = {
     ),
     "signal_archives": ("id", "archived_at", "signals_count", "signals_data"),
 }
-# Other sessions wait behind this one for the tables, so not long; but an autovacuum yields only after a second.
+# Short, because other sessions queue behind a waiting lock. Not below 1 s: only then does an autovacuum yield.
 _LOCK_SECONDS = 3
 _LOCK_NOT_AVAILABLE, _DEADLOCK = "55P03", "40P01"
-_SHOWN_HOLDERS = 3
+_SHOWN_SESSIONS = 3
 
 _OLD_TABLES = text("""
     SELECT c.oid, c.relname AS name, c.relkind AS kind, quote_ident(n.nspname) AS schema,
@@ -51,7 +51,7 @@ _OLD_TABLES = text("""
     ORDER BY c.relname
 """)
 
-# A name of a type is taken too: each table has a row type of its name.
+# Types count too: each table has a row type of the same name.
 _TAKEN = text("""
     SELECT relname AS name FROM pg_class
     WHERE relname = ANY(:names) AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
@@ -72,8 +72,8 @@ _SAME_NAMES = text("""
     ORDER BY c.relname
 """)
 
-# Of a table or of its row type: views and rules, functions, policies, publications, foreign keys of other tables,
-# triggers, partitions and heirs.
+# Objects that depend on a table or on its row type: views, rules, functions, policies, publications, foreign keys of
+# other tables, triggers, partitions and child tables.
 _DEPENDENTS = text("""
     SELECT DISTINCT CASE WHEN r.ev_class <> :table THEN pg_describe_object('pg_class'::regclass, r.ev_class, 0)
         ELSE pg_describe_object(d.classid, d.objid, 0) END AS description
@@ -103,8 +103,8 @@ _READERS = text("""
     WHERE c.oid = :table AND a.privilege_type = 'SELECT' AND a.grantee <> c.relowner ORDER BY grantee
 """)
 
-# No text of a query: it may hold values.
-_HOLDERS = text("""
+# Without the query's text, which can contain values of rows.
+_LOCKING_SESSIONS = text("""
     SELECT DISTINCT l.pid, a.application_name, a.state,
         CAST(extract(epoch FROM clock_timestamp() - a.xact_start) AS integer) AS seconds
     FROM pg_locks l JOIN pg_class c ON c.oid = l.relation LEFT JOIN pg_stat_activity a ON a.pid = l.pid
@@ -117,10 +117,10 @@ _HOLDERS = text("""
 
 @dataclass(frozen=True)
 class Adoption:
-    """The steps that adopt the old tables of a database.
+    """Plan or result of an adoption.
 
-    `renamed` are tables, old name and new name; `notes` are sentences for the user; `earlier` are tables that an
-    earlier adoption renamed. `statements` are SQL for one transaction: locks, renames, schema.sql.
+    `renamed` has (old name, new name) of each table. `statements` is SQL for one transaction: locks, renames,
+    schema.sql. `notes` are sentences for the user. `earlier` names the tables that an earlier adoption renamed.
     """
 
     renamed: tuple[tuple[str, str], ...]
@@ -129,17 +129,17 @@ class Adoption:
     earlier: tuple[str, ...]
 
     def script(self) -> str:
-        """The whole transaction as SQL text that psql runs, the notes as comments."""
+        """Return the transaction as an SQL script for psql, with the notes as comments."""
         notes = [f"-- {note}" for note in self.notes]
         return "\n".join([*notes, "BEGIN;", *self.statements, "COMMIT;"]) + "\n"
 
 
 def plan_adoption(store: Engine) -> Adoption:
-    """The steps that adopt_legacy would take now; changes nothing and locks nothing.
+    """Return what adopt_legacy would do now. Change nothing and lock nothing.
 
     Raises:
-        AdoptionRefused: it would refuse.
-        StoreUnavailable: the database cannot be reached, or refuses.
+        AdoptionRefused: adopt_legacy would raise it too.
+        StoreUnavailable: the database cannot be reached or cannot execute the statements now.
     """
     with translated_errors(), store.begin() as db:
         db.exec_driver_sql("SET TRANSACTION READ ONLY")
@@ -147,11 +147,15 @@ def plan_adoption(store: Engine) -> Adoption:
 
 
 def adopt_legacy(store: Engine) -> Adoption:
-    """Rename tables of the old shape and make the new ones, all or nothing; without old tables only the latter.
+    """Rename tables of the old shape and create the new ones, all or nothing.
+
+    Without old tables, only create the new ones.
 
     Raises:
-        AdoptionRefused: somebody uses the old tables, a name is taken, or a privilege is missing; nothing was changed.
-        StoreUnavailable: the database cannot be reached, refuses, or is not encoded in UTF8; nothing was changed.
+        AdoptionRefused: the old tables are in use, a name is already taken, or a privilege is missing. Nothing was
+            changed.
+        StoreUnavailable: the database cannot be reached, cannot execute the statements now, or is not encoded in UTF8.
+            Nothing was changed.
     """
     try:
         adoption = _adopt(store)
@@ -172,7 +176,7 @@ def _adopt(store: Engine) -> Adoption:
         old = _old_tables(db)
         for statement in _lock(old):
             db.exec_driver_sql(statement)
-        # Once more, under the lock: somebody else may have adopted them, or made an index, a moment ago.
+        # Read the tables again under the lock: another session may have adopted them or created an index meanwhile.
         adoption = _plan(db, _old_tables(db))
         with role_notes(db) as notes:
             for statement in adoption.statements if adoption.renamed else ():
@@ -181,17 +185,21 @@ def _adopt(store: Engine) -> Adoption:
 
 
 def _old_tables(db: Connection) -> list[Any]:
-    """Rows of _OLD_TABLES, each of which can be adopted."""
+    """Return the rows of _OLD_TABLES.
+
+    Raises:
+        AdoptionRefused: one of the tables cannot be adopted.
+    """
     tables = list(db.execute(_OLD_TABLES, {"names": list(_OLD_COLUMNS)}))
     for table in tables:
         if table.kind not in ("r", "p"):
             raise _refused(f"{table.name} is not a table")
         if missing := [column for column in _OLD_COLUMNS[table.name] if column not in table.columns]:
-            raise _refused(f"{table.name} is not of the old shape, it has no {', '.join(missing)}")
+            raise _refused(f"{table.name} does not have the old shape: it has no column {', '.join(missing)}")
         if not table.may_rename:
-            raise _refused(f"{table.who} may not rename {table.name}, only its owner {table.owner} may")
+            raise _refused(f"user {table.who} may not rename {table.name}: only its owner {table.owner} may")
         if not table.may_create:
-            raise _refused(f"{table.who} may not make tables in the schema {table.schema}")
+            raise _refused(f"user {table.who} may not create tables in the schema {table.schema}")
     return tables
 
 
@@ -203,7 +211,7 @@ def _plan(db: Connection, old: list[Any]) -> Adoption:
         return Adoption(renamed, (schema_body(),), (), tuple(earlier))
     renames = [("TABLE", table.name) for table in old] + _same_names(db, old)
     if taken := _taken(db, [name + LEGACY_SUFFIX for _, name in renames]):
-        raise _refused(f"the name {taken[0]} is taken: rename or drop what has it")
+        raise _refused(f"the name {taken[0]} is already in use: rename or drop the object that has it")
     schema = old[0].schema
     statements = [f"ALTER {kind} {schema}.{name} RENAME TO {name}{LEGACY_SUFFIX};" for kind, name in renames]
     notes = [note for table in old for note in _notes(db, table)]
@@ -222,7 +230,7 @@ def _lock(old: list[Any]) -> list[str]:
 
 
 def names_in_schema() -> list[str]:
-    """Names of what schema.sql makes beside its tables: indexes, keys, and the sequences of row numbers."""
+    """Return the names of the objects that schema.sql creates beside the tables: indexes, keys and sequences."""
     body = schema_body()
     indexes = re.findall(r"^CREATE INDEX IF NOT EXISTS (\w+)", body, re.M)
     keys = re.findall(r"CONSTRAINT (\w+) (?:PRIMARY KEY|UNIQUE)", body)
@@ -230,16 +238,19 @@ def names_in_schema() -> list[str]:
 
 
 def _same_names(db: Connection, old: list[Any]) -> list[tuple[str, str]]:
-    """Kind and name of what the old tables have under names of ours.
+    """Return kind and name of each index and sequence of the old tables whose name the new tables need.
 
-    Our names are short: with the suffix they stay below the 63 bytes of an identifier.
+    The names with the suffix are shorter than 63 bytes, PostgreSQL's limit.
+
+    Raises:
+        AdoptionRefused: an object of another table has such a name.
     """
     ours = {"portfolio_history", "signal_archives", "event_outcomes"} - {table.name for table in old}
     renames = []
     for found in db.execute(_SAME_NAMES, {"names": names_in_schema()}):
         if found.of_table in [table.oid for table in old]:
             renames.append(("SEQUENCE" if found.kind == "S" else "INDEX", found.name))
-        elif found.kind != "S" and found.table_name not in ours:  # for a sequence PostgreSQL finds another name
+        elif found.kind != "S" and found.table_name not in ours:  # PostgreSQL chooses another name for a sequence
             where = f" of table {found.table_name}" if found.table_name else ""
             raise _refused(f"{found.description}{where} has a name that the new tables need: rename it")
     return renames
@@ -250,43 +261,44 @@ def _taken(db: Connection, names: list[str]) -> list[str]:
 
 
 def _notes(db: Connection, table: Any) -> list[str]:
-    """Notes on objects and grants that stay with the old table, although a user may expect them of the new one."""
+    """Return notes about objects and grants that stay with the old table, which a user may expect on the new one."""
     legacy, parameters = table.name + LEGACY_SUFFIX, {"table": table.oid}
     notes = [
         f"{found.description} belongs to {legacy} now, not to the new {table.name}"
         for found in db.execute(_DEPENDENTS, parameters)
     ]
     notes += [
-        f"{found.name} still deletes rows of {legacy} with their row of {found.parent} (ON DELETE CASCADE);"
-        f" to keep them: ALTER TABLE {legacy} DROP CONSTRAINT {found.name}"
+        f"{found.name} still deletes rows of {legacy} when their row of {found.parent} is deleted (ON DELETE CASCADE);"
+        f" to prevent that: ALTER TABLE {legacy} DROP CONSTRAINT {found.name}"
         for found in db.execute(_CASCADES, parameters)
     ]
     if readers := list(db.execute(_READERS, parameters).scalars()):
         notes.append(
-            f"grants stay with {legacy}; who is to read the new table needs its own:"
+            f"grants stay with {legacy}; to let the same roles read the new table:"
             f" GRANT SELECT ON {table.name} TO {', '.join(readers)}"
         )
     if not table.same_owner:
-        notes.append(f"the new {table.name} belongs to {table.who}, {legacy} to {table.owner}")
+        notes.append(f"the owner of the new {table.name} is {table.who}, the owner of {legacy} is {table.owner}")
     return notes
 
 
 def _in_use(store: Engine) -> str:
-    """The message about tables in use; it names the sessions, one of which an operator may want to end."""
+    """Return the message about locked tables. It names the sessions, so that an operator can end them."""
     with translated_errors(), store.connect() as db:
-        holders = list(db.execute(_HOLDERS, {"names": [*_OLD_COLUMNS, *names_in_schema()]}))
-    shown = ", ".join(_holder(one) for one in holders[:_SHOWN_HOLDERS])
-    more = f" and {len(holders) - _SHOWN_HOLDERS} more" if len(holders) > _SHOWN_HOLDERS else ""
-    who = f"held by {shown}{more}" if holders else "by nobody any more"
-    return f"the old tables were in use for {_LOCK_SECONDS} s, {who}. Nothing was changed: try again."
+        sessions = list(db.execute(_LOCKING_SESSIONS, {"names": [*_OLD_COLUMNS, *names_in_schema()]}))
+    shown = ", ".join(_described_session(one) for one in sessions[:_SHOWN_SESSIONS])
+    more = f" and {len(sessions) - _SHOWN_SESSIONS} more" if len(sessions) > _SHOWN_SESSIONS else ""
+    cause = f"locked by {shown}{more}" if sessions else "but no session locks them any more"
+    return f"the old tables could not be locked within {_LOCK_SECONDS} s: {cause}. Nothing was changed: try again."
 
 
-def _holder(holder: Any) -> str:
-    if holder.pid is None:
+def _described_session(session: Any) -> str:
+    if session.pid is None:
         return "a prepared transaction"
-    if holder.state is None:  # of another account, and hidden from ours
-        return f"pid {holder.pid}"
-    return f"pid {holder.pid} ({holder.application_name or 'no name'}, {holder.state}, since {holder.seconds} s)"
+    if session.state is None:  # a session of another user: PostgreSQL hides its state
+        return f"pid {session.pid}"
+    name = session.application_name or "no name"
+    return f"pid {session.pid} ({name}, {session.state}, transaction open for {session.seconds} s)"
 
 
 def _refused(reason: str) -> AdoptionRefused:

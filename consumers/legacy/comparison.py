@@ -1,4 +1,4 @@
-"""In which fields an event and its row differ, and which rows have been met."""
+"""Compare an event with its row, field by field, and keep a set of row ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ARCHIVE_ROWS = text("""
 
 
 class FieldDifference(NamedTuple):
-    """One field with another value, both as text for a person, long ones cut."""
+    """A field whose values differ. Both values are text for a reader; a long one is cut."""
 
     field: str
     in_file: str
@@ -34,7 +34,10 @@ class FieldDifference(NamedTuple):
 
 
 def field_differences(db: Connection, differing: Sequence[tuple[Event, int]]) -> list[list[FieldDifference]]:
-    """For each (event, row id), all of one kind, what is different; empty for a row that is gone since."""
+    """Return the differing fields of each (event, row id), in the same order.
+
+    All events must be of one kind. The list is empty if the row no longer exists.
+    """
     if not differing:
         return []
     archives = isinstance(differing[0][0].data, SignalArchive)
@@ -60,7 +63,7 @@ def _between(event: Event, row: Any) -> Iterator[FieldDifference]:
 
 
 def _as_stored(value: Any) -> Any:
-    """Floats as the decimals that JSON writes for them."""
+    """Return `value` with each float as the decimal that JSON writes for it."""
     if isinstance(value, float):
         return Decimal(repr(value))
     if isinstance(value, dict):
@@ -69,7 +72,7 @@ def _as_stored(value: Any) -> Any:
 
 
 def _within(path: str, given: Any, stored: Any) -> Iterator[FieldDifference]:
-    """The innermost values that differ."""
+    """Yield the innermost values that differ."""
     if isinstance(given, dict) and isinstance(stored, dict):
         for key in sorted(given.keys() | stored.keys()):
             if key not in given or key not in stored:
@@ -94,7 +97,7 @@ def _difference(field: str, given: Any, stored: Any) -> FieldDifference:
 
 
 class RowIds:
-    """A set of row ids in a few bits each: ids lie close together, so a million take some 130 kB."""
+    """Compact set of row ids: a bit array per 65,536 consecutive ids, so that a million ids take about 130 kB."""
 
     _PAGE_BITS = 2**16
 

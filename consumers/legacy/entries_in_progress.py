@@ -1,8 +1,8 @@
-"""A file that names the entries in progress: after a crash, the next import finds the entry that crashed it.
+"""A file that names the entries in progress, so that after a crash the next import can find the entry that caused it.
 
-A crash leaves the file behind. The next run processes the named entries in small portions, so that the file names fewer
-if the process crashes again, at last a single one, whose crashes are counted. Kill -9 leaves the file behind too: then
-these entries are processed in small portions, and nothing else happens.
+A crash leaves the file behind. The next run processes the named entries in smaller portions. If it crashes again, the
+file names fewer entries, and in the end a single one, whose crashes are counted. Kill -9 leaves the file behind too;
+then the next run only processes these entries in smaller portions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from consumers.legacy.json_arrays import Entry
 from producers.errors import HistoryError
 
 _SUFFIX = ".in-progress"
-_PORTIONS = 32  # of the entries of a crash: a thousand entries come to single ones in two steps
+_PORTIONS = 32  # after a crash, split its entries into this many portions: a thousand reach single entries in two runs
 _CLEAN_EXITS = (KeyboardInterrupt, SystemExit, HistoryError, OSError)
 
 
 class _Note(NamedTuple):
-    """Entries of a source from number `first` to `last`; `crashes` counts those while one entry was noted alone."""
+    """Entries `first` to `last` of a source. `crashes` counts the crashes while the note named a single entry."""
 
     source: str
     first: int
@@ -33,9 +33,10 @@ class _Note(NamedTuple):
 
 
 class EntriesInProgress:
-    """The file beside the report at `report`. It is removed at the end of the block, unless a defect ended it.
+    """Context manager of the file, which is beside the report at `report`.
 
-    If the report is a device or a pipe, or if another import uses the file, none is kept: no crash is noticed then.
+    The end of the block removes the file, except after an exception that shows a defect. If the report is a device or a
+    pipe, or if another import uses the file, no file is kept, and crashes are not noticed.
     """
 
     def __init__(self, report: Path) -> None:
@@ -45,7 +46,10 @@ class EntriesInProgress:
         self._left: _Note | None = None
 
     def portions(self, source: str, chunk: Sequence[Entry]) -> Iterator[list[Entry]]:
-        """`chunk` in order and in portions, each noted until the next is taken; small ones for entries of a crash."""
+        """Yield `chunk` in order, in portions; entries of an earlier crash come in small ones.
+
+        The file names a portion until the caller asks for the next one.
+        """
         left = self._left
         for of_crash, group in groupby(chunk, key=lambda entry: self._is_left(source, entry.index)):
             entries = list(group)
@@ -57,7 +61,7 @@ class EntriesInProgress:
                 yield portion
 
     def crashes(self, source: str, index: int) -> int:
-        """Crashes of the process while only this entry was in progress."""
+        """Return how often the process crashed while only this entry was in progress."""
         left = self._left
         return left.crashes if left is not None and (source, index, index) == left[:3] else 0
 
@@ -91,7 +95,7 @@ class EntriesInProgress:
 
 
 def _read(file: TextIO) -> _Note | None:
-    """Return the note that a crash has left, with this crash counted; None if it is missing or unreadable."""
+    """Return the note that a crash left, with this crash counted. Return None if it is missing or unreadable."""
     try:
         found = json.loads(file.readline())
         note = _Note(str(found["source"]), int(found["first"]), int(found["last"]), int(found["crashes"]))

@@ -1,6 +1,6 @@
-"""The way back: the tables as files of the old controller's format, see `consumers.legacy.legacy_json`.
+"""Export the tables to files of the old controller's format, which `consumers.legacy.legacy_json` defines.
 
-The old format has no place for the portfolio, the offset of a time, ids and sources: these are lost.
+The old format has no portfolio, no offset of a time, no ids and no sources: these are lost.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from producers.times import read_back, wall_clock
 
 _STAGING = ".export-"
 _SNAPSHOTS_A_FETCH = 1000
-_ARCHIVES_A_FETCH = 16  # of up to 8 MiB each
+_ARCHIVES_A_FETCH = 16  # few, because an archive has up to 8 MiB
 _PROGRESS_STEP = 500
 
-# array_position finds NULL, the portfolio without a number, too.
+# array_position also finds NULL, which stands for rows without a portfolio.
 _SELECTED = """
     (CAST(:portfolio_ids AS bigint[]) IS NULL
         OR array_position(CAST(:portfolio_ids AS bigint[]), portfolio_id) IS NOT NULL)
@@ -36,8 +36,8 @@ _SELECTED = """
     AND (CAST(:until AS timestamptz) IS NULL OR {instant} < :until)
 """
 
-# Oldest first. Imported rows are in the order of their file, also where that is not the order of time (in an hour that
-# the clock showed twice): each entry is as old as the newest before it.
+# Oldest first. Imported rows keep the order of their file, also where it is not the order of time (in an hour that the
+# clock showed twice): the sort key of an entry is the newest time up to it.
 _IN_ORDER = f"""
     CASE WHEN source LIKE '{IMPORT_PREFIX}%/%' THEN max({{instant}}) OVER (PARTITION BY source ORDER BY sequence)
         ELSE {{instant}} END,
@@ -52,21 +52,21 @@ _PORTFOLIOS = text(f"""
         SELECT portfolio_id, count(*) FROM signal_archives
         WHERE {_SELECTED.format(instant="archived_at")} GROUP BY portfolio_id) AS rows
     GROUP BY portfolio_id ORDER BY portfolio_id NULLS FIRST
-""")  # noqa: S608  # from the constants above; values are parameters
+""")  # noqa: S608  # built from the constants above; values are parameters
 
 _MONTHS = text(f"""
     SELECT DISTINCT archive_month FROM signal_archives WHERE {_SELECTED.format(instant="archived_at")}
     ORDER BY archive_month
-""")  # noqa: S608  # from the constants above; values are parameters
+""")  # noqa: S608  # built from the constants above; values are parameters
 
 _SNAPSHOTS = text(f"""
     SELECT snapshot_date, "timestamp", balance, total_invested, total_profit_loss, total_value, open_positions,
         trade_count
     FROM portfolio_history WHERE {_SELECTED.format(instant='"timestamp"')}
     ORDER BY {_IN_ORDER.format(instant='"timestamp"')}
-""")  # noqa: S608  # from the constants above; values are parameters
+""")  # noqa: S608  # built from the constants above; values are parameters
 
-# The sort inside carries references to long values; their text is made outside, one at a time.
+# Sort in the subquery, which refers to long values without reading them; convert them to text outside, one at a time.
 _ARCHIVES = text(f"""
     SELECT archived_at, signals_count, CAST(signals_data AS text) AS signals
     FROM (
@@ -74,14 +74,15 @@ _ARCHIVES = text(f"""
         FROM signal_archives WHERE archive_month = :month AND {_SELECTED.format(instant="archived_at")}
         ORDER BY {_IN_ORDER.format(instant="archived_at")}
         OFFSET 0) AS ordered
-""")  # noqa: S608  # from the constants above; values are parameters
+""")  # noqa: S608  # built from the constants above; values are parameters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which rows: of these portfolios (None in it is the one without a number), in this period.
+    """Filter of the exported rows, by portfolio and period.
 
-    Without `portfolio_ids` all rows must be of one portfolio. `since` is inclusive, `until` is not; both aware.
+    None in `portfolio_ids` stands for rows without a portfolio. If `portfolio_ids` is None, all rows must have the same
+    portfolio. `since` is inclusive, `until` is exclusive; both are aware.
     """
 
     portfolio_ids: Sequence[int | None] | None = None
@@ -96,8 +97,11 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedFile:
-    """A file written. Of two equal hours, when the clock is set back, `ambiguous` entries are of the second without an
-    entry before them that shows it: read again, their times mean the first."""
+    """A written file.
+
+    `ambiguous` counts entries in the second of two equal hours, after the clock was set back, that no earlier entry
+    marks as such: an import reads their times as in the first hour.
+    """
 
     file: str
     entries: int
@@ -106,8 +110,11 @@ class ExportedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """The files written; `untouched` are files of the old format that were there and that this export does not have;
-    `unfinished` are folders of exports that were killed (or still run)."""
+    """Result of an export.
+
+    `files` were written. `untouched` are files of the old format that were in the folder and that this export does not
+    write. `unfinished` are folders of exports that were killed or are still running.
+    """
 
     files: list[ExportedFile]
     untouched: list[str]
@@ -116,7 +123,7 @@ class Exported:
 
 @dataclass
 class _Statistics:
-    """Counts the entries of a file as they pass, and those that a reader of the file takes for another time."""
+    """Counts the entries of a file, and those whose time a reader of the file would misread."""
 
     zone: tzinfo | None
     total: int
@@ -137,7 +144,7 @@ class _Statistics:
 
 
 def no_progress(_done: int, _total: int) -> None:
-    """Show no progress."""
+    """Ignore the progress."""
 
 
 def export_history(
@@ -150,20 +157,23 @@ def export_history(
 ) -> Exported:
     """Write portfolio_history.json and a signals_archive_YYYY-MM.json for each month into `directory`.
 
-    All of one moment of the database, streamed, oldest first; an imported file comes back in its own order. Times are
-    those of a clock in `zone` (None: this machine's zone). The new files take their places when all of them are
-    complete: until then, whatever happens, `directory` has its old ones. `on_progress` gets the entries written so far
-    and the number of all.
+    The files show one moment of the database, oldest entry first; entries of an imported file keep their order. Rows
+    are streamed. Times are local times in `zone` (None: this machine's zone), without offset. The new files replace the
+    old ones only when all of them are complete; until then `directory` keeps the old ones, whatever happens.
+    `on_progress` is called with the number of entries written so far and their total number.
 
     Raises:
-        ExportRefused: there are such files and not `overwrite`, nothing is selected, or rows of several portfolios are.
+        ExportRefused: such files exist and `overwrite` is false, no row is selected, or rows of several portfolios are
+            selected without `portfolio_ids`.
         FileNotWritten: the folder or a file cannot be written.
         StoreUnavailable: the database cannot be read now.
     """
     if (existing := sorted(file.name for file in history_files(directory))) and not overwrite:
-        raise ExportRefused(f"{directory} has {_some(existing)} already; --overwrite replaces what is exported")
+        raise ExportRefused(
+            f"{directory} already has {_some(existing)}; --overwrite replaces the files that are exported"
+        )
     if odd := [name for name in existing if (directory / name).is_symlink() or not (directory / name).is_file()]:
-        raise ExportRefused(f"{directory}: {_some(odd)} cannot be replaced: not a plain file")
+        raise ExportRefused(f"{directory}: {_some(odd)} cannot be replaced: not a regular file")
     unfinished = sorted(folder.name for folder in directory.glob(f"{_STAGING}*"))
     with get_db() as db:
         db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
@@ -197,7 +207,7 @@ def _number_of_rows(db: Connection, selection: Selection) -> int:
 
 
 def _write_files(db: Connection, staging: Path, selection: Selection, statistics: _Statistics) -> list[ExportedFile]:
-    """In `staging`; a file only for what has entries."""
+    """Write the files into `staging`. Return those that have entries."""
     entries: dict[str, Iterator[dict[str, Any]]] = {SNAPSHOTS_FILE: _snapshots(db, selection.parameters, statistics)}
     for month in db.execute(_MONTHS, selection.parameters).scalars():
         parameters = selection.parameters | {"month": month}

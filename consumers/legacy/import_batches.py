@@ -1,4 +1,4 @@
-"""Batches of imported events, processed as by a worker; deliveries that cannot be decided now are retried."""
+"""Process imported events in batches, as a worker does, and retry deliveries that cannot be decided now."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from producers.times import backoff_seconds
 
 _BATCH_CHARACTERS = 4 * 1024 * 1024
 _MOST_DEFERRED = 1000
-_MOST_FAILURES = 3  # as many as a worker tries
+_MOST_FAILURES = 3  # the same limit as a worker's
 _FIRST_BACKOFF_SECONDS = 0.2
 _LAST_BACKOFF_SECONDS = 5.0
 
@@ -24,7 +24,7 @@ _Answer = TypeVar("_Answer")
 
 
 def retry_until_available(work: Callable[[], _Answer], say: Callable[[str], None]) -> _Answer:
-    """Return the answer of `work`, called again after growing pauses as long as the database is unavailable."""
+    """Return the result of `work`. While the database is unavailable, call it again after growing pauses."""
     failures = 0
     while True:
         try:
@@ -37,22 +37,22 @@ def retry_until_available(work: Callable[[], _Answer], say: Callable[[str], None
             time.sleep(backoff_seconds(failures, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS))
         else:
             if failures:
-                say("the database is back, going on")
+                say("the database is available again, the import continues")
             return answer
 
 
 @dataclass
 class _Undecided:
-    """An event to insert; `failures` counts its defects."""
+    """A delivery to decide. `failures` counts the defects that it met."""
 
     delivery: Delivery
     failures: int = 0
 
 
 class ImportBatches:
-    """Decides deliveries, and calls `decided` with the job id and outcome of each after its commit.
+    """Decides deliveries. Calls `decided` with the job id and outcome of each one after its commit.
 
-    A single delivery that cannot be decided now is deferred; after 3 defects it is rejected as poison.
+    A single delivery that cannot be decided now is deferred. After 3 defects it is rejected as poison.
     """
 
     def __init__(self, *, decided: Callable[[str, Outcome], None], say: Callable[[str], None]) -> None:
@@ -61,24 +61,24 @@ class ImportBatches:
         self._deferred: dict[str, _Undecided] = {}
 
     def insert(self, deliveries: Iterable[Delivery]) -> None:
-        """Decide them except a few that are deferred. Waits during outages of the database."""
+        """Decide the deliveries, except a few that are deferred. During an outage of the database, wait."""
         for batch in _batches(deliveries):
-            retry_until_available(lambda batch=batch: self._process(batch), self._say)  # type: ignore[misc]  # wants a type
+            retry_until_available(lambda batch=batch: self._process(batch), self._say)  # type: ignore[misc]  # mypy does not infer the lambda
             self._deferred |= batch
         if len(self._deferred) > _MOST_DEFERRED:
             self.finish()
 
     def finish(self) -> None:
-        """Decide the deferred ones, however long that takes."""
+        """Decide the deferred deliveries, however long that takes."""
         while self._deferred:
             retry_until_available(lambda: self._process(self._deferred, last=True), self._say)
 
     def _process(self, batch: dict[str, _Undecided], *, last: bool = False) -> None:
-        """Process `batch`, and leave only the deferred deliveries in it.
+        """Process `batch` and remove the decided deliveries from it.
 
         Raises:
-            StoreUnavailable: the database can decide none of it now. A single delivery is deferred instead, so that it
-                does not delay others, except in the `last` batch.
+            StoreUnavailable: the database cannot decide any delivery of the batch now. A single delivery is deferred
+                instead, so that it does not delay others, except in the `last` batch.
         """
         decided = False
         waiting: list[StoreUnavailable] = []
@@ -97,7 +97,7 @@ class ImportBatches:
 
 
 def _count_failure(one: _Undecided, error: BaseException) -> None:
-    """Count it; at the third, have the delivery rejected unread. Raises `error` if even that failed."""
+    """Count a failure. At the third, reject the delivery unread. Raise `error` if even that failed."""
     one.failures += 1
     if one.failures > _MOST_FAILURES:
         raise error
@@ -106,7 +106,7 @@ def _count_failure(one: _Undecided, error: BaseException) -> None:
 
 
 def _batches(deliveries: Iterable[Delivery]) -> Iterator[dict[str, _Undecided]]:
-    """By job id, in order, each with at most _BATCH_CHARACTERS of text unless a single event has more."""
+    """Yield batches by job id, in order, of at most _BATCH_CHARACTERS of text, unless a single event has more."""
     batch: dict[str, _Undecided] = {}
     size = 0
     for delivery in deliveries:

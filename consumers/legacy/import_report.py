@@ -1,4 +1,4 @@
-"""The import's report: one line of JSON for each entry that could not be taken."""
+"""The import's report: one line of JSON for each rejected entry."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from producers.errors import HistoryError
 
 
 class Report:
-    """Written line by line from the first rejected entry on; without one there is no file.
+    """Report file, created with the first rejected entry: without one there is no file.
 
-    An earlier report of the name is kept as `<name>.1`, `<name>.2` and so on: this run may see less.
+    An earlier report of the same name is kept as `<name>.1`, `<name>.2` and so on, because this run may see fewer
+    entries.
 
     Raises:
-        HistoryError: the file cannot be written; raised before the import begins.
+        HistoryError: the file cannot be written. The constructor raises it, before the import begins.
     """
 
     def __init__(self, path: Path) -> None:
         if not os.access(path.parent, os.W_OK) or path.is_dir():
-            raise HistoryError(f"{path}: the report could not be written there")
+            raise HistoryError(f"{path}: the report cannot be written there")
         self.path = path
         self.lines = 0
         self._file: TextIO | None = None
 
     def add(self, file: str, index: int, reason: str, entry: Any) -> None:
-        """Raises OSError when it cannot be written."""
+        """Write one line. Raises OSError if it cannot be written."""
         if self._file is None:
             self._file = self.path.open("w", encoding="ascii")
         self._file.write(as_json({"file": file, "index": index, "reason": reason, "entry": entry}) + "\n")
         self.lines += 1
 
     def _keep_earlier(self) -> None:
-        if self.path.is_file() and not self.path.is_symlink():  # not a device or a pipe that somebody has named
+        if self.path.is_file() and not self.path.is_symlink():  # not a device or a pipe
             number = 1
             while (kept := self.path.with_name(f"{self.path.name}.{number}")).exists():
                 number += 1
@@ -51,9 +52,9 @@ class Report:
 
 
 def as_json(value: Any) -> str:
-    """On one line, in ASCII: an entry with characters that are no Unicode must not be lost.
+    """Return `value` as one line of JSON in ASCII, which also represents lone surrogates.
 
-    Numbers keep their digits; NaN stays NaN, as the old controller wrote it.
+    Numbers keep all their digits. NaN stays NaN, as the old controller wrote it.
     """
     text: str = simplejson.dumps(value, use_decimal=True, allow_nan=True)
     return text

@@ -1,4 +1,4 @@
-"""Import state: for each delivery its row in the database, or its recorded rejection, or neither."""
+"""Import state of a delivery: its row in the database, its recorded rejection, or neither."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from consumers.db.inserts import Found, find_events
 from consumers.legacy.old_history import Kind
 from producers.events import Event, PortfolioSnapshot, SignalArchive
 
-# Numbers of those that have a row or an outcome; the others, nearly all in a first import, cost no comparison.
+# Only deliveries that have a row or an outcome: in a first import, hardly any. The others need no comparison.
 _KNOWN = """
     SELECT given.number, history.id IS NOT NULL, other.id, outcomes.outcome, outcomes.reason
     FROM unnest(CAST(:event_ids AS uuid[]), CAST(:sequences AS bigint[]), CAST(:job_ids AS text[]),
@@ -43,17 +43,17 @@ _POISON = text("""
 
 
 class PoisonRejection(NamedTuple):
-    """A recorded rejection of an entry that had ended the process, or met a defect, each time; `event` is its text."""
+    """Recorded rejection of an entry that crashed the process or met a defect each time. `event` is its text."""
 
     reason: str
     event: str
 
 
 class ImportState(NamedTuple):
-    """The database's state of one delivery: the row with its event's id, and the recorded outcome of its job.
+    """State of one delivery in the database: the row with its event id, and the recorded outcome of its job.
 
-    `other_row` is what looks as if this very entry had been imported before, in another zone or portfolio: the same
-    source, number and content at a time that differs by what zones differ by.
+    `other_row` is a row that looks like an earlier import of the same entry with another zone or portfolio: it has the
+    same source, sequence and content, and its time differs by a possible difference between two zones.
     """
 
     found: Found | None
@@ -62,19 +62,25 @@ class ImportState(NamedTuple):
     reason: str | None
 
     def is_own(self, source: str, sequence: int) -> bool:
-        """This delivery made the row, and the row is as the delivery would make it now."""
+        """Return whether this delivery made the row, and would make the same row now."""
         found = self.found
         return found is not None and found.same and (found.source, found.sequence) == (source, sequence)
 
     def is_accounted_for(self, source: str, sequence: int) -> bool:
-        """Its own row; or another's of the same fact, if that was recorded: else an audit would miss the number."""
+        """Return whether the delivery has its own row, or a recorded duplicate of another row of the same event.
+
+        Without that record, `audit` would report its sequence as missing.
+        """
         duplicate = self.found is not None and self.found.same and self.outcome == "duplicate"
         return duplicate or self.is_own(source, sequence)
 
-    def refusal(self) -> str | None:
-        """Why it is not inserted: it would be stored twice, or only be refused again, or a person has discarded it."""
+    def rejection_reason(self) -> str | None:
+        """Return why the delivery must not be inserted, or None.
+
+        It would be stored twice or be rejected again, or an operator has discarded it.
+        """
         if self.found is None and self.other_row is not None:
-            return f"was imported before, as row {self.other_row}, with another --timezone or --portfolio-id"
+            return f"was already imported as row {self.other_row} with another --timezone or --portfolio-id"
         conflict = self.found is not None and not self.found.same
         if self.outcome == "discarded" or (self.outcome == "rejected" and conflict):
             return self.reason
@@ -89,19 +95,19 @@ def _measure(data: PortfolioSnapshot | SignalArchive) -> Decimal | int:
 
 
 def rows_of_numbers(db: Connection, kind: Kind, source: str, numbers: Sequence[int]) -> dict[int, int]:
-    """The row ids of those numbers of a source that have a row."""
+    """Return the row id of each of these sequence numbers that has a row."""
     rows = db.execute(_ROWS[kind], {"source": source, "sequences": list(numbers)}) if numbers else ()
     return {row.sequence: row.id for row in rows}
 
 
 def poison_rejections(db: Connection, source: str) -> dict[int, PoisonRejection]:
-    """By number. Such an entry is tried again when it has changed, and not before."""
+    """Return the poison rejections of a source, by sequence. Such an entry is tried again only after it has changed."""
     rows = db.execute(_POISON, {"source": source})
     return {row.sequence: PoisonRejection(row.reason, row.event) for row in rows}
 
 
 def import_states(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> list[ImportState]:
-    """For each (job id, event), all of one kind and one source, in order."""
+    """Return the state of each (job id, event), in order. All must be of one kind and one source."""
     if not deliveries:
         return []
     known = [_NOTHING_KNOWN] * len(deliveries)
@@ -111,7 +117,7 @@ def import_states(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> li
         "sequences": [event.sequence for _, event in deliveries],
         "job_ids": [job_id for job_id, _ in deliveries],
         "instants": [event.data.instant.astimezone(UTC).isoformat() for _, event in deliveries],
-        "measures": [_measure(event.data) for _, event in deliveries],  # type: ignore[arg-type]  # of old history
+        "measures": [_measure(event.data) for _, event in deliveries],  # type: ignore[arg-type]  # only these two kinds
         "source": deliveries[0][1].source,
     }
     stored = []

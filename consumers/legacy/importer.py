@@ -1,7 +1,7 @@
-"""The import: old history into the tables, in this process, by the worker's own processing of a batch.
+"""Import old history into the tables, in this process, with the code by which a worker processes a batch.
 
-Old history can be read again, so it is its own outbox: its source and its numbers are the same on each run, and a run
-inserts the entries that the database does not have yet.
+Old history can be read again, so it serves as its own outbox: its source and sequences are the same on each run, and
+each run inserts the entries that the database does not have yet.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from producers.acknowledgements import Outcome
 from producers.errors import InvalidEvent
 from producers.events import KINDS, Event, encode
 
-_MOST_CRASHES = 2  # of this process, while it processed only this entry
+_MOST_CRASHES = 2  # crashes of this process while only one entry was in progress
 
 
 class _Converted(NamedTuple):
@@ -39,7 +39,7 @@ class _Converted(NamedTuple):
     delivery: Delivery
 
 
-class _Refused(NamedTuple):
+class _Rejected(NamedTuple):
     """An entry that does not become an event."""
 
     entry: Entry
@@ -47,7 +47,7 @@ class _Refused(NamedTuple):
 
 
 def dry_run(history: OldHistory, report: Report, advance: Callable[[], None]) -> None:
-    """Only read it: entries that can be imported count as read, the others go into the report."""
+    """Read and convert the entries without inserting them. Those that cannot be imported go into the report."""
     for chunk in history.chunks():
         for entry in chunk:
             try:
@@ -59,9 +59,10 @@ def dry_run(history: OldHistory, report: Report, advance: Callable[[], None]) ->
 
 
 class Importer:
-    """Imports one old history. `say` gets a message when the database is away; `advance` is called after each portion.
+    """Imports one old history.
 
-    With `rate`, at most so many events a second are inserted, in portions of at most a second's.
+    `say` is called with a message when the database is away. `advance` is called after each portion. `rate` limits the
+    inserted events per second; a portion then has at most `rate` entries.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class Importer:
         self._advance = advance
         self._rate = rate
         self._poison: dict[int, PoisonRejection] = {}
-        self._raw: dict[str, Entry] = {}  # by job id, of events that are not decided yet
+        self._raw: dict[str, Entry] = {}  # entries of undecided events, by job id
         self._batches = ImportBatches(decided=self._count, say=say)
 
     def run(self) -> None:
-        """Decide every entry: a row, or a line in the report and a recorded rejection.
+        """Decide every entry: make a row, or record a rejection and add a line to the report.
 
-        Outages of the database are waited for.
+        During an outage of the database, wait.
         """
         history = self._history
         for number, chunk in enumerate(history.chunks(min(CHUNK_WEIGHT, self._rate or CHUNK_WEIGHT))):
@@ -106,54 +107,63 @@ class Importer:
     def _import(self, entries: list[Entry]) -> None:
         started = time.monotonic()
         converted: list[_Converted] = []
-        refused: list[_Refused] = []
+        rejected: list[_Rejected] = []
         for entry in entries:
             one = self._convert(entry)
-            if isinstance(one, _Refused):
-                refused.append(one)
+            if isinstance(one, _Rejected):
+                rejected.append(one)
             else:
                 converted.append(one)
-        states, rows = retry_until_available(lambda: self._record_known(converted, refused), self._say)
-        for entry, reason in refused:
+        states, rows = retry_until_available(lambda: self._record_known(converted, rejected), self._say)
+        for entry, reason in rejected:
             row = rows.get(entry.index)
             self._reject(
-                entry, reason + ("" if row is None else f"; an earlier import stored this number as row {row}")
+                entry, reason + ("" if row is None else f"; an earlier import stored this sequence as row {row}")
             )
         missing = list(self._missing(converted, states))
         self._batches.insert(missing)
         if self._rate is not None:
             time.sleep(max(0.0, len(missing) / self._rate - (time.monotonic() - started)))
 
-    def _convert(self, entry: Entry) -> _Converted | _Refused:
-        """Convert an entry. One that crashed the process too often is delivered as poison, or not even converted."""
+    def _convert(self, entry: Entry) -> _Converted | _Rejected:
+        """Convert an entry.
+
+        An entry that crashed the process too often becomes a poison event. If even that crashed the process, it is
+        rejected without conversion.
+        """
         crashes = self._in_progress.crashes(self._history.source, entry.index)
         poison = self._poison.get(entry.index)
         if poison is not None and poison.event == as_json(entry.data):
-            return _Refused(entry, poison.reason)
-        if crashes > _MOST_CRASHES:  # it was to be rejected unread, and the process ended all the same
-            return _Refused(entry, str(PoisonEvent(crashes)))
+            return _Rejected(entry, poison.reason)
+        if crashes > _MOST_CRASHES:  # the process crashed although the event was to be rejected unread
+            return _Rejected(entry, str(PoisonEvent(crashes)))
         try:
             event = self._history.event(entry)
             text = encode(event)
         except InvalidEvent as error:
-            return _Refused(entry, str(error))
-        refusal = PoisonEvent(crashes) if crashes == _MOST_CRASHES else None
+            return _Rejected(entry, str(error))
+        poison_error = PoisonEvent(crashes) if crashes == _MOST_CRASHES else None
         job_id = self._history.job_id(entry.index)
-        return _Converted(entry, event, Delivery(job_id, text, KINDS[event.type].model, refusal))
+        return _Converted(entry, event, Delivery(job_id, text, KINDS[event.type].model, poison_error))
 
     def _record_known(
-        self, converted: list[_Converted], refused: list[_Refused]
+        self, converted: list[_Converted], rejected: list[_Rejected]
     ) -> tuple[list[ImportState], dict[int, int]]:
-        """Record the refused entries, look the others up, and delete rejections of entries that have a row by now.
+        """Record the rejected entries, look up the others, and delete rejections of entries that have a row by now.
 
-        The number of a refused entry may have a row, if an earlier run had other options or another file. Then the row
-        accounts for the number: its id is in the second result, and no rejection is recorded.
+        If an earlier run had other options or another file, the sequence of a rejected entry may have a row. Then that
+        row accounts for the sequence, and no rejection is recorded.
+
+        Returns:
+            The import state of each converted entry, and the row ids of rejected entries by sequence.
         """
         history = self._history
         with get_db() as db:
             states = import_states(db, [(one.delivery.job_id, one.event) for one in converted])
-            rows = rows_of_numbers(db, history.import_source.kind, history.source, [one.entry.index for one in refused])
-            record_outcomes(db, [self._no_row(*one) for one in refused if one.entry.index not in rows])
+            rows = rows_of_numbers(
+                db, history.import_source.kind, history.source, [one.entry.index for one in rejected]
+            )
+            record_outcomes(db, [self._no_row(*one) for one in rejected if one.entry.index not in rows])
             forget_outcomes(
                 db,
                 [
@@ -169,11 +179,11 @@ class Importer:
         return OutcomeRow(job_id, "rejected", self._history.source, entry.index, None, reason, as_json(entry.data))
 
     def _missing(self, converted: list[_Converted], states: list[ImportState]) -> Iterator[Delivery]:
-        """The events that the database does not have, and that are to be inserted; the others are counted."""
+        """Yield the deliveries that the database does not have and that must be inserted. Count the others."""
         for (entry, _, delivery), state in zip(converted, states, strict=True):
             poison = self._poison.get(entry.index)
             known_poison = poison.reason if poison is not None and poison.event == delivery.text else None
-            reason = state.refusal() or known_poison
+            reason = state.rejection_reason() or known_poison
             if state.is_accounted_for(self._history.source, entry.index):
                 self._history.statistics.already_there += 1
             elif reason is not None:
@@ -185,7 +195,7 @@ class Importer:
     def _count(self, job_id: str, outcome: Outcome) -> None:
         entry = self._raw.pop(job_id)
         if outcome.kind == "rejected":
-            self._reject(entry, outcome.reason or "no reason was given")
+            self._reject(entry, outcome.reason or "the reason is unknown")
         elif outcome.kind == "stored":
             self._history.statistics.stored += 1
         else:

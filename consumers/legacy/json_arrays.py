@@ -1,4 +1,4 @@
-"""JSON arrays of hundreds of megabytes in files: read one entry at a time, numbers exact, and written whole or not."""
+"""Read large JSON arrays from files, one entry at a time, with exact numbers; write them completely or not at all."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from producers.errors import FileNotWritten, HistoryError
 from producers.events import MAX_EVENT_BYTES
 
 _BLOCK_BYTES = 2**18
-_MOST_CHARACTERS = 2 * MAX_EVENT_BYTES  # of one entry; what is longer is no event, however much of it is blanks
-_TORN_CHARACTERS = 8192  # an error further from the end of what was read is no matter of where the reading stopped
+_MOST_CHARACTERS = 2 * MAX_EVENT_BYTES  # of one entry, blanks included; a longer one cannot be an event
+_TORN_CHARACTERS = 8192  # an error further from the end of the buffered text is not due to the missing rest
 _BLANKS = " \t\n\r"
 _LITERALS = ("true", "false", "null", "Infinity", "-Infinity", "NaN")
 _OPEN_STRING, _OPEN_ESCAPE = "Unterminated string", "Invalid \\uXXXX escape"
-_MOST_DIGITS = 4000  # beyond 4300 Python refuses to make an int
+_MOST_DIGITS = 4000  # Python's int() rejects more than 4300 digits
 
 _ENTRY_ENCODER = simplejson.JSONEncoder(ensure_ascii=False, use_decimal=True, allow_nan=False)
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 class Entry(NamedTuple):
-    """One element of the array, numbered from 0. Numbers are int and Decimal; it may be anything JSON knows."""
+    """One element of the array, numbered from 0. `data` is any JSON value; its numbers are int or Decimal."""
 
-    index: int  # type: ignore[assignment]  # nobody searches an entry with tuple.index
+    index: int  # type: ignore[assignment]  # tuple.index is not needed
     data: Any
 
 
 class Damaged(HistoryError):
-    """A file that is not a whole JSON array. `index` is the entry at which it stopped."""
+    """The file is not a complete JSON array. `index` is the number of the entry at which reading stopped."""
 
     def __init__(self, path: Path, index: int, offset: int, reason: str) -> None:
         super().__init__(f"{path.name}: {reason} (entry {index}, byte {offset})")
@@ -45,16 +45,17 @@ class Damaged(HistoryError):
 
 
 def read_entries(path: Path, *, progress: Callable[[int], None] | None = None) -> Iterator[Entry]:
-    """Every entry of the array in the file, in order; memory for one entry and a block.
+    """Yield every entry of the array in the file, in order. Memory is bounded by one entry and one block.
 
-    `progress` is called with the number of bytes read so far, after each block.
+    After each block, `progress` is called with the number of bytes read so far.
 
     Raises:
-        Damaged: after every entry before the damage was given: it is no file, empty, no array, cut off, or not JSON.
-        OSError: it cannot be read.
+        Damaged: the path is not a file, or the file is empty, cut off, not an array, or not JSON. All entries before
+            the damage were yielded.
+        OSError: the file cannot be read.
     """
     if not path.is_file():
-        raise Damaged(path, 0, 0, "is no file")
+        raise Damaged(path, 0, 0, "is not a file")
     with path.open("rb") as file:
         text = _Text(file, progress)
         index = -1
@@ -66,7 +67,7 @@ def read_entries(path: Path, *, progress: Callable[[int], None] | None = None) -
 
 
 class _Broken(Exception):
-    """The reason why the text is no JSON array, and the position in the text held."""
+    """The text is not a JSON array. `position` is an index into the buffered text."""
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(reason)
@@ -80,11 +81,11 @@ def _number(text: str) -> int | Decimal:
     try:
         return Decimal(text)
     except InvalidOperation:
-        return Decimal("NaN")  # an exponent beyond what a Decimal holds; every field refuses it
+        return Decimal("NaN")  # an exponent beyond Decimal's range; no field accepts NaN
 
 
 _DECODER = json.JSONDecoder(parse_float=Decimal)
-_PATIENT_DECODER = json.JSONDecoder(parse_float=_number, parse_int=_number)
+_LENIENT_DECODER = json.JSONDecoder(parse_float=_number, parse_int=_number)
 
 
 def _decode(text: str, position: int) -> tuple[Any, int]:
@@ -92,26 +93,26 @@ def _decode(text: str, position: int) -> tuple[Any, int]:
         return _DECODER.raw_decode(text, position)
     except json.JSONDecodeError:
         raise
-    except (ArithmeticError, ValueError):  # a number that Python will not make an int or a Decimal of
-        return _PATIENT_DECODER.raw_decode(text, position)
+    except (ArithmeticError, ValueError):  # a number that int() or Decimal() rejects
+        return _LENIENT_DECODER.raw_decode(text, position)
 
 
 class _Text:
-    """A window on the file's text that moves on, element by element."""
+    """Buffered text of the file, which moves forward element by element."""
 
     def __init__(self, file: BinaryIO, progress: Callable[[int], None] | None) -> None:
         self._file = file
         self._progress = progress
-        # A byte that is not UTF-8 becomes a lone surrogate, which spoils one entry and not the rest of the file.
+        # A byte that is not UTF-8 becomes a lone surrogate, which makes one entry invalid and not the rest of the file.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
         self._text = ""
         self._position = 0
-        self._passed_bytes = 0  # before the text that is held
+        self._passed_bytes = 0  # bytes of the file before the buffered text
         self._read_bytes = 0
         self._ended = False
 
     def offset(self, position: int) -> int:
-        """The byte of the file at a position of the text that is held."""
+        """Return the offset in the file of a position in the buffered text."""
         return self._passed_bytes + len(self._text[:position].encode("utf-8", "surrogateescape"))
 
     def elements(self) -> Iterator[Any]:
@@ -128,10 +129,10 @@ class _Text:
             self._position += not closed
         self._position += 1
         if self._next():
-            raise self._broken("goes on behind the end of the array")
+            raise self._broken("has data after the end of the array")
 
     def _next(self) -> str:
-        """The next character that is not blank, which is not passed; empty at the end of the file."""
+        """Return the next character that is not blank, without consuming it; "" at the end of the file."""
         while True:
             while self._position < len(self._text):
                 character = self._text[self._position]
@@ -154,11 +155,11 @@ class _Text:
                 if not near and not error.msg.startswith(_OPEN_STRING):
                     raise _Broken(error.pos, f"is not JSON: {error.msg}") from None
                 if self._ended:
-                    raise self._last_words(error) from None
+                    raise self._error_at_the_end(error) from None
             except RecursionError:
                 raise self._broken("is nested too deeply") from None
             else:
-                # A number may go on: it is whole only when something follows it.
+                # A number at the end of the buffer may be incomplete: it needs a following character.
                 if end < len(self._text) or self._ended:
                     self._position = end
                     return value
@@ -167,7 +168,7 @@ class _Text:
             self._read_more(size)
             size *= 2
 
-    def _last_words(self, error: json.JSONDecodeError) -> _Broken:
+    def _error_at_the_end(self, error: json.JSONDecodeError) -> _Broken:
         rest = self._text[error.pos :].strip()
         cut_off = any(word.startswith(rest) for word in _LITERALS) or error.msg.startswith((_OPEN_STRING, _OPEN_ESCAPE))
         return self._broken("is cut off") if cut_off else _Broken(error.pos, f"is not JSON: {error.msg}")
@@ -189,15 +190,15 @@ class _Text:
 
 
 def write_entries(path: Path, entries: Iterable[Mapping[str, Any]]) -> int:
-    """Write `entries` as one JSON array, and return how many there were.
+    """Write `entries` as one JSON array and return their number.
 
-    When this returns, the file is complete and on disk. When it raises, whatever it raises, and when the process
-    dies, `path` is what it was before; only a process that is killed leaves a hidden `.<name>.<random>.tmp` beside it.
-    One entry a line, Decimals as numbers with every digit, ASCII only, so that a reader's encoding makes no difference.
+    When this returns, the file is complete and on disk. If it raises or the process dies, `path` is unchanged; only a
+    killed process leaves a hidden `.<name>.<random>.tmp` beside it. Each entry is one line. Decimals are written as
+    numbers with every digit, and all text is ASCII, so that a reader's encoding makes no difference.
 
     Raises:
-        FileNotWritten: the disk is full, the folder is not there, and the like.
-        ValueError: an entry holds what JSON does not have, such as NaN.
+        FileNotWritten: the file cannot be written: the disk is full, the folder does not exist, and the like.
+        ValueError: an entry contains a value that JSON does not have, such as NaN.
     """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
@@ -220,7 +221,7 @@ def write_entries(path: Path, entries: Iterable[Mapping[str, Any]]) -> int:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` durable. Raises OSError."""
+    """Make renames in `directory` durable. Raises OSError if that fails."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -230,5 +231,5 @@ def sync_directory(directory: Path) -> None:
 
 def _line(entry: Mapping[str, Any]) -> str:
     line: str = _ENTRY_ENCODER.encode(entry)
-    # Other characters than ASCII stand only inside strings, where an escape means the same.
+    # Characters beyond ASCII occur only in strings, where an escape has the same meaning.
     return line if line.isascii() else _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], line)

@@ -1,4 +1,7 @@
-"""The old controller's JSON files: naive local times, the newest entry last; what they say as events, and back."""
+"""Convert entries of the old controller's JSON files into events, and back.
+
+The files have naive local times, and the newest entry is the last one.
+"""
 
 from __future__ import annotations
 
@@ -30,32 +33,33 @@ ARCHIVE_KEYS = frozenset({
 
 
 def history_files(directory: Path) -> list[Path]:
-    """portfolio_history.json and every signals_archive_*.json of a folder, as far as they exist, in order."""
-    # Whatever has such a name, be it a folder or a link that leads nowhere: to pass over it would hide a history.
+    """Return the paths of portfolio_history.json and of every signals_archive_*.json in a folder, in this order."""
+    # Include a folder or a dangling link with such a name: ignoring it would hide a history.
     snapshots = directory / SNAPSHOTS_FILE
     return [*([snapshots] if os.path.lexists(snapshots) else []), *sorted(directory.glob(archives_file("*")))]
 
 
 def archives_file(month: str) -> str:
-    """The name of the file for `month`, which is YYYY-MM."""
+    """Return the name of the archives' file of a month, given as YYYY-MM."""
     return f"signals_archive_{month}.json"
 
 
 def snapshot_from(
     data: Any, *, zone: tzinfo | None, portfolio_id: int | None, after: datetime | None = None
 ) -> PortfolioSnapshot:
-    """The event of one entry of portfolio_history.json. A naive time is in `zone` (None: this machine's).
+    """Return the snapshot that one entry of portfolio_history.json describes.
 
-    Its own `date` stands even when its time has another one; its own portfolio_id, if any, goes before the given one.
-    `after` is the instant of the entry before it: of a local time that exists twice, the second is meant when only
-    the first would lie before it. One that does not exist is read with the offset that was valid before the gap.
+    A naive time is local time in `zone` (None: this machine's zone). The entry's own `date` is kept, even if it is not
+    the date of its time. The entry's own portfolio_id overrides the given one. `after` is the instant of the entry
+    before this one. A local time that exists twice means the first instant, unless the first is before `after` and the
+    second is not. A local time that does not exist is read with the offset from before the gap.
 
     Raises:
-        InvalidEvent: a field is missing or wrong, or has NaN or Infinity in it, be its name known or not; the message
-            names it.
+        InvalidEvent: a field is missing or invalid, or any field, also one with an unknown name, contains NaN or
+            Infinity. The message names the field.
     """
     entry = _object(data)
-    _refuse_nan(entry)
+    _require_finite(entry)
     moment = _moment(entry, "timestamp", zone, after)
     return PortfolioSnapshot.checked(
         snapshot_date=_day(entry, moment),
@@ -73,10 +77,13 @@ def snapshot_from(
 def archive_from(
     data: Any, *, zone: tzinfo | None, portfolio_id: int | None, after: datetime | None = None
 ) -> SignalArchive:
-    """The event of one entry of a signals_archive_*.json, in the same way; the array decides how many signals."""
+    """Return the archive that one entry of a signals_archive_*.json describes, by the rules of snapshot_from.
+
+    The number of signals is the length of the array.
+    """
     entry = _object(data)
     signals = _signals_key(entry)
-    _refuse_nan({name: value for name, value in entry.items() if name != signals})
+    _require_finite({name: value for name, value in entry.items() if name != signals})
     return SignalArchive.checked(
         archived_at=_moment(entry, "archived_at", zone, after),
         signals=_given(entry, signals),
@@ -85,9 +92,9 @@ def archive_from(
 
 
 def null_for_nan(data: Any) -> tuple[Any, int]:
-    """An archive's entry with null for each NaN and Infinity in its signals, and how many there were.
+    """Return a copy of an archive's entry with null for each NaN and Infinity in its signals, and their number.
 
-    The entry itself is left as it is, and so is everything of it that is no signal.
+    The given entry is not changed. NaN outside the signals is kept.
     """
     found: list[float] = []
     nulled = [_null_for_nan(signal, found) if isinstance(signal, dict) else signal for signal in signals_in(data)]
@@ -95,7 +102,7 @@ def null_for_nan(data: Any) -> tuple[Any, int]:
 
 
 def signals_in(data: Any) -> list[Any]:
-    """The array of signals of an entry, whatever its elements are; empty when it has none."""
+    """Return the array of signals of an entry, with elements of any type; empty if there is none."""
     signals = data.get(_signals_key(data)) if isinstance(data, dict) else None
     return signals if isinstance(signals, list) else []
 
@@ -104,7 +111,7 @@ def _null_for_nan(value: Any, found: list[float], depth: int = 0) -> Any:
     if isinstance(value, float) and not isfinite(value):
         found.append(value)
         return None
-    if isinstance(value, dict | list) and depth < json_values.MAX_NESTING:  # what is deeper is refused
+    if isinstance(value, dict | list) and depth < json_values.MAX_NESTING:  # deeper values are rejected later
         if isinstance(value, dict):
             return {key: _null_for_nan(item, found, depth + 1) for key, item in value.items()}
         return [_null_for_nan(item, found, depth + 1) for item in value]
@@ -112,17 +119,17 @@ def _null_for_nan(value: Any, found: list[float], depth: int = 0) -> Any:
 
 
 def notes_on(data: Mapping[str, Any], event: PortfolioSnapshot | SignalArchive) -> Iterator[str]:
-    """Notes on what an entry has that its event does not have, and that is no reason to refuse it."""
+    """Yield notes about differences between an entry and its event that do not make the entry invalid."""
     known = SNAPSHOT_KEYS if isinstance(event, PortfolioSnapshot) else ARCHIVE_KEYS
     if not data.keys() <= known:
-        yield from (f"unknown key {key[:60]!a} left out" for key in sorted(data.keys() - known))
+        yield from (f"unknown key {key[:60]!a} was left out" for key in sorted(data.keys() - known))
     if isinstance(event, PortfolioSnapshot):
         if event.snapshot_date != event.timestamp.date():
-            yield "date is not the date of timestamp, and was kept"
+            yield "date is not the date of timestamp and was kept"
     elif data.get("signals_count", event.signals_count) != event.signals_count:
-        yield "signals_count is not the number of signals, and was corrected"
+        yield "signals_count was not the number of signals and was corrected"
     elif data.get("archive_month", event.archive_month) != event.archive_month:
-        yield "archive_month is not the month of archived_at, and was corrected"
+        yield "archive_month was not the month of archived_at and was corrected"
 
 
 def _object(data: Any) -> dict[str, Any]:
@@ -135,8 +142,11 @@ def _signals_key(entry: Mapping[str, Any]) -> str:
     return "signals_data" if "signals" not in entry and "signals_data" in entry else "signals"
 
 
-def _refuse_nan(members: dict[str, Any]) -> None:
-    """Raise for the first NaN or Infinity, at any depth; without recursion, and with paths that share their steps."""
+def _require_finite(members: dict[str, Any]) -> None:
+    """Raise InvalidEvent for the first NaN or Infinity, at any depth.
+
+    Without recursion, and with paths that share their steps, because an entry may be wide and deep.
+    """
     left: list[tuple[Any, json_values.Path]] = [(members, ())]
     while left:
         value, path = left.pop()
@@ -166,7 +176,7 @@ def _count(entry: Mapping[str, Any], field: str) -> Any:
         return value
     try:
         number = Decimal(_plain(value) if isinstance(value, str) else value)
-        # A number far out of range must not become an int of a million digits first.
+        # Check the range first: a huge exponent would become an int of a million digits.
         whole = number.is_finite() and abs(number) < 2**63 and number == number.to_integral_value()
     except (ArithmeticError, TypeError, ValueError):
         whole = False
@@ -176,7 +186,7 @@ def _count(entry: Mapping[str, Any], field: str) -> Any:
 
 
 def _plain(text: str) -> str:
-    """`text` without blanks. Raises ValueError if it is no plain number, such as 1_000, which Python accepts."""
+    """Return `text` without surrounding blanks. Raise ValueError for forms that only Python accepts, such as 1_000."""
     if not NUMBER.fullmatch(text.strip()):
         raise ValueError
     return text.strip()
@@ -187,7 +197,7 @@ def _portfolio(entry: Mapping[str, Any], portfolio_id: int | None) -> int | None
     if own is None:
         return portfolio_id
     try:
-        return int(_plain(own)) if isinstance(own, str) else own  # as numbers come as text elsewhere
+        return int(_plain(own)) if isinstance(own, str) else own  # old files also have numbers as text
     except ValueError:
         raise InvalidEvent.at("portfolio_id", "is text that is not an integer") from None
 
@@ -204,10 +214,10 @@ def _day(entry: Mapping[str, Any], moment: datetime) -> date:
 
 
 def snapshot_entry(snapshot: PortfolioSnapshot, zone: tzinfo | None) -> dict[str, Any]:
-    """`snapshot` as an entry of portfolio_history.json, without its portfolio, which the format does not have.
+    """Return `snapshot` as an entry of portfolio_history.json, without its portfolio, which the format does not have.
 
-    Its time is what a clock in `zone` (None: this machine's zone) showed, without the offset. Amounts
-    are exact and have at least one decimal, as floats have in JSON.
+    Its time is local time in `zone` (None: this machine's zone), without offset. Amounts are exact and have at least
+    one decimal, like floats in JSON.
     """
     return {
         "date": snapshot.snapshot_date.isoformat(),
@@ -224,7 +234,7 @@ def snapshot_entry(snapshot: PortfolioSnapshot, zone: tzinfo | None) -> dict[str
 def archive_entry(
     archived_at: datetime, signals: simplejson.RawJSON, signals_count: int, zone: tzinfo | None
 ) -> dict[str, Any]:
-    """An entry of a signals_archive_YYYY-MM.json; the JSON text of `signals` is written as it stands."""
+    """Return an entry of a signals_archive_YYYY-MM.json. The JSON text of `signals` is written unchanged."""
     return {
         "archived_at": wall_clock(archived_at, zone).isoformat(),
         "signals_count": signals_count,

@@ -1,4 +1,4 @@
-"""Rows of the adopted tables as entries of the old JSON shape: an import source like the old files."""
+"""Read rows of the adopted tables as entries of the old JSON shape, so that they are imported like the old files."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from consumers.legacy.json_arrays import Entry
 from consumers.legacy.old_history import ImportSource, Kind
 
 _ROWS_AT_ONCE = 500
-_MOST_DIGITS = 4000  # beyond 4300 Python refuses to make an int
+_MOST_DIGITS = 4000  # Python's int() rejects more than 4300 digits
 
-# Values under the keys of the old files. Columns that only some databases have are added if they exist.
+# Arguments of json_build_object: the old files' keys and the columns. Columns of _SOME_HAVE are added if they exist.
 _TABLES: dict[str, tuple[Kind, str]] = {
     "portfolio_history_legacy": (
         "snapshot",
@@ -38,15 +38,15 @@ _COLUMNS = text("""
 
 
 def table_sources(store: Engine) -> list[ImportSource]:
-    """The adopted tables of the database, snapshots first; none when nothing was adopted.
+    """Return the adopted tables of the database, snapshots first; an empty list if nothing was adopted.
 
     Raises:
-        StoreUnavailable: the database cannot be read now; also while the entries are read.
+        StoreUnavailable: the database cannot be read now. Reading the entries can raise it too.
     """
     with translated_errors(), store.connect() as db:
-        db.exec_driver_sql("SET LOCAL statement_timeout = 0")  # counting many rows takes long
+        db.exec_driver_sql("SET LOCAL statement_timeout = 0")  # counting many rows takes a long time
         there = [name for name in _TABLES if _columns(db, name)]
-        sizes = [db.execute(text(f"SELECT count(*) FROM {name}")).scalar_one() for name in there]  # noqa: S608  # ours
+        sizes = [db.execute(text(f"SELECT count(*) FROM {name}")).scalar_one() for name in there]  # noqa: S608  # names from _TABLES
     return [_source(store, name, size) for name, size in zip(there, sizes, strict=True)]
 
 
@@ -63,13 +63,13 @@ def _source(store: Engine, table: str, size: int) -> ImportSource:
 
 
 def read_legacy_rows(store: Engine, table: str) -> Iterator[Entry]:
-    """Rows in the order of their ids, numbered from 0 without gaps, in memory a few hundred at a time.
+    """Yield the rows in the order of their ids, numbered from 0 without gaps; 500 rows are in memory at a time.
 
-    The numbers are the same on each run as long as nobody deletes a row: nobody knows the table's name but us. If one
-    is deleted, those after it move down by one, and what is stored already is found by its event id all the same.
+    The numbers are the same on each run as long as no row is deleted. If one is deleted, the numbers of the later rows
+    decrease by one; events that are already stored are then still found by their event id.
     """
     with translated_errors(), store.connect() as db:
-        # To sort many rows takes long, and the import may rest between two rows for as long as an outage lasts.
+        # Sorting many rows takes a long time, and the import pauses between two rows during an outage.
         db.exec_driver_sql("SET LOCAL statement_timeout = 0")
         db.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         statement = text(_select(table, _columns(db, table)))
@@ -80,10 +80,10 @@ def read_legacy_rows(store: Engine, table: str) -> Iterator[Entry]:
 
 def _select(table: str, columns: list[str]) -> str:
     extra = "".join(f", '{name}', {name}" for name in _SOME_HAVE if name in columns)
-    # PostgreSQL writes the JSON: its times are ISO 8601 in any DateStyle, its numbers have every digit.
+    # PostgreSQL's JSON has times in ISO 8601 for any DateStyle, and numbers with every digit.
     return f"""
         SELECT CAST(json_build_object({_TABLES[table][1]}{extra}) AS text) FROM {table} ORDER BY id
-    """  # noqa: S608  # from the constants above
+    """  # noqa: S608  # built from the constants above
 
 
 def _columns(db: Connection, table: str) -> list[str]:
@@ -94,7 +94,7 @@ def _decoded(row: str) -> Any:
     try:
         return json.loads(row, parse_float=Decimal, parse_int=_integer)
     except RecursionError:
-        return row  # no object: it is refused, and the report shows it as it is
+        return row  # a str is not an object: it is rejected, and the report shows it unchanged
 
 
 def _integer(digits: str) -> int | Decimal:

@@ -1,6 +1,6 @@
-"""Old history as events: where its entries come from, the event of each, and the statistics of an import.
+"""Read old history as events: import sources, the event of each entry, and the statistics of an import.
 
-It can be read again: its source and its numbers are the same each time.
+Reading it again gives the same source and the same sequences.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ Kind = Literal["snapshot", "archive"]
 _NOT_IN_SOURCES = re.compile(r"[^A-Za-z0-9._~-]+")
 _NAME_CHARACTERS = 100
 _DIGEST_CHARACTERS = 32
-CHUNK_WEIGHT = 1000  # entries and their signals, processed together
-_NULLED = "NaN or Infinity in signals taken as null; verify needs --nan-as-null too"
-_MOST_NOTES = 20  # different ones of one import source; a file of a thousand odd keys needs no thousand lines
+CHUNK_WEIGHT = 1000  # entries plus their signals, processed together
+_NULLED = "NaN or Infinity in signals was read as null; verify needs --nan-as-null too"
+_MOST_NOTES = 20  # different notes of one import source: a thousand unknown keys must not print a thousand lines
 
 
 @dataclass(frozen=True)
 class ImportSource:
-    """Where old entries come from: a file, or a table of the old shape.
+    """Source of old entries: a file, or an adopted table.
 
-    `entries` gives all of them, in the same order and with the same numbers each time, as snapshot_from or
-    archive_from read them; it may raise Damaged at its end. `position` counts up to `size` meanwhile, in `unit`;
-    a size of 0 is unknown.
+    `entries` returns all of them, in the same order and with the same numbers each time, in the form that snapshot_from
+    or archive_from reads. Its iterator may end with Damaged. `position` returns how far it has read, up to `size`, in
+    `unit`. A size of 0 means unknown.
     """
 
     name: str
@@ -59,10 +59,10 @@ class ImportSource:
 
 
 def file_sources(directory: Path) -> list[ImportSource]:
-    """The history files of a folder.
+    """Return the history files of a folder.
 
     Raises:
-        HistoryError: there are none.
+        HistoryError: the path is not a folder, or the folder has no such file.
     """
     if not directory.is_dir():
         raise HistoryError(f"{directory}: is not a folder")
@@ -90,7 +90,10 @@ def _file_source(path: Path) -> ImportSource:
 
 @dataclass
 class ImportStatistics:
-    """Entries of one import source by outcome. `damage` says where reading had to end; `notes` count corrections."""
+    """Number of entries of one import source by outcome.
+
+    `damage` says where and why reading stopped. `notes` counts the corrections by their text.
+    """
 
     name: str
     read: int = 0
@@ -110,10 +113,11 @@ class ImportStatistics:
 
 
 class OldHistory:
-    """Reads one import source as events; counts in `statistics`.
+    """Reads one import source as events, and counts the entries in `statistics`.
 
-    `source` and `source_id` are known from the first chunk on, and do not depend on any option. An entry with NaN or
-    Infinity in it stands for no event; with `nan_as_null`, those in signals are read as null and counted in a note.
+    `source` and `source_id` are set when the first chunk is read, and do not depend on any option. An entry that
+    contains NaN or Infinity has no event. With `nan_as_null`, NaN and Infinity in signals are read as null and counted
+    in a note.
     """
 
     def __init__(
@@ -133,9 +137,9 @@ class OldHistory:
         return job_id_of(self.source_id, index)
 
     def chunks(self, weight: int = CHUNK_WEIGHT) -> Iterator[list[Entry]]:
-        """Every entry, in order, in chunks of at least `weight` entries and signals; the last one may be smaller.
+        """Yield every entry, in order, in chunks of at least `weight` entries plus signals; the last may be smaller.
 
-        Damage ends it, or that the file cannot be read, and is noted in the statistics.
+        Damage, or a file that cannot be read, ends the chunks and is recorded in `statistics.damage`.
         """
         chunk: list[Entry] = []
         chunk_weight = 0
@@ -161,7 +165,7 @@ class OldHistory:
             self.statistics.damage = f"{self.import_source.name}: cannot be read: {error.strerror}"
 
     def _identify(self, first: Entry) -> None:
-        # Not of the portfolio or the zone: the same file, read with others, must be known again.
+        # Without the portfolio and the zone: the same file must get the same source with any options.
         identity = simplejson.dumps(
             [self.import_source.name, first.data], use_decimal=True, allow_nan=True, sort_keys=True
         )
@@ -170,10 +174,12 @@ class OldHistory:
         self.source = f"{IMPORT_PREFIX}{name}/{self.source_id}"
 
     def event(self, entry: Entry) -> Event:
-        """The event of `entry`. Entries must come in order: a time that exists twice is read by the one before it.
+        """Return the event of `entry`.
+
+        Call it for the entries in order: the meaning of a local time that exists twice depends on the entry before.
 
         Raises:
-            InvalidEvent: the entry stands for no event.
+            InvalidEvent: the entry has no valid event.
         """
         data, nulled = (
             null_for_nan(entry.data) if self._nan_as_null and self.import_source.kind == "archive" else (entry.data, 0)
@@ -195,7 +201,7 @@ class OldHistory:
         return self._convert(data, zone=self._zone, portfolio_id=self._portfolio_id, after=self._after)
 
     def _advised(self, error: InvalidEvent, data: Any) -> InvalidEvent:
-        """`error`, with the option that would take the entry if nothing but NaN in its signals is in the way."""
+        """Return `error`. If NaN in signals is the only problem, name the option that accepts it."""
         data, nulled = null_for_nan(data) if self.import_source.kind == "archive" else (data, 0)
         if not nulled:
             return error
@@ -203,12 +209,12 @@ class OldHistory:
             payload = self._payload(data)
         except InvalidEvent:
             return error
-        # Times of later entries must not depend on the option.
+        # The times of later entries must not depend on the option.
         self._after = payload.instant.astimezone(UTC)
-        return InvalidEvent(f"{error} (--nan-as-null takes NaN in signals as null)", error.field)
+        return InvalidEvent(f"{error} (--nan-as-null reads NaN in signals as null)", error.field)
 
     def _enveloped(self, payload: PortfolioSnapshot | SignalArchive, index: int) -> Event:
-        """The same as event_of, in a tenth of the time: the envelope is checked once for the source."""
+        """Return the same event as event_of, in a tenth of the time: the envelope is checked once for each source."""
         if self._envelope is None:
             self._envelope = event_of(payload, source=self.source, sequence=index)
             return self._envelope

@@ -1,4 +1,4 @@
-"""Verify: old history against the tables, field by field and both ways. It only reads."""
+"""Compare old history with the tables, field by field and in both directions. It only reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from producers.errors import InvalidEvent
 
 _PAGE_ROWS = 20_000
 
-# Rows that the files should account for: what they brought, and what happened to their portfolios in their time.
+# Rows for which the old history should have an entry: rows of its sources, and rows of its portfolios in its period.
 _EXPECTED = """
     SELECT id, source, sequence, portfolio_id, {instant} FROM {table}
     WHERE id > :after AND (source = ANY (:sources) OR EXISTS (
@@ -34,18 +34,18 @@ _ROWS: dict[Kind, TextClause] = {
 }
 _TABLES: dict[Kind, str] = {"snapshot": "portfolio_history", "archive": "signal_archives"}
 
-What = Literal["missing", "differs", "unusable", "damaged", "unexpected"]
+DifferenceKind = Literal["missing", "differs", "unusable", "damaged", "unexpected"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not the same on both sides.
+    """One difference between the old history and the tables.
 
-    missing: an entry without a row; differs: a row with other values, in `fields`; unusable: an entry that stands for
-    no event; damaged: the file cannot be read on; unexpected: a row that no entry stands for. `reason` reads well.
+    missing: the entry has no row. differs: the row has other values, which `fields` lists. unusable: the entry has no
+    valid event. damaged: the rest of the file cannot be read. unexpected: the row has no entry. `reason` is a message.
     """
 
-    what: What
+    what: DifferenceKind
     file: str | None
     index: int | None
     table: str | None
@@ -56,7 +56,7 @@ class Difference:
 
 @dataclass
 class Compared:
-    """The entries of one import source: read, and equal to their rows."""
+    """Number of entries of one import source that were read, and that equal their rows."""
 
     name: str
     read: int = 0
@@ -66,7 +66,7 @@ class Compared:
 
 @dataclass
 class _Side:
-    """Rows, sources and periods met in the old history of one kind, for the comparison from the tables."""
+    """Rows, sources and periods found in the old history of one kind, for the comparison from the tables."""
 
     rows: RowIds = field(default_factory=RowIds)
     sources: list[str] = field(default_factory=list)
@@ -74,7 +74,7 @@ class _Side:
 
 
 class Verification:
-    """Compares histories with the tables; `compared` and `unexpected` grow while `differences` is read."""
+    """Compares histories with the tables. `compared` and `unexpected` grow while `differences` is iterated."""
 
     def __init__(self, histories: Iterable[OldHistory]) -> None:
         self._histories = list(histories)
@@ -83,9 +83,9 @@ class Verification:
         self.unexpected = 0
 
     def differences(self, advance: Callable[[], None] = lambda: None) -> Iterator[Difference]:
-        """Each difference as it is found: one import source after the other, then rows that no entry stands for.
+        """Yield each difference when it is found: first one import source after the other, then rows without an entry.
 
-        `advance` is called every now and then.
+        `advance` is called after each chunk.
 
         Raises:
             StoreUnavailable: the database cannot be read now.
@@ -126,7 +126,7 @@ def _compare(db: Connection, history: OldHistory, chunk: list[Entry], side: _Sid
             yield Difference("unusable", name, entry.index, None, None, str(error))
         else:
             events.append((entry.index, event))
-            _widen(side, event.data.portfolio_id, event.data.instant.astimezone(UTC))  # type: ignore[attr-defined]  # both kinds have one
+            _widen(side, event.data.portfolio_id, event.data.instant.astimezone(UTC))  # type: ignore[attr-defined]  # both kinds have them
     differing = []
     for (index, event), found in zip(events, find_events(db, [event for _, event in events]), strict=True):
         if found is None:
@@ -137,8 +137,8 @@ def _compare(db: Connection, history: OldHistory, chunk: list[Entry], side: _Sid
             differing.append((index, event, found.row_id))
     details = field_differences(db, [(event, row_id) for _, event, row_id in differing])
     for (index, _, row_id), fields in zip(differing, details, strict=True):
-        said = "; ".join(f"{one.field}: {one.in_file} in the file, {one.in_table} in the table" for one in fields)
-        yield Difference("differs", name, index, table, row_id, said or f"row {row_id} is gone", fields)
+        reason = "; ".join(f"{one.field}: {one.in_file} in the file, {one.in_table} in the table" for one in fields)
+        yield Difference("differs", name, index, table, row_id, reason or f"row {row_id} no longer exists", fields)
 
 
 def _widen(side: _Side, portfolio_id: int | None, instant: datetime) -> None:
@@ -163,8 +163,8 @@ def _backwards(kind: Kind, side: _Side) -> Iterator[Difference]:
             if row_id not in side.rows:
                 whose = "" if portfolio_id is None else f" of portfolio {portfolio_id}"
                 number = "" if sequence is None else f" {sequence}"
-                said = f"{instant:%Y-%m-%d %H:%M:%S.%fZ}{whose}, recorded by {source}{number}, stands for no entry"
-                yield Difference("unexpected", None, None, _TABLES[kind], row_id, said)
+                reason = f"{instant:%Y-%m-%d %H:%M:%S.%fZ}{whose}, recorded by {source}{number}, has no entry"
+                yield Difference("unexpected", None, None, _TABLES[kind], row_id, reason)
         if len(rows) < _PAGE_ROWS:
             return
         after = rows[-1][0]

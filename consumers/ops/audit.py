@@ -1,19 +1,18 @@
-"""The audit: for each source, every number from the first to the last is accounted for, or reported as missing.
+"""The audit: find every sequence number of a source that has neither a row nor an outcome.
 
-A source numbers its events without gaps. In the database each number is a row, or an outcome that is no row. With
-the producer's outbox at hand, the audit also knows the numbers after the last one in the database, and compares each
-entry by its number and its event's id. Copies of an outbox may have used the same numbers for other events: then gaps
-can be seen only with each of the outboxes, and the audit says so.
+A source numbers its events without gaps. In the database, each number has a row or another outcome. If the producer's
+outbox is on this machine, the audit also checks the numbers after the last one in the database, and compares each entry
+by its number and its event's id. If an outbox was copied, its copies may have used the same numbers for different
+events. Gaps can then be found only with all of the copies, and the audit reports that.
 
-An audit `since` a time leaves out events that were recorded earlier, whose rows may have been moved to another table. A
-lost event has no time, so the audit goes by numbers: a source numbers its events in the order of recording, so an event
-that it recorded at or after the time has a higher number than all events that the database had decided before it. The
-proof of a source therefore begins after the highest number whose row or outcome has a `created_at` before the time.
-Only the database's clock counts: neither a controller's clock nor the times of the events matter, and an old number
-that was stored late (after a requeue or an outage) opens no gap. That highest number must still be in the table: the
-recipe for moving rows in consumers/db/GROWTH.md leaves the last row of each source. Copies of an outbox number
-independently: an event that one copy recorded after the time, under a number that another had used before it, is not in
-the proof.
+An audit `since` a time leaves out the events that were recorded earlier, whose rows may have been moved to another
+table. A lost event has no time, so this works by numbers. A source numbers its events in the order of recording: an
+event recorded at or after the time has a higher number than every event that was decided before it. The audit of a
+source therefore begins after the highest number whose row or outcome has a `created_at` before the time. Only the
+database's clock matters, so that a controller with a wrong clock, and an old event that was stored late, cause no gap.
+That highest number must still be in the table: the SQL in consumers/db/GROWTH.md that moves rows keeps the last row of
+each source. Copies of an outbox number their events independently: if one copy has recorded an event after the time,
+under a number that another copy had used before it, the event is not checked.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ from producers.events import IMPORT_PREFIX, KINDS
 from producers.outbox import Outbox
 from producers.redis_keys import delivery_of, owners_key, reserved_key
 
-_MOST_SHARED = 10_000  # numbers that are looked at, of a source whose numbers were used twice
+_MOST_SHARED = 10_000  # numbers checked per source whose numbers were used more than once
 
-# A refused event may have a number and no valid source: it is in no source's account.
+# A rejected event may have a number but no valid source: it is not counted.
 _COUNTS = """
     {before} SELECT source, sum(stored) AS stored, sum(duplicate) AS duplicate, sum(rejected) AS rejected,
         sum(discarded) AS discarded, max(last) AS last, max(last_before) AS last_before
@@ -66,8 +65,8 @@ _SINCE = {
 }
 _EARLIER = "SELECT source, sequence FROM {table} WHERE created_at < :since"
 
-# Source by source, each is an ordered pass over the indexes; all at once would be a sort of everything. Each part has
-# its ORDER BY, without which PostgreSQL sorts the result of the UNION ALL.
+# For one source this reads the indexes in order; for all sources at once, PostgreSQL would sort all rows. Each part has
+# an ORDER BY: without it, PostgreSQL sorts the result of the UNION ALL.
 _GAPS = """
     SELECT previous + 1 AS first, sequence - 1 AS last, sequence FROM (
         SELECT sequence, lag(sequence, 1, CAST(:first AS bigint) - 1) OVER (ORDER BY sequence) AS previous
@@ -90,13 +89,14 @@ Ranges = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class SourceAudit:
-    """One source's numbers from `proven_from` on, counted by outcome.
+    """Result for one source: its numbers from `proven_from` on, counted by outcome.
 
-    `proven_from` is its first number, or with `since` the first that the audit proves; earlier ones are not counted.
-    `missing` are inclusive ranges of numbers that are neither in the database nor under way. `mismatched` are numbers
-    under which the database has only other events than this outbox. `shared` are the first 10,000 numbers that several
-    events have, since copies of one outbox have used them. `under_way` numbers are still in the outbox or the queue. If
-    `tail_known` is false, events after `last` cannot be checked: that needs the outbox, or each of its copies.
+    proven_from: the source's first number; with `since`, the first number that is checked.
+    under_way: number of events that are still in the outbox or the queue.
+    missing: inclusive ranges of numbers that are neither in the database nor under way.
+    mismatched: numbers under which the database has another event than the outbox.
+    shared: the first 10,000 numbers that several events have, because copies of one outbox have used them.
+    tail_known: false if events after `last` cannot be checked, because that needs the outbox, or each of its copies.
     """
 
     source: str
@@ -116,13 +116,13 @@ class SourceAudit:
 
     @property
     def complete(self) -> bool:
-        """Whether every number and every entry that can be seen from here is accounted for."""
+        """True if no number is missing and no entry mismatches, as far as this machine can check."""
         return not self.missing and not self.mismatched
 
 
 @dataclass(frozen=True)
 class _Recorded:
-    """The numbers of one source in the database, from `first` on."""
+    """Numbers of one source in the database, from `first` on."""
 
     first: int
     stored: int = 0
@@ -137,16 +137,16 @@ class _Recorded:
 def audit(
     redis: Redis | None = None, outbox: Outbox | None = None, queue: str = "history", *, since: datetime | None = None
 ) -> list[SourceAudit]:
-    """Account for every source in the database, and every source of `outbox`; `redis` has the RQ queue `queue`.
+    """Audit every source in the database and in `outbox`. Events in the queue (`redis`, `queue`) are under way.
 
-    With `since` (aware) only for what was recorded at or after it, and only for sources that have any of that.
+    `since` (aware) restricts the audit to events recorded at or after it, and to sources that have such events.
 
     Raises:
         StoreUnavailable: the database cannot be read now.
         OutboxError: the outbox cannot be read.
     """
-    # The outbox and the queue first: what is on its way when they are read may be stored a moment later, but cannot be
-    # missing; and what is accepted from now on is not expected in the database.
+    # The outbox and the queue are read before the database. An event that is under way then may be stored in the
+    # meantime, but is never missing; an event that is accepted later is not expected in the database.
     kept = {} if outbox is None else {source.full_name: source for source in outbox.sources()}
     unsettled = {name: outbox.unsettled(source.id) for name, source in kept.items()} if outbox is not None else {}
     queued = {} if redis is None else _numbers_in_queue(redis, queue)
@@ -156,7 +156,7 @@ def audit(
     for name in sorted(recorded.keys() | kept.keys()):
         found = recorded.get(name) or _Recorded(_first_number(name))
         if name not in kept and found.last < found.first:
-            continue  # it recorded nothing since then
+            continue  # it has recorded nothing since then
         one = _audited(
             name,
             found,
@@ -180,11 +180,14 @@ def _audited(
     under_way: set[int],
     mismatched: list[int],
 ) -> SourceAudit:
-    """`kept` is the source as the outbox had it before the database was read, `last_now` its last number afterwards."""
+    """Combine the numbers of one source in the database (`found`) with its state in the outbox.
+
+    `kept` is that state before the database was read, `last_now` the outbox's last number afterwards.
+    """
     gaps, last = list(found.gaps), found.last
     copied = bool(found.shared)
     if kept is not None:
-        # A number that this outbox has never used: a copy has, or this is an older copy that was put back.
+        # If this outbox has never used the last number, a copy has, or this outbox was restored from a backup.
         copied |= kept.left_because == "copied" or found.last > last_now
         gaps, last = _up_to(gaps, found.last, kept.last_sequence), max(kept.last_sequence, found.last if copied else 0)
     missing = _without(gaps, under_way)
@@ -207,9 +210,9 @@ def _audited(
 
 
 def _recorded(since: datetime | None) -> dict[str, _Recorded]:
-    """The numbers of each source in the database, from one snapshot."""
+    """Read the numbers of each source from one snapshot of the database."""
     with get_db() as db:
-        # One snapshot: an event that is stored meanwhile must not be counted in one query and missing in another.
+        # Otherwise an event that is stored meanwhile could be counted in one query and missing in the next.
         db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         found = {}
         gaps_of = text(_GAPS.format(numbers=_of_all_tables(_NUMBERS)))
@@ -218,8 +221,10 @@ def _recorded(since: datetime | None) -> dict[str, _Recorded]:
             first = _first_number(row.source) if row.last_before is None else row.last_before + 1
             steps = db.execute(gaps_of, {"source": row.source, "first": first}).all()
             gaps = tuple((step.first, step.last) for step in steps if step.last >= step.first)
-            again = sorted({step.sequence for step in steps if step.last < step.first})[:_MOST_SHARED]
-            shared = db.execute(shared_of, {"source": row.source, "numbers": again}).scalars().all() if again else ()
+            repeated = sorted({step.sequence for step in steps if step.last < step.first})[:_MOST_SHARED]
+            shared = (
+                db.execute(shared_of, {"source": row.source, "numbers": repeated}).scalars().all() if repeated else ()
+            )
             found[row.source] = _Recorded(
                 first,
                 stored=int(row.stored),
@@ -240,7 +245,7 @@ def _counts(since: datetime | None) -> TextClause:
 
 
 def _of_history_tables(part: str, *others: str, **values: str) -> str:
-    """`part` of every table that events become rows of, and of `others`, as one."""
+    """Return the UNION ALL of `part` for each history table and each table in `others`."""
     tables = [*(kind.table for kind in KINDS.values()), *others]
     return " UNION ALL ".join(part.format(table=table, **values) for table in tables)
 
@@ -250,21 +255,21 @@ def _of_all_tables(part: str) -> str:
 
 
 def _first_number(source: str) -> int:
-    """Outboxes count from 1, an import numbers the entries of a file from 0."""
+    """Return the first number of a source: 0 for an import, 1 for an outbox."""
     return 0 if source.startswith(IMPORT_PREFIX) and source.count("/") == 2 else 1
 
 
 def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:
-    """The gaps up to the last number that the outbox had used, the tail behind the last stored one included."""
+    """Return the gaps up to the last number that the outbox has used, including those after the last stored number."""
     if last_used > last_stored:
         return [*ranges, (last_stored + 1, last_used)]
     return [(first, min(last, last_used)) for first, last in ranges if first <= last_used]
 
 
 def _mismatched(source: OutboxSource, outbox: Outbox, first: int) -> list[int]:
-    """The numbers from `first` on under which the database has other events than the outbox, and not the outbox's own.
+    """Return the numbers from `first` on under which the database has another event than the outbox.
 
-    An entry that is under way is not looked for. Of what was rejected the database may not know the event's id.
+    Only settled entries are compared. For a rejected event, the database may have no event id: that is no mismatch.
     """
     identities = text(_IDENTITIES.format(events=_of_all_tables(_EVENTS)))
     mismatched: list[int] = []
@@ -286,7 +291,7 @@ def _mismatched(source: OutboxSource, outbox: Outbox, first: int) -> list[int]:
 
 
 def _numbers_in_queue(redis: Redis, queue_name: str) -> dict[str, set[int]]:
-    """By the id of their source, the numbers of the deliveries that wait or are worked on."""
+    """Return the numbers of all queued, reserved and started deliveries, by the id of their source."""
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
     owners: Any = redis.hkeys(owners_key(queue_name))
     with redis.pipeline(transaction=True) as pipe:
@@ -295,7 +300,7 @@ def _numbers_in_queue(redis: Redis, queue_name: str) -> dict[str, set[int]]:
         for owner in owners:
             pipe.lrange(reserved_key(queue_name, shown(owner)), 0, -1)
         pipe.zrange(queue.started_job_registry.key, 0, -1)
-        lists = pipe.execute(raise_on_error=False)  # a key of another type is somebody else's
+        lists = pipe.execute(raise_on_error=False)  # a key of the wrong type is not ours
     numbers: dict[str, set[int]] = {}
     for job_id in (shown(member).partition(":")[0] for one in lists if isinstance(one, list) for member in one):
         if delivery := delivery_of(job_id):
@@ -304,7 +309,7 @@ def _numbers_in_queue(redis: Redis, queue_name: str) -> dict[str, set[int]]:
 
 
 def _without(ranges: Ranges, known: set[int]) -> Ranges:
-    """The `ranges` without the numbers that are known, in order."""
+    """Return `ranges` without the known numbers."""
     left: Ranges = []
     numbers = sorted(known)
     for first, last in ranges:

@@ -1,6 +1,6 @@
-"""The metrics as Prometheus reads them: the counts of this process, and the pipeline's health at that moment.
+"""Metrics in Prometheus' format: the counters of this process, and the pipeline's health at the time of the scrape.
 
-A value that cannot be read in time is absent, and its `..._up` is 0: a scrape neither fails nor hangs.
+If a part cannot be read in time, its `..._up` is 0 and its other metrics are absent: a scrape neither fails nor hangs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Ages = list[tuple[int | None, float]]
 
 
 def worker_registry(waits_for: Callable[[], str | None], queue: Callable[[], QueueHealth]) -> CollectorRegistry:
-    """Metrics of a worker: `waits_for` names the server that it waits for, `queue` reads its queue."""
+    """Return the metrics of a worker. `waits_for` returns the server that it waits for, `queue` reads its queue."""
     registry = CollectorRegistry()
     registry.register(_CountsCollector(waits_for))
     registry.register(_PipelineCollector(queue))
@@ -42,7 +42,7 @@ def worker_registry(waits_for: Callable[[], str | None], queue: Callable[[], Que
 
 
 def pipeline_registry() -> CollectorRegistry:
-    """Metrics of a process that is no worker; the queue is that of the settings."""
+    """Return the metrics of a process that is not a worker; it reads the queue of the settings."""
     registry = CollectorRegistry()
     registry.register(_PipelineCollector(queue_of_settings))
     ProcessCollector(registry=registry)
@@ -56,25 +56,29 @@ class _CountsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         counted = COUNTS.read()
         results = counted.results.items()
-        documentation = "Deliveries that this process has decided."
+        documentation = "Deliveries that this process has decided, by event type and outcome."
         yield _family("events", documentation, ("type", "outcome"), results, CounterMetricFamily)
-        yield _histogram("batch_events", "Deliveries decided by one transaction.", counted.batch_events)
-        yield _histogram("insert_seconds", "From a transaction's start to its commit.", counted.insert_seconds)
+        yield _histogram("batch_events", "Deliveries per transaction.", counted.batch_events)
         yield _histogram(
-            "lag_seconds", "From an event's own time to the commit of its row; not of imports.", counted.lag_seconds
+            "insert_seconds", "Seconds from the start of a transaction to its commit.", counted.insert_seconds
+        )
+        yield _histogram(
+            "lag_seconds",
+            "Seconds from an event's own time to the commit of its row, without imports.",
+            counted.lag_seconds,
         )
         yield CounterMetricFamily(
             "trading_history_recovered_jobs",
-            "Jobs of dead workers that this one returned to the queue.",
+            "Jobs of crashed workers that this worker has requeued.",
             value=counted.recovered_jobs,
         )
         waited_for = self._waits_for()
         waiting = [((server,), float(waited_for == server)) for server in WAITED_FOR]
-        yield _family("waiting", "1 while this worker waits for it.", ("for",), waiting)
+        yield _family("waiting", "1 while this worker waits for the database or for Redis.", ("for",), waiting)
 
 
 class _PipelineCollector(Collector):
-    """The health of database, queue and outbox. A failure is logged once, and so is its end."""
+    """Collector of the health of database, queue and outbox. A failure is logged once, and once when it has ended."""
 
     def __init__(self, queue: Callable[[], QueueHealth | None]) -> None:
         self._reader = HealthReader(_ages, queue)
@@ -91,7 +95,7 @@ class _PipelineCollector(Collector):
     ) -> Iterator[Metric]:
         self._log(name, reading.error)
         if reading.error is not None or reading.value is not None:
-            documentation = f"1 if the {name} could be read for this scrape, within {SCRAPE_SECONDS:g} s."
+            documentation = f"1 if the {name} could be read within {SCRAPE_SECONDS:g} s, otherwise 0."
             yield _gauge(f"{name}_up", documentation, reading.error is None)
         if reading.value is not None:
             yield from metrics(reading.value)
@@ -101,11 +105,11 @@ class _PipelineCollector(Collector):
             self._failing.add(name)
             reason = first_line(error)
             outage = isinstance(error, RedisError | HistoryError | OSError)
-            logger.warning("cannot read %s: %s: %s", name, type(error).__name__, reason,
+            logger.warning("metrics cannot read %s: %s: %s", name, type(error).__name__, reason,
                            exc_info=None if outage else error)  # fmt: skip
         elif error is None and name in self._failing:
             self._failing.remove(name)
-            logger.warning("%s can be read again", name)
+            logger.warning("metrics can read %s again", name)
 
 
 def _ages() -> Ages:
@@ -114,20 +118,22 @@ def _ages() -> Ages:
 
 
 def _database_metrics(ages: Ages) -> Iterator[Metric]:
-    documentation = f"Age of each portfolio's newest snapshot; only the {MOST_PORTFOLIOS} lowest portfolio numbers."
+    documentation = (
+        f"Age of each portfolio's newest snapshot in seconds, for the {MOST_PORTFOLIOS} lowest portfolio numbers."
+    )
     named = [(("none" if portfolio_id is None else str(portfolio_id),), seconds) for portfolio_id, seconds in ages]
     yield _family("newest_snapshot_age_seconds", documentation, ("portfolio_id",), named)
 
 
 def _queue_metrics(queue: QueueHealth) -> Iterator[Metric]:
-    # Absent if the front job has no enqueue time.
+    # The age is absent if the job at the front has no enqueue time.
     oldest = queue.oldest_waiting_seconds if queue.queued else 0
     for name, documentation, value in (
         ("queue_jobs", "Jobs that wait in the queue.", queue.queued),
         ("reserved_jobs", "Jobs that workers have reserved.", queue.reserved),
-        ("failed_jobs", "Jobs in RQ's failed registry: refused for good.", queue.failed),
-        ("workers", "Workers of the queue that are alive, by their registration.", queue.workers),
-        ("queue_oldest_age_seconds", "Age of the job at the front of the queue.", oldest),
+        ("failed_jobs", "Jobs in RQ's failed registry: rejected events.", queue.failed),
+        ("workers", "Live workers of the queue, as registered with RQ.", queue.workers),
+        ("queue_oldest_age_seconds", "Age of the job at the front of the queue in seconds.", oldest),
     ):
         if value is not None:
             yield _gauge(name, documentation, value)
@@ -135,10 +141,12 @@ def _queue_metrics(queue: QueueHealth) -> Iterator[Metric]:
 
 def _outbox_metrics(outbox: OutboxHealth) -> Iterator[Metric]:
     entries = [((state,), getattr(outbox, state)) for state in ("pending", "sent", "rejected")]
-    documentation = "Entries of this machine's outbox by state: pending, sent, rejected."
+    documentation = "Entries of this machine's outbox by state: pending, sent or rejected."
     yield _family("outbox_entries", documentation, ("state",), entries)
     oldest = outbox.oldest_unacknowledged_seconds or 0
-    yield _gauge("outbox_oldest_age_seconds", "Age of the oldest entry that no worker has acknowledged.", oldest)
+    yield _gauge(
+        "outbox_oldest_age_seconds", "Age of the oldest entry that no worker has acknowledged, in seconds.", oldest
+    )
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:

@@ -26,7 +26,7 @@ from producers.events import KINDS
 
 logger = logging.getLogger(__name__)
 
-# Our events have the type before the data; in those of other programs it may stand behind these characters.
+# In our events the type is before the data. In those of other programs it may come later, and the kind is unknown then.
 _BEGINNING = 4096
 _AT_ONCE = 500
 
@@ -38,7 +38,7 @@ _SELECT = text("""
 """)
 _EVENT = text("SELECT event FROM event_outcomes WHERE job_id = :job_id AND outcome = 'rejected'")
 
-# Locked in the order in which workers note outcomes: transactions in opposite order would wait for each other.
+# Rows are locked in the order in which workers insert outcomes: another order could cause deadlocks.
 _DISCARD = text("""
     UPDATE event_outcomes SET outcome = 'discarded', reason = :reason || '; it was rejected: ' || reason, actor = :actor
     WHERE job_id IN (
@@ -53,9 +53,9 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 @dataclass(frozen=True)
 class Rejection:
-    """One rejected delivery and its reason; `refused_text` reads its text, which may be large.
+    """One rejected delivery and its reason, without the event's text, which may be large: see `rejected_text`.
 
-    `kind` is the name of the event's kind, such as `snapshot`; None if the beginning of the text does not name it.
+    `kind` is the name of the event's kind, such as `snapshot`, or None if the beginning of the text does not name it.
     """
 
     job_id: str
@@ -68,10 +68,12 @@ class Rejection:
 
 
 def rejections(name: str | None = None, *, kind: str | None = None) -> Iterator[Rejection]:
-    """Rejections as of one moment, oldest first, in flat memory: all, those of one job or event id, or of one kind.
+    """Yield the rejections of one moment, oldest first: all, those of a job id or event id (`name`), or of one kind.
+
+    They are read in batches of 500, so that memory does not grow with their number.
 
     Raises:
-        StoreUnavailable: the database cannot be read now; while reading, too.
+        StoreUnavailable: the database cannot be read, at the start or while the caller iterates.
     """
     given = {"name": name, "beginning": _BEGINNING}
     with get_db() as db:
@@ -83,8 +85,8 @@ def rejections(name: str | None = None, *, kind: str | None = None) -> Iterator[
                 yield Rejection(*identity, row.reason, found_name, row.created_at)
 
 
-def refused_text(job_id: str) -> str | None:
-    """The text of a rejection as it came; None if it is no longer rejected.
+def rejected_text(job_id: str) -> str | None:
+    """Return the event's text as it was received, or None if the job is no longer rejected.
 
     Raises:
         StoreUnavailable: the database cannot be read now.
@@ -95,7 +97,7 @@ def refused_text(job_id: str) -> str | None:
 
 
 def kind_of(beginning: str) -> EventKind | None:
-    """The kind of the event whose text begins so; None if this part does not name it."""
+    """Return the kind of an event from the beginning of its text, or None if this part does not name it."""
     try:
         event_type = _type_of(beginning)
     except (ValueError, RecursionError):
@@ -104,7 +106,7 @@ def kind_of(beginning: str) -> EventKind | None:
 
 
 def _type_of(beginning: str) -> Any:
-    """The member `type` of the JSON object that begins so. Raises ValueError if it is not in this part."""
+    """Return the member `type` of the JSON object with this beginning. Raises ValueError if it is not in this part."""
     place = _behind("{", beginning, 0)
     while True:
         name, place = _DECODER.raw_decode(beginning, place)
@@ -115,7 +117,7 @@ def _type_of(beginning: str) -> Any:
 
 
 def _behind(sign: str, beginning: str, place: int) -> int:
-    """The place of what comes after `sign`, which must stand at `place`, but for spaces."""
+    """Skip `sign` and the spaces around it, and return the place behind them. Raises ValueError if it is not there."""
     place = _after_space(beginning, place)
     if not beginning.startswith(sign, place):
         raise ValueError(f"no {sign} at {place}")
@@ -129,17 +131,20 @@ def _after_space(beginning: str, place: int) -> int:
 
 
 def requeue(chosen: Iterable[Rejection], redis: Redis, queue_name: str) -> int:
-    """Requeue each under its own job id; a success removes the rejection. Returns how many were requeued.
+    """Requeue the chosen rejections under their job ids. If an event is then stored, its rejection is removed.
+
+    Returns:
+        The number of requeued jobs. An event that was stored or discarded since it was chosen is not requeued.
 
     Raises:
-        HistoryError: one cannot be requeued: Redis no longer has its job, and the recorded text is not an event.
+        HistoryError: Redis no longer has the job, and the recorded text is not an event.
     """
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
     return sum(_requeue_one(rejection.job_id, queue) for rejection in chosen)
 
 
 class _UnopenedJob(Job):
-    """A job that leaves its call and its error in Redis as they are, whatever their size: RQ would inflate both."""
+    """Job whose call and error stay unread in Redis. RQ would decompress both, without a limit."""
 
     def restore(self, raw_data: Any) -> Any:
         unopened = {name: value for name, value in raw_data.items() if name != b"exc_info"}
@@ -152,14 +157,14 @@ class _UnopenedJob(Job):
 
 
 def _fetch(job_id: str, redis: Redis) -> Job | None:
-    """None when Redis has lost the job, or RQ cannot read it."""
+    """Return the job, or None if Redis has lost it or RQ cannot read it."""
     try:
         return _UnopenedJob.fetch(job_id, connection=redis, serializer=JSONSerializer)
     except RedisError as error:
         if "WRONGTYPE" not in str(error):
             raise
     except Exception as error:
-        # RQ raises as many kinds of errors as there are fields.
+        # RQ raises a different type of error for each field.
         logger.debug("job %s cannot be read: %s", job_id, type(error).__name__)
     return None
 
@@ -170,7 +175,7 @@ def _requeue_one(job_id: str, queue: Queue) -> bool:
         try:
             queue.failed_job_registry.requeue(job)
         except InvalidJobOperation:
-            # It is not in the registry: it is queued already, or somebody has taken it out.
+            # The job is not in the registry: it is queued already, or another program has removed it.
             if not job.is_failed:
                 return False
         else:
@@ -179,23 +184,25 @@ def _requeue_one(job_id: str, queue: Queue) -> bool:
 
 
 def _enqueue_anew(job_id: str, queue: Queue) -> bool:
-    event = refused_text(job_id)
-    if event is None:  # stored or discarded since it was chosen
+    event = rejected_text(job_id)
+    if event is None:  # stored or discarded in the meantime
         return False
     kind = kind_of(event)
     if kind is None:
         raise HistoryError(
-            f"job {job_id} cannot be requeued: Redis no longer has it, and the recorded text is not an event"
+            f"job {job_id} cannot be requeued: Redis no longer has it, and the recorded text is not an event;"
+            " discard it with trading-history failed discard"
         )
-    queue.connection.delete(Job.key_for(job_id))  # whatever stands there cannot be read
+    queue.connection.delete(Job.key_for(job_id))  # a job that cannot be read, or a key of the wrong type
     queue.enqueue(kind.job_function, event, job_id=job_id, failure_ttl=-1)
     return True
 
 
 def discard(chosen: Iterable[Rejection], redis: Redis, queue_name: str, reason: str, actor: str | None = None) -> int:
-    """Discard each and remove its job; its text, the `reason` and the `actor` stay in event_outcomes.
+    """Discard the chosen rejections and delete their jobs. Text, `reason` and `actor` stay in event_outcomes.
 
-    Returns how many were discarded; one that is no longer rejected is left as it is.
+    Returns:
+        The number of discarded rejections. A job that is no longer rejected is left unchanged.
     """
     queue = Queue(queue_name, connection=redis, serializer=JSONSerializer)
     discarded, left = 0, iter(chosen)
@@ -211,13 +218,13 @@ def discard(chosen: Iterable[Rejection], redis: Redis, queue_name: str, reason: 
 def _remove_job(job_id: str, queue: Queue) -> None:
     if job := _fetch(job_id, queue.connection):
         job.delete()
-    else:  # Redis has lost it, or it cannot be read
+    else:  # Redis has lost the job, or RQ cannot read it
         queue.connection.delete(Job.key_for(job_id))
     queue.failed_job_registry.remove(job_id)
 
 
-def as_facts(rejection: Rejection) -> dict[str, Any]:
-    """For a listing, without the event's text."""
+def as_dict(rejection: Rejection) -> dict[str, Any]:
+    """Return the rejection as a dict for JSON and tables."""
     return {
         "job_id": rejection.job_id,
         "kind": rejection.kind,

@@ -1,6 +1,6 @@
 """One model of the pipeline's health: database, queue and outbox, each read once per collection, side by side.
 
-`status`, `/metrics`, `/readyz` and the page each pass their own database query; the queue and the outbox are read here.
+`status`, `/metrics`, `/readyz` and the page each pass their own database query. The queue and the outbox are read here.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Rows = TypeVar("Rows")
 
 
 class Probe(Generic[Value]):
-    """Calls `read` in its own thread, one at a time: a server that hangs is not asked again meanwhile.
+    """Call `read` in a separate thread, at most once at a time: while a server hangs, it is not asked again.
 
-    The thread is a daemon, since a process that ends must not wait for it.
+    The thread is a daemon, so that it does not keep the process alive.
     """
 
     def __init__(self, name: str, read: Callable[[], Value]) -> None:
@@ -32,7 +32,7 @@ class Probe(Generic[Value]):
         self._reading: Future[Value] | None = None
 
     def start(self) -> Future[Value]:
-        """A reading that ends from now on: a new one, or the one that is still under way."""
+        """Start a reading, or return the one that is still running."""
         with self._lock:
             if self._reading is None or self._reading.done():
                 self._reading = Future()
@@ -43,20 +43,20 @@ class Probe(Generic[Value]):
     def _run(self, reading: Future[Value]) -> None:
         try:
             reading.set_result(self._read())
-        except Exception as error:  # a defect too: the other probes are still read
+        except Exception as error:  # a defect too: it must not stop the other probes
             reading.set_exception(error)
 
 
 @dataclass(frozen=True)
 class Reading(Generic[Value]):
-    """The value that a probe read; None if this machine has none, or if `error` says why it was not read."""
+    """Value that a probe has read. It is None if this machine has none, or if reading failed with `error`."""
 
     value: Value | None = None
     error: BaseException | None = None
 
 
 def read_side_by_side(probes: Sequence[Probe[Any]], seconds: float) -> list[Reading[Any]]:
-    """A reading of each probe after `seconds` at most; one that takes longer has a TimeoutError."""
+    """Read all probes at the same time. The error of a probe that takes longer than `seconds` is a TimeoutError."""
     started = [probe.start() for probe in probes]
     ended, _ = wait(started, seconds)
     late = TimeoutError(f"no answer within {seconds:g} s")
@@ -70,7 +70,7 @@ def _reading(ended: Future[Any]) -> Reading[Any]:
 
 @dataclass(frozen=True)
 class Health(Generic[Rows]):
-    """One collection. A server that fails does not hide the others."""
+    """Health of the three parts at one moment. If one part cannot be read, the others are still there."""
 
     database: Reading[Rows]
     queue: Reading[QueueHealth]
@@ -78,7 +78,7 @@ class Health(Generic[Rows]):
 
 
 class HealthReader(Generic[Rows]):
-    """Reads the database by `database`, and the queue and the outbox of the settings, side by side."""
+    """Read the database (by calling `database`), the queue and the outbox at the same time."""
 
     def __init__(
         self,
@@ -93,12 +93,12 @@ class HealthReader(Generic[Rows]):
 
 
 _shared: dict[Callable[[], Any], HealthReader[Any]] = {}
-# A lock that a thread of the parent held would stay locked in the child.
+# If a thread of the parent has a lock at the fork, it stays locked in the child for ever.
 os.register_at_fork(after_in_child=_shared.clear)
 
 
 def shared_reader(
     database: Callable[[], Rows], *, outbox: Callable[[], OutboxHealth | None] = outbox_of_settings
 ) -> HealthReader[Rows]:
-    """The reader of this process for `database`, so that requests at the same time ask each server once."""
+    """Return this process's reader for `database`: concurrent requests share it and read each server once."""
     return _shared.setdefault(database, HealthReader(database, outbox=outbox))

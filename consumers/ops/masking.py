@@ -1,4 +1,4 @@
-"""Messages of servers and libraries, without the passwords of our settings."""
+"""Removal of our passwords from the messages of servers and libraries."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from urllib.parse import parse_qsl, quote, unquote
 
 from consumers.errors import first_line
 
-# Greedy: a password that ought to be percent-encoded may have an @ itself.
+# Greedy, because a password that should be percent-encoded may contain an @.
 _LOGIN = re.compile(r"//[^:@]*:(.*)@", re.DOTALL)
 _SECRET_NAMES = ("pass", "secret", "token")
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Replaces these texts in messages by `***`."""
+    """Replace each of these secrets in a message by `***`."""
 
     secrets: tuple[str, ...]
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Self:
-        """Every password in the two URLs, as it stands there and decoded, and POSTGRES_PASSWORD."""
+        """Return a mask for the passwords in DATABASE_URL, REDIS_URL and POSTGRES_PASSWORD, encoded and decoded."""
         found: set[str] = set()
         for url in (environment.get("DATABASE_URL", ""), environment.get("REDIS_URL", "")):
             found.update(_passwords(url))
@@ -31,7 +31,7 @@ class Mask:
         return cls(tuple(sorted(filter(None, found), key=len, reverse=True)))
 
     def masked_first_line(self, error: BaseException) -> str:
-        """The first line of its message, or the name of its type, without the secrets."""
+        """Return the first line of the error's message, or its type's name, without the secrets."""
         text = first_line(error)
         for secret in self.secrets:
             text = text.replace(secret, "***")

@@ -1,8 +1,7 @@
 """Counters and histograms of this process: decided deliveries, and the sizes and durations of batches.
 
-Counted a batch at a time, in plain numbers: for a batch of 500 the client library's own histogram, which takes a lock
-for each value, needs 18 times as long. Counters are per process and start at 0, as Prometheus expects, also in a
-forked child.
+They are plain numbers that are updated once per batch: for a batch of 500, the client library's histogram takes 18
+times as long, because it locks for each value. Counters are per process and start at 0, in a forked child too.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from dataclasses import dataclass, field
 
 from producers.events import KINDS
 
-UNKNOWN_TYPE = "unknown"  # of a job that carries no event of ours
-WAITED_FOR = ("the database", "Redis")  # by a worker that cannot go on
+UNKNOWN_TYPE = "unknown"  # event type of an unsupported job
+WAITED_FOR = ("the database", "Redis")
 
 _BATCH_EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 _INSERT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25)
@@ -28,7 +27,7 @@ _OUTCOMES = ("stored", "duplicate", "conflict", "invalid", "poison")
 
 @dataclass
 class Histogram:
-    """How many values were at most each of `bounds`, in the last place how many were more, and their sum."""
+    """Number of values per bucket, and their sum. `counts` has a bucket per bound, and a last one for larger values."""
 
     bounds: tuple[float, ...]
     counts: list[int] = field(default_factory=list)
@@ -38,7 +37,7 @@ class Histogram:
         self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     def observe(self, values: Iterable[float]) -> None:
-        """In one go through the bounds, rather than through the bounds for each value."""
+        """Add values: all of them in one pass over the bounds."""
         ordered = sorted(values)
         before = 0
         for place, bound in enumerate(self.bounds):
@@ -51,7 +50,7 @@ class Histogram:
 
 @dataclass
 class Counted:
-    """The numbers at one moment; `results` counts decided deliveries by event type and outcome."""
+    """Counters at one moment. `results` counts decided deliveries by event type and outcome."""
 
     results: Counter[tuple[str, str]] = field(default_factory=Counter)
     batch_events: Histogram = field(default_factory=lambda: Histogram(_BATCH_EVENTS))
@@ -61,18 +60,18 @@ class Counted:
 
 
 class Counts:
-    """Any thread may count and read."""
+    """Counters of this process. All methods are thread-safe."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begin at 0, with a new lock: for a forked child, whose parent keeps its own counts."""
+        """Start again at 0, with a new lock. A forked child calls it; the parent keeps its counts."""
         self._lock = threading.Lock()
         self._counted = Counted()
 
     def batch(self, results: Mapping[tuple[str, str], int], seconds: float, lags_seconds: Iterable[float]) -> None:
-        """One transaction that was committed: its decided deliveries, its duration, and how late each new row is."""
+        """Count a committed transaction: its decided deliveries, its duration, and the lag of each new row."""
         with self._lock:
             self._counted.results.update(results)
             self._counted.batch_events.observe([sum(results.values())])
@@ -80,21 +79,21 @@ class Counts:
             self._counted.lag_seconds.observe(lags_seconds)
 
     def dead_lettered(self, event_type: str) -> None:
-        """One delivery without a transaction: not even a rejection could be recorded."""
+        """Count a delivery that was dead-lettered because not even its rejection could be recorded."""
         with self._lock:
             self._counted.results[event_type, "poison"] += 1
 
     def recovered(self, jobs: int) -> None:
-        """Jobs of dead workers that this one returned to the queue."""
+        """Count jobs of crashed workers that this worker has requeued."""
         with self._lock:
             self._counted.recovered_jobs += jobs
 
     def read(self) -> Counted:
         with self._lock:
             counted = deepcopy(self._counted)
-        # Every outcome from the start, so that the first event of each is an increase from 0.
+        # Every outcome is there from the start: Prometheus sees an increase only if it has seen the 0 before.
         known = [(event_type, outcome) for event_type in KINDS for outcome in _OUTCOMES]
-        known += [(UNKNOWN_TYPE, "poison"), (UNKNOWN_TYPE, "refused")]
+        known += [(UNKNOWN_TYPE, "poison"), (UNKNOWN_TYPE, "unsupported")]
         counted.results = Counter(dict.fromkeys(known, 0) | counted.results)
         return counted
 

@@ -1,4 +1,4 @@
-"""A worker's metrics over HTTP, for as long as it works."""
+"""HTTP server for a worker's metrics."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ logger = logging.getLogger(__name__)
 def served_metrics(
     host: str, port: int, *, waits_for: Callable[[], str | None], redis: Redis, queue: str
 ) -> Iterator[None]:
-    """Answer scrapes at `host` and `port` (0: any that is free) from threads of this process, during the block.
+    """Serve the metrics at `host` and `port` (0: any free port) for the duration of the block, in separate threads.
 
     Raises:
-        HistoryError: the address cannot be used. Another port would be one that nobody scrapes.
+        HistoryError: the address cannot be used. There is no fallback to another port, which nobody would scrape.
     """
     registry = worker_registry(waits_for, lambda: read_queue(redis, queue))
     try:
         server, thread = start_http_server(port, host, registry)
     except OSError as error:
-        raise HistoryError(f"cannot serve metrics at {host} port {port}: {error.strerror or error}") from error
+        advice = "choose another address with HISTORY_METRICS_HOST and HISTORY_METRICS_PORT, or --metrics-port"
+        raise HistoryError(
+            f"cannot serve metrics at {host} port {port}: {error.strerror or error}; {advice}"
+        ) from error
     try:
         address, bound = server.server_address[:2]
         name = f"[{address!s}]" if ":" in str(address) else address
-        logger.info("metrics at http://%s:%d/metrics", name, bound)
+        logger.info("serving metrics at http://%s:%d/metrics", name, bound)
         yield
     finally:
         server.shutdown()

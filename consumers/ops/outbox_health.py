@@ -1,4 +1,4 @@
-"""The outbox of this machine: how much waits in it and for how long, whether its file is sound, and copies of it."""
+"""Health of this machine's outbox: its entries and their age, its file, and copies of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from redis import Redis, RedisError
 
-from consumers.ops.facts import Fact, State, check, duration, size
+from consumers.ops.checks import HealthCheck, State, check_result, duration, size
 from producers.acknowledgements import shown
 from producers.entries import EntryHead
 from producers.errors import OutboxError
@@ -25,59 +25,61 @@ from producers.settings import TransportSettings
 
 OUTBOX_LATE_SECONDS = 600.0
 _VERY_LATE_SECONDS = 86400.0
-_HIGH_SHARE = 0.5  # settled entries leave then, so what is above is not settled
+_HIGH_SHARE = 0.5  # from here on settled entries are removed: a fuller outbox is full of unsettled ones
 _FULL_SHARE = 0.9
 _CHECK_SECONDS = 3.0
 _PAGE_ENTRIES = 1000
-_MOST_PAGES = 20  # as many entries as a relay has under way at most
+_MOST_PAGES = 20  # 20,000 entries: a relay has no more of them in the queue
 _YOUNG_SECONDS = 30.0  # Redis is not asked about younger entries
-_REDIS_SECONDS = 1.0  # for all its answers
+_REDIS_SECONDS = 1.0  # for all questions together
 
 
 @dataclass(frozen=True)
 class OutboxHealth:
-    """Entries by state, and the age of the oldest that is neither settled nor acknowledged."""
+    """Number of entries by state, and the age of the oldest one that no worker has acknowledged."""
 
     pending: int
     sent: int
     rejected: int
     oldest_unacknowledged_seconds: float | None
     used_bytes: int
-    is_relayed: bool | None = None  # None: not looked at
+    is_relayed: bool | None = None  # None: not checked
 
     @property
     def state(self) -> State:
-        """Whether its entries are delivered in time."""
+        """`warn` or `fail` if the oldest entry is late, see OUTBOX_LATE_SECONDS."""
         age = self.oldest_unacknowledged_seconds or 0.0
         if age <= OUTBOX_LATE_SECONDS:
             return "ok"
         return "fail" if age > _VERY_LATE_SECONDS or self.is_relayed is False else "warn"
 
-    def facts(self) -> Iterator[Fact]:
+    def checks(self) -> Iterator[HealthCheck]:
         age = self.oldest_unacknowledged_seconds
         found = f"{self.pending} pending, {self.sent} sent"
         found += "" if age is None else f", the oldest {duration(age)} old"
-        advice = "look at the lines about Redis, workers and PostgreSQL"
+        advice = "check the lines about Redis, workers and PostgreSQL"
         if self.is_relayed is False:
             found += "; no process sends them"
-            advice = "start the controller, trading-history relay, or trading-history outbox flush"
-        yield Fact("outbox", self.state, found, "" if self.state == "ok" else advice)
+            advice = "start the controller or trading-history relay, or run trading-history outbox flush"
+        yield HealthCheck("outbox", self.state, found, "" if self.state == "ok" else advice)
         problem = str(self.rejected) if self.rejected else ""
-        advice = "trading-history failed list, on a machine that reaches the database"
-        yield check("outbox rejections", "none", problem, advice=advice, state="warn")
+        advice = "run trading-history failed list on a machine that reaches the database"
+        yield check_result("outbox rejections", "none", problem, advice=advice, state="warn")
         share = self.used_bytes / MAX_BYTES
         used = f"{size(self.used_bytes)}, {share:.0%} of its limit"
-        advice = "a full outbox accepts no event: get Redis and workers to run"
+        advice = "make sure that Redis and workers run: a full outbox accepts no event"
         state: State = "fail" if share > _FULL_SHARE else "warn"
-        yield check("outbox size", used, used if share > _HIGH_SHARE else "", advice=advice, state=state)
+        yield check_result("outbox size", used, used if share > _HIGH_SHARE else "", advice=advice, state=state)
 
 
 def outbox_of_settings(*, ask_relay: bool = False) -> OutboxHealth | None:
-    """None when this machine has no outbox. With `ask_relay` it tries the relay's lock if an entry is late.
+    """Read the outbox of the settings. Returns None if this machine has none.
+
+    With `ask_relay`, and if an entry is late, also find out whether a process relays the outbox.
 
     Raises:
-        OutboxError: it cannot be read.
-        SettingsError: a setting cannot be read.
+        OutboxError: the outbox cannot be read.
+        SettingsError: a setting is invalid.
     """
     settings = TransportSettings.from_environment()
     if not has_outbox(settings.outbox):
@@ -92,8 +94,8 @@ def outbox_of_settings(*, ask_relay: bool = False) -> OutboxHealth | None:
 def oldest_unacknowledged_seconds(outbox: Outbox, redis: Redis | None) -> float | None:
     """Return the age in seconds of the oldest entry that is neither settled nor acknowledged, or None.
 
-    Redis is read, since a controller that has ended does not read its acknowledgements. Without Redis, or if it does
-    not answer within a second, this is the age of the oldest entry that is neither stored nor rejected.
+    Acknowledgements are read from Redis too, because a controller that has ended does not read them. Without Redis, or
+    if it does not answer within 1 s, this is the age of the oldest unsettled entry.
 
     Raises:
         OutboxError: the outbox cannot be read.
@@ -138,7 +140,7 @@ def _without_acknowledgement_before(redis: Redis, heads: Sequence[EntryHead], de
 
 
 def has_outbox(path: Path) -> bool:
-    """Raises OutboxError when that cannot be known."""
+    """Return whether the outbox file exists. Raises OutboxError if that cannot be found out."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -152,7 +154,7 @@ def _redis_of(settings: TransportSettings) -> AbstractContextManager[Redis | Non
 
 
 def _is_relayed(outbox: Outbox) -> bool:
-    """Whether a producer or relay of any process has the relay's lock; it is released at once."""
+    """Return whether some process relays the outbox, by trying the relay's lock and releasing it at once."""
     lock = outbox.relay_lock()
     try:
         return not lock.acquire()
@@ -160,30 +162,36 @@ def _is_relayed(outbox: Outbox) -> bool:
         lock.release()
 
 
-def file_facts(path: Path) -> Iterator[Fact]:
-    """Whether SQLite finds the file in order; damaged files that were moved away. Raises OutboxError."""
+def outbox_file_checks(path: Path) -> Iterator[HealthCheck]:
+    """Yield the check of the outbox file, and of damaged files that were quarantined. Raises OutboxError."""
     name = "outbox file"
     with Outbox(path) as outbox:
         fault = outbox.quick_check(_CHECK_SECONDS)
         waiting, done = outbox.quarantine.damaged_files(), outbox.quarantine.salvaged_files()
         losses = outbox.quarantine.losses()
     if fault not in (None, "unfinished"):
-        advice = "check the disk, then restart the controller or relay: it moves the file away and salvages it"
-        yield Fact(name, "fail", f"damaged: {fault}", advice)
+        advice = (
+            "check the disk, then restart the controller or relay: it quarantines the file and salvages its entries"
+        )
+        yield HealthCheck(name, "fail", f"damaged: {fault}", advice)
     elif waiting:
         found = f"damaged files that are not salvaged yet: {', '.join(map(str, waiting))}"
-        yield Fact(name, "fail", found, "start the controller or trading-history relay, which salvage their entries")
+        yield HealthCheck(
+            name, "fail", found, "start the controller or trading-history relay: either salvages their entries"
+        )
     elif done:
         lost = "; ".join(f"{source}: {ranges_text(ranges)}" for source, ranges in losses.items())
         lost = lost or "no gaps after the first readable entry"
         found = f"salvaged after damage: {', '.join(map(str, done))}. Numbers that could not be read: {lost}"
-        yield Fact(name, "warn", found, "run trading-history audit, look at the disk, then delete the salvaged file")
+        yield HealthCheck(
+            name, "warn", found, "run trading-history audit, check the disk, then delete the salvaged file"
+        )
     else:
-        yield Fact(name, "ok", "sound" if fault is None else f"no fault found in {_CHECK_SECONDS:.0f} s")
+        yield HealthCheck(name, "ok", "sound" if fault is None else f"no fault found in {_CHECK_SECONDS:.0f} s")
 
 
-def copy_facts(settings: TransportSettings) -> Iterator[Fact]:
-    """Whether another copy of this outbox is in use, by what the relays have noticed and by the token in Redis.
+def outbox_copy_checks(settings: TransportSettings) -> Iterator[HealthCheck]:
+    """Yield the check for other copies of this outbox, by what its relays have noticed and by the token in Redis.
 
     Raises:
         OutboxError: the outbox cannot be read.
@@ -196,9 +204,9 @@ def copy_facts(settings: TransportSettings) -> Iterator[Fact]:
     with _redis_of(settings) as redis:
         tokens = redis.mget([token_key(source) for source in current]) if redis is not None and current else []
     known = {header.token, header.next_token, None}
-    problem = f"copied or restored: it has left {', '.join(left)} to another copy" if left else ""
+    problem = f"this outbox was copied or restored: another copy now uses its source {', '.join(left)}" if left else ""
     if any((None if token is None else shown(token)) not in known for token in tokens):
-        problem = f"another copy uses {', '.join(current)} now"
+        problem = f"another copy of this outbox now uses its source {', '.join(current)}"
     found = "no other copy found" + (" (Redis was not asked: REDIS_URL is not set)" * (settings.redis_url is None))
-    advice = "trading-history audit on the host of each copy; give each controller an outbox of its own"
-    yield check("outbox copies", found, problem, advice=advice, state="warn")
+    advice = "run trading-history audit on the host of each copy; give each controller a separate outbox"
+    yield check_result("outbox copies", found, problem, advice=advice, state="warn")

@@ -1,4 +1,4 @@
-"""The queue and its workers: how many jobs wait and for how long, which workers are alive, and which jobs need one."""
+"""Health of the queue and its workers: waiting jobs, live workers, reservations, crashes and quarantined entries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rq.utils import utcparse
 from rq.worker import Worker
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from consumers.ops.facts import Fact, State, check, duration
+from consumers.ops.checks import HealthCheck, State, check_result, duration
 from consumers.ops.redis_errors import is_wrong_type
 from producers.redis_keys import crashes_key, lease_key, orphans_key, owners_key, quarantine_key, reserved_key
 from producers.settings import TransportSettings
@@ -29,7 +29,7 @@ _DISPLACED = "a Redis key has the wrong type; a worker renames it to <key>:quara
 
 @dataclass(frozen=True)
 class Owner:
-    """A worker thread that may have reservations: whether it has a lease, and its number of reserved jobs."""
+    """Lease and number of reserved jobs of one worker thread."""
 
     leased: bool
     jobs: int
@@ -37,114 +37,128 @@ class Owner:
 
 @dataclass(frozen=True)
 class QueueHealth:
-    """The queue at one moment. A number is None if its key has the wrong type."""
+    """State of the queue at one moment. A number is None if its Redis key has the wrong type."""
 
     name: str
     queued: int | None = 0
-    oldest_waiting_seconds: float | None = None  # of the job at the front; also None if it does not say
+    oldest_waiting_seconds: float | None = None  # of the job at the front; None too if its enqueue time is unknown
     failed: int | None = 0
-    workers: int | None = 0  # registered with RQ, which lists a killed one for up to two minutes
+    workers: int | None = 0  # registered with RQ; a killed worker stays registered for up to 2 minutes
     suspended: bool = False
-    worker_states: Mapping[str, str] = field(default_factory=dict)  # of the registered ones that have not expired
-    owners: Mapping[str, Owner] | None = field(default_factory=dict)  # by `<worker>:<8 hex digits of the thread>`
-    crash_counts: Sequence[int] | None = ()  # of the poison candidates
+    worker_states: Mapping[str, str] = field(default_factory=dict)  # by worker; expired registrations are left out
+    owners: Mapping[str, Owner] | None = field(default_factory=dict)  # by `<worker>:<thread as 8 hex digits>`
+    crash_counts: Sequence[int] | None = ()  # one per poison candidate
     quarantined: int | None = 0
     orphans: int | None = 0
 
     @property
     def reserved(self) -> int:
-        """Jobs that worker threads have taken."""
+        """Number of jobs that worker threads have reserved."""
         return sum(owner.jobs for owner in (self.owners or {}).values())
 
     @property
     def state(self) -> State:
-        """Whether the queue is worked on in time."""
+        """`fail` if the workers are suspended, `warn` if jobs wait longer than QUEUE_LATE_SECONDS."""
         if self.queued is None:
             return "unknown"
         if self.suspended:
             return "fail"
         return "warn" if (self.oldest_waiting_seconds or 0.0) > QUEUE_LATE_SECONDS else "ok"
 
-    def facts(self) -> Iterator[Fact]:
+    def checks(self) -> Iterator[HealthCheck]:
         yield self._queue()
         yield self._workers()
         yield self._reserved()
         yield self._crashes()
-        advice = "trading-history failed list; then failed requeue or discard"
+        advice = "run trading-history failed list, then failed requeue or failed discard"
         yield _counted("failed jobs", self.failed, advice=advice)
         yield self._quarantine()
         if self.orphans:
-            yield Fact("orphans", "ok", f"{self.orphans} jobs are queued but in no list; a worker requeues them")
+            yield HealthCheck(
+                "orphans", "ok", f"{self.orphans} jobs are queued but in no list; a live worker requeues them"
+            )
 
-    def _queue(self) -> Fact:
+    def _queue(self) -> HealthCheck:
         waited = self.oldest_waiting_seconds
-        found = f"{self.queued} jobs in {self.name}" + ("" if waited is None else f", the first for {duration(waited)}")
+        found = f"{self.queued} jobs in {self.name}" + (
+            "" if waited is None else f", the oldest {duration(waited)} old"
+        )
         advice = ""
         if self.state == "unknown":
             found, advice = "cannot be read", _QUEUE_DISPLACED
         elif self.state == "fail":
-            found, advice = f"{self.queued} jobs, but RQ's workers are suspended", "rq resume"
+            found, advice = f"{self.queued} jobs, but RQ's workers are suspended", "run rq resume"
         elif self.state == "warn":
-            advice = f"look at the lines about workers and PostgreSQL; more of {_START} may help"
-        return Fact("queue", self.state, found, advice)
+            advice = f"check the lines about workers and PostgreSQL; if both are ok, start another {_START}"
+        return HealthCheck("queue", self.state, found, advice)
 
-    def _workers(self) -> Fact:
+    def _workers(self) -> HealthCheck:
         if self.workers is None or self.owners is None:
-            return Fact("workers", "unknown", "cannot be read", _DISPLACED)
-        # A live HistoryWorker has a lease; stock workers and killed HistoryWorkers have none.
+            return HealthCheck("workers", "unknown", "cannot be read", _DISPLACED)
+        # A live HistoryWorker has leases; a stock worker and a killed HistoryWorker have none.
         ours = {name.rpartition(":")[0] for name, owner in self.owners.items() if owner.leased}
         stock = self.worker_states.keys() - {name.rpartition(":")[0] for name in self.owners}
-        found = f"{len(ours)} of HistoryWorker, {len(stock)} of RQ's own"
+        found = f"HistoryWorkers: {len(ours)}, stock RQ workers: {len(stock)}"
         states = sorted(self.worker_states.items())
         waiting = [f"{name} is {state}" for name, state in states if state.startswith("waiting")]
         if not ours and not stock:
-            return Fact("workers", "fail" if self.queued else "warn",
-                        "none although jobs wait" if self.queued else "none", _START)  # fmt: skip
+            if self.queued:
+                return HealthCheck("workers", "fail", "none, but jobs wait", f"start {_START}")
+            return HealthCheck("workers", "warn", "none", f"start {_START}")
         if waiting:
-            return Fact("workers", "fail", f"{found}; {'; '.join(waiting)}", "the worker's log says why it waits")
+            return HealthCheck(
+                "workers",
+                "fail",
+                f"{found}; {'; '.join(waiting)}",
+                "read the worker's log: it says why the worker waits",
+            )
         if not ours:
             advice = (
                 f"start {_START}: stock RQ workers process one job at a time and fail jobs during a database outage"
             )
-            return Fact("workers", "warn", found, advice)
-        return Fact("workers", "ok", found)
+            return HealthCheck("workers", "warn", found, advice)
+        return HealthCheck("workers", "ok", found)
 
-    def _reserved(self) -> Fact:
+    def _reserved(self) -> HealthCheck:
         if self.owners is None:
-            return Fact("reserved jobs", "unknown", "cannot be read", _DISPLACED)
+            return HealthCheck("reserved jobs", "unknown", "cannot be read", _DISPLACED)
         if lost := sum(owner.jobs for owner in self.owners.values() if not owner.leased):
             alive = any(owner.leased for owner in self.owners.values())
-            advice = "a live worker requeues them within 30 s" if alive else _START
-            return Fact("reserved jobs", "warn" if alive else "fail", f"{lost} of crashed workers", advice)
-        return Fact("reserved jobs", "ok", f"{self.reserved}, all under a lease")
+            advice = (
+                "wait: a live worker requeues them within 30 s" if alive else f"start {_START}, which requeues them"
+            )
+            return HealthCheck("reserved jobs", "warn" if alive else "fail", f"{lost} of crashed workers", advice)
+        return HealthCheck("reserved jobs", "ok", f"{self.reserved}, all with a valid lease")
 
-    def _crashes(self) -> Fact:
+    def _crashes(self) -> HealthCheck:
         if self.crash_counts is None:
-            return Fact("poison candidates", "unknown", "cannot be read", _DISPLACED)
+            return HealthCheck("poison candidates", "unknown", "cannot be read", _DISPLACED)
         crashed = [count for count in self.crash_counts if count > 0]
-        found = f"{len(self.crash_counts)} candidates, none has crashed a worker" if self.crash_counts else "none"
+        found = (
+            f"{len(self.crash_counts)} candidates, none of which has crashed a worker" if self.crash_counts else "none"
+        )
         problem = f"{len(crashed)} jobs, up to {max(crashed)} crashes each" if crashed else ""
-        advice = "read the logs of the crashed workers; after 3 crashes the job is rejected"
-        return check("poison candidates", found, problem, advice=advice, state="warn")
+        advice = "read the logs of the crashed workers; after 3 crashes the event is rejected"
+        return check_result("poison candidates", found, problem, advice=advice, state="warn")
 
-    def _quarantine(self) -> Fact:
-        advice = f"find out which program put them there, then delete {quarantine_key(self.name)}"
+    def _quarantine(self) -> HealthCheck:
+        advice = f"find out which program wrote them, then delete the key {quarantine_key(self.name)}"
         return _counted("quarantine", self.quarantined, " unusable entries of the queue", advice=advice)
 
 
-def _counted(name: str, count: int | None, what: str = "", *, advice: str) -> Fact:
-    """0 is ok, more is a warning."""
+def _counted(name: str, count: int | None, what: str = "", *, advice: str) -> HealthCheck:
+    """Return a check that warns if the count is not 0."""
     if count is None:
-        return Fact(name, "unknown", "cannot be read", _DISPLACED)
-    return check(name, "none", f"{count}{what}" if count else "", advice=advice, state="warn")
+        return HealthCheck(name, "unknown", "cannot be read", _DISPLACED)
+    return check_result(name, "none", f"{count}{what}" if count else "", advice=advice, state="warn")
 
 
 def queue_of_settings() -> QueueHealth | None:
-    """None without REDIS_URL.
+    """Read the queue of the settings. Returns None without REDIS_URL.
 
     Raises:
         RedisError: Redis cannot be read now.
-        SettingsError: a setting cannot be read.
+        SettingsError: a setting is invalid.
     """
     settings = TransportSettings.from_environment()
     if settings.redis_url is None:
@@ -154,7 +168,7 @@ def queue_of_settings() -> QueueHealth | None:
 
 
 def read_queue(redis: Redis, name: str) -> QueueHealth:
-    """Read it in two round trips; a key of the wrong type is no error.
+    """Read the queue in two round trips. A key of the wrong type is not an error.
 
     Raises:
         RedisError: Redis cannot be read now.
@@ -185,7 +199,7 @@ def read_queue(redis: Redis, name: str) -> QueueHealth:
     return QueueHealth(
         name,
         queued,
-        _seconds_since(enqueued_at, now),  # the relay notes it by Redis' clock, and this host's may be another
+        _seconds_since(enqueued_at, now),  # the relay takes enqueued_at from Redis' clock, which may differ from ours
         failed,
         None if workers is None else len(workers),
         bool(suspended),
@@ -202,7 +216,7 @@ def read_queue(redis: Redis, name: str) -> QueueHealth:
 
 
 def _answers(pipe: Pipeline) -> list[Any]:
-    """None where a key has another type. Raises RedisError for every other error."""
+    """Return the replies, None for a key of the wrong type. Raises RedisError for every other error."""
     answers: list[Any] = pipe.execute(raise_on_error=False)
     for answer in answers:
         if isinstance(answer, Exception) and not is_wrong_type(answer):

@@ -1,4 +1,4 @@
-"""Errors of Redis told apart: no answer, a failing server, a key of another type, a value that was never sent."""
+"""Classification of Redis errors: no answer, an outage, a key of the wrong type, a value that cannot be sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from producers.errors import SettingsError
 
 
 def is_unreachable(error: Exception) -> bool:
-    """Return whether Redis did not answer at all, so that the next command would probably wait as long."""
+    """Return whether Redis did not answer at all: the next command would probably time out too."""
     return isinstance(error, RedisConnectionError | RedisTimeoutError)
 
 
@@ -21,12 +21,12 @@ def is_wrong_type(error: object) -> bool:
 
 
 def is_redis_outage(error: BaseException) -> bool:
-    """Return whether Redis itself failed; false for a key of the wrong type or a value that redis-py cannot encode."""
+    """Return whether Redis itself failed. False for a key of the wrong type or a value that redis-py cannot encode."""
     return isinstance(error, RedisError) and not isinstance(error, DataError) and not is_wrong_type(error)
 
 
 def is_caused_by_job(error: BaseException) -> bool:
-    """Return whether `error` comes from processing the job; false for a server failure, missing setting or Ctrl-C."""
+    """Return whether the job caused the error. False for a server failure, a missing setting or Ctrl-C."""
     if isinstance(error, RedisError):
         return isinstance(error, DataError)
     return not isinstance(error, StoreUnavailable | SettingsError | KeyboardInterrupt)

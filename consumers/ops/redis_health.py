@@ -1,4 +1,4 @@
-"""The Redis or Valkey server: whether it answers, takes writes, and keeps what it has taken."""
+"""Checks of the Redis or Valkey server: version, role, persistence and eviction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from consumers.ops.facts import Fact, check, facts_or_error
+from consumers.ops.checks import HealthCheck, check_result, checks_or_error
 from consumers.ops.masking import Mask
 from consumers.ops.queue_health import read_queue
 from producers.settings import TransportSettings
@@ -23,62 +23,62 @@ _LAST_WRITES = {
 }
 
 
-def redis_facts(settings: TransportSettings, mask: Mask) -> Iterator[Fact]:
-    """Facts of the server, then of the queue.
+def redis_checks(settings: TransportSettings, mask: Mask) -> Iterator[HealthCheck]:
+    """Yield the checks of the server, then those of the queue.
 
     Raises:
-        SettingsError: REDIS_URL cannot be read.
-        RedisError: it does not answer, or does not let us in.
+        SettingsError: REDIS_URL is invalid.
+        RedisError: Redis does not answer, or refuses the login.
     """
     with settings.redis() as redis:
         began = time.monotonic()
         redis.ping()
-        yield Fact("Redis", "ok", f"answers after {1000 * (time.monotonic() - began):.0f} ms")
-        # A managed service or an access list may forbid INFO: then it is not known to be wrong.
-        advice = "let this user run INFO and CONFIG GET, or look at the provider's console"
+        yield HealthCheck("Redis", "ok", f"answered in {1000 * (time.monotonic() - began):.0f} ms")
+        # A managed service or an access list may forbid INFO: that alone is no failure.
+        advice = "let this user run INFO and CONFIG GET, or check these settings in the provider's console"
         read = partial(_read_server, redis)
-        yield from facts_or_error("Redis server", read, mask, advice=advice, unknown=(ResponseError,))
-        yield from facts_or_error("queue", lambda: read_queue(redis, settings.queue).facts(), mask)
+        yield from checks_or_error("Redis server", read, mask, advice=advice, unknown=(ResponseError,))
+        yield from checks_or_error("queue", lambda: read_queue(redis, settings.queue).checks(), mask)
 
 
-def _read_server(redis: Redis) -> Iterator[Fact]:
+def _read_server(redis: Redis) -> Iterator[HealthCheck]:
     info: Any = redis.info()
     try:
         reply: Any = redis.config_get("appendfsync").get("appendfsync")
         fsync = reply.decode() if isinstance(reply, bytes) else reply
     except ResponseError:
         fsync = None
-    return redis_server_facts(info, fsync)
+    return redis_server_checks(info, fsync)
 
 
-def redis_server_facts(info: Mapping[str, Any], fsync: str | None) -> Iterator[Fact]:
-    """Facts of the reply to INFO; `fsync` is appendfsync, None if it cannot be read."""
+def redis_server_checks(info: Mapping[str, Any], fsync: str | None) -> Iterator[HealthCheck]:
+    """Yield the checks of a reply to INFO. `fsync` is the value of appendfsync, None if it cannot be read."""
     valkey, number = info.get("valkey_version"), str(info["redis_version"])
     old = not valkey and tuple(int(part) for part in number.split(".")[:2]) < _OLDEST_VERSION
     found = f"Valkey {valkey}" if valkey else f"Redis {number}"
-    yield check("Redis version", found, found if old else "", advice="6.2 is the oldest that works")
+    yield check_result("Redis version", found, found if old else "", advice="upgrade to Redis 6.2 or newer, or Valkey")
     master = f"{info.get('master_host')}, port {info.get('master_port')}"
-    problem = "" if info["role"] == "master" else f"a replica of {master}: it takes no events"
-    yield check("Redis role", "a primary", problem, advice="point REDIS_URL to the primary")
+    problem = "" if info["role"] == "master" else f"a replica of {master}: events cannot be enqueued here"
+    yield check_result("Redis role", "a primary", problem, advice="point REDIS_URL to the primary")
     yield _persistence(info, fsync)
     policy = str(info["maxmemory_policy"])
-    advice = "set maxmemory-policy noeviction: an evicted job is delayed until its outbox sends it again"
-    yield check("Redis eviction", policy, "" if policy == "noeviction" else policy, advice=advice)
+    advice = "set maxmemory-policy noeviction: an evicted job is delayed until its outbox sends the event again"
+    yield check_result("Redis eviction", policy, "" if policy == "noeviction" else policy, advice=advice)
 
 
-def _persistence(info: Mapping[str, Any], fsync: str | None) -> Fact:
-    """The append-only file and its last writes."""
-    name, advice = "Redis persistence", "look at its disk and its log"
+def _persistence(info: Mapping[str, Any], fsync: str | None) -> HealthCheck:
+    """Check the append-only file and the last writes to disk."""
+    name, advice = "Redis persistence", "check the disk and the log of Redis"
     if not info["aof_enabled"]:
-        # A user that may not read the configuration cannot change it: a service may keep its data by other means.
-        lost = "set appendonly yes: if Redis loses its memory, only outboxes can send events again"
-        return Fact(name, "warn" if fsync is None else "fail", "no append-only file", lost)
+        # A service that forbids CONFIG is probably a managed one, which may keep its data in another way.
+        lost = "set appendonly yes: otherwise a restart of Redis loses the jobs of programs that have no outbox"
+        return HealthCheck(name, "warn" if fsync is None else "fail", "no append-only file", lost)
     broken = [what for what, key in _LAST_WRITES.items() if info.get(key, "ok") != "ok"]
     if "write" in broken:
-        return Fact(name, "fail", "the last write to the append-only file failed", advice)
+        return HealthCheck(name, "fail", "the last write to the append-only file failed", advice)
     if broken:
-        return Fact(name, "warn", f"the last {' and '.join(broken)} failed", advice)
+        return HealthCheck(name, "warn", f"the last {' and '.join(broken)} failed", advice)
     if fsync == "no":
-        return Fact(name, "warn", "append-only file, appendfsync no", "appendfsync everysec")
+        return HealthCheck(name, "warn", "append-only file, appendfsync no", "set appendfsync everysec")
     known = f"appendfsync {fsync}" if fsync else "appendfsync unknown (CONFIG is forbidden)"
-    return Fact(name, "ok", f"append-only file, {known}")
+    return HealthCheck(name, "ok", f"append-only file, {known}")

@@ -1,4 +1,4 @@
-"""The pipeline at a glance: row counts, the queue, the workers and the outbox."""
+"""Summary of the pipeline: row counts, queue, workers and outbox."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from consumers.errors import StoreUnavailable
 from consumers.ops.health import HealthReader, Reading
 from producers.errors import OutboxError
 
-_COUNTING_SECONDS = 30.0  # of a slow disk
+_COUNTING_SECONDS = 30.0  # enough for a slow disk
 _ALL_SECONDS = 45.0
 _ANY = text("SELECT 1")
 
 
 def _counts() -> tuple[dict[str, int], list[str]]:
-    # A server that is frozen but connected sends nothing, and libpq would wait for ever.
+    # Without a limit, libpq waits for ever for a server that is connected but frozen.
     with DatabaseWaits(READ_SECONDS, threading.Event()).limited(), get_db() as db:
         db.execute(_ANY)
     with DatabaseWaits(_COUNTING_SECONDS, threading.Event()).limited():
@@ -32,32 +32,32 @@ _reader = HealthReader(_counts)
 
 
 def pipeline_status() -> tuple[dict[str, Any], bool]:
-    """Facts by name, and whether all parts can be read and at least one worker is alive.
+    """Return the values by name, and whether the pipeline is healthy: all parts can be read, and a worker is alive.
 
-    Counts of many rows are estimates: their names are in the fact `approximate`.
+    Above 100,000 rows, counts are estimates; `approximate` lists their names.
 
     Raises:
-        SettingsError: a setting is missing or cannot be read.
+        SettingsError: a setting is missing or invalid.
     """
     health = _reader.read(_ALL_SECONDS)
-    facts: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if health.database.value is not None:
         counts, approximate = health.database.value
-        facts |= {**counts, "approximate": approximate}
-    facts["database"] = _problem(health.database) or "reachable"
+        values |= {**counts, "approximate": approximate}
+    values["database"] = _problem(health.database) or "reachable"
     if queue := health.queue.value:
-        facts |= {"queued": queue.queued, "failed": queue.failed, "workers": queue.workers}
-    facts["redis"] = _problem(health.queue) or ("reachable" if queue else "REDIS_URL is not set")
+        values |= {"queued": queue.queued, "failed": queue.failed, "workers": queue.workers}
+    values["redis"] = _problem(health.queue) or ("reachable" if queue else "REDIS_URL is not set")
     if outbox := health.outbox.value:
-        facts |= {"outbox_pending": outbox.pending, "outbox_sent": outbox.sent, "outbox_rejected": outbox.rejected}
+        values |= {"outbox_pending": outbox.pending, "outbox_sent": outbox.sent, "outbox_rejected": outbox.rejected}
     if problem := _problem(health.outbox):
-        facts["outbox"] = problem
+        values["outbox"] = problem
     errors = [reading.error for reading in (health.database, health.queue, health.outbox) if reading.error]
-    return facts, not errors and queue is not None and queue.state != "unknown" and bool(queue.workers)
+    return values, not errors and queue is not None and queue.state != "unknown" and bool(queue.workers)
 
 
 def _problem(reading: Reading[Any]) -> str | None:
-    """The error as text; one that is no outage is raised."""
+    """Return the error as text. Raise an error that is not an outage."""
     error = reading.error
     if error is None:
         return None

@@ -1,4 +1,4 @@
-"""Where a server of ours listens, and under which names it may be asked."""
+"""Listening sockets of the web servers, and the host names that they accept."""
 
 from __future__ import annotations
 
@@ -7,44 +7,45 @@ import socket
 
 from producers.errors import HistoryError
 
-DASHBOARD_PORT = 9181  # where rq-dashboard is usually found
+DASHBOARD_PORT = 9181  # rq-dashboard's own default
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes any that is free.
+    """Return a listening TCP socket. Port 0 takes any free port.
 
     Raises:
-        HistoryError: the address cannot be used.
+        HistoryError: The address cannot be used.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python repeats the address there
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # Python appends the address
         raise HistoryError(f"cannot listen at {host} port {port}: {reason}") from error
 
 
 def url_of(listening: socket.socket) -> str:
-    """`http://127.0.0.1:8000/`"""
+    """Return the address of a listening socket, such as `http://127.0.0.1:8000/`."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
 def is_local(listening: socket.socket) -> bool:
-    """Only this machine can reach it."""
+    """Return whether only this machine can reach the socket."""
     return is_loopback(listening.getsockname()[0])
 
 
 def is_loopback(host: str) -> bool:
-    """`host` is an address that only this machine can reach."""
+    """Return whether `host` is a loopback address."""
     name = host.partition("%")[0]
     return _is_address(name) and ipaddress.ip_address(name).is_loopback
 
 
 def is_own_host(host: str) -> bool:
-    """The Host header has an address or `localhost`.
+    """Return whether a Host header contains an IP address or `localhost`.
 
-    On loopback any other name was made to point here (DNS rebinding), so that a web page could ask as its own server.
+    On loopback, any other name is one that somebody pointed at this machine (DNS rebinding): their web page could then
+    read this server as if it were its own.
     """
     name = host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
     return name == "localhost" or _is_address(name)

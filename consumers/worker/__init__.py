@@ -11,7 +11,7 @@ __all__ = ["HistoryWorker"]
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: a stock worker imports consumers.handlers in each fork, and needs the batch processing alone.
+    # Imported on demand: a stock worker imports consumers.handlers in each fork and needs only the batch processing.
     if name == "HistoryWorker":
         from consumers.worker.history_worker import HistoryWorker
 

@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 from consumers.db.engine import get_db
 from consumers.db.inserts import find_row, insert_events
 from consumers.db.outcomes import OutcomeRow, forget_outcomes, record_outcomes
-from consumers.errors import EventConflict, PoisonEvent, RefusedJob, StoreUnavailable, described
+from consumers.errors import EventConflict, PoisonEvent, StoreUnavailable, UnsupportedJob, described
 from consumers.ops.metrics import COUNTS, UNKNOWN_TYPE
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
@@ -40,7 +40,7 @@ ISOLATED_SECONDS = 2.0  # limit of a statement while the delivery that blocks a 
 _REJECTION_LABELS: dict[type[HistoryError], str] = {
     EventConflict: "conflict",
     PoisonEvent: "poison",
-    RefusedJob: "refused",
+    UnsupportedJob: "unsupported",
 }
 _HEAD_CHARACTERS = 2000  # the id, source and sequence of our events are within the first 400
 
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
     @property
     def label(self) -> str:
-        """stored, duplicate, conflict, invalid, poison or refused."""
+        """stored, duplicate, conflict, invalid, poison or unsupported."""
         return self.outcome.kind if self.error is None else _REJECTION_LABELS.get(type(self.error), "invalid")
 
 
@@ -94,7 +94,7 @@ def log_fields(delivery: Result | Deferred) -> dict[str, Any]:
 def process_batch(
     deliveries: Sequence[Delivery], *, statement_seconds: float | None = None
 ) -> Iterator[Sequence[Result | Deferred]]:
-    """Decide each delivery. Yields, after each commit, those that it decided, in any order.
+    """Decide each delivery. Yields, after each commit, the deliveries that it decided, in any order.
 
     `statement_seconds` limits each statement, in addition to the limit of the process.
 
@@ -113,7 +113,7 @@ def process_batch(
         statement_seconds = ISOLATED_SECONDS
     except (SettingsError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # also SystemExit and its like, which a library may raise for one event
+    except BaseException as error:  # also SystemExit and others, which a library may raise for one event
         problem = error
     else:
         yield results
@@ -153,7 +153,7 @@ def _process_together(deliveries: Sequence[Delivery], statement_seconds: float |
                 outcome = Outcome("stored" if answer.created else "duplicate", answer.row_id)
                 result = Result(delivery.job_id, outcome, event.source, event.sequence, event.id, event.type)
                 results.append(result)
-                # Not recorded as a duplicate: this is a redelivery by the delivery that made the row.
+                # If this delivery made the row itself, in an earlier attempt, then that is not recorded as a duplicate.
                 if (answer.source, answer.sequence) != (event.source, event.sequence):
                     outcomes.append(_outcome_of(result))
         noted = {outcome.job_id for outcome in outcomes}
@@ -165,7 +165,7 @@ def _process_together(deliveries: Sequence[Delivery], statement_seconds: float |
 
 
 def report_safely(report: Callable[[], None]) -> None:
-    """Log or count, and ignore any exception: the result is already committed."""
+    """Call `report`, which logs or counts, and ignore any exception: the result is already committed."""
     try:
         report()
     except KeyboardInterrupt:
@@ -214,8 +214,9 @@ def _event_type(delivery: Delivery) -> str:
 def _count(events: Sequence[Event | HistoryError], results: Sequence[Result], seconds: float) -> None:
     now = time.time()
     labels = [result.label for result in results]
+    # Events of an import are years old: they are left out.
     lags = [
-        max(now - event.time.timestamp(), 0.0)  # clocks differ; old history is late by years
+        max(now - event.time.timestamp(), 0.0)  # not negative: the clocks of hosts differ
         for event, label in zip(events, labels, strict=True)
         if label == "stored" and not isinstance(event, HistoryError) and not event.source.startswith(IMPORT_PREFIX)
     ]

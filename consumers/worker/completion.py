@@ -38,12 +38,12 @@ from producers.redis_keys import acknowledgement_key
 
 logger = logging.getLogger(__name__)
 
-# For RQ's dashboards: about 6 MB of snapshots. Older jobs are deleted before their time to live is over.
+# Kept for RQ's dashboards: 1,000 snapshots are about 6 MB. Older jobs are deleted before their expiry.
 KEPT_FINISHED_JOBS = 1000
 KEPT_OF_A_BATCH = 25
 _WAITED_FOR_SECONDS = 600  # shortest expiry of a job that has dependents, until RQ has enqueued them
-_FIELDS_BYTES = 64 * 1024  # limit of a job's fields without its data; RQ's own have some hundred bytes
-_LONGEST_TTL_SECONDS = 10**9  # some thirty years; Redis does not accept a time much longer
+_FIELDS_BYTES = 64 * 1024  # limit of a job's fields without its data; RQ's own fields have some hundred bytes
+_LONGEST_TTL_SECONDS = 10**9  # some 30 years; Redis does not accept a much longer time
 _DESCRIPTION_CHARACTERS = 1000
 _FOR_EVER = -1
 _NO_CALL = bytes(JSONSerializer.dumps(("removed", None, [], {})))
@@ -127,9 +127,9 @@ class Completion:
                 self._fail_by_id(results[0], error)
 
     def dead_letter(self, deferred: Deferred, job: ReservedJob, started_at: datetime) -> None:
-        """Move a job to the failed registry whose rejection cannot be recorded in the database.
+        """Move a job to the failed registry if its rejection cannot be recorded in the database.
 
-        The job is not acknowledged, so its producer sends the event again.
+        It is not acknowledged, so the producer sends its event again.
         """
         try:
             self._write([], [(job, deferred.error)], {job.job_id: job}, self._run(started_at))

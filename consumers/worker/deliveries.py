@@ -1,8 +1,8 @@
 """Parsing of jobs into deliveries, within limits of memory.
 
 Any client of Redis can put any job into the queue. Only a call of one of our job functions, with one text as its
-argument, is accepted. The parser imports nothing that a job names and unpickles nothing, and it does not read a job
-that is larger than any of ours can be.
+argument, is accepted; every other job is unsupported and is rejected. The parser imports nothing that a job names,
+unpickles nothing, and does not read a job that is larger than any of ours can be.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
-from consumers.errors import OversizedJob, PoisonEvent, RefusedJob
+from consumers.errors import OversizedJob, PoisonEvent, UnsupportedJob
 from producers.errors import HistoryError
 from producers.events import KINDS, MAX_EVENT_BYTES, Event
 from producers.fields import readable
 
-# The call holds the event's text as a JSON string, where a character can become an escape of six.
+# In the call, the event's text is a JSON string, where one character can become an escape of six.
 _MAX_CALL_BYTES = 6 * MAX_EVENT_BYTES + 1000
-# Of a job's data in Redis: compression makes incompressible data a little larger.
+# A job's data in Redis may be a little larger, since compression can make it longer.
 MAX_JOB_BYTES = _MAX_CALL_BYTES + _MAX_CALL_BYTES // 1000
 # Any JSON document up to this size takes little memory. A larger one is parsed only if it has the form of our calls:
 # 48 MiB of brackets would take gigabytes.
@@ -56,10 +56,7 @@ class ReservedJob(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """The event of one job: its text, and the model that validates it.
-
-    `error` is the reason to reject it unread.
-    """
+    """The event of one job: its text, and the model that validates it. If `error` is set, it is rejected unread."""
 
     job_id: str
     text: Any
@@ -68,24 +65,24 @@ class Delivery(NamedTuple):
 
 
 def parse_job(job: ReservedJob, crashes: int = 0) -> Delivery:
-    """Return the delivery that a job carries, with an error if the job is not ours or has crashed workers.
+    """Return the delivery that a job carries, with an error if the job is unsupported or has crashed workers.
 
     `crashes` is the number of crashes counted against the job.
     """
-    if crashes > POISON_CRASHES:  # rejecting it crashed too: do not even read its text
+    if crashes > POISON_CRASHES:  # rejecting it has crashed a worker too: do not even read its text
         return Delivery(job.job_id, "", None, PoisonEvent(crashes))
     text: Any = ""
     try:
         text, model = _call(job)
         if job.state != "usual":
-            raise RefusedJob(f"its job asks RQ for {_UNSUPPORTED.get(job.state, job.state)}, which is not supported")
-    except RefusedJob as error:
+            raise UnsupportedJob(f"it asks RQ for {_UNSUPPORTED.get(job.state, job.state)}, which is not supported")
+    except UnsupportedJob as error:
         return Delivery(job.job_id, text, None, error)
     return Delivery(job.job_id, text, model, PoisonEvent(crashes) if crashes == POISON_CRASHES else None)
 
 
 def unreadable_delivery(job: ReservedJob) -> Delivery:
-    """Return the delivery of a job that `parse_job` fails on, with the first argument of its call if that is a text."""
+    """Return a delivery for a job that `parse_job` fails on; its text is the first argument if that is text."""
     try:
         text = json.loads(decompressed_call(job.data))[2][0]
     except KeyboardInterrupt:
@@ -96,23 +93,23 @@ def unreadable_delivery(job: ReservedJob) -> Delivery:
 
 
 def _call(job: ReservedJob) -> tuple[Any, type[Event]]:
-    """Return the argument of the call, of any type, and the model for it. Raises RefusedJob."""
+    """Return the argument of the call, of any type, and the model for it. Raises UnsupportedJob."""
     if job.state == "unreadable":
-        raise RefusedJob("its job cannot be read")
+        raise UnsupportedJob("it cannot be read")
     if job.state == "oversized":
         raise OversizedJob(MAX_JOB_BYTES)
     function, instance, arguments, keywords = _split_call(job.data)
     kind = KINDS.of_job(function) if isinstance(function, str) else None
     if kind is None:
         name = f": {readable(function, 100)}" if isinstance(function, str) else ""
-        raise RefusedJob(f"it names a function that is not one of ours{name}")
+        raise UnsupportedJob(f"it calls a function other than our job functions{name}")
     if not isinstance(arguments, list) or len(arguments) != 1 or keywords or instance is not None:
-        raise RefusedJob("it must have one argument, the event's text")
+        raise UnsupportedJob("its call must have one argument, the event's text")
     return arguments[0], kind.model
 
 
 def _split_call(data: bytes) -> tuple[Any, Any, Any, Any]:
-    """Return the four parts of RQ's call: function, instance, arguments, keywords. Raises RefusedJob."""
+    """Return the four parts of RQ's call: function, instance, arguments, keywords. Raises UnsupportedJob."""
     call = decompressed_call(data)
     try:
         if len(call) <= _UNCHECKED_CALL_BYTES:
@@ -120,19 +117,19 @@ def _split_call(data: bytes) -> tuple[Any, Any, Any, Any]:
         else:
             parts = _LARGE_CALL.fullmatch(call)
             if parts is None:
-                raise RefusedJob(
+                raise UnsupportedJob(
                     "its call is larger than 64 KiB and does not have the form [function, null, [text], {}]"
                 )
             function, instance, arguments, keywords = (
                 parts["function"].decode(), None, [from_json(parts["text"])], {}
             )  # fmt: skip
     except (TypeError, ValueError):
-        raise RefusedJob("its data cannot be read as JSON") from None
+        raise UnsupportedJob("its data cannot be read as JSON") from None
     return function, instance, arguments, keywords
 
 
 def decompressed_call(data: bytes) -> bytes:
-    """Return the call, decompressed if it is compressed. Raises RefusedJob, or OversizedJob beyond the limit."""
+    """Return the call, decompressed if it is compressed. Raises UnsupportedJob, or OversizedJob beyond the limit."""
     if data.startswith(b"["):
         if len(data) > _MAX_CALL_BYTES:
             raise OversizedJob(MAX_JOB_BYTES)
@@ -141,7 +138,7 @@ def decompressed_call(data: bytes) -> bytes:
     try:
         text = decompressor.decompress(data, _MAX_CALL_BYTES)
     except zlib.error:
-        raise RefusedJob("its data cannot be read as JSON") from None
+        raise UnsupportedJob("its data cannot be read as JSON") from None
     if decompressor.unconsumed_tail:
         raise OversizedJob(MAX_JOB_BYTES)
     return text
@@ -153,6 +150,6 @@ def displayable_call(data: bytes) -> bytes | None:
         call = decompressed_call(data)
     except OversizedJob:
         return None
-    except RefusedJob:
+    except UnsupportedJob:
         call = data
     return call if len(call) <= _UNCHECKED_CALL_BYTES or _LARGE_CALL.fullmatch(call) else None

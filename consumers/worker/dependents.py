@@ -14,7 +14,7 @@ from rq.job import Job, validate_job_id
 from rq.rate_limit import RateLimitRegistry, release_slot
 from rq.serializers import JSONSerializer
 
-from consumers.errors import OversizedJob, RefusedJob
+from consumers.errors import OversizedJob, UnsupportedJob
 from consumers.ops.redis_errors import is_redis_outage
 from consumers.worker.deliveries import decompressed_call
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class BoundedJob(Job):
-    """A job of RQ that is read only if it decompresses to no more than a job of ours can have."""
+    """A job of RQ that is read only if it decompresses to no more bytes than a job of ours can have."""
 
     def restore(self, raw_data: Any) -> Any:
         for name in (b"data", b"exc_info"):
@@ -30,12 +30,12 @@ class BoundedJob(Job):
                 decompressed_call(raw_data.get(name, b"["))
             except OversizedJob:
                 raise
-            except RefusedJob:
+            except UnsupportedJob:
                 pass  # not compressed: RQ reads it as it is
         restored = super().restore(raw_data)
         # RQ reads dependency ids of any type, but could not write them again.
         if not isinstance(self._dependency_ids, list):
-            raise RefusedJob("its job cannot be read")
+            raise UnsupportedJob("its dependencies cannot be read")
         for dependency_id in self._dependency_ids:
             validate_job_id(dependency_id)
         return restored
@@ -60,7 +60,7 @@ class Dependents:
         except Exception as error:
             if is_redis_outage(error):
                 raise
-            # The keys can be of another program; RQ raises errors of any class.
+            # Another program can have written the keys, and RQ raises errors of any class.
             reason = type(error).__name__
             logger.error("RQ cannot enqueue the dependents of job %s; they stay deferred: %s", job_id, reason)
 

@@ -1,10 +1,10 @@
-"""HistoryWorker: an RQ worker that stores events in batches, loses none of them, and waits out outages.
+"""HistoryWorker: an RQ worker that stores events in batches, loses none of them, and waits while a server is away.
 
     rq worker --worker-class consumers.worker.HistoryWorker history
 
-It runs in one process and does not fork. Two threads process the events (see worker_thread.py); each keeps its jobs in
-a list of its own under a lease (see reservations.py), so that another worker requeues them within half a minute of a
-crash. Only the job functions of consumers.handlers run; any other job is rejected unread.
+It runs in one process and does not fork. Two threads process the events (see worker_thread.py). Each thread has a Redis
+list of its reserved jobs, under a lease (see reservations.py): if the process crashes, another worker requeues them
+within 30 s. Only the job functions of consumers.handlers run; any other job is unsupported and is rejected unread.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from producers.errors import HistoryError, SettingsError
 
 logger = logging.getLogger(__name__)
 
-THREADS = 2  # with two, 1.2 to 1.4 times the events of one; with three, no more
+THREADS = 2  # two threads store 1.2 to 1.4 times the events of one; a third adds nothing
 STATEMENT_SECONDS = 20.0
 _ANSWER_SECONDS = STATEMENT_SECONDS + 5  # in case the server does not enforce its statement timeout
 _STUCK_SECONDS = 3 * STATEMENT_SECONDS
 # Large, since a thread may have to wait for the interpreter lock after each read.
 _READ_BYTES = 512 * 1024
 _RENEW_SECONDS = 2.0
-_STALL_SECONDS = 1.0  # a longer wait for an answer means that the database is stalled
+_STALL_SECONDS = 1.0  # after a longer wait for an answer the database counts as stalled
 _POOL_MARK = " (WorkerPool "  # in the names of the processes of RQ's pool
-_REGISTERED_SECONDS = 60  # RQ adds 60: a dead worker leaves RQ's list after two minutes, instead of eight
+_REGISTERED_SECONDS = 60  # RQ adds 60 s: a dead worker leaves RQ's list after 2 minutes instead of 8
 
 
 class HistoryWorker(SimpleWorker):
@@ -71,8 +71,8 @@ class HistoryWorker(SimpleWorker):
     def __init__(self, queues: Any, *args: Any, metrics: MetricsSettings | None = None, **kwargs: Any) -> None:
         if not VERSION.startswith(TESTED_RQ):
             raise SettingsError(
-                f"HistoryWorker was tested with RQ {', '.join(TESTED_RQ)}, this is {VERSION}:"
-                " use RQ's own worker (rq worker --serializer json history)"
+                f"HistoryWorker was tested with RQ {', '.join(TESTED_RQ)}, but RQ {VERSION} is installed:"
+                " install a tested version, or use RQ's own worker (rq worker --serializer json history)"
             )
         kwargs["serializer"] = JSONSerializer
         if _is_in_rqs_pool() and kwargs.get("prepare_for_work", True):
@@ -81,7 +81,7 @@ class HistoryWorker(SimpleWorker):
         if not self.queues and not kwargs.get("prepare_for_work", True):
             return  # RQ's commands create such objects only to read the state of other workers
         if len(self.queues) != 1:
-            raise SettingsError("HistoryWorker works on exactly one queue; start another worker for another queue")
+            raise SettingsError("HistoryWorker takes exactly one queue: start one worker for each queue")
         self._queue = self.queues[0]
         self.worker_ttl = min(self.worker_ttl, _REGISTERED_SECONDS)
         self._stopping = threading.Event()
@@ -103,11 +103,14 @@ class HistoryWorker(SimpleWorker):
         with_scheduler: bool = False,
         dequeue_strategy: DequeueStrategy = DequeueStrategy.DEFAULT,
     ) -> bool:
-        """Store events until asked to stop, or with `burst` until the queue is empty. True if a job was completed.
+        """Store events until the worker is asked to stop or, with `burst`, until the queue is empty.
 
-        SIGINT and SIGTERM end it after the batches in progress. It waits for Redis and PostgreSQL while they are away.
-        `with_scheduler` and `dequeue_strategy` have no effect. With `with_scheduler`, which RQ's pool always sets, it
-        logs a warning.
+        After SIGINT or SIGTERM, it completes the batches in progress and ends. While Redis or PostgreSQL is away, it
+        waits. `with_scheduler` and `dequeue_strategy` have no effect; `with_scheduler`, which RQ's pool always sets,
+        makes it log a warning.
+
+        Returns:
+            Whether a job was completed.
 
         Raises:
             SettingsError: a setting cannot be read.
@@ -117,7 +120,7 @@ class HistoryWorker(SimpleWorker):
         gc.freeze()  # the garbage collector need not scan modules and classes again
         self._install_signal_handlers()
         limits = Limits(burst, max_jobs, sys.maxsize if max_idle_time is None else max_idle_time)
-        # With max_jobs, one thread: several threads would have to share the limit.
+        # With max_jobs there is one thread: several would have to share the limit.
         self._threads = [
             WorkerThread(self, self._queue, self._shared, self._stopping, limits)
             for _ in range(THREADS if max_jobs is None else 1)
@@ -138,8 +141,8 @@ class HistoryWorker(SimpleWorker):
         if with_scheduler:
             self.log.warning(
                 "worker %s does not run a scheduler (--with-scheduler is ignored); storing events needs none. If other"
-                " programs schedule jobs on queue %s, run rq.scheduler.RQScheduler as a process of its own: see RQ's"
-                " options and commands in README.md",
+                " programs schedule jobs on queue %s, run rq.scheduler.RQScheduler as a separate process: see"
+                " consumers/worker/RQ.md",
                 self.name, self._queue.name,
             )  # fmt: skip
         if self._exc_handlers:
@@ -185,7 +188,7 @@ class HistoryWorker(SimpleWorker):
             # All workers of RQ's pool are given the same port, and the pool at once restarts a worker that ends.
             self.log.warning(
                 "worker %s: %s. Use `trading-history worker --processes` instead of rq worker-pool: it gives each"
-                " process a port of its own",
+                " process its own port",
                 self.name, error,
             )  # fmt: skip
 
@@ -201,7 +204,7 @@ class HistoryWorker(SimpleWorker):
                 raise thread.error
 
     def _register(self, *logging_options: Any) -> bool:
-        """Register this worker; while Redis is away, try again. False if asked to stop before that."""
+        """Register this worker in RQ; while Redis is away, try again. Returns False if asked to stop before that."""
         failures = 0
         while not self._stopping.is_set():
             try:
@@ -233,7 +236,7 @@ class HistoryWorker(SimpleWorker):
         return connection
 
     def _set_ip_address(self, connection: Redis) -> None:
-        """Tolerate that Redis is away: RQ asks it for the address when the worker object is created."""
+        """Ask Redis for this worker's address, as RQ does when the object is created; tolerate that Redis is away."""
         try:
             super()._set_ip_address(connection)
         except RedisError:
@@ -245,14 +248,15 @@ class HistoryWorker(SimpleWorker):
         return WAIT_SECONDS + 9
 
     def _pubsub_exception_handler(self, exc: Exception, *thread: Any) -> None:
-        """Keep the thread that listens for commands alive after a timeout; in RQ that ends it."""
+        """Keep the thread that listens for commands alive after a timeout. RQ's own handler ends it."""
         lost = RedisConnectionError("no answer in time") if isinstance(exc, RedisTimeoutError) else exc
         super()._pubsub_exception_handler(lost, *thread)
 
     def handle_payload(self, message: Any) -> None:
-        """Handle a command. A message that is not one is ignored; in RQ it ends the listening thread.
+        """Handle a command, and ignore any other message, which would end the listening thread of RQ's own worker.
 
-        A shutdown is carried out by SIGTERM. RQ uses SIGINT, which a process in a script's background ignores.
+        The shutdown command sends SIGTERM to this process. RQ sends SIGINT, which a script's background process
+        ignores.
         """
         try:
             if parse_payload(message)["command"] == "shutdown":
@@ -299,14 +303,17 @@ class HistoryWorker(SimpleWorker):
     def _deregister(self) -> None:
         # Nothing is lost: the leases expire, and another worker requeues the reserved jobs.
         if self._shared.redis_is_unreachable:
-            logger.warning("worker %s ends without Redis", self.name)
+            logger.warning(
+                "worker %s ends while Redis is away; its jobs are requeued when its leases expire", self.name
+            )
             return
         try:
             for thread in self._threads:
                 thread.reservations.close()
             self.teardown()
         except RedisError as error:
-            logger.warning("worker %s could not deregister: %s", self.name, type(error).__name__)
+            message = "worker %s could not remove its registration, which expires within 2 minutes: %s"
+            logger.warning(message, self.name, type(error).__name__)
 
 
 def _is_in_rqs_pool() -> bool:
@@ -314,9 +321,9 @@ def _is_in_rqs_pool() -> bool:
 
 
 def _reset_stop_signals() -> None:
-    """Make SIGINT and SIGTERM end a process of RQ's pool, as they end any other worker.
+    """Let SIGINT and SIGTERM end a process of RQ's pool, as they end any other worker.
 
-    The pool ends its workers by SIGINT, also where SIGINT is ignored, as in the background of a script. A worker that
+    The pool ends its workers with SIGINT, even where SIGINT is ignored, as in the background of a script. A worker that
     the pool restarts inherits the pool's own handlers, which would signal all workers and not end this one.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -332,10 +339,10 @@ def _json_queues(queues: Any) -> Any:
 
 
 def run_worker(redis: Redis, queue: str, *, burst: bool = False, metrics: MetricsSettings | None = None) -> None:
-    """Run a HistoryWorker on `queue` until it is asked to stop, or with `burst` until the queue is empty.
+    """Run a HistoryWorker on `queue` until it is asked to stop or, with `burst`, until the queue is empty.
 
     Raises:
-        HistoryError: it cannot serve metrics at the address that `metrics` (None: the settings) names.
+        HistoryError: it cannot serve metrics at the address in `metrics` (None: in the settings).
     """
     queues = [Queue(queue, connection=redis, serializer=JSONSerializer)]
     worker = HistoryWorker(queues, connection=redis, metrics=metrics)

@@ -36,7 +36,7 @@ class Maintenance:
         self._shared = shared
         self._orphans = Orphans(worker.connection, queue)
         self._dependents = Dependents(worker.connection, queue)
-        self._failures: set[str] = set()  # names of the steps whose failure has been logged
+        self._failures: set[str] = set()  # names of the steps whose failure is logged already
 
     def run(self) -> None:
         """Make one pass. If a step fails on another program's data, log that once and continue with the next step.
@@ -71,7 +71,7 @@ class Maintenance:
                 self._failures.discard(name)
 
     def _stay_registered(self) -> None:
-        # The registration has expired, or Redis has lost its data.
+        # The registration is missing if it has expired or Redis has lost its data.
         key = self._worker.key
         if not (self._redis.sismember(WORKERS_KEY, key) and self._redis.hexists(key, "birth")):
             self.mark_name_reusable()
@@ -85,7 +85,7 @@ class Maintenance:
             logger.warning("requeued %d jobs of dead workers", len(job_ids))
 
     def mark_name_reusable(self) -> None:
-        """Let RQ register this worker's name again, which it does only if the key records the worker's death.
+        """Let RQ register this worker's name again. RQ does so only if the worker's key says that the worker has ended.
 
         The key is not deleted, since a worker thread may write its heartbeat there at the same time.
         """

@@ -24,7 +24,7 @@ _SCAN_SECONDS = 60
 _SHORT_QUEUE_JOBS = 1000
 _FEW_KEYS = 200_000
 _PAGE_KEYS = 1000
-_MOST_ORPHANS = 1000  # of one scan: each costs a round trip
+_MOST_ORPHANS = 1000  # per scan, since each costs a round trip
 
 
 class Orphans:
@@ -33,15 +33,14 @@ class Orphans:
     def __init__(self, redis: Redis, queue: Queue) -> None:
         self._redis = redis
         self._queue = queue
-        self._seen: dict[
-            str, float
-        ] = {}  # by id, when a job was first seen in the intermediate list; monotonic seconds
+        # By job id: when the job was first seen in the intermediate list, in monotonic seconds.
+        self._seen: dict[str, float] = {}
         self._requeue_intermediate = scripts.load(redis, "requeue_intermediate")
         self._requeue_started = scripts.load(redis, "requeue_started")
         self._requeue_unlisted = scripts.load(redis, "requeue_unlisted")
 
     def requeue(self) -> list[str]:
-        """Requeue all orphans. This uses none of their retries. Returns their ids."""
+        """Requeue all orphans, without using a retry of any job. Returns their ids."""
         return [*self._from_intermediate(), *self._from_started(), *self._from_no_list()]
 
     def _from_intermediate(self) -> Iterator[str]:
@@ -72,7 +71,7 @@ class Orphans:
         orphans = orphans_key(self._queue.name)
         scanned = f"{orphans}:scanned"
         if not self._redis.set(scanned, "1", nx=True, ex=_SCAN_SECONDS):
-            # Another program's key without an expiry, or one from before Redis' clock was set back.
+            # The key is another program's, without an expiry, or was set before Redis' clock was set back.
             if not 0 <= self._redis.ttl(scanned) <= _SCAN_SECONDS:
                 self._redis.expire(scanned, _SCAN_SECONDS)
             return
@@ -117,5 +116,5 @@ class Orphans:
 
 
 def _text(value: bytes | str) -> str:
-    """Return a value as text. Bytes that are not UTF-8 become an id that no job has, and that is ignored."""
+    """Return a value as text. Bytes that are not UTF-8 become an id that no job has; it is ignored later."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value

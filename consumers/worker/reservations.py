@@ -7,8 +7,8 @@ jobs of a thread as soon as its lease has expired, without using a retry. Each q
     lease            exists while the thread renews it
     owners           hash of the threads that may have reservations; the value is `alone` while a thread runs a poison
                      candidate and nothing else
-    crash counts     hash of poison candidates: how many workers crashed while they ran the job alone
-    timeout counts   hash of jobs that timed out alone: how often
+    crash counts     hash: poison candidate to the number of workers that crashed while they ran it alone
+    timeout counts   hash: job that timed out alone to the number of its timeouts
 
 A job that was reserved when its worker died is a poison candidate: it runs alone from then on, so that its crashes can
 be counted. If a command fails because one of these keys has another type, the key is renamed to <key>:quarantined.
@@ -59,8 +59,8 @@ class Reservations:
     def __init__(self, redis: Redis, queue: Queue, worker_name: str) -> None:
         self._redis = redis
         worker_key = BaseWorker.redis_worker_namespace_prefix + worker_name
-        # A new suffix at each start: a worker restarted under its name must not take over jobs that may have crashed
-        # it.
+        # The suffix is new at each start: a worker that is restarted under the same name must not take over jobs that
+        # may have crashed it.
         self._owner = owner = f"{worker_name}:{uuid4().hex[:8]}"
         self._alone = False
         self._queue_key = queue.key
@@ -84,12 +84,12 @@ class Reservations:
         arguments: list[Any] = [limit, _MAX_BATCH_BYTES, JOB_PREFIX, LEASE_SECONDS, self._owner, MAX_JOB_BYTES]
         self._alone = False
         unusable, ids = 1, list[bytes]()
-        while unusable and not ids:  # behind unusable ids there may be usable ones
+        while unusable and not ids:  # there may be usable ids behind unusable ones
             found: Any = self._reserve(keys=[*keys, self._quarantine], args=arguments)
             unusable, ids, data, notes, crashes, timeouts = found
             if unusable:
                 logger.error(
-                    "moved %d entries that are not job ids from the queue to list %s", unusable, self._quarantine
+                    "moved %d entries that cannot be job ids from the queue to list %s", unusable, self._quarantine
                 )
         if not ids:
             return Reservation([])
@@ -173,6 +173,7 @@ def requeue_expired(redis: Redis, queue: Queue) -> list[str]:
 
 
 def log_quarantined(keys: Iterable[bytes]) -> None:
+    """Log an error for each key that a script has quarantined."""
     for key in keys:
         name = key.decode(errors="replace")
         logger.error("Redis key %s has the wrong type and was renamed to %s:quarantined", name, name)

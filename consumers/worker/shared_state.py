@@ -63,7 +63,7 @@ class SharedState:
             return 0.0 if self._working else time.monotonic() - self._idle_since
 
     def suspended(self) -> bool:
-        """Ask Redis whether RQ's workers are suspended (`rq suspend`), and publish a change."""
+        """Return whether RQ's workers are suspended (`rq suspend`) according to Redis, and publish a change."""
         before, self._suspended = self._suspended, bool(is_suspended(self._worker.connection, self._worker))
         if self._suspended != before:
             self.publish()
@@ -112,7 +112,7 @@ class SharedState:
         return self._redis_is_unreachable
 
     def publish(self, *, always: bool = False) -> None:
-        """Write the worker's state to Redis, where RQ shows it, if it has changed or `always` is true."""
+        """Write the worker's state to its key in Redis, for RQ's commands, if it has changed or `always` is true."""
         with self._publishing:
             if self._waits_for is not None:
                 state = f"waiting for {self._waits_for}"
@@ -121,6 +121,6 @@ class SharedState:
             else:
                 state = WorkerStatus.SUSPENDED if self._suspended else WorkerStatus.IDLE
             if always or state != self._published:
-                self._published = None  # unknown if this fails
+                self._published = None  # unknown if the next call fails
                 self._worker.set_state(state)
                 self._published = state

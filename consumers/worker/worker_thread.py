@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_JOBS = 500
 _BATCH_CHARACTERS = 4 * 1024 * 1024
-WAIT_SECONDS = 1  # an idle thread notices a request to stop after so long
+WAIT_SECONDS = 1  # an idle thread notices a request to stop within this time
 _FIRST_BACKOFF_SECONDS = 0.4
 _LAST_BACKOFF_SECONDS = 15.0
 
@@ -82,7 +82,7 @@ class WorkerThread(threading.Thread):
         try:
             self._loop()
         except BaseException as error:  # HistoryWorker raises it again after all threads have ended
-            logger.critical("worker %s ends: %r", self._worker.name, error)
+            logger.critical("worker %s ends because one of its threads failed: %r", self._worker.name, error)
             self.error = error
             self._stopping.set()
 
@@ -146,7 +146,8 @@ class WorkerThread(threading.Thread):
     def _contain_defects(self, reservation: Reservation) -> None:
         """Process and complete a reservation; handle any exception that a job causes instead of raising it.
 
-        Such an exception in a batch makes each job a poison candidate. From a job alone, it counts like a crash.
+        If several jobs are reserved, each becomes a poison candidate. If one is reserved, the exception counts like a
+        crash.
 
         Raises:
             RedisError: Redis fails.
@@ -163,7 +164,8 @@ class WorkerThread(threading.Thread):
                 self._handle_defect(deferred(unreadable_delivery(reservation.jobs[0]), error), reservation, started_at)
             else:
                 self.reservations.mark_candidates()
-                report = partial(logger.error, "worker %s failed on a batch: %s", self._worker.name, described(error))
+                message = "worker %s failed on a batch and tries its jobs one by one: %s"
+                report = partial(logger.error, message, self._worker.name, described(error))
                 report_safely(partial(report, exc_info=error))
 
     def _process_and_complete(self, reservation: Reservation, started_at: datetime) -> None:

@@ -1,4 +1,7 @@
-"""Measure the pipeline, on servers of its own: `python -m tests.benchmarks [name ...] [--count N] [--json FILE]`."""
+"""Measure the pipeline on temporary servers.
+
+Example: `python -m tests.benchmarks throughput latency --json report.json`.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ from tests.benchmarks.report import Report
 from tests.benchmarks.space import measure_space
 from tests.benchmarks.throughput import measure_throughput
 
-# The default of --count is the second of each.
-_MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
+# Benchmark -> its function and the default of --count.
+MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "throughput": (measure_throughput, 50_000),
     "record": (measure_record, 10_000),
     "latency": (measure_latency, 300),
@@ -40,14 +43,15 @@ _MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", metavar="name", choices=_MEASURES, nargs="*", help=f"all, or {', '.join(_MEASURES)}")
-    parser.add_argument("--count", type=int, help="events, calls, times or rows (at most)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and every single run there")
+    names = ", ".join(MEASURES)
+    parser.add_argument("names", metavar="name", choices=MEASURES, nargs="*", help=f"{names}; all of them by default")
+    parser.add_argument("--count", type=int, help="events, calls, repetitions or rows, depending on the benchmark")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and each of its runs to FILE")
     options = parser.parse_args()
     report = Report(machine_facts())
     print("; ".join(f"{name} {fact}" for name, fact in report.machine.items()), flush=True)
-    for name in options.names or _MEASURES:
-        measure, count = _MEASURES[name]
+    for name in options.names or MEASURES:
+        measure, count = MEASURES[name]
         measure(options.count or count, report)
         if options.json:
             report.write(options.json)

@@ -1,4 +1,4 @@
-"""How long the adoption of old tables takes, and for how long it keeps others out of them."""
+"""Duration of the adoption of old tables, and for how long it locks them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.benchmarks.report import Report
 from tests.legacy_databases import ARCHIVES, FIRST_GENERATION, FIRST_GENERATION_SNAPSHOTS
 
 _ROWS_PER_ARCHIVE = 200
-_LOOK_SECONDS = 0.001
+_POLL_SECONDS = 0.001
 
 _VALUES = """
     SELECT count(*), min(id), max(id), sum(balance), sum(total_invested), sum(total_profit_loss), sum(total_value),
@@ -35,7 +35,7 @@ _LOCKED = text("""
 
 
 def measure_adoption(rows: int, report: Report) -> None:
-    """Print the time, what is locked for how long, and that every value is as it was."""
+    """Print how long the adoption and its locks take; fail if a value changed."""
     with bench_stack():
         _fill(rows)
         before = _values("portfolio_history", "signal_archives")
@@ -46,14 +46,14 @@ def measure_adoption(rows: int, report: Report) -> None:
         after = _values("portfolio_history_legacy", "signal_archives_legacy")
     require(len(adoption.renamed) == 2, f"renamed {adoption.renamed}")
     require(before == after, f"the values were {before} and are {after}")
-    held = locked[-1] - locked[0] if locked else 0.0
+    locked_seconds = locked[-1] - locked[0] if locked else 0.0
     report.add("adopt", f"{rows} rows: adoption", "ms", [seconds * 1e3])
-    report.add("adopt", f"{rows} rows: old tables locked", "ms", [held * 1e3])
+    report.add("adopt", f"{rows} rows: old tables locked", "ms", [locked_seconds * 1e3])
     report.add("adopt", f"{rows} rows: slowest read meanwhile", "ms", [max(reads) * 1e3])
     print(f"\nadoption of {rows:,} snapshots and {rows // _ROWS_PER_ARCHIVE:,} archives: {seconds * 1e3:.0f} ms;")
-    print(f"ACCESS EXCLUSIVE on both old tables seen for {held * 1e3:.0f} ms, in {len(locked)} looks;", end=" ")
-    print(f"the slowest of {len(reads):,} reads of an old table beside it: {max(reads) * 1e3:.0f} ms;")
-    print(f"count, sums, first and last of every column the same before and after: {before == after}", flush=True)
+    print(f"ACCESS EXCLUSIVE lock on the old tables seen for {locked_seconds * 1e3:.0f} ms ({len(locked)} polls);")
+    print(f"slowest of {len(reads):,} reads of an old table meanwhile: {max(reads) * 1e3:.0f} ms;")
+    print(f"counts, sums, minima and maxima are the same before and after: {before == after}", flush=True)
 
 
 def _fill(rows: int) -> None:
@@ -72,19 +72,19 @@ def _values(snapshots: str, archives: str) -> tuple[Any, ...]:
 
 @contextmanager
 def _observed() -> Iterator[tuple[list[float], list[float]]]:
-    """Moments at which an old table was seen locked, and the seconds of each read of one, until the block ends."""
+    """Yield two lists that grow until the block ends: times at which a lock was seen, and seconds of each read."""
     with engine().connect() as db:
         oids = list(db.execute(_OLD).scalars())
     locked: list[float] = []
     reads: list[float] = [0.0]
     done = threading.Event()
     threads = [
-        threading.Thread(target=_look_for_locks, args=(oids, locked, done)),
+        threading.Thread(target=_poll_locks, args=(oids, locked, done)),
         threading.Thread(target=_read, args=(reads, done)),
     ]
     for thread in threads:
         thread.start()
-    time.sleep(0.2)  # both have a connection and a rhythm
+    time.sleep(0.2)  # until both threads are connected and poll
     try:
         yield locked, reads
     finally:
@@ -93,20 +93,20 @@ def _observed() -> Iterator[tuple[list[float], list[float]]]:
             thread.join()
 
 
-def _look_for_locks(oids: Sequence[int], locked: list[float], done: threading.Event) -> None:
+def _poll_locks(oids: Sequence[int], locked: list[float], done: threading.Event) -> None:
     store = create_store_engine(StoreSettings.from_environment().url())
     with store.connect() as db:
-        while not done.wait(_LOOK_SECONDS):
+        while not done.wait(_POLL_SECONDS):
             if db.execute(_LOCKED, {"old": oids}).all():
                 locked.append(time.perf_counter())
     store.dispose()
 
 
 def _read(reads: list[float], done: threading.Event) -> None:
-    """As any program does that knows the table by name, which names the new one afterwards."""
+    """Read the table by its name, which belongs to the new table after the adoption."""
     store = create_store_engine(StoreSettings.from_environment().url())
     with store.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
-        while not done.wait(_LOOK_SECONDS):
+        while not done.wait(_POLL_SECONDS):
             started = time.perf_counter()
             db.exec_driver_sql("SELECT balance FROM portfolio_history LIMIT 1").all()
             reads.append(time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""How long the API takes to answer, with few and with many rows, and how many answers two processes give."""
+"""Response times of the API with few and with many rows, and the request rate of two processes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _CALLS = 1000
 _CLIENTS = 4
 _LOAD_SECONDS = 5.0
 _START_SECONDS = 30.0
-_MOST_RATIO = 2.0  # of the times with many and with few rows
-_QUESTIONS = {
+_MOST_RATIO = 2.0  # response time with many rows / with few rows
+_MAIN_REQUESTS = {
     "portfolio-history": "/trading/portfolio-history?limit=100",
     "signal-archives": "/trading/signal-archives?limit=100",
 }
-# Beside the two: what each filter, page and index costs.
-_OTHERS = {
+# The cost of each filter and index.
+_OTHER_REQUESTS = {
     "... of one portfolio": "/trading/portfolio-history?limit=100&portfolio_id=2",
     "... until, long ago": "/trading/portfolio-history?limit=100&until=2020-01-01T12:00:00Z",
     "... daily=last": "/trading/portfolio-history?limit=100&daily=last",
@@ -36,7 +36,7 @@ _OTHERS = {
 
 
 def measure_api(count: int, report: Report) -> None:
-    """Print p50 and p99 with _FEW and with `count` rows in each table, and requests a second of two processes."""
+    """Print p50 and p99 with _FEW and with `count` rows in each table, and the requests per second of two processes."""
     seconds: dict[tuple[int, str], tuple[float, float, float]] = {}
     with bench_stack():
         filled = 0
@@ -44,10 +44,10 @@ def measure_api(count: int, report: Report) -> None:
             fill_snapshots(filled, size - 1)
             fill_archives(filled, size - 1)
             filled = size
-            require(rows() == rows("signal_archives") == size, f"the tables do not have {size} rows")
+            require(rows() == rows("signal_archives") == size, f"a table does not have {size} rows")
             with _serving(1) as port:
                 print_header(f"milliseconds, {size:,} rows in each table")
-                for label, url in {**_QUESTIONS, **_OTHERS}.items():
+                for label, url in {**_MAIN_REQUESTS, **_OTHER_REQUESTS}.items():
                     times = _ask(port, url, _CALLS)
                     seconds[size, label] = quantiles(times)
                     report.add("api", f"{label}, {size} rows", "ms", [one * 1e3 for one in times])
@@ -58,19 +58,19 @@ def measure_api(count: int, report: Report) -> None:
 
 def _print_ratios(seconds: dict[tuple[int, str], tuple[float, float, float]], count: int, report: Report) -> None:
     print_columns(f"{count:,} rows to {_FEW:,} rows", ("p50", "p99"))
-    for label in _QUESTIONS:
+    for label in _MAIN_REQUESTS:
         ratios = [many / few for many, few in zip(seconds[count, label], seconds[_FEW, label], strict=True)][:2]
         for name, ratio in zip(("p50", "p99"), ratios, strict=True):
             report.add("api", f"{label}, ratio of {name}", "", [ratio])
         print_row(label, ("p50", "p99"), [f"{ratio:.2f}" for ratio in ratios])
         if max(ratios) > _MOST_RATIO:
-            report.note(f"{label}: more than {_MOST_RATIO:.0f} times as long with more rows")
+            report.note(f"{label}: more than {_MOST_RATIO:.0f} times slower with {count:,} rows")
 
 
 def _print_rates(report: Report) -> None:
     print_columns(f"two processes, {_CLIENTS} clients, {_LOAD_SECONDS:.0f} s", ("requests/s",))
     with _serving(2) as port, ProcessPoolExecutor(_CLIENTS) as pool:
-        for label, url in _QUESTIONS.items():
+        for label, url in _MAIN_REQUESTS.items():
             rate = sum(pool.map(_load, [port] * _CLIENTS, [url] * _CLIENTS)) / _LOAD_SECONDS
             report.add("api", f"{label}, two processes", "requests/s", [rate])
             print_row(label, ("requests/s",), [f"{rate:,.0f}"])
@@ -78,7 +78,7 @@ def _print_rates(report: Report) -> None:
 
 @contextmanager
 def _serving(processes: int) -> Iterator[int]:
-    """uvicorn with `consumers.web.api:app`; the port, once it answers."""
+    """Run uvicorn with `consumers.web.api:app`; yield its port once it answers."""
     port = _free_port()
     command = [
         sys.executable,
@@ -94,7 +94,7 @@ def _serving(processes: int) -> Iterator[int]:
     try:
         deadline = time.monotonic() + _START_SECONDS
         while not _answers(port):
-            require(time.monotonic() < deadline and server.poll() is None, "the API does not start")
+            require(time.monotonic() < deadline and server.poll() is None, "the API did not start")
             time.sleep(0.1)
         yield port
     finally:
@@ -117,7 +117,7 @@ def _answers(port: int) -> bool:
 
 
 def _ask(port: int, url: str, calls: int) -> list[float]:
-    """Seconds of each call, one after the other on one connection, after some that do not count."""
+    """Return the seconds of each of `calls` sequential requests on one connection, after a warm-up."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     times = [_timed(connection, url) for _ in range(calls + calls // 10)]
     connection.close()
@@ -130,12 +130,12 @@ def _timed(connection: http.client.HTTPConnection, url: str) -> float:
     answer = connection.getresponse()
     answer.read()
     seconds = time.perf_counter() - started
-    require(answer.status == 200, f"{url} was answered with {answer.status}")
+    require(answer.status == 200, f"{url} returned status {answer.status}")
     return seconds
 
 
 def _load(port: int, url: str) -> int:
-    """How many calls one client makes in _LOAD_SECONDS."""
+    """Return the number of requests that one client completes in _LOAD_SECONDS."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     calls, until = 0, time.monotonic() + _LOAD_SECONDS
     while time.monotonic() < until:

@@ -1,4 +1,4 @@
-"""Events that wait in the queue before a worker begins, put there by the producer's own outbox and relay."""
+"""Events that wait in the queue before a worker starts, enqueued through a real outbox."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _LAST_JOBS = 1000
 
 
 def snapshots(count: int, first: int = 0) -> Iterator[PortfolioSnapshot]:
-    """Different facts, a second apart."""
+    """Yield `count` different snapshots, one second apart."""
     return (a_snapshot(after=timedelta(seconds=number)) for number in range(first, first + count))
 
 
 def texts(count: int) -> list[str]:
-    """The same on the wire, without a queue."""
+    """Return the JSON texts of `count` snapshot events, without a queue."""
     return [
         encode(event_of(payload, source="bench/0", sequence=number))
         for number, payload in enumerate(snapshots(count), start=1)
@@ -44,7 +44,7 @@ def texts(count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Backlog:
-    """`count` jobs that wait beside the queue, out of every worker's sight until `release`."""
+    """`count` jobs in a parked list, which no worker reads until `release`."""
 
     redis: Redis
     queue: Queue
@@ -53,24 +53,25 @@ class Backlog:
     last_job_ids: Sequence[str]
 
     def release(self) -> None:
-        """Put all of them into the queue, in one step."""
+        """Move all jobs into the queue atomically."""
         self.redis.rename(_PARKED, self.queue.key)
 
     def wait(self) -> int:
-        """Return when the last event is acknowledged, which is after its commit, and its job is finished.
+        """Wait until every event is acknowledged (which is after its commit) and the last jobs are finished.
 
-        Returns how many Redis commands were spent on watching.
+        Returns:
+            The number of Redis commands that the wait itself used.
         """
         key = acknowledgement_key(self.source)
-        looks = wait_for_progress(lambda: int(self.redis.hlen(key)), self.count)
+        commands = wait_for_progress(lambda: int(self.redis.hlen(key)), self.count)
         while True:
-            looks += len(self.last_job_ids)
-            if not self._under_way():
-                return looks
+            commands += len(self.last_job_ids)
+            if not self._has_active_jobs():
+                return commands
             time.sleep(0.002)
 
-    def _under_way(self) -> bool:
-        """Whether one of the last jobs counts as waiting or running."""
+    def _has_active_jobs(self) -> bool:
+        """Return whether one of the last jobs is queued or started."""
         with self.redis.pipeline(transaction=False) as pipe:
             for job_id in self.last_job_ids:
                 pipe.hget(Job.key_for(job_id), "status")
@@ -79,13 +80,13 @@ class Backlog:
 
 
 def park_snapshots(redis: Redis, folder: Path, count: int, first: int = 0) -> Backlog:
-    """Record and enqueue `count` snapshots, numbered from `first`, then set the queue aside."""
+    """Record and enqueue `count` snapshots, numbered from `first`, then park the queue's list under another key."""
     queue = Queue(queue_name(), connection=redis, serializer=JSONSerializer)
     with Outbox(folder / f"backlog-{uuid4().hex}.db") as outbox:
         for done in range(0, count, _APPEND_EVENTS):
             outbox.append("bench", list(snapshots(min(_APPEND_EVENTS, count - done), first + done)))
         job_ids: deque[str] = deque(maxlen=_LAST_JOBS)
-        # As the relay does, which would not fill a queue as long as this one.
+        # The relay itself would stop sending before the queue is this long.
         while entries := outbox.deliveries.pending(_SEND_ENTRIES):
             with redis.pipeline(transaction=True) as pipe:
                 enqueue(pipe, queue, entries)
@@ -96,7 +97,7 @@ def park_snapshots(redis: Redis, folder: Path, count: int, first: int = 0) -> Ba
         (source,) = outbox.sources()
     require(sent == queue.count == count, f"{sent} events sent and {queue.count} queued of {count}")
     redis.rename(queue.key, _PARKED)
-    # Set aside they are in no list, which a worker would look into.
+    # Suppress the workers' search for orphans: parked jobs are in no list that it knows.
     redis.set(f"{orphans_key(queue.name)}:looked", "1", ex=3600)
     for file in folder.glob("backlog-*"):
         file.unlink()

@@ -1,4 +1,4 @@
-"""What the machine can do at the most: the same validation and the same table, without a job queue."""
+"""Upper bounds of this machine: the same validation and the same table, without a job queue."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _INSERT_STAGED = text(f"INSERT INTO portfolio_history ({_COLUMNS}) SELECT {_COLU
 
 
 def one_by_one(events: Sequence[str], client: Redis) -> None:
-    """Validate, insert and commit each on its own, with SQLAlchemy."""
+    """Validate, insert and commit each event separately, with SQLAlchemy."""
     with engine().connect() as db:
         for event in events:
             db.execute(_INSERT_ONE, _row(event))
@@ -56,14 +56,14 @@ def one_by_one(events: Sequence[str], client: Redis) -> None:
 
 
 def many_rows(events: Sequence[str], client: Redis) -> None:
-    """Validate and insert BATCH events a statement and commit."""
+    """Validate and insert BATCH events per statement and commit."""
     with engine().connect() as db:
         for batch in _batches(events):
             _insert(db, batch)
 
 
 def redis_list(events: Sequence[str], client: Redis) -> None:
-    """The same, the events read from a plain list in Redis, and removed from it after the commit."""
+    """Do the same with events from a plain Redis list, which are removed after the commit."""
     with engine().connect() as db:
         while batch := client.lrange(_LIST, 0, BATCH - 1):
             _insert(db, [event.decode() for event in batch if isinstance(event, bytes)])
@@ -71,12 +71,12 @@ def redis_list(events: Sequence[str], client: Redis) -> None:
 
 
 def copy_staged(events: Sequence[str], client: Redis) -> None:
-    """Validate, COPY into a temporary table and insert from there, BATCH events a commit."""
+    """Validate, COPY into a temporary table and insert from there, BATCH events per commit."""
     with engine().connect() as db:
         db.execute(text(_STAGE))
         for batch in _batches(events):
             lines = "".join("\t".join(map(_copied, _row(event).values())) + "\n" for event in batch)
-            cursor: Any = db.connection.cursor()  # psycopg2's, which alone can COPY
+            cursor: Any = db.connection.cursor()  # of psycopg2: SQLAlchemy has no COPY
             cursor.copy_expert("COPY staged FROM STDIN", io.StringIO(lines))
             db.execute(_INSERT_STAGED)
             db.execute(text("TRUNCATE staged"))
@@ -84,7 +84,7 @@ def copy_staged(events: Sequence[str], client: Redis) -> None:
 
 
 def measured(work: Callable[[Sequence[str], Redis], None], folder: Path, count: int) -> Drain:
-    """Time one of the above over `count` events, with an engine that is connected already."""
+    """Time one of the functions above over `count` events, on an engine that is already connected."""
     reset()
     events = texts(count)
     with redis() as client:
@@ -98,7 +98,7 @@ def measured(work: Callable[[Sequence[str], Redis], None], folder: Path, count: 
         usage = meter.read().since(before)
         require(work is not redis_list or not client.exists(_LIST), "events were left in the list")
     require_rows(count)
-    engine().dispose()  # PostgreSQL counts syncs at the latest when a connection ends
+    engine().dispose()  # a backend reports its last syncs when its connection ends
     return Drain(count, seconds, usage, syncs() - synced)
 
 
@@ -109,7 +109,7 @@ def _insert(db: Connection, batch: Sequence[str]) -> None:
 
 
 def _row(event: str) -> dict[str, Any]:
-    """The validated columns of an event, in the order of _TYPES."""
+    """Return the validated columns of an event, in the order of _TYPES."""
     snapshot = decode(event, PortfolioSnapshotEvent)
     values = dict(snapshot.data) | {
         "event_id": str(snapshot.id),

@@ -1,4 +1,4 @@
-"""What makes a benchmark fail: an event that was lost, a count that is off, a drain that stands still."""
+"""Checks that fail a benchmark: a lost event, a wrong count, a drain without progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy import text
 from consumers.db.engine import engine
 
 STALL_SECONDS = 60.0
-_RECOUNT_SECONDS = 0.2  # without a new row
+_RECOUNT_SECONDS = 0.2  # time without a new row after which all rows are counted again
 _NEW_ROWS = text("SELECT count(*), max(id) FROM portfolio_history WHERE id > :last")
 
 
@@ -26,13 +26,13 @@ def rows(table: str = "portfolio_history") -> int:
 
 
 def require_rows(expected: int) -> None:
-    """Exactly these many snapshots, and no delivery that became something else than a row."""
+    """Fail unless there are exactly `expected` snapshots and no delivery without a row."""
     found, outcomes = rows(), rows("event_outcomes")
     require(found == expected and not outcomes, f"{found} rows and {outcomes} other outcomes of {expected} events")
 
 
 class Rows:
-    """Counts snapshots again and again, each time only those that are new, from when it was made."""
+    """Incremental count of the snapshots: each call reads only the new rows."""
 
     def __init__(self) -> None:
         self._last, self._seen, self._recount_at = 0, 0, time.monotonic() + _RECOUNT_SECONDS
@@ -44,19 +44,23 @@ class Rows:
             new, last = db.execute(_NEW_ROWS, {"last": self._last}).one()
             if new:
                 self._last, self._seen, self._recount_at = last, self._seen + new, now + _RECOUNT_SECONDS
-            elif now > self._recount_at:  # one that was committed after a later one would be missed
+            elif now > self._recount_at:  # a row with a lower id may have been committed later
                 self._seen, last = db.execute(_NEW_ROWS, {"last": 0}).one()
                 self._last, self._recount_at = last or 0, now + _RECOUNT_SECONDS
         return int(self._seen)
 
 
 def wait_for_progress(progress: Callable[[], int], goal: int, pause: float = 0.005) -> int:
-    """Return how often it looked when `progress` reaches `goal`; fail when it stands still for STALL_SECONDS."""
-    last, moved_at, looks = -1, time.monotonic(), 1
+    """Wait until `progress` reaches `goal`; fail if it does not change for STALL_SECONDS.
+
+    Returns:
+        The number of calls of `progress`.
+    """
+    last, moved_at, calls = -1, time.monotonic(), 1
     while (now := progress()) < goal:
         if now != last:
             last, moved_at = now, time.monotonic()
-        require(time.monotonic() - moved_at < STALL_SECONDS, f"stands still at {now} of {goal} events")
+        require(time.monotonic() - moved_at < STALL_SECONDS, f"no progress at {now} of {goal} events")
         time.sleep(pause)
-        looks += 1
-    return looks
+        calls += 1
+    return calls

@@ -1,4 +1,4 @@
-"""One timed drain: how long a contender took for its events, and what that cost."""
+"""Timed drain of a queue: duration and resource usage of one contender."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Drain:
 
     @property
     def rate(self) -> float:
-        """Events a second."""
+        """Events per second."""
         return self.events / self.seconds
 
 
 def drain_queue(start: Start, folder: Path, count: int) -> Drain:
-    """Let the workers that `start` runs store `count` waiting snapshots in empty tables."""
+    """Time how the workers that `start` runs store `count` waiting snapshots in empty tables."""
     reset()
     drain = drain_more(start, folder, count)
     require_rows(count)
@@ -37,7 +37,7 @@ def drain_queue(start: Start, folder: Path, count: int) -> Drain:
 
 
 def drain_more(start: Start, folder: Path, count: int, first: int = 0) -> Drain:
-    """The same beside the rows that are there; `first` is the number of the first fact that is not."""
+    """Do the same without emptying the tables; the snapshots are numbered from `first` and must be new."""
     with redis() as client:
         client.flushall()
         backlog = park_snapshots(client, folder, count, first)
@@ -46,8 +46,8 @@ def drain_more(start: Start, folder: Path, count: int, first: int = 0) -> Drain:
             meter = Meter(client, workers)
             before, started = meter.read(), time.perf_counter()
             backlog.release()
-            looks = backlog.wait()
+            watching = backlog.wait()
             seconds = time.perf_counter() - started
             usage = meter.read().since(before)
-            usage = replace(usage, commands=usage.commands - looks)
+            usage = replace(usage, commands=usage.commands - watching)
     return Drain(count, seconds, usage, syncs() - synced)

@@ -1,4 +1,4 @@
-"""Servers of its own for each benchmark, empty between runs, and the facts of the machine."""
+"""Temporary servers for each benchmark, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from producers.settings import TransportSettings
 
 @contextmanager
 def bench_stack() -> Iterator[Path]:
-    """PostgreSQL and Valkey with their defaults for durability in a new folder, which is removed in the end."""
+    """Run PostgreSQL and Valkey with their default durability in a temporary folder, and yield the folder."""
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, embedded_stack(Path(folder)):
         yield Path(folder)
 
@@ -34,7 +34,7 @@ def queue_name() -> str:
 
 
 def reset() -> None:
-    """Empty tables and an empty Redis; no worker may run."""
+    """Empty the tables and Redis; no worker may run."""
     with engine().begin() as db:
         db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes"))
     checkpoint()
@@ -43,7 +43,7 @@ def reset() -> None:
 
 
 def checkpoint() -> None:
-    """Write out what earlier runs have left, so that the next one does not pay for it."""
+    """Write the dirty pages of earlier runs to disk, so that the next run does not pay for them."""
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
         db.execute(text("CHECKPOINT"))
 
@@ -54,7 +54,7 @@ def vacuum() -> None:
 
 
 def machine_facts() -> dict[str, str]:
-    """Versions and what the durability of both servers is set to, asked of the servers themselves."""
+    """Return the number of cores, the versions, and the durability settings that both servers report."""
     with bench_stack(), engine().connect() as db, redis() as client:
         setting = {
             name: str(db.execute(text("SELECT current_setting(:name)"), {"name": name}).scalar())

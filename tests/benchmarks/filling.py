@@ -1,4 +1,4 @@
-"""Millions of rows in minutes: indexes and keys away, rows in, the same indexes and keys back."""
+"""Fast insertion of millions of rows: drop indexes and keys, insert the rows, create the same indexes and keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from consumers.db.engine import engine
 from tests.benchmarks.checks import require
 from tests.benchmarks.environment import checkpoint, vacuum
 
-_WORTH_DROPPING = 100_000  # rows; fewer are faster into the indexes as they stand
+_WORTH_DROPPING = 100_000  # rows; with fewer rows it is faster to keep the indexes
 _SESSIONS = 2
 
 _SNAPSHOTS = text("""
@@ -47,7 +47,7 @@ _INDEXES = text("""
 
 
 def fill_snapshots(first: int, last: int, lost: int | None = None) -> None:
-    """Add the snapshots numbered `first` to `last` in four sources, but for `lost`, then vacuum and analyze."""
+    """Insert the snapshots numbered `first` to `last`, except `lost`, in four sources; then vacuum and analyze."""
     with _without_indexes("portfolio_history", last - first):
         bounds = [first + (last + 1 - first) * part // _SESSIONS for part in range(_SESSIONS + 1)]
         with ThreadPoolExecutor(_SESSIONS) as pool:
@@ -57,7 +57,7 @@ def fill_snapshots(first: int, last: int, lost: int | None = None) -> None:
 
 
 def fill_archives(first: int, last: int) -> None:
-    """Add the archives of one signal numbered `first` to `last`."""
+    """Insert the archives numbered `first` to `last`, with one signal each; then vacuum and analyze."""
     with _without_indexes("signal_archives", last - first), engine().begin() as db:
         db.execute(_ARCHIVES, {"first": first, "last": last})
     vacuum()
@@ -72,7 +72,7 @@ def _insert(first: int, last: int, lost: int | None) -> None:
 
 @contextmanager
 def _without_indexes(table: str, rows: int) -> Iterator[None]:
-    """Drop indexes and unique keys of `table` for the block, and require that they come back as they were."""
+    """Drop the indexes and unique keys of `table` during the block, and check that the same ones exist afterwards."""
     if rows < _WORTH_DROPPING:
         yield
         return
@@ -89,10 +89,10 @@ def _without_indexes(table: str, rows: int) -> Iterator[None]:
             db.execute(text(f"ALTER TABLE {table} ADD CONSTRAINT {name} {definition}"))
         for definition in indexes.values():
             db.execute(text(definition))
-        require(_definitions(db, table) == before, f"the indexes of {table} are not what they were")
+        require(_definitions(db, table) == before, f"the indexes of {table} have changed")
 
 
 def _definitions(db: Connection, table: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Definitions of the keys and of the other indexes, by name."""
+    """Return the definitions of the keys and of the other indexes, by name."""
     keys = {row.name: row.definition for row in db.execute(_CONSTRAINTS, {"table": table})}
     return keys, {row.name: row.definition for row in db.execute(_INDEXES, {"table": table})}

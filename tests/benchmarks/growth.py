@@ -1,4 +1,4 @@
-"""Whether storing and reading become slower as the history grows."""
+"""Insert rate and read times as the history grows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COLUMNS = ("inserted/s", "min..max inserted/s", "snapshots ms", "archives ms")
 
 
 def measure_growth(most: int, report: Report) -> None:
-    """Print insert rate and read times at each of _SIZES up to `most` snapshots; archives are a tenth of them."""
+    """Print insert rate and read times at each of _SIZES up to `most` snapshots, with a tenth as many archives."""
     print_columns(f"one worker; reads of limit={_READ_ROWS}", _COLUMNS)
     before, inserted = 0, 0
     with bench_stack() as folder:
@@ -44,7 +44,7 @@ def measure_growth(most: int, report: Report) -> None:
 
 
 def _drains(folder: Path, first: int) -> Sequence[Drain]:
-    """A trial and _INSERTS drains of about _INSERT_SECONDS each, of new facts numbered from `first`."""
+    """Run a trial and _INSERTS drains of about _INSERT_SECONDS each; the snapshots are numbered from `first`."""
     drains = [drain_more(history_workers, folder, _TRIAL_EVENTS, first)]
     count = max(round(drains[0].rate * _INSERT_SECONDS), _TRIAL_EVENTS)
     starts = [first + _TRIAL_EVENTS + number * count for number in range(_INSERTS)]
@@ -63,7 +63,7 @@ def _print(size: int, drains: Sequence[Drain], report: Report) -> None:
 
 
 def _read_times(read: Callable[..., list[dict[str, Any]]]) -> list[float]:
-    """Milliseconds of each of _READS calls on one connection of the pool, after one that warms up."""
+    """Return the milliseconds of each of _READS calls on one pooled connection, after one warm-up call."""
     milliseconds = []
     for _ in range(1 + _READS):
         started = time.perf_counter()

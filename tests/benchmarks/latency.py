@@ -1,6 +1,6 @@
-"""The time of one producer call, and from the call until the row is committed with one idle worker.
+"""Latency of one producer call, and from the call to the committed row.
 
-Events are paced so that each meets an idle worker.
+There is one worker. The events are spaced so that each one meets it idle.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tests.factories import a_portfolio
 
 _PACE_SECONDS = 0.02
 _WARM_UP_EVENTS = 20
-_GIVE_UP_SECONDS = 10.0
+_STORE_TIMEOUT_SECONDS = 10.0
 _STORED = text("SELECT 1 FROM portfolio_history WHERE event_id = CAST(:event_id AS uuid)")
 
 
 def measure_latency(events: int, report: Report) -> None:
-    """Print both, in milliseconds, then the same at given rates."""
+    """Print both latencies in milliseconds, then the latency at fixed rates."""
     with (
         bench_stack() as folder,
         worker_process(folder / "worker.log"),
@@ -47,7 +47,7 @@ def measure_latency(events: int, report: Report) -> None:
 
 
 def measure_calls(producer: HistoryProducer, db: Connection, count: int) -> tuple[list[float], list[float]]:
-    """Seconds of each call, and from before the call until another connection sees the row."""
+    """Return the seconds of each call, and the seconds from each call until another connection sees the row."""
     calls, commits = [], []
     for _ in range(count):
         started = time.perf_counter()
@@ -60,8 +60,8 @@ def measure_calls(producer: HistoryProducer, db: Connection, count: int) -> tupl
 
 
 def _wait_until_stored(db: Connection, event_id: UUID) -> None:
-    deadline = time.monotonic() + _GIVE_UP_SECONDS
+    deadline = time.monotonic() + _STORE_TIMEOUT_SECONDS
     while db.execute(_STORED, {"event_id": str(event_id)}).scalar() is None:
         if time.monotonic() > deadline:
-            raise SystemExit(f"event {event_id} was not stored in {_GIVE_UP_SECONDS} s")
+            raise SystemExit(f"event {event_id} was not stored in {_STORE_TIMEOUT_SECONDS} s")
         time.sleep(0.0005)

@@ -1,4 +1,4 @@
-"""Memory of each process, and what waits, while events go through two workers at full speed."""
+"""Memory of each process and length of each queue, while two workers store events at full speed."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _COLUMNS = (
 _UNITS = ("rows", "MiB", "MiB", "MiB", "MiB", "jobs", "events", "events")
 _MIB = 2**20
 _SAMPLE_SECONDS = 1.0
-_SHARE = 10  # sampling takes at most about this part of the time
-_FULL_SECONDS = 0.2
+_SHARE = 10  # sampling takes at most about 1/10 of the time
+_FULL_SECONDS = 0.2  # pause before a retry when the outbox is full
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Redis' used_memory and the processes' unique set sizes, MiB; lengths of the queue and of the outbox, events."""
+    """Redis' used_memory and the unique set size of each process, in MiB; queue length and outbox, in events."""
 
     rows: int
     redis: float
@@ -49,11 +49,11 @@ class Sample:
 
 
 class Sampler:
-    """Takes samples from a thread of its own until stopped."""
+    """Background thread that takes samples."""
 
     def __init__(self, outbox: Path, workers: Sequence[int]) -> None:
         self.samples: list[Sample] = []
-        self._outbox = Outbox(outbox)  # apart from the producer's: counting must not hold its lock
+        self._outbox = Outbox(outbox)  # not the producer's object: counting must not hold its lock
         self._processes = [psutil.Process(one) for one in (*workers, None)]
         self._redis = redis()
         self._queue = Queue(queue_name(), connection=self._redis)
@@ -95,7 +95,7 @@ class Sampler:
 
 
 def measure_memory(events: int, report: Report) -> None:
-    """Print a sample before the first event, at half of the rows, the peaks, and when all is acknowledged."""
+    """Print a sample at the start, at half of the rows and when all is acknowledged, and the peak of each value."""
     with (
         bench_stack() as folder,
         history_workers(folder, 2) as workers,
@@ -114,11 +114,11 @@ def measure_memory(events: int, report: Report) -> None:
     print_columns(f"{events:,} events, {rate:,.0f}/s", _COLUMNS)
     _print(start, sampler.samples, end, report)
     if full:
-        report.note(f"the outbox was full for {full:.0f} s: record_many refused and was called again")
+        report.note(f"the outbox was full for {full:.0f} s: record_many raised OutboxError and was called again")
 
 
 def _record(producer: HistoryProducer, events: int) -> float:
-    """Record as fast as it is accepted; returns for how many seconds the outbox was full."""
+    """Record all events as fast as possible; return the seconds for which the outbox was full."""
     full = 0.0
     for first in range(0, events, CHUNK):
         facts = list(snapshots(min(CHUNK, events - first), first))

@@ -1,7 +1,6 @@
-"""Old history into the tables: its rate beside plain inserts, memory, a second run, verify, live latency.
+"""Import of old JSON files: rate compared with plain inserts, memory, second run, `verify`, latency of live events.
 
-N snapshots (--count) in portfolio_history.json and a twohundredth as many archives of 50 signals.
-One worker for the live events.
+The files have N snapshots (--count) and N/200 archives of 50 signals. One worker stores the live events.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ _SIGNALS = 50
 _FIRST = datetime(2025, 1, 1, 0, 0, 0, 101234)
 _BATCH = 500
 _ARCHIVES_A_BATCH = 50
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 _PACE_SECONDS = 0.1
 _LIVE_PORTFOLIO = 77
 _OPTIONS = ("--timezone", "UTC", "--portfolio-id", "1", "--json")
 
 
 def measure_import(snapshots: int, report: Report) -> None:
-    """Print each figure; every run must end with exactly the rows of the files."""
+    """Print each figure; fail if a run leaves other rows than those of the files."""
     archives = max(1, snapshots // _SNAPSHOTS_AN_ARCHIVE)
     with bench_stack() as folder:
         old = _write(folder / "old", snapshots, archives)
@@ -62,7 +61,7 @@ def measure_import(snapshots: int, report: Report) -> None:
         events = snapshots + archives
         figures = {
             "rows by multi-row INSERT alone": ("s", baseline, f"{events / baseline:,.0f} events/s"),
-            "import": ("s", seconds, f"{events / seconds:,.0f} events/s, {baseline / seconds:.0%} of it"),
+            "import": ("s", seconds, f"{events / seconds:,.0f} events/s, {baseline / seconds:.0%} of the plain rate"),
             "peak memory of the importer": ("MiB", peak / 2**20, ""),
             "second run, nothing to insert": ("s", again, f"{events / again:,.0f} entries/s"),
             "verify": ("s", compared, f"{events / compared:,.0f} entries/s"),
@@ -100,7 +99,7 @@ def _archive(number: int) -> dict[str, object]:
 
 
 def _baseline(old: Path) -> float:
-    """Seconds to read the files, convert and insert _BATCH rows (fewer large ones) a statement and commit."""
+    """Return the seconds to read and convert the files and insert _BATCH snapshots or fewer archives per commit."""
     started = time.perf_counter()
     for source in file_sources(old):
         history = OldHistory(source, zone=UTC, portfolio_id=1)
@@ -123,14 +122,14 @@ def _require_rows(snapshots: int, archives: int) -> None:
 
 
 def _command(name: str, old: Path) -> tuple[float, float]:
-    """Seconds and peak bytes of `trading-history <name>`, which must find everything in order."""
+    """Run `trading-history <name>`, which must end with status 0; return its seconds and peak memory in bytes."""
     started = time.perf_counter()
     with _started(name, old) as process:
         peak = 0
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             peak = max(peak, watched.memory_info().rss)
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
     require(process.returncode == 0, f"{name} ended with status {process.returncode}")
     return time.perf_counter() - started, peak
 
@@ -143,7 +142,7 @@ def _started(name: str, old: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def _measure_live(folder: Path, old: Path, report: Report) -> None:
-    """From the call of a producer until its acknowledgement is read, while the import runs beside it."""
+    """Print the time from a producer's call until its acknowledgement is read, while an import runs."""
     seconds: list[float] = []
     with (
         history_workers(folder),

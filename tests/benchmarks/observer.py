@@ -1,7 +1,8 @@
-"""Notes when rows become visible: `python -m tests.benchmarks.observer COUNT`.
+"""Program that records when rows become visible: `python -m tests.benchmarks.observer COUNT`.
 
-A process of its own, so that it takes no time from the producer. Its clock is the system's monotonic one, which all
-processes share. It ends when it has seen COUNT rows or its input ends, with one JSON list of [sequence, seconds].
+It is a separate process so that it does not slow the producer down. Its times are those of the system's monotonic
+clock, which all processes share. When it has seen COUNT rows, or when its standard input ends, it prints a JSON list of
+[sequence, seconds] and exits.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from sqlalchemy import text
 from consumers.db.engine import engine
 from tests.benchmarks.checks import require
 
-# It asks again after so long, which is the resolution of what it notes. Asking must be cheap, or what it watches gets
-# less of the machine: a statement that is planned once, and no layer above the driver.
+# Pause between two queries, which is the resolution of the times. A query must be cheap, or it slows the worker down:
+# the statement is prepared, and runs directly on the driver.
 _PAUSE_SECONDS = 0.002
-# Lanes commit in any order: rows come in between those that were seen. Numbers that are never used stay missing.
+# Worker threads commit in any order: a row with a lower id may appear after a higher one, and some ids are never used.
 _PREPARE = """
     PREPARE new (bigint, bigint[]) AS SELECT id, sequence FROM portfolio_history WHERE id > $1 AND id <> ALL ($2)
 """
@@ -31,7 +32,7 @@ _STORED = text("SELECT count(*) FROM portfolio_history WHERE id <= :highest")
 
 @contextmanager
 def observer(count: int) -> Iterator[subprocess.Popen[str]]:
-    """The process, ready; `seen_by` ends it."""
+    """Start the process and yield it once it is ready; `seen_by` ends it."""
     command = [sys.executable, "-m", "tests.benchmarks.observer", str(count)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -40,7 +41,7 @@ def observer(count: int) -> Iterator[subprocess.Popen[str]]:
 
 
 def seen_by(process: subprocess.Popen[str], seconds: float) -> dict[int, float]:
-    """Sequence -> monotonic seconds of what it has seen, at the latest `seconds` from now."""
+    """Wait at most `seconds` for the process to see all rows; return sequence -> monotonic seconds."""
     assert process.stdout is not None
     assert process.stdin is not None
     select.select([process.stdout], [], [], seconds)
@@ -54,12 +55,12 @@ def _watch(count: int) -> None:
     seen: list[tuple[int, float]] = []
     last, above, highest = 0, set[int](), 0
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
-        asking = db.connection.cursor()
-        asking.execute(_PREPARE)
+        cursor = db.connection.cursor()
+        cursor.execute(_PREPARE)
         print("ready", flush=True)
         while len(seen) < count and not select.select([sys.stdin], [], [], _PAUSE_SECONDS)[0]:
-            asking.execute("EXECUTE new (%s, %s)", (last, list(above)))
-            rows = asking.fetchall()
+            cursor.execute("EXECUTE new (%s, %s)", (last, list(above)))
+            rows = cursor.fetchall()
             now = time.monotonic()
             seen += [(sequence, now) for _, sequence in rows]
             above |= {row_id for row_id, _ in rows}

@@ -1,4 +1,4 @@
-"""The time of one producer call while Redis is of no use, in every way in which it can be."""
+"""Latency of one producer call during each kind of Redis outage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACE_SECONDS = 0.005
 
 
 def measure_outages(calls: int, report: Report) -> None:
-    """Print one row for each kind."""
+    """Print one row for each kind of outage."""
     print_header(f"milliseconds, {calls} calls each")
     with bench_stack() as folder:
         for number, (kind, outage) in enumerate(OUTAGES.items()):

@@ -1,6 +1,6 @@
-"""From the moment for which an event was scheduled until its row is committed, at a given rate.
+"""Latency from an event's scheduled time to its committed row, at a given rate.
 
-Open loop: the schedule does not wait for anything, so what is late makes the rest late, and is counted as that.
+Open loop: the schedule never waits, so a delay adds to the latency of all events behind it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tests.benchmarks.workers import Start, history_workers, simple_worker
 from tests.factories import a_snapshot
 
 _WARM_UP_EVENTS = 20
-_GRACE_SECONDS = 5.0  # after the last event was scheduled; what is not stored then is a backlog
+_GRACE_SECONDS = 5.0  # after the last scheduled time; events that are not stored by then count as a backlog
 _LATE_SECONDS = 1.0
 _WORKERS: dict[str, Start] = {"HistoryWorker": history_workers, "RQ SimpleWorker": simple_worker}
 
 
 @dataclass(frozen=True)
 class Pace:
-    """`events` events, `rate` a second, `chunk` of them in each call."""
+    """Load: `events` events, `rate` per second, `chunk` in each call."""
 
     rate: int
     events: int
@@ -44,7 +44,11 @@ PACES = (Pace(1, 15), Pace(100, 1000), Pace(1000, 3000), Pace(1000, 5000, chunk=
 
 @dataclass(frozen=True)
 class Paced:
-    """`seconds` of each event stored in time, in order; how late the last call was; what was left; events/s."""
+    """Result of one load.
+
+    `seconds`: latency of each event that was stored in time, in order. `late`: delay of the last call in seconds.
+    `left`: events not stored in time. `rate`: stored events per second.
+    """
 
     seconds: list[float]
     late: float
@@ -53,14 +57,14 @@ class Paced:
 
     @property
     def verdict(self) -> str:
-        """Empty when caller and worker kept up; who did not, and how many events a second were stored."""
+        """Text that names the caller or worker that was too slow, with the stored events per second; else empty."""
         behind = self.left > 0 or self.seconds[-1] - self.late > _LATE_SECONDS
         slow = ["caller"] * (self.late > _LATE_SECONDS) + ["worker"] * behind
         return f"{' and '.join(slow)} cannot keep up: {self.rate:,.0f}/s" if slow else ""
 
 
 def measure_paced(report: Report) -> None:
-    """Print each of PACES with each of _WORKERS, in milliseconds."""
+    """Print the latency of each of PACES with each of _WORKERS, in milliseconds."""
     print_header("scheduled -> row committed, ms")
     with bench_stack() as folder:
         for pace in PACES:
@@ -69,8 +73,8 @@ def measure_paced(report: Report) -> None:
 
 
 def _print(label: str, paced: Paced, report: Report) -> None:
-    for what, value in zip(("p50", "p99", "max"), quantiles(paced.seconds), strict=True):
-        report.add("latency", f"scheduled -> committed, {label}: {what}", "ms", [value * 1e3])
+    for name, value in zip(("p50", "p99", "max"), quantiles(paced.seconds), strict=True):
+        report.add("latency", f"scheduled -> committed, {label}: {name}", "ms", [value * 1e3])
     report.add("latency", f"scheduled -> committed, {label}: each", "ms", [one * 1e3 for one in paced.seconds])
     if paced.verdict:
         report.notes.append(f"latency, {label}: {paced.verdict}")
@@ -90,7 +94,7 @@ def _one_pace(folder: Path, pace: Pace, start: Start) -> Paced:
             with observer(total) as process:
                 scheduled, late = _call(producer, pace)
                 seen = seen_by(process, _GRACE_SECONDS)
-        if rows() < total:  # the rest is for another worker, so that every event is accounted for
+        if rows() < total:  # a second worker stores the rest, so that the number of rows can be checked
             with history_workers(folder):
                 wait_for_progress(rows, total, pause=0.2)
         require_rows(total)
@@ -101,7 +105,7 @@ def _one_pace(folder: Path, pace: Pace, start: Start) -> Paced:
 
 
 def _call(producer: HistoryProducer, pace: Pace) -> tuple[dict[int, float], float]:
-    """Sequence -> scheduled monotonic seconds, and by how many seconds the last call began too late."""
+    """Record the events; return sequence -> scheduled monotonic seconds, and the delay of the last call in seconds."""
     scheduled: dict[int, float] = {}
     started = time.monotonic() + 0.1
     for number in range(0, pace.events, pace.chunk):

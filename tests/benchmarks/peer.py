@@ -1,4 +1,4 @@
-"""The fastest peer, PgQueuer, with the same job: validate one snapshot, insert it once, commit."""
+"""Drain of PgQueuer, the fastest comparable project, with the same job: validate a snapshot, insert it once, commit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def installed() -> bool:
 
 
 def drain_pgqueuer(folder: Path, count: int) -> Drain:
-    """Let one worker process of PgQueuer take `count` snapshots from its own queue."""
+    """Time how one worker process of PgQueuer stores `count` snapshots from its own queue."""
     reset()
     asyncio.run(_fresh_queue())
     command = [sys.executable, "-m", "tests.benchmarks.pgqueuer_job", str(count)]
@@ -31,7 +31,7 @@ def drain_pgqueuer(folder: Path, count: int) -> Drain:
     ):
         assert worker.stdin is not None
         assert worker.stdout is not None
-        require(worker.stdout.readline() == "ready\n", "PgQueuer's worker did not begin")
+        require(worker.stdout.readline() == "ready\n", "PgQueuer's worker did not start")
         synced = syncs()
         meter = Meter(client, [worker.pid])
         before = meter.read()
@@ -48,8 +48,8 @@ def drain_pgqueuer(folder: Path, count: int) -> Drain:
 
 
 async def _fresh_queue() -> None:
-    """Its tables as its guide makes them fast: jobs are durable, its log of them is not, autovacuum is eager."""
-    os.environ["PGQUEUER_DURABILITY"] = "balanced"  # read at its first use, here
+    """Create its tables with the fast settings of its guide: durable jobs, unlogged log table, eager autovacuum."""
+    os.environ["PGQUEUER_DURABILITY"] = "balanced"  # PgQueuer reads it at its first use, below
     import asyncpg
     from pgqueuer import Queries
     from pgqueuer.db import AsyncpgDriver

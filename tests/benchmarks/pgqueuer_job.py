@@ -1,7 +1,7 @@
-"""A worker process of PgQueuer: `python -m tests.benchmarks.pgqueuer_job COUNT`.
+"""Worker process of PgQueuer: `python -m tests.benchmarks.pgqueuer_job COUNT`.
 
-It puts COUNT snapshots into its queue and says `ready`; when it reads a line it works until the last job is
-committed and finished, and says how many seconds that took; it ends when its input does.
+It enqueues COUNT snapshots and prints `ready`. After reading a line it works until the last job is committed and
+finished, and prints the seconds that this took. It exits when its standard input ends.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pgqueuer.models import Job
 from producers.events import PortfolioSnapshotEvent, decode
 from tests.benchmarks.backlog import texts
 
-# What its performance guide asks for: larger batches for short jobs, one connection for the queue manager and a
-# pool for the rest; its benchmark runs on uvloop. Of the numbers tried here, these were the fastest.
+# Its performance guide recommends larger batches for short jobs, and one connection for the queue manager beside a pool
+# for the jobs; its own benchmark runs on uvloop. These numbers were the fastest of those tried here.
 _BATCH = 50
 _CONNECTIONS = 10
 _ENQUEUE = 1000
@@ -34,7 +34,7 @@ ON CONFLICT (event_id) DO NOTHING
 
 
 async def _store(pool: asyncpg.Pool, text: str) -> None:
-    """Validate one event, insert it once, commit."""
+    """Validate and insert one event, and commit."""
     event = decode(text, PortfolioSnapshotEvent)
     data = event.data
     await pool.execute(

@@ -1,4 +1,4 @@
-"""Rows of figures."""
+"""Tables of figures on standard output."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def print_header(label: str) -> None:
 
 
 def print_quantiles(label: str, seconds: Sequence[float], note: str = "") -> None:
-    """In milliseconds."""
+    """Print p50, p99 and maximum in milliseconds."""
     p50, p99, most = quantiles(seconds)
     print(f"{label:{_LABEL}}{p50 * 1e3:9.2f}{p99 * 1e3:9.2f}{most * 1e3:9.2f}  {note}".rstrip(), flush=True)
 
 
 def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """p50, p99 and max, in seconds; p99 of fewer than 100 samples is their max."""
+    """Return p50, p99 and maximum; with fewer than 100 samples, p99 is the maximum."""
     cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 99
     return statistics.median(seconds), cuts[98] if len(seconds) >= 100 else max(seconds), max(seconds)
 
@@ -38,5 +38,5 @@ def width(column: str) -> int:
 
 
 def spread(runs: Sequence[float], digits: int = 0) -> str:
-    """`min..max`."""
+    """Return `min..max`."""
     return f"{min(runs):,.{digits}f}..{max(runs):,.{digits}f}"

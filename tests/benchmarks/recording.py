@@ -1,4 +1,4 @@
-"""What the producer's side can do: events a second from the call until all are committed."""
+"""Rate of the producer: events per second until accepted, and until committed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.benchmarks.workers import history_workers
 
 _RUNS = 3
 CHUNK = 1000
-_CALLS_SHARE = 10  # calls one at a time are a tenth of the events
+_CALLS_SHARE = 10  # one tenth of the events is recorded one by one
 _COLUMNS = ("events", "events/s", "min..max events/s")
 _LABELS = (
     f"record_many of {CHUNK} -> accepted",
@@ -28,7 +28,7 @@ _LABELS = (
 
 
 def measure_record(count: int, report: Report) -> None:
-    """Print medians of _RUNS runs, each with one worker, and beside them the worker's drain alone."""
+    """Print the medians of _RUNS runs with one worker, and the rate of the worker alone for comparison."""
     rates: dict[str, list[float]] = {label: [] for label in _LABELS}
     singles = max(1, count // _CALLS_SHARE)
     with bench_stack() as folder:
@@ -45,7 +45,7 @@ def measure_record(count: int, report: Report) -> None:
 
 
 def _record(folder: Path, count: int, chunk: int) -> tuple[float, float]:
-    """Events a second until the last call has returned, and until the last row is committed."""
+    """Return the events per second until the last call has returned, and until the last row is committed."""
     reset()
     for file in folder.glob("outbox.db*"):
         file.unlink()
@@ -58,6 +58,6 @@ def _record(folder: Path, count: int, chunk: int) -> tuple[float, float]:
         accepted = time.perf_counter() - started
         wait_for_progress(stored.count, count)
         committed = time.perf_counter() - started
-        require(producer.flush(30) == 0, "the relay has events left")
+        require(producer.flush(30) == 0, "the relay has unsent events")
     require_rows(count)
     return count / accepted, count / committed

@@ -1,4 +1,4 @@
-"""From kill -9 of a worker that holds work until another worker has stored it."""
+"""Time from `kill -9` of a worker with reserved jobs until another worker has stored their events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EVENTS = 20
 
 
 def measure_recovery(times: int, report: Report) -> None:
-    """Print median and worst, in seconds."""
+    """Print the median and the maximum of `times` recoveries, in seconds."""
     with (
         bench_stack() as folder,
         HistoryProducer(outbox=folder / "outbox.db") as producer,
@@ -42,7 +42,7 @@ def measure_recovery(times: int, report: Report) -> None:
 def _one_recovery(folder: Path, producer: HistoryProducer, number: int) -> float:
     redis = Redis.from_url(os.environ["REDIS_URL"])
     with engine().connect() as db:
-        # The insert waits for this lock: the worker dies with the work in its hands.
+        # The worker's insert waits for this lock, so the worker is killed with reserved jobs.
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
         victim = subprocess.Popen([sys.executable, "-m", "consumers.cli", "worker"], stderr=subprocess.DEVNULL)
         receipts = producer.record_many(
@@ -63,5 +63,5 @@ def _until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
     while not condition():
         if time.monotonic() > deadline:
-            raise SystemExit("the worker took nothing in 30 s")
+            raise SystemExit("the worker reserved no job in 30 s")
         time.sleep(0.01)

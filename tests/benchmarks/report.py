@@ -1,4 +1,4 @@
-"""What was measured: figures with their units and every single run, for the table and for a file."""
+"""Report of a benchmark run: figures with their units and each single run, as a JSON file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Figure:
-    """`value` (the median of `runs` unless said otherwise in `label`) in `unit`, and every single run."""
+    """One figure: `value`, the median of `runs` unless `label` says otherwise, in `unit`."""
 
     benchmark: str
     label: str
@@ -22,20 +22,20 @@ class Figure:
 
 @dataclass
 class Report:
-    """All figures of one call of the program."""
+    """All figures of one run of the program."""
 
     machine: Mapping[str, str] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, benchmark: str, label: str, unit: str, runs: Sequence[float]) -> float:
-        """Keep one figure; returns the median of its runs."""
+        """Add one figure and return the median of its runs."""
         value = statistics.median(runs)
         self.figures.append(Figure(benchmark, label, unit, value, list(runs)))
         return value
 
     def note(self, text: str) -> None:
-        """Print and keep a sentence that the figures need."""
+        """Print and keep a remark about the figures."""
         self.notes.append(text)
         print(text, flush=True)
 

@@ -1,4 +1,4 @@
-"""What an event takes: in Redis while it waits, finished, failed and acknowledged; in PostgreSQL as a row."""
+"""Size of an event: in Redis while it waits, is finished, rejected or acknowledged, and in PostgreSQL as a row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WORDS = (
 )
 # fmt: on
 _BATCH = 500
-_ARCHIVES_PART = 10  # one archive to so many snapshots
+_ARCHIVES_PART = 10  # snapshots per archive
 _IN_REDIS = 2000
 _WAL = text("SELECT pg_current_wal_insert_lsn() - CAST(:since AS pg_lsn)")
 _SIZES = text("SELECT pg_table_size(CAST(:table AS regclass)), pg_indexes_size(CAST(:table AS regclass))")
@@ -38,7 +38,7 @@ _KINDS = {"rq:job:": "job", "rq:results:": "result", "history:ack:": "acknowledg
 
 
 def archives(count: int) -> Iterator[SignalArchive]:
-    """Different batches of SIGNALS signals: numbers and words that compress no better than real ones."""
+    """Yield different archives of SIGNALS signals, whose numbers and words compress no better than real ones."""
     chance = random.Random(2026)
     for number in range(count):
         signals = [
@@ -57,7 +57,7 @@ def archives(count: int) -> Iterator[SignalArchive]:
 
 
 def measure_space(count: int, report: Report) -> None:
-    """Print bytes an event; `count` snapshots, and a tenth as many archives, make the tables."""
+    """Print the bytes per event; the tables have `count` snapshots and a tenth as many archives."""
     with bench_stack() as folder:
         _measure_redis(folder, report)
         _measure_tables(count, report)
@@ -69,7 +69,7 @@ def _print(report: Report, label: str, value: float, unit: str = "bytes") -> Non
 
 
 def _measure_redis(folder: Path, report: Report) -> None:
-    print("\nRedis, bytes an event (MEMORY USAGE)", flush=True)
+    print("\nRedis, bytes per event (MEMORY USAGE)", flush=True)
     few = _IN_REDIS // _ARCHIVES_PART
     for name, payloads in (("snapshot", snapshots(_IN_REDIS)), (f"archive of {SIGNALS} signals", archives(few))):
         _record(folder, payloads)
@@ -81,8 +81,8 @@ def _measure_redis(folder: Path, report: Report) -> None:
         wait_for_progress(rows, _IN_REDIS)
         wait_for_progress(_acknowledged, _IN_REDIS)
     used, kept = _used(), _keys("rq:job:")
-    _print(report, "snapshot, finished, as long as it is kept", (used["job"] + used["result"]) / kept)
-    _print(report, "snapshot, acknowledged and not yet seen by its producer", used["acknowledgement"] / _IN_REDIS)
+    _print(report, "snapshot, finished, while it is kept", (used["job"] + used["result"]) / kept)
+    _print(report, "snapshot, acknowledgement not yet read by its producer", used["acknowledgement"] / _IN_REDIS)
     _print(report, f"finished jobs kept of {_IN_REDIS:,}", kept, "jobs")
     with redis() as client:
         client.flushall()
@@ -90,11 +90,11 @@ def _measure_redis(folder: Path, report: Report) -> None:
     with history_workers(folder):
         wait_for_progress(_acknowledged, _IN_REDIS)
     used = _used()
-    _print(report, "snapshot, refused, until requeue or discard", (used["job"] + used["result"]) / _IN_REDIS)
+    _print(report, "snapshot, rejected, until requeue or discard", (used["job"] + used["result"]) / _IN_REDIS)
 
 
 def _record(folder: Path, payloads: Iterator[PortfolioSnapshot] | Iterator[SignalArchive]) -> None:
-    """Into the queue, by a producer that has gone when a worker acknowledges."""
+    """Enqueue the events; the producer is closed before a worker acknowledges them."""
     for file in folder.glob("outbox.db*"):
         file.unlink()
     with HistoryProducer(outbox=folder / "outbox.db", name="space") as producer:
@@ -118,7 +118,7 @@ def _keys(prefix: str) -> int:
 
 
 def _used() -> dict[str, int]:
-    """Bytes by kind of key, as Redis itself counts every element of them."""
+    """Return the bytes by kind of key, with all elements counted (MEMORY USAGE ... SAMPLES 0)."""
     used = dict.fromkeys([*_KINDS.values(), "other"], 0)
     with redis() as client:
         keys = [key.decode() for key in client.keys("*")]
@@ -132,17 +132,13 @@ def _used() -> dict[str, int]:
 
 
 def _measure_tables(count: int, report: Report) -> None:
-    print(f"\nPostgreSQL, bytes a row after {count:,} snapshots, {count // _ARCHIVES_PART:,} archives", flush=True)
+    archive_count = count // _ARCHIVES_PART
+    print(f"\nPostgreSQL, bytes per row with {count:,} snapshots and {archive_count:,} archives", flush=True)
     with engine().begin() as db:
         db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes"))
     for table, name, payloads, number in (
         ("portfolio_history", "snapshot", snapshots(count), count),
-        (
-            "signal_archives",
-            f"archive of {SIGNALS} signals",
-            archives(count // _ARCHIVES_PART),
-            count // _ARCHIVES_PART,
-        ),
+        ("signal_archives", f"archive of {SIGNALS} signals", archives(archive_count), archive_count),
     ):
         checkpoint()
         wal = _insert(payloads)
@@ -151,11 +147,11 @@ def _measure_tables(count: int, report: Report) -> None:
             of_table, of_indexes = db.execute(_SIZES, {"table": table}).one()
         _print(report, f"{name}: table", of_table / number)
         _print(report, f"{name}: indexes", of_indexes / number)
-        _print(report, f"{name}: WAL, from a checkpoint on", wal / number)
+        _print(report, f"{name}: WAL, starting at a checkpoint", wal / number)
 
 
 def _insert(payloads: Iterator[PortfolioSnapshot] | Iterator[SignalArchive]) -> int:
-    """In batches as a worker does; gives the bytes of WAL."""
+    """Insert the events in batches, like a worker; return the bytes of WAL."""
     with get_db() as db:
         since = db.execute(text("SELECT pg_current_wal_insert_lsn()")).scalar_one()
     events: list[Event] = []

@@ -1,4 +1,4 @@
-"""How fast waiting events become rows: this project's worker, others, and what the machine can do at the most."""
+"""Rate at which waiting events become rows: this project's worker, other workers, and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRIAL_SECONDS = 0.5
 _COLUMNS = ("events", "events/s", "min..max events/s")
 _COSTS = ("worker ms", "PostgreSQL ms", "Valkey ms", "commands", "WAL syncs")
 
-_CONTENDERS: dict[str, Callable[[Path, int], Drain]] = {
+CONTENDERS: dict[str, Callable[[Path, int], Drain]] = {
     "HistoryWorker, one process": partial(drain_queue, history_workers),
     "HistoryWorker, two processes": partial(drain_queue, partial(history_workers, processes=2)),
     "RQ SimpleWorker, one process": partial(drain_queue, simple_worker),
@@ -35,8 +35,8 @@ _CONTENDERS: dict[str, Callable[[Path, int], Drain]] = {
 
 
 def measure_throughput(most: int, report: Report) -> None:
-    """Drain each contender _RUNS times in turn, with at most `most` events, and print medians."""
-    contenders = dict(_CONTENDERS)
+    """Drain each contender _RUNS times in turn, with at most `most` events, and print the medians."""
+    contenders = dict(CONTENDERS)
     if not peer.installed():
         del contenders["PgQueuer, one process"]
         report.note("PgQueuer is not installed (dependency group bench): not measured")
@@ -52,7 +52,7 @@ def measure_throughput(most: int, report: Report) -> None:
 
 
 def _scaled(drain: Callable[[Path, int], Drain], folder: Path, most: int) -> int:
-    """So many events that a run takes about _TARGET_SECONDS; its trial runs are the warm-up."""
+    """Return the number of events with which a run takes about _TARGET_SECONDS; the trial runs are the warm-up."""
     count = min(_TRIAL_EVENTS, most)
     trial = drain(folder, count)
     if trial.seconds < _TRIAL_SECONDS and count < most:
@@ -72,14 +72,13 @@ def _print_rates(drains: dict[str, list[Drain]], report: Report) -> None:
 
 
 def _print_costs(drains: dict[str, list[Drain]], report: Report) -> None:
-    """CPU milliseconds an event are CPU seconds a thousand events."""
-    print_columns("what one event costs, medians", _COSTS)
+    print_columns("cost of one event, medians", _COSTS)
     for name, runs in drains.items():
         costs = [_costs(run) for run in runs]
         units = ("CPU ms/event", "CPU ms/event", "CPU ms/event", "commands/event", "syncs/event")
         medians = [
-            report.add("throughput", f"{name}: {what}", unit, values)
-            for what, unit, values in zip(_COSTS, units, zip(*costs, strict=True), strict=True)
+            report.add("throughput", f"{name}: {cost}", unit, values)
+            for cost, unit, values in zip(_COSTS, units, zip(*costs, strict=True), strict=True)
         ]
         print_row(name, _COSTS, [f"{value:.3f}" for value in medians])
 

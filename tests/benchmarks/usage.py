@@ -1,4 +1,4 @@
-"""What work costs: CPU seconds of process trees, commands of Redis, waits of PostgreSQL for its disk."""
+"""Resource usage: CPU seconds of process trees, Redis commands, WAL syncs of PostgreSQL."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from consumers.db.engine import engine
 
 @dataclass(frozen=True)
 class Usage:
-    """CPU seconds so far of the three, and commands that Redis has executed, also those inside scripts."""
+    """CPU seconds of the three so far, and commands that Redis has executed, including those of scripts."""
 
     worker: float
     postgres: float
@@ -33,7 +33,7 @@ class Usage:
 
 
 class Meter:
-    """Reads the usage of the servers and of the given processes, at any time while they live."""
+    """Reader of the usage of both servers and of the given worker processes, or of this process if there are none."""
 
     def __init__(self, redis: Redis, workers: Sequence[int] = ()) -> None:
         self._redis = redis
@@ -47,7 +47,7 @@ class Meter:
         self._valkey = psutil.Process(redis.info("server")["process_id"])
 
     def read(self) -> Usage:
-        if self._own:  # without its children, which are servers and old workers
+        if self._own:  # without the child processes, which are servers and earlier workers
             worker = sum(self._workers[0].cpu_times()[:2])
         else:
             worker = sum(_tree_seconds(process) for process in self._workers)
@@ -59,15 +59,15 @@ class Meter:
 
 
 def _tree_seconds(root: psutil.Process) -> float:
-    """User and system seconds of a process, its living descendants, and those that have ended."""
+    """Return the user and system seconds of a process and of its descendants, including those that have ended."""
     seconds = 0.0
     for process in (root, *root.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):  # then its parent has taken over its seconds
+        with suppress(psutil.NoSuchProcess):  # its parent's times now include its seconds
             seconds += sum(process.cpu_times()[:4])
     return seconds
 
 
 def syncs() -> int:
-    """How often PostgreSQL has synced its log so far; a living backend's last second may be missing."""
+    """Return how often PostgreSQL has synced its WAL so far; the last second of an open connection may be missing."""
     with engine().connect() as db:
         return int(db.execute(text("SELECT sum(fsyncs) FROM pg_stat_io WHERE object = 'wal'")).scalar_one())

@@ -1,4 +1,4 @@
-"""Worker processes: the project's own and RQ's, as an operator starts them."""
+"""Worker processes: those of this project and of RQ, started as an operator starts them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.benchmarks.checks import wait_for_progress
 from tests.benchmarks.environment import queue_name, redis
 
 Start = Callable[[Path], AbstractContextManager[list[int]]]
-_SETTLE_SECONDS = 1.0  # from its registration until a worker certainly waits for work
+_SETTLE_SECONDS = 1.0  # from its registration until a worker surely waits for jobs
 
 
 @contextmanager
 def history_workers(folder: Path, processes: int = 1) -> Iterator[list[int]]:
-    """`trading-history worker`, so many times; yields their process ids once they wait for work."""
+    """Run `processes` times `trading-history worker`; yield the process ids once all wait for jobs."""
     with ExitStack() as stack:
         workers = [stack.enter_context(worker_process(folder / "worker.log")) for _ in range(processes)]
         _wait_until_ready(processes)
@@ -31,7 +31,7 @@ def history_workers(folder: Path, processes: int = 1) -> Iterator[list[int]]:
 
 @contextmanager
 def simple_worker(folder: Path) -> Iterator[list[int]]:
-    """RQ's SimpleWorker, which runs jobs one by one without forking."""
+    """Run RQ's SimpleWorker, which runs jobs one by one without forking; yield its process id."""
     command = [sys.executable, "-m", "rq.cli", "worker", "--url", os.environ["REDIS_URL"]]
     command += ["--worker-class", "rq.SimpleWorker", "--serializer", "json", queue_name()]
     with open(folder / "simple-worker.log", "ab") as log:

@@ -1,4 +1,4 @@
-"""A headless Chromium on the real page, with real servers behind it."""
+"""A headless Chromium that opens the real page, with real servers behind it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.faults.proxy import Proxy
 from tests.page_app import PageServer, serving
 
 DESK = {"width": 1280, "height": 900}
-# Of an outage that a test has made, and of a canvas that a test reads; a broken page says other things.
+# These come from an outage made by a test and from a canvas that a test reads, not from a defect of the page.
 _OF_TESTS = ("Failed to load resource", "Canvas2D: Multiple readback")
 
 OpenPage = Callable[..., Page]
@@ -30,7 +30,7 @@ def chromium() -> Iterator[Browser]:
     program = shutil.which("chromium") or shutil.which("google-chrome")
     assert program, "no Chromium: apt-get install chromium"
     with sync_playwright() as playwright:
-        # Its sandbox refuses to run as root.
+        # Chromium's sandbox does not work for root.
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -44,7 +44,7 @@ def server(database_url: str) -> Iterator[PageServer]:
 
 @pytest.fixture
 def open_page(chromium: Browser, server: PageServer) -> Iterator[OpenPage]:
-    """Opens the page, and requires afterwards that nothing of it has failed or was refused."""
+    """Function that opens the page. At the end, the browser's console must have no error and no warning."""
     complaints: list[str] = []
     contexts = []
 
@@ -70,7 +70,7 @@ def open_page(chromium: Browser, server: PageServer) -> Iterator[OpenPage]:
 
 
 class Outage:
-    """Between the page's server and PostgreSQL."""
+    """Outage of the connection between the page's server and PostgreSQL."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
@@ -85,7 +85,7 @@ class Outage:
 
 @pytest.fixture
 def outage(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Outage]:
-    """A way to the database that can be cut; ask for it before `server`."""
+    """Connection to the database that a test can cut. Request it before `server`."""
     url = make_url(database_url)
     name = ".s.PGSQL.5432"
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:

@@ -1,4 +1,4 @@
-"""RQ Dashboard as an operator meets it: what waits, who is busy, why something failed, and sending it through again."""
+"""RQ Dashboard in a browser: its lists, reasons of failures, requeue and delete, and protection against other sites."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.deliveries import burst, enqueue_snapshots
 from tests.factories import a_snapshot
 
 OpenDashboard = Callable[[str], Page]
-_POLLED = 10_000  # milliseconds; the pages ask again every 2.5 s
+_POLLED = 10_000  # milliseconds; the pages reload their data every 2.5 s
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +39,17 @@ def dashboard(pair: Addresses, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def open_dashboard(chromium: Browser, dashboard: Dashboard, redis: Redis) -> Iterator[OpenDashboard]:
-    """Opens an address of it, logged in; requires afterwards that no script failed or was refused."""
+    """Function that opens one of its addresses, logged in. At the end, the console must have no error or warning."""
     complaints: list[str] = []
     login = {"username": "history", "password": PASSWORD}
-    context = chromium.new_context(viewport=DESK, http_credentials=login, locale="en-GB")  # type: ignore[arg-type]  # as both want it
+    context = chromium.new_context(viewport=DESK, http_credentials=login, locale="en-GB")  # type: ignore[arg-type]  # a dict is accepted
     context.set_default_timeout(30_000)
 
     def listen(message: Any) -> None:
         if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
             complaints.append(message.text)
 
-    def refuse(dialog: Dialog) -> None:
+    def dismiss(dialog: Dialog) -> None:
         complaints.append(f"dialog: {dialog.message}")
         dialog.dismiss()
 
@@ -57,7 +57,7 @@ def open_dashboard(chromium: Browser, dashboard: Dashboard, redis: Redis) -> Ite
         page = context.new_page()
         page.on("console", listen)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", refuse)
+        page.on("dialog", dismiss)
         page.goto(dashboard.url + address)
         return page
 
@@ -67,7 +67,7 @@ def open_dashboard(chromium: Browser, dashboard: Dashboard, redis: Redis) -> Ite
 
 
 def _reject_one(redis: Redis) -> str:
-    """A snapshot whose row is there with other amounts; the id of its job."""
+    """Store a snapshot, reject one with the same id and other amounts, and return the job id of the latter."""
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
     jobs = [
         queue.enqueue(
@@ -81,17 +81,17 @@ def _reject_one(redis: Redis) -> str:
     return str(jobs[1].id)
 
 
-def test_without_the_login_a_browser_shows_nothing(chromium: Browser, dashboard: Dashboard) -> None:
-    """It asks for user and password."""
+def test_a_browser_without_the_login_gets_401(chromium: Browser, dashboard: Dashboard) -> None:
+    """With one line of text."""
     with chromium.new_context() as context:
         answer = context.request.get(dashboard.url + "0/view/queues")
-        assert (answer.status, answer.text()) == (401, "Needs the user and password of this server.\n")
+        assert (answer.status, answer.text()) == (401, "The user or the password is missing or wrong.\n")
 
 
-def test_a_rejected_event_is_read_requeued_and_then_stored(
+def test_a_rejected_event_can_be_found_and_requeued_and_is_then_stored(
     open_dashboard: OpenDashboard, redis: Redis, database_url: str
 ) -> None:
-    """From the number in red to its reason, the button, and away from Failed and event_outcomes."""
+    """From the red number to the reason and the button; then Failed and event_outcomes are empty."""
     job_id = _reject_one(redis)
     page = open_dashboard("")
     page.locator("#queues tbody td.failed a").first.click()
@@ -115,8 +115,8 @@ def test_a_rejected_event_is_read_requeued_and_then_stored(
     assert (str(stored), open_outcomes, redis.zcard(FAILED_KEY)) == ("17.00000001", 0, 0)
 
 
-def test_jobs_are_deleted_emptied_and_all_requeued(open_dashboard: OpenDashboard, redis: Redis) -> None:
-    """By the buttons of a list, each after a question."""
+def test_the_buttons_of_a_list_delete_requeue_and_empty(open_dashboard: OpenDashboard, redis: Redis) -> None:
+    """Each asks before it acts."""
     fields = {"data": b'["f", null, ["x"], {}]', "status": b"failed", "origin": b"history"}
     for name in ("first", "second"):
         plant(redis, name, fields, result=failure("InvalidEvent: no"))
@@ -137,10 +137,10 @@ def test_jobs_are_deleted_emptied_and_all_requeued(open_dashboard: OpenDashboard
     assert redis.keys("rq:job:*") == []
 
 
-def test_every_page_shows_something_while_a_worker_is_busy(
+def test_every_page_loads_while_a_worker_is_busy(
     open_dashboard: OpenDashboard, redis: Redis, database_url: str, tmp_path: Path
 ) -> None:
-    """While its batch waits for a lock that somebody else has."""
+    """Its batch waits for a lock of another session."""
     with engine().begin() as blocker, (tmp_path / "log").open("w") as log:
         blocker.execute(text("LOCK TABLE portfolio_history"))
         enqueue_snapshots(redis, 3)
@@ -161,8 +161,8 @@ def test_every_page_shows_something_while_a_worker_is_busy(
 _HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
-def test_nothing_that_stands_in_redis_runs_in_the_browser(open_dashboard: OpenDashboard, redis: Redis) -> None:
-    """Names, descriptions, calls, results, reasons; nor what stands in an address."""
+def test_text_from_redis_never_runs_in_the_browser(open_dashboard: OpenDashboard, redis: Redis) -> None:
+    """Names, descriptions, calls, results and reasons; the same for text of an address."""
     hostile = _HOSTILE.encode()
     fields = {
         "data": f'["f{_HOSTILE}", null, ["{_HOSTILE}"], {{}}]'.encode(), "description": hostile, "origin": b"history",
@@ -196,10 +196,10 @@ def test_nothing_that_stands_in_redis_runs_in_the_browser(open_dashboard: OpenDa
         page.locator("h2, .intro").first.hover()
 
 
-def test_another_site_changes_nothing_with_the_operators_login(
+def test_another_site_cannot_change_anything_with_the_operators_login(
     open_dashboard: OpenDashboard, dashboard: Dashboard, redis: Redis
 ) -> None:
-    """The browser has the login, and sends it along with a form of a page of another origin."""
+    """The browser adds the login to a form that a page of another origin submits."""
     plant(redis, "j", {"data": b'["f", null, ["x"], {}]', "status": b"failed", "origin": b"history"})
     page = open_dashboard("")
     expect(page.locator("#queues tbody")).to_contain_text("history")

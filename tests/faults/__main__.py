@@ -1,8 +1,9 @@
-"""A long storm of faults: `python -m tests.faults --minutes 20 [--seed N]`. Exit status 1 if a promise was broken.
+"""Long fault tests. Exit status 1: a promise was broken.
 
-`python -m tests.faults failover`: Redis behind Sentinel, the master killed and another one paused.
-`python -m tests.faults upgrade --from COMMIT`: from the tree of that commit to this one, with events under way.
-`python -m tests.faults exits --runs 200`: controllers that record two events and end, with a worker and without Redis.
+storm (default): random faults of servers and processes, e.g. `python -m tests.faults --minutes 20`.
+failover: Redis behind Sentinel, whose master is killed and then paused.
+upgrade: from the tree of a commit to this one, e.g. `python -m tests.faults upgrade --from HEAD~20`.
+exits: controllers that record two events and exit, with a worker and without Redis.
 """
 
 from __future__ import annotations
@@ -24,28 +25,30 @@ from tests.faults.verdict import Verdict
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("storm", "failover", "upgrade", "exits"), nargs="?", default="storm")
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--folder", type=Path, help="an empty folder with a short path, which is kept")
-    parser.add_argument("--from", dest="commit", help="what to upgrade from")
-    parser.add_argument("--runs", type=int, default=200)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("test", choices=("storm", "failover", "upgrade", "exits"), nargs="?", default="storm")
+    parser.add_argument("--minutes", type=float, default=20, help="storm: duration of the faults (default 20)")
+    parser.add_argument(
+        "--seed", type=int, default=random.randrange(10**6), help="storm: repeat the faults of this seed"
+    )
+    parser.add_argument("--folder", type=Path, help="storm: an empty folder with a short path; it is kept")
+    parser.add_argument("--from", dest="commit", help="upgrade: the commit to upgrade from")
+    parser.add_argument("--runs", type=int, default=200, help="exits: number of runs of each kind (default 200)")
     options = parser.parse_args()
-    if options.what == "upgrade":
+    if options.test == "upgrade":
         if not options.commit:
             parser.error("upgrade needs --from COMMIT")
         return _upgrade(options.commit)
-    if options.what == "failover":
+    if options.test == "failover":
         return _failover()
-    if options.what == "exits":
+    if options.test == "exits":
         return _exits(options.runs)
-    logging.getLogger("producers.relay").setLevel(logging.ERROR)  # a line for each of thousands of rejections
+    logging.getLogger("producers.relay").setLevel(logging.ERROR)  # it would log thousands of rejections
     print(f"seed {options.seed}", flush=True)
     with ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="th-", dir="/tmp")))
         storm, judged = run_storm(folder, seconds=options.minutes * 60, seed=options.seed)
-        _print_storm(storm, judged, options.minutes)  # while its folder is there
+        _print_storm(storm, judged, options.minutes)  # before its folder is removed
     return 1 if judged.breaches else 0
 
 
@@ -57,14 +60,15 @@ def _print_storm(storm: Storm, judged: Verdict, minutes: float) -> None:
         f"{judged.accepted} events accepted: {judged.rows} rows,"
         f" {judged.duplicate} duplicates, {judged.rejected} rejected"
     )
-    for name, fates in judged.by_controller.items():
-        print(f"{fates.total():6} {name}: {', '.join(f'{count} {fate}' for fate, count in fates.most_common())}")
+    for name, outcomes in judged.by_controller.items():
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
+        print(f"{outcomes.total():6} {name}: {counts}")
     print(
         f"{len(storm.controllers.outboxes())} outboxes, {len(storm.controllers.salvaged_files())} damaged and salvaged"
     )
     for kind, count in (+storm.programs.failures).items():
-        print(f"{count:6} times a {kind} has ended with an error")
-    print(f"at worst {storm.worst_queue_entries} queue entries of one delivery")
+        print(f"{count:6} times a {kind} ended with an error")
+    print(f"at most {storm.worst_queue_entries} queue entries of one delivery")
     print(f"{len(judged.breaches)} breaches of the promise")
     for breach in judged.breaches[:20]:
         print(f"  {breach}")

@@ -1,6 +1,6 @@
-"""The controllers of a storm and their outboxes: long-running ones, copies of them, and one that cron starts.
+"""Controllers of a storm and their outboxes: long-running ones, copies of them, and one like a cron job.
 
-Each has a folder with its outbox. A relay process looks after some of the outboxes, when it runs.
+Each controller has a folder with its outbox. A relay process, while it runs, serves some of the outboxes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from tests.faults.verdict import KeptEntry, kept_entries
 
 _CONTROLLERS = 3
 _MOST_PAUSED = 2
-_MOST_COPIES = 2  # that run at the same time
+_MOST_COPIES = 2  # running at the same time
 _RELAYED = ("controller 1", "one-event 0")
 _RELAY = "relay 0"
-_SETTLE_SECONDS = 150.0  # a job whose stock worker has died takes one and a half minutes
-_PAUSE_SECONDS = 1.0  # until the call to `record` that was running has returned
+_SETTLE_SECONDS = 150.0  # a job whose stock worker died takes 90 s
+_PAUSE_SECONDS = 1.0  # by then a running call of `record` has returned
 _LOG = "-wal"
 _PROGRAMS = "tests.faults.programs"
 
@@ -39,25 +39,25 @@ _PUT_BACKS: tuple[PutBack, ...] = ("without its log", "with its log", "beside a 
 
 @dataclass(frozen=True)
 class _Paused:
-    """A controller that records nothing, so that a copy can be put back once all that it has recorded is settled."""
+    """A controller that records nothing until its entries are settled, so that an older copy can replace its outbox."""
 
     controller: Controller
-    file: Path | None  # of the run that was asked to pause; another one records again
-    asked_at: float
+    file: Path | None  # of the run that was paused; a later run records again
+    paused_at: float
 
 
 @dataclass
 class Controller:
-    """`seed` and `first` say which events its next run records, `variant` with which content."""
+    """One controller. `seed` and `first` choose the events of its next run, `variant` their content."""
 
     name: str
     folder: Path
     source_name: str
     variant: int = 0
-    seed: int = 0  # 0: a new one
+    seed: int = 0  # 0: a new seed
     seed_running: int = 0
     first: int = 0
-    file: Path | None = None  # for what the run that was started last accepts
+    file: Path | None = None  # events accepted by the latest run
     backup: Path | None = None
 
     @property
@@ -66,10 +66,10 @@ class Controller:
 
 
 class Controllers:
-    """All controllers of a storm. Methods that are faults return what they have done, for the count of faults."""
+    """All controllers of a storm. Methods that cause a fault return its name, which the storm counts."""
 
     def __init__(self, home: Path, programs: Supervisor, dice: random.Random) -> None:
-        self.replaced: list[KeptEntry] = []  # of files that were overwritten
+        self.replaced: list[KeptEntry] = []  # entries of outboxes that older copies have replaced
         self._home, self._programs, self._dice = home, programs, dice
         self._numbers = itertools.count(1)
         self._all: dict[str, Controller] = {}
@@ -91,14 +91,14 @@ class Controllers:
         return sorted(self._home.glob("bots/*/outbox.db"))
 
     def damaged_files(self) -> list[Path]:
-        """Quarantined files that are not salvaged yet."""
+        """Return the quarantined files that are not salvaged yet."""
         return [file for file in self._home.glob("bots/*/*.damaged-*") if not file.name.endswith(_LOG)]
 
     def salvaged_files(self) -> list[Path]:
         return [file for file in self._home.glob("bots/*/*.salvaged-*") if not file.name.endswith(_LOG)]
 
     def accepted(self) -> dict[str, Accepted]:
-        """By controller, over all of its runs."""
+        """Return the accepted events of all runs, by controller."""
         found: defaultdict[str, Accepted] = defaultdict(Accepted)
         for file in sorted(self._home.glob("accepted/*.jsonl")):
             one = read_accepted(file)
@@ -118,7 +118,7 @@ class Controllers:
             controller.seed_running = controller.seed or number
             events = ["--seed", str(controller.seed_running), "--variant", str(controller.variant)]
             events += ["--first", str(controller.first), "--pause", "0.02"]
-            controller.seed, controller.first = 0, 0  # after a restart it records new facts
+            controller.seed, controller.first = 0, 0  # after a restart it records new events
             files = ["--outbox", str(controller.outbox), "--accepted", str(controller.file)]
             return [_PROGRAMS, program, *files, "--name", controller.source_name, *events]
 
@@ -128,9 +128,9 @@ class Controllers:
         self._programs.restart(self._dice.choice(self._programs.names("controller", "copy", "one-event")))
 
     def copy_one(self) -> str:
-        """Copy the folder of a controller, and run both; the copy records the same facts, in part with other content.
+        """Copy the folder of a controller and run both; the copy records the same events, some with other content.
 
-        The oldest copy ends when there are too many. Its outbox is left with what it holds.
+        If there are too many copies, kill the oldest one. Its outbox keeps its entries.
         """
         original = self._any_running()
         stopped = self._dice.random() < 0.3
@@ -153,7 +153,7 @@ class Controllers:
         return self._all[self._dice.choice(self._programs.names("controller", "copy"))]
 
     def back_up_or_pause(self) -> str:
-        """Copy the outbox of a controller for later, or ask a controller to pause, so that its copy can be put back."""
+        """Copy the outbox of a controller for later, or pause a controller so that its copy can be put back."""
         running = [self._all[name] for name in self._programs.names("controller", "copy")]
         ready = [
             one for one in running if one.backup is not None and _has_accepted(one) and one.name not in self._paused
@@ -168,24 +168,24 @@ class Controllers:
         self._paused[controller.name] = _Paused(controller, controller.file, time.monotonic())
         return "controller paused"
 
-    def go_on(self) -> list[str]:
-        """Between two faults: put older copies back where that is fair now, and resume a relay process if that is due.
+    def continue_faults(self) -> list[str]:
+        """Put back the older copies that may be put back now, resume a stopped relay that is due, return what was done.
 
-        It is fair when each entry of the file that is overwritten is settled: what is not would be gone.
+        An older copy may be put back once each entry of the current file is settled: no unsettled entry may be lost.
         """
         if self._resume_relay_at is not None and time.monotonic() >= self._resume_relay_at:
             self._resume_relay_at = None
             self._programs.send(_RELAY, signal.SIGCONT)
-        done = {name: self._went_on(paused) for name, paused in list(self._paused.items())}
-        for name, what in done.items():
-            if what:
+        done = {name: self._continue(paused) for name, paused in list(self._paused.items())}
+        for name, fault in done.items():
+            if fault:
                 del self._paused[name]
-        return [what for what in done.values() if what]
+        return [fault for fault in done.values() if fault]
 
-    def _went_on(self, paused: _Paused) -> str | None:
-        controller, seconds = paused.controller, time.monotonic() - paused.asked_at
+    def _continue(self, paused: _Paused) -> str | None:
+        controller, seconds = paused.controller, time.monotonic() - paused.paused_at
         if controller.name not in self._programs.names("controller", "copy") or controller.file != paused.file:
-            return "older copy not put back: controller killed meanwhile"
+            return "older copy not put back: controller was killed first"
         if seconds < _PAUSE_SECONDS:
             return None
         if not _unsettled_count(controller.outbox):
@@ -194,7 +194,7 @@ class Controllers:
             return None
         else:
             done = "older copy not put back: not settled in time"
-        if controller.file == paused.file:  # before a new run listens, the signal would end it
+        if controller.file == paused.file:  # the signal would kill a new run that has no handler yet
             self._programs.send(controller.name, signal.SIGUSR2)
         return done
 
@@ -210,7 +210,7 @@ class Controllers:
             self._programs.kill(_RELAY)
         self._programs.kill(controller.name)
         before = self._home / "backups" / f"before.{next(self._numbers)}"
-        _copy_files(controller.folder, before)  # to look at the outbox itself would write its log into it
+        _copy_files(controller.folder, before)  # opening the outbox itself would checkpoint its log
         settled = not _unsettled_count(before / "outbox.db")
         if settled:
             self.replaced += kept_entries(before / "outbox.db")
@@ -221,21 +221,21 @@ class Controllers:
         return f"older copy put back {how}" if settled else "older copy not put back: not settled in time"
 
     def steer_relay(self) -> str:
-        """Start the relay process when there is none; else kill it, end it, or stop it for a while."""
+        """Start the relay process if there is none; otherwise kill, terminate or stop it for a while."""
         if not self._programs.is_running(_RELAY):
             self._programs.kill(_RELAY)
             self._start_relay()
             return "relay process started beside producers"
-        what = self._dice.choice(["killed", "told to end", "stopped by SIGSTOP"])
-        if what == "killed":
+        action = self._dice.choice(["killed", "terminated", "stopped by SIGSTOP"])
+        if action == "killed":
             self._programs.kill(_RELAY)
-        elif what == "told to end":
+        elif action == "terminated":
             self._programs.send(_RELAY, signal.SIGTERM)
         else:
             self._programs.send(_RELAY, signal.SIGSTOP)
             # Producers take over after 10 s.
             self._resume_relay_at = time.monotonic() + self._dice.choice([3.0, 15.0])
-        return f"relay process {what}"
+        return f"relay process {action}"
 
     def _start_relay(self) -> None:
         outboxes = [str(self._all[name].outbox) for name in _RELAYED]
@@ -247,7 +247,7 @@ class Controllers:
 
 
 def _copy_files(folder: Path, to: Path) -> None:
-    """As `cp -r` does: one file after the other, while others write them."""
+    """Copy a folder like `cp -r`: one file after the other, while programs write to them."""
     to.mkdir()
     for file in sorted(folder.iterdir()):
         with contextlib.suppress(FileNotFoundError):
@@ -255,7 +255,7 @@ def _copy_files(folder: Path, to: Path) -> None:
 
 
 def _put_back(backup: Path, outbox: Path, how: PutBack) -> None:
-    """As `cp` does: into the file that is there."""
+    """Copy the backup over the outbox like `cp`: into the existing file."""
     shutil.copyfile(backup / outbox.name, outbox)
     log, log_then = outbox.with_name(outbox.name + _LOG), backup / (outbox.name + _LOG)
     if how != "beside a newer log":
@@ -265,7 +265,7 @@ def _put_back(backup: Path, outbox: Path, how: PutBack) -> None:
 
 
 def _move_over(backup: Path, outbox: Path) -> None:
-    """As `rsync --delete` does, while the controller runs: into a new file, which gets the name of the old one."""
+    """Replace the outbox like `rsync --delete`, while the controller runs: write a new file and rename it."""
     arriving = outbox.with_name("arriving.db")
     shutil.copyfile(backup / outbox.name, arriving)
     for end in (_LOG, "-shm"):
@@ -274,7 +274,7 @@ def _move_over(backup: Path, outbox: Path) -> None:
 
 
 def _has_accepted(controller: Controller) -> bool:
-    """Whether the run that was started last has accepted an event."""
+    """Return whether the latest run has accepted an event."""
     return controller.file is not None and controller.file.exists() and controller.file.stat().st_size > 0
 
 
@@ -283,5 +283,5 @@ def _unsettled_count(outbox: Path) -> int:
     try:
         with closing(sqlite3.connect(outbox, timeout=10)) as db:
             return int(db.execute(query).fetchone()[0])
-    except sqlite3.DatabaseError:  # damaged: its producer has not found that yet
+    except sqlite3.DatabaseError:  # damaged, and its producer has not noticed yet
         return 1

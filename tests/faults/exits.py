@@ -1,4 +1,4 @@
-"""How controllers end that record two events and exit, on two busy cores: with a worker, and with Redis away."""
+"""Exits of controllers that record two events, on two busy cores: with a worker, and with Redis unreachable."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ from tests.rq_programs import until
 _EVENTS = 2  # of a controller
 _AFTER_SECONDS = 3.0
 _MOST_EXIT_SECONDS = 2.5
-_LONGEST_RUN_SECONDS = 8.0  # a busy loop ends by itself after so much for each run
+_LONGEST_RUN_SECONDS = 8.0  # time per run after which the busy loops end, should this program be killed
 _BUSY = "import sys, time\nend = time.monotonic() + float(sys.argv[1])\nwhile time.monotonic() < end: pass"
 
 
 def print_exits(home: Path, runs: int) -> int:
-    """Run both kinds so many times and print what was left and how long the exits took; 1 if a promise was broken."""
+    """Run both kinds `runs` times and print the entries left and the exit times.
+
+    Returns:
+        1 if a promise was broken, else 0.
+    """
     with ExitStack() as running:
         running.enter_context(embedded_stack(home / "servers"))
         redis = running.enter_context(Redis.from_url(os.environ["REDIS_URL"]))
@@ -53,12 +57,12 @@ def _busy_cores(cores: int, seconds: float) -> Iterator[None]:
 
 
 def _with_a_worker(home: Path, runs: int) -> Iterator[str]:
-    """An outbox for each run, so that no later run settles what an earlier one has left."""
+    """Each run has its own outbox: no run settles entries of an earlier one."""
     outboxes = [home / f"outbox-{number}.db" for number in range(runs)]
     ended = [_run(home, outbox) for outbox in outboxes]
     time.sleep(_AFTER_SECONDS)
     left = [(outbox, states(outbox)) for outbox in outboxes if unsettled(outbox)]
-    _print("a worker runs", ended, f"{sum(map(unsettled, outboxes))} entries not settled {_AFTER_SECONDS:.0f} s later")
+    _print("with a worker", ended, f"{sum(map(unsettled, outboxes))} entries unsettled after {_AFTER_SECONDS:.0f} s")
     for outbox, found in left:
         yield f"{outbox.name}: {found}"
     stored = sum(states(outbox).get("stored", 0) for outbox in outboxes)
@@ -68,7 +72,7 @@ def _with_a_worker(home: Path, runs: int) -> Iterator[str]:
 
 
 def _with_redis_away(home: Path, runs: int) -> Iterator[str]:
-    """One outbox, as of a bot that cron starts; in turn Redis refuses, and takes connections but never answers."""
+    """All runs share an outbox, as with cron. Redis alternately refuses connections, and accepts but never answers."""
     outbox = home / "outbox-away.db"
     before = _rows()
     with a_proxy(os.environ["REDIS_URL"], home) as (proxy, url):
@@ -83,7 +87,7 @@ def _with_redis_away(home: Path, runs: int) -> Iterator[str]:
         with a_relay(home / "relay.log", "--outbox", outbox, REDIS_URL=url):
             until(lambda: not unsettled(outbox), 120)
         took = time.monotonic() - began
-    _print("Redis is away", ended, f"kept {kept}; a relay delivered them in {took:.1f} s")
+    _print("Redis unreachable", ended, f"kept {kept}; a relay delivered them in {took:.1f} s")
     if kept != {"pending": _EVENTS * runs}:
         yield f"kept {kept} of {_EVENTS * runs} events"
     if states(outbox) != {"stored": _EVENTS * runs} or _rows() - before != _EVENTS * runs:
@@ -109,8 +113,8 @@ def _rows() -> int:
         return int(db.scalar(text("SELECT count(*) FROM portfolio_history")) or 0)
 
 
-def _print(what: str, ended: Sequence[Ended], found: str) -> None:
+def _print(kind: str, ended: Sequence[Ended], found: str) -> None:
     seconds = sorted(one.seconds for one in ended)
     p50, p99 = (seconds[min(int(share * len(seconds)), len(seconds) - 1)] for share in (0.5, 0.99))
-    print(f"{what}: {len(ended)} runs, {found}", flush=True)
+    print(f"{kind}: {len(ended)} runs, {found}", flush=True)
     print(f"    exit: p50 {p50:.2f} s, p99 {p99:.2f} s, at most {seconds[-1]:.2f} s", flush=True)

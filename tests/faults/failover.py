@@ -1,4 +1,4 @@
-"""Redis behind Sentinel loses its master under load: what was accepted, what was stored, how long nothing moved."""
+"""Failover of Redis behind Sentinel under load: events accepted, events stored, and the time without a new row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DRAIN_SECONDS = 120.0
 
 @dataclass
 class Failovers:
-    """`pauses`: of each failover, the longest time in which no row was added. Seconds."""
+    """Results. `pauses`: the longest time without a new row of each failover, in seconds."""
 
     pauses: dict[str, float] = field(default_factory=dict)
     longest_call: float = 0.0
@@ -43,7 +43,7 @@ class Failovers:
 
 
 class _Load:
-    """Records at a steady rate in a thread, and watches the rows grow in another."""
+    """Thread that records at a steady rate, and a thread that watches the number of rows."""
 
     def __init__(self, producer: HistoryProducer, found: Failovers) -> None:
         self.accepted = Accepted()
@@ -64,13 +64,13 @@ class _Load:
                 thread.join()
 
     def pause_during(self, fault: Callable[[], None]) -> float:
-        """The longest time without a new row, from before the fault until rows are added again after it."""
+        """Cause a fault; return the longest time without a new row until rows are added again."""
         self._longest_pause = 0.0
         fault()
         rows = _rows()
         while _rows() == rows:
             time.sleep(0.02)
-        time.sleep(_BEFORE_SECONDS)  # the other lanes and the relay may meet it later
+        time.sleep(_BEFORE_SECONDS)  # the other worker threads and the relay may notice it later
         return self._longest_pause
 
     def _record(self) -> None:
@@ -97,9 +97,10 @@ def _rows() -> int:
 
 
 def run_failovers(folder: Path, kinds: Sequence[str]) -> Failovers:
-    """For each of `kinds` the master of a new cluster, or of what is left of it, is `killed`, or `paused` and resumed.
+    """Start a cluster under load, then fail its current master once for each of `kinds`.
 
-    The settings must name a database with the tables; their REDIS_URL becomes the cluster's.
+    A kind is `killed`, or `paused`, in which case the master is resumed afterwards. The settings must
+    name a database with the tables. REDIS_URL is set to the cluster's URL.
     """
     cluster, found = Cluster(folder), Failovers()
     with ExitStack() as stack:
@@ -129,7 +130,7 @@ def run_failovers(folder: Path, kinds: Sequence[str]) -> Failovers:
 
 @contextmanager
 def _rq_worker(cluster: Cluster, folder: Path) -> Iterator[None]:
-    """RQ's own command with our worker class."""
+    """Run `rq worker` with HistoryWorker."""
     (folder / "behind_sentinel.py").write_text(cluster.rq_settings())
     command = [sys.executable, "-m", "rq.cli", "worker", "--path", str(folder), "--config", "behind_sentinel"]
     with open(folder / "rq-worker.log", "ab") as log:
@@ -151,7 +152,11 @@ def _fail(cluster: Cluster, kind: str, master: int) -> None:
 
 
 def _write_to_stale_master(cluster: Cluster, port: int, outbox: Path, accepted: Accepted) -> int:
-    """A producer that the news has not reached: its Redis takes everything, and then drops it; how many jobs."""
+    """Resume the old master and send events to it before Sentinel makes it a replica, which drops them.
+
+    Returns:
+        The number of jobs sent.
+    """
     cluster.resume(port)
     with cluster.client(port) as stale, HistoryProducer(stale, outbox=outbox) as producer:
         events = [a_snapshot(after=timedelta(days=1, seconds=number)) for number in range(_STALE_EVENTS)]
@@ -173,7 +178,7 @@ def _drain(outboxes: Sequence[Path], redis: Redis, running: HistoryProducer) -> 
 
 
 def print_failovers(found: Failovers) -> int:
-    """Exit status: 1 if a promise was broken."""
+    """Print the results; return 1 if a promise was broken, else 0."""
     assert found.judged is not None
     judged = found.judged
     lost = judged.accepted - judged.rows - judged.duplicate - judged.rejected
@@ -181,7 +186,7 @@ def print_failovers(found: Failovers) -> int:
     for kind, seconds in found.pauses.items():
         print(f"master {kind}: no new row for {seconds:.1f} s")
     print(
-        f"longest call {1000 * found.longest_call:.0f} ms; {found.lost_by_redis} jobs taken and lost by a stale master"
+        f"longest call {1000 * found.longest_call:.0f} ms; {found.lost_by_redis} jobs taken and lost by the old master"
     )
     for breach in judged.breaches[:20]:
         print(f"  {breach}", file=sys.stderr)

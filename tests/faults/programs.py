@@ -1,7 +1,7 @@
 """Programs that the fault tests run as processes: `python -m tests.faults.programs producer|one-event|worker|relay`.
 
-With FAULT_STEP set, a program kills itself with SIGKILL when it reaches that step for the FAULT_TIMES-th time; with
-FAULT_FILE_BYTES, none of its files can grow beyond that.
+If FAULT_STEP is set, a program kills itself with SIGKILL when it reaches that step for the FAULT_TIMES-th time. If
+FAULT_FILE_BYTES is set, none of its files can grow beyond that size.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from producers.outbox_header import OutboxHeader
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.faults.accepted import AcceptedFile, Answer, Delivery, delivery_of_receipt
 
-# What a producer of the random run sends: mostly new facts, some that others send too, some in conflict.
+# A producer of the storm sends mostly new events, some that others send too, and some in conflict.
 _SHARED_FACTS = 40
-_MOST_UNDER_WAY = 1000
-_ANSWERED_EVERY = 10  # of how many events one receipt is asked
+_MOST_UNSETTLED = 1000
+_ANSWERED_EVERY = 10  # it checks the receipt of every tenth event
 
 
 def produce(options: argparse.Namespace) -> None:
-    """A controller that runs for long: records `count` events, and writes down each that was accepted.
+    """Run as a long-running controller: record `count` events and write each accepted one to a file.
 
-    With `in_flight`, it waits after every so many events until they are settled: it meets each step that often. From
-    SIGUSR1 until SIGUSR2 it records nothing. After `move_after` events its outbox is given another name.
+    After every `settle_every` events, wait until they are settled, so that each step is reached that often. From
+    SIGUSR1 until SIGUSR2, record nothing. After `move_after` events, rename the outbox.
     """
-    asked, dice = _Asked(), random.Random(options.seed)
+    pause, dice = _Pause(), random.Random(options.seed)
     file = AcceptedFile(options.accepted)
     waiting: list[tuple[Receipt, Delivery]] = []
     with HistoryProducer(outbox=options.outbox, name=options.name) as producer:
         for number in range(options.first, options.first + options.count):
-            while asked.to_pause:
+            while pause.requested:
                 time.sleep(0.05)
             payload = _payload(options.seed, number, options.variant)
             receipt = producer.record(payload)
@@ -57,29 +57,29 @@ def produce(options: argparse.Namespace) -> None:
                 waiting.append((receipt, delivery))
             waiting = [one for one in waiting if not _write_answer(file, *one)]
             time.sleep(options.pause * dice.random())
-            while number % 50 == 0 and producer.status().depth > _MOST_UNDER_WAY:
-                time.sleep(0.1)  # a backlog of hours would have to be drained before anything can be judged
-            if options.in_flight and (number + 1) % options.in_flight == 0:
+            while number % 50 == 0 and producer.status().depth > _MOST_UNSETTLED:
+                time.sleep(0.1)  # the backlog must be drained before the run can be judged
+            if options.settle_every and (number + 1) % options.settle_every == 0:
                 _wait_until_settled(producer)
             if options.move_after == number + 1:
                 _move_away(options.outbox)
         producer.flush(30)
 
 
-class _Asked:
-    """Whether a signal has asked this controller to pause."""
+class _Pause:
+    """Pause of this controller, requested by SIGUSR1 and ended by SIGUSR2."""
 
     def __init__(self) -> None:
-        self.to_pause = False
-        signal.signal(signal.SIGUSR1, lambda *_: self._set(to_pause=True))
-        signal.signal(signal.SIGUSR2, lambda *_: self._set(to_pause=False))
+        self.requested = False
+        signal.signal(signal.SIGUSR1, lambda *_: self._set(requested=True))
+        signal.signal(signal.SIGUSR2, lambda *_: self._set(requested=False))
 
-    def _set(self, *, to_pause: bool) -> None:
-        self.to_pause = to_pause
+    def _set(self, *, requested: bool) -> None:
+        self.requested = requested
 
 
 def record_one(options: argparse.Namespace) -> None:
-    """A controller as cron starts it: records an event and ends, in one of three ways."""
+    """Run as a controller that cron starts: record one event and exit in one of three ways."""
     file = AcceptedFile(options.accepted)
     producer = HistoryProducer(outbox=options.outbox, name=options.name)
     payload = a_snapshot(portfolio_id=options.seed)
@@ -92,20 +92,20 @@ def record_one(options: argparse.Namespace) -> None:
 
 
 def _write_answer(file: AcceptedFile, receipt: Receipt, delivery: Delivery) -> bool:
-    """Whether the event's end is known; False when it is to be asked for again."""
+    """Write the event's outcome to the file; return False if it is not known yet."""
     try:
         file.write(Answer(delivery.job_id, receipt.wait(0), None))
     except EventRejected as error:
         file.write(Answer(delivery.job_id, None, error.reason))
     except TimeoutError:
         return False
-    except OutboxError:  # the file was replaced by an older copy, which does not have the entry
+    except OutboxError:  # an older copy without this entry has replaced the file
         return True
     return True
 
 
 def _move_away(outbox: Path) -> None:
-    """As a deployment does that renames the folder's files, and keeps them."""
+    """Rename the outbox's files, like a deployment that keeps the old files under another name."""
     for end in ("", "-wal", "-shm"):
         file = outbox.with_name(outbox.name + end)
         if file.exists():
@@ -116,12 +116,12 @@ def _wait_until_settled(producer: HistoryProducer) -> None:
     deadline = time.monotonic() + 30
     while producer.status().depth:
         if time.monotonic() > deadline:
-            raise TimeoutError("what was recorded was not settled in 30 s")
+            raise TimeoutError("the recorded events were not settled in 30 s")
         time.sleep(0.01)
 
 
 def _payload(seed: int, number: int, variant: int) -> PortfolioSnapshot | SignalArchive:
-    """Mostly a new fact of this seed. Another variant records the same facts, half of them with another content."""
+    """Return mostly a new event of this seed. Another variant has the same events, half of them with other content."""
     dice = random.Random(f"{seed} {number}")
     shared, balance, kind = dice.random(), dice.choice([1, 1, 1, 2]), dice.random()
     if dice.random() < 0.5:
@@ -137,7 +137,7 @@ def _payload(seed: int, number: int, variant: int) -> PortfolioSnapshot | Signal
 
 
 def work() -> None:
-    """A HistoryWorker as the command starts it; FAULT_BATCH makes its batches small."""
+    """Run `trading-history worker`; FAULT_BATCH limits the size of its batches."""
     from consumers.cli import app
     from consumers.worker import worker_thread
 
@@ -147,14 +147,14 @@ def work() -> None:
 
 
 def relay_outboxes(outboxes: Sequence[Path]) -> None:
-    """`trading-history relay`."""
+    """Run `trading-history relay` for these outboxes."""
     from consumers.cli import app
 
     app(["relay", *(part for path in outboxes for part in ("--outbox", str(path)))])
 
 
 def _die_at(step: str, times: int) -> None:
-    """Wrap the functions around the step so that the process dies there."""
+    """Wrap the function of a step so that the process kills itself when it gets there for the `times`-th time."""
     left = times
 
     def die() -> None:
@@ -200,7 +200,7 @@ PRODUCER_STEPS = {
     "after settle": lambda: (OutboxDeliveries, "settle", "after"),
     "after removing acknowledgements": lambda: (AcknowledgementReader, "_remove", "after"),
 }
-# Of the token's exchange with Redis, once each time a relay begins.
+# Steps of the exchange of the token with Redis, once each time a relay starts.
 EXCHANGE_STEPS = {
     "before begin_exchange": lambda: (OutboxHeader, "begin_exchange", "before"),
     "after begin_exchange": lambda: (OutboxHeader, "begin_exchange", "after"),
@@ -208,13 +208,13 @@ EXCHANGE_STEPS = {
     "before end_exchange": lambda: (OutboxHeader, "end_exchange", "before"),
     "after end_exchange": lambda: (OutboxHeader, "end_exchange", "after"),
 }
-# Of a producer whose file is moved away while it has it open.
+# Steps of a producer whose outbox file is renamed while it is open.
 CARRY_OVER_STEPS = {
     "before carry-over": lambda: (outbox_carry_over, "_carry_over", "before"),
     "after carry-over, before its commit": lambda: (outbox_carry_over, "_carry_over", "after"),
-    "after the commit of carry-over": lambda: (OutboxFile, "_go_on_at_path", "after"),
+    "after the commit of carry-over": lambda: (OutboxFile, "_continue_at_path", "after"),
 }
-# Of a producer that finds its file damaged.
+# Steps of a producer that finds its outbox file damaged.
 QUARANTINE_STEPS = {
     "before quarantine": lambda: (OutboxFile, "quarantine", "before"),
     "before a rename": lambda: (Path, "rename", "before"),
@@ -243,16 +243,18 @@ _STEPS: dict[str, Callable[[], tuple[Any, str, str]]] = {
 }
 
 
-def look_often() -> None:
-    """Shorten the intervals at which what is overdue is looked after, so that a run can be judged in time."""
+def shorten_intervals() -> None:
+    """Shorten the intervals at which overdue entries are checked, so that a run can be judged in time."""
     entry_sender._LAST_CHECK_SECONDS = 15.0
-    rq_queue.TIMEOUT_SECONDS = 30  # so long a job counts as started whose stock worker is dead
+    rq_queue.TIMEOUT_SECONDS = 30  # time for which the job of a dead stock worker counts as started
 
 
 def main() -> None:
-    look_often()
+    shorten_intervals()
     if limit := os.environ.get("FAULT_FILE_BYTES"):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error of the write, as on a full disk, instead of an end
+        signal.signal(
+            signal.SIGXFSZ, signal.SIG_IGN
+        )  # the write fails as on a full disk, instead of killing the process
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     if step := os.environ.get("FAULT_STEP"):
         _die_at(step, int(os.environ.get("FAULT_TIMES", "1")))
@@ -276,15 +278,15 @@ def _options() -> argparse.Namespace:
     for name in ("producer", "one-event"):
         one = programs.add_parser(name)
         one.add_argument("--outbox", type=Path, required=True)
-        one.add_argument("--accepted", type=Path, required=True, help="file for what was accepted")
-        one.add_argument("--name", default="trading-controller", help="of the source")
+        one.add_argument("--accepted", type=Path, required=True, help="file for the accepted events")
+        one.add_argument("--name", default="trading-controller", help="name of the source")
         one.add_argument("--seed", type=int, required=True)
-        one.add_argument("--variant", type=int, default=0, help="of the content, for a copy that has the same seed")
+        one.add_argument("--variant", type=int, default=0, help="variant of the content, for a copy with the same seed")
         one.add_argument("--first", type=int, default=0, help="number of the first event")
-        one.add_argument("--count", type=int, default=10**6)
+        one.add_argument("--count", type=int, default=10**6, help="number of events")
         one.add_argument("--pause", type=float, default=0.0, help="most seconds between two events")
-        one.add_argument("--in-flight", type=int, default=0)
-        one.add_argument("--move-after", type=int, default=0)
+        one.add_argument("--settle-every", type=int, default=0, help="wait after so that many events are settled")
+        one.add_argument("--move-after", type=int, default=0, help="rename the outbox after this number of events")
     return parser.parse_args()
 
 

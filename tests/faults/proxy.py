@@ -1,4 +1,4 @@
-"""A proxy between clients and one server's unix socket, which can cut, delay, swallow and half-close."""
+"""Proxy between clients and a server's unix socket, which can cut, delay, swallow and half-close connections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Mode = Literal["pass", "refuse", "swallow", "delay"]
 
 
 class Proxy:
-    """Listens at `listen` and forwards to `target`; safe to steer from another thread."""
+    """Proxy that listens at `listen` and forwards to `target`. Its methods may be called from any thread."""
 
     def __init__(self, listen: Path, target: Path) -> None:
         self._listen, self._target = listen, target
@@ -23,7 +23,7 @@ class Proxy:
         self._connections: set[asyncio.StreamWriter] = set()
 
     def set_mode(self, mode: Mode) -> None:
-        """pass; refuse: new connections are closed; swallow: nothing comes through; delay: 50 ms a piece."""
+        """Set what happens to data: pass; refuse (close new connections); swallow; delay (each piece by 50 ms)."""
         self._mode = mode
 
     def cut(self) -> None:
@@ -31,7 +31,7 @@ class Proxy:
         self._loop.call_soon_threadsafe(self._abort_all)
 
     def half_close(self) -> None:
-        """End one direction of every connection: the other side finds out when it writes."""
+        """End one direction of every connection; the peer notices only when it writes."""
         self._loop.call_soon_threadsafe(self._write_eofs)
 
     def _abort_all(self) -> None:
@@ -56,8 +56,8 @@ class Proxy:
         self._connections |= pair
         try:
             await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
-        except (OSError, RuntimeError, asyncio.CancelledError):  # RuntimeError: written to after a half-close
-            pass  # one side is gone; the other learns of it below
+        except (OSError, RuntimeError, asyncio.CancelledError):  # RuntimeError: write after a half-close
+            pass  # one side is gone; the other one is aborted below
         finally:
             self._connections -= pair
             for one in pair:

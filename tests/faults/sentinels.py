@@ -1,4 +1,4 @@
-"""A master, replicas and three Sentinels as processes on loopback, with passwords."""
+"""Cluster of a master, replicas and three Sentinels, as processes on loopback, with passwords."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _START_SECONDS = 30.0
 
 
 class Cluster:
-    """`servers` data servers, by port; the first is the master at the start."""
+    """Cluster of `servers` data servers, known by port; the first one is the initial master."""
 
     def __init__(self, folder: Path, servers: int = 3) -> None:
         self._folder = folder
@@ -41,7 +41,7 @@ class Cluster:
         return f"redis+sentinel://{login}@{hosts}/{SERVICE}/0?sentinel_password={password}"
 
     def rq_settings(self) -> str:
-        """The same as a settings file of RQ's commands."""
+        """Return the connection settings as a Python module for the `--config` option of RQ's commands."""
         instances = [("127.0.0.1", port) for port in self._sentinels]
         return (
             f"SENTINEL = {{'INSTANCES': {instances}, 'MASTER_NAME': {SERVICE!r},"
@@ -50,12 +50,12 @@ class Cluster:
         )
 
     def master(self) -> int:
-        """The port of the server that Sentinel calls the master."""
+        """Return the port of the server that Sentinel names as the master."""
         with redis_client(self.url) as client:
             return int(client.info("server")["tcp_port"])
 
     def client(self, port: int) -> Redis:
-        """Of one server, whatever Sentinel says of it."""
+        """Return a client of one server, without asking Sentinel."""
         return Redis(port=port, password=_PASSWORD, socket_timeout=2, retry=Retry(NoBackoff(), 0))
 
     def kill(self, port: int) -> None:
@@ -70,11 +70,11 @@ class Cluster:
         self._processes[port].send_signal(signal.SIGCONT)
 
     def wait_for_failover(self, before: int) -> None:
-        """Until Sentinel names another master than `before`, and that takes writes."""
+        """Wait until Sentinel names another master than `before`."""
         _until(lambda: self.master() != before)
 
     def wait_for_replica(self, port: int) -> None:
-        """Until this server is one, in step with its master."""
+        """Wait until this server is a replica that is connected to its master."""
         _until(lambda: self.client(port).info("replication").get("master_link_status") == "up")
 
     @contextmanager
@@ -91,7 +91,7 @@ class Cluster:
             yield
         finally:
             for process in self._processes.values():
-                process.kill()  # also one that is paused
+                process.kill()  # works for a paused process too
             for process in self._processes.values():
                 process.wait()
 
@@ -127,7 +127,7 @@ class Cluster:
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    """Errors of Redis count as not yet."""
+    """Wait until `condition` is true; an error of Redis counts as false."""
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:
@@ -135,9 +135,9 @@ def _until(condition: Callable[[], bool]) -> None:
                 return
         except RedisError as error:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not in {_START_SECONDS:.0f} s: {error}") from error
+                raise TimeoutError(f"condition not met in {_START_SECONDS:.0f} s: {error}") from error
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not in {_START_SECONDS:.0f} s")
+            raise TimeoutError(f"condition not met in {_START_SECONDS:.0f} s")
         time.sleep(0.02)
 
 

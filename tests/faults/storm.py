@@ -1,4 +1,4 @@
-"""Controllers, workers and a relay as processes, faults at random under a seed, and the verdict at the end."""
+"""Storm: controllers, workers and a relay run as processes, random faults of a seed occur, and a verdict follows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from consumers.embedded.stack import embedded_stack
 from producers.history_producer import HistoryProducer
 from producers.redis_keys import reserved_key
 from tests.faults.controllers import Controllers
-from tests.faults.programs import look_often
+from tests.faults.programs import shorten_intervals
 from tests.faults.proxy import Proxy
 from tests.faults.supervisor import Supervisor
 from tests.faults.verdict import Verdict, verdict
@@ -34,13 +34,13 @@ from tests.faults.verdict import Verdict, verdict
 _WORKERS = 2
 _DRAIN_SECONDS = 400.0
 
-# Its answer, if it has one, says more exactly what it has done.
 Fault = Callable[[], str | None]
+"""Function that causes a fault and may return a more exact name for it."""
 
 
 @dataclass
 class Storm:
-    """One run's servers, programs and counts."""
+    """Servers, programs and counts of one run."""
 
     home: Path
     dice: random.Random
@@ -60,7 +60,7 @@ class Storm:
         return f"postgresql://postgres@/trading_history?host={quote(str(self.home / 'proxy'), safe='')}"
 
     def start_workers(self) -> None:
-        """One of them is RQ's own, beside ours on the same queue; it ends when it loses its connection."""
+        """Start _WORKERS workers of this project and a stock RQ worker, which ends when it loses its connection."""
         for number in range(_WORKERS):
             self.programs.start(f"worker {number}", lambda: ["tests.faults.programs", "worker"])
         stock = ["rq.cli", "worker", "--url", self.proxied_redis_url, "--serializer", "json"]
@@ -71,10 +71,10 @@ class Storm:
         self.programs.restart(self.dice.choice(self.programs.names("worker")))
 
     def cause(self, faults: Sequence[tuple[str, Fault]]) -> None:
-        """One fault at random, and what a supervisor does about it."""
+        """Cause a random fault, then restart the programs that have ended."""
         name, fault = self.dice.choice(faults)
         self.faults[fault() or name] += 1
-        self.faults.update(self.controllers.go_on())
+        self.faults.update(self.controllers.continue_faults())
         self.programs.restart_what_ended()
 
     def pid(self, server: str) -> int:
@@ -86,12 +86,12 @@ class Storm:
             os.kill(self.pid(server), number)
 
     def bring_back(self) -> None:
-        """Start whatever of the two servers is not running; the outer user of the pair keeps it."""
+        """Start the servers that are not running. They keep running, because the storm uses them too."""
         with servers(self.home):
             pass
 
     def pause(self, server: str, seconds: float) -> None:
-        """Freeze it with every process that it has now: connected, but without an answer."""
+        """Stop all processes of a server for `seconds`: clients stay connected and get no answer."""
         frozen: list[psutil.Process] = []
         with contextlib.suppress(FileNotFoundError, psutil.Error, ValueError):
             main = psutil.Process(self.pid(server))
@@ -101,7 +101,7 @@ class Storm:
         _send(frozen, signal.SIGCONT)
 
     def sample_queue(self, redis: Redis) -> None:
-        """How often one delivery stands in the queue and the held lists together, at worst."""
+        """Update the highest number of times that one delivery is in the queue and the reservations together."""
         with contextlib.suppress(RedisError):
             ids = redis.lrange("rq:queue:history", 0, -1)
             for worker in redis.hkeys("history:owners:history"):
@@ -150,7 +150,7 @@ def _faults(storm: Storm, redis: Redis, redis_proxy: Proxy, database_proxy: Prox
         storm.bring_back()
 
     def without_aof() -> None:
-        with contextlib.suppress(RedisError):  # it may be loading, or away
+        with contextlib.suppress(RedisError):  # it may be loading or unreachable
             redis.config_set("appendonly", "no")
         time.sleep(dice.random())
         kill_server("redis", signal.SIGKILL)
@@ -168,7 +168,7 @@ def _faults(storm: Storm, redis: Redis, redis_proxy: Proxy, database_proxy: Prox
         "postgres restarted": lambda: kill_server("postgres", signal.SIGINT),
         "postgres paused": lambda: storm.pause("postgres", dice.random() * 3),
         "postgres backends terminated": _terminate_backends,
-        "table away": lambda: _rename_table_for(dice.random() * 2),
+        "table renamed": lambda: _rename_table_for(dice.random() * 2),
     }
     for name, proxy in (("redis", redis_proxy), ("postgres", database_proxy)):
         faults |= {
@@ -201,8 +201,8 @@ def _proxies(home: Path) -> Iterator[tuple[Proxy, Proxy]]:
 
 
 def run_storm(home: Path, *, seconds: float, seed: int) -> tuple[Storm, Verdict]:
-    """Run for `seconds` in the empty folder `home`; then end the faults, let everything drain, and judge."""
-    look_often()
+    """Cause faults for `seconds` in the empty folder `home`; then wait until all entries are settled, and judge."""
+    shorten_intervals()
     storm = Storm(home, random.Random(seed))
     with ExitStack() as stack:
         stack.enter_context(embedded_stack(home))
@@ -229,12 +229,12 @@ def run_storm(home: Path, *, seconds: float, seed: int) -> tuple[Storm, Verdict]
 
 
 def _drain(storm: Storm, redis: Redis) -> None:
-    """Give every outbox a living relay until nothing is under way, or nothing has moved for long."""
+    """Run a relay for every outbox until all entries are settled, or until there is no progress for _DRAIN_SECONDS."""
     deadline, least = time.monotonic() + _DRAIN_SECONDS, sys.maxsize
     with ExitStack() as stack:
         producers = [stack.enter_context(HistoryProducer(redis, outbox=path)) for path in storm.controllers.outboxes()]
         while time.monotonic() < deadline:
-            # What is salvaged between the two looks at the outboxes is in them at the second one.
+            # The outboxes are counted twice: entries salvaged after the first count are in the second one.
             left = _depth(producers) + len(storm.controllers.damaged_files()) or _depth(producers)
             if not left:
                 break

@@ -1,4 +1,4 @@
-"""Starts programs, starts them again when they have ended, and sends them signals."""
+"""Supervisor that starts programs, restarts those that have ended, and sends them signals."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class _Program:
 
 
 class Supervisor:
-    """Each program has a name, `<kind> <number>`, and a log of that name in the folder `logs`."""
+    """Supervisor of programs named `<kind> <number>`, each with a log of that name in the folder `logs`."""
 
     def __init__(self, logs: Path, environment: Mapping[str, str]) -> None:
         self.starts: Counter[str] = Counter()  # by kind
-        self.failures: Counter[str] = Counter()  # by kind: ended by themselves, with an exit status that is not 0
+        self.failures: Counter[str] = Counter()  # by kind: exits with a status other than 0, without a signal
         self._logs, self._environment = logs, environment
         self._programs: dict[str, _Program] = {}
 
     def start(self, name: str, arguments: Callable[[], Sequence[str]], *, restarts: bool = True) -> None:
-        """Start Python with these arguments, which are asked for again at each start."""
+        """Start Python with the arguments that the function returns; it is called again at each restart."""
         with open(self._logs / f"{name.replace(' ', '-')}.log", "ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments()],
@@ -45,7 +45,7 @@ class Supervisor:
         self.starts[name.split(maxsplit=1)[0]] += 1
 
     def names(self, *kinds: str) -> list[str]:
-        """Of the programs that should run now."""
+        """Return the names of the programs of these kinds that should be running."""
         return [name for name in self._programs if name.split()[0] in kinds]
 
     def is_running(self, name: str) -> bool:
@@ -60,13 +60,13 @@ class Supervisor:
                 self.start(name, program.arguments)
 
     def restart(self, name: str) -> None:
-        """Kill it, and start it again at once."""
+        """Kill a program and start it again at once."""
         arguments = self._programs[name].arguments
         self.kill(name)
         self.start(name, arguments)
 
     def kill(self, name: str) -> None:
-        """With SIGKILL; it is not started again. Nothing happens when there is none."""
+        """End a program with SIGKILL for good. Do nothing if there is no such program."""
         program = self._programs.pop(name, None)
         if program is not None:
             program.process.kill()

@@ -1,4 +1,4 @@
-"""PostgreSQL moves to another host: the primary dies, and its standby takes no writes until it is promoted."""
+"""Failover of PostgreSQL to another host: the primary is killed, and its standby is read-only until promoted."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from producers.history_producer import HistoryProducer
 from tests.factories import a_snapshot
 from tests.rq_programs import until
 
-_PORT = 5433  # of the standby; its data has the primary's lock file of 5432
+_PORT = 5433  # of the standby; the base backup has the primary's lock file for 5432
 
 
 class _Standby:
-    """A streaming standby of the primary in the folder `home`, beside it."""
+    """Streaming standby of the primary in the folder `home`."""
 
     def __init__(self, home: Path) -> None:
         self._primary, self.folder = home / "postgres", home / "standby"
@@ -68,7 +68,7 @@ class _Standby:
 
 @pytest.fixture
 def primary() -> Iterator[tuple[Path, Addresses]]:
-    """A server of its own, whose commits wait for a standby."""
+    """A separate PostgreSQL and Redis, with the tables."""
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, servers(Path(folder)) as addresses:
         store = create_store_engine(SecretStr(addresses.database_url))
         apply_schema(store)
@@ -77,7 +77,7 @@ def primary() -> Iterator[tuple[Path, Addresses]]:
 
 
 def _wait_for_standbys(addresses: Addresses) -> None:
-    """From here on a commit has arrived there before it is known here."""
+    """Turn on synchronous replication: from now on a commit returns once the standby has it."""
     store = create_store_engine(SecretStr(addresses.database_url))
     with store.connect().execution_options(isolation_level="AUTOCOMMIT") as db:
         db.exec_driver_sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
@@ -86,10 +86,10 @@ def _wait_for_standbys(addresses: Addresses) -> None:
     store.dispose()
 
 
-def test_a_worker_follows_the_primary_to_another_host(
+def test_a_worker_continues_on_the_promoted_standby(
     primary: tuple[Path, Addresses], redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the only host left takes no writes it waits; then it goes on, and what was committed is there."""
+    """While the only reachable host is read-only, the worker waits; after the promotion all committed rows exist."""
     home, addresses = primary
     standby, log = _Standby(home), tmp_path / "log"
     hosts = f"{quote(str(home / 'postgres'), safe='')},{quote(str(standby.folder), safe='')}:{_PORT}"
@@ -116,10 +116,10 @@ def test_a_worker_follows_the_primary_to_another_host(
     engine.cache_clear()
 
 
-def test_a_host_that_is_frozen_does_not_keep_the_others_from_being_asked(
+def test_a_connection_skips_a_frozen_host_after_its_time_limit(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has its own time limit, in a worker too."""
+    """Each host has its own time limit, in a worker too."""
     monkeypatch.setattr(waits, "CONNECT_TIMEOUT_SECONDS", 0.2)
     folder, name = str(engine().url.query["host"]), engine().url.database
     with socket.create_server(("127.0.0.1", 0)) as frozen, DatabaseWaits(60, threading.Event()).limited():
@@ -132,8 +132,8 @@ def test_a_host_that_is_frozen_does_not_keep_the_others_from_being_asked(
             store.dispose()
 
 
-def test_when_no_host_will_do_each_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one line."""
+def test_a_failed_connection_names_the_reason_of_each_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is one line and does not contain the password."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://me:s3cret@127.0.0.1:1,127.0.0.1:2/history")
     engine.cache_clear()
     with pytest.raises(

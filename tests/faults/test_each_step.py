@@ -1,4 +1,4 @@
-"""A process dies with SIGKILL at each step of an event's way, one test for each; nothing is lost or doubled."""
+"""Each step of an event's delivery: a process is killed there with SIGKILL, and no event is lost or duplicated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PAGE = 4096
 
 @contextmanager
 def started(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """One of the programs; it does not outlive the block. What it writes to stderr is shown when the test fails."""
+    """Run one of the fault programs until the end of the block. If the test fails, pytest shows its stderr."""
     with subprocess.Popen(
         [sys.executable, "-m", "tests.faults.programs", *arguments],
         text=True,
@@ -45,7 +45,7 @@ def started(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[st
 
 
 def run_producer(folder: Path, *options: str, seconds: float = 60, **environment: str) -> tuple[int, Accepted]:
-    """Run a producer on `outbox.db` in this folder to its end; its exit status, and what it has accepted by then."""
+    """Run a producer on `outbox.db` in this folder until it ends; return its exit status and the accepted events."""
     accepted = folder / "accepted.jsonl"
     files = ("--outbox", str(folder / "outbox.db"), "--accepted", str(accepted))
     with started("producer", *files, *options, **environment) as producer:
@@ -56,34 +56,34 @@ def run_producer(folder: Path, *options: str, seconds: float = 60, **environment
 def _until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "condition not met in time"
         time.sleep(0.05)
 
 
 def settle_the_rest(redis: Redis, outboxes: Sequence[Path], worker: subprocess.Popen[str]) -> None:
-    """The next processes on these outboxes deliver what is left in them, and in damaged files beside them."""
+    """Open new producers on these outboxes and wait until their entries, and those of damaged files, are settled."""
 
     def settled() -> bool:
-        assert worker.poll() is None, "the worker that should go on has ended"
+        assert worker.poll() is None, "the worker has ended"
         return depth() == 0 and not _damaged_files(outboxes[0].parent) and depth() == 0
 
     def depth() -> int:
-        return sum(heir.status().depth for heir in heirs)
+        return sum(producer.status().depth for producer in producers)
 
     with ExitStack() as stack:
-        heirs = [stack.enter_context(HistoryProducer(redis, outbox=path, name=NAME)) for path in outboxes]
+        producers = [stack.enter_context(HistoryProducer(redis, outbox=path, name=NAME)) for path in outboxes]
         _until(settled, 40)
 
 
 def _damaged_files(folder: Path) -> list[Path]:
-    """Quarantined, and not salvaged yet; after that their entries are in the outbox."""
+    """Return the quarantined files that are not salvaged yet; afterwards their entries are in the outbox."""
     return [file for file in folder.glob("*.damaged-*") if not file.name.endswith("-wal")]
 
 
-def retire(worker: subprocess.Popen[str]) -> None:
+def stop_worker(worker: subprocess.Popen[str]) -> None:
     worker.terminate()
     worker.communicate(timeout=20)
-    # By the signal itself when nothing was left to do and it had not got to the point of catching it.
+    # The signal kills a worker that has not installed its handler yet.
     assert worker.returncode in (0, -signal.SIGTERM)
 
 
@@ -93,18 +93,18 @@ def judge(accepted: Accepted, *outboxes: Path) -> Verdict:
 
 @pytest.mark.parametrize("step", PRODUCER_STEPS)
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_producer_that_dies_loses_nothing(
+def test_a_killed_producer_loses_no_event(
     redis: Redis, tmp_path: Path, step: str, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next process that opens its outbox delivers what it had accepted."""
+    """The next process that opens the outbox delivers the accepted events."""
     monkeypatch.setattr(entry_sender, "_FIRST_CHECK_SECONDS", 0.5)
     outbox = tmp_path / "outbox.db"
-    options = ("--seed", "7", "--count", "40", "--pause", "0.01", "--in-flight", "10")
+    options = ("--seed", "7", "--count", "40", "--pause", "0.01", "--settle-every", "10")
     with started("worker") as worker:
         status, accepted = run_producer(tmp_path, *options, FAULT_STEP=step, FAULT_TIMES=str(times))
         assert status == -signal.SIGKILL
         settle_the_rest(redis, [outbox], worker)
-        retire(worker)
+        stop_worker(worker)
 
     judged = judge(accepted, outbox)
     assert judged.breaches == []
@@ -112,18 +112,16 @@ def test_a_producer_that_dies_loses_nothing(
 
 
 @pytest.mark.parametrize("step", EXCHANGE_STEPS)
-def test_a_relay_that_dies_while_it_exchanges_the_token_keeps_its_source(
-    redis: Redis, tmp_path: Path, step: str
-) -> None:
-    """Whichever of the two tokens Redis has, the outbox knows it as its own. No other outbox has used the source."""
+def test_a_relay_killed_while_it_exchanges_the_token_keeps_its_source(redis: Redis, tmp_path: Path, step: str) -> None:
+    """The outbox recognises both tokens that Redis may have. No other outbox has used the source."""
     outbox = tmp_path / "outbox.db"
     options = ("--seed", "7", "--count", "40", "--pause", "0.01")
     with started("worker") as worker:
-        for _ in range(2):  # the first relay finds no token, the second one its own
+        for _ in range(2):  # the first relay finds no token in Redis, the second one finds its own
             status, accepted = run_producer(tmp_path, *options, FAULT_STEP=step)
             assert status == -signal.SIGKILL
         settle_the_rest(redis, [outbox], worker)
-        retire(worker)
+        stop_worker(worker)
 
     with Outbox(outbox) as one:
         assert [source.current for source in one.sources()] == [True] * len(one.sources())
@@ -132,10 +130,10 @@ def test_a_relay_that_dies_while_it_exchanges_the_token_keeps_its_source(
 
 
 @pytest.mark.parametrize("step", CARRY_OVER_STEPS)
-def test_a_producer_that_dies_while_it_carries_entries_over_loses_nothing(
+def test_a_producer_killed_while_it_carries_entries_over_loses_no_event(
     redis: Redis, tmp_path: Path, step: str
 ) -> None:
-    """Its file was moved away. Both files are there, and may have the same entries."""
+    """The outbox was renamed while it was open. Both files exist and may have the same entries."""
     moved = tmp_path / "moved-outbox.db"
     options = ("--seed", "7", "--count", "40", "--pause", "0.01", "--move-after", "20")
     status, accepted = run_producer(tmp_path, *options, FAULT_STEP=step)
@@ -145,7 +143,7 @@ def test_a_producer_that_dies_while_it_carries_entries_over_loses_nothing(
     redis.flushall()
     with started("worker") as worker:
         settle_the_rest(redis, [tmp_path / "outbox.db", moved], worker)
-        retire(worker)
+        stop_worker(worker)
 
     judged = judge(accepted, tmp_path / "outbox.db", moved)
     assert judged.breaches == []
@@ -162,21 +160,21 @@ _QUARANTINES = [
     ("while salvaging", 1, False),
     ("while salvaging", 10, True),
     ("before noting losses", 1, False),
-    ("before a rename", 2, False),  # of what was salvaged
+    ("before a rename", 2, False),  # of the salvaged file
     ("after a rename", 2, False),
     ("after a rename", 3, True),
 ]
 
 
 @pytest.mark.parametrize(("step", "times", "log"), _QUARANTINES)
-def test_a_producer_that_dies_while_it_quarantines_a_damaged_file_loses_nothing(
+def test_a_producer_killed_while_it_quarantines_a_damaged_file_loses_no_event(
     redis: Redis, tmp_path: Path, step: str, times: int, log: bool
 ) -> None:
-    """The root page of the entries is gone, the rows are not; with `log` the last one is only in the log beside it."""
+    """The root page of the table is destroyed, its rows are not. With `log`, the last row is in the log file only."""
     outbox = tmp_path / "outbox.db"
     run_producer(tmp_path, "--seed", "7", "--count", "40")
     with ExitStack() as stack:
-        if log:  # while it is open in another process, nobody copies the log into the file
+        if log:  # while another process has it open, SQLite does not checkpoint the log
             stack.enter_context(_opened_elsewhere(outbox))
             run_producer(tmp_path, "--seed", "7", "--first", "40", "--count", "1")
         _destroy_inner_pages(outbox)
@@ -188,7 +186,7 @@ def test_a_producer_that_dies_while_it_quarantines_a_damaged_file_loses_nothing(
     assert len(accepted.deliveries) >= 40 + log
     with started("worker") as worker:
         settle_the_rest(redis, [outbox], worker)
-        retire(worker)
+        stop_worker(worker)
 
     judged = judge(accepted, outbox)
     assert judged.breaches == []
@@ -213,7 +211,7 @@ input()
 
 
 def _destroy_inner_pages(outbox: Path) -> None:
-    """Of the file, and not in its log: pages that lead to the rows, and have none."""
+    """Overwrite the interior pages of the file's B-trees that are not in its log; they have no rows."""
     content = outbox.read_bytes()
     log = outbox.with_name(outbox.name + "-wal")
     frames = log.read_bytes()[32:] if log.exists() else b""
@@ -228,19 +226,19 @@ def _destroy_inner_pages(outbox: Path) -> None:
 
 @pytest.mark.parametrize("step", WORKER_STEPS)
 @pytest.mark.parametrize(("times", "batch"), [(1, 500), (5, 6)])
-def test_a_worker_that_dies_loses_nothing(redis: Redis, tmp_path: Path, step: str, times: int, batch: int) -> None:
-    """With everything in one batch, or in the fifth of several: another worker goes on with what it held."""
+def test_a_killed_worker_loses_no_event(redis: Redis, tmp_path: Path, step: str, times: int, batch: int) -> None:
+    """Another worker processes its reserved jobs, whether it is killed in the only batch or in the fifth one."""
     outbox = tmp_path / "outbox.db"
     _, accepted = run_producer(tmp_path, "--seed", "8", "--count", "40")
-    with started("worker", FAULT_STEP=step, FAULT_TIMES=str(times), FAULT_BATCH=str(batch)) as dying:
-        dying.communicate(timeout=60)
-    assert dying.returncode == -signal.SIGKILL
-    # What is proven here is that the lease brings the work back; its length is proven elsewhere.
+    with started("worker", FAULT_STEP=step, FAULT_TIMES=str(times), FAULT_BATCH=str(batch)) as killed:
+        killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    # Expire the leases at once: other tests check how long they last.
     for lease in redis.scan_iter(lease_key("history", "*")):
         redis.delete(lease)
-    with started("worker") as heir:
-        settle_the_rest(redis, [outbox], heir)
-        retire(heir)
+    with started("worker") as successor:
+        settle_the_rest(redis, [outbox], successor)
+        stop_worker(successor)
 
     judged = judge(accepted, outbox)
     assert (judged.accepted, judged.breaches) == (40, [])

@@ -1,4 +1,4 @@
-"""A short storm of faults at random; `python -m tests.faults --minutes 20` is the long one."""
+"""Short storm of random faults. `python -m tests.faults --minutes 20` is the long one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 
 @pytest.mark.timeout(400)
-def test_nothing_is_lost_or_doubled_in_a_storm() -> None:
-    """Accepted = stored + rejected, each once, and the audit agrees; the output of a failure has its seed."""
+def test_no_event_is_lost_or_duplicated_in_a_storm() -> None:
+    """Accepted = stored + rejected, each once, and the audit agrees. The output of a failed run has its seed."""
     seed = str(random.randrange(10**6))
     command = [sys.executable, "-m", "tests.faults", "--minutes", "0.3", "--seed", seed]
     storm = subprocess.run(

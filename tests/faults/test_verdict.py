@@ -1,4 +1,4 @@
-"""The judge of the fault tests finds each kind of breach, and none in a run without faults."""
+"""Verdict of the fault tests: it finds each kind of breach, and none in a run without faults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _EVENTS = (
 
 @pytest.fixture
 def judge(database_url: str, redis: Redis, tmp_path: Path) -> Judge:
-    """Judges a run that has recorded `_EVENTS` and settled all."""
+    """Function that judges a run in which `_EVENTS` were recorded and settled."""
     accepted, path = Accepted(), tmp_path / "outbox.db"
     with HistoryProducer(redis, outbox=path) as producer:
         for payload in _EVENTS:
@@ -57,49 +57,49 @@ def test_a_run_without_faults_has_no_breach(judge: Judge) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "breach"),
+    ("change", "breach"),
     [
-        ("DELETE FROM portfolio_history WHERE sequence = 3", "bot: has neither a row of its own nor an outcome"),
+        ("DELETE FROM portfolio_history WHERE sequence = 3", "bot: has neither its own row nor an outcome"),
         ("DELETE FROM portfolio_history WHERE sequence = 3", "stored as row 2, which is None"),
-        ("DELETE FROM portfolio_history WHERE sequence = 3", "the audit does not agree"),
-        ("DELETE FROM portfolio_history WHERE sequence = 1", "a duplicate of a row that is not there"),
-        ("UPDATE portfolio_history SET trade_count = 9 WHERE sequence = 3", "a row that nobody has accepted"),
+        ("DELETE FROM portfolio_history WHERE sequence = 3", "the audit is incomplete"),
+        ("DELETE FROM portfolio_history WHERE sequence = 1", "counts as a duplicate, but the other row"),
+        ("UPDATE portfolio_history SET trade_count = 9 WHERE sequence = 3", "a row of no accepted event"),
         (
             """UPDATE signal_archives SET signals_data = jsonb_set(signals_data, '{1,amount}', '120.5')""",
-            "has neither a row of its own nor an outcome",
+            "has neither its own row nor an outcome",
         ),
-        ("UPDATE portfolio_history SET source = 'bot/1' WHERE sequence = 3", "a row that nobody has accepted"),
-        ("DELETE FROM event_outcomes WHERE outcome = 'duplicate'", "has neither a row of its own nor an outcome"),
-        ("DELETE FROM event_outcomes WHERE outcome = 'rejected'", "has neither a row of its own nor an outcome"),
-        ("DELETE FROM event_outcomes WHERE outcome = 'rejected'", "told rejected"),
-        ('UPDATE event_outcomes SET event = replace(event, \'"balance":"1"\', \'"balance":"2"\')', "another content"),
-        ("UPDATE event_outcomes SET job_id = 'x' WHERE outcome = 'rejected'", "has neither a row of its own nor"),
+        ("UPDATE portfolio_history SET source = 'bot/1' WHERE sequence = 3", "a row of no accepted event"),
+        ("DELETE FROM event_outcomes WHERE outcome = 'duplicate'", "has neither its own row nor an outcome"),
+        ("DELETE FROM event_outcomes WHERE outcome = 'rejected'", "has neither its own row nor an outcome"),
+        ("DELETE FROM event_outcomes WHERE outcome = 'rejected'", "reported rejected"),
+        ('UPDATE event_outcomes SET event = replace(event, \'"balance":"1"\', \'"balance":"2"\')', "has other content"),
+        ("UPDATE event_outcomes SET job_id = 'x' WHERE outcome = 'rejected'", "has neither its own row nor"),
         (
             "INSERT INTO event_outcomes (job_id, source, sequence, event_id, outcome, reason, event)"
             " SELECT replace(job_id, '-5-', '-6-'), source, 6, event_id, outcome, reason, event FROM event_outcomes"
             " WHERE outcome = 'rejected'",
-            "an outcome that nobody",
+            "an outcome of no accepted event",
         ),
     ],
 )
-def test_a_breach_in_the_database_is_found(judge: Judge, harm: str, breach: str) -> None:
+def test_the_verdict_finds_a_breach_in_the_database(judge: Judge, change: str, breach: str) -> None:
     with get_db() as db:
-        assert db.execute(text(harm)).rowcount
+        assert db.execute(text(change)).rowcount
     assert [one for one in judge().breaches if breach in one]
 
 
 @pytest.mark.parametrize(
-    ("harm", "breach"),
+    ("change", "breach"),
     [
-        ("UPDATE entries SET state = 'sent' WHERE sequence = 2", "never settled, is sent"),
+        ("UPDATE entries SET state = 'sent' WHERE sequence = 2", "never settled, state sent"),
         ("UPDATE entries SET state = 'rejected' WHERE sequence = 2", "is rejected"),
-        ("UPDATE entries SET row_id = 1 WHERE sequence = 3", "told stored as row 1"),
-        ("UPDATE entries SET state = 'stored', row_id = 1 WHERE sequence = 5", "told stored as row 1"),
+        ("UPDATE entries SET row_id = 1 WHERE sequence = 3", "reported stored as row 1"),
+        ("UPDATE entries SET state = 'stored', row_id = 1 WHERE sequence = 5", "reported stored as row 1"),
     ],
 )
-def test_a_state_that_the_database_does_not_bear_out_is_found(
-    judge: Judge, tmp_path: Path, harm: str, breach: str
+def test_the_verdict_finds_an_outbox_state_that_contradicts_the_database(
+    judge: Judge, tmp_path: Path, change: str, breach: str
 ) -> None:
     with closing(sqlite3.connect(tmp_path / "outbox.db")) as db, db:
-        assert db.execute(harm).rowcount == 1
+        assert db.execute(change).rowcount == 1
     assert [one for one in judge().breaches if breach in one]

@@ -1,8 +1,8 @@
-"""An upgrade from an earlier commit while events are under way: `python -m tests.faults upgrade --from COMMIT`.
+"""Upgrade from an earlier commit with undelivered events: `python -m tests.faults upgrade --from COMMIT`.
 
-Two virtual environments are made, one with the tree of that commit. The old one records events and stores some of them;
-then the order of an upgrade is followed: `init-db`, workers, controllers. At the end every event that was accepted is
-one row or one recorded rejection, every entry is settled, and `audit` and `failed` agree.
+There are two virtual environments, with the tree of that commit and with this tree. The old one records events and
+stores some of them. Then the upgrade proceeds in the documented order: `init-db`, workers, controllers. At the end
+every accepted event must be one row or one recorded rejection, every entry settled, and the audit complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from consumers.embedded.stack import embedded_stack
 _ROOT = Path(__file__).parents[2]
 _SECONDS = 300
 
-# Events by number: 0-9 new, 10 the same as 0, 11 in conflict with 1. It works with the packages of both trees.
+# Entries of one run: 10 new events, a duplicate of the first, a conflict with the second. Runs with both trees.
 _CONTROLLER = """
 import sys
 from datetime import UTC, datetime, timedelta
@@ -42,13 +42,12 @@ with HistoryProducer() as producer:
     if wait:
         print([receipt.wait(wait) for receipt in receipts])
 """
-_EACH = 12  # entries of one run: 10 new facts, a duplicate, a conflict
 _NO_REDIS = "redis://127.0.0.1:1/0"
 
 
 @dataclass
 class Upgrade:
-    """What was found wrong, in words; nothing is what this is for."""
+    """Results of an upgrade: faults, which should be none, and notes."""
 
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -59,7 +58,7 @@ class Upgrade:
 
 
 def run_upgrade(home: Path, commit: str) -> Upgrade:
-    """In the empty folder `home`."""
+    """Upgrade in the empty folder `home` and check the results."""
     found = Upgrade()
     old_tree = home / "old-tree"
     old_tree.mkdir()
@@ -70,13 +69,13 @@ def run_upgrade(home: Path, commit: str) -> Upgrade:
     os.environ["HISTORY_OUTBOX"] = str(outbox)
     (home / "servers").mkdir()
     with embedded_stack(home / "servers"):
-        with get_db() as db:  # the tables of the old tree, not those that the embedded servers come with
+        with get_db() as db:  # the embedded stack has created the tables of this tree: start without them
             db.execute(text("DROP SCHEMA public CASCADE"))
             db.execute(text("CREATE SCHEMA public"))
         _run(old, "-m", "consumers.cli", "init-db")
         worker = _worker(old)
         _run(old, "-c", _CONTROLLER, "0", "10", "30")
-        # Before the new tables, a worker of the old tree meets what it writes in its own words.
+        # An old worker must also work with the new tables.
         _run(new, "-m", "consumers.cli", "init-db")
         _run(old, "-c", _CONTROLLER, "100", "10", "30")
         worker.terminate()
@@ -87,11 +86,13 @@ def run_upgrade(home: Path, commit: str) -> Upgrade:
         worker = _worker(new)
         _run(old, "-c", _CONTROLLER, "400", "10", "0")
         _run(new, "-c", _CONTROLLER, "500", "10", "60")
-        found.require(_run(new, "-m", "consumers.cli", "outbox", "flush", "--timeout", "60") == 0, "flush failed")
+        found.require(
+            _run(new, "-m", "consumers.cli", "outbox", "flush", "--timeout", "60") == 0, "`outbox flush` failed"
+        )
         worker.terminate()
         worker.wait(30)
         _judge(found, outbox, waiting)
-        found.require(_run(new, "-m", "consumers.cli", "audit") == 0, "audit misses something")
+        found.require(_run(new, "-m", "consumers.cli", "audit") == 0, "`audit` failed")
     return found
 
 
@@ -102,7 +103,7 @@ def _judge(found: Upgrade, outbox: Path, waiting: set[tuple[str, int]]) -> None:
     runs = 6
     found.notes.append(f"entries by state: {states}")
     found.require(states == {"stored": 11 * runs, "rejected": runs}, f"entries by state are {states}")
-    found.require(waiting <= without_nonce, "entries of the old tree have got other job ids")
+    found.require(waiting <= without_nonce, "entries of the old tree have new job ids")
     with get_db() as db:
         rows = db.execute(text("SELECT count(*), count(DISTINCT event_id) FROM portfolio_history")).one()
         outcomes = {row.outcome: row.n for row in db.execute(text(_OUTCOMES))}
@@ -120,7 +121,7 @@ def _jobs_of(outbox: Path) -> set[tuple[str, int]]:
 
 
 def _environment(folder: Path, tree: Path) -> Path:
-    """The interpreter of a new virtual environment with the tree's own package, not editable."""
+    """Create a virtual environment, install the tree's package (not editable) and return its interpreter."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", f"{tree}[worker]"], check=True, timeout=600)
@@ -128,7 +129,7 @@ def _environment(folder: Path, tree: Path) -> Path:
 
 
 def _run(python: Path, *arguments: str, **settings: str) -> int:
-    """In a folder without a project, so that the installed packages are found; its exit status."""
+    """Run Python in a folder outside any tree, so that it imports the installed package; return the exit status."""
     environment = {**os.environ, **settings}
     return subprocess.run(
         [python, *arguments], cwd=python.parent, env=environment, timeout=_SECONDS, check=False

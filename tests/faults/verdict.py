@@ -1,4 +1,4 @@
-"""The judge after every fault: is each accepted event a row with its content, or a rejection of its own delivery?"""
+"""Verdict on a run: each accepted event must be one row with its content, or a recorded outcome of its delivery."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.faults.accepted import Accepted, Answer, Delivery, content_of
 
 _SNAPSHOTS = "portfolio_history"
 _ARCHIVES = "signal_archives"
-_NOT_TOLD = "not told"  # events that are in an outbox, and whose `record` call did not return
+_CALL_NOT_RETURNED = "call did not return"  # events in an outbox whose `record` call did not return
 
 
 class Row(NamedTuple):
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 
 class KeptEntry(NamedTuple):
-    """An entry in the file of an outbox."""
+    """An entry in an outbox file."""
 
     delivery: Delivery
     state: str
@@ -53,7 +53,7 @@ class KeptEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Counts, and every breach of the promise as a sentence. `by_controller` counts fates: row, duplicate, rejected."""
+    """Counts, and each breach of the promise as a sentence. `by_controller` counts row, duplicate and rejected."""
 
     accepted: int
     rows: int
@@ -72,7 +72,7 @@ class _Database:
         self.by_event = {row.event_id: row for row in self.rows.values()}
 
     def row_of(self, delivery: Delivery) -> Row | None:
-        """The row with this event's id, if it has this content."""
+        """Return the row with this event's id, if it has this content."""
         row = self.by_event.get(delivery.event_id)
         return row if row is not None and row.content == delivery.content else None
 
@@ -84,15 +84,15 @@ def verdict(
     replaced: Iterable[KeptEntry] = (),
     redis: Redis | None = None,
 ) -> Verdict:
-    """Compare what controllers have accepted, by their names, with the database; and the outboxes, and the audit.
+    """Compare the accepted events, by controller name, with the database, the outboxes and the audit.
 
-    `replaced` are entries of files that were overwritten since.
+    `replaced` are entries of outboxes that older copies have replaced.
     """
     database = _read_database()
     entries, unreadable = _read_outboxes(outboxes)
-    told = {name: one.deliveries for name, one in accepted.items()}
-    told[_NOT_TOLD] = [entry.delivery for kept in (replaced, *entries.values()) for entry in kept]
-    known, by_controller, breaches = _fates(told, database)
+    deliveries = {name: one.deliveries for name, one in accepted.items()}
+    deliveries[_CALL_NOT_RETURNED] = [entry.delivery for kept in (replaced, *entries.values()) for entry in kept]
+    known, by_controller, breaches = _outcomes(deliveries, database)
     breaches += _wrong_rows(database, known)
     for name, one in accepted.items():
         answers = [_wrong_answer(answer, known, database) for answer in one.answers]
@@ -101,10 +101,10 @@ def verdict(
         states = [_wrong_state(entry, database) for entry in kept]
         breaches += [f"{path}: {breach}" for breach in states if breach]
     breaches += unreadable + _wrong_audits(list(entries), redis)
-    fates = sum(by_controller.values(), Counter[str]())
-    if not breaches and len(known) != len(database.rows) + fates["duplicate"] + fates["rejected"]:
-        breaches.append(f"{len(known)} accepted are not {len(database.rows)} rows and {dict(fates)}")
-    return Verdict(len(known), len(database.rows), fates["duplicate"], fates["rejected"], breaches, by_controller)
+    counts = sum(by_controller.values(), Counter[str]())
+    if not breaches and len(known) != len(database.rows) + counts["duplicate"] + counts["rejected"]:
+        breaches.append(f"{len(known)} accepted events, but {len(database.rows)} rows and {dict(counts)}")
+    return Verdict(len(known), len(database.rows), counts["duplicate"], counts["rejected"], breaches, by_controller)
 
 
 def _read_outboxes(outboxes: Sequence[Path]) -> tuple[dict[Path, list[KeptEntry]], list[str]]:
@@ -114,40 +114,40 @@ def _read_outboxes(outboxes: Sequence[Path]) -> tuple[dict[Path, list[KeptEntry]
         try:
             entries[path] = kept_entries(path)
         except sqlite3.DatabaseError as error:
-            unreadable.append(f"{path} is damaged, and no relay has quarantined it: {error}")
+            unreadable.append(f"{path} is damaged, but no relay has quarantined it: {error}")
     return entries, unreadable
 
 
-def _fates(
-    told: Mapping[str, Iterable[Delivery]], database: _Database
+def _outcomes(
+    by_name: Mapping[str, Iterable[Delivery]], database: _Database
 ) -> tuple[dict[str, Delivery], dict[str, Counter[str]], list[str]]:
-    """All deliveries by their job, what became of them by controller, and the breaches among that."""
+    """Return all deliveries by job id, the counts of their outcomes by controller, and the breaches."""
     known: dict[str, Delivery] = {}
     with_row: set[tuple[str, int, str]] = set()
     by_controller: dict[str, Counter[str]] = {}
     breaches = []
-    for name, deliveries in told.items():
+    for name, deliveries in by_name.items():
         by_controller[name] = Counter()
         for delivery in deliveries:
             if (other := known.get(delivery.job_id)) is not None:
                 if other != delivery:
-                    breaches.append(f"{name}: two events have one job: {delivery} {other}")
+                    breaches.append(f"{name}: two events have the same job id: {delivery} {other}")
                 continue
             known[delivery.job_id] = delivery
-            fate, breach = _fate(delivery, database)
+            outcome, breach = _outcome(delivery, database)
             if breach:
                 breaches.append(f"{name}: {breach}")
-            elif fate == "row":
-                # Two copies may record the same event under the same number: that is one row.
+            elif outcome == "row":
+                # Two copies of an outbox may record the same event with the same sequence: that is one row.
                 identity = (delivery.source, delivery.sequence, delivery.event_id)
-                fate = "duplicate" if identity in with_row else fate
+                outcome = "duplicate" if identity in with_row else outcome
                 with_row.add(identity)
-            by_controller[name][fate] += 1
+            by_controller[name][outcome] += 1
     return known, by_controller, breaches
 
 
 def kept_entries(path: Path) -> list[KeptEntry]:
-    """All entries in the file of an outbox.
+    """Return all entries of an outbox file.
 
     Raises:
         sqlite3.DatabaseError: the file is damaged.
@@ -180,7 +180,7 @@ def _read_database() -> _Database:
         query = "SELECT job_id, source, sequence, event_id, outcome, reason, event FROM event_outcomes"
         outcomes = {
             row.job_id: Outcome(
-                row.source, row.sequence, str(row.event_id), row.outcome, row.reason, _content_of_refused(row.event)
+                row.source, row.sequence, str(row.event_id), row.outcome, row.reason, _content_of_text(row.event)
             )
             for row in db.execute(text(query))
         }
@@ -191,46 +191,46 @@ def _row(row: Any, data: Mapping[str, Any]) -> Row:
     return Row(str(row.event_id), row.source, row.sequence, content_of(data))
 
 
-def _content_of_refused(event: str | None) -> str | None:
+def _content_of_text(event: str | None) -> str | None:
     return None if event is None else content_of(_data_of(event))
 
 
-def _fate(delivery: Delivery, database: _Database) -> tuple[str, str | None]:
-    """What became of one delivery, and the breach of the promise if it is one."""
+def _outcome(delivery: Delivery, database: _Database) -> tuple[str, str | None]:
+    """Return the outcome of one delivery, and the breach if it breaks the promise."""
     row, outcome = database.row_of(delivery), database.outcomes.get(delivery.job_id)
     is_own = row is not None and (row.source, row.sequence) == (delivery.source, delivery.sequence)
     if outcome is None:
         if is_own:
             return "row", None
         other = database.by_event.get(delivery.event_id)
-        return "lost", f"has neither a row of its own nor an outcome: {delivery}; row of its event: {other}"
+        return "lost", f"has neither its own row nor an outcome: {delivery}; row of its event: {other}"
     identity = (outcome.source, outcome.sequence, outcome.event_id)
     if identity != (delivery.source, delivery.sequence, delivery.event_id):
-        return "lost", f"its outcome is of another event: {delivery} {outcome}"
+        return "lost", f"its outcome names another event: {delivery} {outcome}"
     if outcome.outcome == "duplicate":
         if row is None or is_own:
-            return "duplicate", f"is called a duplicate of a row that is not there, or is its own: {delivery} {row}"
+            return "duplicate", f"counts as a duplicate, but the other row is missing or is its own: {delivery} {row}"
     elif outcome.outcome != "rejected" or outcome.content != delivery.content or is_own:
-        return outcome.outcome, f"its rejection is of another content, or beside its row: {delivery} {outcome} {row}"
+        return outcome.outcome, f"its rejection has other content, or it has a row too: {delivery} {outcome} {row}"
     return outcome.outcome, None
 
 
 def _wrong_rows(database: _Database, known: Mapping[str, Delivery]) -> list[str]:
     accepted = {Row(one.event_id, one.source, one.sequence, one.content) for one in known.values()}
-    wrong = [f"a row that nobody has accepted: {row}" for row in database.rows.values() if row not in accepted]
+    wrong = [f"a row of no accepted event: {row}" for row in database.rows.values() if row not in accepted]
     outcomes = [job_id for job_id in database.outcomes if job_id not in known]
-    wrong += [f"an outcome that nobody has accepted: {job_id} {database.outcomes[job_id]}" for job_id in outcomes]
+    wrong += [f"an outcome of no accepted event: {job_id} {database.outcomes[job_id]}" for job_id in outcomes]
     counts = Counter(row.event_id for row in database.rows.values())
     return wrong + [f"stored {count} times: event {event_id}" for event_id, count in counts.items() if count > 1]
 
 
 def _wrong_answer(answer: Answer, known: Mapping[str, Delivery], database: _Database) -> str | None:
-    """The breach, if a receipt has told what is not so."""
+    """Return the breach if a receipt's answer does not agree with the database."""
     delivery = known[answer.job_id]
     if answer.row_id is None:
         outcome = database.outcomes.get(answer.job_id)
         if outcome is None or (outcome.outcome, outcome.reason) != ("rejected", answer.reason):
-            return f"told rejected ({answer.reason}), but the database has {outcome}: {delivery}"
+            return f"reported rejected ({answer.reason}), but the database has {outcome}: {delivery}"
         return None
     return _wrong_row_id(delivery, answer.row_id, database)
 
@@ -238,7 +238,7 @@ def _wrong_answer(answer: Answer, known: Mapping[str, Delivery], database: _Data
 def _wrong_row_id(delivery: Delivery, row_id: int | None, database: _Database) -> str | None:
     row = database.rows.get((_table_of(delivery), row_id)) if row_id is not None else None
     if row is None or (row.event_id, row.content) != (delivery.event_id, delivery.content):
-        return f"told stored as row {row_id}, which is {row}: {delivery}"
+        return f"reported stored as row {row_id}, which is {row}: {delivery}"
     return None
 
 
@@ -247,22 +247,22 @@ def _table_of(delivery: Delivery) -> str:
 
 
 def _wrong_state(entry: KeptEntry, database: _Database) -> str | None:
-    """The breach, if an entry's state does not agree with the database."""
+    """Return the breach if an entry's state does not agree with the database."""
     if entry.state == "stored":
         return _wrong_row_id(entry.delivery, entry.row_id, database)
     outcome = database.outcomes.get(entry.delivery.job_id)
     if entry.state != "rejected":
-        return f"never settled, is {entry.state}: {entry.delivery}; outcome in the database: {outcome}"
+        return f"never settled, state {entry.state}: {entry.delivery}; outcome in the database: {outcome}"
     if outcome is None or (outcome.outcome, outcome.reason) != ("rejected", entry.reason):
         return f"is rejected ({entry.reason}), but the database has {outcome}: {entry.delivery}"
     return None
 
 
 def _wrong_audits(outboxes: Sequence[Path], redis: Redis | None) -> list[str]:
-    """The audit of each outbox, and the one without any."""
+    """Return the breaches that the audit finds, with each outbox and without one."""
     wrong = []
     for path in outboxes:
         with Outbox(path) as outbox:
-            wrong += [f"of outbox {path}: {one}" for one in audit(redis, outbox) if not one.complete]
+            wrong += [f"with outbox {path}: {one}" for one in audit(redis, outbox) if not one.complete]
     wrong += [f"without an outbox: {one}" for one in audit(redis) if not one.complete]
-    return [f"the audit does not agree, {one}" for one in wrong]
+    return [f"the audit is incomplete, {one}" for one in wrong]

@@ -1,4 +1,4 @@
-"""A way to Redis that a test can cut."""
+"""A connection to Redis that a test can interrupt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.faults.proxy import Proxy
 
 @pytest.fixture
 def line(redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    """REDIS_URL leads through it; the client `redis` of a test does not."""
+    """Proxy that REDIS_URL goes through; the client `redis` of a test does not use it."""
     proxy = Proxy(tmp_path / "redis.sock", Path(redis.connection_pool.connection_kwargs["path"]))
     monkeypatch.setenv("REDIS_URL", f"unix://{tmp_path / 'redis.sock'}")
     with proxy.running():

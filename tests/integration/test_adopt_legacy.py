@@ -1,4 +1,4 @@
-"""Tables of the old shape: renamed, with the new ones in their place, and their rows brought in; or nothing at all."""
+"""Adoption of tables of the old shape: they are renamed and replaced by the new ones, or nothing is changed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def second_generation(empty_database_url: str) -> str:
 
 @pytest.fixture
 def role(empty_database_url: str) -> Iterator[str]:
-    """An account that owns nothing."""
+    """A role that owns nothing."""
     name = f"role_{uuid4().hex}"
     _execute(f"CREATE ROLE {name}")
     yield name
@@ -89,7 +89,7 @@ def _run(*arguments: str) -> tuple[int, str, str]:
 
 
 def test_the_first_generation_is_renamed_with_every_row(first_generation: str) -> None:
-    """The new tables are empty and work, under the names that the old ones had."""
+    """The new tables are empty, usable, and have the old names."""
     before = [_all(f"SELECT * FROM {table} ORDER BY id") for table in ("portfolio_history", "signal_archives")]
 
     adoption = adopt_legacy(engine())
@@ -102,7 +102,7 @@ def test_the_first_generation_is_renamed_with_every_row(first_generation: str) -
 
 
 def test_the_second_generation_has_no_archives_and_keeps_its_foreign_key(second_generation: str) -> None:
-    """The key stays with the old rows, as it was, and the user is told what it does and how to be rid of it."""
+    """A note explains what the key does and how to drop it."""
     before = _all("SELECT * FROM portfolio_history ORDER BY id")
 
     adoption = adopt_legacy(engine())
@@ -113,8 +113,8 @@ def test_the_second_generation_has_no_archives_and_keeps_its_foreign_key(second_
     assert left == before
     assert (get_portfolio_history(), get_recent_signal_archives()) == ([], [])
     assert adoption.notes == (
-        "portfolio_history_portfolio_id_fkey still deletes rows of portfolio_history_legacy with their row of"
-        " portfolios (ON DELETE CASCADE); to keep them: ALTER TABLE portfolio_history_legacy"
+        "portfolio_history_portfolio_id_fkey still deletes rows of portfolio_history_legacy when their row of"
+        " portfolios is deleted (ON DELETE CASCADE); to prevent that: ALTER TABLE portfolio_history_legacy"
         " DROP CONSTRAINT portfolio_history_portfolio_id_fkey",
     )
     assert len(_all("SELECT FROM portfolio_history_legacy")) == 8
@@ -132,8 +132,8 @@ _ALL_SNAPSHOTS_ARE_EQUAL = """
 
 
 @pytest.mark.parametrize(("generation", "rows"), [("first_generation", 100), ("second_generation", 12)])
-def test_every_value_comes_in_as_it_was(generation: str, rows: int, request: pytest.FixtureRequest) -> None:
-    """Read as entries of the old files, made events, inserted: compared by the database itself, column by column."""
+def test_every_value_is_imported_unchanged(generation: str, rows: int, request: pytest.FixtureRequest) -> None:
+    """The database compares the old and the new rows, column by column."""
     request.getfixturevalue(generation)
     adopt_legacy(engine())
     events = [
@@ -148,8 +148,8 @@ def test_every_value_comes_in_as_it_was(generation: str, rows: int, request: pyt
     assert _all(_ALL_SNAPSHOTS_ARE_EQUAL.format(portfolio=portfolio)) == [(rows, rows)]
 
 
-def test_every_signal_comes_in_with_every_digit(first_generation: str) -> None:
-    """As the database compares JSON; the month is that of the local time."""
+def test_every_signal_is_imported_with_every_digit(first_generation: str) -> None:
+    """The database compares the JSON. The month is the one of the local time."""
     adopt_legacy(engine())
     events = [
         event_of(archive_from(data, zone=BERLIN, portfolio_id=4), source="import/x", sequence=index + 1)
@@ -169,7 +169,7 @@ def test_every_signal_comes_in_with_every_digit(first_generation: str) -> None:
 
 
 def test_an_entry_is_the_row_in_the_old_json_shape(second_generation: str) -> None:
-    """Numbered from 0 whatever ids are missing; counts that are null are 0; a time that is none is refused alone."""
+    """Entries are numbered from 0 without gaps. A count that is NULL is 0. An infinite time makes one entry invalid."""
     _execute("DELETE FROM portfolio_history WHERE id = 2")
     _execute("UPDATE portfolio_history SET timestamp = 'infinity' WHERE id = 4")
     _execute("ALTER DATABASE " + _all("SELECT current_database()")[0][0] + " SET datestyle = 'German'")
@@ -195,8 +195,8 @@ def test_an_entry_is_the_row_in_the_old_json_shape(second_generation: str) -> No
         snapshot_from(entries[2].data, zone=UTC, portfolio_id=None)
 
 
-def test_rows_that_json_readers_refuse_do_not_affect_other_rows(first_generation: str) -> None:
-    """Numbers of thousands of digits, nesting beyond any stack."""
+def test_rows_that_json_readers_cannot_read_do_not_affect_other_rows(first_generation: str) -> None:
+    """Numbers of thousands of digits, and very deep nesting."""
     _execute(
         "UPDATE signal_archives SET signals_data = CAST('[{\"n\": ' || repeat('9', 5000) || '}]' AS jsonb)"
         " WHERE id = 1",
@@ -210,8 +210,8 @@ def test_rows_that_json_readers_refuse_do_not_affect_other_rows(first_generation
     assert len([archive_from(entry.data, zone=UTC, portfolio_id=None) for entry in others]) == 98
 
 
-def test_a_connection_that_is_lost_between_rows_is_the_stores_trouble(first_generation: str) -> None:
-    """What was read is right; the import ends, and goes on when it is run again."""
+def test_a_connection_that_is_lost_between_rows_raises_store_unavailable(first_generation: str) -> None:
+    """The rows read before are correct. The import ends and can be run again."""
     _execute(FIRST_GENERATION_SNAPSHOTS, rows=1000)
     adopt_legacy(engine())
     rows = read_legacy_rows(engine(), "portfolio_history_legacy")
@@ -221,40 +221,41 @@ def test_a_connection_that_is_lost_between_rows_is_the_stores_trouble(first_gene
         list(rows)
 
 
-def test_adopting_again_changes_nothing_and_says_so(first_generation: str) -> None:
-    """Also on a database that never had old tables: then it is init-db."""
+def test_a_second_adoption_changes_nothing_and_reports_it(first_generation: str) -> None:
+    """It names the tables of the first one."""
     first = _run("init-db", "--adopt-legacy")
     before = database_facts(first_generation)
     again = _run("init-db", "--adopt-legacy")
 
     assert first == (
         0,
-        "portfolio_history is portfolio_history_legacy now.\nsignal_archives is signal_archives_legacy now.\n"
-        "The tables are there.\n",
+        "Table portfolio_history was renamed to portfolio_history_legacy.\n"
+        "Table signal_archives was renamed to signal_archives_legacy.\n"
+        "The tables are ready.\n",
         "",
     )
     assert again == (
         0,
-        "There are no tables of the old shape to rename; portfolio_history_legacy and signal_archives_legacy came from"
-        " an earlier run.\nThe tables are there.\n",
+        "There are no tables of the old shape to rename; portfolio_history_legacy and signal_archives_legacy are from"
+        " an earlier run.\nThe tables are ready.\n",
         "",
     )
     assert database_facts(first_generation) == before
 
 
-def test_without_old_tables_it_is_init_db(empty_database_url: str) -> None:
-    """The tables are made, and the user is told that nothing was renamed."""
+def test_without_old_tables_adoption_does_the_same_as_init_db(empty_database_url: str) -> None:
+    """It creates the tables and prints that nothing was renamed."""
     answer = _run("init-db", "--adopt-legacy")
     made = database_facts(empty_database_url)
     _execute("DROP TABLE portfolio_history, signal_archives, event_outcomes")
     apply_schema(engine())
 
-    assert answer == (0, "There are no tables of the old shape to rename.\nThe tables are there.\n", "")
+    assert answer == (0, "There are no tables of the old shape to rename.\nThe tables are ready.\n", "")
     assert database_facts(empty_database_url) == made
 
 
-def test_two_adoptions_at_the_same_moment_make_one(first_generation: str) -> None:
-    """The second has waited for the lock, and finds nothing left to do."""
+def test_two_simultaneous_adoptions_rename_once(first_generation: str) -> None:
+    """The second one waits for the lock and then finds nothing to do."""
     other = create_store_engine(SecretStr(first_generation))
     with ThreadPoolExecutor(1) as pool:
         with other.begin() as db:
@@ -270,8 +271,8 @@ def test_two_adoptions_at_the_same_moment_make_one(first_generation: str) -> Non
     assert get_portfolio_history() == []
 
 
-def test_a_long_reader_makes_it_fail_fast(first_generation: str) -> None:
-    """With who it is, and nothing changed; the text of the reader's query is not shown."""
+def test_a_long_transaction_on_the_old_tables_makes_adoption_fail_after_3_seconds(first_generation: str) -> None:
+    """The error names the session without the text of its query. Nothing is changed."""
     before = database_facts(first_generation)
     reader = create_store_engine(SecretStr(first_generation))
     with reader.begin() as db:
@@ -283,7 +284,8 @@ def test_a_long_reader_makes_it_fail_fast(first_generation: str) -> None:
 
     assert (status, out, error.count("\n")) == (1, "", 1)
     assert error.startswith(
-        f"error: the old tables were in use for 3 s, held by pid {pid} (monthly report, idle in transaction, since "
+        f"error: the old tables could not be locked within 3 s: locked by pid {pid}"
+        " (monthly report, idle in transaction, transaction open for "
     )
     assert error.endswith(" s). Nothing was changed: try again.\n")
     assert "s3cret" not in error
@@ -292,8 +294,8 @@ def test_a_long_reader_makes_it_fail_fast(first_generation: str) -> None:
     assert _run("init-db", "--adopt-legacy")[0] == 0
 
 
-def test_a_reader_of_another_account_is_known_by_its_pid(first_generation: str, role: str) -> None:
-    """The server hides the rest of such a session from who is no superuser."""
+def test_a_session_of_another_user_is_reported_by_its_pid(first_generation: str, role: str) -> None:
+    """PostgreSQL hides the rest from users that are not superusers."""
     _execute(
         *(f"ALTER TABLE {table} OWNER TO {role}" for table in ("portfolio_history", "signal_archives")),
         f"GRANT CREATE ON SCHEMA public TO {role}",
@@ -301,12 +303,12 @@ def test_a_reader_of_another_account_is_known_by_its_pid(first_generation: str, 
     store = create_store_engine(SecretStr(f"{first_generation}&options=-crole%3D{role}"))
     with engine().begin() as db:
         pid = db.execute(text("SELECT pg_backend_pid() FROM signal_archives LIMIT 1")).scalar()
-        with pytest.raises(AdoptionRefused, match=f"in use for 3 s, held by pid {pid}. Nothing was changed: try again"):
+        with pytest.raises(AdoptionRefused, match=f"within 3 s: locked by pid {pid}. Nothing was changed: try again"):
             adopt_legacy(store)
     store.dispose()
 
 
-_DIES = """
+_DIES_AT_A_STEP = """
 import os, signal, sys
 from sqlalchemy import Engine, event
 from consumers.cli import main
@@ -327,12 +329,12 @@ main()
 
 @pytest.mark.parametrize(
     "step",
-    ["LOCK TABLE", "ALTER TABLE public.portfolio", "ALTER SEQUENCE public.signal", "-- The history", "commit"],
+    ["LOCK TABLE", "ALTER TABLE public.portfolio", "ALTER SEQUENCE public.signal", "-- Tables, indexes", "commit"],
 )
-def test_killed_in_the_middle_it_has_changed_nothing(first_generation: str, step: str) -> None:
-    """And the next run does it all."""
+def test_a_killed_adoption_changes_nothing(first_generation: str, step: str) -> None:
+    """The next run adopts the tables."""
     before = database_facts(first_generation)
-    program = [sys.executable, "-c", _DIES, step, "init-db", "--adopt-legacy"]
+    program = [sys.executable, "-c", _DIES_AT_A_STEP, step, "init-db", "--adopt-legacy"]
     killed = subprocess.run(program, check=False, timeout=60)
 
     assert killed.returncode == -9
@@ -340,8 +342,8 @@ def test_killed_in_the_middle_it_has_changed_nothing(first_generation: str, step
     assert len(adopt_legacy(engine()).renamed) == 2
 
 
-def test_names_that_ours_need_are_taken_from_the_old_tables(first_generation: str) -> None:
-    """Indexes, the indexes of keys, sequences; names that are in nobody's way stay."""
+def test_indexes_and_sequences_whose_names_are_needed_are_renamed(first_generation: str) -> None:
+    """Other names are kept."""
     _execute(
         "ALTER TABLE portfolio_history RENAME CONSTRAINT portfolio_history_pkey TO portfolio_history_pk",
         "CREATE INDEX portfolio_history_newest ON portfolio_history (timestamp)",
@@ -364,8 +366,8 @@ def test_names_that_ours_need_are_taken_from_the_old_tables(first_generation: st
         assert names == [f"public.{table}_id_seq", f"public.{table}_id_seq_legacy"]
 
 
-def test_the_names_that_ours_need_are_known(database_url: str) -> None:
-    """All that schema.sql makes beside tables, and each still fits an identifier with the suffix."""
+def test_names_in_schema_lists_every_index_and_sequence(database_url: str) -> None:
+    """With the suffix, each name is a valid identifier of at most 63 bytes."""
     relations = """
         SELECT relname FROM pg_class
         WHERE relnamespace = 'public'::regnamespace AND relkind IN ('i', 'S') ORDER BY relname
@@ -387,19 +389,19 @@ def test_the_names_that_ours_need_are_known(database_url: str) -> None:
         ),
         (
             "CREATE TABLE portfolio_history_legacy ()",
-            "the name portfolio_history_legacy is taken: rename or drop what has it",
+            "the name portfolio_history_legacy is already in use: rename or drop the object that has it",
         ),
         (
             "CREATE TYPE signal_archives_legacy AS ENUM ('a')",
-            "the name signal_archives_legacy is taken: rename or drop what has it",
+            "the name signal_archives_legacy is already in use: rename or drop the object that has it",
         ),
         (
             "CREATE SEQUENCE portfolio_history_id_seq_legacy",
-            "the name portfolio_history_id_seq_legacy is taken: rename or drop what has it",
+            "the name portfolio_history_id_seq_legacy is already in use: rename or drop the object that has it",
         ),
         (
             "ALTER TABLE signal_archives DROP signals_data, DROP archived_at",
-            "signal_archives is not of the old shape, it has no archived_at, signals_data",
+            "signal_archives does not have the old shape: it has no column archived_at, signals_data",
         ),
         (
             "ALTER TABLE signal_archives RENAME TO a; CREATE VIEW signal_archives AS SELECT * FROM a",
@@ -408,7 +410,7 @@ def test_the_names_that_ours_need_are_known(database_url: str) -> None:
     ],
 )
 def test_each_obstacle_to_adoption_is_named(first_generation: str, obstacle: str, message: str) -> None:
-    """By dry run and by run alike, before anything is changed."""
+    """By a dry run and by a run, before anything is changed."""
     _execute(obstacle)
     before = database_facts(first_generation)
     for attempt in (plan_adoption, adopt_legacy):
@@ -418,29 +420,29 @@ def test_each_obstacle_to_adoption_is_named(first_generation: str, obstacle: str
     assert database_facts(first_generation) == before
 
 
-def test_a_role_that_may_not_rename_gets_the_name_of_one_that_may(first_generation: str, role: str) -> None:
-    """One line, before any lock is asked for."""
+def test_a_missing_privilege_is_an_error_that_names_the_owner(first_generation: str, role: str) -> None:
+    """It is raised before any lock is requested."""
     _execute(f"GRANT ALL ON ALL TABLES IN SCHEMA public TO {role}", f"GRANT CREATE ON SCHEMA public TO {role}")
     store = create_store_engine(SecretStr(f"{first_generation}&options=-crole%3D{role}"))
     with pytest.raises(
-        AdoptionRefused, match=f"^{role} may not rename portfolio_history, only its owner postgres may. "
+        AdoptionRefused, match=f"^user {role} may not rename portfolio_history: only its owner postgres may. "
     ):
         adopt_legacy(store)
     _execute(
         *(f"ALTER TABLE {table} OWNER TO {role}" for table in ("portfolio_history", "signal_archives")),
         f"REVOKE CREATE ON SCHEMA public FROM {role}, PUBLIC",
     )
-    with pytest.raises(AdoptionRefused, match=f"^{role} may not make tables in the schema public. "):
+    with pytest.raises(AdoptionRefused, match=f"^user {role} may not create tables in the schema public. "):
         adopt_legacy(store)
     store.dispose()
     assert adopt_legacy(engine()).notes == tuple(
-        f"the new {table} belongs to postgres, {table}_legacy to {role}"
+        f"the owner of the new {table} is postgres, the owner of {table}_legacy is {role}"
         for table in ("portfolio_history", "signal_archives")
     )
 
 
-def test_objects_that_follow_the_old_tables_are_reported(first_generation: str, role: str) -> None:
-    """Views, foreign keys, triggers, functions and publications follow the rename, grants stay; nothing is broken."""
+def test_objects_that_stay_with_the_old_tables_are_reported(first_generation: str, role: str) -> None:
+    """Views, foreign keys, triggers, functions, publications and grants. All of them still work."""
     _execute(
         "CREATE VIEW daily AS SELECT snapshot_date, max(total_value) AS value FROM portfolio_history GROUP BY 1",
         "CREATE MATERIALIZED VIEW daily_copy AS SELECT * FROM daily",
@@ -459,8 +461,8 @@ def test_objects_that_follow_the_old_tables_are_reported(first_generation: str, 
     belongs = " belongs to portfolio_history_legacy now, not to the new portfolio_history"
     assert list(notes) == [
         *(
-            f"{what}{belongs}"
-            for what in (
+            f"{dependent}{belongs}"
+            for dependent in (
                 "constraint remarks_snapshot_fkey on table remarks",
                 "function newest()",
                 "publication of table portfolio_history in publication changes",
@@ -469,7 +471,7 @@ def test_objects_that_follow_the_old_tables_are_reported(first_generation: str, 
                 "view daily",
             )
         ),
-        "grants stay with portfolio_history_legacy; who is to read the new table needs its own:"
+        "grants stay with portfolio_history_legacy; to let the same roles read the new table:"
         f" GRANT SELECT ON portfolio_history TO PUBLIC, {role}",
     ]
     assert _all("SELECT * FROM daily ORDER BY 1") == shown
@@ -477,8 +479,8 @@ def test_objects_that_follow_the_old_tables_are_reported(first_generation: str, 
         _execute("INSERT INTO remarks VALUES (0, 'of no snapshot')")
 
 
-def test_other_tables_are_as_they_were(second_generation: str) -> None:
-    """Every definition and every row, the table that the old one refers to included."""
+def test_other_tables_are_not_changed(second_generation: str) -> None:
+    """Neither definitions nor rows, also of the table that the old one refers to."""
 
     def others() -> Facts:
         facts = database_facts(second_generation)
@@ -501,7 +503,7 @@ def test_other_tables_are_as_they_were(second_generation: str) -> None:
 def test_the_dry_run_prints_what_the_command_does(
     empty_database_url: str, tmp_path: Path, old: str, rows: list[str]
 ) -> None:
-    """It changes nothing; what it prints, run by psql, makes the same database as the command."""
+    """The dry run changes nothing. Its script, run by psql, makes the same database as the command."""
 
     def build() -> None:
         _execute("DROP SCHEMA public CASCADE", "CREATE SCHEMA public", old, OTHER_TABLES)
@@ -525,19 +527,19 @@ def test_the_dry_run_prints_what_the_command_does(
     assert database_facts(empty_database_url) == by_command
 
 
-def test_a_dry_run_of_init_db_alone_prints_the_schema() -> None:
-    """Without a database."""
+def test_a_dry_run_of_init_db_prints_the_schema() -> None:
+    """It needs no database."""
     status, out, _ = _run("init-db", "--dry-run")
     assert (status, out) == (0, (Path(__file__).parents[2] / "schema.sql").read_text())
 
 
 @pytest.mark.parametrize("by_script", [False, True])
-def test_it_works_in_the_schema_that_the_settings_choose(
+def test_adoption_works_in_the_schema_of_the_search_path(
     empty_database_url: str, tmp_path: Path, by_script: bool
 ) -> None:
-    """With a name that needs quotes; tables of the same names in another schema stay as they are.
+    """Its name may need quotes. Tables of the same names in another schema are not changed.
 
-    The printed statements do so too when psql runs them with other settings.
+    The printed script works in the same schema when psql runs it with another search path.
     """
     name = _all("SELECT current_database()")[0][0]
     _execute(FIRST_GENERATION)

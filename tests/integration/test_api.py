@@ -1,4 +1,4 @@
-"""The HTTP API against the real database: what it answers, page by page, and what it refuses."""
+"""The HTTP API with a real database: rows, pages, formats, errors, the token and the headers."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _store_archive(moment: datetime, *signals: dict[str, Any], **overrides: obje
 
 
 def _as_json(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the operations with their dates and times as ISO text; times only by value."""
+    """Return rows of the operations with dates and times as ISO text."""
     return [
         {name: value.isoformat() if isinstance(value, date) else value for name, value in row.items()} for row in rows
     ]
@@ -66,7 +66,7 @@ def _comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _pages(client: TestClient, url: str, at_most: int = 100) -> Iterator[list[dict[str, Any]]]:
-    """Follow the Link headers."""
+    """Yield each page, following the Link headers."""
     for _ in range(at_most):
         answer = client.get(url)
         assert answer.status_code == 200, answer.text
@@ -88,8 +88,8 @@ def _require_problem(answer: Response, status: int, *words: str) -> None:
     assert [word for word in words if word not in body["detail"]] == []
 
 
-def test_the_bodies_are_the_rows_of_the_operations(client: TestClient) -> None:
-    """The same columns in the same order, the same values, amounts as floats."""
+def test_bodies_have_the_rows_of_the_operations(client: TestClient) -> None:
+    """With the same columns in the same order and the same values; amounts are floats."""
     for number in range(5):
         moment = INSTANT + timedelta(hours=number)
         _store_snapshot(moment, portfolio_id=number, balance=0.1 + 0.2, total_value=123456789012.12345678)
@@ -103,8 +103,8 @@ def test_the_bodies_are_the_rows_of_the_operations(client: TestClient) -> None:
     assert {type(row["total_invested"]) for row in client.get(HISTORY).json()} == {float}
 
 
-def test_pages_follow_one_another_and_have_every_row_once(client: TestClient) -> None:
-    """Also where dates and times are equal and only the row's id tells them apart."""
+def test_pages_together_have_every_row_once(client: TestClient) -> None:
+    """Also if dates and times are equal and only the ids of the rows differ."""
     for number in range(23):
         _store_snapshot(INSTANT + timedelta(minutes=number // 3), portfolio_id=number)
         _store_archive(INSTANT + timedelta(minutes=number // 3), portfolio_id=number)
@@ -121,9 +121,9 @@ def test_a_full_last_page_has_no_next(client: TestClient) -> None:
     assert [len(page) for page in _pages(client, f"{HISTORY}?limit=2")] == [2, 2]
 
 
-def test_rows_that_come_in_between_pages_neither_repeat_nor_hide_others(client: TestClient) -> None:
-    """New rows at the head, and old ones that an import brings in late, before and behind the page."""
-    stood = {_store_snapshot(INSTANT + timedelta(minutes=2 * number)) for number in range(20)}
+def test_rows_inserted_between_two_pages_neither_repeat_nor_hide_others(client: TestClient) -> None:
+    """New rows at the head, and old rows of an import, before and after the current page."""
+    stored_before = {_store_snapshot(INSTANT + timedelta(minutes=2 * number)) for number in range(20)}
     seen: list[int] = []
     for number, page in enumerate(_pages(client, f"{HISTORY}?limit=3")):
         seen += [row["id"] for row in page]
@@ -132,11 +132,11 @@ def test_rows_that_come_in_between_pages_neither_repeat_nor_hide_others(client: 
         _store_snapshot(INSTANT + timedelta(minutes=39 - 2 * number), portfolio_id=7)
 
     assert len(seen) == len(set(seen))
-    assert stood <= set(seen)
+    assert stored_before <= set(seen)
 
 
-def test_operations_page_by_their_last_row(database_url: str) -> None:
-    """The next page is what comes after the last dict of this one."""
+def test_operations_continue_after_the_last_row_of_a_page(database_url: str) -> None:
+    """`after` takes the last dict of the previous page."""
     for number in range(7):
         _store_snapshot(INSTANT + timedelta(minutes=number))
         _store_archive(INSTANT + timedelta(minutes=number))
@@ -152,8 +152,8 @@ def test_operations_page_by_their_last_row(database_url: str) -> None:
 @pytest.mark.parametrize(
     "spelling", ["2025-10-26T02:30:00%2B01:00", "2025-10-26T02:30:00 01:00", "2025-10-26T01:30:00Z"]
 )
-def test_since_and_until_mean_instants_through_the_hour_that_comes_twice(client: TestClient, spelling: str) -> None:
-    """In Berlin 02:30 was twice on that day; also a + that a client did not encode."""
+def test_since_and_until_are_exact_in_the_repeated_hour_of_a_clock_change(client: TestClient, spelling: str) -> None:
+    """In Berlin there were two times 02:30 on that day. A + that the client did not encode is accepted."""
     moments = [datetime(2025, 10, 26, 0, 30, tzinfo=UTC) + timedelta(minutes=30 * step) for step in range(4)]
     ids = [_store_snapshot(moment) for moment in moments]
 
@@ -162,7 +162,7 @@ def test_since_and_until_mean_instants_through_the_hour_that_comes_twice(client:
 
 
 def test_a_time_without_an_offset_is_in_the_servers_zone(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of HISTORY_TIMEZONE, as in the operations."""
+    """The zone is HISTORY_TIMEZONE, as in the operations."""
     monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
     row_id = _store_snapshot(datetime(2025, 10, 20, 1))
     assert [row["id"] for row in client.get(f"{HISTORY}?since=2025-10-20T01:00&until=2025-10-20T01:00:01").json()] == [
@@ -171,8 +171,8 @@ def test_a_time_without_an_offset_is_in_the_servers_zone(client: TestClient, mon
 
 
 @pytest.mark.parametrize("daily", ["", "&daily=last"])
-def test_a_period_finds_snapshots_that_were_dated_otherwise(client: TestClient, daily: str) -> None:
-    """The order is by snapshot_date, which the caller may have set; the period is one of instants."""
+def test_since_and_until_find_snapshots_with_another_snapshot_date(client: TestClient, daily: str) -> None:
+    """Rows are ordered by snapshot_date, which the caller may set, but filtered by their time."""
     day = timedelta(days=1)
     dates = [INSTANT.date() + days * day for days in (-30, -1, 0, 1, 30)]
     ids = [_store_snapshot(INSTANT, snapshot_date=dated, portfolio_id=number) for number, dated in enumerate(dates)]
@@ -186,8 +186,8 @@ def test_a_period_finds_snapshots_that_were_dated_otherwise(client: TestClient, 
     assert paged == found
 
 
-def test_daily_gives_the_last_of_each_portfolio_and_date(client: TestClient) -> None:
-    """Also of the portfolio without a number, page by page, and of a period that ends at noon."""
+def test_daily_lists_the_last_snapshot_of_each_portfolio_and_date(client: TestClient) -> None:
+    """Also for rows without a portfolio, page by page, and with `until` at noon."""
     day, hour = timedelta(days=1), timedelta(hours=1)
     start = datetime(2026, 3, 1, 8, tzinfo=UTC)
     for number in range(10):
@@ -217,7 +217,7 @@ def test_daily_gives_the_last_of_each_portfolio_and_date(client: TestClient) -> 
 
 
 def test_every_signal_of_a_market_is_found_newest_first(client: TestClient) -> None:
-    """Several in one archive, written as a number too, in the order of their archive; from the index."""
+    """Several per archive, with a numeric market_id too, in the order of the archive, by the index."""
     for number in range(6):
         moment = INSTANT + timedelta(minutes=number)
         same = a_signal(market_id="77", reason=str(number))
@@ -244,14 +244,14 @@ def test_every_signal_of_a_market_is_found_newest_first(client: TestClient) -> N
 @pytest.mark.parametrize(
     "market_id", ["'; DROP TABLE signal_archives; --", '"] || true', "%", "Ünï🌉", "01", "1e2", "9" * 200]
 )
-def test_a_market_id_is_text_and_nothing_else(client: TestClient, market_id: str) -> None:
+def test_a_market_id_is_compared_as_text(client: TestClient, market_id: str) -> None:
     _store_archive(INSTANT, a_signal(market_id=market_id), a_signal(market_id="1"))
     found = client.get(SIGNALS, params={"market_id": market_id}).json()
     assert [row["signal"]["market_id"] for row in found] == [market_id]
 
 
 def test_a_page_of_large_archives_ends_early(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that no answer is of any size; the Link goes on, and each page has a row at least."""
+    """Each page has at least one row and, unless it is the last, a Link to the next one."""
     monkeypatch.setattr(api_pages, "PAGE_BYTES", 2500)
     for number in range(6):
         _store_archive(INSTANT + timedelta(minutes=number), *(a_signal(market_id="5", number=n) for n in range(3)))
@@ -265,10 +265,10 @@ def test_a_page_of_large_archives_ends_early(client: TestClient, monkeypatch: py
 
 
 @pytest.mark.parametrize("form", ["json", "csv"])
-def test_a_page_is_bounded_by_its_text_and_not_by_what_the_table_takes(
+def test_a_page_is_limited_by_its_text_and_not_by_its_stored_size(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
-    """A hundredth of it, when a signal repeats itself: one row may pass the bound, and no more."""
+    """Repetitive signals take a hundredth in the table. Only the last row of a page may exceed the limit."""
     monkeypatch.setattr(api_pages, "PAGE_BYTES", 160_000)
     for number in range(6):
         reasons = [a_signal(market_id="5", reason="x" * 40_000) for _ in range(3 if number % 2 else 1)]
@@ -288,8 +288,8 @@ def test_a_page_is_bounded_by_its_text_and_not_by_what_the_table_takes(
         assert len(set(seen)) == len(seen) == (6 if url.startswith(ARCHIVES) else 12)
 
 
-def test_steps_of_a_page_make_one_page(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What looks large in the table is read bit by bit, and comes as one page all the same."""
+def test_a_page_that_is_read_in_steps_is_the_same_page(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with a large stored size are read in several steps and returned as one page."""
     for number in range(9):
         _store_archive(INSTANT + timedelta(minutes=number), a_signal(reason="x" * 4_000))
     whole = client.get(f"{ARCHIVES}?limit=7")
@@ -300,7 +300,7 @@ def test_steps_of_a_page_make_one_page(client: TestClient, monkeypatch: pytest.M
 
 
 def test_an_unchanged_page_is_304_and_any_change_is_not(client: TestClient) -> None:
-    """A row that comes in late in the middle, one that is changed, one that is gone, one that begins a next page."""
+    """A late row in the middle, a changed row, a deleted row, and a row that begins the next page change the tag."""
     for number in range(4):
         _store_snapshot(INSTANT + timedelta(hours=number))
     url = f"{HISTORY}?limit=4"
@@ -350,17 +350,17 @@ def test_a_304_reads_no_documents_and_keeps_the_link(client: TestClient) -> None
         (";;,q=,text/csv;q=x", {}, "text/csv"),
     ],
 )
-def test_csv_is_given_to_whom_it_is_dearer(
+def test_the_accept_header_chooses_between_json_and_csv(
     client: TestClient, accept: str, parameters: dict[str, str], media_type: str
 ) -> None:
-    """By the Accept header, or by format, which goes before it."""
+    """The parameter `format` overrides it."""
     answer = client.get(HISTORY, params=parameters, headers={"Accept": accept})
     assert answer.headers["content-type"].partition(";")[0] == media_type
     assert "Accept" in answer.headers["vary"]
 
 
-def test_csv_has_the_same_rows_and_is_no_spreadsheet_program(client: TestClient) -> None:
-    """Exact amounts; text that a spreadsheet would take for a formula is quoted, a negative number is not."""
+def test_csv_has_the_same_rows_and_no_formulas(client: TestClient) -> None:
+    """Amounts are exact. Text that a spreadsheet would run as a formula is quoted, a negative number is not."""
     for number in range(3):
         _store_snapshot(INSTANT + timedelta(hours=number), total_profit_loss="-0.00000001")
         _store_archive(INSTANT + timedelta(hours=number))
@@ -396,10 +396,10 @@ def test_csv_has_the_same_rows_and_is_no_spreadsheet_program(client: TestClient)
         (f"{HISTORY}?since=1700000000", 422, ["since: "]),
         (f"{HISTORY}?until=" + "9" * 300, 422, ["until: "]),
         (f"{HISTORY}?daily=first", 422, ["daily: "]),
-        (f"{HISTORY}?since=9999-12-31T23:59:59-12:00", 422, ["since: is too near"]),
-        (f"{HISTORY}?daily=last&until=0001-01-01T00:00%2B00:01", 422, ["until: is too near"]),
-        (f"{ARCHIVES}?until=9999-12-31T23:59:59-12:00", 422, ["until: is too near"]),
-        (f"{SIGNALS}?market_id=1&since=0001-01-01T00:00%2B00:01", 422, ["since: is too near"]),
+        (f"{HISTORY}?since=9999-12-31T23:59:59-12:00", 422, ["since: is too close"]),
+        (f"{HISTORY}?daily=last&until=0001-01-01T00:00%2B00:01", 422, ["until: is too close"]),
+        (f"{ARCHIVES}?until=9999-12-31T23:59:59-12:00", 422, ["until: is too close"]),
+        (f"{SIGNALS}?market_id=1&since=0001-01-01T00:00%2B00:01", 422, ["since: is too close"]),
         (f"{HISTORY}?limit=1&limit=2", 422, ["limit: is given more than once"]),
         ("/page/daily?portfolio=1&portfolio=2", 422, ["portfolio: is given more than once"]),
         (f"{HISTORY}?cursor=" + "A" * 201, 422, ["cursor: "]),
@@ -411,13 +411,13 @@ def test_csv_has_the_same_rows_and_is_no_spreadsheet_program(client: TestClient)
         ("/docs", 404, []),
     ],
 )
-def test_each_error_is_answered_as_a_problem(client: TestClient, url: str, status: int, words: list[str]) -> None:
+def test_errors_are_answered_with_problem_details(client: TestClient, url: str, status: int, words: list[str]) -> None:
     _require_problem(client.get(url), status, *words)
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE"])
 def test_nothing_can_be_written(client: TestClient, method: str) -> None:
-    """405 with what is allowed; and the API's own connections could not, if they wanted."""
+    """Other methods get 405, and the API's database sessions are read-only."""
     answer = client.request(method, HISTORY)
     _require_problem(answer, 405)
     assert answer.headers["allow"] == "GET"
@@ -434,10 +434,10 @@ def test_head_is_get_without_the_body(client: TestClient) -> None:
         assert head.headers == get.headers
 
 
-def test_loopback_without_a_token_is_asked_under_its_own_names_only(
+def test_on_loopback_without_a_token_only_addresses_and_localhost_are_accepted(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever serves the app; elsewhere names are free."""
+    """With a token, or on another address, any host name is accepted."""
     for address, host, status in (
         ("127.0.0.1", "evil.example", 421),
         ("127.0.0.1", "localhost:8000", 200),
@@ -456,8 +456,8 @@ def _tampered(cursor: str) -> list[str]:
     return [*flipped, cursor[:-1], cursor + "A", cursor[1:], "", "=", "%00", "🌉", "e30", "../..", "null"]
 
 
-def test_a_cursor_that_was_tampered_with_is_refused(client: TestClient) -> None:
-    """Every single change of a character; and a cursor of another listing."""
+def test_a_changed_cursor_is_an_error(client: TestClient) -> None:
+    """Each change of one character, and a cursor of another endpoint or another value of daily."""
     for number in range(3):
         _store_snapshot(INSTANT + timedelta(hours=number))
         _store_archive(INSTANT + timedelta(hours=number))
@@ -468,11 +468,11 @@ def test_a_cursor_that_was_tampered_with_is_refused(client: TestClient) -> None:
 
     assert statuses == {422}
     for url in (f"{HISTORY}?daily=last", f"{ARCHIVES}?limit=1", f"{SIGNALS}?market_id=1"):
-        _require_problem(client.get(f"{url}&cursor={cursor}"), 422, "cursor: belongs to another listing")
+        _require_problem(client.get(f"{url}&cursor={cursor}"), 422, "cursor: belongs to another endpoint")
 
 
-def test_answers_carry_headers_that_keep_browsers_in_check(client: TestClient) -> None:
-    """Also those that are errors. No other site may read them unless it is named."""
+def test_answers_have_security_headers(client: TestClient) -> None:
+    """Errors too. No other origin may read them by default."""
     for url in ("/healthz", HISTORY, f"{HISTORY}?limit=0", "/nowhere"):
         headers = client.get(url, headers={"Origin": "https://evil.example"}).headers
         assert headers["x-content-type-options"] == "nosniff"
@@ -481,7 +481,7 @@ def test_answers_carry_headers_that_keep_browsers_in_check(client: TestClient) -
     assert client.get(HISTORY).headers["cache-control"] == "private, no-cache"
 
 
-def test_origins_that_are_set_may_read(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_origins_of_the_setting_may_read_the_api(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HISTORY_API_CORS_ORIGINS", "https://a.example, https://b.example")
     with TestClient(app) as client:
         allowed = client.get(HISTORY, headers={"Origin": "https://b.example"}).headers
@@ -514,10 +514,10 @@ def test_origins_that_are_set_may_read(database_url: str, monkeypatch: pytest.Mo
         "Bearer \xe9",
     ],
 )
-def test_a_token_that_is_missing_or_wrong_is_refused(
+def test_a_missing_or_wrong_token_gives_401(
     database_url: str, monkeypatch: pytest.MonkeyPatch, given: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Before anything else is looked at; health stays open to those that watch it."""
+    """It is checked before the parameters. The health paths need no token."""
     monkeypatch.setenv("HISTORY_API_TOKEN", "s3cret-token")
     headers: dict[bytes, bytes] = {} if given is None else {b"Authorization": given.encode("latin-1")}
     with TestClient(app) as client:
@@ -531,7 +531,7 @@ def test_a_token_that_is_missing_or_wrong_is_refused(
     assert "s3cret" not in caplog.text
 
 
-def test_a_token_that_no_header_can_carry_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_app_does_not_start_with_a_token_that_no_header_can_contain(monkeypatch: pytest.MonkeyPatch) -> None:
     from producers.errors import SettingsError
 
     monkeypatch.setenv("HISTORY_API_TOKEN", "two words")
@@ -544,7 +544,7 @@ def test_a_token_that_no_header_can_carry_is_refused_at_the_start(monkeypatch: p
 
 
 def test_another_app_can_include_the_router(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a prefix of its own; pages, problems and the token work there too."""
+    """With a prefix; pages, problem details and the token work there too."""
     host = FastAPI()
     host.include_router(router, prefix="/bot")
     for number in range(3):
@@ -556,19 +556,21 @@ def test_another_app_can_include_the_router(database_url: str, monkeypatch: pyte
         _require_problem(client.get(f"/bot{HISTORY}"), 401)
 
 
-def test_a_defect_tells_nothing_of_itself(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def defect(*_: object) -> None:
+def test_an_unexpected_error_is_answered_without_details(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("the password is s3cret")
 
-    monkeypatch.setattr("consumers.web.api.history_endpoints.read_page", defect)
+    monkeypatch.setattr("consumers.web.api.history_endpoints.read_page", fail)
     with TestClient(app, raise_server_exceptions=False) as client:
         answer = client.get(HISTORY)
     _require_problem(answer, 500)
     assert "s3cret" not in answer.text
 
 
-def test_health_and_readiness(client: TestClient, redis: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ready needs the tables, and Redis only where it is set."""
+def test_healthz_and_readyz_report_the_process_and_its_servers(
+    client: TestClient, redis: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/readyz needs the tables, and Redis only if it is set."""
     ready = client.get("/readyz").json()
     monkeypatch.setenv("REDIS_URL", "redis://me:s3cret@127.0.0.1:1")
     without_redis = client.get("/readyz")
@@ -586,10 +588,10 @@ def test_health_and_readiness(client: TestClient, redis: object, monkeypatch: py
     assert client.get("/healthz").json() == {"status": "ok"}
 
 
-def test_a_role_that_may_only_select_is_enough(
+def test_the_api_needs_the_select_privilege_only(
     client: TestClient, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The API needs no other right."""
+    """On the two history tables."""
     from sqlalchemy import make_url
 
     from consumers.db import engine
@@ -597,10 +599,10 @@ def test_a_role_that_may_only_select_is_enough(
     _store_snapshot(INSTANT)
     _store_archive(INSTANT)
     with get_db() as db:
-        db.execute(text("CREATE ROLE only_looks LOGIN"))
-        db.execute(text("GRANT SELECT ON portfolio_history, signal_archives TO only_looks"))
+        db.execute(text("CREATE ROLE only_selects LOGIN"))
+        db.execute(text("GRANT SELECT ON portfolio_history, signal_archives TO only_selects"))
     try:
-        url = make_url(database_url).set(username="only_looks").render_as_string(hide_password=False)
+        url = make_url(database_url).set(username="only_selects").render_as_string(hide_password=False)
         monkeypatch.setenv("DATABASE_URL", url)
         engine.engine().dispose()
         engine.engine.cache_clear()
@@ -613,5 +615,5 @@ def test_a_role_that_may_only_select_is_enough(
         engine.engine.cache_clear()
         monkeypatch.setenv("DATABASE_URL", database_url)
         with get_db() as db:
-            db.execute(text("DROP OWNED BY only_looks"))
-            db.execute(text("DROP ROLE only_looks"))
+            db.execute(text("DROP OWNED BY only_selects"))
+            db.execute(text("DROP ROLE only_selects"))

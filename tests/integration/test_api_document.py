@@ -1,4 +1,4 @@
-"""The OpenAPI document against the API itself: schemathesis asks what it allows, and what it does not."""
+"""The API compared with its OpenAPI document: schemathesis sends valid and invalid requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.factories import INSTANT, a_signal
 _NUMBERS = ("balance", "total_invested", "total_profit_loss", "total_value", "open_positions", "trade_count")
 
 
-_document = from_asgi("/openapi.json", create_app())  # its own: schemathesis keeps it started for a while
+_document = from_asgi("/openapi.json", create_app())  # not the shared app: schemathesis keeps it running for a while
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def some_rows(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @_document.parametrize()
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @pytest.mark.usefixtures("some_rows")
-def test_the_api_answers_as_its_document_says(case: schemathesis.Case[Any]) -> None:
-    """Statuses, media types, headers and bodies; no question makes it fail, and none is answered without the token."""
-    # A text can only be known to be no cursor of ours by the server.
+def test_the_api_answers_as_the_document_describes(case: schemathesis.Case[Any]) -> None:
+    """Statuses, media types, headers and bodies are as described; no request fails, and each one needs the token."""
+    # The document cannot describe which texts are valid cursors.
     excluded: list[Any] = [positive_data_acceptance] if "cursor" in (case.query or {}) else []
     case.call_and_validate(excluded_checks=excluded, headers={"Authorization": "Bearer right"})

@@ -1,4 +1,4 @@
-"""The API and `status` while PostgreSQL is gone, frozen, busy or restarted: an answer in seconds, and well again."""
+"""The API and `status` answer within seconds while PostgreSQL is down, frozen, busy or restarted, and then recover."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HISTORY = "/trading/portfolio-history"
 def proxy(
     database_url: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Proxy]:
-    """Between the API and PostgreSQL; the settings name it."""
+    """Proxy between the API and PostgreSQL; the settings name it."""
     url = make_url(database_url)
     folder = Path("/tmp", f"th-{os.getpid()}-{time.monotonic_ns()}")
     folder.mkdir()
@@ -55,8 +55,8 @@ def _require_unavailable(answer: Response) -> None:
         assert secret not in answer.text
 
 
-def test_a_database_that_is_gone_is_503_at_once_and_200_when_it_is_back(proxy: Proxy) -> None:
-    """Whatever is asked; the process itself is well."""
+def test_without_a_database_requests_get_503_at_once_and_200_when_it_is_back(proxy: Proxy) -> None:
+    """On all paths that read the database; /healthz still answers 200."""
     with TestClient(api.app) as client:
         assert client.get(HISTORY).status_code == 200
         proxy.set_mode("refuse")
@@ -77,47 +77,51 @@ def test_a_database_that_is_gone_is_503_at_once_and_200_when_it_is_back(proxy: P
         assert [client.get(url).status_code for url in (HISTORY, "/readyz")] == [200, 200]
 
 
-def test_the_api_and_the_page_say_the_same_and_the_log_says_why(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
-    """A reference leads from the answer to the reason; it is the same at each try, and each reason has its own."""
+def test_the_api_and_the_page_give_the_same_reference_and_the_log_has_the_reason(
+    proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same reason has the same reference at each request; another reason has another one."""
     with TestClient(api.app) as client:
         proxy.set_mode("refuse")
-        told = [client.get(url).json()["detail"] for url in (HISTORY, "/page/portfolios", "/page/newest")]
+        details = [client.get(url).json()["detail"] for url in (HISTORY, "/page/portfolios", "/page/newest")]
         health = client.get("/page/health").json()["database"]["error"]
         proxy.set_mode("pass")
         with engine.get_db() as db:
             db.execute(text("DROP TABLE portfolio_history CASCADE"))
         missing = {client.get(url).json()["detail"].rpartition(" ")[0] for url in (HISTORY, "/page/portfolios")}
 
-    assert {*told, health} == {told[0]}
-    reference = told[0].removesuffix(".").rpartition(" ")[2]
-    assert told[0] == f"The database cannot be read now. The log has the reason, reference {reference}."
+    assert {*details, health} == {details[0]}
+    reference = details[0].removesuffix(").").rpartition(" ")[2]
+    assert details[0] == f"The database cannot be read now. The API's log has the reason (reference {reference})."
     logged = [record.getMessage() for record in caplog.records if f"(reference {reference})" in record.getMessage()]
     assert len(logged) == 4
     assert "StoreUnavailable: PostgreSQL: " in logged[0]
     (no_tables,) = missing
-    assert no_tables.startswith("The database has no tables yet: trading-history init-db makes them. The log ")
+    assert no_tables.startswith("The database has no tables yet: run trading-history init-db. The API's log ")
 
 
-def test_without_a_database_in_the_settings_both_say_so() -> None:
-    """503, not a defect; which setting it is stands in the log."""
+def test_without_a_database_in_the_settings_the_api_and_the_page_answer_503() -> None:
+    """The answer reports that a setting is missing; the log names it."""
     engine.engine.cache_clear()
     with TestClient(api.app) as client:
         answers = [client.get(url) for url in (HISTORY, "/page/portfolios")]
     for answer in answers:
         _require_unavailable(answer)
-        assert answer.json()["detail"].startswith("A setting is missing or wrong. The log has the reason, reference ")
+        assert answer.json()["detail"].startswith(
+            "A setting is missing or wrong. The API's log has the reason (reference "
+        )
 
 
-def test_a_restarted_database_is_not_even_noticed(proxy: Proxy) -> None:
-    """A connection that broke while it was idle is replaced."""
+def test_a_restart_of_the_database_fails_no_request(proxy: Proxy) -> None:
+    """An idle connection that was closed is replaced."""
     with TestClient(api.app) as client:
         assert client.get(HISTORY).status_code == 200
         proxy.cut()
         assert client.get(HISTORY).status_code == 200
 
 
-def test_a_frozen_database_is_503_after_seconds(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is connected and never answers: whoever asks is not kept for ever, and the next one neither."""
+def test_a_frozen_database_gives_503_after_seconds(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is connected and never answers; later requests work again."""
     monkeypatch.setattr(api, "READ_SECONDS", 0.5)
     with TestClient(api.app) as client:
         assert client.get(HISTORY).status_code == 200
@@ -129,10 +133,10 @@ def test_a_frozen_database_is_503_after_seconds(proxy: Proxy, monkeypatch: pytes
         assert client.get(HISTORY).status_code == 200
 
 
-def test_status_says_that_a_frozen_database_does_not_answer(
+def test_status_reports_that_a_frozen_database_does_not_answer(
     proxy: Proxy, redis: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it is connected already, or connects; and it sees when the database is well again."""
+    """With an open connection and with a new one; it also reports when the database answers again."""
     monkeypatch.setattr(status, "READ_SECONDS", 0.5)
     monkeypatch.setattr(waits, "CONNECT_TIMEOUT_SECONDS", 0.5)
     assert status.pipeline_status()[0]["database"] == "reachable"
@@ -147,8 +151,8 @@ def test_status_says_that_a_frozen_database_does_not_answer(
     assert status.pipeline_status()[0]["database"] == "reachable"
 
 
-def test_a_client_that_takes_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would keep its answer in the server's memory."""
+def test_a_client_that_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the server would keep its answer in memory."""
     monkeypatch.setattr(api_server, "_IDLE_SECONDS", 0.3)
     with listen("127.0.0.1", 0) as listening:
         api_server._disconnect_idle_readers(listening)
@@ -159,22 +163,22 @@ def test_a_client_that_takes_nothing_is_disconnected(monkeypatch: pytest.MonkeyP
     assert caught.value.errno == errno.ETIMEDOUT
 
 
-def test_a_statement_that_takes_too_long_is_ended(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By PostgreSQL itself; here behind a lock that somebody holds."""
+def test_a_statement_that_takes_too_long_gives_503(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL ends it: here it waits for a lock of another session."""
     monkeypatch.setattr(engine, "READ_SECONDS", 0.4)
-    holder = create_engine(make_url(database_url).set(drivername="postgresql+psycopg2"))
+    other = create_engine(make_url(database_url).set(drivername="postgresql+psycopg2"))
     with TestClient(api.app) as client:
-        with holder.begin() as db:
+        with other.begin() as db:
             db.execute(text("LOCK TABLE portfolio_history IN ACCESS EXCLUSIVE MODE"))
             answer = client.get(HISTORY)
         _require_unavailable(answer)
         assert "took too long" in answer.json()["detail"]
         assert client.get(HISTORY).status_code == 200
-    holder.dispose()
+    other.dispose()
 
 
 def test_more_requests_than_connections_all_get_an_answer(database_url: str) -> None:
-    """They wait for one another, or are told to come back; no connection is lost by it."""
+    """They share at most eight connections, and none of them is lost."""
     with TestClient(api.app) as client, ThreadPoolExecutor(30) as pool:
         together = threading.Barrier(30)
 

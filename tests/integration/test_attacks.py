@@ -1,4 +1,4 @@
-"""Attacks on a running system, a worker and the API with their own roles: nothing runs, leaks or stops."""
+"""Attacks on a worker and the API with their own database roles: no code runs, no secret leaks, no process stops."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(*args, **kwargs):
 
 @dataclass
 class System:
-    """The processes under attack and what tells whether they have withstood it."""
+    """The attacked processes, and the traces by which a successful attack is noticed."""
 
     redis: Redis
     store: Engine  # as the owner
@@ -59,15 +59,17 @@ class System:
     worker: subprocess.Popen[bytes]
     api: subprocess.Popen[bytes]
     port: int
-    heard: list[bytes]  # what the listener was sent
+    heard: list[bytes]  # requests that the listener received
     listener: str
     good_events: int = 0
 
     @property
     def canary(self) -> Path:
+        """The file that exists if code of an attacker ran."""
         return self.folder / "it-ran"
 
     def outcome(self, job_id: str) -> str | None:
+        """Return the reason of a job's recorded rejection; None if there is none."""
         with self.store.connect() as db:
             reason: str | None = db.scalar(
                 text("SELECT reason FROM event_outcomes WHERE job_id = :job"), {"job": job_id}
@@ -75,7 +77,7 @@ class System:
             return reason
 
     def store_a_good_event(self) -> None:
-        """The proof that the worker goes on: the next event is a row within seconds."""
+        """Check that the worker continues: the next event is a row within 5 s."""
         self.good_events += 1
         event = event_of(a_snapshot(after=timedelta(seconds=self.good_events)), source="good/1", sequence=None)
         history_queue(self.redis).enqueue(SNAPSHOT, encode(event))
@@ -87,7 +89,8 @@ class System:
                 db.scalar(text("SELECT EXISTS (SELECT FROM portfolio_history WHERE event_id = :id)"), {"id": event_id})
             )
 
-    def has_withstood(self) -> None:
+    def assert_unaffected(self) -> None:
+        """Check that both processes run, no foreign code ran, no webhook was called, and an event is stored."""
         assert (self.worker.poll(), self.api.poll()) == (None, None)
         assert not self.canary.exists()
         assert self.heard == []
@@ -101,17 +104,17 @@ def _wait_for_line(process: subprocess.Popen[bytes]) -> str:
 
 @contextmanager
 def _listener(heard: list[bytes]) -> Iterator[str]:
-    """Where a webhook would be heard."""
+    """Listen for the requests of webhooks; yields the URL."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def listen() -> None:
             while True:
                 try:
-                    caller, _ = server.accept()
+                    client, _ = server.accept()
                 except OSError:
                     return
-                with caller:
-                    heard.append(caller.recv(1000))
+                with client:
+                    heard.append(client.recv(1000))
 
         thread = threading.Thread(target=listen, daemon=True)
         thread.start()
@@ -169,11 +172,11 @@ def system(pair: Addresses, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             redis.close()
 
 
-# ---- jobs that are none of ours
+# ---- unsupported jobs
 
 
 def _put(system: System, job_id: str, data: bytes, **fields: Any) -> str:
-    """A job as somebody writes it who has Redis but not RQ."""
+    """Write a job without RQ, as any client of Redis can, and queue it."""
     values: dict[Any, Any] = {
         "data": data,
         "origin": "history",
@@ -195,7 +198,7 @@ def _valid(number: int = 0) -> str:
 
 
 class _Exploit:
-    """What pickle runs when it reads it."""
+    """An object that makes pickle run a command when it is loaded."""
 
     def __init__(self, canary: Path) -> None:
         self._canary = canary
@@ -224,24 +227,24 @@ def _with_webhook(status: str, event: str) -> Callable[[System], str]:
     return enqueue
 
 
-_NOT_JSON = "refused: its data cannot be read as JSON"
-_FOREIGN = "refused: it names a function that is not one of ours"
-_ARGUMENT = "refused: it must have one argument, the event's text"
-_MORE = "refused: its job asks RQ for"
-_TOO_LARGE = "refused: its job is larger than 48 MiB"
-_SHAPELESS = "refused: its call is larger than 64 KiB and does not have the form [function, null, [text], {}]"
+_NOT_JSON = "unsupported job: its data cannot be read as JSON"
+_FOREIGN = "unsupported job: it calls a function other than our job functions"
+_ARGUMENT = "unsupported job: its call must have one argument, the event's text"
+_MORE = "unsupported job: it asks RQ for"
+_TOO_LARGE = "unsupported job: it is larger than 48 MiB"
+_SHAPELESS = "unsupported job: its call is larger than 64 KiB and does not have the form [function, null, [text], {}]"
 
-REFUSED: dict[str, tuple[Callable[[System], str], str]] = {
+REJECTED: dict[str, tuple[Callable[[System], str], str]] = {
     "a pickled call": (_pickled_job, _NOT_JSON),
     "a pickle that runs": (lambda s: _put(s, "pickle", pickle.dumps(_Exploit(s.canary))), _NOT_JSON),
     "a compressed pickle": (lambda s: _put(s, "zpickle", zlib.compress(pickle.dumps(_Exploit(s.canary)))), _NOT_JSON),
-    "a pickle beside": (
+    "a pickle as meta": (
         lambda s: _put(s, "meta", _call("os.system", "true"), meta=pickle.dumps(_Exploit(s.canary))), _FOREIGN,
     ),
     "os.system": (lambda s: _put(s, "os", _call("os.system", f"touch {s.canary}")), f"{_FOREIGN}: os.system"),
-    "a module of theirs": (lambda s: _put(s, "module", _call("canary_module.run")), f"{_FOREIGN}: canary_module.run"),
+    "an attacker's module": (lambda s: _put(s, "module", _call("canary_module.run")), f"{_FOREIGN}: canary_module.run"),
     "another function of ours": (lambda s: _put(s, "ours", _call("consumers.handlers.settle", "x")), _FOREIGN),
-    "nearly our function": (lambda s: _put(s, "nearly", _call(f"{SNAPSHOT} ", _valid())), _FOREIGN),
+    "almost our function": (lambda s: _put(s, "nearly", _call(f"{SNAPSHOT} ", _valid())), _FOREIGN),
     "control characters as name": (
         lambda s: _put(s, "control", _call("a\r\n\x1b[2J\0b")), rf"{_FOREIGN}: a\r\n\x1b[2J\x00b",
     ),
@@ -261,8 +264,8 @@ REFUSED: dict[str, tuple[Callable[[System], str], str]] = {
     "100 MB": (lambda s: _put(s, "100MB", b'["' + b"x" * 100 * _MEGABYTE + b'"]'), _TOO_LARGE),
     "100 MB compressed": (lambda s: _put(s, "100MB-z", zlib.compress(b" " * 100 * _MEGABYTE)), _TOO_LARGE),
     "a bomb": (lambda s: _put(s, "bomb", _bomb()), _TOO_LARGE),
-    "50 MB beside": (
-        lambda s: _put(s, "beside", _call(SNAPSHOT, _valid()), webhooks="[]", meta=b"x" * 50 * _MEGABYTE),
+    "50 MB as meta": (
+        lambda s: _put(s, "large-meta", _call(SNAPSHOT, _valid()), webhooks="[]", meta=b"x" * 50 * _MEGABYTE),
         _MORE,
     ),
     "44 MB of lists as webhooks": (
@@ -272,22 +275,22 @@ REFUSED: dict[str, tuple[Callable[[System], str], str]] = {
     "44 MB of lists as dependencies": (
         lambda s: _put(s, "lists-dependencies", _call("x"), dependency_ids=_lists()), _FOREIGN,
     ),
-    "50 MB beside what is invalid": (
+    "50 MB as meta of an invalid event": (
         lambda s: _put(s, "invalid", _call(SNAPSHOT, "{}"), meta=b"x" * 50 * _MEGABYTE), "specversion: is missing",
     ),
     "10 MB as a text": (lambda s: _put(s, "10MB", _call(SNAPSHOT, "x" * 10 * _MEGABYTE)), "event: is larger than"),
     "deep nesting": (lambda s: _put(s, "deep", _call(ARCHIVE, _nested(100_000))), "Invalid JSON: recursion"),
-    "nesting just too deep": (lambda s: _put(s, "deeper", _call(ARCHIVE, _nested(60))), "data.signals.0.a."),
+    "nesting slightly too deep": (lambda s: _put(s, "deeper", _call(ARCHIVE, _nested(60))), "data.signals.0.a."),
     "too many signals": (
         lambda s: _put(s, "signals", _call(ARCHIVE, _archive_text("{}," * 500_000 + "{}"))),
-        "data.signals: has more than 20000 of them",
+        "data.signals: has more than 20000 items",
     ),
-    "a job for ever": (lambda s: _put(s, "ttl", _call("x"), failure_ttl="9" * 30, result_ttl="9" * 30), _FOREIGN),
+    "a huge time to live": (lambda s: _put(s, "ttl", _call("x"), failure_ttl="9" * 30, result_ttl="9" * 30), _FOREIGN),
 }  # fmt: skip
 
 
 def _bomb() -> bytes:
-    """A gigabyte in a megabyte: the same piece, compressed once, again and again."""
+    """Return a megabyte that decompresses to a gigabyte: one compressed piece, repeated."""
     compressor = zlib.compressobj()
     start = compressor.compress(b" ") + compressor.flush(zlib.Z_FULL_FLUSH)
     piece = compressor.compress(b" " * _MEGABYTE) + compressor.flush(zlib.Z_FULL_FLUSH)
@@ -312,12 +315,12 @@ def _peak_bytes(process: subprocess.Popen[bytes]) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-@pytest.mark.parametrize("attack", REFUSED)
-def test_a_job_that_is_none_of_ours_is_refused_with_a_reason(system: System, attack: str) -> None:
-    """In event_outcomes and in RQ's Failed; nothing of it ran, it cost little memory, and the worker goes on."""
-    put, reason = REFUSED[attack]
+@pytest.mark.parametrize("attack", REJECTED)
+def test_an_unsupported_or_invalid_job_is_rejected_with_a_reason(system: System, attack: str) -> None:
+    """The reason is in event_outcomes and the failed registry. No code ran, memory stays low, the worker continues."""
+    enqueue, reason = REJECTED[attack]
     before = _peak_bytes(system.worker)
-    job_id = put(system)
+    job_id = enqueue(system)
     until(lambda: system.outcome(job_id) is not None)
     until(lambda: history_queue(system.redis).failed_job_registry.get_job_ids() == [job_id])
 
@@ -328,16 +331,16 @@ def test_a_job_that_is_none_of_ours_is_refused_with_a_reason(system: System, att
     assert str(system.outcome(job_id)) in str(result.exc_string)
     assert system.redis.hstrlen(job.key, "data") < _MEGABYTE
     assert (system.redis.memory_usage(job.key) or 0) < 2 * _MEGABYTE
-    system.has_withstood()
+    system.assert_unaffected()
     assert _peak_bytes(system.worker) - before < 400 * _MEGABYTE
     job.delete()
 
 
-# ---- what hangs on a job of ours
+# ---- keys that belong to a job of ours
 
 
-def test_a_dependent_of_a_refused_job_is_refused_too(system: System) -> None:
-    """RQ enqueues it, if it allows the failure of the other; nothing that it names is imported."""
+def test_a_dependent_of_an_unsupported_job_is_rejected_too(system: System) -> None:
+    """RQ enqueues it if it allows the failure of the first; the function that it names is not imported."""
     from rq.job import Dependency
 
     queue = history_queue(system.redis)
@@ -346,40 +349,42 @@ def test_a_dependent_of_a_refused_job_is_refused_too(system: System) -> None:
     waiting = queue.enqueue("canary_module.run", depends_on=Dependency([first], allow_failure=True))
     system.redis.delete("rq:suspended")
     until(lambda: system.outcome(waiting.id) is not None)
-    system.has_withstood()
-    assert str(system.outcome(waiting.id)).startswith("refused: it names a function that is not one of ours")
+    system.assert_unaffected()
+    assert str(system.outcome(waiting.id)).startswith(
+        "unsupported job: it calls a function other than our job functions"
+    )
     first.delete()
     waiting.delete()
 
 
-@pytest.mark.parametrize("spoiled", ["a key of another kind", "a job that cannot be read", "a zip bomb"])
-def test_unreadable_keys_beside_a_job_do_not_end_the_worker(system: System, spoiled: str) -> None:
-    """The event is stored; what RQ would stumble over stays where it is."""
-    dependents = Job.dependents_key_for("spoiled")
-    if spoiled == "a key of another kind":
+@pytest.mark.parametrize("problem", ["a key of another type", "a job that cannot be read", "a zip bomb"])
+def test_unusable_dependents_of_a_job_do_not_end_the_worker(system: System, problem: str) -> None:
+    """The event is stored; the keys that RQ cannot read stay unchanged."""
+    dependents = Job.dependents_key_for("depended-on")
+    if problem == "a key of another type":
         system.redis.set(dependents, "x")
     else:
         system.redis.sadd(dependents, "dependent")
         fields: dict[Any, Any] = {"data": _call("canary_module.run"), "created_at": "garbage", "origin": "history"}
-        if spoiled == "a zip bomb":
+        if problem == "a zip bomb":
             fields |= {"created_at": "2026-01-01T00:00:00.0Z", "data": zlib.compress(b"x" * 200 * _MEGABYTE)}
         system.redis.hset(Job.key_for("dependent"), mapping=fields)
     before = _peak_bytes(system.worker)
-    _put(system, "spoiled", _call(SNAPSHOT, _valid(1)))
-    system.has_withstood()
-    until(lambda: system.redis.hget(Job.key_for("spoiled"), "status") != b"queued")
-    system.has_withstood()  # once more: what hangs on a job is looked at after its end
+    _put(system, "depended-on", _call(SNAPSHOT, _valid(1)))
+    system.assert_unaffected()
+    until(lambda: system.redis.hget(Job.key_for("depended-on"), "status") != b"queued")
+    system.assert_unaffected()  # again, since dependents are read after the job has finished
 
-    assert system.outcome("spoiled") is None
+    assert system.outcome("depended-on") is None
     assert _peak_bytes(system.worker) - before < 100 * _MEGABYTE
     system.redis.delete(dependents, Job.key_for("dependent"))
 
 
-def test_a_time_to_live_that_redis_cannot_hold_holds_up_no_batch(system: System) -> None:
-    """It is no reason to refuse the event, and none to try for ever."""
+def test_a_result_ttl_that_redis_does_not_accept_delays_no_batch(system: System) -> None:
+    """The event is stored, and its job is not tried again."""
     _put(system, "long-lived", _call(SNAPSHOT, _valid(2)), result_ttl="9" * 30)
     until(lambda: system.redis.hget(Job.key_for("long-lived"), "status") == b"finished")
-    system.has_withstood()
+    system.assert_unaffected()
 
 
 # ---- SQL in every string
@@ -399,11 +404,11 @@ _HOSTILE = [
 
 
 def test_sql_in_the_strings_of_an_event_is_stored_as_it_is(system: System) -> None:
-    """In keys and values, at any depth; and the API gives it back by its market."""
+    """SQL in keys and values, at any depth, is text. The API finds it by its market."""
     signals = [a_signal(market_id=one) | {one: {one: [one]}} for one in _HOSTILE]
     event = event_of(an_archive(signals=signals, portfolio_id=3), source="x/1", sequence=None)
     history_queue(system.redis).enqueue(ARCHIVE, encode(event))
-    system.has_withstood()
+    system.assert_unaffected()
 
     def stored() -> Any:
         with system.store.connect() as db:
@@ -417,21 +422,21 @@ def test_sql_in_the_strings_of_an_event_is_stored_as_it_is(system: System) -> No
 
 
 @pytest.mark.parametrize(("member", "reason"), [("portfolio_id", "data.portfolio_id: "), ("source", "source: ")])
-def test_sql_where_no_text_belongs_is_refused(system: System, member: str, reason: str) -> None:
+def test_sql_in_a_field_that_is_not_text_is_rejected(system: System, member: str, reason: str) -> None:
     document = json.loads(_valid(3))
     (document["data"] if member == "portfolio_id" else document)[member] = _SQL
     job_id = _put(system, f"sql-{member}", _call(SNAPSHOT, json.dumps(document)))
     until(lambda: system.outcome(job_id) is not None)
     assert str(system.outcome(job_id)).startswith(reason)
-    system.has_withstood()
+    system.assert_unaffected()
 
 
 @pytest.mark.parametrize("name", ["limit", "portfolio_id", "since", "until", "cursor", "daily", "format"])
-def test_sql_in_a_parameter_is_a_wrong_question(system: System, name: str) -> None:
+def test_sql_in_a_parameter_is_an_error_of_the_client(system: System, name: str) -> None:
     for value in (_SQL, "1 OR 1=1", "1; SELECT pg_sleep(60)", "-1", "99999999999999999999", "1e9", "\0", "٣"):
         status, _ = _get(system, "/trading/portfolio-history", **{name: value})
         assert status == 422 or (name, value, status) == ("portfolio_id", "-1", 200), (name, value, status)
-    system.has_withstood()
+    system.assert_unaffected()
 
 
 # ---- the API
@@ -446,7 +451,7 @@ def _get(system: System, path: str, token: str | None = _TOKEN, **parameters: st
 
 
 def _talk(system: System, request: bytes, *, seconds: float = 5) -> bytes:
-    """What a server answers to raw bytes until it closes the connection or has answered."""
+    """Send raw bytes to the API, and return its answer up to the end of the headers or of the connection."""
     answer = b""
     with socket.create_connection(("127.0.0.1", system.port), timeout=seconds) as client:
         try:
@@ -493,10 +498,10 @@ RAW: dict[str, tuple[bytes, set[int | None]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("trick", RAW)
-def test_a_trick_on_the_api_gets_nothing(system: System, trick: str) -> None:
-    """No header of theirs in an answer, no stack, no growth; and the next question is answered."""
-    request, allowed = RAW[trick]
+@pytest.mark.parametrize("request_kind", RAW)
+def test_a_malformed_request_to_the_api_has_no_effect(system: System, request_kind: str) -> None:
+    """No injected header, no traceback, little memory; and the next request is answered."""
+    request, allowed = RAW[request_kind]
     before = _peak_bytes(system.api)
     answer = _talk(system, request)
     status = int(answer.split()[1]) if answer.startswith(b"HTTP/1") else None
@@ -509,7 +514,7 @@ def test_a_trick_on_the_api_gets_nothing(system: System, trick: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "PROPFIND"])
-def test_other_methods_do_nothing(system: System, method: str) -> None:
+def test_other_methods_are_not_allowed(system: System, method: str) -> None:
     answer = _talk(system, _request(f"{method} /trading/portfolio-history HTTP/1.1"))
     assert answer.split()[1] in (b"405", b"400")
 
@@ -521,7 +526,7 @@ def test_other_methods_do_nothing(system: System, method: str) -> None:
         "//etc/passwd", "/app.js/../../queries.py", "/page/queries.py", "/..\\..\\etc\\passwd", "/app.js%00.png",
     ],
 )  # fmt: skip
-def test_only_the_files_of_the_page_are_given_out(system: System, path: str) -> None:
+def test_the_api_serves_only_the_files_of_the_page(system: System, path: str) -> None:
     answer = _talk(system, _request(f"GET {path} HTTP/1.1"))
     assert answer.split()[1] in (b"404", b"400"), answer[:200]
     assert b"root:" not in answer
@@ -535,16 +540,16 @@ def test_only_the_files_of_the_page_are_given_out(system: System, path: str) -> 
         f"Bearer {_TOKEN.upper()}", "Bearer \xff", f"Token {_TOKEN}", f"Bearer {_TOKEN} {_TOKEN}",
     ],
 )  # fmt: skip
-def test_without_the_token_nothing_is_disclosed(system: System, header: str | None) -> None:
-    """Nor by another way to say it: a parameter, a cookie."""
+def test_without_the_token_the_api_answers_nothing(system: System, header: str | None) -> None:
+    """Nor with the token in a parameter or a cookie."""
     headers = [] if header is None else [f"Authorization: {header}"]
     lines = [f"{_HISTORY}?token={_TOKEN} HTTP/1.1", "Host: localhost", f"Cookie: token={_TOKEN}", *headers]
     answer = _talk(system, "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1"))
     assert answer.split()[1] == b"401", answer[:200]
 
 
-def test_no_secret_stands_in_a_log_or_a_process_list(system: System) -> None:
-    """After all of the above: of our processes and of the servers that they use."""
+def test_no_secret_is_in_a_log_or_the_process_list(system: System) -> None:
+    """This runs after all the attacks, and reads the logs of our processes and every command line of the machine."""
     lines = [path.read_bytes() for path in _readable(Path("/proc").glob("[0-9]*/cmdline"))]
     logs = [(system.folder / name).read_bytes() for name in ("worker.log", "api.log")]
     assert any(b"consumers.cli" in line for line in lines)
@@ -558,5 +563,5 @@ def _readable(paths: Iterator[Path]) -> Iterator[Path]:
         try:
             path.read_bytes()
         except OSError:
-            continue  # it has ended, or is somebody else's
+            continue  # the process has ended, or belongs to another user
         yield path

@@ -1,4 +1,4 @@
-"""audit and failed: what happened to every number can be told, and what was refused can be mended."""
+"""`audit` accounts for every number; `failed` lists, shows, requeues and discards rejected events."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from consumers.db.inserts import insert_events
 from consumers.ops.audit import SourceAudit, audit
-from consumers.ops.failed import refused_text, rejections
+from consumers.ops.failed import rejected_text, rejections
 from producers.errors import EventRejected
 from producers.events import KINDS, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer, Receipt
@@ -49,7 +49,7 @@ def _execute(statement: str) -> None:
 
 @pytest.fixture
 def mixed(producer: HistoryProducer, work: Work) -> list[Receipt]:
-    """1-3 snapshots, 4 an archive, 5 the same as 1, 6 in conflict with 1."""
+    """Record 1-3: snapshots; 4: an archive; 5: a duplicate of 1; 6: a conflict with 1."""
     receipts = [producer.record(a_snapshot(after=timedelta(n))) for n in range(3)]
     receipts += [producer.record(an_archive()), producer.record(a_snapshot()), producer.record(a_snapshot(balance=1))]
     producer.flush(5)
@@ -67,8 +67,8 @@ def _audited(producer: HistoryProducer, redis: Redis, *, with_outbox: bool = Tru
     return one
 
 
-def test_every_number_is_accounted_for(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
-    """Across both tables and the outcomes; with the outbox the tail is known."""
+def test_audit_accounts_for_every_number(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
+    """In both tables and in the outcomes. With the outbox, the tail is known."""
     one = _audited(producer, redis)
     assert (one.stored, one.duplicate, one.rejected, one.discarded, one.last) == (4, 1, 1, 0, 6)
     assert (one.source, one.under_way, one.missing, one.tail_known) == (mixed[0].source, 0, [], True)
@@ -77,7 +77,7 @@ def test_every_number_is_accounted_for(producer: HistoryProducer, redis: Redis, 
 
 
 def test_events_under_way_are_not_missing(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
-    """Recorded, not yet worked on: known from the outbox; in a gap, known from the queue as well."""
+    """Events that are not yet stored are found in the outbox, or without it in the queue."""
     producer.record_many([a_snapshot(after=timedelta(10)), a_snapshot(after=timedelta(11))])
     producer.flush(5)
     assert (_audited(producer, redis).under_way, _audited(producer, redis).missing) == (2, [])
@@ -92,30 +92,31 @@ def test_events_under_way_are_not_missing(producer: HistoryProducer, redis: Redi
     assert (without.last, without.under_way, without.missing) == (8, 1, [])
 
 
-def test_a_lost_row_is_found_and_named(
+def test_audit_reports_lost_rows(
     producer: HistoryProducer, redis: Redis, mixed: list[Receipt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle, in a run, and at the end, which only the outbox can know; exit status 1."""
+    """A range in the middle, and the last number, which only the outbox knows. The exit status is 1."""
     _execute("DELETE FROM portfolio_history WHERE sequence IN (2, 3)")
     _execute("DELETE FROM event_outcomes WHERE sequence = 6")
 
     assert _audited(producer, redis).missing == [(2, 3), (6, 6)]
     assert _audited(producer, redis, with_outbox=False).missing == [(2, 3)]
     monkeypatch.setenv("HISTORY_OUTBOX", str(producer._transport.outbox.path))
-    told = _run("audit")
-    assert told.returncode == 1
-    assert "2-3, 6" in told.stdout
+    run = _run("audit")
+    assert run.returncode == 1
+    assert "2-3, 6" in run.stdout
 
 
-def test_another_event_under_a_number_is_found(producer: HistoryProducer, redis: Redis, mixed: list[Receipt]) -> None:
-    """The database has the number, but not with the id that the outbox gave it."""
+def test_audit_reports_another_event_under_a_number(
+    producer: HistoryProducer, redis: Redis, mixed: list[Receipt]
+) -> None:
+    """The database has the number, but with another event id than the outbox."""
     _execute("UPDATE portfolio_history SET event_id = gen_random_uuid() WHERE sequence = 2")
     one = _audited(producer, redis)
     assert (one.missing, one.mismatched, one.complete) == ([], [2], False)
 
 
-def test_two_sources_do_not_hide_each_others_gaps(redis: Redis, database_url: str, work: Work, tmp_path: Path) -> None:
-    """Each is accounted for by itself."""
+def test_audit_checks_each_source_separately(redis: Redis, database_url: str, work: Work, tmp_path: Path) -> None:
     for name in ("a", "b"):
         with HistoryProducer(redis, outbox=tmp_path / f"{name}.db", name=name) as producer:
             producer.record_many([a_snapshot(after=timedelta(n), portfolio_id=ord(name)) for n in range(3)])
@@ -126,8 +127,8 @@ def test_two_sources_do_not_hide_each_others_gaps(redis: Redis, database_url: st
     assert [(one.source[0], one.missing) for one in audit(redis)] == [("a", [(2, 2)]), ("b", [])]
 
 
-def test_an_import_counts_from_0(database_url: str) -> None:
-    """Its source has three parts; one that only has such a name counts from 1 like all the others."""
+def test_numbers_of_an_import_begin_at_0(database_url: str) -> None:
+    """The source of an import has three parts. A source that only begins with the same name begins at 1."""
     with get_db() as db:
         events = [a_snapshot(after=timedelta(hours=number)) for number in range(4)]
         insert_events(db, [event_of(events[n], source="import/a.json/0a", sequence=n) for n in (1, 3)])
@@ -138,34 +139,34 @@ def test_an_import_counts_from_0(database_url: str) -> None:
     ]
 
 
-def test_a_refused_event_that_names_no_source_is_in_no_sources_account(
+def test_rejected_event_without_a_valid_source_is_not_counted(
     producer: HistoryProducer, redis: Redis, mixed: list[Receipt], work: Work
 ) -> None:
-    """A foreign one, with a number, but with a source that is none: a rejection, of which the audit tells nothing."""
+    """An event of another program may have a number but an invalid source. The audit ignores its rejection."""
     foreign = json.loads(encode(event_of(a_snapshot(after=timedelta(20)), source="x/1", sequence=1)))
     foreign["source"] = "my bot"
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
     queue.enqueue(KINDS[foreign["type"]].job_function, json.dumps(foreign), job_id="foreign")
     work()
     with get_db() as db:
-        refused = text("SELECT source, sequence FROM event_outcomes WHERE job_id = 'foreign'")
-        assert db.execute(refused).one() == (None, 1)
+        rejected = text("SELECT source, sequence FROM event_outcomes WHERE job_id = 'foreign'")
+        assert db.execute(rejected).one() == (None, 1)
 
     one = _audited(producer, redis)
     assert (one.source, one.rejected, one.missing) == (mixed[0].source, 1, [])
-    told = _run("audit")
-    assert (told.returncode, told.stderr) == (0, "")
+    run = _run("audit")
+    assert (run.returncode, run.stderr) == (0, "")
 
 
-def test_failed_lists_and_shows_what_was_refused(mixed: list[Receipt]) -> None:
-    """Exit status 1 when there is something; by event id or job id; nothing of the payload in the list."""
+def test_failed_lists_and_shows_rejected_events(mixed: list[Receipt]) -> None:
+    """`failed list` ends with 1 if there are any, and shows no payloads. `failed show` takes an event id."""
     listed = _run("failed", "list", "--json")
-    (fact,) = json.loads(listed.stdout)
+    (rejection,) = json.loads(listed.stdout)
     shown = _run("failed", "show", str(mixed[5].event_id))
 
     assert listed.returncode == 1
-    assert (fact["kind"], fact["sequence"], fact["event_id"]) == ("snapshot", 6, str(mixed[5].event_id))
-    assert fact["reason"].endswith("with other content")
+    assert (rejection["kind"], rejection["sequence"], rejection["event_id"]) == ("snapshot", 6, str(mixed[5].event_id))
+    assert rejection["reason"].endswith("with other content")
     assert '"balance":"1"' in shown.stdout
     assert _run("failed", "list", "--kind", "archive").returncode == 0
     assert _run("failed", "list", "--kind", "sheep").returncode == 2
@@ -173,10 +174,10 @@ def test_failed_lists_and_shows_what_was_refused(mixed: list[Receipt]) -> None:
 
 
 @pytest.mark.parametrize("redis_kept_it", [True, False])
-def test_a_requeued_event_that_is_stored_is_a_rejection_no_more(
+def test_requeued_event_that_is_stored_is_no_longer_rejected(
     producer: HistoryProducer, redis: Redis, mixed: list[Receipt], work: Work, redis_kept_it: bool
 ) -> None:
-    """Also when Redis has lost the job; the outbox learns of it and the receipt gives the row."""
+    """Also if Redis has lost the job. The outbox then marks the entry as stored."""
     _execute("DELETE FROM portfolio_history WHERE sequence = 1")
     if not redis_kept_it:
         redis.flushall()
@@ -192,10 +193,10 @@ def test_a_requeued_event_that_is_stored_is_a_rejection_no_more(
     assert producer.status().rejected == 0
 
 
-def test_a_discarded_event_is_kept_with_the_reasons(
+def test_discarded_event_keeps_its_text_and_both_reasons(
     producer: HistoryProducer, redis: Redis, mixed: list[Receipt]
 ) -> None:
-    """It leaves the list and the failed registry, and the audit counts it as discarded."""
+    """It is removed from the list and the failed registry, and the audit counts it as discarded."""
     (rejection,) = rejections()
     discarded = _run("failed", "discard", rejection.job_id, "--reason", "test data")
 
@@ -210,10 +211,10 @@ def test_a_discarded_event_is_kept_with_the_reasons(
 
 
 @pytest.mark.parametrize("damage", ["lost", "no hash", "unreadable"])
-def test_a_rejection_can_be_requeued_and_discarded_whatever_became_of_its_job(
+def test_rejection_can_be_requeued_and_discarded_without_a_readable_job(
     redis: Redis, mixed: list[Receipt], damage: str, work: Work
 ) -> None:
-    """It can be requeued from its text, and discarded, whatever has become of the job."""
+    """The event's text in event_outcomes is enough."""
     (rejection,) = rejections()
     key = f"rq:job:{rejection.job_id}"
     if damage == "lost":
@@ -232,12 +233,12 @@ def test_a_rejection_can_be_requeued_and_discarded_whatever_became_of_its_job(
     assert not redis.exists(key)
 
 
-def test_a_discarded_event_stays_discarded_when_it_is_rejected_again(
+def test_discarded_event_stays_discarded_when_it_is_rejected_again(
     redis: Redis, mixed: list[Receipt], work: Work
 ) -> None:
-    """A late second delivery of it does not bring it back to the list."""
+    """A late second delivery does not add it to the list again."""
     (rejection,) = rejections()
-    event = refused_text(rejection.job_id)
+    event = rejected_text(rejection.job_id)
     _run("failed", "discard", rejection.job_id, "--reason", "test data")
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
     queue.enqueue(KINDS[SNAPSHOT_TYPE].job_function, event, job_id=rejection.job_id)
@@ -250,8 +251,8 @@ def test_a_discarded_event_stays_discarded_when_it_is_rejected_again(
         ]
 
 
-def test_requeue_and_discard_want_to_know_which(redis: Redis, database_url: str) -> None:
-    """One by name, or many by --kind or --all: neither or both is wrong usage."""
+def test_requeue_and_discard_need_a_name_or_a_choice(redis: Redis, database_url: str) -> None:
+    """Neither a name nor --kind or --all, or both, is wrong usage."""
     assert [
         _run("failed", "requeue").returncode,
         _run("failed", "requeue", "x", "--all").returncode,
@@ -260,8 +261,8 @@ def test_requeue_and_discard_want_to_know_which(redis: Redis, database_url: str)
     ] == [2, 2, 2, 2]
 
 
-def test_a_rejected_job_is_shown_letter_by_letter(redis: Redis, database_url: str) -> None:
-    """A job that names `[/x]` as its function, and one whose text would steer the terminal."""
+def test_rejected_job_is_shown_literally(redis: Redis, database_url: str) -> None:
+    """A function name that looks like rich's markup, and a text with control characters for a terminal."""
     queue = history_queue(redis)
     queue.enqueue("[/x]", "{}", job_id="no-function")
     queue.enqueue(KINDS[SNAPSHOT_TYPE].job_function, "[/x] [range 1-2] \x1b[2J\x9b31m", job_id="steering")
@@ -273,5 +274,5 @@ def test_a_rejected_job_is_shown_letter_by_letter(redis: Redis, database_url: st
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.endswith("\n[/x] [range 1-2] \\u001b[2J\\u009b31m\n")
     assert not {"\x1b", "\x9b"} & set(listed.stdout + shown.stdout)
-    nobody = _run("failed", "show", "\x1b[2J")
-    assert nobody.stderr == "error: no rejection has the job id or event id \\u001b[2J\n"
+    unknown = _run("failed", "show", "\x1b[2J")
+    assert unknown.stderr == "error: no rejection has the job id or event id \\u001b[2J\n"

@@ -1,4 +1,4 @@
-"""The command: what it prints, how it exits, and that an error is one readable line."""
+"""The command `trading-history`: output, exit statuses, and errors as one line."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ def _run(*arguments: str, stdin: str | None = None, **environment: str) -> subpr
     )
 
 
-def test_a_snapshot_and_an_archive_go_all_the_way(redis: Redis, database_url: str, tmp_path: Path) -> None:
-    """From files, through a worker, into the listings."""
+def test_recorded_snapshot_and_archive_are_stored_and_listed(redis: Redis, database_url: str, tmp_path: Path) -> None:
     (tmp_path / "signals.json").write_text(json.dumps([a_signal(), a_signal()]))
     recorded = _run(
         "snapshot",
@@ -66,8 +65,8 @@ def test_a_snapshot_and_an_archive_go_all_the_way(redis: Redis, database_url: st
     assert "buy_yes Öffnet die Brücke? 🌉" in _run("archives").stdout
 
 
-def test_nothing_to_archive_is_said_and_is_no_error(redis: Redis) -> None:
-    """A missing file means no signals."""
+def test_archive_without_signals_says_so_and_succeeds(redis: Redis) -> None:
+    """A missing default file means that there are no signals."""
     run = _run("archive")
     assert (run.returncode, run.stdout) == (0, "There are no signals to archive.\n")
 
@@ -92,12 +91,13 @@ def test_nothing_to_archive_is_said_and_is_no_error(redis: Redis) -> None:
         (
             ["status"],
             {"HISTORY_TIMEZONE": "x", "REDIS_URL": "redis://h"},
-            "error: HISTORY_TIMEZONE: is not a time zone",
+            "error: HISTORY_TIMEZONE: must be the name of an IANA time zone",
         ),
     ],
 )
-def test_an_error_is_one_line_without_secrets(arguments: list[str], environment: dict[str, str], message: str) -> None:
-    """On stderr, with exit status 1."""
+def test_error_is_one_line_on_stderr_without_secrets(
+    arguments: list[str], environment: dict[str, str], message: str
+) -> None:
     run = _run(*arguments, stdin="{", **environment)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1)
     assert run.stderr.startswith(message)
@@ -105,30 +105,28 @@ def test_an_error_is_one_line_without_secrets(arguments: list[str], environment:
 
 
 def test_debug_shows_the_traceback() -> None:
-    """For who has to find out more."""
     run = _run("--debug", "outbox", "status")
     assert run.returncode == 1
     assert "Traceback" in run.stderr
 
 
 def test_wrong_usage_exits_2() -> None:
-    """An unknown command, an unknown option, a limit of nothing."""
+    """An unknown command, an unknown option, and a limit of 0."""
     statuses = [_run(*wrong).returncode for wrong in (["fly"], ["history", "--fly"], ["history", "-n", "0"])]
     assert statuses == [2, 2, 2]
 
 
-def test_two_init_db_at_the_same_moment_both_succeed(empty_database_url: str) -> None:
-    """And again afterwards: the tables are there, once."""
+def test_init_db_succeeds_twice_at_the_same_time_and_again_afterwards(empty_database_url: str) -> None:
     both = [subprocess.Popen([*PROGRAM, "init-db"], stdout=subprocess.PIPE) for _ in range(2)]
     answers = [one.communicate(timeout=60)[0] for one in both]
     again = _run("init-db")
 
-    assert ([one.returncode for one in both], answers) == ([0, 0], [b"The tables are there.\n"] * 2)
+    assert ([one.returncode for one in both], answers) == ([0, 0], [b"The tables are ready.\n"] * 2)
     assert (again.returncode, get_portfolio_history()) == (0, [])
 
 
-def test_a_snapshot_keeps_every_digit_of_its_file(redis: Redis, database_url: str) -> None:
-    """Amounts do not pass through binary floats on their way."""
+def test_snapshot_keeps_every_digit_of_its_file(redis: Redis, database_url: str) -> None:
+    """Amounts are never converted to float."""
     recorded = _run("snapshot", "-", stdin='{"balance": 123456789012.12345678}')
     _run("worker", "--burst")
     with get_db() as db:
@@ -136,8 +134,7 @@ def test_a_snapshot_keeps_every_digit_of_its_file(redis: Redis, database_url: st
     assert (recorded.returncode, balance) == (0, Decimal("123456789012.12345678"))
 
 
-def test_the_exit_status_says_that_the_pipeline_is_healthy(redis: Redis, database_url: str) -> None:
-    """Both servers reachable and a worker alive."""
+def test_status_is_0_while_servers_answer_and_a_worker_is_alive(redis: Redis, database_url: str) -> None:
     worker = subprocess.Popen([*PROGRAM, "worker"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
     while not redis.smembers("rq:workers:history") and time.monotonic() < deadline:
@@ -149,8 +146,8 @@ def test_the_exit_status_says_that_the_pipeline_is_healthy(redis: Redis, databas
     assert (healthy.returncode, json.loads(healthy.stdout)["workers"]) == (0, 1)
 
 
-def test_settings_are_as_before_when_the_embedded_servers_are_gone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second use starts them again rather than look for the first ones."""
+def test_environment_is_restored_after_the_embedded_servers_stop(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second use starts them again."""
     monkeypatch.setenv("HISTORY_HOME", str(home))
     for _ in range(2):
         with stack(database=True, redis=True) as embedded:
@@ -160,13 +157,13 @@ def test_settings_are_as_before_when_the_embedded_servers_are_gone(home: Path, m
 
 
 def test_status_shows_each_problem(redis: Redis, database_url: str) -> None:
-    """Exit status 1 without a worker, and when a server is away; the rest is shown all the same."""
+    """Without a worker, or while a server is away, the exit status is 1. The other parts are still shown."""
     idle = _run("status", "--json")
     away = _run("status", "--json", REDIS_URL="redis://127.0.0.1:1")
 
     assert (idle.returncode, away.returncode) == (1, 1)
-    facts = json.loads(idle.stdout)
-    assert (facts["database"], facts["redis"], facts["workers"], facts["queued"]) == (
+    shown = json.loads(idle.stdout)
+    assert (shown["database"], shown["redis"], shown["workers"], shown["queued"]) == (
         "reachable",
         "reachable",
         0,
@@ -186,29 +183,29 @@ def _processes_of(home: Path) -> list[str]:
     return [line for line in lines if str(home) in line]
 
 
-def test_without_settings_a_command_uses_the_embedded_servers_and_says_so(home: Path) -> None:
-    """Data stays between commands; no process does."""
-    said = f"embedded PostgreSQL and Valkey in {home}\n"
+def test_command_without_settings_uses_the_embedded_servers_and_says_so(home: Path) -> None:
+    """Data is kept between commands. No process is left."""
+    notice = f"embedded PostgreSQL and Valkey in {home}\n"
     recorded = _run("snapshot", "-", "--portfolio-id", "1", stdin=json.dumps(a_portfolio()), HISTORY_HOME=str(home))
     worked = _run("worker", "--burst", HISTORY_HOME=str(home))
     shown = _run("history", "--json", HISTORY_HOME=str(home))
 
     assert [run.returncode for run in (recorded, worked, shown)] == [0, 0, 0]
-    assert recorded.stderr.startswith(said)
+    assert recorded.stderr.startswith(notice)
     assert [row["portfolio_id"] for row in json.loads(shown.stdout)] == [1]
     assert _processes_of(home) == []
 
 
-def test_with_a_closed_stdout_it_works_unseen(database_url: str) -> None:
-    """As some supervisors start their programs: no traceback where a table would be printed."""
+def test_command_works_with_a_closed_stdout(database_url: str) -> None:
+    """Some supervisors start programs without stdout. The command must not end with a traceback."""
     closed = ["bash", "-c", 'exec "$@" >&-', "bash", *PROGRAM, "history"]
     run = subprocess.run(closed, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
     assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_up_runs_a_worker_until_it_is_stopped(home: Path, how: signal.Signals) -> None:
-    """The printed exports are all that a controller needs, with RQ Dashboard's login; afterwards nothing is running."""
+def test_up_runs_a_worker_and_the_dashboard_until_stopped(home: Path, how: signal.Signals) -> None:
+    """The printed settings are enough for a controller, and the printed login for RQ Dashboard. No process is left."""
     up = subprocess.Popen(
         [*PROGRAM, "up"],
         stdout=subprocess.PIPE,
@@ -218,7 +215,7 @@ def test_up_runs_a_worker_until_it_is_stopped(home: Path, how: signal.Signals) -
         start_new_session=True,
     )
     try:
-        _used_and_ended(up, how)
+        _use_and_stop(up, how)
     finally:
         up.kill()  # its children end with it
         up.wait()
@@ -228,7 +225,7 @@ def test_up_runs_a_worker_until_it_is_stopped(home: Path, how: signal.Signals) -
     assert _processes_of(home) == []
 
 
-def _used_and_ended(up: subprocess.Popen[str], how: signal.Signals) -> None:
+def _use_and_stop(up: subprocess.Popen[str], how: signal.Signals) -> None:
     assert up.stdout is not None
     exports, login = {}, ""
     for line in up.stdout:
@@ -254,8 +251,8 @@ def _used_and_ended(up: subprocess.Popen[str], how: signal.Signals) -> None:
         httpx.get(url)
 
 
-def test_a_killed_demo_leaves_no_worker_and_does_not_disturb_the_next(home: Path) -> None:
-    """kill -9 in the middle: its worker ends by itself, and the next run counts right and stops everything."""
+def test_killed_demo_leaves_no_worker_and_the_next_demo_succeeds(home: Path) -> None:
+    """After kill -9, its worker ends. The next run counts correctly and leaves no process."""
     environment = {**os.environ, "HISTORY_HOME": str(home)}
     killed = subprocess.Popen([*PROGRAM, "demo"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment)
     assert killed.stdout is not None
@@ -274,8 +271,8 @@ def test_a_killed_demo_leaves_no_worker_and_does_not_disturb_the_next(home: Path
     assert _processes_of(home) == []
 
 
-def test_a_worker_without_redis_says_so_without_secrets_until_it_is_stopped(tmp_path: Path) -> None:
-    """One line, however often it tries; SIGTERM ends it with 0."""
+def test_worker_without_redis_logs_it_once_without_secrets(tmp_path: Path) -> None:
+    """It tries again until SIGTERM ends it, with exit status 0."""
     log = tmp_path / "log"
     settings = {"DATABASE_URL": "postgresql://h/d", "REDIS_URL": "redis://u:s3cret@127.0.0.1:1"}
     with log.open("w") as stderr:
@@ -287,7 +284,7 @@ def test_a_worker_without_redis_says_so_without_secrets_until_it_is_stopped(tmp_
         while "waits for Redis and tries again: Error 111 connecting to 127.0.0.1:1" not in log.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(1)  # some more tries
+        time.sleep(1)  # enough for more attempts
         worker.terminate()
         assert worker.wait(20) == 0
     finally:

@@ -1,4 +1,4 @@
-"""`api` as a server of its own, `status --watch`, and tables in windows of any width."""
+"""The server of `api`, `status --watch`, and tables in windows of any width."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROGRAM = [sys.executable, "-m", "consumers.cli"]
 
 @contextmanager
 def _serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running `trading-history api` and its address."""
+    """Run `trading-history api` during the block. Yields the process and its URL."""
     server = subprocess.Popen(
         [*PROGRAM, "api", "--port", "0", *arguments],
         stdout=subprocess.PIPE,
@@ -45,7 +45,7 @@ def _serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.P
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_api_answers_on_loopback_until_it_is_stopped(database_url: str, how: signal.Signals) -> None:
-    """As other commands it ends with the signal's status."""
+    """Its exit status is 128 + the number of the signal."""
     insert_portfolio_history_snapshot(_snapshot(0))
     with _serving() as (server, address):
         assert address.startswith("http://127.0.0.1:")
@@ -57,8 +57,8 @@ def test_api_answers_on_loopback_until_it_is_stopped(database_url: str, how: sig
         assert server.wait(15) == 128 + how
 
 
-def test_without_a_token_loopback_is_asked_under_its_own_names_only(database_url: str) -> None:
-    """A web page whose name was made to mean 127.0.0.1 reads nothing; with a token names are free."""
+def test_api_without_a_token_answers_only_to_names_of_loopback(database_url: str) -> None:
+    """A web page whose host name resolves to 127.0.0.1 must not read the API. With a token, any name is accepted."""
     with _serving() as (_, address):
         port = address.rpartition(":")[2]
         statuses = {
@@ -77,13 +77,13 @@ def test_without_a_token_loopback_is_asked_under_its_own_names_only(database_url
         assert httpx.get(f"{address}/trading/signal-archives", headers=headers).status_code == 200
 
 
-def test_an_open_address_without_a_token_is_said(database_url: str) -> None:
+def test_api_warns_about_an_open_address_without_a_token(database_url: str) -> None:
     with _serving("--host", "0.0.0.0") as (server, _):
         server.terminate()
         assert "HISTORY_API_TOKEN is not set" in server.communicate(timeout=15)[1]
 
 
-def test_an_address_that_is_taken_is_one_line(database_url: str) -> None:
+def test_api_reports_a_port_that_is_taken_in_one_line(database_url: str) -> None:
     with _serving() as (_, address):
         again = subprocess.run(
             [*PROGRAM, "api", "--port", address.rpartition(":")[2]],
@@ -96,8 +96,8 @@ def test_an_address_that_is_taken_is_one_line(database_url: str) -> None:
     assert again.stderr.startswith("error: cannot listen at 127.0.0.1 port")
 
 
-def test_status_goes_on_until_ctrl_c(redis: Redis, database_url: str) -> None:
-    """In a pipe one line of JSON after the other."""
+def test_status_watch_repeats_until_ctrl_c(redis: Redis, database_url: str) -> None:
+    """In a pipe, it prints one line of JSON after another."""
     watching = subprocess.Popen(
         [*PROGRAM, "status", "--watch", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -106,14 +106,14 @@ def test_status_goes_on_until_ctrl_c(redis: Redis, database_url: str) -> None:
     insert_portfolio_history_snapshot(_snapshot(0))
     later = [json.loads(watching.stdout.readline()) for _ in range(2)][-1]
     watching.send_signal(signal.SIGINT)
-    _, said = watching.communicate(timeout=15)
+    _, errors = watching.communicate(timeout=15)
 
     assert (first["portfolio_snapshots"], later["portfolio_snapshots"]) == (0, 1)
-    assert (watching.returncode, said) == (130, "")
+    assert (watching.returncode, errors) == (130, "")
 
 
-def test_status_on_a_terminal_is_shown_in_place(redis: Redis, database_url: str) -> None:
-    """The second time over the first; Ctrl-C leaves the last to be read."""
+def test_status_watch_redraws_in_place_on_a_terminal(redis: Redis, database_url: str) -> None:
+    """After Ctrl-C, the last status stays on the screen."""
     with _terminal(80, "status", "--watch") as (watching, screen):
         seen = b""
         while seen.count(b"signal archives") < 2:
@@ -131,8 +131,8 @@ def test_status_on_a_terminal_is_shown_in_place(redis: Redis, database_url: str)
 
 @pytest.mark.parametrize("columns", [40, 50, 80, 110, 200])
 @pytest.mark.parametrize("command", ["history", "archives"])
-def test_tables_fit_the_window_and_cut_no_number(database_url: str, columns: int, command: str) -> None:
-    """What does not fit is left out whole, and that is said."""
+def test_tables_fit_the_window_without_cutting_numbers(database_url: str, columns: int, command: str) -> None:
+    """Columns that do not fit are left out, and a line below the table names them."""
     for number in range(3):
         insert_portfolio_history_snapshot(_snapshot(number))
         insert_signal_archive(
@@ -163,7 +163,7 @@ def _snapshot(number: int) -> dict[str, object]:
 
 @contextmanager
 def _terminal(columns: int, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The command in a window of so many columns, and the window's own end."""
+    """Run a command in a terminal of `columns` columns. Yields the process and the terminal's other end."""
     screen, end = pty.openpty()
     fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}

@@ -1,4 +1,4 @@
-"""The wall clock jumps by days, either way: within a run of a bot, between two, and over a restart of the machine."""
+"""The wall clock jumps by days in either direction: while a bot runs, between two runs, and over a machine restart."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _SOON_SECONDS = 20.0  # the first check of an entry that was sent comes after 5 
 
 
 class Machine:
-    """This one, to this process."""
+    """Clocks of this machine, as this process reads them."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self._patch = patch
         self._right = time.time
 
     def set_clock(self, ahead: float) -> None:
-        """The wall clock is so many seconds ahead of the right time; the machine goes on running."""
+        """Set the wall clock `ahead` seconds ahead of the right time; the machine continues to run."""
         self._patch.setattr(time, "time", lambda: self._right() + ahead)
 
     def restart(self) -> None:
-        """Another run of the machine begins, to outboxes that are opened from now on."""
+        """Simulate a restart of the machine for outboxes that are opened from now on."""
         began = time.monotonic()
         self._patch.setattr(outbox_clock, "boot_id", lambda: "another")
         self._patch.setattr(outbox_clock, "running_seconds", lambda: time.monotonic() - began)
@@ -56,7 +56,7 @@ def _unsettled_seconds(bot: Controller) -> float:
 def test_jobs_that_redis_loses_are_sent_again_within_seconds(
     redis: Redis, tmp_path: Path, machine: Machine, ahead: float, then: str
 ) -> None:
-    """Recorded while the clock is days off, before time is synchronised; then it is set right. No reader alarms."""
+    """They are recorded while the clock is wrong by days; then it is corrected. No check reports old entries."""
     machine.set_clock(ahead)
     with Controller(tmp_path / "bot" / "outbox.db") as bot:
         bot.record(*some_events(81, 0, 3))
@@ -70,7 +70,7 @@ def test_jobs_that_redis_loses_are_sent_again_within_seconds(
         if then != "at once":
             bot.restart()
         if ahead < 0 and then == "after a restart of the machine":
-            assert 0 <= _unsettled_seconds(bot) < DAY + 60  # it may have been off for a day, and longer is not believed
+            assert 0 <= _unsettled_seconds(bot) < DAY + 60  # the clock trusts at most one day without power
         else:
             assert 0 <= _unsettled_seconds(bot) < 60
             assert doctored(bot.path, "outbox")[0] == "ok"
@@ -80,10 +80,10 @@ def test_jobs_that_redis_loses_are_sent_again_within_seconds(
 
 
 @pytest.mark.parametrize("to", [2 * DAYS, -2 * DAYS])
-def test_the_clock_jumps_while_entries_are_under_way(
+def test_sent_entries_are_delivered_although_the_clock_jumps(
     redis: Redis, line: Line, tmp_path: Path, machine: Machine, to: float
 ) -> None:
-    """Redis has lost them: they are sent again when they would have been. What is kept stays kept."""
+    """Redis lost their jobs: they are sent again after the usual interval. Stored entries are kept."""
     with Controller(tmp_path / "bot" / "outbox.db") as bot:
         bot.record(*some_events(81, 0, 3))
         with worker_process(tmp_path):

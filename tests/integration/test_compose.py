@@ -1,6 +1,6 @@
-"""docker-compose.yml as it is written; what its services do stands in test_compose_services.py.
+"""The content of docker-compose.yml. test_compose_services.py tests what its services do.
 
-What only Docker can show is left out: the images, their entrypoints, and that the order of starting is kept.
+The images, their entrypoints and the order of starting need Docker and are not tested.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ _KNOWN_TO = {
 
 
 def _instructions() -> list[list[str]]:
-    """Of the Dockerfile, in words; the same for all services of ours."""
+    """Return the words of each line of the Dockerfile, which all our services share."""
     (dockerfile,) = {SERVICES[name]["build"]["dockerfile_inline"] for name in OURS}
     return [line.split() for line in dockerfile.splitlines()]
 
 
-def test_it_is_a_compose_file() -> None:
-    """By the JSON Schema of the Compose Specification: no key is misspelt, no value of a wrong type."""
+def test_the_file_is_valid_by_the_compose_specification() -> None:
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     found = subprocess.run(
         [*command, TOP / "docker-compose.yml"], capture_output=True, text=True, check=False, timeout=60
@@ -45,20 +44,20 @@ def test_it_is_a_compose_file() -> None:
     assert found.returncode == 0, found.stdout
 
 
-def test_ports_are_open_to_this_machine_only() -> None:
-    """Docker publishes a port without an address on all of them, and past the firewall."""
+def test_ports_are_published_on_loopback_only() -> None:
+    """Without an address, Docker publishes a port on all addresses and bypasses the firewall."""
     ports = [port for name in SERVICES for port in service(name).get("ports", [])]
     assert len(ports) == 4
     assert [port for port in ports if not port.startswith(f"{LOCALHOST}:")] == []
 
 
-def test_there_may_be_several_workers() -> None:
-    """`--scale worker=N` needs that nothing of it is for one alone."""
+def test_the_worker_can_be_scaled() -> None:
+    """`--scale worker=N` needs a service without a fixed name, port or volume."""
     assert not {"container_name", "hostname", "ports", "volumes"} & set(SERVICES["worker"])
 
 
-def test_each_condition_that_a_service_waits_for_can_be_met() -> None:
-    """Who must be healthy has a check, and who must end is not started again; or the worker waits for ever."""
+def test_each_condition_in_depends_on_can_be_met() -> None:
+    """A service that must be healthy has a health check. A service that must complete is not restarted."""
     waits = [wait for one in SERVICES.values() for wait in one.get("depends_on", {}).items()]
     for name, wait in waits:
         if wait["condition"] == "service_healthy":
@@ -67,8 +66,8 @@ def test_each_condition_that_a_service_waits_for_can_be_met() -> None:
             assert SERVICES[name]["restart"] == "no", name
 
 
-def test_the_relay_is_off_unless_it_is_asked_for() -> None:
-    """It has the outboxes' volume only, and writes there as the user of the controllers, whom .env may name."""
+def test_the_relay_is_off_by_default() -> None:
+    """It has only the outbox volume and runs as the controllers' user, which .env may set."""
     assert {name for name in SERVICES if "profiles" in SERVICES[name]} == {"relay"}
     relay = service("relay")
     assert (relay["profiles"], relay["user"]) == (["relay"], f"{NOBODY}:{NOBODY}")
@@ -78,15 +77,15 @@ def test_the_relay_is_off_unless_it_is_asked_for() -> None:
     assert resolved(SERVICES["relay"]["user"], {"HISTORY_OUTBOX_USER": "1000:1000"}) == "1000:1000"
 
 
-def test_whatever_serves_is_checked_started_again_and_given_time_to_end() -> None:
-    """All but init-db, which ends by itself."""
+def test_each_service_has_a_health_check_a_restart_policy_and_a_grace_period() -> None:
+    """Except init-db, which ends by itself."""
     for name in set(SERVICES) - {"init-db"}:
         assert {"healthcheck", "stop_grace_period"} <= set(SERVICES[name]), name
         assert SERVICES[name]["restart"] == "unless-stopped", name
 
 
-def test_no_service_can_do_more_than_its_work() -> None:
-    """Neither root nor a capability, no file but in volumes and memory, no way to gain rights."""
+def test_each_service_is_confined() -> None:
+    """It has no root, no capabilities and no way to gain privileges, and writes only to volumes and memory."""
     images = {name: one["user"] for name, one in SERVICES.items() if "image" in one}
     assert images == {"postgres": "postgres", "redis": "redis"}
     assert [line for line in _instructions() if line[0] == "USER"][-1] == ["USER", f"{NOBODY}:{NOBODY}"]
@@ -94,26 +93,26 @@ def test_no_service_can_do_more_than_its_work() -> None:
         assert (one["read_only"], one["cap_drop"], one["security_opt"]) == (True, ["ALL"], ["no-new-privileges:true"])
         assert not {"cap_add", "privileged", "network_mode", "pid", "ipc", "devices"} & set(one), name
     assert [name for name in OURS if "volumes" in SERVICES[name] or "tmpfs" in SERVICES[name]] == ["relay"]
-    # Where PostgreSQL has its socket, and the shell of its entrypoint its here-documents.
+    # For PostgreSQL's socket, and for here-documents of the entrypoint's shell.
     assert set(SERVICES["postgres"]["tmpfs"]) == {"/run/postgresql", "/tmp"}
 
 
-def test_no_service_can_use_up_the_machine() -> None:
-    """Memory and processes of each are limited, and so are the logs; Docker refuses more cores than there are."""
+def test_each_service_has_limits_of_memory_processes_and_logs() -> None:
+    """The limit of cores is at most 1, because Docker rejects more than the machine has."""
     for name, one in SERVICES.items():
         assert {"mem_limit", "pids_limit"} <= set(one), name
         assert one.get("cpus", 1) == 1, name
         assert {"max-size", "max-file"} <= set(one["logging"]["options"]), name
 
 
-def test_redis_is_full_before_its_container_is() -> None:
-    """Full, it refuses what is new; a container without memory loses its process. Rewriting its file takes a copy."""
+def test_redis_reaches_its_own_limit_before_the_limit_of_its_container() -> None:
+    """A full Redis rejects writes; a full container kills it. Rewriting the append-only file can double its memory."""
     (limit,) = re.findall(r"^maxmemory (\d+)mb$", SERVICES["redis"]["command"][-1], re.M)
     assert 2 * int(limit) < int(SERVICES["redis"]["mem_limit"].removesuffix("m"))
 
 
-def test_a_service_that_needs_no_server_cannot_reach_it() -> None:
-    """RQ Dashboard and a controller in a container have no way to PostgreSQL."""
+def test_only_services_that_need_postgresql_can_reach_it() -> None:
+    """RQ Dashboard and a controller in a container cannot."""
     networks = {name: set(one["networks"]) for name, one in SERVICES.items()}
     assert set.union(*networks.values()) == set(FILE["networks"])
     on_store = {name for name, joined in networks.items() if joined & networks["postgres"]}
@@ -126,7 +125,7 @@ def test_a_service_that_needs_no_server_cannot_reach_it() -> None:
 
 
 def test_images_are_pinned() -> None:
-    """To the version and to the release of Debian, whose C library decides how text is sorted in an index."""
+    """To a version and a release of Debian, whose C library determines how text is sorted in an index."""
     (python,) = [line[1] for line in _instructions() if line[0] == "FROM"]
     images = {python, *(one["image"] for one in SERVICES.values() if "image" in one)}
     pins = ("python:3.13.7-slim-bookworm", "postgres:16.10-bookworm", "redis:7.4.6-bookworm")
@@ -135,14 +134,14 @@ def test_images_are_pinned() -> None:
 
 @pytest.mark.parametrize("name", SECRETS)
 def test_a_missing_secret_is_an_error_that_names_it(name: str) -> None:
-    """There is no default: unset or empty, Compose refuses the file and says which variable."""
+    """A secret has no default. If it is unset or empty, Compose reports the name of the variable."""
     for variables in (SECRETS | {name: ""}, {key: value for key, value in SECRETS.items() if key != name}):
         with pytest.raises(LookupError, match=f"{name} is not set"):
             resolved(SERVICES, variables)
 
 
-def test_each_service_knows_the_secrets_that_it_needs_and_no_others() -> None:
-    """A secret comes from outside, and shows in no command line, health check or image."""
+def test_each_service_gets_only_the_secrets_that_it_needs() -> None:
+    """No secret is in a command line, a health check or an image."""
     for name in SERVICES:
         settings = service(name)
         environment = json.dumps(settings.pop("environment"), ensure_ascii=False)
@@ -152,8 +151,8 @@ def test_each_service_knows_the_secrets_that_it_needs_and_no_others() -> None:
         assert [key for key, value in SECRETS.items() if value in shown] == []
 
 
-def test_one_command_makes_all_secrets_and_keeps_those_that_are_there(tmp_path: Path) -> None:
-    """As somebody has it whose .env is of an earlier version, without a line's end; twice; for its owner only."""
+def test_the_first_command_makes_missing_secrets_and_keeps_existing_ones(tmp_path: Path) -> None:
+    """Also after a .env without a final newline, and when it runs twice. Only the owner can read the file."""
     (command,) = re.findall(r"^#     (.*openssl.*)$", TEXT, re.M)
     (tmp_path / ".env").write_text("POSTGRES_PASSWORD='p@ss $%41'\nREDIS_PASSWORD=old")
     made = []
@@ -168,15 +167,15 @@ def test_one_command_makes_all_secrets_and_keeps_those_that_are_there(tmp_path: 
     assert stat.S_IMODE((tmp_path / ".env").stat().st_mode) == 0o600
 
 
-def test_the_image_is_made_of_files_and_extras_that_exist() -> None:
-    """What the package's build reads is there and copied, Docker is sent no more, and the extras are declared."""
+def test_the_image_gets_exactly_the_files_that_the_build_reads() -> None:
+    """The build context has no other file, and the extras exist."""
     project = tomllib.loads((TOP / "pyproject.toml").read_text("utf-8"))
     lines = _instructions()
     copied = {name for line in lines if line[0] == "COPY" for name in line[1:-1]}
     (install,) = (shlex.split(" ".join(line)) for line in lines if line[:3] == ["RUN", "pip", "install"])
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     read = {"pyproject.toml", project["project"]["readme"], *wheel["packages"]}
-    read |= {name.split("/")[0] for name in wheel["force-include"]}  # a file of a package comes with it
+    read |= {name.split("/")[0] for name in wheel["force-include"]}  # a file of a package is copied with the package
     assert copied == read | {f".ci/{install[install.index('--constraint') + 1]}"}
     assert [name for name in copied if not (TOP / name).exists()] == []
     nothing, *sent, caches = (line for line in (TOP / ".dockerignore").read_text().splitlines() if line[0] != "#")

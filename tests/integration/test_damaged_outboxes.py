@@ -1,4 +1,4 @@
-"""A damaged outbox is quarantined and never in the way: its readable entries are delivered, the loss is named."""
+"""A damaged outbox is quarantined without delay for new events: readable entries are delivered, losses are reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NEW_SECONDS = 20.0
 
 
 def _damage(path: Path, *, at: float = 0.5, length: int = 20_000) -> None:
-    """As a bad block does: bytes in the middle of the file become others."""
+    """Overwrite bytes of the file, by default in its middle, like a bad block."""
     offset = int(path.stat().st_size * at) // 4096 * 4096
     with path.open("r+b") as file:
         file.seek(offset)
@@ -29,7 +29,7 @@ def _damage(path: Path, *, at: float = 0.5, length: int = 20_000) -> None:
 
 
 def _with_pending(path: Path, count: int) -> Bot:
-    """A bot that has recorded events while Redis was away, and has ended; all of them are in the file itself."""
+    """Run a bot that records events while Redis is away; all of them are in the file itself, without a log."""
     path.parent.mkdir()
     with Bot(path) as bot:
         bot.record(81, 0, count)
@@ -43,19 +43,19 @@ def _ranges(keys: set[Key]) -> set[int]:
 
 
 @pytest.mark.parametrize("redis_is", ["there", "away for a while"])
-def test_twenty_kilobytes_in_the_middle_of_300_pending_entries(
+def test_twenty_damaged_kilobytes_among_300_pending_entries_do_not_delay_new_events(
     redis: Redis, line: Line, tmp_path: Path, redis_is: str
 ) -> None:
-    """New events are stored within 20 s, the readable entries too; log, doctor and audit name the lost numbers."""
+    """New events and readable entries are stored within 20 s. Log, doctor and audit report the lost numbers."""
     path = tmp_path / "bot" / "outbox.db"
     line.cut()
     old = _with_pending(path, 300)
     _damage(path)
     if redis_is == "there":
-        line.mend()
+        line.restore()
     with worker_process(tmp_path), Bot(path) as bot:
         bot.record(82, 0, 5)
-        line.mend()
+        line.restore()
         deadline = time.monotonic() + _NEW_SECONDS
         until(lambda: {state for state, _ in bot.states().values()} == {"stored"}, _NEW_SECONDS)
         assert time.monotonic() < deadline
@@ -72,22 +72,22 @@ def test_twenty_kilobytes_in_the_middle_of_300_pending_entries(
     named = {number for first, last in found["missing"] for number in range(first, last + 1)}
     assert (status, named) == (1, _ranges(gone))
     assert all(not audit["missing"] for audit in sources if audit["source"] != source)
-    checked, told = doctored(path, "outbox file")
+    checked, found_by_doctor = doctored(path, "outbox file")
     assert checked == "warn"
-    for text in (told, bot.log.read_text()):
+    for text in (found_by_doctor, bot.log.read_text()):
         assert all(f"{number}" in text for number in (min(named), max(named)))
-    assert source in told
+    assert source in found_by_doctor
     assert cli("outbox", "status", outbox=path).exit_code == 0
 
 
-def test_damage_that_nobody_has_met_yet_is_shown(line: Line, tmp_path: Path) -> None:
-    """By `outbox status` and `doctor`, which change nothing."""
+def test_outbox_status_and_doctor_find_damage(line: Line, tmp_path: Path) -> None:
+    """No producer or relay has found it yet. The commands change nothing."""
     path = tmp_path / "bot" / "outbox.db"
     line.cut()
     _with_pending(path, 300)
     assert json.loads(cli("outbox", "status", "--json", outbox=path).stdout)["check"] == "sound"
     _damage(path)
-    line.mend()
+    line.restore()
     before = sorted(one.name for one in path.parent.iterdir() if not one.name.endswith(("-wal", "-shm")))
 
     shown = cli("outbox", "status", "--json", outbox=path)
@@ -100,8 +100,8 @@ def test_damage_that_nobody_has_met_yet_is_shown(line: Line, tmp_path: Path) -> 
     assert sorted(one.name for one in path.parent.iterdir() if not one.name.endswith(("-wal", "-shm"))) == before
 
 
-def test_the_first_page_is_damaged(redis: Redis, line: Line, tmp_path: Path) -> None:
-    """SQLite does not take the file for a database: status and doctor say so, and its entries are delivered."""
+def test_entries_behind_a_damaged_first_page_are_delivered(redis: Redis, line: Line, tmp_path: Path) -> None:
+    """SQLite does not recognize the file as a database, and `outbox status` and doctor fail."""
     path = tmp_path / "bot" / "outbox.db"
     line.cut()
     old = _with_pending(path, 300)
@@ -109,7 +109,7 @@ def test_the_first_page_is_damaged(redis: Redis, line: Line, tmp_path: Path) -> 
     shown = cli("outbox", "status", outbox=path)
     assert shown.exit_code == 1
     assert doctored(path, "outbox file")[0] == "fail"
-    line.mend()
+    line.restore()
     with worker_process(tmp_path), Bot(path) as bot:
         bot.record(82, 0, 5)
         bot.settle()
@@ -118,15 +118,15 @@ def test_the_first_page_is_damaged(redis: Redis, line: Line, tmp_path: Path) -> 
     assert breaches([old.account(ask=False), new]) == []
 
 
-def test_salvage_of_a_file_that_was_quarantined_elsewhere(redis: Redis, line: Line, tmp_path: Path) -> None:
-    """Into an outbox that is in use: the readable entries are delivered; once more, and they are duplicates."""
+def test_outbox_salvage_reads_a_damaged_file_in_another_folder(redis: Redis, line: Line, tmp_path: Path) -> None:
+    """The outbox is in use. Readable entries are delivered; a second salvage only makes duplicates."""
     path, elsewhere = tmp_path / "bot" / "outbox.db", tmp_path / "old disk"
     line.cut()
     old = _with_pending(path, 300)
     elsewhere.mkdir()
     os.rename(path, elsewhere / "damaged")
     _damage(elsewhere / "damaged")
-    line.mend()
+    line.restore()
     with worker_process(tmp_path), Bot(path) as bot:
         bot.record(82, 0, 5)
         salvaged = cli("outbox", "salvage", str(elsewhere / "damaged"), outbox=path)
@@ -146,8 +146,8 @@ def test_salvage_of_a_file_that_was_quarantined_elsewhere(redis: Redis, line: Li
     assert (elsewhere / "damaged").exists()
 
 
-def test_nothing_is_lost_if_the_damaged_entries_were_stored(redis: Redis, line: Line, tmp_path: Path) -> None:
-    """Audit has exit status 0 then."""
+def test_audit_reports_no_loss_if_the_damaged_entries_were_stored(redis: Redis, line: Line, tmp_path: Path) -> None:
+    """Its exit status is 0, with the outbox and without it."""
     path = tmp_path / "bot" / "outbox.db"
     path.parent.mkdir()
     with worker_process(tmp_path):
@@ -165,10 +165,8 @@ def test_nothing_is_lost_if_the_damaged_entries_were_stored(redis: Redis, line: 
     assert audited(path)[0] == audited(None)[0] == 0
 
 
-def test_damage_under_a_running_bot_while_two_processes_use_the_outbox(
-    redis: Redis, line: Line, tmp_path: Path
-) -> None:
-    """One of them quarantines the file, the other one goes on in the new file; no call fails."""
+def test_damage_while_two_bots_use_the_outbox_fails_no_call(redis: Redis, line: Line, tmp_path: Path) -> None:
+    """One of them quarantines the file, and the other one continues with the new file."""
     path = tmp_path / "bot" / "outbox.db"
     path.parent.mkdir()
     line.cut()
@@ -179,7 +177,7 @@ def test_damage_under_a_running_bot_while_two_processes_use_the_outbox(
         _damage(Path(f"{path}-wal"))
         one.record(83, 0, 20)
         two.record(84, 0, 20)
-        line.mend()
+        line.restore()
         one.settle()
         two.settle()
         one.record(85, 0, 20)
@@ -190,14 +188,14 @@ def test_damage_under_a_running_bot_while_two_processes_use_the_outbox(
     assert len(breaches(accounts)) == sum(len(lost(account)) for account in accounts)
     gone = {dict(account.accepted[key])["portfolio_id"] for account in accounts for key in lost(account)}
     assert gone <= {81, 82, 83, 84}
-    log = one.log.read_text()  # of both
+    log = one.log.read_text()  # both bots write to it
     assert log.count("was moved to") == 1
     assert "Error: [Errno" not in log
     assert not list(path.parent.glob("*taken-out*"))
 
 
-def test_a_copy_that_was_torn_is_known_by_its_content(line: Line, tmp_path: Path) -> None:
-    """No relay ever was beside it: the producer quarantines it all the same, and goes on."""
+def test_a_damaged_copy_is_recognized_by_its_content(line: Line, tmp_path: Path) -> None:
+    """No relay has left a lock beside it, and the producer still quarantines it."""
     path = tmp_path / "bot" / "outbox.db"
     line.cut()
     _with_pending(path, 50)

@@ -1,4 +1,4 @@
-"""RQ Dashboard's server: who gets in, what may be changed from where, and that nothing in Redis is unpickled."""
+"""The server of RQ Dashboard: its login, the origin of changes, jobs that RQ cannot read, and no pickle."""
 
 from __future__ import annotations
 
@@ -75,27 +75,27 @@ def _call(*arguments: Any, function: str = SNAPSHOT_FUNCTION) -> bytes:
 
 
 def test_nothing_is_answered_without_the_login(dashboard: Dashboard, redis: Redis) -> None:
-    """No page, file, address that exists or not; only user and password together are let in."""
+    """No page, file or unknown address. Only the right user with the right password is accepted."""
     plant(redis, "j", {"data": _call("x")})
     logins = (None, ("history", "wrong"), ("admin", PASSWORD), ("history", ""), ("", ""))
     odd = ("Bearer x", "Basic", "Basic !!!", "Basic eA==", "Basic /////w==")
-    with httpx.Client(base_url=dashboard.url, headers={"Origin": dashboard.url[:-1]}) as stranger:
+    with httpx.Client(base_url=dashboard.url, headers={"Origin": dashboard.url[:-1]}) as anonymous:
         for address in [*pages(["j"]), *CHANGES, "static/css/main.css", "no/such/page"]:
-            answer = stranger.request("POST" if address in CHANGES else "GET", address)
+            answer = anonymous.request("POST" if address in CHANGES else "GET", address)
             assert (answer.status_code, "rq" in answer.text.lower()) == (401, False), address
             assert answer.headers["WWW-Authenticate"].startswith("Basic ")
         for address in ("0/data/queues.json", "static/css/main.css", "no/such/page"):
-            assert {stranger.get(address, auth=login).status_code for login in logins} == {401}
-            assert {stranger.get(address, headers={"Authorization": one}).status_code for one in odd} == {401}
+            assert {anonymous.get(address, auth=login).status_code for login in logins} == {401}
+            assert {anonymous.get(address, headers={"Authorization": one}).status_code for one in odd} == {401}
     assert redis.exists(Job.key_for("j"))
     with dashboard.client() as client:
         assert client.get("").status_code == 200
-    assert "wrong login from 127.0.0.1" in dashboard.log
+    assert "login failed: wrong user or password from 127.0.0.1" in dashboard.log
     assert PASSWORD not in dashboard.log
 
 
 def test_it_does_not_start_without_a_password() -> None:
-    """One line that names the setting; nothing listens."""
+    """The error names the setting in one line."""
     for value in ({}, {"HISTORY_DASHBOARD_PASSWORD": ""}):
         ended = subprocess.run(
             [sys.executable, "-m", "consumers.cli", "dashboard", "--port", "0"],
@@ -107,8 +107,8 @@ def test_it_does_not_start_without_a_password() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_it_ends_with_the_status_of_the_signal(pair: Addresses, tmp_path: Path, how: signal.Signals) -> None:
-    """And its password is in no process list."""
+def test_its_exit_status_names_the_signal_that_stopped_it(pair: Addresses, tmp_path: Path, how: signal.Signals) -> None:
+    """Its command line does not contain the password."""
     with dashboard_of(pair.redis_url, tmp_path / "log") as dashboard:
         assert PASSWORD not in " ".join(psutil.Process(dashboard.process.pid).cmdline())
         with dashboard.client() as client:
@@ -118,8 +118,8 @@ def test_it_ends_with_the_status_of_the_signal(pair: Addresses, tmp_path: Path, 
         assert dashboard.log == ""
 
 
-def test_these_are_all_addresses_that_change_something() -> None:
-    """In the release of rq-dashboard that is installed."""
+def test_the_list_of_changing_addresses_is_complete() -> None:
+    """For the installed release of rq-dashboard."""
     from rq_dashboard.web import blueprint
 
     app = Flask("rq_dashboard")
@@ -131,10 +131,10 @@ def test_these_are_all_addresses_that_change_something() -> None:
 
 
 @pytest.mark.parametrize("address", CHANGES)
-def test_changes_come_by_post_from_its_own_pages_only(
+def test_a_change_must_be_a_post_from_its_own_pages(
     client: httpx.Client, dashboard: Dashboard, redis: Redis, address: str
 ) -> None:
-    """Another site can make a browser send the login along, and any request that a form or a link can make."""
+    """A page of another site can make a browser send requests with the login."""
     plant(redis, "j", {"data": _call("x"), "status": b"failed", "origin": b"history"})
     redis.rpush(QUEUE_KEY, "gone")
     before = _everything(redis)
@@ -163,8 +163,10 @@ def test_changes_come_by_post_from_its_own_pages_only(
     assert _everything(redis) != before
 
 
-def test_under_other_names_only_that_of_its_setting(pair: Addresses, redis: Redis, tmp_path: Path) -> None:
-    """On loopback. Behind a proxy the browser's origin is that of the setting."""
+def test_other_host_names_are_rejected_except_that_of_the_setting(
+    pair: Addresses, redis: Redis, tmp_path: Path
+) -> None:
+    """On loopback. Behind a proxy, the browser's origin is that of the setting."""
     url = "https://rq.example:8443/"
     with dashboard_of(pair.redis_url, tmp_path / "log", HISTORY_DASHBOARD_URL=url) as dashboard:
         port = dashboard.url.rstrip("/").rpartition(":")[2]
@@ -185,8 +187,8 @@ def test_under_other_names_only_that_of_its_setting(pair: Addresses, redis: Redi
     assert changed.status_code == 200
 
 
-def test_every_answer_keeps_browsers_from_framing_sniffing_and_storing(client: httpx.Client) -> None:
-    """Errors too. Of scripts in a page only the one of its template runs."""
+def test_answers_have_headers_against_framing_sniffing_and_storing(client: httpx.Client) -> None:
+    """Errors too. The policy allows only the inline script of the page's template."""
     hashes = set()
     for address in ("", "0/data/queues.json", "no/such/page", "static/css/main.css"):
         answer = client.get(address)
@@ -205,7 +207,7 @@ def test_every_answer_keeps_browsers_from_framing_sniffing_and_storing(client: h
 
 
 class _Trap:
-    """Unpickling it makes a folder."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -217,7 +219,7 @@ class _Trap:
 def test_a_pickled_job_breaks_no_page_and_runs_nothing(
     client: httpx.Client, dashboard: Dashboard, redis: Redis, tmp_path: Path
 ) -> None:
-    """Call, meta and results of jobs of another program, beside a job of JSON."""
+    """Call, meta and results of another program's jobs, next to a JSON job."""
     sprung = tmp_path / "sprung"
     trap = pickle.dumps(_Trap(sprung))
     fields = {"data": zlib.compress(trap), "meta": trap, "result": trap, "status": b"failed", "origin": b"history"}
@@ -242,8 +244,8 @@ def test_a_pickled_job_breaks_no_page_and_runs_nothing(
     assert sprung.exists()
 
 
-def test_in_its_process_no_pickle_gets_hold_of_code(tmp_path: Path) -> None:
-    """Not by RQ's defaults, and not by anybody else who might load one."""
+def test_pickle_is_disabled_in_its_process(tmp_path: Path) -> None:
+    """For RQ's default serializer and for any other code."""
     program = f"""if True:
         import pickle, rq
         from consumers.web.dashboard.json_only import forbid_pickle
@@ -256,7 +258,7 @@ def test_in_its_process_no_pickle_gets_hold_of_code(tmp_path: Path) -> None:
             except RuntimeError as error: print(error)
     """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    assert ran.stdout == "nothing is unpickled in this process\n" * 2
+    assert ran.stdout == "pickle is disabled in this process\n" * 2
 
 
 _NAMED = os.getcwd  # pickled by its name
@@ -272,7 +274,7 @@ _FAILED = {
 def test_every_page_answers_while_a_stock_worker_is_busy_with_a_pickled_job(
     client: httpx.Client, redis: Redis, pair: Addresses
 ) -> None:
-    """The page of workers says that its call is not JSON."""
+    """The page of workers shows that the call is not JSON."""
     job = Queue("other", connection=redis).enqueue(time.sleep, 60)
     command = [str(Path(sys.executable).with_name("rq")), "worker", "other", "--url", pair.redis_url]
     worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -295,7 +297,7 @@ def test_every_page_answers_while_a_stock_worker_is_busy_with_a_pickled_job(
 def test_one_job_that_rq_cannot_read_breaks_its_list_and_no_other_page(
     client: httpx.Client, redis: Redis, dashboard: Dashboard
 ) -> None:
-    """Its list answers with an error, as README.md says. Once the key is deleted, the list is back."""
+    """Its list answers with an error, as documented. When the key is deleted, the list works again."""
     plant(redis, "ours", _FAILED, result=failure("InvalidEvent: no"))
     redis.zadd(FAILED_KEY, {"a-string": 2})
     redis.set(Job.key_for("a-string"), "x")
@@ -312,24 +314,24 @@ def test_one_job_that_rq_cannot_read_breaks_its_list_and_no_other_page(
     assert [job["id"] for job in client.get(address).json()["jobs"]] == ["ours"]
 
 
-def test_a_job_that_is_gone_or_not_failed_is_no_defect(
+def test_a_job_that_is_gone_or_not_failed_gives_404_or_409(
     client: httpx.Client, redis: Redis, dashboard: Dashboard
 ) -> None:
-    """404 and 409 with one line, and nothing in the log."""
+    """Nothing is logged."""
     before = dashboard.log
     plant(redis, "waiting", _FAILED | {"status": b"queued"}, failed=False)
     statuses = [client.get("0/data/job/gone.json").status_code, client.post("job/waiting/requeue").status_code]
     assert (statuses, dashboard.log) == ([404, 409], before)
 
 
-def test_the_tab_of_jobs_shows_the_queue_of_the_settings(client: httpx.Client, redis: Redis) -> None:
-    """RQ's own default is a queue that nobody here has."""
+def test_the_page_of_jobs_opens_with_the_queue_of_the_settings(client: httpx.Client, redis: Redis) -> None:
+    """rq-dashboard's default is the queue `default`."""
     assert 'id="select-queue" title="Queue name" value="history"' in client.get("0/view/jobs").text
 
 
 @pytest.mark.parametrize("asked", ["", "ops/rq/"])
-def test_it_works_below_the_path_of_a_proxy(pair: Addresses, redis: Redis, tmp_path: Path, asked: str) -> None:
-    """Every address in its pages has the path of the setting; the proxy may remove it from what it asks for, or not."""
+def test_it_works_under_the_path_of_a_proxy(pair: Addresses, redis: Redis, tmp_path: Path, asked: str) -> None:
+    """All addresses in its pages begin with the path of the setting. The proxy may keep or remove this path."""
     plant(redis, "j", _FAILED)
     url = "https://rq.example/ops/rq/"
     headers = {"Host": "rq.example", "Origin": "https://rq.example"}
@@ -349,10 +351,10 @@ def test_it_works_below_the_path_of_a_proxy(pair: Addresses, redis: Redis, tmp_p
     assert (len(changing), changed, redis.exists(Job.key_for("j"))) == (2, {"status": "OK"}, 0)
 
 
-def test_no_page_log_or_process_list_has_a_secret(
+def test_pages_log_and_command_line_contain_no_password(
     pair: Addresses, redis: Redis, database_url: str, tmp_path: Path
 ) -> None:
-    """Neither Redis's password nor its own, when all is well and when Redis refuses or is away."""
+    """Neither that of Redis nor its own, also when Redis rejects the login."""
     redis.acl_setuser("looker", enabled=True, passwords=["+s3cr3t%/pw"], categories=["+@all"], keys=["*"])
     try:
         url = re.sub("^(unix|redis)://", r"\1://looker:s3cr3t%25%2Fpw@", pair.redis_url)
@@ -369,22 +371,22 @@ def test_no_page_log_or_process_list_has_a_secret(
         shown.append(dashboard.log)
     finally:
         redis.acl_deluser("looker")
-    told = "\n".join(shown)
-    assert [secret for secret in ("s3cr3t", PASSWORD, database_url, "looker") if secret in told] == []
+    text = "\n".join(shown)
+    assert [secret for secret in ("s3cr3t", PASSWORD, database_url, "looker") if secret in text] == []
 
 
-def test_without_redis_it_says_so(tmp_path: Path) -> None:
-    """503 and one line in place of each page."""
+def test_without_redis_pages_answer_503(tmp_path: Path) -> None:
+    """With one line of text."""
     with dashboard_of("redis://:s3cr3t@127.0.0.1:1/0", tmp_path / "log") as dashboard, dashboard.client() as client:
         answers = [client.get(address) for address in ("0/data/queues.json", "0/view/jobs", "0/data/workers.json")]
     assert {(answer.status_code, answer.text) for answer in answers} == {(503, "Redis failed: ConnectionError.\n")}
     assert "s3cr3t" not in dashboard.log
 
 
-def test_a_requeued_rejection_is_stored_and_leaves_no_trace(
+def test_a_requeued_rejection_is_stored_and_no_longer_listed(
     client: httpx.Client, redis: Redis, database_url: str
 ) -> None:
-    """What was in the way is gone: the worker stores it, and Failed and event_outcomes are empty."""
+    """Without the conflicting row the worker stores it. Then Failed and event_outcomes are empty."""
     text = encode(event_of(a_snapshot(), source="other/1", sequence=1))
     other = encode(event_of(a_snapshot(balance="1"), source="other/1", sequence=2))
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
@@ -406,16 +408,16 @@ def test_a_requeued_rejection_is_stored_and_leaves_no_trace(
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_job_that_is_deleted_while_a_worker_has_it_is_stored_all_the_same(
+def test_a_job_that_is_deleted_while_a_worker_has_it_is_stored_nevertheless(
     client: httpx.Client, redis: Redis, database_url: str, producer: HistoryProducer, killed: bool
 ) -> None:
-    """A worker goes on with what it has read. When it is killed, the outbox sends again what nobody has stored."""
+    """A worker stores the event that it has read. If it is killed, the outbox sends the event again."""
     with engine().begin() as blocker:
         blocker.exec_driver_sql("LOCK TABLE portfolio_history")
         receipt = producer.record(a_snapshot())
         worker = _start_worker()
         try:
-            assert client.post(f"job/{_job_at_hand(redis)}/delete").json() == {"status": "OK"}
+            assert client.post(f"job/{_reserved_job(redis)}/delete").json() == {"status": "OK"}
             if killed:
                 worker.kill()
                 worker.wait()
@@ -436,7 +438,7 @@ def _start_worker() -> subprocess.Popen[bytes]:
     )
 
 
-def _job_at_hand(redis: Redis) -> str:
+def _reserved_job(redis: Redis) -> str:
     deadline = time.monotonic() + 20
     while redis.exists(QUEUE_KEY) or not redis.exists("rq:workers") or not (keys := redis.keys("rq:job:*")):
         assert time.monotonic() < deadline

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +21,7 @@ from tests.histories import START, store_archive, store_rejection, store_values
 pytestmark = pytest.mark.usefixtures("database_url")
 
 
-def _run(sql: str) -> list[list[Any]]:
+def _run(sql: str) -> list[Sequence[Any]]:
     """Run statements in one transaction and return the rows of each."""
     statements = [statement for statement in sql.split(";") if statement.strip()]
     with get_db() as db:

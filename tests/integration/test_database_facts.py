@@ -1,4 +1,4 @@
-"""database_facts, which the tests of adoption use: each kind of change makes a difference, a rebuild makes none."""
+"""`database_facts`, which the tests of adoption use: it finds every kind of change, and none after a rebuild."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def _build() -> None:
     _execute("DROP SCHEMA public CASCADE", "CREATE SCHEMA public", FIRST_GENERATION, OTHER_TABLES, _BESIDE)
 
 
-def test_the_same_database_made_twice_has_the_same_facts(empty_database_url: str) -> None:
-    """Values that the server generates for itself are not among them."""
+def test_rebuilt_database_has_the_same_facts(empty_database_url: str) -> None:
+    """Values that the server generates internally are not among them."""
     _build()
     first = database_facts(empty_database_url)
     _build()
     assert database_facts(empty_database_url) == first
 
 
-def test_tables_made_anew_beside_others_have_the_same_facts(database_url: str) -> None:
-    """With all that schema.sql makes."""
+def test_tables_of_schema_sql_created_again_have_the_same_facts(database_url: str) -> None:
+    """Their indexes, comments and privileges are the same too."""
     first = database_facts(database_url)
     _execute("DROP TABLE portfolio_history, signal_archives, event_outcomes")
     apply_schema(engine())
@@ -104,16 +104,16 @@ def test_tables_made_anew_beside_others_have_the_same_facts(database_url: str) -
         "INSERT INTO old_trades SELECT * FROM ONLY trades; DELETE FROM ONLY trades",
     ],
 )
-def test_a_change_is_seen(empty_database_url: str, change: str) -> None:
-    """Each is of something that a dump would bring back."""
+def test_every_change_makes_a_difference(empty_database_url: str, change: str) -> None:
+    """A dump contains each of the changed things."""
     _build()
     before = database_facts(empty_database_url)
     _execute(change)
     assert database_facts(empty_database_url) != before
 
 
-def test_one_schema_can_be_asked_for(empty_database_url: str) -> None:
-    """Others may change."""
+def test_facts_of_one_schema_ignore_the_others(empty_database_url: str) -> None:
+    """A change in the schema itself makes a difference."""
     _build()
     before = database_facts(empty_database_url, "public")
     _execute("CREATE SCHEMA another", "CREATE TABLE another.trades (id integer)")

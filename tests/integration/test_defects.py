@@ -1,4 +1,4 @@
-"""An exception that one event causes, at each step of its processing, is that event's alone and ends no worker."""
+"""An exception that one event causes, at any step, affects only that event and ends no worker."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ POISON = "666.66"
 
 
 class LibraryPanicError(BaseException):
-    """As a library written in another language raises it."""
+    """An exception of a library in another language, which is not an Exception."""
 
 
-class _Unspeakable(ValueError):
+class _UnprintableError(ValueError):
+    """An exception whose text cannot be read."""
+
     def __str__(self) -> str:
-        raise RuntimeError("not even that")
+        raise RuntimeError("no text")
 
 
 def _encode_error() -> UnicodeEncodeError:
@@ -56,14 +58,14 @@ EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
     "StopIteration": StopIteration,
     "GeneratorExit": GeneratorExit,
     "SystemExit": lambda: SystemExit(3),
-    "unspeakable": _Unspeakable,
+    "unprintable": _UnprintableError,
     "panic": lambda: LibraryPanicError("a defect"),
-    "NUL and half a pair": lambda: ValueError("\0\ud800"),
+    "NUL and a lone surrogate": lambda: ValueError("\0\ud800"),
 }
 
 
 def _record(producer: HistoryProducer, poisoned: int, good: int = 3) -> tuple[list[Receipt], list[Receipt]]:
-    """Good events around the poisoned ones."""
+    """Record good events before and after the poisoned ones. Returns the receipts of both kinds."""
     events = [a_snapshot(after=timedelta(seconds=n)) for n in range(good)]
     bad = [a_snapshot(after=timedelta(hours=1, seconds=n), balance=POISON) for n in range(poisoned)]
     receipts = producer.record_many([*events[:1], *bad, *events[1:]])
@@ -109,14 +111,14 @@ def _making_the_row(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseExc
 
 
 def _in_a_statement(beginning: str) -> Plant:
-    """As the driver would, just before the statement is sent."""
+    """Raise an error just before the driver sends a statement that begins so and has the poisoned event."""
 
     def plant(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
         del monkeypatch
 
         def failing(_db: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-            told = str(parameters)
-            if statement.strip().startswith(beginning) and _poisoned_id in told and "rejected" not in told:
+            values = str(parameters)
+            if statement.strip().startswith(beginning) and _poisoned_id in values and "rejected" not in values:
                 raise error()
 
         event.listen(Engine, "before_cursor_execute", failing)
@@ -130,7 +132,7 @@ _planted: list[Any] = []
 
 
 @pytest.fixture(autouse=True)
-def _uprooted() -> Iterator[None]:
+def _remove_planted() -> Iterator[None]:
     yield
     batch.logger.setLevel(logging.NOTSET)
     while _planted:
@@ -154,19 +156,19 @@ def _seconds(limit: float) -> Iterator[None]:
     assert time.monotonic() - began < limit
 
 
-def _is_refused(receipt: Receipt) -> None:
-    """Its producer is told so."""
+def _assert_rejected(receipt: Receipt) -> None:
+    """Check that the receipt raises the rejection as a poison event."""
     with pytest.raises(EventRejected, match=r"poison event: 3 workers crashed or failed .*; last error: \w+"):
         receipt.wait(20)
 
 
 @pytest.mark.parametrize("exception", ["ValueError", "panic"])
 @pytest.mark.parametrize("step", UNDECIDED)
-def test_an_exception_before_the_end_is_decided_refuses_that_event_alone(
+def test_an_exception_before_the_commit_rejects_only_that_event(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, step: str, exception: str
 ) -> None:
-    """After three tries; the events beside it are stored."""
-    if step in ("comparing", "outcome"):  # these steps are of a fact that is stored already
+    """It is rejected after three attempts; the other events are stored."""
+    if step in ("comparing", "outcome"):  # these steps need an event that is stored already
         with get_db() as db:
             same = a_snapshot(after=timedelta(hours=1), balance=POISON)
             insert_events(db, [event_of(same, source="other/1", sequence=1)])
@@ -177,7 +179,7 @@ def test_an_exception_before_the_end_is_decided_refuses_that_event_alone(
 
     for receipt in good:
         assert receipt.wait(20) > 0
-    _is_refused(poisoned)
+    _assert_rejected(poisoned)
     ((outcome, reason, kept),) = _outcomes()
     assert (outcome, POISON in kept) == ("rejected", True)
     assert reason.startswith("poison event: 3 workers crashed or failed while processing it alone; last error: ")
@@ -185,11 +187,11 @@ def test_an_exception_before_the_end_is_decided_refuses_that_event_alone(
 
 
 @pytest.mark.parametrize("exception", EXCEPTIONS)
-def test_whatever_the_exception_is(
+def test_an_exception_of_any_class_rejects_only_that_event(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, exception: str
 ) -> None:
-    """Also one that ends a thread, a generator or a process elsewhere, and one that cannot be told."""
-    # pytest sends what was logged from process to process, which half a pair cannot go through.
+    """Also one that normally ends a thread, a generator or a process, and one whose text cannot be read."""
+    # pytest sends log lines between processes, which fails for a lone surrogate.
     monkeypatch.setattr(logging.getLogger("rq"), "disabled", True)
     for name in ("consumers.worker.worker_thread", "rq.worker", "rq.worker.history"):
         monkeypatch.setattr(logging.getLogger(name), "disabled", True)
@@ -199,23 +201,23 @@ def test_whatever_the_exception_is(
         burst(redis)
 
     assert good[0].wait(20) > 0
-    _is_refused(poisoned)
+    _assert_rejected(poisoned)
     assert (len(_outcomes()), history_queue(redis).failed_job_registry.count) == (1, 1)
 
 
 @pytest.mark.parametrize("exception", ["KeyError", "panic"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_several_such_events_alone_in_the_queue_are_refused_too(
+def test_several_such_events_without_others_are_rejected_too(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, count: int, exception: str
 ) -> None:
-    """Nothing passes beside them, and that is no outage; an event that comes later is stored at once."""
+    """That no event is stored does not count as an outage. A later event is stored at once."""
     _decoding(monkeypatch, EXCEPTIONS[exception])
     _, poisoned = _record(producer, count, good=0)
     with _seconds(60):
         burst(redis)
 
     for receipt in poisoned:
-        _is_refused(receipt)
+        _assert_rejected(receipt)
     assert (len(_outcomes()), history_queue(redis).failed_job_registry.count) == (count, count)
     later = producer.record(a_snapshot(after=timedelta(days=1)))
     producer.flush(10)
@@ -229,7 +231,7 @@ def _logging(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]
             raise error()
         return True
 
-    batch.logger.setLevel(logging.DEBUG)  # a line for each event, too
+    batch.logger.setLevel(logging.DEBUG)  # so that each event has its own line
     for logger in (batch.logger, completion.logger):
         monkeypatch.setattr(logger, "filters", [failing])
 
@@ -254,10 +256,10 @@ def _completing(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseExcepti
 
 @pytest.mark.parametrize("exception", ["ValueError", "panic", "SystemExit"])
 @pytest.mark.parametrize("plant", [_logging, _counting, _completing])
-def test_an_exception_after_the_end_is_decided_changes_nothing_about_it(
+def test_an_exception_after_the_commit_does_not_change_the_outcome(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, plant: Plant, exception: str
 ) -> None:
-    """The row is committed, so the producer is told that it is stored; nothing is rejected."""
+    """The row is committed and acknowledged as stored, and no event is rejected."""
     plant(monkeypatch, EXCEPTIONS[exception])
     good, (poisoned,) = _record(producer, 1)
     with _seconds(20):
@@ -270,10 +272,10 @@ def test_an_exception_after_the_end_is_decided_changes_nothing_about_it(
 
 
 @pytest.mark.parametrize("exception", ["ValueError", "panic"])
-def test_an_event_that_cannot_be_acknowledged_holds_up_no_other(
+def test_an_event_that_cannot_be_acknowledged_does_not_delay_others(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, exception: str
 ) -> None:
-    """It is stored and leaves the queue for the failed registry; once it can be acknowledged, its relay gets that."""
+    """It is stored, and its job goes to the failed registry. When the job runs again, it is acknowledged."""
 
     def failing(results: Any) -> Any:
         if any(str(result.event_id) == _poisoned_id for result in results):
@@ -296,10 +298,10 @@ def test_an_event_that_cannot_be_acknowledged_holds_up_no_other(
     assert poisoned.wait(20) > 0
 
 
-def test_an_event_that_was_stored_before_its_workers_died_is_not_refused(
+def test_an_event_that_was_stored_before_its_workers_crashed_is_not_rejected(
     redis: Redis, producer: HistoryProducer
 ) -> None:
-    """Three died between the commit and the acknowledgement: it has its row, and no rejection beside it."""
+    """Three workers crashed between commit and acknowledgement: the event has its row, and no rejection."""
     _, (receipt,) = _record(producer, 1, good=0)
     (job_id,) = history_queue(redis).job_ids
     source, sequence = receipt.source, receipt.sequence
@@ -313,17 +315,17 @@ def test_an_event_that_was_stored_before_its_workers_died_is_not_refused(
     assert _outcomes() == []
 
 
-def test_a_defect_that_passes_in_time_refuses_nothing(
+def test_a_defect_that_ends_after_two_attempts_rejects_no_event(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It met every event twice; each is processed again later."""
+    """Each event is processed again, and stored."""
 
-    mended = threading.Event()
+    fixed = threading.Event()
 
     def failing(given: Any, model: Any) -> Any:
         if redis.hvals("history:crashes:history") == [b"1"] * 3:
-            mended.set()
-        if not mended.is_set():
+            fixed.set()
+        if not fixed.is_set():
             raise ValueError("a defect")
         return decode(given, model)
 

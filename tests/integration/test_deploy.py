@@ -1,10 +1,11 @@
-"""consumers/deploy, and README.md's file for a controller in a container: valid, with commands that exist."""
+"""The files and documents of consumers/deploy: valid, and in agreement with the code and with each other."""
 
 from __future__ import annotations
 
 import configparser
 import re
 import shlex
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -12,29 +13,37 @@ from typing import Any
 
 import kubernetes_validate
 import yaml
+from pydantic import SecretStr
+from redis.connection import SSLConnection
+from redis.sentinel import SentinelConnectionPool
+from rq.cli.helpers import get_redis_from_config
 from typer.main import get_command
 
 from consumers.cli import app
+from consumers.db.database_url import parse_database_url
 from consumers.embedded.child_processes import STOP_SECONDS
+from consumers.ops.exposition import worker_registry
+from consumers.ops.queue_health import QueueHealth
 from consumers.settings import MetricsSettings, StoreSettings
+from producers.redis_url import redis_client
 from producers.relay_process import END_SECONDS
 from producers.settings import TransportSettings
-from tests.compose_file import FILE, NOBODY, SERVICES, TOP
+from tests.compose_file import FILE, LOCALHOST, NOBODY, SERVICES, TOP, service
+from tests.documents import block, table
 
-README = (TOP / "README.md").read_text("utf-8")
 DEPLOY = TOP / "consumers" / "deploy"
-_KUBERNETES = "1.34"  # the first that has all of it without a feature gate
+_KUBERNETES = "1.34"  # the first release that has every field without a feature gate
 
 
 def _unit(name: str) -> configparser.ConfigParser:
     unit = configparser.ConfigParser(interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment,method-assign]  # as configparser's documentation has it
+    unit.optionxform = str  # type: ignore[assignment,method-assign]  # the documented way to keep the case of names
     unit.read_string((DEPLOY / "systemd" / f"trading-history-{name}.service").read_text("utf-8"))
     return unit
 
 
 def _parameters(command: list[str]) -> dict[str, Any]:
-    """Of a command line of ours; raises when it is not one."""
+    """Return the parsed parameters of a `trading-history` command. Raise if the command does not accept them."""
     program, name, *arguments = command
     assert Path(program).name == "trading-history"
     commands = get_command(app).commands  # type: ignore[attr-defined]  # a click group
@@ -48,21 +57,42 @@ def _manifests() -> dict[tuple[str, str], Any]:
 
 
 def _pod(deployment: str) -> tuple[Any, Any]:
-    """Its pod and its only container."""
+    """Return the pod of a Deployment and its only container."""
     pod = _manifests()["Deployment", deployment]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     return pod, container
 
 
-def test_the_readme_of_the_folder_names_each_file() -> None:
-    """And no file that is not there."""
+def test_the_document_lists_exactly_the_files_of_the_folder() -> None:
     linked = re.findall(r"^\| \[.*?\]\((.*?)\) \|", (DEPLOY / "README.md").read_text("utf-8"), re.M)
     files = {path.relative_to(DEPLOY).as_posix() for path in DEPLOY.rglob("*") if path.is_file()}
-    assert set(linked) == files - {"README.md"}
+    assert set(linked) == {name for name in files if not name.endswith(".md")}
 
 
-def test_systemd_stops_the_pool_in_order() -> None:
-    """SIGTERM goes to the pool only, and the pool has time for its workers to end."""
+def test_the_systemd_commands_install_what_the_unit_names() -> None:
+    """The folder of the installation, the environment file and the unit's path are those of the unit."""
+    commands = [shlex.split(line) for line in block("consumers/deploy/README.md", "systemd").splitlines()]
+    assert {command[0] for command in commands} == {"sudo"}
+    words = {word for command in commands for word in command}
+    service = _unit("worker")["Service"]
+    program = Path(shlex.split(service["ExecStart"])[0])
+    assert {str(program.parents[1]), f"{program.parent}/pip", service["EnvironmentFile"]} <= words
+    (unit,) = (word for word in words if word.endswith(".service"))
+    assert (TOP / unit).is_file()
+
+
+def test_the_kubernetes_commands_make_the_secrets_that_the_manifests_name() -> None:
+    """The manifests' file exists, and each Deployment reads one of the Secrets."""
+    *secrets, apply = (shlex.split(line) for line in block("consumers/deploy/README.md", "kubernetes").splitlines())
+    assert apply[:2] == ["kubectl", "apply"]
+    assert (TOP / apply[2].removeprefix("--filename=")).is_file()
+    deployments = [name for kind, name in _manifests() if kind == "Deployment"]
+    read = {_pod(name)[1]["envFrom"][0]["secretRef"]["name"] for name in deployments}
+    assert {command[4] for command in secrets} == read
+
+
+def test_systemd_sends_the_stop_signal_to_the_pool_only() -> None:
+    """The pool has enough time for its workers to stop."""
     unit = _unit("worker")
     service = unit["Service"]
     assert _parameters(shlex.split(service["ExecStart"]))["processes"] == 2
@@ -70,16 +100,16 @@ def test_systemd_stops_the_pool_in_order() -> None:
     assert float(service["TimeoutStopSec"]) > STOP_SECONDS
 
 
-def test_systemd_gives_the_relay_its_outboxes_and_the_time_to_end() -> None:
-    """As a user that may write them, with the hardening that the workers have."""
+def test_systemd_gives_the_relay_its_outboxes_and_enough_time_to_stop() -> None:
+    """It runs as a user that may write the outboxes, with the same hardening as the workers."""
     service = _unit("relay")["Service"]
     outboxes = _parameters(shlex.split(service["ExecStart"]))["outboxes"]
     assert len(outboxes) == 2
     assert {str(path.parent) for path in outboxes} == {service["ReadWritePaths"]}
-    assert "DynamicUser" not in service  # the files belong to the controllers' user
+    assert "DynamicUser" not in service  # the controllers' user owns the files
     assert service["User"]
     assert float(service["TimeoutStopSec"]) > END_SECONDS
-    # The hardening of the workers' unit, and what DynamicUser=yes implies there.
+    # The workers' unit gets PrivateTmp from DynamicUser=yes.
     workers = _unit("worker")["Service"]
     hardening = {name: value for name, value in workers.items() if name.startswith(("Protect", "Restrict"))}
     del hardening["ProtectProc"], hardening["ProtectClock"]
@@ -87,15 +117,15 @@ def test_systemd_gives_the_relay_its_outboxes_and_the_time_to_end() -> None:
     assert service["PrivateTmp"] == "yes"
 
 
-def test_kubernetes_takes_the_manifests() -> None:
-    """By its own schemas, without a field that it does not know."""
+def test_the_manifests_are_valid_for_kubernetes() -> None:
+    """They have no field that the schemas of Kubernetes do not have."""
     assert len(_manifests()) == 3
     for manifest in _manifests().values():
         kubernetes_validate.validate(manifest, _KUBERNETES, strict=True)
 
 
-def test_the_pods_are_what_the_containers_are() -> None:
-    """Commands, limits, user and probes as in docker-compose.yml; nothing is asked that an outage would fail."""
+def test_the_pods_agree_with_docker_compose() -> None:
+    """Commands, limits, user and probes are the same. The liveness probe does not fail during an outage."""
     for name, deployment in (("worker", "trading-history-worker"), ("api", "trading-history-api")):
         pod, container = _pod(deployment)
         parameters = _parameters(container["args"])
@@ -115,18 +145,17 @@ def test_the_pods_are_what_the_containers_are() -> None:
         assert {variable["name"] for variable in container.get("env", ())} <= known
 
 
-def test_the_autoscaler_scales_the_workers_by_a_metric_that_exists() -> None:
-    """And the deployment that it names is there."""
+def test_the_autoscaler_names_an_existing_deployment_and_metric() -> None:
     scaler = _manifests()["HorizontalPodAutoscaler", "trading-history-worker"]["spec"]
     assert (scaler["scaleTargetRef"]["kind"], scaler["scaleTargetRef"]["name"]) in _manifests()
     (metric,) = scaler["metrics"]
-    name = metric["external"]["metric"]["name"].removeprefix("trading_history_")
-    assert f"`{name}`" in README.split("## Watch it")[1]  # whose names are compared with what is scraped
+    collected = worker_registry(lambda: None, lambda: QueueHealth("history")).collect()
+    assert metric["external"]["metric"]["name"] in {family.name for family in collected}
 
 
-def test_a_controller_in_a_container_finds_redis(tmp_path: Path) -> None:
-    """In a network that docker-compose.yml makes and Redis is in, by settings that exist."""
-    (text,) = re.findall(r"<!-- controller -->\n```yaml\n(.*?)```", README, re.DOTALL)
+def test_a_controller_in_a_container_reaches_redis(tmp_path: Path) -> None:
+    """Its network is one of docker-compose.yml that Redis joins, and its settings exist."""
+    text = block("consumers/deploy/CONTAINERS.md", "controller")
     (tmp_path / "compose.yml").write_text(text, "utf-8")
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     subprocess.run([*command, tmp_path / "compose.yml"], check=True, timeout=60)
@@ -142,3 +171,79 @@ def test_a_controller_in_a_container_finds_redis(tmp_path: Path) -> None:
     assert set(environment) <= {field.alias for field in TransportSettings.model_fields.values()}
     assert set(environment).isdisjoint(field.alias for field in StoreSettings.model_fields.values())
     assert environment["REDIS_URL"].endswith("@redis:6379/0")
+
+
+def test_the_table_of_services_agrees_with_docker_compose() -> None:
+    """Each service is listed, with its published port and its networks."""
+    rows = table("consumers/deploy/CONTAINERS.md", "services")
+    ports = {name: service(name).get("ports", [f"{LOCALHOST}:none"]) for name in SERVICES}
+    assert {tuple(cells[:1] + cells[2:]) for cells in rows} == {
+        (f"`{name}`", ports[name][0].split(":")[1], ", ".join(f"`{network}`" for network in sorted(one["networks"])))
+        for name, one in SERVICES.items()
+    }
+
+
+def test_the_commands_in_containers_exist() -> None:
+    """Those of the owner run in the service that has the owner's login."""
+    for line in block("consumers/deploy/CONTAINERS.md", "commands").splitlines():
+        docker, command = line.split(" trading-history ")
+        kind, *_, name = docker.removeprefix("docker compose ").split()
+        assert (kind, name) in {("exec", "worker"), ("run", "init-db")}
+        _parsed(command.split())
+
+
+def _parsed(words: list[str]) -> dict[str, Any]:
+    command: Any = get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words[0]]
+        words = words[1:]
+    params: dict[str, Any] = command.make_context("trading-history", words).params
+    return params
+
+
+def test_the_command_for_several_workers_exists() -> None:
+    _, *words = block("consumers/deploy/MACHINES.md", "workers").split()
+    parameters = _parsed(words)
+    assert (parameters["processes"], parameters["metrics_port"]) == (2, 9464)
+
+
+def _value(setting: str) -> str:
+    """Return the value of a line NAME='value'."""
+    return setting.strip().partition("=")[2].strip("'")
+
+
+def test_rq_reads_from_its_module_what_the_sentinel_url_says() -> None:
+    """Master, Sentinels, logins and time limits are the same."""
+    client = redis_client(_value(block("consumers/deploy/MACHINES.md", "sentinel url")))
+    namespace: dict[str, Any] = {}
+    exec(block("consumers/deploy/MACHINES.md", "sentinel_settings.py"), namespace)
+    found = []
+    of_rq = get_redis_from_config(namespace)  # type: ignore[no-untyped-call]  # RQ does not annotate it
+    for pool in (client.connection_pool, of_rq.connection_pool):
+        assert isinstance(pool, SentinelConnectionPool)
+        asked = [one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels]
+        options = [pool.connection_kwargs[name] for name in ("username", "password", "db", "socket_timeout")]
+        sentinels = [(one["host"], one["port"], one["password"], one["socket_timeout"]) for one in asked]
+        found.append((pool.service_name, options, sentinels))
+    assert found[0] == found[1]
+    assert found[0][:2] == ("mymaster", ["user", "password", 0, 5])
+
+
+def test_the_database_url_names_two_hosts() -> None:
+    url = parse_database_url(SecretStr(_value(block("consumers/deploy/MACHINES.md", "database url"))))
+    assert url.query["host"] == "db-1,db-2"
+
+
+def test_the_urls_with_tls_check_certificate_and_name() -> None:
+    database, redis = (_value(line) for line in block("consumers/deploy/SECURITY.md", "tls").splitlines())
+    assert dict(parse_database_url(SecretStr(database)).query) == {
+        "sslmode": "verify-full",
+        "sslrootcert": "/etc/ssl/ca.pem",
+    }
+    connection = redis_client(redis).connection_pool.make_connection()
+    assert isinstance(connection, SSLConnection)
+    assert (connection.ca_certs, connection.cert_reqs, connection.check_hostname) == (
+        "/etc/ssl/ca.pem",
+        ssl.CERT_REQUIRED,
+        True,
+    )

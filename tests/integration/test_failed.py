@@ -1,4 +1,4 @@
-"""Rejections may be many and large: they are listed, requeued and discarded in flat memory."""
+"""Many and large rejections are listed, requeued and discarded in constant memory."""
 
 from __future__ import annotations
 
@@ -52,23 +52,23 @@ def _list(as_json: bool) -> None:
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_list_needs_no_memory_for_the_texts(
+def test_failed_list_does_not_load_the_texts(
     redis: Redis, database_url: str, capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
-    """Of each it looks at the beginning alone, where an event tells its type."""
+    """It reads only the beginning of each text, which names the event's type."""
     _store_large(8)
     assert _peak_bytes(lambda: _list(as_json)) < _MIB
     assert capsys.readouterr().out.count("archive") == 8
 
 
-def test_giving_up_needs_no_memory_for_the_texts(redis: Redis, database_url: str) -> None:
+def test_discard_does_not_load_the_texts(redis: Redis, database_url: str) -> None:
     _store_large(8)
     assert _peak_bytes(lambda: discard(rejections(kind="archive"), redis, "history", "known")) < _MIB
     assert list(rejections()) == []
 
 
-def test_sending_again_has_one_text_in_memory_at_a_time(redis: Redis, database_url: str) -> None:
-    """When Redis has lost the jobs; of others none."""
+def test_requeue_loads_one_text_at_a_time(redis: Redis, database_url: str) -> None:
+    """Only if Redis has lost the jobs; otherwise no text is loaded."""
     _store_large(1)
     of_one = _peak_bytes(lambda: requeue(rejections(), redis, "history"))
     redis.flushall()
@@ -79,8 +79,8 @@ def test_sending_again_has_one_text_in_memory_at_a_time(redis: Redis, database_u
     assert history_queue(redis).count == 8
 
 
-def test_a_call_of_any_size_is_neither_inflated_nor_written_anew(redis: Redis, database_url: str) -> None:
-    """Whether it can be run is the worker's business."""
+def test_call_of_a_job_is_neither_decompressed_nor_rewritten(redis: Redis, database_url: str) -> None:
+    """The worker decides whether the call is supported."""
     bomb = zlib.compress(b"[" + b" " * 60 * _MIB, 1)
     queue = history_queue(redis)
     for job_id in ("to-requeue", "to-discard"):
@@ -98,8 +98,8 @@ def test_a_call_of_any_size_is_neither_inflated_nor_written_anew(redis: Redis, d
     assert not redis.exists("rq:job:to-discard")
 
 
-def test_the_table_is_bounded_and_json_has_all(database_url: str) -> None:
-    """The table says how many it leaves out; both are in the order of the refusals."""
+def test_table_of_rejections_is_limited_and_json_is_complete(database_url: str) -> None:
+    """The table says how many it leaves out. Both are in the order of rejection."""
     with get_db() as db:
         db.execute(
             text("INSERT INTO event_outcomes (job_id, outcome, reason, event)"
@@ -118,8 +118,8 @@ def test_the_table_is_bounded_and_json_has_all(database_url: str) -> None:
     assert [line.split()[0] for line in lines[1:-1]] == listed[:MOST_REJECTIONS]
 
 
-def test_a_job_that_is_no_longer_rejected_is_not_counted_as_discarded(redis: Redis, database_url: str) -> None:
-    """Somebody else was quicker: the answer is what this one has changed, and the other's job stays."""
+def test_job_that_is_no_longer_rejected_is_not_discarded(redis: Redis, database_url: str) -> None:
+    """If another process was faster, the job is not counted, and stays."""
     for name in ("a", "b"):
         store_rejection(name, "why")
     chosen = list(rejections())
@@ -134,8 +134,8 @@ def test_a_job_that_is_no_longer_rejected_is_not_counted_as_discarded(redis: Red
     assert tuple(discarded) == ("discarded", "known; it was rejected: why", "me")
 
 
-def test_an_event_that_was_stored_meanwhile_is_not_sent_again(redis: Redis, database_url: str) -> None:
-    """Its rejection is gone, and with it the text."""
+def test_event_that_was_stored_meanwhile_is_not_requeued(redis: Redis, database_url: str) -> None:
+    """Its rejection was deleted together with the text."""
     store_rejection("a", "why")
     chosen = list(rejections())
     with get_db() as db:
@@ -144,7 +144,7 @@ def test_an_event_that_was_stored_meanwhile_is_not_sent_again(redis: Redis, data
     assert history_queue(redis).count == 0
 
 
-def test_a_lost_job_whose_text_is_no_event_cannot_be_sent_again(redis: Redis, database_url: str) -> None:
+def test_lost_job_whose_text_is_not_an_event_cannot_be_requeued(redis: Redis, database_url: str) -> None:
     store_rejection("a", "why")
     with pytest.raises(HistoryError, match="job a cannot be requeued: Redis no longer has it"):
         requeue(rejections(), redis, "history")
@@ -168,12 +168,12 @@ def test_a_lost_job_whose_text_is_no_event_cannot_be_sent_again(redis: Redis, da
         ('{"a":' * 200_000, None),
     ],
 )
-def test_the_kind_is_what_the_beginning_of_a_text_tells(beginning: str, kind: str | None) -> None:
-    """Never that of something inside; a text of any depth is in nobody's way."""
+def test_kind_is_read_from_the_beginning_of_a_text(beginning: str, kind: str | None) -> None:
+    """A type inside the data is ignored. A deeply nested text causes no error."""
     found = kind_of(beginning)
     assert (found and found.name) == kind
 
 
-def test_a_rejection_has_no_text() -> None:
-    """Whoever needs it asks for it by itself."""
+def test_rejection_does_not_contain_the_text() -> None:
+    """Callers read it with rejected_text."""
     assert "event" not in Rejection.__dataclass_fields__

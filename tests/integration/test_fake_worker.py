@@ -1,4 +1,4 @@
-"""The worker that other people's tests get says what the real one says."""
+"""The worker of the test fixture gives the same outcomes as a real worker."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ EVENTS: list[Payload] = [
 ]
 
 
-def _ends(receipts: list[Receipt]) -> list[int | str]:
-    """The row's id, or the reason."""
-    ends: list[int | str] = []
+def _outcomes(receipts: list[Receipt]) -> list[int | str]:
+    """Return the row id or the reason of each receipt."""
+    outcomes: list[int | str] = []
     for receipt in receipts:
         try:
-            ends.append(receipt.wait(10))
+            outcomes.append(receipt.wait(10))
         except EventRejected as rejected:
-            ends.append(rejected.reason)
-    return ends
+            outcomes.append(rejected.reason)
+    return outcomes
 
 
-def test_the_fake_worker_answers_as_a_real_one(
+def test_the_fake_worker_gives_the_same_outcomes_as_a_real_one(
     redis: Redis, database_url: str, work: Callable[[], None], tmp_path: Path
 ) -> None:
-    """Stored, repeated, repeated with other content, in both tables: the same row ids and the same reasons."""
+    """Row ids and reasons are equal for new events, duplicates and conflicts in both tables."""
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         receipts = producer.record_many(EVENTS)
         producer.flush(10)
         work()
-        real = _ends(receipts)
+        real = _outcomes(receipts)
     with FakeHistory() as history:
         receipts = history.producer.record_many(EVENTS)
         history.work()
-        assert _ends(receipts) == real
+        assert _outcomes(receipts) == real
     assert real[:4] == [1, 1, 2, 1]
-    assert [type(end) for end in real[4:]] == [str, int, str]
+    assert [type(outcome) for outcome in real[4:]] == [str, int, str]
     assert Outbox(tmp_path / "outbox.db").status().depth == 0

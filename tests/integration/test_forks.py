@@ -1,4 +1,4 @@
-"""Programs that fork with a producer at work: as a daemon does, or a pool of processes, or from among threads."""
+"""Programs that fork while a producer is open: a daemon, a pool of processes, a program with threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def record(producer, first, count=20):
 producer = HistoryProducer(Redis.from_url(os.environ["REDIS_URL"]), outbox=sys.argv[1])
 """
 
-# The child outlives its parent, as after a daemon's double fork, and goes on with the same producer.
+# The child outlives its parent, as a daemon does after its double fork, and continues with the same producer.
 _DAEMON = """
 record(producer, 0)
 if os.fork():
@@ -40,7 +40,7 @@ sys.exit(0 if producer.flush(10) == 0 else 1)
 
 _OTHER = "record(producer, int(sys.argv[2]))"
 
-# Forks while three threads record.
+# The process forks while three threads record.
 _THREADS = """
 threads = [threading.Thread(target=record, args=(producer, 1000 * n, 100)) for n in range(3)]
 for thread in threads:
@@ -73,7 +73,7 @@ def _start(script: str, *arguments: object) -> subprocess.Popen[bytes]:
     )
 
 
-def _checked(outbox: Path, expected: int) -> None:
+def _assert_intact(outbox: Path, expected: int) -> None:
     with closing(sqlite3.connect(outbox)) as db:
         (integrity,) = db.execute("PRAGMA integrity_check").fetchone()
         count, distinct, last = db.execute(
@@ -84,23 +84,23 @@ def _checked(outbox: Path, expected: int) -> None:
 
 
 @pytest.mark.usefixtures("redis")
-def test_a_child_that_outlives_its_parent_loses_nothing_and_relays(tmp_path: Path) -> None:
-    """Beside another process on the same outbox; every event has its own number, and all reach Redis."""
+def test_a_child_that_outlives_its_parent_records_and_relays(tmp_path: Path) -> None:
+    """Another process uses the same outbox. Each event has a separate sequence, and all reach Redis."""
     outbox = tmp_path / "outbox.db"
     daemon, other = _start(_DAEMON, outbox), _start(_OTHER, outbox, 5000)
-    # The pipe is closed when the last of the family has ended.
+    # The pipe is closed when the last child has ended.
     errors = [process.communicate(timeout=60)[1] for process in (daemon, other)]
 
     assert ([daemon.returncode, other.returncode], errors) == ([0, 0], [b"", b""])
-    _checked(outbox, 60)
+    _assert_intact(outbox, 60)
 
 
-def test_children_forked_from_among_recording_threads_record_too(redis: Redis, tmp_path: Path) -> None:
-    """None of them waits for a lock that nobody will release."""
+def test_children_forked_while_threads_record_can_record(redis: Redis, tmp_path: Path) -> None:
+    """None of them waits for a lock of a thread that exists only in the parent."""
     outbox = tmp_path / "outbox.db"
     process = _start(_THREADS, outbox)
     _, errors = process.communicate(timeout=100)
 
     assert (process.returncode, errors) == (0, b"")
-    _checked(outbox, 330)
+    _assert_intact(outbox, 330)
     assert len(set(redis.lrange("rq:queue:history", 0, -1))) == 330

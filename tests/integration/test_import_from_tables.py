@@ -1,4 +1,4 @@
-"""Rows of the adopted tables into the new ones: `import --from-tables`, `verify --from-tables`."""
+"""Importing the rows of adopted tables: `import --from-tables` and `verify --from-tables`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sqlalchemy import text
 from consumers.db.engine import engine, get_db
 from consumers.legacy.adoption import adopt_legacy
 from consumers.legacy.legacy_rows import table_sources
+from tests.documents import block
 from tests.legacy_databases import (
     ARCHIVES,
     FIRST_GENERATION,
@@ -49,7 +50,7 @@ def _counts(files: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def _totals(snapshots: str, archives: str) -> tuple[Any, ...]:
-    """Sums over two tables, old or new: of money, of counts, of signals, and the first and last local times."""
+    """Return sums over two tables, old or new: amounts, counts, first and last date, and a digest of the signals."""
     with get_db() as db:
         row = db.execute(
             text(f"""
@@ -63,8 +64,8 @@ def _totals(snapshots: str, archives: str) -> tuple[Any, ...]:
     return tuple(row)
 
 
-def test_the_first_generation_comes_in_whole_and_once(first_generation: None) -> None:
-    """Verify finds no difference, a second import nothing to insert, the audit no gap."""
+def test_the_first_generation_is_imported_completely_and_once(first_generation: None) -> None:
+    """`verify` finds no difference, a second import inserts nothing, and `audit` finds no gap."""
     before = _totals("portfolio_history_legacy", "signal_archives_legacy")
     first = _run("import", "--from-tables", *BERLIN)
     verified = _run("verify", "--from-tables", *BERLIN)
@@ -81,7 +82,7 @@ def test_the_first_generation_comes_in_whole_and_once(first_generation: None) ->
 
 
 def test_each_portfolio_of_the_second_generation_keeps_its_number(empty_database_url: str) -> None:
-    """Whatever --portfolio-id says of entries that name none; counts that were null are 0."""
+    """--portfolio-id is only for entries without one. A count that was NULL becomes 0."""
     _execute(SECOND_GENERATION)
     _execute(SECOND_GENERATION_SNAPSHOTS, rows=30)
     adopt_legacy(engine())
@@ -98,8 +99,8 @@ def test_each_portfolio_of_the_second_generation_keeps_its_number(empty_database
         assert db.execute(text(same)).scalar_one() == 30
 
 
-def test_rows_that_were_deleted_in_between_leave_no_gap(first_generation: None) -> None:
-    """Those after them move down by one; what is stored is found again by its event's id."""
+def test_rows_deleted_between_two_imports_leave_no_gap(first_generation: None) -> None:
+    """The numbers of later rows decrease. Stored events are found by their event id."""
     _execute(
         "CREATE TABLE kept AS SELECT * FROM portfolio_history_legacy WHERE id > 400",
         "DELETE FROM portfolio_history_legacy WHERE id > 400",
@@ -116,12 +117,12 @@ def test_rows_that_were_deleted_in_between_leave_no_gap(first_generation: None) 
     assert again[0] == 0
     assert again[1]["files"][0]["stored"] == 300
     assert audited == 0
-    # The two rows that the old table has no more.
+    # The two rows that are no longer in the old table.
     assert (verified[0], [one["what"] for one in verified[1]["differences"]]) == (1, ["unexpected", "unexpected"])
 
 
-def test_without_adopted_tables_there_is_nothing_to_import(database_url: str) -> None:
-    """And the user is told what makes them; naming both a folder and the tables, or neither, is wrong usage."""
+def test_without_adopted_tables_the_import_fails(database_url: str) -> None:
+    """The error names the command that adopts them. Both a folder and --from-tables, or neither, is wrong usage."""
     run = subprocess.run([*PROGRAM, "import", "--from-tables"], capture_output=True, text=True, check=False)
     wrong = [
         subprocess.run([*PROGRAM, "import", *more], capture_output=True, check=False).returncode
@@ -131,6 +132,18 @@ def test_without_adopted_tables_there_is_nothing_to_import(database_url: str) ->
     assert table_sources(engine()) == []
     assert (run.returncode, run.stderr) == (
         1,
-        "error: there are no adopted tables in the database: trading-history init-db --adopt-legacy makes them\n",
+        "error: the database has no adopted tables: run trading-history init-db --adopt-legacy first\n",
     )
     assert wrong == [2, 2]
+
+
+def test_the_commands_of_the_document_adopt_and_import_old_tables(empty_database_url: str) -> None:
+    """The last one, `verify`, finds no difference."""
+    _execute(FIRST_GENERATION)
+    _execute(FIRST_GENERATION_SNAPSHOTS, ARCHIVES, rows=5)
+    for line in block("consumers/legacy/README.md", "adopt").splitlines():
+        run = subprocess.run([*PROGRAM, *line.split()[1:]], capture_output=True, text=True, timeout=60, check=False)
+        assert run.returncode == 0, run.stderr
+    assert _totals("portfolio_history", "signal_archives") == _totals(
+        "portfolio_history_legacy", "signal_archives_legacy"
+    )

@@ -1,4 +1,4 @@
-"""Readers of an outbox whose controller has ended: an event whose acknowledgement waits in Redis is not late."""
+"""Metrics and checks of an outbox whose controller has ended: an event with an acknowledgement in Redis is not late."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def outbox(redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def _controller(redis: Redis, outbox: Path, *, stored: int, queued: int) -> None:
-    """One that has ended two hours ago without its acknowledgements; some of its events are still queued."""
+    """Simulate a controller that ended two hours ago, with unread acknowledgements and queued events."""
     with HistoryProducer(redis) as producer:
         producer.record_many([a_snapshot(after=timedelta(seconds=number)) for number in range(stored + queued)])
         assert producer.flush(20) == 0
@@ -58,7 +58,7 @@ def _json(*arguments: str, **environment: str) -> dict[str, object]:
 
 
 def _ages(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[float, object, object, str]:
-    """What /metrics, the page's health, `outbox status` and doctor say about the oldest entry."""
+    """Return the oldest entry's age by /metrics, by the page and by `outbox status`, and its state by doctor."""
     monkeypatch.setenv("REDIS_URL", redis_url)
     with TestClient(create_app(), base_url="http://127.0.0.1") as client:
         scraped = client.get("/metrics").text
@@ -72,7 +72,7 @@ def _ages(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[float, objec
 
 
 def test_an_acknowledged_event_is_not_late(redis: Redis, outbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long ago it was recorded; nobody has taken its acknowledgement."""
+    """It is two hours old, and no relay has read its acknowledgement."""
     _controller(redis, outbox, stored=3, queued=0)
     assert _ages(os.environ["REDIS_URL"], monkeypatch) == (0.0, None, None, "ok")
     assert states(outbox) == {"sent": 3}
@@ -81,7 +81,7 @@ def test_an_acknowledged_event_is_not_late(redis: Redis, outbox: Path, monkeypat
 def test_an_event_without_an_acknowledgement_is_late(
     redis: Redis, outbox: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside others that are."""
+    """Other events of the outbox are acknowledged."""
     _controller(redis, outbox, stored=2, queued=1)
     metrics, health, status, doctor = _ages(os.environ["REDIS_URL"], monkeypatch)
     assert metrics == pytest.approx(_HOURS_SECONDS, abs=60)
@@ -91,10 +91,10 @@ def test_an_event_without_an_acknowledgement_is_late(
 
 
 @pytest.mark.parametrize("mode", ["refuse", "swallow"])
-def test_without_redis_they_say_what_they_know(
+def test_the_age_counts_without_acknowledgements_if_redis_is_away(
     redis: Redis, outbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """The outbox can be read all the same, within the time of a scrape: its age counts then."""
+    """The outbox is still readable, within the time limit of a scrape."""
     _controller(redis, outbox, stored=2, queued=0)
     with a_proxy(os.environ["REDIS_URL"], tmp_path) as (proxy, url):
         proxy.set_mode(mode)  # type: ignore[arg-type]  # one of its modes

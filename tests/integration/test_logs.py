@@ -1,4 +1,4 @@
-"""Log lines of the processes: JSON where it is asked for, the event on every line about one, and never a password."""
+"""Log lines of all processes: JSON if set, the event on each line about one, and never a password."""
 
 from __future__ import annotations
 
@@ -43,30 +43,30 @@ def _about_events(log: Path) -> list[tuple[object, ...]]:
 
 
 def _enqueue(redis: Redis, sequence: int, balance: str = "9900.12") -> tuple[str, str]:
-    """A snapshot of one instant; its event's id and its job's."""
+    """Enqueue a snapshot of always the same instant; return the event id and the job id."""
     event = event_of(a_snapshot(balance=balance), source="bot/1", sequence=sequence)
     job = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
     return str(event.id), job.id
 
 
-def test_a_workers_lines_are_json_and_name_the_event(
+def test_the_lines_of_a_worker_are_json_and_have_the_event(
     redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them, RQ's own included."""
+    """The lines of RQ are JSON too."""
     monkeypatch.setenv("HISTORY_LOG", "json")
     log = tmp_path / "log"
     with scraped_worker(log) as (worker, _):
         event_id, first = _enqueue(redis, 1)
         until(lambda: len(get_portfolio_history()) == 1)
         _, second = _enqueue(redis, 2, balance="1")
-        refused = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}").id
+        invalid = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}").id
         until(lambda: history_queue(redis).failed_job_registry.count == 2)
         worker.terminate()
         assert worker.wait(15) == 0
     assert set(_about_events(log)) == {
         (event_id, first, "bot/1", 1, "stored"),
         (event_id, second, "bot/1", 2, "conflict"),
-        (None, refused, None, None, "invalid"),
+        (None, invalid, None, None, "invalid"),
     }
     assert len(_about_events(log)) == 3
     assert {"rq.worker", "rq.worker.history", "consumers.worker.history_worker"} <= {
@@ -74,10 +74,10 @@ def test_a_workers_lines_are_json_and_name_the_event(
     }
 
 
-def test_under_rqs_own_command_too(
+def test_the_lines_of_rqs_own_command_are_json_and_have_the_event(
     redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What RQ writes before our class has begun is RQ's."""
+    """RQ's lines from before the worker class starts are not."""
     monkeypatch.setenv("HISTORY_LOG", "json")
     event_id, job_id = _enqueue(redis, 1)
     log = tmp_path / "log"
@@ -86,8 +86,8 @@ def test_under_rqs_own_command_too(
     assert _about_events(log) == [(event_id, job_id, "bot/1", 1, "stored")]
 
 
-def test_the_apis_lines_are_json(tmp_path: Path) -> None:
-    """Those of the server that runs it too."""
+def test_the_lines_of_the_api_are_json(tmp_path: Path) -> None:
+    """Those of uvicorn too."""
     log = tmp_path / "log"
     command = [sys.executable, "-m", "consumers.cli", "api", "--port=0"]
     with _at_port(1) as urls, log.open("wb") as output:
@@ -96,7 +96,7 @@ def test_the_apis_lines_are_json(tmp_path: Path) -> None:
         assert server.stdout is not None
         with server.stdout:
             address = server.stdout.readline().split()[0]
-        _answer(f"{address}readyz")
+        _response(f"{address}readyz")
         server.terminate()
         assert server.wait(20) == 128 + signal.SIGTERM
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -104,10 +104,10 @@ def test_the_apis_lines_are_json(tmp_path: Path) -> None:
     assert "not ready: PostgreSQL: Connection refused" in [line["message"] for line in lines]
 
 
-def test_the_producer_tells_of_a_rejection(
+def test_the_relay_of_a_controller_logs_a_rejection_once(
     redis: Redis, database_url: str, producer: HistoryProducer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On the controller's host, where nobody may look into the receipt; once."""
+    """The controller may never read the receipt."""
     with caplog.at_level(logging.WARNING, "producers.relay"):
         producer.record(a_snapshot())
         receipt = producer.record(a_snapshot(balance=1))
@@ -124,8 +124,8 @@ def test_the_producer_tells_of_a_rejection(
     assert found[1].startswith(f"{source_id}-2-")
 
 
-def test_a_wrong_setting_is_an_error_and_doctor_tells_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Doctor is there to tell what is wrong, so it starts with whatever is set."""
+def test_a_wrong_setting_is_an_error_and_doctor_reports_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`doctor` starts with wrong settings, in order to report them."""
     monkeypatch.setenv("HISTORY_LOG", "yaml")
     command = [sys.executable, "-m", "consumers.cli"]
     ended = subprocess.run([*command, "schema"], capture_output=True, text=True, timeout=30, check=False)
@@ -137,28 +137,28 @@ def test_a_wrong_setting_is_an_error_and_doctor_tells_of_all(monkeypatch: pytest
     doctor = [*command, "doctor", "--json"]
     ended = subprocess.run(doctor, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
-    told = [check["found"].split(":")[0] for check in json.loads(ended.stdout) if check["name"] == "settings"]
-    assert told == ["HISTORY_METRICS_PORT", "HISTORY_LOG", "HISTORY_DASHBOARD_URL", "HISTORY_API_TOKEN"]
+    reported = [check["found"].split(":")[0] for check in json.loads(ended.stdout) if check["name"] == "settings"]
+    assert reported == ["HISTORY_METRICS_PORT", "HISTORY_LOG", "HISTORY_DASHBOARD_URL", "HISTORY_API_TOKEN"]
 
 
 @contextmanager
 def _wrong_passwords(redis: Redis, database_url: str) -> Iterator[dict[str, str]]:
-    """Real servers that refuse them."""
+    """Settings whose passwords the real servers do not accept."""
     url = make_url(database_url)
     with get_db() as db:
-        db.execute(text("CREATE ROLE refused LOGIN PASSWORD 'another'"))
+        db.execute(text("CREATE ROLE guest LOGIN PASSWORD 'another'"))
         hba = Path(db.scalar(text("SHOW hba_file")))
     before = hba.read_text()
     with ExitStack() as undo:
-        undo.callback(_reload, "DROP ROLE refused")
+        undo.callback(_reload, "DROP ROLE guest")
         undo.callback(hba.write_text, before)
-        hba.write_text(f"local all refused scram-sha-256\n{before}")
+        hba.write_text(f"local all guest scram-sha-256\n{before}")
         _reload()
         redis.config_set("requirepass", "another")
         undo.callback(redis.config_set, "requirepass", "")
         where, path = quote(str(url.query["host"]), safe=""), redis.connection_pool.connection_kwargs["path"]
         yield {
-            "DATABASE_URL": f"postgresql://refused:{quote(_DATABASE_PASSWORD, safe='')}@/{url.database}?host={where}",
+            "DATABASE_URL": f"postgresql://guest:{quote(_DATABASE_PASSWORD, safe='')}@/{url.database}?host={where}",
             "REDIS_URL": f"unix://:{quote(_REDIS_PASSWORD, safe='')}@{path}",
         }
 
@@ -179,12 +179,12 @@ def _at_port(port: int) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _frozen() -> Iterator[dict[str, str]]:
-    """Connected, and never an answer."""
+    """Settings of a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent, _at_port(silent.getsockname()[1]) as urls:
         yield urls
 
 
-def _worker_said(log: Path, urls: dict[str, str]) -> str:
+def _worker_output(log: Path, urls: dict[str, str]) -> str:
     with scraped_worker(log, **urls) as (_, url):
         assert [scraped(url)[f"{part}_up",] for part in ("database", "redis")] == [0, 0]
         until(lambda: all(f"cannot read {part}" in log.read_text() for part in ("database", "redis")))
@@ -192,54 +192,54 @@ def _worker_said(log: Path, urls: dict[str, str]) -> str:
     return log.read_text()
 
 
-def _api_said(log: Path, urls: dict[str, str], question: str) -> str:
+def _api_output(log: Path, urls: dict[str, str], path: str) -> str:
     command = [sys.executable, "-m", "consumers.cli", "--debug", "api", "--port=0"]
     with log.open("wb") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **urls})
     try:
         until(lambda: "http://" in log.read_text(), seconds=40)
         address = log.read_text().partition("http://")[2].split("/")[0]
-        answers = [_answer(f"http://{address}/{path}") for path in ("metrics", question)]
+        responses = [_response(f"http://{address}/{name}") for name in ("metrics", path)]
         until(lambda: all(f"cannot read {part}" in log.read_text() for part in ("database", "redis")))
     finally:
         server.kill()
         server.wait()
-    return log.read_text() + "".join(answers)
+    return log.read_text() + "".join(responses)
 
 
-def _answer(url: str) -> str:
+def _response(url: str) -> str:
     try:
-        with urlopen(url, timeout=30) as answer:
-            return str(answer.read().decode())
+        with urlopen(url, timeout=30) as response:
+            return str(response.read().decode())
     except HTTPError as error:
         return error.read().decode()
 
 
-def _commands_said(urls: dict[str, str]) -> str:
+def _commands_output(urls: dict[str, str]) -> str:
     Path("portfolio.json").write_text(json.dumps({"balance": 1}))
-    said = []
+    output = []
     for arguments in (["status"], ["snapshot", "portfolio.json"]):
         command = [sys.executable, "-m", "consumers.cli", "--debug", *arguments]
         environment = {**os.environ, **urls}
         ended = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, check=False)
-        said.append(ended.stdout + ended.stderr)
-    return "".join(said)
+        output.append(ended.stdout + ended.stderr)
+    return "".join(output)
 
 
-def test_no_password_is_shown_whatever_goes_wrong(redis: Redis, database_url: str, tmp_path: Path) -> None:
-    """Refused, unreachable and frozen: by worker, API and commands, with tracebacks. Side by side, since they wait."""
+def test_no_password_is_shown_when_connections_fail(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """With wrong passwords, unreachable and frozen servers, in worker, API and commands, tracebacks included."""
     with (
-        _wrong_passwords(redis, database_url) as refused,
+        _wrong_passwords(redis, database_url) as wrong,
         _frozen() as frozen,
         _at_port(1) as unreachable,
         ThreadPoolExecutor(5) as pool,
     ):
-        said = [pool.submit(_commands_said, refused)]
-        said.append(pool.submit(_worker_said, tmp_path / "refused-worker", refused))
-        said.append(pool.submit(_worker_said, tmp_path / "unreachable-worker", unreachable))
-        said.append(pool.submit(_api_said, tmp_path / "refused-api", refused, "readyz"))
-        said.append(pool.submit(_api_said, tmp_path / "frozen-api", frozen, "trading/portfolio-history"))
-        everything = "".join(one.result() for one in said)
+        outputs = [pool.submit(_commands_output, wrong)]
+        outputs.append(pool.submit(_worker_output, tmp_path / "wrong-worker", wrong))
+        outputs.append(pool.submit(_worker_output, tmp_path / "unreachable-worker", unreachable))
+        outputs.append(pool.submit(_api_output, tmp_path / "wrong-api", wrong, "readyz"))
+        outputs.append(pool.submit(_api_output, tmp_path / "frozen-api", frozen, "trading/portfolio-history"))
+        everything = "".join(one.result() for one in outputs)
     for reason in ("password authentication failed", "invalid username-password pair", "Connection refused", "Timeout"):
         assert reason in everything
     assert [secret for secret in _SECRETS if secret in everything] == []

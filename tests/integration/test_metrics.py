@@ -1,8 +1,9 @@
-"""Metrics of a worker and of the API, on real servers: exact, and never late."""
+"""Metrics of a worker and of the API on real servers: exact, and within 2 s in every outage."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import yaml
 from fastapi.testclient import TestClient
 from prometheus_client import generate_latest
 from redis import Redis
@@ -31,11 +33,13 @@ from consumers.worker.deliveries import POISON_CRASHES
 from consumers.worker.reservations import Reservations
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
 from tests.deliveries import burst, enqueue_snapshots, history_queue
+from tests.documents import ROOT, table
 from tests.factories import a_snapshot, an_archive
 from tests.faults.proxy import Proxy
 from tests.rq_programs import rq_worker, until
-from tests.scrapes import Scrape, parsed, scraped, scraped_worker
+from tests.scrapes import PREFIX, Scrape, parsed, scraped, scraped_worker
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -48,23 +52,23 @@ def counting_from_zero() -> None:
 
 
 def _scrape(redis: Redis) -> Scrape:
-    """Of a worker in this process that waits for nothing."""
+    """Scrape a worker of this process that does not wait for a server."""
     registry = worker_registry(lambda: None, lambda: read_queue(redis, "history"))
     return parsed(generate_latest(registry).decode())
 
 
 def _of(scrape: Scrape, metric: str) -> Scrape:
-    """The samples of one metric, by their labels."""
+    """Return the samples of one metric by their labels."""
     return {labels[1:]: value for labels, value in scrape.items() if labels[0] == metric}
 
 
-def _ends(scrape: Scrape) -> Scrape:
-    """(outcome, type) → how many, of those there were."""
+def _outcomes(scrape: Scrape) -> Scrape:
+    """Return (outcome, type) → count, without zeros."""
     return {labels: count for labels, count in _of(scrape, "events_total").items() if count}
 
 
 def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
-    """Stored, duplicate, conflict, invalid, poison and refused, in one batch or alone."""
+    """Stored, duplicate, conflict, invalid, poison and unsupported, in one batch or alone."""
     queue = history_queue(redis)
     poisonous, *_ = enqueue_snapshots(redis, 4)
     redis.hset("history:crashes:history", poisonous, POISON_CRASHES)
@@ -79,14 +83,14 @@ def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
     burst(redis)
 
     scrape = _scrape(redis)
-    assert _ends(scrape) == {
+    assert _outcomes(scrape) == {
         ("stored", SNAPSHOT_TYPE): 3,
         ("stored", ARCHIVE_TYPE): 1,
         ("duplicate", SNAPSHOT_TYPE): 1,
         ("conflict", SNAPSHOT_TYPE): 1,
         ("invalid", SNAPSHOT_TYPE): 1,
         ("poison", SNAPSHOT_TYPE): 1,
-        ("refused", "unknown"): 1,
+        ("unsupported", "unknown"): 1,
     }
     assert scrape["batch_events_sum",] == 9
     assert scrape["lag_seconds_count",] == 4
@@ -95,25 +99,25 @@ def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
     assert Path("pwned").exists() is False
 
 
-def test_a_redelivery_after_the_commit_is_a_duplicate(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker loses Redis between commit and acknowledgement; the batch comes again, and is stored once."""
+def test_redelivery_after_the_commit_counts_as_duplicate(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker loses Redis between commit and acknowledgement. The batch is redelivered, and is stored once."""
     complete, cut = Completion.complete, list[int]()
 
     def complete_the_second_time(*arguments: object) -> None:
         if not cut:
             cut.append(1)
             raise RedisConnectionError("cut")
-        complete(*arguments)  # type: ignore[arg-type]  # as it came
+        complete(*arguments)  # type: ignore[arg-type]  # passed on unchanged
 
     monkeypatch.setattr(Completion, "complete", complete_the_second_time)
     enqueue_snapshots(redis, 7)
     burst(redis)
-    assert _ends(_scrape(redis)) == {("stored", SNAPSHOT_TYPE): 7, ("duplicate", SNAPSHOT_TYPE): 7}
+    assert _outcomes(_scrape(redis)) == {("stored", SNAPSHOT_TYPE): 7, ("duplicate", SNAPSHOT_TYPE): 7}
     assert len(get_portfolio_history()) == 7
 
 
-def test_the_lag_is_that_of_live_events(redis: Redis) -> None:
-    """From the event's own time; a future one counts as none, and what an import brings not at all."""
+def test_lag_is_measured_for_live_events_only(redis: Redis) -> None:
+    """It begins at the event's own time; a time in the future gives 0. Imports are not counted."""
     now = datetime.now(UTC)
     for number, (source, age) in enumerate([("bot/1", 90), ("bot/1", -3600), ("import/x.json/0", 86400 * 365)]):
         moment = now - timedelta(seconds=age)
@@ -126,19 +130,19 @@ def test_the_lag_is_that_of_live_events(redis: Redis) -> None:
     assert (scrape["lag_seconds_bucket", "60.0"], scrape["lag_seconds_bucket", "300.0"]) == (1, 2)
 
 
-def test_recovered_jobs_of_dead_workers_are_counted(redis: Redis) -> None:
+def test_requeued_jobs_of_dead_workers_are_counted(redis: Redis) -> None:
     enqueue_snapshots(redis, 3)
     Reservations(redis, history_queue(redis), "dead").reserve(2)
     redis.delete(*redis.keys("history:lease:*"))
     burst(redis)
     scrape = _scrape(redis)
-    assert (scrape["recovered_jobs_total",], _ends(scrape)) == (2, {("stored", SNAPSHOT_TYPE): 3})
+    assert (scrape["recovered_jobs_total",], _outcomes(scrape)) == (2, {("stored", SNAPSHOT_TYPE): 3})
 
 
-def test_the_state_of_the_pipeline(
+def test_scrape_has_queue_outbox_and_ages_of_snapshots(
     redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, producer: HistoryProducer
 ) -> None:
-    """Queue, outbox and the age of each portfolio's newest row, of a bounded number of portfolios."""
+    """The number of portfolios is limited."""
     monkeypatch.setattr(exposition, "MOST_PORTFOLIOS", 2)
     monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "outbox.db"))
     now = datetime.now(UTC)
@@ -159,14 +163,14 @@ def test_the_state_of_the_pipeline(
     assert [scrape["waiting", what] for what in ("the database", "Redis")] == [0, 0]
 
 
-def test_an_idle_pipeline_has_ages_of_zero_and_no_outbox_that_is_not_there(redis: Redis) -> None:
-    """A gap in a graph means that it could not be read."""
+def test_idle_pipeline_exports_ages_of_0_and_no_metrics_of_a_missing_outbox(redis: Redis) -> None:
+    """A gap in a graph must mean that the value could not be read."""
     scrape = _scrape(redis)
     assert (scrape["queue_jobs",], scrape["queue_oldest_age_seconds",]) == (0, 0)
     assert not any(name.startswith("outbox") for name, *_ in scrape)
 
 
-def test_an_unreadable_outbox_is_reported(redis: Redis) -> None:
+def test_unreadable_outbox_sets_outbox_up_to_0(redis: Redis) -> None:
     Path("data").mkdir()
     Path("data/outbox.db").write_bytes(b"no database at all" * 100)
     scrape = _scrape(redis)
@@ -174,9 +178,30 @@ def test_an_unreadable_outbox_is_reported(redis: Redis) -> None:
     assert ("outbox_oldest_age_seconds",) not in scrape
 
 
+def test_documented_metrics_are_those_that_are_exported(redis: Redis) -> None:
+    """The table of consumers/ops/README.md, with labels. The alert rules use only these metrics."""
+    insert_portfolio_history_snapshot({"timestamp": datetime.now(UTC), "portfolio_id": 1, **dict.fromkeys(_AMOUNTS, 1)})
+    Path("data").mkdir()
+    Outbox("data/outbox.db").close()
+    families = {
+        family.name: {name for sample in family.samples for name in sample.labels} - {"le"}
+        for family in worker_registry(lambda: None, lambda: read_queue(redis, "history")).collect()
+        if family.name.startswith(PREFIX)
+    }
+    cells = " ".join(cell for cell, *_ in table("consumers/ops/README.md", "metrics"))
+    documented = re.findall(r"`(\w+?)(?:_total)?(?:\{([\w,]+)\})?`", cells)
+    assert {f"{PREFIX}{name}": set(labels.split(",")) - {""} for name, labels in documented} == families
+
+    (group,) = yaml.safe_load((ROOT / "consumers/deploy/alerts.yaml").read_text("utf-8"))["groups"]
+    assert all({"alert", "expr", "annotations"} <= set(rule) <= {"alert", "expr", "annotations", "for"}
+               for rule in group["rules"])  # fmt: skip
+    used = set(re.findall(rf"{PREFIX}\w+", " ".join(rule["expr"] for rule in group["rules"])))
+    assert {re.sub("_(total|bucket)$", "", name) for name in used} - {PREFIX} <= set(families)
+
+
 @pytest.fixture
 def proxies(redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Proxy, Proxy]]:
-    """Between the settings and PostgreSQL, and between them and Redis."""
+    """Put one proxy before PostgreSQL and one before Redis, and point the settings to them."""
     folder = Path("/tmp", f"th-{os.getpid()}-{time.monotonic_ns()}")
     folder.mkdir()
     url = make_url(database_url)
@@ -199,12 +224,14 @@ def _timed(scrape: Callable[[], Scrape]) -> Scrape:
     return found
 
 
-def test_a_workers_scrape_in_every_outage(proxies: tuple[Proxy, Proxy], redis: Redis, tmp_path: Path) -> None:
-    """Gone, frozen and back again: an answer within 2 s that says which one it is; counts go on meanwhile."""
+def test_scrape_of_a_worker_is_answered_within_2_s_in_every_outage(
+    proxies: tuple[Proxy, Proxy], redis: Redis, tmp_path: Path
+) -> None:
+    """Servers are away, frozen and back again. The scrape says which one is away; the counters are always there."""
     database, _ = proxies
     enqueue_snapshots(redis, 1)
     with scraped_worker(tmp_path / "log") as (_, url):
-        until(lambda: _ends(scraped(url)) == {("stored", SNAPSHOT_TYPE): 1})
+        until(lambda: _outcomes(scraped(url)) == {("stored", SNAPSHOT_TYPE): 1})
         assert [scraped(url)[f"{part}_up",] for part in ("database", "redis")] == [1, 1]
 
         database.set_mode("refuse")
@@ -221,15 +248,15 @@ def test_a_workers_scrape_in_every_outage(proxies: tuple[Proxy, Proxy], redis: R
         assert [frozen[f"{part}_up",] for part in ("database", "redis")] == [0, 0]
         assert ("queue_jobs",) not in frozen
         assert not any(name == "newest_snapshot_age_seconds" for name, *_ in frozen)
-        assert _ends(frozen)["stored", SNAPSHOT_TYPE] == 2
+        assert _outcomes(frozen)["stored", SNAPSHOT_TYPE] == 2
         _timed(lambda: scraped(url))
         for proxy in proxies:
             proxy.set_mode("pass")
         until(lambda: [scraped(url)[f"{part}_up",] for part in ("database", "redis")] == [1, 1])
 
 
-def test_the_apis_scrape_in_every_outage(proxies: tuple[Proxy, Proxy]) -> None:
-    """Both frozen: within 2 s, again and again, and well when they are."""
+def test_scrape_of_the_api_is_answered_within_2_s_in_every_outage(proxies: tuple[Proxy, Proxy]) -> None:
+    """Repeatedly, while both servers are frozen."""
     with TestClient(api.app) as client:
 
         def scrape() -> Scrape:
@@ -247,8 +274,8 @@ def test_the_apis_scrape_in_every_outage(proxies: tuple[Proxy, Proxy]) -> None:
         until(lambda: [scrape()[f"{part}_up",] for part in ("database", "redis")] == [1, 1])
 
 
-def test_the_api_asks_for_its_token_and_tells_only_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts no events itself; without REDIS_URL nothing about Redis; the format is the one asked for."""
+def test_metrics_of_the_api_need_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have no counters of events, and without REDIS_URL nothing about Redis. The client chooses the format."""
     monkeypatch.setenv("HISTORY_API_TOKEN", "right")
     with TestClient(api.app) as client:
         assert client.get("/metrics").status_code == 401
@@ -263,31 +290,32 @@ def test_the_api_asks_for_its_token_and_tells_only_what_is_set(monkeypatch: pyte
     )
 
 
-def test_a_worker_that_cannot_have_its_port_says_so(redis: Redis) -> None:
-    """Another port would be one that nobody scrapes."""
+def test_worker_whose_metrics_port_is_taken_ends_with_an_error(redis: Redis) -> None:
+    """Nobody would scrape another port."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "consumers.cli", "worker", f"--metrics-port={port}"]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (ended.returncode, ended.stderr.splitlines()[-1]) == (
         1,
-        f"error: cannot serve metrics at 127.0.0.1 port {port}: Address already in use",
+        f"error: cannot serve metrics at 127.0.0.1 port {port}: Address already in use;"
+        " choose another address with HISTORY_METRICS_HOST and HISTORY_METRICS_PORT, or --metrics-port",
     )
 
 
-def test_the_port_of_a_killed_worker_is_its_heirs_which_counts_from_zero(redis: Redis, tmp_path: Path) -> None:
+def test_next_worker_gets_the_port_of_a_killed_worker_and_counts_from_0(redis: Redis, tmp_path: Path) -> None:
     enqueue_snapshots(redis, 2)
     with scraped_worker(tmp_path / "log") as (worker, url):
-        until(lambda: _ends(scraped(url)) == {("stored", SNAPSHOT_TYPE): 2})
+        until(lambda: _outcomes(scraped(url)) == {("stored", SNAPSHOT_TYPE): 2})
         worker.send_signal(signal.SIGKILL)
         worker.wait()
-    with scraped_worker(tmp_path / "heir", f"--metrics-port={url.split(':')[2].split('/')[0]}") as (heir, same):
-        assert (same, _ends(scraped(same))) == (url, {})
-        heir.terminate()
-        assert heir.wait(15) == 0
+    with scraped_worker(tmp_path / "next", f"--metrics-port={url.split(':')[2].split('/')[0]}") as (next_worker, same):
+        assert (same, _outcomes(scraped(same))) == (url, {})
+        next_worker.terminate()
+        assert next_worker.wait(15) == 0
 
 
-def test_under_rqs_own_command_the_setting_is_enough(
+def test_rqs_own_command_serves_metrics_at_the_port_of_the_setting(
     redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -296,4 +324,4 @@ def test_under_rqs_own_command_the_setting_is_enough(
     enqueue_snapshots(redis, 1)
     with rq_worker("consumers.worker.HistoryWorker", tmp_path / "log"):
         until(lambda: len(get_portfolio_history()) == 1)
-        until(lambda: _ends(scraped(f"http://127.0.0.1:{port}/metrics")) == {("stored", SNAPSHOT_TYPE): 1})
+        until(lambda: _outcomes(scraped(f"http://127.0.0.1:{port}/metrics")) == {("stored", SNAPSHOT_TYPE): 1})

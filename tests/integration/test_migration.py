@@ -1,4 +1,4 @@
-"""Import and verify on real servers: every entry a row or a reported rejection, whoever dies in between."""
+"""Import and verify on real servers: every entry becomes a row or a reported rejection, also after crashes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ from consumers.worker import batch
 from producers.errors import HistoryError
 from producers.events import decode
 from producers.history_producer import HistoryProducer
+from producers.trading_controller import shared_producer
 from tests.deliveries import burst
+from tests.documents import block
 from tests.factories import a_signal, a_snapshot, an_old_archive, an_old_snapshot
 from tests.faults.proxy import Proxy
 from tests.rq_programs import somebody_waits_for_a_lock, until
@@ -69,19 +71,18 @@ def _histories(
     folder: Path, portfolio_id: int | None = 1, zone: tzinfo = UTC, nan_as_null: bool = False
 ) -> list[OldHistory]:
     return [
-        OldHistory(origin, zone=zone, portfolio_id=portfolio_id, nan_as_null=nan_as_null)
-        for origin in file_sources(folder)
+        OldHistory(source, zone=zone, portfolio_id=portfolio_id, nan_as_null=nan_as_null)
+        for source in file_sources(folder)
     ]
 
 
-def _import(folder: Path, said: list[str] | None = None, **about: Any) -> list[ImportStatistics]:
-    """Import in this process; the report is report.jsonl beside the folder."""
-    histories = _histories(folder, **about)
-    say = (said if said is not None else []).append
+def _import(folder: Path, **options: Any) -> list[ImportStatistics]:
+    """Import in this process. The report is report.jsonl beside the folder."""
+    histories = _histories(folder, **options)
     path = folder.parent / "report.jsonl"
     with Report(path) as report, EntriesInProgress(path) as in_progress:
         for history in histories:
-            Importer(history, report, in_progress, say=say, advance=lambda: None).run()
+            Importer(history, report, in_progress, say=print, advance=lambda: None).run()
     return [history.statistics for history in histories]
 
 
@@ -89,8 +90,8 @@ def _counts(statistics: list[ImportStatistics]) -> list[tuple[int, int, int, int
     return [(of_file.read, of_file.stored, of_file.already_there, of_file.rejected) for of_file in statistics]
 
 
-def _verify(folder: Path, **about: Any) -> list[Difference]:
-    return list(Verification(_histories(folder, **about)).differences())
+def _verify(folder: Path, **options: Any) -> list[Difference]:
+    return list(Verification(_histories(folder, **options)).differences())
 
 
 def _reported(folder: Path) -> list[tuple[str, int, str]]:
@@ -121,7 +122,7 @@ def _command(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[s
 
 
 def test_every_entry_becomes_a_row_and_a_second_run_inserts_nothing(tmp_path: Path) -> None:
-    """Snapshots and archives; the audit finds no gap, verify no difference, and no file is left beside the report."""
+    """`audit` finds no gap, `verify` finds no difference, and no file remains beside the report."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(1500)], [_archive(n) for n in range(30)])
     first = _import(folder)
     row_numbers = _used_row_numbers()
@@ -139,13 +140,13 @@ def test_every_entry_becomes_a_row_and_a_second_run_inserts_nothing(tmp_path: Pa
 
 
 def _used_row_numbers() -> int:
-    """Of snapshots; an insert uses one even if the event was there already."""
+    """Return the last used id of snapshots. An insert uses one even if the event already has a row."""
     with get_db() as db:
         return int(db.scalar(text("SELECT last_value FROM portfolio_history_id_seq")) or 0)
 
 
-def test_entries_that_cannot_be_imported_are_reported_and_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
-    """No event at all, the same instant with other amounts, the same entry twice, a file that is cut off."""
+def test_invalid_entries_are_reported_and_recorded_and_the_others_are_imported(tmp_path: Path) -> None:
+    """Not an event, the same instant with other amounts, the same entry twice, and a file that is cut off."""
     entries = [
         _snapshot(0),
         _snapshot(1, balance=None),
@@ -179,8 +180,8 @@ def _reported_lines(path: Path) -> list[tuple[str, int, str]]:
     return [(line["file"], line["index"], line["reason"]) for line in map(json.loads, path.read_text().splitlines())]
 
 
-def test_a_repaired_entry_comes_in_and_its_rejection_gives_way(tmp_path: Path) -> None:
-    """Everything else is there already; nothing is rejected any more."""
+def test_a_corrected_entry_is_stored_and_its_rejection_is_deleted(tmp_path: Path) -> None:
+    """The other entries are already stored."""
     folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(1, balance="?"), _snapshot(2)])
     _import(folder)
     assert [one.sequence for one in rejections()] == [1]
@@ -192,20 +193,20 @@ def test_a_repaired_entry_comes_in_and_its_rejection_gives_way(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("other", [{"zone": timezone(timedelta(hours=5, minutes=30))}, {"portfolio_id": None}])
-def test_with_another_zone_or_portfolio_nothing_is_stored_twice(tmp_path: Path, other: dict[str, Any]) -> None:
-    """A forgotten option is no new history: every entry is refused, with the row that it has already."""
+def test_another_zone_or_portfolio_does_not_store_entries_twice(tmp_path: Path, other: dict[str, Any]) -> None:
+    """Every entry is rejected, and the reason names the row that it already has."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(3)], [_archive(0)])
     _import(folder)
     assert _counts(_import(folder, **other)) == [(3, 0, 0, 3), (1, 0, 0, 1)]
     with get_db() as db:
         tables = ("portfolio_history", "signal_archives")
         assert [db.scalar(text(f"SELECT count(*) FROM {table}")) for table in tables] == [3, 1]
-    assert {reason.partition("row ")[0] for _, _, reason in _reported(folder)} == {"was imported before, as "}
+    assert {reason.partition("row ")[0] for _, _, reason in _reported(folder)} == {"was already imported as "}
     assert _counts(_import(folder)) == [(3, 0, 3, 0), (1, 0, 1, 0)]
 
 
-def test_an_entry_put_in_between_comes_in_although_all_numbers_shift(tmp_path: Path) -> None:
-    """It stands at a number under which another entry was stored; that one is known by its event."""
+def test_an_inserted_entry_is_stored_although_later_numbers_change(tmp_path: Path) -> None:
+    """The entries after it are found by their event ids."""
     entries = [_snapshot(n) for n in (0, 1, 3, 4)]
     _import(_write(tmp_path / "old", entries))
     entries.insert(2, _snapshot(2))
@@ -213,8 +214,8 @@ def test_an_entry_put_in_between_comes_in_although_all_numbers_shift(tmp_path: P
     assert _verify(tmp_path / "old") == []
 
 
-def test_verify_looks_at_what_follows_from_the_content_too(tmp_path: Path) -> None:
-    """A row that somebody has moved to another portfolio or month has the id of the old one."""
+def test_verify_compares_derived_columns_too(tmp_path: Path) -> None:
+    """A row that was moved to another portfolio or month keeps its event id."""
     folder = _write(tmp_path / "old", [_snapshot(0)], [_archive(0)])
     _import(folder)
     _execute("UPDATE portfolio_history SET portfolio_id = 2")
@@ -223,13 +224,13 @@ def test_verify_looks_at_what_follows_from_the_content_too(tmp_path: Path) -> No
     assert found == [("differs", ["portfolio_id"]), ("differs", ["portfolio_id", "archive_month"])]
 
 
-def test_a_report_that_cannot_be_written_is_an_error_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(HistoryError, match="the report could not be written"):
+def test_a_report_that_cannot_be_written_is_an_error_before_the_import(tmp_path: Path) -> None:
+    with pytest.raises(HistoryError, match="the report cannot be written"):
         Report(tmp_path / "nowhere" / "report.jsonl")
 
 
-def test_an_earlier_report_is_kept_but_a_pipe_stays_what_it_is(tmp_path: Path) -> None:
-    """Somebody reads from it; and /dev/null must stay where it is."""
+def test_an_earlier_report_is_renamed_but_a_pipe_is_not(tmp_path: Path) -> None:
+    """A program may read from a pipe, and /dev/null must keep its name."""
     pipe, earlier = tmp_path / "pipe", tmp_path / "report.jsonl"
     os.mkfifo(pipe)
     earlier.write_text("earlier")
@@ -240,8 +241,8 @@ def test_an_earlier_report_is_kept_but_a_pipe_stays_what_it_is(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "report.jsonl.1"]
 
 
-def test_a_rejection_that_a_person_discarded_stays_discarded(redis: Redis, tmp_path: Path) -> None:
-    """It is reported, and neither tried again nor recorded as rejected once more."""
+def test_a_discarded_rejection_stays_discarded(redis: Redis, tmp_path: Path) -> None:
+    """The entry is reported, but neither tried again nor recorded as rejected again."""
     folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(0, balance=1), _snapshot(1, balance="?")])
     _import(folder)
     discard(rejections(), redis, "history", "known")
@@ -251,7 +252,7 @@ def test_a_rejection_that_a_person_discarded_stays_discarded(redis: Redis, tmp_p
 
 
 def test_only_missing_entries_are_inserted(tmp_path: Path) -> None:
-    """Rows that were lost, and entries that were appended since."""
+    """Deleted rows, and entries that were appended to the file."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(20)])
     _import(folder)
     _execute("DELETE FROM portfolio_history WHERE sequence IN (3, 7)")
@@ -261,10 +262,8 @@ def test_only_missing_entries_are_inserted(tmp_path: Path) -> None:
     assert _verify(folder) == []
 
 
-def test_an_entry_that_live_traffic_has_stored_already_is_a_duplicate(
-    redis: Redis, worker: None, tmp_path: Path
-) -> None:
-    """The fact is one row, and the file's number is recorded as a duplicate, once."""
+def test_an_entry_that_a_producer_already_recorded_is_a_duplicate(redis: Redis, worker: None, tmp_path: Path) -> None:
+    """The event has one row, and the entry is recorded once as a duplicate."""
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         moment = _FIRST.replace(tzinfo=UTC)
         values = {name: value for name, value in _snapshot(0).items() if name not in ("date", "timestamp")}
@@ -279,8 +278,8 @@ def test_an_entry_that_live_traffic_has_stored_already_is_a_duplicate(
     assert _verify(folder) == []
 
 
-def test_verify_finds_what_differs_on_either_side(tmp_path: Path) -> None:
-    """A changed amount, a changed signal, a lost row, a row too many; not what other portfolios or times have."""
+def test_verify_finds_differences_in_both_directions(tmp_path: Path) -> None:
+    """A changed amount, a changed signal, a missing row and an extra row, but not rows of other portfolios or times."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(5)], [_archive(n) for n in range(3)])
     _import(folder)
     _execute("UPDATE portfolio_history SET balance = balance + 0.00000001, trade_count = 9 WHERE sequence = 1")
@@ -309,11 +308,11 @@ def test_verify_finds_what_differs_on_either_side(tmp_path: Path) -> None:
         ("trade_count", "1", "9"),
     ]
     assert found[2].fields == [("signals.0.amount", "120", "121")]
-    assert "of portfolio 1, recorded by direct, stands for no entry" in found[3].reason
+    assert "of portfolio 1, recorded by direct, has no entry" in found[3].reason
 
 
 def test_a_set_of_row_ids_contains_the_ids_that_were_added() -> None:
-    """Also far apart."""
+    """Also ids that are far apart."""
     ids = RowIds()
     for row_id in (0, 7, 65_535, 65_536, 2**62):
         ids.add(row_id)
@@ -335,7 +334,7 @@ def _rows() -> int:
 
 @contextmanager
 def _database_behind(proxy_folder: Path) -> Iterator[tuple[Proxy, str]]:
-    """A proxy before the database, and the address that leads through it."""
+    """Run a proxy in front of the database. Yield it and the URL that goes through it."""
     url = make_url(os.environ["DATABASE_URL"])
     name = f".s.PGSQL.{url.port or 5432}"
     proxy = Proxy(proxy_folder / name, Path(str(url.query["host"])) / name)
@@ -343,8 +342,8 @@ def _database_behind(proxy_folder: Path) -> Iterator[tuple[Proxy, str]]:
         yield proxy, url.update_query_dict({"host": str(proxy_folder)}).render_as_string(hide_password=False)
 
 
-def test_an_outage_of_the_database_is_waited_for_and_said_once(tmp_path: Path) -> None:
-    """The entries in progress when it began are neither lost nor doubled."""
+def test_the_import_waits_during_an_outage_and_prints_it_once(tmp_path: Path) -> None:
+    """Entries in progress at the start of the outage are neither lost nor stored twice."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(4000)])
     with (
         TemporaryDirectory(dir="/tmp") as short,
@@ -355,12 +354,12 @@ def test_an_outage_of_the_database_is_waited_for_and_said_once(tmp_path: Path) -
         proxy.set_mode("refuse")
         proxy.cut()
         assert running.stderr is not None
-        said = [running.stderr.readline()]
+        printed = [running.stderr.readline()]
         proxy.set_mode("pass")
         output, rest = running.communicate(timeout=60)
-    assert [line.split(":")[0] for line in [*said, *rest.splitlines()]] == [
+    assert [line.split(":")[0] for line in [*printed, *rest.splitlines()]] == [
         "waiting for the database",
-        "the database is back, going on",
+        "the database is available again, the import continues",
     ]
     (of_file,) = json.loads(output)["files"]
     assert (of_file["read"], of_file["rejected"]) == (4000, 0)
@@ -369,7 +368,7 @@ def test_an_outage_of_the_database_is_waited_for_and_said_once(tmp_path: Path) -
 
 
 def test_an_import_needs_no_redis(tmp_path: Path) -> None:
-    """Neither set nor there; nor does it need a worker."""
+    """REDIS_URL may be unset, or Redis may be away. It needs no worker either."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(3)])
     for number, settings in enumerate(({}, {"REDIS_URL": "redis://127.0.0.1:1"})):
         with _command("import", str(folder), *_OPTIONS, **settings) as running:
@@ -378,16 +377,16 @@ def test_an_import_needs_no_redis(tmp_path: Path) -> None:
         assert json.loads(output)["files"][0]["already_there"] == 3 * number
 
 
-def test_after_kill_9_in_the_middle_a_second_run_completes_it(tmp_path: Path) -> None:
-    """No entry is rejected for the crash, verify is clean and the audit complete."""
+def test_a_second_run_completes_an_import_that_was_killed(tmp_path: Path) -> None:
+    """No entry is rejected, `verify` finds no difference, and `audit` finds no gap."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(6000)], [_archive(n) for n in range(100)])
-    with _command("import", str(folder), *_OPTIONS) as dying:
+    with _command("import", str(folder), *_OPTIONS) as killed:
         until(lambda: _rows() > 300, 40)
-        dying.kill()
-        dying.communicate(timeout=20)
+        killed.kill()
+        killed.communicate(timeout=20)
     assert _rows() < 6000
-    with _command("import", str(folder), *_OPTIONS) as heir:
-        output, errors = heir.communicate(timeout=90)
+    with _command("import", str(folder), *_OPTIONS) as second:
+        output, errors = second.communicate(timeout=90)
     files = json.loads(output)["files"]
     assert sum(one["stored"] + one["already_there"] for one in files) == 6100, errors
     assert errors == ""
@@ -398,8 +397,10 @@ def test_after_kill_9_in_the_middle_a_second_run_completes_it(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_signal_says_how_far_it_came(tmp_path: Path, number: signal.Signals, status: int) -> None:
-    """On stderr, without a traceback, and that running it again goes on; no entry comes under suspicion."""
+def test_a_stop_signal_prints_the_number_of_decided_entries(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    """On stderr, without a traceback. No entry counts as a cause of a crash, and a second run completes the import."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(500)])
     with _command("import", str(folder), *_OPTIONS, "--rate", "20") as running:
         until(lambda: _rows() > 0)
@@ -407,15 +408,15 @@ def test_a_stop_signal_says_how_far_it_came(tmp_path: Path, number: signal.Signa
         _, errors = running.communicate(timeout=20)
     decided = _rows()
     assert running.returncode == status
-    message = re.fullmatch(r"stopped after (\d+) entries; run it again to go on\n", errors)
+    message = re.fullmatch(r"stopped after (\d+) entries; run the same command again to continue\n", errors)
     assert message is not None
     assert 0 <= int(message[1]) <= decided  # the signal may come between the commit of a batch and its count
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
     assert _counts(_import(folder)) == [(500, 500 - decided, decided, 0)]
 
 
-def test_the_rate_limits_how_many_events_a_second_are_inserted(tmp_path: Path) -> None:
-    """From the first second on; entries that are there already do not count."""
+def test_the_rate_limits_the_inserted_events_per_second(tmp_path: Path) -> None:
+    """From the first second on. Entries that are already stored do not count."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(60)])
     started = time.monotonic()
     with _command("import", str(folder), *_OPTIONS, "--rate", "20") as running:
@@ -429,8 +430,8 @@ def test_the_rate_limits_how_many_events_a_second_are_inserted(tmp_path: Path) -
     assert (again.returncode, time.monotonic() - started < 20) == (0, True)
 
 
-def test_a_deadlock_costs_nothing(tmp_path: Path) -> None:
-    """PostgreSQL ends the import's transaction, and every entry comes in all the same."""
+def test_a_deadlock_loses_no_entry(tmp_path: Path) -> None:
+    """PostgreSQL aborts the import's transaction, and every entry is stored nevertheless."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(200)])
     (history,) = _histories(folder)
     (chunk,) = history.chunks()
@@ -440,7 +441,7 @@ def test_a_deadlock_costs_nothing(tmp_path: Path) -> None:
         importing = pool.submit(_import, folder)
         until(somebody_waits_for_a_lock)
         deadlocks = _deadlocks()
-        insert_events(other, [first])  # which the import has inserted: one of the two must end
+        insert_events(other, [first])  # the import has inserted it: PostgreSQL must abort one of the two transactions
         other.rollback()
         assert _counts(importing.result(30)) == [(200, 200, 0, 0)]
     until(lambda: _deadlocks() == deadlocks + 1)
@@ -453,7 +454,7 @@ def _deadlocks() -> int:
 
 
 def test_several_imports_of_one_folder_at_once_store_every_entry_once(tmp_path: Path, worker: None) -> None:
-    """Beside a worker that records the same facts."""
+    """Meanwhile a worker stores the same events."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(1500)])
     commands = [("import", str(folder), *_OPTIONS, "--report", str(tmp_path / f"{n}.jsonl")) for n in range(2)]
     (history,) = _histories(folder)
@@ -470,8 +471,8 @@ def test_several_imports_of_one_folder_at_once_store_every_entry_once(tmp_path: 
     assert all(one.complete for one in audit())
 
 
-def test_an_entry_that_is_locked_for_long_does_not_hold_up_the_others(tmp_path: Path) -> None:
-    """It comes in once it can."""
+def test_a_locked_entry_does_not_delay_the_others(tmp_path: Path) -> None:
+    """It is stored after the lock is released."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(1200)])
     (history,) = _histories(folder)
     event = history.event(next(history.chunks())[7])
@@ -485,13 +486,13 @@ def test_an_entry_that_is_locked_for_long_does_not_hold_up_the_others(tmp_path: 
     assert _verify(folder) == []
 
 
-_DEADLY = """
+_CRASHES = """
 import os, sys
 from consumers import cli
 from consumers.legacy import old_history
 from consumers.worker import batch
 
-def deadly(function):
+def crashing(function):
     def called(given, *more, **named):
         if "7.7777" in str(given):
             os._exit(9)
@@ -499,20 +500,20 @@ def deadly(function):
     return called
 
 if sys.argv.pop(1) == "decode":
-    batch.decode = deadly(batch.decode)
+    batch.decode = crashing(batch.decode)
 else:
-    old_history.snapshot_from = deadly(old_history.snapshot_from)
+    old_history.snapshot_from = crashing(old_history.snapshot_from)
 cli.main()
 """
 
 
 @pytest.mark.parametrize(("place", "crashes"), [("decode", 4), ("convert", 5)])
-def test_an_entry_that_ends_the_process_is_isolated_by_the_next_runs(
+def test_the_next_runs_isolate_an_entry_that_crashes_the_process(
     redis: Redis, tmp_path: Path, place: str, crashes: int
 ) -> None:
-    """It is rejected as poison, unread if need be; the others are stored, and no later run dies of it."""
+    """It is rejected as poison, if necessary unread. The others are stored, and later runs do not crash."""
     folder = _write(tmp_path / "old", [_snapshot(n, balance=7.7777 if n == 1234 else n) for n in range(1500)])
-    line = [sys.executable, "-c", _DEADLY, place, "import", str(folder), *_OPTIONS]
+    line = [sys.executable, "-c", _CRASHES, place, "import", str(folder), *_OPTIONS]
     runs = [subprocess.run(line, capture_output=True, text=True, timeout=60, check=False) for _ in range(crashes + 2)]
 
     assert [run.returncode for run in runs] == [9] * crashes + [1, 1]
@@ -525,11 +526,11 @@ def test_an_entry_that_ends_the_process_is_isolated_by_the_next_runs(
     assert all(one.complete for one in audit())
     assert not list(tmp_path.glob("*.in-progress"))
 
-    if place == "decode":  # its event is known, and can go through the queue once the defect is mended
+    if place == "decode":  # its event is known and can be requeued after the defect is fixed
         requeue(rejections(), redis, "history")
         burst(redis)
         assert list(rejections()) == []
-    else:  # mended in the file
+    else:  # corrected in the file
         _write(folder, [_snapshot(n, balance=n) for n in range(1500)])
     (of_file,) = _import(folder)
     assert (of_file.stored + of_file.already_there, of_file.rejected) == (1500, 0)
@@ -538,7 +539,7 @@ def test_an_entry_that_ends_the_process_is_isolated_by_the_next_runs(
 def test_a_defect_of_one_entry_is_rejected_as_poison_in_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is tried as often as a worker tries it."""
+    """It is tried as often as by a worker."""
     tried = []
 
     def defective(event_text: str, model: Any) -> Any:
@@ -556,8 +557,8 @@ def test_a_defect_of_one_entry_is_rejected_as_poison_in_the_same_run(
     assert _counts(_import(folder)) == [(8, 0, 7, 1)]
 
 
-def test_a_rejection_of_an_import_is_requeued_through_the_queue(redis: Redis, tmp_path: Path) -> None:
-    """A conflict whose row is gone: the worker stores it, and the import finds it there."""
+def test_a_rejection_of_an_import_can_be_requeued(redis: Redis, tmp_path: Path) -> None:
+    """After the conflicting row is deleted, a worker stores the event."""
     folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(0, balance=1)])
     _import(folder)
     _execute("DELETE FROM portfolio_history")
@@ -566,8 +567,8 @@ def test_a_rejection_of_an_import_is_requeued_through_the_queue(redis: Redis, tm
     assert (_rows(), list(rejections())) == (1, [])
 
 
-def test_the_commands_print_tables_and_json_and_exit_as_they_should(tmp_path: Path) -> None:
-    """0 when all is well, 1 with something rejected or different, 2 for wrong usage; a dry run needs no server."""
+def test_the_commands_print_tables_and_json_and_return_an_exit_status(tmp_path: Path) -> None:
+    """1 if an entry is rejected or differs, 2 for wrong usage. A dry run needs no server."""
     entries = [_snapshot(0), _snapshot(1, balance="?"), _snapshot(0, balance=1)]
     folder = _write(tmp_path / "old", entries, [_archive(0, extra=1)])
     common = (str(folder), "--timezone", "Europe/Berlin")
@@ -585,7 +586,7 @@ def test_the_commands_print_tables_and_json_and_exit_as_they_should(tmp_path: Pa
     checked = run("verify", *common)
 
     assert dry[0] == 1
-    assert "signals_archive_2025-10.json: unknown key 'extra' left out (1 times)" in dry[1]
+    assert "signals_archive_2025-10.json: unknown key 'extra' was left out (1 times)" in dry[1]
     (line,) = Path("dry.jsonl").read_text().splitlines()
     assert json.loads(line) == {
         "file": "portfolio_history.json",
@@ -611,7 +612,7 @@ _NAN = float("nan")
 
 
 def _with_nan(folder: Path) -> Path:
-    """NaN first, in the middle and last, in either file."""
+    """Write both files with NaN in the first, a middle and the last entry."""
     broken = [_snapshot(0, balance=_NAN), _snapshot(2, trade_count=-float("inf")), _snapshot(4, extra={"a": [_NAN]})]
     archives = [
         _archive(0, signals=[a_signal(), a_signal(deep=[1, {"price": _NAN}])], signals_count=2),
@@ -623,53 +624,53 @@ def _with_nan(folder: Path) -> Path:
     return _write(folder, [broken[0], _snapshot(1), broken[1], _snapshot(3), broken[2]], archives)
 
 
-_REFUSED = [
+_NAN_REJECTIONS = [
     ("portfolio_history.json", 0, "balance: must be finite, not NaN or Infinity"),
     ("portfolio_history.json", 2, "trade_count: must be finite, not NaN or Infinity"),
     ("portfolio_history.json", 4, "extra.a.0: must be finite, not NaN or Infinity"),
     (
         "signals_archive_2025-10.json",
         0,
-        "signals.1.deep.1.price: must be finite and within ±1.8e308 (--nan-as-null takes NaN in signals as null)",
+        "signals.1.deep.1.price: must be finite and within ±1.8e308 (--nan-as-null reads NaN in signals as null)",
     ),
     ("signals_archive_2025-10.json", 2, "signals_count: must be finite, not NaN or Infinity"),
     (
         "signals_archive_2025-10.json",
         4,
-        "signals.0.target_price: must be finite and within ±1.8e308 (--nan-as-null takes NaN in signals as null)",
+        "signals.0.target_price: must be finite and within ±1.8e308 (--nan-as-null reads NaN in signals as null)",
     ),
 ]
 
 
-def test_an_entry_with_nan_is_refused_and_the_rest_of_file_and_folder_is_read(tmp_path: Path) -> None:
-    """By the import, which records it, by a dry run and by verify: each names file, entry and field."""
+def test_an_entry_with_nan_is_rejected_and_the_other_entries_are_read(tmp_path: Path) -> None:
+    """The import records it. The import, a dry run and `verify` name file, entry and field."""
     folder = _with_nan(tmp_path / "old")
     with Report(tmp_path / "dry.jsonl") as report:
         for history in _histories(folder):
             dry_run(history, report, lambda: None)
-    assert _reported_lines(tmp_path / "dry.jsonl") == _REFUSED
+    assert _reported_lines(tmp_path / "dry.jsonl") == _NAN_REJECTIONS
 
     assert _counts(_import(folder)) == [(5, 2, 0, 3), (5, 2, 0, 3)]
-    assert _reported(folder) == _REFUSED
+    assert _reported(folder) == _NAN_REJECTIONS
     assert _counts(_import(folder)) == [(5, 0, 2, 3), (5, 0, 2, 3)]
     assert [(one.what, one.file, one.index, one.reason) for one in _verify(folder)] == [
-        ("unusable", *refused) for refused in _REFUSED
+        ("unusable", *rejection) for rejection in _NAN_REJECTIONS
     ]
-    assert sorted(one.reason or "" for one in rejections()) == sorted(reason for _, _, reason in _REFUSED)
+    assert sorted(one.reason or "" for one in rejections()) == sorted(reason for _, _, reason in _NAN_REJECTIONS)
     assert [(one.stored, one.rejected, one.complete) for one in audit()] == [(2, 3, True)] * 2
 
 
-def test_with_the_option_nan_in_signals_is_null_and_counted(tmp_path: Path) -> None:
-    """Amounts stay refused. An earlier refusal gives way, and verify with the option finds what was stored."""
+def test_with_nan_as_null_nan_in_signals_is_stored_as_null_and_counted(tmp_path: Path) -> None:
+    """NaN in amounts is rejected. An earlier rejection is deleted, and `verify` needs the option too."""
     folder = _with_nan(tmp_path / "old")
     _import(folder)
 
     statistics = _import(folder, nan_as_null=True)
 
     assert _counts(statistics) == [(5, 0, 2, 3), (5, 2, 2, 1)]
-    note = "NaN or Infinity in signals taken as null; verify needs --nan-as-null too"
+    note = "NaN or Infinity in signals was read as null; verify needs --nan-as-null too"
     assert [dict(of_file.notes) for of_file in statistics] == [{}, {note: 3}]
-    assert _reported(folder) == [one for one in _REFUSED if "--nan-as-null" not in one[2]]
+    assert _reported(folder) == [one for one in _NAN_REJECTIONS if "--nan-as-null" not in one[2]]
     assert sorted(one.reason or "" for one in rejections()) == sorted(reason for _, _, reason in _reported(folder))
     with get_db() as db:
         rows = db.execute(text("SELECT signals_data FROM signal_archives ORDER BY archived_at")).scalars().all()
@@ -679,10 +680,8 @@ def test_with_the_option_nan_in_signals_is_null_and_counted(tmp_path: Path) -> N
     assert [one.what for one in _verify(folder)][-2:] == ["unexpected", "unexpected"]
 
 
-def test_without_the_option_a_later_import_leaves_what_an_earlier_one_stored_with_it(
-    tmp_path: Path,
-) -> None:
-    """The entry is refused with the row that it has, and no rejection is recorded beside the row."""
+def test_an_import_without_nan_as_null_keeps_rows_of_an_import_with_it(tmp_path: Path) -> None:
+    """The report names the row of the entry, and no rejection is recorded."""
     folder = _with_nan(tmp_path / "old")
     _import(folder, nan_as_null=True)
     before = audit()
@@ -692,7 +691,7 @@ def test_without_the_option_a_later_import_leaves_what_an_earlier_one_stored_wit
     reasons = [reason for file, index, reason in _reported(folder) if file.startswith("signals") and index != 2]
     rows = [int(reason.rpartition(" ")[2]) for reason in reasons]
     assert [reason.partition("; ")[2] for reason in reasons] == [
-        f"an earlier import stored this number as row {row}" for row in rows
+        f"an earlier import stored this sequence as row {row}" for row in rows
     ]
     with get_db() as db:
         stored = db.execute(text("SELECT id FROM signal_archives WHERE sequence IN (0, 4) ORDER BY sequence")).scalars()
@@ -701,13 +700,13 @@ def test_without_the_option_a_later_import_leaves_what_an_earlier_one_stored_wit
     assert _counts(_import(folder, nan_as_null=True)) == [(5, 0, 2, 3), (5, 0, 4, 1)]
 
 
-def test_an_import_with_nan_as_null_that_was_killed_goes_on_without_doubling(tmp_path: Path) -> None:
-    """Whether the next run has the option or not."""
+def test_a_killed_import_with_nan_as_null_continues_without_duplicates(tmp_path: Path) -> None:
+    """With the option in the next run, and without it."""
     archives = [_archive(n, signals=[a_signal(price=_NAN if n % 2 == 0 else n)]) for n in range(20)]
     folder = _write(tmp_path / "old", archives=archives)
-    with _command("import", str(folder), *_OPTIONS, "--nan-as-null", "--rate", "10") as dying:
+    with _command("import", str(folder), *_OPTIONS, "--nan-as-null", "--rate", "10") as killed:
         until(lambda: _archives() > 0)
-        dying.kill()
+        killed.kill()
     stored = _archives()
     assert stored < 20
     (without,) = _import(folder)
@@ -724,8 +723,8 @@ def _archives() -> int:
         return int(db.scalar(text("SELECT count(*) FROM signal_archives")) or 0)
 
 
-def test_the_commands_say_which_entry_has_nan_and_take_the_option(tmp_path: Path) -> None:
-    """NaN first in the file ended all three in a traceback; a dry run needs no server."""
+def test_the_commands_name_the_entry_with_nan_and_accept_the_option(tmp_path: Path) -> None:
+    """Also if the first entry has it. A dry run needs no server."""
     folder = _write(tmp_path / "old", [_snapshot(0, balance=_NAN)], [_archive(0, signals=[a_signal(price=_NAN)])])
     common = (str(folder), "--timezone", "UTC")
 
@@ -752,7 +751,7 @@ def test_the_commands_say_which_entry_has_nan_and_take_the_option(tmp_path: Path
     assert [line.rpartition(": must")[0] for line in checked[1].splitlines()[:2]] == [
         f"unusable: {file} entry {index}: {field}" for file, index, field in expected
     ]
-    note = "NaN or Infinity in signals taken as null; verify needs --nan-as-null too (1 times)"
+    note = "NaN or Infinity in signals was read as null; verify needs --nan-as-null too (1 times)"
     assert f"signals_archive_2025-10.json: {note}" in with_option[1]
     assert [
         (one["file"], one["index"]) for one in map(json.loads, Path("import-report.jsonl").read_text().splitlines())
@@ -760,3 +759,31 @@ def test_the_commands_say_which_entry_has_nan_and_take_the_option(tmp_path: Path
     assert agreed[1].startswith("unusable: portfolio_history.json entry 0: balance: must be finite")
     assert agreed[1].count("unusable") == 1
     assert "NaN and Infinity in signals were read as null." in agreed[1]
+
+
+def test_the_commands_of_the_document_import_and_verify_old_files(tmp_path: Path) -> None:
+    """`verify` finds no difference."""
+    (tmp_path / "data").mkdir()
+    _write(tmp_path / "data" / "history", [_snapshot(n) for n in range(3)], [_archive(0)])
+    for line in block("consumers/legacy/README.md", "import").splitlines():
+        program, *arguments = line.split()
+        assert program == "trading-history"
+        with _command(*arguments) as running:
+            _, errors = running.communicate(timeout=60)
+        assert (running.returncode, errors) == (0, "")
+    assert (_rows(), _archives()) == (3, 1)
+
+
+def test_the_code_of_the_document_records_a_snapshot_and_an_archive(redis: Redis, tmp_path: Path) -> None:
+    """Both events have the portfolio, and total_value follows the old controller's formula."""
+    signals = tmp_path / "data" / "trades" / "current_signals.json"
+    signals.parent.mkdir(parents=True)
+    signals.write_text(json.dumps([a_signal()], default=str))
+    namespace: dict[str, Any] = {"portfolio": {"balance": 9900, "total_invested": 100, "total_profit_loss": 7}}
+    exec(block("consumers/legacy/README.md", "switch"), namespace)
+    shared_producer().close()
+    burst(redis)
+    with get_db() as db:
+        snapshots = db.execute(text("SELECT portfolio_id, total_value FROM portfolio_history")).all()
+        archives = db.execute(text("SELECT portfolio_id, signals_count FROM signal_archives")).all()
+    assert ([tuple(row) for row in snapshots], [tuple(row) for row in archives]) == ([(1, 9907)], [(1, 1)])

@@ -1,4 +1,4 @@
-"""A producer in every kind of Redis outage: the caller notices nothing, the log says it once, nothing is lost."""
+"""A producer in every kind of Redis outage: calls return at once, the log has one line, and no event is lost."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.outages import OUTAGES
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OUTAGES if kind != "slow"])
-def test_the_caller_notices_nothing_and_the_log_says_it_once(
+def test_calls_return_at_once_and_the_outage_is_logged_once(
     redis: Redis, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Calls return at once, events stay pending; afterwards another producer delivers them."""
+    """The events stay pending. After the outage, another producer of the outbox sends them."""
     with caplog.at_level(logging.WARNING), OUTAGES[kind](os.environ["REDIS_URL"], tmp_path) as client:
         producer = HistoryProducer(client, outbox=tmp_path / "outbox.db")
         for number in range(20):
@@ -33,17 +33,17 @@ def test_the_caller_notices_nothing_and_the_log_says_it_once(
 
     assert failures >= 3
     assert (status.pending, status.sent) == (20, 0)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1
-    assert "events stay in the outbox" in said[0]
-    assert "wrong" not in said[0]
-    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as heir:
-        assert heir.flush(20) == 0
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(logged) == 1
+    assert "events stay in the outbox" in logged[0]
+    assert "wrong" not in logged[0]
+    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as successor:
+        assert successor.flush(20) == 0
     assert redis.llen("rq:queue:history") == 20
 
 
-def test_a_slow_redis_only_takes_longer(redis: Redis, tmp_path: Path) -> None:
-    """Everything arrives, once."""
+def test_a_slow_redis_delays_sending_only(redis: Redis, tmp_path: Path) -> None:
+    """Each event is sent once."""
     with (
         OUTAGES["slow"](os.environ["REDIS_URL"], tmp_path) as client,
         HistoryProducer(client, outbox=tmp_path / "outbox.db") as producer,

@@ -1,4 +1,4 @@
-"""`trading-history outbox flush`: it ends with 0 only when every event has reached its end, and says so in one line."""
+"""`trading-history outbox flush`: exit status 0 means that every event is stored or rejected."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _deletable(outbox: Path) -> str:
 
 
 def _record(count: int, *, first: int = 0, send: bool = True) -> None:
-    """A controller that ends before its events are settled; with `send`, Redis has them."""
+    """Record events with a producer that closes before they are settled; with `send`, Redis has their jobs."""
     with HistoryProducer() as producer:
         producer.record_many([a_snapshot(after=timedelta(seconds=first + number)) for number in range(count)])
         if send:
@@ -56,10 +56,10 @@ def _record(count: int, *, first: int = 0, send: bool = True) -> None:
         producer.close(timeout=0)
 
 
-def test_jobs_that_redis_has_lost_are_sent_again_at_once(
+def test_flush_sends_jobs_that_redis_lost_again_at_once(
     redis: Redis, database_url: str, outbox: Path, tmp_path: Path
 ) -> None:
-    """Not at its next check, which is minutes away. A rejection is an end too."""
+    """It does not wait for the next check in some minutes. A rejected event is settled too."""
     _record(1)
     with HistoryProducer() as producer:
         producer.record(a_snapshot(balance="1"))  # the same event with other content
@@ -77,10 +77,10 @@ def test_jobs_that_redis_has_lost_are_sent_again_at_once(
     assert took < 10  # a check is due after 295 s
 
 
-def test_a_relay_process_does_the_work_while_it_lives(
+def test_flush_works_while_a_relay_process_relays(
     redis: Redis, database_url: str, outbox: Path, tmp_path: Path
 ) -> None:
-    """The command only asks for it."""
+    """The relay process sends the entries again."""
     _record(2)
     redis.flushall()
     with a_worker(redis, tmp_path / "worker.log"), a_relay(tmp_path / "relay.log"):
@@ -89,8 +89,8 @@ def test_a_relay_process_does_the_work_while_it_lives(
     assert (flushed.returncode, facts["unsettled"], facts["waits_for"], facts["stored"]) == (0, 0, None, 2)
 
 
-def test_without_a_worker_it_says_so_in_time(redis: Redis, outbox: Path) -> None:
-    """How many are in which state, what they wait for and what to do; as JSON too."""
+def test_flush_reports_that_there_is_no_worker(redis: Redis, outbox: Path) -> None:
+    """It prints the number of events in each state, what they wait for and what to do, also as JSON."""
     _record(3)
     began = time.monotonic()
     flushed = _run("flush", "--timeout", "0.5")
@@ -114,8 +114,8 @@ def test_without_a_worker_it_says_so_in_time(redis: Redis, outbox: Path) -> None
 
 
 @pytest.mark.parametrize("mode", ["refuse", "swallow"])
-def test_with_redis_away_it_says_so(redis: Redis, tmp_path: Path, mode: str) -> None:
-    """And ends soon after its timeout, although Redis keeps whoever asks it waiting."""
+def test_flush_reports_that_redis_is_away(redis: Redis, tmp_path: Path, mode: str) -> None:
+    """It ends soon after its timeout, even if Redis accepts connections and never answers."""
     with a_proxy(os.environ["REDIS_URL"], tmp_path) as (proxy, url):
         proxy.set_mode(mode)  # type: ignore[arg-type]  # one of its modes
         with pytest.MonkeyPatch.context() as patch:
@@ -131,10 +131,10 @@ def test_with_redis_away_it_says_so(redis: Redis, tmp_path: Path, mode: str) -> 
     assert took < 12
 
 
-def test_with_workers_that_wait_for_the_database_it_says_so(
+def test_flush_reports_that_workers_wait_for_the_database(
     redis: Redis, database_url: str, outbox: Path, tmp_path: Path
 ) -> None:
-    """RQ has their state."""
+    """It reads the workers' state from RQ's keys."""
     with get_db() as db:
         db.execute(text("ALTER TABLE portfolio_history RENAME TO away"))
     _record(1)
@@ -147,10 +147,10 @@ def test_with_workers_that_wait_for_the_database_it_says_so(
     )
 
 
-def test_flush_does_not_wait_for_events_recorded_meanwhile(
+def test_flush_does_not_wait_for_events_that_are_recorded_meanwhile(
     redis: Redis, database_url: str, outbox: Path, tmp_path: Path
 ) -> None:
-    """But the file may not be deleted then: the exit status and a line say so."""
+    """The file must not be deleted then, and the exit status and a line report that."""
     stop = threading.Event()
 
     def record(producer: HistoryProducer) -> None:
@@ -168,11 +168,11 @@ def test_flush_does_not_wait_for_events_recorded_meanwhile(
         producer.settle(40)
     assert (flushed.returncode, flushed.stdout) == (1, "")
     assert flushed.stderr.startswith(f"Every event that was in {outbox} is stored or rejected, but not ")
-    assert flushed.stderr.endswith(" since then. Stop its controllers and run this again before you delete it.\n")
+    assert flushed.stderr.endswith(" since then. Stop the controllers and run this again before you delete the file.\n")
 
 
-def test_another_redis_than_the_outboxs_is_refused(redis: Redis, outbox: Path) -> None:
-    """It would redirect the events of a running controller. `status` reads the file all the same."""
+def test_flush_and_resend_fail_with_another_redis_than_the_outboxs(redis: Redis, outbox: Path) -> None:
+    """They would redirect the events of a running controller. `status` still reads the file."""
     with HistoryProducer() as producer:
         refused = [
             _run(*command, **{name: value})
@@ -203,8 +203,8 @@ def _on_a_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], i
         os.close(main)
 
 
-def test_a_terminal_gets_a_bar_and_a_pipe_gets_none(redis: Redis, outbox: Path) -> None:
-    """How many of how many are settled."""
+def test_flush_shows_a_progress_bar_on_a_terminal_only(redis: Redis, outbox: Path) -> None:
+    """The bar shows how many of the events are settled."""
     _record(3)
     with _on_a_terminal("flush", "--timeout", "1") as (process, terminal):
         shown = b""
@@ -216,10 +216,10 @@ def test_a_terminal_gets_a_bar_and_a_pipe_gets_none(redis: Redis, outbox: Path) 
     assert "0/3" not in _run("flush", "--timeout", "0.5").stderr
 
 
-def test_an_event_that_is_stored_by_then_is_counted_as_such(
+def test_flush_waits_for_a_worker_that_starts_later(
     redis: Redis, database_url: str, outbox: Path, tmp_path: Path
 ) -> None:
-    """A worker begins after the command; `status` then has nothing that is old."""
+    """A worker starts after the command. `status` then reports the events as stored."""
     _record(2)
     with subprocess.Popen([*COMMAND, "outbox", "flush"], stdout=subprocess.PIPE, text=True) as flushing:
         with a_worker(redis, tmp_path / "worker.log"):
@@ -230,11 +230,11 @@ def test_an_event_that_is_stored_by_then_is_counted_as_such(
     assert len(get_portfolio_history()) == 2
 
 
-def test_there_is_nothing_to_flush_without_an_outbox(redis: Redis, outbox: Path) -> None:
-    """It makes none."""
+def test_flush_fails_without_an_outbox(redis: Redis, outbox: Path) -> None:
+    """It does not create a file."""
     flushed = _run("flush")
     assert (flushed.returncode, flushed.stderr) == (
         1,
-        f"error: there is no outbox at {outbox}; HISTORY_OUTBOX names another place\n",
+        f"error: there is no outbox at {outbox}; set HISTORY_OUTBOX to its path\n",
     )
     assert not outbox.exists()

@@ -1,4 +1,4 @@
-"""The distribution: what the wheel carries, and what a controller's installation brings along."""
+"""The wheel and its contents, and the packages of a controller's installation."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_carries_the_schema_and_the_files_of_demo_page_and_deploy_and_no_tests(wheel: Path) -> None:
-    """And nothing at its top but the two packages, pytest's plugin and the metadata."""
+def test_wheel_has_the_packages_and_their_data_files_and_no_tests(wheel: Path) -> None:
+    """At its top are only the two packages, the pytest plugin and the metadata."""
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
         "consumers",
@@ -44,7 +44,7 @@ def test_the_wheel_carries_the_schema_and_the_files_of_demo_page_and_deploy_and_
 
 @pytest.fixture(scope="module")
 def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a virtual environment with a controller's installation."""
+    """The bin folder of a virtual environment with a controller's installation."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, with_pip=True)
     subprocess.run(
@@ -53,8 +53,8 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def test_a_controllers_installation_has_no_database_library(bin_folder: Path) -> None:
-    """producers imports there, the command answers, and what needs a database says which extra has it."""
+def test_controllers_installation_has_no_database_driver(bin_folder: Path) -> None:
+    """`producers` can be imported. A command that needs a database names the extra to install."""
     python = bin_folder / "python"
     installed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout.lower()
     imports = "import producers.trading_controller, producers.history_producer, sys; print(*sys.modules)"
@@ -72,7 +72,7 @@ def test_a_controllers_installation_has_no_database_library(bin_folder: Path) ->
     assert not {"consumers", "fakeredis", "httpx", "pytest", "sqlalchemy"} & set(modules)
     assert (command.returncode, command.stderr) == (
         1,
-        "error: this command needs more: pip install '.[worker]' in a clone of trading-history\n",
+        "error: this command needs the extra [worker]: run pip install '.[worker]' in a clone of trading-history\n",
     )
     unset = subprocess.run(
         [bin_folder / "trading-history", "archive"], capture_output=True, text=True, check=False, env={}
@@ -80,8 +80,8 @@ def test_a_controllers_installation_has_no_database_library(bin_folder: Path) ->
     assert (unset.returncode, unset.stderr.split(":")[1]) == (1, " neither DATABASE_URL nor REDIS_URL is set")
 
 
-def test_a_project_with_a_package_of_the_same_name_runs_its_tests(bin_folder: Path, tmp_path: Path) -> None:
-    """Every run of pytest loads the plugin, also where `producers` is another package; only the fixture fails."""
+def test_project_with_its_own_producers_package_runs_its_tests(bin_folder: Path, tmp_path: Path) -> None:
+    """Every run of pytest loads our plugin. If `producers` is another package, only our fixture fails."""
     python = bin_folder / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", "pytest"], check=True, capture_output=True)
     (tmp_path / "producers").mkdir()
@@ -97,4 +97,4 @@ def test_a_project_with_a_package_of_the_same_name_runs_its_tests(bin_folder: Pa
         check=False,
     )
     assert "1 passed, 1 error" in run.stdout, run.stdout + run.stderr
-    assert "hides the package `producers` of trading-history" in run.stdout
+    assert "hides the one of trading-history" in run.stdout

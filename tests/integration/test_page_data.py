@@ -1,4 +1,4 @@
-"""What the page's endpoints tell, against a real database."""
+"""The data endpoints of the history page with a real database."""
 
 from __future__ import annotations
 
@@ -47,22 +47,22 @@ def _iso(moment: datetime) -> str:
 
 
 def test_amounts_are_exact_and_times_are_utc_with_offset(client: TestClient) -> None:
-    """No float on the way, no zeros that nobody recorded."""
+    """Amounts never become floats and have no added zeros."""
     store_values(["999999999999.12345678", "10.10"])
-    told = _get(client, "curve", portfolio=1)
-    assert told["total_value"] == ["999999999999.12345678", "10.1"]
-    assert told["at"] == [_iso(START), _iso(START + timedelta(days=1))]
-    assert told["at"][0].endswith("+00:00")
+    body = _get(client, "curve", portfolio=1)
+    assert body["total_value"] == ["999999999999.12345678", "10.1"]
+    assert body["at"] == [_iso(START), _iso(START + timedelta(days=1))]
+    assert body["at"][0].endswith("+00:00")
 
 
-def test_a_thinned_curve_keeps_the_true_extremes(client: TestClient) -> None:
-    """Highest, lowest and deepest drawdown are those of all rows; every point is one of them."""
+def test_a_reduced_curve_keeps_the_exact_extremes(client: TestClient) -> None:
+    """The highest and lowest value and the deepest drawdown are those of all rows, and every point is a row."""
     dice = random.Random(7)
     values: list[Decimal] = [Decimal(10_000)]
     for _ in range(2_999):
         values.append(max(values[-1] + Decimal(dice.randint(-4_000, 4_000)) / 100, Decimal(1)))
-    values[1_234] = Decimal(60_000)  # one snapshot high
-    values[2_345] = Decimal("0.5")  # and one low
+    values[1_234] = Decimal(60_000)  # a single high snapshot
+    values[2_345] = Decimal("0.5")  # a single low snapshot
     with get_db() as db:
         db.execute(
             text("""INSERT INTO portfolio_history (event_id, source, portfolio_id, snapshot_date, "timestamp", balance,
@@ -72,22 +72,22 @@ def test_a_thinned_curve_keeps_the_true_extremes(client: TestClient) -> None:
                     FROM unnest(CAST(:values AS numeric[])) WITH ORDINALITY AS given (value, number)) AS timed"""),
             {"start": START, "values": values},
         )
-    told = _get(client, "curve", portfolio=1, buckets=50)
+    body = _get(client, "curve", portfolio=1, buckets=50)
 
     peak, deepest = Decimal(0), 0.0
     for value in values:
         peak = max(peak, value)
         deepest = min(deepest, float(value / peak - 1))
-    drawn = [Decimal(one) for one in told["total_value"]]
-    assert told["snapshots"] == 3_000
+    drawn = [Decimal(one) for one in body["total_value"]]
+    assert body["snapshots"] == 3_000
     assert len(drawn) <= 250
     assert (max(drawn), min(drawn)) == (max(values), min(values))
-    assert min(told["drawdown"]) == pytest.approx(deepest, abs=1e-6)
-    minutes = [(datetime.fromisoformat(at) - START) // timedelta(minutes=1) for at in told["at"]]
+    assert min(body["drawdown"]) == pytest.approx(deepest, abs=1e-6)
+    minutes = [(datetime.fromisoformat(at) - START) // timedelta(minutes=1) for at in body["at"]]
     assert minutes == sorted(set(minutes))
     assert [values[minute - 1] for minute in minutes] == drawn
 
-    # A narrower range starts with the drawdown from the peak before it, and draws its neighbours.
+    # A part of it starts with the drawdown from the peak before it, and has one neighbour on either side.
     since, until = START + timedelta(minutes=2_000), START + timedelta(minutes=2_010)
     zoomed = _get(client, "curve", portfolio=1, since=_iso(since), until=_iso(until), buckets=1000)
     assert zoomed["snapshots"] == 11
@@ -95,8 +95,8 @@ def test_a_thinned_curve_keeps_the_true_extremes(client: TestClient) -> None:
     assert zoomed["drawdown"][1] == pytest.approx(float(values[1_999] / 60_000 - 1), abs=1e-6)
 
 
-def test_balance_keeps_its_peaks_on_demand(client: TestClient) -> None:
-    """Asked for, its extreme is drawn although the total value is flat."""
+def test_with_parts_the_curve_keeps_the_extremes_of_the_balance(client: TestClient) -> None:
+    """Although the total value is constant."""
     store_many(500, step="1 minute")
     with get_db() as db:
         db.execute(
@@ -106,18 +106,18 @@ def test_balance_keeps_its_peaks_on_demand(client: TestClient) -> None:
     assert "77" in _get(client, "curve", portfolio=1, buckets=10, parts=True)["balance"]
 
 
-def test_gaps_are_reported_and_are_never_zero(client: TestClient) -> None:
-    """A whole day without a snapshot is one; so is an outage among cycles of minutes."""
+def test_gaps_are_reported_and_have_no_values(client: TestClient) -> None:
+    """A whole day without a snapshot is a gap; so is an outage of minutes between cycles of one minute."""
     store_values([100, 101, None, 103, 104])
     assert _get(client, "curve", portfolio=1)["after_gap"] == [2]
     store_values([100] * 30 + [None] * 30 + [100] * 30, step=timedelta(minutes=1), portfolio=2)
-    told = _get(client, "curve", portfolio=2, buckets=1000)
-    assert told["after_gap"] == [30]
-    assert "0" not in told["total_value"]
+    body = _get(client, "curve", portfolio=2, buckets=1000)
+    assert body["after_gap"] == [30]
+    assert "0" not in body["total_value"]
 
 
-def test_daily_profit_and_loss_is_of_closes_and_says_over_how_many_days(client: TestClient) -> None:
-    """The last snapshot of a date is its close; days without one have no entry."""
+def test_daily_profit_and_loss_is_between_closes_with_the_number_of_days(client: TestClient) -> None:
+    """The close of a date is its last snapshot; a date without snapshots has no entry."""
     store_values([100, 90, "110.25"], step=timedelta(hours=1))
     store_values([None, "105.05", None, 120])
     assert _get(client, "daily", portfolio=1) == {
@@ -128,22 +128,22 @@ def test_daily_profit_and_loss_is_of_closes_and_says_over_how_many_days(client: 
     }
 
 
-def test_portfolios_with_and_without_a_number(client: TestClient) -> None:
-    """All are found, by number, the one without last."""
+def test_portfolios_are_listed_with_and_without_a_number(client: TestClient) -> None:
+    """Ordered by number; rows without a portfolio are last."""
     assert _get(client, "portfolios") == []
     for portfolio, value in ((7, 1), (None, 2), (-3, 3)):
         store_values([value], portfolio=portfolio)
-    told = _get(client, "portfolios")
-    assert [(one["portfolio"], one["total_value"]) for one in told] == [("-3", "3"), ("7", "1"), ("none", "2")]
+    body = _get(client, "portfolios")
+    assert [(one["portfolio"], one["total_value"]) for one in body] == [("-3", "3"), ("7", "1"), ("none", "2")]
     assert _get(client, "curve", portfolio="none")["total_value"] == ["2"]
     assert _get(client, "curve", portfolio=-3)["total_value"] == ["3"]
     assert client.get("/page/curve", params={"portfolio": 4}).status_code == 404
 
 
-def test_too_many_snapshots_are_drawn_as_closes_until_the_range_is_narrow(
+def test_too_many_snapshots_are_drawn_as_closes_unless_the_range_is_short(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the answer says which it is; the drawdown of a narrow range still knows the earlier closes."""
+    """`closes_only` says so. The drawdown of a short range includes the peak of earlier closes."""
     monkeypatch.setattr(curves, "MOST_SNAPSHOTS", 400)
     store_values([1000], start=START - timedelta(days=30))
     store_values([100] * 500, step=timedelta(hours=1))
@@ -151,13 +151,13 @@ def test_too_many_snapshots_are_drawn_as_closes_until_the_range_is_narrow(
     assert (whole["closes_only"], whole["snapshots"], len(whole["at"])) == (True, None, 23)
     assert min(whole["drawdown"]) == -0.9
     since = START + timedelta(days=10)
-    narrow = _get(client, "curve", portfolio=1, since=_iso(since), until=_iso(since + timedelta(hours=5)))
-    assert (narrow["closes_only"], narrow["snapshots"]) == (False, 6)
-    assert set(narrow["drawdown"]) == {-0.9}
+    short = _get(client, "curve", portfolio=1, since=_iso(since), until=_iso(since + timedelta(hours=5)))
+    assert (short["closes_only"], short["snapshots"]) == (False, 6)
+    assert set(short["drawdown"]) == {-0.9}
 
 
-def test_archives_by_month_and_page(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts by month, the archives newest first, and every one of them once."""
+def test_archives_are_listed_by_month_and_page(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Months have counts, and each archive is listed once, newest first."""
     monkeypatch.setattr("consumers.web.page.routes.ARCHIVES_AT_ONCE", 3)
     ids = [store_archive([a_signal()], at=START + timedelta(hours=hour)) for hour in range(7)]
     store_archive([a_signal()], at=datetime(2026, 7, 1, tzinfo=UTC), portfolio=None)
@@ -165,24 +165,24 @@ def test_archives_by_month_and_page(client: TestClient, monkeypatch: pytest.Monk
     seen: list[int] = []
     before: dict[str, Any] = {}
     while True:
-        told = _get(client, "archives", month="2026-06", **before)
-        seen += [one["id"] for one in told["archives"]]
-        if not told["more"]:
+        body = _get(client, "archives", month="2026-06", **before)
+        seen += [one["id"] for one in body["archives"]]
+        if not body["more"]:
             break
-        before = {"before_at": told["archives"][-1]["archived_at"], "before_id": told["archives"][-1]["id"]}
+        before = {"before_at": body["archives"][-1]["archived_at"], "before_id": body["archives"][-1]["id"]}
     assert seen == ids[::-1]
 
 
-def test_an_archive_at_the_edge_of_a_month_is_found_in_the_month_of_its_own_offset(client: TestClient) -> None:
-    """Its UTC time may lie in the next month or in the one before."""
+def test_an_archive_is_in_the_month_of_its_local_time(client: TestClient) -> None:
+    """Its UTC time may be in another month."""
     local = datetime.fromisoformat("2026-07-01T03:00:00+05:00")
     store_archive([a_signal()], at=local)
     assert _get(client, "months") == [{"month": "2026-07", "archives": 1}]
     assert len(_get(client, "archives", month="2026-07")["archives"]) == 1
 
 
-def test_a_search_goes_through_the_month_piece_by_piece(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each match once, newest archive first, whatever ends a piece: enough found, or enough read."""
+def test_a_search_continues_through_the_whole_month(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each match is found once, newest archive first, whether a request ends by matches or by archives read."""
     monkeypatch.setattr(signal_search, "MOST_FOUND", 2)
     monkeypatch.setattr("consumers.web.page.routes.MOST_ARCHIVES", 3)
     monkeypatch.setattr(signal_search, "MOST_ARCHIVES", 3)
@@ -198,15 +198,15 @@ def test_a_search_goes_through_the_month_piece_by_piece(client: TestClient, monk
     after: dict[str, Any] | None = {}
     requests = 0
     while after is not None and requests < 20:
-        told = _get(client, "signals", month="2026-06", q="öffnet", **after)
-        found += [one["fields"]["market_question"] for one in told["signals"]]
-        after = told["after"]
+        body = _get(client, "signals", month="2026-06", q="öffnet", **after)
+        found += [one["fields"]["market_question"] for one in body["signals"]]
+        after = body["after"]
         requests += 1
     assert found == [f"ÖFFNET {hour}/{number}?" for hour in (8, 4, 0) for number in range(3)]
 
 
-def test_signals_keep_their_digits_and_their_bounds(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers as they were archived; long texts and many fields are cut."""
+def test_signals_keep_their_digits_and_long_ones_are_cut(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers have all their digits; long texts and surplus fields are cut."""
     archive = store_archive([a_signal(yes_price=Decimal("0.30000000000000000004"), reason="x" * 5_000, event_id=None)])
     (one,) = _get(client, f"archives/{archive}")["signals"]
     assert one["fields"]["yes_price"] == "0.30000000000000000004"
@@ -216,8 +216,8 @@ def test_signals_keep_their_digits_and_their_bounds(client: TestClient, monkeypa
     assert len(_get(client, f"archives/{archive}")["signals"][0]["fields"]) == 3
 
 
-def test_numbers_inside_values_are_numbers_and_are_found(client: TestClient) -> None:
-    """With every digit; also what JSON escapes is found."""
+def test_numbers_in_nested_values_are_shown_and_found(client: TestClient) -> None:
+    """With all their digits. Text that JSON escapes is found too."""
     nested = {"y": [Decimal(1), Decimal("2.00000000000000000003"), True, None], "z": {"Ä": 'say "no"\n'}}
     archive = store_archive([a_signal(nested=nested), a_signal()])
     (one,) = _get(client, f"archives/{archive}", q='NULL], "z": {"ä"')["signals"]
@@ -233,27 +233,27 @@ def test_numbers_inside_values_are_numbers_and_are_found(client: TestClient) -> 
         assert len(_get(client, f"archives/{archive}", q=wanted)["signals"]) == found, wanted
 
 
-def test_a_search_has_a_few_large_archives_in_memory_at_a_time(client: TestClient) -> None:
-    """However little they take in the table."""
+def test_a_search_keeps_few_large_archives_in_memory(client: TestClient) -> None:
+    """Even if they are small in the table, because they are compressed."""
     for number in range(4):
         store_archive([a_signal(reason="x" * 1_000_000)] * 8, at=START + timedelta(hours=number))
     tracemalloc.start()
     try:
-        told = _get(client, "signals", month="2026-06", q="absent")
+        body = _get(client, "signals", month="2026-06", q="absent")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert (told["signals"], told["after"] is not None) == ([], True)
+    assert (body["signals"], body["after"] is not None) == ([], True)
     assert peak < 90 * 2**20
 
 
-def test_each_refused_request_of_the_page_has_a_reason(client: TestClient) -> None:
+def test_each_wrong_request_is_answered_with_a_reason(client: TestClient) -> None:
     store_values([1])
     backwards = "curve?portfolio=1&since=2026-01-02T00:00:00Z&until=2026-01-01T00:00:00Z"
     for path, status, detail in (
         (backwards, 422, "until is before since"),
-        ("curve?portfolio=2", 404, "no snapshot is of this portfolio"),
-        ("archives/7", 404, "no archive has this id"),
+        ("curve?portfolio=2", 404, "this portfolio has no snapshots"),
+        ("archives/7", 404, "there is no archive with this id"),
         ("static/nothing.js", 404, "Nothing matches the given URI"),
     ):
         answer = client.get(f"/page/{path}")
@@ -271,14 +271,14 @@ def test_each_refused_request_of_the_page_has_a_reason(client: TestClient) -> No
         f"signals?month=2026-06&q={'x' * 101}", "archives/99999999999999999999",
     ],
 )  # fmt: skip
-def test_nonsense_is_refused_before_it_reaches_the_database(client: TestClient, path: str) -> None:
-    """As the client's mistake, never as a failure of ours."""
+def test_invalid_parameters_are_client_errors(client: TestClient, path: str) -> None:
+    """They get 422, never a server error."""
     store_values([1])
     assert client.get(f"/page/{path}").status_code == 422
 
 
-def test_an_answer_that_has_not_changed_is_not_sent_again(client: TestClient) -> None:
-    """304 for the tag that the browser has; compressed when it is worth it."""
+def test_an_unchanged_answer_is_not_sent_again(client: TestClient) -> None:
+    """The tag gives 304. Large answers are compressed."""
     store_values([1])
     first = client.get("/page/newest")
     again = client.get("/page/newest", headers={"If-None-Match": first.headers["ETag"]})
@@ -290,8 +290,8 @@ def test_an_answer_that_has_not_changed_is_not_sent_again(client: TestClient) ->
     )
 
 
-def test_newest_tells_of_rows_that_came_late(client: TestClient) -> None:
-    """A row of a lower id than the newest, committed after it, is news too."""
+def test_newest_changes_with_a_late_row(client: TestClient) -> None:
+    """Also with a row that has a lower id than the newest one and is committed after it."""
     store_many(3)
     before = _get(client, "newest")
     with get_db() as db:
@@ -302,10 +302,10 @@ def test_newest_tells_of_rows_that_came_late(client: TestClient) -> None:
     assert after["archives"] == before["archives"]
 
 
-def test_a_database_without_tables_or_gone_is_one_readable_line(
+def test_without_tables_or_a_database_the_data_is_503_with_one_readable_line(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 with what to do or whom to ask, as a problem, and no more than that; the page itself still comes."""
+    """The problem has no details of the server, and the page itself is still served."""
     with TestClient(create_app()) as client:
         response = client.get("/page/portfolios")
         assert (response.status_code, response.headers["Content-Type"]) == (503, "application/problem+json")
@@ -318,17 +318,17 @@ def test_a_database_without_tables_or_gone_is_one_readable_line(
         assert client.get("/").status_code == 200
 
 
-def test_the_page_reads_only(client: TestClient) -> None:
-    """Its transactions cannot write."""
+def test_the_page_uses_read_only_transactions(client: TestClient) -> None:
+    """A DELETE fails."""
     with pytest.raises(StoreUnavailable) as caught, read_transaction() as db:
         db.execute(text("DELETE FROM portfolio_history"))
     assert isinstance(getattr(caught.value.__cause__, "orig", None), ReadOnlySqlTransaction)
 
 
-def test_health_tells_of_queue_outbox_and_rejections(
+def test_health_has_the_queue_the_outbox_and_the_rejections(
     client: TestClient, redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each part by itself, with reasons."""
+    """The newest 20 rejections have their reasons."""
     monkeypatch.setenv("HISTORY_OUTBOX", "outbox.db")
     monkeypatch.setenv("HISTORY_DASHBOARD_URL", "https://rq.example/")
     producer.record(a_snapshot())
@@ -336,40 +336,40 @@ def test_health_tells_of_queue_outbox_and_rejections(
     store_values([1])
     for number in range(25):
         store_rejection(f"job-{number}", f"reason {number}")
-    told = _get(client, "health")
-    assert told["redis"] | {"oldest_waiting_seconds": None} == {
+    body = _get(client, "health")
+    assert body["redis"] | {"oldest_waiting_seconds": None} == {
         "queued": 1, "reserved": 0, "oldest_waiting_seconds": None, "failed": 0, "workers": 0, "state": "ok",
     }  # fmt: skip
-    assert 0 <= told["redis"]["oldest_waiting_seconds"] < 60
-    assert [told["outbox"][name] for name in ("pending", "sent", "state")] == [0, 1, "ok"]
-    assert told["database"]["rejections"]["count"] == 25
-    assert len(told["database"]["rejections"]["newest"]) == 20
-    assert told["database"]["last_stored"]["seconds"] > 0
-    assert told["dashboard_url"] == "https://rq.example/"
+    assert 0 <= body["redis"]["oldest_waiting_seconds"] < 60
+    assert [body["outbox"][name] for name in ("pending", "sent", "state")] == [0, 1, "ok"]
+    assert body["database"]["rejections"]["count"] == 25
+    assert len(body["database"]["rejections"]["newest"]) == 20
+    assert body["database"]["last_stored"]["seconds"] > 0
+    assert body["dashboard_url"] == "https://rq.example/"
 
 
-def test_health_without_redis_and_without_an_answer_from_it(
+def test_health_distinguishes_redis_not_set_from_redis_not_reachable(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not set is told from not reachable; a link that would run as script is refused."""
+    """A link to RQ Dashboard that would run as a script is a wrong setting."""
     assert _get(client, "health")["redis"] is None
     monkeypatch.setenv("REDIS_URL", "redis://:s3cret@127.0.0.1:1/0")
-    told = _get(client, "health")
-    assert told["redis"]["error"].startswith("Redis cannot be read now. The log has the reason, reference ")
-    assert not re.search("s3cret|127[.]0", json.dumps(told))
+    body = _get(client, "health")
+    assert body["redis"]["error"].startswith("Redis cannot be read now. The API's log has the reason (reference ")
+    assert not re.search("s3cret|127[.]0", json.dumps(body))
     monkeypatch.setenv("HISTORY_DASHBOARD_URL", "javascript:alert(1)")
     assert client.get("/page/health").status_code == 503
 
 
-def test_a_job_that_cannot_be_read_at_the_front_does_not_hide_the_queue(client: TestClient, redis: Redis) -> None:
-    """Its age is unknown; the count is not."""
+def test_an_unreadable_first_job_does_not_hide_the_number_of_jobs(client: TestClient, redis: Redis) -> None:
+    """Only its age is unknown."""
     redis.rpush(Queue("history", connection=redis, serializer=JSONSerializer).key, "no-such-job")
-    told = _get(client, "health")["redis"]
-    assert (told["queued"], told["oldest_waiting_seconds"]) == (1, None)
+    body = _get(client, "health")["redis"]
+    assert (body["queued"], body["oldest_waiting_seconds"]) == (1, None)
 
 
-def test_every_query_goes_along_an_index(client: TestClient) -> None:
-    """Nothing reads a whole table, so the page does not grow slower with other portfolios' rows."""
+def test_every_query_uses_an_index(client: TestClient) -> None:
+    """No query reads a whole table, so rows of other portfolios do not slow down the page."""
     for portfolio in range(20):
         store_many(2_000, portfolio=portfolio)
     with get_db() as db:
@@ -388,7 +388,7 @@ def test_every_query_goes_along_an_index(client: TestClient) -> None:
         )
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
         db.exec_driver_sql("VACUUM ANALYZE")
-    of = portfolio_queries.of_one
+    of = portfolio_queries.for_one_portfolio
     dates = {"since": date(2026, 6, 2), "until": date(2026, 6, 5), "limit": 10, "portfolio_id": 3}
     closes = {"first_date": dates["since"], "last_date": dates["until"], "limit": 10, "portfolio_id": 3}
     month = archive_queries._around(date(2026, 7, 1)) | {"at": START + timedelta(days=90), "id": 5, "limit": 50}

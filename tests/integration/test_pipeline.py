@@ -1,4 +1,4 @@
-"""The whole path on real servers: a controller's call becomes one row, acknowledged back."""
+"""The whole pipeline on real servers: a controller's call becomes one row and is acknowledged."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _queue(redis: Redis) -> Queue:
 
 
 def test_a_trading_cycle_makes_one_row_of_portfolio_history(producer: HistoryProducer, work: Work) -> None:
-    """The row has the values of the controller's dict, and the receipt knows its id."""
+    """The row has the values of the controller's dict, and the receipt returns its id."""
     receipt = create_daily_portfolio_snapshot(a_portfolio(), 1, timestamp=INSTANT, producer=producer)
     producer.flush(5)
     work()
@@ -68,8 +68,8 @@ def test_a_trading_cycle_makes_one_row_of_portfolio_history(producer: HistoryPro
     assert (row["open_positions"], row["trade_count"]) == (1, 2)
 
 
-def test_signals_make_one_row_with_the_right_count_and_the_same_json(producer: HistoryProducer, work: Work) -> None:
-    """Numbers, nulls and Unicode included."""
+def test_signals_make_one_row_with_their_count_and_the_same_json(producer: HistoryProducer, work: Work) -> None:
+    """Numbers, nulls and Unicode are equal."""
     signals = [a_signal(), a_signal(market_id="2", confidence=1, reason="„Ω”\n"), a_signal(event_id="7")]
     receipt = archive_current_signals({"signals": signals}, archived_at=INSTANT, producer=producer)
     producer.flush(5)
@@ -82,10 +82,10 @@ def test_signals_make_one_row_with_the_right_count_and_the_same_json(producer: H
     assert json.dumps(row["signals_data"], sort_keys=True) == json.dumps(signals, sort_keys=True)
 
 
-def test_no_json_file_is_written_by_either_path(
+def test_neither_call_writes_a_json_file(
     redis: Redis, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The working folder of a cycle holds the outbox and what was there before, unchanged, and nothing else."""
+    """The working folder has only the outbox and the unchanged file of signals."""
     signals_file = tmp_path / "data" / "trades" / "current_signals.json"
     signals_file.parent.mkdir(parents=True)
     signals_file.write_text(json.dumps([a_signal()]))
@@ -115,8 +115,10 @@ def _send_facts(outbox: str, redis_url: str, seed: int) -> None:
         producer.flush(20)
 
 
-def test_eight_processes_sending_the_same_facts_make_each_row_once(redis: Redis, work: Work, tmp_path: Path) -> None:
-    """8 x 200 deliveries, some through one shared outbox: 200 rows, and every other delivery accounted for."""
+def test_eight_processes_that_record_the_same_facts_make_each_row_once(
+    redis: Redis, work: Work, tmp_path: Path
+) -> None:
+    """8 x 200 deliveries, some through a shared outbox, become 200 rows and 1,400 duplicates."""
     context = multiprocessing.get_context("spawn")
     senders = [
         context.Process(
@@ -141,7 +143,7 @@ def test_eight_processes_sending_the_same_facts_make_each_row_once(redis: Redis,
 
 
 def test_events_in_any_order_make_the_same_tables(redis: Redis, database_url: str, work: Work, tmp_path: Path) -> None:
-    """Apart from ids, numbers and times of insertion."""
+    """Only ids, sequences and times of insertion differ."""
     facts = [a_snapshot(after=timedelta(hours=hour), portfolio_id=hour % 3) for hour in range(20)]
     archives = [an_archive(after=timedelta(hours=hour)) for hour in range(20)]
     tables = []
@@ -166,7 +168,7 @@ def test_events_in_any_order_make_the_same_tables(redis: Redis, database_url: st
 def test_a_fact_sent_twice_is_stored_once_and_both_deliveries_get_the_same_row(
     producer: HistoryProducer, work: Work
 ) -> None:
-    """The second is noted as a duplicate, under its own job."""
+    """The second delivery is recorded as a duplicate under its own job id."""
     first, second = producer.record(a_snapshot()), producer.record(a_snapshot())
     producer.flush(5)
     work()
@@ -179,32 +181,34 @@ def test_a_fact_sent_twice_is_stored_once_and_both_deliveries_get_the_same_row(
     assert outcome == ["duplicate", second.sequence, None, None]
 
 
-def test_the_same_id_with_other_content_is_rejected_loudly(producer: HistoryProducer, work: Work, redis: Redis) -> None:
-    """The receipt raises, the table keeps what it had, the event is kept with the reason, the job is in Failed."""
+def test_the_same_id_with_other_content_is_rejected_and_reported(
+    producer: HistoryProducer, work: Work, redis: Redis
+) -> None:
+    """The receipt raises, the row is unchanged, event_outcomes has event and reason, the job has failed."""
     kept = producer.record(a_snapshot())
     producer.flush(5)
     work()
-    refused = producer.record(a_snapshot(balance=1))
+    rejected = producer.record(a_snapshot(balance=1))
     producer.flush(5)
     work()
 
     assert kept.wait(5)
     with pytest.raises(EventRejected, match="with other content"):
-        refused.wait(5)
+        rejected.wait(5)
     assert [row["balance"] for row in get_portfolio_history()] == [9900.12]
     ((outcome, reason, event),) = _rows("SELECT outcome, reason, event FROM event_outcomes")
     assert (outcome, json.loads(event)["data"]["balance"]) == ("rejected", "1")
     assert reason.endswith("with other content")
     (job_id,) = _queue(redis).failed_job_registry.get_job_ids()
-    assert (delivery_of(job_id) or ("", 0, ""))[1] == refused.sequence
+    assert (delivery_of(job_id) or ("", 0, ""))[1] == rejected.sequence
     assert producer.status().rejected == 1
 
 
 @pytest.mark.parametrize(
     "argument", ["not json", '{"source": "x/y"}', "\0", "\ud800", 17, '{"sequence": "9999999999999999999"}']
 )
-def test_a_job_that_holds_no_event_is_rejected_with_a_reason(redis: Redis, work: Work, argument: object) -> None:
-    """Whatever the argument is, the reason and what came are kept, and the worker goes on."""
+def test_a_job_without_a_valid_event_is_rejected_with_a_reason(redis: Redis, work: Work, argument: object) -> None:
+    """For any argument. The worker continues with the next job."""
     _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", argument, job_id="foreign-1")
     event = event_of(a_snapshot(), source="another/producer", sequence=None)
     _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
@@ -219,9 +223,9 @@ def test_a_job_that_holds_no_event_is_rejected_with_a_reason(redis: Redis, work:
 def test_a_rejected_job_that_is_requeued_and_stored_leaves_no_rejection(
     producer: HistoryProducer, work: Work, redis: Redis
 ) -> None:
-    """The operator removes what was in the way and requeues: the entry in event_outcomes goes."""
+    """If an operator deletes the conflicting row and requeues the job, its row in event_outcomes is deleted."""
     producer.record(a_snapshot())
-    refused = producer.record(a_snapshot(balance=1))
+    rejected = producer.record(a_snapshot(balance=1))
     producer.flush(5)
     work()
     with get_db() as db:
@@ -230,15 +234,15 @@ def test_a_rejected_job_that_is_requeued_and_stored_leaves_no_rejection(
     failed.requeue(failed.get_job_ids()[0])
     work()
 
-    assert [row["sequence"] for row in get_portfolio_history()] == [refused.sequence]
+    assert [row["sequence"] for row in get_portfolio_history()] == [rejected.sequence]
     assert _rows("SELECT outcome FROM event_outcomes") == []
 
 
 @pytest.mark.parametrize("lost_as", ["queued", "started"])
-def test_a_job_that_is_under_way_in_name_only_is_sent_again(
+def test_a_job_with_an_active_status_that_is_in_no_list_is_sent_again(
     producer: HistoryProducer, work: Work, redis: Redis, monkeypatch: pytest.MonkeyPatch, lost_as: str
 ) -> None:
-    """Popped by a stock worker that died: the hash says so for ever, but the job is in no list."""
+    """For example after a stock worker popped it and died: its status never changes."""
     monkeypatch.setattr(entry_sender, "_check_interval", lambda checks: -1.0)
     receipt = producer.record(a_snapshot())
     producer.flush(5)
@@ -253,12 +257,12 @@ def test_a_job_that_is_under_way_in_name_only_is_sent_again(
 
 
 def test_every_job_function_that_the_relay_names_exists() -> None:
-    """RQ enqueues a wrong path without a word; this is the only check."""
+    """RQ enqueues a wrong path without an error, so only this test finds it."""
     assert all(callable(import_attribute(path)) for path in (kind.job_function for kind in KINDS.values()))
 
 
-def test_the_job_shows_a_person_what_it_is(producer: HistoryProducer, redis: Redis) -> None:
-    """RQ's description is the summary, and the only argument is the event's text."""
+def test_a_job_has_a_readable_description(producer: HistoryProducer, redis: Redis) -> None:
+    """It is the summary of the event. The only argument is the event's text."""
     receipt = producer.record(a_snapshot())
     producer.flush(5)
 
@@ -269,10 +273,8 @@ def test_the_job_shows_a_person_what_it_is(producer: HistoryProducer, redis: Red
     assert json.loads(job.args[0])["id"] == str(receipt.event_id)
 
 
-def test_acknowledgements_are_taken_away_when_they_were_read(
-    producer: HistoryProducer, work: Work, redis: Redis
-) -> None:
-    """And what nobody reads expires by itself."""
+def test_acknowledgements_are_deleted_when_they_were_read(producer: HistoryProducer, work: Work, redis: Redis) -> None:
+    """Others expire after 7 days."""
     receipt = producer.record(a_snapshot())
     producer.flush(5)
     work()
@@ -283,7 +285,7 @@ def test_acknowledgements_are_taken_away_when_they_were_read(
     _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
     work()
 
-    # What another copy of this outbox may wait for stays.
+    # An acknowledgement for another copy of this outbox is not deleted.
     assert redis.hvals(acknowledgement_key(receipt.source)) == [foreign.encode()]
     assert 6 * 24 * 3600 < redis.ttl(acknowledgement_key(event.source)) <= 7 * 24 * 3600
 
@@ -292,7 +294,7 @@ def test_acknowledgements_are_taken_away_when_they_were_read(
 def test_a_stock_worker_stores_and_acknowledges(
     producer: HistoryProducer, database_url: str, options: list[str]
 ) -> None:
-    """RQ's own command, forking or not, with the JSON serializer: as documented for operators."""
+    """With RQ's own command and the JSON serializer, with a process per job or without."""
     receipts = [producer.record(a_snapshot(after=timedelta(seconds=second))) for second in range(3)]
     receipts += [producer.record(an_archive())]
     producer.flush(5)
@@ -308,8 +310,8 @@ def test_a_stock_worker_stores_and_acknowledges(
     assert (worker.returncode, [receipt.wait(5) for receipt in receipts]) == (0, [1, 2, 3, 1]), worker.stderr
 
 
-def test_a_forked_child_uses_a_database_connection_of_its_own(database_url: str) -> None:
-    """A child forked while the parent has a connection stores through another, and the parent's still works."""
+def test_a_forked_child_opens_a_new_database_connection(database_url: str) -> None:
+    """The connection of the parent still works afterwards."""
     record_portfolio_snapshot(encode(event_of(a_snapshot(), source="a/b", sequence=1)))
     with get_db() as db:
         parent_backend = db.execute(text("SELECT pg_backend_pid()")).scalar()
@@ -325,8 +327,8 @@ def test_a_forked_child_uses_a_database_connection_of_its_own(database_url: str)
         assert db.execute(text("SELECT pg_backend_pid()")).scalar() == parent_backend
 
 
-def test_entries_of_any_process_leave_at_once(redis: Redis, tmp_path: Path) -> None:
-    """Also those of a process that is not the one that relays: within 100 ms, in the middle of ten."""
+def test_entries_are_sent_at_once_from_any_producer(redis: Redis, tmp_path: Path) -> None:
+    """Even if another producer relays: the median of ten takes less than 100 ms."""
     seconds = []
     with HistoryProducer(redis, outbox=tmp_path / "o.db"), HistoryProducer(redis, outbox=tmp_path / "o.db") as second:
         for number in range(10):
@@ -348,7 +350,7 @@ print(time.time())
 
 
 def _exit_seconds(outbox: Path, redis_url: str) -> float:
-    """How long the script takes to end, once it has recorded its event."""
+    """Return the time from the end of the script's recording to its exit."""
     ended = subprocess.run(
         [sys.executable, "-c", _SCRIPT, str(outbox)],
         cwd=Path(__file__).parents[2],
@@ -360,8 +362,8 @@ def _exit_seconds(outbox: Path, redis_url: str) -> float:
     return time.time() - float(ended.stdout)
 
 
-def test_a_script_that_ends_at_once_hands_over_what_it_recorded(redis: Redis, tmp_path: Path) -> None:
-    """Without flush or close; and when no worker or no Redis answers, its exit is held up for two seconds, not more."""
+def test_a_script_that_ends_at_once_sends_its_event_within_2_s(redis: Redis, tmp_path: Path) -> None:
+    """Without `flush` or `close`. Without a worker or Redis, its exit takes 2 s and not longer."""
     without_worker = _exit_seconds(tmp_path / "quick.db", os.environ["REDIS_URL"])
     assert redis.llen("rq:queue:history") == 1
     with socket.create_server(("127.0.0.1", 0)) as silent:

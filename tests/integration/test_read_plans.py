@@ -1,4 +1,4 @@
-"""A page and an audit cost the rows that they show: they go along the indexes."""
+"""Query plans of pages and of the audit: they use the indexes, so their cost does not grow with the tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _execute(statement: str) -> None:
 
 
 def _plan(db: Connection, statement: Any, values: Any) -> list[dict[str, Any]]:
-    """Every node of the plan, as it was run."""
+    """Run the statement and return every node of its plan."""
     explained = text(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}")
     nodes = [db.execute(explained, values).scalar_one()[0]["Plan"]]
     for node in nodes:
@@ -44,9 +44,9 @@ _QUERIES: tuple[Callable[[Filter], Query], ...] = (snapshots, closes, archives)
 _SINCE, _UNTIL = datetime(2026, 3, 1, tzinfo=UTC), datetime(2026, 6, 1, tzinfo=UTC)
 
 
-def test_a_page_costs_its_rows_however_many_there_are() -> None:
-    """Along the indexes: no step of any page has more than a few hundred of the 20,000 rows."""
-    rows, limit = 20_000, 50  # until the middle of May
+def test_pages_read_only_a_few_rows_of_large_tables() -> None:
+    """No step of any page reads more than 500 of the 20,000 rows."""
+    rows, limit = 20_000, 50  # one row per 10 minutes, until the middle of May
     _execute(_MANY.format(rows=rows))
     _execute("""
         INSERT INTO signal_archives (event_id, source, sequence, portfolio_id, archived_at, archive_month,
@@ -71,15 +71,19 @@ def test_a_page_costs_its_rows_however_many_there_are() -> None:
                 query = query_of(Filter(limit=limit, **place))
                 nodes = _plan(db, query.statement(), query.values)
                 most = max(node["Actual Rows"] + node.get("Rows Removed by Filter", 0) for node in nodes)
-                assert most <= 500, (query_of, place, most)  # a period is looked up by its dates, two days wider
+                assert most <= 500, (
+                    query_of,
+                    place,
+                    most,
+                )  # a period is searched by date, two days wider
 
 
-def test_the_audit_reads_its_numbers_in_order_and_sorts_none() -> None:
-    """An ordered pass over the indexes of the three tables."""
+def test_audit_reads_sequences_in_order_without_sorting() -> None:
+    """It merges the sorted indexes of the three tables."""
     _execute(_MANY.format(rows=15_000))
     _execute("ANALYZE")
     with get_db() as db:
-        db.exec_driver_sql("SET LOCAL enable_sort = off")  # these few rows would be sorted as quickly
+        db.exec_driver_sql("SET LOCAL enable_sort = off")  # with so few rows, sorting would be as fast
         gaps = audit._GAPS.format(numbers=audit._of_all_tables(audit._NUMBERS))
         nodes = _plan(db, gaps, {"source": "many/x", "first": 1})
     assert sum(node["Actual Rows"] for node in nodes if "Sort" in node["Node Type"]) == 0

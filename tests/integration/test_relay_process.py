@@ -1,4 +1,4 @@
-"""`trading-history relay`: which process relays an outbox, in every order of starting, stopping and dying."""
+"""`trading-history relay`: which process relays an outbox when processes start, stop and die in any order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def outbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _append(path: Path, count: int = 1) -> None:
-    """Events of a controller that has ended without handing them over."""
+    """Append events like a controller that ended before it sent them."""
     with Outbox(path) as outbox:
         outbox.append("bot", [a_snapshot(after=timedelta(number)) for number in range(count)])
 
@@ -40,8 +40,8 @@ def _messages(log: Path) -> list[str]:
     return [line.split(" producers.relay", 1)[1].split(": ", 1)[1] for line in log.read_text().splitlines()]
 
 
-def test_it_relays_several_outboxes_also_one_that_is_made_later(redis: Redis, tmp_path: Path) -> None:
-    """Each of them once, however often it is named; each change is one line. SIGTERM ends it with status 0."""
+def test_a_relay_process_relays_several_outboxes_and_one_that_is_created_later(redis: Redis, tmp_path: Path) -> None:
+    """An outbox that is named twice is relayed once. Each change is one log line. SIGTERM ends it with status 0."""
     first, second, late, log = (tmp_path / name for name in ("1.db", "2.db", "new/late.db", "log"))
     _append(first, 3)
     _append(second, 2)
@@ -54,10 +54,10 @@ def test_it_relays_several_outboxes_also_one_that_is_made_later(redis: Redis, tm
         relay.terminate()
         assert relay.wait(5) == 0
     assert _messages(log) == [
-        f"relaying {tmp_path / 'link.db'}, entries not settled: 3",
-        f"relaying {second}, entries not settled: 2",
-        f"there is no outbox at {late} yet: waiting for a producer to make it",
-        f"relaying {late}, entries not settled: 1",
+        f"relaying {tmp_path / 'link.db'}, unsettled entries: 3",
+        f"relaying {second}, unsettled entries: 2",
+        f"there is no outbox at {late} yet: waiting for a producer to create it",
+        f"relaying {late}, unsettled entries: 1",
         f"no longer relaying {tmp_path / 'link.db'}",
         f"no longer relaying {second}",
         f"no longer relaying {late}",
@@ -65,8 +65,10 @@ def test_it_relays_several_outboxes_also_one_that_is_made_later(redis: Redis, tm
     assert history_queue(redis).count == 6
 
 
-def test_a_running_producer_stands_back_and_takes_over_when_it_ends(redis: Redis, outbox: Path, tmp_path: Path) -> None:
-    """At once when it was told to end; 10 s after its last heartbeat when it was killed."""
+def test_a_running_producer_leaves_relaying_to_a_relay_process_and_takes_over_when_it_ends(
+    redis: Redis, outbox: Path, tmp_path: Path
+) -> None:
+    """It takes over at once after SIGTERM, and 10 s after the last heartbeat if the process was killed."""
     log = tmp_path / "log"
     with HistoryProducer() as producer:
         for number, (ending, least, most) in enumerate(
@@ -74,7 +76,7 @@ def test_a_running_producer_stands_back_and_takes_over_when_it_ends(redis: Redis
         ):
             with a_relay(log) as relay:
                 until(producer._transport.outbox.header.relay_is_alive)
-                time.sleep(0.3)  # for the producer to notice
+                time.sleep(0.3)  # until the producer notices
                 assert not producer._transport.outbox.relay_lock().acquire()
                 relay.send_signal(ending)
                 relay.wait(5)
@@ -82,15 +84,15 @@ def test_a_running_producer_stands_back_and_takes_over_when_it_ends(redis: Redis
                 receipt = producer.record(a_snapshot(after=timedelta(number)))
                 until(lambda receipt=receipt: receipt.state == "sent")  # type: ignore[misc]  # a lambda's default
                 assert least <= time.monotonic() - ended < most, ending
-        # Nothing of the process that was killed is left.
+        # The heartbeat of the killed process is cleared.
         assert producer._transport.outbox.header.read().relay is None
         assert "another process" not in log.read_text()
 
 
-def test_one_that_is_stopped_is_replaced_and_doubles_nothing_when_it_goes_on(
+def test_a_stopped_relay_process_is_replaced_and_doubles_no_event_when_it_continues(
     redis: Redis, database_url: str, outbox: Path, tmp_path: Path
 ) -> None:
-    """It has the lock all the while. What is recorded meanwhile is stored once, and stays settled."""
+    """It keeps the lock. Events recorded meanwhile are stored once and stay settled."""
     with HistoryProducer() as producer, a_worker(redis, tmp_path / "worker.log"), a_relay(tmp_path / "log") as relay:
         producer.record(a_snapshot()).wait(20)
         relay.suspend()
@@ -110,8 +112,8 @@ def test_one_that_is_stopped_is_replaced_and_doubles_nothing_when_it_goes_on(
     assert len(get_portfolio_history()) == 101
 
 
-def test_a_second_one_stands_by_and_takes_over(redis: Redis, outbox: Path, tmp_path: Path) -> None:
-    """Also at once when the first is killed, whose lock is free then."""
+def test_a_second_relay_process_waits_and_takes_over(redis: Redis, outbox: Path, tmp_path: Path) -> None:
+    """It takes over at once when the first one is killed, because its lock is free then."""
     _append(outbox)
     first, second = tmp_path / "first.log", tmp_path / "second.log"
     with a_relay(first) as one, a_relay(second) as other:
@@ -126,11 +128,11 @@ def test_a_second_one_stands_by_and_takes_over(redis: Redis, outbox: Path, tmp_p
         other.terminate()
         assert other.wait(5) == 0
     assert _messages(second)[1:] == [
-        f"another process relays {outbox}: standing by until it ends",
+        f"another process is relaying {outbox}: waiting until it ends",
         f"relaying {outbox} now",
         f"no longer relaying {outbox}",
     ]
-    assert _messages(first) == [f"relaying {outbox}, entries not settled: 1"]
+    assert _messages(first) == [f"relaying {outbox}, unsettled entries: 1"]
     assert history_queue(redis).count == 3
 
 
@@ -138,7 +140,7 @@ def test_a_second_one_stands_by_and_takes_over(redis: Redis, outbox: Path, tmp_p
 def test_a_relay_for_another_redis_or_queue_is_refused(
     redis: Redis, outbox: Path, tmp_path: Path, differs: str
 ) -> None:
-    """With one line and status 1, before it has touched anything; no password is in it."""
+    """It ends with one line and status 1, and changes nothing. The line shows no password."""
     HistoryProducer().close(timeout=0)
     other = {"REDIS_URL": "redis://user:s3cret@127.0.0.1:1/4", "HISTORY_QUEUE": "evening"}[differs]
     with a_relay(tmp_path / "log", wait=False, **{differs: other}) as relay:
@@ -146,16 +148,16 @@ def test_a_relay_for_another_redis_or_queue_is_refused(
     (line,) = (tmp_path / "log").read_text().splitlines()
     place = {"REDIS_URL": "database 4 on 127.0.0.1, port 1, queue history", "HISTORY_QUEUE": "queue evening"}[differs]
     assert line.startswith(f"error: outbox {outbox}: its entries go to database 0 on ")
-    assert f"{place}. Set REDIS_URL and HISTORY_QUEUE as for the producer that opened it last" in line
+    assert f"{place}. Set REDIS_URL and HISTORY_QUEUE to those of the producer that opened it last" in line
     assert "s3cret" not in line
     with Outbox(outbox) as untouched:
         assert untouched.header.read().relay is None
 
 
-def test_an_outbox_of_another_redis_that_is_made_later_does_not_end_it(
+def test_an_outbox_of_another_queue_that_is_created_later_does_not_end_the_relay_process(
     redis: Redis, outbox: Path, tmp_path: Path
 ) -> None:
-    """Its own producers go on relaying it; the others are relayed."""
+    """Its own producer relays it, and the process continues to relay the other outbox."""
     late = tmp_path / "late.db"
     _append(outbox)
     with a_relay(tmp_path / "log", "--outbox", outbox, "--outbox", late):
@@ -168,11 +170,11 @@ def test_an_outbox_of_another_redis_that_is_made_later_does_not_end_it(
             until(lambda: states(outbox) == {"sent": 2})
     refused = [message for message in _messages(tmp_path / "log") if "cannot relay" in message]
     assert len(refused) == 1
-    assert refused[0].startswith(f"cannot relay {late}, trying again: outbox {late}: its entries go to ")
+    assert refused[0].startswith(f"cannot relay {late}; trying again: outbox {late}: its entries go to ")
 
 
 def _longest_silence(watched: Outbox, seconds: float) -> float:
-    """The longest time between two heartbeats, in the next so many seconds."""
+    """Return the longest time between two heartbeats during the next `seconds` seconds."""
     began = last = time.monotonic()
     longest, heartbeat = 0.0, watched.header.read().relay_at
     while (now := time.monotonic()) < began + seconds:
@@ -184,10 +186,8 @@ def _longest_silence(watched: Outbox, seconds: float) -> float:
     return longest
 
 
-def test_redis_away_is_two_lines_and_no_reason_for_producers_to_take_over(
-    redis: Redis, outbox: Path, tmp_path: Path
-) -> None:
-    """Its heartbeat does not wait for a Redis that takes connections and never answers."""
+def test_heartbeats_continue_while_redis_does_not_answer(redis: Redis, outbox: Path, tmp_path: Path) -> None:
+    """Redis accepts connections and never answers. The log has one line for the outage and one for its end."""
     with a_proxy(os.environ["REDIS_URL"], tmp_path) as (proxy, url), Outbox(outbox) as watched:
         with a_relay(tmp_path / "log", REDIS_URL=url):
             until(watched.header.relay_is_alive)
@@ -198,7 +198,7 @@ def test_redis_away_is_two_lines_and_no_reason_for_producers_to_take_over(
             proxy.set_mode("pass")
             until(lambda: states(outbox) == {"sent": 1})
             until(lambda: len(_messages(tmp_path / "log")) == 3)
-        assert longest < 4.5  # of 10 s; an attempt waits for its answer for 5 s
+        assert longest < 4.5  # a try waits 5 s for an answer; 10 s without a heartbeat are the limit
         _, away, back = _messages(tmp_path / "log")
     assert away.startswith(f"cannot relay {outbox}: TimeoutError: ")
     assert back.startswith(f"relaying {outbox} again after ")
@@ -207,7 +207,7 @@ def test_redis_away_is_two_lines_and_no_reason_for_producers_to_take_over(
 def test_no_password_of_redis_is_written_anywhere(
     outbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither in the log, nor in the outbox, nor in what a producer stores there, also with --debug."""
+    """It is neither in the log nor in the outbox's files."""
     monkeypatch.setenv("REDIS_URL", "redis://user:s3cret@127.0.0.1:1/0")
     with HistoryProducer() as producer:
         producer.record(a_snapshot())
@@ -222,13 +222,13 @@ def test_no_password_of_redis_is_written_anywhere(
     assert b"s3cret" not in written
 
 
-def test_it_ends_with_the_signal_at_the_second_signal(redis: Redis, outbox: Path, tmp_path: Path) -> None:
-    """Its relay waits for a Redis that never answers."""
+def test_a_second_stop_signal_ends_the_relay_process_at_once(redis: Redis, outbox: Path, tmp_path: Path) -> None:
+    """Its relay waits for an answer of Redis that never comes."""
     with a_proxy(os.environ["REDIS_URL"], tmp_path) as (proxy, url):
         proxy.set_mode("swallow")
         _append(outbox)
         with a_relay(tmp_path / "log", REDIS_URL=url) as relay:
-            time.sleep(0.5)  # until its relay waits
+            time.sleep(0.5)  # until the relay waits for Redis
             began = time.monotonic()
             relay.terminate()
             time.sleep(0.2)
@@ -237,7 +237,7 @@ def test_it_ends_with_the_signal_at_the_second_signal(redis: Redis, outbox: Path
             assert time.monotonic() - began < 4
 
 
-# Without the libraries of a worker's installation.
+# Hides the libraries that only a worker's installation has.
 _BLOCKING = """
 import sys
 
@@ -250,10 +250,10 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-def test_a_controllers_installation_has_the_relay_and_the_commands_of_the_outbox(
+def test_the_relay_and_outbox_commands_run_on_a_controllers_installation(
     redis: Redis, database_url: str, outbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No database library can be imported there, and the database is not named."""
+    """No database library can be imported, and no setting names the database."""
     (tmp_path / "blocking").mkdir()
     (tmp_path / "blocking" / "sitecustomize.py").write_text(_BLOCKING)
     with a_worker(redis, tmp_path / "worker.log"):

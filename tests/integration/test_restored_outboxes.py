@@ -1,4 +1,4 @@
-"""An outbox that is put back from a backup, removed or replaced: while nobody runs, and under a running controller."""
+"""An outbox is put back from a backup, removed or replaced, while its controller is stopped or running."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Open = Callable[[str], Controller]
 
 @pytest.fixture
 def bot(tmp_path: Path, line: Line) -> Iterator[Open]:
-    """Starts a bot in this process, on the outbox in this folder."""
+    """Return a function that starts a bot in this process, on the outbox in a folder."""
     with ExitStack() as stack:
         yield lambda folder: stack.enter_context(Controller(tmp_path / folder / "outbox.db"))
 
 
 def _put_over(source: Path, target: Path) -> None:
-    """As `cp` does: the same inode gets the other content."""
+    """Copy over a file with `cp`: the inode stays, the content changes."""
     before = target.stat().st_ino
     subprocess.run(["cp", str(source), str(target)], check=True)
     assert target.stat().st_ino == before
@@ -48,10 +48,10 @@ def _put_over(source: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("redis_is", ["there", "away", "empty"])
 @pytest.mark.parametrize("wal", ["without a WAL", "with its own WAL", "beside the newer WAL"])
-def test_a_backup_is_put_back_while_nobody_runs(
+def test_a_backup_put_back_while_no_bot_runs_loses_no_event(
     redis: Redis, line: Line, tmp_path: Path, wal: str, redis_is: str
 ) -> None:
-    """All that was recorded before the backup, between it and the restore, and afterwards is stored or rejected."""
+    """Events from before the backup, from before the restore and from after it are stored or rejected."""
     path, backup = tmp_path / "bot" / "outbox.db", tmp_path / "backup"
     path.parent.mkdir()
     backup.mkdir()
@@ -67,7 +67,7 @@ def test_a_backup_is_put_back_while_nobody_runs(
                 accounts.append(one.account(ask=False))
                 one.stop()
                 copy_with_cp(path, backup)
-        with Bot(path) as later:  # the hour after the backup
+        with Bot(path) as later:  # after the backup
             later.record(81, 300, 200)
             later.record(80, 0, 20, balance=1)
             later.settle()
@@ -83,9 +83,9 @@ def test_a_backup_is_put_back_while_nobody_runs(
             redis.flushall()
     with Bot(path) as again:
         again.record(81, 600, 20)
-        again.record(80, 0, 20, balance=2)  # the ids of rows that are there, other content
-        again.record(81, 300, 20)  # rows that are there, unless the restored file does not know it
-        line.mend()
+        again.record(80, 0, 20, balance=2)  # ids of existing rows, with other content
+        again.record(81, 300, 20)  # existing rows, which the restored file may not know
+        line.restore()
         with worker_process(tmp_path):
             again.record(81, 700, 20)
             again.settle()
@@ -96,7 +96,7 @@ def test_a_backup_is_put_back_while_nobody_runs(
 
 
 def _remove_folder(path: Path) -> None:
-    """In one step: the controller makes a new file in the folder as soon as it misses its own."""
+    """Remove the folder in one step, because the controller creates a new file as soon as it misses its own."""
     shutil.rmtree(path.parent.rename(path.parent.with_name("removed")))
 
 
@@ -116,7 +116,7 @@ def _replace_by_no_outbox(path: Path) -> None:
 
 
 def _replace_file_alone(path: Path) -> None:
-    """A deployment that syncs the folder: a new file, and the WAL of the old one beside it."""
+    """Replace the file and leave the old WAL beside it, like a deployment that syncs the folder."""
     path.with_name("new.db").write_bytes(path.read_bytes())
     path.with_name("new.db").rename(path)
 
@@ -133,8 +133,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_killed_after_its_outbox_was_removed_or_replaced(line: Line, tmp_path: Path, change: str) -> None:
-    """With Redis away all the time: what it was given receipts for before and after is in the file at the path."""
+def test_a_controller_killed_after_its_outbox_was_removed_or_replaced_loses_no_event(
+    line: Line, tmp_path: Path, change: str
+) -> None:
+    """Redis is away all the time. Events accepted before and after the change are in the file at the path."""
     path = tmp_path / "bot" / "outbox.db"
     path.parent.mkdir()
     line.cut()
@@ -144,7 +146,7 @@ def test_killed_after_its_outbox_was_removed_or_replaced(line: Line, tmp_path: P
         one.record(81, 200, 1)
         one.kill()
     accounts = [one.account(ask=False)]
-    line.mend()
+    line.restore()
     with worker_process(tmp_path), Bot(path) as again:
         again.record(82, 0, 3)
         again.settle()
@@ -156,10 +158,10 @@ def test_killed_after_its_outbox_was_removed_or_replaced(line: Line, tmp_path: P
 
 @pytest.mark.parametrize("redis_is", ["there", "away"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_removed_or_replaced_under_a_running_controller(
+def test_a_running_controller_continues_after_its_outbox_was_removed_or_replaced(
     redis: Redis, line: Line, tmp_path: Path, change: str, redis_is: str
 ) -> None:
-    """No accepted event is lost, calls go on, receipts from before are kept, and a log line says it."""
+    """No accepted event is lost, earlier receipts stay valid, and one log line reports the change."""
     path = tmp_path / "bot" / "outbox.db"
     path.parent.mkdir()
     with Bot(path) as one:
@@ -170,7 +172,7 @@ def test_removed_or_replaced_under_a_running_controller(
         CHANGES[change](path)
         one.record(81, 200, 30)
         one.record(80, 0, 5, balance=2)
-        line.mend()
+        line.restore()
         with worker_process(tmp_path):
             one.settle()
         states = one.states()
@@ -187,13 +189,13 @@ def test_removed_or_replaced_under_a_running_controller(
 @pytest.mark.parametrize("redis_is", ["there", "away"])
 @pytest.mark.parametrize("backup_of", ["file", "file and WAL"])
 @pytest.mark.parametrize("count", [5, 500])
-def test_restored_over_the_same_inode_under_a_running_controller(
+def test_a_backup_copied_over_the_open_outbox_fails_no_call(
     line: Line, tmp_path: Path, backup_of: str, redis_is: str, count: int
 ) -> None:
-    """SQLite notices nothing: the file has pages of two times. No call fails because of it.
+    """SQLite does not notice it, and the file then has pages of two times.
 
-    With Redis there nothing is lost. With Redis away an entry is lost if cp has overwritten the page that it was
-    on: audit names its number, and log and doctor the damage. What is recorded afterwards is stored in any case.
+    With Redis there, nothing is lost. With Redis away, an entry is lost if `cp` overwrote its page: audit reports its
+    number, and log and doctor report the damage. Events recorded afterwards are always stored.
     """
     path, backup = tmp_path / "bot" / "outbox.db", tmp_path / "backup"
     path.parent.mkdir()
@@ -216,7 +218,7 @@ def test_restored_over_the_same_inode_under_a_running_controller(
             _put_over(backup / f"{path.name}{end}", Path(f"{path}{end}"))
         at_risk = set(one.accepted)
         one.record(83, 0, count)
-        line.mend()
+        line.restore()
         with worker_process(tmp_path):
             one.settle()
             one.record(84, 0, 1)

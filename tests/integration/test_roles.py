@@ -1,4 +1,4 @@
-"""The roles of schema.sql: a writer that adds and never changes, a reader that looks, and nobody else at all."""
+"""The roles of schema.sql: the writer inserts, the reader selects, and no other role may read."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _as(url: str, role: str) -> str:
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command with these settings added to this process's."""
+    """Run the command with these settings in addition to those of this process."""
     return subprocess.run(
         [sys.executable, "-m", "consumers.cli", *arguments],
         capture_output=True, text=True, check=False, timeout=60, env={**os.environ, **environment},
@@ -59,14 +59,14 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 @pytest.fixture
 def roles(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a database of the owner's, with the two login roles and one that is neither."""
+    """URL of a database, as its owner, with the two login roles and a third one without privileges."""
     for name in ("HISTORY_WRITER_PASSWORD", "HISTORY_READER_PASSWORD"):
         monkeypatch.setenv(name, _PASSWORD)
-    told = _in_process("init-db").splitlines()
-    assert told[1:] == [f"{login} may log in, with its password." for login in (WORKER, API)]
-    _execute(database_url, "CREATE ROLE a_stranger LOGIN")
+    lines = _in_process("init-db").splitlines()
+    assert lines[1:] == [f"Login {login} is ready, with the password from the settings." for login in (WORKER, API)]
+    _execute(database_url, "CREATE ROLE another_login LOGIN")
     yield database_url
-    _execute(database_url, *[f"DROP OWNED BY {name}; DROP ROLE {name}" for name in (WORKER, API, "a_stranger")])
+    _execute(database_url, *[f"DROP OWNED BY {name}; DROP ROLE {name}" for name in (WORKER, API, "another_login")])
 
 
 _NEW_ROW = """INSERT INTO portfolio_history (event_id, source, snapshot_date, "timestamp", balance, total_invested,
@@ -94,7 +94,7 @@ _CHANGES = [
 
 
 def _refused(url: str, statements: list[str]) -> list[str]:
-    """Those for which the privilege is missing."""
+    """Return the statements for which the privilege is missing."""
     store = create_store_engine(SecretStr(url))
     refused = []
     for statement in statements:
@@ -111,16 +111,18 @@ def _refused(url: str, statements: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("role", "may"), [(WORKER, [*_READS, *_WRITES]), (API, _READS), ("a_stranger", [])], ids=["worker", "api", "nobody"]
+    ("role", "may"),
+    [(WORKER, [*_READS, *_WRITES]), (API, _READS), ("another_login", [])],
+    ids=["worker", "api", "another login"],
 )
-def test_each_role_may_exactly_this(roles: str, role: str, may: list[str]) -> None:
-    """Rows of history are never changed or removed, by neither; nobody makes anything that others would run."""
+def test_each_role_has_exactly_these_privileges(roles: str, role: str, may: list[str]) -> None:
+    """No role can change or delete rows of history, or create objects that others would use."""
     everything = [*_READS, *_WRITES, *_CHANGES]
     assert _refused(_as(roles, role), everything) == [one for one in everything if one not in may]
 
 
 def _become(monkeypatch: pytest.MonkeyPatch, url: str, role: str) -> None:
-    """From now on this process is that role."""
+    """Let this process use that role from now on."""
     engine.reader().dispose()
     engine.engine().dispose()
     engine.engine.cache_clear()
@@ -133,10 +135,10 @@ def _in_process(*arguments: str, status: int = 0) -> str:
     return done.output
 
 
-def test_the_commands_of_a_worker_host_need_no_more_than_the_writer(
+def test_commands_of_a_worker_host_need_only_the_writer(
     roles: str, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Storing, a duplicate, refusing; failed, audit, status, doctor, import, verify, export."""
+    """A worker stores and rejects events; failed, audit, status, doctor, import, verify and export work."""
     _become(monkeypatch, roles, WORKER)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "portfolio_history.json").write_text(
@@ -164,13 +166,13 @@ def test_the_commands_of_a_worker_host_need_no_more_than_the_writer(
     burst(redis)
     for command in ("audit", "history", "archives"):
         _in_process(command, "--json")
-    assert f"{WORKER} may do what a worker does" in CliRunner().invoke(app, ["doctor", "--json"]).output
+    assert f"{WORKER} has all privileges of a worker" in CliRunner().invoke(app, ["doctor", "--json"]).output
 
 
-def test_the_stock_workers_handler_needs_no_more_than_the_writer(
+def test_handler_under_a_stock_worker_needs_only_the_writer(
     roles: str, redis: Redis, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row, a repeat, a refusal."""
+    """It stores an event, finds a duplicate and rejects a job."""
     _become(monkeypatch, roles, WORKER)
     enqueue_snapshots(redis, 2)
     enqueue_snapshots(redis, 1)
@@ -188,10 +190,8 @@ _PATHS = [
 ]  # fmt: skip
 
 
-def test_the_api_and_the_page_need_no_more_than_the_reader(
-    roles: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every path that asks the database answers as it does the owner; doctor says what this role is for."""
+def test_api_and_page_need_only_the_reader(roles: str, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path that reads the database answers as for the owner, and doctor names the use of this role."""
     enqueue_snapshots(redis, 1)
     burst(redis)
     insert_signal_archive({"archived_at": INSTANT, "signals": [a_signal()], "portfolio_id": 1})
@@ -205,12 +205,12 @@ def test_the_api_and_the_page_need_no_more_than_the_reader(
     _become(monkeypatch, roles, API)
     assert statuses() == as_owner
     assert {path: status for path, status in as_owner.items() if status != 200} == {}
-    told = CliRunner().invoke(app, ["doctor", "--json"]).output
-    assert f"{API} may only read: what the API does, not what a worker does" in told
+    output = CliRunner().invoke(app, ["doctor", "--json"]).output
+    assert f"{API} may only read: enough for the API, not for a worker" in output
 
 
-def test_a_password_never_reaches_the_servers_log(pair: Addresses, database_url: str) -> None:
-    """It is there as a SCRAM verifier alone, even with every statement logged; and given again it is a new one."""
+def test_password_never_reaches_the_servers_log(pair: Addresses, database_url: str) -> None:
+    """The log has only a SCRAM verifier, even if every statement is logged. Another run sets another verifier."""
     _execute(database_url, f"ALTER DATABASE {make_url(database_url).database} SET log_statement = 'all'")
     owner = create_store_engine(SecretStr(database_url))
     verifiers = []
@@ -233,16 +233,16 @@ def test_a_password_never_reaches_the_servers_log(pair: Addresses, database_url:
 
 @pytest.fixture
 def without_groups(empty_database_url: str) -> Iterator[str]:
-    """A database of a server whose roles nobody has made yet; those of the other tests are out of the way."""
+    """Database on a server without our roles: those of the other tests are renamed meanwhile."""
     _execute(empty_database_url, *[f"ALTER ROLE {name} RENAME TO away_{name}" for name in (WRITER, READER)])
     yield empty_database_url
     _execute(empty_database_url, *[f"ALTER ROLE away_{name} RENAME TO {name}" for name in (WRITER, READER)])
 
 
-def test_a_role_that_may_not_make_roles_makes_the_tables_all_the_same(
+def test_init_db_without_the_right_to_create_roles_creates_the_tables(
     without_groups: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A plain owner, as on a managed server: a note says so; only asking for a login is an error."""
+    """A managed server may give only a plain owner. init-db prints a note; it fails only if a login is wanted."""
     database = make_url(without_groups).database
     _execute(without_groups, "CREATE ROLE plain_owner LOGIN", f"ALTER DATABASE {database} OWNER TO plain_owner")
     monkeypatch.setenv("DATABASE_URL", _as(without_groups, "plain_owner"))
@@ -253,15 +253,15 @@ def test_a_role_that_may_not_make_roles_makes_the_tables_all_the_same(
 
     assert (done.returncode, done.stderr) == (0, "")
     notes = done.stdout.splitlines()
-    assert [line.partition(" was not made")[0] for line in notes[:2]] == [f"Note: {WRITER}", f"Note: {READER}"]
-    assert notes[-1] == "The tables are there."
+    assert [line.partition(" was not created")[0] for line in notes[:2]] == [f"Note: {WRITER}", f"Note: {READER}"]
+    assert notes[-1] == "The tables are ready."
     assert (asked.returncode, len(asked.stderr.splitlines())) == (1, 1)
     assert f"login role {API} was not created or changed: permission denied" in asked.stderr
     assert _PASSWORD not in asked.stderr
 
 
-def test_several_databases_at_once_make_the_roles_once(pair: Addresses) -> None:
-    """Roles belong to the server: the locks of one database keep nobody out of another."""
+def test_concurrent_init_db_of_several_databases_creates_the_roles_once(pair: Addresses) -> None:
+    """Roles belong to the whole server, where the lock of one database does not protect another."""
     with a_database(pair, "template1") as one, a_database(pair, "template1") as other:
         stores = [create_store_engine(SecretStr(url)) for url in (one, other, one, other)]
         barrier = threading.Barrier(len(stores))

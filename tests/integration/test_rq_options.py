@@ -1,6 +1,6 @@
-"""Each option and command by which RQ starts or steers a HistoryWorker: README's table says what it does, a test that.
+"""RQ's options and commands with HistoryWorker: each does what the table in consumers/worker/RQ.md says.
 
-No way may lose or double an event.
+None of them loses an event or stores it twice.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from producers import entry_sender
 from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
 from tests.deliveries import assert_stored_once, burst, enqueue_snapshots, history_queue
+from tests.documents import block, table
 from tests.factories import a_snapshot
 from tests.integration import test_rq_pool as pool
 from tests.integration import test_worker_control as control
@@ -46,9 +47,8 @@ from tests.rq_programs import WORKER_NAME, registered_workers, rq_process, someb
 pytestmark = pytest.mark.usefixtures("database_url")
 
 OURS = "consumers.worker.HistoryWorker"
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 _SNAPSHOT = "consumers.handlers.record_portfolio_snapshot"
-# Somebody's own classes, each of which leaves a file when it is used.
+# An operator's own classes. Each creates a file when it is used.
 _CLASSES = """
 from pathlib import Path
 import redis, rq, rq.job
@@ -82,7 +82,7 @@ _OWN_CLASSES = """
 
 @pytest.fixture
 def own(tmp_path: Path, redis: Redis) -> Path:
-    """A folder with classes of somebody's own, and with settings for RQ's --config."""
+    """Return a folder with an operator's own classes and a settings file for RQ's --config."""
     folder = tmp_path / "own modules"
     folder.mkdir()
     (folder / "own.py").write_text(_CLASSES)
@@ -96,12 +96,12 @@ def _used(own: Path) -> set[str]:
 
 
 def _reject_one(redis: Redis) -> str:
-    """The id of a job whose event will be rejected."""
+    """Enqueue a job whose event will be rejected, and return its id."""
     return history_queue(redis).enqueue(_SNAPSHOT, "{}").id
 
 
 def _forget_rejection(redis: Redis, job_id: str) -> None:
-    """Check that it is where rejections are, and remove it from there."""
+    """Check that the rejection is in the failed registry and in event_outcomes, and remove it from both."""
     registry = history_queue(redis).failed_job_registry
     assert registry.get_job_ids() == [job_id]
     registry.remove(job_id, delete_job=True)
@@ -109,8 +109,8 @@ def _forget_rejection(redis: Redis, job_id: str) -> None:
         assert db.execute(text("DELETE FROM event_outcomes RETURNING job_id, outcome")).all() == [(job_id, "rejected")]
 
 
-def test_a_burst_with_every_option_that_does_not_hinder_it(redis: Redis, own: Path, tmp_path: Path) -> None:
-    """Those of the process, of its log and of RQ's bookkeeping do as with RQ's own worker; the others do nothing."""
+def test_a_burst_accepts_all_options_at_once(redis: Redis, own: Path, tmp_path: Path) -> None:
+    """Options of the process, its log and RQ's records have the same effect as in RQ's worker; others have none."""
     job_ids = enqueue_snapshots(redis, 3)
     rejected = _reject_one(redis)
     later = history_queue(redis).enqueue_at(datetime(2026, 1, 1, tzinfo=UTC), _SNAPSHOT, "{}")
@@ -135,11 +135,11 @@ def test_a_burst_with_every_option_that_does_not_hinder_it(redis: Redis, own: Pa
     assert_stored_once(redis, 3)
 
 
-def test_the_scheduler_of_the_readme_does_what_the_worker_does_not(redis: Redis) -> None:
-    """A job whose time has come goes to the queue; SIGTERM ends it."""
+def test_the_scheduler_command_of_the_document_enqueues_scheduled_jobs(redis: Redis) -> None:
+    """A job whose time has come goes to the queue. SIGTERM ends the scheduler."""
     event = encode(event_of(a_snapshot(), source="other/1", sequence=0))
     history_queue(redis).enqueue_at(datetime(2026, 1, 1, tzinfo=UTC), _SNAPSHOT, event)
-    (program,) = re.findall(r'python -c "(.*RQScheduler.*)"\n', README)
+    (program,) = re.findall(r'python -c "(.*)"\n', block("consumers/worker/RQ.md", "scheduler"))
     scheduler = subprocess.Popen([sys.executable, "-c", os.path.expandvars(program)], stdout=subprocess.DEVNULL)
     try:
         until(lambda: history_queue(redis).count == 1)
@@ -152,8 +152,8 @@ def test_the_scheduler_of_the_readme_does_what_the_worker_does_not(redis: Redis)
         scheduler.wait()
 
 
-def test_a_limit_of_jobs_ends_it_after_as_many(redis: Redis, tmp_path: Path) -> None:
-    """The rest stays in the queue, in its order. With --quiet, nothing but trouble is in the log."""
+def test_max_jobs_ends_a_worker_after_that_number_of_jobs(redis: Redis, tmp_path: Path) -> None:
+    """The other jobs stay in the queue, in their order. With --quiet, the log has warnings and errors only."""
     job_ids = enqueue_snapshots(redis, 5)
     with rq_process("worker", "--max-jobs", "2", "-q", "-w", OURS, "history", log=tmp_path / "log") as process:
         assert process.wait(30) == 0
@@ -163,8 +163,8 @@ def test_a_limit_of_jobs_ends_it_after_as_many(redis: Redis, tmp_path: Path) -> 
     assert_stored_once(redis, 5)
 
 
-def test_a_limit_of_idle_time_ends_it_and_a_name_is_its_own(redis: Redis, tmp_path: Path) -> None:
-    """Idle since its last event. Whatever --worker-ttl says, RQ knows of its death after two minutes."""
+def test_max_idle_time_ends_a_worker_and_its_name_is_unique(redis: Redis, tmp_path: Path) -> None:
+    """The idle time begins with its last event. A high --worker-ttl is limited: RQ forgets a killed worker in 2 min."""
     options = ["--max-idle-time", "2", "--worker-ttl", "3000", "--verbose", "-w", OURS, "--name", WORKER_NAME]
     log = tmp_path / "log"
     with rq_process("worker", *options, "history", log=log) as process:
@@ -174,13 +174,13 @@ def test_a_limit_of_idle_time_ends_it_and_a_name_is_its_own(redis: Redis, tmp_pa
         with pytest.raises(ValueError, match="active worker named"):
             HistoryWorker([history_queue(redis)], connection=redis, name=WORKER_NAME).work(logging_level="WARNING")
         assert process.wait(30) == 0
-    assert "sent heartbeat" in log.read_text()  # which RQ says at DEBUG
+    assert "sent heartbeat" in log.read_text()  # which RQ logs at DEBUG
     assert registered_workers(redis) == {}
     assert_stored_once(redis, 3)
 
 
-def test_a_pool_in_a_burst_with_every_option(redis: Redis, own: Path, tmp_path: Path) -> None:
-    """It ends when each worker has found the queue empty, with status 0; none is started again."""
+def test_a_pool_in_a_burst_accepts_all_options_at_once(redis: Redis, own: Path, tmp_path: Path) -> None:
+    """It ends with status 0 when each worker has found the queue empty; no worker is started again."""
     enqueue_snapshots(redis, 30)
     rejected = _reject_one(redis)
     log = tmp_path / "log"
@@ -190,7 +190,7 @@ def test_a_pool_in_a_burst_with_every_option(redis: Redis, own: Path, tmp_path: 
 
     lines = log.read_text().splitlines()
     assert _used(own) == {"connection", "queue"}
-    assert sum("started with PID" in line for line in lines) == 4  # each worker says so twice
+    assert sum("started with PID" in line for line in lines) == 4  # each worker logs it twice
     assert sum("does not call exception handlers" in line for line in lines) == 2
     assert sum("stored event" in line for line in lines) == 30
     assert [
@@ -206,8 +206,8 @@ def _construct_in_pool(redis: Redis) -> None:
     os._exit([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != defaults)
 
 
-def test_a_worker_in_a_pool_does_not_begin_with_the_handlers_of_the_pool(redis: Redis) -> None:
-    """They would pass the signal on to its siblings and let it run, as in one that is started again during a stop."""
+def test_a_worker_in_a_pool_does_not_inherit_the_signal_handlers_of_the_pool(redis: Redis) -> None:
+    """With them, a worker that is restarted during a stop would signal the other workers and not end itself."""
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         name = "Worker one (WorkerPool other)"  # as RQ names them
@@ -220,11 +220,11 @@ def test_a_worker_in_a_pool_does_not_begin_with_the_handlers_of_the_pool(redis: 
             signal.signal(number, handler)
 
 
-def test_a_suspended_rq_starts_no_worker_and_ends_the_suspension_in_time(redis: Redis, tmp_path: Path) -> None:
-    """`rq worker` ends with status 1 before it has taken anything; `--duration` resumes by itself."""
+def test_while_rq_is_suspended_no_worker_starts(redis: Redis, tmp_path: Path) -> None:
+    """`rq worker` ends with status 1 and takes no job. With `--duration`, the suspension ends after that time."""
     enqueue_snapshots(redis, 1)
     _invoke("suspend", "--duration", "1")
-    redis.persist("rq:suspended")  # until the command has looked, however long it took to start
+    redis.persist("rq:suspended")  # until the command has read it, however long its start takes
     with rq_process("worker", "-w", OURS, "history", log=tmp_path / "log") as process:
         assert process.wait(30) == 1
     assert "RQ is currently suspended" in (tmp_path / "log").read_text()
@@ -235,8 +235,8 @@ def test_a_suspended_rq_starts_no_worker_and_ends_the_suspension_in_time(redis: 
     assert_stored_once(redis, 1)
 
 
-def test_commands_for_a_running_job_interrupt_none(redis: Redis, tmp_path: Path) -> None:
-    """There is no process for a job alone, and a batch is one transaction: the worker logs them and goes on."""
+def test_commands_for_a_running_job_interrupt_no_job(redis: Redis, tmp_path: Path) -> None:
+    """No job has its own process, and a batch is one transaction: the worker logs the commands and continues."""
     log = tmp_path / "log"
     with rq_process("worker", "--name", WORKER_NAME, "-w", OURS, "history", log=log) as process:
         with get_db() as db:
@@ -248,7 +248,7 @@ def test_commands_for_a_running_job_interrupt_none(redis: Redis, tmp_path: Path)
                 send_stop_job_command(redis, job_id, serializer=JSONSerializer)
             with pytest.raises(InvalidJobOperation):
                 send_stop_execution_command(redis, job_id, "any")
-            # As a program would that does not ask first.
+            # Sent by a program that does not check the job's state first.
             send_command(redis, WORKER_NAME, "stop-job", job_id=job_id)
             send_command(redis, WORKER_NAME, "stop-execution", job_id=job_id, execution_id="any")
             until(lambda: log.read_text().count("command ignored") == 3)
@@ -261,14 +261,14 @@ def test_commands_for_a_running_job_interrupt_none(redis: Redis, tmp_path: Path)
 
 
 def _invoke(command: str, *arguments: str) -> str:
-    """Run `rq <command>` in this process; what it printed."""
+    """Run `rq <command>` in this process and return its output."""
     run = CliRunner().invoke(main, [command, "--url", os.environ["REDIS_URL"], *arguments], catch_exceptions=False)
     assert run.exit_code == 0, run.output
     return run.output
 
 
-def test_a_rejected_event_that_is_requeued_is_decided_anew(redis: Redis) -> None:
-    """Stored when what was in its way is gone, and then no rejection is left; else rejected again."""
+def test_a_rejected_event_that_is_requeued_is_decided_again(redis: Redis) -> None:
+    """If its obstacle is gone, it is stored and no rejection is left; else it is rejected again."""
     enqueue_snapshots(redis, 1)
     other = encode(event_of(a_snapshot(balance="1.5"), source="other/1", sequence=1))
     conflict = history_queue(redis).enqueue(_SNAPSHOT, other)
@@ -286,10 +286,10 @@ def test_a_rejected_event_that_is_requeued_is_decided_anew(redis: Redis) -> None
         assert db.scalar(text("SELECT count(*) FROM event_outcomes")) == 0
 
 
-def test_an_emptied_queue_is_filled_again_by_the_outbox(
+def test_an_outbox_sends_its_events_again_after_rq_empty(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As soon as it looks after what it has sent: the event is one row, and its receipt says so."""
+    """It does so at the next check of its sent entries. The event is one row, and its receipt returns it."""
     monkeypatch.setattr(entry_sender, "_FIRST_CHECK_SECONDS", 0.5)
     receipts = producer.record_many([a_snapshot()])
     until(lambda: history_queue(redis).count == 1)
@@ -300,8 +300,8 @@ def test_an_emptied_queue_is_filled_again_by_the_outbox(
     assert len(get_portfolio_history()) == 1
 
 
-def test_jobs_that_rq_enqueues_itself_are_taken_when_they_are_json(redis: Redis) -> None:
-    """`rq enqueue` pickles unless told otherwise, `rq cron` always: what is pickled is refused unread."""
+def test_jobs_of_rq_enqueue_and_rq_cron_are_accepted_only_as_json(redis: Redis) -> None:
+    """`rq enqueue` pickles by default and `rq cron` always: pickled jobs are rejected unread."""
     event = encode(event_of(a_snapshot(), source="other/1", sequence=0))
     call = ("--queue", "history", _SNAPSHOT, f":{json.dumps(event)}")
     _invoke("enqueue", "--serializer", "json", *call)
@@ -320,9 +320,9 @@ def test_jobs_that_rq_enqueues_itself_are_taken_when_they_are_json(redis: Redis)
     assert len(get_portfolio_history()) == 1
 
 
-_ALL_OPTIONS = test_a_burst_with_every_option_that_does_not_hinder_it
-_POOL_OPTIONS = test_a_pool_in_a_burst_with_every_option
-# Each option of RQ's two commands that start workers, each of its commands, and each message that it has for a worker.
+_ALL_OPTIONS = test_a_burst_accepts_all_options_at_once
+_POOL_OPTIONS = test_a_pool_in_a_burst_accepts_all_options_at_once
+# The options of `rq worker` and `rq worker-pool`, RQ's commands, and its messages for workers: each with its test.
 PROOFS: dict[str, Callable[..., None]] = {
     "--burst": _ALL_OPTIONS,
     "--config": _ALL_OPTIONS,
@@ -338,39 +338,39 @@ PROOFS: dict[str, Callable[..., None]] = {
     "--logging-level": _POOL_OPTIONS,
     "--logging_level": _ALL_OPTIONS,
     "--maintenance-interval": _ALL_OPTIONS,
-    "--max-idle-time": test_a_limit_of_idle_time_ends_it_and_a_name_is_its_own,
-    "--max-jobs": test_a_limit_of_jobs_ends_it_after_as_many,
-    "--name": test_a_limit_of_idle_time_ends_it_and_a_name_is_its_own,
-    "--num-workers": pool.test_a_pool_replaces_a_worker_that_is_killed_and_ends_on_sigterm,
+    "--max-idle-time": test_max_idle_time_ends_a_worker_and_its_name_is_unique,
+    "--max-jobs": test_max_jobs_ends_a_worker_after_that_number_of_jobs,
+    "--name": test_max_idle_time_ends_a_worker_and_its_name_is_unique,
+    "--num-workers": pool.test_a_pool_replaces_a_killed_worker_and_ends_on_sigterm,
     "--path": _POOL_OPTIONS,
     "--pid": _ALL_OPTIONS,
     "--queue-class": _POOL_OPTIONS,
-    "--quiet": test_a_limit_of_jobs_ends_it_after_as_many,
+    "--quiet": test_max_jobs_ends_a_worker_after_that_number_of_jobs,
     "--results-ttl": _ALL_OPTIONS,
     "--serializer": _ALL_OPTIONS,
-    "--url": test_a_limit_of_jobs_ends_it_after_as_many,
-    "--verbose": test_a_limit_of_idle_time_ends_it_and_a_name_is_its_own,
+    "--url": test_max_jobs_ends_a_worker_after_that_number_of_jobs,
+    "--verbose": test_max_idle_time_ends_a_worker_and_its_name_is_unique,
     "--with-scheduler": _ALL_OPTIONS,
     "--worker-class": _ALL_OPTIONS,
-    "--worker-ttl": test_a_limit_of_idle_time_ends_it_and_a_name_is_its_own,
-    "rq cron": test_jobs_that_rq_enqueues_itself_are_taken_when_they_are_json,
-    "rq empty": test_an_emptied_queue_is_filled_again_by_the_outbox,
-    "rq enqueue": test_jobs_that_rq_enqueues_itself_are_taken_when_they_are_json,
-    "rq info": control.test_rqs_commands_may_name_our_class_too,
-    "rq requeue": test_a_rejected_event_that_is_requeued_is_decided_anew,
-    "rq resume": control.test_a_suspended_worker_takes_nothing_new_until_it_is_resumed,
-    "rq suspend": test_a_suspended_rq_starts_no_worker_and_ends_the_suspension_in_time,
+    "--worker-ttl": test_max_idle_time_ends_a_worker_and_its_name_is_unique,
+    "rq cron": test_jobs_of_rq_enqueue_and_rq_cron_are_accepted_only_as_json,
+    "rq empty": test_an_outbox_sends_its_events_again_after_rq_empty,
+    "rq enqueue": test_jobs_of_rq_enqueue_and_rq_cron_are_accepted_only_as_json,
+    "rq info": control.test_rqs_commands_accept_our_class,
+    "rq requeue": test_a_rejected_event_that_is_requeued_is_decided_again,
+    "rq resume": control.test_a_suspended_worker_takes_no_job_until_it_is_resumed,
+    "rq suspend": test_while_rq_is_suspended_no_worker_starts,
     "rq worker": _ALL_OPTIONS,
-    "rq worker-pool": pool.test_a_pool_replaces_a_worker_that_is_killed_and_ends_on_sigterm,
-    "send_kill_horse_command": test_commands_for_a_running_job_interrupt_none,
-    "send_shutdown_command": control.test_after_the_shutdown_command_a_worker_finishes_its_batch,
-    "send_stop_execution_command": test_commands_for_a_running_job_interrupt_none,
-    "send_stop_job_command": test_commands_for_a_running_job_interrupt_none,
+    "rq worker-pool": pool.test_a_pool_replaces_a_killed_worker_and_ends_on_sigterm,
+    "send_kill_horse_command": test_commands_for_a_running_job_interrupt_no_job,
+    "send_shutdown_command": control.test_after_the_shutdown_command_a_worker_completes_its_batch,
+    "send_stop_execution_command": test_commands_for_a_running_job_interrupt_no_job,
+    "send_stop_job_command": test_commands_for_a_running_job_interrupt_no_job,
 }
 
 
-def _of_rq() -> set[str]:
-    """As this version of RQ has them, in its `--help` and in its module of messages for workers."""
+def _names_in_rq() -> set[str]:
+    """Return the options, commands and messages of the installed RQ, from its command line and from rq.command."""
     names = {f"rq {command}" for command in main.commands}
     for command in (main.commands["worker"], main.commands["worker-pool"]):
         parameters = command.get_params(Context(command))
@@ -379,9 +379,27 @@ def _of_rq() -> set[str]:
     return names | {name for name in vars(rq.command) if re.fullmatch(r"send_\w+_command", name)}
 
 
-def test_every_option_and_command_of_rq_is_in_the_readme_and_has_a_test() -> None:
-    """One that a new version of RQ adds, or takes away, is noticed here."""
-    table = README.split("### RQ's options and commands", 1)[1].split("\n#", 1)[0]
-    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    named = re.findall(r"`([^`]+)`", " ".join(firsts))
-    assert sorted(named) == sorted(PROOFS) == sorted(_of_rq())
+def test_every_option_and_command_of_rq_is_documented_and_has_a_test() -> None:
+    """A new version of RQ that adds or removes one makes this fail."""
+    documented = re.findall(r"`([^`]+)`", " ".join(row[0] for row in table("consumers/worker/RQ.md", "options")))
+    assert sorted(documented) == sorted(PROOFS) == sorted(_names_in_rq())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(block("consumers/worker/RQ.md", "start with rq"), id="HistoryWorker"),
+        pytest.param(block("consumers/worker/RQ.md", "start a stock worker"), id="stock worker"),
+    ],
+)
+def test_the_start_commands_of_the_document_store_events_in_any_folder(
+    redis: Redis, tmp_path: Path, command: str
+) -> None:
+    """Also in a folder that has its own package `consumers`, since `rq` searches the working folder last."""
+    (tmp_path / "consumers").mkdir()
+    (tmp_path / "consumers/__init__.py").write_text("raise SystemExit('another package')")
+    enqueue_snapshots(redis, 1)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(f"{command.strip()} --burst", shell=True, check=True, timeout=60, cwd=tmp_path, env=environment)
+    assert_stored_once(redis, 1)

@@ -1,4 +1,4 @@
-"""RQ's own pool, `rq worker-pool`, with HistoryWorker: what dies is started again, and nothing is lost or doubled."""
+"""RQ's pool, `rq worker-pool`, with HistoryWorker: a dead worker is replaced, and each event is stored once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LOCK = text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE")
 
 
 def _sockets(process: psutil.Process) -> set[str]:
-    """The sockets that a process has open, but for what it was given as its standard streams."""
+    """Return the open sockets of a process, without its standard streams."""
     folder = Path(f"/proc/{process.pid}/fd")
     return {link for fd in os.listdir(folder) if int(fd) > 2 if (link := os.readlink(folder / fd)).startswith("socket")}
 
@@ -44,13 +44,13 @@ def _states(redis: Redis) -> set[str]:
     return {as_text(redis.hget(f"rq:worker:{name}", "state") or b"") for name in registered_workers(redis).values()}
 
 
-def test_a_pool_replaces_a_worker_that_is_killed_and_ends_on_sigterm(
+def test_a_pool_replaces_a_killed_worker_and_ends_on_sigterm(
     redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Started during a suspension, by a script in its background: there a shell has it ignore SIGINT.
+    """The pool is started during a suspension, as a background process of a script, which ignores SIGINT.
 
-    No two of its processes share a connection: each worker opens its own, after the fork. The settings give all of them
-    one port for metrics: the first answers there, and the others work without.
+    No two of its processes share a connection: each worker opens its own after the fork. All of them have one metrics
+    port in their settings: the first worker serves metrics there, and the others work without.
     """
     monkeypatch.setenv("HISTORY_METRICS_PORT", str(free_port()))
     suspend(redis)
@@ -80,8 +80,8 @@ def test_a_pool_replaces_a_worker_that_is_killed_and_ends_on_sigterm(
             victim = workers[0].pid
             name = registered_workers(redis)[victim]
             os.kill(victim, signal.SIGKILL)
-            redis.delete(*redis.keys(f"history:lease:history:{name}:*"))  # rather than wait until they run out
-            until(lambda: len(registered_workers(redis)) == 4)  # the dead one stays in RQ's list for two minutes
+            redis.delete(*redis.keys(f"history:lease:history:{name}:*"))  # instead of waiting until they expire
+            until(lambda: len(registered_workers(redis)) == 4)  # the dead worker stays in RQ's list for 2 minutes
         until(lambda: len(get_portfolio_history()) == 30)
         assert f"with pid {victim} is dead" in log.read_text()
 
@@ -93,23 +93,21 @@ def test_a_pool_replaces_a_worker_that_is_killed_and_ends_on_sigterm(
     assert_stored_once(redis, 30)
     assert set(registered_workers(redis)) == {victim}
     assert log.read_text().count("does not run a scheduler") == 4
-    assert log.read_text().count("cannot serve metrics") in (
-        2,
-        3,
-    )  # if the killed one had the port, its successor has it
+    # If the killed worker had the port, then its successor has it.
+    assert log.read_text().count("cannot serve metrics") in (2, 3)
     assert "Traceback" not in log.read_text()
-    assert "sent heartbeat" in log.read_text()  # which RQ says at DEBUG
+    assert "sent heartbeat" in log.read_text()  # which RQ logs at DEBUG
 
 
-def test_a_second_sigint_ends_a_pool_at_once_and_returns_its_work_to_the_queue(redis: Redis, tmp_path: Path) -> None:
-    """As with Ctrl-C twice while the database does not answer."""
+def test_a_second_sigint_ends_a_pool_at_once_and_requeues_its_jobs(redis: Redis, tmp_path: Path) -> None:
+    """An operator presses Ctrl-C twice while the database does not answer."""
     with get_db() as db:
         db.execute(_LOCK)
         enqueue_snapshots(redis, 4)
         with rq_process("worker-pool", "-n", "2", "--quiet", "-w", OURS, "history", log=tmp_path / "log") as pool:
             until(somebody_waits_for_a_lock)
             pool.send_signal(signal.SIGINT)
-            time.sleep(1.2)  # sooner it counts as the same, which the pool and the terminal both send
+            time.sleep(1.2)  # within 1 s it counts as the first one, which the terminal and the pool both send
             pool.send_signal(signal.SIGINT)
             assert pool.wait(10) == 0
         log = (tmp_path / "log").read_text()
@@ -119,8 +117,8 @@ def test_a_second_sigint_ends_a_pool_at_once_and_returns_its_work_to_the_queue(r
     assert_stored_once(redis, 4)
 
 
-def test_a_pool_grows_and_shrinks(redis: Redis) -> None:
-    """By its class: RQ's command cannot. Its process has used the database before, and goes on using it."""
+def test_workers_can_be_added_to_and_removed_from_a_pool(redis: Redis) -> None:
+    """Only RQ's class can do this, not its command. The pool's process uses the database before and after that."""
     pool = WorkerPool(["history"], connection=redis, worker_class=HistoryWorker, serializer=JSONSerializer)
     assert get_portfolio_history() == []
     try:

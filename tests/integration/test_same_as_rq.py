@@ -1,7 +1,7 @@
-"""The same jobs through RQ's own worker and through HistoryWorker leave the same in Redis and in PostgreSQL.
+"""The same jobs leave the same data in Redis and PostgreSQL, whether RQ's worker or HistoryWorker runs them.
 
-Times are compared as the phase of the run that they fall in, row ids as the fact that the row holds. What differs
-is named, with its reason, in a list; whatever is in a list and does not differ any more fails too.
+Times are compared as phases of the run, row ids as the event of the row. Lists name each allowed difference with its
+reason. A difference in a list that no longer occurs makes a test fail too.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ from tests.rq_programs import WORKER_NAME, rq, rq_worker, somebody_waits_for_a_l
 SNAPSHOT_FUNCTION = "consumers.handlers.record_portfolio_snapshot"
 ARCHIVE_FUNCTION = "consumers.handlers.record_signal_archive"
 _REGISTRIES = ("finished", "failed", "started", "deferred", "scheduled", "canceled")
-# Where the ids of the rows begin: no other number in Redis looks like them.
+# First ids of the rows: no other number in Redis looks like them.
 _FIRST_ROW = {"portfolio_history": 71_000_000_001, "signal_archives": 72_000_000_001}
 
-_ONE_LINE = "a refusal is told in one readable line; where in our code it came up helps nobody"
-_NO_RETRY = "what is refused for good is refused at once; RQ tries it again in vain"
-_NO_EXECUTION = "it runs jobs without RQ's executions; its reserved list and its lease stand for them"
-_NOT_FAILED = "what succeeded is not failed any more; RQ leaves it listed, unless it was requeued"
-_NO_GROUPS = "RQ's lock for cleaning its groups; our jobs are in none"
-_BATCH = "it takes many jobs at once, into a list of its own, and marks none of them as started"
+_ONE_LINE = "the reason of a rejection is one readable line, without a traceback of our code"
+_NO_RETRY = "an event is rejected at once; RQ uses the retries of its job in vain"
+_NO_EXECUTION = "a reserved list and a lease replace RQ's executions"
+_NOT_FAILED = "a job that succeeds leaves the failed registry; RQ removes it only if it was requeued"
+_NO_GROUPS = "RQ's lock for the clean-up of groups; our jobs are in no group"
+_BATCH = "it reserves many jobs at once in its own list, and marks no job as started"
 
-_STRAYS = "RQ does not look for jobs that are in no list; one worker of ours does, once a minute"
+_ORPHANS = "RQ does not search for jobs that are in no list; one of our workers does, once a minute"
 ALLOWED_IN_REDIS = [
     Difference("rq:results:*", "* execution_id", "an id", None, _NO_EXECUTION),
     Difference("rq:results:*", "* exc_string form", "traceback", "1 line", _ONE_LINE),
-    Difference("rq:failed:history", "refused-then-sent-anew", "during the run + 31536000 s", None, _NOT_FAILED),
+    Difference("rq:failed:history", "rejected-then-sent-again", "during the run + 31536000 s", None, _NOT_FAILED),
     Difference("rq:job:retry-in-vain", "retries_left", "0", "2", _NO_RETRY),
     Difference("rq:job:retry-in-vain", "enqueued_at", "first work", "first enqueue", _NO_RETRY),
     Difference("rq:clean_groups", TYPE, "string", None, _NO_GROUPS),
     Difference("rq:clean_groups", EXPIRES, "first work + 599 s", None, _NO_GROUPS),
     Difference("rq:clean_groups", "(value)", "1", None, _NO_GROUPS),
-    Difference("history:orphans:history:scanned", TYPE, None, "string", _STRAYS),
-    Difference("history:orphans:history:scanned", EXPIRES, None, "first work + 60 s", _STRAYS),
-    Difference("history:orphans:history:scanned", "(value)", None, "1", _STRAYS),
+    Difference("history:orphans:history:scanned", TYPE, None, "string", _ORPHANS),
+    Difference("history:orphans:history:scanned", EXPIRES, None, "first work + 60 s", _ORPHANS),
+    Difference("history:orphans:history:scanned", "(value)", None, "1", _ORPHANS),
 ]
 ALLOWED_IN_READS = [
     Difference("job *", "exc_string form", "traceback", "1 line", _ONE_LINE),
-    Difference("job refused-then-sent-anew", "in failed registry", "True", "False", _NOT_FAILED),
+    Difference("job rejected-then-sent-again", "in failed registry", "True", "False", _NOT_FAILED),
     Difference("registries", "failed", "11", "10", _NOT_FAILED),
     Difference("job retry-in-vain", "retries_left", "0", "2", _NO_RETRY),
     Difference("job retry-in-vain", "enqueued_at", "first work", "first enqueue", _NO_RETRY),
@@ -92,7 +92,7 @@ def _queue(redis: Redis) -> Queue:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one worker left behind."""
+    """The data that one worker left."""
 
     in_redis: State
     in_reads: State
@@ -100,7 +100,7 @@ class Outcome:
 
 
 class _Run:
-    """One worker class on an empty Redis and empty tables."""
+    """A run of one worker class with an empty Redis and empty tables."""
 
     def __init__(self, redis: Redis, worker_class: type[SimpleWorker]) -> None:
         self._redis = redis
@@ -119,9 +119,9 @@ class _Run:
         with self._phases.phase("second enqueue"):
             self._enqueue_second()
         self._work("second work")
-        facts = _facts()
+        events = _events_of_rows()
         in_redis = state_of(self._redis, self._phases)
-        return Outcome(_named(in_redis, facts), _named(self._reads(), facts), _rows(facts))
+        return Outcome(_named(in_redis, events), _named(self._reads(), events), _rows(events))
 
     def _work(self, phase: str) -> None:
         with self._phases.phase(phase):
@@ -138,7 +138,7 @@ class _Run:
         self._statistics |= {(f"worker after {phase}", name): value for name, value in statistics.items()}
 
     def _enqueue_first(self) -> None:
-        """Every kind of job once, in one queue."""
+        """Enqueue one job of every kind."""
         self._send("snapshot", a_snapshot())
         self._send("archive", an_archive())
         self._send("duplicate", a_snapshot())
@@ -151,7 +151,7 @@ class _Run:
         self._send("failure-ttl-700", "{}", failure_ttl=700)
         self._send("failure-ttl-forever", "{}", failure_ttl=-1)
         self._send("invalid-result-ttl-0", "{}", result_ttl=0)
-        self._send("meta", _at(4), meta={"note": ["a", 1]}, description="as somebody wrote it", job_timeout=77)
+        self._send("meta", _at(4), meta={"note": ["a", 1]}, description="written by a producer", job_timeout=77)
         self._send("meta-invalid", "{}", meta={"note": "b"})
         self._send("deleted", _at(5))
         self._redis.delete(Job.key_for("deleted"))
@@ -161,27 +161,27 @@ class _Run:
         self._send("ttl-invalid", "{}", ttl=3600, failure_ttl=-1)
         for job_id, hour in _SENT_TWICE.items():
             self._send(job_id, _at(hour))
-        self._send("refused-then-sent-anew", "{}")
-        self._send("refused-then-relayed-anew", "{}", failure_ttl=-1)
-        self._send("refused-then-requeued", a_snapshot(balance="2.00"))
+        self._send("rejected-then-sent-again", "{}")
+        self._send("rejected-then-relayed-again", "{}", failure_ttl=-1)
+        self._send("rejected-then-requeued", a_snapshot(balance="2.00"))
 
     def _enqueue_second(self) -> None:
-        """Deliveries that come once more, under their ids, after the first has ended well or badly."""
+        """Enqueue deliveries again, with the same job ids, after they were stored or rejected."""
         self._send("stored-then-sent-again", _at(20))
         self._send("stored-then-sent-again-for-900-s", _at(21), result_ttl=900)
         self._send("stored-then-sent-again-for-ever", _at(22), result_ttl=-1)
         self._send("stored-then-discarded", _at(23), result_ttl=0)
-        self._send("stored-then-refused-for-ever", "{}", failure_ttl=-1)
-        self._send("refused-then-sent-anew", _at(30))
+        self._send("stored-then-rejected-for-ever", "{}", failure_ttl=-1)
+        self._send("rejected-then-sent-again", _at(30))
         failed = self._queue.failed_job_registry
-        self._redis.zrem(failed.key, "refused-then-relayed-anew")
+        self._redis.zrem(failed.key, "rejected-then-relayed-again")
         again = self._text(_at(31))
         self._queue.enqueue_many(
-            [Queue.prepare_data(SNAPSHOT_FUNCTION, args=(again,), job_id="refused-then-relayed-anew", failure_ttl=-1)]
+            [Queue.prepare_data(SNAPSHOT_FUNCTION, args=(again,), job_id="rejected-then-relayed-again", failure_ttl=-1)]
         )
-        with get_db() as db:  # now nothing is in its way any more
+        with get_db() as db:  # now the conflict is gone
             db.execute(text("DELETE FROM portfolio_history WHERE source = 'other/1' AND sequence = 0"))
-        failed.requeue("refused-then-requeued")
+        failed.requeue("rejected-then-requeued")
 
     def _send(self, job_id: str, event: Payload | str, **options: Any) -> None:
         self._job_ids.add(job_id)
@@ -194,7 +194,7 @@ class _Run:
         )
 
     def _reads(self) -> State:
-        """What RQ's interface says of it all."""
+        """Return everything that RQ's interface returns about jobs, registries and workers."""
         failed = self._queue.failed_job_registry.get_job_ids()
         reads = self._statistics | _registries(self._queue)
         for job_id in self._job_ids:
@@ -231,7 +231,7 @@ _SENT_TWICE = {
     "stored-then-sent-again-for-900-s": 21,
     "stored-then-sent-again-for-ever": 22,
     "stored-then-discarded": 23,
-    "stored-then-refused-for-ever": 24,
+    "stored-then-rejected-for-ever": 24,
 }
 
 
@@ -240,7 +240,7 @@ def _at(hours: int) -> Payload:
 
 
 def _empty(redis: Redis) -> None:
-    """Nothing in Redis, no rows, and row ids that cannot be mistaken for another number."""
+    """Empty Redis and the tables, and let row ids begin at numbers that nothing else looks like."""
     redis.flushall()
     with get_db() as db:
         db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes"))
@@ -248,8 +248,8 @@ def _empty(redis: Redis) -> None:
             db.execute(text(f"ALTER TABLE {table} ALTER COLUMN id RESTART WITH {first}"))
 
 
-def _facts() -> dict[str, str]:
-    """Row id → the event that the row holds; a sequence may leave gaps, so the ids themselves mean nothing."""
+def _events_of_rows() -> dict[str, str]:
+    """Return the event of each row id. The ids themselves may differ between runs, since a sequence may have gaps."""
     with get_db() as db:
         return {
             str(row_id): f"row of {event_id}"
@@ -258,21 +258,21 @@ def _facts() -> dict[str, str]:
         }
 
 
-def _with_facts(value: str, facts: dict[str, str]) -> str:
-    return re.sub(r"\b7[12]00000\d{4}\b", lambda found: facts.get(found[0], "a row that is gone"), value)
+def _with_events(value: str, events: dict[str, str]) -> str:
+    return re.sub(r"\b7[12]00000\d{4}\b", lambda found: events.get(found[0], "a deleted row"), value)
 
 
-def _named(state: State, facts: dict[str, str]) -> State:
-    return {place: _with_facts(value, facts) for place, value in state.items()}
+def _named(state: State, events: dict[str, str]) -> State:
+    return {place: _with_events(value, events) for place, value in state.items()}
 
 
-def _rows(facts: dict[str, str]) -> list[str]:
-    """Every row of every table, but for its id and for when it was written."""
+def _rows(events: dict[str, str]) -> list[str]:
+    """Return every row of every table, without its id and the time when it was written."""
     rows = []
     with get_db() as db:
         for table in (*_FIRST_ROW, "event_outcomes"):
             found = db.execute(text(f"SELECT (to_jsonb(t) - 'id' - 'created_at')::text FROM {table} t"))
-            rows += [f"{table} {_with_facts(row, facts)}" for row in found.scalars()]
+            rows += [f"{table} {_with_events(row, events)}" for row in found.scalars()]
     return sorted(rows)
 
 
@@ -283,20 +283,20 @@ def _registries(queue: Queue) -> State:
 
 @pytest.fixture(scope="module")
 def made() -> list[Outcome]:
-    """The outcomes, once some test has made them: no test changes them."""
+    """Outcomes of both workers, made by the first test that needs them; no test changes them."""
     return []
 
 
 @pytest.fixture
 def outcomes(redis: Redis, database_url: str, made: list[Outcome]) -> list[Outcome]:
-    """Of RQ's own worker, and of ours."""
+    """Return the outcomes of RQ's worker and of HistoryWorker."""
     if not made:
         made += [_Run(redis, worker_class).outcome() for worker_class in (SimpleWorker, HistoryWorker)]
     return made
 
 
-def test_an_allowed_difference_has_to_occur_everywhere_and_as_it_says() -> None:
-    """Else the lists would come to allow what nobody has looked at."""
+def test_an_allowed_difference_must_occur_in_each_place_and_exactly_so() -> None:
+    """Otherwise the lists would allow differences that nobody has seen."""
     allowed = [Difference("job *", "status", "finished", "failed", "the reason")]
     differing, same = {("job 1", "status"): "finished"}, {("job 2", "status"): "finished"}
 
@@ -310,22 +310,22 @@ def test_an_allowed_difference_has_to_occur_everywhere_and_as_it_says() -> None:
     assert unexpected({}, {}, allowed) == {("job *", "status"): "does not occur: the reason"}
 
 
-def test_every_key_in_redis_is_as_rqs_own_worker_leaves_it(outcomes: list[Outcome]) -> None:
-    """Keys, types, expiries, fields, members, scores and stream entries, but for what the list allows."""
+def test_every_key_in_redis_equals_that_of_rqs_worker(outcomes: list[Outcome]) -> None:
+    """Keys, types, expiries, fields, members, scores and stream entries are equal, except for allowed differences."""
     rq_outcome, our_outcome = outcomes
 
     assert unexpected(rq_outcome.in_redis, our_outcome.in_redis, ALLOWED_IN_REDIS) == {}
 
 
-def test_every_read_through_rqs_interface_answers_the_same(outcomes: list[Outcome]) -> None:
-    """Jobs, results, registries and the workers' statistics, but for what the list allows."""
+def test_every_read_through_rqs_interface_returns_the_same(outcomes: list[Outcome]) -> None:
+    """Jobs, results, registries and the statistics of workers are equal, except for allowed differences."""
     rq_outcome, our_outcome = outcomes
 
     assert unexpected(rq_outcome.in_reads, our_outcome.in_reads, ALLOWED_IN_READS) == {}
 
 
 def test_the_rows_in_postgresql_are_the_same(outcomes: list[Outcome]) -> None:
-    """Facts and outcomes, without exception."""
+    """Events and outcomes are equal, without exception."""
     rq_outcome, our_outcome = outcomes
 
     assert rq_outcome.in_postgresql == our_outcome.in_postgresql
@@ -335,7 +335,7 @@ _WATCHED = ("one", "two")
 
 
 def _watched(redis: Redis, worker_class: str, log: Path) -> State:
-    """What anybody sees of one worker process while it is idle, busy, idle again, and gone."""
+    """Return the visible state of one worker process while it is idle, busy and idle again, and after its end."""
     _empty(redis)
     queue = _queue(redis)
     with rq_worker(worker_class, log) as process:
@@ -381,8 +381,8 @@ def _seen(redis: Redis, when: str) -> State:
     return {(when, what): value for what, value in seen.items()}
 
 
-def test_a_worker_looks_the_same_from_outside_while_it_runs(redis: Redis, database_url: str, tmp_path: Path) -> None:
-    """Idle, busy and gone: in Worker.all(), in the jobs' states and in `rq info`, but for what the list allows."""
+def test_a_running_worker_has_the_same_visible_state(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """Worker.all(), the states of jobs and `rq info` are equal while it is idle, busy and gone, except as allowed."""
     rq_seen = _watched(redis, "rq.SimpleWorker", tmp_path / "rq.log")
     our_seen = _watched(redis, "consumers.worker.HistoryWorker", tmp_path / "our.log")
 
@@ -395,7 +395,7 @@ def test_a_worker_looks_the_same_from_outside_while_it_runs(redis: Redis, databa
 def test_dependents_of_a_stored_event_run(
     redis: Redis, database_url: str, options: dict[str, Any], worker_class: type[SimpleWorker], others: int
 ) -> None:
-    """Also when nothing is kept of the job itself, by its own wish or because so many others come after it."""
+    """Also if the job itself is not kept: because of its result_ttl, or since many other jobs finish after it."""
     queue = _queue(redis)
     texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(2 + others)])
     first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), job_id="first", **options)
@@ -407,7 +407,7 @@ def test_dependents_of_a_stored_event_run(
     dependent = Job.fetch("dependent", connection=redis, serializer=JSONSerializer)
     assert (dependent.get_status(), len(dependent.results())) == ("finished", 1)
     assert queue.deferred_job_registry.count == 0
-    assert redis.ttl(first.key) <= 600  # gone at once under RQ's worker with a time to live of 0
+    assert redis.ttl(first.key) <= 600  # with a result_ttl of 0, RQ's worker deletes it at once
 
 
 @pytest.mark.parametrize("allow_failure", [True, False])
@@ -415,7 +415,7 @@ def test_dependents_of_a_stored_event_run(
 def test_dependents_of_a_rejected_event_run_if_they_allow_its_failure(
     redis: Redis, database_url: str, worker_class: type[SimpleWorker], allow_failure: bool
 ) -> None:
-    """As RQ decides; others stay deferred until the rejected job is requeued and succeeds."""
+    """RQ decides that. Other dependents stay deferred until the rejected job is requeued and succeeds."""
     queue = _queue(redis)
     rejected = queue.enqueue(SNAPSHOT_FUNCTION, "{}")
     text_of_event = encode(event_of(_at(1), source="other/1", sequence=1))
@@ -427,26 +427,28 @@ def test_dependents_of_a_rejected_event_run_if_they_allow_its_failure(
     assert redis.keys("history:reserved:*") == []
 
 
-@pytest.mark.parametrize("harm", ["repeats too", "failure_ttl 0", "no data", "dependents of another type", "deleted"])
-def test_a_slot_of_a_rate_limit_is_freed_however_its_job_ends(redis: Redis, database_url: str, harm: str) -> None:
-    """The jobs that share the limit have their turn, and are refused too."""
+@pytest.mark.parametrize(
+    "problem", ["repeats too", "failure_ttl 0", "no data", "dependents of another type", "deleted"]
+)
+def test_a_slot_of_a_rate_limit_is_freed_however_its_job_ends(redis: Redis, database_url: str, problem: str) -> None:
+    """The other jobs of the rate limit get the slot, and are rejected too."""
     queue = _queue(redis)
     texts = [encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(3)]
-    options: dict[str, Any] = {"repeat": Repeat(times=2, interval=1)} if harm == "repeats too" else {}
-    options |= {"failure_ttl": 0} if harm == "failure_ttl 0" else {}
+    options: dict[str, Any] = {"repeat": Repeat(times=2, interval=1)} if problem == "repeats too" else {}
+    options |= {"failure_ttl": 0} if problem == "failure_ttl 0" else {}
     limit = RateLimit("one at a time", 1)
     first, *others = (
         queue.enqueue(SNAPSHOT_FUNCTION, one, rate_limit=limit, **(options if n == 0 else {}))
         for n, one in enumerate(texts)
     )
-    if harm == "no data":
+    if problem == "no data":
         redis.hdel(first.key, "data")
-    elif harm == "dependents of another type":
+    elif problem == "dependents of another type":
         redis.set(Job.dependents_key_for(first.id), "x")
-    elif harm == "deleted":
+    elif problem == "deleted":
         redis.delete(first.key)
     worker = HistoryWorker([queue], connection=redis)
-    for _ in range(4):  # with the maintenance that each run begins with
+    for _ in range(4):  # each run begins with maintenance
         worker.work(burst=True, logging_level="CRITICAL")
         worker = HistoryWorker([queue], connection=redis)
     assert {job.get_status() for job in others} == {"failed"}
@@ -456,7 +458,7 @@ def test_a_slot_of_a_rate_limit_is_freed_however_its_job_ends(redis: Redis, data
 def test_dependents_of_a_rejected_job_that_expires_at_once_run(
     redis: Redis, database_url: str, failure_ttl: int
 ) -> None:
-    """The job is kept until RQ has enqueued them."""
+    """The job is kept until RQ has enqueued its dependents."""
     queue = _queue(redis)
     rejected = queue.enqueue(SNAPSHOT_FUNCTION, "{}", failure_ttl=failure_ttl)
     text_of_event = encode(event_of(_at(1), source="other/1", sequence=1))
@@ -466,17 +468,17 @@ def test_dependents_of_a_rejected_job_that_expires_at_once_run(
 
 
 @pytest.mark.parametrize(
-    ("options", "wish"),
+    ("options", "feature"),
     [
         ({"repeat": Repeat(times=1)}, "repetitions"),
         ({"rate_limit": RateLimit("one at a time", 1)}, "a rate limit"),
         ({"on_success": Callback("builtins.print")}, "a callback"),
     ],
 )
-def test_a_job_that_asks_rq_for_more_is_refused_with_the_reason(
-    redis: Redis, database_url: str, options: dict[str, Any], wish: str
+def test_a_job_that_asks_rq_for_more_is_unsupported_with_a_reason(
+    redis: Redis, database_url: str, options: dict[str, Any], feature: str
 ) -> None:
-    """HistoryWorker runs events. Whatever shares the refused job's rate limit has its turn, and is refused too."""
+    """The other jobs of its rate limit get their slots, and are rejected too."""
     queue = _queue(redis)
     texts = [encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(3)]
     jobs = [queue.enqueue(SNAPSHOT_FUNCTION, text_of_event, **options) for text_of_event in texts]
@@ -485,16 +487,16 @@ def test_a_job_that_asks_rq_for_more_is_refused_with_the_reason(
     assert sorted(queue.failed_job_registry.get_job_ids()) == sorted(job.id for job in jobs)
     with get_db() as db:
         reasons = db.execute(text("SELECT DISTINCT reason FROM event_outcomes")).scalars().all()
-    assert reasons == [f"refused: its job asks RQ for {wish}, which is not supported"]
+    assert reasons == [f"unsupported job: it asks RQ for {feature}, which is not supported"]
     assert (queue.count, redis.keys("history:reserved:*")) == (0, [])
 
 
 @pytest.mark.parametrize("others", [0, 2 * KEPT_OF_A_BATCH])
 @pytest.mark.parametrize("worker_class", [SimpleWorker, HistoryWorker])
-def test_a_dependent_that_comes_while_its_job_is_worked_on_runs_too(
+def test_a_dependent_that_is_added_while_its_job_runs_is_enqueued_too(
     redis: Redis, database_url: str, worker_class: type[SimpleWorker], others: int
 ) -> None:
-    """The job's batch was taken when nothing waited for it; what both know of each other expires with them."""
+    """The job had no dependents when it was reserved. The keys that link both jobs expire with them."""
     queue = _queue(redis)
     texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(2 + others)])
     first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts))
@@ -503,8 +505,8 @@ def test_a_dependent_that_comes_while_its_job_is_worked_on_runs_too(
     worker = worker_class([queue], connection=redis, serializer=JSONSerializer)
     working = threading.Thread(target=lambda: worker.work(burst=True, logging_level="CRITICAL"))
     with get_db() as db, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker_class, "_install_signal_handlers", lambda _: None)  # only the main thread may
-        patch.setattr(SimpleWorker, "death_penalty_class", TimerDeathPenalty)  # likewise
+        patch.setattr(worker_class, "_install_signal_handlers", lambda _: None)  # only the main thread can
+        patch.setattr(SimpleWorker, "death_penalty_class", TimerDeathPenalty)  # it uses signals too
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
         working.start()
         until(somebody_waits_for_a_lock)
@@ -516,30 +518,30 @@ def test_a_dependent_that_comes_while_its_job_is_worked_on_runs_too(
     assert [key for key in redis.keys("rq:job:*depend*") if redis.ttl(key) < 0] == []
 
 
-def test_dependents_run_after_a_cut_before_rq_has_enqueued_them(
+def test_dependents_run_although_redis_fails_before_rq_enqueues_them(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The completed job stays reserved until then, and is completed once more."""
+    """The completed job stays reserved, and is completed again."""
     queue = _queue(redis)
     texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(9)])
     first = queue.enqueue(SNAPSHOT_FUNCTION, next(texts), result_ttl=0)
     dependents = [queue.enqueue(SNAPSHOT_FUNCTION, next(texts), depends_on=first) for _ in range(2)]
-    enqueue, cuts = Dependents.enqueue, list[int]()
+    enqueue, failures = Dependents.enqueue, list[int]()
 
-    def enqueue_the_third_time(self: Dependents, job_id: str) -> None:
-        if len(cuts) < 2:
-            cuts.append(1)
-            raise RedisConnectionError("cut")
+    def fail_twice(self: Dependents, job_id: str) -> None:
+        if len(failures) < 2:
+            failures.append(1)
+            raise RedisConnectionError("connection lost")
         enqueue(self, job_id)
 
-    monkeypatch.setattr(Dependents, "enqueue", enqueue_the_third_time)
+    monkeypatch.setattr(Dependents, "enqueue", fail_twice)
     HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
     assert {job.get_status() for job in dependents} == {"finished"}
     assert redis.keys("history:reserved:*") == []
 
 
 def test_jobs_that_rq_left_between_deferred_and_queued_run(redis: Redis, database_url: str) -> None:
-    """As after a crash of the process that moved them."""
+    """This state follows a crash of the process that moved them."""
     queue = _queue(redis)
     job = queue.create_job(SNAPSHOT_FUNCTION, (encode(event_of(_at(1), source="other/1", sequence=1)),))
     job.save()
@@ -549,8 +551,8 @@ def test_jobs_that_rq_left_between_deferred_and_queued_run(redis: Redis, databas
     assert job.get_status() == "finished"
 
 
-def test_a_key_of_a_wrong_type_in_place_of_rqs_registry_stops_no_event(redis: Redis, database_url: str) -> None:
-    """Of those on their way to the queue: what waits for a job waits on, its own event is stored."""
+def test_an_unusable_registry_of_ready_jobs_does_not_prevent_storing(redis: Redis, database_url: str) -> None:
+    """A job that waits for another one keeps waiting; the event of the other job is stored."""
     queue = _queue(redis)
     first = queue.enqueue(SNAPSHOT_FUNCTION, encode(event_of(_at(1), source="other/1", sequence=1)))
     waiting = queue.enqueue(SNAPSHOT_FUNCTION, encode(event_of(_at(2), source="other/1", sequence=2)), depends_on=first)
@@ -560,10 +562,10 @@ def test_a_key_of_a_wrong_type_in_place_of_rqs_registry_stops_no_event(redis: Re
     assert redis.keys("history:reserved:*") == []
 
 
-def test_a_job_that_others_wait_for_is_not_pushed_out_before_they_are_enqueued(
+def test_a_finished_job_is_not_deleted_before_its_dependents_are_enqueued(
     redis: Redis, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By jobs whose results are to be kept longer, when more have finished than are kept."""
+    """Even if more jobs finish than are kept, and the others have a longer result_ttl."""
     monkeypatch.setattr(completion, "KEPT_FINISHED_JOBS", 1)
     queue = _queue(redis)
     texts = iter([encode(event_of(_at(hour), source="other/1", sequence=hour)) for hour in range(6)])

@@ -1,4 +1,4 @@
-"""schema.sql and the connection: what the database refuses, what it is spared, and whose fault an error is."""
+"""schema.sql: applying it, its upgrades and constraints, and the translation of database errors."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def _structure() -> list[tuple[Any, ...]]:
     ("old", "tables"),
     [(FIRST_GENERATION, "portfolio_history, signal_archives"), (SECOND_GENERATION, "portfolio_history")],
 )
-def test_tables_of_the_old_shape_are_left_alone(empty_database_url: str, old: str, tables: str) -> None:
-    """Nothing is added or changed, the error says which tables, and the connection can be used afterwards."""
+def test_apply_schema_does_not_change_tables_of_the_old_shape(empty_database_url: str, old: str, tables: str) -> None:
+    """It raises an error that names them, and the connection can be used afterwards."""
     _execute(old)
     before = _structure()
     with pytest.raises(
@@ -61,8 +61,8 @@ def test_tables_of_the_old_shape_are_left_alone(empty_database_url: str, old: st
     assert _structure() == before
 
 
-def test_the_schema_may_run_again_and_keeps_what_is_there(database_url: str) -> None:
-    """Rows stay."""
+def test_apply_schema_runs_again_and_keeps_rows_and_columns(database_url: str) -> None:
+    """The tables already exist."""
     _execute(
         "INSERT INTO event_outcomes (job_id, outcome, reason) VALUES ('kept', 'rejected', 'why')",
     )
@@ -73,8 +73,8 @@ def test_the_schema_may_run_again_and_keeps_what_is_there(database_url: str) -> 
     assert _structure() == before
 
 
-def test_a_database_from_before_the_outcome_was_renamed_is_upgraded(database_url: str) -> None:
-    """By two at once; the rows keep all else; again, nothing is rewritten; and a worker of before may go on."""
+def test_apply_schema_upgrades_version_1(database_url: str) -> None:
+    """Two sessions do it at once. Only outcomes change, another run rewrites no row, and old workers can insert."""
     _execute(OUTCOMES_BEFORE_DUPLICATE)
     _execute("INSERT INTO event_outcomes (job_id, outcome) SELECT n::text, 'absorbed' FROM generate_series(1, 3) AS n")
     _execute("INSERT INTO event_outcomes (job_id, outcome, reason) VALUES ('4', 'rejected', 'why')")
@@ -105,8 +105,8 @@ def test_a_database_from_before_the_outcome_was_renamed_is_upgraded(database_url
         assert db.execute(text("SELECT count(*) FROM event_outcomes WHERE outcome = 'duplicate'")).scalar() == 4
 
 
-def test_psql_runs_the_schema_too(empty_database_url: str, tmp_path: Path) -> None:
-    """The same file, by the tool that a database administrator has."""
+def test_psql_runs_schema_sql(empty_database_url: str, tmp_path: Path) -> None:
+    """A database administrator can apply the file without this program."""
     from consumers.embedded.installation import installed
 
     (tmp_path / "schema.sql").write_text(schema_sql())
@@ -121,7 +121,7 @@ def test_psql_runs_the_schema_too(empty_database_url: str, tmp_path: Path) -> No
 
 
 def test_every_table_and_column_has_a_comment(database_url: str) -> None:
-    """For who looks with psql or a database browser."""
+    """psql and database browsers show them."""
     uncommented = """
         SELECT c.relname, a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum >= 0
         WHERE c.relkind = 'r' AND c.relnamespace = 'public'::regnamespace AND NOT a.attisdropped
@@ -159,14 +159,14 @@ _ARCHIVE = """
         ),
     ],
 )
-def test_the_database_refuses_by_itself_what_cannot_be(database_url: str, statement: str, constraint: str) -> None:
-    """Whoever writes: the constraint has a name that says what is wrong."""
+def test_constraints_refuse_impossible_rows(database_url: str, statement: str, constraint: str) -> None:
+    """The name of the constraint says what is wrong."""
     with pytest.raises(IntegrityError, match=constraint):
         _execute(statement)
 
 
-def test_an_error_caused_by_values_is_the_events_and_carries_none_of_them(database_url: str) -> None:
-    """SQLSTATE classes 22 and 23, with the constraint's name and without the row."""
+def test_insert_translates_value_errors_to_invalid_event_without_values(database_url: str) -> None:
+    """SQLSTATE classes 22 and 23: the message has the constraint's name, but not the row."""
     _execute("ALTER TABLE portfolio_history ADD CONSTRAINT unlucky CHECK (balance <> 987654)")
     with pytest.raises(InvalidEvent, match=r"unlucky.*SQLSTATE 23514") as caught:
         insert_event(event_of(a_snapshot(balance="987654"), source="other/1", sequence=1))
@@ -180,21 +180,21 @@ def test_an_error_caused_by_values_is_the_events_and_carries_none_of_them(databa
 @pytest.mark.parametrize(
     "statement",
     [
-        "INSERT INTO event_outcomes (job_id, outcome) VALUES ('987654', 'absorbent')",
+        "INSERT INTO event_outcomes (job_id, outcome) VALUES ('987654', 'unknown')",
         "SELECT CAST('987654' AS smallint)",
         _SNAPSHOT.format(balance=987654, open=-1, trades=0),
     ],
 )
-def test_an_error_of_another_statement_is_the_stores(database_url: str, statement: str) -> None:
-    """Of the same classes: a constraint of before must not reject an event; its error carries no values either."""
+def test_value_errors_of_other_statements_are_store_unavailable(database_url: str, statement: str) -> None:
+    """A constraint of an older schema must not reject an event. This error contains no values either."""
     with pytest.raises(StoreUnavailable, match="SQLSTATE 2.*trading-history init-db") as caught, get_db() as db:
         db.execute(text(statement))
     assert caught.value.__cause__ is None
     assert caught.value.one_statement
 
 
-def test_a_schema_of_an_earlier_version_is_waited_for(database_url: str) -> None:
-    """Asked once a connection; what is newer than this program is none of its business."""
+def test_insert_needs_the_schema_version_of_the_program_or_a_newer_one(database_url: str) -> None:
+    """It checks once per connection."""
     event = event_of(a_snapshot(), source="other/1", sequence=1)
     insert_event(event)
     _execute("COMMENT ON TABLE event_outcomes IS 'as it was'")
@@ -220,10 +220,12 @@ def _read_only() -> None:
     engine().dispose()
 
 
-@pytest.mark.parametrize(("trouble", "sqlstate"), [(_without_tables, "42P01"), (_read_only, "25006")])
-def test_everything_else_is_the_stores_trouble(database_url: str, trouble: Callable[[], None], sqlstate: str) -> None:
-    """A missing table, a read-only database: nothing is wrong with the event; the error is the server's first line."""
-    trouble()
+@pytest.mark.parametrize(("break_database", "sqlstate"), [(_without_tables, "42P01"), (_read_only, "25006")])
+def test_other_database_errors_are_store_unavailable(
+    database_url: str, break_database: Callable[[], None], sqlstate: str
+) -> None:
+    """The event is valid if a table is missing or the database is read-only. The message is the server's first line."""
+    break_database()
     with pytest.raises(StoreUnavailable) as caught, get_db() as db:
         db.execute(text(_SNAPSHOT.format(balance=0, open=0, trades=0)))
     original = getattr(caught.value.__cause__, "orig", None)
@@ -232,16 +234,16 @@ def test_everything_else_is_the_stores_trouble(database_url: str, trouble: Calla
     assert str(caught.value) == f"PostgreSQL: {original.diag.message_primary}"
 
 
-def test_an_unreachable_database_is_the_stores_trouble_and_shows_no_password() -> None:
-    """In the error and in everything that it was caused by."""
+def test_error_of_an_unreachable_database_shows_no_password() -> None:
+    """Neither the StoreUnavailable nor its cause contains it."""
     store = create_store_engine(SecretStr("postgresql://me:s3cret@127.0.0.1:1/x"))
     with pytest.raises(StoreUnavailable, match="Connection refused") as caught:
         apply_schema(store)
     assert "s3cret" not in f"{caught.value!r} {caught.value.__cause__!r}"
 
 
-def test_options_in_the_url_are_kept_beside_ours(database_url: str) -> None:
-    """A search_path of the operator's, and times in UTC all the same."""
+def test_engine_keeps_the_options_of_the_url(database_url: str) -> None:
+    """The operator's search_path is set, and the time zone is still UTC."""
     store = create_store_engine(SecretStr(f"{database_url}&options=-csearch_path%3Delsewhere"))
     with store.connect() as db:
         shown = [db.execute(text(f"SHOW {name}")).scalar() for name in ("search_path", "timezone")]
@@ -250,7 +252,7 @@ def test_options_in_the_url_are_kept_beside_ours(database_url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["nonsense", "mysql://host/db"])
-def test_a_url_that_is_none_of_postgresql_is_refused_by_name(url: str) -> None:
-    """Before anything is tried."""
+def test_url_that_is_not_of_postgresql_raises_settings_error(url: str) -> None:
+    """The message names the setting, and no connection is tried."""
     with pytest.raises(SettingsError, match="^DATABASE_URL: "):
         create_store_engine(SecretStr(url))

@@ -1,4 +1,4 @@
-"""`status`: each part by itself, and quick however much has been stored."""
+"""`status`: it reads each part separately, and is fast for any number of rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _execute(*statements: str) -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than 100 rows are many."""
+    """Estimate counts above 100 rows."""
     monkeypatch.setattr(row_counts, "EXACT_UP_TO", 100)
 
 
@@ -58,62 +58,64 @@ def _spoil(outbox: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize("how", ["no database", "of a newer release", "a name too long"])
-def test_an_unreadable_outbox_is_reported_beside_all_else(
+def test_status_reports_an_unreadable_outbox_and_all_other_parts(
     redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """What the database and the queue hold is shown all the same; exit status 1, and --watch goes on."""
+    """Database and queue are still shown. The exit status is 1, and --watch continues."""
     outbox = _spoil(tmp_path / "outbox.db", how)
     monkeypatch.setenv("HISTORY_OUTBOX", str(outbox))
-    facts, healthy = pipeline_status()
-    assert facts["outbox"].startswith(("outbox ", str(outbox)))
-    assert str(outbox) in facts["outbox"]
-    assert (facts["database"], facts["redis"], facts["queued"], healthy) == ("reachable", "reachable", 0, False)
+    values, healthy = pipeline_status()
+    assert values["outbox"].startswith(("outbox ", str(outbox)))
+    assert str(outbox) in values["outbox"]
+    assert (values["database"], values["redis"], values["queued"], healthy) == ("reachable", "reachable", 0, False)
 
     once = subprocess.run([*_PROGRAM, "--json"], capture_output=True, text=True, timeout=60, check=False)
-    assert (once.returncode, once.stderr, json.loads(once.stdout)["outbox"]) == (1, "", facts["outbox"])
+    assert (once.returncode, once.stderr, json.loads(once.stdout)["outbox"]) == (1, "", values["outbox"])
     if how == "no database":
         with subprocess.Popen([*_PROGRAM, "--watch", "--json"], stdout=subprocess.PIPE, text=True) as watching:
             assert watching.stdout is not None
             lines = [json.loads(watching.stdout.readline()) for _ in range(2)]
             watching.kill()
-        assert [line["outbox"] for line in lines] == 2 * [facts["outbox"]]
+        assert [line["outbox"] for line in lines] == 2 * [values["outbox"]]
 
 
-def test_few_rows_are_counted(redis: Redis, database_url: str, few: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also when the statistics say otherwise: 100 of each are no more than 100."""
+def test_few_rows_are_counted_exactly(
+    redis: Redis, database_url: str, few: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also if PostgreSQL's statistics are outdated."""
     _execute(_ROWS.format(table="portfolio_history", count=200), "ANALYZE portfolio_history")
     _execute("DELETE FROM portfolio_history WHERE id > 100", _OUTCOMES.format(outcome="duplicate", count=60))
     _execute(_OUTCOMES.format(outcome="rejected", count=40))
-    facts, _ = pipeline_status()
-    assert [facts[name] for name in _NUMBERS] == [100, 0, 60, 40]
-    assert facts["approximate"] == []
-    print_facts(facts)
+    values, _ = pipeline_status()
+    assert [values[name] for name in _NUMBERS] == [100, 0, 60, 40]
+    assert values["approximate"] == []
+    print_facts(values)
     assert ["approximate", "-"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_of_many_rows_it_tells_about_how_many(
+def test_many_rows_are_estimated(
     redis: Redis, database_url: str, few: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Numbers stay numbers, and which of them are estimates is a fact of its own."""
+    """The counts stay numbers; `approximate` names the estimates."""
     _execute(
         _ROWS.format(table="portfolio_history", count=2000),
         *(_OUTCOMES.format(outcome=outcome, count=count) for outcome, count in (("duplicate", 900), ("rejected", 50))),
         "ANALYZE",
         _ROWS.format(table="portfolio_history", count=2000),
     )
-    facts, _ = pipeline_status()
-    assert facts["approximate"] == ["portfolio_snapshots", "duplicate"]
-    assert facts["portfolio_snapshots"] == pytest.approx(4000, rel=0.1)
-    assert facts["duplicate"] == pytest.approx(900, rel=0.1)
-    assert (facts["signal_archives"], facts["rejected"]) == (0, 50)
-    print_facts(facts)
+    values, _ = pipeline_status()
+    assert values["approximate"] == ["portfolio_snapshots", "duplicate"]
+    assert values["portfolio_snapshots"] == pytest.approx(4000, rel=0.1)
+    assert values["duplicate"] == pytest.approx(900, rel=0.1)
+    assert (values["signal_archives"], values["rejected"]) == (0, 50)
+    print_facts(values)
     assert "approximate          portfolio snapshots, duplicate\n" in capsys.readouterr().out
 
 
-def test_many_rows_that_were_never_analyzed_are_reported_as_many(redis: Redis, database_url: str, few: None) -> None:
-    """The planner then guesses; it is at least what was counted."""
+def test_estimate_without_statistics_is_above_the_limit(redis: Redis, database_url: str, few: None) -> None:
+    """The planner then guesses. The result is at least the number of rows that were counted."""
     _execute(*(_OUTCOMES.format(outcome=outcome, count=150) for outcome in ("duplicate", "rejected")))
-    facts, _ = pipeline_status()
-    assert facts["approximate"] == ["duplicate", "rejected"]
-    assert min(facts["duplicate"], facts["rejected"]) > 100
-    assert {type(facts[name]) for name in _NUMBERS} == {int}
+    values, _ = pipeline_status()
+    assert values["approximate"] == ["duplicate", "rejected"]
+    assert min(values["duplicate"], values["rejected"]) > 100
+    assert {type(values[name]) for name in _NUMBERS} == {int}

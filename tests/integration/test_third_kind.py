@@ -1,4 +1,4 @@
-"""A third kind of event, added as tests/README.md says, is recorded, stored, refused and proven like the other two."""
+"""A third kind of event, added as tests/README.md describes, works like the other two."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from producers.testing import FakeHistory
 from tests.deliveries import burst, history_queue
 from tests.factories import INSTANT, a_snapshot, an_archive
 
-# ---- the first place, producers/events.py: the payload, its envelope, and the row of KINDS
+# ---- step 1, producers/events.py: the payload, its envelope, and the row of KINDS
 
 
 class ClosedTrade(Payload):
-    """A trade at its end."""
+    """A closed trade."""
 
     type: ClassVar[str] = "trading.closed-trade.v1"
     identity: ClassVar[tuple[str, ...]] = ("trade_id",)
@@ -65,7 +65,7 @@ class ClosedTrade(Payload):
 
 
 class ClosedTradeEvent(Event):
-    """A closed trade as it travels."""
+    """Envelope of a closed trade."""
 
     type: Literal["trading.closed-trade.v1"]
     data: ClosedTrade
@@ -85,15 +85,15 @@ CLOSED_TRADE = EventKind(
     ),
 )
 
-# ---- the second place, consumers/handlers.py: the job function
+# ---- step 2, consumers/handlers.py: the job function
 
 
 def record_closed_trade(event: str) -> int:
-    """Store one closed trade and return its row's id."""
+    """Store one closed trade and return the id of its row."""
     return record(event, ClosedTradeEvent)
 
 
-# ---- and the table in schema.sql
+# ---- step 3, schema.sql: the table
 
 _TABLE = """
     CREATE TABLE closed_trades (
@@ -114,7 +114,7 @@ _TABLE = """
     CREATE INDEX closed_trades_of_source ON closed_trades (source, sequence);
 """
 
-# In a process of its own the kind is registered before anything else happens, as if it stood in producers/events.py.
+# A separate process registers the kind first, as if producers/events.py defined it.
 _WITH_THE_KIND = """
 from producers.events import KINDS
 from tests.integration.test_third_kind import CLOSED_TRADE
@@ -135,7 +135,7 @@ def a_trade(trade_id: str = "t-1", **overrides: Any) -> ClosedTrade:
 
 @pytest.fixture(autouse=True)
 def closed_trades(database_url: str) -> Iterator[None]:
-    """The kind is registered, and its table is in the database."""
+    """Register the kind and make its table."""
     with get_db() as db:
         db.exec_driver_sql(_TABLE)
     COUNTS.forget()
@@ -144,7 +144,7 @@ def closed_trades(database_url: str) -> Iterator[None]:
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command `trading-history` in a process that knows the kind."""
+    """Run `trading-history` in a process that registers the kind."""
     return subprocess.run(
         [sys.executable, "-c", _WITH_THE_KIND, *arguments],
         capture_output=True,
@@ -155,12 +155,12 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(params=["HistoryWorker", "HistoryWorker in a process of its own", "SimpleWorker"])
+@pytest.fixture(params=["HistoryWorker", "HistoryWorker in another process", "SimpleWorker"])
 def any_worker(request: pytest.FixtureRequest, redis: Redis, work: Work) -> Work:
-    """Works off the queue."""
+    """A function that processes all queued jobs."""
     workers: dict[str, Work] = {
         "HistoryWorker": lambda: burst(redis),
-        "HistoryWorker in a process of its own": lambda: _run("worker", "--burst").check_returncode(),
+        "HistoryWorker in another process": lambda: _run("worker", "--burst").check_returncode(),
         "SimpleWorker": work,
     }
     return workers[request.param]
@@ -183,10 +183,10 @@ def _record(producer: HistoryProducer, *payloads: Payload) -> list[Receipt]:
     return receipts
 
 
-def test_it_is_stored_beside_the_others(producer: HistoryProducer, any_worker: Work) -> None:
-    """Each in its own table with its values, whatever is in its texts."""
-    odd = r'NULL, {"a\b"} 🌉'
-    payloads = (a_trade(), a_snapshot(), a_trade(odd, profit_loss="0.00000001", portfolio_id=None), an_archive())
+def test_a_third_kind_is_stored_in_its_table(producer: HistoryProducer, any_worker: Work) -> None:
+    """With its values, for any text. The other kinds are stored in theirs."""
+    unusual = r'NULL, {"a\b"} 🌉'
+    payloads = (a_trade(), a_snapshot(), a_trade(unusual, profit_loss="0.00000001", portfolio_id=None), an_archive())
     receipts = _record(producer, *payloads, a_trade("t-2", stopped_out=True))
     any_worker()
 
@@ -196,14 +196,14 @@ def test_it_is_stored_beside_the_others(producer: HistoryProducer, any_worker: W
     columns = ("sequence", "trade_id", "closed_at", "profit_loss", "stopped_out", "portfolio_id")
     assert [tuple(row[name] for name in columns) for row in rows] == [
         (1, "t-1", INSTANT, Decimal("-12.5"), False, 1),
-        (3, odd, INSTANT, Decimal("0.00000001"), False, None),
+        (3, unusual, INSTANT, Decimal("0.00000001"), False, None),
         (5, "t-2", INSTANT, Decimal("-12.5"), True, 1),
     ]
     assert (len(get_portfolio_history()), len(get_recent_signal_archives())) == (1, 1)
 
 
-def test_its_trade_id_says_which_fact_it_is() -> None:
-    """A UUIDv5 of the type and the trade id alone: time and portfolio make no other fact."""
+def test_the_id_of_a_third_kind_is_made_of_its_identity() -> None:
+    """It is a UUIDv5 of the type and the trade id. Time and portfolio make no difference."""
     expected = uuid5(_NAMESPACE, 'trading.closed-trade.v1|"t-1"')
     later = a_trade(closed_at=INSTANT + timedelta(hours=1), portfolio_id=None)
 
@@ -212,12 +212,12 @@ def test_its_trade_id_says_which_fact_it_is() -> None:
     assert CLOSED_TRADE.identity == ("trade_id",)
 
 
-def test_the_same_again_is_a_duplicate_and_other_content_is_refused(
+def test_equal_content_is_a_duplicate_and_other_content_is_rejected(
     producer: HistoryProducer, redis: Redis, any_worker: Work
 ) -> None:
-    """By value, a time by its instant and an absent portfolio like any other; what is stored stays as it is."""
+    """Amounts, instants and absent values are compared by value. The stored row is not changed."""
     berlin = INSTANT.astimezone(timezone(timedelta(hours=1)))
-    first, same, dearer, without, none = _record(
+    first, same, other_amount, without_portfolio, none = _record(
         producer,
         a_trade(),
         a_trade(closed_at=berlin, profit_loss="-12.50"),
@@ -231,7 +231,7 @@ def test_the_same_again_is_a_duplicate_and_other_content_is_refused(
     row_id = first.wait(10)
     conflict = f"event {first.event_id} is stored already as row {row_id} of closed_trades, with other content"
     assert (same.wait(10), again.wait(10)) == (row_id, none.wait(10))
-    assert (_reason(dearer), _reason(without)) == (conflict, conflict)
+    assert (_reason(other_amount), _reason(without_portfolio)) == (conflict, conflict)
     assert [row["profit_loss"] for row in _rows()] == [Decimal("-12.5")] * 2
     assert [(one.kind, one.sequence, one.event_id) for one in rejections(kind="closed-trade")] == [
         ("closed-trade", 3, first.event_id),
@@ -240,7 +240,7 @@ def test_the_same_again_is_a_duplicate_and_other_content_is_refused(
     assert history_queue(redis).failed_job_registry.count == 2
 
 
-def test_a_wrong_one_is_refused_at_the_producer() -> None:
+def test_an_invalid_event_of_a_third_kind_raises_at_the_producer() -> None:
     """The message names the field."""
     with pytest.raises(InvalidEvent, match=r"^profit_loss: is text that is not a number$"):
         a_trade(profit_loss="much")
@@ -256,16 +256,16 @@ def test_a_wrong_one_is_refused_at_the_producer() -> None:
     [
         ({"data": {"profit_loss": -12.5}}, "data.profit_loss: must be a decimal string"),
         ({"data": {"size": 1}}, "data.size: is not a field of this event"),
-        ({"data": {"trade_id": "t-2"}}, "id: is not the id of this type and trade_id"),
+        ({"data": {"trade_id": "t-2"}}, "id: does not match type and trade_id"),
         ({"type": "trading.closed-trade.v2"}, "type: Input should be 'trading.closed-trade.v1'"),
         ({"subject": "x" * 20_000}, "event: is larger than 16 KiB"),
     ],
-    ids=["no amount", "an unknown field", "the id of another", "another version", "too long"],
+    ids=["wrong amount", "unknown field", "id of another event", "another version", "too long"],
 )
-def test_a_wrong_one_of_another_program_is_dead_lettered(
+def test_an_invalid_event_of_another_program_is_dead_lettered(
     redis: Redis, any_worker: Work, change: dict[str, Any], reason: str
 ) -> None:
-    """The worker names the field; the job is in the failed registry and the rejection in the database."""
+    """The reason names the field. The job is in the failed registry and the rejection in the database."""
     event = json.loads(encode(event_of(a_trade(), source="other/1", sequence=7)))
     event = event | change | {"data": event["data"] | change.get("data", {})}
     history_queue(redis).enqueue(CLOSED_TRADE.job_function, json.dumps(event), job_id="wrong")
@@ -278,8 +278,8 @@ def test_a_wrong_one_of_another_program_is_dead_lettered(
     assert _rows() == []
 
 
-def test_commands_show_it_and_send_it_through_again(producer: HistoryProducer, redis: Redis) -> None:
-    """`failed list` knows the kind; a job that Redis has lost is made anew, with the job function of its kind."""
+def test_commands_list_and_requeue_a_third_kind(producer: HistoryProducer, redis: Redis) -> None:
+    """If Redis has lost the job, requeueing makes a new one with the job function of its kind."""
     _record(producer, a_trade(), a_trade(profit_loss=1))
     burst(redis)
     listed = _run("failed", "list", "--kind", "closed-trade", "--json")
@@ -295,23 +295,23 @@ def test_commands_show_it_and_send_it_through_again(producer: HistoryProducer, r
     assert ([row["profit_loss"] for row in _rows()], list(rejections())) == ([Decimal(1)], [])
 
 
-def test_it_is_counted(producer: HistoryProducer, redis: Redis) -> None:
-    """Under its type, from the start with 0."""
+def test_a_third_kind_is_counted(producer: HistoryProducer, redis: Redis) -> None:
+    """Under its type, beginning with 0 for each outcome."""
 
     def counted() -> dict[str, int]:
-        ends = COUNTS.read().results.items()
-        return {outcome: count for (event_type, outcome), count in ends if event_type == ClosedTrade.type}
+        results = COUNTS.read().results.items()
+        return {outcome: count for (event_type, outcome), count in results if event_type == ClosedTrade.type}
 
-    ends = dict.fromkeys(("stored", "duplicate", "conflict", "invalid", "poison"), 0)
-    assert counted() == ends
+    zeros = dict.fromkeys(("stored", "duplicate", "conflict", "invalid", "poison"), 0)
+    assert counted() == zeros
     _record(producer, a_trade(), a_trade("t-2"), a_trade(), a_trade(profit_loss=1))
     history_queue(redis).enqueue(CLOSED_TRADE.job_function, "{}")
     burst(redis)
-    assert counted() == ends | {"stored": 2, "duplicate": 1, "conflict": 1, "invalid": 1}
+    assert counted() == zeros | {"stored": 2, "duplicate": 1, "conflict": 1, "invalid": 1}
 
 
-def test_it_is_proven(producer: HistoryProducer, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The audit finds every row of it, names the number of one that is lost, and one whose number another event has."""
+def test_a_third_kind_is_audited(producer: HistoryProducer, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit reports a missing number, and a number whose row has another event id."""
     receipts = _record(producer, a_trade(), a_snapshot(), a_trade("t-2"), a_trade("t-3"))
     burst(redis)
     for receipt in receipts:
@@ -330,7 +330,7 @@ def test_it_is_proven(producer: HistoryProducer, redis: Redis, monkeypatch: pyte
 
 
 def test_the_row_of_a_delivery_is_found_again(database_url: str) -> None:
-    """As the worker looks for it when its predecessor died after the commit."""
+    """A worker looks for it after another worker died between its commit and the acknowledgement."""
     event = event_of(a_trade(), source="other/1", sequence=7)
     row_id = insert_event(event)
     with get_db() as db:
@@ -338,8 +338,8 @@ def test_the_row_of_a_delivery_is_found_again(database_url: str) -> None:
         assert find_row(db, "other/1", 8, event.id) is None
 
 
-def test_a_taken_row_number_is_not_the_events_fault(database_url: str) -> None:
-    """As after a restore of the rows without their sequence: the store has the trouble, and the event is kept."""
+def test_a_used_row_id_does_not_reject_the_event(database_url: str) -> None:
+    """For example after rows were restored without their identity sequence: the store is unavailable."""
     insert_event(event_of(a_trade(), source="other/1", sequence=1))
     with get_db() as db:
         db.execute(text("SELECT setval(pg_get_serial_sequence('closed_trades', 'id'), 1, false)"))
@@ -347,8 +347,8 @@ def test_a_taken_row_number_is_not_the_events_fault(database_url: str) -> None:
         insert_event(event_of(a_trade("t-2"), source="other/1", sequence=2))
 
 
-def test_the_fake_worker_of_a_controllers_tests_stores_it() -> None:
-    """In the words of the real one."""
+def test_the_fake_worker_stores_a_third_kind() -> None:
+    """Its reason for a rejection is that of a real worker."""
     with FakeHistory() as history:
         receipts = history.producer.record_many([a_trade(), a_snapshot(), a_trade(), a_trade(profit_loss=1)])
         outcomes = history.work()
@@ -357,28 +357,28 @@ def test_the_fake_worker_of_a_controllers_tests_stores_it() -> None:
         assert _reason(receipts[3]).endswith("as row 1 of closed_trades, with other content")
 
 
-def test_the_published_schema_has_it() -> None:
+def test_the_json_schema_has_a_third_kind() -> None:
     event = json.loads(encode(event_of(a_trade(), source="other/1", sequence=7)))
     assert Draft202012Validator(json_schema()).is_valid(event)
     assert not Draft202012Validator(json_schema()).is_valid(event | {"data": {"trade_id": "t-1"}})
 
 
-def test_a_kind_that_is_not_registered_is_refused(producer: HistoryProducer) -> None:
-    """Before anything is written; the message names those that are."""
+def test_an_event_of_an_unregistered_kind_is_invalid(producer: HistoryProducer) -> None:
+    """The message names the registered kinds, and nothing is written."""
 
     class Unknown(ClosedTrade):
         type: ClassVar[str] = "trading.unknown.v1"
 
     with pytest.raises(InvalidEvent, match=r"^event: must be a PortfolioSnapshot or SignalArchive or ClosedTrade, not"):
-        producer.record_many([a_snapshot(), an_archive(), 1])  # type: ignore[list-item]  # which is the point
+        producer.record_many([a_snapshot(), an_archive(), 1])  # type: ignore[list-item]  # the wrong type is tested
     with pytest.raises(InvalidEvent, match="not tests.integration.test_third_kind"):
         producer.record(Unknown(trade_id="t", closed_at=INSTANT, profit_loss=Decimal(1)))
     assert producer.status().depth == 0
 
 
 @pytest.mark.parametrize("name", ["type", "name", "job_function", "table"])
-def test_no_two_kinds_have_the_same_type_name_function_or_table(name: str) -> None:
-    """One of them would take the events of the other."""
+def test_two_kinds_cannot_have_the_same_type_name_function_or_table(name: str) -> None:
+    """Registering the second one raises an error."""
     values: dict[str, Any] = {"name": "other", "job_function": "a.b", "table": "others", "columns": ()}
 
     class OtherTrade(ClosedTrade):

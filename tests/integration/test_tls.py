@@ -1,4 +1,4 @@
-"""TLS to both servers by URL: the right CA works; a wrong one, a wrong name or no CA at all is refused, never plain."""
+"""TLS to both servers by URL: another CA, another host name or no CA is an error, and nothing is sent in plain text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PASSWORD = "tls s3cret/@:"
 
 @dataclass(frozen=True)
 class Certificates:
-    """Files of a CA that signed the servers' certificates, of one that did not, and of the server."""
+    """Files: the CA of the servers' certificate, another CA, and the servers' certificate and key."""
 
     right: Path
     wrong: Path
@@ -51,7 +51,7 @@ class Certificates:
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as name:
-        Path(name).chmod(0o711)  # PostgreSQL's account must get in
+        Path(name).chmod(0o711)  # PostgreSQL's account must reach it
         yield Path(name)
 
 
@@ -67,10 +67,10 @@ def certificates(folder: Path) -> Certificates:
 
 @pytest.fixture(scope="module")
 def postgres_port(folder: Path, certificates: Certificates) -> Iterator[int]:
-    """A PostgreSQL that lets in by TLS and password alone, with the tables and the worker's login."""
+    """Port of a PostgreSQL with the tables and the worker's login, which needs TLS and a password."""
     programs = next((p for p in sorted(Path("/usr/lib/postgresql").glob("*/bin")) if (p / "initdb").exists()), None)
     if programs is None:
-        pytest.fail("no PostgreSQL below /usr/lib/postgresql: apt-get install postgresql-15")
+        pytest.fail("no PostgreSQL in /usr/lib/postgresql: apt-get install postgresql-15")
     installation = replace(installed(), postgres_bin=programs, postgres_version=programs.parent.name)
     account = installation.account
     data, key = folder / "postgres", folder / "postgres.pem"
@@ -103,7 +103,7 @@ def postgres_port(folder: Path, certificates: Certificates) -> Iterator[int]:
 
 @pytest.fixture(scope="module")
 def redis_port(pair: Addresses, certificates: Certificates) -> Iterator[int]:
-    """TLS before the Valkey of this run; who does not speak it is not let through."""
+    """Port of a proxy that accepts only TLS and forwards to the Valkey of this run."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificates.server)
     behind = str(Redis.from_url(pair.redis_url).connection_pool.connection_kwargs["path"])
@@ -139,7 +139,7 @@ def _forward(plain: socket.socket, context: ssl.SSLContext, behind: str) -> None
                 for ready, _ in selector.select():
                     source, sink = ready.fileobj, ready.data
                     assert isinstance(source, socket.socket)
-                    part = source.recv(1 << 17)  # at least a whole TLS record: nothing waits undecrypted
+                    part = source.recv(1 << 17)  # at least one TLS record, so no decrypted bytes stay behind
                     if not part:
                         return
                     sink.sendall(part)
@@ -168,19 +168,19 @@ def _use(monkeypatch: pytest.MonkeyPatch, *, database: str, redis: str) -> None:
     monkeypatch.setenv("REDIS_URL", redis)
 
 
-def _tells_no_secret(message: str) -> None:
+def _has_no_password(message: str) -> None:
     assert _PASSWORD not in message
     assert quote(_PASSWORD, safe="") not in message
 
 
-def test_a_worker_stores_through_tls_with_a_password(
+def test_worker_stores_through_tls_with_a_password(
     redis: Redis,
     postgres_port: int,
     redis_port: int,
     certificates: Certificates,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both servers by URL alone; the connections are encrypted."""
+    """The URLs alone configure it; the connections are encrypted."""
     enqueue_snapshots(redis, 2)
     addresses = {
         "database": _database(postgres_port, certificates.right), "redis": _redis(redis_port, certificates.right),
@@ -191,7 +191,7 @@ def test_a_worker_stores_through_tls_with_a_password(
         env={**os.environ, "DATABASE_URL": addresses["database"], "REDIS_URL": addresses["redis"]},
     )  # fmt: skip
     assert worker.returncode == 0, worker.stderr
-    _tells_no_secret(worker.stderr)
+    _has_no_password(worker.stderr)
     _use(monkeypatch, **addresses)
     assert len(get_portfolio_history()) == 2
     store = create_store_engine(SecretStr(addresses["database"]))
@@ -211,7 +211,7 @@ def test_a_worker_stores_through_tls_with_a_password(
     ],
     ids=["another CA", "another name", "no such file", "plain"],
 )
-def test_a_database_that_is_not_the_right_one_is_refused_in_one_line(
+def test_tls_error_of_postgresql_is_one_line_without_the_password(
     postgres_port: int,
     certificates: Certificates,
     monkeypatch: pytest.MonkeyPatch,
@@ -223,10 +223,10 @@ def test_a_database_that_is_not_the_right_one_is_refused_in_one_line(
 ) -> None:
     path = None if certificate is None else getattr(certificates, certificate, Path("/nowhere/ca.pem"))
     _use(monkeypatch, database=_database(postgres_port, path, host, mode), redis="")
-    with pytest.raises(StoreUnavailable, match="^PostgreSQL: .*" + reason) as refused:
+    with pytest.raises(StoreUnavailable, match="^PostgreSQL: .*" + reason) as caught:
         get_portfolio_history()
-    assert len(str(refused.value).splitlines()) == 1
-    _tells_no_secret(str(refused.value))
+    assert len(str(caught.value).splitlines()) == 1
+    _has_no_password(str(caught.value))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_database_that_is_not_the_right_one_is_refused_in_one_line(
     ],
     ids=["another CA", "another name", "no CA", "no such file", "plain"],
 )
-def test_a_redis_that_is_not_the_right_one_is_refused_in_one_line(
+def test_tls_error_of_redis_is_one_line_in_the_status(
     postgres_port: int,
     redis_port: int,
     certificates: Certificates,
@@ -251,7 +251,7 @@ def test_a_redis_that_is_not_the_right_one_is_refused_in_one_line(
     scheme: str,
     reason: str,
 ) -> None:
-    """Whoever asks for its state is told why; nothing was said to it in plain."""
+    """`status` shows the reason, and the client sends nothing in plain text."""
     path = None if certificate is None else getattr(certificates, certificate, Path("/nowhere/ca.pem"))
     _use(
         monkeypatch,

@@ -1,4 +1,4 @@
-"""A worker's waits for PostgreSQL end, also when the server keeps no limit of its own."""
+"""A worker stops waiting for PostgreSQL after a time limit, even if the server enforces none."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from consumers.db import waits
 from consumers.db.waits import DatabaseWaits
 
 
-def test_waiting_for_a_server_that_accepts_and_never_answers_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """libpq's own connect_timeout does not hold while this waits in its place."""
+def test_connecting_ends_if_the_server_accepts_but_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libpq's own connect_timeout has no effect while DatabaseWaits waits in its place."""
     monkeypatch.setattr(waits, "CONNECT_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server, DatabaseWaits(60, threading.Event()).limited():
         port = server.getsockname()[1]
@@ -22,8 +22,8 @@ def test_waiting_for_a_server_that_accepts_and_never_answers_ends(monkeypatch: p
             psycopg2.connect(host="127.0.0.1", port=port, user="x", dbname="x", sslmode="disable")
 
 
-def test_a_statement_without_an_answer_ends_and_takes_its_connection_along(database_url: str) -> None:
-    """Nobody can know what the server will still say on it."""
+def test_a_statement_without_an_answer_ends_and_closes_its_connection(database_url: str) -> None:
+    """The server may still send an answer, which no later statement may read."""
     limits = DatabaseWaits(1.0, threading.Event())
     with limits.limited():
         connection = psycopg2.connect(database_url)
@@ -33,8 +33,8 @@ def test_a_statement_without_an_answer_ends_and_takes_its_connection_along(datab
         assert limits.seconds(threading.get_ident()) == 0.0
 
 
-def test_after_a_stop_request_it_waits_only_a_little_longer(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what comes within that little is still taken."""
+def test_after_a_stop_request_it_waits_for_a_shorter_time(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer within that time is still read."""
     monkeypatch.setattr(waits, "_STOPPING_SECONDS", 1.5)
     stopping = threading.Event()
     stopping.set()

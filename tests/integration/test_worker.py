@@ -1,4 +1,4 @@
-"""HistoryWorker on real servers: nothing is lost when it dies, and it waits when a server is away."""
+"""HistoryWorker with real servers: no event is lost if it crashes, and it waits while a server is away."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ pytestmark = pytest.mark.usefixtures("database_url")
 
 
 def _batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many deliveries each transaction was tried with from now on."""
+    """Return a list to which the number of deliveries of each later transaction is added."""
     together, sizes = batch._process_together, []
 
     def counted(deliveries: Any, statement_seconds: Any) -> Any:
@@ -75,7 +75,7 @@ def _outcomes() -> list[tuple[Any, ...]]:
 
 @contextmanager
 def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """RQ's own command with our worker class, as an operator starts it."""
+    """Run RQ's own command with our worker class, as an operator starts it, and kill it at the end of the block."""
     command = [sys.executable, "-m", "rq.cli", "worker", "--url", os.environ["REDIS_URL"]]
     process = subprocess.Popen(
         [*command, "--worker-class", "consumers.worker.HistoryWorker", "history"],
@@ -90,8 +90,8 @@ def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> None:
-    """No reserved list, no lease, no owner, no worker; jobs are finished and have the row's id, in their order."""
+def test_a_burst_stores_all_events_and_leaves_no_reservation(redis: Redis) -> None:
+    """No reserved list, lease, owner or worker is left. The jobs are finished, with the ids of their rows in order."""
     job_ids = enqueue_snapshots(redis, completion.KEPT_OF_A_BATCH)
     burst(redis)
 
@@ -107,7 +107,7 @@ def test_a_burst_stores_everything_and_leaves_nothing_behind(redis: Redis) -> No
 
 
 def test_the_number_of_finished_jobs_that_are_kept_is_bounded(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By number: the last ones of a batch and the last ones of all, results included; nothing else of them stays."""
+    """The last of each batch and the last of all are kept, with their results. No key of the others is left."""
     monkeypatch.setattr(completion, "KEPT_OF_A_BATCH", 20)
     monkeypatch.setattr(completion, "KEPT_FINISHED_JOBS", 30)
     monkeypatch.setattr(thread_module, "BATCH_JOBS", 50)
@@ -121,30 +121,30 @@ def test_the_number_of_finished_jobs_that_are_kept_is_bounded(redis: Redis, monk
     assert len(get_portfolio_history()) == 200
 
 
-def test_many_finished_jobs_of_another_worker_are_dropped_in_parts(
+def test_many_finished_jobs_of_a_stock_worker_are_deleted_in_parts(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RQ's own worker bounds them by time alone; more than one script could name at once are there then."""
+    """RQ's own worker limits them by time only, so there can be more than one script call can delete."""
     monkeypatch.setattr(completion, "KEPT_FINISHED_JOBS", 30)
     monkeypatch.setattr(thread_module, "BATCH_JOBS", 20)
     registry = history_queue(redis).finished_job_registry
     with redis.pipeline(transaction=False) as pipe:
         for number in range(9000):
-            pipe.hset(f"rq:job:theirs-{number}", mapping={"status": "finished"})
-            pipe.zadd(registry.key, {f"theirs-{number}": time.time() + 100})
+            pipe.hset(f"rq:job:stock-{number}", mapping={"status": "finished"})
+            pipe.zadd(registry.key, {f"stock-{number}": time.time() + 100})
         pipe.execute()
     enqueue_snapshots(redis, 200)
     burst(redis)
 
     assert registry.count == len(redis.keys("rq:job:*")) == 30
-    assert redis.keys("rq:job:theirs-*") == []
+    assert redis.keys("rq:job:stock-*") == []
     assert len(get_portfolio_history()) == 200
 
 
-def test_redis_keeps_no_more_after_more_events(
+def test_redis_does_not_grow_with_the_number_of_events(
     producer: HistoryProducer, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the last finished jobs a hash and a result each; no acknowledgement, no trace of the others."""
+    """It keeps the hash and the result of the last finished jobs, and no acknowledgement or other key."""
     monkeypatch.setattr(completion, "KEPT_OF_A_BATCH", 20)
     monkeypatch.setattr(completion, "KEPT_FINISHED_JOBS", 30)
     for round_ in range(2):
@@ -160,8 +160,8 @@ def test_redis_keeps_no_more_after_more_events(
         assert kinds.total() < 10
 
 
-def test_one_bad_event_in_a_batch_costs_only_itself(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only the database refuses is found by halving: 1 of 300 takes some 20 transactions, not 300."""
+def test_one_bad_event_in_a_batch_is_rejected_alone(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is halved until the event is alone: 1 of 300 takes some 20 transactions, not 300."""
     job_ids = enqueue_snapshots(redis, 300)
     with get_db() as db:
         db.execute(text("ALTER TABLE portfolio_history ADD CONSTRAINT unlucky CHECK (sequence <> 77)"))
@@ -176,8 +176,8 @@ def test_one_bad_event_in_a_batch_costs_only_itself(redis: Redis, monkeypatch: p
     assert len(sizes) < 25
 
 
-def test_a_batch_may_have_the_same_fact_and_the_same_job_twice(redis: Redis) -> None:
-    """One row; another delivery of the fact is a duplicate, another content refused, the same delivery is its row's."""
+def test_a_batch_can_have_the_same_event_and_the_same_job_twice(redis: Redis) -> None:
+    """There is one row. Another delivery of the event is a duplicate, and other content is a conflict."""
     first, same, other = (
         encode(event_of(a_snapshot(balance=balance), source=f"other/{n}", sequence=7))
         for n, balance in enumerate((1, 1, 2))
@@ -194,8 +194,8 @@ def test_a_batch_may_have_the_same_fact_and_the_same_job_twice(redis: Redis) -> 
     assert redis.keys("history:reserved:*") == []
 
 
-def test_two_workers_with_the_same_facts_in_opposite_order_do_not_lock_each_other_out(redis: Redis) -> None:
-    """Rows go in sorted: no deadlock, and each fact is one row."""
+def test_two_workers_with_the_same_events_in_opposite_order_do_not_deadlock(redis: Redis) -> None:
+    """Rows are inserted in sorted order, so there is no deadlock, and each event is one row."""
     events = [event_of(a_snapshot(after=timedelta(n)), source="other/1", sequence=n) for n in range(500)]
     engine().dispose()
     barrier = threading.Barrier(2)
@@ -213,37 +213,43 @@ def test_two_workers_with_the_same_facts_in_opposite_order_do_not_lock_each_othe
 
 
 def test_only_one_queue_and_a_tested_rq_are_accepted(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise it does not start, and says what to do instead."""
+    """With several queues or another RQ it does not start; the error says what to do instead."""
     with pytest.raises(SettingsError, match="exactly one queue"):
         HistoryWorker(["history", "other"], connection=redis)
     monkeypatch.setattr(worker_module, "VERSION", "3.9.1")
-    with pytest.raises(SettingsError, match=r"tested with RQ 3\.0, this is 3\.9\.1: use RQ's own worker"):
+    with pytest.raises(
+        SettingsError, match=r"tested with RQ 3\.0, but RQ 3\.9\.1 is installed: .* use RQ's own worker"
+    ):
         HistoryWorker(["history"], connection=redis)
 
 
 @pytest.mark.parametrize(
     ("function", "arguments", "reason"),
     [
-        ("os.system", ["touch pwned"], "refused: it names a function that is not one of ours"),
-        ("consumers.handlers.record_portfolio_snapshot", [], "refused: it must have one argument, the event's text"),
+        ("os.system", ["touch pwned"], "unsupported job: it calls a function other than our job functions"),
+        (
+            "consumers.handlers.record_portfolio_snapshot",
+            [],
+            "unsupported job: its call must have one argument, the event's text",
+        ),
         ("consumers.handlers.record_portfolio_snapshot", ["{}"], "specversion: is missing"),
     ],
 )
-def test_a_job_that_is_no_delivery_is_rejected_and_the_rest_is_stored(
+def test_a_job_without_a_valid_event_is_rejected_and_the_others_are_stored(
     redis: Redis, function: str, arguments: list[str], reason: str
 ) -> None:
-    """The reason is the first line of what RQ shows, and stands in event_outcomes."""
-    refused = history_queue(redis).enqueue(function, *arguments)
+    """The reason is in event_outcomes and in the first line that RQ shows."""
+    rejected = history_queue(redis).enqueue(function, *arguments)
     enqueue_snapshots(redis, 2)
     burst(redis)
 
     ((job_id, outcome, recorded),) = _outcomes()
-    assert (job_id, outcome) == (refused.id, "rejected")
+    assert (job_id, outcome) == (rejected.id, "rejected")
     assert str(recorded).startswith(reason)
-    result = refused.latest_result()
+    result = rejected.latest_result()
     assert result is not None
     assert str(recorded) in str(result.exc_string).splitlines()[0]
-    assert history_queue(redis).failed_job_registry.get_job_ids() == [refused.id]
+    assert history_queue(redis).failed_job_registry.get_job_ids() == [rejected.id]
     assert len(get_portfolio_history()) == 2
 
 
@@ -253,7 +259,7 @@ def test_a_job_that_is_no_delivery_is_rejected_and_the_rest_is_stored(
 def test_an_event_is_stored_although_other_fields_of_its_job_are_unreadable(
     redis: Redis, field: str, value: Any
 ) -> None:
-    """Only the data of a job is of interest: the event is stored, and so is the rest."""
+    """The worker reads only the job's data: all events are stored."""
     job_ids = enqueue_snapshots(redis, 3)
     redis.hset(Job.key_for(job_ids[1]), field, value)
     burst(redis)
@@ -264,22 +270,20 @@ def test_an_event_is_stored_although_other_fields_of_its_job_are_unreadable(
 @pytest.mark.parametrize(
     ("field", "value"), [("timeout", "abc"), ("result_ttl", "abc"), ("created_at", "x"), ("webhooks", "x")]
 )
-def test_a_job_that_is_both_unreadable_and_refused_does_not_stop_the_others(
-    redis: Redis, field: str, value: str
-) -> None:
-    """Its failure cannot be written into it; its event is recorded all the same."""
-    refused = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
-    redis.hset(refused.key, field, value)
+def test_an_invalid_event_in_an_unreadable_job_does_not_stop_the_others(redis: Redis, field: str, value: str) -> None:
+    """RQ cannot read its job, but its rejection is recorded, and the job is in the failed registry."""
+    rejected = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
+    redis.hset(rejected.key, field, value)
     enqueue_snapshots(redis, 2)
     burst(redis)
 
-    assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [(refused.id, "rejected")]
-    assert history_queue(redis).failed_job_registry.get_job_ids() == [refused.id]
+    assert [(job_id, outcome) for job_id, outcome, _ in _outcomes()] == [(rejected.id, "rejected")]
+    assert history_queue(redis).failed_job_registry.get_job_ids() == [rejected.id]
     assert len(get_portfolio_history()) == 2
 
 
-def test_max_jobs_may_be_more_than_a_batch(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends after as many, in batches of the usual size."""
+def test_max_jobs_can_be_more_than_a_batch(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker ends after that number of jobs, in batches of the usual size."""
     monkeypatch.setattr(thread_module, "BATCH_JOBS", 10)
     enqueue_snapshots(redis, 40)
     sizes = _batch_sizes(monkeypatch)
@@ -289,20 +293,20 @@ def test_max_jobs_may_be_more_than_a_batch(redis: Redis, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("field", ["created_at", "timeout", "status"])
-def test_a_job_that_cannot_be_read_is_refused_and_stops_nobody(redis: Redis, field: str) -> None:
-    """Without data, whatever else somebody has done to its hash: recorded, failed, and the rest goes on."""
+def test_an_unreadable_job_is_rejected_and_does_not_stop_the_others(redis: Redis, field: str) -> None:
+    """A job without data is rejected and failed, whatever its other fields are; the others are stored."""
     job_ids = enqueue_snapshots(redis, 3)
     redis.hset(Job.key_for(job_ids[1]), field, "garbage")
     redis.hdel(Job.key_for(job_ids[1]), "data")
     burst(redis)
 
-    assert _outcomes() == [(job_ids[1], "rejected", "refused: its job cannot be read")]
+    assert _outcomes() == [(job_ids[1], "rejected", "unsupported job: it cannot be read")]
     assert len(get_portfolio_history()) == 2
     assert history_queue(redis).failed_job_registry.get_job_ids() == [job_ids[1]]
 
 
-def test_a_job_that_is_no_hash_is_refused_too(redis: Redis) -> None:
-    """A string in the place of the job."""
+def test_a_job_whose_key_is_not_a_hash_is_rejected(redis: Redis) -> None:
+    """Its key is a string."""
     job_ids = enqueue_snapshots(redis, 2)
     redis.delete(Job.key_for(job_ids[0]))
     redis.set(Job.key_for(job_ids[0]), "not a hash")
@@ -312,34 +316,34 @@ def test_a_job_that_is_no_hash_is_refused_too(redis: Redis) -> None:
     assert len(get_portfolio_history()) == 1
 
 
-def test_an_error_that_is_redis_own_refuses_no_event(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_redis_itself_rejects_no_event(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is still loading answers each command with an error: that is an outage, not a bad job."""
-    refused = history_queue(redis).enqueue("os.system", "true")
+    rejected = history_queue(redis).enqueue("os.system", "true")
     enqueue_snapshots(redis, 1)
     read, loading = Completion._failed, [True]
 
-    def still_loading(*args: Any) -> Any:
+    def fail_while_loading(*args: Any) -> Any:
         if loading:
             loading.clear()
             raise BusyLoadingError("LOADING")
         return read(*args)
 
-    monkeypatch.setattr(Completion, "_failed", still_loading)
+    monkeypatch.setattr(Completion, "_failed", fail_while_loading)
     HistoryWorker([history_queue(redis)], connection=redis).work(burst=True, logging_level="WARNING")
 
-    assert _outcome_ids() == history_queue(redis).failed_job_registry.get_job_ids() == [refused.id]
+    assert _rejected_ids() == history_queue(redis).failed_job_registry.get_job_ids() == [rejected.id]
     assert len(get_portfolio_history()) == 1
 
 
 def test_the_lease_is_renewed_until_the_reservations_are_released(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM in the middle of a batch: no other worker may take its jobs until the batch has ended."""
+    """After SIGTERM during a batch, no other worker can reserve its jobs until the batch has ended."""
     enqueue_snapshots(redis, 3)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     leases = []
 
-    def stopped_meanwhile(deliveries: Any, statement_seconds: Any) -> Any:
+    def stop_during_batch(deliveries: Any, statement_seconds: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         redis.delete(*redis.keys("history:lease:*") or ["none"])
         deadline = time.monotonic() + 10
@@ -349,23 +353,23 @@ def test_the_lease_is_renewed_until_the_reservations_are_released(
         return process_batch(deliveries)
 
     monkeypatch.setattr(worker_module, "_RENEW_SECONDS", 0.05)
-    monkeypatch.setattr(thread_module, "process_batch", stopped_meanwhile)
+    monkeypatch.setattr(thread_module, "process_batch", stop_during_batch)
     worker.work(burst=True, logging_level="WARNING")
 
     assert leases == [True]
     assert len(get_portfolio_history()) == 3
 
 
-def test_a_worker_that_is_stuck_loses_its_lease(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No progress for long: others may take over what it holds, though its process lives."""
+def test_a_thread_without_progress_loses_its_lease(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker then requeues its jobs, although its process still runs."""
     enqueue_snapshots(redis, 1)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     found: list[Any] = []
 
     def stuck(deliveries: Any, statement_seconds: Any) -> Any:
-        time.sleep(0.4)  # beyond what counts as stuck
+        time.sleep(0.4)  # longer than _STUCK_SECONDS
         redis.delete(*redis.keys("history:lease:*"))
-        time.sleep(0.4)  # several renewals, if there were any
+        time.sleep(0.4)  # enough time for several renewals
         found.append((redis.keys("history:lease:*"), requeue_expired(redis, history_queue(redis))))
         return process_batch(deliveries)
 
@@ -382,7 +386,7 @@ def test_a_worker_that_is_stuck_loses_its_lease(redis: Redis, monkeypatch: pytes
 def test_a_poison_candidate_that_times_out_does_not_delay_the_others(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It comes alone, and goes to the tail alone."""
+    """It runs alone, and only its job goes to the tail of the queue."""
     monkeypatch.setattr(worker_module, "STATEMENT_SECONDS", 0.3)
     job_ids = enqueue_snapshots(redis, 3)
     redis.hset("history:crashes:history", job_ids[0], 0)
@@ -399,22 +403,24 @@ def test_a_poison_candidate_that_times_out_does_not_delay_the_others(
 
 
 def test_pickled_data_is_never_unpickled(redis: Redis) -> None:
-    """A job of a producer with RQ's default serializer is refused; loading it would have made a file."""
+    """A job with RQ's default serializer is rejected. Loading its data would create a file."""
     Queue("history", connection=redis).enqueue("consumers.handlers.record_portfolio_snapshot", _Trap())
     burst(redis)
 
     ((_, outcome, reason),) = _outcomes()
-    assert (outcome, reason) == ("rejected", "refused: its data cannot be read as JSON")
+    assert (outcome, reason) == ("rejected", "unsupported job: its data cannot be read as JSON")
     assert not os.path.exists("pwned")
 
 
 class _Trap:
+    """An object that creates a folder when pickle loads it."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, ("pwned",))
 
 
 def test_the_jobs_of_a_dead_worker_return_to_the_front_and_run_alone(redis: Redis) -> None:
-    """In their order, before later jobs; one at a time, so that a crash counts against one job."""
+    """They keep their order, before later jobs, and run one at a time, so that a crash counts against one job."""
     job_ids = enqueue_snapshots(redis, 5)
     dead = Reservations(redis, history_queue(redis), "dead")
     dead.renew_lease()
@@ -433,8 +439,8 @@ def test_the_jobs_of_a_dead_worker_return_to_the_front_and_run_alone(redis: Redi
     assert redis.keys("history:crashes*") == []
 
 
-def test_a_lease_from_before_redis_clock_was_set_back_ends_in_time(redis: Redis) -> None:
-    """Its owner is dead: without a bound, its jobs would wait as long as the clock has jumped."""
+def test_a_lease_is_shortened_after_redis_clock_was_set_back(redis: Redis) -> None:
+    """Otherwise the jobs of a dead owner would wait for as long as the clock was set back."""
     job_ids = enqueue_snapshots(redis, 2)
     dead = Reservations(redis, history_queue(redis), "dead")
     dead.reserve(2)
@@ -447,8 +453,8 @@ def test_a_lease_from_before_redis_clock_was_set_back_ends_in_time(redis: Redis)
     assert requeue_expired(redis, history_queue(redis)) == job_ids
 
 
-def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) -> None:
-    """Each death alone counts one; then it is rejected, and the queue goes on."""
+def test_a_job_that_crashes_three_workers_alone_is_a_poison_event(redis: Redis) -> None:
+    """Each crash while it runs alone counts. After three it is rejected, and the next job is stored."""
     job_ids = enqueue_snapshots(redis, 2)
     for number in range(POISON_CRASHES):
         dying = Reservations(redis, history_queue(redis), f"dying-{number}")
@@ -465,8 +471,8 @@ def test_a_job_that_kills_three_workers_alone_is_a_poison_event(redis: Redis) ->
     assert len(get_portfolio_history()) == 1
 
 
-def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception that nobody expected counts like a death of the worker."""
+def test_a_defect_on_one_event_rejects_it_after_three_attempts(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unexpected exception counts like a crash. The other event is stored."""
     job_ids = enqueue_snapshots(redis, 2)
     together = batch._process_together
 
@@ -482,10 +488,10 @@ def test_a_defect_of_ours_is_tried_three_times_and_stops_nobody(redis: Redis, mo
     assert len(get_portfolio_history()) == 1
 
 
-def test_without_a_database_in_the_settings_it_ends_and_returns_its_work(
+def test_without_a_database_in_the_settings_it_ends_and_requeues_its_jobs(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waiting would not help; nothing is held against the events."""
+    """Waiting would not help. No crash is counted."""
     job_ids = enqueue_snapshots(redis, 3)
 
     def unset(*arguments: Any, **keywords: Any) -> Any:
@@ -499,8 +505,8 @@ def test_without_a_database_in_the_settings_it_ends_and_returns_its_work(
     assert redis.hgetall("history:crashes:history") == {}
 
 
-def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
-    """Reserved on the server, never heard of here: the next reservation has them again."""
+def test_a_reservation_whose_reply_was_lost_is_returned_again(redis: Redis) -> None:
+    """The jobs are reserved in Redis, but the worker does not know it: the next reservation has them again."""
     job_ids = enqueue_snapshots(redis, 3)
     reservations = Reservations(redis, history_queue(redis), "one")
     reservations.reserve(2)
@@ -508,7 +514,7 @@ def test_an_answer_that_was_lost_costs_nothing(redis: Redis) -> None:
 
 
 def test_orphans_of_stock_workers_are_requeued_not_failed(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One job in the intermediate list, one expired in the started registry."""
+    """One job is in the intermediate list, and one has expired in the started registry."""
     monkeypatch.setattr(orphans, "ORPHAN_SECONDS", 0.0)
     job_ids = enqueue_snapshots(redis, 3)
     queue = history_queue(redis)
@@ -527,8 +533,8 @@ def test_orphans_of_stock_workers_are_requeued_not_failed(redis: Redis, monkeypa
     assert (queue.failed_job_registry.count, redis.exists(queue.intermediate_queue_key)) == (0, 0)
 
 
-def test_the_work_of_a_killed_worker_is_done_by_the_next(redis: Redis, database_url: str) -> None:
-    """kill -9 while it waits for a lock in the middle of an insert; nothing is lost, nothing fails."""
+def test_the_events_of_a_killed_worker_are_stored_by_the_next(redis: Redis, database_url: str) -> None:
+    """It is killed while its insert waits for a lock. No event is lost, and no job fails."""
     with get_db() as db:
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
         with _worker_process() as victim:
@@ -547,22 +553,24 @@ def test_the_work_of_a_killed_worker_is_done_by_the_next(redis: Redis, database_
 
 
 def _backend_of_the_worker() -> int:
-    """The process of PostgreSQL that waits for a lock."""
+    """Return the process id of the PostgreSQL session that waits for a lock."""
     waiting = text("SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as db:
         until(lambda: db.execute(waiting).scalar() is not None)
         return int(db.execute(waiting).scalar_one())
 
 
-def test_a_death_during_a_stall_of_the_database_is_not_held_against_the_job(redis: Redis, database_url: str) -> None:
-    """However often deploys kill a worker that waits for an answer with one job in its hands."""
+def test_a_crash_while_the_database_is_stalled_does_not_count(redis: Redis, database_url: str) -> None:
+    """A deployment can kill any number of workers that wait for the database with one job."""
     (job_id,) = enqueue_snapshots(redis, 1)
     with get_db() as db:
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
         for number in range(3):
             with _worker_process() as victim:
                 until(somebody_waits_for_a_lock)
-                if number:  # it is a poison candidate by now, until the wait shows that it is the database's doing
+                if (
+                    number
+                ):  # now it is a poison candidate, and counts as alone until the wait is long enough to be a stall
                     until(lambda: b"alone" in redis.hvals("history:owners:history"))
                     until(lambda: b"alone" not in redis.hvals("history:owners:history"))
                 victim.kill()
@@ -574,8 +582,8 @@ def test_a_death_during_a_stall_of_the_database_is_not_held_against_the_job(redi
     assert len(get_portfolio_history()) == 1
 
 
-def test_sigterm_ends_it_while_the_database_is_frozen(redis: Redis, database_url: str) -> None:
-    """Connected, but never an answer: what it holds goes back to the queue, and it exits 0."""
+def test_sigterm_ends_a_worker_while_the_database_is_frozen(redis: Redis, database_url: str) -> None:
+    """The server is connected but does not answer: the jobs are requeued, and the worker exits with status 0."""
     with get_db() as db:
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
         with _worker_process() as worker:
@@ -592,10 +600,10 @@ def test_sigterm_ends_it_while_the_database_is_frozen(redis: Redis, database_url
     assert len(get_portfolio_history()) == 3
 
 
-def test_it_waits_for_a_redis_that_is_away_when_it_starts(redis: Redis, database_url: str, tmp_path: Path) -> None:
-    """It says so, and begins when Redis has come."""
+def test_a_worker_that_starts_without_redis_waits_for_it(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """It logs that it waits, and begins when Redis can be reached."""
     enqueue_snapshots(redis, 1)
-    kept: Any = redis.connection_pool.connection_kwargs["path"]
+    path: Any = redis.connection_pool.connection_kwargs["path"]
     with Path(tmp_path / "log").open("wb") as log:
         worker = subprocess.Popen(
             [sys.executable, "-m", "consumers.cli", "worker"],
@@ -604,7 +612,7 @@ def test_it_waits_for_a_redis_that_is_away_when_it_starts(redis: Redis, database
         )
     try:
         until(lambda: b"waits for Redis and tries again" in (tmp_path / "log").read_bytes())
-        with Proxy(tmp_path / "proxy.sock", Path(kept)).running():
+        with Proxy(tmp_path / "proxy.sock", Path(path)).running():
             until(lambda: len(get_portfolio_history()) == 1)
             worker.terminate()
             assert worker.wait(10) == 0
@@ -617,8 +625,8 @@ def _database_number(redis: Redis) -> int:
     return int(redis.connection_pool.connection_kwargs.get("db", 0))
 
 
-def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stock worker died between taking it and noting it; it needs two looks, and others are left alone."""
+def test_a_job_in_no_list_is_requeued(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stock worker died after it had popped the job. Two scans must find it. Other jobs are not changed."""
     monkeypatch.setattr(orphans, "ORPHAN_SECONDS", 0.0)
     job_ids = enqueue_snapshots(redis, 4)
     other = Queue("other", connection=redis).enqueue("os.getpid")
@@ -639,32 +647,32 @@ def test_a_job_in_no_list_at_all_is_found(redis: Redis, monkeypatch: pytest.Monk
     assert Job.fetch(other.id, connection=redis).get_status() == "queued"
 
 
-def test_a_job_in_no_list_is_found_after_redis_clock_was_set_back(
+def test_a_job_in_no_list_is_requeued_after_redis_clock_was_set_back(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was first seen two days from now, and so was the last look."""
+    """By the clock, it was first seen two days in the future, and the last scan was then too."""
     monkeypatch.setattr(orphans, "ORPHAN_SECONDS", 0.0)
     (job_id,) = enqueue_snapshots(redis, 1)
     queue = history_queue(redis)
     redis.lpop(queue.key)
     redis.hset(orphans_key(queue.name), job_id, redis.time()[0] + 2 * 86400)
-    looked = f"{orphans_key(queue.name)}:scanned"
-    redis.set(looked, "1", ex=2 * 86400)
+    scanned = f"{orphans_key(queue.name)}:scanned"
+    redis.set(scanned, "1", ex=2 * 86400)
 
     assert Orphans(redis, queue).requeue() == []
-    assert 0 < redis.ttl(looked) <= 60
-    redis.persist(looked)
+    assert 0 < redis.ttl(scanned) <= 60
+    redis.persist(scanned)
     assert Orphans(redis, queue).requeue() == []
-    assert 0 < redis.ttl(looked) <= 60
+    assert 0 < redis.ttl(scanned) <= 60
     found = []
     for _ in range(2):
-        redis.delete(looked)
+        redis.delete(scanned)
         found.append(Orphans(redis, queue).requeue())
     assert found == [[], [job_id]]
 
 
-def test_sigterm_lets_it_finish_its_batch(redis: Redis, database_url: str) -> None:
-    """Exit status 0, and the worker is gone from RQ's list; while idle it ends within moments."""
+def test_after_sigterm_a_worker_completes_its_batch(redis: Redis, database_url: str) -> None:
+    """It ends with status 0 and leaves RQ's list. An idle worker ends within 5 s."""
     with _worker_process() as worker:
         enqueue_snapshots(redis, 2000)
         until(lambda: len(get_portfolio_history(limit=1)) == 1)
@@ -681,7 +689,7 @@ def test_sigterm_lets_it_finish_its_batch(redis: Redis, database_url: str) -> No
 
 
 def test_a_database_that_was_read_only_is_used_again(redis: Redis, database_url: str) -> None:
-    """A session keeps what it was given at its start: after trouble the worker connects anew."""
+    """A session keeps the settings of its start, so the worker opens a new connection after a failure."""
     name = engine().url.database
     with engine().begin() as db:
         db.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
@@ -696,9 +704,9 @@ def test_a_database_that_was_read_only_is_used_again(redis: Redis, database_url:
         until(lambda: len(get_portfolio_history()) == 2, seconds=30)
 
 
-@pytest.mark.parametrize("unusable", [b"\xff\xfe", b"a\0b", b"x" * 4000, b"odd id", b"a:b", b"a.b", b""])
+@pytest.mark.parametrize("unusable", [b"\xff\xfe", b"a\0b", b"x" * 4000, b"an id", b"a:b", b"a.b", b""])
 def test_an_unusable_job_id_is_quarantined(redis: Redis, unusable: bytes) -> None:
-    """In the queue, with a job or without; the jobs around it are stored."""
+    """It is in the queue, in lists of jobs, and among the owners. The other events are stored."""
     enqueue_snapshots(redis, 2)
     redis.lpush("rq:queue:history", unusable)
     fields: dict[Any, Any] = {"data": "[]", "status": "queued"} | {f"f{number}": "x" for number in range(1100)}
@@ -713,10 +721,10 @@ def test_an_unusable_job_id_is_quarantined(redis: Redis, unusable: bytes) -> Non
     assert redis.lrange("history:quarantine:history", 0, -1)[:1] == [unusable]
 
 
-def test_texts_that_are_much_longer_than_their_jobs_are_taken_one_by_one(
+def test_a_batch_is_limited_by_the_length_of_its_decompressed_texts(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redis has them compressed; the worker's memory and a transaction's length are bounded by what they are."""
+    """Redis has the texts compressed. The limit bounds the worker's memory and the length of a transaction."""
     for number in range(6):
         archive = an_archive(after=timedelta(number), signals=[a_signal(reason="x" * 3_000_000)])
         event = event_of(archive, source="o/1", sequence=number)
@@ -731,7 +739,7 @@ def test_texts_that_are_much_longer_than_their_jobs_are_taken_one_by_one(
 
 @pytest.mark.parametrize("error", ["RAISE EXCEPTION 'a rule'", "RETURN NULL"])
 def test_an_event_that_a_trigger_stops_does_not_stop_the_others(redis: Redis, error: str) -> None:
-    """It is not refused, since nothing is wrong with it, but goes to the tail."""
+    """It is not rejected, since it is valid, but its job goes to the tail of the queue."""
     job_ids = enqueue_snapshots(redis, 20)
     with get_db() as db:
         db.exec_driver_sql(
@@ -750,10 +758,8 @@ def test_an_event_that_a_trigger_stops_does_not_stop_the_others(redis: Redis, er
     assert len(get_portfolio_history()) == 20
 
 
-def test_row_numbers_that_are_taken_are_not_held_against_the_events(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As after a restore that did not bring the sequences along: it waits, and goes on when they are right."""
+def test_a_row_id_that_is_taken_rejects_no_event(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restore without the sequences, the worker waits until they are set, and then stores the events."""
     with get_db() as db:
         db.exec_driver_sql(
             "INSERT INTO portfolio_history (id, event_id, source, snapshot_date, timestamp, balance, total_invested,"
@@ -763,12 +769,12 @@ def test_row_numbers_that_are_taken_are_not_held_against_the_events(
     enqueue_snapshots(redis, 3)
     waited = WorkerThread._wait_for_recovery
 
-    def mend(thread: WorkerThread, error: Any) -> None:
+    def fix(thread: WorkerThread, error: Any) -> None:
         with get_db() as db:
             db.exec_driver_sql("SELECT setval(pg_get_serial_sequence('portfolio_history', 'id'), 50)")
         waited(thread, error)
 
-    monkeypatch.setattr(WorkerThread, "_wait_for_recovery", mend)
+    monkeypatch.setattr(WorkerThread, "_wait_for_recovery", fix)
     burst(redis)
 
     assert (len(get_portfolio_history()), _outcomes()) == (53, [])
@@ -777,7 +783,7 @@ def test_row_numbers_that_are_taken_are_not_held_against_the_events(
 def test_an_event_that_can_neither_be_stored_nor_rejected_is_dead_lettered(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After as many tries as a poison event has it is in the failed registry, with the reason, and stops nobody."""
+    """After the attempts of a poison event, it is in the failed registry with the reason; the others are stored."""
     job_ids = enqueue_snapshots(redis, 3)
     together = batch._process_together
 
@@ -797,8 +803,8 @@ def test_an_event_that_can_neither_be_stored_nor_rejected_is_dead_lettered(
     assert history_queue(redis).count == 0
 
 
-def test_without_tables_it_waits_and_goes_on_by_itself(redis: Redis, database_url: str) -> None:
-    """The work goes back to the queue, the worker says what it waits for, nothing fails."""
+def test_without_tables_a_worker_waits_and_then_continues(redis: Redis, database_url: str) -> None:
+    """It requeues the jobs and shows that it waits for the database. No job fails."""
     with get_db() as db:
         db.execute(text("ALTER TABLE portfolio_history RENAME TO elsewhere"))
     with _worker_process():
@@ -817,20 +823,20 @@ _CONSTRAINTS_BEFORE_DUPLICATE = """
 """
 
 
-@pytest.mark.parametrize("beside", [0, 3])
+@pytest.mark.parametrize("others", [0, 3])
 @pytest.mark.parametrize("before", [OUTCOMES_BEFORE_DUPLICATE, _CONSTRAINTS_BEFORE_DUPLICATE])
 def test_a_database_that_was_not_upgraded_rejects_no_event(
-    redis: Redis, producer: HistoryProducer, caplog: pytest.LogCaptureFixture, before: str, beside: int
+    redis: Redis, producer: HistoryProducer, caplog: pytest.LogCaptureFixture, before: str, others: int
 ) -> None:
-    """A duplicate cannot be recorded there: the worker waits and names init-db, and after that everything is stored."""
+    """It cannot record a duplicate. The worker waits and names init-db; after that all events are stored."""
     with get_db() as db:
         insert_events(db, [event_of(a_snapshot(), source="other/1", sequence=0)])
         db.exec_driver_sql(before)
     engine().dispose()
-    receipts = producer.record_many([a_snapshot(after=timedelta(seconds=n)) for n in range(beside + 1)])
+    receipts = producer.record_many([a_snapshot(after=timedelta(seconds=n)) for n in range(others + 1)])
     producer.flush(10)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
-    worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # only the main thread may
+    worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # only the main thread can
     thread = threading.Thread(target=worker.work, kwargs={"logging_level": "WARNING"})
     thread.start()
     try:
@@ -843,13 +849,11 @@ def test_a_database_that_was_not_upgraded_rejects_no_event(
         worker._stopping.set()
         thread.join(30)
     assert [outcome for _, outcome, _ in _outcomes()] == ["duplicate"]
-    assert len(get_portfolio_history()) == beside + 1
+    assert len(get_portfolio_history()) == others + 1
 
 
-def test_one_event_that_times_out_alone_does_not_hold_up_the_others(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Somebody has its row in an open transaction: it goes to the tail, and is stored when they are gone."""
+def test_an_event_that_times_out_alone_does_not_delay_the_others(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another session has its row in an open transaction. Its job goes to the tail, and is stored after that."""
     monkeypatch.setattr(worker_module, "STATEMENT_SECONDS", 0.3)
     job_ids = enqueue_snapshots(redis, 4)
     administrator = create_store_engine(SecretStr(os.environ["DATABASE_URL"]))
@@ -869,8 +873,8 @@ def test_one_event_that_times_out_alone_does_not_hold_up_the_others(
     assert redis.exists("history:timeouts:history") == 0
 
 
-def test_it_survives_that_redis_loses_everything(redis: Redis, producer: HistoryProducer) -> None:
-    """It registers again and goes on; the outbox sends again what was lost."""
+def test_a_worker_continues_after_redis_lost_everything(redis: Redis, producer: HistoryProducer) -> None:
+    """It registers again, and the outbox sends its events again."""
     with _worker_process():
         assert producer.record(a_snapshot()).wait(20) == 1
         redis.flushall()
@@ -878,8 +882,10 @@ def test_it_survives_that_redis_loses_everything(redis: Redis, producer: History
         until(lambda: len(redis.smembers("rq:workers:history")) == 1)
 
 
-def test_no_clock_of_a_host_decides_which_jobs_are_orphans(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker host whose clock is hours ahead takes nothing from the others: only Redis' clock counts."""
+def test_the_clock_of_a_worker_host_does_not_decide_which_jobs_are_orphans(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only Redis' clock does: a host whose clock is hours ahead requeues no job of others."""
     job_ids = enqueue_snapshots(redis, 2)
     queue = history_queue(redis)
     redis.delete(queue.key)
@@ -892,17 +898,17 @@ def test_no_clock_of_a_host_decides_which_jobs_are_orphans(redis: Redis, monkeyp
     assert Orphans(redis, queue).requeue() == []
 
 
-def test_an_answer_that_takes_too_long_does_not_end_the_ear_for_commands(
+def test_a_timeout_does_not_end_the_thread_that_listens_for_commands(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """RQ's handler survives a lost connection, but not a time-out: nobody could stop such a worker from afar."""
+    """RQ's own handler tolerates a lost connection but not a timeout. The worker would receive no later command."""
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     worker._pubsub_exception_handler(RedisTimeoutError("slow"), None, None)
 
 
-def test_many_entries_that_are_no_ids_end_no_burst(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than a batch of them in front of an event."""
+def test_many_unusable_ids_do_not_end_a_burst(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is more than a batch of them before an event."""
     monkeypatch.setattr(thread_module, "BATCH_JOBS", 10)
     redis.rpush("rq:queue:history", *["no id"] * 35)
     enqueue_snapshots(redis, 1)
@@ -910,7 +916,7 @@ def test_many_entries_that_are_no_ids_end_no_burst(redis: Redis, monkeypatch: py
     assert (len(get_portfolio_history()), redis.llen("history:quarantine:history")) == (1, 35)
 
 
-def _outcome_ids() -> list[str]:
+def _rejected_ids() -> list[str]:
     return [job_id for job_id, outcome, _ in _outcomes() if outcome == "rejected"]
 
 
@@ -931,57 +937,57 @@ def _outcome_ids() -> list[str]:
         "[" * 60_000,
     ],
 )
-def test_dependencies_that_are_none_cost_only_the_job_that_names_them(redis: Redis, value: str) -> None:
-    """It stands in Failed with its reason and its call, in a shape that RQ can read and send again."""
-    refused = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
-    redis.hset(refused.key, "dependency_ids", value)
+def test_unusable_dependencies_affect_only_the_job_that_has_them(redis: Redis, value: str) -> None:
+    """It is in the failed registry with its reason and its call, and RQ can read and requeue it."""
+    rejected = history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", "{}")
+    redis.hset(rejected.key, "dependency_ids", value)
     enqueue_snapshots(redis, 2)
     worker = burst(redis)
 
     assert worker._shared.waits_for is None
-    assert (_outcome_ids(), len(get_portfolio_history())) == ([refused.id], 2)
+    assert (_rejected_ids(), len(get_portfolio_history())) == ([rejected.id], 2)
     queue = history_queue(redis)
-    assert queue.failed_job_registry.get_job_ids() == [refused.id]
-    found = queue.fetch_job(refused.id)
+    assert queue.failed_job_registry.get_job_ids() == [rejected.id]
+    found = queue.fetch_job(rejected.id)
     assert found is not None
     result = found.latest_result()
     assert result is not None
     assert str(result.exc_string).startswith("InvalidEvent: specversion: is missing")
     assert (found.is_failed, found.origin, found.args) == (True, "history", ["{}"])
-    queue.failed_job_registry.requeue(refused.id)
+    queue.failed_job_registry.requeue(rejected.id)
 
 
 def test_a_job_whose_failure_cannot_be_written_does_not_affect_the_others(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever defect of ours it is: an exception, or what redis-py does not send; Redis is not away for that."""
-    refused = [history_queue(redis).enqueue("os.system", str(number)).id for number in range(4)]
+    """The defect is an exception, or a value that redis-py cannot send. It does not count as an outage of Redis."""
+    rejected = [history_queue(redis).enqueue("os.system", str(number)).id for number in range(4)]
     enqueue_snapshots(redis, 3)
     failed_job = Completion._failed_job
 
     def defective(self: Any, job: Any, *args: Any) -> Any:
-        if job.job_id == refused[1]:
+        if job.job_id == rejected[1]:
             raise ZeroDivisionError("a defect")
         found = failed_job(self, job, *args)
-        return found | ({"fields": {b"bytes"}} if job.job_id == refused[2] else {})
+        return found | ({"fields": {b"bytes"}} if job.job_id == rejected[2] else {})
 
     monkeypatch.setattr(Completion, "_failed_job", defective)
     worker = burst(redis)
 
     assert worker._shared.waits_for is None
-    assert (sorted(_outcome_ids()), len(get_portfolio_history())) == (sorted(refused), 3)
-    assert sorted(history_queue(redis).failed_job_registry.get_job_ids()) == sorted(refused)
-    assert redis.hget(Job.key_for(refused[3]), "status") == b"failed"
+    assert (sorted(_rejected_ids()), len(get_portfolio_history())) == (sorted(rejected), 3)
+    assert sorted(history_queue(redis).failed_job_registry.get_job_ids()) == sorted(rejected)
+    assert redis.hget(Job.key_for(rejected[3]), "status") == b"failed"
     assert redis.keys("history:reserved:*") == []
 
 
-def test_many_refused_jobs_cost_few_commands(redis: Redis) -> None:
-    """Junk in front of an event must not keep it waiting: it is refused by the batch."""
+def test_many_unsupported_jobs_cost_few_commands(redis: Redis) -> None:
+    """They are rejected in batches, so that an event behind them does not wait long."""
     history_queue(redis).enqueue_many([Queue.prepare_data("os.system", args=("true",)) for _ in range(300)])
     redis.config_resetstat()
     burst(redis)
 
-    assert len(_outcome_ids()) == history_queue(redis).failed_job_registry.count == 300
+    assert len(_rejected_ids()) == history_queue(redis).failed_job_registry.count == 300
     assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] < 50
 
 
@@ -989,33 +995,33 @@ def test_many_refused_jobs_cost_few_commands(redis: Redis) -> None:
     "key", ["crashes", "timeouts", "owners", "quarantine", "rq:finished", "rq:failed", "rq:results", "ack", "rq:worker"]
 )
 def test_a_key_of_a_wrong_type_is_quarantined(redis: Redis, key: str) -> None:
-    """Without it nothing would be stored any more."""
+    """Otherwise no event would be stored any more."""
     *_, last = enqueue_snapshots(redis, 2)
     redis.rpush("rq:queue:history", "no id")
-    refused = history_queue(redis).enqueue("os.system", "true")
+    rejected = history_queue(redis).enqueue("os.system", "true")
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     names = {"ack": "history:ack:other/1", "rq:results": f"rq:results:{last}", "rq:worker": worker.key}
     name = names.get(key) or (f"{key}:history" if key.startswith("rq:") else f"history:{key}:history")
-    arrive = worker._register
+    register = worker._register
 
-    def arrived(*args: Any) -> bool:
-        there = arrive(*args)
+    def register_then_break_key(*args: Any) -> bool:
+        registered = register(*args)
         redis.delete(name)
         redis.set(name, "x")
-        return there
+        return registered
 
-    worker._register = arrived  # type: ignore[method-assign]  # after all that happens at the start
+    worker._register = register_then_break_key  # type: ignore[method-assign]  # after the start's own steps
     worker.work(burst=True, logging_level="WARNING")
 
-    assert (_outcome_ids(), len(get_portfolio_history())) == ([refused.id], 2)
-    assert history_queue(redis).failed_job_registry.get_job_ids() == [refused.id]
+    assert (_rejected_ids(), len(get_portfolio_history())) == ([rejected.id], 2)
+    assert history_queue(redis).failed_job_registry.get_job_ids() == [rejected.id]
     assert redis.exists(f"{name}:quarantined") == (key != "rq:results")
     assert key != "ack" or redis.hlen(name) == 2
     assert redis.hmget(worker.key, "successful_job_count", "failed_job_count") == [b"2", b"1"]
 
 
-def test_a_crash_is_counted_once_though_the_queue_cannot_be_written(redis: Redis) -> None:
-    """Its key is of another type: the owner's jobs stay where they are until it is gone, and so do the counts."""
+def test_a_crash_is_counted_once_although_the_queue_cannot_be_written(redis: Redis) -> None:
+    """The queue's key has another type: jobs and counts of the owner are unchanged until it is deleted."""
     (job_id,) = enqueue_snapshots(redis, 1)
     dead = Reservations(redis, history_queue(redis), "dead")
     dead.reserve(1)
@@ -1031,7 +1037,7 @@ def test_a_crash_is_counted_once_though_the_queue_cannot_be_written(redis: Redis
 
 
 def test_a_worker_whose_own_key_has_another_type_starts(redis: Redis) -> None:
-    """The key is renamed, as it is in a running worker."""
+    """The key is quarantined, as it is while the worker runs."""
     enqueue_snapshots(redis, 1)
     redis.sadd("rq:worker:named", "x")
     HistoryWorker([history_queue(redis)], "named", connection=redis).work(burst=True, logging_level="WARNING")
@@ -1039,8 +1045,8 @@ def test_a_worker_whose_own_key_has_another_type_starts(redis: Redis) -> None:
     assert redis.smembers("rq:worker:named:quarantined") == {b"x"}
 
 
-def test_unusable_ids_are_kept_though_their_list_has_another_type(redis: Redis) -> None:
-    """The list's key is renamed first."""
+def test_unusable_ids_are_kept_although_their_list_has_another_type(redis: Redis) -> None:
+    """The list's key is quarantined first."""
     redis.rpush("rq:queue:history", "bad:1", "bad:2", "bad:3")
     redis.set("history:quarantine:history", "x")
     enqueue_snapshots(redis, 1)
@@ -1050,20 +1056,20 @@ def test_unusable_ids_are_kept_though_their_list_has_another_type(redis: Redis) 
 
 
 @pytest.mark.parametrize("which", ["crashes", "timeouts"])
-def test_a_count_that_is_no_number_counts_as_none(redis: Redis, which: str) -> None:
-    """Of deaths and of delays: the job runs alone, and the worker goes on."""
+def test_a_count_that_is_not_a_number_counts_as_zero(redis: Redis, which: str) -> None:
+    """This holds for crash counts and timeout counts. The job runs alone and is stored."""
     job_ids = enqueue_snapshots(redis, 2)
     redis.hset(f"history:{which}:history", job_ids[0], "abc")
     burst(redis)
     assert len(get_portfolio_history()) == 2
 
 
-def test_a_queue_that_is_no_list_is_named(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
-    """It is not ours to move; the worker waits, and goes on when it is gone."""
+def test_a_queue_that_is_not_a_list_is_named_in_the_log(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """The worker does not move that key. It waits until the key is deleted, and then continues."""
     redis.set("rq:queue:history", "x")
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     working = threading.Thread(target=lambda: worker.work(burst=True, logging_level="WARNING"))
-    worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # not in a thread
+    worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # only the main thread can
     working.start()
     until(lambda: "rq:queue:history is a string and not a list" in caplog.text)
     redis.delete("rq:queue:history")
@@ -1075,9 +1081,9 @@ def test_a_queue_that_is_no_list_is_named(redis: Redis, caplog: pytest.LogCaptur
 def test_one_unusable_reservation_list_does_not_prevent_recovery_of_the_others(redis: Redis) -> None:
     """It is quarantined; the jobs of the other dead workers are requeued."""
     job_ids = enqueue_snapshots(redis, 3)
-    for owner in ("a-evil", "b-dead", "c-evil", "d-dead"):
+    for owner in ("a-unusable", "b-dead", "c-unusable", "d-dead"):
         redis.hset("history:owners:history", owner, "")
-        if owner.endswith("evil"):
+        if owner.endswith("unusable"):
             redis.set(f"history:reserved:history:{owner}", "x")
         else:
             redis.lmove("rq:queue:history", f"history:reserved:history:{owner}", "RIGHT", "LEFT")
@@ -1086,14 +1092,14 @@ def test_one_unusable_reservation_list_does_not_prevent_recovery_of_the_others(r
     assert redis.hgetall("history:owners:history") == {}
 
 
-def test_an_unusable_entry_among_rqs_workers_ends_no_maintenance(
+def test_an_unusable_entry_in_rqs_list_of_workers_does_not_end_maintenance(
     redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """RQ cannot read its list of workers then: the log says so once, and events are stored."""
+    """RQ cannot read the list: that is logged once, and events are stored."""
     redis.sadd("rq:workers:history", b"\xff", "rq:worker:gone")
     redis.hset("history:owners:history", b"\xff", "")
-    redis.set("history:reserved:history:evil", "x")
-    redis.hset("history:owners:history", "evil", "")
+    redis.set("history:reserved:history:unusable", "x")
+    redis.hset("history:owners:history", "unusable", "")
     assert read_queue(redis, "history").reserved == 0
     enqueue_snapshots(redis, 1)
     burst(redis)
@@ -1105,10 +1111,10 @@ def test_an_unusable_entry_among_rqs_workers_ends_no_maintenance(
     )
 
 
-def test_each_part_of_the_maintenance_goes_on_without_the_others(
+def test_each_step_of_maintenance_runs_although_others_fail(
     redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each is told of once, until it has passed again."""
+    """The failure of a step is logged once, until the step succeeds again."""
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     worker.bootstrap("WARNING")
 
@@ -1128,12 +1134,12 @@ def test_each_part_of_the_maintenance_goes_on_without_the_others(
 
 
 @pytest.mark.parametrize("value", ["garbage", b"\xff", None])
-def test_a_job_that_does_not_tell_since_when_it_waits(redis: Redis, value: Any) -> None:
-    """The age is unknown; everything else is told."""
+def test_the_age_of_a_job_without_a_readable_time_is_unknown(redis: Redis, value: Any) -> None:
+    """The number of queued jobs is known."""
     (job_id,) = enqueue_snapshots(redis, 1)
     if value is None:
         redis.delete(Job.key_for(job_id))
-        redis.set(Job.key_for(job_id), "no hash")
+        redis.set(Job.key_for(job_id), "not a hash")
     else:
         redis.hset(Job.key_for(job_id), "enqueued_at", value)
     health = read_queue(redis, "history")
@@ -1141,7 +1147,7 @@ def test_a_job_that_does_not_tell_since_when_it_waits(redis: Redis, value: Any) 
 
 
 @pytest.mark.parametrize("junk", [b"\xff", b"x", b"1", b"{}", b"[" * 100_000, b'{"command":"stop-job"}'])
-def test_junk_among_its_commands_leaves_the_ear_open(redis: Redis, junk: bytes) -> None:
-    """The thread that listens would end by it, and no later command be heard."""
+def test_an_unusable_command_does_not_end_the_listening_thread(redis: Redis, junk: bytes) -> None:
+    """Otherwise the worker would receive no later command."""
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     worker.handle_payload({"data": junk})

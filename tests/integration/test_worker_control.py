@@ -1,11 +1,16 @@
-"""How operators control a HistoryWorker with RQ's own commands: suspend, resume, shutdown, and looking at it.
+"""Starting a HistoryWorker, and RQ's commands for a running one: suspend, resume, shutdown, info.
 
-Where RQ's own worker stands beside it, it is the measure.
+A test that runs with both worker classes expects of HistoryWorker what RQ's own worker does.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import subprocess
+import sys
+import tomllib
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,12 +26,14 @@ from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
 from consumers.worker.history_worker import HistoryWorker
 from producers.events import encode, event_of
+from tests.documents import block
 from tests.factories import a_snapshot
 from tests.rq_programs import WORKER_NAME, ignoring, rq, rq_worker, somebody_waits_for_a_lock, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
 OURS = "consumers.worker.HistoryWorker"
+ROOT = Path(__file__).parents[2]
 
 
 def _queue(redis: Redis) -> Queue:
@@ -43,23 +50,23 @@ def _states(redis: Redis) -> list[str]:
     return [worker.get_state() for worker in Worker.all(connection=redis)]
 
 
-def _looks_again(redis: Redis) -> None:
-    """Return once the suspended worker has looked twice whether it still is: each look is a heartbeat."""
+def _wait_for_two_checks(redis: Redis) -> None:
+    """Return after the suspended worker has checked twice whether it still is: each check writes a heartbeat."""
     key = f"rq:worker:{WORKER_NAME}"
     for _ in range(2):
         before = redis.hget(key, "last_heartbeat")
         until(lambda before=before: redis.hget(key, "last_heartbeat") != before)  # type: ignore[misc]
 
 
-def test_a_suspended_worker_takes_nothing_new_until_it_is_resumed(redis: Redis, tmp_path: Path) -> None:
-    """`rq suspend` and `rq resume`; its state says so meanwhile."""
+def test_a_suspended_worker_takes_no_job_until_it_is_resumed(redis: Redis, tmp_path: Path) -> None:
+    """After `rq suspend` its state is suspended; after `rq resume` it works again."""
     with rq_worker(OURS, tmp_path / "log"):
         _enqueue(redis, 0)
         until(lambda: len(get_portfolio_history()) == 1 and _states(redis) == ["idle"])
         rq("suspend")
         until(lambda: _states(redis) == ["suspended"])
         _enqueue(redis, 1, 2)
-        _looks_again(redis)
+        _wait_for_two_checks(redis)
         assert (_queue(redis).job_ids, _states(redis)) == (["job-1", "job-2"], ["suspended"])
         assert len(get_portfolio_history()) == 1
 
@@ -68,8 +75,8 @@ def test_a_suspended_worker_takes_nothing_new_until_it_is_resumed(redis: Redis, 
     assert _queue(redis).finished_job_registry.count == 3
 
 
-def test_a_suspended_worker_that_is_stopped_takes_nothing_on_its_way_out(redis: Redis, tmp_path: Path) -> None:
-    """SIGTERM: exit status 0, and the queue is as it was."""
+def test_a_suspended_worker_takes_no_job_when_it_is_stopped(redis: Redis, tmp_path: Path) -> None:
+    """After SIGTERM, it ends with status 0, and the queue is unchanged."""
     with rq_worker(OURS, tmp_path / "log") as process:
         until(lambda: _states(redis) == ["idle"])
         suspend(redis)
@@ -83,7 +90,7 @@ def test_a_suspended_worker_that_is_stopped_takes_nothing_on_its_way_out(redis: 
 
 @pytest.mark.parametrize("worker_class", [SimpleWorker, HistoryWorker])
 def test_a_burst_during_a_suspension_ends_at_once(redis: Redis, worker_class: type[SimpleWorker]) -> None:
-    """Without an error: it has done nothing, and says so."""
+    """`work` returns False, since no job was completed, and raises no error."""
     suspend(redis)
     _enqueue(redis, 1)
     worker = worker_class([_queue(redis)], connection=redis, serializer=JSONSerializer)
@@ -94,7 +101,7 @@ def test_a_burst_during_a_suspension_ends_at_once(redis: Redis, worker_class: ty
 
 
 def test_the_shutdown_command_ends_an_idle_worker(redis: Redis, tmp_path: Path) -> None:
-    """Exit status 0 within moments, and it is gone from RQ's list; also in a script's background, without SIGINT."""
+    """It ends within 5 s with status 0 and leaves RQ's list, even if it ignores SIGINT as background processes do."""
     with ignoring(signal.SIGINT), rq_worker(OURS, tmp_path / "log") as process:
         until(lambda: _states(redis) == ["idle"])
         send_shutdown_command(redis, WORKER_NAME)
@@ -102,8 +109,8 @@ def test_the_shutdown_command_ends_an_idle_worker(redis: Redis, tmp_path: Path) 
     assert _states(redis) == []
 
 
-def test_after_the_shutdown_command_a_worker_finishes_its_batch(redis: Redis, tmp_path: Path) -> None:
-    """That and nothing that comes later; exit status 0."""
+def test_after_the_shutdown_command_a_worker_completes_its_batch(redis: Redis, tmp_path: Path) -> None:
+    """It takes no later job, and ends with status 0."""
     log = tmp_path / "log"
     with rq_worker(OURS, log) as process:
         until(lambda: _states(redis) == ["idle"])
@@ -121,8 +128,23 @@ def test_after_the_shutdown_command_a_worker_finishes_its_batch(redis: Redis, tm
     assert (_states(redis), redis.keys("history:reserved:*"), redis.keys("history:lease:*")) == ([], [], [])
 
 
-def test_rqs_commands_may_name_our_class_too(redis: Redis, tmp_path: Path) -> None:
-    """RQ_WORKER_CLASS may be set for all of them: `rq info` then lists the worker through our class."""
+def test_the_commands_of_the_document_start_a_worker_that_stores_events(redis: Redis, tmp_path: Path) -> None:
+    """The document installs an extra that exists. Its worker runs here until the queue is empty."""
+    install, *commands = block("consumers/README.md", "run a worker").splitlines()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert re.findall(r"\[(\w+)\]", install)[0] in extras
+    _enqueue(redis, 1)
+    program = str(Path(sys.executable).with_name("trading-history"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in (commands[0], f"{commands[1]} --burst"):
+        line = [program, *command.split()[1:]]
+        assert command.split()[0] == "trading-history"
+        subprocess.run(line, check=True, capture_output=True, timeout=60, cwd=tmp_path, env=environment)
+    assert (len(commands), len(get_portfolio_history())) == (2, 1)
+
+
+def test_rqs_commands_accept_our_class(redis: Redis, tmp_path: Path) -> None:
+    """RQ_WORKER_CLASS may be set for all of them: `rq info` then reads the workers through our class."""
     with rq_worker(OURS, tmp_path / "log"):
         until(lambda: _states(redis) == ["idle"])
 

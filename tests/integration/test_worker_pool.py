@@ -1,4 +1,4 @@
-"""`trading-history worker --processes N`: what dies is started again, all end together, and none is left behind."""
+"""`trading-history worker --processes N`: dead workers are restarted, and all workers end with the pool."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _pool(log: Path, processes: int, *arguments: str, **environment: str) -> Ite
         pool.wait(10)
 
 
-def test_one_that_dies_is_started_again_and_all_share_the_work(redis: Redis, tmp_path: Path) -> None:
-    """Nobody starves: of a full queue each takes its part. SIGTERM ends them all, with status 0."""
+def test_dead_worker_is_restarted_and_all_share_the_work(redis: Redis, tmp_path: Path) -> None:
+    """Each worker stores a part of a long queue. SIGTERM ends all of them with status 0."""
     with _pool(tmp_path / "log", 2) as pool:
         until(lambda: len(registered_workers(redis)) == 2)
         victim, survivor = registered_workers(redis)
@@ -58,8 +58,8 @@ def test_one_that_dies_is_started_again_and_all_share_the_work(redis: Redis, tmp
     assert set(registered_workers(redis)) == {victim}
 
 
-def test_a_pool_that_is_killed_leaves_nobody_behind(redis: Redis, tmp_path: Path) -> None:
-    """Its workers notice, and end in order."""
+def test_workers_of_a_killed_pool_end(redis: Redis, tmp_path: Path) -> None:
+    """They notice it, and unregister before they end."""
     with _pool(tmp_path / "log", 2) as pool:
         until(lambda: len(registered_workers(redis)) == 2)
         workers = pool.children()
@@ -70,8 +70,8 @@ def test_a_pool_that_is_killed_leaves_nobody_behind(redis: Redis, tmp_path: Path
     assert registered_workers(redis) == {}
 
 
-def test_a_worker_that_does_not_end_is_killed_after_15_s(redis: Redis, tmp_path: Path) -> None:
-    """Here at SIGHUP, as when its terminal is closed; the others end in order, and the status tells."""
+def test_worker_that_does_not_end_is_killed_after_15_s(redis: Redis, tmp_path: Path) -> None:
+    """SIGHUP comes when the terminal is closed. The other worker ends normally, and the exit status is 1."""
     with _pool(tmp_path / "log", 2) as pool:
         until(lambda: len(registered_workers(redis)) == 2)
         stopped = next(iter(registered_workers(redis)))
@@ -82,8 +82,8 @@ def test_a_worker_that_does_not_end_is_killed_after_15_s(redis: Redis, tmp_path:
     assert set(registered_workers(redis)) == {stopped}
 
 
-def test_in_a_burst_they_end_with_the_queue(redis: Redis, tmp_path: Path) -> None:
-    """Status 0, and nobody is started again."""
+def test_burst_ends_when_the_queue_is_empty(redis: Redis, tmp_path: Path) -> None:
+    """The status is 0, and no worker is restarted."""
     enqueue_snapshots(redis, 1000)
     with _pool(tmp_path / "log", 2, "--burst") as pool:
         assert pool.wait(30) == 0
@@ -91,11 +91,11 @@ def test_in_a_burst_they_end_with_the_queue(redis: Redis, tmp_path: Path) -> Non
     assert (tmp_path / "log").read_text().count("of the pool is process") == 2
 
 
-def test_one_that_dies_at_once_again_and_again_is_said_loudly(redis: Redis, tmp_path: Path) -> None:
-    """And tried again ever more rarely. Ctrl-C ends the pool in between, too."""
+def test_repeated_failures_at_start_are_logged_as_critical(redis: Redis, tmp_path: Path) -> None:
+    """The pauses between restarts grow. Ctrl-C ends the pool during a pause."""
     broken = tmp_path / "broken"
     broken.mkdir()
-    # The interpreter runs it first of all; only in the workers, not in the pool, it fails.
+    # The interpreter runs this file at its start. It fails in the workers, but not in the pool.
     (broken / "sitecustomize.py").write_text(
         "import sys\nif '--while-stdin' in sys.orig_argv:\n    raise SystemExit('broken')\n"
     )
@@ -103,7 +103,7 @@ def test_one_that_dies_at_once_again_and_again_is_said_loudly(redis: Redis, tmp_
     with _pool(tmp_path / "log", 2, PYTHONPATH=path) as pool:
         until(
             lambda: (tmp_path / "log").read_text().count("CRITICAL consumers.embedded.worker_pool") == 2
-        )  # both wait now
+        )  # both workers pause now
         pool.send_signal(signal.SIGINT)
         assert pool.wait(15) == 0
     log = (tmp_path / "log").read_text()
@@ -111,29 +111,29 @@ def test_one_that_dies_at_once_again_and_again_is_said_loudly(redis: Redis, tmp_
 
 
 @pytest.mark.parametrize("number", ["0", "x"])
-def test_a_wrong_number_is_wrong_usage(number: str) -> None:
-    """Exit status 2."""
+def test_invalid_number_of_processes_is_wrong_usage(number: str) -> None:
+    """The exit status is 2."""
     command = [sys.executable, "-m", "consumers.cli", "worker", "--processes", number]
     assert subprocess.run(command, capture_output=True, check=False, timeout=30).returncode == 2
 
 
 @pytest.mark.parametrize(("arguments", "port"), [(("--metrics-port", "65534"), ""), ((), "65534")])
-def test_ports_that_there_are_not_are_wrong_usage(
+def test_metrics_ports_above_65535_are_wrong_usage(
     arguments: tuple[str, ...], port: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, before any server is asked, rather than as the death of the last worker again and again."""
+    """The command fails at once; otherwise the last worker would fail at every restart."""
     monkeypatch.setenv("HISTORY_METRICS_PORT", port)
     monkeypatch.delenv("DATABASE_URL")
     run = CliRunner().invoke(app, ["worker", "--processes", "3", *arguments])
     assert run.exit_code == 2, run.output
     named = " ".join(run.stderr.replace("│", " ").split())
-    assert "3 processes from 65534 on need ports above 65535" in named
+    assert "3 processes from port 65534 on need ports above 65535" in named
     assert ("--metrics-port" if arguments else "HISTORY_METRICS_PORT") in named
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_signals_that_it_was_started_to_ignore_it_ignores(redis: Redis, tmp_path: Path, processes: int) -> None:
-    """SIGHUP under nohup, SIGINT in a script's background."""
+def test_signals_ignored_at_the_start_stay_ignored(redis: Redis, tmp_path: Path, processes: int) -> None:
+    """nohup ignores SIGHUP, and a shell's background jobs ignore SIGINT."""
     ignored = (signal.SIGHUP, signal.SIGINT)
     with ignoring(*ignored), _pool(tmp_path / "log", processes) as pool:
         until(lambda: len(registered_workers(redis)) == processes)

@@ -1,4 +1,4 @@
-"""The threads of one worker: beside each other, except for a poison candidate, and shown to operators as one worker."""
+"""The threads of one worker: they run in parallel, except for a poison candidate, and operators see one worker."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ pytestmark = pytest.mark.usefixtures("database_url")
 
 @contextmanager
 def _running(worker: HistoryWorker) -> Iterator[threading.Thread]:
-    """It works in a thread of this process; at the end it is told to stop."""
-    worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # only the main thread may
+    """Run the worker in a thread of this process, and stop it at the end of the block."""
+    worker._install_signal_handlers = lambda: None  # type: ignore[method-assign]  # only the main thread can
     thread = threading.Thread(target=worker.work, kwargs={"logging_level": "WARNING"})
     thread.start()
     try:
@@ -52,8 +52,10 @@ def _running(worker: HistoryWorker) -> Iterator[threading.Thread]:
     assert not thread.is_alive()
 
 
-def test_while_one_waits_for_the_database_the_other_goes_on(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody's uncommitted insert of the first fact holds up the first batch, not the second."""
+def test_a_thread_continues_while_the_other_waits_for_the_database(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An uncommitted insert of the first event in another session delays the first batch, not the second."""
     monkeypatch.setattr(thread_module, "BATCH_JOBS", 1)
     enqueue_snapshots(redis, 2)
     with engine().connect() as db:
@@ -65,37 +67,37 @@ def test_while_one_waits_for_the_database_the_other_goes_on(redis: Redis, monkey
     assert not thread.is_alive()
 
 
-def test_a_poison_candidate_has_the_process_for_itself(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two poison candidates and many others: whatever runs beside one could be what kills the process."""
+def test_a_poison_candidate_runs_while_no_other_job_runs(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a job that runs at the same time could be the cause of a crash."""
     monkeypatch.setattr(thread_module, "BATCH_JOBS", 5)
     job_ids = enqueue_snapshots(redis, 60)
     candidates = {job_ids[10], job_ids[11], job_ids[40]}
     for job_id in candidates:
         redis.hset("history:crashes:history", job_id, 0)
     running: list[set[str]] = []
-    beside: list[set[str]] = []
+    with_candidate: list[set[str]] = []
     together: list[int] = []
 
     def watched(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
         mine = {delivery.job_id for delivery in deliveries}
         running.append(mine)
-        time.sleep(0.02)  # long enough for the other thread to come along
+        time.sleep(0.02)  # long enough for the other thread to begin
         together.append(len(running))
         if any(one & candidates for one in running):
-            beside.append(set().union(*running))
+            with_candidate.append(set().union(*running))
         yield from process_batch(deliveries, **options)
         running.remove(mine)
 
     monkeypatch.setattr(thread_module, "process_batch", watched)
     burst(redis)
 
-    assert sorted(map(sorted, beside)) == sorted([[job_id] for job_id in candidates])
+    assert sorted(map(sorted, with_candidate)) == sorted([[job_id] for job_id in candidates])
     assert max(together) == 2
     assert len(get_portfolio_history()) == 60
 
 
 def test_a_crash_counts_only_against_a_poison_candidate_that_ran_alone(redis: Redis) -> None:
-    """Not one that a single job met by chance, nor one that came before the candidate's turn."""
+    """A crash of a job that was alone by chance does not count, nor one before the candidate begins to run."""
     (job_id,) = enqueue_snapshots(redis, 1)
     counts = []
     for alone in (False, False, True):
@@ -110,8 +112,8 @@ def test_a_crash_counts_only_against_a_poison_candidate_that_ran_alone(redis: Re
     assert counts == [b"0", b"0", b"1"]
 
 
-def test_a_worker_is_busy_as_long_as_one_thread_is(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says what it waits for, once, until something has been stored."""
+def test_a_worker_is_busy_while_one_thread_is_busy(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state names the server that it waits for, until a job is completed."""
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     shared, seen = worker._shared, list[str]()
     monkeypatch.setattr(worker, "set_state", seen.append)
@@ -121,19 +123,19 @@ def test_a_worker_is_busy_as_long_as_one_thread_is(redis: Redis, monkeypatch: py
             pass
         shared.note_outage(StoreUnavailable("no route"))
         shared.note_outage(StoreUnavailable("no route"))
-        shared.note_progress(worked=False)  # the other thread found nothing to do: it cannot know
+        shared.note_progress(worked=False)  # the other thread found no job: it has not used the database
         assert seen[-1] == "waiting for the database"
         shared.note_progress(worked=True)
     assert seen == ["idle", "busy", "waiting for the database", "busy", "idle"]
 
 
-def test_a_stop_in_the_moment_of_the_commit_hands_back_nothing_that_is_stored(
+def test_a_stop_at_the_moment_of_the_commit_requeues_no_stored_event(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enqueue_snapshots(redis, 5)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
 
-    def stopped(read: Sequence[Any], settled: Sequence[Any]) -> None:
+    def stopped(events: Sequence[Any], results: Sequence[Any]) -> None:
         worker._stopping.set()
 
     monkeypatch.setattr(batch, "_log", stopped)
@@ -142,10 +144,10 @@ def test_a_stop_in_the_moment_of_the_commit_hands_back_nothing_that_is_stored(
     assert history_queue(redis).count == 0
 
 
-def test_an_outage_is_logged_once_although_the_threads_take_turns(
+def test_an_outage_is_logged_once_although_both_threads_meet_it(
     redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The one job wanders between them, so that each finds nothing to do now and then; that is no good news."""
+    """The threads reserve the one job in turn. A thread that finds no job does not end the outage."""
     enqueue_snapshots(redis, 1)
     tries = []
 
@@ -161,12 +163,16 @@ def test_an_outage_is_logged_once_although_the_threads_take_turns(
     with _running(HistoryWorker([history_queue(redis)], connection=redis)):
         until(lambda: len(get_portfolio_history()) == 1)
         until(lambda: "continues after" in caplog.text)
-    said = [record.message.split()[2:5] for record in caplog.records if record.name == "consumers.worker.shared_state"]
-    assert [words[:2] for words in said] == [["waits", "for"], ["continues", "after"]]
+    logged = [
+        record.message.split()[2:5] for record in caplog.records if record.name == "consumers.worker.shared_state"
+    ]
+    assert [words[:2] for words in logged] == [["waits", "for"], ["continues", "after"]]
 
 
-def test_suspended_it_is_shown_as_that_and_resumed_as_idle(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it waited for before: suspended it waits for nobody else."""
+def test_its_state_is_suspended_during_a_suspension_and_idle_afterwards(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is suspended it waits for no server, even if it did before."""
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     seen = list[str]()
     monkeypatch.setattr(worker, "set_state", seen.append)
@@ -179,18 +185,18 @@ def test_suspended_it_is_shown_as_that_and_resumed_as_idle(redis: Redis, monkeyp
     assert "waiting for the database" in seen
 
 
-def test_registered_anew_beside_a_thread_that_writes(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redis lost the registration; a heartbeat of a thread comes back into it before the registration does."""
+def test_it_registers_again_while_a_thread_writes_a_heartbeat(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis has lost the registration. A thread writes a heartbeat into its key before the worker registers again."""
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     register = worker.register_birth
 
-    def beside_a_heartbeat() -> None:
+    def after_a_heartbeat() -> None:
         redis.hset(worker.key, "last_heartbeat", "2026-11-22T17:02:46.101234Z")
         register()  # type: ignore[no-untyped-call]  # RQ's
 
     with _running(worker):
         until(lambda: redis.scard("rq:workers") == 1)
-        monkeypatch.setattr(worker, "register_birth", beside_a_heartbeat)
+        monkeypatch.setattr(worker, "register_birth", after_a_heartbeat)
         redis.flushall()
         worker._maintenance.due_at = 0.0
         enqueue_snapshots(redis, 1)  # ends a thread's wait, not the main thread's
@@ -201,12 +207,12 @@ def test_registered_anew_beside_a_thread_that_writes(redis: Redis, monkeypatch: 
 
 
 def test_a_stopping_worker_waits_for_its_threads_without_polling(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The main thread would take the processor from the thread that has to finish."""
+    """Polling would take processor time from the thread that has to finish."""
     enqueue_snapshots(redis, 1)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
-    looks = []
+    checks = []
     monkeypatch.setattr(maintenance, "_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(worker, "_maintain", lambda: looks.append(1))
+    monkeypatch.setattr(worker, "_maintain", lambda: checks.append(1))
     release = threading.Event()
 
     def slow(deliveries: Sequence[Any], **options: Any) -> Iterator[Any]:
@@ -217,15 +223,15 @@ def test_a_stopping_worker_waits_for_its_threads_without_polling(redis: Redis, m
     monkeypatch.setattr(thread_module, "process_batch", slow)
     with _running(worker):
         until(worker._stopping.is_set)
-        looks.clear()
+        checks.clear()
         time.sleep(0.3)
-        looked = len(looks)
+        checked = len(checks)
         release.set()
-    assert looked <= 1
+    assert checked <= 1
     assert len(get_portfolio_history()) == 1
 
 
-def test_a_poison_candidate_that_waits_for_its_turn_is_requeued_at_a_stop(redis: Redis) -> None:
+def test_a_stop_requeues_a_poison_candidate_that_has_not_begun(redis: Redis) -> None:
     (job_id,) = enqueue_snapshots(redis, 1)
     redis.hset("history:crashes:history", job_id, 0)
     worker = HistoryWorker([history_queue(redis)], connection=redis)
@@ -242,8 +248,8 @@ def test_a_poison_candidate_that_waits_for_its_turn_is_requeued_at_a_stop(redis:
     assert redis.hgetall("history:crashes:history") == {job_id.encode(): b"0"}
 
 
-def test_a_worker_that_watches_its_parent_ends_in_order(redis: Redis, tmp_path: Path) -> None:
-    """The watch waits for standard input all the while, which must not be in the way of the interpreter's end."""
+def test_a_worker_that_watches_its_parent_ends_with_status_0(redis: Redis, tmp_path: Path) -> None:
+    """It reads standard input until its end, which must not disturb the exit of the interpreter."""
     with worker_process(tmp_path / "log") as worker:
         until(lambda: redis.scard("rq:workers") == 1)
         stop(worker)
@@ -252,19 +258,19 @@ def test_a_worker_that_watches_its_parent_ends_in_order(redis: Redis, tmp_path: 
 
 
 @pytest.mark.parametrize("busy", [False, True])
-def test_sigterm_ends_it_while_redis_is_frozen(redis: Redis, tmp_path: Path, busy: bool) -> None:
-    """One command's limit of 10 s, not one after the other; what it holds is under a lease that runs out."""
+def test_sigterm_ends_a_worker_while_redis_is_frozen(redis: Redis, tmp_path: Path, busy: bool) -> None:
+    """It ends after one command's limit of 10 s, not after several. Its leases expire later."""
     socket = tmp_path / "proxy.sock"
     target, number = (redis.connection_pool.connection_kwargs[name] for name in ("path", "db"))
     proxy = Proxy(socket, Path(target))
-    with proxy.running(), ExitStack() as held:
+    with proxy.running(), ExitStack() as stack:
         environment = {**os.environ, "REDIS_URL": f"unix://{socket}?db={number}"}
         worker = subprocess.Popen([sys.executable, "-m", "consumers.cli", "worker"], env=environment)
-        held.callback(worker.wait)
-        held.callback(worker.kill)
+        stack.callback(worker.wait)
+        stack.callback(worker.kill)
         until(lambda: redis.scard("rq:workers") == 1)
         if busy:
-            db = held.enter_context(get_db())
+            db = stack.enter_context(get_db())
             db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
             enqueue_snapshots(redis, 1)
             until(somebody_waits_for_a_lock)
@@ -276,8 +282,8 @@ def test_sigterm_ends_it_while_redis_is_frozen(redis: Redis, tmp_path: Path, bus
 
 
 @pytest.mark.timeout(30)
-def test_a_defect_of_a_thread_ends_the_worker_and_shows(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a worker would look healthy for ever."""
+def test_a_defect_of_a_thread_ends_the_worker_with_the_error(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with only one thread left would look healthy."""
     job_ids = enqueue_snapshots(redis, 3)
     work, defective = WorkerThread._contain_defects, list[WorkerThread]()
 
@@ -294,7 +300,7 @@ def test_a_defect_of_a_thread_ends_the_worker_and_shows(redis: Redis, monkeypatc
     assert (redis.keys("history:lease:*"), redis.smembers("rq:workers")) == ([], set())
 
 
-def test_the_shared_waits_for_whoever_works_before_one_works_alone(redis: Redis) -> None:
+def test_a_thread_that_works_alone_first_waits_for_the_working_threads(redis: Redis) -> None:
     shared = SharedState(HistoryWorker([history_queue(redis)], connection=redis))
     order: list[str] = []
 
@@ -302,27 +308,27 @@ def test_the_shared_waits_for_whoever_works_before_one_works_alone(redis: Redis)
         with shared.working(alone=True):
             order.append("alone")
 
-    def beside() -> None:
+    def normal() -> None:
         with shared.working(alone=False):
-            order.append("beside")
+            order.append("normal")
 
     with shared.working(alone=False):
         first = threading.Thread(target=alone)
         first.start()
         until(lambda: shared._alone)
-        second = threading.Thread(target=beside)
+        second = threading.Thread(target=normal)
         second.start()
-        time.sleep(0.05)  # whoever does not wait shows by then
+        time.sleep(0.05)  # a thread that does not wait has begun by then
         order.append("working")
     first.join(10)
     second.join(10)
-    assert order == ["working", "alone", "beside"]
+    assert order == ["working", "alone", "normal"]
     idle = shared.idle_seconds()
     with shared.working(alone=False):
         assert shared.idle_seconds() == 0.0 < idle
 
 
-def test_a_lone_thread_keeps_to_the_number_of_jobs(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_jobs_is_exact(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread_module, "BATCH_JOBS", 4)
     enqueue_snapshots(redis, 30)
     assert HistoryWorker([history_queue(redis)], connection=redis).work(logging_level="WARNING", max_jobs=10)

@@ -1,4 +1,4 @@
-"""Cursors: whatever place they hold comes back, and nothing else is taken for one."""
+"""Cursors return the keys that they were made from, and no other text is accepted."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _instants = st.datetimes(datetime(1970, 1, 1), datetime(9998, 12, 31), timezones
 
 
 @given(day=st.dates(), moment=_instants, row_id=_bigints)
-def test_a_place_comes_back_as_it_went_in(day: object, moment: datetime, row_id: int) -> None:
-    """To the microsecond, and short enough to be taken again."""
+def test_a_cursor_returns_the_keys_it_was_made_from(day: object, moment: datetime, row_id: int) -> None:
+    """To the microsecond, and not longer than the API accepts."""
     place = dict(zip(SNAPSHOT_KEYS, (day, moment, row_id), strict=True))
     cursor = encode_cursor("snapshots", place)
     assert decode_cursor("snapshots", SNAPSHOT_KEYS, cursor) == place
@@ -27,8 +27,8 @@ def test_a_place_comes_back_as_it_went_in(day: object, moment: datetime, row_id:
 
 
 @given(st.text(max_size=60) | st.binary(max_size=60).map(lambda raw: raw.decode("latin-1")))
-def test_anything_else_is_a_problem_of_the_one_who_asks(text: str) -> None:
-    """Never an error of another kind."""
-    with pytest.raises(Problem) as refused:
+def test_any_other_text_is_a_client_error(text: str) -> None:
+    """It raises Problem 422 and no other error."""
+    with pytest.raises(Problem) as raised:
         decode_cursor("signals", SIGNAL_KEYS, text)
-    assert refused.value.status == 422
+    assert raised.value.status == 422

@@ -1,7 +1,6 @@
-"""The old files come in and go out again without a change, whatever oddity they have; what is odd comes out mended.
+"""Import and export of old files: regular files come out unchanged, irregular ones corrected.
 
-A file stands for its import here: each entry is converted and inserted under the source and number that it has in an
-import. The way through the queue is tested elsewhere.
+These tests convert the entries and insert the events with the source and sequence of an import, without the importer.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from tests.property.test_payloads import _with_exact_numbers as exactly
 from tests.property.test_payloads import json_values, signal_lists, texts
 
 _PURE = settings(deadline=None, max_examples=150)
-# Not shrunk: each try costs some transactions, and a failing history is readable as it is.
+# Without shrinking: each example costs several transactions, and a failing history is readable.
 _STORED = settings(
     deadline=None,
     max_examples=12,
@@ -44,7 +43,7 @@ _STORED = settings(
 BERLIN = ZoneInfo("Europe/Berlin")
 _NAMES = ("Europe/Berlin", "America/New_York", "America/St_Johns", "Australia/Lord_Howe", "Asia/Tokyo", "UTC")
 zones = st.sampled_from([ZoneInfo(name) for name in _NAMES])
-# Any time of some years, and more often one near to where Berlin's or New York's clocks are set.
+# Any time of some years, and often one near a clock change of Berlin or New York.
 _CHANGES = [datetime(2025, 3, 30, 1), datetime(2025, 10, 26, 1), datetime(2025, 3, 9, 7), datetime(2025, 11, 2, 6)]
 _near_changes = st.builds(
     lambda change, seconds, microseconds: change + timedelta(seconds=seconds, microseconds=microseconds),
@@ -58,45 +57,45 @@ instants = st.one_of(st.datetimes(datetime(2023, 1, 1), datetime(2027, 1, 1)), _
 AMOUNTS = ("balance", "total_invested", "total_profit_loss", "total_value")
 COUNTS = ("open_positions", "trade_count")
 
-# ---- entries as the old controller wrote them, and as they were found later
+# ---- regular entries of the old controller, and irregular ones
 
 exact_amounts = st.builds(
     lambda n, places: Decimal(n).scaleb(-places), st.integers(-(10**13), 10**13), st.integers(2, 8)
 )
-clean_amounts = exact_amounts.map(float)  # at most 14 digits: they survive the float
+regular_amounts = exact_amounts.map(float)  # at most 14 digits: float keeps them
 counts = st.integers(0, 2**31 - 1)
 noisy_amounts = st.one_of(
-    clean_amounts,
+    regular_amounts,
     st.integers(-(10**11), 10**11),
     st.sampled_from([9987.350000000001, 0.1 + 0.2, -0.0, 1e-9]),
-    clean_amounts.map(repr),
-    clean_amounts.map(lambda amount: f" {amount} "),
+    regular_amounts.map(repr),
+    regular_amounts.map(lambda amount: f" {amount} "),
 )
-odd_counts = st.one_of(counts, counts.map(str), counts.map(float))
+irregular_counts = st.one_of(counts, counts.map(str), counts.map(float))
 
 
 @st.composite
-def clean_snapshots(draw: st.DrawFn, zone: ZoneInfo) -> dict[str, Any]:
+def regular_snapshots(draw: st.DrawFn, zone: ZoneInfo) -> dict[str, Any]:
     shown = wall_clock(draw(instants), zone)
-    values = {name: draw(clean_amounts) for name in AMOUNTS} | {name: draw(counts) for name in COUNTS}
+    values = {name: draw(regular_amounts) for name in AMOUNTS} | {name: draw(counts) for name in COUNTS}
     return {"date": shown.date().isoformat(), "timestamp": shown.isoformat(), **values}
 
 
 @st.composite
-def odd_snapshots(draw: st.DrawFn, zone: ZoneInfo) -> dict[str, Any]:
-    entry = draw(clean_snapshots(zone))
-    entry |= {name: draw(noisy_amounts) for name in AMOUNTS} | {name: draw(odd_counts) for name in COUNTS}
+def irregular_snapshots(draw: st.DrawFn, zone: ZoneInfo) -> dict[str, Any]:
+    entry = draw(regular_snapshots(zone))
+    entry |= {name: draw(noisy_amounts) for name in AMOUNTS} | {name: draw(irregular_counts) for name in COUNTS}
     entry |= draw(st.dictionaries(texts.map("x".__add__), json_values, max_size=2))
-    oddity = draw(st.sampled_from(["none", "no date", "other date", "offset", "in a gap", "invalid"]))
-    if oddity == "no date":
+    irregularity = draw(st.sampled_from(["none", "no date", "other date", "offset", "in a gap", "invalid"]))
+    if irregularity == "no date":
         del entry["date"]
-    elif oddity == "other date":
+    elif irregularity == "other date":
         entry["date"] = draw(st.dates()).isoformat()
-    elif oddity == "offset":
+    elif irregularity == "offset":
         entry["timestamp"] = draw(instants).astimezone(draw(zones)).isoformat()
-    elif oddity == "in a gap":
+    elif irregularity == "in a gap":
         entry["timestamp"] = "2025-03-30T02:30:00.5"
-    elif oddity == "invalid":
+    elif irregularity == "invalid":
         entry[draw(st.sampled_from([*AMOUNTS, *COUNTS, "timestamp"]))] = draw(
             st.sampled_from([None, "much", [], "NaN"])
         )
@@ -104,17 +103,17 @@ def odd_snapshots(draw: st.DrawFn, zone: ZoneInfo) -> dict[str, Any]:
 
 
 @st.composite
-def archives(draw: st.DrawFn, zone: ZoneInfo, *, odd: bool) -> dict[str, Any]:
+def archives(draw: st.DrawFn, zone: ZoneInfo, *, irregular: bool) -> dict[str, Any]:
     signals = draw(signal_lists)
-    count = draw(st.integers(0, 5)) if odd else len(signals)
+    count = draw(st.integers(0, 5)) if irregular else len(signals)
     return {"archived_at": wall_clock(draw(instants), zone).isoformat(), "signals_count": count, "signals": signals}
 
 
 @st.composite
-def odd_files(draw: st.DrawFn) -> tuple[ZoneInfo, bytes]:
-    """Odd entries, some of them twice, a byte-order mark, an end that is missing."""
+def irregular_files(draw: st.DrawFn) -> tuple[ZoneInfo, bytes]:
+    """Irregular entries, some of them twice, perhaps a byte order mark, perhaps a missing end."""
     zone = draw(zones)
-    entries = draw(st.lists(odd_snapshots(zone), max_size=12))
+    entries = draw(st.lists(irregular_snapshots(zone), max_size=12))
     if entries:
         entries += draw(st.lists(st.sampled_from(entries), max_size=3))
     text = simplejson.dumps(entries, indent=draw(st.sampled_from([None, 2])), use_decimal=True).encode()
@@ -123,13 +122,13 @@ def odd_files(draw: st.DrawFn) -> tuple[ZoneInfo, bytes]:
     return zone, draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + text
 
 
-# ---- in and out
+# ---- conversion
 
 Payload = PortfolioSnapshot | SignalArchive
 
 
 def _readable(path: Path) -> Iterator[Any]:
-    """The entries before the damage, if there is any."""
+    """Yield the entries before the damage, if any."""
     try:
         for entry in read_entries(path):
             yield entry.data
@@ -138,21 +137,21 @@ def _readable(path: Path) -> Iterator[Any]:
 
 
 def _payloads(entries: Iterator[Any] | Sequence[Any], zone: ZoneInfo, portfolio_id: int | None) -> list[Payload]:
-    """What an import takes of them, in order."""
-    taken: list[Payload] = []
+    """Return the payloads that an import accepts, in order."""
+    accepted: list[Payload] = []
     after = None
     for data in entries:
         read = archive_from if isinstance(data, Mapping) and "signals" in data else snapshot_from
         try:
-            taken.append(read(data, zone=zone, portfolio_id=portfolio_id, after=after))
+            accepted.append(read(data, zone=zone, portfolio_id=portfolio_id, after=after))
         except InvalidEvent:
             continue
-        after = taken[-1].instant
-    return taken
+        after = accepted[-1].instant
+    return accepted
 
 
 def _once(payloads: Sequence[Payload]) -> list[Payload]:
-    """The first of each fact."""
+    """Return the first payload of each event id."""
     return list({payload.event_id: payload for payload in reversed(payloads)}.values())[::-1]
 
 
@@ -170,7 +169,7 @@ def _as_text(signals: Any) -> simplejson.RawJSON:
 
 
 def _content_of(payload: Payload) -> dict[str, Any]:
-    """By value: the instant in UTC, numbers exact."""
+    """Return the content by value: the instant in UTC, exact numbers."""
     content: dict[str, Any] = exactly(payload.model_dump())
     name = "timestamp" if isinstance(payload, PortfolioSnapshot) else "archived_at"
     return content | {name: payload.instant.astimezone(UTC)}
@@ -182,8 +181,8 @@ def _content_of(payload: Payload) -> dict[str, Any]:
 @given(entries=st.lists(st.dictionaries(texts, json_values, max_size=4), max_size=6))
 @example(entries=[{"": '\u2028\u2029"\\\n\U0001f309é'}, {"1": Decimal("0.00000001")}, {"2": 10**300}])
 @_PURE
-def test_a_written_file_is_read_again(entries: list[dict[str, Any]]) -> None:
-    """JSON by value, every digit, whatever text; and the file is ASCII that any reader of JSON takes."""
+def test_a_written_file_is_read_with_the_same_values(entries: list[dict[str, Any]]) -> None:
+    """Every digit and any text is kept. The file is ASCII, and the standard library reads the same values."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "portfolio_history.json"
         number = write_entries(path, entries)
@@ -195,10 +194,8 @@ def test_a_written_file_is_read_again(entries: list[dict[str, Any]]) -> None:
 
 @given(data=st.data(), zone=zones, portfolio_id=st.none() | st.integers(0, 9))
 @_PURE
-def test_a_snapshot_goes_out_and_comes_in_the_same(
-    data: st.DataObject, zone: ZoneInfo, portfolio_id: int | None
-) -> None:
-    """Through its entry, in any zone, with any recorded date; in an hour shown twice the order of the file tells."""
+def test_a_snapshot_survives_export_and_import(data: st.DataObject, zone: ZoneInfo, portfolio_id: int | None) -> None:
+    """In any zone and with any date. In a repeated hour, the previous entry decides."""
     instant = data.draw(instants)
     snapshot = PortfolioSnapshot.checked(
         snapshot_date=data.draw(st.dates()),
@@ -215,9 +212,9 @@ def test_a_snapshot_goes_out_and_comes_in_the_same(
 
 @given(data=st.data(), zone=zones)
 @_PURE
-def test_a_clean_entry_comes_out_as_it_came_in(data: st.DataObject, zone: ZoneInfo) -> None:
-    """Equal as JSON, read with exact numbers."""
-    entry = data.draw(clean_snapshots(zone) | archives(zone, odd=False))
+def test_a_regular_entry_is_exported_unchanged(data: st.DataObject, zone: ZoneInfo) -> None:
+    """Compared as JSON with exact numbers."""
+    entry = data.draw(regular_snapshots(zone) | archives(zone, irregular=False))
     (payload,) = _payloads([entry], zone, 1)
     (out,) = _entries([payload], zone)
 
@@ -226,27 +223,27 @@ def test_a_clean_entry_comes_out_as_it_came_in(data: st.DataObject, zone: ZoneIn
     assert exactly(after) == exactly(before)
 
 
-@given(file=odd_files())
+@given(file=irregular_files())
 @_PURE
-def test_an_odd_file_is_mended_once(file: tuple[ZoneInfo, bytes]) -> None:
-    """What was taken of it, written and read again, is the same; and written again it is the same text."""
+def test_an_irregular_file_is_corrected_once(file: tuple[ZoneInfo, bytes]) -> None:
+    """The accepted entries, written and read again, are the same. Written again, they are the same text."""
     zone, text = file
     with tempfile.TemporaryDirectory() as folder:
-        odd, mended, again = (Path(folder) / name for name in ("odd.json", "mended.json", "again.json"))
-        odd.write_bytes(text)
-        taken = _once(_payloads(_readable(odd), zone, None))
-        write_entries(mended, _entries(taken, zone))
-        taken_again = _payloads([entry.data for entry in read_entries(mended)], zone, None)
-        write_entries(again, _entries(taken_again, zone))
-        texts_of_both = mended.read_bytes(), again.read_bytes()
+        given, corrected, again = (Path(folder) / name for name in ("given.json", "corrected.json", "again.json"))
+        given.write_bytes(text)
+        accepted = _once(_payloads(_readable(given), zone, None))
+        write_entries(corrected, _entries(accepted, zone))
+        accepted_again = _payloads([entry.data for entry in read_entries(corrected)], zone, None)
+        write_entries(again, _entries(accepted_again, zone))
+        texts_of_both = corrected.read_bytes(), again.read_bytes()
 
-    assume(not _shown_twice(taken, zone))
-    assert [_content_of(one) for one in taken_again] == [_content_of(one) for one in taken]
+    assume(not _has_an_ambiguous_time(accepted, zone))
+    assert [_content_of(one) for one in accepted_again] == [_content_of(one) for one in accepted]
     assert texts_of_both[0] == texts_of_both[1]
 
 
-def _shown_twice(payloads: Sequence[Payload], zone: ZoneInfo) -> bool:
-    """Whether a reader of these, in this order, takes one for the other time of an hour that is shown twice."""
+def _has_an_ambiguous_time(payloads: Sequence[Payload], zone: ZoneInfo) -> bool:
+    """Return whether reading these in order gives one of them the other instant of a repeated hour."""
     after = None
     for one in payloads:
         read = read_back(wall_clock(one.instant, zone), zone, after, "timestamp")
@@ -256,7 +253,7 @@ def _shown_twice(payloads: Sequence[Payload], zone: ZoneInfo) -> bool:
     return False
 
 
-# ---- with the real one
+# ---- with a database
 
 
 def _empty() -> None:
@@ -265,7 +262,7 @@ def _empty() -> None:
 
 
 def _import(directory: Path, zone: ZoneInfo) -> tuple[int, int]:
-    """How many rows were new, and how many conflicts there were."""
+    """Return the number of new rows and of conflicts."""
     new = conflicts = 0
     for path in history_files(directory):
         payloads = _payloads(_readable(path), zone, 7)
@@ -285,19 +282,19 @@ def _export(directory: Path, zone: ZoneInfo) -> dict[str, Any]:
 
 
 @st.composite
-def clean_histories(draw: st.DrawFn) -> tuple[ZoneInfo, dict[str, list[Any]]]:
-    """Files by name, as the old controller left them: in the order of its clock, which may have been set back."""
+def regular_histories(draw: st.DrawFn) -> tuple[ZoneInfo, dict[str, list[Any]]]:
+    """Draw files by name, as the old controller wrote them. Its clock may have been set back."""
     zone = draw(zones)
-    snapshots = draw(st.lists(clean_snapshots(zone), min_size=1, max_size=60))
-    files = {"portfolio_history.json": draw(st.permutations(_facts_once(snapshots, zone)))}
-    for archive in _facts_once(draw(st.lists(archives(zone, odd=False), max_size=20)), zone):
+    snapshots = draw(st.lists(regular_snapshots(zone), min_size=1, max_size=60))
+    files = {"portfolio_history.json": draw(st.permutations(_distinct_entries(snapshots, zone)))}
+    for archive in _distinct_entries(draw(st.lists(archives(zone, irregular=False), max_size=20)), zone):
         files.setdefault(f"signals_archive_{archive['archived_at'][:7]}.json", []).append(archive)
-    assume(all(len(_facts_once(entries, zone)) == len(entries) for entries in files.values()))
+    assume(all(len(_distinct_entries(entries, zone)) == len(entries) for entries in files.values()))
     return zone, files
 
 
-def _facts_once(entries: list[Any], zone: ZoneInfo) -> list[Any]:
-    """Without those that an import takes for a fact that is there already."""
+def _distinct_entries(entries: list[Any], zone: ZoneInfo) -> list[Any]:
+    """Return the entries without those that an import counts as already stored."""
     kept: list[Any] = []
     ids = set()
     for entry in entries:
@@ -308,11 +305,11 @@ def _facts_once(entries: list[Any], zone: ZoneInfo) -> list[Any]:
     return kept
 
 
-@given(history=clean_histories())
+@given(history=regular_histories())
 @_STORED
 @pytest.mark.usefixtures("database_url")
-def test_clean_files_come_out_of_the_tables_as_they_came_in(history: tuple[ZoneInfo, dict[str, list[Any]]]) -> None:
-    """Equal as JSON, file by file, in the same order; and importing them again adds nothing."""
+def test_regular_files_are_exported_unchanged(history: tuple[ZoneInfo, dict[str, list[Any]]]) -> None:
+    """Compared as JSON, file by file, in the same order. Importing them again adds no row."""
     zone, files = history
     _empty()
     with tempfile.TemporaryDirectory() as before, tempfile.TemporaryDirectory() as after:
@@ -330,22 +327,27 @@ def test_clean_files_come_out_of_the_tables_as_they_came_in(history: tuple[ZoneI
     assert (imported, again) == ((sum(map(len, files.values())), 0), (0, 0))
 
 
-@given(file=odd_files(), odd_archives=st.lists(archives(BERLIN, odd=True), max_size=8))
+@given(file=irregular_files(), irregular_archives=st.lists(archives(BERLIN, irregular=True), max_size=8))
 @_STORED
 @pytest.mark.usefixtures("database_url")
-def test_odd_files_come_out_mended_and_change_nothing_when_they_come_in_again(
-    file: tuple[ZoneInfo, bytes], odd_archives: list[dict[str, Any]]
+def test_importing_corrected_files_again_changes_nothing(
+    file: tuple[ZoneInfo, bytes], irregular_archives: list[dict[str, Any]]
 ) -> None:
-    """Import, export, import: not one row more, and the second export is equal to the first."""
+    """Import, export, import: no row is added, and a second export equals the first."""
     zone, text = file
     _empty()
     with tempfile.TemporaryDirectory() as before, tempfile.TemporaryDirectory() as middle:
         Path(before, "portfolio_history.json").write_bytes(text)
-        Path(before, "signals_archive_2025-01.json").write_text(simplejson.dumps(odd_archives, use_decimal=True))
+        Path(before, "signals_archive_2025-01.json").write_text(simplejson.dumps(irregular_archives, use_decimal=True))
         new, _ = _import(Path(before), zone)
         assume(new > 0)
         exported = _export(Path(middle), zone)
-        assume(not any(_shown_twice(_payloads(_readable(path), zone, 7), zone) for path in history_files(Path(before))))
+        assume(
+            not any(
+                _has_an_ambiguous_time(_payloads(_readable(path), zone, 7), zone)
+                for path in history_files(Path(before))
+            )
+        )
         again = _import(Path(middle), zone)
         with tempfile.TemporaryDirectory() as after:
             exported_again = _export(Path(after), zone)

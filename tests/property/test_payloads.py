@@ -1,7 +1,6 @@
-"""Whatever passes at the producer is stored and read back equal; whatever does not is refused by name.
+"""Any value that the producer accepts is stored and read back equal; any other raises an error that names the field.
 
-The database is real. Each example runs in a transaction that is rolled back, since two examples may well be
-the same fact.
+The database is real. Each example runs in a transaction that is rolled back, because two examples may be the same fact.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ from producers.outbox import Outbox
 from producers.rq_queue import _fields
 from tests.factories import INSTANT, a_snapshot, an_archive
 
-# How long an example takes to make says more of the machine than of the test: some have 8 MB.
+# No deadlines: some examples have 8 MB, and the time to make them depends on the machine.
 _PURE = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
-# The database is made once for all examples of a test; rolling back keeps it the same for each.
+# All examples of a test use the same database. Rolling back keeps it empty.
 _STORED = settings(_PURE, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 
 AMOUNTS = ("balance", "total_invested", "total_profit_loss", "total_value")
 COUNTS = ("open_positions", "trade_count")
 
-# ---- values that pass
+# ---- valid values
 
 _LIMIT = Decimal("999999999999.99999999")
 _decimals = st.one_of(
@@ -69,7 +68,7 @@ counts = st.integers(0, 2**31 - 1)
 portfolio_ids = st.none() | st.integers(-(2**63), 2**63 - 1)
 offsets = st.integers(-(24 * 60 - 1), 24 * 60 - 1).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 instants = st.datetimes(datetime(1970, 1, 2), datetime(9998, 12, 30), timezones=offsets)
-# Hypothesis leaves out surrogates by itself.
+# The codec excludes surrogates.
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 numbers = st.one_of(
     st.integers(),
@@ -105,7 +104,7 @@ def _event(payload: Payload) -> Event:
 
 
 def _sent(payload: Payload) -> Event:
-    """The event as a consumer has it."""
+    """Return the event as a consumer reads it."""
     wire = encode(_event(payload))
     if isinstance(payload, PortfolioSnapshot):
         return decode(wire, PortfolioSnapshotEvent)
@@ -113,13 +112,13 @@ def _sent(payload: Payload) -> Event:
 
 
 def _rounded(amount: Any) -> Fraction:
-    """By the definition of half-even, with exact fractions: Python rounds those half to even."""
+    """Return the amount rounded half-even to 8 decimals. Python rounds exact fractions half-even."""
     exact = Fraction(repr(amount) if isinstance(amount, float) else amount)
     return Fraction(round(exact * 10**8), 10**8)
 
 
 def _with_exact_numbers(value: Any) -> Any:
-    """JSON in which numbers are exact and cannot be taken for booleans: true is not 1, and 10 is 10.0."""
+    """Return JSON with exact numbers that do not equal booleans: true is not 1, and 10 is 10.0."""
     if isinstance(value, dict):
         return {name: _with_exact_numbers(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -130,7 +129,7 @@ def _with_exact_numbers(value: Any) -> Any:
 
 
 @contextmanager
-def _undone() -> Iterator[Connection]:
+def _rolled_back() -> Iterator[Connection]:
     with engine().connect() as db:
         yield db
         db.rollback()
@@ -140,9 +139,9 @@ def _undone() -> Iterator[Connection]:
 
 
 def _insert(db: Connection, payload: Payload) -> Stored:
-    (answer,) = insert_events(db, [_sent(payload)])
-    assert isinstance(answer, Stored)
-    return answer
+    (result,) = insert_events(db, [_sent(payload)])
+    assert isinstance(result, Stored)
+    return result
 
 
 _SNAPSHOT = text("SELECT * FROM portfolio_history WHERE id = :id")
@@ -154,9 +153,9 @@ _ARCHIVE = text("SELECT *, signals_data::text AS exact FROM signal_archives WHER
 @_STORED
 @pytest.mark.usefixtures("database_url")
 def test_any_snapshot_is_stored_and_read_back_equal(values: dict[str, Any]) -> None:
-    """Money to the last of 8 decimals, the instant to the microsecond, everything else as it was."""
+    """Amounts have all 8 decimals, instants have microseconds, and all other values are equal."""
     payload = PortfolioSnapshot.checked(**values)
-    with _undone() as db:
+    with _rolled_back() as db:
         stored = _insert(db, payload)
         row = db.execute(_SNAPSHOT, {"id": stored.row_id}).mappings().one()
         again = _insert(db, payload)
@@ -175,9 +174,9 @@ def test_any_snapshot_is_stored_and_read_back_equal(values: dict[str, Any]) -> N
 @_STORED
 @pytest.mark.usefixtures("database_url")
 def test_any_archive_is_stored_and_read_back_equal(values: dict[str, Any]) -> None:
-    """JSON by value: no digit of a number is lost on the way into JSONB, and a repeat finds it the same."""
+    """JSON is compared by value: JSONB keeps all digits, and a second insert is a duplicate."""
     payload = SignalArchive.checked(**values)
-    with _undone() as db:
+    with _rolled_back() as db:
         stored = _insert(db, payload)
         row = db.execute(_ARCHIVE, {"id": stored.row_id}).mappings().one()
         again = _insert(db, payload)
@@ -190,7 +189,7 @@ def test_any_archive_is_stored_and_read_back_equal(values: dict[str, Any]) -> No
     assert (again.created, again.row_id) == (False, stored.row_id)
 
 
-# ---- the limits are the same on both sides
+# ---- the limits of producer and consumer are the same
 
 _edge_texts = st.builds(
     lambda unit, times: unit * times,
@@ -205,8 +204,8 @@ _edge_numbers = st.one_of(
 _edge_values = st.one_of(
     _edge_texts,
     _edge_numbers,
-    st.integers(40, 49).map(lambda depth: _buried(1, [0] * depth)),
-    st.integers(40, 48).map(lambda depth: _buried(1, ["a"] * depth)),
+    st.integers(40, 49).map(lambda depth: _nested(1, [0] * depth)),
+    st.integers(40, 48).map(lambda depth: _nested(1, ["a"] * depth)),
 )
 _edge_signals = st.one_of(
     st.lists(st.dictionaries(_edge_texts, _edge_values, max_size=2), min_size=1, max_size=2),
@@ -223,7 +222,7 @@ _edge_signals = st.one_of(
 def test_an_event_that_the_producer_accepts_at_a_limit_is_accepted_and_stored(
     tmp_path: Path, signals: list[dict[str, Any]]
 ) -> None:
-    """In size, number, nesting, digits and length of keys, through the job as Redis has it."""
+    """Limits of size, number, nesting, digits and length of keys, including those of the job in Redis."""
     with TemporaryDirectory(dir=tmp_path) as folder, Outbox(Path(folder) / "outbox.db") as outbox:
         try:
             outbox.append("property", [an_archive(signals=signals)])
@@ -234,20 +233,20 @@ def test_an_event_that_the_producer_accepts_at_a_limit_is_accepted_and_stored(
     assert len(data) <= MAX_JOB_BYTES
     delivery = parse_job(ReservedJob("x", "usual", data, None))
     assert delivery.model is not None
-    with _undone() as db:
-        (answer,) = insert_events(db, [decode(delivery.text, delivery.model)])
-        assert isinstance(answer, Stored)
-        read = db.execute(_ARCHIVE, {"id": answer.row_id}).mappings().one()["exact"]
+    with _rolled_back() as db:
+        (result,) = insert_events(db, [decode(delivery.text, delivery.model)])
+        assert isinstance(result, Stored)
+        read = db.execute(_ARCHIVE, {"id": result.row_id}).mappings().one()["exact"]
     assert _with_exact_numbers(json.loads(read, parse_float=Decimal)) == _with_exact_numbers(signals)
 
 
-# ---- the wire
+# ---- JSON text
 
 
 @given(payload=snapshots)
 @_PURE
-def test_decoding_undoes_encoding_of_snapshots(payload: PortfolioSnapshot) -> None:
-    """The same event, and from it the same text, offset and spelling included."""
+def test_decoding_an_encoded_snapshot_gives_an_equal_event(payload: PortfolioSnapshot) -> None:
+    """Encoding that again gives the same text, with the same offset."""
     event = _event(payload)
     read = _sent(payload)
     assert (read, encode(read)) == (event, encode(event))
@@ -255,8 +254,8 @@ def test_decoding_undoes_encoding_of_snapshots(payload: PortfolioSnapshot) -> No
 
 @given(payload=archives)
 @_PURE
-def test_decoding_undoes_encoding_of_archives(payload: SignalArchive) -> None:
-    """The same event, with numbers compared by value; once more it is the same to the type."""
+def test_decoding_an_encoded_archive_gives_an_equal_event(payload: SignalArchive) -> None:
+    """Numbers are equal by value. After encoding that again, their types are equal too."""
     event = _event(payload)
     read = _sent(payload)
     assert isinstance(read.data, SignalArchive)
@@ -268,7 +267,7 @@ def test_decoding_undoes_encoding_of_archives(payload: SignalArchive) -> None:
 @given(payload=snapshots | archives, offset=offsets)
 @_PURE
 def test_the_same_fact_has_the_same_id_in_any_offset(payload: Payload, offset: timezone) -> None:
-    """Also on the wire, where an id that does not fit is refused."""
+    """The JSON text has the same id too."""
     moved = {
         "timestamp" if isinstance(payload, PortfolioSnapshot) else "archived_at": payload.instant.astimezone(offset)
     }
@@ -276,10 +275,10 @@ def test_the_same_fact_has_the_same_id_in_any_offset(payload: Payload, offset: t
     assert (other.event_id, _sent(other).id) == (payload.event_id, payload.event_id)
 
 
-# ---- refused at the producer
+# ---- invalid at the producer
 
 
-def _is_no_number(value: str) -> bool:
+def _is_not_a_number(value: str) -> bool:
     try:
         return not Decimal(value).is_finite()
     except InvalidOperation:
@@ -294,7 +293,7 @@ _too_large = st.one_of(
 )
 wrong_amounts = st.one_of(
     _other_types,
-    st.text(max_size=10).filter(_is_no_number),
+    st.text(max_size=10).filter(_is_not_a_number),
     st.sampled_from([float("nan"), Decimal("NaN"), Decimal("-sNaN")]),
     _too_large,
     _too_large.map(lambda value: -value),
@@ -319,8 +318,8 @@ wrong_instants = st.one_of(
 wrong_dates = st.one_of(_other_types, st.datetimes(), st.dates().map(date.isoformat), st.integers())
 
 
-def _buried(value: Any, path: list[str | int]) -> Any:
-    """`value` inside objects (for names) and arrays (for numbers) of valid JSON."""
+def _nested(value: Any, path: list[str | int]) -> Any:
+    """Return `value` inside nested objects (for each name) and arrays (for each number)."""
     for step in reversed(path):
         value = {step: value, "other": 1} if isinstance(step, str) else [*range(step), value]
     return value
@@ -333,7 +332,7 @@ _unstorable_texts = st.builds(
     st.just("\0") | st.characters(min_codepoint=0xD800, max_codepoint=0xDFFF),
     texts,
 )
-_poison = st.one_of(
+_unstorable_values = st.one_of(
     st.sampled_from([float("nan"), float("inf"), -float("inf"), Decimal("NaN"), Decimal("sNaN"), Decimal("Infinity")]),
     st.integers(2 * 10**308) | st.integers(max_value=-2 * 10**308),
     st.integers(16384, 99999).map(lambda places: Decimal(1).scaleb(-places)),
@@ -342,7 +341,7 @@ _poison = st.one_of(
     st.integers().map(lambda key: {key: 1}),
     st.tuples(st.integers()) | st.sets(st.integers(), max_size=2) | st.binary(max_size=3),
     st.datetimes() | st.dates() | st.uuids() | st.complex_numbers(),
-    st.integers(50, 400).map(lambda depth: _buried(1, [0] * depth)),
+    st.integers(50, 400).map(lambda depth: _nested(1, [0] * depth)),
 )
 wrong_signals = st.one_of(
     st.just([]),
@@ -350,7 +349,7 @@ wrong_signals = st.one_of(
     st.dictionaries(texts, texts, max_size=1),
     st.tuples(st.dictionaries(texts, texts)),
     st.lists(json_values.filter(lambda value: not isinstance(value, dict)), min_size=1, max_size=3),
-    st.builds(lambda poison, path: [{}, {"a": _buried(poison, path)}], _poison, _paths),
+    st.builds(lambda value, path: [{}, {"a": _nested(value, path)}], _unstorable_values, _paths),
 )
 
 _WRONG: dict[str, st.SearchStrategy[Any]] = {
@@ -366,7 +365,7 @@ _WRONG: dict[str, st.SearchStrategy[Any]] = {
 
 @st.composite
 def _with_one_wrong_field(draw: st.DrawFn, model: type[Payload]) -> tuple[dict[str, Any], str]:
-    """The values of a valid payload but for one field, and that field's name."""
+    """Draw the values of a payload with one invalid field, and the name of that field."""
     values = dict(draw(snapshots if model is PortfolioSnapshot else archives))
     kind = draw(st.sampled_from(["wrong", "wrong", "wrong", "missing", "unknown"]))
     if kind == "unknown":
@@ -380,37 +379,37 @@ def _with_one_wrong_field(draw: st.DrawFn, model: type[Payload]) -> tuple[dict[s
 
 
 def _assert_named(error: InvalidEvent, field: str) -> None:
-    """The message begins with the field's path and goes on with a reason, on one printable line."""
+    """Assert that the message begins with the path of the field and is one printable line."""
     message = str(error)
     assert message.startswith((f"{field}: ", f"{field}."))
     assert (message.isprintable(), len(message) <= 500) == (True, True)
 
 
-@given(broken=_with_one_wrong_field(PortfolioSnapshot))
+@given(invalid=_with_one_wrong_field(PortfolioSnapshot))
 @_PURE
-def test_a_snapshot_with_one_wrong_field_is_refused_at_the_producer(broken: tuple[dict[str, Any], str]) -> None:
-    """InvalidEvent, which names that field; never another exception, never another field."""
-    values, field = broken
+def test_the_producer_names_the_one_wrong_field_of_a_snapshot(invalid: tuple[dict[str, Any], str]) -> None:
+    """The error is always InvalidEvent."""
+    values, field = invalid
     with pytest.raises(InvalidEvent) as caught:
         PortfolioSnapshot.checked(**values)
     _assert_named(caught.value, field)
 
 
-@given(broken=_with_one_wrong_field(SignalArchive))
+@given(invalid=_with_one_wrong_field(SignalArchive))
 @_PURE
-def test_an_archive_with_one_wrong_field_is_refused_at_the_producer(broken: tuple[dict[str, Any], str]) -> None:
-    """The same for signals, however deep the trouble is."""
-    values, field = broken
+def test_the_producer_names_the_one_wrong_field_of_an_archive(invalid: tuple[dict[str, Any], str]) -> None:
+    """Including values at any depth of its signals."""
+    values, field = invalid
     with pytest.raises(InvalidEvent) as caught:
         SignalArchive.checked(**values)
     _assert_named(caught.value, field)
 
 
-# ---- refused at the consumer
+# ---- invalid at the consumer
 
 _wire_texts = st.text(st.characters(codec="utf-8"), max_size=30)
-# Hypothesis knows how times and dates look and would now and then write a valid one.
-_words = _wire_texts.filter(lambda value: not value[:1].isdigit())
+# Hypothesis sometimes generates text that is a valid time or date.
+_not_starting_with_a_digit = _wire_texts.filter(lambda value: not value[:1].isdigit())
 _not_text: st.SearchStrategy[Any] = st.one_of(
     st.booleans(), st.integers(), st.floats(), st.lists(st.integers(), max_size=2), st.just({})
 )
@@ -427,7 +426,7 @@ _wire_amounts = st.one_of(
 _wire_instants = st.one_of(
     st.none(),
     _not_text,
-    _words,
+    _not_starting_with_a_digit,
     st.datetimes().map(datetime.isoformat),
     instants.map(lambda moment: moment.isoformat(sep=" ")),
     st.datetimes(max_value=datetime(1969, 12, 30), timezones=offsets).map(datetime.isoformat),
@@ -439,12 +438,12 @@ _wire_instants = st.one_of(
     st.from_regex(r"2026-11-22T17:02:46[+-](2[4-9]|[3-9][0-9]):[0-9]{2}", fullmatch=True),
     st.from_regex(r"2026-11-22T17:02:46[+-][01][0-9]:[6-9][0-9]", fullmatch=True),
 )
-_wire_poison = st.one_of(
+_wire_unstorable_values = st.one_of(
     st.sampled_from([float("nan"), float("inf"), -float("inf")]),
     st.integers(2 * 10**308) | st.integers(max_value=-2 * 10**308),
     texts.map(lambda value: value + "\0"),
     texts.map(lambda value: {"\0" + value: 1}),
-    st.integers(50, 120).map(lambda depth: _buried(1, [0] * depth)),
+    st.integers(50, 120).map(lambda depth: _nested(1, [0] * depth)),
 )
 _WIRE_WRONG: dict[str, st.SearchStrategy[Any]] = {
     "specversion": st.none() | _not_text | _wire_texts.filter(lambda value: value != "1.0"),
@@ -462,7 +461,7 @@ _WIRE_WRONG: dict[str, st.SearchStrategy[Any]] = {
     "data.snapshot_date": st.one_of(
         st.none(),
         _not_text,
-        _words,
+        _not_starting_with_a_digit,
         st.from_regex(r"2026-(02-3[0-9]|1[3-9]-01|00-01|0[1-9]-00|[0-9]{3})|[0-9]{8}", fullmatch=True),
         st.datetimes().map(datetime.isoformat),
     ),
@@ -479,7 +478,7 @@ _WIRE_WRONG: dict[str, st.SearchStrategy[Any]] = {
         st.just([]),
         _wire_texts,
         st.lists(_not_integer.filter(lambda value: value != {}) | st.integers(), min_size=1, max_size=3),
-        st.builds(lambda poison, path: [{}, {"a": _buried(poison, path)}], _wire_poison, _paths),
+        st.builds(lambda value, path: [{}, {"a": _nested(value, path)}], _wire_unstorable_values, _paths),
     ),
     **{f"data.{name}": _wire_amounts for name in AMOUNTS},
     **{f"data.{name}": st.one_of(_not_integer, st.integers(max_value=-1), st.integers(2**31)) for name in COUNTS},
@@ -489,7 +488,7 @@ _OPTIONAL = {"sequence", "subject", "datacontenttype", "data.portfolio_id"}
 
 @st.composite
 def _with_one_wrong_member(draw: st.DrawFn, payload: Payload) -> tuple[str, str]:
-    """The text of a valid event but for one member, and the dotted path of that member."""
+    """Draw the text of an event with one invalid member, and the dotted path of that member."""
     document = json.loads(encode(_event(payload)))
     paths = [*document, *(f"data.{name}" for name in document["data"])]
     kind = draw(st.sampled_from(["wrong", "wrong", "wrong", "missing", "unknown"]))
@@ -497,12 +496,12 @@ def _with_one_wrong_member(draw: st.DrawFn, payload: Payload) -> tuple[str, str]
         path = draw(st.sampled_from(["", "data."])) + draw(st.text("xyz", min_size=1, max_size=5))
     else:
         path = draw(st.sampled_from([p for p in paths if p in _WIRE_WRONG and (kind == "wrong" or p not in _OPTIONAL)]))
-    holder = document["data"] if path.startswith("data.") else document
+    members = document["data"] if path.startswith("data.") else document
     name = path.removeprefix("data.")
     if kind == "missing":
-        del holder[name]
+        del members[name]
     else:
-        holder[name] = draw(_WIRE_WRONG[path] if kind == "wrong" else json_values.filter(_has_no_decimal))
+        members[name] = draw(_WIRE_WRONG[path] if kind == "wrong" else json_values.filter(_has_no_decimal))
     return json.dumps(document), path
 
 
@@ -512,21 +511,21 @@ def _has_no_decimal(value: Any) -> bool:
     return not isinstance(value, Decimal)
 
 
-@given(broken=_with_one_wrong_member(a_snapshot()))
+@given(invalid=_with_one_wrong_member(a_snapshot()))
 @settings(_PURE, max_examples=300)
-def test_a_snapshot_event_with_one_wrong_member_is_refused_at_the_consumer(broken: tuple[str, str]) -> None:
-    """InvalidEvent, which names that member by its path."""
-    wire, path = broken
+def test_the_consumer_names_the_one_wrong_member_of_a_snapshot(invalid: tuple[str, str]) -> None:
+    """The error is InvalidEvent and begins with the path of the member."""
+    wire, path = invalid
     with pytest.raises(InvalidEvent) as caught:
         decode(wire, PortfolioSnapshotEvent)
     _assert_named(caught.value, path)
 
 
-@given(broken=_with_one_wrong_member(an_archive()))
+@given(invalid=_with_one_wrong_member(an_archive()))
 @_PURE
-def test_an_archive_event_with_one_wrong_member_is_refused_at_the_consumer(broken: tuple[str, str]) -> None:
-    """The same for archives."""
-    wire, path = broken
+def test_the_consumer_names_the_one_wrong_member_of_an_archive(invalid: tuple[str, str]) -> None:
+    """The error is InvalidEvent and begins with the path of the member."""
+    wire, path = invalid
     with pytest.raises(InvalidEvent) as caught:
         decode(wire, SignalArchiveEvent)
     _assert_named(caught.value, path)
@@ -534,8 +533,8 @@ def test_an_archive_event_with_one_wrong_member_is_refused_at_the_consumer(broke
 
 @given(wire=st.one_of(_wire_texts, st.text(), json_values.filter(_has_no_decimal).map(json.dumps)))
 @_PURE
-def test_any_other_text_is_refused_at_the_consumer(wire: str) -> None:
-    """Whatever arrives, the answer is InvalidEvent with a printable reason."""
+def test_any_other_text_is_invalid_at_the_consumer(wire: str) -> None:
+    """The error is always InvalidEvent with a printable reason."""
     for model in (PortfolioSnapshotEvent, SignalArchiveEvent):
         with pytest.raises(InvalidEvent) as caught:
             decode(wire, model)

@@ -1,4 +1,4 @@
-"""A Redis that is not there: it can be cut off, and holds what the code under test put into it."""
+"""fakeredis for the unit tests; a test can interrupt its connection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rq.serializers import JSONSerializer
 
 @pytest.fixture
 def server() -> fakeredis.FakeServer:
-    """Set `connected` to False for an outage."""
+    """Fake server; a test sets `connected` to False for an outage."""
     return fakeredis.FakeServer()
 
 

@@ -1,4 +1,4 @@
-"""Acknowledgements in Redis: their text, and how relays read them."""
+"""Acknowledgements in Redis: their text, and how a relay reads it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ EVENT_ID = "8f2b6a3e-9c1d-5e4f-8a7b-0123456789ab"
 @pytest.mark.parametrize(
     "outcome", [Outcome("stored", 42), Outcome("duplicate", 7), Outcome("rejected", None, "a:b c")]
 )
-def test_a_written_acknowledgement_is_read_again(outcome: Outcome, event_id: str | None, nonce: str) -> None:
-    """From clients that decode answers and from such that do not."""
+def test_an_acknowledgement_is_read_as_it_was_written(outcome: Outcome, event_id: str | None, nonce: str) -> None:
+    """With and without `decode_responses`."""
     field = job_id_of(SOURCE_ID, 3, nonce)
     text = acknowledgement_text(1_700_000_000, event_id, outcome)
     expected = Acknowledgement(SOURCE_ID, 3, nonce, event_id, outcome, at=1_700_000_000)
@@ -31,7 +31,7 @@ def test_a_written_acknowledgement_is_read_again(outcome: Outcome, event_id: str
 
 
 def test_an_acknowledgement_has_its_documented_text() -> None:
-    """Workers and relays of different releases meet there."""
+    """Workers and relays of different releases must agree on it."""
     assert job_id_of("ab", 2, NONCE) == f"ab-2-{NONCE}"
     assert job_id_of("ab", 2) == "ab-2"
     assert acknowledgement_text(17, EVENT_ID, Outcome("stored", 4)) == f"17 {EVENT_ID} stored:4"
@@ -42,7 +42,7 @@ def test_an_acknowledgement_has_its_documented_text() -> None:
     "job_id", ["", "ab", "ab-", "ab-1-", "ab-1-2", f"ab-x-{NONCE}", f"AB-1-{NONCE}", f"ab-1-{NONCE}0"]
 )
 def test_other_job_ids_name_no_delivery(job_id: str) -> None:
-    """Somebody else's job."""
+    """They belong to another program's jobs."""
     assert delivery_of(job_id) is None
 
 
@@ -77,10 +77,10 @@ _TEXT = b"17 - stored:1"
         (_FIELD, b""),
     ],
 )
-def test_an_unreadable_acknowledgement_is_removed_with_a_line_in_the_log(
+def test_an_unreadable_acknowledgement_is_removed_and_logged(
     caplog: pytest.LogCaptureFixture, field: bytes, value: bytes
 ) -> None:
-    """What stands before and behind it is read."""
+    """The fields before and after it are read."""
     first, last = f"{SOURCE_ID}-1-{NONCE}".encode(), f"{SOURCE_ID}-3-{NONCE}".encode()
     fields: dict[Any, Any] = {first: b"17 - stored:42", field: value, last: b"17 - rejected:no"}
     found = read_acknowledgements(fields, SOURCE)

@@ -1,4 +1,4 @@
-"""Copies of an outbox: they are told apart where they meet, in Redis, and what one of them has is never the other's."""
+"""Copies of an outbox: a relay detects them by a token in Redis, and each copy settles its own events only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DAYS = 24 * 3600
 
 
 class Bot:
-    """A producer on one outbox, whose relay sweeps when the test says so. It knows what it has accepted."""
+    """Producer on one outbox, whose relay sweeps when the test calls it. It remembers its accepted events."""
 
     def __init__(self, path: Path, redis: fakeredis.FakeRedis) -> None:
         self.path = path
@@ -38,11 +38,11 @@ class Bot:
         self.accepted: list[Accepted] = []
 
     def record(self, *payloads: Payload, name: str = NAME) -> str:
-        """Returns the source."""
+        """Record the payloads, and return their source."""
         self.accepted += self.outbox.append(name, payloads)
         return self.accepted[-1].source
 
-    def fates(self) -> list[EntryStatus]:
+    def statuses(self) -> list[EntryStatus]:
         return [self.outbox.status_of(one) for one in self.accepted]
 
     def close(self) -> None:
@@ -52,7 +52,7 @@ class Bot:
 
 @pytest.fixture
 def bot(tmp_path: Path, redis: fakeredis.FakeRedis) -> Iterator[Callable[[str], Bot]]:
-    """Opens the outbox in this folder."""
+    """Return a function that opens the outbox in a folder."""
     opened: list[Bot] = []
 
     def open_outbox(folder: str) -> Bot:
@@ -65,7 +65,7 @@ def bot(tmp_path: Path, redis: fakeredis.FakeRedis) -> Iterator[Callable[[str], 
 
 
 @pytest.fixture(autouse=True)
-def _looks_at_each_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+def _compare_tokens_at_each_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "_CHECK_SECONDS", 0.0)
 
 
@@ -80,7 +80,7 @@ def _copy(one: Bot, folder: str) -> None:
 
 
 def _acknowledge(redis: fakeredis.FakeRedis, one: Accepted, outcome: Outcome, seconds_ago: float = 0) -> str:
-    """As a worker does it; returns the field."""
+    """Acknowledge one entry as a worker does, and return the field."""
     field = job_id_of(one.source_id, one.sequence, one.nonce)
     text = acknowledgement_text(int(redis.time()[0] - seconds_ago), one.event_id, outcome)
     redis.hset(acknowledgement_key(one.source), field, text)
@@ -95,10 +95,10 @@ def _sweep(*bots: Bot) -> None:
 
 @pytest.mark.parametrize("first", ["a", "b"])
 @pytest.mark.parametrize("while_open", [False, True])
-def test_of_two_copies_one_goes_on_with_the_source_and_the_other_gets_a_new_one(
+def test_one_of_two_copies_keeps_the_source_and_the_other_gets_a_new_one(
     bot: Callable[[str], Bot], caplog: pytest.LogCaptureFixture, while_open: bool, first: str
 ) -> None:
-    """A folder was copied for a second bot, while the first was stopped or while it ran."""
+    """The folder of a bot is copied for a second bot, while the first one is stopped or while it runs."""
     original = bot("a")
     source = original.record(a_snapshot())
     _sweep(original)
@@ -112,7 +112,7 @@ def test_of_two_copies_one_goes_on_with_the_source_and_the_other_gets_a_new_one(
     one, other = (original, copy) if first == "a" else (copy, original)
     _sweep(one, other)
     if while_open:
-        # A relay exchanges the token when it begins: a bot that went on running finds that at its next look.
+        # A relay exchanges the token when it begins. A bot that continued to run finds the new token later.
         one, other = copy, original
         _sweep(original)
     sources = {one: one.record(a_snapshot()), other: other.record(a_snapshot())}
@@ -133,10 +133,10 @@ def test_of_two_copies_one_goes_on_with_the_source_and_the_other_gets_a_new_one(
 
 
 @pytest.mark.parametrize("same_events", [False, True])
-def test_events_of_copies_under_the_same_numbers_are_distinguished(
+def test_copies_that_use_the_same_numbers_settle_their_own_events(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, same_events: bool
 ) -> None:
-    """Before they meet. Each receipt has the row, or the refusal, of its own event, whichever relay reads first."""
+    """Each receipt reports the row or rejection for its own event, whichever relay reads first."""
     original = bot("a")
     original.record(a_snapshot(after=timedelta(hours=1)))
     original.close()
@@ -149,22 +149,22 @@ def test_events_of_copies_under_the_same_numbers_are_distinguished(
     _sweep(a, b)
     assert len(set(queue_of(redis).job_ids)) == 7  # one of them is in both outboxes
     answers = FakeWorker(redis, "history").work()
-    told = {answer.job_id: answer.outcome for answer in answers}
+    outcomes = {answer.job_id: answer.outcome for answer in answers}
     _sweep(b, a, b)
 
     for one in (a, b):
-        for accepted, fate in zip(one.accepted, one.fates(), strict=True):
-            outcome = told[job_id_of(accepted.source_id, accepted.sequence, accepted.nonce)]
-            assert (fate.row_id, fate.reason) == (outcome.row_id, outcome.reason)
-    row_ids = [fate.row_id for fate in (*a.fates(), *b.fates()) if fate.row_id]
+        for accepted, status in zip(one.accepted, one.statuses(), strict=True):
+            outcome = outcomes[job_id_of(accepted.source_id, accepted.sequence, accepted.nonce)]
+            assert (status.row_id, status.reason) == (outcome.row_id, outcome.reason)
+    row_ids = [status.row_id for status in (*a.statuses(), *b.statuses()) if status.row_id]
     assert len(row_ids) == len(set(row_ids)) == (3 if same_events else 6)
-    assert [fate.state for fate in b.fates()] == ["rejected" if same_events else "stored"] * 3
+    assert [status.state for status in b.statuses()] == ["rejected" if same_events else "stored"] * 3
 
 
-def test_a_relay_leaves_answers_to_entries_that_it_does_not_have(
+def test_a_relay_keeps_acknowledgements_of_entries_that_it_does_not_have(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
 ) -> None:
-    """However often it looks: a copy that is down now will read them."""
+    """A copy that is not running now will read them later."""
     a = bot("a")
     a.record(a_snapshot())
     a.close()
@@ -180,14 +180,14 @@ def test_a_relay_leaves_answers_to_entries_that_it_does_not_have(
     assert {shown(field) for field in redis.hkeys(acknowledgement_key(b.accepted[0].source))} == fields
     _sweep(b)
 
-    assert (a.fates()[0].row_id, b.fates()[0].row_id) == (8, 9)
+    assert (a.statuses()[0].row_id, b.statuses()[0].row_id) == (8, 9)
     assert redis.hkeys(acknowledgement_key(b.accepted[0].source)) == []
 
 
-def test_answers_to_entries_of_others_are_removed_after_seven_days_by_redis_clock(
+def test_acknowledgements_of_unknown_entries_are_removed_after_seven_days_of_redis_clock(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
 ) -> None:
-    """By any relay that reads there: the outbox that waited for them may be gone for good."""
+    """Any relay of the source removes them: the outbox that waited for them may no longer exist."""
     a = bot("a")
     a.record(a_snapshot())
     _sweep(a)
@@ -205,7 +205,7 @@ def test_answers_to_entries_of_others_are_removed_after_seven_days_by_redis_cloc
 def test_an_entry_that_both_copies_have_is_settled_in_both(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
 ) -> None:
-    """The first relay takes the answer away; the second one sends again, and is left the answer to that."""
+    """The first relay removes the acknowledgement; the second one sends again and reads the next acknowledgement."""
     a = bot("a")
     a.record(a_snapshot(), a_snapshot(after=timedelta(1)))
     a.relay.sweep()
@@ -215,7 +215,7 @@ def test_an_entry_that_both_copies_have_is_settled_in_both(
     worker = FakeWorker(redis, "history")
     answers = worker.work()
     _acknowledge(redis, shared[0], answers[0].outcome)
-    redis.hdel(acknowledgement_key(shared[1].source), answers[1].job_id)  # so that `a` goes on looking there
+    redis.hdel(acknowledgement_key(shared[1].source), answers[1].job_id)  # so that `a` continues to read there
     a.relay.sweep()
     redis.delete(queue_of(redis).key)
     redis.delete(f"rq:job:{answers[1].job_id}")
@@ -233,10 +233,10 @@ def test_an_entry_that_both_copies_have_is_settled_in_both(
 
 
 @pytest.mark.parametrize(("seconds_ago", "left"), [(50, 1), (70, 0)])
-def test_an_answer_to_a_settled_entry_is_left_for_a_copy_for_a_minute(
+def test_an_acknowledgement_of_a_settled_entry_is_kept_for_a_copy_for_a_minute(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, seconds_ago: float, left: int
 ) -> None:
-    """By the clock of Redis, which also the answer's time is from."""
+    """Its age is measured by Redis' clock, which also gave it its time."""
     a = bot("a")
     a.record(a_snapshot(), a_snapshot(after=timedelta(1)))
     _sweep(a)
@@ -248,34 +248,34 @@ def test_an_answer_to_a_settled_entry_is_left_for_a_copy_for_a_minute(
     assert redis.hlen(acknowledgement_key(a.accepted[0].source)) == left
 
 
-class Death(BaseException):
-    """The process ends here."""
+class Crash(BaseException):
+    """End of the process at this point."""
 
 
-def _die(*_: Any) -> None:
-    raise Death
+def _crash(*_: Any) -> None:
+    raise Crash
 
 
-@pytest.mark.parametrize("deaths", list(itertools.product(["before", "between", "after", "never"], repeat=2)))
-def test_the_death_of_a_relay_while_it_exchanges_the_token_is_no_copy(
+@pytest.mark.parametrize("crashes", list(itertools.product(["before", "between", "after", "never"], repeat=2)))
+def test_a_relay_that_crashes_while_it_exchanges_the_token_is_not_taken_for_a_copy(
     bot: Callable[[str], Bot],
     redis: fakeredis.FakeRedis,
     monkeypatch: pytest.MonkeyPatch,
-    deaths: tuple[str, ...],
+    crashes: tuple[str, ...],
 ) -> None:
-    """Before Redis has the new token, or before the outbox knows that it has; once and again."""
+    """It crashes before Redis has the new token, or before the outbox stores that Redis has it, up to twice."""
     source = bot("a").record(a_snapshot())
-    for death in ("never", *deaths):
+    for crash in ("never", *crashes):
         one = bot("a")
-        with monkeypatch.context() as patch, suppress(Death):
-            if death == "before":
-                patch.setattr(one.outbox.header, "begin_exchange", _die)
-            elif death == "between":
-                patch.setattr(copies, "_set_tokens", _die)
-            elif death == "after":
-                patch.setattr(one.outbox.header, "end_exchange", _die)
+        with monkeypatch.context() as patch, suppress(Crash):
+            if crash == "before":
+                patch.setattr(one.outbox.header, "begin_exchange", _crash)
+            elif crash == "between":
+                patch.setattr(copies, "_set_tokens", _crash)
+            elif crash == "after":
+                patch.setattr(one.outbox.header, "end_exchange", _crash)
             one.relay.sweep()
-            assert death == "never"
+            assert crash == "never"
         one.close()
     last = bot("a")
     _sweep(last)
@@ -286,21 +286,21 @@ def test_the_death_of_a_relay_while_it_exchanges_the_token_is_no_copy(
     assert (identity.token.encode(), identity.next_token) == (redis.get(token_key(source)), None)
 
 
-@pytest.mark.parametrize("death", ["between", "after"])
+@pytest.mark.parametrize("crash", ["between", "after"])
 def test_copies_made_while_the_token_is_exchanged_are_distinguished(
-    bot: Callable[[str], Bot], monkeypatch: pytest.MonkeyPatch, death: str
+    bot: Callable[[str], Bot], monkeypatch: pytest.MonkeyPatch, crash: str
 ) -> None:
-    """Both have the old and the new one: the first that exchanges it goes on."""
+    """Both copies have the old and the new token: the first one that exchanges it keeps the source."""
     original = bot("a")
     source = original.record(a_snapshot())
     _sweep(original)
     original.close()
     again = bot("a")
-    with monkeypatch.context() as patch, suppress(Death):
-        if death == "between":
-            patch.setattr(copies, "_set_tokens", _die)
+    with monkeypatch.context() as patch, suppress(Crash):
+        if crash == "between":
+            patch.setattr(copies, "_set_tokens", _crash)
         else:
-            patch.setattr(again.outbox.header, "end_exchange", _die)
+            patch.setattr(again.outbox.header, "end_exchange", _crash)
         again.relay.sweep()
     again.close()
     _copy(original, "b")
@@ -311,10 +311,10 @@ def test_copies_made_while_the_token_is_exchanged_are_distinguished(
     assert a.record(a_snapshot()) != source
 
 
-def test_a_redis_that_lost_everything_is_no_copy_and_gets_the_token_back(
+def test_a_redis_that_lost_everything_gets_the_token_back_and_the_source_stays(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
 ) -> None:
-    """Within a run and at the start of the next one; a copy that comes after that is noticed all the same."""
+    """During a run and at the start of the next one. A copy that starts after that is still detected."""
     a = bot("a")
     source = a.record(a_snapshot())
     _sweep(a)
@@ -343,7 +343,7 @@ def test_a_redis_that_lost_everything_is_no_copy_and_gets_the_token_back(
 def test_an_older_copy_that_was_put_back_gives_its_next_events_a_new_source(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, tmp_path: Path, settled: bool
 ) -> None:
-    """By `cp`, while nobody runs: the file has the same inode, and its numbers were used already."""
+    """`cp` puts it back while no bot runs: the file keeps its inode, and its next numbers are already used."""
     worker = FakeWorker(redis, "history")
     one = bot("a")
     source = one.record(a_snapshot())
@@ -359,13 +359,13 @@ def test_an_older_copy_that_was_put_back_gives_its_next_events_a_new_source(
     _sweep(one)
     worker.work()
     _sweep(one)
-    assert {fate.state for fate in one.fates()} == {"stored"}
+    assert {status.state for status in one.statuses()} == {"stored"}
     one.close()
     shutil.copyfile(tmp_path / "backup", one.path)
     assert one.path.stat().st_ino == inode
 
     restored = bot("a")
-    assert restored.record(a_snapshot(after=timedelta(3))) == source  # nothing was compared yet
+    assert restored.record(a_snapshot(after=timedelta(3))) == source  # no token has been compared yet
     _sweep(restored)
     new = restored.record(a_snapshot(after=timedelta(4)))
     _sweep(restored)
@@ -374,15 +374,15 @@ def test_an_older_copy_that_was_put_back_gives_its_next_events_a_new_source(
 
     assert new != source
     assert [one.sequence for one in restored.accepted] == [2, 1]
-    assert [(fate.state, fate.row_id) for fate in restored.fates()] == [("stored", 4), ("stored", 5)]
+    assert [(status.state, status.row_id) for status in restored.statuses()] == [("stored", 4), ("stored", 5)]
     assert sorted(outcome.kind for outcome in outcomes.values()) == ["duplicate"] * (not settled) + ["stored"] * 2
     assert restored.outbox.status().depth == 0
 
 
-def test_of_two_that_exchange_the_token_at_the_same_moment_one_goes_on(
+def test_one_of_two_copies_that_exchange_the_token_at_the_same_moment_keeps_the_source(
     bot: Callable[[str], Bot], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one has exchanged it between this one's question and its answer: Redis refuses, and it asks again."""
+    """The other copy exchanges it between this one's read and write: the write fails, and this one reads again."""
     original = bot("a")
     source = original.record(a_snapshot())
     original.close()
@@ -402,10 +402,10 @@ def test_of_two_that_exchange_the_token_at_the_same_moment_one_goes_on(
     assert a.record(a_snapshot()) != source
 
 
-def test_a_source_that_came_later_is_watched_over_at_once(
+def test_a_source_that_is_added_later_gets_a_token_at_the_next_sweep(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another name on the same file, recorded while the relay has its lock."""
+    """A producer with another name records into the same file while the relay has its lock."""
     monkeypatch.setattr(copies, "_CHECK_SECONDS", 1e9)
     original = bot("a")
     first = original.record(a_snapshot())
@@ -423,8 +423,8 @@ def test_a_source_that_came_later_is_watched_over_at_once(
     assert {b.record(a_snapshot(), name=name) for name in (NAME, "other")} & {first, second} == set()
 
 
-def test_the_source_of_a_copy_of_a_copy_differs_again(bot: Callable[[str], Bot]) -> None:
-    """A third bot made from the second."""
+def test_a_copy_of_a_copy_gets_another_source(bot: Callable[[str], Bot]) -> None:
+    """A third bot is made from the second one."""
     a = bot("a")
     a.record(a_snapshot())
     a.close()
@@ -442,13 +442,13 @@ def test_the_source_of_a_copy_of_a_copy_differs_again(bot: Callable[[str], Bot])
 
 
 @pytest.mark.parametrize("stopped_in", ["begin_exchange", "end_exchange"])
-def test_a_relay_that_was_stopped_while_another_one_took_over_is_no_copy(
+def test_a_relay_that_resumes_after_another_one_took_over_is_not_taken_for_a_copy(
     bot: Callable[[str], Bot],
     redis: fakeredis.FakeRedis,
     monkeypatch: pytest.MonkeyPatch,
     stopped_in: str,
 ) -> None:
-    """Two relays on one outbox: a relay process was stopped (SIGSTOP) at any point, and goes on later."""
+    """A relay process is stopped (SIGSTOP) while it exchanges the token, and continues later."""
     one = bot("a")
     source = one.record(a_snapshot())
     _sweep(one)
@@ -469,10 +469,10 @@ def test_a_relay_that_was_stopped_while_another_one_took_over_is_no_copy(
     assert token == redis.get(token_key(source))
 
 
-def test_a_relay_that_compares_while_another_one_exchanges_the_token_is_no_copy(
+def test_a_relay_that_compares_tokens_while_another_one_exchanges_them_is_not_taken_for_a_copy(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between its look into the outbox and its look into Redis."""
+    """The other relay exchanges the token after this one read the outbox and before it reads Redis."""
     one = bot("a")
     source = one.record(a_snapshot())
     _sweep(one)

@@ -1,4 +1,4 @@
-"""Under which names RQ Dashboard is asked, and how it says which Redis is behind it."""
+"""The host names that RQ Dashboard accepts, and how it names its Redis."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from producers.redis_url import place_of, redis_client
         ("http://[", None),
     ],
 )
-def test_an_origin_is_as_a_browser_writes_it(url: str, origin: str | None) -> None:
+def test_an_origin_is_written_as_browsers_write_it(url: str, origin: str | None) -> None:
     assert origin_of(url) == origin
 
 
-def test_case_and_the_usual_port_make_no_other_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in the setting, nor in what a proxy passes on."""
+def test_letter_case_and_the_default_port_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the setting nor in the headers that a proxy sends."""
     monkeypatch.setenv("HISTORY_DASHBOARD_URL", "https://Dash.Example:443/")
     monkeypatch.setenv("HISTORY_DASHBOARD_PASSWORD", "p")
     app = Flask("guarded")
@@ -50,7 +50,7 @@ def test_case_and_the_usual_port_make_no_other_name(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("url", ["https://h:99999/", "https://:443/", "http://[/"])
-def test_a_url_without_an_origin_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dashboard_url_without_an_origin_is_an_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HISTORY_DASHBOARD_URL", url)
     with pytest.raises(SettingsError, match="^HISTORY_DASHBOARD_URL: "):
         DashboardSettings.from_environment()
@@ -66,11 +66,11 @@ def test_a_url_without_an_origin_is_refused(url: str, monkeypatch: pytest.Monkey
         ("rediss+sentinel://a/m", "database 0 on the master of m, by TLS, by Sentinel a:26379"),
     ],
 )
-def test_a_redis_is_named_without_its_login(url: str, place: str) -> None:
+def test_a_redis_server_is_named_without_user_and_password(url: str, place: str) -> None:
     assert place_of(redis_client(url)) == place
 
 
-def test_up_says_why_its_dashboard_is_elsewhere(
+def test_up_reports_why_its_dashboard_has_another_port(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with listening.listen("127.0.0.1", 0) as taken:
@@ -79,5 +79,5 @@ def test_up_says_why_its_dashboard_is_elsewhere(
         other = cli_up._listening()
     with other:
         assert other.getsockname()[1] != port
-    why = f"RQ Dashboard is at another port this time: cannot listen at 127.0.0.1 port {port}: Address already in use\n"
+    why = f"RQ Dashboard uses another port this time: cannot listen at 127.0.0.1 port {port}: Address already in use\n"
     assert capsys.readouterr().err == why

@@ -1,4 +1,4 @@
-"""The templates of the installed rq-dashboard: escaping in them, and reading for them, is as the dashboard expects."""
+"""The templates of the installed rq-dashboard escape as our app expects, and our serializer reads any job for them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ TEMPLATES = Path(rq_dashboard.__file__).with_name("templates")
 SOURCES = {str(path.relative_to(TEMPLATES)): path.read_text("utf-8") for path in TEMPLATES.rglob("*.*")}
 
 
-def test_where_the_switch_does_not_escape_the_template_does() -> None:
-    """Underscore's switch leaves what begins so as it is, and Jinja's what is marked as safe."""
+def test_templates_escape_where_the_settings_of_underscore_and_jinja_do_not() -> None:
+    """Our setting for Underscore skips these expressions; Jinja skips values marked as safe."""
     assert len(SOURCES) == 13
     exceptions = [one for source in SOURCES.values() for one in re.findall(r"<%= \$\('<div/>'\)\.text\(.*", source)]
     assert len(exceptions) == 2
@@ -26,8 +26,8 @@ def test_where_the_switch_does_not_escape_the_template_does() -> None:
     assert [value for value in values if "safe" in value and "tojson" not in value] == []
 
 
-def test_the_switch_comes_before_every_template_of_underscore() -> None:
-    """In the one script of a page, right after the script of Underscore itself."""
+def test_the_setting_of_underscore_comes_before_every_template() -> None:
+    """It is in the only inline script of a page, after Underscore itself."""
     assert SOURCES["rq_dashboard/inline_js.html"].startswith("var POLL_INTERVAL = {{ poll_interval }};\n")
     scripts = re.findall("<script.*?>", "".join(SOURCES.values()))
     running = [tag for tag in scripts if "text/template" not in tag and "src=" not in tag]
@@ -37,7 +37,7 @@ def test_the_switch_comes_before_every_template_of_underscore() -> None:
 
 
 @pytest.mark.parametrize("stored", [pickle.dumps(("f", None, (1,), {})), b"[" * 100_000, b"\xff", b"", b"9" * 5000])
-def test_data_that_are_not_json_read_as_text_and_as_a_call_and_are_written_unchanged(stored: bytes) -> None:
+def test_data_that_is_not_json_is_read_as_text_and_as_a_call_and_written_back_unchanged(stored: bytes) -> None:
     read = JsonOnly.loads(stored)
     function, instance, arguments, keywords = read
     assert read == f"({len(stored):,} bytes that are not JSON)" == function
@@ -45,6 +45,6 @@ def test_data_that_are_not_json_read_as_text_and_as_a_call_and_are_written_uncha
     assert JsonOnly.dumps(read) == stored
 
 
-def test_json_is_read_and_written_as_rq_does() -> None:
+def test_json_is_read_and_written_as_by_rq() -> None:
     value = ["f", None, ["ü"], {"a": 1}]
     assert JsonOnly.loads(JsonOnly.dumps(value)) == value

@@ -1,4 +1,4 @@
-"""The file of the entries in progress: what a crash leaves for the next import, and what leaves nothing."""
+"""The file of the entries in progress: a crash leaves it behind for the next import."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from consumers.legacy.json_arrays import Entry
 from producers.errors import HistoryError
 
 SOURCE = "import/a.json/1"
-NUMBER = 77  # of the entry that ends the process
+NUMBER = 77  # the entry that crashes the process
 CHUNK = [Entry(index, {}) for index in range(100)]
 
 
 def _crash(report: Path) -> None:
-    """In a process of its own, which ends without a word when NUMBER is in progress."""
+    """Run a child process that exits abruptly while entry NUMBER is in progress."""
     child = os.fork()
     if child == 0:
         with EntriesInProgress(report) as in_progress:
@@ -40,8 +40,8 @@ def _sizes(report: Path, source: str = SOURCE) -> set[int]:
         return {len(portion) for portion in in_progress.portions(source, CHUNK)}
 
 
-def test_each_crash_narrows_the_entries_down_and_then_counts(tmp_path: Path) -> None:
-    """From the chunk to small portions to one entry; the other entries of the chunk stay together."""
+def test_each_crash_reduces_the_entries_in_progress_until_one_is_left(tmp_path: Path) -> None:
+    """Then its crashes are counted, and the other entries of the chunk are processed together."""
     report = tmp_path / "report.jsonl"
     noted = []
     for _ in range(4):
@@ -55,19 +55,19 @@ def test_each_crash_narrows_the_entries_down_and_then_counts(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("left", ["", "{", "[1]", '{"source": "import/a.json/1", "first": 0}', "null", "\x00" * 10])
-def test_a_note_that_cannot_be_read_is_none(tmp_path: Path, left: str) -> None:
-    """As a full disk may leave it."""
+def test_an_unreadable_note_is_ignored(tmp_path: Path, left: str) -> None:
+    """A full disk may leave such a note."""
     (tmp_path / "report.jsonl.in-progress").write_text(left)
     assert _sizes(tmp_path / "report.jsonl") == {100}
 
 
-def test_a_note_of_another_source_says_nothing(tmp_path: Path) -> None:
+def test_a_note_of_another_source_is_ignored(tmp_path: Path) -> None:
     _crash(tmp_path / "report.jsonl")
     assert _sizes(tmp_path / "report.jsonl", "import/b.json/1") == {100}
 
 
-def test_without_a_note_of_its_own_an_import_works_all_the_same(tmp_path: Path) -> None:
-    """Beside a pipe, and while another import writes the note."""
+def test_an_import_works_without_a_note(tmp_path: Path) -> None:
+    """If the report is a pipe, and while another import writes the note."""
     pipe, report = tmp_path / "pipe", tmp_path / "report.jsonl"
     os.mkfifo(pipe)
     assert _sizes(pipe) == {100}
@@ -83,7 +83,7 @@ def test_without_a_note_of_its_own_an_import_works_all_the_same(tmp_path: Path) 
     ("error", "left"), [(KeyboardInterrupt(), 0), (HistoryError("x"), 0), (OSError(), 0), (MemoryError(), 1)]
 )
 def test_only_a_crash_or_a_defect_leaves_a_note(tmp_path: Path, error: BaseException, left: int) -> None:
-    """Not a stop, nor an error that is the user's to solve."""
+    """A stop signal, or an error that the user can correct, removes it."""
     with pytest.raises(type(error)):
         _end_with(error, tmp_path / "report.jsonl")
     assert len(list(tmp_path.iterdir())) == left

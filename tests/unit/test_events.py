@@ -1,4 +1,4 @@
-"""The event contract: ids, the wire form, CloudEvents, and what is refused with which words."""
+"""The event contract: ids, the JSON text, CloudEvents, and the messages for invalid input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.factories import INSTANT, a_signal, a_snapshot, an_archive
 SOURCE = "trading-controller/0f1e2d3c4b5a"
 BERLIN_WINTER = timezone(timedelta(hours=1))
 
-# Written down, not computed: other programs hold the same values.
+# Constants, not computed values: other programs depend on them.
 SNAPSHOT_TEXT = (
     '{"specversion":"1.0","id":"7c1f366e-c9c3-5876-873e-6a33c29b098d",'
     '"source":"trading-controller/0f1e2d3c4b5a","sequence":"0000000000000000042",'
@@ -64,26 +64,26 @@ def _archive_event(**overrides: Any) -> Event:
 
 
 def _changed(text: str, path: str, value: object) -> str:
-    """The event with the field at the dotted `path` set to `value`; `...` removes it."""
+    """Return the text with the field at the dotted `path` set to `value`; `...` removes the field."""
     document = json.loads(text)
     *parents, name = path.split(".")
-    holder = document
+    members = document
     for parent in parents:
-        holder = holder[parent]
+        members = members[parent]
     if value is ...:
-        del holder[name]
+        del members[name]
     else:
-        holder[name] = value
+        members[name] = value
     return json.dumps(document)
 
 
 def _archive_text(signals: str) -> str:
-    """An archive whose signals are this JSON text, which Python's own JSON could not always write."""
+    """Return the text of an archive whose signals are this JSON, which Python cannot always write."""
     return encode(_archive_event(signals=[{"x": "here"}])).replace('[{"x":"here"}]', signals)
 
 
-def _refusal(call: Callable[[], object]) -> InvalidEvent:
-    """What `call` raises, which any log may show: one printable line of bounded length, without its cause."""
+def _error_of(call: Callable[[], object]) -> InvalidEvent:
+    """Return the InvalidEvent that `call` raises. It is one printable line of bounded length and has no cause."""
     with pytest.raises(InvalidEvent) as caught:
         call()
     message = str(caught.value)
@@ -91,7 +91,7 @@ def _refusal(call: Callable[[], object]) -> InvalidEvent:
     return caught.value
 
 
-def _refused_at(error: InvalidEvent, path: str, reason: str) -> None:
+def _assert_error(error: InvalidEvent, path: str, reason: str) -> None:
     assert str(error).startswith(f"{path}: ")
     assert reason in str(error)
     assert error.field is not None
@@ -99,7 +99,7 @@ def _refused_at(error: InvalidEvent, path: str, reason: str) -> None:
 
 
 def _floats_as_decimals(value: Any) -> Any:
-    """JSON with each float as the decimal that its text means."""
+    """Return JSON in which each float is the Decimal of its text."""
     if isinstance(value, dict):
         return {name: _floats_as_decimals(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def _floats_as_decimals(value: Any) -> Any:
     return Decimal(repr(value)) if isinstance(value, float) else value
 
 
-# ---- ids and the wire form
+# ---- ids and the JSON text
 
 
 @pytest.mark.parametrize(
@@ -120,22 +120,22 @@ def _floats_as_decimals(value: Any) -> Any:
     ],
     ids=["snapshot", "snapshot without portfolio", "archive", "archive without portfolio"],
 )
-def test_the_id_of_a_fact_is_this_one(payload: Payload, event_id: str) -> None:
-    """Ids are UUIDv5 of type, portfolio and instant, and never change between versions."""
+def test_the_id_of_a_fact_is_constant(payload: Payload, event_id: str) -> None:
+    """An id is the UUIDv5 of type, portfolio and instant. It is the same in all versions of the program."""
     assert str(payload.event_id) == event_id
 
 
 @pytest.mark.parametrize("offset", [timedelta(hours=1), timedelta(hours=-9, minutes=-30), timedelta(hours=14)])
 def test_the_same_instant_in_another_offset_has_the_same_id(offset: timedelta) -> None:
-    """An offset is a spelling of the instant, not another fact."""
+    """The UTC offset does not identify the fact."""
     moment = INSTANT.astimezone(timezone(offset))
 
     assert a_snapshot(timestamp=moment).event_id == a_snapshot().event_id
     assert an_archive(archived_at=moment).event_id == an_archive().event_id
 
 
-def test_another_portfolio_type_or_microsecond_is_another_fact() -> None:
-    """No two of these ids are the same; portfolio 0 is not the absence of one."""
+def test_another_portfolio_type_or_microsecond_has_another_id() -> None:
+    """All ids differ. Portfolio 0 is not the same as no portfolio."""
     later = timedelta(microseconds=1)
     payloads: list[Payload] = [
         *(a_snapshot(portfolio_id=number) for number in (None, 0, 1, -1)),
@@ -146,23 +146,23 @@ def test_another_portfolio_type_or_microsecond_is_another_fact() -> None:
     assert len({payload.event_id for payload in payloads}) == len(payloads)
 
 
-def test_texts_that_identify_a_fact_do_not_run_into_each_other() -> None:
-    """Whatever is in them; an empty one is not an absent one, and a text of digits is not a number."""
+def test_different_identities_of_texts_have_different_ids() -> None:
+    """Even if they contain separators. An empty text is not None, and a text of digits is not a number."""
     identities = [("a|b", "c"), ("a", "b|c"), ('a"', "c"), ("", "c"), (None, "c"), ("1", "c"), (1, "c"), ("c",)]
     assert len({event_id("t", *identity) for identity in identities}) == len(identities)
     with pytest.raises(TypeError, match="by a value of type decimal.Decimal"):
-        event_id("t", Decimal(1))  # type: ignore[arg-type]  # which is the point
+        event_id("t", Decimal(1))  # type: ignore[arg-type]  # the wrong type is tested
 
 
-def test_a_snapshot_travels_as_this_text() -> None:
-    """The whole event, byte for byte, in both directions."""
+def test_a_snapshot_has_a_fixed_text() -> None:
+    """Encoding gives this text, and decoding it gives an equal event."""
     event = _snapshot_event()
     assert encode(event) == SNAPSHOT_TEXT
     assert decode(SNAPSHOT_TEXT, PortfolioSnapshotEvent) == event
 
 
-def test_an_archive_travels_as_this_text() -> None:
-    """Without a portfolio; the month is that of the local date; null inside a signal stays."""
+def test_an_archive_has_a_fixed_text() -> None:
+    """It has no portfolio, its month is that of the local date, and null in a signal is kept."""
     signal = {
         "market_question": "Öffnet die Brücke? 🌉",
         "target_price": Decimal("0.455"),
@@ -177,7 +177,7 @@ def test_an_archive_travels_as_this_text() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_order_of_keys_does_not_matter(seed: int) -> None:
-    """JSON objects have no order: neither the envelope nor the payload relies on one."""
+    """Neither in the envelope nor in the payload."""
     document = json.loads(SNAPSHOT_TEXT)
 
     def shuffled(members: dict[str, Any]) -> dict[str, Any]:
@@ -189,14 +189,14 @@ def test_the_order_of_keys_does_not_matter(seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["sequence", "subject", "datacontenttype"])
 @pytest.mark.parametrize("absent", [..., None], ids=["absent", "null"])
-def test_another_producer_may_leave_out_what_is_optional(name: str, absent: object) -> None:
+def test_optional_attributes_may_be_absent_or_null(name: str, absent: object) -> None:
     """CloudEvents treats null as absent."""
     event = decode(_changed(SNAPSHOT_TEXT, name, absent), PortfolioSnapshotEvent)
     assert (getattr(event, name), event.data) == (None, a_snapshot())
 
 
 def test_times_on_the_wire_may_end_in_z_and_have_fewer_digits() -> None:
-    """RFC 3339 leaves these spellings to the producer."""
+    """RFC 3339 allows these spellings."""
     moment = INSTANT.replace(microsecond=500000)
     text = encode(_snapshot_event(timestamp=moment)).replace(".500000+00:00", ".5Z")
     assert decode(text, PortfolioSnapshotEvent).data.timestamp == moment
@@ -219,19 +219,19 @@ def test_month_and_date_follow_the_local_date() -> None:
     ],
 )
 def test_the_summary_is_one_readable_line(payload: Payload, line: str) -> None:
-    """What lists of jobs show."""
+    """Lists of jobs show it."""
     assert payload.summary == line
 
 
 def test_payloads_and_events_are_frozen() -> None:
-    """What was checked cannot be changed afterwards."""
+    """A validated value cannot be changed."""
     event = _snapshot_event()
     for model, name in ((event, "sequence"), (event.data, "balance"), (an_archive(), "archived_at")):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(model, name, None)
 
 
-# ---- other people's readers
+# ---- other readers
 
 EVENTS = {
     "snapshot": _snapshot_event(),
@@ -266,7 +266,7 @@ def test_every_event_is_a_cloud_event(event: Event) -> None:
 
 @pytest.mark.parametrize("event", EVENTS.values(), ids=EVENTS.keys())
 def test_every_event_follows_the_json_schema(event: Event) -> None:
-    """The published schema accepts what we send."""
+    """The published schema accepts the texts that `encode` writes."""
     assert list(Draft202012Validator(json_schema()).iter_errors(json.loads(encode(event)))) == []
 
 
@@ -286,16 +286,16 @@ def test_every_event_follows_the_json_schema(event: Event) -> None:
         ("data.snapshot_date", ...),
     ],
 )
-def test_the_json_schema_refuses_what_is_no_event(path: str, value: object) -> None:
-    """The published schema is as strict as a schema can be."""
+def test_the_json_schema_does_not_accept_an_invalid_event(path: str, value: object) -> None:
+    """It is as strict as JSON Schema allows."""
     schema = json_schema()
     Draft202012Validator.check_schema(schema)
     assert not Draft202012Validator(schema).is_valid(json.loads(_changed(SNAPSHOT_TEXT, path, value)))
 
 
 @pytest.mark.parametrize("signals", ["[]", "[1]", "{}"])
-def test_the_json_schema_refuses_signals_that_are_none(signals: str) -> None:
-    """At least one, and each an object."""
+def test_the_json_schema_requires_an_array_of_signals(signals: str) -> None:
+    """It has at least one item, and each item is an object."""
     assert not Draft202012Validator(json_schema()).is_valid(json.loads(_archive_text(signals)))
 
 
@@ -325,8 +325,8 @@ def test_the_json_schema_refuses_signals_that_are_none(signals: str) -> None:
         (-999_999_999_999, "-999999999999"),
     ],
 )
-def test_an_amount_is_rounded_half_even_and_written_plainly(given: object, rendered: str) -> None:
-    """At most 8 decimals, no exponent, no zeros at the end, no minus before zero; read back equal."""
+def test_an_amount_is_rounded_half_even_and_written_without_an_exponent(given: object, rendered: str) -> None:
+    """It has at most 8 decimals, no trailing zeros and no minus before zero. Decoding gives an equal amount."""
     event = _snapshot_event(balance=given)
     text = encode(event)
     assert json.loads(text)["data"]["balance"] == rendered
@@ -354,9 +354,8 @@ def test_an_amount_is_rounded_half_even_and_written_plainly(given: object, rende
     ],
     ids=ascii,
 )
-def test_a_value_that_is_no_amount_is_refused_at_the_producer(given: object, reason: str) -> None:
-    """The reason says what is wrong with it."""
-    _refused_at(_refusal(lambda: a_snapshot(total_value=given)), "total_value", reason)
+def test_a_value_that_is_not_an_amount_is_invalid_at_the_producer(given: object, reason: str) -> None:
+    _assert_error(_error_of(lambda: a_snapshot(total_value=given)), "total_value", reason)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +368,7 @@ def test_a_value_that_is_no_amount_is_refused_at_the_producer(given: object, rea
     ids=["6 digits", "inexact forbidden", "floats forbidden"],
 )
 def test_the_callers_decimal_context_makes_no_difference(context: decimal.Context) -> None:
-    """A controller that sets getcontext() for its own sums gets the same events as one that does not."""
+    """A controller may set another precision or other traps for its own calculations."""
     amount, signal = Decimal("999999999999.5"), {"price": Decimal("0.12345678901"), "size": 0.1}
     with decimal.localcontext(context):
         snapshot, archive = _snapshot_event(balance=amount), _archive_event(signals=[signal])
@@ -383,7 +382,7 @@ def test_the_callers_decimal_context_makes_no_difference(context: decimal.Contex
 
 
 def test_numbers_in_signals_keep_every_digit() -> None:
-    """Decimals and integers beyond a double's precision arrive by value, wherever they stand."""
+    """Decimals and integers beyond the precision of a double are exact, at any depth."""
     signal = {
         "long": Decimal("0.1234567890123456789012345678901234567890"),
         "many": Decimal("12345678901234567890.123456789"),
@@ -399,8 +398,8 @@ def test_numbers_in_signals_keep_every_digit() -> None:
     assert decode(encode(event), SignalArchiveEvent) == event
 
 
-class _Odd(float):
-    """Like NumPy's float64, which is a float and prints as something else."""
+class _Float(float):
+    """A float with another repr, like NumPy's float64."""
 
     def __repr__(self) -> str:
         return "odd(1.5)"
@@ -408,17 +407,17 @@ class _Odd(float):
     __str__ = __repr__
 
 
-class _OddInteger(int):
+class _Integer(int):
     def __repr__(self) -> str:
         return "odd(7)"
 
     __str__ = __repr__
 
 
-def test_numbers_that_print_oddly_are_written_as_numbers() -> None:
-    """A subclass with a repr of its own breaks neither money nor the JSON of signals."""
-    archive = json.loads(encode(_archive_event(signals=[{"float": _Odd(1.5), "integer": _OddInteger(7)}])))
-    snapshot = json.loads(encode(_snapshot_event(balance=_Odd(1.5), total_value=_OddInteger(7))))
+def test_numbers_with_another_repr_are_written_as_numbers() -> None:
+    """In amounts and in signals."""
+    archive = json.loads(encode(_archive_event(signals=[{"float": _Float(1.5), "integer": _Integer(7)}])))
+    snapshot = json.loads(encode(_snapshot_event(balance=_Float(1.5), total_value=_Integer(7))))
 
     assert archive["data"]["signals"] == [{"float": 1.5, "integer": 7}]
     assert (snapshot["data"]["balance"], snapshot["data"]["total_value"]) == ("1.5", "7")
@@ -437,8 +436,8 @@ def _containing_itself() -> dict[str, Any]:
     return signal
 
 
-def test_signals_may_be_nested_49_levels_below_the_signal() -> None:
-    """The limit is 50 levels, the signal itself included."""
+def test_a_signal_may_have_50_levels() -> None:
+    """The signal itself counts as one level."""
     signals = [{"deep": _nested(49)}]
     assert decode(encode(_archive_event(signals=signals)), SignalArchiveEvent).data.signals == signals
 
@@ -461,20 +460,18 @@ def test_signals_may_be_nested_49_levels_below_the_signal() -> None:
         ([{"a\0": 1}], "signals.0", "a key contains a NUL character or a lone surrogate"),
         ([{"\ud800": 1}], "signals.0", "a key contains a NUL character or a lone surrogate"),
         ([{"a": {"\ud800": 1}}], "signals.0.a", "a key contains a NUL character or a lone surrogate"),
-        ([{"a": {5: 1}}], "signals.0.a", "has a key that is not text but int"),
-        ([{"a": (1,)}], "signals.0.a", "is of type tuple, which JSON does not have"),
-        ([{"a": INSTANT}], "signals.0.a", "is of type datetime.datetime, which JSON does not have"),
-        ([{"a": b"x"}], "signals.0.a", "is of type bytes, which JSON does not have"),
+        ([{"a": {5: 1}}], "signals.0.a", "has a key of type int; keys must be text"),
+        ([{"a": (1,)}], "signals.0.a", "is of type tuple, which JSON cannot represent"),
+        ([{"a": INSTANT}], "signals.0.a", "is of type datetime.datetime, which JSON cannot represent"),
+        ([{"a": b"x"}], "signals.0.a", "is of type bytes, which JSON cannot represent"),
         ([{"a\n\x1b[31m\u202e": float("nan")}], r"signals.0.a\n\x1b[31m\u202e", "must be finite"),
         ([{"{reason}": float("nan")}], "signals.0.{reason}", "must be finite"),
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_signals_that_json_or_postgresql_cannot_hold_are_refused_at_the_producer(
-    signals: object, path: str, reason: str
-) -> None:
-    """The message leads to the place, whatever the keys are."""
-    _refused_at(_refusal(lambda: an_archive(signals=signals)), path, reason)
+def test_signals_that_cannot_be_stored_are_invalid_at_the_producer(signals: object, path: str, reason: str) -> None:
+    """The message begins with the path of the value, for any keys."""
+    _assert_error(_error_of(lambda: an_archive(signals=signals)), path, reason)
 
 
 @pytest.mark.parametrize(
@@ -494,9 +491,9 @@ def test_signals_that_json_or_postgresql_cannot_hold_are_refused_at_the_producer
     ],
     ids=lambda value: value[:40],
 )
-def test_signals_that_postgresql_cannot_hold_are_refused_at_the_consumer(signals: str, path: str, reason: str) -> None:
-    """The same limits as at the producer, for events that somebody else made."""
-    _refused_at(_refusal(lambda: decode(_archive_text(signals), SignalArchiveEvent)), path, reason)
+def test_signals_that_cannot_be_stored_are_invalid_at_the_consumer(signals: str, path: str, reason: str) -> None:
+    """The limits are those of the producer. They apply to events of other programs too."""
+    _assert_error(_error_of(lambda: decode(_archive_text(signals), SignalArchiveEvent)), path, reason)
 
 
 @pytest.mark.parametrize(
@@ -511,17 +508,17 @@ def test_signals_that_postgresql_cannot_hold_are_refused_at_the_consumer(signals
     ],
     ids=["producer", "contains itself", "consumer"],
 )
-def test_deeper_signals_are_refused(make: Callable[[], object], start: str) -> None:
-    """By name, before any recursion limit; so is a signal without end."""
-    error = _refusal(make)
+def test_signals_with_more_than_50_levels_are_invalid(make: Callable[[], object], start: str) -> None:
+    """No recursion limit is reached, even if a signal contains itself."""
+    error = _error_of(make)
     assert str(error).startswith(start)
     assert str(error).endswith(": is nested deeper than 50 levels")
 
 
 @pytest.mark.parametrize("number", ["1e-99999999999999999999", "0e99999999999999999999"])
-def test_an_exponent_beyond_every_reader_is_refused(number: str) -> None:
-    """Python's Decimal cannot even hold it; the binary float that it rounds to is no substitute."""
-    error = _refusal(lambda: decode(_archive_text(f'[{{"a":{number}}}]'), SignalArchiveEvent))
+def test_an_exponent_that_a_decimal_cannot_have_is_invalid(number: str) -> None:
+    """The number is not rounded to a binary float instead."""
+    error = _error_of(lambda: decode(_archive_text(f'[{{"a":{number}}}]'), SignalArchiveEvent))
     assert str(error).startswith("data.signals")
 
 
@@ -541,14 +538,13 @@ def test_an_exponent_beyond_every_reader_is_refused(number: str) -> None:
     ],
     ids=["key of a signal", "unknown field"],
 )
-def test_a_long_name_does_not_push_the_reason_out_of_the_message(
+def test_a_message_shortens_a_long_name_and_keeps_the_reason(
     make: Callable[[str], object], name: str, reason: str
 ) -> None:
-    """The length of a message is bounded at the name's expense."""
-    assert reason in str(_refusal(lambda: make(name)))
+    assert reason in str(_error_of(lambda: make(name)))
 
 
-# ---- everything else that is refused
+# ---- other invalid input
 
 
 @pytest.mark.parametrize(
@@ -578,23 +574,22 @@ def test_a_long_name_does_not_push_the_reason_out_of_the_message(
         ({"portfolio_id": 2**63}, "portfolio_id", "less than or equal to 9223372036854775807"),
     ],
 )
-def test_an_invalid_snapshot_is_refused_at_the_producer(changes: dict[str, Any], path: str, reason: str) -> None:
-    """The message begins with the field and says why."""
-    _refused_at(_refusal(lambda: a_snapshot(**changes)), path, reason)
+def test_the_producer_reports_the_invalid_field_of_a_snapshot(changes: dict[str, Any], path: str, reason: str) -> None:
+    """The message begins with the field and has the reason."""
+    _assert_error(_error_of(lambda: a_snapshot(**changes)), path, reason)
 
 
 @pytest.mark.parametrize("payload", [a_snapshot(), an_archive()])
 def test_a_missing_field_is_named(payload: Payload) -> None:
-    """Every field without a default."""
+    """For each field without a default."""
     values = dict(payload)
     for name in values.keys() - {"portfolio_id"}:
         rest = {other: value for other, value in values.items() if other != name}
-        _refused_at(_refusal(lambda rest=rest: type(payload).checked(**rest)), name, "is missing")  # type: ignore[misc]  # the lambda is called at once
+        _assert_error(_error_of(lambda rest=rest: type(payload).checked(**rest)), name, "is missing")  # type: ignore[misc]  # the lambda is called in the same iteration
 
 
-def test_several_problems_are_reported_at_once_and_counted() -> None:
-    """Three in full, the rest as a number."""
-    assert str(_refusal(lambda: SignalArchive.checked(a=1, b=2))) == (
+def test_a_message_has_three_problems_and_the_number_of_the_others() -> None:
+    assert str(_error_of(lambda: SignalArchive.checked(a=1, b=2))) == (
         "archived_at: is missing; signals: is missing; a: is not a field of this event; and 1 more"
     )
 
@@ -612,9 +607,9 @@ def test_several_problems_are_reported_at_once_and_counted() -> None:
         ("a/b", True, "sequence"),
     ],
 )
-def test_a_wrong_source_or_sequence_is_refused(source: str, sequence: int, path: str) -> None:
-    """Both end up in the tables and in the name of a Redis key."""
-    _refused_at(_refusal(lambda: event_of(a_snapshot(), source=source, sequence=sequence)), path, "")
+def test_a_wrong_source_or_sequence_is_invalid(source: str, sequence: int, path: str) -> None:
+    """Both are stored in the tables, and the source is part of the name of a Redis key."""
+    _assert_error(_error_of(lambda: event_of(a_snapshot(), source=source, sequence=sequence)), path, "")
 
 
 _TIME = "must be an RFC 3339 time with its offset"
@@ -632,7 +627,7 @@ _SEQUENCE = "must be a string of 19 digits, at most 9223372036854775807"
         ("type", ..., "is missing"),
         ("id", ..., "is missing"),
         ("id", "7c1f366e", "UUID"),
-        ("id", "df9f8830-1521-5249-968e-c97c829a56a7", "is not the id of this type, portfolio_id and timestamp"),
+        ("id", "df9f8830-1521-5249-968e-c97c829a56a7", "does not match type, portfolio_id and timestamp"),
         ("source", "a b", "pattern"),
         ("subject", "a\0", "pattern"),
         ("datacontenttype", "text/plain", "application/json"),
@@ -679,10 +674,10 @@ _SEQUENCE = "must be a string of 19 digits, at most 9223372036854775807"
         ("data.portfolio_id", 2**63, "less than or equal to 9223372036854775807"),
     ],
 )
-def test_an_invalid_event_is_refused_at_the_consumer(path: str, value: object, reason: str) -> None:
-    """On the wire there is one spelling of everything, and the message begins with the field."""
+def test_the_consumer_reports_the_invalid_field_of_an_event(path: str, value: object, reason: str) -> None:
+    """JSON text has one spelling for each value. The message begins with the field."""
     text = _changed(SNAPSHOT_TEXT, path, value)
-    _refused_at(_refusal(lambda: decode(text, PortfolioSnapshotEvent)), path, reason)
+    _assert_error(_error_of(lambda: decode(text, PortfolioSnapshotEvent)), path, reason)
 
 
 @pytest.mark.parametrize(
@@ -703,9 +698,9 @@ def test_an_invalid_event_is_refused_at_the_consumer(path: str, value: object, r
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_a_text_that_is_no_json_object_is_refused(text: Any, reason: str) -> None:
-    """Before there are fields, the reason is the reader's own."""
-    assert reason in str(_refusal(lambda: decode(text, SignalArchiveEvent)))
+def test_a_text_that_is_not_a_json_object_is_invalid(text: Any, reason: str) -> None:
+    """The reason is that of the JSON reader, because there are no fields."""
+    assert reason in str(_error_of(lambda: decode(text, SignalArchiveEvent)))
 
 
 def _of_size(size_bytes: int, filler: str) -> SignalArchive:
@@ -716,8 +711,8 @@ def _of_size(size_bytes: int, filler: str) -> SignalArchive:
 
 
 @pytest.mark.parametrize("filler", ["x", "🌉"], ids=["one byte", "four bytes"])
-def test_an_event_may_have_8_mib_and_not_a_byte_more(filler: str) -> None:
-    """Bytes are counted, not characters; both ends agree."""
+def test_an_event_has_at_most_8_mib(filler: str) -> None:
+    """The limit is in bytes, not characters, and is the same for encoding and decoding."""
     largest = event_of(_of_size(MAX_EVENT_BYTES, filler), source=SOURCE, sequence=43)
     larger = event_of(_of_size(MAX_EVENT_BYTES + 1, filler), source=SOURCE, sequence=43)
 
@@ -725,13 +720,13 @@ def test_an_event_may_have_8_mib_and_not_a_byte_more(filler: str) -> None:
 
     assert len(text.encode()) == MAX_EVENT_BYTES == 8 * 1024 * 1024
     assert decode(text, SignalArchiveEvent) == largest
-    _refused_at(_refusal(lambda: encode(larger)), "event", "is larger than 8 MiB")
-    _refused_at(_refusal(lambda: decode(text + " ", SignalArchiveEvent)), "event", "is larger than 8 MiB")
+    _assert_error(_error_of(lambda: encode(larger)), "event", "is larger than 8 MiB")
+    _assert_error(_error_of(lambda: decode(text + " ", SignalArchiveEvent)), "event", "is larger than 8 MiB")
 
 
 @pytest.mark.parametrize("filler", ["", '"'], ids=["numbers", "in a text"])
-def test_an_event_may_have_a_million_brackets_colons_and_commas_and_not_one_more(filler: str) -> None:
-    """Both ends agree, and both count those in texts."""
+def test_an_event_has_at_most_1048576_brackets_colons_and_commas(filler: str) -> None:
+    """The limit is the same for encoding and decoding, and includes those inside texts."""
     rest = sum(map(_archive_text('[{"a":[]}]').count, "{[:,"))
 
     def signals(commas: int) -> list[Any]:
@@ -743,30 +738,30 @@ def test_an_event_may_have_a_million_brackets_colons_and_commas_and_not_one_more
 
     reason = "has more than 1048576 brackets, colons and commas"
     assert decode(text, SignalArchiveEvent) == largest
-    _refused_at(_refusal(lambda: encode(larger)), "event", reason)
-    _refused_at(_refusal(lambda: decode(text.replace(",", ",,", 1), SignalArchiveEvent)), "event", reason)
+    _assert_error(_error_of(lambda: encode(larger)), "event", reason)
+    _assert_error(_error_of(lambda: decode(text.replace(",", ",,", 1), SignalArchiveEvent)), "event", reason)
 
 
-def test_a_snapshot_may_have_16_kib_and_not_a_character_more() -> None:
-    """With all its texts at their longest it has a quarter of them."""
+def test_a_snapshot_has_at_most_16_kib() -> None:
+    """The longest valid texts take a quarter of that."""
     longest = SNAPSHOT_TEXT + " " * (16 * 1024 - len(SNAPSHOT_TEXT))
     assert decode(longest, PortfolioSnapshotEvent) == _snapshot_event()
-    _refused_at(_refusal(lambda: decode(longest + " ", PortfolioSnapshotEvent)), "event", "is larger than 16 KiB")
+    _assert_error(_error_of(lambda: decode(longest + " ", PortfolioSnapshotEvent)), "event", "is larger than 16 KiB")
 
 
 @pytest.mark.parametrize(("start", "path"), [("{", "event"), ('"data":{', "data")])
-def test_so_many_unknown_fields_are_not_named(start: str, path: str) -> None:
-    """A hundred are told and counted, of more only that they are too many."""
+def test_more_than_100_fields_are_invalid_and_not_listed(start: str, path: str) -> None:
+    """Up to 100, unknown fields are listed and counted."""
     text = _archive_text("[{}]")
     few, many = (text.replace(start, start + "".join(f'"u{n}":0,' for n in range(count)), 1) for count in (90, 101))
-    assert str(_refusal(lambda: decode(few, SignalArchiveEvent))).endswith("and 87 more")
-    _refused_at(_refusal(lambda: decode(many, SignalArchiveEvent)), path, "has more than 100 fields")
+    assert str(_error_of(lambda: decode(few, SignalArchiveEvent))).endswith("and 87 more")
+    _assert_error(_error_of(lambda: decode(many, SignalArchiveEvent)), path, "has more than 100 fields")
 
 
-def test_every_wrong_signal_is_reported_or_counted() -> None:
-    """As those in other fields are, and at once with them."""
+def test_wrong_signals_are_reported_together_with_other_problems() -> None:
+    """One message lists them all or counts them."""
     text = _changed(_archive_text("[1,{},[2],null,{}]"), "source", "a b")
-    error = _refusal(lambda: decode(text, SignalArchiveEvent))
+    error = _error_of(lambda: decode(text, SignalArchiveEvent))
     assert [part.split(":")[0] for part in str(error).split("; ")] == [
         *("source", "data.signals.0", "data.signals.2", "and 1 more")
     ]
@@ -778,24 +773,24 @@ _SECRET = "\x1b[2Jpa55word\r\n"
 @pytest.mark.parametrize("value", [_SECRET, [_SECRET], {"value": _SECRET}], ids=["text", "list", "object"])
 @pytest.mark.parametrize("path", ["", "data."], ids=["envelope", "data"])
 def test_a_message_never_shows_a_value(path: str, value: object) -> None:
-    """Whatever field a value is put in by mistake, neither the message nor the error's chain repeats it."""
+    """Neither the message nor the chain of the error repeats it, in any field."""
     document = json.loads(SNAPSHOT_TEXT)
     for name in document["data"] if path else document.keys() - {"subject"}:
         text = _changed(SNAPSHOT_TEXT, path + name, value)
-        error = _refusal(lambda text=text: decode(text, PortfolioSnapshotEvent))  # type: ignore[misc]  # called at once
+        error = _error_of(lambda text=text: decode(text, PortfolioSnapshotEvent))  # type: ignore[misc]  # called in the same iteration
         assert ("pa55" in repr(error), error.__suppress_context__) == (False, True)
 
 
 @pytest.mark.parametrize("name", sorted(PortfolioSnapshot.model_fields))
-def test_a_producers_message_never_shows_a_value(name: str) -> None:
-    """The same on the side of Python values."""
+def test_a_message_of_the_producer_never_shows_a_value(name: str) -> None:
+    """Nor if the value is a Python object."""
     values: dict[str, Any] = {name: _SECRET}
-    error = _refusal(lambda: a_snapshot(**values))
+    error = _error_of(lambda: a_snapshot(**values))
     assert (error.field, "pa55" in repr(error)) == (name, False)
 
 
-def test_a_large_document_under_a_long_key_is_judged_in_linear_time() -> None:
-    """Paths are put together only for messages: building one for every leaf would take minutes here."""
+def test_a_large_document_under_a_long_key_is_validated_in_linear_time() -> None:
+    """Paths become text only in messages: making one for each value would take minutes here."""
     leaves = [0] * 200_000
     started = time.perf_counter()
     SignalArchive.checked(archived_at=INSTANT, signals=[{"k" * 1_000_000: leaves}])

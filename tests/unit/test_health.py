@@ -1,4 +1,4 @@
-"""The model of health without servers: its facts and states from values, and readings that hang or fail."""
+"""Health without servers: checks and states computed from given values, and probes that hang or fail."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fakeredis import FakeRedis
 from prometheus_client import generate_latest
 
 from consumers.ops import exposition
-from consumers.ops.database_health import database_server_facts
+from consumers.ops.checks import HealthCheck
+from consumers.ops.database_health import database_server_checks
 from consumers.ops.exposition import worker_registry
-from consumers.ops.facts import Fact
 from consumers.ops.health import HealthReader, Probe
 from consumers.ops.outbox_health import OutboxHealth
 from consumers.ops.queue_health import Owner, QueueHealth, read_queue
-from consumers.ops.redis_health import redis_server_facts
+from consumers.ops.redis_health import redis_server_checks
 from producers.errors import OutboxError
 from producers.outbox import MAX_BYTES
 
@@ -39,11 +39,11 @@ DATABASE = {
 REDIS = {"redis_version": "6.2.0", "role": "master", "aof_enabled": 1, "maxmemory_policy": "noeviction"}
 
 
-def _bad(facts: Any) -> list[tuple[str, str]]:
-    """Name and state of each that is not ok; each of those has an advice, and no other has."""
-    listed: list[Fact] = list(facts)
-    assert [bool(fact.advice) for fact in listed] == [fact.state != "ok" for fact in listed]
-    return [(fact.name, fact.state) for fact in listed if fact.state != "ok"]
+def _bad(checks: Any) -> list[tuple[str, str]]:
+    """Return name and state of each check that is not ok. Only those have advice."""
+    listed: list[HealthCheck] = list(checks)
+    assert [bool(one.advice) for one in listed] == [one.state != "ok" for one in listed]
+    return [(one.name, one.state) for one in listed if one.state != "ok"]
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,8 @@ def _bad(facts: Any) -> list[tuple[str, str]]:
         ),
     ],
 )
-def test_workers_are_judged_by_their_leases_and_by_what_waits(
-    values: dict[str, Any], bad: list[tuple[str, str]]
-) -> None:
-    assert _bad(QueueHealth("history", **values).facts()) == bad
+def test_worker_checks_depend_on_leases_and_waiting_jobs(values: dict[str, Any], bad: list[tuple[str, str]]) -> None:
+    assert _bad(QueueHealth("history", **values).checks()) == bad
 
 
 @pytest.mark.parametrize(
@@ -81,17 +79,17 @@ def test_workers_are_judged_by_their_leases_and_by_what_waits(
         ({"orphans": 3}, []),
     ],
 )
-def test_a_queue_beside_a_living_worker(values: dict[str, Any], bad: list[tuple[str, str]]) -> None:
+def test_queue_checks_with_a_live_worker(values: dict[str, Any], bad: list[tuple[str, str]]) -> None:
     health = QueueHealth("history", owners={"one:0000000a": Owner(leased=True, jobs=0)}, **values)
-    assert _bad(health.facts()) == bad
+    assert _bad(health.checks()) == bad
 
 
-def test_owners_that_cannot_be_read_are_unknown() -> None:
-    bad = _bad(QueueHealth("history", owners=None, crash_counts=None).facts())
+def test_unreadable_owners_give_unknown_checks() -> None:
+    bad = _bad(QueueHealth("history", owners=None, crash_counts=None).checks())
     assert bad == [("workers", "unknown"), ("reserved jobs", "unknown"), ("poison candidates", "unknown")]
 
 
-def test_a_queue_is_read_whatever_stands_in_the_places_of_its_keys() -> None:
+def test_queue_is_read_although_some_keys_have_the_wrong_type() -> None:
     redis = FakeRedis()
     redis.rpush("rq:queue:history", "job")
     redis.hset("rq:job:job", "enqueued_at", "2026-01-01T00:00:00.000000Z")
@@ -121,11 +119,11 @@ def test_a_queue_is_read_whatever_stands_in_the_places_of_its_keys() -> None:
         ({"used_bytes": round(0.95 * MAX_BYTES)}, [("outbox size", "fail")]),
     ],
 )
-def test_an_outbox_is_judged_by_its_oldest_entry_and_its_size(
+def test_outbox_checks_depend_on_the_oldest_entry_and_the_size(
     values: dict[str, Any], bad: list[tuple[str, str]]
 ) -> None:
     empty: dict[str, Any] = dict.fromkeys(("pending", "sent", "rejected", "used_bytes"), 0)
-    assert _bad(OutboxHealth(**(empty | {"oldest_unacknowledged_seconds": None} | values)).facts()) == bad
+    assert _bad(OutboxHealth(**(empty | {"oldest_unacknowledged_seconds": None} | values)).checks()) == bad
 
 
 @pytest.mark.parametrize(
@@ -140,9 +138,9 @@ def test_an_outbox_is_judged_by_its_oldest_entry_and_its_size(
         ({"synchronous_commit": "local"}, None),
     ],
 )
-def test_a_database_server_is_judged_by_its_settings(values: dict[str, Any], bad: tuple[str, str] | None) -> None:
+def test_database_server_checks_depend_on_its_settings(values: dict[str, Any], bad: tuple[str, str] | None) -> None:
     server: Any = SimpleNamespace(**(DATABASE | values))
-    assert _bad(database_server_facts(server, 0.0)) == ([bad] if bad else [])
+    assert _bad(database_server_checks(server, 0.0)) == ([bad] if bad else [])
 
 
 @pytest.mark.parametrize(
@@ -162,14 +160,14 @@ def test_a_database_server_is_judged_by_its_settings(values: dict[str, Any], bad
         ({"maxmemory_policy": "allkeys-lru"}, "everysec", ("Redis eviction", "fail")),
     ],
 )
-def test_a_redis_server_is_judged_by_what_it_keeps(
+def test_redis_server_checks_depend_on_version_role_and_persistence(
     values: Mapping[str, Any], fsync: str | None, bad: tuple[str, str] | None
 ) -> None:
-    assert _bad(redis_server_facts({**REDIS, **values}, fsync)) == ([bad] if bad else [])
+    assert _bad(redis_server_checks({**REDIS, **values}, fsync)) == ([bad] if bad else [])
 
 
-def test_a_server_that_hangs_or_fails_hides_nothing_of_the_others() -> None:
-    """The reading ends in time, and a server that hangs is not asked again meanwhile."""
+def test_part_that_hangs_or_fails_does_not_hide_the_others() -> None:
+    """The reading ends in time. While a server hangs, it is not asked again."""
     never, asked = threading.Event(), list[int]()
 
     def hanging() -> None:
@@ -191,8 +189,8 @@ def test_a_server_that_hangs_or_fails_hides_nothing_of_the_others() -> None:
     assert isinstance(health.outbox.error, OutboxError)
 
 
-def test_a_reading_that_hangs_is_not_started_again() -> None:
-    """Each caller meanwhile waits for the same one; when it has ended the next is a new one."""
+def test_probe_that_hangs_is_not_started_again() -> None:
+    """All callers wait for the same reading. When it has ended, the next call starts a new one."""
     release, started = threading.Event(), list[int]()
 
     def read() -> int:
@@ -210,10 +208,10 @@ def test_a_reading_that_hangs_is_not_started_again() -> None:
     assert probe.start().result(10) == 2
 
 
-def test_a_part_that_cannot_be_scraped_is_logged_once_and_so_is_its_end(
+def test_failed_part_of_a_scrape_is_logged_once_and_once_when_it_has_ended(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A scrape every few seconds must not fill the log. A defect is logged with its traceback."""
+    """Otherwise a scrape every few seconds would fill the log. A defect is logged with its traceback."""
     failures: list[Exception | None] = [OutboxError("no\nsecret"), OutboxError("no"), None, ZeroDivisionError("defect")]
 
     def read() -> QueueHealth:
@@ -221,7 +219,7 @@ def test_a_part_that_cannot_be_scraped_is_logged_once_and_so_is_its_end(
             raise failure
         return QueueHealth("history")
 
-    monkeypatch.setattr(exposition, "SCRAPE_SECONDS", 10)  # this machine may be slow
+    monkeypatch.setattr(exposition, "SCRAPE_SECONDS", 10)  # for a slow machine
     monkeypatch.setenv("DATABASE_URL", "postgresql://u@127.0.0.1:1/x")
     registry = worker_registry(lambda: None, read)
     with caplog.at_level(logging.WARNING):
@@ -229,8 +227,8 @@ def test_a_part_that_cannot_be_scraped_is_logged_once_and_so_is_its_end(
             generate_latest(registry)
     records = [record for record in caplog.records if "redis" in record.getMessage()]
     assert [record.getMessage() for record in records] == [
-        "cannot read redis: OutboxError: no",
-        "redis can be read again",
-        "cannot read redis: ZeroDivisionError: defect",
+        "metrics cannot read redis: OutboxError: no",
+        "metrics can read redis again",
+        "metrics cannot read redis: ZeroDivisionError: defect",
     ]
     assert [bool(record.exc_info) for record in records] == [False, False, True]

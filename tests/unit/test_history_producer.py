@@ -1,4 +1,4 @@
-"""The producer: records without the network, and its relay does the rest in the background."""
+"""HistoryProducer: it records without the network, and its relay sends the entries in the background."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def producer(trading_history: FakeHistory) -> HistoryProducer:
     return trading_history.producer
 
 
-def test_a_receipt_names_the_event_its_source_and_its_number(trading_history: FakeHistory) -> None:
-    """The name before the slash is the caller's."""
+def test_a_receipt_has_event_id_source_and_sequence(trading_history: FakeHistory) -> None:
+    """The part of the source before the slash is the name of the producer."""
     producer = HistoryProducer(name="bot-7")
     snapshot = a_snapshot()
     receipts = [producer.record(snapshot), *producer.record_many([snapshot, an_archive()])]
@@ -40,19 +40,18 @@ def test_a_receipt_names_the_event_its_source_and_its_number(trading_history: Fa
     assert {receipt.source.split("/")[0] for receipt in receipts} == {"bot-7"}
 
 
-def test_recording_nothing_is_fine(producer: HistoryProducer) -> None:
-    """An empty batch gives no receipts."""
+def test_recording_no_events_returns_no_receipts(producer: HistoryProducer) -> None:
     assert producer.record_many([]) == []
 
 
 def test_events_reach_the_queue_without_another_call(trading_history: FakeHistory) -> None:
-    """flush waits for that and returns how many are left: none."""
+    """`flush` waits for that and returns the number of events that are left, here 0."""
     trading_history.producer.record(a_snapshot())
     assert (trading_history.producer.flush(5), queue_of(trading_history.redis).count) == (0, 1)
 
 
-def test_waiting_ends_with_the_row_id_or_the_reason(trading_history: FakeHistory) -> None:
-    """stored and duplicate give the row's id, rejected raises with the reason."""
+def test_wait_returns_the_row_id_or_raises_the_reason(trading_history: FakeHistory) -> None:
+    """A stored event and a duplicate have the id of the row, a rejected event has a reason."""
     producer = trading_history.producer
     receipts = [producer.record(a_snapshot()) for _ in range(2)]
     trading_history.work()
@@ -64,16 +63,15 @@ def test_waiting_ends_with_the_row_id_or_the_reason(trading_history: FakeHistory
         receipts[2].wait(5)
 
 
-def test_waiting_in_vain_times_out_and_loses_nothing(producer: HistoryProducer) -> None:
-    """No worker, no acknowledgement."""
+def test_wait_times_out_without_a_worker_and_the_entry_stays(producer: HistoryProducer) -> None:
     receipt = producer.record(a_snapshot())
     with pytest.raises(TimeoutError, match="was not acknowledged within 0.05 s"):
         receipt.wait(0.05)
     assert producer.status().depth == 1
 
 
-def test_recording_works_while_redis_is_away_and_is_sent_when_it_is_back(trading_history: FakeHistory) -> None:
-    """The caller notices nothing; flush tells how many are waiting."""
+def test_events_recorded_while_redis_is_down_are_sent_when_it_is_back(trading_history: FakeHistory) -> None:
+    """The calls succeed, and `flush` returns the number of events that wait."""
     producer = trading_history.producer
     with trading_history.redis_down():
         for n in range(5):
@@ -83,8 +81,8 @@ def test_recording_works_while_redis_is_away_and_is_sent_when_it_is_back(trading
     assert queue_of(trading_history.redis).count == 5
 
 
-def test_a_new_producer_sends_what_an_earlier_one_left(trading_history: FakeHistory) -> None:
-    """Closing ends at its time limit and loses nothing."""
+def test_a_new_producer_sends_the_entries_that_an_earlier_one_left(trading_history: FakeHistory) -> None:
+    """Closing ends at its time limit and leaves the entry in the outbox."""
     with trading_history.redis_down():
         first = HistoryProducer()
         first.record(a_snapshot())
@@ -94,10 +92,10 @@ def test_a_new_producer_sends_what_an_earlier_one_left(trading_history: FakeHist
     assert queue_of(trading_history.redis).count == 1
 
 
-def test_a_receipt_knows_the_state_of_its_event(
+def test_a_receipt_has_the_state_of_its_event(
     server: fakeredis.FakeServer, redis: fakeredis.FakeRedis, tmp_path: Path
 ) -> None:
-    """pending, sent, then stored or rejected; an error when the entry was settled so long ago that it is dropped."""
+    """It is pending, sent, then stored or rejected. Reading it fails once the outbox no longer keeps the entry."""
     worker = FakeWorker(redis, "history")
     server.connected = False
     producer = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
@@ -121,12 +119,12 @@ def test_a_receipt_knows_the_state_of_its_event(
         _ = stored.state
 
 
-def test_flushing_covers_what_was_recorded_before_the_call_and_no_more(
+def test_flush_waits_only_for_events_recorded_before_the_call(
     redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread that goes on recording does not keep another one from its end."""
+    """Another thread may continue to record meanwhile."""
     monkeypatch.setattr("producers.entry_sender._BATCH_ENTRIES", 1)
-    monkeypatch.setattr("producers.entry_sender._FULL_QUEUE_JOBS", 1)  # so that the second one stays in the outbox
+    monkeypatch.setattr("producers.entry_sender._FULL_QUEUE_JOBS", 1)  # the second entry stays in the outbox
     producer = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
     receipt = producer.record(a_snapshot())
     last_position = Outbox.last_position
@@ -145,12 +143,12 @@ def test_flushing_covers_what_was_recorded_before_the_call_and_no_more(
     producer.close(timeout=0)
 
 
-def test_settling_asks_at_once_for_what_is_under_way(
+def test_settle_checks_sent_events_at_once(
     redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redis lost it: it is sent again now, not at its next check, and the caller hears how many are left."""
+    """If Redis lost them, they are sent again before their next check is due. `progress` gets the number left."""
     monkeypatch.setattr("producers.entry_sender._FIRST_CHECK_SECONDS", 100.0)
-    heard: list[int] = []
+    reported: list[int] = []
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         producer.record_many([a_snapshot(after=timedelta(n)) for n in range(3)])
         producer.flush(5)
@@ -160,11 +158,11 @@ def test_settling_asks_at_once_for_what_is_under_way(
         stop = threading.Event()
         worker = threading.Thread(target=_work_until, args=(FakeWorker(redis, "history"), stop))
         worker.start()
-        assert producer.settle(10, progress=heard.append) == 0
+        assert producer.settle(10, progress=reported.append) == 0
         stop.set()
         worker.join()
         assert producer.status().stored == 3
-    assert (heard[0], heard[-1]) == (3, 0)
+    assert (reported[0], reported[-1]) == (3, 0)
 
 
 def _work_until(worker: FakeWorker, stop: threading.Event) -> None:
@@ -172,8 +170,8 @@ def _work_until(worker: FakeWorker, stop: threading.Event) -> None:
         worker.work()
 
 
-def test_closing_waits_until_its_own_events_are_settled(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
-    """A controller that exits after every event leaves nothing for the next one to find."""
+def test_close_waits_until_the_producers_own_events_are_settled(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
+    """A controller that exits after each event leaves no unsettled entries."""
     stop = threading.Event()
     worker = threading.Thread(target=_work_until, args=(FakeWorker(redis, "history"), stop))
     worker.start()
@@ -186,10 +184,10 @@ def test_closing_waits_until_its_own_events_are_settled(redis: fakeredis.FakeRed
     worker.join()
 
 
-def test_closing_hands_over_events_of_others_and_does_not_wait_for_their_end(
+def test_close_sends_events_of_other_producers_without_waiting_for_their_outcome(
     redis: fakeredis.FakeRedis, tmp_path: Path
 ) -> None:
-    """No worker runs: another producer's event would take all of the time that closing has."""
+    """No worker runs, so waiting would take the whole time limit."""
     other = Outbox(tmp_path / "outbox.db")
     other.append("other", [a_snapshot()], producer_id=1)
     began = time.monotonic()
@@ -198,10 +196,10 @@ def test_closing_hands_over_events_of_others_and_does_not_wait_for_their_end(
     assert (other.status().pending, other.status().sent) == (0, 1)
 
 
-def test_closing_takes_no_time_when_a_relay_process_looks_after_the_outbox(
+def test_close_does_not_wait_while_a_relay_process_serves_the_outbox(
     redis: fakeredis.FakeRedis, tmp_path: Path
 ) -> None:
-    """It has the event when the process is gone."""
+    """The relay process sends the event later."""
     with Outbox(tmp_path / "outbox.db") as outbox:
         outbox.header.heartbeat("relay-1")
         producer = HistoryProducer(redis, outbox=outbox.path)
@@ -212,10 +210,10 @@ def test_closing_takes_no_time_when_a_relay_process_looks_after_the_outbox(
         assert (outbox.status().pending, queue_of(redis).count) == (1, 0)
 
 
-def test_all_producers_of_a_process_share_the_time_that_its_end_has(
+def test_all_producers_of_a_process_share_the_time_limit_at_exit(
     redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four that wait for an acknowledgement in vain take as long as one."""
+    """Four producers without acknowledgements take as long as one."""
     monkeypatch.setattr(history_producer, "_live", set())
     monkeypatch.setattr(history_producer, "EXIT_SECONDS", 0.5)
     producers = [HistoryProducer(redis, outbox=tmp_path / f"{n}.db") for n in range(4)]
@@ -230,10 +228,8 @@ def test_all_producers_of_a_process_share_the_time_that_its_end_has(
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_child_of_multiprocessing_closes_its_producers_when_it_ends(
-    redis: fakeredis.FakeRedis, tmp_path: Path
-) -> None:
-    """It ends without atexit. A worker of its own settles its event, since Redis is the child's own here."""
+def test_a_multiprocessing_child_closes_its_producers_when_it_ends(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
+    """It does not run atexit functions. It has a worker, because the fake Redis in the child is a copy."""
 
     def record() -> None:
         worker = FakeWorker(redis, "history")
@@ -247,16 +243,15 @@ def test_a_child_of_multiprocessing_closes_its_producers_when_it_ends(
     assert Outbox(tmp_path / "outbox.db").status().stored == 1
 
 
-def test_a_closed_producer_refuses_and_may_be_closed_again(producer: HistoryProducer) -> None:
-    """Nothing is recorded after close."""
+def test_a_closed_producer_records_nothing_and_may_be_closed_again(producer: HistoryProducer) -> None:
     producer.close()
     producer.close()
-    with pytest.raises(ProducerClosed):
+    with pytest.raises(ProducerClosed, match="^the HistoryProducer is closed; make a new one$"):
         producer.record(a_snapshot())
 
 
 def test_many_threads_record_through_one_producer(trading_history: FakeHistory) -> None:
-    """Every event gets its own number and its own job."""
+    """Each event has a separate sequence and a separate job."""
     producer = trading_history.producer
     threads = [threading.Thread(target=lambda: [producer.record(a_snapshot()) for _ in range(25)]) for _ in range(8)]
     for thread in threads:
@@ -270,8 +265,8 @@ def test_many_threads_record_through_one_producer(trading_history: FakeHistory) 
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_goes_on_recording(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
-    """The child appends to the same outbox with a connection of its own; the parent is not disturbed."""
+def test_a_forked_child_continues_to_record(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
+    """The child opens a new connection to the same outbox, and the parent continues too."""
     producer = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
     producer.record(a_snapshot())
 
@@ -288,7 +283,7 @@ def test_a_forked_child_goes_on_recording(redis: fakeredis.FakeRedis, tmp_path: 
 def test_queue_and_outbox_come_from_the_settings_unless_given(
     redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HISTORY_QUEUE and HISTORY_OUTBOX; an argument goes before them."""
+    """An argument takes precedence over HISTORY_QUEUE or HISTORY_OUTBOX."""
     monkeypatch.setenv("HISTORY_QUEUE", "evening")
     monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "evening.db"))
     with HistoryProducer(redis) as producer:
@@ -304,15 +299,15 @@ def test_queue_and_outbox_come_from_the_settings_unless_given(
     assert {path.name for path in tmp_path.glob("*.db")} == {"evening.db", "night.db"}
 
 
-def test_without_redis_the_construction_fails_and_names_the_setting() -> None:
-    """Not at the first event, at the start."""
+def test_a_producer_without_redis_cannot_be_made_and_the_error_names_the_setting() -> None:
+    """The error is raised before the first event, and no file is made."""
     with pytest.raises(SettingsError, match="^REDIS_URL is not set"):
         HistoryProducer()
     assert list(Path().rglob("*")) == []
 
 
-def test_an_unfit_name_is_refused(redis: fakeredis.FakeRedis) -> None:
-    """It becomes part of a key and of a CloudEvents source."""
+def test_a_name_with_other_characters_is_a_settings_error(redis: fakeredis.FakeRedis) -> None:
+    """The name is part of a Redis key and of the CloudEvents source."""
     with pytest.raises(SettingsError, match="^name: "):
         HistoryProducer(redis, name="my bot/1")
 
@@ -320,7 +315,7 @@ def test_an_unfit_name_is_refused(redis: fakeredis.FakeRedis) -> None:
 def test_now_and_naive_times_are_in_the_configured_zone(
     redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The date that a snapshot gets is the local one there."""
+    """So a snapshot has the local date of that zone."""
     monkeypatch.setenv("HISTORY_TIMEZONE", "Pacific/Kiritimati")
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         assert producer.now().utcoffset() == timedelta(hours=14)
@@ -329,13 +324,13 @@ def test_now_and_naive_times_are_in_the_configured_zone(
 
 
 def test_a_resend_of_an_empty_outbox_sends_nothing(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
-    """There is no source yet whose acknowledgements could be forgotten."""
+    """It has no source whose acknowledgements could be deleted."""
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         assert producer.resend(datetime(2020, 1, 1, tzinfo=UTC)) == 0
 
 
-def test_a_resend_forgets_what_workers_said_of_the_old_database(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
-    """The controller was down, its event was stored, the database was restored to before: the event is sent again."""
+def test_a_resend_deletes_the_acknowledgements_of_the_old_database(redis: fakeredis.FakeRedis, tmp_path: Path) -> None:
+    """If the event was stored while the controller was down, and the database was then restored, it is sent again."""
     outbox = tmp_path / "outbox.db"
     with HistoryProducer(redis, outbox=outbox) as first:
         receipt = first.record(a_snapshot())
@@ -343,7 +338,7 @@ def test_a_resend_forgets_what_workers_said_of_the_old_database(redis: fakeredis
         first.close(timeout=0)
     FakeWorker(redis, "history").work()
     key = acknowledgement_key(receipt.source)
-    foreign = f"{receipt.source.split('/')[1]}-1-{'0' * 16}"  # of a copy of this outbox
+    foreign = f"{receipt.source.split('/')[1]}-1-{'0' * 16}"  # an acknowledgement for a copy of this outbox
     redis.hset(key, foreign, acknowledgement_text(int(redis.time()[0]), None, Outcome("stored", row_id=9)))
     again = HistoryProducer(redis, outbox=outbox)
     again.resend(datetime(2020, 1, 1, tzinfo=UTC))
@@ -351,6 +346,6 @@ def test_a_resend_forgets_what_workers_said_of_the_old_database(redis: fakeredis
     again.close(timeout=0)
 
     state = Outbox(outbox).status()
-    # Either its relay had read the old answer, and the resend undid that; or it had not, and never will.
+    # If the relay had read the old acknowledgement, the resend made the entry pending; if not, it is deleted.
     assert (state.stored, state.sent) == (0, 1)
     assert redis.hkeys(key) == [foreign.encode()]

@@ -1,4 +1,4 @@
-"""Log lines as JSON."""
+"""JSON log lines."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _line(message: str, *arguments: object, exc_info: Any = None, **extra: objec
     return JsonFormatter().format(record)
 
 
-def test_a_line_has_what_is_known_of_the_event() -> None:
-    """And nothing that somebody else has put into the record."""
+def test_a_line_has_the_known_fields_of_the_event() -> None:
+    """It has no other attribute of the record."""
     line = json.loads(
         _line("rejected job %s", "j-1", event_id=_EVENT_ID, job_id="j-1", sequence=42, source=None, password="s3cret")
     )
@@ -37,8 +37,8 @@ def test_a_line_has_what_is_known_of_the_event() -> None:
     }
 
 
-def test_whatever_the_message_is_it_stays_one_line_of_ascii() -> None:
-    """Line breaks, terminal escapes and what no stream can encode."""
+def test_any_message_becomes_one_line_of_ascii() -> None:
+    """Line breaks, terminal escapes and lone surrogates are escaped."""
     message = "a\nb\x1b[31m\ud800 ü"
     line = _line(message)
     assert (line.isascii(), "\n" in line, json.loads(line)["message"]) == (True, False, message)

@@ -1,4 +1,4 @@
-"""The old controller's files, with every oddity that they were seen with."""
+"""Reading the old controller's files, with every irregularity that was found in real ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _archive(**overrides: Any) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[list[Any], Damaged | None]:
-    """What came before the damage, and the damage."""
+    """Return the entries before the damage, and the damage."""
     found: list[Any] = []
     try:
         found.extend(entry.data for entry in read_entries(path))
@@ -48,8 +48,8 @@ def _read_bytes(tmp_path: Path, content: bytes) -> tuple[list[Any], Damaged | No
     return _read(path)
 
 
-def test_numbers_are_exact(tmp_path: Path) -> None:
-    """They never pass through a float; text stays text."""
+def test_numbers_are_read_exactly(tmp_path: Path) -> None:
+    """They are never converted to float. Text stays text."""
     found, damage = _read_bytes(
         tmp_path, b'[{"a": 9987.350000000001, "b": 12345678901234567890, "c": "1.5", "d": 1e2}]'
     )
@@ -61,13 +61,11 @@ def test_numbers_are_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[]", b" [ ]\n", b"\xef\xbb\xbf[]"])
-def test_an_empty_array_has_no_entries(tmp_path: Path, content: bytes) -> None:
-    """Which is no damage."""
+def test_an_empty_array_has_no_entries_and_no_damage(tmp_path: Path, content: bytes) -> None:
     assert _read_bytes(tmp_path, content) == ([], None)
 
 
-def test_a_byte_order_mark_and_blanks_are_passed_over(tmp_path: Path) -> None:
-    """Wherever JSON allows blanks."""
+def test_a_byte_order_mark_and_blanks_are_skipped(tmp_path: Path) -> None:
     found, damage = _read_bytes(tmp_path, '\ufeff\n [ {"a": "ö"} ,\r\n\t{"b": 1 } ] \n'.encode())
     assert (found, damage) == ([{"a": "ö"}, {"b": 1}], None)
 
@@ -92,15 +90,13 @@ def test_a_byte_order_mark_and_blanks_are_passed_over(tmp_path: Path) -> None:
         (b'[{"a": 1} {"a": 2}]', 1, "is not JSON: a comma or ] is missing (entry 1, byte 10)"),
         (b'[{"a": 1},]', 1, "is not JSON: Expecting value (entry 1, byte 10)"),
         (b'[{"a": 1}, {"a": what is this, then?}, {"a": 3}]', 1, "is not JSON: Expecting value (entry 1, byte 17)"),
-        (b'[{"a": 1}][{"a": 2}]', 1, "goes on behind the end of the array (entry 1, byte 10)"),
-        (b'[{"a": 1}]\0\0\0', 1, "goes on behind the end of the array (entry 1, byte 10)"),
+        (b'[{"a": 1}][{"a": 2}]', 1, "has data after the end of the array (entry 1, byte 10)"),
+        (b'[{"a": 1}]\0\0\0', 1, "has data after the end of the array (entry 1, byte 10)"),
         (b"[" * 100_000, 0, "is nested too deeply (entry 0, byte 1)"),
     ],
 )
-def test_everything_before_the_damage_is_given_and_then_the_damage(
-    tmp_path: Path, content: bytes, whole: int, message: str
-) -> None:
-    """With the entry and the byte at which it is."""
+def test_all_entries_before_the_damage_are_read(tmp_path: Path, content: bytes, whole: int, message: str) -> None:
+    """The error names the entry and the byte at which reading stopped."""
     found, damage = _read_bytes(tmp_path, content)
     assert found == [{"a": 1}, {"a": 2}][:whole] or found == [{"a": "ö"}]
     assert str(damage) == f"portfolio_history.json: {message}"
@@ -117,10 +113,10 @@ def test_everything_before_the_damage_is_given_and_then_the_damage(
     indent=st.sampled_from([None, 2]),
     block=st.integers(1, 40),
 )
-def test_blocks_and_cuts_make_no_difference(
+def test_the_block_size_does_not_change_the_result(
     tmp_path: Path, entries: list[dict[str, Any]], indent: int | None, block: int
 ) -> None:
-    """Whatever the block size, a whole file gives every entry, a file cut anywhere gives a prefix and the damage."""
+    """A complete file gives every entry. A file that is cut off anywhere gives a prefix and the damage."""
     content = json.dumps(entries, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_arrays, "_BLOCK_BYTES", block)
@@ -132,8 +128,8 @@ def test_blocks_and_cuts_make_no_difference(
             assert damage.index == len(found)
 
 
-def test_a_number_at_the_end_of_a_block_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elements that are no objects are given too; their conversion fails, not the file."""
+def test_a_number_across_two_blocks_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements that are not objects are read too. Only their conversion fails."""
     monkeypatch.setattr(json_arrays, "_BLOCK_BYTES", 2)
     found, damage = _read_bytes(tmp_path, b'[12345, null, "x"]')
     assert (found, damage) == ([12345, None, "x"], None)
@@ -141,8 +137,8 @@ def test_a_number_at_the_end_of_a_block_is_whole(tmp_path: Path, monkeypatch: py
         snapshot_from(found[0], zone=UTC, portfolio_id=None)
 
 
-def test_an_error_early_in_a_long_file_is_found_early(tmp_path: Path) -> None:
-    """It does not read on in the hope that the rest mends it."""
+def test_an_early_error_in_a_long_file_stops_reading_early(tmp_path: Path) -> None:
+    """The rest of the file is not read."""
     path = tmp_path / "portfolio_history.json"
     path.write_bytes(b'[{"a" 1}' + b',{"a": 1}' * 1_000_000 + b"]")
     read = 0
@@ -157,7 +153,7 @@ def test_an_error_early_in_a_long_file_is_found_early(tmp_path: Path) -> None:
 
 
 def test_an_invalid_number_affects_one_entry(tmp_path: Path) -> None:
-    """NaN, as Python's json writes it; more digits than Python makes an int of; exponents that no Decimal has."""
+    """NaN as Python's json writes it, more digits than int() accepts, and exponents beyond Decimal's range."""
     odd = [b"NaN", b"-Infinity", b"1" * 5000, b"1" * 5000 + b".5", b"1e99999999999999999999"]
     found, damage = _read_bytes(tmp_path, b"[" + b",".join(b'{"balance": %s}' % number for number in odd) + b"]")
     assert damage is None
@@ -171,7 +167,7 @@ def test_an_invalid_number_affects_one_entry(tmp_path: Path) -> None:
 def test_nan_and_infinity_are_read_wherever_a_block_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    """Also as elements of the array."""
+    """They are also read as elements of the array."""
     monkeypatch.setattr(json_arrays, "_BLOCK_BYTES", block)
     found, damage = _read_bytes(tmp_path, b'[NaN, {"a": -Infinity, "b": [Infinity]}, -Infinity]')
     assert (repr(found), damage) == ("[nan, {'a': -inf, 'b': [inf]}, -inf]", None)
@@ -188,8 +184,8 @@ _NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
         "open_positions", "trade_count", "portfolio_id", "unknown",
     ],
 )  # fmt: skip
-def test_nan_anywhere_in_a_snapshot_is_refused(field: str, value: float) -> None:
-    """Under its name, also below a key that nobody knows: an entry with it is not JSON."""
+def test_nan_anywhere_in_a_snapshot_is_rejected(field: str, value: float) -> None:
+    """The error names the field, also one in an unknown key."""
     with pytest.raises(InvalidEvent, match=f"^{field}: must be finite, not NaN or Infinity$") as caught:
         snapshot_from(_entry(**{field: value}), zone=UTC, portfolio_id=1)
     assert caught.value.field == field
@@ -212,10 +208,10 @@ def test_nan_anywhere_in_a_snapshot_is_refused(field: str, value: float) -> None
         (lambda value: {"signals": value}, "signals"),
     ],
 )
-def test_nan_anywhere_in_an_archive_is_refused(
+def test_nan_anywhere_in_an_archive_is_rejected(
     overrides: Callable[[float], dict[str, Any]], field: str, value: float
 ) -> None:
-    """The message leads to it. With null for NaN in signals, what stands elsewhere is refused all the same."""
+    """The error has the path of the value. null_for_nan() replaces it only in signals."""
     entry = _archive(**overrides(value))
     with pytest.raises(InvalidEvent, match=f"^{field}: "):
         archive_from(entry, zone=UTC, portfolio_id=1)
@@ -227,8 +223,8 @@ def test_nan_anywhere_in_an_archive_is_refused(
         archive_from(nulled, zone=UTC, portfolio_id=1)
 
 
-def test_of_several_the_first_is_named_and_no_width_or_depth_is_too_much() -> None:
-    """Every leaf has the long path of its list, which is one object for all."""
+def test_the_first_nan_of_a_very_wide_and_deep_entry_is_named() -> None:
+    """All elements of the long list share one object for its path."""
     deep: Any = [0] * 100_000 + [float("nan")]
     for _ in range(900):
         deep = {"k" * 1000: deep}
@@ -237,8 +233,8 @@ def test_of_several_the_first_is_named_and_no_width_or_depth_is_too_much() -> No
     assert len(str(caught.value)) < 300
 
 
-def test_null_for_nan_counts_and_leaves_the_entry_as_it_is() -> None:
-    """Numbers that are too large for a Decimal are no NaN, and what is nested too deeply is left to be refused."""
+def test_null_for_nan_counts_and_does_not_change_the_given_entry() -> None:
+    """It keeps the NaN of a Decimal, and values that are nested too deeply, which are rejected later."""
     nan, infinity = float("nan"), float("inf")
     deep: Any = nan
     for _ in range(900):
@@ -260,7 +256,7 @@ def test_null_for_nan_counts_and_leaves_the_entry_as_it_is() -> None:
 
 
 def test_a_byte_that_is_not_utf8_affects_one_entry(tmp_path: Path) -> None:
-    """The entries around it are read."""
+    """The other entries are read."""
     content = b'[{"signals": [{"q": "a"}]}, {"signals": [{"q": "\xff"}]}, {"signals": [{"q": "b"}]}]'
     found, damage = _read_bytes(tmp_path, content)
     assert damage is None
@@ -269,8 +265,7 @@ def test_a_byte_that_is_not_utf8_affects_one_entry(tmp_path: Path) -> None:
     assert archive_from(_archive(**found[2]), zone=UTC, portfolio_id=None).signals == [{"q": "b"}]
 
 
-def test_progress_counts_the_bytes(tmp_path: Path) -> None:
-    """Up to the size of the file."""
+def test_progress_counts_the_bytes_up_to_the_size_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "portfolio_history.json"
     path.write_text(json.dumps([_entry(balance=1.5, total_profit_loss=0, total_value=1)] * 5000))
     seen: list[int] = []
@@ -280,8 +275,8 @@ def test_progress_counts_the_bytes(tmp_path: Path) -> None:
     assert len(seen) > 3
 
 
-def test_the_files_of_a_folder_come_in_order(tmp_path: Path) -> None:
-    """Snapshots first, then the months; nothing else."""
+def test_the_history_files_of_a_folder_are_listed_in_order(tmp_path: Path) -> None:
+    """Snapshots first, then the months. Other files are not listed."""
     for name in (
         "signals_archive_2025-11.json",
         "signals_archive_2025-10.json",
@@ -296,8 +291,8 @@ def test_the_files_of_a_folder_come_in_order(tmp_path: Path) -> None:
     ]
 
 
-def test_an_entry_becomes_a_snapshot() -> None:
-    """Its naive time is in the given zone; amounts given as text or with float noise are numbers of 8 decimals."""
+def test_an_entry_is_converted_into_a_snapshot() -> None:
+    """Its naive time is in the given zone. Amounts as text or with float noise get 8 decimals."""
     data = _entry(
         balance=" 9900.5",
         total_profit_loss=Decimal("0.300000000000000045"),
@@ -312,8 +307,8 @@ def test_an_entry_becomes_a_snapshot() -> None:
     assert list(notes_on(data, snapshot)) == []
 
 
-def test_rounding_is_half_even_as_the_producer_rounds() -> None:
-    """Once, to 8 decimals."""
+def test_amounts_are_rounded_half_even_to_8_decimals() -> None:
+    """The producer rounds in the same way."""
     data = _entry(balance=Decimal("0.000000005"), total_invested=Decimal("0.000000015"))
     snapshot = snapshot_from(data, zone=UTC, portfolio_id=None)
     assert (snapshot.balance, snapshot.total_invested) == (Decimal("0"), Decimal("0.00000002"))
@@ -338,21 +333,20 @@ def test_rounding_is_half_even_as_the_producer_rounds() -> None:
         ({"portfolio_id": "x"}, "portfolio_id: is text that is not an integer"),
     ],
 )
-def test_an_entry_that_is_no_snapshot_is_refused_with_field_and_reason(overrides: dict[str, Any], message: str) -> None:
-    """Never with a made-up value."""
+def test_an_invalid_snapshot_is_rejected_with_field_and_reason(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidEvent) as caught:
         snapshot_from(_entry(**overrides), zone=None, portfolio_id=None)
     assert str(caught.value) == message
 
 
-def test_an_entry_becomes_an_archive() -> None:
-    """The array decides how many signals there are; what is put right or left out is noted."""
+def test_an_entry_is_converted_into_an_archive() -> None:
+    """The number of signals is the length of the array. Notes name corrections and omissions."""
     data = _archive(signals_count=5, note="x")
     archive = archive_from(data, zone=BERLIN, portfolio_id=None)
     assert (archive.signals_count, archive.archive_month) == (1, "2025-10")
     assert list(notes_on(data, archive)) == [
-        "unknown key 'note' left out",
-        "signals_count is not the number of signals, and was corrected",
+        "unknown key 'note' was left out",
+        "signals_count was not the number of signals and was corrected",
     ]
     no_signals: list[Any] = [None, [], {}, [1]]
     for signals in no_signals:
@@ -360,16 +354,16 @@ def test_an_entry_becomes_an_archive() -> None:
             archive_from(_archive(signals=signals), zone=BERLIN, portfolio_id=None)
 
 
-def test_a_date_of_its_own_is_kept_and_noted() -> None:
-    """As when midnight passed between the two."""
+def test_a_date_that_differs_from_the_time_is_kept_and_noted() -> None:
+    """Midnight may have passed between the two."""
     data = _entry(date="2025-10-19")
     snapshot = snapshot_from(data, zone=BERLIN, portfolio_id=None)
     assert snapshot.snapshot_date == date(2025, 10, 19)
-    assert list(notes_on(data, snapshot)) == ["date is not the date of timestamp, and was kept"]
+    assert list(notes_on(data, snapshot)) == ["date is not the date of timestamp and was kept"]
 
 
-def test_times_with_an_offset_are_taken_as_they_are() -> None:
-    """The zone is for naive ones; an entry's own portfolio goes before the one that is given."""
+def test_times_with_an_offset_keep_it() -> None:
+    """The given zone is only for naive times. The entry's own portfolio overrides the given one."""
     aware = snapshot_from(_entry(timestamp="2025-10-20T17:02:46Z"), zone=BERLIN, portfolio_id=None)
     own = snapshot_from(_entry(timestamp="2025-10-20T17:02:46", portfolio_id="8"), zone=BERLIN, portfolio_id=1)
     assert aware.timestamp == datetime(2025, 10, 20, 17, 2, 46, tzinfo=UTC)
@@ -377,8 +371,8 @@ def test_times_with_an_offset_are_taken_as_they_are() -> None:
     assert own.portfolio_id == 8
 
 
-def test_the_same_entry_of_an_hour_that_comes_twice_stays_the_same() -> None:
-    """When both readings lie before the entry before it, the order tells nothing."""
+def test_a_repeated_hour_is_read_as_the_first_if_the_order_does_not_decide() -> None:
+    """Both readings are before the previous entry."""
     first = snapshot_from(_entry(timestamp="2025-10-26T02:30:00"), zone=BERLIN, portfolio_id=None)
     later = datetime(2025, 10, 27, 12, tzinfo=UTC)
     again = snapshot_from(_entry(timestamp="2025-10-26T02:30:00"), zone=BERLIN, portfolio_id=None, after=later)
@@ -386,24 +380,24 @@ def test_the_same_entry_of_an_hour_that_comes_twice_stays_the_same() -> None:
 
 
 @pytest.mark.parametrize("count", ["1_000", "\u0663", "", "1e", "0x10"])
-def test_a_count_that_is_no_plain_number_is_refused(count: str) -> None:
+def test_a_count_that_is_not_a_plain_number_is_rejected(count: str) -> None:
     with pytest.raises(InvalidEvent, match="trade_count: must be a whole number"):
         snapshot_from(_entry(trade_count=count), zone=BERLIN, portfolio_id=None)
 
 
-def test_whatever_has_the_name_of_a_history_file_is_found(tmp_path: Path) -> None:
-    """A folder, or a link to a disk that is not mounted: passed over, it would look as if there were no history."""
+def test_a_folder_or_dangling_link_with_the_name_of_a_history_file_is_listed(tmp_path: Path) -> None:
+    """Ignoring it, for example while a disk is not mounted, would hide a history."""
     (tmp_path / "portfolio_history.json").symlink_to(tmp_path / "nowhere")
     (tmp_path / "signals_archive_2025-10.json").mkdir()
     files = history_files(tmp_path)
     assert [file.name for file in files] == ["portfolio_history.json", "signals_archive_2025-10.json"]
     for file in files:
-        with pytest.raises(Damaged, match="is no file"):
+        with pytest.raises(Damaged, match="is not a file"):
             list(read_entries(file))
 
 
-def test_of_an_hour_that_comes_twice_the_order_of_the_file_tells_which() -> None:
-    """The first, until the clock was put back between two entries."""
+def test_the_order_of_the_file_decides_which_of_two_equal_hours_is_meant() -> None:
+    """It is the first, until an entry is earlier than the one before it."""
     after = None
     offsets = []
     for clock in ("01:59", "02:30", "02:45", "02:15", "02:40", "03:00"):
@@ -415,14 +409,13 @@ def test_of_an_hour_that_comes_twice_the_order_of_the_file_tells_which() -> None
     assert offsets == ["+02:00", "+02:00", "+02:00", "+01:00", "+01:00", "+01:00"]
 
 
-def test_a_time_that_no_clock_showed_is_read_with_the_offset_before_the_gap() -> None:
-    """Also when an earlier entry is out of order."""
+def test_a_time_that_does_not_exist_is_read_with_the_offset_before_the_gap() -> None:
+    """Also if an earlier entry is out of order."""
     for after in (None, datetime(2026, 1, 1, tzinfo=UTC)):
         snapshot = snapshot_from(_entry(timestamp="2025-03-30T02:30:00"), zone=BERLIN, portfolio_id=None, after=after)
         assert snapshot.timestamp.isoformat() == "2025-03-30T02:30:00+01:00"
 
 
-def test_entries_are_pairs() -> None:
-    """Others take them apart."""
+def test_an_entry_can_be_unpacked_into_index_and_data() -> None:
     index, data = Entry(3, {"a": 1})
     assert (index, data) == (3, {"a": 1})

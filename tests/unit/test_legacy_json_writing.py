@@ -1,4 +1,4 @@
-"""Writing a file of the old format: whole or not at all."""
+"""Writing a file of the old format: completely or not at all."""
 
 from __future__ import annotations
 
@@ -25,29 +25,27 @@ def _failing(error: BaseException) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("gone"), OSError("gone"), KeyboardInterrupt(), SystemExit(143)])
-def test_a_failure_half_way_leaves_the_old_file_and_no_other(tmp_path: Path, error: BaseException) -> None:
-    """Whatever it is."""
+def test_any_failure_while_writing_leaves_only_the_old_file(tmp_path: Path, error: BaseException) -> None:
     (tmp_path / NAME).write_text(OLD)
     with pytest.raises(FileNotWritten if isinstance(error, OSError) else type(error)):
         write_entries(tmp_path / NAME, _failing(error))
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {NAME: OLD}
 
 
-def test_a_value_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
-    """No file is written with NaN in it."""
+def test_nan_is_an_error_and_no_file_is_written(tmp_path: Path) -> None:
+    """JSON does not have it."""
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_entries(tmp_path / NAME, [{"balance": float("nan")}])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """With the system's reason."""
+def test_the_error_for_a_missing_folder_has_its_path_and_the_reason(tmp_path: Path) -> None:
     with pytest.raises(FileNotWritten, match=f"none/{NAME}: No such file or directory$"):
         write_entries(tmp_path / "none" / NAME, [])
 
 
 def test_an_array_has_one_entry_a_line_in_ascii(tmp_path: Path) -> None:
-    """Amounts look like floats and keep every digit; counts are integers; an empty array is one, too."""
+    """Amounts look like floats and keep every digit. Counts are integers. An empty array is valid."""
     snapshot = a_snapshot(balance="0.10000001", total_invested=100)
     numbers = [write_entries(tmp_path / name, entries) for name, entries in (("0", []), ("1", [{"ä": "🌉"}, {}]))]
     write_entries(tmp_path / NAME, [snapshot_entry(snapshot, None)])
@@ -62,8 +60,8 @@ def test_an_array_has_one_entry_a_line_in_ascii(tmp_path: Path) -> None:
     assert (entry["open_positions"], type(entry["open_positions"])) == (1, int)
 
 
-def test_a_file_that_is_replaced_may_be_read_by_the_same_people(tmp_path: Path) -> None:
-    """It has the permissions that any new file of this user has."""
+def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    """Programs of other users can read it as before."""
     (tmp_path / "other").touch()
     write_entries(tmp_path / NAME, [])
     assert (tmp_path / NAME).stat().st_mode == (tmp_path / "other").stat().st_mode

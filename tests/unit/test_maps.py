@@ -1,4 +1,4 @@
-"""The maps in the READMEs of `consumers` and of the worker, compared with the code."""
+"""Tables and maps in the documents of `consumers` and of the worker, compared with the code."""
 
 from __future__ import annotations
 
@@ -6,78 +6,100 @@ import importlib
 import inspect
 import re
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from consumers.settings import (
+    ApiSettings,
+    DashboardSettings,
+    EmbeddedSettings,
+    LoginSettings,
+    LogSettings,
+    MetricsSettings,
+    StoreSettings,
+)
 from producers import redis_keys
+from producers.settings import TransportSettings
+from tests.documents import block, table, words
 
 ROOT = Path(__file__).parents[2]
-MAP = (ROOT / "consumers/README.md").read_text("utf-8")
-WORKER = (ROOT / "consumers/worker/README.md").read_text("utf-8")
-
-
-def _block(document: str, name: str) -> list[str]:
-    """The lines of the code block after the comment with this name."""
-    (lines,) = re.findall(rf"<!-- {re.escape(name)} -->\n```\n(.*?)```\n", document, re.DOTALL)
-    return str(lines).splitlines()
-
-
-def _table(document: str, name: str) -> list[list[str]]:
-    """The cells of the table after the comment with this name, without its head."""
-    (lines,) = re.findall(rf"<!-- {re.escape(name)} -->\n((?:\|.*\n)+)", document)
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in str(lines).splitlines()[2:]]
-
-
-def _modules() -> list[str]:
-    found = [file for package in ("producers", "consumers") for file in (ROOT / package).rglob("*.*")]
-    return [
-        str(file.relative_to(ROOT)) for file in found if file.suffix in {".py", ".lua"} and file.name != "__init__.py"
-    ]
-
-
-def _modules_in_the_tree() -> Iterator[str]:
-    folders: list[str] = []
-    for line in _block(MAP, "tree"):
-        found = re.fullmatch(r"(?P<indent> *)(?P<name>\S+?)(?P<folder>/?) {2,}(?P<text>\S.*)", line)
-        assert found, f"neither a folder nor a module with a description: {line}"
-        del folders[len(found["indent"]) // 2 :]
-        if found["folder"]:
-            folders.append(found["name"])
-        else:
-            yield "/".join([*folders, found["name"]])
-
-
-def test_the_tree_has_each_module_once() -> None:
-    assert sorted(_modules_in_the_tree()) == sorted(_modules())
-
-
-@pytest.mark.parametrize("container", ["consumers", "consumers.worker"])
-def test_the_picture_has_the_layers_that_import_linter_checks(container: str) -> None:
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
-    (contract,) = (one for one in contracts if one.get("containers") == [container])
-    shown = [re.match(r"\| (.*?) \|", line) for line in _block(MAP, f"layers of {container}")]
-    assert [found[1].split() for found in shown if found] == [layer.split(" | ") for layer in contract["layers"]]
-
-
-def _module(name: str) -> ModuleType:
-    """The module of this file name; no two have one, but for those that the map excepts."""
-    (path,) = (path for path in _modules() if path.endswith(f"/{name}.py") and not path.startswith("consumers/cli/"))
-    return importlib.import_module(path.removesuffix(".py").replace("/", "."))
+_MOST_TERMS = 25
+_MOST_WORDS_OF_THE_MAP = 400
+_SETTINGS = (
+    *(TransportSettings, StoreSettings, LoginSettings, EmbeddedSettings, ApiSettings, DashboardSettings),
+    *(MetricsSettings, LogSettings),
+)
 
 
 def _names(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-HOPS = _table(WORKER, "hops")
+def _modules() -> list[str]:
+    found = [file for package in ("producers", "consumers") for file in (ROOT / package).rglob("*.*")]
+    return [
+        str(file.relative_to(ROOT).with_suffix(""))
+        for file in found
+        if file.suffix in {".py", ".lua"} and file.name != "__init__.py"
+    ]
+
+
+def test_the_map_names_each_module_once() -> None:
+    """In the row of its folder, without its suffix."""
+    rows = table("consumers/README.md", "map")
+    assert sorted(f"{_names(folder)[0]}/{name}" for folder, _, names in rows for name in _names(names)) == sorted(
+        _modules()
+    )
+    assert sum(words(" ".join(row)) for row in rows) <= _MOST_WORDS_OF_THE_MAP
+
+
+def test_the_glossary_defines_each_term_once_in_one_sentence() -> None:
+    """It has at most 25 rows."""
+    rows = table("consumers/README.md", "glossary")
+    terms = [term for row in rows for term in row[0].split(", ")]
+    assert len(rows) <= _MOST_TERMS
+    assert sorted(set(terms)) == sorted(terms)
+    assert [meaning for _, meaning in rows if not meaning.endswith(".") or ". " in meaning] == []
+
+
+_LAYERS = {
+    "consumers": block("consumers/README.md", "layers of consumers"),
+    "consumers.worker": block("consumers/README.md", "layers of consumers.worker"),
+}
+
+
+@pytest.mark.parametrize("container", _LAYERS)
+def test_the_layers_of_the_document_are_those_that_import_linter_checks(container: str) -> None:
+    """From top to bottom, with the neighbours of each layer."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    (contract,) = (one for one in contracts if one.get("containers") == [container])
+    assert _LAYERS[container].splitlines() == contract["layers"]
+
+
+def test_the_table_of_settings_has_each_setting_with_its_default() -> None:
+    """A setting that needs no value has the default none."""
+    rows = table("consumers/SETTINGS.md", "settings")
+    documented = {_names(name)[0]: default.strip("`") for name, default, _ in rows}
+    defaults = {field.alias: field.default for model in _SETTINGS for field in model.model_fields.values()}
+    assert documented == {
+        name: "none" if default in (None, ()) else str(default).removesuffix(".0") for name, default in defaults.items()
+    }
+
+
+def _module(name: str) -> ModuleType:
+    """Import the module of this file name, which is unique outside of `consumers/cli`."""
+    (path,) = (path for path in _modules() if path.endswith(f"/{name}") and not path.startswith("consumers/cli/"))
+    return importlib.import_module(path.replace("/", "."))
+
+
+HOPS = table("consumers/worker/README.md", "hops")
 
 
 def _found(name: str) -> Any:
-    """The function or class that is named `module.function`."""
+    """Return the function or class that is named `module.function`."""
     module, *attributes = name.split(".")
     assert attributes, f"{name} is a module, not a function or class in one"
     found: Any = _module(module)
@@ -88,8 +110,9 @@ def _found(name: str) -> Any:
 
 @pytest.mark.parametrize("name", sorted({name for hop in HOPS for cell in hop for name in _names(cell)}))
 def test_each_name_in_the_table_of_hops_exists(name: str) -> None:
+    """A script, or a function or class in a module."""
     if name.endswith(".lua"):
-        assert f"consumers/worker/scripts/{name}" in _modules()
+        assert f"consumers/worker/scripts/{name.removesuffix('.lua')}" in _modules()
     else:
         assert _found(name)
 
@@ -97,6 +120,7 @@ def test_each_name_in_the_table_of_hops_exists(name: str) -> None:
 # The first caller is the controller.
 @pytest.mark.parametrize(("caller", "called"), [_names(" ".join(hop[:2])) for hop in HOPS[1:]])
 def test_the_module_of_each_caller_calls_the_function(caller: str, called: str) -> None:
+    """A method by its name, any other function by the same object."""
     module, (name, *method) = _module(caller.split(".", maxsplit=1)[0]), called.split(".")[1:]
     if method:
         assert f".{method[0]}(" in inspect.getsource(module)
@@ -105,11 +129,12 @@ def test_the_module_of_each_caller_calls_the_function(caller: str, called: str) 
 
 
 def test_the_table_of_redis_keys_is_complete() -> None:
+    """It has each key that producers.redis_keys makes, once."""
     made = {
         function(*(f"<{parameter}>" for parameter in inspect.signature(function).parameters))
         for name, function in inspect.getmembers(redis_keys, inspect.isfunction)
         if name.endswith("_key")
     }
-    rows = _table(WORKER, "keys")
+    rows = table("consumers/worker/README.md", "keys")
     assert {name for row in rows for name in _names(row[0])} == made
     assert len(rows) == len(made)

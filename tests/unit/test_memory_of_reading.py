@@ -1,4 +1,4 @@
-"""What a hostile text of 8 MiB, which is a job of 8 KiB, may cost a worker that reads and refuses it."""
+"""Memory that a worker takes to validate a hostile text of 8 MiB, which is a compressed job of 8 KiB."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[2]
-_MAX_BYTES = 150 * 2**20  # of the 512 MiB of a worker, two of whose threads may read such a text at once
+_MAX_BYTES = 150 * 2**20  # a worker has 512 MiB, and its two threads may each read such a text at once
 
 _SCRIPT = """
 import sys
@@ -21,7 +21,7 @@ from tests.factories import INSTANT, a_signal
 
 EVENT_TYPE, START, REPEATED, TIMES, END = sys.argv[1:]
 
-def peak():  # not ru_maxrss, which a process has from the one that began it
+def peak():  # not ru_maxrss, which includes the peak of the process that forked this one
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 valid = encode(event_of(SignalArchive(archived_at=INSTANT, signals=[{"a": 1}]), source="x/1", sequence=7))
@@ -31,11 +31,11 @@ pieces = (REPEATED.replace("#", f"{number:06d}") if "#" in REPEATED else REPEATE
 text = start + ",".join(pieces) + end
 before = peak()
 try:
-    said = f"{len(decode(text, KINDS[EVENT_TYPE].model).data.signals)} signals"
+    answer = f"{len(decode(text, KINDS[EVENT_TYPE].model).data.signals)} signals"
 except InvalidEvent as error:
-    said = str(error)
+    answer = str(error)
 _, sequence, _ = _reference_of(text)
-print(peak() - before, sequence, said, sep="|")
+print(peak() - before, sequence, answer, sep="|")
 """
 
 _ARCHIVE, _SNAPSHOT = "trading.signal-archive.v1", "trading.portfolio-snapshot.v1"
@@ -44,7 +44,7 @@ _OUR_SIGNAL = "{" + ",".join(f'"field_number_{n:02d}":{n}.#' for n in range(15))
 
 
 @pytest.mark.parametrize(
-    ("event_type", "text", "said"),
+    ("event_type", "text", "expected"),
     [
         (_ARCHIVE, ('"signals":[', "[]", 2_790_000, "]"), _TOO_MUCH),
         (_ARCHIVE, ('"signals":[', '{"a":[]}', 900_000, "]"), _TOO_MUCH),
@@ -56,17 +56,17 @@ _OUR_SIGNAL = "{" + ",".join(f'"field_number_{n:02d}":{n}.#' for n in range(15))
         (_ARCHIVE, ('"signals":[', _OUR_SIGNAL, 20_000, "]"), "20000 signals"),
     ],
     ids=[
-        *("lists as signals", "small signals", "unknown keys", "one unknown key again and again"),
-        *("keys within the bound", "as many wrong signals as may be", "numbers within the bound", "a full archive"),
+        *("lists as signals", "small signals", "unknown keys", "one repeated unknown key"),
+        *("keys within the bound", "largest number of wrong signals", "numbers within the bound", "a full archive"),
     ],
 )
-def test_reading_a_text_takes_little_memory_whatever_is_in_it(
-    event_type: str, text: tuple[str, str, int, str], said: str
+def test_reading_any_text_takes_a_bounded_amount_of_memory(
+    event_type: str, text: tuple[str, str, int, str], expected: str
 ) -> None:
-    """In the validation and in finding out who sent what was refused."""
+    """This includes validating the event and finding the source of an invalid one."""
     command = [sys.executable, "-c", _SCRIPT, event_type, *map(str, text)]
     run = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True)
     taken, sequence, answer = run.stdout.rstrip().split("|")
 
-    assert (sequence, answer[: len(said)]) == ("7", said)
+    assert (sequence, answer[: len(expected)]) == ("7", expected)
     assert int(taken) < _MAX_BYTES

@@ -1,4 +1,4 @@
-"""Counting in this process."""
+"""Counters and histograms of one process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.forking import in_child
 _STORED = (SNAPSHOT_TYPE, "stored")
 
 
-def test_a_value_on_a_bound_belongs_below_it() -> None:
-    """As Prometheus has it: `le` is less or equal."""
+def test_value_equal_to_a_bound_counts_in_its_bucket() -> None:
+    """In Prometheus, `le` means less than or equal."""
     histogram = Histogram((1.0, 2.0))
     histogram.observe([0.5, 1.0, 1.5, 2.0, 2.5])
     assert (histogram.counts, histogram.sum) == ([2, 2, 1], 7.5)
 
 
-def test_counts_that_were_read_do_not_change_any_more() -> None:
+def test_counters_that_were_read_do_not_change() -> None:
     counts = Counts()
     before = counts.read()
     counts.batch({_STORED: 3}, 0.01, [0.5, 0.5, 9.0])
@@ -27,14 +27,14 @@ def test_counts_that_were_read_do_not_change_any_more() -> None:
     assert (after.results[_STORED], after.batch_events.sum, after.lag_seconds.sum) == (3, 3, 10)
 
 
-def test_every_end_is_there_from_the_start() -> None:
-    """Otherwise the first refusal would appear as a number that never grew, and raise no alarm."""
+def test_every_outcome_is_exported_from_the_start() -> None:
+    """Otherwise Prometheus would see no increase when the first event is rejected, and no alert would fire."""
     outcomes = [outcome for _, outcome in Counts().read().results]
-    assert set(outcomes) == {"stored", "duplicate", "conflict", "invalid", "poison", "refused"}
+    assert set(outcomes) == {"stored", "duplicate", "conflict", "invalid", "poison", "unsupported"}
     assert set(Counts().read().results.values()) == {0}
 
 
-def test_threads_that_count_at_once_lose_nothing() -> None:
+def test_concurrent_threads_lose_no_counts() -> None:
     counts = Counts()
 
     def count(_: int) -> None:
@@ -47,8 +47,8 @@ def test_threads_that_count_at_once_lose_nothing() -> None:
     assert sum(counts.read().lag_seconds.counts) == 8000
 
 
-def test_a_forked_child_begins_at_zero_also_while_the_parent_counts() -> None:
-    """What the parent counted it tells itself; a lock that another thread held at the fork is not the child's."""
+def test_forked_child_starts_at_zero_while_the_parent_counts() -> None:
+    """The child works even if another thread of the parent had the lock at the fork."""
     COUNTS.batch({_STORED: 5}, 0.1, [])
 
     def child() -> None:

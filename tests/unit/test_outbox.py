@@ -1,4 +1,4 @@
-"""The outbox: what was accepted is on disk, numbered without gaps, and ends in one state."""
+"""The outbox: accepted events are on disk, numbered without gaps, and end in one state."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "down" / "outbox.db"
 
 
-def _settle(outbox: Outbox, *told: tuple[Accepted, Outcome], resends: int = 0) -> SettledKeys:
-    """As a relay that has read these; the keys are the numbers."""
+def _settle(outbox: Outbox, *outcomes: tuple[Accepted, Outcome], resends: int = 0) -> SettledKeys:
+    """Settle entries like a relay that has read these acknowledgements; the keys are the numbers."""
     found = {
         one.sequence: Acknowledgement(one.source_id, one.sequence, one.nonce, str(one.event_id), outcome, at=0)
-        for one, outcome in told
+        for one, outcome in outcomes
     }
-    return outbox.deliveries.settle(told[0][0].source_id, resends, found)
+    return outbox.deliveries.settle(outcomes[0][0].source_id, resends, found)
 
 
 def test_entries_are_numbered_from_one_and_carry_their_number(path: Path) -> None:
-    """The sequence of the entry, of its job and of its event is the same; the source names the outbox."""
+    """Entry, job and event have the same sequence; the source names the outbox."""
     outbox = Outbox(path)
     accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(2)])
     accepted += outbox.append(NAME, [an_archive()])
@@ -64,8 +64,8 @@ def test_entries_are_numbered_from_one_and_carry_their_number(path: Path) -> Non
     assert entries[1].job_id == f"{accepted[0].source_id}-2-{accepted[1].nonce}"
 
 
-def test_each_entry_has_a_nonce_of_its_own(path: Path) -> None:
-    """64 random bits: a copy of this file may give the same number to another event."""
+def test_each_entry_has_a_different_nonce(path: Path) -> None:
+    """It has 64 random bits, because a copy of this file may give the same number to another event."""
     outbox = Outbox(path)
     accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(20)])
     accepted += [outbox.append(NAME, [a_snapshot()])[0] for _ in range(20)]
@@ -75,8 +75,8 @@ def test_each_entry_has_a_nonce_of_its_own(path: Path) -> None:
     assert [entry.nonce for entry in outbox.deliveries.pending(50)] == [one.nonce for one in accepted]
 
 
-def test_each_name_on_one_file_is_a_source_with_numbers_of_its_own(path: Path) -> None:
-    """Two controllers may share a file: neither sees a gap, and no two jobs have one id."""
+def test_each_name_on_one_file_has_its_own_source_and_numbers(path: Path) -> None:
+    """Two controllers may share a file: neither has a gap, and no two jobs have the same id."""
     outbox = Outbox(path)
     for name in ("a", "b", "a"):
         outbox.append(name, [a_snapshot()])
@@ -86,8 +86,8 @@ def test_each_name_on_one_file_is_a_source_with_numbers_of_its_own(path: Path) -
     assert len({entry.job_id for entry in entries}) == 3
 
 
-def test_numbers_go_on_after_reopening_and_source_ids_differ_between_files(path: Path, tmp_path: Path) -> None:
-    """A sequence is never used again."""
+def test_numbers_continue_after_reopening_and_source_ids_differ_between_files(path: Path, tmp_path: Path) -> None:
+    """No sequence is used twice."""
     first = Outbox(path)
     (before,) = first.append(NAME, [a_snapshot()])
     first.close()
@@ -98,8 +98,8 @@ def test_numbers_go_on_after_reopening_and_source_ids_differ_between_files(path:
     assert elsewhere.source != before.source
 
 
-def test_appending_many_takes_all_or_none(path: Path) -> None:
-    """One event that is too large leaves nothing behind, no used-up number either."""
+def test_appending_many_events_appends_all_or_none(path: Path) -> None:
+    """One event that is too large prevents all of them, and no number is used."""
     outbox = Outbox(path)
     too_large = an_archive(signals=[a_signal(reason="x" * MAX_EVENT_BYTES)])
     with pytest.raises(InvalidEvent, match="event: is larger than 8 MiB"):
@@ -110,17 +110,17 @@ def test_appending_many_takes_all_or_none(path: Path) -> None:
 
 
 def test_an_entry_goes_from_pending_to_sent_to_stored(path: Path) -> None:
-    """status counts each state and knows how old the oldest unsettled entry is."""
+    """`status` counts the entries in each state and returns the age of the oldest unsettled entry."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     (entry,) = outbox.deliveries.pending(10)
-    states, fates = [outbox.status()], [outbox.status_of(accepted)]
+    states, statuses = [outbox.status()], [outbox.status_of(accepted)]
     outbox.deliveries.mark_sent({entry.position: 5.0})
     states.append(outbox.status())
-    fates.append(outbox.status_of(accepted))
+    statuses.append(outbox.status_of(accepted))
     _settle(outbox, (accepted, Outcome("duplicate", row_id=7)))
     states.append(outbox.status())
-    fates.append(outbox.status_of(accepted))
+    statuses.append(outbox.status_of(accepted))
 
     assert [(state.pending, state.sent, state.stored, state.rejected) for state in states] == [
         (1, 0, 0, 0),
@@ -128,7 +128,7 @@ def test_an_entry_goes_from_pending_to_sent_to_stored(path: Path) -> None:
         (0, 0, 1, 0),
     ]
     assert [state.oldest_unsettled_seconds is None for state in states] == [False, False, True]
-    assert fates == [
+    assert statuses == [
         EntryStatus("pending", None, None),
         EntryStatus("sent", None, None),
         EntryStatus("stored", 7, None),
@@ -136,7 +136,7 @@ def test_an_entry_goes_from_pending_to_sent_to_stored(path: Path) -> None:
 
 
 def test_a_late_acknowledgement_does_not_undo_an_earlier_one(path: Path) -> None:
-    """What is settled stays settled; of what is not here nothing is said."""
+    """A settled entry keeps its state; the key of an unknown entry is not returned."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     assert _settle(outbox, (accepted, STORED)) == SettledKeys([1], [])
@@ -150,27 +150,27 @@ def test_a_late_acknowledgement_does_not_undo_an_earlier_one(path: Path) -> None
 
 @pytest.mark.parametrize("other", ["nonce", "event_id", "source_id"])
 def test_an_acknowledgement_of_another_delivery_settles_nothing(path: Path, other: str) -> None:
-    """A copy of this outbox has given the same number to another event; or the event's id is another one."""
+    """A copy of this outbox gave the same number to another event, or the event's id differs."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
-    told = Acknowledgement(accepted.source_id, 1, accepted.nonce, str(accepted.event_id), STORED, at=0)
+    found = Acknowledgement(accepted.source_id, 1, accepted.nonce, str(accepted.event_id), STORED, at=0)
     foreign = {
-        "nonce": replace(told, nonce="0" * 16),
-        "event_id": replace(told, event_id=str(uuid4())),
-        "source_id": replace(told, source_id="ab"),
+        "nonce": replace(found, nonce="0" * 16),
+        "event_id": replace(found, event_id=str(uuid4())),
+        "source_id": replace(found, source_id="ab"),
     }
     settled = outbox.deliveries.settle(accepted.source_id, 0, {"key": foreign[other]})
 
-    # The entry of that job id is here, whatever event the acknowledgement names.
+    # The outbox has an entry with that job id, whatever event the acknowledgement names.
     assert settled == SettledKeys([], ["key"] if other == "event_id" else [])
     assert outbox.status_of(accepted).state == "pending"
-    assert outbox.deliveries.settle(accepted.source_id, 0, {"key": replace(told, event_id=None)}) == SettledKeys(
+    assert outbox.deliveries.settle(accepted.source_id, 0, {"key": replace(found, event_id=None)}) == SettledKeys(
         ["key"], []
     )
 
 
-def test_a_rejected_entry_is_stored_when_it_was_requeued_and_stored(path: Path) -> None:
-    """Its source still counts as awaiting, so that the acknowledgement is looked for."""
+def test_a_rejected_entry_that_is_requeued_and_stored_becomes_stored(path: Path) -> None:
+    """Its source still awaits an acknowledgement, so that the relay reads it."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     _settle(outbox, (accepted, REJECTED))
@@ -185,8 +185,8 @@ def test_a_rejected_entry_is_stored_when_it_was_requeued_and_stored(path: Path) 
     assert (outbox.deliveries.awaiting("sent"), outbox.deliveries.awaiting("rejected")) == ([], [])
 
 
-def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
-    """And looking at them postpones them."""
+def test_sent_entries_are_overdue_when_their_check_is_due(path: Path) -> None:
+    """Postponing the check ends that."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     first, second, _ = outbox.deliveries.pending(10)
@@ -197,8 +197,8 @@ def test_only_sent_entries_whose_time_has_come_are_overdue(path: Path) -> None:
     assert outbox.deliveries.overdue(10) == []
 
 
-def test_a_check_that_is_further_ahead_than_any_interval_is_due_now(path: Path) -> None:
-    """A clock that was ahead has written it. Both kinds share the limit."""
+def test_a_check_later_than_the_longest_interval_is_due_now(path: Path) -> None:
+    """A clock that was ahead wrote it. Both kinds of overdue entries share the limit."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
     due, far, later, farther = outbox.deliveries.pending(10)
@@ -212,8 +212,8 @@ def test_a_check_that_is_further_ahead_than_any_interval_is_due_now(path: Path) 
     assert sorted(entry.sequence for entry in outbox.deliveries.overdue(10)) == [1, 4]
 
 
-def test_all_that_was_sent_up_to_a_position_can_be_made_overdue(path: Path) -> None:
-    """For those that do not want to wait for the next check."""
+def test_check_now_makes_sent_entries_up_to_a_position_overdue(path: Path) -> None:
+    """`outbox flush` does not wait for the next check."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
     outbox.deliveries.mark_sent({entry.position: 100.0 for entry in outbox.deliveries.pending(2)})
@@ -227,7 +227,7 @@ def test_all_that_was_sent_up_to_a_position_can_be_made_overdue(path: Path) -> N
 
 
 def test_a_batch_ends_before_it_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the bytes of its texts; one that is larger than a batch comes alone, and nothing is passed over."""
+    """Its size is the bytes of its events. A larger event is a batch alone, and no entry is skipped."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])
     size = len(outbox.deliveries.pending(1)[0].event)
@@ -241,7 +241,7 @@ def test_a_batch_ends_before_it_is_too_large(path: Path, monkeypatch: pytest.Mon
 
 
 def test_threads_share_an_outbox(path: Path) -> None:
-    """400 appends from 8 threads: every number once."""
+    """400 appends from 8 threads use each number once."""
     outbox = Outbox(path)
     threads = [
         threading.Thread(target=lambda: [outbox.append(NAME, [a_snapshot()]) for _ in range(50)]) for _ in range(8)
@@ -262,7 +262,7 @@ def _append(path: Path, count: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_processes_share_an_outbox(path: Path) -> None:
-    """Opened and written by 4 processes from the first moment: one source, every number once."""
+    """4 processes open a new file at the same time: it has one source, and each number is used once."""
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_append, args=(path, 50), daemon=True) for _ in range(4)]
     for writer in writers:
@@ -276,11 +276,11 @@ def test_processes_share_an_outbox(path: Path) -> None:
     assert len({entry.source_id for entry in entries}) == 1
 
 
-def test_a_new_file_that_another_process_is_making_is_waited_for(tmp_path: Path) -> None:
-    """In the moment in which it has no write-ahead log yet, SQLite answers "locked" at once."""
+def test_opening_waits_for_another_process_that_creates_the_file(tmp_path: Path) -> None:
+    """Until the new file has a write-ahead log, SQLite reports "locked" without waiting."""
     path = tmp_path / "outbox.db"
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
-        other.execute("CREATE TABLE made_first (one)")
+        other.execute("CREATE TABLE created_first (one)")
         other.execute("BEGIN IMMEDIATE")
         with pytest.MonkeyPatch.context() as patch:
             ended = threading.Event()
@@ -296,7 +296,7 @@ def test_a_new_file_that_another_process_is_making_is_waited_for(tmp_path: Path)
 
 
 def test_an_accepted_event_survives_the_end_of_the_process(path: Path) -> None:
-    """The process kills itself right after append returned."""
+    """The process kills itself right after `append` returned."""
     script = f"""
 import os, signal
 from pathlib import Path
@@ -314,8 +314,10 @@ os.kill(os.getpid(), signal.SIGKILL)
     ]
 
 
-def test_appending_waits_for_the_disk_and_marking_does_not(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection that appends syncs each commit; losing a mark only costs a re-send."""
+def test_appending_waits_for_the_disk_and_changing_a_state_does_not(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection that appends syncs each commit. A lost change of state only costs a re-send."""
     opened: list[tuple[sqlite3.Connection, list[str]]] = []
     connect = sqlite3.connect
 
@@ -342,8 +344,8 @@ def test_appending_waits_for_the_disk_and_marking_does_not(path: Path, monkeypat
 
 
 @pytest.mark.parametrize("content", [b"this is no database" * 100, None])
-def test_a_path_that_holds_no_outbox_is_an_error_that_names_it(path: Path, content: bytes | None) -> None:
-    """A foreign file, or a folder in the place of the file."""
+def test_opening_another_file_or_a_folder_raises_an_error_that_names_it(path: Path, content: bytes | None) -> None:
+    """The path leads to a file of another program, or to a folder."""
     path.parent.mkdir(parents=True)
     if content is None:
         path.mkdir()
@@ -353,8 +355,8 @@ def test_a_path_that_holds_no_outbox_is_an_error_that_names_it(path: Path, conte
         Outbox(path)
 
 
-def test_a_text_that_is_no_text_is_an_error_that_names_the_file(path: Path) -> None:
-    """As a damaged disk may give it: an error that SQLite has no code for."""
+def test_text_that_is_not_utf_8_raises_an_error_that_names_the_file(path: Path) -> None:
+    """A damaged disk may return such text. SQLite has no error code for it."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot()])
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -363,8 +365,8 @@ def test_a_text_that_is_no_text_is_an_error_that_names_the_file(path: Path) -> N
         outbox.deliveries.pending(1)
 
 
-def test_a_full_disk_is_an_error_and_nothing_is_half_recorded(path: Path) -> None:
-    """SQLite's page limit stands in for the disk's end."""
+def test_a_full_disk_raises_an_error_and_records_nothing(path: Path) -> None:
+    """SQLite's page limit simulates the full disk."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot()])
     pages = outbox._file._connections["FULL"].execute("PRAGMA page_count").fetchone()[0]
@@ -376,8 +378,8 @@ def test_a_full_disk_is_an_error_and_nothing_is_half_recorded(path: Path) -> Non
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [2]
 
 
-def test_a_full_outbox_says_so_and_can_still_be_emptied(path: Path) -> None:
-    """Appending stops at the limit; marking and settling go on, and pruning makes room again."""
+def test_a_full_outbox_raises_an_error_and_can_still_settle_entries(path: Path) -> None:
+    """Appending stops at the limit. Marking and settling still work, and pruning makes room again."""
     outbox = Outbox(path, max_bytes=2**20)
     accepted: list[Accepted] = []
 
@@ -385,7 +387,7 @@ def test_a_full_outbox_says_so_and_can_still_be_emptied(path: Path) -> None:
         for n in range(1000):
             accepted.extend(outbox.append(NAME, [a_snapshot(after=timedelta(seconds=20 * n + m)) for m in range(20)]))
 
-    with pytest.raises(OutboxError, match=r"is full: its disk, or its limit of 1 MiB; events leave it when"):
+    with pytest.raises(OutboxError, match=r"is full: its disk, or its limit of 1 MiB. Entries leave it when"):
         fill()
     full = outbox.status().pending
     entries = outbox.deliveries.pending(full)
@@ -396,8 +398,8 @@ def test_a_full_outbox_says_so_and_can_still_be_emptied(path: Path) -> None:
     assert [one.sequence for one in outbox.append(NAME, [a_snapshot()])] == [full + 1]
 
 
-def test_settled_entries_are_dropped_when_they_are_old_enough_and_others_never(path: Path) -> None:
-    """Pending and sent ones stay, however old; of what was rejected the database keeps the record."""
+def test_old_settled_entries_are_deleted_and_others_never(path: Path) -> None:
+    """Pending and sent entries stay at any age. The database keeps the record of a rejected event."""
     outbox = Outbox(path)
     *_, rejected, stored = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
     outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(10)[1:]})
@@ -411,8 +413,8 @@ def test_settled_entries_are_dropped_when_they_are_old_enough_and_others_never(p
         outbox.status_of(stored)
 
 
-def test_settled_entries_can_be_made_pending_again_by_time(path: Path) -> None:
-    """Stored and rejected, with the same number and bytes; what is older, or on its way, is left alone."""
+def test_a_resend_makes_settled_entries_since_a_time_pending_again(path: Path) -> None:
+    """Stored and rejected entries keep their number and bytes. Older and unsettled entries do not change."""
     outbox = Outbox(path)
     stored, rejected, _ = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     before = outbox.deliveries.pending(10)
@@ -426,8 +428,8 @@ def test_settled_entries_can_be_made_pending_again_by_time(path: Path) -> None:
     ]
 
 
-def test_an_acknowledgement_from_before_a_resend_settles_nothing_after_it(path: Path) -> None:
-    """It is true of the database that was there before only."""
+def test_an_acknowledgement_from_before_a_resend_settles_nothing(path: Path) -> None:
+    """It is valid for the replaced database only."""
     outbox = Outbox(path)
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(10)})
@@ -440,8 +442,8 @@ def test_an_acknowledgement_from_before_a_resend_settles_nothing_after_it(path: 
     assert outbox.status_of(accepted) == EntryStatus("stored", 7, None)
 
 
-def test_others_append_while_many_entries_are_made_pending_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page at a time; an acknowledgement of before settles nothing from the first page on."""
+def test_other_processes_can_append_during_a_resend(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resend works page by page. From the first page on, earlier acknowledgements settle nothing."""
     outbox, other = Outbox(path), Outbox(path)
     accepted = _stored(outbox, 5)
     monkeypatch.setattr(outbox_module, "_RESENT_ENTRIES", 2)
@@ -458,8 +460,8 @@ def test_others_append_while_many_entries_are_made_pending_again(path: Path, mon
     assert outbox.pending_count() == 7
 
 
-def test_a_resend_that_was_ended_in_the_middle_is_done_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was sent and settled anew by then is sent once more, which does no harm; nothing is left out."""
+def test_an_interrupted_resend_can_be_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries that were sent and settled again by then are sent once more, as duplicates. No entry is left out."""
     outbox = Outbox(path)
     first, *_ = _stored(outbox, 5)
     monkeypatch.setattr(outbox_module, "_RESENT_ENTRIES", 2)
@@ -488,8 +490,8 @@ def _interrupt(_: float) -> None:
     raise KeyboardInterrupt
 
 
-def test_an_upgrade_by_another_process_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For longer than for another append: a large file takes many seconds."""
+def test_opening_waits_for_an_upgrade_by_another_process(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits longer than for an append, because a large file takes many seconds."""
     write_outbox_of_before(path, 2)
     monkeypatch.setattr(outbox_file_module, "_BUSY_TIMEOUT_SECONDS", 0.0)
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
@@ -499,25 +501,25 @@ def test_an_upgrade_by_another_process_is_waited_for(path: Path, monkeypatch: py
         with Outbox(path, repair=True) as outbox:
             assert outbox.status().depth == 2
             with outbox._file.reading() as db:
-                assert db.execute("PRAGMA busy_timeout").fetchone() == (0,)  # as before
+                assert db.execute("PRAGMA busy_timeout").fetchone() == (0,)  # unchanged
         end.join()
 
 
-def test_a_signal_handler_that_records_while_its_thread_does_gets_an_error(path: Path) -> None:
-    """It could only wait for itself, for ever."""
+def test_recording_in_a_signal_handler_while_its_thread_records_raises_an_error(path: Path) -> None:
+    """It would otherwise wait for itself for ever."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot()])
     before = signal.signal(signal.SIGUSR1, lambda *_: outbox.append(NAME, [a_snapshot()]))
     try:
         with pytest.raises(OutboxError, match="by a signal handler"), outbox._file.transaction():
             signal.raise_signal(signal.SIGUSR1)
-        signal.raise_signal(signal.SIGUSR1)  # while it does not, nothing is in the way
+        signal.raise_signal(signal.SIGUSR1)  # allowed, because the thread is not recording
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert [entry.sequence for entry in outbox.entries()] == [1, 2]
 
 
-# As the releases before made their files.
+# The tables of earlier releases.
 _SOURCES_BEFORE = {
     1: "CREATE TABLE sources (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, last_sequence INTEGER NOT NULL);",
     2: """CREATE TABLE sources (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, last_sequence INTEGER NOT NULL,
@@ -560,7 +562,7 @@ _STATES_BEFORE = ("confirmed", "rejected", "sent", "pending")
 
 
 def write_outbox_of_before(path: Path, version: int, count: int = 4, max_bytes: int = 2**30) -> list[str]:
-    """An outbox of an earlier release, with entries in every state in turn; returns the texts of the events."""
+    """Write an outbox of an earlier release with entries in each state in turn, and return the texts of the events."""
     path.parent.mkdir(parents=True)
     events = [
         encode(event_of(a_snapshot(after=timedelta(n)), source=f"{NAME}/{OLD_SOURCE_ID}", sequence=n))
@@ -588,8 +590,8 @@ def write_outbox_of_before(path: Path, version: int, count: int = 4, max_bytes: 
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, version: int) -> None:
-    """Entries keep their texts, states and job ids, which have no nonce; numbers go on, now with one."""
+def test_an_outbox_of_an_earlier_version_is_upgraded(path: Path, version: int) -> None:
+    """Entries keep their texts, states and job ids without a nonce. Numbers continue, and new entries have a nonce."""
     events = write_outbox_of_before(path, version)
     upgraded = Outbox(path, repair=True)
 
@@ -614,8 +616,8 @@ def test_an_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, versi
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_an_outbox_of_version_3_keeps_all_but_an_unused_column(path: Path) -> None:
-    """In between two numbers; a process of that release that has it open goes on appending."""
+def test_an_upgrade_from_version_3_only_drops_an_unused_column(path: Path) -> None:
+    """A process of that release that has the file open can continue to append."""
     with Outbox(path) as outbox:
         outbox.append(NAME, [a_snapshot()])
         outbox.header.replace_sources()
@@ -637,8 +639,8 @@ def test_an_outbox_of_version_3_keeps_all_but_an_unused_column(path: Path) -> No
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_entries_that_an_earlier_version_had_under_way_are_settled(path: Path, version: int) -> None:
-    """By an acknowledgement without a nonce, with or without the event's id."""
+def test_entries_that_an_earlier_version_had_sent_are_settled(path: Path, version: int) -> None:
+    """Their acknowledgements have no nonce, and may have no event id."""
     events = write_outbox_of_before(path, version)
     upgraded = Outbox(path, repair=True)
     sent, pending = (Acknowledgement(OLD_SOURCE_ID, n, "", json.loads(events[n - 1])["id"], STORED, 0) for n in (3, 4))
@@ -650,12 +652,12 @@ def test_entries_that_an_earlier_version_had_under_way_are_settled(path: Path, v
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_an_outbox_of_an_earlier_version_is_left_as_it_is_by_those_that_look(path: Path, version: int) -> None:
-    """A controller of that release may have it open, and could not use it any more."""
+def test_reading_an_outbox_of_an_earlier_version_leaves_it_unchanged(path: Path, version: int) -> None:
+    """A controller of that release may have it open, and could no longer use it after an upgrade."""
     write_outbox_of_before(path, version)
     for _ in range(2):
         with pytest.raises(
-            OutboxError, match=rf"^outbox {path}: .*earlier release .version {version}.: it is upgraded"
+            OutboxError, match=rf"^outbox {path}: .*earlier release .version {version}.\. Nothing was changed"
         ):
             Outbox(path)
     with closing(sqlite3.connect(path)) as db:
@@ -663,8 +665,8 @@ def test_an_outbox_of_an_earlier_version_is_left_as_it_is_by_those_that_look(pat
         assert db.execute("SELECT count(*) FROM entries WHERE state = 'confirmed'").fetchone() == (1,)
 
 
-def test_a_count_of_resends_survives_an_upgrade(path: Path) -> None:
-    """A relay of before that read it meanwhile must not settle what was sent again since."""
+def test_an_upgrade_keeps_the_number_of_resends(path: Path) -> None:
+    """A relay of the earlier release that read the number must not settle entries that were resent since."""
     write_outbox_of_before(path, 2)
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("UPDATE sources SET resends = 3")
@@ -672,8 +674,8 @@ def test_a_count_of_resends_survives_an_upgrade(path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_full_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, version: int) -> None:
-    """An upgrade needs room for both tables; then the limit holds as before, and pruning makes room again."""
+def test_a_full_outbox_of_an_earlier_version_is_upgraded(path: Path, version: int) -> None:
+    """The upgrade needs room for old and new tables. Then the limit is valid again, and pruning makes room."""
     write_outbox_of_before(path, version, count=400, max_bytes=2**18)
     upgraded = Outbox(path, max_bytes=2**18, repair=True)
     kept = len(upgraded.entries())
@@ -687,8 +689,8 @@ def test_a_full_outbox_of_an_earlier_version_is_brought_up_to_date(path: Path, v
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_processes_that_open_an_outbox_of_an_earlier_version_together_share_one_upgrade(path: Path) -> None:
-    """The others wait for it."""
+def test_processes_that_open_an_outbox_of_an_earlier_version_together_upgrade_it_once(path: Path) -> None:
+    """One process upgrades the file, and the others wait."""
     write_outbox_of_before(path, 1)
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=_append, args=(path, 5), daemon=True) for _ in range(3)]
@@ -701,8 +703,8 @@ def test_processes_that_open_an_outbox_of_an_earlier_version_together_share_one_
     assert [one.sequence for page in Outbox(path).audit_pages(OLD_SOURCE_ID) for one in page] == list(range(1, 20))
 
 
-def test_only_one_holds_the_relay_lock(path: Path) -> None:
-    """Within a process and across processes; the kernel frees it with the process."""
+def test_only_one_relay_has_the_lock(path: Path) -> None:
+    """The lock excludes threads and processes; the kernel releases it when the process dies."""
     outbox = Outbox(path)
     first, second = outbox.relay_lock(), Outbox(path).relay_lock()
     assert (first.acquire(), first.acquire(), second.acquire()) == (True, True, False)
@@ -720,19 +722,19 @@ sys.stdin.read()
 """
     root = Path(__file__).parents[2]
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, cwd=root) as holder:
+    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe, cwd=root) as owner:
         try:
-            assert holder.stdout is not None
-            assert holder.stdout.readline() == b"True\n"
+            assert owner.stdout is not None
+            assert owner.stdout.readline() == b"True\n"
             assert not first.acquire()
         finally:
-            holder.kill()
+            owner.kill()
     assert first.acquire()
     first.release()
 
 
-def test_a_forked_child_opens_the_file_for_itself(path: Path) -> None:
-    """Without any call the child appends, and the parent goes on undisturbed."""
+def test_a_forked_child_opens_the_file_again(path: Path) -> None:
+    """The child can append without preparation, and the parent continues undisturbed."""
     outbox = Outbox(path)
     outbox.append(NAME, [a_snapshot()])
 
@@ -745,21 +747,21 @@ def test_a_forked_child_opens_the_file_for_itself(path: Path) -> None:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_the_status_is_read_from_indexes_only(path: Path) -> None:
-    """A week of stored entries would take seconds to go through, each time that somebody watches."""
+def test_status_reads_indexes_only(path: Path) -> None:
+    """Reading a week of stored entries would take seconds at each call."""
     with Outbox(path)._file.reading() as db:
         plan = " ".join(step for *_, step in db.execute(f"EXPLAIN QUERY PLAN {outbox_module._STATUS}"))
     assert plan.count("SCAN entries") == plan.count("SCAN entries USING") == 5
 
 
-def test_an_outbox_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
-    """Its entries may mean something else there."""
+def test_opening_an_outbox_of_a_newer_release_raises_an_error(tmp_path: Path) -> None:
+    """Its entries may have another meaning in that release."""
     path = tmp_path / "outbox.db"
     Outbox(path).close()
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA user_version = 5")
     db.close()
-    with pytest.raises(OutboxError, match="was made by a newer release .version 5, this one knows 4."):
+    with pytest.raises(OutboxError, match="was written by a newer release .version 5; this release reads up to 4."):
         Outbox(path)
     with sqlite3.connect(path) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (5,)

@@ -1,4 +1,4 @@
-"""What an outbox does in time: the clock on the wall may be set by days, in either direction, and nothing changes."""
+"""The outbox's clock: setting the wall clock by days, in either direction, changes no age and no check."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _jumps = pytest.mark.parametrize("jump", [-40 * 365 * DAY, -2 * DAY, 0.0, 2 * DA
 
 
 class Machine:
-    """Its two clocks, and the run of it that the system counts."""
+    """Machine with a wall clock, running seconds and a boot id."""
 
     def __init__(self) -> None:
         self.wall = 1_800_000_000.0
@@ -40,7 +40,7 @@ class Machine:
         self.wall += by
 
     def restart(self, after: float = 60.0) -> None:
-        """`after` seconds without power."""
+        """Restart after `after` seconds without power."""
         self.wall += after
         self.running = 10.0
         self.boot = f"boot {int(self.boot.split()[1]) + 1}"
@@ -52,7 +52,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(time, "time", lambda: machine.wall)
     monkeypatch.setattr(outbox_clock, "running_seconds", lambda: machine.running)
     monkeypatch.setattr(outbox_clock, "boot_id", lambda: machine.boot)
-    monkeypatch.setattr(outbox_clock, "_KEEP_SECONDS", 0.0)  # by a clock that stands still here
+    monkeypatch.setattr(outbox_clock, "_KEEP_SECONDS", 0.0)  # measured in real seconds, which hardly pass in a test
     return machine
 
 
@@ -66,8 +66,8 @@ def _append(outbox: Outbox, count: int = 1) -> list[Accepted]:
 
 
 def _settle(outbox: Outbox, one: Accepted) -> None:
-    told = Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", row_id=1), at=0)
-    assert outbox.deliveries.settle(one.source_id, 0, {"key": told}).changed == ["key"]
+    found = Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", row_id=1), at=0)
+    assert outbox.deliveries.settle(one.source_id, 0, {"key": found}).changed == ["key"]
 
 
 def _again(outbox: Outbox, path: Path, *, is_new_run: bool) -> Outbox:
@@ -82,10 +82,10 @@ _runs = pytest.mark.parametrize("is_new_run", [False, True], ids=["within a run"
 
 @_jumps
 @_runs
-def test_an_entry_is_overdue_when_its_time_has_passed(
+def test_an_entry_is_overdue_when_its_interval_has_passed(
     path: Path, machine: Machine, jump: float, is_new_run: bool
 ) -> None:
-    """Neither earlier nor days later."""
+    """It is overdue neither earlier nor days later."""
     outbox = Outbox(path, repair=True)
     _append(outbox)
     outbox.deliveries.mark_sent({outbox.deliveries.pending(1)[0].position: 100.0})
@@ -101,7 +101,7 @@ def test_an_entry_is_overdue_when_its_time_has_passed(
 @_jumps
 @_runs
 def test_ages_are_the_seconds_that_have_passed(path: Path, machine: Machine, jump: float, is_new_run: bool) -> None:
-    """Never negative, never days."""
+    """They are never negative, and never days too long."""
     outbox = Outbox(path, repair=True)
     assert (outbox.status().oldest_unsettled_seconds, outbox.oldest_pending_seconds()) == (None, None)
     _append(outbox)
@@ -118,10 +118,8 @@ def test_ages_are_the_seconds_that_have_passed(path: Path, machine: Machine, jum
 
 @_jumps
 @_runs
-def test_settled_entries_are_kept_for_as_long_as_was_asked(
-    path: Path, machine: Machine, jump: float, is_new_run: bool
-) -> None:
-    """A clock that was set ahead would drop what a restored database still needs."""
+def test_settled_entries_are_kept_for_the_set_time(path: Path, machine: Machine, jump: float, is_new_run: bool) -> None:
+    """Otherwise a clock that was set ahead would delete entries that a restored database still needs."""
     outbox = Outbox(path, repair=True)
     (accepted,) = _append(outbox)
     _settle(outbox, accepted)
@@ -136,10 +134,10 @@ def test_settled_entries_are_kept_for_as_long_as_was_asked(
 
 @_jumps
 @_runs
-def test_a_resend_since_a_moment_takes_the_events_recorded_since(
+def test_a_resend_sends_the_events_recorded_since_the_given_time(
     path: Path, machine: Machine, jump: float, is_new_run: bool
 ) -> None:
-    """The moment is given by the clock on the wall as it is now."""
+    """The time is given by the present wall clock."""
     outbox = Outbox(path, repair=True)
     for _ in range(3):
         _settle(outbox, _append(outbox)[0])
@@ -152,8 +150,8 @@ def test_a_resend_since_a_moment_takes_the_events_recorded_since(
 
 
 @_jumps
-def test_signs_of_life_of_a_relay_process_last_for_ten_seconds(path: Path, machine: Machine, jump: float) -> None:
-    """For this process and for one that opens the outbox only now."""
+def test_a_heartbeat_of_a_relay_process_is_valid_for_ten_seconds(path: Path, machine: Machine, jump: float) -> None:
+    """It is valid for this process and for one that opens the outbox later."""
     relaying, producing = Outbox(path, repair=True), Outbox(path, repair=True)
     assert not producing.header.relay_is_alive()
     relaying.header.heartbeat("relay")
@@ -170,10 +168,10 @@ def test_signs_of_life_of_a_relay_process_last_for_ten_seconds(path: Path, machi
 
 
 @_jumps
-def test_jobs_that_redis_lost_are_sent_again_in_time(
+def test_jobs_that_redis_lost_are_sent_again_after_their_interval(
     path: Path, machine: Machine, redis: fakeredis.FakeRedis, jump: float
 ) -> None:
-    """Recorded while the clock was wrong, which is set right afterwards."""
+    """They were recorded while the clock was wrong, and the clock is corrected afterwards."""
     outbox = Outbox(path, repair=True)
     relay = Relay(outbox, redis, "history", keep_seconds=7 * DAY)
     _append(outbox)
@@ -189,10 +187,10 @@ def test_jobs_that_redis_lost_are_sent_again_in_time(
 
 
 @_jumps
-def test_after_a_restart_of_the_machine_no_check_is_later_than_its_interval(
+def test_no_check_is_later_than_its_interval_after_a_restart_of_the_machine(
     path: Path, machine: Machine, jump: float
 ) -> None:
-    """Nothing but the wall clock counts the time without power, and it may be wrong then."""
+    """Only the wall clock measures the time without power, and it may be wrong."""
     outbox = Outbox(path, repair=True)
     _append(outbox, 2)
     first, second = outbox.deliveries.pending(2)
@@ -210,10 +208,10 @@ def test_after_a_restart_of_the_machine_no_check_is_later_than_its_interval(
 @pytest.mark.parametrize(
     ("jump", "passed"), [(-DAY, 0.0), (0.0, HOUR), (400 * DAY, DAY)], ids=["behind", "right", "far ahead"]
 )
-def test_over_a_restart_the_wall_clock_is_believed_forward_and_for_a_day(
+def test_the_wall_clock_is_trusted_over_a_restart_forward_and_for_at_most_a_day(
     path: Path, machine: Machine, jump: float, passed: float
 ) -> None:
-    """So that a machine without a battery, or with a clock that was set wrongly, drops nothing."""
+    """A machine without a clock battery, or with a wrong clock, must not delete entries early."""
     outbox = Outbox(path, repair=True)
     (accepted,) = _append(outbox)
     _settle(outbox, accepted)
@@ -230,7 +228,7 @@ def test_over_a_restart_the_wall_clock_is_believed_forward_and_for_a_day(
 
 
 def test_processes_that_open_an_outbox_after_a_restart_agree_on_the_time(path: Path, machine: Machine) -> None:
-    """The clock is set by the network after the first one has begun."""
+    """The network sets the clock after the first process has started."""
     outbox = Outbox(path, repair=True)
     outbox.close()
     machine.restart()
@@ -245,8 +243,8 @@ def test_processes_that_open_an_outbox_after_a_restart_agree_on_the_time(path: P
     assert (producing.header.relay_is_alive(), relaying.header.relay_is_alive()) == (False, False)
 
 
-def test_the_clock_of_a_file_that_is_at_the_path_now_is_the_one_that_counts(path: Path, machine: Machine) -> None:
-    """Another outbox, made while the clock was wrong, has replaced the one that was open."""
+def test_the_clock_of_a_file_that_replaced_another_one_is_used(path: Path, machine: Machine) -> None:
+    """Another outbox, made while the clock was wrong, replaces the one that is open."""
     outbox = Outbox(path, repair=True)
     _append(outbox)
     machine.set_clock(-2 * DAY)
@@ -261,18 +259,18 @@ def test_the_clock_of_a_file_that_is_at_the_path_now_is_the_one_that_counts(path
     assert outbox.header.relay_is_alive()
 
 
-def test_a_suspended_machine_counts_the_time_that_it_slept(path: Path, machine: Machine) -> None:
-    """The seconds that it has run go on meanwhile."""
+def test_the_clock_counts_the_time_of_a_suspended_machine(path: Path, machine: Machine) -> None:
+    """The running seconds include suspended time."""
     outbox = Outbox(path, repair=True)
     _append(outbox)
     machine.wait(8 * HOUR)
     assert outbox.status().oldest_unsettled_seconds == pytest.approx(8 * HOUR)
 
 
-def test_the_reading_is_kept_now_and_then_and_not_with_every_write(
+def test_a_reading_is_kept_every_minute_and_not_with_every_write(
     path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A restart loses a minute of it at most while entries are written."""
+    """While entries are written, a restart loses at most one minute of the clock."""
     monkeypatch.setattr(outbox_clock, "_KEEP_SECONDS", 60.0)
     monotonic = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: monotonic)
@@ -287,8 +285,8 @@ def test_the_reading_is_kept_now_and_then_and_not_with_every_write(
     assert kept == [5000.0, 5000.0, 5061.0]
 
 
-def test_where_the_system_does_not_count_its_runs_each_process_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within it no setting of the clock counts."""
+def test_each_process_has_its_own_boot_id_if_the_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a process, setting the wall clock has no effect."""
 
     def missing(*_: object, **__: object) -> str:
         raise FileNotFoundError
@@ -300,8 +298,8 @@ def test_where_the_system_does_not_count_its_runs_each_process_is_one(monkeypatc
     assert first != second
 
 
-def test_the_clocks_of_this_machine_are_what_they_are_taken_for() -> None:
-    """Its run has a name, and its seconds go on."""
+def test_the_real_boot_id_and_running_seconds_are_usable() -> None:
+    """The boot id is constant, and the running seconds grow."""
     assert len(outbox_clock.boot_id()) > 10
     assert outbox_clock.boot_id() == outbox_clock.boot_id()
     before = outbox_clock.running_seconds()

@@ -1,4 +1,4 @@
-"""The file of an outbox is removed or replaced while it is open: what was accepted is in the file at the path."""
+"""The file of an outbox is removed or replaced while it is open: accepted events are in the file at the path."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def _job_ids(accepted: list[Accepted]) -> list[str]:
 
 
 def _at_path(path: Path) -> list[str]:
-    """The job ids of what is kept in the file that the path leads to, by a connection of its own."""
+    """Return the job ids of the entries in the file at the path, read with a new connection."""
     with Outbox(path) as found:
         return [entry.job_id for entry in found.entries()]
 
 
 def _settle(outbox: Outbox, one: Accepted) -> None:
-    told = Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", row_id=1), at=0)
-    assert outbox.deliveries.settle(one.source_id, 0, {"key": told}).changed == ["key"]
+    found = Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", row_id=1), at=0)
+    assert outbox.deliveries.settle(one.source_id, 0, {"key": found}).changed == ["key"]
 
 
 def _unlink(path: Path) -> None:
@@ -64,7 +64,7 @@ def _remove_all_files(path: Path) -> None:
 
 
 def _remove_folder(path: Path) -> None:
-    # In one step: a producer in use would make it anew while its files are removed one by one.
+    # In one step, because a running producer would create the folder again while its files are removed one by one.
     away = path.parent.with_name("away")
     path.parent.rename(away)
     shutil.rmtree(away)
@@ -86,10 +86,10 @@ _removals = pytest.mark.parametrize(
 
 
 @_removals
-def test_entries_appended_after_the_file_was_removed_are_in_the_file_at_the_path(
+def test_appending_after_the_file_was_removed_appends_to_the_file_at_the_path(
     path: Path, caplog: pytest.LogCaptureFixture, remove: Callable[[Path], None]
 ) -> None:
-    """What was not settled is carried over, once and with its job ids; a line in the log says so."""
+    """Unsettled entries are carried over once, with their job ids, and one log line reports it."""
     outbox = Outbox(path)
     stored, *before = _append(outbox, 4)
     _settle(outbox, stored)
@@ -109,15 +109,15 @@ def test_entries_appended_after_the_file_was_removed_are_in_the_file_at_the_path
     ]
     assert outbox.generation == 1
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"outbox {path} was removed or replaced while it was in use: going on")
+    assert record.getMessage().startswith(f"outbox {path} was removed or replaced while it was in use. Continuing")
     assert record.getMessage().endswith("with 3 entries carried over")
     _append(outbox, after=20)
     assert len(_at_path(path)) == len(found) + 1
 
 
 @pytest.mark.parametrize("remove", [_unlink, _remove_all_files, _remove_folder, _move_away])
-def test_numbers_go_on_in_a_new_file(path: Path, remove: Callable[[Path], None]) -> None:
-    """With the source, its count of resends and the token: it is the same outbox."""
+def test_numbers_continue_in_a_new_file(path: Path, remove: Callable[[Path], None]) -> None:
+    """The new file also keeps the source, its number of resends and the token: it is the same outbox."""
     outbox = Outbox(path)
     (before,) = _append(outbox)
     outbox.resend(since=0)
@@ -134,8 +134,8 @@ def test_numbers_go_on_in_a_new_file(path: Path, remove: Callable[[Path], None])
     assert (identity.token, identity.redis, identity.queue) == (token, "database 0 on here", "history")
 
 
-def test_in_another_outbox_that_is_there_now_its_own_source_goes_on(path: Path) -> None:
-    """Entries that were carried over keep theirs."""
+def test_new_events_get_the_source_of_an_outbox_that_replaced_the_open_one(path: Path) -> None:
+    """Entries that are carried over keep their source."""
     outbox = Outbox(path)
     (before,) = _append(outbox)
     with Outbox(path.with_name("other.db")) as other:
@@ -150,8 +150,8 @@ def test_in_another_outbox_that_is_there_now_its_own_source_goes_on(path: Path) 
     assert outbox.header.read().token == token
 
 
-def test_an_older_copy_of_itself_gets_what_is_newer(path: Path, tmp_path: Path) -> None:
-    """And no number is used again. What it has as not settled stays so: that costs a delivery, a duplicate."""
+def test_newer_entries_are_carried_over_into_an_older_copy_of_the_outbox(path: Path, tmp_path: Path) -> None:
+    """No number is used twice. Entries that are unsettled in the copy stay so, which only makes a duplicate."""
     outbox = Outbox(path)
     first = _append(outbox)
     outbox.close()
@@ -168,8 +168,8 @@ def test_an_older_copy_of_itself_gets_what_is_newer(path: Path, tmp_path: Path) 
 
 
 @_removals
-def test_reading_marking_and_settling_notice_it_too(path: Path, remove: Callable[[Path], None]) -> None:
-    """A relay may be the first that uses the outbox then."""
+def test_reading_marking_and_settling_also_carry_over_entries(path: Path, remove: Callable[[Path], None]) -> None:
+    """A relay may be the first user of the outbox after the change."""
     for use in (
         lambda outbox, _: outbox.deliveries.pending(10),
         lambda outbox, _: outbox.deliveries.mark_sent({}),
@@ -186,10 +186,10 @@ def test_reading_marking_and_settling_notice_it_too(path: Path, remove: Callable
 
 
 @_removals
-def test_entries_of_a_removed_file_are_carried_over_when_the_outbox_is_closed(
+def test_closing_an_outbox_carries_over_the_entries_of_a_removed_file(
     path: Path, remove: Callable[[Path], None]
 ) -> None:
-    """The last chance: the file is gone with its last connection."""
+    """That is the last chance: the file disappears with its last connection."""
     outbox = Outbox(path)
     accepted = _append(outbox, 2)
     remove(path)
@@ -197,10 +197,8 @@ def test_entries_of_a_removed_file_are_carried_over_when_the_outbox_is_closed(
     assert _at_path(path)[-2:] == _job_ids(accepted)
 
 
-def test_closing_where_nothing_can_be_written_says_what_is_lost_and_ends(
-    path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A file stands where the folder was."""
+def test_closing_logs_an_error_if_entries_cannot_be_carried_over(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file is in the place of the folder."""
     outbox = Outbox(path)
     _append(outbox)
     shutil.rmtree(path.parent)
@@ -212,8 +210,8 @@ def test_closing_where_nothing_can_be_written_says_what_is_lost_and_ends(
 
 
 @pytest.mark.parametrize("remove", [_unlink, _replace_by_another])
-def test_a_file_may_be_removed_again_and_again(path: Path, remove: Callable[[Path], None]) -> None:
-    """Each new one has SQLite's files beside it, which must not be taken for those of the next."""
+def test_a_file_may_be_removed_several_times(path: Path, remove: Callable[[Path], None]) -> None:
+    """SQLite's files of one file must not be used for the next file."""
     outbox = Outbox(path)
     accepted = _append(outbox)
     for n in range(1, 6):
@@ -226,8 +224,8 @@ def test_a_file_may_be_removed_again_and_again(path: Path, remove: Callable[[Pat
     assert outbox.generation == 5
 
 
-def test_the_log_of_a_removed_file_is_not_taken_for_its_successors(path: Path, tmp_path: Path) -> None:
-    """It was killed, so that its log stayed; somebody has removed the file alone."""
+def test_a_new_file_does_not_use_the_log_of_a_removed_file(path: Path, tmp_path: Path) -> None:
+    """The process was killed, so that its log is still there, and only the file was removed."""
     with Outbox(path) as outbox:
         _append(outbox, 3)
         shutil.copytree(path.parent, tmp_path / "killed")
@@ -238,8 +236,8 @@ def test_the_log_of_a_removed_file_is_not_taken_for_its_successors(path: Path, t
     assert _at_path(path) == _job_ids(accepted)
 
 
-def test_a_position_in_a_file_that_was_replaced_covers_all_in_the_one_that_is_there_now(path: Path) -> None:
-    """Entries have other positions there: those that were carried over are behind those that it had."""
+def test_a_position_in_a_replaced_file_covers_all_entries_of_the_file_there_now(path: Path) -> None:
+    """Entries have other positions there: carried-over entries come after the entries that the file had."""
     outbox = Outbox(path)
     _append(outbox, 1)
     until = outbox.last_position()
@@ -254,7 +252,7 @@ def test_a_position_in_a_file_that_was_replaced_covers_all_in_the_one_that_is_th
 
 
 def test_entries_of_a_removed_file_are_carried_over_before_a_fork(path: Path) -> None:
-    """Its connections are closed there; parent and child go on in the new file."""
+    """Its connections are closed before the fork; parent and child continue with the new file."""
     outbox = Outbox(path)
     before = _append(outbox, 2)
     path.unlink()
@@ -268,8 +266,8 @@ def test_entries_of_a_removed_file_are_carried_over_before_a_fork(path: Path) ->
     assert len(_at_path(path)) == 4
 
 
-def test_a_file_that_was_removed_while_nothing_was_open_is_new(path: Path) -> None:
-    """After a fork or close() there is nothing to carry over: an outbox that was removed is gone."""
+def test_an_outbox_removed_while_it_is_closed_starts_as_a_new_file(path: Path) -> None:
+    """After a fork or close() no connection can read the removed file, so nothing is carried over."""
     outbox = Outbox(path)
     _append(outbox)
     outbox.close()
@@ -278,8 +276,8 @@ def test_a_file_that_was_removed_while_nothing_was_open_is_new(path: Path) -> No
     assert (accepted.sequence, len(_at_path(path))) == (1, 1)
 
 
-def test_several_users_of_a_removed_file_carry_over_each_entry_once(path: Path) -> None:
-    """The first one makes the new file; the second one adds what it has appended in between."""
+def test_two_users_of_a_removed_file_carry_over_each_entry_once(path: Path) -> None:
+    """The first one creates the new file; the second one adds the entries that it appended in between."""
     first, second = Outbox(path), Outbox(path)
     shared = [*_append(first, 2), *_append(second, 1, after=5)]
     path.unlink()
@@ -297,8 +295,8 @@ def _use(path: Path, pipe: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_file_that_is_replaced_is_opened_without_the_log_of_the_one_before(path: Path) -> None:
-    """By a process that comes before the one that has the earlier file open notices: each has its own log."""
+def test_a_replaced_file_is_opened_without_the_log_of_the_earlier_file(path: Path) -> None:
+    """Another process opens it before the process that has the earlier file open notices: each uses its own log."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
     process = context.Process(target=_use, args=(path, theirs), daemon=True)
@@ -307,7 +305,7 @@ def test_a_file_that_is_replaced_is_opened_without_the_log_of_the_one_before(pat
     _replace_by_another(path)
     with Outbox(path, repair=True) as outbox:
         expected += _job_ids(_append(outbox, 3, after=300))
-        mine.send("go on")
+        mine.send("continue")
         assert mine.poll(20)
         expected += mine.recv()
         expected += _job_ids(_append(outbox, 3, after=400))
@@ -319,8 +317,8 @@ def test_a_file_that_is_replaced_is_opened_without_the_log_of_the_one_before(pat
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_the_log_of_a_killed_process_is_not_taken_for_that_of_a_file_put_in_its_place(path: Path) -> None:
-    """What stood in it is carried over; the file in its place is as it was."""
+def test_a_file_that_replaced_the_outbox_of_a_killed_process_does_not_use_its_log(path: Path) -> None:
+    """The entries in the log are salvaged; the new file is unchanged."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
     process = context.Process(target=_use, args=(path, theirs), daemon=True)
@@ -338,8 +336,8 @@ def test_the_log_of_a_killed_process_is_not_taken_for_that_of_a_file_put_in_its_
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_processes_on_a_removed_file_lose_nothing(path: Path) -> None:
-    """Three of them, which notice it at the same time."""
+def test_processes_that_use_a_removed_file_lose_no_entry(path: Path) -> None:
+    """Three processes notice the removal at the same time."""
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe() for _ in range(3)]
     users = [context.Process(target=_use, args=(path, pipe), daemon=True) for _, pipe in pipes]
@@ -348,7 +346,7 @@ def test_processes_on_a_removed_file_lose_nothing(path: Path) -> None:
     expected = [job_id for pipe, _ in pipes for job_id in pipe.recv()]
     shutil.rmtree(path.parent)
     for pipe, _ in pipes:
-        pipe.send("go on")
+        pipe.send("continue")
     expected += [job_id for pipe, _ in pipes for job_id in pipe.recv()]
     for user in users:
         user.join(60)
@@ -359,8 +357,8 @@ def test_processes_on_a_removed_file_lose_nothing(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_one_that_opens_a_new_file_before_others_notice_shares_nothing_with_the_removed_one(path: Path) -> None:
-    """SQLite's files beside the removed one are still there, and another process has them in use."""
+def test_a_new_file_opened_before_others_notice_the_removal_shares_no_log_with_the_removed_file(path: Path) -> None:
+    """SQLite's files of the removed file are still there, and another process uses them."""
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
     user = context.Process(target=_use, args=(path, theirs), daemon=True)
@@ -370,7 +368,7 @@ def test_one_that_opens_a_new_file_before_others_notice_shares_nothing_with_the_
     assert path.with_name("outbox.db-shm").exists()
     with Outbox(path) as outbox:
         expected += _job_ids(_append(outbox, 3))
-        mine.send("go on")
+        mine.send("continue")
         expected += mine.recv()
         expected += _job_ids(_append(outbox, 3))
     user.join(60)
@@ -381,10 +379,10 @@ def test_one_that_opens_a_new_file_before_others_notice_shares_nothing_with_the_
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_a_file_that_is_removed_in_the_middle_of_an_append_holds_nothing_back(
+def test_an_append_during_which_the_file_is_removed_is_in_the_file_at_the_path(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The commit went into a file that no path leads to: append returns when the entry is in the one at the path."""
+    """The commit goes into a removed file, and `append` returns when the entry is in the file at the path."""
     outbox = Outbox(path)
 
     def removed_meanwhile(*arguments: Any, **named: Any) -> Any:
@@ -397,10 +395,8 @@ def test_a_file_that_is_removed_in_the_middle_of_an_append_holds_nothing_back(
     assert _at_path(path) == _job_ids(accepted)
 
 
-def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By a deployment in that moment: the connection would be to a file that no path leads to."""
+def test_a_file_replaced_while_it_is_opened_is_opened_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the connection would use a file that is no longer at the path."""
     Outbox(path).close()
     connect = sqlite3.connect
     opened: list[sqlite3.Connection] = []
@@ -408,7 +404,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(
     def replaced_meanwhile(*arguments: Any, **named: Any) -> sqlite3.Connection:
         opened.append(connect(*arguments, **named))
         if len(opened) == 1:
-            opened[0].execute("SELECT count(*) FROM entries")  # SQLite opens the file now
+            opened[0].execute("SELECT count(*) FROM entries")  # makes SQLite open the file
             path.unlink()
         return opened[-1]
 
@@ -420,8 +416,8 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_opened_again(
     assert _at_path(path) == _job_ids(accepted)
 
 
-def test_a_path_that_cannot_be_used_any_more_refuses_and_loses_nothing(path: Path) -> None:
-    """A folder stands there; as soon as it is gone, all goes on."""
+def test_an_append_to_a_path_that_became_unusable_raises_an_error_and_loses_no_entry(path: Path) -> None:
+    """A folder is in the place of the file. Appending works again when it is removed."""
     outbox = Outbox(path)
     before = _append(outbox)
     path.unlink()
@@ -434,10 +430,10 @@ def test_a_path_that_cannot_be_used_any_more_refuses_and_loses_nothing(path: Pat
     assert _at_path(path) == _job_ids([*before, *after])
 
 
-def test_a_file_that_cannot_be_read_in_the_place_of_an_open_one_is_quarantine(
+def test_an_unreadable_file_that_replaced_an_open_one_is_quarantined(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Such as half of a backup. What the open one holds is not lost."""
+    """For example an incomplete backup. The entries of the open file are not lost."""
     outbox = Outbox(path, repair=True)
     lock = outbox.relay_lock()
     assert lock.acquire()
@@ -457,7 +453,7 @@ def test_a_file_that_cannot_be_read_in_the_place_of_an_open_one_is_quarantine(
 def test_a_relay_marks_nothing_in_the_new_file_that_it_did_not_send(
     path: Path, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, replace: Callable[[Path], None]
 ) -> None:
-    """It has read entries from the one and writes its marks into the other, where positions are others."""
+    """It read entries from the old file and changes states in the new file, where positions differ."""
     monkeypatch.setattr(entry_sender, "_check_interval", lambda checks: -1.0)
     outbox = Outbox(path)
     relay = Relay(outbox, redis, "history", keep_seconds=3600.0)
@@ -479,10 +475,10 @@ def test_a_relay_marks_nothing_in_the_new_file_that_it_did_not_send(
 
 
 @_removals
-def test_a_producer_whose_outbox_is_removed_while_redis_is_away_delivers_all(
+def test_a_producer_whose_outbox_is_removed_while_redis_is_away_delivers_all_events(
     path: Path, server: fakeredis.FakeServer, redis: fakeredis.FakeRedis, remove: Callable[[Path], None]
 ) -> None:
-    """With its relay running in the background."""
+    """Its relay runs in the background."""
     server.connected = False
     producer = HistoryProducer(redis, outbox=path)
     receipts = producer.record_many([a_snapshot(after=timedelta(n)) for n in range(3)])
@@ -495,8 +491,10 @@ def test_a_producer_whose_outbox_is_removed_while_redis_is_away_delivers_all(
     assert set(_job_ids([one._accepted for one in receipts])) <= set(queue_of(redis).job_ids)
 
 
-def test_a_program_may_change_its_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The outbox stays where it was when it was opened, also after a fork or close()."""
+def test_an_outbox_stays_where_it_is_if_the_working_folder_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It also stays after close()."""
     (tmp_path / "elsewhere").mkdir()
     outbox = Outbox("data/outbox.db")
     before = _append(outbox)
@@ -511,7 +509,7 @@ def test_a_program_may_change_its_working_folder(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("link_to", ["file", "folder"])
 def test_two_paths_to_one_file_are_one_outbox(path: Path, tmp_path: Path, link_to: str) -> None:
-    """With one relay: its lock is beside the file itself."""
+    """They have one relay, because its lock is beside the real file."""
     outbox = Outbox(path)
     second_path = tmp_path / "link.db" if link_to == "file" else tmp_path / "link" / "outbox.db"
     if link_to == "file":
@@ -529,8 +527,8 @@ def test_two_paths_to_one_file_are_one_outbox(path: Path, tmp_path: Path, link_t
     assert _at_path(path) == _at_path(second_path) == _job_ids(accepted)
 
 
-def test_an_outbox_behind_a_link_that_leads_elsewhere_now_goes_on_there(path: Path, tmp_path: Path) -> None:
-    """Such as a deployment that makes `current` lead to the new folder."""
+def test_an_outbox_behind_a_link_follows_the_link_when_it_changes(path: Path, tmp_path: Path) -> None:
+    """For example, a deployment makes `current` point to a new folder."""
     outbox = Outbox(path)
     outbox.close()
     current = tmp_path / "current"
@@ -545,8 +543,8 @@ def test_an_outbox_behind_a_link_that_leads_elsewhere_now_goes_on_there(path: Pa
     assert _at_path(tmp_path / "next" / "outbox.db") == _job_ids([*before, *after])
 
 
-def test_a_relay_lock_whose_file_was_removed_is_no_longer_held(path: Path) -> None:
-    """Another relay may have the lock of the new one."""
+def test_a_relay_lock_is_lost_when_its_file_is_removed(path: Path) -> None:
+    """Another relay may lock a new file."""
     outbox = Outbox(path)
     lock, other = outbox.relay_lock(), Outbox(path).relay_lock()
     assert lock.acquire()
@@ -559,21 +557,21 @@ def test_a_relay_lock_whose_file_was_removed_is_no_longer_held(path: Path) -> No
 
 @pytest.mark.parametrize("content", [b"noise" * 1000, b"SQLite format 3\0" + b"\xff" * 8000], ids=["noise", "torn"])
 def test_a_damaged_relay_lock_is_replaced(path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    """It has no content that anybody needs; one relay at a time has the new one."""
+    """Its content is of no value; one relay at a time has the new lock."""
     with Outbox(path, repair=True) as outbox:
         path.with_name(f"{path.name}-relay").write_bytes(content)
         first, second = outbox.relay_lock(), outbox.relay_lock()
         assert first.acquire()
         assert first.held
         assert not second.acquire()
-        assert "outbox.db-relay is damaged and was replaced" in caplog.text
+        assert "outbox.db-relay was damaged and was replaced" in caplog.text
         first.release()
         assert second.acquire()
         second.release()
 
 
-def test_a_relay_goes_on_after_all_files_were_removed(path: Path, redis: fakeredis.FakeRedis) -> None:
-    """It takes the lock beside the new file, and no other relay works on it meanwhile."""
+def test_a_relay_continues_after_all_files_were_removed(path: Path, redis: fakeredis.FakeRedis) -> None:
+    """It takes the lock beside the new file, so that no other relay relays it."""
     outbox, other = Outbox(path), Outbox(path)
     relay = Relay(outbox, redis, "history", keep_seconds=3600.0)
     second = Relay(other, redis, "history", keep_seconds=3600.0)
@@ -587,8 +585,8 @@ def test_a_relay_goes_on_after_all_files_were_removed(path: Path, redis: fakered
     second.stop()
 
 
-def test_a_quick_check_ends_in_time_and_knows_nothing_then(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An intact file has no fault; one that takes too long is not waited for."""
+def test_a_quick_check_ends_in_time_as_unfinished(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An intact file has no fault. A check that takes too long is stopped."""
     outbox = Outbox(path)
     _append(outbox, 20)
     assert outbox.quick_check(60) is None
@@ -597,8 +595,8 @@ def test_a_quick_check_ends_in_time_and_knows_nothing_then(path: Path, monkeypat
     assert [one.sequence for one in _append(outbox)] == [21]
 
 
-def test_the_limit_of_size_holds_in_the_file_that_is_there_now(path: Path) -> None:
-    """It is a property of the connection, and the connection is a new one."""
+def test_the_size_limit_is_valid_for_a_file_that_replaced_another_one(path: Path) -> None:
+    """The limit belongs to the connection, and the connection is new."""
     outbox = Outbox(path, max_bytes=2**18)
     path.unlink()
     with pytest.raises(OutboxError, match="is full"):
@@ -610,7 +608,7 @@ def test_the_limit_of_size_holds_in_the_file_that_is_there_now(path: Path) -> No
 
 
 def _link_all(folder: Path, to: Path) -> None:
-    """As `cp -al` does."""
+    """Copy by hard links, like `cp -al`."""
     to.mkdir()
     for one in folder.iterdir():
         os.link(one, to / one.name)
@@ -620,7 +618,7 @@ def _link_all(folder: Path, to: Path) -> None:
 def test_two_names_of_one_file_become_two_outboxes(
     path: Path, caplog: pytest.LogCaptureFixture, was_killed: bool
 ) -> None:
-    """A folder was copied by hard links; SQLite would use one file with two logs."""
+    """A folder was copied by hard links. SQLite would otherwise use one file with two logs."""
     with Outbox(path, repair=True) as outbox:
         lock = outbox.relay_lock()
         assert lock.acquire()
@@ -652,8 +650,8 @@ def test_two_names_of_one_file_become_two_outboxes(
         assert not one.name.endswith(".copy")
 
 
-def test_a_file_that_gets_a_second_name_while_it_is_open_keeps_its_entries(path: Path) -> None:
-    """A backup by hard links was made of a running producer, which goes on; another process opens the file then."""
+def test_an_open_file_that_gets_a_second_name_keeps_its_entries(path: Path) -> None:
+    """A running producer is backed up by hard links and continues; then another process opens the file."""
     with Outbox(path, repair=True) as outbox:
         accepted = _append(outbox, 3)
         _link_all(path.parent, path.parent.with_name("backup"))
@@ -664,7 +662,7 @@ def test_a_file_that_gets_a_second_name_while_it_is_open_keeps_its_entries(path:
     assert _at_path(path) == _job_ids(accepted)
 
 
-def test_those_that_only_look_leave_both_names_of_a_file(path: Path) -> None:
+def test_opening_a_file_with_two_names_for_reading_keeps_both_names(path: Path) -> None:
     Outbox(path).close()
     path.with_name("linked.db").hardlink_to(path)
     Outbox(path).close()
@@ -672,26 +670,22 @@ def test_those_that_only_look_leave_both_names_of_a_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("index", outbox_check.INDEXES)
-def test_an_index_that_has_an_older_content_is_reported_and_rebuilt(
-    path: Path, index: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """After a write that was lost with the power. SQLite's quick check does not compare indexes with their table."""
+def test_a_stale_index_is_reported_and_rebuilt(path: Path, index: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A power failure may lose a write. SQLite's quick check does not compare indexes with their table."""
     with Outbox(path) as outbox:
         accepted = outbox.append(NAME, [a_snapshot() for _ in range(3)])
         outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(2)})
-        told = Acknowledgement(accepted[0].source_id, 1, accepted[0].nonce, None, Outcome("rejected", reason="no"), 0)
-        outbox.deliveries.settle(accepted[0].source_id, 0, {1: told})
+        found = Acknowledgement(accepted[0].source_id, 1, accepted[0].nonce, None, Outcome("rejected", reason="no"), 0)
+        outbox.deliveries.settle(accepted[0].source_id, 0, {1: found})
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA journal_mode = DELETE")
         (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (index,)).fetchone()
     content = bytearray(path.read_bytes())
-    content[(page - 1) * 4096 : page * 4096] = bytes.fromhex("0a00000000100000").ljust(4096, b"\0")  # as it began
+    content[(page - 1) * 4096 : page * 4096] = bytes.fromhex("0a00000000100000").ljust(4096, b"\0")  # an empty index
     path.write_bytes(content)
 
     with Outbox(path) as outbox:
-        assert outbox.quick_check(60) == (
-            f"index {index} is stale: a controller or relay builds it anew when it starts"
-        )
+        assert outbox.quick_check(60) == (f"index {index} is stale: a controller or relay rebuilds it when it starts")
         assert outbox.quick_check(60) is not None
     assert not caplog.records
     with Outbox(path, repair=True) as outbox:

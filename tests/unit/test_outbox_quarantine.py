@@ -1,4 +1,4 @@
-"""A damaged outbox file is given another name together with its log, also when a process dies between the two."""
+"""A damaged outbox file is renamed together with its log, even if a process dies between the two renames."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _relaying(outbox: Outbox, redis: fakeredis.FakeRedis) -> Iterator[Relay]:
 
 
 def _log_alone(path: Path, mark: str) -> Path:
-    """Entries that only the log has, under the name that it gets first; the file at the path is empty, and sound."""
+    """Write entries into a log alone, under the name that quarantine gives it, and leave no file at the path."""
     with Outbox(path) as outbox:
         outbox.append("bot", [a_snapshot(after=timedelta(seconds=number)) for number in range(40)])
         log = path.with_name(f"{path.name}.{mark}-{path.stat().st_ino}-wal")
@@ -43,10 +43,10 @@ def _log_alone(path: Path, mark: str) -> Path:
     return log
 
 
-def test_the_entries_of_a_log_that_was_quarantined_without_its_file_are_relayed(
+def test_entries_of_a_log_that_was_quarantined_without_its_file_are_relayed(
     path: Path, redis: fakeredis.FakeRedis
 ) -> None:
-    """A process died after the first rename. What it left at the path is an older copy, without these entries."""
+    """A process died after the first rename. The file at the path does not have these entries."""
     log = _log_alone(path, "damaged")
     with Outbox(path, repair=True) as outbox, _relaying(outbox, redis) as relay:
         assert outbox.entries() == []
@@ -60,23 +60,21 @@ def test_a_log_whose_file_was_salvaged_with_it_is_not_salvaged_again(path: Path,
     """A process died between the two renames at the end of a salvage."""
     log = _log_alone(path, "damaged")
     salvaged = log.with_name(log.name.replace("damaged", "salvaged").removesuffix("-wal"))
-    salvaged.write_bytes(b"as it was")
+    salvaged.write_bytes(b"unchanged")
     with Outbox(path, repair=True) as outbox, _relaying(outbox, redis) as relay:
         while relay.sweep():
             pass
         assert outbox.entries() == []
     assert not log.exists()
-    assert salvaged.read_bytes() == b"as it was"
+    assert salvaged.read_bytes() == b"unchanged"
     assert salvaged.with_name(f"{salvaged.name}-wal").exists()
 
 
-def test_an_older_file_that_was_put_back_beside_a_newer_log_is_quarantined_when_a_relay_begins(
-    path: Path, redis: fakeredis.FakeRedis
-) -> None:
-    """Appending, sending and settling may go well for long in it, while the rest of it cannot be read."""
+def test_a_starting_relay_quarantines_an_older_file_beside_a_newer_log(path: Path, redis: fakeredis.FakeRedis) -> None:
+    """Appending, sending and settling may work for a long time while other pages are unreadable."""
     snapshots = [a_snapshot(after=timedelta(seconds=number)) for number in range(300)]
     with Outbox(path) as outbox:
-        outbox.relay_lock().acquire()  # a producer has relayed it once
+        outbox.relay_lock().acquire()  # as if a producer had relayed it
         outbox.append("bot", snapshots[:20])
     older = path.read_bytes()
     with Outbox(path) as outbox:
@@ -103,10 +101,10 @@ def test_an_older_file_that_was_put_back_beside_a_newer_log_is_quarantined_when_
         assert before.source_id != after.source_id
 
 
-def _without_its_own_table(path: Path) -> None:
-    """The file can be opened, and the page of what it knows of itself is damaged."""
+def _damage_table_outbox(path: Path) -> None:
+    """Write a file that can be opened, with a damaged page of its table `outbox`."""
     with Outbox(path) as outbox:
-        outbox.relay_lock().acquire()  # a producer has relayed it once
+        outbox.relay_lock().acquire()  # as if a producer had relayed it
         outbox.append("bot", [a_snapshot()])
     with closing(sqlite3.connect(path)) as db:
         (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'outbox'").fetchone()
@@ -119,21 +117,21 @@ def _overwrite(path: Path, page: int) -> None:
         file.write(b"\xff" * 4096)
 
 
-def test_a_producer_begins_on_a_damaged_outbox(path: Path, redis: fakeredis.FakeRedis) -> None:
-    _without_its_own_table(path)
+def test_a_producer_can_start_on_a_damaged_outbox(path: Path, redis: fakeredis.FakeRedis) -> None:
+    _damage_table_outbox(path)
     with HistoryProducer(redis, outbox=path) as producer:
         producer.record(a_snapshot(after=timedelta(seconds=1)))
         producer.flush(5)
-        while producer.status().sent < 2:  # what was salvaged as well
+        while producer.status().sent < 2:  # the salvaged event too
             time.sleep(0.01)
 
 
-def test_entries_in_a_damaged_file_are_not_settled(
+def test_settle_and_flush_wait_for_the_entries_of_a_damaged_file(
     path: Path, redis: fakeredis.FakeRedis, server: fakeredis.FakeServer
 ) -> None:
-    """The file is quarantined, and the new one is empty at first: that does not mean that all is done."""
+    """The file is quarantined, and the new file is empty at first, but the entries are not settled yet."""
     with Outbox(path) as outbox:
-        outbox.relay_lock().acquire()  # a producer has relayed it once
+        outbox.relay_lock().acquire()  # as if a producer had relayed it
         outbox.append("bot", [a_snapshot(after=timedelta(seconds=number)) for number in range(40)])
     with closing(sqlite3.connect(path)) as db:
         (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'entries'").fetchone()
@@ -145,8 +143,8 @@ def test_entries_in_a_damaged_file_are_not_settled(
         assert producer.settle(2) == 40
 
 
-def test_a_relay_process_begins_on_a_damaged_outbox(path: Path, redis: fakeredis.FakeRedis) -> None:
-    _without_its_own_table(path)
+def test_a_relay_process_can_start_on_a_damaged_outbox(path: Path, redis: fakeredis.FakeRedis) -> None:
+    _damage_table_outbox(path)
     stopping = threading.Event()
     process = threading.Thread(
         target=run_relay, args=([path], redis, "history"), kwargs={"keep_seconds": 3600.0, "stopped": stopping.wait}

@@ -1,4 +1,4 @@
-"""A damaged outbox is quarantined and holds up nothing; its readable entries are salvaged, the others named."""
+"""A damaged outbox is quarantined without delay for new events; readable entries are salvaged, others are reported."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def relay_of(redis: fakeredis.FakeRedis) -> Iterator[Callable[[Outbox], Relay]]:
-    """Not started: each test calls sweep itself."""
+    """Return a function that makes a relay without a thread; each test calls `sweep`."""
     opened: list[Relay] = []
 
     def make(outbox: Outbox) -> Relay:
@@ -60,9 +60,9 @@ def _append(outbox: Outbox, count: int, after: int = 0) -> list[Accepted]:
 
 
 def _filled(path: Path) -> dict[str, tuple[int, str]]:
-    """An outbox with pending entries, closed: the number and the text of each, by its job id."""
+    """Write an outbox with pending entries; return the number and text of each by its job id."""
     with Outbox(path) as outbox:
-        lock = outbox.relay_lock()  # as any producer has made it
+        lock = outbox.relay_lock()  # creates the lock file, as each producer does
         lock.acquire()
         lock.release()
         _append(outbox, COUNT)
@@ -99,7 +99,7 @@ def test_damage_does_not_delay_readable_and_new_events(
     caplog: pytest.LogCaptureFixture,
     damage: tuple[float, str],
 ) -> None:
-    """20 kB anywhere in the file, its first page included: new events flow, readable ones too, others are named."""
+    """20 kB are damaged anywhere in the file: new and readable events are delivered, others are reported."""
     before = _filled(path)
     _overwrite(path, *damage)
     outbox = Outbox(path, repair=True)
@@ -117,14 +117,16 @@ def test_damage_does_not_delay_readable_and_new_events(
     assert len(salvaged) > COUNT * 0.7
     assert len(delivered) == len(salvaged) + len(new)
     missing = {sequence for job_id, (sequence, _) in before.items() if job_id not in salvaged}
-    there = {before[job_id][0] for job_id in salvaged}
-    # What is missing before the first one may have been settled and dropped: it is not known.
-    assert {n for n in missing if n > min(there)} == _lost(outbox)
+    read = {before[job_id][0] for job_id in salvaged}
+    # Numbers lower than the first one that was read are not reported: they may have been settled and deleted.
+    assert {n for n in missing if n > min(read)} == _lost(outbox)
 
     assert outbox.quarantine.damaged_files() == []
     (moved,) = outbox.quarantine.salvaged_files()
     assert moved.name.startswith("outbox.db.salvaged-")
-    carried = sum(one.source_id == next(iter(before)).split("-")[0] for one in new)  # appended before it was noticed
+    carried = sum(
+        one.source_id == next(iter(before)).split("-")[0] for one in new
+    )  # appended before the damage was noticed
     messages = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
     assert len(messages) == 2
     assert "the file is damaged and was moved to" in messages[0]
@@ -137,10 +139,8 @@ def test_damage_does_not_delay_readable_and_new_events(
     assert outbox.quick_check(60) is None
 
 
-def test_a_large_event_with_a_hole_in_it_is_lost_and_not_delivered(
-    path: Path, relay_of: Callable[[Outbox], Relay]
-) -> None:
-    """Its text is on pages of its own, whose content SQLite does not check."""
+def test_a_large_event_with_damaged_text_is_not_delivered(path: Path, relay_of: Callable[[Outbox], Relay]) -> None:
+    """Its text is on overflow pages, whose content SQLite does not check."""
     with Outbox(path, repair=True) as outbox:
         lock = outbox.relay_lock()
         lock.acquire()
@@ -148,7 +148,7 @@ def test_a_large_event_with_a_hole_in_it_is_lost_and_not_delivered(
         outbox.append(NAME, [an_archive(after=timedelta(n), signals=[a_signal()] * 50) for n in range(30)])
         before = {entry.job_id: entry.event for entry in outbox.entries()}
     with path.open("r+b") as file:
-        file.seek(path.stat().st_size // 2 // 4096 * 4096 + 500)  # behind what links a page to the next one
+        file.seek(path.stat().st_size // 2 // 4096 * 4096 + 500)  # after the number of the next page
         file.write(bytes(3000))
     _overwrite(path, 0.0, "noise", 4096)
     outbox = Outbox(path, repair=True)
@@ -160,8 +160,8 @@ def test_a_large_event_with_a_hole_in_it_is_lost_and_not_delivered(
     assert len(_lost(outbox)) == 30 - len(found)
 
 
-def test_flushing_covers_what_a_damaged_file_still_has(path: Path, redis: fakeredis.FakeRedis) -> None:
-    """A new event may be in it as well: its receipt has a state meanwhile, and flush ends when Redis has it."""
+def test_flush_waits_for_the_entries_of_a_damaged_file(path: Path, redis: fakeredis.FakeRedis) -> None:
+    """New events may be in it too: their receipts have a state meanwhile, and `flush` ends when Redis has them."""
     before = _filled(path)
     _overwrite(path, 0.5, "noise")
     producer = HistoryProducer(redis, outbox=path)
@@ -176,8 +176,8 @@ def test_flushing_covers_what_a_damaged_file_still_has(path: Path, redis: fakere
     assert len(Outbox(path).quarantine.salvaged_files()) == 1
 
 
-def test_a_file_that_waits_to_be_salvaged_is_not_settled(path: Path) -> None:
-    """A receipt of an event in it knows that it is safe; its entries are counted once they are salvaged."""
+def test_entries_of_a_file_that_waits_to_be_salvaged_are_pending(path: Path) -> None:
+    """The receipt of such an event reports `pending`; the entries are counted when they are salvaged."""
     outbox = Outbox(path, repair=True)
     (accepted,) = _append(outbox, 1)
     outbox.relay_lock().acquire()
@@ -190,9 +190,9 @@ def test_a_file_that_waits_to_be_salvaged_is_not_settled(path: Path) -> None:
     assert outbox.status_of(accepted).state == "pending"
 
 
-def test_calls_that_meet_the_damage_first_do_not_fail(path: Path) -> None:
-    """Whatever a producer asks its outbox; those that only look are told that it is damaged."""
-    asks: list[Callable[[Outbox], object]] = [
+def test_no_call_fails_because_it_is_the_first_to_find_damage(path: Path) -> None:
+    """Each method quarantines the file if the outbox may repair it, and raises OutboxDamaged otherwise."""
+    calls: list[Callable[[Outbox], object]] = [
         lambda outbox: outbox.status(),
         lambda outbox: outbox.pending_count(),
         lambda outbox: outbox.unsettled_count(),
@@ -200,23 +200,23 @@ def test_calls_that_meet_the_damage_first_do_not_fail(path: Path) -> None:
         lambda outbox: outbox.check_now(Position(9, 0)),
         lambda outbox: outbox.resend(0),
     ]
-    for ask in asks:
+    for call in calls:
         _filled(path)
-        with Outbox(path, repair=True) as outbox, Outbox(path) as looking:
-            looking.close()
+        with Outbox(path, repair=True) as outbox, Outbox(path) as reading:
+            reading.close()
             _overwrite(path, 0.0, "noise", path.stat().st_size)
             with pytest.raises(OutboxDamaged):
-                ask(looking)
+                call(reading)
             outbox.close()
-            ask(outbox)
+            call(outbox)
             assert len(outbox.quarantine.damaged_files()) == 1
         shutil.rmtree(path.parent)
 
 
-def test_a_file_that_is_damaged_while_it_is_open_is_quarantine(
+def test_a_file_that_is_damaged_while_it_is_open_is_quarantined(
     path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
 ) -> None:
-    """By the relay, when it meets the damage; the producer has appended to it meanwhile."""
+    """The relay finds the damage, after the producer has appended to the file."""
     before = _filled(path)
     outbox = Outbox(path, repair=True)
     relay = relay_of(outbox)
@@ -230,16 +230,16 @@ def test_a_file_that_is_damaged_while_it_is_open_is_quarantine(
     assert COUNT * 0.7 < len(set(queue_of(redis).job_ids) & set(before)) < COUNT
 
 
-def test_states_survive_and_what_is_settled_stays_so(path: Path, relay_of: Callable[[Outbox], Relay]) -> None:
-    """Stored entries are kept for a resend; one that was sent is looked after when it is due."""
+def test_salvaged_entries_keep_their_state(path: Path, relay_of: Callable[[Outbox], Relay]) -> None:
+    """Stored entries are kept for a resend, and sent entries are checked when their check is due."""
     with Outbox(path, repair=True) as outbox:
         relay = relay_of(outbox)
         accepted = _append(outbox, COUNT)
-        told = {
+        found = {
             one.sequence: Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", 7), at=0)
             for one in accepted[:100]
         }
-        outbox.deliveries.settle(accepted[0].source_id, 0, told)
+        outbox.deliveries.settle(accepted[0].source_id, 0, found)
         outbox.deliveries.mark_sent({entry.position: 200.0 for entry in outbox.deliveries.pending(100)})
         relay.turn._lock.acquire()
         relay.turn._lock.release()
@@ -258,7 +258,7 @@ def test_states_survive_and_what_is_settled_stays_so(path: Path, relay_of: Calla
 def test_a_damaged_outbox_of_an_earlier_version_is_salvaged(
     path: Path, redis: fakeredis.FakeRedis, version: int
 ) -> None:
-    """Its entries have no nonce, and states of before."""
+    """Its entries have no nonce, and the states of that release."""
     events = write_outbox_of_before(path, version, count=200)
     path.with_name("outbox.db-relay").touch()
     _overwrite(path, 0.5, "noise")
@@ -272,10 +272,10 @@ def test_a_damaged_outbox_of_an_earlier_version_is_salvaged(
     assert outbox.status().stored > 20
 
 
-def test_one_text_that_is_no_text_costs_one_entry(
+def test_one_text_that_is_not_utf_8_loses_one_entry(
     path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
 ) -> None:
-    """A single bit of it, where SQLite has nothing to object."""
+    """One byte is invalid, which SQLite does not detect."""
     _filled(path)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("UPDATE entries SET event = CAST(CAST(event AS BLOB) || x'ff' AS TEXT) WHERE sequence = 150")
@@ -290,7 +290,7 @@ def test_one_text_that_is_no_text_costs_one_entry(
 
 @pytest.mark.parametrize("content", [b"somebody's notes\n" * 1000, b"somebody's notes"])
 def test_a_file_that_never_was_an_outbox_is_left_alone(path: Path, content: bytes) -> None:
-    """Named by mistake: no relay has left its lock beside it."""
+    """It was configured by mistake: no relay has left its lock beside it."""
     path.parent.mkdir()
     path.write_bytes(content)
     for _ in range(2):
@@ -301,8 +301,8 @@ def test_a_file_that_never_was_an_outbox_is_left_alone(path: Path, content: byte
 
 
 @pytest.mark.parametrize("beside", ["-relay", "-pair", "-wal"])
-def test_an_outbox_that_is_empty_now_is_quarantine(path: Path, beside: str, caplog: pytest.LogCaptureFixture) -> None:
-    """SQLite would take it for a new one, and remove its log."""
+def test_an_outbox_that_was_emptied_is_quarantined(path: Path, beside: str, caplog: pytest.LogCaptureFixture) -> None:
+    """SQLite would treat it as new and remove its log."""
     path.parent.mkdir()
     path.touch()
     path.with_name(path.name + beside).write_bytes(b"some content")
@@ -318,8 +318,8 @@ def test_an_outbox_that_is_empty_now_is_quarantine(path: Path, beside: str, capl
     assert "was moved to" in caplog.text
 
 
-def test_an_empty_file_in_the_place_of_an_open_one_is_quarantine(path: Path) -> None:
-    """The open one holds all entries."""
+def test_an_empty_file_that_replaced_an_open_one_is_quarantined(path: Path) -> None:
+    """The open file still has all entries."""
     with Outbox(path, repair=True) as outbox:
         accepted = _append(outbox, 3)
         path.unlink()
@@ -330,8 +330,8 @@ def test_an_empty_file_in_the_place_of_an_open_one_is_quarantine(path: Path) -> 
 
 
 @pytest.mark.parametrize("made", [True, False], ids=["empty", "none"])
-def test_a_file_that_is_made_new_is_no_damaged_one(path: Path, made: bool) -> None:
-    """Also an empty one that an administrator has made, and one beside what a removed one has left."""
+def test_a_new_file_is_not_taken_for_a_damaged_one(path: Path, made: bool) -> None:
+    """Neither an empty file made by an administrator, nor a new file beside the files that a removed one left."""
     path.parent.mkdir()
     if made:
         path.touch()
@@ -343,8 +343,8 @@ def test_a_file_that_is_made_new_is_no_damaged_one(path: Path, made: bool) -> No
 
 
 @pytest.mark.parametrize("count", [COUNT, 0], ids=["entries", "sources alone"])
-def test_a_damaged_outbox_is_known_by_its_content(path: Path, count: int) -> None:
-    """It was put back from a backup without the small files that were beside it."""
+def test_a_damaged_outbox_is_recognized_by_its_content(path: Path, count: int) -> None:
+    """It was put back from a backup without the small files beside it."""
     _filled(path)
     if not count:
         with Outbox(path) as outbox, outbox._file.transaction() as db:
@@ -375,7 +375,7 @@ def test_a_damaged_database_of_another_program_is_left_alone(path: Path) -> None
 
 @pytest.fixture
 def owners(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
-    """As root, which these tests may not be: the owner that a file was given, by the file's number."""
+    """Simulate root; return the owner given to each file, by its inode."""
     given: dict[int, tuple[int, int]] = {}
     stat_before = os.stat
 
@@ -394,10 +394,10 @@ def owners(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
     return given
 
 
-def test_files_that_root_makes_belong_to_the_owner_of_the_earlier_ones(
+def test_files_created_by_root_get_the_owner_of_the_earlier_files(
     path: Path, owners: dict[int, tuple[int, int]]
 ) -> None:
-    """An operator's command meets the damage first, and the producer of another user goes on in the new file."""
+    """An operator's command finds the damage first, and another user's producer must be able to use the new file."""
     path.parent.mkdir(mode=0o750)
     with Outbox(path, repair=True) as outbox:
         assert outbox.relay_lock().acquire()
@@ -412,8 +412,8 @@ def test_files_that_root_makes_belong_to_the_owner_of_the_earlier_ones(
         assert (owners[path.stat().st_ino], path.stat().st_mode & 0o777) == ((1234, 567), 0o660)
 
 
-def test_those_that_only_look_leave_a_damaged_file_where_it_is(path: Path) -> None:
-    """Such as `outbox status`: they say that it is damaged."""
+def test_opening_a_damaged_file_for_reading_leaves_it_in_place(path: Path) -> None:
+    """`outbox status`, for example, reports the damage."""
     _filled(path)
     _overwrite(path, 0.0, "noise")
     with pytest.raises(OutboxDamaged, match=f"^outbox {path}: "):
@@ -422,7 +422,7 @@ def test_those_that_only_look_leave_a_damaged_file_where_it_is(path: Path) -> No
 
 
 def test_a_quick_check_finds_damage_and_changes_nothing(path: Path) -> None:
-    """It names the first fault, or raises as every method does."""
+    """It returns the first fault."""
     _filled(path)
     _overwrite(path, 0.5, "noise")
     with Outbox(path) as outbox:
@@ -439,8 +439,8 @@ def _use_damaged(path: Path, pipe: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_processes_that_meet_the_damage_together_quarantine_it_once(path: Path) -> None:
-    """All go on in the same new file."""
+def test_processes_that_find_damage_together_quarantine_the_file_once(path: Path) -> None:
+    """All of them continue with the same new file."""
     _filled(path)
     _overwrite(path, 0.0, "noise")
     context = multiprocessing.get_context("fork")
@@ -461,8 +461,8 @@ def test_processes_that_meet_the_damage_together_quarantine_it_once(path: Path) 
         assert len(outbox.quarantine.damaged_files()) == 1
 
 
-def test_one_that_comes_too_late_to_quarantine_a_file_leaves_the_new_one_where_it_is(path: Path) -> None:
-    """Two have found the same damage; the second one finds a sound file at the path."""
+def test_a_late_quarantine_leaves_the_new_file_in_place(path: Path) -> None:
+    """Several outboxes found the same damage; the later ones find a sound file at the path."""
     _filled(path)
     _overwrite(path, 0.5, "noise")
     first, second, third = (Outbox(path, repair=True) for _ in range(3))
@@ -470,7 +470,7 @@ def test_one_that_comes_too_late_to_quarantine_a_file_leaves_the_new_one_where_i
     quarantined: list[list[Path]] = []
     for outbox in (first, second, third):
         with outbox.repaired():
-            raise OutboxDamaged("as SQLite says it")
+            raise OutboxDamaged("as reported by SQLite")
         quarantined.append(outbox.quarantine.damaged_files())
         _append(outbox, 1)
 
@@ -482,7 +482,7 @@ def test_one_that_comes_too_late_to_quarantine_a_file_leaves_the_new_one_where_i
 def test_events_of_a_process_that_has_the_damaged_file_open_are_not_lost(
     path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
 ) -> None:
-    """It was renamed under its hands; its events are in the new file, and those of before are salvaged."""
+    """The file is renamed while it is open: new events are in the new file, and earlier entries are salvaged."""
     before = _filled(path)
     _overwrite(path, 0.5, "noise")
     busy, other = Outbox(path, repair=True), Outbox(path, repair=True)
@@ -496,10 +496,10 @@ def test_events_of_a_process_that_has_the_damaged_file_open_are_not_lost(
     assert len(set(queue_of(redis).job_ids) & set(before)) > COUNT * 0.7
 
 
-def test_an_append_that_is_under_way_while_the_file_is_quarantined_and_salvaged_is_not_lost(
+def test_an_append_during_which_the_file_is_quarantined_and_salvaged_is_not_lost(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its commit goes into the renamed file, after the relay of another process has read that one."""
+    """Its commit goes into the renamed file after the relay of another process has read that file."""
     _filled(path)
     _overwrite(path, 0.5, "noise")
     busy, other = Outbox(path, repair=True), Outbox(path, repair=True)
@@ -513,19 +513,19 @@ def test_an_append_that_is_under_way_while_the_file_is_quarantined_and_salvaged_
     monkeypatch.setattr("producers.outbox.event_of", quarantined_meanwhile)
     accepted = _append(busy, 1, after=9000)
 
-    with Outbox(path) as looking:
-        assert {_job_id(one) for one in accepted} <= {entry.job_id for entry in looking.entries()}
-        assert len(looking.quarantine.salvaged_files()) == 1
-        assert looking.quarantine.damaged_files() == []
+    with Outbox(path) as reading:
+        assert {_job_id(one) for one in accepted} <= {entry.job_id for entry in reading.entries()}
+        assert len(reading.quarantine.salvaged_files()) == 1
+        assert reading.quarantine.damaged_files() == []
 
 
-def test_a_salvage_that_was_cut_short_is_done_again_and_takes_nothing_twice(
+def test_an_interrupted_salvage_is_repeated_without_doubling_an_entry(
     path: Path,
     relay_of: Callable[[Outbox], Relay],
     redis: fakeredis.FakeRedis,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The relay's process ended in the middle of it."""
+    """The relay's process ended halfway."""
     monkeypatch.setattr(outbox_salvage, "_INSERT_PAGE", 50)
     before = _filled(path)
     _overwrite(path, 0.5, "noise")
@@ -554,14 +554,14 @@ def test_a_salvage_that_was_cut_short_is_done_again_and_takes_nothing_twice(
 
 def _quarantine(outbox: Outbox) -> list[Path]:
     with outbox.repaired():
-        raise OutboxDamaged("as SQLite says it")
+        raise OutboxDamaged("as reported by SQLite")
     return outbox.quarantine.damaged_files()
 
 
-def test_an_older_file_beside_a_newer_log_stops_nothing(
+def test_an_older_file_beside_a_newer_log_does_not_stop_new_events(
     path: Path, tmp_path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
 ) -> None:
-    """A backup was put back by `cp` after the process had been killed, which leaves its log behind."""
+    """A backup was put back by `cp` after the process had been killed, so that its log is still there."""
     _filled(path)
     shutil.copyfile(path, tmp_path / "older.db")
     with Outbox(path) as outbox:
@@ -583,10 +583,10 @@ def test_an_older_file_beside_a_newer_log_stops_nothing(
     assert len(outbox.entries()) >= COUNT + 2
 
 
-def test_a_damaged_file_in_a_folder_that_cannot_be_written_is_an_error_that_names_it(
+def test_a_damaged_file_in_a_read_only_folder_raises_an_error_that_names_it(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is read-only since it failed: the caller hears that nothing was recorded."""
+    """The disk became read-only when it failed: the call raises OutboxError, and nothing is recorded."""
     _filled(path)
     outbox = Outbox(path, repair=True)
     _overwrite(path, 0.0, "noise")
@@ -603,6 +603,6 @@ def test_a_damaged_file_in_a_folder_that_cannot_be_written_is_an_error_that_name
 @pytest.mark.parametrize(
     ("ranges", "text"), [([(2, 3), (6, 6)], "2-3, 6"), ([(1, 1)], "1"), ([], "")], ids=["two", "one", "none"]
 )
-def test_ranges_are_shown_as_people_write_them(ranges: list[tuple[int, int]], text: str) -> None:
-    """Inclusive."""
+def test_ranges_text_joins_inclusive_ranges(ranges: list[tuple[int, int]], text: str) -> None:
+    """A range of one number is that number."""
     assert ranges_text(ranges) == text

@@ -1,4 +1,4 @@
-"""Where the curve is interrupted, and what is drawn of each bucket: without a database."""
+"""Gaps of the curve, the drawn rows of each bucket, and daily profits, without a database."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from consumers.web.page.signal_search import find
 
 
 def _buckets(times: list[float], width: float, inside: int = 10**8) -> list[Bucket]:
-    """As the query makes them of rows whose ids count up from 1 and whose value is their time."""
+    """Return the buckets that the query would return for rows with ids from 1 whose value is their time."""
     buckets: dict[int, list[tuple[float, int, float]]] = {}
     for row_id, at in enumerate(times, start=1):
         number = max(min(int(at // width), inside), -1)
@@ -28,16 +28,16 @@ def _buckets(times: list[float], width: float, inside: int = 10**8) -> list[Buck
     ]
 
 
-def test_a_step_far_longer_than_the_ten_before_it_is_a_gap() -> None:
-    """Three times the longest is the limit; fewer than ten steps tell nothing yet."""
+def test_a_step_more_than_three_times_the_longest_of_the_ten_before_is_a_gap() -> None:
+    """Exactly three times is none, and neither is a long step after fewer than ten."""
     even = [float(number) for number in range(11)]
     assert starts_after_gaps(_buckets([*even, 13.0], 0.5), 0.5)[12] is False
     assert starts_after_gaps(_buckets([*even, 13.1], 0.5), 0.5)[12] is True
     assert starts_after_gaps(_buckets([*even[:9], 40.0], 0.5), 0.5)[10] is False
 
 
-def test_a_step_that_no_screen_can_show_is_no_gap() -> None:
-    """It is narrower than a bucket."""
+def test_a_step_shorter_than_a_bucket_is_no_gap() -> None:
+    """A screen could not show it."""
     times = [number * 0.01 for number in range(100)] + [3.0, 3.01]
     assert starts_after_gaps(_buckets(times, 5.0), 5.0) == {}
     assert starts_after_gaps(_buckets(times, 0.5), 0.5) == {101: True}
@@ -45,7 +45,7 @@ def test_a_step_that_no_screen_can_show_is_no_gap() -> None:
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=60, unique=True), st.floats(0.1, 1e5))
 def test_every_wide_step_is_found_and_both_its_ends_are_drawn(times: list[float], width: float) -> None:
-    """Whatever the buckets are."""
+    """For any times and any width of the buckets."""
     times.sort()
     buckets = _buckets(times, width)
     wide = {row_id + 1 for row_id, (a, b) in enumerate(pairwise(times), start=1) if b - a > width}
@@ -54,8 +54,8 @@ def test_every_wide_step_is_found_and_both_its_ends_are_drawn(times: list[float]
     assert {end for row_id in wide for end in (row_id, row_id - 1)} <= set(drawn)
 
 
-def test_of_the_rows_outside_only_the_neighbours_are_drawn() -> None:
-    """The last before the range, the first after it."""
+def test_only_the_nearest_rows_outside_the_range_are_drawn() -> None:
+    """The last one before the range and the first one after it."""
     times = [-3.0, -2.0, 0.5, 1.5, 2.5, 3.5, 4.5]
     assert set(chosen(_buckets(times, 1.0, inside=3), 3)) == {2, 3, 4, 5, 6}
 
@@ -63,35 +63,36 @@ def test_of_the_rows_outside_only_the_neighbours_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("value", "peak", "lost"), [(75, 100, -0.25), (100, 100, 0), (-50, 100, -1.5), (-5, -1, None), (0, 0, None)]
 )
-def test_drawdown_is_the_part_of_the_peak_that_is_lost(value: float, peak: float, lost: float | None) -> None:
-    """Without a positive peak there is nothing to lose a part of."""
+def test_drawdown_is_the_lost_part_of_the_peak(value: float, peak: float, lost: float | None) -> None:
+    """Without a positive peak there is no drawdown."""
     assert drawdown(value, peak) == lost
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.decimals(-1000, 1000, places=8)), min_size=1, max_size=30))
-def test_profits_and_losses_add_up_to_the_whole_change(steps: list[tuple[int, Decimal]]) -> None:
-    """Exactly, over gaps too; and the days add up to the whole time."""
+def test_daily_profits_and_losses_add_up_to_the_whole_change(steps: list[tuple[int, Decimal]]) -> None:
+    """Exactly, also across gaps. The days add up to the whole time."""
     closes = []
     day = date(2026, 1, 1).toordinal()
     for number, (days, value) in enumerate(steps):
         day += days if number else 0
         moment = datetime(2026, 1, 1, tzinfo=UTC)
         closes.append(Snapshot(number, date.fromordinal(day), moment, value, Decimal(0), Decimal(0)))
-    told = daily_profit_loss(closes)
-    assert (told[0].profit_loss, told[0].days) == (None, None)
+    entries = daily_profit_loss(closes)
+    assert (entries[0].profit_loss, entries[0].days) == (None, None)
     assert (
-        sum((one.profit_loss for one in told if one.profit_loss is not None), Decimal(0)) == steps[-1][1] - steps[0][1]
+        sum((one.profit_loss for one in entries if one.profit_loss is not None), Decimal(0))
+        == steps[-1][1] - steps[0][1]
     )
-    assert sum(one.days or 0 for one in told) == day - date(2026, 1, 1).toordinal()
+    assert sum(one.days or 0 for one in entries) == day - date(2026, 1, 1).toordinal()
 
 
-def test_nothing_to_search_is_found_whole() -> None:
-    """An empty month ends at once."""
+def test_a_search_without_archives_finds_nothing() -> None:
+    """And has no position to continue from."""
     assert find(iter([]), "x", None) == find(iter([]), "", None)
 
 
-def test_the_page_names_the_sums_of_the_chart_library() -> None:
-    """A browser takes no other file, so a new version must come with its sums."""
+def test_the_page_has_the_hashes_of_the_chart_library() -> None:
+    """Browsers load no other file: a new version of the library needs new hashes."""
     from base64 import b64encode
     from hashlib import sha256
 

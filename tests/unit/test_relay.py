@@ -1,4 +1,4 @@
-"""The relay: sends each entry once, again only when it is no longer under way, and reads acknowledgements."""
+"""The relay: it sends each entry once, sends it again only if its job is lost, and reads acknowledgements."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def outbox(tmp_path: Path) -> Outbox:
 
 @pytest.fixture
 def relay(outbox: Outbox, redis: fakeredis.FakeRedis) -> Iterator[Relay]:
-    """Not started: each test calls sweep itself."""
+    """Relay without a thread; each test calls `sweep`."""
     relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS, last_backoff_seconds=0.4)
     yield relay
     relay.stop()
@@ -61,7 +61,7 @@ def _field(one: Accepted | Entry) -> str:
 
 
 def _acknowledge(redis: fakeredis.FakeRedis, one: Accepted | Entry, outcome: str) -> None:
-    """As a worker does it."""
+    """Acknowledge one entry as a worker does."""
     text = acknowledgement_text(int(redis.time()[0]), None, Outcome.parse(outcome))
     redis.hset(acknowledgement_key(one.source), _field(one), text)
 
@@ -72,7 +72,7 @@ def _job(redis: fakeredis.FakeRedis) -> Job:
 
 
 def test_a_sweep_sends_everything_pending_in_order(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
-    """More than one batch, each kind to its own job function, failures kept for ever."""
+    """More than one batch is sent; each kind has its job function, and RQ keeps failed jobs for ever."""
     count = 2 * entry_sender._BATCH_ENTRIES + 1
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(count)])
     outbox.append(NAME, [an_archive()])
@@ -91,10 +91,10 @@ def test_a_sweep_sends_everything_pending_in_order(outbox: Outbox, relay: Relay,
     assert not relay.sweep()
 
 
-def test_workers_as_fast_as_the_relay_do_not_keep_it_from_their_acknowledgements(
+def test_a_sweep_ends_even_if_workers_are_as_fast_as_the_relay(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They take each batch at once, so that the queue never fills: a sweep ends all the same."""
+    """The queue never fills, but the relay must read acknowledgements between two sweeps."""
     monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 2)
     monkeypatch.setattr(entry_sender, "_SWEEP_ENTRIES", 10)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(25)])
@@ -120,22 +120,22 @@ def _large_archive(number: int, mebibytes: float = 1.5) -> SignalArchive:
 
 @pytest.fixture
 def batches(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Grows by one with each batch that is handed over: the bytes of its events."""
+    """List that grows by each batch sent: the size of each event in bytes."""
     found: list[list[int]] = []
     send = relay._sender._send
 
-    def noted(entries: Sequence[Entry]) -> None:
+    def counted(entries: Sequence[Entry]) -> None:
         found.append([len(entry.event.encode()) for entry in entries])
         send(entries)
 
-    monkeypatch.setattr(relay._sender, "_send", noted)
+    monkeypatch.setattr(relay._sender, "_send", counted)
     return found
 
 
-def test_large_archives_are_handed_over_a_few_at_a_time(
+def test_large_archives_are_sent_in_small_batches(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, batches: list[list[int]]
 ) -> None:
-    """No more than 4 MiB, or one that is larger; the next sweep goes on, and all arrive in their order."""
+    """A batch has at most 4 MiB, or one larger event. The next sweep continues, and the order is kept."""
     small = [a_snapshot(after=timedelta(n)) for n in range(3)]
     archives = [_large_archive(n) for n in range(5)]
     outbox.append(NAME, [*small, *archives, _large_archive(5, 6.0), *small])
@@ -148,10 +148,10 @@ def test_large_archives_are_handed_over_a_few_at_a_time(
 
 
 @pytest.mark.usefixtures("at_once")
-def test_large_archives_that_redis_lost_come_back_a_few_at_a_time(
+def test_large_archives_that_redis_lost_are_sent_again_in_small_batches(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, batches: list[list[int]]
 ) -> None:
-    """Each once, and what is under way meanwhile is not among them."""
+    """Each is sent once, and entries that are queued again meanwhile are not among them."""
     outbox.append(NAME, [_large_archive(n) for n in range(5)])
     while outbox.status().pending:
         relay.sweep()
@@ -166,21 +166,21 @@ def test_large_archives_that_redis_lost_come_back_a_few_at_a_time(
 
 
 @pytest.mark.usefixtures("at_once")
-def test_no_text_is_read_of_what_is_under_way(outbox: Outbox, relay: Relay) -> None:
-    """Workers may be away for long, and large archives are looked after all that time."""
+def test_checking_a_queued_entry_does_not_read_its_event(outbox: Outbox, relay: Relay) -> None:
+    """Workers may be down for a long time, and large archives are checked all that time."""
     outbox.append(NAME, [an_archive()])
     relay.sweep()
     with closing(sqlite3.connect(outbox.path)) as db:
-        db.execute("UPDATE entries SET event = CAST(x'ff' AS TEXT)")  # no text: reading it fails
+        db.execute("UPDATE entries SET event = CAST(x'ff' AS TEXT)")  # invalid UTF-8: reading it fails
         db.commit()
     for _ in range(5):
         assert not relay.sweep()
 
 
-def test_a_full_queue_gets_no_more(
+def test_a_full_queue_gets_no_more_jobs(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A backlog stays in the outbox, where it is durable, until workers have made room."""
+    """The other entries stay in the outbox, where they are durable, until workers have made room."""
     monkeypatch.setattr(entry_sender, "_FULL_QUEUE_JOBS", 250)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(500)])
     for _ in range(3):
@@ -192,20 +192,20 @@ def test_a_full_queue_gets_no_more(
     assert (queue_of(redis).count, outbox.status().pending) == (300, 100)
 
 
-def test_after_a_failure_one_entry_goes_ahead(
+def test_the_first_batch_after_a_failure_is_one_entry(
     outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch, redis: fakeredis.FakeRedis
 ) -> None:
-    """Making a hundred jobs in vain, at each try, would hold up the caller's thread."""
+    """Preparing a hundred jobs for each failing try would delay the caller's thread."""
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(150)])
     tried: list[int] = []
 
-    def refuse(pipe: Any, queue: Any, entries: Any, at: Any = None) -> None:
+    def fail(pipe: Any, queue: Any, entries: Any, at: Any = None) -> None:
         tried.append(len(entries))
         if len(tried) < 4:
-            raise RedisConnectionError("refused")
+            raise RedisConnectionError("failed")
         enqueue(pipe, queue, entries)
 
-    monkeypatch.setattr(entry_sender, "enqueue", refuse)
+    monkeypatch.setattr(entry_sender, "enqueue", fail)
     relay.start()
     deadline = time.monotonic() + 10
     while outbox.status().pending and time.monotonic() < deadline:
@@ -217,7 +217,7 @@ def test_after_a_failure_one_entry_goes_ahead(
 
 @pytest.mark.parametrize("decode", [False, True])
 def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server: Any, decode: bool) -> None:
-    """With clients that decode answers and such that do not; what is no acknowledgement is removed with a line."""
+    """With and without `decode_responses`. Fields that are not acknowledgements are removed and logged."""
     redis = fakeredis.FakeRedis(server=server, decode_responses=decode)
     relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
     first, second, third = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
@@ -237,10 +237,10 @@ def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server:
     relay.stop()
 
 
-def test_a_rejection_is_said_with_the_names_that_find_it(
+def test_a_rejection_is_logged_with_its_identifiers(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Once, when the entry is settled by it."""
+    """It is logged once, when it settles the entry."""
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     text = acknowledgement_text(int(redis.time()[0]), accepted.event_id, Outcome("rejected", reason="no"))
@@ -260,10 +260,10 @@ def test_a_rejection_is_said_with_the_names_that_find_it(
     }
 
 
-def test_a_rejection_that_became_a_row_meanwhile_is_not_forgotten(
+def test_an_acknowledgement_that_replaces_a_rejection_is_not_removed_unread(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A requeue ends between the reading of the old answer and its removal: the new one is read next."""
+    """A requeued event is stored between reading and removing the rejection; the next sweep reads the new value."""
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     key = acknowledgement_key(accepted.source)
@@ -287,21 +287,21 @@ def test_a_rejection_that_became_a_row_meanwhile_is_not_forgotten(
     assert (outbox.status_of(accepted), redis.hgetall(key)) == (EntryStatus("stored", 42, None), {})
 
 
-def test_a_worker_that_answers_once_more_while_a_rejection_is_removed_loses_nothing(
+def test_an_acknowledgement_written_while_a_rejection_is_removed_is_not_lost(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the comparison and the removal, which is one transaction then undone."""
+    """It is written between comparison and removal, which makes their transaction fail."""
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     _acknowledge(redis, accepted, "rejected:no")
     hmget = fakeredis.FakeRedis.hmget
 
-    def answered_meanwhile(pipe: Any, *arguments: Any) -> Any:
+    def acknowledged_meanwhile(pipe: Any, *arguments: Any) -> Any:
         found = hmget(pipe, *arguments)
         _acknowledge(redis, accepted, "stored:42")
         return found
 
-    monkeypatch.setattr("redis.client.Pipeline.hmget", answered_meanwhile)
+    monkeypatch.setattr("redis.client.Pipeline.hmget", acknowledged_meanwhile)
     relay.sweep()
     monkeypatch.undo()
 
@@ -309,10 +309,10 @@ def test_a_worker_that_answers_once_more_while_a_rejection_is_removed_loses_noth
     assert shown(left).endswith(" - stored:42")
 
 
-def test_an_acknowledgement_that_is_no_text_is_removed(
+def test_an_acknowledgement_that_is_not_text_is_removed(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And what stands beside it is settled."""
+    """The other acknowledgements in the hash settle their entries."""
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     redis.hset(acknowledgement_key(accepted.source), b"\xff", b"\xfe")
@@ -325,7 +325,7 @@ def test_an_acknowledgement_that_is_no_text_is_removed(
 
 
 @pytest.mark.parametrize(
-    "stray",
+    "field_and_value",
     [
         ("{source_id}-" + "9" * 25, "17 - stored:1"),
         ("{source_id}-" + "9" * 19, "17 - stored:1"),
@@ -343,19 +343,19 @@ def test_an_acknowledgement_that_is_no_text_is_removed(
         "negative sequence",
     ],
 )
-def test_a_number_that_no_outbox_holds_is_removed_and_stops_nothing(
+def test_an_acknowledgement_with_an_impossible_number_is_removed(
     outbox: Outbox,
     relay: Relay,
     redis: fakeredis.FakeRedis,
     caplog: pytest.LogCaptureFixture,
-    stray: tuple[str, str],
+    field_and_value: tuple[str, str],
 ) -> None:
-    """Whoever wrote it, what stands beside it is settled, and so is what comes later."""
+    """Acknowledgements beside it and after it settle their entries."""
     first, second, third = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     relay.sweep()
     key = acknowledgement_key(first.source)
-    field = stray[0].format(source_id=first.source_id, second=_field(second))
-    redis.hset(key, field, stray[1])
+    field = field_and_value[0].format(source_id=first.source_id, second=_field(second))
+    redis.hset(key, field, field_and_value[1])
     _acknowledge(redis, first, "stored:42")
     relay.sweep()
     _acknowledge(redis, third, "stored:43")
@@ -368,15 +368,15 @@ def test_a_number_that_no_outbox_holds_is_removed_and_stops_nothing(
     ]
     assert redis.hgetall(key) == {}
     (record,) = caplog.records
-    assert record.getMessage() == f"removed field {field[:80]} of {first.source}: it is no acknowledgement"
+    assert record.getMessage() == f"removed field {field[:80]} of {first.source}: it is not an acknowledgement"
 
 
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("status", [JobStatus.QUEUED, JobStatus.STARTED, JobStatus.SCHEDULED, JobStatus.DEFERRED])
-def test_entries_under_way_are_left_alone(
+def test_entries_with_an_active_job_are_not_sent_again(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, status: JobStatus
 ) -> None:
-    """However often it is looked at, the queue keeps one entry."""
+    """The queue has one entry after any number of checks."""
     outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     _job(redis).set_status(status)
@@ -390,7 +390,7 @@ def test_entries_under_way_are_left_alone(
 def test_jobs_that_redis_lost_are_sent_again_with_the_same_bytes(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
 ) -> None:
-    """FLUSHALL: the same job id and the same data."""
+    """After FLUSHALL, the job has the same id and data."""
     outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     before = _job(redis)
@@ -405,7 +405,7 @@ def test_jobs_that_redis_lost_are_sent_again_with_the_same_bytes(
 def test_a_job_that_failed_without_a_rejection_is_sent_again_and_leaves_the_failed_registry(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
 ) -> None:
-    """A crash or an outage under a stock worker."""
+    """RQ's own worker fails a job after a crash or an outage."""
     outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     job = _job(redis)
@@ -421,7 +421,7 @@ def test_a_job_that_failed_without_a_rejection_is_sent_again_and_leaves_the_fail
 
 @pytest.mark.usefixtures("at_once")
 def test_an_acknowledged_entry_is_never_sent_again(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
-    """Stored or rejected, even after Redis lost everything."""
+    """Neither a stored nor a rejected entry, even after Redis lost everything."""
     first, second = outbox.append(NAME, [a_snapshot(), a_snapshot(after=timedelta(1))])
     relay.sweep()
     redis.flushall()
@@ -434,28 +434,28 @@ def test_an_acknowledged_entry_is_never_sent_again(outbox: Outbox, relay: Relay,
 
 
 @pytest.mark.usefixtures("at_once")
-def test_an_entry_that_a_worker_ends_during_a_sweep_is_not_sent_again(
+def test_an_entry_that_is_acknowledged_during_a_sweep_is_not_sent_again(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the relay has read its acknowledgements, and before it asks for the jobs' states."""
+    """A worker stores it after the relay read acknowledgements and before it reads the jobs' states."""
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     send_pending = relay._sender.send_pending
 
-    def ended_meanwhile(**options: Any) -> int:
+    def acknowledged_meanwhile(**options: Any) -> int:
         redis.delete(_job(redis).key, queue_of(redis).key)
         _acknowledge(redis, accepted, "stored:1")
         return send_pending(**options)
 
-    monkeypatch.setattr(relay._sender, "send_pending", ended_meanwhile)
+    monkeypatch.setattr(relay._sender, "send_pending", acknowledged_meanwhile)
     relay.sweep()
     assert queue_of(redis).count == 0
 
 
-def test_a_send_whose_answer_was_lost_is_not_repeated_blindly(
+def test_a_send_without_an_answer_is_not_repeated_unchecked(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redis took the jobs, the connection broke before it said so: the next sweep finds them there."""
+    """Redis got the jobs, but the connection broke before the answer: the next sweep finds the jobs."""
     outbox.append(NAME, [a_snapshot()])
 
     def lose_the_answer(pipe: Any, queue: Any, entries: Any, at: Any = None) -> None:
@@ -473,10 +473,10 @@ def test_a_send_whose_answer_was_lost_is_not_repeated_blindly(
     assert (outbox.status().sent, queue_of(redis).count) == (1, 1)
 
 
-def test_a_send_that_could_not_be_marked_is_not_repeated_blindly(
+def test_a_send_that_could_not_be_marked_is_not_repeated_unchecked(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full when the mark is to be written: however often it is tried, one entry is in the queue."""
+    """The disk is full when the state is written: after any number of tries, one entry is in the queue."""
     outbox.append(NAME, [a_snapshot()])
 
     def full(check_at: Any) -> None:
@@ -490,10 +490,10 @@ def test_a_send_that_could_not_be_marked_is_not_repeated_blindly(
     assert queue_of(redis).count == 1
 
 
-def test_senders_that_die_before_they_can_mark_leave_one_entry(
+def test_relays_that_die_before_they_mark_an_entry_enqueue_it_once(
     outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many of them in a row: the next one finds the job there."""
+    """Several relays die in a row; each finds the job of the first one."""
     outbox.append(NAME, [a_snapshot()])
 
     def die(check_at: Any) -> None:
@@ -510,8 +510,8 @@ def test_senders_that_die_before_they_can_mark_leave_one_entry(
     assert queue_of(redis).count == 1
 
 
-def test_only_one_relay_works_on_an_outbox(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
-    """The other takes over when the first one stops."""
+def test_only_one_relay_relays_an_outbox(outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis) -> None:
+    """The other one takes over when the first one stops."""
     second = Relay(Outbox(outbox.path), redis, "history", keep_seconds=KEEP_SECONDS)
     relay.sweep()
     outbox.append(NAME, [a_snapshot()])
@@ -522,10 +522,10 @@ def test_only_one_relay_works_on_an_outbox(outbox: Outbox, relay: Relay, redis: 
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_an_outbox_of_an_earlier_release_is_delivered_under_its_job_ids(
+def test_an_outbox_of_an_earlier_release_is_delivered_with_its_job_ids(
     tmp_path: Path, redis: fakeredis.FakeRedis, version: int
 ) -> None:
-    """What a worker has of it already is recognized; entries without a nonce are settled by their number."""
+    """Workers recognize events that they already have. Entries without a nonce are settled by their number."""
     path = tmp_path / "before" / "outbox.db"
     write_outbox_of_before(path, version)
     with Outbox(path, repair=True) as outbox:
@@ -542,7 +542,7 @@ def test_an_outbox_of_an_earlier_release_is_delivered_under_its_job_ids(
 
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets so many seconds pass, by the outbox's clock and by that of the relays."""
+    """Return a function that advances the clocks of the outbox and of the relays by a number of seconds."""
     running, monotonic, passed = outbox_clock.running_seconds, time.monotonic, [0.0]
     monkeypatch.setattr(outbox_clock, "running_seconds", lambda: running() + passed[0])
     monkeypatch.setattr(entry_sender, "time", SimpleNamespace(monotonic=lambda: monotonic() + passed[0]))
@@ -561,12 +561,12 @@ def _relay_process(outbox: Outbox, redis: fakeredis.FakeRedis, queue: str = "his
 def test_producers_leave_relaying_to_a_relay_process(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, later: Callable[[float], None]
 ) -> None:
-    """They release the lock after their sweep; when the process ends they take over at once."""
+    """They release the lock at their next sweep, and take over at once when the process ends."""
     outbox.append(NAME, [a_snapshot()])
     process = _relay_process(outbox, redis)
     relay.sweep()
     outbox.append(NAME, [a_snapshot(after=timedelta(1))])
-    assert not process.sweep()  # it has announced itself; the producer's relay has the lock
+    assert not process.sweep()  # it sent its heartbeat, but the producer's relay has the lock
     assert not relay.sweep()
     assert (outbox.status().pending, queue_of(redis).count) == (1, 1)
     assert process.sweep()
@@ -600,7 +600,7 @@ def test_producers_take_over_ten_seconds_after_a_relay_process_has_died(
 def test_producers_take_over_from_a_relay_process_that_is_stopped_and_keeps_its_lock(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, later: Callable[[float], None]
 ) -> None:
-    """Nothing is lost and nothing is sent twice when it goes on; the producer stands back then."""
+    """When it continues, nothing is lost or sent twice, and the producer leaves relaying to it."""
     process = _relay_process(outbox, redis)
     (first,) = outbox.append(NAME, [a_snapshot()])
     process.sweep()
@@ -612,7 +612,7 @@ def test_producers_take_over_from_a_relay_process_that_is_stopped_and_keeps_its_
     token = outbox.header.read().token
     for _ in range(3):
         relay.sweep()
-    assert outbox.header.read().token == token  # taken over once, and not anew with each sweep
+    assert outbox.header.read().token == token  # taken over once, not at each sweep
     assert queue_of(redis).count == 2
     outbox.append(NAME, [a_snapshot(after=timedelta(2))])
     assert process.sweep()
@@ -623,10 +623,10 @@ def test_producers_take_over_from_a_relay_process_that_is_stopped_and_keeps_its_
     process.stop()
 
 
-def test_a_second_relay_process_waits_for_the_first(
+def test_a_second_relay_process_waits_until_the_first_one_ends(
     outbox: Outbox, redis: fakeredis.FakeRedis, later: Callable[[float], None]
 ) -> None:
-    """Of the same outbox, started twice; it takes over when the first one ends."""
+    """Two processes are started for one outbox."""
     first, second = _relay_process(outbox, redis), _relay_process(outbox, redis)
     for _ in range(3):
         outbox.append(NAME, [a_snapshot()])
@@ -640,10 +640,10 @@ def test_a_second_relay_process_waits_for_the_first(
 
 
 @pytest.mark.parametrize("other", ["queue", "redis"])
-def test_entries_are_not_carried_to_another_redis_or_queue(
+def test_a_relay_for_another_redis_or_queue_sends_nothing(
     outbox: Outbox, server: fakeredis.FakeServer, redis: fakeredis.FakeRedis, other: str
 ) -> None:
-    """The outbox says where they go; the error names both places."""
+    """The outbox stores its destination; the error names both destinations."""
     outbox.header.set_destination(place_of(redis), "history")
     outbox.append(NAME, [a_snapshot()])
     elsewhere = fakeredis.FakeRedis(server=server, db=1) if other == "redis" else redis
@@ -663,10 +663,10 @@ def test_entries_are_not_carried_to_another_redis_or_queue(
     right.stop()
 
 
-def test_a_relay_process_that_is_refused_keeps_nobody_from_relaying(
+def test_a_relay_process_for_another_queue_lets_producers_relay(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, later: Callable[[float], None]
 ) -> None:
-    """A producer with other settings was started later, and its settings are those of the outbox now."""
+    """A producer with other settings was started later, which changed the destination of the outbox."""
     process = _relay_process(outbox, redis, "other")
     outbox.header.set_destination(place_of(redis), "other")
     process.sweep()
@@ -684,12 +684,12 @@ def test_a_relay_process_that_is_refused_keeps_nobody_from_relaying(
 def _until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition is still false after 10 s"
         time.sleep(0.001)
 
 
 def _counted(relay: Relay, monkeypatch: pytest.MonkeyPatch, sweep: Callable[[], bool]) -> list[None]:
-    """Have the relay call `sweep`; the list grows by one with each call."""
+    """Make the relay call `sweep`; return a list that grows by one with each call."""
     calls: list[None] = []
 
     def counting() -> bool:
@@ -700,14 +700,14 @@ def _counted(relay: Relay, monkeypatch: pytest.MonkeyPatch, sweep: Callable[[], 
     return calls
 
 
-def test_an_outage_is_said_once_and_so_is_its_end(
+def test_an_outage_and_its_end_are_logged_once(
     outbox: Outbox,
     relay: Relay,
     server: fakeredis.FakeServer,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not at every try; with Redis back, the thread sends what was waiting."""
+    """No other try is logged. When Redis is back, the thread sends the waiting entries."""
     tries = _counted(relay, monkeypatch, relay.sweep)
     server.connected = False
     outbox.append(NAME, [a_snapshot()])
@@ -726,10 +726,10 @@ def test_an_outage_is_said_once_and_so_is_its_end(
     assert messages[1].startswith(f"relaying {outbox.path} again after ")
 
 
-def test_a_defect_neither_ends_the_thread_nor_floods_the_log(
+def test_a_defect_does_not_end_the_thread_and_is_logged_once(
     outbox: Outbox, relay: Relay, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often it is woken, it pauses between its tries; the log has the traceback, once."""
+    """The thread pauses between tries, even if it is woken; the log has one traceback."""
 
     def defect() -> bool:
         return 1 // 0 > 0
@@ -756,8 +756,8 @@ def test_a_defect_neither_ends_the_thread_nor_floods_the_log(
     _until(lambda: outbox.status().sent == 1)
 
 
-def test_pauses_grow_up_to_a_limit_and_never_exceed_it(outbox: Outbox, redis: fakeredis.FakeRedis) -> None:
-    """About 0.1, 0.3, 0.6 ... 5 seconds, never in step with others."""
+def test_pauses_after_failures_grow_up_to_a_limit(outbox: Outbox, redis: fakeredis.FakeRedis) -> None:
+    """About 0.1, 0.3, 0.6 ... 5 seconds, with random differences."""
     relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
     pauses = [relay._back_off(RedisConnectionError("gone")) for _ in range(20)]
 
@@ -766,17 +766,17 @@ def test_pauses_grow_up_to_a_limit_and_never_exceed_it(outbox: Outbox, redis: fa
     assert len(set(pauses)) == 20
 
 
-def test_intervals_between_looks_grow_to_five_minutes() -> None:
-    """About 5, 10, 20 ... 300 seconds, never in step with others."""
+def test_intervals_between_checks_grow_to_five_minutes() -> None:
+    """About 5, 10, 20 ... 300 seconds, with random differences."""
     intervals = [entry_sender._check_interval(checks) for checks in range(12)]
     expected = [5, 10, 20, 40, 80, 160, 300, 300, 300, 300, 300, 300]
     assert all(0.9 * wanted <= got <= 1.1 * wanted for got, wanted in zip(intervals, expected, strict=True))
 
 
-def test_acknowledgements_in_a_key_of_another_type_are_moved_away(
+def test_an_acknowledgement_key_of_another_type_is_quarantined(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
 ) -> None:
-    """Nothing would be sent any more otherwise: acknowledgements come first in each sweep."""
+    """Otherwise nothing would be sent, because each sweep reads acknowledgements first."""
     (first,) = outbox.append(NAME, [a_snapshot()])
     relay.sweep()
     redis.set(acknowledgement_key(first.source), "x")
@@ -787,10 +787,10 @@ def test_acknowledgements_in_a_key_of_another_type_are_moved_away(
     assert redis.get(f"{acknowledgement_key(first.source)}:quarantined") == b"x"
 
 
-def test_a_relay_process_that_cannot_reach_redis_leaves_relaying_to_others(
+def test_a_relay_process_that_cannot_reach_redis_lets_producers_relay(
     outbox: Outbox, redis: fakeredis.FakeRedis, server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its password is wrong, say: it gives no heartbeat until it can relay."""
+    """Its password may be wrong, for example. It sends no heartbeat until it can relay."""
     clock = [1000.0]
     monkeypatch.setattr("producers.relay.time.monotonic", lambda: clock[0])
     process = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS, process_name="relay")

@@ -1,4 +1,4 @@
-"""Deliveries as RQ jobs: RQ reads them as if it had enqueued them itself."""
+"""Deliveries as RQ jobs: RQ reads them like jobs that it has enqueued."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def _enqueue(redis: fakeredis.FakeRedis, entries: list[Entry]) -> list[Any]:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    """Everything that RQ knows of a job, its times aside."""
+    """Return all attributes of a job except its times."""
     facts = dict(vars(job)) | {"call": (job.func_name, job.args, job.kwargs), "status": job.get_status()}
-    # Caches of the reading, and what belongs to the connection.
+    # Caches, and attributes of the connection.
     for name in ("connection", "_data", "_func_name", "_instance", "_args", "_kwargs", *_TIMES):
         facts.pop(name, None)
     return facts
@@ -47,8 +47,8 @@ def _facts(job: Job) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "payload", [a_snapshot(), an_archive(), an_archive(signals=[a_signal()] * 50)], ids=["snapshot", "archive", "large"]
 )
-def test_rq_reads_our_job_as_its_own(tmp_path: Path, redis: fakeredis.FakeRedis, payload: Any) -> None:
-    """Every attribute of the fetched job equals that of one which RQ's enqueue made."""
+def test_rq_reads_a_delivery_like_its_own_job(tmp_path: Path, redis: fakeredis.FakeRedis, payload: Any) -> None:
+    """Each attribute of the fetched job equals that of a job which RQ has enqueued."""
     (entry,) = _entries(tmp_path, payload)
     _enqueue(redis, [entry])
     ours = Job.fetch(entry.job_id, connection=redis, serializer=JSONSerializer)
@@ -73,8 +73,8 @@ def test_rq_reads_our_job_as_its_own(tmp_path: Path, redis: fakeredis.FakeRedis,
         assert abs((getattr(theirs, name) - getattr(ours, name)).total_seconds()) < 60
 
 
-def test_the_same_keys_as_rq(tmp_path: Path, redis: fakeredis.FakeRedis) -> None:
-    """The queue is among RQ's queues, its list has the ids in order, and the last answer is its length."""
+def test_enqueue_writes_the_keys_of_rq(tmp_path: Path, redis: fakeredis.FakeRedis) -> None:
+    """The queue is one of RQ's queues, its list has the ids in order, and the last reply is its length."""
     entries = _entries(tmp_path, a_snapshot(), an_archive())
     answers = _enqueue(redis, entries)
 
@@ -85,8 +85,8 @@ def test_the_same_keys_as_rq(tmp_path: Path, redis: fakeredis.FakeRedis) -> None
 
 
 @pytest.mark.parametrize("registry", [FailedJobRegistry, FinishedJobRegistry])
-def test_a_job_sent_again_starts_anew(tmp_path: Path, redis: fakeredis.FakeRedis, registry: Any) -> None:
-    """Nothing of its first end is left: not its place in a registry, its expiry, its times or its error."""
+def test_a_job_that_is_sent_again_is_like_a_new_job(tmp_path: Path, redis: fakeredis.FakeRedis, registry: Any) -> None:
+    """It is in no registry and has no expiry, times or error of its first run."""
     (entry,) = _entries(tmp_path, a_snapshot())
     _enqueue(redis, [entry])
     first = Job.fetch(entry.job_id, connection=redis, serializer=JSONSerializer)
@@ -106,10 +106,10 @@ def test_a_job_sent_again_starts_anew(tmp_path: Path, redis: fakeredis.FakeRedis
 
 
 @pytest.mark.parametrize("what", ["nothing", "taken", "finished"])
-def test_a_job_that_is_taken_or_finished_meanwhile_is_not_taken_for_lost(
+def test_a_job_that_is_reserved_or_finished_meanwhile_is_not_lost(
     tmp_path: Path, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """A worker goes on while it is looked for: by an owner that was not seen yet, or not at all."""
+    """While the lists are read, a new owner reserves it, or a worker finishes it."""
     queue = queue_of(redis)
     with Outbox(tmp_path / "outbox.db") as outbox:
         outbox.append("trading-controller", [a_snapshot()])
@@ -118,10 +118,10 @@ def test_a_job_that_is_taken_or_finished_meanwhile_is_not_taken_for_lost(
         enqueue(pipe, queue, [entry])
         pipe.execute()
     redis.lpop(queue.key)
-    ask = redis.hkeys
+    hkeys = redis.hkeys
 
     def meanwhile(name: str) -> Any:
-        found = ask(name)
+        found = hkeys(name)
         if what == "taken":
             redis.hset(owners_key(queue.name), "new", "")
             redis.rpush(reserved_key(queue.name, "new"), entry.job_id)

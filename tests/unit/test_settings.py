@@ -1,4 +1,4 @@
-"""Settings: environment over .env, errors that name the variable and never show its value."""
+"""Settings: the environment takes precedence over .env, and errors name the variable without its value."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from producers.errors import SettingsError
 from producers.settings import TransportSettings
 
 
-def test_defaults_are_those_of_the_documentation() -> None:
-    """Nothing set: queue history, outbox data/outbox.db, the machine's zone, no Redis."""
+def test_the_settings_of_a_controller_have_defaults() -> None:
+    """The queue history, the outbox data/outbox.db, the machine's zone, and no Redis."""
     settings = TransportSettings.from_environment()
     assert (settings.queue, settings.outbox, settings.timezone, settings.redis_url) == (
         "history",
@@ -32,8 +32,10 @@ def test_defaults_are_those_of_the_documentation() -> None:
     )
 
 
-def test_the_environment_goes_before_the_file_and_empty_means_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A .env in the working folder is read; other programs' variables in it are ignored."""
+def test_the_environment_takes_precedence_over_the_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An empty variable counts as not set. Variables of other programs in .env are ignored."""
     Path(".env").write_text("HISTORY_QUEUE=from-file\nHISTORY_OUTBOX=from-file.db\nUNRELATED=1\n")
     monkeypatch.setenv("HISTORY_QUEUE", "from-environment")
     monkeypatch.setenv("HISTORY_TIMEZONE", "")
@@ -49,16 +51,17 @@ def test_the_environment_goes_before_the_file_and_empty_means_unset(monkeypatch:
         ("HISTORY_QUEUE", "two queues"),
     ],
 )
-def test_a_wrong_value_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """The message begins with the variable."""
+def test_an_error_names_a_wrong_setting_and_not_its_value(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=rf"^{name}: ") as caught:
         TransportSettings.from_environment()
     assert value not in str(caught.value)
 
 
-def test_a_redis_url_that_cannot_be_read_does_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in the error nor in what the settings print."""
+def test_the_password_of_an_invalid_redis_url_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the error nor in the repr of the settings."""
     monkeypatch.setenv("REDIS_URL", "amqp://user:s3cret@host")
     settings = TransportSettings.from_environment()
     with pytest.raises(SettingsError, match="^REDIS_URL: must be") as caught:
@@ -66,8 +69,8 @@ def test_a_redis_url_that_cannot_be_read_does_not_leak(monkeypatch: pytest.Monke
     assert "s3cret" not in str(caught.value) + repr(settings)
 
 
-def test_the_database_is_named_by_url_or_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts are percent-encoded, so that a password may hold any character; the URL goes before them."""
+def test_the_database_is_set_by_url_or_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are percent-encoded, so a password may have any character. The URL takes precedence."""
     for name, value in {"HOST": "db", "PORT": "6432", "DB": "bot", "USER": "me", "PASSWORD": "p@ss/w:rd"}.items():
         monkeypatch.setenv(f"POSTGRES_{name}", value)
     settings = StoreSettings.from_environment()
@@ -82,16 +85,15 @@ def test_the_database_is_named_by_url_or_by_parts(monkeypatch: pytest.MonkeyPatc
     assert StoreSettings.from_environment().url().get_secret_value() == "postgresql://x@y/z"
 
 
-def test_a_host_may_be_the_folder_of_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for libpq."""
+def test_a_database_host_may_be_the_folder_of_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libpq allows that too."""
     monkeypatch.setenv("POSTGRES_HOST", "/var/run/postgresql")
     assert StoreSettings.from_environment().url().get_secret_value() == (
         "postgresql://trading_history@:5432/trading_history?host=%2Fvar%2Frun%2Fpostgresql"
     )
 
 
-def test_without_a_database_the_error_names_the_setting() -> None:
-    """For a command or a worker that needs one."""
+def test_an_error_names_the_missing_setting_of_the_database() -> None:
     with pytest.raises(SettingsError, match="^DATABASE_URL is not set"):
         StoreSettings.from_environment().url()
 
@@ -107,7 +109,7 @@ def test_without_a_database_the_error_names_the_setting() -> None:
 def test_one_server_without_the_other_is_an_error_not_a_fallback(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
-    """A command that needs both never starts embedded servers beside a configured one."""
+    """A command that needs both does not start embedded servers if one is configured."""
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=message), stack(database=True, redis=True):
         pass
@@ -117,7 +119,7 @@ _SENTINEL = "redis+sentinel://us%40er:p%2Fw%3A@one,two:26380,[::1]:26381/mymaste
 
 
 def test_redis_behind_sentinel_is_one_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Login, database and options are the master's; the Sentinels have their own, and short time limits."""
+    """Login, database and options apply to the master. Sentinels have their own login and short timeouts."""
     monkeypatch.setenv(
         "REDIS_URL", f"{_SENTINEL}/3?sentinel_username=watch&sentinel_password=s%25p&health_check_interval=7"
     )
@@ -133,8 +135,8 @@ def test_redis_behind_sentinel_is_one_url(monkeypatch: pytest.MonkeyPatch) -> No
     assert not isinstance(pool.make_connection(), SSLConnection)
 
 
-def test_tls_is_for_the_master_and_the_sentinels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same certificates."""
+def test_rediss_uses_tls_for_the_master_and_the_sentinels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both use the same certificates."""
     monkeypatch.setenv("REDIS_URL", "rediss+sentinel://one/mymaster?ssl_ca_certs=/ca.pem&ssl_check_hostname=false")
     pool = TransportSettings.from_environment().redis().connection_pool
     assert isinstance(pool, SentinelConnectionPool)
@@ -152,7 +154,7 @@ def test_tls_is_for_the_master_and_the_sentinels(monkeypatch: pytest.MonkeyPatch
         "redis+sentinel://:s3cret@one/",
         "redis+sentinel://:s3cret@one/mymaster/zero",
         "redis+sentinel://:s3cret@one:99999/mymaster",
-        "redis+sentinel://:s3cret@one;two/mymaster?nobody_knows=1",
+        "redis+sentinel://:s3cret@one;two/mymaster?unknown=1",
         "redis+sentinel://:s3cret@one,,two/mymaster",
         "redis+sentinel://:s3/cret@one/mymaster",
         "sentinel://:s3cret@one/0",
@@ -167,27 +169,27 @@ def test_tls_is_for_the_master_and_the_sentinels(monkeypatch: pytest.MonkeyPatch
         "redis://:s3cret@one?connection_class=x",
     ],
 )
-def test_a_sentinel_url_that_cannot_be_read_does_not_leak(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """The error shows the form instead."""
+def test_the_password_of_an_invalid_sentinel_url_is_not_shown(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """The error shows the form of a URL instead."""
     monkeypatch.setenv("REDIS_URL", url)
     with pytest.raises(SettingsError, match=r"^REDIS_URL: must be .*redis\+sentinel://host") as caught:
         TransportSettings.from_environment().redis()
     assert "cret" not in str(caught.value)
 
 
-def test_threads_that_ask_at_once_lose_no_sentinel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first is away, and each thread moves the second, which answers both, to the front."""
+def test_two_threads_that_discover_the_master_at_once_lose_no_sentinel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first Sentinel is down, and each thread moves the second one to the front."""
     monkeypatch.setenv("REDIS_URL", "redis+sentinel://one,two,three/mymaster")
     pool = TransportSettings.from_environment().redis().connection_pool
     assert isinstance(pool, SentinelConnectionPool)
     first, second, third = pool.sentinel_manager.sentinels
-    both_are_answered = threading.Barrier(2)
+    both_threads_ask = threading.Barrier(2)
     state = {"is_master": True, "is_sdown": False, "is_odown": False, "num-other-sentinels": 2, "ip": "h", "port": 1}
 
     def masters(sentinel: Redis) -> dict[str, Any]:
         if sentinel is not second:
             raise RedisConnectionError
-        both_are_answered.wait(10)
+        both_threads_ask.wait(10)
         return {"mymaster": state}
 
     monkeypatch.setattr(Redis, "sentinel_masters", masters)
@@ -200,7 +202,7 @@ def test_threads_that_ask_at_once_lose_no_sentinel(monkeypatch: pytest.MonkeyPat
 
 
 def test_several_database_hosts_are_read_as_libpq_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with its port, passwords decoded; and a session is wanted where it can write."""
+    """Each host has a port, passwords are decoded, and by default only a host that accepts writes will do."""
     url = parse_database_url(SecretStr("postgresql://me:p%40ss@one,two:5433,[::1]:5434/history?sslmode=prefer"))
     assert dict(url.query) == {"host": "one,two,::1", "port": "5432,5433,5434", "sslmode": "prefer"}
     assert (url.username, url.password, url.database, url.host) == ("me", "p@ss", "history", None)
@@ -217,8 +219,7 @@ def test_several_database_hosts_are_read_as_libpq_does(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("url", ["postgresql://:s3cret@one,two:x/d", "mysql://:s3cret@one,two/d"])
-def test_several_hosts_that_cannot_be_read_do_not_leak(url: str) -> None:
-    """As with one."""
+def test_the_password_of_an_invalid_url_of_several_hosts_is_not_shown(url: str) -> None:
     with pytest.raises(SettingsError, match="^DATABASE_URL: ") as caught:
         parse_database_url(SecretStr(url))
     assert "s3cret" not in str(caught.value)
@@ -234,8 +235,8 @@ def test_several_hosts_that_cannot_be_read_do_not_leak(url: str) -> None:
         ("postgresql://me@/d?host=a:1&host=b", "a,b", "1,5432"),
     ],
 )
-def test_several_hosts_may_stand_in_the_query(url: str, hosts: str, ports: str) -> None:
-    """As for libpq, which takes one port for all; or as for SQLAlchemy."""
+def test_several_hosts_may_be_in_the_query(url: str, hosts: str, ports: str) -> None:
+    """In the form of libpq, which allows one port for all hosts, or of SQLAlchemy."""
     parsed = parse_database_url(SecretStr(url))
     assert (parsed.query["host"], parsed.query["port"]) == (hosts, ports)
     (_, options) = create_engine(parsed).dialect.create_connect_args(parsed)
@@ -261,7 +262,7 @@ def test_several_hosts_may_stand_in_the_query(url: str, hosts: str, ports: str) 
     ],
 )
 def test_errors_in_a_list_of_hosts_are_reported(rest: str, reason: str) -> None:
-    """Before a connection is tried to a host of such a name; nothing of the password is shown."""
+    """No connection is tried, and no part of the password is shown."""
     with pytest.raises(SettingsError, match=f"^DATABASE_URL: .*{reason}") as caught:
         parse_database_url(SecretStr(f"postgresql://{rest}"))
     assert "s3c" not in str(caught.value)

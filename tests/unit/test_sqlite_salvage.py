@@ -1,4 +1,4 @@
-"""Every row that a damaged SQLite file and its write-ahead log still hold is found, and no damage raises."""
+"""Salvage of a damaged SQLite file and its write-ahead log: it reads every readable row, and no damage raises."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _TABLE = """CREATE TABLE entries (
 
 
 def _event(position: int, length: int) -> str:
-    """Text that names its position at least every 13 bytes, so that a page shows the entries that it carries."""
+    """Return a text that repeats its position at least every 13 bytes, so that a page shows which entries it has."""
     marker = f"<{position:06d}>ü—"
     return (marker * (length // 13 + 1))[:length]
 
 
 def _length(position: int) -> int:
-    """About 900 characters; each 40th entry has overflow pages."""
+    """Return about 900 characters, but 20,000 for each 40th entry, which has overflow pages."""
     return 20_000 if position % 40 == 7 else 850 + position % 100
 
 
@@ -44,7 +44,7 @@ def _append(db: sqlite3.Connection, positions: Iterable[int], length: Callable[[
 
 
 def _opened(path: Path, *, page_bytes: int = _PAGE) -> sqlite3.Connection:
-    """A new database in WAL mode whose log is copied into the file by `_checkpoint` only."""
+    """Create a database in WAL mode, whose log only `_checkpoint` copies into the file."""
     db = sqlite3.connect(path)
     db.execute(f"PRAGMA page_size = {page_bytes}")
     db.execute("PRAGMA journal_mode = WAL")
@@ -59,7 +59,7 @@ def _checkpoint(db: sqlite3.Connection, mode: str = "TRUNCATE") -> None:
 
 
 def _copied(path: Path, to: Path) -> Path:
-    """Of a database that is open; closing it would remove its log."""
+    """Copy the files of an open database, because closing it would remove its log."""
     to.mkdir(exist_ok=True)
     for source in (path, _wal(path)):
         if source.exists():
@@ -90,10 +90,10 @@ def _overwrite(path: Path, offset: int, data: bytes) -> None:
 
 
 def _positions_within(path: Path, start: int, end: int, *, page_bytes: int = _PAGE) -> set[int]:
-    """Entries that have a part in one of the pages that the bytes from `start` to `end` touch."""
+    """Return the entries of which a part is in the pages of the bytes from `start` to `end`."""
     with path.open("rb") as file:
-        file.seek(start // page_bytes * page_bytes)
-        data = file.read(-(-end // page_bytes) * page_bytes - file.tell())
+        first = file.seek(start // page_bytes * page_bytes)
+        data = file.read(-(-end // page_bytes) * page_bytes - first)
     return {int(position) for position in re.findall(rb"<(\d{6})>", data)}
 
 
@@ -119,24 +119,24 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[Recor
 
 @pytest.fixture
 def whole(path: Path, made_once: tuple[Path, set[Record]]) -> tuple[Path, set[Record]]:
-    """A file of 600 entries without a log, and the entries as records."""
+    """File of 600 entries without a log, and the entries as records."""
     shutil.copy(made_once[0], path)
     return path, made_once[1]
 
 
 @pytest.mark.parametrize("page_bytes", [512, 1024, 4096, 65536])
-def test_an_intact_file_gives_each_row_once(path: Path, page_bytes: int) -> None:
-    """The rows of every table, the schema's own included, with overflow pages or without."""
+def test_each_row_of_an_intact_file_is_read_once(path: Path, page_bytes: int) -> None:
+    """Rows of every table and of the schema, with and without overflow pages."""
     with closing(_opened(path, page_bytes=page_bytes)) as db:
         _append(db, range(1, 200), lambda n: 2_000_000 if n % 90 == 5 else _length(n))
-        _append(db, range(200, 240), lambda n: n - 200)  # empty text too
+        _append(db, range(200, 240), lambda n: n - 200)  # including an empty text
         expected = _selected(db)
     assert not _wal(path).exists()
     assert Counter(readable_records(path)) == expected
 
 
-def test_payloads_of_every_length_around_the_limits_of_a_page_are_read(path: Path) -> None:
-    """The rule that splits a payload between its leaf and its overflow pages has three cases."""
+def test_payloads_of_every_length_near_the_limits_of_a_page_are_read(path: Path) -> None:
+    """SQLite splits a payload between its leaf and its overflow pages in three ways."""
     with closing(_opened(path)) as db:
         lengths = [*range(3900, 4140), *range(4480, 4700), *range(8000, 8300), *range(12_200, 12_400)]
         _append(db, range(1, 1 + len(lengths)), lambda n: lengths[n - 1])
@@ -144,7 +144,7 @@ def test_payloads_of_every_length_around_the_limits_of_a_page_are_read(path: Pat
     assert Counter(readable_records(path)) == expected
 
 
-def test_values_of_every_type_read_as_select_gives_them(path: Path) -> None:
+def test_values_of_every_type_equal_those_of_select(path: Path) -> None:
     integers = [sign * (2**bits + step) for bits in (0, 7, 15, 23, 31, 47, 62) for step in (-1, 0) for sign in (1, -1)]
     values = [None, *integers, 2**63 - 1, -(2**63), 0.1, -1e300, 3.0, "", "ü—😀", "a\0b", b"", b"\xff" * 5000, b"\0"]
     with closing(sqlite3.connect(path)) as db:
@@ -161,7 +161,7 @@ def test_values_of_every_type_read_as_select_gives_them(path: Path) -> None:
     assert [types[n] for n in range(1000, 1000 + len(values))] == [type(value) for value in values]
 
 
-def test_a_record_whose_header_is_longer_than_its_part_in_the_leaf_is_read(path: Path) -> None:
+def test_a_record_whose_header_extends_into_overflow_pages_is_read(path: Path) -> None:
     names = [f"c{n}" for n in range(900)]
     with closing(_opened(path, page_bytes=512)) as db:
         db.execute(f"CREATE TABLE wide ({', '.join(names)})")
@@ -174,7 +174,7 @@ def test_a_record_whose_header_is_longer_than_its_part_in_the_leaf_is_read(path:
 def test_pages_with_reserved_bytes_are_read(path: Path) -> None:
     """Some builds of SQLite reserve bytes at the end of each page."""
     with closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA user_version = 1")  # writes page 1
+        db.execute("PRAGMA user_version = 1")  # makes SQLite write page 1
     _overwrite(path, 20, bytes([32]))
     _overwrite(path, 105, struct.pack(">H", _PAGE - 32))
     with closing(sqlite3.connect(path)) as db:
@@ -186,7 +186,7 @@ def test_pages_with_reserved_bytes_are_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpointed", [0, 300])
-def test_rows_that_only_the_log_holds_are_read_and_replace_older_ones(path: Path, checkpointed: int) -> None:
+def test_rows_in_the_log_are_read_and_replace_older_ones(path: Path, checkpointed: int) -> None:
     with closing(_opened(path)) as db:
         if checkpointed:
             _append(db, range(1, 1 + checkpointed))
@@ -201,8 +201,8 @@ def test_rows_that_only_the_log_holds_are_read_and_replace_older_ones(path: Path
     assert Counter(readable_records(copy)) == expected
 
 
-def test_pages_of_an_earlier_round_of_the_log_are_not_read(path: Path) -> None:
-    """After a checkpoint SQLite writes the log from its start again and leaves the rest as it was."""
+def test_frames_from_before_a_restart_of_the_log_are_not_read(path: Path) -> None:
+    """After a checkpoint SQLite overwrites the log from its start and leaves the old frames behind."""
     with closing(_opened(path)) as db:
         _append(db, range(1, 200))
         with db:
@@ -220,7 +220,7 @@ def test_a_transaction_without_its_commit_is_not_read(path: Path) -> None:
     with closing(_opened(path)) as db:
         _append(db, range(1, 50))
         expected = _entries(_selected(db))
-        db.execute("PRAGMA cache_size = 5")  # the transaction is longer than the cache, so the log has a part of it
+        db.execute("PRAGMA cache_size = 5")  # the transaction exceeds the cache, so a part of it is in the log
         size = _wal(path).stat().st_size
         db.execute("BEGIN")
         for n in range(50, 150):
@@ -231,7 +231,7 @@ def test_a_transaction_without_its_commit_is_not_read(path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_of_a_file_with_20_kb_of_garbage_all_other_rows_are_found(whole: tuple[Path, set[Record]], seed: int) -> None:
+def test_all_rows_outside_20_kb_of_garbage_are_read(whole: tuple[Path, set[Record]], seed: int) -> None:
     path, rows = whole
     dice = random.Random(seed)
     start = dice.randrange(path.stat().st_size - 20_000)
@@ -254,7 +254,7 @@ def test_of_a_file_with_20_kb_of_garbage_all_other_rows_are_found(whole: tuple[P
     ids=["magic", "fractions", "page"],
 )
 def test_a_file_without_its_first_page_is_read(path: Path, page_bytes: int, damage: bytes) -> None:
-    """The page size is then found by trying."""
+    """The page size is found by trial."""
     with closing(_opened(path, page_bytes=page_bytes)) as db:
         _append(db, range(1, 600))
         _checkpoint(db)
@@ -263,7 +263,7 @@ def test_a_file_without_its_first_page_is_read(path: Path, page_bytes: int, dama
     assert _entries(readable_records(path)) == expected
 
 
-def test_without_roots_and_inner_pages_every_leaf_is_found(whole: tuple[Path, set[Record]]) -> None:
+def test_every_leaf_is_read_without_root_and_interior_pages(whole: tuple[Path, set[Record]]) -> None:
     path, rows = whole
     inner = _pages_of_type(path, 5)
     assert inner
@@ -276,10 +276,8 @@ def test_without_roots_and_inner_pages_every_leaf_is_found(whole: tuple[Path, se
 
 
 @pytest.mark.parametrize("damage", [b"\xff" * 9, b"\0\5\0", b"\1\5\1", b"\2\5\2\1", b"\2\5\2\x0a"])
-def test_a_cell_that_cannot_be_read_leaves_the_others_of_its_page(
-    whole: tuple[Path, set[Record]], damage: bytes
-) -> None:
-    """A payload without an end, of nothing, without columns, longer or of a type that does not exist."""
+def test_an_unreadable_cell_loses_only_its_own_row(whole: tuple[Path, set[Record]], damage: bytes) -> None:
+    """Its payload has no end, is empty, has no columns, is too long or has an unknown type."""
     path, _ = whole
     rows = set(readable_records(path))
     page = _pages_of_type(path, 0x0D)[20] * _PAGE
@@ -295,14 +293,14 @@ def test_a_cell_that_cannot_be_read_leaves_the_others_of_its_page(
 
 
 @pytest.mark.parametrize("text", [b"\xff", b"\xc3"])
-def test_a_row_whose_text_is_not_utf_8_is_left_out(whole: tuple[Path, set[Record]], text: bytes) -> None:
+def test_a_row_whose_text_is_not_utf_8_is_skipped(whole: tuple[Path, set[Record]], text: bytes) -> None:
     path, rows = whole
     _overwrite(path, path.read_bytes().index(b"<000033>") + 1, text)
     assert rows - _entries(readable_records(path)) == {row for row in rows if row.rowid == 33}
 
 
 @pytest.mark.parametrize("cut", [1, 100, 2047, 4095, 20_001, 333_333])
-def test_of_a_file_that_was_cut_off_the_rows_before_are_found(whole: tuple[Path, set[Record]], cut: int) -> None:
+def test_the_rows_before_the_end_of_a_truncated_file_are_read(whole: tuple[Path, set[Record]], cut: int) -> None:
     path, rows = whole
     size = path.stat().st_size
     lost = _positions_within(path, size - cut, size)
@@ -313,7 +311,7 @@ def test_of_a_file_that_was_cut_off_the_rows_before_are_found(whole: tuple[Path,
 
 
 @pytest.mark.parametrize("end", range(200, 4096, 333))
-def test_of_a_leaf_that_was_cut_off_the_whole_cells_are_read(whole: tuple[Path, set[Record]], end: int) -> None:
+def test_a_truncated_leaf_gives_no_wrong_row(whole: tuple[Path, set[Record]], end: int) -> None:
     path, rows = whole
     leaf = next(
         n for n in _pages_of_type(path, 0x0D)[20:] if len(_positions_within(path, n * _PAGE, n * _PAGE + 1)) > 2
@@ -341,12 +339,12 @@ def log_made_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, _Comm
 
 @pytest.fixture
 def logged(tmp_path: Path, log_made_once: tuple[Path, _Commits]) -> tuple[Path, _Commits]:
-    """100 entries in the file and as many more in its log; with the length of the log after each commit."""
+    """File of 100 entries with 100 more in its log, and the length of the log and the rows after each commit."""
     return _copied(log_made_once[0], tmp_path / "logged"), log_made_once[1]
 
 
 @pytest.mark.parametrize("cut", [1, 4119, 4121, 50_001, 250_000, 10**9])
-def test_of_a_log_that_was_cut_off_the_commits_before_are_read(logged: tuple[Path, _Commits], cut: int) -> None:
+def test_the_commits_before_the_end_of_a_truncated_log_are_read(logged: tuple[Path, _Commits], cut: int) -> None:
     copy, commits = logged
     size = max(0, _wal(copy).stat().st_size - cut)
     os.truncate(_wal(copy), size)
@@ -355,7 +353,7 @@ def test_of_a_log_that_was_cut_off_the_commits_before_are_read(logged: tuple[Pat
 
 @pytest.mark.parametrize("at", [0, 3, 9, 17, 25, 32, 37, 41, 50, 500, *range(3001, 600_000, 40_009)])
 def test_a_log_with_a_flipped_bit_loses_one_or_two_frames(logged: tuple[Path, _Commits], at: int) -> None:
-    """SQLite itself drops all that follows."""
+    """SQLite itself would ignore all frames after it."""
     copy, commits = logged
     _overwrite(_wal(copy), at, bytes([_wal(copy).read_bytes()[at] ^ 1]))
 
@@ -368,7 +366,9 @@ def test_a_log_with_a_flipped_bit_loses_one_or_two_frames(logged: tuple[Path, _C
 
 
 @pytest.mark.parametrize("damage", [random.Random(3).randbytes(20_000), bytes(20_000)], ids=["garbage", "zeros"])
-def test_a_log_without_its_start_is_read_from_where_it_is_whole(logged: tuple[Path, _Commits], damage: bytes) -> None:
+def test_a_log_with_a_damaged_start_is_read_from_its_first_intact_frame(
+    logged: tuple[Path, _Commits], damage: bytes
+) -> None:
     copy, commits = logged
     lost = _positions_within(_wal(copy), 0, 30_000, page_bytes=1)
     _overwrite(_wal(copy), 0, damage)
@@ -382,10 +382,8 @@ def test_a_log_without_its_start_is_read_from_where_it_is_whole(logged: tuple[Pa
     ("grows", "kept"),
     [(True, 0), (True, 100), (False, 100), (False, -_PAGE - 24), (True, None), (False, None)],
 )
-def test_rows_that_were_copied_into_the_file_are_found_beside_a_damaged_log(
-    path: Path, grows: bool, kept: int | None
-) -> None:
-    """The file may be newer than what remains of the log: cut between two commits, within one, or zeros inside."""
+def test_checkpointed_rows_are_read_beside_a_damaged_log(path: Path, grows: bool, kept: int | None) -> None:
+    """The file may be newer than the rest of the log, which ends after or within a commit, or has zeros inside."""
     with closing(_opened(path)) as db:
         _append(db, range(1, 101))
         if not grows:
@@ -407,8 +405,8 @@ def test_rows_that_were_copied_into_the_file_are_found_beside_a_damaged_log(
     assert _entries(readable_records(copy)) >= expected
 
 
-def test_a_newer_log_beside_an_older_file_hides_no_row_of_either(path: Path) -> None:
-    """A backup was put back with cp, and the log stayed."""
+def test_the_rows_of_an_older_file_and_of_a_newer_log_are_read(path: Path) -> None:
+    """A backup was restored with `cp`, but the log was not removed."""
     with closing(_opened(path)) as db:
         _append(db, range(1, 101))
         _checkpoint(db)
@@ -426,7 +424,7 @@ def test_a_newer_log_beside_an_older_file_hides_no_row_of_either(path: Path) -> 
 
 @pytest.mark.parametrize("page_bytes", [4096, 1024])
 @pytest.mark.parametrize("entries", [30, 300])
-def test_the_log_of_another_file_hides_no_row(path: Path, page_bytes: int, entries: int) -> None:
+def test_the_rows_of_a_file_and_of_the_log_of_another_file_are_read(path: Path, page_bytes: int, entries: int) -> None:
     other = path.with_name("other.db")
     with closing(_opened(path)) as db, closing(_opened(other, page_bytes=page_bytes)) as other_db:
         _append(db, range(1, 101))
@@ -439,10 +437,10 @@ def test_the_log_of_another_file_hides_no_row(path: Path, page_bytes: int, entri
 
 
 @pytest.mark.parametrize(("page", "follower"), [(0, "itself"), (0, 0), (0, 1), (1, 2**32 - 1), (-1, 20)])
-def test_a_row_with_a_wrong_overflow_chain_is_left_out(
+def test_a_row_with_a_wrong_overflow_chain_is_skipped(
     whole: tuple[Path, set[Record]], page: int, follower: int | str
 ) -> None:
-    """A chain that is a circle, ends early, leads out of the file or goes on behind its end."""
+    """The chain is a cycle, ends early, leads out of the file or continues after its end."""
     path, rows = whole
     content = path.read_bytes()
     chain = [
@@ -456,8 +454,8 @@ def test_a_row_with_a_wrong_overflow_chain_is_left_out(
     assert rows - _entries(readable_records(path)) == {row for row in rows if row.rowid == 47}
 
 
-def test_a_record_of_more_columns_than_sqlite_has_is_left_out(path: Path) -> None:
-    """Its values would take many times the memory of its payload."""
+def test_a_record_with_more_columns_than_sqlite_allows_is_skipped(path: Path) -> None:
+    """Its values would need many times the memory of its payload."""
     with closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE t (value)")
         db.execute("INSERT INTO t VALUES (zeroblob(?)), ('next')", (2_000_000,))
@@ -475,7 +473,7 @@ def _varint_of(number: int) -> bytes:
     return bytes(parts)
 
 
-def test_a_long_chain_that_is_a_circle_is_followed_once(path: Path, reads: list[int]) -> None:
+def test_a_long_cyclic_chain_is_followed_once(path: Path, reads: list[int]) -> None:
     with closing(_opened(path)) as db:
         _append(db, [1], lambda _: 2_000_000)
     content = path.read_bytes()
@@ -486,7 +484,7 @@ def test_a_long_chain_that_is_a_circle_is_followed_once(path: Path, reads: list[
     assert len(reads) < pages + 20
 
 
-def test_cell_pointers_that_are_all_the_same_give_one_row(whole: tuple[Path, set[Record]]) -> None:
+def test_identical_cell_pointers_give_one_row(whole: tuple[Path, set[Record]]) -> None:
     path, rows = whole
     page = _pages_of_type(path, 0x0D)[20] * _PAGE
     count, first = struct.unpack_from(">xxxHxxxH", path.read_bytes(), page)
@@ -497,7 +495,7 @@ def test_cell_pointers_that_are_all_the_same_give_one_row(whole: tuple[Path, set
     assert len(found) == len(rows) - count + 1
 
 
-def test_a_payload_of_more_than_64_mib_is_left_out(path: Path) -> None:
+def test_a_payload_of_more_than_64_mib_is_skipped(path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE t (value)")
         db.execute("INSERT INTO t VALUES (zeroblob(?)), ('next')", (64 * 2**20,))
@@ -507,7 +505,7 @@ def test_a_payload_of_more_than_64_mib_is_left_out(path: Path) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The offset of each read."""
+    """Offsets of all reads of a file."""
     made: list[int] = []
     original = os.pread
 
@@ -520,7 +518,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_no_damage_raises_or_takes_long(path: Path, reads: list[int]) -> None:
-    """Random bytes, zeros and moved pages, in 300 ways, in the file and its log."""
+    """300 random combinations of random bytes, zeros and moved pages in the file and its log."""
     with closing(_opened(path)) as db:
         _append(db, range(1, 80))
         _checkpoint(db)
@@ -544,7 +542,7 @@ def _damaged(content: bytes, dice: random.Random) -> bytes:
         length = min(dice.choice([1, 2, 8, 100, 4096, 30_000]), len(data))
         at = dice.randrange(len(data) - length + 1)
         if dice.random() < 0.3:
-            at = at // _PAGE * _PAGE  # headers of pages
+            at = at // _PAGE * _PAGE  # damage the header of a page
         elsewhere = dice.randrange(len(data) - length + 1) // _PAGE * _PAGE
         kinds = [
             dice.randbytes(length),
@@ -563,7 +561,7 @@ def _damaged(content: bytes, dice: random.Random) -> bytes:
     + [random.Random(n).randbytes(200_000) for n in range(5)],
     ids=["empty", "one byte", "zeros", "ones", "text", *(f"random {n}" for n in range(5))],
 )
-def test_a_file_that_is_no_database_has_no_rows(path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_database_has_no_rows(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert list(readable_records(path)) == []
     shutil.copy(path, _wal(path))
@@ -579,14 +577,14 @@ def test_a_log_beside_an_empty_file_is_read(path: Path) -> None:
     assert Counter(readable_records(copy)) == expected
 
 
-def test_the_log_of_a_linked_file_is_beside_the_file_itself(tmp_path: Path, logged: tuple[Path, _Commits]) -> None:
+def test_a_link_to_a_file_is_read_with_the_log_beside_the_file(tmp_path: Path, logged: tuple[Path, _Commits]) -> None:
     copy, commits = logged
     link = tmp_path / "link.db"
     link.symlink_to(copy)
     assert _entries(readable_records(link)) == commits[-1][1]
 
 
-def test_pages_that_the_disk_cannot_read_are_left_out(
+def test_pages_that_the_disk_cannot_read_are_skipped(
     whole: tuple[Path, set[Record]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, rows = whole
@@ -610,7 +608,7 @@ def test_a_file_that_cannot_be_opened_raises(tmp_path: Path) -> None:
             list(readable_records(path))
 
 
-def test_memory_does_not_grow_with_the_file(path: Path) -> None:
+def test_memory_does_not_depend_on_the_size_of_the_file(path: Path) -> None:
     with closing(_opened(path)) as db:
         _append(db, range(1, 1500), lambda _: 2000)
         _checkpoint(db)

@@ -1,4 +1,4 @@
-"""What others wrote is shown letter by letter: it is no style, and nothing that steers the terminal."""
+"""Text from events is shown literally: it sets no style and cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -47,36 +47,36 @@ _SOURCE |= {
         (print_facts, {"reason": HOSTILE}),
     ],
 )
-def test_a_table_shows_what_others_wrote_as_it_is(show: Any, what: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Brackets close no style and begin none, colons name no picture, and a mark stands for each control."""
+def test_tables_show_text_literally(show: Any, what: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are not styles, colons are not emoji, and each control character is replaced by �."""
     show(what)
     out = capsys.readouterr().out
     assert SHOWN in out
     assert not {"\x1b", "\x9b"} & set(out)
 
 
-def test_the_question_of_a_market_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_market_question_is_shown_literally(capsys: pytest.CaptureFixture[str]) -> None:
     print_archives([_ARCHIVE | {"signals_data": [_SIGNAL]}])
     assert "[/x] Will [/b] win? [range 1-2] �[2J" in capsys.readouterr().out
 
 
-def test_letters_of_any_language_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    """Spaces that break no line and what joins letters and pictures steer nothing; what turns the line around does."""
+def test_letters_of_all_languages_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    """No-break spaces and joiners are kept too; the character that reverses the direction of text is replaced."""
     print_facts({"reason": "10\u00a0000 👩\u200d💻 نمی\u200cشود \u202e"})
     assert "10\u00a0000 👩\u200d💻 نمی\u200cشود �" in capsys.readouterr().out
 
 
-def test_json_says_the_same_and_steers_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Also what JSON itself would leave as it is: DEL, CSI in one character, lone surrogates, pictures of two."""
-    said = {"reason": "\x1b[2J \x7f \x9b \ud800 \u202e \U000e0001 ä 🌉"}
-    print_json(said)
+def test_json_output_keeps_its_value_and_controls_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Characters that JSON does not escape are escaped too: DEL, one-character CSI, lone surrogates, tags."""
+    value = {"reason": "\x1b[2J \x7f \x9b \ud800 \u202e \U000e0001 ä 🌉"}
+    print_json(value)
     out = capsys.readouterr().out
-    assert json.loads(out) == said
+    assert json.loads(out) == value
     assert "ä 🌉" in out
     assert all(character.isprintable() for character in out.replace("\n", ""))
 
 
-def test_an_events_text_is_shown_whole_and_steers_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Lines stay lines, and what was JSON is the same JSON."""
+def test_event_text_is_printed_completely_and_controls_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Line breaks are kept, and JSON keeps its value."""
     print_text('{"type":\n\t"[/x] \x9b"} \x1b[2J')
     assert capsys.readouterr().out == '{"type":\n\t"[/x] \\u009b"} \\u001b[2J\n'

@@ -1,4 +1,4 @@
-"""What other people's tests get: a history without servers that leaves nothing behind and reaches nothing real."""
+"""The fixture for tests of controllers: it needs no server, leaves nothing behind and reaches nothing real."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def _record(number: int = 0, **options: Any) -> Receipt:
     return create_daily_portfolio_snapshot(a_portfolio(), 1, timestamp=INSTANT + timedelta(seconds=number), **options)
 
 
-# ---- what was recorded
+# ---- recorded events
 
 
 def test_calls_without_a_producer_are_recorded_as_models_in_order(trading_history: FakeHistory) -> None:
-    """The controller's own code, unchanged; what workers would get, numbers in signals exact."""
+    """The controller's code is unchanged. Numbers in signals are exact, as workers receive them."""
     snapshot = _record()
     archive_current_signals([{"market_id": "1", "price": 0.1}], archived_at=INSTANT)
     _record(1)
@@ -61,13 +61,13 @@ def test_calls_without_a_producer_are_recorded_as_models_in_order(trading_histor
     assert archive.signals == [{"market_id": "1", "price": Decimal("0.1")}]
 
 
-def test_nothing_recorded_is_nothing(trading_history: FakeHistory) -> None:
-    """An empty history, not an error; a worker has nothing to do."""
+def test_a_history_without_events_is_empty(trading_history: FakeHistory) -> None:
+    """Neither `events` nor `work` raises an error."""
     assert (trading_history.events, trading_history.work()) == ([], [])
 
 
-def test_values_are_compared_as_they_are_recorded(trading_history: FakeHistory) -> None:
-    """A test may say what its controller said: floats, in amounts and in signals; the newest that fits is given."""
+def test_assertions_compare_values_as_they_are_recorded(trading_history: FakeHistory) -> None:
+    """A test may use the controller's floats, in amounts and in signals. The newest match is returned."""
     for number in range(2):
         _record(number)
     archive_current_signals([a_signal()], portfolio_id=1, archived_at=INSTANT)
@@ -78,17 +78,17 @@ def test_values_are_compared_as_they_are_recorded(trading_history: FakeHistory) 
 
 
 def test_a_failed_assertion_lists_the_recorded_events(trading_history: FakeHistory) -> None:
-    """Of the fields that were asked for; a field that does not exist is a mistake of the test."""
+    """It shows only the asserted fields. A field that does not exist is a TypeError."""
     with pytest.raises(AssertionError, match="^no PortfolioSnapshot was recorded$"):
         trading_history.assert_snapshot()
     _record()
-    told = (
-        "^no PortfolioSnapshot with balance=1, trade_count=2 was recorded, but 1:\n"
+    message = (
+        "^no PortfolioSnapshot with balance=1, trade_count=2 among the 1 recorded:\n"
         r"  balance=Decimal\('9900'\), trade_count=2$"
     )
-    with pytest.raises(AssertionError, match=told):
+    with pytest.raises(AssertionError, match=message):
         trading_history.assert_snapshot(balance=1, trade_count=2)
-    with pytest.raises(TypeError, match="^PortfolioSnapshot has no signals$"):
+    with pytest.raises(TypeError, match="^PortfolioSnapshot has no field signals$"):
         trading_history.assert_snapshot(signals=[])
     with pytest.raises(InvalidEvent, match="^balance: "):
         trading_history.assert_snapshot(balance="much")
@@ -97,8 +97,8 @@ def test_a_failed_assertion_lists_the_recorded_events(trading_history: FakeHisto
 # ---- Redis is down
 
 
-def test_recording_goes_on_while_redis_is_down_and_is_delivered_after_it(trading_history: FakeHistory) -> None:
-    """Also what was recorded by a producer that is closed by then."""
+def test_events_recorded_while_redis_is_down_are_delivered_after_it(trading_history: FakeHistory) -> None:
+    """Even those of a producer that is closed by then."""
     with trading_history.redis_down():
         first = _record()
         with HistoryProducer(name="evening-bot") as own:
@@ -113,11 +113,11 @@ def test_recording_goes_on_while_redis_is_down_and_is_delivered_after_it(trading
     assert (first.wait(0), second.source.split("/")[0]) == (1, "evening-bot")
 
 
-# ---- the worker's part
+# ---- the worker
 
 
-def test_a_worker_stores_a_fact_once_and_refuses_other_content(trading_history: FakeHistory) -> None:
-    """Rows are numbered in each table."""
+def test_a_worker_stores_a_fact_once_and_rejects_other_content(trading_history: FakeHistory) -> None:
+    """Each table numbers its rows from 1."""
     producer = trading_history.producer
     receipts = producer.record_many([a_snapshot(), an_archive(), a_snapshot(after=timedelta(1)), a_snapshot()])
     receipts.append(producer.record(a_snapshot(balance=1)))
@@ -130,26 +130,26 @@ def test_a_worker_stores_a_fact_once_and_refuses_other_content(trading_history: 
 
 
 def test_a_worker_rejects_chosen_events_for_a_given_reason(trading_history: FakeHistory) -> None:
-    """Everything, or what a function names; a function that fails leaves the event for the next try."""
+    """`reject` is a reason for all, or a function. If the function fails, the event stays for the next call."""
 
-    def unbelievable(event: Event) -> str | None:
-        return "balance: is not believed" if event.sequence == 2 else None
+    def implausible(event: Event) -> str | None:
+        return "balance: not plausible" if event.sequence == 2 else None
 
     receipts = [_record(number) for number in range(2)]
     with pytest.raises(ZeroDivisionError):
         trading_history.work(reject=lambda _: str(1 // 0))
-    trading_history.work(reject=unbelievable)
+    trading_history.work(reject=implausible)
     receipts.append(_record(2))
     trading_history.work(reject="no")
 
     assert receipts[0].wait(0) == 1
-    for receipt, reason in zip(receipts[1:], ("balance: is not believed", "no"), strict=True):
+    for receipt, reason in zip(receipts[1:], ("balance: not plausible", "no"), strict=True):
         with pytest.raises(EventRejected, match=f"was rejected: {reason}$"):
             receipt.wait(0)
 
 
-def test_code_that_waits_for_its_receipt_meets_a_worker(trading_history: FakeHistory) -> None:
-    """In the block only; an outage in it only delays, and a defect of the test is not swallowed."""
+def test_a_worker_runs_in_the_block_for_code_that_waits_for_its_receipt(trading_history: FakeHistory) -> None:
+    """An outage in the block only delays it. An error in `reject` is raised at the end of the block."""
     with trading_history.worker():
         assert _record().wait(10) == 1
         with trading_history.redis_down(), pytest.raises(TimeoutError):
@@ -161,12 +161,12 @@ def test_code_that_waits_for_its_receipt_meets_a_worker(trading_history: FakeHis
         trading_history.producer.flush(10)
 
 
-# ---- nothing real
+# ---- isolation from real servers
 
 
 @pytest.fixture
 def real_redis() -> Iterator[socket.socket]:
-    """What listens where the developer's Redis is; who connects is there to be accepted."""
+    """A socket that listens in place of the developer's Redis. A test can see whether anything has connected."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.setblocking(False)
         yield listening
@@ -175,7 +175,7 @@ def real_redis() -> Iterator[socket.socket]:
 def test_neither_arguments_nor_settings_lead_to_a_real_redis_or_outbox(
     real_redis: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not the environment, before and while it is open, nor .env, nor a client and a path of the caller's own."""
+    """Neither the environment before and in the block, nor .env, nor the client and path that the caller passes."""
     url, outbox = f"redis://127.0.0.1:{real_redis.getsockname()[1]}/0", tmp_path / "real.db"
     Path(".env").write_text(f"REDIS_URL={url}\nHISTORY_OUTBOX={outbox}\nHISTORY_TIMEZONE=nonsense\n", "utf-8")
     monkeypatch.setenv("REDIS_URL", url)
@@ -193,8 +193,8 @@ def test_neither_arguments_nor_settings_lead_to_a_real_redis_or_outbox(
         real_redis.accept()
 
 
-def test_a_producer_made_before_records_here_and_is_itself_again(tmp_path: Path) -> None:
-    """As one that a module makes when it is imported; what it had pending is not touched."""
+def test_a_producer_made_before_is_redirected_only_in_the_block(tmp_path: Path) -> None:
+    """For example one that a module makes on import. Its pending entries stay in its outbox."""
     path = tmp_path / "own.db"
     with HistoryProducer(Redis(port=1), outbox=path, name="early", queue="own") as early:
         _record(producer=early)
@@ -217,16 +217,16 @@ def test_a_producer_made_before_records_here_and_is_itself_again(tmp_path: Path)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_child_processes_record_here_too(trading_history: FakeHistory) -> None:
-    """Forked or started: the environment leads them to this outbox, and this process carries what they record."""
+def test_child_processes_record_to_the_same_outbox(trading_history: FakeHistory) -> None:
+    """Forked or spawned: the environment names this outbox, and this process delivers their events."""
 
-    def record_and_hand_over() -> None:
+    def record_and_flush() -> None:
         _record()
-        assert trading_history.producer.flush(1) == 1  # its copy of the fake Redis is of no use
+        assert trading_history.producer.flush(1) == 1  # no relay runs in a forked child
         with pytest.raises(HistoryError, match="forked child"):
             trading_history.work()
 
-    assert in_child(record_and_hand_over) == 0
+    assert in_child(record_and_flush) == 0
     subprocess.run([sys.executable, "-c", CHILD], check=True, timeout=60)
     assert sorted(str(outcome) for outcome in trading_history.work()) == ["stored:1", "stored:2"]
 
@@ -235,8 +235,8 @@ def _redis_url() -> str | None:
     return os.environ.get("REDIS_URL")
 
 
-def test_a_fork_server_that_runs_already_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its children would have the environment that it was started with; afterwards it is there again."""
+def test_a_fork_server_that_already_runs_is_not_used_in_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its children would have the environment from before. After the block it is used again."""
     monkeypatch.setenv("REDIS_URL", "redis://real")
     context = multiprocessing.get_context("forkserver")
 
@@ -255,11 +255,11 @@ def test_a_fork_server_that_runs_already_is_not_used(monkeypatch: pytest.MonkeyP
         forkserver._forkserver._stop()  # type: ignore[attr-defined]  # not in its stubs
 
 
-# ---- nothing left
+# ---- clean-up
 
 
 def test_a_thread_that_outlives_the_test_records_nothing(tmp_path: Path) -> None:
-    """By no producer, neither a new nor an old one; in the next test it is code under test again."""
+    """Neither with a new producer nor with an old one. In the next block it can record again."""
     with HistoryProducer(Redis(port=1), outbox=tmp_path / "own.db") as early, ThreadPoolExecutor(1) as pool:
         with FakeHistory() as history:
             pool.submit(_record).result(10)
@@ -276,7 +276,7 @@ def test_a_thread_that_outlives_the_test_records_nothing(tmp_path: Path) -> None
 
 
 def test_closing_leaves_no_thread_no_variable_and_no_shared_producer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the test did, and however it ended; what was made in it refuses to go on."""
+    """Even if the test fails. Producers that were made in it are closed."""
     monkeypatch.setenv("HISTORY_QUEUE", "mine")
     threads, variables = set(threading.enumerate()), dict(os.environ)
     made: list[HistoryProducer] = []
@@ -301,8 +301,8 @@ def test_closing_leaves_no_thread_no_variable_and_no_shared_producer(monkeypatch
         assert history.producer not in made
 
 
-def test_a_test_may_redirect_to_a_client_and_a_file_of_its_own(tmp_path: Path) -> None:
-    """Once at a time; when it has failed in the block, too, all is as before."""
+def test_redirect_takes_a_client_and_a_file(tmp_path: Path) -> None:
+    """Only one redirection is active at a time, and one that fails is undone."""
     client = FakeRedis()
 
     def fail() -> None:
@@ -325,23 +325,23 @@ def test_a_test_may_redirect_to_a_client_and_a_file_of_its_own(tmp_path: Path) -
         assert _record(1).sequence == 2
 
 
-def test_no_producer_imports_code_that_is_meant_for_tests() -> None:
+def test_producers_do_not_import_code_for_tests() -> None:
     script = "import producers.trading_controller, producers.relay_process, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60)
     unwanted = {"producers.testing", "producers.child_environment", "producers.fake_worker", "fakeredis"}
     assert not unwanted & set(loaded.stdout.split())
 
 
-def test_only_one_is_open_at_a_time(trading_history: FakeHistory) -> None:
-    """A second one would take the first one's producers."""
+def test_only_one_fake_history_is_open_at_a_time(trading_history: FakeHistory) -> None:
+    """A second one would redirect the producers of the first."""
     with pytest.raises(HistoryError, match="^another FakeHistory is active"), FakeHistory():
         pass
     _record()
     assert len(trading_history.events) == 1
 
 
-def test_a_clock_that_stands_still_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests freeze time: neither the worker nor the end waits for it to go on."""
+def test_a_stopped_clock_blocks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests stop the clock: neither the worker nor the end of the block waits for it."""
     with FakeHistory() as history:
         monkeypatch.setattr(time, "monotonic", lambda: 1.0)
         monkeypatch.setattr(time, "time", lambda: 1.0)
@@ -352,8 +352,8 @@ def test_a_clock_that_stands_still_holds_nothing_up(monkeypatch: pytest.MonkeyPa
             _record(1)
 
 
-def test_the_zone_is_the_one_of_the_test(trading_history: FakeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HISTORY_TIMEZONE counts, if it is set before the first call."""
+def test_a_test_can_set_the_time_zone(trading_history: FakeHistory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HISTORY_TIMEZONE is read at the first call."""
     monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
     create_daily_portfolio_snapshot({"balance": 1}, timestamp=datetime(2026, 1, 1))
     assert trading_history.snapshots[0].timestamp.utcoffset() == timedelta(hours=9)
@@ -362,8 +362,8 @@ def test_the_zone_is_the_one_of_the_test(trading_history: FakeHistory, monkeypat
 # ---- the plugin
 
 
-def test_the_plugin_imports_nothing_for_those_who_do_not_use_it() -> None:
-    """Every run of pytest in the environment loads it."""
+def test_the_plugin_imports_nothing_before_the_fixture_is_used() -> None:
+    """Every run of pytest in the environment loads the plugin."""
     script = (
         "import pytest, sys; had = set(sys.modules); import producers.pytest_plugin; print(*set(sys.modules) - had)"
     )
@@ -371,10 +371,10 @@ def test_the_plugin_imports_nothing_for_those_who_do_not_use_it() -> None:
     assert set(loaded.stdout.split()) == {"producers", "producers.pytest_plugin"}
 
 
-def test_without_fakeredis_the_fixture_says_what_to_install(
+def test_without_fakeredis_the_fixture_names_the_package_to_install(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one line, in the test that asked for it."""
+    """The test that uses the fixture fails with one line."""
     monkeypatch.setitem(sys.modules, "fakeredis", None)
     for module in ("producers.testing", "producers.child_environment"):
         monkeypatch.delitem(sys.modules, module)
@@ -382,10 +382,8 @@ def test_without_fakeredis_the_fixture_says_what_to_install(
         request.getfixturevalue("trading_history")
 
 
-def test_a_test_that_changes_our_variables_leaves_them_as_they_were(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its monkeypatch is undone after the fixture, and must not put back what the fixture had set."""
+def test_variables_that_a_test_changes_are_restored(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """monkeypatch is undone after the fixture, and must not restore the values of the fixture."""
     monkeypatch.setenv("REDIS_URL", "redis://mine")
     pytester.makepyfile("""
         import os
@@ -395,10 +393,10 @@ def test_a_test_that_changes_our_variables_leaves_them_as_they_were(
     pytester.runpytest_inprocess().assert_outcomes(passed=2)
 
 
-def test_a_test_that_undoes_its_monkeypatch_stays_redirected_and_leaves_all_as_it_was(
+def test_a_test_that_undoes_its_monkeypatch_stays_redirected_and_restores_the_variables(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the environment had, and what it had not, so that .env would count again."""
+    """A variable that was not set is removed, so that .env applies again."""
     monkeypatch.setenv("REDIS_URL", "redis://mine")
     pytester.makepyfile("""
         import os

@@ -1,4 +1,4 @@
-"""The two calls of a trading cycle: what they make of the controller's dict and of the signals' sources."""
+"""The two calls of a trading cycle: the dict of a controller, and the sources of signals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archi
 
 @pytest.fixture
 def local_zone() -> Iterator[None]:
-    """This machine stands in Kathmandu, 5 hours and 45 minutes ahead of UTC all year."""
+    """Set this machine's zone to Kathmandu, 5:45 hours ahead of UTC all year."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TZ", "Asia/Kathmandu")
         time.tzset()
@@ -41,7 +41,7 @@ def local_zone() -> Iterator[None]:
 
 @pytest.fixture
 def snapshot_of(trading_history: FakeHistory) -> Callable[..., PortfolioSnapshot]:
-    """Record a portfolio, and read back what workers get."""
+    """A function that records a portfolio and returns the snapshot that workers receive."""
 
     def record(portfolio: Any, portfolio_id: int | None = None, **options: Any) -> PortfolioSnapshot:
         create_daily_portfolio_snapshot(portfolio, portfolio_id, **options)
@@ -52,7 +52,7 @@ def snapshot_of(trading_history: FakeHistory) -> Callable[..., PortfolioSnapshot
 
 @pytest.fixture
 def archive_of(trading_history: FakeHistory) -> Callable[..., SignalArchive]:
-    """Archive signals, and read back what workers get."""
+    """A function that archives signals and returns the archive that workers receive."""
 
     def record(*signals: Any, **options: Any) -> SignalArchive:
         assert archive_current_signals(*signals, **options) is not None
@@ -71,33 +71,34 @@ def _portfolio_without(*names: str) -> dict[str, Any]:
 # ---- snapshots
 
 
-def test_the_controllers_dict_becomes_a_snapshot(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
-    """Amounts without float noise, total value derived, open positions counted, other keys ignored."""
+def test_the_dict_of_a_controller_becomes_a_snapshot(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
+    """Amounts are rounded, total_value is derived, open positions are counted, other keys are ignored."""
     assert snapshot_of(a_portfolio(), 7, timestamp=INSTANT) == a_snapshot(
         balance=9900, total_invested=100, total_profit_loss="87.35", total_value="9987.35", portfolio_id=7
     )
 
 
-def test_a_receipt_names_the_recorded_event(trading_history: FakeHistory) -> None:
-    """Id, source and sequence of both calls are those of the events in the outbox."""
+def test_a_receipt_has_the_attributes_of_the_recorded_event(trading_history: FakeHistory) -> None:
+    """Its id, source and sequence are those in the outbox, for both calls."""
     snapshot = create_daily_portfolio_snapshot(a_portfolio(), 1, timestamp=INSTANT)
     archive = archive_current_signals([a_signal()], portfolio_id=1, archived_at=INSTANT)
     assert archive is not None
 
     assert (snapshot.event_id, archive.event_id) == (a_snapshot().event_id, an_archive().event_id)
-    told = [(receipt.event_id, receipt.source, receipt.sequence) for receipt in (snapshot, archive)]
-    assert told == [(event.id, event.source, event.sequence) for event in trading_history.events]
+    received = [(receipt.event_id, receipt.source, receipt.sequence) for receipt in (snapshot, archive)]
+    assert received == [(event.id, event.source, event.sequence) for event in trading_history.events]
     assert (snapshot.sequence, archive.sequence) == (1, 2)
 
 
 @pytest.mark.parametrize("balance", ["balance", "current_balance"])
-def test_a_missing_number_counts_as_zero(snapshot_of: Callable[..., PortfolioSnapshot], balance: str) -> None:
-    """All but the balance."""
+def test_other_missing_numbers_than_the_balance_are_0(
+    snapshot_of: Callable[..., PortfolioSnapshot], balance: str
+) -> None:
     zeros: dict[str, Any] = dict.fromkeys(PortfolioSnapshot.model_fields.keys() - _NO_NUMBERS, 0)
     assert snapshot_of({balance: 0}, timestamp=INSTANT) == a_snapshot(**zeros, portfolio_id=None)
 
 
-class _Odd:
+class _Unprintable:
     """A key that can be neither printed nor sorted."""
 
     def __repr__(self) -> str:
@@ -118,16 +119,16 @@ class _Odd:
         (_portfolio_without("balance", "created_at", "last_updated", "positions"), None),
         ({"\x1b[31m\n": 1, "\ud800": 2, "k" * 1000: 3}, f"'\\x1b[31m\\n', '\\ud800', '{'k' * 39}…'"),
         ({None: 1, 10**5000: 2, b"balance": 3, Decimal(4): 5}, "(NoneType), (int), (bytes), (decimal.Decimal)"),
-        ({_Odd(): 1}, f"({__name__}._Odd)"),
+        ({_Unprintable(): 1}, f"({__name__}._Unprintable)"),
         (dict.fromkeys(range(5000), 0), f"{', '.join(['(int)'] * 10)} and 4990 more"),
         ({f"k{n}": n for n in range(11)}, ", ".join(f"'k{n}'" for n in range(10)) + " and 1 more"),
     ],
     ids=["empty", "error", "nested", "other names", "typo", "case", "all but the balance", *"abcde"],
 )
-def test_a_mapping_without_a_balance_is_no_portfolio(
+def test_a_mapping_without_a_balance_is_invalid(
     trading_history: FakeHistory, portfolio: dict[Any, Any], keys: str | None
 ) -> None:
-    """An error's answer must not become a row of zeros; the message has the keys that were found, and no value."""
+    """An API's error response must not become a row of zeros. The message lists the keys, and no value."""
     with pytest.raises(InvalidEvent) as caught:
         create_daily_portfolio_snapshot(portfolio)
     keys = keys or "'total_invested', 'total_profit_loss', 'trade_count'"
@@ -147,7 +148,7 @@ def test_a_mapping_without_a_balance_is_no_portfolio(
 def test_the_balance_may_be_called_current_balance(
     snapshot_of: Callable[..., PortfolioSnapshot], names: dict[str, int], balance: int
 ) -> None:
-    """balance wins, also when it is 0."""
+    """`balance` takes precedence, even if it is 0."""
     assert snapshot_of(_portfolio_without("balance") | names).balance == balance
 
 
@@ -164,15 +165,15 @@ def test_the_balance_may_be_called_current_balance(
         ),
     ],
 )
-def test_the_total_value_is_the_given_one_or_the_sum(
+def test_a_missing_total_value_is_balance_plus_profit_loss(
     snapshot_of: Callable[..., PortfolioSnapshot], portfolio: dict[str, Any], total: str
 ) -> None:
-    """Without total_value it is balance + total_profit_loss, exactly."""
+    """The sum is exact. A given total_value is not changed."""
     assert snapshot_of(portfolio).total_value == Decimal(total)
 
 
 def test_the_sum_is_exact_in_any_decimal_context(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
-    """A controller may have set a lower precision for its own sums."""
+    """A controller may set a lower precision for its own calculations."""
     with decimal.localcontext(decimal.Context(prec=6)):
         snapshot = snapshot_of({"balance": Decimal("123456.78"), "total_profit_loss": Decimal("0.33")})
     assert snapshot.total_value == Decimal("123457.11")
@@ -186,7 +187,7 @@ def test_the_sum_is_exact_in_any_decimal_context(snapshot_of: Callable[..., Port
 def test_open_positions_are_counted_by_their_status(
     snapshot_of: Callable[..., PortfolioSnapshot], kind: type, statuses: list[str | None], count: int
 ) -> None:
-    """Only `open` counts, in upper or lower case; a position without a status, or with None as status, is not open."""
+    """Only `open` counts, in upper or lower case. A position without a status, or with None, is not open."""
     positions = kind({} if status is None else {"status": status} for status in statuses)
     assert snapshot_of(a_portfolio(positions=[*positions, {"status": None}])).open_positions == count
     assert snapshot_of(a_portfolio(positions=positions)).open_positions == count
@@ -200,8 +201,8 @@ class _TextStatus(StrEnum):
     OPEN = "open"
 
 
-def test_a_status_that_is_a_text_of_another_type_counts(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
-    """Members of an enum of texts, and NumPy's text."""
+def test_a_status_may_be_a_subclass_of_str(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
+    """For example a member of a StrEnum, or NumPy's str_."""
     positions = [{"status": _TextStatus.OPEN}, {"status": numpy.str_("open")}]
     assert snapshot_of(a_portfolio(positions=positions)).open_positions == 2
 
@@ -233,14 +234,14 @@ def test_a_status_that_is_a_text_of_another_type_counts(snapshot_of: Callable[..
 def test_an_amount_may_be_any_real_number(
     snapshot_of: Callable[..., PortfolioSnapshot], amount: Any, exact: str
 ) -> None:
-    """A float of NumPy's is the shortest decimal that means it; a fraction is divided and rounded half-even, once."""
+    """A NumPy float is the shortest decimal that converts back to it. A fraction is rounded half-even, once."""
     for name in ("balance", "total_invested", "total_profit_loss", "total_value"):
         assert getattr(snapshot_of({"balance": 0, "total_value": 0, name: amount}), name) == Decimal(exact)
     assert snapshot_of({"current_balance": amount}).balance == Decimal(exact)
 
 
-def test_how_numpy_prints_changes_no_amount(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
-    """Its legacy mode cuts digits off."""
+def test_numpys_print_options_do_not_change_an_amount(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
+    """The legacy mode omits digits."""
     with numpy.printoptions(legacy="1.13"):
         assert str(numpy.float32(167772.17)) == "167772.0"
         assert snapshot_of({"balance": numpy.float32(167772.17)}).balance == Decimal("167772.171875")
@@ -249,7 +250,7 @@ def test_how_numpy_prints_changes_no_amount(snapshot_of: Callable[..., Portfolio
 def test_counts_and_ids_may_be_any_integral_number(
     snapshot_of: Callable[..., PortfolioSnapshot], archive_of: Callable[..., SignalArchive]
 ) -> None:
-    """And are Python's own afterwards."""
+    """They are stored as Python's int."""
     snapshot = snapshot_of(a_portfolio(trade_count=numpy.uint16(3)), numpy.int64(2))
     archive = archive_of([a_signal()], portfolio_id=numpy.int64(2))
     built = a_snapshot(open_positions=numpy.int32(1), portfolio_id=numpy.int64(2))
@@ -258,7 +259,7 @@ def test_counts_and_ids_may_be_any_integral_number(
     assert {type(one) for one in (*counted, built.portfolio_id)} == {int}
 
 
-_NO_REAL_NUMBERS = [
+_NOT_REAL_NUMBERS = [
     (numpy.bool_(True), "numpy.bool"),
     (numpy.complex64(1), "numpy.complex64"),
     (numpy.timedelta64(5), "numpy.timedelta64"),
@@ -270,11 +271,11 @@ _NO_REAL_NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("value", "kind"), _NO_REAL_NUMBERS, ids=repr)
-def test_a_value_that_is_no_real_number_is_named_with_its_module(
+@pytest.mark.parametrize(("value", "kind"), _NOT_REAL_NUMBERS, ids=repr)
+def test_the_message_names_the_type_of_a_value_that_is_not_a_real_number(
     trading_history: FakeHistory, value: Any, kind: str
 ) -> None:
-    """Amounts, counts and ids, and in signals; a boolean of NumPy's is a boolean there."""
+    """In amounts, counts, ids and signals. In signals, NumPy's boolean is a valid boolean."""
     with pytest.raises(InvalidEvent, match=rf"^balance: must be a number, not {kind}_?$"):
         create_daily_portfolio_snapshot(a_portfolio(balance=value))
     with pytest.raises(InvalidEvent, match=rf"^trade_count: must be an integer, not {kind}_?$"):
@@ -282,7 +283,9 @@ def test_a_value_that_is_no_real_number_is_named_with_its_module(
     with pytest.raises(InvalidEvent, match=rf"^portfolio_id: must be an integer, not {kind}_?$"):
         create_daily_portfolio_snapshot(a_portfolio(), value)
     if not isinstance(value, numpy.bool_):
-        with pytest.raises(InvalidEvent, match=rf"^signals\.0\.amount: is of type {kind}, which JSON does not have$"):
+        with pytest.raises(
+            InvalidEvent, match=rf"^signals\.0\.amount: is of type {kind}, which JSON cannot represent$"
+        ):
             archive_current_signals([a_signal(amount=value)])
     assert trading_history.events == []
 
@@ -295,8 +298,8 @@ _NOT_FINITE = [
 
 
 @pytest.mark.parametrize("value", _NOT_FINITE, ids=repr)
-def test_a_number_that_is_not_finite_is_refused_whatever_its_type(trading_history: FakeHistory, value: Any) -> None:
-    """As an amount, a count, an id and in signals."""
+def test_a_number_that_is_not_finite_is_invalid_for_any_type(trading_history: FakeHistory, value: Any) -> None:
+    """In amounts, counts and signals."""
     with pytest.raises(InvalidEvent, match=r"^total_value: must be finite, not NaN or Infinity$"):
         create_daily_portfolio_snapshot(a_portfolio(total_value=value))
     with pytest.raises(InvalidEvent, match=r"^trade_count: must be an integer"):
@@ -309,8 +312,8 @@ def test_a_number_that_is_not_finite_is_refused_whatever_its_type(trading_histor
 @pytest.mark.parametrize(
     "amount", [Fraction(10**12), Fraction(-(10**4000), 3), numpy.float32(1e30), numpy.uint64(10**13)]
 )
-def test_an_amount_of_another_type_has_the_same_limit(trading_history: FakeHistory, amount: Any) -> None:
-    """Of 12 digits; so has a fraction that is rounded up to it."""
+def test_an_amount_of_any_type_has_at_most_12_integer_digits(trading_history: FakeHistory, amount: Any) -> None:
+    """Even if rounding adds the 13th digit."""
     for one in (amount, Fraction(10**12) - Fraction(1, 10**9)):
         with pytest.raises(InvalidEvent, match="^balance: has more than 12 digits before the decimal point$"):
             create_daily_portfolio_snapshot({"balance": one})
@@ -349,18 +352,18 @@ def test_an_amount_of_another_type_has_the_same_limit(trading_history: FakeHisto
         ({"balance": 999_999_999_999, "total_profit_loss": 1}, "^total_value: has more than 12 digits"),
     ],
 )
-def test_a_wrong_value_is_named_and_nothing_is_recorded(
+def test_the_message_names_a_wrong_value_and_nothing_is_recorded(
     trading_history: FakeHistory, portfolio: Any, message: str
 ) -> None:
-    """A wrong type is an error, not a 0."""
+    """A value of a wrong type does not become 0."""
     with pytest.raises(InvalidEvent, match=message):
         create_daily_portfolio_snapshot(portfolio)
     assert trading_history.events == []
 
 
 @pytest.mark.parametrize("portfolio_id", [True, "1", 1.0, 2**63])
-def test_a_wrong_portfolio_id_is_named(trading_history: FakeHistory, portfolio_id: Any) -> None:
-    """By both calls."""
+def test_the_message_names_a_wrong_portfolio_id(trading_history: FakeHistory, portfolio_id: Any) -> None:
+    """In both calls."""
     with pytest.raises(InvalidEvent, match=r"^portfolio_id: "):
         create_daily_portfolio_snapshot(a_portfolio(), portfolio_id)
     with pytest.raises(InvalidEvent, match=r"^portfolio_id: "):
@@ -382,7 +385,7 @@ def test_a_naive_time_is_in_the_local_zone(
     setting: str | None,
     offset: timedelta,
 ) -> None:
-    """HISTORY_TIMEZONE, else the machine's; date and month are those of the local clock."""
+    """The zone is HISTORY_TIMEZONE or the machine's. Date and month are local."""
     if setting is not None:
         monkeypatch.setenv("HISTORY_TIMEZONE", setting)
     naive = datetime(2026, 11, 30, 23, 59, 59, 101234)
@@ -405,20 +408,20 @@ def test_a_naive_time_is_in_the_local_zone(
     ],
     ids=["first", "second", "summer"],
 )
-def test_the_hour_that_comes_twice_is_distinguished_by_fold(
+def test_fold_distinguishes_the_hour_that_occurs_twice(
     monkeypatch: pytest.MonkeyPatch,
     trading_history: FakeHistory,
     moment: datetime,
     utc: datetime,
 ) -> None:
-    """Summer time ends in Berlin: 02:30 happens twice, and neither hides the other."""
+    """When summer time ends in Berlin, 02:30 occurs twice."""
     monkeypatch.setenv("HISTORY_TIMEZONE", "Europe/Berlin")
     create_daily_portfolio_snapshot(a_portfolio(), timestamp=moment)
     assert trading_history.snapshots[0].timestamp == utc
 
 
 def test_an_aware_time_keeps_its_offset(monkeypatch: pytest.MonkeyPatch, trading_history: FakeHistory) -> None:
-    """The local zone is only for times that have none."""
+    """The local zone applies to naive times only."""
     monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
     create_daily_portfolio_snapshot(a_portfolio(), timestamp=INSTANT)
     snapshot = trading_history.snapshots[0]
@@ -432,13 +435,13 @@ def test_an_aware_time_keeps_its_offset(monkeypatch: pytest.MonkeyPatch, trading
     [(None, timedelta(hours=5, minutes=45)), ("Asia/Tokyo", timedelta(hours=9))],
     ids=["this machine's zone", "HISTORY_TIMEZONE"],
 )
-def test_without_a_time_it_is_now_in_the_local_zone(
+def test_the_default_time_is_now_in_the_local_zone(
     monkeypatch: pytest.MonkeyPatch,
     trading_history: FakeHistory,
     setting: str | None,
     offset: timedelta,
 ) -> None:
-    """Between before and after the call, with the local date."""
+    """The snapshot has the local date."""
     if setting is not None:
         monkeypatch.setenv("HISTORY_TIMEZONE", setting)
 
@@ -466,8 +469,8 @@ def test_without_a_time_it_is_now_in_the_local_zone(
     ids=repr,
 )
 @pytest.mark.usefixtures("local_zone")
-def test_a_time_that_is_none_of_this_age_is_refused(trading_history: FakeHistory, moment: Any) -> None:
-    """By both calls, under the name of their argument."""
+def test_a_wrong_or_distant_time_is_invalid(trading_history: FakeHistory, moment: Any) -> None:
+    """In both calls. The message names the argument."""
     with pytest.raises(InvalidEvent, match=r"^timestamp: must "):
         create_daily_portfolio_snapshot(a_portfolio(), timestamp=moment)
     with pytest.raises(InvalidEvent, match=r"^archived_at: must "):
@@ -479,7 +482,7 @@ def test_a_time_that_is_none_of_this_age_is_refused(trading_history: FakeHistory
 
 
 def test_numbers_of_other_types_in_signals_keep_their_value(archive_of: Callable[..., SignalArchive]) -> None:
-    """Whatever their depth, and the caller's own signals are left as they are."""
+    """At any depth. The caller's signals are not changed."""
     inner = [numpy.float32(0.1), {"yes": numpy.bool_(True), "no": numpy.bool_(False)}, "text"]
     given = a_signal(
         int64=numpy.int64(-(2**62)),
@@ -507,9 +510,11 @@ def test_numbers_of_other_types_in_signals_keep_their_value(archive_of: Callable
 @pytest.mark.parametrize(
     "fraction", [Fraction(1, 3), Fraction(1, 2**5000), Fraction(10**401 + 1)], ids=["1/3", "long", "large"]
 )
-def test_a_fraction_in_a_signal_must_equal_a_decimal(trading_history: FakeHistory, fraction: Fraction) -> None:
-    """Signals are kept by value, and JSON has no fractions."""
-    with pytest.raises(InvalidEvent, match=r"^signals\.0\.x: is a fraction that no decimal equals"):
+def test_a_fraction_in_a_signal_must_have_an_exact_decimal_value(
+    trading_history: FakeHistory, fraction: Fraction
+) -> None:
+    """Values of signals are not rounded, and JSON has no fractions."""
+    with pytest.raises(InvalidEvent, match=r"^signals\.0\.x: is a fraction without an exact decimal value"):
         archive_current_signals([{"x": fraction}])
     assert trading_history.events == []
 
@@ -517,10 +522,10 @@ def test_a_fraction_in_a_signal_must_equal_a_decimal(trading_history: FakeHistor
 @pytest.mark.parametrize(
     "shape", [lambda s: s, tuple, lambda s: {"signals": s, "count": 2}], ids=["list", "tuple", "object"]
 )
-def test_signals_may_be_given_as_an_array_or_as_an_apis_object(
+def test_signals_may_be_a_list_or_an_object_with_a_list(
     archive_of: Callable[..., SignalArchive], shape: Callable[[Any], Any]
 ) -> None:
-    """Then neither the URL nor the file is looked at."""
+    """Then neither the URL nor the file is read."""
     signals = [a_signal(target_price=Decimal("0.455")), {"market_id": "2"}]
     options = {"signals_url": "http://127.0.0.1:1/", "signals_path": "/nowhere"}
     archive = archive_of(shape(signals), archived_at=INSTANT, portfolio_id=3, **options)
@@ -531,8 +536,8 @@ def test_signals_may_be_given_as_an_array_or_as_an_apis_object(
 
 
 @pytest.mark.parametrize("signals", [[], (), {"signals": []}])
-def test_no_signals_are_not_archived(trading_history: FakeHistory, signals: Any) -> None:
-    """None is returned, nothing is recorded, and the file is not asked instead."""
+def test_an_empty_list_of_signals_is_not_archived(trading_history: FakeHistory, signals: Any) -> None:
+    """The call returns None and does not read the file instead."""
     Path("data/trades").mkdir(parents=True)
     Path("data/trades/current_signals.json").write_text('[{"market_id": "1"}]', "utf-8")
     assert archive_current_signals(signals) is None
@@ -543,7 +548,7 @@ def test_no_signals_are_not_archived(trading_history: FakeHistory, signals: Any)
     ("signals", "message"),
     [
         ("[]", "^signals: must be a list of signals, not str$"),
-        ({"results": []}, "^signals: is an object without 'signals'$"),
+        ({"results": []}, "^signals: must be a list, or an object with the key 'signals'$"),
         ({"signals": None}, "^signals: 'signals': must be a list of signals, not NoneType$"),
         ([a_signal(), 1], r"^signals\.1: "),
         ([a_signal(amount=float("nan"))], r"^signals\.0\.amount: must be finite"),
@@ -551,20 +556,19 @@ def test_no_signals_are_not_archived(trading_history: FakeHistory, signals: Any)
         ([a_signal(timestamp=INSTANT)], r"^signals\.0\.timestamp: is of type datetime"),
     ],
 )
-def test_wrong_signals_are_named_and_nothing_is_recorded(
+def test_the_message_names_a_wrong_signal_and_nothing_is_recorded(
     trading_history: FakeHistory, signals: Any, message: str
 ) -> None:
-    """What JSON or PostgreSQL cannot hold is refused where it is known."""
     with pytest.raises(InvalidEvent, match=message):
         archive_current_signals(signals)
     assert trading_history.events == []
 
 
-# ---- signals of an API
+# ---- signals of a URL
 
 
-class _Answers(BaseHTTPRequestHandler):
-    """Answers by path: what the path says, or not at all."""
+class _Responses(BaseHTTPRequestHandler):
+    """A server whose response, if any, depends on the path."""
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
@@ -603,7 +607,7 @@ class _Answers(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _be_slow(self, beginning: bytes, drop: bytes) -> None:
-        """A drop from time to time, until the client hangs up; at most for as long as a test may take."""
+        """Send `drop` every 0.1 s until the client disconnects, for at most 10 s."""
         self.wfile.write(beginning)
         self.close_connection = True
         self.connection.settimeout(0.1)
@@ -614,10 +618,10 @@ class _Answers(BaseHTTPRequestHandler):
             self.wfile.write(drop)
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
-# By path: how an answer begins, and what comes every 0.1 s, for ever.
+# By path: the beginning of the response, and the bytes that follow every 0.1 s.
 _SLOW = {
     "/silent": (b"", b""),
     "/drip-status": (b"", b"H"),
@@ -628,16 +632,16 @@ _SLOW = {
 
 
 class _QuietServer(ThreadingHTTPServer):
-    daemon_threads = False  # closing waits for the last answer
+    daemon_threads = False  # closing waits for the last response
 
     def handle_error(self, *_: object) -> None:
-        """A client that hangs up is part of the test."""
+        """Ignore clients that disconnect: the tests do that."""
 
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    """A local API; its query string stands for a token."""
-    with _QuietServer(("127.0.0.1", 0), _Answers) as server:
+    """The URL of a local server. Its query string stands for a secret token."""
+    with _QuietServer(("127.0.0.1", 0), _Responses) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/{{}}?token=pa55"
@@ -646,15 +650,15 @@ def url() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", ["array", "object", "moved"])
-def test_signals_come_from_an_api(archive_of: Callable[..., SignalArchive], url: str, path: str) -> None:
-    """As an array or as an object's; numbers keep every digit, and redirects are followed."""
+def test_signals_are_read_from_a_url(archive_of: Callable[..., SignalArchive], url: str, path: str) -> None:
+    """As an array or an object. Numbers keep all digits, and redirects are followed."""
     archive = archive_of(signals_url=url.format(path), archived_at=INSTANT)
     assert archive.signals == [{"price": Decimal("0.12345678901234567890")}]
 
 
 @pytest.mark.parametrize("path", ["empty", "none"])
-def test_an_api_without_signals_has_none(trading_history: FakeHistory, url: str, path: str) -> None:
-    """Nothing is recorded, and the file is not asked instead."""
+def test_a_url_without_signals_records_nothing(trading_history: FakeHistory, url: str, path: str) -> None:
+    """The file is not read instead."""
     Path("signals.json").write_text('[{"market_id": "1"}]', "utf-8")
     assert archive_current_signals(signals_url=url.format(path), signals_path="signals.json") is None
     assert trading_history.events == []
@@ -663,18 +667,18 @@ def test_an_api_without_signals_has_none(trading_history: FakeHistory, url: str,
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("missing", "signals_url answered 404"),
-        ("broken", "the answer of signals_url: line 3 column 13: Expecting value"),
-        ("text", "the answer of signals_url: must be a list of signals, not str"),
-        ("large", "the answer of signals_url is larger than 8 MiB"),
+        ("missing", "signals_url returned HTTP status 404"),
+        ("broken", "the response of signals_url: line 3 column 13: Expecting value"),
+        ("text", "the response of signals_url: must be a list of signals, not str"),
+        ("large", "the response of signals_url is larger than 8 MiB"),
         ("hang-up", "signals_url cannot be read: RemoteProtocolError"),
         ("half", "signals_url cannot be read: RemoteProtocolError"),
     ],
 )
-def test_a_broken_answer_is_reported_without_the_url(
+def test_an_error_of_a_url_does_not_show_the_url(
     trading_history: FakeHistory, url: str, path: str, message: str
 ) -> None:
-    """The URL may hold a token, so that neither the message nor the chain of causes has it."""
+    """The URL may contain a token, so neither the message nor the cause shows it."""
     with pytest.raises(SignalsUnreadable) as caught:
         archive_current_signals(signals_url=url.format(path))
     assert (str(caught.value), caught.value.__cause__) == (message, None)
@@ -682,10 +686,10 @@ def test_a_broken_answer_is_reported_without_the_url(
 
 
 @pytest.mark.parametrize("path", ["silent", "drip-status", "drip-headers", "drip-hints", "drip-body", "round"])
-def test_no_server_holds_the_caller_for_longer_than_the_limit(
+def test_a_slow_server_blocks_the_caller_for_at_most_the_time_limit(
     trading_history: FakeHistory, url: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However much comes within the limit of a read; and the thread that asked ends soon after."""
+    """Even if it sends something within the limit of each read. The thread of the request ends soon after."""
     monkeypatch.setattr(current_signals, "URL_TIMEOUT_SECONDS", 0.5)
     began = time.monotonic()
     with pytest.raises(SignalsUnreadable, match=r"^signals_url took longer than 0\.5 s$") as caught:
@@ -697,7 +701,7 @@ def test_no_server_holds_the_caller_for_longer_than_the_limit(
         time.sleep(0.01)
 
 
-_HANGING_LOOK_UP = """
+_HANGING_LOOKUP = """
 import socket, time
 from pathlib import Path
 from producers import current_signals
@@ -713,23 +717,23 @@ except SignalsUnreadable as error:
 """
 
 
-def test_a_look_up_that_hangs_holds_neither_the_caller_nor_the_interpreter() -> None:
-    """No limit of the library is for it, and nothing can end it: the thread is left behind."""
-    line = [sys.executable, "-c", _HANGING_LOOK_UP]
+def test_a_hanging_name_lookup_blocks_neither_the_caller_nor_the_exit() -> None:
+    """httpx has no limit for it, and nothing can end it, so its thread is abandoned."""
+    line = [sys.executable, "-c", _HANGING_LOOKUP]
     ended = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "signals_url took longer than 0.5 s True\n", "")
 
 
-def test_where_no_thread_can_start_a_url_is_unreadable(
+def test_a_url_is_unreadable_if_no_thread_can_start(
     trading_history: FakeHistory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the interpreter's end, for example: asked by the caller's own thread, a server could hold it."""
+    """For example while the interpreter shuts down. The caller's own thread must not wait for a server."""
 
-    def refuse(thread: threading.Thread) -> None:
+    def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(SignalsUnreadable, match=r"^signals_url cannot be read: no thread can start$"):
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(SignalsUnreadable, match=r"^signals_url cannot be read: cannot start a thread$"):
         archive_current_signals(signals_url="http://127.0.0.1:1/")
 
 
@@ -744,8 +748,8 @@ def test_where_no_thread_can_start_a_url_is_unreadable(
         "",
     ],
 )
-def test_a_url_that_cannot_be_asked_is_unreadable(trading_history: FakeHistory, url: str) -> None:
-    """Refused, or no URL of the web at all: one kind of error."""
+def test_a_url_that_is_invalid_or_unreachable_is_unreadable(trading_history: FakeHistory, url: str) -> None:
+    """All cases raise the same kind of error."""
     with pytest.raises(SignalsUnreadable, match=r"^signals_url cannot be read: [A-Za-z]+$"):
         archive_current_signals(signals_url=url)
 
@@ -755,7 +759,7 @@ def test_a_url_that_cannot_be_asked_is_unreadable(trading_history: FakeHistory, 
 
 @pytest.fixture
 def signals_file() -> Path:
-    """Where the trading system writes, below the working folder."""
+    """The path of the file that the trading system writes, in the working folder."""
     path = Path("data/trades/current_signals.json")
     path.parent.mkdir(parents=True)
     return path
@@ -770,10 +774,10 @@ def signals_file() -> Path:
     ],
     ids=["array", "object", "byte order mark"],
 )
-def test_signals_come_from_the_file_which_is_only_read(
+def test_signals_are_read_from_the_file_which_is_not_changed(
     archive_of: Callable[..., SignalArchive], signals_file: Path, content: str
 ) -> None:
-    """By default data/trades/current_signals.json; it is left as it was."""
+    """By default, the file is data/trades/current_signals.json."""
     signals_file.write_bytes(content.encode())
     signals_file.chmod(0o444)
     before = signals_file.stat()
@@ -787,10 +791,10 @@ def test_signals_come_from_the_file_which_is_only_read(
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\t", b"\xef\xbb\xbf", b"[]", b' {"signals": []} '])
-def test_a_file_without_signals_has_none(
+def test_a_file_without_signals_records_nothing(
     trading_history: FakeHistory, signals_file: Path, content: bytes | None
 ) -> None:
-    """Missing or empty: None is returned and nothing is recorded."""
+    """Missing or empty: the call returns None."""
     if content is not None:
         signals_file.write_bytes(content)
     assert archive_current_signals() is None
@@ -806,17 +810,17 @@ def test_a_file_without_signals_has_none(
         (b'[{"a": 1}] x', "line 1 column 12: Extra data"),
         (b'[{"a": "\xff"}]', "not UTF-8 at byte 8"),
         ('[{"a": 1}]'.encode("utf-16"), "not UTF-8 at byte 0"),
-        (b"[" * 100_000, "nested too deeply, or a number of too many digits"),
-        (b'[{"a": ' + b"1" * 5000 + b"}]", "nested too deeply, or a number of too many digits"),
-        (b'{"signal": []}', "is an object without 'signals'"),
+        (b"[" * 100_000, "nested too deeply, or a number has too many digits"),
+        (b'[{"a": ' + b"1" * 5000 + b"}]", "nested too deeply, or a number has too many digits"),
+        (b'{"signal": []}', "must be a list, or an object with the key 'signals'"),
         (b"null", "must be a list of signals, not NoneType"),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_broken_file_is_reported_with_its_name_and_the_position(
+def test_an_error_of_a_file_has_its_name_and_the_position(
     trading_history: FakeHistory, signals_file: Path, content: bytes, reason: str
 ) -> None:
-    """A file that was caught half-written is an error, not an absence of signals."""
+    """A half-written file is an error and does not count as empty."""
     signals_file.write_bytes(content)
     with pytest.raises(SignalsUnreadable) as caught:
         archive_current_signals()
@@ -825,7 +829,7 @@ def test_a_broken_file_is_reported_with_its_name_and_the_position(
 
 
 def test_a_folder_in_place_of_the_file_is_unreadable(trading_history: FakeHistory, signals_file: Path) -> None:
-    """Anything but a missing file is told."""
+    """Only a missing file means that there are no signals."""
     with pytest.raises(SignalsUnreadable, match=r"^data/trades: Is a directory$"):
         archive_current_signals(signals_path=signals_file.parent)
 
@@ -843,10 +847,10 @@ def test_a_folder_in_place_of_the_file_is_unreadable(trading_history: FakeHistor
     ],
     ids=lambda value: value[:30],
 )
-def test_a_file_with_what_postgresql_cannot_hold_is_refused(
+def test_a_file_with_values_that_cannot_be_stored_is_invalid(
     trading_history: FakeHistory, signals_file: Path, content: str, message: str
 ) -> None:
-    """JSON that Python reads and that is still no archive: nothing is recorded."""
+    """Python can read this JSON, but nothing is recorded."""
     signals_file.write_text(content, "utf-8")
     with pytest.raises(InvalidEvent, match=message):
         archive_current_signals()
@@ -856,8 +860,8 @@ def test_a_file_with_what_postgresql_cannot_hold_is_refused(
 # ---- the shared producer
 
 
-def test_without_producer_all_calls_share_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It is made from the settings at the first call, and anew after it was closed."""
+def test_calls_without_a_producer_share_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is made from the settings at the first call, and again after it was closed."""
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
     monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "outbox.db"))
 
@@ -874,8 +878,8 @@ def test_without_producer_all_calls_share_one(monkeypatch: pytest.MonkeyPatch, t
     shared_producer().close(timeout=0)
 
 
-def test_without_producer_and_redis_url_the_setting_is_named() -> None:
-    """Both calls fail before anything is written."""
+def test_calls_without_redis_url_raise_an_error_that_names_it() -> None:
+    """Nothing is written."""
     with pytest.raises(SettingsError, match=r"^REDIS_URL is not set"):
         create_daily_portfolio_snapshot(a_portfolio())
     with pytest.raises(SettingsError, match=r"^REDIS_URL is not set"):

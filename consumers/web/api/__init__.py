@@ -1,7 +1,7 @@
-"""The read-only HTTP API: `app` to be served, `router` to be included in an app that is there already.
+"""The read-only HTTP API: serve `app`, or include `router` in an app of your own.
 
-`app` also answers every error with a problem (RFC 9457), guards its answers with headers, and limits every wait for
-PostgreSQL; another app that includes `router` has these in its own way.
+`app` also answers every error with problem details (RFC 9457), sets security headers, and limits the waits for
+PostgreSQL. An app that includes `router` does these three itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from consumers.web import page
 from consumers.web.api.access import Guard, require_once, require_token
 from consumers.web.api.history_endpoints import trading
 from consumers.web.api.parameters import problems
-from consumers.web.api.problems import ProblemRoute, tell_all_problems, unavailable
+from consumers.web.api.problems import ProblemRoute, add_problem_handlers, unavailable
 from consumers.web.api.scrape import metrics
 from consumers.web.disclosure import Unreadable
 
@@ -37,13 +37,13 @@ router = APIRouter(route_class=ProblemRoute)
 
 @router.get("/healthz", tags=["health"])
 async def healthz() -> dict[str, str]:
-    """The process answers."""
+    """Answer as long as the process runs."""
     return {"status": "ok"}
 
 
 @router.get("/readyz", tags=["health"], responses=problems(503))
 def readyz() -> JSONResponse:
-    """The database has the tables, and Redis answers if it is set."""
+    """Check that the tables can be read and, if REDIS_URL is set, that Redis answers."""
     health = shared_reader(_tables_are_readable, outbox=lambda: None).read(_READY_SECONDS)
     parts: dict[str, Reading[Any]] = {"database": health.database, "redis": health.queue}
     errors = {name: reading.error for name, reading in parts.items() if reading.error is not None}
@@ -52,8 +52,8 @@ def readyz() -> JSONResponse:
             raise error
         logger.warning("not ready: %s", error if name == "database" else f"Redis: {type(error).__name__}")
     if errors:
-        raise unavailable(f"No answer from: {', '.join(errors)}.")
-    # Without REDIS_URL this API does not need it.
+        raise unavailable(f"Not readable: {', '.join(errors)}.")
+    # Without REDIS_URL there is no value for Redis.
     return JSONResponse({"status": "ok"} | {name: "ok" for name, one in parts.items() if one.value is not None})
 
 
@@ -67,7 +67,7 @@ def _tables_are_readable() -> bool:
 async def _started(app: FastAPI) -> AsyncIterator[None]:
     app.state.history_api = ApiSettings.from_environment()
     try:
-        # A server that is frozen but connected sends nothing, not even that a statement took too long.
+        # A PostgreSQL server that is frozen but connected sends nothing, not even a statement timeout.
         with DatabaseWaits(READ_SECONDS + 1, threading.Event()).limited():
             yield
     finally:
@@ -75,18 +75,18 @@ async def _started(app: FastAPI) -> AsyncIterator[None]:
 
 
 def create_app() -> FastAPI:
-    """A new app; it reads its settings when it is started."""
+    """Return a new app. It reads its settings when it starts."""
     made = FastAPI(
         title="trading-history",
         description="Portfolio snapshots and signal archives, read-only.",
         version="1",
-        docs_url=None,  # these pages would load their scripts from elsewhere
+        docs_url=None,  # FastAPI's pages load their scripts from other sites
         redoc_url=None,
         redirect_slashes=False,
         lifespan=_started,
     )
     made.add_middleware(Guard)
-    tell_all_problems(made)
+    add_problem_handlers(made)
     made.include_router(router)
     made.include_router(metrics, dependencies=[Depends(require_token)])
     made.include_router(page.assets)

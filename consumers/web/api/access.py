@@ -1,4 +1,4 @@
-"""Checks of every request (size, host, token, repeated parameters), and security headers of every answer."""
+"""Checks of each request (size, host, token, repeated parameters) and security headers of each answer."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-_bearer = HTTPBearer(auto_error=False, description="HISTORY_API_TOKEN, if the server has one set.")
+_bearer = HTTPBearer(auto_error=False, description="The value of HISTORY_API_TOKEN, if it is set on the server.")
 
 
 def settings_of(request: Request) -> ApiSettings:
-    """The settings that the app was started with; those of the environment if another app includes ours."""
+    """Return the settings that the app read at its start. In an app that includes `router`, read the environment."""
     started: ApiSettings | None = getattr(request.app.state, "history_api", None)
     return started or ApiSettings.from_environment()
 
@@ -35,17 +35,25 @@ def settings_of(request: Request) -> ApiSettings:
 async def require_token(
     request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
 ) -> None:
-    """Raises Problem 401 unless the token of the settings, if any, was given."""
+    """Require the bearer token, if one is set.
+
+    Raises:
+        Problem: 401, the token is missing or wrong.
+    """
     token = settings_of(request).token
     if token is None:
         return
     shown = "" if given is None else given.credentials
     if not hmac.compare_digest(shown.encode(), token.get_secret_value().encode()):
-        raise Problem(401, "Needs the bearer token of this server.", headers={"WWW-Authenticate": "Bearer"})
+        raise Problem(401, "The bearer token is missing or wrong.", headers={"WWW-Authenticate": "Bearer"})
 
 
 async def require_once(request: Request) -> None:
-    """Raises Problem 422 when a parameter is given twice: only one of them could be meant."""
+    """Require that each parameter is given once.
+
+    Raises:
+        Problem: 422, a parameter is given more than once.
+    """
     names = [name for name, _ in request.query_params.multi_items()]
     for name in names:
         if names.count(name) > 1:
@@ -54,10 +62,10 @@ async def require_once(request: Request) -> None:
 
 
 class Guard:
-    """ASGI middleware of our app. Headers that an answer has already are left as they are.
+    """ASGI middleware: checks requests and adds security headers that the answer does not set itself.
 
-    HEAD is answered as GET is, without the body. Over loopback and without a token it is asked by addresses and
-    `localhost` only: otherwise a web page whose name was made to point to 127.0.0.1 (DNS rebinding) could read along.
+    HEAD is answered like GET, without the body. On loopback without a token, the Host header must be an IP address or
+    `localhost`: otherwise a web page could read the API after pointing its own name to 127.0.0.1 (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -78,7 +86,7 @@ class Guard:
             await send(message)
 
         settings = settings_of(Request(scope))
-        problem = _refusal(scope, settings)
+        problem = _problem_with(scope, settings)
         if problem is not None:
             await problem.response()(scope, receive, send_with_headers)
             return
@@ -86,18 +94,20 @@ class Guard:
         await _shared(self._app, settings.cors_origins)(asked, receive, send_with_headers)
 
 
-def _refusal(scope: Scope, settings: ApiSettings) -> Problem | None:
+def _problem_with(scope: Scope, settings: ApiSettings) -> Problem | None:
     if len(scope["query_string"]) > MAX_QUERY_BYTES:
-        return Problem(414, f"The query may have {MAX_QUERY_BYTES} bytes.")
+        return Problem(414, f"The query string must have at most {MAX_QUERY_BYTES} bytes.")
     here, _ = scope.get("server") or ("", None)
     if settings.token is None and is_loopback(here) and not is_own_host(Headers(scope=scope).get("host", "")):
-        return Problem(421, "Under another name than localhost this server is asked only with a HISTORY_API_TOKEN set.")
+        return Problem(
+            421, "Unknown host name. Use localhost or an IP address, or set HISTORY_API_TOKEN on the server."
+        )
     return None
 
 
 @lru_cache(maxsize=8)
 def _shared(app: ASGIApp, origins: tuple[str, ...]) -> ASGIApp:
-    """`app`, readable from web pages of `origins`."""
+    """Return `app` with CORS headers for web pages of `origins`."""
     if not origins:
         return app
     return CORSMiddleware(

@@ -1,4 +1,4 @@
-"""The API as a server of its own."""
+"""The API as a server process (`trading-history api`)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from consumers.settings import ApiSettings
 from consumers.web.api import app
 from consumers.web.listening import is_local, listen, url_of
 
-_LEAVE_SECONDS = 5  # for answers in progress when the server is stopped
+_LEAVE_SECONDS = 5  # to finish answers in progress when the server stops
 _IDLE_SECONDS = 30.0
 _MAX_HEAD_BYTES = 64 * 1024
 _HEAD_TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 class BoundedHead(HttpToolsProtocol):
-    """A connection whose requests may have 64 KiB of headers; httptools takes any number, and keeps them in memory."""
+    """HTTP connection that limits request headers to 64 KiB. httptools sets no limit and keeps them in memory."""
 
     _awaiting_head = True
     _head_bytes = 0
@@ -42,23 +42,26 @@ class BoundedHead(HttpToolsProtocol):
 
 
 def _disconnect_idle_readers(listening: socket.socket) -> None:
-    """Disconnect a client that reads nothing for half a minute: uvicorn would keep its answer in memory."""
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted connections inherit it
+    """Disconnect a client that reads nothing for 30 s: uvicorn would keep its answer in memory."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux only; accepted connections inherit it
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(_IDLE_SECONDS * 1000))
 
 
 def serve(host: str, port: int) -> None:
-    """Answer at `host` and `port` (0: any that is free) until a signal ends this process.
+    """Serve the API at `host` and `port` (0: any free port) until SIGINT or SIGTERM.
 
     Raises:
-        SettingsError: a setting of the API is wrong.
-        HistoryError: the address cannot be used.
+        SettingsError: A setting of the API is wrong.
+        HistoryError: The address cannot be used.
     """
     settings = ApiSettings.from_environment()
     with listen(host, port) as listening:
         _disconnect_idle_readers(listening)
         if settings.token is None and not is_local(listening):
-            print(f"Whoever reaches {host} can read everything: HISTORY_API_TOKEN is not set.", file=sys.stderr)
+            print(
+                f"HISTORY_API_TOKEN is not set: everybody who can connect to {host} can read the history.",
+                file=sys.stderr,
+            )
         config = uvicorn.Config(
             app,
             http=BoundedHead,
@@ -68,5 +71,5 @@ def serve(host: str, port: int) -> None:
             lifespan="on",
             timeout_graceful_shutdown=_LEAVE_SECONDS,
         )
-        print(f"{url_of(listening)} - Ctrl-C ends it.", flush=True)
+        print(f"{url_of(listening)} - stop with Ctrl-C", flush=True)
         uvicorn.Server(config).run(sockets=[listening])

@@ -1,4 +1,4 @@
-"""Cursors: the keys of a page's last row as opaque text, with which a client gets the next page."""
+"""Cursors: the keys of a page's last row as opaque text. A client sends one to get the next page."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 def encode_cursor(kind: str, place: Mapping[str, Any]) -> str:
-    """`place` are the keys of a row of the query `kind`: dates, aware times and integers."""
+    """Return the cursor of a row of the query `kind`. `place` has the row's keys: dates, aware times and integers."""
     payload = json.dumps([kind, *(_plain(value) for value in place.values())], separators=(",", ":")).encode()
     return _text(_check(payload) + payload)
 
 
 def decode_cursor(kind: str, keys: tuple[str, ...], text: str) -> dict[str, Any]:
-    """The keys again.
+    """Return the keys that `encode_cursor` was given.
 
     Raises:
-        Problem: it is not as it was given out, or for another query.
+        Problem: 422, the cursor was changed, or belongs to another query.
     """
     try:
         raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
@@ -37,13 +37,13 @@ def decode_cursor(kind: str, keys: tuple[str, ...], text: str) -> dict[str, Any]
             raise ValueError
         given, *values = json.loads(payload)
         if given != kind:
-            raise _refused("belongs to another listing")
+            raise _problem("belongs to another endpoint, or to another value of daily")
         return {name: _typed(name, value) for name, value in zip(keys, values, strict=True)}
     except (binascii.Error, ValueError, TypeError, OverflowError):
-        raise _refused("is not one that this API gave out") from None
+        raise _problem("is not a cursor of this API") from None
 
 
-def _refused(reason: str) -> Problem:
+def _problem(reason: str) -> Problem:
     return Problem(422, f"cursor: {reason}", errors=[{"parameter": "cursor", "reason": reason}])
 
 
@@ -52,7 +52,7 @@ def _text(raw: bytes) -> str:
 
 
 def _check(payload: bytes) -> bytes:
-    # Against typing errors and cut off links. It is no secret: a place is not one either.
+    # Finds typing errors and truncated links. It needs no secret key: the keys of a row are not secret.
     return blake2b(payload, digest_size=_CHECK_BYTES).digest()
 
 

@@ -1,4 +1,4 @@
-"""The endpoints below /trading: pages of rows, as JSON or CSV, each with a tag and a link to the next."""
+"""Endpoints under /trading: pages of rows as JSON or CSV, each with an ETag and a link to the next page."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def portfolio_history(
     accept: Accept = "",
     if_none_match: KnownTags = None,
 ) -> Response:
-    """Portfolio snapshots, newest first by snapshot_date, timestamp."""
+    """List portfolio snapshots, newest first by snapshot_date and timestamp."""
     kind, query_of = ("snapshots", snapshots) if parameters.daily is None else ("closes", closes)
     return _page(request, parameters, kind, query_of, accept=accept, known_tags=if_none_match)
 
@@ -59,7 +59,7 @@ def signal_archives(
     accept: Accept = "",
     if_none_match: KnownTags = None,
 ) -> Response:
-    """Signal archives, newest first by archived_at. A page ends before `limit` when its signals are many."""
+    """List signal archives, newest first by archived_at. A page ends before `limit` at 4 MiB of text."""
     return _page(request, parameters, "archives", archives, accept=accept, known_tags=if_none_match)
 
 
@@ -70,7 +70,7 @@ def signals(
     accept: Accept = "",
     if_none_match: KnownTags = None,
 ) -> Response:
-    """Every archived signal of one market, newest first by archived_at."""
+    """List the archived signals of one market, newest first by archived_at."""
 
     def query_of(wanted: Filter) -> queries.Query:
         return market_signals(parameters.market_id, wanted)
@@ -112,7 +112,7 @@ def _media_type(asked: str | None, accept: str) -> str:
 
 
 def _quality(accept: str, media_type: str) -> float:
-    """How welcome it is, 0 to 1, by the most specific range of the Accept header that has it."""
+    """Return the quality (0 to 1) of a media type, from the most specific range of the Accept header that matches."""
     ranges = {
         name.strip().lower(): parameters for name, _, parameters in (one.partition(";") for one in accept.split(","))
     }
@@ -127,6 +127,6 @@ def _quality(accept: str, media_type: str) -> float:
 
 
 def _next(request: Request, cursor: str) -> str:
-    # Relative to the server: its name, as proxies and clients have it, is not known here.
+    # Without scheme and host: behind a proxy, the server does not know under which name clients reach it.
     asked = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
     return f"{request.url.path}?{urlencode([*asked, ('cursor', cursor)])}"

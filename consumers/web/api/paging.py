@@ -1,4 +1,4 @@
-"""One page of a query: made into JSON by PostgreSQL, bounded in size, tagged by its rows and versions."""
+"""One page of a query as JSON (written by PostgreSQL) or CSV, limited in size, with a tag for If-None-Match."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sqlalchemy import Connection, Row, TextClause, text
 from consumers.db.engine import read_transaction
 from consumers.db.queries import Filter, Query, guessed_bytes, quoted
 
-# What the rows of a page with documents may take as text; the row that passes it is the page's last.
+# Limit of a page's text for tables with JSON documents. The row that exceeds it is the last row of the page.
 PAGE_BYTES = 4 * 1024 * 1024
 _TAG = re.compile(r'(?:W/)?"([^"]*)"')
 
 
 @dataclass(frozen=True)
 class Page:
-    """`body` is None when the client has it; `last` are the keys of the last row if more rows follow."""
+    """Page of rows. `body` is None if the client has it already; `last` has the last row's keys if more rows follow."""
 
     body: str | None
     tag: str
@@ -34,13 +34,13 @@ class Page:
 def read_page(
     query_of: Callable[[Filter], Query], wanted: Filter, limit: int, media_type: str, known_tags: str | None
 ) -> Page:
-    """The first `limit` rows of the query that `query_of` makes of a filter.
+    """Return the first `limit` rows of the query that `query_of` builds from a filter.
 
-    The tag is made of the rows' keys and versions, which PostgreSQL changes with each update: a row that came in late
-    shows, wherever it stands, and an unchanged page is recognized without reading its documents.
+    The tag is a hash of the rows' keys and versions (`xmin`, which PostgreSQL changes with each update). So a late row
+    changes the tag wherever it is inserted, and an unchanged page is recognized without reading its documents.
 
     Raises:
-        StoreUnavailable: the database cannot be read now.
+        StoreUnavailable: The database cannot be read now.
     """
     with read_transaction() as db:
         if known_tags is not None:
@@ -61,10 +61,10 @@ def read_page(
 def _rows(
     db: Connection, query_of: Callable[[Filter], Query], wanted: Filter, limit: int, media_type: str
 ) -> tuple[Query, Sequence[Row[Any]], bool]:
-    """At most `limit` rows and PAGE_BYTES, and whether more follow.
+    """Return at most `limit` rows of at most PAGE_BYTES of text, and whether more rows follow.
 
-    In steps, as how much text a document is only shows when PostgreSQL has unpacked it: the guess by what it takes in
-    the table keeps a step from unpacking hundreds in vain. The usual page is one step.
+    The length of a document is known only after PostgreSQL has decompressed it. So each step reads as many rows as fit
+    by their stored size, which avoids decompressing hundreds of rows that are then dropped. Most pages need one step.
     """
     rows: list[Row[Any]] = []
     left_bytes = PAGE_BYTES
@@ -96,7 +96,7 @@ def _identity(query: Query) -> str:
 
 
 def _statement(query: Query, media_type: str) -> TextClause:
-    """Keys, version, what is shown, and the bytes so far: guessed, and (`through`) as they are."""
+    """Select keys, version, shown columns, and running sums of bytes: estimated (`guessed`), exact (`through`)."""
     as_json = media_type == "application/json"
     shown = (_json if as_json else _csv)(query)
     if query.document is None:
@@ -106,7 +106,7 @@ def _statement(query: Query, media_type: str) -> TextClause:
         """)  # noqa: S608  # as above
     guess, size = guessed_bytes(query.document), f"octet_length({'body' if as_json else f'shown_{query.document}'})"
     so_far = f"OVER (ORDER BY {query.order} ROWS UNBOUNDED PRECEDING)"
-    # Without OFFSET the planner would make each text twice: once to measure it, once to send it.
+    # OFFSET 0 keeps the planner from building each text twice: once to measure it, once to return it.
     return text(f"""
         SELECT * FROM (
             SELECT CAST(sum({size}) {so_far} AS bigint) AS through, *
@@ -140,7 +140,7 @@ def _tag(query: Query, media_type: str, rows: Sequence[Row[Any]], more: bool) ->
 
 
 def _rows_of(tag: str) -> int:
-    """How many rows a page with this tag has; 0 for one that is none of ours."""
+    """Return the number of rows of the page with this tag; 0 if the tag is not from this API."""
     number = re.match("[0-9]{1,4}(?=-)", tag)
     return int(number[0]) if number else 0
 
@@ -170,7 +170,7 @@ def _cell(value: Any) -> Any:
         return format(value, "f")
     if isinstance(value, date):
         return value.isoformat()
-    # A spreadsheet takes text that begins like this for a formula, and runs it.
+    # A spreadsheet runs text that begins like this as a formula.
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return "'" + value
     return value

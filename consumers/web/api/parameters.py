@@ -1,4 +1,4 @@
-"""Parameters of the API, and the answers as its OpenAPI document shows them."""
+"""Query parameters of the API, and the descriptions of its answers in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from producers.times import localized
 DEFAULT_LIMIT = 100
 MAX_LIMIT = 1000
 _MAX_TIME = 40
-# A + that was not written as %2B has become a blank on the way.
+# In a query string a + that is not written as %2B means a space.
 _LOST_PLUS = re.compile(r"(T\S+) (\d\d:?\d\d)$")
 
 
@@ -33,7 +33,7 @@ def _moment(value: object) -> object:
     try:
         return localized(moment, ZoneSettings.from_environment().timezone, "it").astimezone(UTC)
     except (InvalidEvent, OverflowError, ValueError):
-        raise ValueError("is too near to the first or last year") from None
+        raise ValueError("is too close to the year 1 or 9999") from None
 
 
 Moment = Annotated[
@@ -45,23 +45,28 @@ _BIGINT = 2**63
 
 
 class PageParameters(BaseModel):
-    """Parameters of every page. An unknown one is an error: it was meant to change something."""
+    """Parameters of every listing. An unknown parameter is an error, since ignoring a mistyped filter would mislead."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT, description="At most so many rows.", examples=[100])
-    portfolio_id: int | None = Field(None, ge=-_BIGINT, lt=_BIGINT, description="Only of this portfolio.", examples=[1])
-    since: Moment | None = Field(
-        None, description="From this time on. Without an offset it is in the server's zone (HISTORY_TIMEZONE)."
+    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT, description="Maximum number of rows.", examples=[100])
+    portfolio_id: int | None = Field(
+        None, ge=-_BIGINT, lt=_BIGINT, description="Only rows of this portfolio.", examples=[1]
     )
-    until: Moment | None = Field(None, description="Before this time.")
-    cursor: str | None = Field(None, max_length=MAX_LENGTH, description="As in the Link header of the page before.")
-    format: Literal["json", "csv"] | None = Field(None, description="Goes before the Accept header.")
+    since: Moment | None = Field(
+        None,
+        description="Only rows from this time on. A time without an offset is in the zone HISTORY_TIMEZONE.",
+    )
+    until: Moment | None = Field(None, description="Only rows before this time.")
+    cursor: str | None = Field(
+        None, max_length=MAX_LENGTH, description="Take it from the Link header of the previous page."
+    )
+    format: Literal["json", "csv"] | None = Field(None, description="Overrides the Accept header.")
 
 
 class HistoryParameters(PageParameters):
     daily: Literal["last"] | None = Field(
-        None, description="Of each portfolio only the last snapshot of each date, of those between since and until."
+        None, description="Only the last snapshot of each date and portfolio, among those between since and until."
     )
 
 
@@ -72,7 +77,7 @@ class SignalsParameters(PageParameters):
 
 
 class SnapshotRow(BaseModel):
-    """A row of portfolio_history. Amounts are in the account's currency."""
+    """Row of portfolio_history. Amounts are in the account's currency."""
 
     id: int
     event_id: str
@@ -91,7 +96,7 @@ class SnapshotRow(BaseModel):
 
 
 class ArchiveRow(BaseModel):
-    """A row of signal_archives."""
+    """Row of signal_archives."""
 
     id: int
     event_id: str
@@ -106,7 +111,7 @@ class ArchiveRow(BaseModel):
 
 
 class SignalRow(BaseModel):
-    """A signal of one market; `position` is its place in its archive, from 1."""
+    """Signal of one market. `position` counts from 1 within its archive."""
 
     archive_id: int
     portfolio_id: int | None
@@ -156,11 +161,17 @@ _EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {
 
 
 def answers(row: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The answers of an endpoint with such rows, for its OpenAPI document."""
+    """Return the OpenAPI descriptions of the answers of an endpoint that lists such rows."""
     example = _EXAMPLES[row]
     headers = {
-        "Link": {"description": 'The next page, rel="next" (RFC 8288), if there is one.', "schema": {"type": "string"}},
-        "ETag": {"description": "For If-None-Match.", "schema": {"type": "string"}},
+        "Link": {
+            "description": 'Link to the next page, rel="next" (RFC 8288), if there is one.',
+            "schema": {"type": "string"},
+        },
+        "ETag": {
+            "description": "Send it as If-None-Match to ask whether the page has changed.",
+            "schema": {"type": "string"},
+        },
     }
     content = {
         "application/json": {"example": [example]},
@@ -168,20 +179,24 @@ def answers(row: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     }
     return {
         200: {"description": "One page, newest first.", "headers": headers, "content": content},
-        304: {"description": "As it was when the tag of If-None-Match was given out.", "headers": headers},
+        304: {
+            "description": "The page has not changed since the answer with the tag in If-None-Match.",
+            "headers": headers,
+        },
         **problems(401, 414, 422, 503),
     }
 
 
 _REASONS = {
     401: "The bearer token is missing or wrong.",
-    414: "The query is too long.",
-    422: "A parameter is wrong; `errors` says which and why.",
-    503: "The database (or Redis) cannot answer now; Retry-After says when to try again.",
+    414: "The query string is too long.",
+    422: "A parameter is wrong; `errors` names it and the reason.",
+    503: "The database or Redis cannot be read now. Retry-After is in seconds.",
 }
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI descriptions of these error answers."""
     return {
         status: {"description": _REASONS[status], "content": {MEDIA_TYPE: {"schema": SCHEMA}}} for status in statuses
     }

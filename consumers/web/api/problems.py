@@ -1,4 +1,4 @@
-"""Errors of the API as problem details (RFC 9457): what is wrong, never an exception's text or a statement."""
+"""Errors of the API as problem details (RFC 9457). They never contain SQL or the text of a driver's error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SCHEMA = {
 
 
 class Problem(HistoryError):
-    """An answer that is an error."""
+    """Error with an HTTP status, headers and members of its problem details."""
 
     def __init__(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None, **members: Any) -> None:
         super().__init__(detail)
@@ -48,6 +48,7 @@ class Problem(HistoryError):
         self.members = members
 
     def response(self) -> Response:
+        """Return the answer with the problem details."""
         body = {"type": "about:blank", "title": HTTPStatus(self.status).phrase, "status": self.status}
         content = json.dumps(body | {"detail": str(self)} | self.members, ensure_ascii=False)
         headers = {"Cache-Control": "no-store"} | self.headers
@@ -55,11 +56,12 @@ class Problem(HistoryError):
 
 
 def unavailable(detail: str) -> Problem:
+    """Return a 503 problem that asks the client to try again in 2 s."""
     return Problem(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def problem_of(error: Exception) -> Problem | None:
-    """The answer to an error that has one; None for a defect."""
+    """Return the problem that answers an error; None for an unexpected error."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, RequestValidationError):
@@ -86,12 +88,12 @@ def _invalid(error: RequestValidationError) -> Problem:
 
 
 class ProblemRoute(APIRoute):
-    """A route that answers with problems, also in an app whose own errors look different."""
+    """Route that answers errors with problem details, also in an app that answers its own errors differently."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
-        async def handle_or_tell(request: Request) -> Response:
+        async def handle_or_answer(request: Request) -> Response:
             try:
                 return await handle(request)
             except Exception as error:
@@ -100,17 +102,17 @@ class ProblemRoute(APIRoute):
                     raise
                 return problem.response()
 
-        return handle_or_tell
+        return handle_or_answer
 
 
-async def _told(_: Request, error: Exception) -> Response:
+async def _answer_error(_: Request, error: Exception) -> Response:
     problem = problem_of(error)
-    if problem is None:  # the server logs the defect itself, with its traceback
-        problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "This is a defect; the server's log has more.")
+    if problem is None:  # uvicorn logs the error with its traceback
+        problem = Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error: the server's log has the traceback.")
     return problem.response()
 
 
-def tell_all_problems(app: FastAPI) -> None:
-    """Every error of `app` is answered with a problem: also an unknown path, a wrong method, a defect."""
+def add_problem_handlers(app: FastAPI) -> None:
+    """Make `app` answer every error with problem details: also an unknown path, a wrong method, an unexpected error."""
     for kind in (HTTPException, RequestValidationError, HistoryError, Exception):
-        app.add_exception_handler(kind, _told)
+        app.add_exception_handler(kind, _answer_error)

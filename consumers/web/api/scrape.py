@@ -1,4 +1,4 @@
-"""/metrics: the pipeline for Prometheus. Each worker exports its own counters itself."""
+"""/metrics: the pipeline's state for Prometheus. Each worker exports its own counters."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _registry() -> CollectorRegistry:
     return pipeline_registry()
 
 
-# A lock that a thread of the parent held would stay locked in the child.
+# In a forked child, a lock that another thread of the parent had taken stays locked for ever.
 os.register_at_fork(after_in_child=_registry.cache_clear)
 
 
 @metrics.get("/metrics")
 def scrape(accept: Annotated[str, Header()] = "") -> Response:
-    """In the text format of Prometheus, or in that of OpenMetrics for who accepts it."""
+    """Return the metrics in the Prometheus text format, or in OpenMetrics if the client accepts it."""
     encode, content_type = choose_encoder(accept)
     return Response(encode(_registry()), headers={"Content-Type": content_type, "Cache-Control": "no-store"})

@@ -1,1 +1,1 @@
-"""RQ Dashboard as a server of its own: rq-dashboard's views and pages, behind a login, in a process without pickle."""
+"""RQ Dashboard as a server process: rq-dashboard's views and pages behind a login, without pickle."""

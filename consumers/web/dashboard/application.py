@@ -1,4 +1,4 @@
-"""The Flask app: rq-dashboard's blueprint as it is, on one Redis client, behind our login."""
+"""The Flask app: rq-dashboard's unchanged blueprint with one Redis client and a login."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from producers.redis_url import place_of
 
 logger = logging.getLogger(__name__)
 
-# Underscore, which makes the tables in the browser, takes <%= as HTML and <%- as text. This makes it take both as text,
-# except where a template of rq-dashboard's escapes by itself. It is set by the one value that the pages' script takes
-# from the configuration, `var POLL_INTERVAL = {{ poll_interval }};`, before any template is read.
+# Underscore builds the tables in the browser. It inserts <%= as HTML and <%- as text. This setting makes it insert both
+# as text, except where a template of rq-dashboard escapes the value itself. It is appended to the only configuration
+# value that the pages' script contains, `var POLL_INTERVAL = {{ poll_interval }};`, so it runs before the templates.
 _POLL_INTERVAL = Markup(r"2500;  _.templateSettings.escape = /<%[-=](?! \$\('<div\/>'\)\.text\()([\s\S]+?)%>/g")
 
 
 def create_app(guard: login.Guard, redis: Redis, queue_name: str) -> Flask:
-    """Once a process: rq-dashboard's blueprint is a global. The page of jobs shows `queue_name` first."""
+    """Return the app; its page of jobs opens with `queue_name`. Call it once per process: the blueprint is a global."""
     app = Flask("rq_dashboard")
-    app.jinja_env.autoescape = True  # Jinja alone does not escape in the scripts, which are included as .js
-    app.config["RQ_DASHBOARD_REDIS_URL"] = [place_of(redis)]  # only shown: it has no password in it
+    app.jinja_env.autoescape = True  # Flask does not escape in .js templates, and the pages include their scripts
+    app.config["RQ_DASHBOARD_REDIS_URL"] = [place_of(redis)]  # only displayed: it contains no password
     app.config["RQ_DASHBOARD_POLL_INTERVAL"] = _POLL_INTERVAL
     app.redis_conn = redis  # type: ignore[attr-defined]  # where rq-dashboard's views look for it
-    blueprint.before_request_funcs.clear()  # they make a client for each request, without timeouts
+    blueprint.before_request_funcs.clear()  # they create a client per request, without timeouts
     guard.protect(app)
     app.register_error_handler(HTTPException, login.text_answer)
     app.register_error_handler(Exception, _failed)
@@ -40,7 +40,7 @@ def create_app(guard: login.Guard, redis: Redis, queue_name: str) -> Flask:
     @app.url_value_preprocessor
     def name_queue(endpoint: str | None, values: dict[str, Any] | None) -> None:
         if endpoint == "rq_dashboard.jobs_overview" and values and values["queue_name"] is None:
-            values["queue_name"] = queue_name  # RQ's own default is a queue called "default"
+            values["queue_name"] = queue_name  # RQ's default is a queue named "default"
 
     return app
 
@@ -48,13 +48,13 @@ def create_app(guard: login.Guard, redis: Redis, queue_name: str) -> Flask:
 def _failed(error: Exception) -> ResponseReturnValue:
     name = type(error).__name__
     if isinstance(error, NoSuchJobError):
-        return login.text_answer(NotFound("Redis has no such job any more."))
+        return login.text_answer(NotFound("The job is no longer in Redis."))
     if isinstance(error, InvalidJobOperation):
-        return login.text_answer(Conflict("The job's state has changed; reload the page."))
+        return login.text_answer(Conflict("The job's state has changed. Reload the page."))
     if isinstance(error, RedisError):
         logger.warning("%s %s: Redis: %s", request.method, request.path, name)
         return login.text_answer(ServiceUnavailable(f"Redis failed: {name}."))
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
     return login.text_answer(
-        InternalServerError(f"{name}. RQ may be unable to read a job in this list: see the server's log.")
+        InternalServerError(f"{name}. RQ may be unable to read a job in this list. See the server's log.")
     )

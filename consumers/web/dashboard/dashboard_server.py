@@ -1,4 +1,4 @@
-"""RQ Dashboard served by waitress."""
+"""RQ Dashboard as a server process (`trading-history dashboard`), served by waitress."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from consumers.web.listening import is_local, url_of
 from producers.settings import TransportSettings
 
 _THREADS = 4
-_MAX_BODY_BYTES = 64 * 1024  # its own pages send none
-_MAX_ANSWER_BYTES = 64 * 1024 * 1024  # above it waitress writes to disk, which may be read-only
+_MAX_BODY_BYTES = 64 * 1024  # the pages send no bodies
+_MAX_ANSWER_BYTES = 64 * 1024 * 1024  # a larger answer would be buffered on disk, which may be read-only
 
 
 def serve(listening: socket.socket) -> NoReturn:
-    """Answer at a listening socket until a signal ends this process, in which nothing is unpickled any more.
+    """Serve RQ Dashboard at a listening socket until a stop signal. Disables pickle in this process.
 
     Raises:
         SettingsError: HISTORY_DASHBOARD_PASSWORD or REDIS_URL is missing, or a setting is wrong.
@@ -37,15 +37,15 @@ def serve(listening: socket.socket) -> NoReturn:
     from consumers.web.dashboard.application import create_app
 
     if not guard.local:
-        print("The login is sent in clear text: put a TLS proxy in front of this server.", file=sys.stderr)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # of every request that waits for a thread
+        print("The password is sent unencrypted: put a TLS proxy in front of this server.", file=sys.stderr)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a thread
     app = create_app(guard, redis, transport.queue)
     server = waitress.create_server(
         app,
         sockets=[listening],
         threads=_THREADS,
         ident=None,
-        url_prefix=urlsplit(settings.url or "").path.rstrip("/"),  # a proxy may keep it in what it asks for, or not
+        url_prefix=urlsplit(settings.url or "").path.rstrip("/"),  # a proxy may keep or remove this prefix
         max_request_body_size=_MAX_BODY_BYTES,
         outbuf_overflow=_MAX_ANSWER_BYTES,
     )
@@ -57,8 +57,8 @@ def serve(listening: socket.socket) -> NoReturn:
 
     on_stop_signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), end)
     print(
-        f"{url_of(listening)} - user {DASHBOARD_USER}, password HISTORY_DASHBOARD_PASSWORD - Ctrl-C ends it.",
+        f"{url_of(listening)} - user {DASHBOARD_USER}, password HISTORY_DASHBOARD_PASSWORD - stop with Ctrl-C",
         flush=True,
     )
-    server.run()  # it swallows what ends it
+    server.run()  # waitress catches the SystemExit
     raise SystemExit(128 + ended[0] if ended else 1)

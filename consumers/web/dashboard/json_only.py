@@ -1,4 +1,4 @@
-"""Makes JSON the only serializer of this process: nothing in Redis is ever unpickled in it."""
+"""Makes JSON the only serializer of the process: it never unpickles anything from Redis."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rq.serializers import JSONSerializer
 
 
 class Unreadable(str):
-    """Text in place of a value that is not JSON. It unpacks into the four values of RQ's call.
+    """Text that replaces a value that is not JSON. It unpacks into the four values of an RQ job's call.
 
-    `stored` is the value in Redis: RQ writes it back when it requeues the job.
+    `stored` is the value in Redis. RQ writes it back when it requeues the job.
     """
 
     stored: bytes
@@ -23,7 +23,7 @@ class Unreadable(str):
 
 
 class JsonOnly:
-    """RQ's JSON serializer, but reading never raises: one job of another program would break the page of a list."""
+    """RQ's JSON serializer, except that `loads` never raises: one pickled job would break the page of its list."""
 
     @staticmethod
     def dumps(value: Any) -> bytes:
@@ -40,18 +40,18 @@ class JsonOnly:
 
 
 def forbid_pickle() -> None:
-    """For the rest of this process, before rq_dashboard is imported: RQ reads and writes JSON whatever it is asked for.
+    """Make RQ read and write JSON for the rest of this process, whatever serializer it is asked for.
 
-    Unpickling anything that names code raises RuntimeError.
+    Call it before rq_dashboard is imported. Afterwards, unpickling a class or a function raises RuntimeError.
     """
-    # RQ's registries and workers take its default, whatever their queue's serializer is.
-    rq.serializers.DefaultSerializer = JsonOnly  # type: ignore[misc, assignment]  # on purpose
+    # RQ's registries and workers use the default, even if their queue has another serializer.
+    rq.serializers.DefaultSerializer = JsonOnly  # type: ignore[misc, assignment]  # replaced on purpose
     rq.serializers.PickleSerializer = JsonOnly  # type: ignore[assignment]  # likewise
     rq.serializers.SERIALIZER_ALIASES.update(json=JsonOnly, pickle=JsonOnly)
     sys.addaudithook(_refuse_pickle)
 
 
 def _refuse_pickle(event: str, _: tuple[Any, ...]) -> None:
-    # Raised by the interpreter before a pickle gets hold of a class or a function, whoever loads it.
+    # The interpreter raises this event before any unpickler looks up a class or a function.
     if event == "pickle.find_class":
-        raise RuntimeError("nothing is unpickled in this process")
+        raise RuntimeError("pickle is disabled in this process")

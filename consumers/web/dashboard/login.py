@@ -1,4 +1,4 @@
-"""Checks before every request (host name, login, origin of a change), and headers of every answer."""
+"""Checks of each request (host name, login, origin of a change) and security headers of each answer."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-# rq-dashboard's script compiles its templates in the browser, and its pages have style attributes. Of scripts in a page
-# only the one that the page's template has may run, by its hash.
+# rq-dashboard compiles its templates in the browser ('unsafe-eval') and uses style attributes ('unsafe-inline'). Among
+# inline scripts, only the one of the page's own template may run: the policy contains its hash.
 _POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-eval'{hashes}; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -37,7 +37,7 @@ _INLINE_SCRIPT = re.compile('<script type="text/javascript">(.*?)</script>', re.
 
 @dataclass(frozen=True)
 class Guard:
-    """Hooks of a Flask app. `local` when only this machine can reach it, `origin` where browsers do."""
+    """Checks for a Flask app. `local`: only this machine can reach it; `origin`: its public address, if it has one."""
 
     password: bytes
     local: bool
@@ -45,14 +45,19 @@ class Guard:
 
     @classmethod
     def of(cls, settings: DashboardSettings, *, local: bool) -> Guard:
-        """Raises SettingsError without a password: there is no default."""
+        """Return the checks that the settings ask for.
+
+        Raises:
+            SettingsError: No password is set; there is no default.
+        """
         if settings.password is None:
             raise SettingsError(
-                "HISTORY_DASHBOARD_PASSWORD is not set: RQ Dashboard can delete jobs, and needs a login"
+                "HISTORY_DASHBOARD_PASSWORD is not set: RQ Dashboard can delete jobs, so it requires a login"
             )
         return cls(settings.password.get_secret_value().encode(), local, settings.url and origin_of(settings.url))
 
     def protect(self, app: Flask) -> None:
+        """Add the checks and the headers to `app`."""
         app.before_request(self._check)
         app.after_request(_with_headers)
 
@@ -67,21 +72,21 @@ class Guard:
             self._require_own_page()
 
     def _is_known(self, host: str) -> bool:
-        """With or without the port that goes without saying: proxies pass on both."""
+        """Return whether `host` is the public host name. Proxies send it with or without the default port."""
         return self.origin is not None and origin_of(f"{self.origin.partition(':')[0]}://{host}") == self.origin
 
     def _require_login(self) -> None:
         given = request.authorization
         if given is not None and given.type == "basic":
-            # Compare both in any case, so that the time taken reveals nothing.
+            # Always compare both, so that the response time does not show which one is wrong.
             user = hmac.compare_digest((given.username or "").encode(), DASHBOARD_USER.encode())
             if hmac.compare_digest((given.password or "").encode(), self.password) and user:
                 return
-            logger.warning("wrong login from %s", request.remote_addr)
-        raise Unauthorized("Needs the user and password of this server.")
+            logger.warning("login failed: wrong user or password from %s", request.remote_addr)
+        raise Unauthorized("The user or the password is missing or wrong.")
 
     def _require_own_page(self) -> None:
-        """A browser sends the login along with whatever another site makes it send."""
+        """Reject a change that another site made the browser send: the browser adds the login to it."""
         origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site")
         own = {origin_of(f"{request.scheme}://{request.host}"), self.origin}
         if (origin is None and site is None) or origin not in (None, *own) or site not in (None, "same-origin"):
@@ -94,7 +99,7 @@ def _with_headers(response: Response) -> Response:
     hashes = (b64encode(sha256(script.encode()).digest()).decode() for script in _INLINE_SCRIPT.findall(page))
     response.headers["Content-Security-Policy"] = _POLICY.format(hashes="".join(f" 'sha256-{one}'" for one in hashes))
     if response.location:
-        response.location = urlsplit(response.location).path  # Flask writes http:// behind a proxy that speaks TLS
+        response.location = urlsplit(response.location).path  # behind a TLS proxy Flask would write http://
     if response.status_code == Unauthorized.code:
         response.headers["WWW-Authenticate"] = 'Basic realm="RQ Dashboard", charset="UTF-8"'
     if request.endpoint not in ("static", "rq_dashboard.static"):
@@ -103,7 +108,7 @@ def _with_headers(response: Response) -> Response:
 
 
 def text_answer(error: HTTPException) -> Response:
-    """One line rather than a page: scripts show it, and it has nothing of the request in it."""
+    """Return an error as one line of text, which the pages' scripts can show. It repeats nothing from the request."""
     response = Response(f"{error.description}\n", error.code, content_type="text/plain; charset=utf-8")
     for name, value in error.get_headers():
         if name == "Allow":

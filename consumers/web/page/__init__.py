@@ -1,7 +1,7 @@
-"""The history page: curves, archives and the pipeline's health in a browser, read only.
+"""The history page: curves, archives and the pipeline's health in a browser, read-only.
 
-`assets` is the page itself, with no history in it; `data` may ask for a token: the page asks its user for one when it
-answers 401.
+`assets` serves the page's files, which contain no history. `data` serves the history and may require a token: if it
+answers 401, the page asks its user for the token.
 """
 
 from consumers.web.page.routes import assets, data

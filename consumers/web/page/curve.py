@@ -1,16 +1,16 @@
-"""The equity curve of a portfolio, thinned to what a screen can show, its drawdown and gaps, and its daily profit.
+"""The equity curve of a portfolio, reduced to the points that a screen can show, its drawdown, gaps and daily profit.
 
-* Drawdown of a snapshot: total value / highest total value up to it - 1, so 0 at a new high and -0.25 a quarter below
-  it. It looks at every snapshot since the first, not at the drawn ones: the deepest one shown is the true one. It is
-  None where the highest value is not positive.
-* Thinning: the range is cut into buckets of equal time, about two pixels each; of each bucket the first and the last
-  snapshot stay, that with the lowest and that with the highest value, and that with the deepest drawdown. Every point
-  drawn is a snapshot with its exact amounts.
-* Gap: the step between two consecutive snapshots is wider than a bucket, and their dates leave a whole day out, or it
-  is longer than three times the longest of the ten steps before it.
-* Close of a date: the last snapshot of that snapshot_date. A date's profit or loss is its close minus the close before
-  it, in total value. When days without snapshots lie between, that close is of an earlier date than the day before:
-  `days` says how many days the change took. The first close has none; a date without a snapshot has no entry.
+* Drawdown of a snapshot: total value / highest total value so far - 1. It is 0 at a new high and -0.25 if a quarter is
+  lost. It uses every snapshot since the first, not only the drawn ones, so the deepest drawdown shown is exact. It is
+  None if the highest value is not positive.
+* Reduction: the range is divided into buckets of equal time, about two pixels each. Each bucket keeps its first and
+  last snapshot, those with the lowest and the highest value, and the one with the deepest drawdown. Every drawn point
+  is a stored snapshot with its exact amounts.
+* Gap: the step between two consecutive snapshots is longer than a bucket and either skips a whole date, or is more than
+  three times as long as the longest of the ten steps before it.
+* Close of a date: the last snapshot of that snapshot_date. The profit or loss of a date is its close minus the previous
+  close, in total value. `days` is the number of days between the two closes: more than 1 if dates without snapshots lie
+  between them. The first close has no profit or loss; a date without a snapshot has no entry.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from consumers.db import curve_queries
 from consumers.db.curve_queries import Bucket, Range
 from consumers.db.portfolio_queries import ALL_DATES, Snapshot, daily_closes
 
-# Reading more rows than this at once takes seconds: then the daily closes are drawn, until the range is narrower.
+# Reading more rows takes seconds: then only the daily closes are drawn, until the user zooms in.
 MOST_SNAPSHOTS = 250_000
 _STEPS_BEFORE = 10
 _LONGER_THAN_USUAL = 3
@@ -36,7 +36,7 @@ _LONGER_THAN_USUAL = 3
 
 @dataclass(frozen=True)
 class Point:
-    """A drawn snapshot, its drawdown, and whether a gap lies before it."""
+    """Drawn snapshot, its drawdown (0 or negative), and whether a gap is before it."""
 
     snapshot: Snapshot
     drawdown: float | None
@@ -45,9 +45,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """Points, oldest first, with the nearest on either side of the range. `snapshots` is how many lie in the range.
+    """Points of a range, oldest first, plus the nearest one on either side of it.
 
-    With `closes_only` the points are daily closes, the drawdown is that of the closes, and `snapshots` is None.
+    `snapshots` is the number of snapshots in the range. If `closes_only`, the points are daily closes, the drawdown is
+    that of the closes, and `snapshots` is None.
     """
 
     points: Sequence[Point]
@@ -56,7 +57,7 @@ class Curve:
 
 
 def curve(db: Connection, portfolio: int | None, over: Range, *, parts: bool = False) -> Curve:
-    """The curve of a portfolio over a range; with `parts`, balance and invested keep their peaks too."""
+    """Return the curve of a portfolio over a range. With `parts`, the extremes of balance and invested are kept too."""
     limit = MOST_SNAPSHOTS + 1
     if curve_queries.count_snapshots(db, portfolio, ALL_DATES, limit) < limit:
         return _of_snapshots(db, over, curve_queries.buckets(db, portfolio, over, parts=parts))
@@ -92,16 +93,17 @@ def _of_closes(closes: Sequence[Snapshot]) -> Curve:
 
 
 def drawdown(value: float, peak: float) -> float | None:
-    """The part of the highest value that is lost: 0 or negative; None where the highest is not positive."""
+    """Return the lost part of the highest value, 0 or negative; None if the highest value is not positive."""
     return value / peak - 1 if peak > 0 else None
 
 
 def days_left_out(before: Snapshot, after: Snapshot) -> bool:
+    """Return whether at least one whole date lies between two snapshots."""
     return (after.snapshot_date - before.snapshot_date).days > 1
 
 
 def chosen(buckets: Sequence[Bucket], inside: int) -> dict[int, float]:
-    """The rows to draw, by id, with the highest value up to each: of the outer buckets only the nearest row."""
+    """Return the ids of the rows to draw, with the highest value up to each. An outer bucket gives its nearest row."""
     rows: dict[int, float] = {}
     for bucket in buckets:
         if bucket.number < 0:
@@ -115,10 +117,10 @@ def chosen(buckets: Sequence[Bucket], inside: int) -> dict[int, float]:
 
 
 def starts_after_gaps(buckets: Sequence[Bucket], bucket_seconds: float) -> dict[int, bool]:
-    """Rows, by id, that follow a step wider than a bucket, and whether that is far longer than the steps before it.
+    """Return the ids of rows that follow a step longer than a bucket, and whether that step is unusually long.
 
-    Such a step lies between the last row of a bucket and the first of the next one that has any. Inside a bucket the
-    mean step stands for all.
+    Such a step lies between the last row of a bucket and the first row of the next one. The steps inside a bucket are
+    not known one by one: their mean is used.
     """
     wide: dict[int, bool] = {}
     steps: deque[float] = deque(maxlen=_STEPS_BEFORE)
@@ -140,7 +142,7 @@ def starts_after_gaps(buckets: Sequence[Bucket], bucket_seconds: float) -> dict[
 
 @dataclass(frozen=True)
 class Day:
-    """A date's close, its profit or loss in the account's currency, and over how many days that came about."""
+    """Close of a date, its profit or loss in the account's currency, and the days since the previous close."""
 
     close: Snapshot
     profit_loss: Decimal | None
@@ -148,7 +150,7 @@ class Day:
 
 
 def daily_profit_loss(closes: Sequence[Snapshot]) -> list[Day]:
-    """One entry a close, oldest first as they are given."""
+    """Return one entry per close, in the order given: oldest first."""
     first = [Day(close, None, None) for close in closes[:1]]
     return first + [
         Day(close, close.total_value - before.total_value, (close.snapshot_date - before.snapshot_date).days)

@@ -1,4 +1,4 @@
-"""The pipeline at a glance, for the page: what can be known quickly, each part by itself."""
+"""State of the database, the queue and the outbox for the page. Each part is read independently."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _OUTBOX = ("pending", "sent", "rejected", "oldest_unacknowledged_seconds", "stat
 
 
 def health() -> dict[str, Any]:
-    """Values of the database, Redis and the outbox of this machine, or the `error` that each cannot be read.
+    """Return the values of the database, Redis and this machine's outbox, or an `error` for a part that cannot be read.
 
-    `redis` is None without REDIS_URL, `outbox` is None when this machine has none.
+    `redis` is None without REDIS_URL, `outbox` is None if this machine has no outbox.
     """
     read = shared_reader(_rows).read(_SECONDS)
     return {
@@ -35,7 +35,7 @@ def _rows() -> dict[str, Any]:
 
 
 def _shown(reading: Reading[Any], names: tuple[str, ...] = ()) -> Any:
-    """These attributes of the value, without names the value itself."""
+    """Return the named attributes of the value; the value itself if `names` is empty."""
     if reading.error is None:
         value = reading.value
         return {name: getattr(value, name) for name in names} if names and value is not None else value

@@ -1,6 +1,6 @@
-"""Answers of the page's routes: its files, and compact JSON; compressed, and only when they have changed.
+"""Answers of the page's routes: files and compact JSON, with gzip and with 304 for unchanged content.
 
-The files are our own beside this module, and uPlot's out of the wheel that carries them.
+The files are those in `static` and uPlot's two files, which are read from the package youplot.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
-# Nothing from elsewhere, nothing inline, no text that becomes markup.
+# Nothing is loaded from other sites, nothing is inline, and no text is parsed as markup.
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self';"
@@ -36,14 +36,14 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
 }
 _OURS = Path(__file__).with_name("static")
-# Of youplot only these two files are used, which are those of uPlot 1.6.31; its Python is never imported. index.html
-# names their sums, so that a browser takes no others.
+# Only these two files of youplot are used: they are uPlot 1.6.31. Its Python code is never imported. index.html has
+# their hashes (Subresource Integrity), so a browser accepts no other files.
 _CHART_PACKAGE = "youplot"
 _CHARTS = {"uplot.js": "vendor/uplot.iife.min.js", "uplot.css": "vendor/uplot.min.css"}
 
 
 def answer(request: Request, body: bytes, media_type: str) -> Response:
-    """`body`, or 304 for a browser that has it already."""
+    """Return `body`, or 304 if the browser has it already."""
     tag = f'W/"{sha256(body).hexdigest()[:32]}"'
     headers = SECURITY_HEADERS | {"Cache-Control": "private, no-cache", "ETag": tag, "Vary": "Accept-Encoding"}
     if tag in request.headers.get("if-none-match", ""):
@@ -55,7 +55,7 @@ def answer(request: Request, body: bytes, media_type: str) -> Response:
 
 
 def json_answer(request: Request, facts: Any) -> Response:
-    """Amounts as exact text, times in UTC as ISO 8601 with offset."""
+    """Return values as JSON: amounts as exact text, times in UTC as ISO 8601 with offset."""
     body = json.dumps(facts, default=_plain, ensure_ascii=False, separators=(",", ":"))
     return answer(request, body.encode(), "application/json")
 
@@ -65,12 +65,12 @@ def _plain(value: Any) -> str:
         return f"{value:f}"
     if isinstance(value, (date, datetime)):
         return value.isoformat()
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 @cache
 def known_files() -> dict[str, Path]:
-    """Every file that a browser may have, by its name; without uPlot's when its wheel is not installed."""
+    """Return the path of every file that may be served, by name. Without youplot, uPlot's files are missing."""
     files = {path.name: path for path in _OURS.iterdir() if path.suffix in MEDIA_TYPES}
     found = find_spec(_CHART_PACKAGE)
     for folder in (found.submodule_search_locations or []) if found else []:
@@ -80,5 +80,9 @@ def known_files() -> dict[str, Path]:
 
 @cache
 def content(name: str) -> bytes:
-    """Raises KeyError for a name that is none of ours."""
+    """Return the content of a file.
+
+    Raises:
+        KeyError: No file of this name may be served.
+    """
     return known_files()[name].read_bytes()

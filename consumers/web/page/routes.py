@@ -1,6 +1,6 @@
-"""Routes of the page: itself at `/` and `/page/static/`, its data below `/page/`. Nothing here writes.
+"""Routes of the page: its files at `/` and `/page/static/`, its data under `/page/`. All are read-only.
 
-Errors are left to the app, which answers all of its own in one way.
+Errors are raised: the app answers them as it answers its other errors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from consumers.web.page.responses import MEDIA_TYPES, answer, content, json_answ
 from consumers.web.page.signal_search import MOST_ARCHIVES, Found, Place, find
 
 ARCHIVES_AT_ONCE = 50
-_END_OF_TIME = datetime(9998, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)  # as the contract has it
+_END_OF_TIME = datetime(9998, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)  # the latest time that an event may have
 _LARGEST = 2**63 - 1
 
 
@@ -40,7 +40,10 @@ def _first_day(month: str) -> date:
 Moment = Annotated[AwareDatetime, AfterValidator(_within_history)]
 Id = Annotated[int, Field(ge=0, le=_LARGEST)]
 PortfolioNumber = Annotated[int, Field(ge=-(2**63), le=_LARGEST)]
-PortfolioName = Annotated[PortfolioNumber | Literal["none"], Query(description="Its number; none: without one.")]
+PortfolioName = Annotated[
+    PortfolioNumber | Literal["none"],
+    Query(description="Number of the portfolio, or `none`."),
+]
 Month = Annotated[date, BeforeValidator(_first_day)]
 Wanted = Annotated[str, Query(max_length=100, pattern=r"^[^\x00]*$")]
 
@@ -50,11 +53,13 @@ data = APIRouter(prefix="/page", include_in_schema=False)
 
 @assets.get("/")
 def page(request: Request) -> Response:
+    """Return the page."""
     return answer(request, content("index.html"), MEDIA_TYPES[".html"])
 
 
 @assets.get("/page/static/{name}")
 def static_file(request: Request, name: str) -> Response:
+    """Return a script, style sheet or icon of the page."""
     if name not in known_files():
         raise HTTPException(404)
     return answer(request, content(name), MEDIA_TYPES[PurePath(name).suffix])
@@ -62,14 +67,14 @@ def static_file(request: Request, name: str) -> Response:
 
 @data.get("/newest")
 def newest(request: Request) -> Response:
-    """Change token per table. The page reads it every few seconds."""
+    """Return a change token per table. The page reads them every 3 s."""
     with read_transaction() as db:
         return json_answer(request, state_queries.change_tokens(db))
 
 
 @data.get("/portfolios")
 def portfolios(request: Request) -> Response:
-    """Every portfolio with its first and last instant and its last value."""
+    """List the portfolios, each with the time of its first and last snapshot and its last value."""
     with read_transaction() as db:
         found = [one._asdict() | {"portfolio": _name(one.portfolio)} for one in portfolio_queries.portfolios(db)]
     return json_answer(request, found)
@@ -85,12 +90,12 @@ def equity_curve(
     buckets: Annotated[int, Query(ge=10, le=1000)] = 400,
     parts: bool = False,
 ) -> Response:
-    """The curve between two instants, all of it without them; see consumers.web.page.curve."""
+    """Return the curve between two times, by default the whole curve; see consumers.web.page.curve."""
     number = _number(portfolio)
     with read_transaction() as db:
         known = portfolio_queries.extent(db, number)
         if known is None:
-            raise HTTPException(404, "no snapshot is of this portfolio")
+            raise HTTPException(404, "this portfolio has no snapshots")
         over = curve_queries.Range(since or known.first_at, until or known.last_at, buckets)
         if over.until < over.since:
             raise HTTPException(422, "until is before since")
@@ -114,7 +119,7 @@ def _columns(drawn: Curve) -> dict[str, Any]:
 
 @data.get("/daily")
 def daily(request: Request, portfolio: PortfolioName) -> Response:
-    """Closes and profit or loss of each date, oldest first; see consumers.web.page.curve."""
+    """Return the close and the profit or loss of each date, oldest first; see consumers.web.page.curve."""
     with read_transaction() as db:
         days = daily_profit_loss(portfolio_queries.daily_closes(db, _number(portfolio)))
     facts = {
@@ -128,14 +133,14 @@ def daily(request: Request, portfolio: PortfolioName) -> Response:
 
 @data.get("/months")
 def months(request: Request) -> Response:
-    """Months that have archives, newest first, with how many."""
+    """List the months that have archives and the number of archives of each, newest first."""
     with read_transaction() as db:
         return json_answer(request, archive_queries.months(db))
 
 
 @data.get("/archives")
 def archives(request: Request, month: Month, before_at: Moment = _END_OF_TIME, before_id: Id = _LARGEST) -> Response:
-    """Archives of a month, newest first: 50, and whether there are older ones."""
+    """List at most 50 archives of a month, newest first, and say whether there are older ones."""
     with read_transaction() as db:
         rows = archive_queries.archives_of_month(db, month, (before_at, before_id), ARCHIVES_AT_ONCE + 1)
     named = [row | {"portfolio": _name(row.pop("portfolio_id"))} for row in rows[:ARCHIVES_AT_ONCE]]
@@ -152,7 +157,7 @@ def signals_of_month(
     archive: Id = _LARGEST,
     number: Id = 0,
 ) -> Response:
-    """Signals of a month with this text in a value, newest first: 50, and where the search goes on."""
+    """List at most 50 signals of a month with the text `q` in a value, newest first, and where to continue."""
     start = Place(at, archive, number)
     with read_transaction() as db:
         rows = archive_queries.archives_with_signals(db, month, (at, archive), MOST_ARCHIVES)
@@ -162,11 +167,11 @@ def signals_of_month(
 
 @data.get("/archives/{archive_id}")
 def signals_of_archive(request: Request, archive_id: Id, q: Wanted = "", number: Id = 0) -> Response:
-    """Signals of one archive with this text in a value: 50, and where the search goes on."""
+    """List at most 50 signals of one archive with the text `q` in a value, and where to continue."""
     with read_transaction() as db:
         archive = archive_queries.archive(db, archive_id)
     if archive is None:
-        raise HTTPException(404, "no archive has this id")
+        raise HTTPException(404, "there is no archive with this id")
     return json_answer(request, _found(find(iter([archive]), q, Place(archive.archived_at, archive.id, number))))
 
 
@@ -180,7 +185,7 @@ def _found(found: Found) -> dict[str, Any]:
 
 @data.get("/health")
 def pipeline_health(request: Request) -> Response:
-    """The pipeline at a glance; see consumers.web.page.page_health."""
+    """Return the state of the pipeline; see consumers.web.page.page_health."""
     return json_answer(request, health())
 
 

@@ -1,6 +1,6 @@
-"""The signals inside archives, searched for a text.
+"""Search for a text in the signals of archives.
 
-Here and not in SQL: whether PostgreSQL knows that Ö and ö are one letter depends on how its database was made.
+It is done in Python: whether PostgreSQL treats Ö and ö as the same letter depends on the locale of the database.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from consumers.db.archive_queries import Archive
 MOST_FOUND = 50
 MOST_FIELDS = 64
 MOST_CHARACTERS = 2_000
-# One request reads no more than this before it answers with where to go on.
+# A request that has read this much answers with what it has found and where to continue.
 MOST_ARCHIVES = 2_000
 _MOST_BYTES = 16 * 2**20
 _PIECE = 2**16
@@ -24,7 +24,7 @@ _PIECE = 2**16
 
 @dataclass(frozen=True)
 class Place:
-    """A signal's place, and where a search goes on after it: `number` counts from 1 in its archive."""
+    """Position of a signal; a search continues after it. `number` counts from 1 within the archive."""
 
     archived_at: datetime
     archive: int
@@ -33,14 +33,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Found:
-    """Signals in the order of the search, and where it goes on; None when everything was read."""
+    """Signals found, in the order of the search, and the position after which to continue; None if all were read."""
 
     signals: list[dict[str, Any]]
     after: Place | None
 
 
 def find(archives: Iterator[Archive], wanted: str, start: Place | None) -> Found:
-    """The signals, from `start` on, of which a value has this text in it, whatever its case; at most 50."""
+    """Return at most 50 signals after `start` that have the text `wanted` in a value, in any letter case."""
     found: list[dict[str, Any]] = []
     read_bytes = 0
     last: Place | None = None
@@ -61,21 +61,21 @@ def find(archives: Iterator[Archive], wanted: str, start: Place | None) -> Found
     return Found(found, None)
 
 
-_END = 2**31 - 1  # of an archive: no signal is numbered so
+_END = 2**31 - 1  # after the last signal of any archive
 
 
 class _Number(str):
-    """A number with the digits that it came with; a float would drop some."""
+    """Number with its original digits; a float would drop some."""
 
     __slots__ = ()
 
 
 def _may_have(signals: str, wanted: str) -> bool:
-    """False if no value has it, so that parsing is not needed; True also for texts that JSON may escape."""
+    """Return False only if no value contains `wanted`, to avoid parsing. A text that JSON may escape gives True."""
     if not wanted.isprintable() or '"' in wanted or "\\" in wanted:
         return True
     folded = wanted.casefold()
-    # In pieces: casefold takes twelve bytes a character.
+    # In pieces, because casefold needs up to twelve bytes per character.
     pieces = (signals[at : at + _PIECE + len(folded)] for at in range(0, len(signals), _PIECE))
     return any(folded in piece.casefold() for piece in pieces)
 
@@ -89,7 +89,7 @@ def _text(value: Any) -> str | None:
 
 
 def _written(value: Any) -> str:
-    """As JSON."""
+    """Return a value as JSON text."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_written(name)}: {_written(one)}" for name, one in value.items()) + "}"
     if isinstance(value, list):

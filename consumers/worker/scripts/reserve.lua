@@ -17,7 +17,7 @@ local function count(key, id, found)
     return '0'
 end
 
--- A job with one of these fields asks RQ for more than to be run, and is rejected.
+-- A job with one of these fields asks RQ for more than to be run: it is unsupported, and is rejected.
 local UNSUPPORTED = {'success_callback_name', 'failure_callback_name', 'stopped_callback_name', 'webhooks',
     'repeats_left', 'rate_limit_key'}
 

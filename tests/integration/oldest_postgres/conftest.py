@@ -1,7 +1,7 @@
-"""Tests that run a second time, on an old PostgreSQL: here `pair` has the one that Debian's package brings.
+"""Tests that run again on an old PostgreSQL: `pair` uses the one of a Debian package.
 
-14 is the oldest that this project is made for. 15 lacks what came later as well, but in 14 alone everybody may make
-things in the schema public, until schema.sql has run: with 15 that part is not tried.
+14 is the oldest version that this project supports. 15 also lacks the newer features, but only in 14 can every role
+create objects in the schema public until schema.sql has run: with 15 that part is not tested.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _VERSIONS = ("14", "15")
 
 @pytest.fixture(scope="session")
 def pair(pair: Addresses) -> Iterator[Addresses]:
-    """The Valkey of this run, and an old PostgreSQL with a template database that has the tables."""
+    """The Valkey of this run and an old PostgreSQL, with a template database that has the tables."""
     version = next((one for one in _VERSIONS if Path(_PROGRAMS.format(one), "initdb").exists()), None)
     if version is None:
-        pytest.fail(f"no PostgreSQL {' or '.join(_VERSIONS)} below /usr/lib/postgresql: apt-get install postgresql-15")
+        pytest.fail(f"no PostgreSQL {' or '.join(_VERSIONS)} in /usr/lib/postgresql: apt-get install postgresql-15")
     programs = Path(_PROGRAMS.format(version))
     installation = replace(installed(), postgres_bin=programs, postgres_version=version)
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
         home = Path(folder)
-        home.chmod(0o711)  # PostgreSQL's account must get in
+        home.chmod(0o711)  # PostgreSQL's account must reach it
         server = postgres.server(home)
         with (home / "lock").open("w") as lock:
             try:

@@ -1,6 +1,6 @@
 from tests.integration.test_audit import (  # noqa: F401  # collected here, with their fixtures
     mixed,
-    test_a_lost_row_is_found_and_named,
-    test_every_number_is_accounted_for,
-    test_failed_lists_and_shows_what_was_refused,
+    test_audit_accounts_for_every_number,
+    test_audit_reports_lost_rows,
+    test_failed_lists_and_shows_rejected_events,
 )

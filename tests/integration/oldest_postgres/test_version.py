@@ -1,4 +1,4 @@
-"""Which server the tests of this folder really meet, and what only `status` asks of it."""
+"""The version of the server that these tests use, and the counts of `status` on it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from consumers.db.engine import get_db
 from tests.histories import store_many
 
 
-def test_these_tests_meet_an_old_server(database_url: str) -> None:
-    """Not the newest one of the wheels, by an error in a fixture."""
+def test_server_is_an_old_version(database_url: str) -> None:
+    """An error in a fixture could use the newest version, that of the wheels."""
     with get_db() as db:
         assert int(db.execute(text("SHOW server_version_num")).scalar_one()) // 10000 in (14, 15)
 
 
-def test_status_counts_there(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and outcomes; many by the planner's estimate."""
+def test_quick_counts_work_on_an_old_server(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are exact, or the planner's estimates for large tables."""
     counts = {"portfolio_snapshots": 0, "signal_archives": 0, "duplicate": 0, "rejected": 0}
     assert row_counts.quick_counts() == (counts, [])
     monkeypatch.setattr(row_counts, "EXACT_UP_TO", 100)

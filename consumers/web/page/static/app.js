@@ -1,4 +1,4 @@
-// Asks every few seconds whether rows have changed, shows them, and says so when nothing can be read.
+// Asks every 3 s whether rows have changed, shows them, and reports when they cannot be read.
 
 import { Archives } from "./archives.js";
 import { Curves } from "./curves.js";
@@ -9,11 +9,11 @@ import { get, Unreadable, useToken } from "./server.js";
 
 const ROWS_MS = 3000;
 const HEALTH_MS = 10000;
-// Nobody's page may cost the database more than a tenth of its time.
+// After each request the page waits for at least ten times its duration, so that a page takes at most a tenth of the database's time.
 const REST = 10;
 
 const seen = { snapshots: null, archives: null };
-// What a click asked for in vain is read by the next try that succeeds.
+// If a click could not be answered, the next successful read answers it.
 const curves = new Curves((error) => { seen.snapshots = null; stale(error); });
 const archives = new Archives((error) => { seen.archives = null; stale(error); });
 let readAt = null;
@@ -41,16 +41,16 @@ function fresh() {
 
 function stale(error) {
   if (!(error instanceof Unreadable)) throw error;
-  const since = readAt ? `What you see was read at ${time(readAt)}` : "Nothing was read yet";
+  const since = readAt ? `The data shown was read at ${time(readAt)}` : "No data was read yet";
   if (error.status === 503) databaseFailed(error.message);
   else healthIsOld(new Date());
   for (const id of ["curves-state", "archives-state"]) {
-    if (byId(id).textContent === "Loading…") byId(id).textContent = "Nothing was read yet.";
+    if (byId(id).textContent === "Loading…") byId(id).textContent = "No data was read yet.";
   }
   say("stale", readAt ? `Not up to date since ${time(readAt)}` : "Waiting for data");
   const banner = byId("banner");
   const text = `${error.message.replace(/\.$/, "")}. ${since}; the page keeps trying.`;
-  if (banner.textContent !== text) banner.textContent = text; // said once, not at every try
+  if (banner.textContent !== text) banner.textContent = text; // a screen reader announces it once, not at each try
   banner.hidden = false;
   byId("token-form").hidden = error.status !== 401;
 }
@@ -61,7 +61,7 @@ function say(state, text) {
   if (live.textContent !== text) live.textContent = text;
 }
 
-/** Runs `work` again and again, while somebody looks; `wake` starts it at once. */
+/** Runs `work` repeatedly while the page is visible. Returns a function that runs it at once. */
 function repeat(work, failed, pause) {
   let timer = null;
   let running = false;

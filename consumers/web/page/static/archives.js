@@ -1,4 +1,4 @@
-// The archives section: months, the archives of one, the signals of one archive or those that a search finds.
+// The archives section: the months, the archives of a month, and the signals of an archive or of a search.
 
 import { byId, element, number, replace, row } from "./dom.js";
 import { count, moment, month as named, portfolio } from "./format.js";
@@ -14,30 +14,30 @@ export class Archives {
   #month = null;
   #archive = null; // { id, archived_at } when its signals are shown
   #reading = null;
-  #owed = false; // a click could not be answered
+  #unanswered = false; // the last click could not be answered
 
-  /** `failed(error)` hears of data that could not be read after a click. */
+  /** `failed(error)` is called if data cannot be read after a click. */
   constructor(failed) {
     this.failed = failed;
     byId("search").addEventListener("submit", (event) => { event.preventDefault(); this.#show(); });
     byId("wanted").addEventListener("search", () => this.#show());
   }
 
-  /** Reads months and the listing anew. Throws Unreadable and keeps what is shown. */
+  /** Reads the months and the listing again. If that fails, throws Unreadable and leaves the page unchanged. */
   async refresh() {
     this.#months = await get("months");
     byId("archives-state").hidden = this.#months.length > 0;
     byId("archive-browser").hidden = this.#months.length === 0;
     if (!this.#months.length) {
-      replace(byId("archives-state"), "No signals are archived yet. A controller archives them with archive_current_signals(), a file goes in with ",
+      replace(byId("archives-state"), "No signals are archived yet. A controller archives them with archive_current_signals(). To archive a file, run ",
         element("code", {}, "trading-history archive FILE"), ".");
     } else {
       this.#month ??= this.#months[0].month;
       this.#listMonths();
-      // What somebody reads or has searched for stays; the list of a month grows.
+      // An opened archive, a search and a listing with older pages stay as they are. The first page of a month is read again.
       const listing = byId("listing");
       const grows = !this.#archive && !byId("wanted").value && !listing.dataset.more;
-      if (this.#owed || grows || !listing.hasChildNodes()) await this.#read();
+      if (this.#unanswered || grows || !listing.hasChildNodes()) await this.#read();
     }
     byId("archives").setAttribute("aria-busy", "false");
   }
@@ -54,7 +54,7 @@ export class Archives {
       await this.#read(more);
     } catch (error) {
       if (error.name === "AbortError") return;
-      this.#owed = true;
+      this.#unanswered = true;
       this.failed(error);
     }
   }
@@ -74,7 +74,7 @@ export class Archives {
       this.#listArchives(await get("archives", { month: this.#month, ...more }, signal), more);
     }
     this.#trail();
-    this.#owed = false;
+    this.#unanswered = false;
   }
 
   #trail() {
@@ -99,9 +99,9 @@ export class Archives {
     const single = this.#archive !== null;
     const rows = signals.map((one) => signalRow(one, single));
     const titles = [...(single ? ["No."] : ["Archived at"]), ...COLUMNS.map(([, title]) => title)];
-    this.#table(titles, rows, Boolean(appended), "Signals", after, wanted && !single ? "Search on" : "Show more signals");
+    this.#table(titles, rows, Boolean(appended), "Signals", after, wanted && !single ? "Continue the search" : "Show more signals");
     if (!rows.length && !appended) {
-      byId("listing").prepend(element("p", { class: "empty" }, after ? "Nothing found so far." : `No signal contains “${wanted}”.`));
+      byId("listing").prepend(element("p", { class: "empty" }, after ? "No signal found so far." : `No signal contains “${wanted}”.`));
     }
   }
 
@@ -124,7 +124,7 @@ export class Archives {
 const numericTitle = (title) =>
   (["Portfolio", "Signals", "Amount", "Target", "Confidence"].includes(title) ? "number" : null);
 
-/** A signal's row; its button opens a row with all of its fields below it. */
+/** Row of a signal. Its button opens a second row with all fields of the signal. */
 function signalRow({ archived_at: at, number: position, fields }, single) {
   const cells = COLUMNS.map(([key]) => {
     const text = fields[key] ?? (key === "market_question" ? fields.market_id : null) ?? "–";

@@ -1,4 +1,4 @@
-// The three charts: one range, one cursor, drawn by uPlot.
+// The three charts, drawn by uPlot, with a common range and a common cursor.
 /* global uPlot */
 
 import { byId, element } from "./dom.js";
@@ -23,7 +23,7 @@ const labels = {
   year: new Intl.DateTimeFormat(undefined, { year: "numeric" }),
 };
 
-/** Labels of the x axis as the browser's user writes dates; below them, where it changes, the year or the day. */
+/** Returns the labels of the x axis in the browser's locale. A second line has the year or the day where it changes. */
 function instants(_, splits, axis, space, step) {
   const [fine, coarse] = step >= 28 * DAY ? ["month", "year"] : step >= DAY ? ["day", "year"]
     : step >= 60 ? ["minute", "day"] : ["second", "day"];
@@ -40,13 +40,13 @@ export class Charts {
   #view = [0, 1];
   #plots = {};
   #data = { value: [[], [], [], []], drawdown: [[], []], daily: [[], [], [], [], []] };
-  #rows = []; // what is at each x of the curves: a number of a point, or null inside a gap
+  #rows = []; // the index of the point at each x of the curves; null inside a gap
   #curve = null;
   #daily = null;
   #parts = false;
-  #axisWidth = MIN_AXIS_WIDTH; // the same for all: an instant stands in one line
+  #axisWidth = MIN_AXIS_WIDTH; // the same for all charts, so that a time has the same x position in each
 
-  /** `zoomed(from, to)` is called with seconds since the epoch, `reset()` for everything. */
+  /** Calls `zoomed(from, to)` with seconds since the epoch, and `reset()` to show the whole range. */
   constructor({ zoomed, reset }) {
     this.zoomed = zoomed;
     this.reset = reset;
@@ -62,12 +62,12 @@ export class Charts {
     return this.#view;
   }
 
-  /** How many buckets the curve is worth: two pixels each. */
+  /** The number of buckets to ask for: one per two pixels. */
   get buckets() {
     return Math.min(Math.max(Math.round(byId("value-chart").clientWidth / 2), 100), 1000);
   }
 
-  /** Moves the range at once, with what is there; finer data may follow. */
+  /** Shows a range at once, with the data that is loaded; `show` may bring finer data later. */
   look(from, to) {
     this.#view = [from, Math.max(to, from + 1)];
     for (const plot of Object.values(this.#plots)) plot.setScale("x", { min: this.#view[0], max: this.#view[1] });
@@ -94,7 +94,7 @@ export class Charts {
     curve.at.forEach((at, number) => {
       const seconds = Date.parse(at) / 1000;
       if (gaps.has(number)) {
-        // An x without values, half-way: the line is not drawn across it.
+        // An x without values in the middle of the gap interrupts the line.
         for (const list of [value, balance, invested, drawdown, this.#rows]) list.push(null);
         x.push((x.at(-1) + seconds) / 2);
       }
@@ -125,7 +125,7 @@ export class Charts {
     const line = (name, show = true) => ({ stroke: color(name), width: 1.5, show, points: { size: 5, fill: color(name) } });
     const bars = uPlot.paths.bars({ size: [0.8, 60] });
     const bar = (name) => ({ fill: color(name), stroke: color(name), width: 0, paths: bars, points: { show: false } });
-    const hollow = (name) => ({ ...bar(name), fill: color(`${name}-area`), width: 1 }); // over several days
+    const hollow = (name) => ({ ...bar(name), fill: color(`${name}-area`), width: 1 }); // a change over several days
     this.#plots = {
       value: this.#plot("value", [{}, line("value"), line("balance", this.#parts), line("invested", this.#parts)], {}),
       drawdown: this.#plot(
@@ -177,25 +177,25 @@ export class Charts {
     }
   }
 
-  /** Writes what is under the cursor, or the newest of the range. */
+  /** Writes the values at the cursor, or the newest values of the range. */
   #read() {
     if (!this.#curve) return;
     const { value: plot, daily: bars } = this.#plots;
     const point = this.#pointAt(plot?.cursor.idx ?? this.#newest(this.#data.value[0]));
-    byId("value-readout").replaceChildren(...(point === null ? ["no snapshots here"] : this.#tell(point)));
+    byId("value-readout").replaceChildren(...(point === null ? ["no snapshots in this range"] : this.#readout(point)));
     byId("drawdown-readout").textContent = point === null ? "–" : percent(this.#curve.drawdown[point]);
     const at = bars?.cursor.idx ?? this.#newest(this.#data.daily[0]);
-    byId("daily-readout").textContent = at === null || at === undefined ? "no closes here" : this.#tellDay(at);
+    byId("daily-readout").textContent = at === null || at === undefined ? "no closes in this range" : this.#dayReadout(at);
   }
 
-  #tell(point) {
+  #readout(point) {
     const curve = this.#curve;
     const parts = this.#parts
       ? [" · ", colored("balance", curve.balance[point]), " · ", colored("invested", curve.total_invested[point])] : [];
     return [amount(curve.total_value[point]), ...parts, ` · ${moment(curve.at[point])}`];
   }
 
-  #tellDay(at) {
+  #dayReadout(at) {
     const { date, profit_loss: changes, days } = this.#daily;
     const over = days[at] > 1 ? ` over ${days[at]} days` : "";
     return `${changes[at] === null ? "first close" : change(changes[at])}${over} · ${day(date[at])}`;
@@ -234,7 +234,7 @@ export class Charts {
     plot.setCursor({ left: plot.valToPos(xs[next], "x"), top: 10 });
   }
 
-  // A screen reader hears the chart that is stepped through, and nothing of a mouse.
+  // A screen reader announces the values of the chart in which the user moves by keyboard, and none for a mouse.
   #speak(name) {
     for (const other of Object.keys(HEIGHTS)) {
       byId(`${other}-readout`).setAttribute("aria-live", other === name ? "polite" : "off");
@@ -242,7 +242,7 @@ export class Charts {
   }
 }
 
-/** What the longest label of an axis for one of these lists takes. */
+/** Returns the width in pixels that the longest label of an axis needs for any of these lists of values. */
 function axisWidth(...lists) {
   const context = document.createElement("canvas").getContext("2d");
   context.font = FONT;
@@ -250,7 +250,7 @@ function axisWidth(...lists) {
     const [low, high] = values.reduce(([least, most], one) =>
       (one === null ? [least, most] : [Math.min(least, one), Math.max(most, one)]), [Infinity, -Infinity]);
     if (low > high) return [];
-    const room = (high - low || Math.abs(high)) * 0.2; // uPlot's axes go a little farther than the values
+    const room = (high - low || Math.abs(high)) * 0.2; // uPlot's axes extend a little beyond the values
     const digits = { maximumFractionDigits: high - low < 20 ? 2 : 0, minimumFractionDigits: high - low < 20 ? 2 : 0 };
     return [low - room, high + room].map((one) =>
       context.measureText(new Intl.NumberFormat(undefined, digits).format(one)).width);
@@ -262,7 +262,7 @@ function colored(name, text) {
   return element("span", { class: name }, `${name} ${amount(text)}`);
 }
 
-/** The range around its own middle, `factor` times as wide. */
+/** Returns the range with the same middle that is `factor` times as wide. */
 export function scaled(from, to, factor) {
   const middle = (from + to) / 2, half = ((to - from) / 2) * factor;
   return [middle - half, middle + half];

@@ -1,4 +1,4 @@
-// The portfolio section: which portfolio, which range, the figures and the table of days.
+// The portfolio section: choice of portfolio and range, the figures, and the table of days.
 
 import { Charts, scaled } from "./charts.js";
 import { byId, element, number, replace, row } from "./dom.js";
@@ -15,13 +15,13 @@ const NO_DAYS = { date: [], at: [], close: [], profit_loss: [], days: [] };
 export class Curves {
   #portfolios = [];
   #chosen = null;
-  #range = { last: null }; // { last: seconds or null for everything } up to the newest, or { from, to }
+  #range = { last: null }; // { last: seconds before the newest snapshot, null for all }, or { from, to }
   #reading = null;
-  #held = { portfolio: null, curve: NOTHING }; // what was read last
+  #loaded = { portfolio: null, curve: NOTHING }; // the last answer
   #daily = null;
   #shownDays = DAYS_AT_ONCE;
 
-  /** `failed(error)` hears of data that could not be read after a click. */
+  /** `failed(error)` is called if data cannot be read after a click. */
   constructor(failed) {
     this.failed = failed;
     this.charts = new Charts({
@@ -37,7 +37,7 @@ export class Curves {
     }, text)));
   }
 
-  /** Reads everything that is shown anew. Throws Unreadable and keeps what is shown. */
+  /** Reads the section's data again. If that fails, throws Unreadable and leaves the page unchanged. */
   async refresh() {
     const portfolios = await get("portfolios");
     this.#portfolios = portfolios;
@@ -91,14 +91,14 @@ export class Curves {
     const [first, last] = this.#extent;
     const room = Math.max(last - first, DAY);
     if (range.from !== undefined) {
-      // Not farther than to where snapshots are, not closer than a second.
+      // The middle stays within the snapshots; the range is one second at least, twice the history at most.
       const middle = Math.min(Math.max((range.from + range.to) / 2, first), last);
       const half = Math.min(Math.max((range.to - range.from) / 2, 0.5), room);
       range = { from: Math.max(middle - half, 0), to: middle + half };
     }
     this.#range = range;
     this.charts.look(...this.#span());
-    if (this.#covered) this.#summarizeHeld();
+    if (this.#covered) this.#summarizeLoaded();
     await this.#reread();
   }
 
@@ -107,32 +107,32 @@ export class Curves {
       await this.#read();
     } catch (error) {
       if (error.name === "AbortError") return;
-      if (error instanceof Unreadable) this.#showHeld();
+      if (error instanceof Unreadable) this.#showLoaded();
       this.failed(error);
     }
   }
 
-  /** What can be said of the range that was asked for in vain: only what has been read. */
-  #showHeld() {
-    if (this.#held.portfolio !== this.#chosen) {
-      this.#held = { portfolio: null, curve: NOTHING };
+  /** After a failed read, shows only the loaded data of the chosen portfolio and range. */
+  #showLoaded() {
+    if (this.#loaded.portfolio !== this.#chosen) {
+      this.#loaded = { portfolio: null, curve: NOTHING };
       this.#daily = NO_DAYS;
       this.charts.show(NOTHING, NO_DAYS, byId("parts").checked);
       this.#listDays();
     }
-    this.#summarizeHeld();
+    this.#summarizeLoaded();
   }
 
-  /** Whether the curve that was read last has the whole range. */
+  /** Whether the loaded curve covers the whole range. */
   get #covered() {
-    const { portfolio, curve } = this.#held;
+    const { portfolio, curve } = this.#loaded;
     const [from, to] = this.#span();
     return portfolio === this.#chosen && Date.parse(curve.since) / 1000 <= from + 0.001 && Date.parse(curve.until) / 1000 >= to - 0.001;
   }
 
-  #summarizeHeld() {
-    this.#summarize(this.#covered ? this.#held.curve : NOTHING, ...this.#span());
-    byId("drawn").textContent = this.#covered ? "Of this range nothing finer was read yet." : "This range was not read yet.";
+  #summarizeLoaded() {
+    this.#summarize(this.#covered ? this.#loaded.curve : NOTHING, ...this.#span());
+    byId("drawn").textContent = this.#covered ? "Finer data of this range was not read yet." : "This range was not read yet.";
   }
 
   async #read() {
@@ -151,13 +151,13 @@ export class Curves {
     ]);
     daily.at = daily.date.map((date) => localNoon(date).getTime() / 1000);
     this.#daily = daily;
-    this.#held = { portfolio: this.#chosen, curve };
-    // Half a day more on both sides of everything, for the bars of the first and the last day.
+    this.#loaded = { portfolio: this.#chosen, curve };
+    // The whole range has half a day more on either side, for the bars of the first and the last day.
     this.charts.look(whole ? Math.min(from, daily.at[0] - DAY / 2) : from, whole ? Math.max(to, daily.at.at(-1) + DAY / 2) : to);
     this.charts.show(curve, daily, parts);
     this.#summarize(curve, from, to);
     this.#listDays();
-    if (typeof uPlot === "undefined") throw new Unreadable("the chart library did not load: pip install '.[api]' in a clone; the table has the same days");
+    if (typeof uPlot === "undefined") throw new Unreadable("the chart library was not loaded: run pip install '.[api]' on the server; the table below shows the same days");
   }
 
   #mark() {
@@ -181,8 +181,8 @@ export class Curves {
       fact("Last value", values(last), at(last)), fact("Highest", values(high), at(high)), fact("Lowest", values(low), at(low)),
       fact("Deepest drawdown", deep === null ? "–" : percent(curve.drawdown[deep]), at(deep)));
     byId("drawn").textContent = curve.closes_only
-      ? "Too many snapshots to read at once: daily closes are drawn, and their drawdown. Zoom in for every snapshot."
-      : `${count(curve.snapshots)} ${curve.snapshots === 1 ? "snapshot" : "snapshots"} in this range, ${count(inside.length)} drawn: the first, last, lowest, highest and most drawn down of every two pixels.`;
+      ? "Too many snapshots to read at once: the charts show daily closes and their drawdown. Zoom in to see every snapshot."
+      : `${count(curve.snapshots)} ${curve.snapshots === 1 ? "snapshot" : "snapshots"} in this range, ${count(inside.length)} drawn: the first, last, lowest, highest and deepest drawdown of every two pixels.`;
   }
 
   #listDays() {
@@ -200,6 +200,6 @@ function fact(name, value, note) {
 
 function nothingYet() {
   const command = (text) => element("code", {}, text);
-  return ["No snapshot is stored yet. A controller records one with create_daily_portfolio_snapshot(), a file goes in with ",
-    command("trading-history snapshot FILE"), " while ", command("trading-history worker"), " runs. It will appear here by itself."];
+  return ["No snapshot is stored yet. A controller records one with create_daily_portfolio_snapshot(). To record a file, run ",
+    command("trading-history snapshot FILE"), " while ", command("trading-history worker"), " runs. New snapshots appear here without a reload."];
 }

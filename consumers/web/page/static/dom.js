@@ -1,8 +1,8 @@
-// Elements from data. Text is only ever text: nothing from the database can become markup.
+// Builds elements from data. Text is inserted as text: nothing from the database can become markup.
 
 export const byId = (id) => document.getElementById(id);
 
-/** An element with attributes (functions are listeners, nothing for null and false) and children, which are text or elements. */
+/** Returns an element. Attributes that are functions become listeners; null and false are omitted. Children are text or elements. */
 export function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -13,7 +13,7 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** Replaces the children, and puts the focus back on the element of the same id. */
+/** Replaces the children. If one of them had the focus, the new element with the same id gets it. */
 export function replace(parent, ...children) {
   const focused = parent.contains(document.activeElement) ? document.activeElement.id : "";
   parent.replaceChildren(...children.filter((child) => child !== null && child !== undefined));

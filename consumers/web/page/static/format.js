@@ -1,4 +1,4 @@
-// Numbers and times as the browser's user writes them. Amounts come as exact text and stay exact.
+// Formats numbers and times in the browser's locale. Amounts arrive as exact text and stay exact.
 
 const amounts = new Intl.NumberFormat(undefined, { minimumFractionDigits: 2, maximumFractionDigits: 8 });
 const signed = new Intl.NumberFormat(undefined, {
@@ -19,7 +19,7 @@ export const moment = (iso) => moments.format(new Date(iso));
 export const time = (date) => clock.format(date);
 export const zone = () => Intl.DateTimeFormat().resolvedOptions().timeZone;
 
-/** A calendar date has no zone: it is the same day wherever it is read. */
+/** Returns noon of a date in the browser's zone. A calendar date has no zone: it is the same day everywhere. */
 export function localNoon(date) {
   const [year, month, day] = date.split("-").map(Number);
   return new Date(year, month - 1, day, 12);

@@ -1,11 +1,11 @@
-// The pipeline's state as tiles, and the newest rejections.
+// The pipeline section: tiles with its state, and the newest rejections.
 
 import { byId, element, replace, row } from "./dom.js";
 import { count, duration, moment } from "./format.js";
 
 let shown = null;
 
-/** Shows what GET health has answered. */
+/** Shows the answer of GET health. */
 export function showHealth(answer) {
   shown = answer;
   const { database, redis, outbox, dashboard_url: dashboard } = answer;
@@ -14,12 +14,12 @@ export function showHealth(answer) {
   if (!database.error) showRejections(database.rejections);
 }
 
-/** Says what another question to the database was answered with, which is newer than the last GET health. */
+/** Shows an error of another request to the database: it is newer than the last answer of GET health. */
 export function databaseFailed(error) {
   if (shown && !shown.database.error) showHealth({ ...shown, database: { error } });
 }
 
-/** Says that the tiles are old, or that they are not. */
+/** Marks the tiles as outdated; null marks them as current. */
 export function healthIsOld(since) {
   byId("tiles").classList.toggle("old", since !== null);
 }
@@ -41,11 +41,11 @@ function queueTiles(redis, dashboard) {
   if (redis === null) return [tile("plain", "Queue", "unknown", "REDIS_URL is not set here"), unknownWorkers()];
   if (redis.error) return [tile("bad", "Queue", "not readable", redis.error), unknownWorkers()];
   const { queued, reserved, oldest_waiting_seconds: waited, workers, state } = redis;
-  if (state === "unknown") return [tile("bad", "Queue", "not readable", "trading-history doctor says why"), unknownWorkers()];
-  const lag = waited === null ? "nothing waits" : `the oldest waits for ${duration(waited)}`;
-  const queue = tile(state === "ok" ? "good" : "bad", "Queue", `${count(queued)} waiting`, `${lag}; ${count(reserved)} in work`);
+  if (state === "unknown") return [tile("bad", "Queue", "not readable", "run trading-history doctor"), unknownWorkers()];
+  const lag = waited === null ? "no job is waiting" : `the oldest has waited for ${duration(waited)}`;
+  const queue = tile(state === "ok" ? "good" : "bad", "Queue", `${count(queued)} waiting`, `${lag}; ${count(reserved)} reserved`);
   if (dashboard) queue.append(element("a", { href: dashboard, rel: "noreferrer" }, "RQ Dashboard"));
-  return [queue, tile(workers ? "good" : "bad", "Workers", count(workers), workers ? "alive" : "no worker runs: trading-history worker")];
+  return [queue, tile(workers ? "good" : "bad", "Workers", count(workers), workers ? "alive" : "no worker runs: start trading-history worker")];
 }
 
 const unknownWorkers = () => tile("plain", "Workers", "unknown", "");
@@ -54,14 +54,14 @@ function failedTile(database) {
   if (database.error) return tile("plain", "Rejected", "unknown", "");
   const { count: many } = database.rejections;
   return tile(many ? "bad" : "good", "Rejected", many >= 1000 ? `${count(1000)} or more` : count(many),
-    many ? "see below, or trading-history failed list" : "every event was good");
+    many ? "see below, or run trading-history failed list" : "no event was rejected");
 }
 
 function outboxTile(outbox) {
   if (outbox === null) return tile("plain", "Outbox", "none", "on this machine");
   if (outbox.error) return tile("bad", "Outbox", "not readable", outbox.error);
   const { pending, sent, oldest_unacknowledged_seconds: age, state } = outbox;
-  const note = age === null ? "every event is stored or rejected" : `${count(sent)} sent and not acknowledged; the oldest for ${duration(age)}`;
+  const note = age === null ? "every event is stored or rejected" : `${count(sent)} sent, not acknowledged; the oldest is ${duration(age)} old`;
   return tile(state === "ok" ? "good" : "bad", "Outbox", `${count(pending)} pending`, note);
 }
 

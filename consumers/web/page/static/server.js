@@ -1,16 +1,16 @@
-// The page's side of its data endpoints.
+// Requests to the page's data endpoints.
 
 const TIMEOUT_MS = 15000;
 const base = new URL("../", import.meta.url);
 const TOKEN_KEY = "trading-history-token";
-const CARRIED = /^[\x20-\x7e]+$/; // fetch throws at any other
+const CARRIED = /^[\x20-\x7e]+$/; // fetch rejects a header with other characters
 let token = read();
 
 function read() {
   try {
     return sessionStorage.getItem(TOKEN_KEY);
   } catch {
-    return null; // storage may be forbidden: then the token lasts as long as the page
+    return null; // the browser may forbid storage: then the token lasts until the page is closed
   }
 }
 
@@ -23,7 +23,7 @@ export function useToken(value) {
   }
 }
 
-/** A failure to read: a message for a person, and the HTTP status if there was one. */
+/** Failed read: a message for the user, and the HTTP status if there was an answer. */
 export class Unreadable extends Error {
   constructor(message, status) {
     super(message);
@@ -31,13 +31,13 @@ export class Unreadable extends Error {
   }
 }
 
-/** The JSON at a path below /page/. `values` that are null or undefined are left out. Throws Unreadable, or AbortError. */
+/** Returns the JSON at a path under /page/. Parameters that are null or undefined are omitted. Throws Unreadable or AbortError. */
 export async function get(path, values = {}, signal = undefined) {
   const url = new URL(path, base);
   for (const [key, value] of Object.entries(values)) {
     if (value !== null && value !== undefined) url.searchParams.set(key, value);
   }
-  if (token && !CARRIED.test(token)) throw new Unreadable("wrong token: it has characters that no token has", 401);
+  if (token && !CARRIED.test(token)) throw new Unreadable("wrong token: it contains characters that are not allowed in a token", 401);
   const limit = AbortSignal.timeout(TIMEOUT_MS);
   let response;
   try {
@@ -60,7 +60,7 @@ async function reason(response) {
     const { detail } = await response.json();
     if (typeof detail === "string") return detail;
   } catch {
-    // Whatever came is not from our server: its status must do.
+    // The answer is not from our server, maybe from a proxy: show its status only.
   }
   return `the server answers ${response.status}`;
 }

@@ -1,11 +1,11 @@
-// Runs before the first paint, so that a chosen theme does not flash; hence no module.
+// Runs before the first paint, so that the other theme does not flash. Modules run later, so this is not one.
 (() => {
   const key = "trading-history-theme";
   let chosen = "auto";
   try {
     chosen = localStorage.getItem(key) ?? "auto";
   } catch {
-    // Storage may be forbidden: then the choice lasts as long as the page.
+    // The browser may forbid storage: then the choice lasts until the page is closed.
   }
   const show = (theme) => {
     if (theme === "auto") delete document.documentElement.dataset.theme;

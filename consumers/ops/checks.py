@@ -1,0 +1,69 @@
+"""Health checks of the pipeline, and the format of durations and sizes in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from consumers.ops.masking import Mask
+
+State = Literal["ok", "warn", "fail", "unknown"]
+
+
+@dataclass(frozen=True)
+class HealthCheck:
+    """Result of one check: its state, what was found, and what to do (empty if nothing).
+
+    `fail`: events are lost or cannot be stored. `warn`: a person should look at it. `unknown`: the server answers, but
+    this value could not be read.
+    """
+
+    name: str
+    state: State
+    found: str
+    advice: str = ""
+
+
+def check_result(name: str, found: str, problem: str = "", *, advice: str, state: State = "fail") -> HealthCheck:
+    """Return a check in `state` if there is a `problem`, otherwise one that is ok with `found`."""
+    return HealthCheck(name, state, problem, advice) if problem else HealthCheck(name, "ok", found)
+
+
+def checks_or_error(
+    name: str,
+    read: Callable[[], Iterable[HealthCheck]],
+    mask: Mask,
+    *,
+    advice: str = "",
+    unknown: tuple[type[Exception], ...] = (),
+) -> Iterator[HealthCheck]:
+    """Yield the checks of `read`, so that an error in one part does not hide the other parts.
+
+    An error ends the part with a failed check of this name, or an unknown one if its type is in `unknown`.
+    """
+    try:
+        yield from read()
+    except unknown as error:
+        found = f"cannot be read: {mask.masked_first_line(error)}"
+        yield HealthCheck(name, "unknown", found, advice or "run doctor again later")
+    except Exception as error:  # a defect too
+        yield HealthCheck(
+            name, "fail", mask.masked_first_line(error), advice or "if no other line explains this, report it as a bug"
+        )
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as text, such as `8 s`, `12 min`, `5 h` or `3 d 4 h`."""
+    whole = max(0, round(seconds))
+    if whole < 120:
+        return f"{whole} s"
+    minutes, hours = whole // 60, whole // 3600
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{hours} h" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as text: in MiB below 1 GiB, in GiB above."""
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"

@@ -1,0 +1,123 @@
+"""The commands in the documents and in the help, compared with the code: names, options, examples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from consumers.cli import app
+from tests.documents import ROOT, block, blocks, documents, table, text_of
+
+COMMANDS_DOCUMENT = "consumers/cli/README.md"
+ALERTS = ROOT / "consumers/deploy/alerts.yaml"
+_LINE_OF_PROGRAM = re.compile(r"trading-history ([^;|&`\"}\n]+)")
+
+
+def _commands() -> dict[str, Any]:
+    """Return each command by its full name, such as `audit` or `outbox status`."""
+    found: dict[str, Any] = {}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]  # a click group
+        parts = getattr(command, "commands", None)
+        found |= {name: command} if parts is None else {f"{name} {part}": one for part, one in parts.items()}
+    return found
+
+
+def _options(command: Any, *, hidden: bool = True) -> set[str]:
+    """Return the long names of a command's options, without --help."""
+    options = [one for one in command.params if hidden or not getattr(one, "hidden", False)]
+    return {name for one in options for name in one.opts if name.startswith("--")} - {"--help"}
+
+
+def _unknown(line: str) -> list[str]:
+    """Return the command line if its command does not exist, otherwise its options that do not exist."""
+    words, commands = line.split(), _commands()
+    name = next((name for name in commands if words[: len(name.split())] == name.split()), None)
+    named = set(re.findall(r"(?<!\S)--[\w-]+", line)) - {"--help"}
+    return [line] if name is None else [f"{name} {option}" for option in named - _options(commands[name])]
+
+
+def test_table_of_commands_has_each_command_with_all_its_options() -> None:
+    """A command that was added or removed, or an option that has another name, fails this test."""
+    commands = _commands()
+    documented: dict[str, set[str]] = {}
+    for cell, options, _ in table(COMMANDS_DOCUMENT, "commands"):
+        for line in re.findall("`([^`]+)`", cell):
+            name = " ".join(word for word in line.split() if word.islower())
+            documented[name] = {option.split()[0] for option in re.findall("`([^`]+)`", options)}
+    assert documented == {name: _options(command, hidden=False) for name, command in commands.items()}
+
+
+def test_help_of_each_command_is_a_sentence_and_an_example_that_exists() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]  # a click group
+    groups = {name: str(command.help) for name, command in commands.items() if hasattr(command, "commands")}
+    helps = {name: str(command.help) for name, command in _commands().items()}
+    assert set(groups) == {"failed", "outbox"}
+    for name, text in {**helps, **groups}.items():
+        sentence, example = text.split("\n\n")
+        assert re.fullmatch(r"[A-Z][^.]*(\.json[^.]*)?\.", " ".join(sentence.split())), name
+        (line,) = re.findall(r"^Example: trading-history (.*)$", example, re.M)
+        assert line.startswith(name)
+        assert (_unknown(line), len(shlex.split(line)) > 0) == ([], True)
+
+
+def test_each_option_and_argument_has_a_help() -> None:
+    without = [
+        f"{name} {one.name}"
+        for name, command in _commands().items()
+        for one in command.params
+        if one.name != "help" and not getattr(one, "hidden", False) and not one.help
+    ]
+    assert without == []
+
+
+def _command_lines(document: str) -> Iterator[str]:
+    """Yield the command lines of a document without the program's name: from its code blocks and its `spans`."""
+    text = re.sub(r"^[ \t]*```.*?^[ \t]*```$", "", text_of(document), flags=re.M | re.S)
+    spans = [" ".join(span.split()) for span in re.findall("`([^`]+)`", text)]
+    for part in [*(one.text.replace("\\\n", "") for one in blocks(document)), *spans]:
+        yield from _LINE_OF_PROGRAM.findall(part)
+    groups = {name.split()[0] for name in _commands()}
+    yield from (span for span in spans if span.split()[0] in groups and len(span.split()) > 1)
+
+
+@pytest.mark.parametrize("document", documents())
+def test_commands_and_options_in_a_document_exist(document: str) -> None:
+    """A line begins with a command, or with an option of the program itself, such as --debug."""
+    lines = list(_command_lines(document))
+    assert [one for line in lines if line[0] not in "-…" for one in _unknown(line.rstrip(" .…"))] == []
+    assert {line.split()[0] for line in lines if line[0] == "-"} <= _options(get_command(app)) | {"--help"}
+
+
+def test_most_documents_name_commands() -> None:
+    """The search for command lines must find some."""
+    assert len([line for document in documents() for line in _command_lines(document)]) > 50
+
+
+def test_commands_in_the_alert_rules_exist() -> None:
+    lines = _LINE_OF_PROGRAM.findall(ALERTS.read_text("utf-8"))
+    assert len(lines) >= 3
+    assert [one for line in lines for one in _unknown(line.rstrip(" .…"))] == []
+
+
+def test_documented_handling_of_rejected_events_uses_existing_commands() -> None:
+    lines = block("consumers/ops/README.md", "handle rejected events").splitlines()
+    assert [one for line in lines for one in _unknown(line.removeprefix("trading-history "))] == []
+    assert {shlex.split(line)[2] for line in lines} == {"list", "show", "requeue", "discard"}
+
+
+def test_documented_set_up_of_json_logs_writes_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    exec(block("consumers/ops/README.md", "json log lines of a controller"), {})
+    logging.getLogger("bot").warning("stored %d", 1, extra={"sequence": 7})
+    line = json.loads(capsys.readouterr().err)
+    assert set(line) == {"time", "level", "logger", "process", "message", "sequence"}
+    assert line["message"] == "stored 1"

@@ -1,0 +1,134 @@
+"""tests/README.md, tests/benchmarks/README.md, and each command of a test program that any document names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.__main__ import MEASURES
+from tests.benchmarks.throughput import CONTENDERS
+from tests.documents import ROOT, block, documents, table, text_of
+
+_COMMAND = re.compile(r"python -m (tests[\w.]*)([^`\n]*)")
+
+
+@cache
+def _source_of(program: str) -> str:
+    """Return the source of a module, or of the `__main__` of a package; "" if there is none."""
+    try:
+        found = find_spec(program)
+    except ModuleNotFoundError:
+        return ""
+    if found is None or found.origin is None:
+        return ""
+    file = Path(found.origin)
+    return (file.with_name("__main__.py") if file.name == "__init__.py" else file).read_text("utf-8")
+
+
+@cache
+def _help_of(program: str) -> str:
+    command = [sys.executable, "-m", program, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def _problems_of_command(program: str, words: Sequence[str]) -> list[str]:
+    """Return one line for each option or name that the program does not have; values and placeholders are ignored."""
+    source = _source_of(program)
+    if not source:
+        return [f"there is no program {program}"]
+    helps = _help_of(program) if "argparse" in source else ""
+    options, names = set(re.findall(r"--[\w-]+", helps)), set(re.findall(r"[a-z][a-z-]+", helps))
+    found = []
+    for before, word in zip(("", *words), words, strict=False):
+        if word.startswith("--"):
+            found += [] if word in options else [f"{program} has no option {word}"]
+        elif re.fullmatch("[a-z][a-z-]+", word) and not before.startswith("--"):
+            found += [] if word in names else [f"{program} has no {word}"]
+    return found
+
+
+def _problems_of(text: str) -> list[str]:
+    """Return the problems of all commands of test programs in a text."""
+    commands = [(program.rstrip("."), words.split()) for program, words in _COMMAND.findall(text)]
+    return [problem for program, words in commands for problem in _problems_of_command(program, words)]
+
+
+@pytest.mark.parametrize("document", documents())
+def test_each_command_of_a_test_program_in_a_document_exists(document: str) -> None:
+    assert _problems_of(text_of(document)) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("python -m tests.faults --hours 2", "tests.faults has no option --hours"),
+        ("python -m tests.faults earthquake", "tests.faults has no earthquake"),
+        ("`python -m tests.benchmarks throughput latencies`", "tests.benchmarks has no latencies"),
+        ("python -m tests.no_such_program", "there is no program tests.no_such_program"),
+        ("python -m tests.documents --all", "tests.documents has no option --all"),
+    ],
+)
+def test_a_command_that_does_not_exist_is_reported(command: str, problem: str) -> None:
+    assert _problems_of(command) == [problem]
+
+
+def test_the_command_that_sets_up_and_tests_is_the_one_that_the_gate_runs() -> None:
+    """.ci/run takes it from the top README.md."""
+    lines = re.findall(r"^python3 -m venv .*pytest$", text_of("README.md"), re.M)
+    assert block("tests/README.md", "set up and test").splitlines() == lines[:1]
+
+
+def test_the_command_for_one_file_names_a_file_of_tests() -> None:
+    *_, file = block("tests/README.md", "one file").split()
+    assert (ROOT / file).is_file()
+
+
+def test_the_code_blocks_have_commands_of_test_programs() -> None:
+    blocks = [
+        block("tests/README.md", "checks"),
+        block("tests/README.md", "faults"),
+        block("tests/benchmarks/README.md", "run"),
+    ]
+    assert [len(_COMMAND.findall(one)) for one in blocks] == [3, 4, 2]
+
+
+def test_the_lock_file_has_each_dependency() -> None:
+    """The documented command writes the file with all extras."""
+    command = block("tests/README.md", "lock")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    needed = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    names = {re.split(r"[\[<>=; ]", one)[0].lower() for one in needed} - {project["name"]}
+    locked = set(re.findall(r"^([\w.-]+)==", (ROOT / command.split()[-1]).read_text("utf-8"), re.M))
+    assert "--all-extras" in command
+    assert {name.lower() for name in names} <= locked
+
+
+def test_the_table_of_folders_has_each_folder_of_tests() -> None:
+    found = {f"tests/{file.parent.name}" for file in (ROOT / "tests").glob("*/__init__.py")}
+    assert {cells[0].strip("`") for cells in table("tests/README.md", "folders")} == found
+
+
+def test_the_table_of_benchmarks_has_each_name_and_its_default_count() -> None:
+    rows = table("tests/benchmarks/README.md", "benchmarks")
+    assert {cells[0].strip("`"): int(cells[2].replace(",", "")) for cells in rows} == {
+        name: count for name, (_, count) in MEASURES.items()
+    }
+
+
+def test_the_table_of_throughput_has_each_contender() -> None:
+    assert [cells[0] for cells in table("tests/benchmarks/README.md", "throughput")] == list(CONTENDERS)
+
+
+def test_the_table_of_latencies_has_figures() -> None:
+    rows = table("tests/benchmarks/README.md", "latency")
+    assert rows[0][0] == "`create_daily_portfolio_snapshot`"
+    for cells in rows:
+        assert all(re.fullmatch(r"\d+\.\d\d", figure) for figure in cells[1:])
