@@ -28,6 +28,7 @@ READ_SECONDS = 5.0  # statement timeout of readers
 _READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0}
 _WRITER: dict[str, Any] = {"pool_size": 2}
 _LOCK_SECONDS = 5.0
+_TRANSACTION_TIMEOUT_VERSION = (17,)  # the first release of PostgreSQL that has transaction_timeout
 _ISOLATED_LOCK_SECONDS = 0.5
 # SQLSTATE classes of errors that the event's values cause: data exception, integrity constraint violation.
 _VALUE_CLASSES = ("22", "23")
@@ -161,6 +162,25 @@ def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
         if statement_seconds is not None:
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = {round(statement_seconds * 1000)}")
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(_ISOLATED_LOCK_SECONDS * 1000)}")
+        yield connection
+
+
+@contextmanager
+def long_read(store: Engine | None = None) -> Iterator[Connection]:
+    """Run one read-only transaction that sees one state of the database (REPEATABLE READ) and has no time limit.
+
+    It is for commands that read many rows, such as an export. `store` is by default the engine of this process.
+
+    Raises:
+        StoreUnavailable: the database is away or cannot execute a statement now.
+        SettingsError: the settings name no database.
+    """
+    with translated_errors(), (store or engine()).connect() as pooled:
+        connection = pooled.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        # The limits of the role, the database and the server do not know how much there is to read.
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0")
+        if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_VERSION:
+            connection.exec_driver_sql("SET LOCAL transaction_timeout = 0")
         yield connection
 
 

@@ -29,7 +29,7 @@ from rq.intermediate_queue import IntermediateQueue
 from rq.serializers import JSONSerializer
 from sqlalchemy import TextClause, text
 
-from consumers.db.engine import get_db
+from consumers.db.engine import get_db, long_read
 from producers.acknowledgements import shown
 from producers.entries import OutboxSource
 from producers.events import IMPORT_PREFIX, KINDS
@@ -211,9 +211,8 @@ def _audited(
 
 def _recorded(since: datetime | None) -> dict[str, _Recorded]:
     """Read the numbers of each source from one snapshot of the database."""
-    with get_db() as db:
+    with long_read() as db:
         # Otherwise an event that is stored meanwhile could be counted in one query and missing in the next.
-        db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         found = {}
         gaps_of = text(_GAPS.format(numbers=_of_all_tables(_NUMBERS)))
         shared_of = text(_SHARED.format(events=_of_all_tables(_EVENTS)))
