@@ -63,7 +63,8 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
         client_encoding=ENCODING,
         isolation_level="READ COMMITTED",
         **(_READER if read_only else _WRITER),
-        execution_options={"postgresql_readonly": read_only},
+        # Never False: that would override default_transaction_read_only, by which an operator stops all writes.
+        execution_options={"postgresql_readonly": True} if read_only else {},
         executemany_mode="values_plus_batch",
         hide_parameters=True,
     )
