@@ -24,6 +24,7 @@ listen_port = {listen_port}
 unix_socket_dir =
 auth_type = trust
 auth_file = {users}
+auth_user = {owner}
 pool_mode = transaction
 max_client_conn = 200
 default_pool_size = {pool_size}
@@ -38,20 +39,26 @@ def _free_port() -> int:
 
 
 @contextmanager
-def pooler(addresses: Addresses, folder: Path, *users: str, pool_size: int = 5, more: str = "") -> Iterator[Addresses]:
+def pooler(addresses: Addresses, folder: Path, *, pool_size: int = 5, more: str = "") -> Iterator[Addresses]:
     """Yield addresses whose PostgreSQL is reached through pgbouncer in transaction mode.
 
-    `users` may log in besides the owner, without a password; `more` is added to the configuration. `folder` must be
-    readable for PostgreSQL's account.
+    Each role that may log in needs no password. `more` is added to the configuration. PostgreSQL's account must be able
+    to read `folder`.
     """
     program = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
     url, port = make_url(addresses.database_url), _free_port()
     names, configuration = folder / "users", folder / "pgbouncer.ini"
-    names.write_text("".join(f'"{name}" ""\n' for name in (url.username, *users)))
+    names.write_text(f'"{url.username}" ""\n')
     host, server_port = url.query.get("host", url.host), url.query.get("port", url.port) or 5432
     configuration.write_text(
         _CONFIGURATION.format(
-            host=host, port=server_port, listen_port=port, users=names, pool_size=pool_size, more=more
+            host=host,
+            port=server_port,
+            listen_port=port,
+            users=names,
+            owner=url.username,
+            pool_size=pool_size,
+            more=more,
         )
     )
     command = [program, "-q", str(configuration)]

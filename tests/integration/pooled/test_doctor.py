@@ -1,1 +1,0 @@
-from tests.integration.test_doctor import *  # noqa: F403  # every test of it
