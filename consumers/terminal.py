@@ -196,20 +196,20 @@ def print_compared(compared: Sequence[Mapping[str, Any]]) -> None:
     _print_rows(("file", *counts), cells, "There is nothing to compare.")
 
 
-def print_facts(facts: Mapping[str, Any]) -> None:
+def print_values(values: Mapping[str, Any]) -> None:
     """Print names and values, one per line."""
-    _print(facts_table(facts))
+    _print(values_table(values))
 
 
-def facts_table(facts: Mapping[str, Any]) -> Table:
+def values_table(values: Mapping[str, Any]) -> Table:
     """Return a table of names and values."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), Text(printable(_fact(value))))
+    for name, value in values.items():
+        table.add_row(name.replace("_", " "), Text(printable(_value_text(value))))
     return table
 
 
-def _fact(value: Any) -> str:
+def _value_text(value: Any) -> str:
     """Return a value as text; a list is a list of names."""
     if isinstance(value, list):
         return ", ".join(name.replace("_", " ") for name in value) or "-"

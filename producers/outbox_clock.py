@@ -62,7 +62,7 @@ class ClockReading:
 class OutboxClock:
     """Clock of one outbox. A reading of it is kept in the file, and other processes continue from it.
 
-    `generation` returns another number when another file is at the path, which may have another clock.
+    `generation` returns a number that changes when the file at the path is replaced: a new file may have another clock.
     """
 
     def __init__(self, generation: Callable[[], int]) -> None:

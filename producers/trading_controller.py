@@ -55,7 +55,7 @@ def create_daily_portfolio_snapshot(
             "open", in upper or lower case.
         portfolio_id: An integer that distinguishes several portfolios.
         timestamp: The time of the trading cycle, by default now. If a repeated cycle passes the same time, it records
-            the same snapshot, which is stored once. A naive time is local (HISTORY_TIMEZONE).
+            the same snapshot, which is stored once. A naive time is in HISTORY_TIMEZONE.
         producer: By default, all calls in a process share one producer, made from the settings.
 
     Raises:
@@ -100,7 +100,7 @@ def archive_current_signals(
             it, for at most 5 s.
         portfolio_id: An integer that distinguishes several portfolios.
         archived_at: The time of the trading cycle, by default now. If a repeated cycle passes the same time, it
-            records the same archive, which is stored once. A naive time is local (HISTORY_TIMEZONE).
+            records the same archive, which is stored once. A naive time is in HISTORY_TIMEZONE.
         producer: By default, all calls in a process share one producer, made from the settings.
 
     Returns:

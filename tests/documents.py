@@ -20,6 +20,8 @@ _BLOCK = re.compile(
     r"(?:^[ \t]*<!-- (?P<marker>[^\n]*?) -->\n)?^(?P<indent>[ \t]*)```(?P<language>\w*)\n(?P<text>.*?)^[ \t]*```$",
     re.M | re.S,
 )
+_FENCE = re.compile(r"^[ \t>]*(?:```|~~~)|<pre\b", re.M)
+_LINK = re.compile(r"""\]\(<?([^)\s>]+)[^)]*\)|^ {0,3}\[[^]]+\]: *<?([^\s>]+)|(?:href|src)=["']([^"']+)""", re.M)
 _NOT_RUN = "not run: "
 """Marks a block that no test runs; the reason follows."""
 
@@ -34,9 +36,9 @@ class Block(NamedTuple):
 
 def documents() -> list[str]:
     """Return the paths of all Markdown files of the project, relative to its root."""
-    folders = (ROOT / name for name in ("producers", "consumers", "tests"))
-    files = [ROOT / "README.md", *(file for folder in folders for file in folder.rglob("*.md"))]
-    return sorted(str(file.relative_to(ROOT)) for file in files)
+    folders = [ROOT / name for name in (".ci", "producers", "consumers", "tests")]
+    files = [*ROOT.iterdir(), *(file for folder in folders for file in folder.rglob("*"))]
+    return sorted(str(file.relative_to(ROOT)) for file in files if file.suffix.lower() in {".md", ".markdown", ".rst"})
 
 
 def text_of(document: str) -> str:
@@ -80,14 +82,15 @@ def _anchors(document: str) -> set[str]:
 
 
 def _broken_links(document: str) -> Iterator[str]:
-    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(document)):
+    text = _BLOCK.sub("", text_of(document))
+    for link in ("".join(found) for found in _LINK.findall(text)):
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
-        target = (ROOT / document).parent / path if path else ROOT / document
-        if not target.exists():
+        target = ((ROOT / document).parent / path if path else ROOT / document).resolve()
+        if not target.exists() or not target.is_relative_to(ROOT.resolve()):
             yield f"{document}: the link {link} leads to no file"
-        elif anchor and anchor not in _anchors(str(target.resolve().relative_to(ROOT))):
+        elif anchor and anchor not in _anchors(str(target.relative_to(ROOT.resolve()))):
             yield f"{document}: the link {link} leads to no heading"
 
 
@@ -105,8 +108,14 @@ def _tested_blocks(tests: Path) -> frozenset[tuple[str, str]]:
 
 
 def _untested_blocks(document: str) -> Iterator[str]:
+    markers = [one.marker for one in blocks(document)]
+    if len(_FENCE.findall(text_of(document))) != 2 * len(markers):
+        yield f"{document}: fence each code block with three backticks, and a language of letters or none"
     for one in blocks(document):
-        if one.marker.startswith(_NOT_RUN) or (document, one.marker) in _tested_blocks(ROOT / "tests"):
+        is_marked = len(one.marker) > len(_NOT_RUN) and one.marker.startswith(_NOT_RUN)
+        if markers.count(one.marker) > 1 and not is_marked:
+            yield f"{document}: two code blocks have the marker <!-- {one.marker} -->"
+        if is_marked or (document, one.marker) in _tested_blocks(ROOT / "tests"):
             continue
         first = one.text.strip().split("\n")[0]
         yield f"{document}: no test reads the code block <!-- {one.marker} --> that begins with: {first}"

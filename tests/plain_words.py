@@ -32,23 +32,26 @@ RETIRED = (
     Term(r"\b(?:in[ -]?)?flight\b", "relay, or sent"),
     Term(r"\bcrews?\b|\blanes?\b", "worker, worker thread"),
     Term(r"(?<!lock )(?<!lock's )\bholders?\b", "owner"),
-    Term(rf"\bhold(?:s|ing)? {_EVENT}|\bheld {_EVENT}|\bheld back", "reserved"),
+    Term(rf"\bhold(?:s|ing)? (?:the |its |their )?{_EVENT}|\bheld (?:by|back|{_EVENT})", "reserved"),
     Term(r"\bhand(?:s|ed|ing)? (?:it |them |(?:its|their) work |the job |jobs )?back", "requeue"),
-    Term(r"\blet(?:s|ting)? (?:\w+ )?go\b|\bg[ai]v(?:e|es|en|ing) (?:\w+ )?up\b", "release, dead-letter, stop trying"),
+    Term(
+        r"\blet(?:s|ting)? (?:\w+ ){0,2}go\b|\bg[ai]v(?:e|es|en|ing) (?:it |them |(?:the|its) \w+ )?up\b",
+        "release, stop trying",
+    ),
     Term(r"\bsuspect|\baccus|\bblame|\bguilty|\bculprit|\bdeaths?\b", "poison candidate, crash count"),
-    Term(r"\bput(?:s|ting)? aside|\bset(?:s|ting)? aside|\bharmed\b|\bstranger?s?\b", "quarantine, unusable"),
+    Term(r"\b(?:put|set)(?:s|ting)? (?:\w+ ){0,2}aside|\bharm(?:s|ed)\b|\bstranger?s?\b", "quarantine, unusable"),
     Term(r"\bstrand(?:s|ed)?\b|\bstrays?\b", "orphan"),
     Term(r"\bupkeep\b", "maintenance"),
     Term(r"\bpatien(?:t|ce)\b", "statement timeout"),
     Term(r"\bnarrow", "filter"),
     Term(r"\btall(?:y|ies)\b|\bstanding\b", "import statistics, import state"),
     Term(r"\bfates?\b|\bbecame of\b|\bbecomes? of\b|\bcome of it\b", "outcome"),
-    Term(r"\brescue[sd]?\b", "salvage, requeue"),
+    Term(r"\brescu(?:e[sd]?|ing)\b", "salvage, requeue"),
     Term(
         rf"\b{_EVENT} (?:(?:is|are|was|were|be|been) )?refused|\brefused {_EVENT}|\brefusals?\b",
         "rejected, unsupported",
     ),
-    Term(r"\bconfirmed\b|\bconfirmation", "acknowledged"),
+    Term(r"\bconfirm(?:s|ed|ing|ation)?\b", "acknowledge"),
     Term(r"\btold\b|(?<!\.)\btells?\b(?! apart)", "say which: reports, logs, returns"),
     Term(r"\bwho(?:m|so)?ever\b", "the subject itself: a process that …"),
     Term(r"\bin good order\b|\bmend(?:s|ed|ing)?\b", "correctly; fix, repair"),
@@ -65,7 +68,7 @@ _GIVEN_NAMES = re.compile(
     r"""['"](?:absorbed|confirmed|death)['"]"""
     "|event_outcomes_(?:refusal_has_a_reason|absorbed_is_duplicate)|entries_(?:un)?confirmed|TimerDeathPenalty|death_penalty"
 )
-_DOCSTRING_BEGINS = re.compile(r"(?:What|Who|Whoever|Whose|Of)\b")
+_DOCSTRING_BEGINS = re.compile(r"(?:[-*] )?(?:What|Who|Whom|Whoever|Whose|Of)\b", re.I)
 
 
 class Finding(NamedTuple):
@@ -95,6 +98,7 @@ def retired_terms(text: str) -> Iterator[tuple[int, str, str]]:
     An identifier counts like its words: `held_jobs` and `HeldJobs` are found like "held jobs".
     """
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", _GIVEN_NAMES.sub("", text))
+    plain = re.sub(r"\n[ \t]*(?:#|--|//|\*)", "\n", plain)  # a sentence goes on in the next line of a comment
     for pattern, instead in RETIRED:
         for found in re.finditer(pattern.replace(" ", r"\s+") if "(?<!" not in pattern else pattern, plain, re.I):
             yield text_line(plain, found.start()), found[0], instead
@@ -106,13 +110,12 @@ def text_line(text: str, offset: int) -> int:
 
 
 def docstring_beginnings(source: str) -> Iterator[tuple[int, str, str]]:
-    """Yield each docstring of a module that begins with What, Who, Whoever, Whose or Of."""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    """Yield each docstring that begins with What, Who, Whoever, Whose or Of, those of constants and fields included."""
     for node in ast.walk(ast.parse(source)):
-        text = ast.get_docstring(node) if isinstance(node, documented) else None
-        if text and _DOCSTRING_BEGINS.match(text):
-            line = 1 if isinstance(node, ast.Module) else node.lineno  # type: ignore[attr-defined]  # not a module
-            yield line, text.split("\n")[0], "a verb or a noun phrase that names the thing"
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            text = node.value.value.strip()
+            if _DOCSTRING_BEGINS.match(text):
+                yield node.lineno, text.split("\n")[0], "a verb or a noun phrase that names the thing"
 
 
 def findings(names: tuple[str, ...] = PRODUCT) -> list[Finding]:

@@ -80,8 +80,8 @@ def _portfolio(name: str) -> int | None:
 def _notes(values: dict[str, Any]) -> Iterator[str]:
     if ambiguous := sum(one["ambiguous"] for one in values["files"]):
         yield (
-            f"{ambiguous} entries are from the second of two equal hours, after the clock was set back;"
-            " the format has no offset, so an import takes them for the first hour"
+            f"{ambiguous} entries are from an hour that the clock showed twice, and from its second time;"
+            " the format has no offset, so an import reads them as the first time"
         )
     if values["untouched"]:
         yield f"left unchanged, because they are not part of this export: {', '.join(values['untouched'])}"

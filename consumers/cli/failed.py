@@ -12,7 +12,7 @@ import typer
 
 from consumers.cli.options import AsJson
 from consumers.embedded.stack import stack
-from consumers.terminal import print_facts, print_json_array, print_rejections, print_text
+from consumers.terminal import print_json_array, print_rejections, print_text, print_values
 from producers.errors import HistoryError
 
 failed_app = typer.Typer(
@@ -21,8 +21,10 @@ failed_app = typer.Typer(
 )
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Job id or event id.")]
-KindOption = Annotated[str | None, typer.Option("--kind", help="Only rejections of one kind: snapshot or archive.")]
-All = Annotated[bool, typer.Option("--all", help="All rejections, or all of the kind.")]
+KindOption = Annotated[
+    str | None, typer.Option("--kind", help="Only rejected events of this kind: snapshot or archive.")
+]
+All = Annotated[bool, typer.Option("--all", help="All rejections, or with --kind all of that kind.")]
 
 
 @failed_app.command("list")
@@ -49,7 +51,7 @@ def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="Job id
 
     with stack(database=True):
         for rejection in _chosen(name, None):
-            print_facts(as_dict(rejection))
+            print_values(as_dict(rejection))
             print_text(rejected_text(rejection.job_id) or "")
 
 

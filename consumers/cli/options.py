@@ -10,6 +10,7 @@ from typing import Annotated
 from zoneinfo import ZoneInfo
 
 import typer
+from pydantic import TypeAdapter, ValidationError
 
 from producers.times import zone_named
 
@@ -21,10 +22,35 @@ def _zone(name: str) -> ZoneInfo:
         raise typer.BadParameter(str(error)) from None
 
 
+_MOMENT = TypeAdapter(datetime)
+
+
+def time_option(text: str) -> datetime:
+    """Read the value of an option that is a time, with or without an offset; the `parser` of such options."""
+    try:
+        return _MOMENT.validate_python(text)
+    except ValidationError:
+        raise typer.BadParameter(f"{text} is not a time such as 2026-11-22T17:00 or 2026-11-22T17:00+01:00") from None
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OfPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="Only rows of this portfolio.")]
-Since = Annotated[datetime | None, typer.Option(help="Only rows from this time on; a time without offset is local.")]
-Until = Annotated[datetime | None, typer.Option(help="Only rows before this time; a time without offset is local.")]
+Since = Annotated[
+    datetime | None,
+    typer.Option(
+        parser=time_option,
+        metavar="TIME",
+        help="Only rows from this time on; a time without offset is in HISTORY_TIMEZONE.",
+    ),
+]
+Until = Annotated[
+    datetime | None,
+    typer.Option(
+        parser=time_option,
+        metavar="TIME",
+        help="Only rows before this time; a time without offset is in HISTORY_TIMEZONE.",
+    ),
+]
 Timezone = Annotated[
     ZoneInfo | None,
     typer.Option(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from consumers.cli.options import AsJson, progress_bar
+from consumers.cli.options import AsJson, progress_bar, time_option
 from consumers.embedded.stack import stack
-from consumers.terminal import print_facts, print_json
+from consumers.terminal import print_json, print_values
 from producers.errors import HistoryError, OutboxDamaged, OutboxOutdated
 from producers.settings import TransportSettings
 
@@ -46,7 +46,7 @@ def outbox_status(as_json: AsJson = False) -> None:
         fault = outbox.quick_check(_CHECK_SECONDS)
         values["check"] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}.get(fault, fault)
         values["damaged_files"] = [str(file) for file in outbox.quarantine.damaged_files()]
-    (print_json if as_json else print_facts)(values)
+    (print_json if as_json else print_values)(values)
     raise typer.Exit(1 if fault not in (None, "unfinished") else 0)
 
 
@@ -72,7 +72,7 @@ def outbox_flush(
     if as_json:
         print_json(values | {"unsettled": left, "waits_for": reason})
     elif left:
-        print_facts(values)
+        print_values(values)
         found = f"{_counted(left, 'event')} not settled: {status.pending} pending, {status.sent} sent."
         print(f"{found} {reason}", file=sys.stderr)
     elif status.depth:
@@ -119,11 +119,16 @@ def _counted(count: int, what: str) -> str:
 @outbox_app.command("resend")
 def outbox_resend(
     since: Annotated[
-        datetime, typer.Option(help="Resend events recorded from this time on; a time without offset is local.")
+        datetime,
+        typer.Option(
+            parser=time_option,
+            metavar="TIME",
+            help="Resend events recorded from this time on; a time without offset is in HISTORY_TIMEZONE.",
+        ),
     ],
     timeout: Annotated[float, typer.Option(min=0, help="Try for at most this many seconds.")] = 60.0,
 ) -> None:
-    """Send settled events again, after the database was restored from a backup; its rows are kept.
+    """Send settled events again, after the database was restored from a backup; existing rows are kept.
 
     Example: trading-history outbox resend --since 2026-11-22T17:00
     """
@@ -131,7 +136,7 @@ def outbox_resend(
     with _producer(path) as producer:
         again = producer.resend(producer.localized(since, "--since"))
         pending = producer.flush(timeout)
-    print(f"{_counted(again, 'event')} to resend, {pending} still pending")
+    print(f"{_counted(again, 'event')} sent again, {pending} not sent yet")
     raise typer.Exit(1 if pending else 0)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from consumers.cli.options import AsJson, OfPortfolio, Since, Until
+from consumers.cli.options import AsJson, OfPortfolio, Since, Until, time_option
 from consumers.embedded.stack import stack
 from consumers.terminal import print_archives, print_audit, print_csv, print_json, print_snapshots
 
@@ -76,7 +76,11 @@ def audit(
     *,
     since: Annotated[
         datetime | None,
-        typer.Option(help="Check only events recorded from this time on; a time without offset is local."),
+        typer.Option(
+            parser=time_option,
+            metavar="TIME",
+            help="Check only events recorded from this time on; a time without offset is in HISTORY_TIMEZONE.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from consumers.cli.options import time_option
 from consumers.embedded.stack import stack
 from producers.errors import HistoryError
 
@@ -22,8 +23,13 @@ def snapshot(
         Path, typer.Argument(metavar="FILE", help="JSON file with the controller's portfolio; - reads standard input.")
     ],
     portfolio_id: ForPortfolio = None,
-    timestamp: Annotated[datetime | None, typer.Option(help="Time of the snapshot; by default now.")] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Wait at most this many seconds until the event is stored.")] = 0,
+    timestamp: Annotated[
+        datetime | None, typer.Option(parser=time_option, metavar="TIME", help="Time of the snapshot; by default now.")
+    ] = None,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, help="Wait at most this many seconds; exit status 1 if the event is not stored then."),
+    ] = 0,
 ) -> None:
     """Record one portfolio snapshot, as a controller does.
 
@@ -47,8 +53,14 @@ def archive(
     ] = None,
     url: Annotated[str | None, typer.Option(help="Read the signals from this URL instead of a file.")] = None,
     portfolio_id: ForPortfolio = None,
-    archived_at: Annotated[datetime | None, typer.Option(help="Time of the trading cycle; by default now.")] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Wait at most this many seconds until the event is stored.")] = 0,
+    archived_at: Annotated[
+        datetime | None,
+        typer.Option(parser=time_option, metavar="TIME", help="Time of the trading cycle; by default now."),
+    ] = None,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, help="Wait at most this many seconds; exit status 1 if the event is not stored then."),
+    ] = 0,
 ) -> None:
     """Archive the current signals, as a controller does.
 

@@ -31,7 +31,11 @@ def up() -> None:
         for name in ("DATABASE_URL", "REDIS_URL") if embedded else ():
             print(f"export {name}='{os.environ[name]}'")
         print(dashboard_text)
-        print("A worker is running. A controller needs REDIS_URL. Ctrl-C stops everything.", flush=True)
+        print(
+            "A worker is running. Paste the export lines into other shells; a controller needs only REDIS_URL."
+            " Ctrl-C or SIGTERM stops everything.",
+            flush=True,
+        )
         wait_for_worker(worker)
 
 

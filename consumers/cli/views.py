@@ -12,7 +12,7 @@ import typer
 
 from consumers.cli.options import AsJson
 from consumers.embedded.stack import stack
-from consumers.terminal import facts_table, print_facts, print_json
+from consumers.terminal import print_json, print_values, values_table
 from consumers.web.listening import DASHBOARD_PORT
 
 _WATCH_SECONDS = 2.0
@@ -67,7 +67,7 @@ def status(
         if watch:
             _watch(as_json)
         values, healthy = pipeline_status()
-    (print_json if as_json else print_facts)(values)
+    (print_json if as_json else print_values)(values)
     raise typer.Exit(0 if healthy else 1)
 
 
@@ -84,7 +84,7 @@ def _watch(as_json: bool) -> None:
 
     with Live(auto_refresh=False) as live:
         while True:
-            live.update(facts_table({"at": time.strftime("%H:%M:%S"), **pipeline_status()[0]}), refresh=True)
+            live.update(values_table({"at": time.strftime("%H:%M:%S"), **pipeline_status()[0]}), refresh=True)
             time.sleep(_WATCH_SECONDS)
 
 
@@ -92,6 +92,6 @@ def _print_block(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values, default=str, ensure_ascii=False))
     else:
-        print_facts(values)
+        print_values(values)
         print()
     sys.stdout.flush()

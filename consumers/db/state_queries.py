@@ -24,7 +24,7 @@ _CHANGE_TOKENS = text("""
 
 
 def change_tokens(db: Connection) -> dict[str, str]:
-    """Return a change token per history table: it differs when rows have changed."""
+    """Return a token per history table that changes whenever its rows change."""
     return dict(db.execute(_CHANGE_TOKENS).mappings().one())
 
 

@@ -58,9 +58,10 @@ def run_demo(home: Path) -> int:
         print(f"\nWrong count: {expected} rows and {expected} duplicates were expected.", file=sys.stderr)
         return 1
     print("\nAll counts are right: every event was recorded twice and stored once.")
-    print(f"\nThe data stays in {home}. To see more of it:")
+    print(f"\nThe data stays in {home}. To see more of it, as a list or as a page:")
     program = shlex.quote(sys.argv[0])
-    print(f"  HISTORY_HOME={shlex.quote(str(home))} {program} history --portfolio-id 1")
+    for command in ("history --portfolio-id 1", "api"):
+        print(f"  HISTORY_HOME={shlex.quote(str(home))} {program} {command}")
     print(f"To start the servers and a worker for a controller of yours:\n  {program} up")
     return 0
 

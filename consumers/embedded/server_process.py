@@ -88,7 +88,7 @@ class Server:
             raise self.error("does not stop")
 
     def error(self, what: str) -> EmbeddedError:
-        """Return the error that this server `what`, with the last lines of its log."""
+        """Return an error that says "embedded <name> <what>", with the last lines of the server's log."""
         return EmbeddedError(f"embedded {self.name} {what}; log {self.log}: {self.last_lines()}")
 
     def last_lines(self, count: int = 2) -> str:

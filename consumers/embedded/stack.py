@@ -67,7 +67,7 @@ def embedded_stack(home: Path) -> Iterator[None]:
     from consumers.embedded import servers
 
     with servers(home) as addresses, _environment(addresses.database_url, addresses.redis_url):
-        print(f"embedded PostgreSQL and Valkey in {home}", file=sys.stderr)
+        print(f"using the embedded PostgreSQL and Valkey in {home}", file=sys.stderr)
         store = create_store_engine(SecretStr(addresses.database_url))
         try:
             apply_schema(store)

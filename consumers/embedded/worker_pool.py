@@ -29,9 +29,9 @@ _TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 def run_pool(processes: int, *, burst: bool, debug: bool, metrics_port: int | None = None) -> int:
     """Run `processes` workers until SIGTERM, SIGINT or SIGHUP, or with `burst` until each has found the queue empty.
 
-    After a signal they have 15 s to finish their batches. After a second one they requeue their batches and end at
-    once. If the pool is killed, they end too. The first worker serves metrics at `metrics_port`, the others at the next
-    ports; with 0, each uses any free port.
+    After a signal the workers have 15 s to finish their batches. After a second one they requeue their batches and end
+    at once. If the pool is killed, they end too. The first worker serves metrics at `metrics_port`, the others at the
+    next ports; with 0, each uses any free port.
 
     Returns:
         The exit status: 0, or 1 if a worker had to be killed or failed in a burst.
@@ -108,7 +108,7 @@ class _Pool:
                 time.sleep(_POLL_SECONDS)
             self._stop()
         finally:
-            for member in self._members:  # if this loop failed; otherwise no worker runs any more
+            for member in self._members:  # needed only if the loop raised; otherwise no worker runs any more
                 member.signal(signal.SIGKILL)
         return 1 if self._failed else 0
 
@@ -127,7 +127,7 @@ class _Pool:
             member.start()
 
     def _note_end(self, member: _Member, status: int) -> None:
-        """Record the end of a worker that had to end. A stop signal may have come before the worker handled signals."""
+        """Record an expected exit. The worker may have got the stop signal before it handled signals."""
         if status and not (self._signals and status in _TERMINATED):
             self._failed = True
             logger.error(

@@ -51,8 +51,8 @@ def snapshot_from(
 
     A naive time is local time in `zone` (None: this machine's zone). The entry's own `date` is kept, even if it is not
     the date of its time. The entry's own portfolio_id overrides the given one. `after` is the instant of the entry
-    before this one. A local time that exists twice means the first instant, unless the first is before `after` and the
-    second is not. A local time that does not exist is read with the offset from before the gap.
+    before this one. A local time that exists twice means the first instant, unless only the second one is not before
+    `after`. A local time that does not exist is read with the offset from before the gap.
 
     Raises:
         InvalidEvent: a field is missing or invalid, or any field, also one with an unknown name, contains NaN or

@@ -50,7 +50,7 @@ def database_checks(url: SecretStr, mask: Mask) -> Iterator[HealthCheck]:
             yield from database_server_checks(server, ahead_seconds)
             tables = [*_read_check("tables", db, _tables, mask)]
             yield from tables
-            if any(one.state != "fail" for one in tables):  # otherwise the tables are missing or of another shape
+            if any(one.state != "fail" for one in tables):  # otherwise the tables are missing or have other columns
                 yield from _read_check("privileges", db, _privileges, mask)
                 yield from _read_check("rejected in the last day", db, _rejections, mask)
     finally:
@@ -84,13 +84,13 @@ def database_server_checks(server: Row[Any], ahead_seconds: float) -> Iterator[H
     """Yield the checks of a `server_state`. `ahead_seconds` is the lead of the server's clock over ours."""
     old = server.version if server.version_number < _OLDEST_VERSION else ""
     yield check_result("PostgreSQL version", server.version, old, advice="upgrade to PostgreSQL 14 or newer")
-    other = "" if server.encoding == "UTF8" else server.encoding
-    yield check_result("PostgreSQL encoding", "UTF8", other, advice=encoding_advice(server.another))
+    wrong_encoding = "" if server.encoding == "UTF8" else server.encoding
+    yield check_result("PostgreSQL encoding", "UTF8", wrong_encoding, advice=encoding_advice(server.another))
     if server.replica:
         problem, advice = "a replica: nothing can be stored here", "point the settings to the primary"
     else:
-        closed = server.read_only_by_default or server.read_only
-        problem = "transactions are read-only (default_transaction_read_only)" if closed else ""
+        read_only = server.read_only_by_default or server.read_only
+        problem = "transactions are read-only (default_transaction_read_only)" if read_only else ""
         advice = "turn it off for this role, database or server; the worker waits until then"
     yield check_result("PostgreSQL writes", "a primary, not read-only", problem, advice=advice)
     names = ("synchronous_commit", "fsync", "full_page_writes")
@@ -158,6 +158,6 @@ def _rejections(db: Connection) -> HealthCheck:
     problem = ""
     if reasons:
         count, example = reasons[0]
-        problem = f"{sum(events for events, _ in reasons)} events, {count} of them like: {example.splitlines()[0]}"
+        problem = f"{sum(events for events, _ in reasons)}, of which {count} because: {example.splitlines()[0]}"
     advice = "run trading-history failed list, correct the cause, then failed requeue or failed discard"
     return check_result("rejected in the last day", "none", problem, advice=advice, state="warn")

@@ -80,9 +80,7 @@ class QueueHealth:
 
     def _queue(self) -> HealthCheck:
         waited = self.oldest_waiting_seconds
-        found = f"{self.queued} jobs in {self.name}" + (
-            "" if waited is None else f", the oldest {duration(waited)} old"
-        )
+        found = f"{self.queued} jobs in {self.name}" + ("" if waited is None else f", the first {duration(waited)} old")
         advice = ""
         if self.state == "unknown":
             found, advice = "cannot be read", _QUEUE_DISPLACED

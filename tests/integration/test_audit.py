@@ -270,7 +270,7 @@ def test_rejected_job_is_shown_literally(redis: Redis, database_url: str) -> Non
     listed, shown = _run("failed", "list"), _run("failed", "show", "steering")
 
     assert (listed.returncode, listed.stderr) == (1, "")
-    assert "not one of ours: [/x]" in listed.stdout
+    assert "other than our job functions: [/x]" in listed.stdout
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.endswith("\n[/x] [range 1-2] \\u001b[2J\\u009b31m\n")
     assert not {"\x1b", "\x9b"} & set(listed.stdout + shown.stdout)

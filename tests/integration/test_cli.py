@@ -18,7 +18,9 @@ import psutil
 import pytest
 from redis import Redis
 from sqlalchemy import text
+from typer.testing import CliRunner
 
+from consumers.cli import app
 from consumers.db.engine import get_db
 from consumers.embedded.stack import stack
 from consumers.operations import get_portfolio_history
@@ -185,7 +187,7 @@ def _processes_of(home: Path) -> list[str]:
 
 def test_command_without_settings_uses_the_embedded_servers_and_says_so(home: Path) -> None:
     """Data is kept between commands. No process is left."""
-    notice = f"embedded PostgreSQL and Valkey in {home}\n"
+    notice = f"using the embedded PostgreSQL and Valkey in {home}\n"
     recorded = _run("snapshot", "-", "--portfolio-id", "1", stdin=json.dumps(a_portfolio()), HISTORY_HOME=str(home))
     worked = _run("worker", "--burst", HISTORY_HOME=str(home))
     shown = _run("history", "--json", HISTORY_HOME=str(home))
@@ -292,3 +294,21 @@ def test_worker_without_redis_logs_it_once_without_secrets(tmp_path: Path) -> No
         worker.wait()
     assert log.read_text().count("waits for Redis") == 1
     assert "s3cret" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("history", "--since"),
+        ("archives", "--until"),
+        ("audit", "--since"),
+        ("export", "folder", "--since"),
+        ("outbox", "resend", "--since"),
+        ("snapshot", "portfolio.json", "--timestamp"),
+        ("archive", "--archived-at"),
+    ],
+)
+def test_an_invalid_time_is_named_with_an_example(command: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*command, "yesterday"], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "yesterday is not a time such as 2026-11-22T17:00 or 2026-11-22T17:00+01:00" in result.output

@@ -109,5 +109,6 @@ def test_analyst_example_grants_read_access_only(analyst: str) -> None:
 def test_autovacuum_example_sets_both_tables() -> None:
     with get_db() as db:
         db.exec_driver_sql(block("consumers/db/GROWTH.md", "autovacuum"))
-        options = db.execute(text("SELECT relname FROM pg_class WHERE cardinality(reloptions) = 2 ORDER BY 1"))
-        assert list(options.scalars()) == ["portfolio_history", "signal_archives"]
+        rows = db.execute(text("SELECT relname, reloptions FROM pg_class WHERE cardinality(reloptions) = 2 ORDER BY 1"))
+        options = {row.relname: [float(one.partition("=")[2]) for one in row.reloptions] for row in rows}
+    assert options == {"portfolio_history": [0.02, 0.02], "signal_archives": [0.02, 0.02]}  # the defaults are 0.2, 0.1

@@ -8,6 +8,7 @@ import shlex
 import ssl
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,10 @@ def test_the_systemd_commands_install_what_the_unit_names() -> None:
     program = Path(shlex.split(service["ExecStart"])[0])
     assert {str(program.parents[1]), f"{program.parent}/pip", service["EnvironmentFile"]} <= words
     (unit,) = (word for word in words if word.endswith(".service"))
+    extras = tomllib.loads((TOP / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert {extra for word in words for extra in re.findall(r"^\.\[(\w+)\]$", word)} <= set(extras)
+    (secret,) = (command for command in commands if service["EnvironmentFile"] in command)
+    assert secret[1:4] == ["install", "-m", "600"]  # it has passwords
     assert (TOP / unit).is_file()
 
 
@@ -89,6 +94,9 @@ def test_the_kubernetes_commands_make_the_secrets_that_the_manifests_name() -> N
     deployments = [name for kind, name in _manifests() if kind == "Deployment"]
     read = {_pod(name)[1]["envFrom"][0]["secretRef"]["name"] for name in deployments}
     assert {command[4] for command in secrets} == read
+    for command in secrets:
+        assert command[:4] == ["kubectl", "create", "secret", "generic"]
+        assert command[5].startswith("--from-env-file=")
 
 
 def test_systemd_sends_the_stop_signal_to_the_pool_only() -> None:
@@ -171,6 +179,8 @@ def test_a_controller_in_a_container_reaches_redis(tmp_path: Path) -> None:
     assert set(environment) <= {field.alias for field in TransportSettings.model_fields.values()}
     assert set(environment).isdisjoint(field.alias for field in StoreSettings.model_fields.values())
     assert environment["REDIS_URL"].endswith("@redis:6379/0")
+    volumes = [volume.split(":")[1] for volume in file["services"]["controller"]["volumes"]]
+    assert str(Path(environment["HISTORY_OUTBOX"]).parent) in volumes  # the outbox outlives the container
 
 
 def test_the_table_of_services_agrees_with_docker_compose() -> None:

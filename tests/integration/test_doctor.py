@@ -162,7 +162,7 @@ def test_without_settings_the_embedded_servers_are_started_and_checked() -> None
     with TemporaryDirectory(prefix="th-", dir="/tmp") as home:
         run = _run("--json", HISTORY_HOME=home)
         checks = {check["name"]: check for check in json.loads(run.stdout)}
-        assert (run.returncode, run.stderr) == (0, f"embedded PostgreSQL and Valkey in {home}\n")
+        assert (run.returncode, run.stderr) == (0, f"using the embedded PostgreSQL and Valkey in {home}\n")
         assert (checks["embedded servers"]["status"], checks["tables"]["status"]) == ("ok", "ok")
         assert not (Path(home) / "valkey.pid").exists()
 
@@ -539,7 +539,7 @@ def test_recent_rejections_are_reported_with_the_most_frequent_reason(redis: Red
     _execute(insert.format(at="now() - interval '25 hours'"), job="j-6", outcome="rejected", reason="old")
     status, found = _found("rejected in the last day")
     assert status == "warn"
-    assert found.startswith("4 events, 3 of them like: event 7c1f366e-")
+    assert found.startswith("4, of which 3 because: event 7c1f366e-")
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_redis_that_forbids_info_or_config_is_a_warning(
 
 
 def test_waiting_jobs_without_a_worker_fail(redis: Redis, database_url: str, producer: HistoryProducer) -> None:
-    """The line says how many wait, and the age of the oldest."""
+    """The line says how many wait, and the age of the first."""
     producer.record_many([a_snapshot(), an_archive()])
     assert producer.flush(5) == 0
     fresh = _diagnosed()
@@ -611,8 +611,8 @@ def test_waiting_jobs_without_a_worker_fail(redis: Redis, database_url: str, pro
     old = _found("queue")
 
     assert (fresh["workers"].state, fresh["workers"].found) == ("fail", "none, but jobs wait")
-    assert (fresh["queue"].state, fresh["queue"].found[:31]) == ("ok", "2 jobs in history, the oldest 0")
-    assert (old[0], old[1].startswith("2 jobs in history, the oldest ")) == ("warn", True)
+    assert (fresh["queue"].state, fresh["queue"].found[:31]) == ("ok", "2 jobs in history, the first 0 ")
+    assert (old[0], old[1].startswith("2 jobs in history, the first ")) == ("warn", True)
 
 
 def test_suspended_workers_fail(redis: Redis, database_url: str) -> None:

@@ -104,10 +104,10 @@ def test_adoption_refuses_another_encoding(other_encoding_url: str) -> None:
 
 def test_doctor_fails_on_another_encoding(other_encoding_url: str, redis: Redis) -> None:
     """It gives the same advice."""
-    (fact,) = [one for one in diagnose(list) if one.name == "PostgreSQL encoding"]
+    (check,) = [one for one in diagnose(list) if one.name == "PostgreSQL encoding"]
     name = make_url(other_encoding_url).database
-    assert (fact.state, fact.found in ENCODINGS) == ("fail", True)
-    assert f"CREATE DATABASE {name}_utf8 TEMPLATE template0 ENCODING 'UTF8'" in fact.advice
+    assert (check.state, check.found in ENCODINGS) == ("fail", True)
+    assert f"CREATE DATABASE {name}_utf8 TEMPLATE template0 ENCODING 'UTF8'" in check.advice
 
 
 def test_worker_waits_for_a_database_in_utf8_and_logs_why(

@@ -185,8 +185,8 @@ def test_ambiguous_times_are_counted(tmp_path: Path) -> None:
     alone, in_order = (_run(f"out{n}", *_BERLIN, "--portfolio-id", n) for n in ("1", "2"))
 
     assert alone.stderr == (
-        "note: 1 entries are from the second of two equal hours, after the clock was set back;"
-        " the format has no offset, so an import takes them for the first hour\n"
+        "note: 1 entries are from an hour that the clock showed twice, and from its second time;"
+        " the format has no offset, so an import reads them as the first time\n"
     )
     assert (alone.returncode, in_order.returncode, in_order.stderr) == (0, 0, "")
 

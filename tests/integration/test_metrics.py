@@ -183,11 +183,15 @@ def test_documented_metrics_are_those_that_are_exported(redis: Redis) -> None:
     insert_portfolio_history_snapshot({"timestamp": datetime.now(UTC), "portfolio_id": 1, **dict.fromkeys(_AMOUNTS, 1)})
     Path("data").mkdir()
     Outbox("data/outbox.db").close()
+    collected = {one.name: one for one in worker_registry(lambda: None, lambda: read_queue(redis, "history")).collect()}
     families = {
-        family.name: {name for sample in family.samples for name in sample.labels} - {"le"}
-        for family in worker_registry(lambda: None, lambda: read_queue(redis, "history")).collect()
-        if family.name.startswith(PREFIX)
+        name: {label for sample in family.samples for label in sample.labels} - {"le"}
+        for name, family in collected.items()
+        if name.startswith(PREFIX)
     }
+    (meaning,) = (cells[2] for cells in table("consumers/ops/README.md", "metrics") if "events_total" in cells[0])
+    outcomes = {sample.labels["outcome"] for sample in collected[f"{PREFIX}events"].samples}
+    assert set(re.findall(r"`(\w+)`", meaning)) == outcomes
     cells = " ".join(cell for cell, *_ in table("consumers/ops/README.md", "metrics"))
     documented = re.findall(r"`(\w+?)(?:_total)?(?:\{([\w,]+)\})?`", cells)
     assert {f"{PREFIX}{name}": set(labels.split(",")) - {""} for name, labels in documented} == families

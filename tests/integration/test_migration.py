@@ -775,12 +775,15 @@ def test_the_commands_of_the_document_import_and_verify_old_files(tmp_path: Path
 
 
 def test_the_code_of_the_document_records_a_snapshot_and_an_archive(redis: Redis, tmp_path: Path) -> None:
-    """Both events have the portfolio, and total_value follows the old controller's formula."""
+    """Both have the portfolio, total_value follows the old controller's formula, and a repeated cycle adds no row."""
     signals = tmp_path / "data" / "trades" / "current_signals.json"
     signals.parent.mkdir(parents=True)
     signals.write_text(json.dumps([a_signal()], default=str))
     namespace: dict[str, Any] = {"portfolio": {"balance": 9900, "total_invested": 100, "total_profit_loss": 7}}
-    exec(block("consumers/legacy/README.md", "switch"), namespace)
+    code = block("consumers/legacy/README.md", "switch")
+    exec(code, namespace)
+    again = code[code.index("\ncreate_daily_portfolio_snapshot") :]  # the same cycle runs again
+    exec(again, namespace)
     shared_producer().close()
     burst(redis)
     with get_db() as db:

@@ -28,6 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_has_the_packages_and_their_data_files_and_no_tests(wheel: Path) -> None:
     """At its top are only the two packages, the pytest plugin and the metadata."""
     names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".png")] == []  # the pictures of the documents
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {
         "consumers",
         "producers",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from redis import Redis
 
+from producers.errors import EventRejected, InvalidEvent, OutboxError
 from producers.events import PortfolioSnapshotEvent, decode, encode, event_id
 from producers.settings import TransportSettings
 from producers.testing import FakeHistory
@@ -25,15 +30,53 @@ def test_the_examples_for_a_controller_run_one_after_the_other() -> None:
         block("producers/README.md", "errors"),
         block("producers/README.md", "receipt"),
         block("producers/README.md", "producer"),
-        block("producers/README.md", "asyncio"),
     )
     namespace: dict[str, Any] = {}
     with FakeHistory() as history, history.worker():
         for example in examples:
             exec(example, namespace)
+        # In a thread: the browser of other tests leaves an event loop running in the main thread.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(exec, block("producers/README.md", "asyncio"), namespace).result()
         assert [one.portfolio_id for one in history.snapshots] == [1, 1, 2, 3]
         assert [one.portfolio_id for one in history.archives] == [1, 2]
     assert namespace["row_id"] == 3
+
+
+def _raise(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"),
+    [
+        (InvalidEvent("balance: must be a number"), "correct the input: balance: must be a number"),
+        (OutboxError("disk full"), "the disk is full or not writable, record again later: disk full"),
+    ],
+)
+def test_the_example_of_errors_handles_them(error: Exception, logged: str, caplog: pytest.LogCaptureFixture) -> None:
+    call = {"create_daily_portfolio_snapshot": _raise(error), "portfolio": {}, "cycle_time": None}
+    exec(block("producers/README.md", "errors"), call)
+    assert caplog.messages == [logged]
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"),
+    [
+        (EventRejected("id", "balance: too large"), "not stored: balance: too large"),
+        (TimeoutError(), "not stored yet; the outbox keeps it and the relay continues"),
+    ],
+)
+def test_the_example_of_a_receipt_handles_its_errors(
+    error: Exception, logged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    receipt = SimpleNamespace(wait=_raise(error))
+    exec(block("producers/README.md", "receipt"), {"receipt": receipt, "log": logging.getLogger("bot")})
+    assert caplog.messages == [logged]
 
 
 def test_the_table_of_settings_has_the_variables_and_defaults_of_a_controller() -> None:
@@ -88,6 +131,7 @@ def test_another_program_enqueues_an_event_and_reads_its_acknowledgement(
     event = decode(text, PortfolioSnapshotEvent)
     namespace: dict[str, Any] = {"redis": redis, "text": text, "source": event.source}
     exec(block("producers/EVENTS.md", "enqueue"), namespace)
+    assert namespace["job"].failure_ttl == -1  # a rejected event stays until an operator has seen it
     work()
     exec(block("producers/EVENTS.md", "acknowledgement"), namespace)
     assert (namespace["event_id_or_dash"], namespace["outcome"]) == (str(event.id), "stored:1")

@@ -140,6 +140,7 @@ def test_the_scheduler_command_of_the_document_enqueues_scheduled_jobs(redis: Re
     event = encode(event_of(a_snapshot(), source="other/1", sequence=0))
     history_queue(redis).enqueue_at(datetime(2026, 1, 1, tzinfo=UTC), _SNAPSHOT, event)
     (program,) = re.findall(r'python -c "(.*)"\n', block("consumers/worker/RQ.md", "scheduler"))
+    assert "serializer='json'" in program  # nothing is unpickled
     scheduler = subprocess.Popen([sys.executable, "-c", os.path.expandvars(program)], stdout=subprocess.DEVNULL)
     try:
         until(lambda: history_queue(redis).count == 1)

@@ -14,7 +14,7 @@ from sqlalchemy import text
 from consumers.db import row_counts
 from consumers.db.engine import get_db
 from consumers.ops.status import pipeline_status
-from consumers.terminal import print_facts
+from consumers.terminal import print_values
 
 _PROGRAM = [sys.executable, "-m", "consumers.cli", "status"]
 
@@ -89,7 +89,7 @@ def test_few_rows_are_counted_exactly(
     values, _ = pipeline_status()
     assert [values[name] for name in _NUMBERS] == [100, 0, 60, 40]
     assert values["approximate"] == []
-    print_facts(values)
+    print_values(values)
     assert ["approximate", "-"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
@@ -108,7 +108,7 @@ def test_many_rows_are_estimated(
     assert values["portfolio_snapshots"] == pytest.approx(4000, rel=0.1)
     assert values["duplicate"] == pytest.approx(900, rel=0.1)
     assert (values["signal_archives"], values["rejected"]) == (0, 50)
-    print_facts(values)
+    print_values(values)
     assert "approximate          portfolio snapshots, duplicate\n" in capsys.readouterr().out
 
 

@@ -109,6 +109,7 @@ def test_the_example_of_an_app_with_the_router_answers() -> None:
     """With its own prefix and with the limit of waits for PostgreSQL."""
     namespace: dict[str, Any] = {"__name__": "example"}
     exec(block("consumers/web/README.md", "router"), namespace)
+    assert "answer_seconds=6," in block("consumers/web/README.md", "router")  # more than a statement may take
     with TestClient(namespace["app"]) as client:
         assert len(client.get("/bot/trading/portfolio-history").json()) == 4
 

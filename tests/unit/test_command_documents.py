@@ -17,6 +17,7 @@ from tests.documents import ROOT, block, blocks, documents, table, text_of
 
 COMMANDS_DOCUMENT = "consumers/cli/README.md"
 ALERTS = ROOT / "consumers/deploy/alerts.yaml"
+_LINE_OF_SHELL = re.compile(r"(?:^|\s|/)trading-history ((?!=|-)[a-z][^;|&`}\n]*)")
 _LINE_OF_PROGRAM = re.compile(r"trading-history ([^;|&`\"}\n]+)")
 
 
@@ -75,6 +76,49 @@ def test_each_option_and_argument_has_a_help() -> None:
         if one.name != "help" and not getattr(one, "hidden", False) and not one.help
     ]
     assert without == []
+
+
+def _parse(line: str) -> None:
+    """Parse a whole command line without running it.
+
+    Raises:
+        UsageError: an option or argument is missing, unknown, or has a value of the wrong type.
+    """
+    words = shlex.split(line, comments=True)
+    name = max((name for name in _commands() if words[: len(name.split())] == name.split()), key=len)
+    _commands()[name].make_context(name, words[len(name.split()) :])
+
+
+def _shell_lines(document: str) -> list[str]:
+    """Return the command lines in the code blocks of a document, without the program's name."""
+    lines = [line for one in blocks(document) for line in one.text.replace("\\\n", " ").splitlines()]
+    found = [_LINE_OF_SHELL.search(line) for line in lines if not line.lstrip().startswith("#")]
+    return [one[1].strip() for one in found if one]
+
+
+@pytest.mark.parametrize("document", documents())
+def test_command_lines_in_code_blocks_can_be_run(document: str) -> None:
+    """They have all required options and arguments, no others, and values of the right type."""
+    for line in _shell_lines(document):
+        _parse(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("failed discard JOB", "Missing parameter: reason"),
+        ("failed requeue ONE TWO", "unexpected extra argument"),
+        ("audit --since yesterday", "yesterday is not a time"),
+        ("worker --processes two", "valid integer"),
+    ],
+)
+def test_a_command_line_that_cannot_be_run_is_found(line: str, error: str) -> None:
+    with pytest.raises(Exception, match=error):
+        _parse(line)
+
+
+def test_most_command_lines_of_code_blocks_are_found() -> None:
+    assert len([line for document in documents() for line in _shell_lines(document)]) > 25
 
 
 def _command_lines(document: str) -> Iterator[str]:

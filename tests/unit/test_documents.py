@@ -33,6 +33,15 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("```sh\nls\n```\n", "no test reads the code block <!--  --> that begins with: ls"),
         ("<!-- unknown -->\n```sh\nls\n```\n", "no test reads the code block <!-- unknown --> that begins with: ls"),
         ("word " * (MOST_WORDS + 1), "1,101 words, 1,100 at most"),
+        ("[a][b]\n\n[b]: missing.md", "the link missing.md leads to no file"),
+        ('[a](missing.md "title")', "the link missing.md leads to no file"),
+        ('<img src="missing.png">', "the link missing.png leads to no file"),
+        ("[a](../../../../etc/passwd)", "the link ../../../../etc/passwd leads to no file"),
+        ("~~~\nls\n~~~\n", "fence each code block with three backticks, and a language of letters or none"),
+        ("````\nls\n````\n", "fence each code block with three backticks, and a language of letters or none"),
+        ("> ```\n> ls\n> ```\n", "fence each code block with three backticks, and a language of letters or none"),
+        ("```c++\nls\n```\n", "fence each code block with three backticks, and a language of letters or none"),
+        ("<!-- not run: -->\n```\nls\n```\n", "no test reads the code block <!-- not run: --> that begins with: ls"),
     ],
 )
 def test_a_problem_is_reported(page: Path, text: str, problem: str) -> None:

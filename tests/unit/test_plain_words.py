@@ -24,6 +24,10 @@ def test_no_retired_term_is_used(folder: str) -> None:
         "class RefusedJob:",
         "Whoever reads this",
         "it goes on by itself",
+        "# the event\n    # was refused",
+        "-- handed\n-- back",
+        "put the key aside",
+        "held by a worker",
     ],
 )
 def test_a_retired_term_is_found(text: str) -> None:
@@ -47,8 +51,11 @@ def f():
     """What it does."""
 class C:
     """Official text."""
+    field = 1
+    """- Whom it serves."""
 '''
     assert [(line, text) for line, text, _ in docstring_beginnings(source)] == [
         (1, "Of the module."),
-        (2, "What it does."),
+        (3, "What it does."),
+        (7, "- Whom it serves."),
     ]

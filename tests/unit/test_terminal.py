@@ -12,10 +12,10 @@ from consumers.terminal import (
     print_audit,
     print_checks,
     print_compared,
-    print_facts,
     print_json,
     print_rejections,
     print_text,
+    print_values,
 )
 from tests.factories import INSTANT
 
@@ -44,7 +44,7 @@ _SOURCE |= {
         (print_audit, [_SOURCE | {"source": HOSTILE}]),
         (print_compared, [{"name": HOSTILE, "read": 1, "equal": 1, "differences": 0}]),
         (print_checks, [{"status": "ok", "name": HOSTILE, "found": HOSTILE, "advice": HOSTILE}]),
-        (print_facts, {"reason": HOSTILE}),
+        (print_values, {"reason": HOSTILE}),
     ],
 )
 def test_tables_show_text_literally(show: Any, what: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,7 +62,7 @@ def test_market_question_is_shown_literally(capsys: pytest.CaptureFixture[str]) 
 
 def test_letters_of_all_languages_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     """No-break spaces and joiners are kept too; the character that reverses the direction of text is replaced."""
-    print_facts({"reason": "10\u00a0000 👩\u200d💻 نمی\u200cشود \u202e"})
+    print_values({"reason": "10\u00a0000 👩\u200d💻 نمی\u200cشود \u202e"})
     assert "10\u00a0000 👩\u200d💻 نمی\u200cشود �" in capsys.readouterr().out
 
 

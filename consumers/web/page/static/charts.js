@@ -198,7 +198,7 @@ export class Charts {
   #dayReadout(at) {
     const { date, profit_loss: changes, days } = this.#daily;
     const over = days[at] > 1 ? ` over ${days[at]} days` : "";
-    return `${changes[at] === null ? "first close" : change(changes[at])}${over} · ${day(date[at])}`;
+    return `${changes[at] === null ? "first day" : change(changes[at])}${over} · ${day(date[at])}`;
   }
 
   #newest(xs) {

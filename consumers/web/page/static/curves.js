@@ -178,11 +178,13 @@ export class Curves {
     const values = (index) => (index === null ? "–" : amount(curve.total_value[index]));
     const at = (index) => (index === null ? "" : moment(curve.at[index]));
     replace(byId("summary"),
-      fact("Last value", values(last), at(last)), fact("Highest", values(high), at(high)), fact("Lowest", values(low), at(low)),
-      fact("Deepest drawdown", deep === null ? "–" : percent(curve.drawdown[deep]), at(deep)));
+      figure("Last value", values(last), at(last)), figure("Highest", values(high), at(high)), figure("Lowest", values(low), at(low)),
+      figure("Deepest drawdown", deep === null ? "–" : percent(curve.drawdown[deep]), at(deep)));
     byId("drawn").textContent = curve.closes_only
       ? "Too many snapshots to read at once: the charts show daily closes and their drawdown. Zoom in to see every snapshot."
-      : `${count(curve.snapshots)} ${curve.snapshots === 1 ? "snapshot" : "snapshots"} in this range, ${count(inside.length)} drawn: the first, last, lowest, highest and deepest drawdown of every two pixels.`;
+      : `${count(curve.snapshots)} ${curve.snapshots === 1 ? "snapshot" : "snapshots"} in this range, ${inside.length < curve.snapshots
+        ? `${count(inside.length)} drawn: the first, last, lowest, highest and deepest drawdown of every two pixels`
+        : "all drawn"}.`;
   }
 
   #listDays() {
@@ -194,7 +196,7 @@ export class Curves {
   }
 }
 
-function fact(name, value, note) {
+function figure(name, value, note) {
   return element("div", {}, element("dt", {}, name), element("dd", {}, element("strong", {}, value), element("span", {}, note)));
 }
 
