@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 from fakeredis import FakeRedis
@@ -18,7 +21,14 @@ from producers.history_producer import HistoryProducer
 from producers.testing import FakeHistory
 from tests.forking import in_child
 
+T = TypeVar("T")
 CYCLE = datetime(2026, 11, 22, 18, 2, 46, tzinfo=UTC)
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in an event loop of a thread, since other tests may leave a loop running in the main thread."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
 
 
 def test_a_snapshot_and_an_archive_are_recorded_and_stored(trading_history: FakeHistory) -> None:
@@ -29,25 +39,25 @@ def test_a_snapshot_and_an_archive_are_recorded_and_stored(trading_history: Fake
         trading_history.work()
         return await snapshot.stored(5), await archive.stored(5)
 
-    assert asyncio.run(cycle()) == (1, 1)
+    assert _run(cycle()) == (1, 1)
     trading_history.assert_snapshot(balance=9900.12, portfolio_id=1, timestamp=CYCLE)
     trading_history.assert_archive(portfolio_id=1, archived_at=CYCLE)
 
 
 def test_a_receipt_equals_the_one_of_the_blocking_call(trading_history: FakeHistory) -> None:
     """Both record the same event; only the sequence differs."""
-    receipt = asyncio.run(create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE))
+    receipt = _run(create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE))
     other = trading_controller.create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE)
     assert (receipt.event_id, receipt.source, receipt.sequence + 1) == (other.event_id, other.source, other.sequence)
 
 
 def test_no_signals_give_no_receipt(trading_history: FakeHistory) -> None:
-    assert asyncio.run(archive_current_signals([])) is None
+    assert _run(archive_current_signals([])) is None
 
 
 def test_bad_input_raises_the_error_of_the_blocking_call(trading_history: FakeHistory) -> None:
     with pytest.raises(InvalidEvent, match="must have 'balance'"):
-        asyncio.run(create_daily_portfolio_snapshot({"ballance": 1}))
+        _run(create_daily_portfolio_snapshot({"ballance": 1}))
 
 
 def test_a_rejected_event_raises_its_reason(trading_history: FakeHistory) -> None:
@@ -57,7 +67,7 @@ def test_a_rejected_event_raises_its_reason(trading_history: FakeHistory) -> Non
         await receipt.stored(5)
 
     with pytest.raises(EventRejected, match="balance: is not plausible"):
-        asyncio.run(cycle())
+        _run(cycle())
 
 
 def test_without_an_outcome_the_wait_ends_after_its_timeout(trading_history: FakeHistory) -> None:
@@ -66,7 +76,7 @@ def test_without_an_outcome_the_wait_ends_after_its_timeout(trading_history: Fak
         await receipt.stored(0.05)
 
     with pytest.raises(TimeoutError, match=r"was not acknowledged within 0\.05 s; it stays in the outbox"):
-        asyncio.run(cycle())
+        _run(cycle())
 
 
 def test_a_wait_ends_when_a_worker_stores_the_event_later(trading_history: FakeHistory) -> None:
@@ -78,7 +88,7 @@ def test_a_wait_ends_when_a_worker_stores_the_event_later(trading_history: FakeH
         await asyncio.to_thread(trading_history.work)
         return await waiting
 
-    assert asyncio.run(cycle()) == 1
+    assert _run(cycle()) == 1
 
 
 def test_calls_are_recorded_in_the_order_in_which_they_were_started(trading_history: FakeHistory) -> None:
@@ -88,7 +98,7 @@ def test_calls_are_recorded_in_the_order_in_which_they_were_started(trading_hist
         calls = [create_daily_portfolio_snapshot({"balance": 1}, timestamp=moment) for moment in moments]
         return [receipt.sequence for receipt in await asyncio.gather(*calls)]
 
-    sequences = asyncio.run(cycles())
+    sequences = _run(cycles())
     assert sequences == sorted(sequences)
     assert [snapshot.timestamp for snapshot in trading_history.snapshots] == moments
 
@@ -109,14 +119,14 @@ def test_the_loop_runs_while_a_call_waits_for_the_outbox(tmp_path: Path) -> None
         return (await waiting).sequence
 
     with HistoryProducer(FakeRedis(), outbox=outbox) as producer:
-        assert asyncio.run(cycle(producer)) == 2
+        assert _run(cycle(producer)) == 2
         producer.close(0)
 
 
 def test_a_forked_child_records_with_its_own_thread(trading_history: FakeHistory) -> None:
-    asyncio.run(create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE))
+    _run(create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE))
 
     def child() -> None:
-        assert asyncio.run(create_daily_portfolio_snapshot({"balance": 2})).sequence == 2
+        assert _run(create_daily_portfolio_snapshot({"balance": 2})).sequence == 2
 
     assert in_child(child) == 0
