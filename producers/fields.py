@@ -222,6 +222,11 @@ def is_datetime(value: Any) -> TypeGuard[datetime]:
     return isinstance(value, datetime) and bool(value == value)  # noqa: PLR0124  # NaT is not equal to itself
 
 
+def plain_datetime(moment: datetime) -> datetime:
+    """Return a time of a subclass as a datetime: pandas' Timestamp has nanoseconds and other methods."""
+    return moment if type(moment) is datetime else datetime.combine(moment.date(), moment.time(), moment.tzinfo)
+
+
 def not_a_datetime(value: Any) -> str:
     """Return the reason why a value cannot be a time, and the call that converts it."""
     instead = ""
@@ -237,8 +242,7 @@ def not_a_datetime(value: Any) -> str:
 def _instant_from_python(value: Any) -> datetime:
     if not is_datetime(value):
         raise contract_error(not_a_datetime(value))
-    # The text of a subclass may have more digits: pandas' Timestamp has nanoseconds.
-    moment = value if type(value) is datetime else datetime.combine(value.date(), value.time(), value.tzinfo)
+    moment = plain_datetime(value)
     try:
         offset = moment.utcoffset()
         if offset is not None:

@@ -59,7 +59,7 @@ def shape_of_bytes(head: bytes, path: Path) -> str | None:
         if head.startswith(magic):
             return _to_convert(f"is compressed with {name}", command, path)
     if len(head) >= 4 and not any(head):
-        return "contains zero bytes only, as after a power failure: restore it from a backup"
+        return "begins with zero bytes, as after a power failure: restore it from a backup"
     encoding = _encoding(head)
     if encoding is not None:
         return _to_convert(f"is text in {encoding}, not UTF-8", f"iconv -f {encoding} -t UTF-8", path)

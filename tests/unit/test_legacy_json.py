@@ -229,7 +229,7 @@ def test_the_message_names_another_shape_and_its_command_converts_the_file(
         (b'{"a": [{"b": 1}], "history": [{"c": 1}]}', r"is one object \(its keys are 'a', 'history'\), not an array"),
         (b'{"timestamp": [1, 2], "balance": [1]}', r"is one object \(its keys are 'timestamp', 'balance'\)"),
         (b'{"%s": 1, "2": 1, "3": 1, "4": 1, "5": 1, "6": 1}' % (b"1" * 90), "'1{39}…', '2', '3', '4', '5' and 1 more"),
-        (bytes(5000), "contains zero bytes only, as after a power failure: restore it from a backup"),
+        (bytes(5000), "begins with zero bytes, as after a power failure: restore it from a backup"),
         (b"PK\x03\x04", "is compressed with zip.* unzip -p "),
         (b"Service unavailable, try again", r"is not a JSON array \(entry 0, byte 0\)"),
     ],

@@ -11,13 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 import pytest
@@ -439,6 +439,9 @@ class _Nanoseconds(datetime):
 
     __str__ = isoformat
 
+    def astimezone(self, tz: tzinfo | None = None) -> NoReturn:
+        raise TypeError("pandas' method requires an argument")
+
 
 class _NotATime(datetime):
     """A value like pandas' NaT."""
@@ -449,10 +452,11 @@ class _NotATime(datetime):
     __hash__ = None  # type: ignore[assignment]
 
 
+@pytest.mark.usefixtures("local_zone")
 def test_a_time_of_a_subclass_becomes_a_datetime(
     snapshot_of: Callable[..., PortfolioSnapshot], archive_of: Callable[..., SignalArchive]
 ) -> None:
-    """Digits below the microsecond are left out."""
+    """Digits below the microsecond are left out. A naive time is in this machine's zone."""
     moment = _Nanoseconds(2026, 5, 1, 10, 0, 0, 123456, timezone(timedelta(hours=2)))
     found = [
         snapshot_of(a_portfolio(), timestamp=moment).timestamp,
@@ -461,6 +465,8 @@ def test_a_time_of_a_subclass_becomes_a_datetime(
     ]
     assert [str(one) for one in found] == ["2026-05-01 10:00:00.123456+02:00"] * 3
     assert {type(one) for one in found} == {datetime}
+    naive = snapshot_of(a_portfolio(), timestamp=_Nanoseconds(2026, 5, 1, 10)).timestamp
+    assert str(naive) == "2026-05-01 10:00:00+05:45"
 
 
 @pytest.mark.parametrize(
