@@ -27,7 +27,7 @@ def insert_portfolio_history_snapshot(snapshot: Mapping[str, Any]) -> int:
 
     `snapshot` has the keys timestamp, balance, total_invested, total_profit_loss, total_value, open_positions and
     trade_count; optional are portfolio_id and snapshot_date (or date), by default the date of timestamp. Dates and
-    times may be ISO 8601 text. A naive time is in the local zone.
+    times may be ISO 8601 text, and times also epoch seconds or milliseconds. A naive time is in the local zone.
 
     Raises:
         InvalidEvent: a value is missing or wrong; the message names it.

@@ -164,8 +164,8 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
         )
     _print_rows(("source", "from", *counts, "missing", "tail"), cells, "No source has numbered events here.")
     if audits and audits[0]["since"] is not None:
-        since = audits[0]["since"].astimezone(UTC)
-        _print(f"Checked: events recorded since {_moment(since)}, in each source from the number in column `from` on.")
+        since = _moment(audits[0]["since"])
+        _print(f"Checked: events recorded since {since}, in each source from the number in column `from` on.")
     for one in audits:
         if one["copied"]:
             shared = ", ".join(map(str, one["shared"][:5])) + (" and more" if len(one["shared"]) > 5 else "")
@@ -180,11 +180,17 @@ def print_import_statistics(statistics: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of the imported files, then their notes."""
     counts = ("read", "stored", "already there", "rejected")
     cells = [
-        (one["name"], *(f"{one[count.replace(' ', '_')]:,}" for count in counts), one["damage"] or "none")
+        (
+            one["name"],
+            *(f"{one[count.replace(' ', '_')]:,}" for count in counts),
+            "see below" if one["damage"] else "none",
+        )
         for one in statistics
     ]
     _print_rows(("file", *counts, "damage"), cells, "There is nothing to import.")
     for one in statistics:
+        if one["damage"]:
+            print_text(printable(one["damage"]))  # not wrapped: it may contain a command
         for note, count in one["notes"].items():
             _print(f"{one['name']}: {note} ({count:,} times)")
 
@@ -257,7 +263,7 @@ def _portfolio(portfolio_id: int | None) -> str:
 
 
 def _moment(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M:%S}Z"
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
 
 
 def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

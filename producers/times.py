@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timezone, tzinfo
 from zoneinfo import ZoneInfo
 
 from producers.errors import InvalidEvent
-from producers.fields import TIME_RANGE
+from producers.fields import TIME_RANGE, plain_datetime
 
 _random = random.SystemRandom()  # leaves the state of the module `random` to the program that records
 
@@ -39,6 +39,7 @@ def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:
     Raises:
         InvalidEvent: the time is too close to the year 1 or 9999 for an offset; the message begins with `field`.
     """
+    moment = plain_datetime(moment)
     try:
         if moment.utcoffset() is not None:
             return moment

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
+from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from producers.current_signals import read_signals
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
-from producers.fields import as_money, money_sum, readable, type_name
+from producers.fields import as_money, is_datetime, money_sum, not_a_datetime, readable, type_name
 from producers.history_producer import HistoryProducer, Receipt
 from producers.redirection import Redirection, active_redirection
 
@@ -126,8 +127,8 @@ def archive_current_signals(
 def _moment(field: str, given: datetime | None, producer: HistoryProducer) -> datetime:
     if given is None:
         return producer.now()
-    if not isinstance(given, datetime):
-        raise InvalidEvent.at(field, f"must be a datetime, not {type_name(given)}")
+    if not is_datetime(given):
+        raise InvalidEvent.at(field, not_a_datetime(given))
     return producer.localized(given, field)
 
 
@@ -177,7 +178,8 @@ def _is_open(index: int, position: Any) -> bool:
     if status is None:
         return False
     # Otherwise a position whose status is an enum member, for example, would never count as open.
-    raise InvalidEvent.at(f"positions.{index}.status", f"must be text, not {type_name(status)}")
+    instead = ": pass its .value" if isinstance(status, Enum) else ""
+    raise InvalidEvent.at(f"positions.{index}.status", f"must be text, not {type_name(status)}{instead}")
 
 
 def shared_producer() -> HistoryProducer:
