@@ -1,4 +1,4 @@
-"""Debian's nginx in front of the web servers: each is served below a path, which nginx removes or keeps."""
+"""Debian's nginx in front of the web servers: each is served under a path, which nginx removes or keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The API and RQ Dashboard below paths of nginx, which removes the path from a request or keeps it."""
+"""The API and RQ Dashboard under paths of nginx, which removes the path from a request or keeps it."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def site(
 @pytest.mark.parametrize("form", ["json", "csv"])
 def test_the_link_header_leads_to_the_last_page_of_a_listing(site: str, listing: str, form: str) -> None:
     """Each address is resolved as RFC 8288 says: against the address of its answer."""
-    client, answers = httpx.Client(), []
+    answers: list[httpx.Response] = []
     url = str(httpx.URL(f"{site}history/{listing}").copy_merge_params({"limit": 2, "format": form}))
     while url:
         assert url.startswith(f"{site}history/trading/")
-        answers.append(client.get(url))
+        answers.append(httpx.get(url))
         assert answers[-1].status_code == 200
         url = urljoin(url, answers[-1].links["next"]["url"]) if "next" in answers[-1].links else ""
     rows = [answer.text.splitlines()[1:] if form == "csv" else answer.json() for answer in answers]

@@ -101,7 +101,7 @@ def _page(
     if page.body is None:
         return Response(status_code=304, headers=headers)
     if media_type == "text/csv":
-        headers["Content-Disposition"] = f'attachment; filename="{request.url.path.rpartition("/")[2]}.csv"'
+        headers["Content-Disposition"] = f'attachment; filename="{_name(request)}.csv"'
     return Response(page.body, headers=headers, media_type=media_type)
 
 
@@ -127,6 +127,10 @@ def _quality(accept: str, media_type: str) -> float:
 
 
 def _next(request: Request, cursor: str) -> str:
-    # Without scheme and host: behind a proxy, the server does not know under which name clients reach it.
+    # A relative reference: behind a proxy, the server knows neither the host name nor the path that clients use.
     asked = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
-    return f"{request.url.path}?{urlencode([*asked, ('cursor', cursor)])}"
+    return f"..{trading.prefix}/{_name(request)}?{urlencode([*asked, ('cursor', cursor)])}"
+
+
+def _name(request: Request) -> str:
+    return request.url.path.rpartition("/")[2]
