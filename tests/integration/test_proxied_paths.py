@@ -10,11 +10,12 @@ from urllib.parse import urljoin
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from redis import Redis
 
 from consumers.settings import ApiSettings
-from consumers.web.api import app
+from consumers.web.api import app, router
 from producers.errors import SettingsError
 from tests.dashboard_server import PASSWORD, failure, pages, plant
 from tests.factories import a_signal
@@ -59,13 +60,18 @@ def test_the_link_header_leads_to_the_last_page_of_a_listing(site: str, listing:
     assert [len(page) for page in rows] == [2, 2, 1]
 
 
-def test_a_client_that_knows_only_the_server_can_follow_the_link_header(database_url: str) -> None:
-    """Without a proxy the address also works when it is resolved against the server's root."""
+@pytest.mark.parametrize("prefix", ["", "/bot"])
+def test_the_link_header_also_leads_to_the_next_page_without_a_proxy(database_url: str, prefix: str) -> None:
+    """Also in another app that includes the router, and for a client that resolves it against the server's root."""
     store_values([100, 110, 105])
-    with TestClient(app) as client:
-        answer = client.get("/trading/portfolio-history?limit=2")
-        assert len(client.get(urljoin("/", answer.links["next"]["url"])).json()) == 1
-        assert len(client.get(answer.links["next"]["url"]).json()) == 1
+    host = FastAPI()
+    host.include_router(router, prefix=prefix)
+    with TestClient(host) as client:
+        answer = client.get(f"{prefix}/trading/portfolio-history?limit=2")
+        link = answer.links["next"]["url"]
+        assert [len(client.get(one).json()) for one in (urljoin(str(answer.url), link), urljoin("/", link), link)] == [
+            1
+        ] * 3
 
 
 def test_the_server_of_the_openapi_document_leads_to_each_endpoint(site: str) -> None:

@@ -101,7 +101,7 @@ def _page(
     if page.body is None:
         return Response(status_code=304, headers=headers)
     if media_type == "text/csv":
-        headers["Content-Disposition"] = f'attachment; filename="{_name(request)}.csv"'
+        headers["Content-Disposition"] = f'attachment; filename="{request.url.path.rpartition("/")[2]}.csv"'
     return Response(page.body, headers=headers, media_type=media_type)
 
 
@@ -127,10 +127,8 @@ def _quality(accept: str, media_type: str) -> float:
 
 
 def _next(request: Request, cursor: str) -> str:
-    # A relative reference: behind a proxy, the server knows neither the host name nor the path that clients use.
+    # Behind a proxy, the server knows neither the host name nor the whole path that clients use. So the address is
+    # relative to the request; it is also right for a client that resolves it against the root of this server.
     asked = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
-    return f"..{trading.prefix}/{_name(request)}?{urlencode([*asked, ('cursor', cursor)])}"
-
-
-def _name(request: Request) -> str:
-    return request.url.path.rpartition("/")[2]
+    path = request.url.path
+    return f"{'../' * (path.count('/') - 1)}{path[1:]}?{urlencode([*asked, ('cursor', cursor)])}"
