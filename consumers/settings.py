@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote, urlsplit
@@ -84,6 +85,12 @@ def _usable(token: SecretStr) -> SecretStr:
     return token
 
 
+def _root_path(text: str) -> str:
+    if not re.fullmatch(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?", text):
+        raise ValueError("must be a path such as /history, of letters, digits and -._~")
+    return text.rstrip("/")
+
+
 class ApiSettings(EnvironmentSettings):
     """Access to the read API."""
 
@@ -91,6 +98,8 @@ class ApiSettings(EnvironmentSettings):
     token: Annotated[SecretStr, AfterValidator(_usable)] | None = Field(None, alias="HISTORY_API_TOKEN")
     # Web pages from these origins, such as https://example.org, may read. None by default.
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field((), alias="HISTORY_API_CORS_ORIGINS")
+    # Path that a proxy keeps in front of the API's own paths, without a slash at its end. None if it keeps none.
+    root_path: Annotated[str, AfterValidator(_root_path)] | None = Field(None, alias="HISTORY_API_ROOT_PATH")
 
 
 DASHBOARD_USER = "history"  # the only account

@@ -32,7 +32,8 @@ default_pool_size = {pool_size}
 """
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens at now."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
@@ -46,7 +47,7 @@ def pooler(addresses: Addresses, folder: Path, *, pool_size: int = 5, more: str 
     to read `folder`.
     """
     program = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
-    url, port = make_url(addresses.database_url), _free_port()
+    url, port = make_url(addresses.database_url), free_port()
     names, configuration = folder / "users", folder / "pgbouncer.ini"
     names.write_text(f'"{url.username}" ""\n')
     host, server_port = url.query.get("host", url.host), url.query.get("port", url.port) or 5432
@@ -67,7 +68,7 @@ def pooler(addresses: Addresses, folder: Path, *, pool_size: int = 5, more: str 
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stderr=log)
     try:
-        _wait_until_it_listens(process, port, folder / "log")
+        wait_until_it_listens(process, port, folder / "log")
         through = make_url(addresses.database_url).set(host="127.0.0.1", port=port, query={})
         yield Addresses(through.render_as_string(hide_password=False), addresses.redis_url)
     finally:
@@ -75,11 +76,16 @@ def pooler(addresses: Addresses, folder: Path, *, pool_size: int = 5, more: str 
         process.wait()
 
 
-def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def wait_until_it_listens(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until a server that writes to `log` accepts connections.
+
+    Raises:
+        RuntimeError: It ended, or does not listen after 10 s.
+    """
     until = time.monotonic() + 10
     while time.monotonic() < until and process.poll() is None:
         with socket.socket() as one:
             if one.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.02)
-    raise RuntimeError(f"pgbouncer does not listen: {log.read_text()}")
+    raise RuntimeError(f"{process.args!r} does not listen: {log.read_text()}")

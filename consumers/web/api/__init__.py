@@ -83,6 +83,8 @@ def create_app() -> FastAPI:
         docs_url=None,  # FastAPI's pages load their scripts from other sites
         redoc_url=None,
         redirect_slashes=False,
+        servers=[{"url": "."}],  # relative to the address of the document, which a proxy may serve under a path
+        root_path_in_servers=False,
         lifespan=_started,
     )
     made.add_middleware(Guard)
