@@ -24,11 +24,16 @@ WRITER, READER = "trading_history_writer", "trading_history_reader"
 _CONCURRENT_CHANGE = ("23505", "42710", "XX000")
 _TRIES = 5
 _NO_PRIVILEGE = "42501"
+# Until PostgreSQL 15, CREATEROLE was enough to change a role and to grant it.
 _ROLE = text("""
     SELECT current_user AS me, current_schema() AS schema, current_database() AS database,
-        EXISTS (SELECT FROM pg_roles WHERE rolname = :login) AS exists,
-        coalesce((SELECT pg_has_role(login.oid, grp.oid, 'MEMBER') FROM pg_roles AS login, pg_roles AS grp
-            WHERE login.rolname = :login AND grp.rolname = :group), false) AS is_member
+        login.oid IS NOT NULL AS exists, coalesce(pg_has_role(login.oid, grp.oid, 'MEMBER'), false) AS is_member,
+        me.rolsuper OR me.rolcreaterole AS may_create,
+        me.rolsuper OR CASE WHEN CAST(current_setting('server_version_num') AS integer) < 160000 THEN me.rolcreaterole
+            ELSE coalesce(pg_has_role(grp.oid, 'MEMBER WITH ADMIN OPTION'), me.rolcreaterole) END AS may_grant
+    FROM pg_roles AS me LEFT JOIN pg_roles AS login ON login.rolname = :login
+    LEFT JOIN pg_roles AS grp ON grp.rolname = :group
+    WHERE me.rolname = current_user
 """)
 # Logins that exist and have another search_path in this database than the current schema. Without any setting, a login
 # finds the schema public. The setting of a role in a database comes before that of the role, and that of the database.
@@ -50,11 +55,37 @@ def set_passwords(store: Engine, settings: LoginSettings) -> Iterator[str]:
         LoginNotMade: this user may not create or change the role, or its group is missing.
         StoreUnavailable: the database cannot be reached.
     """
-    wanted = ((WORKER, WRITER, settings.writer_password), (API, READER, settings.reader_password))
-    for login, group, password in wanted:
+    for login, group, password in _wanted(settings):
+        _change(store, login, group, password)
+        yield login
+
+
+def missing_logins(db: Connection, settings: LoginSettings) -> list[tuple[str, str]]:
+    """Return a sentence for each login whose password is set and which does not exist or has not its group.
+
+    The second value has the statements after which this user may create it; it is empty if no privilege is missing.
+    """
+    missing = []
+    for login, group, _ in _wanted(settings):
+        found = db.execute(_ROLE, {"login": login, "group": group}).one()
+        if found.is_member:
+            continue
+        lacking = f"{login} is not a member of {group}" if found.exists else f"{login} does not exist"
+        remedies = _Remedies(_session(db), found.me, login, group)
+        needed = [] if found.exists or found.may_create else [remedies.creating]
+        needed += [] if found.may_grant else [remedies.granting]
+        missing.append((lacking, "; ".join(needed)))
+    return missing
+
+
+def _wanted(settings: LoginSettings) -> Iterator[tuple[str, str, SecretStr]]:
+    """Yield each login whose password is set, its group, and the password."""
+    for login, group, password in (
+        (WORKER, WRITER, settings.writer_password),
+        (API, READER, settings.reader_password),
+    ):
         if password is not None:
-            _change(store, login, group, password)
-            yield login
+            yield login, group, password
 
 
 def set_search_paths(store: Engine) -> list[str]:
@@ -105,26 +136,39 @@ def _session(db: Connection) -> extensions.connection:
     return session
 
 
+class _Remedies:
+    """Statements with which an administrator gives a user the privilege for one statement of `_statements`."""
+
+    def __init__(self, session: extensions.connection, me: str, login: str, group: str) -> None:
+        self.creating = _composed(session, "ALTER ROLE {me} CREATEROLE", me=me)
+        self.changing = f"{self.creating}; {_composed(session, _ADMIN, role=login, me=me)}"
+        self.granting = _composed(session, _ADMIN, role=group, me=me)
+
+
+_ADMIN = "GRANT {role} TO {me} WITH ADMIN OPTION"
+
+
+def _composed(session: extensions.connection, template: str, **names: str) -> str:
+    """Return the statement with these names of roles and other objects, quoted."""
+    identifiers = {key: sql.Identifier(name) for key, name in names.items()}
+    return sql.SQL(template).format(**identifiers).as_string(session)
+
+
 def _statements(
     session: extensions.connection, login: str, group: str, password: SecretStr | None, found: Row[Any]
 ) -> Iterator[tuple[str, str]]:
     """Yield each statement, and what an administrator runs if this user has no privilege for it."""
-    names = {"login": login, "group": group, "me": found.me, "schema": found.schema, "database": found.database}
-
-    def composed(template: str, **more: sql.Composable) -> str:
-        identifiers = {name: sql.Identifier(value) for name, value in names.items()}
-        return sql.SQL(template).format(**identifiers, **more).as_string(session)
-
-    creating = composed("ALTER ROLE {me} CREATEROLE")
-    changing = composed("ALTER ROLE {me} CREATEROLE; GRANT {login} TO {me} WITH ADMIN OPTION")
+    remedies = _Remedies(session, found.me, login, group)
     if password is not None:
         # The server gets only a verifier, so its log can never contain the password.
         verifier = extensions.encrypt_password(
             password.get_secret_value(), login, scope=session, algorithm="scram-sha-256"
         )
-        role = ("ALTER" if found.exists else "CREATE") + " ROLE {login} LOGIN PASSWORD {verifier}"
-        yield composed(role, verifier=sql.Literal(verifier)), changing if found.exists else creating
+        verb = "ALTER" if found.exists else "CREATE"
+        role = _composed(session, verb + " ROLE {login} LOGIN PASSWORD ", login=login)
+        yield role + sql.Literal(verifier).as_string(session), remedies.changing if found.exists else remedies.creating
         if not found.is_member:
-            yield composed("GRANT {group} TO {login}"), composed("GRANT {group} TO {me} WITH ADMIN OPTION")
-    path = composed("ALTER ROLE {login} IN DATABASE {database} SET search_path = {schema}")
+            yield _composed(session, "GRANT {group} TO {login}", group=group, login=login), remedies.granting
+    path = "ALTER ROLE {login} IN DATABASE {database} SET search_path = {schema}"
+    path = _composed(session, path, login=login, database=found.database, schema=found.schema)
     yield path, path

@@ -13,11 +13,13 @@ from sqlalchemy import Connection, Row
 
 from consumers.db import state_queries
 from consumers.db.engine import create_store_engine, translated_errors
+from consumers.db.logins import missing_logins
 from consumers.db.schema import creation_advice, encoding_advice, outdated_schema_problem, place_of_tables
 from consumers.db.schema_comparison import is_reader, lacking_privileges, schema_differences, schemas_with_tables
 from consumers.errors import StoreUnavailable
 from consumers.ops.checks import HealthCheck, State, check_result, checks_or_error, duration
 from consumers.ops.masking import Mask
+from consumers.settings import LoginSettings
 
 _STATEMENT_SECONDS = 2.0
 _LOCK_SECONDS = 0.5
@@ -41,8 +43,8 @@ _CONNECTION_ADVICE = (
 )
 
 
-def database_checks(url: SecretStr, mask: Mask) -> Iterator[HealthCheck]:
-    """Yield the checks of the server, then those of its tables.
+def database_checks(url: SecretStr, mask: Mask, wanted: LoginSettings) -> Iterator[HealthCheck]:
+    """Yield the checks of the server, then those of its tables, and of the logins that are `wanted`.
 
     Raises:
         SettingsError: the URL is invalid.
@@ -63,6 +65,8 @@ def database_checks(url: SecretStr, mask: Mask) -> Iterator[HealthCheck]:
             yield from tables
             if any(one.state != "fail" for one in tables):  # otherwise the tables are missing or have other columns
                 yield from _read_check("privileges", db, _privileges, mask)
+                if wanted.model_fields_set:
+                    yield from _read_check("logins", db, partial(_logins, wanted), mask)
                 yield from _read_check("rejected in the last day", db, _rejections, mask)
     except StoreUnavailable as error:
         message = mask.masked_first_line(error)
@@ -155,11 +159,12 @@ def _tables(db: Connection) -> HealthCheck:
 def _missing_tables(db: Connection, tables: list[str]) -> HealthCheck:
     """Return the failed check: the tables may be in another schema, or this role may not create them."""
     place, others = place_of_tables(db), schemas_with_tables(db)
-    where = f"in schema {place.quoted}" if place.schema else "and this role may use no schema of its search_path"
-    problem = f"missing {where}: {', '.join(tables)}"
+    problem = "this role may use no schema of its search_path"
+    if place.schema is not None:
+        problem = f"missing in schema {place.quoted}: {', '.join(tables)}"
     if not others:
         return HealthCheck("tables", "fail", problem, creation_advice(place) or "run trading-history init-db")
-    problem += f"; schema {' and '.join(others)} has such tables"
+    problem += f"; tables of these names are in schema {' and '.join(others)}"
     schema = next((name for name in others if others[name]), next(iter(others)))
     steps = []
     if not others[schema]:
@@ -181,6 +186,16 @@ def _privileges(db: Connection) -> HealthCheck:
     grants = "; ".join(f"GRANT {one} TO {role}" for one in lacking)
     problem = f"{role} lacks {'; '.join(lacking)}" if lacking else ""
     return check_result("privileges", f"{role} has all privileges of a worker", problem, advice=grants)
+
+
+def _logins(wanted: LoginSettings, db: Connection) -> HealthCheck:
+    """Check that the logins exist whose passwords are set, and otherwise that this role may create them."""
+    missing = missing_logins(db, wanted)
+    remedies = [remedy for _, remedy in missing if remedy]
+    grants = f"as an administrator of the server, run {'; '.join(dict.fromkeys(remedies))}; then " if remedies else ""
+    problem = "; ".join(lacking for lacking, _ in missing)
+    advice = f"{grants}run trading-history init-db"
+    return check_result("logins", "each login with a password in the settings exists", problem, advice=advice)
 
 
 def _rejections(db: Connection) -> HealthCheck:

@@ -215,7 +215,9 @@ def test_user_who_may_not_create_in_public_gets_the_grant(
         _run("init-db", "--schema", "own")
         assert _schemas_of_tables(empty_database_url) == {"own": _TABLES}
         elsewhere = _checks()["tables"]
-        assert elsewhere.found == f"missing in schema public: {', '.join(_ORDER)}; schema own has such tables"
+        assert elsewhere.found == (
+            f"missing in schema public: {', '.join(_ORDER)}; tables of these names are in schema own"
+        )
         assert elsewhere.advice == (
             f"write schema=own in DATABASE_URL, or run ALTER ROLE guest IN DATABASE {database} SET search_path = own"
         )
@@ -238,8 +240,9 @@ def test_role_without_usage_of_the_schema_gets_the_grant(
     try:
         _use(monkeypatch, _with(_as(empty_database_url, "guest"), schema="trading"))
         closed = _checks()["tables"]
-        assert closed.found.startswith("missing and this role may use no schema of its search_path: ")
-        assert closed.found.endswith("; schema trading has such tables")
+        assert closed.found == (
+            "this role may use no schema of its search_path; tables of these names are in schema trading"
+        )
         assert closed.advice == "as the owner of the schema, run GRANT USAGE ON SCHEMA trading TO guest"
         _use(monkeypatch, _as(empty_database_url, "guest"))
         assert _checks()["tables"].advice.startswith(f"{closed.advice}; then write schema=trading in DATABASE_URL")
@@ -255,7 +258,7 @@ def test_role_without_usage_of_the_schema_gets_the_grant(
 
 @pytest.mark.usefixtures("passwords")
 def test_roles_of_another_owner_need_the_admin_option(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "permission denied to grant role" names the GRANT, and after each statement of the advice init-db succeeds."""
+    """The error of init-db names the GRANT. After the statements of each error, init-db succeeds."""
     with _owner(empty_database_url, "other_owner") as owner:
         _use(monkeypatch, owner)
         statements = []
@@ -271,6 +274,28 @@ def test_roles_of_another_owner_need_the_admin_option(empty_database_url: str, m
     assert 'ALTER ROLE "other_owner" CREATEROLE' in statements
     assert f'GRANT "{WRITER}" TO "other_owner" WITH ADMIN OPTION' in statements
     assert f'GRANT "{READER}" TO "other_owner" WITH ADMIN OPTION' in statements
+
+
+@pytest.mark.usefixtures("passwords")
+def test_doctor_names_all_privileges_that_the_logins_need(
+    empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the statements of its advice, init-db succeeds. Without the passwords, no login is wanted."""
+    with _owner(empty_database_url, "other_owner") as owner:
+        _use(monkeypatch, owner)
+        _error("init-db")
+        check = _checks()["logins"]
+        statements, _, last = check.advice.rpartition("; then ")
+        assert (check.found, last) == (
+            f"{WORKER} does not exist; {API} does not exist", "run trading-history init-db"
+        )  # fmt: skip
+        _execute(empty_database_url, *statements.partition(", run ")[2].split("; "))
+        assert _checks()["logins"].advice == "run trading-history init-db"
+        _run("init-db")
+        assert _checks()["logins"].state == "ok"
+        for name in ("HISTORY_WRITER_PASSWORD", "HISTORY_READER_PASSWORD"):
+            monkeypatch.delenv(name)
+        assert "logins" not in _checks()
 
 
 @pytest.fixture
@@ -303,4 +328,4 @@ def test_a_user_that_a_pooler_does_not_know_is_not_reported_as_a_wrong_password(
     _use(monkeypatch, _as(stock_pooler, "nobody_at_all"))
     check = _checks()["PostgreSQL"]
     assert check.state == "fail"
-    assert "password" not in check.advice
+    assert "password" not in check.advice, check
