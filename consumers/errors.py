@@ -101,10 +101,14 @@ class OldSchema(HistoryError):
 
 
 class LoginNotMade(HistoryError):
-    """This user may not create or change a login role; the tables exist nevertheless."""
+    """This user may not create or change a login role; the tables exist nevertheless.
 
-    def __init__(self, login: str, reason: str) -> None:
-        super().__init__(f"the tables exist, but login role {login} was not created or changed: {reason}")
+    `remedy` has the statements with which an administrator of the server gives this user the missing privilege.
+    """
+
+    def __init__(self, login: str, reason: str, remedy: str = "") -> None:
+        advice = f". As an administrator of the server, run {remedy}" if remedy else ""
+        super().__init__(f"the tables exist, but login role {login} was not created or changed: {reason}{advice}")
 
 
 class AdoptionRefused(HistoryError):

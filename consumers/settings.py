@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from producers.errors import SettingsError
 from producers.settings import EnvironmentSettings
 
 
 class StoreSettings(EnvironmentSettings):
-    """Address of PostgreSQL. One variable is enough; the POSTGRES_ defaults are those of docker-compose.yml."""
+    """Address of PostgreSQL. One variable is enough; the POSTGRES_ defaults are those of docker-compose.yml.
+
+    With DATABASE_URL, the POSTGRES_ variables are not read, even if their values are wrong.
+    """
 
     database_url: SecretStr | None = Field(None, alias="DATABASE_URL")
     host: str = Field("localhost", alias="POSTGRES_HOST")
@@ -22,6 +25,11 @@ class StoreSettings(EnvironmentSettings):
     database: str = Field("trading_history", alias="POSTGRES_DB")
     user: str = Field("trading_history", alias="POSTGRES_USER")
     password: SecretStr | None = Field(None, alias="POSTGRES_PASSWORD")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _url_alone(cls, values: Any) -> Any:
+        return {"DATABASE_URL": values["DATABASE_URL"]} if values.get("DATABASE_URL") else values
 
     @property
     def is_set(self) -> bool:

@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
-from consumers.db.database_url import parse_database_url, session_attributes, try_hosts_in_turn
+from consumers.db.database_url import parse_database_url, session_attributes, split_schema, try_hosts_in_turn
 from consumers.errors import StoreUnavailable, first_line
 from consumers.settings import StoreSettings
 from producers.errors import InvalidEvent
@@ -33,18 +33,28 @@ _ISOLATED_LOCK_SECONDS = 0.5
 # SQLSTATE classes of errors that the event's values cause: data exception, integrity constraint violation.
 _VALUE_CLASSES = ("22", "23")
 ENCODING = "UTF8"
+_SEARCH_PATH = "trading_history_search_path"  # execution option of an engine
 
 
-def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0, read_only: bool = False) -> Engine:
+def create_store_engine(
+    url: SecretStr,
+    *,
+    statement_timeout_seconds: float = 0,
+    read_only: bool = False,
+    search_path: tuple[str, ...] = (),
+) -> Engine:
     """Return an engine with UTF8, times in UTC, a check of each pooled connection before use, and no values in logs.
 
     Each statement has a timeout of `statement_timeout_seconds`, and waits for a lock for at most 5 s; 0 means no
-    limit for both. With `read_only` PostgreSQL refuses every statement that would change data.
+    limit for both. With `read_only` PostgreSQL refuses every statement that would change data. The names of tables are
+    looked up in the schemas of `search_path`; by default, in the schema that the URL names, or else in the search_path
+    of the role.
 
     Raises:
         SettingsError: the URL cannot be parsed.
     """
-    parsed = parse_database_url(url)
+    parsed, schemas = split_schema(parse_database_url(url))
+    schemas = search_path or schemas
     store = create_engine(
         parsed,
         connect_args={
@@ -64,25 +74,38 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
         isolation_level="READ COMMITTED",
         **(_READER if read_only else _WRITER),
         # Never False: that would override default_transaction_read_only, by which an operator stops all writes.
-        execution_options={"postgresql_readonly": True} if read_only else {},
+        execution_options={_SEARCH_PATH: schemas} | ({"postgresql_readonly": True} if read_only else {}),
         executemany_mode="values_plus_batch",
         hide_parameters=True,
     )
-    settings = transaction_settings(statement_timeout_seconds)
+    settings = transaction_settings(statement_timeout_seconds, schemas)
     event.listen(store, "begin", lambda connection: connection.exec_driver_sql(settings))
     try_hosts_in_turn(store)
     return store
 
 
-def transaction_settings(statement_timeout_seconds: float) -> str:
+def search_path_of(store: Engine) -> tuple[str, ...]:
+    """Return the schemas that were given to this engine, by argument or URL; empty: the role's search_path applies."""
+    schemas: tuple[str, ...] = store.get_execution_options().get(_SEARCH_PATH, ())
+    return schemas
+
+
+def quoted(name: str) -> str:
+    """Return the name of an object, such as a schema, as SQL writes it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def transaction_settings(statement_timeout_seconds: float, search_path: tuple[str, ...] = ()) -> str:
     """Return the statements with which each transaction begins; they replace the settings of role, database and server.
 
     They are not startup options of the connection: a pooler refuses those or drops them, and in transaction mode it
     gives each transaction another connection.
     """
     lock_seconds = min(_LOCK_SECONDS, statement_timeout_seconds)
+    schemas = ", ".join(map(quoted, search_path)).replace("%", "%%")  # psycopg2 reads %% as %
     return (
-        "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL extra_float_digits = 1;"
+        (f"SET LOCAL search_path = {schemas}; " if schemas else "")
+        + "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL extra_float_digits = 1;"
         f" SET LOCAL statement_timeout = {round(1000 * statement_timeout_seconds)};"
         f" SET LOCAL lock_timeout = {round(1000 * lock_seconds)}"
     )
@@ -112,7 +135,8 @@ def reader() -> Engine:
 @lru_cache(maxsize=1)
 def _reader_of(store: Engine) -> Engine:
     url = SecretStr(store.url.render_as_string(hide_password=False))
-    return create_store_engine(url, statement_timeout_seconds=READ_SECONDS, read_only=True)
+    schemas = search_path_of(store)
+    return create_store_engine(url, statement_timeout_seconds=READ_SECONDS, read_only=True, search_path=schemas)
 
 
 @contextmanager
