@@ -17,7 +17,7 @@ from tests.documents import ROOT
 DEBIAN_REDIS = Path("/usr/bin/redis-server")
 USERS = ("controller", "worker", "dashboard", "reader")
 USERS_FILE = ROOT / "consumers/deploy/redis-users.acl"
-# redis-py introduces itself at each connection, and goes on if that is forbidden.
+# redis-py introduces itself at each connection, and ignores it if that is forbidden.
 _INTRODUCTIONS = {"client|setinfo", "client|maint_notifications"}
 _SETTINGS = 'port 0\nsave ""\nappendonly yes\nappendfsync everysec\nmaxmemory-policy noeviction\nunixsocketperm 777\n'
 

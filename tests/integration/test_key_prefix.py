@@ -25,8 +25,13 @@ _SNAPSHOT = ("snapshot", "-", "--timestamp")
 def _run(*arguments: str, stdin: object = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "consumers.cli", *arguments],
-        input=json.dumps(stdin), capture_output=True, text=True, timeout=60, env={**os.environ, **environment}, check=False,
-    )  # fmt: skip
+        input=json.dumps(stdin),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+        check=False,
+    )
 
 
 def test_all_keys_have_the_prefix(redis: Redis, database_url: str, tmp_path: Path) -> None:
@@ -76,8 +81,9 @@ def test_a_stock_worker_and_a_relay_follow_it(redis: Redis, database_url: str, t
         ("", {"RQ_KEY_PREFIX": ""}, "Invalid RQ_KEY_PREFIX '': only letters, digits, and"),
     ],
 )
+@pytest.mark.usefixtures("redis", "database_url")
 def test_a_prefix_that_cannot_be_followed_is_an_error(
-    redis: Redis, database_url: str, tmp_path: Path, dotenv: str, environment: dict[str, str], message: str
+    tmp_path: Path, dotenv: str, environment: dict[str, str], message: str
 ) -> None:
     """In one line, by each command that uses Redis. RQ reads the variable, and we cannot read it for RQ."""
     (tmp_path / ".env").write_text(f"RQ_KEY_PREFIX={dotenv}\n" if dotenv else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,11 +71,10 @@ def test_doctor_says_what_is_not_known(redis: Redis) -> None:
 
 
 def test_the_dashboard_works(redis: Redis, database_url: str, tmp_path: Path) -> None:
-    with a_worker(redis, tmp_path / "worker"), dashboard_of(redis_url(redis), tmp_path / "log") as dashboard:
-        with dashboard.client() as client:
-            until(lambda: len(client.get("0/data/workers.json").json()["workers"]) == 1)
-            assert client.get("0/data/queues.json").status_code == 200
-
-
-def redis_url(redis: Redis) -> str:
-    return f"unix://{redis.connection_pool.connection_kwargs['path']}?db=0"
+    with (
+        a_worker(redis, tmp_path / "worker"),
+        dashboard_of(os.environ["REDIS_URL"], tmp_path / "log") as dashboard,
+        dashboard.client() as client,
+    ):
+        until(lambda: len(client.get("0/data/workers.json").json()["workers"]) == 1)
+        assert client.get("0/data/queues.json").status_code == 200

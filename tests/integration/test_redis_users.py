@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -117,7 +116,8 @@ def _worker_process(redis: Redis, log: Path) -> Iterator[psutil.Popen]:
     try:
         yield process
     finally:
-        process.kill()
+        if process.poll() is None:
+            process.kill()
         process.wait(10)
 
 
@@ -270,7 +270,7 @@ def test_a_command_names_what_is_forbidden(redis: Redis) -> None:
     environment = {**os.environ, "REDIS_URL": url_of(redis, "reader")}
     for command in ("status", "doctor"):
         ran = subprocess.run(
-            [sys.executable, "-m", "consumers.cli", command],
+            [*COMMAND, command],
             capture_output=True,
             text=True,
             env=environment,

@@ -1,4 +1,4 @@
-"""What RQ's own tools show of the queue and of HistoryWorkers: `rq info`, rq-dashboard and an exporter for Prometheus."""
+"""Tools that know RQ only, `rq info`, rq-dashboard and an exporter for Prometheus: they see our queue correctly."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_rq_info_counts_jobs_and_workers(redis: Redis, tmp_path: Path) -> None:
 
 
 def _exported(redis: Redis) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return what rq-exporter 3.1 reads, by the same calls: it cannot be installed beside RQ 3, and has no serializer."""
+    """Return jobs and workers as rq-exporter 3.1 reads them. It cannot be installed beside RQ 3: it needs RQ 2."""
     jobs = {}
     for one in Queue.all(redis):
         queue = Queue(connection=redis, name=one.name)

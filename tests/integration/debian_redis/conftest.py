@@ -20,6 +20,8 @@ def pair(pair: Addresses) -> Iterator[Addresses]:
     """The PostgreSQL of this run, and Debian's Redis."""
     if not DEBIAN_REDIS.exists():
         pytest.fail(f"no Redis at {DEBIAN_REDIS}: apt-get install redis-server")
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
-        with redis_server(DEBIAN_REDIS, Path(folder)) as url:
-            yield Addresses(pair.database_url, url)
+    with (
+        tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder,
+        redis_server(DEBIAN_REDIS, Path(folder)) as url,
+    ):
+        yield Addresses(pair.database_url, url)
