@@ -5,11 +5,13 @@ The keys begin with `history:`. If RQ's keys have another prefix than `rq` (RQ_K
 
 from __future__ import annotations
 
+import os
 import re
 
-from rq.defaults import RQ_KEY_PREFIX
-
-KEY_PREFIX = None if RQ_KEY_PREFIX == "rq" else RQ_KEY_PREFIX  # None: RQ's default
+_DEFAULT = "rq"
+# Read like RQ reads it, when it is imported; importing RQ here would take time from commands that do not need it.
+_READ = os.environ.get("RQ_KEY_PREFIX", _DEFAULT)
+KEY_PREFIX = None if _READ == _DEFAULT else _READ  # None: RQ's default
 _HISTORY = "history" if KEY_PREFIX is None else f"{KEY_PREFIX}:history"
 
 # A sequence is less than 2^63, so it has at most 19 digits.

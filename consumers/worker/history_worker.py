@@ -72,6 +72,8 @@ class HistoryWorker(SimpleWorker):
         SettingsError: there is more than one queue, or this version of RQ is outside the tested range.
     """
 
+    _address_is_forbidden = False  # noted once; RQ asks while the object is created
+
     def __init__(self, queues: Any, *args: Any, metrics: MetricsSettings | None = None, **kwargs: Any) -> None:
         if not VERSION.startswith(TESTED_RQ):
             raise SettingsError(
@@ -250,7 +252,10 @@ class HistoryWorker(SimpleWorker):
             self.ip_address = "unknown"
         except Warning:
             self.ip_address = "unknown"
-            logger.warning("worker %s: RQ's list will not show its address, because Redis forbids CLIENT", self.name)
+            if not self._address_is_forbidden:
+                message = "worker %s: RQ's list will not show its address, because Redis forbids CLIENT"
+                logger.warning(message, self.name)
+            self._address_is_forbidden = True
 
     @property
     def connection_timeout(self) -> int:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
+from rq.defaults import RQ_KEY_PREFIX
 from rq.utils import as_text
 
 from consumers.operations import get_portfolio_history
+from producers.redis_keys import KEY_PREFIX
 from tests.dashboard_server import dashboard_of
 from tests.factories import a_portfolio
 from tests.relaying import a_relay, states
@@ -50,9 +52,9 @@ def test_all_keys_have_the_prefix(redis: Redis, database_url: str, tmp_path: Pat
     assert queued == 2
     assert [one.returncode for one in (worked, requeued, again, flushed)] == [0, 0, 0, 0], (requeued, flushed)
     assert len(get_portfolio_history()) == 1
-    assert {as_text(key) for key in redis.keys("*") if not key.startswith(b"{app}:one:")} == {
-        "history:orphans:history:scanned"  # of the worker without the prefix
-    }
+    # The worker without the prefix has left these.
+    others = {as_text(key) for key in redis.keys("*") if not key.startswith((b"{app}:one:", b"rq:worker:"))}
+    assert others == {"history:orphans:history:scanned"}
     assert "{app}:one:history:orphans:history:scanned" in map(as_text, redis.keys("*"))
     with dashboard_of(os.environ["REDIS_URL"], tmp_path / "log", **_PREFIX) as dashboard, dashboard.client() as client:
         assert [one["name"] for one in client.get("0/data/queues.json").json()["queues"]] == ["history"]
@@ -71,6 +73,10 @@ def test_a_stock_worker_and_a_relay_follow_it(redis: Redis, database_url: str, t
         until(lambda: states(path) == {"stored": 1})
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert ", key prefix {app}:one, queue history, and not to database 0 on" in refused.stderr
+
+
+def test_the_prefix_is_the_one_that_rq_has_read() -> None:
+    assert (KEY_PREFIX or "rq") == RQ_KEY_PREFIX
 
 
 @pytest.mark.parametrize(
