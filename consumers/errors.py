@@ -20,7 +20,10 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from redis import RedisError
+
 from producers.errors import HistoryError
+from producers.redis_url import redis_reason
 
 _LONGEST_DESCRIPTION = 500
 
@@ -39,6 +42,8 @@ def first_line(error: BaseException) -> str:
 
     A database error gives the server's primary message. The other lines can contain the values of a row.
     """
+    if isinstance(error, RedisError):
+        return redis_reason(error)
     original = getattr(error, "orig", None) or error  # SQLAlchemy's error contains the driver's
     diagnostics = getattr(original, "diag", None)
     message = getattr(diagnostics, "message_primary", None) or str(original)

@@ -25,6 +25,7 @@ from pydantic import (
 from redis import Redis
 
 from producers.errors import SettingsError
+from producers.redis_keys import KEY_PREFIX
 from producers.redis_url import redis_client
 from producers.times import zone_named
 
@@ -99,7 +100,19 @@ class ZoneSettings(EnvironmentSettings):
     timezone: Annotated[ZoneInfo | None, BeforeValidator(_zone)] = Field(None, alias="HISTORY_TIMEZONE")
 
 
-class TransportSettings(ZoneSettings):
+def _key_prefix(given: str) -> str:
+    if given != (KEY_PREFIX or "rq"):
+        raise ValueError("RQ reads it from the environment when Python starts, not from .env: set it there instead")
+    return given
+
+
+class KeyPrefixSettings(EnvironmentSettings):
+    """Prefix of RQ's keys. RQ has read it already; this finds a value that RQ has not seen."""
+
+    key_prefix: Annotated[str, BeforeValidator(_key_prefix)] = Field("rq", alias="RQ_KEY_PREFIX")
+
+
+class TransportSettings(ZoneSettings, KeyPrefixSettings):
     """Settings of a controller: Redis, the queue and the outbox."""
 
     redis_url: SecretStr | None = Field(None, alias="REDIS_URL")

@@ -118,6 +118,8 @@ def _readable(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, RedisError):
         return f"Redis: {first_line(error)}"
+    if isinstance(error, ValueError) and "RQ_KEY_PREFIX" in str(error):  # raised when RQ is imported
+        return str(error)
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         return (

@@ -13,8 +13,10 @@ import typer
 
 from consumers.cli.options import AsJson, progress_bar, time_option
 from consumers.embedded.stack import stack
+from consumers.errors import first_line
 from consumers.terminal import print_json, print_values
 from producers.errors import HistoryError, OutboxDamaged, OutboxOutdated
+from producers.redis_url import is_forbidden
 from producers.settings import TransportSettings
 
 if TYPE_CHECKING:
@@ -102,6 +104,8 @@ def _waits_for(damaged: Sequence[Path]) -> str:
             keys: Any = redis.smembers(WORKERS_BY_QUEUE_KEY % settings.queue)
             states = {redis.hget(key, "state") for key in keys}
     except RedisError as error:
+        if is_forbidden(error):
+            return f"What it waits for is not known: {first_line(error)}"
         reason = type(error).__name__
         return f"Redis cannot be reached ({reason}). The events are safe in the outbox; run this again when it is back."
     waits = f"Queue {settings.queue} has {_counted(jobs, 'waiting job')}"

@@ -8,6 +8,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from consumers.errors import StoreUnavailable
 from producers.errors import SettingsError
+from producers.redis_url import is_forbidden
 
 
 def is_unreachable(error: Exception) -> bool:
@@ -21,8 +22,13 @@ def is_wrong_type(error: object) -> bool:
 
 
 def is_redis_outage(error: BaseException) -> bool:
-    """Return whether Redis itself failed. False for a key of the wrong type or a value that redis-py cannot encode."""
-    return isinstance(error, RedisError) and not isinstance(error, DataError) and not is_wrong_type(error)
+    """Return whether Redis itself failed.
+
+    False for a key of the wrong type, a value that redis-py cannot encode, and a command that this user may not run.
+    """
+    if not isinstance(error, RedisError) or isinstance(error, DataError):
+        return False
+    return not is_wrong_type(error) and not is_forbidden(error)
 
 
 def is_caused_by_job(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from consumers.db.engine import READ_SECONDS, get_db
 from consumers.db.row_counts import quick_counts
 from consumers.db.waits import DatabaseWaits
-from consumers.errors import StoreUnavailable
+from consumers.errors import StoreUnavailable, first_line
 from consumers.ops.health import HealthReader, Reading
 from producers.errors import OutboxError
 
@@ -63,4 +63,4 @@ def _problem(reading: Reading[Any]) -> str | None:
         return None
     if not isinstance(error, StoreUnavailable | RedisError | OutboxError | TimeoutError):
         raise error
-    return f"{type(error).__name__}: {error}" if isinstance(error, RedisError) else str(error)
+    return f"{type(error).__name__}: {first_line(error)}" if isinstance(error, RedisError) else str(error)

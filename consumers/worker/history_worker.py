@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Any
@@ -37,6 +38,7 @@ from rq.worker import DequeueStrategy, SimpleWorker
 
 from consumers.db.engine import limit_statements
 from consumers.db.waits import DatabaseWaits
+from consumers.errors import first_line
 from consumers.ops.redis_errors import is_unreachable, is_wrong_type
 from consumers.process_setup import TESTED_RQ, on_stop_signals, write_json_if_set
 from consumers.settings import MetricsSettings
@@ -44,6 +46,8 @@ from consumers.worker.maintenance import Maintenance
 from consumers.worker.shared_state import SharedState
 from consumers.worker.worker_thread import WAIT_SECONDS, Limits, WorkerThread, reconnect_seconds
 from producers.errors import HistoryError, SettingsError
+from producers.redis_url import is_forbidden
+from producers.settings import KeyPrefixSettings
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,8 @@ class HistoryWorker(SimpleWorker):
     Raises:
         SettingsError: there is more than one queue, or this version of RQ is outside the tested range.
     """
+
+    _address_is_forbidden = False  # noted once; RQ asks while the object is created
 
     def __init__(self, queues: Any, *args: Any, metrics: MetricsSettings | None = None, **kwargs: Any) -> None:
         if not VERSION.startswith(TESTED_RQ):
@@ -116,6 +122,7 @@ class HistoryWorker(SimpleWorker):
             SettingsError: a setting cannot be read.
         """
         write_json_if_set()
+        KeyPrefixSettings.from_environment()
         limit_statements(STATEMENT_SECONDS)
         gc.freeze()  # the garbage collector need not scan modules and classes again
         self._install_signal_handlers()
@@ -238,9 +245,17 @@ class HistoryWorker(SimpleWorker):
     def _set_ip_address(self, connection: Redis) -> None:
         """Ask Redis for this worker's address, as RQ does when the object is created; tolerate that Redis is away."""
         try:
-            super()._set_ip_address(connection)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # RQ warns if CLIENT is forbidden
+                super()._set_ip_address(connection)
         except RedisError:
             self.ip_address = "unknown"
+        except Warning:
+            self.ip_address = "unknown"
+            if not self._address_is_forbidden:
+                message = "worker %s: RQ's list will not show its address, because Redis forbids CLIENT"
+                logger.warning(message, self.name)
+            self._address_is_forbidden = True
 
     @property
     def connection_timeout(self) -> int:
@@ -248,7 +263,14 @@ class HistoryWorker(SimpleWorker):
         return WAIT_SECONDS + 9
 
     def _pubsub_exception_handler(self, exc: Exception, *thread: Any) -> None:
-        """Keep the thread that listens for commands alive after a timeout. RQ's own handler ends it."""
+        """Keep the thread that listens for commands alive after a timeout, and end it if Redis forbids to listen.
+
+        RQ's own handler ends it after a timeout, and with a traceback.
+        """
+        if is_forbidden(exc):
+            logger.warning("worker %s does not receive RQ's commands: %s", self.name, first_line(exc))
+            thread[-1].stop()
+            return
         lost = RedisConnectionError("no answer in time") if isinstance(exc, RedisTimeoutError) else exc
         super()._pubsub_exception_handler(lost, *thread)
 
