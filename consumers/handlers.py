@@ -10,7 +10,7 @@ from redis import Redis, RedisError
 from rq import get_current_job
 
 from consumers.db.inserts import insert_event
-from consumers.worker.batch import Deferred, Result, acknowledgements, log_fields, logger, process_batch
+from consumers.worker.batch import Deferred, EventLogger, Result, acknowledgements, logger, process_batch
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import ACKNOWLEDGEMENT_TTL_SECONDS
 from producers.events import Event, PortfolioSnapshotEvent, SignalArchiveEvent, decode
@@ -50,7 +50,7 @@ def record(text: str, model: type[Event]) -> int:
     except RedisError as error:
         # The result is committed. Without an acknowledgement, the producer sends the event again.
         message = "cannot acknowledge job %s; its producer sends the event again: %s"
-        logger.warning(message, job.id, type(error).__name__, extra=log_fields(result))
+        EventLogger(logger, result).warning(message, job.id, type(error).__name__)
     if result.error is not None:
         raise result.error
     assert result.outcome.row_id is not None
