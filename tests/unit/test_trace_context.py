@@ -132,7 +132,7 @@ def test_an_invalid_context_of_opentelemetry_is_ignored(
     producer: HistoryProducer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, current: Callable[[], Any]
 ) -> None:
     """A defect of the tracing must not cost an event."""
-    monkeypatch.setitem(sys.modules, "opentelemetry.trace", SimpleNamespace(get_current_span=current))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", SimpleNamespace(get_current_span=current))
     producer.record(a_snapshot())
     (event,) = _recorded(tmp_path)
     assert "traceparent" not in event
