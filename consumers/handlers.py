@@ -11,7 +11,7 @@ from rq import get_current_job
 
 from consumers.db.inserts import insert_event
 from consumers.errors import first_line
-from consumers.worker.batch import Deferred, Result, acknowledgements, log_fields, logger, process_batch
+from consumers.worker.batch import Deferred, EventLogger, Result, acknowledgements, logger, process_batch
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import ACKNOWLEDGEMENT_TTL_SECONDS
 from producers.events import Event, PortfolioSnapshotEvent, SignalArchiveEvent, decode
@@ -51,7 +51,7 @@ def record(text: str, model: type[Event]) -> int:
     except RedisError as error:
         # The result is committed. Without an acknowledgement, the producer sends the event again.
         message = "cannot acknowledge job %s; its producer sends the event again: %s"
-        logger.warning(message, job.id, first_line(error), extra=log_fields(result))
+        EventLogger(logger, result).warning(message, job.id, first_line(error))
     if result.error is not None:
         raise result.error
     assert result.outcome.row_id is not None

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import fields
 from datetime import datetime
 from functools import partial
@@ -62,6 +63,7 @@ async def create_daily_portfolio_snapshot(
     *,
     timestamp: datetime | None = None,
     producer: HistoryProducer | None = None,
+    traceparent: str | None = None,
 ) -> Receipt:
     """Record a snapshot like `producers.trading_controller.create_daily_portfolio_snapshot`, without blocking the loop.
 
@@ -73,6 +75,7 @@ async def create_daily_portfolio_snapshot(
         portfolio_id,
         timestamp=timestamp,
         producer=producer,
+        traceparent=traceparent,
     )
     return _awaitable(await _in_thread(call))
 
@@ -85,6 +88,7 @@ async def archive_current_signals(
     portfolio_id: int | None = None,
     archived_at: datetime | None = None,
     producer: HistoryProducer | None = None,
+    traceparent: str | None = None,
 ) -> Receipt | None:
     """Archive signals like `producers.trading_controller.archive_current_signals`, without blocking the loop.
 
@@ -98,6 +102,7 @@ async def archive_current_signals(
         portfolio_id=portfolio_id,
         archived_at=archived_at,
         producer=producer,
+        traceparent=traceparent,
     )
     receipt = await _in_thread(call)
     return None if receipt is None else _awaitable(receipt)
@@ -108,7 +113,8 @@ def _awaitable(receipt: history_producer.Receipt) -> Receipt:
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(_thread(), call)
+    context = copy_context()  # OpenTelemetry's current span is in it
+    return await asyncio.get_running_loop().run_in_executor(_thread(), context.run, call)
 
 
 def _thread() -> ThreadPoolExecutor:

@@ -17,7 +17,7 @@ from producers.fields import contract_error, exact_decimal, plain_number, readab
 
 MAX_NESTING = 50
 MAX_SIGNALS = 20_000  # with 400 bytes each, they fill the largest event
-_MAX_MEMBERS = 100  # in an envelope or its data, which have at most nine
+_MAX_MEMBERS = 100  # in an envelope, with its extension attributes, or in its data
 # A constant, because the union type int | float would be built at each evaluation.
 _NUMBERS = (int, float)
 _CONTAINERS = (dict, list)

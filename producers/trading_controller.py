@@ -44,6 +44,7 @@ def create_daily_portfolio_snapshot(
     *,
     timestamp: datetime | None = None,
     producer: HistoryProducer | None = None,
+    traceparent: str | None = None,
 ) -> Receipt:
     """Record a snapshot of the portfolio. When the call returns, the snapshot is on disk.
 
@@ -58,6 +59,8 @@ def create_daily_portfolio_snapshot(
         timestamp: The time of the trading cycle, by default now. If a repeated cycle passes the same time, it records
             the same snapshot, which is stored once. A naive time is in HISTORY_TIMEZONE.
         producer: By default, all calls in a process share one producer, made from the settings.
+        traceparent: The W3C trace context that the worker's log lines about the event have, by default that of
+            OpenTelemetry's current context, if the program uses OpenTelemetry.
 
     Raises:
         InvalidEvent: `portfolio_data` has no balance (the message lists its keys), or a value has the wrong type or
@@ -79,7 +82,7 @@ def create_daily_portfolio_snapshot(
         portfolio_id=portfolio_id,
         **amounts,
     )
-    return producer.record(snapshot)
+    return producer.record(snapshot, traceparent=traceparent)
 
 
 def archive_current_signals(
@@ -90,6 +93,7 @@ def archive_current_signals(
     portfolio_id: int | None = None,
     archived_at: datetime | None = None,
     producer: HistoryProducer | None = None,
+    traceparent: str | None = None,
 ) -> Receipt | None:
     """Archive the signals of a trading cycle. When the call returns, they are on disk.
 
@@ -103,6 +107,8 @@ def archive_current_signals(
         archived_at: The time of the trading cycle, by default now. If a repeated cycle passes the same time, it
             records the same archive, which is stored once. A naive time is in HISTORY_TIMEZONE.
         producer: By default, all calls in a process share one producer, made from the settings.
+        traceparent: The W3C trace context that the worker's log lines about the event have, by default that of
+            OpenTelemetry's current context, if the program uses OpenTelemetry.
 
     Returns:
         The receipt, or None if there are no signals and nothing was recorded.
@@ -121,7 +127,8 @@ def archive_current_signals(
     found = read_signals(signals, signals_url=signals_url, signals_path=Path(signals_path))
     if not found:
         return None
-    return producer.record(SignalArchive.checked(archived_at=moment, signals=found, portfolio_id=portfolio_id))
+    archive = SignalArchive.checked(archived_at=moment, signals=found, portfolio_id=portfolio_id)
+    return producer.record(archive, traceparent=traceparent)
 
 
 def _moment(field: str, given: datetime | None, producer: HistoryProducer) -> datetime:

@@ -29,7 +29,7 @@ from consumers.errors import described
 from consumers.ops.metrics import COUNTS
 from consumers.ops.redis_errors import is_caused_by_job
 from consumers.worker import scripts
-from consumers.worker.batch import Deferred, Result, acknowledgements, log_fields, report_safely
+from consumers.worker.batch import Deferred, EventLogger, Result, acknowledgements, report_safely
 from consumers.worker.deliveries import ReservedJob, displayable_call
 from consumers.worker.dependents import BoundedJob, Dependents
 from consumers.worker.reservations import JOB_PREFIX, Reservations, log_quarantined
@@ -286,8 +286,8 @@ class Completion:
     def _fail_by_id(self, decided: Result | Deferred, error: BaseException) -> None:
         """Complete a delivery whose records cannot be written: acknowledge and release it, and list it as failed."""
         message = "cannot write RQ's records of job %s; it is listed as failed without details"
-        report = partial(logger.error, message, decided.job_id)
-        report_safely(partial(report, exc_info=error, extra=log_fields(decided)))
+        event_logger = EventLogger(logger, decided)
+        report_safely(partial(event_logger.error, message, decided.job_id, exc_info=error))
         failed = {"id": decided.job_id, "ttl": _FOR_EVER, "fields": []}
         batch = _Batch([decided.job_id], failed=[failed])
         try:
@@ -297,7 +297,7 @@ class Completion:
             if not is_caused_by_job(another):
                 raise
             message = "cannot acknowledge job %s; its producer sends the event again: %s"
-            report_safely(partial(logger.error, message, decided.job_id, described(another)))
+            report_safely(partial(event_logger.error, message, decided.job_id, described(another)))
             self._run_script(batch)
 
     def _run(self, started_at: datetime) -> _Run:

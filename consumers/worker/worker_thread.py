@@ -24,9 +24,9 @@ from consumers.ops.redis_errors import is_caused_by_job, is_unreachable, is_wron
 from consumers.worker.batch import (
     ISOLATED_SECONDS,
     Deferred,
+    EventLogger,
     Result,
     deferred,
-    log_fields,
     process_batch,
     report_safely,
 )
@@ -226,10 +226,8 @@ class WorkerThread(threading.Thread):
 
     def _move_to_tail(self, timeout: Deferred) -> None:
         count = self.reservations.move_to_tail(timeout.job_id, self.reservations.timeouts_key)
-        logger.warning(
-            "job %s timed out alone (attempt %d) and was moved to the tail of the queue: %s",
-            timeout.job_id, count, timeout.error, extra=log_fields(timeout),
-        )  # fmt: skip
+        message = "job %s timed out alone (attempt %d) and was moved to the tail of the queue: %s"
+        EventLogger(logger, timeout).warning(message, timeout.job_id, count, timeout.error)
 
     def _handle_defect(self, defect: Deferred, reservation: Reservation, started_at: datetime) -> None:
         """Count a defect of this program like a crash: move the job to the tail, or reject it after POISON_CRASHES."""
@@ -240,8 +238,8 @@ class WorkerThread(threading.Thread):
             job = next(job for job in reservation.jobs if job.job_id == defect.job_id)
             self._reject_poison(defect, job, PoisonEvent(failures, defect.error), started_at)
         values = (self._worker.name, defect.job_id, failures, POISON_CRASHES)
-        report = partial(logger.error, "worker %s failed on job %s, attempt %d of %d", *values)
-        report_safely(partial(report, exc_info=defect.error, extra=log_fields(defect)))
+        report = partial(EventLogger(logger, defect).error, "worker %s failed on job %s, attempt %d of %d", *values)
+        report_safely(partial(report, exc_info=defect.error))
 
     def _reject_poison(self, defect: Deferred, job: ReservedJob, rejection: PoisonEvent, started_at: datetime) -> None:
         """Reject a poison event. If that fails because of a defect, dead-letter its job without a database record."""

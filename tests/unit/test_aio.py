@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,13 @@ from typing import Any, TypeVar
 
 import pytest
 from fakeredis import FakeRedis
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
 
 from producers import trading_controller
 from producers.aio import archive_current_signals, create_daily_portfolio_snapshot
 from producers.errors import EventRejected, InvalidEvent
 from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
 from producers.testing import FakeHistory
 from tests.forking import in_child
 
@@ -49,6 +52,26 @@ def test_a_receipt_equals_the_one_of_the_blocking_call(trading_history: FakeHist
     receipt = _run(create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE))
     other = trading_controller.create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE)
     assert (receipt.event_id, receipt.source, receipt.sequence + 1) == (other.event_id, other.source, other.sequence)
+
+
+def test_the_trace_context_is_the_argument_or_the_one_of_the_task(tmp_path: Path) -> None:
+    """The thread that makes the calls has OpenTelemetry's context of the task that awaits them."""
+    given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+    span = NonRecordingSpan(SpanContext(0x4BF92F3577B34DA6A3CE929D0E0E4736, 0x00F067AA0BA902B7, False, TraceFlags(1)))
+
+    async def cycle(producer: HistoryProducer) -> None:
+        with use_span(span):
+            await create_daily_portfolio_snapshot({"balance": 1}, producer=producer)
+            await archive_current_signals([{}], producer=producer, traceparent=given)
+        await create_daily_portfolio_snapshot({"balance": 2}, producer=producer)
+        await create_daily_portfolio_snapshot({"balance": 3}, producer=producer, traceparent=given)
+
+    outbox = tmp_path / "outbox.db"
+    with HistoryProducer(FakeRedis(), outbox=outbox) as producer, Outbox(outbox) as recorded:
+        _run(cycle(producer))
+        found = [json.loads(entry.event).get("traceparent") for entry in recorded.entries()]
+        producer.close(0)
+    assert found == ["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", given, None, given]
 
 
 def test_no_signals_give_no_receipt(trading_history: FakeHistory) -> None:

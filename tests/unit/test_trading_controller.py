@@ -263,8 +263,8 @@ def test_counts_and_ids_may_be_any_integral_number(
 _NOT_REAL_NUMBERS = [
     (numpy.bool_(True), "numpy.bool"),
     (numpy.complex64(1), "numpy.complex64"),
-    (numpy.timedelta64(5), "numpy.timedelta64"),
-    (numpy.timedelta64("NaT"), "numpy.timedelta64"),
+    (numpy.timedelta64(5, "s"), "numpy.timedelta64"),
+    (numpy.timedelta64("NaT", "s"), "numpy.timedelta64"),
     (numpy.datetime64("2026-11-22"), "numpy.datetime64"),
     (numpy.array(1.0), "numpy.ndarray"),
     (numpy.array([1.0]), "numpy.ndarray"),
