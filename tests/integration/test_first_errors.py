@@ -262,7 +262,7 @@ def test_snapshot_that_waits_says_what_it_waits_for(redis: Redis, tmp_path: Path
         (("fly",), "error: No such command 'fly'; see python -m consumers.cli --help\n"),
         (("history", "--fly"), "error: No such option: --fly; see python -m consumers.cli history --help\n"),
         (("snapshot",), "error: Missing argument 'FILE'; see python -m consumers.cli snapshot --help\n"),
-        (("outbox", "salvage", "x"), "error: Invalid value for 'FILE': File 'x' does not exist; see python -m"),
+        (("outbox", "salvage", "x"), "error: Invalid value for 'file': file 'x' does not exist; see python -m"),
     ],
 )
 def test_an_error_of_usage_is_one_line(arguments: tuple[str, ...], message: str) -> None:
