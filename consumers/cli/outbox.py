@@ -74,7 +74,11 @@ def outbox_flush(
             left = producer.settle(timeout, progress=lambda left: progress(max(waiting - left, 0), waiting))
         status = producer.status()
         damaged = producer.damaged_files()
-        reason = unsettled_reason(damaged, "Run this again with a longer --timeout.") if left else None
+        reason = None
+        if left:
+            away = "The events are safe in the outbox; run this again when it is back."
+            longer = "Run this again with a longer --timeout."
+            reason = unsettled_reason(damaged, if_away=away, otherwise=longer)
         lossy = producer.lossy_files()
         producer.close(timeout=0)
     values = _status_values(path, status, "unsettled", status.oldest_unsettled_seconds)

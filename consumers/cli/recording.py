@@ -139,5 +139,6 @@ def _print_receipt(receipt: Any, wait_seconds: float, producer: HistoryProducer)
             print(f"stored as row {receipt.wait(wait_seconds)}")
         except TimeoutError:
             waited = f"event {receipt.event_id} is not stored after {wait_seconds:g} s, but safe in the outbox."
-            reason = unsettled_reason(producer.damaged_files(), "Give a longer --wait.")
-            raise HistoryError(f"{waited} {reason}") from None
+            later = "run trading-history outbox flush"
+            advice = {"if_away": f"When it is back, {later}.", "otherwise": f"To wait longer, {later}."}
+            raise HistoryError(f"{waited} {unsettled_reason(producer.damaged_files(), **advice)}") from None

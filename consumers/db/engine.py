@@ -254,9 +254,9 @@ def _described(error: DBAPIError, sqlstate: str) -> tuple[str, str]:
         # The import reads tables of other names, and has its own advice for them.
         missing = sqlstate == _UNDEFINED_TABLE and _OUR_TABLE.search(first_line(error))
         return first_line(error), "run trading-history init-db" if missing else ""
-    lines = str(error.orig).splitlines()
+    lines = [" ".join(line.split()) for line in str(error.orig).splitlines()]
     # A name such as localhost has several addresses. The one that answers says more than those that do not.
-    message = next((line.strip() for line in lines if "FATAL:" in line), first_line(error))
+    message = next((line for line in lines if "FATAL:" in line), first_line(error))
     return message, next((advice for pattern, advice in _CONNECTION_ADVICE if re.search(pattern, message)), "")
 
 

@@ -169,10 +169,11 @@ def _is_relayed(outbox: Outbox) -> bool:
         lock.release()
 
 
-def unsettled_reason(damaged: Sequence[Path], otherwise: str) -> str:
+def unsettled_reason(damaged: Sequence[Path], *, if_away: str, otherwise: str) -> str:
     """Return why entries are pending or sent, as far as this machine can find out, and what to do.
 
-    `damaged` are files that are not salvaged yet. `otherwise` is the advice if a worker is there.
+    `damaged` are files that are not salvaged yet. `if_away` is the advice if Redis cannot be reached, `otherwise` the
+    one if a worker is there.
 
     Raises:
         SettingsError: REDIS_URL is not set or not valid.
@@ -188,9 +189,8 @@ def unsettled_reason(damaged: Sequence[Path], otherwise: str) -> str:
             states = {redis.hget(key, "state") for key in keys}
     except RedisError as error:
         if not is_unreachable(error) or isinstance(error, AuthenticationError):
-            return f"Redis does not accept them: {redis_problem(error)}. The events are safe in the outbox."
-        reason = type(error).__name__
-        return f"Redis cannot be reached ({reason}). The events are safe in the outbox; run this again when it is back."
+            return f"Redis cannot be used: {redis_problem(error)}."
+        return f"Redis cannot be reached ({type(error).__name__}). {if_away}"
     waits = f"Queue {settings.queue} has {counted(jobs, 'waiting job')}"
     if not keys:
         return f"{waits} and no worker. Start one: trading-history worker"
