@@ -9,7 +9,7 @@ HistoryError
 ├── UnsupportedJob      permanent: a job that is not ours, or asks RQ for more than to be run
 │   └── OversizedJob    permanent: a job that is too large to be read
 ├── StoreUnavailable    transient: the database is away or cannot execute the statement now; try again later
-├── ExportRefused       files already exist, no rows match, or portfolios would be mixed; nothing was written
+├── ExportRefused       no folder, files already exist, no rows match, or portfolios would be mixed; nothing was written
 ├── OldSchema           the database has tables of the old shape under our names
 ├── LoginNotMade        a login role cannot be created or changed
 ├── AdoptionRefused     tables of the old shape cannot be adopted in their present state
@@ -92,9 +92,10 @@ class StoreUnavailable(HistoryError):
     succeed.
     """
 
-    def __init__(self, message: str, *, one_statement: bool = False) -> None:
+    def __init__(self, message: str, *, one_statement: bool = False, advice: str = "") -> None:
         super().__init__(message)
         self.one_statement = one_statement
+        self.advice = advice
 
 
 class ExportRefused(HistoryError):

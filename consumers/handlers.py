@@ -18,8 +18,10 @@ from producers.events import Event, PortfolioSnapshotEvent, SignalArchiveEvent, 
 from producers.redis_keys import acknowledgement_key
 
 
-def record_portfolio_snapshot(event: str) -> int:
+def record_portfolio_snapshot(event: str) -> int | None:
     """Store one portfolio snapshot and return its row's id. `event` is its JSON text.
+
+    In a job, return None for an event that is rejected and that an operator has discarded before.
 
     Raises:
         InvalidEvent: the event breaks the contract. In a job, the rejection is recorded.
@@ -29,8 +31,8 @@ def record_portfolio_snapshot(event: str) -> int:
     return record(event, PortfolioSnapshotEvent)
 
 
-def record_signal_archive(event: str) -> int:
-    """Store one signal archive and return its row's id. `event` is its JSON text.
+def record_signal_archive(event: str) -> int | None:
+    """Store one signal archive and return its row's id, or None, as `record_portfolio_snapshot` does.
 
     Raises:
         HistoryError: as `record_portfolio_snapshot` does.
@@ -38,8 +40,8 @@ def record_signal_archive(event: str) -> int:
     return record(event, SignalArchiveEvent)
 
 
-def record(text: str, model: type[Event]) -> int:
-    """Store one event and return its row's id. Every job function calls this."""
+def record(text: str, model: type[Event]) -> int | None:
+    """Store one event and return its row's id, or None. Every job function calls this."""
     job = get_current_job()
     if job is None:  # called outside of a job: no delivery whose outcome could be recorded
         return insert_event(decode(text, model))
@@ -52,9 +54,8 @@ def record(text: str, model: type[Event]) -> int:
         # The result is committed. Without an acknowledgement, the producer sends the event again.
         message = "cannot acknowledge job %s; its producer sends the event again: %s"
         EventLogger(logger, result).warning(message, job.id, first_line(error))
-    if result.error is not None:
+    if result.error is not None and result.failed:
         raise result.error
-    assert result.outcome.row_id is not None
     return result.outcome.row_id
 
 

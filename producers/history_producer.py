@@ -197,6 +197,10 @@ class HistoryProducer:
         """Quarantined files: damaged, moved away from the outbox's path, and not salvaged yet."""
         return self._transport.outbox.quarantine.damaged_files()
 
+    def lossy_files(self) -> list[Path]:
+        """Salvaged files of which entries may be lost: numbers were not found in them, or no entry at all."""
+        return self._transport.outbox.quarantine.lossy_files()
+
     def status(self) -> OutboxStatus:
         """Count the outbox's entries by state."""
         return self._transport.outbox.status()

@@ -167,7 +167,10 @@ class Outbox:
             yield
         except OutboxDamaged as error:
             # A file that never was an outbox belongs to another program and was configured by mistake.
-            if not self._repair or not (self._file.place.has_been_used() or self._has_content_of_an_outbox()):
+            is_outbox = self._file.place.has_been_used() or self._has_content_of_an_outbox()
+            if not is_outbox:
+                error.advice = "the file is of another program: set HISTORY_OUTBOX to another path"
+            if not self._repair or not is_outbox:
                 raise
             moved_to = self._file.quarantine()
             if moved_to is not None:

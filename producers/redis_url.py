@@ -36,6 +36,7 @@ _SENTINEL_URL = re.compile(
     r"(?:/(?P<db>\d*))?(?:\?(?P<query>[^#]*))?"
 )
 _HOST = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>\d{1,5}))?")
+_OPTION_NAME = re.compile("[A-Za-z0-9_-]{1,40}")
 _SENTINEL_LOGIN = {"username": "sentinel_username", "password": "sentinel_password"}
 # Other keyword arguments of master_for() are not options of a URL, such as classes.
 _OPTIONS = {
@@ -87,10 +88,32 @@ def redis_client(url: str) -> Redis:
         return client
     except (AttributeError, RedisError, TypeError, ValueError):  # redis-py raises any of these for a wrong option
         # The library's message may contain the URL with its password, so it is left out.
+        if wrong := _wrong_option(url):
+            raise SettingsError(
+                f"REDIS_URL: the option {wrong} is unknown or has a wrong value: remove or correct it"
+            ) from None
         raise SettingsError(
             "REDIS_URL: must be a redis://, rediss:// or unix:// URL, or"
             " redis+sentinel://host:port,host:port/service/db, with known options"
         ) from None
+
+
+def _wrong_option(url: str) -> str | None:
+    """Return the name of the first option that redis-py does not take, or None.
+
+    If an @ follows, the text after the ? is a part of a password that is not percent-encoded, and is not shown.
+    """
+    scheme, query = "rediss" if url.startswith("rediss") else "redis", url.partition("?")[2]
+    if "@" in query:
+        return None
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name in _SENTINEL_LOGIN.values():
+            continue
+        try:
+            Redis.from_url(f"{scheme}://host?{urlencode({name: value})}").connection_pool.make_connection()
+        except (AttributeError, RedisError, TypeError, ValueError):
+            return name if _OPTION_NAME.fullmatch(name) else None
+    return None
 
 
 def place_of(client: Redis) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -34,6 +35,22 @@ _ISOLATED_LOCK_SECONDS = 0.5
 _VALUE_CLASSES = ("22", "23")
 ENCODING = "UTF8"
 _SEARCH_PATH = "trading_history_search_path"  # execution option of an engine
+_UNDEFINED_TABLE = "42P01"
+_OUR_TABLE = re.compile(rf"\b({'|'.join(kind.table for kind in KINDS.values())}|event_outcomes)\b")
+_SETTING = "DATABASE_URL or the POSTGRES_ variables"
+# Errors of connecting have no SQLSTATE. The last entry is for all of them that libpq itself reports.
+_CONNECTION_ADVICE = (
+    (
+        'database ".*" does not exist|no such database',
+        f"correct the name of the database in {_SETTING}, or create the database and run trading-history init-db",
+    ),
+    ('authentication|password|role ".*" does not exist|no such user', f"correct user and password in {_SETTING}"),
+    ("FATAL:", ""),
+    (
+        "could not translate host name|connection to server|no usable host|no answer from the server",
+        f"check that PostgreSQL runs, and host and port in {_SETTING}",
+    ),
+)
 
 
 def create_store_engine(
@@ -226,7 +243,8 @@ def translated_errors() -> Iterator[None]:
             # Not chained: the driver's error contains the row's values, and a traceback would show them.
             raise StoreUnavailable(message, one_statement=not taken) from None
         alone = sqlstate != "" and not sqlstate.startswith(_STORE_CLASSES)
-        raise StoreUnavailable(f"PostgreSQL: {first_line(error)}", one_statement=alone) from error
+        message, advice = _described(error, sqlstate)
+        raise StoreUnavailable(f"PostgreSQL: {message}", one_statement=alone, advice=advice) from error
     except StatementError as error:  # raised before the driver was called, so not by the database
         raise (error.orig or error) from None
     except SQLAlchemyError as error:
@@ -252,6 +270,18 @@ def translated_value_errors() -> Iterator[None]:
         raise InvalidEvent(
             f"PostgreSQL refused the values: {first_line(error)} (SQLSTATE {_sqlstate(error)})"
         ) from None
+
+
+def _described(error: DBAPIError, sqlstate: str) -> tuple[str, str]:
+    """Return the message of an error and what to do about it, as far as that is known."""
+    if sqlstate:
+        # The import reads tables of other names, and has its own advice for them.
+        missing = sqlstate == _UNDEFINED_TABLE and _OUR_TABLE.search(first_line(error))
+        return first_line(error), "run trading-history init-db" if missing else ""
+    lines = [" ".join(line.split()) for line in str(error.orig).splitlines()]
+    # A name such as localhost has several addresses. The one that answers says more than those that do not.
+    message = next((line for line in lines if "FATAL:" in line), first_line(error))
+    return message, next((advice for pattern, advice in _CONNECTION_ADVICE if re.search(pattern, message)), "")
 
 
 def _sqlstate(error: DBAPIError) -> str:

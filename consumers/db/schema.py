@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
-from consumers.db.engine import ENCODING, quoted, search_path_of, translated_errors
+from consumers.db.engine import ENCODING, get_db, quoted, search_path_of, translated_errors
 from consumers.errors import OldSchema, StoreUnavailable, first_line
 
 _OLD_SCHEMA = "TH001"  # SQLSTATE that schema.sql raises
@@ -50,6 +50,12 @@ def check_database(db: Connection) -> None:
     if problem := encoding_problem(found) or outdated_schema_problem(found.comment):
         raise StoreUnavailable(problem)
     db.info[_CHECKED] = True
+
+
+def check_database_now() -> None:
+    """Check that events can be stored in the database of the settings. Raises StoreUnavailable."""
+    with get_db() as db:
+        check_database(db)
 
 
 def check_encoding(db: Connection) -> None:

@@ -163,11 +163,13 @@ def export_history(
     `on_progress` is called with the number of entries written so far and their total number.
 
     Raises:
-        ExportRefused: such files exist and `overwrite` is false, no row is selected, or rows of several portfolios are
-            selected without `portfolio_ids`.
+        ExportRefused: `directory` is not a folder, such files exist and `overwrite` is false, no row is selected, or
+            rows of several portfolios are selected without `portfolio_ids`.
         FileNotWritten: the folder or a file cannot be written.
         StoreUnavailable: the database cannot be read now.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ExportRefused(f"{directory} is not a folder: give the path of a folder, which may be new")
     if (existing := sorted(file.name for file in history_files(directory))) and not overwrite:
         raise ExportRefused(
             f"{directory} already has {_some(existing)}; --overwrite replaces the files that are exported"

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from redis.exceptions import AuthenticationError, DataError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import DataError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from consumers.errors import StoreUnavailable
+from consumers.errors import StoreUnavailable, first_line
 from producers.errors import SettingsError
 from producers.redis_url import is_forbidden
+
+
+def redis_problem(error: RedisError) -> str:
+    """Return in one line what failed and what to do about it, as far as that is known."""
+    if isinstance(error, AuthenticationError):
+        advice = "correct user and password in REDIS_URL"
+    elif is_unreachable(error):
+        advice = "check that Redis runs, and host and port in REDIS_URL"
+    else:
+        return first_line(error)
+    return f"{first_line(error).rstrip('.')}: {advice}"
 
 
 def is_unreachable(error: Exception) -> bool:

@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 
 from consumers.db.engine import get_db
 from consumers.db.inserts import find_row, insert_events
-from consumers.db.outcomes import OutcomeRow, forget_outcomes, record_outcomes
+from consumers.db.outcomes import OutcomeRow, discarded, forget_outcomes, record_outcomes
 from consumers.errors import EventConflict, PoisonEvent, StoreUnavailable, UnsupportedJob, described
 from consumers.ops.metrics import COUNTS, UNKNOWN_TYPE
 from consumers.worker.deliveries import Delivery
@@ -51,7 +51,10 @@ _EVENT_ID: TypeAdapter[UUID] = TypeAdapter(EventId)
 
 
 class Result(NamedTuple):
-    """A decided delivery, committed to the database. `error` is set if, and only if, it was rejected."""
+    """A decided delivery, committed to the database. `error` is set if, and only if, it was rejected.
+
+    `discarded` is true if an operator had discarded the rejection before: the job needs nobody's attention then.
+    """
 
     job_id: str
     outcome: Outcome
@@ -61,6 +64,12 @@ class Result(NamedTuple):
     trace: TraceContext | None
     event_type: str
     error: HistoryError | None = None
+    discarded: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether the job belongs into RQ's failed registry."""
+        return self.error is not None and not self.discarded
 
     @property
     def label(self) -> str:
@@ -172,6 +181,9 @@ def _process_together(deliveries: Sequence[Delivery], statement_seconds: float |
                     outcomes.append(_outcome_of(result))
         noted = {outcome.job_id for outcome in outcomes}
         record_outcomes(db, outcomes)
+        if rejected := [result.job_id for result in results if result.error is not None]:
+            known = discarded(db, rejected)
+            results = [result._replace(discarded=result.job_id in known) for result in results]
         forget_outcomes(db, [result.job_id for result in results if result.job_id not in noted])
     for report in (partial(_count, events, results, time.monotonic() - started), partial(_log, events, results)):
         report_safely(report)
@@ -240,8 +252,10 @@ def _count(events: Sequence[Event | HistoryError], results: Sequence[Result], se
 def _log(events: Sequence[Event | HistoryError], results: Sequence[Result]) -> None:
     """Log each rejection, and the totals of a batch. Log an accepted event that came alone; others only at DEBUG."""
     for result in results:
-        if result.error is not None:
+        if result.failed:
             EventLogger(logger, result).error("rejected job %s: %s", result.job_id, result.outcome.reason)
+        elif result.discarded:
+            EventLogger(logger, result).info("job %s was discarded before and stays rejected", result.job_id)
     if len(results) > 1:
         stored, duplicates = (sum(one.outcome.kind == kind for one in results) for kind in ("stored", "duplicate"))
         rejected = len(results) - stored - duplicates

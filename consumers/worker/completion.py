@@ -115,7 +115,8 @@ class Completion:
             return
         run = self._run(started_at)
         try:
-            self._write(results, [(jobs[one.job_id], one.error) for one in results if one.error], jobs, run)
+            failed = [(jobs[one.job_id], one.error) for one in results if one.error and one.failed]
+            self._write(results, failed, jobs, run)
         except BaseException as error:
             if not is_caused_by_job(error):
                 raise
@@ -151,7 +152,7 @@ class Completion:
         jobs: Mapping[str, ReservedJob],
         run: _Run,
     ) -> None:
-        succeeded = [one for one in results if one.error is None]
+        succeeded = [one for one in results if not one.failed]
         completed = [one.job_id for one in results] or [job.job_id for job, _ in failed]
         dead_letters, calls = self._failed(failed, run)
         finished = self._finished(succeeded, jobs, run)

@@ -19,6 +19,7 @@ from rq.utils import now
 from rq.worker import BaseWorker
 
 from consumers.db.engine import drop_connections
+from consumers.db.schema import check_database_now
 from consumers.errors import PoisonEvent, StoreUnavailable, described
 from consumers.ops.redis_errors import is_caused_by_job, is_unreachable, is_wrong_type
 from consumers.worker.batch import (
@@ -77,6 +78,8 @@ class WorkerThread(threading.Thread):
         self._limits = limits
         self._failures = 0
         self._progress_at: float | None = None
+        # A worker that ends when it has nothing to do does not wait for a database that it does not need.
+        self._checks_database = not limits.burst and limits.max_idle_seconds == sys.maxsize
 
     def run(self) -> None:
         try:
@@ -102,6 +105,7 @@ class WorkerThread(threading.Thread):
                     self._note_progress(worked=False)
                     self._stopping.wait(WAIT_SECONDS)
                     continue
+                self._check_database_first()
                 reservation = self.reservations.reserve(min(BATCH_JOBS, max_jobs - self.done))
                 if reservation.jobs:
                     before = self.done
@@ -116,6 +120,16 @@ class WorkerThread(threading.Thread):
             except (RedisError, StoreUnavailable) as error:
                 if not self._quarantined_keys(error):
                     self._wait_for_recovery(error)
+
+    def _check_database_first(self) -> None:
+        """Check once that events can be stored, so that a wrong DATABASE_URL is not noticed only at the first event.
+
+        Raises:
+            StoreUnavailable: they cannot be stored now.
+        """
+        if self._checks_database:
+            check_database_now()
+            self._checks_database = False
 
     def _run_reservation(self, reservation: Reservation) -> None:
         """Process a reservation, then requeue the jobs that were not completed.

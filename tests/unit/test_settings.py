@@ -207,9 +207,35 @@ def test_rediss_uses_tls_for_the_master_and_the_sentinels(monkeypatch: pytest.Mo
     ],
 )
 def test_the_password_of_an_invalid_sentinel_url_is_not_shown(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """The error shows the form of a URL instead."""
+    """The error shows the form of a URL, or the name of the option that is wrong."""
     monkeypatch.setenv("REDIS_URL", url)
-    with pytest.raises(SettingsError, match=r"^REDIS_URL: must be .*redis\+sentinel://host") as caught:
+    form = r"^REDIS_URL: (must be .*redis\+sentinel://host|the option [a-z_]+ is unknown or has a wrong value)"
+    with pytest.raises(SettingsError, match=form) as caught:
+        TransportSettings.from_environment().redis()
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "option"),
+    [
+        ("redis://:s3cret@h/0?foo=1", "foo"),
+        ("redis://h?db=x", "db"),
+        ("redis://h?health_check_interval=1&socket_timeout=soon", "socket_timeout"),
+        ("redis://h?ssl_cert_reqs=none", "ssl_cert_reqs"),
+        ("rediss://h?ssl_cert_reqs=none&bar=1", "bar"),
+        ("redis+sentinel://h/s?sentinel_password=p&foo=1", "foo"),
+    ],
+)
+def test_a_wrong_option_of_the_redis_url_is_named(monkeypatch: pytest.MonkeyPatch, url: str, option: str) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    with pytest.raises(SettingsError, match=f"^REDIS_URL: the option {option} is unknown or has a wrong value"):
+        TransportSettings.from_environment().redis()
+
+
+@pytest.mark.parametrize("url", ["redis://:s3?cret=1@h/0", "redis://:s3?cret%21=1@h/0", "redis://h?a b=s3cret"])
+def test_a_part_of_a_password_is_not_taken_for_an_option(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    with pytest.raises(SettingsError, match="^REDIS_URL: must be ") as caught:
         TransportSettings.from_environment().redis()
     assert "cret" not in str(caught.value)
 

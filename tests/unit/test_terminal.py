@@ -36,6 +36,8 @@ _SOURCE |= {
     "shared": [],
     "copied": False,
     "tail_known": True,
+    "host": None,
+    "last_at": INSTANT,
 }
 
 

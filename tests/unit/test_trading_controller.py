@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import decimal
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -851,20 +852,33 @@ def test_a_url_is_unreadable_if_no_thread_can_start(
 
 
 @pytest.mark.parametrize(
-    "url",
+    ("url", "message"),
     [
-        "http://127.0.0.1:1/?token=pa55",
-        "nonsense",
-        "file:///etc/hosts",
-        "http://[::1",
-        f"http://{'a' * 64}.example/",
-        "",
+        ("http://127.0.0.1:1/?token=pa55", "cannot be read: Connection refused; check its host and port"),
+        *(
+            (url, "is not a valid http:// or https:// URL")
+            for url in ("nonsense", "file:///etc/hosts", "http://[::1", f"http://{'a' * 64}.example/", "")
+        ),
     ],
 )
-def test_a_url_that_is_invalid_or_unreachable_is_unreadable(trading_history: FakeHistory, url: str) -> None:
-    """All cases raise the same kind of error."""
-    with pytest.raises(SignalsUnreadable, match=r"^signals_url cannot be read: [A-Za-z]+$"):
+def test_a_url_that_is_invalid_or_unreachable_is_unreadable(
+    trading_history: FakeHistory, url: str, message: str
+) -> None:
+    """All cases raise the same kind of error, with the reason and without the URL."""
+    with pytest.raises(SignalsUnreadable) as caught:
         archive_current_signals(signals_url=url)
+    assert str(caught.value) == f"signals_url {message}"
+
+
+def test_a_url_with_an_unknown_host_is_unreadable(
+    trading_history: FakeHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(SignalsUnreadable, match=r"^signals_url cannot be read: its host name is not known$"):
+        archive_current_signals(signals_url="http://nowhere.example/?token=pa55")
 
 
 # ---- signals of the file
