@@ -63,7 +63,7 @@ def rules_of(user: str) -> list[str]:
 def users(administrator: Redis) -> Iterator[None]:
     """Create the users of the file during the block, and have the server forget what it has forbidden so far."""
     for user in USERS:
-        administrator.execute_command("ACL SETUSER", f"trading_history_{user}", "reset", *rules_of(user))
+        administrator.execute_command("ACL SETUSER", f"trading_history_{user}", "reset", *rules_of(user))  # type: ignore[no-untyped-call]
     administrator.acl_log_reset()
     try:
         yield
@@ -79,5 +79,5 @@ def url_of(administrator: Redis, user: str) -> str:
 
 def forbidden(administrator: Redis) -> set[tuple[str, str, str]]:
     """Return what the server has forbidden: user, reason and object, such as `command` and `get`."""
-    found = {(one["username"], one["reason"], one["object"]) for one in administrator.acl_log()}
+    found = {(str(one["username"]), str(one["reason"]), str(one["object"])) for one in administrator.acl_log()}
     return {one for one in found if one[2] not in _INTRODUCTIONS}

@@ -16,7 +16,6 @@ from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
 from consumers.terminal import print_json, print_values
 from producers.errors import HistoryError, OutboxDamaged, OutboxOutdated
-from producers.redis_url import is_forbidden
 from producers.settings import TransportSettings
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from consumers.db.engine import READ_SECONDS, get_db
 from consumers.db.row_counts import quick_counts
 from consumers.db.waits import DatabaseWaits
-from consumers.errors import StoreUnavailable, first_line
+from consumers.errors import StoreUnavailable
 from consumers.ops.health import HealthReader, Reading
 from consumers.ops.redis_errors import redis_problem
 from producers.errors import OutboxError

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -20,7 +21,7 @@ from tests.factories import a_portfolio
 from tests.relaying import a_relay, states
 from tests.rq_programs import rq_process, until
 
-_PREFIX = {"RQ_KEY_PREFIX": "{app}:one"}
+_PREFIX: dict[str, Any] = {"RQ_KEY_PREFIX": "{app}:one"}
 _SNAPSHOT = ("snapshot", "-", "--timestamp")
 
 
@@ -53,7 +54,7 @@ def test_all_keys_have_the_prefix(redis: Redis, database_url: str, tmp_path: Pat
     assert [one.returncode for one in (worked, requeued, again, flushed)] == [0, 0, 0, 0], (requeued, flushed)
     assert len(get_portfolio_history()) == 1
     # The worker without the prefix has left these.
-    others = {as_text(key) for key in redis.keys("*") if not key.startswith((b"{app}:one:", b"rq:worker:"))}
+    others = {as_text(key) for key in redis.keys("*") if not as_text(key).startswith(("{app}:one:", "rq:worker:"))}
     assert others == {"history:orphans:history:scanned"}
     assert "{app}:one:history:orphans:history:scanned" in map(as_text, redis.keys("*"))
     with dashboard_of(os.environ["REDIS_URL"], tmp_path / "log", **_PREFIX) as dashboard, dashboard.client() as client:

@@ -57,7 +57,7 @@ def _client(redis: Redis, user: str) -> Redis:
 
 def _change(redis: Redis, user: str, *rules: str) -> None:
     """Give a user the rules of the file, and then these."""
-    redis.execute_command("ACL SETUSER", f"trading_history_{user}", "reset", *rules_of(user), *rules)
+    redis.execute_command("ACL SETUSER", f"trading_history_{user}", "reset", *rules_of(user), *rules)  # type: ignore[no-untyped-call]
 
 
 def test_a_controller_and_a_worker_store_reject_and_requeue(redis: Redis, tmp_path: Path) -> None:

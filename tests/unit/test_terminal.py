@@ -92,7 +92,7 @@ def test_a_time_that_ends_in_z_is_in_utc(capsys: pytest.CaptureFixture[str]) -> 
     print_archives([_ARCHIVE | {"archived_at": local, "signals_data": [{}]}])
     print_rejections([_REJECTION | {"created_at": local}])
     print_audit([_SOURCE | {"source": "a", "since": local}])
-    assert capsys.readouterr().out.count("2026-11-22 17:02:46Z") == 3
+    assert capsys.readouterr().out.count("2026-11-22 17:02:46Z") == 4
 
 
 def test_the_command_in_the_damage_of_a_file_is_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
