@@ -36,7 +36,7 @@ _SENTINEL_URL = re.compile(
     r"(?:/(?P<db>\d*))?(?:\?(?P<query>[^#]*))?"
 )
 _HOST = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>\d{1,5}))?")
-_OPTION_NAME = re.compile("[A-Za-z0-9_-]{1,40}")
+_OPTION_NAME = re.compile("[a-z_]{1,40}")  # as those of redis-py; a name with digits could be a password
 _SENTINEL_LOGIN = {"username": "sentinel_username", "password": "sentinel_password"}
 # Other keyword arguments of master_for() are not options of a URL, such as classes.
 _OPTIONS = {
