@@ -18,12 +18,10 @@ HistoryError
 
 from __future__ import annotations
 
+import sys
 from uuid import UUID
 
-from redis import RedisError
-
 from producers.errors import HistoryError
-from producers.redis_url import redis_reason
 
 _LONGEST_DESCRIPTION = 500
 
@@ -42,8 +40,13 @@ def first_line(error: BaseException) -> str:
 
     A database error gives the server's primary message. The other lines can contain the values of a row.
     """
-    if isinstance(error, RedisError):
-        return redis_reason(error)
+    if "redis" in sys.modules:  # otherwise it is no error of Redis, and importing redis takes time
+        from redis import RedisError
+
+        from producers.redis_url import redis_reason
+
+        if isinstance(error, RedisError):
+            return redis_reason(error)
     original = getattr(error, "orig", None) or error  # SQLAlchemy's error contains the driver's
     diagnostics = getattr(original, "diag", None)
     message = getattr(diagnostics, "message_primary", None) or str(original)
