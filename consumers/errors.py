@@ -9,7 +9,7 @@ HistoryError
 ├── UnsupportedJob      permanent: a job that is not ours, or asks RQ for more than to be run
 │   └── OversizedJob    permanent: a job that is too large to be read
 ├── StoreUnavailable    transient: the database is away or cannot execute the statement now; try again later
-├── ExportRefused       files already exist, no rows match, or portfolios would be mixed; nothing was written
+├── ExportRefused       no folder, files already exist, no rows match, or portfolios would be mixed; nothing was written
 ├── OldSchema           the database has tables of the old shape under our names
 ├── LoginNotMade        a login role cannot be created or changed
 ├── AdoptionRefused     tables of the old shape cannot be adopted in their present state
@@ -18,6 +18,7 @@ HistoryError
 
 from __future__ import annotations
 
+import sys
 from uuid import UUID
 
 from producers.errors import HistoryError
@@ -39,6 +40,13 @@ def first_line(error: BaseException) -> str:
 
     A database error gives the server's primary message. The other lines can contain the values of a row.
     """
+    if "redis" in sys.modules:  # otherwise it is no error of Redis, and importing redis takes time
+        from redis import RedisError
+
+        from producers.redis_url import redis_reason
+
+        if isinstance(error, RedisError):
+            return redis_reason(error)
     original = getattr(error, "orig", None) or error  # SQLAlchemy's error contains the driver's
     diagnostics = getattr(original, "diag", None)
     message = getattr(diagnostics, "message_primary", None) or str(original)
@@ -87,9 +95,10 @@ class StoreUnavailable(HistoryError):
     succeed.
     """
 
-    def __init__(self, message: str, *, one_statement: bool = False) -> None:
+    def __init__(self, message: str, *, one_statement: bool = False, advice: str = "") -> None:
         super().__init__(message)
         self.one_statement = one_statement
+        self.advice = advice
 
 
 class ExportRefused(HistoryError):
@@ -101,10 +110,14 @@ class OldSchema(HistoryError):
 
 
 class LoginNotMade(HistoryError):
-    """This user may not create or change a login role; the tables exist nevertheless."""
+    """This user may not create or change a login role; the tables exist nevertheless.
 
-    def __init__(self, login: str, reason: str) -> None:
-        super().__init__(f"the tables exist, but login role {login} was not created or changed: {reason}")
+    `remedy` has the statements with which an administrator of the server gives this user the missing privilege.
+    """
+
+    def __init__(self, login: str, reason: str, remedy: str = "") -> None:
+        advice = f". As an administrator of the server, run {remedy}" if remedy else ""
+        super().__init__(f"the tables exist, but login role {login} was not created or changed: {reason}{advice}")
 
 
 class AdoptionRefused(HistoryError):

@@ -10,15 +10,18 @@ from redis import Redis, RedisError
 from rq import get_current_job
 
 from consumers.db.inserts import insert_event
-from consumers.worker.batch import Deferred, Result, acknowledgements, log_fields, logger, process_batch
+from consumers.errors import first_line
+from consumers.worker.batch import Deferred, EventLogger, Result, acknowledgements, logger, process_batch
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import ACKNOWLEDGEMENT_TTL_SECONDS
 from producers.events import Event, PortfolioSnapshotEvent, SignalArchiveEvent, decode
 from producers.redis_keys import acknowledgement_key
 
 
-def record_portfolio_snapshot(event: str) -> int:
+def record_portfolio_snapshot(event: str) -> int | None:
     """Store one portfolio snapshot and return its row's id. `event` is its JSON text.
+
+    In a job, return None for an event that is rejected and that an operator has discarded before.
 
     Raises:
         InvalidEvent: the event breaks the contract. In a job, the rejection is recorded.
@@ -28,8 +31,8 @@ def record_portfolio_snapshot(event: str) -> int:
     return record(event, PortfolioSnapshotEvent)
 
 
-def record_signal_archive(event: str) -> int:
-    """Store one signal archive and return its row's id. `event` is its JSON text.
+def record_signal_archive(event: str) -> int | None:
+    """Store one signal archive and return its row's id, or None, as `record_portfolio_snapshot` does.
 
     Raises:
         HistoryError: as `record_portfolio_snapshot` does.
@@ -37,8 +40,8 @@ def record_signal_archive(event: str) -> int:
     return record(event, SignalArchiveEvent)
 
 
-def record(text: str, model: type[Event]) -> int:
-    """Store one event and return its row's id. Every job function calls this."""
+def record(text: str, model: type[Event]) -> int | None:
+    """Store one event and return its row's id, or None. Every job function calls this."""
     job = get_current_job()
     if job is None:  # called outside of a job: no delivery whose outcome could be recorded
         return insert_event(decode(text, model))
@@ -50,10 +53,9 @@ def record(text: str, model: type[Event]) -> int:
     except RedisError as error:
         # The result is committed. Without an acknowledgement, the producer sends the event again.
         message = "cannot acknowledge job %s; its producer sends the event again: %s"
-        logger.warning(message, job.id, type(error).__name__, extra=log_fields(result))
-    if result.error is not None:
+        EventLogger(logger, result).warning(message, job.id, first_line(error))
+    if result.error is not None and result.failed:
         raise result.error
-    assert result.outcome.row_id is not None
     return result.outcome.row_id
 
 

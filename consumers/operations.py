@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 from consumers.db.archive_queries import archives, market_signals
-from consumers.db.engine import get_db
+from consumers.db.engine import get_db, long_read
 from consumers.db.inserts import insert_event
 from consumers.db.plain_dicts import archive_of, snapshot_of, zoned
 from consumers.db.portfolio_queries import closes, snapshots
@@ -27,7 +27,7 @@ def insert_portfolio_history_snapshot(snapshot: Mapping[str, Any]) -> int:
 
     `snapshot` has the keys timestamp, balance, total_invested, total_profit_loss, total_value, open_positions and
     trade_count; optional are portfolio_id and snapshot_date (or date), by default the date of timestamp. Dates and
-    times may be ISO 8601 text. A naive time is in the local zone.
+    times may be ISO 8601 text, and times also epoch seconds or milliseconds. A naive time is in the local zone.
 
     Raises:
         InvalidEvent: a value is missing or wrong; the message names it.
@@ -162,7 +162,7 @@ def stream_signal_archives(
 
 @contextmanager
 def _streamed(query: Query, rows_a_fetch: int) -> Iterator[ExactRows]:
-    with get_db() as db:
+    with long_read() as db:
         result = db.execute(query.exact_statement(), query.values, execution_options={"yield_per": rows_a_fetch})
         yield ExactRows(list(result.keys()), iter(result))
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from producers.errors import SettingsError
 from producers.settings import EnvironmentSettings
 
 
 class StoreSettings(EnvironmentSettings):
-    """Address of PostgreSQL. One variable is enough; the POSTGRES_ defaults are those of docker-compose.yml."""
+    """Address of PostgreSQL. One variable is enough; the POSTGRES_ defaults are those of docker-compose.yml.
+
+    With DATABASE_URL, the POSTGRES_ variables are not read, even if their values are wrong.
+    """
 
     database_url: SecretStr | None = Field(None, alias="DATABASE_URL")
     host: str = Field("localhost", alias="POSTGRES_HOST")
@@ -21,6 +25,11 @@ class StoreSettings(EnvironmentSettings):
     database: str = Field("trading_history", alias="POSTGRES_DB")
     user: str = Field("trading_history", alias="POSTGRES_USER")
     password: SecretStr | None = Field(None, alias="POSTGRES_PASSWORD")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _url_alone(cls, values: Any) -> Any:
+        return {"DATABASE_URL": values["DATABASE_URL"]} if values.get("DATABASE_URL") else values
 
     @property
     def is_set(self) -> bool:
@@ -84,6 +93,12 @@ def _usable(token: SecretStr) -> SecretStr:
     return token
 
 
+def _root_path(text: str) -> str:
+    if not re.fullmatch(r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*/?", text):
+        raise ValueError("must be a path such as /history, of letters, digits and -._~")
+    return text.rstrip("/")
+
+
 class ApiSettings(EnvironmentSettings):
     """Access to the read API."""
 
@@ -91,6 +106,8 @@ class ApiSettings(EnvironmentSettings):
     token: Annotated[SecretStr, AfterValidator(_usable)] | None = Field(None, alias="HISTORY_API_TOKEN")
     # Web pages from these origins, such as https://example.org, may read. None by default.
     cors_origins: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field((), alias="HISTORY_API_CORS_ORIGINS")
+    # Path that a proxy keeps in front of the API's own paths, without a slash at its end. None if it keeps none.
+    root_path: Annotated[str, AfterValidator(_root_path)] | None = Field(None, alias="HISTORY_API_ROOT_PATH")
 
 
 DASHBOARD_USER = "history"  # the only account

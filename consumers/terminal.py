@@ -43,7 +43,19 @@ def _print(what: Table | str, *, pipe_columns: int = _PIPE_COLUMNS) -> None:
 
 
 # Columns that a small window omits, in this order. A number that is cut off would be a wrong number.
-_LESSER = ("row", "month", "trades", "open", "invested", "date", "profit/loss", "balance", "portfolio")
+_LESSER = (
+    "host",
+    "last event",
+    "row",
+    "month",
+    "trades",
+    "open",
+    "invested",
+    "date",
+    "profit/loss",
+    "balance",
+    "portfolio",
+)
 # Columns that are wrapped instead, to no less than this width.
 _FREE_TEXT = {"first signal", "reason", "missing", "damage"}
 _WRAPPED_COLUMNS = 12
@@ -145,10 +157,14 @@ def print_rejections(rejections: Iterable[Mapping[str, Any]]) -> int:
 
 
 def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table of the audited sources, then notes on the checked range and on copies of an outbox."""
+    """Print a table of the audited sources, then notes on the checked range and on copies of an outbox.
+
+    Sources of an outbox on this host come first, then those with the newest events.
+    """
     counts = ("stored", "duplicate", "rejected", "discarded", "under way", "last")
     cells = []
-    for one in audits:
+    never = datetime.min.replace(tzinfo=UTC)
+    for one in sorted(audits, key=lambda one: (one["host"] is not None, one["last_at"] or never), reverse=True):
         ranges = [str(first) if first == last else f"{first}-{last}" for first, last in one["missing"]]
         ranges += [f"{number} (another event)" for number in one["mismatched"]]
         missing = ", ".join(ranges[:5]) + (f" and {len(ranges) - 5} more" if len(ranges) > 5 else "") or "none"
@@ -160,12 +176,15 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
                 *(str(one[count.replace(" ", "_")]) for count in counts),
                 missing,
                 tail,
+                one["host"] or "-",
+                "-" if one["last_at"] is None else _moment(one["last_at"].astimezone(UTC)),
             )
         )
-    _print_rows(("source", "from", *counts, "missing", "tail"), cells, "No source has numbered events here.")
+    columns = ("source", "from", *counts, "missing", "tail", "host", "last event")
+    _print_rows(columns, cells, "No source has numbered events here.")
     if audits and audits[0]["since"] is not None:
-        since = audits[0]["since"].astimezone(UTC)
-        _print(f"Checked: events recorded since {_moment(since)}, in each source from the number in column `from` on.")
+        since = _moment(audits[0]["since"])
+        _print(f"Checked: events recorded since {since}, in each source from the number in column `from` on.")
     for one in audits:
         if one["copied"]:
             shared = ", ".join(map(str, one["shared"][:5])) + (" and more" if len(one["shared"]) > 5 else "")
@@ -180,11 +199,17 @@ def print_import_statistics(statistics: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of the imported files, then their notes."""
     counts = ("read", "stored", "already there", "rejected")
     cells = [
-        (one["name"], *(f"{one[count.replace(' ', '_')]:,}" for count in counts), one["damage"] or "none")
+        (
+            one["name"],
+            *(f"{one[count.replace(' ', '_')]:,}" for count in counts),
+            "see below" if one["damage"] else "none",
+        )
         for one in statistics
     ]
     _print_rows(("file", *counts, "damage"), cells, "There is nothing to import.")
     for one in statistics:
+        if one["damage"]:
+            print_text(printable(one["damage"]))  # not wrapped: it may contain a command
         for note, count in one["notes"].items():
             _print(f"{one['name']}: {note} ({count:,} times)")
 
@@ -257,7 +282,7 @@ def _portfolio(portfolio_id: int | None) -> str:
 
 
 def _moment(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M:%S}Z"
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
 
 
 def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

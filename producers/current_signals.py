@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -99,9 +100,12 @@ class _Download:
             raise SignalsUnreadable(f"signals_url returned HTTP status {error.response.status_code}") from None
         except httpx.TimeoutException:
             raise _too_slow() from None
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError):
+            raise SignalsUnreadable("signals_url is not a valid http:// or https:// URL") from None
+        except httpx.HTTPError as error:
             # The library's message repeats the URL, which may contain a token, so it is left out.
-            raise SignalsUnreadable(f"signals_url cannot be read: {type(error).__name__}") from None
+            reason = _system_reason(error) or type(error).__name__
+            raise SignalsUnreadable(f"signals_url cannot be read: {reason}") from None
 
     def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
         """Remember the socket of the newest connection; redirects open several. httpx calls this at each step."""
@@ -116,6 +120,20 @@ class _Download:
             if self._socket is not None:
                 # The plain socket's method, with TLS too: no close message is exchanged.
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+
+def _system_reason(error: BaseException) -> str | None:
+    """Return the system's reason, such as `Connection refused`, and the certificate's problem of a TLS connection."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            return f"TLS: {getattr(cause, 'verify_message', None) or cause.reason}"
+        if isinstance(cause, socket.gaierror):
+            return "its host name is not known"
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"{cause.strerror}; check its host and port"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _too_slow() -> SignalsUnreadable:

@@ -19,7 +19,16 @@ from pathlib import Path
 
 
 class HistoryError(Exception):
-    """Base class of all errors that this project raises on purpose."""
+    """Base class of all errors that this project raises on purpose.
+
+    `advice` is what an operator can do, for a terminal or a log; empty if the message says it.
+    """
+
+    advice = ""
+
+    def with_advice(self) -> str:
+        """Return the message and the advice."""
+        return f"{self}: {self.advice}" if self.advice else str(self)
 
 
 class SettingsError(HistoryError):
@@ -59,6 +68,11 @@ class OutboxError(HistoryError):
 
 class OutboxDamaged(OutboxError):
     """The file is damaged, or is not an outbox. A producer or relay moves a damaged file away and makes a new one."""
+
+    advice = (
+        "start the controller or trading-history relay: either moves the file aside and salvages its entries. By hand:"
+        " stop both, move the file away and run trading-history outbox salvage FILE"
+    )
 
 
 class OutboxOutdated(OutboxError):

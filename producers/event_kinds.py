@@ -6,6 +6,7 @@ The kinds themselves are defined in `producers.events`.
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -17,11 +18,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic.config import JsonDict
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from producers.errors import InvalidEvent
-from producers.fields import EPOCH, EventId, Instant, Sequence, readable, type_name
+from producers.fields import EPOCH, EventId, Instant, Sequence, contract_error, readable, type_name
 from producers.json_values import MAX_SIGNALS
+from producers.trace_context import TraceContext, trace_of
 
 _ID_NAMESPACE = UUID("6f9a1d4e-2c57-5b0e-9d52-1c7b7f0e8a63").bytes
 _ID_MASK = UUID("ffffffff-ffff-0fff-3fff-ffffffffffff").int
@@ -40,6 +43,13 @@ _PIECE = r"[A-Za-z0-9._~-]+"
 SourceName = Annotated[str, StringConstraints(pattern=f"^{_PIECE}$", max_length=100, strict=True)]
 Source = Annotated[str, StringConstraints(pattern=f"^{_PIECE}(/{_PIECE})*$", max_length=250, strict=True)]
 _Subject = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=250, strict=True)]
+
+_EXTENSION_NAME = re.compile(r"[a-z0-9]{1,20}")
+_EXTENSION_TEXT = re.compile(r"[^\x00-\x1f]*")
+_EXTENSIONS_SCHEMA: JsonDict = {
+    "propertyNames": {"pattern": f"^{_EXTENSION_NAME.pattern}$"},
+    "additionalProperties": {"type": ["string", "integer", "boolean"], "pattern": f"^{_EXTENSION_TEXT.pattern}$"},
+}
 
 
 def event_id(event_type: str, *identity: datetime | int | str | None) -> UUID:
@@ -121,8 +131,13 @@ class Payload(_Contract, ABC):
 class Event(_Contract):
     """The CloudEvents envelope of a payload. Each kind of event declares its own `type` and `data`.
 
+    It may have extension attributes of other programs. They are no content: nothing depends on them, except that log
+    lines show the trace context.
+
     `max_characters` limits the length of the JSON text. The default is enough for a kind with few, short fields.
     """
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_EXTENSIONS_SCHEMA)
 
     max_characters: ClassVar[int] = 16 * 1024
 
@@ -144,6 +159,22 @@ class Event(_Contract):
             raise PydanticCustomError("wrong_id", "does not match {names}", {"names": names})
         return self
 
+    @model_validator(mode="after")
+    def _extensions_have_the_types_of_cloud_events(self) -> Self:
+        problems = [
+            InitErrorDetails(type=problem, loc=(name,), input=None)
+            for name, value in (self.model_extra or {}).items()
+            if (problem := _problem_of_extension(name, value))
+        ]
+        if problems:
+            raise ValidationError.from_exception_data(type(self).__name__, problems)
+        return self
+
+    @property
+    def trace(self) -> TraceContext | None:
+        """The trace context of the call that recorded the event, if its envelope has a valid one."""
+        return trace_of(self.model_extra) if self.model_extra else None
+
     @classmethod
     def from_text(cls, text: str) -> Self:
         """Read a JSON text of at most `max_characters`. Kinds whose digits Pydantic's JSON reader loses override it.
@@ -156,6 +187,16 @@ class Event(_Contract):
     def to_text(self) -> str:
         """Return JSON on one line, which `from_text` reads without loss."""
         return self.model_dump_json(exclude_none=True)
+
+
+def _problem_of_extension(name: str, value: object) -> str | PydanticCustomError | None:
+    if not _EXTENSION_NAME.fullmatch(name):
+        return "extra_forbidden"
+    if not isinstance(value, str | int):  # a boolean is an int
+        return contract_error("must be a string, an integer or a boolean")
+    if isinstance(value, str) and not _EXTENSION_TEXT.fullmatch(value):
+        return contract_error("contains a control character")
+    return None
 
 
 @dataclass(frozen=True)

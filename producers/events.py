@@ -27,6 +27,7 @@ from producers.event_kinds import (
 )
 from producers.fields import Count, Instant, LocalDate, Money, PortfolioId, type_name
 from producers.json_values import Signals, exact_signals, outline
+from producers.trace_context import TraceContext
 
 __all__ = [
     "ARCHIVE_TYPE",
@@ -200,7 +201,7 @@ KINDS = EventKinds(
 AnyEvent = TypeVar("AnyEvent", bound=Event)
 
 
-def event_of(payload: Payload, *, source: str, sequence: int | None) -> Event:
+def event_of(payload: Payload, *, source: str, sequence: int | None, trace: TraceContext | None = None) -> Event:
     """Return `payload` in its envelope; the event's time is the payload's instant.
 
     Raises:
@@ -216,6 +217,7 @@ def event_of(payload: Payload, *, source: str, sequence: int | None) -> Event:
         subject=payload.subject,
         datacontenttype="application/json",
         data=payload,
+        **(trace.attributes() if trace else {}),
     )
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import ROUND_HALF_EVEN, Context, Decimal, Inexact, InvalidOperation
+from enum import Enum
 from fractions import Fraction
 from numbers import Integral, Rational, Real
 from operator import index
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 from uuid import UUID
 
 from pydantic import GetCoreSchemaHandler
@@ -55,6 +56,21 @@ def type_name(value: Any) -> str:
     kind = type(value)
     module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
     return readable(f"{module}{kind.__qualname__}", 80)
+
+
+def replacement_for(value: Any) -> str:
+    """Return, for a message, what to pass in place of a value that JSON cannot represent."""
+    if isinstance(value, Enum):
+        return "pass its .value"
+    if isinstance(value, date | time) and value == value:  # noqa: PLR0124  # not pandas' NaT
+        return "pass its .isoformat()"
+    if isinstance(value, tuple | set | frozenset):
+        return "pass a list"
+    if type_name(value) in {"numpy.datetime64", "numpy.timedelta64"}:
+        return "pass its text, str(value)"
+    if hasattr(value, "tolist"):
+        return "pass its .tolist()"
+    return "pass text, or None"
 
 
 def plain_number(value: Any) -> int | Decimal | Fraction | None:
@@ -144,7 +160,8 @@ def _money_from_python(value: Any) -> Decimal:
 def _other_number(value: Any) -> int | Decimal:
     number = None if isinstance(value, bool) else plain_number(value)
     if number is None:
-        raise contract_error(f"must be a number, not {type_name(value)}")
+        instead = ": pass its .value" if isinstance(value, Enum) else ""
+        raise contract_error(f"must be a number, not {type_name(value)}{instead}")
     if not isinstance(number, Fraction):
         return number
     if abs(number) >= _MONEY_LIMIT:
@@ -200,20 +217,43 @@ def _instant_from_wire(text: str) -> datetime:
     return _in_range(datetime.fromisoformat(text))
 
 
+def is_datetime(value: Any) -> TypeGuard[datetime]:
+    """Return whether `value` is a datetime. Pandas' NaT is not, although its type is a subclass."""
+    return isinstance(value, datetime) and bool(value == value)  # noqa: PLR0124  # NaT is not equal to itself
+
+
+def plain_datetime(moment: datetime) -> datetime:
+    """Return a time of a subclass as a datetime: pandas' Timestamp has nanoseconds and other methods."""
+    return moment if type(moment) is datetime else datetime.combine(moment.date(), moment.time(), moment.tzinfo)
+
+
+def not_a_datetime(value: Any) -> str:
+    """Return the reason why a value cannot be a time, and the call that converts it."""
+    instead = ""
+    if isinstance(value, str):
+        instead = ": pass datetime.fromisoformat(value)"
+    elif type_name(value) == "numpy.datetime64":
+        instead = ": pass value.astype('datetime64[us]').item(), with its time zone"
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        instead = ": pass datetime.fromtimestamp(value, timezone.utc), in seconds"
+    return f"must be a datetime, not {type_name(value)}{instead}"
+
+
 def _instant_from_python(value: Any) -> datetime:
-    if not isinstance(value, datetime):
-        raise contract_error(f"must be a datetime, not {type_name(value)}")
+    if not is_datetime(value):
+        raise contract_error(not_a_datetime(value))
+    moment = plain_datetime(value)
     try:
-        offset = value.utcoffset()
+        offset = moment.utcoffset()
         if offset is not None:
-            _in_range(value)
+            _in_range(moment)
     except (ValueError, OverflowError):
         raise contract_error(TIME_RANGE) from None
     if offset is None:
         raise contract_error("has no UTC offset")
     if offset % timedelta(minutes=1):
         raise contract_error("has a UTC offset with seconds, which RFC 3339 cannot write")
-    return value
+    return moment
 
 
 def _instant_to_wire(value: datetime) -> str:
@@ -235,7 +275,8 @@ Instant = Annotated[
 
 def _date_from_python(value: Any) -> date:
     if isinstance(value, datetime) or not isinstance(value, date):
-        raise contract_error(f"must be a date, not {type_name(value)}")
+        instead = ": pass its .date()" if is_datetime(value) else ""
+        raise contract_error(f"must be a date, not {type_name(value)}{instead}")
     return value
 
 

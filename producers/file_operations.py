@@ -60,6 +60,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # gevent's `os.close` closes the descriptor of a folder later
         os.close(descriptor)
 
 

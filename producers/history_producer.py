@@ -27,6 +27,7 @@ from producers.redirection import Redirection, active_redirection, check_leftove
 from producers.relay import STOP_SECONDS
 from producers.settings import TransportSettings
 from producers.times import localized
+from producers.trace_context import trace_context
 from producers.transport import Transport
 
 EXIT_SECONDS = 2.0
@@ -138,18 +139,21 @@ class HistoryProducer:
             relayed_by=to.pid,
         )
 
-    def record(self, event: Payload) -> Receipt:
+    def record(self, event: Payload, *, traceparent: str | None = None) -> Receipt:
         """Record one event. When the call returns, the event is on disk.
 
+        The worker's log lines about the event have the W3C `traceparent`, by default that of OpenTelemetry's current
+        context, if the program uses OpenTelemetry.
+
         Raises:
-            InvalidEvent: `event` is not a payload of a known kind, or is too large.
+            InvalidEvent: `event` is not a payload of a known kind, or is too large; or `traceparent` is not valid.
             OutboxError: the outbox cannot be written; nothing was recorded.
             ProducerClosed: the producer is closed; nothing was recorded.
         """
-        return self.record_many([event])[0]
+        return self.record_many([event], traceparent=traceparent)[0]
 
-    def record_many(self, events: Iterable[Payload]) -> list[Receipt]:
-        """Record all `events` in one commit, or none of them. Raises the same errors as `record`."""
+    def record_many(self, events: Iterable[Payload], *, traceparent: str | None = None) -> list[Receipt]:
+        """Record all `events` in one commit, or none of them. `traceparent` and the errors are as for `record`."""
         check_leftover_thread()
         if self._closed:
             raise _closed_error()
@@ -158,8 +162,9 @@ class HistoryProducer:
             if not KINDS.has(payload):
                 names = " or ".join(kind.payload.__name__ for kind in KINDS.values())
                 raise InvalidEvent(f"event: must be a {names}, not {type_name(payload)}")
+        trace = trace_context(traceparent)
         transport = self._transport
-        accepted = transport.outbox.append(self._name, payloads, self._producer_id)
+        accepted = transport.outbox.append(self._name, payloads, self._producer_id, trace)
         self._recorded = True
         transport.wake_relay()
         return [Receipt(one.event_id, one.source, one.sequence, one, transport) for one in accepted]
@@ -191,6 +196,10 @@ class HistoryProducer:
     def damaged_files(self) -> list[Path]:
         """Quarantined files: damaged, moved away from the outbox's path, and not salvaged yet."""
         return self._transport.outbox.quarantine.damaged_files()
+
+    def lossy_files(self) -> list[Path]:
+        """Salvaged files of which entries may be lost: numbers were not found in them, or no entry at all."""
+        return self._transport.outbox.quarantine.lossy_files()
 
     def status(self) -> OutboxStatus:
         """Count the outbox's entries by state."""

@@ -11,7 +11,7 @@ import logging
 from datetime import UTC, datetime
 
 # Added to each line about one event, as far as known; `outcome` is present once the event has one.
-EVENT_FIELDS = ("event_id", "job_id", "source", "sequence", "outcome")
+EVENT_FIELDS = ("event_id", "job_id", "source", "sequence", "outcome", "traceparent", "tracestate")
 
 
 class JsonFormatter(logging.Formatter):

@@ -13,13 +13,13 @@ from pydantic import AfterValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError, from_json
 
 from producers.errors import InvalidEvent
-from producers.fields import contract_error, exact_decimal, plain_number, readable, type_name
+from producers.fields import contract_error, exact_decimal, plain_number, readable, replacement_for, type_name
 
 MAX_NESTING = 50
 MAX_SIGNALS = 20_000  # with 400 bytes each, they fill the largest event
-_MAX_MEMBERS = 100  # in an envelope or its data, which have at most nine
-# A constant, because the union type int | float | Decimal would be built at each evaluation.
-_NUMBERS = (int, float, Decimal)
+_MAX_MEMBERS = 100  # in an envelope, with its extension attributes, or in its data
+# A constant, because the union type int | float would be built at each evaluation.
+_NUMBERS = (int, float)
 _CONTAINERS = (dict, list)
 _MAX_FLOAT = sys.float_info.max
 _MAX_DECIMAL = Decimal(repr(_MAX_FLOAT))
@@ -70,7 +70,8 @@ def _storable(value: Any, path: Path, converted: list[Any], depth: int = 0) -> N
             raise _error_at(path, "contains a NUL character or a lone surrogate")
     elif isinstance(value, bool) or value is None:
         pass
-    elif isinstance(value, _NUMBERS):
+    # The text of a subclass of Decimal may not be the number: an enum's member has its name.
+    elif isinstance(value, _NUMBERS) or type(value) is Decimal:
         _storable_number(value, path)
     elif not isinstance(value, _CONTAINERS):
         converted.append(_as_builtin(value, path))
@@ -90,9 +91,9 @@ def _as_builtin(value: Any, path: Path) -> Any:
     # NumPy's boolean is not registered with any abstract class. Before NumPy 2.0 its name was bool_.
     if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"):
         return bool(value)
-    number = plain_number(value)
+    number = Decimal(value) if isinstance(value, Decimal) else plain_number(value)
     if number is None:
-        raise _error_at(path, f"is of type {type_name(value)}, which JSON cannot represent")
+        raise _error_at(path, f"is of type {type_name(value)}, which JSON cannot represent: {replacement_for(value)}")
     if isinstance(number, Fraction):
         number = exact_decimal(number)
         if number is None:
@@ -107,7 +108,8 @@ def _with_builtins(value: Any) -> Any:
         return {key: _with_builtins(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_with_builtins(item) for item in value]
-    return value if value is None or isinstance(value, (str, *_NUMBERS)) else _as_builtin(value, ())
+    plain = value is None or isinstance(value, (str, *_NUMBERS)) or type(value) is Decimal
+    return value if plain else _as_builtin(value, ())
 
 
 def _storable_keys(document: dict[Any, Any], path: Path) -> None:

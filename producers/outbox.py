@@ -33,6 +33,7 @@ from producers.outbox_quarantine import Quarantine
 from producers.outbox_salvage import has_content_of_an_outbox
 from producers.outbox_schema import ensure_tables
 from producers.relay_lock import RelayLock
+from producers.trace_context import TraceContext
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -166,7 +167,10 @@ class Outbox:
             yield
         except OutboxDamaged as error:
             # A file that never was an outbox belongs to another program and was configured by mistake.
-            if not self._repair or not (self._file.place.has_been_used() or self._has_content_of_an_outbox()):
+            is_outbox = self._file.place.has_been_used() or self._has_content_of_an_outbox()
+            if not is_outbox:
+                error.advice = "the file is of another program: set HISTORY_OUTBOX to another path"
+            if not self._repair or not is_outbox:
                 raise
             moved_to = self._file.quarantine()
             if moved_to is not None:
@@ -182,10 +186,12 @@ class Outbox:
         return has_content_of_an_outbox(self._file.place.real)
 
     @_once_more_after_repair
-    def append(self, name: str, payloads: Sequence[Payload], producer_id: int = 0) -> list[Accepted]:
+    def append(
+        self, name: str, payloads: Sequence[Payload], producer_id: int = 0, trace: TraceContext | None = None
+    ) -> list[Accepted]:
         """Append all of `payloads` in one durable commit, or none of them; sequences follow their order.
 
-        `producer_id` identifies the caller, so that it can count its own entries later.
+        `producer_id` identifies the caller, so that it can count its own entries later. `trace` is that of each event.
 
         Returns:
             The identifiers of each event, in the order of `payloads`.
@@ -199,7 +205,7 @@ class Outbox:
             source = full_source(name, source_id)
             for n, payload in enumerate(payloads):
                 sequence, nonce = last - len(payloads) + 1 + n, random[16 * n : 16 * n + 16]
-                event = event_of(payload, source=source, sequence=sequence)
+                event = event_of(payload, source=source, sequence=sequence, trace=trace)
                 texts = (str(event.id), event.type, payload.summary, encode(event))
                 db.execute(_APPEND, (source_id, sequence, nonce, producer_id, *texts, now))
                 accepted.append(Accepted(event.id, source, source_id, sequence, nonce))

@@ -38,6 +38,12 @@ _COPY = ".copy"
 _COPY_TRIES = 5
 
 
+def check_is_no_folder(path: Path) -> None:
+    """Raise OutboxError if the path of an outbox is a folder, with the path of a file in it as an example."""
+    if os.path.isdir(path):  # unlike Path.is_dir, it tolerates a missing permission
+        raise OutboxError(f"outbox {path} is a folder: give the path of a file, such as {path / 'outbox.db'}")
+
+
 class OutboxPlace:
     """Path of an outbox, and operations on the files beside it.
 
@@ -69,6 +75,7 @@ class OutboxPlace:
 
     def make_file(self) -> None:
         """Create the file if there is none, and remove a log that SQLite left beside an earlier file."""
+        check_is_no_folder(self.path)
         if file_id(self.path) is not None:
             return
         self.make_folder()

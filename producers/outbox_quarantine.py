@@ -11,7 +11,7 @@ from producers.file_operations import folder_lock
 from producers.outbox_carry_over import is_in_use
 from producers.outbox_file import OutboxFile
 from producers.outbox_place import DAMAGED, TAKEN_OUT
-from producers.outbox_salvage import Salvage, salvage_pages
+from producers.outbox_salvage import Salvage, has_readable_entries, salvage_pages
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,12 @@ class Quarantine:
     def salvaged_files(self) -> list[Path]:
         """Return the damaged files whose readable entries are in this outbox."""
         return self._files(_SALVAGED)
+
+    def lossy_files(self) -> list[Path]:
+        """Return the salvaged files in which numbers were not found, or no entry at all."""
+        with self._file.reading() as db:
+            lossy = {name for (name,) in db.execute("SELECT DISTINCT file FROM losses")}
+        return [file for file in self.salvaged_files() if file.name in lossy or not has_readable_entries(file)]
 
     def _files(self, mark: str) -> list[Path]:
         real = self._file.place.real

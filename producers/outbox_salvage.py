@@ -74,6 +74,14 @@ def has_content_of_an_outbox(file: Path) -> bool:
         return False
 
 
+def has_readable_entries(file: Path) -> bool:
+    """Return whether an entry is among the first readable records of a damaged file."""
+    try:
+        return any(_entry_of(record.values) for record in islice(readable_records(file), _PROBED_RECORDS))
+    except OSError:
+        return False
+
+
 def salvage_pages(
     file: Path, name: str, transaction: Callable[[], AbstractContextManager[sqlite3.Connection]]
 ) -> Generator[None, None, Salvage]:

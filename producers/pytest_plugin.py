@@ -7,6 +7,7 @@ uses the fixture. It is also installed as `trading_history_pytest`, for projects
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,19 +21,30 @@ if TYPE_CHECKING:
 @pytest.fixture
 def trading_history(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHistory]:
     """An open `producers.testing.FakeHistory`. It receives all events of the test; nothing reaches a server."""
+    problem = ""
     try:
         from producers.child_environment import VARIABLES
         from producers.testing import FakeHistory
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("producers."):
-            pytest.fail(f"another package named `producers` hides the one of trading-history: {error}", pytrace=False)
-        pytest.fail(f"{error}: pip install '.[testing]' in a clone of trading-history", pytrace=False)
+        problem = _problem(error)
+    if problem:  # not in the except block, because pytest would show the error above the message
+        pytest.fail(problem, pytrace=False)
     # If a test changes one of these with monkeypatch, monkeypatch restores the value at that time, which is the fake's.
     # monkeypatch is undone last, so it must know the real values before.
     for name in VARIABLES:
         _remember(monkeypatch, name)
     with FakeHistory() as history, _redirecting_again(monkeypatch, VARIABLES):
         yield history
+
+
+def _problem(error: ModuleNotFoundError) -> str:
+    """Return in one line what is wrong and what to do."""
+    if not (error.name or "").startswith("producers."):
+        return f"{error}: pip install '.[testing]' in a clone of trading-history"
+    other = sys.modules["producers"]
+    place = getattr(other, "__file__", None) or other.__name__
+    advice = "move the tests that use the fixture to a folder that does not have it"
+    return f"another package named `producers` ({place}) hides the one of trading-history: {advice}"
 
 
 def _remember(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

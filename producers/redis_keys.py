@@ -1,8 +1,18 @@
-"""Ids of jobs, and names of the Redis keys that this project adds to RQ's. Workers write most of them."""
+"""Ids of jobs, and names of the Redis keys that this project adds to RQ's. Workers write most of them.
+
+The keys begin with `history:`. If RQ's keys have another prefix than `rq` (RQ_KEY_PREFIX), it stands before that.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+
+_DEFAULT = "rq"
+# Read like RQ reads it, when it is imported; importing RQ here would take time from commands that do not need it.
+_READ = os.environ.get("RQ_KEY_PREFIX", _DEFAULT)
+KEY_PREFIX = None if _READ == _DEFAULT else _READ  # None: RQ's default
+_HISTORY = "history" if KEY_PREFIX is None else f"{KEY_PREFIX}:history"
 
 # A sequence is less than 2^63, so it has at most 19 digits.
 _JOB_ID = re.compile(r"(?P<source_id>[0-9a-f]{1,64})-(?P<sequence>[0-9]{1,19})(-(?P<nonce>[0-9a-f]{16}))?")
@@ -25,12 +35,12 @@ def delivery_of(job_id: str) -> tuple[str, int, str] | None:
 
 def acknowledgement_key(source: str) -> str:
     """Hash of job id → acknowledgement. Workers write it; relays that have entries of that source read it."""
-    return f"history:ack:{source}"
+    return f"{_HISTORY}:ack:{source}"
 
 
 def token_key(source: str) -> str:
     """Token that the outbox of this source wrote last. A copy of the outbox has a different token."""
-    return f"history:outbox:{source}"
+    return f"{_HISTORY}:outbox:{source}"
 
 
 def owners_key(queue: str) -> str:
@@ -38,34 +48,34 @@ def owners_key(queue: str) -> str:
 
     It contains all worker threads that may have reservations. The name of an owner is `<worker>:<8 hex digits>`.
     """
-    return f"history:owners:{queue}"
+    return f"{_HISTORY}:owners:{queue}"
 
 
 def reserved_key(queue: str, owner: str) -> str:
     """List of the ids of the jobs that an owner has reserved."""
-    return f"history:reserved:{queue}:{owner}"
+    return f"{_HISTORY}:reserved:{queue}:{owner}"
 
 
 def lease_key(queue: str, owner: str) -> str:
     """Lease of an owner. The key exists while the owner's reservations are valid."""
-    return f"history:lease:{queue}:{owner}"
+    return f"{_HISTORY}:lease:{queue}:{owner}"
 
 
 def timeouts_key(queue: str) -> str:
     """Hash of job id → number of times that the job timed out alone and was moved to the tail of the queue."""
-    return f"history:timeouts:{queue}"
+    return f"{_HISTORY}:timeouts:{queue}"
 
 
 def crashes_key(queue: str) -> str:
     """Hash of poison candidates: job id → number of workers that crashed while they ran it alone."""
-    return f"history:crashes:{queue}"
+    return f"{_HISTORY}:crashes:{queue}"
 
 
 def orphans_key(queue: str) -> str:
     """Hash of orphans: job id → time at which it was first seen in no list, in seconds since the epoch."""
-    return f"history:orphans:{queue}"
+    return f"{_HISTORY}:orphans:{queue}"
 
 
 def quarantine_key(queue: str) -> str:
     """List of quarantined items of the queue that are not job ids."""
-    return f"history:quarantine:{queue}"
+    return f"{_HISTORY}:quarantine:{queue}"

@@ -23,6 +23,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from producers.errors import SettingsError
+from producers.redis_keys import KEY_PREFIX
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 ANSWER_TIMEOUT_SECONDS = 5.0
@@ -35,6 +36,7 @@ _SENTINEL_URL = re.compile(
     r"(?:/(?P<db>\d*))?(?:\?(?P<query>[^#]*))?"
 )
 _HOST = re.compile(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>\d{1,5}))?")
+_OPTION_NAME = re.compile("[a-z_]{1,40}")  # as those of redis-py; a name with digits could be a password
 _SENTINEL_LOGIN = {"username": "sentinel_username", "password": "sentinel_password"}
 # Other keyword arguments of master_for() are not options of a URL, such as classes.
 _OPTIONS = {
@@ -43,6 +45,14 @@ _OPTIONS = {
     *_SENTINEL_LOGIN.values(),
     *("client_name", "encoding", "encoding_errors"),
 }
+
+_FORBIDDEN = re.compile(
+    r"no permissions? to run the '(?P<command>[^']+)' command"
+    r"|(?P<script>executing the script can't run this command)"
+    r"|no permissions to access (?:a|one of the) (?P<object>key|channel)|(?P<key>executing the script can't access)",
+    re.IGNORECASE,
+)
+_UNKNOWN = re.compile(r"unknown (?:redis )?command '?(?P<command>[^',]+)", re.IGNORECASE)
 
 
 class _SharedSentinel(Sentinel):
@@ -78,20 +88,43 @@ def redis_client(url: str) -> Redis:
         return client
     except (AttributeError, RedisError, TypeError, ValueError):  # redis-py raises any of these for a wrong option
         # The library's message may contain the URL with its password, so it is left out.
+        if wrong := _wrong_option(url):
+            raise SettingsError(
+                f"REDIS_URL: the option {wrong} is unknown or has a wrong value: remove or correct it"
+            ) from None
         raise SettingsError(
             "REDIS_URL: must be a redis://, rediss:// or unix:// URL, or"
             " redis+sentinel://host:port,host:port/service/db, with known options"
         ) from None
 
 
+def _wrong_option(url: str) -> str | None:
+    """Return the name of the first option that redis-py does not take, or None.
+
+    If an @ follows, the text after the ? is a part of a password that is not percent-encoded, and is not shown.
+    """
+    scheme, query = "rediss" if url.startswith("rediss") else "redis", url.partition("?")[2]
+    if "@" in query:
+        return None
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name in _SENTINEL_LOGIN.values():
+            continue
+        try:
+            Redis.from_url(f"{scheme}://host?{urlencode({name: value})}").connection_pool.make_connection()
+        except (AttributeError, RedisError, TypeError, ValueError):
+            return name if _OPTION_NAME.fullmatch(name) else None
+    return None
+
+
 def place_of(client: Redis) -> str:
-    """Return the server of a client for messages, without user and password.
+    """Return the server of a client, and the prefix of RQ's keys there, for messages, without user and password.
 
     Outboxes store this text and compare it, so it must not change.
     """
     pool = client.connection_pool
     options = pool.connection_kwargs
     how = ", by TLS" if issubclass(pool.connection_class, SSLConnection) else ""
+    how += "" if KEY_PREFIX is None else f", key prefix {KEY_PREFIX}"
     database = f"database {options.get('db') or 0} on"
     if isinstance(pool, SentinelConnectionPool):
         asked = (one.connection_pool.connection_kwargs for one in pool.sentinel_manager.sentinels)
@@ -99,6 +132,35 @@ def place_of(client: Redis) -> str:
         return f"{database} the master of {pool.service_name}{how}, by Sentinel {sentinels}"
     place = options.get("path") or f"{options.get('host') or 'localhost'}, port {options.get('port') or 6379}"
     return f"{database} {place}{how}"
+
+
+def is_forbidden(error: BaseException) -> bool:
+    """Return whether Redis' access list forbids this user the command, a key or a channel."""
+    return isinstance(error, RedisError) and _FORBIDDEN.search(str(error)) is not None
+
+
+def redis_reason(error: RedisError) -> str:
+    """Return the first line of an error of Redis, or its type if it is empty.
+
+    If an access list forbids a command, the line names the command and the rule that would allow it.
+    """
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if found := _FORBIDDEN.search(reason):
+        return f"Redis forbids {_forbidden(found)} ({reason})"
+    if found := _UNKNOWN.search(reason):
+        return f"Redis does not have command {found['command']}, or it is renamed or disabled there ({reason})"
+    return reason
+
+
+def _forbidden(found: re.Match[str]) -> str:
+    rules = "; the rules are in consumers/deploy/redis-users.acl"
+    if command := found["command"]:
+        return f"the command {command} to this user: run ACL SETUSER <user> +{command}"
+    if found["object"] == "channel":
+        return f"a channel to this user: run ACL SETUSER <user> '&{KEY_PREFIX or 'rq'}:pubsub:*'"
+    if found["script"]:
+        return f"a command to this user: ACL LOG names it, and ACL SETUSER <user> +<command> allows it{rules}"
+    return f"a key to this user: ACL LOG names it, and ACL SETUSER <user> ~<pattern> allows it{rules}"
 
 
 def _sentinel_client(url: str, options: dict[str, Any]) -> Redis:

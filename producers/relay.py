@@ -20,6 +20,7 @@ from producers.copies import CopyGuard
 from producers.entry_sender import EntrySender
 from producers.errors import HistoryError, OutboxDamaged, OutboxError
 from producers.outbox import Outbox
+from producers.redis_url import redis_reason
 from producers.relay_turn import RelayTurn
 from producers.times import backoff_seconds
 
@@ -222,4 +223,6 @@ class Relay:
 
 def _brief(error: Exception) -> str:
     """Return the error's type and the first line of its message, without the details that a driver may append."""
+    if isinstance(error, RedisError):
+        return f"{type(error).__name__}: {redis_reason(error)}"
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"

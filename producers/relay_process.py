@@ -19,6 +19,7 @@ from redis import Redis
 
 from producers.errors import HistoryError, OutboxError
 from producers.outbox import Outbox
+from producers.outbox_place import check_is_no_folder
 from producers.relay import Relay
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def run_relay(
     `stopped` takes the seconds to wait at most, and returns whether to stop, like `threading.Event.wait`.
 
     Raises:
+        OutboxError: one of `outboxes` is a folder.
         RelayRefused: an outbox that exists at the start belongs to another Redis or queue.
     """
     name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
@@ -69,7 +71,8 @@ class _Watched:
         self._is_standby = False
 
     def check_destination(self) -> None:
-        """Raise RelayRefused if the outbox exists and belongs to another Redis or queue."""
+        """Raise OutboxError for a folder, and RelayRefused if the outbox belongs to another Redis or queue."""
+        check_is_no_folder(self._path)
         if self._path.is_file():
             try:
                 with Outbox(self._path) as outbox:

@@ -7,6 +7,8 @@ library would take another 0.1 s of CPU each time.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Self
 from zoneinfo import ZoneInfo
@@ -23,28 +25,41 @@ from pydantic import (
 from redis import Redis
 
 from producers.errors import SettingsError
+from producers.redis_keys import KEY_PREFIX
 from producers.redis_url import redis_client
 from producers.times import zone_named
+
+_SERVICE_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://[^/@\s]+:\d+")
 
 
 def read_environment(*, dotenv: bool = True) -> dict[str, str]:
     """Return the variables of the environment and, with `dotenv`, those of `.env` that the environment does not set.
 
-    An empty variable counts as not set.
+    An empty variable counts as not set. So does a port that is the address of a Kubernetes service: for each service,
+    such as `postgres`, Kubernetes sets `POSTGRES_PORT` to `tcp://10.0.0.5:5432` in every pod of its namespace.
 
     Raises:
         SettingsError: `.env` cannot be read.
     """
-    values: dict[str, str | None] = {}
+    values: dict[str, str] = {}
     if dotenv and Path(".env").is_file():
         from dotenv import dotenv_values
 
         try:
-            values.update(dotenv_values(".env"))
+            values.update(_given(dotenv_values(".env")))
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f".env cannot be read: {type(error).__name__}") from None
-    values.update((name, value) for name, value in os.environ.items() if value)
-    return {name: value for name, value in values.items() if value}
+    values.update(_given(os.environ))
+    return values
+
+
+def _given(variables: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the variables that count as set."""
+    return {
+        name: value
+        for name, value in variables.items()
+        if value and not (name.endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(value))
+    }
 
 
 def _zone(name: object) -> object:
@@ -85,7 +100,19 @@ class ZoneSettings(EnvironmentSettings):
     timezone: Annotated[ZoneInfo | None, BeforeValidator(_zone)] = Field(None, alias="HISTORY_TIMEZONE")
 
 
-class TransportSettings(ZoneSettings):
+def _key_prefix(given: str) -> str:
+    if given != (KEY_PREFIX or "rq"):
+        raise ValueError("RQ reads it from the environment when Python starts, not from .env: set it there instead")
+    return given
+
+
+class KeyPrefixSettings(EnvironmentSettings):
+    """Prefix of RQ's keys. RQ has read it already; this finds a value that RQ has not seen."""
+
+    key_prefix: Annotated[str, BeforeValidator(_key_prefix)] = Field("rq", alias="RQ_KEY_PREFIX")
+
+
+class TransportSettings(ZoneSettings, KeyPrefixSettings):
     """Settings of a controller: Redis, the queue and the outbox."""
 
     redis_url: SecretStr | None = Field(None, alias="REDIS_URL")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import random
 from datetime import UTC, datetime, timezone, tzinfo
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, available_timezones
 
 from producers.errors import InvalidEvent
-from producers.fields import TIME_RANGE
+from producers.fields import TIME_RANGE, plain_datetime
 
+_SIMILAR = 0.85  # of difflib: one letter in ten differs
 _random = random.SystemRandom()  # leaves the state of the module `random` to the program that records
 
 
@@ -25,12 +27,26 @@ def zone_named(name: str) -> ZoneInfo:
     """Return the time zone of this name.
 
     Raises:
-        ValueError: there is no such zone; the message has an example.
+        ValueError: there is no such zone; the message has the most similar name, or an example.
     """
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError):
-        raise ValueError("must be the name of an IANA time zone, such as Europe/Berlin") from None
+        raise ValueError(_unknown_zone(name)) from None
+
+
+def _unknown_zone(name: str) -> str:
+    zones = {zone.casefold(): zone for zone in sorted(available_timezones())}
+    if not zones:
+        return "no time zone can be read, because this Python has no time zone data: run pip install tzdata"
+    asked = name.strip().casefold().replace(" ", "_")
+    cities = [zone for folded, zone in zones.items() if folded.rpartition("/")[2] == asked.rpartition("/")[2]]
+    # Short names, such as EST5, are similar to names of other zones.
+    similar = difflib.get_close_matches(asked, zones, 1, _SIMILAR) if len(asked) > 5 else []
+    found = zones.get(asked) or next((zones[one] for one in similar), None) or next(iter(cities), None)
+    if found is None:
+        return "must be the name of an IANA time zone, such as Europe/Berlin"
+    return f"must be the name of an IANA time zone: did you mean {found}?"
 
 
 def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:
@@ -39,6 +55,7 @@ def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:
     Raises:
         InvalidEvent: the time is too close to the year 1 or 9999 for an offset; the message begins with `field`.
     """
+    moment = plain_datetime(moment)
     try:
         if moment.utcoffset() is not None:
             return moment

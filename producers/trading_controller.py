@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
+from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from producers.current_signals import read_signals
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
-from producers.fields import as_money, money_sum, readable, type_name
+from producers.fields import as_money, is_datetime, money_sum, not_a_datetime, readable, type_name
 from producers.history_producer import HistoryProducer, Receipt
 from producers.redirection import Redirection, active_redirection
 
@@ -43,6 +44,7 @@ def create_daily_portfolio_snapshot(
     *,
     timestamp: datetime | None = None,
     producer: HistoryProducer | None = None,
+    traceparent: str | None = None,
 ) -> Receipt:
     """Record a snapshot of the portfolio. When the call returns, the snapshot is on disk.
 
@@ -57,6 +59,8 @@ def create_daily_portfolio_snapshot(
         timestamp: The time of the trading cycle, by default now. If a repeated cycle passes the same time, it records
             the same snapshot, which is stored once. A naive time is in HISTORY_TIMEZONE.
         producer: By default, all calls in a process share one producer, made from the settings.
+        traceparent: The W3C trace context that the worker's log lines about the event have, by default that of
+            OpenTelemetry's current context, if the program uses OpenTelemetry.
 
     Raises:
         InvalidEvent: `portfolio_data` has no balance (the message lists its keys), or a value has the wrong type or
@@ -78,7 +82,7 @@ def create_daily_portfolio_snapshot(
         portfolio_id=portfolio_id,
         **amounts,
     )
-    return producer.record(snapshot)
+    return producer.record(snapshot, traceparent=traceparent)
 
 
 def archive_current_signals(
@@ -89,6 +93,7 @@ def archive_current_signals(
     portfolio_id: int | None = None,
     archived_at: datetime | None = None,
     producer: HistoryProducer | None = None,
+    traceparent: str | None = None,
 ) -> Receipt | None:
     """Archive the signals of a trading cycle. When the call returns, they are on disk.
 
@@ -102,6 +107,8 @@ def archive_current_signals(
         archived_at: The time of the trading cycle, by default now. If a repeated cycle passes the same time, it
             records the same archive, which is stored once. A naive time is in HISTORY_TIMEZONE.
         producer: By default, all calls in a process share one producer, made from the settings.
+        traceparent: The W3C trace context that the worker's log lines about the event have, by default that of
+            OpenTelemetry's current context, if the program uses OpenTelemetry.
 
     Returns:
         The receipt, or None if there are no signals and nothing was recorded.
@@ -120,14 +127,15 @@ def archive_current_signals(
     found = read_signals(signals, signals_url=signals_url, signals_path=Path(signals_path))
     if not found:
         return None
-    return producer.record(SignalArchive.checked(archived_at=moment, signals=found, portfolio_id=portfolio_id))
+    archive = SignalArchive.checked(archived_at=moment, signals=found, portfolio_id=portfolio_id)
+    return producer.record(archive, traceparent=traceparent)
 
 
 def _moment(field: str, given: datetime | None, producer: HistoryProducer) -> datetime:
     if given is None:
         return producer.now()
-    if not isinstance(given, datetime):
-        raise InvalidEvent.at(field, f"must be a datetime, not {type_name(given)}")
+    if not is_datetime(given):
+        raise InvalidEvent.at(field, not_a_datetime(given))
     return producer.localized(given, field)
 
 
@@ -177,7 +185,8 @@ def _is_open(index: int, position: Any) -> bool:
     if status is None:
         return False
     # Otherwise a position whose status is an enum member, for example, would never count as open.
-    raise InvalidEvent.at(f"positions.{index}.status", f"must be text, not {type_name(status)}")
+    instead = ": pass its .value" if isinstance(status, Enum) else ""
+    raise InvalidEvent.at(f"positions.{index}.status", f"must be text, not {type_name(status)}{instead}")
 
 
 def shared_producer() -> HistoryProducer:

@@ -22,6 +22,10 @@ OURS = ("init-db", "worker", "api", "dashboard", "relay")
 SECRETS = {
     "POSTGRES_PASSWORD": "p@ss:w/o?r#d %41 'ü",
     "REDIS_PASSWORD": "0f4c-83.b1_d6~e2",
+    "REDIS_CONTROLLER_PASSWORD": "c1-0f4c.83_b1~d6",
+    "REDIS_WORKER_PASSWORD": "w1-0f4c.83_b1~d6",
+    "REDIS_DASHBOARD_PASSWORD": "d1-0f4c.83_b1~d6",
+    "REDIS_READER_PASSWORD": "r1-0f4c.83_b1~d6",
     "HISTORY_WRITER_PASSWORD": "wr:i/t@e?r %41 'ü",
     "HISTORY_READER_PASSWORD": "re:a/d@e?r %41 'ü",
     "HISTORY_API_TOKEN": "t0ken:'%41",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from fractions import Fraction
 
 import numpy
@@ -138,6 +138,21 @@ def test_inserting_an_invalid_snapshot_raises_with_the_field_and_the_reason(
     with pytest.raises(InvalidEvent, match=message):
         insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, **change))
     assert get_portfolio_history() == []
+
+
+def test_the_inserts_accept_epoch_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The date is the local one."""
+    monkeypatch.setenv("HISTORY_TIMEZONE", "Asia/Tokyo")
+    snapshot = _plain_snapshot(INSTANT, timestamp=numpy.int64(1777672800))
+    del snapshot["snapshot_date"]
+    insert_portfolio_history_snapshot(snapshot)
+    insert_signal_archive({"archived_at": 1777672800.5, "signals": [a_signal()]})
+
+    (row,), (archive,) = get_portfolio_history(), get_recent_signal_archives()
+
+    moment = datetime(2026, 5, 1, 22, tzinfo=UTC)
+    assert (row["timestamp"], row["snapshot_date"]) == (moment, date(2026, 5, 2))
+    assert archive["archived_at"] == moment + timedelta(seconds=0.5)
 
 
 def test_inserting_an_archive_with_a_wrong_count_or_month_raises() -> None:

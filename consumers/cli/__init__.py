@@ -13,7 +13,7 @@ import typer
 from redis import RedisError
 
 from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, running, up, views
-from consumers.errors import first_line
+from consumers.ops.redis_errors import redis_problem
 from consumers.process_setup import on_stop_signals, write_logs
 from consumers.terminal import escaped
 from producers.errors import HistoryError, SettingsError
@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _debug = False
+_UsageError: Any = typer.BadParameter.__bases__[0]  # typer exports only this subclass
 _EXTRAS = {
     **dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api"),
@@ -99,9 +100,12 @@ def main() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
     try:
-        app()
+        # Not standalone: typer would print an error of usage as a box of five lines.
+        sys.exit(app(standalone_mode=False))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except _UsageError as error:
+        sys.exit(_show_usage_error(error))
     except Exception as error:
         message = _readable(error)
         if message is None or _debug:
@@ -110,14 +114,27 @@ def main() -> None:
         sys.exit(1)
 
 
+def _show_usage_error(error: Any) -> int:
+    """Print an error of usage in one line, or the help if a group of commands was called without a command."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        command = error.ctx.command_path if error.ctx else "trading-history"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        print(f"error: {escaped(message)}; see {command} --help", file=sys.stderr)
+    return int(error.exit_code)
+
+
 def _readable(error: Exception) -> str | None:
     """Return the message for an expected error, or None for a defect, which shows its traceback."""
     if isinstance(error, HistoryError):
-        return str(error)
+        return error.with_advice()
     if isinstance(error, OSError):
         return str(error)
     if isinstance(error, RedisError):
-        return f"Redis: {first_line(error)}"
+        return f"Redis: {redis_problem(error)}"
+    if isinstance(error, ValueError) and "RQ_KEY_PREFIX" in str(error):  # raised when RQ is imported
+        return str(error)
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ import typer
 
 from consumers.cli.options import AsJson, progress_bar, time_option
 from consumers.embedded.stack import stack
+from consumers.ops.checks import counted
 from consumers.terminal import print_json, print_values
 from producers.errors import HistoryError, OutboxDamaged, OutboxOutdated
 from producers.settings import TransportSettings
@@ -35,7 +36,7 @@ def outbox_status(as_json: AsJson = False) -> None:
 
     Example: trading-history outbox status --json
     """
-    from consumers.ops.outbox_health import oldest_unacknowledged_seconds
+    from consumers.ops.outbox_health import INCLUDED, oldest_unacknowledged_seconds
     from producers.outbox import Outbox
 
     path, settings = _existing_outbox()
@@ -46,8 +47,13 @@ def outbox_status(as_json: AsJson = False) -> None:
         fault = outbox.quick_check(_CHECK_SECONDS)
         values["check"] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}.get(fault, fault)
         values["damaged_files"] = [str(file) for file in outbox.quarantine.damaged_files()]
-    (print_json if as_json else print_values)(values)
-    raise typer.Exit(1 if fault not in (None, "unfinished") else 0)
+    if as_json:
+        print_json(values)
+    else:
+        print_values(values | {"rejected": f"{values['rejected']}{INCLUDED if values['rejected'] else ''}"})
+    if fault not in (None, "unfinished"):
+        print(f"The file is damaged: {OutboxDamaged.advice}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @outbox_app.command("flush")
@@ -59,6 +65,8 @@ def outbox_flush(
 
     Example: trading-history outbox flush --timeout 300
     """
+    from consumers.ops.outbox_health import unsettled_reason
+
     path, _ = _existing_outbox()
     with _producer(path) as producer:
         waiting = producer.status().depth
@@ -66,54 +74,35 @@ def outbox_flush(
             left = producer.settle(timeout, progress=lambda left: progress(max(waiting - left, 0), waiting))
         status = producer.status()
         damaged = producer.damaged_files()
-        reason = _waits_for(damaged) if left else None
+        reason = None
+        if left:
+            away = "The events are safe in the outbox; run this again when it is back."
+            longer = "Run this again with a longer --timeout."
+            reason = unsettled_reason(damaged, if_away=away, otherwise=longer)
+        lossy = producer.lossy_files()
         producer.close(timeout=0)
     values = _status_values(path, status, "unsettled", status.oldest_unsettled_seconds)
     if as_json:
-        print_json(values | {"unsettled": left, "waits_for": reason})
+        print_json(values | {"unsettled": left, "waits_for": reason, "lossy_files": [str(file) for file in lossy]})
     elif left:
         print_values(values)
-        found = f"{_counted(left, 'event')} not settled: {status.pending} pending, {status.sent} sent."
+        found = f"{counted(left, 'event')} not settled: {status.pending} pending, {status.sent} sent."
         print(f"{found} {reason}", file=sys.stderr)
     elif status.depth:
         print(
-            f"Every event that was in {path} is stored or rejected, but not the {_counted(status.depth, 'event')}"
+            f"Every event that was in {path} is stored or rejected, but not the {counted(status.depth, 'event')}"
             " recorded since then. Stop the controllers and run this again before you delete the file.",
             file=sys.stderr,
         )
-    else:
+    elif not lossy:
         print(f"Every event in {path} is stored or rejected. Once no process uses the file, it may be deleted.")
-    raise typer.Exit(1 if left or status.depth else 0)
-
-
-def _waits_for(damaged: Sequence[Path]) -> str:
-    """Return why entries are pending or sent, as far as this machine can find out, and what to do."""
-    if damaged:
-        files = ", ".join(map(str, damaged))
-        return f"Not salvaged yet: {files}. Start the controller or trading-history relay: either salvages them."
-    from redis import RedisError
-    from rq import Queue
-    from rq.worker_registration import WORKERS_BY_QUEUE_KEY
-
-    settings = TransportSettings.from_environment()
-    try:
-        with settings.redis() as redis:
-            jobs = Queue(settings.queue, connection=redis).count
-            keys: Any = redis.smembers(WORKERS_BY_QUEUE_KEY % settings.queue)
-            states = {redis.hget(key, "state") for key in keys}
-    except RedisError as error:
-        reason = type(error).__name__
-        return f"Redis cannot be reached ({reason}). The events are safe in the outbox; run this again when it is back."
-    waits = f"Queue {settings.queue} has {_counted(jobs, 'waiting job')}"
-    if not keys:
-        return f"{waits} and no worker. Start one: trading-history worker"
-    if states == {b"waiting for the database"}:
-        return f"{waits}, and its workers wait for the database: run trading-history doctor on a worker's host."
-    return f"{waits} and {_counted(len(keys), 'worker')}. Run this again with a longer --timeout."
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    if lossy:
+        print(
+            f"Entries may be lost: not all of {', '.join(map(str, lossy))} could be read. Run trading-history audit,"
+            " then delete it; until then, this command ends with status 1.",
+            file=sys.stderr,
+        )
+    raise typer.Exit(1 if left or status.depth or lossy else 0)
 
 
 @outbox_app.command("resend")
@@ -136,7 +125,7 @@ def outbox_resend(
     with _producer(path) as producer:
         again = producer.resend(producer.localized(since, "--since"))
         pending = producer.flush(timeout)
-    print(f"{_counted(again, 'event')} sent again, {pending} not sent yet")
+    print(f"{counted(again, 'event')} sent again, {pending} not sent yet")
     raise typer.Exit(1 if pending else 0)
 
 

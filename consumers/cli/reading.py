@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime
@@ -11,6 +12,7 @@ import typer
 
 from consumers.cli.options import AsJson, OfPortfolio, Since, Until, time_option
 from consumers.embedded.stack import stack
+from consumers.ops.checks import counted
 from consumers.terminal import print_archives, print_audit, print_csv, print_json, print_snapshots
 
 _NEWEST = 20
@@ -101,6 +103,9 @@ def audit(
         with Outbox(settings.outbox) if settings.outbox.is_file() else nullcontext() as outbox:
             audits = account(redis, outbox, settings.queue, since=since)
     (print_json if as_json else print_audit)([asdict(one) for one in audits])
+    if audits.left_out:
+        left_out = f"{counted(audits.left_out, 'source')} left out: no event since then, and no outbox on this host"
+        print(f"note: {left_out}; without --since they are checked too", file=sys.stderr)
     raise typer.Exit(0 if all(one.complete for one in audits) else 1)
 
 

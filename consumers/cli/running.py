@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -31,32 +32,43 @@ def init_db(
         bool, typer.Option("--adopt-legacy", help="First rename tables of the old shape to …_legacy.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the SQL without running it.")] = False,
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Schema of the tables, created if missing.", show_default="the current schema"
+        ),
+    ] = None,
 ) -> None:
     """Create the missing tables and roles, and the logins whose passwords are set.
 
     Example: trading-history init-db
     """
-    from consumers.db.engine import engine
-    from consumers.db.logins import set_passwords
-    from consumers.db.schema import apply_schema, schema_sql
+    from consumers.db import logins
+    from consumers.db.engine import create_store_engine
+    from consumers.db.schema import apply_schema, script
     from consumers.legacy import adoption
-    from consumers.settings import LoginSettings
+    from consumers.settings import LoginSettings, StoreSettings
 
+    search_path = () if schema is None else (schema,)
     if dry_run and not adopt_legacy:
-        print(schema_sql(), end="")
+        print(script(search_path), end="")
         return
     with stack(database=True):
-        if dry_run:
-            print(adoption.plan_adoption(engine()).script(), end="")
-            return
-        if adopt_legacy:
-            _print_adoption(adoption.adopt_legacy(engine()))
-        else:
-            for note in apply_schema(engine()):
+        store = create_store_engine(StoreSettings.from_environment().url(), search_path=search_path)
+        try:
+            if dry_run:
+                print(adoption.plan_adoption(store).script(), end="")
+                return
+            notes = _adopted(adoption.adopt_legacy(store)) if adopt_legacy else apply_schema(store)
+            for note in [*notes, *logins.set_search_paths(store)]:
                 print(f"Note: {note}.")
-        print("The tables are ready.")
-        for login in set_passwords(engine(), LoginSettings.from_environment()):
-            print(f"Login {login} is ready, with the password from the settings.")
+            print(f"The tables are ready{'' if schema is None else f' in schema {schema}'}.")
+            for login in logins.set_passwords(store, LoginSettings.from_environment()):
+                print(f"Login {login} is ready, with the password from the settings.")
+            if schema is not None:
+                print(f"Other logins find the tables by schema={quote(schema, safe='')} in DATABASE_URL.")
+        finally:
+            store.dispose()
 
 
 def worker(
@@ -146,11 +158,11 @@ def relay(
         )
 
 
-def _print_adoption(adoption: Any) -> None:
+def _adopted(adoption: Any) -> list[str]:
+    """Print the result of an adoption, and return its notes."""
     for name, legacy in adoption.renamed:
         print(f"Table {name} was renamed to {legacy}.")
-    for note in adoption.notes:
-        print(f"Note: {note}.")
     if not adoption.renamed:
         earlier = f"; {' and '.join(adoption.earlier)} are from an earlier run" if adoption.earlier else ""
         print(f"There are no tables of the old shape to rename{earlier}.")
+    return list(adoption.notes)

@@ -45,11 +45,14 @@ def dashboard(
     """
     from consumers.embedded.child_processes import stop_with_stdin
     from consumers.web.dashboard.dashboard_server import serve
-    from consumers.web.listening import listen
+    from consumers.web.listening import PORT_ADVICE, listen
 
     if while_stdin:
         stop_with_stdin()
-    with stack(redis=True), listen(host, port) if fd is None else socket.socket(fileno=fd) as listening:
+    with (
+        stack(redis=True),
+        listen(host, port, advice=PORT_ADVICE) if fd is None else socket.socket(fileno=fd) as listening,
+    ):
         serve(listening)
 
 

@@ -1,11 +1,14 @@
-"""DATABASE_URL with one host or several, of which sessions use the current primary."""
+"""DATABASE_URL with one host or several, of which sessions use the current primary, and with options of libraries."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
+from psycopg2 import ProgrammingError
+from psycopg2.extensions import parse_dsn
 from pydantic import SecretStr
 from sqlalchemy import URL, Engine, event, make_url
 from sqlalchemy.exc import ArgumentError
@@ -18,6 +21,21 @@ _HOSTS = re.compile(r"(?P<begin>[\w+]+://(?:[^@/?#]*@)?)(?P<hosts>[^@/?#]*,[^@/?
 _LOGIN_UNENCODED = re.compile(r"[\w+]+://[^@]*[/?#][^@]*@[^@/?#]*,", re.DOTALL)
 _HOST = re.compile(r"(?:\[(?P<six>[^\]]+)\]|(?P<name>[^:]*))(?::(?P<port>\d*))?")
 
+# Options that other libraries read from the same URL. Prisma, JDBC and Rails name the schema in these.
+_SCHEMA_NAMES = frozenset({"schema", "currentSchema", "search_path", "schema_search_path"})
+# They set pools, prepared statements and time limits of those libraries, which this program sets itself.
+_IGNORED = frozenset(
+    {
+        "pgbouncer", "connection_limit", "pool", "pool_size", "max_overflow", "pool_recycle", "pool_pre_ping",
+        "pool_timeout", "socket_timeout", "command_timeout", "statement_cache_size", "prepared_statement_cache_size",
+        "prepared_statements", "prepare_threshold", "conn_max_age", "supa", "workaround", "uselibpqcompat",
+        "encoding", "adapter", "socketTimeout", "connectTimeout", "loginTimeout", "prepareThreshold",
+        "preparedStatementCacheQueries", "reWriteBatchedInserts", "tcpKeepAlive", "ApplicationName",
+    }
+)  # fmt: skip
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_OPTION_NAME = re.compile(r"[A-Za-z_]{1,40}")
+
 _ENCODE_LOGIN = "DATABASE_URL: percent-encode /, ?, # and commas in the password, as %2F, %3F, %23, %2C"
 _ONE_ADDRESS = "DATABASE_URL: hostaddr takes one address only; give several addresses in place of the hosts"
 
@@ -25,8 +43,10 @@ _ONE_ADDRESS = "DATABASE_URL: hostaddr takes one address only; give several addr
 def parse_database_url(url: SecretStr) -> URL:
     """Parse DATABASE_URL. In the URL returned, several hosts and their ports are in the query, separated by commas.
 
+    Its query has options of libpq only, and `schema` if the URL names one (see `split_schema`).
+
     Raises:
-        SettingsError: the URL cannot be parsed; the message does not repeat it.
+        SettingsError: the URL cannot be parsed, or an option is unknown; the message does not repeat a value.
     """
     try:
         parsed = _parse(url.get_secret_value())
@@ -40,7 +60,58 @@ def parse_database_url(url: SecretStr) -> URL:
         raise SettingsError(_ENCODE_LOGIN)
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise SettingsError("DATABASE_URL: must be a postgresql:// URL")
-    return parsed.set(drivername="postgresql+psycopg2")
+    # If a password contains ? unencoded, a part of it is taken for an option. An @ then follows.
+    may_name = "@" not in url.get_secret_value().partition("?")[2]
+    query = dict(_libpq_options(parsed.query, may_name=may_name))
+    return parsed.set(drivername="postgresql+psycopg2", query=query)
+
+
+def _libpq_options(query: Any, *, may_name: bool) -> Iterator[tuple[str, Any]]:
+    """Yield the options for libpq, and the schema. Leave out options that only other libraries need."""
+    for name, value in query.items():
+        if name in _IGNORED or (name == "ssl" and "sslmode" in query):
+            continue
+        if name in _SCHEMA_NAMES:
+            yield "schema", value if isinstance(value, str) else value[-1]
+        elif name in ("ssl", "sslmode"):
+            yield "sslmode", _ssl_mode(name, value if isinstance(value, str) else value[-1])
+        else:
+            _check_option(name, may_name=may_name)
+            yield name, value
+
+
+def _ssl_mode(name: str, value: str) -> str:
+    """Return libpq's sslmode. asyncpg calls it ssl; node-postgres has no-verify."""
+    mode = {"no-verify": "require", "false": "disable", "0": "disable"}.get(value, value)
+    if mode in _SSL_MODES:
+        return mode
+    if name == "sslmode":
+        raise SettingsError(f"DATABASE_URL: sslmode must be one of {', '.join(_SSL_MODES)}")
+    raise SettingsError(
+        "DATABASE_URL: in place of ssl, write sslmode=require, or sslmode=verify-full, which checks the certificate"
+    )
+
+
+def _check_option(name: str, *, may_name: bool) -> None:
+    """Raise SettingsError for an unknown option. libpq's own message may contain a part of the password."""
+    plain = _OPTION_NAME.fullmatch(name)
+    try:
+        if plain:
+            parse_dsn(f"{name}=value")
+            return
+    except ProgrammingError:
+        pass
+    named = f"the option {name}" if plain and may_name else "an option after the ?"
+    raise SettingsError(f"DATABASE_URL: {named} is not an option of PostgreSQL: remove it") from None
+
+
+def split_schema(url: URL) -> tuple[URL, tuple[str, ...]]:
+    """Return the URL without its `schema`, and the names of the schemas in it, which may be separated by commas."""
+    given = str(url.query.get("schema", ""))
+    names = tuple(name.strip().strip('"') for name in given.split(",")) if given else ()
+    if not all(names) or "\0" in given:
+        raise SettingsError("DATABASE_URL: schema must be the name of a schema, as in schema=trading")
+    return url.difference_update_query(["schema"]), names
 
 
 def _parse(text: str) -> URL:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
-from consumers.db.database_url import parse_database_url, session_attributes, try_hosts_in_turn
+from consumers.db.database_url import parse_database_url, session_attributes, split_schema, try_hosts_in_turn
 from consumers.errors import StoreUnavailable, first_line
 from consumers.settings import StoreSettings
 from producers.errors import InvalidEvent
@@ -24,35 +25,53 @@ CONNECT_TIMEOUT_SECONDS = 5
 # internal errors. Any other error may concern one statement only: cancelled, a lock, a deadlock, a trigger.
 _STORE_CLASSES = ("08", "25", "28", "3D", "3F", "42", "53", "57P", "58", "F0", "XX")
 READ_SECONDS = 5.0  # statement timeout of readers
-# A reader that gets no free connection within 2 s fails; the pool never grows. Each statement is its own transaction,
-# which saves two round trips.
-_READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0, "isolation_level": "AUTOCOMMIT"}
-# Each statement must see rows that were committed while the previous one waited, so the database's default isolation
-# level is not used.
-_WRITER: dict[str, Any] = {"pool_size": 2, "isolation_level": "READ COMMITTED"}
+# A reader that gets no free connection within 2 s fails; the pool never grows.
+_READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0}
+_WRITER: dict[str, Any] = {"pool_size": 2}
 _LOCK_SECONDS = 5.0
+_TRANSACTION_TIMEOUT_VERSION = (17,)  # the first release of PostgreSQL that has transaction_timeout
 _ISOLATED_LOCK_SECONDS = 0.5
 # SQLSTATE classes of errors that the event's values cause: data exception, integrity constraint violation.
 _VALUE_CLASSES = ("22", "23")
 ENCODING = "UTF8"
+_SEARCH_PATH = "trading_history_search_path"  # execution option of an engine
+_UNDEFINED_TABLE = "42P01"
+_OUR_TABLE = re.compile(rf"\b({'|'.join(kind.table for kind in KINDS.values())}|event_outcomes)\b")
+_SETTING = "DATABASE_URL or the POSTGRES_ variables"
+# Errors of connecting have no SQLSTATE. The last entry is for all of them that libpq itself reports.
+_CONNECTION_ADVICE = (
+    (
+        'database ".*" does not exist|no such database',
+        f"correct the name of the database in {_SETTING}, or create the database and run trading-history init-db",
+    ),
+    ('authentication|password|role ".*" does not exist|no such user', f"correct user and password in {_SETTING}"),
+    ("FATAL:", ""),
+    (
+        "could not translate host name|connection to server|no usable host|no answer from the server",
+        f"check that PostgreSQL runs, and host and port in {_SETTING}",
+    ),
+)
 
 
-def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0, read_only: bool = False) -> Engine:
+def create_store_engine(
+    url: SecretStr,
+    *,
+    statement_timeout_seconds: float = 0,
+    read_only: bool = False,
+    search_path: tuple[str, ...] = (),
+) -> Engine:
     """Return an engine with UTF8, times in UTC, a check of each pooled connection before use, and no values in logs.
 
     Each statement has a timeout of `statement_timeout_seconds`, and waits for a lock for at most 5 s; 0 means no
-    limit for both. With `read_only` PostgreSQL refuses every statement that would change data.
+    limit for both. With `read_only` PostgreSQL refuses every statement that would change data. The names of tables are
+    looked up in the schemas of `search_path`; by default, in the schema that the URL names, or else in the search_path
+    of the role.
 
     Raises:
         SettingsError: the URL cannot be parsed.
     """
-    parsed = parse_database_url(url)
-    limits = {
-        "statement_timeout": statement_timeout_seconds,
-        "lock_timeout": min(_LOCK_SECONDS, statement_timeout_seconds),
-    }
-    limit = "".join(f" -c {name}={round(seconds * 1000)}" for name, seconds in limits.items() if seconds)
-    limit += " -c default_transaction_read_only=on" if read_only else ""
+    parsed, schemas = split_schema(parse_database_url(url))
+    schemas = search_path or schemas
     store = create_engine(
         parsed,
         connect_args={
@@ -64,18 +83,49 @@ def create_store_engine(url: SecretStr, *, statement_timeout_seconds: float = 0,
             "tcp_user_timeout": 30_000,
             "application_name": "trading-history",
             "client_encoding": ENCODING,  # an invalid PGCLIENTENCODING would prevent connecting
-            "options": f"{parsed.query.get('options', '')} -c timezone=UTC{limit}".strip(),
             **session_attributes(parsed, read_only=read_only),
         },
         pool_pre_ping=True,
         # SQLAlchemy sets it by a statement after connecting, which overrides the role's setting and the URL's.
         client_encoding=ENCODING,
+        isolation_level="READ COMMITTED",
         **(_READER if read_only else _WRITER),
+        # Never False: that would override default_transaction_read_only, by which an operator stops all writes.
+        execution_options={_SEARCH_PATH: schemas} | ({"postgresql_readonly": True} if read_only else {}),
         executemany_mode="values_plus_batch",
         hide_parameters=True,
     )
+    settings = transaction_settings(statement_timeout_seconds, schemas)
+    event.listen(store, "begin", lambda connection: connection.exec_driver_sql(settings))
     try_hosts_in_turn(store)
     return store
+
+
+def search_path_of(store: Engine) -> tuple[str, ...]:
+    """Return the schemas that were given to this engine, by argument or URL; empty: the role's search_path applies."""
+    schemas: tuple[str, ...] = store.get_execution_options().get(_SEARCH_PATH, ())
+    return schemas
+
+
+def quoted(name: str) -> str:
+    """Return the name of an object, such as a schema, as SQL writes it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def transaction_settings(statement_timeout_seconds: float, search_path: tuple[str, ...] = ()) -> str:
+    """Return the statements with which each transaction begins; they replace the settings of role, database and server.
+
+    They are not startup options of the connection: a pooler refuses those or drops them, and in transaction mode it
+    gives each transaction another connection.
+    """
+    lock_seconds = min(_LOCK_SECONDS, statement_timeout_seconds)
+    schemas = ", ".join(map(quoted, search_path)).replace("%", "%%")  # psycopg2 reads %% as %
+    return (
+        (f"SET LOCAL search_path = {schemas}; " if schemas else "")
+        + "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL extra_float_digits = 1;"
+        f" SET LOCAL statement_timeout = {round(1000 * statement_timeout_seconds)};"
+        f" SET LOCAL lock_timeout = {round(1000 * lock_seconds)}"
+    )
 
 
 _statement_timeout_seconds = 0.0
@@ -102,25 +152,20 @@ def reader() -> Engine:
 @lru_cache(maxsize=1)
 def _reader_of(store: Engine) -> Engine:
     url = SecretStr(store.url.render_as_string(hide_password=False))
-    return create_store_engine(url, statement_timeout_seconds=READ_SECONDS, read_only=True)
+    schemas = search_path_of(store)
+    return create_store_engine(url, statement_timeout_seconds=READ_SECONDS, read_only=True, search_path=schemas)
 
 
 @contextmanager
-def get_reader() -> Iterator[Connection]:
-    """Yield a read-only connection.
+def read_transaction() -> Iterator[Connection]:
+    """Run one read-only transaction that sees one state of the database (REPEATABLE READ).
 
     Raises:
         StoreUnavailable: the database is away, cannot execute a statement now, or a statement timed out.
         SettingsError: the settings name no database.
     """
-    with translated_errors(), reader().connect() as connection:
-        yield connection
-
-
-@contextmanager
-def read_transaction() -> Iterator[Connection]:
-    """Yield a read-only connection in one consistent (REPEATABLE READ) transaction. Raises as `get_reader`."""
-    with get_reader() as connection, connection.execution_options(isolation_level="REPEATABLE READ").begin():
+    with translated_errors(), reader().connect() as pooled:
+        connection = pooled.execution_options(isolation_level="REPEATABLE READ")
         # JIT compilation takes hundreds of milliseconds for queries that run for tens.
         connection.exec_driver_sql("SET LOCAL jit = off")
         yield connection
@@ -163,6 +208,25 @@ def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
 
 
 @contextmanager
+def long_read(store: Engine | None = None) -> Iterator[Connection]:
+    """Run one read-only transaction that sees one state of the database (REPEATABLE READ) and has no time limit.
+
+    It is for commands that read many rows, such as an export. `store` is by default the engine of this process.
+
+    Raises:
+        StoreUnavailable: the database is away or cannot execute a statement now.
+        SettingsError: the settings name no database.
+    """
+    with translated_errors(), (store or engine()).connect() as pooled:
+        connection = pooled.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
+        # The limits of the role, the database and the server do not know how much there is to read.
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0")
+        if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_VERSION:
+            connection.exec_driver_sql("SET LOCAL transaction_timeout = 0")
+        yield connection
+
+
+@contextmanager
 def translated_errors() -> Iterator[None]:
     """Translate driver errors to StoreUnavailable.
 
@@ -179,7 +243,8 @@ def translated_errors() -> Iterator[None]:
             # Not chained: the driver's error contains the row's values, and a traceback would show them.
             raise StoreUnavailable(message, one_statement=not taken) from None
         alone = sqlstate != "" and not sqlstate.startswith(_STORE_CLASSES)
-        raise StoreUnavailable(f"PostgreSQL: {first_line(error)}", one_statement=alone) from error
+        message, advice = _described(error, sqlstate)
+        raise StoreUnavailable(f"PostgreSQL: {message}", one_statement=alone, advice=advice) from error
     except StatementError as error:  # raised before the driver was called, so not by the database
         raise (error.orig or error) from None
     except SQLAlchemyError as error:
@@ -205,6 +270,18 @@ def translated_value_errors() -> Iterator[None]:
         raise InvalidEvent(
             f"PostgreSQL refused the values: {first_line(error)} (SQLSTATE {_sqlstate(error)})"
         ) from None
+
+
+def _described(error: DBAPIError, sqlstate: str) -> tuple[str, str]:
+    """Return the message of an error and what to do about it, as far as that is known."""
+    if sqlstate:
+        # The import reads tables of other names, and has its own advice for them.
+        missing = sqlstate == _UNDEFINED_TABLE and _OUR_TABLE.search(first_line(error))
+        return first_line(error), "run trading-history init-db" if missing else ""
+    lines = [" ".join(line.split()) for line in str(error.orig).splitlines()]
+    # A name such as localhost has several addresses. The one that answers says more than those that do not.
+    message = next((line for line in lines if "FATAL:" in line), first_line(error))
+    return message, next((advice for pattern, advice in _CONNECTION_ADVICE if re.search(pattern, message)), "")
 
 
 def _sqlstate(error: DBAPIError) -> str:

@@ -18,6 +18,8 @@ _RECORD_OUTCOME = text("""
     WHERE event_outcomes.outcome <> 'discarded'
 """)
 
+_DISCARDED = text("SELECT job_id FROM event_outcomes WHERE job_id = ANY (:job_ids) AND outcome = 'discarded'")
+
 _FORGET_OUTCOMES = text("DELETE FROM event_outcomes WHERE job_id = ANY (:job_ids)")
 
 
@@ -45,6 +47,11 @@ def record_outcomes(db: Connection, outcomes: Iterable[OutcomeRow]) -> None:
     by_job = {one.job_id: asdict(one) | {"event_id": one.event_id and str(one.event_id)} for one in outcomes}
     if by_job:
         db.execute(_RECORD_OUTCOME, [by_job[job_id] for job_id in sorted(by_job)])
+
+
+def discarded(db: Connection, job_ids: Iterable[str]) -> set[str]:
+    """Return those of these deliveries that an operator has discarded."""
+    return set(db.execute(_DISCARDED, {"job_ids": list(job_ids)}).scalars())
 
 
 def forget_outcomes(db: Connection, job_ids: Iterable[str]) -> None:

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from datetime import date, datetime
+from contextlib import suppress
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from producers.errors import InvalidEvent
 from producers.events import PortfolioSnapshot, SignalArchive
-from producers.fields import type_name
+from producers.fields import EPOCH, is_datetime, not_a_datetime, plain_number, type_name
 from producers.settings import ZoneSettings
 from producers.times import localized
+
+# Epoch times of the years 2001 to 2286: their ranges in seconds, milliseconds, microseconds and nanoseconds do not
+# overlap, so the unit is certain.
+_FIRST_SECOND, _LAST_SECOND = 10**9, 10**10
+_UNITS_PER_SECOND = (1, 10**3, 10**6, 10**9)
+_EPOCH_TEXT = re.compile(r"[0-9]{9,}(\.[0-9]+)?")
+_ISO_EXAMPLE = "write it as in 2026-05-01T10:00:00+02:00"
+_UTC_NAME = re.compile(r"(.*:[0-9]{2}(?:[.,][0-9]+)?) *(?:[+-]00:?00 +)?(?:UTC|GMT|Z)", re.IGNORECASE)
+_BLANK_BEFORE_OFFSET = re.compile(r"(?<=[0-9]) +(?=[+-][0-9]{2}:?[0-9]{2}$)")
+_AMBIGUOUS = (
+    (re.compile(r"[0-9]{1,2}[/.-][0-9]{1,2}[/.-][0-9]{2,4}\b.*"), "has day and month in an order that is not certain"),
+    (re.compile(r".*:[0-9]{2}([.,][0-9]+)? *(?!am|pm)[A-Z]{2,5}", re.IGNORECASE), "has a zone that is not certain"),
+    # Python reads 2026-05-01+02:00 as two o'clock.
+    (re.compile(r"[0-9]{4}-?[0-9]{2}-?[0-9]{2}[+-][0-9]{2}(:?[0-9]{2})?"), "has a date and an offset, but no time"),
+)
 
 
 def snapshot_of(plain: Mapping[str, Any]) -> PortfolioSnapshot:
@@ -41,29 +60,80 @@ def zoned(moment: datetime, field: str) -> datetime:
     return localized(moment, ZoneSettings.from_environment().timezone, field)
 
 
-def moment_of(value: Any, field: str) -> datetime:
-    """Return a datetime, or ISO 8601 text as one, with or without an offset. Raises InvalidEvent for anything else."""
+def moment_of(value: Any, field: str, zone: tzinfo | None) -> datetime:
+    """Return a datetime, ISO 8601 text or an epoch time as a datetime, with or without an offset.
+
+    An epoch time is a number, or text with one, in seconds, milliseconds, microseconds or nanoseconds; the result has
+    the offset of `zone` (None: this machine's zone). `UTC` and `GMT` in place of an offset are read too.
+
+    Raises:
+        InvalidEvent: `value` is none of these, or more than one time could be meant.
+    """
+    if is_datetime(value):
+        return value
+    number = Decimal(value) if isinstance(value, str) and _EPOCH_TEXT.fullmatch(value.strip()) else _number(value)
+    if number is not None:
+        return _epoch_time(number, field).astimezone(zone)
+    if not isinstance(value, str):
+        raise InvalidEvent.at(field, not_a_datetime(value))
+    return _time_in_text(value.strip(), field)
+
+
+def _number(value: Any) -> int | Decimal | Fraction | None:
+    return value if isinstance(value, Decimal) else None if isinstance(value, bool) else plain_number(value)
+
+
+def _epoch_time(number: int | Decimal | Fraction, field: str) -> datetime:
+    if isinstance(number, Decimal) and (not number.is_finite() or int(number.as_tuple().exponent) > 0):
+        raise InvalidEvent.at(field, f"is a number that may have lost digits, such as 1.7E9; {_ISO_EXAMPLE}")
+    for units in _UNITS_PER_SECOND:
+        if _FIRST_SECOND * units <= number < _LAST_SECOND * units:
+            return EPOCH + timedelta(microseconds=round(Fraction(number) * 10**6 / units))
+    raise InvalidEvent.at(
+        field, f"is a number, but not an epoch time in seconds or milliseconds from 2001 to 2286; {_ISO_EXAMPLE}"
+    )
+
+
+def _time_in_text(text: str, field: str) -> datetime:
+    in_utc = _UTC_NAME.fullmatch(text)
+    if in_utc is not None:
+        text = f"{in_utc[1]}+00:00"
+    text = _BLANK_BEFORE_OFFSET.sub("", text)
+    for pattern, reason in _AMBIGUOUS:
+        if pattern.fullmatch(text):
+            raise InvalidEvent.at(field, f"{reason}; {_ISO_EXAMPLE}")
     try:
-        moment = datetime.fromisoformat(value.strip()) if isinstance(value, str) else value
+        return datetime.fromisoformat(text)
     except ValueError:
-        raise InvalidEvent.at(field, "must be an ISO 8601 time") from None
-    if not isinstance(moment, datetime):
-        raise InvalidEvent.at(field, f"must be a time, not {type_name(moment)}")
-    return moment
+        raise InvalidEvent.at(field, f"must be an ISO 8601 time; {_ISO_EXAMPLE}") from None
 
 
 def day_of(value: Any, field: str) -> date:
-    """Return a date, or ISO 8601 text as one. Raises InvalidEvent for anything else."""
-    try:
-        day = date.fromisoformat(value.strip()) if isinstance(value, str) else value
-    except ValueError:
-        raise InvalidEvent.at(field, "must be an ISO 8601 date") from None
-    if not isinstance(day, date):
-        raise InvalidEvent.at(field, f"must be a date, not {type_name(day)}")
+    """Return a date; or as one, ISO 8601 text, and a time of `moment_of` that is midnight.
+
+    Raises:
+        InvalidEvent: `value` is none of these.
+    """
+    day = value if isinstance(value, date) else _date_in(value)
+    if day is None:
+        kind = "an ISO 8601 date" if isinstance(value, str) else f"a date, not {type_name(value)}"
+        raise InvalidEvent.at(field, f"must be {kind}")
     return day
+
+
+def _date_in(value: Any) -> date | None:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return date.fromisoformat(value.strip())
+    try:
+        moment = moment_of(value, "date", UTC)
+    except InvalidEvent:
+        return None
+    return moment.date() if moment.time() == time() else None
 
 
 def _moment(field: str, values: Mapping[str, Any]) -> datetime:
     if field not in values:
         raise InvalidEvent.at(field, "is missing")
-    return zoned(moment_of(values[field], field), field)
+    zone = ZoneSettings.from_environment().timezone
+    return localized(moment_of(values[field], field, zone), zone, field)

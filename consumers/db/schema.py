@@ -12,15 +12,28 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
-from consumers.db.engine import ENCODING, translated_errors
+from consumers.db.engine import ENCODING, get_db, quoted, search_path_of, translated_errors
 from consumers.errors import OldSchema, StoreUnavailable, first_line
 
 _OLD_SCHEMA = "TH001"  # SQLSTATE that schema.sql raises
+_NO_PRIVILEGE, _NO_SCHEMA = "42501", "3F000"
+_ONE_AT_A_TIME = text("SELECT pg_advisory_xact_lock(4825167903)")  # the lock of schema.sql
 _SCHEMA_VERSION = re.compile(r"schema version (\d+)")
 _DATABASE = text("""
     SELECT current_database() AS name, current_setting('server_encoding') AS encoding,
         quote_ident(current_database() || '_utf8') AS another,
         obj_description(to_regclass('event_outcomes'), 'pg_class') AS comment
+""")
+_PLACE = text("""
+    SELECT current_schema() AS schema, quote_ident(current_schema()) AS quoted, quote_ident(current_user) AS role,
+        quote_ident(current_database()) AS database,
+        has_database_privilege(current_database(), 'CREATE') AS may_create_schemas,
+        coalesce(has_schema_privilege(current_schema(), 'CREATE'), false) AS may_create_tables,
+        ARRAY(SELECT quote_ident(nspname) FROM pg_namespace
+            WHERE NOT has_schema_privilege(oid, 'USAGE') AND nspname = ANY(ARRAY(
+                SELECT CASE name WHEN '$user' THEN CAST(current_user AS text) ELSE name END
+                FROM regexp_split_to_table(replace(current_setting('search_path'), '"', ''), ' *, *') AS name)))
+            AS closed
 """)
 _CHECKED = "trading-history: checked"  # key in the info of a pooled connection
 
@@ -37,6 +50,12 @@ def check_database(db: Connection) -> None:
     if problem := encoding_problem(found) or outdated_schema_problem(found.comment):
         raise StoreUnavailable(problem)
     db.info[_CHECKED] = True
+
+
+def check_database_now() -> None:
+    """Check that events can be stored in the database of the settings. Raises StoreUnavailable."""
+    with get_db() as db:
+        check_database(db)
 
 
 def check_encoding(db: Connection) -> None:
@@ -90,6 +109,14 @@ def schema_body() -> str:
     return re.sub(r"^(BEGIN|COMMIT);\n", "", schema_sql(), flags=re.M)
 
 
+def script(search_path: tuple[str, ...]) -> str:
+    """Return SQL for psql that does the same as `apply_schema` of an engine with this search_path."""
+    if not search_path:
+        return schema_sql()
+    name = quoted(search_path[0])
+    return f"CREATE SCHEMA IF NOT EXISTS {name};\nSET search_path = {name};\n{schema_sql()}"
+
+
 class _Notices:
     """Collects the server's notices from psycopg2; SQLAlchemy would empty a list."""
 
@@ -119,6 +146,8 @@ def role_notes(connection: Connection) -> Iterator[list[str]]:
 def apply_schema(store: Engine) -> list[str]:
     """Create the tables, indexes and roles that are missing. It may run at any time, also in several processes at once.
 
+    The tables are in the current schema. A schema that was given to `store` is created if it does not exist.
+
     Returns:
         Notes for the user about roles and privileges that could not be created.
 
@@ -127,21 +156,54 @@ def apply_schema(store: Engine) -> list[str]:
         StoreUnavailable: the database is away, refuses a statement, or is not encoded in UTF8.
     """
     try:
-        with translated_errors(), store.connect() as pooled:
-            # The file has its own BEGIN and COMMIT, so that psql can run it too; AUTOCOMMIT does not add others.
-            # If a statement fails, the connection stays in an open transaction, so it is invalidated.
-            connection = pooled.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
-            check_encoding(connection)
-            try:
-                with role_notes(connection) as notes:
-                    connection.exec_driver_sql(schema_sql())
-                return notes
-            except DBAPIError:
-                connection.invalidate()
-                raise
+        with translated_errors(), store.begin() as pooled:
+            check_encoding(pooled)
+            create_schema(pooled, search_path_of(store))
+            connection = pooled.execution_options(no_parameters=True)
+            with role_notes(connection) as notes:
+                connection.exec_driver_sql(schema_body())
+            return notes
     except StoreUnavailable as error:
         cause = error.__cause__
-        if isinstance(cause, DBAPIError) and getattr(cause.orig, "pgcode", None) == _OLD_SCHEMA:
+        if not isinstance(cause, DBAPIError):
+            raise
+        sqlstate = getattr(cause.orig, "pgcode", None)
+        if sqlstate == _OLD_SCHEMA:
             hint = getattr(getattr(cause.orig, "diag", None), "message_hint", None)
             raise OldSchema(f"{first_line(cause)}. {hint}") from cause
+        if sqlstate in (_NO_PRIVILEGE, _NO_SCHEMA):
+            with translated_errors(), store.begin() as db:
+                advice = creation_advice(place_of_tables(db))
+            if advice is not None:
+                raise StoreUnavailable(f"{error}: {advice}") from cause
         raise
+
+
+def create_schema(db: Connection, search_path: tuple[str, ...]) -> None:
+    """Create the first schema of `search_path` if none of them exists; do nothing if it is empty."""
+    if search_path and place_of_tables(db).schema is None:
+        db.execute(_ONE_AT_A_TIME)
+        create = f"CREATE SCHEMA IF NOT EXISTS {quoted(search_path[0])}"
+        db.execution_options(no_parameters=True).exec_driver_sql(create)
+
+
+def place_of_tables(db: Connection) -> Row[Any]:
+    """Return the schema in which tables are created, the role, and the role's privileges there.
+
+    `closed` has the schemas of the search_path that the role may not use.
+    """
+    return db.execute(_PLACE).one()
+
+
+def creation_advice(place: Row[Any]) -> str | None:
+    """Return the statements after which this role can create the tables, or None if no privilege is missing."""
+    if place.may_create_tables:
+        return None
+    if place.closed:
+        return f"as the owner of the schema, run GRANT USAGE, CREATE ON SCHEMA {place.closed[0]} TO {place.role}"
+    grant = f"as the owner of the database, run GRANT CREATE ON DATABASE {place.database} TO {place.role}; then "
+    another = ("" if place.may_create_schemas else grant) + "run trading-history init-db --schema NAME"
+    if place.schema is None:
+        return another
+    here = f"as the owner of the schema, run GRANT CREATE ON SCHEMA {place.quoted} TO {place.role}"
+    return f"{here}; or for another schema, {another}"

@@ -26,12 +26,20 @@ _NEEDED = [
 ]
 
 _FOUND = text("""
-    SELECT name, obj_description(to_regclass(name), 'pg_class') AS comment,
+    SELECT name, (SELECT CAST(CAST(relnamespace AS regnamespace) AS text) FROM pg_class
+            WHERE oid = to_regclass(name)) AS schema,
+        obj_description(to_regclass(name), 'pg_class') AS comment,
         ARRAY(SELECT CAST(attname AS text) FROM pg_attribute
             WHERE attrelid = to_regclass(name) AND attnum > 0 AND NOT attisdropped) AS columns,
         ARRAY(SELECT CAST(relname AS text) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
             WHERE indrelid = to_regclass(name) AND indisvalid) AS indexes
     FROM unnest(CAST(:tables AS text[])) AS name
+""")
+_SCHEMAS = text("""
+    SELECT quote_ident(nspname) AS name, has_schema_privilege(pg_namespace.oid, 'USAGE') AS may_use
+    FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE relname = ANY(:tables) AND relkind IN ('r', 'p')
+    GROUP BY pg_namespace.oid, nspname HAVING count(*) = cardinality(CAST(:tables AS text[])) ORDER BY nspname
 """)
 _LACKING = text("""
     SELECT needed.name, string_agg(privilege, ', ' ORDER BY place) || ' ON ' || needed.name AS lacking
@@ -58,6 +66,7 @@ class SchemaDifferences:
     indexes: list[str]  # missing or invalid
     old_tables: list[str]  # of the old shape, without event ids
     comment: str | None  # on event_outcomes, with the version of the schema
+    schemas: list[str]  # in which the tables are that were found
 
 
 def schema_differences(db: Connection) -> SchemaDifferences:
@@ -72,7 +81,16 @@ def schema_differences(db: Connection) -> SchemaDifferences:
         [name for table, name in indexes if name not in there[table].indexes],
         [table for table in _HISTORY if table in there and "event_id" not in there[table].columns],
         found["event_outcomes"].comment,
+        sorted({row.schema for row in there.values()}),
     )
+
+
+def schemas_with_tables(db: Connection) -> dict[str, bool]:
+    """Return the schemas of this database that have all tables, and whether this role may use them.
+
+    Names are quoted as SQL needs it.
+    """
+    return {row.name: row.may_use for row in db.execute(_SCHEMAS, {"tables": list(COLUMNS)})}
 
 
 def lacking_privileges(db: Connection) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import simplejson
 from sqlalchemy import Connection, text
 
-from consumers.db.engine import get_db
+from consumers.db.engine import long_read
 from consumers.errors import ExportRefused
 from consumers.legacy.json_arrays import sync_directory, write_entries
 from consumers.legacy.legacy_json import SNAPSHOTS_FILE, archive_entry, archives_file, history_files, snapshot_entry
@@ -163,11 +163,13 @@ def export_history(
     `on_progress` is called with the number of entries written so far and their total number.
 
     Raises:
-        ExportRefused: such files exist and `overwrite` is false, no row is selected, or rows of several portfolios are
-            selected without `portfolio_ids`.
+        ExportRefused: `directory` is not a folder, such files exist and `overwrite` is false, no row is selected, or
+            rows of several portfolios are selected without `portfolio_ids`.
         FileNotWritten: the folder or a file cannot be written.
         StoreUnavailable: the database cannot be read now.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ExportRefused(f"{directory} is not a folder: give the path of a folder, which may be new")
     if (existing := sorted(file.name for file in history_files(directory))) and not overwrite:
         raise ExportRefused(
             f"{directory} already has {_some(existing)}; --overwrite replaces the files that are exported"
@@ -175,8 +177,7 @@ def export_history(
     if odd := [name for name in existing if (directory / name).is_symlink() or not (directory / name).is_file()]:
         raise ExportRefused(f"{directory}: {_some(odd)} cannot be replaced: not a regular file")
     unfinished = sorted(folder.name for folder in directory.glob(f"{_STAGING}*"))
-    with get_db() as db:
-        db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
+    with long_read() as db:
         statistics = _Statistics(zone, _number_of_rows(db, selection), on_progress)
         try:
             directory.mkdir(parents=True, exist_ok=True)

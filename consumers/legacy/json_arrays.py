@@ -1,4 +1,7 @@
-"""Read large JSON arrays from files, one entry at a time, with exact numbers; write them completely or not at all."""
+"""Read large JSON arrays from files, one entry at a time, with exact numbers; write them completely or not at all.
+
+JSON lines, and an array inside an object under a known name, are read too.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,26 @@ from uuid import uuid4
 
 import simplejson
 
+from consumers.legacy.file_shapes import ENTRY_TIMES, HEAD_BYTES, shape_of_bytes, shape_of_object
 from producers.errors import FileNotWritten, HistoryError
 from producers.events import MAX_EVENT_BYTES
+from producers.fields import readable
 
 _BLOCK_BYTES = 2**18
 _MOST_CHARACTERS = 2 * MAX_EVENT_BYTES  # of one entry, blanks included; a longer one cannot be an event
 _TORN_CHARACTERS = 8192  # an error further from the end of the buffered text is not due to the missing rest
+_IF_EMPTY = "restore it from a backup, or delete it if it never had an entry"
 _BLANKS = " \t\n\r"
 _LITERALS = ("true", "false", "null", "Infinity", "-Infinity", "NaN")
 _OPEN_STRING, _OPEN_ESCAPE = "Unterminated string", "Invalid \\uXXXX escape"
 _MOST_DIGITS = 4000  # Python's int() rejects more than 4300 digits
+_NAME = re.compile(r'[ \t\n\r]*"([^"\\]*)"[ \t\n\r]*:[ \t\n\r]*')
+_COMMA = re.compile(r"[ \t\n\r]*,")
+# Names of an array of entries in an object, and its beginning.
+_ARRAYS = {
+    **dict.fromkeys(("history", "portfolio_history", "snapshots"), re.compile(r"\[[ \t\n\r]*[{\]]")),
+    "signals": re.compile(r'\[[ \t\n\r]*\{[ \t\n\r]*"archive(d_at|_month)"'),
+}
 
 _ENTRY_ENCODER = simplejson.JSONEncoder(ensure_ascii=False, use_decimal=True, allow_nan=False)
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
@@ -37,37 +50,57 @@ class Entry(NamedTuple):
 
 
 class Damaged(HistoryError):
-    """The file is not a complete JSON array. `index` is the number of the entry at which reading stopped."""
+    """The file is not a complete JSON array. `index` is the number of the entry at which reading stopped.
 
-    def __init__(self, path: Path, index: int, offset: int, reason: str) -> None:
-        super().__init__(f"{path.name}: {reason} (entry {index}, byte {offset})")
+    If the whole file has another shape, `offset` is None.
+    """
+
+    def __init__(self, path: Path, index: int, offset: int | None, reason: str) -> None:
+        place = "" if offset is None else f" (entry {index}, byte {offset})"
+        super().__init__(f"{path.name}: {reason}{place}")
         self.index = index
 
 
 def read_entries(path: Path, *, progress: Callable[[int], None] | None = None) -> Iterator[Entry]:
-    """Yield every entry of the array in the file, in order. Memory is bounded by one entry and one block.
+    """Yield every entry of the file, in order. Memory is bounded by one entry and one block.
 
-    After each block, `progress` is called with the number of bytes read so far.
+    The file has a JSON array; or JSON lines, one entry after the other; or an object with one array of entries, in
+    `history`, `portfolio_history`, `snapshots` or `signals`. After each block, `progress` is called with the number of
+    bytes read so far.
 
     Raises:
-        Damaged: the path is not a file, or the file is empty, cut off, not an array, or not JSON. All entries before
-            the damage were yielded.
+        Damaged: the path is not a file, or the file is empty, cut off, of another shape, or not JSON. All entries
+            before the damage were yielded.
         OSError: the file cannot be read.
     """
     if not path.is_file():
         raise Damaged(path, 0, 0, "is not a file")
     with path.open("rb") as file:
+        shape = shape_of_bytes(file.read(HEAD_BYTES), path)
+        if shape is not None:
+            raise Damaged(path, 0, None, shape)
+        file.seek(0)
         text = _Text(file, progress)
         index = -1
         try:
-            for index, value in enumerate(text.elements()):
+            for index, value in enumerate(text.entries()):
                 yield Entry(index, value)
         except _Broken as error:
             raise Damaged(path, index + 1, text.offset(error.position), error.reason) from None
+        except _OneObject as error:
+            raise Damaged(path, 0, None, shape_of_object(error.document, path)) from None
+
+
+class _OneObject(Exception):
+    """The text is one object that is not an entry."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        super().__init__()
+        self.document = document
 
 
 class _Broken(Exception):
-    """The text is not a JSON array. `position` is an index into the buffered text."""
+    """The text is not complete JSON. `position` is an index into the buffered text."""
 
     def __init__(self, position: int, reason: str) -> None:
         super().__init__(reason)
@@ -82,6 +115,14 @@ def _number(text: str) -> int | Decimal:
         return Decimal(text)
     except InvalidOperation:
         return Decimal("NaN")  # an exponent beyond Decimal's range; no field accepts NaN
+
+
+def _is_entry(document: Any) -> bool:
+    return any(isinstance(document.get(name), str | int | float | Decimal) for name in ENTRY_TIMES)
+
+
+def _has_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 _DECODER = json.JSONDecoder(parse_float=Decimal)
@@ -115,9 +156,18 @@ class _Text:
         """Return the offset in the file of a position in the buffered text."""
         return self._passed_bytes + len(self._text[:position].encode("utf-8", "surrogateescape"))
 
-    def elements(self) -> Iterator[Any]:
-        if self._next() != "[":
-            raise self._broken("is not a JSON array" if self._next() else "is empty")
+    def entries(self) -> Iterator[Any]:
+        mark = self._next()
+        if mark == "[":
+            yield from self._array()
+        elif mark == "{":
+            yield from self._inside_objects()
+        else:
+            raise self._broken("is not a JSON array" if mark else f"is empty: {_IF_EMPTY}")
+        if self._next():
+            raise self._broken("has data after the end of the array")
+
+    def _array(self) -> Iterator[Any]:
         self._position += 1
         closed = self._next() == "]"
         while not closed:
@@ -128,8 +178,58 @@ class _Text:
             closed = mark == "]"
             self._position += not closed
         self._position += 1
-        if self._next():
-            raise self._broken("has data after the end of the array")
+
+    def _inside_objects(self) -> Iterator[Any]:
+        """Yield the entries of an object with an array of them, or of JSON lines."""
+        array = self._array_in_object()
+        if array is not None:
+            self._position = array
+            yield from self._array()
+            self._read_other_members()
+            return
+        first = self._element()
+        if not self._next() and not _is_entry(first):
+            raise _OneObject(first)
+        yield first
+        while self._next():
+            yield self._element()
+
+    def _array_in_object(self) -> int | None:
+        """Return the position of the array of entries in the object that begins here; None if it has none."""
+        while len(self._text) - self._position < HEAD_BYTES and not self._ended:
+            self._read_more(_BLOCK_BYTES)
+        position: int = self._position + 1
+        while (name := _NAME.match(self._text, position)) is not None:
+            if name[1] == "archived_at":
+                return None  # the object is an archive, and its signals may be like entries
+            array = _ARRAYS.get(name[1])
+            if array is not None and array.match(self._text, name.end()):
+                return name.end()
+            try:
+                value, end = _decode(self._text, name.end())
+            except (json.JSONDecodeError, RecursionError):
+                return None
+            comma = _COMMA.match(self._text, end)
+            if comma is None or _has_objects(value):
+                return None
+            position = comma.end()
+        return None
+
+    def _read_other_members(self) -> None:
+        """Read to the end of the object. Another array of objects in it may have entries too."""
+        while (mark := self._next()) == ",":
+            self._position += 1
+            name = self._element() if self._next() == '"' else None
+            if self._next() != ":":
+                raise self._broken(
+                    "is not JSON: a member of the object is incomplete" if self._next() else "is cut off"
+                )
+            self._position += 1
+            if _has_objects(self._element()):
+                raise self._broken(f"has a second array of objects, '{readable(str(name), 40)}', which was not read")
+        if mark != "}":
+            raise self._broken("is not JSON: a comma or } is missing" if mark else "is cut off")
+        self._position += 1
 
     def _next(self) -> str:
         """Return the next character that is not blank, without consuming it; "" at the end of the file."""

@@ -49,10 +49,11 @@ def snapshot_from(
 ) -> PortfolioSnapshot:
     """Return the snapshot that one entry of portfolio_history.json describes.
 
-    A naive time is local time in `zone` (None: this machine's zone). The entry's own `date` is kept, even if it is not
-    the date of its time. The entry's own portfolio_id overrides the given one. `after` is the instant of the entry
-    before this one. A local time that exists twice means the first instant, unless only the second one is not before
-    `after`. A local time that does not exist is read with the offset from before the gap.
+    Times have one of the forms that `moment_of` reads; a naive time is local time in `zone` (None: this machine's
+    zone). The entry's own `date` is kept, even if it is not the date of its time. The entry's own portfolio_id
+    overrides the given one. `after` is the instant of the entry before this one. A local time that exists twice means
+    the first instant, unless only the second one is not before `after`. A local time that does not exist is read with
+    the offset from before the gap.
 
     Raises:
         InvalidEvent: a field is missing or invalid, or any field, also one with an unknown name, contains NaN or
@@ -203,7 +204,7 @@ def _portfolio(entry: Mapping[str, Any], portfolio_id: int | None) -> int | None
 
 
 def _moment(entry: Mapping[str, Any], field: str, zone: tzinfo | None, after: datetime | None) -> datetime:
-    moment = moment_of(_given(entry, field), field)
+    moment = moment_of(_given(entry, field), field, zone)
     return read_back(moment, zone, after, field) if moment.utcoffset() is None else with_fixed_offset(moment, field)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
-from consumers.db.engine import translated_errors
+from consumers.db.engine import long_read
 from consumers.legacy.json_arrays import Entry
 from consumers.legacy.old_history import ImportSource, Kind
 
@@ -43,8 +43,7 @@ def table_sources(store: Engine) -> list[ImportSource]:
     Raises:
         StoreUnavailable: the database cannot be read now. Reading the entries can raise it too.
     """
-    with translated_errors(), store.connect() as db:
-        db.exec_driver_sql("SET LOCAL statement_timeout = 0")  # counting many rows takes a long time
+    with long_read(store) as db:
         there = [name for name in _TABLES if _columns(db, name)]
         sizes = [db.execute(text(f"SELECT count(*) FROM {name}")).scalar_one() for name in there]  # noqa: S608  # names from _TABLES
     return [_source(store, name, size) for name, size in zip(there, sizes, strict=True)]
@@ -68,10 +67,7 @@ def read_legacy_rows(store: Engine, table: str) -> Iterator[Entry]:
     The numbers are the same on each run as long as no row is deleted. If one is deleted, the numbers of the later rows
     decrease by one; events that are already stored are then still found by their event id.
     """
-    with translated_errors(), store.connect() as db:
-        # Sorting many rows takes a long time, and the import pauses between two rows during an outage.
-        db.exec_driver_sql("SET LOCAL statement_timeout = 0")
-        db.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+    with long_read(store) as db:  # sorting many rows takes a long time, and during an outage the import pauses
         statement = text(_select(table, _columns(db, table)))
         rows = db.execution_options(yield_per=_ROWS_AT_ONCE).execute(statement).scalars()
         for index, row in enumerate(rows):

@@ -38,6 +38,7 @@ _NAME_CHARACTERS = 100
 _DIGEST_CHARACTERS = 32
 CHUNK_WEIGHT = 1000  # entries plus their signals, processed together
 _NULLED = "NaN or Infinity in signals was read as null; verify needs --nan-as-null too"
+_SHOWN_FILES = 3
 _MOST_NOTES = 20  # different notes of one import source: a thousand unknown keys must not print a thousand lines
 
 
@@ -68,7 +69,10 @@ def file_sources(directory: Path) -> list[ImportSource]:
         raise HistoryError(f"{directory}: is not a folder")
     files = history_files(directory)
     if not files:
-        raise HistoryError(f"{directory}: has no {SNAPSHOTS_FILE} and no {archives_file('*')}")
+        beginnings = tuple(name.split(".")[0] for name in (SNAPSHOTS_FILE, archives_file("")))
+        others = sorted(path.name for path in directory.iterdir() if path.name.startswith(beginnings))[:_SHOWN_FILES]
+        more = f", but {' and '.join(others)}: unpack or rename them" if others else ""
+        raise HistoryError(f"{directory}: has no {SNAPSHOTS_FILE} and no {archives_file('*')}{more}")
     return [_file_source(path) for path in files]
 
 

@@ -163,7 +163,8 @@ def _backwards(kind: Kind, side: _Side) -> Iterator[Difference]:
             if row_id not in side.rows:
                 whose = "" if portfolio_id is None else f" of portfolio {portfolio_id}"
                 number = "" if sequence is None else f" {sequence}"
-                reason = f"{instant:%Y-%m-%d %H:%M:%S.%fZ}{whose}, recorded by {source}{number}, has no entry"
+                at = f"{instant.astimezone(UTC):%Y-%m-%d %H:%M:%S.%fZ}"
+                reason = f"{at}{whose}, recorded by {source}{number}, has no entry"
                 yield Difference("unexpected", None, None, _TABLES[kind], row_id, reason)
         if len(rows) < _PAGE_ROWS:
             return

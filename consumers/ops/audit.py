@@ -17,6 +17,7 @@ under a number that another copy had used before it, the event is not checked.
 
 from __future__ import annotations
 
+import socket
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,7 +30,7 @@ from rq.intermediate_queue import IntermediateQueue
 from rq.serializers import JSONSerializer
 from sqlalchemy import TextClause, text
 
-from consumers.db.engine import get_db
+from consumers.db.engine import get_db, long_read
 from producers.acknowledgements import shown
 from producers.entries import OutboxSource
 from producers.events import IMPORT_PREFIX, KINDS
@@ -75,6 +76,9 @@ _GAPS = """
 """
 _NUMBERS = "(SELECT sequence FROM {table} WHERE source = :source AND sequence >= :first ORDER BY sequence)"
 
+_LAST_AT = "SELECT max(created_at) FROM ({times}) AS times"
+_TIMES = "SELECT created_at FROM {table} WHERE source = :source AND sequence = :last"
+
 _IDENTITIES = """
     SELECT sequence, event_id FROM ({events}) AS events WHERE source = :source AND sequence BETWEEN :first AND :last
 """
@@ -97,6 +101,8 @@ class SourceAudit:
     mismatched: numbers under which the database has another event than the outbox.
     shared: the first 10,000 numbers that several events have, because copies of one outbox have used them.
     tail_known: false if events after `last` cannot be checked, because that needs the outbox, or each of its copies.
+    host: this machine's name if the outbox is here, otherwise None: events do not name their host.
+    last_at: when the event with the highest number in the database was decided, or None if there is no event.
     """
 
     source: str
@@ -113,6 +119,8 @@ class SourceAudit:
     shared: list[int]
     copied: bool
     tail_known: bool
+    host: str | None
+    last_at: datetime | None
 
     @property
     def complete(self) -> bool:
@@ -130,16 +138,24 @@ class _Recorded:
     rejected: int = 0
     discarded: int = 0
     last: int = 0
+    last_at: datetime | None = None
     gaps: tuple[tuple[int, int], ...] = ()
     shared: tuple[int, ...] = ()
 
 
+class Audits(list[SourceAudit]):
+    """Results in the order of the sources' names. `left_out` sources have no event since the given time."""
+
+    left_out = 0
+
+
 def audit(
     redis: Redis | None = None, outbox: Outbox | None = None, queue: str = "history", *, since: datetime | None = None
-) -> list[SourceAudit]:
+) -> Audits:
     """Audit every source in the database and in `outbox`. Events in the queue (`redis`, `queue`) are under way.
 
-    `since` (aware) restricts the audit to events recorded at or after it, and to sources that have such events.
+    `since` (aware) restricts the audit to events recorded at or after it, and to sources that have such events. The
+    others are counted in `left_out`.
 
     Raises:
         StoreUnavailable: the database cannot be read now.
@@ -152,11 +168,12 @@ def audit(
     queued = {} if redis is None else _numbers_in_queue(redis, queue)
     recorded = _recorded(since)
     lasts = {} if outbox is None else {source.full_name: source.last_sequence for source in outbox.sources()}
-    audits = []
+    audits = Audits()
     for name in sorted(recorded.keys() | kept.keys()):
         found = recorded.get(name) or _Recorded(_first_number(name))
         if name not in kept and found.last < found.first:
-            continue  # it has recorded nothing since then
+            audits.left_out += 1  # it has recorded nothing since then
+            continue
         one = _audited(
             name,
             found,
@@ -206,17 +223,19 @@ def _audited(
         shared=list(found.shared),
         copied=copied,
         tail_known=kept is not None and not copied,
+        host=None if kept is None else socket.gethostname(),
+        last_at=found.last_at,
     )
 
 
 def _recorded(since: datetime | None) -> dict[str, _Recorded]:
     """Read the numbers of each source from one snapshot of the database."""
-    with get_db() as db:
+    with long_read() as db:
         # Otherwise an event that is stored meanwhile could be counted in one query and missing in the next.
-        db.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY")
         found = {}
         gaps_of = text(_GAPS.format(numbers=_of_all_tables(_NUMBERS)))
         shared_of = text(_SHARED.format(events=_of_all_tables(_EVENTS)))
+        last_at_of = text(_LAST_AT.format(times=_of_all_tables(_TIMES)))
         for row in db.execute(_counts(since), {} if since is None else {"since": since}):
             first = _first_number(row.source) if row.last_before is None else row.last_before + 1
             steps = db.execute(gaps_of, {"source": row.source, "first": first}).all()
@@ -232,6 +251,7 @@ def _recorded(since: datetime | None) -> dict[str, _Recorded]:
                 rejected=int(row.rejected),
                 discarded=int(row.discarded),
                 last=row.last,
+                last_at=db.scalar(last_at_of, {"source": row.source, "last": row.last}),
                 gaps=gaps,
                 shared=tuple(shared),
             )

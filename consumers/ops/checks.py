@@ -64,6 +64,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
+def counted(count: int, what: str) -> str:
+    """Return a number with its noun, such as `1 event` or `2 events`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def size(count: float) -> str:
     """Return a number of bytes as text: in MiB below 1 GiB, in GiB above."""
     return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"

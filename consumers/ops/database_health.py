@@ -2,44 +2,57 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from psycopg2 import ProgrammingError
-from psycopg2.extensions import parse_dsn
 from pydantic import SecretStr
 from sqlalchemy import Connection, Row
-from sqlalchemy.engine import URL
 
 from consumers.db import state_queries
 from consumers.db.engine import create_store_engine, translated_errors
-from consumers.db.schema import encoding_advice, outdated_schema_problem
-from consumers.db.schema_comparison import is_reader, lacking_privileges, schema_differences
+from consumers.db.logins import missing_logins
+from consumers.db.schema import creation_advice, encoding_advice, outdated_schema_problem, place_of_tables
+from consumers.db.schema_comparison import is_reader, lacking_privileges, schema_differences, schemas_with_tables
 from consumers.errors import StoreUnavailable
 from consumers.ops.checks import HealthCheck, State, check_result, checks_or_error, duration
 from consumers.ops.masking import Mask
-from producers.errors import SettingsError
+from consumers.settings import LoginSettings
 
 _STATEMENT_SECONDS = 2.0
 _LOCK_SECONDS = 0.5
 _OLDEST_VERSION = 140000
 _CLOCK_SECONDS = 5.0
 _WRONG_CLOCK_SECONDS = 300.0
+_CONNECTION_ADVICE = (
+    (
+        "unsupported startup parameter",
+        "this is a pooler, such as pgbouncer, and it refuses startup options: remove options= from DATABASE_URL, and"
+        " PGOPTIONS. For a search_path, write schema=NAME in DATABASE_URL",
+    ),
+    (
+        "no such (user|database)|Tenant or user not found",
+        "this is a pooler whose own list has no such user or database: correct the name in DATABASE_URL or there",
+    ),
+    (
+        "(password|SASL) authentication failed|no password supplied|wrong password",
+        "correct the user or password in DATABASE_URL or the POSTGRES_ variables",
+    ),
+)
 
 
-def database_checks(url: SecretStr, mask: Mask) -> Iterator[HealthCheck]:
-    """Yield the checks of the server, then those of its tables.
+def database_checks(url: SecretStr, mask: Mask, wanted: LoginSettings) -> Iterator[HealthCheck]:
+    """Yield the checks of the server, then those of its tables, and of the logins that are `wanted`.
 
     Raises:
         SettingsError: the URL is invalid.
         StoreUnavailable: PostgreSQL does not answer, or refuses the login.
     """
     store = create_store_engine(url, statement_timeout_seconds=_STATEMENT_SECONDS)
-    _check_options(store.url)
+    began = time.monotonic()
     try:
-        began = time.monotonic()
         with translated_errors(), store.connect() as db:
             with db.begin():
                 before = time.time()
@@ -52,18 +65,24 @@ def database_checks(url: SecretStr, mask: Mask) -> Iterator[HealthCheck]:
             yield from tables
             if any(one.state != "fail" for one in tables):  # otherwise the tables are missing or have other columns
                 yield from _read_check("privileges", db, _privileges, mask)
+                if wanted.model_fields_set:
+                    yield from _read_check("logins", db, partial(_logins, wanted), mask)
                 yield from _read_check("rejected in the last day", db, _rejections, mask)
+    except StoreUnavailable as error:
+        message = mask.masked_first_line(error)
+        if (advice := connection_advice(message)) is None:
+            raise
+        yield HealthCheck("PostgreSQL", "fail", message, advice)
     finally:
         store.dispose()
 
 
-def _check_options(url: URL) -> None:
-    """Raise SettingsError for an unknown option. libpq's own message may contain a part of the password."""
-    for option in url.query:
-        try:
-            parse_dsn(f"{option}=value")
-        except ProgrammingError:
-            raise SettingsError("DATABASE_URL: an option after the ? is not an option of PostgreSQL") from None
+def connection_advice(message: str) -> str | None:
+    """Return what to do about the message of a refused connection, or None if no advice fits it better than any other.
+
+    A pooler answers in place of the server, so its messages do not concern the password.
+    """
+    return next((advice for pattern, advice in _CONNECTION_ADVICE if re.search(pattern, message)), None)
 
 
 def _read_check(
@@ -119,18 +138,12 @@ def clock_check(ahead_seconds: float) -> HealthCheck:
 def _tables(db: Connection) -> HealthCheck:
     """Compare the tables with schema.sql. Additional columns and indexes are fine."""
     name = "tables"
-    if db.exec_driver_sql("SELECT current_schema()").scalar_one() is None:
-        problem, advice = (
-            "this role may use no schema of its search_path",
-            "run GRANT USAGE ON SCHEMA public TO the role",
-        )
-        return HealthCheck(name, "fail", problem, advice)
     found = schema_differences(db)
     if found.old_tables:
         problem = f"tables of the old shape: {', '.join(found.old_tables)}"
         return HealthCheck(name, "fail", problem, "run trading-history init-db --adopt-legacy")
     if found.tables:
-        return HealthCheck(name, "fail", f"missing: {', '.join(found.tables)}", "run trading-history init-db")
+        return _missing_tables(db, found.tables)
     if problem := outdated_schema_problem(found.comment) or "":
         return HealthCheck(name, "fail", problem, "run trading-history init-db")
     if found.columns:
@@ -139,18 +152,50 @@ def _tables(db: Connection) -> HealthCheck:
         )
     problem = f"indexes missing or invalid: {', '.join(found.indexes)}" if found.indexes else ""
     advice = "drop the invalid ones with DROP INDEX, then run trading-history init-db"
-    return check_result(name, "all tables, columns and indexes of schema.sql", problem, advice=advice, state="warn")
+    complete = f"all tables, columns and indexes of schema.sql, in schema {' and '.join(found.schemas)}"
+    return check_result(name, complete, problem, advice=advice, state="warn")
+
+
+def _missing_tables(db: Connection, tables: list[str]) -> HealthCheck:
+    """Return the failed check: the tables may be in another schema, or this role may not create them."""
+    place, others = place_of_tables(db), schemas_with_tables(db)
+    problem = "this role may use no schema of its search_path"
+    if place.schema is not None:
+        problem = f"missing in schema {place.quoted}: {', '.join(tables)}"
+    if not others:
+        return HealthCheck("tables", "fail", problem, creation_advice(place) or "run trading-history init-db")
+    problem += f"; tables of these names are in schema {' and '.join(others)}"
+    schema = next((name for name in others if others[name]), next(iter(others)))
+    steps = []
+    if not others[schema]:
+        steps.append(f"as the owner of the schema, run GRANT USAGE ON SCHEMA {schema} TO {place.role}")
+    if schema not in place.closed:
+        steps.append(
+            f"write schema={schema} in DATABASE_URL, or run"
+            f" ALTER ROLE {place.role} IN DATABASE {place.database} SET search_path = {schema}"
+        )
+    return HealthCheck("tables", "fail", problem, "; then ".join(steps))
 
 
 def _privileges(db: Connection) -> HealthCheck:
     """Check the privileges of a worker. The API's role may have fewer: it only reads."""
-    role = db.exec_driver_sql("SELECT current_user").scalar_one()
+    role = db.exec_driver_sql("SELECT quote_ident(current_user)").scalar_one()
     lacking = lacking_privileges(db)
     if lacking and not any(one.startswith("SELECT") for one in lacking) and is_reader(db):
         return HealthCheck("privileges", "ok", f"{role} may only read: enough for the API, not for a worker")
     grants = "; ".join(f"GRANT {one} TO {role}" for one in lacking)
     problem = f"{role} lacks {'; '.join(lacking)}" if lacking else ""
     return check_result("privileges", f"{role} has all privileges of a worker", problem, advice=grants)
+
+
+def _logins(wanted: LoginSettings, db: Connection) -> HealthCheck:
+    """Check that the logins exist whose passwords are set, and otherwise that this role may create them."""
+    missing = missing_logins(db, wanted)
+    remedies = [remedy for _, remedy in missing if remedy]
+    grants = f"as an administrator of the server, run {'; '.join(dict.fromkeys(remedies))}; then " if remedies else ""
+    problem = "; ".join(lacking for lacking, _ in missing)
+    advice = f"{grants}run trading-history init-db"
+    return check_result("logins", "each login with a password in the settings exists", problem, advice=advice)
 
 
 def _rejections(db: Connection) -> HealthCheck:

@@ -19,7 +19,7 @@ from consumers.ops.masking import Mask
 from consumers.ops.outbox_health import has_outbox, outbox_copy_checks, outbox_file_checks, outbox_of_settings
 from consumers.ops.redis_health import redis_checks
 from consumers.ops.settings_health import DATABASE, REDIS, has_database_driver, rq_checks, setting_checks
-from consumers.settings import StoreSettings
+from consumers.settings import LoginSettings, StoreSettings
 from producers.errors import OutboxOutdated, SettingsError
 from producers.settings import TransportSettings, read_environment
 
@@ -102,7 +102,7 @@ def _database(mask: Mask) -> Iterator[HealthCheck]:
     # Imported here, because a controller's host has no database driver.
     from consumers.ops.database_health import database_checks
 
-    return database_checks(StoreSettings.from_environment().url(), mask)
+    return database_checks(StoreSettings.from_environment().url(), mask, LoginSettings.from_environment())
 
 
 def _redis(mask: Mask) -> Iterator[HealthCheck]:

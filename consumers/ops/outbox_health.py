@@ -10,20 +10,26 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from redis import Redis, RedisError
+from redis import AuthenticationError, Redis, RedisError
+from rq import Queue
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from consumers.ops.checks import HealthCheck, State, check_result, duration, size
+from consumers.ops.checks import HealthCheck, State, check_result, counted, duration, size
+from consumers.ops.redis_errors import is_unreachable, redis_problem
 from producers.acknowledgements import shown
 from producers.entries import EntryHead
 from producers.errors import OutboxError
 from producers.outbox import MAX_BYTES, Outbox
+from producers.outbox_place import check_is_no_folder
 from producers.outbox_salvage import ranges_text
 from producers.redis_keys import token_key
 from producers.rq_queue import without_acknowledgement
 from producers.settings import TransportSettings
 
 OUTBOX_LATE_SECONDS = 600.0
+INCLUDED = " (discarded ones included)"  # an outbox does not learn that an operator has discarded a rejection
 _VERY_LATE_SECONDS = 86400.0
 _HIGH_SHARE = 0.5  # from here on settled entries are removed: a fuller outbox is full of unsettled ones
 _FULL_SHARE = 0.9
@@ -62,7 +68,7 @@ class OutboxHealth:
             found += "; no process sends them"
             advice = "start the controller or trading-history relay, or run trading-history outbox flush"
         yield HealthCheck("outbox", self.state, found, "" if self.state == "ok" else advice)
-        problem = str(self.rejected) if self.rejected else ""
+        problem = f"{self.rejected}{INCLUDED}" if self.rejected else ""
         advice = "run trading-history failed list on a machine that reaches the database"
         yield check_result("outbox rejections", "none", problem, advice=advice, state="warn")
         share = self.used_bytes / MAX_BYTES
@@ -140,7 +146,8 @@ def _without_acknowledgement_before(redis: Redis, heads: Sequence[EntryHead], de
 
 
 def has_outbox(path: Path) -> bool:
-    """Return whether the outbox file exists. Raises OutboxError if that cannot be found out."""
+    """Return whether the outbox file exists. Raises OutboxError if that cannot be found out, or if it is a folder."""
+    check_is_no_folder(path)
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -160,6 +167,36 @@ def _is_relayed(outbox: Outbox) -> bool:
         return not lock.acquire()
     finally:
         lock.release()
+
+
+def unsettled_reason(damaged: Sequence[Path], *, if_away: str, otherwise: str) -> str:
+    """Return why entries are pending or sent, as far as this machine can find out, and what to do.
+
+    `damaged` are files that are not salvaged yet. `if_away` is the advice if Redis cannot be reached, `otherwise` the
+    one if a worker is there.
+
+    Raises:
+        SettingsError: REDIS_URL is not set or not valid.
+    """
+    if damaged:
+        files = ", ".join(map(str, damaged))
+        return f"Not salvaged yet: {files}. Start the controller or trading-history relay: either salvages them."
+    settings = TransportSettings.from_environment()
+    try:
+        with settings.redis() as redis:
+            jobs = Queue(settings.queue, connection=redis).count
+            keys: Any = redis.smembers(WORKERS_BY_QUEUE_KEY % settings.queue)
+            states = {redis.hget(key, "state") for key in keys}
+    except RedisError as error:
+        if not is_unreachable(error) or isinstance(error, AuthenticationError):
+            return f"Redis cannot be used: {redis_problem(error)}."
+        return f"Redis cannot be reached ({type(error).__name__}). {if_away}"
+    waits = f"Queue {settings.queue} has {counted(jobs, 'waiting job')}"
+    if not keys:
+        return f"{waits} and no worker. Start one: trading-history worker"
+    if states == {b"waiting for the database"}:
+        return f"{waits}, and its workers wait for the database: run trading-history doctor on a worker's host."
+    return f"{waits} and {counted(len(keys), 'worker')}. {otherwise}"
 
 
 def outbox_file_checks(path: Path) -> Iterator[HealthCheck]:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from redis.exceptions import AuthenticationError, DataError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import DataError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from consumers.errors import StoreUnavailable
+from consumers.errors import StoreUnavailable, first_line
 from producers.errors import SettingsError
+from producers.redis_url import is_forbidden
+
+
+def redis_problem(error: RedisError) -> str:
+    """Return in one line what failed and what to do about it, as far as that is known."""
+    if isinstance(error, AuthenticationError):
+        advice = "correct user and password in REDIS_URL"
+    elif is_unreachable(error):
+        advice = "check that Redis runs, and host and port in REDIS_URL"
+    else:
+        return first_line(error)
+    return f"{first_line(error).rstrip('.')}: {advice}"
 
 
 def is_unreachable(error: Exception) -> bool:
@@ -21,8 +33,13 @@ def is_wrong_type(error: object) -> bool:
 
 
 def is_redis_outage(error: BaseException) -> bool:
-    """Return whether Redis itself failed. False for a key of the wrong type or a value that redis-py cannot encode."""
-    return isinstance(error, RedisError) and not isinstance(error, DataError) and not is_wrong_type(error)
+    """Return whether Redis itself failed.
+
+    False for a key of the wrong type, a value that redis-py cannot encode, and a command that this user may not run.
+    """
+    if not isinstance(error, RedisError) or isinstance(error, DataError):
+        return False
+    return not is_wrong_type(error) and not is_forbidden(error)
 
 
 def is_caused_by_job(error: BaseException) -> bool:

@@ -73,8 +73,7 @@ def _database() -> Iterator[HealthCheck]:
         advice = "run pip install '.[worker]' in a clone, unless only a controller runs here"
         yield HealthCheck(DATABASE, "warn", found, advice)
     elif settings.is_set:
-        names = [name for name in read_environment() if name.startswith("POSTGRES_")]
-        names = ["DATABASE_URL"] if settings.database_url is not None else sorted(names)
+        names = sorted(StoreSettings.model_fields[field].alias or field for field in settings.model_fields_set)
         yield HealthCheck(DATABASE, "ok", f"{_database_place(settings)} ({_origin(*names)})")
     elif not redis_is_set:
         yield HealthCheck(DATABASE, "ok", "not set, and Redis neither: using the embedded servers")
@@ -127,5 +126,6 @@ def _database_place(settings: StoreSettings) -> str:
 
 
 def _origin(*variables: str) -> str:
-    origins = sorted({"environment" if os.environ.get(name) else ".env" for name in variables})
+    found = read_environment()
+    origins = sorted({"environment" if os.environ.get(name) == found.get(name) else ".env" for name in variables})
     return f"{', '.join(variables)} from {' and '.join(origins)}"

@@ -13,6 +13,7 @@ from consumers.db.row_counts import quick_counts
 from consumers.db.waits import DatabaseWaits
 from consumers.errors import StoreUnavailable
 from consumers.ops.health import HealthReader, Reading
+from consumers.ops.redis_errors import redis_problem
 from producers.errors import OutboxError
 
 _COUNTING_SECONDS = 30.0  # enough for a slow disk
@@ -63,4 +64,6 @@ def _problem(reading: Reading[Any]) -> str | None:
         return None
     if not isinstance(error, StoreUnavailable | RedisError | OutboxError | TimeoutError):
         raise error
-    return f"{type(error).__name__}: {error}" if isinstance(error, RedisError) else str(error)
+    if isinstance(error, StoreUnavailable):
+        return error.with_advice()
+    return f"{type(error).__name__}: {redis_problem(error)}" if isinstance(error, RedisError) else str(error)

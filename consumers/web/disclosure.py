@@ -12,7 +12,7 @@ from hashlib import blake2b
 from redis import RedisError
 from sqlalchemy.exc import DBAPIError
 
-from consumers.errors import StoreUnavailable
+from consumers.errors import StoreUnavailable, first_line
 from producers.errors import OutboxError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _KEY = secrets.token_bytes(16)
 
 def disclosed(error: Unreadable) -> str:
     """Log `error` in full, and return a text without details that ends with the reference of the log line."""
-    reason = f"{type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {first_line(error) if isinstance(error, RedisError) else error}"
     reference = blake2b(reason.encode("utf-8", "replace"), key=_KEY, digest_size=4).hexdigest()
     logger.warning("a read failed (reference %s): %s", reference, reason)
     return f"{_summary(error)} The API's log has the reason (reference {reference})."

@@ -10,8 +10,11 @@ from producers.errors import HistoryError
 DASHBOARD_PORT = 9181  # rq-dashboard's own default
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening TCP socket. Port 0 takes any free port.
+PORT_ADVICE = "choose another address with --host and --port"
+
+
+def listen(host: str, port: int, *, advice: str = "") -> socket.socket:
+    """Return a listening TCP socket. Port 0 takes any free port. An error ends with `advice`.
 
     Raises:
         HistoryError: The address cannot be used.
@@ -21,7 +24,7 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]  # Python appends the address
-        raise HistoryError(f"cannot listen at {host} port {port}: {reason}") from error
+        raise HistoryError(f"cannot listen at {host} port {port}: {reason}{advice and '; '}{advice}") from error
 
 
 def url_of(listening: socket.socket) -> str:

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 
 from consumers.db.engine import get_db
 from consumers.db.inserts import find_row, insert_events
-from consumers.db.outcomes import OutcomeRow, forget_outcomes, record_outcomes
+from consumers.db.outcomes import OutcomeRow, discarded, forget_outcomes, record_outcomes
 from consumers.errors import EventConflict, PoisonEvent, StoreUnavailable, UnsupportedJob, described
 from consumers.ops.metrics import COUNTS, UNKNOWN_TYPE
 from consumers.worker.deliveries import Delivery
@@ -31,6 +31,7 @@ from producers.errors import HistoryError, InvalidEvent, SettingsError
 from producers.events import IMPORT_PREFIX, KINDS, MAX_EVENT_BYTES, Event, Source, decode, has_bounded_structure
 from producers.fields import EventId
 from producers.fields import Sequence as SequenceNumber
+from producers.trace_context import TraceContext, trace_of
 
 # A child of RQ's logger, so that a stock worker, which sets up RQ's logger, shows these lines too.
 logger = logging.getLogger("rq.worker.history")
@@ -50,15 +51,25 @@ _EVENT_ID: TypeAdapter[UUID] = TypeAdapter(EventId)
 
 
 class Result(NamedTuple):
-    """A decided delivery, committed to the database. `error` is set if, and only if, it was rejected."""
+    """A decided delivery, committed to the database. `error` is set if, and only if, it was rejected.
+
+    `discarded` is true if an operator had discarded the rejection before: the job needs nobody's attention then.
+    """
 
     job_id: str
     outcome: Outcome
     source: str | None
     sequence: int | None
     event_id: UUID | None
+    trace: TraceContext | None
     event_type: str
     error: HistoryError | None = None
+    discarded: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether the job belongs into RQ's failed registry."""
+        return self.error is not None and not self.discarded
 
     @property
     def label(self) -> str:
@@ -77,18 +88,28 @@ class Deferred(NamedTuple):
     source: str | None
     sequence: int | None
     event_id: UUID | None
+    trace: TraceContext | None
     event_type: str
 
 
-def log_fields(delivery: Result | Deferred) -> dict[str, Any]:
-    """Return the fields of a log line about one delivery, for `extra`."""
-    return {
-        "event_id": delivery.event_id,
-        "job_id": delivery.job_id,
-        "source": delivery.source,
-        "sequence": delivery.sequence,
-        "outcome": delivery.label if isinstance(delivery, Result) else None,
-    }
+class EventLogger(logging.LoggerAdapter[logging.Logger]):
+    """Logger of lines about one delivery. They have its fields, and their text ends with its trace context."""
+
+    def __init__(self, logger: logging.Logger, delivery: Result | Deferred) -> None:
+        fields = {
+            "event_id": delivery.event_id,
+            "job_id": delivery.job_id,
+            "source": delivery.source,
+            "sequence": delivery.sequence,
+            "outcome": delivery.label if isinstance(delivery, Result) else None,
+            **(delivery.trace.attributes() if delivery.trace else {}),
+        }
+        super().__init__(logger, fields)
+        self._end = f" ({delivery.trace})".replace("%", "%%") if delivery.trace else ""
+
+    def process(self, msg: str, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
+        """Add the end of the text and the fields. `msg` is a format with at least one value."""
+        return msg + self._end, {**kwargs, "extra": self.extra}
 
 
 def process_batch(
@@ -151,13 +172,18 @@ def _process_together(deliveries: Sequence[Delivery], statement_seconds: float |
             else:
                 assert not isinstance(event, HistoryError)
                 outcome = Outcome("stored" if answer.created else "duplicate", answer.row_id)
-                result = Result(delivery.job_id, outcome, event.source, event.sequence, event.id, event.type)
+                result = Result(
+                    delivery.job_id, outcome, event.source, event.sequence, event.id, event.trace, event.type
+                )
                 results.append(result)
                 # If this delivery made the row itself, in an earlier attempt, then that is not recorded as a duplicate.
                 if (answer.source, answer.sequence) != (event.source, event.sequence):
                     outcomes.append(_outcome_of(result))
         noted = {outcome.job_id for outcome in outcomes}
         record_outcomes(db, outcomes)
+        if rejected := [result.job_id for result in results if result.error is not None]:
+            known = discarded(db, rejected)
+            results = [result._replace(discarded=result.job_id in known) for result in results]
         forget_outcomes(db, [result.job_id for result in results if result.job_id not in noted])
     for report in (partial(_count, events, results, time.monotonic() - started), partial(_log, events, results)):
         report_safely(report)
@@ -198,13 +224,13 @@ def _outcome_of(result: Result, text: Any = None) -> OutcomeRow:
 
 def _stored_before(db: Connection, delivery: Delivery) -> Result | None:
     """Return the result of an earlier attempt whose row was committed before its worker crashed; else None."""
-    source, sequence, event_id = _reference_of(delivery.text)
-    if source is None or sequence is None or event_id is None:
+    reference = _reference_of(delivery.text)
+    if reference.source is None or reference.sequence is None or reference.event_id is None:
         return None
-    row_id = find_row(db, source, sequence, event_id)
+    row_id = find_row(db, reference.source, reference.sequence, reference.event_id)
     if row_id is None:
         return None
-    return Result(delivery.job_id, Outcome("stored", row_id), source, sequence, event_id, _event_type(delivery))
+    return Result(delivery.job_id, Outcome("stored", row_id), *reference, _event_type(delivery))
 
 
 def _event_type(delivery: Delivery) -> str:
@@ -226,8 +252,10 @@ def _count(events: Sequence[Event | HistoryError], results: Sequence[Result], se
 def _log(events: Sequence[Event | HistoryError], results: Sequence[Result]) -> None:
     """Log each rejection, and the totals of a batch. Log an accepted event that came alone; others only at DEBUG."""
     for result in results:
-        if result.error is not None:
-            logger.error("rejected job %s: %s", result.job_id, result.outcome.reason, extra=log_fields(result))
+        if result.failed:
+            EventLogger(logger, result).error("rejected job %s: %s", result.job_id, result.outcome.reason)
+        elif result.discarded:
+            EventLogger(logger, result).info("job %s was discarded before and stays rejected", result.job_id)
     if len(results) > 1:
         stored, duplicates = (sum(one.outcome.kind == kind for one in results) for kind in ("stored", "duplicate"))
         rejected = len(results) - stored - duplicates
@@ -237,7 +265,7 @@ def _log(events: Sequence[Event | HistoryError], results: Sequence[Result]) -> N
         for event, result in zip(events, results, strict=True):
             if result.error is None and not isinstance(event, HistoryError):
                 what = (result.outcome.kind, event.id, event.data.summary, result.outcome.row_id)
-                logger.log(each, "%s event %s: %s as row %d", *what, extra=log_fields(result))
+                EventLogger(logger, result).log(each, "%s event %s: %s as row %d", *what)
 
 
 def acknowledgements(results: Iterable[Result]) -> dict[str, list[str]]:
@@ -252,20 +280,26 @@ def acknowledgements(results: Iterable[Result]) -> dict[str, list[str]]:
     return by_source
 
 
-EventReference = tuple[str | None, int | None, UUID | None]  # source, sequence, event id
+class EventReference(NamedTuple):
+    """Attributes of an event whose text need not be valid; None for each that is unreadable."""
+
+    source: str | None = None
+    sequence: int | None = None
+    event_id: UUID | None = None
+    trace: TraceContext | None = None
 
 
 def _reference_of(text: Any) -> EventReference:
-    """Return the source, sequence and event id in a text that need not be valid; None for each that is unreadable."""
     try:
         document = _document(text) if isinstance(text, str) else None
         attributes = document if isinstance(document, dict) else {}
         source, sequence, event_id = (attributes.get(name) for name in ("source", "sequence", "id"))
-        return _checked(_SOURCE, source), _checked(_SEQUENCE, sequence), _checked(_EVENT_ID, event_id)
+        checked = _checked(_SOURCE, source), _checked(_SEQUENCE, sequence), _checked(_EVENT_ID, event_id)
+        return EventReference(*checked, trace_of(attributes))
     except KeyboardInterrupt:
         raise
     except BaseException:  # anything that a JSON parser can raise
-        return None, None, None
+        return EventReference()
 
 
 def _document(text: str) -> Any:

@@ -29,7 +29,7 @@ from consumers.errors import described
 from consumers.ops.metrics import COUNTS
 from consumers.ops.redis_errors import is_caused_by_job
 from consumers.worker import scripts
-from consumers.worker.batch import Deferred, Result, acknowledgements, log_fields, report_safely
+from consumers.worker.batch import Deferred, EventLogger, Result, acknowledgements, report_safely
 from consumers.worker.deliveries import ReservedJob, displayable_call
 from consumers.worker.dependents import BoundedJob, Dependents
 from consumers.worker.reservations import JOB_PREFIX, Reservations, log_quarantined
@@ -115,7 +115,8 @@ class Completion:
             return
         run = self._run(started_at)
         try:
-            self._write(results, [(jobs[one.job_id], one.error) for one in results if one.error], jobs, run)
+            failed = [(jobs[one.job_id], one.error) for one in results if one.error and one.failed]
+            self._write(results, failed, jobs, run)
         except BaseException as error:
             if not is_caused_by_job(error):
                 raise
@@ -151,7 +152,7 @@ class Completion:
         jobs: Mapping[str, ReservedJob],
         run: _Run,
     ) -> None:
-        succeeded = [one for one in results if one.error is None]
+        succeeded = [one for one in results if not one.failed]
         completed = [one.job_id for one in results] or [job.job_id for job, _ in failed]
         dead_letters, calls = self._failed(failed, run)
         finished = self._finished(succeeded, jobs, run)
@@ -286,8 +287,8 @@ class Completion:
     def _fail_by_id(self, decided: Result | Deferred, error: BaseException) -> None:
         """Complete a delivery whose records cannot be written: acknowledge and release it, and list it as failed."""
         message = "cannot write RQ's records of job %s; it is listed as failed without details"
-        report = partial(logger.error, message, decided.job_id)
-        report_safely(partial(report, exc_info=error, extra=log_fields(decided)))
+        event_logger = EventLogger(logger, decided)
+        report_safely(partial(event_logger.error, message, decided.job_id, exc_info=error))
         failed = {"id": decided.job_id, "ttl": _FOR_EVER, "fields": []}
         batch = _Batch([decided.job_id], failed=[failed])
         try:
@@ -297,7 +298,7 @@ class Completion:
             if not is_caused_by_job(another):
                 raise
             message = "cannot acknowledge job %s; its producer sends the event again: %s"
-            report_safely(partial(logger.error, message, decided.job_id, described(another)))
+            report_safely(partial(event_logger.error, message, decided.job_id, described(another)))
             self._run_script(batch)
 
     def _run(self, started_at: datetime) -> _Run:

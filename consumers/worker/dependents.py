@@ -14,9 +14,10 @@ from rq.job import Job, validate_job_id
 from rq.rate_limit import RateLimitRegistry, release_slot
 from rq.serializers import JSONSerializer
 
-from consumers.errors import OversizedJob, UnsupportedJob
+from consumers.errors import OversizedJob, UnsupportedJob, first_line
 from consumers.ops.redis_errors import is_redis_outage
 from consumers.worker.deliveries import decompressed_call
+from producers.redis_url import is_forbidden
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +61,9 @@ class Dependents:
         except Exception as error:
             if is_redis_outage(error):
                 raise
-            # Another program can have written the keys, and RQ raises errors of any class.
-            reason = type(error).__name__
+            # Another program can have written the keys, and RQ raises errors of any class. The dependents may be jobs
+            # of another queue, which this user of Redis may not be allowed to write.
+            reason = first_line(error) if is_forbidden(error) else type(error).__name__
             logger.error("RQ cannot enqueue the dependents of job %s; they stay deferred: %s", job_id, reason)
 
     def free_slots(self) -> None:

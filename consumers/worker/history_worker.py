@@ -17,10 +17,13 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack, suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+import click
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -37,13 +40,16 @@ from rq.worker import DequeueStrategy, SimpleWorker
 
 from consumers.db.engine import limit_statements
 from consumers.db.waits import DatabaseWaits
+from consumers.errors import first_line
 from consumers.ops.redis_errors import is_unreachable, is_wrong_type
 from consumers.process_setup import TESTED_RQ, on_stop_signals, write_json_if_set
-from consumers.settings import MetricsSettings
+from consumers.settings import MetricsSettings, StoreSettings
 from consumers.worker.maintenance import Maintenance
 from consumers.worker.shared_state import SharedState
 from consumers.worker.worker_thread import WAIT_SECONDS, Limits, WorkerThread, reconnect_seconds
 from producers.errors import HistoryError, SettingsError
+from producers.redis_url import is_forbidden
+from producers.settings import KeyPrefixSettings
 
 logger = logging.getLogger(__name__)
 
@@ -68,20 +74,24 @@ class HistoryWorker(SimpleWorker):
         SettingsError: there is more than one queue, or this version of RQ is outside the tested range.
     """
 
+    _address_is_forbidden = False  # noted once; RQ asks while the object is created
+
     def __init__(self, queues: Any, *args: Any, metrics: MetricsSettings | None = None, **kwargs: Any) -> None:
-        if not VERSION.startswith(TESTED_RQ):
-            raise SettingsError(
-                f"HistoryWorker was tested with RQ {', '.join(TESTED_RQ)}, but RQ {VERSION} is installed:"
-                " install a tested version, or use RQ's own worker (rq worker --serializer json history)"
-            )
+        with _one_line_in_rqs_commands():
+            if not VERSION.startswith(TESTED_RQ):
+                raise SettingsError(
+                    f"HistoryWorker was tested with RQ {', '.join(TESTED_RQ)}, but RQ {VERSION} is installed:"
+                    " install a tested version, or use RQ's own worker (rq worker --serializer json history)"
+                )
         kwargs["serializer"] = JSONSerializer
         if _is_in_rqs_pool() and kwargs.get("prepare_for_work", True):
             _reset_stop_signals()
         super().__init__(_json_queues(queues), *args, **kwargs)
         if not self.queues and not kwargs.get("prepare_for_work", True):
             return  # RQ's commands create such objects only to read the state of other workers
-        if len(self.queues) != 1:
-            raise SettingsError("HistoryWorker takes exactly one queue: start one worker for each queue")
+        with _one_line_in_rqs_commands():
+            if len(self.queues) != 1:
+                raise SettingsError("HistoryWorker takes exactly one queue: start one worker for each queue")
         self._queue = self.queues[0]
         self.worker_ttl = min(self.worker_ttl, _REGISTERED_SECONDS)
         self._stopping = threading.Event()
@@ -113,9 +123,12 @@ class HistoryWorker(SimpleWorker):
             Whether a job was completed.
 
         Raises:
-            SettingsError: a setting cannot be read.
+            SettingsError: a setting cannot be read, or no database is set. In RQ's own commands it becomes SystemExit.
         """
-        write_json_if_set()
+        with _one_line_in_rqs_commands():
+            write_json_if_set()
+            KeyPrefixSettings.from_environment()
+            StoreSettings.from_environment().url()  # otherwise the first event would end the worker
         limit_statements(STATEMENT_SECONDS)
         gc.freeze()  # the garbage collector need not scan modules and classes again
         self._install_signal_handlers()
@@ -238,9 +251,17 @@ class HistoryWorker(SimpleWorker):
     def _set_ip_address(self, connection: Redis) -> None:
         """Ask Redis for this worker's address, as RQ does when the object is created; tolerate that Redis is away."""
         try:
-            super()._set_ip_address(connection)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # RQ warns if CLIENT is forbidden
+                super()._set_ip_address(connection)
         except RedisError:
             self.ip_address = "unknown"
+        except Warning:
+            self.ip_address = "unknown"
+            if not self._address_is_forbidden:
+                message = "worker %s: RQ's list will not show its address, because Redis forbids CLIENT"
+                logger.warning(message, self.name)
+            self._address_is_forbidden = True
 
     @property
     def connection_timeout(self) -> int:
@@ -248,7 +269,14 @@ class HistoryWorker(SimpleWorker):
         return WAIT_SECONDS + 9
 
     def _pubsub_exception_handler(self, exc: Exception, *thread: Any) -> None:
-        """Keep the thread that listens for commands alive after a timeout. RQ's own handler ends it."""
+        """Keep the thread that listens for commands alive after a timeout, and end it if Redis forbids to listen.
+
+        RQ's own handler ends it after a timeout, and with a traceback.
+        """
+        if is_forbidden(exc):
+            logger.warning("worker %s does not receive RQ's commands: %s", self.name, first_line(exc))
+            thread[-1].stop()
+            return
         lost = RedisConnectionError("no answer in time") if isinstance(exc, RedisTimeoutError) else exc
         super()._pubsub_exception_handler(lost, *thread)
 
@@ -314,6 +342,17 @@ class HistoryWorker(SimpleWorker):
         except RedisError as error:
             message = "worker %s could not remove its registration, which expires within 2 minutes: %s"
             logger.warning(message, self.name, type(error).__name__)
+
+
+@contextmanager
+def _one_line_in_rqs_commands() -> Iterator[None]:
+    """In RQ's own commands, which show the traceback of any error, end with the message in one line and status 1."""
+    try:
+        yield
+    except SettingsError as error:
+        if not _is_in_rqs_pool() and click.get_current_context(silent=True) is None:
+            raise
+        raise SystemExit(f"error: {error}") from None
 
 
 def _is_in_rqs_pool() -> bool:

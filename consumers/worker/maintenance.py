@@ -13,6 +13,7 @@ from rq.worker import BaseWorker
 from rq.worker_registration import REDIS_WORKER_KEYS as WORKERS_KEY
 from rq.worker_registration import clean_worker_registry
 
+from consumers.errors import first_line
 from consumers.ops.metrics import COUNTS
 from consumers.ops.redis_errors import is_redis_outage
 from consumers.worker.dependents import Dependents
@@ -39,7 +40,7 @@ class Maintenance:
         self._failures: set[str] = set()  # names of the steps whose failure is logged already
 
     def run(self) -> None:
-        """Make one pass. If a step fails on another program's data, log that once and continue with the next step.
+        """Make one pass. If a step fails on other programs' data, or is forbidden, log that once and go on.
 
         Raises:
             RedisError: Redis fails.
@@ -62,7 +63,7 @@ class Maintenance:
                     raise
                 if name not in self._failures:
                     self._failures.add(name)
-                    reason = f"{type(error).__name__}: {error}"[:200]
+                    reason = f"{type(error).__name__}: {first_line(error)}"[:300]
                     logger.error(
                         "maintenance of queue %s: step %s failed; it runs again in the next pass: %s",
                         self._queue.name, name, reason,

@@ -12,9 +12,9 @@ from redis.exceptions import RedisError
 from rq.suspension import is_suspended
 from rq.worker import BaseWorker, WorkerStatus
 
-from consumers.errors import StoreUnavailable, first_line
+from consumers.errors import StoreUnavailable
 from consumers.ops.metrics import WAITED_FOR
-from consumers.ops.redis_errors import is_unreachable
+from consumers.ops.redis_errors import is_unreachable, redis_problem
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ class SharedState:
             if known is None:
                 self._waits_since = time.monotonic()
         if known != server:
-            logger.error("worker %s waits for %s and tries again: %s", self._worker.name, server, first_line(error))
+            reason = error.with_advice() if isinstance(error, StoreUnavailable) else redis_problem(error)
+            logger.error("worker %s waits for %s and tries again: %s", self._worker.name, server, reason)
         if not is_unreachable(error):
             with suppress(RedisError):  # the outage is logged already
                 self.publish()

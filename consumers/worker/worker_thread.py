@@ -19,14 +19,15 @@ from rq.utils import now
 from rq.worker import BaseWorker
 
 from consumers.db.engine import drop_connections
+from consumers.db.schema import check_database_now
 from consumers.errors import PoisonEvent, StoreUnavailable, described
 from consumers.ops.redis_errors import is_caused_by_job, is_unreachable, is_wrong_type
 from consumers.worker.batch import (
     ISOLATED_SECONDS,
     Deferred,
+    EventLogger,
     Result,
     deferred,
-    log_fields,
     process_batch,
     report_safely,
 )
@@ -77,6 +78,8 @@ class WorkerThread(threading.Thread):
         self._limits = limits
         self._failures = 0
         self._progress_at: float | None = None
+        # A worker that ends when it has nothing to do does not wait for a database that it does not need.
+        self._checks_database = not limits.burst and limits.max_idle_seconds == sys.maxsize
 
     def run(self) -> None:
         try:
@@ -102,6 +105,7 @@ class WorkerThread(threading.Thread):
                     self._note_progress(worked=False)
                     self._stopping.wait(WAIT_SECONDS)
                     continue
+                self._check_database_first()
                 reservation = self.reservations.reserve(min(BATCH_JOBS, max_jobs - self.done))
                 if reservation.jobs:
                     before = self.done
@@ -116,6 +120,16 @@ class WorkerThread(threading.Thread):
             except (RedisError, StoreUnavailable) as error:
                 if not self._quarantined_keys(error):
                     self._wait_for_recovery(error)
+
+    def _check_database_first(self) -> None:
+        """Check once that events can be stored, so that a wrong DATABASE_URL is not noticed only at the first event.
+
+        Raises:
+            StoreUnavailable: they cannot be stored now.
+        """
+        if self._checks_database:
+            check_database_now()
+            self._checks_database = False
 
     def _run_reservation(self, reservation: Reservation) -> None:
         """Process a reservation, then requeue the jobs that were not completed.
@@ -226,10 +240,8 @@ class WorkerThread(threading.Thread):
 
     def _move_to_tail(self, timeout: Deferred) -> None:
         count = self.reservations.move_to_tail(timeout.job_id, self.reservations.timeouts_key)
-        logger.warning(
-            "job %s timed out alone (attempt %d) and was moved to the tail of the queue: %s",
-            timeout.job_id, count, timeout.error, extra=log_fields(timeout),
-        )  # fmt: skip
+        message = "job %s timed out alone (attempt %d) and was moved to the tail of the queue: %s"
+        EventLogger(logger, timeout).warning(message, timeout.job_id, count, timeout.error)
 
     def _handle_defect(self, defect: Deferred, reservation: Reservation, started_at: datetime) -> None:
         """Count a defect of this program like a crash: move the job to the tail, or reject it after POISON_CRASHES."""
@@ -240,8 +252,8 @@ class WorkerThread(threading.Thread):
             job = next(job for job in reservation.jobs if job.job_id == defect.job_id)
             self._reject_poison(defect, job, PoisonEvent(failures, defect.error), started_at)
         values = (self._worker.name, defect.job_id, failures, POISON_CRASHES)
-        report = partial(logger.error, "worker %s failed on job %s, attempt %d of %d", *values)
-        report_safely(partial(report, exc_info=defect.error, extra=log_fields(defect)))
+        report = partial(EventLogger(logger, defect).error, "worker %s failed on job %s, attempt %d of %d", *values)
+        report_safely(partial(report, exc_info=defect.error))
 
     def _reject_poison(self, defect: Deferred, job: ReservedJob, rejection: PoisonEvent, started_at: datetime) -> None:
         """Reject a poison event. If that fails because of a defect, dead-letter its job without a database record."""

@@ -13,6 +13,7 @@ from tests.benchmarks.adoption import measure_adoption
 from tests.benchmarks.asking import measure_api
 from tests.benchmarks.auditing import measure_audit
 from tests.benchmarks.environment import machine_facts
+from tests.benchmarks.event_loop import measure_event_loop
 from tests.benchmarks.growth import measure_growth
 from tests.benchmarks.latency import measure_latency
 from tests.benchmarks.memory import measure_memory
@@ -29,6 +30,7 @@ MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "throughput": (measure_throughput, 50_000),
     "record": (measure_record, 10_000),
     "latency": (measure_latency, 300),
+    "asyncio": (measure_event_loop, 1000),
     "memory": (measure_memory, 1_000_000),
     "growth": (measure_growth, 10_000_000),
     "outages": (measure_outages, 200),

@@ -16,7 +16,7 @@ from httpx2 import Response
 from psycopg2.errors import ReadOnlySqlTransaction
 from sqlalchemy import text
 
-from consumers.db.engine import engine, get_db, get_reader
+from consumers.db.engine import engine, get_db, read_transaction
 from consumers.errors import StoreUnavailable
 from consumers.operations import (
     get_market_signals,
@@ -421,7 +421,7 @@ def test_nothing_can_be_written(client: TestClient, method: str) -> None:
     answer = client.request(method, HISTORY)
     _require_problem(answer, 405)
     assert answer.headers["allow"] == "GET"
-    with pytest.raises(StoreUnavailable) as caught, get_reader() as db:
+    with pytest.raises(StoreUnavailable) as caught, read_transaction() as db:
         db.execute(text("INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'duplicate')"))
     assert isinstance(getattr(caught.value.__cause__, "orig", None), ReadOnlySqlTransaction)
 

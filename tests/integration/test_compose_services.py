@@ -32,6 +32,7 @@ from tests.compose_file import (
     NOBODY,
     SECRETS,
     SERVICES,
+    TOP,
     Container,
     free_port,
     service,
@@ -41,6 +42,7 @@ from tests.compose_file import (
 from tests.documents import block
 from tests.factories import a_snapshot
 from tests.legacy_databases import ARCHIVES, FIRST_GENERATION, FIRST_GENERATION_SNAPSHOTS
+from tests.redis_servers import USERS
 from tests.relaying import states
 
 
@@ -119,9 +121,9 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
         (folder / name).write_text(f"#!/bin/sh\n{line}\n")
         (folder / name).chmod(0o700)
     environment = settings["environment"] | {"PATH": f"{folder}:{os.defpath}"}
-    process = subprocess.Popen(
-        settings["command"], cwd=folder, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    source, target, _ = settings["volumes"][0].split(":")
+    command = [word.replace(target, shlex.quote(str(TOP / source))) for word in settings["command"]]
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_for(lambda: process.poll() is not None or _redis_answers(port, SECRETS["REDIS_PASSWORD"]))
         assert process.poll() is None
@@ -189,13 +191,14 @@ def _get(container: Container, path: str, authorization: str | None = None) -> t
         return answer.status, answer.read().decode()
 
 
-def test_redis_is_durable_and_no_process_list_shows_its_password(redis_server: Redis) -> None:
-    """It has an append-only file, synced each second, and does not evict keys."""
+def test_redis_is_durable_and_no_process_list_shows_a_password(redis_server: Redis) -> None:
+    """It has an append-only file, synced each second, and does not evict keys. It has the users of the services."""
     expected = {"appendonly": "yes", "appendfsync": "everysec", "save": "", "maxmemory-policy": "noeviction",
                 "maxmemory": str(512 * 1024 * 1024)}  # fmt: skip
     with redis.Redis(LOCALHOST, redis_server.port, password=SECRETS["REDIS_PASSWORD"], decode_responses=True) as client:
         assert client.config_get(*expected) == expected
-    assert SECRETS["REDIS_PASSWORD"] not in " ".join(redis_server.process.cmdline())
+        assert set(client.acl_users()) == {"default", *(f"trading_history_{user}" for user in USERS)}
+    assert [name for name, value in SECRETS.items() if value in " ".join(redis_server.process.cmdline())] == []
 
 
 def test_redis_is_healthy_only_with_the_password(redis_server: Redis) -> None:

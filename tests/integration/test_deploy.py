@@ -146,6 +146,7 @@ def test_the_pods_agree_with_docker_compose() -> None:
         assert status == "200"
         assert str(parameters.get("metrics_port", parameters.get("port"))) == port
         assert pod["securityContext"]["runAsUser"] == NOBODY
+        assert pod["enableServiceLinks"] is False
         assert pod["terminationGracePeriodSeconds"] >= int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
         limit = container["resources"]["limits"]["memory"]
         assert limit.lower() == f"{SERVICES[name]['mem_limit']}i"

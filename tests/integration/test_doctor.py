@@ -332,6 +332,7 @@ def test_wrong_password_is_reported_without_it(
         monkeypatch.setenv("REDIS_URL", f"unix://:{ENCODED}@{socket}")
         checks = _diagnosed()
     assert 'password authentication failed for user "doctor_pw"' in checks["PostgreSQL"].found
+    assert checks["PostgreSQL"].advice.startswith("correct the user or password in DATABASE_URL")
     assert (checks["Redis"].state, "invalid username-password pair" in checks["Redis"].found) == ("fail", True)
     assert PASSWORD not in str(checks)
 
@@ -419,7 +420,7 @@ def test_missing_tables_need_init_db(redis: Redis, empty_database_url: str) -> N
     """There is no other line about tables."""
     checks = _diagnosed()
     assert (checks["tables"].state, checks["tables"].advice) == ("fail", "run trading-history init-db")
-    assert checks["tables"].found == "missing: portfolio_history, signal_archives, event_outcomes"
+    assert checks["tables"].found == "missing in schema public: portfolio_history, signal_archives, event_outcomes"
     assert not {"privileges", "rejected in the last day"} & checks.keys()
 
 
@@ -500,7 +501,10 @@ def test_missing_privileges_of_a_role_are_reported(
         " USAGE ON SEQUENCE portfolio_history_id_seq; USAGE ON SEQUENCE signal_archives_id_seq",
     )
     assert (granted["privileges"].state, granted["tables"].state) == ("ok", "ok")
-    assert closed == ("fail", "this role may use no schema of its search_path")
+    assert closed == (
+        "fail",
+        "this role may use no schema of its search_path; tables of these names are in schema public",
+    )
 
 
 @contextmanager

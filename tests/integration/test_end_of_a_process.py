@@ -106,11 +106,18 @@ def record(number):
     from tests.factories import INSTANT
     create_daily_portfolio_snapshot({"balance": number}, portfolio_id=number, timestamp=INSTANT)
 
+def record_in_a_loop(number):
+    import asyncio
+    from producers.aio import create_daily_portfolio_snapshot
+    from tests.factories import INSTANT
+    asyncio.run(create_daily_portfolio_snapshot({"balance": number}, portfolio_id=number, timestamp=INSTANT))
+
 if __name__ == "__main__":
     method, kind = sys.argv[1:]
     context = multiprocessing.get_context(method)
-    if kind == "process":
-        children = [context.Process(target=record, args=(number,)) for number in range(3)]
+    if kind in ("process", "asyncio"):
+        target = record if kind == "process" else record_in_a_loop
+        children = [context.Process(target=target, args=(number,)) for number in range(3)]
         for child in children:
             child.start()
         for child in children:
@@ -127,7 +134,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kind", ["process", "pool"])
+@pytest.mark.parametrize("kind", ["process", "pool", "asyncio"])
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_multiprocessing_children_wait_until_their_events_are_settled(
     redis: Redis, database_url: str, tmp_path: Path, method: str, kind: str

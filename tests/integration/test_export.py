@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_in_one_line(tmp_path: Path,
     (tmp_path / "file").touch()
     run = _run(directory)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1)
-    assert run.stderr.startswith(f"error: {directory}: ")
+    assert run.stderr.startswith((f"error: {directory}: ", f"error: {directory} is not a folder: "))
 
 
 def _limited() -> None:

@@ -86,6 +86,30 @@ def test_the_lines_of_rqs_own_command_are_json_and_have_the_event(
     assert _about_events(log) == [(event_id, job_id, "bot/1", 1, "stored")]
 
 
+_TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize("how", ["HistoryWorker text", "HistoryWorker json", "SimpleWorker text"])
+def test_a_workers_lines_about_an_event_have_the_callers_trace_context(
+    producer: HistoryProducer, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A line about a stored event and one about a rejected event, by this project's worker and by a stock worker."""
+    worker, form = how.split()
+    monkeypatch.setenv("HISTORY_LOG", form)
+    log = tmp_path / "log"
+    with rq_worker("consumers.worker.HistoryWorker" if worker == "HistoryWorker" else "rq.SimpleWorker", log):
+        for balance, expected in ((2, "stored event"), (1, "rejected job")):
+            producer.record(a_snapshot(balance=balance), traceparent=_TRACEPARENT)
+            until(lambda expected=expected: expected in log.read_text())  # type: ignore[misc]  # called in this iteration
+    lines = [line for line in log.read_text().splitlines() if "stored event" in line or "rejected job" in line]
+    assert len(lines) == 2
+    for line in lines:
+        message = json.loads(line)["message"] if form == "json" else line
+        assert message.endswith(f" (traceparent {_TRACEPARENT})")
+    if form == "json":
+        assert {json.loads(line)["traceparent"] for line in lines} == {_TRACEPARENT}
+
+
 def test_the_lines_of_the_api_are_json(tmp_path: Path) -> None:
     """Those of uvicorn too."""
     log = tmp_path / "log"

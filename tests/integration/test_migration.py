@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -174,6 +175,50 @@ def test_invalid_entries_are_reported_and_recorded_and_the_others_are_imported(t
     assert (account.stored, account.duplicate, account.rejected, account.missing) == (2, 1, 3, [])
     found = [(one.what, one.index) for one in _verify(folder)]
     assert sorted(found) == [("damaged", 6), ("differs", 3), ("unusable", 1), ("unusable", 4)]
+
+
+def test_json_lines_and_an_array_in_an_object_are_imported(tmp_path: Path) -> None:
+    """As an array in the file would be, with the same sequences: a second import of the array finds all rows."""
+    snapshots, archives = [_snapshot(n) for n in range(3)], [_archive(n) for n in range(3)]
+    folder = _write(tmp_path / "old", snapshots, archives)
+    (folder / "portfolio_history.json").write_text("".join(json.dumps(one) + "\n" for one in snapshots))
+    (folder / "signals_archive_2025-10.json").write_text(json.dumps({"signals": archives}))
+
+    assert _counts(_import(folder)) == [(3, 3, 0, 0), (3, 3, 0, 0)]
+    assert _verify(folder) == []
+    _write(folder, snapshots, archives)
+    assert _counts(_import(folder)) == [(3, 0, 3, 0), (3, 0, 3, 0)]
+
+
+def test_import_and_verify_name_a_file_of_another_shape_and_read_the_others(tmp_path: Path) -> None:
+    """Exit status 1, and the message with the command once; the dry run says the same."""
+    folder = _write(tmp_path / "old", archives=[_archive(0)])
+    path = folder / "portfolio_history.json"
+    path.write_text(json.dumps([_snapshot(0)]), "utf-16")
+    command = f"iconv -f UTF-16 -t UTF-8 {path}"
+    message = f"portfolio_history.json: is text in UTF-16, not UTF-8. Replace it by the output of: {command}"
+    report = ("--report", str(tmp_path / "report.jsonl"))
+    for arguments, counts in (
+        (("import", "--dry-run", *report), "1 +0"),
+        (("import", *report), "1 +1 +0"),
+        (("verify",), "1 +1 +0"),
+    ):
+        with _command(arguments[0], str(folder), "--timezone", "UTC", *arguments[1:]) as process:
+            output, errors = process.communicate(timeout=60)
+        assert (process.returncode, output.count(message), errors) == (1, 1, "")
+        assert re.search(rf"signals_archive_2025-10.json +{counts}", output), output
+
+
+def test_the_message_names_files_with_nearly_the_right_name(tmp_path: Path) -> None:
+    """For example a compressed file; other files are not named."""
+    for name in ("portfolio_history.json.gz", "signals_archive_2025-10.jsonl", "other.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(HistoryError) as caught:
+        file_sources(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: has no portfolio_history.json and no signals_archive_*.json, but portfolio_history.json.gz and"
+        " signals_archive_2025-10.jsonl: unpack or rename them"
+    )
 
 
 def _reported_lines(path: Path) -> list[tuple[str, int, str]]:
@@ -684,7 +729,7 @@ def test_an_import_without_nan_as_null_keeps_rows_of_an_import_with_it(tmp_path:
     """The report names the row of the entry, and no rejection is recorded."""
     folder = _with_nan(tmp_path / "old")
     _import(folder, nan_as_null=True)
-    before = audit()
+    before = [replace(one, last_at=None) for one in audit()]
 
     assert _counts(_import(folder)) == [(5, 0, 2, 3), (5, 0, 2, 3)]
 
@@ -696,7 +741,8 @@ def test_an_import_without_nan_as_null_keeps_rows_of_an_import_with_it(tmp_path:
     with get_db() as db:
         stored = db.execute(text("SELECT id FROM signal_archives WHERE sequence IN (0, 4) ORDER BY sequence")).scalars()
         assert list(stored) == rows
-    assert audit() == before
+    # The rejections were recorded again, which is the newest activity of their source.
+    assert [replace(one, last_at=None) for one in audit()] == before
     assert _counts(_import(folder, nan_as_null=True)) == [(5, 0, 2, 3), (5, 0, 4, 1)]
 
 

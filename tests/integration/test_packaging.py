@@ -81,14 +81,25 @@ def test_controllers_installation_has_no_database_driver(bin_folder: Path) -> No
     assert (unset.returncode, unset.stderr.split(":")[1]) == (1, " neither DATABASE_URL nor REDIS_URL is set")
 
 
-def test_project_with_its_own_producers_package_runs_its_tests(bin_folder: Path, tmp_path: Path) -> None:
-    """Every run of pytest loads our plugin. If `producers` is another package, only our fixture fails."""
-    python = bin_folder / "python"
+@pytest.mark.parametrize("installation", ["wheel", "editable"])
+def test_project_with_its_own_producers_package_runs_its_tests(
+    bin_folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, installation: str
+) -> None:
+    """Every run of pytest loads our plugin. If `producers` is another package, only our fixture fails, in one line."""
+    if installation == "editable":
+        venv.create(folder := tmp_path_factory.mktemp("editable"), with_pip=True)
+        python = folder / "bin" / "python"
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "--no-deps", "-e", str(ROOT)], check=True, capture_output=True
+        )
+    else:
+        python = bin_folder / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", "pytest"], check=True, capture_output=True)
-    (tmp_path / "producers").mkdir()
-    (tmp_path / "producers" / "__init__.py").write_text("", "utf-8")
+    for name in ("producers", "consumers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("", "utf-8")
     (tmp_path / "test_own.py").write_text(
-        "import producers\ndef test_own(): pass\ndef test_fixture(trading_history): pass\n", "utf-8"
+        "import consumers, producers\ndef test_own(): pass\ndef test_fixture(trading_history): pass\n", "utf-8"
     )
     run = subprocess.run(
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
@@ -98,4 +109,5 @@ def test_project_with_its_own_producers_package_runs_its_tests(bin_folder: Path,
         check=False,
     )
     assert "1 passed, 1 error" in run.stdout, run.stdout + run.stderr
-    assert "hides the one of trading-history" in run.stdout
+    assert f"({tmp_path}/producers/__init__.py) hides the one of trading-history: move the tests" in run.stdout
+    assert "another exception" not in run.stdout

@@ -181,6 +181,42 @@ def test_a_fact_sent_twice_is_stored_once_and_both_deliveries_get_the_same_row(
     assert outcome == ["duplicate", second.sequence, None, None]
 
 
+def test_events_that_differ_only_in_extension_attributes_are_duplicates(
+    producer: HistoryProducer, work: Work, redis: Redis
+) -> None:
+    """They are not content."""
+    receipt = producer.record(a_snapshot(), traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+    event = json.loads(encode(event_of(a_snapshot(), source="another/producer", sequence=7)))
+    for number in range(3):
+        text_of_event = json.dumps(event | {"partitionkey": str(number), "sampledrate": number, "debug": number == 1})
+        _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", text_of_event, job_id=f"foreign-{number}")
+    producer.flush(5)
+    work()
+
+    assert receipt.wait(5)
+    assert len(get_portfolio_history()) == 1
+    assert _rows("SELECT DISTINCT outcome FROM event_outcomes") == [("duplicate",)]
+
+
+def test_an_event_with_a_trace_context_is_sent_again_with_the_same_bytes(
+    producer: HistoryProducer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the context is at that time."""
+    monkeypatch.setattr(entry_sender, "_check_interval", lambda checks: -1.0)
+    producer.record(a_snapshot(), traceparent="00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+    producer.flush(5)
+    (job_id,) = _queue(redis).job_ids
+    first = redis.hget(f"rq:job:{job_id}", "data")
+    redis.flushall()
+    deadline = time.monotonic() + 10
+    while not redis.llen("rq:queue:history") and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+    assert _queue(redis).job_ids == [job_id]
+    assert redis.hget(f"rq:job:{job_id}", "data") == first
+    assert "00f067aa0ba902b7-01" in str(first)
+
+
 def test_the_same_id_with_other_content_is_rejected_and_reported(
     producer: HistoryProducer, work: Work, redis: Redis
 ) -> None:

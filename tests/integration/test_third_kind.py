@@ -88,8 +88,8 @@ CLOSED_TRADE = EventKind(
 # ---- step 2, consumers/handlers.py: the job function
 
 
-def record_closed_trade(event: str) -> int:
-    """Store one closed trade and return the id of its row."""
+def record_closed_trade(event: str) -> int | None:
+    """Store one closed trade and return the id of its row, or None if it was discarded."""
     return record(event, ClosedTradeEvent)
 
 

@@ -493,7 +493,8 @@ def _with_one_wrong_member(draw: st.DrawFn, payload: Payload) -> tuple[str, str]
     paths = [*document, *(f"data.{name}" for name in document["data"])]
     kind = draw(st.sampled_from(["wrong", "wrong", "wrong", "missing", "unknown"]))
     if kind == "unknown":
-        path = draw(st.sampled_from(["", "data."])) + draw(st.text("xyz", min_size=1, max_size=5))
+        # A name of small letters beside `data` would be that of an extension attribute.
+        path = draw(st.sampled_from(["", "data."])) + draw(st.text("XYZ", min_size=1, max_size=5))
     else:
         path = draw(st.sampled_from([p for p in paths if p in _WIRE_WRONG and (kind == "wrong" or p not in _OPTIONAL)]))
     members = document["data"] if path.startswith("data.") else document

@@ -32,6 +32,7 @@ from producers.events import (
     event_of,
     json_schema,
 )
+from producers.trace_context import TraceContext
 from tests.factories import INSTANT, a_signal, a_snapshot, an_archive
 
 SOURCE = "trading-controller/0f1e2d3c4b5a"
@@ -231,6 +232,61 @@ def test_payloads_and_events_are_frozen() -> None:
             setattr(model, name, None)
 
 
+# ---- extension attributes
+
+_EXTENSIONS = {
+    "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+    "tracestate": "vendor=a%20b",
+    "partitionkey": "küche 🌉",
+    "sequencetype": "",
+    "dataschema": "https://example.com/schema.json",
+    "a": 2**40,
+    "sampledrate": -3,
+    "123": True,
+    "a" * 20: "20 characters",
+}
+
+
+@pytest.mark.parametrize("text", [SNAPSHOT_TEXT, ARCHIVE_TEXT], ids=["snapshot", "archive"])
+def test_the_envelope_may_have_any_extension_attributes(text: str) -> None:
+    """They are no content: the event has the same id and data as without them. Each form of JSON keeps them."""
+    model = PortfolioSnapshotEvent if text is SNAPSHOT_TEXT else SignalArchiveEvent
+    extended = json.dumps(json.loads(text) | _EXTENSIONS)
+    event, plain = decode(extended, model), decode(text, model)
+    assert (event.id, event.data, event.source, event.sequence) == (plain.id, plain.data, plain.source, plain.sequence)
+    assert json.loads(encode(event)) == json.loads(extended)
+    assert Draft202012Validator(json_schema()).is_valid(json.loads(extended))
+
+
+def test_the_cloud_events_sdk_reads_the_trace_context() -> None:
+    trace = TraceContext(_EXTENSIONS["traceparent"], "vendor=a%20b")  # type: ignore[arg-type]  # a text
+    event = event_of(a_snapshot(), source=SOURCE, sequence=42, trace=trace)
+    attributes = JSONFormat().read(None, encode(event)).get_attributes()
+    assert {name: attributes[name] for name in trace.attributes()} == trace.attributes()
+    assert decode(encode(event), PortfolioSnapshotEvent).trace == event.trace == trace
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "tracestate", "expected"),
+    [
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "a=b", "a=b"),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "a=\u202e", None),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "a" * 513, None),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", 7, None),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-x", "a=b", ...),
+        ("spoofed", "a=b", ...),
+        (7, "a=b", ...),
+    ],
+)
+def test_an_invalid_trace_context_of_another_program_is_ignored(
+    traceparent: object, tracestate: object, expected: object
+) -> None:
+    """The event is valid."""
+    text = json.dumps(json.loads(SNAPSHOT_TEXT) | {"traceparent": traceparent, "tracestate": tracestate})
+    trace = decode(text, PortfolioSnapshotEvent).trace
+    assert (... if trace is None else trace.tracestate) == expected
+
+
 # ---- other readers
 
 EVENTS = {
@@ -276,7 +332,14 @@ def test_every_event_follows_the_json_schema(event: Event) -> None:
         ("id", ...),
         ("type", "trading.portfolio-snapshot.v2"),
         ("sequence", "1" * 18),
-        ("surprise", 1),
+        ("Surprise", 1),
+        ("a-b", 1),
+        ("a" * 21, 1),
+        ("surprise", 1.5),
+        ("surprise", None),
+        ("surprise", []),
+        ("surprise", {}),
+        ("surprise", "a\nb"),
         ("data.surprise", 1),
         ("data.balance", 9900.12),
         ("data.balance", "9900.123456789"),
@@ -615,6 +678,7 @@ def test_a_wrong_source_or_sequence_is_invalid(source: str, sequence: int, path:
 _TIME = "must be an RFC 3339 time with its offset"
 _MONEY = "must be a decimal string with at most 12 integer digits and 8 decimals"
 _SEQUENCE = "must be a string of 19 digits, at most 9223372036854775807"
+_EXTENSION = "must be a string, an integer or a boolean"
 
 
 @pytest.mark.parametrize(
@@ -631,7 +695,19 @@ _SEQUENCE = "must be a string of 19 digits, at most 9223372036854775807"
         ("source", "a b", "pattern"),
         ("subject", "a\0", "pattern"),
         ("datacontenttype", "text/plain", "application/json"),
-        ("surprise", 1, "is not a field of this event"),
+        ("Surprise", 1, "is not a field of this event"),
+        ("data_base64", "e30=", "is not a field of this event"),
+        ("a" * 21, 1, "is not a field of this event"),
+        ("überraschung", 1, "is not a field of this event"),
+        ("٣", 1, "is not a field of this event"),
+        ("surprise", 1.5, _EXTENSION),
+        ("surprise", 1.0, _EXTENSION),
+        ("surprise", None, _EXTENSION),
+        ("surprise", [1], _EXTENSION),
+        ("surprise", {"a": 1}, _EXTENSION),
+        ("traceparent", ["00"], _EXTENSION),
+        ("surprise", "a\0", "contains a control character"),
+        ("surprise", "a\nb", "contains a control character"),
         ("sequence", "1" * 18, _SEQUENCE),
         ("sequence", "1" * 20, _SEQUENCE),
         ("sequence", "9223372036854775808", _SEQUENCE),
@@ -753,7 +829,7 @@ def test_a_snapshot_has_at_most_16_kib() -> None:
 def test_more_than_100_fields_are_invalid_and_not_listed(start: str, path: str) -> None:
     """Up to 100, unknown fields are listed and counted."""
     text = _archive_text("[{}]")
-    few, many = (text.replace(start, start + "".join(f'"u{n}":0,' for n in range(count)), 1) for count in (90, 101))
+    few, many = (text.replace(start, start + "".join(f'"U{n}":0,' for n in range(count)), 1) for count in (90, 101))
     assert str(_error_of(lambda: decode(few, SignalArchiveEvent))).endswith("and 87 more")
     _assert_error(_error_of(lambda: decode(many, SignalArchiveEvent)), path, "has more than 100 fields")
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+import re
+import subprocess
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -21,6 +26,8 @@ from producers.errors import InvalidEvent
 from tests.factories import an_old_archive, an_old_snapshot
 
 BERLIN = ZoneInfo("Europe/Berlin")
+_EXAMPLE = "write it as in 2026-05-01T10:00:00+02:00"
+_NO_EPOCH = "is a number, but not an epoch time in seconds or milliseconds from 2001 to 2286"
 
 
 def _entry(**overrides: Any) -> dict[str, Any]:
@@ -73,10 +80,27 @@ def test_a_byte_order_mark_and_blanks_are_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "whole", "message"),
     [
-        (b"", 0, "is empty (entry 0, byte 0)"),
-        (b"\xef\xbb\xbf ", 0, "is empty (entry 0, byte 4)"),
-        (b'{"a": 1}', 0, "is not a JSON array (entry 0, byte 0)"),
-        (b"<html>", 0, "is not a JSON array (entry 0, byte 0)"),
+        (b"", 0, "is empty: restore it from a backup, or delete it if it never had an entry (entry 0, byte 0)"),
+        (
+            b"\xef\xbb\xbf ",
+            0,
+            "is empty: restore it from a backup, or delete it if it never had an entry (entry 0, byte 4)",
+        ),
+        (b"null", 0, "is not a JSON array (entry 0, byte 0)"),
+        (b'{"history": [{"a": 1}, {"a"', 1, "is cut off (entry 1, byte 23)"),
+        (b'{"history": [{"a": 1}]', 1, "is cut off (entry 1, byte 22)"),
+        (b'{"history": [{"a": 1}], "b', 1, "is cut off (entry 1, byte 24)"),
+        (b'{"history": [{"a": 1}], "b"', 1, "is cut off (entry 1, byte 27)"),
+        (b'{"history": [{"a": 1}], b}', 1, "is not JSON: a member of the object is incomplete (entry 1, byte 24)"),
+        (b'{"history": [{"a": 1}] "b": 1}', 1, "is not JSON: a comma or } is missing (entry 1, byte 23)"),
+        (b'{"history": [{"a": 1}]}{}', 1, "has data after the end of the array (entry 1, byte 23)"),
+        (
+            b'{"history": [{"a": 1}], "more": [{"a": 2}]}',
+            1,
+            "has a second array of objects, 'more', which was not read (entry 1, byte 42)",
+        ),
+        (b'{"a": 1}\n{"a": 2}\n{"a"', 2, "is cut off (entry 2, byte 18)"),
+        (b'{"a": 1}\nWARNING\n{"a": 2}\n', 1, "is not JSON: Expecting value (entry 1, byte 9)"),
         (b"[", 0, "is cut off (entry 0, byte 1)"),
         (b'[{"a": 1}', 1, "is cut off (entry 1, byte 9)"),
         (b'[{"a": 1},', 1, "is cut off (entry 1, byte 10)"),
@@ -102,6 +126,118 @@ def test_all_entries_before_the_damage_are_read(tmp_path: Path, content: bytes, 
     assert str(damage) == f"portfolio_history.json: {message}"
     assert damage is not None
     assert damage.index == whole
+
+
+_LINE = b'{"archived_at": "2026-05-01T10:00:00", "signals": [{"archived_at": "x"}]}'
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**18])
+@pytest.mark.parametrize(
+    ("content", "entries"),
+    [
+        (b'{"history": [{"a": 1}, {"b": 2}]}', [{"a": 1}, {"b": 2}]),
+        (b'\xef\xbb\xbf{"portfolio_history" : [\n{"a": 1}], "version": 2}\n', [{"a": 1}]),
+        (b'{"version": 2, "at": {"timestamp": 3}, "tags": ["x"], "snapshots": [{"a": 1}], "t": []}', [{"a": 1}]),
+        (b'{"timestamp": "2026-05-01T10:00:00", "history": [{"a": 1}]}', [{"a": 1}]),
+        (b'{"signals": [{"archived_at": 5, "signals": []}]}', [{"archived_at": 5, "signals": []}]),
+        (b'{"history": []}', []),
+        (b'{"a": 1}\n{"b": 2}\r\n\n{"c": 3}', [{"a": 1}, {"b": 2}, {"c": 3}]),
+        (b'{"timestamp": "2026-05-01T10:00:00"}\n', [{"timestamp": "2026-05-01T10:00:00"}]),
+        (b"%s\n%s\n" % (_LINE, _LINE), [json.loads(_LINE)] * 2),
+        (_LINE, [json.loads(_LINE)]),
+    ],
+    ids=lambda value: ascii(value)[2:40] if isinstance(value, bytes) else "",
+)
+def test_json_lines_and_an_array_in_an_object_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, entries: list[Any], block: int
+) -> None:
+    """The array has a known name. An archive's own signals are not taken for entries."""
+    monkeypatch.setattr(json_arrays, "_BLOCK_BYTES", block)
+    assert _read_bytes(tmp_path, content) == (entries, None)
+
+
+def test_a_large_array_in_an_object_is_read_piece_by_piece(tmp_path: Path) -> None:
+    """The object may be larger than the largest entry."""
+    path = tmp_path / "portfolio_history.json"
+    path.write_bytes(b'{"history": [' + b",".join([b'{"a": "%s"}' % (b"x" * 2**20)] * 20) + b"]}")
+    assert path.stat().st_size > json_arrays._MOST_CHARACTERS
+    assert sum(1 for _ in read_entries(path)) == 20
+
+
+_ENTRIES = [{"timestamp": "2026-05-01T10:00:00", "balance": 1.5}, {"timestamp": "2026-05-02T10:00:00", "balance": 2}]
+_COLUMNS = {name: [entry[name] for entry in _ENTRIES] for name in _ENTRIES[0]}
+_JSON = json.dumps(_ENTRIES)
+
+
+def _as_csv(delimiter: str) -> bytes:
+    lines = [_ENTRIES[0].keys(), *(map(str, entry.values()) for entry in _ENTRIES)]
+    return "\n".join(delimiter.join(line) for line in lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "shape"),
+    [
+        (gzip.compress(_JSON.encode()), "is compressed with gzip"),
+        (bz2.compress(_JSON.encode()), "is compressed with bzip2"),
+        (lzma.compress(_JSON.encode()), "is compressed with xz"),
+        (_JSON.encode("utf-16"), "is text in UTF-16, not UTF-8"),
+        (b"\xfe\xff" + _JSON.encode("utf-16-be"), "is text in UTF-16, not UTF-8"),
+        (_JSON.encode("utf-16-le"), "is text in UTF-16LE, not UTF-8"),
+        (_JSON.encode("utf-16-be"), "is text in UTF-16BE, not UTF-8"),
+        (_JSON.encode("utf-32"), "is text in UTF-32, not UTF-8"),
+        (_JSON.encode("utf-32-le"), "is text in UTF-32LE, not UTF-8"),
+        (_as_csv(","), "is CSV, not JSON"),
+        (b"\xef\xbb\xbf" + _as_csv(";"), "is CSV, not JSON"),
+        (_as_csv("\t"), "is CSV, not JSON"),
+        (json.dumps(_COLUMNS).encode(), "has one array for each field, not one object for each entry"),
+        (
+            json.dumps({name: dict(enumerate(values)) for name, values in _COLUMNS.items()}).encode(),
+            "has one object for each field, not one for each entry",
+        ),
+        (
+            json.dumps({"ok": True, "it's": _ENTRIES}).encode(),
+            "is an object with an array in 'it's', not an array of entries",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_message_names_another_shape_and_its_command_converts_the_file(
+    tmp_path: Path, content: bytes, shape: str
+) -> None:
+    """The command writes the same entries as an array; numbers may become text, which is read too."""
+    folder = tmp_path / "old files"
+    folder.mkdir()
+    found, damage = _read_bytes(folder, content)
+    assert found == []
+    assert damage is not None
+    message, command = str(damage).split(". Replace it by the output of: ")
+    assert message == f"portfolio_history.json: {shape}"
+    run = subprocess.run(command, shell=True, capture_output=True, check=True)  # an operator would type it
+    entries, rest = _read_bytes(tmp_path, run.stdout)
+    assert rest is None
+    assert [{name: str(value) for name, value in entry.items()} for entry in entries] == [
+        {name: str(value) for name, value in entry.items()} for entry in _ENTRIES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\n <!DOCTYPE html>\n<html>", "is an HTML or XML page, not JSON, such as the error page of a web server"),
+        (b'{"detail": "internal error"}', r"is one object \(its keys are 'detail'\), not an array of entries"),
+        (b"{}", r"is one object \(its keys are \(none\)\), not an array of entries"),
+        (b'{"a": [{"b": 1}], "history": [{"c": 1}]}', r"is one object \(its keys are 'a', 'history'\), not an array"),
+        (b'{"timestamp": [1, 2], "balance": [1]}', r"is one object \(its keys are 'timestamp', 'balance'\)"),
+        (b'{"%s": 1, "2": 1, "3": 1, "4": 1, "5": 1, "6": 1}' % (b"1" * 90), "'1{39}…', '2', '3', '4', '5' and 1 more"),
+        (bytes(5000), "begins with zero bytes, as after a power failure: restore it from a backup"),
+        (b"PK\x03\x04", "is compressed with zip.* unzip -p "),
+        (b"Service unavailable, try again", r"is not a JSON array \(entry 0, byte 0\)"),
+    ],
+)
+def test_the_message_names_a_file_that_has_no_entries(tmp_path: Path, content: bytes, message: str) -> None:
+    found, damage = _read_bytes(tmp_path, content)
+    assert found == []
+    assert re.match(f"portfolio_history.json: .*{message}", str(damage))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
@@ -317,8 +453,13 @@ def test_amounts_are_rounded_half_even_to_8_decimals() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"timestamp": "yesterday"}, "timestamp: must be an ISO 8601 time"),
-        ({"timestamp": 5}, "timestamp: must be a time, not int"),
+        ({"timestamp": "yesterday"}, f"timestamp: must be an ISO 8601 time; {_EXAMPLE}"),
+        ({"timestamp": 5}, f"timestamp: {_NO_EPOCH}; {_EXAMPLE}"),
+        ({"timestamp": True}, "timestamp: must be a datetime, not bool"),
+        ({"timestamp": []}, "timestamp: must be a datetime, not list"),
+        ({"date": 5}, "date: must be a date, not int"),
+        ({"date": "2026-05-01T10:00:00"}, "date: must be an ISO 8601 date"),
+        ({"date": 1777629600}, "date: must be a date, not int"),
         ({"timestamp": None}, "timestamp: is missing"),
         ({"timestamp": "0001-01-01T00:00:00"}, "timestamp: must lie between the years 1970 and 9998"),
         ({"date": "20/10/2025"}, "date: must be an ISO 8601 date"),
@@ -337,6 +478,86 @@ def test_an_invalid_snapshot_is_rejected_with_field_and_reason(overrides: dict[s
     with pytest.raises(InvalidEvent) as caught:
         snapshot_from(_entry(**overrides), zone=None, portfolio_id=None)
     assert str(caught.value) == message
+
+
+_MOMENT = datetime(2026, 5, 1, 10, 0, 0, 250000, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        Decimal("1777629600.25"),
+        Decimal("1777629600.2500001"),
+        1777629600250,
+        1777629600250000,
+        1777629600250000000,
+        "1777629600.25",
+        " 1777629600250 ",
+        "2026-05-01 10:00:00.25 UTC",
+        "2026-05-01 10:00:00.25UTC",
+        "2026-05-01 10:00:00.250 +0000 UTC",
+        "2026-05-01T10:00:00.25 gmt",
+        "2026-05-01t10:00:00.25z",
+        "2026-05-01T11:00:00.25+0100",
+        "2026-05-01 11:00:00.25 +0100",
+        "2026-05-01 12:00:00,25+02",
+        "20260501T100000.25Z",
+    ],
+    ids=repr,
+)
+def test_a_time_is_read_in_each_form_that_is_certain(written: Any) -> None:
+    """Epoch seconds to nanoseconds, as numbers and as text; names of UTC; offsets without colon."""
+    snapshot = snapshot_from(_entry(timestamp=written), zone=BERLIN, portfolio_id=None)
+    archive = archive_from(_archive(archived_at=written), zone=BERLIN, portfolio_id=None)
+    assert (snapshot.timestamp, archive.archived_at) == (_MOMENT, _MOMENT)
+
+
+def test_the_date_of_an_epoch_time_is_the_local_one() -> None:
+    """An epoch time has no offset."""
+    entry = _entry(timestamp=1777672800)  # 22:00 in UTC
+    del entry["date"]
+    assert snapshot_from(entry, zone=BERLIN, portfolio_id=None).snapshot_date == date(2026, 5, 2)
+    assert snapshot_from(entry, zone=UTC, portfolio_id=None).snapshot_date == date(2026, 5, 1)
+
+
+@pytest.mark.parametrize(
+    "written", [1777593600, 1777593600000, "1777593600", "2026-05-01 00:00:00", "2026-05-01T00:00:00.000Z", "20260501"]
+)
+def test_a_date_may_be_written_as_midnight(written: Any) -> None:
+    """Pandas writes dates like this."""
+    assert snapshot_from(_entry(date=written), zone=BERLIN, portfolio_id=None).snapshot_date == date(2026, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        (Decimal("1.78E9"), "is a number that may have lost digits, such as 1.7E9"),
+        (999_999_999, _NO_EPOCH),
+        (20260501, _NO_EPOCH),
+        (20260501100000, _NO_EPOCH),
+        (-1777629600, _NO_EPOCH),
+        (10**400, _NO_EPOCH),
+        (Decimal("NaN"), "is a number that may have lost digits, such as 1.7E9"),
+        ("20260501100000", _NO_EPOCH),
+        ("20260501100", _NO_EPOCH),
+        ("05/06/2026 10:00:00", "has day and month in an order that is not certain"),
+        ("01.05.2026", "has day and month in an order that is not certain"),
+        ("2026-05-01 10:00:00 CET", "has a zone that is not certain"),
+        ("2026-05-01T10:00:00.5ist", "has a zone that is not certain"),
+        ("2026-05-01+02:00", "has a date and an offset, but no time"),
+        ("2026-05-01 -0500", "has a date and an offset, but no time"),
+        ("2026-05-01-0500", "has a date and an offset, but no time"),
+        ("2026-05-01 10:00:00 PM", "must be an ISO 8601 time"),
+        ("2026-05-01 10:00:00+01:00 UTC", "must be an ISO 8601 time"),
+        ("1.78e9", "must be an ISO 8601 time"),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)
+def test_a_time_that_is_not_certain_is_rejected_with_the_reason(written: Any, reason: str) -> None:
+    """The message has an example."""
+    with pytest.raises(InvalidEvent) as caught:
+        snapshot_from(_entry(timestamp=written), zone=BERLIN, portfolio_id=None)
+    assert str(caught.value) == f"timestamp: {reason}; {_EXAMPLE}"
 
 
 def test_an_entry_is_converted_into_an_archive() -> None:

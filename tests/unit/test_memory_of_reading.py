@@ -34,7 +34,7 @@ try:
     answer = f"{len(decode(text, KINDS[EVENT_TYPE].model).data.signals)} signals"
 except InvalidEvent as error:
     answer = str(error)
-_, sequence, _ = _reference_of(text)
+sequence = _reference_of(text).sequence
 print(peak() - before, sequence, answer, sep="|")
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -19,6 +20,7 @@ from producers import entry_sender, events, outbox_check
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted
 from producers.errors import OutboxError
+from producers.file_operations import folder_lock
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import job_id_of
@@ -694,3 +696,20 @@ def test_a_stale_index_is_reported_and_rebuilt(path: Path, index: str, caplog: p
     assert index in caplog.text
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+def test_a_folder_is_unlocked_though_its_descriptor_is_closed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with gevent's `os.close`: its event loop closes a folder, and would never run if the next lock waited."""
+    left_open: list[int] = []
+    with monkeypatch.context() as gevent:
+        gevent.setattr(os, "close", left_open.append)
+        with folder_lock(tmp_path):
+            pass
+    other = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if the folder is locked
+    finally:
+        for descriptor in (*left_open, other):
+            os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.sentinel import SentinelConnectionPool
 from sqlalchemy import create_engine
 
-from consumers.db.database_url import parse_database_url, session_attributes
+from consumers.db.database_url import parse_database_url, session_attributes, split_schema
+from consumers.db.engine import create_store_engine, search_path_of
 from consumers.embedded.stack import stack
-from consumers.settings import StoreSettings
+from consumers.settings import MetricsSettings, StoreSettings
 from producers.errors import SettingsError
 from producers.settings import TransportSettings
+from tests.documents import table
 
 
 def test_the_settings_of_a_controller_have_defaults() -> None:
@@ -83,6 +86,40 @@ def test_the_database_is_set_by_url_or_by_parts(monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setenv("DATABASE_URL", "postgresql://x@y/z")
     assert StoreSettings.from_environment().url().get_secret_value() == "postgresql://x@y/z"
+
+
+def test_the_url_of_the_database_makes_the_parts_irrelevant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even wrong ones, which other programs may have set for themselves."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://x@y/z")
+    for name, value in {"PORT": "everything", "HOST": "a b", "DB": "/", "USER": "@"}.items():
+        monkeypatch.setenv(f"POSTGRES_{name}", value)
+    settings = StoreSettings.from_environment()
+    assert settings.url().get_secret_value() == "postgresql://x@y/z"
+    assert settings.model_fields_set == {"database_url"}
+    monkeypatch.setenv("DATABASE_URL", "")
+    with pytest.raises(SettingsError, match="^POSTGRES_PORT: "):
+        StoreSettings.from_environment()
+
+
+@pytest.mark.parametrize("link", ["tcp://10.0.0.5:5432", "udp://10.0.0.5:53", "tcp://[fd00::5]:5432"])
+def test_a_service_link_of_kubernetes_is_not_a_port(monkeypatch: pytest.MonkeyPatch, link: str) -> None:
+    """It counts as not set, so the value in .env or the default applies."""
+    for name in ("POSTGRES_PORT", "HISTORY_METRICS_PORT"):
+        monkeypatch.setenv(name, link)
+    assert not StoreSettings.from_environment().is_set
+    assert MetricsSettings.from_environment().port is None
+    monkeypatch.setenv("POSTGRES_HOST", "db")
+    assert StoreSettings.from_environment().port == 5432
+    Path(".env").write_text(f"POSTGRES_PORT=5433\nHISTORY_METRICS_PORT={link}\n")
+    assert StoreSettings.from_environment().port == 5433
+    assert MetricsSettings.from_environment().port is None
+
+
+def test_a_service_link_elsewhere_is_a_wrong_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only ports are set by Kubernetes."""
+    monkeypatch.setenv("HISTORY_QUEUE", "tcp://10.0.0.5:5432")
+    with pytest.raises(SettingsError, match="^HISTORY_QUEUE: "):
+        TransportSettings.from_environment()
 
 
 def test_a_database_host_may_be_the_folder_of_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,9 +207,35 @@ def test_rediss_uses_tls_for_the_master_and_the_sentinels(monkeypatch: pytest.Mo
     ],
 )
 def test_the_password_of_an_invalid_sentinel_url_is_not_shown(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """The error shows the form of a URL instead."""
+    """The error shows the form of a URL, or the name of the option that is wrong."""
     monkeypatch.setenv("REDIS_URL", url)
-    with pytest.raises(SettingsError, match=r"^REDIS_URL: must be .*redis\+sentinel://host") as caught:
+    form = r"^REDIS_URL: (must be .*redis\+sentinel://host|the option [a-z_]+ is unknown or has a wrong value)"
+    with pytest.raises(SettingsError, match=form) as caught:
+        TransportSettings.from_environment().redis()
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "option"),
+    [
+        ("redis://:s3cret@h/0?foo=1", "foo"),
+        ("redis://h?db=x", "db"),
+        ("redis://h?health_check_interval=1&socket_timeout=soon", "socket_timeout"),
+        ("redis://h?ssl_cert_reqs=none", "ssl_cert_reqs"),
+        ("rediss://h?ssl_cert_reqs=none&bar=1", "bar"),
+        ("redis+sentinel://h/s?sentinel_password=p&foo=1", "foo"),
+    ],
+)
+def test_a_wrong_option_of_the_redis_url_is_named(monkeypatch: pytest.MonkeyPatch, url: str, option: str) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    with pytest.raises(SettingsError, match=f"^REDIS_URL: the option {option} is unknown or has a wrong value"):
+        TransportSettings.from_environment().redis()
+
+
+@pytest.mark.parametrize("url", ["redis://:s3?cret=1@h/0", "redis://:s3?cret%21=1@h/0", "redis://h?a b=s3cret"])
+def test_a_part_of_a_password_is_not_taken_for_an_option(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("REDIS_URL", url)
+    with pytest.raises(SettingsError, match="^REDIS_URL: must be ") as caught:
         TransportSettings.from_environment().redis()
     assert "cret" not in str(caught.value)
 
@@ -266,3 +329,77 @@ def test_errors_in_a_list_of_hosts_are_reported(rest: str, reason: str) -> None:
     with pytest.raises(SettingsError, match=f"^DATABASE_URL: .*{reason}") as caught:
         parse_database_url(SecretStr(f"postgresql://{rest}"))
     assert "s3c" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["postgres", "postgresql", "postgresql+asyncpg", "postgresql+psycopg", "postgres+pg8000"]
+)
+def test_a_url_of_another_driver_is_taken(scheme: str) -> None:
+    parsed = parse_database_url(SecretStr(f"{scheme}://me:p%40ss@h:6543/d"))
+    assert parsed.render_as_string(hide_password=False) == "postgresql+psycopg2://me:p%40ss@h:6543/d"
+
+
+@pytest.mark.parametrize(
+    ("query", "of_libpq"),
+    [
+        ("pgbouncer=true&connection_limit=1&pool_timeout=0", {}),
+        ("statement_cache_size=0&prepared_statement_cache_size=0&prepareThreshold=0", {}),
+        ("sslmode=require&channel_binding=require", {"sslmode": "require", "channel_binding": "require"}),
+        ("sslmode=no-verify&uselibpqcompat=true", {"sslmode": "require"}),
+        ("ssl=verify-full&sslrootcert=system", {"sslmode": "verify-full", "sslrootcert": "system"}),
+        ("ssl=true&sslmode=verify-ca", {"sslmode": "verify-ca"}),
+        ("ssl=false", {"sslmode": "disable"}),
+        ("options=endpoint%3Dcool-name-1&application_name=bot&connect_timeout=9",
+         {"options": "endpoint=cool-name-1", "application_name": "bot", "connect_timeout": "9"}),
+    ],
+)  # fmt: skip
+def test_options_of_other_libraries_are_translated_or_left_out(query: str, of_libpq: dict[str, str]) -> None:
+    """The same URL serves Prisma, asyncpg, JDBC, Rails or node-postgres. Those of libpq stay."""
+    for hosts in ("h", "one,two:5433"):
+        parsed = parse_database_url(SecretStr(f"postgresql://me@{hosts}/d?{query}"))
+        assert {name: value for name, value in parsed.query.items() if name not in ("host", "port")} == of_libpq
+
+
+@pytest.mark.parametrize(
+    ("query", "names"),
+    [
+        ("schema=trading", ("trading",)),
+        ("currentSchema=trading,public", ("trading", "public")),
+        ("pgbouncer=true&search_path=%22My%20Schema%22", ("My Schema",)),
+        ("", ()),
+    ],
+)
+def test_a_schema_in_the_url_is_the_search_path(query: str, names: tuple[str, ...]) -> None:
+    """It is not an option of libpq, so it is set by a statement in each transaction."""
+    url = SecretStr(f"postgresql://me@h/d?{query}")
+    parsed, found = split_schema(parse_database_url(url))
+    assert (dict(parsed.query), found, search_path_of(create_store_engine(url))) == ({}, names, names)
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("me:s3cret@h/d?unheard_of=1", "the option unheard_of is not an option of PostgreSQL"),
+        ("me:s3cret@h/d?connection.limit=s3cret", "an option after the ? is not an option of PostgreSQL"),
+        ("me:p@x?scret=1@h/d", "an option after the ? is not an option of PostgreSQL"),
+        ("me:s3cret@h/d?sslmode=s3cret", "sslmode must be one of disable, allow, prefer, require, "),
+        ("me:s3cret@h/d?ssl=true", "in place of ssl, write sslmode=require, or sslmode=verify-full"),
+        ("me:s3cret@h/d?schema=a,,b", "schema must be the name of a schema"),
+        ("me:s3cret@h/d?schema=a%00s3cret", "schema must be the name of a schema"),
+    ],
+)
+def test_an_option_that_nobody_knows_is_an_error_without_its_value(rest: str, message: str) -> None:
+    """Its name is shown, unless it may be a part of a password."""
+    with pytest.raises(SettingsError, match=f"^DATABASE_URL: {re.escape(message)}") as caught:
+        create_store_engine(SecretStr(f"postgresql://{rest}"))
+    assert "cret" not in str(caught.value)
+
+
+def test_the_document_names_the_options_that_the_url_may_have() -> None:
+    """Each row's effect is the one of each of its options."""
+    (schema, *_), (ssl, *_), (ignored, *_) = table("consumers/SETTINGS.md", "options of the url")
+    for name in re.findall(r"`(\w+)`", schema):
+        assert parse_database_url(SecretStr(f"postgresql://h/d?{name}=own")).query == {"schema": "own"}
+    assert ssl == "`ssl`"
+    for name in re.findall(r"`(\w+)`", ignored):
+        assert not parse_database_url(SecretStr(f"postgresql://h/d?{name}=1")).query

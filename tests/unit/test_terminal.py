@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta, timezone
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from consumers.terminal import (
     print_audit,
     print_checks,
     print_compared,
+    print_import_statistics,
     print_json,
     print_rejections,
     print_text,
@@ -34,6 +36,8 @@ _SOURCE |= {
     "shared": [],
     "copied": False,
     "tail_known": True,
+    "host": None,
+    "last_at": INSTANT,
 }
 
 
@@ -80,3 +84,20 @@ def test_event_text_is_printed_completely_and_controls_nothing(capsys: pytest.Ca
     """Line breaks are kept, and JSON keeps its value."""
     print_text('{"type":\n\t"[/x] \x9b"} \x1b[2J')
     assert capsys.readouterr().out == '{"type":\n\t"[/x] \\u009b"} \\u001b[2J\n'
+
+
+def test_a_time_that_ends_in_z_is_in_utc(capsys: pytest.CaptureFixture[str]) -> None:
+    """In any offset that the database returned."""
+    local = INSTANT.astimezone(timezone(timedelta(hours=9)))
+    print_archives([_ARCHIVE | {"archived_at": local, "signals_data": [{}]}])
+    print_rejections([_REJECTION | {"created_at": local}])
+    print_audit([_SOURCE | {"source": "a", "since": local}])
+    assert capsys.readouterr().out.count("2026-11-22 17:02:46Z") == 4
+
+
+def test_the_command_in_the_damage_of_a_file_is_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A column of the table would break it."""
+    damage = "portfolio_history.json: is CSV. Replace it by the output of: python3 " + "x " * 200
+    counts = dict.fromkeys(("read", "stored", "already_there", "rejected"), 0)
+    print_import_statistics([{"name": "a", "damage": damage, "notes": {}, **counts}])
+    assert damage.rstrip() in capsys.readouterr().out

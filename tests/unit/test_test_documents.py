@@ -91,6 +91,27 @@ def test_the_command_for_one_file_names_a_file_of_tests() -> None:
     assert (ROOT / file).is_file()
 
 
+def test_the_classifiers_are_the_tested_versions_of_python() -> None:
+    """The lowest is the one that the package requires, and this Python is one of them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    versions = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    sentence = text_of("tests/README.md").split("lists the tested ones:")[1].split(". To")[0]
+    assert re.findall(r"3\.\d+", sentence) == versions
+    assert project["requires-python"] == f">={versions[0]}"
+    assert f"3.{sys.version_info.minor}" in versions
+
+
+def test_the_command_for_another_python_sets_up_like_the_gate_and_names_tests() -> None:
+    set_up, test = block("tests/README.md", "another Python").splitlines()
+    environment = "/tmp/py313"
+    assert f"{set_up.replace('python3.13', 'python3').replace(environment, '.venv')} && " in block(
+        "tests/README.md", "set up and test"
+    )
+    program, *words = test.split()
+    assert program == f"{environment}/bin/python"
+    assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
+
+
 def test_the_code_blocks_have_commands_of_test_programs() -> None:
     blocks = [
         block("tests/README.md", "checks"),

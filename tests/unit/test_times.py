@@ -1,12 +1,17 @@
-"""Pauses between retries."""
+"""Pauses between retries, and names of time zones."""
 
 from __future__ import annotations
 
 import random
+import sys
+import tomllib
+import zoneinfo
+from collections.abc import Iterator
 
 import pytest
 
-from producers.times import backoff_seconds
+from producers.times import backoff_seconds, zone_named
+from tests.documents import ROOT
 
 
 @pytest.mark.parametrize(("failures", "ceiling"), [(1, 0.2), (2, 0.4), (5, 3.2), (6, 5.0), (100_000, 5.0)])
@@ -21,3 +26,52 @@ def test_a_pause_does_not_use_the_programs_random_state() -> None:
     before = random.getstate()
     backoff_seconds(1, first=0.2, last=5.0)
     assert random.getstate() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Europe/Berln", "Europe/Berlin"),
+        ("Berlin", "Europe/Berlin"),
+        ("Germany/Berlin", "Europe/Berlin"),
+        ("europe/berlin ", "Europe/Berlin"),
+        ("America/NewYork", "America/New_York"),
+        ("new york", "America/New_York"),
+        ("Asia/Tokio", "Asia/Tokyo"),
+        ("utc ", "UTC"),
+    ],
+)
+def test_a_nearly_right_time_zone_gets_a_suggestion(name: str, meant: str) -> None:
+    """One that cannot be found by another spelling on any file system."""
+    with pytest.raises(ValueError, match=rf"^must be the name of an IANA time zone: did you mean {meant}\?$"):
+        zone_named(name)
+
+
+@pytest.mark.parametrize("name", ["Middle/Earth", "EST9", "UTC+2", "W. Europe Standard Time", "/", "../../etc/passwd"])
+def test_any_other_name_gets_an_example(name: str) -> None:
+    with pytest.raises(ValueError, match="^must be the name of an IANA time zone, such as Europe/Berlin$"):
+        zone_named(name)
+
+
+@pytest.fixture
+def _without_files_of_the_system() -> Iterator[None]:
+    before = zoneinfo.TZPATH
+    zoneinfo.reset_tzpath(to=[])
+    zoneinfo.ZoneInfo.clear_cache()
+    yield
+    zoneinfo.reset_tzpath(to=before)
+    zoneinfo.ZoneInfo.clear_cache()
+
+
+@pytest.mark.usefixtures("_without_files_of_the_system")
+def test_zones_come_from_the_package_tzdata_on_a_machine_without_zone_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a slim image. If the package was removed, the message names it."""
+    assert zone_named("Europe/Berlin").key == "Europe/Berlin"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert "tzdata" in project["dependencies"]
+    zoneinfo.ZoneInfo.clear_cache()
+    for module in [name for name in sys.modules if name.split(".")[0] == "tzdata"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "tzdata", None)
+    with pytest.raises(ValueError, match="no time zone data: run pip install tzdata$"):
+        zone_named("Europe/Berlin")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import decimal
+import re
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
-from enum import Enum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy
 import pytest
@@ -262,8 +264,8 @@ def test_counts_and_ids_may_be_any_integral_number(
 _NOT_REAL_NUMBERS = [
     (numpy.bool_(True), "numpy.bool"),
     (numpy.complex64(1), "numpy.complex64"),
-    (numpy.timedelta64(5), "numpy.timedelta64"),
-    (numpy.timedelta64("NaT"), "numpy.timedelta64"),
+    (numpy.timedelta64(5, "s"), "numpy.timedelta64"),
+    (numpy.timedelta64("NaT", "s"), "numpy.timedelta64"),
     (numpy.datetime64("2026-11-22"), "numpy.datetime64"),
     (numpy.array(1.0), "numpy.ndarray"),
     (numpy.array([1.0]), "numpy.ndarray"),
@@ -284,7 +286,7 @@ def test_the_message_names_the_type_of_a_value_that_is_not_a_real_number(
         create_daily_portfolio_snapshot(a_portfolio(), value)
     if not isinstance(value, numpy.bool_):
         with pytest.raises(
-            InvalidEvent, match=rf"^signals\.0\.amount: is of type {kind}, which JSON cannot represent$"
+            InvalidEvent, match=rf"^signals\.0\.amount: is of type {kind}, which JSON cannot represent: pass "
         ):
             archive_current_signals([a_signal(amount=value)])
     assert trading_history.events == []
@@ -331,6 +333,7 @@ def test_an_amount_of_any_type_has_at_most_12_integer_digits(trading_history: Fa
         ({"current_balance": None}, "^current_balance: must be a number, not NoneType$"),
         (a_portfolio(total_invested=INSTANT), r"^total_invested: must be a number, not datetime\.datetime$"),
         (a_portfolio(balance=float("nan")), "^balance: must be finite"),
+        (a_portfolio(balance=_Status.OPEN), r"^balance: must be a number, not .*_Status: pass its \.value$"),
         (a_portfolio(total_invested="a lot"), "^total_invested: is text that is not a number$"),
         (a_portfolio(total_profit_loss=[1]), "^total_profit_loss: must be a number, not list$"),
         (a_portfolio(total_value={}), "^total_value: must be a number, not dict$"),
@@ -346,7 +349,7 @@ def test_an_amount_of_any_type_has_at_most_12_integer_digits(trading_history: Fa
         (a_portfolio(positions=[{"status": True}]), r"^positions\.0\.status: must be text, not bool$"),
         (
             a_portfolio(positions=[{"status": _Status.OPEN}]),
-            rf"^positions\.0\.status: must be text, not {__name__}\._Status$",
+            rf"^positions\.0\.status: must be text, not {__name__}\._Status: pass its \.value$",
         ),
         (a_portfolio(positions=numpy.array([])), r"^positions: must be a list, not numpy\.ndarray$"),
         ({"balance": 999_999_999_999, "total_profit_loss": 1}, "^total_value: has more than 12 digits"),
@@ -429,6 +432,70 @@ def test_an_aware_time_keeps_its_offset(monkeypatch: pytest.MonkeyPatch, trading
     assert snapshot.snapshot_date == INSTANT.date()
 
 
+class _Nanoseconds(datetime):
+    """A time whose text has more digits than a datetime's, like pandas' Timestamp."""
+
+    def isoformat(self, sep: str = "T", timespec: str = "auto") -> str:
+        return "2026-05-01T10:00:00.123456789+02:00"
+
+    __str__ = isoformat
+
+    def astimezone(self, tz: tzinfo | None = None) -> NoReturn:
+        raise TypeError("pandas' method requires an argument")
+
+
+class _NotATime(datetime):
+    """A value like pandas' NaT."""
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@pytest.mark.usefixtures("local_zone")
+def test_a_time_of_a_subclass_becomes_a_datetime(
+    snapshot_of: Callable[..., PortfolioSnapshot], archive_of: Callable[..., SignalArchive]
+) -> None:
+    """Digits below the microsecond are left out. A naive time is in this machine's zone."""
+    moment = _Nanoseconds(2026, 5, 1, 10, 0, 0, 123456, timezone(timedelta(hours=2)))
+    found = [
+        snapshot_of(a_portfolio(), timestamp=moment).timestamp,
+        archive_of([a_signal()], archived_at=moment).archived_at,
+        a_snapshot(timestamp=moment).timestamp,
+    ]
+    assert [str(one) for one in found] == ["2026-05-01 10:00:00.123456+02:00"] * 3
+    assert {type(one) for one in found} == {datetime}
+    naive = snapshot_of(a_portfolio(), timestamp=_Nanoseconds(2026, 5, 1, 10)).timestamp
+    assert str(naive) == "2026-05-01 10:00:00+05:45"
+
+
+@pytest.mark.parametrize(
+    ("moment", "message"),
+    [
+        ("2026-05-01T10:00:00Z", "not str: pass datetime.fromisoformat(value)"),
+        (1777629600.5, "not float: pass datetime.fromtimestamp(value, timezone.utc), in seconds"),
+        (numpy.int64(5), "not numpy.int64: pass datetime.fromtimestamp(value, timezone.utc), in seconds"),
+        (
+            numpy.datetime64("2026-05-01"),
+            "not numpy.datetime64: pass value.astype('datetime64[us]').item(), with its time zone",
+        ),
+        (_NotATime(2026, 5, 1), f"not {__name__}._NotATime"),
+        (True, "not bool"),
+    ],
+    ids=repr,
+)
+def test_the_message_says_how_to_make_a_datetime(trading_history: FakeHistory, moment: Any, message: str) -> None:
+    """In both calls, and in a snapshot that the caller builds."""
+    with pytest.raises(InvalidEvent, match=f"^timestamp: must be a datetime, {re.escape(message)}$"):
+        create_daily_portfolio_snapshot(a_portfolio(), timestamp=moment)
+    with pytest.raises(InvalidEvent, match=f"^archived_at: must be a datetime, {re.escape(message)}$"):
+        archive_current_signals([a_signal()], archived_at=moment)
+    with pytest.raises(InvalidEvent, match=f"^timestamp: must be a datetime, {re.escape(message)}$"):
+        a_snapshot(timestamp=moment)
+    assert trading_history.events == []
+
+
 @pytest.mark.usefixtures("local_zone")
 @pytest.mark.parametrize(
     ("setting", "offset"),
@@ -505,6 +572,53 @@ def test_numbers_of_other_types_in_signals_keep_their_value(archive_of: Callable
     assert (signal["half"], signal["text"]) == (Decimal("0.5"), "Zürich")
     assert signal["deep"] == [[Decimal("0.1"), {"yes": True, "no": False}, "text"]]
     assert [type(flag) for flag in signal["deep"][0][1].values()] == [bool, bool]
+
+
+class _Days(IntEnum):
+    TWO = 2
+
+
+class _Price(Decimal, Enum):
+    HALF = Decimal("0.5")
+
+
+class _Ratio(float, Enum):
+    HALF = 0.5
+
+
+def test_members_of_an_enum_that_are_numbers_or_text_have_their_value(
+    snapshot_of: Callable[..., PortfolioSnapshot], archive_of: Callable[..., SignalArchive]
+) -> None:
+    """In signals, amounts, counts and ids."""
+    (signal,) = archive_of([{"t": _TextStatus.OPEN, "n": [_Days.TWO, _Price.HALF, _Ratio.HALF]}]).signals
+    assert signal == {"t": "open", "n": [2, Decimal("0.5"), Decimal("0.5")]}
+    amounts = {"balance": _Days.TWO, "total_invested": _Price.HALF, "total_profit_loss": _Ratio.HALF}
+    snapshot = snapshot_of(amounts | {"trade_count": _Days.TWO}, _Days.TWO)
+    stored = [snapshot.balance, snapshot.total_invested, snapshot.total_profit_loss]
+    assert stored == [Decimal(2), Decimal("0.5"), Decimal("0.5")]
+    assert (snapshot.trade_count, snapshot.portfolio_id) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "instead"),
+    [
+        (_Status.OPEN, "pass its .value"),
+        (INSTANT, "pass its .isoformat()"),
+        (INSTANT.date(), "pass its .isoformat()"),
+        ((1, 2), "pass a list"),
+        ({1}, "pass a list"),
+        (numpy.datetime64("2026-05-01"), "pass its text, str(value)"),
+        (numpy.array([1.5]), "pass its .tolist()"),
+        (b"x", "pass text, or None"),
+    ],
+    ids=repr,
+)
+def test_the_message_says_what_to_pass_in_place_of_a_value_that_json_cannot_represent(
+    trading_history: FakeHistory, value: Any, instead: str
+) -> None:
+    with pytest.raises(InvalidEvent, match=rf"which JSON cannot represent: {re.escape(instead)}$"):
+        archive_current_signals([{"x": [value]}])
+    assert trading_history.events == []
 
 
 @pytest.mark.parametrize(
@@ -738,20 +852,33 @@ def test_a_url_is_unreadable_if_no_thread_can_start(
 
 
 @pytest.mark.parametrize(
-    "url",
+    ("url", "message"),
     [
-        "http://127.0.0.1:1/?token=pa55",
-        "nonsense",
-        "file:///etc/hosts",
-        "http://[::1",
-        f"http://{'a' * 64}.example/",
-        "",
+        ("http://127.0.0.1:1/?token=pa55", "cannot be read: Connection refused; check its host and port"),
+        *(
+            (url, "is not a valid http:// or https:// URL")
+            for url in ("nonsense", "file:///etc/hosts", "http://[::1", f"http://{'a' * 64}.example/", "")
+        ),
     ],
 )
-def test_a_url_that_is_invalid_or_unreachable_is_unreadable(trading_history: FakeHistory, url: str) -> None:
-    """All cases raise the same kind of error."""
-    with pytest.raises(SignalsUnreadable, match=r"^signals_url cannot be read: [A-Za-z]+$"):
+def test_a_url_that_is_invalid_or_unreachable_is_unreadable(
+    trading_history: FakeHistory, url: str, message: str
+) -> None:
+    """All cases raise the same kind of error, with the reason and without the URL."""
+    with pytest.raises(SignalsUnreadable) as caught:
         archive_current_signals(signals_url=url)
+    assert str(caught.value) == f"signals_url {message}"
+
+
+def test_a_url_with_an_unknown_host_is_unreadable(
+    trading_history: FakeHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(SignalsUnreadable, match=r"^signals_url cannot be read: its host name is not known$"):
+        archive_current_signals(signals_url="http://nowhere.example/?token=pa55")
 
 
 # ---- signals of the file

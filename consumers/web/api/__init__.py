@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from starlette.responses import JSONResponse
 
 from consumers.db import state_queries
-from consumers.db.engine import READ_SECONDS, get_reader
+from consumers.db.engine import READ_SECONDS, read_transaction
 from consumers.db.waits import DatabaseWaits
 from consumers.ops.health import Reading, shared_reader
 from consumers.settings import ApiSettings
@@ -58,7 +58,7 @@ def readyz() -> JSONResponse:
 
 
 def _tables_are_readable() -> bool:
-    with get_reader() as db:
+    with read_transaction() as db:
         state_queries.check_tables_readable(db)
     return True
 
@@ -83,6 +83,8 @@ def create_app() -> FastAPI:
         docs_url=None,  # FastAPI's pages load their scripts from other sites
         redoc_url=None,
         redirect_slashes=False,
+        servers=[{"url": "."}],  # relative to the address of the document, which a proxy may serve under a path
+        root_path_in_servers=False,
         lifespan=_started,
     )
     made.add_middleware(Guard)

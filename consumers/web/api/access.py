@@ -10,6 +10,7 @@ from fastapi import Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from consumers.settings import ApiSettings
@@ -64,6 +65,7 @@ async def require_once(request: Request) -> None:
 class Guard:
     """ASGI middleware: checks requests and adds security headers that the answer does not set itself.
 
+    The root path of the settings is removed from a request that has it. The root path itself is redirected to the page.
     HEAD is answered like GET, without the body. On loopback without a token, the Host header must be an IP address or
     `localhost`: otherwise a web page could read the API after pointing its own name to 127.0.0.1 (DNS rebinding).
     """
@@ -90,7 +92,13 @@ class Guard:
         if problem is not None:
             await problem.response()(scope, receive, send_with_headers)
             return
-        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else dict(scope)
+        root_path = scope.get("root_path", "") + (settings.root_path or "")
+        if settings.root_path and scope["path"] == root_path:
+            await Response(status_code=307, headers={"Location": f"{root_path}/"})(scope, receive, send_with_headers)
+            return
+        if scope["path"].startswith(f"{root_path}/"):
+            asked["root_path"] = root_path
         await _shared(self._app, settings.cors_origins)(asked, receive, send_with_headers)
 
 

@@ -10,7 +10,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from consumers.settings import ApiSettings
 from consumers.web.api import app
-from consumers.web.listening import is_local, listen, url_of
+from consumers.web.listening import PORT_ADVICE, is_local, listen, url_of
 
 _LEAVE_SECONDS = 5  # to finish answers in progress when the server stops
 _IDLE_SECONDS = 30.0
@@ -55,7 +55,7 @@ def serve(host: str, port: int) -> None:
         HistoryError: The address cannot be used.
     """
     settings = ApiSettings.from_environment()
-    with listen(host, port) as listening:
+    with listen(host, port, advice=PORT_ADVICE) as listening:
         _disconnect_idle_readers(listening)
         if settings.token is None and not is_local(listening):
             print(

@@ -127,6 +127,8 @@ def _quality(accept: str, media_type: str) -> float:
 
 
 def _next(request: Request, cursor: str) -> str:
-    # Without scheme and host: behind a proxy, the server does not know under which name clients reach it.
+    # Behind a proxy, the server knows neither the host name nor the whole path that clients use. So the address is
+    # relative to the request; it is also right for a client that resolves it against the root of this server.
     asked = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
-    return f"{request.url.path}?{urlencode([*asked, ('cursor', cursor)])}"
+    path = request.url.path
+    return f"{'../' * (path.count('/') - 1)}{path[1:]}?{urlencode([*asked, ('cursor', cursor)])}"

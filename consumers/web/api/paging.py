@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, TextClause, text
 
-from consumers.db.engine import get_reader
+from consumers.db.engine import read_transaction
 from consumers.db.queries import Filter, Query, guessed_bytes, quoted
 
 # Limit of a page's text for tables with JSON documents. The row that exceeds it is the last row of the page.
@@ -42,7 +42,7 @@ def read_page(
     Raises:
         StoreUnavailable: The database cannot be read now.
     """
-    with get_reader() as db:
+    with read_transaction() as db:
         if known_tags is not None:
             query = query_of(replace(wanted, limit=limit + 1))
             rows = db.execute(_keys(query), query.values).all()

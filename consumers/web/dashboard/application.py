@@ -13,6 +13,7 @@ from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq_dashboard.web import blueprint
 from werkzeug.exceptions import Conflict, HTTPException, InternalServerError, NotFound, ServiceUnavailable
 
+from consumers.errors import first_line
 from consumers.web.dashboard import login
 from producers.redis_url import place_of
 
@@ -52,7 +53,7 @@ def _failed(error: Exception) -> ResponseReturnValue:
     if isinstance(error, InvalidJobOperation):
         return login.text_answer(Conflict("The job's state has changed. Reload the page."))
     if isinstance(error, RedisError):
-        logger.warning("%s %s: Redis: %s", request.method, request.path, name)
+        logger.warning("%s %s: Redis: %s: %s", request.method, request.path, name, first_line(error))
         return login.text_answer(ServiceUnavailable(f"Redis failed: {name}."))
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
     return login.text_answer(

@@ -23,7 +23,10 @@ local UNSUPPORTED = {'success_callback_name', 'failure_callback_name', 'stopped_
 
 local function read(key, most_bytes)
     local size = redis.pcall('HSTRLEN', key, 'data')
-    if type(size) == 'table' then return 'unreadable', '', '' end  -- an error: the key is not a hash
+    if type(size) == 'table' then
+        if string.find(size.err, 'WRONGTYPE', 1, true) then return 'unreadable', '', '' end  -- the key is not a hash
+        redis.call('HSTRLEN', key, 'data')  -- raises the error: a forbidden command must not reject the event
+    end
     if size > most_bytes then return 'oversized', '', '' end
     local found = redis.call('HMGET', key, 'data', 'result_ttl', unpack(UNSUPPORTED))
     -- A longer number could not be a time to live.
@@ -75,7 +78,7 @@ for n = 1, last do
     if state ~= 'usual' or ttl ~= '' then notes[#notes + 1] = {n, state, ttl} end
 end
 for n = #ids, #data + 1, -1 do ids[n] = nil end
+redis.call('RPUSH', KEYS[2], unpack(ids))  -- first: if it is forbidden, no job may be lost
 redis.call('LTRIM', KEYS[1], #ids, -1)
-redis.call('RPUSH', KEYS[2], unpack(ids))
 return {#unusable, ids, data, notes, count(KEYS[3], ids[1], crashes[1]) or '-1',
     count(KEYS[6], ids[1], timeouts[1]) or '0'}

@@ -2,7 +2,7 @@
 
 const TIMEOUT_MS = 15000;
 const base = new URL("../", import.meta.url);
-const TOKEN_KEY = "trading-history-token";
+const TOKEN_KEY = `trading-history-token ${base.pathname}`; // other servers under paths of the same host have other tokens
 const CARRIED = /^[\x20-\x7e]+$/; // fetch rejects a header with other characters
 let token = read();
 

@@ -1,0 +1,1 @@
+from tests.integration.test_audit import *  # noqa: F403  # every test of it

@@ -1,0 +1,334 @@
+"""Tables in another schema, roles that lack a privilege, and poolers: the tables are found, or doctor says how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from pydantic import SecretStr
+from redis import Redis
+from sqlalchemy import make_url, text
+from typer.testing import CliRunner
+
+from consumers.cli import app
+from consumers.db import engine as db_engine
+from consumers.db.engine import create_store_engine
+from consumers.db.logins import API, READER, WORKER, WRITER
+from consumers.embedded import Addresses
+from consumers.operations import get_portfolio_history
+from consumers.ops import doctor
+from consumers.ops.checks import HealthCheck
+from tests.deliveries import burst, enqueue_snapshots
+from tests.pgbouncer import pooler
+
+_TABLES = ["event_outcomes", "portfolio_history", "signal_archives"]
+
+
+def _execute(url: str, *statements: str) -> list[Any]:
+    """Run the statements in one transaction, and return the rows of the last."""
+    store = create_store_engine(SecretStr(url))
+    with store.begin() as db:
+        *_, last = [db.execute(text(statement)) for statement in statements]
+        rows = [tuple(row) for row in last] if last.returns_rows else []
+    store.dispose()
+    return rows
+
+
+def _as(url: str, role: str) -> str:
+    return make_url(url).set(username=role).render_as_string(hide_password=False)
+
+
+def _with(url: str, **query: str) -> str:
+    return make_url(url).update_query_dict(query).render_as_string(hide_password=False)
+
+
+def _use(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Let this process use that URL from now on."""
+    if db_engine.engine.cache_info().currsize:
+        db_engine.reader().dispose()
+        db_engine.engine().dispose()
+        db_engine.engine.cache_clear()
+    monkeypatch.setenv("DATABASE_URL", url)
+
+
+def _run(*arguments: str, status: int = 0) -> str:
+    done = CliRunner().invoke(app, arguments)
+    output: str = done.output
+    assert done.exit_code == status, (arguments, output, done.exception)
+    return output
+
+
+def _error(*arguments: str) -> str:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    return str(done.exception)
+
+
+def _checks() -> dict[str, HealthCheck]:
+    return {one.name: one for one in doctor.diagnose(list)}
+
+
+def _schemas_of_tables(url: str) -> dict[str, list[str]]:
+    rows = _execute(url, "SELECT schemaname, tablename FROM pg_tables WHERE tablename LIKE '%\\_%' ORDER BY tablename")
+    found: dict[str, list[str]] = {}
+    for schema, table in rows:
+        if table in _TABLES:
+            found.setdefault(schema, []).append(table)
+    return found
+
+
+@contextmanager
+def _owner(url: str, name: str, *, attributes: str = "") -> Iterator[str]:
+    """Create a role that owns the database during the block; yield the URL with it."""
+    database = make_url(url).database
+    _execute(url, f"CREATE ROLE {name} LOGIN {attributes}", f"ALTER DATABASE {database} OWNER TO {name}")
+    try:
+        yield _as(url, name)
+    finally:
+        _execute(url, f"REASSIGN OWNED BY {name} TO CURRENT_USER", f"DROP OWNED BY {name}", f"DROP ROLE {name}")
+
+
+@pytest.fixture
+def passwords(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both login roles are wanted; they are dropped afterwards."""
+    for name in ("HISTORY_WRITER_PASSWORD", "HISTORY_READER_PASSWORD"):
+        monkeypatch.setenv(name, "wanted")
+    yield
+    for login in (WORKER, API):
+        if _execute(empty_database_url, f"SELECT FROM pg_roles WHERE rolname = '{login}'"):
+            _execute(empty_database_url, f"DROP OWNED BY {login}", f"DROP ROLE {login}")
+
+
+@pytest.mark.usefixtures("passwords")
+@pytest.mark.parametrize("schema", ["trading", "Dash-ed %schema"])
+def test_init_db_makes_a_schema_in_which_its_logins_find_the_tables(
+    empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch, schema: str
+) -> None:
+    """The owner and other logins name it in the URL. A second run changes nothing."""
+    lines = _run("init-db", "--schema", schema).splitlines()
+    assert lines[0] == f"The tables are ready in schema {schema}."
+    assert lines[-1] == f"Other logins find the tables by schema={quote(schema, safe='')} in DATABASE_URL."
+    assert _schemas_of_tables(empty_database_url) == {schema: _TABLES}
+    assert _run("init-db", "--schema", schema).splitlines() == lines
+
+    _use(monkeypatch, _as(empty_database_url, WORKER))
+    enqueue_snapshots(redis, 2)
+    burst(redis)
+    _use(monkeypatch, _as(empty_database_url, API))
+    assert len(get_portfolio_history()) == 2
+    _use(monkeypatch, _with(empty_database_url, schema=schema))
+    assert len(get_portfolio_history()) == 2
+    tables = _checks()["tables"]
+    assert tables.state == "ok"
+    assert tables.found.endswith(f"of schema.sql, in schema {schema}" if schema == "trading" else f'"{schema}"')
+
+
+def test_a_schema_in_the_url_is_created_too(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`schema=` of the URL and --schema mean the same; --schema takes precedence."""
+    _use(monkeypatch, _with(empty_database_url, schema="first"))
+    _run("init-db")
+    _run("init-db", "--schema", "second")
+    assert _schemas_of_tables(empty_database_url) == {"first": _TABLES, "second": _TABLES}
+
+
+def test_the_script_of_a_dry_run_makes_the_same_schema(empty_database_url: str) -> None:
+    script = _run("init-db", "--dry-run", "--schema", "Trading")
+    store = create_store_engine(SecretStr(empty_database_url))
+    with store.connect() as pooled:
+        db = pooled.execution_options(isolation_level="AUTOCOMMIT", no_parameters=True)
+        db.exec_driver_sql(script)
+    store.dispose()
+    assert _schemas_of_tables(empty_database_url) == {"Trading": _TABLES}
+
+
+def test_init_db_adopts_old_tables_in_that_schema(empty_database_url: str) -> None:
+    """A schema without old tables gets new ones."""
+    old = "id serial PRIMARY KEY, archived_at timestamptz, signals_count integer, signals_data jsonb"
+    _execute(empty_database_url, "CREATE SCHEMA old", f"CREATE TABLE old.signal_archives ({old})")
+    _run("init-db", "--adopt-legacy", "--schema", "new")
+    output = _run("init-db", "--adopt-legacy", "--schema", "old")
+    assert "Table signal_archives was renamed to signal_archives_legacy." in output
+    assert _schemas_of_tables(empty_database_url) == {"new": _TABLES, "old": _TABLES}
+
+
+@pytest.mark.usefixtures("passwords")
+def test_owner_with_a_schema_of_his_own_name(
+    empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search_path begins with "$user", so the tables are there: the logins of init-db find them nevertheless."""
+    with _owner(empty_database_url, "ana", attributes="SUPERUSER") as owner:
+        _execute(empty_database_url, "CREATE SCHEMA ana AUTHORIZATION ana")
+        _use(monkeypatch, owner)
+        _run("init-db")
+        assert _schemas_of_tables(empty_database_url) == {"ana": _TABLES}
+        _use(monkeypatch, _as(empty_database_url, WORKER))
+        enqueue_snapshots(redis, 1)
+        burst(redis)
+        assert len(get_portfolio_history()) == 1
+        assert _checks()["tables"].found.endswith("of schema.sql, in schema ana")
+
+
+@pytest.mark.usefixtures("passwords")
+def test_init_db_gives_logins_of_an_earlier_release_the_schema(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without their passwords too. A user who may not change them gets the statement for an administrator."""
+    _run("init-db")
+    database = make_url(empty_database_url).database
+    for name in ("HISTORY_WRITER_PASSWORD", "HISTORY_READER_PASSWORD"):
+        monkeypatch.delenv(name)
+    with _owner(empty_database_url, "plain_owner") as owner:
+        _use(monkeypatch, owner)
+        output = _run("init-db", "--schema", "later")
+    statements = [f'ALTER ROLE "{login}" IN DATABASE "{database}" SET search_path = "later"' for login in (API, WORKER)]
+    for line, login, statement in zip(output.splitlines(), (API, WORKER), statements, strict=False):
+        assert line.startswith(f"Note: the tables exist, but login role {login} was not created or changed: ")
+        assert line.endswith(f". As an administrator of the server, run {statement}.")
+    _use(monkeypatch, empty_database_url)
+    assert "Note" not in _run("init-db", "--schema", "later")
+    assert _execute(_as(empty_database_url, WORKER), "SELECT current_schema()") == [("later",)]
+
+
+def test_user_who_may_not_create_in_public_gets_the_grant(
+    empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with the default privileges of PostgreSQL 15. Another schema needs a privilege on the database."""
+    database = make_url(empty_database_url).database
+    _execute(empty_database_url, "REVOKE CREATE ON SCHEMA public FROM PUBLIC", "CREATE ROLE guest LOGIN")
+    try:
+        _use(monkeypatch, _as(empty_database_url, "guest"))
+        expected = (
+            "as the owner of the schema, run GRANT CREATE ON SCHEMA public TO guest; or for another schema, as the"
+            f" owner of the database, run GRANT CREATE ON DATABASE {database} TO guest;"
+            " then run trading-history init-db --schema NAME"
+        )
+        assert _error("init-db") == f"PostgreSQL: permission denied for schema public: {expected}"
+        tables = _checks()["tables"]
+        assert (tables.found, tables.advice) == (f"missing in schema public: {', '.join(_ORDER)}", expected)
+        assert f"run GRANT CREATE ON DATABASE {database} TO guest" in _error("init-db", "--schema", "own")
+        _execute(empty_database_url, f"GRANT CREATE ON DATABASE {database} TO guest")
+        _run("init-db", "--schema", "own")
+        assert _schemas_of_tables(empty_database_url) == {"own": _TABLES}
+        elsewhere = _checks()["tables"]
+        assert elsewhere.found == (
+            f"missing in schema public: {', '.join(_ORDER)}; tables of these names are in schema own"
+        )
+        assert elsewhere.advice == (
+            f"write schema=own in DATABASE_URL, or run ALTER ROLE guest IN DATABASE {database} SET search_path = own"
+        )
+        _execute(empty_database_url, elsewhere.advice.partition("or run ")[2])
+        _use(monkeypatch, _as(empty_database_url, "guest"))
+        assert _checks()["tables"].state == "ok"
+    finally:
+        _execute(empty_database_url, "DROP OWNED BY guest", "DROP ROLE guest")
+
+
+_ORDER = ["portfolio_history", "signal_archives", "event_outcomes"]
+
+
+def test_role_without_usage_of_the_schema_gets_the_grant(
+    empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """doctor looks for the tables in every schema, and the statements of its advice are enough."""
+    _run("init-db", "--schema", "trading")
+    _execute(empty_database_url, "CREATE ROLE guest LOGIN")
+    try:
+        _use(monkeypatch, _with(_as(empty_database_url, "guest"), schema="trading"))
+        closed = _checks()["tables"]
+        assert closed.found == (
+            "this role may use no schema of its search_path; tables of these names are in schema trading"
+        )
+        assert closed.advice == "as the owner of the schema, run GRANT USAGE ON SCHEMA trading TO guest"
+        _use(monkeypatch, _as(empty_database_url, "guest"))
+        assert _checks()["tables"].advice.startswith(f"{closed.advice}; then write schema=trading in DATABASE_URL")
+        _execute(empty_database_url, closed.advice.partition("run ")[2])
+        _use(monkeypatch, _with(_as(empty_database_url, "guest"), schema="trading"))
+        opened = _checks()
+        assert opened["tables"].state == "ok"
+        _execute(_with(empty_database_url, schema="trading"), *opened["privileges"].advice.split("; "))
+        assert _checks()["privileges"].state == "ok"
+    finally:
+        _execute(empty_database_url, "DROP OWNED BY guest", "DROP ROLE guest")
+
+
+@pytest.mark.usefixtures("passwords")
+def test_roles_of_another_owner_need_the_admin_option(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of init-db names the GRANT. After the statements of each error, init-db succeeds.
+
+    Until PostgreSQL 15, CREATEROLE was enough to grant any role.
+    """
+    ((version,),) = _execute(empty_database_url, "SELECT CAST(current_setting('server_version_num') AS integer)")
+    with _owner(empty_database_url, "other_owner") as owner:
+        _use(monkeypatch, owner)
+        statements = []
+        for _ in range(6):
+            done = CliRunner().invoke(app, ["init-db"])
+            if done.exit_code == 0:
+                break
+            message = str(done.exception)
+            assert "was not created or changed: " in message
+            statements.append(message.partition("As an administrator of the server, run ")[2])
+            _execute(empty_database_url, *statements[-1].split("; "))
+        assert done.exit_code == 0, done.exception
+    grants = [f'GRANT "{group}" TO "other_owner" WITH ADMIN OPTION' for group in (WRITER, READER)]
+    assert statements == ['ALTER ROLE "other_owner" CREATEROLE', *(grants if version >= 160000 else [])]
+
+
+@pytest.mark.usefixtures("passwords")
+def test_doctor_names_all_privileges_that_the_logins_need(
+    empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the statements of its advice, init-db succeeds. Without the passwords, no login is wanted."""
+    with _owner(empty_database_url, "other_owner") as owner:
+        _use(monkeypatch, owner)
+        _error("init-db")
+        check = _checks()["logins"]
+        statements, _, last = check.advice.rpartition("; then ")
+        assert (check.found, last) == (
+            f"{WORKER} does not exist; {API} does not exist", "run trading-history init-db"
+        )  # fmt: skip
+        _execute(empty_database_url, *statements.partition(", run ")[2].split("; "))
+        assert _checks()["logins"].advice == "run trading-history init-db"
+        _run("init-db")
+        assert _checks()["logins"].state == "ok"
+        for name in ("HISTORY_WRITER_PASSWORD", "HISTORY_READER_PASSWORD"):
+            monkeypatch.delenv(name)
+        assert "logins" not in _checks()
+
+
+@pytest.fixture
+def stock_pooler(pair: Addresses, database_url: str) -> Iterator[str]:
+    """URL of the database through pgbouncer with its default settings."""
+    with TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        Path(folder).chmod(0o755)  # pgbouncer runs as another account
+        with pooler(Addresses(database_url, pair.redis_url), Path(folder)) as addresses:
+            yield addresses.database_url
+
+
+def test_a_pooler_that_refuses_startup_options_is_not_reported_as_a_wrong_password(
+    stock_pooler: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use(monkeypatch, _with(stock_pooler, options="-csearch_path=public"))
+    refused = _checks()["PostgreSQL"]
+    _use(monkeypatch, _with(stock_pooler, schema="public", pgbouncer="true"))
+    accepted = _checks()
+    assert (refused.state, "unsupported startup parameter: options" in refused.found) == ("fail", True)
+    assert "pooler" in refused.advice
+    assert "remove options= from DATABASE_URL" in refused.advice
+    assert "password" not in refused.advice
+    assert accepted["PostgreSQL"].state == accepted["tables"].state == "ok"
+
+
+def test_a_user_that_a_pooler_does_not_know_is_not_reported_as_a_wrong_password(
+    stock_pooler: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pooler's own list may lack a user that PostgreSQL has."""
+    _use(monkeypatch, _as(stock_pooler, "nobody_at_all"))
+    check = _checks()["PostgreSQL"]
+    assert check.state == "fail"
+    assert "password" not in check.advice, check

@@ -1,0 +1,58 @@
+"""Errors of servers: the message that is shown, and what to do."""
+
+from __future__ import annotations
+
+import psycopg2
+import pytest
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from sqlalchemy.exc import OperationalError
+
+from consumers.db.engine import translated_errors
+from consumers.errors import StoreUnavailable
+from consumers.ops.redis_errors import redis_problem
+
+_AT = 'connection to server at "h" (10.0.0.5), port 5432 failed:'
+_REFUSED = f"{_AT} Connection refused\n\tIs the server running on that host and accepting TCP/IP connections?\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "shown", "advice"),
+    [
+        (f'{_AT} FATAL:  password authentication failed for user "u"\n', "password authentication", "correct user and"),
+        (f'{_AT} FATAL:  role "u" does not exist\n', 'role "u" does not exist', "correct user and password"),
+        (f"{_AT} fe_sendauth: no password supplied\n", "no password supplied", "correct user and password"),
+        (f'{_AT} FATAL:  database "d" does not exist\n', 'FATAL: database "d"', "correct the name of the database"),
+        (f"{_AT} FATAL:  no such database: d\n", "no such database", "correct the name of the database"),
+        (f"{_AT} FATAL:  the database system is starting up\n", "starting up", ""),
+        (_REFUSED, "Connection refused", "check that PostgreSQL runs"),
+        (
+            'could not translate host name "h" to address: Name or service not known\n',
+            "host name",
+            "check that Postgre",
+        ),
+        # localhost has two addresses, and the server listens at the second one only.
+        (_REFUSED + f'{_AT} FATAL:  password authentication failed for user "u"\n', "password", "correct user and"),
+        ("server closed the connection unexpectedly\n\tThis probably means\n", "server closed", ""),
+    ],
+)
+def test_a_failed_connection_to_postgresql_has_advice(message: str, shown: str, advice: str) -> None:
+    """It names the settings. An outage that ends by itself has none."""
+    with pytest.raises(StoreUnavailable) as caught, translated_errors():
+        raise OperationalError("SELECT 1", None, psycopg2.OperationalError(message))
+    assert shown in str(caught.value)
+    assert caught.value.advice.startswith(advice)
+    assert bool(caught.value.advice) == bool(advice)
+    assert "\n" not in caught.value.with_advice()
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (AuthenticationError("invalid username-password pair or user is disabled."), ": correct user and password in"),
+        (RedisConnectionError("Error 111 connecting to h:1. Connection refused."), "refused: check that Redis runs"),
+        (ResponseError("LOADING Redis is loading the dataset in memory"), "in memory"),
+    ],
+)
+def test_an_error_of_redis_has_advice(error: RedisError, advice: str) -> None:
+    assert advice in redis_problem(error)

@@ -1,0 +1,155 @@
+"""The coroutines of producers.aio: what they record, their errors, and an event loop that is never blocked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from fakeredis import FakeRedis
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_span
+
+from producers import trading_controller
+from producers.aio import archive_current_signals, create_daily_portfolio_snapshot
+from producers.errors import EventRejected, InvalidEvent
+from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
+from producers.testing import FakeHistory
+from tests.forking import in_child
+
+T = TypeVar("T")
+CYCLE = datetime(2026, 11, 22, 18, 2, 46, tzinfo=UTC)
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in an event loop of a thread, since other tests may leave a loop running in the main thread."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+def test_a_snapshot_and_an_archive_are_recorded_and_stored(trading_history: FakeHistory) -> None:
+    async def cycle() -> tuple[int, int]:
+        snapshot = await create_daily_portfolio_snapshot({"balance": 9900.12}, 1, timestamp=CYCLE)
+        archive = await archive_current_signals([{"market_id": "1"}], portfolio_id=1, archived_at=CYCLE)
+        assert archive is not None
+        trading_history.work()
+        return await snapshot.stored(5), await archive.stored(5)
+
+    assert _run(cycle()) == (1, 1)
+    trading_history.assert_snapshot(balance=9900.12, portfolio_id=1, timestamp=CYCLE)
+    trading_history.assert_archive(portfolio_id=1, archived_at=CYCLE)
+
+
+def test_a_receipt_equals_the_one_of_the_blocking_call(trading_history: FakeHistory) -> None:
+    """Both record the same event; only the sequence differs."""
+    receipt = _run(create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE))
+    other = trading_controller.create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE)
+    assert (receipt.event_id, receipt.source, receipt.sequence + 1) == (other.event_id, other.source, other.sequence)
+
+
+def test_the_trace_context_is_the_argument_or_the_one_of_the_task(tmp_path: Path) -> None:
+    """The thread that makes the calls has OpenTelemetry's context of the task that awaits them."""
+    given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
+    span = NonRecordingSpan(SpanContext(0x4BF92F3577B34DA6A3CE929D0E0E4736, 0x00F067AA0BA902B7, False, TraceFlags(1)))
+
+    async def cycle(producer: HistoryProducer) -> None:
+        with use_span(span):
+            await create_daily_portfolio_snapshot({"balance": 1}, producer=producer)
+            await archive_current_signals([{}], producer=producer, traceparent=given)
+        await create_daily_portfolio_snapshot({"balance": 2}, producer=producer)
+        await create_daily_portfolio_snapshot({"balance": 3}, producer=producer, traceparent=given)
+
+    outbox = tmp_path / "outbox.db"
+    with HistoryProducer(FakeRedis(), outbox=outbox) as producer, Outbox(outbox) as recorded:
+        _run(cycle(producer))
+        found = [json.loads(entry.event).get("traceparent") for entry in recorded.entries()]
+        producer.close(0)
+    assert found == ["00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", given, None, given]
+
+
+def test_no_signals_give_no_receipt(trading_history: FakeHistory) -> None:
+    assert _run(archive_current_signals([])) is None
+
+
+def test_bad_input_raises_the_error_of_the_blocking_call(trading_history: FakeHistory) -> None:
+    with pytest.raises(InvalidEvent, match="must have 'balance'"):
+        _run(create_daily_portfolio_snapshot({"ballance": 1}))
+
+
+def test_a_rejected_event_raises_its_reason(trading_history: FakeHistory) -> None:
+    async def cycle() -> None:
+        receipt = await create_daily_portfolio_snapshot({"balance": 1})
+        trading_history.work(reject="balance: is not plausible")
+        await receipt.stored(5)
+
+    with pytest.raises(EventRejected, match="balance: is not plausible"):
+        _run(cycle())
+
+
+def test_without_an_outcome_the_wait_ends_after_its_timeout(trading_history: FakeHistory) -> None:
+    async def cycle() -> None:
+        receipt = await create_daily_portfolio_snapshot({"balance": 1})
+        await receipt.stored(0.05)
+
+    with pytest.raises(TimeoutError, match=r"was not acknowledged within 0\.05 s; it stays in the outbox"):
+        _run(cycle())
+
+
+def test_a_wait_ends_when_a_worker_stores_the_event_later(trading_history: FakeHistory) -> None:
+    async def cycle() -> int:
+        receipt = await create_daily_portfolio_snapshot({"balance": 1})
+        waiting = asyncio.create_task(receipt.stored(5))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await asyncio.to_thread(trading_history.work)
+        return await waiting
+
+    assert _run(cycle()) == 1
+
+
+def test_calls_are_recorded_in_the_order_in_which_they_were_started(trading_history: FakeHistory) -> None:
+    moments = [CYCLE + timedelta(seconds=number) for number in range(20)]
+
+    async def cycles() -> list[int]:
+        calls = [create_daily_portfolio_snapshot({"balance": 1}, timestamp=moment) for moment in moments]
+        return [receipt.sequence for receipt in await asyncio.gather(*calls)]
+
+    sequences = _run(cycles())
+    assert sequences == sorted(sequences)
+    assert [snapshot.timestamp for snapshot in trading_history.snapshots] == moments
+
+
+def test_the_loop_runs_while_a_call_waits_for_the_outbox(tmp_path: Path) -> None:
+    """Another connection has locked the outbox: the call waits, and the loop runs other tasks."""
+    outbox = tmp_path / "outbox.db"
+
+    async def cycle(producer: HistoryProducer) -> int:
+        await create_daily_portfolio_snapshot({"balance": 1}, producer=producer)
+        with closing(sqlite3.connect(outbox, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            waiting = asyncio.create_task(create_daily_portfolio_snapshot({"balance": 2}, producer=producer))
+            for _ in range(100):
+                await asyncio.sleep(0.001)
+            assert not waiting.done()
+            other.execute("COMMIT")
+        return (await waiting).sequence
+
+    with HistoryProducer(FakeRedis(), outbox=outbox) as producer:
+        assert _run(cycle(producer)) == 2
+        producer.close(0)
+
+
+def test_a_forked_child_records_with_its_own_thread(trading_history: FakeHistory) -> None:
+    _run(create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE))
+
+    def child() -> None:
+        assert _run(create_daily_portfolio_snapshot({"balance": 2})).sequence == 2
+
+    assert in_child(child) == 0
