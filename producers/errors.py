@@ -6,8 +6,7 @@ HistoryError
 │   └── SignalsUnreadable  the signals' file or URL does not contain JSON signals
 ├── FileNotWritten         a file of the old format, or its folder, cannot be written
 ├── OutboxError            the outbox file cannot be read or written; a call that raises this recorded nothing
-│   ├── OutboxDamaged      the file's content cannot be read; a producer or relay moves it away and makes a new one
-│   └── OutboxOutdated     the file has the format of an earlier release; a producer or relay upgrades it
+│   └── OutboxDamaged      the file's content cannot be read; a producer or relay moves it away and makes a new one
 ├── RelayRefused           the outbox belongs to another Redis or queue
 ├── ProducerClosed         the producer is closed; nothing was recorded
 └── EventRejected          the event was rejected; raised by Receipt.wait
@@ -73,10 +72,6 @@ class OutboxDamaged(OutboxError):
         "start the controller or trading-history relay: either moves the file aside and salvages its entries. By hand:"
         " stop both, move the file away and run trading-history outbox salvage FILE"
     )
-
-
-class OutboxOutdated(OutboxError):
-    """The file has an earlier release's format, and its controller may still run. A producer or relay upgrades it."""
 
 
 class RelayRefused(HistoryError):

@@ -1,8 +1,9 @@
 """The durable local log of a producer: an event is accepted once its entry is committed here.
 
 One SQLite file serves any number of threads and processes. An entry is `pending` until Redis has its job, then `sent`,
-and becomes `stored` or `rejected` when its acknowledgement is read. Only appending waits for the disk: if a crash
-undoes another change of state, the entry is sent again, and the worker finds a duplicate.
+and becomes `stored` or `rejected` when its acknowledgement is read. Entries are a log that is only appended to: other
+tables (see outbox_schema) say what became of them. Only appending waits for the disk: if a crash undoes another change,
+the entry is sent again, and the worker finds a duplicate.
 
 Settled entries (stored or rejected) are kept for some days, so that they can be sent again after the database was
 restored from a backup.
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Concatenate, Literal, NamedTuple, ParamSpec, Self, TypeVar
 from uuid import UUID, uuid4
 
 from producers.entries import Accepted, AuditEntry, Entry, EntryStatus, OutboxSource, OutboxStatus, full_source
@@ -25,7 +27,7 @@ from producers.errors import OutboxDamaged, OutboxError
 from producers.events import Payload, encode, event_of
 from producers.outbox_check import find_fault
 from producers.outbox_clock import OutboxClock
-from producers.outbox_deliveries import SELECT_ENTRIES, OutboxDeliveries
+from producers.outbox_deliveries import WITH_EVENT, OutboxDeliveries
 from producers.outbox_file import OutboxFile
 from producers.outbox_header import OutboxHeader
 from producers.outbox_place import LOCK
@@ -52,42 +54,70 @@ RETURNING id, last_sequence
 """
 
 _APPEND = """
-INSERT INTO entries (source_id, sequence, nonce, recorder, event_id, type, summary, event, recorded_at)
+INSERT INTO entries (source_id, sequence, nonce, recorder, recorded_at, event_id, type, summary, event)
 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
 # This check is early and is not counted, so that the interval to the next check does not grow.
-_CHECK_NOW = "UPDATE entries SET check_at = 0, checks = max(checks - 1, 0) WHERE state = 'sent' AND position <= ?"
+_CHECK_NOW = (
+    "UPDATE batches SET check_at = 0 WHERE first <= ?",
+    "UPDATE retries SET check_at = 0, checks = max(checks - 1, 0) WHERE check_at IS NOT NULL AND position <= ?",
+)
 
 _RESEND = """
-UPDATE entries SET state = 'pending', checks = 0, check_at = NULL, settled_at = NULL, row_id = NULL, reason = NULL
-WHERE position > ? AND position <= ? AND state IN ('stored', 'rejected') AND recorded_at >= ?
+INSERT INTO retries (position, checks) SELECT position, 0 FROM outcomes CROSS JOIN entries USING (position)
+WHERE position > ? AND position <= ? AND recorded_at >= ?
+"""
+_DELETE_RESENT = """
+DELETE FROM outcomes WHERE position > ? AND position <= ? AND position IN (SELECT position FROM retries)
 """
 _END_OF_PAGE = """
 SELECT max(position) FROM (SELECT position FROM entries WHERE position > ? AND position <= ? ORDER BY position LIMIT ?)
 """
 
-_ENTRIES = SELECT_ENTRIES + "ORDER BY position"
-_ENTRY_STATUS = "SELECT state, row_id, reason FROM entries WHERE source_id = ? AND sequence = ? AND nonce = ?"
+_ENTRIES = WITH_EVENT + """
+FROM (SELECT entries.*, coalesce(checks, 0) AS checks FROM entries LEFT JOIN retries USING (position)) ORDER BY position
+"""
+_ENTRY_STATUS = "SELECT state, row_id, reason FROM entry_states WHERE source_id = ? AND sequence = ? AND nonce = ?"
 _AUDIT_PAGE = """
-SELECT sequence, nonce, event_id, state FROM entries
+SELECT sequence, nonce, event_id, state FROM entry_states
 WHERE source_id = ? AND (sequence, nonce) > (?, ?) ORDER BY sequence, nonce LIMIT ?
 """
 
-# One subquery for each state, so that each uses its own index.
-_IS_COUNTED = "(:producer_id IS NULL OR recorder = :producer_id) AND (:until IS NULL OR position <= :until)"
-_UNSETTLED_COUNT = f"""
-SELECT (SELECT count(*) FROM entries WHERE state = 'pending' AND {_IS_COUNTED})
-    + (SELECT count(*) FROM entries WHERE state = 'sent' AND {_IS_COUNTED})
-"""  # noqa: S608  # constants
-
-# Uses indexes only: reading all kept entries would take seconds each time a status is shown.
-_STATUS = """
-SELECT 'pending', count(*), (SELECT recorded_at FROM entries WHERE state = 'pending' ORDER BY position LIMIT 1)
-    FROM entries WHERE state = 'pending'
-UNION ALL SELECT 'sent', count(*), min(recorded_at) FROM entries WHERE state = 'sent'
-UNION ALL SELECT 'rejected', count(*), NULL FROM entries WHERE state = 'rejected'
-UNION ALL SELECT 'settled', count(*), NULL FROM entries WHERE state IN ('stored', 'rejected')
+# Beyond `sent_through` no position is missing, because only sent entries are deleted. Counting the rows would read them.
+_PENDING_COUNT = """
+SELECT (SELECT count(*) FROM retries WHERE check_at IS NULL AND position <= :until)
+    + max(0, min(:until, coalesce((SELECT max(position) FROM entries), 0)) - sent_through
+        - (SELECT count(*) FROM outcomes WHERE position > sent_through AND position <= :until)
+        - (SELECT count(*) FROM retries WHERE position > sent_through AND position <= :until))
+FROM outbox
+"""
+_SENT_COUNT = "SELECT count(*) FROM sent WHERE position <= :until"
+_COUNT_OF_PRODUCER = """
+SELECT count(*) FROM (SELECT position FROM pending UNION ALL SELECT position FROM sent) CROSS JOIN entries
+    USING (position) WHERE recorder = ? AND position <= ?
+"""
+_SETTLED_COUNTS = """
+SELECT (SELECT count(*) FROM outcomes), (SELECT count(*) FROM outcomes WHERE row_id IS NULL)
+"""
+# Reads one pending entry; the view's minimum would be that of all of them.
+_OLDEST = {
+    "pending": """
+SELECT recorded_at FROM entries WHERE position IN (
+    SELECT min(position) FROM retries WHERE check_at IS NULL
+    UNION ALL
+    SELECT * FROM (
+        SELECT position FROM entries WHERE position > (SELECT sent_through FROM outbox)
+            AND NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
+            AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position)
+        ORDER BY position LIMIT 1))
+ORDER BY position LIMIT 1
+""",
+    "sent": "SELECT recorded_at FROM entries WHERE position = (SELECT min(position) FROM sent)",
+}
+_UNSETTLED = """
+SELECT sequence FROM (SELECT position FROM pending UNION ALL SELECT position FROM sent) CROSS JOIN entries
+    USING (position) WHERE source_id = ?
 """
 
 
@@ -114,20 +144,19 @@ class Outbox:
     """Outbox in the file at `path`, which is created if it is missing. Appends fail when it has `max_bytes`.
 
     Producers and relays open it with `repair`: a damaged file is quarantined (renamed to `<name>.damaged-<number>`) and
-    replaced by a new one, and a file of an earlier release is upgraded. Commands that only read open it without
-    `repair`: such a file is left unchanged, and OutboxDamaged or OutboxOutdated is raised.
+    replaced by a new one. Commands that only read open it without `repair`: such a file is left unchanged, and
+    OutboxDamaged is raised.
 
     Relays, doctor and audit use its parts `header`, `deliveries` and `quarantine`.
 
     Raises:
-        OutboxOutdated: an earlier release wrote the file; only without `repair`.
         OutboxDamaged: here and from every method, when the content of the file cannot be read.
         OutboxError: here and from every method, when the file cannot be read or written.
     """
 
     def __init__(self, path: Path | str, *, max_bytes: int = MAX_BYTES, repair: bool = False) -> None:
         self._file = OutboxFile(
-            Path(path), max_bytes, prepare=lambda db: ensure_tables(db, self.path, upgrade=repair), repair=repair
+            Path(path), max_bytes, prepare=lambda db: ensure_tables(db, self.path), repair=repair
         )
         self.path = self._file.path
         self._repair = repair
@@ -196,7 +225,7 @@ class Outbox:
         Returns:
             The identifiers of each event, in the order of `payloads`.
         """
-        accepted = []
+        accepted, rows = [], []
         random = os.urandom(8 * len(payloads)).hex()
         with self._file.transaction() as db:
             now = self._clock.now(db)
@@ -207,8 +236,9 @@ class Outbox:
                 sequence, nonce = last - len(payloads) + 1 + n, random[16 * n : 16 * n + 16]
                 event = event_of(payload, source=source, sequence=sequence, trace=trace)
                 texts = (str(event.id), event.type, payload.summary, encode(event))
-                db.execute(_APPEND, (source_id, sequence, nonce, producer_id, *texts, now))
+                rows.append((source_id, sequence, nonce, producer_id, now, *texts))
                 accepted.append(Accepted(event.id, source, source_id, sequence, nonce))
+            db.executemany(_APPEND, rows)
             self._clock.keep(db)
         return accepted
 
@@ -239,17 +269,18 @@ class Outbox:
     def pending_count(self, until: Position | None = None) -> int:
         """Return the number of pending entries up to this position, or of all pending entries."""
         with self._file.reading() as db:
-            query = "SELECT count(*) FROM entries WHERE state = 'pending' AND position <= ?"
-            (count,) = db.execute(query, (self._number(until),)).fetchone()
-            return int(count)
+            return self._count(db, _PENDING_COUNT, until)
 
     @_once_more_after_repair
     def unsettled_count(self, *, producer_id: int | None = None, until: Position | None = None) -> int:
         """Return the number of pending and sent entries, optionally of one producer or up to a position only."""
         with self._file.reading() as db:
-            counted = {"producer_id": producer_id, "until": self._number(until)}
-            (count,) = db.execute(_UNSETTLED_COUNT, counted).fetchone()
-            return int(count)
+            if producer_id is None:
+                return self._count(db, _PENDING_COUNT, until) + self._count(db, _SENT_COUNT, until)
+            return int(db.execute(_COUNT_OF_PRODUCER, (producer_id, self._number(until))).fetchone()[0])
+
+    def _count(self, db: sqlite3.Connection, query: str, until: Position | None = None) -> int:
+        return int(db.execute(query, {"until": self._number(until)}).fetchone()[0])
 
     def _number(self, until: Position | None) -> int:
         """Return the position as a number; one beyond all entries if another file is at the path since."""
@@ -259,7 +290,8 @@ class Outbox:
     def check_now(self, until: Position) -> None:
         """Make sent entries up to this position overdue, so that the next sweep checks them."""
         with self._file.transaction(durable=False) as db:
-            db.execute(_CHECK_NOW, (self._number(until),))
+            for statement in _CHECK_NOW:
+                db.execute(statement, (self._number(until),))
 
     @_once_more_after_repair
     def resend(self, since: float) -> int:
@@ -282,6 +314,10 @@ class Outbox:
                 if end is None:
                     return count
                 count += db.execute(_RESEND, (start, end, recorded_since)).rowcount
+                # A salvage reads free pages too, and would take a deleted outcome for a present one.
+                db.execute("PRAGMA secure_delete = ON")
+                db.execute(_DELETE_RESENT, (start, end))
+                db.execute("PRAGMA secure_delete = OFF")
                 after = Position(end, self.generation)
             if end == last:
                 return count
@@ -291,20 +327,19 @@ class Outbox:
     def status(self) -> OutboxStatus:
         """Count the entries by state."""
         with self._file.reading() as db:
-            now = self._clock.now(db)
-            found = {state: (count, oldest) for state, count, oldest in db.execute(_STATUS)}
-        (pending, oldest_pending), (sent, oldest_sent) = found["pending"], found["sent"]
-        rejected = found["rejected"][0]
-        oldest = min((at for at in (oldest_pending, oldest_sent) if at is not None), default=None)
-        age = None if oldest is None else max(now - oldest, 0.0)
-        return OutboxStatus(pending, sent, found["settled"][0] - rejected, rejected, age)
+            pending, sent = self._count(db, _PENDING_COUNT), self._count(db, _SENT_COUNT)
+            settled, rejected = db.execute(_SETTLED_COUNTS).fetchone()
+            ages = [age for state in ("pending", "sent") if (age := self._oldest_seconds(db, state)) is not None]
+        return OutboxStatus(pending, sent, settled - rejected, rejected, max(ages, default=None))
 
     def oldest_pending_seconds(self) -> float | None:
         """Return the age of the oldest pending entry in seconds, or None if no entry is pending."""
         with self._file.reading() as db:
-            query = "SELECT recorded_at FROM entries WHERE state = 'pending' ORDER BY position LIMIT 1"
-            row = db.execute(query).fetchone()
-            return None if row is None else max(self._clock.now(db) - row[0], 0.0)
+            return self._oldest_seconds(db, "pending")
+
+    def _oldest_seconds(self, db: sqlite3.Connection, state: Literal["pending", "sent"]) -> float | None:
+        row = db.execute(_OLDEST[state]).fetchone()
+        return None if row is None else max(self._clock.now(db) - row[0], 0.0)
 
     def used_bytes(self) -> int:
         """Return how many of the `max_bytes` are in use."""
@@ -329,8 +364,7 @@ class Outbox:
     def unsettled(self, source_id: str) -> set[int]:
         """Return the numbers of one source whose entries are pending or sent."""
         with self._file.reading() as db:
-            query = "SELECT sequence FROM entries WHERE source_id = ? AND state IN ('pending', 'sent')"
-            return {sequence for (sequence,) in db.execute(query, (source_id,))}
+            return {sequence for (sequence,) in db.execute(_UNSETTLED, (source_id,))}
 
     def audit_pages(self, source_id: str) -> Iterator[list[AuditEntry]]:
         """Yield the kept entries of one source in pages, in the order of their numbers.

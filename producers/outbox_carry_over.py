@@ -19,8 +19,7 @@ from producers.sqlite_connections import is_damage
 logger = logging.getLogger(__name__)
 
 ENTRY_COLUMNS = (
-    "source_id", "sequence", "nonce", "recorder", "event_id", "type", "summary", "event", "state", "recorded_at",
-    "checks", "check_at", "settled_at", "row_id", "reason",
+    "source_id", "sequence", "nonce", "recorder", "recorded_at", "event_id", "type", "summary", "event",
 )  # fmt: skip
 _SOURCE_COLUMNS = ("id", "name", "last_sequence", "resends", "current", "left_because")
 
@@ -28,25 +27,32 @@ _SOURCE_COLUMNS = ("id", "name", "last_sequence", "resends", "current", "left_be
 _COPY_OUT = (
     "CREATE TABLE taken_out.outbox AS SELECT * FROM main.outbox",
     "CREATE TABLE taken_out.sources AS SELECT * FROM main.sources",
-    "CREATE TABLE taken_out.entries AS SELECT * FROM main.entries WHERE state IN ('pending', 'sent') ORDER BY position",
+    "CREATE TABLE taken_out.entries AS SELECT * FROM main.entries WHERE position IN"
+    " (SELECT position FROM main.pending UNION ALL SELECT position FROM main.sent) ORDER BY position",
 )
+# The entries become pending again: the relay asks Redis for their jobs before it sends them.
 _CARRY_OVER = f"""
-INSERT OR IGNORE INTO main.entries ({", ".join(ENTRY_COLUMNS)})
-SELECT {", ".join(ENTRY_COLUMNS)} FROM taken_out.entries ORDER BY position
+INSERT INTO main.entries ({", ".join(ENTRY_COLUMNS)})
+SELECT {", ".join(ENTRY_COLUMNS)} FROM taken_out.entries AS taken_out WHERE NOT EXISTS (
+    SELECT 1 FROM main.entries AS own WHERE own.source_id = taken_out.source_id
+        AND own.sequence = taken_out.sequence AND own.nonce = taken_out.nonce)
+ORDER BY position
 """  # noqa: S608  # constants
 _SELECT_SOURCES = f"SELECT {', '.join(_SOURCE_COLUMNS)} FROM taken_out.sources"  # noqa: S608  # constants
 
+# The names need `main`: while this connection does not know yet that another process has created the tables in this file,
+# SQLite would take those of the temporary file.
 # The source stays current unless this file already has another current source of the same name.
 CONTINUE_SOURCE = """
-INSERT INTO sources (id, name, last_sequence, resends, current, left_because)
+INSERT INTO main.sources (id, name, last_sequence, resends, current, left_because)
 VALUES (:id, :name, :last_sequence, :resends,
-    :current AND NOT EXISTS (SELECT 1 FROM sources WHERE name = :name AND current), :left_because)
+    :current AND NOT EXISTS (SELECT 1 FROM main.sources WHERE name = :name AND current), :left_because)
 ON CONFLICT (id) DO UPDATE SET last_sequence = max(last_sequence, excluded.last_sequence),
     resends = max(resends, excluded.resends)
 """
 # A new file takes the tokens of the file that it continues; a file that already has sources keeps its own.
 _CONTINUE_HEADER = """
-UPDATE outbox SET token = ?, next_token = ?, redis = ?, queue = ? WHERE NOT EXISTS (SELECT 1 FROM sources)
+UPDATE main.outbox SET token = ?, next_token = ?, redis = ?, queue = ? WHERE NOT EXISTS (SELECT 1 FROM main.sources)
 """
 
 

@@ -17,24 +17,19 @@ logger = logging.getLogger(__name__)
 
 _CHECK_STEPS = 10_000  # instructions of SQLite's virtual machine between two readings of the clock
 
-# Each index and the condition for its entries. SQLite made the last one for the unique columns.
+# The table of each index, and the condition for its rows. SQLite made the last one for the unique columns.
 INDEXES = {
-    "entries_pending": "state = 'pending'",
-    "entries_sent": "state = 'sent'",
-    "entries_awaiting": "state = 'sent'",
-    "entries_settled": "state IN ('stored', 'rejected')",
-    "entries_rejected": "state = 'rejected'",
-    "sqlite_autoindex_entries_1": "true",
+    "retries_by_check": ("retries", "true"),
+    "outcomes_by_age": ("outcomes", "true"),
+    "outcomes_rejected": ("outcomes", "row_id IS NULL"),
+    "sqlite_autoindex_entries_1": ("entries", "true"),
 }
-# Count and sum the positions in each index and in the table, in one statement, so that both see the same state.
-_BY_INDEX = ", ".join(
-    f"(SELECT count(*) || ':' || total(position) FROM entries INDEXED BY {index} WHERE {has})"  # noqa: S608  # constants
-    for index, has in INDEXES.items()
+# Count and sum the positions in each index and in its table, in one statement, so that both see the same state.
+_COMPARE_INDEXES = "SELECT " + ", ".join(
+    f"(SELECT count(*) || ':' || total(position) FROM {table} {through} WHERE {has})"  # noqa: S608  # constants
+    for index, (table, has) in INDEXES.items()
+    for through in (f"INDEXED BY {index}", "NOT INDEXED")
 )
-_BY_TABLE = ", ".join(
-    f"count(*) FILTER (WHERE {has}) || ':' || total(position) FILTER (WHERE {has})" for has in INDEXES.values()
-)
-_COMPARE_INDEXES = f"SELECT {_BY_INDEX}, {_BY_TABLE} FROM entries NOT INDEXED"  # noqa: S608  # constants
 
 
 def find_fault(file: OutboxFile, seconds: float, *, repair: bool) -> str | None:
@@ -64,8 +59,7 @@ def _stale_indexes(file: OutboxFile, deadline: float) -> list[str]:
         found = _until(deadline, db, lambda: db.execute(_COMPARE_INDEXES).fetchone())
     if found is None:
         return []
-    by_table = found[len(INDEXES) :]
-    return [index for index, has, should in zip(INDEXES, found, by_table, strict=False) if has != should]
+    return [index for index, has, should in zip(INDEXES, found[::2], found[1::2], strict=True) if has != should]
 
 
 def _rebuild(file: OutboxFile, indexes: list[str]) -> None:
@@ -73,8 +67,7 @@ def _rebuild(file: OutboxFile, indexes: list[str]) -> None:
         for index in indexes:
             db.execute(f"REINDEX {index}")
     logger.error(
-        "outbox %s: an index lacked entries, as after a power failure, and was rebuilt: %s. Pending entries among them"
-        " are sent now. Check the disk",
+        "outbox %s: an index lacked entries, as after a power failure, and was rebuilt: %s. Check the disk",
         file.path,
         ", ".join(indexes),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
@@ -18,47 +19,88 @@ _BATCH_BYTES = 4 * 2**20  # an event may have 8 MiB: sending a hundred of those 
 _PRUNED_ENTRIES = 1000  # per transaction, so that appends wait only briefly
 
 # A subquery reads the source: with a join, SQLite might begin with the sources and sort.
-_HEAD = """
+HEAD = """
 SELECT position, source_id, sequence, nonce, (SELECT name FROM sources WHERE id = source_id) || '/' || source_id, checks
 """
-SELECT_ENTRIES = _HEAD + ", type, summary, event FROM entries "
-_PENDING = SELECT_ENTRIES + "WHERE state = 'pending' ORDER BY position LIMIT ?"
-_ENTRY = SELECT_ENTRIES + "WHERE position = ?"
+WITH_EVENT = HEAD + ", type, summary, event "
+_PENDING_RETRIES = WITH_EVENT + """
+FROM retries CROSS JOIN entries USING (position) WHERE check_at IS NULL ORDER BY position LIMIT ?
+"""
+_PENDING_TAIL = WITH_EVENT + """
+FROM (SELECT *, 0 AS checks FROM entries) AS entries WHERE position > (SELECT sent_through FROM outbox)
+    AND NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
+    AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position)
+ORDER BY position LIMIT ?
+"""
+# Entries at the end of the log that were settled before they were sent, for example because they were salvaged.
+_SKIP_SETTLED = """
+UPDATE outbox SET sent_through = max(sent_through, (SELECT max(position) FROM entries))
+WHERE EXISTS (SELECT 1 FROM entries) AND NOT EXISTS (SELECT 1 FROM pending)
+"""
+_IS_BEHIND = "SELECT sent_through < (SELECT max(position) FROM entries) FROM outbox"
+_RETRY = WITH_EVENT + "FROM retries CROSS JOIN entries USING (position) WHERE position = ?"
 # No check is due later than after the longest interval: a later time was written by a clock that was ahead.
+_IS_DUE = "(check_at <= :now OR check_at > :latest)"
 _OVERDUE = f"""
-SELECT * FROM ({_HEAD} FROM entries WHERE state = 'sent' AND check_at <= :now ORDER BY check_at LIMIT :limit)
+SELECT * FROM ({HEAD} FROM retries CROSS JOIN entries USING (position) WHERE check_at <= :now
+    ORDER BY check_at LIMIT :limit)
 UNION ALL
-SELECT * FROM ({_HEAD} FROM entries WHERE state = 'sent' AND check_at > :latest ORDER BY check_at DESC LIMIT :limit)
+SELECT * FROM ({HEAD} FROM retries CROSS JOIN entries USING (position) WHERE check_at > :latest
+    ORDER BY check_at DESC LIMIT :limit)
 LIMIT :limit
 """  # noqa: S608  # constants
-_SENT = _HEAD + ", recorded_at FROM entries WHERE state = 'sent' AND position > ? ORDER BY position LIMIT ?"
+_SENT = HEAD + """, recorded_at FROM sent CROSS JOIN entries USING (position) WHERE position > ? ORDER BY position LIMIT ?
+"""
 
-_MARK_SENT = (
-    "UPDATE entries SET state = 'sent', checks = checks + 1, check_at = ? WHERE position = ? AND state = 'pending'"
+_HAS_DUE_BATCH = f"SELECT EXISTS (SELECT 1 FROM batches WHERE {_IS_DUE})"  # noqa: S608  # constants
+# A check that `check_now` asked for is not counted, so that the interval to the next one does not grow.
+_SPLIT_DUE_BATCHES = (
+    f"""
+INSERT INTO retries (position, checks, check_at)
+SELECT position, iif(check_at = 0, 0, 1), check_at FROM batches CROSS JOIN entries ON position BETWEEN first AND last
+WHERE {_IS_DUE} AND NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
+    AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position)
+""",  # noqa: S608  # constants
+    f"DELETE FROM batches WHERE {_IS_DUE}",  # noqa: S608  # constants
 )
-_POSTPONE = "UPDATE entries SET checks = checks + 1, check_at = ? WHERE position = ? AND state = 'sent'"
-
-# A late acknowledgement of an earlier delivery must not change a settled entry, with one exception: an event that was
-# rejected, and that an operator then requeued, can still be stored. The event's id is compared because entries of
-# earlier releases have no nonce.
-_SETTLE = """
-UPDATE entries SET state = :state, row_id = :row_id, reason = :reason, settled_at = :now, check_at = NULL
-WHERE source_id = :source_id AND sequence = :sequence AND nonce = :nonce
-    AND (:event_id IS NULL OR event_id = :event_id)
-    AND (state IN ('pending', 'sent') OR (state = 'rejected' AND :state = 'stored'))
+_DELETE_SETTLED_BATCHES = """
+DELETE FROM batches WHERE NOT EXISTS (
+    SELECT 1 FROM entries WHERE position BETWEEN first AND last
+        AND NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
+        AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position))
 """
-_IS_KEPT = "SELECT 1 FROM entries WHERE source_id = ? AND sequence = ? AND nonce = ?"
-_IS_SETTLED = _IS_KEPT + " AND state IN ('stored', 'rejected')"
+_UNSENT_RETRIES = """
+SELECT position FROM retries WHERE check_at IS NULL AND position IN (SELECT value FROM json_each(?))
+"""
+_MARK_RETRY = "UPDATE retries SET checks = checks + 1, check_at = ? WHERE position = ?"
+_POSTPONE = _MARK_RETRY + " AND check_at IS NOT NULL"
 
-_AWAITING = """
-SELECT id, name, resends FROM sources WHERE EXISTS
-    (SELECT 1 FROM entries WHERE entries.source_id = sources.id AND state = ?)
+# CROSS JOIN makes SQLite begin with the acknowledgements instead of all entries of the source.
+_ACKNOWLEDGED = """
+SELECT sequence, nonce, position, event_id, settled_at IS NOT NULL, row_id
+FROM json_each(?) AS numbers CROSS JOIN entries ON source_id = ? AND sequence = numbers.value
+    LEFT JOIN outcomes USING (position)
+"""
+_SETTLE = "INSERT OR REPLACE INTO outcomes (position, settled_at, row_id, reason) VALUES (?, ?, ?, ?)"
+_DELETE_RETRIES = "DELETE FROM retries WHERE position IN (SELECT value FROM json_each(?))"
+
+_OUTCOME = """
+SELECT settled_at IS NOT NULL FROM entries LEFT JOIN outcomes USING (position)
+WHERE source_id = ? AND sequence = ? AND nonce = ?
 """
 
-_PRUNE = """
-DELETE FROM entries WHERE position IN (
-    SELECT position FROM entries WHERE state IN ('stored', 'rejected') AND settled_at < ?
-    ORDER BY settled_at LIMIT ?)
+_ALL_SOURCES = "SELECT id, name, resends FROM sources "
+_AWAITING = {
+    # Sources without a sent entry may be among them: to look for those would cost more than to look in Redis.
+    "sent": _ALL_SOURCES + "WHERE EXISTS (SELECT 1 FROM sent)",
+    "rejected": _ALL_SOURCES + """
+WHERE id IN (SELECT source_id FROM outcomes CROSS JOIN entries USING (position) WHERE row_id IS NULL)
+""",
+}
+
+_PRUNED = """
+SELECT position FROM outcomes WHERE settled_at < ? AND position <= (SELECT sent_through FROM outbox)
+ORDER BY settled_at LIMIT ?
 """
 
 
@@ -75,16 +117,30 @@ class OutboxDeliveries:
 
     def pending(self, limit: int) -> list[Entry]:
         """Return the oldest pending entries: one batch of at most `limit` entries."""
-        with self._file.reading() as db, closing(db.execute(_PENDING, (limit,))) as rows:
-            return _one_batch(rows)
+        with self._file.reading() as db:
+            with closing(db.execute(_PENDING_RETRIES, (limit,))) as retries:
+                entries = _one_batch(retries)
+            if not entries:
+                with closing(db.execute(_PENDING_TAIL, (limit,))) as tail:
+                    entries = _one_batch(tail)
+            is_behind = not entries and db.execute(_IS_BEHIND).fetchone()[0]
+        if is_behind:
+            with self._file.transaction(durable=False) as db:
+                db.execute(_SKIP_SETTLED)
+        return entries
 
     def overdue(self, limit: int) -> list[EntryHead]:
         """Return at most `limit` sent entries whose next check is due."""
         with self._file.reading() as db:
             now = self._clock.now(db)
-            latest = now + 1.2 * LAST_CHECK_SECONDS
-            rows = db.execute(_OVERDUE, {"now": now, "latest": latest, "limit": limit})
-            return [EntryHead(*row) for row in rows]
+            due = {"now": now, "latest": now + 1.2 * LAST_CHECK_SECONDS}
+            (has_due_batch,) = db.execute(_HAS_DUE_BATCH, due).fetchone()
+        if has_due_batch:
+            with self._file.transaction(durable=False) as db:
+                for statement in _SPLIT_DUE_BATCHES:
+                    db.execute(statement, due)
+        with self._file.reading() as db:
+            return [EntryHead(*row) for row in db.execute(_OVERDUE, due | {"limit": limit})]
 
     def sent(self, after: int, limit: int) -> list[tuple[EntryHead, float]]:
         """Return sent entries after a position, in the order of recording, each with its age in seconds."""
@@ -93,28 +149,38 @@ class OutboxDeliveries:
             return [(EntryHead(*head), max(now - at, 0.0)) for *head, at in db.execute(_SENT, (after, limit))]
 
     def with_events(self, heads: Iterable[EntryHead]) -> list[Entry]:
-        """Return the first of these entries with their events: one batch."""
+        """Return the first of these overdue entries with their events: one batch."""
         with self._file.reading() as db:
-            return _one_batch(row for head in heads for row in db.execute(_ENTRY, (head.position,)))
+            return _one_batch(row for head in heads for row in db.execute(_RETRY, (head.position,)))
 
     def mark_sent(self, check_after: Mapping[int, float]) -> None:
-        """Mark entries as sent; `check_after` maps each position to the seconds until its first check."""
-        self._mark(_MARK_SENT, check_after)
+        """Mark entries that `pending` returned as sent. `check_after` has the seconds until the first check by position.
 
-    def postpone(self, check_after: Mapping[int, float]) -> None:
-        """Set the next check of sent entries; `check_after` maps each position to the seconds until then."""
-        self._mark(_POSTPONE, check_after)
-
-    def _mark(self, statement: str, check_after: Mapping[int, float]) -> None:
+        Entries that are sent for the first time share one check.
+        """
         with self._file.transaction(durable=False) as db:
             now = self._clock.now(db)
-            db.executemany(statement, [(now + seconds, position) for position, seconds in check_after.items()])
+            (sent_through,) = db.execute("SELECT sent_through FROM outbox").fetchone()
+            retries = {position for (position,) in db.execute(_UNSENT_RETRIES, (json.dumps([*check_after]),))}
+            db.executemany(_MARK_RETRY, [(now + check_after[position], position) for position in retries])
+            # Another relay may have sent some of them meanwhile, if it was stopped before.
+            last = max((position for position in check_after if position not in retries), default=0)
+            if last > sent_through:
+                db.execute("INSERT INTO batches VALUES (?, ?, ?)", (sent_through + 1, last, now + check_after[last]))
+                db.execute("UPDATE outbox SET sent_through = ?", (last,))
+            self._clock.keep(db)
+
+    def postpone(self, check_after: Mapping[int, float]) -> None:
+        """Set the next check of overdue entries; `check_after` maps each position to the seconds until then."""
+        with self._file.transaction(durable=False) as db:
+            now = self._clock.now(db)
+            db.executemany(_POSTPONE, [(now + seconds, position) for position, seconds in check_after.items()])
             self._clock.keep(db)
 
     def awaiting(self, state: Literal["sent", "rejected"]) -> list[tuple[str, str, int]]:
-        """Return (id, name, number of resends) of each source that has entries in this state."""
+        """Return (id, name, number of resends) of each source that may have entries in this state."""
         with self._file.reading() as db:
-            return db.execute(_AWAITING, (state,)).fetchall()
+            return db.execute(_AWAITING[state]).fetchall()
 
     def settle(self, source_id: str, resends: int, acknowledgements: Mapping[Any, Acknowledgement]) -> SettledKeys:
         """Settle entries of one source by their acknowledgements, which may have any keys.
@@ -126,29 +192,48 @@ class OutboxDeliveries:
             The keys of the acknowledgements whose entries this outbox has; the other keys are left out.
         """
         done = SettledKeys([], [])
+        own = {key: one for key, one in acknowledgements.items() if one.source_id == source_id}
         with self._file.transaction(durable=False) as db:
             if db.execute("SELECT resends FROM sources WHERE id = ?", (source_id,)).fetchone() != (resends,):
                 return done
-            now = self._clock.now(db)
-            for key, one in acknowledgements.items():
-                if one.source_id != source_id:
+            numbers = json.dumps([*{one.sequence for one in own.values()}])
+            entries = {tuple(row[:2]): row[2:] for row in db.execute(_ACKNOWLEDGED, (numbers, source_id))}
+            now, outcomes = self._clock.now(db), {}
+            for key, one in own.items():
+                entry = entries.get((one.sequence, one.nonce))
+                if entry is None:
                     continue
-                if db.execute(_SETTLE, _settled_columns(one, now)).rowcount:
+                position, event_id, is_settled, row_id = entry
+                is_rejected = is_settled and row_id is None
+                # A late acknowledgement of an earlier delivery must not change a settled entry, with one exception: an
+                # event that was rejected, and that an operator then requeued, can still be stored.
+                is_new = not is_settled or (is_rejected and one.outcome.row_id is not None)
+                if is_new and one.event_id in (None, event_id):
+                    outcomes[position] = (position, now, one.outcome.row_id, one.outcome.reason)
                     done.changed.append(key)
-                elif db.execute(_IS_KEPT, (source_id, one.sequence, one.nonce)).fetchone():
+                else:
                     done.known.append(key)
+            if outcomes:
+                db.executemany(_SETTLE, outcomes.values())
+                db.execute(_DELETE_RETRIES, (json.dumps([*outcomes]),))
+                db.execute(_DELETE_SETTLED_BATCHES)
             self._clock.keep(db)
         return done
 
     def has(self, delivery: tuple[str, int, str] | None) -> bool:
         """Return whether the outbox still has the entry of this source id, number and nonce."""
-        with self._file.reading() as db:
-            return delivery is not None and db.execute(_IS_KEPT, delivery).fetchone() is not None
+        return self._is_settled(delivery) is not None
 
     def is_settled(self, delivery: tuple[str, int, str] | None) -> bool:
         """Return whether the entry of this source id, number and nonce is stored or rejected."""
+        return bool(self._is_settled(delivery))
+
+    def _is_settled(self, delivery: tuple[str, int, str] | None) -> bool | None:
+        if delivery is None:
+            return None
         with self._file.reading() as db:
-            return delivery is not None and db.execute(_IS_SETTLED, delivery).fetchone() is not None
+            row = db.execute(_OUTCOME, delivery).fetchone()
+            return None if row is None else bool(row[0])
 
     def prune(self, keep_seconds: float) -> int:
         """Delete some of the oldest settled entries, if they were settled longer ago or the file is half full.
@@ -162,20 +247,12 @@ class OutboxDeliveries:
             settled_before = self._clock.now(db) - keep_seconds
             if self._file.is_half_full(db):
                 settled_before = math.inf
-            return db.execute(_PRUNE, (settled_before, _PRUNED_ENTRIES)).rowcount
-
-
-def _settled_columns(one: Acknowledgement, now: float) -> dict[str, Any]:
-    return {
-        "source_id": one.source_id,
-        "sequence": one.sequence,
-        "nonce": one.nonce,
-        "event_id": one.event_id,
-        "state": "rejected" if one.outcome.kind == "rejected" else "stored",
-        "row_id": one.outcome.row_id,
-        "reason": one.outcome.reason,
-        "now": now,
-    }
+            db.execute(_SKIP_SETTLED)
+            positions = [position for (position,) in db.execute(_PRUNED, (settled_before, _PRUNED_ENTRIES))]
+            for table in ("entries", "outcomes"):
+                query = f"DELETE FROM {table} WHERE position IN (SELECT value FROM json_each(?))"  # noqa: S608  # constants
+                db.execute(query, (json.dumps(positions),))
+            return len(positions)
 
 
 def _one_batch(rows: Iterable[Sequence[Any]]) -> list[Entry]:

@@ -2,7 +2,7 @@
 
 Entries keep their source, number and nonce, and so their job id: if Redis or the database already has such an entry, it
 recognizes the same delivery. If the outbox already has an entry, the entry is left unchanged, with one exception: a
-settled entry that is unsettled in the damaged file is sent again.
+settled entry that is unsettled in the damaged file is sent again. An entry whose outcome cannot be read is unsettled.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,25 +20,23 @@ from typing import Any
 
 from producers.entries import full_source
 from producers.outbox_carry_over import CONTINUE_SOURCE, ENTRY_COLUMNS
-from producers.sqlite_salvage import readable_records
+from producers.sqlite_salvage import Record, readable_records
 
-# The columns of a file of the first releases, in order.
-_COLUMNS_BEFORE = tuple(name for name in ENTRY_COLUMNS if name not in ("nonce", "recorder"))
-_SOURCE_COLUMNS = (3, 4, 6, 7)  # number of columns of `sources` in each release; the first three are the same
-_LEAST_CERTAIN_COLUMNS = 6  # a shorter row may belong to any program
-_STATES = {"pending": "pending", "sent": "sent", "stored": "stored", "confirmed": "stored", "rejected": "rejected"}
+_SOURCE_COLUMNS = 6
+_OUTCOME_COLUMNS = 4
 _SOURCE_ID = re.compile("[0-9a-f]{32}")
 _MOST_LOST_RANGES = 1000
 _INSERT_PAGE = 500
 _PROBED_RECORDS = 5000
 
-# A freed page may contain an old version of a row. An entry that is sent once too often is only a duplicate.
-_INSERT_SALVAGED = f"""
+_FIND = """
+SELECT position, settled_at IS NOT NULL FROM entries LEFT JOIN outcomes USING (position)
+WHERE source_id = :source_id AND sequence = :sequence AND nonce = :nonce
+"""
+_INSERT_ENTRY = f"""
 INSERT INTO entries ({", ".join(ENTRY_COLUMNS)}) VALUES ({", ".join(f":{name}" for name in ENTRY_COLUMNS)})
-ON CONFLICT (source_id, sequence, nonce) DO UPDATE
-    SET state = 'pending', checks = 0, check_at = NULL, settled_at = NULL, row_id = NULL, reason = NULL
-    WHERE entries.state IN ('stored', 'rejected') AND excluded.state IN ('pending', 'sent')
 """  # noqa: S608  # constants
+_INSERT_OUTCOME = "INSERT INTO outcomes (position, settled_at, row_id, reason) VALUES (?, ?, ?, ?)"
 _INSERT_LOSS = "INSERT INTO losses (source_id, first, last, file) VALUES (?, ?, ?, ?)"
 
 
@@ -67,7 +65,7 @@ def has_content_of_an_outbox(file: Path) -> bool:
     """Return whether an entry or a source of an outbox is among the first readable records of a damaged file."""
     try:
         return any(
-            _entry_of(record.values) or (len(record.values) >= _LEAST_CERTAIN_COLUMNS and _source_of(record.values))
+            _entry_of(record.values) or _source_of(record.values)
             for record in islice(readable_records(file), _PROBED_RECORDS)
         )
     except OSError:
@@ -95,16 +93,19 @@ def salvage_pages(
     found = Salvage(file)
     numbers: defaultdict[str, set[int]] = defaultdict(set)
     sources: dict[str, tuple[str, int]] = {}
-    for page in _pages(readable_records(file)):
-        entries = [entry for values in page if (entry := _entry_of(values))]
-        for entry in entries:
-            numbers[entry["source_id"]].add(entry["sequence"])
-            sources.setdefault(entry["source_id"], (_name_in(entry["event"]), 0))
-        for source_id, source_name, last in filter(None, map(_source_of, page)):
-            sources[source_id] = (source_name, max(last, sources.get(source_id, ("", 0))[1]))
-        with transaction() as db:
-            found.entries += db.executemany(_INSERT_SALVAGED, entries).rowcount if entries else 0
-        yield
+    with closing(_outcomes_in(file)) as outcomes:
+        for page in _pages(readable_records(file)):
+            entries = [(record.rowid, entry) for record in page if (entry := _entry_of(record.values))]
+            for _, entry in entries:
+                numbers[entry["source_id"]].add(entry["sequence"])
+                sources.setdefault(entry["source_id"], (_name_in(entry["event"]), 0))
+            for source_id, source_name, last in filter(None, (_source_of(record.values) for record in page)):
+                sources[source_id] = (source_name, max(last, sources.get(source_id, ("", 0))[1]))
+            with transaction() as db:
+                for position, entry in entries:
+                    outcome = outcomes.execute("SELECT * FROM outcomes WHERE position = ?", (position,)).fetchone()
+                    found.entries += _insert(db, entry, outcome)
+            yield
     with transaction() as db:
         db.execute("DELETE FROM losses WHERE file = ?", (name,))
         for source_id, (source_name, last_known) in sources.items():
@@ -118,10 +119,38 @@ def salvage_pages(
     return found
 
 
-def _pages(records: Iterable[Any]) -> Iterator[list[Sequence[Any]]]:
-    page: list[Sequence[Any]] = []
+def _outcomes_in(file: Path) -> sqlite3.Connection:
+    """Return a temporary database with the readable outcomes of the damaged file, by the position of their entry."""
+    found = sqlite3.connect("", isolation_level=None)  # on disk if it becomes large
+    found.execute("CREATE TABLE outcomes (position INTEGER PRIMARY KEY, settled_at REAL, row_id INTEGER, reason TEXT)")
+    for page in _pages(readable_records(file)):
+        rows = [(record.rowid, *record.values[1:]) for record in page if _is_outcome(record.values)]
+        found.execute("BEGIN")
+        found.executemany("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?)", rows)
+        found.execute("COMMIT")
+    return found
+
+
+def _insert(db: sqlite3.Connection, entry: Mapping[str, Any], outcome: Sequence[Any] | None) -> bool:
+    """Insert the entry, or send it again if only the outbox has its outcome. Return whether anything was changed."""
+    own = db.execute(_FIND, entry).fetchone()
+    if own is None:
+        position = db.execute(_INSERT_ENTRY, entry).lastrowid
+        if outcome is not None:
+            db.execute(_INSERT_OUTCOME, (position, *outcome[1:]))
+        return True
+    position, is_settled = own
+    if not is_settled or outcome is not None:
+        return False
+    db.execute("DELETE FROM outcomes WHERE position = ?", (position,))
+    db.execute("INSERT INTO retries (position, checks) VALUES (?, 0)", (position,))
+    return True
+
+
+def _pages(records: Iterable[Record]) -> Iterator[list[Record]]:
+    page: list[Record] = []
     for record in records:
-        page.append(record.values)
+        page.append(record)
         if len(page) == _INSERT_PAGE:
             yield page
             page = []
@@ -130,19 +159,21 @@ def _pages(records: Iterable[Any]) -> Iterator[list[Sequence[Any]]]:
 
 def _entry_of(values: Sequence[Any]) -> dict[str, Any] | None:
     """Return the columns of an entry by name, or None if the record is not an entry."""
-    if len(values) == len(ENTRY_COLUMNS) + 1:
-        row = dict(zip(ENTRY_COLUMNS, values[1:], strict=True))
-    elif len(values) == len(_COLUMNS_BEFORE) + 1:
-        row = {"nonce": "", "recorder": 0} | dict(zip(_COLUMNS_BEFORE, values[1:], strict=True))
-    else:
+    if len(values) != len(ENTRY_COLUMNS) + 1:
         return None
+    row = dict(zip(ENTRY_COLUMNS, values[1:], strict=True))
     texts = all(isinstance(row[name], str) for name in ("source_id", "nonce", "event_id", "type", "summary", "event"))
-    numbers = all(isinstance(row[name], int) for name in ("sequence", "recorder", "checks"))
-    if not texts or not numbers or not _SOURCE_ID.fullmatch(row["source_id"]) or row["state"] not in _STATES:
+    numbers = all(isinstance(row[name], int) for name in ("sequence", "recorder"))
+    if not texts or not numbers or not _SOURCE_ID.fullmatch(row["source_id"]):
         return None
-    if not isinstance(row["recorded_at"], int | float) or not _is_intact(row):
-        return None
-    return row | {"state": _STATES[row["state"]]}
+    return row if isinstance(row["recorded_at"], int | float) and _is_intact(row) else None
+
+
+def _is_outcome(values: Sequence[Any]) -> bool:
+    if len(values) != _OUTCOME_COLUMNS or values[0] is not None or not isinstance(values[1], int | float):
+        return False
+    _, _, row_id, reason = values
+    return isinstance(row_id, int) if reason is None else row_id is None and isinstance(reason, str)
 
 
 def _is_intact(row: Mapping[str, Any]) -> bool:
@@ -156,7 +187,7 @@ def _is_intact(row: Mapping[str, Any]) -> bool:
 
 def _source_of(values: Sequence[Any]) -> tuple[str, str, int] | None:
     """Return id, name and last number of a source, or None if the record is not a source."""
-    if len(values) not in _SOURCE_COLUMNS:
+    if len(values) != _SOURCE_COLUMNS:
         return None
     source_id, name, last = values[:3]
     if not isinstance(source_id, str) or not isinstance(name, str) or not isinstance(last, int):

@@ -51,7 +51,7 @@ class Ended(NamedTuple):
 def states(outbox: Path) -> dict[str, int]:
     """Return the number of entries in each state."""
     with closing(sqlite3.connect(outbox)) as db:
-        return dict(db.execute("SELECT state, count(*) FROM entries GROUP BY state"))
+        return dict(db.execute("SELECT state, count(*) FROM entry_states GROUP BY state"))
 
 
 def unsettled(outbox: Path) -> int:

@@ -15,7 +15,7 @@ from consumers.cli.options import AsJson, progress_bar, time_option
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
 from consumers.terminal import print_json, print_values
-from producers.errors import HistoryError, OutboxDamaged, OutboxOutdated
+from producers.errors import HistoryError, OutboxDamaged
 from producers.settings import TransportSettings
 
 if TYPE_CHECKING:
@@ -143,8 +143,8 @@ def _producer(path: Path) -> Iterator[HistoryProducer]:
 
     with stack(redis=True):
         settings = TransportSettings.from_environment()
-        # A damaged file, or one of an earlier release (which names no Redis), is repaired or upgraded by the producer.
-        with suppress(OutboxDamaged, OutboxOutdated), Outbox(path) as outbox, settings.redis() as redis:
+        # The producer repairs a damaged file.
+        with suppress(OutboxDamaged), Outbox(path) as outbox, settings.redis() as redis:
             Relay(outbox, redis, settings.queue, keep_seconds=settings.outbox_keep_seconds).turn.check_destination()
         with HistoryProducer(outbox=path) as producer:
             yield producer

@@ -20,7 +20,7 @@ from consumers.ops.outbox_health import has_outbox, outbox_copy_checks, outbox_f
 from consumers.ops.redis_health import redis_checks
 from consumers.ops.settings_health import DATABASE, REDIS, has_database_driver, rq_checks, setting_checks
 from consumers.settings import LoginSettings, StoreSettings
-from producers.errors import OutboxOutdated, SettingsError
+from producers.errors import SettingsError
 from producers.settings import TransportSettings, read_environment
 
 READ_SECONDS = 8.0
@@ -120,10 +120,6 @@ def _outbox(mask: Mask) -> Iterator[HealthCheck]:
     try:
         health = outbox_of_settings(ask_relay=True)
         yield from health.checks() if health is not None else ()
-    except OutboxOutdated as error:
-        advice = "start its controller with this release, then run doctor again"
-        yield HealthCheck("outbox", "warn", mask.masked_first_line(error), advice)
-        return
     except Exception as error:
         advice = "correct the cause, or keep the file for later and set HISTORY_OUTBOX to a new path"
         yield HealthCheck("outbox", "fail", mask.masked_first_line(error), advice)

@@ -279,7 +279,7 @@ def _has_accepted(controller: Controller) -> bool:
 
 
 def _unsettled_count(outbox: Path) -> int:
-    query = "SELECT count(*) FROM entries WHERE state IN ('pending', 'sent')"
+    query = "SELECT (SELECT count(*) FROM pending) + (SELECT count(*) FROM sent)"
     try:
         with closing(sqlite3.connect(outbox, timeout=10)) as db:
             return int(db.execute(query).fetchone()[0])

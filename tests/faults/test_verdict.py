@@ -91,10 +91,10 @@ def test_the_verdict_finds_a_breach_in_the_database(judge: Judge, change: str, b
 @pytest.mark.parametrize(
     ("change", "breach"),
     [
-        ("UPDATE entries SET state = 'sent' WHERE sequence = 2", "never settled, state sent"),
-        ("UPDATE entries SET state = 'rejected' WHERE sequence = 2", "is rejected"),
-        ("UPDATE entries SET row_id = 1 WHERE sequence = 3", "reported stored as row 1"),
-        ("UPDATE entries SET state = 'stored', row_id = 1 WHERE sequence = 5", "reported stored as row 1"),
+        ("DELETE FROM outcomes WHERE position = 2", "never settled, state sent"),
+        ("UPDATE outcomes SET row_id = NULL WHERE position = 2", "is rejected"),
+        ("UPDATE outcomes SET row_id = 1 WHERE position = 3", "reported stored as row 1"),
+        ("UPDATE outcomes SET row_id = 1 WHERE position = 5", "reported stored as row 1"),
     ],
 )
 def test_the_verdict_finds_an_outbox_state_that_contradicts_the_database(

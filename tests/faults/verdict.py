@@ -154,7 +154,7 @@ def kept_entries(path: Path) -> list[KeptEntry]:
     """
     query = """
         SELECT source_id, sequence, nonce, name || '/' || source_id, event_id, event, state, row_id, reason
-        FROM entries JOIN sources ON sources.id = source_id ORDER BY position
+        FROM entry_states JOIN sources ON sources.id = source_id ORDER BY position
     """
     entries = []
     with closing(sqlite3.connect(path, timeout=10)) as db:

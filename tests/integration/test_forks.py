@@ -79,7 +79,7 @@ def _assert_intact(outbox: Path, expected: int) -> None:
         count, distinct, last = db.execute(
             "SELECT count(*), count(DISTINCT sequence), max(sequence) FROM entries"
         ).fetchone()
-        (pending,) = db.execute("SELECT count(*) FROM entries WHERE state = 'pending'").fetchone()
+        (pending,) = db.execute("SELECT count(*) FROM pending").fetchone()
     assert (integrity, count, distinct, last, pending) == ("ok", expected, expected, expected, 0)
 
 

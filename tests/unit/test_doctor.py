@@ -19,10 +19,8 @@ from consumers.ops.database_health import clock_check
 from consumers.ops.masking import Mask
 from consumers.ops.outbox_health import outbox_of_settings
 from consumers.terminal import print_checks
-from producers.errors import OutboxOutdated
 from producers.outbox import Outbox
 from tests.factories import a_snapshot
-from tests.unit.test_outbox import write_outbox_of_before
 
 NO_SECRETS = Mask(())
 
@@ -62,28 +60,13 @@ def test_outbox_check_counts_waiting_entries_and_reports_a_missing_relay(
     assert young["outbox rejections"].state == "ok"
 
 
-def test_outbox_of_an_earlier_release_is_reported_once_and_not_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its controller may still be running."""
-    path = tmp_path / "deep" / "outbox.db"
-    write_outbox_of_before(path, 2)
-    monkeypatch.setenv("HISTORY_OUTBOX", str(path))
-    monkeypatch.setenv("HISTORY_HOME", str(path))  # a file, so that no embedded server can start
-    checks = doctor.diagnose(list)
-    assert [(one.name, one.state) for one in checks if "earlier release" in one.found] == [("outbox", "warn")]
-    assert [one.name for one in checks if one.name.startswith("outbox")] == ["outbox"]
-    with pytest.raises(OutboxOutdated):
-        Outbox(path)
-
-
 def test_rejected_entries_in_an_outbox_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "outbox.db"
     monkeypatch.setenv("HISTORY_OUTBOX", str(path))
     with Outbox(path) as outbox:
         outbox.append("bot", [a_snapshot()])
     with sqlite3.connect(path) as db:
-        db.execute("UPDATE entries SET state = 'rejected', reason = 'why', settled_at = 1")
+        db.execute("INSERT INTO outcomes VALUES (1, 1, NULL, 'why')")
     db.close()
     found = _outbox_checks()["outbox rejections"]
     assert (found.state, found.found) == ("warn", "1 (discarded ones included)")

@@ -80,7 +80,7 @@ def test_a_starting_relay_quarantines_an_older_file_beside_a_newer_log(path: Pat
     with Outbox(path) as outbox:
         outbox.append("bot", snapshots[20:])
         with closing(sqlite3.connect(path)) as db, db:
-            db.execute("UPDATE entries SET state = 'stored', row_id = 1, settled_at = 0")
+            db.execute("INSERT INTO outcomes SELECT position, 0, 1, NULL FROM entries")
         with closing(sqlite3.connect(path)) as db:
             db.execute("PRAGMA wal_checkpoint(RESTART)")
         outbox.append("bot", snapshots[:1])

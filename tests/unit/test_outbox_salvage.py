@@ -30,7 +30,6 @@ from producers.redis_keys import job_id_of
 from producers.relay import Relay
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.unit.conftest import queue_of
-from tests.unit.test_outbox import OLD_SOURCE_ID, write_outbox_of_before
 
 NAME = "trading-controller"
 COUNT = 300
@@ -252,24 +251,6 @@ def test_salvaged_entries_keep_their_state(path: Path, relay_of: Callable[[Outbo
     assert outbox.quarantine.losses() == {}
     (source,) = outbox.sources()
     assert (source.full_name, source.current, source.left_because) == (accepted[0].source, False, "damaged")
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_damaged_outbox_of_an_earlier_version_is_salvaged(
-    path: Path, redis: fakeredis.FakeRedis, version: int
-) -> None:
-    """Its entries have no nonce, and the states of that release."""
-    events = write_outbox_of_before(path, version, count=200)
-    path.with_name("outbox.db-relay").touch()
-    _overwrite(path, 0.5, "noise")
-    outbox = Outbox(path, repair=True)
-    _sweep(Relay(outbox, redis, "history", keep_seconds=1e12))
-
-    found = {entry.job_id: entry.event for entry in outbox.entries()}
-    assert len(found) > 100
-    assert set(found.items()) <= {(f"{OLD_SOURCE_ID}-{n}", text) for n, text in enumerate(events, 1)}
-    assert len(found) + len(_lost(outbox)) <= 200
-    assert outbox.status().stored > 20
 
 
 def test_one_text_that_is_not_utf_8_loses_one_entry(

@@ -31,7 +31,6 @@ from producers.relay import Relay
 from producers.rq_queue import enqueue
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.unit.conftest import queue_of
-from tests.unit.test_outbox import OLD_SOURCE_ID, write_outbox_of_before
 
 NAME = "trading-controller"
 KEEP_SECONDS = 3600.0
@@ -519,25 +518,6 @@ def test_only_one_relay_relays_an_outbox(outbox: Outbox, relay: Relay, redis: fa
     relay.stop()
     assert (second.sweep(), queue_of(redis).count) == (True, 1)
     second.stop()
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_an_outbox_of_an_earlier_release_is_delivered_with_its_job_ids(
-    tmp_path: Path, redis: fakeredis.FakeRedis, version: int
-) -> None:
-    """Workers recognize events that they already have. Entries without a nonce are settled by their number."""
-    path = tmp_path / "before" / "outbox.db"
-    write_outbox_of_before(path, version)
-    with Outbox(path, repair=True) as outbox:
-        relay = Relay(outbox, redis, "history", keep_seconds=1e12)
-        relay.sweep()
-        outbox.check_now(outbox.last_position())
-        relay.sweep()
-        assert sorted(queue_of(redis).job_ids) == [f"{OLD_SOURCE_ID}-3", f"{OLD_SOURCE_ID}-4"]
-        FakeWorker(redis, "history").work()
-        relay.sweep()
-        assert (outbox.status().depth, outbox.status().stored) == (0, 3)
-        relay.stop()
 
 
 @pytest.fixture
