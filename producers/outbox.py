@@ -1,9 +1,9 @@
 """The durable local log of a producer: an event is accepted once its entry is committed here.
 
 One SQLite file serves any number of threads and processes. An entry is `pending` until Redis has its job, then `sent`,
-and becomes `stored` or `rejected` when its acknowledgement is read. Entries are a log that is only appended to: other
-tables (see outbox_schema) say what became of them. Only appending waits for the disk: if a crash undoes another change,
-the entry is sent again, and the worker finds a duplicate.
+and becomes `stored` or `rejected` when its acknowledgement is read. Entries are a log that is only appended to; other
+tables have their states (see outbox_schema). Only appending waits for the disk: if a crash undoes another change, the
+entry is sent again, and the worker finds a duplicate.
 
 Settled entries (stored or rejected) are kept for some days, so that they can be sent again after the database was
 restored from a backup.

@@ -1,7 +1,7 @@
 """The tables of an outbox.
 
-Entries are a log: they are appended, and later deleted, but never changed. The other tables say what became of them, for
-many entries at once where possible:
+Entries are a log: they are appended, and later deleted, but never changed. The other tables have their states, for many
+entries at once where possible:
 
 - Entries up to `outbox.sent_through` are sent, the later ones are pending. `batches` has the ranges that were sent at
   once, until all their entries are settled or their first check is due.

@@ -1,6 +1,6 @@
 """Deliveries as RQ jobs: the same keys as RQ's own enqueue writes, for many jobs at once.
 
-RQ's enqueue takes about 330 µs of Python per job, in which the caller's thread cannot run; this takes about 50 µs. A
+RQ's enqueue takes about 330 µs of Python per job, in which the caller's thread cannot run; this takes about 25 µs. A
 test compares these jobs with jobs that RQ enqueued.
 
 Only this module of `producers` reads or writes RQ's keys.
@@ -8,6 +8,7 @@ Only this module of `producers` reads or writes RQ's keys.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -18,7 +19,6 @@ from redis.client import Pipeline
 from rq import Queue
 from rq.job import Job, JobStatus
 from rq.registry import FailedJobRegistry, FinishedJobRegistry
-from rq.serializers import JSONSerializer
 from rq.utils import as_text, utcformat
 
 from producers.entries import Entry, EntryHead
@@ -46,23 +46,25 @@ def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry], at: datetime
     pipe.sadd(Queue.redis_queues_keys, queue.key)
     enqueued_at = utcformat(at or datetime.now(UTC))
     for entry in entries:
-        pipe.hset(Job.key_for(entry.job_id), mapping=_fields(entry, queue.name, enqueued_at))
+        # Not by `pipe.hset`, which takes half as long again.
+        pipe.execute_command("HSET", Job.key_for(entry.job_id), *_fields(entry, queue.name, enqueued_at))
     pipe.rpush(queue.key, *job_ids)
 
 
-def _fields(entry: Entry, origin: str, at: str) -> dict[Any, Any]:
-    data = JSONSerializer.dumps((KINDS[entry.type].job_function, None, (entry.event,), {}))
-    return {
-        "created_at": at,
-        "enqueued_at": at,
-        "data": data if len(data) < _COMPRESS_BYTES else zlib.compress(data),
-        "status": JobStatus.QUEUED.value,
-        "origin": origin,
-        "description": entry.summary,
-        "timeout": TIMEOUT_SECONDS,
-        # A failed job never expires: it waits for an operator.
-        "failure_ttl": -1,
-    }
+def _fields(entry: Entry, origin: str, at: str) -> tuple[Any, ...]:
+    """Return names and values of the job's hash, in turn."""
+    # The text that RQ's JSONSerializer makes of (function, None, (event,), {}).
+    data = f'["{KINDS[entry.type].job_function}", null, [{json.dumps(entry.event)}], {{}}]'.encode()
+    return (
+        "created_at", at,
+        "enqueued_at", at,
+        "data", data if len(data) < _COMPRESS_BYTES else zlib.compress(data),
+        "status", JobStatus.QUEUED.value,
+        "origin", origin,
+        "description", entry.summary,
+        "timeout", TIMEOUT_SECONDS,
+        "failure_ttl", -1,  # a failed job never expires: it waits for an operator
+    )  # fmt: skip
 
 
 def job_states(redis: Redis, entries: Sequence[EntryHead]) -> dict[int, str | None]:
