@@ -75,9 +75,12 @@ _END_OF_PAGE = """
 SELECT max(position) FROM (SELECT position FROM entries WHERE position > ? AND position <= ? ORDER BY position LIMIT ?)
 """
 
-_ENTRIES = WITH_EVENT + """
+_ENTRIES = (
+    WITH_EVENT
+    + """
 FROM (SELECT entries.*, coalesce(checks, 0) AS checks FROM entries LEFT JOIN retries USING (position)) ORDER BY position
 """
+)
 _ENTRY_STATUS = "SELECT state, row_id, reason FROM entry_states WHERE source_id = ? AND sequence = ? AND nonce = ?"
 _AUDIT_PAGE = """
 SELECT sequence, nonce, event_id, state FROM entry_states
@@ -155,9 +158,7 @@ class Outbox:
     """
 
     def __init__(self, path: Path | str, *, max_bytes: int = MAX_BYTES, repair: bool = False) -> None:
-        self._file = OutboxFile(
-            Path(path), max_bytes, prepare=lambda db: ensure_tables(db, self.path), repair=repair
-        )
+        self._file = OutboxFile(Path(path), max_bytes, prepare=lambda db: ensure_tables(db, self.path), repair=repair)
         self.path = self._file.path
         self._repair = repair
         self._clock = OutboxClock(lambda: self._file.generation)

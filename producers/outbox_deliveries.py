@@ -23,15 +23,21 @@ HEAD = """
 SELECT position, source_id, sequence, nonce, (SELECT name FROM sources WHERE id = source_id) || '/' || source_id, checks
 """
 WITH_EVENT = HEAD + ", type, summary, event "
-_PENDING_RETRIES = WITH_EVENT + """
+_PENDING_RETRIES = (
+    WITH_EVENT
+    + """
 FROM retries CROSS JOIN entries USING (position) WHERE check_at IS NULL ORDER BY position LIMIT ?
 """
-_PENDING_TAIL = WITH_EVENT + """
+)
+_PENDING_TAIL = (
+    WITH_EVENT
+    + """
 FROM (SELECT *, 0 AS checks FROM entries) AS entries WHERE position > (SELECT sent_through FROM outbox)
     AND NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
     AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position)
 ORDER BY position LIMIT ?
 """
+)
 # Entries at the end of the log that were settled before they were sent, for example because they were salvaged.
 _SKIP_SETTLED = """
 UPDATE outbox SET sent_through = max(sent_through, (SELECT max(position) FROM entries))
@@ -49,8 +55,11 @@ SELECT * FROM ({HEAD} FROM retries CROSS JOIN entries USING (position) WHERE che
     ORDER BY check_at DESC LIMIT :limit)
 LIMIT :limit
 """  # noqa: S608  # constants
-_SENT = HEAD + """, recorded_at FROM sent CROSS JOIN entries USING (position) WHERE position > ? ORDER BY position LIMIT ?
+_SENT = (
+    HEAD
+    + """, recorded_at FROM sent CROSS JOIN entries USING (position) WHERE position > ? ORDER BY position LIMIT ?
 """
+)
 
 _HAS_DUE_BATCH = f"SELECT EXISTS (SELECT 1 FROM batches WHERE {_IS_DUE})"  # noqa: S608  # constants
 # A check that `check_now` asked for is not counted, so that the interval to the next one does not grow.
@@ -93,7 +102,8 @@ _ALL_SOURCES = "SELECT id, name, resends FROM sources "
 _AWAITING = {
     # Sources without a sent entry may be among them: to look for those would cost more than to look in Redis.
     "sent": _ALL_SOURCES + "WHERE EXISTS (SELECT 1 FROM sent)",
-    "rejected": _ALL_SOURCES + """
+    "rejected": _ALL_SOURCES
+    + """
 WHERE id IN (SELECT source_id FROM outcomes CROSS JOIN entries USING (position) WHERE row_id IS NULL)
 """,
 }

@@ -2,7 +2,6 @@
 
 storm (default): random faults of servers and processes, e.g. `python -m tests.faults --minutes 20`.
 failover: Redis behind Sentinel, whose master is killed and then paused.
-upgrade: from the tree of a commit to this one, e.g. `python -m tests.faults upgrade --from HEAD~20`.
 exits: controllers that record two events and exit, with a worker and without Redis.
 """
 
@@ -20,25 +19,19 @@ from consumers.embedded.stack import embedded_stack
 from tests.faults.exits import print_exits
 from tests.faults.failover import print_failovers, run_failovers
 from tests.faults.storm import Storm, run_storm
-from tests.faults.upgrade import run_upgrade
 from tests.faults.verdict import Verdict
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("test", choices=("storm", "failover", "upgrade", "exits"), nargs="?", default="storm")
+    parser.add_argument("test", choices=("storm", "failover", "exits"), nargs="?", default="storm")
     parser.add_argument("--minutes", type=float, default=20, help="storm: duration of the faults (default 20)")
     parser.add_argument(
         "--seed", type=int, default=random.randrange(10**6), help="storm: repeat the faults of this seed"
     )
     parser.add_argument("--folder", type=Path, help="storm: an empty folder with a short path; it is kept")
-    parser.add_argument("--from", dest="commit", help="upgrade: the commit to upgrade from")
     parser.add_argument("--runs", type=int, default=200, help="exits: number of runs of each kind (default 200)")
     options = parser.parse_args()
-    if options.test == "upgrade":
-        if not options.commit:
-            parser.error("upgrade needs --from COMMIT")
-        return _upgrade(options.commit)
     if options.test == "failover":
         return _failover()
     if options.test == "exits":
@@ -77,14 +70,6 @@ def _print_storm(storm: Storm, judged: Verdict, minutes: float) -> None:
 def _exits(runs: int) -> int:
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
         return print_exits(Path(folder), runs)
-
-
-def _upgrade(commit: str) -> int:
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
-        found = run_upgrade(Path(folder), commit)
-    for line in (*found.notes, f"{len(found.faults)} faults", *found.faults):
-        print(line)
-    return 1 if found.faults else 0
 
 
 def _failover() -> int:

@@ -518,7 +518,9 @@ def test_an_outbox_of_another_version_is_left_unchanged(path: Path, version: int
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute(f"PRAGMA user_version = {version}")
         for repair in (False, True):
-            with pytest.raises(OutboxError, match=rf"by {age} version .*format {version}; .* 5.. Nothing was changed: "):
+            with pytest.raises(
+                OutboxError, match=rf"by {age} version .*format {version}; .* 5.. Nothing was changed: "
+            ):
                 Outbox(path, repair=repair)
         assert db.execute("PRAGMA user_version").fetchone() == (version,)
         assert db.execute("SELECT count(*) FROM entries").fetchone() == (1,)
