@@ -156,6 +156,25 @@ def test_init_db_adopts_old_tables_in_that_schema(empty_database_url: str) -> No
     assert _schemas_of_tables(empty_database_url) == {"new": _TABLES, "old": _TABLES}
 
 
+def test_adopted_tables_of_another_schema_are_named_and_can_be_imported(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the schema and says what to write; then the rows are imported into the first schema."""
+    old = "id serial PRIMARY KEY, archived_at timestamptz, signals_count integer, signals_data jsonb"
+    values = "VALUES ('2026-05-01T10:00Z', 1, '[{\"a\": 1}]')"
+    _execute(empty_database_url, "CREATE SCHEMA old", f"CREATE TABLE old.signal_archives ({old})",
+             f"INSERT INTO old.signal_archives (archived_at, signals_count, signals_data) {values}")  # fmt: skip
+    _run("init-db", "--adopt-legacy", "--schema", "old")
+    _run("init-db", "--schema", "new")
+    _use(monkeypatch, _with(empty_database_url, schema="new"))
+    assert _error("import", "--from-tables") == (
+        "there are no adopted tables in schema new: there are some in schema old: write schema=new,old in DATABASE_URL"
+    )
+    _use(monkeypatch, _with(empty_database_url, schema="new,old"))
+    assert "signal_archives_legacy" in _run("import", "--from-tables")
+    assert _execute(empty_database_url, "SELECT count(*) FROM new.signal_archives") == [(1,)]
+
+
 @pytest.mark.usefixtures("passwords")
 def test_owner_with_a_schema_of_his_own_name(
     empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
