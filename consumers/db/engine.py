@@ -47,6 +47,10 @@ _CONNECTION_ADVICE = (
     ('authentication|password|role ".*" does not exist|no such user', f"correct user and password in {_SETTING}"),
     ("FATAL:", ""),
     (
+        "timeout expired",  # pgbouncer lets clients wait after the server has refused a connection
+        f"check that PostgreSQL runs, and host and port in {_SETTING}; if a pooler answers there, its log has the reason",
+    ),
+    (
         "could not translate host name|connection to server|no usable host|no answer from the server"
         # Without the server, if this process waits for the answers itself, as a worker does.
         "|Connection refused|No such file or directory|No route to host|unreachable|timed out",

@@ -357,7 +357,7 @@ def _one_line_in_rqs_commands(*, burst: bool = False) -> Iterator[None]:
     except SettingsError as error:
         if _is_in_rqs_pool() and not burst:
             advice = "stop the pool, correct this and start it again"
-            print(f"error: {error}: {advice} (next attempt in {_POOL_PAUSE_SECONDS} s)", file=sys.stderr, flush=True)
+            sys.stderr.write(f"error: {error}: {advice} (next attempt in {_POOL_PAUSE_SECONDS} s)\n")
             with suppress(KeyboardInterrupt):  # the pool stops
                 time.sleep(_POOL_PAUSE_SECONDS)
             raise SystemExit(1) from None

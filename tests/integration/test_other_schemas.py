@@ -351,3 +351,15 @@ def test_a_user_that_a_pooler_does_not_know_is_not_reported_as_a_wrong_password(
     check = _checks()["PostgreSQL"]
     assert check.state == "fail"
     assert "password" not in check.advice, check
+
+
+def test_a_missing_database_behind_a_pooler_is_named(
+    stock_pooler: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pooler passes the server's error on to one client. Others then wait for it and learn no reason."""
+    _use(monkeypatch, make_url(stock_pooler).set(database="no_such_database").render_as_string(hide_password=False))
+    first, second = _checks()["PostgreSQL"], _checks()["PostgreSQL"]
+    assert 'database "no_such_database" does not exist' in first.found
+    assert first.advice.startswith("correct the name of the database in DATABASE_URL or the POSTGRES_ variables")
+    assert "password" not in second.advice
+    assert "if a pooler answers there, its log has the reason" in second.advice or second.advice == first.advice
