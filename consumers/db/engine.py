@@ -48,7 +48,7 @@ _CONNECTION_ADVICE = (
     ("FATAL:", ""),
     (
         "timeout expired",  # pgbouncer lets clients wait after the server has refused a connection
-        f"check that PostgreSQL runs, and host and port in {_SETTING}; if a pooler answers there, its log has the reason",
+        f"check that PostgreSQL runs, and host and port in {_SETTING}; a pooler's log has the reason",
     ),
     (
         "could not translate host name|connection to server|no usable host|no answer from the server"

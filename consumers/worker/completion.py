@@ -97,7 +97,7 @@ class Completion:
     """Completes the reserved jobs of one thread of `worker`.
 
     If the access list of Redis forbids a command that writes only RQ's records of a job, it calls `note_forbidden` with
-    the error, and goes on without these records.
+    the error, and completes the jobs without these records.
 
     Raises:
         RedisError: from every method, if Redis cannot write now. The jobs stay reserved.
