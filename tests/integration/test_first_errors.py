@@ -373,8 +373,10 @@ def test_a_stock_worker_without_a_database_keeps_the_job(
             assert process.wait(60) == 0
         assert message in log.read_text()
         (job_id,) = history_queue(redis).failed_job_registry.get_job_ids()
-        reason = history_queue(redis).fetch_job(job_id).latest_result().exc_string
-        assert reason.splitlines()[-1].startswith(message)
+        job = history_queue(redis).fetch_job(job_id)
+        result = job and job.latest_result()
+        assert result is not None
+        assert str(result.exc_string).splitlines()[-1].startswith(message)
         assert receipt.state == "sent"
         monkeypatch.setenv("DATABASE_URL", database_url)
         until(lambda: history_queue(redis).count == 1, 60)  # the relay sends it again
