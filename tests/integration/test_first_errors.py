@@ -374,7 +374,8 @@ def test_a_stock_worker_without_a_database_keeps_the_job(
         assert message in log.read_text()
         (job_id,) = history_queue(redis).failed_job_registry.get_job_ids()
         job = history_queue(redis).fetch_job(job_id)
-        result = job and job.latest_result()
+        assert job is not None
+        result = job.latest_result()
         assert result is not None
         assert str(result.exc_string).splitlines()[-1].startswith(message)
         assert receipt.state == "sent"
