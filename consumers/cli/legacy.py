@@ -148,10 +148,7 @@ def _import_sources(directory: Path | None) -> Sequence[ImportSource]:
 
     if directory is not None:
         return file_sources(directory)
-    sources = table_sources(engine())
-    if not sources:
-        raise HistoryError("the database has no adopted tables: run trading-history init-db --adopt-legacy first")
-    return sources
+    return table_sources(engine())
 
 
 def _zone(timezone: tzinfo | None) -> tzinfo | None:
@@ -173,9 +170,12 @@ def _only_read(histories: Sequence[OldHistory], report: Any) -> None:
 
 
 def _import(histories: Sequence[OldHistory], report: Any, rate: int | None) -> None:
+    from consumers.db.schema import check_database_now
     from consumers.legacy.entries_in_progress import EntriesInProgress
     from consumers.legacy.importer import Importer
     from consumers.worker.batch import logger as batch_logger
+
+    check_database_now()  # later, the import waits until the database is available
 
     if not batch_logger.isEnabledFor(logging.DEBUG):
         batch_logger.setLevel(logging.CRITICAL)  # rejections are in the report, and the rest in the statistics

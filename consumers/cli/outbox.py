@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -97,9 +98,10 @@ def outbox_flush(
     elif not lossy:
         print(f"Every event in {path} is stored or rejected. Once no process uses the file, it may be deleted.")
     if lossy:
+        names = shlex.join(map(str, lossy))
         print(
-            f"Entries may be lost: not all of {', '.join(map(str, lossy))} could be read. Run trading-history audit,"
-            " then delete it; until then, this command ends with status 1.",
+            f"Entries may be lost: not all of {names} could be read. Run trading-history audit, which names missing"
+            f" events, then delete what you have examined: rm {names}; until then, this command ends with status 1.",
             file=sys.stderr,
         )
     raise typer.Exit(1 if left or status.depth or lossy else 0)

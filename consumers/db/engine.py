@@ -47,7 +47,13 @@ _CONNECTION_ADVICE = (
     ('authentication|password|role ".*" does not exist|no such user', f"correct user and password in {_SETTING}"),
     ("FATAL:", ""),
     (
-        "could not translate host name|connection to server|no usable host|no answer from the server",
+        "timeout expired",  # pgbouncer lets clients wait after the server has refused a connection
+        f"check that PostgreSQL runs, and host and port in {_SETTING}; a pooler's log has the reason",
+    ),
+    (
+        "could not translate host name|connection to server|no usable host|no answer from the server"
+        # Without the server, if this process waits for the answers itself, as a worker does.
+        "|Connection refused|No such file or directory|No route to host|unreachable|timed out",
         f"check that PostgreSQL runs, and host and port in {_SETTING}",
     ),
 )

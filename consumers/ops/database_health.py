@@ -70,7 +70,7 @@ def database_checks(url: SecretStr, mask: Mask, wanted: LoginSettings) -> Iterat
                 yield from _read_check("rejected in the last day", db, _rejections, mask)
     except StoreUnavailable as error:
         message = mask.masked_first_line(error)
-        if (advice := connection_advice(message)) is None:
+        if not (advice := connection_advice(message) or error.advice):
             raise
         yield HealthCheck("PostgreSQL", "fail", message, advice)
     finally:

@@ -73,7 +73,9 @@ class Result(NamedTuple):
 
     @property
     def label(self) -> str:
-        """stored, duplicate, conflict, invalid, poison or unsupported."""
+        """stored, duplicate, conflict, invalid, poison, unsupported or discarded."""
+        if self.discarded:
+            return "discarded"
         return self.outcome.kind if self.error is None else _REJECTION_LABELS.get(type(self.error), "invalid")
 
 

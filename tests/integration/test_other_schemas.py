@@ -156,6 +156,25 @@ def test_init_db_adopts_old_tables_in_that_schema(empty_database_url: str) -> No
     assert _schemas_of_tables(empty_database_url) == {"new": _TABLES, "old": _TABLES}
 
 
+def test_adopted_tables_of_another_schema_are_named_and_can_be_imported(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The message names the schema and says what to write; then the rows are imported into the first schema."""
+    old = "id serial PRIMARY KEY, archived_at timestamptz, signals_count integer, signals_data jsonb"
+    values = "VALUES ('2026-05-01T10:00Z', 1, '[{\"a\": 1}]')"
+    _execute(empty_database_url, "CREATE SCHEMA old", f"CREATE TABLE old.signal_archives ({old})",
+             f"INSERT INTO old.signal_archives (archived_at, signals_count, signals_data) {values}")  # fmt: skip
+    _run("init-db", "--adopt-legacy", "--schema", "old")
+    _run("init-db", "--schema", "new")
+    _use(monkeypatch, _with(empty_database_url, schema="new"))
+    assert _error("import", "--from-tables") == (
+        "there are no adopted tables in schema new: there are some in schema old: write schema=new,old in DATABASE_URL"
+    )
+    _use(monkeypatch, _with(empty_database_url, schema="new,old"))
+    assert "signal_archives_legacy" in _run("import", "--from-tables")
+    assert _execute(empty_database_url, "SELECT count(*) FROM new.signal_archives") == [(1,)]
+
+
 @pytest.mark.usefixtures("passwords")
 def test_owner_with_a_schema_of_his_own_name(
     empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
@@ -332,3 +351,15 @@ def test_a_user_that_a_pooler_does_not_know_is_not_reported_as_a_wrong_password(
     check = _checks()["PostgreSQL"]
     assert check.state == "fail"
     assert "password" not in check.advice, check
+
+
+def test_a_missing_database_behind_a_pooler_is_named(
+    stock_pooler: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pooler passes the server's error on to one client. Others then wait for it and learn no reason."""
+    _use(monkeypatch, make_url(stock_pooler).set(database="no_such_database").render_as_string(hide_password=False))
+    first, second = _checks()["PostgreSQL"], _checks()["PostgreSQL"]
+    assert 'database "no_such_database" does not exist' in first.found
+    assert first.advice.startswith("correct the name of the database in DATABASE_URL or the POSTGRES_ variables")
+    assert "password" not in second.advice
+    assert "a pooler's log has the reason" in second.advice or second.advice == first.advice

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, ResponseError
 from rq import Queue
 from rq.command import send_shutdown_command
 from rq.job import Job
@@ -29,7 +29,7 @@ from consumers.ops.redis_health import redis_checks
 from consumers.ops.status import pipeline_status
 from consumers.web.api import app
 from consumers.worker import orphans
-from consumers.worker.reservations import Reservations
+from consumers.worker.reservations import Reservations, requeue_expired
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_url import redis_client
@@ -249,6 +249,49 @@ def test_a_worker_names_what_is_forbidden_and_continues(
     assert "Traceback" not in log.read_text()
     with get_db() as db:
         assert db.exec_driver_sql("SELECT count(*) FROM event_outcomes WHERE outcome = 'rejected'").scalar() == 0
+
+
+@pytest.mark.parametrize("command", ["xadd", "hget"])
+def test_a_worker_that_may_not_write_rqs_records_of_jobs_says_so_once(
+    redis: Redis, tmp_path: Path, command: str
+) -> None:
+    """In one line a minute: the events are stored and rejected all the same, and no job is lost."""
+    log, line = tmp_path / "log", f"Redis forbids the command {command} to this user: run ACL SETUSER <user> +{command}"
+    queue = history_queue(redis)
+    with _worker_process(redis, log):
+        until(lambda: "Listening" in log.read_text(), 40)
+        enqueue_snapshots(redis, 3)
+        until(lambda: len(get_portfolio_history()) == 3)
+        if command == "hget":  # the worker then has more finished jobs than it keeps
+            redis.zadd(queue.finished_job_registry.key, {f"old-{n}": 4_000_000_000 for n in range(1000)})
+        _change(redis, "worker", f"-{command}")
+        for number in range(4):
+            enqueue_snapshots(redis, 1, first=3 + number)
+            queue.enqueue(SNAPSHOT_FUNCTION, "{}", job_id=f"bad-{number}")
+            until(lambda expected=number + 4: len(get_portfolio_history()) == expected)  # type: ignore[misc]  # not inferred
+            until(lambda expected=number + 1: queue.failed_job_registry.count == expected)  # type: ignore[misc]  # not inferred
+        until(lambda: queue.count == 0 and redis.keys("history:reserved:*") == [])
+    assert log.read_text().count("cannot write RQ's records of their jobs") == 1
+    assert line in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_forbidden_count_of_crashes_is_reported_and_changes_nothing(redis: Redis) -> None:
+    """It would stay at 1, and the event would never count as poison."""
+    (job_id,) = enqueue_snapshots(redis, 1)
+    worker, queue = _client(redis, "worker"), history_queue(redis)
+    dead = Reservations(worker, queue, "dead")
+    assert [job.job_id for job in dead.reserve(1).jobs] == [job_id]
+    dead.run_alone()
+    redis.hset("history:crashes:history", job_id, 1)
+    redis.delete(*redis.keys("history:lease:*"))
+    _change(redis, "worker", "-hincrby")
+    with pytest.raises(ResponseError, match="no permissions to run the 'hincrby' command"):
+        requeue_expired(worker, queue)
+    assert (queue.count, redis.hget("history:crashes:history", job_id)) == (0, b"1")
+    _change(redis, "worker")
+    assert requeue_expired(worker, queue) == [job_id]
+    assert redis.hget("history:crashes:history", job_id) == b"2"
 
 
 def test_a_relay_names_what_is_forbidden_and_continues(
