@@ -131,8 +131,8 @@ class Payload(_Contract, ABC):
 class Event(_Contract):
     """The CloudEvents envelope of a payload. Each kind of event declares its own `type` and `data`.
 
-    It may have extension attributes of other programs. They are no content: nothing depends on them, except that log
-    lines show the trace context.
+    It may have extension attributes of other programs. They are not part of the content. Log lines
+    show the trace context.
 
     `max_characters` limits the length of the JSON text. The default is enough for a kind with few, short fields.
     """

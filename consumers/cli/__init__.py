@@ -100,7 +100,7 @@ def main() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
     try:
-        # Not standalone: typer would print an error of usage as a box of five lines.
+        # Not standalone: typer would print a usage error as a box of five lines.
         sys.exit(app(standalone_mode=False))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def _show_usage_error(error: Any) -> int:
-    """Print an error of usage in one line, or the help if a group of commands was called without a command."""
+    """Print a usage error in one line, or the help if a group of commands was called without a command."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
     else:

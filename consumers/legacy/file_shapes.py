@@ -89,7 +89,7 @@ def shape_of_object(document: Any, path: Path) -> str:
     if len(values) > 1 and _are_columns(values, list):
         return _to_convert("has one array for each field, not one object for each entry", _python(_FROM_LISTS), path)
     if any(name in document for name in ENTRY_TIMES) and _are_columns(values, dict):
-        return _to_convert("has one object for each field, not one for each entry", _python(_FROM_OBJECTS), path)
+        return _to_convert("is stored by column (one object per field), not by entry", _python(_FROM_OBJECTS), path)
     arrays = [name for name, value in document.items() if isinstance(value, list) and value]
     if len(arrays) == 1:
         shape = f"is an object with an array in {_shown(arrays[0])}, not an array of entries"

@@ -160,6 +160,8 @@ def _missing_tables(db: Connection, tables: list[str]) -> HealthCheck:
     """Return the failed check: the tables may be in another schema, or this role may not create them."""
     place, others = place_of_tables(db), schemas_with_tables(db)
     problem = "this role may use no schema of its search_path"
+    if place.schema is None and place.missing_schemas and not place.unusable_schemas:
+        problem = f"schema {' and '.join(place.missing_schemas)} does not exist"
     if place.schema is not None:
         problem = f"missing in schema {place.quoted}: {', '.join(tables)}"
     if not others:
@@ -169,7 +171,7 @@ def _missing_tables(db: Connection, tables: list[str]) -> HealthCheck:
     steps = []
     if not others[schema]:
         steps.append(f"as the owner of the schema, run GRANT USAGE ON SCHEMA {schema} TO {place.role}")
-    if schema not in place.closed:
+    if schema not in place.unusable_schemas:
         steps.append(
             f"write schema={schema} in DATABASE_URL, or run"
             f" ALTER ROLE {place.role} IN DATABASE {place.database} SET search_path = {schema}"

@@ -449,7 +449,7 @@ def test_tables_of_the_old_shape_need_adoption(redis: Redis, empty_database_url:
             "indexes missing or invalid: signal_archives_event_once",
         ),
         ("DROP INDEX portfolio_history_newest", "warn", "indexes missing or invalid: portfolio_history_newest"),
-        ("COMMENT ON TABLE event_outcomes IS 'schema version 1'", "fail", "the tables are missing or too old"),
+        ("COMMENT ON TABLE event_outcomes IS 'schema version 1'", "fail", "the tables are too old (schema version 1"),
         ("ALTER TABLE event_outcomes ADD COLUMN note text", "ok", "all tables, columns and indexes of schema.sql"),
     ],
 )

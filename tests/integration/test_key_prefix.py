@@ -61,7 +61,7 @@ def test_all_keys_have_the_prefix(redis: Redis, database_url: str, tmp_path: Pat
         assert [one["name"] for one in client.get("0/data/queues.json").json()["queues"]] == ["history"]
 
 
-def test_a_stock_worker_and_a_relay_follow_it(redis: Redis, database_url: str, tmp_path: Path) -> None:
+def test_a_stock_worker_and_a_relay_use_the_prefix(redis: Redis, database_url: str, tmp_path: Path) -> None:
     """The stock worker acknowledges where the relay looks. A relay without the prefix is refused."""
     path = tmp_path / "outbox.db"
     recorded = _run(*_SNAPSHOT, "2026-11-22T17:00:00", stdin=a_portfolio(), HISTORY_OUTBOX=str(path), **_PREFIX)
