@@ -44,7 +44,10 @@ def _problem(error: ModuleNotFoundError) -> str:
         return f"{error}: pip install '.[testing]' in a clone of trading-history"
     other = sys.modules["producers"]
     place = getattr(other, "__file__", None) or other.__name__
-    advice = "move the tests that use the fixture to a folder that does not have it"
+    advice = (
+        "move the tests that use the fixture to a folder without this package and without __init__.py,"
+        " and run them with `pytest`, not `python -m pytest`"
+    )
     return f"another package named `producers` ({place}) hides the one of trading-history: {advice}"
 
 

@@ -1,6 +1,7 @@
 """Trace context of an event (https://www.w3.org/TR/trace-context/).
 
-It links the caller's trace to the worker's log lines. It is in the envelope, as the attributes `traceparent` and `tracestate`, and is not content.
+It links the caller's trace to the worker's log lines. It is in the envelope, as the attributes `traceparent` and
+`tracestate`, and is not content.
 """
 
 from __future__ import annotations

@@ -39,13 +39,23 @@ _SEARCH_PATH = "trading_history_search_path"  # execution option of an engine
 _UNDEFINED_TABLE = "42P01"
 _OUR_TABLE = re.compile(rf"\b({'|'.join(kind.table for kind in KINDS.values())}|event_outcomes)\b")
 _SETTING = "DATABASE_URL or the POSTGRES_ variables"
-# Errors of connecting have no SQLSTATE. The last entry is for all of them that libpq itself reports.
+# For errors of connecting, which have no SQLSTATE. The first match wins. Other FATAL errors have no advice; the last
+# entry is for errors without an answer from the server.
 _CONNECTION_ADVICE = (
     (
-        'database ".*" does not exist|no such database',
+        "unsupported startup parameter",
+        "this is a pooler, such as pgbouncer, and it refuses startup options: remove options= from DATABASE_URL, and"
+        " PGOPTIONS. For a search_path, write schema=NAME in DATABASE_URL",
+    ),
+    (
+        "no such (user|database)|Tenant or user not found",
+        "this is a pooler whose own list has no such user or database: correct the name in DATABASE_URL or there",
+    ),
+    (
+        'database ".*" does not exist',
         f"correct the name of the database in {_SETTING}, or create the database and run trading-history init-db",
     ),
-    ('authentication|password|role ".*" does not exist|no such user', f"correct user and password in {_SETTING}"),
+    ('authentication|password|role ".*" does not exist', f"correct user and password in {_SETTING}"),
     ("FATAL:", ""),
     (
         "could not translate host name|connection to server|no usable host|no answer from the server",

@@ -116,4 +116,5 @@ def _python(program: str) -> str:
 
 def _to_convert(shape: str, command: str, path: Path, argument: str | None = None) -> str:
     last = "" if argument is None else f" {shlex.quote(argument)}"
-    return f"{shape}. Replace it by the output of: {command} {shlex.quote(str(path))}{last}"
+    old, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+    return f"{shape}. Convert it: {command} {old}{last} > {new} && mv {new} {old}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,21 +25,6 @@ _LOCK_SECONDS = 0.5
 _OLDEST_VERSION = 140000
 _CLOCK_SECONDS = 5.0
 _WRONG_CLOCK_SECONDS = 300.0
-_CONNECTION_ADVICE = (
-    (
-        "unsupported startup parameter",
-        "this is a pooler, such as pgbouncer, and it refuses startup options: remove options= from DATABASE_URL, and"
-        " PGOPTIONS. For a search_path, write schema=NAME in DATABASE_URL",
-    ),
-    (
-        "no such (user|database)|Tenant or user not found",
-        "this is a pooler whose own list has no such user or database: correct the name in DATABASE_URL or there",
-    ),
-    (
-        "(password|SASL) authentication failed|no password supplied|wrong password",
-        "correct the user or password in DATABASE_URL or the POSTGRES_ variables",
-    ),
-)
 
 
 def database_checks(url: SecretStr, mask: Mask, wanted: LoginSettings) -> Iterator[HealthCheck]:
@@ -69,20 +53,11 @@ def database_checks(url: SecretStr, mask: Mask, wanted: LoginSettings) -> Iterat
                     yield from _read_check("logins", db, partial(_logins, wanted), mask)
                 yield from _read_check("rejected in the last day", db, _rejections, mask)
     except StoreUnavailable as error:
-        message = mask.masked_first_line(error)
-        if (advice := connection_advice(message)) is None:
+        if not error.advice:
             raise
-        yield HealthCheck("PostgreSQL", "fail", message, advice)
+        yield HealthCheck("PostgreSQL", "fail", mask.masked_first_line(error), error.advice)
     finally:
         store.dispose()
-
-
-def connection_advice(message: str) -> str | None:
-    """Return what to do about the message of a refused connection, or None if no advice fits it better than any other.
-
-    A pooler answers in place of the server, so its messages do not concern the password.
-    """
-    return next((advice for pattern, advice in _CONNECTION_ADVICE if re.search(pattern, message)), None)
 
 
 def _read_check(

@@ -84,7 +84,7 @@ def test_archive_without_signals_says_so_and_succeeds(redis: Redis) -> None:
         (
             ["init-db"],
             {"DATABASE_URL": "mysql://u:s3cret@h/x"},
-            "error: DATABASE_URL: must be a postgresql:// URL",
+            "error: DATABASE_URL: must be a postgresql:// or postgres:// URL",
         ),
         (["init-db"], {"REDIS_URL": "redis://h"}, "error: REDIS_URL is set but DATABASE_URL (or"),
         (["snapshot", "missing.json"], {}, "error: missing.json: No such file or directory"),
