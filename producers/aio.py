@@ -1,7 +1,8 @@
 """The two producer calls as coroutines, and a receipt that can be awaited, for controllers that use asyncio.
 
 A call syncs a file to disk, which would block the event loop. Here one thread of the process makes the calls, in the
-order in which they were started, and the event loop runs meanwhile.
+order in which they were started, and the event loop runs meanwhile. Another thread reads the outcomes of receipts, so
+`stored` does not wait for a call.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import fields
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from producers import history_producer, trading_controller
 from producers.history_producer import HistoryProducer
@@ -25,10 +26,11 @@ from producers.redirection import Redirection, active_redirection
 T = TypeVar("T")
 
 _FIRST_POLL_SECONDS = 0.01
-_LAST_POLL_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 0.5
 
-_threads: dict[Redirection | None, ThreadPoolExecutor] = {}
-os.register_at_fork(after_in_child=_threads.clear)  # a thread of the parent does not exist in the child
+_Task = Literal["record", "wait"]
+_executors: dict[tuple[Redirection | None, _Task], ThreadPoolExecutor] = {}
+os.register_at_fork(after_in_child=_executors.clear)  # a thread of the parent does not exist in the child
 
 
 class Receipt(history_producer.Receipt):
@@ -45,7 +47,7 @@ class Receipt(history_producer.Receipt):
         started, pause = time.monotonic(), _FIRST_POLL_SECONDS
         while True:
             try:
-                return await _in_thread(partial(self.wait, 0))
+                return await _in_thread("wait", partial(self.wait, 0))
             except TimeoutError:
                 waited = time.monotonic() - started
                 if timeout is not None and waited >= timeout:
@@ -54,7 +56,7 @@ class Receipt(history_producer.Receipt):
                         " it stays in the outbox and is retried"
                     ) from None
             await asyncio.sleep(pause if timeout is None else min(pause, timeout - waited))
-            pause = min(2 * pause, _LAST_POLL_SECONDS)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
 async def create_daily_portfolio_snapshot(
@@ -77,7 +79,7 @@ async def create_daily_portfolio_snapshot(
         producer=producer,
         traceparent=traceparent,
     )
-    return _awaitable(await _in_thread(call))
+    return _awaitable(await _in_thread("record", call))
 
 
 async def archive_current_signals(
@@ -104,7 +106,7 @@ async def archive_current_signals(
         producer=producer,
         traceparent=traceparent,
     )
-    receipt = await _in_thread(call)
+    receipt = await _in_thread("record", call)
     return None if receipt is None else _awaitable(receipt)
 
 
@@ -112,15 +114,16 @@ def _awaitable(receipt: history_producer.Receipt) -> Receipt:
     return Receipt(*(getattr(receipt, one.name) for one in fields(receipt)))
 
 
-async def _in_thread(call: Callable[[], T]) -> T:
+async def _in_thread(task: _Task, call: Callable[[], T]) -> T:
     context = copy_context()  # OpenTelemetry's current span is in it
-    return await asyncio.get_running_loop().run_in_executor(_thread(), context.run, call)
+    return await asyncio.get_running_loop().run_in_executor(_executor(task), context.run, call)
 
 
-def _thread() -> ThreadPoolExecutor:
+def _executor(task: _Task) -> ThreadPoolExecutor:
     redirection = active_redirection()
-    if redirection not in _threads:
-        _threads[redirection] = ThreadPoolExecutor(1, thread_name_prefix="trading-history-aio")
+    key = redirection, task
+    if key not in _executors:
+        _executors[key] = ThreadPoolExecutor(1, thread_name_prefix=f"trading-history-aio-{task}")
         if redirection is not None:  # a test's producers must not be used by a thread that outlives the test
-            redirection.at_end(lambda: _threads.pop(redirection).shutdown())
-    return _threads[redirection]
+            redirection.at_end(lambda: _executors.pop(key).shutdown())
+    return _executors[key]

@@ -1,4 +1,4 @@
-"""The pytest fixture `trading_history`, which every environment with this package has.
+"""The pytest fixture `trading_history`, registered in every environment that has this package.
 
 Each run of pytest in such an environment imports this module, so it imports the rest of the package only when a test
 uses the fixture. It is also installed as `trading_history_pytest`, for projects that have another package `producers`.
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def trading_history(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHistory]:
-    """An open `producers.testing.FakeHistory`. It receives all events of the test; nothing reaches a server."""
+    """An open `producers.testing.FakeHistory`. The FakeHistory receives all events of the test; none
+    reaches a server."""
     problem = ""
     try:
         from producers.child_environment import VARIABLES
@@ -29,8 +30,8 @@ def trading_history(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHistory]:
         problem = _problem(error)
     if problem:  # not in the except block, because pytest would show the error above the message
         pytest.fail(problem, pytrace=False)
-    # If a test changes one of these with monkeypatch, monkeypatch restores the value at that time, which is the fake's.
-    # monkeypatch is undone last, so it must know the real values before.
+    # If a test changes one of these with monkeypatch, monkeypatch would restore the fake's value, so it must see the
+    # real value first.
     for name in VARIABLES:
         _remember(monkeypatch, name)
     with FakeHistory() as history, _redirecting_again(monkeypatch, VARIABLES):
@@ -43,7 +44,10 @@ def _problem(error: ModuleNotFoundError) -> str:
         return f"{error}: pip install '.[testing]' in a clone of trading-history"
     other = sys.modules["producers"]
     place = getattr(other, "__file__", None) or other.__name__
-    advice = "move the tests that use the fixture to a folder that does not have it"
+    advice = (
+        "move the tests that use the fixture to a folder without this package and without __init__.py,"
+        " and run them with `pytest`, not `python -m pytest`"
+    )
     return f"another package named `producers` ({place}) hides the one of trading-history: {advice}"
 
 

@@ -1,6 +1,7 @@
-"""Trace context of an event (https://www.w3.org/TR/trace-context/): it joins the caller's trace and the worker's log.
+"""Trace context of an event (https://www.w3.org/TR/trace-context/).
 
-It is in the envelope, as the attributes `traceparent` and `tracestate`, and is not content.
+It links the caller's trace to the worker's log lines. It is in the envelope, as the attributes `traceparent` and
+`tracestate`, and is not content.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def trace_of(attributes: Mapping[str, Any]) -> TraceContext | None:
     traceparent, tracestate = attributes.get("traceparent"), attributes.get("tracestate")
     if not isinstance(traceparent, str) or not _is_traceparent(traceparent):
         return None
-    is_valid = isinstance(tracestate, str) and _TRACESTATE.fullmatch(tracestate)
+    is_valid = isinstance(tracestate, str) and _TRACESTATE.fullmatch(tracestate) is not None
     return TraceContext(traceparent, tracestate if is_valid else None)
 
 

@@ -104,7 +104,12 @@ def audit(
             audits = account(redis, outbox, settings.queue, since=since)
     (print_json if as_json else print_audit)([asdict(one) for one in audits])
     if audits.left_out:
-        left_out = f"{counted(audits.left_out, 'source')} left out: no event since then, and no outbox on this host"
+        have = (
+            "it has no event since then, and its outbox is"
+            if audits.left_out == 1
+            else ("they have no event since then, and their outboxes are")
+        )
+        left_out = f"{counted(audits.left_out, 'source')} left out: {have} not on this host"
         print(f"note: {left_out}; without --since they are checked too", file=sys.stderr)
     raise typer.Exit(0 if all(one.complete for one in audits) else 1)
 

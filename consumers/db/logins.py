@@ -1,4 +1,5 @@
-"""Login roles of the worker and of the API. They have only the privileges of their groups, which schema.sql makes.
+"""Login roles of the worker and of the API. They have only the privileges of the roles that they are
+members of, which schema.sql makes.
 
 In this database, their search_path is the schema of the tables, whatever the database and the server set.
 """
@@ -37,7 +38,7 @@ _ROLE = text("""
 """)
 # Logins that exist and have another search_path in this database than the current schema. Without any setting, a login
 # finds the schema public. The setting of a role in a database comes before that of the role, and that of the database.
-_WITHOUT_SCHEMA = text("""
+_WITH_OTHER_SEARCH_PATH = text("""
     SELECT CAST(rolname AS text) FROM pg_roles
     WHERE rolname = ANY(:logins) AND 'search_path=' || quote_ident(current_schema()) <> coalesce((
         SELECT setting FROM pg_db_role_setting CROSS JOIN unnest(setconfig) AS setting
@@ -61,7 +62,7 @@ def set_passwords(store: Engine, settings: LoginSettings) -> Iterator[str]:
 
 
 def missing_logins(db: Connection, settings: LoginSettings) -> list[tuple[str, str]]:
-    """Return a sentence for each login whose password is set and which does not exist or has not its group.
+    """Return a sentence for each login whose password is set and which does not exist or is not a member of its role.
 
     The second value has the statements after which this user may create it; it is empty if no privilege is missing.
     """
@@ -70,11 +71,11 @@ def missing_logins(db: Connection, settings: LoginSettings) -> list[tuple[str, s
         found = db.execute(_ROLE, {"login": login, "group": group}).one()
         if found.is_member:
             continue
-        lacking = f"{login} is not a member of {group}" if found.exists else f"{login} does not exist"
+        problem = f"{login} is not a member of {group}" if found.exists else f"{login} does not exist"
         remedies = _Remedies(_session(db), found.me, login, group)
         needed = [] if found.exists or found.may_create else [remedies.creating]
         needed += [] if found.may_grant else [remedies.granting]
-        missing.append((lacking, "; ".join(needed)))
+        missing.append((problem, "; ".join(needed)))
     return missing
 
 
@@ -98,7 +99,7 @@ def set_search_paths(store: Engine) -> list[str]:
         StoreUnavailable: the database cannot be reached.
     """
     with translated_errors(), store.begin() as db:
-        found = list(db.execute(_WITHOUT_SCHEMA, {"logins": [WORKER, API]}).scalars())
+        found = list(db.execute(_WITH_OTHER_SEARCH_PATH, {"logins": [WORKER, API]}).scalars())
     notes = []
     for login in found:
         try:

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 from consumers.db.engine import ENCODING, get_db, quoted, search_path_of, translated_errors
+from consumers.db.schema_comparison import other_schema_problem
 from consumers.errors import OldSchema, StoreUnavailable, first_line
 
 _OLD_SCHEMA = "TH001"  # SQLSTATE that schema.sql raises
@@ -22,6 +23,7 @@ _SCHEMA_VERSION = re.compile(r"schema version (\d+)")
 _DATABASE = text("""
     SELECT current_database() AS name, current_setting('server_encoding') AS encoding,
         quote_ident(current_database() || '_utf8') AS another,
+        to_regclass('event_outcomes') IS NOT NULL AS has_tables,
         obj_description(to_regclass('event_outcomes'), 'pg_class') AS comment
 """)
 _PLACE = text("""
@@ -33,7 +35,10 @@ _PLACE = text("""
             WHERE NOT has_schema_privilege(oid, 'USAGE') AND nspname = ANY(ARRAY(
                 SELECT CASE name WHEN '$user' THEN CAST(current_user AS text) ELSE name END
                 FROM regexp_split_to_table(replace(current_setting('search_path'), '"', ''), ' *, *') AS name)))
-            AS closed
+            AS unusable_schemas,
+        ARRAY(SELECT quote_ident(name)
+            FROM regexp_split_to_table(replace(current_setting('search_path'), '"', ''), ' *, *') AS name
+            WHERE name <> '$user' AND name NOT IN (SELECT nspname FROM pg_namespace)) AS missing_schemas
 """)
 _CHECKED = "trading-history: checked"  # key in the info of a pooled connection
 
@@ -42,12 +47,18 @@ def check_database(db: Connection) -> None:
     """Check, once per connection, that this version of the program can store events in this database.
 
     Raises:
-        StoreUnavailable: the encoding is not UTF8, or the tables are older than this program.
+        StoreUnavailable: the encoding is not UTF8, or the tables are missing or older than this program.
     """
     if _CHECKED in db.info:
         return
     found = db.execute(_DATABASE).one()
-    if problem := encoding_problem(found) or outdated_schema_problem(found.comment):
+    if problem := encoding_problem(found):
+        raise StoreUnavailable(problem)
+    if not found.has_tables:
+        elsewhere = other_schema_problem(db, search_path_of(db.engine))
+        problem, advice = elsewhere or ("the tables are missing", "run trading-history init-db")
+        raise StoreUnavailable(problem, advice=advice)
+    if problem := outdated_schema_problem(found.comment):
         raise StoreUnavailable(problem)
     db.info[_CHECKED] = True
 
@@ -86,9 +97,7 @@ def outdated_schema_problem(comment: str | None) -> str | None:
     needed, found = _version_in(schema_sql()), _version_in(comment or "")
     if found >= needed:
         return None
-    return (
-        f"the tables are missing or too old (schema version {found}, needed is {needed}): run trading-history init-db"
-    )
+    return f"the tables are too old (schema version {found}, needed is {needed}): run trading-history init-db"
 
 
 def _version_in(words: str) -> int:
@@ -109,7 +118,7 @@ def schema_body() -> str:
     return re.sub(r"^(BEGIN|COMMIT);\n", "", schema_sql(), flags=re.M)
 
 
-def script(search_path: tuple[str, ...]) -> str:
+def schema_script(search_path: tuple[str, ...]) -> str:
     """Return SQL for psql that does the same as `apply_schema` of an engine with this search_path."""
     if not search_path:
         return schema_sql()
@@ -190,20 +199,23 @@ def create_schema(db: Connection, search_path: tuple[str, ...]) -> None:
 def place_of_tables(db: Connection) -> Row[Any]:
     """Return the schema in which tables are created, the role, and the role's privileges there.
 
-    `closed` has the schemas of the search_path that the role may not use.
+    `unusable_schemas` has the schemas of the search_path that the role may not use, and `missing_schemas` those that do
+    not exist.
     """
     return db.execute(_PLACE).one()
 
 
 def creation_advice(place: Row[Any]) -> str | None:
-    """Return the statements after which this role can create the tables, or None if no privilege is missing."""
+    """Return advice, with the GRANTs after which this role can create the tables; None if no privilege is missing."""
     if place.may_create_tables:
         return None
-    if place.closed:
-        return f"as the owner of the schema, run GRANT USAGE, CREATE ON SCHEMA {place.closed[0]} TO {place.role}"
+    if place.unusable_schemas:
+        return (
+            f"as the owner of the schema, run GRANT USAGE, CREATE ON SCHEMA {place.unusable_schemas[0]} TO {place.role}"
+        )
     grant = f"as the owner of the database, run GRANT CREATE ON DATABASE {place.database} TO {place.role}; then "
-    another = ("" if place.may_create_schemas else grant) + "run trading-history init-db --schema NAME"
+    other_schema_advice = ("" if place.may_create_schemas else grant) + "run trading-history init-db --schema NAME"
     if place.schema is None:
-        return another
+        return other_schema_advice
     here = f"as the owner of the schema, run GRANT CREATE ON SCHEMA {place.quoted} TO {place.role}"
-    return f"{here}; or for another schema, {another}"
+    return f"{here}; or for another schema, {other_schema_advice}"

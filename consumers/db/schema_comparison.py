@@ -93,6 +93,25 @@ def schemas_with_tables(db: Connection) -> dict[str, bool]:
     return {row.name: row.may_use for row in db.execute(_SCHEMAS, {"tables": list(COLUMNS)})}
 
 
+def other_schema_problem(db: Connection, search_path: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return the problem and its solution if the tables are in other schemas than the given search_path; else None."""
+    found = schemas_with_tables(db)
+    usable = [name for name, may_use in found.items() if may_use]
+    if not usable:
+        advice = "run trading-history doctor, which names the missing privilege"
+        return (
+            (f"this role may not use schema {' and '.join(found)}, in which the tables are", advice) if found else None
+        )
+    there = f"they are in schema {' and '.join(usable)}"
+    if not search_path:
+        return f"no schema of the search_path has tables of trading-history; {there}", (
+            f"add schema={usable[0]} to DATABASE_URL"
+        )
+    return f"schema {search_path[0]} has no tables of trading-history; {there}", (
+        f"correct schema= in DATABASE_URL, or run trading-history init-db for new tables in schema {search_path[0]}"
+    )
+
+
 def lacking_privileges(db: Connection) -> list[str]:
     """Return the privileges that a worker needs and this role lacks, in the words of a GRANT; the tables must exist."""
     values = {"tables": [table for table, _ in _NEEDED], "privileges": [privilege for _, privilege in _NEEDED]}

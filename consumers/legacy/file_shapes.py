@@ -89,7 +89,7 @@ def shape_of_object(document: Any, path: Path) -> str:
     if len(values) > 1 and _are_columns(values, list):
         return _to_convert("has one array for each field, not one object for each entry", _python(_FROM_LISTS), path)
     if any(name in document for name in ENTRY_TIMES) and _are_columns(values, dict):
-        return _to_convert("has one object for each field, not one for each entry", _python(_FROM_OBJECTS), path)
+        return _to_convert("is stored by column (one object per field), not by entry", _python(_FROM_OBJECTS), path)
     arrays = [name for name, value in document.items() if isinstance(value, list) and value]
     if len(arrays) == 1:
         shape = f"is an object with an array in {_shown(arrays[0])}, not an array of entries"
@@ -116,4 +116,5 @@ def _python(program: str) -> str:
 
 def _to_convert(shape: str, command: str, path: Path, argument: str | None = None) -> str:
     last = "" if argument is None else f" {shlex.quote(argument)}"
-    return f"{shape}. Replace it by the output of: {command} {shlex.quote(str(path))}{last}"
+    old, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+    return f"{shape}. Convert it: {command} {old}{last} > {new} && mv {new} {old}"

@@ -17,7 +17,7 @@ from rq import Queue
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from consumers.ops.checks import HealthCheck, State, check_result, counted, duration, size
-from consumers.ops.redis_errors import is_unreachable, redis_problem
+from consumers.ops.redis_errors import CHECK_REDIS, is_unreachable, redis_problem
 from producers.acknowledgements import shown
 from producers.entries import EntryHead
 from producers.errors import OutboxError
@@ -190,7 +190,7 @@ def unsettled_reason(damaged: Sequence[Path], *, if_away: str, otherwise: str) -
     except RedisError as error:
         if not is_unreachable(error) or isinstance(error, AuthenticationError):
             return f"Redis cannot be used: {redis_problem(error)}."
-        return f"Redis cannot be reached ({type(error).__name__}). {if_away}"
+        return f"Redis cannot be reached ({type(error).__name__}): {CHECK_REDIS}. {if_away}"
     waits = f"Queue {settings.queue} has {counted(jobs, 'waiting job')}"
     if not keys:
         return f"{waits} and no worker. Start one: trading-history worker"

@@ -68,7 +68,7 @@ class Result(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether the job belongs into RQ's failed registry."""
+        """Whether the job belongs in RQ's failed registry."""
         return self.error is not None and not self.discarded
 
     @property
@@ -95,7 +95,7 @@ class Deferred(NamedTuple):
 
 
 class EventLogger(logging.LoggerAdapter[logging.Logger]):
-    """Logger of lines about one delivery. They have its fields, and their text ends with its trace context."""
+    """Logger of lines about one delivery. Each line has the delivery's fields and ends with its trace context."""
 
     def __init__(self, logger: logging.Logger, delivery: Result | Deferred) -> None:
         fields = {
@@ -110,7 +110,8 @@ class EventLogger(logging.LoggerAdapter[logging.Logger]):
         self._end = f" ({delivery.trace})".replace("%", "%%") if delivery.trace else ""
 
     def process(self, msg: str, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
-        """Add the end of the text and the fields. `msg` is a format with at least one value."""
+        """Add the end of the text and the fields. `msg` needs at least one argument: without any, logging
+        leaves %% as it is."""
         return msg + self._end, {**kwargs, "extra": self.extra}
 
 
@@ -122,7 +123,7 @@ def process_batch(
     `statement_seconds` limits each statement, in addition to the limit of the process.
 
     Raises:
-        StoreUnavailable: the database takes nothing now. Deliveries that were not yielded are undecided.
+        StoreUnavailable: the database cannot store anything now. Deliveries that were not yielded are undecided.
         SettingsError: the settings name no database.
     """
     if not deliveries:

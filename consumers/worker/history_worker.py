@@ -80,7 +80,7 @@ class HistoryWorker(SimpleWorker):
     def __init__(self, queues: Any, *args: Any, metrics: MetricsSettings | None = None, **kwargs: Any) -> None:
         if _is_in_rqs_pool() and kwargs.get("prepare_for_work", True):
             _reset_stop_signals()
-        with _one_line_in_rqs_commands():
+        with _short_errors_in_rq_commands():
             if not VERSION.startswith(TESTED_RQ):
                 raise SettingsError(
                     f"HistoryWorker was tested with RQ {', '.join(TESTED_RQ)}, but RQ {VERSION} is installed:"
@@ -90,7 +90,7 @@ class HistoryWorker(SimpleWorker):
         super().__init__(_json_queues(queues), *args, **kwargs)
         if not self.queues and not kwargs.get("prepare_for_work", True):
             return  # RQ's commands create such objects only to read the state of other workers
-        with _one_line_in_rqs_commands():
+        with _short_errors_in_rq_commands():
             if len(self.queues) != 1:
                 raise SettingsError("HistoryWorker takes exactly one queue: start one worker for each queue")
         self._queue = self.queues[0]
@@ -126,7 +126,7 @@ class HistoryWorker(SimpleWorker):
         Raises:
             SettingsError: a setting cannot be read, or no database is set. In RQ's own commands it becomes SystemExit.
         """
-        with _one_line_in_rqs_commands(burst=burst):
+        with _short_errors_in_rq_commands(burst=burst):
             write_json_if_set()
             KeyPrefixSettings.from_environment()
             StoreSettings.from_environment().url()  # otherwise the first event would end the worker
@@ -346,7 +346,7 @@ class HistoryWorker(SimpleWorker):
 
 
 @contextmanager
-def _one_line_in_rqs_commands(*, burst: bool = False) -> Iterator[None]:
+def _short_errors_in_rq_commands(*, burst: bool = False) -> Iterator[None]:
     """In RQ's own commands, which show the traceback of any error, end with the message in one line and status 1.
 
     RQ's pool starts a worker that has ended again after a second, for ever. So a worker of a pool waits before it ends,

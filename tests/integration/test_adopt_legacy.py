@@ -231,13 +231,13 @@ def test_a_second_adoption_changes_nothing_and_reports_it(first_generation: str)
         0,
         "Table portfolio_history was renamed to portfolio_history_legacy.\n"
         "Table signal_archives was renamed to signal_archives_legacy.\n"
-        "The tables are ready.\n",
+        "The tables are ready in schema public.\n",
         "",
     )
     assert again == (
         0,
         "There are no tables of the old shape to rename; portfolio_history_legacy and signal_archives_legacy are from"
-        " an earlier run.\nThe tables are ready.\n",
+        " an earlier run.\nThe tables are ready in schema public.\n",
         "",
     )
     assert database_facts(first_generation) == before
@@ -250,7 +250,11 @@ def test_without_old_tables_adoption_does_the_same_as_init_db(empty_database_url
     _execute("DROP TABLE portfolio_history, signal_archives, event_outcomes")
     apply_schema(engine())
 
-    assert answer == (0, "There are no tables of the old shape to rename.\nThe tables are ready.\n", "")
+    assert answer == (
+        0,
+        "There are no tables of the old shape to rename.\nThe tables are ready in schema public.\n",
+        "",
+    )
     assert database_facts(empty_database_url) == made
 
 

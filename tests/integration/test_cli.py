@@ -84,7 +84,7 @@ def test_archive_without_signals_says_so_and_succeeds(redis: Redis) -> None:
         (
             ["init-db"],
             {"DATABASE_URL": "mysql://u:s3cret@h/x"},
-            "error: DATABASE_URL: must be a postgresql:// URL",
+            "error: DATABASE_URL: must be a postgresql:// or postgres:// URL",
         ),
         (["init-db"], {"REDIS_URL": "redis://h"}, "error: REDIS_URL is set but DATABASE_URL (or"),
         (["snapshot", "missing.json"], {}, "error: missing.json: No such file or directory"),
@@ -123,7 +123,7 @@ def test_init_db_succeeds_twice_at_the_same_time_and_again_afterwards(empty_data
     answers = [one.communicate(timeout=60)[0] for one in both]
     again = _run("init-db")
 
-    assert ([one.returncode for one in both], answers) == ([0, 0], [b"The tables are ready.\n"] * 2)
+    assert ([one.returncode for one in both], answers) == ([0, 0], [b"The tables are ready in schema public.\n"] * 2)
     assert (again.returncode, get_portfolio_history()) == (0, [])
 
 

@@ -291,7 +291,7 @@ def test_a_worker_without_tables_says_so_at_its_start(redis: Redis, empty_databa
     """Before the first event comes. It continues as soon as the tables are there."""
     log = tmp_path / "log"
     with _started(log, "worker"):
-        until(lambda: "waits for the database and tries again: the tables are missing or too old" in log.read_text())
+        until(lambda: "waits for the database and tries again: the tables are missing: " in log.read_text())
         assert INIT_DB in log.read_text()
         assert _run("init-db").returncode == 0
         until(lambda: "continues after" in log.read_text())
@@ -325,7 +325,7 @@ def test_a_database_that_is_away_is_named_with_its_setting() -> None:
     assert "s3cret" not in error
 
 
-def test_a_wrong_password_of_redis_is_called_so(redis: Redis, database_url: str, tmp_path: Path) -> None:
+def test_a_wrong_password_of_redis_is_named(redis: Redis, database_url: str, tmp_path: Path) -> None:
     """Waiting for Redis to come back would not help."""
     outbox = str(tmp_path / "outbox.db")
     with HistoryProducer(redis, outbox=outbox) as producer:
@@ -461,7 +461,7 @@ def test_an_unusable_input_is_named(redis: Redis, tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_or_a_file_in_the_wrong_place_is_called_so(redis: Redis, database_url: str, tmp_path: Path) -> None:
+def test_a_folder_or_a_file_in_the_wrong_place_is_named(redis: Redis, database_url: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert _error("export", "file") == ("error: file is not a folder: give the path of a folder, which may be new\n")
     folder = f"error: outbox {tmp_path} is a folder: give the path of a file, such as {tmp_path}/outbox.db\n"
@@ -477,7 +477,7 @@ def test_snapshot_that_waits_says_what_it_waits_for(redis: Redis, tmp_path: Path
     away = _run(*command, REDIS_URL="redis://127.0.0.1:1", HISTORY_OUTBOX=str(tmp_path / "a.db"))
     no_worker = _run(*command, HISTORY_OUTBOX=str(tmp_path / "b.db"))
     for run, reason in (
-        (away, "Redis cannot be reached ("),
+        (away, "Redis cannot be reached (ConnectionError): check that Redis runs, and host and port in REDIS_URL. "),
         (no_worker, "Queue history has 1 waiting job and no worker"),
     ):
         last = run.stderr.splitlines()[-1]
@@ -490,6 +490,26 @@ def test_snapshot_that_waits_says_what_it_waits_for(redis: Redis, tmp_path: Path
     [
         (("fly",), "error: No such command 'fly'; see python -m consumers.cli --help\n"),
         (("history", "--fly"), "error: No such option: --fly; see python -m consumers.cli history --help\n"),
+        (
+            ("histroy",),
+            "error: No such command 'histroy'. Did you mean 'history'? See python -m consumers.",
+        ),
+        (
+            ("history", "--limit", "x"),
+            "error: Invalid value for '--limit' / '-n': must be a whole number; see python -m consumers.cli history",
+        ),
+        (
+            ("outbox", "flush", "--timeout", "x"),
+            "error: Invalid value for '--timeout': must be a number; see python -m consumers.cli outbox flush --help\n",
+        ),
+        (
+            ("audit", "--since"),
+            "error: Option '--since' requires an argument; see python -m consumers.cli audit --help\n",
+        ),
+        (
+            ("--debug", "outbox", "flush", "--timeout"),
+            "error: Option '--timeout' requires an argument; see python -m consumers.cli outbox flush --help\n",
+        ),
         (("snapshot",), "error: Missing argument 'FILE'; see python -m consumers.cli snapshot --help\n"),
         (("outbox", "salvage", "x"), "error: Invalid value for 'file': file 'x' does not exist; see python -m"),
     ],
@@ -522,7 +542,7 @@ def test_audit_counts_the_sources_that_since_leaves_out(redis: Redis, database_u
     assert "2020-01-01 00:00:00Z" in shown
     since = _run("audit", "--since", "2021-01-01T00:00:00Z", "--json", **here)
     assert [one["source"].split("/")[0] for one in json.loads(since.stdout)] == ["new"]
-    assert since.stderr.startswith("note: 1 source left out: ")
+    assert since.stderr.startswith("note: 1 source left out: it has no event since then, and its outbox is not on ")
     own = json.loads(_run("audit", "--json", HISTORY_OUTBOX=str(tmp_path / "old.db")).stdout)
     assert [one["host"] for one in own] == [None, socket.gethostname()]
 

@@ -195,8 +195,8 @@ def test_import_and_verify_name_a_file_of_another_shape_and_read_the_others(tmp_
     folder = _write(tmp_path / "old", archives=[_archive(0)])
     path = folder / "portfolio_history.json"
     path.write_text(json.dumps([_snapshot(0)]), "utf-16")
-    command = f"iconv -f UTF-16 -t UTF-8 {path}"
-    message = f"portfolio_history.json: is text in UTF-16, not UTF-8. Replace it by the output of: {command}"
+    command = f"iconv -f UTF-16 -t UTF-8 {path} > {path}.new && mv {path}.new {path}"
+    message = f"portfolio_history.json: is text in UTF-16, not UTF-8. Convert it: {command}"
     report = ("--report", str(tmp_path / "report.jsonl"))
     for arguments, counts in (
         (("import", "--dry-run", *report), "1 +0"),

@@ -19,7 +19,9 @@ from consumers.cli import app
 from consumers.db import engine as db_engine
 from consumers.db.engine import create_store_engine
 from consumers.db.logins import API, READER, WORKER, WRITER
+from consumers.db.schema import check_database_now
 from consumers.embedded import Addresses
+from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
 from consumers.ops import doctor
 from consumers.ops.checks import HealthCheck
@@ -69,6 +71,12 @@ def _error(*arguments: str) -> str:
     return str(done.exception)
 
 
+def _advice(*arguments: str) -> str:
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, StoreUnavailable), done.output
+    return done.exception.with_advice()
+
+
 def _checks() -> dict[str, HealthCheck]:
     return {one.name: one for one in doctor.diagnose(list)}
 
@@ -93,6 +101,15 @@ def _owner(url: str, name: str, *, attributes: str = "") -> Iterator[str]:
         _execute(url, f"REASSIGN OWNED BY {name} TO CURRENT_USER", f"DROP OWNED BY {name}", f"DROP ROLE {name}")
 
 
+@contextmanager
+def _role(url: str, name: str) -> Iterator[None]:
+    _execute(url, f"CREATE ROLE {name} LOGIN")
+    try:
+        yield
+    finally:
+        _execute(url, f"DROP OWNED BY {name}", f"DROP ROLE {name}")
+
+
 @pytest.fixture
 def passwords(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Both login roles are wanted; they are dropped afterwards."""
@@ -112,7 +129,7 @@ def test_init_db_makes_a_schema_in_which_its_logins_find_the_tables(
     """The owner and other logins name it in the URL. A second run changes nothing."""
     lines = _run("init-db", "--schema", schema).splitlines()
     assert lines[0] == f"The tables are ready in schema {schema}."
-    assert lines[-1] == f"Other logins find the tables by schema={quote(schema, safe='')} in DATABASE_URL."
+    assert lines[-1] == f"Add ?schema={quote(schema, safe='')} to the DATABASE_URL of other logins."
     assert _schemas_of_tables(empty_database_url) == {schema: _TABLES}
     assert _run("init-db", "--schema", schema).splitlines() == lines
 
@@ -134,6 +151,49 @@ def test_a_schema_in_the_url_is_created_too(empty_database_url: str, monkeypatch
     _run("init-db")
     _run("init-db", "--schema", "second")
     assert _schemas_of_tables(empty_database_url) == {"first": _TABLES, "second": _TABLES}
+
+
+def test_a_wrong_schema_in_the_url_is_named_with_the_schema_of_the_tables(
+    empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to a worker. init-db names the schema in which it makes others."""
+    assert _run("init-db") == "The tables are ready in schema public.\n"
+    _use(monkeypatch, _with(empty_database_url, schema="x"))
+    expected = (
+        "schema x has no tables of trading-history; they are in schema public: correct schema= in DATABASE_URL,"
+        " or run trading-history init-db for new tables in schema x"
+    )
+    for command in (("history",), ("history", "--csv"), ("failed", "list")):
+        assert _advice(*command) == f"PostgreSQL: {expected}"
+    with pytest.raises(StoreUnavailable) as raised:
+        check_database_now()
+    assert raised.value.with_advice() == expected
+    assert _checks()["tables"].found == "schema x does not exist; tables of these names are in schema public"
+    assert _run("init-db").startswith("The tables are ready in schema x.\n")
+
+
+def test_tables_outside_of_the_search_path_are_found(
+    empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A role that may not use their schema is sent to doctor, which has the GRANT."""
+    _run("init-db", "--schema", "trading")
+    assert _advice("history") == (
+        "PostgreSQL: no schema of the search_path has tables of trading-history; they are in schema trading:"
+        " add schema=trading to DATABASE_URL"
+    )
+    with _role(empty_database_url, "guest"):
+        _use(monkeypatch, _as(empty_database_url, "guest"))
+        assert _advice("history") == (
+            "PostgreSQL: this role may not use schema trading, in which the tables are:"
+            " run trading-history doctor, which names the missing privilege"
+        )
+
+
+def test_a_schema_that_does_not_exist_is_reported_to_a_superuser(
+    empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use(monkeypatch, _with(empty_database_url, schema="tradnig"))
+    assert _checks()["tables"].found == "schema tradnig does not exist"
 
 
 def test_the_script_of_a_dry_run_makes_the_same_schema(empty_database_url: str) -> None:
@@ -176,7 +236,7 @@ def test_adopted_tables_of_another_schema_are_named_and_can_be_imported(
 
 
 @pytest.mark.usefixtures("passwords")
-def test_owner_with_a_schema_of_his_own_name(
+def test_owner_with_a_schema_named_like_the_owner(
     empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The search_path begins with "$user", so the tables are there: the logins of init-db find them nevertheless."""
@@ -205,9 +265,9 @@ def test_init_db_gives_logins_of_an_earlier_release_the_schema(
         _use(monkeypatch, owner)
         output = _run("init-db", "--schema", "later")
     statements = [f'ALTER ROLE "{login}" IN DATABASE "{database}" SET search_path = "later"' for login in (API, WORKER)]
-    for line, login, statement in zip(output.splitlines(), (API, WORKER), statements, strict=False):
+    for line, login, statement in zip(output.splitlines()[1:], (API, WORKER), statements, strict=False):
         assert line.startswith(f"Note: the tables exist, but login role {login} was not created or changed: ")
-        assert line.endswith(f". As an administrator of the server, run {statement}.")
+        assert line.endswith(f". As an administrator of the server, run {statement}")
     _use(monkeypatch, empty_database_url)
     assert "Note" not in _run("init-db", "--schema", "later")
     assert _execute(_as(empty_database_url, WORKER), "SELECT current_schema()") == [("later",)]

@@ -253,8 +253,8 @@ def test_init_db_without_the_right_to_create_roles_creates_the_tables(
 
     assert (done.returncode, done.stderr) == (0, "")
     notes = done.stdout.splitlines()
-    assert [line.partition(" was not created")[0] for line in notes[:2]] == [f"Note: {WRITER}", f"Note: {READER}"]
-    assert notes[-1] == "The tables are ready."
+    assert [line.partition(" was not created")[0] for line in notes[1:3]] == [f"Note: {WRITER}", f"Note: {READER}"]
+    assert notes[0] == "The tables are ready in schema public."
     assert (asked.returncode, len(asked.stderr.splitlines())) == (1, 1)
     assert f"login role {API} was not created or changed: permission denied" in asked.stderr
     assert _PASSWORD not in asked.stderr

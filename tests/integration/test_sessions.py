@@ -95,7 +95,7 @@ def test_a_read_only_transaction_cannot_change_anything(database_url: str, trans
 
 
 @pytest.mark.usefixtures("odd_database")
-def test_a_worker_stores_the_same_rows(redis: Redis) -> None:
+def test_a_worker_stores_rows_under_odd_settings(redis: Redis) -> None:
     enqueue_snapshots(redis, 3)
     burst(redis)
     rows = get_portfolio_history()

@@ -23,7 +23,7 @@ _REFUSED = f"{_AT} Connection refused\n\tIs the server running on that host and 
         (f'{_AT} FATAL:  role "u" does not exist\n', 'role "u" does not exist', "correct user and password"),
         (f"{_AT} fe_sendauth: no password supplied\n", "no password supplied", "correct user and password"),
         (f'{_AT} FATAL:  database "d" does not exist\n', 'FATAL: database "d"', "correct the name of the database"),
-        (f"{_AT} FATAL:  no such database: d\n", "no such database", "correct the name of the database"),
+        (f"{_AT} FATAL:  no such database: d\n", "no such database", "this is a pooler whose own list"),
         (f"{_AT} FATAL:  the database system is starting up\n", "starting up", ""),
         (_REFUSED, "Connection refused", "check that PostgreSQL runs"),
         (

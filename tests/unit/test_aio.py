@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sqlite3
+import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -144,6 +146,29 @@ def test_the_loop_runs_while_a_call_waits_for_the_outbox(tmp_path: Path) -> None
     with HistoryProducer(FakeRedis(), outbox=outbox) as producer:
         assert _run(cycle(producer)) == 2
         producer.close(0)
+
+
+def test_a_wait_ends_after_its_timeout_while_a_call_reads_a_slow_url(trading_history: FakeHistory) -> None:
+    """Only calls wait for it; one that is cancelled leaves the waits alone."""
+
+    async def cycle(url: str) -> float:
+        receipt = await create_daily_portfolio_snapshot({"balance": 1})
+        slow = asyncio.create_task(archive_current_signals(signals_url=url))
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            await receipt.stored(0.3)
+        took = time.monotonic() - began
+        trading_history.work()
+        assert await receipt.stored(0.3) == 1
+        assert not slow.done()
+        slow.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await slow
+        assert await receipt.stored(0.3) == 1
+        return took
+
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and never answers
+        assert _run(cycle(f"http://127.0.0.1:{server.getsockname()[1]}/")) < 2
 
 
 def test_a_forked_child_records_with_its_own_thread(trading_history: FakeHistory) -> None:

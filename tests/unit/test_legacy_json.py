@@ -192,7 +192,7 @@ def _as_csv(delimiter: str) -> bytes:
         (json.dumps(_COLUMNS).encode(), "has one array for each field, not one object for each entry"),
         (
             json.dumps({name: dict(enumerate(values)) for name, values in _COLUMNS.items()}).encode(),
-            "has one object for each field, not one for each entry",
+            "is stored by column (one object per field), not by entry",
         ),
         (
             json.dumps({"ok": True, "it's": _ENTRIES}).encode(),
@@ -210,10 +210,11 @@ def test_the_message_names_another_shape_and_its_command_converts_the_file(
     found, damage = _read_bytes(folder, content)
     assert found == []
     assert damage is not None
-    message, command = str(damage).split(". Replace it by the output of: ")
+    message, command = str(damage).split(". Convert it: ")
     assert message == f"portfolio_history.json: {shape}"
-    run = subprocess.run(command, shell=True, capture_output=True, check=True)  # an operator would type it
-    entries, rest = _read_bytes(tmp_path, run.stdout)
+    subprocess.run(command, shell=True, check=True)  # an operator would type it
+    assert [file.name for file in folder.iterdir()] == ["portfolio_history.json"]
+    entries, rest = _read_bytes(tmp_path, (folder / "portfolio_history.json").read_bytes())
     assert rest is None
     assert [{name: str(value) for name, value in entry.items()} for entry in entries] == [
         {name: str(value) for name, value in entry.items()} for entry in _ENTRIES

@@ -97,7 +97,7 @@ def test_a_time_that_ends_in_z_is_in_utc(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_command_in_the_damage_of_a_file_is_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """A column of the table would break it."""
-    damage = "portfolio_history.json: is CSV. Replace it by the output of: python3 " + "x " * 200
+    damage = "portfolio_history.json: is CSV. Convert it: python3 " + "x " * 200
     counts = dict.fromkeys(("read", "stored", "already_there", "rejected"), 0)
     print_import_statistics([{"name": "a", "damage": damage, "notes": {}, **counts}])
     assert damage.rstrip() in capsys.readouterr().out

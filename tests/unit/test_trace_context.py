@@ -158,7 +158,7 @@ def test_a_log_line_about_a_deferred_delivery_has_the_trace_context(caplog: pyte
     assert [getattr(record, name) for name in names] == ["j-1", "a/b", None, TRACEPARENT, "vendor=a%s"]
 
 
-def test_a_log_line_about_an_event_without_trace_context_ends_as_before(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_line_about_an_event_without_trace_context_has_no_suffix(caplog: pytest.LogCaptureFixture) -> None:
     EventLogger(logging.getLogger("x"), deferred(Delivery("j-1", "{}", None), ValueError("why"))).warning("job %s", "j")
     (record,) = caplog.records
     assert (record.getMessage(), hasattr(record, "traceparent")) == ("job j", False)
