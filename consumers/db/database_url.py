@@ -49,11 +49,12 @@ def parse_database_url(url: SecretStr) -> URL:
         SettingsError: the URL cannot be parsed, or an option is unknown; the message does not repeat a value.
     """
     text = url.get_secret_value()
-    if text and text.strip("\"' \t\r\n") != text:
-        what = "quotation marks" if {text[0], text[-1]} & {'"', "'"} else "blanks"
-        raise SettingsError(f"DATABASE_URL: remove the {what} around the URL")
+    if text != text.strip() or text.startswith(("'", '"')):
+        raise SettingsError("DATABASE_URL: remove the blanks or quotation marks around the URL")
     if text.casefold().startswith("jdbc:"):
-        raise SettingsError("DATABASE_URL: remove jdbc: from the beginning, and write user and password before the host")
+        raise SettingsError(
+            "DATABASE_URL: remove jdbc: from the beginning, and write user and password before the host"
+        )
     scheme, colon, rest = text.partition("://")
     url = SecretStr(scheme.lower() + colon + rest)
     try:

@@ -72,13 +72,13 @@ _CONNECTION_ADVICE = (
     ),
     (
         "server closed the connection unexpectedly",
-        "check that PostgreSQL runs; a pooler, such as pgbouncer, must have pool_mode transaction or session, because in"
-        " mode statement it closes each connection that begins a transaction",
+        "check that PostgreSQL runs; a pooler, such as pgbouncer, must have pool_mode transaction or session: in mode"
+        " statement, it closes each connection that begins a transaction",
     ),
     (
         "timeout expired",  # pgbouncer lets clients wait after the server has refused a connection
-        f"check that PostgreSQL runs, and host and port in {_SETTING}; if a pooler answers there, check the name of the"
-        " database too: the log of the pooler has the reason",
+        f"check that PostgreSQL runs, and host and port in {_SETTING}; if a pooler answers there, check the name of"
+        " the database too: the log of the pooler has the reason",
     ),
     (
         "could not translate host name|connection to server|no usable host|no answer from the server",

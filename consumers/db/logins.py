@@ -30,7 +30,8 @@ _TRIES = 5
 _NO_PRIVILEGE = "42501"
 # Until PostgreSQL 15, CREATEROLE was enough to change a role and to grant it.
 _ROLE = text("""
-    SELECT current_user AS me, login.oid IS NOT NULL AS exists, coalesce(pg_has_role(login.oid, grp.oid, 'MEMBER'), false) AS is_member,
+    SELECT current_user AS me, login.oid IS NOT NULL AS exists,
+        coalesce(pg_has_role(login.oid, grp.oid, 'MEMBER'), false) AS is_member,
         me.rolsuper OR me.rolcreaterole AS may_create,
         me.rolsuper OR CASE WHEN CAST(current_setting('server_version_num') AS integer) < 160000 THEN me.rolcreaterole
             ELSE coalesce(pg_has_role(grp.oid, 'MEMBER WITH ADMIN OPTION'), me.rolcreaterole) END AS may_grant

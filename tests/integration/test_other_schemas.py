@@ -28,6 +28,7 @@ from consumers.ops.checks import HealthCheck
 from tests.deliveries import burst, enqueue_snapshots
 from tests.pgbouncer import pooler
 
+_GROUPS = {WORKER: WRITER, API: READER}
 _TABLES = ["event_outcomes", "portfolio_history", "signal_archives"]
 
 
@@ -238,7 +239,7 @@ def test_init_db_gives_logins_of_an_earlier_release_the_schema(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without their passwords too. A user who may not change them gets the statement for an administrator."""
-    _execute(empty_database_url, *(f"CREATE ROLE {login} LOGIN" for login in (WORKER, API)))
+    _execute(empty_database_url, *(f"CREATE ROLE {login} LOGIN IN ROLE {group}" for login, group in _GROUPS.items()))
     database = make_url(empty_database_url).database
     for name in ("HISTORY_WRITER_PASSWORD", "HISTORY_READER_PASSWORD"):
         monkeypatch.delenv(name)
@@ -429,8 +430,8 @@ def test_init_db_for_a_second_history_leaves_the_logins_at_the_first(
         "The tables are ready in schema tradnig.",
         "Note: schema trading has tables of trading-history too; these are separate histories",
         *(
-            f"Note: login {login} still uses the tables in schema trading; to move it to schema tradnig, run {statement}"
-            for login, statement in zip((API, WORKER), statements, strict=True)
+            f"Note: login {login} still uses the tables in schema trading; to move it to schema tradnig, run {move}"
+            for login, move in zip((API, WORKER), statements, strict=True)
         ),
     ]
     assert _execute(_as(empty_database_url, WORKER), "SELECT current_schema()") == [("trading",)]
