@@ -447,7 +447,7 @@ def test_init_db_says_what_the_name_of_a_schema_may_be(
 ) -> None:
     """Also for the name in DATABASE_URL, as far as it is one name."""
     done = CliRunner().invoke(app, ["init-db", "--schema", name], standalone_mode=False)
-    assert "--schema: must be a name of 1 to 63 bytes that does not begin with pg_" in done.exception.format_message()
+    assert str(done.exception).startswith("must be a name of 1 to 63 bytes that does not begin with pg_")
     if name in ("$user", "pg_foo") or len(name) > 30:
         _use(monkeypatch, _with(empty_database_url, schema=name))
         assert _error("init-db").startswith("DATABASE_URL: schema must be a name of 1 to 63 bytes")
