@@ -201,6 +201,10 @@ class HistoryProducer:
         """Salvaged files of which entries may be lost: numbers were not found in them, or no entry at all."""
         return self._transport.outbox.quarantine.lossy_files()
 
+    def relay_failure(self) -> str | None:
+        """Return why this process cannot send entries now; None if it can, or if another process relays them."""
+        return self._transport.relay.failure
+
     def status(self) -> OutboxStatus:
         """Count the outbox's entries by state."""
         return self._transport.outbox.status()

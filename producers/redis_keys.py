@@ -13,6 +13,13 @@ _DEFAULT = "rq"
 # Read at import, as RQ does. RQ itself is not imported here: that would slow down commands.
 _GIVEN = os.environ.get("RQ_KEY_PREFIX", _DEFAULT)
 KEY_PREFIX = None if _GIVEN == _DEFAULT else _GIVEN  # None: RQ's default
+
+
+def key_prefix_problem(error: ValueError) -> str:
+    """Return what to do about the error with which RQ refuses RQ_KEY_PREFIX when it is imported."""
+    return "RQ_KEY_PREFIX is empty, which RQ does not accept: unset it" if _GIVEN == "" else str(error)
+
+
 _HISTORY = "history" if KEY_PREFIX is None else f"{KEY_PREFIX}:history"
 
 # A sequence is less than 2^63, so it has at most 19 digits.

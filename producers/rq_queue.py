@@ -15,21 +15,31 @@ from typing import Any, TypeVar
 
 from redis import Redis
 from redis.client import Pipeline
-from rq import Queue
-from rq.job import Job, JobStatus
-from rq.registry import FailedJobRegistry, FinishedJobRegistry
-from rq.serializers import JSONSerializer
-from rq.utils import as_text, utcformat
 
 from producers.entries import Entry, EntryHead
+from producers.errors import SettingsError
 from producers.events import KINDS
-from producers.redis_keys import acknowledgement_key, owners_key, reserved_key
+from producers.redis_keys import acknowledgement_key, key_prefix_problem, owners_key, reserved_key
+
+try:
+    from rq import Queue
+    from rq.job import Job, JobStatus
+    from rq.registry import FailedJobRegistry, FinishedJobRegistry
+    from rq.serializers import JSONSerializer
+    from rq.utils import as_text, utcformat
+except ValueError as rq_error:  # RQ_KEY_PREFIX is wrong
+    raise SettingsError(key_prefix_problem(rq_error)) from None
 
 AnyHead = TypeVar("AnyHead", bound=EntryHead)
 
 ACTIVE_STATUSES = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
 TIMEOUT_SECONDS = 180  # RQ's default; a stock worker ends a job that takes longer
 _COMPRESS_BYTES = 2048  # smaller data is not compressed, because it would save little; RQ reads both forms
+
+
+def queue_named(name: str, redis: Redis) -> Queue:
+    """Return RQ's queue of this name, with jobs in JSON."""
+    return Queue(name, connection=redis, serializer=JSONSerializer)
 
 
 def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry], at: datetime | None = None) -> None:

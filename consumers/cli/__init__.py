@@ -17,6 +17,7 @@ from consumers.ops.redis_errors import redis_problem
 from consumers.process_setup import on_stop_signals, write_logs
 from consumers.terminal import escaped
 from producers.errors import HistoryError, SettingsError
+from producers.redis_keys import key_prefix_problem
 
 app = typer.Typer(
     help="Store portfolio snapshots and signal archives of a trading controller in PostgreSQL, through Redis Queue.\n\n"
@@ -153,7 +154,7 @@ def _readable(error: Exception) -> str | None:
     if isinstance(error, RedisError):
         return f"Redis: {redis_problem(error)}"
     if isinstance(error, ValueError) and "RQ_KEY_PREFIX" in str(error):  # raised when RQ is imported
-        return str(error)
+        return key_prefix_problem(error)
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         return (

@@ -77,7 +77,7 @@ def import_history(  # noqa: PLR0917  # each parameter is a named option
     with ExitStack() as resources:
         if from_tables or not dry_run:
             resources.enter_context(stack(database=True))
-            limit_statements(_STATEMENT_SECONDS)
+            limit_statements(_STATEMENT_SECONDS, long_transactions=True)
         zone = _zone(timezone)
         histories = _histories(directory, zone, portfolio_id, nan_as_null)
         opened = resources.enter_context(Report(report))

@@ -79,7 +79,7 @@ def outbox_flush(
         if left:
             away = "The events are safe in the outbox; run this again when it is back."
             longer = "Run this again with a longer --timeout."
-            reason = unsettled_reason(damaged, if_away=away, otherwise=longer)
+            reason = unsettled_reason(damaged, producer.relay_failure(), if_away=away, otherwise=longer)
         lossy = producer.lossy_files()
         producer.close(timeout=0)
     values = _status_values(path, status, "unsettled", status.oldest_unsettled_seconds)

@@ -141,4 +141,5 @@ def _print_receipt(receipt: Any, wait_seconds: float, producer: HistoryProducer)
             waited = f"event {receipt.event_id} is not stored after {wait_seconds:g} s, but safe in the outbox."
             later = "run trading-history outbox flush"
             advice = {"if_away": f"When it is back, {later}.", "otherwise": f"To wait longer, {later}."}
-            raise HistoryError(f"{waited} {unsettled_reason(producer.damaged_files(), **advice)}") from None
+            reason = unsettled_reason(producer.damaged_files(), producer.relay_failure(), **advice)
+            raise HistoryError(f"{waited} {reason}") from None

@@ -49,6 +49,15 @@ def parse_database_url(url: SecretStr) -> URL:
     Raises:
         SettingsError: the URL cannot be parsed, or an option is unknown; the message does not repeat a value.
     """
+    text = url.get_secret_value()
+    if text != text.strip() or text.startswith(("'", '"')):
+        raise SettingsError("DATABASE_URL: remove the blanks or quotation marks around the URL")
+    if text.casefold().startswith("jdbc:"):
+        raise SettingsError(
+            "DATABASE_URL: remove jdbc: from the beginning, and write user and password before the host"
+        )
+    scheme, colon, rest = text.partition("://")
+    url = SecretStr(scheme.lower() + colon + rest)
     try:
         parsed = _parse(url.get_secret_value())
     except (ArgumentError, ValueError):
@@ -104,6 +113,17 @@ def _check_option(name: str, *, may_repeat_name: bool) -> None:
         pass
     named = f"the option {name}" if plain and may_repeat_name else "an option after the ?"
     raise SettingsError(f"DATABASE_URL: {named} is not an option of PostgreSQL: remove it") from None
+
+
+def schema_name_problem(name: str) -> str | None:
+    """Return in words what is wrong with the name of a schema that is to be created, or None."""
+    usable = name == name.strip() and not any(letter in name for letter in ',"\0') and len(name.encode()) <= 63
+    if usable and name and name != "$user" and not name.startswith("pg_"):
+        return None
+    return (
+        "must be a name of 1 to 63 bytes that does not begin with pg_, is not $user, and has no comma, no quotation"
+        " mark, and no blank at either end"
+    )
 
 
 def split_schema(url: URL) -> tuple[URL, tuple[str, ...]]:

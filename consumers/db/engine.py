@@ -36,11 +36,11 @@ _ISOLATED_LOCK_SECONDS = 0.5
 _VALUE_CLASSES = ("22", "23")
 ENCODING = "UTF8"
 _SEARCH_PATH = "trading_history_search_path"  # execution option of an engine
-_UNDEFINED_TABLE = "42P01"
+_UNDEFINED_TABLE, _READ_ONLY = "42P01", "25006"
 _OUR_TABLE = re.compile(rf"\b({'|'.join(kind.table for kind in KINDS.values())}|event_outcomes)\b")
 _SETTING = "DATABASE_URL or the POSTGRES_ variables"
-# For errors of connecting, which have no SQLSTATE. The first match wins. Other FATAL errors have no advice; the last
-# entry is for errors without an answer from the server.
+# For errors of connecting, which have no SQLSTATE. The first match wins. The server may write in another language. An
+# outage that ends by itself has no advice. The last entry is for errors without an answer from the server.
 _CONNECTION_ADVICE = (
     (
         "unsupported startup parameter",
@@ -55,11 +55,30 @@ _CONNECTION_ADVICE = (
         'database ".*" does not exist',
         f"correct the name of the database in {_SETTING}, or create the database and run trading-history init-db",
     ),
+    (
+        "channel binding",
+        "channel_binding=require needs TLS and a password by SCRAM: add sslmode=require to DATABASE_URL, or remove"
+        " channel_binding",
+    ),
+    (
+        "support SSL|SSL error|certificate",
+        "this is about TLS: correct sslmode and sslrootcert in DATABASE_URL, or PGSSLMODE and PGSSLROOTCERT",
+    ),
     ('authentication|password|role ".*" does not exist', f"correct user and password in {_SETTING}"),
-    ("FATAL:", ""),
+    ("starting up|shutting down|recovery mode|too many |connection slots|terminating connection", ""),
+    (
+        "FATAL:|failed: [^\x00-\x7f][^ ]*: ",
+        f"if this does not end by itself, check the name of the database, user and password in {_SETTING}",
+    ),
+    (
+        "server closed the connection unexpectedly",
+        "check that PostgreSQL runs; a pooler, such as pgbouncer, must have pool_mode transaction or session: in mode"
+        " statement, it closes each connection that begins a transaction",
+    ),
     (
         "timeout expired",  # pgbouncer lets clients wait after the server has refused a connection
-        f"check that PostgreSQL runs, and host and port in {_SETTING}; a pooler's log has the reason",
+        f"check that PostgreSQL runs, and host and port in {_SETTING}; if a pooler answers there, check the name of"
+        " the database too: the log of the pooler has the reason",
     ),
     (
         "could not translate host name|connection to server|no usable host|no answer from the server"
@@ -74,15 +93,16 @@ def create_store_engine(
     url: SecretStr,
     *,
     statement_timeout_seconds: float = 0,
+    long_transactions: bool = False,
     read_only: bool = False,
     search_path: tuple[str, ...] = (),
 ) -> Engine:
     """Return an engine with UTF8, times in UTC, a check of each pooled connection before use, and no values in logs.
 
     Each statement has a timeout of `statement_timeout_seconds`, and waits for a lock for at most 5 s; 0 means no
-    limit for both. With `read_only` PostgreSQL refuses every statement that would change data. The names of tables are
-    looked up in the schemas of `search_path`; by default, in the schema that the URL names, or else in the search_path
-    of the role.
+    limit for both. With `long_transactions`, no limit of the role or the server ends a transaction. With `read_only`
+    PostgreSQL refuses every statement that would change data. The names of tables are looked up in the schemas of
+    `search_path`; by default, in the schema that the URL names, or else in the search_path of the role.
 
     Raises:
         SettingsError: the URL cannot be parsed.
@@ -115,6 +135,8 @@ def create_store_engine(
     )
     settings = transaction_settings(statement_timeout_seconds, schemas)
     event.listen(store, "begin", lambda connection: connection.exec_driver_sql(settings))
+    if long_transactions:
+        event.listen(store, "begin", _lift_transaction_limits)
     try_hosts_in_turn(store)
     return store
 
@@ -141,25 +163,39 @@ def transaction_settings(statement_timeout_seconds: float, search_path: tuple[st
     return (
         (f"SET LOCAL search_path = {schemas}; " if schemas else "")
         + "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL extra_float_digits = 1;"
+        # Otherwise NULL in an array is an error, an index finds a part of the rows, names are quoted without need, and
+        # any error ends the session.
+        " SET LOCAL array_nulls = on; SET LOCAL gin_fuzzy_search_limit = 0; SET LOCAL quote_all_identifiers = off;"
+        " SET LOCAL exit_on_error = off;"
         f" SET LOCAL statement_timeout = {round(1000 * statement_timeout_seconds)};"
         f" SET LOCAL lock_timeout = {round(1000 * lock_seconds)}"
     )
 
 
+def _lift_transaction_limits(connection: Connection) -> None:
+    """Let the current transaction take any time."""
+    connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+    if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_VERSION:
+        connection.exec_driver_sql("SET LOCAL transaction_timeout = 0")
+
+
 _statement_timeout_seconds = 0.0
+_long_transactions = False
 
 
-def limit_statements(seconds: float) -> None:
-    """Set the statement timeout of this process; call it before the first use of the engine."""
-    global _statement_timeout_seconds
-    _statement_timeout_seconds = seconds
+def limit_statements(seconds: float, *, long_transactions: bool = False) -> None:
+    """Set the time limits of this process, see `create_store_engine`; call it before the first use of the engine."""
+    global _statement_timeout_seconds, _long_transactions
+    _statement_timeout_seconds, _long_transactions = seconds, long_transactions
 
 
 @cache
 def engine() -> Engine:
     """Return the engine of this process. The first call creates it from the settings."""
     url = StoreSettings.from_environment().url()
-    return create_store_engine(url, statement_timeout_seconds=_statement_timeout_seconds)
+    return create_store_engine(
+        url, statement_timeout_seconds=_statement_timeout_seconds, long_transactions=_long_transactions
+    )
 
 
 def reader() -> Engine:
@@ -241,12 +277,8 @@ def long_read(store: Engine | None = None) -> Iterator[Connection]:
     with translated_errors(store), store.connect() as pooled:
         connection = pooled.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         # The default limits could end a long read.
-        connection.exec_driver_sql(
-            "SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0;"
-            " SET LOCAL idle_in_transaction_session_timeout = 0"
-        )
-        if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_VERSION:
-            connection.exec_driver_sql("SET LOCAL transaction_timeout = 0")
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
+        _lift_transaction_limits(connection)
         yield connection
 
 
@@ -305,6 +337,11 @@ def _described(error: DBAPIError, sqlstate: str, store: Engine | None) -> tuple[
             with suppress(SQLAlchemyError), store.connect() as db:
                 elsewhere = other_schema_problem(db, search_path_of(store))
         return elsewhere or (first_line(error), "run trading-history init-db")
+    if sqlstate == _READ_ONLY:
+        return first_line(error), (
+            "the database is read-only: turn default_transaction_read_only off for this role, database or server; if"
+            f" this is a replica, point {_SETTING} to the primary"
+        )
     if sqlstate:
         return first_line(error), ""
     lines = [" ".join(line.split()) for line in str(error.orig).splitlines()]

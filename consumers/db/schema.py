@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,9 +13,11 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
+from consumers.db.database_url import schema_name_problem
 from consumers.db.engine import ENCODING, get_db, quoted, search_path_of, translated_errors
-from consumers.db.schema_comparison import other_schema_problem
+from consumers.db.schema_comparison import other_schema_problem, schemas_with_tables, unquoted
 from consumers.errors import OldSchema, StoreUnavailable, first_line
+from producers.errors import HistoryError, SettingsError
 
 _OLD_SCHEMA = "TH001"  # SQLSTATE that schema.sql raises
 _NO_PRIVILEGE, _NO_SCHEMA = "42501", "3F000"
@@ -133,9 +136,9 @@ class _Notices:
         self.of_roles: list[str] = []
 
     def append(self, notice: str) -> None:
-        _, found, note = notice.partition("NOTICE:  roles: ")
-        if found:
-            self.of_roles.append(note.strip())
+        # The word before the first colon is in the language of the server.
+        if found := re.match(r"[^:]+:\s+roles: (.*)", notice, re.DOTALL):
+            self.of_roles.append(found[1].strip())
 
 
 @contextmanager
@@ -146,6 +149,7 @@ def role_notes(connection: Connection) -> Iterator[list[str]]:
     """
     session: Any = connection.connection.driver_connection
     session.notices = notices = _Notices()
+    connection.exec_driver_sql("SET LOCAL client_min_messages = notice")
     try:
         yield notices.of_roles
     finally:
@@ -188,9 +192,37 @@ def apply_schema(store: Engine) -> list[str]:
         raise
 
 
+def other_tables(store: Engine) -> list[str]:
+    """Return notes about tables in other schemas, if the current schema has none. Call it before creating them there.
+
+    Raises:
+        HistoryError: no schema was given to `store`, so other tables would be made by mistake; nothing was changed.
+        StoreUnavailable: the database cannot be reached.
+    """
+    with translated_errors(), store.begin() as db:
+        place, there = place_of_tables(db), schemas_with_tables(db)
+    if not there or place.quoted in there:
+        return []
+    names = " and ".join(there)
+    if search_path_of(store):
+        return [f"schema {names} has tables of trading-history too; these are separate histories"]
+    command = "run trading-history init-db --schema"
+    another = "NAME" if place.schema is None else shlex.quote(place.schema)
+    raise HistoryError(
+        f"the tables are in schema {names}, not in the current schema{f' {place.quoted}' if place.quoted else ''}."
+        f" Nothing was changed: to upgrade them, {command} {shlex.quote(unquoted(next(iter(there))))};"
+        f" for a second, empty history, {command} {another}"
+    )
+
+
 def create_schema(db: Connection, search_path: tuple[str, ...]) -> None:
     """Create the first schema of `search_path` if none of them exists; do nothing if it is empty."""
-    if search_path and place_of_tables(db).schema is None:
+    if not search_path:
+        return
+    exists = place_of_tables(db).schema is not None
+    if not (exists and search_path[0] == "$user") and (problem := schema_name_problem(search_path[0])):
+        raise SettingsError(f"DATABASE_URL: schema {problem}")
+    if not exists:
         db.execute(_ONE_AT_A_TIME)
         create = f"CREATE SCHEMA IF NOT EXISTS {quoted(search_path[0])}"
         db.execution_options(no_parameters=True).exec_driver_sql(create)

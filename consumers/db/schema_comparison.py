@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from sqlalchemy import Connection, text
 
@@ -93,6 +94,16 @@ def schemas_with_tables(db: Connection) -> dict[str, bool]:
     return {row.name: row.may_use for row in db.execute(_SCHEMAS, {"tables": list(COLUMNS)})}
 
 
+def unquoted(name: str) -> str:
+    """Return the name of an object that is quoted if SQL needs it, without quotation marks."""
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name
+
+
+def url_value(name: str) -> str:
+    """Return the name of a schema as DATABASE_URL needs it."""
+    return quote(unquoted(name), safe="")
+
+
 def other_schema_problem(db: Connection, search_path: tuple[str, ...]) -> tuple[str, str] | None:
     """Return the problem and its solution if the tables are in other schemas than the given search_path; else None."""
     found = schemas_with_tables(db)
@@ -105,7 +116,7 @@ def other_schema_problem(db: Connection, search_path: tuple[str, ...]) -> tuple[
     there = f"they are in schema {' and '.join(usable)}"
     if not search_path:
         return f"no schema of the search_path has tables of trading-history; {there}", (
-            f"add schema={usable[0]} to DATABASE_URL"
+            f"add schema={url_value(usable[0])} to DATABASE_URL"
         )
     return f"schema {search_path[0]} has no tables of trading-history; {there}", (
         f"correct schema= in DATABASE_URL, or run trading-history init-db for new tables in schema {search_path[0]}"

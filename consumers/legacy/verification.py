@@ -9,7 +9,7 @@ from typing import Literal
 
 from sqlalchemy import Connection, TextClause, text
 
-from consumers.db.engine import get_db
+from consumers.db.engine import long_read
 from consumers.db.inserts import find_events
 from consumers.legacy.comparison import FieldDifference, RowIds, field_differences
 from consumers.legacy.json_arrays import Entry
@@ -102,7 +102,7 @@ class Verification:
         self.compared.append(compared)
         side = self._sides.setdefault(history.import_source.kind, _Side())
         for chunk in history.chunks():
-            with get_db() as db:
+            with long_read() as db:
                 found = list(_compare(db, history, chunk, side))
             compared.read += len(chunk)
             compared.equal += len(chunk) - len(found)
@@ -157,7 +157,7 @@ def _backwards(kind: Kind, side: _Side) -> Iterator[Difference]:
     }
     after = -(2**63)
     while True:
-        with get_db() as db:
+        with long_read() as db:
             rows = db.execute(_ROWS[kind], wanted | {"after": after}).all()
         for row_id, source, sequence, portfolio_id, instant in rows:
             if row_id not in side.rows:

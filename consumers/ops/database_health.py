@@ -14,7 +14,13 @@ from consumers.db import state_queries
 from consumers.db.engine import create_store_engine, translated_errors
 from consumers.db.logins import missing_logins
 from consumers.db.schema import creation_advice, encoding_advice, outdated_schema_problem, place_of_tables
-from consumers.db.schema_comparison import is_reader, lacking_privileges, schema_differences, schemas_with_tables
+from consumers.db.schema_comparison import (
+    is_reader,
+    lacking_privileges,
+    schema_differences,
+    schemas_with_tables,
+    url_value,
+)
 from consumers.errors import StoreUnavailable
 from consumers.ops.checks import HealthCheck, State, check_result, checks_or_error, duration
 from consumers.ops.masking import Mask
@@ -148,7 +154,7 @@ def _missing_tables(db: Connection, tables: list[str]) -> HealthCheck:
         steps.append(f"as the owner of the schema, run GRANT USAGE ON SCHEMA {schema} TO {place.role}")
     if schema not in place.unusable_schemas:
         steps.append(
-            f"write schema={schema} in DATABASE_URL, or run"
+            f"write schema={url_value(schema)} in DATABASE_URL, or run"
             f" ALTER ROLE {place.role} IN DATABASE {place.database} SET search_path = {schema}"
         )
     return HealthCheck("tables", "fail", problem, "; then ".join(steps))

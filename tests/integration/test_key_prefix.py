@@ -110,7 +110,7 @@ def test_the_prefix_is_the_one_that_rq_has_read() -> None:
             "RQ_KEY_PREFIX: RQ does not read .env: remove RQ_KEY_PREFIX from .env and export it in the environment",
         ),
         ("", {"RQ_KEY_PREFIX": "a b"}, "Invalid RQ_KEY_PREFIX 'a b': only letters, digits, and"),
-        ("", {"RQ_KEY_PREFIX": ""}, "Invalid RQ_KEY_PREFIX '': only letters, digits, and"),
+        ("", {"RQ_KEY_PREFIX": ""}, "RQ_KEY_PREFIX is empty, which RQ does not accept: unset it"),
     ],
 )
 @pytest.mark.usefixtures("redis", "database_url")
@@ -123,6 +123,12 @@ def test_a_prefix_that_cannot_be_followed_is_an_error(
         ran = _run(*arguments, stdin=a_portfolio(), **environment)
         assert (ran.returncode, ran.stderr.count("\n")) == (1, 1), (arguments, ran.stderr)
         assert ran.stderr.startswith(f"error: {message}"), ran.stderr
+    if environment:
+        controller = [sys.executable, "-c", "import producers.trading_controller"]
+        imported = subprocess.run(
+            controller, capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        )
+        assert imported.stderr.splitlines()[-1].startswith(f"producers.errors.SettingsError: {message}")
     if dotenv:
         options = ("--worker-class", "consumers.worker.HistoryWorker", "--burst", "history")
         with rq_process("worker", *options, log=tmp_path / "log") as process:

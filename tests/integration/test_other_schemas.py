@@ -28,6 +28,7 @@ from consumers.ops.checks import HealthCheck
 from tests.deliveries import burst, enqueue_snapshots
 from tests.pgbouncer import pooler
 
+_GROUPS = {WORKER: WRITER, API: READER}
 _TABLES = ["event_outcomes", "portfolio_history", "signal_archives"]
 
 
@@ -257,7 +258,7 @@ def test_init_db_gives_logins_of_an_earlier_release_the_schema(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without their passwords too. A user who may not change them gets the statement for an administrator."""
-    _run("init-db")
+    _execute(empty_database_url, *(f"CREATE ROLE {login} LOGIN IN ROLE {group}" for login, group in _GROUPS.items()))
     database = make_url(empty_database_url).database
     for name in ("HISTORY_WRITER_PASSWORD", "HISTORY_READER_PASSWORD"):
         monkeypatch.delenv(name)
@@ -422,4 +423,73 @@ def test_a_missing_database_behind_a_pooler_is_named(
     assert 'database "no_such_database" does not exist' in first.found
     assert first.advice.startswith("correct the name of the database in DATABASE_URL or the POSTGRES_ variables")
     assert "password" not in second.advice
-    assert "a pooler's log has the reason" in second.advice or second.advice == first.advice
+    assert "the log of the pooler has the reason" in second.advice or second.advice == first.advice
+
+
+@pytest.mark.usefixtures("passwords")
+def test_init_db_without_the_schema_makes_no_second_history(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what to type for either. Also with --adopt-legacy."""
+    _run("init-db", "--schema", "My trading")
+    for options in ([], ["--adopt-legacy"], ["--adopt-legacy", "--dry-run"]):
+        assert _error("init-db", *options) == (
+            'the tables are in schema "My trading", not in the current schema public. Nothing was changed: to upgrade'
+            " them, run trading-history init-db --schema 'My trading'; for a second, empty history, run"
+            " trading-history init-db --schema public"
+        )
+    assert _schemas_of_tables(empty_database_url) == {"My trading": _TABLES}
+    assert _execute(_as(empty_database_url, WORKER), "SELECT current_schema()") == [("My trading",)]
+    _use(monkeypatch, _as(empty_database_url, WORKER))
+    _error("init-db", "--schema", "typo")
+    _use(monkeypatch, empty_database_url)
+    _run("init-db", "--schema", "My trading")
+
+
+@pytest.mark.usefixtures("passwords")
+def test_init_db_for_a_second_history_leaves_the_logins_at_the_first(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistyped schema must not move the workers. The statements of the notes move them."""
+    _run("init-db", "--schema", "trading")
+    second = _run("init-db", "--schema", "tradnig").splitlines()
+    database = make_url(empty_database_url).database
+    statements = [
+        f'ALTER ROLE "{login}" IN DATABASE "{database}" SET search_path = "tradnig"' for login in (API, WORKER)
+    ]
+    assert second[:4] == [
+        "The tables are ready in schema tradnig.",
+        "Note: schema trading has tables of trading-history too; these are separate histories",
+        *(
+            f"Note: login {login} still uses the tables in schema trading; to move it to schema tradnig, run {move}"
+            for login, move in zip((API, WORKER), statements, strict=True)
+        ),
+    ]
+    assert _execute(_as(empty_database_url, WORKER), "SELECT current_schema()") == [("trading",)]
+    assert "too" not in _run("init-db", "--schema", "tradnig")
+    _execute(empty_database_url, *statements)
+    assert "Note" not in _run("init-db", "--schema", "tradnig")
+    assert _execute(_as(empty_database_url, WORKER), "SELECT current_schema()") == [("tradnig",)]
+
+
+@pytest.mark.parametrize("name", ["", " ", "a ", "a,b", 'a"b', "$user", "pg_foo", "x" * 64, "é" * 32])
+def test_init_db_says_what_the_name_of_a_schema_may_be(
+    empty_database_url: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Also for the name in DATABASE_URL, as far as it is one name."""
+    done = CliRunner().invoke(app, ["init-db", "--schema", name], standalone_mode=False)
+    assert str(done.exception).startswith("must be a name of 1 to 63 bytes that does not begin with pg_")
+    if name in ("$user", "pg_foo") or len(name) > 30:
+        _use(monkeypatch, _with(empty_database_url, schema=name))
+        assert _error("init-db").startswith("DATABASE_URL: schema must be a name of 1 to 63 bytes")
+    assert _schemas_of_tables(empty_database_url) == {}
+
+
+def test_doctor_writes_the_schema_as_the_url_needs_it(
+    empty_database_url: str, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run("init-db", "--schema", "My % trading")
+    assert _checks()["tables"].advice.startswith("write schema=My%20%25%20trading in DATABASE_URL, or run ALTER ROLE")
+    assert _advice("history").endswith("add schema=My%20%25%20trading to DATABASE_URL")
+    _use(monkeypatch, f"{_with(empty_database_url)}&schema=My%20%25%20trading")
+    assert _checks()["tables"].state == "ok"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -23,6 +24,7 @@ from rq.suspension import resume, suspend
 
 from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
+from consumers.ops import doctor
 from consumers.ops.failed import discard, rejections, requeue
 from consumers.ops.masking import Mask
 from consumers.ops.redis_health import redis_checks
@@ -37,7 +39,7 @@ from producers.rq_queue import in_no_list
 from producers.settings import TransportSettings
 from tests.dashboard_server import SNAPSHOT_FUNCTION, dashboard_of, pages
 from tests.deliveries import burst, enqueue_snapshots, history_queue
-from tests.factories import INSTANT, a_snapshot
+from tests.factories import INSTANT, a_portfolio, a_snapshot
 from tests.redis_servers import USERS, forbidden, rules_of, url_of, users
 from tests.relaying import COMMAND, a_relay, states
 from tests.rq_programs import registered_workers, until
@@ -321,3 +323,47 @@ def test_a_command_names_what_is_forbidden(redis: Redis) -> None:
         )
         found = [line for line in (ran.stdout + ran.stderr).splitlines() if "Redis forbids the command llen" in line]
         assert (ran.returncode, len(found), "Traceback" in ran.stderr) == (1, 1, False), ran
+
+
+@pytest.mark.parametrize("user", ["controller", "worker"])
+def test_doctor_on_a_host_with_an_outbox_fails_for_no_user(
+    redis: Redis, user: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outbox may be beside a worker, too. No advice asks for a rule that no user may have."""
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "outbox.db"))
+    with HistoryProducer(_client(redis, "controller"), outbox=tmp_path / "outbox.db") as producer:
+        producer.record(a_snapshot())
+        assert producer.flush(10) == 0
+    monkeypatch.setenv("REDIS_URL", url_of(redis, user))
+    checks = doctor.diagnose(list)
+    assert [one for one in checks if one.state == "fail" and one.name != "workers"] == []
+    assert {one.found for one in checks if one.name == "outbox copies"} == {"no other copy found"}
+    assert not any("CONFIG GET" in one.advice for one in checks)
+
+
+def test_doctor_names_the_rule_that_its_user_lacks(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not call a missing rule or a wrong setting a bug."""
+    monkeypatch.setenv("REDIS_URL", url_of(redis, "dashboard"))
+    (failed,) = [one for one in doctor.diagnose(list) if one.state == "fail"]
+    assert (failed.name, failed.found[:49]) == ("Redis", "Redis forbids the command ping to this user: run ")
+    assert failed.advice.startswith("add this rule, or run doctor as one of the users in consumers/deploy/redis-users")
+    monkeypatch.setenv("HISTORY_QUEUE", "a b")
+    wrong = [one for one in doctor.diagnose(list) if one.state == "fail"]
+    assert {one.advice for one in wrong} == {"correct it in the environment or in .env"}
+
+
+def test_commands_that_wait_say_that_redis_forbids_to_send(redis: Redis, tmp_path: Path) -> None:
+    """Their last line has the command and the rule, and does not ask for a worker."""
+    _change(redis, "controller", "-rpush")
+    environment = {
+        **os.environ, "REDIS_URL": url_of(redis, "controller"), "HISTORY_OUTBOX": str(tmp_path / "outbox.db")
+    }  # fmt: skip
+    for command in (["snapshot", "-", "--wait", "2"], ["outbox", "flush", "--timeout", "2"]):
+        run = subprocess.run(
+            [*COMMAND, *command], input=json.dumps(a_portfolio()), env=environment, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        last = run.stderr.splitlines()[-1]
+        assert run.returncode == 1
+        assert "Redis forbids the command rpush to this user: run ACL SETUSER <user> +rpush" in last, run.stderr
+        assert "Start one" not in run.stderr

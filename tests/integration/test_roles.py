@@ -23,7 +23,7 @@ from consumers.cli import app
 from consumers.db import engine, logins
 from consumers.db.engine import create_store_engine
 from consumers.db.logins import API, READER, WORKER, WRITER
-from consumers.db.schema import apply_schema
+from consumers.db.schema import apply_schema, role_notes
 from consumers.embedded import Addresses
 from consumers.operations import get_portfolio_history, insert_signal_archive
 from consumers.settings import LoginSettings
@@ -231,6 +231,17 @@ def test_password_never_reaches_the_servers_log(pair: Addresses, database_url: s
     assert {one.split("$")[0] for one in verifiers} == {"SCRAM-SHA-256"}
 
 
+@pytest.mark.parametrize("word", ["NOTICE", "HINWEIS", "NOTICE ", "ЗАМЕЧАНИЕ", "お知らせ"])
+def test_notes_about_roles_are_found_in_each_language_of_the_server(empty_database_url: str, word: str) -> None:
+    store = create_store_engine(SecretStr(empty_database_url))
+    with store.begin() as db, role_notes(db) as notes:
+        session: Any = db.connection.driver_connection
+        session.notices.append(f"{word}:  roles: x was not created: reason\n")
+        session.notices.append(f"{word}:  another notice about roles: y\n")
+    store.dispose()
+    assert notes == ["x was not created: reason"]
+
+
 @pytest.fixture
 def without_groups(empty_database_url: str) -> Iterator[str]:
     """Database on a server without our roles: those of the other tests are renamed meanwhile."""
@@ -242,9 +253,13 @@ def without_groups(empty_database_url: str) -> Iterator[str]:
 def test_init_db_without_the_right_to_create_roles_creates_the_tables(
     without_groups: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A managed server may give only a plain owner. init-db prints a note; it fails only if a login is wanted."""
+    """A managed server may give only a plain owner. init-db prints a note; it fails only if a login is wanted.
+
+    The owner's settings do not suppress the note.
+    """
     database = make_url(without_groups).database
     _execute(without_groups, "CREATE ROLE plain_owner LOGIN", f"ALTER DATABASE {database} OWNER TO plain_owner")
+    _execute(without_groups, "ALTER ROLE plain_owner SET client_min_messages = error")
     monkeypatch.setenv("DATABASE_URL", _as(without_groups, "plain_owner"))
     done = _run("init-db")
     asked = _run("init-db", HISTORY_READER_PASSWORD=_PASSWORD)
