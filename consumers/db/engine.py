@@ -36,7 +36,7 @@ _VALUE_CLASSES = ("22", "23")
 ENCODING = "UTF8"
 _SEARCH_PATH = "trading_history_search_path"  # execution option of an engine
 _UNDEFINED_TABLE = "42P01"
-_OUR_TABLE = re.compile(rf"\b({'|'.join(kind.table for kind in KINDS.values())}|event_outcomes)\b")
+_OUR_TABLE = re.compile(rf"\b({'|'.join(kind.table for kind in KINDS.values())}|event_outcomes|withdrawals)\b")
 _SETTING = "DATABASE_URL or the POSTGRES_ variables"
 # Errors of connecting have no SQLSTATE. The last entry is for all of them that libpq itself reports.
 _CONNECTION_ADVICE = (

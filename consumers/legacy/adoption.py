@@ -245,7 +245,7 @@ def _same_names(db: Connection, old: list[Any]) -> list[tuple[str, str]]:
     Raises:
         AdoptionRefused: an object of another table has such a name.
     """
-    ours = {"portfolio_history", "signal_archives", "event_outcomes"} - {table.name for table in old}
+    ours = {"portfolio_history", "signal_archives", "event_outcomes", "withdrawals"} - {table.name for table in old}
     renames = []
     for found in db.execute(_SAME_NAMES, {"names": names_in_schema()}):
         if found.of_table in [table.oid for table in old]:
