@@ -67,7 +67,7 @@ class EventConflict(HistoryError):
 class EventWithdrawn(HistoryError):
     """A row with the event's id and content was withdrawn; the content is not stored again.
 
-    `own` is true if that row was made by the same delivery: its source and sequence are the event's. The withdrawal then
+    `own` is true if the same delivery had made that row: its source and sequence are the event's. Then the withdrawal
     is the record of the delivery.
     """
 
@@ -121,7 +121,7 @@ class ExportRefused(HistoryError):
 
 
 class WithdrawalRefused(HistoryError):
-    """A row cannot be withdrawn: no row has the event's id, or the role does not own the tables; nothing was changed."""
+    """A row cannot be withdrawn: there is none, or the role does not own the tables; nothing was changed."""
 
 
 class OldSchema(HistoryError):

@@ -48,13 +48,14 @@ _EVENT_COLUMNS = (("event_id", "uuid"), ("source", "text"), ("sequence", "bigint
 def _insert_statement(kind: EventKind) -> TextClause:
     arrays, names = _arrays_and_names(kind)
     # Row ids follow the order of the events. The rows are inserted in the order of their event ids, because two batches
-    # in opposite order could deadlock. The subquery looks up the table's sequence once, not for each row.
+    # in opposite order could deadlock. The subquery looks up the table's sequence once, not for each row. With OFFSET 0,
+    # each row looks up its event id in the index of `withdrawals`; a join would read that whole table for each batch.
     return text(f"""
         INSERT INTO {kind.table} (id, {names})
         SELECT * FROM (
             SELECT nextval((SELECT CAST(pg_get_serial_sequence('{kind.table}', 'id') AS regclass))), given.*
             FROM unnest({arrays}) AS given ({names})
-            WHERE NOT EXISTS (SELECT FROM withdrawals WHERE {same_content(kind)})) AS numbered
+            WHERE NOT EXISTS (SELECT FROM withdrawals WHERE {same_content(kind)} OFFSET 0)) AS numbered
         ORDER BY event_id
         ON CONFLICT (event_id) DO NOTHING
         RETURNING CAST(event_id AS text), id

@@ -1,8 +1,9 @@
 """Withdrawal of wrong rows: remove a row from its history table, and keep its content in the table `withdrawals`.
 
-Inserts leave out an event whose content was withdrawn under its id. An insert and a withdrawal must not miss each other,
-so a withdrawal locks the history table against inserts. Each INSERT waits for that lock before it takes its snapshot in
-a READ COMMITTED transaction, as all of this project are. So it finds either the row or the withdrawal.
+Inserts leave out an event whose content was withdrawn under its id. An insert and a withdrawal must not miss each
+other, so a withdrawal locks the history table against inserts. In a READ COMMITTED transaction, an INSERT takes its
+snapshot after it has waited for that lock, so it finds either the row or the withdrawal. All transactions that insert
+are READ COMMITTED, whatever the role or the database sets: see `consumers.db.engine`.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def withdraw(db: Connection, event_id: UUID, reason: str, actor: str) -> Withdra
     row = db.execute(_withdraw_statement(kind), given).mappings().one_or_none()
     if row is None:  # withdrawn by another session, which had the lock before
         _refuse(db, event_id)
-    return Withdrawal(table=kind.table, **row)
+    in_order = {column.name: row["content"][column.name] for column in kind.columns}  # JSONB sorts by length
+    return Withdrawal(table=kind.table, **{**row, "content": in_order})
 
 
 def withdrawn_by(actor: str, at: datetime, reason: str) -> str:

@@ -234,7 +234,7 @@ def names_in_schema() -> list[str]:
     body = schema_body()
     indexes = re.findall(r"^CREATE INDEX IF NOT EXISTS (\w+)", body, re.M)
     keys = re.findall(r"CONSTRAINT (\w+) (?:PRIMARY KEY|UNIQUE)", body)
-    return [*indexes, *keys, *(f"{table}_id_seq" for table in _OLD_COLUMNS)]
+    return [*indexes, *keys, *(f"{table}_id_seq" for table in (*_OLD_COLUMNS, "withdrawals"))]
 
 
 def _same_names(db: Connection, old: list[Any]) -> list[tuple[str, str]]:

@@ -41,9 +41,9 @@ DifferenceKind = Literal["missing", "differs", "withdrawn", "unusable", "damaged
 class Difference:
     """One difference between the old history and the tables.
 
-    missing: the entry has no row. differs: the row has other values, which `fields` lists. withdrawn: the entry's row was
-    withdrawn; another one with corrected values may exist. unusable: the entry has no valid event. damaged: the rest of
-    the file cannot be read. unexpected: the row has no entry. `reason` is a message.
+    missing: the entry has no row. differs: the row has other values, which `fields` lists. withdrawn: the row of the
+    entry was withdrawn; another one with corrected values may exist. unusable: the entry has no valid event. damaged:
+    the rest of the file cannot be read. unexpected: the row has no entry. `reason` is a message.
     """
 
     what: DifferenceKind

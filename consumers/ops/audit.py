@@ -1,9 +1,9 @@
 """The audit: find every sequence number of a source that has neither a row nor an outcome.
 
-A source numbers its events without gaps. In the database, each number has a row, a withdrawn row or another outcome. If the producer's
-outbox is on this machine, the audit also checks the numbers after the last one in the database, and compares each entry
-by its number and its event's id. If an outbox was copied, its copies may have used the same numbers for different
-events. Gaps can then be found only with all of the copies, and the audit reports that.
+A source numbers its events without gaps. In the database, each number has a row, a withdrawn row or another outcome. If
+the producer's outbox is on this machine, the audit also checks the numbers after the last one in the database, and
+compares each entry by its number and its event's id. If an outbox was copied, its copies may have used the same numbers
+for different events. Gaps can then be found only with all of the copies, and the audit reports that.
 
 An audit `since` a time leaves out the events that were recorded earlier, whose rows may have been moved to another
 table. A lost event has no time, so this works by numbers. A source numbers its events in the order of recording: an

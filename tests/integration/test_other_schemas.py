@@ -26,7 +26,7 @@ from consumers.ops.checks import HealthCheck
 from tests.deliveries import burst, enqueue_snapshots
 from tests.pgbouncer import pooler
 
-_TABLES = ["event_outcomes", "portfolio_history", "signal_archives"]
+_TABLES = ["event_outcomes", "portfolio_history", "signal_archives", "withdrawals"]
 
 
 def _execute(url: str, *statements: str) -> list[Any]:
@@ -228,7 +228,7 @@ def test_user_who_may_not_create_in_public_gets_the_grant(
         _execute(empty_database_url, "DROP OWNED BY guest", "DROP ROLE guest")
 
 
-_ORDER = ["portfolio_history", "signal_archives", "event_outcomes"]
+_ORDER = ["portfolio_history", "signal_archives", "event_outcomes", "withdrawals"]
 
 
 def test_role_without_usage_of_the_schema_gets_the_grant(
