@@ -26,7 +26,7 @@ BEGIN
 END
 $$;
 
--- A trading database may have a table of its own with this name.
+-- Another program of the same database may have a table with this name.
 DO $$
 BEGIN
     IF to_regclass(format('%I.withdrawals', current_schema())) IS NOT NULL AND NOT EXISTS (

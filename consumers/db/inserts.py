@@ -48,8 +48,8 @@ _EVENT_COLUMNS = (("event_id", "uuid"), ("source", "text"), ("sequence", "bigint
 def _insert_statement(kind: EventKind) -> TextClause:
     arrays, names = _arrays_and_names(kind)
     # Row ids follow the order of the events. The rows are inserted in the order of their event ids, because two batches
-    # in opposite order could deadlock. The subquery looks up the table's sequence once, not for each row. With OFFSET 0,
-    # each row looks up its event id in the index of `withdrawals`; a join would read that whole table for each batch.
+    # in opposite order could deadlock. The subquery looks up the table's sequence once, not for each row.
+    # With OFFSET 0, each row is looked up in the index of `withdrawals`; a join would read that whole table.
     return text(f"""
         INSERT INTO {kind.table} (id, {names})
         SELECT * FROM (

@@ -74,7 +74,7 @@ class Result(NamedTuple):
 
     @property
     def recorded_by_withdrawal(self) -> bool:
-        """Whether the row of this delivery was withdrawn: then the withdrawal records what became of it."""
+        """Whether this delivery had made a row that was withdrawn: the withdrawal is the record of its outcome."""
         return isinstance(self.error, EventWithdrawn) and self.error.own
 
     @property

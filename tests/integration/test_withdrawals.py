@@ -210,7 +210,7 @@ def test_a_second_delivery_of_the_withdrawn_row_is_rejected_without_another_reco
 
 
 def test_an_event_without_a_number_is_a_recorded_rejection(database_url: str) -> None:
-    """Only a number tells whether the withdrawn row was made by this delivery."""
+    """Without it, nothing shows that the same delivery made the withdrawn row."""
     event = _event(a_snapshot(), None)
     _process(event)
     _withdraw(event.id)
@@ -409,10 +409,10 @@ def test_a_withdrawal_that_is_rolled_back_changes_nothing(database_url: str) -> 
     assert _execute("SELECT * FROM withdrawals") == []
 
 
-# ---- refusals and the command
+# ---- errors and the command
 
 
-def test_refusals_say_what_became_of_the_event(database_url: str) -> None:
+def test_error_says_why_the_event_has_no_row(database_url: str) -> None:
     missing, wrong = a_snapshot().event_id, _event(a_snapshot(balance=1))
     with pytest.raises(
         WithdrawalRefused, match=f"^no row has the event id {missing}: .*trading-history history --json"
