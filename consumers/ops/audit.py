@@ -247,9 +247,9 @@ def _recorded(since: datetime | None) -> dict[str, _Recorded]:
             steps = db.execute(gaps_of, {"source": row.source, "first": first}).all()
             gaps = tuple((step.first, step.last) for step in steps if step.last >= step.first)
             repeated = sorted({step.sequence for step in steps if step.last < step.first})[:_MOST_SHARED]
-            shared = (
-                db.execute(shared_of, {"source": row.source, "numbers": repeated}).scalars().all() if repeated else ()
-            )
+            # An import has no outbox. After a withdrawal, another zone can give its entries other event ids.
+            numbers = [] if _is_import(row.source) else repeated
+            shared = db.scalars(shared_of, {"source": row.source, "numbers": numbers}).all() if numbers else ()
             found[row.source] = _Recorded(
                 first,
                 stored=int(row.stored),
@@ -283,7 +283,11 @@ def _of_all_tables(part: str) -> str:
 
 def _first_number(source: str) -> int:
     """Return the first number of a source: 0 for an import, 1 for an outbox."""
-    return 0 if source.startswith(IMPORT_PREFIX) and source.count("/") == 2 else 1
+    return 0 if _is_import(source) else 1
+
+
+def _is_import(source: str) -> bool:
+    return source.startswith(IMPORT_PREFIX) and source.count("/") == 2
 
 
 def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:

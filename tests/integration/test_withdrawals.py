@@ -145,9 +145,8 @@ def test_withdrawn_content_stays_out_and_the_corrected_fact_is_stored(
     with pytest.raises(EventWithdrawn):
         insert_event(_event(wrong, 2))
     assert insert_event(_event(right, 4)) == row_id
-    other = type(wrong).checked(
-        **{**dict(wrong), **({"trade_count": 9} if "balance" in dict(wrong) else {"signals": [{}]})}
-    )
+    changed: dict[str, Any] = {"trade_count": 9} if isinstance(wrong, PortfolioSnapshot) else {"signals": [{}]}
+    other = type(wrong).checked(**{**dict(wrong), **changed})
     with pytest.raises(EventConflict):
         insert_event(_event(other, 5))
 
@@ -531,6 +530,16 @@ def test_import_leaves_a_withdrawn_row_out_and_verify_names_it(database_url: str
     assert _run("export", str(tmp_path / "new"), "--timezone", "UTC").returncode == 0
     exported = json.loads((tmp_path / "new" / "portfolio_history.json").read_text())
     assert [entry["balance"] for entry in exported] == [2, 1]
+
+
+def test_an_import_with_another_zone_after_a_withdrawal_is_no_copied_outbox(database_url: str, old: Path) -> None:
+    """Rows of a wrong zone are withdrawn and imported again: a number then has a withdrawn row and a row."""
+    assert _run("import", str(old), "--timezone", "Asia/Tokyo").returncode == 0
+    for (event_id,) in _execute("SELECT event_id FROM portfolio_history"):
+        _withdraw(event_id)
+    assert _run("import", str(old), "--timezone", "UTC").returncode == 0
+    (one,) = audit()
+    assert (one.stored, one.withdrawn, one.missing, one.shared, one.copied) == (2, 2, [], [], False)
 
 
 def test_audit_since_a_time_after_the_withdrawal_begins_behind_it(database_url: str) -> None:
