@@ -74,7 +74,7 @@ def _checks() -> dict[str, HealthCheck]:
 
 
 def _schemas_of_tables(url: str) -> dict[str, list[str]]:
-    rows = _execute(url, "SELECT schemaname, tablename FROM pg_tables WHERE tablename LIKE '%\\_%' ORDER BY tablename")
+    rows = _execute(url, "SELECT schemaname, tablename FROM pg_tables ORDER BY tablename")
     found: dict[str, list[str]] = {}
     for schema, table in rows:
         if table in _TABLES:
