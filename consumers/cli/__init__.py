@@ -77,6 +77,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "doctor": doctor.doctor,
         "audit": reading.audit,
         "failed": failed.failed_app,
+        "withdraw": failed.withdraw,
         "outbox": outbox.outbox_app,
     },
     "Import and export": {

@@ -37,7 +37,7 @@ _VALUE_CLASSES = ("22", "23")
 ENCODING = "UTF8"
 _SEARCH_PATH = "trading_history_search_path"  # execution option of an engine
 _UNDEFINED_TABLE, _READ_ONLY = "42P01", "25006"
-_OUR_TABLE = re.compile(rf"\b({'|'.join(kind.table for kind in KINDS.values())}|event_outcomes)\b")
+_OUR_TABLE = re.compile(rf"\b({'|'.join(kind.table for kind in KINDS.values())}|event_outcomes|withdrawals)\b")
 _SETTING = "DATABASE_URL or the POSTGRES_ variables"
 # For errors of connecting, which have no SQLSTATE. The first match wins. The server may write in another language. An
 # outage that ends by itself has no advice. The last entry is for errors without an answer from the server.

@@ -14,16 +14,19 @@ COLUMNS = {
     "signal_archives": "id event_id source sequence portfolio_id archived_at archive_month signals_count signals_data"
     " created_at",
     "event_outcomes": "job_id source sequence event_id outcome reason actor event created_at",
+    "withdrawals": "id event_id source sequence job_id row_id content reason actor created_at withdrawn_at",
 }
 INDEXES = {
     "portfolio_history": "pk event_once newest newest_of_portfolio dated_otherwise of_source",
     "signal_archives": "pk event_once newest newest_of_portfolio of_month of_market of_source",
     "event_outcomes": "pk of_source rejected",
+    "withdrawals": "pk of_event of_source",
 }
 _HISTORY = ("portfolio_history", "signal_archives")
 _NEEDED = [
     *((table, privilege) for table in _HISTORY for privilege in ("SELECT", "INSERT")),
     *(("event_outcomes", privilege) for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE")),
+    ("withdrawals", "SELECT"),
 ]
 
 _FOUND = text("""

@@ -1,9 +1,9 @@
 """The audit: find every sequence number of a source that has neither a row nor an outcome.
 
-A source numbers its events without gaps. In the database, each number has a row or another outcome. If the producer's
-outbox is on this machine, the audit also checks the numbers after the last one in the database, and compares each entry
-by its number and its event's id. If an outbox was copied, its copies may have used the same numbers for different
-events. Gaps can then be found only with all of the copies, and the audit reports that.
+A source numbers its events without gaps. In the database, each number has a row, a withdrawn row or another outcome. If
+the producer's outbox is on this machine, the audit also checks the numbers after the last one in the database, and
+compares each entry by its number and its event's id. If an outbox was copied, its copies may have used the same numbers
+for different events. Gaps can then be found only with all of the copies, and the audit reports that.
 
 An audit `since` a time leaves out the events that were recorded earlier, whose rows may have been moved to another
 table. A lost event has no time, so this works by numbers. A source numbers its events in the order of recording: an
@@ -42,19 +42,22 @@ _MOST_SHARED = 10_000  # numbers checked per source whose numbers were used more
 # A rejected event may have a number but no valid source: it is not counted.
 _COUNTS = """
     {before} SELECT source, sum(stored) AS stored, sum(duplicate) AS duplicate, sum(rejected) AS rejected,
-        sum(discarded) AS discarded, max(last) AS last, max(last_before) AS last_before
+        sum(discarded) AS discarded, sum(withdrawn) AS withdrawn, max(last) AS last, max(last_before) AS last_before
     FROM (
         {rows}
         UNION ALL
         SELECT source, 0, count(*) FILTER (WHERE outcome = 'duplicate' AND {proven}),
             count(*) FILTER (WHERE outcome = 'rejected' AND {proven}),
-            count(*) FILTER (WHERE outcome = 'discarded' AND {proven}), max(sequence), max({last_before})
+            count(*) FILTER (WHERE outcome = 'discarded' AND {proven}), 0, max(sequence), max({last_before})
         FROM event_outcomes {join} WHERE source IS NOT NULL AND sequence IS NOT NULL GROUP BY source
+        UNION ALL
+        SELECT source, 0, 0, 0, 0, count(*) FILTER (WHERE {proven}), max(sequence), max({last_before})
+        FROM withdrawals {join} WHERE sequence IS NOT NULL GROUP BY source
     ) AS tables GROUP BY source ORDER BY source
 """
 _ROWS = """
     SELECT source, count(*) FILTER (WHERE {proven}) AS stored, 0 AS duplicate, 0 AS rejected, 0 AS discarded,
-        max(sequence) AS last, max({last_before}) AS last_before
+        0 AS withdrawn, max(sequence) AS last, max({last_before}) AS last_before
     FROM {table} {join} WHERE sequence IS NOT NULL GROUP BY source
 """
 _ALL = {"before": "", "join": "", "last_before": "CAST(NULL AS bigint)", "proven": "true"}
@@ -112,6 +115,7 @@ class SourceAudit:
     duplicate: int
     rejected: int
     discarded: int
+    withdrawn: int
     last: int
     under_way: int
     missing: Ranges
@@ -137,6 +141,7 @@ class _Recorded:
     duplicate: int = 0
     rejected: int = 0
     discarded: int = 0
+    withdrawn: int = 0
     last: int = 0
     last_at: datetime | None = None
     gaps: tuple[tuple[int, int], ...] = ()
@@ -216,6 +221,7 @@ def _audited(
         duplicate=found.duplicate,
         rejected=found.rejected,
         discarded=found.discarded,
+        withdrawn=found.withdrawn,
         last=last,
         under_way=_size(gaps) - _size(missing),
         missing=missing,
@@ -241,15 +247,16 @@ def _recorded(since: datetime | None) -> dict[str, _Recorded]:
             steps = db.execute(gaps_of, {"source": row.source, "first": first}).all()
             gaps = tuple((step.first, step.last) for step in steps if step.last >= step.first)
             repeated = sorted({step.sequence for step in steps if step.last < step.first})[:_MOST_SHARED]
-            shared = (
-                db.execute(shared_of, {"source": row.source, "numbers": repeated}).scalars().all() if repeated else ()
-            )
+            # An import has no outbox. After a withdrawal, another zone can give its entries other event ids.
+            numbers = [] if _is_import(row.source) else repeated
+            shared = db.scalars(shared_of, {"source": row.source, "numbers": numbers}).all() if numbers else ()
             found[row.source] = _Recorded(
                 first,
                 stored=int(row.stored),
                 duplicate=int(row.duplicate),
                 rejected=int(row.rejected),
                 discarded=int(row.discarded),
+                withdrawn=int(row.withdrawn),
                 last=row.last,
                 last_at=db.scalar(last_at_of, {"source": row.source, "last": row.last}),
                 gaps=gaps,
@@ -271,12 +278,16 @@ def _of_history_tables(part: str, *others: str, **values: str) -> str:
 
 
 def _of_all_tables(part: str) -> str:
-    return _of_history_tables(part, "event_outcomes")
+    return _of_history_tables(part, "event_outcomes", "withdrawals")
 
 
 def _first_number(source: str) -> int:
     """Return the first number of a source: 0 for an import, 1 for an outbox."""
-    return 0 if source.startswith(IMPORT_PREFIX) and source.count("/") == 2 else 1
+    return 0 if _is_import(source) else 1
+
+
+def _is_import(source: str) -> bool:
+    return source.startswith(IMPORT_PREFIX) and source.count("/") == 2
 
 
 def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:

@@ -22,7 +22,7 @@ WAITED_FOR = ("the database", "Redis")
 _BATCH_EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 _INSERT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25)
 _LAG_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 86400)
-_OUTCOMES = ("stored", "duplicate", "conflict", "invalid", "poison", "discarded")
+_OUTCOMES = ("stored", "duplicate", "conflict", "withdrawn", "invalid", "poison", "discarded")
 
 
 @dataclass

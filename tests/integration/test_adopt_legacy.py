@@ -247,7 +247,7 @@ def test_without_old_tables_adoption_does_the_same_as_init_db(empty_database_url
     """It creates the tables and prints that nothing was renamed."""
     answer = _run("init-db", "--adopt-legacy")
     made = database_facts(empty_database_url)
-    _execute("DROP TABLE portfolio_history, signal_archives, event_outcomes")
+    _execute("DROP TABLE portfolio_history, signal_archives, event_outcomes, withdrawals")
     apply_schema(engine())
 
     assert answer == (
@@ -490,7 +490,7 @@ def test_other_tables_are_not_changed(second_generation: str) -> None:
         facts = database_facts(second_generation)
         return {key: fact for key, fact in facts.items() if not key[1].removeprefix("public.").startswith(ours)}
 
-    ours = ("portfolio_history", "signal_archives", "event_outcomes")
+    ours = ("portfolio_history", "signal_archives", "event_outcomes", "withdrawals")
     before = others()
     adopt_legacy(engine())
     assert {name for _, name, kind in before if kind == "rows"} == {"markets", "portfolios", "trades"}
@@ -570,5 +570,6 @@ def test_adoption_works_in_the_schema_of_the_search_path(
         "portfolio_history_legacy",
         "signal_archives",
         "signal_archives_legacy",
+        "withdrawals",
     ]
     assert database_facts(empty_database_url, "public") == before

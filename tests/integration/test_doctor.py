@@ -420,7 +420,8 @@ def test_missing_tables_need_init_db(redis: Redis, empty_database_url: str) -> N
     """There is no other line about tables."""
     checks = _diagnosed()
     assert (checks["tables"].state, checks["tables"].advice) == ("fail", "run trading-history init-db")
-    assert checks["tables"].found == "missing in schema public: portfolio_history, signal_archives, event_outcomes"
+    missing = "portfolio_history, signal_archives, event_outcomes, withdrawals"
+    assert checks["tables"].found == f"missing in schema public: {missing}"
     assert not {"privileges", "rejected in the last day"} & checks.keys()
 
 

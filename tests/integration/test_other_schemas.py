@@ -29,7 +29,7 @@ from tests.deliveries import burst, enqueue_snapshots
 from tests.pgbouncer import pooler
 
 _GROUPS = {WORKER: WRITER, API: READER}
-_TABLES = ["event_outcomes", "portfolio_history", "signal_archives"]
+_TABLES = ["event_outcomes", "portfolio_history", "signal_archives", "withdrawals"]
 
 
 def _execute(url: str, *statements: str) -> list[Any]:
@@ -83,7 +83,7 @@ def _checks() -> dict[str, HealthCheck]:
 
 
 def _schemas_of_tables(url: str) -> dict[str, list[str]]:
-    rows = _execute(url, "SELECT schemaname, tablename FROM pg_tables WHERE tablename LIKE '%\\_%' ORDER BY tablename")
+    rows = _execute(url, "SELECT schemaname, tablename FROM pg_tables ORDER BY tablename")
     found: dict[str, list[str]] = {}
     for schema, table in rows:
         if table in _TABLES:
@@ -308,7 +308,7 @@ def test_user_who_may_not_create_in_public_gets_the_grant(
         _execute(empty_database_url, "DROP OWNED BY guest", "DROP ROLE guest")
 
 
-_ORDER = ["portfolio_history", "signal_archives", "event_outcomes"]
+_ORDER = ["portfolio_history", "signal_archives", "event_outcomes", "withdrawals"]
 
 
 def test_role_without_usage_of_the_schema_gets_the_grant(

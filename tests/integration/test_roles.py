@@ -73,12 +73,18 @@ _NEW_ROW = """INSERT INTO portfolio_history (event_id, source, snapshot_date, "t
     total_profit_loss, total_value, open_positions, trade_count)
     VALUES (gen_random_uuid(), 'x', now(), now(), 1, 1, 1, 1, 1, 1)"""
 _NEW_OUTCOME = "INSERT INTO event_outcomes (job_id, outcome) VALUES (CAST(gen_random_uuid() AS text), 'duplicate')"
-_READS = [f"SELECT * FROM {table}" for table in ("portfolio_history", "signal_archives", "event_outcomes")]
+_TABLES = ("portfolio_history", "signal_archives", "event_outcomes", "withdrawals")
+_READS = [f"SELECT * FROM {table}" for table in _TABLES]
 _WRITES = [_NEW_ROW, _NEW_OUTCOME, "UPDATE event_outcomes SET reason = 'x'", "DELETE FROM event_outcomes"]
 _CHANGES = [
     *(f"{verb} portfolio_history{rest}" for verb, rest in (("UPDATE", " SET balance = 0"), ("DELETE FROM", ""))),
     *(f"{verb} signal_archives{rest}" for verb, rest in (("UPDATE", " SET source = ''"), ("DELETE FROM", ""))),
-    *(f"TRUNCATE {table}" for table in ("portfolio_history", "signal_archives", "event_outcomes")),
+    """INSERT INTO withdrawals (event_id, source, row_id, content, reason, actor, created_at)
+    VALUES (gen_random_uuid(), 'x', 1, '{}', 'x', 'x', now())""",
+    "UPDATE withdrawals SET reason = 'x'",
+    "DELETE FROM withdrawals",
+    "LOCK TABLE portfolio_history IN SHARE ROW EXCLUSIVE MODE",
+    *(f"TRUNCATE {table}" for table in _TABLES),
     "DROP TABLE portfolio_history",
     "ALTER TABLE portfolio_history ADD x integer",
     "CREATE INDEX ON portfolio_history (balance)",
@@ -138,7 +144,9 @@ def _in_process(*arguments: str, status: int = 0) -> str:
 def test_commands_of_a_worker_host_need_only_the_writer(
     roles: str, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker stores and rejects events; failed, audit, status, doctor, import, verify and export work."""
+    """A worker stores and rejects events; failed, audit, status, doctor, import, verify and export work. Only the
+    owner may withdraw a row.
+    """
     _become(monkeypatch, roles, WORKER)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "portfolio_history.json").write_text(
@@ -164,6 +172,10 @@ def test_commands_of_a_worker_host_need_only_the_writer(
     _in_process("failed", "requeue", "to-requeue")
     _in_process("failed", "discard", "to-discard", "--reason", "a test")
     burst(redis)
+    event_id = str(get_portfolio_history()[0]["event_id"])
+    done = _run("withdraw", event_id, "--reason", "a test")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert f"role {WORKER} may not withdraw a row of portfolio_history, only the owner of the tables may" in done.stderr
     for command in ("audit", "history", "archives"):
         _in_process(command, "--json")
     assert f"{WORKER} has all privileges of a worker" in CliRunner().invoke(app, ["doctor", "--json"]).output

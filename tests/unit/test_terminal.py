@@ -27,7 +27,8 @@ SHOWN = "[/x] [range 1-2] [red]r[/red] :warning: �[2J��"
 _REJECTION = {"job_id": HOSTILE, "kind": None, "event_id": None, "created_at": INSTANT, "reason": HOSTILE}
 _ARCHIVE = {"id": 1, "portfolio_id": 1, "archived_at": INSTANT, "archive_month": "2026-11", "signals_count": 1}
 _SIGNAL = {"action": "[/x]", "market_question": "Will [/b] win? [range 1-2] \x1b[2J"}
-_SOURCE: dict[str, Any] = dict.fromkeys(("stored", "duplicate", "rejected", "discarded", "under_way", "last"), 0)
+_COUNTS = ("stored", "duplicate", "rejected", "discarded", "withdrawn", "under_way", "last")
+_SOURCE: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
 _SOURCE |= {
     "since": None,
     "proven_from": 1,
