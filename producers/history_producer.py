@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from functools import partial
 from multiprocessing.util import Finalize, register_after_fork
 from pathlib import Path
@@ -168,6 +168,11 @@ class HistoryProducer:
         self._recorded = True
         transport.wake_relay()
         return [Receipt(one.event_id, one.source, one.sequence, one, transport) for one in accepted]
+
+    @property
+    def timezone(self) -> tzinfo | None:
+        """The zone of naive times and of dates: HISTORY_TIMEZONE, or None for the machine's zone."""
+        return self._timezone
 
     @property
     def closed(self) -> bool:
