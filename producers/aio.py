@@ -28,6 +28,7 @@ from producers.events import Payload, SignalArchive
 from producers.history_producer import HistoryProducer
 from producers.json_values import with_builtins
 from producers.redirection import Redirection, active_redirection
+from producers.times import deadline_after
 from producers.trading_controller import cycle_time, shared_producer, snapshot_of, zone_of
 from producers.transport import Transport, late
 
@@ -51,11 +52,12 @@ class Receipt(history_producer.Receipt):
             TimeoutError: no outcome is known yet; the event is safe in the outbox and is retried.
             OutboxError: the outbox cannot be read, or its entry was settled so long ago that it is no longer kept.
         """
+        deadline = deadline_after(timeout)
         key = asyncio.get_running_loop(), self._transport
         poll = _polls.get(key)
         if poll is None:
             poll = _polls[key] = _Poll(self._transport)
-        return await poll.outcome(self._accepted, timeout)
+        return await poll.outcome(self._accepted, timeout, math.inf if deadline is None else deadline)
 
 
 class _Wait(NamedTuple):
@@ -75,10 +77,10 @@ class _Poll:
         self._added = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
-    async def outcome(self, accepted: Accepted, timeout: float | None) -> int:
+    async def outcome(self, accepted: Accepted, timeout: float | None, deadline: float) -> int:
         """Return the row id of one event; see `Receipt.stored`."""
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waits[future] = _Wait(accepted, timeout, math.inf if timeout is None else time.monotonic() + timeout)
+        self._waits[future] = _Wait(accepted, timeout, deadline)
         self._added.set()
         try:
             return await future

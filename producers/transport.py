@@ -15,6 +15,7 @@ from producers.errors import EventRejected, HistoryError
 from producers.outbox import Outbox, Position
 from producers.redis_url import place_of
 from producers.relay import LAST_BACKOFF_SECONDS, Relay
+from producers.times import deadline_after
 
 _POLL_SECONDS = 0.02
 _CHECK_NOW_SECONDS = 1.0  # how often `settle` makes the relay check the jobs of sent entries
@@ -113,7 +114,7 @@ class Transport:
 
     def wait(self, accepted: Accepted, timeout: float | None) -> int:
         """Wait until one entry is stored and return the id of its row; see `Receipt.wait`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_after(timeout)
         while True:
             (outcome,) = self.outcomes([accepted])
             if isinstance(outcome, int):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import NamedTuple
 
 from consumers.db.engine import get_db
@@ -92,11 +91,9 @@ class Importer:
         During an outage of the database, wait.
         """
         history = self._history
-        chunks = history.chunks(min(CHUNK_WEIGHT, self._rate or CHUNK_WEIGHT))
-        first = next(chunks, [])
-        # For a file without entries too: an import must not succeed if the database cannot be used.
-        self._poison = retry_until_available(self._poison_rejections, self._say)
-        for chunk in chain([first], chunks):
+        for number, chunk in enumerate(history.chunks(min(CHUNK_WEIGHT, self._rate or CHUNK_WEIGHT))):
+            if number == 0:
+                self._poison = retry_until_available(self._poison_rejections, self._say)
             for entries in self._in_progress.portions(history.source, chunk):
                 self._import(entries)
                 self._advance()

@@ -227,6 +227,21 @@ def test_many_waiting_receipts_are_read_together(trading_history: FakeHistory) -
     assert 1 <= calls < 20
 
 
+def test_a_timeout_that_is_not_a_number_is_an_error(trading_history: FakeHistory) -> None:
+    """The wait would never end."""
+
+    async def cycle() -> None:
+        receipt = await create_daily_portfolio_snapshot({"balance": 1})
+        with pytest.raises(ValueError, match="timeout: must be a number of seconds, not NaN"):
+            receipt.wait(float("nan"))
+        await receipt.stored(float("nan"))
+
+    with pytest.raises(ValueError, match="timeout: must be a number of seconds, not NaN"):
+        _run(cycle())
+    with pytest.raises(ValueError, match="timeout"):
+        trading_history.producer.flush(float("nan"))
+
+
 def test_a_cancelled_wait_leaves_the_others(trading_history: FakeHistory) -> None:
     async def cycle() -> int:
         receipt = await create_daily_portfolio_snapshot({"balance": 1})
