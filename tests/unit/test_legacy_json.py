@@ -174,7 +174,10 @@ def test_a_large_array_in_an_object_is_read_piece_by_piece(tmp_path: Path) -> No
     assert sum(1 for _ in read_entries(path)) == 20
 
 
-_ENTRIES = [{"timestamp": "2026-05-01T10:00:00", "balance": 1.5}, {"timestamp": "2026-05-02T10:00:00", "balance": 2}]
+_ENTRIES: list[dict[str, Any]] = [
+    {"timestamp": "2026-05-01T10:00:00", "balance": 1.5},
+    {"timestamp": "2026-05-02T10:00:00", "balance": 2},
+]
 _COLUMNS = {name: [entry[name] for entry in _ENTRIES] for name in _ENTRIES[0]}
 _JSON = json.dumps(_ENTRIES)
 
