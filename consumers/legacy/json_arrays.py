@@ -264,7 +264,7 @@ class _Text:
             if _may_have_entries(self._element()):
                 member = readable(str(name), 40)
                 raise self._broken(
-                    f"has more objects in '{member}', which were not read: import them from a folder of their own"
+                    f"has more objects in '{member}', which were not read: import them from a separate folder"
                 )
         if mark != "}":
             raise self._broken("is not JSON: a comma or } is missing" if mark else "is cut off")

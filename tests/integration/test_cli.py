@@ -174,7 +174,7 @@ def test_without_settings_a_command_of_the_base_install_names_redis_url(
     )
 
 
-def test_audit_goes_on_without_redis(database_url: str) -> None:
+def test_audit_continues_without_redis(database_url: str) -> None:
     """It uses Redis only if it is there. The exit status is that of the numbers."""
     run = _run("audit", REDIS_URL="redis://u:s3cret@127.0.0.1:1")
     assert (run.returncode, run.stderr.count("\n")) == (0, 1), run.stderr

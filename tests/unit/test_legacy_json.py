@@ -67,7 +67,7 @@ def test_numbers_are_read_exactly(tmp_path: Path) -> None:
     )
 
 
-_MORE = "has more objects in 'more', which were not read: import them from a folder of their own"
+_MORE = "has more objects in 'more', which were not read: import them from a separate folder"
 
 
 @pytest.mark.parametrize("content", [b"[]", b" [ ]\n", b"\xef\xbb\xbf[]"])
