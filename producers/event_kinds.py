@@ -35,6 +35,7 @@ _PLAIN_REASONS = {
     "extra_forbidden": "is not a field of this event",
     "int_type": "must be an integer",
     "missing": "is missing",
+    "string_pattern_mismatch": "is empty or has a character that is not allowed",
     "too_long": f"has more than {MAX_SIGNALS} items",
     "too_short": "must not be empty",
 }
@@ -51,7 +52,7 @@ _LARGEST_INTEGER = 2**31 - 1
 _EXTENSIONS_SCHEMA: JsonDict = {
     "propertyNames": {"pattern": f"^{_EXTENSION_NAME.pattern}$"},
     "additionalProperties": {
-        "type": ["string", "integer", "boolean"],
+        "type": ["string", "integer", "boolean", "null"],
         "pattern": f"^{_EXTENSION_TEXT.pattern}$",
         "minimum": -_LARGEST_INTEGER - 1,
         "maximum": _LARGEST_INTEGER,
@@ -199,6 +200,8 @@ class Event(_Contract):
 def _problem_of_extension(name: str, value: object) -> str | PydanticCustomError | None:
     if not _EXTENSION_NAME.fullmatch(name):
         return "extra_forbidden"
+    if value is None:  # unset, as the JSON format of CloudEvents says
+        return None
     if not isinstance(value, str | int):  # a boolean is an int
         return contract_error("must be a string, an integer or a boolean")
     if isinstance(value, str) and not _EXTENSION_TEXT.fullmatch(value):
@@ -321,5 +324,5 @@ def invalid(error: ValidationError) -> InvalidEvent:
 
 
 def _field(problem: Mapping[str, Any]) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(str(part) or "''" for part in problem["loc"])
     return readable(path, 200) if problem["type"] != "wrong_id" else "id"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from functools import partial
 from multiprocessing.util import Finalize, register_after_fork
 from pathlib import Path
@@ -26,7 +26,7 @@ from producers.fields import type_name
 from producers.redirection import Redirection, active_redirection, check_leftover_thread
 from producers.relay import STOP_SECONDS
 from producers.settings import TransportSettings
-from producers.times import localized
+from producers.times import deadline_after, localized
 from producers.trace_context import trace_context
 from producers.transport import Transport
 
@@ -170,6 +170,11 @@ class HistoryProducer:
         return [Receipt(one.event_id, one.source, one.sequence, one, transport) for one in accepted]
 
     @property
+    def timezone(self) -> tzinfo | None:
+        """The zone of naive times and of dates: HISTORY_TIMEZONE, or None for the machine's zone."""
+        return self._timezone
+
+    @property
     def closed(self) -> bool:
         """Whether the producer is closed."""
         return self._closed
@@ -180,7 +185,7 @@ class HistoryProducer:
         Returns:
             The number of these events that Redis does not have yet. They are safe in the outbox.
         """
-        return self._transport.flush(_deadline(timeout))
+        return self._transport.flush(deadline_after(timeout))
 
     def settle(self, timeout: float | None = None, *, progress: Callable[[int], None] | None = None) -> int:
         """Wait until all events recorded before this call are settled, for at most `timeout` seconds (None: no limit).
@@ -191,7 +196,7 @@ class HistoryProducer:
         Returns:
             The number of events that are not settled. A damaged file that no relay has salvaged yet counts as one.
         """
-        return self._transport.settle(_deadline(timeout), progress)
+        return self._transport.settle(deadline_after(timeout), progress)
 
     def damaged_files(self) -> list[Path]:
         """Quarantined files: damaged, moved away from the outbox's path, and not salvaged yet."""
@@ -301,10 +306,6 @@ def _closed_error() -> ProducerClosed:
 def _new_producer_id() -> int:
     """Return a random number that identifies a producer among those of all processes."""
     return secrets.randbits(62)
-
-
-def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
 
 
 # Strong references: a producer without any other reference still has entries to send at exit.

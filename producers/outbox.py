@@ -217,16 +217,28 @@ class Outbox:
         """Store the Redis and the queue that the entries go to; a relay process compares them with its own."""
         self.header.set_destination(redis, queue)
 
-    @_once_more_after_repair
     def status_of(self, accepted: Accepted) -> EntryStatus:
         """Return the state of one entry. Raises OutboxError if it was settled and has been deleted since."""
+        (status,) = self.statuses_of([accepted])
+        if status is None:
+            raise self.no_longer_kept(accepted)
+        return status
+
+    def no_longer_kept(self, accepted: Accepted) -> OutboxError:
+        """Return the error for an entry without a status."""
+        return OutboxError(f"outbox {self.path}: entry {accepted.sequence} is no longer kept")
+
+    @_once_more_after_repair
+    def statuses_of(self, accepted: Sequence[Accepted]) -> list[EntryStatus | None]:
+        """Return the state of each entry, or None if it was settled and has been deleted since."""
         with self._file.reading() as db:
-            row = db.execute(_ENTRY_STATUS, (accepted.source_id, accepted.sequence, accepted.nonce)).fetchone()
-        if row is not None:
-            return EntryStatus(*row)
-        if self.quarantine.damaged_files():  # the entry may be in one of them, and a relay salvages them soon
-            return EntryStatus("pending", None, None)
-        raise OutboxError(f"outbox {self.path}: entry {accepted.sequence} is no longer kept")
+            keys = [(one.source_id, one.sequence, one.nonce) for one in accepted]
+            rows = [db.execute(_ENTRY_STATUS, key).fetchone() for key in keys]
+        missing = None
+        # A missing entry may be in a damaged file, which a relay salvages soon.
+        if None in rows and self.quarantine.damaged_files():
+            missing = EntryStatus("pending", None, None)
+        return [missing if row is None else EntryStatus(*row) for row in rows]
 
     @_once_more_after_repair
     def last_position(self) -> Position:

@@ -1,10 +1,12 @@
-"""Naive times and their zone; pauses between retries."""
+"""Naive times and their zone; deadlines, and pauses between retries."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import random
 import re
+import time
 from contextlib import suppress
 from datetime import UTC, datetime, timezone, tzinfo
 from zoneinfo import ZoneInfo, available_timezones
@@ -26,6 +28,19 @@ def backoff_seconds(failures: int, *, first: float, last: float) -> float:
     """
     ceiling = min(first * 2.0 ** min(failures - 1, 20), last)
     return _random.uniform(ceiling / 2, ceiling)
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """Return the time of the monotonic clock at which a wait of `timeout` seconds ends; None if it has no limit.
+
+    Raises:
+        ValueError: the timeout is NaN; such a wait would never end.
+    """
+    if timeout is None:
+        return None
+    if math.isnan(timeout):
+        raise ValueError("timeout: must be a number of seconds, not NaN")
+    return time.monotonic() + timeout
 
 
 def zone_named(name: str) -> ZoneInfo:

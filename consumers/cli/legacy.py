@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from consumers.cli.options import AsJson, Timezone
+from consumers.cli.options import AsJson, Timezone, portfolio_number, row_number
 from consumers.embedded.stack import stack
 from consumers.process_setup import on_stop_signals
 from consumers.terminal import print_compared, print_import_statistics, print_json, printable
@@ -33,7 +33,12 @@ Directory = Annotated[
 ]
 ForPortfolio = Annotated[
     int | None,
-    typer.Option("--portfolio-id", help="Portfolio for entries without one; by default they stay without one."),
+    typer.Option(
+        "--portfolio-id",
+        parser=portfolio_number,
+        metavar="NUMBER",
+        help="Portfolio for entries without one; by default they stay without one.",
+    ),
 ]
 ReportFile = Annotated[
     Path,
@@ -50,7 +55,9 @@ NanAsNull = Annotated[
 ]
 Rate = Annotated[
     int | None,
-    typer.Option("--rate", min=1, help="Insert at most this many events per second.", metavar="EVENTS_PER_SECOND"),
+    typer.Option(
+        "--rate", parser=row_number, help="Insert at most this many events per second.", metavar="EVENTS_PER_SECOND"
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read, count and report, but insert nothing.")]
 

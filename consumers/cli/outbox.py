@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from consumers.cli.options import AsJson, progress_bar, time_option
+from consumers.cli.options import AsJson, progress_bar, seconds_option, time_option
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
 from consumers.terminal import print_json, print_values
@@ -59,7 +59,9 @@ def outbox_status(as_json: AsJson = False) -> None:
 
 @outbox_app.command("flush")
 def outbox_flush(
-    timeout: Annotated[float, typer.Option(min=0, help="Wait at most this many seconds.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(parser=seconds_option, metavar="SECONDS", help="Wait at most this many seconds.")
+    ] = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Wait until every event in the outbox is stored or rejected; exit status 1 if one is not.
@@ -117,7 +119,9 @@ def outbox_resend(
             help="Resend events recorded from this time on; a time without offset is in HISTORY_TIMEZONE.",
         ),
     ],
-    timeout: Annotated[float, typer.Option(min=0, help="Try for at most this many seconds.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(parser=seconds_option, metavar="SECONDS", help="Try for at most this many seconds.")
+    ] = 60.0,
 ) -> None:
     """Send settled events again, after the database was restored from a backup; existing rows are kept.
 
@@ -154,7 +158,7 @@ def _producer(path: Path) -> Iterator[HistoryProducer]:
 
 @outbox_app.command("salvage")
 def outbox_salvage(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Damaged outbox file.")],
+    file: Annotated[Path, typer.Argument(help="Damaged outbox file.")],
 ) -> None:
     """Copy the readable entries of a damaged outbox file into the outbox; running it twice is safe.
 
@@ -162,6 +166,8 @@ def outbox_salvage(
     """
     from producers.outbox import Outbox
 
+    if not file.is_file():
+        raise HistoryError(f"{file}: {'Is a directory' if file.is_dir() else 'No such file or directory'}")
     path = TransportSettings.from_environment().outbox
     if file.resolve() == path.resolve():
         raise HistoryError(

@@ -24,13 +24,14 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from redis import Redis
+from redis import Redis, RedisError
 from rq import Queue
 from rq.intermediate_queue import IntermediateQueue
 from rq.serializers import JSONSerializer
 from sqlalchemy import TextClause, text
 
 from consumers.db.engine import get_db, long_read
+from consumers.ops.redis_errors import redis_problem
 from producers.acknowledgements import shown
 from producers.entries import OutboxSource
 from producers.events import IMPORT_PREFIX, KINDS
@@ -149,9 +150,13 @@ class _Recorded:
 
 
 class Audits(list[SourceAudit]):
-    """Results in the order of the sources' names. `left_out` sources have no event since the given time."""
+    """Results in the order of the sources' names. `left_out` sources have no event since the given time.
+
+    `redis_problem` says why the queue could not be read. Events that are only there then count as missing.
+    """
 
     left_out = 0
+    redis_problem: str | None = None
 
 
 def audit(
@@ -170,10 +175,15 @@ def audit(
     # meantime, but is never missing; an event that is accepted later is not expected in the database.
     kept = {} if outbox is None else {source.full_name: source for source in outbox.sources()}
     unsettled = {name: outbox.unsettled(source.id) for name, source in kept.items()} if outbox is not None else {}
-    queued = {} if redis is None else _numbers_in_queue(redis, queue)
+    audits = Audits()
+    queued: dict[str, set[int]] = {}
+    if redis is not None:
+        try:
+            queued = _numbers_in_queue(redis, queue)
+        except RedisError as error:
+            audits.redis_problem = redis_problem(error)
     recorded = _recorded(since)
     lasts = {} if outbox is None else {source.full_name: source.last_sequence for source in outbox.sources()}
-    audits = Audits()
     for name in sorted(recorded.keys() | kept.keys()):
         found = recorded.get(name) or _Recorded(_first_number(name))
         if name not in kept and found.last < found.first:

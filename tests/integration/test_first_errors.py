@@ -496,11 +496,11 @@ def test_snapshot_that_waits_says_what_it_waits_for(redis: Redis, tmp_path: Path
         ),
         (
             ("history", "--limit", "x"),
-            "error: Invalid value for '--limit' / '-n': must be a whole number; see python -m consumers.cli history",
+            "error: Invalid value for '--limit' / '-n': must be a whole number from 1 to 9223372036854775807; see ",
         ),
         (
             ("outbox", "flush", "--timeout", "x"),
-            "error: Invalid value for '--timeout': must be a number; see python -m consumers.cli outbox flush --help\n",
+            "error: Invalid value for '--timeout': must be a finite number of seconds, at least 0; see python -m ",
         ),
         (
             ("audit", "--since"),
@@ -511,7 +511,6 @@ def test_snapshot_that_waits_says_what_it_waits_for(redis: Redis, tmp_path: Path
             "error: Option '--timeout' requires an argument; see python -m consumers.cli outbox flush --help\n",
         ),
         (("snapshot",), "error: Missing argument 'FILE'; see python -m consumers.cli snapshot --help\n"),
-        (("outbox", "salvage", "x"), "error: Invalid value for 'file': file 'x' does not exist; see python -m"),
     ],
 )
 def test_an_error_of_usage_is_one_line(arguments: tuple[str, ...], message: str) -> None:

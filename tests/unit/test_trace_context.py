@@ -153,7 +153,7 @@ def test_a_log_line_about_a_deferred_delivery_has_the_trace_context(caplog: pyte
     )
     line.warning("job %s failed", "j-1")
     (record,) = caplog.records
-    assert record.getMessage() == f"job j-1 failed (traceparent {TRACEPARENT}, tracestate vendor=a%s)"
+    assert record.getMessage() == f"job j-1 failed (traceparent {TRACEPARENT}, tracestate 'vendor=a%s')"
     names = ("job_id", "source", "event_id", "traceparent", "tracestate")
     assert [getattr(record, name) for name in names] == ["j-1", "a/b", None, TRACEPARENT, "vendor=a%s"]
 
