@@ -38,7 +38,7 @@ def measure_quality(times: int, report: Report) -> None:
     slots = _Slots()
     with ThreadPoolExecutor(len(runs)) as pool:
         try:
-            outcomes = dict(zip(runs, pool.map(lambda run: _one_run(*run, times, slots), runs), strict=True))
+            outcomes = dict(zip(runs, pool.map(lambda run: _one_run(run[0], run[1], times, slots), runs), strict=True))
         finally:
             slots.close()
     for (kind, contender), outcome in outcomes.items():
