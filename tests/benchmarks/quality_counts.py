@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +14,7 @@ from tests.benchmarks.printing import quantiles
 from tests.factories import INSTANT
 
 DELAYED_SECONDS = 1.0
-_WARM_UP_SECONDS = 2.0
+LEAD_SECONDS = 4.0  # before the first fault; the workers warm up then, so the latency of these events does not count
 _PUSHES = {b"RPUSH", b"LPUSH", b"RPUSHX", b"LPUSHX"}
 _MOVES = {b"LMOVE", b"RPOPLPUSH", b"BLMOVE", b"BRPOPLPUSH"}
 
@@ -82,7 +83,7 @@ def judge(
         lost=len(lost),
         doubled=sum(one.attempts - 1 for one in stored.values()),
         recoveries=_recoveries(faults, {number / rate: delay for number, delay in delays.items()}, lost, rate),
-        p99=quantiles([delay for number, delay in delays.items() if number / rate >= _WARM_UP_SECONDS])[1],
+        p99=quantiles([delay for number, delay in delays.items() if number / rate >= LEAD_SECONDS])[1],
         entries=entries,
         waited=waited,
     )
@@ -91,16 +92,16 @@ def judge(
 def _recoveries(faults: Sequence[Fault], delays: dict[float, float], lost: set[int], rate: float) -> list[float | None]:
     """Return for each fault the time from its end until the last event that it delayed was a row.
 
-    It delayed the events that became rows more than DELAYED_SECONDS after they were due, and were due between this
-    fault and the next one, or less than DELAYED_SECONDS before this fault.
+    It delayed the events that became rows after it began, more than DELAYED_SECONDS after they were due. Of several
+    faults, it is the one that began last before the event was due, or less than DELAYED_SECONDS later, else the first.
     """
     recoveries: list[float | None] = []
     if not faults:
         return recoveries
-    ends = [fault.began - DELAYED_SECONDS for fault in faults[1:]] + [float("inf")]
-    for fault, end in zip(faults, ends, strict=True):
-        begin = fault.began - DELAYED_SECONDS
-        late = [due + delay for due, delay in delays.items() if begin <= due < end and delay > DELAYED_SECONDS]
+    bounds = [-math.inf, *(fault.began - DELAYED_SECONDS for fault in faults[1:]), math.inf]
+    for fault, begin, end in zip(faults, bounds[:-1], bounds[1:], strict=True):
+        rows = [due + delay for due, delay in delays.items() if begin <= due < end and delay > DELAYED_SECONDS]
+        late = [committed for committed in rows if committed > fault.began]
         is_lost = any(begin <= number / rate < end for number in lost)
         recoveries.append(None if is_lost else max([0.0, *(committed - fault.ended for committed in late)]))
     return recoveries

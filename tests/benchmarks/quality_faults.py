@@ -31,6 +31,7 @@ _CUTS = 10
 _CUT_SECONDS = 0.2
 _STOPPED_SECONDS = 35.0  # longer than HistoryWorker's lease (20 s) and PgQueuer's heartbeat timeout (30 s)
 _UNREACHABLE_SECONDS = 10.0
+_KILLS_APART_SECONDS = 30.0  # longer than HistoryWorker needs until it requeues the jobs, so that none is hit twice
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Kind:
     begin: Step | None = None
     end: Step | None = None
     seconds: float = 0.0
+    apart_seconds: float = 12.0  # from its end to the next one, and to the end of the load
     held: bool = True
     workers: int = 1
     calls: int = 1  # of the producer, for each event
@@ -135,7 +137,7 @@ def _pass(pipeline: Pipeline) -> None:
 
 KINDS: dict[str, Kind] = {
     "none": Kind(),
-    "worker: `kill -9`": Kind(_send(WORKER, signal.SIGKILL)),
+    "worker: `kill -9`": Kind(_send(WORKER, signal.SIGKILL), apart_seconds=_KILLS_APART_SECONDS),
     "worker: SIGSTOP for 35 s, a second worker runs": Kind(
         _send(WORKER, signal.SIGSTOP), _send(WORKER, signal.SIGCONT), _STOPPED_SECONDS, workers=2
     ),

@@ -27,7 +27,7 @@ from consumers.embedded import postgres, servers
 from tests.benchmarks.checks import wait_for_progress
 from tests.benchmarks.environment import bench_stack, queue_name, redis
 from tests.benchmarks.peer import fresh_queue
-from tests.benchmarks.quality_counts import Fault, Outcome, judge, queue_pushes
+from tests.benchmarks.quality_counts import LEAD_SECONDS, Fault, Outcome, judge, queue_pushes
 from tests.benchmarks.quality_faults import KINDS, PRODUCER, Kind, Pipeline, begin
 from tests.benchmarks.quality_producer import accepted_numbers
 from tests.faults.proxy import Proxy
@@ -37,8 +37,6 @@ from tests.relaying import states, unsettled
 CONTENDERS = ("HistoryWorker", "RQ SimpleWorker", "PgQueuer")
 CALLS = 5  # per second; the slowest contender must keep up with them on a busy machine
 WAIT_SECONDS = 360.0
-_LEAD_SECONDS = 4.0  # before the first fault
-_GAP_SECONDS = 12.0  # from the end of a fault to the next one, and to the end of the load
 _SUPERVISED_SECONDS = 1.0  # how often the supervisor starts what has ended
 _POOL = 11  # connections of a worker of PgQueuer
 
@@ -72,11 +70,11 @@ class Run:
     @property
     def gap(self) -> float:
         """Seconds from the beginning of a fault to that of the next one."""
-        return self.kind.seconds + _GAP_SECONDS
+        return self.kind.seconds + self.kind.apart_seconds
 
     @property
     def seconds(self) -> float:
-        return _LEAD_SECONDS + self.times * self.gap
+        return LEAD_SECONDS + self.times * self.gap
 
     @property
     def rate(self) -> float:
@@ -162,7 +160,7 @@ def _load(run: Run, pipeline: Pipeline) -> tuple[float, list[Fault]]:
                 run.kind.end(pipeline)
             faults.append(Fault(began - started, time.time() - started))
             began = 0.0
-        elif not began and len(faults) < run.times and now > started + _LEAD_SECONDS + len(faults) * run.gap:
+        elif not began and len(faults) < run.times and now > started + LEAD_SECONDS + len(faults) * run.gap:
             began = now
             begin(run.kind, pipeline)
         time.sleep(0.02)

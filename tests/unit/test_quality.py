@@ -69,6 +69,16 @@ def test_recovery_lasts_until_the_last_event_that_the_fault_delayed_is_a_row() -
     assert judged(rows, faults=(Fault(5.2, 6), Fault(12, 12))).recoveries == [pytest.approx(4.5), pytest.approx(9.0)]
 
 
+def test_an_event_that_was_late_before_the_first_fault_is_delayed_by_it_if_it_was_no_row_yet() -> None:
+    rows = [a_row(number, delay={0: 30.0, 1: 1.5}.get(number, 0.1)) for number in range(20)]
+    assert judged(rows, faults=(Fault(6, 7), Fault(12, 13))).recoveries == [pytest.approx(23.0), 0.0]
+
+
+def test_the_latency_of_the_events_before_the_first_fault_does_not_count() -> None:
+    rows = [a_row(number, delay=9 if number < 4 else 0.1) for number in range(20)]
+    assert judged(rows).p99 == pytest.approx(0.1)
+
+
 def an_append_only_file(folder: Path, *commands: str, end: bytes = b"") -> Path:
     text = b""
     for command in commands:
