@@ -16,7 +16,9 @@ from fastapi.testclient import TestClient
 from redis import Redis
 from sqlalchemy import make_url, text
 
+from consumers.db import inserts
 from consumers.db.engine import engine, get_db, limit_statements, long_read, read_transaction, reader
+from consumers.db.inserts import Stored, insert_events
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
 from consumers.web.api import create_app
@@ -156,6 +158,25 @@ def test_an_import_into_a_read_only_database_says_so(database_url: str, tmp_path
         line = process.stderr.readline()
         process.kill()
     assert "the database is read-only: turn default_transaction_read_only off for this role" in line
+
+
+@pytest.mark.usefixtures("database_url")
+def test_the_insert_of_a_frozen_process_does_not_block_its_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped worker's transaction stays open. Without a limit, no other worker could store the event meanwhile."""
+    monkeypatch.setattr(inserts, "IDLE_SECONDS", 0.1)
+    event = event_of(a_snapshot(), source="other/1", sequence=1)
+
+    def freeze_while_another_inserts() -> None:
+        with get_db() as frozen:
+            insert_events(frozen, [event])
+            with get_db(statement_seconds=5) as other:  # waits for the lock of the frozen one, for 0.5 s at most
+                (stored,) = insert_events(other, [event])
+            assert isinstance(stored, Stored)
+            assert stored.created
+
+    with pytest.raises(StoreUnavailable, match="closed the connection|idle-in-transaction"):
+        freeze_while_another_inserts()
+    assert len(get_portfolio_history()) == 1
 
 
 @pytest.mark.parametrize("transaction", [read_transaction, long_read])
