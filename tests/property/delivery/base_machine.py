@@ -37,9 +37,10 @@ def action(when: Callable[[Any], bool] = lambda machine: True, **arguments: Any)
             what = given.get("what")
             self.statistics.actions[method.__name__ + (f" {what}" if what else "")] += 1
             self.statistics.deaths += given.get("death") is not None
-            method(self, **given)
+            with self.statistics.noting_failure():
+                method(self, **given)
 
-        return precondition(when)(rule(**arguments)(counted))
+        return precondition(when)(rule(**arguments)(counted))  # type: ignore[no-untyped-call]
 
     return decorated
 
@@ -69,21 +70,22 @@ class BaseMachine(RuleBasedStateMachine):
         return self.world.workers[number]
 
     @invariant()
-    def everything_is_somewhere(self) -> None:
-        seen = self.seen
-        self.model.check(seen)
-        self.statistics.note_state(seen, self.model)
-        for worker in self.world.workers:
-            listed = seen.queued.reserved.get(worker.reservations.list_key, [])
-            taken = set(worker.reserved) - set(listed)
-            assert not (worker.has_lease and taken), f"taken from a worker that has a lease: {taken}"
+    def holds(self) -> None:
+        with self.statistics.noting_failure():
+            self.model.check(self.seen)
+            for worker in self.world.workers:
+                listed = self.seen.queued.reserved.get(worker.reservations.list_key, [])
+                taken = set(worker.reserved) - set(listed)
+                assert not (worker.has_lease and taken), f"taken from a worker that has a lease: {taken}"
+        self.statistics.note_state(self.seen, self.model)
 
     def teardown(self) -> None:
         try:
-            self._make_well()
-            self.model.check_end(self.seen)
-            if not self.model.excused:
-                self._audit()
+            with self.statistics.noting_failure():
+                self._make_well()
+                self.model.check_end(self.seen)
+                if not self.model.excused:
+                    self._audit()
         finally:
             self.world.clear()
 

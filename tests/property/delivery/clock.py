@@ -56,7 +56,7 @@ class Clock:
     def pass_time(self, seconds: int, redis: Redis) -> None:
         """Let time pass, for this machine and for Redis."""
         self._passed += seconds
-        redis.eval(_AGE, 0, seconds, acknowledgement_key(""), orphans_key("history"))  # type: ignore[no-untyped-call]
+        redis.eval(_AGE, 0, seconds, acknowledgement_key(""), orphans_key("history"))
 
     def set_wall_clock(self, wrong: float) -> None:
         """Set the wall clock `wrong` seconds ahead of the right time."""

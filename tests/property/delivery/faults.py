@@ -105,25 +105,25 @@ class MortalRedis(UnixDomainSocketConnection):
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         if self._connecting:
-            super().send_packed_command(command, check_health)
+            super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
             return
         changes.redis += 1
         with _write() as dies_after:
-            super().send_packed_command(command, check_health)
+            super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
             if dies_after:
                 self._wait_until_executed()
 
     def _wait_until_executed(self) -> None:
         self._connecting = True
         try:
-            self.send_command("ECHO", "end of the last write")
+            self.send_command("ECHO", "end of the last write")  # type: ignore[no-untyped-call]
             answer: Any = None
             while answer != b"end of the last write":
                 with suppress(ResponseError):
                     answer = self.read_response()
         finally:
             self._connecting = False
-            self.disconnect()
+            self.disconnect()  # type: ignore[no-untyped-call]
 
 
 class _MortalCursor(psycopg2.extensions.cursor):
@@ -168,7 +168,7 @@ class _MortalSqlite(sqlite3.Connection):
 def mortal_sqlite() -> Iterator[None]:
     """Make each SQLite connection opened in the block die with the acting process. Each COMMIT is a write."""
     connect = sqlite3.connect
-    sqlite3.connect = lambda *arguments, **options: connect(*arguments, **{"factory": _MortalSqlite} | options)  # type: ignore[assignment]
+    sqlite3.connect = lambda *arguments, **options: connect(*arguments, **{"factory": _MortalSqlite} | options)
     try:
         yield
     finally:

@@ -50,4 +50,4 @@ def run(world: World, chosen: settings, statistics: Statistics, seed: int | None
 
     if seed is not None:
         machine = hypothesis.seed(seed)(machine)
-    run_state_machine_as_test(machine, settings=chosen)
+    run_state_machine_as_test(machine, settings=chosen)  # type: ignore[arg-type]  # it takes any callable

@@ -138,7 +138,7 @@ class Memory:
         self.queue = Queue(QUEUE, connection=redis, serializer=JSONSerializer)
 
     def read(self) -> Queued:
-        found: Any = self.redis.eval(_READ_KEYS, 0, acknowledgement_key(""))  # type: ignore[no-untyped-call]
+        found: Any = self.redis.eval(_READ_KEYS, 0, acknowledgement_key(""))
         queued, queue = Queued(), self.queue
         for key, values in ((key.decode(), [value.decode() for value in values]) for key, values in found):
             if key == queue.key:

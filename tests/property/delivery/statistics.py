@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tests.property.delivery.model import Model
 from tests.property.delivery.world import Seen
@@ -16,12 +18,23 @@ class Statistics:
         self.examples = 0
         self.actions: Counter[str] = Counter()
         self.deaths = 0
+        self.first_failure = ""
         self._states: set[tuple[object, ...]] = set()
         self._began = time.perf_counter()
 
     @property
     def steps(self) -> int:
         return self.actions.total()
+
+    @contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Note when the block fails first; later failures are of attempts to shrink the run."""
+        try:
+            yield
+        except BaseException as error:
+            if not self.first_failure and not isinstance(error, KeyboardInterrupt):
+                self.first_failure = f"first failure: in example {self.examples}, after {self.steps} steps"
+            raise
 
     def note_state(self, seen: Seen, model: Model) -> None:
         """Count an abstract state: how many (none, one, more) of each kind of thing there are."""
@@ -39,5 +52,6 @@ class Statistics:
         return [
             f"{self.examples} examples, {self.steps} steps in {seconds:.0f} s ({self.steps / seconds:.0f}/s),"
             f" {self.deaths} deaths, {len(self._states)} distinct states",
+            *([self.first_failure] if self.first_failure else []),
             *(f"{count:8} {name}" for name, count in self.actions.most_common()),
         ]
