@@ -22,7 +22,9 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=1000, help="number of examples")
     parser.add_argument("--steps", type=int, default=40, help="most steps of an example")
     parser.add_argument("--seed", type=int, default=0, help="repeats a run")
+    parser.add_argument("--no-shrink", action="store_true", help="show a failing run as it is, which takes less time")
     options = parser.parse_args()
+    chosen = settings_of(options.examples, options.steps, shrink=not options.no_shrink)
     statistics = Statistics()
     with TemporaryDirectory(prefix="th-", dir="/tmp") as home, servers(Path(home)) as pair:  # a short path for sockets
         make_template(pair)
@@ -30,7 +32,7 @@ def main() -> int:
             os.environ |= {"DATABASE_URL": url, "REDIS_URL": pair.redis_url}
             try:
                 with new_world(Redis.from_url(pair.redis_url), url) as world:
-                    run(world, settings_of(options.examples, options.steps), statistics, options.seed)
+                    run(world, chosen, statistics, options.seed)
             finally:
                 print(*statistics.lines(), sep="\n", flush=True)
                 engine().dispose()

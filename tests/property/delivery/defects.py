@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+_STEPS = 15  # short runs shrink faster
 _ROOT = Path(__file__).parents[3]
 _SOURCES = ("producers", "consumers", "tests", "schema.sql", "pyproject.toml")
 
@@ -96,17 +97,21 @@ def copy_with(changes: tuple[Change, ...], folder: Path) -> None:
         file.write_text(text.replace(change.right, change.wrong), "utf-8")
 
 
-def find(name: str, folder: Path, examples: int, seed: int) -> str:
+def find(name: str, folder: Path, examples: int, seed: int, *, shrink: bool) -> str:
     """Run the machine on a copy with this defect. Returns one line that says when it was found."""
     place = folder / re.sub(r"\W+", "-", name)
     copy_with(DEFECTS[name], place)
-    command = [sys.executable, "-m", "tests.property.delivery", "--examples", str(examples), "--seed", str(seed)]
+    command = [sys.executable, "-m", "tests.property.delivery", "--steps", str(_STEPS)]
+    command += ["--examples", str(examples), "--seed", str(seed)]
     environment = {**os.environ, "PYTHONPATH": str(place)}
-    run = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-    (place / "output.txt").write_text(run.stdout + run.stderr, "utf-8")
-    first = re.search(r"^first failure: .*$", run.stdout, re.MULTILINE)
-    shrunk = len(re.findall(r"^ *\|? *state\.(?!teardown|holds)", run.stderr, re.MULTILINE))
-    return f"{name}: " + (f"{first[0]}; shrunk to {shrunk} steps" if first else "NOT FOUND")
+    output = place / "output.txt"
+    with output.open("wb") as file:
+        options = [] if shrink else ["--no-shrink"]
+        subprocess.run([*command, *options], cwd=place, env=environment, stdout=file, stderr=file, check=False)
+    text = output.read_text("utf-8")
+    first = re.search(r"first failure: (in example \d+, after \d+ steps)", text)
+    steps = len(re.findall(r"^[ |]*state\.(?!teardown|holds)", text, re.MULTILINE))
+    return f"{name}: " + (f"found {first[1]}; the run shown has {steps} steps" if first else "NOT FOUND")
 
 
 def main() -> int:
@@ -115,11 +120,12 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=500, help="most examples for each defect")
     parser.add_argument("--seed", type=int, default=0, help="repeats a run")
     parser.add_argument("--only", default="", help="part of the names of the defects to try")
+    parser.add_argument("--no-shrink", action="store_true", help="do not shrink the runs that find them")
     options = parser.parse_args()
     found = []
     for name in DEFECTS:
         if options.only in name:
-            found.append(find(name, options.folder, options.examples, options.seed))
+            found.append(find(name, options.folder, options.examples, options.seed, shrink=not options.no_shrink))
             print(found[-1], flush=True)
     return int(any("NOT FOUND" in line for line in found))
 

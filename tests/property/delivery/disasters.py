@@ -63,6 +63,7 @@ class Disasters(BaseMachine):
             self.model.disturbed = True  # an entry whose acknowledgement is deleted is checked, and sent again, later
             self.bot(bot).resend(death)
         elif old is not None:
+            self.model.check(self.seen)
             self.world.database.put_back(old)
             self.world.note_changes()
             self.model.lose_commits(self.seen)

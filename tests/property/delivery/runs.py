@@ -29,7 +29,7 @@ def new_world(redis: Redis, database_url: str) -> Iterator[World]:
         yield world
 
 
-def settings_of(examples: int, steps: int, *, derandomize: bool = False) -> settings:
+def settings_of(examples: int, steps: int, *, derandomize: bool = False, shrink: bool = True) -> settings:
     """Return the settings of a run. Failing runs are not kept: a seed repeats a run."""
     return settings(
         max_examples=examples,
@@ -38,7 +38,7 @@ def settings_of(examples: int, steps: int, *, derandomize: bool = False) -> sett
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
     )
 
 

@@ -33,7 +33,8 @@ class Statistics:
             yield
         except BaseException as error:
             if not self.first_failure and not isinstance(error, KeyboardInterrupt):
-                self.first_failure = f"first failure: in example {self.examples}, after {self.steps} steps"
+                self.first_failure = f"first failure: in example {self.examples}, after {self.steps} steps: {error}"
+                print(self.first_failure[:2000], flush=True)
             raise
 
     def note_state(self, seen: Seen, model: Model) -> None:
@@ -52,6 +53,5 @@ class Statistics:
         return [
             f"{self.examples} examples, {self.steps} steps in {seconds:.0f} s ({self.steps / seconds:.0f}/s),"
             f" {self.deaths} deaths, {len(self._states)} distinct states",
-            *([self.first_failure] if self.first_failure else []),
             *(f"{count:8} {name}" for name, count in self.actions.most_common()),
         ]
