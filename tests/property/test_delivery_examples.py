@@ -40,9 +40,9 @@ def _store(machine: DeliveryMachine, bot: int = 0) -> None:
 def test_two_copies_that_use_one_number_settle_their_own_entries(machine: DeliveryMachine) -> None:
     machine.begin(events=[SNAPSHOT])
     _store(machine)
-    machine.outbox(what="copy", bot=0, running=True, death=None)
-    machine.record(bot=0, events=[ANOTHER_SNAPSHOT], what="", death=None)
-    machine.record(bot=1, events=[OTHER_CONTENT], what="", death=None)
+    machine.outbox(what="copy", bot=0, running=True, fault=None)
+    machine.record(bot=0, events=[ANOTHER_SNAPSHOT], what="", fault=None)
+    machine.record(bot=1, events=[OTHER_CONTENT], what="", fault=None)
     machine.holds()
     _store(machine, 0)
     machine.bot(0).close()
@@ -56,7 +56,7 @@ def test_a_worker_that_dies_at_any_write_acknowledges_nothing_that_is_not_stored
     machine: DeliveryMachine, when: str
 ) -> None:
     for number in range(1, 16):
-        machine.record(bot=0, events=[("archive", number, 0)], what="and send", death=None)
+        machine.record(bot=0, events=[("archive", number, 0)], what="and send", fault=None)
         machine.worker(0).run(1, (number, when))  # type: ignore[arg-type]
         machine.holds()
         machine.clock(what="time", seconds=21, ahead=0)
@@ -67,31 +67,31 @@ def test_a_worker_that_dies_at_any_write_acknowledges_nothing_that_is_not_stored
 def test_a_worker_that_was_paused_beyond_its_lease_completes_what_another_has_stored(machine: DeliveryMachine) -> None:
     machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
     for _ in ("reserve", "process"):
-        machine.step_worker(worker=0, limit=2, death=None)
+        machine.step_worker(worker=0, limit=2, fault=None)
     machine.clock(what="time", seconds=21, ahead=0)
-    machine.pause(worker=1, what="maintain", death=None)
+    machine.pause(worker=1, what="maintain", fault=None)
     machine.worker(1).run(500)
     machine.holds()
-    machine.step_worker(worker=0, limit=2, death=None)
+    machine.step_worker(worker=0, limit=2, fault=None)
     machine.holds()
     assert len(machine.seen.stored.rows) == 1
 
 
 def test_jobs_stay_with_a_worker_as_long_as_its_lease_is_valid(machine: DeliveryMachine) -> None:
     machine.begin(events=[SNAPSHOT])
-    machine.step_worker(worker=0, limit=1, death=None)
+    machine.step_worker(worker=0, limit=1, fault=None)
     machine.clock(what="time", seconds=6, ahead=0)
-    machine.pause(worker=1, what="maintain", death=None)
+    machine.pause(worker=1, what="maintain", fault=None)
     machine.holds()
 
 
 def test_rows_that_the_database_has_lost_come_back_by_a_resend(machine: DeliveryMachine) -> None:
-    machine.database(what="back up", bot=0, death=None)
+    machine.database(what="back up", bot=0, fault=None)
     machine.begin(events=[SNAPSHOT, ANOTHER_SNAPSHOT])
     machine.worker(0).run(500)  # acknowledged, but not yet settled
-    machine.database(what="lose commits", bot=0, death=None)
+    machine.database(what="lose commits", bot=0, fault=None)
     machine.holds()
-    machine.database(what="resend", bot=0, death=None)
+    machine.database(what="resend", bot=0, fault=None)
     machine.clock(what="time", seconds=400, ahead=0)  # entries that were not settled are checked
     _store(machine)
     assert _states(machine) == ["stored", "stored"]
@@ -100,8 +100,8 @@ def test_rows_that_the_database_has_lost_come_back_by_a_resend(machine: Delivery
 def test_a_discarded_event_stays_discarded_when_everything_is_sent_again(machine: DeliveryMachine) -> None:
     machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
     _store(machine)
-    machine.operator(what="discard", which=0, death=None)
-    machine.database(what="resend", bot=0, death=None)
+    machine.operator(what="discard", which=0, fault=None)
+    machine.database(what="resend", bot=0, fault=None)
     _store(machine)
     assert [one.outcome for one in machine.seen.stored.outcomes.values()] == ["discarded"]
 
@@ -110,8 +110,8 @@ def test_a_discarded_event_stays_discarded_when_everything_is_sent_again(machine
 def test_a_running_bot_carries_over_the_entries_of_a_file_that_was_replaced(
     machine: DeliveryMachine, what: str
 ) -> None:
-    machine.outbox(what="back up", bot=0, running=True, death=None)
-    machine.record(bot=0, events=[SNAPSHOT], what="", death=None)
-    machine.outbox(what=what, bot=0, running=True, death=None)
+    machine.outbox(what="back up", bot=0, running=True, fault=None)
+    machine.record(bot=0, events=[SNAPSHOT], what="", fault=None)
+    machine.outbox(what=what, bot=0, running=True, fault=None)
     machine.holds()
     assert _states(machine) == ["pending"]

@@ -24,8 +24,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 numbers = st.integers(0, 7)  # the n-th of the things that there are, counted round
 workers = st.integers(0, WORKERS - 1)
 _dying = st.tuples(st.integers(1, 16), st.sampled_from(["before", "after"]))
-deaths = st.one_of(st.none(), st.none(), st.none(), _dying)
-endings = st.one_of(deaths, st.tuples(st.integers(1, 16), st.just("stop")))
+faults = st.one_of(st.none(), st.none(), st.none(), _dying)
+endings = st.one_of(faults, st.tuples(st.integers(1, 16), st.just("stop")))
 
 
 def action(when: Callable[[Any], bool] = lambda machine: True, **arguments: Any) -> Callable[[F], Any]:
@@ -36,7 +36,7 @@ def action(when: Callable[[Any], bool] = lambda machine: True, **arguments: Any)
         def counted(self: BaseMachine, **given: Any) -> None:
             what = given.get("what")
             self.statistics.actions[method.__name__ + (f" {what}" if what else "")] += 1
-            self.statistics.deaths += given.get("death") is not None
+            self.statistics.faults += given.get("fault") is not None
             with self.statistics.noting_failure():
                 method(self, **given)
 
@@ -60,7 +60,7 @@ class BaseMachine(RuleBasedStateMachine):
 
     @property
     def seen(self) -> Seen:
-        """What all storages hold now."""
+        """The content of all storages now."""
         return self.world.see()
 
     def bot(self, number: int) -> Bot:

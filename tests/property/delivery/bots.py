@@ -1,4 +1,4 @@
-"""A bot: a folder with an outbox, a producer that records, and relays. Each of them is a process of its own."""
+"""A bot: a folder with an outbox, a producer that records, and relays. Each of them is a separate process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
 from producers.relay import Relay
 from tests.faults.verdict import KeptEntry, kept_entries
-from tests.property.delivery.faults import Death, Process, ProcessDied
+from tests.property.delivery.faults import Fault, Process, ProcessDied
 from tests.property.delivery.servers import QUEUE
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ RELAYS = ("first", "second", "process")  # two threads of producers, and `tradin
 
 
 class _RelayProcess(Process):
-    """A process that relays, with an outbox of its own."""
+    """A process that relays, which opens the outbox itself."""
 
     def __init__(self, path: Path, redis: Redis, name: str) -> None:
         super().__init__()
@@ -91,39 +91,39 @@ class Bot:
         """Whether the producer runs, so that it has the file open."""
         return self._producer is not None
 
-    def record(self, payloads: Sequence[Payload], death: Death | None = None) -> list[Receipt]:
+    def record(self, payloads: Sequence[Payload], fault: Fault | None = None) -> list[Receipt]:
         """Record events. Returns no receipts if the producer dies."""
-        return self._act(lambda producer: producer.record_many(payloads), death) or []
+        return self._act(lambda producer: producer.record_many(payloads), fault) or []
 
-    def look(self, death: Death | None = None) -> bool:
+    def look(self, fault: Fault | None = None) -> bool:
         """Let the producer use its outbox, as any call does. Returns false if it dies."""
-        return self._act(HistoryProducer.status, death) is not None
+        return self._act(HistoryProducer.status, fault) is not None
 
-    def resend(self, death: Death | None = None) -> bool:
+    def resend(self, fault: Fault | None = None) -> bool:
         """Send all settled events again, as after a restore of the database. Returns false if the producer dies."""
-        done = self._act(lambda producer: producer.resend(_LONG_AGO), death) is not None
+        done = self._act(lambda producer: producer.resend(_LONG_AGO), fault) is not None
         self.needs_resend = self.needs_resend and not done
         return done
 
-    def _act(self, action: Callable[[HistoryProducer], T], death: Death | None = None) -> T | None:
+    def _act(self, action: Callable[[HistoryProducer], T], fault: Fault | None = None) -> T | None:
         self._producer = process = self._producer or _ProducerProcess(self.path, self._redis)
-        with process.acting(death):
+        with process.acting(fault):
             return action(process.producer)
         self._kill_producer()
         return None
 
-    def sweep(self, name: str, death: Death | None = None) -> bool:
+    def sweep(self, name: str, fault: Fault | None = None) -> bool:
         """Let one relay sweep once. Returns whether it sent or settled anything."""
         process = self._relays.setdefault(name, _RelayProcess(self.path, self._redis, name))
-        with process.acting(death):
+        with process.acting(fault):
             return process.sweep()
         self._kill_relay(name)
         return False
 
-    def end_relay(self, name: str, death: Death | None = None) -> None:
+    def end_relay(self, name: str, fault: Fault | None = None) -> None:
         """Stop one relay."""
         if (process := self._relays.pop(name, None)) is not None:
-            with process.acting(death):
+            with process.acting(fault):
                 process.end()
             self._close_locked_files()
 

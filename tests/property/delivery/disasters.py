@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.property.delivery.base_machine import BaseMachine, action, deaths, has_entries, numbers
+from tests.property.delivery.base_machine import BaseMachine, action, faults, has_entries, numbers
 from tests.property.delivery.bots import Bot
 from tests.property.delivery.world import MOST_BOTS
 
@@ -50,8 +50,8 @@ class Disasters(BaseMachine):
         for worker in self.world.workers:
             worker.has_lease = False
 
-    @action(when=has_entries, what=st.sampled_from(["back up", "lose commits", "resend"]), bot=numbers, death=deaths)
-    def database(self, what: str, bot: int, death: Any) -> None:
+    @action(when=has_entries, what=st.sampled_from(["back up", "lose commits", "resend"]), bot=numbers, fault=faults)
+    def database(self, what: str, bot: int, fault: Any) -> None:
         """Keep what it holds, lose the commits since then, or have a bot send again what was lost."""
         old = self.world.old_database
         if what == "back up":
@@ -61,7 +61,7 @@ class Disasters(BaseMachine):
             self.stop_workers()
             self.world.replica = None
             self.model.disturbed = True  # an entry whose acknowledgement is deleted is checked, and sent again, later
-            self.bot(bot).resend(death)
+            self.bot(bot).resend(fault)
         elif old is not None:
             self.model.check(self.seen)
             self.world.database.put_back(old)
@@ -73,9 +73,9 @@ class Disasters(BaseMachine):
     @action(
         when=has_entries,
         what=st.sampled_from(["copy", "back up", "restore", "move"]),
-        bot=numbers, running=st.booleans(), death=deaths,
+        bot=numbers, running=st.booleans(), fault=faults,
     )  # fmt: skip
-    def outbox(self, what: str, bot: int, running: bool, death: Any) -> None:
+    def outbox(self, what: str, bot: int, running: bool, fault: Any) -> None:
         """Copy the folder for another bot, back it up, restore it or move it. `running`: while the producer uses it."""
         one, world = self.bot(bot), self.world
         has_room = len(world.bots) < MOST_BOTS
@@ -85,11 +85,11 @@ class Disasters(BaseMachine):
             self.model.disturbed = True
             world.bots.append(world.copy_bot(one))
         elif what == "restore" and one in world.backups:
-            self._replace(one, running, death, lambda: world.restore(one))
+            self._replace(one, running, fault, lambda: world.restore(one))
         elif what == "move" and (has_room or not running):
-            self._replace(one, running, death, lambda: world.move(one))
+            self._replace(one, running, fault, lambda: world.move(one))
 
-    def _replace(self, bot: Bot, running: bool, death: Any, replace: Callable[[], None]) -> None:
+    def _replace(self, bot: Bot, running: bool, fault: Any, replace: Callable[[], None]) -> None:
         """Replace the file of a bot that was stopped before, or that uses it once more afterwards."""
         if running:
             bot.look()
@@ -98,7 +98,7 @@ class Disasters(BaseMachine):
         replace()
         self.world.note_changes()
         if running:
-            bot.look(death)
+            bot.look(fault)
         self.model.disturbed = True
         self.model.forget_entries(self.seen)
 

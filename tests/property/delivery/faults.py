@@ -1,7 +1,7 @@
 """Processes that die, before or after their n-th write to Redis, PostgreSQL or SQLite.
 
-One process acts at a time, in the block of its method `acting`. While it acts, all connections count its writes. After
-its death, each further write raises ProcessDied too, so that no cleanup code of the process has an effect.
+One process acts at a time, in the block of its method `acting`. While it acts, all connections count its writes. Once
+it is dead, each further write raises ProcessDied too, so that no cleanup code of the process has an effect.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from redis.exceptions import ResponseError
 from sqlalchemy import Engine, event
 
 When = Literal["before", "after", "stop"]
-Death = tuple[int, When]  # number of the write, from 1; "stop": the process gets a stop signal before that write
+Fault = tuple[int, When]  # number of the write, from 1; "stop": the process gets a stop signal before that write
 
 
 class ProcessDied(KeyboardInterrupt):
@@ -35,10 +35,10 @@ class Process:
         self._on_stop: Callable[[], object] = lambda: None
 
     @contextmanager
-    def acting(self, death: Death | None = None, on_stop: Callable[[], object] = lambda: None) -> Iterator[None]:
+    def acting(self, fault: Fault | None = None, on_stop: Callable[[], object] = lambda: None) -> Iterator[None]:
         """Let this process act in the block, and end the block if it dies."""
         global _acting
-        self._writes_left, self._when = death or (0, "before")
+        self._writes_left, self._when = fault or (0, "before")
         self._on_stop = on_stop
         _acting = self
         try:

@@ -15,7 +15,7 @@ from producers.errors import HistoryError, InvalidEvent
 from producers.events import Payload
 from tests.factories import a_snapshot, an_archive
 from tests.faults.accepted import content_of
-from tests.property.delivery.base_machine import action, deaths, endings, numbers, workers
+from tests.property.delivery.base_machine import action, endings, faults, numbers, workers
 from tests.property.delivery.bots import RELAYS
 from tests.property.delivery.disasters import Disasters
 from tests.property.delivery.faults import Process
@@ -63,23 +63,23 @@ class DeliveryMachine(Disasters):
         self.bot(0).sweep("first")
 
     @action(
-        bot=numbers, events=_some_payloads, what=st.sampled_from(["", "and send", "and store", "invalid"]), death=deaths
+        bot=numbers, events=_some_payloads, what=st.sampled_from(["", "and send", "and store", "invalid"]), fault=faults
     )
-    def record(self, bot: int, events: list[tuple[str, int, int]], what: str, death: Any) -> None:
+    def record(self, bot: int, events: list[tuple[str, int, int]], what: str, fault: Any) -> None:
         """Record events in one call, and then let the other parts do their work once, without a fault."""
         if what == "invalid":
             self._record_invalid(bot)
             return
-        self._record(bot, events, death)
+        self._record(bot, events, fault)
         if what:
             self.bot(bot).sweep("first")
         if what == "and store":
             self.worker(0).run(500)
             self.bot(bot).sweep("first")
 
-    def _record(self, bot: int, events: list[tuple[str, int, int]], death: Any) -> None:
+    def _record(self, bot: int, events: list[tuple[str, int, int]], fault: Any) -> None:
         given = [payload_of(*event) for event in events]
-        receipts = self.bot(bot).record(given, death)
+        receipts = self.bot(bot).record(given, fault)
         returned = [(one.source, one.sequence) for one in receipts]
         self.model.check_recorded(returned, [content_of(one.model_dump()) for one in given], self.seen)
 
@@ -90,53 +90,53 @@ class DeliveryMachine(Disasters):
             self.bot(bot).record([a_snapshot(), "not an event"])  # type: ignore[list-item]
         assert self.seen.job_ids_kept == before
 
-    @action(when=_has_unsettled, bot=numbers, relay=st.sampled_from(RELAYS), death=deaths)
-    def sweep(self, bot: int, relay: str, death: Any) -> None:
-        self.bot(bot).sweep(relay, death)
+    @action(when=_has_unsettled, bot=numbers, relay=st.sampled_from(RELAYS), fault=faults)
+    def sweep(self, bot: int, relay: str, fault: Any) -> None:
+        self.bot(bot).sweep(relay, fault)
 
-    @action(bot=numbers, what=st.sampled_from([*RELAYS, "bot", "kill"]), death=deaths)
-    def end(self, bot: int, what: str, death: Any) -> None:
+    @action(bot=numbers, what=st.sampled_from([*RELAYS, "bot", "kill"]), fault=faults)
+    def end(self, bot: int, what: str, fault: Any) -> None:
         """Stop a relay, or all processes of a bot; or kill them."""
         if what == "kill":
             self.bot(bot).kill()
         elif what == "bot":
             self.bot(bot).close()
         else:
-            self.bot(bot).end_relay(what, death)
+            self.bot(bot).end_relay(what, fault)
 
-    @action(when=_has_work, worker=workers, limit=st.integers(1, 4), death=deaths)
-    def step_worker(self, worker: int, limit: int, death: Any) -> None:
+    @action(when=_has_work, worker=workers, limit=st.integers(1, 4), fault=faults)
+    def step_worker(self, worker: int, limit: int, fault: Any) -> None:
         """Let a worker do its next step: reserve, process or complete."""
         one = self.worker(worker)
         if not one.reserved:
-            one.reserve(limit, death)
+            one.reserve(limit, fault)
         elif one.results is None:
-            one.process(death)
+            one.process(fault)
         else:
-            one.complete(death)
+            one.complete(fault)
 
-    @action(worker=workers, what=st.sampled_from(["maintain", "stop", "renew"]), death=deaths)
-    def pause(self, worker: int, what: str, death: Any) -> None:
+    @action(worker=workers, what=st.sampled_from(["maintain", "stop", "renew"]), fault=faults)
+    def pause(self, worker: int, what: str, fault: Any) -> None:
         """Let a worker do what it does between or beside its steps: maintenance, a stop signal, renewing its lease."""
         one = self.worker(worker)
-        {"maintain": one.maintain, "stop": one.stop, "renew": one.renew}[what](death)
+        {"maintain": one.maintain, "stop": one.stop, "renew": one.renew}[what](fault)
 
-    @action(when=_has_waiting, worker=workers, max_jobs=st.integers(1, 6), death=endings)
-    def run_worker(self, worker: int, max_jobs: int, death: Any) -> None:
+    @action(when=_has_waiting, worker=workers, max_jobs=st.integers(1, 6), fault=endings)
+    def run_worker(self, worker: int, max_jobs: int, fault: Any) -> None:
         if not self.worker(worker).reserved:
-            self.worker(worker).run(max_jobs, death)
+            self.worker(worker).run(max_jobs, fault)
 
-    @action(when=_has_waiting, death=deaths)
-    def run_stock_worker(self, death: Any) -> None:
-        self.model.disturbed |= death is not None
-        run_stock_worker(self.world.redis, death)
+    @action(when=_has_waiting, fault=faults)
+    def run_stock_worker(self, fault: Any) -> None:
+        self.model.disturbed |= fault is not None
+        run_stock_worker(self.world.redis, fault)
 
-    @action(when=_has_rejected, what=st.sampled_from(["requeue", "discard"]), which=numbers, death=deaths)
-    def operator(self, what: str, which: int, death: Any) -> None:
+    @action(when=_has_rejected, what=st.sampled_from(["requeue", "discard"]), which=numbers, fault=faults)
+    def operator(self, what: str, which: int, fault: Any) -> None:
         """Requeue or discard one rejection. A withdrawal of a row belongs here, with its count in Model.check_end."""
         found = list(rejections())
         chosen = [found[which % len(found)]]
-        with Process().acting(death):
+        with Process().acting(fault):
             if what == "requeue":
                 # What is no event can only be requeued while Redis has its job.
                 with suppress(*[HistoryError] if chosen[0].kind is None else []):

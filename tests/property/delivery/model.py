@@ -1,4 +1,4 @@
-"""What must be true of the delivery: after every step, and when everything works again."""
+"""The model: conditions that hold after every step, and others that hold when everything works again."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """What the database holds; `text` puts it back."""
+    """Content of the database; `text` puts it back."""
 
     rows: list[Row]
     outcomes: dict[str, Outcome]
@@ -96,7 +96,7 @@ class Queued:
 
 
 class Database:
-    """The tables, through a connection of the test's own."""
+    """The tables, through a separate connection."""
 
     def __init__(self, url: str) -> None:
         self._connection = psycopg2.connect(url)
@@ -131,7 +131,7 @@ def _row(table: str, one: dict[str, Any]) -> Row:
 
 
 class Memory:
-    """The keys of Redis, through a client of the test's own."""
+    """The keys of Redis, through a separate client."""
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis

@@ -17,7 +17,7 @@ class Statistics:
     def __init__(self) -> None:
         self.examples = 0
         self.actions: Counter[str] = Counter()
-        self.deaths = 0
+        self.faults = 0
         self.first_failure = ""
         self._states: set[tuple[object, ...]] = set()
         self._began = time.perf_counter()
@@ -52,6 +52,6 @@ class Statistics:
         seconds = time.perf_counter() - self._began
         return [
             f"{self.examples} examples, {self.steps} steps in {seconds:.0f} s ({self.steps / seconds:.0f}/s),"
-            f" {self.deaths} deaths, {len(self._states)} distinct states",
+            f" {self.faults} faults, {len(self._states)} distinct states",
             *(f"{count:8} {name}" for name, count in self.actions.most_common()),
         ]

@@ -26,7 +26,7 @@ WORKERS = 2
 
 
 class Seen(NamedTuple):
-    """What all storages hold at one moment; the entries by bot."""
+    """Content of all storages at one moment; the entries by bot."""
 
     entries: dict[Bot, list[KeptEntry]]
     stored: Stored
@@ -100,7 +100,7 @@ class World:
         copy_folder(self.backups[bot], bot.folder)
 
     def move(self, bot: Bot) -> None:
-        """Rename the folder of a bot. If its processes run, they go on at the old path, and a new bot begins there."""
+        """Rename the folder of a bot. If its processes run, they continue at the old path, and a new bot begins."""
         target = self.new_folder()
         target.rmdir()
         bot.folder.rename(target)
