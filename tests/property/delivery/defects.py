@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-_STEPS = 15  # short runs shrink faster
 _ROOT = Path(__file__).parents[3]
 _SOURCES = ("producers", "consumers", "tests", "schema.sql", "pyproject.toml")
 
@@ -101,8 +100,7 @@ def find(name: str, folder: Path, examples: int, seed: int, *, shrink: bool) -> 
     """Run the machine on a copy with this defect. Returns one line that says when it was found."""
     place = folder / re.sub(r"\W+", "-", name)
     copy_with(DEFECTS[name], place)
-    command = [sys.executable, "-m", "tests.property.delivery", "--steps", str(_STEPS)]
-    command += ["--examples", str(examples), "--seed", str(seed)]
+    command = [sys.executable, "-m", "tests.property.delivery", "--examples", str(examples), "--seed", str(seed)]
     environment = {**os.environ, "PYTHONPATH": str(place)}
     output = place / "output.txt"
     with output.open("wb") as file:
