@@ -43,10 +43,12 @@ def test_two_copies_that_use_one_number_settle_their_own_entries(machine: Delive
     machine.outbox(what="copy", bot=0, running=True, fault=None)
     machine.record(bot=0, events=[ANOTHER_SNAPSHOT], what="", fault=None)
     machine.record(bot=1, events=[OTHER_CONTENT], what="", fault=None)
-    machine.holds()
-    _store(machine, 0)
-    machine.bot(0).close()
-    _store(machine, 1)
+    for bot in (0, 1):
+        machine.bot(bot).sweep("first")
+    machine.worker(0).run(500)
+    for bot in (0, 1):
+        machine.bot(bot).sweep("first")
+        machine.holds()
     assert _states(machine, 0) == ["stored", "stored"]
     assert _states(machine, 1) == ["stored", "rejected"]
 
@@ -55,7 +57,7 @@ def test_two_copies_that_use_one_number_settle_their_own_entries(machine: Delive
 def test_a_worker_that_dies_at_any_write_acknowledges_nothing_that_is_not_stored(
     machine: DeliveryMachine, when: str
 ) -> None:
-    for number in range(1, 16):
+    for number in range(1, 31):
         machine.record(bot=0, events=[("archive", number, 0)], what="and send", fault=None)
         machine.worker(0).run(1, (number, when))  # type: ignore[arg-type]
         machine.holds()

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from consumers.ops.audit import audit
 from producers.outbox import Outbox
 from tests.property.delivery.bots import Bot
+from tests.property.delivery.faults import Fault
 from tests.property.delivery.model import Model
 from tests.property.delivery.statistics import Statistics
 from tests.property.delivery.workers import SteppedWorker
@@ -23,9 +24,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 numbers = st.integers(0, 7)  # the n-th of the things that there are, counted round
 workers = st.integers(0, WORKERS - 1)
-_dying = st.tuples(st.integers(1, 16), st.sampled_from(["before", "after"]))
-faults = st.one_of(st.none(), st.none(), st.none(), _dying)
-endings = st.one_of(faults, st.tuples(st.integers(1, 16), st.just("stop")))
+
+
+def faults(writes: int, *also: str) -> st.SearchStrategy[Fault | None]:
+    """Return faults of an action that has about so many writes: the process dies before or after one, or `also`."""
+    dying: Any = st.tuples(st.integers(1, writes), st.sampled_from(["before", "after", *also]))
+    return st.one_of(st.none(), st.none(), dying)
 
 
 def action(when: Callable[[Any], bool] = lambda machine: True, **arguments: Any) -> Callable[[F], Any]:

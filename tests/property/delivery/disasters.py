@@ -50,7 +50,7 @@ class Disasters(BaseMachine):
         for worker in self.world.workers:
             worker.has_lease = False
 
-    @action(when=has_entries, what=st.sampled_from(["back up", "lose commits", "resend"]), bot=numbers, fault=faults)
+    @action(when=has_entries, what=st.sampled_from(["back up", "lose commits", "resend"]), bot=numbers, fault=faults(8))
     def database(self, what: str, bot: int, fault: Any) -> None:
         """Keep what it holds, lose the commits since then, or have a bot send again what was lost."""
         old = self.world.old_database
@@ -73,7 +73,7 @@ class Disasters(BaseMachine):
     @action(
         when=has_entries,
         what=st.sampled_from(["copy", "back up", "restore", "move"]),
-        bot=numbers, running=st.booleans(), fault=faults,
+        bot=numbers, running=st.booleans(), fault=faults(6),
     )  # fmt: skip
     def outbox(self, what: str, bot: int, running: bool, fault: Any) -> None:
         """Copy the folder for another bot, back it up, restore it or move it. `running`: while the producer uses it."""

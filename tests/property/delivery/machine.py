@@ -15,7 +15,7 @@ from producers.errors import HistoryError, InvalidEvent
 from producers.events import Payload
 from tests.factories import a_snapshot, an_archive
 from tests.faults.accepted import content_of
-from tests.property.delivery.base_machine import action, endings, faults, numbers, workers
+from tests.property.delivery.base_machine import action, faults, numbers, workers
 from tests.property.delivery.bots import RELAYS
 from tests.property.delivery.disasters import Disasters
 from tests.property.delivery.faults import Process
@@ -63,7 +63,10 @@ class DeliveryMachine(Disasters):
         self.bot(0).sweep("first")
 
     @action(
-        bot=numbers, events=_some_payloads, what=st.sampled_from(["", "and send", "and store", "invalid"]), fault=faults
+        bot=numbers,
+        events=_some_payloads,
+        what=st.sampled_from(["", "and send", "and store", "invalid"]),
+        fault=faults(4),
     )
     def record(self, bot: int, events: list[tuple[str, int, int]], what: str, fault: Any) -> None:
         """Record events in one call, and then let the other parts do their work once, without a fault."""
@@ -90,11 +93,11 @@ class DeliveryMachine(Disasters):
             self.bot(bot).record([a_snapshot(), "not an event"])  # type: ignore[list-item]
         assert self.seen.job_ids_kept == before
 
-    @action(when=_has_unsettled, bot=numbers, relay=st.sampled_from(RELAYS), fault=faults)
+    @action(when=_has_unsettled, bot=numbers, relay=st.sampled_from(RELAYS), fault=faults(16))
     def sweep(self, bot: int, relay: str, fault: Any) -> None:
         self.bot(bot).sweep(relay, fault)
 
-    @action(bot=numbers, what=st.sampled_from([*RELAYS, "bot", "kill"]), fault=faults)
+    @action(bot=numbers, what=st.sampled_from([*RELAYS, "bot", "kill"]), fault=faults(6))
     def end(self, bot: int, what: str, fault: Any) -> None:
         """Stop a relay, or all processes of a bot; or kill them."""
         if what == "kill":
@@ -104,7 +107,7 @@ class DeliveryMachine(Disasters):
         else:
             self.bot(bot).end_relay(what, fault)
 
-    @action(when=_has_work, worker=workers, limit=st.integers(1, 4), fault=faults)
+    @action(when=_has_work, worker=workers, limit=st.integers(1, 4), fault=faults(10))
     def step_worker(self, worker: int, limit: int, fault: Any) -> None:
         """Let a worker do its next step: reserve, process or complete."""
         one = self.worker(worker)
@@ -115,23 +118,23 @@ class DeliveryMachine(Disasters):
         else:
             one.complete(fault)
 
-    @action(worker=workers, what=st.sampled_from(["maintain", "stop", "renew"]), fault=faults)
+    @action(worker=workers, what=st.sampled_from(["maintain", "stop", "renew"]), fault=faults(8))
     def pause(self, worker: int, what: str, fault: Any) -> None:
         """Let a worker do what it does between or beside its steps: maintenance, a stop signal, renewing its lease."""
         one = self.worker(worker)
         {"maintain": one.maintain, "stop": one.stop, "renew": one.renew}[what](fault)
 
-    @action(when=_has_waiting, worker=workers, max_jobs=st.integers(1, 6), fault=endings)
+    @action(when=_has_waiting, worker=workers, max_jobs=st.integers(1, 6), fault=faults(30, "stop"))
     def run_worker(self, worker: int, max_jobs: int, fault: Any) -> None:
         if not self.worker(worker).reserved:
             self.worker(worker).run(max_jobs, fault)
 
-    @action(when=_has_waiting, fault=faults)
+    @action(when=_has_waiting, fault=faults(70))
     def run_stock_worker(self, fault: Any) -> None:
         self.model.disturbed |= fault is not None
         run_stock_worker(self.world.redis, fault)
 
-    @action(when=_has_rejected, what=st.sampled_from(["requeue", "discard"]), which=numbers, fault=faults)
+    @action(when=_has_rejected, what=st.sampled_from(["requeue", "discard"]), which=numbers, fault=faults(14))
     def operator(self, what: str, which: int, fault: Any) -> None:
         """Requeue or discard one rejection. A withdrawal of a row belongs here, with its count in Model.check_end."""
         found = list(rejections())
