@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -164,8 +165,13 @@ class Bot:
                     os.close(int(descriptor))
 
     def entries(self) -> list[KeptEntry]:
-        """Return the entries in the file at the path."""
-        return kept_entries(self.path) if self.path.exists() else []
+        """Return the entries in the file at the path. A process may have died before it made the tables."""
+        try:
+            return kept_entries(self.path) if self.path.exists() else []
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):
+                raise
+            return []
 
 
 def copy_folder(source: Path, target: Path) -> None:
