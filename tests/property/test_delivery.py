@@ -11,5 +11,5 @@ from tests.property.delivery.statistics import Statistics
 def test_every_accepted_event_becomes_one_row_or_one_recorded_outcome(redis: Redis, database_url: str) -> None:
     statistics = Statistics()
     with new_world(redis, database_url) as world:
-        run(world, settings_of(30, 30, derandomize=True), statistics)
-    assert statistics.steps > 300
+        run(world, settings_of(20, 30, derandomize=True), statistics)
+    assert statistics.steps > 200

@@ -104,7 +104,8 @@ class MortalRedis(UnixDomainSocketConnection):
             self._connecting = False
 
     def send_packed_command(self, command: Any, check_health: bool = True) -> None:
-        if self._connecting:
+        # redis-py sends UNWATCH for an abandoned pipeline at any time, when its memory is freed. It writes nothing.
+        if self._connecting or any(b"UNWATCH" in part for part in command):
             super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
             return
         changes.redis += 1
