@@ -27,7 +27,7 @@ workers = st.integers(0, WORKERS - 1)
 
 
 def faults(writes: int, *also: str) -> st.SearchStrategy[Fault | None]:
-    """Return faults of an action that has about so many writes: the process dies before or after one, or `also`."""
+    """Return faults of an action that has about `writes` writes: the process dies before or after one, or `also`."""
     dying: Any = st.tuples(st.integers(1, writes), st.sampled_from(["before", "after", *also]))
     return st.one_of(st.none(), st.none(), dying)
 
