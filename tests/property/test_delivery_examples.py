@@ -68,6 +68,18 @@ def test_a_worker_that_dies_at_any_write_acknowledges_nothing_that_is_not_stored
         machine.holds()
 
 
+def test_a_worker_that_dies_before_its_commit_has_acknowledged_nothing(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT])
+    _store(machine)  # the first batch has more writes than the others
+    for number in range(4, 7):  # three crashes would make the event poison
+        machine.record(bot=0, events=[("archive", number, 0)], what="and send", fault=None)
+        machine.worker(0).reserve(1)
+        machine.worker(0).process((number, "before"))
+        machine.holds()
+        machine.clock(what="time", seconds=21, ahead=0)
+        machine.worker(1).maintain()
+
+
 def test_a_worker_that_was_paused_beyond_its_lease_completes_what_another_has_stored(machine: DeliveryMachine) -> None:
     machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
     for _ in ("reserve", "process"):
