@@ -33,6 +33,7 @@ from producers.transport import Transport
 EXIT_SECONDS = 2.0
 _STOP_SHARE = 0.05  # share of EXIT_SECONDS for stopping the relays; one that still waits for Redis is abandoned
 _REDIRECTED_STOP_SECONDS = 5.0
+_NO_PROCESS = 0  # not the id of any process that records
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class HistoryProducer:
             Redis and queue, because any one of them may send the entries of all.
         name: The part of the events' `source` before the slash.
         queue: Name of the RQ queue; None takes HISTORY_QUEUE.
+        relays: False if this producer starts no relay: another producer or `trading-history relay` sends its events.
 
     Raises:
         SettingsError: neither `redis` nor REDIS_URL is given, or a setting is wrong.
@@ -90,6 +92,7 @@ class HistoryProducer:
         outbox: Path | str | None = None,
         name: str = "trading-controller",
         queue: str | None = None,
+        relays: bool = True,
     ) -> None:
         check_leftover_thread()
         redirection = active_redirection()
@@ -107,6 +110,7 @@ class HistoryProducer:
                 queue or settings.queue,
                 settings.outbox if outbox is None else outbox,
                 keep_seconds=self._keep_seconds,
+                relayed_by=None if relays else _NO_PROCESS,
             )
             self._transports: dict[Redirection | None, Transport] = {None: own}
         else:

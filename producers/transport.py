@@ -24,7 +24,7 @@ _CHECK_NOW_SECONDS = 1.0  # how often `settle` makes the relay check the jobs of
 class Transport:
     """An open outbox and its relay thread.
 
-    If `relayed_by` is a process id, the relay runs in that process only, and not in a forked child.
+    If `relayed_by` is a process id, the relay runs in that process only, and not in a forked child; 0 is no process.
 
     Raises:
         OutboxError: the outbox cannot be opened.
