@@ -17,7 +17,7 @@ from producers.redis_keys import acknowledgement_key, reserved_key
 from tests.faults.accepted import content_of
 
 QUEUE = "history"
-_TABLES = ("portfolio_history", "signal_archives", "event_outcomes")
+_TABLES = ("portfolio_history", "signal_archives", "event_outcomes", "withdrawals")
 _NUMBERED = _TABLES[:2]
 
 _READ = f"""

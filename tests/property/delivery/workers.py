@@ -44,7 +44,7 @@ class SteppedWorker:
         self.has_lease, self._lease_seconds = False, 0
         self._started_at: datetime = now()
         self.reservations = Reservations(self._redis, self._queue, self._worker.name)
-        self._completion = Completion(self._worker, self._queue, self.reservations)
+        self._completion = Completion(self._worker, self._queue, self.reservations, note_forbidden=lambda _: None)
 
     @property
     def reserved(self) -> list[str]:
