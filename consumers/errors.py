@@ -5,12 +5,14 @@ The root and InvalidEvent are defined in producers.errors.
 HistoryError
 ├── InvalidEvent        permanent: the event violates the contract or a constraint of the database
 ├── EventConflict       permanent: the id is already stored with other content
+├── EventWithdrawn      permanent: a row with this id and content was withdrawn
 ├── PoisonEvent         permanent: workers crashed or failed each time they processed it alone
 ├── UnsupportedJob      permanent: a job that is not ours, or asks RQ for more than to be run
 │   └── OversizedJob    permanent: a job that is too large to be read
 ├── StoreUnavailable    transient: the database is away or cannot execute the statement now; try again later
 ├── ExportRefused       no folder, files already exist, no rows match, or portfolios would be mixed; nothing was written
-├── OldSchema           the database has tables of the old shape under our names
+├── WithdrawalRefused   a row cannot be withdrawn: there is none, or only the owner may; nothing was changed
+├── OldSchema           the database has tables of the old shape, or others, under our names
 ├── LoginNotMade        a login role cannot be created or changed
 ├── AdoptionRefused     tables of the old shape cannot be adopted in their present state
 └── EmbeddedError       the embedded servers are not installed, do not start or do not stop
@@ -62,6 +64,19 @@ class EventConflict(HistoryError):
         self.row_id = row_id
 
 
+class EventWithdrawn(HistoryError):
+    """A row with the event's id and content was withdrawn; the content is not stored again.
+
+    `own` is true if the same delivery had made that row: its source and sequence are the event's. Then the withdrawal
+    is the record of the delivery.
+    """
+
+    def __init__(self, event_id: UUID, by: str, *, own: bool) -> None:
+        super().__init__(f"withdrawn: event {event_id} with this content was {by}")
+        self.event_id = event_id
+        self.own = own
+
+
 class PoisonEvent(HistoryError):
     """The event was processed alone `crashes` times, and its worker crashed or failed each time.
 
@@ -105,8 +120,12 @@ class ExportRefused(HistoryError):
     """The export would overwrite files, mix portfolios or be empty; nothing was written."""
 
 
+class WithdrawalRefused(HistoryError):
+    """A row cannot be withdrawn: there is none, or the role does not own the tables; nothing was changed."""
+
+
 class OldSchema(HistoryError):
-    """The database has tables of the old shape under our names; nothing was changed."""
+    """The database has tables of the old shape, or tables of another program, under our names; nothing was changed."""
 
 
 class LoginNotMade(HistoryError):

@@ -21,11 +21,12 @@ from producers.redis_keys import acknowledgement_key
 def record_portfolio_snapshot(event: str) -> int | None:
     """Store one portfolio snapshot and return its row's id. `event` is its JSON text.
 
-    In a job, return None for an event that is rejected and that an operator has discarded before.
+    In a job, return None for a rejected event that an operator has discarded before, or whose row was withdrawn.
 
     Raises:
         InvalidEvent: the event breaks the contract. In a job, the rejection is recorded.
         EventConflict: the event's id is already stored with other content. In a job, the rejection is recorded.
+        EventWithdrawn: this content was withdrawn under the event's id. In a job, the rejection is recorded.
         StoreUnavailable: the database is away or cannot store the event now; its producer sends it again.
     """
     return record(event, PortfolioSnapshotEvent)

@@ -32,6 +32,7 @@ def insert_portfolio_history_snapshot(snapshot: Mapping[str, Any]) -> int:
     Raises:
         InvalidEvent: a value is missing or wrong; the message names it.
         EventConflict: the portfolio already has a snapshot of that instant with other values.
+        EventWithdrawn: these values were withdrawn for that instant.
         StoreUnavailable: the database is away or cannot execute the insert now.
     """
     return _insert_direct(snapshot_of(snapshot))
@@ -46,6 +47,7 @@ def insert_signal_archive(archive: Mapping[str, Any]) -> int:
     Raises:
         InvalidEvent: a value is missing or wrong; the message names it.
         EventConflict: the portfolio already has an archive of that instant with other signals.
+        EventWithdrawn: these signals were withdrawn for that instant.
         StoreUnavailable: the database is away or cannot execute the insert now.
     """
     return _insert_direct(archive_of(archive))

@@ -61,7 +61,7 @@ _FREE_TEXT = {"first signal", "reason", "missing", "damage"}
 _WRAPPED_COLUMNS = 12
 _GAP = 2
 _NUMBERS = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
-_NUMBERS |= {"stored", "duplicate", "rejected", "discarded", "under way", "last", "from"}
+_NUMBERS |= {"stored", "duplicate", "rejected", "discarded", "withdrawn", "under way", "last", "from"}
 _NUMBERS |= {"read", "already there", "equal", "differences", "entries"}
 
 
@@ -161,7 +161,7 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
 
     Sources of an outbox on this host come first, then those with the newest events.
     """
-    counts = ("stored", "duplicate", "rejected", "discarded", "under way", "last")
+    counts = ("stored", "duplicate", "rejected", "discarded", "withdrawn", "under way", "last")
     cells = []
     never = datetime.min.replace(tzinfo=UTC)
     for one in sorted(audits, key=lambda one: (one["host"] is not None, one["last_at"] or never), reverse=True):

@@ -8,13 +8,18 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 
 from redis import Redis
-from rq import Queue
-from rq.serializers import JSONSerializer
 
 from producers.entries import Entry, EntryHead
 from producers.outbox import Outbox
 from producers.outbox_deliveries import LAST_CHECK_SECONDS
-from producers.rq_queue import ACTIVE_STATUSES, enqueue, in_no_list, job_states, without_acknowledgement
+from producers.rq_queue import (
+    ACTIVE_STATUSES,
+    enqueue,
+    in_no_list,
+    job_states,
+    queue_named,
+    without_acknowledgement,
+)
 
 _BATCH_ENTRIES = 100  # takes about 5 ms of the interpreter, for which a caller's thread may have to wait
 _SWEEP_ENTRIES = 10 * _BATCH_ENTRIES
@@ -43,7 +48,7 @@ class EntrySender:
     def __init__(self, outbox: Outbox, redis: Redis, queue: str) -> None:
         self._deliveries = outbox.deliveries
         self._redis = redis
-        self._queue = Queue(queue, connection=redis, serializer=JSONSerializer)
+        self._queue = queue_named(queue, redis)
         # True if Redis may have jobs of entries that are not marked as sent (a send failed, or its relay ended). The
         # next send then asks Redis for the jobs' states first.
         self.in_doubt = True

@@ -35,6 +35,7 @@ _PLAIN_REASONS = {
     "extra_forbidden": "is not a field of this event",
     "int_type": "must be an integer",
     "missing": "is missing",
+    "string_pattern_mismatch": "is empty or has a character that is not allowed",
     "too_long": f"has more than {MAX_SIGNALS} items",
     "too_short": "must not be empty",
 }
@@ -42,13 +43,20 @@ _PLAIN_REASONS = {
 _PIECE = r"[A-Za-z0-9._~-]+"
 SourceName = Annotated[str, StringConstraints(pattern=f"^{_PIECE}$", max_length=100, strict=True)]
 Source = Annotated[str, StringConstraints(pattern=f"^{_PIECE}(/{_PIECE})*$", max_length=250, strict=True)]
-_Subject = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$", max_length=250, strict=True)]
+_Subject = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$", max_length=250, strict=True)]
 
 _EXTENSION_NAME = re.compile(r"[a-z0-9]{1,20}")
-_EXTENSION_TEXT = re.compile(r"[^\x00-\x1f]*")
+# Types of CloudEvents: a string has no control characters, and an integer is signed and has 32 bits.
+_EXTENSION_TEXT = re.compile(r"[^\x00-\x1f\x7f-\x9f]*")
+_LARGEST_INTEGER = 2**31 - 1
 _EXTENSIONS_SCHEMA: JsonDict = {
     "propertyNames": {"pattern": f"^{_EXTENSION_NAME.pattern}$"},
-    "additionalProperties": {"type": ["string", "integer", "boolean"], "pattern": f"^{_EXTENSION_TEXT.pattern}$"},
+    "additionalProperties": {
+        "type": ["string", "integer", "boolean", "null"],
+        "pattern": f"^{_EXTENSION_TEXT.pattern}$",
+        "minimum": -_LARGEST_INTEGER - 1,
+        "maximum": _LARGEST_INTEGER,
+    },
 }
 
 
@@ -131,8 +139,8 @@ class Payload(_Contract, ABC):
 class Event(_Contract):
     """The CloudEvents envelope of a payload. Each kind of event declares its own `type` and `data`.
 
-    It may have extension attributes of other programs. They are no content: nothing depends on them, except that log
-    lines show the trace context.
+    It may have extension attributes of other programs. They are not part of the content. Log lines
+    show the trace context.
 
     `max_characters` limits the length of the JSON text. The default is enough for a kind with few, short fields.
     """
@@ -192,10 +200,14 @@ class Event(_Contract):
 def _problem_of_extension(name: str, value: object) -> str | PydanticCustomError | None:
     if not _EXTENSION_NAME.fullmatch(name):
         return "extra_forbidden"
+    if value is None:  # unset, as the JSON format of CloudEvents says
+        return None
     if not isinstance(value, str | int):  # a boolean is an int
         return contract_error("must be a string, an integer or a boolean")
     if isinstance(value, str) and not _EXTENSION_TEXT.fullmatch(value):
         return contract_error("contains a control character")
+    if isinstance(value, int) and not -_LARGEST_INTEGER - 1 <= value <= _LARGEST_INTEGER:
+        return contract_error("must be an integer of 32 bits")
     return None
 
 
@@ -312,5 +324,5 @@ def invalid(error: ValidationError) -> InvalidEvent:
 
 
 def _field(problem: Mapping[str, Any]) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(str(part) or "''" for part in problem["loc"])
     return readable(path, 200) if problem["type"] != "wrong_id" else "id"

@@ -316,7 +316,8 @@ def _integer_from_python(value: Any) -> int:
 
 
 Count = Annotated[int, _BoundedInteger(0, 2**31 - 1)]
-PortfolioId = Annotated[int, _BoundedInteger(-(2**63), 2**63 - 1)]
+SMALLEST_BIGINT, LARGEST_BIGINT = -(2**63), 2**63 - 1  # of PostgreSQL's type bigint
+PortfolioId = Annotated[int, _BoundedInteger(SMALLEST_BIGINT, LARGEST_BIGINT)]
 
 
 def _uuid_from_python(value: Any) -> UUID:

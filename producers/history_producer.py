@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from functools import partial
 from multiprocessing.util import Finalize, register_after_fork
 from pathlib import Path
@@ -26,13 +26,14 @@ from producers.fields import type_name
 from producers.redirection import Redirection, active_redirection, check_leftover_thread
 from producers.relay import STOP_SECONDS
 from producers.settings import TransportSettings
-from producers.times import localized
+from producers.times import deadline_after, localized
 from producers.trace_context import trace_context
 from producers.transport import Transport
 
 EXIT_SECONDS = 2.0
 _STOP_SHARE = 0.05  # share of EXIT_SECONDS for stopping the relays; one that still waits for Redis is abandoned
 _REDIRECTED_STOP_SECONDS = 5.0
+_NO_PROCESS = 0  # not the id of any process that records
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class HistoryProducer:
             Redis and queue, because any one of them may send the entries of all.
         name: The part of the events' `source` before the slash.
         queue: Name of the RQ queue; None takes HISTORY_QUEUE.
+        relays: False if this producer starts no relay: another producer or `trading-history relay` sends its events.
 
     Raises:
         SettingsError: neither `redis` nor REDIS_URL is given, or a setting is wrong.
@@ -90,6 +92,7 @@ class HistoryProducer:
         outbox: Path | str | None = None,
         name: str = "trading-controller",
         queue: str | None = None,
+        relays: bool = True,
     ) -> None:
         check_leftover_thread()
         redirection = active_redirection()
@@ -107,6 +110,7 @@ class HistoryProducer:
                 queue or settings.queue,
                 settings.outbox if outbox is None else outbox,
                 keep_seconds=self._keep_seconds,
+                relayed_by=None if relays else _NO_PROCESS,
             )
             self._transports: dict[Redirection | None, Transport] = {None: own}
         else:
@@ -170,6 +174,11 @@ class HistoryProducer:
         return [Receipt(one.event_id, one.source, one.sequence, one, transport) for one in accepted]
 
     @property
+    def timezone(self) -> tzinfo | None:
+        """The zone of naive times and of dates: HISTORY_TIMEZONE, or None for the machine's zone."""
+        return self._timezone
+
+    @property
     def closed(self) -> bool:
         """Whether the producer is closed."""
         return self._closed
@@ -180,7 +189,7 @@ class HistoryProducer:
         Returns:
             The number of these events that Redis does not have yet. They are safe in the outbox.
         """
-        return self._transport.flush(_deadline(timeout))
+        return self._transport.flush(deadline_after(timeout))
 
     def settle(self, timeout: float | None = None, *, progress: Callable[[int], None] | None = None) -> int:
         """Wait until all events recorded before this call are settled, for at most `timeout` seconds (None: no limit).
@@ -191,7 +200,7 @@ class HistoryProducer:
         Returns:
             The number of events that are not settled. A damaged file that no relay has salvaged yet counts as one.
         """
-        return self._transport.settle(_deadline(timeout), progress)
+        return self._transport.settle(deadline_after(timeout), progress)
 
     def damaged_files(self) -> list[Path]:
         """Quarantined files: damaged, moved away from the outbox's path, and not salvaged yet."""
@@ -200,6 +209,10 @@ class HistoryProducer:
     def lossy_files(self) -> list[Path]:
         """Salvaged files of which entries may be lost: numbers were not found in them, or no entry at all."""
         return self._transport.outbox.quarantine.lossy_files()
+
+    def relay_failure(self) -> str | None:
+        """Return why this process cannot send entries now; None if it can, or if another process relays them."""
+        return self._transport.relay.failure
 
     def status(self) -> OutboxStatus:
         """Count the outbox's entries by state."""
@@ -297,10 +310,6 @@ def _closed_error() -> ProducerClosed:
 def _new_producer_id() -> int:
     """Return a random number that identifies a producer among those of all processes."""
     return secrets.randbits(62)
-
-
-def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
 
 
 # Strong references: a producer without any other reference still has entries to send at exit.

@@ -102,12 +102,12 @@ def _as_builtin(value: Any, path: Path) -> Any:
     return number
 
 
-def _with_builtins(value: Any) -> Any:
-    """Return a copy of a storable value that has only builtin types and Decimals."""
+def with_builtins(value: Any) -> Any:
+    """Return a deep copy of a storable value that has only builtin types and Decimals."""
     if isinstance(value, dict):
-        return {key: _with_builtins(item) for key, item in value.items()}
+        return {key: with_builtins(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_with_builtins(item) for item in value]
+        return [with_builtins(item) for item in value]
     plain = value is None or isinstance(value, (str, *_NUMBERS)) or type(value) is Decimal
     return value if plain else _as_builtin(value, ())
 
@@ -129,7 +129,7 @@ def storable_signals(signals: list[dict[str, Any]]) -> list[dict[str, Any]]:
     converted: list[Any] = []
     for index, signal in enumerate(signals):
         _storable(signal, (index, ()), converted)
-    return _with_builtins(signals) if converted else signals
+    return with_builtins(signals) if converted else signals
 
 
 def _storable_from_python(signals: list[dict[str, Any]], info: ValidationInfo) -> list[dict[str, Any]]:

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import logging
 import os
-import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Concatenate, Literal, NamedTuple, ParamSpec, Self, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 from uuid import UUID, uuid4
 
+from producers import outbox_counts
 from producers.entries import Accepted, AuditEntry, Entry, EntryStatus, OutboxSource, OutboxStatus, full_source
 from producers.errors import OutboxDamaged, OutboxError
 from producers.events import Payload, encode, event_of
@@ -75,49 +75,15 @@ _END_OF_PAGE = """
 SELECT max(position) FROM (SELECT position FROM entries WHERE position > ? AND position <= ? ORDER BY position LIMIT ?)
 """
 
-_ENTRIES = (
-    WITH_EVENT
-    + """
+_ENTRIES = f"""{WITH_EVENT}
 FROM (SELECT entries.*, coalesce(checks, 0) AS checks FROM entries LEFT JOIN retries USING (position)) ORDER BY position
-"""
-)
+"""  # noqa: S608  # constants
 _ENTRY_STATUS = "SELECT state, row_id, reason FROM entry_states WHERE source_id = ? AND sequence = ? AND nonce = ?"
 _AUDIT_PAGE = """
 SELECT sequence, nonce, event_id, state FROM entry_states
 WHERE source_id = ? AND (sequence, nonce) > (?, ?) ORDER BY sequence, nonce LIMIT ?
 """
 
-# Beyond `sent_through` no position is missing, because only sent entries are deleted. Counting the rows would read them.
-_PENDING_COUNT = """
-SELECT (SELECT count(*) FROM retries WHERE check_at IS NULL AND position <= :until)
-    + max(0, min(:until, coalesce((SELECT max(position) FROM entries), 0)) - sent_through
-        - (SELECT count(*) FROM outcomes WHERE position > sent_through AND position <= :until)
-        - (SELECT count(*) FROM retries WHERE position > sent_through AND position <= :until))
-FROM outbox
-"""
-_SENT_COUNT = "SELECT count(*) FROM sent WHERE position <= :until"
-_COUNT_OF_PRODUCER = """
-SELECT count(*) FROM (SELECT position FROM pending UNION ALL SELECT position FROM sent) CROSS JOIN entries
-    USING (position) WHERE recorder = ? AND position <= ?
-"""
-_SETTLED_COUNTS = """
-SELECT (SELECT count(*) FROM outcomes), (SELECT count(*) FROM outcomes WHERE row_id IS NULL)
-"""
-# Reads one pending entry; the view's minimum would be that of all of them.
-_OLDEST = {
-    "pending": """
-SELECT recorded_at FROM entries WHERE position IN (
-    SELECT min(position) FROM retries WHERE check_at IS NULL
-    UNION ALL
-    SELECT * FROM (
-        SELECT position FROM entries WHERE position > (SELECT sent_through FROM outbox)
-            AND NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
-            AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position)
-        ORDER BY position LIMIT 1))
-ORDER BY position LIMIT 1
-""",
-    "sent": "SELECT recorded_at FROM entries WHERE position = (SELECT min(position) FROM sent)",
-}
 _UNSETTLED = """
 SELECT sequence FROM (SELECT position FROM pending UNION ALL SELECT position FROM sent) CROSS JOIN entries
     USING (position) WHERE source_id = ?
@@ -248,16 +214,28 @@ class Outbox:
         """Store the Redis and the queue that the entries go to; a relay process compares them with its own."""
         self.header.set_destination(redis, queue)
 
-    @_once_more_after_repair
     def status_of(self, accepted: Accepted) -> EntryStatus:
         """Return the state of one entry. Raises OutboxError if it was settled and has been deleted since."""
+        (status,) = self.statuses_of([accepted])
+        if status is None:
+            raise self.no_longer_kept(accepted)
+        return status
+
+    def no_longer_kept(self, accepted: Accepted) -> OutboxError:
+        """Return the error for an entry without a status."""
+        return OutboxError(f"outbox {self.path}: entry {accepted.sequence} is no longer kept")
+
+    @_once_more_after_repair
+    def statuses_of(self, accepted: Sequence[Accepted]) -> list[EntryStatus | None]:
+        """Return the state of each entry, or None if it was settled and has been deleted since."""
         with self._file.reading() as db:
-            row = db.execute(_ENTRY_STATUS, (accepted.source_id, accepted.sequence, accepted.nonce)).fetchone()
-        if row is not None:
-            return EntryStatus(*row)
-        if self.quarantine.damaged_files():  # the entry may be in one of them, and a relay salvages them soon
-            return EntryStatus("pending", None, None)
-        raise OutboxError(f"outbox {self.path}: entry {accepted.sequence} is no longer kept")
+            keys = [(one.source_id, one.sequence, one.nonce) for one in accepted]
+            rows = [db.execute(_ENTRY_STATUS, key).fetchone() for key in keys]
+        missing = None
+        # A missing entry may be in a damaged file, which a relay salvages soon.
+        if None in rows and self.quarantine.damaged_files():
+            missing = EntryStatus("pending", None, None)
+        return [missing if row is None else EntryStatus(*row) for row in rows]
 
     @_once_more_after_repair
     def last_position(self) -> Position:
@@ -270,22 +248,20 @@ class Outbox:
     def pending_count(self, until: Position | None = None) -> int:
         """Return the number of pending entries up to this position, or of all pending entries."""
         with self._file.reading() as db:
-            return self._count(db, _PENDING_COUNT, until)
+            return outbox_counts.pending(db, self._number(until))
 
     @_once_more_after_repair
     def unsettled_count(self, *, producer_id: int | None = None, until: Position | None = None) -> int:
         """Return the number of pending and sent entries, optionally of one producer or up to a position only."""
+        number = self._number(until)
         with self._file.reading() as db:
-            if producer_id is None:
-                return self._count(db, _PENDING_COUNT, until) + self._count(db, _SENT_COUNT, until)
-            return int(db.execute(_COUNT_OF_PRODUCER, (producer_id, self._number(until))).fetchone()[0])
-
-    def _count(self, db: sqlite3.Connection, query: str, until: Position | None = None) -> int:
-        return int(db.execute(query, {"until": self._number(until)}).fetchone()[0])
+            if producer_id is not None:
+                return outbox_counts.unsettled_of_producer(db, producer_id, number)
+            return outbox_counts.pending(db, number) + outbox_counts.sent(db, number)
 
     def _number(self, until: Position | None) -> int:
         """Return the position as a number; one beyond all entries if another file is at the path since."""
-        return 2**62 if until is None or until.generation != self.generation else until.number
+        return outbox_counts.ALL if until is None or until.generation != self.generation else until.number
 
     @_once_more_after_repair
     def check_now(self, until: Position) -> None:
@@ -328,19 +304,12 @@ class Outbox:
     def status(self) -> OutboxStatus:
         """Count the entries by state."""
         with self._file.reading() as db:
-            pending, sent = self._count(db, _PENDING_COUNT), self._count(db, _SENT_COUNT)
-            settled, rejected = db.execute(_SETTLED_COUNTS).fetchone()
-            ages = [age for state in ("pending", "sent") if (age := self._oldest_seconds(db, state)) is not None]
-        return OutboxStatus(pending, sent, settled - rejected, rejected, max(ages, default=None))
+            return outbox_counts.status(db, self._clock.now(db))
 
     def oldest_pending_seconds(self) -> float | None:
         """Return the age of the oldest pending entry in seconds, or None if no entry is pending."""
         with self._file.reading() as db:
-            return self._oldest_seconds(db, "pending")
-
-    def _oldest_seconds(self, db: sqlite3.Connection, state: Literal["pending", "sent"]) -> float | None:
-        row = db.execute(_OLDEST[state]).fetchone()
-        return None if row is None else max(self._clock.now(db) - row[0], 0.0)
+            return outbox_counts.oldest_seconds(db, "pending", self._clock.now(db))
 
     def used_bytes(self) -> int:
         """Return how many of the `max_bytes` are in use."""

@@ -40,8 +40,8 @@ ORDER BY position
 """  # noqa: S608  # constants
 _SELECT_SOURCES = f"SELECT {', '.join(_SOURCE_COLUMNS)} FROM taken_out.sources"  # noqa: S608  # constants
 
-# The names need `main`: while this connection does not know yet that another process has created the tables in this file,
-# SQLite would take those of the temporary file.
+# The names need `main`: while this connection does not know yet that another process has created the tables in this
+# file, SQLite would take those of the temporary file.
 # The source stays current unless this file already has another current source of the same name.
 CONTINUE_SOURCE = """
 INSERT INTO main.sources (id, name, last_sequence, resends, current, left_because)

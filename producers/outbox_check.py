@@ -25,11 +25,12 @@ INDEXES = {
     "sqlite_autoindex_entries_1": ("entries", "true"),
 }
 # Count and sum the positions in each index and in its table, in one statement, so that both see the same state.
-_COMPARE_INDEXES = "SELECT " + ", ".join(
+_SUMS = ", ".join(
     f"(SELECT count(*) || ':' || total(position) FROM {table} {through} WHERE {has})"  # noqa: S608  # constants
     for index, (table, has) in INDEXES.items()
     for through in (f"INDEXED BY {index}", "NOT INDEXED")
 )
+_COMPARE_INDEXES = f"SELECT {_SUMS}"  # constants
 
 
 def find_fault(file: OutboxFile, seconds: float, *, repair: bool) -> str | None:

@@ -12,6 +12,7 @@ from producers.acknowledgements import Acknowledgement
 from producers.entries import Entry, EntryHead, SettledKeys
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
+from producers.outbox_schema import IS_PLAIN
 
 LAST_CHECK_SECONDS = 300.0  # the longest interval between two checks of a sent entry
 
@@ -23,21 +24,13 @@ HEAD = """
 SELECT position, source_id, sequence, nonce, (SELECT name FROM sources WHERE id = source_id) || '/' || source_id, checks
 """
 WITH_EVENT = HEAD + ", type, summary, event "
-_PENDING_RETRIES = (
-    WITH_EVENT
-    + """
+_PENDING_RETRIES = f"""{WITH_EVENT}
 FROM retries CROSS JOIN entries USING (position) WHERE check_at IS NULL ORDER BY position LIMIT ?
-"""
-)
-_PENDING_TAIL = (
-    WITH_EVENT
-    + """
-FROM (SELECT *, 0 AS checks FROM entries) AS entries WHERE position > (SELECT sent_through FROM outbox)
-    AND NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
-    AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position)
+"""  # constants
+_PENDING_TAIL = f"""{WITH_EVENT}
+FROM (SELECT *, 0 AS checks FROM entries) AS entries WHERE position > (SELECT sent_through FROM outbox) AND {IS_PLAIN}
 ORDER BY position LIMIT ?
-"""
-)
+"""  # noqa: S608  # constants
 # Entries at the end of the log that were settled before they were sent, for example because they were salvaged.
 _SKIP_SETTLED = """
 UPDATE outbox SET sent_through = max(sent_through, (SELECT max(position) FROM entries))
@@ -55,11 +48,9 @@ SELECT * FROM ({HEAD} FROM retries CROSS JOIN entries USING (position) WHERE che
     ORDER BY check_at DESC LIMIT :limit)
 LIMIT :limit
 """  # noqa: S608  # constants
-_SENT = (
-    HEAD
-    + """, recorded_at FROM sent CROSS JOIN entries USING (position) WHERE position > ? ORDER BY position LIMIT ?
-"""
-)
+_SENT = f"""{HEAD}, recorded_at
+FROM sent CROSS JOIN entries USING (position) WHERE position > ? ORDER BY position LIMIT ?
+"""  # constants
 
 _HAS_DUE_BATCH = f"SELECT EXISTS (SELECT 1 FROM batches WHERE {_IS_DUE})"  # noqa: S608  # constants
 # A check that `check_now` asked for is not counted, so that the interval to the next one does not grow.
@@ -67,17 +58,13 @@ _SPLIT_DUE_BATCHES = (
     f"""
 INSERT INTO retries (position, checks, check_at)
 SELECT position, iif(check_at = 0, 0, 1), check_at FROM batches CROSS JOIN entries ON position BETWEEN first AND last
-WHERE {_IS_DUE} AND NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
-    AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position)
+WHERE {_IS_DUE} AND {IS_PLAIN}
 """,  # noqa: S608  # constants
     f"DELETE FROM batches WHERE {_IS_DUE}",  # noqa: S608  # constants
 )
-_DELETE_SETTLED_BATCHES = """
-DELETE FROM batches WHERE NOT EXISTS (
-    SELECT 1 FROM entries WHERE position BETWEEN first AND last
-        AND NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
-        AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position))
-"""
+_DELETE_SETTLED_BATCHES = f"""
+DELETE FROM batches WHERE NOT EXISTS (SELECT 1 FROM entries WHERE position BETWEEN first AND last AND {IS_PLAIN})
+"""  # noqa: S608  # constants
 _UNSENT_RETRIES = """
 SELECT position FROM retries WHERE check_at IS NULL AND position IN (SELECT value FROM json_each(?))
 """
@@ -98,12 +85,11 @@ SELECT settled_at IS NOT NULL FROM entries LEFT JOIN outcomes USING (position)
 WHERE source_id = ? AND sequence = ? AND nonce = ?
 """
 
-_ALL_SOURCES = "SELECT id, name, resends FROM sources "
 _AWAITING = {
     # Sources without a sent entry may be among them: to look for those would cost more than to look in Redis.
-    "sent": _ALL_SOURCES + "WHERE EXISTS (SELECT 1 FROM sent)",
-    "rejected": _ALL_SOURCES
-    + """
+    "sent": "SELECT id, name, resends FROM sources WHERE EXISTS (SELECT 1 FROM sent)",
+    "rejected": """
+SELECT id, name, resends FROM sources
 WHERE id IN (SELECT source_id FROM outcomes CROSS JOIN entries USING (position) WHERE row_id IS NULL)
 """,
 }
@@ -164,9 +150,9 @@ class OutboxDeliveries:
             return _one_batch(row for head in heads for row in db.execute(_RETRY, (head.position,)))
 
     def mark_sent(self, check_after: Mapping[int, float]) -> None:
-        """Mark entries that `pending` returned as sent. `check_after` has the seconds until the first check by position.
+        """Mark a whole batch of `pending` as sent; `check_after` maps each position to the seconds until its check.
 
-        Entries that are sent for the first time share one check.
+        Entries that were never sent before share the check of the last one.
         """
         with self._file.transaction(durable=False) as db:
             now = self._clock.now(db)

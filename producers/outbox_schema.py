@@ -23,7 +23,8 @@ from producers.outbox_clock import ClockReading
 
 VERSION = 5
 
-_IS_OPEN = """NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
+# Condition for an entry of the log: it has no row in the other tables.
+IS_PLAIN = """NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
     AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position)"""
 
 # All times are seconds since the epoch by the outbox's own clock.
@@ -101,18 +102,18 @@ CREATE INDEX outcomes_rejected ON outcomes (position) WHERE row_id IS NULL;
 CREATE VIEW pending AS
     SELECT position, checks FROM retries WHERE check_at IS NULL
     UNION ALL
-    SELECT position, 0 FROM entries WHERE position > (SELECT sent_through FROM outbox) AND {_IS_OPEN};
+    SELECT position, 0 FROM entries WHERE position > (SELECT sent_through FROM outbox) AND {IS_PLAIN};
 CREATE VIEW sent AS
     SELECT position, checks, check_at FROM retries WHERE check_at IS NOT NULL
     UNION ALL
-    SELECT position, 1, check_at FROM batches CROSS JOIN entries ON position BETWEEN first AND last WHERE {_IS_OPEN};
+    SELECT position, 1, check_at FROM batches CROSS JOIN entries ON position BETWEEN first AND last WHERE {IS_PLAIN};
 CREATE VIEW entry_states AS
     SELECT entries.*, settled_at, row_id, reason, CASE
         WHEN settled_at IS NOT NULL THEN iif(row_id IS NULL, 'rejected', 'stored')
         WHEN retries.position IS NOT NULL THEN iif(check_at IS NULL, 'pending', 'sent')
         ELSE iif(entries.position > (SELECT sent_through FROM outbox), 'pending', 'sent') END AS state
     FROM entries LEFT JOIN outcomes USING (position) LEFT JOIN retries USING (position);
-"""
+"""  # noqa: S608  # a constant
 _INSERT_OUTBOX = """
 INSERT INTO outbox (only_row, token, clock_shown, clock_boot, clock_running, clock_wall) VALUES (1, ?, ?, ?, ?, ?)
 """

@@ -1,6 +1,7 @@
 """Ids of jobs, and names of the Redis keys that this project adds to RQ's. Workers write most of them.
 
-The keys begin with `history:`. If RQ's keys have another prefix than `rq` (RQ_KEY_PREFIX), it stands before that.
+The keys begin with `history:`. If RQ's keys have another prefix than `rq` (RQ_KEY_PREFIX), that prefix and a colon
+precede `history:`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,16 @@ import os
 import re
 
 _DEFAULT = "rq"
-# Read like RQ reads it, when it is imported; importing RQ here would take time from commands that do not need it.
-_READ = os.environ.get("RQ_KEY_PREFIX", _DEFAULT)
-KEY_PREFIX = None if _READ == _DEFAULT else _READ  # None: RQ's default
+# Read at import, as RQ does. RQ itself is not imported here: that would slow down commands.
+_GIVEN = os.environ.get("RQ_KEY_PREFIX", _DEFAULT)
+KEY_PREFIX = None if _GIVEN == _DEFAULT else _GIVEN  # None: RQ's default
+
+
+def key_prefix_problem(error: ValueError) -> str:
+    """Return what to do about the error with which RQ refuses RQ_KEY_PREFIX when it is imported."""
+    return "RQ_KEY_PREFIX is empty, which RQ does not accept: unset it" if _GIVEN == "" else str(error)
+
+
 _HISTORY = "history" if KEY_PREFIX is None else f"{KEY_PREFIX}:history"
 
 # A sequence is less than 2^63, so it has at most 19 digits.
@@ -22,7 +30,7 @@ def job_id_of(source_id: str, sequence: int, nonce: str = "") -> str:
     """Return the id of the RQ job of one delivery. If a fact is recorded twice, it has two jobs.
 
     The nonce makes ids of two copies of an outbox differ, because they can give the same number to different events.
-    Entries of an import and of the first releases have no nonce.
+    Entries of an import and of earlier versions have no nonce.
     """
     return f"{source_id}-{sequence}-{nonce}" if nonce else f"{source_id}-{sequence}"
 

@@ -63,6 +63,7 @@ class Relay:
         self._salvaging: Iterator[None] | None = None
         self._salvage_at = 0.0
         self._failures = 0
+        self.failure: str | None = None  # reason of the last sweep's failure
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -204,6 +205,7 @@ class Relay:
     def _back_off(self, error: Exception) -> float:
         """Log the first failure, and return the seconds until the next try, which new entries do not shorten."""
         self._failures += 1
+        self.failure = _reason(error)
         if self.turn.failing_since is None:
             self.turn.failing_since = time.monotonic()
         if self._failures == 1:
@@ -218,11 +220,15 @@ class Relay:
     def _recovered(self) -> None:
         if self._failures:
             logger.warning("relaying %s again after %d failed tries", self._outbox.path, self._failures)
-            self._failures, self.turn.failing_since = 0, None
+            self._failures, self.failure, self.turn.failing_since = 0, None, None
 
 
 def _brief(error: Exception) -> str:
     """Return the error's type and the first line of its message, without the details that a driver may append."""
+    return f"{type(error).__name__}: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
     if isinstance(error, RedisError):
-        return f"{type(error).__name__}: {redis_reason(error)}"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'}"
+        return redis_reason(error)
+    return str(error).splitlines()[0] if str(error) else "no details"

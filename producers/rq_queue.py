@@ -16,20 +16,31 @@ from typing import Any, TypeVar
 
 from redis import Redis
 from redis.client import Pipeline
-from rq import Queue
-from rq.job import Job, JobStatus
-from rq.registry import FailedJobRegistry, FinishedJobRegistry
-from rq.utils import as_text, utcformat
 
 from producers.entries import Entry, EntryHead
+from producers.errors import SettingsError
 from producers.events import KINDS
-from producers.redis_keys import acknowledgement_key, owners_key, reserved_key
+from producers.redis_keys import acknowledgement_key, key_prefix_problem, owners_key, reserved_key
+
+try:
+    from rq import Queue
+    from rq.job import Job, JobStatus
+    from rq.registry import FailedJobRegistry, FinishedJobRegistry
+    from rq.serializers import JSONSerializer
+    from rq.utils import as_text, utcformat
+except ValueError as rq_error:  # RQ_KEY_PREFIX is wrong
+    raise SettingsError(key_prefix_problem(rq_error)) from None
 
 AnyHead = TypeVar("AnyHead", bound=EntryHead)
 
 ACTIVE_STATUSES = frozenset({JobStatus.QUEUED, JobStatus.STARTED, JobStatus.DEFERRED, JobStatus.SCHEDULED})
 TIMEOUT_SECONDS = 180  # RQ's default; a stock worker ends a job that takes longer
 _COMPRESS_BYTES = 2048  # smaller data is not compressed, because it would save little; RQ reads both forms
+
+
+def queue_named(name: str, redis: Redis) -> Queue:
+    """Return RQ's queue of this name, with jobs in JSON."""
+    return Queue(name, connection=redis, serializer=JSONSerializer)
 
 
 def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry], at: datetime | None = None) -> None:
@@ -53,18 +64,22 @@ def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry], at: datetime
 
 def _fields(entry: Entry, origin: str, at: str) -> tuple[Any, ...]:
     """Return names and values of the job's hash, in turn."""
-    # The text that RQ's JSONSerializer makes of (function, None, (event,), {}).
-    data = f'["{KINDS[entry.type].job_function}", null, [{json.dumps(entry.event)}], {{}}]'.encode()
     return (
         "created_at", at,
         "enqueued_at", at,
-        "data", data if len(data) < _COMPRESS_BYTES else zlib.compress(data),
+        "data", job_data(entry),
         "status", JobStatus.QUEUED.value,
         "origin", origin,
         "description", entry.summary,
         "timeout", TIMEOUT_SECONDS,
         "failure_ttl", -1,  # a failed job never expires: it waits for an operator
     )  # fmt: skip
+
+
+def job_data(entry: Entry) -> bytes:
+    """Return what RQ's JSONSerializer makes of (function, None, (event,), {}), compressed if it is large."""
+    data = f'["{KINDS[entry.type].job_function}", null, [{json.dumps(entry.event)}], {{}}]'.encode()
+    return data if len(data) < _COMPRESS_BYTES else zlib.compress(data)
 
 
 def job_states(redis: Redis, entries: Sequence[EntryHead]) -> dict[int, str | None]:

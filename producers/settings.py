@@ -102,7 +102,7 @@ class ZoneSettings(EnvironmentSettings):
 
 def _key_prefix(given: str) -> str:
     if given != (KEY_PREFIX or "rq"):
-        raise ValueError("RQ reads it from the environment when Python starts, not from .env: set it there instead")
+        raise ValueError("RQ does not read .env: remove RQ_KEY_PREFIX from .env and export it in the environment")
     return given
 
 

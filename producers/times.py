@@ -1,9 +1,13 @@
-"""Naive times and their zone; pauses between retries."""
+"""Naive times and their zone; deadlines, and pauses between retries."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import random
+import re
+import time
+from contextlib import suppress
 from datetime import UTC, datetime, timezone, tzinfo
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -11,6 +15,9 @@ from producers.errors import InvalidEvent
 from producers.fields import TIME_RANGE, plain_datetime
 
 _SIMILAR = 0.85  # of difflib: one letter in ten differs
+_FIXED_OFFSET = re.compile(r"(?:UTC|GMT)? *(?P<sign>[+-])(?P<hours>\d{1,2})(?::?(?P<minutes>\d{2}))?", re.IGNORECASE)
+# Files of the system beside those of zones. What they contain differs from machine to machine, or counts leap seconds.
+_NO_ZONES = re.compile(r"localtime|posixrules|Factory|(?:posix|right)/.*")
 _random = random.SystemRandom()  # leaves the state of the module `random` to the program that records
 
 
@@ -23,22 +30,39 @@ def backoff_seconds(failures: int, *, first: float, last: float) -> float:
     return _random.uniform(ceiling / 2, ceiling)
 
 
+def deadline_after(timeout: float | None) -> float | None:
+    """Return the time of the monotonic clock at which a wait of `timeout` seconds ends; None if it has no limit.
+
+    Raises:
+        ValueError: the timeout is NaN; such a wait would never end.
+    """
+    if timeout is None:
+        return None
+    if math.isnan(timeout):
+        raise ValueError("timeout: must be a number of seconds, not NaN")
+    return time.monotonic() + timeout
+
+
 def zone_named(name: str) -> ZoneInfo:
     """Return the time zone of this name.
 
     Raises:
         ValueError: there is no such zone; the message has the most similar name, or an example.
     """
-    try:
-        return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):
-        raise ValueError(_unknown_zone(name)) from None
+    with suppress(KeyError, ValueError, OSError):
+        if not _NO_ZONES.fullmatch(name):
+            return ZoneInfo(name)
+    raise ValueError(_unknown_zone(name))
 
 
 def _unknown_zone(name: str) -> str:
-    zones = {zone.casefold(): zone for zone in sorted(available_timezones())}
+    zones = {zone.casefold(): zone for zone in sorted(available_timezones()) if not _NO_ZONES.fullmatch(zone)}
     if not zones:
         return "no time zone can be read, because this Python has no time zone data: run pip install tzdata"
+    if fixed := _FIXED_OFFSET.fullmatch(name.strip()):
+        return _fixed_zone(fixed)
+    # A sign may be meant either way, so none is suggested.
+    zones = {folded: zone for folded, zone in zones.items() if "+" not in zone and "-" not in zone[-3:]}
     asked = name.strip().casefold().replace(" ", "_")
     cities = [zone for folded, zone in zones.items() if folded.rpartition("/")[2] == asked.rpartition("/")[2]]
     # Short names, such as EST5, are similar to names of other zones.
@@ -47,6 +71,18 @@ def _unknown_zone(name: str) -> str:
     if found is None:
         return "must be the name of an IANA time zone, such as Europe/Berlin"
     return f"must be the name of an IANA time zone: did you mean {found}?"
+
+
+def _fixed_zone(offset: re.Match[str]) -> str:
+    """Return the message for an offset such as UTC+2: zones of fixed offsets are named with the opposite sign."""
+    hours, minutes = int(offset["hours"]), int(offset["minutes"] or 0)
+    example = "must be the name of an IANA time zone, such as Europe/Berlin"
+    if minutes or hours > (14 if offset["sign"] == "+" else 12):
+        return example
+    opposite = "-" if offset["sign"] == "+" else "+"
+    zone = f"Etc/GMT{opposite}{hours}" if hours else "UTC"
+    sign = " (the sign in these names is the opposite one)" if hours else ""
+    return f"{example}; for the fixed offset {offset['sign']}{hours:02}:00, write {zone}{sign}"
 
 
 def localized(moment: datetime, zone: tzinfo | None, field: str) -> datetime:

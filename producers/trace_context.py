@@ -1,6 +1,7 @@
-"""Trace context of an event (https://www.w3.org/TR/trace-context/): it joins the caller's trace and the worker's log.
+"""Trace context of an event (https://www.w3.org/TR/trace-context/).
 
-It is in the envelope, as the attributes `traceparent` and `tracestate`, and is not content.
+It links the caller's trace to the worker's log lines. It is in the envelope, as the attributes `traceparent` and
+`tracestate`, and is not content.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ _TRACEPARENT = re.compile(
     r"(?P<version>[0-9a-f]{2})-(?P<trace_id>[0-9a-f]{32})-(?P<parent_id>[0-9a-f]{16})-[0-9a-f]{2}"
     r"(?P<more>-[!-~]{0,200})?"
 )
-_TRACESTATE = re.compile(r"[ -~]{1,512}")  # it is shown in log lines: no line breaks, no terminal escapes
+# https://www.w3.org/TR/trace-context/#tracestate-header: at most 32 members, with blanks around them; some are empty.
+_KEY = r"(?:[a-z][_0-9a-z*/-]{0,255}|[a-z0-9][_0-9a-z*/-]{0,240}@[a-z][_0-9a-z*/-]{0,13})"
+_MEMBER = re.compile(rf"[ \t]*(?:{_KEY}=[!-+\--<>-~ ]{{0,256}}?)?[ \t]*")
+_MOST_MEMBERS = 32
+_MOST_CHARACTERS = 512
 _EXAMPLE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
@@ -31,7 +36,9 @@ class TraceContext(NamedTuple):
     tracestate: str | None = None
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self.attributes().items())
+        # Quoted, because a tracestate may have blanks, commas and brackets.
+        state = "" if self.tracestate is None else f", tracestate {self.tracestate!r}"
+        return f"traceparent {self.traceparent}{state}"
 
     def attributes(self) -> dict[str, str]:
         """Return the attributes of the envelope."""
@@ -58,8 +65,15 @@ def trace_of(attributes: Mapping[str, Any]) -> TraceContext | None:
     traceparent, tracestate = attributes.get("traceparent"), attributes.get("tracestate")
     if not isinstance(traceparent, str) or not _is_traceparent(traceparent):
         return None
-    is_valid = isinstance(tracestate, str) and _TRACESTATE.fullmatch(tracestate)
+    is_valid = isinstance(tracestate, str) and _is_tracestate(tracestate)
     return TraceContext(traceparent, tracestate if is_valid else None)
+
+
+def _is_tracestate(text: str) -> bool:
+    members = text.split(",")
+    if not text.strip() or len(text) > _MOST_CHARACTERS or len(members) > _MOST_MEMBERS:
+        return False
+    return all(map(_MEMBER.fullmatch, members))
 
 
 def _is_traceparent(text: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime, tzinfo
 from decimal import Decimal
 from enum import Enum
 from itertools import islice
@@ -21,6 +21,8 @@ from producers.events import PortfolioSnapshot, SignalArchive
 from producers.fields import as_money, is_datetime, money_sum, not_a_datetime, readable, type_name
 from producers.history_producer import HistoryProducer, Receipt
 from producers.redirection import Redirection, active_redirection
+from producers.settings import ZoneSettings
+from producers.times import localized
 
 _SHOWN_KEYS = 10
 _KEY_CHARACTERS = 40
@@ -70,18 +72,7 @@ def create_daily_portfolio_snapshot(
         ProducerClosed: `producer` is closed; nothing was recorded.
     """
     producer = producer or shared_producer()
-    if not isinstance(portfolio_data, Mapping):
-        raise InvalidEvent.at("portfolio_data", f"must be a mapping, not {type_name(portfolio_data)}")
-    moment = _moment("timestamp", timestamp, producer)
-    amounts = _amounts(portfolio_data)
-    snapshot = PortfolioSnapshot.checked(
-        snapshot_date=moment.date(),
-        timestamp=moment,
-        open_positions=_open_positions(portfolio_data.get("positions", [])),
-        trade_count=portfolio_data.get("trade_count", 0),
-        portfolio_id=portfolio_id,
-        **amounts,
-    )
+    snapshot = snapshot_of(portfolio_data, portfolio_id, timestamp, producer.timezone)
     return producer.record(snapshot, traceparent=traceparent)
 
 
@@ -123,7 +114,7 @@ def archive_current_signals(
         ProducerClosed: `producer` is closed; nothing was recorded.
     """
     producer = producer or shared_producer()
-    moment = _moment("archived_at", archived_at, producer)
+    moment = cycle_time("archived_at", archived_at, producer.timezone)
     found = read_signals(signals, signals_url=signals_url, signals_path=Path(signals_path))
     if not found:
         return None
@@ -131,12 +122,39 @@ def archive_current_signals(
     return producer.record(archive, traceparent=traceparent)
 
 
-def _moment(field: str, given: datetime | None, producer: HistoryProducer) -> datetime:
+def snapshot_of(
+    portfolio_data: Mapping[str, Any], portfolio_id: int | None, timestamp: datetime | None, zone: tzinfo | None
+) -> PortfolioSnapshot:
+    """Return the snapshot that `create_daily_portfolio_snapshot` records. It keeps no object of the caller.
+
+    Raises:
+        InvalidEvent: as in `create_daily_portfolio_snapshot`.
+    """
+    if not isinstance(portfolio_data, Mapping):
+        raise InvalidEvent.at("portfolio_data", f"must be a mapping, not {type_name(portfolio_data)}")
+    moment = cycle_time("timestamp", timestamp, zone)
+    amounts = _amounts(portfolio_data)
+    return PortfolioSnapshot.checked(
+        snapshot_date=moment.date(),
+        timestamp=moment,
+        open_positions=_open_positions(portfolio_data.get("positions", [])),
+        trade_count=portfolio_data.get("trade_count", 0),
+        portfolio_id=portfolio_id,
+        **amounts,
+    )
+
+
+def cycle_time(field: str, given: datetime | None, zone: tzinfo | None) -> datetime:
+    """Return the given time, or the current one, with an offset. A naive time is in `zone` (None: the machine's zone).
+
+    Raises:
+        InvalidEvent: it is not a time, or out of range; the message begins with `field`.
+    """
     if given is None:
-        return producer.now()
+        return datetime.now(UTC).astimezone(zone)
     if not is_datetime(given):
         raise InvalidEvent.at(field, not_a_datetime(given))
-    return producer.localized(given, field)
+    return localized(given, zone, field)
 
 
 def _amounts(portfolio: Mapping[str, Any]) -> dict[str, Decimal]:
@@ -207,3 +225,14 @@ def shared_producer() -> HistoryProducer:
                 del _shared[key]
             _shared[redirection] = producer
         return producer
+
+
+def zone_of(producer: HistoryProducer | None) -> tzinfo | None:
+    """Return the zone of naive times of `producer`, or of the shared one, which need not be open yet.
+
+    Raises:
+        SettingsError: the setting is wrong.
+    """
+    redirection = active_redirection()
+    known = producer or _shared.get(redirection)
+    return ZoneSettings.from_environment(dotenv=redirection is None).timezone if known is None else known.timezone

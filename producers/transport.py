@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from redis import Redis
 
-from producers.entries import Accepted
-from producers.errors import EventRejected
+from producers.entries import Accepted, EntryStatus
+from producers.errors import EventRejected, HistoryError
 from producers.outbox import Outbox, Position
 from producers.redis_url import place_of
 from producers.relay import LAST_BACKOFF_SECONDS, Relay
+from producers.times import deadline_after
 
 _POLL_SECONDS = 0.02
 _CHECK_NOW_SECONDS = 1.0  # how often `settle` makes the relay check the jobs of sent entries
@@ -23,7 +24,7 @@ _CHECK_NOW_SECONDS = 1.0  # how often `settle` makes the relay check the jobs of
 class Transport:
     """An open outbox and its relay thread.
 
-    If `relayed_by` is a process id, the relay runs in that process only, and not in a forked child.
+    If `relayed_by` is a process id, the relay runs in that process only, and not in a forked child; 0 is no process.
 
     Raises:
         OutboxError: the outbox cannot be opened.
@@ -113,21 +114,30 @@ class Transport:
 
     def wait(self, accepted: Accepted, timeout: float | None) -> int:
         """Wait until one entry is stored and return the id of its row; see `Receipt.wait`."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = deadline_after(timeout)
         while True:
-            entry = self.outbox.status_of(accepted)
-            if entry.state in ("stored", "rejected"):
-                break
+            (outcome,) = self.outcomes([accepted])
+            if isinstance(outcome, int):
+                return outcome
+            if outcome is not None:
+                raise outcome
             left = _POLL_SECONDS if deadline is None else min(_POLL_SECONDS, deadline - time.monotonic())
             if left <= 0:
-                raise TimeoutError(
-                    f"event {accepted.event_id} was not acknowledged within {timeout} s;"
-                    " it stays in the outbox and is retried"
-                )
+                raise late(accepted, timeout)
             self.relay.wait_for_results(left)
-        if entry.row_id is None:
-            raise EventRejected(str(accepted.event_id), entry.reason or "no reason given")
-        return entry.row_id
+
+    def outcomes(self, accepted: Sequence[Accepted]) -> list[int | HistoryError | None]:
+        """Return the row id of each event, the error that `wait` raises for it, or None if it is not settled."""
+        return list(map(self._outcome, accepted, self.outbox.statuses_of(accepted)))
+
+    def _outcome(self, accepted: Accepted, status: EntryStatus | None) -> int | HistoryError | None:
+        if status is None:
+            return self.outbox.no_longer_kept(accepted)
+        if status.state not in ("stored", "rejected"):
+            return None
+        if status.row_id is None:
+            return EventRejected(str(accepted.event_id), status.reason or "no reason given")
+        return status.row_id
 
     def _counter(self, count: Callable[[Position], int]) -> Callable[[], int]:
         """Return a function that calls `count` with the position of the newest present entry.
@@ -155,3 +165,10 @@ class Transport:
             if not self.relay.running or (deadline is not None and time.monotonic() >= deadline):
                 break
             self.relay.wait_for_results(_POLL_SECONDS)
+
+
+def late(accepted: Accepted, timeout: float | None) -> TimeoutError:
+    """Return the error of a wait that ends without an outcome."""
+    return TimeoutError(
+        f"event {accepted.event_id} was not acknowledged within {timeout} s; it stays in the outbox and is retried"
+    )

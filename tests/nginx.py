@@ -17,7 +17,7 @@ from consumers.web.api import create_app
 from tests.dashboard_server import dashboard_of
 from tests.documents import block
 from tests.page_app import serving
-from tests.pgbouncer import free_port, wait_until_it_listens
+from tests.ports import free_port, wait_until_it_listens
 
 Kind = Literal["removes", "keeps"]
 _API, _DASHBOARD = "http://127.0.0.1:8000", "http://127.0.0.1:9181"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 from sqlalchemy import make_url
 
 from consumers.embedded import Addresses
+from tests.ports import free_port, wait_until_it_listens
 
 _CONFIGURATION = """\
 [databases]
@@ -32,18 +31,11 @@ default_pool_size = {pool_size}
 """
 
 
-def free_port() -> int:
-    """Return a port that nobody listens at now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 @contextmanager
 def pooler(addresses: Addresses, folder: Path, *, pool_size: int = 5, more: str = "") -> Iterator[Addresses]:
     """Yield addresses whose PostgreSQL is reached through pgbouncer in transaction mode.
 
-    Each role that may log in needs no password. `more` is added to the configuration. PostgreSQL's account must be able
+    No role needs a password. `more` is added to the configuration. PostgreSQL's account must be able
     to read `folder`.
     """
     program = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
@@ -74,18 +66,3 @@ def pooler(addresses: Addresses, folder: Path, *, pool_size: int = 5, more: str 
     finally:
         process.kill()
         process.wait()
-
-
-def wait_until_it_listens(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Wait until a server that writes to `log` accepts connections.
-
-    Raises:
-        RuntimeError: It ended, or does not listen after 10 s.
-    """
-    until = time.monotonic() + 10
-    while time.monotonic() < until and process.poll() is None:
-        with socket.socket() as one:
-            if one.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.02)
-    raise RuntimeError(f"{process.args!r} does not listen: {log.read_text()}")

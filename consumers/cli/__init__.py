@@ -17,6 +17,7 @@ from consumers.ops.redis_errors import redis_problem
 from consumers.process_setup import on_stop_signals, write_logs
 from consumers.terminal import escaped
 from producers.errors import HistoryError, SettingsError
+from producers.redis_keys import key_prefix_problem
 
 app = typer.Typer(
     help="Store portfolio snapshots and signal archives of a trading controller in PostgreSQL, through Redis Queue.\n\n"
@@ -26,7 +27,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _debug = False
+_program = "trading-history"
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer exports only this subclass
+_PLAIN_REASONS = {
+    "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
+    "Input should be a valid number, unable to parse string as a number": "must be a number",
+}
 _EXTRAS = {
     **dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api"),
@@ -39,8 +45,8 @@ def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug log lines.")] = False,
 ) -> None:
-    global _debug
-    _debug = debug
+    global _debug, _program
+    _debug, _program = debug, context.command_path
     try:
         write_logs(logging.DEBUG if debug else logging.INFO)
     except SettingsError:
@@ -71,6 +77,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "doctor": doctor.doctor,
         "audit": reading.audit,
         "failed": failed.failed_app,
+        "withdraw": failed.withdraw,
         "outbox": outbox.outbox_app,
     },
     "Import and export": {
@@ -100,7 +107,7 @@ def main() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
     try:
-        # Not standalone: typer would print an error of usage as a box of five lines.
+        # Not standalone: typer would print a usage error as a box of five lines.
         sys.exit(app(standalone_mode=False))
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -115,14 +122,28 @@ def main() -> None:
 
 
 def _show_usage_error(error: Any) -> int:
-    """Print an error of usage in one line, or the help if a group of commands was called without a command."""
+    """Print a usage error in one line, or the help if a group of commands was called without a command."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
     else:
-        command = error.ctx.command_path if error.ctx else "trading-history"
         message = " ".join(error.format_message().split()).rstrip(".")
-        print(f"error: {escaped(message)}; see {command} --help", file=sys.stderr)
+        for reason, plain in _PLAIN_REASONS.items():
+            message = message.replace(reason, plain)
+        joint = " See" if message.endswith("?") else "; see"
+        command = error.ctx.command_path if error.ctx else _called_command()
+        print(f"error: {escaped(message)}{joint} {command} --help", file=sys.stderr)
     return int(error.exit_code)
+
+
+def _called_command() -> str:
+    """Return the program and the subcommand that was called, as in `trading-history outbox flush`."""
+    command: Any = typer.main.get_command(app)
+    path = [_program]
+    for argument in sys.argv[1:]:
+        if argument in (commands := getattr(command, "commands", {})):
+            command = commands[argument]
+            path.append(argument)
+    return " ".join(path)
 
 
 def _readable(error: Exception) -> str | None:
@@ -134,7 +155,7 @@ def _readable(error: Exception) -> str | None:
     if isinstance(error, RedisError):
         return f"Redis: {redis_problem(error)}"
     if isinstance(error, ValueError) and "RQ_KEY_PREFIX" in str(error):  # raised when RQ is imported
-        return str(error)
+        return key_prefix_problem(error)
     if isinstance(error, ModuleNotFoundError):
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         return (

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from consumers.cli.options import AsJson, Since, Timezone, Until, progress_bar
+from consumers.cli.options import AsJson, Since, Timezone, Until, portfolio_number, progress_bar
 from consumers.embedded.stack import stack
 from consumers.terminal import print_exported, print_json
 
@@ -72,9 +72,9 @@ def export(
 
 def _portfolio(name: str) -> int | None:
     try:
-        return None if name == _NO_NUMBER else int(name)
-    except ValueError:
-        raise typer.BadParameter(f"must be an integer or '{_NO_NUMBER}'", param_hint="--portfolio-id") from None
+        return None if name == _NO_NUMBER else portfolio_number(name)
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"{error.message}, or '{_NO_NUMBER}'", param_hint="'--portfolio-id'") from None
 
 
 def _notes(values: dict[str, Any]) -> Iterator[str]:

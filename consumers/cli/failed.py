@@ -1,19 +1,23 @@
-"""The commands `trading-history failed`: list, show, requeue and discard rejected events."""
+"""The commands `trading-history failed`: list, show, requeue and discard rejected events; and `withdraw`."""
 
 from __future__ import annotations
 
 import getpass
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import chain
 from typing import Annotated, Any
+from uuid import UUID
 
 import typer
 
 from consumers.cli.options import AsJson
 from consumers.embedded.stack import stack
-from consumers.terminal import print_json_array, print_rejections, print_text, print_values
+from consumers.terminal import print_json, print_json_array, print_rejections, print_text, print_values
 from producers.errors import HistoryError
+
+_STATEMENT_SECONDS = 20.0  # a lock is waited for at most 5 s
 
 failed_app = typer.Typer(
     help="List, show, requeue and discard rejected events.\n\nExample: trading-history failed list",
@@ -94,6 +98,55 @@ def failed_discard(
         settings = TransportSettings.from_environment()
         count = discard(_chosen(name, kind), settings.redis(), settings.queue, reason, actor or _account())
     print(f"{count} discarded")
+
+
+def _event_id(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text} is not an event id: history --json and archives --json show them") from None
+
+
+def _not_empty(text: str | None) -> str | None:
+    if text is not None and not text.strip():
+        raise typer.BadParameter("must not be empty")
+    return text
+
+
+def withdraw(
+    event_id: Annotated[UUID, typer.Argument(parser=_event_id, metavar="EVENT_ID", help="Event id of the row.")],
+    reason: Annotated[str, typer.Option(callback=_not_empty, help="Why the row is wrong; recorded in withdrawals.")],
+    actor: Annotated[
+        str | None,
+        typer.Option(
+            callback=_not_empty,
+            help="Name of the person who withdraws it; by default the account that runs this command.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the row, but change nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a wrong row of history for good; its content, the reason and the actor are kept in withdrawals.
+
+    Example: trading-history withdraw 7c1f366e-c9c3-5876-873e-6a33c29b098d --reason "wrong balance" --dry-run
+    """
+    from consumers.db.engine import get_db, limit_statements
+    from consumers.db.withdrawals import withdraw as withdraw_row
+
+    with stack(database=True):
+        limit_statements(_STATEMENT_SECONDS)
+        with get_db() as db:
+            savepoint = db.begin_nested()
+            withdrawn = withdraw_row(db, event_id, reason, actor or _account())
+            if dry_run:
+                savepoint.rollback()
+    if as_json:
+        print_json(asdict(withdrawn))
+        return
+    content = {name: value for name, value in withdrawn.content.items() if not isinstance(value, list)}
+    print_values({"event_id": withdrawn.event_id, "source": withdrawn.source, "sequence": withdrawn.sequence} | content)
+    result = "would be withdrawn; nothing was changed" if dry_run else "was withdrawn"
+    print(f"Row {withdrawn.row_id} of {withdrawn.table} {result}.")
 
 
 def _account() -> str:

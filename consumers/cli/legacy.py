@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from consumers.cli.options import AsJson, Timezone
+from consumers.cli.options import AsJson, Timezone, portfolio_number, row_number
 from consumers.embedded.stack import stack
 from consumers.process_setup import on_stop_signals
 from consumers.terminal import print_compared, print_import_statistics, print_json, printable
@@ -33,7 +33,12 @@ Directory = Annotated[
 ]
 ForPortfolio = Annotated[
     int | None,
-    typer.Option("--portfolio-id", help="Portfolio for entries without one; by default they stay without one."),
+    typer.Option(
+        "--portfolio-id",
+        parser=portfolio_number,
+        metavar="NUMBER",
+        help="Portfolio for entries without one; by default they stay without one.",
+    ),
 ]
 ReportFile = Annotated[
     Path,
@@ -50,7 +55,9 @@ NanAsNull = Annotated[
 ]
 Rate = Annotated[
     int | None,
-    typer.Option("--rate", min=1, help="Insert at most this many events per second.", metavar="EVENTS_PER_SECOND"),
+    typer.Option(
+        "--rate", parser=row_number, help="Insert at most this many events per second.", metavar="EVENTS_PER_SECOND"
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read, count and report, but insert nothing.")]
 
@@ -77,7 +84,7 @@ def import_history(  # noqa: PLR0917  # each parameter is a named option
     with ExitStack() as resources:
         if from_tables or not dry_run:
             resources.enter_context(stack(database=True))
-            limit_statements(_STATEMENT_SECONDS)
+            limit_statements(_STATEMENT_SECONDS, long_transactions=True)
         zone = _zone(timezone)
         histories = _histories(directory, zone, portfolio_id, nan_as_null)
         opened = resources.enter_context(Report(report))
@@ -148,10 +155,7 @@ def _import_sources(directory: Path | None) -> Sequence[ImportSource]:
 
     if directory is not None:
         return file_sources(directory)
-    sources = table_sources(engine())
-    if not sources:
-        raise HistoryError("the database has no adopted tables: run trading-history init-db --adopt-legacy first")
-    return sources
+    return table_sources(engine())
 
 
 def _zone(timezone: tzinfo | None) -> tzinfo | None:
@@ -173,9 +177,12 @@ def _only_read(histories: Sequence[OldHistory], report: Any) -> None:
 
 
 def _import(histories: Sequence[OldHistory], report: Any, rate: int | None) -> None:
+    from consumers.db.schema import check_database_now
     from consumers.legacy.entries_in_progress import EntriesInProgress
     from consumers.legacy.importer import Importer
     from consumers.worker.batch import logger as batch_logger
+
+    check_database_now()  # later, the import waits until the database is available
 
     if not batch_logger.isEnabledFor(logging.DEBUG):
         batch_logger.setLevel(logging.CRITICAL)  # rejections are in the report, and the rest in the statistics

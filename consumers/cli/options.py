@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from zoneinfo import ZoneInfo
 import typer
 from pydantic import TypeAdapter, ValidationError
 
+from producers.fields import LARGEST_BIGINT, SMALLEST_BIGINT
 from producers.times import zone_named
 
 
@@ -33,8 +35,41 @@ def time_option(text: str) -> datetime:
         raise typer.BadParameter(f"{text} is not a time such as 2026-11-22T17:00 or 2026-11-22T17:00+01:00") from None
 
 
+def _whole_number(smallest: int) -> Callable[[object], int]:
+    """Return the `parser` of options that are whole numbers, at most the largest one that the database has."""
+
+    def parse(text: object) -> int:
+        try:
+            number = int(str(text))
+        except ValueError:
+            number = smallest - 1
+        if not smallest <= number <= LARGEST_BIGINT:
+            raise typer.BadParameter(f"must be a whole number from {smallest} to {LARGEST_BIGINT}")
+        return number
+
+    return parse
+
+
+portfolio_number = _whole_number(SMALLEST_BIGINT)
+row_number = _whole_number(1)
+
+
+def seconds_option(text: object) -> float:
+    """Read the value of an option that is a limit of time in seconds; the `parser` of such options."""
+    try:
+        seconds = float(str(text))
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise typer.BadParameter("must be a finite number of seconds, at least 0")
+    return seconds
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-OfPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="Only rows of this portfolio.")]
+OfPortfolio = Annotated[
+    int | None,
+    typer.Option("--portfolio-id", parser=portfolio_number, metavar="NUMBER", help="Only rows of this portfolio."),
+]
 Since = Annotated[
     datetime | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from consumers.cli.options import AsJson, progress_bar, time_option
+from consumers.cli.options import AsJson, progress_bar, seconds_option, time_option
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
 from consumers.terminal import print_json, print_values
@@ -58,7 +59,9 @@ def outbox_status(as_json: AsJson = False) -> None:
 
 @outbox_app.command("flush")
 def outbox_flush(
-    timeout: Annotated[float, typer.Option(min=0, help="Wait at most this many seconds.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(parser=seconds_option, metavar="SECONDS", help="Wait at most this many seconds.")
+    ] = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Wait until every event in the outbox is stored or rejected; exit status 1 if one is not.
@@ -78,7 +81,7 @@ def outbox_flush(
         if left:
             away = "The events are safe in the outbox; run this again when it is back."
             longer = "Run this again with a longer --timeout."
-            reason = unsettled_reason(damaged, if_away=away, otherwise=longer)
+            reason = unsettled_reason(damaged, producer.relay_failure(), if_away=away, otherwise=longer)
         lossy = producer.lossy_files()
         producer.close(timeout=0)
     values = _status_values(path, status, "unsettled", status.oldest_unsettled_seconds)
@@ -97,9 +100,10 @@ def outbox_flush(
     elif not lossy:
         print(f"Every event in {path} is stored or rejected. Once no process uses the file, it may be deleted.")
     if lossy:
+        names = shlex.join(map(str, lossy))
         print(
-            f"Entries may be lost: not all of {', '.join(map(str, lossy))} could be read. Run trading-history audit,"
-            " then delete it; until then, this command ends with status 1.",
+            f"Entries may be lost: not all of {names} could be read. Run trading-history audit, which names missing"
+            f" events, then delete what you have examined: rm {names}; until then, this command ends with status 1.",
             file=sys.stderr,
         )
     raise typer.Exit(1 if left or status.depth or lossy else 0)
@@ -115,7 +119,9 @@ def outbox_resend(
             help="Resend events recorded from this time on; a time without offset is in HISTORY_TIMEZONE.",
         ),
     ],
-    timeout: Annotated[float, typer.Option(min=0, help="Try for at most this many seconds.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(parser=seconds_option, metavar="SECONDS", help="Try for at most this many seconds.")
+    ] = 60.0,
 ) -> None:
     """Send settled events again, after the database was restored from a backup; existing rows are kept.
 
@@ -152,7 +158,7 @@ def _producer(path: Path) -> Iterator[HistoryProducer]:
 
 @outbox_app.command("salvage")
 def outbox_salvage(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Damaged outbox file.")],
+    file: Annotated[Path, typer.Argument(help="Damaged outbox file.")],
 ) -> None:
     """Copy the readable entries of a damaged outbox file into the outbox; running it twice is safe.
 
@@ -160,6 +166,8 @@ def outbox_salvage(
     """
     from producers.outbox import Outbox
 
+    if not file.is_file():
+        raise HistoryError(f"{file}: {'Is a directory' if file.is_dir() else 'No such file or directory'}")
     path = TransportSettings.from_environment().outbox
     if file.resolve() == path.resolve():
         raise HistoryError(

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from consumers.cli.options import AsJson, OfPortfolio, Since, Until, time_option
+from consumers.cli.options import AsJson, OfPortfolio, Since, Until, row_number, time_option
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
 from consumers.terminal import print_archives, print_audit, print_csv, print_json, print_snapshots
@@ -19,7 +19,13 @@ _NEWEST = 20
 
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", "-n", min=1, help="Maximum number of rows, newest first; 20 by default, all with --csv."),
+    typer.Option(
+        "--limit",
+        "-n",
+        parser=row_number,
+        metavar="NUMBER",
+        help="Maximum number of rows, newest first; 20 by default, all with --csv.",
+    ),
 ]
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print all rows as CSV, with exact amounts and times with offset.")]
 
@@ -103,8 +109,17 @@ def audit(
         with Outbox(settings.outbox) if settings.outbox.is_file() else nullcontext() as outbox:
             audits = account(redis, outbox, settings.queue, since=since)
     (print_json if as_json else print_audit)([asdict(one) for one in audits])
+    if audits.redis_problem is not None:
+        print(
+            f"note: Redis: {audits.redis_problem}; events that are only in the queue count as missing", file=sys.stderr
+        )
     if audits.left_out:
-        left_out = f"{counted(audits.left_out, 'source')} left out: no event since then, and no outbox on this host"
+        have = (
+            "it has no event since then, and its outbox is"
+            if audits.left_out == 1
+            else ("they have no event since then, and their outboxes are")
+        )
+        left_out = f"{counted(audits.left_out, 'source')} left out: {have} not on this host"
         print(f"note: {left_out}; without --since they are checked too", file=sys.stderr)
     raise typer.Exit(0 if all(one.complete for one in audits) else 1)
 

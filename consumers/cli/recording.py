@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from consumers.cli.options import time_option
+from consumers.cli.options import portfolio_number, seconds_option, time_option
 from consumers.embedded.stack import stack
 from producers.errors import HistoryError, InvalidEvent, SignalsUnreadable
 from producers.fields import type_name
@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 _DEFAULT_SIGNALS = "data/trades/current_signals.json"
 _FROM_OPTIONS = ("portfolio_id", "timestamp", "archived_at")
 
-ForPortfolio = Annotated[int | None, typer.Option("--portfolio-id", help="Number of the portfolio.")]
+ForPortfolio = Annotated[
+    int | None,
+    typer.Option("--portfolio-id", parser=portfolio_number, metavar="NUMBER", help="Number of the portfolio."),
+]
+Wait = Annotated[
+    float,
+    typer.Option(
+        parser=seconds_option,
+        metavar="SECONDS",
+        help="Wait at most this many seconds; exit status 1 if the event is not stored then.",
+    ),
+]
 
 
 def snapshot(
@@ -35,10 +46,7 @@ def snapshot(
     timestamp: Annotated[
         datetime | None, typer.Option(parser=time_option, metavar="TIME", help="Time of the snapshot; by default now.")
     ] = None,
-    wait: Annotated[
-        float,
-        typer.Option(min=0, help="Wait at most this many seconds; exit status 1 if the event is not stored then."),
-    ] = 0,
+    wait: Wait = 0,
 ) -> None:
     """Record one portfolio snapshot, as a controller does.
 
@@ -65,10 +73,7 @@ def archive(
         datetime | None,
         typer.Option(parser=time_option, metavar="TIME", help="Time of the trading cycle; by default now."),
     ] = None,
-    wait: Annotated[
-        float,
-        typer.Option(min=0, help="Wait at most this many seconds; exit status 1 if the event is not stored then."),
-    ] = 0,
+    wait: Wait = 0,
 ) -> None:
     """Archive the current signals, as a controller does.
 
@@ -86,7 +91,8 @@ def archive(
                 **chosen, signals_url=url, portfolio_id=portfolio_id, archived_at=archived_at, producer=producer
             )
         if receipt is None:
-            print("There are no signals to archive.")
+            is_missing = file is None and url is None and not Path(_DEFAULT_SIGNALS).exists()
+            print(f"There are no signals to archive{f': {_DEFAULT_SIGNALS} does not exist' if is_missing else ''}.")
         else:
             _print_receipt(receipt, wait, producer)
 
@@ -141,4 +147,5 @@ def _print_receipt(receipt: Any, wait_seconds: float, producer: HistoryProducer)
             waited = f"event {receipt.event_id} is not stored after {wait_seconds:g} s, but safe in the outbox."
             later = "run trading-history outbox flush"
             advice = {"if_away": f"When it is back, {later}.", "otherwise": f"To wait longer, {later}."}
-            raise HistoryError(f"{waited} {unsettled_reason(producer.damaged_files(), **advice)}") from None
+            reason = unsettled_reason(producer.damaged_files(), producer.relay_failure(), **advice)
+            raise HistoryError(f"{waited} {reason}") from None

@@ -44,29 +44,35 @@ def init_db(
     Example: trading-history init-db
     """
     from consumers.db import logins
-    from consumers.db.engine import create_store_engine
-    from consumers.db.schema import apply_schema, script
+    from consumers.db.database_url import schema_name_problem
+    from consumers.db.engine import create_store_engine, translated_errors
+    from consumers.db.schema import apply_schema, other_tables, place_of_tables, schema_script
     from consumers.legacy import adoption
     from consumers.settings import LoginSettings, StoreSettings
 
+    if schema is not None and (problem := schema_name_problem(schema)):
+        raise typer.BadParameter(problem, param_hint="--schema")
     search_path = () if schema is None else (schema,)
     if dry_run and not adopt_legacy:
-        print(script(search_path), end="")
+        print(schema_script(search_path), end="")
         return
     with stack(database=True):
-        store = create_store_engine(StoreSettings.from_environment().url(), search_path=search_path)
+        url = StoreSettings.from_environment().url()
+        store = create_store_engine(url, search_path=search_path, long_transactions=True)
         try:
+            others = other_tables(store)
             if dry_run:
                 print(adoption.plan_adoption(store).script(), end="")
                 return
             notes = _adopted(adoption.adopt_legacy(store)) if adopt_legacy else apply_schema(store)
-            for note in [*notes, *logins.set_search_paths(store)]:
-                print(f"Note: {note}.")
-            print(f"The tables are ready{'' if schema is None else f' in schema {schema}'}.")
+            with translated_errors(), store.begin() as db:
+                print(f"The tables are ready in schema {place_of_tables(db).schema}.")
+            for note in [*notes, *others, *logins.set_search_paths(store)]:
+                print(f"Note: {note}")
             for login in logins.set_passwords(store, LoginSettings.from_environment()):
                 print(f"Login {login} is ready, with the password from the settings.")
             if schema is not None:
-                print(f"Other logins find the tables by schema={quote(schema, safe='')} in DATABASE_URL.")
+                print(f"Add ?schema={quote(schema, safe='')} to the DATABASE_URL of other logins.")
         finally:
             store.dispose()
 

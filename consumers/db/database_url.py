@@ -1,4 +1,4 @@
-"""DATABASE_URL with one host or several, of which sessions use the current primary, and with options of libraries."""
+"""Parse DATABASE_URL: one or several hosts, options of libpq, options of other libraries."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _HOST = re.compile(r"(?:\[(?P<six>[^\]]+)\]|(?P<name>[^:]*))(?::(?P<port>\d*))?"
 
 # Options that other libraries read from the same URL. Prisma, JDBC and Rails name the schema in these.
 _SCHEMA_NAMES = frozenset({"schema", "currentSchema", "search_path", "schema_search_path"})
-# They set pools, prepared statements and time limits of those libraries, which this program sets itself.
+# Most set pools, prepared statements and time limits of those libraries, which this program sets itself. The last line:
+# Rails' adapter and encoding, JDBC's name and keepalive, a mode of node-postgres, and the names that Supabase adds.
 _IGNORED = frozenset(
     {
         "pgbouncer", "connection_limit", "pool", "pool_size", "max_overflow", "pool_recycle", "pool_pre_ping",
         "pool_timeout", "socket_timeout", "command_timeout", "statement_cache_size", "prepared_statement_cache_size",
-        "prepared_statements", "prepare_threshold", "conn_max_age", "supa", "workaround", "uselibpqcompat",
-        "encoding", "adapter", "socketTimeout", "connectTimeout", "loginTimeout", "prepareThreshold",
-        "preparedStatementCacheQueries", "reWriteBatchedInserts", "tcpKeepAlive", "ApplicationName",
+        "prepared_statements", "prepare_threshold", "conn_max_age", "socketTimeout", "connectTimeout", "loginTimeout",
+        "prepareThreshold", "preparedStatementCacheQueries", "reWriteBatchedInserts",
+        "adapter", "encoding", "ApplicationName", "tcpKeepAlive", "uselibpqcompat", "supa", "workaround",
     }
 )  # fmt: skip
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -48,6 +49,15 @@ def parse_database_url(url: SecretStr) -> URL:
     Raises:
         SettingsError: the URL cannot be parsed, or an option is unknown; the message does not repeat a value.
     """
+    text = url.get_secret_value()
+    if text != text.strip() or text.startswith(("'", '"')):
+        raise SettingsError("DATABASE_URL: remove the blanks or quotation marks around the URL")
+    if text.casefold().startswith("jdbc:"):
+        raise SettingsError(
+            "DATABASE_URL: remove jdbc: from the beginning, and write user and password before the host"
+        )
+    scheme, colon, rest = text.partition("://")
+    url = SecretStr(scheme.lower() + colon + rest)
     try:
         parsed = _parse(url.get_secret_value())
     except (ArgumentError, ValueError):
@@ -59,14 +69,14 @@ def parse_database_url(url: SecretStr) -> URL:
     if "," in (parsed.host or ""):
         raise SettingsError(_ENCODE_LOGIN)
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
-        raise SettingsError("DATABASE_URL: must be a postgresql:// URL")
+        raise SettingsError("DATABASE_URL: must be a postgresql:// or postgres:// URL")
     # If a password contains ? unencoded, a part of it is taken for an option. An @ then follows.
-    may_name = "@" not in url.get_secret_value().partition("?")[2]
-    query = dict(_libpq_options(parsed.query, may_name=may_name))
+    may_repeat_name = "@" not in url.get_secret_value().partition("?")[2]
+    query = dict(_libpq_options(parsed.query, may_repeat_name=may_repeat_name))
     return parsed.set(drivername="postgresql+psycopg2", query=query)
 
 
-def _libpq_options(query: Any, *, may_name: bool) -> Iterator[tuple[str, Any]]:
+def _libpq_options(query: Any, *, may_repeat_name: bool) -> Iterator[tuple[str, Any]]:
     """Yield the options for libpq, and the schema. Leave out options that only other libraries need."""
     for name, value in query.items():
         if name in _IGNORED or (name == "ssl" and "sslmode" in query):
@@ -76,7 +86,7 @@ def _libpq_options(query: Any, *, may_name: bool) -> Iterator[tuple[str, Any]]:
         elif name in ("ssl", "sslmode"):
             yield "sslmode", _ssl_mode(name, value if isinstance(value, str) else value[-1])
         else:
-            _check_option(name, may_name=may_name)
+            _check_option(name, may_repeat_name=may_repeat_name)
             yield name, value
 
 
@@ -92,7 +102,7 @@ def _ssl_mode(name: str, value: str) -> str:
     )
 
 
-def _check_option(name: str, *, may_name: bool) -> None:
+def _check_option(name: str, *, may_repeat_name: bool) -> None:
     """Raise SettingsError for an unknown option. libpq's own message may contain a part of the password."""
     plain = _OPTION_NAME.fullmatch(name)
     try:
@@ -101,8 +111,19 @@ def _check_option(name: str, *, may_name: bool) -> None:
             return
     except ProgrammingError:
         pass
-    named = f"the option {name}" if plain and may_name else "an option after the ?"
+    named = f"the option {name}" if plain and may_repeat_name else "an option after the ?"
     raise SettingsError(f"DATABASE_URL: {named} is not an option of PostgreSQL: remove it") from None
+
+
+def schema_name_problem(name: str) -> str | None:
+    """Return in words what is wrong with the name of a schema that is to be created, or None."""
+    usable = name == name.strip() and not any(letter in name for letter in ',"\0') and len(name.encode()) <= 63
+    if usable and name and name != "$user" and not name.startswith("pg_"):
+        return None
+    return (
+        "must be a name of 1 to 63 bytes that does not begin with pg_, is not $user, and has no comma, no quotation"
+        " mark, and no blank at either end"
+    )
 
 
 def split_schema(url: URL) -> tuple[URL, tuple[str, ...]]:

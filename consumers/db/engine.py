@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from typing import Any
 
@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 
 from consumers.db.database_url import parse_database_url, session_attributes, split_schema, try_hosts_in_turn
+from consumers.db.schema_comparison import other_schema_problem
 from consumers.errors import StoreUnavailable, first_line
 from consumers.settings import StoreSettings
 from producers.errors import InvalidEvent
@@ -23,7 +24,7 @@ CONNECT_TIMEOUT_SECONDS = 5
 # SQLSTATE classes of errors after which the next statement would fail too: connection, transaction state (such as
 # read-only), authorization, database or schema missing, objects missing or forbidden, resources, shutdown, system and
 # internal errors. Any other error may concern one statement only: cancelled, a lock, a deadlock, a trigger.
-_STORE_CLASSES = ("08", "25", "28", "3D", "3F", "42", "53", "57P", "58", "F0", "XX")
+_OUTAGE_CLASSES = ("08", "25", "28", "3D", "3F", "42", "53", "57P", "58", "F0", "XX")
 READ_SECONDS = 5.0  # statement timeout of readers
 # A reader that gets no free connection within 2 s fails; the pool never grows.
 _READER: dict[str, Any] = {"pool_size": 8, "max_overflow": 0, "pool_timeout": 2.0}
@@ -35,19 +36,54 @@ _ISOLATED_LOCK_SECONDS = 0.5
 _VALUE_CLASSES = ("22", "23")
 ENCODING = "UTF8"
 _SEARCH_PATH = "trading_history_search_path"  # execution option of an engine
-_UNDEFINED_TABLE = "42P01"
-_OUR_TABLE = re.compile(rf"\b({'|'.join(kind.table for kind in KINDS.values())}|event_outcomes)\b")
+_UNDEFINED_TABLE, _READ_ONLY = "42P01", "25006"
+_OUR_TABLE = re.compile(rf"\b({'|'.join(kind.table for kind in KINDS.values())}|event_outcomes|withdrawals)\b")
 _SETTING = "DATABASE_URL or the POSTGRES_ variables"
-# Errors of connecting have no SQLSTATE. The last entry is for all of them that libpq itself reports.
+# For errors of connecting, which have no SQLSTATE. The first match wins. The server may write in another language. An
+# outage that ends by itself has no advice. The last entry is for errors without an answer from the server.
 _CONNECTION_ADVICE = (
     (
-        'database ".*" does not exist|no such database',
+        "unsupported startup parameter",
+        "this is a pooler, such as pgbouncer, and it refuses startup options: remove options= from DATABASE_URL, and"
+        " PGOPTIONS. For a search_path, write schema=NAME in DATABASE_URL",
+    ),
+    (
+        "no such (user|database)|Tenant or user not found",
+        "this is a pooler whose own list has no such user or database: correct the name in DATABASE_URL or there",
+    ),
+    (
+        'database ".*" does not exist',
         f"correct the name of the database in {_SETTING}, or create the database and run trading-history init-db",
     ),
-    ('authentication|password|role ".*" does not exist|no such user', f"correct user and password in {_SETTING}"),
-    ("FATAL:", ""),
     (
-        "could not translate host name|connection to server|no usable host|no answer from the server",
+        "channel binding",
+        "channel_binding=require needs TLS and a password by SCRAM: add sslmode=require to DATABASE_URL, or remove"
+        " channel_binding",
+    ),
+    (
+        "support SSL|SSL error|certificate",
+        "this is about TLS: correct sslmode and sslrootcert in DATABASE_URL, or PGSSLMODE and PGSSLROOTCERT",
+    ),
+    ('authentication|password|role ".*" does not exist', f"correct user and password in {_SETTING}"),
+    ("starting up|shutting down|recovery mode|too many |connection slots|terminating connection", ""),
+    (
+        "FATAL:|failed: [^\x00-\x7f][^ ]*: ",
+        f"if this does not end by itself, check the name of the database, user and password in {_SETTING}",
+    ),
+    (
+        "server closed the connection unexpectedly",
+        "check that PostgreSQL runs; a pooler, such as pgbouncer, must have pool_mode transaction or session: in mode"
+        " statement, it closes each connection that begins a transaction",
+    ),
+    (
+        "timeout expired",  # pgbouncer lets clients wait after the server has refused a connection
+        f"check that PostgreSQL runs, and host and port in {_SETTING}; if a pooler answers there, check the name of"
+        " the database too: the log of the pooler has the reason",
+    ),
+    (
+        "could not translate host name|connection to server|no usable host|no answer from the server"
+        # Without the server, if this process waits for the answers itself, as a worker does.
+        "|Connection refused|No such file or directory|No route to host|unreachable|timed out",
         f"check that PostgreSQL runs, and host and port in {_SETTING}",
     ),
 )
@@ -57,15 +93,16 @@ def create_store_engine(
     url: SecretStr,
     *,
     statement_timeout_seconds: float = 0,
+    long_transactions: bool = False,
     read_only: bool = False,
     search_path: tuple[str, ...] = (),
 ) -> Engine:
     """Return an engine with UTF8, times in UTC, a check of each pooled connection before use, and no values in logs.
 
     Each statement has a timeout of `statement_timeout_seconds`, and waits for a lock for at most 5 s; 0 means no
-    limit for both. With `read_only` PostgreSQL refuses every statement that would change data. The names of tables are
-    looked up in the schemas of `search_path`; by default, in the schema that the URL names, or else in the search_path
-    of the role.
+    limit for both. With `long_transactions`, no limit of the role or the server ends a transaction. With `read_only`
+    PostgreSQL refuses every statement that would change data. The names of tables are looked up in the schemas of
+    `search_path`; by default, in the schema that the URL names, or else in the search_path of the role.
 
     Raises:
         SettingsError: the URL cannot be parsed.
@@ -90,13 +127,16 @@ def create_store_engine(
         client_encoding=ENCODING,
         isolation_level="READ COMMITTED",
         **(_READER if read_only else _WRITER),
-        # Never False: that would override default_transaction_read_only, by which an operator stops all writes.
+        # Not set for writers, because False would override default_transaction_read_only, with which an operator
+        # stops all writes.
         execution_options={_SEARCH_PATH: schemas} | ({"postgresql_readonly": True} if read_only else {}),
         executemany_mode="values_plus_batch",
         hide_parameters=True,
     )
     settings = transaction_settings(statement_timeout_seconds, schemas)
     event.listen(store, "begin", lambda connection: connection.exec_driver_sql(settings))
+    if long_transactions:
+        event.listen(store, "begin", _lift_transaction_limits)
     try_hosts_in_turn(store)
     return store
 
@@ -123,25 +163,39 @@ def transaction_settings(statement_timeout_seconds: float, search_path: tuple[st
     return (
         (f"SET LOCAL search_path = {schemas}; " if schemas else "")
         + "SET LOCAL TimeZone = 'UTC'; SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL extra_float_digits = 1;"
+        # Otherwise NULL in an array is an error, an index finds a part of the rows, names are quoted without need, and
+        # any error ends the session.
+        " SET LOCAL array_nulls = on; SET LOCAL gin_fuzzy_search_limit = 0; SET LOCAL quote_all_identifiers = off;"
+        " SET LOCAL exit_on_error = off;"
         f" SET LOCAL statement_timeout = {round(1000 * statement_timeout_seconds)};"
         f" SET LOCAL lock_timeout = {round(1000 * lock_seconds)}"
     )
 
 
+def _lift_transaction_limits(connection: Connection) -> None:
+    """Let the current transaction take any time."""
+    connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+    if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_VERSION:
+        connection.exec_driver_sql("SET LOCAL transaction_timeout = 0")
+
+
 _statement_timeout_seconds = 0.0
+_long_transactions = False
 
 
-def limit_statements(seconds: float) -> None:
-    """Set the statement timeout of this process; call it before the first use of the engine."""
-    global _statement_timeout_seconds
-    _statement_timeout_seconds = seconds
+def limit_statements(seconds: float, *, long_transactions: bool = False) -> None:
+    """Set the time limits of this process, see `create_store_engine`; call it before the first use of the engine."""
+    global _statement_timeout_seconds, _long_transactions
+    _statement_timeout_seconds, _long_transactions = seconds, long_transactions
 
 
 @cache
 def engine() -> Engine:
     """Return the engine of this process. The first call creates it from the settings."""
     url = StoreSettings.from_environment().url()
-    return create_store_engine(url, statement_timeout_seconds=_statement_timeout_seconds)
+    return create_store_engine(
+        url, statement_timeout_seconds=_statement_timeout_seconds, long_transactions=_long_transactions
+    )
 
 
 def reader() -> Engine:
@@ -164,7 +218,8 @@ def read_transaction() -> Iterator[Connection]:
         StoreUnavailable: the database is away, cannot execute a statement now, or a statement timed out.
         SettingsError: the settings name no database.
     """
-    with translated_errors(), reader().connect() as pooled:
+    store = reader()
+    with translated_errors(store), store.connect() as pooled:
         connection = pooled.execution_options(isolation_level="REPEATABLE READ")
         # JIT compilation takes hundreds of milliseconds for queries that run for tens.
         connection.exec_driver_sql("SET LOCAL jit = off")
@@ -200,7 +255,8 @@ def get_db(*, statement_seconds: float | None = None) -> Iterator[Connection]:
         StoreUnavailable: the database is away or cannot execute a statement now.
         SettingsError: the settings name no database.
     """
-    with translated_errors(), engine().begin() as connection:
+    store = engine()
+    with translated_errors(store), store.begin() as connection:
         if statement_seconds is not None:
             connection.exec_driver_sql(f"SET LOCAL statement_timeout = {round(statement_seconds * 1000)}")
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(_ISOLATED_LOCK_SECONDS * 1000)}")
@@ -217,18 +273,18 @@ def long_read(store: Engine | None = None) -> Iterator[Connection]:
         StoreUnavailable: the database is away or cannot execute a statement now.
         SettingsError: the settings name no database.
     """
-    with translated_errors(), (store or engine()).connect() as pooled:
+    store = store or engine()
+    with translated_errors(store), store.connect() as pooled:
         connection = pooled.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-        # The limits of the role, the database and the server do not know how much there is to read.
-        connection.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0")
-        if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_VERSION:
-            connection.exec_driver_sql("SET LOCAL transaction_timeout = 0")
+        # The default limits could end a long read.
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
+        _lift_transaction_limits(connection)
         yield connection
 
 
 @contextmanager
-def translated_errors() -> Iterator[None]:
-    """Translate driver errors to StoreUnavailable.
+def translated_errors(store: Engine | None = None) -> Iterator[None]:
+    """Translate driver errors to StoreUnavailable. If `store` lacks the tables, look for them in its other schemas.
 
     Errors that an event's values cause are translated before, by `translated_value_errors`.
     """
@@ -242,9 +298,9 @@ def translated_errors() -> Iterator[None]:
             message = f"PostgreSQL: {first_line(error)} (SQLSTATE {sqlstate}){advice}"
             # Not chained: the driver's error contains the row's values, and a traceback would show them.
             raise StoreUnavailable(message, one_statement=not taken) from None
-        alone = sqlstate != "" and not sqlstate.startswith(_STORE_CLASSES)
-        message, advice = _described(error, sqlstate)
-        raise StoreUnavailable(f"PostgreSQL: {message}", one_statement=alone, advice=advice) from error
+        one_statement = sqlstate != "" and not sqlstate.startswith(_OUTAGE_CLASSES)
+        message, advice = _described(error, sqlstate, store)
+        raise StoreUnavailable(f"PostgreSQL: {message}", one_statement=one_statement, advice=advice) from error
     except StatementError as error:  # raised before the driver was called, so not by the database
         raise (error.orig or error) from None
     except SQLAlchemyError as error:
@@ -272,12 +328,22 @@ def translated_value_errors() -> Iterator[None]:
         ) from None
 
 
-def _described(error: DBAPIError, sqlstate: str) -> tuple[str, str]:
+def _described(error: DBAPIError, sqlstate: str, store: Engine | None) -> tuple[str, str]:
     """Return the message of an error and what to do about it, as far as that is known."""
+    # The import reads tables of other names, and has its own advice for them.
+    if sqlstate == _UNDEFINED_TABLE and _OUR_TABLE.search(first_line(error)):
+        elsewhere = None
+        if store is not None:
+            with suppress(SQLAlchemyError), store.connect() as db:
+                elsewhere = other_schema_problem(db, search_path_of(store))
+        return elsewhere or (first_line(error), "run trading-history init-db")
+    if sqlstate == _READ_ONLY:
+        return first_line(error), (
+            "the database is read-only: turn default_transaction_read_only off for this role, database or server; if"
+            f" this is a replica, point {_SETTING} to the primary"
+        )
     if sqlstate:
-        # The import reads tables of other names, and has its own advice for them.
-        missing = sqlstate == _UNDEFINED_TABLE and _OUR_TABLE.search(first_line(error))
-        return first_line(error), "run trading-history init-db" if missing else ""
+        return first_line(error), ""
     lines = [" ".join(line.split()) for line in str(error.orig).splitlines()]
     # A name such as localhost has several addresses. The one that answers says more than those that do not.
     message = next((line for line in lines if "FATAL:" in line), first_line(error))

@@ -1,7 +1,8 @@
 """Idempotent inserts of any number of events, with one statement per kind of event.
 
 The unique key on event_id decides which events are new. An event that is already stored is compared with its row by
-value: equal content is a duplicate, other content is a conflict.
+value: equal content is a duplicate, other content is a conflict. Content that was withdrawn under the event's id is not
+inserted: see `consumers.db.withdrawals`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from sqlalchemy import Connection, TextClause, text
 
 from consumers.db.engine import get_db, translated_value_errors
 from consumers.db.schema import check_database
-from consumers.errors import EventConflict, StoreUnavailable
+from consumers.db.withdrawals import same_content, withdrawn_by
+from consumers.errors import EventConflict, EventWithdrawn, StoreUnavailable
 from producers.event_kinds import Column, EventKind
 from producers.events import KINDS, Event, Payload
 
 _TRIES = 3
+# PostgreSQL ends a transaction that has been idle for so long. The process is frozen then, and its open insert would
+# block the same event from other workers. Shorter than a lease: when the jobs are requeued, the transaction has ended.
+IDLE_SECONDS = 10.0
 
 
 class Stored(NamedTuple):
@@ -37,6 +42,8 @@ class Stored(NamedTuple):
     sequence: int | None
 
 
+Answer = Stored | EventConflict | EventWithdrawn
+
 _EVENT_COLUMNS = (("event_id", "uuid"), ("source", "text"), ("sequence", "bigint"))
 
 
@@ -45,11 +52,15 @@ def _insert_statement(kind: EventKind) -> TextClause:
     arrays, names = _arrays_and_names(kind)
     # Row ids follow the order of the events. The rows are inserted in the order of their event ids, because two batches
     # in opposite order could deadlock. The subquery looks up the table's sequence once, not for each row.
+    # The condition with ANY is redundant: it lets PostgreSQL use the index if there are many withdrawals.
     return text(f"""
         INSERT INTO {kind.table} (id, {names})
         SELECT * FROM (
             SELECT nextval((SELECT CAST(pg_get_serial_sequence('{kind.table}', 'id') AS regclass))), given.*
-            FROM unnest({arrays}) AS given ({names})) AS numbered
+            FROM unnest({arrays}) AS given ({names})
+            WHERE NOT EXISTS (
+                SELECT FROM withdrawals
+                WHERE withdrawals.event_id = ANY (CAST(:event_id AS uuid[])) AND {same_content(kind)})) AS numbered
         ORDER BY event_id
         ON CONFLICT (event_id) DO NOTHING
         RETURNING CAST(event_id AS text), id
@@ -74,6 +85,17 @@ def _compare_statement(kind: EventKind) -> TextClause:
     """)  # noqa: S608  # from the table of event kinds; values are parameters
 
 
+@cache
+def _withdrawn_statement(kind: EventKind) -> TextClause:
+    arrays, names = _arrays_and_names(kind)
+    return text(f"""
+        SELECT given.number, withdrawals.actor, withdrawals.withdrawn_at, withdrawals.reason,
+            coalesce((withdrawals.source, withdrawals.sequence) = (given.source, given.sequence), false)
+        FROM unnest({arrays}) WITH ORDINALITY AS given ({names}, number)
+        JOIN withdrawals ON {same_content(kind)}
+    """)  # noqa: S608  # from the table of event kinds; values are parameters
+
+
 def _arrays_and_names(kind: EventKind) -> tuple[str, str]:
     """Return the parameters, one array per column, and the names of the columns."""
     columns = (*_EVENT_COLUMNS, *((column.name, column.type) for column in kind.columns))
@@ -83,19 +105,20 @@ def _arrays_and_names(kind: EventKind) -> tuple[str, str]:
     )
 
 
-def insert_events(db: Connection, events: Sequence[Event]) -> list[Stored | EventConflict]:
+def insert_events(db: Connection, events: Sequence[Event]) -> list[Answer]:
     """Insert a row for each event that is not stored yet, in the transaction of `db`.
 
     Returns:
         One item per event, in the order of `events`. An event whose id is stored with other content gives an
-        EventConflict and changes nothing.
+        EventConflict, and one whose content was withdrawn an EventWithdrawn; both change nothing.
 
     Raises:
         InvalidEvent: at least one event has values that the table cannot store.
         StoreUnavailable: the database is not UTF8, or its tables are older than this program.
     """
     check_database(db)
-    answers: list[Stored | EventConflict | None] = [None] * len(events)
+    db.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {round(1000 * IDLE_SECONDS)}")
+    answers: list[Answer | None] = [None] * len(events)
     for kind, positions in _by_kind(events):
         for n, answer in zip(positions, _insert(db, kind, [events[n] for n in positions]), strict=True):
             answers[n] = answer
@@ -125,16 +148,29 @@ def find_events(db: Connection, events: Sequence[Event]) -> list[Found | None]:
     return found
 
 
-def find_row(db: Connection, source: str, sequence: int, event_id: UUID) -> int | None:
-    """Return the id of the row that this delivery made, or None."""
-    rows = " UNION ALL ".join(
-        f"SELECT id FROM {kind.table} "  # noqa: S608  # constants
-        "WHERE source = :source AND sequence = :sequence AND event_id = CAST(:event_id AS uuid)"
-        for kind in KINDS.values()
-    )
+def find_withdrawn(db: Connection, events: Sequence[Event]) -> list[EventWithdrawn | None]:
+    """Return the withdrawal of each event with the same id and content, in the order of `events`, or None."""
+    found: list[EventWithdrawn | None] = [None] * len(events)
+    for kind, positions in _by_kind(events):
+        columns = _texts(kind, [events[n] for n in positions])
+        for number, actor, at, reason, own in db.execute(_withdrawn_statement(kind), _arrays(columns)):
+            n = positions[number - 1]
+            found[n] = EventWithdrawn(events[n].id, withdrawn_by(actor, at, reason), own=own)
+    return found
+
+
+_OWN = "WHERE source = :source AND sequence = :sequence AND event_id = CAST(:event_id AS uuid)"
+
+
+def find_row(db: Connection, source: str, sequence: int, event_id: UUID) -> int | EventWithdrawn | None:
+    """Return the id of the row that this delivery made, its withdrawal, or None."""
+    rows = " UNION ALL ".join(f"SELECT id FROM {kind.table} {_OWN}" for kind in KINDS.values())  # noqa: S608  # constants
     own = {"source": source, "sequence": sequence, "event_id": str(event_id)}
     row_id: int | None = db.execute(text(rows), own).scalar_one_or_none()
-    return row_id
+    if row_id is not None:
+        return row_id
+    gone = db.execute(text(f"SELECT actor, withdrawn_at, reason FROM withdrawals {_OWN} LIMIT 1"), own).one_or_none()  # noqa: S608  # constants
+    return None if gone is None else EventWithdrawn(event_id, withdrawn_by(*gone), own=True)
 
 
 def _by_kind(events: Sequence[Event]) -> Iterator[tuple[EventKind, list[int]]]:
@@ -150,20 +186,21 @@ def insert_event(event: Event) -> int:
 
     Raises:
         EventConflict: its id is stored with other content.
+        EventWithdrawn: this content was withdrawn under its id.
         InvalidEvent: the table cannot store its values.
         StoreUnavailable: the database is away or cannot execute the insert now.
     """
     with get_db() as db:
         (answer,) = insert_events(db, [event])
-    if isinstance(answer, EventConflict):
+    if not isinstance(answer, Stored):
         raise answer
     return answer.row_id
 
 
-def _insert(db: Connection, kind: EventKind, events: Sequence[Event]) -> list[Stored | EventConflict]:
+def _insert(db: Connection, kind: EventKind, events: Sequence[Event]) -> list[Answer]:
     columns = _texts(kind, events)
     event_ids = columns["event_id"]
-    answers: dict[int, Stored | EventConflict] = {}
+    answers: dict[int, Answer] = {}
     # If a row that conflicts with the insert is deleted before it is compared, the insert is repeated.
     for _ in range(_TRIES):
         missing = [n for n in range(len(events)) if n not in answers]
@@ -181,6 +218,9 @@ def _insert(db: Connection, kind: EventKind, events: Sequence[Event]) -> list[St
                 answers[n] = (
                     Stored(row_id, False, source, sequence) if same else EventConflict(events[n].id, kind.table, row_id)
                 )
+            unstored = [n for n in missing if not isinstance(answers.get(n), Stored)]
+            withdrawn = find_withdrawn(db, [events[n] for n in unstored])
+            answers |= {n: error for n, error in zip(unstored, withdrawn, strict=True) if error is not None}
         if len(answers) == len(events):
             return [answers[n] for n in range(len(events))]
     raise StoreUnavailable(

@@ -1,10 +1,13 @@
-"""Login roles of the worker and of the API. They have only the privileges of their groups, which schema.sql makes.
+"""Login roles of the worker and of the API. They have only the privileges of the roles that they are
+members of, which schema.sql makes.
 
-In this database, their search_path is the schema of the tables, whatever the database and the server set.
+In this database, their search_path is the schema of the tables, whatever the database and the server set. A login that
+finds the tables in one schema is not moved to another one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +17,7 @@ from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
 from consumers.db.engine import translated_errors
+from consumers.db.schema_comparison import schemas_with_tables
 from consumers.errors import LoginNotMade
 from consumers.settings import LoginSettings
 
@@ -26,8 +30,8 @@ _TRIES = 5
 _NO_PRIVILEGE = "42501"
 # Until PostgreSQL 15, CREATEROLE was enough to change a role and to grant it.
 _ROLE = text("""
-    SELECT current_user AS me, current_schema() AS schema, current_database() AS database,
-        login.oid IS NOT NULL AS exists, coalesce(pg_has_role(login.oid, grp.oid, 'MEMBER'), false) AS is_member,
+    SELECT current_user AS me, login.oid IS NOT NULL AS exists,
+        coalesce(pg_has_role(login.oid, grp.oid, 'MEMBER'), false) AS is_member,
         me.rolsuper OR me.rolcreaterole AS may_create,
         me.rolsuper OR CASE WHEN CAST(current_setting('server_version_num') AS integer) < 160000 THEN me.rolcreaterole
             ELSE coalesce(pg_has_role(grp.oid, 'MEMBER WITH ADMIN OPTION'), me.rolcreaterole) END AS may_grant
@@ -35,17 +39,17 @@ _ROLE = text("""
     LEFT JOIN pg_roles AS grp ON grp.rolname = :group
     WHERE me.rolname = current_user
 """)
-# Logins that exist and have another search_path in this database than the current schema. Without any setting, a login
-# finds the schema public. The setting of a role in a database comes before that of the role, and that of the database.
-_WITHOUT_SCHEMA = text("""
-    SELECT CAST(rolname AS text) FROM pg_roles
-    WHERE rolname = ANY(:logins) AND 'search_path=' || quote_ident(current_schema()) <> coalesce((
-        SELECT setting FROM pg_db_role_setting CROSS JOIN unnest(setconfig) AS setting
+# Logins that exist, and their search_path in this database. Without any setting, a login finds the schema public. The
+# setting of a role in a database comes before that of the role, and that of the database.
+_SEARCH_PATHS = text("""
+    SELECT CAST(rolname AS text) AS login, quote_ident(current_schema()) AS home, coalesce((
+        SELECT substr(setting, 13) FROM pg_db_role_setting CROSS JOIN unnest(setconfig) AS setting
         WHERE setting LIKE 'search_path=%' AND setrole IN (0, pg_roles.oid)
             AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
-        ORDER BY setrole <> 0 DESC, setdatabase <> 0 DESC LIMIT 1), 'search_path=public')
-    ORDER BY rolname
+        ORDER BY setrole <> 0 DESC, setdatabase <> 0 DESC LIMIT 1), 'public') AS search_path
+    FROM pg_roles WHERE rolname = ANY(:logins) ORDER BY rolname
 """)
+_NAME = re.compile(r'"(?:[^"]|"")+"|[^", ]+')
 
 
 def set_passwords(store: Engine, settings: LoginSettings) -> Iterator[str]:
@@ -61,7 +65,7 @@ def set_passwords(store: Engine, settings: LoginSettings) -> Iterator[str]:
 
 
 def missing_logins(db: Connection, settings: LoginSettings) -> list[tuple[str, str]]:
-    """Return a sentence for each login whose password is set and which does not exist or has not its group.
+    """Return a sentence for each login whose password is set and which does not exist or is not a member of its role.
 
     The second value has the statements after which this user may create it; it is empty if no privilege is missing.
     """
@@ -70,11 +74,11 @@ def missing_logins(db: Connection, settings: LoginSettings) -> list[tuple[str, s
         found = db.execute(_ROLE, {"login": login, "group": group}).one()
         if found.is_member:
             continue
-        lacking = f"{login} is not a member of {group}" if found.exists else f"{login} does not exist"
+        problem = f"{login} is not a member of {group}" if found.exists else f"{login} does not exist"
         remedies = _Remedies(_session(db), found.me, login, group)
         needed = [] if found.exists or found.may_create else [remedies.creating]
         needed += [] if found.may_grant else [remedies.granting]
-        missing.append((lacking, "; ".join(needed)))
+        missing.append((problem, "; ".join(needed)))
     return missing
 
 
@@ -89,31 +93,52 @@ def _wanted(settings: LoginSettings) -> Iterator[tuple[str, str, SecretStr]]:
 
 
 def set_search_paths(store: Engine) -> list[str]:
-    """Let logins that exist find the tables in the current schema.
+    """Let logins that exist find the tables in the current schema, unless they find tables in another one.
 
     Returns:
-        Notes for the user about logins that this user may not change.
+        Notes for the user about logins that were not changed, with the statements that change them.
 
     Raises:
         StoreUnavailable: the database cannot be reached.
     """
     with translated_errors(), store.begin() as db:
-        found = list(db.execute(_WITHOUT_SCHEMA, {"logins": [WORKER, API]}).scalars())
+        found = db.execute(_SEARCH_PATHS, {"logins": [WORKER, API]}).all()
+        others = {row.login: _other_schema(db, row.login) for row in found}
+        moves = {row.login: _move(_session(db), row.login, db) for row in found}
     notes = []
-    for login in found:
-        try:
-            _change(store, login, WRITER if login == WORKER else READER)
-        except LoginNotMade as error:
-            notes.append(str(error))
+    for row in found:
+        if others[row.login] is not None:
+            notes.append(
+                f"login {row.login} still uses the tables in schema {others[row.login]}; to move it to schema"
+                f" {row.home}, run {moves[row.login]}"
+            )
+        elif row.search_path != row.home:
+            try:
+                _change(store, row.login, WRITER if row.login == WORKER else READER)
+            except LoginNotMade as error:
+                notes.append(str(error))
     return notes
 
 
+def _other_schema(db: Connection, login: str) -> str | None:
+    """Return the schema, other than the current one, in which an existing login finds tables; None if there is none."""
+    there = schemas_with_tables(db)
+    for row in db.execute(_SEARCH_PATHS, {"logins": [login]}):
+        schema = next((name for name in _NAME.findall(row.search_path) if name in there), row.home)
+        return None if schema == row.home else str(schema)
+    return None
+
+
 def _change(store: Engine, login: str, group: str, password: SecretStr | None = None) -> None:
-    """Give a login its search_path; with a password, also create it or change its password."""
+    """Give a login its search_path, see `set_search_paths`; with a password, also create it or change its password."""
     for tries_left in reversed(range(_TRIES)):
         with translated_errors(), store.connect() as db:
             found = db.execute(_ROLE, {"login": login, "group": group}).one()
-            for statement, remedy in _statements(_session(db), login, group, password, found):
+            statements = [*_statements(_session(db), login, group, password, found)]
+            if _other_schema(db, login) is None:
+                move = _move(_session(db), login, db)
+                statements.append((move, move))
+            for statement, remedy in statements:
                 try:
                     db.execution_options(no_parameters=True).exec_driver_sql(statement)
                 except DBAPIError as error:
@@ -154,6 +179,13 @@ def _composed(session: extensions.connection, template: str, **names: str) -> st
     return sql.SQL(template).format(**identifiers).as_string(session)
 
 
+def _move(session: extensions.connection, login: str, db: Connection) -> str:
+    """Return the statement that gives a login the current schema in this database."""
+    place = db.exec_driver_sql("SELECT current_database() AS database, current_schema() AS schema").one()
+    move = "ALTER ROLE {login} IN DATABASE {database} SET search_path = {schema}"
+    return _composed(session, move, login=login, database=place.database, schema=place.schema)
+
+
 def _statements(
     session: extensions.connection, login: str, group: str, password: SecretStr | None, found: Row[Any]
 ) -> Iterator[tuple[str, str]]:
@@ -169,6 +201,3 @@ def _statements(
         yield role + sql.Literal(verifier).as_string(session), remedies.changing if found.exists else remedies.creating
         if not found.is_member:
             yield _composed(session, "GRANT {group} TO {login}", group=group, login=login), remedies.granting
-    path = "ALTER ROLE {login} IN DATABASE {database} SET search_path = {schema}"
-    path = _composed(session, path, login=login, database=found.database, schema=found.schema)
-    yield path, path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,8 +13,11 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, text
 from sqlalchemy.exc import DBAPIError
 
+from consumers.db.database_url import schema_name_problem
 from consumers.db.engine import ENCODING, get_db, quoted, search_path_of, translated_errors
+from consumers.db.schema_comparison import other_schema_problem, schemas_with_tables, unquoted
 from consumers.errors import OldSchema, StoreUnavailable, first_line
+from producers.errors import HistoryError, SettingsError
 
 _OLD_SCHEMA = "TH001"  # SQLSTATE that schema.sql raises
 _NO_PRIVILEGE, _NO_SCHEMA = "42501", "3F000"
@@ -22,6 +26,7 @@ _SCHEMA_VERSION = re.compile(r"schema version (\d+)")
 _DATABASE = text("""
     SELECT current_database() AS name, current_setting('server_encoding') AS encoding,
         quote_ident(current_database() || '_utf8') AS another,
+        to_regclass('event_outcomes') IS NOT NULL AS has_tables,
         obj_description(to_regclass('event_outcomes'), 'pg_class') AS comment
 """)
 _PLACE = text("""
@@ -33,7 +38,10 @@ _PLACE = text("""
             WHERE NOT has_schema_privilege(oid, 'USAGE') AND nspname = ANY(ARRAY(
                 SELECT CASE name WHEN '$user' THEN CAST(current_user AS text) ELSE name END
                 FROM regexp_split_to_table(replace(current_setting('search_path'), '"', ''), ' *, *') AS name)))
-            AS closed
+            AS unusable_schemas,
+        ARRAY(SELECT quote_ident(name)
+            FROM regexp_split_to_table(replace(current_setting('search_path'), '"', ''), ' *, *') AS name
+            WHERE name <> '$user' AND name NOT IN (SELECT nspname FROM pg_namespace)) AS missing_schemas
 """)
 _CHECKED = "trading-history: checked"  # key in the info of a pooled connection
 
@@ -42,12 +50,18 @@ def check_database(db: Connection) -> None:
     """Check, once per connection, that this version of the program can store events in this database.
 
     Raises:
-        StoreUnavailable: the encoding is not UTF8, or the tables are older than this program.
+        StoreUnavailable: the encoding is not UTF8, or the tables are missing or older than this program.
     """
     if _CHECKED in db.info:
         return
     found = db.execute(_DATABASE).one()
-    if problem := encoding_problem(found) or outdated_schema_problem(found.comment):
+    if problem := encoding_problem(found):
+        raise StoreUnavailable(problem)
+    if not found.has_tables:
+        elsewhere = other_schema_problem(db, search_path_of(db.engine))
+        problem, advice = elsewhere or ("the tables are missing", "run trading-history init-db")
+        raise StoreUnavailable(problem, advice=advice)
+    if problem := outdated_schema_problem(found.comment):
         raise StoreUnavailable(problem)
     db.info[_CHECKED] = True
 
@@ -86,9 +100,7 @@ def outdated_schema_problem(comment: str | None) -> str | None:
     needed, found = _version_in(schema_sql()), _version_in(comment or "")
     if found >= needed:
         return None
-    return (
-        f"the tables are missing or too old (schema version {found}, needed is {needed}): run trading-history init-db"
-    )
+    return f"the tables are too old (schema version {found}, needed is {needed}): run trading-history init-db"
 
 
 def _version_in(words: str) -> int:
@@ -109,7 +121,7 @@ def schema_body() -> str:
     return re.sub(r"^(BEGIN|COMMIT);\n", "", schema_sql(), flags=re.M)
 
 
-def script(search_path: tuple[str, ...]) -> str:
+def schema_script(search_path: tuple[str, ...]) -> str:
     """Return SQL for psql that does the same as `apply_schema` of an engine with this search_path."""
     if not search_path:
         return schema_sql()
@@ -124,9 +136,9 @@ class _Notices:
         self.of_roles: list[str] = []
 
     def append(self, notice: str) -> None:
-        _, found, note = notice.partition("NOTICE:  roles: ")
-        if found:
-            self.of_roles.append(note.strip())
+        # The word before the first colon is in the language of the server.
+        if found := re.match(r"[^:]+:\s+roles: (.*)", notice, re.DOTALL):
+            self.of_roles.append(found[1].strip())
 
 
 @contextmanager
@@ -137,6 +149,7 @@ def role_notes(connection: Connection) -> Iterator[list[str]]:
     """
     session: Any = connection.connection.driver_connection
     session.notices = notices = _Notices()
+    connection.exec_driver_sql("SET LOCAL client_min_messages = notice")
     try:
         yield notices.of_roles
     finally:
@@ -179,9 +192,37 @@ def apply_schema(store: Engine) -> list[str]:
         raise
 
 
+def other_tables(store: Engine) -> list[str]:
+    """Return notes about tables in other schemas, if the current schema has none. Call it before creating them there.
+
+    Raises:
+        HistoryError: no schema was given to `store`, so other tables would be made by mistake; nothing was changed.
+        StoreUnavailable: the database cannot be reached.
+    """
+    with translated_errors(), store.begin() as db:
+        place, there = place_of_tables(db), schemas_with_tables(db)
+    if not there or place.quoted in there:
+        return []
+    names = " and ".join(there)
+    if search_path_of(store):
+        return [f"schema {names} has tables of trading-history too; these are separate histories"]
+    command = "run trading-history init-db --schema"
+    another = "NAME" if place.schema is None else shlex.quote(place.schema)
+    raise HistoryError(
+        f"the tables are in schema {names}, not in the current schema{f' {place.quoted}' if place.quoted else ''}."
+        f" Nothing was changed: to upgrade them, {command} {shlex.quote(unquoted(next(iter(there))))};"
+        f" for a second, empty history, {command} {another}"
+    )
+
+
 def create_schema(db: Connection, search_path: tuple[str, ...]) -> None:
     """Create the first schema of `search_path` if none of them exists; do nothing if it is empty."""
-    if search_path and place_of_tables(db).schema is None:
+    if not search_path:
+        return
+    exists = place_of_tables(db).schema is not None
+    if not (exists and search_path[0] == "$user") and (problem := schema_name_problem(search_path[0])):
+        raise SettingsError(f"DATABASE_URL: schema {problem}")
+    if not exists:
         db.execute(_ONE_AT_A_TIME)
         create = f"CREATE SCHEMA IF NOT EXISTS {quoted(search_path[0])}"
         db.execution_options(no_parameters=True).exec_driver_sql(create)
@@ -190,20 +231,23 @@ def create_schema(db: Connection, search_path: tuple[str, ...]) -> None:
 def place_of_tables(db: Connection) -> Row[Any]:
     """Return the schema in which tables are created, the role, and the role's privileges there.
 
-    `closed` has the schemas of the search_path that the role may not use.
+    `unusable_schemas` has the schemas of the search_path that the role may not use, and `missing_schemas` those that do
+    not exist.
     """
     return db.execute(_PLACE).one()
 
 
 def creation_advice(place: Row[Any]) -> str | None:
-    """Return the statements after which this role can create the tables, or None if no privilege is missing."""
+    """Return advice, with the GRANTs after which this role can create the tables; None if no privilege is missing."""
     if place.may_create_tables:
         return None
-    if place.closed:
-        return f"as the owner of the schema, run GRANT USAGE, CREATE ON SCHEMA {place.closed[0]} TO {place.role}"
+    if place.unusable_schemas:
+        return (
+            f"as the owner of the schema, run GRANT USAGE, CREATE ON SCHEMA {place.unusable_schemas[0]} TO {place.role}"
+        )
     grant = f"as the owner of the database, run GRANT CREATE ON DATABASE {place.database} TO {place.role}; then "
-    another = ("" if place.may_create_schemas else grant) + "run trading-history init-db --schema NAME"
+    other_schema_advice = ("" if place.may_create_schemas else grant) + "run trading-history init-db --schema NAME"
     if place.schema is None:
-        return another
+        return other_schema_advice
     here = f"as the owner of the schema, run GRANT CREATE ON SCHEMA {place.quoted} TO {place.role}"
-    return f"{here}; or for another schema, {another}"
+    return f"{here}; or for another schema, {other_schema_advice}"

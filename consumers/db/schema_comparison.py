@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from sqlalchemy import Connection, text
 
@@ -13,16 +14,19 @@ COLUMNS = {
     "signal_archives": "id event_id source sequence portfolio_id archived_at archive_month signals_count signals_data"
     " created_at",
     "event_outcomes": "job_id source sequence event_id outcome reason actor event created_at",
+    "withdrawals": "id event_id source sequence job_id row_id content reason actor created_at withdrawn_at",
 }
 INDEXES = {
     "portfolio_history": "pk event_once newest newest_of_portfolio dated_otherwise of_source",
     "signal_archives": "pk event_once newest newest_of_portfolio of_month of_market of_source",
     "event_outcomes": "pk of_source rejected",
+    "withdrawals": "pk of_event of_source",
 }
 _HISTORY = ("portfolio_history", "signal_archives")
 _NEEDED = [
     *((table, privilege) for table in _HISTORY for privilege in ("SELECT", "INSERT")),
     *(("event_outcomes", privilege) for privilege in ("SELECT", "INSERT", "UPDATE", "DELETE")),
+    ("withdrawals", "SELECT"),
 ]
 
 _FOUND = text("""
@@ -91,6 +95,35 @@ def schemas_with_tables(db: Connection) -> dict[str, bool]:
     Names are quoted as SQL needs it.
     """
     return {row.name: row.may_use for row in db.execute(_SCHEMAS, {"tables": list(COLUMNS)})}
+
+
+def unquoted(name: str) -> str:
+    """Return the name of an object that is quoted if SQL needs it, without quotation marks."""
+    return name[1:-1].replace('""', '"') if name.startswith('"') else name
+
+
+def url_value(name: str) -> str:
+    """Return the name of a schema as DATABASE_URL needs it."""
+    return quote(unquoted(name), safe="")
+
+
+def other_schema_problem(db: Connection, search_path: tuple[str, ...]) -> tuple[str, str] | None:
+    """Return the problem and its solution if the tables are in other schemas than the given search_path; else None."""
+    found = schemas_with_tables(db)
+    usable = [name for name, may_use in found.items() if may_use]
+    if not usable:
+        advice = "run trading-history doctor, which names the missing privilege"
+        return (
+            (f"this role may not use schema {' and '.join(found)}, in which the tables are", advice) if found else None
+        )
+    there = f"they are in schema {' and '.join(usable)}"
+    if not search_path:
+        return f"no schema of the search_path has tables of trading-history; {there}", (
+            f"add schema={url_value(usable[0])} to DATABASE_URL"
+        )
+    return f"schema {search_path[0]} has no tables of trading-history; {there}", (
+        f"correct schema= in DATABASE_URL, or run trading-history init-db for new tables in schema {search_path[0]}"
+    )
 
 
 def lacking_privileges(db: Connection) -> list[str]:

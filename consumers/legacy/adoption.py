@@ -234,7 +234,7 @@ def names_in_schema() -> list[str]:
     body = schema_body()
     indexes = re.findall(r"^CREATE INDEX IF NOT EXISTS (\w+)", body, re.M)
     keys = re.findall(r"CONSTRAINT (\w+) (?:PRIMARY KEY|UNIQUE)", body)
-    return [*indexes, *keys, *(f"{table}_id_seq" for table in _OLD_COLUMNS)]
+    return [*indexes, *keys, *(f"{table}_id_seq" for table in (*_OLD_COLUMNS, "withdrawals"))]
 
 
 def _same_names(db: Connection, old: list[Any]) -> list[tuple[str, str]]:
@@ -245,7 +245,7 @@ def _same_names(db: Connection, old: list[Any]) -> list[tuple[str, str]]:
     Raises:
         AdoptionRefused: an object of another table has such a name.
     """
-    ours = {"portfolio_history", "signal_archives", "event_outcomes"} - {table.name for table in old}
+    ours = {"portfolio_history", "signal_archives", "event_outcomes", "withdrawals"} - {table.name for table in old}
     renames = []
     for found in db.execute(_SAME_NAMES, {"names": names_in_schema()}):
         if found.of_table in [table.oid for table in old]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import shlex
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _ZEROS = {
     (False, True, False, True): "UTF-16LE",
 }
 _SHOWN_KEYS = 5
+_DATE_DIGITS = 8  # as in 20260501; numbers of portfolios have fewer
 
 _FROM_CSV = (
     'import csv, json, sys; rows = csv.DictReader(open(sys.argv[1], encoding="utf-8-sig", newline=""),'
@@ -46,6 +48,21 @@ _FROM_LISTS = (
 _FROM_OBJECTS = (
     'import json, sys; columns = json.load(open(sys.argv[1], "rb"));'
     " json.dump([dict(zip(columns, row)) for row in zip(*(c.values() for c in columns.values()))], sys.stdout)"
+)
+_FROM_SPLIT = (
+    'import json, sys; table = json.load(open(sys.argv[1], "rb"));'
+    ' json.dump([dict(zip(table["columns"], row)) for row in table["data"]], sys.stdout)'
+)
+_FROM_VALUES = 'import json, sys; json.dump(list(json.load(open(sys.argv[1], "rb")).values()), sys.stdout)'
+_FROM_ARRAYS = 'import json, sys; json.dump(sum(json.load(open(sys.argv[1], "rb")).values(), []), sys.stdout)'
+_FROM_PORTFOLIOS = (
+    'import json, sys; portfolios = json.load(open(sys.argv[1], "rb"));'
+    ' json.dump([{"portfolio_id": key, **entry} for key, entries in portfolios.items() for entry in entries],'
+    " sys.stdout)"
+)
+_FROM_SIGNALS = (
+    'import json, sys; signals = json.load(open(sys.argv[1], "rb"))["signals"];'
+    ' json.dump([{"archived_at": sys.argv[2], "signals": signals}], sys.stdout)'
 )
 _FROM_MEMBER = 'import json, sys; json.dump(json.load(open(sys.argv[1], "rb"))[sys.argv[2]], sys.stdout)'
 
@@ -85,11 +102,14 @@ def _shape_of_text(text: str, path: Path) -> str | None:
 
 def shape_of_object(document: Any, path: Path) -> str:
     """Return a message for a file with one JSON object that is not an entry: its shape, and how to convert it."""
+    found = _known_shape(document, path)
+    if found is not None:
+        return found
     values = list(document.values())
     if len(values) > 1 and _are_columns(values, list):
         return _to_convert("has one array for each field, not one object for each entry", _python(_FROM_LISTS), path)
     if any(name in document for name in ENTRY_TIMES) and _are_columns(values, dict):
-        return _to_convert("has one object for each field, not one for each entry", _python(_FROM_OBJECTS), path)
+        return _to_convert("is stored by column (one object per field), not by entry", _python(_FROM_OBJECTS), path)
     arrays = [name for name, value in document.items() if isinstance(value, list) and value]
     if len(arrays) == 1:
         shape = f"is an object with an array in {_shown(arrays[0])}, not an array of entries"
@@ -99,6 +119,47 @@ def shape_of_object(document: Any, path: Path) -> str:
     return (
         f"is one object (its keys are {keys or '(none)'}), not an array of entries: write the entries as [{{…}}, {{…}}]"
     )
+
+
+def _known_shape(document: dict[str, Any], path: Path) -> str | None:
+    values = list(document.values())
+    if isinstance(document.get("columns"), list) and isinstance(document.get("data"), list):
+        shape = "has the names of the fields in 'columns' and their values in 'data'"
+        return _to_convert(shape, _python(_FROM_SPLIT), path)
+    if values and all(map(is_entry, values)):
+        return _to_convert("has one entry under each key", _python(_FROM_VALUES), path)
+    if values and all(isinstance(value, list) and value and all(map(is_entry, value)) for value in values):
+        return _arrays_under_keys(document, path)
+    if has_objects(document.get("signals")):
+        shape = "has signals, but not the time when they were archived"
+        advice = "Convert it, with their time in place of TIME"
+        return _to_convert(shape, _python(_FROM_SIGNALS), path, "TIME", advice=advice)
+    return None
+
+
+def _arrays_under_keys(document: dict[str, Any], path: Path) -> str:
+    if all(key.isdecimal() and len(key) < _DATE_DIGITS for key in document):
+        shape = "has one array of entries under the number of each portfolio"
+        return _to_convert(shape, _python(_FROM_PORTFOLIOS), path)
+    return _to_convert("has one array of entries under each key", _python(_FROM_ARRAYS), path)
+
+
+def is_entry(value: Any) -> bool:
+    """Return whether a value looks like an entry: an object with one of their times."""
+    times = [value.get(name) for name in ENTRY_TIMES] if isinstance(value, dict) else []
+    return any(isinstance(time, str | int | float | Decimal) for time in times)
+
+
+def has_objects(value: Any) -> bool:
+    """Return whether an object is inside `value`, at any depth."""
+    left = [value]
+    while left:
+        one = left.pop()
+        inner = list(one.values()) if isinstance(one, dict) else one if isinstance(one, list) else []
+        if any(isinstance(item, dict) for item in inner):
+            return True
+        left += [item for item in inner if isinstance(item, list)]
+    return False
 
 
 def _are_columns(values: list[Any], kind: type[list[Any]] | type[dict[str, Any]]) -> bool:
@@ -114,6 +175,9 @@ def _python(program: str) -> str:
     return f"python3 -c {shlex.quote(program)}"
 
 
-def _to_convert(shape: str, command: str, path: Path, argument: str | None = None) -> str:
+def _to_convert(
+    shape: str, command: str, path: Path, argument: str | None = None, *, advice: str = "Convert it"
+) -> str:
     last = "" if argument is None else f" {shlex.quote(argument)}"
-    return f"{shape}. Replace it by the output of: {command} {shlex.quote(str(path))}{last}"
+    old, new = shlex.quote(str(path)), shlex.quote(f"{path}.new")
+    return f"{shape}. {advice}: {command} {old}{last} > {new} && mv {new} {old}"

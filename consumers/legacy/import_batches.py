@@ -32,7 +32,7 @@ def retry_until_available(work: Callable[[], _Answer], say: Callable[[str], None
         except StoreUnavailable as error:
             failures += 1
             if failures == 1:
-                say(f"waiting for the database: {error}")
+                say(f"waiting for the database: {error.with_advice()}")
             drop_connections()
             time.sleep(backoff_seconds(failures, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS))
         else:

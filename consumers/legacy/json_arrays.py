@@ -1,6 +1,6 @@
 """Read large JSON arrays from files, one entry at a time, with exact numbers; write them completely or not at all.
 
-JSON lines, and an array inside an object under a known name, are read too.
+Several arrays, JSON lines, and an array inside an object under a known name are read too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import simplejson
 
-from consumers.legacy.file_shapes import ENTRY_TIMES, HEAD_BYTES, shape_of_bytes, shape_of_object
+from consumers.legacy.file_shapes import HEAD_BYTES, has_objects, is_entry, shape_of_bytes, shape_of_object
 from producers.errors import FileNotWritten, HistoryError
 from producers.events import MAX_EVENT_BYTES
 from producers.fields import readable
@@ -26,17 +26,15 @@ _BLOCK_BYTES = 2**18
 _MOST_CHARACTERS = 2 * MAX_EVENT_BYTES  # of one entry, blanks included; a longer one cannot be an event
 _TORN_CHARACTERS = 8192  # an error further from the end of the buffered text is not due to the missing rest
 _IF_EMPTY = "restore it from a backup, or delete it if it never had an entry"
-_BLANKS = " \t\n\r"
+_BLANKS = " \t\n\r\ufeff"  # a byte order mark may precede each line
 _LITERALS = ("true", "false", "null", "Infinity", "-Infinity", "NaN")
 _OPEN_STRING, _OPEN_ESCAPE = "Unterminated string", "Invalid \\uXXXX escape"
 _MOST_DIGITS = 4000  # Python's int() rejects more than 4300 digits
 _NAME = re.compile(r'[ \t\n\r]*"([^"\\]*)"[ \t\n\r]*:[ \t\n\r]*')
 _COMMA = re.compile(r"[ \t\n\r]*,")
 # Names of an array of entries in an object, and its beginning.
-_ARRAYS = {
-    **dict.fromkeys(("history", "portfolio_history", "snapshots"), re.compile(r"\[[ \t\n\r]*[{\]]")),
-    "signals": re.compile(r'\[[ \t\n\r]*\{[ \t\n\r]*"archive(d_at|_month)"'),
-}
+_ARRAYS = ("history", "portfolio_history", "snapshots", "signals")
+_ARRAY = re.compile(r"\[[ \t\n\r]*(?=[{\]])")
 
 _ENTRY_ENCODER = simplejson.JSONEncoder(ensure_ascii=False, use_decimal=True, allow_nan=False)
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
@@ -64,9 +62,9 @@ class Damaged(HistoryError):
 def read_entries(path: Path, *, progress: Callable[[int], None] | None = None) -> Iterator[Entry]:
     """Yield every entry of the file, in order. Memory is bounded by one entry and one block.
 
-    The file has a JSON array; or JSON lines, one entry after the other; or an object with one array of entries, in
-    `history`, `portfolio_history`, `snapshots` or `signals`. After each block, `progress` is called with the number of
-    bytes read so far.
+    The file has a JSON array; or an object with one array of entries, in `history`, `portfolio_history`, `snapshots` or
+    `signals`; or JSON lines of entries; or several of these, with or without commas between them. After each block,
+    `progress` is called with the number of bytes read so far.
 
     Raises:
         Damaged: the path is not a file, or the file is empty, cut off, of another shape, or not JSON. All entries
@@ -89,6 +87,10 @@ def read_entries(path: Path, *, progress: Callable[[int], None] | None = None) -
             raise Damaged(path, index + 1, text.offset(error.position), error.reason) from None
         except _OneObject as error:
             raise Damaged(path, 0, None, shape_of_object(error.document, path)) from None
+
+
+class _Undecided(Exception):
+    """More of the file must be read first."""
 
 
 class _OneObject(Exception):
@@ -117,12 +119,12 @@ def _number(text: str) -> int | Decimal:
         return Decimal("NaN")  # an exponent beyond Decimal's range; no field accepts NaN
 
 
-def _is_entry(document: Any) -> bool:
-    return any(isinstance(document.get(name), str | int | float | Decimal) for name in ENTRY_TIMES)
+def _is_archive(value: Any) -> bool:
+    return is_entry(value) and any(isinstance(value.get(name), list) for name in ("signals", "signals_data"))
 
 
-def _has_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+def _may_have_entries(member: Any) -> bool:
+    return has_objects(member) or (is_entry(member) and "balance" in member)
 
 
 _DECODER = json.JSONDecoder(parse_float=Decimal)
@@ -158,14 +160,26 @@ class _Text:
 
     def entries(self) -> Iterator[Any]:
         mark = self._next()
-        if mark == "[":
-            yield from self._array()
-        elif mark == "{":
-            yield from self._inside_objects()
-        else:
+        if mark not in ("[", "{"):
             raise self._broken("is not a JSON array" if mark else f"is empty: {_IF_EMPTY}")
-        if self._next():
-            raise self._broken("has data after the end of the array")
+        in_objects = mark == "{" and self._array_in_object() is not None
+        if mark == "{" and not in_objects:
+            yield self._first_entry()
+        while mark := self._next():
+            if mark == ",":
+                self._position += 1
+            elif mark == "[":
+                yield from self._array()
+            elif mark == "{":
+                yield from self._object() if in_objects else [self._element()]
+            else:
+                raise self._broken("has data that is not an entry: correct or delete it")
+
+    def _first_entry(self) -> Any:
+        value = self._element()
+        if not is_entry(value) and not self._next():
+            raise _OneObject(value)
+        return value
 
     def _array(self) -> Iterator[Any]:
         self._position += 1
@@ -179,44 +193,66 @@ class _Text:
             self._position += not closed
         self._position += 1
 
-    def _inside_objects(self) -> Iterator[Any]:
-        """Yield the entries of an object with an array of them, or of JSON lines."""
+    def _object(self) -> Iterator[Any]:
+        """Yield the entries of an object with an array of them, or the object itself if it has none."""
         array = self._array_in_object()
-        if array is not None:
-            self._position = array
-            yield from self._array()
-            self._read_other_members()
-            return
-        first = self._element()
-        if not self._next() and not _is_entry(first):
-            raise _OneObject(first)
-        yield first
-        while self._next():
+        if array is None:
             yield self._element()
+            return
+        self._position = array
+        yield from self._array()
+        self._read_other_members()
 
     def _array_in_object(self) -> int | None:
         """Return the position of the array of entries in the object that begins here; None if it has none."""
-        while len(self._text) - self._position < HEAD_BYTES and not self._ended:
-            self._read_more(_BLOCK_BYTES)
+        size = HEAD_BYTES
+        while True:
+            while len(self._text) - self._position < size and not self._ended:
+                self._read_more(_BLOCK_BYTES)
+            try:
+                return self._find_array()
+            except (json.JSONDecodeError, RecursionError):
+                return None
+            except _Undecided:
+                if self._ended or size > _MOST_CHARACTERS:
+                    return None
+            size *= 2
+
+    def _find_array(self) -> int | None:
+        """Like _array_in_object. Raises _Undecided if the result depends on text that is not buffered yet."""
         position: int = self._position + 1
         while (name := _NAME.match(self._text, position)) is not None:
             if name[1] == "archived_at":
                 return None  # the object is an archive, and its signals may be like entries
-            array = _ARRAYS.get(name[1])
-            if array is not None and array.match(self._text, name.end()):
+            array = _ARRAY.match(self._text, name.end()) if name[1] in _ARRAYS else None
+            if array is not None and (name[1] != "signals" or _is_archive(self._decode_ahead(array.end())[0])):
                 return name.end()
-            try:
-                value, end = _decode(self._text, name.end())
-            except (json.JSONDecodeError, RecursionError):
-                return None
+            value, end = self._decode_ahead(name.end())
             comma = _COMMA.match(self._text, end)
-            if comma is None or _has_objects(value):
+            if comma is None or _may_have_entries(value):
                 return None
             position = comma.end()
+        if self._is_near_end(position):
+            raise _Undecided
         return None
 
+    def _decode_ahead(self, position: int) -> tuple[Any, int]:
+        """Return the value at `position` and its end. Raises _Undecided if the buffered text may end inside of it."""
+        try:
+            value, end = _decode(self._text, position)
+        except json.JSONDecodeError as error:
+            if self._is_near_end(error.pos) or error.msg.startswith(_OPEN_STRING):
+                raise _Undecided from None
+            raise
+        if not self._text[end:].strip(_BLANKS):
+            raise _Undecided
+        return value, end
+
+    def _is_near_end(self, position: int) -> bool:
+        return position + _TORN_CHARACTERS >= len(self._text)
+
     def _read_other_members(self) -> None:
-        """Read to the end of the object. Another array of objects in it may have entries too."""
+        """Read to the end of the object. Objects in its other members may be entries too."""
         while (mark := self._next()) == ",":
             self._position += 1
             name = self._element() if self._next() == '"' else None
@@ -225,8 +261,11 @@ class _Text:
                     "is not JSON: a member of the object is incomplete" if self._next() else "is cut off"
                 )
             self._position += 1
-            if _has_objects(self._element()):
-                raise self._broken(f"has a second array of objects, '{readable(str(name), 40)}', which was not read")
+            if _may_have_entries(self._element()):
+                member = readable(str(name), 40)
+                raise self._broken(
+                    f"has more objects in '{member}', which were not read: import them from a separate folder"
+                )
         if mark != "}":
             raise self._broken("is not JSON: a comma or } is missing" if mark else "is cut off")
         self._position += 1
@@ -251,8 +290,7 @@ class _Text:
             try:
                 value, end = _decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                near = error.pos + _TORN_CHARACTERS >= len(self._text)
-                if not near and not error.msg.startswith(_OPEN_STRING):
+                if not self._is_near_end(error.pos) and not error.msg.startswith(_OPEN_STRING):
                     raise _Broken(error.pos, f"is not JSON: {error.msg}") from None
                 if self._ended:
                     raise self._error_at_the_end(error) from None

@@ -39,6 +39,13 @@ def history_files(directory: Path) -> list[Path]:
     return [*([snapshots] if os.path.lexists(snapshots) else []), *sorted(directory.glob(archives_file("*")))]
 
 
+def unread_files(directory: Path) -> list[Path]:
+    """Return the paths in a folder whose names begin like those of history files, but which are not read as such."""
+    beginnings = tuple(name.split(".")[0] for name in (SNAPSHOTS_FILE, archives_file("")))
+    read = set(history_files(directory))
+    return sorted(path for path in directory.iterdir() if path.name.startswith(beginnings) and path not in read)
+
+
 def archives_file(month: str) -> str:
     """Return the name of the archives' file of a month, given as YYYY-MM."""
     return f"signals_archive_{month}.json"

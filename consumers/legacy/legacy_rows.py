@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, text
 
 from consumers.db.engine import long_read
 from consumers.legacy.json_arrays import Entry
 from consumers.legacy.old_history import ImportSource, Kind
+from producers.errors import HistoryError
 
 _ROWS_AT_ONCE = 500
 _MOST_DIGITS = 4000  # Python's int() rejects more than 4300 digits
@@ -33,20 +35,36 @@ _SOME_HAVE = ("portfolio_id", "archive_month")
 
 _COLUMNS = text("""
     SELECT CAST(attname AS text) FROM pg_attribute
-    WHERE attrelid = to_regclass(quote_ident(current_schema()) || '.' || :table) AND attnum > 0 AND NOT attisdropped
+    WHERE attrelid = to_regclass(:table) AND attnum > 0 AND NOT attisdropped
+""")
+_ELSEWHERE = text("""
+    SELECT quote_ident(current_schema()) AS current, ARRAY(
+        SELECT DISTINCT CAST(schemaname AS text) FROM pg_tables WHERE tablename = ANY(:tables) ORDER BY 1) AS others
 """)
 
 
 def table_sources(store: Engine) -> list[ImportSource]:
-    """Return the adopted tables of the database, snapshots first; an empty list if nothing was adopted.
+    """Return the adopted tables in the schemas of the search_path, snapshots first.
 
     Raises:
+        HistoryError: there is none; the message says where such tables are.
         StoreUnavailable: the database cannot be read now. Reading the entries can raise it too.
     """
     with long_read(store) as db:
         there = [name for name in _TABLES if _columns(db, name)]
+        if not there:
+            raise HistoryError(_nothing_adopted(db))
         sizes = [db.execute(text(f"SELECT count(*) FROM {name}")).scalar_one() for name in there]  # noqa: S608  # names from _TABLES
     return [_source(store, name, size) for name, size in zip(there, sizes, strict=True)]
+
+
+def _nothing_adopted(db: Connection) -> str:
+    current, others = db.execute(_ELSEWHERE, {"tables": list(_TABLES)}).one()
+    advice = "run trading-history init-db --adopt-legacy first"
+    if others:
+        names = ",".join(quote(name, safe="") for name in (current, *others) if name)
+        advice = f"there are some in schema {' and '.join(others)}: write schema={names} in DATABASE_URL"
+    return f"there are no adopted tables in schema {current}: {advice}"
 
 
 def _source(store: Engine, table: str, size: int) -> ImportSource:

@@ -26,6 +26,7 @@ from consumers.legacy.legacy_json import (
     null_for_nan,
     signals_in,
     snapshot_from,
+    unread_files,
 )
 from producers.errors import HistoryError, InvalidEvent
 from producers.events import IMPORT_PREFIX, Event, PortfolioSnapshot, SignalArchive, event_of
@@ -60,7 +61,7 @@ class ImportSource:
 
 
 def file_sources(directory: Path) -> list[ImportSource]:
-    """Return the history files of a folder.
+    """Return the history files of a folder, and its files with nearly their names, which count as damaged.
 
     Raises:
         HistoryError: the path is not a folder, or the folder has no such file.
@@ -68,12 +69,25 @@ def file_sources(directory: Path) -> list[ImportSource]:
     if not directory.is_dir():
         raise HistoryError(f"{directory}: is not a folder")
     files = history_files(directory)
+    unread = unread_files(directory)
     if not files:
-        beginnings = tuple(name.split(".")[0] for name in (SNAPSHOTS_FILE, archives_file("")))
-        others = sorted(path.name for path in directory.iterdir() if path.name.startswith(beginnings))[:_SHOWN_FILES]
+        others = [path.name for path in unread[:_SHOWN_FILES]]
         more = f", but {' and '.join(others)}: unpack or rename them" if others else ""
         raise HistoryError(f"{directory}: has no {SNAPSHOTS_FILE} and no {archives_file('*')}{more}")
-    return [_file_source(path) for path in files]
+    return [*map(_file_source, files), *map(_unread_source, unread)]
+
+
+def _unread_source(path: Path) -> ImportSource:
+    is_snapshots = path.name.startswith(SNAPSHOTS_FILE.partition(".")[0])
+    right_name = SNAPSHOTS_FILE if is_snapshots else archives_file("YYYY-MM")
+
+    def entries() -> Iterator[Entry]:
+        raise Damaged(
+            path, 0, None, f"is not read: unpack it, or rename it to {right_name}, or move it to another folder"
+        )
+
+    # A size of 0 would mean that the size of all files is unknown.
+    return ImportSource(path.name, "snapshot" if is_snapshots else "archive", entries, 1, lambda: 1)
 
 
 def _file_source(path: Path) -> ImportSource:

@@ -9,8 +9,8 @@ from typing import Literal
 
 from sqlalchemy import Connection, TextClause, text
 
-from consumers.db.engine import get_db
-from consumers.db.inserts import find_events
+from consumers.db.engine import long_read
+from consumers.db.inserts import find_events, find_withdrawn
 from consumers.legacy.comparison import FieldDifference, RowIds, field_differences
 from consumers.legacy.json_arrays import Entry
 from consumers.legacy.old_history import Kind, OldHistory
@@ -34,15 +34,16 @@ _ROWS: dict[Kind, TextClause] = {
 }
 _TABLES: dict[Kind, str] = {"snapshot": "portfolio_history", "archive": "signal_archives"}
 
-DifferenceKind = Literal["missing", "differs", "unusable", "damaged", "unexpected"]
+DifferenceKind = Literal["missing", "differs", "withdrawn", "unusable", "damaged", "unexpected"]
 
 
 @dataclass(frozen=True)
 class Difference:
     """One difference between the old history and the tables.
 
-    missing: the entry has no row. differs: the row has other values, which `fields` lists. unusable: the entry has no
-    valid event. damaged: the rest of the file cannot be read. unexpected: the row has no entry. `reason` is a message.
+    missing: the entry has no row. differs: the row has other values, which `fields` lists. withdrawn: the row of the
+    entry was withdrawn; another one with corrected values may exist. unusable: the entry has no valid event. damaged:
+    the rest of the file cannot be read. unexpected: the row has no entry. `reason` is a message.
     """
 
     what: DifferenceKind
@@ -102,7 +103,7 @@ class Verification:
         self.compared.append(compared)
         side = self._sides.setdefault(history.import_source.kind, _Side())
         for chunk in history.chunks():
-            with get_db() as db:
+            with long_read() as db:
                 found = list(_compare(db, history, chunk, side))
             compared.read += len(chunk)
             compared.equal += len(chunk) - len(found)
@@ -128,7 +129,16 @@ def _compare(db: Connection, history: OldHistory, chunk: list[Entry], side: _Sid
             events.append((entry.index, event))
             _widen(side, event.data.portfolio_id, event.data.instant.astimezone(UTC))  # type: ignore[attr-defined]  # both kinds have them
     differing = []
-    for (index, event), found in zip(events, find_events(db, [event for _, event in events]), strict=True):
+    found_rows = find_events(db, [event for _, event in events])
+    without = [event for (_, event), found in zip(events, found_rows, strict=True) if found is None or not found.same]
+    withdrawn = {error.event_id: error for error in find_withdrawn(db, without) if error is not None}
+    for (index, event), found in zip(events, found_rows, strict=True):
+        if event.id in withdrawn and (found is None or not found.same):
+            if found is not None:
+                side.rows.add(found.row_id)
+            row_id = None if found is None else found.row_id
+            yield Difference("withdrawn", name, index, table, row_id, str(withdrawn[event.id]))
+            continue
         if found is None:
             yield Difference("missing", name, index, table, None, f"has no row in {table}: {event.data.summary}")
             continue
@@ -157,7 +167,7 @@ def _backwards(kind: Kind, side: _Side) -> Iterator[Difference]:
     }
     after = -(2**63)
     while True:
-        with get_db() as db:
+        with long_read() as db:
             rows = db.execute(_ROWS[kind], wanted | {"after": after}).all()
         for row_id, source, sequence, portfolio_id, instant in rows:
             if row_id not in side.rows:

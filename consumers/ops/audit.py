@@ -1,9 +1,9 @@
 """The audit: find every sequence number of a source that has neither a row nor an outcome.
 
-A source numbers its events without gaps. In the database, each number has a row or another outcome. If the producer's
-outbox is on this machine, the audit also checks the numbers after the last one in the database, and compares each entry
-by its number and its event's id. If an outbox was copied, its copies may have used the same numbers for different
-events. Gaps can then be found only with all of the copies, and the audit reports that.
+A source numbers its events without gaps. In the database, each number has a row, a withdrawn row or another outcome. If
+the producer's outbox is on this machine, the audit also checks the numbers after the last one in the database, and
+compares each entry by its number and its event's id. If an outbox was copied, its copies may have used the same numbers
+for different events. Gaps can then be found only with all of the copies, and the audit reports that.
 
 An audit `since` a time leaves out the events that were recorded earlier, whose rows may have been moved to another
 table. A lost event has no time, so this works by numbers. A source numbers its events in the order of recording: an
@@ -24,13 +24,14 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from redis import Redis
+from redis import Redis, RedisError
 from rq import Queue
 from rq.intermediate_queue import IntermediateQueue
 from rq.serializers import JSONSerializer
 from sqlalchemy import TextClause, text
 
 from consumers.db.engine import get_db, long_read
+from consumers.ops.redis_errors import redis_problem
 from producers.acknowledgements import shown
 from producers.entries import OutboxSource
 from producers.events import IMPORT_PREFIX, KINDS
@@ -42,19 +43,22 @@ _MOST_SHARED = 10_000  # numbers checked per source whose numbers were used more
 # A rejected event may have a number but no valid source: it is not counted.
 _COUNTS = """
     {before} SELECT source, sum(stored) AS stored, sum(duplicate) AS duplicate, sum(rejected) AS rejected,
-        sum(discarded) AS discarded, max(last) AS last, max(last_before) AS last_before
+        sum(discarded) AS discarded, sum(withdrawn) AS withdrawn, max(last) AS last, max(last_before) AS last_before
     FROM (
         {rows}
         UNION ALL
         SELECT source, 0, count(*) FILTER (WHERE outcome = 'duplicate' AND {proven}),
             count(*) FILTER (WHERE outcome = 'rejected' AND {proven}),
-            count(*) FILTER (WHERE outcome = 'discarded' AND {proven}), max(sequence), max({last_before})
+            count(*) FILTER (WHERE outcome = 'discarded' AND {proven}), 0, max(sequence), max({last_before})
         FROM event_outcomes {join} WHERE source IS NOT NULL AND sequence IS NOT NULL GROUP BY source
+        UNION ALL
+        SELECT source, 0, 0, 0, 0, count(*) FILTER (WHERE {proven}), max(sequence), max({last_before})
+        FROM withdrawals {join} WHERE sequence IS NOT NULL GROUP BY source
     ) AS tables GROUP BY source ORDER BY source
 """
 _ROWS = """
     SELECT source, count(*) FILTER (WHERE {proven}) AS stored, 0 AS duplicate, 0 AS rejected, 0 AS discarded,
-        max(sequence) AS last, max({last_before}) AS last_before
+        0 AS withdrawn, max(sequence) AS last, max({last_before}) AS last_before
     FROM {table} {join} WHERE sequence IS NOT NULL GROUP BY source
 """
 _ALL = {"before": "", "join": "", "last_before": "CAST(NULL AS bigint)", "proven": "true"}
@@ -112,6 +116,7 @@ class SourceAudit:
     duplicate: int
     rejected: int
     discarded: int
+    withdrawn: int
     last: int
     under_way: int
     missing: Ranges
@@ -137,6 +142,7 @@ class _Recorded:
     duplicate: int = 0
     rejected: int = 0
     discarded: int = 0
+    withdrawn: int = 0
     last: int = 0
     last_at: datetime | None = None
     gaps: tuple[tuple[int, int], ...] = ()
@@ -144,9 +150,13 @@ class _Recorded:
 
 
 class Audits(list[SourceAudit]):
-    """Results in the order of the sources' names. `left_out` sources have no event since the given time."""
+    """Results in the order of the sources' names. `left_out` sources have no event since the given time.
+
+    `redis_problem` says why the queue could not be read. Events that are only there then count as missing.
+    """
 
     left_out = 0
+    redis_problem: str | None = None
 
 
 def audit(
@@ -165,10 +175,15 @@ def audit(
     # meantime, but is never missing; an event that is accepted later is not expected in the database.
     kept = {} if outbox is None else {source.full_name: source for source in outbox.sources()}
     unsettled = {name: outbox.unsettled(source.id) for name, source in kept.items()} if outbox is not None else {}
-    queued = {} if redis is None else _numbers_in_queue(redis, queue)
+    audits = Audits()
+    queued: dict[str, set[int]] = {}
+    if redis is not None:
+        try:
+            queued = _numbers_in_queue(redis, queue)
+        except RedisError as error:
+            audits.redis_problem = redis_problem(error)
     recorded = _recorded(since)
     lasts = {} if outbox is None else {source.full_name: source.last_sequence for source in outbox.sources()}
-    audits = Audits()
     for name in sorted(recorded.keys() | kept.keys()):
         found = recorded.get(name) or _Recorded(_first_number(name))
         if name not in kept and found.last < found.first:
@@ -216,6 +231,7 @@ def _audited(
         duplicate=found.duplicate,
         rejected=found.rejected,
         discarded=found.discarded,
+        withdrawn=found.withdrawn,
         last=last,
         under_way=_size(gaps) - _size(missing),
         missing=missing,
@@ -241,15 +257,16 @@ def _recorded(since: datetime | None) -> dict[str, _Recorded]:
             steps = db.execute(gaps_of, {"source": row.source, "first": first}).all()
             gaps = tuple((step.first, step.last) for step in steps if step.last >= step.first)
             repeated = sorted({step.sequence for step in steps if step.last < step.first})[:_MOST_SHARED]
-            shared = (
-                db.execute(shared_of, {"source": row.source, "numbers": repeated}).scalars().all() if repeated else ()
-            )
+            # An import has no outbox. After a withdrawal, another zone can give its entries other event ids.
+            numbers = [] if _is_import(row.source) else repeated
+            shared = db.scalars(shared_of, {"source": row.source, "numbers": numbers}).all() if numbers else ()
             found[row.source] = _Recorded(
                 first,
                 stored=int(row.stored),
                 duplicate=int(row.duplicate),
                 rejected=int(row.rejected),
                 discarded=int(row.discarded),
+                withdrawn=int(row.withdrawn),
                 last=row.last,
                 last_at=db.scalar(last_at_of, {"source": row.source, "last": row.last}),
                 gaps=gaps,
@@ -271,12 +288,16 @@ def _of_history_tables(part: str, *others: str, **values: str) -> str:
 
 
 def _of_all_tables(part: str) -> str:
-    return _of_history_tables(part, "event_outcomes")
+    return _of_history_tables(part, "event_outcomes", "withdrawals")
 
 
 def _first_number(source: str) -> int:
     """Return the first number of a source: 0 for an import, 1 for an outbox."""
-    return 0 if source.startswith(IMPORT_PREFIX) and source.count("/") == 2 else 1
+    return 0 if _is_import(source) else 1
+
+
+def _is_import(source: str) -> bool:
+    return source.startswith(IMPORT_PREFIX) and source.count("/") == 2
 
 
 def _up_to(ranges: Ranges, last_stored: int, last_used: int) -> Ranges:

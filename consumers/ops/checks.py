@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from consumers.ops.masking import Mask
+from producers.errors import SettingsError
+from producers.redis_url import is_forbidden
 
 State = Literal["ok", "warn", "fail", "unknown"]
 
@@ -40,7 +42,8 @@ def checks_or_error(
 ) -> Iterator[HealthCheck]:
     """Yield the checks of `read`, so that an error in one part does not hide the other parts.
 
-    An error ends the part with a failed check of this name, or an unknown one if its type is in `unknown`.
+    An error ends the part with a failed check of this name, or an unknown one if its type is in `unknown`. `advice` is
+    for errors that do not say themselves what to do.
     """
     try:
         yield from read()
@@ -48,9 +51,15 @@ def checks_or_error(
         found = f"cannot be read: {mask.masked_first_line(error)}"
         yield HealthCheck(name, "unknown", found, advice or "run doctor again later")
     except Exception as error:  # a defect too
-        yield HealthCheck(
-            name, "fail", mask.masked_first_line(error), advice or "if no other line explains this, report it as a bug"
-        )
+        yield HealthCheck(name, "fail", mask.masked_first_line(error), _advice_for(error, advice))
+
+
+def _advice_for(error: Exception, advice: str) -> str:
+    if isinstance(error, SettingsError):
+        return "correct it in the environment or in .env"
+    if is_forbidden(error):
+        return "add this rule, or run doctor as one of the users in consumers/deploy/redis-users.acl that are for it"
+    return advice or "if no other line explains this, report it as a bug"
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +14,13 @@ from consumers.db import state_queries
 from consumers.db.engine import create_store_engine, translated_errors
 from consumers.db.logins import missing_logins
 from consumers.db.schema import creation_advice, encoding_advice, outdated_schema_problem, place_of_tables
-from consumers.db.schema_comparison import is_reader, lacking_privileges, schema_differences, schemas_with_tables
+from consumers.db.schema_comparison import (
+    is_reader,
+    lacking_privileges,
+    schema_differences,
+    schemas_with_tables,
+    url_value,
+)
 from consumers.errors import StoreUnavailable
 from consumers.ops.checks import HealthCheck, State, check_result, checks_or_error, duration
 from consumers.ops.masking import Mask
@@ -26,21 +31,6 @@ _LOCK_SECONDS = 0.5
 _OLDEST_VERSION = 140000
 _CLOCK_SECONDS = 5.0
 _WRONG_CLOCK_SECONDS = 300.0
-_CONNECTION_ADVICE = (
-    (
-        "unsupported startup parameter",
-        "this is a pooler, such as pgbouncer, and it refuses startup options: remove options= from DATABASE_URL, and"
-        " PGOPTIONS. For a search_path, write schema=NAME in DATABASE_URL",
-    ),
-    (
-        "no such (user|database)|Tenant or user not found",
-        "this is a pooler whose own list has no such user or database: correct the name in DATABASE_URL or there",
-    ),
-    (
-        "(password|SASL) authentication failed|no password supplied|wrong password",
-        "correct the user or password in DATABASE_URL or the POSTGRES_ variables",
-    ),
-)
 
 
 def database_checks(url: SecretStr, mask: Mask, wanted: LoginSettings) -> Iterator[HealthCheck]:
@@ -69,20 +59,11 @@ def database_checks(url: SecretStr, mask: Mask, wanted: LoginSettings) -> Iterat
                     yield from _read_check("logins", db, partial(_logins, wanted), mask)
                 yield from _read_check("rejected in the last day", db, _rejections, mask)
     except StoreUnavailable as error:
-        message = mask.masked_first_line(error)
-        if (advice := connection_advice(message)) is None:
+        if not error.advice:
             raise
-        yield HealthCheck("PostgreSQL", "fail", message, advice)
+        yield HealthCheck("PostgreSQL", "fail", mask.masked_first_line(error), error.advice)
     finally:
         store.dispose()
-
-
-def connection_advice(message: str) -> str | None:
-    """Return what to do about the message of a refused connection, or None if no advice fits it better than any other.
-
-    A pooler answers in place of the server, so its messages do not concern the password.
-    """
-    return next((advice for pattern, advice in _CONNECTION_ADVICE if re.search(pattern, message)), None)
 
 
 def _read_check(
@@ -160,6 +141,8 @@ def _missing_tables(db: Connection, tables: list[str]) -> HealthCheck:
     """Return the failed check: the tables may be in another schema, or this role may not create them."""
     place, others = place_of_tables(db), schemas_with_tables(db)
     problem = "this role may use no schema of its search_path"
+    if place.schema is None and place.missing_schemas and not place.unusable_schemas:
+        problem = f"schema {' and '.join(place.missing_schemas)} does not exist"
     if place.schema is not None:
         problem = f"missing in schema {place.quoted}: {', '.join(tables)}"
     if not others:
@@ -169,9 +152,9 @@ def _missing_tables(db: Connection, tables: list[str]) -> HealthCheck:
     steps = []
     if not others[schema]:
         steps.append(f"as the owner of the schema, run GRANT USAGE ON SCHEMA {schema} TO {place.role}")
-    if schema not in place.closed:
+    if schema not in place.unusable_schemas:
         steps.append(
-            f"write schema={schema} in DATABASE_URL, or run"
+            f"write schema={url_value(schema)} in DATABASE_URL, or run"
             f" ALTER ROLE {place.role} IN DATABASE {place.database} SET search_path = {schema}"
         )
     return HealthCheck("tables", "fail", problem, "; then ".join(steps))

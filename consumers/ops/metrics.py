@@ -22,7 +22,7 @@ WAITED_FOR = ("the database", "Redis")
 _BATCH_EVENTS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 _INSERT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25)
 _LAG_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 86400)
-_OUTCOMES = ("stored", "duplicate", "conflict", "invalid", "poison")
+_OUTCOMES = ("stored", "duplicate", "conflict", "withdrawn", "invalid", "poison", "discarded")
 
 
 @dataclass
@@ -93,7 +93,7 @@ class Counts:
             counted = deepcopy(self._counted)
         # Every outcome is there from the start: Prometheus sees an increase only if it has seen the 0 before.
         known = [(event_type, outcome) for event_type in KINDS for outcome in _OUTCOMES]
-        known += [(UNKNOWN_TYPE, "poison"), (UNKNOWN_TYPE, "unsupported")]
+        known += [(UNKNOWN_TYPE, outcome) for outcome in ("poison", "unsupported", "discarded")]
         counted.results = Counter(dict.fromkeys(known, 0) | counted.results)
         return counted
 

@@ -17,7 +17,7 @@ from rq import Queue
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from consumers.ops.checks import HealthCheck, State, check_result, counted, duration, size
-from consumers.ops.redis_errors import is_unreachable, redis_problem
+from consumers.ops.redis_errors import CHECK_REDIS, is_unreachable, redis_problem
 from producers.acknowledgements import shown
 from producers.entries import EntryHead
 from producers.errors import OutboxError
@@ -169,11 +169,11 @@ def _is_relayed(outbox: Outbox) -> bool:
         lock.release()
 
 
-def unsettled_reason(damaged: Sequence[Path], *, if_away: str, otherwise: str) -> str:
+def unsettled_reason(damaged: Sequence[Path], relay_failure: str | None, *, if_away: str, otherwise: str) -> str:
     """Return why entries are pending or sent, as far as this machine can find out, and what to do.
 
-    `damaged` are files that are not salvaged yet. `if_away` is the advice if Redis cannot be reached, `otherwise` the
-    one if a worker is there.
+    `damaged` are files that are not salvaged yet, `relay_failure` is why this process cannot send now. `if_away` is the
+    advice if Redis cannot be reached, `otherwise` the one if a worker is there.
 
     Raises:
         SettingsError: REDIS_URL is not set or not valid.
@@ -190,13 +190,14 @@ def unsettled_reason(damaged: Sequence[Path], *, if_away: str, otherwise: str) -
     except RedisError as error:
         if not is_unreachable(error) or isinstance(error, AuthenticationError):
             return f"Redis cannot be used: {redis_problem(error)}."
-        return f"Redis cannot be reached ({type(error).__name__}). {if_away}"
+        return f"Redis cannot be reached ({type(error).__name__}): {CHECK_REDIS}. {if_away}"
+    if relay_failure is not None:
+        return f"Events cannot be sent: {relay_failure}"
     waits = f"Queue {settings.queue} has {counted(jobs, 'waiting job')}"
-    if not keys:
-        return f"{waits} and no worker. Start one: trading-history worker"
     if states == {b"waiting for the database"}:
         return f"{waits}, and its workers wait for the database: run trading-history doctor on a worker's host."
-    return f"{waits} and {counted(len(keys), 'worker')}. {otherwise}"
+    workers = f"{counted(len(keys), 'worker')}. {otherwise}" if keys else "no worker. Start one: trading-history worker"
+    return f"{waits} and {workers}"
 
 
 def outbox_file_checks(path: Path) -> Iterator[HealthCheck]:

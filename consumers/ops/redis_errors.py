@@ -10,13 +10,15 @@ from consumers.errors import StoreUnavailable, first_line
 from producers.errors import SettingsError
 from producers.redis_url import is_forbidden
 
+CHECK_REDIS = "check that Redis runs, and host and port in REDIS_URL"
+
 
 def redis_problem(error: RedisError) -> str:
     """Return in one line what failed and what to do about it, as far as that is known."""
     if isinstance(error, AuthenticationError):
         advice = "correct user and password in REDIS_URL"
     elif is_unreachable(error):
-        advice = "check that Redis runs, and host and port in REDIS_URL"
+        advice = CHECK_REDIS
     else:
         return first_line(error)
     return f"{first_line(error).rstrip('.')}: {advice}"

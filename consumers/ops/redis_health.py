@@ -35,7 +35,9 @@ def redis_checks(settings: TransportSettings, mask: Mask) -> Iterator[HealthChec
         redis.ping()
         yield HealthCheck("Redis", "ok", f"answered in {1000 * (time.monotonic() - began):.0f} ms")
         # A managed service or an access list may forbid INFO: that alone is no failure.
-        advice = "let this user run INFO and CONFIG GET, or check these settings in the provider's console"
+        advice = (
+            "run doctor as a user that may run INFO, such as trading_history_reader, or look in the provider's console"
+        )
         read = partial(_read_server, redis)
         yield from checks_or_error("Redis server", read, mask, advice=advice, unknown=(ResponseError,))
         yield from checks_or_error("queue", lambda: read_queue(redis, settings.queue).checks(), mask)

@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 from consumers.db.engine import get_db
 from consumers.db.inserts import find_row, insert_events
 from consumers.db.outcomes import OutcomeRow, discarded, forget_outcomes, record_outcomes
-from consumers.errors import EventConflict, PoisonEvent, StoreUnavailable, UnsupportedJob, described
+from consumers.errors import EventConflict, EventWithdrawn, PoisonEvent, StoreUnavailable, UnsupportedJob, described
 from consumers.ops.metrics import COUNTS, UNKNOWN_TYPE
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
@@ -40,6 +40,7 @@ ISOLATED_SECONDS = 2.0  # limit of a statement while the delivery that blocks a 
 
 _REJECTION_LABELS: dict[type[HistoryError], str] = {
     EventConflict: "conflict",
+    EventWithdrawn: "withdrawn",
     PoisonEvent: "poison",
     UnsupportedJob: "unsupported",
 }
@@ -68,12 +69,19 @@ class Result(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether the job belongs into RQ's failed registry."""
-        return self.error is not None and not self.discarded
+        """Whether the job belongs in RQ's failed registry."""
+        return self.error is not None and not self.discarded and not self.recorded_by_withdrawal
+
+    @property
+    def recorded_by_withdrawal(self) -> bool:
+        """Whether this delivery had made a row that was withdrawn: the withdrawal is the record of its outcome."""
+        return isinstance(self.error, EventWithdrawn) and self.error.own
 
     @property
     def label(self) -> str:
-        """stored, duplicate, conflict, invalid, poison or unsupported."""
+        """stored, duplicate, conflict, withdrawn, invalid, poison, unsupported or discarded."""
+        if self.discarded:
+            return "discarded"
         return self.outcome.kind if self.error is None else _REJECTION_LABELS.get(type(self.error), "invalid")
 
 
@@ -93,7 +101,7 @@ class Deferred(NamedTuple):
 
 
 class EventLogger(logging.LoggerAdapter[logging.Logger]):
-    """Logger of lines about one delivery. They have its fields, and their text ends with its trace context."""
+    """Logger of lines about one delivery. Each line has the delivery's fields and ends with its trace context."""
 
     def __init__(self, logger: logging.Logger, delivery: Result | Deferred) -> None:
         fields = {
@@ -108,7 +116,8 @@ class EventLogger(logging.LoggerAdapter[logging.Logger]):
         self._end = f" ({delivery.trace})".replace("%", "%%") if delivery.trace else ""
 
     def process(self, msg: str, kwargs: MutableMapping[str, Any]) -> tuple[str, MutableMapping[str, Any]]:
-        """Add the end of the text and the fields. `msg` is a format with at least one value."""
+        """Add the end of the text and the fields. `msg` needs at least one argument: without any, logging
+        leaves %% as it is."""
         return msg + self._end, {**kwargs, "extra": self.extra}
 
 
@@ -120,7 +129,7 @@ def process_batch(
     `statement_seconds` limits each statement, in addition to the limit of the process.
 
     Raises:
-        StoreUnavailable: the database takes nothing now. Deliveries that were not yielded are undecided.
+        StoreUnavailable: the database cannot store anything now. Deliveries that were not yielded are undecided.
         SettingsError: the settings name no database.
     """
     if not deliveries:
@@ -163,12 +172,13 @@ def _process_together(deliveries: Sequence[Delivery], statement_seconds: float |
         outcomes: list[OutcomeRow] = []
         for delivery, event in zip(deliveries, events, strict=True):
             answer = event if isinstance(event, HistoryError) else next(answers)
-            if isinstance(answer, PoisonEvent) and (stored := _stored_before(db, delivery)):
-                results.append(stored)
+            if isinstance(answer, PoisonEvent) and (decided := _decided_before(db, delivery)):
+                results.append(decided)
             elif isinstance(answer, HistoryError):
                 result = _rejected(delivery, answer)
                 results.append(result)
-                outcomes.append(_outcome_of(result, delivery.text))
+                if not result.recorded_by_withdrawal:
+                    outcomes.append(_outcome_of(result, delivery.text))
             else:
                 assert not isinstance(event, HistoryError)
                 outcome = Outcome("stored" if answer.created else "duplicate", answer.row_id)
@@ -222,15 +232,20 @@ def _outcome_of(result: Result, text: Any = None) -> OutcomeRow:
     return OutcomeRow(result.job_id, "rejected", *identity, result.outcome.reason, _storable(text))
 
 
-def _stored_before(db: Connection, delivery: Delivery) -> Result | None:
-    """Return the result of an earlier attempt whose row was committed before its worker crashed; else None."""
+def _decided_before(db: Connection, delivery: Delivery) -> Result | None:
+    """Return the result of an earlier attempt whose row was committed before its worker crashed; else None.
+
+    If the row was withdrawn since then, the delivery is rejected for that reason.
+    """
     reference = _reference_of(delivery.text)
     if reference.source is None or reference.sequence is None or reference.event_id is None:
         return None
-    row_id = find_row(db, reference.source, reference.sequence, reference.event_id)
-    if row_id is None:
+    found = find_row(db, reference.source, reference.sequence, reference.event_id)
+    if found is None:
         return None
-    return Result(delivery.job_id, Outcome("stored", row_id), *reference, _event_type(delivery))
+    if isinstance(found, EventWithdrawn):
+        return _rejected(delivery, found)
+    return Result(delivery.job_id, Outcome("stored", found), *reference, _event_type(delivery))
 
 
 def _event_type(delivery: Delivery) -> str:
@@ -256,6 +271,8 @@ def _log(events: Sequence[Event | HistoryError], results: Sequence[Result]) -> N
             EventLogger(logger, result).error("rejected job %s: %s", result.job_id, result.outcome.reason)
         elif result.discarded:
             EventLogger(logger, result).info("job %s was discarded before and stays rejected", result.job_id)
+        elif result.error is not None:
+            EventLogger(logger, result).info("job %s is rejected again: %s", result.job_id, result.outcome.reason)
     if len(results) > 1:
         stored, duplicates = (sum(one.outcome.kind == kind for one in results) for kind in ("stored", "duplicate"))
         rejected = len(results) - stored - duplicates

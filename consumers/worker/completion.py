@@ -10,7 +10,7 @@ import json
 import logging
 import zlib
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -96,11 +96,17 @@ class _Batch:
 class Completion:
     """Completes the reserved jobs of one thread of `worker`.
 
+    If the access list of Redis forbids a command that writes only RQ's records of a job, it calls `note_forbidden` with
+    the error, and completes the jobs without these records.
+
     Raises:
         RedisError: from every method, if Redis cannot write now. The jobs stay reserved.
     """
 
-    def __init__(self, worker: BaseWorker, queue: Queue, reservations: Reservations) -> None:
+    def __init__(
+        self, worker: BaseWorker, queue: Queue, reservations: Reservations, note_forbidden: Callable[[str], None]
+    ) -> None:
+        self._note_forbidden = note_forbidden
         self._worker = worker
         self._redis: Redis = worker.connection
         self._queue = queue
@@ -179,8 +185,10 @@ class Completion:
                 pipe.hincrby(self._worker.key, "failed_job_count", failed)
                 self._worker.increment_total_working_time(run.ended_at - run.started_at, pipe)
                 self._worker.heartbeat(pipeline=pipe)
-            quarantined, still_reserved = pipe.execute()[0]
+            quarantined, still_reserved, errors = pipe.execute()[0]
         log_quarantined(quarantined)
+        for error in errors:
+            self._note_forbidden(error.decode(errors="replace"))
         return [job_id.decode() for job_id in still_reserved]
 
     def _finished(self, results: Sequence[Result], jobs: Mapping[str, ReservedJob], run: _Run) -> dict[str, Any]:

@@ -62,6 +62,7 @@ _READ_BYTES = 512 * 1024
 _RENEW_SECONDS = 2.0
 _STALL_SECONDS = 1.0  # after a longer wait for an answer the database counts as stalled
 _POOL_MARK = " (WorkerPool "  # in the names of the processes of RQ's pool
+_POOL_PAUSE_SECONDS = 15
 _REGISTERED_SECONDS = 60  # RQ adds 60 s: a dead worker leaves RQ's list after 2 minutes instead of 8
 
 
@@ -77,19 +78,19 @@ class HistoryWorker(SimpleWorker):
     _address_is_forbidden = False  # noted once; RQ asks while the object is created
 
     def __init__(self, queues: Any, *args: Any, metrics: MetricsSettings | None = None, **kwargs: Any) -> None:
-        with _one_line_in_rqs_commands():
+        if _is_in_rqs_pool() and kwargs.get("prepare_for_work", True):
+            _reset_stop_signals()
+        with _short_errors_in_rq_commands():
             if not VERSION.startswith(TESTED_RQ):
                 raise SettingsError(
                     f"HistoryWorker was tested with RQ {', '.join(TESTED_RQ)}, but RQ {VERSION} is installed:"
                     " install a tested version, or use RQ's own worker (rq worker --serializer json history)"
                 )
         kwargs["serializer"] = JSONSerializer
-        if _is_in_rqs_pool() and kwargs.get("prepare_for_work", True):
-            _reset_stop_signals()
         super().__init__(_json_queues(queues), *args, **kwargs)
         if not self.queues and not kwargs.get("prepare_for_work", True):
             return  # RQ's commands create such objects only to read the state of other workers
-        with _one_line_in_rqs_commands():
+        with _short_errors_in_rq_commands():
             if len(self.queues) != 1:
                 raise SettingsError("HistoryWorker takes exactly one queue: start one worker for each queue")
         self._queue = self.queues[0]
@@ -125,7 +126,7 @@ class HistoryWorker(SimpleWorker):
         Raises:
             SettingsError: a setting cannot be read, or no database is set. In RQ's own commands it becomes SystemExit.
         """
-        with _one_line_in_rqs_commands():
+        with _short_errors_in_rq_commands(burst=burst):
             write_json_if_set()
             KeyPrefixSettings.from_environment()
             StoreSettings.from_environment().url()  # otherwise the first event would end the worker
@@ -345,11 +346,21 @@ class HistoryWorker(SimpleWorker):
 
 
 @contextmanager
-def _one_line_in_rqs_commands() -> Iterator[None]:
-    """In RQ's own commands, which show the traceback of any error, end with the message in one line and status 1."""
+def _short_errors_in_rq_commands(*, burst: bool = False) -> Iterator[None]:
+    """In RQ's own commands, which show the traceback of any error, end with the message in one line and status 1.
+
+    RQ's pool starts a worker that has ended again after a second, for ever. So a worker of a pool waits before it ends,
+    except in a burst, in which the pool does not start it again.
+    """
     try:
         yield
     except SettingsError as error:
+        if _is_in_rqs_pool() and not burst:
+            advice = "stop the pool, correct this and start it again"
+            sys.stderr.write(f"error: {error}: {advice} (next attempt in {_POOL_PAUSE_SECONDS} s)\n")
+            with suppress(KeyboardInterrupt):  # the pool stops
+                time.sleep(_POOL_PAUSE_SECONDS)
+            raise SystemExit(1) from None
         if not _is_in_rqs_pool() and click.get_current_context(silent=True) is None:
             raise
         raise SystemExit(f"error: {error}") from None

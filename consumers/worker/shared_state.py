@@ -8,17 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from rq.suspension import is_suspended
 from rq.worker import BaseWorker, WorkerStatus
 
 from consumers.errors import StoreUnavailable
 from consumers.ops.metrics import WAITED_FOR
 from consumers.ops.redis_errors import is_unreachable, redis_problem
+from producers.redis_url import redis_reason
 
 logger = logging.getLogger(__name__)
 
 DATABASE, REDIS = WAITED_FOR
+_FORBIDDEN_SECONDS = 60
 
 
 class SharedState:
@@ -34,6 +36,7 @@ class SharedState:
         self._waits_for: str | None = None
         self._waits_since = 0.0
         self._redis_is_unreachable = False
+        self._forbidden_again_at: dict[str, float] = {}  # by error
         self._publishing = threading.Lock()
         self._published: str | None = None
 
@@ -83,6 +86,18 @@ class SharedState:
         if not is_unreachable(error):
             with suppress(RedisError):  # the outage is logged already
                 self.publish()
+
+    def note_forbidden(self, error: str) -> None:
+        """Log that Redis forbids to write RQ's records of jobs: at most one line a minute for each error."""
+        with self._changed:
+            now = time.monotonic()
+            if now < self._forbidden_again_at.get(error, now):
+                return
+            self._forbidden_again_at[error] = now + _FORBIDDEN_SECONDS
+        logger.error(
+            "worker %s stores the events, but cannot write RQ's records of their jobs: %s",
+            self._worker.name, redis_reason(ResponseError(error)),
+        )  # fmt: skip
 
     def note_progress(self, *, worked: bool) -> bool:
         """Note that a thread completed jobs (`worked`) or found nothing to do. Returns whether no outage is left.

@@ -72,7 +72,7 @@ class WorkerThread(threading.Thread):
         self.error: BaseException | None = None  # the defect that ended this thread
         self._worker = worker
         self._queue = queue
-        self._completion = Completion(worker, queue, self.reservations)
+        self._completion = Completion(worker, queue, self.reservations, shared.note_forbidden)
         self._shared = shared
         self._stopping = stopping
         self._limits = limits

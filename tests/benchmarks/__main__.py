@@ -19,6 +19,7 @@ from tests.benchmarks.latency import measure_latency
 from tests.benchmarks.memory import measure_memory
 from tests.benchmarks.migration import measure_import
 from tests.benchmarks.outages import measure_outages
+from tests.benchmarks.quality import measure_quality, quality_table
 from tests.benchmarks.recording import measure_record
 from tests.benchmarks.recovery import measure_recovery
 from tests.benchmarks.report import Report
@@ -35,6 +36,7 @@ MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "growth": (measure_growth, 10_000_000),
     "outages": (measure_outages, 200),
     "recovery": (measure_recovery, 20),
+    "quality": (measure_quality, 3),
     "audit": (measure_audit, 10_000_000),
     "import": (measure_import, 1_000_000),
     "adopt": (measure_adoption, 1_000_000),
@@ -49,7 +51,11 @@ def main() -> None:
     parser.add_argument("names", metavar="name", choices=MEASURES, nargs="*", help=f"{names}; all of them by default")
     parser.add_argument("--count", type=int, help="events, calls, repetitions or rows, depending on the benchmark")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and each of its runs to FILE")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of `quality` from FILE")
     options = parser.parse_args()
+    if options.table:
+        print(quality_table(options.table), end="")
+        return
     report = Report(machine_facts())
     print("; ".join(f"{name} {fact}" for name, fact in report.machine.items()), flush=True)
     for name in options.names or MEASURES:

@@ -58,7 +58,7 @@ def measure_adoption(rows: int, report: Report) -> None:
 
 def _fill(rows: int) -> None:
     with engine().begin() as db:
-        db.exec_driver_sql("DROP TABLE portfolio_history, signal_archives, event_outcomes")
+        db.exec_driver_sql("DROP TABLE portfolio_history, signal_archives, event_outcomes, withdrawals")
         db.exec_driver_sql(FIRST_GENERATION)
         db.execute(text(FIRST_GENERATION_SNAPSHOTS), {"rows": rows})
         db.execute(text(ARCHIVES), {"rows": rows // _ROWS_PER_ARCHIVE})

@@ -36,7 +36,7 @@ def queue_name() -> str:
 def reset() -> None:
     """Empty the tables and Redis; no worker may run."""
     with engine().begin() as db:
-        db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes"))
+        db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes, withdrawals"))
     checkpoint()
     with redis() as client:
         client.flushall()

@@ -22,7 +22,7 @@ def installed() -> bool:
 def drain_pgqueuer(folder: Path, count: int) -> Drain:
     """Time how one worker process of PgQueuer stores `count` snapshots from its own queue."""
     reset()
-    asyncio.run(_fresh_queue())
+    asyncio.run(fresh_queue())
     command = [sys.executable, "-m", "tests.benchmarks.pgqueuer_job", str(count)]
     with (
         open(folder / "pgqueuer.log", "ab") as log,
@@ -47,7 +47,7 @@ def drain_pgqueuer(folder: Path, count: int) -> Drain:
     return Drain(count, float(answer), usage, syncs() - synced)
 
 
-async def _fresh_queue() -> None:
+async def fresh_queue() -> None:
     """Create its tables with the fast settings of its guide: durable jobs, unlogged log table, eager autovacuum."""
     os.environ["PGQUEUER_DURABILITY"] = "balanced"  # PgQueuer reads it at its first use, below
     import asyncpg

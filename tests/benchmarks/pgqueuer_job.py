@@ -1,7 +1,9 @@
-"""Worker process of PgQueuer: `python -m tests.benchmarks.pgqueuer_job COUNT`.
+"""Worker process of PgQueuer: `python -m tests.benchmarks.pgqueuer_job [COUNT]`.
 
-It enqueues COUNT snapshots and prints `ready`. After reading a line it works until the last job is committed and
-finished, and prints the seconds that this took. It exits when its standard input ends.
+With COUNT it enqueues COUNT snapshots and prints `ready`. After reading a line it works until the last job is committed
+and finished, and prints the seconds that this took. It exits when its standard input ends.
+
+Without COUNT it works until it is ended, and tries a job that has failed again, as PgQueuer's own executor does that.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import asyncpg
 import uvloop
 from pgqueuer import PgQueuer, Queries
 from pgqueuer.db import AsyncpgDriver
+from pgqueuer.executors import DatabaseRetryEntrypointExecutor
 from pgqueuer.models import Job
 
 from producers.events import PortfolioSnapshotEvent, decode
@@ -78,5 +81,20 @@ async def _work(count: int) -> None:
     await pool.close()
 
 
+async def _work_until_ended() -> None:
+    url = os.environ["DATABASE_URL"]
+    connection = await asyncpg.connect(url)
+    pool = await asyncpg.create_pool(url, min_size=_CONNECTIONS, max_size=_CONNECTIONS)
+    assert pool is not None
+    queuer = PgQueuer(AsyncpgDriver(connection))
+
+    async def store(job: Job) -> None:
+        assert job.payload is not None
+        await _store(pool, job.payload.decode())
+
+    queuer.entrypoint("store", executor_factory=DatabaseRetryEntrypointExecutor)(store)
+    await queuer.qm.run(batch_size=_BATCH, shutdown_on_listener_failure=True)
+
+
 if __name__ == "__main__":
-    uvloop.run(_work(int(sys.argv[1])))
+    uvloop.run(_work(int(sys.argv[1])) if sys.argv[1:] else _work_until_ended())

@@ -135,7 +135,7 @@ def _measure_tables(count: int, report: Report) -> None:
     archive_count = count // _ARCHIVES_PART
     print(f"\nPostgreSQL, bytes per row with {count:,} snapshots and {archive_count:,} archives", flush=True)
     with engine().begin() as db:
-        db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes"))
+        db.execute(text("TRUNCATE portfolio_history, signal_archives, event_outcomes, withdrawals"))
     for table, name, payloads, number in (
         ("portfolio_history", "snapshot", snapshots(count), count),
         ("signal_archives", f"archive of {SIGNALS} signals", archives(archive_count), archive_count),

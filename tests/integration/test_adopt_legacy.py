@@ -231,13 +231,13 @@ def test_a_second_adoption_changes_nothing_and_reports_it(first_generation: str)
         0,
         "Table portfolio_history was renamed to portfolio_history_legacy.\n"
         "Table signal_archives was renamed to signal_archives_legacy.\n"
-        "The tables are ready.\n",
+        "The tables are ready in schema public.\n",
         "",
     )
     assert again == (
         0,
         "There are no tables of the old shape to rename; portfolio_history_legacy and signal_archives_legacy are from"
-        " an earlier run.\nThe tables are ready.\n",
+        " an earlier run.\nThe tables are ready in schema public.\n",
         "",
     )
     assert database_facts(first_generation) == before
@@ -247,10 +247,14 @@ def test_without_old_tables_adoption_does_the_same_as_init_db(empty_database_url
     """It creates the tables and prints that nothing was renamed."""
     answer = _run("init-db", "--adopt-legacy")
     made = database_facts(empty_database_url)
-    _execute("DROP TABLE portfolio_history, signal_archives, event_outcomes")
+    _execute("DROP TABLE portfolio_history, signal_archives, event_outcomes, withdrawals")
     apply_schema(engine())
 
-    assert answer == (0, "There are no tables of the old shape to rename.\nThe tables are ready.\n", "")
+    assert answer == (
+        0,
+        "There are no tables of the old shape to rename.\nThe tables are ready in schema public.\n",
+        "",
+    )
     assert database_facts(empty_database_url) == made
 
 
@@ -486,7 +490,7 @@ def test_other_tables_are_not_changed(second_generation: str) -> None:
         facts = database_facts(second_generation)
         return {key: fact for key, fact in facts.items() if not key[1].removeprefix("public.").startswith(ours)}
 
-    ours = ("portfolio_history", "signal_archives", "event_outcomes")
+    ours = ("portfolio_history", "signal_archives", "event_outcomes", "withdrawals")
     before = others()
     adopt_legacy(engine())
     assert {name for _, name, kind in before if kind == "rows"} == {"markets", "portfolios", "trades"}
@@ -566,5 +570,6 @@ def test_adoption_works_in_the_schema_of_the_search_path(
         "portfolio_history_legacy",
         "signal_archives",
         "signal_archives_legacy",
+        "withdrawals",
     ]
     assert database_facts(empty_database_url, "public") == before

@@ -30,6 +30,10 @@ from tests.factories import a_portfolio, a_signal, a_snapshot
 PROGRAM = [sys.executable, "-m", "consumers.cli"]
 
 
+_BIGINT = f"a whole number from {-(2**63)} to {2**63 - 1}"
+_FROM_1 = f"a whole number from 1 to {2**63 - 1}"
+
+
 def _run(*arguments: str, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*PROGRAM, *arguments],
@@ -70,7 +74,8 @@ def test_recorded_snapshot_and_archive_are_stored_and_listed(redis: Redis, datab
 def test_archive_without_signals_says_so_and_succeeds(redis: Redis) -> None:
     """A missing default file means that there are no signals."""
     run = _run("archive")
-    assert (run.returncode, run.stdout) == (0, "There are no signals to archive.\n")
+    missing = "data/trades/current_signals.json does not exist"
+    assert (run.returncode, run.stdout) == (0, f"There are no signals to archive: {missing}.\n")
 
 
 @pytest.mark.parametrize(
@@ -84,10 +89,15 @@ def test_archive_without_signals_says_so_and_succeeds(redis: Redis) -> None:
         (
             ["init-db"],
             {"DATABASE_URL": "mysql://u:s3cret@h/x"},
-            "error: DATABASE_URL: must be a postgresql:// URL",
+            "error: DATABASE_URL: must be a postgresql:// or postgres:// URL",
         ),
         (["init-db"], {"REDIS_URL": "redis://h"}, "error: REDIS_URL is set but DATABASE_URL (or"),
         (["snapshot", "missing.json"], {}, "error: missing.json: No such file or directory"),
+        (["archive", "missing.json"], {}, "error: missing.json: No such file or directory"),
+        (["import", "missing"], {}, "error: missing: No such file or directory"),
+        (["verify", "missing"], {}, "error: missing: No such file or directory"),
+        (["outbox", "salvage", "missing.db"], {}, "error: missing.db: No such file or directory"),
+        (["outbox", "salvage", "/"], {}, "error: /: Is a directory"),
         (["snapshot", "-"], {"REDIS_URL": "redis://127.0.0.1:1"}, "error: -: not JSON"),
         (["outbox", "status"], {}, "error: there is no outbox at"),
         (
@@ -118,12 +128,67 @@ def test_wrong_usage_exits_2() -> None:
     assert statuses == [2, 2, 2]
 
 
+_ENORMOUS = "99999999999999999999"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("history", "--limit", _ENORMOUS), f"Invalid value for '--limit' / '-n': must be {_FROM_1}"),
+        (("history", "--limit", "0"), f"Invalid value for '--limit' / '-n': must be {_FROM_1}"),
+        (("archives", "--portfolio-id", _ENORMOUS), f"Invalid value for '--portfolio-id': must be {_BIGINT}"),
+        (("history", "--portfolio-id", f"-{_ENORMOUS}"), f"Invalid value for '--portfolio-id': must be {_BIGINT}"),
+        (("snapshot", "-", "--portfolio-id", _ENORMOUS), f"Invalid value for '--portfolio-id': must be {_BIGINT}"),
+        (("archive", "--portfolio-id", "1.5"), f"Invalid value for '--portfolio-id': must be {_BIGINT}"),
+        (("import", ".", "--portfolio-id", _ENORMOUS), f"Invalid value for '--portfolio-id': must be {_BIGINT}"),
+        (("verify", ".", "--portfolio-id", _ENORMOUS), f"Invalid value for '--portfolio-id': must be {_BIGINT}"),
+        (("export", "x", "--portfolio-id", _ENORMOUS), f"Invalid value for '--portfolio-id': must be {_BIGINT}"),
+        (("import", ".", "--rate", _ENORMOUS), f"Invalid value for '--rate': must be {_FROM_1}"),
+        (("snapshot", "-", "--wait", "inf"), "Invalid value for '--wait': must be a finite number of seconds"),
+        (("archive", "--wait", "nan"), "Invalid value for '--wait': must be a finite number of seconds"),
+        (("outbox", "flush", "--timeout", "-1"), "Invalid value for '--timeout': must be a finite number of seconds"),
+        (("outbox", "resend", "--since", "2026-01-01", "--timeout", "inf"), "Invalid value for '--timeout': must be a"),
+    ],
+)
+def test_a_number_that_is_out_of_range_is_wrong_usage(arguments: tuple[str, ...], message: str) -> None:
+    run = _run(*arguments, REDIS_URL="redis://127.0.0.1:1", DATABASE_URL="postgresql://u@127.0.0.1:1/x")
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1), run.stderr
+    assert run.stderr.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("command", [("snapshot", "-"), ("archive",), ("relay",)])
+def test_without_settings_a_command_of_the_base_install_names_redis_url(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """The base install has no embedded servers."""
+    script = "import sys; sys.modules['sqlalchemy'] = None; from consumers.cli import main; main()"
+    run = subprocess.run(
+        [sys.executable, "-c", script, *command],
+        input="{}", capture_output=True, text=True, timeout=60, check=False,
+        env={name: value for name, value in os.environ.items() if name not in ("REDIS_URL", "DATABASE_URL")},
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == (
+        "error: neither DATABASE_URL nor REDIS_URL is set: set REDIS_URL, or pip install '.[all]' in a clone for the"
+        " embedded servers\n"
+    )
+
+
+def test_audit_continues_without_redis(database_url: str) -> None:
+    """It uses Redis only if it is there. The exit status is that of the numbers."""
+    run = _run("audit", REDIS_URL="redis://u:s3cret@127.0.0.1:1")
+    assert (run.returncode, run.stderr.count("\n")) == (0, 1), run.stderr
+    assert run.stderr.startswith("note: Redis: ")
+    assert run.stderr.endswith("; events that are only in the queue count as missing\n")
+    assert "s3cret" not in run.stderr
+
+
 def test_init_db_succeeds_twice_at_the_same_time_and_again_afterwards(empty_database_url: str) -> None:
     both = [subprocess.Popen([*PROGRAM, "init-db"], stdout=subprocess.PIPE) for _ in range(2)]
     answers = [one.communicate(timeout=60)[0] for one in both]
     again = _run("init-db")
 
-    assert ([one.returncode for one in both], answers) == ([0, 0], [b"The tables are ready.\n"] * 2)
+    assert ([one.returncode for one in both], answers) == ([0, 0], [b"The tables are ready in schema public.\n"] * 2)
     assert (again.returncode, get_portfolio_history()) == (0, [])
 
 

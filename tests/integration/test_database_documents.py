@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import text
+from typer.testing import CliRunner
 
+from consumers.cli import app
 from consumers.db.engine import get_db
 from consumers.db.logins import API, READER, WORKER, WRITER
 from consumers.db.schema_comparison import COLUMNS
@@ -54,6 +57,19 @@ def test_python_insert_example_is_idempotent() -> None:
         assert tuple(db.execute(text(counts)).one()) == (1, 1)
 
 
+def test_withdrawal_example_prints_the_documented_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the snapshot that the example of README.md inserts."""
+    monkeypatch.setenv("HISTORY_TIMEZONE", "UTC")
+    exec(block("consumers/db/README.md", "inserts"))
+    prompt, *printed = block("consumers/db/WITHDRAWALS.md", "withdraw").splitlines()
+    dry = CliRunner().invoke(app, [*shlex.split(prompt)[2:], "--dry-run"])
+    done = CliRunner().invoke(app, shlex.split(prompt)[2:])
+    assert (done.exit_code, done.output.splitlines()) == (0, printed)
+    assert dry.output.splitlines()[:-1] == printed[:-1]
+    ((listed,),) = _run(block("consumers/db/WITHDRAWALS.md", "list"))
+    assert (listed.actor, listed.reason, listed.balance) == ("alice", "read before the deposit", "9900.12")
+
+
 def test_transaction_example_counts_the_rows() -> None:
     row = dict.fromkeys(("balance", "total_invested", "total_profit_loss", "total_value"), 1)
     insert_portfolio_history_snapshot({"timestamp": START, **row, "open_positions": 1, "trade_count": 1})
@@ -73,6 +89,9 @@ def test_every_column_is_documented() -> None:
         "portfolio_history": [*both, *_documented_columns("columns: portfolio_history")],
         "signal_archives": [*both, *_documented_columns("columns: signal_archives")],
         "event_outcomes": _documented_columns("columns: event_outcomes"),
+        "withdrawals": re.findall(
+            "`([^`]+)`", " ".join(row[0] for row in table("consumers/db/WITHDRAWALS.md", "columns: withdrawals"))
+        ),
     }
     assert {name: sorted(columns) for name, columns in documented.items()} == {
         name: sorted(columns.split()) for name, columns in COLUMNS.items()

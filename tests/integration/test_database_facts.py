@@ -41,7 +41,7 @@ def test_rebuilt_database_has_the_same_facts(empty_database_url: str) -> None:
 def test_tables_of_schema_sql_created_again_have_the_same_facts(database_url: str) -> None:
     """Their indexes, comments and privileges are the same too."""
     first = database_facts(database_url)
-    _execute("DROP TABLE portfolio_history, signal_archives, event_outcomes")
+    _execute("DROP TABLE portfolio_history, signal_archives, event_outcomes, withdrawals")
     apply_schema(engine())
     assert database_facts(database_url) == first
 

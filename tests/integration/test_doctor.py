@@ -259,7 +259,7 @@ def test_setting_checks_name_the_servers_and_the_origin_of_each_setting(monkeypa
             "HISTORY_TIMEZONE: must be the name of",
         ),
         ("HISTORY_QUEUE", "two queues", "Redis setting", "HISTORY_QUEUE: "),
-        ("DATABASE_URL", "mysql://h/d", "database setting", "DATABASE_URL: must be a postgresql:// URL"),
+        ("DATABASE_URL", "mysql://h/d", "database setting", "DATABASE_URL: must be a postgresql:// or postgres:// URL"),
         ("DATABASE_URL", "postgresql://u:p@ss@h/d", "database setting", "DATABASE_URL: percent-encode @"),
         ("REDIS_URL", "redis://h:port", "Redis setting", "REDIS_URL: must be"),
         ("REDIS_URL", "redis://:12/34@h", "Redis setting", "REDIS_URL: / ? and # in the password"),
@@ -332,7 +332,7 @@ def test_wrong_password_is_reported_without_it(
         monkeypatch.setenv("REDIS_URL", f"unix://:{ENCODED}@{socket}")
         checks = _diagnosed()
     assert 'password authentication failed for user "doctor_pw"' in checks["PostgreSQL"].found
-    assert checks["PostgreSQL"].advice.startswith("correct the user or password in DATABASE_URL")
+    assert checks["PostgreSQL"].advice.startswith("correct user and password in DATABASE_URL")
     assert (checks["Redis"].state, "invalid username-password pair" in checks["Redis"].found) == ("fail", True)
     assert PASSWORD not in str(checks)
 
@@ -420,7 +420,8 @@ def test_missing_tables_need_init_db(redis: Redis, empty_database_url: str) -> N
     """There is no other line about tables."""
     checks = _diagnosed()
     assert (checks["tables"].state, checks["tables"].advice) == ("fail", "run trading-history init-db")
-    assert checks["tables"].found == "missing in schema public: portfolio_history, signal_archives, event_outcomes"
+    missing = "portfolio_history, signal_archives, event_outcomes, withdrawals"
+    assert checks["tables"].found == f"missing in schema public: {missing}"
     assert not {"privileges", "rejected in the last day"} & checks.keys()
 
 
@@ -449,7 +450,7 @@ def test_tables_of_the_old_shape_need_adoption(redis: Redis, empty_database_url:
             "indexes missing or invalid: signal_archives_event_once",
         ),
         ("DROP INDEX portfolio_history_newest", "warn", "indexes missing or invalid: portfolio_history_newest"),
-        ("COMMENT ON TABLE event_outcomes IS 'schema version 1'", "fail", "the tables are missing or too old"),
+        ("COMMENT ON TABLE event_outcomes IS 'schema version 1'", "fail", "the tables are too old (schema version 1"),
         ("ALTER TABLE event_outcomes ADD COLUMN note text", "ok", "all tables, columns and indexes of schema.sql"),
     ],
 )

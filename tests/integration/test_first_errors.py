@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import httpx
 import pytest
 from redis import Redis
 from sqlalchemy import make_url, text
@@ -77,10 +78,207 @@ def _with_database(url: str, name: str) -> str:
         ("failed", "show", "x"),
         ("failed", "requeue", "--all"),
         ("failed", "discard", "--all", "--reason", "x"),
+        ("import", "old"),
+        ("verify", "old"),
     ],
 )
-def test_a_command_without_tables_advises_init_db(redis: Redis, empty_database_url: str, command: tuple[str]) -> None:
-    assert _error(*command).endswith(f" does not exist: {INIT_DB}\n")
+def test_a_command_without_tables_advises_init_db(
+    redis: Redis, empty_database_url: str, command: tuple[str, ...]
+) -> None:
+    _write_old_history()
+    error = _error(*command)
+    if command[0] == "import":
+        assert error.endswith(f"the tables are missing or too old (schema version 1, needed is 2): {INIT_DB}\n")
+    else:
+        assert error.endswith(f" does not exist: {INIT_DB}\n")
+
+
+def _write_old_history() -> None:
+    amounts = dict.fromkeys(("balance", "total_invested", "total_profit_loss", "total_value"), 1)
+    entry = {"date": "2026-05-01", "timestamp": "2026-05-01T10:00:00", **amounts, "open_positions": 0, "trade_count": 0}
+    Path("old").mkdir()
+    Path("old/portfolio_history.json").write_text(json.dumps([entry]))
+
+
+_NEED_DATABASE = [
+    ("history",),
+    ("archives",),
+    ("audit",),
+    ("export", "folder"),
+    ("failed", "list"),
+    ("failed", "show", "x"),
+    ("failed", "requeue", "--all"),
+    ("failed", "discard", "--all", "--reason", "x"),
+    ("import", "old"),
+    ("import", "--from-tables"),
+    ("import", "--from-tables", "--dry-run"),
+    ("verify", "old"),
+    ("verify", "--from-tables"),
+    ("init-db",),
+    ("init-db", "--adopt-legacy"),
+    ("init-db", "--adopt-legacy", "--dry-run"),
+]
+
+
+@pytest.mark.parametrize("command", _NEED_DATABASE)
+def test_a_command_names_a_database_that_it_cannot_reach(
+    redis: Redis, database_url: str, command: tuple[str, ...]
+) -> None:
+    """PostgreSQL that is away, and a wrong name of the database."""
+    _write_old_history()
+    away = _error(*command, DATABASE_URL="postgresql://u:s3cret@127.0.0.1:1/x")
+    assert away.endswith("check that PostgreSQL runs, and host and port in DATABASE_URL or the POSTGRES_ variables\n")
+    assert "s3cret" not in away
+    wrong = _error(*command, DATABASE_URL=_with_database(database_url, "no_such_database"))
+    assert 'database "no_such_database" does not exist: correct the name of the database in DATABASE_URL or' in wrong
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("no tables", f" does not exist: {INIT_DB}"),
+        ("name", 'database "no_such_database" does not exist: correct the name of the database in DATABASE_URL or'),
+        ("away", "check that PostgreSQL runs, and host and port in DATABASE_URL or"),
+    ],
+)
+def test_the_api_says_at_its_start_that_it_cannot_read_the_tables(
+    redis: Redis, empty_database_url: str, tmp_path: Path, wrong: str, message: str
+) -> None:
+    """In one line. It starts, and answers with status 503 until the tables can be read."""
+    log = tmp_path / "log"
+    urls = {
+        "no tables": empty_database_url,
+        "name": _with_database(empty_database_url, "no_such_database"),
+        "away": "postgresql://u:s3cret@127.0.0.1:1/x",
+    }
+    with _started(log, "api", "--port", "0", DATABASE_URL=urls[wrong]):
+        until(lambda: "Until then, requests are answered with status 503.\n" in log.read_text())
+        (line,) = [line for line in log.read_text().splitlines() if "Until then" in line]
+        assert line.startswith("error: PostgreSQL: ")
+        assert message in line
+        assert "s3cret" not in log.read_text()
+        port = log.read_text().partition("http://127.0.0.1:")[2].partition("/")[0]
+        assert httpx.get(f"http://127.0.0.1:{port}/trading/portfolio-history").status_code == 503
+        if wrong == "no tables":
+            assert _run("init-db").returncode == 0
+            assert httpx.get(f"http://127.0.0.1:{port}/trading/portfolio-history").status_code == 200
+
+
+def test_the_dashboard_says_at_its_start_that_it_cannot_reach_redis(redis: Redis, tmp_path: Path) -> None:
+    """It needs no database. With Redis there, it says nothing."""
+    password = {"HISTORY_DASHBOARD_PASSWORD": "a password that is long"}
+    wrong, right = tmp_path / "wrong", tmp_path / "right"
+    with _started(wrong, "dashboard", "--port", "0", REDIS_URL="redis://:s3cret@127.0.0.1:1", **password):
+        until(lambda: "stop with Ctrl-C" in wrong.read_text())
+    (line,) = [line for line in wrong.read_text().splitlines() if "error" in line]
+    assert line.startswith("error: Redis: ")
+    assert line.endswith(
+        "check that Redis runs, and host and port in REDIS_URL. Until then, requests are answered with status 503."
+    )
+    assert "s3cret" not in line
+    with _started(right, "dashboard", "--port", "0", DATABASE_URL="postgresql://u@127.0.0.1:1/x", **password):
+        until(lambda: "stop with Ctrl-C" in right.read_text())
+    assert right.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("no tables", f"the tables are missing or too old (schema version 1, needed is 2): {INIT_DB}\n"),
+        ("name", 'database "no_such_database" does not exist: correct the name of the database in DATABASE_URL or'),
+        ("away", "check that PostgreSQL runs, and host and port in DATABASE_URL or the POSTGRES_ variables\n"),
+    ],
+)
+def test_up_says_that_its_worker_waits_for_the_database(
+    redis: Redis, empty_database_url: str, tmp_path: Path, wrong: str, message: str
+) -> None:
+    """In one line of the worker. It continues as soon as the database is there."""
+    log = tmp_path / "log"
+    urls = {
+        "no tables": empty_database_url,
+        "name": _with_database(empty_database_url, "no_such_database"),
+        "away": "postgresql://u:s3cret@127.0.0.1:1/x",
+    }
+    with _started(log, "up", HISTORY_DASHBOARD_PASSWORD="a password that is long", DATABASE_URL=urls[wrong]):
+        until(lambda: message in log.read_text(), 40)
+    assert log.read_text().count("waits for the database and tries again") == 1
+    assert "s3cret" not in log.read_text()
+
+
+_MODULES = {
+    "worker": ("sqlalchemy", "psycopg2", "prometheus_client"),
+    "api": ("fastapi", "starlette", "uvicorn"),
+    "dashboard": ("flask", "rq_dashboard", "six", "waitress", "werkzeug"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        *((command, "worker") for command in _NEED_DATABASE),
+        (("history", "--csv"), "worker"),
+        (("import", "old", "--dry-run"), "worker"),
+        (("init-db", "--dry-run"), "worker"),
+        (("worker",), "worker"),
+        (("worker", "--processes", "2"), "worker"),
+        (("status",), "worker"),
+        (("api",), "api"),
+        (("dashboard",), "dashboard"),
+    ],
+)
+def test_a_command_names_the_extra_that_it_needs(command: tuple[str, ...], extra: str) -> None:
+    """Python finds no module of that extra, as in an installation without it."""
+    _write_old_history()
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({_MODULES[extra]})); from consumers.cli import main; main()"
+    servers = {"DATABASE_URL": "postgresql://u@127.0.0.1:1/x", "REDIS_URL": "redis://127.0.0.1:1"}
+    run = subprocess.run(
+        [sys.executable, "-c", hidden, *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **servers, "HISTORY_DASHBOARD_PASSWORD": "a password that is long"},
+        check=False,
+    )
+    advice = f"run pip install '.[{extra}]' in a clone of trading-history"
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == f"error: this command needs the extra [{extra}]: {advice}\n"
+
+
+def test_a_wrong_password_of_postgresql_is_called_so(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """By a server that asks for a password (SCRAM). The password is not shown."""
+    role, log = f"scram_{os.getpid()}", tmp_path / "log"
+    with get_db() as db:
+        hba = Path(db.scalar(text("SHOW hba_file")))
+        db.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD 'right'"))
+        db.execute(text(f"GRANT trading_history_writer TO {role}"))
+    before = hba.read_text()
+    hba.write_text(f"local all {role} scram-sha-256\n{before}")
+
+    def url(password: str | None) -> str:
+        named = make_url(database_url).set(username=role, password=password)
+        return named.render_as_string(hide_password=False)
+
+    try:
+        with get_db() as db:
+            db.execute(text("SELECT pg_reload_conf()"))
+        until(lambda: _run("history", DATABASE_URL=url("s3cret")).returncode == 1)
+        assert _run("history", DATABASE_URL=url("right")).returncode == 0
+        advice = "correct user and password in DATABASE_URL or the POSTGRES_ variables\n"
+        wrong, missing = (_error("history", DATABASE_URL=url(password)) for password in ("s3cret", None))
+        assert wrong.endswith(f'password authentication failed for user "{role}": {advice}')
+        assert missing.endswith(f"no password supplied: {advice}")
+        checks = json.loads(_run("doctor", "--json", DATABASE_URL=url("s3cret")).stdout)
+        (failed,) = [one for one in checks if one["name"] == "PostgreSQL"]
+        assert failed["advice"] == "correct the user or password in DATABASE_URL or the POSTGRES_ variables"
+        with _started(log, "worker", DATABASE_URL=url("s3cret")):
+            until(lambda: advice in log.read_text())
+        assert "s3cret" not in wrong + log.read_text() + str(checks)
+    finally:
+        hba.write_text(before)
+        with get_db() as db:
+            db.execute(text("SELECT pg_reload_conf()"))
+            db.execute(text(f"DROP OWNED BY {role}"))
+            db.execute(text(f"DROP ROLE {role}"))
 
 
 def test_status_without_tables_advises_init_db(redis: Redis, empty_database_url: str) -> None:
@@ -93,7 +291,7 @@ def test_a_worker_without_tables_says_so_at_its_start(redis: Redis, empty_databa
     """Before the first event comes. It continues as soon as the tables are there."""
     log = tmp_path / "log"
     with _started(log, "worker"):
-        until(lambda: "waits for the database and tries again: the tables are missing or too old" in log.read_text())
+        until(lambda: "waits for the database and tries again: the tables are missing: " in log.read_text())
         assert INIT_DB in log.read_text()
         assert _run("init-db").returncode == 0
         until(lambda: "continues after" in log.read_text())
@@ -127,7 +325,7 @@ def test_a_database_that_is_away_is_named_with_its_setting() -> None:
     assert "s3cret" not in error
 
 
-def test_a_wrong_password_of_redis_is_called_so(redis: Redis, database_url: str, tmp_path: Path) -> None:
+def test_a_wrong_password_of_redis_is_named(redis: Redis, database_url: str, tmp_path: Path) -> None:
     """Waiting for Redis to come back would not help."""
     outbox = str(tmp_path / "outbox.db")
     with HistoryProducer(redis, outbox=outbox) as producer:
@@ -159,6 +357,34 @@ def test_rqs_command_reports_a_wrong_setting_in_one_line(
     last = log.read_text().splitlines()[-1]
     assert last.startswith("error: DATABASE_URL is not set" if "history" in arguments else "error: HistoryWorker takes")
     assert "Traceback" not in log.read_text()
+
+
+def test_a_stock_worker_without_a_database_keeps_the_job(
+    redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RQ logs a traceback that ends with our line. The job is in the failed registry until its event is sent again."""
+    log, options = tmp_path / "log", ("--burst", "history", "--serializer", "json")
+    message = "producers.errors.SettingsError: DATABASE_URL is not set (for example postgresql://"
+    with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
+        receipt = producer.record(a_snapshot())
+        assert producer.flush(20) == 0
+        monkeypatch.delenv("DATABASE_URL")
+        with rq_process("worker", *options, log=log) as process:
+            assert process.wait(60) == 0
+        assert message in log.read_text()
+        (job_id,) = history_queue(redis).failed_job_registry.get_job_ids()
+        job = history_queue(redis).fetch_job(job_id)
+        assert job is not None
+        result = job.latest_result()
+        assert result is not None
+        assert str(result.exc_string).splitlines()[-1].startswith(message)
+        assert receipt.state == "sent"
+        monkeypatch.setenv("DATABASE_URL", database_url)
+        until(lambda: history_queue(redis).count == 1, 60)  # the relay sends it again
+        with rq_process("worker", *options, log=log) as process:
+            assert process.wait(60) == 0
+        until(lambda: receipt.state == "stored")
+    assert history_queue(redis).failed_job_registry.count == 0
 
 
 @pytest.mark.parametrize("command", ["api", "dashboard"])
@@ -206,7 +432,10 @@ def test_flush_reports_that_entries_of_an_unreadable_file_may_be_lost(redis: Red
     flushed = _run("outbox", "flush", "--timeout", "20", HISTORY_OUTBOX=str(path))
     (salvaged,) = tmp_path.glob("outbox.db.salvaged-*")
     assert (flushed.returncode, flushed.stdout) == (1, "")
-    assert f"Entries may be lost: not all of {salvaged} could be read. Run trading-history audit" in flushed.stderr
+    assert (
+        f"Entries may be lost: not all of {salvaged} could be read. Run trading-history audit, which names missing"
+        f" events, then delete what you have examined: rm {salvaged}; until then, this command ends with status 1.\n"
+    ) in flushed.stderr
     as_json = _run("outbox", "flush", "--json", HISTORY_OUTBOX=str(path))
     assert (as_json.returncode, json.loads(as_json.stdout)["lossy_files"]) == (1, [str(salvaged)])
     salvaged.unlink()
@@ -232,7 +461,7 @@ def test_an_unusable_input_is_named(redis: Redis, tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_or_a_file_in_the_wrong_place_is_called_so(redis: Redis, database_url: str, tmp_path: Path) -> None:
+def test_a_folder_or_a_file_in_the_wrong_place_is_named(redis: Redis, database_url: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert _error("export", "file") == ("error: file is not a folder: give the path of a folder, which may be new\n")
     folder = f"error: outbox {tmp_path} is a folder: give the path of a file, such as {tmp_path}/outbox.db\n"
@@ -248,7 +477,7 @@ def test_snapshot_that_waits_says_what_it_waits_for(redis: Redis, tmp_path: Path
     away = _run(*command, REDIS_URL="redis://127.0.0.1:1", HISTORY_OUTBOX=str(tmp_path / "a.db"))
     no_worker = _run(*command, HISTORY_OUTBOX=str(tmp_path / "b.db"))
     for run, reason in (
-        (away, "Redis cannot be reached ("),
+        (away, "Redis cannot be reached (ConnectionError): check that Redis runs, and host and port in REDIS_URL. "),
         (no_worker, "Queue history has 1 waiting job and no worker"),
     ):
         last = run.stderr.splitlines()[-1]
@@ -261,8 +490,27 @@ def test_snapshot_that_waits_says_what_it_waits_for(redis: Redis, tmp_path: Path
     [
         (("fly",), "error: No such command 'fly'; see python -m consumers.cli --help\n"),
         (("history", "--fly"), "error: No such option: --fly; see python -m consumers.cli history --help\n"),
+        (
+            ("histroy",),
+            "error: No such command 'histroy'. Did you mean 'history'? See python -m consumers.",
+        ),
+        (
+            ("history", "--limit", "x"),
+            "error: Invalid value for '--limit' / '-n': must be a whole number from 1 to 9223372036854775807; see ",
+        ),
+        (
+            ("outbox", "flush", "--timeout", "x"),
+            "error: Invalid value for '--timeout': must be a finite number of seconds, at least 0; see python -m ",
+        ),
+        (
+            ("audit", "--since"),
+            "error: Option '--since' requires an argument; see python -m consumers.cli audit --help\n",
+        ),
+        (
+            ("--debug", "outbox", "flush", "--timeout"),
+            "error: Option '--timeout' requires an argument; see python -m consumers.cli outbox flush --help\n",
+        ),
         (("snapshot",), "error: Missing argument 'FILE'; see python -m consumers.cli snapshot --help\n"),
-        (("outbox", "salvage", "x"), "error: Invalid value for 'file': file 'x' does not exist; see python -m"),
     ],
 )
 def test_an_error_of_usage_is_one_line(arguments: tuple[str, ...], message: str) -> None:
@@ -293,7 +541,7 @@ def test_audit_counts_the_sources_that_since_leaves_out(redis: Redis, database_u
     assert "2020-01-01 00:00:00Z" in shown
     since = _run("audit", "--since", "2021-01-01T00:00:00Z", "--json", **here)
     assert [one["source"].split("/")[0] for one in json.loads(since.stdout)] == ["new"]
-    assert since.stderr.startswith("note: 1 source left out: ")
+    assert since.stderr.startswith("note: 1 source left out: it has no event since then, and its outbox is not on ")
     own = json.loads(_run("audit", "--json", HISTORY_OUTBOX=str(tmp_path / "old.db")).stdout)
     assert [one["host"] for one in own] == [None, socket.gethostname()]
 

@@ -13,6 +13,7 @@ from sqlalchemy import text
 from consumers.db.engine import engine, get_db
 from consumers.legacy.adoption import adopt_legacy
 from consumers.legacy.legacy_rows import table_sources
+from producers.errors import HistoryError
 from tests.documents import block
 from tests.legacy_databases import (
     ARCHIVES,
@@ -129,10 +130,11 @@ def test_without_adopted_tables_the_import_fails(database_url: str) -> None:
         for more in ([], ["/tmp", "--from-tables"])
     ]
 
-    assert table_sources(engine()) == []
+    with pytest.raises(HistoryError, match="there are no adopted tables in schema public"):
+        table_sources(engine())
     assert (run.returncode, run.stderr) == (
         1,
-        "error: the database has no adopted tables: run trading-history init-db --adopt-legacy first\n",
+        "error: there are no adopted tables in schema public: run trading-history init-db --adopt-legacy first\n",
     )
     assert wrong == [2, 2]
 

@@ -18,6 +18,7 @@ from consumers.operations import get_portfolio_history
 from producers.redis_keys import KEY_PREFIX
 from tests.dashboard_server import dashboard_of
 from tests.factories import a_portfolio
+from tests.redis_servers import USERS, USERS_FILE, forbidden, rules_of, url_of, users
 from tests.relaying import a_relay, states
 from tests.rq_programs import rq_process, until
 
@@ -61,7 +62,7 @@ def test_all_keys_have_the_prefix(redis: Redis, database_url: str, tmp_path: Pat
         assert [one["name"] for one in client.get("0/data/queues.json").json()["queues"]] == ["history"]
 
 
-def test_a_stock_worker_and_a_relay_follow_it(redis: Redis, database_url: str, tmp_path: Path) -> None:
+def test_a_stock_worker_and_a_relay_use_the_prefix(redis: Redis, database_url: str, tmp_path: Path) -> None:
     """The stock worker acknowledges where the relay looks. A relay without the prefix is refused."""
     path = tmp_path / "outbox.db"
     recorded = _run(*_SNAPSHOT, "2026-11-22T17:00:00", stdin=a_portfolio(), HISTORY_OUTBOX=str(path), **_PREFIX)
@@ -76,6 +77,26 @@ def test_a_stock_worker_and_a_relay_follow_it(redis: Redis, database_url: str, t
     assert ", key prefix {app}:one, queue history, and not to database 0 on" in refused.stderr
 
 
+def test_the_file_of_users_with_the_prefix_allows_the_same(redis: Redis, database_url: str, tmp_path: Path) -> None:
+    """The rules are changed as the first lines of redis-users.acl say."""
+    text = USERS_FILE.read_text("utf-8")
+    assert "replace every rq: by VALUE: and every ~history: by ~VALUE:history:" in text.replace("\n# ", " ")
+    with users(redis):
+        for user in USERS:
+            rules = [rule.replace("rq:", "{app}:one:").replace("~history:", "~{app}:one:history:")
+                     for rule in rules_of(user)]  # fmt: skip
+            redis.execute_command("ACL SETUSER", f"trading_history_{user}", "reset", *rules)  # type: ignore[no-untyped-call]
+        controller, worker, reader = (
+            {**_PREFIX, "REDIS_URL": url_of(redis, user)} for user in ("controller", "worker", "reader")
+        )
+        assert _run(*_SNAPSHOT, "2026-11-22T17:00:00", stdin=a_portfolio(), **controller).returncode == 0
+        assert _run("worker", "--burst", **worker).returncode == 0
+        assert _run("outbox", "flush", **controller).returncode == 0
+        assert json.loads(_run("status", "--json", **reader).stdout)["redis"] == "reachable"
+        assert len(get_portfolio_history()) == 1
+        assert forbidden(redis) == set()
+
+
 def test_the_prefix_is_the_one_that_rq_has_read() -> None:
     assert (KEY_PREFIX or "rq") == RQ_KEY_PREFIX
 
@@ -83,9 +104,13 @@ def test_the_prefix_is_the_one_that_rq_has_read() -> None:
 @pytest.mark.parametrize(
     ("dotenv", "environment", "message"),
     [
-        ("app", {}, "RQ_KEY_PREFIX: RQ reads it from the environment when Python starts, not from .env: set it there"),
+        (
+            "app",
+            {},
+            "RQ_KEY_PREFIX: RQ does not read .env: remove RQ_KEY_PREFIX from .env and export it in the environment",
+        ),
         ("", {"RQ_KEY_PREFIX": "a b"}, "Invalid RQ_KEY_PREFIX 'a b': only letters, digits, and"),
-        ("", {"RQ_KEY_PREFIX": ""}, "Invalid RQ_KEY_PREFIX '': only letters, digits, and"),
+        ("", {"RQ_KEY_PREFIX": ""}, "RQ_KEY_PREFIX is empty, which RQ does not accept: unset it"),
     ],
 )
 @pytest.mark.usefixtures("redis", "database_url")
@@ -98,6 +123,12 @@ def test_a_prefix_that_cannot_be_followed_is_an_error(
         ran = _run(*arguments, stdin=a_portfolio(), **environment)
         assert (ran.returncode, ran.stderr.count("\n")) == (1, 1), (arguments, ran.stderr)
         assert ran.stderr.startswith(f"error: {message}"), ran.stderr
+    if environment:
+        controller = [sys.executable, "-c", "import producers.trading_controller"]
+        imported = subprocess.run(
+            controller, capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        )
+        assert imported.stderr.splitlines()[-1].startswith(f"producers.errors.SettingsError: {message}")
     if dotenv:
         options = ("--worker-class", "consumers.worker.HistoryWorker", "--burst", "history")
         with rq_process("worker", *options, log=tmp_path / "log") as process:

@@ -53,7 +53,7 @@ def test_an_event_is_stored_and_the_state_is_known(
     assert line.endswith(": RQ's list will not show its address, because Redis forbids CLIENT")
 
 
-def test_a_worker_process_starts_without_other_words(redis: Redis, database_url: str, tmp_path: Path) -> None:
+def test_a_worker_process_starts_and_logs_nothing_else(redis: Redis, database_url: str, tmp_path: Path) -> None:
     with a_worker(redis, tmp_path / "log"):
         values, healthy = pipeline_status()
         assert (values["redis"], values["workers"], healthy) == ("reachable", 1, True)

@@ -25,6 +25,7 @@ from sqlalchemy import make_url
 from consumers.operations import get_portfolio_history, insert_portfolio_history_snapshot
 from consumers.ops import exposition
 from consumers.ops.exposition import worker_registry
+from consumers.ops.failed import discard, rejections
 from consumers.ops.metrics import COUNTS
 from consumers.ops.queue_health import read_queue
 from consumers.web import api
@@ -97,6 +98,25 @@ def test_each_outcome_is_counted_once_under_its_name(redis: Redis) -> None:
     assert scrape["batch_events_count",] == scrape["insert_seconds_count",] >= 2
     assert scrape["failed_jobs",] == 4
     assert Path("pwned").exists() is False
+
+
+def test_a_discarded_delivery_is_not_counted_as_a_rejection(redis: Redis) -> None:
+    """An alert on rejections must not fire again for an event that an operator has dealt with."""
+    queue = history_queue(redis)
+    jobs = {"invalid": "consumers.handlers.record_portfolio_snapshot", "unsupported": "os.system"}
+    for name, function in jobs.items():
+        queue.enqueue(function, "{}", job_id=name)
+    burst(redis)
+    assert discard(rejections(), redis, "history", "a test") == 2
+    for name, function in jobs.items():
+        queue.enqueue(function, "{}", job_id=name)
+    burst(redis)
+    assert _outcomes(_scrape(redis)) == {
+        ("invalid", SNAPSHOT_TYPE): 1,
+        ("unsupported", "unknown"): 1,
+        ("discarded", SNAPSHOT_TYPE): 1,
+        ("discarded", "unknown"): 1,
+    }
 
 
 def test_redelivery_after_the_commit_counts_as_duplicate(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,8 +195,8 @@ def test_import_and_verify_name_a_file_of_another_shape_and_read_the_others(tmp_
     folder = _write(tmp_path / "old", archives=[_archive(0)])
     path = folder / "portfolio_history.json"
     path.write_text(json.dumps([_snapshot(0)]), "utf-16")
-    command = f"iconv -f UTF-16 -t UTF-8 {path}"
-    message = f"portfolio_history.json: is text in UTF-16, not UTF-8. Replace it by the output of: {command}"
+    command = f"iconv -f UTF-16 -t UTF-8 {path} > {path}.new && mv {path}.new {path}"
+    message = f"portfolio_history.json: is text in UTF-16, not UTF-8. Convert it: {command}"
     report = ("--report", str(tmp_path / "report.jsonl"))
     for arguments, counts in (
         (("import", "--dry-run", *report), "1 +0"),
@@ -219,6 +219,30 @@ def test_the_message_names_files_with_nearly_the_right_name(tmp_path: Path) -> N
         f"{tmp_path}: has no portfolio_history.json and no signals_archive_*.json, but portfolio_history.json.gz and"
         " signals_archive_2025-10.jsonl: unpack or rename them"
     )
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("command", [("import",), ("import", "--dry-run"), ("verify",)])
+def test_a_file_with_nearly_the_right_name_is_named_beside_valid_files(
+    tmp_path: Path, command: tuple[str, ...], as_json: bool
+) -> None:
+    """It counts as damaged, so the exit status is 1. Files of other programs are ignored."""
+    folder = _write(tmp_path / "old", [_snapshot(0)])
+    names = {
+        "portfolio_history.json.bak": "portfolio_history.json",
+        "signals_archive_2025-10.json.gz": "signals_archive_YYYY-MM.json",
+    }
+    for name in (*names, "other.json.gz", "import-report.jsonl"):
+        (folder / name).touch()
+    options = ["--timezone", "UTC", "--portfolio-id", "1", *(["--json"] if as_json else [])]
+    _import(folder)
+    run = subprocess.run([sys.executable, "-m", "consumers.cli", command[0], str(folder), *command[1:], *options],
+                         capture_output=True, text=True, check=False)  # fmt: skip
+    assert (run.returncode, run.stderr) == (1, "")
+    for name, right in names.items():
+        line = f"{name}: is not read: unpack it, or rename it to {right}, or move it to another folder"
+        assert run.stdout.count(line) == 1
+    assert "other.json" not in run.stdout
 
 
 def _reported_lines(path: Path) -> list[tuple[str, int, str]]:

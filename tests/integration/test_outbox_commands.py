@@ -129,7 +129,10 @@ def test_flush_reports_that_redis_is_away(redis: Redis, tmp_path: Path, mode: st
     assert flushed.returncode == 1
     last = flushed.stderr.splitlines()[-1]
     assert last.startswith("1 event not settled: 1 pending, 0 sent. Redis cannot be reached (")
-    assert last.endswith("). The events are safe in the outbox; run this again when it is back.")
+    assert last.endswith(
+        "): check that Redis runs, and host and port in REDIS_URL."
+        " The events are safe in the outbox; run this again when it is back."
+    )
     assert took < 12
 
 

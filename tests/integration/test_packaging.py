@@ -81,6 +81,10 @@ def test_controllers_installation_has_no_database_driver(bin_folder: Path) -> No
     assert (unset.returncode, unset.stderr.split(":")[1]) == (1, " neither DATABASE_URL nor REDIS_URL is set")
 
 
+def _run(folder: Path, *command: Path | str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command, "-p", "no:cacheprovider"], cwd=folder, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.parametrize("installation", ["wheel", "editable"])
 def test_project_with_its_own_producers_package_runs_its_tests(
     bin_folder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, installation: str
@@ -101,13 +105,14 @@ def test_project_with_its_own_producers_package_runs_its_tests(
     (tmp_path / "test_own.py").write_text(
         "import consumers, producers\ndef test_own(): pass\ndef test_fixture(trading_history): pass\n", "utf-8"
     )
-    run = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = _run(tmp_path, python, "-m", "pytest", "-q")
     assert "1 passed, 1 error" in run.stdout, run.stdout + run.stderr
     assert f"({tmp_path}/producers/__init__.py) hides the one of trading-history: move the tests" in run.stdout
     assert "another exception" not in run.stdout
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "test_own.py").write_text("import consumers, producers\ndef test_own(): pass\n", "utf-8")
+    (tmp_path / "tests" / "test_moved.py").write_text("def test_fixture(trading_history): pass\n", "utf-8")
+    assert "hides the one" in _run(tmp_path, python, "-m", "pytest", "-q", "tests").stdout
+    advised = _run(tmp_path, python.parent / "pytest", "-q", "tests").stdout
+    # Our package is found. What the fixture needs is not installed here.
+    assert ("hides" in advised, "No module named 'fakeredis'" in advised) == (False, True), advised

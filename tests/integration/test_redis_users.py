@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, ResponseError
 from rq import Queue
 from rq.command import send_shutdown_command
 from rq.job import Job
@@ -23,13 +24,14 @@ from rq.suspension import resume, suspend
 
 from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
+from consumers.ops import doctor
 from consumers.ops.failed import discard, rejections, requeue
 from consumers.ops.masking import Mask
 from consumers.ops.redis_health import redis_checks
 from consumers.ops.status import pipeline_status
 from consumers.web.api import app
 from consumers.worker import orphans
-from consumers.worker.reservations import Reservations
+from consumers.worker.reservations import Reservations, requeue_expired
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_url import redis_client
@@ -37,7 +39,7 @@ from producers.rq_queue import in_no_list
 from producers.settings import TransportSettings
 from tests.dashboard_server import SNAPSHOT_FUNCTION, dashboard_of, pages
 from tests.deliveries import burst, enqueue_snapshots, history_queue
-from tests.factories import INSTANT, a_snapshot
+from tests.factories import INSTANT, a_portfolio, a_snapshot
 from tests.redis_servers import USERS, forbidden, rules_of, url_of, users
 from tests.relaying import COMMAND, a_relay, states
 from tests.rq_programs import registered_workers, until
@@ -251,6 +253,49 @@ def test_a_worker_names_what_is_forbidden_and_continues(
         assert db.exec_driver_sql("SELECT count(*) FROM event_outcomes WHERE outcome = 'rejected'").scalar() == 0
 
 
+@pytest.mark.parametrize("command", ["xadd", "hget"])
+def test_a_worker_that_may_not_write_rqs_records_of_jobs_says_so_once(
+    redis: Redis, tmp_path: Path, command: str
+) -> None:
+    """In one line a minute: the events are stored and rejected all the same, and no job is lost."""
+    log, line = tmp_path / "log", f"Redis forbids the command {command} to this user: run ACL SETUSER <user> +{command}"
+    queue = history_queue(redis)
+    with _worker_process(redis, log):
+        until(lambda: "Listening" in log.read_text(), 40)
+        enqueue_snapshots(redis, 3)
+        until(lambda: len(get_portfolio_history()) == 3)
+        if command == "hget":  # the worker then has more finished jobs than it keeps
+            redis.zadd(queue.finished_job_registry.key, {f"old-{n}": 4_000_000_000 for n in range(1000)})
+        _change(redis, "worker", f"-{command}")
+        for number in range(4):
+            enqueue_snapshots(redis, 1, first=3 + number)
+            queue.enqueue(SNAPSHOT_FUNCTION, "{}", job_id=f"bad-{number}")
+            until(lambda expected=number + 4: len(get_portfolio_history()) == expected)  # type: ignore[misc]  # not inferred
+            until(lambda expected=number + 1: queue.failed_job_registry.count == expected)  # type: ignore[misc]  # not inferred
+        until(lambda: queue.count == 0 and redis.keys("history:reserved:*") == [])
+    assert log.read_text().count("cannot write RQ's records of their jobs") == 1
+    assert line in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_forbidden_count_of_crashes_is_reported_and_changes_nothing(redis: Redis) -> None:
+    """It would stay at 1, and the event would never count as poison."""
+    (job_id,) = enqueue_snapshots(redis, 1)
+    worker, queue = _client(redis, "worker"), history_queue(redis)
+    dead = Reservations(worker, queue, "dead")
+    assert [job.job_id for job in dead.reserve(1).jobs] == [job_id]
+    dead.run_alone()
+    redis.hset("history:crashes:history", job_id, 1)
+    redis.delete(*redis.keys("history:lease:*"))
+    _change(redis, "worker", "-hincrby")
+    with pytest.raises(ResponseError, match="no permissions to run the 'hincrby' command"):
+        requeue_expired(worker, queue)
+    assert (queue.count, redis.hget("history:crashes:history", job_id)) == (0, b"1")
+    _change(redis, "worker")
+    assert requeue_expired(worker, queue) == [job_id]
+    assert redis.hget("history:crashes:history", job_id) == b"2"
+
+
 def test_a_relay_names_what_is_forbidden_and_continues(
     redis: Redis, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -278,3 +323,47 @@ def test_a_command_names_what_is_forbidden(redis: Redis) -> None:
         )
         found = [line for line in (ran.stdout + ran.stderr).splitlines() if "Redis forbids the command llen" in line]
         assert (ran.returncode, len(found), "Traceback" in ran.stderr) == (1, 1, False), ran
+
+
+@pytest.mark.parametrize("user", ["controller", "worker"])
+def test_doctor_on_a_host_with_an_outbox_fails_for_no_user(
+    redis: Redis, user: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outbox may be beside a worker, too. No advice asks for a rule that no user may have."""
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "outbox.db"))
+    with HistoryProducer(_client(redis, "controller"), outbox=tmp_path / "outbox.db") as producer:
+        producer.record(a_snapshot())
+        assert producer.flush(10) == 0
+    monkeypatch.setenv("REDIS_URL", url_of(redis, user))
+    checks = doctor.diagnose(list)
+    assert [one for one in checks if one.state == "fail" and one.name != "workers"] == []
+    assert {one.found for one in checks if one.name == "outbox copies"} == {"no other copy found"}
+    assert not any("CONFIG GET" in one.advice for one in checks)
+
+
+def test_doctor_names_the_rule_that_its_user_lacks(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not call a missing rule or a wrong setting a bug."""
+    monkeypatch.setenv("REDIS_URL", url_of(redis, "dashboard"))
+    (failed,) = [one for one in doctor.diagnose(list) if one.state == "fail"]
+    assert (failed.name, failed.found[:49]) == ("Redis", "Redis forbids the command ping to this user: run ")
+    assert failed.advice.startswith("add this rule, or run doctor as one of the users in consumers/deploy/redis-users")
+    monkeypatch.setenv("HISTORY_QUEUE", "a b")
+    wrong = [one for one in doctor.diagnose(list) if one.state == "fail"]
+    assert {one.advice for one in wrong} == {"correct it in the environment or in .env"}
+
+
+def test_commands_that_wait_say_that_redis_forbids_to_send(redis: Redis, tmp_path: Path) -> None:
+    """Their last line has the command and the rule, and does not ask for a worker."""
+    _change(redis, "controller", "-rpush")
+    environment = {
+        **os.environ, "REDIS_URL": url_of(redis, "controller"), "HISTORY_OUTBOX": str(tmp_path / "outbox.db")
+    }  # fmt: skip
+    for command in (["snapshot", "-", "--wait", "2"], ["outbox", "flush", "--timeout", "2"]):
+        run = subprocess.run(
+            [*COMMAND, *command], input=json.dumps(a_portfolio()), env=environment, capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+        last = run.stderr.splitlines()[-1]
+        assert run.returncode == 1
+        assert "Redis forbids the command rpush to this user: run ACL SETUSER <user> +rpush" in last, run.stderr
+        assert "Start one" not in run.stderr

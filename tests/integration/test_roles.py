@@ -23,7 +23,7 @@ from consumers.cli import app
 from consumers.db import engine, logins
 from consumers.db.engine import create_store_engine
 from consumers.db.logins import API, READER, WORKER, WRITER
-from consumers.db.schema import apply_schema
+from consumers.db.schema import apply_schema, role_notes
 from consumers.embedded import Addresses
 from consumers.operations import get_portfolio_history, insert_signal_archive
 from consumers.settings import LoginSettings
@@ -73,12 +73,18 @@ _NEW_ROW = """INSERT INTO portfolio_history (event_id, source, snapshot_date, "t
     total_profit_loss, total_value, open_positions, trade_count)
     VALUES (gen_random_uuid(), 'x', now(), now(), 1, 1, 1, 1, 1, 1)"""
 _NEW_OUTCOME = "INSERT INTO event_outcomes (job_id, outcome) VALUES (CAST(gen_random_uuid() AS text), 'duplicate')"
-_READS = [f"SELECT * FROM {table}" for table in ("portfolio_history", "signal_archives", "event_outcomes")]
+_TABLES = ("portfolio_history", "signal_archives", "event_outcomes", "withdrawals")
+_READS = [f"SELECT * FROM {table}" for table in _TABLES]
 _WRITES = [_NEW_ROW, _NEW_OUTCOME, "UPDATE event_outcomes SET reason = 'x'", "DELETE FROM event_outcomes"]
 _CHANGES = [
     *(f"{verb} portfolio_history{rest}" for verb, rest in (("UPDATE", " SET balance = 0"), ("DELETE FROM", ""))),
     *(f"{verb} signal_archives{rest}" for verb, rest in (("UPDATE", " SET source = ''"), ("DELETE FROM", ""))),
-    *(f"TRUNCATE {table}" for table in ("portfolio_history", "signal_archives", "event_outcomes")),
+    """INSERT INTO withdrawals (event_id, source, row_id, content, reason, actor, created_at)
+    VALUES (gen_random_uuid(), 'x', 1, '{}', 'x', 'x', now())""",
+    "UPDATE withdrawals SET reason = 'x'",
+    "DELETE FROM withdrawals",
+    "LOCK TABLE portfolio_history IN SHARE ROW EXCLUSIVE MODE",
+    *(f"TRUNCATE {table}" for table in _TABLES),
     "DROP TABLE portfolio_history",
     "ALTER TABLE portfolio_history ADD x integer",
     "CREATE INDEX ON portfolio_history (balance)",
@@ -138,7 +144,9 @@ def _in_process(*arguments: str, status: int = 0) -> str:
 def test_commands_of_a_worker_host_need_only_the_writer(
     roles: str, redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker stores and rejects events; failed, audit, status, doctor, import, verify and export work."""
+    """A worker stores and rejects events; failed, audit, status, doctor, import, verify and export work. Only the
+    owner may withdraw a row.
+    """
     _become(monkeypatch, roles, WORKER)
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "portfolio_history.json").write_text(
@@ -164,6 +172,10 @@ def test_commands_of_a_worker_host_need_only_the_writer(
     _in_process("failed", "requeue", "to-requeue")
     _in_process("failed", "discard", "to-discard", "--reason", "a test")
     burst(redis)
+    event_id = str(get_portfolio_history()[0]["event_id"])
+    done = _run("withdraw", event_id, "--reason", "a test")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert f"role {WORKER} may not withdraw a row of portfolio_history, only the owner of the tables may" in done.stderr
     for command in ("audit", "history", "archives"):
         _in_process(command, "--json")
     assert f"{WORKER} has all privileges of a worker" in CliRunner().invoke(app, ["doctor", "--json"]).output
@@ -231,6 +243,17 @@ def test_password_never_reaches_the_servers_log(pair: Addresses, database_url: s
     assert {one.split("$")[0] for one in verifiers} == {"SCRAM-SHA-256"}
 
 
+@pytest.mark.parametrize("word", ["NOTICE", "HINWEIS", "NOTICE ", "ЗАМЕЧАНИЕ", "お知らせ"])
+def test_notes_about_roles_are_found_in_each_language_of_the_server(empty_database_url: str, word: str) -> None:
+    store = create_store_engine(SecretStr(empty_database_url))
+    with store.begin() as db, role_notes(db) as notes:
+        session: Any = db.connection.driver_connection
+        session.notices.append(f"{word}:  roles: x was not created: reason\n")
+        session.notices.append(f"{word}:  another notice about roles: y\n")
+    store.dispose()
+    assert notes == ["x was not created: reason"]
+
+
 @pytest.fixture
 def without_groups(empty_database_url: str) -> Iterator[str]:
     """Database on a server without our roles: those of the other tests are renamed meanwhile."""
@@ -242,9 +265,13 @@ def without_groups(empty_database_url: str) -> Iterator[str]:
 def test_init_db_without_the_right_to_create_roles_creates_the_tables(
     without_groups: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A managed server may give only a plain owner. init-db prints a note; it fails only if a login is wanted."""
+    """A managed server may give only a plain owner. init-db prints a note; it fails only if a login is wanted.
+
+    The owner's settings do not suppress the note.
+    """
     database = make_url(without_groups).database
     _execute(without_groups, "CREATE ROLE plain_owner LOGIN", f"ALTER DATABASE {database} OWNER TO plain_owner")
+    _execute(without_groups, "ALTER ROLE plain_owner SET client_min_messages = error")
     monkeypatch.setenv("DATABASE_URL", _as(without_groups, "plain_owner"))
     done = _run("init-db")
     asked = _run("init-db", HISTORY_READER_PASSWORD=_PASSWORD)
@@ -253,8 +280,8 @@ def test_init_db_without_the_right_to_create_roles_creates_the_tables(
 
     assert (done.returncode, done.stderr) == (0, "")
     notes = done.stdout.splitlines()
-    assert [line.partition(" was not created")[0] for line in notes[:2]] == [f"Note: {WRITER}", f"Note: {READER}"]
-    assert notes[-1] == "The tables are ready."
+    assert [line.partition(" was not created")[0] for line in notes[1:3]] == [f"Note: {WRITER}", f"Note: {READER}"]
+    assert notes[0] == "The tables are ready in schema public."
     assert (asked.returncode, len(asked.stderr.splitlines())) == (1, 1)
     assert f"login role {API} was not created or changed: permission denied" in asked.stderr
     assert _PASSWORD not in asked.stderr

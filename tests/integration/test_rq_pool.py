@@ -14,7 +14,7 @@ from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 from rq.utils import as_text
 from rq.worker_pool import WorkerPool
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
@@ -97,6 +97,59 @@ def test_a_pool_replaces_a_killed_worker_and_ends_on_sigterm(
     assert log.read_text().count("cannot serve metrics") in (2, 3)
     assert "Traceback" not in log.read_text()
     assert "sent heartbeat" in log.read_text()  # which RQ logs at DEBUG
+
+
+def test_a_pool_without_a_database_restarts_its_workers_slowly(
+    redis: Redis, tmp_path: Path, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker says in one line what to do. A setting that is added to .env meanwhile takes effect."""
+    monkeypatch.delenv("DATABASE_URL")
+    log = tmp_path / "log"
+    with rq_process("worker-pool", "-n", "2", "--quiet", "-w", OURS, "history", log=log) as pool:
+        until(lambda: log.read_text().count("error: DATABASE_URL is not set") == 2)
+        workers = pool.children()
+        (tmp_path / ".env").write_text(f"DATABASE_URL={database_url}\n")
+        time.sleep(4)  # the pool looks for dead workers every second
+        assert pool.children() == workers
+        until(lambda: len(registered_workers(redis)) == 2, 40)
+        assert log.read_text().count("stop the pool, correct this and start it again (next attempt in 15 s)") == 2
+        (tmp_path / ".env").unlink()
+        for worker in pool.children():
+            worker.kill()
+        until(lambda: log.read_text().count("error: DATABASE_URL is not set") == 4)
+        pool.send_signal(signal.SIGTERM)  # the pause does not delay the end
+        assert pool.wait(10) == 0
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_burst_of_a_pool_without_a_database_ends_at_once(
+    redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DATABASE_URL")
+    with rq_process("worker-pool", "--burst", "-w", OURS, "history", log=tmp_path / "log") as pool:
+        assert pool.wait(12) == 0  # RQ's pool does not report a failed worker
+    assert (tmp_path / "log").read_text().count("error: DATABASE_URL is not set") == 1
+
+
+@pytest.mark.parametrize("wrong", ["name", "no tables"])
+def test_the_workers_of_a_pool_wait_for_their_database(
+    redis: Redis, empty_database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """None ends and none is started again; each says once what is missing."""
+    monkeypatch.setenv("DATABASE_URL", empty_database_url)
+    message = "run trading-history init-db"
+    if wrong == "name":
+        another = make_url(empty_database_url).set(database="no_such_database")
+        monkeypatch.setenv("DATABASE_URL", another.render_as_string(hide_password=False))
+        message = 'database "no_such_database" does not exist: correct the name of the database in DATABASE_URL'
+    log = tmp_path / "log"
+    with rq_process("worker-pool", "-n", "2", "-w", OURS, "history", log=log) as pool:
+        until(lambda: log.read_text().count(message) == 2)
+        workers = pool.children()
+        time.sleep(4)  # two attempts of each worker
+        assert (pool.children(), log.read_text().count(message)) == (workers, 2)
+        pool.send_signal(signal.SIGTERM)
+        assert pool.wait(20) == 0
 
 
 def test_a_second_sigint_ends_a_pool_at_once_and_requeues_its_jobs(redis: Redis, tmp_path: Path) -> None:

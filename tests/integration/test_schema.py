@@ -105,6 +105,31 @@ def test_apply_schema_upgrades_version_1(database_url: str) -> None:
         assert db.execute(text("SELECT count(*) FROM event_outcomes WHERE outcome = 'duplicate'")).scalar() == 4
 
 
+def test_apply_schema_upgrades_version_2(database_url: str) -> None:
+    """It has no table of withdrawals. Rows stay, and a worker of this version waits until then."""
+    event = event_of(a_snapshot(), source="other/1", sequence=1)
+    insert_event(event)
+    before = _structure()
+    _execute("DROP TABLE withdrawals")
+    _execute("COMMENT ON TABLE event_outcomes IS 'as it was (schema version 2)'")
+    engine().dispose()
+    with pytest.raises(StoreUnavailable, match="version 2, needed is 3.*run trading-history init-db"):
+        insert_event(event)
+    with ThreadPoolExecutor(2) as at_once:
+        assert list(at_once.map(apply_schema, [engine()] * 2)) == [[], []]
+    assert _structure() == before
+    assert insert_event(event) == get_portfolio_history()[0]["id"]
+
+
+def test_apply_schema_does_not_use_the_withdrawals_of_another_program(empty_database_url: str) -> None:
+    """A bot may have a table of this name for money that left the account."""
+    _execute("CREATE TABLE withdrawals (id integer, amount numeric)")
+    before = _structure()
+    with pytest.raises(OldSchema, match="^another table is in the way: withdrawals. Nothing was .*--schema NAME$"):
+        apply_schema(engine())
+    assert _structure() == before
+
+
 def test_psql_runs_schema_sql(empty_database_url: str, tmp_path: Path) -> None:
     """A database administrator can apply the file without this program."""
     from consumers.embedded.installation import installed
@@ -199,7 +224,7 @@ def test_insert_needs_the_schema_version_of_the_program_or_a_newer_one(database_
     insert_event(event)
     _execute("COMMENT ON TABLE event_outcomes IS 'as it was'")
     engine().dispose()
-    with pytest.raises(StoreUnavailable, match="version 1, needed is 2.*run trading-history init-db") as caught:
+    with pytest.raises(StoreUnavailable, match="version 1, needed is 3.*run trading-history init-db") as caught:
         insert_event(event)
     assert not caught.value.one_statement
     apply_schema(engine())

@@ -16,12 +16,15 @@ from fastapi.testclient import TestClient
 from redis import Redis
 from sqlalchemy import make_url, text
 
-from consumers.db.engine import engine, get_db, long_read, read_transaction, reader
+from consumers.db import inserts
+from consumers.db.engine import engine, get_db, limit_statements, long_read, read_transaction, reader
+from consumers.db.inserts import Stored, insert_events
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
 from consumers.web.api import create_app
-from tests.deliveries import burst, enqueue_snapshots
-from tests.factories import INSTANT, an_old_snapshot
+from producers.events import encode, event_of
+from tests.deliveries import burst, enqueue_snapshots, history_queue
+from tests.factories import INSTANT, a_snapshot, an_old_snapshot
 from tests.histories import START, store_archive, store_rejection, store_values
 
 ODD = {
@@ -35,6 +38,22 @@ ODD = {
     "bytea_output": "escape",
     "statement_timeout": "20min",
     "lock_timeout": "20min",
+    "array_nulls": "off",
+    "backslash_quote": "off",
+    "standard_conforming_strings": "off",
+    "transform_null_equals": "on",
+    "quote_all_identifiers": "on",
+    "gin_fuzzy_search_limit": "1",
+    "exit_on_error": "on",
+    "xmlbinary": "hex",
+    "check_function_bodies": "off",
+    "row_security": "off",
+    "default_text_search_config": "german",
+    "default_toast_compression": "pglz",
+    "client_min_messages": "error",
+    "plpgsql.extra_errors": "all",
+    "jit": "off",
+    **{f"enable_{scan}": "off" for scan in ("seqscan", "indexscan", "hashjoin", "mergejoin", "sort")},
 }
 
 
@@ -73,8 +92,9 @@ def _settings(transaction: AbstractContextManager[Any], *names: str) -> list[str
 def test_each_transaction_has_its_own_settings(
     transaction: Any, isolation: str, read_only: str, statement_timeout: str
 ) -> None:
-    names = ("transaction_isolation", "transaction_read_only", "statement_timeout", "TimeZone", "client_encoding")
-    expected = [isolation, read_only, statement_timeout, "UTC", "UTF8"]
+    names = ("transaction_isolation", "transaction_read_only", "statement_timeout", "TimeZone", "client_encoding",
+             "array_nulls", "gin_fuzzy_search_limit", "quote_all_identifiers", "exit_on_error")  # fmt: skip
+    expected = [isolation, read_only, statement_timeout, "UTC", "UTF8", "on", "0", "off", "off"]
     for _ in range(3):  # also on a connection that was used before
         assert _settings(transaction(), *names) == expected
 
@@ -88,6 +108,77 @@ def test_a_long_read_has_no_time_limit() -> None:
     assert _settings(long_read(), *names) == ["0"] * len(names)
 
 
+def test_transactions_of_an_import_have_no_time_limit(database_url: str) -> None:
+    """Its statements have one."""
+    _limit_transactions(database_url, "1h")
+    limit_statements(20.0, long_transactions=True)
+    names = ["statement_timeout", "idle_in_transaction_session_timeout"]
+    with get_db() as db:
+        if int(db.exec_driver_sql("SHOW server_version_num").scalar_one()) >= 170000:
+            names.append("transaction_timeout")
+    assert _settings(get_db(), *names) == ["20s", *["0"] * (len(names) - 1)]
+
+
+def _limit_transactions(database_url: str, limit: str) -> None:
+    name = make_url(database_url).database
+    with get_db() as db:
+        db.exec_driver_sql(f"ALTER DATABASE {name} SET idle_in_transaction_session_timeout = '{limit}'")
+        if int(db.exec_driver_sql("SHOW server_version_num").scalar_one()) >= 170000:
+            db.exec_driver_sql(f"ALTER DATABASE {name} SET transaction_timeout = '{limit}'")
+    engine().dispose()
+    engine.cache_clear()
+
+
+@pytest.mark.usefixtures("redis")
+def test_long_commands_work_where_transactions_must_be_short(database_url: str, tmp_path: Path) -> None:
+    _limit_transactions(database_url, "50ms")
+    old = tmp_path / "old"
+    old.mkdir()
+    entries = [an_old_snapshot((START + timedelta(minutes=number)).replace(tzinfo=None)) for number in range(5000)]
+    (old / "portfolio_history.json").write_text(json.dumps(entries))
+    options = ["--timezone", "UTC", "--portfolio-id", "1"]
+    for command in (
+        ["init-db"], ["import", str(old), *options], ["verify", str(old), *options], ["history", "--csv"],
+        ["export", str(tmp_path / "new"), *options], ["audit"],
+    ):  # fmt: skip
+        run = _run(*command)
+        assert run.returncode == 0, (command, run.stderr)
+        assert "waiting" not in run.stderr
+
+
+@pytest.mark.usefixtures("redis")
+def test_an_import_into_a_read_only_database_says_so(database_url: str, tmp_path: Path) -> None:
+    name = make_url(database_url).database
+    (tmp_path / "portfolio_history.json").write_text(json.dumps([an_old_snapshot(START.replace(tzinfo=None))]))
+    with get_db() as db:
+        db.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    program = [sys.executable, "-m", "consumers.cli", "import", str(tmp_path), "--timezone", "UTC"]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        process.kill()
+    assert "the database is read-only: turn default_transaction_read_only off for this role" in line
+
+
+@pytest.mark.usefixtures("database_url")
+def test_the_insert_of_a_frozen_process_does_not_block_its_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped worker's transaction stays open. Without a limit, no other worker could store the event meanwhile."""
+    monkeypatch.setattr(inserts, "IDLE_SECONDS", 0.1)
+    event = event_of(a_snapshot(), source="other/1", sequence=1)
+
+    def freeze_while_another_inserts() -> None:
+        with get_db() as frozen:
+            insert_events(frozen, [event])
+            with get_db(statement_seconds=5) as other:  # waits for the lock of the frozen one, for 0.5 s at most
+                (stored,) = insert_events(other, [event])
+            assert isinstance(stored, Stored)
+            assert stored.created
+
+    with pytest.raises(StoreUnavailable, match="closed the connection|idle-in-transaction"):
+        freeze_while_another_inserts()
+    assert len(get_portfolio_history()) == 1
+
+
 @pytest.mark.parametrize("transaction", [read_transaction, long_read])
 def test_a_read_only_transaction_cannot_change_anything(database_url: str, transaction: Any) -> None:
     with pytest.raises(StoreUnavailable, match="read-only transaction"), transaction() as db:
@@ -95,11 +186,15 @@ def test_a_read_only_transaction_cannot_change_anything(database_url: str, trans
 
 
 @pytest.mark.usefixtures("odd_database")
-def test_a_worker_stores_the_same_rows(redis: Redis) -> None:
+def test_a_worker_stores_rows_under_odd_settings(redis: Redis) -> None:
+    """Also NULL: the array of a column is written in another form if nothing else is in it."""
     enqueue_snapshots(redis, 3)
     burst(redis)
+    event = event_of(a_snapshot(portfolio_id=None), source="other/1", sequence=None)
+    history_queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event))
+    burst(redis)
     rows = get_portfolio_history()
-    assert len(rows) == 3
+    assert len(rows) == 4
     assert {row["timestamp"].utcoffset() for row in rows} == {timedelta(0)}
     assert max(row["timestamp"] for row in rows) >= INSTANT
 

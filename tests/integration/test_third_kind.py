@@ -21,6 +21,7 @@ from sqlalchemy import text
 
 from consumers.db.engine import get_db
 from consumers.db.inserts import find_row, insert_event
+from consumers.db.withdrawals import withdraw
 from consumers.errors import StoreUnavailable
 from consumers.handlers import record
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
@@ -240,6 +241,30 @@ def test_equal_content_is_a_duplicate_and_other_content_is_rejected(
     assert history_queue(redis).failed_job_registry.count == 2
 
 
+def test_a_row_of_a_third_kind_can_be_withdrawn(producer: HistoryProducer, any_worker: Work) -> None:
+    """Its content stays out, and the corrected trade is stored under the same id."""
+    (wrong,) = _record(producer, a_trade(portfolio_id=None))
+    any_worker()
+    row_id = wrong.wait(10)
+    with get_db() as db:
+        withdrawn = withdraw(db, a_trade().event_id, "wrong amount", "alice")
+    assert (withdrawn.table, withdrawn.row_id) == ("closed_trades", row_id)
+    assert withdrawn.content == {
+        "trade_id": "t-1",
+        "closed_at": "2026-11-22T17:02:46.101234+00:00",
+        "profit_loss": "-12.5",
+        "stopped_out": False,
+        "portfolio_id": None,
+    }
+    again, corrected = _record(producer, a_trade(portfolio_id=None, profit_loss="-12.50"), a_trade(profit_loss=3))
+    any_worker()
+    assert _reason(again).startswith(f"withdrawn: event {wrong.event_id} with this content was withdrawn by alice at ")
+    corrected.wait(10)
+    assert [row["profit_loss"] for row in _rows()] == [3]
+    (one,) = audit()
+    assert (one.stored, one.withdrawn, one.rejected, one.missing) == (1, 1, 1, [])
+
+
 def test_an_invalid_event_of_a_third_kind_raises_at_the_producer() -> None:
     """The message names the field."""
     with pytest.raises(InvalidEvent, match=r"^profit_loss: is text that is not a number$"):
@@ -302,7 +327,7 @@ def test_a_third_kind_is_counted(producer: HistoryProducer, redis: Redis) -> Non
         results = COUNTS.read().results.items()
         return {outcome: count for (event_type, outcome), count in results if event_type == ClosedTrade.type}
 
-    zeros = dict.fromkeys(("stored", "duplicate", "conflict", "invalid", "poison"), 0)
+    zeros = dict.fromkeys(("stored", "duplicate", "conflict", "withdrawn", "invalid", "poison"), 0)
     assert counted() == zeros
     _record(producer, a_trade(), a_trade("t-2"), a_trade(), a_trade(profit_loss=1))
     history_queue(redis).enqueue(CLOSED_TRADE.job_function, "{}")

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 from consumers.db.engine import get_db
-from consumers.db.inserts import insert_events
+from consumers.db.inserts import Stored, insert_events
 from consumers.errors import EventConflict
 from consumers.legacy.exporter import Selection, export_history
 from consumers.legacy.json_arrays import Damaged, read_entries, write_entries
@@ -271,7 +271,7 @@ def _import(directory: Path, zone: ZoneInfo) -> tuple[int, int]:
         ]
         with get_db() as db:
             answers = insert_events(db, events)
-        new += sum(not isinstance(answer, EventConflict) and answer.created for answer in answers)
+        new += sum(isinstance(answer, Stored) and answer.created for answer in answers)
         conflicts += sum(isinstance(answer, EventConflict) for answer in answers)
     return new, conflicts
 

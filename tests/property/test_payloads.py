@@ -39,7 +39,7 @@ from producers.events import (
 )
 from producers.json_values import MAX_SIGNALS
 from producers.outbox import Outbox
-from producers.rq_queue import _fields
+from producers.rq_queue import job_data
 from tests.factories import INSTANT, a_snapshot, an_archive
 
 # No deadlines: some examples have 8 MB, and the time to make them depends on the machine.
@@ -229,7 +229,7 @@ def test_an_event_that_the_producer_accepts_at_a_limit_is_accepted_and_stored(
         except InvalidEvent:
             return
         (entry,) = outbox.deliveries.pending(1)
-    data = _fields(entry, "history", "")["data"]
+    data = job_data(entry)
     assert len(data) <= MAX_JOB_BYTES
     delivery = parse_job(ReservedJob("x", "usual", data, None))
     assert delivery.model is not None

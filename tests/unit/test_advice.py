@@ -23,7 +23,7 @@ _REFUSED = f"{_AT} Connection refused\n\tIs the server running on that host and 
         (f'{_AT} FATAL:  role "u" does not exist\n', 'role "u" does not exist', "correct user and password"),
         (f"{_AT} fe_sendauth: no password supplied\n", "no password supplied", "correct user and password"),
         (f'{_AT} FATAL:  database "d" does not exist\n', 'FATAL: database "d"', "correct the name of the database"),
-        (f"{_AT} FATAL:  no such database: d\n", "no such database", "correct the name of the database"),
+        (f"{_AT} FATAL:  no such database: d\n", "no such database", "this is a pooler whose own list"),
         (f"{_AT} FATAL:  the database system is starting up\n", "starting up", ""),
         (_REFUSED, "Connection refused", "check that PostgreSQL runs"),
         (
@@ -33,7 +33,34 @@ _REFUSED = f"{_AT} Connection refused\n\tIs the server running on that host and 
         ),
         # localhost has two addresses, and the server listens at the second one only.
         (_REFUSED + f'{_AT} FATAL:  password authentication failed for user "u"\n', "password", "correct user and"),
-        ("server closed the connection unexpectedly\n\tThis probably means\n", "server closed", ""),
+        (
+            "server closed the connection unexpectedly\n\tThis probably means\n",
+            "server closed",
+            "check that PostgreSQL runs; a pooler, such as pgbouncer, must have pool_mode transaction or session",
+        ),
+        (
+            f"{_AT} timeout expired\n",
+            "timeout expired",
+            "check that PostgreSQL runs, and host and port in DATABASE_URL",
+        ),
+        (
+            f"{_AT} server does not support SSL, but SSL was required\n",
+            "SSL was required",
+            "this is about TLS: correct sslmode and sslrootcert",
+        ),
+        (f"{_AT} SSL error: certificate verify failed\n", "certificate verify", "this is about TLS: correct sslmode"),
+        (
+            f"{_AT} channel binding required, but server authenticated client without channel binding\n",
+            "channel binding required",
+            "channel_binding=require needs TLS",
+        ),
+        # Other languages.
+        (
+            f"{_AT} FATAL:  Passwort-Authentifizierung für Benutzer »u« fehlgeschlagen\n",
+            "Passwort-Authentifizierung",
+            "if this does not end by itself, check the name of the database, user and password in DATABASE_URL",
+        ),
+        (f'{_AT} ВАЖНО:  база данных "d" не существует\n', "база", "if this does not end by itself, check the name"),
     ],
 )
 def test_a_failed_connection_to_postgresql_has_advice(message: str, shown: str, advice: str) -> None:

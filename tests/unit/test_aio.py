@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import sqlite3
+import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -144,6 +146,114 @@ def test_the_loop_runs_while_a_call_waits_for_the_outbox(tmp_path: Path) -> None
     with HistoryProducer(FakeRedis(), outbox=outbox) as producer:
         assert _run(cycle(producer)) == 2
         producer.close(0)
+
+
+def test_a_wait_ends_after_its_timeout_while_a_call_reads_a_slow_url(trading_history: FakeHistory) -> None:
+    """Only calls wait for it; one that is cancelled leaves the waits alone."""
+
+    async def cycle(url: str) -> float:
+        receipt = await create_daily_portfolio_snapshot({"balance": 1})
+        slow = asyncio.create_task(archive_current_signals(signals_url=url))
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            await receipt.stored(0.3)
+        took = time.monotonic() - began
+        trading_history.work()
+        assert await receipt.stored(0.3) == 1
+        assert not slow.done()
+        slow.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await slow
+        assert await receipt.stored(0.3) == 1
+        return took
+
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and never answers
+        assert _run(cycle(f"http://127.0.0.1:{server.getsockname()[1]}/")) < 2
+
+
+def test_a_call_records_the_values_at_its_first_step(tmp_path: Path) -> None:
+    """The thread that writes is busy; meanwhile, the caller changes the objects that it has passed."""
+    portfolio: dict[str, Any] = {"balance": 100, "positions": []}
+    signals: list[dict[str, Any]] = [{"market_id": "1", "prices": {"yes": [1]}}]
+    outbox = tmp_path / "outbox.db"
+
+    async def cycle(producer: HistoryProducer) -> datetime:
+        await create_daily_portfolio_snapshot({"balance": 1}, timestamp=CYCLE, producer=producer)
+        with closing(sqlite3.connect(outbox, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            snapshot = asyncio.create_task(create_daily_portfolio_snapshot(portfolio, producer=producer))
+            archive = asyncio.create_task(archive_current_signals(signals, producer=producer))
+            await asyncio.sleep(0)
+            started = datetime.now(UTC)
+            portfolio["balance"] = 40
+            portfolio["positions"].append({"status": "open"})
+            signals[0]["prices"]["yes"].append(2)
+            signals.append({"market_id": "2"})
+            await asyncio.sleep(0.05)
+            other.execute("COMMIT")
+        await asyncio.gather(snapshot, archive)
+        return started
+
+    with HistoryProducer(FakeRedis(), outbox=outbox) as producer, Outbox(outbox) as recorded:
+        started = _run(cycle(producer))
+        _, snapshot, archive = (json.loads(entry.event)["data"] for entry in recorded.entries())
+        producer.close(0)
+    assert (snapshot["balance"], snapshot["open_positions"]) == ("100", 0)
+    assert archive["signals"] == [{"market_id": "1", "prices": {"yes": [1]}}]
+    assert all(datetime.fromisoformat(time) <= started for time in (snapshot["timestamp"], archive["archived_at"]))
+
+
+def test_many_waiting_receipts_are_read_together(trading_history: FakeHistory) -> None:
+    """One thread reads the outcomes of all receipts; the event loop is not called once for each of them."""
+    calls = 0
+
+    async def cycle() -> list[int | BaseException]:
+        nonlocal calls
+        receipts = [await create_daily_portfolio_snapshot({"balance": number + 1}, number) for number in range(50)]
+        waiting = [asyncio.create_task(receipt.stored(0.3)) for receipt in receipts]
+        loop = asyncio.get_running_loop()
+        run_in_executor = loop.run_in_executor
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return run_in_executor(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "run_in_executor", counted)
+            return await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert {type(outcome) for outcome in _run(cycle())} == {TimeoutError}
+    assert 1 <= calls < 20
+
+
+def test_a_timeout_that_is_not_a_number_is_an_error(trading_history: FakeHistory) -> None:
+    """The wait would never end."""
+
+    async def cycle() -> None:
+        receipt = await create_daily_portfolio_snapshot({"balance": 1})
+        with pytest.raises(ValueError, match="timeout: must be a number of seconds, not NaN"):
+            receipt.wait(float("nan"))
+        await receipt.stored(float("nan"))
+
+    with pytest.raises(ValueError, match="timeout: must be a number of seconds, not NaN"):
+        _run(cycle())
+    with pytest.raises(ValueError, match="timeout"):
+        trading_history.producer.flush(float("nan"))
+
+
+def test_a_cancelled_wait_leaves_the_others(trading_history: FakeHistory) -> None:
+    async def cycle() -> int:
+        receipt = await create_daily_portfolio_snapshot({"balance": 1})
+        cancelled, other = (asyncio.create_task(receipt.stored(5)) for _ in range(2))
+        await asyncio.sleep(0.02)
+        cancelled.cancel()
+        await asyncio.to_thread(trading_history.work)
+        row_id = await other
+        assert cancelled.cancelled()
+        return row_id
+
+    assert _run(cycle()) == 1
 
 
 def test_a_forked_child_records_with_its_own_thread(trading_history: FakeHistory) -> None:

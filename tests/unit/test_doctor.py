@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.ops import doctor, settings_health
+from consumers.ops import settings_health
 from consumers.ops.checks import HealthCheck, checks_or_error, duration, size
 from consumers.ops.database_health import clock_check
 from consumers.ops.masking import Mask

@@ -67,6 +67,9 @@ def test_numbers_are_read_exactly(tmp_path: Path) -> None:
     )
 
 
+_MORE = "has more objects in 'more', which were not read: import them from a separate folder"
+
+
 @pytest.mark.parametrize("content", [b"[]", b" [ ]\n", b"\xef\xbb\xbf[]"])
 def test_an_empty_array_has_no_entries_and_no_damage(tmp_path: Path, content: bytes) -> None:
     assert _read_bytes(tmp_path, content) == ([], None)
@@ -93,14 +96,14 @@ def test_a_byte_order_mark_and_blanks_are_skipped(tmp_path: Path) -> None:
         (b'{"history": [{"a": 1}], "b"', 1, "is cut off (entry 1, byte 27)"),
         (b'{"history": [{"a": 1}], b}', 1, "is not JSON: a member of the object is incomplete (entry 1, byte 24)"),
         (b'{"history": [{"a": 1}] "b": 1}', 1, "is not JSON: a comma or } is missing (entry 1, byte 23)"),
-        (b'{"history": [{"a": 1}]}{}', 1, "has data after the end of the array (entry 1, byte 23)"),
-        (
-            b'{"history": [{"a": 1}], "more": [{"a": 2}]}',
-            1,
-            "has a second array of objects, 'more', which was not read (entry 1, byte 42)",
-        ),
+        (b'{"history": [{"a": 1}]}]', 1, "has data that is not an entry: correct or delete it (entry 1, byte 23)"),
+        (b'{"history": [{"a": 1}], "more": [{"a": 2}]}', 1, f"{_MORE} (entry 1, byte 42)"),
+        (b'{"history": [{"a": 1}], "more": {"history": [{"a": 2}]}}', 1, f"{_MORE} (entry 1, byte 55)"),
+        (b'{"history": [{"a": 1}], "more": [null, {"a": 2}]}', 1, f"{_MORE} (entry 1, byte 48)"),
+        (b'{"history": [{"a": 1}], "more": [[[{"a": 2}]]]}', 1, f"{_MORE} (entry 1, byte 46)"),
+        (b'{"history": [{"a": 1}], "more": {"timestamp": 1, "balance": 2}}', 1, f"{_MORE} (entry 1, byte 62)"),
         (b'{"a": 1}\n{"a": 2}\n{"a"', 2, "is cut off (entry 2, byte 18)"),
-        (b'{"a": 1}\nWARNING\n{"a": 2}\n', 1, "is not JSON: Expecting value (entry 1, byte 9)"),
+        (b'{"a": 1}\nWARNING\n', 1, "has data that is not an entry: correct or delete it (entry 1, byte 9)"),
         (b"[", 0, "is cut off (entry 0, byte 1)"),
         (b'[{"a": 1}', 1, "is cut off (entry 1, byte 9)"),
         (b'[{"a": 1},', 1, "is cut off (entry 1, byte 10)"),
@@ -114,8 +117,8 @@ def test_a_byte_order_mark_and_blanks_are_skipped(tmp_path: Path) -> None:
         (b'[{"a": 1} {"a": 2}]', 1, "is not JSON: a comma or ] is missing (entry 1, byte 10)"),
         (b'[{"a": 1},]', 1, "is not JSON: Expecting value (entry 1, byte 10)"),
         (b'[{"a": 1}, {"a": what is this, then?}, {"a": 3}]', 1, "is not JSON: Expecting value (entry 1, byte 17)"),
-        (b'[{"a": 1}][{"a": 2}]', 1, "has data after the end of the array (entry 1, byte 10)"),
-        (b'[{"a": 1}]\0\0\0', 1, "has data after the end of the array (entry 1, byte 10)"),
+        (b'[{"a": 1}][{"a": 2}', 2, "is cut off (entry 2, byte 19)"),
+        (b'[{"a": 1}]\0\0\0', 1, "has data that is not an entry: correct or delete it (entry 1, byte 10)"),
         (b"[" * 100_000, 0, "is nested too deeply (entry 0, byte 1)"),
     ],
 )
@@ -128,6 +131,7 @@ def test_all_entries_before_the_damage_are_read(tmp_path: Path, content: bytes, 
     assert damage.index == whole
 
 
+_REVERSED = b'{"signals": [{"archived_at": 1, "x": 2}], "archived_at": "2026-05-01T10:00:00"}'
 _LINE = b'{"archived_at": "2026-05-01T10:00:00", "signals": [{"archived_at": "x"}]}'
 
 
@@ -145,6 +149,12 @@ _LINE = b'{"archived_at": "2026-05-01T10:00:00", "signals": [{"archived_at": "x"
         (b'{"timestamp": "2026-05-01T10:00:00"}\n', [{"timestamp": "2026-05-01T10:00:00"}]),
         (b"%s\n%s\n" % (_LINE, _LINE), [json.loads(_LINE)] * 2),
         (_LINE, [json.loads(_LINE)]),
+        (_REVERSED, [json.loads(_REVERSED)]),
+        (b'[{"a": 1}]\n[]\n[{"b": 2}]\n', [{"a": 1}, {"b": 2}]),
+        (b'{"history": [{"a": 1}]}\n{"history": [{"b": 2}], "n": 1}\n', [{"a": 1}, {"b": 2}]),
+        (b'{"a": 1},\n{"b": 2},\n', [{"a": 1}, {"b": 2}]),
+        (b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"b": 2}\n', [{"a": 1}, {"b": 2}]),
+        (b'{"days": %s, "history": [{"a": 1}]}' % json.dumps([*range(2000)]).encode(), [{"a": 1}]),
     ],
     ids=lambda value: ascii(value)[2:40] if isinstance(value, bytes) else "",
 )
@@ -164,7 +174,10 @@ def test_a_large_array_in_an_object_is_read_piece_by_piece(tmp_path: Path) -> No
     assert sum(1 for _ in read_entries(path)) == 20
 
 
-_ENTRIES = [{"timestamp": "2026-05-01T10:00:00", "balance": 1.5}, {"timestamp": "2026-05-02T10:00:00", "balance": 2}]
+_ENTRIES: list[dict[str, Any]] = [
+    {"timestamp": "2026-05-01T10:00:00", "balance": 1.5},
+    {"timestamp": "2026-05-02T10:00:00", "balance": 2},
+]
 _COLUMNS = {name: [entry[name] for entry in _ENTRIES] for name in _ENTRIES[0]}
 _JSON = json.dumps(_ENTRIES)
 
@@ -192,7 +205,18 @@ def _as_csv(delimiter: str) -> bytes:
         (json.dumps(_COLUMNS).encode(), "has one array for each field, not one object for each entry"),
         (
             json.dumps({name: dict(enumerate(values)) for name, values in _COLUMNS.items()}).encode(),
-            "has one object for each field, not one for each entry",
+            "is stored by column (one object per field), not by entry",
+        ),
+        (
+            json.dumps(
+                {"columns": list(_ENTRIES[0]), "index": [0, 1], "data": [list(entry.values()) for entry in _ENTRIES]}
+            ).encode(),
+            "has the names of the fields in 'columns' and their values in 'data'",
+        ),
+        (json.dumps({entry["timestamp"][:10]: entry for entry in _ENTRIES}).encode(), "has one entry under each key"),
+        (
+            json.dumps({"2026-05": _ENTRIES[:1], "2026-06": _ENTRIES[1:]}).encode(),
+            "has one array of entries under each key",
         ),
         (
             json.dumps({"ok": True, "it's": _ENTRIES}).encode(),
@@ -210,14 +234,41 @@ def test_the_message_names_another_shape_and_its_command_converts_the_file(
     found, damage = _read_bytes(folder, content)
     assert found == []
     assert damage is not None
-    message, command = str(damage).split(". Replace it by the output of: ")
+    message, command = str(damage).split(". Convert it: ")
     assert message == f"portfolio_history.json: {shape}"
-    run = subprocess.run(command, shell=True, capture_output=True, check=True)  # an operator would type it
-    entries, rest = _read_bytes(tmp_path, run.stdout)
+    subprocess.run(command, shell=True, check=True)  # an operator would type it
+    assert [file.name for file in folder.iterdir()] == ["portfolio_history.json"]
+    entries, rest = _read_bytes(tmp_path, (folder / "portfolio_history.json").read_bytes())
     assert rest is None
     assert [{name: str(value) for name, value in entry.items()} for entry in entries] == [
         {name: str(value) for name, value in entry.items()} for entry in _ENTRIES
     ]
+
+
+def test_entries_under_the_numbers_of_portfolios_keep_them(tmp_path: Path) -> None:
+    found, damage = _read_bytes(tmp_path, json.dumps({"1": _ENTRIES, "7": _ENTRIES}).encode())
+    assert found == []
+    message, command = str(damage).split(". Convert it: ")
+    assert message == "portfolio_history.json: has one array of entries under the number of each portfolio"
+    subprocess.run(command, shell=True, check=True)
+    entries, damage = _read(tmp_path / "portfolio_history.json")
+    assert damage is None
+    assert [entry["portfolio_id"] for entry in entries] == ["1", "1", "7", "7"]
+
+
+def test_signals_without_their_time_are_converted_with_a_given_time(tmp_path: Path) -> None:
+    """The file is one of current signals. The operator replaces TIME in the command."""
+    path = tmp_path / "signals_archive_2026-05.json"
+    path.write_text('{"updated_at": 1, "signals": [{"market_id": "1"}]}')
+    found, damage = _read(path)
+    assert found == []
+    message, command = str(damage).split(". Convert it, with their time in place of TIME: ")
+    assert message == "signals_archive_2026-05.json: has signals, but not the time when they were archived"
+    subprocess.run(command.replace("TIME", "2026-05-01T10:00:00"), shell=True, check=True)
+    entries, damage = _read(path)
+    assert damage is None
+    (archive,) = [archive_from(entry, zone=UTC, portfolio_id=None) for entry in entries]
+    assert archive.signals == [{"market_id": "1"}]
 
 
 @pytest.mark.parametrize(

@@ -11,22 +11,21 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 
 from producers import outbox as outbox_module
 from producers import outbox_deliveries
-from producers import outbox_file as outbox_file_module
 from producers.acknowledgements import Acknowledgement, Outcome
-from producers.entries import Accepted, Entry, EntryStatus, OutboxSource, SettledKeys
+from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
 from producers.errors import InvalidEvent, OutboxError
-from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode, encode, event_of
+from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode
 from producers.outbox import Outbox
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.forking import in_child

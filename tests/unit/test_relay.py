@@ -23,7 +23,6 @@ from producers.acknowledgements import Outcome, acknowledgement_text, shown
 from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
 from producers.errors import OutboxError, RelayRefused
 from producers.events import SignalArchive
-from producers.fake_worker import FakeWorker
 from producers.outbox import Outbox
 from producers.redis_keys import acknowledgement_key, job_id_of
 from producers.redis_url import place_of

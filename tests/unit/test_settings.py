@@ -332,11 +332,27 @@ def test_errors_in_a_list_of_hosts_are_reported(rest: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", ["postgres", "postgresql", "postgresql+asyncpg", "postgresql+psycopg", "postgres+pg8000"]
+    "scheme", ["postgres", "postgresql", "POSTGRESQL", "postgresql+asyncpg", "postgresql+psycopg", "postgres+pg8000"]
 )
 def test_a_url_of_another_driver_is_taken(scheme: str) -> None:
     parsed = parse_database_url(SecretStr(f"{scheme}://me:p%40ss@h:6543/d"))
     assert parsed.render_as_string(hide_password=False) == "postgresql+psycopg2://me:p%40ss@h:6543/d"
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("jdbc:postgresql://h/d?user=me&password=s3cret", "remove jdbc: from the beginning"),
+        ('"postgresql://me:s3cret@h/d"', "remove the blanks or quotation marks around the URL"),
+        ("'postgresql://me:s3cret@h/d'", "remove the blanks or quotation marks around the URL"),
+        (" postgresql://me:s3cret@h/d", "remove the blanks or quotation marks around the URL"),
+        ("postgresql://me:s3cret@h/d\n", "remove the blanks or quotation marks around the URL"),
+    ],
+)
+def test_what_is_around_the_url_is_named(url: str, reason: str) -> None:
+    with pytest.raises(SettingsError, match=f"^DATABASE_URL: {reason}") as caught:
+        parse_database_url(SecretStr(url))
+    assert "cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -397,9 +413,9 @@ def test_an_option_that_nobody_knows_is_an_error_without_its_value(rest: str, me
 
 def test_the_document_names_the_options_that_the_url_may_have() -> None:
     """Each row's effect is the one of each of its options."""
-    (schema, *_), (ssl, *_), (ignored, *_) = table("consumers/SETTINGS.md", "options of the url")
+    (schema, *_), (ssl, *_), *ignored = table("consumers/SETTINGS.md", "options of the url")
     for name in re.findall(r"`(\w+)`", schema):
         assert parse_database_url(SecretStr(f"postgresql://h/d?{name}=own")).query == {"schema": "own"}
     assert ssl == "`ssl`"
-    for name in re.findall(r"`(\w+)`", ignored):
+    for name in re.findall(r"`(\w+)`", " ".join(row[0] for row in ignored)):
         assert not parse_database_url(SecretStr(f"postgresql://h/d?{name}=1")).query

@@ -27,7 +27,8 @@ SHOWN = "[/x] [range 1-2] [red]r[/red] :warning: �[2J��"
 _REJECTION = {"job_id": HOSTILE, "kind": None, "event_id": None, "created_at": INSTANT, "reason": HOSTILE}
 _ARCHIVE = {"id": 1, "portfolio_id": 1, "archived_at": INSTANT, "archive_month": "2026-11", "signals_count": 1}
 _SIGNAL = {"action": "[/x]", "market_question": "Will [/b] win? [range 1-2] \x1b[2J"}
-_SOURCE: dict[str, Any] = dict.fromkeys(("stored", "duplicate", "rejected", "discarded", "under_way", "last"), 0)
+_COUNTS = ("stored", "duplicate", "rejected", "discarded", "withdrawn", "under_way", "last")
+_SOURCE: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
 _SOURCE |= {
     "since": None,
     "proven_from": 1,
@@ -97,7 +98,7 @@ def test_a_time_that_ends_in_z_is_in_utc(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_command_in_the_damage_of_a_file_is_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """A column of the table would break it."""
-    damage = "portfolio_history.json: is CSV. Replace it by the output of: python3 " + "x " * 200
+    damage = "portfolio_history.json: is CSV. Convert it: python3 " + "x " * 200
     counts = dict.fromkeys(("read", "stored", "already_there", "rejected"), 0)
     print_import_statistics([{"name": "a", "damage": damage, "notes": {}, **counts}])
     assert damage.rstrip() in capsys.readouterr().out

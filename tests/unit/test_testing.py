@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import pytest
 from fakeredis import FakeRedis
 from redis import Redis
 
+from producers import pytest_plugin
 from producers.errors import EventRejected, HistoryError, InvalidEvent, ProducerClosed
 from producers.events import Event
 from producers.history_producer import HistoryProducer, Receipt
@@ -380,6 +382,31 @@ def test_without_fakeredis_the_fixture_names_the_package_to_install(
         monkeypatch.delitem(sys.modules, module)
     with pytest.raises(pytest.fail.Exception, match=re.escape(": pip install '.[testing]' in a clone")):
         request.getfixturevalue("trading_history")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"__init__.py": "import a_module_that_is_missing"},
+        {"__init__.py": "1 / 0"},
+        {"__init__.py": "", "testing.py": "", "child_environment.py": ""},
+    ],
+    ids=["failing import", "failing code", "same modules"],
+)
+def test_another_package_with_the_name_is_named_whatever_is_in_it(tmp_path: Path, files: dict[str, str]) -> None:
+    (tmp_path / "producers").mkdir()
+    for name, content in files.items():
+        (tmp_path / "producers" / name).write_text(content)
+    shutil.copy(pytest_plugin.__file__, tmp_path / "plugin.py")
+    (tmp_path / "test_own.py").write_text("def test_own(trading_history): pass\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "plugin"]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert f"another package named `producers` ({tmp_path / 'producers'}" in run.stdout, run.stdout + run.stderr
+    assert "Traceback" not in run.stdout
+    assert "import " not in run.stdout
 
 
 def test_variables_that_a_test_changes_are_restored(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:

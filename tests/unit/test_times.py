@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 import tomllib
 import zoneinfo
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 
@@ -39,6 +41,7 @@ def test_a_pause_does_not_use_the_programs_random_state() -> None:
         ("new york", "America/New_York"),
         ("Asia/Tokio", "Asia/Tokyo"),
         ("utc ", "UTC"),
+        ("right/Europe/Berlin", "Europe/Berlin"),
     ],
 )
 def test_a_nearly_right_time_zone_gets_a_suggestion(name: str, meant: str) -> None:
@@ -47,10 +50,51 @@ def test_a_nearly_right_time_zone_gets_a_suggestion(name: str, meant: str) -> No
         zone_named(name)
 
 
-@pytest.mark.parametrize("name", ["Middle/Earth", "EST9", "UTC+2", "W. Europe Standard Time", "/", "../../etc/passwd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Middle/Earth",
+        "EST9",
+        "W. Europe Standard Time",
+        "/",
+        "../../etc/passwd",
+        "+05:30",
+        "UTC+15",
+        "-13",
+        "Etc/GMT+15",
+        "localtime",
+        "/etc/localtime",
+        "posixrules",
+    ],
+)
 def test_any_other_name_gets_an_example(name: str) -> None:
+    """Also a file of the system that is no zone, and an offset that no zone has."""
     with pytest.raises(ValueError, match="^must be the name of an IANA time zone, such as Europe/Berlin$"):
         zone_named(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "offset", "zone"),
+    [
+        ("GMT+2", "+02:00", "Etc/GMT-2"),
+        ("UTC+1", "+01:00", "Etc/GMT-1"),
+        ("utc -5", "-05:00", "Etc/GMT+5"),
+        ("+02:00", "+02:00", "Etc/GMT-2"),
+        ("-0300", "-03:00", "Etc/GMT+3"),
+        ("UTC+14", "+14:00", "Etc/GMT-14"),
+    ],
+)
+def test_a_fixed_offset_is_named_with_its_zone(name: str, offset: str, zone: str) -> None:
+    """The names of these zones have the opposite sign, so the offset is shown too."""
+    expected = f"for the fixed offset {offset}, write {zone} (the sign in these names is the opposite one)"
+    with pytest.raises(ValueError, match=f"; {re.escape(expected)}$"):
+        zone_named(name)
+    assert datetime(2026, 1, 1, tzinfo=zone_named(zone)).isoformat().endswith(offset)
+
+
+def test_an_offset_of_zero_is_utc() -> None:
+    with pytest.raises(ValueError, match=r"for the fixed offset \+00:00, write UTC$"):
+        zone_named("+00:00")
 
 
 @pytest.fixture

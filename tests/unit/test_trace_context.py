@@ -153,12 +153,12 @@ def test_a_log_line_about_a_deferred_delivery_has_the_trace_context(caplog: pyte
     )
     line.warning("job %s failed", "j-1")
     (record,) = caplog.records
-    assert record.getMessage() == f"job j-1 failed (traceparent {TRACEPARENT}, tracestate vendor=a%s)"
+    assert record.getMessage() == f"job j-1 failed (traceparent {TRACEPARENT}, tracestate 'vendor=a%s')"
     names = ("job_id", "source", "event_id", "traceparent", "tracestate")
     assert [getattr(record, name) for name in names] == ["j-1", "a/b", None, TRACEPARENT, "vendor=a%s"]
 
 
-def test_a_log_line_about_an_event_without_trace_context_ends_as_before(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_line_about_an_event_without_trace_context_has_no_suffix(caplog: pytest.LogCaptureFixture) -> None:
     EventLogger(logging.getLogger("x"), deferred(Delivery("j-1", "{}", None), ValueError("why"))).warning("job %s", "j")
     (record,) = caplog.records
     assert (record.getMessage(), hasattr(record, "traceparent")) == ("job j", False)

@@ -44,7 +44,7 @@ async def healthz() -> dict[str, str]:
 @router.get("/readyz", tags=["health"], responses=problems(503))
 def readyz() -> JSONResponse:
     """Check that the tables can be read and, if REDIS_URL is set, that Redis answers."""
-    health = shared_reader(_tables_are_readable, outbox=lambda: None).read(_READY_SECONDS)
+    health = shared_reader(check_tables_now, outbox=lambda: None).read(_READY_SECONDS)
     parts: dict[str, Reading[Any]] = {"database": health.database, "redis": health.queue}
     errors = {name: reading.error for name, reading in parts.items() if reading.error is not None}
     for name, error in errors.items():
@@ -57,7 +57,12 @@ def readyz() -> JSONResponse:
     return JSONResponse({"status": "ok"} | {name: "ok" for name, one in parts.items() if one.value is not None})
 
 
-def _tables_are_readable() -> bool:
+def check_tables_now() -> bool:
+    """Return true if the tables can be read.
+
+    Raises:
+        HistoryError: they cannot be read now, or the settings name no database.
+    """
     with read_transaction() as db:
         state_queries.check_tables_readable(db)
     return True

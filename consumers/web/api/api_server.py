@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from consumers.settings import ApiSettings
-from consumers.web.api import app
+from consumers.web.api import app, check_tables_now
 from consumers.web.listening import PORT_ADVICE, is_local, listen, url_of
+from producers.errors import HistoryError
 
 _LEAVE_SECONDS = 5  # to finish answers in progress when the server stops
 _IDLE_SECONDS = 30.0
@@ -47,6 +49,14 @@ def _disconnect_idle_readers(listening: socket.socket) -> None:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(_IDLE_SECONDS * 1000))
 
 
+def _report_database() -> None:
+    """Print in one line if the tables cannot be read, which a wrong DATABASE_URL shows only at the first request."""
+    try:
+        check_tables_now()
+    except HistoryError as error:
+        print(f"error: {error.with_advice()}. Until then, requests are answered with status 503.", file=sys.stderr)
+
+
 def serve(host: str, port: int) -> None:
     """Serve the API at `host` and `port` (0: any free port) until SIGINT or SIGTERM.
 
@@ -72,4 +82,5 @@ def serve(host: str, port: int) -> None:
             timeout_graceful_shutdown=_LEAVE_SECONDS,
         )
         print(f"{url_of(listening)} - stop with Ctrl-C", flush=True)
+        threading.Thread(target=_report_database, name="database-check", daemon=True).start()
         uvicorn.Server(config).run(sockets=[listening])

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from consumers.web.api.cursor import MAX_LENGTH
 from consumers.web.api.problems import MEDIA_TYPE, SCHEMA
 from producers.errors import InvalidEvent
+from producers.fields import LARGEST_BIGINT, SMALLEST_BIGINT
 from producers.settings import ZoneSettings
 from producers.times import localized
 
@@ -41,7 +42,6 @@ Moment = Annotated[
     BeforeValidator(_moment),
     WithJsonSchema({"type": "string", "format": "date-time", "examples": ["2026-11-22T18:02:46+01:00"]}),
 ]
-_BIGINT = 2**63
 
 
 class PageParameters(BaseModel):
@@ -51,7 +51,7 @@ class PageParameters(BaseModel):
 
     limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT, description="Maximum number of rows.", examples=[100])
     portfolio_id: int | None = Field(
-        None, ge=-_BIGINT, lt=_BIGINT, description="Only rows of this portfolio.", examples=[1]
+        None, ge=SMALLEST_BIGINT, le=LARGEST_BIGINT, description="Only rows of this portfolio.", examples=[1]
     )
     since: Moment | None = Field(
         None,

@@ -11,7 +11,10 @@ from typing import NoReturn
 from urllib.parse import urlsplit
 
 import waitress
+from redis import Redis, RedisError
+from rq import Queue
 
+from consumers.ops.redis_errors import redis_problem
 from consumers.process_setup import on_stop_signals
 from consumers.settings import DASHBOARD_USER, DashboardSettings
 from consumers.web.dashboard.json_only import forbid_pickle
@@ -22,6 +25,15 @@ from producers.settings import TransportSettings
 _THREADS = 4
 _MAX_BODY_BYTES = 64 * 1024  # the pages send no bodies
 _MAX_ANSWER_BYTES = 64 * 1024 * 1024  # a larger answer would be buffered on disk, which may be read-only
+
+
+def _report_redis(redis: Redis, queue: str) -> None:
+    """Print in one line if Redis cannot be used, which a wrong REDIS_URL shows only at the first request."""
+    try:
+        redis.exists(Queue.redis_queue_namespace_prefix + queue)
+    except RedisError as error:
+        problem = redis_problem(error)
+        print(f"error: Redis: {problem}. Until then, requests are answered with status 503.", file=sys.stderr)
 
 
 def serve(listening: socket.socket) -> NoReturn:
@@ -39,6 +51,7 @@ def serve(listening: socket.socket) -> NoReturn:
     if not guard.local:
         print("The password is sent unencrypted: put a TLS proxy in front of this server.", file=sys.stderr)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it warns of each request that waits for a thread
+    _report_redis(redis, transport.queue)
     app = create_app(guard, redis, transport.queue)
     server = waitress.create_server(
         app,

@@ -19,10 +19,10 @@ from consumers.web.page.curve import Curve, curve, daily_profit_loss
 from consumers.web.page.page_health import health
 from consumers.web.page.responses import MEDIA_TYPES, answer, content, json_answer, known_files
 from consumers.web.page.signal_search import MOST_ARCHIVES, Found, Place, find
+from producers.fields import LARGEST_BIGINT, SMALLEST_BIGINT
 
 ARCHIVES_AT_ONCE = 50
 _END_OF_TIME = datetime(9998, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)  # the latest time that an event may have
-_LARGEST = 2**63 - 1
 
 
 def _within_history(moment: datetime) -> datetime:
@@ -38,8 +38,8 @@ def _first_day(month: str) -> date:
 
 
 Moment = Annotated[AwareDatetime, AfterValidator(_within_history)]
-Id = Annotated[int, Field(ge=0, le=_LARGEST)]
-PortfolioNumber = Annotated[int, Field(ge=-(2**63), le=_LARGEST)]
+Id = Annotated[int, Field(ge=0, le=LARGEST_BIGINT)]
+PortfolioNumber = Annotated[int, Field(ge=SMALLEST_BIGINT, le=LARGEST_BIGINT)]
 PortfolioName = Annotated[
     PortfolioNumber | Literal["none"],
     Query(description="Number of the portfolio, or `none`."),
@@ -139,7 +139,9 @@ def months(request: Request) -> Response:
 
 
 @data.get("/archives")
-def archives(request: Request, month: Month, before_at: Moment = _END_OF_TIME, before_id: Id = _LARGEST) -> Response:
+def archives(
+    request: Request, month: Month, before_at: Moment = _END_OF_TIME, before_id: Id = LARGEST_BIGINT
+) -> Response:
     """List at most 50 archives of a month, newest first, and say whether there are older ones."""
     with read_transaction() as db:
         rows = archive_queries.archives_of_month(db, month, (before_at, before_id), ARCHIVES_AT_ONCE + 1)
@@ -154,7 +156,7 @@ def signals_of_month(
     month: Month,
     q: Wanted = "",
     at: Moment = _END_OF_TIME,
-    archive: Id = _LARGEST,
+    archive: Id = LARGEST_BIGINT,
     number: Id = 0,
 ) -> Response:
     """List at most 50 signals of a month with the text `q` in a value, newest first, and where to continue."""

@@ -24,11 +24,22 @@
 --      now                         seconds since the epoch, by the worker's clock
 --      kept_jobs                   maximum number of finished jobs with an expiry
 --      waited_for_seconds          minimum expiry of a job that has dependents
--- Reply {keys quarantined, ids that are still reserved}. These jobs have dependents or a rate limit slot: the owner has
---      RQ process them and then releases them.
+-- Reply {keys quarantined, ids that are still reserved, errors}. The jobs that are still reserved have dependents or a
+--      rate limit slot: the owner has RQ process them and then releases them. The errors name forbidden commands.
 --
--- Errors on a job's own keys are ignored (pcall). Each command takes microseconds, so commands for all jobs at once are
+-- Errors on a job's own keys do not end the script (pcall); they are ignored, except if a command is forbidden. Each command takes microseconds, so commands for all jobs at once are
 -- preferred to commands for each job.
+
+local errors, is_known = {}, {}
+local function attempt(command, ...)
+    local reply = redis.pcall(command, ...)
+    local error = forbidden(reply, string.lower(command))
+    if error and not is_known[error] then
+        is_known[error] = true
+        errors[#errors + 1] = error
+    end
+    return reply, error
+end
 
 local batch = cjson.decode(ARGV[1])
 local expected = {[KEYS[1]] = 'list', [KEYS[2]] = 'hash', [KEYS[3]] = 'hash', [KEYS[4]] = 'zset', [KEYS[5]] = 'zset',
@@ -71,7 +82,7 @@ for _, id in ipairs(batch.forgotten) do
     succeeded[#succeeded + 1] = id
     local job = batch.job_prefix .. id
     if waited_for[id] and redis.call('EXISTS', job) == 1 then
-        redis.pcall('HSET', job, unpack(batch.job))
+        attempt('HSET', job, unpack(batch.job))
         expire(id, batch.waited_for_seconds)
         keep_reserved[#keep_reserved + 1] = id
     else
@@ -87,8 +98,8 @@ for _, one in ipairs(batch.finished) do
     succeeded[#succeeded + 1] = id
     local job, results = batch.job_prefix .. id, batch.result_prefix .. id
     if redis.call('EXISTS', job) == 1 then
-        redis.pcall('HSET', job, unpack(batch.job))
-        redis.pcall('XADD', results, 'MAXLEN', 10, '*', 'type', '1', 'return_value', one.result, unpack(batch.result))
+        attempt('HSET', job, unpack(batch.job))
+        attempt('XADD', results, 'MAXLEN', 10, '*', 'type', '1', 'return_value', one.result, unpack(batch.result))
         if ttl > 0 then
             redis.call('EXPIRE', results, ttl)
             expire(id, ttl)
@@ -111,8 +122,8 @@ for _, one in ipairs(batch.failed) do
         redis.call('HSET', job, unpack(one.fields))
         if one.call then redis.call('HSET', job, 'data', ARGV[one.call]) end
         redis.call('PERSIST', job)  -- it had an expiry in the queue
-        local added = redis.pcall('XADD', results, 'MAXLEN', '~', 10, '*', unpack(one.result))
-        if type(added) == 'table' and added.err then
+        local added, refused = attempt('XADD', results, 'MAXLEN', '~', 10, '*', unpack(one.result))
+        if type(added) == 'table' and added.err and not refused then
             redis.call('DEL', results)
             redis.call('XADD', results, '*', unpack(one.result))
         end
@@ -138,7 +149,7 @@ if excess > 0 then
     for _, id in ipairs(oldest) do
         if not keep[id] then
             removed[#removed + 1] = id
-            if redis.pcall('HGET', batch.job_prefix .. id, 'status') == 'finished' then
+            if attempt('HGET', batch.job_prefix .. id, 'status') == 'finished' then
                 dropped[#dropped + 1] = batch.job_prefix .. id
                 dropped[#dropped + 1] = batch.result_prefix .. id
             end
@@ -149,4 +160,4 @@ if excess > 0 then
 end
 
 if #keep_reserved > 0 then redis.call('RPUSH', KEYS[1], unpack(keep_reserved)) end
-return {quarantined, keep_reserved}
+return {quarantined, keep_reserved, errors}

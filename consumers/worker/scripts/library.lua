@@ -13,3 +13,14 @@ local function quarantine(expected)
     end
     return renamed
 end
+
+-- Return the error in `reply`, a reply of redis.pcall, if the access list forbids this user the command or a key; else
+-- nil. Redis does not name the command that it forbids in a script, in contrast to Valkey, so the error does here.
+local function forbidden(reply, command)
+    local text = type(reply) == 'table' and reply.err or ''
+    if string.find(text, "can't run this command", 1, true) then
+        return "NOPERM this user has no permissions to run the '" .. command .. "' command"
+    end
+    local found = string.find(string.lower(text), 'no permissions', 1, true) or string.find(text, "can't access", 1, true)
+    return found and text or nil
+end

@@ -21,8 +21,11 @@ local counts = #ids == 1 and redis.call('HGET', KEYS[5], ARGV[1]) == 'alone'
 for _, id in ipairs(ids) do
     if not counts then
         redis.call('HSETNX', KEYS[4], id, 0)
-    elseif type(redis.pcall('HINCRBY', KEYS[4], id, 1)) == 'table' then  -- an error: the count is not a number
-        redis.call('HSET', KEYS[4], id, 1)
+    else
+        local count = redis.pcall('HINCRBY', KEYS[4], id, 1)
+        local refused = forbidden(count, 'hincrby')
+        if refused then return redis.error_reply(refused) end  -- before anything is changed
+        if type(count) == 'table' then redis.call('HSET', KEYS[4], id, 1) end  -- an error: it was not a number
     end
 end
 redis.call('EXPIRE', KEYS[4], 604800)  -- a stock worker does not remove the counts of the jobs that it completes

@@ -1,0 +1,132 @@
+"""The frame of the machine: what is checked after each step and at the end, and what actions share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from consumers.ops.audit import audit
+from producers.outbox import Outbox
+from tests.property.delivery.bots import Bot
+from tests.property.delivery.faults import Fault
+from tests.property.delivery.model import Model
+from tests.property.delivery.statistics import Statistics
+from tests.property.delivery.workers import SteppedWorker
+from tests.property.delivery.world import WORKERS, Seen, World
+
+_ROUNDS = 15  # of time passing at the end, until nothing may be left to do
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+numbers = st.integers(0, 7)  # the n-th of the things that there are, counted round
+workers = st.integers(0, WORKERS - 1)
+
+
+def faults(writes: int, *also: str) -> st.SearchStrategy[Fault | None]:
+    """Return faults of an action that has about `writes` writes: the process dies before or after one, or `also`."""
+    dying: Any = st.tuples(st.integers(1, writes), st.sampled_from(["before", "after", *also]))
+    return st.one_of(st.none(), st.none(), dying)
+
+
+def action(when: Callable[[Any], bool] = lambda machine: True, **arguments: Any) -> Callable[[F], Any]:
+    """Make a method a rule for the times `when` it can do something, and count its runs."""
+
+    def decorated(method: F) -> Any:
+        @wraps(method)
+        def counted(self: BaseMachine, **given: Any) -> None:
+            what = given.get("what")
+            self.statistics.actions[method.__name__ + (f" {what}" if what else "")] += 1
+            self.statistics.faults += given.get("fault") is not None
+            with self.statistics.noting_failure():
+                method(self, **given)
+
+        return precondition(when)(rule(**arguments)(counted))  # type: ignore[no-untyped-call]
+
+    return decorated
+
+
+def has_entries(machine: BaseMachine) -> bool:
+    return bool(machine.model.deliveries)
+
+
+class BaseMachine(RuleBasedStateMachine):
+    """Actions on a `world`, each followed by a check of the `model`."""
+
+    def __init__(self, world: World, statistics: Statistics) -> None:
+        super().__init__()
+        self.world, self.statistics, self.model = world, statistics, Model()
+        statistics.examples += 1
+        world.reset()
+
+    @property
+    def seen(self) -> Seen:
+        """The content of all storages now."""
+        return self.world.see()
+
+    def bot(self, number: int) -> Bot:
+        return self.world.bots[number % len(self.world.bots)]
+
+    def worker(self, number: int) -> SteppedWorker:
+        return self.world.workers[number]
+
+    @invariant()
+    def holds(self) -> None:
+        with self.statistics.noting_failure():
+            self.model.check(self.seen)
+            for worker in self.world.workers:
+                listed = self.seen.queued.reserved.get(worker.reservations.list_key, [])
+                taken = set(worker.reserved) - set(listed)
+                assert not (worker.has_lease and taken), f"taken from a worker that has a lease: {taken}"
+        self.statistics.note_state(self.seen, self.model)
+
+    def teardown(self) -> None:
+        try:
+            with self.statistics.noting_failure():
+                self._make_well()
+                self.model.check_end(self.seen)
+                if not self.model.excused:
+                    self._audit()
+        finally:
+            self.world.clear()
+
+    def _audit(self) -> None:
+        for bot in self.world.bots:
+            with Outbox(bot.path) as outbox:
+                incomplete = [one for one in audit(self.world.redis, outbox) if not one.complete]
+            assert not incomplete, f"the audit finds events missing: {incomplete}"
+
+    def _make_well(self) -> None:
+        """Let time pass, relays sweep and workers run, until nothing is left to do."""
+        self.stop_workers()
+        for bot in self.world.bots:
+            bot.close()
+            bot.look()
+            if bot.needs_resend:
+                bot.resend()
+        for _ in range(_ROUNDS):
+            self.let_time_pass(400)
+            self.worker(0).maintain(None)
+            self._sweep_all()
+            self.worker(0).run(500, None)
+            self._sweep_all()
+            if self.world.is_quiet():
+                return
+
+    def _sweep_all(self) -> None:
+        for bot in self.world.bots:
+            while bot.sweep("first"):
+                pass
+
+    def stop_workers(self) -> None:
+        for worker in self.world.workers:
+            worker.stop(None)
+
+    def let_time_pass(self, seconds: int) -> None:
+        self.world.clock.pass_time(seconds, self.world.memory.redis)
+        self.world.note_changes()
+        for worker in self.world.workers:
+            worker.age(seconds)

@@ -1,0 +1,119 @@
+"""Actions that lose, copy or replace what a storage holds, or set clocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import strategies as st
+
+from tests.property.delivery.base_machine import BaseMachine, action, faults, has_entries, numbers
+from tests.property.delivery.bots import Bot
+from tests.property.delivery.world import MOST_BOTS
+
+_SNAPSHOT = "consumers.handlers.record_portfolio_snapshot"
+_FOREIGN_CALLS = (
+    (_SNAPSHOT, "{}"),
+    (_SNAPSHOT, "[" * 50),
+    (_SNAPSHOT, '{"id": 1, "sequence": "x"}'),
+    ("os.getcwd", ""),
+)
+_AN_HOUR, _A_DAY = 3600, 86_400
+
+
+class Disasters(BaseMachine):
+    """Redis, the database, outboxes and clocks."""
+
+    @action(
+        when=has_entries,
+        what=st.sampled_from(["key", "all", "copy", "fail over", "foreign job"]),
+        which=st.integers(0, 30),
+    )
+    def redis(self, what: str, which: int) -> None:
+        """Lose a key or all keys, let a replica lag from now on, or fail over to it; or enqueue a job of others."""
+        memory = self.world.memory
+        if what == "copy":
+            self.world.replica = memory.copy()
+            return
+        if what == "foreign job":
+            memory.queue.enqueue(*_FOREIGN_CALLS[which % len(_FOREIGN_CALLS)], failure_ttl=-1)
+            self.world.note_changes()
+            return
+        if what == "key" and (keys := memory.keys()):
+            memory.redis.delete(keys[which % len(keys)])
+        elif what == "all":
+            memory.redis.flushall()
+        elif what == "fail over" and self.world.replica is not None:
+            memory.put_back(self.world.replica)
+        self.world.note_changes()
+        self.model.disturbed = True
+        for worker in self.world.workers:
+            worker.has_lease = False
+
+    @action(when=has_entries, what=st.sampled_from(["back up", "lose commits", "resend"]), bot=numbers, fault=faults(8))
+    def database(self, what: str, bot: int, fault: Any) -> None:
+        """Keep what it holds, lose the commits since then, or have a bot send again what was lost."""
+        old = self.world.old_database
+        if what == "back up":
+            self.world.old_database = self.seen.stored
+        elif what == "resend":
+            # Results that a worker still has, and acknowledgements of a replica, would name rows that are lost.
+            self.stop_workers()
+            self.world.replica = None
+            self.model.disturbed = True  # an entry whose acknowledgement is deleted is checked, and sent again, later
+            self.bot(bot).resend(fault)
+        elif old is not None:
+            self.model.check(self.seen)
+            self.world.database.put_back(old)
+            self.world.note_changes()
+            self.model.lose_commits(self.seen)
+            for one in self.world.bots:
+                one.needs_resend = True
+
+    @action(
+        when=has_entries,
+        what=st.sampled_from(["copy", "back up", "restore", "move"]),
+        bot=numbers, running=st.booleans(), fault=faults(6),
+    )  # fmt: skip
+    def outbox(self, what: str, bot: int, running: bool, fault: Any) -> None:
+        """Copy the folder for another bot, back it up, restore it or move it. `running`: while the producer uses it."""
+        one, world = self.bot(bot), self.world
+        has_room = len(world.bots) < MOST_BOTS
+        if what == "back up":
+            world.back_up(one)
+        elif what == "copy" and has_room:
+            self.model.disturbed = True
+            world.bots.append(world.copy_bot(one))
+        elif what == "restore" and one in world.backups:
+            self._replace(one, running, fault, lambda: world.restore(one))
+        elif what == "move" and (has_room or not running):
+            self._replace(one, running, fault, lambda: world.move(one))
+
+    def _replace(self, bot: Bot, running: bool, fault: Any, replace: Callable[[], None]) -> None:
+        """Replace the file of a bot that was stopped before, or that uses it once more afterwards."""
+        if running:
+            bot.look()
+        else:
+            bot.close()
+        replace()
+        self.world.note_changes()
+        if running:
+            bot.look(fault)
+        self.model.disturbed = True
+        self.model.forget_entries(self.seen)
+
+    @action(
+        what=st.sampled_from(["time", "wall clock", "restart"]),
+        seconds=st.sampled_from([1, 6, 21, 61, 400, _A_DAY]),
+        ahead=st.sampled_from([-40 * 365 * _A_DAY, -2 * _A_DAY, -_AN_HOUR, 0, _AN_HOUR, 2 * _A_DAY, 400 * _A_DAY]),
+    )
+    def clock(self, what: str, seconds: int, ahead: int) -> None:
+        """Let time pass, set the wall clock, or restart the machine with this error of its clock."""
+        if what == "time":
+            self.let_time_pass(seconds)
+            return
+        if what == "restart":
+            for bot in self.world.bots:
+                bot.kill()
+            self.world.clock.restart()
+        self.world.clock.set_wall_clock(ahead)

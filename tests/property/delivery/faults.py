@@ -1,0 +1,176 @@
+"""Processes that die, before or after their n-th write to Redis, PostgreSQL or SQLite.
+
+One process acts at a time, in the block of its method `acting`. While it acts, all connections count its writes. Once
+it is dead, each further write raises ProcessDied too, so that no cleanup code of the process has an effect.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
+from weakref import WeakSet
+
+import psycopg2.extensions
+from redis.connection import UnixDomainSocketConnection
+from redis.exceptions import ResponseError
+from sqlalchemy import Engine, event
+
+When = Literal["before", "after", "stop"]
+Fault = tuple[int, When]  # number of the write, from 1; "stop": the process gets a stop signal before that write
+
+
+class ProcessDied(KeyboardInterrupt):
+    """The process that acts was killed. The product lets a KeyboardInterrupt pass everywhere."""
+
+
+class Process:
+    """One process. It dies at most once; its SQLite connections are closed then, as the kernel closes its files."""
+
+    def __init__(self) -> None:
+        self.dead = False
+        self.connections: WeakSet[sqlite3.Connection] = WeakSet()
+        self._writes_left, self._when = 0, "before"
+        self._on_stop: Callable[[], object] = lambda: None
+
+    @contextmanager
+    def acting(self, fault: Fault | None = None, on_stop: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Let this process act in the block, and end the block if it dies."""
+        global _acting
+        self._writes_left, self._when = fault or (0, "before")
+        self._on_stop = on_stop
+        _acting = self
+        try:
+            with suppress(ProcessDied):
+                yield
+        finally:
+            _acting = None
+            if self.dead:
+                self.kill()
+
+    def kill(self) -> None:
+        self.dead = True
+        for connection in list(self.connections):
+            connection.close()
+
+    def begin_write(self) -> bool:
+        """Die before this write, if that is the plan. Return whether the process dies after it."""
+        if self.dead:
+            raise ProcessDied
+        self._writes_left -= 1
+        if self._writes_left:
+            return False
+        if self._when == "before":
+            self.die()
+        if self._when == "stop":
+            self._on_stop()
+        return self._when == "after"
+
+    def die(self) -> None:
+        self.dead = True
+        raise ProcessDied
+
+
+class Changes:
+    """Counts of writes to each storage, by which a reader notices that nothing has changed."""
+
+    redis = postgres = sqlite = 0
+
+
+changes = Changes()
+_acting: Process | None = None
+
+
+@contextmanager
+def _write() -> Iterator[bool]:
+    """Run a write in the block; yields whether the process dies after it."""
+    dies_after = _acting is not None and _acting.begin_write()
+    yield dies_after
+    if dies_after and _acting is not None:
+        _acting.die()
+
+
+class MortalRedis(UnixDomainSocketConnection):
+    """Connection to Redis. One packet, which may be a transaction or a script, is one write."""
+
+    _connecting = False
+
+    def on_connect_check_health(self, check_health: bool = True) -> None:
+        self._connecting = True
+        try:
+            super().on_connect_check_health(check_health)
+        finally:
+            self._connecting = False
+
+    def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        # redis-py sends UNWATCH for an abandoned pipeline at any time, when its memory is freed. It writes nothing.
+        if self._connecting or any(b"UNWATCH" in part for part in command):
+            super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+            return
+        changes.redis += 1
+        with _write() as dies_after:
+            super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
+            if dies_after:
+                self._wait_until_executed()
+
+    def _wait_until_executed(self) -> None:
+        self._connecting = True
+        try:
+            self.send_command("ECHO", "end of the last write")  # type: ignore[no-untyped-call]
+            answer: Any = None
+            while answer != b"end of the last write":
+                with suppress(ResponseError):
+                    answer = self.read_response()
+        finally:
+            self._connecting = False
+            self.disconnect()  # type: ignore[no-untyped-call]
+
+
+class _MortalCursor(psycopg2.extensions.cursor):
+    def execute(self, query: Any, values: Any = None) -> None:
+        with _write():
+            super().execute(query, values)
+
+
+class _MortalPostgres(psycopg2.extensions.connection):
+    def commit(self) -> None:
+        changes.postgres += 1
+        with _write():
+            super().commit()
+
+
+def make_mortal(engine: Engine) -> None:
+    """Make the connections of this engine die with the acting process. Each statement and each commit is a write."""
+
+    def connect(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> None:
+        options |= {"connection_factory": _MortalPostgres, "cursor_factory": _MortalCursor}
+
+    event.listen(engine, "do_connect", connect, insert=True)
+
+
+class _MortalSqlite(sqlite3.Connection):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if _acting is not None:
+            _acting.connections.add(self)
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        if sql == "COMMIT":
+            changes.sqlite += 1
+            with _write():
+                return super().execute(sql, *values)
+        if _acting is not None and _acting.dead:
+            raise ProcessDied
+        return super().execute(sql, *values)
+
+
+@contextmanager
+def mortal_sqlite() -> Iterator[None]:
+    """Make each SQLite connection opened in the block die with the acting process. Each COMMIT is a write."""
+    connect = sqlite3.connect
+    sqlite3.connect = lambda *arguments, **options: connect(*arguments, **{"factory": _MortalSqlite} | options)
+    try:
+        yield
+    finally:
+        sqlite3.connect = connect

@@ -1,0 +1,148 @@
+"""The machine: the actions of a delivery. Hypothesis chooses them, and shrinks a run that breaks the model."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize
+
+from consumers.ops.failed import discard, rejections, requeue
+from producers.errors import HistoryError, InvalidEvent
+from producers.events import Payload
+from tests.factories import a_snapshot, an_archive
+from tests.faults.accepted import content_of
+from tests.property.delivery.base_machine import action, faults, numbers, workers
+from tests.property.delivery.bots import RELAYS
+from tests.property.delivery.disasters import Disasters
+from tests.property.delivery.faults import Process
+from tests.property.delivery.servers import QUEUE
+from tests.property.delivery.workers import run_stock_worker
+
+# A fact has one event id; another content of it is a conflict.
+payloads = st.tuples(st.sampled_from(["snapshot", "archive"]), st.integers(0, 2), st.integers(0, 1))
+
+_AFTER_RECORDING = ("", "and send", "and store", "invalid")
+_some_payloads = st.lists(payloads, min_size=1, max_size=3)
+
+
+def payload_of(kind: str, fact: int, content: int) -> Payload:
+    """Return one of a few payloads."""
+    after = timedelta(seconds=fact)
+    if kind == "snapshot":
+        return a_snapshot(after=after, trade_count=content)
+    return an_archive(after=after, signals=[{"market_id": str(content)}])
+
+
+def _has_unsettled(machine: Any) -> bool:
+    return any(one.state != "stored" for kept in machine.seen.entries.values() for one in kept)
+
+
+def _has_waiting(machine: Any) -> bool:
+    return bool(machine.seen.queued.waiting)
+
+
+def _has_work(machine: Any) -> bool:
+    return _has_waiting(machine) or any(worker.reserved for worker in machine.world.workers)
+
+
+def _has_rejected(machine: Any) -> bool:
+    return any(one.outcome == "rejected" for one in machine.seen.stored.outcomes.values())
+
+
+class DeliveryMachine(Disasters):
+    """Bots that record, relays, workers and operators."""
+
+    @initialize(events=_some_payloads)
+    def begin(self, events: list[tuple[str, int, int]]) -> None:
+        """Begin with a few events that are queued: most actions need some."""
+        self._record(0, events, None)
+        self.bot(0).sweep("first")
+
+    @action(
+        bot=numbers,
+        events=_some_payloads,
+        what=st.sampled_from(["", "and send", "and store", "invalid"]),
+        fault=faults(4),
+    )
+    def record(self, bot: int, events: list[tuple[str, int, int]], what: str, fault: Any) -> None:
+        """Record events in one call, and then let the other parts do their work once, without a fault."""
+        if what == "invalid":
+            self._record_invalid(bot)
+            return
+        self._record(bot, events, fault)
+        if what:
+            self.bot(bot).sweep("first")
+        if what == "and store":
+            self.worker(0).run(500)
+            self.bot(bot).sweep("first")
+
+    def _record(self, bot: int, events: list[tuple[str, int, int]], fault: Any) -> None:
+        given = [payload_of(*event) for event in events]
+        receipts = self.bot(bot).record(given, fault)
+        returned = [(one.source, one.sequence) for one in receipts]
+        self.model.check_recorded(returned, [content_of(one.model_dump()) for one in given], self.seen)
+
+    def _record_invalid(self, bot: int) -> None:
+        """Try to record an event together with a value that is none: neither is recorded."""
+        before = self.seen.job_ids_kept
+        with pytest.raises(InvalidEvent):
+            self.bot(bot).record([a_snapshot(), "not an event"])  # type: ignore[list-item]
+        assert self.seen.job_ids_kept == before
+
+    @action(when=_has_unsettled, bot=numbers, relay=st.sampled_from(RELAYS), fault=faults(16))
+    def sweep(self, bot: int, relay: str, fault: Any) -> None:
+        self.bot(bot).sweep(relay, fault)
+
+    @action(bot=numbers, what=st.sampled_from([*RELAYS, "bot", "kill"]), fault=faults(6))
+    def end(self, bot: int, what: str, fault: Any) -> None:
+        """Stop a relay, or all processes of a bot; or kill them."""
+        if what == "kill":
+            self.bot(bot).kill()
+        elif what == "bot":
+            self.bot(bot).close()
+        else:
+            self.bot(bot).end_relay(what, fault)
+
+    @action(when=_has_work, worker=workers, limit=st.integers(1, 4), fault=faults(10))
+    def step_worker(self, worker: int, limit: int, fault: Any) -> None:
+        """Let a worker do its next step: reserve, process or complete."""
+        one = self.worker(worker)
+        if not one.reserved:
+            one.reserve(limit, fault)
+        elif one.results is None:
+            one.process(fault)
+        else:
+            one.complete(fault)
+
+    @action(worker=workers, what=st.sampled_from(["maintain", "stop", "renew"]), fault=faults(8))
+    def pause(self, worker: int, what: str, fault: Any) -> None:
+        """Let a worker do what it does between or beside its steps: maintenance, a stop signal, renewing its lease."""
+        one = self.worker(worker)
+        {"maintain": one.maintain, "stop": one.stop, "renew": one.renew}[what](fault)
+
+    @action(when=_has_waiting, worker=workers, max_jobs=st.integers(1, 6), fault=faults(30, "stop"))
+    def run_worker(self, worker: int, max_jobs: int, fault: Any) -> None:
+        if not self.worker(worker).reserved:
+            self.worker(worker).run(max_jobs, fault)
+
+    @action(when=_has_waiting, fault=faults(70))
+    def run_stock_worker(self, fault: Any) -> None:
+        self.model.disturbed |= fault is not None
+        run_stock_worker(self.world.redis, fault)
+
+    @action(when=_has_rejected, what=st.sampled_from(["requeue", "discard"]), which=numbers, fault=faults(14))
+    def operator(self, what: str, which: int, fault: Any) -> None:
+        """Requeue or discard one rejection. A withdrawal of a row belongs here, with its count in Model.check_end."""
+        found = list(rejections())
+        chosen = [found[which % len(found)]]
+        with Process().acting(fault):
+            if what == "requeue":
+                # What is no event can only be requeued while Redis has its job.
+                with suppress(*[HistoryError] if chosen[0].kind is None else []):
+                    requeue(chosen, self.world.redis, QUEUE)
+            else:
+                discard(chosen, self.world.redis, QUEUE, "not needed", "Ada")

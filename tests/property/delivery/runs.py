@@ -1,0 +1,53 @@
+"""Runs of the machine: short in the gate, long by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from redis import Redis
+
+from tests.property.delivery.machine import DeliveryMachine
+from tests.property.delivery.statistics import Statistics
+from tests.property.delivery.world import World, a_world
+
+_MEMORY = Path("/dev/shm")  # outboxes need no disk here
+
+
+@contextmanager
+def new_world(redis: Redis, database_url: str) -> Iterator[World]:
+    """Make a world on these servers, with outboxes in memory if the machine has a file system there."""
+    with (
+        TemporaryDirectory(prefix="th-", dir=_MEMORY if _MEMORY.is_dir() else None) as folder,
+        a_world(Path(folder), redis, database_url) as world,
+    ):
+        yield world
+
+
+def settings_of(examples: int, steps: int, *, derandomize: bool = False, shrink: bool = True) -> settings:
+    """Return the settings of a run. Failing runs are not kept: a seed repeats a run."""
+    return settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        derandomize=derandomize,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
+    )
+
+
+def run(world: World, chosen: settings, statistics: Statistics, seed: int | None = None) -> None:
+    """Run the machine. A run that breaks the model is shrunk, printed, and raised."""
+
+    def machine() -> DeliveryMachine:
+        return DeliveryMachine(world, statistics)
+
+    if seed is not None:
+        machine = hypothesis.seed(seed)(machine)
+    run_state_machine_as_test(machine, settings=chosen)  # type: ignore[arg-type]  # it takes any callable

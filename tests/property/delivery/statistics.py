@@ -1,0 +1,57 @@
+"""Counts of what the machine has done."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.property.delivery.model import Model
+from tests.property.delivery.world import Seen
+
+
+class Statistics:
+    """Examples, steps, actions by kind, and distinct abstract states."""
+
+    def __init__(self) -> None:
+        self.examples = 0
+        self.actions: Counter[str] = Counter()
+        self.faults = 0
+        self.first_failure = ""
+        self._states: set[tuple[object, ...]] = set()
+        self._began = time.perf_counter()
+
+    @property
+    def steps(self) -> int:
+        return self.actions.total()
+
+    @contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Note when the block fails first; later failures are of attempts to shrink the run."""
+        try:
+            yield
+        except BaseException as error:
+            if not self.first_failure and not isinstance(error, KeyboardInterrupt):
+                self.first_failure = f"first failure: in example {self.examples}, after {self.steps} steps: {error}"
+                print(self.first_failure[:2000], flush=True)
+            raise
+
+    def note_state(self, seen: Seen, model: Model) -> None:
+        """Count an abstract state: how many (none, one, more) of each kind of thing there are."""
+        states = Counter(entry.state for kept in seen.entries.values() for entry in kept)
+        outcomes = Counter(one.outcome for one in seen.stored.outcomes.values())
+        queued = seen.queued
+        counts = [states[name] for name in ("pending", "sent", "stored", "rejected")]
+        counts += [outcomes[name] for name in ("duplicate", "rejected", "discarded")]
+        counts += [len(seen.stored.rows), len(queued.waiting), len(queued.started), len(queued.failed)]
+        counts += [sum(map(len, queued.reserved.values())), len(queued.acknowledged), len(model.lost)]
+        self._states.add((len(seen.entries), model.disturbed, *(min(count, 2) for count in counts)))
+
+    def lines(self) -> list[str]:
+        seconds = time.perf_counter() - self._began
+        return [
+            f"{self.examples} examples, {self.steps} steps in {seconds:.0f} s ({self.steps / seconds:.0f}/s),"
+            f" {self.faults} faults, {len(self._states)} distinct states",
+            *(f"{count:8} {name}" for name, count in self.actions.most_common()),
+        ]

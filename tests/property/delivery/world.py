@@ -1,0 +1,154 @@
+"""The real parts of the machine: two servers, bots, workers, and what was copied of them earlier."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from redis import Redis
+from redis.connection import ConnectionPool
+
+from consumers.db.engine import engine
+from tests.faults.verdict import KeptEntry
+from tests.property.delivery.bots import Bot, copy_folder
+from tests.property.delivery.clock import Clock
+from tests.property.delivery.faults import MortalRedis, changes, make_mortal, mortal_sqlite
+from tests.property.delivery.servers import Database, Memory, Queued, Stored
+from tests.property.delivery.workers import SteppedWorker
+
+MOST_BOTS = 3
+WORKERS = 2
+
+
+class Seen(NamedTuple):
+    """Content of all storages at one moment; the entries by bot."""
+
+    entries: dict[Bot, list[KeptEntry]]
+    stored: Stored
+    queued: Queued
+
+    @property
+    def job_ids_kept(self) -> set[str]:
+        """Ids of the jobs whose entries some outbox has."""
+        return {one.delivery.job_id for kept in self.entries.values() for one in kept}
+
+
+class World:
+    """All parts. `reset` begins a new example."""
+
+    def __init__(self, folder: Path, redis: Redis, database_url: str, clock: Clock) -> None:
+        self.clock = clock
+        self.database = Database(database_url)
+        self.memory = Memory(redis)
+        path = redis.connection_pool.connection_kwargs["path"]
+        self.redis = Redis(connection_pool=ConnectionPool(connection_class=MortalRedis, path=path))
+        self._folder = folder
+        self._folders = 0
+        self.bots: list[Bot] = []
+        self.workers: list[SteppedWorker] = []
+        self._at = (-1, -1, -1)
+
+    def reset(self) -> None:
+        self.database.clear()
+        self.memory.redis.flushall()
+        self.clock.reset()
+        self.bots = [self.new_bot()]
+        self.workers = [SteppedWorker(self.redis, f"worker-{number}") for number in range(WORKERS)]
+        self.replica: list[tuple[bytes, int, bytes]] | None = None
+        self.old_database: Stored | None = None
+        self.backups: dict[Bot, Path] = {}  # of the folders of bots
+        self.note_changes()
+
+    def clear(self) -> None:
+        """End all processes of an example, and delete its files."""
+        for bot in self.bots:
+            bot.kill()
+        self.bots, self.workers = [], []
+        shutil.rmtree(self._folder)
+        self._folder.mkdir()
+
+    def new_bot(self) -> Bot:
+        return Bot(self.new_folder(), self.redis)
+
+    def new_folder(self) -> Path:
+        self._folders += 1
+        folder = self._folder / f"bot-{self._folders}"
+        folder.mkdir()
+        return folder
+
+    def copy_bot(self, bot: Bot) -> Bot:
+        """Copy the folder of a bot, as for a second bot, and return that one."""
+        other = self.new_bot()
+        copy_folder(bot.folder, other.folder)
+        other.needs_resend = bot.needs_resend
+        self.note_changes()
+        return other
+
+    def back_up(self, bot: Bot) -> None:
+        """Copy the folder of a bot, for a later `restore`."""
+        self.backups[bot] = self.new_folder()
+        copy_folder(bot.folder, self.backups[bot])
+
+    def restore(self, bot: Bot) -> None:
+        """Replace the folder of a bot by its backup."""
+        shutil.rmtree(bot.folder)
+        copy_folder(self.backups[bot], bot.folder)
+
+    def move(self, bot: Bot) -> None:
+        """Rename the folder of a bot. If its processes run, they continue at the old path, and a new bot begins."""
+        target = self.new_folder()
+        target.rmdir()
+        bot.folder.rename(target)
+        moved = Bot(target, self.redis)
+        moved.needs_resend = bot.needs_resend
+        if bot.is_open:
+            self.bots.append(moved)
+        else:
+            self.bots[self.bots.index(bot)] = moved
+
+    def is_quiet(self) -> bool:
+        """Return whether no entry is unsettled, and no job waits."""
+        seen = self.see()
+        unsettled = any(one.state in ("pending", "sent") for kept in seen.entries.values() for one in kept)
+        return not unsettled and not seen.queued.active() and not seen.queued.acknowledged
+
+    def note_changes(self) -> None:
+        """Note that the test itself has changed a storage."""
+        changes.redis += 1
+        changes.postgres += 1
+        changes.sqlite += 1
+
+    def see(self) -> Seen:
+        """Read all storages; a storage that was not written to since the last time is not read again."""
+        if self._at[0] != changes.sqlite:
+            self._entries = {bot: bot.entries() for bot in self.bots}
+        if self._at[1] != changes.postgres:
+            self._stored = self.database.read()
+        if self._at[2] != changes.redis:
+            self._queued = self.memory.read()
+        self._at = (changes.sqlite, changes.postgres, changes.redis)
+        return Seen(self._entries, self._stored, self._queued)
+
+
+@contextmanager
+def a_world(folder: Path, redis: Redis, database_url: str) -> Iterator[World]:
+    """Make the parts on these servers. In the block, this process has the clocks of the world."""
+    make_mortal(engine())
+    clock = Clock()
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    gc.freeze()
+    with clock.installed(), mortal_sqlite():
+        world = World(folder, redis, database_url, clock)
+        try:
+            yield world
+        finally:
+            world.clear()
+            world.database.close()
+            world.redis.close()
+            logging.disable(level)

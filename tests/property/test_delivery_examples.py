@@ -1,0 +1,133 @@
+"""Runs of the machine that are worth repeating each time, as plain steps: see tests/property/delivery.
+
+Each test ends like a run of Hypothesis: everything works again, and the accounts are checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from redis import Redis
+
+from tests.property.delivery.machine import DeliveryMachine
+from tests.property.delivery.runs import new_world
+from tests.property.delivery.statistics import Statistics
+
+SNAPSHOT, OTHER_CONTENT, ANOTHER_SNAPSHOT = ("snapshot", 0, 0), ("snapshot", 0, 1), ("snapshot", 1, 0)
+
+
+@pytest.fixture
+def machine(redis: Redis, database_url: str) -> Iterator[DeliveryMachine]:
+    with new_world(redis, database_url) as world:
+        machine = DeliveryMachine(world, Statistics())
+        yield machine
+        machine.teardown()
+
+
+def _states(machine: DeliveryMachine, bot: int = 0) -> list[str]:
+    return [one.state for one in machine.seen.entries[machine.bot(bot)]]
+
+
+def _store(machine: DeliveryMachine, bot: int = 0) -> None:
+    """Let a relay, a worker and the relay again do their work."""
+    machine.bot(bot).sweep("first")
+    machine.worker(0).run(500)
+    machine.bot(bot).sweep("first")
+    machine.holds()
+
+
+def test_two_copies_that_use_one_number_settle_their_own_entries(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT])
+    _store(machine)
+    machine.outbox(what="copy", bot=0, running=True, fault=None)
+    machine.record(bot=0, events=[ANOTHER_SNAPSHOT], what="", fault=None)
+    machine.record(bot=1, events=[OTHER_CONTENT], what="", fault=None)
+    for bot in (0, 1):
+        machine.bot(bot).sweep("first")
+    machine.worker(0).run(500)
+    for bot in (0, 1):
+        machine.bot(bot).sweep("first")
+        machine.holds()
+    assert _states(machine, 0) == ["stored", "stored"]
+    assert _states(machine, 1) == ["stored", "rejected"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_worker_that_dies_at_any_write_acknowledges_nothing_that_is_not_stored(
+    machine: DeliveryMachine, when: str
+) -> None:
+    machine.begin(events=[SNAPSHOT])
+    _store(machine)  # the first batch has more writes than the others
+    for number in range(1, 21):
+        machine.record(bot=0, events=[("archive", number, 0)], what="and send", fault=None)
+        machine.worker(0).run(1, (number, when))  # type: ignore[arg-type]
+        machine.holds()
+        machine.clock(what="time", seconds=21, ahead=0)
+        machine.worker(1).maintain()
+        machine.holds()
+
+
+def test_a_worker_that_dies_before_its_commit_has_acknowledged_nothing(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT])
+    _store(machine)  # the first batch has more writes than the others
+    for number in range(4, 7):  # three crashes would make the event poison
+        machine.record(bot=0, events=[("archive", number, 0)], what="and send", fault=None)
+        machine.worker(0).reserve(1)
+        machine.worker(0).process((number, "before"))
+        machine.holds()
+        machine.clock(what="time", seconds=21, ahead=0)
+        machine.worker(1).maintain()
+
+
+def test_a_worker_that_was_paused_beyond_its_lease_completes_what_another_has_stored(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
+    for _ in ("reserve", "process"):
+        machine.step_worker(worker=0, limit=2, fault=None)
+    machine.clock(what="time", seconds=21, ahead=0)
+    machine.pause(worker=1, what="maintain", fault=None)
+    machine.worker(1).run(500)
+    machine.holds()
+    machine.step_worker(worker=0, limit=2, fault=None)
+    machine.holds()
+    assert len(machine.seen.stored.rows) == 1
+
+
+def test_jobs_stay_with_a_worker_as_long_as_its_lease_is_valid(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT])
+    machine.step_worker(worker=0, limit=1, fault=None)
+    machine.clock(what="time", seconds=6, ahead=0)
+    machine.pause(worker=1, what="maintain", fault=None)
+    machine.holds()
+
+
+def test_rows_that_the_database_has_lost_come_back_by_a_resend(machine: DeliveryMachine) -> None:
+    machine.database(what="back up", bot=0, fault=None)
+    machine.begin(events=[SNAPSHOT, ANOTHER_SNAPSHOT])
+    machine.worker(0).run(500)  # acknowledged, but not yet settled
+    machine.database(what="lose commits", bot=0, fault=None)
+    machine.holds()
+    machine.database(what="resend", bot=0, fault=None)
+    machine.clock(what="time", seconds=400, ahead=0)  # entries that were not settled are checked
+    _store(machine)
+    assert _states(machine) == ["stored", "stored"]
+
+
+def test_a_discarded_event_stays_discarded_when_everything_is_sent_again(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
+    _store(machine)
+    machine.operator(what="discard", which=0, fault=None)
+    machine.database(what="resend", bot=0, fault=None)
+    _store(machine)
+    assert [one.outcome for one in machine.seen.stored.outcomes.values()] == ["discarded"]
+
+
+@pytest.mark.parametrize("what", ["restore", "move"])
+def test_a_running_bot_carries_over_the_entries_of_a_file_that_was_replaced(
+    machine: DeliveryMachine, what: str
+) -> None:
+    machine.outbox(what="back up", bot=0, running=True, fault=None)
+    machine.record(bot=0, events=[SNAPSHOT], what="", fault=None)
+    machine.outbox(what=what, bot=0, running=True, fault=None)
+    machine.holds()
+    assert _states(machine) == ["pending"]
