@@ -198,18 +198,30 @@ def _as_csv(delimiter: str) -> bytes:
             json.dumps({"ok": True, "it's": _ENTRIES}).encode(),
             "is an object with an array in 'it's', not an array of entries",
         ),
+        (
+            json.dumps({"\x1b[31m\n": _ENTRIES, "none": []}).encode(),
+            r"is an object with an array in '\x1b[31m\n', not an array of entries",
+        ),
+        (
+            json.dumps({"": None, "\ud800": _ENTRIES}).encode(),
+            r"is an object with an array in '\ud800', not an array of entries",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_message_names_another_shape_and_its_command_converts_the_file(
     tmp_path: Path, content: bytes, shape: str
 ) -> None:
-    """The command writes the same entries as an array; numbers may become text, which is read too."""
+    """The command writes the same entries as an array; numbers may become text, which is read too.
+
+    The message is one printable line, so that a terminal shows, and an operator copies, the whole command.
+    """
     folder = tmp_path / "old files"
     folder.mkdir()
     found, damage = _read_bytes(folder, content)
     assert found == []
     assert damage is not None
+    assert str(damage).isprintable()
     message, command = str(damage).split(". Replace it by the output of: ")
     assert message == f"portfolio_history.json: {shape}"
     run = subprocess.run(command, shell=True, capture_output=True, check=True)  # an operator would type it
