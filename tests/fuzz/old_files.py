@@ -132,8 +132,8 @@ def _readings(documents: list[Any]) -> Iterator[list[Any]]:
 
 def _documents(text: str) -> list[Any] | None:
     """Return all JSON documents of a text, as the standard library reads them; None if it cannot."""
-    decoder = json.JSONDecoder(parse_float=_decimal, parse_int=Decimal)
-    documents = []
+    decoder = json.JSONDecoder(parse_float=_decimal, parse_int=lambda text: Decimal(text) or Decimal(0))
+    documents = []  # -0 is an integer, and equal to 0
     at = 0
     try:
         while text[at:].strip(" \t\n\r"):

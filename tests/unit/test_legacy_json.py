@@ -243,6 +243,7 @@ def test_the_message_names_another_shape_and_its_command_converts_the_file(
         (b'{"%s": 1, "2": 1, "3": 1, "4": 1, "5": 1, "6": 1}' % (b"1" * 90), "'1{39}…', '2', '3', '4', '5' and 1 more"),
         (bytes(5000), "begins with zero bytes, as after a power failure: restore it from a backup"),
         (b"PK\x03\x04", "is compressed with zip.* unzip -p "),
+        (b'{"\n": 1, "history": [{"a": 1}]}', r"is not JSON: Invalid control character at \(entry 0, byte 2\)"),
         (b"Service unavailable, try again", r"is not a JSON array \(entry 0, byte 0\)"),
     ],
 )
@@ -283,6 +284,19 @@ def test_a_number_across_two_blocks_is_complete(tmp_path: Path, monkeypatch: pyt
     assert (found, damage) == ([12345, None, "x"], None)
     with pytest.raises(InvalidEvent, match="^entry: must be an object, not int"):
         snapshot_from(found[0], zone=UTC, portfolio_id=None)
+
+
+@pytest.mark.parametrize("number", ["1.5", "-10.25e+3", "1E309", "0e-5", "-Infinity"])
+def test_a_number_of_any_form_is_complete_wherever_a_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    """As an entry, and as a member beside the array of entries."""
+    (value,) = _read_bytes(tmp_path, f"[{number}]".encode())[0]
+    for block in range(1, 12):
+        monkeypatch.setattr(json_arrays, "_BLOCK_BYTES", block)
+        assert _read_bytes(tmp_path, f"[{number}, {number}]".encode()) == ([value, value], None)
+        beside = b'{"history": [{"a": "%s"}], "total": %s}' % (b"x" * 5000, number.encode())
+        assert _read_bytes(tmp_path, beside) == ([{"a": "x" * 5000}], None)
 
 
 def test_an_early_error_in_a_long_file_stops_reading_early(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ async def require_once(request: Request) -> None:
     names = [name for name, _ in request.query_params.multi_items()]
     for name in names:
         if names.count(name) > 1:
-            reason = "is given more than once"
-            raise Problem(422, f"{name}: {reason}", errors=[{"parameter": name, "reason": reason}])
+            parameter, reason = name or "(no name)", "is given more than once"
+            raise Problem(422, f"{parameter}: {reason}", errors=[{"parameter": parameter, "reason": reason}])
 
 
 class Guard:
