@@ -1,1 +1,1 @@
-"""Coverage-guided fuzzing of the parts that read input of strangers, and a replay of the most interesting inputs."""
+"""Coverage-guided fuzzing of the code that reads untrusted input, and a replay of the most interesting inputs."""

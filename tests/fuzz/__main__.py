@@ -1,7 +1,7 @@
-"""Fuzz one target with atheris (`pip install atheris`), on a PostgreSQL of its own. Exit status 1: there are findings.
+"""Fuzz one target with atheris (`pip install atheris`), with a new PostgreSQL. Exit status 1: there are findings.
 
-decode: events and jobs as a worker reads them. import: old history files. api: requests. The corpus in FOLDER grows from
-run to run; each defect is kept once in FOLDER/findings, as its smallest input and its traceback.
+decode: events and jobs as a worker reads them. import: old history files. api: requests. FOLDER has the corpus, which
+grows from run to run, and the findings: each defect once, as its smallest input and its traceback.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=("decode", "import", "api"))
     parser.add_argument("--seconds", type=int, default=600, help="duration (default 600)")
-    parser.add_argument("--corpus", type=Path, metavar="FOLDER", help="default fuzz-TARGET in the folder for temporary files")
-    parser.add_argument("--repeat", type=Path, nargs="+", metavar="FILE", help="check these inputs only, without atheris")
+    parser.add_argument(
+        "--corpus", type=Path, metavar="FOLDER", help="default fuzz-TARGET in the folder for temporary files"
+    )
+    parser.add_argument(
+        "--repeat", type=Path, nargs="+", metavar="FILE", help="check these inputs only, without atheris"
+    )
     options = parser.parse_args()
     folder: Path = (options.corpus or Path(tempfile.gettempdir(), f"fuzz-{options.target}")).absolute()
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as home, servers(Path(home)) as addresses:

@@ -1,6 +1,7 @@
 """Target `api`: bytes as a request, through the server's own connection class, the app and a real PostgreSQL.
 
-The first line is method and target, each other line a header; an empty line ends the request. Invariants: one answer
+The first line is method and target, each other line a header; an empty line ends the request. `cursor=~TEXT` becomes a
+cursor with this text and the right check sum, which a client can compute. Invariants: one answer
 for each request, never a status of 5xx, within 5 s of CPU time. An answer 422 names a parameter. The link to the next
 page leads to a page.
 """
@@ -8,18 +9,18 @@ page leads to a page.
 from __future__ import annotations
 
 import asyncio
+import base64
 import csv
 import io
 import json
 import logging
-import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from hashlib import blake2b
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -36,44 +37,80 @@ from tests.fuzz.invariants import BrokenInvariant, require
 _HOST = b"host: localhost\r\n"
 _CPU_SECONDS = 5.0
 _ANSWER_SECONDS = 60.0
-_PATHS = (
-    *("/trading/portfolio-history", "/trading/signal-archives", "/trading/signals", "/", "/healthz", "/readyz", "/metrics"),
-    *("/openapi.json", "/page/newest", "/page/portfolios", "/page/curve", "/page/daily", "/page/months", "/page/archives"),
-    *("/page/signals", "/page/archives/1", "/page/health", "/page/static/page.js", "/page/static/uplot.js", "/nowhere"),
-)
+_CURSOR = re.compile(rb"cursor=~([^& \n]*)")
+_TARGETS = """
+/trading/portfolio-history
+/trading/portfolio-history?limit=2
+/trading/portfolio-history?limit=1&daily=last
+/trading/portfolio-history?since=2026-11-22T18:02:46+01:00&until=2027-01-01
+/trading/portfolio-history?portfolio_id=-1&format=csv
+/trading/portfolio-history?format=json&since=0001-01-01
+/trading/portfolio-history?limit=1001
+/trading/portfolio-history?daily=first&x=1
+/trading/portfolio-history?cursor=abc
+/trading/portfolio-history?limit=1&cursor=~["snapshots","2026-11-22",1795366800000000,2]
+/trading/portfolio-history?limit=1&daily=last&cursor=~["closes","2026-11-22",1795366800000000,-9223372036854775808]
+/trading/signal-archives
+/trading/signal-archives?limit=1&format=csv
+/trading/signal-archives?until=9999-12-31T23:59:59-12:00
+/trading/signal-archives?portfolio_id=9223372036854775808
+/trading/signal-archives?limit=2&limit=3
+/trading/signal-archives?limit=1&cursor=~["archives",1795366800000000,2]
+/trading/signals
+/trading/signals?market_id=510372
+/trading/signals?market_id=%00
+/trading/signals?market_id=%F0%9F%98%80&format=csv
+/trading/signals?limit=1&market_id=510372&cursor=~["signals",1795366800000000,2,1]
+/
+/healthz
+/readyz
+/metrics
+/openapi.json
+/nowhere
+/page/newest
+/page/portfolios
+/page/curve?portfolio=1
+/page/curve?portfolio=none&buckets=10&parts=true
+/page/curve?portfolio=1&since=2026-11-22T00:00:00Z&until=1970-01-01T00:00:00Z
+/page/daily?portfolio=1
+/page/daily?portfolio=none
+/page/daily?portfolio=-9223372036854775808
+/page/months
+/page/archives?month=2026-11
+/page/archives?month=9998-12&before_at=1970-01-01T00:00:00Z&before_id=0
+/page/archives?month=2026-13
+/page/signals?month=2026-11&q=br%C3%BCcke
+/page/signals?month=1970-01&q=&at=2026-11-22T00:00:00Z&archive=1&number=1
+/page/archives/1
+/page/archives/1?q=%22%5C
+/page/archives/1?number=9223372036854775807
+/page/archives/1?q=%00
+/page/health
+/page/static/page.js
+/page/static/uplot.js
+""".strip().splitlines()
 _HEADERS = (
-    "accept: text/csv", "accept: text/csv;q=0.5, */*;q=nan", 'if-none-match: W/"3-0"', "if-none-match: *", "accept-encoding: gzip",
-    "host: example.org", "host: [::1]:80", "authorization: Bearer x", "origin: https://example.org", "connection: close",
-    "content-length: 0", "range: bytes=0-1", "transfer-encoding: chunked", "expect: 100-continue", "upgrade: websocket",
-)  # fmt: skip
-_QUERIES = {
-    "/trading/portfolio-history": ("limit=2", "limit=1&daily=last", "since=2026-11-22T18:02:46+01:00&until=2027-01-01", "portfolio_id=-1&format=csv", "format=json&since=0001-01-01", "limit=1001", "daily=first&x=1", "cursor=abc"),
-    "/trading/signal-archives": ("limit=1", "limit=1&format=csv", "until=9999-12-31T23:59:59-12:00", "portfolio_id=9223372036854775808", "limit=2&limit=3"),
-    "/trading/signals": ("market_id=510372", "market_id=510372&limit=1", "market_id=%00", "market_id=%F0%9F%98%80&format=csv", ""),
-    "/page/curve": ("portfolio=1", "portfolio=none&buckets=10&parts=true", "portfolio=1&since=2026-11-22T00:00:00Z&until=1970-01-01T00:00:00Z"),
-    "/page/daily": ("portfolio=1", "portfolio=none", "portfolio=-9223372036854775808"),
-    "/page/archives": ("month=2026-11", "month=9998-12&before_at=1970-01-01T00:00:00Z&before_id=0", "month=2026-13"),
-    "/page/signals": ("month=2026-11&q=br%C3%BCcke", "month=1970-01&q=&at=2026-11-22T00:00:00Z&archive=1&number=1"),
-    "/page/archives/1": ("q=%22%5C", "number=9223372036854775807", "q=%00"),
-}  # fmt: skip
+    *("accept: text/csv", "accept: text/csv;q=0.5, */*;q=nan", 'if-none-match: W/"3-0"', "if-none-match: *"),
+    *("accept-encoding: gzip", "host: example.org", "host: [::1]:80", "authorization: Bearer x"),
+    *("origin: https://example.org", "connection: close", "content-length: 0", "range: bytes=0-1"),
+    *("transfer-encoding: chunked", "expect: 100-continue", "upgrade: websocket"),
+)
+_METHODS = ("HEAD", "POST", "OPTIONS", "PUT", "TRACE", "PATCH", "DELETE")
 
 
 def seeds() -> Iterator[bytes]:
     """Yield requests of each path with usual and wrong parameters and headers, and cursors of real pages."""
-    for path in _PATHS:
-        yield f"GET {path}".encode()
-        yield f"HEAD {path}?".encode()
-        yield from (f"GET {path}?{query}".encode() for query in _QUERIES.get(path, ()))
+    yield from (f"GET {target}".encode() for target in _TARGETS)
     for header in _HEADERS:
         yield f"GET /trading/portfolio-history?limit=2\n{header}".encode()
         yield f"GET /page/portfolios\n{header}".encode()
-    for method in ("POST", "OPTIONS", "PUT", "TRACE", "PATCH", "DELETE"):
-        yield f"{method} /trading/signals?market_id=1\norigin: https://example.org\naccess-control-request-method: GET".encode()
+    for method in _METHODS:
+        yield f"{method} /trading/signals?market_id=1\norigin: https://example.org".encode()
     yield b"GET /healthz\n\nGET /trading/signals?market_id=1\n\n"
-    for path in ("/trading/portfolio-history?limit=1", "/trading/portfolio-history?limit=1&daily=last", "/trading/signal-archives?limit=1", "/trading/signals?market_id=510372&limit=1"):
-        (answer,) = _answers(f"GET {path}".encode())
-        yield f"GET {urljoin(path, answer.next or '')}".encode()
-        yield f"GET {path}\nif-none-match: {answer.headers['etag']}".encode()
+    for path in ("portfolio-history?limit=1", "signal-archives?limit=1", "signals?market_id=510372&limit=1"):
+        (answer,) = _answers(f"GET /trading/{path}".encode())
+        yield f"GET {urljoin('/trading/', answer.next or '')}".encode()
+        yield f"GET /trading/{path}\nif-none-match: {answer.headers['etag']}".encode()
 
 
 class _Answer:
@@ -118,16 +155,20 @@ class _Server:
     """The app as `trading-history api` serves it, in this thread, with rows in its database."""
 
     def __init__(self) -> None:
-        os.chdir(tempfile.mkdtemp(prefix="th-fuzz-"))  # without .env, and where the outbox would be
         _record_rows()
         self.errors: list[BaseException] = []
-        logging.getLogger("uvicorn.error").addFilter(self._keep)
+        logging.getLogger("uvicorn.error").addFilter(self._keep_error)
         self._loop = asyncio.new_event_loop()
         self._config = uvicorn.Config(app, http=BoundedHead, log_config=None, access_log=False, server_header=False)
         self._stack = AsyncExitStack()
         self._loop.run_until_complete(self._stack.enter_async_context(app.router.lifespan_context(app)))
 
-    def _keep(self, record: logging.LogRecord) -> bool:
+    def stop(self) -> None:
+        logging.getLogger("uvicorn.error").removeFilter(self._keep_error)
+        self._loop.run_until_complete(self._stack.aclose())
+        self._loop.close()
+
+    def _keep_error(self, record: logging.LogRecord) -> bool:
         if record.exc_info and record.exc_info[1] is not None:
             self.errors.append(record.exc_info[1])
         return False
@@ -154,14 +195,30 @@ def _record_rows() -> None:
     for number in range(6):
         moment = start + timedelta(hours=9 * number)
         portfolio = (1, 1, 1, 1, None, -(2**63))[number]
-        insert_event(event_of(a_snapshot(timestamp=moment, snapshot_date=moment.date(), portfolio_id=portfolio), source="a", sequence=number))
+        insert_event(
+            event_of(
+                a_snapshot(timestamp=moment, snapshot_date=moment.date(), portfolio_id=portfolio),
+                source="a",
+                sequence=number,
+            )
+        )
         signals = [a_signal(market_id=str(510372 - n % 2), text="=1+1\r\n\u2028🌉" * n) for n in range(number + 1)]
-        insert_event(event_of(an_archive(archived_at=moment, signals=signals, portfolio_id=portfolio), source="b", sequence=number))
+        insert_event(
+            event_of(
+                an_archive(archived_at=moment, signals=signals, portfolio_id=portfolio), source="b", sequence=number
+            )
+        )
 
 
 @cache
 def _server() -> _Server:
     return _Server()
+
+
+def stop() -> None:
+    """Stop the server, so that another one may start with another database."""
+    _server().stop()
+    _server.cache_clear()
 
 
 def _answers(data: bytes) -> list[_Answer]:
@@ -171,11 +228,16 @@ def _answers(data: bytes) -> list[_Answer]:
 def _request(data: bytes) -> bytes:
     """Return the bytes on the connection: HTTP/1.1, and a Host header unless the request has one."""
     requests = []
-    for one in data.split(b"\n\n"):
+    for one in _CURSOR.sub(_signed, data).split(b"\n\n"):
         first, *headers = one.split(b"\n")
         host = b"" if any(line.lower().startswith(b"host:") for line in headers) else _HOST
         requests.append(first + b" HTTP/1.1\r\n" + host + b"".join(line + b"\r\n" for line in headers) + b"\r\n")
     return b"".join(requests)
+
+
+def _signed(found: re.Match[bytes]) -> bytes:
+    check_sum = blake2b(found[1], digest_size=4).digest()
+    return b"cursor=" + base64.urlsafe_b64encode(check_sum + found[1]).rstrip(b"=")
 
 
 def check(data: bytes, *, store: bool) -> None:
@@ -197,7 +259,9 @@ def _check_answer(answer: _Answer, data: bytes) -> None:
     is_head = b"HEAD " in data
     if kind == "application/problem+json" and not is_head:
         _check_problem(answer, json.loads(answer.body))
-    elif kind == "application/json" and not is_head and "content-encoding" not in answer.headers and answer.status == 200:
+    elif (
+        kind == "application/json" and not is_head and "content-encoding" not in answer.headers and answer.status == 200
+    ):
         json.loads(answer.body)
     elif kind.startswith("text/csv") and not is_head:
         rows = list(csv.reader(io.StringIO(answer.body.decode())))
@@ -210,9 +274,13 @@ def _check_problem(answer: _Answer, problem: Any) -> None:
     require(problem["status"] == answer.status and problem["title"], "a problem has no status or title")
     if answer.status == 422:
         named = [one["parameter"] for one in problem.get("errors", ())]
-        require(all(named) and (named or problem["detail"] == "until is before since"), f"no parameter is named: {problem}")
+        require(
+            all(named) and (named or problem["detail"] == "until is before since"), f"no parameter is named: {problem}"
+        )
         for name in named:
-            require(str(problem["detail"]).startswith(named[0]), f"{name}: the detail does not begin with the parameter")
+            require(
+                str(problem["detail"]).startswith(named[0]), f"{name}: the detail does not begin with the parameter"
+            )
 
 
 def _check_next(answer: _Answer, target: bytes) -> None:

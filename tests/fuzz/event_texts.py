@@ -21,7 +21,7 @@ from consumers.worker.batch import Result, process_batch
 from consumers.worker.deliveries import Delivery, ReservedJob, displayable_call, parse_job, unreadable_delivery
 from producers.errors import InvalidEvent
 from producers.events import KINDS, Event, SignalArchive, decode, encode, event_of
-from tests.factories import a_signal, a_snapshot, an_archive
+from tests.factories import a_snapshot, an_archive
 from tests.fuzz.invariants import require
 
 _MAX_MESSAGE = 1200
@@ -34,13 +34,32 @@ def seeds() -> Iterator[bytes]:
     texts = [encode(event_of(payload, source="fuzz/1", sequence=7)) for payload in (a_snapshot(), an_archive())]
     texts.append(encode(event_of(a_snapshot(portfolio_id=None, balance="-0.00000001"), source="a", sequence=None)))
     values = [0, -0.0, 1e300, 5e-324, Decimal("1E-16383"), Decimal("0E+99999"), True, None, "é\u2028\x7f🌉", [], {}]
-    texts.append(encode(event_of(an_archive(signals=[{str(n): one} for n, one in enumerate(values)]), source="a/b", sequence=0)))
+    texts.append(
+        encode(event_of(an_archive(signals=[{str(n): one} for n, one in enumerate(values)]), source="a/b", sequence=0))
+    )
     small = encode(event_of(an_archive(signals=[{"a": 1}]), source="a", sequence=1))
     texts += [small, json.dumps(json.loads(small) | _EXTENSION), json.dumps(json.loads(texts[0]) | _EXTENSION)]
-    for value in ('"\\u0000"', '"\\ud800"', "NaN", "-Infinity", "1e309", "1e-400", "[" * 49 + "]" * 49, '{"":{"\\u0000":1}}', "1E+99999999999999999999", "9" * 400):
+    for value in (
+        '"\\u0000"',
+        '"\\ud800"',
+        "NaN",
+        "-Infinity",
+        "1e309",
+        "1e-400",
+        "[" * 49 + "]" * 49,
+        '{"":{"\\u0000":1}}',
+        "1E+99999999999999999999",
+        "9" * 400,
+    ):
         texts.append(small.replace('{"a":1}', f'{{"a":{value}}}'))
     texts += [small.replace('"a":1', '"a":1,"a":2'), small.replace('"data":', '"data":1,"data":')]
-    for old, new in (("9900.12", "999999999999.99999999"), ("+00:00", "Z"), ("+00:00", "+23:59"), ("2026-11-22T", "9998-12-31T"), ("2026-11-22", "0001-01-01")):
+    for old, new in (
+        ("9900.12", "999999999999.99999999"),
+        ("+00:00", "Z"),
+        ("+00:00", "+23:59"),
+        ("2026-11-22T", "9998-12-31T"),
+        ("2026-11-22", "0001-01-01"),
+    ):
         texts.append(texts[0].replace(old, new))
     for one in texts:
         yield one.encode()
@@ -156,7 +175,9 @@ def _decided(delivery: Delivery) -> Result:
     (result,) = results
     if not isinstance(result, Result):
         raise result.error
-    require(result.label in ("stored", "duplicate", "conflict", "invalid", "unsupported"), f"a delivery is {result.label}")
+    require(
+        result.label in ("stored", "duplicate", "conflict", "invalid", "unsupported"), f"a delivery is {result.label}"
+    )
     return result
 
 
@@ -166,7 +187,9 @@ def _check_row(event: Event, result: Result) -> None:
         return
     kind = KINDS[event.type]
     names = [column.name for column in kind.columns]
-    shown = ", ".join(f'CAST("{name}" AS text) AS "{name}"' if name == "signals_data" else f'"{name}"' for name in names)
+    shown = ", ".join(
+        f'CAST("{name}" AS text) AS "{name}"' if name == "signals_data" else f'"{name}"' for name in names
+    )
     with get_db() as db:
         query = sql(f"SELECT {shown} FROM {kind.table} WHERE id = :id")
         row = db.execute(query, {"id": result.outcome.row_id}).mappings().one()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import random
 import sys
+import tempfile
 import traceback
 from hashlib import sha256
 from pathlib import Path
@@ -28,15 +30,16 @@ _STORED_AT_ONCE = 2000
 
 
 def main(name: str, folder: Path, seconds: int) -> None:
-    """Fuzz the target for so many seconds. `folder` gets the folders `corpus` and `findings`."""
+    """Fuzz the target. Write to `corpus` and `findings` in `folder`."""
     logging.getLogger().addHandler(logging.NullHandler())
     with atheris.instrument_imports(include=["producers", "consumers"]):
-        target: Target = importlib.import_module(f"tests.fuzz.{MODULES[name]}")  # type: ignore[assignment]
+        target: Target = importlib.import_module(f"tests.fuzz.{MODULES[name]}")
     corpus, findings = folder / "corpus", folder / "findings"
     for one in (corpus, findings):
         one.mkdir(parents=True, exist_ok=True)
     for seed in target.seeds():
         (corpus / sha256(seed).hexdigest()[:16]).write_bytes(seed)
+    os.chdir(tempfile.mkdtemp(prefix="th-"))  # without .env, and without an outbox
     arguments = [
         *(f"-max_total_time={seconds}", f"-max_len={_MAX_BYTES}", f"-timeout={_MAX_SECONDS}"),
         *(f"-rss_limit_mb={_MAX_MIB}", f"-dict={Path(__file__).with_name('words.dict')}", "-print_final_stats=1"),

@@ -1,4 +1,4 @@
-"""What the targets share: the error of a broken invariant, its signature, and the smallest input that causes it."""
+"""Broken invariants of any target: the error, its signature, and the smallest input that causes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutation of JSON as a tree. A fuzzer that changes bytes rarely keeps a document valid and seldom moves a whole value."""
+"""Changes of JSON as a tree. Changes of single bytes rarely keep a document valid, and never move a whole value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VALUES: tuple[Any, ...] = (
     *("", "\0", "\ud800", "\u2028", "\x85", "é", "1e5", " 1 ", "NaN", "1_000", "٣", "٠.٥", "٢٠٢٦-٠٥-٠١", "9" * 30, "-0"),
     *("1970-01-01T00:00:00Z", "9998-12-31T23:59:59.999999-23:59", "9999-12-31T23:59:59Z", "0001-01-01", "9999-12-31"),
     *("2026-10-25T02:30:00", "2026-03-29T02:30:00", "2026-W10-1", "20261122T180246", "2026-11-22T24:00:00"),
-    *("1790000000", 1_790_000_000, 1_790_000_000_000, 1.79e9, "2026-05-01 10:00:00 UTC", "2026-05-01T10:00:00,5+02:00"),
+    *("1790000000", 1_790_000_000, 1_790_000_000_000, 1.79e9, "2026-05-01 10:00:00 UTC", "2026-05-01T10:00,5"),
     *([], {}, [[]], [{}], {"": {}}, {"a": [None]}, [[1, 2], [3]]),
 )  # fmt: skip
 _NAMES = (
@@ -52,7 +52,10 @@ def _change(root: list[Any], chance: random.Random) -> None:
             del container[key]
         case 2:
             other, name = chance.choice(places)
-            container[key] = json.loads(simplejson.dumps(other.get(name) if isinstance(other, dict) else other[name], use_decimal=True), parse_float=Decimal)
+            container[key] = json.loads(
+                simplejson.dumps(other.get(name) if isinstance(other, dict) else other[name], use_decimal=True),
+                parse_float=Decimal,
+            )
         case 3 if isinstance(value, dict):
             value[chance.choice(_NAMES)] = chance.choice(_VALUES)
         case 3 | 4 if isinstance(value, list):
@@ -61,7 +64,11 @@ def _change(root: list[Any], chance: random.Random) -> None:
             container[chance.choice(_NAMES)] = container.pop(key)
         case 5 if isinstance(value, str) and value:
             at = chance.randrange(len(value))
-            container[key] = value[:at] + chance.choice(("", "\0", "\ud800", "é", " ", "0", "+", "Z", "\n")) + value[at + chance.randrange(2) :]
+            container[key] = (
+                value[:at]
+                + chance.choice(("", "\0", "\ud800", "é", " ", "0", "+", "Z", "\n"))
+                + value[at + chance.randrange(2) :]
+            )
         case 5 if isinstance(value, int | Decimal):
             container[key] = value * chance.choice((-1, 10, 10**8, 0)) + chance.choice((-1, 0, 1))
         case _:
