@@ -8,6 +8,7 @@ a new row has the values of its event.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from decimal import Decimal
@@ -90,7 +91,7 @@ def _check_text(text: Any, model: type[Event], store: bool) -> None:
     try:
         event = decode(text, model)
     except InvalidEvent as error:
-        _check_message(error)
+        check_message(error)
         if store:
             _decided(Delivery("fuzz", text, model))
         corrected = _with_its_id(text, model) if error.field == "id" else None
@@ -102,9 +103,10 @@ def _check_text(text: Any, model: type[Event], store: bool) -> None:
         _check_row(event, _decided(Delivery("fuzz", text, model)))
 
 
-def _check_message(error: InvalidEvent) -> None:
+def check_message(error: InvalidEvent) -> None:
     message = str(error)
     require(message and message.isprintable(), f"the message is not one printable line: {message!a}")
+    require(not re.match("[:. ]|is not a field", message) and "; is not a field" not in message, f"no name: {message}")
     require(len(message) <= _MAX_MESSAGE, f"the message has {len(message)} characters")
 
 

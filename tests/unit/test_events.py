@@ -607,6 +607,19 @@ def test_a_message_shortens_a_long_name_and_keeps_the_reason(
     assert reason in str(_error_of(lambda: make(name)))
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: an_archive(signals=[{"": float("nan")}]), "signals.0.(no name): must be finite"),
+        (lambda: an_archive(signals=[{"": {"": [float("nan")]}}]), "signals.0.(no name).(no name).0: must be finite"),
+        (lambda: decode(_changed(SNAPSHOT_TEXT, "", 1), PortfolioSnapshotEvent), "(no name): is not a field"),
+        (lambda: decode(_changed(SNAPSHOT_TEXT, "data.", 1), PortfolioSnapshotEvent), "data.(no name): is not a field"),
+    ],
+)
+def test_a_message_shows_an_empty_name(make: Callable[[], object], message: str) -> None:
+    assert str(_error_of(make)).startswith(message)
+
+
 # ---- other invalid input
 
 

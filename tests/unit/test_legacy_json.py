@@ -353,6 +353,8 @@ def test_nan_anywhere_in_a_snapshot_is_rejected(field: str, value: float) -> Non
     assert caught.value.field == field
     with pytest.raises(InvalidEvent, match=r"^unknown\.1\.a\\n: must be finite, not NaN or Infinity$"):
         snapshot_from(_entry(unknown=[0, {"a\n": value}]), zone=UTC, portfolio_id=1)
+    with pytest.raises(InvalidEvent, match=r"^\(no name\): must be finite, not NaN or Infinity$"):
+        snapshot_from(_entry(**{"": value}), zone=UTC, portfolio_id=1)
 
 
 @pytest.mark.parametrize("value", _NOT_FINITE, ids=repr)
