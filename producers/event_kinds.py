@@ -22,7 +22,7 @@ from pydantic.config import JsonDict
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from producers.errors import InvalidEvent
-from producers.fields import EPOCH, EventId, Instant, Sequence, contract_error, readable, type_name
+from producers.fields import EPOCH, NO_NAME, EventId, Instant, Sequence, contract_error, readable, type_name
 from producers.json_values import MAX_SIGNALS
 from producers.trace_context import TraceContext, trace_of
 
@@ -324,5 +324,5 @@ def invalid(error: ValidationError) -> InvalidEvent:
 
 
 def _field(problem: Mapping[str, Any]) -> str:
-    path = ".".join(str(part) or "''" for part in problem["loc"])
+    path = ".".join(str(part) or NO_NAME for part in problem["loc"])
     return readable(path, 200) if problem["type"] != "wrong_id" else "id"

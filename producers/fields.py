@@ -37,6 +37,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LAST_INSTANT = datetime(9999, 1, 1, tzinfo=UTC)  # in any UTC offset, the local time is before the year 10000
 TIME_RANGE = "must lie between the years 1970 and 9998"
 
+NO_NAME = "(no name)"  # shown in messages for a field or parameter whose name is the empty text
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 

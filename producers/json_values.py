@@ -13,7 +13,15 @@ from pydantic import AfterValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError, from_json
 
 from producers.errors import InvalidEvent
-from producers.fields import contract_error, exact_decimal, plain_number, readable, replacement_for, type_name
+from producers.fields import (
+    NO_NAME,
+    contract_error,
+    exact_decimal,
+    plain_number,
+    readable,
+    replacement_for,
+    type_name,
+)
 
 MAX_NESTING = 50
 MAX_SIGNALS = 20_000  # with 400 bytes each, they fill the largest event
@@ -38,7 +46,7 @@ def path_text(path: Path) -> str:
     steps = []
     while path:
         step, path = path
-        steps.append(readable(str(step), 60))
+        steps.append(readable(str(step) or NO_NAME, 60))
     return readable(".".join(reversed(steps)), 200)
 
 

@@ -39,7 +39,7 @@ _DATE_DIGITS = 8  # as in 20260501; numbers of portfolios have fewer
 
 _FROM_CSV = (
     'import csv, json, sys; rows = csv.DictReader(open(sys.argv[1], encoding="utf-8-sig", newline=""),'
-    " delimiter=sys.argv[2]); json.dump(list(rows), sys.stdout)"
+    r' delimiter=sys.argv[2].replace("\\t", "\t")); json.dump(list(rows), sys.stdout)'
 )
 _FROM_LISTS = (
     'import json, sys; columns = json.load(open(sys.argv[1], "rb"));'
@@ -64,7 +64,11 @@ _FROM_SIGNALS = (
     'import json, sys; signals = json.load(open(sys.argv[1], "rb"))["signals"];'
     ' json.dump([{"archived_at": sys.argv[2], "signals": signals}], sys.stdout)'
 )
-_FROM_MEMBER = 'import json, sys; json.dump(json.load(open(sys.argv[1], "rb"))[sys.argv[2]], sys.stdout)'
+# Without the name of the array, which may have characters that no terminal shows.
+_FROM_MEMBER = (
+    'import json, sys; members = json.load(open(sys.argv[1], "rb")).values();'
+    " json.dump(next(one for one in members if one and isinstance(one, list)), sys.stdout)"
+)
 
 
 def shape_of_bytes(head: bytes, path: Path) -> str | None:
@@ -97,7 +101,7 @@ def _shape_of_text(text: str, path: Path) -> str | None:
     delimiter = max(",;\t", key=text.count)
     if text.startswith(("[", "{")) or len(lines) < 2 or not all(delimiter in line for line in lines):
         return None
-    return _to_convert("is CSV, not JSON", _python(_FROM_CSV), path, delimiter)
+    return _to_convert("is CSV, not JSON", _python(_FROM_CSV), path, delimiter.replace("\t", r"\t"))
 
 
 def shape_of_object(document: Any, path: Path) -> str:
@@ -113,7 +117,7 @@ def shape_of_object(document: Any, path: Path) -> str:
     arrays = [name for name, value in document.items() if isinstance(value, list) and value]
     if len(arrays) == 1:
         shape = f"is an object with an array in {_shown(arrays[0])}, not an array of entries"
-        return _to_convert(shape, _python(_FROM_MEMBER), path, arrays[0])
+        return _to_convert(shape, _python(_FROM_MEMBER), path)
     more = len(document) - _SHOWN_KEYS
     keys = ", ".join(_shown(name) for name in list(document)[:_SHOWN_KEYS]) + (f" and {more} more" if more > 0 else "")
     return (

@@ -30,8 +30,9 @@ _BLANKS = " \t\n\r\ufeff"  # a byte order mark may precede each line
 _LITERALS = ("true", "false", "null", "Infinity", "-Infinity", "NaN")
 _OPEN_STRING, _OPEN_ESCAPE = "Unterminated string", "Invalid \\uXXXX escape"
 _MOST_DIGITS = 4000  # Python's int() rejects more than 4300 digits
-_NAME = re.compile(r'[ \t\n\r]*"([^"\\]*)"[ \t\n\r]*:[ \t\n\r]*')
+_NAME = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*')
 _COMMA = re.compile(r"[ \t\n\r]*,")
+_NOT_OF_NUMBER = re.compile(r"[^-+.0-9eE]")
 # Names of an array of entries in an object, and its beginning.
 _ARRAYS = ("history", "portfolio_history", "snapshots", "signals")
 _ARRAY = re.compile(r"\[[ \t\n\r]*(?=[{\]])")
@@ -297,8 +298,9 @@ class _Text:
             except RecursionError:
                 raise self._broken("is nested too deeply") from None
             else:
-                # A number at the end of the buffer may be incomplete: it needs a following character.
-                if end < len(self._text) or self._ended:
+                # A number at the end of the buffer may be incomplete, as 1 is in 1.5 and 1e+5: it needs a character
+                # after it that does not belong to a number.
+                if self._ended or _NOT_OF_NUMBER.search(self._text, end):
                     self._position = end
                     return value
             if len(self._text) - self._position > _MOST_CHARACTERS:

@@ -401,6 +401,8 @@ def test_csv_has_the_same_rows_and_no_formulas(client: TestClient) -> None:
         (f"{ARCHIVES}?until=9999-12-31T23:59:59-12:00", 422, ["until: is too close"]),
         (f"{SIGNALS}?market_id=1&since=0001-01-01T00:00%2B00:01", 422, ["since: is too close"]),
         (f"{HISTORY}?limit=1&limit=2", 422, ["limit: is given more than once"]),
+        (f"{HISTORY}?=1&=2", 422, ["(no name): is given more than once"]),
+        (f"{HISTORY}?=1", 422, ["(no name): Extra inputs are not permitted"]),
         ("/page/daily?portfolio=1&portfolio=2", 422, ["portfolio: is given more than once"]),
         (f"{HISTORY}?cursor=" + "A" * 201, 422, ["cursor: "]),
         (f"{SIGNALS}", 422, ["market_id: "]),

@@ -267,7 +267,7 @@ def test_an_extension_attribute_that_is_null_is_unset() -> None:
 
 
 def test_an_extension_attribute_with_an_empty_name_is_shown() -> None:
-    with pytest.raises(InvalidEvent, match="^'': is not a field of this event$"):
+    with pytest.raises(InvalidEvent, match=r"^\(no name\): is not a field of this event$"):
         decode(_changed(SNAPSHOT_TEXT, "", 1), PortfolioSnapshotEvent)
 
 
@@ -623,6 +623,19 @@ def test_a_message_shortens_a_long_name_and_keeps_the_reason(
     make: Callable[[str], object], name: str, reason: str
 ) -> None:
     assert reason in str(_error_of(lambda: make(name)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: an_archive(signals=[{"": float("nan")}]), "signals.0.(no name): must be finite"),
+        (lambda: an_archive(signals=[{"": {"": [float("nan")]}}]), "signals.0.(no name).(no name).0: must be finite"),
+        (lambda: decode(_changed(SNAPSHOT_TEXT, "", 1), PortfolioSnapshotEvent), "(no name): is not a field"),
+        (lambda: decode(_changed(SNAPSHOT_TEXT, "data.", 1), PortfolioSnapshotEvent), "data.(no name): is not a field"),
+    ],
+)
+def test_a_message_shows_an_empty_name(make: Callable[[], object], message: str) -> None:
+    assert str(_error_of(make)).startswith(message)
 
 
 # ---- other invalid input

@@ -222,18 +222,30 @@ def _as_csv(delimiter: str) -> bytes:
             json.dumps({"ok": True, "it's": _ENTRIES}).encode(),
             "is an object with an array in 'it's', not an array of entries",
         ),
+        (
+            json.dumps({"\x1b[31m\n": _ENTRIES, "none": []}).encode(),
+            r"is an object with an array in '\x1b[31m\n', not an array of entries",
+        ),
+        (
+            json.dumps({"": None, "\ud800": _ENTRIES}).encode(),
+            r"is an object with an array in '\ud800', not an array of entries",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_message_names_another_shape_and_its_command_converts_the_file(
     tmp_path: Path, content: bytes, shape: str
 ) -> None:
-    """The command writes the same entries as an array; numbers may become text, which is read too."""
+    """The command writes the same entries as an array; numbers may become text, which is read too.
+
+    The message is one printable line, so that a terminal shows, and an operator copies, the whole command.
+    """
     folder = tmp_path / "old files"
     folder.mkdir()
     found, damage = _read_bytes(folder, content)
     assert found == []
     assert damage is not None
+    assert str(damage).isprintable()
     message, command = str(damage).split(". Convert it: ")
     assert message == f"portfolio_history.json: {shape}"
     subprocess.run(command, shell=True, check=True)  # an operator would type it
@@ -282,6 +294,7 @@ def test_signals_without_their_time_are_converted_with_a_given_time(tmp_path: Pa
         (b'{"%s": 1, "2": 1, "3": 1, "4": 1, "5": 1, "6": 1}' % (b"1" * 90), "'1{39}…', '2', '3', '4', '5' and 1 more"),
         (bytes(5000), "begins with zero bytes, as after a power failure: restore it from a backup"),
         (b"PK\x03\x04", "is compressed with zip.* unzip -p "),
+        (b'{"\n": 1, "history": [{"a": 1}]}', r"is not JSON: Invalid control character at \(entry 0, byte 2\)"),
         (b"Service unavailable, try again", r"is not a JSON array \(entry 0, byte 0\)"),
     ],
 )
@@ -322,6 +335,19 @@ def test_a_number_across_two_blocks_is_complete(tmp_path: Path, monkeypatch: pyt
     assert (found, damage) == ([12345, None, "x"], None)
     with pytest.raises(InvalidEvent, match="^entry: must be an object, not int"):
         snapshot_from(found[0], zone=UTC, portfolio_id=None)
+
+
+@pytest.mark.parametrize("number", ["1.5", "-10.25e+3", "1E309", "0e-5", "-Infinity"])
+def test_a_number_of_any_form_is_complete_wherever_a_block_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    """As an entry, and as a member beside the array of entries."""
+    (value,) = _read_bytes(tmp_path, f"[{number}]".encode())[0]
+    for block in range(1, 12):
+        monkeypatch.setattr(json_arrays, "_BLOCK_BYTES", block)
+        assert _read_bytes(tmp_path, f"[{number}, {number}]".encode()) == ([value, value], None)
+        beside = b'{"history": [{"a": "%s"}], "total": %s}' % (b"x" * 5000, number.encode())
+        assert _read_bytes(tmp_path, beside) == ([{"a": "x" * 5000}], None)
 
 
 def test_an_early_error_in_a_long_file_stops_reading_early(tmp_path: Path) -> None:
@@ -378,6 +404,8 @@ def test_nan_anywhere_in_a_snapshot_is_rejected(field: str, value: float) -> Non
     assert caught.value.field == field
     with pytest.raises(InvalidEvent, match=r"^unknown\.1\.a\\n: must be finite, not NaN or Infinity$"):
         snapshot_from(_entry(unknown=[0, {"a\n": value}]), zone=UTC, portfolio_id=1)
+    with pytest.raises(InvalidEvent, match=r"^\(no name\): must be finite, not NaN or Infinity$"):
+        snapshot_from(_entry(**{"": value}), zone=UTC, portfolio_id=1)
 
 
 @pytest.mark.parametrize("value", _NOT_FINITE, ids=repr)

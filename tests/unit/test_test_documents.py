@@ -117,9 +117,10 @@ def test_the_code_blocks_have_commands_of_test_programs() -> None:
         block("tests/README.md", "checks"),
         block("tests/README.md", "faults"),
         block("tests/README.md", "state machine"),
+        block("tests/README.md", "fuzz"),
         block("tests/benchmarks/README.md", "run"),
     ]
-    assert [len(_COMMAND.findall(one)) for one in blocks] == [3, 4, 2, 2]
+    assert [len(_COMMAND.findall(one)) for one in blocks] == [3, 4, 2, 1, 2]
 
 
 def test_the_lock_file_has_each_dependency() -> None:

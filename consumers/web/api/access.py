@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from consumers.settings import ApiSettings
 from consumers.web.api.problems import Problem
 from consumers.web.listening import is_loopback, is_own_host
+from producers.fields import NO_NAME
 
 MAX_QUERY_BYTES = 4096
 _HEADERS = {
@@ -58,8 +59,8 @@ async def require_once(request: Request) -> None:
     names = [name for name, _ in request.query_params.multi_items()]
     for name in names:
         if names.count(name) > 1:
-            reason = "is given more than once"
-            raise Problem(422, f"{name}: {reason}", errors=[{"parameter": name, "reason": reason}])
+            parameter, reason = name or NO_NAME, "is given more than once"
+            raise Problem(422, f"{parameter}: {reason}", errors=[{"parameter": parameter, "reason": reason}])
 
 
 class Guard:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from consumers.web.disclosure import Unreadable, disclosed
 from producers.errors import HistoryError
+from producers.fields import NO_NAME
 
 RETRY_SECONDS = 2
 MEDIA_TYPE = "application/problem+json"
@@ -78,7 +79,7 @@ def problem_of(error: Exception) -> Problem | None:
 def _invalid(error: RequestValidationError) -> Problem:
     reasons = [
         {
-            "parameter": ".".join(str(step) for step in one["loc"][1:]) or str(one["loc"][0]),
+            "parameter": ".".join(str(step) or NO_NAME for step in one["loc"][1:]) or str(one["loc"][0]),
             "reason": one["msg"].removeprefix("Value error, "),
         }
         for one in error.errors()
