@@ -50,17 +50,18 @@ _EVENT_COLUMNS = (("event_id", "uuid"), ("source", "text"), ("sequence", "bigint
 @cache
 def _insert_statement(kind: EventKind) -> TextClause:
     arrays, names = _arrays_and_names(kind)
-    # Row ids follow the order of the events. The rows are inserted in the order of their event ids, because two batches
-    # in opposite order could deadlock. The subquery looks up the table's sequence once, not for each row.
+    # Row ids follow the order of the events: they are taken before PostgreSQL looks for withdrawals, in any order. The
+    # rows are inserted in the order of their event ids, because two batches in opposite order could deadlock. The
+    # innermost query looks up the table's sequence once, not for each row.
     # The condition with ANY is redundant: it lets PostgreSQL use the index if there are many withdrawals.
     return text(f"""
         INSERT INTO {kind.table} (id, {names})
-        SELECT * FROM (
-            SELECT nextval((SELECT CAST(pg_get_serial_sequence('{kind.table}', 'id') AS regclass))), given.*
-            FROM unnest({arrays}) AS given ({names})
-            WHERE NOT EXISTS (
-                SELECT FROM withdrawals
-                WHERE withdrawals.event_id = ANY (CAST(:event_id AS uuid[])) AND {same_content(kind)})) AS numbered
+        SELECT given.* FROM (
+            SELECT nextval((SELECT CAST(pg_get_serial_sequence('{kind.table}', 'id') AS regclass))), numbered.*
+            FROM unnest({arrays}) AS numbered ({names})) AS given
+        WHERE NOT EXISTS (
+            SELECT FROM withdrawals
+            WHERE withdrawals.event_id = ANY (CAST(:event_id AS uuid[])) AND {same_content(kind)})
         ORDER BY event_id
         ON CONFLICT (event_id) DO NOTHING
         RETURNING CAST(event_id AS text), id

@@ -860,3 +860,15 @@ def test_the_code_of_the_document_records_a_snapshot_and_an_archive(redis: Redis
         snapshots = db.execute(text("SELECT portfolio_id, total_value FROM portfolio_history")).all()
         archives = db.execute(text("SELECT portfolio_id, signals_count FROM signal_archives")).all()
     assert ([tuple(row) for row in snapshots], [tuple(row) for row in archives]) == ([(1, 9907)], [(1, 1)])
+
+
+def test_an_import_into_a_read_only_database_says_so(database_url: str, tmp_path: Path) -> None:
+    folder = _write(tmp_path / "old", [_snapshot(1)])
+    with get_db() as db:
+        db.exec_driver_sql(f"ALTER DATABASE {make_url(database_url).database} SET default_transaction_read_only = on")
+    program = [sys.executable, "-m", "consumers.cli", "import", str(folder), *_OPTIONS]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        process.kill()
+    assert "the database is read-only: turn default_transaction_read_only off for this role" in line

@@ -147,19 +147,6 @@ def test_long_commands_work_where_transactions_must_be_short(database_url: str, 
 
 
 @pytest.mark.usefixtures("redis")
-def test_an_import_into_a_read_only_database_says_so(database_url: str, tmp_path: Path) -> None:
-    name = make_url(database_url).database
-    (tmp_path / "portfolio_history.json").write_text(json.dumps([an_old_snapshot(START.replace(tzinfo=None))]))
-    with get_db() as db:
-        db.exec_driver_sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-    program = [sys.executable, "-m", "consumers.cli", "import", str(tmp_path), "--timezone", "UTC"]
-    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        process.kill()
-    assert "the database is read-only: turn default_transaction_read_only off for this role" in line
-
-
 @pytest.mark.usefixtures("database_url")
 def test_the_insert_of_a_frozen_process_does_not_block_its_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped worker's transaction stays open. Without a limit, no other worker could store the event meanwhile."""
