@@ -88,8 +88,13 @@ class Model:
         twice = [event_id for event_id, count in counts.items() if count > 1]
         assert not twice, f"two rows of one event: {twice}"
         rows = {row.event_id: row for row in stored.rows}
+        withdrawn = {(row.event_id, row.content) for row in stored.withdrawn}
+        numbers = {(row.event_id, row.row_id) for row in stored.withdrawn}
         for event_id, row in self._rows.items():
-            assert rows.get(event_id) == row, f"a row was changed or removed: {row}, now {rows.get(event_id)}"
+            kept = rows.get(event_id) == row or (event_id, row.row_id) in numbers
+            assert kept, f"a row was changed or removed: {row}, now {rows.get(event_id)}"
+        for row in rows.values():
+            assert (row.event_id, row.content) not in withdrawn, f"stored again after it was withdrawn: {row}"
         accepted = {_identity(one): one for one in self.deliveries.values()}
         for event_id in rows.keys() - self._rows.keys():
             row = rows[event_id]
@@ -114,13 +119,14 @@ class Model:
             # It was requeued, and then stored: the relay learns that soon.
             assert recorded or one.job_id in self._decided_now(stored), f"{by} says rejected, nothing recorded: {one}"
         else:
-            row = next((row for row in stored.rows if row.event_id == one.event_id), None)
-            right = row is not None and (str(row.row_id), row.content) == (detail, one.content)
-            assert right, f"{by} says {kind} as row {detail}, which is {row}: {one}"
+            rows = [row for row in (*stored.rows, *stored.withdrawn) if row.event_id == one.event_id]
+            right = any((str(row.row_id), row.content) == (detail, one.content) for row in rows)
+            assert right, f"{by} says {kind} as row {detail}, but there are {rows}: {one}"
 
     def _decided_now(self, stored: Stored) -> set[str]:
-        """Return the jobs of deliveries that have their own row, or an outcome."""
-        own = {(row.source, row.sequence, row.event_id, row.content) for row in stored.rows}
+        """Return the jobs of deliveries that have their own row, or had it until it was withdrawn, or an outcome."""
+        rows = (*stored.rows, *stored.withdrawn)
+        own = {(row.source, row.sequence, row.event_id, row.content) for row in rows}
         with_row = {job_id for job_id, one in self.deliveries.items() if _identity(one) in own}
         return with_row | (self.deliveries.keys() & stored.outcomes.keys())
 
@@ -139,36 +145,40 @@ class Model:
     def check_end(self, seen: Seen) -> None:
         """Check the accounts when nothing is left to do.
 
-        Accepted events are the sum of rows, duplicates, rejections, discards, and those that are excused. Withdrawals
-        belong here too, as soon as the machine can withdraw a row.
+        Accepted events are the sum of rows, duplicates, rejections, discards, withdrawals, and those that are excused.
         """
         self.check(seen)
         open_entries = [one for kept in seen.entries.values() for one in kept if one.state in ("pending", "sent")]
         assert not open_entries, f"never settled: {open_entries}"
         assert self.lost <= self.excused, f"not stored again by a resend: {self._named(self.lost - self.excused)}"
-        by_event = {row.event_id: row for row in seen.stored.rows}
         counts: Counter[str] = Counter()
+        withdrawn = {(row.source, row.sequence, row.event_id, row.content) for row in seen.stored.withdrawn}
         own: set[tuple[str, int, str, str]] = set()
         for job_id, one in self.deliveries.items():
             outcome = seen.stored.outcomes.get(job_id)
             if outcome is not None:
                 counts[outcome.outcome] += 1
-                self._check_outcome(one, outcome, by_event.get(one.event_id))
+                self._check_outcome(one, outcome, seen.stored)
             elif job_id not in self._decided:
                 assert job_id in self.excused, f"lost: {one}"
                 counts["excused"] += 1
             else:  # copies of an outbox may record one event under one number: that is one row and a duplicate of it
-                counts["duplicate" if _identity(one) in own else "row"] += 1
+                kind = "withdrawal" if _identity(one) in withdrawn else "row"
+                counts["duplicate" if _identity(one) in own else kind] += 1
                 own.add(_identity(one))
-        assert counts["row"] == len(seen.stored.rows), f"{dict(counts)}, but {len(seen.stored.rows)} rows"
+        right = (counts["row"], counts["withdrawal"]) == (len(seen.stored.rows), len(seen.stored.withdrawn))
+        assert right, f"{dict(counts)}, but {len(seen.stored.rows)} rows and {len(seen.stored.withdrawn)} withdrawals"
         assert sum(counts.values()) == len(self.deliveries)
 
-    def _check_outcome(self, one: Delivery, outcome: Outcome, row: Row | None) -> None:
-        same = row is not None and row.content == one.content
+    def _check_outcome(self, one: Delivery, outcome: Outcome, stored: Stored) -> None:
+        rows = [row for row in (*stored.rows, *stored.withdrawn) if row.event_id == one.event_id]
+        same = any(row.content == one.content for row in rows)
         if outcome.outcome == "duplicate":
-            assert same, f"a duplicate of no row with its content: {one}, {row}"
-        elif outcome.reason is not None and "is already stored" in outcome.reason:
-            assert row is not None, f"a conflict with no row: {one}"
+            assert same, f"a duplicate of no row with its content: {one}, {rows}"
+        elif outcome.reason is not None and "is stored already" in outcome.reason:
+            assert rows, f"a conflict with no row: {one}"
+        elif outcome.reason is not None and outcome.reason.startswith("withdrawn:"):
+            assert same, f"rejected as withdrawn, but it was not: {one}, {rows}"
         assert outcome.outcome == "duplicate" or outcome.reason, f"rejected without a reason: {one}"
 
     def _named(self, job_ids: set[str]) -> list[Delivery]:
