@@ -23,12 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.property.delivery", description=__doc__)
     parser.add_argument("--examples", type=int, default=1000, help="number of examples")
     parser.add_argument("--steps", type=int, default=40, help="most steps of an example")
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        help=f"repeats a run; {_AT_ONCE} examples have one seed, the next ones have the next",
-    )
+    parser.add_argument("--seed", type=int, default=0, help=f"seed of the first {_AT_ONCE} examples")
     parser.add_argument("--no-shrink", action="store_true", help="show a failing run as it is, which takes less time")
     options = parser.parse_args()
     statistics = Statistics()

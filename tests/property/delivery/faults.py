@@ -18,8 +18,8 @@ from redis.connection import UnixDomainSocketConnection
 from redis.exceptions import ResponseError
 from sqlalchemy import Engine, event
 
-# "stop": the process gets a stop signal before that write. With "commit", only commits to PostgreSQL count. With "lost",
-# the connection is closed before or after that commit, and the process lives.
+# "stop": the process gets a stop signal before that write. With "commit", only commits to PostgreSQL count. With
+# "lost", the connection is closed before or after that commit, and the process lives.
 When = Literal["before", "after", "stop", "before commit", "after commit", "lost before commit", "lost after commit"]
 Fault = tuple[int, When]  # number of the write, from 1
 

@@ -14,8 +14,8 @@ class Model:
     """All deliveries that ever were in an outbox, and what has been allowed to be lost.
 
     `excused` are deliveries that the operator has destroyed: no outbox keeps them. `lost` are those whose row or
-    outcome the database has lost; a resend must bring it back. `disturbed` says that Redis has lost something or that
-    there are copies: a job may be in two places then, or in none for a time.
+    outcome the database has lost; a resend must bring it back, and until then a receipt may name a lost row. `disturbed`
+    says that Redis has lost something or that there are copies: a job may be in two places then, or in none for a time.
     """
 
     def __init__(self) -> None:
@@ -23,19 +23,24 @@ class Model:
         self.excused: set[str] = set()
         self.lost: set[str] = set()
         self.disturbed = False
+        self._lost_rows: list[Row] = []
+        self._has_old_receipts = False  # an outbox was replaced by a copy, which may be older than the last resend
         self._rows: dict[str, Row] = {}
+        self._withdrawn: list[Row] = []
         self._decided: set[str] = set()
 
     # ---- facts that change what must be true
 
     def forget_entries(self, seen: Seen) -> None:
         """Excuse the undecided deliveries that no outbox keeps any more, after an outbox was replaced or destroyed."""
+        self._has_old_receipts = True
         kept = seen.job_ids_kept
         self.excused |= {job_id for job_id in self.deliveries if job_id not in kept} - self._decided
 
     def lose_commits(self, seen: Seen) -> None:
         """Take over what the database holds after it has lost commits."""
-        self._rows = {row.event_id: row for row in seen.stored.rows}
+        self._lost_rows += [*self._rows.values(), *self._withdrawn]
+        self._rows, self._withdrawn = {row.event_id: row for row in seen.stored.rows}, seen.stored.withdrawn
         before, self._decided = self._decided, self._decided_now(seen.stored)
         self.lost |= before - self._decided
         self.excused |= self.lost - seen.job_ids_kept
@@ -100,7 +105,7 @@ class Model:
             row = rows[event_id]
             # A relay may have sent an entry that the same step has destroyed, so only its own text says what it was.
             assert (row.source, row.sequence, row.event_id, row.content) in accepted, f"a row of no event: {row}"
-        self._rows = rows
+        self._rows, self._withdrawn = rows, stored.withdrawn
 
     def _check_entry(self, entry: KeptEntry, stored: Stored) -> None:
         job_id = entry.delivery.job_id
@@ -119,7 +124,7 @@ class Model:
             # It was requeued, and then stored: the relay learns that soon.
             assert recorded or one.job_id in self._decided_now(stored), f"{by} says rejected, nothing recorded: {one}"
         else:
-            rows = [row for row in (*stored.rows, *stored.withdrawn) if row.event_id == one.event_id]
+            rows = [row for row in (*stored.rows, *stored.withdrawn, *self._lost_rows) if row.event_id == one.event_id]
             right = any((str(row.row_id), row.content) == (detail, one.content) for row in rows)
             assert right, f"{by} says {kind} as row {detail}, but there are {rows}: {one}"
 
@@ -147,6 +152,8 @@ class Model:
 
         Accepted events are the sum of rows, duplicates, rejections, discards, withdrawals, and those that are excused.
         """
+        if not self._has_old_receipts:
+            self._lost_rows.clear()
         self.check(seen)
         open_entries = [one for kept in seen.entries.values() for one in kept if one.state in ("pending", "sent")]
         assert not open_entries, f"never settled: {open_entries}"
