@@ -14,7 +14,7 @@ class Model:
     """All deliveries that ever were in an outbox, and what has been allowed to be lost.
 
     `excused` are deliveries that the operator has destroyed: no outbox keeps them. `lost` are those whose row or
-    outcome the database has lost; a resend must bring it back, and until then a receipt may name a lost row. `disturbed`
+    outcome the database has lost: a resend must bring it back, and before it a receipt may name a lost row. `disturbed`
     says that Redis has lost something or that there are copies: a job may be in two places then, or in none for a time.
     """
 
