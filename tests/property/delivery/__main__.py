@@ -37,6 +37,7 @@ def main() -> int:
                         chosen = settings_of(min(_AT_ONCE, options.examples - done), options.steps)
                         seed = options.seed + done // _AT_ONCE
                         run(world, chosen, statistics, seed, shrinks=not options.no_shrink)
+                        print(f"seed {seed}: {statistics.summary()}", flush=True)
             finally:
                 print(*statistics.lines(), sep="\n", flush=True)
                 engine().dispose()

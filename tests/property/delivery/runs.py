@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,7 @@ def run(
 
     if seed is not None:
         machine = hypothesis.seed(seed)(machine)
+    gc.collect()
     try:
         run_state_machine_as_test(machine, settings=chosen)  # type: ignore[arg-type]  # it takes any callable
     except BaseException:

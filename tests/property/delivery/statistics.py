@@ -64,10 +64,15 @@ class Statistics:
         counts += [sum(map(len, queued.reserved.values())), len(queued.acknowledged), len(model.lost)]
         self._states.add((len(seen.entries), model.disturbed, *(min(count, 2) for count in counts)))
 
-    def lines(self) -> list[str]:
+    def summary(self) -> str:
         seconds = time.perf_counter() - self._began
-        return [
+        return (
             f"{self.examples} examples, {self.steps} steps in {seconds:.0f} s ({self.steps / seconds:.0f}/s),"
-            f" {self.faults} faults, {len(self._states)} distinct states",
+            f" {self.faults} faults, {len(self._states)} distinct states"
+        )
+
+    def lines(self) -> list[str]:
+        return [
+            self.summary(),
             *(f"{count:8} {name}" for name, count in self.actions.most_common()),
         ]

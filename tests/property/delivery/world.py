@@ -71,6 +71,7 @@ class World:
         self.bots, self.workers = [], []
         shutil.rmtree(self._folder)
         self._folder.mkdir()
+        gc.collect(1)  # what this example has made
 
     def new_bot(self) -> Bot:
         return Bot(self.new_folder(), self.redis)
@@ -143,6 +144,7 @@ def a_world(folder: Path, redis: Redis, database_url: str) -> Iterator[World]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     gc.freeze()
+    gc.disable()  # freed objects close connections: that must not happen at any time
     with clock.installed(), mortal_sqlite():
         world = World(folder, redis, database_url, clock)
         try:
@@ -152,3 +154,4 @@ def a_world(folder: Path, redis: Redis, database_url: str) -> Iterator[World]:
             world.database.close()
             world.redis.close()
             logging.disable(level)
+            gc.enable()
