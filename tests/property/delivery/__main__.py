@@ -16,7 +16,7 @@ from tests.conftest import a_database, make_template
 from tests.property.delivery.runs import new_world, run, settings_of
 from tests.property.delivery.statistics import Statistics
 
-_AT_ONCE = 250  # examples for each seed: Hypothesis keeps all of them in memory
+_AT_ONCE = 100  # examples for each seed: Hypothesis keeps all of them in memory
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -112,10 +113,21 @@ class BaseMachine(RuleBasedStateMachine):
             with self.statistics.noting_failure(self.steps):
                 self._make_well()
                 self.model.check_end(self.seen)
+                self._check_sources()
                 if not self.model.excused:
                     self._audit()
         finally:
             self.world.clear()
+
+    def _check_sources(self) -> None:
+        """Check that no two outboxes number new events of one source: each relay has looked for copies by now."""
+        if len(self.world.bots) < 2:
+            return
+        counts: Counter[str] = Counter()
+        for bot in self.world.bots:
+            with Outbox(bot.path) as outbox:
+                counts.update(one.full_name for one in outbox.sources() if one.current)
+        assert not counts or max(counts.values()) == 1, f"two outboxes use one source: {dict(counts)}"
 
     def _audit(self) -> None:
         for bot in self.world.bots:
