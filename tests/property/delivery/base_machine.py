@@ -29,14 +29,14 @@ numbers = st.integers(0, 7)  # the n-th of the things that there are, counted ro
 workers = st.integers(0, WORKERS - 1)
 
 
-def faults(writes: int, *also: str, commits: bool = False) -> st.SearchStrategy[Fault | None]:
+def faults(writes: int, *also: str, commits: int = 0) -> st.SearchStrategy[Fault | None]:
     """Return faults of an action that has about `writes` writes: the process dies before or after one, or `also`.
 
-    `commits`: as often, it dies or loses its connection at its first or second commit to PostgreSQL.
+    As often, it dies at one of its first `commits` commits, or loses its connection to PostgreSQL there.
     """
     faults: list[Any] = [st.none(), st.none(), st.tuples(st.integers(1, writes), st.sampled_from(_DEATHS + also))]
     if commits:
-        faults.append(st.tuples(st.integers(1, 2), st.sampled_from(_AT_COMMIT)))
+        faults.append(st.tuples(st.integers(1, commits), st.sampled_from(_AT_COMMIT)))
     return st.one_of(faults)
 
 

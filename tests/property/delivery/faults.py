@@ -18,8 +18,8 @@ from redis.connection import UnixDomainSocketConnection
 from redis.exceptions import ResponseError
 from sqlalchemy import Engine, event
 
-# "stop": the process gets a stop signal before that write. With "commit", only commits to PostgreSQL count. With
-# "lost", the connection is closed before or after that commit, and the process lives.
+# "stop": the process gets a stop signal before that write. With "commit", only commits to a database count. With
+# "lost", the connection to PostgreSQL is closed before or after that commit, and the process lives.
 When = Literal["before", "after", "stop", "before commit", "after commit", "lost before commit", "lost after commit"]
 Fault = tuple[int, When]  # number of the write, from 1
 
@@ -97,6 +97,15 @@ def _write() -> Iterator[bool]:
         _acting.die()
 
 
+@contextmanager
+def _commit() -> Iterator[str]:
+    """Run a commit in the block; yields what happens to its connection, or to the process after it."""
+    planned = _acting.begin_write(commit=True) if _acting is not None else ""
+    yield planned
+    if planned == "after" and _acting is not None:
+        _acting.die()
+
+
 class MortalRedis(UnixDomainSocketConnection):
     """Connection to Redis. One packet, which may be a transaction or a script, is one write."""
 
@@ -142,13 +151,10 @@ class _MortalCursor(psycopg2.extensions.cursor):
 class _MortalPostgres(psycopg2.extensions.connection):
     def commit(self) -> None:
         changes.postgres += 1
-        with _write():
-            planned = _acting.begin_write(commit=True) if _acting is not None else ""
+        with _write(), _commit() as planned:
             if planned == "lost before":
                 self._lose()
             super().commit()
-            if planned == "after" and _acting is not None:
-                _acting.die()
             if planned == "lost after":
                 self._lose()
 
@@ -175,7 +181,7 @@ class _MortalSqlite(sqlite3.Connection):
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         if sql == "COMMIT":
             changes.sqlite += 1
-            with _write():
+            with _write(), _commit():
                 return super().execute(sql, *values)
         if _acting is not None and _acting.dead:
             raise ProcessDied

@@ -99,7 +99,7 @@ class DeliveryMachine(Disasters):
             self.bot(bot).record([a_snapshot(), "not an event"])  # type: ignore[list-item]
         assert self.seen.job_ids_kept == before
 
-    @action(when=_has_unsettled, weight=5, bot=numbers, relay=st.sampled_from(RELAYS), fault=faults(16))
+    @action(when=_has_unsettled, weight=5, bot=numbers, relay=st.sampled_from(RELAYS), fault=faults(9, commits=3))
     def sweep(self, bot: int, relay: str, fault: Any) -> None:
         self.bot(bot).sweep(relay, fault)
 
@@ -113,7 +113,7 @@ class DeliveryMachine(Disasters):
         else:
             self.bot(bot).end_relay(what, fault)
 
-    @action(when=_has_work, weight=8, worker=workers, limit=st.integers(1, 4), fault=faults(10, commits=True))
+    @action(when=_has_work, weight=8, worker=workers, limit=st.integers(1, 4), fault=faults(8, commits=2))
     def step_worker(self, worker: int, limit: int, fault: Any) -> None:
         """Let a worker do its next step: reserve, process or complete."""
         one = self.worker(worker)
@@ -145,7 +145,7 @@ class DeliveryMachine(Disasters):
         weight=2,
         what=st.sampled_from(["withdraw", "requeue", "discard"]),
         which=numbers,
-        fault=faults(14, commits=True),
+        fault=faults(14, commits=2),
     )
     def operator(self, what: str, which: int, fault: Any) -> None:
         """Requeue or discard one rejection, or withdraw one row."""
