@@ -19,7 +19,7 @@ from tests.property.delivery.statistics import Statistics, Step
 from tests.property.delivery.workers import SteppedWorker
 from tests.property.delivery.world import WORKERS, Seen, World
 
-_DEATHS = ("before", "after")
+_BEFORE_OR_AFTER = ("before", "after")
 _AT_COMMIT = ("before commit", "after commit", "lost before commit", "lost after commit")
 _ROUNDS = 15  # of time passing at the end, until nothing may be left to do
 
@@ -34,7 +34,11 @@ def faults(writes: int, *also: str, commits: int = 0) -> st.SearchStrategy[Fault
 
     As often, it dies at one of its first `commits` commits, or loses its connection to PostgreSQL there.
     """
-    faults: list[Any] = [st.none(), st.none(), st.tuples(st.integers(1, writes), st.sampled_from(_DEATHS + also))]
+    faults: list[Any] = [
+        st.none(),
+        st.none(),
+        st.tuples(st.integers(1, writes), st.sampled_from(_BEFORE_OR_AFTER + also)),
+    ]
     if commits:
         faults.append(st.tuples(st.integers(1, commits), st.sampled_from(_AT_COMMIT)))
     return st.one_of(faults)

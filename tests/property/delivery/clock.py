@@ -1,4 +1,4 @@
-"""What else a run depends on: the clocks of a machine, which a test moves, and its random numbers, which repeat."""
+"""Clocks of a machine, which a test moves, and random numbers that are the same in each run."""
 
 from __future__ import annotations
 
