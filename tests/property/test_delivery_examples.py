@@ -123,6 +123,25 @@ def test_a_discarded_event_stays_discarded_when_everything_is_sent_again(machine
     assert [one.outcome for one in machine.seen.stored.outcomes.values()] == ["discarded"]
 
 
+def test_an_event_that_is_discarded_before_its_rejection_is_acknowledged_is_sent_again_and_settled(
+    machine: DeliveryMachine,
+) -> None:
+    machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
+    machine.worker(0).reserve(2)
+    machine.worker(0).process()
+    machine.worker(0).renew((1, "before"))  # it dies
+    machine.operator(what="discard", which=0, fault=None)
+    machine.clock(what="time", seconds=61, ahead=0)
+    machine.worker(1).maintain()
+    machine.worker(1).run(500)
+    machine.holds()
+    machine.clock(what="time", seconds=400, ahead=0)
+    _store(machine)
+    _store(machine)
+    assert _states(machine) == ["stored", "rejected"]
+    assert [one.outcome for one in machine.seen.stored.outcomes.values()] == ["discarded"]
+
+
 def test_withdrawn_content_stays_out_when_it_is_sent_again_and_corrected_content_is_stored(
     machine: DeliveryMachine,
 ) -> None:

@@ -142,6 +142,10 @@ class Model:
             for entry in kept:
                 job_id = entry.delivery.job_id
                 answered = job_id in seen.queued.acknowledged or job_id in seen.queued.failed
+                if (outcome := seen.stored.outcomes.get(job_id)) is not None:
+                    # A discard deletes the job, also one whose worker died before it acknowledged the rejection. The
+                    # relay sends the entry again when it is overdue.
+                    answered = answered or outcome.outcome == "discarded"
                 assert places[job_id] <= 1, f"its job is in {places[job_id]} places: {entry}"
                 assert entry.state != "sent" or places[job_id] or answered, f"sent, but its job is nowhere: {entry}"
 
