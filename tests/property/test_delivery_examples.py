@@ -106,7 +106,7 @@ def test_rows_that_the_database_has_lost_come_back_by_a_resend(machine: Delivery
     machine.database(what="back up", bot=0, fault=None)
     machine.begin(events=[SNAPSHOT, ANOTHER_SNAPSHOT])
     machine.worker(0).run(500)  # acknowledged, but not yet settled
-    machine.database(what="lose commits", bot=0, fault=None)
+    machine.database(what="restore", bot=0, fault=None)
     machine.holds()
     machine.database(what="resend", bot=0, fault=None)
     machine.clock(what="time", seconds=400, ahead=0)  # entries that were not settled are checked
@@ -179,7 +179,7 @@ def test_the_row_that_a_receipt_names_may_be_lost_until_the_resend(machine: Deli
     machine.operator(what="requeue", which=0, fault=None)
     machine.worker(0).run(500)
     machine.holds()
-    machine.database(what="lose commits", bot=0, fault=None)
+    machine.database(what="restore", bot=0, fault=None)
     machine.holds()
     assert len(machine.seen.stored.rows) == 1
 

@@ -52,13 +52,12 @@ class Disasters(BaseMachine):
 
     @action(
         when=has_entries_and_another("database"),
-        what=st.sampled_from(["back up", "lose commits", "resend"]),
+        what=st.sampled_from(["lose commits", "back up", "restore", "resend"]),
         bot=numbers,
         fault=faults(8),
     )
     def database(self, what: str, bot: int, fault: Any) -> None:
-        """Keep what it holds, lose the commits since then, or have a bot send again what was lost."""
-        old = self.world.old_database
+        """Lose up to three commits; back it up or restore it; or have a bot send again what was lost."""
         if what == "back up":
             self.world.old_database = self.seen.stored
         elif what == "resend":
@@ -67,13 +66,13 @@ class Disasters(BaseMachine):
             self.world.replica = None
             self.model.disturbed = True  # an entry whose acknowledgement is deleted is checked, and sent again, later
             self.bot(bot).resend(fault)
-        elif old is not None:
+        else:
             self.model.check(self.seen)
-            self.world.database.put_back(old)
-            self.world.note_changes()
-            self.model.lose_commits(self.seen)
-            for one in self.world.bots:
-                one.needs_resend = True
+            states = self.world.states_of_database
+            old = self.world.old_database if what == "restore" else states[max(-2 - bot % 3, -len(states))]
+            if old is not None:
+                self.world.replace_database(old)
+                self.model.lose_commits(self.seen)
 
     @action(
         when=has_entries_and_another("outbox"),
