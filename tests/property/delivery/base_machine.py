@@ -32,7 +32,7 @@ workers = st.integers(0, WORKERS - 1)
 def faults(writes: int, *also: str, commits: int = 0) -> st.SearchStrategy[Fault | None]:
     """Return faults of an action that has about `writes` writes: the process dies before or after one, or `also`.
 
-    As often, it dies at one of its first `commits` commits, or loses its connection to PostgreSQL there.
+    Twice as often, it dies at one of its first `commits` commits, or loses its connection to PostgreSQL there.
     """
     faults: list[Any] = [
         st.none(),
@@ -40,7 +40,7 @@ def faults(writes: int, *also: str, commits: int = 0) -> st.SearchStrategy[Fault
         st.tuples(st.integers(1, writes), st.sampled_from(_BEFORE_OR_AFTER + also)),
     ]
     if commits:
-        faults.append(st.tuples(st.integers(1, commits), st.sampled_from(_AT_COMMIT)))
+        faults += [st.tuples(st.integers(1, commits), st.sampled_from(_AT_COMMIT))] * 2
     return st.one_of(faults)
 
 

@@ -113,7 +113,7 @@ class DeliveryMachine(Disasters):
         else:
             self.bot(bot).end_relay(what, fault)
 
-    @action(when=_has_work, weight=8, worker=workers, limit=st.integers(1, 4), fault=faults(8, commits=2))
+    @action(when=_has_work, weight=8, worker=workers, limit=st.integers(1, 4), fault=faults(8, commits=1))
     def step_worker(self, worker: int, limit: int, fault: Any) -> None:
         """Let a worker do its next step: reserve, process or complete."""
         one = self.worker(worker)
@@ -145,7 +145,7 @@ class DeliveryMachine(Disasters):
         weight=2,
         what=st.sampled_from(["withdraw", "requeue", "discard"]),
         which=numbers,
-        fault=faults(14, commits=2),
+        fault=faults(14, commits=1),
     )
     def operator(self, what: str, which: int, fault: Any) -> None:
         """Requeue or discard one rejection, or withdraw one row."""
