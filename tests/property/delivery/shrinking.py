@@ -89,7 +89,7 @@ class Shrinking:
 def _simpler(name: str, value: Any) -> Iterator[Any]:
     """Yield simpler values for the argument of an action, the simplest first."""
     if isinstance(value, tuple):  # a fault
-        yield None
+        yield from (None, (1, value[1]), (value[0] - 1, value[1]))[: value[0]]
     elif isinstance(value, list):  # events
         yield from ([one] for one in value if len(value) > 1)
     elif isinstance(value, int) and name in ("bot", "worker", "which", "running", "ahead") and value:
