@@ -121,7 +121,7 @@ def set_search_paths(store: Engine) -> list[str]:
 
 
 def _other_schema(db: Connection, login: str) -> str | None:
-    """Return the schema, other than the current one, in which an existing login finds tables; None if there is none."""
+    """Return the schema in which an existing login finds tables, or None if that is the current one or has none."""
     there = schemas_with_tables(db)
     for row in db.execute(_SEARCH_PATHS, {"logins": [login]}):
         schema = next((name for name in _NAME.findall(row.search_path) if name in there), row.home)
