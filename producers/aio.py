@@ -107,7 +107,7 @@ class _Poll:
             _polls.pop((asyncio.get_running_loop(), self._transport), None)
 
     def _end(self, future: asyncio.Future[int], outcome: int | Exception | None) -> None:
-        """End a wait with its outcome, unless there is none or the wait was cancelled."""
+        """End a wait with its outcome. Do nothing if the outcome is not known yet (None) or the wait was cancelled."""
         if outcome is None or future.done():
             return
         del self._waits[future]

@@ -1,5 +1,4 @@
-"""Login roles of the worker and of the API. They have only the privileges of the roles that they are
-members of, which schema.sql makes.
+"""Login roles of the worker and of the API. They have only the privileges of their roles, which schema.sql makes.
 
 In this database, their search_path is the schema of the tables, whatever the database and the server set. A login that
 finds the tables in one schema is not moved to another one.
@@ -121,12 +120,13 @@ def set_search_paths(store: Engine) -> list[str]:
 
 
 def _other_schema(db: Connection, login: str) -> str | None:
-    """Return the schema, other than the current one, in which an existing login finds tables; None if there is none."""
+    """Return the schema in which an existing login finds tables, or None if that is the current one or has none."""
+    row = db.execute(_SEARCH_PATHS, {"logins": [login]}).one_or_none()
+    if row is None:
+        return None
     there = schemas_with_tables(db)
-    for row in db.execute(_SEARCH_PATHS, {"logins": [login]}):
-        schema = next((name for name in _NAME.findall(row.search_path) if name in there), row.home)
-        return None if schema == row.home else str(schema)
-    return None
+    schema = next((name for name in _NAME.findall(row.search_path) if name in there), row.home)
+    return None if schema == row.home else str(schema)
 
 
 def _change(store: Engine, login: str, group: str, password: SecretStr | None = None) -> None:

@@ -47,7 +47,7 @@ def table_sources(store: Engine) -> list[ImportSource]:
     """Return the adopted tables in the schemas of the search_path, snapshots first.
 
     Raises:
-        HistoryError: there is none; the message says where such tables are.
+        HistoryError: no such table was found; the message says where tables of this name are.
         StoreUnavailable: the database cannot be read now. Reading the entries can raise it too.
     """
     with long_read(store) as db:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,9 +161,14 @@ def kept_entries(path: Path) -> list[KeptEntry]:
     with closing(sqlite3.connect(path, timeout=10)) as db:
         for source_id, sequence, nonce, source, event_id, event, *state in db.execute(query):
             job_id = job_id_of(source_id, sequence, nonce)
-            delivery = Delivery(job_id, source, sequence, event_id, content_of(_data_of(event)))
+            delivery = Delivery(job_id, source, sequence, event_id, _content_of_event(event))
             entries.append(KeptEntry(delivery, *state))
     return entries
+
+
+@lru_cache(maxsize=1024)  # the state machine reads the same entries after each step
+def _content_of_event(event: str) -> str:
+    return content_of(_data_of(event))
 
 
 def _data_of(event: str) -> Any:
@@ -192,7 +198,7 @@ def _row(row: Any, data: Mapping[str, Any]) -> Row:
 
 
 def _content_of_text(event: str | None) -> str | None:
-    return None if event is None else content_of(_data_of(event))
+    return None if event is None else _content_of_event(event)
 
 
 def _outcome(delivery: Delivery, database: _Database) -> tuple[str, str | None]:

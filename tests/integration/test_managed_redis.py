@@ -67,7 +67,9 @@ def test_doctor_says_what_is_not_known(redis: Redis) -> None:
     server = checks["Redis server"]
     assert (server.state, checks["queue"].state) == ("unknown", "ok")
     assert "Redis does not have command INFO, or it is renamed or disabled there" in server.found
-    assert server.advice == "let this user run INFO and CONFIG GET, or check these settings in the provider's console"
+    assert server.advice == (
+        "run doctor as a user that may run INFO, such as trading_history_reader, or look in the provider's console"
+    )
 
 
 def test_the_dashboard_works(redis: Redis, database_url: str, tmp_path: Path) -> None:

@@ -547,6 +547,7 @@ def test_a_locked_entry_does_not_delay_the_others(tmp_path: Path) -> None:
     event = history.event(next(history.chunks())[7])
     with engine().connect() as other:
         insert_events(other, [event])
+        other.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
         with _command("import", str(folder), *_OPTIONS) as running:
             until(lambda: _rows() == 1199, 40)
             other.rollback()

@@ -327,7 +327,7 @@ def test_a_third_kind_is_counted(producer: HistoryProducer, redis: Redis) -> Non
         results = COUNTS.read().results.items()
         return {outcome: count for (event_type, outcome), count in results if event_type == ClosedTrade.type}
 
-    zeros = dict.fromkeys(("stored", "duplicate", "conflict", "withdrawn", "invalid", "poison"), 0)
+    zeros = dict.fromkeys(("stored", "duplicate", "conflict", "withdrawn", "invalid", "poison", "discarded"), 0)
     assert counted() == zeros
     _record(producer, a_trade(), a_trade("t-2"), a_trade(), a_trade(profit_loss=1))
     history_queue(redis).enqueue(CLOSED_TRADE.job_function, "{}")

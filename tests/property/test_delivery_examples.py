@@ -12,7 +12,8 @@ from redis import Redis
 
 from tests.property.delivery.machine import DeliveryMachine
 from tests.property.delivery.runs import new_world
-from tests.property.delivery.statistics import Statistics
+from tests.property.delivery.shrinking import Shrinking
+from tests.property.delivery.statistics import Statistics, Step
 
 SNAPSHOT, OTHER_CONTENT, ANOTHER_SNAPSHOT = ("snapshot", 0, 0), ("snapshot", 0, 1), ("snapshot", 1, 0)
 
@@ -105,7 +106,7 @@ def test_rows_that_the_database_has_lost_come_back_by_a_resend(machine: Delivery
     machine.database(what="back up", bot=0, fault=None)
     machine.begin(events=[SNAPSHOT, ANOTHER_SNAPSHOT])
     machine.worker(0).run(500)  # acknowledged, but not yet settled
-    machine.database(what="lose commits", bot=0, fault=None)
+    machine.database(what="restore", bot=0, fault=None)
     machine.holds()
     machine.database(what="resend", bot=0, fault=None)
     machine.clock(what="time", seconds=400, ahead=0)  # entries that were not settled are checked
@@ -120,6 +121,83 @@ def test_a_discarded_event_stays_discarded_when_everything_is_sent_again(machine
     machine.database(what="resend", bot=0, fault=None)
     _store(machine)
     assert [one.outcome for one in machine.seen.stored.outcomes.values()] == ["discarded"]
+
+
+def test_an_event_that_is_discarded_before_its_rejection_is_acknowledged_is_sent_again_and_settled(
+    machine: DeliveryMachine,
+) -> None:
+    machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
+    machine.worker(0).reserve(2)
+    machine.worker(0).process()
+    machine.worker(0).renew((1, "before"))  # it dies
+    machine.operator(what="discard", which=0, fault=None)
+    machine.clock(what="time", seconds=61, ahead=0)
+    machine.worker(1).maintain()
+    machine.worker(1).run(500)
+    machine.holds()
+    machine.clock(what="time", seconds=400, ahead=0)
+    _store(machine)
+    _store(machine)
+    assert _states(machine) == ["stored", "rejected"]
+    assert [one.outcome for one in machine.seen.stored.outcomes.values()] == ["discarded"]
+
+
+def test_withdrawn_content_stays_out_when_it_is_sent_again_and_corrected_content_is_stored(
+    machine: DeliveryMachine,
+) -> None:
+    machine.begin(events=[SNAPSHOT])
+    _store(machine)
+    machine.operator(what="withdraw", which=0, fault=None)
+    machine.database(what="resend", bot=0, fault=None)
+    _store(machine)
+    assert _states(machine) == ["rejected"]
+    machine.record(bot=0, events=[SNAPSHOT, OTHER_CONTENT], what="and store", fault=None)
+    machine.holds()
+    assert _states(machine) == ["rejected", "rejected", "stored"]
+
+
+@pytest.mark.parametrize(
+    ("when", "rows"),
+    [("before commit", 1), ("lost before commit", 1), ("after commit", 0), ("lost after commit", 0)],
+)
+def test_a_withdrawal_that_fails_at_its_commit_is_done_or_not_done(
+    machine: DeliveryMachine, when: str, rows: int
+) -> None:
+    machine.begin(events=[SNAPSHOT])
+    _store(machine)
+    machine.operator(what="withdraw", which=0, fault=(1, when))
+    machine.holds()
+    stored = machine.seen.stored
+    assert (len(stored.rows), len(stored.withdrawn)) == (rows, 1 - rows)
+
+
+def test_the_row_that_a_receipt_names_may_be_lost_until_the_resend(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
+    _store(machine)
+    machine.database(what="back up", bot=0, fault=None)
+    machine.operator(what="withdraw", which=0, fault=None)
+    machine.operator(what="requeue", which=0, fault=None)
+    machine.worker(0).run(500)
+    machine.holds()
+    machine.database(what="restore", bot=0, fault=None)
+    machine.holds()
+    assert len(machine.seen.stored.rows) == 1
+
+
+def test_a_failing_run_is_shrunk_to_the_steps_that_make_it_fail(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
+    machine.record(bot=1, events=[SNAPSHOT, ANOTHER_SNAPSHOT], what="and send", fault=(3, "before"))
+    for _ in range(3):
+        machine.clock(what="time", seconds=1, ahead=0)
+    no_such_worker = Step("step_worker", {"worker": 9, "limit": 1, "fault": (1, "after")})
+    shrinking = Shrinking(machine.world, [*machine.steps, no_such_worker], seconds=60)
+    shrinking.run()
+    machine.world.reset()
+    assert "IndexError" in shrinking.failure
+    assert [str(step) for step in shrinking.steps] == [
+        "machine.begin(events=[('snapshot', 0, 0)])",
+        "machine.step_worker(worker=9, limit=1, fault=None)",
+    ]
 
 
 @pytest.mark.parametrize("what", ["restore", "move"])

@@ -30,7 +30,9 @@ def test_counters_that_were_read_do_not_change() -> None:
 def test_every_outcome_is_exported_from_the_start() -> None:
     """Otherwise Prometheus would see no increase when the first event is rejected, and no alert would fire."""
     outcomes = [outcome for _, outcome in Counts().read().results]
-    assert set(outcomes) == {"stored", "duplicate", "conflict", "withdrawn", "invalid", "poison", "unsupported"}
+    assert set(outcomes) == {
+        *("stored", "duplicate", "conflict", "withdrawn", "invalid", "poison", "unsupported", "discarded")
+    }
     assert set(Counts().read().results.values()) == {0}
 
 

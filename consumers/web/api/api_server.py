@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 import threading
@@ -13,6 +14,8 @@ from consumers.settings import ApiSettings
 from consumers.web.api import app, check_tables_now
 from consumers.web.listening import PORT_ADVICE, is_local, listen, url_of
 from producers.errors import HistoryError
+
+logger = logging.getLogger(__name__)
 
 _LEAVE_SECONDS = 5  # to finish answers in progress when the server stops
 _IDLE_SECONDS = 30.0
@@ -50,11 +53,11 @@ def _disconnect_idle_readers(listening: socket.socket) -> None:
 
 
 def _report_database() -> None:
-    """Print in one line if the tables cannot be read, which a wrong DATABASE_URL shows only at the first request."""
+    """Log in one line if the tables cannot be read, which a wrong DATABASE_URL shows only at the first request."""
     try:
         check_tables_now()
     except HistoryError as error:
-        print(f"error: {error.with_advice()}. Until then, requests are answered with status 503.", file=sys.stderr)
+        logger.error("%s. Until then, requests are answered with status 503.", error.with_advice())
 
 
 def serve(host: str, port: int) -> None:

@@ -22,18 +22,19 @@ from consumers.web.dashboard.login import Guard
 from consumers.web.listening import is_local, url_of
 from producers.settings import TransportSettings
 
+logger = logging.getLogger(__name__)
+
 _THREADS = 4
 _MAX_BODY_BYTES = 64 * 1024  # the pages send no bodies
 _MAX_ANSWER_BYTES = 64 * 1024 * 1024  # a larger answer would be buffered on disk, which may be read-only
 
 
 def _report_redis(redis: Redis, queue: str) -> None:
-    """Print in one line if Redis cannot be used, which a wrong REDIS_URL shows only at the first request."""
+    """Log in one line if Redis cannot be used, which a wrong REDIS_URL shows only at the first request."""
     try:
         redis.exists(Queue.redis_queue_namespace_prefix + queue)
     except RedisError as error:
-        problem = redis_problem(error)
-        print(f"error: Redis: {problem}. Until then, requests are answered with status 503.", file=sys.stderr)
+        logger.error("Redis: %s. Until then, requests are answered with status 503.", redis_problem(error))
 
 
 def serve(listening: socket.socket) -> NoReturn:

@@ -27,8 +27,8 @@
 -- Reply {keys quarantined, ids that are still reserved, errors}. The jobs that are still reserved have dependents or a
 --      rate limit slot: the owner has RQ process them and then releases them. The errors name forbidden commands.
 --
--- Errors on a job's own keys do not end the script (pcall); they are ignored, except if a command is forbidden. Each command takes microseconds, so commands for all jobs at once are
--- preferred to commands for each job.
+-- Errors on a job's own keys do not end the script (pcall). They are ignored, except if a command is forbidden. Each
+-- command takes microseconds, so commands for all jobs at once are preferred to commands for each job.
 
 local errors, is_known = {}, {}
 local function attempt(command, ...)

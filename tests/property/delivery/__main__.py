@@ -16,15 +16,16 @@ from tests.conftest import a_database, make_template
 from tests.property.delivery.runs import new_world, run, settings_of
 from tests.property.delivery.statistics import Statistics
 
+_AT_ONCE = 100  # examples for each seed: Hypothesis keeps all of them in memory
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.property.delivery", description=__doc__)
     parser.add_argument("--examples", type=int, default=1000, help="number of examples")
     parser.add_argument("--steps", type=int, default=40, help="most steps of an example")
-    parser.add_argument("--seed", type=int, default=0, help="repeats a run")
+    parser.add_argument("--seed", type=int, default=0, help=f"seed of the first {_AT_ONCE} examples")
     parser.add_argument("--no-shrink", action="store_true", help="show a failing run as it is, which takes less time")
     options = parser.parse_args()
-    chosen = settings_of(options.examples, options.steps, shrink=not options.no_shrink)
     statistics = Statistics()
     with TemporaryDirectory(prefix="th-", dir="/tmp") as home, servers(Path(home)) as pair:  # a short path for sockets
         make_template(pair)
@@ -32,7 +33,11 @@ def main() -> int:
             os.environ |= {"DATABASE_URL": url, "REDIS_URL": pair.redis_url}
             try:
                 with new_world(Redis.from_url(pair.redis_url), url) as world:
-                    run(world, chosen, statistics, options.seed)
+                    for done in range(0, options.examples, _AT_ONCE):
+                        chosen = settings_of(min(_AT_ONCE, options.examples - done), options.steps)
+                        seed = options.seed + done // _AT_ONCE
+                        run(world, chosen, statistics, seed, shrinks=not options.no_shrink)
+                        print(f"seed {seed}: {statistics.summary()}", flush=True)
             finally:
                 print(*statistics.lines(), sep="\n", flush=True)
                 engine().dispose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
@@ -14,10 +15,12 @@ from producers.outbox import Outbox
 from tests.property.delivery.bots import Bot
 from tests.property.delivery.faults import Fault
 from tests.property.delivery.model import Model
-from tests.property.delivery.statistics import Statistics
+from tests.property.delivery.statistics import Statistics, Step
 from tests.property.delivery.workers import SteppedWorker
 from tests.property.delivery.world import WORKERS, Seen, World
 
+_BEFORE_OR_AFTER = ("before", "after")
+_AT_COMMIT = ("before commit", "after commit", "lost before commit", "lost after commit")
 _ROUNDS = 15  # of time passing at the end, until nothing may be left to do
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -26,39 +29,65 @@ numbers = st.integers(0, 7)  # the n-th of the things that there are, counted ro
 workers = st.integers(0, WORKERS - 1)
 
 
-def faults(writes: int, *also: str) -> st.SearchStrategy[Fault | None]:
-    """Return faults of an action that has about `writes` writes: the process dies before or after one, or `also`."""
-    dying: Any = st.tuples(st.integers(1, writes), st.sampled_from(["before", "after", *also]))
-    return st.one_of(st.none(), st.none(), dying)
+def faults(writes: int, *also: str, commits: int = 0) -> st.SearchStrategy[Fault | None]:
+    """Return faults of an action that has about `writes` writes: the process dies before or after one, or `also`.
+
+    Twice as often, it dies at one of its first `commits` commits, or loses its connection to PostgreSQL there.
+    """
+    faults: list[Any] = [
+        st.none(),
+        st.none(),
+        st.tuples(st.integers(1, writes), st.sampled_from(_BEFORE_OR_AFTER + also)),
+    ]
+    if commits:
+        faults += [st.tuples(st.integers(1, commits), st.sampled_from(_AT_COMMIT))] * 2
+    return st.one_of(faults)
 
 
-def action(when: Callable[[Any], bool] = lambda machine: True, **arguments: Any) -> Callable[[F], Any]:
-    """Make a method a rule for the times `when` it can do something, and count its runs."""
+def counted(method: F) -> F:
+    """Note each run of an action."""
+
+    @wraps(method)
+    def noted(self: BaseMachine, **given: Any) -> None:
+        what = given.get("what")
+        self.statistics.actions[method.__name__ + (f" {what}" if what else "")] += 1
+        self.statistics.faults += given.get("fault") is not None
+        self.steps.append(Step(method.__name__, given))
+        with self.statistics.noting_failure(self.steps):
+            method(self, **given)
+
+    return noted  # type: ignore[return-value]
+
+
+def action(when: Callable[[Any], bool] = lambda machine: True, weight: int = 1, **arguments: Any) -> Callable[[F], Any]:
+    """Make a method a rule for the times `when` it can do something, chosen `weight` times as often as others."""
 
     def decorated(method: F) -> Any:
-        @wraps(method)
-        def counted(self: BaseMachine, **given: Any) -> None:
-            what = given.get("what")
-            self.statistics.actions[method.__name__ + (f" {what}" if what else "")] += 1
-            self.statistics.faults += given.get("fault") is not None
-            with self.statistics.noting_failure():
-                method(self, **given)
-
-        return precondition(when)(rule(**arguments)(counted))  # type: ignore[no-untyped-call]
+        made = precondition(when)(rule(**arguments)(counted(method)))  # type: ignore[no-untyped-call]
+        made.when, made.weight = when, weight
+        return made
 
     return decorated
 
 
-def has_entries(machine: BaseMachine) -> bool:
-    return bool(machine.model.deliveries)
+def has_entries_and_another(action: str) -> Callable[[BaseMachine], bool]:
+    """Return the condition that there are entries, and that the last step was another action than this one."""
+    return lambda machine: bool(machine.model.deliveries) and machine.steps[-1].action != action
 
 
 class BaseMachine(RuleBasedStateMachine):
     """Actions on a `world`, each followed by a check of the `model`."""
 
+    def __init_subclass__(cls) -> None:
+        # Hypothesis chooses among the names of a class.
+        for name, method in list(vars(cls).items()):
+            for number in range(1, getattr(method, "weight", 1)):
+                setattr(cls, f"{name}_{number}", method)
+
     def __init__(self, world: World, statistics: Statistics) -> None:
         super().__init__()
         self.world, self.statistics, self.model = world, statistics, Model()
+        self.steps: list[Step] = []
         statistics.examples += 1
         world.reset()
 
@@ -75,7 +104,7 @@ class BaseMachine(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
-        with self.statistics.noting_failure():
+        with self.statistics.noting_failure(self.steps):
             self.model.check(self.seen)
             for worker in self.world.workers:
                 listed = self.seen.queued.reserved.get(worker.reservations.list_key, [])
@@ -85,13 +114,24 @@ class BaseMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            with self.statistics.noting_failure():
+            with self.statistics.noting_failure(self.steps):
                 self._make_well()
                 self.model.check_end(self.seen)
+                self._check_sources()
                 if not self.model.excused:
                     self._audit()
         finally:
             self.world.clear()
+
+    def _check_sources(self) -> None:
+        """Check that no two outboxes number new events of one source: each relay has looked for copies by now."""
+        if len(self.world.bots) < 2:
+            return
+        counts: Counter[str] = Counter()
+        for bot in self.world.bots:
+            with Outbox(bot.path) as outbox:
+                counts.update(one.full_name for one in outbox.sources() if one.current)
+        assert not counts or max(counts.values()) == 1, f"two outboxes use one source: {dict(counts)}"
 
     def _audit(self) -> None:
         for bot in self.world.bots:

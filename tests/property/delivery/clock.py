@@ -1,7 +1,10 @@
-"""The clocks of a machine, which a test moves: the wall clock, and the seconds that the machine has run."""
+"""Clocks of a machine, which a test moves, and random numbers that are the same in each run."""
 
 from __future__ import annotations
 
+import os
+import random
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,9 +52,11 @@ class Clock:
         self._started = {clock: time.clock_gettime(clock) for clock in (time.CLOCK_REALTIME, *_RUNNING)}
         self._passed = self._wrong = 0.0
         self._boot = 0
+        self._random = random.Random(0)
 
     def reset(self) -> None:
         self._wrong = 0.0
+        self._random.seed(0)
 
     def pass_time(self, seconds: int, redis: Redis) -> None:
         """Let time pass, for this machine and for Redis."""
@@ -68,12 +73,15 @@ class Clock:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Show these clocks to all code of this process."""
+        """Show these clocks and random numbers to all code of this process."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(time, "time", lambda: self._now(time.CLOCK_REALTIME) + self._wrong)
             patch.setattr(time, "monotonic", lambda: self._now(time.CLOCK_MONOTONIC))
             patch.setattr(time, "clock_gettime", self._now)
             patch.setattr(outbox_clock, "boot_id", lambda: f"boot {self._boot}")
+            patch.setattr(os, "urandom", self._random.randbytes)  # also for UUIDs
+            patch.setattr(secrets, "token_hex", lambda size=32: self._random.randbytes(size).hex())
+            patch.setattr(secrets, "randbits", self._random.getrandbits)
             yield
 
     def _now(self, clock: int) -> float:

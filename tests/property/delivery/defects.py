@@ -110,8 +110,9 @@ def find(name: str, folder: Path, examples: int, seed: int, *, shrink: bool) -> 
         subprocess.run([*command, *options], cwd=place, env=environment, stdout=file, stderr=file, check=False)
     text = output.read_text("utf-8")
     first = re.search(r"first failure: (in example \d+, after \d+ steps)", text)
-    steps = len(re.findall(r"^[ |]*state\.(?!teardown|holds)", text, re.MULTILINE))
-    return f"{name}: " + (f"found {first[1]}; the run shown has {steps} steps" if first else "NOT FOUND")
+    shrunk = re.search(r"^shrunk from \d+ to \d+ steps in \d+ s", text, re.MULTILINE)
+    result = f"found {first[1]}" if first else "NOT FOUND"
+    return f"{name}: {result}" + (f"; {shrunk[0]}" if shrunk else "")
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.property.delivery.base_machine import BaseMachine, action, faults, has_entries, numbers
+from tests.property.delivery.base_machine import BaseMachine, action, faults, has_entries_and_another, numbers
 from tests.property.delivery.bots import Bot
 from tests.property.delivery.world import MOST_BOTS
 
@@ -25,8 +25,8 @@ class Disasters(BaseMachine):
     """Redis, the database, outboxes and clocks."""
 
     @action(
-        when=has_entries,
-        what=st.sampled_from(["key", "all", "copy", "fail over", "foreign job"]),
+        when=has_entries_and_another("redis"),
+        what=st.sampled_from(["copy", "foreign job", "fail over", "key", "all"]),
         which=st.integers(0, 30),
     )
     def redis(self, what: str, which: int) -> None:
@@ -50,10 +50,14 @@ class Disasters(BaseMachine):
         for worker in self.world.workers:
             worker.has_lease = False
 
-    @action(when=has_entries, what=st.sampled_from(["back up", "lose commits", "resend"]), bot=numbers, fault=faults(8))
+    @action(
+        when=has_entries_and_another("database"),
+        what=st.sampled_from(["lose commits", "back up", "restore", "resend"]),
+        bot=numbers,
+        fault=faults(8),
+    )
     def database(self, what: str, bot: int, fault: Any) -> None:
-        """Keep what it holds, lose the commits since then, or have a bot send again what was lost."""
-        old = self.world.old_database
+        """Lose up to three commits; back it up or restore it; or have a bot send again what was lost."""
         if what == "back up":
             self.world.old_database = self.seen.stored
         elif what == "resend":
@@ -62,16 +66,16 @@ class Disasters(BaseMachine):
             self.world.replica = None
             self.model.disturbed = True  # an entry whose acknowledgement is deleted is checked, and sent again, later
             self.bot(bot).resend(fault)
-        elif old is not None:
+        else:
             self.model.check(self.seen)
-            self.world.database.put_back(old)
-            self.world.note_changes()
-            self.model.lose_commits(self.seen)
-            for one in self.world.bots:
-                one.needs_resend = True
+            states = self.world.states_of_database
+            old = self.world.old_database if what == "restore" else states[max(-2 - bot % 3, -len(states))]
+            if old is not None:
+                self.world.replace_database(old)
+                self.model.lose_commits(self.seen)
 
     @action(
-        when=has_entries,
+        when=has_entries_and_another("outbox"),
         what=st.sampled_from(["copy", "back up", "restore", "move"]),
         bot=numbers, running=st.booleans(), fault=faults(6),
     )  # fmt: skip

@@ -12,13 +12,16 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal
 from weakref import WeakSet
 
+import psycopg2
 import psycopg2.extensions
 from redis.connection import UnixDomainSocketConnection
 from redis.exceptions import ResponseError
 from sqlalchemy import Engine, event
 
-When = Literal["before", "after", "stop"]
-Fault = tuple[int, When]  # number of the write, from 1; "stop": the process gets a stop signal before that write
+# "stop": the process gets a stop signal before that write. With "commit", only commits to a database count. With
+# "lost", the connection to PostgreSQL is closed before or after that commit, and the process lives.
+When = Literal["before", "after", "stop", "before commit", "after commit", "lost before commit", "lost after commit"]
+Fault = tuple[int, When]  # number of the write, from 1
 
 
 class ProcessDied(KeyboardInterrupt):
@@ -31,14 +34,14 @@ class Process:
     def __init__(self) -> None:
         self.dead = False
         self.connections: WeakSet[sqlite3.Connection] = WeakSet()
-        self._writes_left, self._when = 0, "before"
+        self._writes_left, self._when = 0, ""
         self._on_stop: Callable[[], object] = lambda: None
 
     @contextmanager
     def acting(self, fault: Fault | None = None, on_stop: Callable[[], object] = lambda: None) -> Iterator[None]:
         """Let this process act in the block, and end the block if it dies."""
         global _acting
-        self._writes_left, self._when = fault or (0, "before")
+        self._writes_left, self._when = fault or (0, "")
         self._on_stop = on_stop
         _acting = self
         try:
@@ -54,18 +57,21 @@ class Process:
         for connection in list(self.connections):
             connection.close()
 
-    def begin_write(self) -> bool:
-        """Die before this write, if that is the plan. Return whether the process dies after it."""
+    def begin_write(self, *, commit: bool = False) -> str:
+        """Die before this write, if that is the plan. Return what happens after it or to its connection, or ""."""
         if self.dead:
             raise ProcessDied
+        if commit != self._when.endswith("commit"):
+            return ""
         self._writes_left -= 1
         if self._writes_left:
-            return False
-        if self._when == "before":
+            return ""
+        when = self._when.removesuffix(" commit")
+        if when == "before":
             self.die()
-        if self._when == "stop":
+        if when == "stop":
             self._on_stop()
-        return self._when == "after"
+        return when
 
     def die(self) -> None:
         self.dead = True
@@ -85,9 +91,18 @@ _acting: Process | None = None
 @contextmanager
 def _write() -> Iterator[bool]:
     """Run a write in the block; yields whether the process dies after it."""
-    dies_after = _acting is not None and _acting.begin_write()
+    dies_after = _acting is not None and _acting.begin_write() == "after"
     yield dies_after
     if dies_after and _acting is not None:
+        _acting.die()
+
+
+@contextmanager
+def _commit() -> Iterator[str]:
+    """Run a commit in the block; yields what happens to its connection, or to the process after it."""
+    planned = _acting.begin_write(commit=True) if _acting is not None else ""
+    yield planned
+    if planned == "after" and _acting is not None:
         _acting.die()
 
 
@@ -136,8 +151,16 @@ class _MortalCursor(psycopg2.extensions.cursor):
 class _MortalPostgres(psycopg2.extensions.connection):
     def commit(self) -> None:
         changes.postgres += 1
-        with _write():
+        with _write(), _commit() as planned:
+            if planned == "lost before":
+                self._lose()
             super().commit()
+            if planned == "lost after":
+                self._lose()
+
+    def _lose(self) -> None:
+        self.close()
+        raise psycopg2.OperationalError("server closed the connection unexpectedly")
 
 
 def make_mortal(engine: Engine) -> None:
@@ -158,7 +181,7 @@ class _MortalSqlite(sqlite3.Connection):
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         if sql == "COMMIT":
             changes.sqlite += 1
-            with _write():
+            with _write(), _commit():
                 return super().execute(sql, *values)
         if _acting is not None and _acting.dead:
             raise ProcessDied

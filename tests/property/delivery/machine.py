@@ -5,17 +5,21 @@ from __future__ import annotations
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 
+from consumers.db.engine import get_db
+from consumers.db.withdrawals import withdraw
+from consumers.errors import StoreUnavailable
 from consumers.ops.failed import discard, rejections, requeue
 from producers.errors import HistoryError, InvalidEvent
 from producers.events import Payload
 from tests.factories import a_snapshot, an_archive
 from tests.faults.accepted import content_of
-from tests.property.delivery.base_machine import action, faults, numbers, workers
+from tests.property.delivery.base_machine import action, counted, faults, numbers, workers
 from tests.property.delivery.bots import RELAYS
 from tests.property.delivery.disasters import Disasters
 from tests.property.delivery.faults import Process
@@ -25,7 +29,7 @@ from tests.property.delivery.workers import run_stock_worker
 # A fact has one event id; another content of it is a conflict.
 payloads = st.tuples(st.sampled_from(["snapshot", "archive"]), st.integers(0, 2), st.integers(0, 1))
 
-_AFTER_RECORDING = ("", "and send", "and store", "invalid")
+_AFTER_RECORDING = (*("", "and send", "and store") * 4, "invalid")
 _some_payloads = st.lists(payloads, min_size=1, max_size=3)
 
 
@@ -49,23 +53,25 @@ def _has_work(machine: Any) -> bool:
     return _has_waiting(machine) or any(worker.reserved for worker in machine.world.workers)
 
 
-def _has_rejected(machine: Any) -> bool:
-    return any(one.outcome == "rejected" for one in machine.seen.stored.outcomes.values())
+def _has_decided(machine: Any) -> bool:
+    return bool(machine.seen.stored.rows or machine.seen.stored.outcomes)
 
 
 class DeliveryMachine(Disasters):
     """Bots that record, relays, workers and operators."""
 
     @initialize(events=_some_payloads)
+    @counted
     def begin(self, events: list[tuple[str, int, int]]) -> None:
         """Begin with a few events that are queued: most actions need some."""
         self._record(0, events, None)
         self.bot(0).sweep("first")
 
     @action(
+        weight=4,
         bot=numbers,
         events=_some_payloads,
-        what=st.sampled_from(["", "and send", "and store", "invalid"]),
+        what=st.sampled_from(_AFTER_RECORDING),
         fault=faults(4),
     )
     def record(self, bot: int, events: list[tuple[str, int, int]], what: str, fault: Any) -> None:
@@ -93,7 +99,7 @@ class DeliveryMachine(Disasters):
             self.bot(bot).record([a_snapshot(), "not an event"])  # type: ignore[list-item]
         assert self.seen.job_ids_kept == before
 
-    @action(when=_has_unsettled, bot=numbers, relay=st.sampled_from(RELAYS), fault=faults(16))
+    @action(when=_has_unsettled, weight=5, bot=numbers, relay=st.sampled_from(RELAYS), fault=faults(9, commits=3))
     def sweep(self, bot: int, relay: str, fault: Any) -> None:
         self.bot(bot).sweep(relay, fault)
 
@@ -107,7 +113,7 @@ class DeliveryMachine(Disasters):
         else:
             self.bot(bot).end_relay(what, fault)
 
-    @action(when=_has_work, worker=workers, limit=st.integers(1, 4), fault=faults(10))
+    @action(when=_has_work, weight=8, worker=workers, limit=st.integers(1, 4), fault=faults(8, commits=1))
     def step_worker(self, worker: int, limit: int, fault: Any) -> None:
         """Let a worker do its next step: reserve, process or complete."""
         one = self.worker(worker)
@@ -118,13 +124,13 @@ class DeliveryMachine(Disasters):
         else:
             one.complete(fault)
 
-    @action(worker=workers, what=st.sampled_from(["maintain", "stop", "renew"]), fault=faults(8))
+    @action(worker=workers, what=st.sampled_from(["maintain", "stop", "renew"]), fault=faults(8), weight=2)
     def pause(self, worker: int, what: str, fault: Any) -> None:
         """Let a worker do what it does between or beside its steps: maintenance, a stop signal, renewing its lease."""
         one = self.worker(worker)
         {"maintain": one.maintain, "stop": one.stop, "renew": one.renew}[what](fault)
 
-    @action(when=_has_waiting, worker=workers, max_jobs=st.integers(1, 6), fault=faults(30, "stop"))
+    @action(when=_has_waiting, weight=2, worker=workers, max_jobs=st.integers(1, 6), fault=faults(30, "stop"))
     def run_worker(self, worker: int, max_jobs: int, fault: Any) -> None:
         if not self.worker(worker).reserved:
             self.worker(worker).run(max_jobs, fault)
@@ -134,15 +140,29 @@ class DeliveryMachine(Disasters):
         self.model.disturbed |= fault is not None
         run_stock_worker(self.world.redis, fault)
 
-    @action(when=_has_rejected, what=st.sampled_from(["requeue", "discard"]), which=numbers, fault=faults(14))
+    @action(
+        when=_has_decided,
+        weight=2,
+        what=st.sampled_from(["withdraw", "requeue", "discard"]),
+        which=numbers,
+        fault=faults(14, commits=1),
+    )
     def operator(self, what: str, which: int, fault: Any) -> None:
-        """Requeue or discard one rejection. A withdrawal of a row belongs here, with its count in Model.check_end."""
-        found = list(rejections())
-        chosen = [found[which % len(found)]]
-        with Process().acting(fault):
-            if what == "requeue":
-                # What is no event can only be requeued while Redis has its job.
-                with suppress(*[HistoryError] if chosen[0].kind is None else []):
-                    requeue(chosen, self.world.redis, QUEUE)
-            else:
-                discard(chosen, self.world.redis, QUEUE, "not needed", "Ada")
+        """Requeue or discard one rejection, or withdraw one row."""
+        found = self.seen.stored.rows if what == "withdraw" else list(rejections())
+        if not found:
+            return
+        one = found[which % len(found)]
+        with Process().acting(fault), suppress(StoreUnavailable):
+            self._operate(what, one)
+
+    def _operate(self, what: str, one: Any) -> None:
+        if what == "withdraw":
+            with get_db() as db:
+                withdraw(db, UUID(one.event_id), "wrong", "Ada")
+        elif what == "requeue":
+            # What is no event can only be requeued while Redis has its job.
+            with suppress(*[HistoryError] if one.kind is None else []):
+                requeue([one], self.world.redis, QUEUE)
+        else:
+            discard([one], self.world.redis, QUEUE, "not needed", "Ada")

@@ -14,8 +14,8 @@ class Model:
     """All deliveries that ever were in an outbox, and what has been allowed to be lost.
 
     `excused` are deliveries that the operator has destroyed: no outbox keeps them. `lost` are those whose row or
-    outcome the database has lost; a resend must bring it back. `disturbed` says that Redis has lost something or that
-    there are copies: a job may be in two places then, or in none for a time.
+    outcome the database has lost: a resend must bring it back, and before it a receipt may name a lost row. `disturbed`
+    says that Redis has lost something or that there are copies: a job may be in two places then, or in none for a time.
     """
 
     def __init__(self) -> None:
@@ -23,19 +23,24 @@ class Model:
         self.excused: set[str] = set()
         self.lost: set[str] = set()
         self.disturbed = False
+        self._lost_rows: list[Row] = []
+        self._has_old_receipts = False  # an outbox was replaced by a copy, which may be older than the last resend
         self._rows: dict[str, Row] = {}
+        self._withdrawn: list[Row] = []
         self._decided: set[str] = set()
 
     # ---- facts that change what must be true
 
     def forget_entries(self, seen: Seen) -> None:
         """Excuse the undecided deliveries that no outbox keeps any more, after an outbox was replaced or destroyed."""
+        self._has_old_receipts = True
         kept = seen.job_ids_kept
         self.excused |= {job_id for job_id in self.deliveries if job_id not in kept} - self._decided
 
     def lose_commits(self, seen: Seen) -> None:
         """Take over what the database holds after it has lost commits."""
-        self._rows = {row.event_id: row for row in seen.stored.rows}
+        self._lost_rows += [*self._rows.values(), *self._withdrawn]
+        self._rows, self._withdrawn = {row.event_id: row for row in seen.stored.rows}, seen.stored.withdrawn
         before, self._decided = self._decided, self._decided_now(seen.stored)
         self.lost |= before - self._decided
         self.excused |= self.lost - seen.job_ids_kept
@@ -88,14 +93,19 @@ class Model:
         twice = [event_id for event_id, count in counts.items() if count > 1]
         assert not twice, f"two rows of one event: {twice}"
         rows = {row.event_id: row for row in stored.rows}
+        withdrawn = {(row.event_id, row.content) for row in stored.withdrawn}
+        numbers = {(row.event_id, row.row_id) for row in stored.withdrawn}
         for event_id, row in self._rows.items():
-            assert rows.get(event_id) == row, f"a row was changed or removed: {row}, now {rows.get(event_id)}"
+            kept = rows.get(event_id) == row or (event_id, row.row_id) in numbers
+            assert kept, f"a row was changed or removed: {row}, now {rows.get(event_id)}"
+        for row in rows.values():
+            assert (row.event_id, row.content) not in withdrawn, f"stored again after it was withdrawn: {row}"
         accepted = {_identity(one): one for one in self.deliveries.values()}
         for event_id in rows.keys() - self._rows.keys():
             row = rows[event_id]
             # A relay may have sent an entry that the same step has destroyed, so only its own text says what it was.
             assert (row.source, row.sequence, row.event_id, row.content) in accepted, f"a row of no event: {row}"
-        self._rows = rows
+        self._rows, self._withdrawn = rows, stored.withdrawn
 
     def _check_entry(self, entry: KeptEntry, stored: Stored) -> None:
         job_id = entry.delivery.job_id
@@ -114,13 +124,14 @@ class Model:
             # It was requeued, and then stored: the relay learns that soon.
             assert recorded or one.job_id in self._decided_now(stored), f"{by} says rejected, nothing recorded: {one}"
         else:
-            row = next((row for row in stored.rows if row.event_id == one.event_id), None)
-            right = row is not None and (str(row.row_id), row.content) == (detail, one.content)
-            assert right, f"{by} says {kind} as row {detail}, which is {row}: {one}"
+            rows = [row for row in (*stored.rows, *stored.withdrawn, *self._lost_rows) if row.event_id == one.event_id]
+            right = any((str(row.row_id), row.content) == (detail, one.content) for row in rows)
+            assert right, f"{by} says {kind} as row {detail}, but there are {rows}: {one}"
 
     def _decided_now(self, stored: Stored) -> set[str]:
-        """Return the jobs of deliveries that have their own row, or an outcome."""
-        own = {(row.source, row.sequence, row.event_id, row.content) for row in stored.rows}
+        """Return the jobs of deliveries that have their own row, or had it until it was withdrawn, or an outcome."""
+        rows = (*stored.rows, *stored.withdrawn)
+        own = {(row.source, row.sequence, row.event_id, row.content) for row in rows}
         with_row = {job_id for job_id, one in self.deliveries.items() if _identity(one) in own}
         return with_row | (self.deliveries.keys() & stored.outcomes.keys())
 
@@ -131,6 +142,10 @@ class Model:
             for entry in kept:
                 job_id = entry.delivery.job_id
                 answered = job_id in seen.queued.acknowledged or job_id in seen.queued.failed
+                if (outcome := seen.stored.outcomes.get(job_id)) is not None:
+                    # A discard deletes the job, also one whose worker died before it acknowledged the rejection. The
+                    # relay sends the entry again when it is overdue.
+                    answered = answered or outcome.outcome == "discarded"
                 assert places[job_id] <= 1, f"its job is in {places[job_id]} places: {entry}"
                 assert entry.state != "sent" or places[job_id] or answered, f"sent, but its job is nowhere: {entry}"
 
@@ -139,36 +154,42 @@ class Model:
     def check_end(self, seen: Seen) -> None:
         """Check the accounts when nothing is left to do.
 
-        Accepted events are the sum of rows, duplicates, rejections, discards, and those that are excused. Withdrawals
-        belong here too, as soon as the machine can withdraw a row.
+        Accepted events are the sum of rows, duplicates, rejections, discards, withdrawals, and those that are excused.
         """
+        if not self._has_old_receipts:
+            self._lost_rows.clear()
         self.check(seen)
         open_entries = [one for kept in seen.entries.values() for one in kept if one.state in ("pending", "sent")]
         assert not open_entries, f"never settled: {open_entries}"
         assert self.lost <= self.excused, f"not stored again by a resend: {self._named(self.lost - self.excused)}"
-        by_event = {row.event_id: row for row in seen.stored.rows}
         counts: Counter[str] = Counter()
+        withdrawn = {(row.source, row.sequence, row.event_id, row.content) for row in seen.stored.withdrawn}
         own: set[tuple[str, int, str, str]] = set()
         for job_id, one in self.deliveries.items():
             outcome = seen.stored.outcomes.get(job_id)
             if outcome is not None:
                 counts[outcome.outcome] += 1
-                self._check_outcome(one, outcome, by_event.get(one.event_id))
+                self._check_outcome(one, outcome, seen.stored)
             elif job_id not in self._decided:
                 assert job_id in self.excused, f"lost: {one}"
                 counts["excused"] += 1
             else:  # copies of an outbox may record one event under one number: that is one row and a duplicate of it
-                counts["duplicate" if _identity(one) in own else "row"] += 1
+                kind = "withdrawal" if _identity(one) in withdrawn else "row"
+                counts["duplicate" if _identity(one) in own else kind] += 1
                 own.add(_identity(one))
-        assert counts["row"] == len(seen.stored.rows), f"{dict(counts)}, but {len(seen.stored.rows)} rows"
+        right = (counts["row"], counts["withdrawal"]) == (len(seen.stored.rows), len(seen.stored.withdrawn))
+        assert right, f"{dict(counts)}, but {len(seen.stored.rows)} rows and {len(seen.stored.withdrawn)} withdrawals"
         assert sum(counts.values()) == len(self.deliveries)
 
-    def _check_outcome(self, one: Delivery, outcome: Outcome, row: Row | None) -> None:
-        same = row is not None and row.content == one.content
+    def _check_outcome(self, one: Delivery, outcome: Outcome, stored: Stored) -> None:
+        rows = [row for row in (*stored.rows, *stored.withdrawn) if row.event_id == one.event_id]
+        same = any(row.content == one.content for row in rows)
         if outcome.outcome == "duplicate":
-            assert same, f"a duplicate of no row with its content: {one}, {row}"
-        elif outcome.reason is not None and "is already stored" in outcome.reason:
-            assert row is not None, f"a conflict with no row: {one}"
+            assert same, f"a duplicate of no row with its content: {one}, {rows}"
+        elif outcome.reason is not None and "is stored already" in outcome.reason:
+            assert rows, f"a conflict with no row: {one}"
+        elif outcome.reason is not None and outcome.reason.startswith("withdrawn:"):
+            assert same, f"rejected as withdrawn, but it was not: {one}, {rows}"
         assert outcome.outcome == "duplicate" or outcome.reason, f"rejected without a reason: {one}"
 
     def _named(self, job_ids: set[str]) -> list[Delivery]:

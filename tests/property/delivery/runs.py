@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from redis import Redis
 
 from tests.property.delivery.machine import DeliveryMachine
+from tests.property.delivery.shrinking import print_shrunk
 from tests.property.delivery.statistics import Statistics
 from tests.property.delivery.world import World, a_world
 
@@ -29,8 +31,8 @@ def new_world(redis: Redis, database_url: str) -> Iterator[World]:
         yield world
 
 
-def settings_of(examples: int, steps: int, *, derandomize: bool = False, shrink: bool = True) -> settings:
-    """Return the settings of a run. Failing runs are not kept: a seed repeats a run."""
+def settings_of(examples: int, steps: int, *, derandomize: bool = False) -> settings:
+    """Return the settings of a run. A seed repeats it, and `shrinking` makes a failing run shorter."""
     return settings(
         max_examples=examples,
         stateful_step_count=steps,
@@ -38,11 +40,14 @@ def settings_of(examples: int, steps: int, *, derandomize: bool = False, shrink:
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
-        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
+        phases=(Phase.generate,),
+        report_multiple_bugs=False,
     )
 
 
-def run(world: World, chosen: settings, statistics: Statistics, seed: int | None = None) -> None:
+def run(
+    world: World, chosen: settings, statistics: Statistics, seed: int | None = None, *, shrinks: bool = True
+) -> None:
     """Run the machine. A run that breaks the model is shrunk, printed, and raised."""
 
     def machine() -> DeliveryMachine:
@@ -50,4 +55,10 @@ def run(world: World, chosen: settings, statistics: Statistics, seed: int | None
 
     if seed is not None:
         machine = hypothesis.seed(seed)(machine)
-    run_state_machine_as_test(machine, settings=chosen)  # type: ignore[arg-type]  # it takes any callable
+    gc.collect()
+    try:
+        run_state_machine_as_test(machine, settings=chosen)  # type: ignore[arg-type]  # it takes any callable
+    except BaseException:
+        if shrinks and statistics.failing:
+            print_shrunk(world, statistics.failing)
+        raise

@@ -18,7 +18,8 @@ from tests.faults.accepted import content_of
 
 QUEUE = "history"
 _TABLES = ("portfolio_history", "signal_archives", "event_outcomes", "withdrawals")
-_NUMBERED = _TABLES[:2]
+_HISTORY = _TABLES[:2]
+_NUMBERED = (*_HISTORY, "withdrawals")
 
 _READ = f"""
 SELECT json_build_object({", ".join(f"'{one}', (SELECT coalesce(json_agg(t), '[]') FROM {one} t)" for one in _TABLES)},
@@ -73,10 +74,11 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """Content of the database; `text` puts it back."""
+    """Content of the database; `text` puts it back. `withdrawn` has rows as they were."""
 
     rows: list[Row]
     outcomes: dict[str, Outcome]
+    withdrawn: list[Row]
     text: str
 
 
@@ -113,9 +115,10 @@ class Database:
         self._cursor.execute(_READ)
         (text,) = self._cursor.fetchone() or ("{}",)
         found = json.loads(text, parse_float=Decimal)
-        rows = [_row(table, one) for table in _NUMBERED for one in found[table]]
+        rows = [_row(table, one) for table in _HISTORY for one in found[table]]
+        withdrawn = [_row("", one | one["content"] | {"id": one["row_id"]}) for one in found["withdrawals"]]
         outcomes = {one["job_id"]: Outcome(one["outcome"], one["reason"]) for one in found["event_outcomes"]}
-        return Stored(rows, outcomes, text)
+        return Stored(rows, outcomes, withdrawn, text)
 
     def put_back(self, then: Stored) -> None:
         """Make the tables as they were `then`, ids of rows included: the last commits are lost."""

@@ -11,6 +11,8 @@ from rq import Queue, SimpleWorker
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
+from consumers.db.engine import drop_connections
+from consumers.errors import StoreUnavailable
 from consumers.worker.batch import Deferred, Result, process_batch
 from consumers.worker.completion import Completion
 from consumers.worker.deliveries import parse_job
@@ -68,8 +70,11 @@ class SteppedWorker:
             self._completion.release([job.job_id for job in self.reservation.jobs if job.state == "deleted"])
             jobs = [job for job in self.reservation.jobs if job.state != "deleted"]
             decided: list[Result | Deferred] = []
-            for some in process_batch([parse_job(job, self.reservation.crashes or 0) for job in jobs]):
-                decided += some
+            try:
+                for some in process_batch([parse_job(job, self.reservation.crashes or 0) for job in jobs]):
+                    decided += some
+            except StoreUnavailable:  # those that are undecided are requeued by `complete`
+                drop_connections()
             self.results = [one for one in decided if isinstance(one, Result)]
             self.reservation = self.reservation._replace(jobs=jobs)
         self._after_fault()
@@ -127,13 +132,20 @@ class SteppedWorker:
             self._begin()
 
 
+class _StockWorker(SimpleWorker):
+    """RQ's worker without its channel for commands: the thread that waits for them costs 0.1 s."""
+
+    def subscribe(self) -> None:
+        pass
+
+
 def run_stock_worker(redis: Redis, fault: Fault | None, jobs: int = 1) -> None:
     """Run RQ's SimpleWorker for some jobs."""
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(one) for one in signals]
     try:
         with Process().acting(fault):
-            worker = SimpleWorker([_history_queue(redis)], connection=redis, serializer=JSONSerializer)
+            worker = _StockWorker([_history_queue(redis)], connection=redis, serializer=JSONSerializer)
             worker.work(burst=True, max_jobs=jobs, logging_level="CRITICAL")
     finally:
         for one, handler in zip(signals, before, strict=True):

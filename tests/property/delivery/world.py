@@ -60,7 +60,8 @@ class World:
         self.bots = [self.new_bot()]
         self.workers = [SteppedWorker(self.redis, f"worker-{number}") for number in range(WORKERS)]
         self.replica: list[tuple[bytes, int, bytes]] | None = None
-        self.old_database: Stored | None = None
+        self.states_of_database: list[Stored] = []  # one after each commit that changed it
+        self.old_database: Stored | None = None  # the backup
         self.backups: dict[Bot, Path] = {}  # of the folders of bots
         self.note_changes()
 
@@ -71,6 +72,7 @@ class World:
         self.bots, self.workers = [], []
         shutil.rmtree(self._folder)
         self._folder.mkdir()
+        gc.collect(1)  # what this example has made
 
     def new_bot(self) -> Bot:
         return Bot(self.new_folder(), self.redis)
@@ -111,6 +113,15 @@ class World:
         else:
             self.bots[self.bots.index(bot)] = moved
 
+    def replace_database(self, old: Stored) -> None:
+        """Make the database as it was, and note that all bots have to send again what was lost."""
+        self.database.put_back(old)
+        texts = [one.text for one in self.states_of_database]
+        del self.states_of_database[texts.index(old.text) if old.text in texts else 0 :]
+        for bot in self.bots:
+            bot.needs_resend = True
+        self.note_changes()
+
     def is_quiet(self) -> bool:
         """Return whether no entry is unsettled, and no job waits."""
         seen = self.see()
@@ -129,6 +140,8 @@ class World:
             self._entries = {bot: bot.entries() for bot in self.bots}
         if self._at[1] != changes.postgres:
             self._stored = self.database.read()
+            if not self.states_of_database or self.states_of_database[-1].text != self._stored.text:
+                self.states_of_database.append(self._stored)
         if self._at[2] != changes.redis:
             self._queued = self.memory.read()
         self._at = (changes.sqlite, changes.postgres, changes.redis)
@@ -143,6 +156,7 @@ def a_world(folder: Path, redis: Redis, database_url: str) -> Iterator[World]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     gc.freeze()
+    gc.disable()  # freed objects close connections: that must not happen at any time
     with clock.installed(), mortal_sqlite():
         world = World(folder, redis, database_url, clock)
         try:
@@ -152,3 +166,4 @@ def a_world(folder: Path, redis: Redis, database_url: str) -> Iterator[World]:
             world.database.close()
             world.redis.close()
             logging.disable(level)
+            gc.enable()
