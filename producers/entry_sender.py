@@ -68,7 +68,8 @@ class EntrySender:
         sent = 0
         limit = 1 if probe else _BATCH_ENTRIES
         while sent < _SWEEP_ENTRIES and self._queue_has_room() and (entries := self._deliveries.pending(limit)):
-            states = job_states(self._redis, entries) if self.in_doubt else {}
+            may_be_sent = self.in_doubt or any(entry.checks for entry in entries)
+            states = job_states(self._redis, entries) if may_be_sent else {}
             self.in_doubt = True
             self._send([entry for entry in entries if states.get(entry.position) not in ACTIVE_STATUSES])
             self._deliveries.mark_sent(_next_checks(entries))

@@ -65,11 +65,13 @@ _CHECK_NOW = (
 )
 
 _RESEND = """
-INSERT INTO retries (position, checks) SELECT position, 0 FROM outcomes CROSS JOIN entries USING (position)
+INSERT INTO retries (position, why, checks)
+SELECT position, 'resend', 0 FROM outcomes CROSS JOIN entries USING (position)
 WHERE position > ? AND position <= ? AND recorded_at >= ?
 """
 _DELETE_RESENT = """
-DELETE FROM outcomes WHERE position > ? AND position <= ? AND position IN (SELECT position FROM retries)
+DELETE FROM outcomes WHERE position > ? AND position <= ?
+    AND EXISTS (SELECT 1 FROM retries WHERE retries.position = outcomes.position)
 """
 _END_OF_PAGE = """
 SELECT max(position) FROM (SELECT position FROM entries WHERE position > ? AND position <= ? ORDER BY position LIMIT ?)
@@ -291,7 +293,7 @@ class Outbox:
                 if end is None:
                     return count
                 count += db.execute(_RESEND, (start, end, recorded_since)).rowcount
-                # A salvage reads free pages too, and would take a deleted outcome for a present one.
+                # A salvage may read deleted rows. It prefers a retry, which damage may make unreadable.
                 db.execute("PRAGMA secure_delete = ON")
                 db.execute(_DELETE_RESENT, (start, end))
                 db.execute("PRAGMA secure_delete = OFF")

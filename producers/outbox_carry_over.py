@@ -29,8 +29,8 @@ _COPY_OUT = (
     "CREATE TABLE taken_out.sources AS SELECT * FROM main.sources",
     "CREATE TABLE taken_out.entries AS SELECT * FROM main.entries WHERE position IN"
     " (SELECT position FROM main.pending UNION ALL SELECT position FROM main.sent) ORDER BY position",
+    "CREATE TABLE taken_out.sent AS SELECT position FROM main.sent",
 )
-# The entries become pending again: the relay asks Redis for their jobs before it sends them.
 _CARRY_OVER = f"""
 INSERT INTO main.entries ({", ".join(ENTRY_COLUMNS)})
 SELECT {", ".join(ENTRY_COLUMNS)} FROM taken_out.entries AS taken_out WHERE NOT EXISTS (
@@ -38,6 +38,13 @@ SELECT {", ".join(ENTRY_COLUMNS)} FROM taken_out.entries AS taken_out WHERE NOT 
         AND own.sequence = taken_out.sequence AND own.nonce = taken_out.nonce)
 ORDER BY position
 """  # noqa: S608  # constants
+# A check is due at once: the relay looks in Redis for the jobs of entries that were sent.
+_CHECK_SENT = """
+INSERT INTO main.retries (position, why, checks, check_at) SELECT own.position, 'carried over', 1, 0
+FROM taken_out.sent CROSS JOIN taken_out.entries AS taken_out USING (position) CROSS JOIN main.entries AS own
+    ON own.source_id = taken_out.source_id AND own.sequence = taken_out.sequence AND own.nonce = taken_out.nonce
+WHERE own.position > ?
+"""
 _SELECT_SOURCES = f"SELECT {', '.join(_SOURCE_COLUMNS)} FROM taken_out.sources"  # noqa: S608  # constants
 
 # The names need `main`: while this connection does not know yet that another process has created the tables in this
@@ -135,4 +142,7 @@ def _carry_over(db: sqlite3.Connection) -> int:
     db.execute(_CONTINUE_HEADER, db.execute("SELECT token, next_token, redis, queue FROM taken_out.outbox").fetchone())
     for row in db.execute(_SELECT_SOURCES).fetchall():
         db.execute(CONTINUE_SOURCE, dict(zip(_SOURCE_COLUMNS, row, strict=True)))
-    return db.execute(_CARRY_OVER).rowcount
+    (last,) = db.execute("SELECT coalesce(max(position), 0) FROM main.entries").fetchone()
+    carried = db.execute(_CARRY_OVER).rowcount
+    db.execute(_CHECK_SENT, (last,))
+    return carried

@@ -56,8 +56,8 @@ _HAS_DUE_BATCH = f"SELECT EXISTS (SELECT 1 FROM batches WHERE {_IS_DUE})"  # noq
 # A check that `check_now` asked for is not counted, so that the interval to the next one does not grow.
 _SPLIT_DUE_BATCHES = (
     f"""
-INSERT INTO retries (position, checks, check_at)
-SELECT position, iif(check_at = 0, 0, 1), check_at FROM batches CROSS JOIN entries ON position BETWEEN first AND last
+INSERT INTO retries (position, why, checks, check_at)
+SELECT position, 'not settled', iif(check_at = 0, 0, 1), check_at FROM batches CROSS JOIN entries ON position BETWEEN first AND last
 WHERE {_IS_DUE} AND {IS_PLAIN}
 """,  # noqa: S608  # constants
     f"DELETE FROM batches WHERE {_IS_DUE}",  # noqa: S608  # constants
@@ -65,11 +65,16 @@ WHERE {_IS_DUE} AND {IS_PLAIN}
 _DELETE_SETTLED_BATCHES = f"""
 DELETE FROM batches WHERE NOT EXISTS (SELECT 1 FROM entries WHERE position BETWEEN first AND last AND {IS_PLAIN})
 """  # noqa: S608  # constants
-_UNSENT_RETRIES = """
-SELECT position FROM retries WHERE check_at IS NULL AND position IN (SELECT value FROM json_each(?))
-"""
-_MARK_RETRY = "UPDATE retries SET checks = checks + 1, check_at = ? WHERE position = ?"
-_POSTPONE = _MARK_RETRY + " AND check_at IS NOT NULL"
+_SET_CHECK = "UPDATE retries SET checks = checks + 1, check_at = ? WHERE position = ? AND check_at IS "
+_MARK_RETRY = _SET_CHECK + "NULL"
+_POSTPONE = _SET_CHECK + "NOT NULL"
+# The others are retries, or another relay has sent or settled them meanwhile.
+_LAST_PLAIN = f"""
+SELECT sent_through, (
+    SELECT max(position) FROM entries
+    WHERE position IN (SELECT value FROM json_each(?)) AND position > sent_through AND {IS_PLAIN})
+FROM outbox
+"""  # noqa: S608  # constants
 
 # CROSS JOIN makes SQLite begin with the acknowledgements instead of all entries of the source.
 _ACKNOWLEDGED = """
@@ -86,12 +91,9 @@ WHERE source_id = ? AND sequence = ? AND nonce = ?
 """
 
 _AWAITING = {
-    # Sources without a sent entry may be among them: to look for those would cost more than to look in Redis.
+    # Sources without such an entry may be among them: to look for those would cost more than to look in Redis.
     "sent": "SELECT id, name, resends FROM sources WHERE EXISTS (SELECT 1 FROM sent)",
-    "rejected": """
-SELECT id, name, resends FROM sources
-WHERE id IN (SELECT source_id FROM outcomes CROSS JOIN entries USING (position) WHERE row_id IS NULL)
-""",
+    "rejected": "SELECT id, name, resends FROM sources WHERE EXISTS (SELECT 1 FROM outcomes WHERE row_id IS NULL)",
 }
 
 _PRUNED = """
@@ -101,7 +103,10 @@ ORDER BY settled_at LIMIT ?
 
 
 class OutboxDeliveries:
-    """Deliveries of the outbox in `file`.
+    """Deliveries of the outbox in `file`, for one relay.
+
+    Positions are those of the file from which `pending` or `overdue` read them last. If another file is at the path
+    since, `mark_sent` and `postpone` change nothing: in it, they are positions of other entries.
 
     Raises:
         OutboxError: from every method, when the file cannot be read or written.
@@ -110,10 +115,12 @@ class OutboxDeliveries:
     def __init__(self, file: OutboxFile, clock: OutboxClock) -> None:
         self._file = file
         self._clock = clock
+        self._read_in = 0  # generation of the file
 
     def pending(self, limit: int) -> list[Entry]:
         """Return the oldest pending entries: one batch of at most `limit` entries."""
         with self._file.reading() as db:
+            self._read_in = self._file.generation
             with closing(db.execute(_PENDING_RETRIES, (limit,))) as retries:
                 entries = _one_batch(retries)
             if not entries:
@@ -136,6 +143,7 @@ class OutboxDeliveries:
                 for statement in _SPLIT_DUE_BATCHES:
                     db.execute(statement, due)
         with self._file.reading() as db:
+            self._read_in = self._file.generation
             return [EntryHead(*row) for row in db.execute(_OVERDUE, due | {"limit": limit})]
 
     def sent(self, after: int, limit: int) -> list[tuple[EntryHead, float]]:
@@ -155,13 +163,12 @@ class OutboxDeliveries:
         Entries that were never sent before share the check of the last one.
         """
         with self._file.transaction(durable=False) as db:
+            if self._file.generation != self._read_in:
+                return
             now = self._clock.now(db)
-            (sent_through,) = db.execute("SELECT sent_through FROM outbox").fetchone()
-            retries = {position for (position,) in db.execute(_UNSENT_RETRIES, (json.dumps([*check_after]),))}
-            db.executemany(_MARK_RETRY, [(now + check_after[position], position) for position in retries])
-            # Another relay may have sent some of them meanwhile, if it was stopped before.
-            last = max((position for position in check_after if position not in retries), default=0)
-            if last > sent_through:
+            sent_through, last = db.execute(_LAST_PLAIN, (json.dumps([*check_after]),)).fetchone()
+            db.executemany(_MARK_RETRY, [(now + seconds, position) for position, seconds in check_after.items()])
+            if last is not None:
                 db.execute("INSERT INTO batches VALUES (?, ?, ?)", (sent_through + 1, last, now + check_after[last]))
                 db.execute("UPDATE outbox SET sent_through = ?", (last,))
             self._clock.keep(db)
@@ -169,6 +176,8 @@ class OutboxDeliveries:
     def postpone(self, check_after: Mapping[int, float]) -> None:
         """Set the next check of overdue entries; `check_after` maps each position to the seconds until then."""
         with self._file.transaction(durable=False) as db:
+            if self._file.generation != self._read_in:
+                return
             now = self._clock.now(db)
             db.executemany(_POSTPONE, [(now + seconds, position) for position, seconds in check_after.items()])
             self._clock.keep(db)
@@ -196,16 +205,17 @@ class OutboxDeliveries:
             entries = {tuple(row[:2]): row[2:] for row in db.execute(_ACKNOWLEDGED, (numbers, source_id))}
             now, outcomes = self._clock.now(db), {}
             for key, one in own.items():
-                entry = entries.get((one.sequence, one.nonce))
-                if entry is None:
+                delivery = (one.sequence, one.nonce)
+                if delivery not in entries:
                     continue
-                position, event_id, is_settled, row_id = entry
+                position, event_id, is_settled, row_id = entries[delivery]
                 is_rejected = is_settled and row_id is None
                 # A late acknowledgement of an earlier delivery must not change a settled entry, with one exception: an
                 # event that was rejected, and that an operator then requeued, can still be stored.
                 is_new = not is_settled or (is_rejected and one.outcome.row_id is not None)
                 if is_new and one.event_id in (None, event_id):
                     outcomes[position] = (position, now, one.outcome.row_id, one.outcome.reason)
+                    entries[delivery] = (position, event_id, True, one.outcome.row_id)
                     done.changed.append(key)
                 else:
                     done.known.append(key)

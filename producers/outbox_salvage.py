@@ -2,7 +2,8 @@
 
 Entries keep their source, number and nonce, and so their job id: if Redis or the database already has such an entry, it
 recognizes the same delivery. If the outbox already has an entry, the entry is left unchanged, with one exception: a
-settled entry that is unsettled in the damaged file is sent again. An entry whose outcome cannot be read is unsettled.
+settled entry that is unsettled in the damaged file is sent again. An entry whose outcome cannot be read, or that has a
+retry beside it, is unsettled: the outcome may be one that was deleted for a resend.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from producers.outbox_carry_over import CONTINUE_SOURCE, ENTRY_COLUMNS
 from producers.sqlite_salvage import Record, readable_records
 
 _SOURCE_COLUMNS = 6
-_OUTCOME_COLUMNS = 4
+_STATE_COLUMNS = 4  # of outcomes, and of retries
 _SOURCE_ID = re.compile("[0-9a-f]{32}")
 _MOST_LOST_RANGES = 1000
 _INSERT_PAGE = 500
@@ -37,6 +38,8 @@ _INSERT_ENTRY = f"""
 INSERT INTO entries ({", ".join(ENTRY_COLUMNS)}) VALUES ({", ".join(f":{name}" for name in ENTRY_COLUMNS)})
 """  # noqa: S608  # constants
 _INSERT_OUTCOME = "INSERT INTO outcomes (position, settled_at, row_id, reason) VALUES (?, ?, ?, ?)"
+_SEND = "INSERT INTO retries (position, why, checks) VALUES (?, 'salvaged', ?)"
+_SENT_BEFORE = 1  # perhaps: the relay asks Redis for the job
 _INSERT_LOSS = "INSERT INTO losses (source_id, first, last, file) VALUES (?, ?, ?, ?)"
 
 
@@ -123,11 +126,15 @@ def _outcomes_in(file: Path) -> sqlite3.Connection:
     """Return a temporary database with the readable outcomes of the damaged file, by the position of their entry."""
     found = sqlite3.connect("", isolation_level=None)  # on disk if it becomes large
     found.execute("CREATE TABLE outcomes (position INTEGER PRIMARY KEY, settled_at REAL, row_id INTEGER, reason TEXT)")
+    found.execute("CREATE TABLE retries (position INTEGER PRIMARY KEY)")
     for page in _pages(readable_records(file)):
         rows = [(record.rowid, *record.values[1:]) for record in page if _is_outcome(record.values)]
+        retries = [(record.rowid,) for record in page if _is_retry(record.values)]
         found.execute("BEGIN")
         found.executemany("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?)", rows)
+        found.executemany("INSERT OR IGNORE INTO retries VALUES (?)", retries)
         found.execute("COMMIT")
+    found.execute("DELETE FROM outcomes WHERE position IN (SELECT position FROM retries)")
     return found
 
 
@@ -136,14 +143,16 @@ def _insert(db: sqlite3.Connection, entry: Mapping[str, Any], outcome: Sequence[
     own = db.execute(_FIND, entry).fetchone()
     if own is None:
         position = db.execute(_INSERT_ENTRY, entry).lastrowid
-        if outcome is not None:
+        if outcome is None:
+            db.execute(_SEND, (position, _SENT_BEFORE))
+        else:
             db.execute(_INSERT_OUTCOME, (position, *outcome[1:]))
         return True
     position, is_settled = own
     if not is_settled or outcome is not None:
         return False
     db.execute("DELETE FROM outcomes WHERE position = ?", (position,))
-    db.execute("INSERT INTO retries (position, checks) VALUES (?, 0)", (position,))
+    db.execute(_SEND, (position, 0))
     return True
 
 
@@ -170,10 +179,17 @@ def _entry_of(values: Sequence[Any]) -> dict[str, Any] | None:
 
 
 def _is_outcome(values: Sequence[Any]) -> bool:
-    if len(values) != _OUTCOME_COLUMNS or values[0] is not None or not isinstance(values[1], int | float):
+    if len(values) != _STATE_COLUMNS or values[0] is not None or not isinstance(values[1], int | float):
         return False
     _, _, row_id, reason = values
     return isinstance(row_id, int) if reason is None else row_id is None and isinstance(reason, str)
+
+
+def _is_retry(values: Sequence[Any]) -> bool:
+    if len(values) != _STATE_COLUMNS or values[0] is not None:
+        return False
+    _, why, checks, check_at = values
+    return isinstance(why, str) and isinstance(checks, int) and isinstance(check_at, int | float | None)
 
 
 def _is_intact(row: Mapping[str, Any]) -> bool:

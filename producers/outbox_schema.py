@@ -5,8 +5,8 @@ entries at once where possible:
 
 - Entries up to `outbox.sent_through` are sent, the later ones are pending. `batches` has the ranges that were sent at
   once, until all their entries are settled or their first check is due.
-- `retries` has the exceptions, one row for each: entries whose first check found them unsettled, and entries to send
-  again.
+- `retries` has the exceptions, one row for each: entries whose first check found them unsettled, entries to send again,
+  and entries that came from another file. It says why.
 - `outcomes` has the settled entries.
 
 The views `pending`, `sent` and `entry_states` compute the state of entries from these tables.
@@ -36,7 +36,9 @@ IS_PLAIN = """NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entri
 # `losses` has the numbers whose entries could not be read from a damaged file.
 # `entries.position` is never used twice: an outcome must not be taken for that of another entry.
 # `entries.recorder` identifies the HistoryProducer object that recorded the entry.
-# A retry without `check_at` is pending, with it the entry was sent. An outcome without `row_id` is a rejection.
+# A retry without `check_at` is pending, with it the entry was sent. `checks` above 0 says that Redis may have its job.
+# An outcome without `row_id` is a rejection.
+# A salvage recognizes a record by the types of its values, so those of `retries` and `outcomes` must differ.
 TABLES = f"""
 CREATE TABLE outbox (
     only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
@@ -87,6 +89,7 @@ CREATE TABLE batches (
 );
 CREATE TABLE retries (
     position INTEGER PRIMARY KEY,
+    why TEXT NOT NULL,
     checks INTEGER NOT NULL,
     check_at REAL
 );
@@ -104,7 +107,7 @@ CREATE VIEW pending AS
     UNION ALL
     SELECT position, 0 FROM entries WHERE position > (SELECT sent_through FROM outbox) AND {IS_PLAIN};
 CREATE VIEW sent AS
-    SELECT position, checks, check_at FROM retries WHERE check_at IS NOT NULL
+    SELECT position, checks, check_at FROM retries WHERE check_at >= 0  -- by the index, unlike IS NOT NULL
     UNION ALL
     SELECT position, 1, check_at FROM batches CROSS JOIN entries ON position BETWEEN first AND last WHERE {IS_PLAIN};
 CREATE VIEW entry_states AS

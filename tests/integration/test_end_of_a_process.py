@@ -33,7 +33,7 @@ def test_a_controller_waits_until_its_own_events_are_settled(
     with Outbox(outbox) as other:
         other.append("other", [a_snapshot()], producer_id=1)
     with closing(sqlite3.connect(outbox)) as db:
-        db.execute("INSERT INTO retries SELECT position, 1, (SELECT clock_shown + 250 FROM outbox) FROM entries")
+        db.execute("INSERT INTO retries SELECT position, '', 1, (SELECT clock_shown + 250 FROM outbox) FROM entries")
         db.commit()
     with a_worker(redis, tmp_path / "worker.log"):
         ended = run_script(TWO_EVENTS, tmp_path)

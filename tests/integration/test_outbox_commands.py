@@ -68,7 +68,7 @@ def test_flush_sends_jobs_that_redis_lost_again_at_once(
         with producer._transport.outbox._file.transaction() as db:
             db.execute("DELETE FROM outcomes")
             db.execute("DELETE FROM batches")
-            db.execute("INSERT OR REPLACE INTO retries SELECT position, 1, recorded_at + 290 FROM entries")
+            db.execute("INSERT OR REPLACE INTO retries SELECT position, '', 1, recorded_at + 290 FROM entries")
     redis.flushall()
     with a_worker(redis, tmp_path / "worker.log"):
         began = time.monotonic()

@@ -447,6 +447,33 @@ def test_an_acknowledgement_from_before_a_resend_settles_nothing(path: Path) -> 
     assert outbox.status_of(accepted) == EntryStatus("stored", 7, None)
 
 
+def test_a_retry_that_another_relay_sent_does_not_mark_later_entries(path: Path) -> None:
+    """Two relays read the same resent entry, which was settled before it was sent. The entry before it is pending."""
+    outbox, other = Outbox(path), Outbox(path)
+    pending, settled = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(2)])
+    _settle(outbox, (settled, STORED))
+    outbox.resend(since=0)
+    (entry,) = outbox.deliveries.pending(1)
+    assert other.deliveries.pending(1) == [entry]
+    other.deliveries.mark_sent({entry.position: 100.0})
+    outbox.deliveries.mark_sent({entry.position: 100.0})
+    assert [outbox.status_of(one).state for one in (pending, settled)] == ["pending", "sent"]
+    assert [one.sequence for one in outbox.deliveries.pending(10)] == [pending.sequence]
+
+
+def test_two_acknowledgements_of_one_entry_settle_it_once(path: Path) -> None:
+    """A stored event stays stored, whichever of them is read first. The later one is known."""
+    for first, then in ((STORED, REJECTED), (REJECTED, REJECTED)):
+        outbox = Outbox(path.with_name(f"{first.kind}.db"))
+        (accepted,) = outbox.append(NAME, [a_snapshot()])
+        found = {
+            key: Acknowledgement(accepted.source_id, 1, accepted.nonce, str(accepted.event_id), outcome, at=0)
+            for key, outcome in (("a", first), ("b", then))
+        }
+        assert outbox.deliveries.settle(accepted.source_id, 0, found) == SettledKeys(["a"], ["b"])
+        assert outbox.status_of(accepted) == EntryStatus(first.kind, first.row_id, first.reason)
+
+
 def test_other_processes_can_append_during_a_resend(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The resend works page by page. From the first page on, earlier acknowledgements settle nothing."""
     outbox, other = Outbox(path), Outbox(path)

@@ -91,18 +91,20 @@ _removals = pytest.mark.parametrize(
 def test_appending_after_the_file_was_removed_appends_to_the_file_at_the_path(
     path: Path, caplog: pytest.LogCaptureFixture, remove: Callable[[Path], None]
 ) -> None:
-    """Unsettled entries are carried over once, with their job ids, to be sent again. One log line reports it."""
+    """Unsettled entries are carried over once, with state and job ids. One log line reports it."""
     outbox = Outbox(path)
     stored, *before = _append(outbox, 4)
     _settle(outbox, stored)
-    outbox.deliveries.mark_sent({outbox.deliveries.pending(1)[0].position: 100.0})
+    (sent,) = outbox.deliveries.pending(1)
+    outbox.deliveries.mark_sent({sent.position: 100.0})
     remove(path)
     after = _append(outbox, 2, after=10)
 
     found = _at_path(path)
     there = 2 if remove is _replace_by_another else 0
     assert found[there:] == _job_ids([*before, *after])
-    assert [outbox.status_of(one).state for one in (*before, *after)] == ["pending"] * 5
+    assert [outbox.status_of(one).state for one in (*before, *after)] == ["sent", *["pending"] * 4]
+    assert [one.job_id for one in outbox.deliveries.overdue(10)] == [sent.job_id]  # is its job still in Redis?
     assert outbox.generation == 1
     (record,) = caplog.records
     assert record.getMessage().startswith(f"outbox {path} was removed or replaced while it was in use. Continuing")
@@ -128,6 +130,33 @@ def test_numbers_continue_in_a_new_file(path: Path, remove: Callable[[Path], Non
     assert outbox.deliveries.awaiting("sent") == [(before.source_id, NAME, 1)]
     identity = outbox.header.read()
     assert (identity.token, identity.redis, identity.queue) == (token, "database 0 on here", "history")
+
+
+@_removals
+@pytest.mark.parametrize("read", ["pending", "overdue"])
+def test_a_batch_of_a_file_that_was_replaced_changes_no_other_entry(
+    path: Path, read: str, remove: Callable[[Path], None]
+) -> None:
+    """Its positions are those of other entries, or of none, in the file that is at the path then."""
+    outbox = Outbox(path)
+    for one in _append(outbox, 20)[:10]:
+        _settle(outbox, one)
+    if read == "pending":
+        mark, batch = outbox.deliveries.mark_sent, [one.position for one in outbox.deliveries.pending(10)]
+    else:
+        outbox.deliveries.mark_sent({one.position: 0.0 for one in outbox.deliveries.pending(10)})
+        mark, batch = outbox.deliveries.postpone, [one.position for one in outbox.deliveries.overdue(10)]
+    assert len(batch) == 10
+    remove(path)
+    _append(outbox, 5, after=30)
+    before = outbox.status()
+    assert before.depth == before.pending + before.sent >= 15
+    mark(dict.fromkeys(batch, 100.0))
+    _append(outbox, 5, after=40)
+    status = outbox.status()
+    assert (status.pending, status.sent) == (before.pending + 5, before.sent)
+    assert len(outbox.deliveries.pending(100)) == status.pending
+    assert len(outbox.deliveries.overdue(100)) == status.sent
 
 
 def test_new_events_get_the_source_of_an_outbox_that_replaced_the_open_one(path: Path) -> None:

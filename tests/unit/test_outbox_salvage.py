@@ -253,6 +253,78 @@ def test_salvaged_entries_keep_their_state(path: Path, relay_of: Callable[[Outbo
     assert (source.full_name, source.current, source.left_because) == (accepted[0].source, False, "damaged")
 
 
+@pytest.mark.parametrize("after", ["removal", "damage"])
+def test_entries_that_redis_has_are_not_sent_twice(
+    path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis, after: str
+) -> None:
+    """Neither after they were carried over into another file nor after a salvage, however many they are."""
+    outbox = Outbox(path, repair=True)
+    accepted = _append(outbox, 4 * COUNT)
+    relay = relay_of(outbox)
+    for _ in range(3):
+        relay.sweep()
+    job_ids = queue_of(redis).job_ids
+    assert sorted(job_ids) == sorted(map(_job_id, accepted))
+    if after == "removal":
+        path.unlink()
+    else:
+        relay.turn.end()
+        _quarantine(outbox)
+        outbox.close()
+        outbox = Outbox(path, repair=True)
+        relay = relay_of(outbox)
+    _sweep(relay)
+    assert outbox.status().sent == 4 * COUNT
+    assert queue_of(redis).job_ids == job_ids
+
+
+def _keep_deleted_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let SQLite leave deleted rows where they were, as most builds of it do by default."""
+    connect = sqlite3.connect
+
+    def connected(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*args, **kwargs)
+        connection.execute("PRAGMA secure_delete = OFF")
+        return connection
+
+    monkeypatch.setattr("producers.outbox_file.sqlite3.connect", connected)
+
+
+@pytest.mark.parametrize("log", ["kept", "damaged", "lost"])
+def test_resent_entries_of_a_damaged_file_are_sent(path: Path, log: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A salvage may read the outcomes that the resend has deleted: those are of the database that was replaced."""
+    _keep_deleted_rows(monkeypatch)
+    with Outbox(path, repair=True) as outbox:
+        accepted = _append(outbox, COUNT)
+        found = {
+            one.sequence: Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", 7), at=0)
+            for one in accepted
+        }
+        outbox.deliveries.mark_sent({entry.position: 200.0 for entry in outbox.deliveries.pending(COUNT)})
+        outbox.deliveries.settle(accepted[0].source_id, 0, found)
+        with outbox._file.transaction() as db:
+            pass
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert outbox.resend(since=0) == COUNT
+        copy = path.with_name("copy.db")
+        for end in ("", "-wal"):
+            shutil.copy(f"{path}{end}", f"{copy}{end}")
+    wal = Path(f"{copy}-wal")
+    if log == "damaged":
+        content = bytearray(wal.read_bytes())
+        content[32 + 8 : 32 + 16] = b"\1" * 8  # the salt of its first frame
+        wal.write_bytes(content)
+    elif log == "lost":
+        wal.unlink()
+    copy.rename(copy.with_name("outbox.db.damaged-1"))
+    for file in wal.parent.glob("copy.db-*"):
+        file.rename(path.with_name("outbox.db.damaged-1-wal"))
+    with Outbox(path.with_name("new.db"), repair=True) as new:
+        new.quarantine.salvage(path.with_name("outbox.db.damaged-1"))
+        unsettled = COUNT if log != "lost" else 0  # without its log, the file is as before the resend
+        assert (new.status().depth, new.status().stored) == (unsettled, COUNT - unsettled)
+
+
 def test_one_text_that_is_not_utf_8_loses_one_entry(
     path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
 ) -> None:
