@@ -104,7 +104,7 @@ def without_acknowledgement(redis: Redis, entries: Sequence[AnyHead]) -> list[An
 
 
 def in_no_list(redis: Redis, queue: Queue, entries: Sequence[AnyHead]) -> list[AnyHead]:
-    """Return the entries whose job has an active status, but is in no list of queued, reserved or started jobs.
+    """Return the entries whose job has an active status, but is in no list: queued, reserved, started, or on its way.
 
     All lists are read in one transaction, because jobs move between them at any time.
     """
@@ -115,16 +115,17 @@ def in_no_list(redis: Redis, queue: Queue, entries: Sequence[AnyHead]) -> list[A
     with redis.pipeline(transaction=True) as pipe:
         pipe.hkeys(owners_key(queue.name))
         pipe.zrangebyscore(queue.started_job_registry.key, now, "+inf")
+        pipe.lrange(queue.intermediate_queue_key, 0, -1)  # a stock worker took these and has not started them yet
         for owner in owners:
             pipe.lrange(reserved_key(queue.name, as_text(owner)), 0, -1)
         for entry in entries:
             pipe.hget(Job.key_for(entry.job_id), "status")
             pipe.lpos(queue.key, entry.job_id)
-        owners_then, started, *found = pipe.execute()
+        owners_then, started, taken, *found = pipe.execute()
     if not set(owners_then) <= set(owners):
         return []  # a new owner may have reserved them; the next check reads its list too
     reserved, answers = found[: len(owners)], found[len(owners) :]
-    elsewhere = {as_text(job_id) for one in reserved for job_id in one}
+    elsewhere = {as_text(job_id) for one in (taken, *reserved) for job_id in one}
     elsewhere |= {as_text(member).split(":")[0] for member in started}
     return [
         entry

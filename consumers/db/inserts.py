@@ -25,9 +25,6 @@ from producers.event_kinds import Column, EventKind
 from producers.events import KINDS, Event, Payload
 
 _TRIES = 3
-# PostgreSQL ends a transaction that has been idle for so long. The process is frozen then, and its open insert would
-# block the same event from other workers. Shorter than a lease: when the jobs are requeued, the transaction has ended.
-IDLE_SECONDS = 10.0
 
 
 class Stored(NamedTuple):
@@ -118,7 +115,6 @@ def insert_events(db: Connection, events: Sequence[Event]) -> list[Answer]:
         StoreUnavailable: the database is not UTF8, or its tables are older than this program.
     """
     check_database(db)
-    db.exec_driver_sql(f"SET LOCAL idle_in_transaction_session_timeout = {round(1000 * IDLE_SECONDS)}")
     answers: list[Answer | None] = [None] * len(events)
     for kind, positions in _by_kind(events):
         for n, answer in zip(positions, _insert(db, kind, [events[n] for n in positions]), strict=True):

@@ -105,7 +105,7 @@ def test_a_job_that_is_sent_again_is_like_a_new_job(tmp_path: Path, redis: faker
     assert (ended.count, redis.ttl(first.key)) == (0, -1)
 
 
-@pytest.mark.parametrize("what", ["nothing", "taken", "finished"])
+@pytest.mark.parametrize("what", ["nothing", "taken", "taken by a stock worker", "finished"])
 def test_a_job_that_is_reserved_or_finished_meanwhile_is_not_lost(
     tmp_path: Path, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -118,6 +118,8 @@ def test_a_job_that_is_reserved_or_finished_meanwhile_is_not_lost(
         enqueue(pipe, queue, [entry])
         pipe.execute()
     redis.lpop(queue.key)
+    if what == "taken by a stock worker":  # which has not started it yet
+        redis.rpush(queue.intermediate_queue_key, entry.job_id)
     hkeys = redis.hkeys
 
     def meanwhile(name: str) -> Any:

@@ -43,9 +43,10 @@ DEFECTS: dict[str, tuple[Change, ...]] = {
     "a relay settles by source and sequence only": (
         Change(
             "producers/outbox_deliveries.py",
-            "AND nonce = :nonce\n    AND (:event_id IS NULL OR event_id = :event_id)\n",
-            "\n",
+            "delivery = (one.sequence, one.nonce)\n",
+            "delivery = next((key for key in entries if key[0] == one.sequence), (one.sequence, one.nonce))\n",
         ),
+        Change("producers/outbox_deliveries.py", " and one.event_id in (None, event_id)", ""),
     ),
     "acknowledged before the commit": (
         Change(
@@ -73,7 +74,7 @@ DEFECTS: dict[str, tuple[Change, ...]] = {
         Change("producers/entry_sender.py", _SEND + _MARK, _MARK + _SEND),
     ),
     "an entry in doubt is sent without a look": (
-        Change("producers/entry_sender.py", "job_states(self._redis, entries) if self.in_doubt else {}", "{}"),
+        Change("producers/entry_sender.py", "job_states(self._redis, entries) if may_be_sent else {}", "{}"),
     ),
     "other content under a known id counts as a duplicate": (
         Change("consumers/db/inserts.py", "if same else EventConflict(", "if True else EventConflict("),
