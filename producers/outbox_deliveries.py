@@ -57,7 +57,8 @@ _HAS_DUE_BATCH = f"SELECT EXISTS (SELECT 1 FROM batches WHERE {_IS_DUE})"  # noq
 _SPLIT_DUE_BATCHES = (
     f"""
 INSERT INTO retries (position, why, checks, check_at)
-SELECT position, 'not settled', iif(check_at = 0, 0, 1), check_at FROM batches CROSS JOIN entries ON position BETWEEN first AND last
+SELECT position, 'not settled', iif(check_at = 0, 0, 1), check_at
+FROM batches CROSS JOIN entries ON position BETWEEN first AND last
 WHERE {_IS_DUE} AND {IS_PLAIN}
 """,  # noqa: S608  # constants
     f"DELETE FROM batches WHERE {_IS_DUE}",  # noqa: S608  # constants

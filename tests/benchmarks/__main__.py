@@ -24,6 +24,7 @@ from tests.benchmarks.recording import measure_record
 from tests.benchmarks.recovery import measure_recovery
 from tests.benchmarks.report import Report
 from tests.benchmarks.space import measure_space
+from tests.benchmarks.steps import measure_steps
 from tests.benchmarks.throughput import measure_throughput
 
 # Benchmark -> its function and the default of --count.
@@ -31,6 +32,7 @@ MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "throughput": (measure_throughput, 50_000),
     "record": (measure_record, 10_000),
     "latency": (measure_latency, 300),
+    "steps": (measure_steps, 300),
     "asyncio": (measure_event_loop, 1000),
     "memory": (measure_memory, 1_000_000),
     "growth": (measure_growth, 10_000_000),

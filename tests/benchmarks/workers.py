@@ -25,7 +25,7 @@ def history_workers(folder: Path, processes: int = 1) -> Iterator[list[int]]:
     """Run `processes` times `trading-history worker`; yield the process ids once all wait for jobs."""
     with ExitStack() as stack:
         workers = [stack.enter_context(worker_process(folder / "worker.log")) for _ in range(processes)]
-        _wait_until_ready(processes)
+        wait_until_ready(processes)
         yield [worker.pid for worker in workers]
 
 
@@ -37,13 +37,13 @@ def simple_worker(folder: Path) -> Iterator[list[int]]:
     with open(folder / "simple-worker.log", "ab") as log:
         worker = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
-        _wait_until_ready(1)
+        wait_until_ready(1)
         yield [worker.pid]
     finally:
         stop(worker)
 
 
-def _wait_until_ready(processes: int) -> None:
+def wait_until_ready(processes: int) -> None:
     with redis() as client:
         wait_for_progress(lambda: int(client.scard(REDIS_WORKER_KEYS)), processes, pause=0.05)
     time.sleep(_SETTLE_SECONDS)
