@@ -50,11 +50,13 @@ MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = ", ".join(MEASURES)
-    parser.add_argument("names", metavar="name", choices=MEASURES, nargs="*", help=f"{names}; all of them by default")
+    parser.add_argument("names", metavar="name", nargs="*", help=f"{names}; all of them by default")
     parser.add_argument("--count", type=int, help="events, calls, repetitions or rows, depending on the benchmark")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and each of its runs to FILE")
     parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of `quality` from FILE")
     options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in MEASURES]:
+        parser.error(f"unknown: {', '.join(unknown)}; the benchmarks are {names}")
     if options.table:
         print(quality_table(options.table), end="")
         return
