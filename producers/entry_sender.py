@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from redis import Redis
@@ -14,6 +14,7 @@ from producers.outbox import Outbox
 from producers.outbox_deliveries import LAST_CHECK_SECONDS
 from producers.rq_queue import (
     ACTIVE_STATUSES,
+    AnyHead,
     enqueue,
     in_no_list,
     job_states,
@@ -69,11 +70,10 @@ class EntrySender:
         limit = 1 if probe else _BATCH_ENTRIES
         while sent < _SWEEP_ENTRIES and self._queue_has_room() and (entries := self._deliveries.pending(limit)):
             may_be_sent = self.in_doubt or any(entry.checks for entry in entries)
-            states = job_states(self._redis, entries) if may_be_sent else {}
+            gone = self._gone(entries, job_states(self._redis, entries)) if may_be_sent else entries
             self.in_doubt = True
-            self._send([entry for entry in entries if states.get(entry.position) not in ACTIVE_STATUSES])
-            self._deliveries.mark_sent(_next_checks(entries))
-            self.in_doubt = False
+            self._send(gone)
+            self.in_doubt = not self._deliveries.mark_sent(_next_checks(entries))
             sent += len(entries)
             if len(entries) < limit or stopped():
                 break
@@ -86,8 +86,7 @@ class EntrySender:
         if not heads:
             return 0
         states = job_states(self._redis, heads)
-        inactive = [head for head in heads if states[head.position] not in ACTIVE_STATUSES]
-        gone = without_acknowledgement(self._redis, inactive)
+        gone = self._gone(heads, states)
         # A job keeps its status when its worker dies. If it has been active for long, search the lists of jobs for it.
         searched = [h for h in heads if h.checks >= _SEARCHED_CHECKS and states[h.position] in ACTIVE_STATUSES]
         gone += in_no_list(self._redis, self._queue, searched[:_SEARCHED_ENTRIES])
@@ -97,6 +96,11 @@ class EntrySender:
         left = {head.position for head in gone[len(entries) :]}
         self._deliveries.postpone(_next_checks(head for head in heads if head.position not in left))
         return len(entries)
+
+    def _gone(self, entries: Sequence[AnyHead], states: Mapping[int, str | None]) -> list[AnyHead]:
+        """Return the entries that have neither an active job nor an acknowledgement."""
+        inactive = [entry for entry in entries if states[entry.position] not in ACTIVE_STATUSES]
+        return without_acknowledgement(self._redis, inactive)
 
     def _queue_has_room(self) -> bool:
         if self._queued_jobs >= _FULL_QUEUE_JOBS:

@@ -256,7 +256,7 @@ class Outbox:
     def unsettled_count(self, *, producer_id: int | None = None, until: Position | None = None) -> int:
         """Return the number of pending and sent entries, optionally of one producer or up to a position only."""
         number = self._number(until)
-        with self._file.reading() as db:
+        with self._file.snapshot() as db:
             if producer_id is not None:
                 return outbox_counts.unsettled_of_producer(db, producer_id, number)
             return outbox_counts.pending(db, number) + outbox_counts.sent(db, number)
@@ -293,10 +293,7 @@ class Outbox:
                 if end is None:
                     return count
                 count += db.execute(_RESEND, (start, end, recorded_since)).rowcount
-                # A salvage may read deleted rows. It prefers a retry, which damage may make unreadable.
-                db.execute("PRAGMA secure_delete = ON")
                 db.execute(_DELETE_RESENT, (start, end))
-                db.execute("PRAGMA secure_delete = OFF")
                 after = Position(end, self.generation)
             if end == last:
                 return count
@@ -305,7 +302,7 @@ class Outbox:
     @_once_more_after_repair
     def status(self) -> OutboxStatus:
         """Count the entries by state."""
-        with self._file.reading() as db:
+        with self._file.snapshot() as db:
             return outbox_counts.status(db, self._clock.now(db))
 
     def oldest_pending_seconds(self) -> float | None:

@@ -1,4 +1,7 @@
-"""Finds faults in an outbox file: those that SQLite's own check finds, and indexes that lack entries."""
+"""Finds faults in an outbox file: those that SQLite's own check finds, indexes that lack entries, and lost states.
+
+A power failure may lose the write of one page, which is then older than the others.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from producers.errors import OutboxDamaged
 from producers.outbox_file import OutboxFile
+from producers.outbox_schema import IS_PLAIN
 
 T = TypeVar("T")
 
@@ -17,20 +22,20 @@ logger = logging.getLogger(__name__)
 
 _CHECK_STEPS = 10_000  # instructions of SQLite's virtual machine between two readings of the clock
 
-# The table of each index, and the condition for its rows. SQLite made the last one for the unique columns.
+# The table of each index, and the condition for its rows; usually the smallest table first. SQLite made the last one,
+# for the unique columns.
 INDEXES = {
     "retries_by_check": ("retries", "true"),
     "outcomes_by_age": ("outcomes", "true"),
     "outcomes_rejected": ("outcomes", "row_id IS NULL"),
     "sqlite_autoindex_entries_1": ("entries", "true"),
 }
-# Count and sum the positions in each index and in its table, in one statement, so that both see the same state.
-_SUMS = ", ".join(
-    f"(SELECT count(*) || ':' || total(position) FROM {table} {through} WHERE {has})"  # noqa: S608  # constants
-    for index, (table, has) in INDEXES.items()
-    for through in (f"INDEXED BY {index}", "NOT INDEXED")
-)
-_COMPARE_INDEXES = f"SELECT {_SUMS}"  # constants
+# Entries that were sent, but are in no batch: their retry or outcome is lost.
+_WITHOUT_STATE = f"""
+SELECT position FROM entries WHERE position <= (SELECT sent_through FROM outbox) AND {IS_PLAIN}
+    AND position > coalesce((SELECT last FROM batches WHERE first <= entries.position ORDER BY first DESC LIMIT 1), 0)
+"""  # noqa: S608  # constants
+_CHECK = "INSERT OR IGNORE INTO retries (position, why, checks, check_at) VALUES (?, 'state lost', 1, 0)"
 
 
 def find_fault(file: OutboxFile, seconds: float, *, repair: bool) -> str | None:
@@ -38,29 +43,60 @@ def find_fault(file: OutboxFile, seconds: float, *, repair: bool) -> str | None:
 
     Returns:
         The first fault, or None if the file is sound, or "unfinished" if the time was too short. An index that lacks
-        entries is a fault; with `repair` it is rebuilt.
+        entries, and an entry without a state, are faults; with `repair` they are repaired.
     """
-    deadline = time.monotonic() + seconds
+    now = time.monotonic()
     try:
-        stale = _stale_indexes(file, time.monotonic() + seconds / 2)
+        without_state = _entries_without_state(file, now + seconds / 3)
+        if repair and without_state:
+            _give_state(file, without_state)  # before the indexes are rebuilt from the tables
+        stale = _stale_indexes(file, now + 2 * seconds / 3)
     except OutboxDamaged as error:
-        fault = _quick_check(file, deadline)
+        fault = _quick_check(file, now + seconds)
         return str(error) if fault in (None, "unfinished") else fault
     if repair and stale:
         _rebuild(file, stale)
-    fault = _quick_check(file, deadline)
-    if fault in (None, "unfinished") and stale and not repair:
-        return f"index {', '.join(stale)} is stale: a controller or relay rebuilds it when it starts"
+    fault = _quick_check(file, now + seconds)
+    if fault in (None, "unfinished") and not repair and (stale or without_state):
+        faulty = f"index {', '.join(stale)} is stale" if stale else f"{len(without_state)} entries have no state"
+        return f"{faulty}: a controller or relay repairs that when it starts"
     return fault
 
 
-def _stale_indexes(file: OutboxFile, deadline: float) -> list[str]:
-    """Return the stale indexes, or none if the deadline passes. SQLite's quick check does not find them."""
+def _entries_without_state(file: OutboxFile, deadline: float) -> list[int]:
+    """Return the positions of entries in no view, or none if the deadline passes."""
     with file.reading() as db:
-        found = _until(deadline, db, lambda: db.execute(_COMPARE_INDEXES).fetchone())
-    if found is None:
-        return []
-    return [index for index, has, should in zip(INDEXES, found[::2], found[1::2], strict=True) if has != should]
+        found = _until(deadline, db, lambda: db.execute(_WITHOUT_STATE).fetchall())
+    return [position for (position,) in found or ()]
+
+
+def _give_state(file: OutboxFile, positions: list[int]) -> None:
+    """Let the relay look for the jobs and acknowledgements of these entries."""
+    with file.transaction() as db:
+        db.executemany(_CHECK, [(position,) for position in positions])
+    logger.error(
+        "outbox %s: the states of %d entries were lost, as after a power failure; the relay checks these entries. Check"
+        " the disk",
+        file.path,
+        len(positions),
+    )
+
+
+def _stale_indexes(file: OutboxFile, deadline: float) -> list[str]:
+    """Return the stale indexes that are found by the deadline. SQLite's quick check does not find them."""
+    with file.reading() as db:
+        return [index for index in INDEXES if _until(deadline, db, partial(_is_stale, db, index))]
+
+
+def _is_stale(db: sqlite3.Connection, index: str) -> bool:
+    table, has = INDEXES[index]
+    # Count and sum the positions in the index and in its table, in one statement, so that both see the same state.
+    sums = ", ".join(
+        f"(SELECT count(*) || ':' || total(position) FROM {table} {through} WHERE {has})"  # noqa: S608  # constants
+        for through in (f"INDEXED BY {index}", "NOT INDEXED")
+    )
+    in_index, in_table = db.execute(f"SELECT {sums}").fetchone()
+    return bool(in_index != in_table)
 
 
 def _rebuild(file: OutboxFile, indexes: list[str]) -> None:

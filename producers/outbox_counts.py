@@ -10,7 +10,7 @@ from producers.outbox_schema import IS_PLAIN
 
 ALL = 2**62  # a position beyond all entries
 
-# Beyond `sent_through` no position is missing, because only sent entries are deleted.
+# Beyond `sent_through` no position is missing: entries are deleted only up to it.
 _PENDING_COUNT = """
 SELECT (SELECT count(*) FROM retries WHERE check_at IS NULL AND position <= :until)
     + max(0, min(:until, coalesce((SELECT max(position) FROM entries), 0)) - sent_through
@@ -18,7 +18,7 @@ SELECT (SELECT count(*) FROM retries WHERE check_at IS NULL AND position <= :unt
         - (SELECT count(*) FROM retries WHERE position > sent_through AND position <= :until))
 FROM outbox
 """
-_SENT_COUNT = "SELECT count(*) FROM sent WHERE position <= :until"
+_SENT_COUNT = "SELECT count(*) FROM sent WHERE +position <= :until"  # + keeps the index of the view
 _COUNT_OF_PRODUCER = """
 SELECT count(*) FROM (SELECT position FROM pending UNION ALL SELECT position FROM sent) CROSS JOIN entries
     USING (position) WHERE recorder = :producer_id AND position <= :until

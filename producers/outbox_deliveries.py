@@ -12,7 +12,7 @@ from producers.acknowledgements import Acknowledgement
 from producers.entries import Entry, EntryHead, SettledKeys
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
-from producers.outbox_schema import IS_PLAIN
+from producers.outbox_schema import IS_PLAIN, SKIP_SETTLED
 
 LAST_CHECK_SECONDS = 300.0  # the longest interval between two checks of a sent entry
 
@@ -31,12 +31,7 @@ _PENDING_TAIL = f"""{WITH_EVENT}
 FROM (SELECT *, 0 AS checks FROM entries) AS entries WHERE position > (SELECT sent_through FROM outbox) AND {IS_PLAIN}
 ORDER BY position LIMIT ?
 """  # noqa: S608  # constants
-# Entries at the end of the log that were settled before they were sent, for example because they were salvaged.
-_SKIP_SETTLED = """
-UPDATE outbox SET sent_through = max(sent_through, (SELECT max(position) FROM entries))
-WHERE EXISTS (SELECT 1 FROM entries) AND NOT EXISTS (SELECT 1 FROM pending)
-"""
-_IS_BEHIND = "SELECT sent_through < (SELECT max(position) FROM entries) FROM outbox"
+_SETTLED_UNSENT = "SELECT sent_through < (SELECT max(position) FROM entries) FROM outbox"  # if no entry is pending
 _RETRY = WITH_EVENT + "FROM retries CROSS JOIN entries USING (position) WHERE position = ?"
 # No check is due later than after the longest interval: a later time was written by a clock that was ahead.
 _IS_DUE = "(check_at <= :now OR check_at > :latest)"
@@ -69,12 +64,12 @@ DELETE FROM batches WHERE NOT EXISTS (SELECT 1 FROM entries WHERE position BETWE
 _SET_CHECK = "UPDATE retries SET checks = checks + 1, check_at = ? WHERE position = ? AND check_at IS "
 _MARK_RETRY = _SET_CHECK + "NULL"
 _POSTPONE = _SET_CHECK + "NOT NULL"
-# The others are retries, or another relay has sent or settled them meanwhile.
-_LAST_PLAIN = f"""
-SELECT sent_through, (
-    SELECT max(position) FROM entries
-    WHERE position IN (SELECT value FROM json_each(?)) AND position > sent_through AND {IS_PLAIN})
-FROM outbox
+# The range that is sent for the first time: from the first pending entry to the last of these positions. Those that are
+# retries are not in it, nor those that another relay has sent or settled meanwhile.
+_UNSENT = f"SELECT position FROM entries WHERE position > (SELECT sent_through FROM outbox) AND {IS_PLAIN}"  # noqa: S608
+_NEW_RANGE = f"""
+SELECT ({_UNSENT} ORDER BY position LIMIT 1),
+    ({_UNSENT} AND position IN (SELECT value FROM json_each(?)) ORDER BY position DESC LIMIT 1)
 """  # noqa: S608  # constants
 
 # CROSS JOIN makes SQLite begin with the acknowledgements instead of all entries of the source.
@@ -127,10 +122,10 @@ class OutboxDeliveries:
             if not entries:
                 with closing(db.execute(_PENDING_TAIL, (limit,))) as tail:
                     entries = _one_batch(tail)
-            is_behind = not entries and db.execute(_IS_BEHIND).fetchone()[0]
-        if is_behind:
+            skips = not entries and db.execute(_SETTLED_UNSENT).fetchone()[0]
+        if skips:
             with self._file.transaction(durable=False) as db:
-                db.execute(_SKIP_SETTLED)
+                db.execute(SKIP_SETTLED)
         return entries
 
     def overdue(self, limit: int) -> list[EntryHead]:
@@ -158,21 +153,25 @@ class OutboxDeliveries:
         with self._file.reading() as db:
             return _one_batch(row for head in heads for row in db.execute(_RETRY, (head.position,)))
 
-    def mark_sent(self, check_after: Mapping[int, float]) -> None:
+    def mark_sent(self, check_after: Mapping[int, float]) -> bool:
         """Mark a whole batch of `pending` as sent; `check_after` maps each position to the seconds until its check.
 
         Entries that were never sent before share the check of the last one.
+
+        Returns:
+            False if another file is at the path since, and nothing was marked.
         """
         with self._file.transaction(durable=False) as db:
             if self._file.generation != self._read_in:
-                return
+                return False
             now = self._clock.now(db)
-            sent_through, last = db.execute(_LAST_PLAIN, (json.dumps([*check_after]),)).fetchone()
+            first, last = db.execute(_NEW_RANGE, (json.dumps([*check_after]),)).fetchone()
             db.executemany(_MARK_RETRY, [(now + seconds, position) for position, seconds in check_after.items()])
             if last is not None:
-                db.execute("INSERT INTO batches VALUES (?, ?, ?)", (sent_through + 1, last, now + check_after[last]))
+                db.execute("INSERT INTO batches VALUES (?, ?, ?)", (first, last, now + check_after[last]))
                 db.execute("UPDATE outbox SET sent_through = ?", (last,))
             self._clock.keep(db)
+        return True
 
     def postpone(self, check_after: Mapping[int, float]) -> None:
         """Set the next check of overdue entries; `check_after` maps each position to the seconds until then."""
@@ -229,13 +228,14 @@ class OutboxDeliveries:
 
     def has(self, delivery: tuple[str, int, str] | None) -> bool:
         """Return whether the outbox still has the entry of this source id, number and nonce."""
-        return self._is_settled(delivery) is not None
+        return self._find(delivery) is not None
 
     def is_settled(self, delivery: tuple[str, int, str] | None) -> bool:
         """Return whether the entry of this source id, number and nonce is stored or rejected."""
-        return bool(self._is_settled(delivery))
+        return bool(self._find(delivery))
 
-    def _is_settled(self, delivery: tuple[str, int, str] | None) -> bool | None:
+    def _find(self, delivery: tuple[str, int, str] | None) -> bool | None:
+        """Return whether the entry is settled, or None if there is none."""
         if delivery is None:
             return None
         with self._file.reading() as db:
@@ -254,7 +254,7 @@ class OutboxDeliveries:
             settled_before = self._clock.now(db) - keep_seconds
             if self._file.is_half_full(db):
                 settled_before = math.inf
-            db.execute(_SKIP_SETTLED)
+            db.execute(SKIP_SETTLED)
             positions = [position for (position,) in db.execute(_PRUNED, (settled_before, _PRUNED_ENTRIES))]
             for table in ("entries", "outcomes"):
                 query = f"DELETE FROM {table} WHERE position IN (SELECT value FROM json_each(?))"  # noqa: S608  # constants

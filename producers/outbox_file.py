@@ -80,6 +80,17 @@ class OutboxFile:
             yield self._connection(durable=False)
 
     @contextmanager
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Give the block a connection for reading whose statements see the same state of the file."""
+        with self.reading() as db:
+            db.execute("BEGIN")
+            try:
+                yield db
+            finally:
+                if db.in_transaction:
+                    db.execute("COMMIT")
+
+    @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Run the block in a transaction that can write; if `durable`, wait for the disk after the commit.
 
@@ -267,6 +278,7 @@ class OutboxFile:
         try:
             use_wal(connection, _BUSY_TIMEOUT_SECONDS)
             connection.execute(f"PRAGMA synchronous = {mode}")
+            connection.execute("PRAGMA secure_delete = ON")  # a salvage would read rows that were only freed
             (page_bytes,) = connection.execute("PRAGMA page_size").fetchone()
             # Appends get less room than changes of state: a full outbox must still be able to settle its entries.
             room = self._max_bytes if mode == "FULL" else self._max_bytes + self._max_bytes // 16

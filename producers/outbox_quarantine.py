@@ -80,9 +80,9 @@ class Quarantine:
         logger.error("%s", found.summary())
         for end in ("", _LOG):  # the file first: after a crash, `finish_renames` also renames the log
             part = file.with_name(file.name + end)
-            if TAKEN_OUT in part.name:
+            if TAKEN_OUT in part.name and found.is_recognized:
                 part.unlink(missing_ok=True)
-            elif DAMAGED in part.name and part.exists():
+            elif part.exists() and part.name != _salvaged_name(part):
                 part.rename(part.with_name(_salvaged_name(part)))
         return found
 
@@ -100,4 +100,4 @@ class Quarantine:
 
 
 def _salvaged_name(file: Path) -> str:
-    return file.name.replace(DAMAGED, _SALVAGED)
+    return file.name.replace(DAMAGED, _SALVAGED).replace(TAKEN_OUT, _SALVAGED)

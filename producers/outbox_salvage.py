@@ -9,6 +9,7 @@ retry beside it, is unsettled: the outcome may be one that was deleted for a res
 from __future__ import annotations
 
 import json
+import math
 import re
 import sqlite3
 from collections import defaultdict
@@ -21,6 +22,8 @@ from typing import Any
 
 from producers.entries import full_source
 from producers.outbox_carry_over import CONTINUE_SOURCE, ENTRY_COLUMNS
+from producers.outbox_schema import SKIP_SETTLED
+from producers.sqlite_connections import sqlite_errors
 from producers.sqlite_salvage import Record, readable_records
 
 _SOURCE_COLUMNS = 6
@@ -39,7 +42,7 @@ INSERT INTO entries ({", ".join(ENTRY_COLUMNS)}) VALUES ({", ".join(f":{name}" f
 """  # noqa: S608  # constants
 _INSERT_OUTCOME = "INSERT INTO outcomes (position, settled_at, row_id, reason) VALUES (?, ?, ?, ?)"
 _SEND = "INSERT INTO retries (position, why, checks) VALUES (?, 'salvaged', ?)"
-_SENT_BEFORE = 1  # perhaps: the relay asks Redis for the job
+_MAY_BE_SENT = 1  # as the number of checks: the relay asks Redis for the job first
 _INSERT_LOSS = "INSERT INTO losses (source_id, first, last, file) VALUES (?, ?, ?, ?)"
 
 
@@ -48,10 +51,12 @@ class Salvage:
     """Result of a salvage: the number of entries copied into the outbox, and the numbers that were not found.
 
     `unread` has inclusive ranges by source. Their entries are lost, unless they were settled and deleted before.
+    `is_recognized` says whether the file has readable entries or sources.
     """
 
     file: Path
     entries: int = 0
+    is_recognized: bool = False
     unread: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def summary(self) -> str:
@@ -96,7 +101,8 @@ def salvage_pages(
     found = Salvage(file)
     numbers: defaultdict[str, set[int]] = defaultdict(set)
     sources: dict[str, tuple[str, int]] = {}
-    with closing(_outcomes_in(file)) as outcomes:
+    with sqlite_errors(file), closing(sqlite3.connect("", isolation_level=None, check_same_thread=False)) as outcomes:
+        yield from _copy_outcomes(file, outcomes)
         for page in _pages(readable_records(file)):
             entries = [(record.rowid, entry) for record in page if (entry := _entry_of(record.values))]
             for _, entry in entries:
@@ -105,26 +111,36 @@ def salvage_pages(
             for source_id, source_name, last in filter(None, (_source_of(record.values) for record in page)):
                 sources[source_id] = (source_name, max(last, sources.get(source_id, ("", 0))[1]))
             with transaction() as db:
+                for source_id in {entry["source_id"] for _, entry in entries}:
+                    _continue_source(db, source_id, *sources[source_id])
                 for position, entry in entries:
                     outcome = outcomes.execute("SELECT * FROM outcomes WHERE position = ?", (position,)).fetchone()
                     found.entries += _insert(db, entry, outcome)
+                db.execute(SKIP_SETTLED)
             yield
+    found.is_recognized = bool(sources)
     with transaction() as db:
         db.execute("DELETE FROM losses WHERE file = ?", (name,))
         for source_id, (source_name, last_known) in sources.items():
             have = sorted(numbers[source_id])
             last = max(last_known, *have[-1:], 0)
-            source = {"id": source_id, "name": source_name, "last_sequence": last, "resends": 0, "current": 0}
-            db.execute(CONTINUE_SOURCE, source | {"left_because": "damaged"})
+            _continue_source(db, source_id, source_name, last)
             if unread := _gaps(have, last)[:_MOST_LOST_RANGES]:
                 found.unread[full_source(source_name, source_id)] = unread
                 db.executemany(_INSERT_LOSS, [(source_id, first, end, name) for first, end in unread])
     return found
 
 
-def _outcomes_in(file: Path) -> sqlite3.Connection:
-    """Return a temporary database with the readable outcomes of the damaged file, by the position of their entry."""
-    found = sqlite3.connect("", isolation_level=None)  # on disk if it becomes large
+def _continue_source(db: sqlite3.Connection, source_id: str, name: str, last: int) -> None:
+    source = {"id": source_id, "name": name, "last_sequence": last, "resends": 0, "current": 0}
+    db.execute(CONTINUE_SOURCE, source | {"left_because": "damaged"})
+
+
+def _copy_outcomes(file: Path, found: sqlite3.Connection) -> Iterator[None]:
+    """Copy the readable outcomes of the damaged file into a table of the temporary database `found`, page by page.
+
+    They have the positions of their entries.
+    """
     found.execute("CREATE TABLE outcomes (position INTEGER PRIMARY KEY, settled_at REAL, row_id INTEGER, reason TEXT)")
     found.execute("CREATE TABLE retries (position INTEGER PRIMARY KEY)")
     for page in _pages(readable_records(file)):
@@ -134,8 +150,8 @@ def _outcomes_in(file: Path) -> sqlite3.Connection:
         found.executemany("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?)", rows)
         found.executemany("INSERT OR IGNORE INTO retries VALUES (?)", retries)
         found.execute("COMMIT")
+        yield
     found.execute("DELETE FROM outcomes WHERE position IN (SELECT position FROM retries)")
-    return found
 
 
 def _insert(db: sqlite3.Connection, entry: Mapping[str, Any], outcome: Sequence[Any] | None) -> bool:
@@ -144,7 +160,7 @@ def _insert(db: sqlite3.Connection, entry: Mapping[str, Any], outcome: Sequence[
     if own is None:
         position = db.execute(_INSERT_ENTRY, entry).lastrowid
         if outcome is None:
-            db.execute(_SEND, (position, _SENT_BEFORE))
+            db.execute(_SEND, (position, _MAY_BE_SENT))
         else:
             db.execute(_INSERT_OUTCOME, (position, *outcome[1:]))
         return True
@@ -181,7 +197,9 @@ def _entry_of(values: Sequence[Any]) -> dict[str, Any] | None:
 def _is_outcome(values: Sequence[Any]) -> bool:
     if len(values) != _STATE_COLUMNS or values[0] is not None or not isinstance(values[1], int | float):
         return False
-    _, _, row_id, reason = values
+    _, settled_at, row_id, reason = values
+    if not math.isfinite(settled_at):  # SQLite would store NULL
+        return False
     return isinstance(row_id, int) if reason is None else row_id is None and isinstance(reason, str)
 
 

@@ -27,6 +27,14 @@ VERSION = 5
 IS_PLAIN = """NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
     AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position)"""
 
+# Move `sent_through` beyond entries that were settled before they were sent, for example because they were salvaged.
+SKIP_SETTLED = f"""
+UPDATE outbox SET sent_through = coalesce(
+    (SELECT position - 1 FROM entries WHERE position > sent_through AND {IS_PLAIN} ORDER BY position LIMIT 1),
+    max(sent_through, (SELECT max(position) FROM entries)),
+    sent_through)
+"""  # noqa: S608  # a constant
+
 # All times are seconds since the epoch by the outbox's own clock.
 # `outbox` has one row. `token` distinguishes copies of the file, `next_token` is about to replace it; `redis` and
 # `queue` say where the entries go; `relay` and `relay_at` are the heartbeat of a relay process; the four clock columns

@@ -461,6 +461,26 @@ def test_a_retry_that_another_relay_sent_does_not_mark_later_entries(path: Path)
     assert [one.sequence for one in outbox.deliveries.pending(10)] == [pending.sequence]
 
 
+def test_entries_that_were_settled_before_they_were_sent_are_skipped(path: Path) -> None:
+    """A salvage may bring many of them. Then no query may read them again and again."""
+    outbox = Outbox(path)
+    settled = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])
+    _settle(outbox, *((one, STORED) for one in settled[:4]))
+    resent = _settle(outbox, (settled[4], STORED))
+    assert (resent.changed, outbox.resend(since=time.time() - 1e6)) == ([5], 5)
+    _settle(outbox, *((one, STORED) for one in settled[:4]), resends=1)
+    (later,) = outbox.append(NAME, [an_archive()])
+    assert [one.sequence for one in outbox.deliveries.pending(9)] == [5]
+    outbox.deliveries.mark_sent({outbox.deliveries.pending(1)[0].position: 9.0})
+    assert [one.sequence for one in outbox.deliveries.pending(9)] == [later.sequence]
+    outbox.deliveries.mark_sent({outbox.deliveries.pending(1)[0].position: 9.0})
+    with outbox._file.reading() as db:
+        assert db.execute("SELECT first, last FROM batches").fetchall() == [(6, 6)]
+        assert db.execute("SELECT sent_through FROM outbox").fetchone() == (6,)
+    _settle(outbox, (settled[4], STORED), (later, STORED), resends=1)
+    assert (outbox.status().depth, outbox.deliveries.prune(-1)) == (0, 6)
+
+
 def test_two_acknowledgements_of_one_entry_settle_it_once(path: Path) -> None:
     """A stored event stays stored, whichever of them is read first. The later one is known."""
     for first, then in ((STORED, REJECTED), (REJECTED, REJECTED)):

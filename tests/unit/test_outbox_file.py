@@ -132,6 +132,14 @@ def test_numbers_continue_in_a_new_file(path: Path, remove: Callable[[Path], Non
     assert (identity.token, identity.redis, identity.queue) == (token, "database 0 on here", "history")
 
 
+def test_deleted_rows_are_overwritten(path: Path) -> None:
+    """A salvage reads what is left of a file, and must not take a deleted outcome for a present one."""
+    with Outbox(path, repair=True) as outbox:
+        _append(outbox)
+        modes = [db.execute("PRAGMA secure_delete").fetchone() for db in outbox._file._connections.values()]
+        assert modes == [(1,)] * 2
+
+
 @_removals
 @pytest.mark.parametrize("read", ["pending", "overdue"])
 def test_a_batch_of_a_file_that_was_replaced_changes_no_other_entry(
@@ -694,6 +702,35 @@ def test_opening_a_file_with_two_names_for_reading_keeps_both_names(path: Path) 
     assert path.stat().st_nlink == 2
 
 
+@pytest.mark.parametrize("table", ["batches", "retries", "outcomes"])
+def test_entries_whose_state_is_lost_are_reported_and_checked(
+    path: Path, table: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A power failure may lose the write of one page, with the rows of several entries. They were sent, and are known
+    to no table then."""
+    with Outbox(path) as outbox:
+        accepted = _append(outbox, 4)
+        outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(3)})
+        if table == "outcomes":
+            _settle(outbox, accepted[0])
+        if table != "batches":
+            assert len(outbox.deliveries.overdue(3)) == (2 if table == "outcomes" else 3)
+        with outbox._file.transaction() as db:
+            db.execute(f"DELETE FROM {table}")  # from the parameters above
+    lost = 1 if table == "outcomes" else 3
+    with Outbox(path) as outbox:
+        assert (
+            outbox.quick_check(60) == f"{lost} entries have no state: a controller or relay repairs that when it starts"
+        )
+    assert not caplog.records
+    with Outbox(path, repair=True) as outbox:
+        assert outbox.quick_check(60) is None
+        assert (outbox.status().pending, outbox.status().sent) == (1, 3)
+        assert len(outbox.deliveries.overdue(10)) == 3
+        assert outbox.quick_check(60) is None
+    assert [one.levelname for one in caplog.records] == ["ERROR"]
+
+
 @pytest.mark.parametrize("index", outbox_check.INDEXES)
 def test_a_stale_index_is_reported_and_rebuilt(path: Path, index: str, caplog: pytest.LogCaptureFixture) -> None:
     """A power failure may lose a write. SQLite's quick check does not compare indexes with their table."""
@@ -711,7 +748,7 @@ def test_a_stale_index_is_reported_and_rebuilt(path: Path, index: str, caplog: p
     path.write_bytes(content)
 
     with Outbox(path) as outbox:
-        assert outbox.quick_check(60) == (f"index {index} is stale: a controller or relay rebuilds it when it starts")
+        assert outbox.quick_check(60) == f"index {index} is stale: a controller or relay repairs that when it starts"
         assert outbox.quick_check(60) is not None
     assert not caplog.records
     with Outbox(path, repair=True) as outbox:

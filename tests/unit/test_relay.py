@@ -488,6 +488,25 @@ def test_a_send_that_could_not_be_marked_is_not_repeated_unchecked(
     assert queue_of(redis).count == 1
 
 
+def test_a_batch_of_a_file_that_is_replaced_before_it_is_marked_is_enqueued_once(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entries are carried over as pending. The same sweep finds their jobs."""
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(250)])
+    mark_sent = outbox.deliveries.mark_sent
+
+    def replace_before(check_after: Any) -> bool:
+        monkeypatch.undo()
+        outbox.path.unlink()
+        outbox.append(NAME, [a_snapshot(after=timedelta(999))])
+        return mark_sent(check_after)
+
+    monkeypatch.setattr(outbox.deliveries, "mark_sent", replace_before)
+    while relay.sweep():
+        pass
+    assert (queue_of(redis).count, outbox.status().sent) == (251, 251)
+
+
 def test_relays_that_die_before_they_mark_an_entry_enqueue_it_once(
     outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

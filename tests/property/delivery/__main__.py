@@ -27,7 +27,10 @@ def main() -> int:
     parser.add_argument("--no-shrink", action="store_true", help="show a failing run as it is, which takes less time")
     options = parser.parse_args()
     statistics = Statistics()
-    with TemporaryDirectory(prefix="th-", dir="/dev/shm") as home, servers(Path(home)) as pair:  # a short path for sockets
+    with (
+        TemporaryDirectory(prefix="th-", dir="/dev/shm") as home,
+        servers(Path(home)) as pair,
+    ):  # a short path for sockets
         make_template(pair)
         with a_database(pair) as url:
             os.environ |= {"DATABASE_URL": url, "REDIS_URL": pair.redis_url}
