@@ -481,6 +481,14 @@ def test_entries_that_were_settled_before_they_were_sent_are_skipped(path: Path)
     assert (outbox.status().depth, outbox.deliveries.prune(-1)) == (0, 6)
 
 
+def test_a_look_for_pending_entries_skips_settled_ones_once(path: Path) -> None:
+    outbox = Outbox(path)
+    _settle(outbox, *((one, STORED) for one in outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])))
+    assert outbox.deliveries.pending(9) == []
+    with outbox._file.reading() as db:
+        assert db.execute("SELECT sent_through FROM outbox").fetchone() == (5,)
+
+
 def test_two_acknowledgements_of_one_entry_settle_it_once(path: Path) -> None:
     """A stored event stays stored, whichever of them is read first. The later one is known."""
     for first, then in ((STORED, REJECTED), (REJECTED, REJECTED)):
