@@ -150,7 +150,8 @@ def test_a_batch_of_a_file_that_was_replaced_changes_no_other_entry(
     for one in _append(outbox, 20)[:10]:
         _settle(outbox, one)
     if read == "pending":
-        mark, batch = outbox.deliveries.mark_sent, [one.position for one in outbox.deliveries.pending(10)]
+        mark: Callable[[dict[int, float]], object] = outbox.deliveries.mark_sent
+        batch = [one.position for one in outbox.deliveries.pending(10)]
     else:
         outbox.deliveries.mark_sent({one.position: 0.0 for one in outbox.deliveries.pending(10)})
         mark, batch = outbox.deliveries.postpone, [one.position for one in outbox.deliveries.overdue(10)]
