@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from redis import Redis
 
+from tests.documents import ROOT
+from tests.property.delivery.defects import DEFECTS
 from tests.property.delivery.runs import new_world, run, settings_of
 from tests.property.delivery.statistics import Statistics
 
@@ -13,3 +15,8 @@ def test_every_accepted_event_becomes_one_row_or_one_recorded_outcome(redis: Red
     with new_world(redis, database_url) as world:
         run(world, settings_of(20, 30, derandomize=True), statistics)
     assert statistics.steps > 200
+
+
+def test_each_known_defect_still_fits_the_source() -> None:
+    for change in (change for changes in DEFECTS.values() for change in changes):
+        assert (ROOT / change.file).read_text("utf-8").count(change.right) == 1, change

@@ -17,7 +17,7 @@ from tests.property.delivery.faults import Fault
 from tests.property.delivery.model import Model
 from tests.property.delivery.statistics import Statistics, Step
 from tests.property.delivery.workers import SteppedWorker
-from tests.property.delivery.world import WORKERS, Seen, World
+from tests.property.delivery.world import WORKERS, Contents, World
 
 _BEFORE_OR_AFTER = ("before", "after")
 _AT_COMMIT = ("before commit", "after commit", "lost before commit", "lost after commit")
@@ -25,23 +25,23 @@ _ROUNDS = 15  # of time passing at the end, until nothing may be left to do
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-numbers = st.integers(0, 7)  # the n-th of the things that there are, counted round
+numbers = st.integers(0, 7)  # an index, modulo the length of the list
 workers = st.integers(0, WORKERS - 1)
 
 
-def faults(writes: int, *also: str, commits: int = 0) -> st.SearchStrategy[Fault | None]:
-    """Return faults of an action that has about `writes` writes: the process dies before or after one, or `also`.
+def faults(operations: int, *also: str, commits: int = 0) -> st.SearchStrategy[Fault | None]:
+    """Return a strategy: None, or a fault at one of the first operations of an action.
 
-    Twice as often, it dies at one of its first `commits` commits, or loses its connection to PostgreSQL there.
+    With `commits`, twice as often the process dies at one of the first commits, or loses its connection to PostgreSQL.
     """
-    faults: list[Any] = [
+    choices: list[Any] = [
         st.none(),
         st.none(),
-        st.tuples(st.integers(1, writes), st.sampled_from(_BEFORE_OR_AFTER + also)),
+        st.tuples(st.integers(1, operations), st.sampled_from(_BEFORE_OR_AFTER + also)),
     ]
     if commits:
-        faults += [st.tuples(st.integers(1, commits), st.sampled_from(_AT_COMMIT))] * 2
-    return st.one_of(faults)
+        choices += [st.tuples(st.integers(1, commits), st.sampled_from(_AT_COMMIT))] * 2
+    return st.one_of(choices)
 
 
 def counted(method: F) -> F:
@@ -92,9 +92,9 @@ class BaseMachine(RuleBasedStateMachine):
         world.reset()
 
     @property
-    def seen(self) -> Seen:
+    def contents(self) -> Contents:
         """The content of all storages now."""
-        return self.world.see()
+        return self.world.read()
 
     def bot(self, number: int) -> Bot:
         return self.world.bots[number % len(self.world.bots)]
@@ -103,22 +103,22 @@ class BaseMachine(RuleBasedStateMachine):
         return self.world.workers[number]
 
     @invariant()
-    def holds(self) -> None:
+    def check_model(self) -> None:
         with self.statistics.noting_failure(self.steps):
-            self.model.check(self.seen)
+            self.model.check(self.contents)
             for worker in self.world.workers:
-                listed = self.seen.queued.reserved.get(worker.reservations.list_key, [])
+                listed = self.contents.queued.reserved.get(worker.reservations.list_key, [])
                 taken = set(worker.reserved) - set(listed)
                 assert not (worker.has_lease and taken), f"taken from a worker that has a lease: {taken}"
-        self.statistics.note_state(self.seen, self.model)
+        self.statistics.note_state(self.contents, self.model)
 
     def teardown(self) -> None:
         try:
             with self.statistics.noting_failure(self.steps):
-                self._make_well()
-                self.model.check_end(self.seen)
+                self._recover()
+                self.model.check_end(self.contents)
                 self._check_sources()
-                if not self.model.excused:
+                if not self.model.unrecoverable:
                     self._audit()
         finally:
             self.world.clear()
@@ -136,15 +136,15 @@ class BaseMachine(RuleBasedStateMachine):
     def _audit(self) -> None:
         for bot in self.world.bots:
             with Outbox(bot.path) as outbox:
-                incomplete = [one for one in audit(self.world.redis, outbox) if not one.complete]
+                incomplete = [one for one in audit(self.world.faulty_redis, outbox) if not one.complete]
             assert not incomplete, f"the audit finds events missing: {incomplete}"
 
-    def _make_well(self) -> None:
+    def _recover(self) -> None:
         """Let time pass, relays sweep and workers run, until nothing is left to do."""
         self.stop_workers()
         for bot in self.world.bots:
             bot.close()
-            bot.look()
+            bot.use_outbox()
             if bot.needs_resend:
                 bot.resend()
         for _ in range(_ROUNDS):
@@ -166,7 +166,7 @@ class BaseMachine(RuleBasedStateMachine):
             worker.stop(None)
 
     def let_time_pass(self, seconds: int) -> None:
-        self.world.clock.pass_time(seconds, self.world.memory.redis)
-        self.world.note_changes()
+        self.world.clock.pass_time(seconds, self.world.plain_redis)
+        self.world.note_writes()
         for worker in self.world.workers:
-            worker.age(seconds)
+            worker.pass_time(seconds)

@@ -1,4 +1,4 @@
-"""A bot: a folder with an outbox, a producer that records, and relays. Each of them is a separate process."""
+"""A bot: a folder with an outbox, and objects that stand for its processes: a controller's producer, and relays."""
 
 from __future__ import annotations
 
@@ -66,7 +66,11 @@ class _ProducerProcess(Process):
         return self._producer
 
     def end(self) -> None:
-        """Close the producer. If the process is dead, that only makes this process forget it."""
+        """Close the producer. If its process is dead, only free its objects.
+
+        If the outbox was replaced, that makes a `taken-out` file for its unsettled entries, which a dead process cannot
+        do: delete it.
+        """
         if self._producer is not None:
             before = set(self._path.parent.glob("*.taken-out-*"))
             with suppress(ProcessDied):
@@ -92,11 +96,11 @@ class Bot:
         """Whether the producer runs, so that it has the file open."""
         return self._producer is not None
 
-    def record(self, payloads: Sequence[Payload], fault: Fault | None = None) -> list[Receipt]:
-        """Record events. Returns no receipts if the producer dies."""
-        return self._act(lambda producer: producer.record_many(payloads), fault) or []
+    def record(self, payloads: Sequence[Payload], fault: Fault | None = None) -> list[Receipt] | None:
+        """Record events. Returns None if the producer dies."""
+        return self._act(lambda producer: producer.record_many(payloads), fault)
 
-    def look(self, fault: Fault | None = None) -> bool:
+    def use_outbox(self, fault: Fault | None = None) -> bool:
         """Let the producer use its outbox, as any call does. Returns false if it dies."""
         return self._act(HistoryProducer.status, fault) is not None
 
@@ -110,7 +114,7 @@ class Bot:
         self._producer = process = self._producer or _ProducerProcess(self.path, self._redis)
         with process.acting(fault):
             return action(process.producer)
-        self._kill_producer()
+        self._kill_producer()  # reached only if the process died in the block
         return None
 
     def sweep(self, name: str, fault: Fault | None = None) -> bool:
@@ -118,7 +122,7 @@ class Bot:
         process = self._relays.setdefault(name, _RelayProcess(self.path, self._redis, name))
         with process.acting(fault):
             return process.sweep()
-        self._kill_relay(name)
+        self._kill_relay(name)  # reached only if the process died in the block
         return False
 
     def end_relay(self, name: str, fault: Fault | None = None) -> None:

@@ -14,6 +14,7 @@ from redis import Redis
 
 from producers import outbox_clock
 from producers.redis_keys import acknowledgement_key, orphans_key
+from tests.property.delivery.servers import QUEUE
 
 _RUNNING = (time.CLOCK_MONOTONIC, getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -61,7 +62,7 @@ class Clock:
     def pass_time(self, seconds: int, redis: Redis) -> None:
         """Let time pass, for this machine and for Redis."""
         self._passed += seconds
-        redis.eval(_AGE, 0, seconds, acknowledgement_key(""), orphans_key("history"))
+        redis.eval(_AGE, 0, seconds, acknowledgement_key(""), orphans_key(QUEUE))
 
     def set_wall_clock(self, wrong: float) -> None:
         """Set the wall clock `wrong` seconds ahead of the right time."""
@@ -73,7 +74,7 @@ class Clock:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Show these clocks and random numbers to all code of this process."""
+        """Show these clocks and random numbers to this process; `datetime.now` and the servers keep the real time."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(time, "time", lambda: self._now(time.CLOCK_REALTIME) + self._wrong)
             patch.setattr(time, "monotonic", lambda: self._now(time.CLOCK_MONOTONIC))

@@ -31,9 +31,9 @@ _MARK = "            self._deliveries.mark_sent(_next_checks(entries))\n"
 _ACKNOWLEDGE_EARLY = """
         from consumers.handlers import _acknowledge
         from producers.settings import TransportSettings
-        from tests.property.delivery.faults import changes
+        from tests.property.delivery.faults import write_counts
 
-        changes.redis += 1  # this client is not one of those that the machine knows
+        write_counts.redis += 1  # this client is not one of those that the machine knows
         with TransportSettings.from_environment().redis() as early:
             for one in results:
                 _acknowledge(early, one)
@@ -110,9 +110,14 @@ def find(name: str, folder: Path, examples: int, seed: int, *, shrink: bool) -> 
         options = [] if shrink else ["--no-shrink"]
         subprocess.run([*command, *options], cwd=place, env=environment, stdout=file, stderr=file, check=False)
     text = output.read_text("utf-8")
-    first = re.search(r"first failure: (in example \d+, after \d+ steps)", text)
+    first = re.search(r"first failure: (in example \d+, after \d+ steps): (.{,100})", text)
     shrunk = re.search(r"^shrunk from \d+ to \d+ steps in \d+ s", text, re.MULTILINE)
-    result = f"found {first[1]}" if first else "NOT FOUND"
+    if first is None:
+        result = "NOT FOUND"
+    elif first[2].startswith("AssertionError: "):
+        result = f"found {first[1]}: {first[2]}"
+    else:  # the model has not found the defect, which makes the program fail
+        result = f"NOT FOUND {first[1]}: {first[2]}"
     return f"{name}: {result}" + (f"; {shrunk[0]}" if shrunk else "")
 
 

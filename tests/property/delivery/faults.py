@@ -1,7 +1,8 @@
-"""Processes that die, before or after their n-th write to Redis, PostgreSQL or SQLite.
+"""Processes that die, before or after their n-th operation on Redis, PostgreSQL or SQLite.
 
-One process acts at a time, in the block of its method `acting`. While it acts, all connections count its writes. Once
-it is dead, each further write raises ProcessDied too, so that no cleanup code of the process has an effect.
+An operation is a packet of commands to Redis, a statement or a commit of PostgreSQL, or a commit of SQLite. One process
+acts at a time, in the block of its method `acting`. While it acts, all connections count its operations. Once it is
+dead, each further operation raises ProcessDied too, so that no cleanup code of the process has an effect.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from redis.connection import UnixDomainSocketConnection
 from redis.exceptions import ResponseError
 from sqlalchemy import Engine, event
 
-# "stop": the process gets a stop signal before that write. With "commit", only commits to a database count. With
+# "stop": the process gets a stop signal before that operation. With "commit", only commits to a database count. With
 # "lost", the connection to PostgreSQL is closed before or after that commit, and the process lives.
 When = Literal["before", "after", "stop", "before commit", "after commit", "lost before commit", "lost after commit"]
-Fault = tuple[int, When]  # number of the write, from 1
+Fault = tuple[int, When]  # number of the operation, from 1
 
 
 class ProcessDied(KeyboardInterrupt):
@@ -34,14 +35,14 @@ class Process:
     def __init__(self) -> None:
         self.dead = False
         self.connections: WeakSet[sqlite3.Connection] = WeakSet()
-        self._writes_left, self._when = 0, ""
+        self._operations_left, self._when = 0, ""
         self._on_stop: Callable[[], object] = lambda: None
 
     @contextmanager
     def acting(self, fault: Fault | None = None, on_stop: Callable[[], object] = lambda: None) -> Iterator[None]:
         """Let this process act in the block, and end the block if it dies."""
         global _acting
-        self._writes_left, self._when = fault or (0, "")
+        self._operations_left, self._when = fault or (0, "")
         self._on_stop = on_stop
         _acting = self
         try:
@@ -57,14 +58,14 @@ class Process:
         for connection in list(self.connections):
             connection.close()
 
-    def begin_write(self, *, commit: bool = False) -> str:
-        """Die before this write, if that is the plan. Return what happens after it or to its connection, or ""."""
+    def begin_operation(self, *, commit: bool = False) -> str:
+        """Die before this operation, if that is the plan. Return what happens after it or to its connection, or ""."""
         if self.dead:
             raise ProcessDied
         if commit != self._when.endswith("commit"):
             return ""
-        self._writes_left -= 1
-        if self._writes_left:
+        self._operations_left -= 1  # negative after the fault, and without a fault
+        if self._operations_left:
             return ""
         when = self._when.removesuffix(" commit")
         if when == "before":
@@ -78,20 +79,20 @@ class Process:
         raise ProcessDied
 
 
-class Changes:
+class WriteCounts:
     """Counts of writes to each storage, by which a reader notices that nothing has changed."""
 
     redis = postgres = sqlite = 0
 
 
-changes = Changes()
+write_counts = WriteCounts()
 _acting: Process | None = None
 
 
 @contextmanager
-def _write() -> Iterator[bool]:
-    """Run a write in the block; yields whether the process dies after it."""
-    dies_after = _acting is not None and _acting.begin_write() == "after"
+def _operation() -> Iterator[bool]:
+    """Run an operation in the block; yields whether the process dies after it."""
+    dies_after = _acting is not None and _acting.begin_operation() == "after"
     yield dies_after
     if dies_after and _acting is not None:
         _acting.die()
@@ -100,14 +101,14 @@ def _write() -> Iterator[bool]:
 @contextmanager
 def _commit() -> Iterator[str]:
     """Run a commit in the block; yields what happens to its connection, or to the process after it."""
-    planned = _acting.begin_write(commit=True) if _acting is not None else ""
+    planned = _acting.begin_operation(commit=True) if _acting is not None else ""
     yield planned
     if planned == "after" and _acting is not None:
         _acting.die()
 
 
-class MortalRedis(UnixDomainSocketConnection):
-    """Connection to Redis. One packet, which may be a transaction or a script, is one write."""
+class FaultyRedisConnection(UnixDomainSocketConnection):
+    """Connection to Redis. One packet, which may be a transaction or a script, is one operation."""
 
     _connecting = False
 
@@ -123,8 +124,8 @@ class MortalRedis(UnixDomainSocketConnection):
         if self._connecting or any(b"UNWATCH" in part for part in command):
             super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
             return
-        changes.redis += 1
-        with _write() as dies_after:
+        write_counts.redis += 1
+        with _operation() as dies_after:
             super().send_packed_command(command, check_health)  # type: ignore[no-untyped-call]
             if dies_after:
                 self._wait_until_executed()
@@ -142,16 +143,16 @@ class MortalRedis(UnixDomainSocketConnection):
             self.disconnect()  # type: ignore[no-untyped-call]
 
 
-class _MortalCursor(psycopg2.extensions.cursor):
+class _FaultyCursor(psycopg2.extensions.cursor):
     def execute(self, query: Any, values: Any = None) -> None:
-        with _write():
+        with _operation():
             super().execute(query, values)
 
 
-class _MortalPostgres(psycopg2.extensions.connection):
+class _FaultyPostgres(psycopg2.extensions.connection):
     def commit(self) -> None:
-        changes.postgres += 1
-        with _write(), _commit() as planned:
+        write_counts.postgres += 1
+        with _operation(), _commit() as planned:
             if planned == "lost before":
                 self._lose()
             super().commit()
@@ -163,16 +164,25 @@ class _MortalPostgres(psycopg2.extensions.connection):
         raise psycopg2.OperationalError("server closed the connection unexpectedly")
 
 
-def make_mortal(engine: Engine) -> None:
-    """Make the connections of this engine die with the acting process. Each statement and each commit is a write."""
+@contextmanager
+def faulty_postgres(engine: Engine) -> Iterator[None]:
+    """Make each connection that this engine opens in the block die with the acting process.
+
+    Each statement and each commit is an operation. When the block ends, the engine closes its connections.
+    """
 
     def connect(dialect: Any, record: Any, arguments: Any, options: dict[str, Any]) -> None:
-        options |= {"connection_factory": _MortalPostgres, "cursor_factory": _MortalCursor}
+        options |= {"connection_factory": _FaultyPostgres, "cursor_factory": _FaultyCursor}
 
     event.listen(engine, "do_connect", connect, insert=True)
+    try:
+        yield
+    finally:
+        event.remove(engine, "do_connect", connect)
+        engine.dispose()
 
 
-class _MortalSqlite(sqlite3.Connection):
+class _FaultySqlite(sqlite3.Connection):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         if _acting is not None:
@@ -180,8 +190,8 @@ class _MortalSqlite(sqlite3.Connection):
 
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         if sql == "COMMIT":
-            changes.sqlite += 1
-            with _write(), _commit():
+            write_counts.sqlite += 1
+            with _operation(), _commit():
                 return super().execute(sql, *values)
         if _acting is not None and _acting.dead:
             raise ProcessDied
@@ -189,10 +199,10 @@ class _MortalSqlite(sqlite3.Connection):
 
 
 @contextmanager
-def mortal_sqlite() -> Iterator[None]:
-    """Make each SQLite connection opened in the block die with the acting process. Each COMMIT is a write."""
+def faulty_sqlite() -> Iterator[None]:
+    """Make each SQLite connection opened in the block die with the acting process. Each COMMIT is an operation."""
     connect = sqlite3.connect
-    sqlite3.connect = lambda *arguments, **options: connect(*arguments, **{"factory": _MortalSqlite} | options)
+    sqlite3.connect = lambda *arguments, **options: connect(*arguments, **{"factory": _FaultySqlite} | options)
     try:
         yield
     finally:

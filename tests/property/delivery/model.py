@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
-from tests.faults.accepted import Delivery
+from producers.events import Payload
+from producers.history_producer import Receipt
+from tests.faults.accepted import Delivery, content_of
 from tests.faults.verdict import KeptEntry
 from tests.property.delivery.servers import Outcome, Row, Stored
-from tests.property.delivery.world import Seen
+from tests.property.delivery.world import Contents
+
+Identity = tuple[str, int | None, str, str]  # source, sequence, event id and content
 
 
 class Model:
     """All deliveries that ever were in an outbox, and what has been allowed to be lost.
 
-    `excused` are deliveries that the operator has destroyed: no outbox keeps them. `lost` are those whose row or
+    `unrecoverable` are deliveries that the operator has destroyed: no outbox keeps them. `lost` are those whose row or
     outcome the database has lost: a resend must bring it back, and before it a receipt may name a lost row. `disturbed`
-    says that Redis has lost something or that there are copies: a job may be in two places then, or in none for a time.
+    says that the job of an entry may be in two places, or in none for a time. That begins when Redis loses something,
+    an outbox is copied or replaced, a resend deletes acknowledgements, or a stock worker dies. It lasts until the end.
     """
 
     def __init__(self) -> None:
         self.deliveries: dict[str, Delivery] = {}
-        self.excused: set[str] = set()
+        self.unrecoverable: set[str] = set()
         self.lost: set[str] = set()
         self.disturbed = False
         self._lost_rows: list[Row] = []
@@ -28,65 +34,77 @@ class Model:
         self._rows: dict[str, Row] = {}
         self._withdrawn: list[Row] = []
         self._decided: set[str] = set()
+        self._rejected: set[str] = set()  # at any time, also by a withdrawal of their row
+        self._ownerless: set[str] = set()  # keys of reserved lists
 
     # ---- facts that change what must be true
 
-    def forget_entries(self, seen: Seen) -> None:
-        """Excuse the undecided deliveries that no outbox keeps any more, after an outbox was replaced or destroyed."""
-        self._has_old_receipts = True
-        kept = seen.job_ids_kept
-        self.excused |= {job_id for job_id in self.deliveries if job_id not in kept} - self._decided
+    def forget_entries(self, contents: Contents, *, carried_over: bool) -> None:
+        """Note that an outbox was replaced: what the database does not have and no outbox keeps now is unrecoverable.
 
-    def lose_commits(self, seen: Seen) -> None:
+        If the unsettled entries were `carried_over`, that is allowed only for those that the database has lost.
+        """
+        self._has_old_receipts = True
+        destroyed = self.deliveries.keys() - contents.job_ids_kept - self._decided
+        self.unrecoverable |= destroyed & self.lost if carried_over else destroyed
+
+    def lose_owners(self, contents: Contents) -> None:
+        """Note that Redis loses the set of owners: no worker knows the lists that they have now, so these may stay."""
+        self._ownerless |= contents.queued.reserved.keys()
+
+    def lose_commits(self, contents: Contents) -> None:
         """Take over what the database holds after it has lost commits."""
         self._lost_rows += [*self._rows.values(), *self._withdrawn]
-        self._rows, self._withdrawn = {row.event_id: row for row in seen.stored.rows}, seen.stored.withdrawn
-        before, self._decided = self._decided, self._decided_now(seen.stored)
+        self._rows, self._withdrawn = {row.event_id: row for row in contents.stored.rows}, contents.stored.withdrawn
+        before, self._decided = self._decided, self._decided_now(contents.stored)
         self.lost |= before - self._decided
-        self.excused |= self.lost - seen.job_ids_kept
+        self.unrecoverable |= self.lost - contents.job_ids_kept
 
     # ---- after every step
 
-    def check(self, seen: Seen) -> None:
+    def check(self, contents: Contents) -> None:
         """Check everything that must be true at any time."""
-        self._note_entries(seen)
-        self._check_rows(seen.stored)
-        decided = self._decided_now(seen.stored)
+        self._note_entries(contents)
+        self._check_rows(contents.stored)
+        decided = self._decided_now(contents.stored)
         self.lost -= decided
         vanished = self._decided - decided
         assert not vanished, f"had a row or an outcome before: {self._named(vanished)}"
         self._decided = decided
+        self._note_rejections(contents.stored)
         unsettled: set[str] = set()
-        for kept in seen.entries.values():
+        for kept in contents.entries.values():
             for entry in kept:
-                self._check_entry(entry, seen.stored)
+                self._check_entry(entry, contents.stored)
                 if entry.state in ("pending", "sent"):
                     unsettled.add(entry.delivery.job_id)
-        nowhere = self.deliveries.keys() - decided - unsettled - self.lost - self.excused
+        nowhere = self.deliveries.keys() - decided - unsettled - self.lost - self.unrecoverable
         assert not nowhere, f"neither unsettled in an outbox nor in the database: {self._named(nowhere)}"
-        for job_id, text in seen.queued.acknowledged.items():
+        for job_id, text in contents.queued.acknowledged.items():
             if job_id in self.deliveries and job_id not in self.lost:
                 outcome = text.split(" ", 2)[2]
                 kind, _, detail = outcome.partition(":")
-                self._check_answer(self.deliveries[job_id], kind, detail, seen.stored, "its acknowledgement")
+                self._check_answer(self.deliveries[job_id], kind, detail, contents.stored, "its acknowledgement")
         if not self.disturbed:
-            self._check_places(seen)
+            self._check_places(contents)
 
-    def check_recorded(self, returned: list[tuple[str, int]], contents: list[str], seen: Seen) -> None:
-        """Check that the events of a call that has returned are in an outbox, by their sources and sequences."""
+    def check_recorded(self, receipts: Sequence[Receipt], recorded: Sequence[Payload], contents: Contents) -> None:
+        """Check that each event of a call that has returned has a receipt, and is in an outbox as the receipt says."""
         kept: defaultdict[tuple[str, int], set[str]] = defaultdict(set)  # copies of an outbox may use a number twice
-        for entries in seen.entries.values():
+        for entries in contents.entries.values():
             for entry in entries:
                 kept[entry.delivery.source, entry.delivery.sequence].add(entry.delivery.content)
-        missing = [(one, content) for one, content in zip(returned, contents, strict=False) if content not in kept[one]]
-        assert not missing, f"recorded, but not in the outbox: {missing}"
+        assert len(receipts) == len(recorded), f"{len(receipts)} receipts of {len(recorded)} events"
+        for receipt, payload in zip(receipts, recorded, strict=True):
+            is_kept = content_of(payload.model_dump()) in kept[receipt.source, receipt.sequence]
+            assert is_kept, f"recorded, but not in the outbox: {receipt.source} {receipt.sequence}, {payload}"
 
-    def _note_entries(self, seen: Seen) -> None:
-        for kept in seen.entries.values():
+    def _note_entries(self, contents: Contents) -> None:
+        for kept in contents.entries.values():
             for entry in kept:
                 one = entry.delivery
                 assert self.deliveries.setdefault(one.job_id, one) == one, f"two events of one job id: {one}"
-                self.excused.discard(one.job_id)  # a copy of the outbox has come back
+                self.unrecoverable.discard(one.job_id)  # a copy of the outbox has come back
 
     def _check_rows(self, stored: Stored) -> None:
         counts = Counter(row.event_id for row in stored.rows)
@@ -100,11 +118,9 @@ class Model:
             assert kept, f"a row was changed or removed: {row}, now {rows.get(event_id)}"
         for row in rows.values():
             assert (row.event_id, row.content) not in withdrawn, f"stored again after it was withdrawn: {row}"
-        accepted = {_identity(one): one for one in self.deliveries.values()}
+        accepted = _identities(self.deliveries.values())
         for event_id in rows.keys() - self._rows.keys():
-            row = rows[event_id]
-            # A relay may have sent an entry that the same step has destroyed, so only its own text says what it was.
-            assert (row.source, row.sequence, row.event_id, row.content) in accepted, f"a row of no event: {row}"
+            assert _identity(rows[event_id]) in accepted, f"a row of no event: {rows[event_id]}"
         self._rows, self._withdrawn = rows, stored.withdrawn
 
     def _check_entry(self, entry: KeptEntry, stored: Stored) -> None:
@@ -119,10 +135,8 @@ class Model:
     def _check_answer(self, one: Delivery, kind: str, detail: str, stored: Stored, by: str) -> None:
         """Check that an answer about a delivery agrees with the database."""
         if kind == "rejected":
-            outcome = stored.outcomes.get(one.job_id)
-            recorded = outcome is not None and outcome.outcome in ("rejected", "discarded")
-            # It was requeued, and then stored: the relay learns that soon.
-            assert recorded or one.job_id in self._decided_now(stored), f"{by} says rejected, nothing recorded: {one}"
+            # It may have been requeued since then, and have a row or be a duplicate now: the relay learns that soon.
+            assert one.job_id in self._rejected, f"{by} says rejected, which it never was: {one}"
         else:
             rows = [row for row in (*stored.rows, *stored.withdrawn, *self._lost_rows) if row.event_id == one.event_id]
             right = any((str(row.row_id), row.content) == (detail, one.content) for row in rows)
@@ -131,18 +145,27 @@ class Model:
     def _decided_now(self, stored: Stored) -> set[str]:
         """Return the jobs of deliveries that have their own row, or had it until it was withdrawn, or an outcome."""
         rows = (*stored.rows, *stored.withdrawn)
-        own = {(row.source, row.sequence, row.event_id, row.content) for row in rows}
-        with_row = {job_id for job_id, one in self.deliveries.items() if _identity(one) in own}
-        return with_row | (self.deliveries.keys() & stored.outcomes.keys())
+        return self._with_own(rows) | (self.deliveries.keys() & stored.outcomes.keys())
 
-    def _check_places(self, seen: Seen) -> None:
+    def _with_own(self, rows: Iterable[Row]) -> set[str]:
+        """Return the jobs of the deliveries that made one of these rows."""
+        own = _identities(rows)
+        return {job_id for job_id, one in self.deliveries.items() if _identity(one) in own}
+
+    def _note_rejections(self, stored: Stored) -> None:
+        self._rejected |= {
+            job_id for job_id, one in stored.outcomes.items() if one.outcome in ("rejected", "discarded")
+        }
+        self._rejected |= self._with_own(stored.withdrawn)
+
+    def _check_places(self, contents: Contents) -> None:
         """Check that the job of each sent entry is in exactly one list, or has been answered."""
-        places = Counter(seen.queued.active())
-        for kept in seen.entries.values():
+        places = Counter(contents.queued.active())
+        for kept in contents.entries.values():
             for entry in kept:
                 job_id = entry.delivery.job_id
-                answered = job_id in seen.queued.acknowledged or job_id in seen.queued.failed
-                if (outcome := seen.stored.outcomes.get(job_id)) is not None:
+                answered = job_id in contents.queued.acknowledged or job_id in contents.queued.failed
+                if (outcome := contents.stored.outcomes.get(job_id)) is not None:
                     # A discard deletes the job, also one whose worker died before it acknowledged the rejection. The
                     # relay sends the entry again when it is overdue.
                     answered = answered or outcome.outcome == "discarded"
@@ -151,35 +174,38 @@ class Model:
 
     # ---- at the end
 
-    def check_end(self, seen: Seen) -> None:
+    def check_end(self, contents: Contents) -> None:
         """Check the accounts when nothing is left to do.
 
-        Accepted events are the sum of rows, duplicates, rejections, discards, withdrawals, and those that are excused.
+        Each accepted event is a row, a duplicate, rejected, discarded, withdrawn or unrecoverable.
         """
         if not self._has_old_receipts:
             self._lost_rows.clear()
-        self.check(seen)
-        open_entries = [one for kept in seen.entries.values() for one in kept if one.state in ("pending", "sent")]
+        self.check(contents)
+        open_entries = [one for kept in contents.entries.values() for one in kept if one.state in ("pending", "sent")]
         assert not open_entries, f"never settled: {open_entries}"
-        assert self.lost <= self.excused, f"not stored again by a resend: {self._named(self.lost - self.excused)}"
+        active = contents.queued.active(without=self._ownerless)
+        assert not active, f"jobs that no worker finishes: {active}, {contents.queued}"
+        missing = self.lost - self.unrecoverable
+        assert not missing, f"not stored again by a resend: {self._named(missing)}"
         counts: Counter[str] = Counter()
-        withdrawn = {(row.source, row.sequence, row.event_id, row.content) for row in seen.stored.withdrawn}
-        own: set[tuple[str, int, str, str]] = set()
+        withdrawn = _identities(contents.stored.withdrawn)
+        own: set[Identity] = set()
         for job_id, one in self.deliveries.items():
-            outcome = seen.stored.outcomes.get(job_id)
+            outcome = contents.stored.outcomes.get(job_id)
             if outcome is not None:
                 counts[outcome.outcome] += 1
-                self._check_outcome(one, outcome, seen.stored)
+                self._check_outcome(one, outcome, contents.stored)
             elif job_id not in self._decided:
-                assert job_id in self.excused, f"lost: {one}"
-                counts["excused"] += 1
+                assert job_id in self.unrecoverable, f"lost: {one}"
             else:  # copies of an outbox may record one event under one number: that is one row and a duplicate of it
                 kind = "withdrawal" if _identity(one) in withdrawn else "row"
                 counts["duplicate" if _identity(one) in own else kind] += 1
                 own.add(_identity(one))
-        right = (counts["row"], counts["withdrawal"]) == (len(seen.stored.rows), len(seen.stored.withdrawn))
-        assert right, f"{dict(counts)}, but {len(seen.stored.rows)} rows and {len(seen.stored.withdrawn)} withdrawals"
-        assert sum(counts.values()) == len(self.deliveries)
+        right = (counts["row"], counts["withdrawal"]) == (len(contents.stored.rows), len(contents.stored.withdrawn))
+        assert right, (
+            f"{dict(counts)}, but {len(contents.stored.rows)} rows and {len(contents.stored.withdrawn)} withdrawals"
+        )
 
     def _check_outcome(self, one: Delivery, outcome: Outcome, stored: Stored) -> None:
         rows = [row for row in (*stored.rows, *stored.withdrawn) if row.event_id == one.event_id]
@@ -196,5 +222,9 @@ class Model:
         return [self.deliveries[job_id] for job_id in sorted(job_ids)]
 
 
-def _identity(one: Delivery) -> tuple[str, int, str, str]:
+def _identity(one: Delivery | Row) -> Identity:
     return one.source, one.sequence, one.event_id, one.content
+
+
+def _identities(several: Iterable[Delivery | Row]) -> set[Identity]:
+    return {_identity(one) for one in several}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ return found
 
 
 class Row(NamedTuple):
-    """A row of history. `table` and `row_id` identify it."""
+    """A row of history, as it is or as it was until its withdrawal; `table` is "" then."""
 
     table: str
     row_id: int
@@ -92,9 +93,13 @@ class Queued:
     failed: list[str] = field(default_factory=list)
     acknowledged: dict[str, str] = field(default_factory=dict)  # text by job id
 
-    def active(self) -> list[str]:
-        """Return the ids in all lists of jobs that run now or later; an id occurs once for each list."""
-        return [*self.waiting, *(job for jobs in self.reserved.values() for job in jobs), *self.started]
+    def active(self, *, without: Collection[str] = ()) -> list[str]:
+        """Return the ids in all lists of jobs that run now or later, `without` some reserved lists.
+
+        An id occurs once for each list.
+        """
+        reserved = [job for key, jobs in self.reserved.items() if key not in without for job in jobs]
+        return [*self.waiting, *reserved, *self.started]
 
 
 class Database:
@@ -113,7 +118,9 @@ class Database:
 
     def read(self) -> Stored:
         self._cursor.execute(_READ)
-        (text,) = self._cursor.fetchone() or ("{}",)
+        row = self._cursor.fetchone()
+        assert row is not None  # a SELECT without FROM
+        (text,) = row
         found = json.loads(text, parse_float=Decimal)
         rows = [_row(table, one) for table in _HISTORY for one in found[table]]
         withdrawn = [_row("", one | one["content"] | {"id": one["row_id"]}) for one in found["withdrawals"]]
@@ -133,15 +140,15 @@ def _row(table: str, one: dict[str, Any]) -> Row:
     return Row(table, one["id"], str(UUID(one["event_id"])), one["source"], one["sequence"], content)
 
 
-class Memory:
+class RedisContents:
     """The keys of Redis, through a separate client."""
 
     def __init__(self, redis: Redis) -> None:
-        self.redis = redis
+        self._redis = redis
         self.queue = Queue(QUEUE, connection=redis, serializer=JSONSerializer)
 
     def read(self) -> Queued:
-        found: Any = self.redis.eval(_READ_KEYS, 0, acknowledgement_key(""))
+        found: Any = self._redis.eval(_READ_KEYS, 0, acknowledgement_key(""))
         queued, queue = Queued(), self.queue
         for key, values in ((key.decode(), [value.decode() for value in values]) for key, values in found):
             if key == queue.key:
@@ -157,13 +164,13 @@ class Memory:
         return queued
 
     def keys(self) -> list[bytes]:
-        found: Any = self.redis.keys()
+        found: Any = self._redis.keys()
         return sorted(found)
 
     def copy(self) -> list[tuple[bytes, int, bytes]]:
         """Return all keys, for a replica that lags from now on."""
         keys = self.keys()
-        with self.redis.pipeline() as pipe:
+        with self._redis.pipeline() as pipe:
             for key in keys:
                 pipe.pttl(key)
                 pipe.dump(key)
@@ -172,7 +179,7 @@ class Memory:
 
     def put_back(self, then: list[tuple[bytes, int, bytes]]) -> None:
         """Replace all keys by those of a replica."""
-        with self.redis.pipeline() as pipe:
+        with self._redis.pipeline() as pipe:
             pipe.flushall()
             for key, ttl, value in then:
                 pipe.restore(key, ttl, value)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from tests.property.delivery.model import Model
-from tests.property.delivery.world import Seen
+from tests.property.delivery.world import Contents
 
 
 class Step(NamedTuple):
@@ -46,23 +46,24 @@ class Statistics:
             yield
         except BaseException as error:
             if not self.first_failure and not isinstance(error, KeyboardInterrupt):
-                self.first_failure = f"first failure: in example {self.examples}, after {self.steps} steps: {error}"
+                failure = f"{type(error).__name__}: {error}"
+                self.first_failure = f"first failure: in example {self.examples}, after {self.steps} steps: {failure}"
                 self.failing = list(steps)
                 if self._prints:
                     print(self.first_failure[:2000], flush=True)
             raise
 
-    def note_state(self, seen: Seen, model: Model) -> None:
+    def note_state(self, contents: Contents, model: Model) -> None:
         """Count an abstract state: how many (none, one, more) of each kind of thing there are."""
-        states = Counter(entry.state for kept in seen.entries.values() for entry in kept)
-        outcomes = Counter(one.outcome for one in seen.stored.outcomes.values())
-        queued = seen.queued
+        states = Counter(entry.state for kept in contents.entries.values() for entry in kept)
+        outcomes = Counter(one.outcome for one in contents.stored.outcomes.values())
+        queued = contents.queued
         counts = [states[name] for name in ("pending", "sent", "stored", "rejected")]
         counts += [outcomes[name] for name in ("duplicate", "rejected", "discarded")]
-        counts.append(len(seen.stored.withdrawn))
-        counts += [len(seen.stored.rows), len(queued.waiting), len(queued.started), len(queued.failed)]
+        counts.append(len(contents.stored.withdrawn))
+        counts += [len(contents.stored.rows), len(queued.waiting), len(queued.started), len(queued.failed)]
         counts += [sum(map(len, queued.reserved.values())), len(queued.acknowledged), len(model.lost)]
-        self._states.add((len(seen.entries), model.disturbed, *(min(count, 2) for count in counts)))
+        self._states.add((len(contents.entries), model.disturbed, *(min(count, 2) for count in counts)))
 
     def summary(self) -> str:
         seconds = time.perf_counter() - self._began

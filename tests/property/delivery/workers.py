@@ -1,4 +1,8 @@
-"""Workers, one step at a time: reserve, process, complete; the real thread of a worker; and RQ's own worker."""
+"""Workers, one step at a time: reserve, process, complete; the real thread of a worker; and RQ's own worker.
+
+The steps are a short form of the loop in `consumers/worker/worker_thread.py`: deliveries that time out are requeued,
+not moved to the tail. `SteppedWorker.run` runs the real loop.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,7 @@ class SteppedWorker:
         self._queue = _history_queue(redis)
         self._worker = HistoryWorker([self._queue], connection=redis, name=name)
         self._orphans = Orphans(redis, self._queue)
+        self.kills = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -122,13 +127,14 @@ class SteppedWorker:
         if error is not None and not isinstance(error, KeyboardInterrupt):
             raise error
 
-    def age(self, seconds: int) -> None:
-        """Note that time has passed."""
+    def pass_time(self, seconds: int) -> None:
+        """Note that time has passed: the lease may have ended."""
         self._lease_seconds -= seconds
         self.has_lease = self.has_lease and self._lease_seconds > 0
 
     def _after_fault(self) -> None:
         if self._process.dead:  # its reservations stay in Redis; a new worker has others
+            self.kills += 1
             self._begin()
 
 
@@ -139,14 +145,14 @@ class _StockWorker(SimpleWorker):
         pass
 
 
-def run_stock_worker(redis: Redis, fault: Fault | None, jobs: int = 1) -> None:
-    """Run RQ's SimpleWorker for some jobs."""
+def run_stock_worker(redis: Redis, fault: Fault | None) -> None:
+    """Run RQ's SimpleWorker for one job."""
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(one) for one in signals]
     try:
         with Process().acting(fault):
             worker = _StockWorker([_history_queue(redis)], connection=redis, serializer=JSONSerializer)
-            worker.work(burst=True, max_jobs=jobs, logging_level="CRITICAL")
+            worker.work(burst=True, max_jobs=1, logging_level="CRITICAL")
     finally:
         for one, handler in zip(signals, before, strict=True):
             signal.signal(one, handler)

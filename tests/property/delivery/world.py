@@ -17,15 +17,15 @@ from consumers.db.engine import engine
 from tests.faults.verdict import KeptEntry
 from tests.property.delivery.bots import Bot, copy_folder
 from tests.property.delivery.clock import Clock
-from tests.property.delivery.faults import MortalRedis, changes, make_mortal, mortal_sqlite
-from tests.property.delivery.servers import Database, Memory, Queued, Stored
+from tests.property.delivery.faults import FaultyRedisConnection, faulty_postgres, faulty_sqlite, write_counts
+from tests.property.delivery.servers import Database, Queued, RedisContents, Stored
 from tests.property.delivery.workers import SteppedWorker
 
 MOST_BOTS = 3
 WORKERS = 2
 
 
-class Seen(NamedTuple):
+class Contents(NamedTuple):
     """Content of all storages at one moment; the entries by bot."""
 
     entries: dict[Bot, list[KeptEntry]]
@@ -44,26 +44,26 @@ class World:
     def __init__(self, folder: Path, redis: Redis, database_url: str, clock: Clock) -> None:
         self.clock = clock
         self.database = Database(database_url)
-        self.memory = Memory(redis)
+        self.plain_redis, self.redis_contents = redis, RedisContents(redis)
         path = redis.connection_pool.connection_kwargs["path"]
-        self.redis = Redis(connection_pool=ConnectionPool(connection_class=MortalRedis, path=path))
+        self.faulty_redis = Redis(connection_pool=ConnectionPool(connection_class=FaultyRedisConnection, path=path))
         self._folder = folder
         self._folders = 0
         self.bots: list[Bot] = []
         self.workers: list[SteppedWorker] = []
-        self._at = (-1, -1, -1)
+        self._read_at = (-1, -1, -1)
 
     def reset(self) -> None:
         self.database.clear()
-        self.memory.redis.flushall()
+        self.plain_redis.flushall()
         self.clock.reset()
         self.bots = [self.new_bot()]
-        self.workers = [SteppedWorker(self.redis, f"worker-{number}") for number in range(WORKERS)]
+        self.workers = [SteppedWorker(self.faulty_redis, f"worker-{number}") for number in range(WORKERS)]
         self.replica: list[tuple[bytes, int, bytes]] | None = None
         self.states_of_database: list[Stored] = []  # one after each commit that changed it
         self.old_database: Stored | None = None  # the backup
         self.backups: dict[Bot, Path] = {}  # of the folders of bots
-        self.note_changes()
+        self.note_writes()
 
     def clear(self) -> None:
         """End all processes of an example, and delete its files."""
@@ -75,7 +75,7 @@ class World:
         gc.collect(1)  # what this example has made
 
     def new_bot(self) -> Bot:
-        return Bot(self.new_folder(), self.redis)
+        return Bot(self.new_folder(), self.faulty_redis)
 
     def new_folder(self) -> Path:
         self._folders += 1
@@ -88,7 +88,7 @@ class World:
         other = self.new_bot()
         copy_folder(bot.folder, other.folder)
         other.needs_resend = bot.needs_resend
-        self.note_changes()
+        self.note_writes()
         return other
 
     def back_up(self, bot: Bot) -> None:
@@ -106,7 +106,7 @@ class World:
         target = self.new_folder()
         target.rmdir()
         bot.folder.rename(target)
-        moved = Bot(target, self.redis)
+        moved = Bot(target, self.faulty_redis)
         moved.needs_resend = bot.needs_resend
         if bot.is_open:
             self.bots.append(moved)
@@ -120,50 +120,71 @@ class World:
         del self.states_of_database[texts.index(old.text) if old.text in texts else 0 :]
         for bot in self.bots:
             bot.needs_resend = True
-        self.note_changes()
+        self.note_writes()
 
     def is_quiet(self) -> bool:
-        """Return whether no entry is unsettled, and no job waits."""
-        seen = self.see()
-        unsettled = any(one.state in ("pending", "sent") for kept in seen.entries.values() for one in kept)
-        return not unsettled and not seen.queued.active() and not seen.queued.acknowledged
+        """Return whether no entry is unsettled, no list has an active job, and no acknowledgement is unread."""
+        contents = self.read()
+        unsettled = any(one.state in ("pending", "sent") for kept in contents.entries.values() for one in kept)
+        return not unsettled and not contents.queued.active() and not contents.queued.acknowledged
 
-    def note_changes(self) -> None:
+    def note_writes(self) -> None:
         """Note that the test itself has changed a storage."""
-        changes.redis += 1
-        changes.postgres += 1
-        changes.sqlite += 1
+        write_counts.redis += 1
+        write_counts.postgres += 1
+        write_counts.sqlite += 1
 
-    def see(self) -> Seen:
+    def read(self) -> Contents:
         """Read all storages; a storage that was not written to since the last time is not read again."""
-        if self._at[0] != changes.sqlite:
+        if self._read_at[0] != write_counts.sqlite:
             self._entries = {bot: bot.entries() for bot in self.bots}
-        if self._at[1] != changes.postgres:
+        if self._read_at[1] != write_counts.postgres:
             self._stored = self.database.read()
             if not self.states_of_database or self.states_of_database[-1].text != self._stored.text:
                 self.states_of_database.append(self._stored)
-        if self._at[2] != changes.redis:
-            self._queued = self.memory.read()
-        self._at = (changes.sqlite, changes.postgres, changes.redis)
-        return Seen(self._entries, self._stored, self._queued)
+        if self._read_at[2] != write_counts.redis:
+            self._queued = self.redis_contents.read()
+        self._read_at = (write_counts.sqlite, write_counts.postgres, write_counts.redis)
+        return Contents(self._entries, self._stored, self._queued)
 
 
 @contextmanager
 def a_world(folder: Path, redis: Redis, database_url: str) -> Iterator[World]:
     """Make the parts on these servers. In the block, this process has the clocks of the world."""
-    make_mortal(engine())
     clock = Clock()
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    gc.freeze()
-    gc.disable()  # freed objects close connections: that must not happen at any time
-    with clock.installed(), mortal_sqlite():
+    with (
+        _without_logging(),
+        _without_garbage_collection(),
+        faulty_postgres(engine()),
+        clock.installed(),
+        faulty_sqlite(),
+    ):
         world = World(folder, redis, database_url, clock)
         try:
             yield world
         finally:
             world.clear()
             world.database.close()
-            world.redis.close()
-            logging.disable(level)
-            gc.enable()
+            world.faulty_redis.close()
+
+
+@contextmanager
+def _without_logging() -> Iterator[None]:
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Free no cycles of objects by themselves: that closes connections, which must happen only between examples."""
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
