@@ -191,6 +191,23 @@ def test_the_row_that_a_receipt_names_may_be_lost_until_the_resend(machine: Deli
     assert _states(machine) == ["stored", "rejected"]
 
 
+def test_after_a_resend_an_older_outbox_that_is_put_back_needs_a_resend_too(machine: DeliveryMachine) -> None:
+    """In the backup, the entry is stored, although the row is lost."""
+    machine.begin(events=[SNAPSHOT])
+    _store(machine)
+    machine.outbox(what="back up", bot=0, running=False, fault=None)
+    machine.database(what="lose commits", bot=0, commits=1, fault=None)
+    machine.database(what="resend", bot=0, commits=1, fault=None)
+    _store(machine)
+    machine.database(what="lose commits", bot=0, commits=1, fault=None)
+    machine.outbox(what="restore", bot=0, running=False, fault=None)
+    machine.check_invariants()
+    assert (_states(machine), len(machine.contents.stored.rows)) == (["stored"], 0)
+    assert machine.bot(0).resend()
+    _store(machine)
+    assert (_states(machine), len(machine.contents.stored.rows)) == (["stored"], 1)
+
+
 def test_a_failing_run_is_shrunk_to_the_steps_that_make_it_fail(machine: DeliveryMachine) -> None:
     machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
     machine.record(bot=1, events=[SNAPSHOT, ANOTHER_SNAPSHOT], what="and send", fault=(3, "before"))

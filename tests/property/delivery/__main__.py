@@ -13,7 +13,7 @@ from redis import Redis
 from consumers.db.engine import engine
 from consumers.embedded import servers
 from tests.conftest import a_database, make_template
-from tests.property.delivery.runs import new_world, run, settings_of
+from tests.property.delivery.runs import RAM_FOLDER, new_world, run, settings_of
 from tests.property.delivery.statistics import Statistics
 
 _AT_ONCE = 100  # examples for each seed: Hypothesis keeps all of them in memory
@@ -27,10 +27,7 @@ def main() -> int:
     parser.add_argument("--no-shrink", action="store_true", help="show a failing run as it is, which takes less time")
     options = parser.parse_args()
     statistics = Statistics()
-    with (
-        TemporaryDirectory(prefix="th-", dir="/dev/shm") as home,
-        servers(Path(home)) as pair,
-    ):  # a short path for sockets
+    with TemporaryDirectory(prefix="th-", dir=RAM_FOLDER or "/tmp") as home, servers(Path(home)) as pair:
         make_template(pair)
         with a_database(pair) as url:
             os.environ |= {"DATABASE_URL": url, "REDIS_URL": pair.redis_url}

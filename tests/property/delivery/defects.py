@@ -26,8 +26,8 @@ class Change(NamedTuple):
     wrong: str
 
 
-_SEND = "            self._send([entry for entry in entries if states.get(entry.position) not in ACTIVE_STATUSES])\n"
-_MARK = "            self._deliveries.mark_sent(_next_checks(entries))\n"
+_SEND = "            self._send(gone)\n"
+_MARK = "            self.in_doubt = not self._deliveries.mark_sent(_next_checks(entries))\n"
 _ACKNOWLEDGE_EARLY = """
         from consumers.handlers import _acknowledge
         from producers.settings import TransportSettings
@@ -74,7 +74,7 @@ DEFECTS: dict[str, tuple[Change, ...]] = {
         Change("producers/entry_sender.py", _SEND + _MARK, _MARK + _SEND),
     ),
     "an entry in doubt is sent without a look": (
-        Change("producers/entry_sender.py", "job_states(self._redis, entries) if may_be_sent else {}", "{}"),
+        Change("producers/entry_sender.py", "if may_be_sent else entries", "if False else entries"),
     ),
     "other content under a known id counts as a duplicate": (
         Change("consumers/db/inserts.py", "if same else EventConflict(", "if True else EventConflict("),

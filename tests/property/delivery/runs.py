@@ -18,14 +18,15 @@ from tests.property.delivery.shrinking import print_shrunk
 from tests.property.delivery.statistics import Statistics
 from tests.property.delivery.world import World, a_world
 
-_RAM_FOLDER = Path("/dev/shm")  # outboxes need no disk here
+# Outboxes and servers need no disk here. None: this machine has no file system in memory.
+RAM_FOLDER = folder if (folder := Path("/dev/shm")).is_dir() else None
 
 
 @contextmanager
 def new_world(redis: Redis, database_url: str) -> Iterator[World]:
     """Make a world on these servers, with outboxes in memory if the machine has a file system there."""
     with (
-        TemporaryDirectory(prefix="th-", dir=_RAM_FOLDER if _RAM_FOLDER.is_dir() else None) as folder,
+        TemporaryDirectory(prefix="th-", dir=RAM_FOLDER) as folder,
         a_world(Path(folder), redis, database_url) as world,
     ):
         yield world

@@ -38,6 +38,13 @@ class Contents(NamedTuple):
         return {one.delivery.job_id for kept in self.entries.values() for one in kept}
 
 
+class Backup(NamedTuple):
+    """Copy of a bot's folder. `needs_resend`: the database has lost commits since its last resend."""
+
+    folder: Path
+    needs_resend: bool
+
+
 class World:
     """All parts. `reset` begins a new example."""
 
@@ -62,7 +69,7 @@ class World:
         self.replica: list[tuple[bytes, int, bytes]] | None = None
         self.states_of_database: list[Stored] = []  # one after each commit that changed it
         self.old_database: Stored | None = None  # the backup
-        self.backups: dict[Bot, Path] = {}  # of the folders of bots
+        self.backups: dict[Bot, Backup] = {}
         self.note_writes()
 
     def clear(self) -> None:
@@ -93,13 +100,14 @@ class World:
 
     def back_up(self, bot: Bot) -> None:
         """Copy the folder of a bot, for a later `restore`."""
-        self.backups[bot] = self.new_folder()
-        copy_folder(bot.folder, self.backups[bot])
+        self.backups[bot] = Backup(self.new_folder(), bot.needs_resend)
+        copy_folder(bot.folder, self.backups[bot].folder)
 
     def restore(self, bot: Bot) -> None:
         """Replace the folder of a bot by its backup."""
         shutil.rmtree(bot.folder)
-        copy_folder(self.backups[bot], bot.folder)
+        copy_folder(self.backups[bot].folder, bot.folder)
+        bot.needs_resend = bot.needs_resend or self.backups[bot].needs_resend
 
     def move(self, bot: Bot) -> None:
         """Rename the folder of a bot. If its processes run, they continue at the old path, and a new bot begins."""
@@ -120,6 +128,8 @@ class World:
         del self.states_of_database[texts.index(old.text) if old.text in texts else 0 :]
         for bot in self.bots:
             bot.needs_resend = True
+        # A resend is undone if the outbox is replaced by a backup from before it.
+        self.backups = {bot: one._replace(needs_resend=True) for bot, one in self.backups.items()}
         self.note_writes()
 
     def is_quiet(self) -> bool:
