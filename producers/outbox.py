@@ -24,7 +24,7 @@ from uuid import UUID, uuid4
 from producers import outbox_counts
 from producers.entries import Accepted, AuditEntry, Entry, EntryStatus, OutboxSource, OutboxStatus, full_source
 from producers.errors import OutboxDamaged, OutboxError
-from producers.events import Payload, encode, event_of
+from producers.events import Payload, draft_of
 from producers.outbox_check import find_fault
 from producers.outbox_clock import OutboxClock
 from producers.outbox_deliveries import WITH_EVENT, OutboxDeliveries
@@ -46,6 +46,7 @@ MAX_BYTES = 2**30
 
 _RESENT_ENTRIES = 1000  # per transaction, so that appends wait only briefly
 _AUDITED_ENTRIES = 5000
+_ID_CHARACTERS = 32  # of a source's id
 
 _TAKE_SEQUENCES = """
 INSERT INTO sources (id, name, last_sequence) VALUES (:id, :name, :count)
@@ -194,6 +195,8 @@ class Outbox:
         Returns:
             The identifiers of each event, in the order of `payloads`.
         """
+        # Before the transaction, because relays and other callers wait for its end.
+        drafts = [draft_of(payload, full_source(name, "0" * _ID_CHARACTERS), trace=trace) for payload in payloads]
         accepted, rows = [], []
         random = os.urandom(8 * len(payloads)).hex()
         with self._file.transaction() as db:
@@ -201,12 +204,11 @@ class Outbox:
             taken = {"id": uuid4().hex, "name": name, "count": len(payloads)}
             source_id, last = db.execute(_TAKE_SEQUENCES, taken).fetchone()
             source = full_source(name, source_id)
-            for n, payload in enumerate(payloads):
-                sequence, nonce = last - len(payloads) + 1 + n, random[16 * n : 16 * n + 16]
-                event = event_of(payload, source=source, sequence=sequence, trace=trace)
-                texts = (str(event.id), event.type, payload.summary, encode(event))
+            for n, draft in enumerate(drafts):
+                sequence, nonce = last - len(drafts) + 1 + n, random[16 * n : 16 * n + 16]
+                texts = (str(draft.event_id), draft.type, draft.summary, draft.text(source, sequence))
                 rows.append((source_id, sequence, nonce, producer_id, now, *texts))
-                accepted.append(Accepted(event.id, source, source_id, sequence, nonce))
+                accepted.append(Accepted(draft.event_id, source, source_id, sequence, nonce))
             db.executemany(_APPEND, rows)
             self._clock.keep(db)
         return accepted

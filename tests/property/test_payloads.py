@@ -34,12 +34,14 @@ from producers.events import (
     SignalArchive,
     SignalArchiveEvent,
     decode,
+    draft_of,
     encode,
     event_of,
 )
 from producers.json_values import MAX_SIGNALS
 from producers.outbox import Outbox
 from producers.rq_queue import job_data
+from producers.trace_context import trace_context
 from tests.factories import INSTANT, a_snapshot, an_archive
 
 # No deadlines: some examples have 8 MB, and the time to make them depends on the machine.
@@ -262,6 +264,18 @@ def test_decoding_an_encoded_archive_gives_an_equal_event(payload: SignalArchive
     assert _with_exact_numbers(read.data.signals) == _with_exact_numbers(payload.signals)
     assert read.model_dump(exclude={"data": {"signals"}}) == event.model_dump(exclude={"data": {"signals"}})
     assert decode(encode(read), SignalArchiveEvent) == read
+
+
+@given(payload=snapshots | archives, sequence=st.integers(1, 2**63 - 1), traced=st.booleans())
+@_PURE
+def test_a_draft_gives_the_same_text_as_encoding_the_event(payload: Payload, sequence: int, traced: bool) -> None:
+    """Signals may contain anything, also what looks like a source and a sequence."""
+    placeholder, source = "bot-1/0000", "bot-1/a.~9"
+    trace = trace_context("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01") if traced else None
+    draft = draft_of(payload, placeholder, trace=trace)
+    event = event_of(payload, source=source, sequence=sequence, trace=trace)
+    assert draft.text(source, sequence) == encode(event)
+    assert (draft.event_id, draft.type, draft.summary) == (event.id, event.type, payload.summary)
 
 
 @given(payload=snapshots | archives, offset=offsets)
