@@ -18,7 +18,7 @@ from producers.redis_keys import acknowledgement_key, delivery_of, job_id_of
 
 logger = logging.getLogger("producers.relay")  # the name that log filters of controllers use for the whole relay
 
-_PAGE_FIELDS = 200
+_PAGE_FIELDS = 500
 _REJECTED_SECONDS = 5.0
 # Keep the acknowledgement of an entry that is already settled: another copy of the outbox may still wait for it.
 _KEPT_FOR_COPIES_SECONDS = 60

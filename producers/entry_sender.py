@@ -53,6 +53,7 @@ class EntrySender:
         # True if Redis may have jobs of entries that are not marked as sent (a send failed, or its relay ended). The
         # next send then asks Redis for the jobs' states first.
         self.in_doubt = True
+        self.has_more = False  # whether the last sweep ended before all pending entries were sent
         self._queued_jobs = 0  # after the last send
         self._clock_read_at = 0.0
         self._redis_ahead = 0.0
@@ -60,8 +61,8 @@ class EntrySender:
     def send_pending(self, *, probe: bool, stopped: Callable[[], bool]) -> int:
         """Send pending entries while the queue has room, at most _SWEEP_ENTRIES of them; return how many were sent.
 
-        The limit lets the relay read acknowledgements between two sweeps even if workers are fast; otherwise the outbox
-        would fill with acknowledged entries. A batch that its size in bytes cuts short also ends the sweep.
+        The limit lets the relay do its other work between two sweeps. A batch that its size in bytes cuts short also
+        ends the sweep.
 
         With `probe`, after a failure, the first batch is one entry: if Redis is still away, preparing a hundred jobs
         would only take time from the caller's threads.
@@ -78,6 +79,7 @@ class EntrySender:
             if len(entries) < limit or stopped():
                 break
             limit = _BATCH_ENTRIES
+        self.has_more = sent >= _SWEEP_ENTRIES
         return sent
 
     def send_overdue(self) -> int:

@@ -31,6 +31,7 @@ LAST_BACKOFF_SECONDS = 5.0
 _FIRST_BACKOFF_SECONDS = 0.2
 _IDLE_SECONDS = 0.05  # the longest pause, after which entries of other processes are noticed
 _FIRST_PAUSE_SECONDS = 0.005  # the pause between a send and the first look for acknowledgements
+_SETTLE_SECONDS = 1.0  # how often acknowledgements are read while there is more to send, which is more urgent
 _PRUNE_SECONDS = 60.0
 _SALVAGE_PAUSE_SECONDS = 10.0
 _CHECK_FILE_SECONDS = 0.2  # enough for about 100 MB; calls of `record` wait meanwhile
@@ -59,7 +60,7 @@ class Relay:
         self._reader = AcknowledgementReader(outbox, redis)
         self._sender = EntrySender(outbox, redis, queue)
         self._guard = CopyGuard(outbox, redis)
-        self._prune_at = 0.0
+        self._prune_at = self._settle_at = 0.0
         self._salvaging: Iterator[None] | None = None
         self._salvage_at = 0.0
         self._failures = 0
@@ -121,15 +122,23 @@ class Relay:
         if not self.turn.started:
             self._begin_turn()
         salvaged = self._salvage()  # first, because it does not need Redis
-        settled = self._reader.apply()
-        if settled:
-            with self._settled:
-                self._settled.notify_all()
+        settled = self._settle()
         self._guard.check()
         sent = self._sender.send_pending(probe=bool(self._failures), stopped=self._stop.is_set)
         resent = self._sender.send_overdue()
         self._prune()
         return bool(settled or sent or resent or salvaged)
+
+    def _settle(self) -> int:
+        """Settle the acknowledged entries, unless others are more urgent; return how many were settled."""
+        if self._sender.has_more and time.monotonic() < self._settle_at:
+            return 0
+        self._settle_at = time.monotonic() + _SETTLE_SECONDS
+        settled = self._reader.apply()
+        if settled:
+            with self._settled:
+                self._settled.notify_all()
+        return settled
 
     def _begin_turn(self) -> None:
         self._check_file()

@@ -206,6 +206,20 @@ def test_after_a_resend_an_older_outbox_that_is_put_back_needs_a_resend_too(mach
     assert (_states(machine), len(machine.contents.stored.rows)) == (["stored"], 1)
 
 
+def test_an_acknowledgement_that_no_relay_reads_for_seven_days_makes_a_duplicate(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT])
+    machine.bot(0).sweep("first")
+    machine.worker(0).run(500)
+    for _ in range(8):
+        machine.clock(what="time", seconds=86_400, ahead=0)
+        machine.check_model()
+    assert (_states(machine), machine.contents.queued.acknowledged) == (["sent"], {})
+    _store(machine)
+    _store(machine)
+    assert (_states(machine), len(machine.contents.stored.rows)) == (["stored"], 1)
+    assert [one.outcome for one in machine.contents.stored.outcomes.values()] == []
+
+
 def test_a_failing_run_is_shrunk_to_the_steps_that_make_it_fail(machine: DeliveryMachine) -> None:
     machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
     machine.record(bot=1, events=[SNAPSHOT, ANOTHER_SNAPSHOT], what="and send", fault=(3, "before"))

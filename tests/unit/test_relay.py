@@ -89,10 +89,20 @@ def test_a_sweep_sends_everything_pending_in_order(outbox: Outbox, relay: Relay,
     assert not relay.sweep()
 
 
-def test_a_sweep_ends_even_if_workers_are_as_fast_as_the_relay(
-    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("settle_seconds", "counts"),
+    [(0.0, [(15, 10), (5, 10), (0, 5), (0, 0)]), (60.0, [(15, 10), (5, 20), (0, 25), (0, 0)])],
+)
+def test_acknowledgements_are_read_at_times_while_there_is_more_to_send_and_always_when_not(
+    outbox: Outbox,
+    relay: Relay,
+    redis: fakeredis.FakeRedis,
+    monkeypatch: pytest.MonkeyPatch,
+    settle_seconds: float,
+    counts: list[tuple[int, int]],
 ) -> None:
-    """The queue never fills, but the relay must read acknowledgements between two sweeps."""
+    """Workers are as fast as the relay, so the queue never fills. Each sweep ends nevertheless."""
+    monkeypatch.setattr(relay_module, "_SETTLE_SECONDS", settle_seconds)
     monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 2)
     monkeypatch.setattr(entry_sender, "_SWEEP_ENTRIES", 10)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(25)])
@@ -109,7 +119,7 @@ def test_a_sweep_ends_even_if_workers_are_as_fast_as_the_relay(
     for _ in range(4):
         relay.sweep()
         sent.append((outbox.status().pending, outbox.status().sent))
-    assert sent == [(15, 10), (5, 10), (0, 5), (0, 0)]
+    assert sent == counts
 
 
 def _large_archive(number: int, mebibytes: float = 1.5) -> SignalArchive:

@@ -166,7 +166,11 @@ class BaseMachine(RuleBasedStateMachine):
             worker.stop(None)
 
     def let_time_pass(self, seconds: int) -> None:
+        acknowledged = self.contents.queued.acknowledged.keys()
         self.world.clock.pass_time(seconds, self.world.plain_redis)
         self.world.note_writes()
         for worker in self.world.workers:
             worker.pass_time(seconds)
+        if acknowledged - self.contents.queued.acknowledged.keys():
+            # They expire after 7 days. The relay sends these entries again when they are overdue, as duplicates.
+            self.model.disturbed = True
