@@ -11,7 +11,7 @@ HistoryError
 │   └── OversizedJob    permanent: a job that is too large to be read
 ├── StoreUnavailable    transient: the database is away or cannot execute the statement now; try again later
 ├── ExportRefused       no folder, files already exist, no rows match, or portfolios would be mixed; nothing was written
-├── WithdrawalRefused   the event has no row, or only the owner may withdraw it; nothing was changed
+├── WithdrawalRefused   the event has no row, or the role may not withdraw it; nothing was changed
 ├── OldSchema           the database has tables of the old shape, or others, under our names
 ├── LoginNotMade        a login role cannot be created or changed
 ├── AdoptionRefused     tables of the old shape cannot be adopted in their present state
@@ -121,7 +121,7 @@ class ExportRefused(HistoryError):
 
 
 class WithdrawalRefused(HistoryError):
-    """The event has no row, or the role may not withdraw it: it does not own the tables. Nothing was changed."""
+    """The event has no row, or the role lacks the rights to withdraw it. Nothing was changed."""
 
 
 class OldSchema(HistoryError):

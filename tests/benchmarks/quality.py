@@ -1,4 +1,4 @@
-"""Delivery quality under faults: what is lost, doubled and late with each contender and each kind of fault."""
+"""Delivery quality under faults: what is lost, doubled and late with each kind of worker and of fault."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pathlib import Path
 from tests.benchmarks import peer
 from tests.benchmarks.checks import require
 from tests.benchmarks.printing import print_columns, print_row
-from tests.benchmarks.quality_counts import Outcome
+from tests.benchmarks.quality_counts import RunFigures
 from tests.benchmarks.quality_faults import KINDS
-from tests.benchmarks.quality_run import CONTENDERS
+from tests.benchmarks.quality_run import WORKER_KINDS
 from tests.benchmarks.report import Figure, Report
 
 _LOADED = 2  # runs with a load at the same time; more of them may wait for their last events
@@ -27,27 +27,29 @@ _PGQUEUER = "PgQueuer"
 
 
 def measure_quality(times: int, report: Report) -> None:
-    """Cause each kind of fault `times` times for each contender, each in a separate run, and print a row for each."""
-    contenders = [one for one in CONTENDERS if one != _PGQUEUER or peer.installed()]
-    if len(contenders) < len(CONTENDERS):
+    """Cause each kind of fault `times` times for each kind of worker, in separate runs, and print a row for each."""
+    worker_kinds = [one for one in WORKER_KINDS if one != _PGQUEUER or peer.installed()]
+    if len(worker_kinds) < len(WORKER_KINDS):
         report.note("PgQueuer is not installed (dependency group bench): not measured")
     # HistoryWorker comes last: meanwhile the runs of RQ's SimpleWorker, whose recoveries are the longest, end.
     runs = [
-        (kind, one) for one in reversed(contenders) for kind in KINDS if one != _PGQUEUER or not KINDS[kind].of_redis
+        (kind, one) for one in reversed(worker_kinds) for kind in KINDS if one != _PGQUEUER or not KINDS[kind].of_redis
     ]
     slots = _Slots()
     with ThreadPoolExecutor(len(runs)) as pool:
         try:
-            outcomes = dict(zip(runs, pool.map(lambda run: _one_run(run[0], run[1], times, slots), runs), strict=True))
+            figures_by_run = dict(
+                zip(runs, pool.map(lambda run: _one_run(run[0], run[1], times, slots), runs), strict=True)
+            )
         finally:
             slots.close()
-    for (kind, contender), outcome in outcomes.items():
-        _add(kind, contender, outcome, report)
+    for (kind, worker_kind), figures in figures_by_run.items():
+        _add(kind, worker_kind, figures, report)
     for kind in KINDS:
         print_columns(kind, _COLUMNS)
-        for contender in contenders:
-            if cells := _cells(kind, contender, report.figures):
-                print_row(contender, _COLUMNS, cells)
+        for worker_kind in worker_kinds:
+            if cells := _cells(kind, worker_kind, report.figures):
+                print_row(worker_kind, _COLUMNS, cells)
 
 
 class _Slots:
@@ -58,7 +60,7 @@ class _Slots:
         self._closed = False
 
     @contextmanager
-    def one(self) -> Iterator[None]:
+    def slot(self) -> Iterator[None]:
         with self._free:
             require(not self._closed, "another run has failed")
             yield
@@ -67,49 +69,49 @@ class _Slots:
         self._closed = True
 
 
-def _one_run(kind: str, contender: str, times: int, slots: _Slots) -> Outcome:
+def _one_run(kind: str, worker_kind: str, times: int, slots: _Slots) -> RunFigures:
     """Run a process, and let the next one start as soon as this one's load has ended."""
-    command = [sys.executable, "-m", "tests.benchmarks.quality_run", contender, kind, str(times)]
+    command = [sys.executable, "-m", "tests.benchmarks.quality_run", worker_kind, kind, str(times)]
     with ExitStack() as stack:
-        with slots.one():
+        with slots.slot():
             process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
             assert process.stdout is not None
             loaded = process.stdout.readline() == "loaded\n"
         answer = process.stdout.readline()
-    require(loaded and bool(answer), f"the run of {contender} with the fault {kind} failed")
-    outcome = Outcome(**json.loads(answer))
-    print(f"{contender}, {kind}: {answer.rstrip()}", file=sys.stderr)
-    return outcome
+    require(loaded and bool(answer), f"the run of {worker_kind} with the fault {kind} failed")
+    figures = RunFigures(**json.loads(answer))
+    print(f"{worker_kind}, {kind}: {answer.rstrip()}", file=sys.stderr)
+    return figures
 
 
-def _add(kind: str, contender: str, outcome: Outcome, report: Report) -> None:
-    recovered = [round(one, 2) for one in outcome.recoveries if one is not None]
+def _add(kind: str, worker_kind: str, found: RunFigures, report: Report) -> None:
+    recovered = [round(one, 2) for one in found.recoveries if one is not None]
     figures: dict[str, tuple[str, Sequence[float]]] = {
-        "calls": ("calls", [outcome.calls]),
-        "accepted": ("calls", [outcome.accepted]),
-        "lost": ("events", [outcome.lost]),
-        "doubled": ("inserts", [outcome.doubled]),
+        "calls": ("calls", [found.calls]),
+        "accepted": ("calls", [found.accepted]),
+        "lost": ("events", [found.lost]),
+        "doubled": ("inserts", [found.doubled]),
         "recovery": ("s", recovered),
-        "never recovered": ("faults", [len(outcome.recoveries) - len(recovered)]),
-        "latency p99": ("ms", [round(1e3 * outcome.p99, 1)]),
-        "queue entries": ("entries/delivery", [] if outcome.entries is None else [round(outcome.entries, 3)]),
-        "wait for the last event": ("s", [round(outcome.waited, 1)]),
+        "never recovered": ("faults", [len(found.recoveries) - len(recovered)]),
+        "latency p99": ("ms", [round(1e3 * found.p99, 1)]),
+        "queue entries": ("entries/delivery", [] if found.entries is None else [round(found.entries, 3)]),
+        "wait for the last event": ("s", [round(found.waited, 1)]),
     }
     for name, (unit, runs) in figures.items():
         if runs:
-            report.add("quality", _label(kind, contender, name), unit, runs)
+            report.add("quality", _label(kind, worker_kind, name), unit, runs)
 
 
-def _label(kind: str, contender: str, name: str) -> str:
-    return f"{kind}, {contender}: {name}"
+def _label(kind: str, worker_kind: str, name: str) -> str:
+    return f"{kind}, {worker_kind}: {name}"
 
 
-def _cells(kind: str, contender: str, figures: Sequence[Figure]) -> list[str]:
-    """Return the figures of one contender and one kind of fault, in the order of _COLUMNS; none if it has no run."""
+def _cells(kind: str, worker_kind: str, figures: Sequence[Figure]) -> list[str]:
+    """Return the figures of one kind of worker and of fault, in the order of _COLUMNS; none if it has no run."""
     runs = {figure.label: figure.runs for figure in figures if figure.benchmark == "quality"}
 
     def of(name: str) -> Sequence[float]:
-        return runs.get(_label(kind, contender, name), [])
+        return runs.get(_label(kind, worker_kind, name), [])
 
     if not of("accepted"):
         return []
@@ -133,9 +135,9 @@ def quality_table(file: Path) -> str:
     figures = [Figure(**one) for one in json.loads(file.read_text("utf-8"))["figures"]]
     head = ("fault", "worker", *_COLUMNS)
     rows = [
-        (kind, contender, *cells)
+        (kind, worker_kind, *cells)
         for kind in KINDS
-        for contender in CONTENDERS
-        if (cells := _cells(kind, contender, figures))
+        for worker_kind in WORKER_KINDS
+        if (cells := _cells(kind, worker_kind, figures))
     ]
     return "".join(f"| {' | '.join(row)} |\n" if row else f"{'|---' * len(head)}|\n" for row in (head, (), *rows))

@@ -27,7 +27,10 @@ class Fault(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Row of the event that happened at `at`. `committed` is in seconds from the first event's time."""
+    """Row of the event that happened at `at`; the producer's events are one second apart.
+
+    `committed` is in seconds from the first event's time; `attempts` is the number of committed inserts.
+    """
 
     at: datetime
     committed: float
@@ -39,7 +42,7 @@ class Stored(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunFigures:
     """Figures of one run.
 
     `calls`: calls of the producer; `accepted`: those that returned. `lost`: accepted events without a row at the end.
@@ -58,26 +61,22 @@ class Outcome:
     waited: float
 
 
-def judge(
+def count_figures(
     calls: int,
     accepted: Sequence[int],
-    rows: Sequence[tuple[datetime, float, int]],
+    rows: Sequence[Stored],
     *,
     faults: Sequence[Fault],
     rate: float,
     entries: float | None,
     waited: float,
-) -> Outcome:
-    """Compare the numbers of the accepted events with the rows; event n was due after n / rate seconds.
-
-    A row is given as the time of its event, the seconds from the first event's time to its commit, and the number of
-    committed inserts.
-    """
-    stored = {one.number: one for one in (Stored(*row) for row in rows)}
+) -> RunFigures:
+    """Compare the numbers of the accepted events with the rows; event n was due after n / rate seconds."""
+    stored = {row.number: row for row in rows}
     require(len(stored) == len(rows), "an event is more than one row")
     delays = {number: stored[number].committed - number / rate for number in set(accepted) if number in stored}
     lost = set(accepted) - stored.keys()
-    return Outcome(
+    return RunFigures(
         calls=calls,
         accepted=len(accepted),
         lost=len(lost),
@@ -89,21 +88,23 @@ def judge(
     )
 
 
-def _recoveries(faults: Sequence[Fault], delays: dict[float, float], lost: set[int], rate: float) -> list[float | None]:
+def _recoveries(
+    faults: Sequence[Fault], delays_by_due: dict[float, float], lost: set[int], rate: float
+) -> list[float | None]:
     """Return for each fault the time from its end until the last event that it delayed was a row.
 
-    It delayed the events that became rows after it began, more than DELAYED_SECONDS after they were due. Of several
-    faults, it is the one that began last before the event was due, or less than DELAYED_SECONDS later, else the first.
+    A late event is a row more than DELAYED_SECONDS after it was due. It belongs to the last fault that began before it
+    was due plus DELAYED_SECONDS; earlier ones belong to the first fault. The fault delayed it if it was no row before.
     """
     recoveries: list[float | None] = []
     if not faults:
         return recoveries
     bounds = [-math.inf, *(fault.began - DELAYED_SECONDS for fault in faults[1:]), math.inf]
     for fault, begin, end in zip(faults, bounds[:-1], bounds[1:], strict=True):
-        rows = [due + delay for due, delay in delays.items() if begin <= due < end and delay > DELAYED_SECONDS]
-        late = [committed for committed in rows if committed > fault.began]
+        late = [due + delay for due, delay in delays_by_due.items() if begin <= due < end and delay > DELAYED_SECONDS]
+        delayed = [committed for committed in late if committed > fault.began]
         is_lost = any(begin <= number / rate < end for number in lost)
-        recoveries.append(None if is_lost else max([0.0, *(committed - fault.ended for committed in late)]))
+        recoveries.append(None if is_lost else max([0.0, *(committed - fault.ended for committed in delayed)]))
     return recoveries
 
 

@@ -48,17 +48,17 @@ Step = Callable[[Pipeline], None]
 
 
 @dataclass(frozen=True)
-class Kind:
+class FaultKind:
     """One kind of fault, which lasts from the call of `begin` for `seconds`, and then until `end` returns.
 
     If `held`, it begins while the inserts of all workers wait for a lock, which is released after `begin`: so it meets
-    each worker in the middle of its work.
+    each worker in the middle of its work. If they do not wait within 3 s, it begins without them.
     """
 
     begin: Step | None = None
     end: Step | None = None
     seconds: float = 0.0
-    apart_seconds: float = 12.0  # from its end to the next one, and to the end of the load
+    apart_seconds: float = 12.0  # from `seconds` after its begin to the begin of the next one, or the end of the load
     held: bool = True
     workers: int = 1
     calls: int = 1  # of the producer, for each event
@@ -68,7 +68,7 @@ class Kind:
 
 @contextmanager
 def _held_inserts(workers: int) -> Iterator[None]:
-    """Lock the history until this number of inserts waits for it, and for half a second more."""
+    """Lock the history until this number of inserts waits for it, at most 3 s, and for half a second more."""
     until = time.monotonic() + _MOST_HELD_SECONDS
     with suppress(DBAPIError), engine().connect() as db:  # the fault may end the connection
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
@@ -79,10 +79,9 @@ def _held_inserts(workers: int) -> Iterator[None]:
         db.rollback()
 
 
-def begin(kind: Kind, pipeline: Pipeline) -> None:
+def begin(kind: FaultKind, pipeline: Pipeline) -> None:
     """Begin a fault of this kind."""
-    if kind.begin is None:
-        return
+    assert kind.begin is not None
     if not kind.held:
         kind.begin(pipeline)
         return
@@ -135,19 +134,19 @@ def _pass(pipeline: Pipeline) -> None:
     pipeline.redis_proxy.set_mode("pass")
 
 
-KINDS: dict[str, Kind] = {
-    "none": Kind(),
-    "worker: `kill -9`": Kind(_send(WORKER, signal.SIGKILL), apart_seconds=_KILLS_APART_SECONDS),
-    "worker: SIGSTOP for 35 s, a second worker runs": Kind(
+KINDS: dict[str, FaultKind] = {
+    "none": FaultKind(),
+    "worker: `kill -9`": FaultKind(_send(WORKER, signal.SIGKILL), apart_seconds=_KILLS_APART_SECONDS),
+    "worker: SIGSTOP for 35 s, a second worker runs": FaultKind(
         _send(WORKER, signal.SIGSTOP), _send(WORKER, signal.SIGCONT), _STOPPED_SECONDS, workers=2
     ),
-    "PostgreSQL: immediate stop, start": Kind(_kill_server(postgres.server, signal.SIGQUIT), _start_servers),
-    "PostgreSQL: 10 cuts of all connections in 2 s": Kind(_cut_often, held=False, proxied="DATABASE_URL"),
-    "Redis: `kill -9`, start (AOF every second)": Kind(
+    "PostgreSQL: immediate stop, start": FaultKind(_kill_server(postgres.server, signal.SIGQUIT), _start_servers),
+    "PostgreSQL: 10 cuts of all connections in 2 s": FaultKind(_cut_often, held=False, proxied="DATABASE_URL"),
+    "Redis: `kill -9`, start (AOF every second)": FaultKind(
         _kill_server(valkey.server, signal.SIGKILL), _start_servers, of_redis=True
     ),
-    "Redis: FLUSHALL": Kind(_flush, of_redis=True),
-    "Redis: unreachable for 10 s": Kind(_refuse, _pass, _UNREACHABLE_SECONDS, of_redis=True, proxied="REDIS_URL"),
-    "producer: `kill -9`": Kind(_send(PRODUCER, signal.SIGKILL)),
-    "caller: each event twice": Kind(calls=2),
+    "Redis: FLUSHALL": FaultKind(_flush, of_redis=True),
+    "Redis: unreachable for 10 s": FaultKind(_refuse, _pass, _UNREACHABLE_SECONDS, of_redis=True, proxied="REDIS_URL"),
+    "producer: `kill -9`": FaultKind(_send(PRODUCER, signal.SIGKILL)),
+    "caller: each event twice": FaultKind(calls=2),
 }

@@ -3,8 +3,8 @@
 Event n is due `n / rate` seconds after the time in the file `start`, which the program waits for. An event that is
 late, because a call blocked or the program was killed and started again, is offered as soon as possible. When a call
 has returned, the number of its event is appended to the file `accepted`; a restarted program continues after the last
-number there. A call that raises an exception is not repeated. When all events are offered, the program keeps running,
-because its relay may still have work.
+number there, so it repeats calls that have failed since then. Other calls that raise an exception are not repeated.
+When all events are offered, the program keeps running, because its relay may still have work.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One run of the benchmark `quality`: `python -m tests.benchmarks.quality_run CONTENDER KIND TIMES`.
+"""One run of the benchmark `quality`: `python -m tests.benchmarks.quality_run WORKER_KIND KIND TIMES`.
 
 It starts new servers, a producer and workers, causes TIMES faults of one kind during a steady load, and prints
 `loaded` when the load has ended. Then it waits until every accepted event is a row and the queue is empty, at most
-WAIT_SECONDS, and prints a JSON object: an Outcome.
+WAIT_SECONDS, and prints a JSON object: its RunFigures.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from consumers.embedded import postgres, servers
 from tests.benchmarks.checks import wait_for_progress
 from tests.benchmarks.environment import bench_stack, queue_name, redis
 from tests.benchmarks.peer import fresh_queue
-from tests.benchmarks.quality_counts import LEAD_SECONDS, Fault, Outcome, judge, queue_pushes
-from tests.benchmarks.quality_faults import KINDS, PRODUCER, Kind, Pipeline, begin
+from tests.benchmarks.quality_counts import LEAD_SECONDS, Fault, RunFigures, Stored, count_figures, queue_pushes
+from tests.benchmarks.quality_faults import KINDS, PRODUCER, FaultKind, Pipeline, begin
 from tests.benchmarks.quality_producer import accepted_numbers
 from tests.faults.proxy import Proxy
 from tests.faults.supervisor import Supervisor
 from tests.relaying import states, unsettled
 
-CONTENDERS = ("HistoryWorker", "RQ SimpleWorker", "PgQueuer")
-CALLS = 5  # per second; the slowest contender must keep up with them on a busy machine
+WORKER_KINDS = ("HistoryWorker", "RQ SimpleWorker", "PgQueuer")
+CALLS = 5  # per second; the slowest worker must keep up with them on a busy machine
 WAIT_SECONDS = 360.0
 _SUPERVISED_SECONDS = 1.0  # how often the supervisor starts what has ended
 _POOL = 11  # connections of a worker of PgQueuer
@@ -57,15 +57,15 @@ _ROWS = text("""
 
 @dataclass(frozen=True)
 class Run:
-    """One contender and one kind of fault, which begins `times` times."""
+    """One kind of worker and one kind of fault, which begins `times` times."""
 
-    contender: str
-    kind: Kind
+    worker_kind: str
+    kind: FaultKind
     times: int
 
     @property
     def uses_outbox(self) -> bool:
-        return self.contender != "PgQueuer"
+        return self.worker_kind != "PgQueuer"
 
     @property
     def gap(self) -> float:
@@ -87,9 +87,9 @@ class Run:
 
     def worker(self, redis_url: str) -> list[str]:
         """Return the arguments of Python that start a worker."""
-        if self.contender == "HistoryWorker":
+        if self.worker_kind == "HistoryWorker":
             return ["consumers.cli", "worker"]
-        if self.contender == "PgQueuer":
+        if self.worker_kind == "PgQueuer":
             return ["tests.benchmarks.pgqueuer_job"]
         simple = ["--worker-class", "rq.SimpleWorker", "--serializer", "json"]
         return ["rq.cli", "worker", "--url", redis_url, *simple, queue_name()]
@@ -150,6 +150,7 @@ def _load(run: Run, pipeline: Pipeline) -> tuple[float, list[Fault]]:
     (home / "start.new").write_text(str(started))
     (home / "start.new").rename(home / "start")
     faults: list[Fault] = []
+    times = run.times if run.kind.begin is not None else 0
     supervised = began = 0.0
     while (now := time.time()) < started + run.seconds:
         if now > supervised + _SUPERVISED_SECONDS:
@@ -160,11 +161,11 @@ def _load(run: Run, pipeline: Pipeline) -> tuple[float, list[Fault]]:
                 run.kind.end(pipeline)
             faults.append(Fault(began - started, time.time() - started))
             began = 0.0
-        elif not began and len(faults) < run.times and now > started + LEAD_SECONDS + len(faults) * run.gap:
+        elif not began and len(faults) < times and now > started + LEAD_SECONDS + len(faults) * run.gap:
             began = now
             begin(run.kind, pipeline)
         time.sleep(0.02)
-    return started, faults if run.kind.begin is not None else []
+    return started, faults
 
 
 def _is_quiet(run: Run, home: Path) -> bool:
@@ -187,7 +188,7 @@ def _wait_until_quiet(run: Run, pipeline: Pipeline) -> float:
     return time.monotonic() - began
 
 
-def run_once(run: Run) -> Outcome:
+def run_once(run: Run) -> RunFigures:
     """Run it to its end and return the outcome; print `loaded` when the load has ended."""
     with _pipeline(run) as pipeline:
         started, faults = _load(run, pipeline)
@@ -201,13 +202,13 @@ def run_once(run: Run) -> Outcome:
             entries = pushes / sum(states(pipeline.home / "outbox.db").values())
         calls = run.events * run.kind.calls
         accepted = accepted_numbers(pipeline.home)
-        stored = [(at, float(committed) - started, attempts) for at, committed, attempts in rows]
-        return judge(calls, accepted, stored, faults=faults, rate=run.rate, entries=entries, waited=waited)
+        stored = [Stored(at, float(committed) - started, attempts) for at, committed, attempts in rows]
+        return count_figures(calls, accepted, stored, faults=faults, rate=run.rate, entries=entries, waited=waited)
 
 
 def main() -> None:
-    contender, kind, times = sys.argv[1:]
-    print(json.dumps(asdict(run_once(Run(contender, KINDS[kind], int(times))))), flush=True)
+    worker_kind, kind, times = sys.argv[1:]
+    print(json.dumps(asdict(run_once(Run(worker_kind, KINDS[kind], int(times))))), flush=True)
 
 
 if __name__ == "__main__":

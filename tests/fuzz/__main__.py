@@ -1,7 +1,7 @@
 """Fuzz one target with atheris (`pip install atheris`), with a new PostgreSQL. Exit status 1: there are findings.
 
 decode: events and jobs as a worker reads them. import: old history files. api: requests. FOLDER has the corpus, which
-grows from run to run, and the findings: each defect once, as its smallest input and its traceback.
+grows from run to run, and the findings: each defect once, as a reduced input and its traceback.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 from consumers.embedded import servers
 from tests.conftest import a_database, make_template
-from tests.fuzz.invariants import Target, failure_of
+from tests.fuzz.invariants import TARGETS, failures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", choices=("decode", "import", "api"))
+    parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=600, help="duration (default 600)")
     parser.add_argument(
         "--corpus", type=Path, metavar="FOLDER", help="default fuzz-TARGET in the folder for temporary files"
@@ -37,7 +37,7 @@ def main() -> int:
             if options.repeat:
                 return _repeat(options.target, [file.read_bytes() for file in options.repeat])
             command = [sys.executable, "-m", "tests.fuzz.fuzzer", options.target, str(folder), str(options.seconds)]
-            ended = subprocess.run(command, check=False).returncode  # not 0 after a crash or an input without an end
+            ended = subprocess.run(command, check=False).returncode  # not 0 after a crash or a timeout
     found = sorted((folder / "findings").glob("*"))
     for file in found:
         print(file)
@@ -45,22 +45,9 @@ def main() -> int:
 
 
 def _repeat(name: str, inputs: list[bytes]) -> int:
-    target = _target(name)
-    failures = 0
-    for data in inputs:
-        error = failure_of(lambda data: target.check(data, store=True), data)
-        if error is not None:
-            failures += 1
-            print(f"{data[:300]!r}: {type(error).__name__}: {error}")
-    print(f"{len(inputs)} inputs, {failures} failures")
-    return 1 if failures else 0
-
-
-def _target(name: str) -> Target:
-    from tests.fuzz import api_requests, event_texts, old_files
-
-    targets: dict[str, Target] = {"decode": event_texts, "import": old_files, "api": api_requests}
-    return targets[name]
+    found = failures((name, data) for data in inputs)
+    print(*found, f"{len(inputs)} inputs, {len(found)} failures", sep="\n")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

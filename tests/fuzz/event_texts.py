@@ -78,13 +78,13 @@ def check(data: bytes, *, store: bool) -> None:
     job = ReservedJob("fuzz", "usual", data, None)
     delivery = parse_job(job)
     require(delivery.model is not None or delivery.error is not None, "a delivery has neither a model nor an error")
-    displayable_call(data)
+    displayable_call(data)  # these two must not raise
     unreadable_delivery(job)
     text = data.decode("utf-8", "surrogateescape") if delivery.model is None else delivery.text
     for kind in KINDS.values():
         _check_text(text, kind.model, store)
     if store and delivery.error is not None:
-        _decided(delivery)
+        _process_one(delivery)
 
 
 def _check_text(text: Any, model: type[Event], store: bool) -> None:
@@ -93,14 +93,14 @@ def _check_text(text: Any, model: type[Event], store: bool) -> None:
     except InvalidEvent as error:
         check_message(error)
         if store:
-            _decided(Delivery("fuzz", text, model))
+            _process_one(Delivery("fuzz", text, model))
         corrected = _with_its_id(text, model) if error.field == "id" else None
         if corrected is not None:
             _check_text(corrected, model, store)
         return
     _check_event(event, text)
     if store:
-        _check_row(event, _decided(Delivery("fuzz", text, model)))
+        _check_row(event, _process_one(Delivery("fuzz", text, model)))
 
 
 def check_message(error: InvalidEvent) -> None:
@@ -125,7 +125,7 @@ def _check_event(event: Event, text: str) -> None:
     try:
         again = encode(event)
     except InvalidEvent:
-        require(len(text) > model_limit(event) // 2, "a decoded event cannot be encoded")
+        require(len(text) > type(event).max_characters // 2, "a decoded event cannot be encoded")
         return
     decoded = decode(again, type(event))
     require(exact(decoded.model_dump()) == exact(event.model_dump()), "an event changes when it is encoded and decoded")
@@ -135,10 +135,6 @@ def _check_event(event: Event, text: str) -> None:
     if isinstance(event.data, SignalArchive):
         require(event.data.signals == json.loads(text, parse_float=Decimal)["data"]["signals"], "signals differ")
         _check_storable(event.data.signals)
-
-
-def model_limit(event: Event) -> int:
-    return type(event).max_characters
 
 
 def _check_storable(value: Any) -> None:
@@ -170,8 +166,8 @@ def exact(value: Any) -> Any:
     return ("number", Decimal(repr(value)) if isinstance(value, float) else Decimal(value))
 
 
-def _decided(delivery: Delivery) -> Result:
-    """Process the delivery as a worker does. Raise unless it is decided."""
+def _process_one(delivery: Delivery) -> Result:
+    """Process one delivery as a worker does. Raise unless it is decided."""
     results = [result for batch in process_batch([delivery]) for result in batch]
     require(len(results) == 1, f"{len(results)} results of one delivery")
     (result,) = results

@@ -1,15 +1,18 @@
-"""Broken invariants of any target: the error, its signature, and the smallest input that causes it."""
+"""The targets, and their broken invariants: the error, its signature, and a reduced input that causes it."""
 
 from __future__ import annotations
 
+import importlib
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+TARGETS = {"decode": "event_texts", "import": "old_files", "api": "api_requests"}  # modules by name
 _ROOT = Path(__file__).parents[2]
-_MINIMIZING_SECONDS = 20.0
+_REDUCING_SECONDS = 20.0
 
 
 class BrokenInvariant(AssertionError):
@@ -25,6 +28,11 @@ class Target(Protocol):
     def seeds(self) -> Iterable[bytes]: ...
 
     def check(self, data: bytes, *, store: bool) -> None: ...
+
+
+def target_named(name: str) -> Target:
+    target: Target = importlib.import_module(f"tests.fuzz.{TARGETS[name]}")
+    return target
 
 
 def require(condition: object, reason: str) -> None:
@@ -58,12 +66,21 @@ def failure_of(check: Callable[[bytes], None], data: bytes) -> BaseException | N
     return None
 
 
-def minimized(check: Callable[[bytes], None], data: bytes) -> bytes:
+def failures(inputs: Iterable[tuple[str, bytes]]) -> list[str]:
+    """Check each input, given with the name of its target, also with the database. Return those that fail, and why."""
+    found = []
+    for name, data in inputs:
+        error = failure_of(partial(target_named(name).check, store=True), data)
+        found += [f"{name} {data[:300]!r}: {type(error).__name__}: {error}"] if error else []
+    return found
+
+
+def reduced(check: Callable[[bytes], None], data: bytes) -> bytes:
     """Return a part of `data` that fails with the same signature: pieces are left out as long as it does, for 20 s."""
     error = failure_of(check, data)
     if error is None:
         return data
-    wanted, deadline = signature(error), time.monotonic() + _MINIMIZING_SECONDS
+    wanted, deadline = signature(error), time.monotonic() + _REDUCING_SECONDS
     size = len(data) // 2
     while size and time.monotonic() < deadline:
         at = 0

@@ -35,14 +35,13 @@ def mutated(text: str, chance: random.Random) -> str:
     for _ in range(chance.choice((1, 1, 2, 4))):
         _change(root, chance)
     plain = chance.random() < 0.8
-    return simplejson.dumps(root[0], use_decimal=True, allow_nan=True, ensure_ascii=plain) if root else ""
+    return simplejson.dumps(root[0], use_decimal=True, allow_nan=True, ensure_ascii=plain)
 
 
 def _change(root: list[Any], chance: random.Random) -> None:
+    """Change one value below `root`, a list of the whole document. Wrap it if the chosen change does not suit it."""
     places: list[_PLACE] = []
     _collect(root, places)
-    if not places:
-        return
     container, key = chance.choice(places)
     value = container[key]
     match chance.randrange(7):

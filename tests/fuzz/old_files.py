@@ -134,7 +134,10 @@ def _check_nothing_lost(content: bytes, entries: list[Any], damage: str | None) 
     documents = _documents(content.decode("utf-8-sig", "surrogateescape"))
     if damage is None:
         require(documents, "a file without an entry or damage is not JSON")
-        require(any(_same(entries, one) for one in _readings(documents or [])), "entries are lost without a word")
+        require(
+            any(_same(entries, one) for one in _readings(documents or [])),
+            "entries are lost without damage being reported",
+        )
     elif documents and isinstance(documents[0], list):
         require(_same(entries, documents[0][: len(entries)]), "entries before the damage differ")
         require(len(documents) > 1 or "nested too deeply" in damage, f"an array that is JSON is damaged: {damage}")
@@ -155,8 +158,9 @@ def _readings(documents: list[Any]) -> Iterator[list[Any]]:
 
 def _documents(text: str) -> list[Any] | None:
     """Return all JSON documents of a text, as the standard library reads them; None if it cannot."""
+    # -0 is an integer here, and equal to 0.
     decoder = json.JSONDecoder(parse_float=_decimal, parse_int=lambda text: Decimal(text) or Decimal(0))
-    documents = []  # -0 is an integer, and equal to 0
+    documents = []
     at = 0
     try:
         while text[at:].strip(" \t\n\r"):

@@ -18,5 +18,5 @@ def test_every_accepted_event_becomes_one_row_or_one_recorded_outcome(redis: Red
 
 
 def test_each_known_defect_still_fits_the_source() -> None:
-    for change in (change for changes in DEFECTS.values() for change in changes):
+    for change in (change for defect in DEFECTS.values() for change in defect.changes):
         assert (ROOT / change.file).read_text("utf-8").count(change.right) == 1, change

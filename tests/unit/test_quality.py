@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from tests.benchmarks.quality import quality_table
-from tests.benchmarks.quality_counts import Fault, Outcome, judge, queue_pushes
+from tests.benchmarks.quality_counts import Fault, RunFigures, Stored, count_figures, queue_pushes
 from tests.benchmarks.quality_faults import KINDS
 from tests.benchmarks.quality_producer import accepted_numbers
-from tests.benchmarks.quality_run import CONTENDERS
+from tests.benchmarks.quality_run import WORKER_KINDS
 from tests.documents import ROOT, block, text_of
 from tests.factories import INSTANT
 
@@ -21,16 +21,14 @@ _RATE = 1.0
 """Event n is due after n seconds."""
 
 
-def a_row(number: int, *, delay: float = 0.1, attempts: int = 1) -> tuple[datetime, float, int]:
-    return INSTANT + timedelta(seconds=number), number / _RATE + delay, attempts
+def a_row(number: int, *, delay: float = 0.1, attempts: int = 1) -> Stored:
+    return Stored(INSTANT + timedelta(seconds=number), number / _RATE + delay, attempts)
 
 
-def judged(
-    rows: list[tuple[datetime, float, int]], *, accepted: list[int] | None = None, faults: tuple[Fault, ...] = ()
-) -> Outcome:
+def judged(rows: list[Stored], *, accepted: list[int] | None = None, faults: tuple[Fault, ...] = ()) -> RunFigures:
     """Judge 20 calls, which were all accepted by default."""
     numbers = list(range(20)) if accepted is None else accepted
-    return judge(20, numbers, rows, faults=faults, rate=_RATE, entries=1.0, waited=0.0)
+    return count_figures(20, numbers, rows, faults=faults, rate=_RATE, entries=1.0, waited=0.0)
 
 
 def test_without_a_fault_nothing_is_lost_doubled_or_late() -> None:
@@ -126,7 +124,7 @@ def test_the_table_of_the_document_is_the_one_of_its_figures() -> None:
 def test_the_table_has_each_kind_of_fault_for_each_worker() -> None:
     """PgQueuer has no Redis."""
     lines = quality_table(ROOT / "tests/benchmarks/quality.json").splitlines()[2:]
-    expected = [(kind, one) for kind in KINDS for one in CONTENDERS if one != "PgQueuer" or not KINDS[kind].of_redis]
+    expected = [(kind, one) for kind in KINDS for one in WORKER_KINDS if one != "PgQueuer" or not KINDS[kind].of_redis]
     assert [tuple(line.split(" | ")[:2]) for line in lines] == [(f"| {kind}", one) for kind, one in expected]
 
 

@@ -98,6 +98,7 @@ def test_acknowledgements_are_read_at_times_while_there_is_more_to_send_and_alwa
     relay: Relay,
     redis: fakeredis.FakeRedis,
     monkeypatch: pytest.MonkeyPatch,
+    *,
     settle_seconds: float,
     counts: list[tuple[int, int]],
 ) -> None:

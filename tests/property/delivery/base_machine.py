@@ -30,7 +30,7 @@ workers = st.integers(0, WORKERS - 1)
 
 
 def faults(operations: int, *also: str, commits: int = 0) -> st.SearchStrategy[Fault | None]:
-    """Return a strategy: None, or a fault at one of the first operations of an action.
+    """Return a strategy: None, or a fault at one of the first `operations` of an action.
 
     With `commits`, twice as often the process dies at one of the first commits, or loses its connection to PostgreSQL.
     """

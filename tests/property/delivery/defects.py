@@ -26,6 +26,14 @@ class Change(NamedTuple):
     wrong: str
 
 
+class Defect(NamedTuple):
+    """Changes that make a defect, and the message of the model that finds it, as a regular expression."""
+
+    message: str
+    changes: tuple[Change, ...]
+
+
+_ANSWER = "its (receipt|acknowledgement) says"
 _SEND = "            self._send(gone)\n"
 _MARK = "            self.in_doubt = not self._deliveries.mark_sent(_next_checks(entries))\n"
 _ACKNOWLEDGE_EARLY = """
@@ -39,49 +47,49 @@ _ACKNOWLEDGE_EARLY = """
                 _acknowledge(early, one)
 """
 
-DEFECTS: dict[str, tuple[Change, ...]] = {
-    "a relay settles by source and sequence only": (
+DEFECTS: dict[str, Defect] = {
+    "a relay settles by source and sequence only": Defect(_ANSWER, (
         Change(
             "producers/outbox_deliveries.py",
             "delivery = (one.sequence, one.nonce)\n",
             "delivery = next((key for key in entries if key[0] == one.sequence), (one.sequence, one.nonce))\n",
         ),
         Change("producers/outbox_deliveries.py", " and one.event_id in (None, event_id)", ""),
-    ),
-    "acknowledged before the commit": (
+    )),
+    "acknowledged before the commit": Defect(_ANSWER, (
         Change(
             "consumers/worker/batch.py",
             "        forget_outcomes(db, [result.job_id for result in results if result.job_id not in noted])\n",
             "        forget_outcomes(db, [result.job_id for result in results if result.job_id not in noted])\n"
             + _ACKNOWLEDGE_EARLY,
         ),
-    ),
-    "no unique key on event_id": (
+    )),
+    "no unique key on event_id": Defect("two rows of one event", (
         Change("schema.sql", "portfolio_history_event_once UNIQUE (event_id)", "p UNIQUE (event_id, id)"),
         Change("schema.sql", "signal_archives_event_once UNIQUE (event_id)", "s UNIQUE (event_id, id)"),
         Change("consumers/db/inserts.py", "ON CONFLICT (event_id) DO NOTHING", "ON CONFLICT DO NOTHING"),
-    ),
-    "a valid lease does not keep its jobs": (
+    )),
+    "a valid lease does not keep its jobs": Defect("taken from a worker that has a lease", (
         Change("consumers/worker/scripts/requeue_expired.lua", "if left ~= -2 then return {{}, {}} end", ""),
-    ),
-    "an expired lease is not noticed": (
+    )),
+    "an expired lease is not noticed": Defect("never settled|jobs that no worker finishes", (
         Change("consumers/worker/scripts/requeue_expired.lua", "if left ~= -2 then", "if true then"),
-    ),
-    "the token of an outbox is not compared": (
+    )),
+    "the token of an outbox is not compared": Defect("two outboxes use one source", (
         Change("producers/copies.py", "is_own = found <= {header.token, header.next_token}", "is_own = True"),
-    ),
-    "marked as sent before Redis has the job": (
+    )),
+    "marked as sent before Redis has the job": Defect("sent, but its job is nowhere", (
         Change("producers/entry_sender.py", _SEND + _MARK, _MARK + _SEND),
-    ),
-    "an entry in doubt is sent without a look": (
+    )),
+    "an entry in doubt is sent without a look": Defect("its job is in 2 places", (
         Change("producers/entry_sender.py", "if may_be_sent else entries", "if False else entries"),
-    ),
-    "other content under a known id counts as a duplicate": (
+    )),
+    "other content under a known id counts as a duplicate": Defect(_ANSWER + "|a duplicate of no row", (
         Change("consumers/db/inserts.py", "if same else EventConflict(", "if True else EventConflict("),
-    ),
-    "a resend does not delete old acknowledgements": (
+    )),
+    "a resend does not delete old acknowledgements": Defect(_ANSWER + "|not stored again by a resend", (
         Change("producers/history_producer.py", "        transport.relay.delete_acknowledgements()\n", ""),
-    ),
+    )),
 }  # fmt: skip
 
 
@@ -102,7 +110,7 @@ def copy_with(changes: tuple[Change, ...], folder: Path) -> None:
 def find(name: str, folder: Path, examples: int, seed: int, *, shrink: bool) -> str:
     """Run the machine on a copy with this defect. Returns one line that says when it was found."""
     place = folder / re.sub(r"\W+", "-", name)
-    copy_with(DEFECTS[name], place)
+    copy_with(DEFECTS[name].changes, place)
     command = [sys.executable, "-m", "tests.property.delivery", "--examples", str(examples), "--seed", str(seed)]
     environment = {**os.environ, "PYTHONPATH": str(place)}
     output = place / "output.txt"
@@ -114,10 +122,10 @@ def find(name: str, folder: Path, examples: int, seed: int, *, shrink: bool) -> 
     shrunk = re.search(r"^shrunk from \d+ to \d+ steps in \d+ s", text, re.MULTILINE)
     if first is None:
         result = "NOT FOUND"
-    elif first[2].startswith("AssertionError: "):
-        result = f"found {first[1]}: {first[2]}"
-    else:  # the model has not found the defect, which makes the program fail
-        result = f"NOT FOUND {first[1]}: {first[2]}"
+    elif re.match(f"AssertionError: ({DEFECTS[name].message})", first[2]):
+        result = f"found {first[1]}"
+    else:
+        result = f"NOT FOUND, but another failure {first[1]}: {first[2]}"
     return f"{name}: {result}" + (f"; {shrunk[0]}" if shrunk else "")
 
 
