@@ -1,11 +1,15 @@
-"""Latency from an event's scheduled time to its committed row, at a given rate.
+"""Latency from an event's scheduled time to its committed row, at a given rate; and of the call, which needs a commit.
 
 Open loop: the schedule never waits, so a delay adds to the latency of all events behind it.
 """
 
 from __future__ import annotations
 
+import sqlite3
+import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +43,7 @@ class Pace:
         return f"{self.rate:,}/s" + (f", {self.chunk} a call" if self.chunk > 1 else "")
 
 
-PACES = (Pace(1, 15), Pace(100, 1000), Pace(1000, 3000), Pace(1000, 5000, chunk=10))
+PACES = (Pace(1, 15), Pace(100, 1000), Pace(1000, 30_000), Pace(1000, 5000, chunk=10))
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,15 @@ class Paced:
     """Result of one load.
 
     `seconds`: latency of each event that was stored in time, in order. `late`: delay of the last call in seconds.
-    `left`: events not stored in time. `rate`: stored events per second.
+    `left`: events not stored in time. `rate`: stored events per second. `calls`: seconds
+    of each call.
     """
 
     seconds: list[float]
     late: float
     left: int
     rate: float
+    calls: list[float]
 
     @property
     def verdict(self) -> str:
@@ -68,8 +74,42 @@ def measure_paced(report: Report) -> None:
     print_header("scheduled -> row committed, ms")
     with bench_stack() as folder:
         for pace in PACES:
+            commits = _bare_commits(folder, pace)
             for name, start in _WORKERS.items():
-                _print(f"{pace.label}, {name}", _one_pace(folder, pace, start), report)
+                paced = _one_pace(folder, pace, start)
+                _print(f"{pace.label}, {name}", paced, report)
+                if name == "HistoryWorker":
+                    _print_calls(pace.label, paced.calls, commits, report)
+
+
+def _print_calls(label: str, calls: list[float], commits: list[float], report: Report) -> None:
+    for what, seconds in ((f"{label}, a call", calls), (f"{label}, a bare SQLite commit", commits)):
+        for name, value in zip(("p50", "p99", "max"), quantiles(seconds), strict=True):
+            report.add("latency", f"{what}: {name}", "ms", [value * 1e3])
+        print_quantiles(what, seconds)
+    ratio = statistics.median(calls) / statistics.median(commits)
+    report.add("latency", f"{label}, p50 of a call / of a bare commit", "ratio", [ratio])
+
+
+def _bare_commits(folder: Path, pace: Pace) -> list[float]:
+    """Return the seconds of each durable commit of one row in SQLite, on the same schedule: the least a call can take."""
+    with closing(sqlite3.connect(folder / "bare.db", isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("CREATE TABLE IF NOT EXISTS bare (id INTEGER PRIMARY KEY, event TEXT)")
+
+        def commit() -> None:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute("INSERT INTO bare (event) VALUES (?)", ("x" * 600,))
+            db.execute("COMMIT")
+
+        return [_seconds(commit) for _ in _schedule(Pace(pace.rate, min(pace.events, 3 * pace.rate)))]
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def _print(label: str, paced: Paced, report: Report) -> None:
@@ -92,7 +132,7 @@ def _one_pace(folder: Path, pace: Pace, start: Start) -> Paced:
                 producer.record(snapshot)
             wait_for_progress(rows, _WARM_UP_EVENTS)
             with observer(total) as process:
-                scheduled, late = _call(producer, pace)
+                scheduled, calls, late = _call(producer, pace)
                 seen = seen_by(process, _GRACE_SECONDS)
         if rows() < total:  # a second worker stores the rest, so that the number of rows can be checked
             with history_workers(folder):
@@ -101,17 +141,30 @@ def _one_pace(folder: Path, pace: Pace, start: Start) -> Paced:
     require(any(number in seen for number in scheduled), "no event was stored in time")
     took = max(seen.values()) - min(scheduled.values())
     in_time = [seen[number] - at for number, at in scheduled.items() if number in seen]
-    return Paced(in_time, late, pace.events - len(in_time), len(in_time) / took)
+    return Paced(in_time, late, pace.events - len(in_time), len(in_time) / took, calls)
 
 
-def _call(producer: HistoryProducer, pace: Pace) -> tuple[dict[int, float], float]:
-    """Record the events; return sequence -> scheduled monotonic seconds, and the delay of the last call in seconds."""
+def _call(producer: HistoryProducer, pace: Pace) -> tuple[dict[int, float], list[float], float]:
+    """Record the events.
+
+    Returns:
+        Sequence -> scheduled monotonic seconds; the seconds of each call; and the delay of the last call in seconds.
+    """
     scheduled: dict[int, float] = {}
+    calls: list[float] = []
+    facts = [a_snapshot(after=timedelta(days=1, seconds=number)) for number in range(pace.events)]
+    for number, at in _schedule(pace):
+        began = time.monotonic()
+        receipts = producer.record_many(facts[number : number + pace.chunk])
+        calls.append(time.monotonic() - began)
+        scheduled |= {receipt.sequence: at for receipt in receipts}
+    return scheduled, calls, began - at
+
+
+def _schedule(pace: Pace) -> Iterator[tuple[int, float]]:
+    """Yield the number of each call's first event, when the call is due, and that time in monotonic seconds."""
     started = time.monotonic() + 0.1
     for number in range(0, pace.events, pace.chunk):
         at = started + number / pace.rate
         time.sleep(max(0.0, at - time.monotonic()))
-        late = time.monotonic() - at
-        facts = [a_snapshot(after=timedelta(days=1, seconds=number + one)) for one in range(pace.chunk)]
-        scheduled |= {receipt.sequence: at for receipt in producer.record_many(facts)}
-    return scheduled, late
+        yield number, at

@@ -15,7 +15,7 @@ from tests.benchmarks.report import Report
 from tests.benchmarks.workers import history_workers
 
 _RUNS = 3
-CHUNK = 1000
+CHUNK = 500
 _CALLS_SHARE = 10  # one tenth of the events is recorded one by one
 _COLUMNS = ("events", "events/s", "min..max events/s")
 _LABELS = (
@@ -42,6 +42,9 @@ def measure_record(count: int, report: Report) -> None:
         median = report.add("record", label, "events/s", runs)
         events = singles if label.startswith("record,") else count
         print_row(label, _COLUMNS, [f"{events:,}", f"{median:,.0f}", spread(runs)])
+    shares = [done / drained for done, drained in zip(rates[_LABELS[1]], rates[_LABELS[-1]], strict=True)]
+    share = report.add("record", f"{_LABELS[1]}, share of the drain", "ratio", shares)
+    print(f"{_LABELS[1]}: {share:.0%} of the drain ({spread([100 * one for one in shares])} %)", flush=True)
 
 
 def _record(folder: Path, count: int, chunk: int) -> tuple[float, float]:
