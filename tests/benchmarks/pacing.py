@@ -92,7 +92,7 @@ def _print_calls(label: str, calls: list[float], commits: list[float], report: R
 
 
 def _bare_commits(folder: Path, pace: Pace) -> list[float]:
-    """Return the seconds of each durable commit of one row in SQLite, on the same schedule: the least a call can take."""
+    """Return the seconds of each durable commit of one row in SQLite, on the same schedule: the least of a call."""
     with closing(sqlite3.connect(folder / "bare.db", isolation_level=None)) as db:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
