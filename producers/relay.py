@@ -31,6 +31,9 @@ LAST_BACKOFF_SECONDS = 5.0
 _FIRST_BACKOFF_SECONDS = 0.2
 _IDLE_SECONDS = 0.05  # the longest pause, after which entries of other processes are noticed
 _FIRST_PAUSE_SECONDS = 0.005  # the pause between a send and the first look for acknowledgements
+# From one sweep to the next: entries that are recorded meanwhile are sent together. A sweep takes half a millisecond of
+# the interpreter, for which callers wait.
+_SWEEP_SECONDS = 0.005
 _SETTLE_SECONDS = 1.0  # how often acknowledgements are read while there is more to send, which is more urgent
 _PRUNE_SECONDS = 60.0
 _SALVAGE_PAUSE_SECONDS = 10.0
@@ -198,6 +201,7 @@ class Relay:
     def _run(self) -> None:
         pause = _IDLE_SECONDS
         while not self._stop.is_set():
+            began_at = time.monotonic()
             try:
                 # Sweep often right after an entry changed its state, then less and less often.
                 pause = _FIRST_PAUSE_SECONDS if self.sweep() else min(pause * 1.5, _IDLE_SECONDS)
@@ -206,8 +210,10 @@ class Relay:
                 # No error may end the thread, not even a defect in this code: entries wait and the log says why.
                 self._stop.wait(self._back_off(error))
             else:
-                if self._wake.wait(pause):
-                    pause = _FIRST_PAUSE_SECONDS
+                if not self._sender.has_more:
+                    if self._wake.wait(pause):
+                        pause = _FIRST_PAUSE_SECONDS
+                    self._stop.wait(began_at + _SWEEP_SECONDS - time.monotonic())
             self._wake.clear()
         self.turn.end()
 
