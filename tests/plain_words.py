@@ -111,11 +111,19 @@ def text_line(text: str, offset: int) -> int:
 
 def docstring_beginnings(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield each docstring that begins with What, Who, Whoever, Whose or Of, those of constants and fields included."""
-    for node in ast.walk(ast.parse(source)):
+    for node in _statements(ast.parse(source)):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             text = node.value.value.strip()
             if _DOCSTRING_BEGINS.match(text):
                 yield node.lineno, text.split("\n")[0], "a verb or a noun phrase that names the thing"
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield all statements in a node, at any depth. Expressions, which have no docstrings, are left out to save time."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for statement in getattr(node, name, ()):
+            yield statement
+            yield from _statements(statement)
 
 
 def findings(names: tuple[str, ...] = PRODUCT) -> list[Finding]:

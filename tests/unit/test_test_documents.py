@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import runpy
 import sys
 import tomllib
+import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -35,8 +39,16 @@ def _source_of(program: str) -> str:
 
 @cache
 def _help_of(program: str) -> str:
-    command = [sys.executable, "-m", program, "--help"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    """Run the program in this process, which has already imported most of what it imports."""
+    printed = StringIO()
+    with (
+        patch.object(sys, "argv", [program, "--help"]),
+        redirect_stdout(printed),
+        suppress(SystemExit),
+        warnings.catch_warnings(action="ignore", category=RuntimeWarning),  # the module may be imported already
+    ):
+        runpy.run_module(program, run_name="__main__")
+    return printed.getvalue()
 
 
 def _problems_of_command(program: str, words: Sequence[str]) -> list[str]:
