@@ -119,7 +119,7 @@ def docstring_beginnings(source: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield all statements in a node, at any depth. Expressions, which have no docstrings, are left out to save time."""
+    """Yield all statements in a node, at any depth, without their expressions, which have no docstrings."""
     for name in ("body", "orelse", "finalbody", "handlers", "cases"):
         for statement in getattr(node, name, ()):
             yield statement
