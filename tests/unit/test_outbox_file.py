@@ -419,11 +419,13 @@ def test_an_append_during_which_the_file_is_removed_is_in_the_file_at_the_path(
     """The commit goes into a removed file, and `append` returns when the entry is in the file at the path."""
     outbox = Outbox(path)
 
-    def removed_meanwhile(*arguments: Any, **named: Any) -> Any:
-        path.unlink(missing_ok=True)
-        return events.event_of(*arguments, **named)
+    text = events.Draft.text
 
-    monkeypatch.setattr("producers.outbox.event_of", removed_meanwhile)
+    def removed_meanwhile(*arguments: Any) -> str:
+        path.unlink(missing_ok=True)
+        return text(*arguments)
+
+    monkeypatch.setattr(events.Draft, "text", removed_meanwhile)
     accepted = _append(outbox)
     monkeypatch.undo()
     assert _at_path(path) == _job_ids(accepted)

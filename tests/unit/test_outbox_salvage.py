@@ -24,7 +24,7 @@ from producers import outbox_salvage
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted, EntryHead
 from producers.errors import OutboxDamaged, OutboxError
-from producers.events import event_of
+from producers.events import Draft
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox, Position
 from producers.outbox_salvage import ranges_text
@@ -609,13 +609,13 @@ def test_an_append_during_which_the_file_is_quarantined_and_salvaged_is_not_lost
     _overwrite(path, 0.5, "noise")
     busy, other = Outbox(path, repair=True), Outbox(path, repair=True)
 
-    def quarantined_meanwhile(*arguments: Any, **named: Any) -> Any:
+    def quarantined_meanwhile(*arguments: Any) -> str:
         monkeypatch.undo()
         (moved,) = _quarantine(other)
         other.quarantine.salvage(moved)
-        return event_of(*arguments, **named)
+        return Draft.text(*arguments)
 
-    monkeypatch.setattr("producers.outbox.event_of", quarantined_meanwhile)
+    monkeypatch.setattr(Draft, "text", quarantined_meanwhile)
     accepted = _append(busy, 1, after=9000)
 
     with Outbox(path) as reading:
