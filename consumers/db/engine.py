@@ -32,9 +32,6 @@ _WRITER: dict[str, Any] = {"pool_size": 2}
 _LOCK_SECONDS = 5.0
 _TRANSACTION_TIMEOUT_VERSION = (17,)  # the first release of PostgreSQL that has transaction_timeout
 _ISOLATED_LOCK_SECONDS = 0.5
-# PostgreSQL ends a transaction that has been idle for so long. The process is frozen then, and its open insert would
-# block the same event from other workers. Shorter than a lease: when the jobs are requeued, the transaction has ended.
-IDLE_SECONDS = 10.0
 # SQLSTATE classes of errors that the event's values cause: data exception, integrity constraint violation.
 _VALUE_CLASSES = ("22", "23")
 ENCODING = "UTF8"
@@ -103,10 +100,9 @@ def create_store_engine(
     """Return an engine with UTF8, times in UTC, a check of each pooled connection before use, and no values in logs.
 
     Each statement has a timeout of `statement_timeout_seconds`, and waits for a lock for at most 5 s; 0 means no
-    limit for both. With `long_transactions`, no limit ends a transaction. With `read_only`
+    limit for both. With `long_transactions`, no limit of the role or the server ends a transaction. With `read_only`
     PostgreSQL refuses every statement that would change data. The names of tables are looked up in the schemas of
-    `search_path`; by default, in the schema that the URL names, or else in the search_path of the role. PostgreSQL
-    ends a transaction that is idle for IDLE_SECONDS, except a long one.
+    `search_path`; by default, in the schema that the URL names, or else in the search_path of the role.
 
     Raises:
         SettingsError: the URL cannot be parsed.
@@ -172,8 +168,7 @@ def transaction_settings(statement_timeout_seconds: float, search_path: tuple[st
         " SET LOCAL array_nulls = on; SET LOCAL gin_fuzzy_search_limit = 0; SET LOCAL quote_all_identifiers = off;"
         " SET LOCAL exit_on_error = off;"
         f" SET LOCAL statement_timeout = {round(1000 * statement_timeout_seconds)};"
-        f" SET LOCAL lock_timeout = {round(1000 * lock_seconds)};"
-        f" SET LOCAL idle_in_transaction_session_timeout = {round(1000 * IDLE_SECONDS)}"
+        f" SET LOCAL lock_timeout = {round(1000 * lock_seconds)}"
     )
 
 

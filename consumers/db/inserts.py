@@ -25,6 +25,9 @@ from producers.event_kinds import Column, EventKind
 from producers.events import KINDS, Event, Payload
 
 _TRIES = 3
+# PostgreSQL ends the transaction of an insert that has been idle for so long. The process is frozen then, and its open
+# insert would block the same event from other workers. Shorter than a lease: when the jobs are requeued, it has ended.
+IDLE_SECONDS = 10.0
 
 
 class Stored(NamedTuple):
@@ -51,7 +54,9 @@ def _insert_statement(kind: EventKind) -> TextClause:
     # rows are inserted in the order of their event ids, because two batches in opposite order could deadlock. The
     # innermost query looks up the table's sequence once, not for each row.
     # The condition with ANY is redundant: it lets PostgreSQL use the index if there are many withdrawals.
+    # Both statements are one round trip.
     return text(f"""
+        SET LOCAL idle_in_transaction_session_timeout = {round(1000 * IDLE_SECONDS)};
         INSERT INTO {kind.table} (id, {names})
         SELECT given.* FROM (
             SELECT nextval((SELECT CAST(pg_get_serial_sequence('{kind.table}', 'id') AS regclass))), numbered.*

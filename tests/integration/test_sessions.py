@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from redis import Redis
 from sqlalchemy import make_url, text
 
+from consumers.db import inserts
 from consumers.db.engine import engine, get_db, limit_statements, long_read, read_transaction, reader
 from consumers.db.inserts import Stored, insert_events
 from consumers.errors import StoreUnavailable
@@ -149,9 +150,8 @@ def test_long_commands_work_where_transactions_must_be_short(database_url: str, 
 @pytest.mark.usefixtures("database_url")
 def test_the_insert_of_a_frozen_process_does_not_block_its_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped worker's transaction stays open. Without a limit, no other worker could store the event meanwhile."""
-    monkeypatch.setattr("consumers.db.engine.IDLE_SECONDS", 0.1)
-    engine().dispose()
-    engine.cache_clear()
+    monkeypatch.setattr(inserts, "IDLE_SECONDS", 0.1)
+    inserts._insert_statement.cache_clear()
     event = event_of(a_snapshot(), source="other/1", sequence=1)
 
     def freeze_while_another_inserts() -> None:
@@ -165,6 +165,7 @@ def test_the_insert_of_a_frozen_process_does_not_block_its_event(monkeypatch: py
     with pytest.raises(StoreUnavailable, match="closed the connection|idle-in-transaction"):
         freeze_while_another_inserts()
     assert len(get_portfolio_history()) == 1
+    inserts._insert_statement.cache_clear()
 
 
 @pytest.mark.parametrize("transaction", [read_transaction, long_read])
