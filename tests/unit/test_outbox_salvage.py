@@ -300,9 +300,7 @@ def test_entries_whose_acknowledgements_wait_are_not_sent_after_a_salvage(
     assert (outbox.status().stored, queue_of(redis).count) == (COUNT, 0)
 
 
-def test_a_damaged_outcome_and_a_full_disk_do_not_end_a_salvage(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_outcome_and_a_full_disk_do_not_end_a_salvage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time of an outcome is not a number. The temporary table does not fit on the disk at first."""
     with Outbox(path, repair=True) as outbox:
         (accepted,) = _append(outbox, 1)
