@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from producers.events import PortfolioSnapshotEvent, decode
 ENQUEUE = 1000
 """Jobs of one call that enqueues."""
 _CONNECTIONS = 10
+_MOST_SECONDS = 120.0
 
 _INSERT = """
 INSERT INTO portfolio_history (event_id, source, sequence, portfolio_id, snapshot_date, "timestamp", balance,
@@ -42,10 +44,14 @@ async def store(pool: asyncpg.Pool, text: str) -> None:
 
 
 async def timed(work: Callable[[], Awaitable[None]]) -> None:
-    """Print `ready`, read a line, do the work, print its seconds, and wait until standard input ends."""
+    """Print `ready`, read a line, do the work, print its seconds, and wait until standard input ends.
+
+    Raises:
+        TimeoutError: The work did not end, because a job was lost or failed.
+    """
     print("ready", flush=True)
     sys.stdin.readline()
     started = time.perf_counter()
-    await work()
+    await asyncio.wait_for(work(), _MOST_SECONDS)
     print(time.perf_counter() - started, flush=True)
     sys.stdin.read()
