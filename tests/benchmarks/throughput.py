@@ -91,7 +91,7 @@ def _print_ratios(drains: dict[str, list[Drain]], report: Report) -> None:
     print("\nratios of the rates, medians and min..max of the runs", flush=True)
     for name, runs in ratios(drains).items():
         value = report.add("throughput", name, "ratio", runs)
-        print(f"{name}: {value:.2f} ({spread(runs, 2)})", flush=True)
+        print(f"{name}: {value:.3f} ({spread(runs, 3)})", flush=True)
 
 
 def _print_costs(drains: dict[str, list[Drain]], report: Report) -> None:
