@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.benchmarks import peer
 from tests.benchmarks.checks import require
+from tests.benchmarks.peer import PGQUEUER
 from tests.benchmarks.printing import print_columns, print_row
 from tests.benchmarks.quality_counts import RunFigures
 from tests.benchmarks.quality_faults import KINDS
@@ -23,17 +23,19 @@ from tests.benchmarks.report import Figure, Report
 
 _LOADED = 2  # runs with a load at the same time; more of them may wait for their last events
 _COLUMNS = ("accepted", "lost", "doubled", "recovery p50, s", "worst, s", "latency p99, ms", "queue entries")
-_PGQUEUER = "PgQueuer"
 
 
 def measure_quality(times: int, report: Report) -> None:
     """Cause each kind of fault `times` times for each kind of worker, in separate runs, and print a row for each."""
-    worker_kinds = [one for one in WORKER_KINDS if one != _PGQUEUER or peer.installed()]
+    worker_kinds = [one for one in WORKER_KINDS if one != PGQUEUER.name or PGQUEUER.installed]
     if len(worker_kinds) < len(WORKER_KINDS):
         report.note("PgQueuer is not installed (dependency group bench): not measured")
     # HistoryWorker comes last: meanwhile the runs of RQ's SimpleWorker, whose recoveries are the longest, end.
     runs = [
-        (kind, one) for one in reversed(worker_kinds) for kind in KINDS if one != _PGQUEUER or not KINDS[kind].of_redis
+        (kind, one)
+        for one in reversed(worker_kinds)
+        for kind in KINDS
+        if one != PGQUEUER.name or not KINDS[kind].of_redis
     ]
     slots = _Slots()
     with ThreadPoolExecutor(len(runs)) as pool:

@@ -26,7 +26,7 @@ from consumers.db.engine import engine
 from consumers.embedded import postgres, servers
 from tests.benchmarks.checks import wait_for_progress
 from tests.benchmarks.environment import bench_stack, queue_name, redis
-from tests.benchmarks.peer import fresh_queue
+from tests.benchmarks.peer import PGQUEUER
 from tests.benchmarks.quality_counts import LEAD_SECONDS, Fault, RunFigures, Stored, count_figures, queue_pushes
 from tests.benchmarks.quality_faults import KINDS, PRODUCER, FaultKind, Pipeline, begin
 from tests.benchmarks.quality_producer import accepted_numbers
@@ -34,7 +34,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.supervisor import Supervisor
 from tests.relaying import states, unsettled
 
-WORKER_KINDS = ("HistoryWorker", "RQ SimpleWorker", "PgQueuer")
+WORKER_KINDS = ("HistoryWorker", "RQ SimpleWorker", PGQUEUER.name)
 CALLS = 5  # per second; the slowest worker must keep up with them on a busy machine
 WAIT_SECONDS = 360.0
 _SUPERVISED_SECONDS = 1.0  # how often the supervisor starts what has ended
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def uses_outbox(self) -> bool:
-        return self.worker_kind != "PgQueuer"
+        return self.worker_kind != PGQUEUER.name
 
     @property
     def gap(self) -> float:
@@ -89,8 +89,8 @@ class Run:
         """Return the arguments of Python that start a worker."""
         if self.worker_kind == "HistoryWorker":
             return ["consumers.cli", "worker"]
-        if self.worker_kind == "PgQueuer":
-            return ["tests.benchmarks.pgqueuer_job"]
+        if self.worker_kind == PGQUEUER.name:
+            return [PGQUEUER.job]
         simple = ["--worker-class", "rq.SimpleWorker", "--serializer", "json"]
         return ["rq.cli", "worker", "--url", redis_url, *simple, queue_name()]
 
@@ -109,7 +109,7 @@ def _pipeline(run: Run) -> Iterator[Pipeline]:
             db.execute(text(_ATTEMPTS))
             db.execute(text("ALTER SYSTEM SET track_commit_timestamp = on"))
         if not run.uses_outbox:
-            asyncio.run(fresh_queue())
+            asyncio.run(PGQUEUER.fresh_queue())
         postgres.server(home).stop()
         with servers(home):
             engine().dispose()

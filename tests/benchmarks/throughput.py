@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 
-from tests.benchmarks import peer
 from tests.benchmarks.ceilings import copy_staged, many_rows, measured, one_by_one, redis_list
 from tests.benchmarks.drains import Drain, drain_queue
 from tests.benchmarks.environment import bench_stack
+from tests.benchmarks.peer import PEERS
 from tests.benchmarks.printing import print_columns, print_row, spread
 from tests.benchmarks.report import Report
 from tests.benchmarks.workers import history_workers, simple_worker
@@ -22,14 +23,16 @@ _TRIAL_SECONDS = 0.5
 _COLUMNS = ("events", "events/s", "min..max events/s")
 _COSTS = ("worker ms", "PostgreSQL ms", "Valkey ms", "commands", "WAL syncs")
 
+OURS = "HistoryWorker, one process"
+LIMIT = "no queue: COPY of 500, then insert"
 CONTENDERS: dict[str, Callable[[Path, int], Drain]] = {
-    "HistoryWorker, one process": partial(drain_queue, history_workers),
+    OURS: partial(drain_queue, history_workers),
     "HistoryWorker, two processes": partial(drain_queue, partial(history_workers, processes=2)),
     "RQ SimpleWorker, one process": partial(drain_queue, simple_worker),
-    "PgQueuer, one process": peer.drain_pgqueuer,
+    **{peer.contender: peer.drain for peer in PEERS},
     "no queue: one row a commit": partial(measured, one_by_one),
     "no queue: 500 rows a commit": partial(measured, many_rows),
-    "no queue: COPY of 500, then insert": partial(measured, copy_staged),
+    LIMIT: partial(measured, copy_staged),
     "Redis list, 500 rows a commit": partial(measured, redis_list),
 }
 
@@ -37,9 +40,10 @@ CONTENDERS: dict[str, Callable[[Path, int], Drain]] = {
 def measure_throughput(most: int, report: Report) -> None:
     """Drain each contender _RUNS times in turn, with at most `most` events, and print the medians."""
     contenders = dict(CONTENDERS)
-    if not peer.installed():
-        del contenders["PgQueuer, one process"]
-        report.note("PgQueuer is not installed (dependency group bench): not measured")
+    for peer in PEERS:
+        if not peer.installed:
+            del contenders[peer.contender]
+            report.note(f"{peer.name} is not installed (dependency group bench): not measured")
     with bench_stack() as folder:
         counts = {name: _scaled(drain, folder, most) for name, drain in contenders.items()}
         drains: dict[str, list[Drain]] = {name: [] for name in contenders}
@@ -48,6 +52,7 @@ def measure_throughput(most: int, report: Report) -> None:
                 drains[name].append(drain(folder, counts[name]))
                 print(f"run {number}, {name}: {drains[name][-1].rate:,.0f} events/s", file=sys.stderr)
     _print_rates(drains, report)
+    _print_ratios(drains, report)
     _print_costs(drains, report)
 
 
@@ -66,9 +71,27 @@ def _print_rates(drains: dict[str, list[Drain]], report: Report) -> None:
     print_columns(f"drain of waiting events, {_RUNS} runs", _COLUMNS)
     for name, runs in drains.items():
         rates = [run.rate for run in runs]
-        median = report.add("throughput", name, "events/s", rates)
+        rate = report.add("throughput", name, "events/s", rates)
         report.add("throughput", f"{name}: events a run", "events", [run.events for run in runs])
-        print_row(name, _COLUMNS, [f"{runs[0].events:,}", f"{median:,.0f}", spread(rates)])
+        print_row(name, _COLUMNS, [f"{runs[0].events:,}", f"{rate:,.0f}", spread(rates)])
+
+
+def ratios(drains: dict[str, list[Drain]]) -> dict[str, list[float]]:
+    """Return the rate of each contender as a ratio to LIMIT, and of OURS to the fastest peer, for each run."""
+    peers = [peer.contender for peer in PEERS if peer.contender in drains]
+    fastest = max(peers, key=lambda name: median(run.rate for run in drains[name]), default=None)
+    pairs = [(name, LIMIT) for name in drains if name != LIMIT] + ([(OURS, fastest)] if fastest else [])
+    return {
+        f"{name} / {other}": [run.rate / beside.rate for run, beside in zip(drains[name], drains[other], strict=True)]
+        for name, other in pairs
+    }
+
+
+def _print_ratios(drains: dict[str, list[Drain]], report: Report) -> None:
+    print("\nratios of the rates, medians and min..max of the runs", flush=True)
+    for name, runs in ratios(drains).items():
+        value = report.add("throughput", name, "ratio", runs)
+        print(f"{name}: {value:.3f} ({spread(runs, 3)})", flush=True)
 
 
 def _print_costs(drains: dict[str, list[Drain]], report: Report) -> None:
