@@ -28,7 +28,7 @@ from consumers.legacy.old_history import CHUNK_WEIGHT, OldHistory
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
 from producers.errors import InvalidEvent
-from producers.events import KINDS, Event, encode
+from producers.events import Event, encode
 
 _MOST_CRASHES = 2  # crashes of this process while only one entry was in progress
 
@@ -139,12 +139,12 @@ class Importer:
             return _Rejected(entry, str(PoisonEvent(crashes)))
         try:
             event = self._history.event(entry)
-            text = encode(event)
+            text = encode(event) if self._history.import_source.kind == "archive" else ""  # it may be too large
         except InvalidEvent as error:
             return _Rejected(entry, str(error))
         poison_error = PoisonEvent(crashes) if crashes == _MOST_CRASHES else None
         job_id = self._history.job_id(entry.index)
-        return _Converted(entry, event, Delivery(job_id, text, KINDS[event.type].model, poison_error))
+        return _Converted(entry, event, Delivery(job_id, text, type(event), poison_error, event))
 
     def _record_known(
         self, converted: list[_Converted], rejected: list[_Rejected]
@@ -182,7 +182,7 @@ class Importer:
         """Yield the deliveries that the database does not have and that must be inserted. Count the others."""
         for (entry, _, delivery), state in zip(converted, states, strict=True):
             poison = self._poison.get(entry.index)
-            known_poison = poison.reason if poison is not None and poison.event == delivery.text else None
+            known_poison = poison.reason if poison is not None and poison.event == delivery.event_text else None
             reason = state.rejection_reason() or known_poison
             if state.is_accounted_for(self._history.source, entry.index):
                 self._history.statistics.already_there += 1
