@@ -6,8 +6,10 @@ each run inserts the entries that the database does not have yet.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from consumers.db.engine import get_db
@@ -83,29 +85,46 @@ class Importer:
         self._rate = rate
         self._poison: dict[int, PoisonRejection] = {}
         self._raw: dict[str, Entry] = {}  # entries of undecided events, by job id
-        self._batches = ImportBatches(decided=self._count, say=say)
+        self._stopped = threading.Event()  # a thread that waits for the database ends
+        self._batches = ImportBatches(decided=self._count, say=say, stopped=self._stopped)
 
     def run(self) -> None:
         """Decide every entry: make a row, or record a rejection and add a line to the report.
 
-        During an outage of the database, wait.
+        While one portion is stored by a thread, this one reads and converts the next. During an outage of the
+        database, wait.
         """
+        with ThreadPoolExecutor(1) as database:
+            try:
+                self._run(database)
+            except BaseException:
+                self._stopped.set()
+                raise
+
+    def _run(self, database: ThreadPoolExecutor) -> None:
         history = self._history
+        stored: Future[None] | None = None
         for number, chunk in enumerate(history.chunks(min(CHUNK_WEIGHT, self._rate or CHUNK_WEIGHT))):
             if number == 0:
-                self._poison = retry_until_available(self._poison_rejections, self._say)
+                self._poison = retry_until_available(self._poison_rejections, self._say, self._stopped)
             for entries in self._in_progress.portions(history.source, chunk):
-                self._import(entries)
+                converted, rejected = self._converted(entries)
+                if stored is not None:
+                    stored.result()
+                stored = database.submit(self._store, converted, rejected)
+                if self._in_progress.after_crash:  # only these entries may be the cause of the next one
+                    stored.result()
                 self._advance()
-        self._batches.finish()
+        if stored is not None:
+            stored.result()
+        database.submit(self._batches.finish).result()
         self._advance()
 
     def _poison_rejections(self) -> dict[int, PoisonRejection]:
         with get_db() as db:
             return poison_rejections(db, self._history.source)
 
-    def _import(self, entries: list[Entry]) -> None:
-        started = time.monotonic()
+    def _converted(self, entries: list[Entry]) -> tuple[list[_Converted], list[_Rejected]]:
         converted: list[_Converted] = []
         rejected: list[_Rejected] = []
         for entry in entries:
@@ -114,7 +133,13 @@ class Importer:
                 rejected.append(one)
             else:
                 converted.append(one)
-        states, rows = retry_until_available(lambda: self._record_known(converted, rejected), self._say)
+        return converted, rejected
+
+    def _store(self, converted: list[_Converted], rejected: list[_Rejected]) -> None:
+        started = time.monotonic()
+        states, rows = retry_until_available(
+            lambda: self._record_known(converted, rejected), self._say, self._stopped
+        )
         for entry, reason in rejected:
             row = rows.get(entry.index)
             self._reject(
