@@ -60,9 +60,7 @@ class ImportBatches:
     A single delivery that cannot be decided now is deferred. After 3 defects it is rejected as poison.
     """
 
-    def __init__(
-        self, *, decided: Callable[[str, Outcome], None], say: Callable[[str], None], stopped: Event
-    ) -> None:
+    def __init__(self, *, decided: Callable[[str, Outcome], None], say: Callable[[str], None], stopped: Event) -> None:
         self._decided = decided
         self._say = say
         self._stopped = stopped

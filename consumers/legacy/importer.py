@@ -137,9 +137,7 @@ class Importer:
 
     def _store(self, converted: list[_Converted], rejected: list[_Rejected]) -> None:
         started = time.monotonic()
-        states, rows = retry_until_available(
-            lambda: self._record_known(converted, rejected), self._say, self._stopped
-        )
+        states, rows = retry_until_available(lambda: self._record_known(converted, rejected), self._say, self._stopped)
         for entry, reason in rejected:
             row = rows.get(entry.index)
             self._reject(

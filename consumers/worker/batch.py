@@ -268,12 +268,12 @@ def _count(events: Sequence[Event | HistoryError], results: Sequence[Result], se
 
 def _log(events: Sequence[Event | HistoryError], results: Sequence[Result]) -> None:
     """Log each rejection, and the totals of a batch. Log an accepted event that came alone; others only at DEBUG."""
-    for result in results:
+    for result in (one for one in results if one.error is not None):
         if result.failed:
             EventLogger(logger, result).error("rejected job %s: %s", result.job_id, result.outcome.reason)
         elif result.discarded:
             EventLogger(logger, result).info("job %s was discarded before and stays rejected", result.job_id)
-        elif result.error is not None:
+        else:
             EventLogger(logger, result).info("job %s is rejected again: %s", result.job_id, result.outcome.reason)
     if len(results) > 1:
         stored, duplicates = (sum(one.outcome.kind == kind for one in results) for kind in ("stored", "duplicate"))

@@ -26,7 +26,7 @@ def _insert(table: str, columns: dict[str, str]) -> TextClause:
     return text(f"""
         INSERT INTO {table} (event_id, source, portfolio_id, {names})
         SELECT gen_random_uuid(), 'import/plain', 1, * FROM unnest({arrays})
-    """)  # noqa: S608  # from the constants below
+    """)  # from the constants below
 
 
 _SNAPSHOTS = _insert(
