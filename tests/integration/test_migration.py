@@ -436,6 +436,25 @@ def test_the_import_waits_during_an_outage_and_prints_it_once(tmp_path: Path) ->
     assert all(one.complete for one in audit())
 
 
+def test_a_stop_signal_ends_an_import_that_waits_for_the_database(tmp_path: Path) -> None:
+    """At once, and without a traceback."""
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(4000)])
+    with (
+        TemporaryDirectory(dir="/tmp") as short,
+        _database_behind(Path(short)) as (proxy, url),
+        _command("import", str(folder), *_OPTIONS, "--rate", "2000", DATABASE_URL=url) as running,
+    ):
+        until(lambda: _rows() > 500)
+        proxy.set_mode("refuse")
+        proxy.cut()
+        assert running.stderr is not None
+        assert running.stderr.readline().startswith("waiting for the database")
+        running.send_signal(signal.SIGTERM)
+        _, errors = running.communicate(timeout=20)
+    assert running.returncode == 143
+    assert re.fullmatch(r"stopped after \d+ entries; run the same command again to continue\n", errors)
+
+
 def test_an_import_needs_no_redis(tmp_path: Path) -> None:
     """REDIS_URL may be unset, or Redis may be away. It needs no worker either."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(3)])
