@@ -452,7 +452,7 @@ def test_a_stop_signal_ends_an_import_that_waits_for_the_database(tmp_path: Path
         running.send_signal(signal.SIGTERM)
         _, errors = running.communicate(timeout=20)
     assert running.returncode == 143
-    assert re.fullmatch(r"stopped after \d+ entries; run the same command again to continue\n", errors)
+    assert re.fullmatch(r"stopped after [\d,]+ entries; run the same command again to continue\n", errors)
 
 
 def test_an_import_needs_no_redis(tmp_path: Path) -> None:
