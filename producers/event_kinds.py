@@ -178,6 +178,24 @@ class Event(_Contract):
             raise ValidationError.from_exception_data(type(self).__name__, problems)
         return self
 
+    def with_payload(self, payload: Payload, sequence: int) -> Self:
+        """Return the event of another fact of the same type and source, without checking the envelope again.
+
+        Pydantic's own ways to make it take as long as the payload's validation.
+        """
+        other = object.__new__(type(self))
+        changed = {
+            "id": payload.event_id,
+            "sequence": sequence,
+            "time": payload.instant,
+            "subject": payload.subject,
+            "data": payload,
+        }
+        object.__setattr__(other, "__dict__", self.__dict__ | changed)
+        for name in ("__pydantic_fields_set__", "__pydantic_extra__", "__pydantic_private__"):
+            object.__setattr__(other, name, getattr(self, name))
+        return other
+
     @property
     def trace(self) -> TraceContext | None:
         """The trace context of the call that recorded the event, if its envelope has a valid one."""

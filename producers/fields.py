@@ -140,15 +140,7 @@ class _WireText:
 
 
 def _money_from_python(value: Any) -> Decimal:
-    if isinstance(value, bool) or not isinstance(value, _MONEY_TYPES):
-        value = _other_number(value)
-    if isinstance(value, str) and not NUMBER.fullmatch(value):
-        raise contract_error("is text that is not a number")
-    try:
-        # repr() gives the shortest decimal that converts back to this float, Decimal(float) all its binary digits.
-        exact = Decimal(repr(float(value)) if isinstance(value, float) else value)
-    except (InvalidOperation, ValueError):
-        raise contract_error("is text that is not a number") from None
+    exact = value if type(value) is Decimal else _exact_number(value)
     if not exact.is_finite():
         raise contract_error("must be finite, not NaN or Infinity")
     if exact.copy_abs() < _MONEY_LIMIT:
@@ -156,6 +148,18 @@ def _money_from_python(value: Any) -> Decimal:
     if exact.copy_abs() >= _MONEY_LIMIT:
         raise contract_error(_MONEY_TOO_LARGE)
     return exact
+
+
+def _exact_number(value: Any) -> Decimal:
+    if isinstance(value, bool) or not isinstance(value, _MONEY_TYPES):
+        value = _other_number(value)
+    if isinstance(value, str) and not NUMBER.fullmatch(value):
+        raise contract_error("is text that is not a number")
+    try:
+        # repr() gives the shortest decimal that converts back to this float, Decimal(float) all its binary digits.
+        return Decimal(repr(float(value)) if isinstance(value, float) else value)
+    except (InvalidOperation, ValueError):
+        raise contract_error("is text that is not a number") from None
 
 
 def _other_number(value: Any) -> int | Decimal:

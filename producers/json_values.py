@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
 from typing import Annotated, Any
@@ -58,9 +60,10 @@ def _storable_number(value: int | float | Decimal, path: Path) -> None:
     if not isinstance(value, Decimal):
         within = -_MAX_FLOAT <= value <= _MAX_FLOAT  # False for NaN too
     elif value.is_finite():
-        if int(value.as_tuple().exponent) < _MIN_EXPONENT:
+        exponent = int(value.as_tuple().exponent)
+        if exponent < _MIN_EXPONENT:
             raise _error_at(path, "has too many decimals")
-        within = value.copy_abs() <= _MAX_DECIMAL and int(value.as_tuple().exponent) <= _MAX_EXPONENT
+        within = value.copy_abs() <= _MAX_DECIMAL and exponent <= _MAX_EXPONENT
     else:
         within = False
     if not within:
@@ -87,11 +90,18 @@ def _storable(value: Any, path: Path, converted: list[Any], depth: int = 0) -> N
         raise _error_at(path, f"is nested deeper than {MAX_NESTING} levels")
     elif isinstance(value, dict):
         _storable_keys(value, path)
-        for key, item in value.items():
+        for key, item in _other_than_texts(value):
             _storable(item, (key, path), converted, depth + 1)
     else:
         for index, item in enumerate(value):
             _storable(item, (index, path), converted, depth + 1)
+
+
+def _other_than_texts(document: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the members of an object, without storable texts: most are texts, and a call for each one takes longer."""
+    return (
+        (key, item) for key, item in document.items() if type(item) is not str or _UNSTORABLE_CHARACTER.search(item)
+    )
 
 
 def _as_builtin(value: Any, path: Path) -> Any:
@@ -121,6 +131,9 @@ def with_builtins(value: Any) -> Any:
 
 
 def _storable_keys(document: dict[Any, Any], path: Path) -> None:
+    with suppress(TypeError):  # a key is not text
+        if not _UNSTORABLE_CHARACTER.search("".join(document)):
+            return
     for key in document:
         if not isinstance(key, str):
             raise _error_at(path, f"has a key of type {type_name(key)}; keys must be text")

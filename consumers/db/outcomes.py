@@ -56,4 +56,5 @@ def discarded(db: Connection, job_ids: Iterable[str]) -> set[str]:
 
 def forget_outcomes(db: Connection, job_ids: Iterable[str]) -> None:
     """Delete the outcomes of deliveries that made a row later, as after a requeue."""
-    db.execute(_FORGET_OUTCOMES, {"job_ids": list(job_ids)})
+    if given := list(job_ids):
+        db.execute(_FORGET_OUTCOMES, {"job_ids": given})

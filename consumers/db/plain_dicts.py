@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from fractions import Fraction
@@ -21,6 +20,8 @@ from producers.times import localized
 _FIRST_SECOND, _LAST_SECOND = 10**9, 10**10
 _UNITS_PER_SECOND = (1, 10**3, 10**6, 10**9)
 _EPOCH_TEXT = re.compile(r"[0-9]{9,}(\.[0-9]+)?")
+# Neither a number nor ambiguous: most times are written so.
+_PLAIN_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}[T ]([0-9]{2}:){2}[0-9]{2}(\.[0-9]{1,6})?([+-][0-9]{2}:[0-9]{2})?")
 _ISO_EXAMPLE = "write it as in 2026-05-01T10:00:00+02:00"
 _UTC_NAME = re.compile(r"(.*:[0-9]{2}(?:[.,][0-9]+)?) *(?:[+-]00:?00 +)?(?:UTC|GMT|Z)", re.IGNORECASE)
 _BLANK_BEFORE_OFFSET = re.compile(r"(?<=[0-9]) +(?=[+-][0-9]{2}:?[0-9]{2}$)")
@@ -71,6 +72,11 @@ def moment_of(value: Any, field: str, zone: tzinfo | None) -> datetime:
     """
     if is_datetime(value):
         return value
+    if isinstance(value, str) and _PLAIN_TIME.fullmatch(value):
+        try:
+            return datetime.fromisoformat(value)
+        except ValueError:  # such as month 13
+            pass
     number = Decimal(value) if isinstance(value, str) and _EPOCH_TEXT.fullmatch(value.strip()) else _number(value)
     if number is not None:
         return _epoch_time(number, field).astimezone(zone)
@@ -123,8 +129,10 @@ def day_of(value: Any, field: str) -> date:
 
 def _date_in(value: Any) -> date | None:
     if isinstance(value, str):
-        with suppress(ValueError):
+        try:
             return date.fromisoformat(value.strip())
+        except ValueError:
+            pass
     try:
         moment = moment_of(value, "date", UTC)
     except InvalidEvent:

@@ -44,11 +44,19 @@ class EntriesInProgress:
         self._usable = report.is_file() or not report.exists()
         self._file: TextIO | None = None
         self._left: _Note | None = None
+        self._before: dict[str, int] = {}  # source -> first entry of the portion before
+
+    @property
+    def after_crash(self) -> bool:
+        """Whether an earlier import has left the file behind."""
+        return self._left is not None
 
     def portions(self, source: str, chunk: Sequence[Entry]) -> Iterator[list[Entry]]:
         """Yield `chunk` in order, in portions; entries of an earlier crash come in small ones.
 
-        The file names a portion until the caller asks for the next one.
+        The file names a portion until the caller asks for the second one after it, because the caller may convert a
+        portion while it stores the one before. After a crash, it names one portion: then the caller stores each one
+        before it asks for the next.
         """
         left = self._left
         for of_crash, group in groupby(chunk, key=lambda entry: self._is_left(source, entry.index)):
@@ -57,7 +65,12 @@ class EntriesInProgress:
             for start in range(0, len(entries), size):
                 portion = entries[start : start + size]
                 first, last = portion[0].index, portion[-1].index
-                self._write(_Note(source, first, last, self.crashes(source, first)))
+                if self.after_crash:
+                    self._write(_Note(source, first, last, self.crashes(source, first)))
+                else:
+                    before = self._before.get(source, first)
+                    self._write(_Note(source, before, last, 0))
+                    self._before = {source: first}
                 yield portion
 
     def crashes(self, source: str, index: int) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from threading import Event
 from typing import TypeVar
 
 from consumers.db.engine import drop_connections
@@ -23,8 +23,12 @@ _LAST_BACKOFF_SECONDS = 5.0
 _Answer = TypeVar("_Answer")
 
 
-def retry_until_available(work: Callable[[], _Answer], say: Callable[[str], None]) -> _Answer:
-    """Return the result of `work`. While the database is unavailable, call it again after growing pauses."""
+def retry_until_available(work: Callable[[], _Answer], say: Callable[[str], None], stopped: Event) -> _Answer:
+    """Return the result of `work`. While the database is unavailable, call it again after growing pauses.
+
+    Raises:
+        StoreUnavailable: the database is unavailable, and `stopped` is set.
+    """
     failures = 0
     while True:
         try:
@@ -34,7 +38,8 @@ def retry_until_available(work: Callable[[], _Answer], say: Callable[[str], None
             if failures == 1:
                 say(f"waiting for the database: {error.with_advice()}")
             drop_connections()
-            time.sleep(backoff_seconds(failures, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS))
+            if stopped.wait(backoff_seconds(failures, first=_FIRST_BACKOFF_SECONDS, last=_LAST_BACKOFF_SECONDS)):
+                raise
         else:
             if failures:
                 say("the database is available again, the import continues")
@@ -55,15 +60,16 @@ class ImportBatches:
     A single delivery that cannot be decided now is deferred. After 3 defects it is rejected as poison.
     """
 
-    def __init__(self, *, decided: Callable[[str, Outcome], None], say: Callable[[str], None]) -> None:
+    def __init__(self, *, decided: Callable[[str, Outcome], None], say: Callable[[str], None], stopped: Event) -> None:
         self._decided = decided
         self._say = say
+        self._stopped = stopped
         self._deferred: dict[str, _Undecided] = {}
 
     def insert(self, deliveries: Iterable[Delivery]) -> None:
         """Decide the deliveries, except a few that are deferred. During an outage of the database, wait."""
         for batch in _batches(deliveries):
-            retry_until_available(lambda batch=batch: self._process(batch), self._say)  # type: ignore[misc]  # mypy does not infer the lambda
+            retry_until_available(lambda batch=batch: self._process(batch), self._say, self._stopped)  # type: ignore[misc]  # mypy does not infer the lambda
             self._deferred |= batch
         if len(self._deferred) > _MOST_DEFERRED:
             self.finish()
@@ -71,7 +77,7 @@ class ImportBatches:
     def finish(self) -> None:
         """Decide the deferred deliveries, however long that takes."""
         while self._deferred:
-            retry_until_available(lambda: self._process(self._deferred, last=True), self._say)
+            retry_until_available(lambda: self._process(self._deferred, last=True), self._say, self._stopped)
 
     def _process(self, batch: dict[str, _Undecided], *, last: bool = False) -> None:
         """Process `batch` and remove the decided deliveries from it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC
 from decimal import Decimal
 from typing import NamedTuple
@@ -13,7 +13,18 @@ from consumers.db.inserts import Found, find_events
 from consumers.legacy.old_history import Kind
 from producers.events import Event, PortfolioSnapshot, SignalArchive
 
-# Only deliveries that have a row or an outcome: in a first import, hardly any. The others need no comparison.
+# Whether this source has a row or an outcome in a range of sequences: in a first import, hardly ever. Then a row with
+# the same event id, which another source made, is found when the event is inserted.
+_ANY_KNOWN = """
+    SELECT EXISTS (SELECT FROM {table} WHERE source = :source AND sequence BETWEEN :first AND :last)
+        OR EXISTS (SELECT FROM event_outcomes WHERE job_id = ANY (CAST(:job_ids AS text[])))
+"""
+_ANY: dict[Kind, TextClause] = {
+    "snapshot": text(_ANY_KNOWN.format(table="portfolio_history")),
+    "archive": text(_ANY_KNOWN.format(table="signal_archives")),
+}
+# Only deliveries that have a row or an outcome. The others need no comparison. The range of sequences follows from the
+# join: without it, PostgreSQL may read all rows of the source.
 _KNOWN = """
     SELECT given.number, history.id IS NOT NULL, other.id, outcomes.outcome, outcomes.reason
     FROM unnest(CAST(:event_ids AS uuid[]), CAST(:sequences AS bigint[]), CAST(:job_ids AS text[]),
@@ -22,13 +33,16 @@ _KNOWN = """
     LEFT JOIN {table} AS history ON history.event_id = given.event_id
     LEFT JOIN {table} AS other
         ON other.source = :source AND other.sequence = given.sequence AND other.event_id <> given.event_id
+        AND other.sequence BETWEEN :first AND :last
         AND other.{measure} = given.measure AND abs(extract(epoch FROM other.{instant} - given.instant)) <= 93600
         AND mod(extract(epoch FROM other.{instant} - given.instant), 900) = 0
     LEFT JOIN event_outcomes AS outcomes ON outcomes.job_id = given.job_id
     WHERE history.id IS NOT NULL OR other.id IS NOT NULL OR outcomes.job_id IS NOT NULL
 """
-_KNOWN_SNAPSHOTS = text(_KNOWN.format(table="portfolio_history", instant='"timestamp"', measure="total_value"))
-_KNOWN_ARCHIVES = text(_KNOWN.format(table="signal_archives", instant="archived_at", measure="signals_count"))
+_STATES: dict[Kind, TextClause] = {
+    "snapshot": text(_KNOWN.format(table="portfolio_history", instant='"timestamp"', measure="total_value")),
+    "archive": text(_KNOWN.format(table="signal_archives", instant="archived_at", measure="signals_count")),
+}
 _ROWS_OF_NUMBERS = """
     SELECT sequence, id FROM {table} WHERE source = :source AND sequence = ANY (CAST(:sequences AS bigint[]))
 """
@@ -94,6 +108,11 @@ def _measure(data: PortfolioSnapshot | SignalArchive) -> Decimal | int:
     return data.signals_count if isinstance(data, SignalArchive) else data.total_value
 
 
+def _array(values: Iterable[object]) -> str:
+    """Return an array literal, which the server parses in one step. None of these values needs quotes in it."""
+    return "{" + ",".join(map(str, values)) + "}"
+
+
 def rows_of_numbers(db: Connection, kind: Kind, source: str, numbers: Sequence[int]) -> dict[int, int]:
     """Return the row id of each of these sequence numbers that has a row."""
     rows = db.execute(_ROWS[kind], {"source": source, "sequences": list(numbers)}) if numbers else ()
@@ -111,17 +130,24 @@ def import_states(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> li
     if not deliveries:
         return []
     known = [_NOTHING_KNOWN] * len(deliveries)
-    archives = isinstance(deliveries[0][1].data, SignalArchive)
-    arrays = {
-        "event_ids": [str(event.id) for _, event in deliveries],
-        "sequences": [event.sequence for _, event in deliveries],
-        "job_ids": [job_id for job_id, _ in deliveries],
-        "instants": [event.data.instant.astimezone(UTC).isoformat() for _, event in deliveries],
-        "measures": [_measure(event.data) for _, event in deliveries],  # type: ignore[arg-type]  # only these two kinds
+    kind: Kind = "archive" if isinstance(deliveries[0][1].data, SignalArchive) else "snapshot"
+    numbers = [event.sequence for _, event in deliveries if event.sequence is not None]
+    of_source = {
         "source": deliveries[0][1].source,
+        "first": min(numbers),
+        "last": max(numbers),
+        "job_ids": _array(job_id for job_id, _ in deliveries),
+    }
+    if not db.scalar(_ANY[kind], of_source):
+        return known
+    arrays = of_source | {
+        "event_ids": _array(event.id for _, event in deliveries),
+        "sequences": _array(event.sequence for _, event in deliveries),
+        "instants": _array(event.data.instant.astimezone(UTC) for _, event in deliveries),
+        "measures": _array(_measure(event.data) for _, event in deliveries),  # type: ignore[arg-type]  # only these two kinds
     }
     stored = []
-    rows = db.execute(_KNOWN_ARCHIVES if archives else _KNOWN_SNAPSHOTS, arrays)
+    rows = db.execute(_STATES[kind], arrays)
     for number, has_row, other_row, outcome, reason in rows:
         known[number - 1] = ImportState(None, other_row, outcome, reason)
         if has_row:

@@ -6,8 +6,10 @@ each run inserts the entries that the database does not have yet.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from consumers.db.engine import get_db
@@ -28,7 +30,7 @@ from consumers.legacy.old_history import CHUNK_WEIGHT, OldHistory
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
 from producers.errors import InvalidEvent
-from producers.events import KINDS, Event, encode
+from producers.events import Event, encode
 
 _MOST_CRASHES = 2  # crashes of this process while only one entry was in progress
 
@@ -83,29 +85,46 @@ class Importer:
         self._rate = rate
         self._poison: dict[int, PoisonRejection] = {}
         self._raw: dict[str, Entry] = {}  # entries of undecided events, by job id
-        self._batches = ImportBatches(decided=self._count, say=say)
+        self._stopped = threading.Event()  # a thread that waits for the database ends
+        self._batches = ImportBatches(decided=self._count, say=say, stopped=self._stopped)
 
     def run(self) -> None:
         """Decide every entry: make a row, or record a rejection and add a line to the report.
 
-        During an outage of the database, wait.
+        While one portion is stored by a thread, this one reads and converts the next. During an outage of the
+        database, wait.
         """
+        with ThreadPoolExecutor(1) as database:
+            try:
+                self._run(database)
+            except BaseException:
+                self._stopped.set()
+                raise
+
+    def _run(self, database: ThreadPoolExecutor) -> None:
         history = self._history
+        stored: Future[None] | None = None
         for number, chunk in enumerate(history.chunks(min(CHUNK_WEIGHT, self._rate or CHUNK_WEIGHT))):
             if number == 0:
-                self._poison = retry_until_available(self._poison_rejections, self._say)
+                self._poison = retry_until_available(self._poison_rejections, self._say, self._stopped)
             for entries in self._in_progress.portions(history.source, chunk):
-                self._import(entries)
+                converted, rejected = self._converted(entries)
+                if stored is not None:
+                    stored.result()
+                stored = database.submit(self._store, converted, rejected)
+                if self._in_progress.after_crash:  # only these entries may be the cause of the next one
+                    stored.result()
                 self._advance()
-        self._batches.finish()
+        if stored is not None:
+            stored.result()
+        database.submit(self._batches.finish).result()
         self._advance()
 
     def _poison_rejections(self) -> dict[int, PoisonRejection]:
         with get_db() as db:
             return poison_rejections(db, self._history.source)
 
-    def _import(self, entries: list[Entry]) -> None:
-        started = time.monotonic()
+    def _converted(self, entries: list[Entry]) -> tuple[list[_Converted], list[_Rejected]]:
         converted: list[_Converted] = []
         rejected: list[_Rejected] = []
         for entry in entries:
@@ -114,7 +133,11 @@ class Importer:
                 rejected.append(one)
             else:
                 converted.append(one)
-        states, rows = retry_until_available(lambda: self._record_known(converted, rejected), self._say)
+        return converted, rejected
+
+    def _store(self, converted: list[_Converted], rejected: list[_Rejected]) -> None:
+        started = time.monotonic()
+        states, rows = retry_until_available(lambda: self._record_known(converted, rejected), self._say, self._stopped)
         for entry, reason in rejected:
             row = rows.get(entry.index)
             self._reject(
@@ -139,12 +162,12 @@ class Importer:
             return _Rejected(entry, str(PoisonEvent(crashes)))
         try:
             event = self._history.event(entry)
-            text = encode(event)
+            text = encode(event) if self._history.import_source.kind == "archive" else ""  # it may be too large
         except InvalidEvent as error:
             return _Rejected(entry, str(error))
         poison_error = PoisonEvent(crashes) if crashes == _MOST_CRASHES else None
         job_id = self._history.job_id(entry.index)
-        return _Converted(entry, event, Delivery(job_id, text, KINDS[event.type].model, poison_error))
+        return _Converted(entry, event, Delivery(job_id, text, type(event), poison_error, event))
 
     def _record_known(
         self, converted: list[_Converted], rejected: list[_Rejected]
@@ -182,7 +205,7 @@ class Importer:
         """Yield the deliveries that the database does not have and that must be inserted. Count the others."""
         for (entry, _, delivery), state in zip(converted, states, strict=True):
             poison = self._poison.get(entry.index)
-            known_poison = poison.reason if poison is not None and poison.event == delivery.text else None
+            known_poison = poison.reason if poison is not None and poison.event == delivery.event_text else None
             reason = state.rejection_reason() or known_poison
             if state.is_accounted_for(self._history.source, entry.index):
                 self._history.statistics.already_there += 1

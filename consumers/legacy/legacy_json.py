@@ -27,6 +27,8 @@ SNAPSHOT_KEYS = frozenset({
     "date", "snapshot_date", "timestamp", "balance", "total_invested", "total_profit_loss", "total_value",
     "open_positions", "trade_count", "portfolio_id",
 })  # fmt: skip
+# Of JSON values without inner values. A number is a float only if it is NaN or Infinity.
+_FINITE_TYPES = frozenset({str, int, Decimal, bool, type(None)})
 ARCHIVE_KEYS = frozenset({
     "archived_at", "archive_month", "signals_count", "signals", "signals_data", "portfolio_id",
 })  # fmt: skip
@@ -155,6 +157,8 @@ def _require_finite(members: dict[str, Any]) -> None:
 
     Without recursion, and with paths that share their steps, because an entry may be wide and deep.
     """
+    if _FINITE_TYPES.issuperset(map(type, members.values())):
+        return
     left: list[tuple[Any, json_values.Path]] = [(members, ())]
     while left:
         value, path = left.pop()

@@ -161,9 +161,10 @@ class OldHistory:
         """
         chunk: list[Entry] = []
         chunk_weight = 0
+        has_signals = self.import_source.kind == "archive"
         for entry in self._entries():
             chunk.append(entry)
-            chunk_weight += 1 + len(signals_in(entry.data))
+            chunk_weight += 1 + (len(signals_in(entry.data)) if has_signals else 0)
             if chunk_weight >= weight:
                 yield chunk
                 chunk, chunk_weight = [], 0
@@ -236,11 +237,4 @@ class OldHistory:
         if self._envelope is None:
             self._envelope = event_of(payload, source=self.source, sequence=index)
             return self._envelope
-        changed = {
-            "id": payload.event_id,
-            "sequence": index,
-            "time": payload.instant,
-            "subject": payload.subject,
-            "data": payload,
-        }
-        return self._envelope.model_copy(update=changed)
+        return self._envelope.with_payload(payload, index)

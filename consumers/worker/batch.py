@@ -160,7 +160,7 @@ def process_batch(
 
 def deferred(delivery: Delivery, error: BaseException) -> Deferred:
     """Return a delivery as deferred because of `error`."""
-    return Deferred(delivery.job_id, error, *_reference_of(delivery.text), _event_type(delivery))
+    return Deferred(delivery.job_id, error, *_reference_of(delivery.event_text), _event_type(delivery))
 
 
 def _process_together(deliveries: Sequence[Delivery], statement_seconds: float | None) -> list[Result]:
@@ -178,7 +178,7 @@ def _process_together(deliveries: Sequence[Delivery], statement_seconds: float |
                 result = _rejected(delivery, answer)
                 results.append(result)
                 if not result.recorded_by_withdrawal:
-                    outcomes.append(_outcome_of(result, delivery.text))
+                    outcomes.append(_outcome_of(result, delivery.event_text))
             else:
                 assert not isinstance(event, HistoryError)
                 outcome = Outcome("stored" if answer.created else "duplicate", answer.row_id)
@@ -214,6 +214,8 @@ def report_safely(report: Callable[[], None]) -> None:
 def _decoded(delivery: Delivery) -> Event | HistoryError:
     if delivery.error is not None or delivery.model is None:
         return delivery.error or InvalidEvent("event: has no known type")
+    if delivery.event is not None:
+        return delivery.event
     try:
         return decode(delivery.text, delivery.model)
     except InvalidEvent as error:
@@ -222,7 +224,7 @@ def _decoded(delivery: Delivery) -> Event | HistoryError:
 
 def _rejected(delivery: Delivery, error: HistoryError) -> Result:
     outcome = Outcome("rejected", reason=_storable(str(error)))
-    return Result(delivery.job_id, outcome, *_reference_of(delivery.text), _event_type(delivery), error)
+    return Result(delivery.job_id, outcome, *_reference_of(delivery.event_text), _event_type(delivery), error)
 
 
 def _outcome_of(result: Result, text: Any = None) -> OutcomeRow:
@@ -237,7 +239,7 @@ def _decided_before(db: Connection, delivery: Delivery) -> Result | None:
 
     If the row was withdrawn since then, the delivery is rejected for that reason.
     """
-    reference = _reference_of(delivery.text)
+    reference = _reference_of(delivery.event_text)
     if reference.source is None or reference.sequence is None or reference.event_id is None:
         return None
     found = find_row(db, reference.source, reference.sequence, reference.event_id)
@@ -266,12 +268,12 @@ def _count(events: Sequence[Event | HistoryError], results: Sequence[Result], se
 
 def _log(events: Sequence[Event | HistoryError], results: Sequence[Result]) -> None:
     """Log each rejection, and the totals of a batch. Log an accepted event that came alone; others only at DEBUG."""
-    for result in results:
+    for result in (one for one in results if one.error is not None):
         if result.failed:
             EventLogger(logger, result).error("rejected job %s: %s", result.job_id, result.outcome.reason)
         elif result.discarded:
             EventLogger(logger, result).info("job %s was discarded before and stays rejected", result.job_id)
-        elif result.error is not None:
+        else:
             EventLogger(logger, result).info("job %s is rejected again: %s", result.job_id, result.outcome.reason)
     if len(results) > 1:
         stored, duplicates = (sum(one.outcome.kind == kind for one in results) for kind in ("stored", "duplicate"))

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from consumers.errors import OversizedJob, PoisonEvent, UnsupportedJob
 from producers.errors import HistoryError
-from producers.events import KINDS, MAX_EVENT_BYTES, Event
+from producers.events import KINDS, MAX_EVENT_BYTES, Event, encode
 from producers.fields import readable
 
 # In the call, the event's text is a JSON string, where one character can become an escape of six.
@@ -56,12 +56,21 @@ class ReservedJob(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """The event of one job: its text, and the model that validates it. If `error` is set, it is rejected unread."""
+    """The event of one job: its text, and the model that validates it. If `error` is set, it is rejected unread.
+
+    A caller that has made the event itself passes it as `event`: it is not decoded again. `text` may then be empty.
+    """
 
     job_id: str
     text: Any
     model: type[Event] | None
     error: HistoryError | None = None
+    event: Event | None = None
+
+    @property
+    def event_text(self) -> Any:
+        """The text, which may be anything if it comes from a job; of a passed event, the text that encodes it."""
+        return self.text if self.text or self.event is None else encode(self.event)
 
 
 def parse_job(job: ReservedJob, crashes: int = 0) -> Delivery:

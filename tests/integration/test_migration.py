@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
-from sqlalchemy import make_url, text
+from sqlalchemy import Connection, make_url, text
 
 from consumers.db.engine import engine, get_db
 from consumers.db.inserts import insert_events
@@ -35,7 +35,7 @@ from consumers.ops.audit import audit
 from consumers.ops.failed import discard, rejections, requeue
 from consumers.worker import batch
 from producers.errors import HistoryError
-from producers.events import decode
+from producers.events import Event
 from producers.history_producer import HistoryProducer
 from producers.trading_controller import shared_producer
 from tests.deliveries import burst
@@ -436,6 +436,25 @@ def test_the_import_waits_during_an_outage_and_prints_it_once(tmp_path: Path) ->
     assert all(one.complete for one in audit())
 
 
+def test_a_stop_signal_ends_an_import_that_waits_for_the_database(tmp_path: Path) -> None:
+    """At once, and without a traceback."""
+    folder = _write(tmp_path / "old", [_snapshot(n) for n in range(4000)])
+    with (
+        TemporaryDirectory(dir="/tmp") as short,
+        _database_behind(Path(short)) as (proxy, url),
+        _command("import", str(folder), *_OPTIONS, "--rate", "2000", DATABASE_URL=url) as running,
+    ):
+        until(lambda: _rows() > 500)
+        proxy.set_mode("refuse")
+        proxy.cut()
+        assert running.stderr is not None
+        assert running.stderr.readline().startswith("waiting for the database")
+        running.send_signal(signal.SIGTERM)
+        _, errors = running.communicate(timeout=20)
+    assert running.returncode == 143
+    assert re.fullmatch(r"stopped after [\d,]+ entries; run the same command again to continue\n", errors)
+
+
 def test_an_import_needs_no_redis(tmp_path: Path) -> None:
     """REDIS_URL may be unset, or Redis may be away. It needs no worker either."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(3)])
@@ -564,20 +583,20 @@ from consumers.worker import batch
 
 def crashing(function):
     def called(given, *more, **named):
-        if "7.7777" in str(given):
+        if "7.7777" in str((given, *more)):
             os._exit(9)
         return function(given, *more, **named)
     return called
 
-if sys.argv.pop(1) == "decode":
-    batch.decode = crashing(batch.decode)
+if sys.argv.pop(1) == "insert":
+    batch.insert_events = crashing(batch.insert_events)
 else:
     old_history.snapshot_from = crashing(old_history.snapshot_from)
 cli.main()
 """
 
 
-@pytest.mark.parametrize(("place", "crashes"), [("decode", 4), ("convert", 5)])
+@pytest.mark.parametrize(("place", "crashes"), [("insert", 4), ("convert", 5)])
 def test_the_next_runs_isolate_an_entry_that_crashes_the_process(
     redis: Redis, tmp_path: Path, place: str, crashes: int
 ) -> None:
@@ -596,7 +615,7 @@ def test_the_next_runs_isolate_an_entry_that_crashes_the_process(
     assert all(one.complete for one in audit())
     assert not list(tmp_path.glob("*.in-progress"))
 
-    if place == "decode":  # its event is known and can be requeued after the defect is fixed
+    if place == "insert":  # its event is known and can be requeued after the defect is fixed
         requeue(rejections(), redis, "history")
         burst(redis)
         assert list(rejections()) == []
@@ -610,15 +629,13 @@ def test_a_defect_of_one_entry_is_rejected_as_poison_in_the_same_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is tried as often as by a worker."""
-    tried = []
 
-    def defective(event_text: str, model: Any) -> Any:
-        if "7.7777" in event_text:
-            tried.append(event_text)
+    def defective(db: Connection, events: Sequence[Event]) -> Any:
+        if "7.7777" in str(events):
             raise RuntimeError("a defect")
-        return decode(event_text, model)
+        return insert_events(db, events)
 
-    monkeypatch.setattr(batch, "decode", defective)
+    monkeypatch.setattr(batch, "insert_events", defective)
     folder = _write(tmp_path / "old", [_snapshot(n, balance=7.7777 if n == 3 else n) for n in range(8)])
     assert _counts(_import(folder)) == [(8, 7, 0, 1)]
     (rejection,) = rejections()

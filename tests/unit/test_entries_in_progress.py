@@ -54,6 +54,21 @@ def test_each_crash_reduces_the_entries_in_progress_until_one_is_left(tmp_path: 
         assert [len(portion) for portion in in_progress.portions(SOURCE, CHUNK)] == [77, 1, 22]
 
 
+def test_the_note_names_the_portion_before_too_except_after_a_crash(tmp_path: Path) -> None:
+    """The import stores a portion while it converts the next. After a crash, it does one after the other."""
+    report, noted = tmp_path / "report.jsonl", []
+    for after_crash in (False, True):
+        if after_crash:
+            _crash(report)
+        with EntriesInProgress(report) as in_progress:
+            assert in_progress.after_crash is after_crash
+            for number in (200, 201):
+                for _ in in_progress.portions(SOURCE, [Entry(number, {})]):
+                    note = json.loads((tmp_path / "report.jsonl.in-progress").read_text())
+                    noted.append((note["first"], note["last"]))
+    assert noted == [(200, 200), (200, 201), (200, 200), (201, 201)]
+
+
 @pytest.mark.parametrize("left", ["", "{", "[1]", '{"source": "import/a.json/1", "first": 0}', "null", "\x00" * 10])
 def test_an_unreadable_note_is_ignored(tmp_path: Path, left: str) -> None:
     """A full disk may leave such a note."""

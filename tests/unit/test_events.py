@@ -224,6 +224,18 @@ def test_the_summary_is_one_readable_line(payload: Payload, line: str) -> None:
     assert payload.summary == line
 
 
+def test_an_event_of_another_fact_of_the_same_source_is_the_same_event() -> None:
+    """As with a checked envelope, extension attributes and frozen fields included."""
+    trace = TraceContext("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    first = event_of(a_snapshot(), source="import/x/1", sequence=0, trace=trace)
+    payload = a_snapshot(after=timedelta(hours=1), portfolio_id=7)
+    other, checked = first.with_payload(payload, 3), event_of(payload, source="import/x/1", sequence=3, trace=trace)
+    assert (other, other.trace, encode(other)) == (checked, checked.trace, encode(checked))
+    assert decode(encode(other), type(other)) == other
+    with pytest.raises(ValidationError):
+        other.sequence = 4
+
+
 def test_payloads_and_events_are_frozen() -> None:
     """A validated value cannot be changed."""
     event = _snapshot_event()
