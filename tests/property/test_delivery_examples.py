@@ -38,6 +38,25 @@ def _store(machine: DeliveryMachine, bot: int = 0) -> None:
     machine.check_model()
 
 
+def test_the_same_steps_give_the_same_run(machine: DeliveryMachine) -> None:
+    queues = []
+    for _ in range(10):
+        one = DeliveryMachine(machine.world, Statistics())
+        one.begin(events=[SNAPSHOT, ANOTHER_SNAPSHOT, ("archive", 0, 0)])
+        for seconds in ([6], [6, 6]):
+            for passed in seconds:
+                one.clock(what="time", seconds=passed, ahead=0)
+            one.sweep(bot=0, relay="first", fault=None)
+        one.redis(what="all", which=0)
+        one.clock(what="time", seconds=21, ahead=0)
+        one.sweep(bot=0, relay="first", fault=None)
+        queues.append(one.contents.queued.waiting)
+        machine.world.clear()
+    machine.world.reset()
+    assert queues == [queues[0]] * 10
+    assert queues[0]
+
+
 def test_two_copies_that_use_one_number_settle_their_own_entries(machine: DeliveryMachine) -> None:
     machine.begin(events=[SNAPSHOT])
     _store(machine)

@@ -83,6 +83,8 @@ class Clock:
             patch.setattr(os, "urandom", self._random.randbytes)  # also for UUIDs
             patch.setattr(secrets, "token_hex", lambda size=32: self._random.randbytes(size).hex())
             patch.setattr(secrets, "randbits", self._random.getrandbits)
+            # SystemRandom has its own name for os.urandom. The relay chooses the times of its checks with it.
+            patch.setattr(random.SystemRandom, "random", lambda _: self._random.random())
             yield
 
     def _now(self, clock: int) -> float:
