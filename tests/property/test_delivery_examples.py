@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import pytest
 from redis import Redis
 
+from producers.outbox import Outbox
+from producers.outbox_deliveries import OutboxDeliveries
 from tests.property.delivery.machine import DeliveryMachine
 from tests.property.delivery.runs import new_world
-from tests.property.delivery.shrinking import Shrinking
+from tests.property.delivery.shrinking import Shrinking, replay
 from tests.property.delivery.statistics import Statistics, Step
 
 SNAPSHOT, OTHER_CONTENT, ANOTHER_SNAPSHOT = ("snapshot", 0, 0), ("snapshot", 0, 1), ("snapshot", 1, 0)
@@ -264,3 +266,82 @@ def test_a_running_bot_carries_over_the_entries_of_a_file_that_was_replaced(
     machine.outbox(what=what, bot=0, running=True, fault=None)
     machine.check_model()
     assert _states(machine) == ["pending"]
+
+
+def test_a_running_bot_carries_over_two_entries_that_are_recorded_by_two_calls(machine: DeliveryMachine) -> None:
+    machine.outbox(what="back up", bot=0, running=True, fault=None)
+    for event in (SNAPSHOT, ANOTHER_SNAPSHOT):
+        machine.record(bot=0, events=[event], what="", fault=None)
+    machine.outbox(what="restore", bot=0, running=True, fault=None)
+    machine.check_model()
+    assert _states(machine) == ["pending", "pending"]
+
+
+def test_two_requeues_with_no_worker_between_put_a_job_into_the_queue_once(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
+    _store(machine)
+    for _ in range(2):
+        machine.operator(what="requeue", which=0, fault=None)
+        machine.check_model()
+        assert len(machine.contents.queued.active()) == 1
+
+
+_STORED_AFTER_A_REQUEUE = [
+    Step("begin", {"events": [SNAPSHOT, OTHER_CONTENT]}),
+    Step("run_worker", {"worker": 0, "max_jobs": 500, "fault": None}),
+    Step("sweep", {"bot": 0, "relay": "first", "fault": None}),
+    Step("operator", {"what": "withdraw", "which": 0, "fault": None}),
+    Step("operator", {"what": "requeue", "which": 0, "fault": None}),
+    Step("run_worker", {"worker": 0, "max_jobs": 500, "fault": None}),
+]
+
+
+def test_the_end_requires_that_the_receipt_of_a_requeued_event_says_stored(
+    machine: DeliveryMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert replay(machine.world, _STORED_AFTER_A_REQUEUE) == ""
+    awaiting = OutboxDeliveries.awaiting
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            OutboxDeliveries, "awaiting", lambda self, state: awaiting(self, state) if state == "sent" else []
+        )
+        assert "still rejected for its receipt" in replay(machine.world, _STORED_AFTER_A_REQUEUE)
+    machine.world.reset()
+
+
+def test_the_receipt_of_a_requeued_event_says_stored(machine: DeliveryMachine) -> None:
+    for step in _STORED_AFTER_A_REQUEUE:
+        getattr(machine, step.action)(**step.given)
+    assert _states(machine) == ["stored", "rejected"]
+    machine.clock(what="time", seconds=61, ahead=0)  # relays look seldom whether a rejected event is stored
+    machine.bot(0).sweep("first")
+    assert _states(machine) == ["stored", "stored"]
+
+
+@pytest.mark.parametrize("when", ["before", "after", "before commit", "after commit"])
+def test_an_outbox_keeps_its_source_if_its_relay_is_killed_at_any_write(machine: DeliveryMachine, when: str) -> None:
+    machine.begin(events=[SNAPSHOT])
+    bot, number = machine.bot(0), 0
+    while bot.killed_sweeps == number:
+        number += 1
+        bot.kill()  # each relay begins its turn, and so exchanges the token of the outbox
+        machine.record(bot=0, events=[("archive", number, 0)], what="", fault=None)
+        bot.sweep("first", (number, when))  # type: ignore[arg-type]
+        bot.sweep("first")
+        with Outbox(bot.path) as outbox:
+            assert len(outbox.sources()) == 1
+    assert bot.killed_sweeps > 2
+
+
+def test_pruning_keeps_an_unsettled_entry_before_a_settled_one(machine: DeliveryMachine) -> None:
+    machine.begin(events=[SNAPSHOT, ANOTHER_SNAPSHOT])
+    machine.check_model()
+    machine.worker(0).reserve(1)  # the job of the first entry, which it keeps
+    machine.worker(1).run(500)
+    machine.bot(0).sweep("first")
+    assert _states(machine) == ["sent", "stored"]
+    for _ in range(8):
+        machine.clock(what="time", seconds=86_400, ahead=0)
+    machine.bot(0).sweep("first")
+    machine.check_model()
+    assert _states(machine) == ["sent"]

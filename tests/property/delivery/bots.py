@@ -87,6 +87,7 @@ class Bot:
         self.folder = folder
         self.path = folder / "outbox.db"
         self.needs_resend = False  # the database has lost commits since the last resend
+        self.killed_sweeps = 0
         self._redis = redis
         self._producer: _ProducerProcess | None = None
         self._relays: dict[str, _RelayProcess] = {}
@@ -122,7 +123,8 @@ class Bot:
         process = self._relays.setdefault(name, _RelayProcess(self.path, self._redis, name))
         with process.acting(fault):
             return process.sweep()
-        self._kill_relay(name)  # reached only if the process died in the block
+        self.killed_sweeps += 1  # reached only if the process died in the block
+        self._kill_relay(name)
         return False
 
     def end_relay(self, name: str, fault: Fault | None = None) -> None:

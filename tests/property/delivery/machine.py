@@ -139,7 +139,7 @@ class DeliveryMachine(Disasters):
         if not self.worker(worker).reserved:
             self.worker(worker).run(max_jobs, fault)
 
-    @action(when=_has_waiting, fault=faults(70))
+    @action(when=_has_waiting, fault=faults(70, commits=2))
     def run_stock_worker(self, fault: Any) -> None:
         self.model.disturbed |= fault is not None
         run_stock_worker(self.world.faulty_redis, fault)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
+from consumers.ops.audit import SourceAudit
 from producers.events import Payload
 from producers.history_producer import Receipt
 from tests.faults.accepted import Delivery, content_of
 from tests.faults.verdict import KeptEntry
-from tests.property.delivery.servers import Outcome, Row, Stored
+from tests.property.delivery.servers import Outcome, Queued, Row, Stored
 from tests.property.delivery.world import Contents
 
 Identity = tuple[str, int | None, str, str]  # source, sequence, event id and content
@@ -182,8 +183,12 @@ class Model:
         if not self._has_old_receipts:
             self._lost_rows.clear()
         self.check(contents)
-        open_entries = [one for kept in contents.entries.values() for one in kept if one.state in ("pending", "sent")]
+        entries = [one for kept in contents.entries.values() for one in kept]
+        open_entries = [one for one in entries if one.state in ("pending", "sent")]
         assert not open_entries, f"never settled: {open_entries}"
+        if not self.disturbed:
+            for entry in entries:
+                self._check_final(entry, contents.stored)
         active = contents.queued.active(without=self._ownerless)
         assert not active, f"jobs that no worker finishes: {active}, {contents.queued}"
         missing = self.lost - self.unrecoverable
@@ -207,6 +212,29 @@ class Model:
             f"{dict(counts)}, but {len(contents.stored.rows)} rows and {len(contents.stored.withdrawn)} withdrawals"
         )
 
+    def _check_final(self, entry: KeptEntry, stored: Stored) -> None:
+        """Check that a rejected entry is rejected in the database too: a relay has read all acknowledgements by now."""
+        outcome = stored.outcomes.get(entry.delivery.job_id)
+        is_rejected = outcome is not None and outcome.outcome in ("rejected", "discarded")
+        if (entry.reason or "").startswith("withdrawn:") and entry.delivery.job_id in self._with_own(stored.withdrawn):
+            return  # the withdrawal is the record of its outcome
+        right = entry.state != "rejected" or is_rejected
+        assert right, f"still rejected for its receipt, but not in the database ({outcome}): {entry}"
+
+    def check_sources(self, outboxes: Sequence[Sequence[tuple[str, bool]]]) -> None:
+        """Check the sources of each outbox, by name and whether new events get it. Relays have looked for copies."""
+        counts = Counter(name for sources in outboxes for name, is_current in sources if is_current)
+        twice = [name for name, count in counts.items() if count > 1]
+        assert not twice, f"two outboxes use one source: {twice}"
+        if not self.disturbed:
+            replaced = [sources for sources in outboxes if len(sources) > 1]
+            assert not replaced, f"an outbox that was never copied has more than one source: {replaced}"
+
+    def check_audits(self, audits: Iterable[SourceAudit]) -> None:
+        """Check that each audit of a source is complete, unless events are lost for good."""
+        incomplete = [] if self.unrecoverable else [one for one in audits if not one.complete]
+        assert not incomplete, f"the audit finds events missing: {incomplete}"
+
     def _check_outcome(self, one: Delivery, outcome: Outcome, stored: Stored) -> None:
         rows = [row for row in (*stored.rows, *stored.withdrawn) if row.event_id == one.event_id]
         same = any(row.content == one.content for row in rows)
@@ -220,6 +248,12 @@ class Model:
 
     def _named(self, job_ids: set[str]) -> list[Delivery]:
         return [self.deliveries[job_id] for job_id in sorted(job_ids)]
+
+
+def check_lease(jobs: Iterable[str], list_key: str, queued: Queued) -> None:
+    """Check that the jobs of a worker that has a lease are in its list."""
+    taken = set(jobs) - set(queued.reserved.get(list_key, []))
+    assert not taken, f"taken from a worker that has a lease: {taken}"
 
 
 def _identity(one: Delivery | Row) -> Identity:
