@@ -201,9 +201,8 @@ class Model:
             if outcome is not None:
                 counts[outcome.outcome] += 1
                 self._check_outcome(one, outcome, contents.stored)
-            elif job_id not in self._decided:
-                assert job_id in self.unrecoverable, f"lost: {one}"
-            else:  # copies of an outbox may record one event under one number: that is one row and a duplicate of it
+            elif job_id in self._decided:
+                # Copies of an outbox may record one event under one number: that is one row and a duplicate of it.
                 kind = "withdrawal" if _identity(one) in withdrawn else "row"
                 counts["duplicate" if _identity(one) in own else kind] += 1
                 own.add(_identity(one))
