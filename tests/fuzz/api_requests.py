@@ -43,6 +43,8 @@ _TARGETS = """
 /trading/portfolio-history?limit=2
 /trading/portfolio-history?limit=1&daily=last
 /trading/portfolio-history?since=2026-11-22T18:02:46+01:00&until=2027-01-01
+/trading/portfolio-history?since=2026-11-22T18:02:46%2B01:00:30&until=2026-11-23T00:00:00-03:30:15
+/trading/portfolio-history?since=0001-01-01T00:00:00%2B01:00:30&limit=2
 /trading/portfolio-history?portfolio_id=-1&format=csv
 /trading/portfolio-history?format=json&since=0001-01-01
 /trading/portfolio-history?limit=1001
@@ -53,6 +55,7 @@ _TARGETS = """
 /trading/signal-archives
 /trading/signal-archives?limit=1&format=csv
 /trading/signal-archives?until=9999-12-31T23:59:59-12:00
+/trading/signal-archives?since=2026-11-22T18:02:46-00:00:01&until=9999-12-31T23:59:59-23:59:59
 /trading/signal-archives?portfolio_id=9223372036854775808
 /trading/signal-archives?limit=2&limit=3
 /trading/signal-archives?limit=1&cursor=~["archives",1795366800000000,2]
@@ -72,6 +75,7 @@ _TARGETS = """
 /page/curve?portfolio=1
 /page/curve?portfolio=none&buckets=10&parts=true
 /page/curve?portfolio=1&since=2026-11-22T00:00:00Z&until=1970-01-01T00:00:00Z
+/page/curve?portfolio=1&since=2026-11-22T00:00:00%2B01:00:30&until=2026-12-01T00:00:00-11:59:59
 /page/daily?portfolio=1
 /page/daily?portfolio=none
 /page/daily?portfolio=-9223372036854775808
@@ -80,6 +84,7 @@ _TARGETS = """
 /page/archives?month=9998-12&before_at=1970-01-01T00:00:00Z&before_id=0
 /page/archives?month=2026-13
 /page/signals?month=2026-11&q=br%C3%BCcke
+/page/archives?month=2026-11&before_at=2026-11-22T18:00:00-05:00:30&before_id=2
 /page/signals?month=1970-01&q=&at=2026-11-22T00:00:00Z&archive=1&number=1
 /page/archives/1
 /page/archives/1?q=%22%5C

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +36,8 @@ from tests.fuzz.event_texts import check_message, exact
 from tests.fuzz.invariants import require
 
 _ZONE = ZoneInfo("Europe/Berlin")
+_MARK = "\ufeff"  # byte order mark
+_BLANKS = " \t\n\r" + _MARK
 _ARRAYS = ("history", "portfolio_history", "snapshots", "signals")
 _ARCHIVES, _NAN_AS_NULL, _PORTFOLIO, _SMALL_BLOCKS = 1, 2, 4, 8  # bits of the first byte
 _MOMENT = datetime(2026, 10, 25, 2, 30, 0, 123456)  # in the hour that occurs twice
@@ -69,6 +72,9 @@ def seeds() -> Iterator[bytes]:
             yield option + json.dumps({"version": 1, name: entries, "more": []}).encode()
         yield option + json.dumps({"history": entries, "snapshots": entries}).encode()
         yield option + b"\xef\xbb\xbf" + json.dumps(entries).encode()[:-9]
+        yield option + b",".join(json.dumps(one).encode() for one in entries)
+        yield option + json.dumps(entries).encode() + b",,\n\xef\xbb\xbf" + json.dumps(entries[:1]).encode() + b","
+        yield option + json.dumps({"history": entries}).encode() + json.dumps({"snapshots": entries}).encode()
     for content in (
         "",
         "[]",
@@ -131,42 +137,55 @@ def _read(path: Path) -> tuple[list[Any], str | None]:
 
 
 def _check_nothing_lost(content: bytes, entries: list[Any], damage: str | None) -> None:
-    documents = _documents(content.decode("utf-8-sig", "surrogateescape"))
+    text = content.decode("utf-8-sig", "surrogateescape")
+    documents = _documents(text)
+    if documents is None and _MARK in text:
+        return  # the product reads marks between any two values, the standard library does not
     if damage is None:
         require(documents, "a file without an entry or damage is not JSON")
-        require(
-            any(_same(entries, one) for one in _readings(documents or [])),
-            "entries are lost without damage being reported",
-        )
-    elif documents and isinstance(documents[0], list):
-        require(_same(entries, documents[0][: len(entries)]), "entries before the damage differ")
-        require(len(documents) > 1 or "nested too deeply" in damage, f"an array that is JSON is damaged: {damage}")
+        require(_are_entries_of(documents or [], entries), "entries are lost without damage being reported")
+    elif documents:
+        arrays = list(takewhile(lambda one: isinstance(one, list), documents))
+        first = [entry for array in arrays for entry in array]
+        require(_same(entries[: len(first)], first[: len(entries)]), "entries before the damage differ")
+        is_damage = len(arrays) < len(documents) or "nested too deeply" in damage
+        require(is_damage, f"an array that is JSON is damaged: {damage}")
 
 
-def _readings(documents: list[Any]) -> Iterator[list[Any]]:
-    """Yield the lists of entries that a file without damage may mean."""
-    if len(documents) > 1 or isinstance(documents[0], dict):
-        yield documents
-    if len(documents) == 1 and isinstance(documents[0], list):
-        yield documents[0]
-    if len(documents) == 1 and isinstance(documents[0], dict):
-        arrays = {
-            name for name, one in documents[0].items() if isinstance(one, list) and one and isinstance(one[0], dict)
-        }
-        yield from (documents[0][name] for name in _ARRAYS if arrays <= {name} and name in documents[0])
+def _are_entries_of(documents: list[Any], entries: list[Any]) -> bool:
+    """Return whether a file of these documents, without damage, may mean these entries."""
+    ends = {0}  # numbers of entries that the documents before this one may have
+    for document in documents:
+        meanings = list(_meanings(document))
+        ends = {at + len(one) for at in ends for one in meanings if _same(entries[at : at + len(one)], one)}
+    return len(entries) in ends
+
+
+def _meanings(document: Any) -> Iterator[list[Any]]:
+    """Yield the lists of entries that a document of a file may mean."""
+    if isinstance(document, list):
+        yield document
+    if isinstance(document, dict):
+        yield [document]
+        members = {name: one for name, one in document.items() if isinstance(one, list)}
+        arrays = {name for name, one in members.items() if one and isinstance(one[0], dict)}
+        yield from (members[name] for name in _ARRAYS if arrays <= {name} and name in members)
 
 
 def _documents(text: str) -> list[Any] | None:
-    """Return all JSON documents of a text, as the standard library reads them; None if it cannot."""
+    """Return all JSON documents of a text, as the standard library reads them; None if it cannot.
+
+    Blanks and byte order marks may be before each document, and commas after the first one.
+    """
     # -0 is an integer here, and equal to 0.
     decoder = json.JSONDecoder(parse_float=_decimal, parse_int=lambda text: Decimal(text) or Decimal(0))
-    documents = []
-    at = 0
+    documents: list[Any] = []
+    text = text.lstrip(_BLANKS)
     try:
-        while text[at:].strip(" \t\n\r"):
-            at += len(text[at:]) - len(text[at:].lstrip(" \t\n\r"))
-            document, at = decoder.raw_decode(text, at)
+        while text:
+            document, end = decoder.raw_decode(text)
             documents.append(document)
+            text = text[end:].lstrip(_BLANKS + ",")
     except (ValueError, RecursionError):
         return None
     return documents
