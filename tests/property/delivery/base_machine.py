@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from consumers.ops.audit import audit
+from consumers.ops.audit import SourceAudit, audit
 from producers.outbox import Outbox
 from tests.property.delivery.bots import Bot
 from tests.property.delivery.faults import Fault
@@ -120,7 +120,8 @@ class BaseMachine(RuleBasedStateMachine):
             self.world.clear()
 
     def _check_outboxes(self) -> None:
-        sources, audits = [], []
+        sources: list[list[tuple[str, bool]]] = []
+        audits: list[SourceAudit] = []
         for bot in self.world.bots:
             with Outbox(bot.path) as outbox:
                 sources.append([(one.full_name, one.current) for one in outbox.sources()])
