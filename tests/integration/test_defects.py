@@ -110,15 +110,15 @@ def _making_the_row(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseExc
     monkeypatch.setattr(batch, "insert_events", failing)
 
 
-def _in_a_statement(beginning: str) -> Plant:
-    """Raise an error just before the driver sends a statement that begins so and has the poisoned event."""
+def _in_a_statement(part: str) -> Plant:
+    """Raise an error just before the driver sends a statement that has this part and the poisoned event."""
 
     def plant(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:
         del monkeypatch
 
         def failing(_db: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
             values = str(parameters)
-            if statement.strip().startswith(beginning) and _poisoned_id in values and "rejected" not in values:
+            if part in statement and _poisoned_id in values and "rejected" not in values:
                 raise error()
 
         event.listen(Engine, "before_cursor_execute", failing)
