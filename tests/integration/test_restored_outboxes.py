@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from tests.controllers import (
     Account,
@@ -26,6 +27,7 @@ from tests.controllers import (
     some_events,
     worker_process,
 )
+from tests.rq_programs import until
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -225,8 +227,10 @@ def test_a_backup_copied_over_the_open_outbox_fails_no_call(
             one.settle()
         account = one.account(ask=False)
     gone = lost(account)
-    with worker_process(tmp_path), Bot(path) as again:  # its relay reads the whole file, unlike the first one
-        again.settle()
+    # A relay reads the whole file when it starts.
+    with worker_process(tmp_path), HistoryProducer(outbox=path) as producer:
+        until(lambda: producer._transport.relay.turn.started)
+        producer.settle(30)
     status, sources = audited(path)
     if redis_is == "there":
         assert not gone
