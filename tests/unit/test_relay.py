@@ -518,6 +518,29 @@ def test_a_batch_of_a_file_that_is_replaced_before_it_is_marked_is_enqueued_once
     assert (queue_of(redis).count, outbox.status().sent) == (251, 251)
 
 
+@pytest.mark.parametrize(("at_once", "most"), [(1, 40), (10, 14)])
+def test_a_relay_lets_batches_form_if_many_entries_are_recorded(
+    outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, at_once: int, most: int
+) -> None:
+    """Sweeps begin at least 5 ms apart, or 20 ms after one that has sent many entries."""
+    relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
+    began: list[float] = []
+
+    def sweep() -> bool:
+        began.append(time.monotonic())
+        relay._sent = at_once
+        return True
+
+    monkeypatch.setattr(relay, "sweep", sweep)
+    relay.start()
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until:
+        relay.wake()
+        time.sleep(0.001)
+    relay.stop()
+    assert 2 <= len(began) <= most + 2
+
+
 def test_relays_that_die_before_they_mark_an_entry_enqueue_it_once(
     outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
