@@ -35,7 +35,11 @@ _WITHOUT_STATE = f"""
 SELECT position FROM entries WHERE position <= (SELECT sent_through FROM outbox) AND {IS_PLAIN}
     AND position > coalesce((SELECT last FROM batches WHERE first <= entries.position ORDER BY first DESC LIMIT 1), 0)
 """  # noqa: S608  # constants
-_CHECK = "INSERT OR IGNORE INTO retries (position, why, checks, check_at) VALUES (?, 'state lost', 1, 0)"
+# The entry may have been settled, or deleted, since it was found.
+_CHECK = f"""
+INSERT INTO retries (position, why, checks, check_at)
+SELECT position, 'state lost', 1, 0 FROM entries WHERE position = ? AND {IS_PLAIN}
+"""  # noqa: S608  # constants
 
 
 def find_fault(file: OutboxFile, seconds: float, *, repair: bool) -> str | None:

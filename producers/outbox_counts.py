@@ -65,7 +65,7 @@ def status(db: sqlite3.Connection, now: float) -> OutboxStatus:
 
 
 def oldest_seconds(db: sqlite3.Connection, state: Literal["pending", "sent"], now: float) -> float | None:
-    """Return the age of the oldest entry in this state, in seconds, or None if there is none."""
+    """Return the age of the oldest entry in this state, in seconds; None if no entry is in it."""
     row = db.execute(_OLDEST[state]).fetchone()
     return None if row is None else max(now - row[0], 0.0)
 

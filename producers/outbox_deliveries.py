@@ -66,7 +66,9 @@ _MARK_RETRY = _SET_CHECK + "NULL"
 _POSTPONE = _SET_CHECK + "NOT NULL"
 # The range that is sent for the first time: from the first pending entry to the last of these positions. Those that are
 # retries are not in it, nor those that another relay has sent or settled meanwhile.
-_UNSENT = f"SELECT position FROM entries WHERE position > (SELECT sent_through FROM outbox) AND {IS_PLAIN}"  # noqa: S608
+_UNSENT = f"""
+SELECT position FROM entries WHERE position > (SELECT sent_through FROM outbox) AND {IS_PLAIN}
+"""  # noqa: S608  # constants
 _NEW_RANGE = f"""
 SELECT ({_UNSENT} ORDER BY position LIMIT 1),
     ({_UNSENT} AND position IN (SELECT value FROM json_each(?)) ORDER BY position DESC LIMIT 1)
@@ -235,7 +237,7 @@ class OutboxDeliveries:
         return bool(self._find(delivery))
 
     def _find(self, delivery: tuple[str, int, str] | None) -> bool | None:
-        """Return whether the entry is settled, or None if there is none."""
+        """Return whether the entry is settled; None if the outbox does not have it."""
         if delivery is None:
             return None
         with self._file.reading() as db:

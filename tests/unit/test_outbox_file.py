@@ -734,6 +734,28 @@ def test_entries_whose_state_is_lost_are_reported_and_checked(
     assert [one.levelname for one in caplog.records] == ["ERROR"]
 
 
+def test_an_entry_that_is_settled_during_the_check_of_states_stays_settled(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process settles it, or deletes it, between the search and the repair."""
+    with Outbox(path, repair=True) as outbox, Outbox(path) as other:
+        accepted = _append(outbox, 2)
+        outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(2)})
+        with outbox._file.transaction() as db:
+            db.execute("DELETE FROM batches")
+        give_state = outbox_check._give_state
+
+        def settled_meanwhile(*arguments: Any) -> None:
+            _settle(other, accepted[0])
+            with other._file.transaction() as db:
+                db.execute("DELETE FROM entries WHERE position = 2")
+            give_state(*arguments)
+
+        monkeypatch.setattr(outbox_check, "_give_state", settled_meanwhile)
+        assert outbox.quick_check(60) is None
+        assert (outbox.status().depth, outbox.status().stored) == (0, 1)
+
+
 @pytest.mark.parametrize("index", outbox_check.INDEXES)
 def test_a_stale_index_is_reported_and_rebuilt(path: Path, index: str, caplog: pytest.LogCaptureFixture) -> None:
     """A power failure may lose a write. SQLite's quick check does not compare indexes with their table."""
