@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 from producers.redis_keys import delivery_of
 
@@ -24,8 +23,7 @@ _END_OF_NUMBERS = 2**63  # SQLite and PostgreSQL store smaller integers only
 Kind = Literal["stored", "duplicate", "rejected"]
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Outcome of a delivery. `row_id` is set unless it was rejected; `reason` is set only if it was rejected."""
 
     kind: Kind
@@ -46,8 +44,7 @@ class Outcome:
         raise ValueError(f"not an acknowledgement: {text[:60]!r}")
 
 
-@dataclass(frozen=True)
-class Acknowledgement:
+class Acknowledgement(NamedTuple):
     """A worker's report on one delivery. `at` is in seconds since the epoch, by Redis' clock."""
 
     source_id: str

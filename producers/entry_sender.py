@@ -35,7 +35,7 @@ _random = random.SystemRandom()  # leaves the state of `random` to the caller's 
 
 
 def _check_interval(checks: int) -> float:
-    return min(_FIRST_CHECK_SECONDS * 2.0 ** min(checks, 10), _LAST_CHECK_SECONDS) * _random.uniform(0.9, 1.1)
+    return min(_FIRST_CHECK_SECONDS * 2.0 ** min(checks, 10), _LAST_CHECK_SECONDS)
 
 
 class EntrySender:
@@ -127,4 +127,5 @@ class EntrySender:
 
 
 def _next_checks(entries: Iterable[EntryHead]) -> dict[int, float]:
-    return {entry.position: _check_interval(entry.checks) for entry in entries}
+    factor = _random.uniform(0.9, 1.1)  # so that outboxes that were started together do not check together
+    return {entry.position: factor * _check_interval(entry.checks) for entry in entries}

@@ -1,6 +1,6 @@
 """Carries entries from the outbox to the queue, and acknowledgements back to the outbox.
 
-A sweep reads acknowledgements, sends pending entries and checks overdue entries. Among all threads and processes that
+A sweep sends pending entries, reads acknowledgements and checks overdue entries. Among all threads and processes that
 use one outbox, one relays at a time; when it ends or dies, another one takes over. While a relay process
 (`trading-history relay`) sends heartbeats, the producers' threads leave relaying to it.
 """
@@ -128,9 +128,9 @@ class Relay:
         if not self.turn.started:
             self._begin_turn()
         salvaged = self._salvage()  # first, because it does not need Redis
-        settled = self._settle()
         self._guard.check()
         self._sent = self._sender.send_pending(probe=bool(self._failures), stopped=self._stop.is_set)
+        settled = self._settle()
         resent = self._sender.send_overdue()
         self._prune()
         return bool(settled or self._sent or resent or salvaged)

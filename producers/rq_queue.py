@@ -50,15 +50,16 @@ def enqueue(pipe: Pipeline, queue: Queue, entries: Sequence[Entry], at: datetime
     the queue.
     """
     job_ids = [entry.job_id for entry in entries]
+    keys = [*map(Job.key_for, job_ids)]
     # A queued job must not be listed as failed or finished too.
     for registry in (FailedJobRegistry, FinishedJobRegistry):
         pipe.zrem(registry.key_template.format(queue.name), *job_ids)
-    pipe.delete(*map(Job.key_for, job_ids))
+    pipe.delete(*keys)
     pipe.sadd(Queue.redis_queues_keys, queue.key)
     enqueued_at = utcformat(at or datetime.now(UTC))
-    for entry in entries:
+    for key, entry in zip(keys, entries, strict=True):
         # Not by `pipe.hset`, which takes half as long again.
-        pipe.execute_command("HSET", Job.key_for(entry.job_id), *_fields(entry, queue.name, enqueued_at))
+        pipe.execute_command("HSET", key, *_fields(entry, queue.name, enqueued_at))
     pipe.rpush(queue.key, *job_ids)
 
 

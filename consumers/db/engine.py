@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import select
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from typing import Any
 
+import psycopg2
 from pydantic import SecretStr
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError, SQLAlchemyError, StatementError
 
 from consumers.db.database_url import parse_database_url, session_attributes, split_schema, try_hosts_in_turn
 from consumers.db.schema_comparison import other_schema_problem
@@ -34,6 +37,8 @@ _TRANSACTION_TIMEOUT_VERSION = (17,)  # the first release of PostgreSQL that has
 _ISOLATED_LOCK_SECONDS = 0.5
 # SQLSTATE classes of errors that the event's values cause: data exception, integrity constraint violation.
 _VALUE_CLASSES = ("22", "23")
+# A connection that was used more recently is only asked whether the server has closed it, which takes no round trip.
+UNCHECKED_SECONDS = 5.0
 ENCODING = "UTF8"
 _SEARCH_PATH = "trading_history_search_path"  # execution option of an engine
 _UNDEFINED_TABLE, _READ_ONLY = "42P01", "25006"
@@ -122,7 +127,6 @@ def create_store_engine(
             "client_encoding": ENCODING,  # an invalid PGCLIENTENCODING would prevent connecting
             **session_attributes(parsed, read_only=read_only),
         },
-        pool_pre_ping=True,
         # SQLAlchemy sets it by a statement after connecting, which overrides the role's setting and the URL's.
         client_encoding=ENCODING,
         isolation_level="READ COMMITTED",
@@ -138,7 +142,34 @@ def create_store_engine(
     if long_transactions:
         event.listen(store, "begin", _lift_transaction_limits)
     try_hosts_in_turn(store)
+    _check_before_use(store)
     return store
+
+
+def _check_before_use(store: Engine) -> None:
+    """Make the pool connect again, instead of lending a connection that the server has closed."""
+
+    def check(connection: Any, record: Any, _: Any) -> None:
+        used_at = record.info.get("used_at")
+        if used_at is None:  # it was just opened
+            return
+        try:
+            if connection.closed or _has_unread_data(connection.fileno()):
+                raise InvalidatePoolError
+            if time.monotonic() - used_at > UNCHECKED_SECONDS:
+                store.dialect.do_ping(connection)
+        except psycopg2.Error as error:
+            raise InvalidatePoolError from error
+
+    event.listen(store, "checkout", check)
+    event.listen(store, "checkin", lambda _, record: record.info.update(used_at=time.monotonic()))
+
+
+def _has_unread_data(socket: int) -> bool:
+    """Return whether an idle connection has data, which is the server's last message or the end of the stream."""
+    poll = select.poll()
+    poll.register(socket, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def search_path_of(store: Engine) -> tuple[str, ...]:

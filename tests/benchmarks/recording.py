@@ -59,7 +59,7 @@ def _record(folder: Path, count: int, chunk: int) -> tuple[float, float]:
         for first in range(0, count, chunk):
             producer.record_many(facts[first : first + chunk])
         accepted = time.perf_counter() - started
-        wait_for_progress(stored.count, count)
+        wait_for_progress(stored.count, count, pause=0.05)
         committed = time.perf_counter() - started
         require(producer.flush(30) == 0, "the relay has unsent events")
     require_rows(count)

@@ -161,16 +161,16 @@ def test_an_acknowledgement_of_another_delivery_settles_nothing(path: Path, othe
     (accepted,) = outbox.append(NAME, [a_snapshot()])
     found = Acknowledgement(accepted.source_id, 1, accepted.nonce, str(accepted.event_id), STORED, at=0)
     foreign = {
-        "nonce": replace(found, nonce="0" * 16),
-        "event_id": replace(found, event_id=str(uuid4())),
-        "source_id": replace(found, source_id="ab"),
+        "nonce": found._replace(nonce="0" * 16),
+        "event_id": found._replace(event_id=str(uuid4())),
+        "source_id": found._replace(source_id="ab"),
     }
     settled = outbox.deliveries.settle(accepted.source_id, 0, {"key": foreign[other]})
 
     # The outbox has an entry with that job id, whatever event the acknowledgement names.
     assert settled == SettledKeys([], ["key"] if other == "event_id" else [])
     assert outbox.status_of(accepted).state == "pending"
-    assert outbox.deliveries.settle(accepted.source_id, 0, {"key": replace(found, event_id=None)}) == SettledKeys(
+    assert outbox.deliveries.settle(accepted.source_id, 0, {"key": found._replace(event_id=None)}) == SettledKeys(
         ["key"], []
     )
 
