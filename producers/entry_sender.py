@@ -22,8 +22,10 @@ from producers.rq_queue import (
     without_acknowledgement,
 )
 
-_BATCH_ENTRIES = 100  # takes about 5 ms of the interpreter, for which a caller's thread may have to wait
-_SWEEP_ENTRIES = 10 * _BATCH_ENTRIES
+# Beside a caller that never pauses, each step of a batch waits up to 5 ms for the interpreter. Batches of 250 entries
+# store 8 % more events per second than batches of 100; batches of 500 do not store more.
+_BATCH_ENTRIES = 250
+_SWEEP_ENTRIES = 4 * _BATCH_ENTRIES
 # A worker needs one to four seconds for these, depending on the machine. More would only use memory of Redis.
 _FULL_QUEUE_JOBS = 20_000
 _FIRST_CHECK_SECONDS = 5.0
@@ -64,7 +66,7 @@ class EntrySender:
         The limit lets the relay do its other work between two sweeps. A batch that its size in bytes cuts short also
         ends the sweep.
 
-        With `probe`, after a failure, the first batch is one entry: if Redis is still away, preparing a hundred jobs
+        With `probe`, after a failure, the first batch is one entry: if Redis is still away, preparing a whole batch
         would only take time from the caller's threads.
         """
         sent = 0

@@ -21,13 +21,18 @@ from tests.benchmarks.environment import bench_stack, reset
 from tests.benchmarks.observer import observer, seen_by
 from tests.benchmarks.printing import print_header, print_quantiles, quantiles
 from tests.benchmarks.report import Report
-from tests.benchmarks.workers import Start, history_workers, simple_worker
+from tests.benchmarks.workers import Start, history_workers, relay_and_worker, simple_worker
 from tests.factories import a_snapshot
 
 _WARM_UP_EVENTS = 20
 _GRACE_SECONDS = 5.0  # after the last scheduled time; events that are not stored by then count as a backlog
 _LATE_SECONDS = 1.0
-_WORKERS: dict[str, Start] = {"HistoryWorker": history_workers, "RQ SimpleWorker": simple_worker}
+_RELAY_PROCESS = "HistoryWorker, relay process"
+_WORKERS: dict[str, Start] = {
+    "HistoryWorker": history_workers,
+    _RELAY_PROCESS: relay_and_worker,
+    "RQ SimpleWorker": simple_worker,
+}
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,10 @@ def measure_paced(report: Report) -> None:
             for name, start in _WORKERS.items():
                 paced = _one_pace(folder, pace, start)
                 _print(f"{pace.label}, {name}", paced, report)
-                if name == "HistoryWorker":
-                    _print_calls(pace.label, paced.calls, commits, report)
+                if name != "RQ SimpleWorker":
+                    _print_calls(
+                        f"{pace.label}{', relay process' * (name == _RELAY_PROCESS)}", paced.calls, commits, report
+                    )
 
 
 def _print_calls(label: str, calls: list[float], commits: list[float], report: Report) -> None:

@@ -1,4 +1,4 @@
-"""Worker processes: those of this project and of RQ, started as an operator starts them."""
+"""Workers of this project and of RQ, and relays, started as an operator starts them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pathlib import Path
 from rq.worker_registration import REDIS_WORKER_KEYS
 
 from consumers.embedded.child_processes import stop, worker_process
+from producers.outbox import Outbox
 from tests.benchmarks.checks import wait_for_progress
 from tests.benchmarks.environment import queue_name, redis
 
 Start = Callable[[Path], AbstractContextManager[list[int]]]
-_SETTLE_SECONDS = 1.0  # from its registration until a worker surely waits for jobs
+_SETTLE_SECONDS = 1.0  # from its registration until a worker surely waits for jobs, or a relay for entries
 
 
 @contextmanager
@@ -27,6 +28,23 @@ def history_workers(folder: Path, processes: int = 1) -> Iterator[list[int]]:
         workers = [stack.enter_context(worker_process(folder / "worker.log")) for _ in range(processes)]
         wait_until_ready(processes)
         yield [worker.pid for worker in workers]
+
+
+@contextmanager
+def relay_and_worker(folder: Path) -> Iterator[list[int]]:
+    """Run a worker, and `trading-history relay` for `folder`/outbox.db, which producers then leave relaying to."""
+    outbox = folder / "outbox.db"
+    command = [sys.executable, "-m", "consumers.cli", "relay"]
+    environment = os.environ | {"HISTORY_OUTBOX": str(outbox)}
+    with history_workers(folder) as workers, open(folder / "relay.log", "ab") as log:
+        relay = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        try:
+            with Outbox(outbox) as opened:
+                wait_for_progress(opened.header.relay_is_alive, True, pause=0.05)
+                time.sleep(_SETTLE_SECONDS)
+            yield [*workers, relay.pid]
+        finally:
+            stop(relay)
 
 
 @contextmanager
