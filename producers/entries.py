@@ -97,7 +97,10 @@ class AuditEntry(NamedTuple):
 
 
 class SettledKeys(NamedTuple):
-    """Keys of acknowledgements: `changed` settled an entry now, `known` name an entry that was settled before."""
+    """Keys of acknowledgements: `changed` settled an entry now; `known` name an entry but changed nothing.
+
+    The entry of a known key was settled before, or has another event id.
+    """
 
     changed: list[Any]
     known: list[Any]

@@ -264,7 +264,7 @@ class Outbox:
             return outbox_counts.pending(db, number) + outbox_counts.sent(db, number)
 
     def _number(self, until: Position | None) -> int:
-        """Return the position as a number; one beyond all entries if another file is at the path since."""
+        """Return the position as a number; one beyond all entries if the file at the path was replaced since then."""
         return outbox_counts.ALL if until is None or until.generation != self.generation else until.number
 
     @_once_more_after_repair

@@ -16,7 +16,7 @@ from producers.outbox_schema import IS_PLAIN, SKIP_SETTLED
 
 LAST_CHECK_SECONDS = 300.0  # the longest interval between two checks of a sent entry
 
-_BATCH_BYTES = 4 * 2**20  # an event may have 8 MiB: sending a hundred of those at once would take gigabytes of memory
+_BATCH_BYTES = 4 * 2**20  # an event may have 8 MiB: sending a whole batch of those would take gigabytes of memory
 _PRUNED_ENTRIES = 1000  # per transaction, so that appends wait only briefly
 
 # A subquery reads the source: with a join, SQLite might begin with the sources and sort.
@@ -103,8 +103,8 @@ ORDER BY settled_at LIMIT ?
 class OutboxDeliveries:
     """Deliveries of the outbox in `file`, for one relay.
 
-    Positions are those of the file from which `pending` or `overdue` read them last. If another file is at the path
-    since, `mark_sent` and `postpone` change nothing: in it, they are positions of other entries.
+    Positions are those of the file from which `pending` or `overdue` read them last. If the file at the path was
+    replaced since then, `mark_sent` and `postpone` change nothing: in it, they are positions of other entries.
 
     Raises:
         OutboxError: from every method, when the file cannot be read or written.
@@ -161,7 +161,7 @@ class OutboxDeliveries:
         Entries that were never sent before share the check of the last one.
 
         Returns:
-            False if another file is at the path since, and nothing was marked.
+            False if the file at the path was replaced since then, and nothing was marked.
         """
         with self._file.transaction(durable=False) as db:
             if self._file.generation != self._read_in:
@@ -245,7 +245,7 @@ class OutboxDeliveries:
             return None if row is None else bool(row[0])
 
     def prune(self, keep_seconds: float) -> int:
-        """Delete some of the oldest settled entries, if they were settled longer ago or the file is half full.
+        """Delete some entries that were settled over `keep_seconds` ago; if the file is half full, any settled ones.
 
         Entries that are not settled are never deleted.
 

@@ -23,7 +23,7 @@ from producers.outbox_clock import ClockReading
 
 VERSION = 5
 
-# Condition for an entry of the log: it has no row in the other tables.
+# Condition for an entry of the log: it has no row in `outcomes` or `retries`.
 IS_PLAIN = """NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
     AND NOT EXISTS (SELECT 1 FROM retries WHERE retries.position = entries.position)"""
 
@@ -44,7 +44,8 @@ UPDATE outbox SET sent_through = coalesce(
 # `losses` has the numbers whose entries could not be read from a damaged file.
 # `entries.position` is never used twice: an outcome must not be taken for that of another entry.
 # `entries.recorder` identifies the HistoryProducer object that recorded the entry.
-# A retry without `check_at` is pending, with it the entry was sent. `checks` above 0 says that Redis may have its job.
+# If `check_at` of a retry is NULL, the entry is pending; otherwise it is sent. `checks` above 0 says that Redis may
+# have its job.
 # An outcome without `row_id` is a rejection.
 # A salvage recognizes a record by the types of its values, so those of `retries` and `outcomes` must differ.
 TABLES = f"""

@@ -37,8 +37,8 @@ _TRANSACTION_TIMEOUT_VERSION = (17,)  # the first release of PostgreSQL that has
 _ISOLATED_LOCK_SECONDS = 0.5
 # SQLSTATE classes of errors that the event's values cause: data exception, integrity constraint violation.
 _VALUE_CLASSES = ("22", "23")
-# A connection that was used more recently is only asked whether the server has closed it, which takes no round trip.
-UNCHECKED_SECONDS = 5.0
+# A connection that was used more recently is checked by its socket only, without a round trip.
+PING_AFTER_SECONDS = 5.0
 ENCODING = "UTF8"
 _SEARCH_PATH = "trading_history_search_path"  # execution option of an engine
 _UNDEFINED_TABLE, _READ_ONLY = "42P01", "25006"
@@ -147,16 +147,16 @@ def create_store_engine(
 
 
 def _check_before_use(store: Engine) -> None:
-    """Make the pool connect again, instead of lending a connection that the server has closed."""
+    """If the server has closed a connection, discard all pooled connections and open a new one."""
 
     def check(connection: Any, record: Any, _: Any) -> None:
         used_at = record.info.get("used_at")
         if used_at is None:  # it was just opened
             return
         try:
-            if connection.closed or _has_unread_data(connection.fileno()):
+            if connection.closed or is_readable(connection.fileno()):
                 raise InvalidatePoolError
-            if time.monotonic() - used_at > UNCHECKED_SECONDS:
+            if time.monotonic() - used_at > PING_AFTER_SECONDS:
                 store.dialect.do_ping(connection)
         except psycopg2.Error as error:
             raise InvalidatePoolError from error
@@ -165,10 +165,10 @@ def _check_before_use(store: Engine) -> None:
     event.listen(store, "checkin", lambda _, record: record.info.update(used_at=time.monotonic()))
 
 
-def _has_unread_data(socket: int) -> bool:
-    """Return whether an idle connection has data, which is the server's last message or the end of the stream."""
+def is_readable(descriptor: int) -> bool:
+    """Return whether an idle connection is readable: then the server has closed it, or sent its last message."""
     poll = select.poll()
-    poll.register(socket, select.POLLIN)
+    poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))
 
 

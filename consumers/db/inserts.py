@@ -25,8 +25,9 @@ from producers.event_kinds import Column, EventKind
 from producers.events import KINDS, Event, Payload
 
 _TRIES = 3
-# PostgreSQL ends the transaction of an insert that has been idle for so long. The process is frozen then, and its open
-# insert would block the same event from other workers. Shorter than a lease: when the jobs are requeued, it has ended.
+# PostgreSQL closes the session if the transaction of an insert is idle for this long. The process is frozen then, and
+# its open insert would block the same event from other workers. Shorter than a lease: when the jobs are requeued, it
+# has ended.
 IDLE_SECONDS = 10.0
 
 

@@ -13,8 +13,8 @@ from consumers.db.inserts import Found, find_events
 from consumers.legacy.old_history import Kind
 from producers.events import Event, PortfolioSnapshot, SignalArchive
 
-# Whether this source has a row or an outcome in a range of sequences: in a first import, hardly ever. Then a row with
-# the same event id, which another source made, is found when the event is inserted.
+# True if this source has a row in a range of sequences, or one of the jobs an outcome; in a first import, that is rare.
+# If it is false, a row that another source made of the same event is found only when the event is inserted.
 _ANY_KNOWN = """
     SELECT EXISTS (SELECT FROM {table} WHERE source = :source AND sequence BETWEEN :first AND :last)
         OR EXISTS (SELECT FROM event_outcomes WHERE job_id = ANY (CAST(:job_ids AS text[])))
@@ -126,7 +126,10 @@ def poison_rejections(db: Connection, source: str) -> dict[int, PoisonRejection]
 
 
 def import_states(db: Connection, deliveries: Sequence[tuple[str, Event]]) -> list[ImportState]:
-    """Return the state of each (job id, event), in order. All must be of one kind and one source."""
+    """Return the state of each (job id, event), in order. All must be of one kind and one source.
+
+    If the source has nothing in their range of sequences, rows that other sources made are not found.
+    """
     if not deliveries:
         return []
     known = [_NOTHING_KNOWN] * len(deliveries)

@@ -22,7 +22,7 @@ from tests.benchmarks.outages import measure_outages
 from tests.benchmarks.quality import measure_quality, quality_table
 from tests.benchmarks.recording import measure_record
 from tests.benchmarks.recovery import measure_recovery
-from tests.benchmarks.report import Report
+from tests.benchmarks.report import Report, figure_tables
 from tests.benchmarks.space import measure_space
 from tests.benchmarks.steps import measure_steps
 from tests.benchmarks.throughput import measure_throughput
@@ -30,7 +30,7 @@ from tests.benchmarks.throughput import measure_throughput
 # Benchmark -> its function and the default of --count.
 MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "throughput": (measure_throughput, 50_000),
-    "record": (measure_record, 10_000),
+    "record": (measure_record, 40_000),
     "latency": (measure_latency, 300),
     "steps": (measure_steps, 300),
     "asyncio": (measure_event_loop, 1000),
@@ -53,12 +53,16 @@ def main() -> None:
     parser.add_argument("names", metavar="name", nargs="*", help=f"{names}; all of them by default")
     parser.add_argument("--count", type=int, help="events, calls, repetitions or rows, depending on the benchmark")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure and each of its runs to FILE")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of `quality` from FILE")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="measure nothing, print the figures in FILE as tables"
+    )
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in MEASURES]:
         parser.error(f"unknown: {', '.join(unknown)}; the benchmarks are {names}")
     if options.table:
-        print(quality_table(options.table), end="")
+        read = Report.read(options.table)
+        is_quality = any(figure.benchmark == "quality" for figure in read.figures)
+        print(quality_table(read) if is_quality else figure_tables(read), end="")
         return
     report = Report(machine_facts())
     print("; ".join(f"{name} {fact}" for name, fact in report.machine.items()), flush=True)

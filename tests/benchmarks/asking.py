@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from tests.benchmarks.checks import require, rows
 from tests.benchmarks.environment import bench_stack
 from tests.benchmarks.filling import fill_archives, fill_snapshots
-from tests.benchmarks.printing import print_columns, print_header, print_quantiles, print_row, quantiles
+from tests.benchmarks.printing import print_columns, print_header, print_row, quantiles
 from tests.benchmarks.report import Report
 
 _FEW = 10_000
@@ -50,8 +50,7 @@ def measure_api(count: int, report: Report) -> None:
                 for label, url in {**_MAIN_REQUESTS, **_OTHER_REQUESTS}.items():
                     times = _ask(port, url, _CALLS)
                     seconds[size, label] = quantiles(times)
-                    report.add("api", f"{label}, {size} rows", "ms", [one * 1e3 for one in times])
-                    print_quantiles(label, times)
+                    report.add_quantiles("api", f"{label}, {size:,} rows", times)
         _print_rates(report)
     _print_ratios(seconds, count, report)
 

@@ -19,10 +19,19 @@ from producers.settings import TransportSettings
 
 
 @contextmanager
-def bench_stack() -> Iterator[Path]:
-    """Run PostgreSQL and Valkey with their default durability in a temporary folder, and yield the folder."""
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, embedded_stack(Path(folder)):
-        yield Path(folder)
+def bench_stack(*, commit_times: bool = False) -> Iterator[Path]:
+    """Run PostgreSQL and Valkey with their default durability in a temporary folder, and yield the folder.
+
+    With `commit_times`, PostgreSQL keeps the time of each commit, which makes it slower by little.
+    """
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+        if commit_times:  # which takes a restart
+            with embedded_stack(Path(folder)), engine().connect() as db:
+                db.execution_options(isolation_level="AUTOCOMMIT").execute(
+                    text("ALTER SYSTEM SET track_commit_timestamp = on")
+                )
+        with embedded_stack(Path(folder)):
+            yield Path(folder)
 
 
 def redis() -> Redis:

@@ -18,7 +18,7 @@ from producers.trading_controller import create_daily_portfolio_snapshot
 from tests.benchmarks.checks import require_rows
 from tests.benchmarks.environment import bench_stack
 from tests.benchmarks.pacing import measure_paced
-from tests.benchmarks.printing import print_header, print_quantiles
+from tests.benchmarks.printing import print_header
 from tests.benchmarks.report import Report
 from tests.factories import a_portfolio
 
@@ -41,8 +41,7 @@ def measure_latency(events: int, report: Report) -> None:
         require_rows(_WARM_UP_EVENTS + events)
     print_header(f"milliseconds, {events} events")
     for label, seconds in (("create_daily_portfolio_snapshot", calls), ("call -> row committed, idle worker", commits)):
-        report.add("latency", label, "ms", [one * 1e3 for one in seconds])
-        print_quantiles(label, seconds)
+        report.add_quantiles("latency", label, seconds)
     measure_paced(report)
 
 

@@ -22,7 +22,7 @@ import psutil
 from producers.history_producer import HistoryProducer
 from tests.benchmarks.checks import require, rows
 from tests.benchmarks.environment import bench_stack, reset
-from tests.benchmarks.printing import print_header, print_quantiles
+from tests.benchmarks.printing import print_header
 from tests.benchmarks.report import Report
 from tests.benchmarks.workers import history_workers
 from tests.factories import a_signal, a_snapshot, an_old_archive, an_old_snapshot
@@ -152,5 +152,4 @@ def _measure_live(folder: Path, old: Path, report: Report) -> None:
             ended.wait(_PACE_SECONDS)
         require(importing.returncode == 0, f"import ended with status {importing.returncode}")
     print_header(f"milliseconds, {len(seconds)} events")
-    report.add("import", "live event -> acknowledged, meanwhile", "ms", [one * 1e3 for one in seconds])
-    print_quantiles("live event -> acknowledged, meanwhile", seconds)
+    report.add_quantiles("import", "live event -> acknowledged, meanwhile", seconds)

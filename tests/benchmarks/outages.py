@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from producers.history_producer import HistoryProducer
 from producers.trading_controller import create_daily_portfolio_snapshot
 from tests.benchmarks.environment import bench_stack
-from tests.benchmarks.printing import print_header, print_quantiles
+from tests.benchmarks.printing import print_header
 from tests.benchmarks.report import Report
 from tests.factories import a_portfolio
 from tests.outages import OUTAGES
@@ -28,8 +28,7 @@ def measure_outages(calls: int, report: Report) -> None:
                 producer = HistoryProducer(client, outbox=place / "outbox.db")
                 seconds = [_one_call(producer) for _ in range(calls)]
                 producer.close(timeout=0)
-            report.add("outages", kind, "ms", [one * 1e3 for one in seconds])
-            print_quantiles(kind, seconds)
+            report.add_quantiles("outages", kind, seconds)
 
 
 def _one_call(producer: HistoryProducer) -> float:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 from tests.benchmarks.checks import require
 from tests.benchmarks.peer import PGQUEUER
@@ -19,7 +18,7 @@ from tests.benchmarks.printing import print_columns, print_row
 from tests.benchmarks.quality_counts import RunFigures
 from tests.benchmarks.quality_faults import KINDS
 from tests.benchmarks.quality_run import WORKER_KINDS
-from tests.benchmarks.report import Figure, Report
+from tests.benchmarks.report import Figure, Report, markdown
 
 _LOADED = 2  # runs with a load at the same time; more of them may wait for their last events
 _COLUMNS = ("accepted", "lost", "doubled", "recovery p50, s", "worst, s", "latency p99, ms", "queue entries")
@@ -132,9 +131,9 @@ def _seconds(value: float) -> str:
     return "never" if value == math.inf else f"{value:.1f}"
 
 
-def quality_table(file: Path) -> str:
-    """Return the table of the figures in the file as Markdown."""
-    figures = [Figure(**one) for one in json.loads(file.read_text("utf-8"))["figures"]]
+def quality_table(report: Report) -> str:
+    """Return the figures of a report as a table in Markdown."""
+    figures = report.figures
     head = ("fault", "worker", *_COLUMNS)
     rows = [
         (kind, worker_kind, *cells)
@@ -142,4 +141,4 @@ def quality_table(file: Path) -> str:
         for worker_kind in WORKER_KINDS
         if (cells := _cells(kind, worker_kind, figures))
     ]
-    return "".join(f"| {' | '.join(row)} |\n" if row else f"{'|---' * len(head)}|\n" for row in (head, (), *rows))
+    return markdown(head, rows)

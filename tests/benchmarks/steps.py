@@ -29,7 +29,7 @@ from producers.history_producer import HistoryProducer
 from producers.outbox_deliveries import OutboxDeliveries
 from tests.benchmarks.checks import require, require_rows
 from tests.benchmarks.environment import bench_stack, queue_name, redis, reset
-from tests.benchmarks.printing import print_header, print_quantiles
+from tests.benchmarks.printing import print_header
 from tests.benchmarks.report import Report
 from tests.benchmarks.workers import wait_until_ready
 from tests.factories import a_snapshot
@@ -59,9 +59,8 @@ def measure_steps(events: int, report: Report) -> None:
     print_header(f"milliseconds, {events} events")
     for number, step in enumerate(STEPS, start=1):
         seconds = [ends[number] - ends[number - 1] for ends in times]
-        report.add("steps", step, "ms", [one * 1e3 for one in seconds])
-        print_quantiles(step, seconds)
-    print_quantiles("all steps", [ends[-1] - ends[0] for ends in times])
+        report.add_quantiles("steps", step, seconds)
+    report.add_quantiles("steps", "all steps", [ends[-1] - ends[0] for ends in times])
 
 
 def _ends(folder: Path, events: int) -> list[list[float]]:

@@ -18,12 +18,12 @@ from tests.benchmarks.checks import wait_for_progress
 from tests.benchmarks.environment import queue_name, redis
 
 Start = Callable[[Path], AbstractContextManager[list[int]]]
-_SETTLE_SECONDS = 1.0  # from its registration until a worker surely waits for jobs, or a relay for entries
+_START_PAUSE_SECONDS = 1.0  # from its registration until a worker surely waits for jobs, or a relay for entries
 
 
 @contextmanager
 def history_workers(folder: Path, processes: int = 1) -> Iterator[list[int]]:
-    """Run `processes` times `trading-history worker`; yield the process ids once all wait for jobs."""
+    """Run `processes` workers (`trading-history worker`); yield the process ids once all wait for jobs."""
     with ExitStack() as stack:
         workers = [stack.enter_context(worker_process(folder / "worker.log")) for _ in range(processes)]
         wait_until_ready(processes)
@@ -32,7 +32,7 @@ def history_workers(folder: Path, processes: int = 1) -> Iterator[list[int]]:
 
 @contextmanager
 def relay_and_worker(folder: Path) -> Iterator[list[int]]:
-    """Run a worker, and `trading-history relay` for `folder`/outbox.db, which producers then leave relaying to."""
+    """Run a worker, and `trading-history relay` for `folder`/outbox.db; producers leave relaying to it."""
     outbox = folder / "outbox.db"
     command = [sys.executable, "-m", "consumers.cli", "relay"]
     environment = os.environ | {"HISTORY_OUTBOX": str(outbox)}
@@ -41,7 +41,7 @@ def relay_and_worker(folder: Path) -> Iterator[list[int]]:
         try:
             with Outbox(outbox) as opened:
                 wait_for_progress(opened.header.relay_is_alive, True, pause=0.05)
-                time.sleep(_SETTLE_SECONDS)
+                time.sleep(_START_PAUSE_SECONDS)
             yield [*workers, relay.pid]
         finally:
             stop(relay)
@@ -64,4 +64,4 @@ def simple_worker(folder: Path) -> Iterator[list[int]]:
 def wait_until_ready(processes: int) -> None:
     with redis() as client:
         wait_for_progress(lambda: int(client.scard(REDIS_WORKER_KEYS)), processes, pause=0.05)
-    time.sleep(_SETTLE_SECONDS)
+    time.sleep(_START_PAUSE_SECONDS)

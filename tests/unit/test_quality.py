@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from tests.benchmarks.quality_counts import Fault, RunFigures, Stored, count_fig
 from tests.benchmarks.quality_faults import KINDS
 from tests.benchmarks.quality_producer import accepted_numbers
 from tests.benchmarks.quality_run import WORKER_KINDS
+from tests.benchmarks.report import Report
 from tests.documents import ROOT, block, text_of
 from tests.factories import INSTANT
 
@@ -117,25 +117,28 @@ def test_the_document_says_how_to_measure_again_and_to_print_the_table() -> None
 
 
 def test_the_table_of_the_document_is_the_one_of_its_figures() -> None:
-    table = quality_table(ROOT / "tests/benchmarks/quality.json")
+    table = quality_table(Report.read(ROOT / "tests/benchmarks/quality.json"))
     assert f"<!-- quality -->\n{table}" in text_of("tests/benchmarks/QUALITY.md")
 
 
 def test_the_table_has_each_kind_of_fault_for_each_worker() -> None:
     """PgQueuer has no Redis."""
-    lines = quality_table(ROOT / "tests/benchmarks/quality.json").splitlines()[2:]
+    lines = quality_table(Report.read(ROOT / "tests/benchmarks/quality.json")).splitlines()[2:]
     expected = [(kind, one) for kind in KINDS for one in WORKER_KINDS if one != "PgQueuer" or not KINDS[kind].of_redis]
     assert [tuple(line.split(" | ")[:2]) for line in lines] == [(f"| {kind}", one) for kind, one in expected]
 
 
-def test_a_fault_without_recovery_is_never_recovered_in_the_table(tmp_path: Path) -> None:
-    values = {"calls": [5], "accepted": [5], "lost": [1], "doubled": [0], "recovery": [2.5, 3.5], "latency p99": [1200]}
+def test_a_fault_without_recovery_is_never_recovered_in_the_table() -> None:
+    values: dict[str, list[float]] = {
+        "calls": [5],
+        "accepted": [5],
+        "lost": [1],
+        "doubled": [0],
+        "recovery": [2.5, 3.5],
+        "latency p99": [1200],
+    }
     values |= {"never recovered": [1]}
-    figures = [
-        {"benchmark": "quality", "label": f"none, PgQueuer: {name}", "unit": "", "value": 0, "runs": runs}
-        for name, runs in values.items()
-    ]
-    (tmp_path / "figures.json").write_text(json.dumps({"figures": figures}))
-    assert quality_table(tmp_path / "figures.json").splitlines()[-1] == (
-        "| none | PgQueuer | 5 of 5 | 1 | 0 | 3.5 | never | 1,200 | – |"
-    )
+    report = Report()
+    for name, runs in values.items():
+        report.add("quality", f"none, PgQueuer: {name}", "", runs)
+    assert quality_table(report).splitlines()[-1] == "| none | PgQueuer | 5 of 5 | 1 | 0 | 3.5 | never | 1,200 | – |"

@@ -105,7 +105,7 @@ def test_acknowledgements_are_read_at_times_while_there_is_more_to_send_and_alwa
     """Workers are as fast as the relay, so the queue never fills. Each sweep ends nevertheless."""
     monkeypatch.setattr(relay_module, "_SETTLE_SECONDS", settle_seconds)
     monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 2)
-    monkeypatch.setattr(entry_sender, "_SWEEP_ENTRIES", 10)
+    monkeypatch.setattr(entry_sender, "_MOST_ENTRIES", 10)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(25)])
     send = relay._sender._send
 
@@ -191,6 +191,7 @@ def test_a_full_queue_gets_no_more_jobs(
 ) -> None:
     """The other entries stay in the outbox, where they are durable, until workers have made room."""
     monkeypatch.setattr(entry_sender, "_FULL_QUEUE_JOBS", 250)
+    monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 100)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(500)])
     for _ in range(3):
         relay.sweep()
@@ -204,7 +205,8 @@ def test_a_full_queue_gets_no_more_jobs(
 def test_the_first_batch_after_a_failure_is_one_entry(
     outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch, redis: fakeredis.FakeRedis
 ) -> None:
-    """Preparing a hundred jobs for each failing try would delay the caller's thread."""
+    """Preparing a whole batch for each failing try would delay the caller's thread."""
+    monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 100)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(150)])
     tried: list[int] = []
 

@@ -1,4 +1,4 @@
-"""tests/README.md, tests/benchmarks/README.md, and each command of a test program that any document names."""
+"""tests/README.md, the documents of tests/benchmarks, and each command of a test program that any document names."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.benchmarks.__main__ import MEASURES
+from tests.benchmarks.report import Report, figure_tables
 from tests.benchmarks.throughput import CONTENDERS
 from tests.documents import ROOT, block, documents, table, text_of
 
@@ -158,12 +159,37 @@ def test_the_table_of_benchmarks_has_each_name_and_its_default_count() -> None:
     }
 
 
-def test_the_table_of_throughput_has_each_contender() -> None:
-    assert [cells[0] for cells in table("tests/benchmarks/README.md", "throughput")] == list(CONTENDERS)
+def test_the_tables_of_figures_are_those_of_their_run() -> None:
+    """It measured each benchmark that the document names, and throughput of each contender."""
+    report = Report.read(ROOT / "tests/benchmarks/figures.json")
+    _, tables = text_of("tests/benchmarks/FIGURES.md").split("<!-- figures -->\n")
+    assert tables == figure_tables(report)
+
+    measure, show = block("tests/benchmarks/FIGURES.md", "run").splitlines()
+    names = [name for name in MEASURES if any(figure.benchmark == name for figure in report.figures)]
+    assert measure == f".venv/bin/python -m tests.benchmarks {' '.join(names)} --json tests/benchmarks/figures.json"
+    assert show == ".venv/bin/python -m tests.benchmarks --table tests/benchmarks/figures.json"
+    assert CONTENDERS.keys() <= {figure.label for figure in report.figures if figure.benchmark == "throughput"}
 
 
-def test_the_table_of_latencies_has_figures() -> None:
-    rows = table("tests/benchmarks/README.md", "latency")
-    assert rows[0][0] == "`create_daily_portfolio_snapshot`"
-    for cells in rows:
-        assert all(re.fullmatch(r"\d+\.\d\d", figure) for figure in cells[1:])
+def test_a_figure_is_shown_with_its_spread_or_its_quantiles_and_each_note() -> None:
+    report = Report()
+    report.add("record", "rate", "events/s", [1234.5, 1000.0, 2000.0])
+    report.add("record", "share", "ratio", [0.123456])
+    report.add_quantiles("latency", "1/s", [0.001, 0.002, 0.0035], "too slow")
+    assert figure_tables(report).splitlines() == [
+        "## record",
+        "",
+        "| figure | unit | median | minimum–maximum |",
+        "|---|---|---|---|",
+        "| rate | events/s | 1,234 | 1,000–2,000 |",
+        "| share | ratio | 0.1235 | one run |",
+        "",
+        "## latency",
+        "",
+        "| milliseconds | p50 | p99 | max |",
+        "|---|---|---|---|",
+        "| 1/s | 2 | 3.5 | 3.5 |",
+        "",
+        "- latency, 1/s: too slow",
+    ]
