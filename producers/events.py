@@ -209,21 +209,28 @@ def event_of(payload: Payload, *, source: str, sequence: int | None, trace: Trac
     Raises:
         InvalidEvent: the source or the sequence breaks the contract.
     """
-    return KINDS[payload.type].model.checked(**_envelope(payload, source, sequence, trace))
+    extensions = trace.attributes() if trace else {}
+    return KINDS[payload.type].model.checked(**_attributes(payload, source, sequence), **extensions)
 
 
-def _envelope(payload: Payload, source: str, sequence: int | None, trace: TraceContext | None) -> dict[str, Any]:
+def unchecked_event_of(payload: Payload, *, source: str, sequence: int, trace: TraceContext | None = None) -> Event:
+    """Return the same as `event_of`, in a fifth of the time. The source and the sequence must be valid."""
+    extensions = trace.attributes() if trace else {}
+    return KINDS[payload.type].model.unchecked(_attributes(payload, source, sequence), extensions)
+
+
+def _attributes(payload: Payload, source: str, sequence: int | None) -> dict[str, Any]:
+    """Return the attributes of the envelope, in the order of the model's fields."""
     return {
         "specversion": "1.0",
         "id": payload.event_id,
         "source": source,
         "sequence": sequence,
-        "type": payload.type,
         "time": payload.instant,
         "subject": payload.subject,
         "datacontenttype": "application/json",
+        "type": payload.type,
         "data": payload,
-        **(trace.attributes() if trace else {}),
     }
 
 
@@ -251,11 +258,9 @@ def draft_of(payload: Payload, source: str, *, trace: TraceContext | None = None
     Raises:
         InvalidEvent: as `encode`.
     """
-    envelope = _envelope(payload, source, 1, trace)
-    # Not checked: everything in it was checked when it was made. Checking takes as long as encoding.
-    event = KINDS[payload.type].model.model_construct(**envelope)
+    event = unchecked_event_of(payload, source=source, sequence=1, trace=trace)
     before, _, after = encode(event).partition(_SOURCE_AND_SEQUENCE.format(source, 1))
-    return Draft(envelope["id"], payload.type, payload.summary, before, after)
+    return Draft(event.id, payload.type, payload.summary, before, after)
 
 
 def encode(event: Event) -> str:

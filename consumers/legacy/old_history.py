@@ -29,7 +29,7 @@ from consumers.legacy.legacy_json import (
     unread_files,
 )
 from producers.errors import HistoryError, InvalidEvent
-from producers.events import IMPORT_PREFIX, Event, PortfolioSnapshot, SignalArchive, event_of
+from producers.events import IMPORT_PREFIX, Event, PortfolioSnapshot, SignalArchive, event_of, unchecked_event_of
 from producers.redis_keys import job_id_of
 
 Kind = Literal["snapshot", "archive"]
@@ -149,7 +149,7 @@ class OldHistory:
         self._portfolio_id = portfolio_id
         self._nan_as_null = nan_as_null
         self._after: datetime | None = None
-        self._envelope: Event | None = None
+        self._source_is_checked = False
 
     def job_id(self, index: int) -> str:
         return job_id_of(self.source_id, index)
@@ -233,8 +233,8 @@ class OldHistory:
         return InvalidEvent(f"{error} (--nan-as-null reads NaN in signals as null)", error.field)
 
     def _enveloped(self, payload: PortfolioSnapshot | SignalArchive, index: int) -> Event:
-        """Return the same event as event_of, in a tenth of the time: the envelope is checked once for each source."""
-        if self._envelope is None:
-            self._envelope = event_of(payload, source=self.source, sequence=index)
-            return self._envelope
-        return self._envelope.with_payload(payload, index)
+        """Return the event of `payload`. The envelope is checked once for each source: a check takes 20 µs."""
+        if self._source_is_checked:
+            return unchecked_event_of(payload, source=self.source, sequence=index)
+        self._source_is_checked = True
+        return event_of(payload, source=self.source, sequence=index)

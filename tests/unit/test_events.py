@@ -31,6 +31,7 @@ from producers.events import (
     event_id,
     event_of,
     json_schema,
+    unchecked_event_of,
 )
 from producers.trace_context import TraceContext
 from tests.factories import INSTANT, a_signal, a_snapshot, an_archive
@@ -224,16 +225,17 @@ def test_the_summary_is_one_readable_line(payload: Payload, line: str) -> None:
     assert payload.summary == line
 
 
-def test_an_event_of_another_fact_of_the_same_source_is_the_same_event() -> None:
-    """As with a checked envelope, extension attributes and frozen fields included."""
-    trace = TraceContext("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
-    first = event_of(a_snapshot(), source="import/x/1", sequence=0, trace=trace)
-    payload = a_snapshot(after=timedelta(hours=1), portfolio_id=7)
-    other, checked = first.with_payload(payload, 3), event_of(payload, source="import/x/1", sequence=3, trace=trace)
-    assert (other, other.trace, encode(other)) == (checked, checked.trace, encode(checked))
-    assert decode(encode(other), type(other)) == other
+@pytest.mark.parametrize("payload", [a_snapshot(portfolio_id=7), an_archive()])
+@pytest.mark.parametrize("trace", [None, TraceContext("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")])
+def test_an_unchecked_event_is_the_same_as_a_checked_one(payload: Payload, trace: TraceContext | None) -> None:
+    """Extension attributes and frozen fields included."""
+    unchecked = unchecked_event_of(payload, source="import/x/1", sequence=3, trace=trace)
+    checked = event_of(payload, source="import/x/1", sequence=3, trace=trace)
+    assert (unchecked, unchecked.trace, encode(unchecked)) == (checked, checked.trace, encode(checked))
+    assert encode(decode(encode(unchecked), type(unchecked))) == encode(checked)
+    assert unchecked.model_fields_set == checked.model_fields_set
     with pytest.raises(ValidationError):
-        other.sequence = 4
+        unchecked.sequence = 4
 
 
 def test_payloads_and_events_are_frozen() -> None:
