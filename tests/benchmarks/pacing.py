@@ -82,25 +82,19 @@ class Paced:
 
 
 def measure_paced(report: Report) -> None:
-    """Print the latency of each of PACES with each of _WORKERS, in milliseconds."""
+    """Print the latency of each of PACES with each of _WORKERS, and of calls beside bare commits, in milliseconds."""
     print_header("scheduled -> row committed, ms")
     with bench_stack(commit_times=True) as folder:
         for pace in PACES:
             commits = _bare_commits(folder, pace)
+            report.add_quantiles("latency", f"{pace.label}, a bare SQLite commit", commits)
             for name, start in _WORKERS.items():
                 paced = _one_pace(folder, pace, start)
-                report.add_quantiles("latency", f"{pace.label}, {name}", paced.seconds, paced.verdict)
-                if name != "RQ SimpleWorker":
-                    _print_calls(
-                        f"{pace.label}{', relay process' * (name == _RELAY_PROCESS)}", paced.calls, commits, report
-                    )
-
-
-def _print_calls(label: str, calls: list[float], commits: list[float], report: Report) -> None:
-    for what, seconds in ((f"{label}, a call", calls), (f"{label}, a bare SQLite commit", commits)):
-        report.add_quantiles("latency", what, seconds)
-    ratio = statistics.median(calls) / statistics.median(commits)
-    report.add("latency", f"{label}, p50 of a call / of a bare commit", "ratio", [ratio])
+                label = f"{pace.label}, {name}"
+                report.add_quantiles("latency", label, paced.seconds, paced.verdict)
+                report.add_quantiles("latency", f"{label}: a call", paced.calls)
+                ratio = statistics.median(paced.calls) / statistics.median(commits)
+                report.add("latency", f"{label}: a call / a bare commit, p50", "ratio", [ratio])
 
 
 def _bare_commits(folder: Path, pace: Pace) -> list[float]:
