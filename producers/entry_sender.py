@@ -78,7 +78,8 @@ class EntrySender:
             gone = self._gone(entries, job_states(self._redis, entries)) if may_be_sent else entries
             self.in_doubt = True
             self._send(gone)
-            self.in_doubt = not self._deliveries.mark_sent(_next_checks(entries))
+            # After a failure, the batch that failed remains in doubt: the next one begins with its second entry.
+            self.in_doubt = not self._deliveries.mark_sent(_next_checks(entries)) or limit == 1
             sent += len(entries)
             if len(entries) < limit or stopped():
                 break

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 
 from redis import Redis, RedisError
+from redis.exceptions import ResponseError
 
 from producers.acknowledgement_reader import AcknowledgementReader
 from producers.copies import CopyGuard
@@ -129,8 +130,12 @@ class Relay:
         if not self.turn.started:
             self._begin_turn()
         salvaged = self._salvage()  # first, because it does not need Redis
-        self._guard.check()
-        self._sent = self._sender.send_pending(probe=bool(self._failures), stopped=self._stop.is_set)
+        try:
+            self._guard.check()
+            self._sent = self._sender.send_pending(probe=bool(self._failures), stopped=self._stop.is_set)
+        except ResponseError:  # for example, Redis is full; settling deletes acknowledgements
+            self._settle()
+            raise
         settled = self._settle()
         resent = self._sender.send_overdue()
         self._prune()

@@ -60,7 +60,10 @@ def main() -> None:
     if unknown := [name for name in options.names if name not in MEASURES]:
         parser.error(f"unknown: {', '.join(unknown)}; the benchmarks are {names}")
     if options.table:
-        read = Report.read(options.table)
+        try:
+            read = Report.read(options.table)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            parser.error(f"--table {options.table}: cannot be read: {error}")
         is_quality = any(figure.benchmark == "quality" for figure in read.figures)
         print(quality_table(read) if is_quality else figure_tables(read), end="")
         return

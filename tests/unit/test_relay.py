@@ -14,6 +14,7 @@ from typing import Any
 import fakeredis
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
@@ -224,6 +225,48 @@ def test_the_first_batch_after_a_failure_is_one_entry(
 
     assert tried[:4] == [100, 1, 1, 1]
     assert queue_of(redis).count == 150
+
+
+def test_a_batch_that_redis_got_although_sending_failed_is_not_sent_again(
+    outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch, redis: fakeredis.FakeRedis
+) -> None:
+    """The connection is lost after Redis has executed the transaction. The next try is a batch of one entry."""
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(20)])
+    send, tried = relay._sender._send, list[int]()
+
+    def lost(entries: Any) -> None:
+        tried.append(len(entries))
+        send(entries)
+        if len(tried) == 1:
+            raise RedisConnectionError("no answer")
+
+    monkeypatch.setattr(relay._sender, "_send", lost)
+    relay.start()
+    deadline = time.monotonic() + 10
+    while outbox.status().pending and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    assert tried == [20, 0, 0]
+    assert queue_of(redis).count == 20
+
+
+def test_acknowledgements_are_read_although_redis_refuses_new_jobs(
+    outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch, redis: fakeredis.FakeRedis
+) -> None:
+    """A full Redis gets memory back only when acknowledgements are deleted."""
+    first, _ = outbox.append(NAME, [a_snapshot(), an_archive()])
+    relay.sweep()
+    _acknowledge(redis, first, "stored:1")
+    outbox.append(NAME, [a_snapshot(after=timedelta(1))])
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ResponseError("OOM command not allowed when used memory > 'maxmemory'.")
+
+    monkeypatch.setattr(entry_sender, "enqueue", refuse)
+    with pytest.raises(ResponseError, match="OOM"):
+        relay.sweep()
+    assert outbox.status_of(first).state == "stored"
+    assert redis.keys("history:ack:*") == []
 
 
 @pytest.mark.parametrize("decode", [False, True])
