@@ -1,4 +1,4 @@
-"""Queries for the equity curve: the snapshots of one portfolio over a range of time, in a bounded number of rows.
+"""Queries for the curve of a portfolio: its snapshots over a range of time, in a bounded number of rows.
 
 A portfolio is its number, or None for the snapshots without a portfolio.
 """
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from datetime import date, datetime, timedelta
 from typing import NamedTuple
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 
-from consumers.db.portfolio_queries import ALL_DATES, PAGE_COLUMNS, Snapshot, for_one_portfolio
+from consumers.db.measures import EXPRESSIONS, Measure
+from consumers.db.portfolio_queries import ALL_DATES, Snapshot, for_one_portfolio, page_columns
 
 # snapshot_date is a local date. It may also be the day before, if a cycle ended after midnight.
 _DATE_SLACK = timedelta(days=2)
@@ -51,9 +52,9 @@ class Range(NamedTuple):
 # bucket :buckets after it.
 _BUCKETS = """
     WITH snapshots AS (
-        SELECT id, date_part('epoch', "timestamp") AS at, CAST(total_value AS float8) AS value,
+        SELECT id, date_part('epoch', "timestamp") AS at, CAST({worth} AS float8) AS value,
             CAST(balance AS float8) AS balance, CAST(total_invested AS float8) AS invested,
-            greatest(CAST(:peak AS float8), max(CAST(total_value AS float8)) OVER earlier) AS peak
+            greatest(CAST(:peak AS float8), max(CAST({worth} AS float8)) OVER earlier) AS peak
         FROM portfolio_history WHERE {of} AND snapshot_date BETWEEN :from_date AND :to_date
         WINDOW earlier AS (ORDER BY "timestamp", id ROWS UNBOUNDED PRECEDING)
     )
@@ -72,7 +73,7 @@ _PARTS = """,
 class Bucket(NamedTuple):
     """Snapshots of one bucket: their number, the first and last, and those with extreme values.
 
-    Each chosen row is (the value that it was chosen by, its id, the highest total value so far).
+    Each chosen row is (the amount that it was chosen by, its id, the highest worth so far).
     """
 
     number: int
@@ -86,6 +87,7 @@ def buckets(
     db: Connection,
     portfolio: int | None,
     over: Range,
+    measure: Measure,
     *,
     dates: tuple[date, date] = ALL_DATES,
     peak: float | None = None,
@@ -93,7 +95,7 @@ def buckets(
 ) -> list[Bucket]:
     """Return the buckets that have snapshots of these dates, in order.
 
-    `peak` is the highest total value before these dates. With `parts` the extremes include those of balance and
+    `peak` is the highest worth before these dates, by `measure`. With `parts` the extremes include those of balance and
     total_invested.
     """
     values = {
@@ -105,15 +107,18 @@ def buckets(
         "width": over.bucket_seconds,
         "buckets": over.buckets,
     }
-    statement = _BUCKETS.replace("{parts}", _PARTS if parts else "")
+    statement = _BUCKETS.replace("{parts}", _PARTS if parts else "").replace("{worth}", EXPRESSIONS[measure])
     return [Bucket(*row) for row in db.execute(for_one_portfolio(portfolio, statement), values)]
 
 
-_SNAPSHOTS = text(f"""
-    SELECT {PAGE_COLUMNS} FROM portfolio_history WHERE id = ANY(:ids) ORDER BY "timestamp", id
-""")  # noqa: S608  # a constant
+_SNAPSHOTS: dict[Measure, TextClause] = {
+    measure: text(f"""
+        SELECT {page_columns(measure)} FROM portfolio_history WHERE id = ANY(:ids) ORDER BY "timestamp", id
+    """)  # noqa: S608  # a constant
+    for measure in EXPRESSIONS
+}
 
 
-def snapshots(db: Connection, ids: Sequence[int]) -> list[Snapshot]:
+def snapshots(db: Connection, ids: Sequence[int], measure: Measure) -> list[Snapshot]:
     """Return the snapshots with these row ids, oldest first."""
-    return [Snapshot(*row) for row in db.execute(_SNAPSHOTS, {"ids": list(ids)})]
+    return [Snapshot(*row) for row in db.execute(_SNAPSHOTS[measure], {"ids": list(ids)})]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, TextClause, text
 
+from consumers.db.measures import EXPRESSIONS, FOLLOWS_OLD_FORMULA, Measure
 from consumers.db.queries import NO_LIMIT, Filter, Query, portfolio_condition, quoted, where
 
 SNAPSHOT_COLUMNS = (
@@ -162,10 +163,10 @@ _PORTFOLIOS = text(f"""
     WITH RECURSIVE {portfolios_in("portfolio_history", ":most")} SELECT portfolio_id FROM portfolios
 """)  # noqa: S608  # as above
 _EXTENT = """
-    SELECT first.at AS first_at, last.at AS last_at, trim_scale(last.total_value) AS total_value
+    SELECT first.at AS first_at, last.at AS last_at
     FROM (SELECT "timestamp" AS at FROM portfolio_history WHERE {of}
             ORDER BY snapshot_date, "timestamp", id LIMIT 1) AS first,
-        (SELECT "timestamp" AS at, total_value FROM portfolio_history WHERE {of}
+        (SELECT "timestamp" AS at FROM portfolio_history WHERE {of}
             ORDER BY snapshot_date DESC, "timestamp" DESC, id DESC LIMIT 1) AS last
 """
 
@@ -182,12 +183,11 @@ def newest_snapshot_ages(db: Connection, most_portfolios: int) -> list[tuple[int
 
 
 class Extent(NamedTuple):
-    """Times of the first and last snapshot of a portfolio, and the total value of the last."""
+    """Times of the first and last snapshot of a portfolio."""
 
     portfolio: int | None
     first_at: datetime
     last_at: datetime
-    total_value: Decimal
 
 
 def portfolios(db: Connection) -> list[Extent]:
@@ -203,27 +203,49 @@ def extent(db: Connection, portfolio: int | None) -> Extent | None:
 
 
 class Snapshot(NamedTuple):
-    """Snapshot with the values that the history page draws."""
+    """Snapshot with the amounts that the history page draws; `worth` is by one of the measures."""
 
     id: int
     snapshot_date: date
     at: datetime
-    total_value: Decimal
+    worth: Decimal
     balance: Decimal
     total_invested: Decimal
 
 
-PAGE_COLUMNS = """
-    id, snapshot_date, "timestamp" AS at, trim_scale(total_value) AS total_value, trim_scale(balance) AS balance,
-    trim_scale(total_invested) AS total_invested
-"""
-_DAILY_CLOSES = text(f"""
-    {_closes_of(_ONE_PORTFOLIO, ["snapshot_date BETWEEN :first_date AND :last_date"])}
-    SELECT {PAGE_COLUMNS} FROM closes ORDER BY snapshot_date DESC LIMIT :limit
+def page_columns(measure: Measure) -> str:
+    """Return the columns of a Snapshot."""
+    return f"""
+        id, snapshot_date, "timestamp" AS at, trim_scale({EXPRESSIONS[measure]}) AS worth,
+        trim_scale(balance) AS balance, trim_scale(total_invested) AS total_invested
+    """
+
+
+_DATES = ["snapshot_date BETWEEN :first_date AND :last_date"]
+_DAILY_CLOSES: dict[Measure, TextClause] = {
+    measure: text(f"""
+        {_closes_of(_ONE_PORTFOLIO, _DATES)}
+        SELECT {page_columns(measure)} FROM closes ORDER BY snapshot_date DESC LIMIT :limit
+    """)  # noqa: S608  # from the constants here; values are parameters
+    for measure in EXPRESSIONS
+}
+_DEFAULT_MEASURE = text(f"""
+    {_closes_of(_ONE_PORTFOLIO, [])} SELECT {FOLLOWS_OLD_FORMULA} FROM closes
 """)  # noqa: S608  # from the constants here; values are parameters
 
 
-def daily_closes(db: Connection, portfolio: int | None, dates: tuple[date, date] = ALL_DATES) -> list[Snapshot]:
+def daily_closes(
+    db: Connection, portfolio: int | None, measure: Measure, dates: tuple[date, date] = ALL_DATES
+) -> list[Snapshot]:
     """Return the last snapshot of each snapshot_date, oldest first, for at most the newest 5,000 of these dates."""
     values = {"portfolio_id": portfolio, "first_date": dates[0], "last_date": dates[1], "limit": MOST_DAYS}
-    return [Snapshot(*row) for row in db.execute(_DAILY_CLOSES, values)][::-1]
+    return [Snapshot(*row) for row in db.execute(_DAILY_CLOSES[measure], values)][::-1]
+
+
+def default_measure(db: Connection, portfolio: int | None) -> Measure:
+    """Return the measure that is a portfolio's worth, chosen from its newest 5,000 daily closes.
+
+    It is `equity` where every recorded value is balance + total_profit_loss and money was invested, else `value`.
+    """
+    values = {"portfolio_id": portfolio, "limit": MOST_DAYS}
+    return "equity" if db.execute(_DEFAULT_MEASURE, values).scalar_one() else "value"

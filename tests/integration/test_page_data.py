@@ -21,10 +21,12 @@ from sqlalchemy import TextClause, text
 
 from consumers.db import archive_queries, curve_queries, portfolio_queries, state_queries
 from consumers.db.engine import engine, get_db, read_transaction
+from consumers.db.inserts import insert_event
 from consumers.errors import StoreUnavailable
 from consumers.web.api import create_app
 from consumers.web.page import curve as curves
 from consumers.web.page import signal_search
+from producers.events import event_of
 from producers.history_producer import HistoryProducer
 from tests.factories import a_signal, a_snapshot
 from tests.histories import START, store_archive, store_many, store_rejection, store_values
@@ -50,7 +52,7 @@ def test_amounts_are_exact_and_times_are_utc_with_offset(client: TestClient) -> 
     """Amounts never become floats and have no added zeros."""
     store_values(["999999999999.12345678", "10.10"])
     body = _get(client, "curve", portfolio=1)
-    assert body["total_value"] == ["999999999999.12345678", "10.1"]
+    assert body["worth"] == ["999999999999.12345678", "10.1"]
     assert body["at"] == [_iso(START), _iso(START + timedelta(days=1))]
     assert body["at"][0].endswith("+00:00")
 
@@ -78,7 +80,7 @@ def test_a_reduced_curve_keeps_the_exact_extremes(client: TestClient) -> None:
     for value in values:
         peak = max(peak, value)
         deepest = min(deepest, float(value / peak - 1))
-    drawn = [Decimal(one) for one in body["total_value"]]
+    drawn = [Decimal(one) for one in body["worth"]]
     assert body["snapshots"] == 3_000
     assert len(drawn) <= 250
     assert (max(drawn), min(drawn)) == (max(values), min(values))
@@ -91,7 +93,7 @@ def test_a_reduced_curve_keeps_the_exact_extremes(client: TestClient) -> None:
     since, until = START + timedelta(minutes=2_000), START + timedelta(minutes=2_010)
     zoomed = _get(client, "curve", portfolio=1, since=_iso(since), until=_iso(until), buckets=1000)
     assert zoomed["snapshots"] == 11
-    assert [Decimal(one) for one in zoomed["total_value"]] == values[1_998:2_011]
+    assert [Decimal(one) for one in zoomed["worth"]] == values[1_998:2_011]
     assert zoomed["drawdown"][1] == pytest.approx(float(values[1_999] / 60_000 - 1), abs=1e-6)
 
 
@@ -113,19 +115,72 @@ def test_gaps_are_reported_and_have_no_values(client: TestClient) -> None:
     store_values([100] * 30 + [None] * 30 + [100] * 30, step=timedelta(minutes=1), portfolio=2)
     body = _get(client, "curve", portfolio=2, buckets=1000)
     assert body["after_gap"] == [30]
-    assert "0" not in body["total_value"]
+    assert "0" not in body["worth"]
 
 
-def test_daily_profit_and_loss_is_between_closes_with_the_number_of_days(client: TestClient) -> None:
+def test_a_daily_change_is_between_closes_with_the_number_of_days(client: TestClient) -> None:
     """The close of a date is its last snapshot; a date without snapshots has no entry."""
     store_values([100, 90, "110.25"], step=timedelta(hours=1))
     store_values([None, "105.05", None, 120])
     assert _get(client, "daily", portfolio=1) == {
         "date": ["2026-06-01", "2026-06-02", "2026-06-04"],
+        "measure": "value",
         "close": ["110.25", "105.05", "120"],
-        "profit_loss": [None, "-5.20", "14.95"],
+        "change": [None, "-5.20", "14.95"],
         "days": [None, 1, 2],
     }
+
+
+def _store_amounts(*amounts: tuple[str, str, str, str], portfolio: int = 1) -> None:
+    """Store a snapshot a day with these balances, invested sums, profits or losses, and values."""
+    for number, (balance, invested, profit_loss, value) in enumerate(amounts):
+        at = START + timedelta(days=number)
+        snapshot = a_snapshot(
+            timestamp=at, snapshot_date=at.date(), portfolio_id=portfolio,
+            balance=balance, total_invested=invested, total_profit_loss=profit_loss, total_value=value,
+        )  # fmt: skip
+        insert_event(event_of(snapshot, source="direct", sequence=None))
+
+
+def test_a_fully_invested_portfolio_under_the_old_formula_is_shown_by_its_equity(client: TestClient) -> None:
+    """10,000 are invested and there is no cash: the recorded value is the profit alone."""
+    _store_amounts(("10000", "0", "0", "10000"), ("0", "10000", "0.35", "0.35"), ("0", "10000", "-100", "-100"))
+    body = _get(client, "curve", portfolio=1)
+    assert (body["measure"], body["default_measure"]) == ("equity", "equity")
+    assert body["worth"] == ["10000", "10000.35", "9900"]
+    assert body["drawdown"] == [0, 0, pytest.approx(9900 / 10000.35 - 1, abs=1e-6)]
+    daily = _get(client, "daily", portfolio=1)
+    assert (daily["measure"], daily["change"]) == ("equity", [None, "0.35", "-100.35"])
+
+
+@pytest.mark.parametrize(
+    ("amounts", "reason"),
+    [
+        ([("100", "0", "5", "105")], "no money was invested"),
+        ([("100", "50", "5", "105"), ("100", "50", "5", "155")], "one value has all three parts"),
+    ],
+)
+def test_otherwise_a_portfolio_is_shown_by_its_recorded_value(
+    client: TestClient, amounts: list[tuple[str, str, str, str]], reason: str
+) -> None:
+    _store_amounts(*amounts)
+    body = _get(client, "curve", portfolio=1)
+    assert (body["measure"], body["default_measure"]) == ("value", "value"), reason
+    assert body["worth"] == [value for *_, value in amounts]
+
+
+def test_the_reader_chooses_the_measure(client: TestClient) -> None:
+    """A deposit of 500 changes the value, but not the profit or loss."""
+    _store_amounts(("1000", "0", "0", "1000"), ("1010", "0", "0", "1010"), ("1510", "0", "0", "1510"))
+    expected = {"value": ["10", "500"], "equity": ["10", "500"], "profit_loss": ["0", "0"]}
+    for measure, changes in expected.items():
+        daily = _get(client, "daily", portfolio=1, measure=measure)
+        curve = _get(client, "curve", portfolio=1, measure=measure)
+        assert (daily["measure"], daily["change"]) == (measure, [None, *changes])
+        assert (curve["measure"], curve["default_measure"]) == (measure, "value")
+        assert curve["worth"] == daily["close"]
+    for path in ("curve", "daily"):
+        assert client.get(f"/page/{path}", params={"portfolio": 1, "measure": "worth"}).status_code == 422
 
 
 def test_portfolios_are_listed_with_and_without_a_number(client: TestClient) -> None:
@@ -134,9 +189,9 @@ def test_portfolios_are_listed_with_and_without_a_number(client: TestClient) -> 
     for portfolio, value in ((7, 1), (None, 2), (-3, 3)):
         store_values([value], portfolio=portfolio)
     body = _get(client, "portfolios")
-    assert [(one["portfolio"], one["total_value"]) for one in body] == [("-3", "3"), ("7", "1"), ("none", "2")]
-    assert _get(client, "curve", portfolio="none")["total_value"] == ["2"]
-    assert _get(client, "curve", portfolio=-3)["total_value"] == ["3"]
+    assert [one["portfolio"] for one in body] == ["-3", "7", "none"]
+    assert _get(client, "curve", portfolio="none")["worth"] == ["2"]
+    assert _get(client, "curve", portfolio=-3)["worth"] == ["3"]
     assert client.get("/page/curve", params={"portfolio": 4}).status_code == 404
 
 
@@ -406,9 +461,10 @@ def test_every_query_uses_an_index(client: TestClient) -> None:
         (portfolio_queries._NEWEST_AGES, {"most": 9}),
         (of(3, portfolio_queries._EXTENT), {"portfolio_id": 3}),
         (of(3, curve_queries._COUNT), dates),
-        (portfolio_queries._DAILY_CLOSES, closes),
-        (of(3, curve_queries._BUCKETS.replace("{parts}", "")), bucket),
-        (curve_queries._SNAPSHOTS, {"ids": [1, 2]}),
+        (portfolio_queries._DAILY_CLOSES["equity"], closes),
+        (portfolio_queries._DEFAULT_MEASURE, closes),
+        (of(3, curve_queries._BUCKETS.replace("{parts}", "").replace("{worth}", "total_value")), bucket),
+        (curve_queries._SNAPSHOTS["equity"], {"ids": [1, 2]}),
         (archive_queries._MONTHS, {"limit": 9}),
         (archive_queries._LISTED, month),
         (archive_queries._SEARCHED, month),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from consumers.db.curve_queries import Bucket
 from consumers.db.portfolio_queries import Snapshot
-from consumers.web.page.curve import chosen, daily_profit_loss, drawdown, starts_after_gaps
+from consumers.web.page.curve import chosen, daily_changes, drawdown, starts_after_gaps
 from consumers.web.page.responses import content
 from consumers.web.page.signal_search import find
 
@@ -77,12 +77,9 @@ def test_daily_profits_and_losses_add_up_to_the_whole_change(steps: list[tuple[i
         day += days if number else 0
         moment = datetime(2026, 1, 1, tzinfo=UTC)
         closes.append(Snapshot(number, date.fromordinal(day), moment, value, Decimal(0), Decimal(0)))
-    entries = daily_profit_loss(closes)
-    assert (entries[0].profit_loss, entries[0].days) == (None, None)
-    assert (
-        sum((one.profit_loss for one in entries if one.profit_loss is not None), Decimal(0))
-        == steps[-1][1] - steps[0][1]
-    )
+    entries = daily_changes(closes)
+    assert (entries[0].change, entries[0].days) == (None, None)
+    assert sum((one.change for one in entries if one.change is not None), Decimal(0)) == steps[-1][1] - steps[0][1]
     assert sum(one.days or 0 for one in entries) == day - date(2026, 1, 1).toordinal()
 
 

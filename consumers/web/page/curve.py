@@ -1,6 +1,7 @@
-"""The equity curve of a portfolio, reduced to the points that a screen can show, its drawdown, gaps and daily profit.
+"""The curve of a portfolio's worth, reduced to the points that a screen can show, its drawdown, gaps and daily change.
 
-* Drawdown of a snapshot: total value / highest total value so far - 1. It is 0 at a new high and -0.25 if a quarter is
+* Worth: one of the measures of consumers.db.measures.
+* Drawdown of a snapshot: worth / highest worth so far - 1. It is 0 at a new high and -0.25 if a quarter is
   lost. It uses every snapshot since the first, not only the drawn ones, so the deepest drawdown shown is exact. It is
   None if the highest value is not positive.
 * Reduction: the range is divided into buckets of equal time, about two pixels each. Each bucket keeps its first and
@@ -8,9 +9,9 @@
   is a stored snapshot with its exact amounts.
 * Gap: the step between two consecutive snapshots is longer than a bucket and either skips a whole date, or is more than
   three times as long as the longest of the ten steps before it.
-* Close of a date: the last snapshot of that snapshot_date. The profit or loss of a date is its close minus the previous
-  close, in total value. `days` is the number of days between the two closes: more than 1 if dates without snapshots lie
-  between them. The first close has no profit or loss; a date without a snapshot has no entry.
+* Close of a date: the last snapshot of that snapshot_date. The change of a date is its close minus the previous close.
+  `days` is the number of days between the two closes: more than 1 if dates without snapshots lie between them. The
+  first close has no change; a date without a snapshot has no entry. Only a change of `profit_loss` is free of deposits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sqlalchemy import Connection
 
 from consumers.db import curve_queries
 from consumers.db.curve_queries import Bucket, Range
+from consumers.db.measures import Measure
 from consumers.db.portfolio_queries import ALL_DATES, Snapshot, daily_closes
 
 # Reading more rows takes seconds: then only the daily closes are drawn, until the user zooms in.
@@ -56,26 +58,27 @@ class Curve:
     closes_only: bool
 
 
-def curve(db: Connection, portfolio: int | None, over: Range, *, parts: bool = False) -> Curve:
+def curve(db: Connection, portfolio: int | None, over: Range, measure: Measure, *, parts: bool = False) -> Curve:
     """Return the curve of a portfolio over a range. With `parts`, the extremes of balance and invested are kept too."""
     limit = MOST_SNAPSHOTS + 1
     if curve_queries.count_snapshots(db, portfolio, ALL_DATES, limit) < limit:
-        return _of_snapshots(db, over, curve_queries.buckets(db, portfolio, over, parts=parts))
+        return _of_snapshots(db, over, measure, curve_queries.buckets(db, portfolio, over, measure, parts=parts))
     dates = curve_queries.dates_around(over.since, over.until)
     if curve_queries.count_snapshots(db, portfolio, dates, limit) < limit:
-        before = daily_closes(db, portfolio, (date.min, dates[0] - timedelta(days=1)))
-        peak = max((float(close.total_value) for close in before), default=None)
-        return _of_snapshots(db, over, curve_queries.buckets(db, portfolio, over, dates=dates, peak=peak, parts=parts))
-    return _of_closes(daily_closes(db, portfolio))
+        before = daily_closes(db, portfolio, measure, (date.min, dates[0] - timedelta(days=1)))
+        peak = max((float(close.worth) for close in before), default=None)
+        found = curve_queries.buckets(db, portfolio, over, measure, dates=dates, peak=peak, parts=parts)
+        return _of_snapshots(db, over, measure, found)
+    return _of_closes(daily_closes(db, portfolio, measure))
 
 
-def _of_snapshots(db: Connection, over: Range, buckets: Sequence[Bucket]) -> Curve:
+def _of_snapshots(db: Connection, over: Range, measure: Measure, buckets: Sequence[Bucket]) -> Curve:
     kept = chosen(buckets, over.buckets)
     gaps = starts_after_gaps(buckets, over.bucket_seconds)
-    rows = curve_queries.snapshots(db, list(kept))
+    rows = curve_queries.snapshots(db, list(kept), measure)
     left_out = [False] + [days_left_out(before, row) for before, row in pairwise(rows)]
     points = [
-        Point(row, drawdown(float(row.total_value), kept[row.id]), row.id in gaps and (gaps[row.id] or alone))
+        Point(row, drawdown(float(row.worth), kept[row.id]), row.id in gaps and (gaps[row.id] or alone))
         for row, alone in zip(rows, left_out, strict=True)
     ]
     inside = sum(bucket.snapshots for bucket in buckets if 0 <= bucket.number < over.buckets)
@@ -86,9 +89,9 @@ def _of_closes(closes: Sequence[Snapshot]) -> Curve:
     points: list[Point] = []
     peak = Decimal("-Infinity")
     for number, close in enumerate(closes):
-        peak = max(peak, close.total_value)
+        peak = max(peak, close.worth)
         gap = number > 0 and days_left_out(closes[number - 1], close)
-        points.append(Point(close, drawdown(float(close.total_value), float(peak)), gap))
+        points.append(Point(close, drawdown(float(close.worth), float(peak)), gap))
     return Curve(points, None, closes_only=True)
 
 
@@ -142,17 +145,17 @@ def starts_after_gaps(buckets: Sequence[Bucket], bucket_seconds: float) -> dict[
 
 @dataclass(frozen=True)
 class Day:
-    """Close of a date, its profit or loss in the account's currency, and the days since the previous close."""
+    """Close of a date, its change in the account's currency, and the days since the previous close."""
 
     close: Snapshot
-    profit_loss: Decimal | None
+    change: Decimal | None
     days: int | None
 
 
-def daily_profit_loss(closes: Sequence[Snapshot]) -> list[Day]:
+def daily_changes(closes: Sequence[Snapshot]) -> list[Day]:
     """Return one entry per close, in the order given: oldest first."""
     first = [Day(close, None, None) for close in closes[:1]]
     return first + [
-        Day(close, close.total_value - before.total_value, (close.snapshot_date - before.snapshot_date).days)
+        Day(close, close.worth - before.worth, (close.snapshot_date - before.snapshot_date).days)
         for before, close in pairwise(closes)
     ]

@@ -15,7 +15,8 @@ from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
 
 from consumers.db import archive_queries, curve_queries, portfolio_queries, state_queries
 from consumers.db.engine import read_transaction
-from consumers.web.page.curve import Curve, curve, daily_profit_loss
+from consumers.db.measures import Measure
+from consumers.web.page.curve import Curve, curve, daily_changes
 from consumers.web.page.page_health import health
 from consumers.web.page.responses import MEDIA_TYPES, answer, content, json_answer, known_files
 from consumers.web.page.signal_search import MOST_ARCHIVES, Found, Place, find
@@ -74,7 +75,7 @@ def newest(request: Request) -> Response:
 
 @data.get("/portfolios")
 def portfolios(request: Request) -> Response:
-    """List the portfolios, each with the time of its first and last snapshot and its last value."""
+    """List the portfolios, each with the times of its first and last snapshot."""
     with read_transaction() as db:
         found = [one._asdict() | {"portfolio": _name(one.portfolio)} for one in portfolio_queries.portfolios(db)]
     return json_answer(request, found)
@@ -85,12 +86,16 @@ def equity_curve(
     request: Request,
     *,
     portfolio: PortfolioName,
+    measure: Measure | None = None,
     since: Moment | None = None,
     until: Moment | None = None,
     buckets: Annotated[int, Query(ge=10, le=1000)] = 400,
     parts: bool = False,
 ) -> Response:
-    """Return the curve between two times, by default the whole curve; see consumers.web.page.curve."""
+    """Return the curve between two times, by default the whole curve; see consumers.web.page.curve.
+
+    Without `measure`, it is that of the portfolio's default measure.
+    """
     number = _number(portfolio)
     with read_transaction() as db:
         known = portfolio_queries.extent(db, number)
@@ -99,8 +104,10 @@ def equity_curve(
         over = curve_queries.Range(since or known.first_at, until or known.last_at, buckets)
         if over.until < over.since:
             raise HTTPException(422, "until is before since")
-        drawn = curve(db, number, over, parts=parts)
-    return json_answer(request, {"since": over.since, "until": over.until} | _columns(drawn))
+        usual = portfolio_queries.default_measure(db, number)
+        drawn = curve(db, number, over, measure or usual, parts=parts)
+    of = {"since": over.since, "until": over.until, "measure": measure or usual, "default_measure": usual}
+    return json_answer(request, of | _columns(drawn))
 
 
 def _columns(drawn: Curve) -> dict[str, Any]:
@@ -109,7 +116,7 @@ def _columns(drawn: Curve) -> dict[str, Any]:
         "snapshots": drawn.snapshots,
         "closes_only": drawn.closes_only,
         "at": [row.at for row in rows],
-        "total_value": [row.total_value for row in rows],
+        "worth": [row.worth for row in rows],
         "balance": [row.balance for row in rows],
         "total_invested": [row.total_invested for row in rows],
         "drawdown": [point.drawdown if point.drawdown is None else round(point.drawdown, 6) for point in drawn.points],
@@ -118,14 +125,17 @@ def _columns(drawn: Curve) -> dict[str, Any]:
 
 
 @data.get("/daily")
-def daily(request: Request, portfolio: PortfolioName) -> Response:
-    """Return the close and the profit or loss of each date, oldest first; see consumers.web.page.curve."""
+def daily(request: Request, portfolio: PortfolioName, measure: Measure | None = None) -> Response:
+    """Return the close and the change of each date, oldest first; see consumers.web.page.curve."""
+    number = _number(portfolio)
     with read_transaction() as db:
-        days = daily_profit_loss(portfolio_queries.daily_closes(db, _number(portfolio)))
+        measure = measure or portfolio_queries.default_measure(db, number)
+        days = daily_changes(portfolio_queries.daily_closes(db, number, measure))
     facts = {
         "date": [day.close.snapshot_date for day in days],
-        "close": [day.close.total_value for day in days],
-        "profit_loss": [day.profit_loss for day in days],
+        "measure": measure,
+        "close": [day.close.worth for day in days],
+        "change": [day.change for day in days],
         "days": [day.days for day in days],
     }
     return json_answer(request, facts)

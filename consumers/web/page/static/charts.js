@@ -99,14 +99,14 @@ export class Charts {
         x.push((x.at(-1) + seconds) / 2);
       }
       x.push(seconds);
-      value.push(Number(curve.total_value[number]));
+      value.push(Number(curve.worth[number]));
       balance.push(Number(curve.balance[number]));
       invested.push(Number(curve.total_invested[number]));
       drawdown.push(curve.drawdown[number]);
       this.#rows.push(number);
     });
     const noons = daily.at;
-    const changes = daily.profit_loss.map((text) => (text === null ? null : Number(text)));
+    const changes = daily.change.map((text) => (text === null ? null : Number(text)));
     const those = (wanted) => changes.map((one, at) => (one !== null && wanted(one, daily.days[at] > 1) ? one : null));
     this.#data = {
       value: [x, value, balance, invested],
@@ -192,11 +192,11 @@ export class Charts {
     const curve = this.#curve;
     const parts = this.#parts
       ? [" · ", colored("balance", curve.balance[point]), " · ", colored("invested", curve.total_invested[point])] : [];
-    return [amount(curve.total_value[point]), ...parts, ` · ${moment(curve.at[point])}`];
+    return [amount(curve.worth[point]), ...parts, ` · ${moment(curve.at[point])}`];
   }
 
   #dayReadout(at) {
-    const { date, profit_loss: changes, days } = this.#daily;
+    const { date, change: changes, days } = this.#daily;
     const over = days[at] > 1 ? ` over ${days[at]} days` : "";
     return `${changes[at] === null ? "first day" : change(changes[at])}${over} · ${day(date[at])}`;
   }

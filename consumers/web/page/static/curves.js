@@ -9,12 +9,19 @@ const DAY = 86400;
 const RANGES = [["1D", DAY, "one day"], ["1W", 7 * DAY, "one week"], ["1M", 30 * DAY, "30 days"],
   ["3M", 91 * DAY, "three months"], ["1Y", 365 * DAY, "one year"], ["All", null, "everything"]];
 const DAYS_AT_ONCE = 60;
-const NOTHING = { at: [], total_value: [], balance: [], total_invested: [], drawdown: [], after_gap: [], snapshots: 0, closes_only: false };
-const NO_DAYS = { date: [], at: [], close: [], profit_loss: [], days: [] };
+const NOTHING = { at: [], worth: [], balance: [], total_invested: [], drawdown: [], after_gap: [], snapshots: 0, closes_only: false };
+const NO_DAYS = { date: [], at: [], close: [], change: [], days: [] };
+// Measure -> its name in the list, in titles, and what it is.
+const MEASURES = {
+  value: ["Value (as recorded)", "value", "Value is total_value as it was recorded."],
+  equity: ["Equity", "equity", "Equity is balance + invested + profit/loss."],
+  profit_loss: ["Profit/loss", "profit/loss", "Profit/loss is total_profit_loss as it was recorded; deposits do not change it."],
+};
 
 export class Curves {
   #portfolios = [];
   #chosen = null;
+  #measure = null; // null: the portfolio's default
   #range = { last: null }; // { last: seconds before the newest snapshot, null for all }, or { from, to }
   #reading = null;
   #loaded = { portfolio: null, curve: NOTHING }; // the last answer
@@ -30,6 +37,11 @@ export class Curves {
     });
     byId("portfolio").addEventListener("change", (event) => this.#choose(event.target.value));
     byId("parts").addEventListener("change", () => this.#reread());
+    byId("measure").addEventListener("change", (event) => this.#measureBy(event.target.value));
+    replace(byId("measure"), ...Object.entries(MEASURES).map(([name, [text]]) => element("option", { value: name }, text)));
+    const address = new URLSearchParams(location.search);
+    this.#chosen = address.get("portfolio");
+    if (address.get("measure") in MEASURES) this.#measure = address.get("measure");
     byId("steps").addEventListener("click", (event) => this.#step(event.target.dataset.step));
     byId("more-days").addEventListener("click", () => { this.#shownDays *= 4; this.#listDays(); });
     replace(byId("ranges"), ...RANGES.map(([text, last, label]) => element("button", {
@@ -73,8 +85,25 @@ export class Curves {
     return [this.#range.last === null ? first : last - this.#range.last, last];
   }
 
+  async #measureBy(name) {
+    this.#measure = name;
+    this.#address();
+    await this.#reread();
+  }
+
+  /** Writes portfolio and measure into the page's address, which can be shared. */
+  #address() {
+    const address = new URL(location.href);
+    address.searchParams.set("portfolio", this.#chosen);
+    if (this.#measure) address.searchParams.set("measure", this.#measure);
+    else address.searchParams.delete("measure");
+    history.replaceState(null, "", address);
+  }
+
   async #choose(name) {
     this.#chosen = name;
+    this.#measure = null;
+    this.#address();
     this.#shownDays = DAYS_AT_ONCE;
     await this.#look({ last: null });
   }
@@ -144,10 +173,10 @@ export class Curves {
     this.#mark();
     const [curve, daily] = await Promise.all([
       get("curve", {
-        portfolio: this.#chosen, buckets: this.charts.buckets, parts: parts || null,
+        portfolio: this.#chosen, measure: this.#measure, buckets: this.charts.buckets, parts: parts || null,
         since: whole ? null : new Date(from * 1000).toISOString(), until: whole ? null : new Date(to * 1000).toISOString(),
       }, reading.signal),
-      get("daily", { portfolio: this.#chosen }, reading.signal),
+      get("daily", { portfolio: this.#chosen, measure: this.#measure }, reading.signal),
     ]);
     daily.at = daily.date.map((date) => localNoon(date).getTime() / 1000);
     this.#daily = daily;
@@ -155,9 +184,21 @@ export class Curves {
     // The whole range has half a day more on either side, for the bars of the first and the last day.
     this.charts.look(whole ? Math.min(from, daily.at[0] - DAY / 2) : from, whole ? Math.max(to, daily.at.at(-1) + DAY / 2) : to);
     this.charts.show(curve, daily, parts);
+    this.#name(curve);
     this.#summarize(curve, from, to);
     this.#listDays();
     if (typeof uPlot === "undefined") throw new Unreadable("the chart library was not loaded: run pip install '.[api]' on the server; the table below shows the same days");
+  }
+
+  #name({ measure, default_measure: usual }) {
+    const [, name, meaning] = MEASURES[measure];
+    byId("measure").value = measure;
+    byId("value-title").textContent = name[0].toUpperCase() + name.slice(1);
+    byId("daily-title").textContent = `Daily change in ${name}`;
+    const reason = usual === "equity"
+      ? " Equity is this portfolio's default, because its recorded values leave out the money that is invested."
+      : "";
+    byId("measure-note").textContent = meaning + reason;
   }
 
   #mark() {
@@ -173,12 +214,12 @@ export class Curves {
     const by = (key, better) => inside.reduce((best, index) =>
       (best === null || better(Number(curve[key][index]), Number(curve[key][best])) ? index : best), null);
     const lower = (a, b) => a < b, higher = (a, b) => a > b;
-    const last = inside.at(-1) ?? null, low = by("total_value", lower), high = by("total_value", higher);
+    const last = inside.at(-1) ?? null, low = by("worth", lower), high = by("worth", higher);
     const deep = by("drawdown", lower);
-    const values = (index) => (index === null ? "–" : amount(curve.total_value[index]));
+    const values = (index) => (index === null ? "–" : amount(curve.worth[index]));
     const at = (index) => (index === null ? "" : moment(curve.at[index]));
     replace(byId("summary"),
-      figure("Last value", values(last), at(last)), figure("Highest", values(high), at(high)), figure("Lowest", values(low), at(low)),
+      figure("Last", values(last), at(last)), figure("Highest", values(high), at(high)), figure("Lowest", values(low), at(low)),
       figure("Deepest drawdown", deep === null ? "–" : percent(curve.drawdown[deep]), at(deep)));
     byId("drawn").textContent = curve.closes_only
       ? "Too many snapshots to read at once: the charts show daily closes and their drawdown. Zoom in to see every snapshot."
@@ -188,7 +229,7 @@ export class Curves {
   }
 
   #listDays() {
-    const { date, close, profit_loss: changes, days } = this.#daily;
+    const { date, close, change: changes, days } = this.#daily;
     const newest = [...date.keys()].reverse().slice(0, this.#shownDays);
     replace(byId("day-rows"), ...newest.map((index) =>
       row(day(date[index]), number(amount(close[index])), number(change(changes[index])), number(days[index] === null ? "–" : count(days[index])))));
