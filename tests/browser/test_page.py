@@ -17,7 +17,7 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from tests.browser.conftest import OpenPage, Outage
 from tests.factories import a_signal
-from tests.histories import START, store_archive, store_many, store_rejection, store_values
+from tests.histories import START, store_archive, store_invested, store_many, store_rejection, store_values
 from tests.page_app import PageServer
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -80,7 +80,7 @@ def test_the_page_shows_the_stored_history(open_page: OpenPage) -> None:
     page = open_page()
     _live(page)
     expect(page.locator("#zone")).to_have_text("Times in Europe/Berlin")
-    expect(page.locator("#summary")).to_contain_text(re.compile(r"Last value\s*10,400.00\s*8 Jun 2026, 14:00:00"))
+    expect(page.locator("#summary")).to_contain_text(re.compile(r"Last\s*10,400.00\s*8 Jun 2026, 14:00:00"))
     expect(page.locator("#summary")).to_contain_text(re.compile(r"Deepest drawdown\s*-4.39%"))
     expect(page.locator("#value-readout")).to_have_text("10,400.00 · 8 Jun 2026, 14:00:00")
     assert page.evaluate(_PIXELS, ["value-chart", _BLUE, 0, 1]) > 200
@@ -133,6 +133,27 @@ def test_zooming_loads_finer_data_of_the_range(open_page: OpenPage) -> None:
     expect(page.locator("#value-readout")).to_contain_text("9 Aug 2026, 12:35:00")  # half a day before the newest
     page.get_by_role("button", name="Zoom out").click()
     expect(page.locator("#drawn")).to_contain_text(re.compile("57[67] snapshots in this range"))
+
+
+def test_the_reader_chooses_how_worth_is_measured_and_the_address_keeps_it(open_page: OpenPage) -> None:
+    """10,000 are invested: the recorded value is the profit alone, so equity is the default, and the page says why."""
+    store_invested([("10000", "0", "0"), ("0", "10000", "0.35")])
+    page = open_page()
+    _live(page)
+    expect(page.locator("#measure")).to_have_value("equity")
+    expect(page.locator("#value-title")).to_have_text("Equity")
+    expect(page.locator("#daily-title")).to_have_text("Daily change in equity")
+    expect(page.locator("#measure-note")).to_contain_text("leave out the money that is invested")
+    expect(page.locator("#value-readout")).to_contain_text("10,000.35")
+
+    page.locator("#measure").select_option("value")
+    expect(page.locator("#value-readout")).to_contain_text(re.compile("^0.35"))
+    expect(page.locator("#daily-title")).to_have_text("Daily change in value")
+    assert "portfolio=1&measure=value" in page.url
+    page.reload()
+    _live(page)
+    expect(page.locator("#measure")).to_have_value("value")
+    expect(page.locator("#value-readout")).to_contain_text(re.compile("^0.35"))
 
 
 def test_hovering_shows_the_snapshot_under_the_mouse(open_page: OpenPage) -> None:

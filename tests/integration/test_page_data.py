@@ -29,7 +29,7 @@ from consumers.web.page import signal_search
 from producers.events import event_of
 from producers.history_producer import HistoryProducer
 from tests.factories import a_signal, a_snapshot
-from tests.histories import START, store_archive, store_many, store_rejection, store_values
+from tests.histories import START, store_archive, store_invested, store_many, store_rejection, store_values
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def _store_amounts(*amounts: tuple[str, str, str, str], portfolio: int = 1) -> N
 
 def test_a_fully_invested_portfolio_under_the_old_formula_is_shown_by_its_equity(client: TestClient) -> None:
     """10,000 are invested and there is no cash: the recorded value is the profit alone."""
-    _store_amounts(("10000", "0", "0", "10000"), ("0", "10000", "0.35", "0.35"), ("0", "10000", "-100", "-100"))
+    store_invested([("10000", "0", "0"), ("0", "10000", "0.35"), ("0", "10000", "-100")])
     body = _get(client, "curve", portfolio=1)
     assert (body["measure"], body["default_measure"]) == ("equity", "equity")
     assert body["worth"] == ["10000", "10000.35", "9900"]
