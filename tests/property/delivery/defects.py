@@ -35,7 +35,10 @@ class Defect(NamedTuple):
 
 _ANSWER = "its (receipt|acknowledgement) says"
 _SEND = "            self._send(gone)\n"
-_MARK = "            self.in_doubt = not self._deliveries.mark_sent(_next_checks(entries))\n"
+_MARK = """\
+            # After a failure, the batch that failed remains in doubt: the next one begins with its second entry.
+            self.in_doubt = not self._deliveries.mark_sent(_next_checks(entries)) or limit == 1
+"""
 _ACKNOWLEDGE_EARLY = """
         from consumers.handlers import _acknowledge
         from producers.settings import TransportSettings
