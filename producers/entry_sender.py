@@ -55,9 +55,8 @@ class EntrySender:
         # True if Redis may have jobs of entries that are not marked as sent (a send failed, or its relay ended). The
         # next send then asks Redis for the jobs' states first.
         self.in_doubt = True
-        self.has_more = (
-            False  # whether the last call of `send_pending` sent its maximum, so that more entries may be pending
-        )
+        # Whether the last call of `send_pending` sent its maximum, so that more entries may be pending.
+        self.has_more = False
         self._queued_jobs = 0  # after the last send
         self._clock_read_at = 0.0
         self._redis_ahead = 0.0

@@ -214,7 +214,7 @@ def event_of(payload: Payload, *, source: str, sequence: int | None, trace: Trac
 
 
 def unchecked_event_of(payload: Payload, *, source: str, sequence: int, trace: TraceContext | None = None) -> Event:
-    """Return the same as `event_of`, in a fifth of the time. The source and the sequence must be valid."""
+    """Return the same as `event_of`, in half the time. The source and the sequence must be valid."""
     extensions = trace.attributes() if trace else {}
     return KINDS[payload.type].model.unchecked(_attributes(payload, source, sequence), extensions)
 

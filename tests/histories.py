@@ -47,13 +47,13 @@ def store_values(
         )  # fmt: skip
 
 
-def store_invested(amounts: Sequence[tuple[str, str, str]], *, portfolio: int = 1) -> None:
-    """Store a snapshot a day with these balances, invested sums and profits; the value is by the old formula."""
-    for number, (balance, invested, profit_loss) in enumerate(amounts):
+def store_amounts(*amounts: tuple[str, str, str, str], portfolio: int = 1) -> None:
+    """Store a snapshot a day with these balances, invested sums, profits or losses, and values."""
+    for number, (balance, invested, profit_loss, value) in enumerate(amounts):
         at = START + timedelta(days=number)
         snapshot = a_snapshot(
             timestamp=at, snapshot_date=at.date(), portfolio_id=portfolio, balance=balance, total_invested=invested,
-            total_profit_loss=profit_loss, total_value=Decimal(balance) + Decimal(profit_loss),
+            total_profit_loss=profit_loss, total_value=value,
         )  # fmt: skip
         insert_event(event_of(snapshot, source="direct", sequence=None))
 

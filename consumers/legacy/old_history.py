@@ -236,5 +236,6 @@ class OldHistory:
         """Return the event of `payload`. The envelope is checked once for each source: a check takes 20 µs."""
         if self._source_is_checked:
             return unchecked_event_of(payload, source=self.source, sequence=index)
+        event = event_of(payload, source=self.source, sequence=index)
         self._source_is_checked = True
-        return event_of(payload, source=self.source, sequence=index)
+        return event

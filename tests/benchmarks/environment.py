@@ -22,7 +22,7 @@ from producers.settings import TransportSettings
 def bench_stack(*, commit_times: bool = False) -> Iterator[Path]:
     """Run PostgreSQL and Valkey with their default durability in a temporary folder, and yield the folder.
 
-    With `commit_times`, PostgreSQL keeps the time of each commit, which makes it slower by little.
+    With `commit_times`, PostgreSQL keeps the time of each commit.
     """
     with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
         if commit_times:  # which takes a restart

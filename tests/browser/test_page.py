@@ -17,7 +17,7 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from tests.browser.conftest import OpenPage, Outage
 from tests.factories import a_signal
-from tests.histories import START, store_archive, store_invested, store_many, store_rejection, store_values
+from tests.histories import START, store_amounts, store_archive, store_many, store_rejection, store_values
 from tests.page_app import PageServer
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -137,7 +137,7 @@ def test_zooming_loads_finer_data_of_the_range(open_page: OpenPage) -> None:
 
 def test_the_reader_chooses_how_worth_is_measured_and_the_address_keeps_it(open_page: OpenPage) -> None:
     """10,000 are invested: the recorded value is the profit alone, so equity is the default, and the page says why."""
-    store_invested([("10000", "0", "0"), ("0", "10000", "0.35")])
+    store_amounts(("10000", "0", "0", "10000"), ("0", "10000", "0.35", "0.35"))
     page = open_page()
     _live(page)
     expect(page.locator("#measure")).to_have_value("equity")
@@ -155,9 +155,18 @@ def test_the_reader_chooses_how_worth_is_measured_and_the_address_keeps_it(open_
     expect(page.locator("#measure")).to_have_value("value")
     expect(page.locator("#value-readout")).to_contain_text(re.compile("^0.35"))
 
+    page.locator("#measure").select_option("profit_loss")
+    expect(page.locator("#value-readout")).to_contain_text("0.35")
+    expect(page.locator("#daily-title")).to_have_text("Daily change in profit/loss")
+    expect(page.locator("#summary")).to_contain_text(re.compile("Deepest drawdown–$"))
+
+    page.goto(page.url.replace("measure=profit_loss", "measure=toString"))  # unknown, though every object has that name
+    _live(page)
+    expect(page.locator("#measure")).to_have_value("equity")
+
 
 def test_hovering_shows_the_snapshot_under_the_mouse(open_page: OpenPage) -> None:
-    """With its drawdown and the profit of its day."""
+    """With its drawdown and the change of its day."""
     _some_history()
     page = open_page()
     _live(page)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("database_url")
 def test_a_transaction_after_the_server_has_closed_the_connection_has_a_new_one(
     monkeypatch: pytest.MonkeyPatch, check: str
 ) -> None:
-    """Each of the two checks finds it alone. A ping also finds a server that was lost without closing anything."""
+    """Each of the two checks finds it alone."""
     monkeypatch.setattr("consumers.db.engine.PING_AFTER_SECONDS", 60.0 if check == "socket" else 0.0)
     if check == "ping":
         monkeypatch.setattr("consumers.db.engine.is_readable", lambda descriptor: False)

@@ -21,15 +21,13 @@ from sqlalchemy import TextClause, text
 
 from consumers.db import archive_queries, curve_queries, portfolio_queries, state_queries
 from consumers.db.engine import engine, get_db, read_transaction
-from consumers.db.inserts import insert_event
 from consumers.errors import StoreUnavailable
 from consumers.web.api import create_app
 from consumers.web.page import curve as curves
 from consumers.web.page import signal_search
-from producers.events import event_of
 from producers.history_producer import HistoryProducer
 from tests.factories import a_signal, a_snapshot
-from tests.histories import START, store_archive, store_invested, store_many, store_rejection, store_values
+from tests.histories import START, store_amounts, store_archive, store_many, store_rejection, store_values
 
 
 @pytest.fixture
@@ -131,20 +129,9 @@ def test_a_daily_change_is_between_closes_with_the_number_of_days(client: TestCl
     }
 
 
-def _store_amounts(*amounts: tuple[str, str, str, str], portfolio: int = 1) -> None:
-    """Store a snapshot a day with these balances, invested sums, profits or losses, and values."""
-    for number, (balance, invested, profit_loss, value) in enumerate(amounts):
-        at = START + timedelta(days=number)
-        snapshot = a_snapshot(
-            timestamp=at, snapshot_date=at.date(), portfolio_id=portfolio,
-            balance=balance, total_invested=invested, total_profit_loss=profit_loss, total_value=value,
-        )  # fmt: skip
-        insert_event(event_of(snapshot, source="direct", sequence=None))
-
-
 def test_a_fully_invested_portfolio_under_the_old_formula_is_shown_by_its_equity(client: TestClient) -> None:
     """10,000 are invested and there is no cash: the recorded value is the profit alone."""
-    store_invested([("10000", "0", "0"), ("0", "10000", "0.35"), ("0", "10000", "-100")])
+    store_amounts(("10000", "0", "0", "10000"), ("0", "10000", "0.35", "0.35"), ("0", "10000", "-100", "-100"))
     body = _get(client, "curve", portfolio=1)
     assert (body["measure"], body["default_measure"]) == ("equity", "equity")
     assert body["worth"] == ["10000", "10000.35", "9900"]
@@ -163,7 +150,7 @@ def test_a_fully_invested_portfolio_under_the_old_formula_is_shown_by_its_equity
 def test_otherwise_a_portfolio_is_shown_by_its_recorded_value(
     client: TestClient, amounts: list[tuple[str, str, str, str]], reason: str
 ) -> None:
-    _store_amounts(*amounts)
+    store_amounts(*amounts)
     body = _get(client, "curve", portfolio=1)
     assert (body["measure"], body["default_measure"]) == ("value", "value"), reason
     assert body["worth"] == [value for *_, value in amounts]
@@ -171,7 +158,7 @@ def test_otherwise_a_portfolio_is_shown_by_its_recorded_value(
 
 def test_the_reader_chooses_the_measure(client: TestClient) -> None:
     """A deposit of 500 changes the value, but not the profit or loss."""
-    _store_amounts(("1000", "0", "0", "1000"), ("1010", "0", "0", "1010"), ("1510", "0", "0", "1510"))
+    store_amounts(("1000", "0", "0", "1000"), ("1010", "0", "0", "1010"), ("1510", "0", "0", "1510"))
     expected = {"value": ["10", "500"], "equity": ["10", "500"], "profit_loss": ["0", "0"]}
     for measure, changes in expected.items():
         daily = _get(client, "daily", portfolio=1, measure=measure)
@@ -179,6 +166,7 @@ def test_the_reader_chooses_the_measure(client: TestClient) -> None:
         assert (daily["measure"], daily["change"]) == (measure, [None, *changes])
         assert (curve["measure"], curve["default_measure"]) == (measure, "value")
         assert curve["worth"] == daily["close"]
+        assert (curve["drawdown"] == [None] * 3) is (measure == "profit_loss")  # its peak is no invested money
     for path in ("curve", "daily"):
         assert client.get(f"/page/{path}", params={"portfolio": 1, "measure": "worth"}).status_code == 422
 

@@ -65,7 +65,7 @@ def test_only_the_nearest_rows_outside_the_range_are_drawn() -> None:
 )
 def test_drawdown_is_the_lost_part_of_the_peak(value: float, peak: float, lost: float | None) -> None:
     """Without a positive peak there is no drawdown."""
-    assert drawdown(value, peak) == lost
+    assert drawdown("value", value, peak) == lost
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.decimals(-1000, 1000, places=8)), min_size=1, max_size=30))

@@ -3,7 +3,7 @@
 * Worth: one of the measures of consumers.db.measures.
 * Drawdown of a snapshot: worth / highest worth so far - 1. It is 0 at a new high and -0.25 if a quarter is
   lost. It uses every snapshot since the first, not only the drawn ones, so the deepest drawdown shown is exact. It is
-  None if the highest value is not positive.
+  None if the highest worth is not positive, and for `profit_loss`, whose peak is no invested money.
 * Reduction: the range is divided into buckets of equal time, about two pixels each. Each bucket keeps its first and
   last snapshot, those with the lowest and the highest value, and the one with the deepest drawdown. Every drawn point
   is a stored snapshot with its exact amounts.
@@ -69,7 +69,7 @@ def curve(db: Connection, portfolio: int | None, over: Range, measure: Measure, 
         peak = max((float(close.worth) for close in before), default=None)
         found = curve_queries.buckets(db, portfolio, over, measure, dates=dates, peak=peak, parts=parts)
         return _of_snapshots(db, over, measure, found)
-    return _of_closes(daily_closes(db, portfolio, measure))
+    return _of_closes(daily_closes(db, portfolio, measure), measure)
 
 
 def _of_snapshots(db: Connection, over: Range, measure: Measure, buckets: Sequence[Bucket]) -> Curve:
@@ -78,26 +78,26 @@ def _of_snapshots(db: Connection, over: Range, measure: Measure, buckets: Sequen
     rows = curve_queries.snapshots(db, list(kept), measure)
     left_out = [False] + [days_left_out(before, row) for before, row in pairwise(rows)]
     points = [
-        Point(row, drawdown(float(row.worth), kept[row.id]), row.id in gaps and (gaps[row.id] or alone))
+        Point(row, drawdown(measure, float(row.worth), kept[row.id]), row.id in gaps and (gaps[row.id] or alone))
         for row, alone in zip(rows, left_out, strict=True)
     ]
     inside = sum(bucket.snapshots for bucket in buckets if 0 <= bucket.number < over.buckets)
     return Curve(points, inside, closes_only=False)
 
 
-def _of_closes(closes: Sequence[Snapshot]) -> Curve:
+def _of_closes(closes: Sequence[Snapshot], measure: Measure) -> Curve:
     points: list[Point] = []
     peak = Decimal("-Infinity")
     for number, close in enumerate(closes):
         peak = max(peak, close.worth)
         gap = number > 0 and days_left_out(closes[number - 1], close)
-        points.append(Point(close, drawdown(float(close.worth), float(peak)), gap))
+        points.append(Point(close, drawdown(measure, float(close.worth), float(peak)), gap))
     return Curve(points, None, closes_only=True)
 
 
-def drawdown(value: float, peak: float) -> float | None:
-    """Return the lost part of the highest value, 0 or negative; None if the highest value is not positive."""
-    return value / peak - 1 if peak > 0 else None
+def drawdown(measure: Measure, worth: float, peak: float) -> float | None:
+    """Return the lost part of the highest worth, 0 or negative; None if there is none, see above."""
+    return worth / peak - 1 if peak > 0 and measure != "profit_loss" else None
 
 
 def days_left_out(before: Snapshot, after: Snapshot) -> bool:

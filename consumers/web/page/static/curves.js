@@ -41,7 +41,7 @@ export class Curves {
     replace(byId("measure"), ...Object.entries(MEASURES).map(([name, [text]]) => element("option", { value: name }, text)));
     const address = new URLSearchParams(location.search);
     this.#chosen = address.get("portfolio");
-    if (address.get("measure") in MEASURES) this.#measure = address.get("measure");
+    if (Object.hasOwn(MEASURES, address.get("measure"))) this.#measure = address.get("measure");
     byId("steps").addEventListener("click", (event) => this.#step(event.target.dataset.step));
     byId("more-days").addEventListener("click", () => { this.#shownDays *= 4; this.#listDays(); });
     replace(byId("ranges"), ...RANGES.map(([text, last, label]) => element("button", {
@@ -215,7 +215,7 @@ export class Curves {
       (best === null || better(Number(curve[key][index]), Number(curve[key][best])) ? index : best), null);
     const lower = (a, b) => a < b, higher = (a, b) => a > b;
     const last = inside.at(-1) ?? null, low = by("worth", lower), high = by("worth", higher);
-    const deep = by("drawdown", lower);
+    const deep = inside.some((index) => curve.drawdown[index] !== null) ? by("drawdown", lower) : null;
     const values = (index) => (index === null ? "–" : amount(curve.worth[index]));
     const at = (index) => (index === null ? "" : moment(curve.at[index]));
     replace(byId("summary"),
