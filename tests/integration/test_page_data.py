@@ -158,7 +158,7 @@ def test_otherwise_a_portfolio_is_shown_by_its_recorded_value(
 
 def test_the_reader_chooses_the_measure(client: TestClient) -> None:
     """A deposit of 500 changes the value, but not the profit or loss."""
-    store_amounts(("1000", "0", "0", "1000"), ("1010", "0", "0", "1010"), ("1510", "0", "0", "1510"))
+    store_amounts(("1000", "0", "5", "1005"), ("1010", "0", "5", "1015"), ("1510", "0", "5", "1515"))
     expected = {"value": ["10", "500"], "equity": ["10", "500"], "profit_loss": ["0", "0"]}
     for measure, changes in expected.items():
         daily = _get(client, "daily", portfolio=1, measure=measure)
