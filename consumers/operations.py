@@ -1,10 +1,11 @@
-"""Operations on the history: two idempotent inserts, three reads, and two streams with exact amounts."""
+"""Operations on the history: two idempotent inserts, four reads, and two streams with exact amounts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 from uuid import UUID
@@ -12,8 +13,9 @@ from uuid import UUID
 from consumers.db.archive_queries import archives, market_signals
 from consumers.db.engine import get_db, long_read
 from consumers.db.inserts import insert_event
+from consumers.db.performance import Rates, WorthMeasure
 from consumers.db.plain_dicts import archive_of, snapshot_of, zoned
-from consumers.db.portfolio_queries import closes, snapshots
+from consumers.db.portfolio_queries import closes, performances, snapshots
 from consumers.db.queries import Filter, Query
 from producers.events import PortfolioSnapshot, SignalArchive, event_of
 
@@ -119,6 +121,36 @@ def get_market_signals(
         StoreUnavailable: the database cannot be read now.
     """
     return _select(market_signals(market_id, _filter(limit, portfolio_id, since, until, after)))
+
+
+def get_performance(
+    portfolio_id: int | None = None,
+    *,
+    since: date | None = None,
+    until: date | None = None,
+    measure: WorthMeasure | None = None,
+    risk_free_rate: float = 0.0,
+    days_of_a_year: float = 365,
+) -> list[dict[str, Any]]:
+    """Return the performance of one portfolio, or of each of the 200 lowest numbers and of the one without a number.
+
+    It is computed from the daily closes of the dates from `since` on and before `until`. Each dict has portfolio_id,
+    measure (by default chosen from the portfolio's rows), closes, first and last date, worth, profit_loss,
+    net_deposits, and figures (a dict; its formulas are in consumers.db.performance). Where figures would be wrong they
+    are None, and problem says why. Shares and returns are floats: 0.01 is one per cent.
+
+    Raises:
+        ValueError: a rate cannot be used; the message names it.
+        StoreUnavailable: the database cannot be read now.
+    """
+    if not -1 < risk_free_rate < math.inf:
+        raise ValueError("risk_free_rate must be a number above -1 (0.02 is 2 % a year)")
+    if not 1 <= days_of_a_year <= 366:
+        raise ValueError("days_of_a_year must be from 1 to 366")
+    rates = Rates(risk_free_rate=risk_free_rate, days_of_a_year=days_of_a_year)
+    with get_db() as db:
+        found = performances(db, portfolio_id, since=since, until=until, measure=measure, rates=rates)
+    return [{name: _native(value) for name, value in one.as_dict().items()} for one in found]
 
 
 class ExactRows(NamedTuple):

@@ -65,7 +65,7 @@ _NUMBERS |= {"stored", "duplicate", "rejected", "discarded", "withdrawn", "under
 _NUMBERS |= {"read", "already there", "equal", "differences", "entries"}
 
 
-def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], otherwise: str) -> None:
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], otherwise: str) -> None:
     """Print a table that fits the window, or `otherwise` if there are no rows."""
     if not rows:
         _print(otherwise)
@@ -117,7 +117,7 @@ def print_snapshots(rows: Sequence[Mapping[str, Any]]) -> None:
         )
         for row in rows
     ]
-    _print_rows(columns, cells, "There are no portfolio snapshots.")
+    print_rows(columns, cells, "There are no portfolio snapshots.")
 
 
 def print_archives(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -134,7 +134,7 @@ def print_archives(rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows
     ]
     columns = ("row", "portfolio", "archived at", "month", "signals", "first signal")
-    _print_rows(columns, cells, "There are no signal archives.")
+    print_rows(columns, cells, "There are no signal archives.")
 
 
 def _label(signal: Mapping[str, Any]) -> str:
@@ -150,7 +150,7 @@ def print_rejections(rejections: Iterable[Mapping[str, Any]]) -> int:
         for one in islice(left, MOST_REJECTIONS)
     ]
     more = sum(1 for _ in left)
-    _print_rows(("job", "kind", "event", "at", "reason"), cells, "No event was rejected.")
+    print_rows(("job", "kind", "event", "at", "reason"), cells, "No event was rejected.")
     if more:
         _print(f"{more:,} more are not shown; --json prints all of them.")
     return len(cells) + more
@@ -181,7 +181,7 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
             )
         )
     columns = ("source", "from", *counts, "missing", "tail", "host", "last event")
-    _print_rows(columns, cells, "No source has numbered events here.")
+    print_rows(columns, cells, "No source has numbered events here.")
     if audits and audits[0]["since"] is not None:
         since = _moment(audits[0]["since"])
         _print(f"Checked: events recorded since {since}, in each source from the number in column `from` on.")
@@ -206,7 +206,7 @@ def print_import_statistics(statistics: Sequence[Mapping[str, Any]]) -> None:
         )
         for one in statistics
     ]
-    _print_rows(("file", *counts, "damage"), cells, "There is nothing to import.")
+    print_rows(("file", *counts, "damage"), cells, "There is nothing to import.")
     for one in statistics:
         if one["damage"]:
             print_text(printable(one["damage"]))  # not wrapped: it may contain a command
@@ -218,7 +218,7 @@ def print_compared(compared: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of the verified files."""
     counts = ("read", "equal", "differences")
     cells = [(one["name"], *(f"{one[count]:,}" for count in counts)) for one in compared]
-    _print_rows(("file", *counts), cells, "There is nothing to compare.")
+    print_rows(("file", *counts), cells, "There is nothing to compare.")
 
 
 def print_values(values: Mapping[str, Any]) -> None:
@@ -308,7 +308,7 @@ def _csv_value(value: Any) -> Any:
 
 def print_exported(directory: Path, exported: Mapping[str, Any]) -> None:
     """Print a table of the exported files and the number of all entries."""
-    _print_rows(("file", "entries"), [(one["file"], f"{one['entries']:,}") for one in exported["files"]], "No files.")
+    print_rows(("file", "entries"), [(one["file"], f"{one['entries']:,}") for one in exported["files"]], "No files.")
     files = f"{len(exported['files'])} file{'s' if len(exported['files']) > 1 else ''}"
     sys.stdout.write(f"\n{exported['entries']:,} entries in {files} in {directory}\n")
 

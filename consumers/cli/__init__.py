@@ -70,6 +70,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "archive": recording.archive,
         "history": reading.history,
         "archives": reading.archives,
+        "performance": reading.performance,
         "schema": recording.schema,
     },
     "Monitor and repair": {

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import date, datetime
 from typing import Annotated
 from zoneinfo import ZoneInfo
 
@@ -33,6 +33,14 @@ def time_option(text: str) -> datetime:
         return _MOMENT.validate_python(text)
     except ValidationError:
         raise typer.BadParameter(f"{text} is not a time such as 2026-11-22T17:00 or 2026-11-22T17:00+01:00") from None
+
+
+def date_option(text: object) -> date:
+    """Read the value of an option that is a date; the `parser` of such options."""
+    try:
+        return date.fromisoformat(str(text))
+    except ValueError:
+        raise typer.BadParameter(f"{text} is not a date such as 2026-11-22") from None
 
 
 def _whole_number(smallest: int) -> Callable[[object], int]:

@@ -1,16 +1,16 @@
-"""The commands that read the tables: `history`, `archives` and `audit`."""
+"""The commands that read the tables: `history`, `archives`, `performance` and `audit`."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
-from datetime import datetime
-from typing import Annotated
+from datetime import date, datetime
+from typing import Annotated, Literal
 
 import typer
 
-from consumers.cli.options import AsJson, OfPortfolio, Since, Until, row_number, time_option
+from consumers.cli.options import AsJson, OfPortfolio, Since, Until, date_option, row_number, time_option
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
 from consumers.terminal import print_archives, print_audit, print_csv, print_json, print_snapshots
@@ -78,6 +78,47 @@ def archives(
             return
         rows = get_recent_signal_archives(limit or _NEWEST, portfolio_id=portfolio_id, since=since, until=until)
     (print_json if as_json else print_archives)(rows)
+
+
+def performance(
+    *,
+    portfolio_id: OfPortfolio = None,
+    since: Annotated[
+        date | None, typer.Option(parser=date_option, metavar="DATE", help="Only daily closes from this date on.")
+    ] = None,
+    until: Annotated[
+        date | None, typer.Option(parser=date_option, metavar="DATE", help="Only daily closes before this date.")
+    ] = None,
+    measure: Annotated[
+        Literal["value", "equity"] | None,
+        typer.Option(help="Measure of the worth; by default chosen from the portfolio's rows."),
+    ] = None,
+    risk_free_rate: Annotated[float, typer.Option(metavar="RATE", help="Risk-free rate of a year; 0.02 is 2 %.")] = 0.0,
+    days_of_a_year: Annotated[
+        float, typer.Option(metavar="NUMBER", help="Number of daily closes that a year has; about 252 for an exchange.")
+    ] = 365,
+    as_json: AsJson = False,
+) -> None:
+    """Show returns, ratios and drawdowns of each portfolio, computed from its daily closes and free of deposits.
+
+    Example: trading-history performance --portfolio-id 1 --since 2026-01-01 --risk-free-rate 0.02
+    """
+    from consumers.cli.performance_tables import print_performances
+    from consumers.operations import get_performance
+
+    with stack(database=True):
+        try:
+            found = get_performance(
+                portfolio_id,
+                since=since,
+                until=until,
+                measure=measure,
+                risk_free_rate=risk_free_rate,
+                days_of_a_year=days_of_a_year,
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    (print_json if as_json else print_performances)(found)
 
 
 def audit(

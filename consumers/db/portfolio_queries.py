@@ -5,13 +5,15 @@ Where a function takes a portfolio, None means the snapshots without a portfolio
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import date, datetime
 from decimal import Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, TextClause, text
 
 from consumers.db.measures import EXPRESSIONS, FOLLOWS_OLD_FORMULA, Measure
+from consumers.db.performance import Close, Performance, Rates, WorthMeasure, performance
 from consumers.db.queries import NO_LIMIT, Filter, Query, portfolio_condition, quoted, where
 
 SNAPSHOT_COLUMNS = (
@@ -211,13 +213,15 @@ class Snapshot(NamedTuple):
     worth: Decimal
     balance: Decimal
     total_invested: Decimal
+    total_profit_loss: Decimal
 
 
 def page_columns(measure: Measure) -> str:
     """Return the columns of a Snapshot."""
     return f"""
         id, snapshot_date, "timestamp" AS at, trim_scale({EXPRESSIONS[measure]}) AS worth,
-        trim_scale(balance) AS balance, trim_scale(total_invested) AS total_invested
+        trim_scale(balance) AS balance, trim_scale(total_invested) AS total_invested,
+        trim_scale(total_profit_loss) AS total_profit_loss
     """
 
 
@@ -249,3 +253,47 @@ def default_measure(db: Connection, portfolio: int | None) -> Measure:
     """
     values = {"portfolio_id": portfolio, "limit": MOST_DAYS}
     return "equity" if db.execute(_DEFAULT_MEASURE, values).scalar_one() else "value"
+
+
+class PortfolioPerformance(NamedTuple):
+    """Performance of one portfolio, whose worth is by `measure`."""
+
+    portfolio_id: int | None
+    measure: Measure
+    performance: Performance
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields of both, and the figures as a dict. Amounts are Decimals."""
+        return {"portfolio_id": self.portfolio_id, "measure": self.measure, **asdict(self.performance)}
+
+
+def performance_of(
+    db: Connection, portfolio: int | None, measure: WorthMeasure | None, dates: tuple[date, date], rates: Rates
+) -> PortfolioPerformance:
+    """Return the performance of a portfolio over its daily closes of these dates, at most the newest 5,000.
+
+    Without `measure` it is the portfolio's default measure.
+    """
+    used = measure or default_measure(db, portfolio)
+    closes = [
+        Close(row.snapshot_date, row.worth, row.total_profit_loss) for row in daily_closes(db, portfolio, used, dates)
+    ]
+    return PortfolioPerformance(portfolio, used, performance(closes, rates))
+
+
+def performances(
+    db: Connection,
+    portfolio: int | None = None,
+    *,
+    since: date | None = None,
+    until: date | None = None,
+    measure: WorthMeasure | None = None,
+    rates: Rates,
+) -> list[PortfolioPerformance]:
+    """Return the performance of one portfolio, by default of all that `portfolios` returns.
+
+    It is that of the dates from `since` on and before `until`.
+    """
+    last = date.max if until is None else date.fromordinal(max(until.toordinal() - 1, 1))
+    wanted = [one.portfolio for one in portfolios(db)] if portfolio is None else [portfolio]
+    return [performance_of(db, number, measure, (since or date.min, last), rates) for number in wanted]

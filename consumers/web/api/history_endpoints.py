@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Header, Query, Request
@@ -11,7 +11,9 @@ from starlette.responses import Response
 
 from consumers.db import queries
 from consumers.db.archive_queries import ARCHIVE_KEYS, SIGNAL_KEYS, archives, market_signals
-from consumers.db.portfolio_queries import SNAPSHOT_KEYS, closes, snapshots
+from consumers.db.engine import read_transaction
+from consumers.db.performance import Rates
+from consumers.db.portfolio_queries import SNAPSHOT_KEYS, closes, performances, snapshots
 from consumers.db.queries import Filter
 from consumers.web.api.access import require_once, require_token
 from consumers.web.api.cursor import decode_cursor, encode_cursor
@@ -20,10 +22,13 @@ from consumers.web.api.parameters import (
     ArchiveRow,
     HistoryParameters,
     PageParameters,
+    PerformanceParameters,
+    PerformanceRow,
     SignalRow,
     SignalsParameters,
     SnapshotRow,
     answers,
+    problems,
 )
 from consumers.web.api.problems import ProblemRoute
 
@@ -76,6 +81,22 @@ def signals(
         return market_signals(parameters.market_id, wanted)
 
     return _page(request, parameters, "signals", query_of, accept=accept, known_tags=if_none_match)
+
+
+@trading.get("/performance", response_model=list[PerformanceRow], responses=problems(401, 414, 422, 503))
+def performance(parameters: Annotated[PerformanceParameters, Query()]) -> list[dict[str, Any]]:
+    """Return the performance of each portfolio, computed from its daily closes and free of deposits."""
+    rates = Rates(risk_free_rate=parameters.risk_free_rate, days_of_a_year=parameters.days_of_a_year)
+    with read_transaction() as db:
+        found = performances(
+            db,
+            parameters.portfolio_id,
+            since=parameters.since,
+            until=parameters.until,
+            measure=parameters.measure,
+            rates=rates,
+        )
+    return [one.as_dict() for one in found]
 
 
 def _page(

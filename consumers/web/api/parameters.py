@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
+from consumers.db.performance import Figures, WorthMeasure
 from consumers.web.api.cursor import MAX_LENGTH
 from consumers.web.api.problems import MEDIA_TYPE, SCHEMA
 from producers.errors import InvalidEvent
@@ -44,15 +45,20 @@ Moment = Annotated[
 ]
 
 
-class PageParameters(BaseModel):
-    """Parameters of every listing. An unknown parameter is an error, since ignoring a mistyped filter would mislead."""
+class _Parameters(BaseModel):
+    """Parameters of an endpoint. An unknown one is an error, since ignoring a mistyped filter would mislead."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT, description="Maximum number of rows.", examples=[100])
     portfolio_id: int | None = Field(
         None, ge=SMALLEST_BIGINT, le=LARGEST_BIGINT, description="Only rows of this portfolio.", examples=[1]
     )
+
+
+class PageParameters(_Parameters):
+    """Parameters of every listing."""
+
+    limit: int = Field(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT, description="Maximum number of rows.", examples=[100])
     since: Moment | None = Field(
         None,
         description="Only rows from this time on. A time without an offset is in the zone HISTORY_TIMEZONE.",
@@ -74,6 +80,18 @@ class SignalsParameters(PageParameters):
     market_id: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]+$")] = Field(
         examples=["510372"]
     )
+
+
+class PerformanceParameters(_Parameters):
+    since: date | None = Field(None, description="Only closes from this date on.", examples=["2026-01-01"])
+    until: date | None = Field(None, description="Only closes before this date.")
+    measure: WorthMeasure | None = Field(
+        None, description="Measure of the worth; by default chosen from the portfolio's rows."
+    )
+    risk_free_rate: float = Field(
+        0.0, gt=-1, allow_inf_nan=False, description="Risk-free rate of a year; 0.02 is 2 %.", examples=[0.02]
+    )
+    days_of_a_year: float = Field(365, ge=1, le=366, description="Number of closes that a year has.")
 
 
 class SnapshotRow(BaseModel):
@@ -118,6 +136,24 @@ class SignalRow(BaseModel):
     archived_at: datetime
     position: int
     signal: dict[str, Any]
+
+
+class PerformanceRow(BaseModel):
+    """Performance of one portfolio. `figures` is null if `problem` says why they would be wrong; 0.01 is one per cent.
+
+    profit_loss and net_deposits are changes between the first and the last close.
+    """
+
+    portfolio_id: int | None
+    measure: WorthMeasure
+    closes: int
+    first: date | None
+    last: date | None
+    worth: float | None
+    profit_loss: float | None
+    net_deposits: float | None
+    problem: str | None
+    figures: Figures | None
 
 
 _SIGNAL = {"market_id": "510372", "action": "buy_yes", "yes_price": 0.9995}

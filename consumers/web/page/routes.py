@@ -16,6 +16,7 @@ from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
 from consumers.db import archive_queries, curve_queries, portfolio_queries, state_queries
 from consumers.db.engine import read_transaction
 from consumers.db.measures import Measure
+from consumers.db.performance import Rates, WorthMeasure
 from consumers.web.page.curve import Curve, curve, daily_changes
 from consumers.web.page.page_health import health
 from consumers.web.page.responses import MEDIA_TYPES, answer, content, json_answer, known_files
@@ -139,6 +140,14 @@ def daily(request: Request, portfolio: PortfolioName, measure: Measure | None = 
         "days": [day.days for day in days],
     }
     return json_answer(request, facts)
+
+
+@data.get("/performance")
+def performance(request: Request, portfolio: PortfolioName, measure: WorthMeasure | None = None) -> Response:
+    """Return the performance of a portfolio, the dict of consumers.operations.get_performance with exact amounts."""
+    with read_transaction() as db:
+        found = portfolio_queries.performance_of(db, _number(portfolio), measure, portfolio_queries.ALL_DATES, Rates())
+    return json_answer(request, found.as_dict())
 
 
 @data.get("/months")

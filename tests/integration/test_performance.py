@@ -1,0 +1,131 @@
+"""Performance with a real database: the operation, the endpoint, the page's data and the command say the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import date
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from consumers.operations import get_performance
+from consumers.web.api import app
+from tests.controllers import cli
+from tests.histories import store_amounts, store_values
+
+PATH = "/trading/performance"
+
+
+@pytest.fixture
+def client(database_url: str) -> Iterator[TestClient]:
+    with TestClient(app) as client:
+        yield client
+
+
+def _store_old_controller() -> None:
+    """Store 10,000 invested without cash, as the old controller recorded it: 1 % up, then 500 added, then 1 % down."""
+    store_amounts(
+        ("0", "10000", "0", "0"), ("0", "10000", "100", "100"), ("500", "10000", "100", "600"),
+        ("500", "10000", "-6", "494"),
+    )  # fmt: skip
+
+
+def test_invested_money_is_part_of_the_worth_that_returns_are_based_on(client: TestClient) -> None:
+    """Case: total_value is balance + total_profit_loss. The default measure is equity, so 100 of 10,000 is 1 %."""
+    _store_old_controller()
+    (found,) = get_performance()
+    assert (found["portfolio_id"], found["measure"], found["closes"], found["problem"]) == (1, "equity", 4, None)
+    assert (found["worth"], found["profit_loss"], found["net_deposits"]) == (10494.0, -6.0, 500.0)
+    assert found["figures"]["total_return"] == pytest.approx(1.01 * (1 - 106 / 10600) - 1)
+    (by_value,) = client.get(PATH, params={"measure": "value"}).json()
+    assert by_value["figures"] is None
+    assert "no return can be based on it" in by_value["problem"]
+
+
+def test_the_endpoint_the_page_and_the_command_say_what_the_operation_says(client: TestClient) -> None:
+    _store_old_controller()
+    wanted = {"risk_free_rate": 0.02, "days_of_a_year": 252.0}
+    (expected,) = json.loads(json.dumps(get_performance(1, **wanted), default=str))
+    assert client.get(PATH, params={"portfolio_id": 1, **wanted}).json() == [expected]
+    run = cli("performance", "--portfolio-id", "1", "--risk-free-rate", "0.02", "--days-of-a-year", "252", "--json")
+    assert (run.exit_code, json.loads(run.stdout)) == (0, [expected])
+    shown = client.get("/page/performance", params={"portfolio": 1}).json()
+    assert float(shown["worth"]) == expected["worth"]
+    assert shown["figures"]["total_return"] == expected["figures"]["total_return"]
+    assert shown["figures"]["sharpe_ratio"] != expected["figures"]["sharpe_ratio"]  # its rates are the defaults
+
+
+def test_the_dates_begin_with_since_and_end_before_until(client: TestClient) -> None:
+    """The first close of the period is the base of its first return."""
+    _store_old_controller()
+    (found,) = get_performance(since=date(2026, 6, 2), until=date(2026, 6, 4))
+    assert (found["first"], found["last"], found["closes"]) == (date(2026, 6, 2), date(2026, 6, 3), 2)
+    (same,) = client.get(PATH, params={"since": "2026-06-02", "until": "2026-06-04"}).json()
+    assert (same["first"], same["last"], same["net_deposits"]) == ("2026-06-02", "2026-06-03", 500.0)
+    for until in (date.min, date.max):
+        assert get_performance(1, until=until)[0]["closes"] == (0 if until == date.min else 4)
+
+
+def test_each_portfolio_has_an_answer_also_that_without_a_number(client: TestClient) -> None:
+    for portfolio in (7, None, 2):
+        store_values([1000, 1010], portfolio=portfolio)
+    answers = client.get(PATH).json()
+    assert [one["portfolio_id"] for one in answers] == [2, 7, None]
+    # store_values changes total_value alone, which might be a deposit
+    assert {one["problem"] for one in answers} == {
+        "total_profit_loss never changes, but the worth does: deposits cannot be told from profit"
+    }
+    (unknown,) = client.get(PATH, params={"portfolio_id": 3}).json()
+    assert (unknown["closes"], unknown["worth"]) == (0, None)
+    assert client.get("/page/performance", params={"portfolio": "none"}).json()["portfolio_id"] is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"risk_free_rate": "-1"}, {"risk_free_rate": "inf"}, {"days_of_a_year": "0"}, {"days_of_a_year": "367"},
+        {"measure": "profit_loss"}, {"since": "june"}, {"limit": "1"},
+    ],
+)  # fmt: skip
+def test_a_wrong_parameter_is_named(client: TestClient, wrong: dict[str, str]) -> None:
+    answer = client.get(PATH, params=wrong)
+    assert answer.status_code == 422
+    assert next(iter(wrong)) in answer.text
+
+
+@pytest.mark.parametrize("wrong", [{"risk_free_rate": -1}, {"risk_free_rate": float("nan")}, {"days_of_a_year": 0}])
+@pytest.mark.usefixtures("database_url")
+def test_a_wrong_rate_of_the_operation_is_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        get_performance(**wrong)
+
+
+@pytest.mark.usefixtures("database_url")
+def test_the_command_prints_figures_and_a_table_of_months() -> None:
+    _store_old_controller()
+    run = cli("performance")
+    print(run.stdout)
+    assert run.exit_code == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0] == "Portfolio 1: 2026-06-01 to 2026-06-04, 4 closes"
+    text = [" ".join(line.split()) for line in lines]
+    assert "equity at the end 10,494.00" in text
+    assert "net deposits +500.00" in text
+    assert "total return -0.01%" in text
+    assert "annual return -" in text
+    assert "deepest drawdown -1.00% from 2026-06-03 to 2026-06-04, not recovered yet" in text
+    assert text[-2:] == ["year Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec all", "2026 -0.0 -0.0"]
+
+
+@pytest.mark.usefixtures("database_url")
+def test_the_command_says_why_there_are_no_returns() -> None:
+    assert cli("performance").stdout == "There are no portfolio snapshots.\n"
+    store_values([1000, 1010])
+    run = cli("performance")
+    assert "No returns: total_profit_loss never changes, but the worth does" in run.stdout
+    wrong = cli("performance", "--since", "june")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "june is not a date such as 2026-11-22" in wrong.stderr
+    assert "risk_free_rate must be" in cli("performance", "--risk-free-rate", "-2").stderr
