@@ -19,19 +19,21 @@ def print_performances(performances: Sequence[Mapping[str, Any]]) -> None:
             print_text("")
         name = "Snapshots without a portfolio" if one["portfolio_id"] is None else f"Portfolio {one['portfolio_id']}"
         print_text(name if not one["closes"] else f"{name}: {one['first']} to {one['last']}, {one['closes']:,} closes")
+        figures = one["figures"]
         if one["closes"]:
-            print_values(_amounts(one))
-        if one["problem"] is not None:
+            print_values(_amounts(one) | ({} if figures is None else _figures(figures)))
+        if figures is None:
             print_text(f"No returns: {one['problem']}.")
-            continue
-        print_values(_figures(one["figures"]))
-        print_text("")
-        print_rows(("year", *_MONTHS, "all"), _years(one["figures"]), "")
+        else:
+            print_text("\nReturns in per cent:")
+            print_rows(("year", *_MONTHS, "all"), _years(figures), "")
 
 
 def _amounts(one: Mapping[str, Any]) -> dict[str, str]:
-    return {f"{one['measure']} at the end": f"{one['worth']:,.2f}"} | {
-        name: f"{one[name]:+,.2f}" for name in ("profit_loss", "net_deposits")
+    return {
+        f"{one['measure']} at the end": f"{one['worth']:,.2f}",
+        "profit/loss": f"{one['profit_loss']:+,.2f}",
+        "net deposits": f"{one['net_deposits']:+,.2f}",
     }
 
 
@@ -40,7 +42,7 @@ def _figures(figures: Mapping[str, Any]) -> dict[str, str]:
     shown = {
         "total return": _percent(figures["total_return"]),
         "annual return": _percent(figures["annual_return"]),
-        "volatility": _percent(figures["volatility"]),
+        "volatility": _percent(figures["volatility"]).lstrip("+"),
         **{f"{name} ratio": _ratio(figures[f"{name.lower()}_ratio"]) for name in ("Sharpe", "Sortino", "Calmar")},
         "deepest drawdown": "none" if worst is None else _drawdown(worst),
         "longest under water": _days(figures["longest_under_water_days"]),

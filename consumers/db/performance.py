@@ -46,7 +46,7 @@ class Close(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a reader chooses: the risk-free rate of a year, above -1, and the number of closes that a year has.
+    """Arguments of the ratios: the risk-free rate of a year, above -1, and the number of closes that a year has.
 
     A market that is always open has 365 closes a year, an exchange about 252.
     """
@@ -172,12 +172,12 @@ def _problem(closes: Sequence[Close]) -> str | None:
     ]
     moved = [one for one in changed if one[0]]
     if moved and not any(profit for _, profit, _ in changed):
-        return "total_profit_loss never changes, but the worth does: deposits cannot be told from profit"
+        return "total_profit_loss never changes, but the worth does: deposits cannot be distinguished from profit"
     flows = sum(abs(worth - profit) > _ROUNDING * abs(before.worth) for worth, profit, before in moved if before.worth)
     if 2 * flows > len(moved):
         return (
             f"on {flows} of the {len(moved)} dates on which the worth changed, total_profit_loss changed by another"
-            " amount: deposits cannot be told from profit"
+            " amount: deposits cannot be distinguished from profit"
         )
     for before, after in pairwise(closes):
         change = after.profit_loss - before.profit_loss

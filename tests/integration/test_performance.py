@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import fields
 from datetime import date
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from consumers.db.performance import Figures
 from consumers.operations import get_performance
 from consumers.web.api import app
 from tests.controllers import cli
+from tests.documents import block, table
 from tests.histories import store_amounts, store_values
 
 PATH = "/trading/performance"
@@ -46,7 +50,7 @@ def test_invested_money_is_part_of_the_worth_that_returns_are_based_on(client: T
 
 def test_the_endpoint_the_page_and_the_command_say_what_the_operation_says(client: TestClient) -> None:
     _store_old_controller()
-    wanted = {"risk_free_rate": 0.02, "days_of_a_year": 252.0}
+    wanted: dict[str, Any] = {"risk_free_rate": 0.02, "days_of_a_year": 252}
     (expected,) = json.loads(json.dumps(get_performance(1, **wanted), default=str))
     assert client.get(PATH, params={"portfolio_id": 1, **wanted}).json() == [expected]
     run = cli("performance", "--portfolio-id", "1", "--risk-free-rate", "0.02", "--days-of-a-year", "252", "--json")
@@ -75,11 +79,25 @@ def test_each_portfolio_has_an_answer_also_that_without_a_number(client: TestCli
     assert [one["portfolio_id"] for one in answers] == [2, 7, None]
     # store_values changes total_value alone, which might be a deposit
     assert {one["problem"] for one in answers} == {
-        "total_profit_loss never changes, but the worth does: deposits cannot be told from profit"
+        "total_profit_loss never changes, but the worth does: deposits cannot be distinguished from profit"
     }
     (unknown,) = client.get(PATH, params={"portfolio_id": 3}).json()
     assert (unknown["closes"], unknown["worth"]) == (0, None)
     assert client.get("/page/performance", params={"portfolio": "none"}).json()["portfolio_id"] is None
+
+
+def test_the_example_of_the_document_prints_the_dates_and_the_return(
+    database_url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _store_old_controller()
+    exec(block("consumers/db/PERFORMANCE.md", "performance"))
+    assert capsys.readouterr().out.startswith("2026-06-01 2026-06-04 -0.01%")
+
+
+def test_the_document_names_every_figure() -> None:
+    named = re.findall("`([a-z_]+)`", " ".join(cells[0] for cells in table("consumers/db/PERFORMANCE.md", "figures")))
+    shown_by_dates = {"best_day", "worst_day", "best_month", "worst_month", "months", "years"}
+    assert {one.name for one in fields(Figures)} - shown_by_dates == set(named)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +124,6 @@ def test_a_wrong_rate_of_the_operation_is_named(wrong: dict[str, Any]) -> None:
 def test_the_command_prints_figures_and_a_table_of_months() -> None:
     _store_old_controller()
     run = cli("performance")
-    print(run.stdout)
     assert run.exit_code == 0, run.stderr
     lines = run.stdout.splitlines()
     assert lines[0] == "Portfolio 1: 2026-06-01 to 2026-06-04, 4 closes"
