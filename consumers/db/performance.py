@@ -33,7 +33,7 @@ _FEWEST_DAYS = 30  # an annual return of a shorter time would say nothing
 _CALENDAR_YEAR = 365.25
 _AS_HIGH = 1 - 1e-12  # products of returns are rounded
 _ROUNDING = Decimal("0.0001")  # of the worth; controllers round profit and loss to cents
-_SAME = 1e-15  # deviations below this come from rounding
+_SAME = 1e-9  # deviations below this come from the rounding of amounts to 8 decimals
 
 
 class Close(NamedTuple):
@@ -281,7 +281,7 @@ def _drawdowns(returns: Sequence[_Return]) -> tuple[Drawdown | None, int]:
             continue
         if now - peak > 1:
             longest = max(longest, (days[now] - days[peak]).days)
-            if deepest is not None and deepest.recovered is None and deepest.peak == days[peak]:
+            if deepest is not None and deepest.recovered is None:
                 deepest = replace(deepest, recovered=days[now])
         peak = now
     return deepest, longest

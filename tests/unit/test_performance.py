@@ -103,6 +103,22 @@ def test_a_flat_portfolio_has_returns_of_zero_and_no_ratio() -> None:
     assert (flat.deepest_drawdown, flat.longest_under_water_days, flat.winning_days) == (None, 0, None)
 
 
+def test_a_steady_gain_has_no_ratio() -> None:
+    """Its returns differ by the rounding of amounts only, and no ratio may be made of that."""
+    worth = [(1000 * Decimal("1.01") ** number).quantize(Decimal("1e-8")) for number in range(40)]
+    steady = figures(closes(*((str(one), str(one - 1000)) for one in worth)))
+    assert steady.volatility == pytest.approx(0, abs=1e-8)
+    assert (steady.sharpe_ratio, steady.sortino_ratio) == (None, None)
+
+
+def test_the_rounding_of_floats_does_not_hide_a_recovery() -> None:
+    """Each series falls, and rises again to exactly the worth that it had."""
+    for low in range(1, 100):
+        found = figures(closes(("100", "0"), (str(low), str(low - 100)), ("100", "0")))
+        assert found.deepest_drawdown is not None
+        assert found.deepest_drawdown.recovered == FIRST + timedelta(days=2)
+
+
 def test_the_deepest_drawdown_has_the_dates_of_its_peak_trough_and_recovery() -> None:
     """100, 110, 99, 104.5, 110, 121: it begins at the second close and ends at the fifth."""
     profits = ["0", "10", "-1", "4.5", "10", "21"]
