@@ -198,6 +198,51 @@ def test_the_keyboard_moves_the_cursor_and_zooms(open_page: OpenPage) -> None:
     expect(page.locator("#drawn")).to_contain_text("6 snapshots in this range")
 
 
+def _months_of_profit() -> None:
+    """Store June to August: 100 a day are earned in June, lost in July, and 1,000 are deposited in August."""
+    amounts, profit, balance = [], 0, 1000
+    for day in range(92):
+        profit += 100 if 0 < day < 30 else -100 if 30 <= day < 61 else 0
+        balance = 2000 if day >= 61 else 1000
+        amounts.append((str(balance), "9000", str(profit), str(balance + 9000 + profit)))
+    store_amounts(*amounts)
+
+
+def test_the_performance_section_shows_figures_and_the_return_of_each_month(open_page: OpenPage) -> None:
+    """A deposit is no return. The measure is that of the charts, except that profit/loss has no returns of its own."""
+    _months_of_profit()
+    store_values([10_000, 10_100], portfolio=2)
+    page = open_page()
+    _live(page)
+    section = page.get_by_role("region", name="Performance", exact=True)
+    state = section.locator("#performance-state")
+    expect(state).to_contain_text("92 daily closes from Mon, 1 Jun 2026 to Mon, 31 Aug 2026, measured by value.")
+    expect(state).to_contain_text("Deposits and withdrawals (+1,000.00 in all) are no returns.")
+    figures = dict(zip(section.locator("dt").all_inner_texts(), section.locator("dd").all_inner_texts(), strict=True))
+    assert figures["Total return"].strip() == "-2.00%"
+    assert figures["Deepest drawdown"].startswith("-24.03%")
+    assert "from Tue, 30 Jun 2026 to Fri, 31 Jul 2026, not recovered yet" in figures["Deepest drawdown"]
+    assert figures["Longest below a peak"].strip() == "62 days"
+    cells = section.locator("#month-returns td")
+    expect(section.locator("#month-returns th")).to_have_text(["2026"])
+    shown = [text for text in cells.all_inner_texts() if text]
+    assert shown == ["+29.0%", "-24.0%", "0.0%", "-2.0%"]
+    expect(cells.nth(5)).to_have_class("number heat gain-4")
+    expect(cells.nth(6)).to_have_class("number heat loss-4")
+    expect(cells.nth(7)).to_have_class("number heat gain-0")
+    assert _violations(page) == []
+
+    page.get_by_label("Measure").select_option("equity")
+    expect(state).to_contain_text("measured by equity")
+    page.get_by_label("Measure").select_option("profit_loss")
+    expect(state).to_contain_text("measured by value")
+    page.locator("#portfolio").select_option("2")
+    expect(state).to_have_text(
+        "No returns: total_profit_loss never changes, but the worth does: deposits cannot be distinguished from profit."
+    )
+    expect(section.locator("#returns")).to_be_hidden()
+
+
 def test_the_search_finds_signals_by_their_text(open_page: OpenPage) -> None:
     """In a month and in one archive."""
     _some_history()

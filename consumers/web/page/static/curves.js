@@ -1,8 +1,9 @@
 // The portfolio section: choice of portfolio and range, the figures, and the table of days.
 
 import { Charts, scaled } from "./charts.js";
-import { byId, element, number, replace, row } from "./dom.js";
+import { byId, element, figure, number, replace, row } from "./dom.js";
 import { amount, change, count, day, localNoon, moment, percent, portfolio as named } from "./format.js";
+import { showPerformance } from "./performance.js";
 import { get, Unreadable } from "./server.js";
 
 const DAY = 86400;
@@ -148,6 +149,7 @@ export class Curves {
       this.#daily = NO_DAYS;
       this.charts.show(NOTHING, NO_DAYS, byId("parts").checked);
       this.#listDays();
+      showPerformance(null);
     }
     this.#summarizeLoaded();
   }
@@ -171,12 +173,14 @@ export class Curves {
     const parts = byId("parts").checked;
     const whole = this.#range.from === undefined && this.#range.last === null;
     this.#mark();
-    const [curve, daily] = await Promise.all([
+    const [curve, daily, performance] = await Promise.all([
       get("curve", {
         portfolio: this.#chosen, measure: this.#measure, buckets: this.charts.buckets, parts: parts || null,
         since: whole ? null : new Date(from * 1000).toISOString(), until: whole ? null : new Date(to * 1000).toISOString(),
       }, reading.signal),
       get("daily", { portfolio: this.#chosen, measure: this.#measure }, reading.signal),
+      // Returns need a worth to be based on, which profit/loss is not.
+      get("performance", { portfolio: this.#chosen, measure: this.#measure === "profit_loss" ? null : this.#measure }, reading.signal),
     ]);
     daily.at = daily.date.map((date) => localNoon(date).getTime() / 1000);
     this.#daily = daily;
@@ -187,6 +191,7 @@ export class Curves {
     this.#name(curve);
     this.#summarize(curve, from, to);
     this.#listDays();
+    showPerformance(performance);
     if (typeof uPlot === "undefined") throw new Unreadable("the chart library was not loaded: run pip install '.[api]' on the server; the table below shows the same days");
   }
 
@@ -235,10 +240,6 @@ export class Curves {
       row(day(date[index]), number(amount(close[index])), number(change(changes[index])), number(days[index] === null ? "–" : count(days[index])))));
     byId("more-days").hidden = newest.length === date.length;
   }
-}
-
-function figure(name, value, note) {
-  return element("div", {}, element("dt", {}, name), element("dd", {}, element("strong", {}, value), element("span", {}, note)));
 }
 
 function nothingYet() {
