@@ -102,6 +102,10 @@ class PortfolioFormulas(NamedTuple):
     recorded: Fits
 
     @property
+    def whose(self) -> str:
+        return "rows without a portfolio" if self.portfolio is None else f"portfolio {self.portfolio}"
+
+    @property
     def has_both(self) -> bool:
         return bool(self.imported.read and self.recorded.read)
 
@@ -114,9 +118,8 @@ class PortfolioFormulas(NamedTuple):
     @property
     def found(self) -> str:
         """Describe the change, with the numbers of rows that were counted."""
-        whose = "rows without a portfolio" if self.portfolio is None else f"portfolio {self.portfolio}"
         return (
-            f"{whose}: {self.imported.described('imported')}, {self.recorded.described('recorded')};"
+            f"{self.whose}: {self.imported.described('imported')}, {self.recorded.described('recorded')};"
             f" read: {self.imported.read:,} imported and {self.recorded.read:,} recorded rows"
         )
 
@@ -142,8 +145,11 @@ def compare_formulas(
     """Return the formulas of the first 200 portfolios, as far as the time allows, and the number of the others.
 
     For each, at most 1,000 rows are read from its newest imported close on to older rows, and as many from its newest
-    recorded close. These two closes are looked for in its newest 1,000 dates.
+    recorded close. These two closes are looked for in its newest 1,000 dates. The rest of the transaction is planned
+    without bitmap scans and sorts, if possible.
     """
+    # Without statistics, as after an import, PostgreSQL would read and sort all rows of a portfolio.
+    db.exec_driver_sql("SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off; SET LOCAL enable_seqscan = off")
     compared: list[PortfolioFormulas] = []
     wanted = list(portfolios)
     until = time.monotonic() + most_seconds

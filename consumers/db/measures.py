@@ -21,7 +21,9 @@ EXPRESSIONS: dict[Measure, str] = {
 }
 """SQL for each measure of a row of portfolio_history."""
 
-Formula = Literal["balance + total_profit_loss", "balance + total_invested", "balance + total_invested + total_profit_loss"]
+Formula = Literal[
+    "balance + total_profit_loss", "balance + total_invested", "balance + total_invested + total_profit_loss"
+]
 
 OLD_FORMULA: Formula = "balance + total_profit_loss"
 """Formula of the old controller, and of this project's calls if `total_value` is not given."""
@@ -35,9 +37,9 @@ FITS: dict[Formula, str] = {
 }
 """SQL conditions for a row whose total_value follows the formula.
 
-Old controllers calculated with floats, and some rounded each amount to cents. The sum of four rounded amounts may then
-differ from total_value by 0.02. That is too coarse for an account in bitcoin, hence the limit of 0.1 % of the value. The
-0.00000002 are the rounding of four amounts to 8 decimals.
+Old controllers calculated with floats, and some rounded each amount to cents. If four amounts are rounded, total_value
+may differ from the sum by 0.02. That is too coarse for an account in bitcoin, hence the limit of 0.1 % of the value.
+The 0.00000002 are the rounding of four amounts to 8 decimals.
 """
 
 FOLLOWS_OLD_FORMULA = f"""
