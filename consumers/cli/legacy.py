@@ -17,6 +17,7 @@ import typer
 
 from consumers.cli.options import AsJson, Timezone, portfolio_number, row_number
 from consumers.embedded.stack import stack
+from consumers.errors import StoreUnavailable
 from consumers.process_setup import on_stop_signals
 from consumers.terminal import print_compared, print_import_statistics, print_json, printable
 from producers.errors import HistoryError
@@ -24,7 +25,9 @@ from producers.errors import HistoryError
 if TYPE_CHECKING:
     from datetime import tzinfo
 
+    from consumers.db.formula_changes import PortfolioFormulas
     from consumers.legacy.old_history import ImportSource, OldHistory
+    from consumers.legacy.verification import Verification
 
 _STATEMENT_SECONDS = 20.0  # the same as in a worker
 _OBJECTS_PER_COLLECTION = 20_000
@@ -119,9 +122,13 @@ def verify_history(  # noqa: PLR0917  # as above
         verification = Verification(histories)
         with _progress([history.import_source for history in histories], "verify") as advance:
             count = _stream(verification.differences(advance), as_json)
+        changes = _formula_changes(verification)
     compared = [asdict(one) for one in verification.compared]
     if as_json:
         named = {"files": compared, "unexpected": verification.unexpected, "timezone": _name(zone)}
+        named["formula_changes"] = [
+            {"portfolio_id": one.portfolio, "found": one.found, "advice": one.advice} for one in changes
+        ]
         sys.stdout.write(f"], {json.dumps(named)[1:]}\n")
     else:
         print_compared(compared)
@@ -130,7 +137,21 @@ def verify_history(  # noqa: PLR0917  # as above
         print(f"Times without a zone were read in {_name(zone)}.")
         if nan_as_null:
             print("NaN and Infinity in signals were read as null.")
+        for one in changes:
+            print(printable(f"note: {one.found} → {one.advice}"))
     raise typer.Exit(1 if count else 0)
+
+
+def _formula_changes(verification: Verification) -> list[PortfolioFormulas]:
+    """Return the changes of the formula. If the database does not answer now, say so: the comparison is complete."""
+    try:
+        changes, left_out = verification.formula_changes()
+    except StoreUnavailable as error:
+        _say(f"the formulas of total_value were not compared: {error}")
+        return []
+    if left_out:
+        _say(f"the formula of total_value was not compared in {left_out:,} more portfolios")
+    return changes
 
 
 def _histories(

@@ -10,7 +10,7 @@ that is fully invested seems to be worth nothing. Its equity has all three parts
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 Measure = Literal["value", "equity", "profit_loss"]
 
@@ -21,7 +21,28 @@ EXPRESSIONS: dict[Measure, str] = {
 }
 """SQL for each measure of a row of portfolio_history."""
 
-FOLLOWS_OLD_FORMULA = """
-    coalesce(bool_and(total_value = balance + total_profit_loss) AND bool_or(total_invested <> 0), false)
+Formula = Literal[
+    "balance + total_profit_loss", "balance + total_invested", "balance + total_invested + total_profit_loss"
+]
+
+OLD_FORMULA: Formula = "balance + total_profit_loss"
+"""Formula of the old controller, and of this project's calls if `total_value` is not given."""
+
+FORMULAS: tuple[Formula, ...] = get_args(Formula)
+"""Formulas of `total_value` that controllers use, each as SQL over the columns of portfolio_history."""
+
+FITS: dict[Formula, str] = {
+    formula: f"(abs(total_value - ({formula})) <= least(0.02, abs(total_value) / 1000) + 0.00000002)"
+    for formula in FORMULAS
+}
+"""SQL conditions for a row whose total_value follows the formula.
+
+Old controllers calculated with floats, and some rounded each amount to cents. If four amounts are rounded, total_value
+may differ from the sum by 0.02. That is too coarse for an account in bitcoin, hence the limit of 0.1 % of the value.
+The 0.00000002 are the rounding of four amounts to 8 decimals.
+"""
+
+FOLLOWS_OLD_FORMULA = f"""
+    coalesce(bool_and({FITS[OLD_FORMULA]}) AND bool_or(total_invested <> 0), false)
 """
 """SQL aggregate over rows: whether `equity` is their worth and `value` is not."""

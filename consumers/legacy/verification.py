@@ -10,6 +10,7 @@ from typing import Literal
 from sqlalchemy import Connection, TextClause, text
 
 from consumers.db.engine import long_read
+from consumers.db.formula_changes import PortfolioFormulas, compare_formulas
 from consumers.db.inserts import find_events, find_withdrawn
 from consumers.legacy.comparison import FieldDifference, RowIds, field_differences
 from consumers.legacy.json_arrays import Entry
@@ -17,6 +18,7 @@ from consumers.legacy.old_history import Kind, OldHistory
 from producers.errors import InvalidEvent
 
 _PAGE_ROWS = 20_000
+_FORMULA_SECONDS = 10.0
 
 # Rows for which the old history should have an entry: rows of its sources, and rows of its portfolios in its period.
 _EXPECTED = """
@@ -97,6 +99,20 @@ class Verification:
             for difference in _backwards(kind, side):
                 self.unexpected += 1
                 yield difference
+
+    def formula_changes(self) -> tuple[list[PortfolioFormulas], int]:
+        """Return the portfolios whose recorded rows have another formula of total_value than imported ones.
+
+        The number is that of portfolios that were not compared within 10 s. Call it after `differences`. A change is no
+        difference between the old history and the tables.
+
+        Raises:
+            StoreUnavailable: the database cannot be read now.
+        """
+        spans = self._sides["snapshot"].spans if "snapshot" in self._sides else ()
+        with long_read() as db:
+            compared, left_out = compare_formulas(db, spans, _FORMULA_SECONDS)
+        return [one for one in compared if one.changed], left_out
 
     def _forwards(self, history: OldHistory, advance: Callable[[], None]) -> Iterator[Difference]:
         compared = Compared(history.import_source.name)

@@ -1,4 +1,4 @@
-"""Checks of PostgreSQL: version, writes, durability, clock, tables, privileges and recent rejections."""
+"""Checks of PostgreSQL: version, writes, durability, clock, tables, privileges, rejections, formula of total_value."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import SecretStr
 from sqlalchemy import Connection, Row
 
-from consumers.db import state_queries
+from consumers.db import portfolio_queries, state_queries
 from consumers.db.engine import create_store_engine, translated_errors
+from consumers.db.formula_changes import compare_formulas
 from consumers.db.logins import missing_logins
 from consumers.db.schema import creation_advice, encoding_advice, outdated_schema_problem, place_of_tables
 from consumers.db.schema_comparison import (
@@ -31,6 +32,8 @@ _LOCK_SECONDS = 0.5
 _OLDEST_VERSION = 140000
 _CLOCK_SECONDS = 5.0
 _WRONG_CLOCK_SECONDS = 300.0
+_FORMULA_SECONDS = 2.0
+_SHOWN_CHANGES = 3
 
 
 def database_checks(url: SecretStr, mask: Mask, wanted: LoginSettings) -> Iterator[HealthCheck]:
@@ -58,6 +61,7 @@ def database_checks(url: SecretStr, mask: Mask, wanted: LoginSettings) -> Iterat
                 if wanted.model_fields_set:
                     yield from _read_check("logins", db, partial(_logins, wanted), mask)
                 yield from _read_check("rejected in the last day", db, _rejections, mask)
+                yield from _read_check("formula of total_value", db, _formulas, mask)
     except StoreUnavailable as error:
         if not error.advice:
             raise
@@ -189,3 +193,22 @@ def _rejections(db: Connection) -> HealthCheck:
         problem = f"{sum(events for events, _ in reasons)}, of which {count} because: {example.splitlines()[0]}"
     advice = "run trading-history failed list, correct the cause, then failed requeue or failed discard"
     return check_result("rejected in the last day", "none", problem, advice=advice, state="warn")
+
+
+def _formulas(db: Connection) -> HealthCheck:
+    """Compare the formula of total_value in imported and recorded rows."""
+    listed = [one.portfolio for one in portfolio_queries.portfolios(db)]
+    compared, left_out = compare_formulas(db, listed, _FORMULA_SECONDS)
+    changed = [one for one in compared if one.changed]
+    both = sum(one.has_both for one in compared)
+    found = f"no change at an import: {both} of {len(compared)} portfolios have imported and recorded rows"
+    more = f"; {left_out} portfolios were not compared within {_FORMULA_SECONDS:.0f} s" if left_out else ""
+    others = f"; {len(changed) - _SHOWN_CHANGES} more portfolios" if len(changed) > _SHOWN_CHANGES else ""
+    problem = "; ".join(one.found for one in changed[:_SHOWN_CHANGES]) + others
+    return check_result(
+        "formula of total_value",
+        (found if listed else "no change at an import: no snapshots") + more,
+        problem and problem + more,
+        advice=". ".join(f"{one.whose}: {one.advice}" for one in changed[:_SHOWN_CHANGES]),
+        state="warn",
+    )

@@ -122,6 +122,7 @@ def test_healthy_installation_passes_every_check(redis: Redis, database_url: str
         "tables",
         "privileges",
         "rejected in the last day",
+        "formula of total_value",
         "Redis",
         "Redis version",
         "Redis role",
