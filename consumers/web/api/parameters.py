@@ -64,7 +64,22 @@ class PageParameters(BaseModel):
     format: Literal["json", "csv"] | None = Field(None, description="Overrides the Accept header.")
 
 
-class HistoryParameters(PageParameters):
+class StreamParameters(PageParameters):
+    """Parameters of the listings that can also be streams of all rows."""
+
+    limit: int | None = Field(  # type: ignore[assignment]
+        None,
+        ge=1,
+        le=MAX_LIMIT,
+        description=f"Maximum number of rows; by default {DEFAULT_LIMIT}, and as NDJSON all rows.",
+        examples=[100],
+    )
+    format: Literal["json", "csv", "ndjson"] | None = Field(  # type: ignore[assignment]
+        None, description="Overrides the Accept header."
+    )
+
+
+class HistoryParameters(StreamParameters):
     daily: Literal["last"] | None = Field(
         None, description="Only the last snapshot of each date and portfolio, among those between since and until."
     )
