@@ -30,6 +30,7 @@ SNAPSHOT_COLUMNS = (
     "trade_count",
     "created_at",
 )
+_AMOUNTS = ("balance", "total_invested", "total_profit_loss", "total_value")
 SNAPSHOT_KEYS = ("snapshot_date", "timestamp", "id")
 ALL_DATES = (date.min, date.max)
 MOST_PORTFOLIOS = 200
@@ -54,7 +55,7 @@ def snapshots(wanted: Filter) -> Query:
     if outside:
         others = _newest_snapshots([*conditions, _DATED_OTHERWISE, outside], _ORDER)
         rows = f"({rows}) UNION ALL ({others}) ORDER BY {_ORDER} LIMIT :limit"
-    return Query(SNAPSHOT_COLUMNS, _ORDER, SNAPSHOT_KEYS, rows, wanted.values())
+    return Query(SNAPSHOT_COLUMNS, _ORDER, SNAPSHOT_KEYS, rows, wanted.values(), amounts=_AMOUNTS)
 
 
 _BEHIND_SNAPSHOT = '(snapshot_date, "timestamp", id) < (:after_snapshot_date, :after_timestamp, :after_id)'
@@ -97,7 +98,7 @@ def closes(wanted: Filter) -> Query:
         """  # noqa: S608  # as above
     behind = where([_BEHIND_SNAPSHOT] if wanted.after is not None else [])
     rows = f"SELECT * FROM ({rows}) AS found {behind} ORDER BY {_ORDER} LIMIT :limit"  # noqa: S608  # as above
-    return Query(SNAPSHOT_COLUMNS, _ORDER, SNAPSHOT_KEYS, rows, wanted.values())
+    return Query(SNAPSHOT_COLUMNS, _ORDER, SNAPSHOT_KEYS, rows, wanted.values(), amounts=_AMOUNTS)
 
 
 def _closes_of(portfolios: str, conditions: list[str]) -> str:
