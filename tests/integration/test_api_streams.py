@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from decimal import Decimal
+from pathlib import Path
 
 import httpx
 import pytest
@@ -20,6 +21,7 @@ from consumers.errors import StoreUnavailable
 from consumers.operations import insert_portfolio_history_snapshot, insert_signal_archive
 from consumers.web.api import app, create_app, history_endpoints, paging
 from tests.factories import INSTANT, a_signal
+from tests.nginx import Kind, web_servers
 from tests.page_app import serving
 
 HISTORY = "/trading/portfolio-history"
@@ -164,14 +166,33 @@ def test_a_failure_in_a_stream_is_no_clean_end(monkeypatch: pytest.MonkeyPatch) 
         url = server.url.rstrip("/")
         assert len(_ids(httpx.get(f"{url}{HISTORY}?format=ndjson"))) == 6
         monkeypatch.setattr(paging, "read_page", _failing_from(3))
-        read = []
-        with (
-            pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"),
-            httpx.stream("GET", f"{url}{HISTORY}?format=ndjson") as answer,
-        ):
-            read += list(answer.iter_lines())
+        read: list[str] = []
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
+            _read(f"{url}{HISTORY}?format=ndjson", read)
     assert 0 < len(read) <= 4
     assert [json.loads(line)["balance"] for line in read] == ["123456789012.10000001"] * len(read)
+
+
+def _read(url: str, lines: list[str]) -> None:
+    """Append the lines of a stream to `lines`, as far as it comes."""
+    with httpx.stream("GET", url) as answer:
+        for line in answer.iter_lines():
+            lines.append(line)  # noqa: PERF402  # extend would keep no line if the stream breaks off
+
+
+@pytest.mark.parametrize("kind", ["removes", "keeps"])
+def test_a_proxy_passes_the_stream_and_its_end_on(
+    redis: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    """With the documented configuration: nginx speaks HTTP/1.0 to a server unless it is told otherwise."""
+    monkeypatch.setattr(history_endpoints, "MAX_LIMIT", 2)
+    _store(6)
+    with web_servers(kind, tmp_path, monkeypatch) as site:
+        url = f"{site}history{HISTORY}?format=ndjson"
+        assert len(_ids(httpx.get(url))) == 6
+        monkeypatch.setattr(paging, "read_page", _failing_from(3))
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
+            _read(url, [])
 
 
 def test_http_1_0_needs_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

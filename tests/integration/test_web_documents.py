@@ -67,7 +67,7 @@ def _some_history(database_url: str) -> None:
 
 @pytest.mark.usefixtures("_some_history")
 def test_the_server_and_the_curl_examples_run(redis: Redis, tmp_path: Path) -> None:
-    """The examples list daily closes, the signals of a market, and write archives as CSV."""
+    """The examples list daily closes and the signals of a market, write archives as CSV, and all snapshots as NDJSON."""
     with _running(block("consumers/web/README.md", "serve"), tmp_path / "log") as url:
         ran = _run(block("consumers/web/README.md", "curl"), url, tmp_path)
     assert (ran.returncode, ran.stderr) == (0, "")
@@ -76,6 +76,7 @@ def test_the_server_and_the_curl_examples_run(redis: Redis, tmp_path: Path) -> N
     assert [row["total_value"] for row in snapshots] == [120, 105]
     assert [row["signal"]["market_id"] for row in signals] == ["510372"]
     assert len((tmp_path / "archives.csv").read_text("utf-8").splitlines()) == 2
+    assert len((tmp_path / "history.ndjson").read_text("utf-8").splitlines()) == 4
 
 
 @pytest.mark.usefixtures("_some_history")

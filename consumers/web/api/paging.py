@@ -59,7 +59,7 @@ def read_page(
 
 
 def pages(query_of: Callable[[Filter], Query], wanted: Filter, limit: int, media_type: str) -> Iterator[str]:
-    """Yield the bodies of all pages of `limit` rows. Each one is read in a transaction of its own.
+    """Yield the bodies of all pages of `limit` rows. Each one has its own transaction.
 
     Between two pages no connection is in use, however slowly the client reads.
 
