@@ -91,7 +91,7 @@ def folder(database_url: str, tmp_path: Path) -> Path:
     ],
 )
 def test_a_recipe_reads_exact_amounts_and_utc_times(folder: Path, library: str, recipe: str) -> None:
-    """In a process of its own, where a warning is an error: digits, times, large and missing portfolios, signals."""
+    """In a new process, where a warning is an error: digits, times, large and missing portfolios, signals."""
     expected = f"""
 from datetime import UTC, datetime
 from decimal import Decimal

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,6 +18,8 @@ from sqlalchemy import text
 
 from consumers.cli import app as cli
 from consumers.db.engine import get_db, reader
+from consumers.db.portfolio_queries import snapshots
+from consumers.db.queries import Filter
 from consumers.errors import StoreUnavailable
 from consumers.operations import insert_portfolio_history_snapshot, insert_signal_archive
 from consumers.web.api import app, create_app, history_endpoints, paging
@@ -112,7 +115,7 @@ def test_a_stream_uses_no_connection_between_two_pages(client: TestClient, monke
         pass
     in_use = []
 
-    bodies = paging.pages(history_endpoints.snapshots, history_endpoints.Filter(), 2, NDJSON)
+    bodies = paging.pages(snapshots, Filter(), 2, NDJSON)
     for number, _ in enumerate(bodies):
         in_use.append(reader().pool.checkedout())  # type: ignore[attr-defined]
         if number == 0:
@@ -127,7 +130,12 @@ def test_head_reads_only_the_first_page(client: TestClient, monkeypatch: pytest.
     _store(4)
     read: list[object] = []
     read_page = paging.read_page
-    monkeypatch.setattr(paging, "read_page", lambda *values: read.append(values) or read_page(*values))
+
+    def counted(*values: Any) -> paging.Page:
+        read.append(values)
+        return read_page(*values)
+
+    monkeypatch.setattr(paging, "read_page", counted)
     answer = client.head(f"{HISTORY}?format=ndjson")
     assert (answer.status_code, answer.content, len(read)) == (200, b"", 1)
 
@@ -184,7 +192,7 @@ def _read(url: str, lines: list[str]) -> None:
 def test_a_proxy_passes_the_stream_and_its_end_on(
     redis: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
 ) -> None:
-    """With the documented configuration: nginx speaks HTTP/1.0 to a server unless it is told otherwise."""
+    """With the documented configuration: by default, nginx uses HTTP/1.0 towards a server."""
     monkeypatch.setattr(history_endpoints, "MAX_LIMIT", 2)
     _store(6)
     with web_servers(kind, tmp_path, monkeypatch) as site:

@@ -172,7 +172,7 @@ def test_an_empty_table_is_an_empty_output(tmp_path: Path) -> None:
 def test_the_types_of_a_parquet_file_are_exact(tmp_path: Path) -> None:
     """Also if a column has only nulls."""
     _store(a_snapshot(portfolio_id=None), an_archive(portfolio_id=None))
-    types = {}
+    types: dict[str, str] = {}
     for command in COMMANDS:
         _output(command, "--parquet", tmp_path / command)
         types |= {one.name: str(one.type) for one in pyarrow.parquet.read_schema(tmp_path / command)}
