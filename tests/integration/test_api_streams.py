@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -95,6 +98,27 @@ def test_with_a_limit_ndjson_is_a_page_like_the_others(client: TestClient) -> No
         # A stream can continue behind a page.
         following = pages[0].links["next"]["url"].replace("limit=2", "")
         assert _ids(client.get(following)) == [one["id"] for one in client.get(url).json()][2:]
+
+
+def test_amounts_and_times_have_one_spelling_in_all_formats(client: TestClient) -> None:
+    """The digits are the same in JSON numbers, in CSV and in the strings of NDJSON; times have T and an offset."""
+    _store(2)
+    in_json = json.loads(client.get(HISTORY).text, parse_float=str, parse_int=str)
+    in_csv = list(csv.DictReader(io.StringIO(client.get(f"{HISTORY}?format=csv").text, newline="")))
+    in_ndjson = [json.loads(line) for line in client.get(f"{HISTORY}?format=ndjson").text.splitlines()]
+    names = ("balance", "total_value", "timestamp")
+    expected = ["123456789012.10000001", "-0.00000001"]
+    for rows in (in_json, in_csv, in_ndjson):
+        assert [[row[name] for name in names] for row in rows] == [
+            [*expected, (INSTANT + timedelta(minutes=step)).isoformat()] for step in (1, 0)
+        ]
+    insert_portfolio_history_snapshot(
+        {"timestamp": INSTANT - timedelta(days=1), "open_positions": 0, "trade_count": 0, "balance": 9900}
+        | dict.fromkeys(("total_invested", "total_profit_loss", "total_value"), "0.5")
+    )
+    (of_json,) = re.findall('"balance":([0-9.]+),', client.get(f"{HISTORY}?until=2026-11-22T00:00:00Z").text)
+    of_csv = client.get(f"{HISTORY}?until=2026-11-22T00:00:00Z&format=csv").text.splitlines()[1].split(",")
+    assert (of_json, of_csv[7:11]) == ("9900", ["9900", "0.5", "0.5", "0.5"])
 
 
 def test_filters_apply_to_the_whole_stream(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
