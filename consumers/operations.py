@@ -154,10 +154,11 @@ def get_performance(
 
 
 class ExactRows(NamedTuple):
-    """Stream of rows, with values in the order of `columns`. Amounts are Decimals, signals are JSON text."""
+    """Stream of rows, with values in the order of `columns`. Amounts are Decimals, `document` is JSON text."""
 
     columns: Sequence[str]
     rows: Iterator[Sequence[Any]]
+    document: str | None
 
 
 @contextmanager
@@ -198,7 +199,7 @@ def stream_signal_archives(
 def _streamed(query: Query, rows_a_fetch: int) -> Iterator[ExactRows]:
     with long_read() as db:
         result = db.execute(query.exact_statement(), query.values, execution_options={"yield_per": rows_a_fetch})
-        yield ExactRows(list(result.keys()), iter(result))
+        yield ExactRows(list(result.keys()), iter(result), query.document)
 
 
 def _filter(

@@ -1,4 +1,4 @@
-"""Output of the commands: tables for people, JSON and CSV for programs."""
+"""Output of the commands: tables for people, JSON, NDJSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import signal
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import simplejson
 from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
+from simplejson import RawJSON
 
-from producers.fields import money_text
+from consumers.row_texts import ndjson_line, plain
 
 # A pipe has no width, so nothing is cut there.
 _PIPE_COLUMNS = 250
@@ -257,8 +260,21 @@ def print_checks(checks: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print indented JSON; values that JSON does not have are printed as text."""
-    print_text(json.dumps(value, default=str, ensure_ascii=False, indent=2))
+    """Print indented JSON; values that JSON does not have are printed as text, times as RFC 3339."""
+    print_text(json_text(value, indent=2))
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Return JSON, in which values that it does not have are text, times as RFC 3339, and RawJSON is as it is."""
+    return simplejson.dumps(
+        value,
+        default=lambda other: str(plain(other)),
+        ensure_ascii=False,
+        indent=indent,
+        use_decimal=False,
+        allow_nan=True,
+        namedtuple_as_object=False,
+    )
 
 
 def print_json_array(values: Iterable[Any]) -> int:
@@ -266,7 +282,7 @@ def print_json_array(values: Iterable[Any]) -> int:
     count = 0
     for count, value in enumerate(values, 1):
         sys.stdout.write("[" if count == 1 else ",")
-        lines = json.dumps(value, default=str, ensure_ascii=False, indent=2).splitlines()
+        lines = json_text(value, indent=2).split("\n")
         sys.stdout.write("".join(f"\n  {escaped(line)}" for line in lines))
     sys.stdout.write("\n]\n" if count else "[]\n")
     return count
@@ -285,25 +301,43 @@ def _moment(moment: datetime) -> str:
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}Z"
 
 
+def print_exact_json(columns: Sequence[str], rows: Iterable[Sequence[Any]], document: str | None) -> None:
+    """Print rows as `print_json` prints a list of dicts, one by one as they arrive; all numbers are exact."""
+
+    def exact(name: str, value: Any) -> Any:
+        if isinstance(value, Decimal):
+            return RawJSON(plain(value))
+        return json.loads(value, parse_float=RawJSON, parse_int=RawJSON) if name == document else value
+
+    print_json_array({name: exact(name, value) for name, value in zip(columns, row, strict=True)} for row in rows)
+
+
 def print_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print CSV (RFC 4180, UTF-8) with a header: exact amounts, ISO 8601 times with offset, an empty field for NULL.
+    """Print CSV (RFC 4180, UTF-8) with a header: exact amounts, RFC 3339 times, an empty field for NULL."""
+    with _pipe() as out:
+        writer = csv.writer(out)
+        writer.writerow(columns)
+        writer.writerows([plain(value) for value in row] for row in rows)
+
+
+def print_ndjson(columns: Sequence[str], rows: Iterable[Sequence[Any]], document: str | None) -> None:
+    """Print one JSON object per line, see `ndjson_line`."""
+    with _pipe() as out:
+        out.writelines(ndjson_line(columns, row, document) for row in rows)
+
+
+@contextmanager
+def _pipe() -> Iterator[TextIO]:
+    """Yield standard output, in UTF-8, for many rows.
 
     If the reader closes the pipe, the process exits with 141, the status of a program that SIGPIPE ended.
     """
     try:
         # Not sys.stdout's buffer: the interpreter would try again at exit to write the rest of it.
         with open(sys.stdout.fileno(), "w", encoding="utf-8", newline="", closefd=False) as out:
-            writer = csv.writer(out)
-            writer.writerow(columns)
-            writer.writerows([_csv_value(value) for value in row] for row in rows)
+            yield out
     except BrokenPipeError:
         raise SystemExit(128 + signal.SIGPIPE) from None
-
-
-def _csv_value(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return money_text(value) if isinstance(value, Decimal) else value
 
 
 def print_exported(directory: Path, exported: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ _PLAIN_REASONS = {
 _EXTRAS = {
     **dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker"),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api"),
+    "pyarrow": "parquet",
     **dict.fromkeys(("flask", "rq_dashboard", "six", "waitress", "werkzeug"), "dashboard"),
 }
 

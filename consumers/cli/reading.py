@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import date, datetime
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from consumers.cli.options import AsJson, OfPortfolio, Since, Until, date_option, row_number, time_option
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
-from consumers.terminal import print_archives, print_audit, print_csv, print_json, print_snapshots
+from consumers.terminal import (
+    print_archives,
+    print_audit,
+    print_csv,
+    print_exact_json,
+    print_json,
+    print_ndjson,
+    print_snapshots,
+    print_text,
+)
+
+if TYPE_CHECKING:
+    from consumers.operations import ExactRows
 
 _NEWEST = 20
 
@@ -24,10 +38,19 @@ Limit = Annotated[
         "-n",
         parser=row_number,
         metavar="NUMBER",
-        help="Maximum number of rows, newest first; 20 by default, all with --csv.",
+        help="Maximum number of rows, newest first; 20 by default, all with --csv, --ndjson and --parquet.",
     ),
 ]
-AsCsv = Annotated[bool, typer.Option("--csv", help="Print all rows as CSV, with exact amounts and times with offset.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print all rows as CSV.")]
+AsNdjson = Annotated[
+    bool, typer.Option("--ndjson", help="Print all rows, each as a JSON object on a line, with amounts as strings.")
+]
+Parquet = Annotated[
+    Path | None,
+    typer.Option(
+        "--parquet", metavar="FILE", help="Write all rows to a Parquet file, which is replaced when it is complete."
+    ),
+]
 
 
 def history(
@@ -38,21 +61,24 @@ def history(
     until: Until = None,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
+    as_ndjson: AsNdjson = False,
+    parquet: Parquet = None,
 ) -> None:
     """Show portfolio snapshots, newest first.
 
     Example: trading-history history --portfolio-id 1 --since 2026-06-01 --limit 50
     """
+    write = _writer(as_json=as_json, as_csv=as_csv, as_ndjson=as_ndjson, parquet=parquet)
     from consumers.operations import get_portfolio_history, stream_portfolio_history
 
-    _one_format(as_json, as_csv)
     with stack(database=True):
-        if as_csv:
-            with stream_portfolio_history(limit, portfolio_id=portfolio_id, since=since, until=until) as exact:
-                print_csv(exact.columns, exact.rows)
+        if write is not None:
+            number = limit or (_NEWEST if as_json else None)
+            with stream_portfolio_history(number, portfolio_id=portfolio_id, since=since, until=until) as exact:
+                write(exact)
             return
         rows = get_portfolio_history(limit or _NEWEST, portfolio_id=portfolio_id, since=since, until=until)
-    (print_json if as_json else print_snapshots)(rows)
+    print_snapshots(rows)
 
 
 def archives(
@@ -63,21 +89,24 @@ def archives(
     until: Until = None,
     as_json: AsJson = False,
     as_csv: AsCsv = False,
+    as_ndjson: AsNdjson = False,
+    parquet: Parquet = None,
 ) -> None:
     """Show signal archives, newest first.
 
     Example: trading-history archives --since 2026-06-01 --json
     """
+    write = _writer(as_json=as_json, as_csv=as_csv, as_ndjson=as_ndjson, parquet=parquet)
     from consumers.operations import get_recent_signal_archives, stream_signal_archives
 
-    _one_format(as_json, as_csv)
     with stack(database=True):
-        if as_csv:
-            with stream_signal_archives(limit, portfolio_id=portfolio_id, since=since, until=until) as exact:
-                print_csv(exact.columns, exact.rows)
+        if write is not None:
+            number = limit or (_NEWEST if as_json else None)
+            with stream_signal_archives(number, portfolio_id=portfolio_id, since=since, until=until) as exact:
+                write(exact)
             return
         rows = get_recent_signal_archives(limit or _NEWEST, portfolio_id=portfolio_id, since=since, until=until)
-    (print_json if as_json else print_archives)(rows)
+    print_archives(rows)
 
 
 def performance(
@@ -165,6 +194,28 @@ def audit(
     raise typer.Exit(0 if all(one.complete for one in audits) else 1)
 
 
-def _one_format(as_json: bool, as_csv: bool) -> None:
-    if as_json and as_csv:
-        raise typer.BadParameter("give --json or --csv, not both", param_hint="--csv")
+def _writer(
+    *, as_json: bool, as_csv: bool, as_ndjson: bool, parquet: Path | None
+) -> Callable[[ExactRows], object] | None:
+    """Return the function that writes the rows in the wanted format; None for a table on the terminal.
+
+    Raises:
+        ModuleNotFoundError: pyarrow is not installed, and a Parquet file is wanted.
+    """
+    wanted = {"--json": as_json, "--csv": as_csv, "--ndjson": as_ndjson, "--parquet": parquet is not None}
+    given = [name for name, is_given in wanted.items() if is_given]
+    if len(given) > 1:
+        raise typer.BadParameter(f"give only one of {', '.join(given)}", param_hint=given[1])
+    if parquet is not None:
+        from consumers.parquet_files import write_parquet
+
+        return lambda exact: _print_written(parquet, write_parquet(parquet, exact.columns, exact.rows))
+    if as_csv:
+        return lambda exact: print_csv(exact.columns, exact.rows)
+    if as_ndjson:
+        return lambda exact: print_ndjson(*exact)
+    return (lambda exact: print_exact_json(*exact)) if as_json else None
+
+
+def _print_written(file: Path, number: int) -> None:
+    print_text(f"{counted(number, 'row')} in {file}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import sys
 import time
@@ -12,7 +11,7 @@ import typer
 
 from consumers.cli.options import AsJson
 from consumers.embedded.stack import stack
-from consumers.terminal import print_json, print_values, values_table
+from consumers.terminal import json_text, print_json, print_values, values_table
 from consumers.web.listening import DASHBOARD_PORT
 
 _WATCH_SECONDS = 2.0
@@ -93,7 +92,7 @@ def _watch(as_json: bool) -> None:
 
 def _print_block(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(values, default=str, ensure_ascii=False))
+        print(json_text(values))
     else:
         print_values(values)
         print()

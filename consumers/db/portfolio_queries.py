@@ -32,6 +32,7 @@ SNAPSHOT_COLUMNS = (
     "trade_count",
     "created_at",
 )
+_AMOUNTS = ("balance", "total_invested", "total_profit_loss", "total_value")
 SNAPSHOT_KEYS = ("snapshot_date", "timestamp", "id")
 ALL_DATES = (date.min, date.max)
 MOST_PORTFOLIOS = 200
@@ -56,7 +57,7 @@ def snapshots(wanted: Filter) -> Query:
     if outside:
         others = _newest_snapshots([*conditions, _DATED_OTHERWISE, outside], _ORDER)
         rows = f"({rows}) UNION ALL ({others}) ORDER BY {_ORDER} LIMIT :limit"
-    return Query(SNAPSHOT_COLUMNS, _ORDER, SNAPSHOT_KEYS, rows, wanted.values())
+    return Query(SNAPSHOT_COLUMNS, _ORDER, SNAPSHOT_KEYS, rows, wanted.values(), amounts=_AMOUNTS)
 
 
 _BEHIND_SNAPSHOT = '(snapshot_date, "timestamp", id) < (:after_snapshot_date, :after_timestamp, :after_id)'
@@ -99,7 +100,7 @@ def closes(wanted: Filter) -> Query:
         """  # noqa: S608  # as above
     behind = where([_BEHIND_SNAPSHOT] if wanted.after is not None else [])
     rows = f"SELECT * FROM ({rows}) AS found {behind} ORDER BY {_ORDER} LIMIT :limit"  # noqa: S608  # as above
-    return Query(SNAPSHOT_COLUMNS, _ORDER, SNAPSHOT_KEYS, rows, wanted.values())
+    return Query(SNAPSHOT_COLUMNS, _ORDER, SNAPSHOT_KEYS, rows, wanted.values(), amounts=_AMOUNTS)
 
 
 def _closes_of(portfolios: str, conditions: list[str]) -> str:

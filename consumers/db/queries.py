@@ -58,7 +58,8 @@ class Query:
     """SQL that selects the rows of a filter.
 
     `rows` is a SELECT of `columns` and of `xmin`, the version of the row. `keys` are the columns that define the place
-    of a row in `order`, and the keys of `Filter.after`. `document` is the JSONB column, which may be large.
+    of a row in `order`, and the keys of `Filter.after`. `document` is the JSONB column, which may be large. `amounts`
+    are the columns with money.
     """
 
     columns: tuple[str, ...]
@@ -67,6 +68,7 @@ class Query:
     rows: str
     values: Mapping[str, Any]
     document: str | None = None
+    amounts: tuple[str, ...] = ()
 
     def statement(self) -> TextClause:
         """Return the statement for the rows with native values."""

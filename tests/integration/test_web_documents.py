@@ -67,15 +67,20 @@ def _some_history(database_url: str) -> None:
 
 @pytest.mark.usefixtures("_some_history")
 def test_the_server_and_the_curl_examples_run(redis: Redis, tmp_path: Path) -> None:
-    """The examples list daily closes, the signals of a market, and write archives as CSV."""
+    """The examples list daily closes and a market's signals, write archives as CSV, and all snapshots as NDJSON."""
     with _running(block("consumers/web/README.md", "serve"), tmp_path / "log") as url:
         ran = _run(block("consumers/web/README.md", "curl"), url, tmp_path)
+        (tmp_path / "history.ndjson").rename(tmp_path / "first.ndjson")
+        streamed = _run(block("consumers/db/ANALYSIS.md", "from the API"), url, tmp_path)
     assert (ran.returncode, ran.stderr) == (0, "")
     snapshots, end = json.JSONDecoder().raw_decode(ran.stdout)
     signals = json.loads(ran.stdout[end:])
     assert [row["total_value"] for row in snapshots] == [120, 105]
     assert [row["signal"]["market_id"] for row in signals] == ["510372"]
     assert len((tmp_path / "archives.csv").read_text("utf-8").splitlines()) == 2
+    assert (streamed.returncode, streamed.stderr) == (0, "")
+    for file in ("first.ndjson", "history.ndjson"):
+        assert len((tmp_path / file).read_text("utf-8").splitlines()) == 4
 
 
 @pytest.mark.usefixtures("_some_history")

@@ -85,6 +85,7 @@ def _parse(line: str) -> None:
         UsageError: an option or argument is missing, unknown, or has a value of the wrong type.
     """
     words = shlex.split(line, comments=True)
+    words = words[: words.index(">")] if ">" in words else words
     name = max((name for name in _commands() if words[: len(name.split())] == name.split()), key=len)
     _commands()[name].make_context(name, words[len(name.split()) :])
 

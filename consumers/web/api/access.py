@@ -19,6 +19,7 @@ from consumers.web.listening import is_loopback, is_own_host
 from producers.fields import NO_NAME
 
 MAX_QUERY_BYTES = 4096
+HEADERS_ONLY = "trading-history.headers-only"  # in the scope of a HEAD request
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -93,7 +94,7 @@ class Guard:
         if problem is not None:
             await problem.response()(scope, receive, send_with_headers)
             return
-        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else dict(scope)
+        asked = {**scope, "method": "GET", HEADERS_ONLY: True} if scope["method"] == "HEAD" else dict(scope)
         root_path = scope.get("root_path", "") + (settings.root_path or "")
         if settings.root_path and scope["path"] == root_path:
             await Response(status_code=307, headers={"Location": f"{root_path}/"})(scope, receive, send_with_headers)

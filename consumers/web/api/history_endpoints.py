@@ -1,13 +1,15 @@
-"""Endpoints under /trading: pages of rows as JSON or CSV, each with an ETag and a link to the next page."""
+"""Endpoints under /trading: pages of rows, each with an ETag and a link to the next page, and streams of all rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Header, Query, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Send
 
 from consumers.db import queries
 from consumers.db.archive_queries import ARCHIVE_KEYS, SIGNAL_KEYS, archives, market_signals
@@ -15,10 +17,13 @@ from consumers.db.engine import read_transaction
 from consumers.db.performance import Rates
 from consumers.db.portfolio_queries import SNAPSHOT_KEYS, closes, performances, snapshots
 from consumers.db.queries import Filter
-from consumers.web.api.access import require_once, require_token
+from consumers.errors import StoreUnavailable
+from consumers.web.api.access import HEADERS_ONLY, require_once, require_token
 from consumers.web.api.cursor import decode_cursor, encode_cursor
-from consumers.web.api.paging import read_page
+from consumers.web.api.paging import CSV, JSON, NDJSON, pages, read_page
 from consumers.web.api.parameters import (
+    DEFAULT_LIMIT,
+    MAX_LIMIT,
     ArchiveRow,
     HistoryParameters,
     PageParameters,
@@ -27,11 +32,14 @@ from consumers.web.api.parameters import (
     SignalRow,
     SignalsParameters,
     SnapshotRow,
+    StreamParameters,
     answers,
     problems,
 )
-from consumers.web.api.problems import ProblemRoute
+from consumers.web.api.problems import Problem, ProblemRoute
+from consumers.web.disclosure import disclosed
 
+_MEDIA_TYPES = {"json": JSON, "csv": CSV, "ndjson": NDJSON}
 _KEYS = {"snapshots": SNAPSHOT_KEYS, "closes": SNAPSHOT_KEYS, "archives": ARCHIVE_KEYS, "signals": SIGNAL_KEYS}
 
 Accept = Annotated[str, Header(include_in_schema=False)]
@@ -45,26 +53,29 @@ trading = APIRouter(
 )
 
 
-@trading.get("/portfolio-history", response_model=list[SnapshotRow], responses=answers(SnapshotRow))
+@trading.get("/portfolio-history", response_model=list[SnapshotRow], responses=answers(SnapshotRow, streams=True))
 def portfolio_history(
     request: Request,
     parameters: Annotated[HistoryParameters, Query()],
     accept: Accept = "",
     if_none_match: KnownTags = None,
 ) -> Response:
-    """List portfolio snapshots, newest first by snapshot_date and timestamp."""
+    """List portfolio snapshots, newest first by snapshot_date and timestamp; as NDJSON without `limit`, all of them."""
     kind, query_of = ("snapshots", snapshots) if parameters.daily is None else ("closes", closes)
     return _page(request, parameters, kind, query_of, accept=accept, known_tags=if_none_match)
 
 
-@trading.get("/signal-archives", response_model=list[ArchiveRow], responses=answers(ArchiveRow))
+@trading.get("/signal-archives", response_model=list[ArchiveRow], responses=answers(ArchiveRow, streams=True))
 def signal_archives(
     request: Request,
-    parameters: Annotated[PageParameters, Query()],
+    parameters: Annotated[StreamParameters, Query()],
     accept: Accept = "",
     if_none_match: KnownTags = None,
 ) -> Response:
-    """List signal archives, newest first by archived_at. A page ends before `limit` at 4 MiB of text."""
+    """List signal archives, newest first by archived_at; as NDJSON without `limit`, all of them.
+
+    A page ends before `limit` at 4 MiB of text.
+    """
     return _page(request, parameters, "archives", archives, accept=accept, known_tags=if_none_match)
 
 
@@ -108,28 +119,62 @@ def _page(
     accept: str,
     known_tags: str | None,
 ) -> Response:
-    media_type = _media_type(parameters.format, accept)
+    streams = isinstance(parameters, StreamParameters)
+    media_type = _media_type(parameters.format, accept, (JSON, CSV, NDJSON) if streams else (JSON, CSV))
     wanted = Filter(
         portfolio_id=parameters.portfolio_id,
         since=parameters.since,
         until=parameters.until,
         after=None if parameters.cursor is None else decode_cursor(kind, _KEYS[kind], parameters.cursor),
     )
-    page = read_page(query_of, wanted, parameters.limit, media_type, known_tags)
-    headers = {"ETag": f'W/"{page.tag}"', "Cache-Control": "private, no-cache", "Vary": "Accept, Authorization"}
+    headers = {"Cache-Control": "private, no-cache", "Vary": "Accept, Authorization"}
+    if media_type != JSON:
+        extension = "csv" if media_type == CSV else "ndjson"
+        name = f"{request.url.path.rpartition('/')[2]}.{extension}"
+        headers["Content-Disposition"] = f'attachment; filename="{name}"'
+    if media_type == NDJSON and parameters.limit is None:
+        return _stream(request, query_of, wanted, headers)
+    page = read_page(query_of, wanted, parameters.limit or DEFAULT_LIMIT, media_type, known_tags)
+    headers["ETag"] = f'W/"{page.tag}"'
     if page.last is not None:
         headers["Link"] = f'<{_next(request, encode_cursor(kind, page.last))}>; rel="next"'
     if page.body is None:
         return Response(status_code=304, headers=headers)
-    if media_type == "text/csv":
-        headers["Content-Disposition"] = f'attachment; filename="{request.url.path.rpartition("/")[2]}.csv"'
     return Response(page.body, headers=headers, media_type=media_type)
 
 
-def _media_type(asked: str | None, accept: str) -> str:
+def _stream(
+    request: Request, query_of: Callable[[Filter], queries.Query], wanted: Filter, headers: Mapping[str, str]
+) -> Response:
+    """Answer with all rows. If a page cannot be read, the chunked answer breaks off without its end.
+
+    Raises:
+        Problem: 422, the request is HTTP/1.0, in which every answer ends like one that breaks off.
+        StoreUnavailable: the first page cannot be read now.
+    """
+    if request.scope.get("http_version") == "1.0":
+        reason = "is required with HTTP/1.0, which cannot show that an answer is incomplete; or use HTTP/1.1"
+        raise Problem(422, f"limit: {reason}", errors=[{"parameter": "limit", "reason": reason}])
+    bodies = pages(query_of, wanted, MAX_LIMIT, NDJSON)
+    first = next(bodies)
+    rest = () if request.scope.get(HEADERS_ONLY) else bodies
+    return _Stream(chain([first], rest), headers=headers, media_type=NDJSON)
+
+
+class _Stream(StreamingResponse):
+    """Answer in chunks that is left without its end, with the reason in the log, if the rest cannot be read."""
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        except StoreUnavailable as error:
+            disclosed(error)
+
+
+def _media_type(asked: str | None, accept: str, offered: tuple[str, ...]) -> str:
     if asked is not None:
-        return "text/csv" if asked == "csv" else "application/json"
-    return "text/csv" if _quality(accept, "text/csv") > _quality(accept, "application/json") else "application/json"
+        return _MEDIA_TYPES[asked]
+    return max(offered, key=lambda media_type: _quality(accept, media_type))  # the first of equal ones
 
 
 def _quality(accept: str, media_type: str) -> float:

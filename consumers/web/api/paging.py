@@ -1,14 +1,12 @@
-"""One page of a query as JSON (written by PostgreSQL) or CSV, limited in size, with a tag for If-None-Match."""
+"""One page of a query as JSON (written by PostgreSQL), CSV or NDJSON, limited in size, with a tag for If-None-Match."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
-from decimal import Decimal
 from hashlib import blake2b
 from typing import Any
 
@@ -16,9 +14,11 @@ from sqlalchemy import Connection, Row, TextClause, text
 
 from consumers.db.engine import read_transaction
 from consumers.db.queries import Filter, Query, guessed_bytes, quoted
+from consumers.row_texts import ndjson_line, plain
 
 # Limit of a page's text for tables with JSON documents. The row that exceeds it is the last row of the page.
 PAGE_BYTES = 4 * 1024 * 1024
+JSON, CSV, NDJSON = "application/json", "text/csv", "application/x-ndjson"
 _TAG = re.compile(r'(?:W/)?"([^"]*)"')
 
 
@@ -55,7 +55,22 @@ def read_page(
     tag, last = _tag(query, media_type, rows, more), _last(query, rows, more)
     if known_tags is not None and known_tags.strip() == "*":
         return Page(None, tag, last)
-    return Page(_json_body(rows) if media_type == "application/json" else _csv_body(query, rows), tag, last)
+    return Page(_BODIES[media_type](query, rows), tag, last)
+
+
+def pages(query_of: Callable[[Filter], Query], wanted: Filter, limit: int, media_type: str) -> Iterator[str]:
+    """Yield the bodies of all pages of `limit` rows. Each one has its own transaction.
+
+    Between two pages no connection is in use, however slowly the client reads.
+
+    Raises:
+        StoreUnavailable: The database cannot be read now.
+    """
+    page = read_page(query_of, wanted, limit, media_type, None)
+    while page.last is not None:
+        yield page.body or ""
+        page = read_page(query_of, replace(wanted, after=page.last), limit, media_type, None)
+    yield page.body or ""
 
 
 def _rows(
@@ -97,8 +112,8 @@ def _identity(query: Query) -> str:
 
 def _statement(query: Query, media_type: str) -> TextClause:
     """Select keys, version, shown columns, and running sums of bytes: estimated (`guessed`), exact (`through`)."""
-    as_json = media_type == "application/json"
-    shown = (_json if as_json else _csv)(query)
+    as_json = media_type == JSON
+    shown = (_json if as_json else _values)(query)
     if query.document is None:
         return text(f"""
             SELECT {_identity(query)}, 0 AS through, 0 AS guessed, {shown}
@@ -124,10 +139,11 @@ def _statement(query: Query, media_type: str) -> TextClause:
 
 
 def _json(query: Query) -> str:
-    return f"CAST(row_to_json((SELECT shown FROM (SELECT {quoted(query.columns)}) AS shown)) AS text) AS body"  # noqa: S608  # as above
+    columns = (f'trim_scale("{one}") AS "{one}"' if one in query.amounts else f'"{one}"' for one in query.columns)
+    return f"CAST(row_to_json((SELECT shown FROM (SELECT {', '.join(columns)}) AS shown)) AS text) AS body"  # noqa: S608  # as above
 
 
-def _csv(query: Query) -> str:
+def _values(query: Query) -> str:
     return ", ".join(
         f'CAST("{column}" AS text) AS shown_{column}' if column == query.document else f'"{column}" AS shown_{column}'
         for column in query.columns
@@ -153,7 +169,7 @@ def _place(query: Query, row: Row[Any]) -> dict[str, Any]:
     return {key: getattr(row, key) for key in query.keys}
 
 
-def _json_body(rows: Iterable[Row[Any]]) -> str:
+def _json_body(_: Query, rows: Iterable[Row[Any]]) -> str:
     return "[" + ",\n".join([row.body for row in rows]) + "]"
 
 
@@ -165,12 +181,19 @@ def _csv_body(query: Query, rows: Iterable[Row[Any]]) -> str:
     return written.getvalue()
 
 
+def _ndjson_body(query: Query, rows: Iterable[Row[Any]]) -> str:
+    return "".join([ndjson_line(query.columns, row[-len(query.columns) :], query.document) for row in rows])
+
+
+_BODIES: Mapping[str, Callable[[Query, Iterable[Row[Any]]], str]] = {
+    JSON: _json_body,
+    CSV: _csv_body,
+    NDJSON: _ndjson_body,
+}
+
+
 def _cell(value: Any) -> Any:
-    if isinstance(value, Decimal):
-        return format(value, "f")
-    if isinstance(value, date):
-        return value.isoformat()
     # A spreadsheet runs text that begins like this as a formula.
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return "'" + value
-    return value
+    return plain(value)

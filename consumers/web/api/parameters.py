@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
@@ -70,7 +71,22 @@ class PageParameters(_Parameters):
     format: Literal["json", "csv"] | None = Field(None, description="Overrides the Accept header.")
 
 
-class HistoryParameters(PageParameters):
+class StreamParameters(PageParameters):
+    """Parameters of the listings that can also be streams of all rows."""
+
+    limit: int | None = Field(  # type: ignore[assignment]
+        None,
+        ge=1,
+        le=MAX_LIMIT,
+        description=f"Maximum number of rows; by default {DEFAULT_LIMIT}, and as NDJSON all rows.",
+        examples=[100],
+    )
+    format: Literal["json", "csv", "ndjson"] | None = Field(  # type: ignore[assignment]
+        None, description="Overrides the Accept header."
+    )
+
+
+class HistoryParameters(StreamParameters):
     daily: Literal["last"] | None = Field(
         None, description="Only the last snapshot of each date and portfolio, among those between since and until."
     )
@@ -196,7 +212,7 @@ _EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {
 }
 
 
-def answers(row: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+def answers(row: type[BaseModel], *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
     """Return the OpenAPI descriptions of the answers of an endpoint that lists such rows."""
     example = _EXAMPLES[row]
     headers = {
@@ -209,10 +225,12 @@ def answers(row: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
             "schema": {"type": "string"},
         },
     }
-    content = {
+    content: dict[str, dict[str, Any]] = {
         "application/json": {"example": [example]},
         "text/csv": {"schema": {"type": "string"}, "example": ",".join(example) + "\r\n"},
     }
+    if streams:
+        content["application/x-ndjson"] = {"schema": {"type": "string"}, "example": _line(example)}
     return {
         200: {"description": "One page, newest first.", "headers": headers, "content": content},
         304: {
@@ -221,6 +239,12 @@ def answers(row: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
         },
         **problems(401, 414, 422, 503),
     }
+
+
+def _line(example: dict[str, Any]) -> str:
+    """Return the example as NDJSON, in which amounts are text."""
+    texts = {name: str(value) if isinstance(value, float) else value for name, value in example.items()}
+    return json.dumps(texts) + "\n"
 
 
 _REASONS = {
