@@ -209,7 +209,7 @@ def _months_of_profit() -> None:
 
 
 def test_the_performance_section_shows_figures_and_the_return_of_each_month(open_page: OpenPage) -> None:
-    """A deposit is no return. The measure is that of the charts, except that profit/loss has no returns of its own."""
+    """A deposit is no return. The measure is that of the charts; for profit/loss it is the default measure."""
     _months_of_profit()
     store_values([10_000, 10_100], portfolio=2)
     page = open_page()
