@@ -18,6 +18,8 @@ from producers.fields import money_text
 # Some readers end a line at U+0085, U+2028 or U+2029. The others control a terminal or the direction of text.
 _ESCAPED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
+_encoded = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for each value
+
 
 def plain(value: Any) -> Any:
     """Return an amount, a time, a date or an id as text, and any other value unchanged."""
@@ -35,7 +37,7 @@ def ndjson_line(columns: Sequence[str], values: Sequence[Any], document: str | N
     as PostgreSQL writes it, and becomes a nested value with all its digits.
     """
     members = [
-        f"{json.dumps(name)}: {value if name == document else json.dumps(plain(value), ensure_ascii=False)}"
+        f"{json.dumps(name)}: {value if name == document else _encoded(plain(value))}"
         for name, value in zip(columns, values, strict=True)
     ]
     # Outside of strings JSON has none of these characters.
