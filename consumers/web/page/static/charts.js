@@ -62,6 +62,11 @@ export class Charts {
     return this.#view;
   }
 
+  /** The canvas of a chart, undefined if it is not drawn. */
+  canvas(name) {
+    return this.#plots[name]?.ctx.canvas;
+  }
+
   /** The number of buckets to ask for: one per two pixels. */
   get buckets() {
     return Math.min(Math.max(Math.round(byId("value-chart").clientWidth / 2), 100), 1000);
