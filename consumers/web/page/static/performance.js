@@ -60,7 +60,7 @@ export function heatMap(months, years = new Map()) {
 // The figure has its sign, so nobody needs the color.
 function cell(value) {
   if (value === undefined || value === null) return element("td", { class: "number" });
-  const strength = STEPS.filter((step) => Math.abs(value) >= step).length;
+  const strength = STEPS.filter((step) => Math.abs(value) >= step - 1e-9).length; // 0.02 may arrive as 0.01999…
   const kind = value > 0 ? "gain" : value < 0 ? "fall" : "";
   return element("td", { class: `number ${kind && `${kind} heat-${strength}`}`.trim() }, `${value > 0 ? "+" : ""}${percent(value)}`);
 }
