@@ -24,7 +24,7 @@ const labels = {
 };
 
 /** Returns the labels of the x axis in the browser's locale. A second line has the year or the day where it changes. */
-function instants(_, splits, axis, space, step) {
+export function instants(_, splits, axis, space, step) {
   const [fine, coarse] = step >= 28 * DAY ? ["month", "year"] : step >= DAY ? ["day", "year"]
     : step >= 60 ? ["minute", "day"] : ["second", "day"];
   let before = "";

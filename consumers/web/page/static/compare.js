@@ -1,6 +1,7 @@
 // Several portfolios in one chart: daily closes, rebased to 100 on the first day that all of them have in the range.
 /* global uPlot */
 
+import { instants } from "./charts.js";
 import { byId, element, replace } from "./dom.js";
 import { saveCsv, savePng } from "./downloads.js";
 import { day, localNoon, portfolio as named } from "./format.js";
@@ -35,7 +36,7 @@ export class Comparison {
     document.addEventListener("themechange", () => this.#draw());
     new ResizeObserver(() => {
       const width = byId("compare-chart").clientWidth;
-      if (this.#plot && width && width !== this.#plot.width) this.#plot.setSize({ width, height: 240 });
+      if (this.#plot && width && width !== this.#plot.width) this.#plot.setSize({ width, height: 280 });
     }).observe(byId("compare-chart"));
     byId("compare-csv").addEventListener("click", () => saveCsv("portfolios-compared", ["date", ...this.#shown.lines.map((one) =>
       `portfolio ${one.portfolio} ${one.measure}`)], this.#shown.dates.map((date, at) => [date, ...this.#shown.lines.map((one) => one.figures[at])])));
@@ -64,9 +65,9 @@ export class Comparison {
     const { dates, lines } = this.#shown;
     const axis = { stroke: color("muted"), grid: { stroke: color("grid"), width: 1 }, ticks: { stroke: color("grid"), width: 1 }, font: "12px system-ui, sans-serif" };
     this.#plot = new uPlot({
-      width: byId("compare-chart").clientWidth, height: 240, legend: { show: false }, padding: [8, 28, 0, 0],
+      width: byId("compare-chart").clientWidth, height: 280, legend: { show: false }, padding: [8, 28, 0, 0],
       cursor: { show: false }, scales: { x: { range: () => this.#range } },
-      axes: [{ ...axis, space: 80, values: (_, splits) => splits.map((at) => new Date(at * 1000).toLocaleDateString(undefined, { day: "numeric", month: "short" })) },
+      axes: [{ ...axis, space: 80, incrs: [1, 2, 7, 14, 28, 56, 91, 182, 365].map((days) => days * 86400), values: instants },
         { ...axis, size: 74 }],
       series: [{}, ...lines.map((_, at) => ({ stroke: color(COLORS[at % COLORS.length]), width: 2, spanGaps: true,
         dash: at >= COLORS.length ? [6, 4] : undefined, points: { size: 5 } }))],
