@@ -215,32 +215,29 @@ def test_the_performance_section_shows_figures_and_the_return_of_each_month(open
     page = open_page()
     _live(page)
     section = page.get_by_role("region", name="Performance", exact=True)
-    state = section.locator("#performance-state")
-    expect(state).to_contain_text("92 daily closes from Mon, 1 Jun 2026 to Mon, 31 Aug 2026, measured by value.")
-    expect(state).to_contain_text("Deposits and withdrawals (+1,000.00 in all) are no returns.")
-    figures = dict(zip(section.locator("dt").all_inner_texts(), section.locator("dd").all_inner_texts(), strict=True))
+    note = section.locator("#performance-note")
+    expect(note).to_contain_text("Mon, 1 Jun 2026 to Mon, 31 Aug 2026, from daily closes of value;")
+    names, values = section.locator("dt").all_inner_texts(), section.locator("dd").all_inner_texts()
+    figures = dict(zip(names, values, strict=True))
     assert figures["Total return"].strip() == "-2.00%"
     assert figures["Deepest drawdown"].startswith("-24.03%")
-    assert "from Tue, 30 Jun 2026 to Fri, 31 Jul 2026, not recovered yet" in figures["Deepest drawdown"]
-    assert figures["Longest below a peak"].strip() == "62 days"
-    cells = section.locator("#month-returns td")
-    expect(section.locator("#month-returns th")).to_have_text(["2026"])
-    shown = [text for text in cells.all_inner_texts() if text]
-    assert shown == ["+29.0%", "-24.0%", "0.0%", "-2.0%"]
-    expect(cells.nth(5)).to_have_class("number heat gain-4")
-    expect(cells.nth(6)).to_have_class("number heat loss-4")
-    expect(cells.nth(7)).to_have_class("number heat gain-0")
+    assert "peak Tue, 30 Jun 2026, lowest Fri, 31 Jul 2026, not recovered yet" in figures["Deepest drawdown"]
+    assert figures["Longest time under water"].strip() == "62 days"
+    cells = section.locator("#heat td")
+    assert [text for text in cells.all_inner_texts() if text] == ["+29.00%", "-24.03%", "0.00%", "-2.00%"]
+    for month, colour in ((5, "number gain heat-4"), (6, "number fall heat-4"), (7, "number")):
+        expect(cells.nth(month)).to_have_class(colour)
     assert _violations(page) == []
 
     page.get_by_label("Measure").select_option("equity")
-    expect(state).to_contain_text("measured by equity")
+    expect(note).to_contain_text("daily closes of equity;")
     page.get_by_label("Measure").select_option("profit_loss")
-    expect(state).to_contain_text("measured by value")
+    expect(note).to_contain_text("daily closes of value;")
     page.locator("#portfolio").select_option("2")
-    expect(state).to_have_text(
-        "No returns: total_profit_loss never changes, but the worth does: deposits cannot be distinguished from profit."
+    expect(note).to_have_text(
+        "No figures: total_profit_loss never changes, but the worth does: deposits cannot be distinguished from profit."
     )
-    expect(section.locator("#returns")).to_be_hidden()
+    expect(section.locator("#performance-figures")).to_be_hidden()
 
 
 def test_the_search_finds_signals_by_their_text(open_page: OpenPage) -> None:

@@ -24,7 +24,7 @@ const labels = {
 };
 
 /** Returns the labels of the x axis in the browser's locale. A second line has the year or the day where it changes. */
-function instants(_, splits, axis, space, step) {
+export function instants(_, splits, axis, space, step) {
   const [fine, coarse] = step >= 28 * DAY ? ["month", "year"] : step >= DAY ? ["day", "year"]
     : step >= 60 ? ["minute", "day"] : ["second", "day"];
   let before = "";
@@ -60,6 +60,11 @@ export class Charts {
 
   get view() {
     return this.#view;
+  }
+
+  /** The canvas of a chart, undefined if it is not drawn. */
+  canvas(name) {
+    return this.#plots[name]?.ctx.canvas;
   }
 
   /** The number of buckets to ask for: one per two pixels. */

@@ -1,7 +1,9 @@
 // The portfolio section: choice of portfolio and range, the figures, and the table of days.
 
 import { Charts, scaled } from "./charts.js";
-import { byId, element, figure, number, replace, row } from "./dom.js";
+import { Comparison } from "./compare.js";
+import { byId, element, number, replace, row } from "./dom.js";
+import { saveCsv, savePng } from "./downloads.js";
 import { amount, change, count, day, localNoon, moment, percent, portfolio as named } from "./format.js";
 import { showPerformance } from "./performance.js";
 import { get, Unreadable } from "./server.js";
@@ -10,6 +12,7 @@ const DAY = 86400;
 const RANGES = [["1D", DAY, "one day"], ["1W", 7 * DAY, "one week"], ["1M", 30 * DAY, "30 days"],
   ["3M", 91 * DAY, "three months"], ["1Y", 365 * DAY, "one year"], ["All", null, "everything"]];
 const DAYS_AT_ONCE = 60;
+const LATEST = Date.parse("9998-12-31T00:00:00Z") / 1000; // the server accepts no later time
 const NOTHING = { at: [], worth: [], balance: [], total_invested: [], drawdown: [], after_gap: [], snapshots: 0, closes_only: false };
 const NO_DAYS = { date: [], at: [], close: [], change: [], days: [] };
 // Measure -> its name in the list, in titles, and what it is.
@@ -23,10 +26,13 @@ export class Curves {
   #portfolios = [];
   #chosen = null;
   #measure = null; // null: the portfolio's default
+  #others = []; // the portfolios to compare with
   #range = { last: null }; // { last: seconds before the newest snapshot, null for all }, or { from, to }
   #reading = null;
   #loaded = { portfolio: null, curve: NOTHING }; // the last answer
   #daily = null;
+  #compared = null; // { key, answers } of the last comparison
+  #performed = null; // portfolio and measure of the performance that is shown
   #shownDays = DAYS_AT_ONCE;
 
   /** `failed(error)` is called if data cannot be read after a click. */
@@ -40,9 +46,10 @@ export class Curves {
     byId("parts").addEventListener("change", () => this.#reread());
     byId("measure").addEventListener("change", (event) => this.#measureBy(event.target.value));
     replace(byId("measure"), ...Object.entries(MEASURES).map(([name, [text]]) => element("option", { value: name }, text)));
-    const address = new URLSearchParams(location.search);
-    this.#chosen = address.get("portfolio");
-    if (Object.hasOwn(MEASURES, address.get("measure"))) this.#measure = address.get("measure");
+    this.comparison = new Comparison();
+    this.#follow();
+    addEventListener("popstate", () => { this.#follow(); if (this.#portfolios.length) { this.#offer(); this.#look(this.#range, false); } });
+    byId("charts").addEventListener("click", (event) => { if (event.target.dataset.save) this.#save(...event.target.dataset.save.split("-")); });
     byId("steps").addEventListener("click", (event) => this.#step(event.target.dataset.step));
     byId("more-days").addEventListener("click", () => { this.#shownDays *= 4; this.#listDays(); });
     replace(byId("ranges"), ...RANGES.map(([text, last, label]) => element("button", {
@@ -53,12 +60,16 @@ export class Curves {
   /** Reads the section's data again. If that fails, throws Unreadable and leaves the page unchanged. */
   async refresh() {
     const portfolios = await get("portfolios");
+    this.#compared = this.#performed = null;
     this.#portfolios = portfolios;
     this.#offer();
     byId("curves-state").hidden = portfolios.length > 0;
     byId("charts").hidden = portfolios.length === 0;
     if (portfolios.length) await this.#read();
-    else replace(byId("curves-state"), ...nothingYet());
+    else {
+      showPerformance(null);
+      replace(byId("curves-state"), ...nothingYet());
+    }
     byId("curves").setAttribute("aria-busy", "false");
   }
 
@@ -73,6 +84,15 @@ export class Curves {
     select.value = this.#chosen ?? "";
     select.disabled = names.length < 2;
     select.hidden = names.length === 0;
+    this.#others = this.#others.filter((name) => names.includes(name) && name !== this.#chosen);
+    const others = names.filter((name) => name !== this.#chosen);
+    byId("others").hidden = others.length === 0;
+    replace(byId("others"), element("legend", {}, "Compare with portfolio"), ...others.map((name) => element("label", {},
+      element("input", { type: "checkbox", id: `other-${name}`, checked: this.#others.includes(name), change: (event) => {
+        this.#others = event.target.checked ? [...this.#others, name] : this.#others.filter((one) => one !== name);
+        this.#address();
+        this.#reread();
+      } }), ` ${named(name)}`)));
   }
 
   get #extent() {
@@ -92,19 +112,60 @@ export class Curves {
     await this.#reread();
   }
 
-  /** Writes portfolio and measure into the page's address, which can be shared. */
+  /** Writes portfolios, measure and range into the page's address, which can be shared. */
   #address() {
-    const address = new URL(location.href);
-    address.searchParams.set("portfolio", this.#chosen);
-    if (this.#measure) address.searchParams.set("measure", this.#measure);
-    else address.searchParams.delete("measure");
-    history.replaceState(null, "", address);
+    const address = new URL(location.href), values = address.searchParams;
+    for (const name of ["portfolio", "measure", "range", "since", "until"]) values.delete(name);
+    for (const name of [this.#chosen, ...this.#others]) values.append("portfolio", name);
+    if (this.#measure) values.set("measure", this.#measure);
+    if (this.#range.from !== undefined) {
+      values.set("since", new Date(this.#range.from * 1000).toISOString());
+      values.set("until", new Date(this.#range.to * 1000).toISOString());
+    } else if (this.#range.last !== null) {
+      values.set("range", RANGES.find(([, last]) => last === this.#range.last)[0]);
+    }
+    if (address.href !== location.href) history.pushState(null, "", address);
+  }
+
+  /** Takes portfolios, measure and range from the address. What it does not know, it ignores. */
+  #follow() {
+    const address = new URLSearchParams(location.search);
+    [this.#chosen = null, ...this.#others] = new Set(address.getAll("portfolio"));
+    this.#measure = Object.hasOwn(MEASURES, address.get("measure")) ? address.get("measure") : null;
+    const named = RANGES.find(([text]) => text === address.get("range"));
+    const [from, to] = ["since", "until"].map((name) => Date.parse(address.get(name)) / 1000);
+    this.#range = from >= 0 && from < to && to < LATEST ? { from, to } : { last: named ? named[1] : null };
+  }
+
+  #save(chart, format) {
+    const name = `portfolio-${this.#chosen}-${chart}`, { curve } = this.#loaded;
+    if (format === "png") {
+      const canvas = this.charts.canvas(chart);
+      const title = { value: byId("value-title").textContent, drawdown: "Drawdown", daily: byId("daily-title").textContent }[chart];
+      const legend = chart === "value" && byId("parts").checked
+        ? [[title, "value"], ["balance", "balance"], ["invested", "invested"]].map(([text, color]) =>
+          [text, getComputedStyle(document.documentElement).getPropertyValue(`--${color}`).trim()]) : [];
+      if (canvas) savePng(name, canvas, `${title}, portfolio ${named(this.#chosen)}`, legend);
+      return;
+    }
+    const [from, to] = this.charts.view, within = (at) => at >= from - 0.001 && at <= to + 0.001;
+    if (chart === "daily") {
+      const { date, at, close, change: changes, days } = this.#daily;
+      saveCsv(name, ["date", "close", "change", "days"], [...date.keys()].filter((index) => within(at[index]))
+        .map((index) => [date[index], close[index], changes[index], days[index]]));
+      return;
+    }
+    const parts = byId("parts").checked ? ["balance", "total_invested"] : [];
+    const columns = chart === "drawdown" ? ["drawdown"] : ["worth", ...parts];
+    saveCsv(name, ["at", ...columns.map((column) => (column === "worth" ? curve.measure : column))],
+      [...curve.at.keys()].filter((index) => within(Date.parse(curve.at[index]) / 1000))
+        .map((index) => [curve.at[index], ...columns.map((column) => curve[column][index])]));
   }
 
   async #choose(name) {
     this.#chosen = name;
     this.#measure = null;
-    this.#address();
+    this.#offer();
     this.#shownDays = DAYS_AT_ONCE;
     await this.#look({ last: null });
   }
@@ -117,7 +178,7 @@ export class Curves {
     this.#look({ from: nextFrom, to: nextTo });
   }
 
-  async #look(range) {
+  async #look(range, write = true) {
     const [first, last] = this.#extent;
     const room = Math.max(last - first, DAY);
     if (range.from !== undefined) {
@@ -127,6 +188,7 @@ export class Curves {
       range = { from: Math.max(middle - half, 0), to: middle + half };
     }
     this.#range = range;
+    if (write) this.#address();
     this.charts.look(...this.#span());
     if (this.#covered) this.#summarizeLoaded();
     await this.#reread();
@@ -147,9 +209,11 @@ export class Curves {
     if (this.#loaded.portfolio !== this.#chosen) {
       this.#loaded = { portfolio: null, curve: NOTHING };
       this.#daily = NO_DAYS;
+      this.#performed = null;
+      showPerformance(null);
+      this.comparison.show([], 0, 1);
       this.charts.show(NOTHING, NO_DAYS, byId("parts").checked);
       this.#listDays();
-      showPerformance(null);
     }
     this.#summarizeLoaded();
   }
@@ -173,14 +237,16 @@ export class Curves {
     const parts = byId("parts").checked;
     const whole = this.#range.from === undefined && this.#range.last === null;
     this.#mark();
-    const [curve, daily, performance] = await Promise.all([
+    const key = `${this.#chosen} ${this.#measure}`, compared = [this.#chosen, ...this.#others];
+    const worth = this.#measure === "profit_loss" ? null : this.#measure;
+    const [curve, daily, performance, closes] = await Promise.all([
       get("curve", {
         portfolio: this.#chosen, measure: this.#measure, buckets: this.charts.buckets, parts: parts || null,
         since: whole ? null : new Date(from * 1000).toISOString(), until: whole ? null : new Date(to * 1000).toISOString(),
       }, reading.signal),
       get("daily", { portfolio: this.#chosen, measure: this.#measure }, reading.signal),
-      // Returns need a worth to be based on, which profit/loss is not.
-      get("performance", { portfolio: this.#chosen, measure: this.#measure === "profit_loss" ? null : this.#measure }, reading.signal),
+      this.#performed === key ? null : get("performance", { portfolio: this.#chosen, measure: worth }, reading.signal),
+      this.#closes(compared, reading.signal),
     ]);
     daily.at = daily.date.map((date) => localNoon(date).getTime() / 1000);
     this.#daily = daily;
@@ -188,11 +254,25 @@ export class Curves {
     // The whole range has half a day more on either side, for the bars of the first and the last day.
     this.charts.look(whole ? Math.min(from, daily.at[0] - DAY / 2) : from, whole ? Math.max(to, daily.at.at(-1) + DAY / 2) : to);
     this.charts.show(curve, daily, parts);
+    if (performance) showPerformance(performance);
+    this.#performed = key;
+    this.comparison.show(closes, ...this.charts.view, this.#others.length && this.#measure === "profit_loss"
+      ? "Profit/loss cannot be rebased to 100, because it begins at 0. Choose value or equity to compare portfolios." : null);
     this.#name(curve);
     this.#summarize(curve, from, to);
     this.#listDays();
-    showPerformance(performance);
     if (typeof uPlot === "undefined") throw new Unreadable("the chart library was not loaded: run pip install '.[api]' on the server; the table below shows the same days");
+  }
+
+  /** Returns the daily closes of the portfolios to compare, none for a measure that cannot be compared. */
+  async #closes(portfolios, signal) {
+    if (portfolios.length < 2 || this.#measure === "profit_loss") return [];
+    const key = `${portfolios} ${this.#measure}`;
+    if (this.#compared?.key !== key) {
+      const answers = await Promise.all(portfolios.map((portfolio) => get("daily", { portfolio, measure: this.#measure }, signal)));
+      this.#compared = { key, answers: answers.map((one, index) => ({ ...one, portfolio: portfolios[index] })) };
+    }
+    return this.#compared.answers;
   }
 
   #name({ measure, default_measure: usual }) {
@@ -226,6 +306,7 @@ export class Curves {
     replace(byId("summary"),
       figure("Last", values(last), at(last)), figure("Highest", values(high), at(high)), figure("Lowest", values(low), at(low)),
       figure("Deepest drawdown", deep === null ? "–" : percent(curve.drawdown[deep]), at(deep)));
+    byId("drawdown-note").textContent = drawdownDates(curve, inside, deep);
     byId("drawn").textContent = curve.closes_only
       ? "Too many snapshots to read at once: the charts show daily closes and their drawdown. Zoom in to see every snapshot."
       : `${count(curve.snapshots)} ${curve.snapshots === 1 ? "snapshot" : "snapshots"} in this range, ${inside.length < curve.snapshots
@@ -240,6 +321,24 @@ export class Curves {
       row(day(date[index]), number(amount(close[index])), number(change(changes[index])), number(days[index] === null ? "–" : count(days[index])))));
     byId("more-days").hidden = newest.length === date.length;
   }
+}
+
+function figure(name, value, note) {
+  return element("div", {}, element("dt", {}, name), element("dd", {}, element("strong", {}, value), element("span", {}, note)));
+}
+
+/** Returns when the deepest drawdown among the points `inside` began, was deepest and ended, in words. */
+function drawdownDates(curve, inside, deep) {
+  const what = "Drawdown is what was lost since the highest worth until then, deposits included.";
+  if (deep === null) return "";
+  if (Number(curve.drawdown[deep]) === 0) return `${what} There is none in this range.`;
+  const worth = (index) => Number(curve.worth[index]);
+  const peak = inside.filter((index) => index < deep && Number(curve.drawdown[index]) === 0)
+    .reduce((best, index) => (best === null || worth(index) >= worth(best) ? index : best), null);
+  const high = worth(deep) / (1 + Number(curve.drawdown[deep]));
+  const back = inside.find((index) => index > deep && (peak === null ? Number(curve.drawdown[index]) === 0 || worth(index) >= high : worth(index) >= worth(peak)));
+  return `${what} The deepest one here: ${peak === null ? "peak before this range" : `peak ${moment(curve.at[peak])}`}, lowest ${moment(curve.at[deep])}, ${
+    back === undefined ? "not recovered in this range" : `recovered ${moment(curve.at[back])}`}.`;
 }
 
 function nothingYet() {

@@ -25,8 +25,3 @@ export function row(...cells) {
 }
 
 export const number = (text) => element("td", { class: "number" }, text);
-
-/** Returns an entry of a list of figures (class `figures`): name, value and a note. */
-export function figure(name, value, note) {
-  return element("div", {}, element("dt", {}, name), element("dd", {}, element("strong", {}, value), element("span", {}, note)));
-}

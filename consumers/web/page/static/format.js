@@ -11,16 +11,10 @@ const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
 const days = new Intl.DateTimeFormat(undefined, { weekday: "short", year: "numeric", month: "short", day: "numeric" });
 const months = new Intl.DateTimeFormat(undefined, { year: "numeric", month: "long" });
 
-const shortMonths = new Intl.DateTimeFormat(undefined, { month: "short" });
-
 export const amount = (text) => amounts.format(text);
 export const change = (text) => (text === null ? "–" : signed.format(text));
 export const count = (value) => counts.format(value);
 export const percent = (value) => (value === null ? "–" : percents.format(value));
-/** Returns a share as per cent with its sign. */
-export const signedPercent = (value, digits = 2) => (value === null ? "–" : new Intl.NumberFormat(undefined, {
-  style: "percent", minimumFractionDigits: digits, maximumFractionDigits: digits, signDisplay: "exceptZero",
-}).format(value));
 export const moment = (iso) => moments.format(new Date(iso));
 export const time = (date) => clock.format(date);
 export const zone = () => Intl.DateTimeFormat().resolvedOptions().timeZone;
@@ -32,7 +26,6 @@ export function localNoon(date) {
 }
 export const day = (date) => days.format(localNoon(date));
 export const month = (name) => months.format(localNoon(`${name}-15`));
-export const monthNames = () => Array.from({ length: 12 }, (_, index) => shortMonths.format(new Date(2026, index, 15)));
 export const portfolio = (name) => (name === "none" ? "without a number" : name);
 
 export function duration(seconds) {

@@ -1,61 +1,66 @@
-// The performance of the chosen portfolio: figures of its daily returns, and a table of months.
+// The performance section: the figures of the whole history and the months as a heat map.
 
-import { byId, element, figure, number, replace, row } from "./dom.js";
-import { change, count, day, month, monthNames, percent, signedPercent } from "./format.js";
+import { byId, element, replace, row } from "./dom.js";
+import { day, month as named, percent } from "./format.js";
 
-const STRONG = 0.1; // a month with this return, or more, has the strongest colour
+const STEPS = [0.005, 0.02, 0.05, 0.1]; // returns from which a month has the next stronger color
+const MONTHS = [...Array(12).keys()];
+const short = new Intl.DateTimeFormat(undefined, { month: "short" });
+const ratios = new Intl.NumberFormat(undefined, { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+const ratio = (value) => (value === null ? "–" : ratios.format(value));
 
-/** Shows an answer of `performance`; null hides it. */
+/** Shows the answer of /page/performance, or nothing for null. */
 export function showPerformance(found) {
-  byId("performance").hidden = found === null;
-  if (found === null) return;
-  const { figures, problem } = found;
-  byId("performance-state").textContent = figures === null
-    ? `No returns: ${problem}.`
-    : `${count(found.closes)} daily closes from ${day(found.first)} to ${day(found.last)}, measured by ${found.measure}. `
-      + `Deposits and withdrawals (${change(found.net_deposits)} in all) are no returns. 365 days a year, risk-free rate 0 %.`;
-  byId("returns").hidden = figures === null;
-  if (figures === null) return;
-  replace(byId("figures"), ...summary(figures));
-  replace(byId("month-names"), element("th", { scope: "col" }, "Year"),
-    ...[...monthNames(), "All"].map((name) => element("th", { scope: "col", class: "number" }, name)));
-  replace(byId("month-returns"), ...years(figures));
+  const { figures, problem, measure } = found ?? { figures: null, problem: null };
+  byId("performance").hidden = !found;
+  byId("performance-figures").hidden = !figures;
+  if (!found) return;
+  byId("performance-note").textContent = figures
+    ? `Of the whole history, ${day(found.first)} to ${day(found.last)}, from daily closes of ${measure}; deposits and withdrawals are no `
+      + "return. The risk-free rate is 0 and a year has 365 days. A ratio needs returns that differ; – means that there is none."
+    : `No figures: ${problem ?? "there are no closes"}.`;
+  if (!figures) {
+    replace(byId("performance-list"));
+    replace(byId("heat"));
+    return;
+  }
+  const deepest = figures.deepest_drawdown;
+  const one = (best, name) => [percent(best.total_return), name(best.date ?? best.month)];
+  replace(byId("performance-list"), ...[
+    ["Total return", percent(figures.total_return)], ["Annual return", percent(figures.annual_return)],
+    ["Volatility of a year", percent(figures.volatility)], ["Sharpe ratio", ratio(figures.sharpe_ratio)],
+    ["Sortino ratio", ratio(figures.sortino_ratio)], ["Calmar ratio", ratio(figures.calmar_ratio)],
+    ["Deepest drawdown", percent(deepest?.share ?? null), deepest ? dates(deepest) : ""],
+    ["Longest time under water", `${figures.longest_under_water_days} ${figures.longest_under_water_days === 1 ? "day" : "days"}`],
+    ["Best day", ...one(figures.best_day, day)], ["Worst day", ...one(figures.worst_day, day)],
+    ["Best month", ...one(figures.best_month, named)], ["Worst month", ...one(figures.worst_month, named)],
+    ["Winning days", percent(figures.winning_days)],
+  ].map(([name, value, note = ""]) => element("div", {}, element("dt", {}, name),
+    element("dd", {}, element("strong", {}, value), element("span", {}, note)))));
+  replace(byId("heat"), heatMap(
+    figures.months.map((each) => ({ month: each.month, return: each.total_return })),
+    new Map(figures.years.map((each) => [String(each.year), each.total_return]))));
 }
 
-function summary(figures) {
-  const drawdown = figures.deepest_drawdown;
-  const best = (one) => [signedPercent(one.total_return), one.date ? day(one.date) : month(one.month)];
-  return [
-    figure("Total return", signedPercent(figures.total_return), ""),
-    figure("Annual return", signedPercent(figures.annual_return), figures.annual_return === null ? "from 30 days on" : "compounded"),
-    figure("Volatility", percent(figures.volatility), "a year"),
-    figure("Sharpe ratio", ratio(figures.sharpe_ratio), "return per volatility"),
-    figure("Sortino ratio", ratio(figures.sortino_ratio), "return per volatility of losses"),
-    figure("Calmar ratio", ratio(figures.calmar_ratio), "annual return per deepest drawdown"),
-    figure("Deepest drawdown", drawdown === null ? "none" : percent(drawdown.share), drawdown === null ? ""
-      : `from ${day(drawdown.peak)} to ${day(drawdown.trough)}, ${drawdown.recovered === null ? "not recovered yet" : `recovered on ${day(drawdown.recovered)}`}`),
-    figure("Longest below a peak", figures.longest_under_water_days === 1 ? "1 day" : `${count(figures.longest_under_water_days)} days`, ""),
-    figure("Best day", ...best(figures.best_day)),
-    figure("Worst day", ...best(figures.worst_day)),
-    figure("Best month", ...best(figures.best_month)),
-    figure("Worst month", ...best(figures.worst_month)),
-    figure("Winning days", percent(figures.winning_days), "of the days with a change"),
-  ];
+const dates = ({ peak, trough, recovered }) =>
+  `peak ${day(peak)}, lowest ${day(trough)}, ${recovered ? `recovered ${day(recovered)}` : "not recovered yet"}`;
+
+/** Returns a table with a row per year and a column per month, from [{ month: "2026-01", return: 0.0123 }, …]. */
+export function heatMap(months, years = new Map()) {
+  const returns = new Map(months.map((one) => [one.month, one.return]));
+  const rows = [...new Set([...months.map(({ month }) => month.slice(0, 4)), ...years.keys()])].sort();
+  const title = (text) => element("th", { scope: "col", class: "number" }, text);
+  return element("table", { class: "heat" },
+    element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "Year"),
+      ...MONTHS.map((number) => title(short.format(new Date(2026, number, 15)))), title("Whole year"))),
+    element("tbody", {}, ...rows.map((year) => row(element("th", { scope: "row" }, year),
+      ...MONTHS.map((number) => cell(returns.get(`${year}-${String(number + 1).padStart(2, "0")}`))), cell(years.get(year))))));
 }
 
-const ratio = (value) => (value === null ? "–" : value.toFixed(2));
-
-/** Returns a row for each year, newest first: the return of each month and of the year, coloured by sign and size. */
-function years({ months, years: whole }) {
-  const by = new Map(months.map((one) => [one.month, one.total_return]));
-  return [...whole].reverse().map(({ year, total_return: all }) => row(
-    element("th", { scope: "row" }, String(year)),
-    ...Array.from({ length: 12 }, (_, index) => cell(by.get(`${year}-${String(index + 1).padStart(2, "0")}`))),
-    number(signedPercent(all, 1))));
-}
-
+// The figure has its sign, so nobody needs the color.
 function cell(value) {
-  if (value === undefined) return number("");
-  const strength = Math.min(4, Math.ceil((4 * Math.abs(value)) / STRONG));
-  return element("td", { class: `number heat ${value < 0 ? "loss" : "gain"}-${strength}` }, signedPercent(value, 1));
+  if (value === undefined || value === null) return element("td", { class: "number" });
+  const strength = STEPS.filter((step) => Math.abs(value) >= step - 1e-9).length; // 0.02 may arrive as 0.01999…
+  const kind = value > 0 ? "gain" : value < 0 ? "fall" : "";
+  return element("td", { class: `number ${kind && `${kind} heat-${strength}`}`.trim() }, `${value > 0 ? "+" : ""}${percent(value)}`);
 }
