@@ -144,6 +144,14 @@ def test_a_formula_needs_95_percent_of_the_rows_that_decide(others: int, changed
         assert one.found.startswith(f"portfolio 1: 19 of 20 imported rows (95 %) are {PROFIT}, 3 of 3 recorded")
 
 
+def test_few_invested_rows_decide_between_two_formulas() -> None:
+    """Money was invested in 2 of 100 imported rows only. These two follow the old formula, and no other one."""
+    _import(PROFIT, [(1000, 0, 5)] * 98 + [(400, 600, 5)] * 2)
+    _record(ALL)
+    (one,) = _compared().values()
+    assert (one.imported.followed, one.changed) == ([PROFIT], True)
+
+
 def test_few_rows_that_fit_by_chance_do_not_make_a_change() -> None:
     """Nothing was invested in 95 of 100 imported rows. Of the other five, three fit one formula and two another."""
     _import(PROFIT, [(1000, 0, 5)] * 95 + [(400, 600, 5)] * 5)
