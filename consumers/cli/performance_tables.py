@@ -23,7 +23,7 @@ def print_performances(performances: Sequence[Mapping[str, Any]]) -> None:
         if one["closes"]:
             print_values(_amounts(one) | ({} if figures is None else _figures(figures)))
         if figures is None:
-            print_text(f"No returns: {one['problem']}.")
+            print_text(f"No figures: {one['problem']}.")
         else:
             print_text("\nReturns in per cent:")
             print_rows(("year", *_MONTHS, "all"), _years(figures), "")

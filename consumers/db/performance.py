@@ -1,7 +1,7 @@
 """Performance of a portfolio, computed from its daily closes.
 
-The return of a close is the change of total_profit_loss since the close before, divided by the worth at that close: a
-deposit changes the worth (a measure of consumers.db.measures), but not the profit or loss. So returns are free of
+The return of a close is the change of total_profit_loss since the close before, divided by the worth at that earlier
+close: a deposit changes the worth (a measure of consumers.db.measures), but not the profit or loss. So returns are free of
 deposits and withdrawals; money that is added between two closes earns nothing until the second. What the worth changed
 by besides profit and loss is reported as net deposits.
 
@@ -37,11 +37,12 @@ _SAME = 1e-9  # deviations below this come from the rounding of amounts to 8 dec
 
 
 class Close(NamedTuple):
-    """Amounts of the last snapshot of a date."""
+    """Amounts of the last snapshot of a date. `incomplete`: the worth leaves out money that is invested."""
 
     day: date
     worth: Decimal
     profit_loss: Decimal
+    incomplete: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Performance:
-    """Performance between the first and last close. `figures` is None if `problem` says why they would be wrong.
+    """Performance between the first and last close. Either `figures` or `problem` is None.
 
     Amounts are None without closes.
     """
@@ -139,7 +140,7 @@ def performance(closes: Sequence[Close], rates: Rates) -> Performance:
     problem = _problem(closes)
     returns = [] if problem else _returns(closes)
     if not problem and not returns:
-        problem = "the portfolio was worth nothing at every close but the last"
+        problem = "no close before the last is worth more than 0"
     change = closes[-1].profit_loss - closes[0].profit_loss if closes else None
     figures = None if problem else _figures(returns, rates)
     if not problem and figures is None:
@@ -166,25 +167,48 @@ def _problem(closes: Sequence[Close]) -> str | None:
     """Return why figures made of these closes would be wrong."""
     if len(closes) < 2:
         return f"a return needs the closes of two dates, and there {'is 1' if closes else 'are none'}"
-    changed = [
-        (after.worth - before.worth, after.profit_loss - before.profit_loss, before)
-        for before, after in pairwise(closes)
-    ]
-    moved = [one for one in changed if one[0]]
-    if moved and not any(profit for _, profit, _ in changed):
-        return "total_profit_loss never changes, but the worth does: deposits cannot be distinguished from profit"
-    flows = sum(abs(worth - profit) > _ROUNDING * abs(before.worth) for worth, profit, before in moved if before.worth)
-    if 2 * flows > len(moved):
+    incomplete = sum(one.incomplete for one in closes)
+    if incomplete:
         return (
-            f"on {flows} of the {len(moved)} dates on which the worth changed, total_profit_loss changed by another"
-            " amount: deposits cannot be distinguished from profit"
+            f"total_value leaves out the invested money in {incomplete} of the {len(closes)} closes; choose the measure"
+            " equity, or a period without them"
         )
+    return _deposit_problem(closes) or _loss_problem(closes)
+
+
+def _deposit_problem(closes: Sequence[Close]) -> str | None:
+    """Return why deposits cannot be distinguished from profit."""
+    moved = [(before, after) for before, after in pairwise(closes) if before[1:] != after[1:]]
+    if moved and all(before.profit_loss == after.profit_loss for before, after in moved):
+        return "total_profit_loss never changes, but the worth does: deposits cannot be distinguished from profit"
+    flows = [(before, after) for before, after in moved if abs(_flow(before, after)) > _ROUNDING * abs(before.worth)]
+    for before, after in flows:
+        if before.profit_loss and not after.profit_loss:
+            return f"total_profit_loss was reset to 0 on {after.day}; choose a period before or after it"
+    if 2 * len(flows) >= len(moved) > 0:
+        return (
+            f"on {len(flows)} of the {len(moved)} dates with a change, the worth and total_profit_loss changed by"
+            " different amounts: deposits cannot be distinguished from profit"
+        )
+    return None
+
+
+def _flow(before: Close, after: Close) -> Decimal:
+    """Return what was deposited between two closes; 0 if nothing was there before."""
+    if not before.worth:
+        return Decimal(0)
+    return after.worth - before.worth - (after.profit_loss - before.profit_loss)
+
+
+def _loss_problem(closes: Sequence[Close]) -> str | None:
+    """Return why a return has no base."""
     for before, after in pairwise(closes):
         change = after.profit_loss - before.profit_loss
         if change and before.worth <= 0:
             worth = f"{before.worth.normalize():f}"
             return f"the worth on {before.day} is {worth}: no return can be based on it; choose a period after it"
-        if after is not closes[-1] and before.worth + change <= 0 < before.worth:
+        left = before.worth + change  # without deposits
+        if before.worth > 0 and (left < 0 or (left == 0 and after is not closes[-1])):
             return f"everything was lost on {after.day}; choose a period before or after it"
     return None
 
@@ -225,7 +249,7 @@ def _finite_figures(returns: Sequence[_Return], rates: Rates) -> Figures:
         YearReturn(year=year.year, total_return=value)
         for year, value in _periods(returns, lambda day: day.replace(month=1, day=1))
     ]
-    worth = attrgetter("total_return")
+    by_return = attrgetter("total_return")
     changes = [value for value in values if value]
     return Figures(
         total_return=total,
@@ -236,10 +260,10 @@ def _finite_figures(returns: Sequence[_Return], rates: Rates) -> Figures:
         calmar_ratio=None if annual is None or deepest is None else annual / -deepest.share,
         deepest_drawdown=deepest,
         longest_under_water_days=under_water,
-        best_day=max(days, key=worth),
-        worst_day=min(days, key=worth),
-        best_month=max(months, key=worth),
-        worst_month=min(months, key=worth),
+        best_day=max(days, key=by_return),
+        worst_day=min(days, key=by_return),
+        best_month=max(months, key=by_return),
+        worst_month=min(months, key=by_return),
         winning_days=sum(value > 0 for value in changes) / len(changes) if changes else None,
         months=months,
         years=years,

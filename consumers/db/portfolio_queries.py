@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, TextClause, text
 
-from consumers.db.measures import EXPRESSIONS, FOLLOWS_OLD_FORMULA, Measure
+from consumers.db.measures import EXPRESSIONS, FITS, FOLLOWS_OLD_FORMULA, OLD_FORMULA, Measure
 from consumers.db.performance import Close, Performance, Rates, WorthMeasure, performance
 from consumers.db.queries import NO_LIMIT, Filter, Query, portfolio_condition, quoted, where
 
@@ -206,7 +206,10 @@ def extent(db: Connection, portfolio: int | None) -> Extent | None:
 
 
 class Snapshot(NamedTuple):
-    """Snapshot with the amounts that the history page draws; `worth` is by one of the measures."""
+    """Snapshot with the amounts that the history page draws; `worth` is by one of the measures.
+
+    `follows_old_formula`: money was invested, and total_value leaves it out (consumers.db.measures).
+    """
 
     id: int
     snapshot_date: date
@@ -215,6 +218,7 @@ class Snapshot(NamedTuple):
     balance: Decimal
     total_invested: Decimal
     total_profit_loss: Decimal
+    follows_old_formula: bool
 
 
 def page_columns(measure: Measure) -> str:
@@ -222,7 +226,8 @@ def page_columns(measure: Measure) -> str:
     return f"""
         id, snapshot_date, "timestamp" AS at, trim_scale({EXPRESSIONS[measure]}) AS worth,
         trim_scale(balance) AS balance, trim_scale(total_invested) AS total_invested,
-        trim_scale(total_profit_loss) AS total_profit_loss
+        trim_scale(total_profit_loss) AS total_profit_loss,
+        total_invested <> 0 AND {FITS[OLD_FORMULA]} AS follows_old_formula
     """
 
 
@@ -277,7 +282,8 @@ def performance_of(
     """
     used = measure or default_measure(db, portfolio)
     closes = [
-        Close(row.snapshot_date, row.worth, row.total_profit_loss) for row in daily_closes(db, portfolio, used, dates)
+        Close(row.snapshot_date, row.worth, row.total_profit_loss, used == "value" and row.follows_old_formula)
+        for row in daily_closes(db, portfolio, used, dates)
     ]
     return PortfolioPerformance(portfolio, used, performance(closes, rates))
 

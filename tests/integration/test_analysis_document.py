@@ -26,7 +26,7 @@ assert str(history["total_value"].dtype) == "decimal128(20, 8)[pyarrow]"
 assert str(history["portfolio_id"].dtype) == "int64[pyarrow]"
 assert history["portfolio_id"].isna().tolist() == [False, False, True]
 assert history["timestamp"].tolist() == times, history["timestamp"].tolist()
-assert gain.tolist() == [value - Decimal("100") for value in values], gain.tolist()
+assert not_invested.tolist() == [value - Decimal("100") for value in values], not_invested.tolist()
 assert sorted(daily.tolist()) == sorted([values[0], values[2]]), daily
 assert from_csv["total_value"].tolist() == values
 assert from_csv["timestamp"].tolist() == times

@@ -45,7 +45,19 @@ def test_invested_money_is_part_of_the_worth_that_returns_are_based_on(client: T
     assert found["figures"]["total_return"] == pytest.approx(1.01 * (1 - 106 / 10600) - 1)
     (by_value,) = client.get(PATH, params={"measure": "value"}).json()
     assert by_value["figures"] is None
-    assert "no return can be based on it" in by_value["problem"]
+    assert "leaves out the invested money in 4 of the 4 closes; choose the measure equity" in by_value["problem"]
+
+
+@pytest.mark.usefixtures("database_url")
+def test_one_row_of_another_formula_makes_no_figures_of_a_part_of_the_worth() -> None:
+    """The default measure is value then, which leaves out 10,000 in the other rows."""
+    rows = [("0", "10000", str(number), str(number)) for number in range(1, 20)]
+    store_amounts(*rows, ("0", "10000", "20", "10020"))
+    (found,) = get_performance()
+    assert (found["measure"], found["figures"]) == ("value", None)
+    assert "leaves out the invested money in 19 of the 20 closes; choose the measure equity" in found["problem"]
+    (by_equity,) = get_performance(measure="equity")
+    assert by_equity["figures"]["total_return"] == pytest.approx(19 / 10_001, rel=1e-3)
 
 
 def test_the_endpoint_the_page_and_the_command_say_what_the_operation_says(client: TestClient) -> None:
@@ -141,7 +153,7 @@ def test_the_command_says_why_there_are_no_returns() -> None:
     assert cli("performance").stdout == "There are no portfolio snapshots.\n"
     store_values([1000, 1010])
     run = cli("performance")
-    assert "No returns: total_profit_loss never changes, but the worth does" in run.stdout
+    assert "No figures: total_profit_loss never changes, but the worth does" in run.stdout
     wrong = cli("performance", "--since", "june")
     assert (wrong.exit_code, wrong.stdout) == (2, "")
     assert "june is not a date such as 2026-11-22" in wrong.stderr

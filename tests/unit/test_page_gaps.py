@@ -76,7 +76,7 @@ def test_daily_profits_and_losses_add_up_to_the_whole_change(steps: list[tuple[i
     for number, (days, value) in enumerate(steps):
         day += days if number else 0
         moment = datetime(2026, 1, 1, tzinfo=UTC)
-        closes.append(Snapshot(number, date.fromordinal(day), moment, value, Decimal(0), Decimal(0), Decimal(0)))
+        closes.append(Snapshot(number, date.fromordinal(day), moment, value, Decimal(0), Decimal(0), Decimal(0), False))
     entries = daily_changes(closes)
     assert (entries[0].change, entries[0].days) == (None, None)
     assert sum((one.change for one in entries if one.change is not None), Decimal(0)) == steps[-1][1] - steps[0][1]

@@ -63,8 +63,31 @@ def test_without_profit_or_loss_deposits_cannot_be_distinguished_from_profit() -
 
 def test_a_profit_or_loss_that_does_not_follow_the_worth_gives_no_ratio() -> None:
     """Only the last of three changes of the worth is the change of profit and loss."""
-    found = closes(("1000", "0"), ("1010", "1"), ("990", "-1"), ("991", "0"))
-    assert problem(found).startswith("on 2 of the 3 dates on which the worth changed, total_profit_loss changed by")
+    found = closes(("1000", "5"), ("1010", "6"), ("990", "4"), ("991", "5"))
+    assert problem(found).startswith("on 2 of the 3 dates with a change, the worth and total_profit_loss changed by")
+
+
+def test_growth_of_which_half_is_no_profit_or_loss_gives_no_ratio() -> None:
+    """The worth rises by 30 on each date, total_profit_loss on every second one."""
+    found = closes(*((str(1000 + 30 * number), str(30 * (number // 2))) for number in range(9)))
+    assert problem(found).startswith("on 4 of the 8 dates with a change")
+
+
+@pytest.mark.parametrize("worth", ["1040", "1060"])
+def test_a_profit_or_loss_that_is_counted_from_0_again_is_no_loss(worth: str) -> None:
+    """The worth is unchanged or rises at that date."""
+    found = closes(("1000", "0"), ("1020", "20"), ("1040", "40"), (worth, "0"), ("1080", "20"), ("1100", "40"))
+    assert problem(found) == "total_profit_loss was reset to 0 on 2026-01-04; choose a period before or after it"
+    falling = closes(("1000", "0"), ("1020", "20"), ("1040", "40"), ("1000", "0"), ("1020", "20"))
+    assert figures(falling).total_return == pytest.approx(0.02)
+
+
+def test_a_worth_without_the_invested_money_gives_no_figures() -> None:
+    complete = closes(("10000", "0"), ("10010", "10"), ("10020", "20"))
+    found = [*complete[:2], complete[2]._replace(incomplete=True)]
+    assert problem(found).startswith(
+        "total_value leaves out the invested money in 1 of the 3 closes; choose the measure"
+    )
 
 
 def test_profit_and_loss_may_be_rounded_to_cents() -> None:
@@ -82,18 +105,20 @@ def test_nothing_can_be_earned_on_nothing() -> None:
     empty = closes(("0", "0"), ("1000", "0"), ("1010", "10"), ("1020", "20"))
     assert figures(empty).total_return == pytest.approx(1.01 * (1 + 10 / 1010) - 1)
     assert "the worth on 2026-01-01 is -5" in problem(closes(("-5", "0"), ("5", "10"), ("6", "11")))
-    assert "worth nothing at every close but the last" in problem(closes(("0", "0"), ("0", "0")))
+    assert "no close before the last is worth more than 0" in problem(closes(("0", "0"), ("0", "0")))
 
 
 def test_a_total_loss_ends_the_returns() -> None:
-    assert "everything was lost on 2026-01-02" in problem(closes(("100", "0"), ("20", "-100"), ("30", "-90")))
+    assert "everything was lost on 2026-01-02" in problem(
+        closes(("100", "0"), ("0", "-100"), ("30", "-100"), ("31", "-99"))
+    )
     assert figures(closes(("100", "0"), ("110", "10"), ("0", "-100"))).total_return == pytest.approx(-1)
+    assert "everything was lost on 2026-01-02" in problem(closes(("100", "0"), ("-50", "-150")))
 
 
 def test_returns_beyond_floats_give_no_figures() -> None:
-    worth = Decimal("0.00000001")
-    found = closes(*[("0.00000001", str(number * 10**11)) for number in range(40)])
-    assert found[0].worth == worth
+    worth = [Decimal(10) ** (10 * number) for number in range(40)]
+    found = closes(*((str(one), str(one - 1)) for one in worth))
     assert "too large" in problem(found)
 
 

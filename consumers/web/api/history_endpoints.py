@@ -1,4 +1,4 @@
-"""Endpoints under /trading: pages of rows, each with an ETag and a link to the next page, and streams of all rows."""
+"""Endpoints under /trading: pages of rows with an ETag and a link to the next, streams of all rows, and performance."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ export function showPerformance(found) {
   byId("performance-note").textContent = figures
     ? `Of the whole history, ${day(found.first)} to ${day(found.last)}, from daily closes of ${measure}; deposits and withdrawals are no `
       + "return. The risk-free rate is 0 and a year has 365 days. A ratio needs returns that differ; – means that there is none."
-    : `No figures: ${problem ?? "there are no closes"}.`;
+    : `No figures: ${problem}.`;
   if (!figures) {
     replace(byId("performance-list"));
     replace(byId("heat"));
