@@ -1,9 +1,9 @@
 """Performance of a portfolio, computed from its daily closes.
 
 The return of a close is the change of total_profit_loss since the close before, divided by the worth at that earlier
-close: a deposit changes the worth (a measure of consumers.db.measures), but not the profit or loss. So returns are free of
-deposits and withdrawals; money that is added between two closes earns nothing until the second. What the worth changed
-by besides profit and loss is reported as net deposits.
+close: a deposit changes the worth (a measure of consumers.db.measures), but not the profit or loss. So returns are free
+of deposits and withdrawals; money that is added between two closes earns nothing until the second. What the worth
+changed by besides profit and loss is reported as net deposits.
 
 With the returns r_1 … r_n, their mean m, the risk-free rate R of a year, P days of a year and f = (1 + R)^(1/P) - 1:
 
