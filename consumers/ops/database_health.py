@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 
 from consumers.db import portfolio_queries, state_queries
 from consumers.db.engine import create_store_engine, translated_errors
-from consumers.db.formula_changes import compare_formulas
+from consumers.db.formula_changes import MOST_DATES, compare_formulas
 from consumers.db.logins import missing_logins
 from consumers.db.schema import creation_advice, encoding_advice, outdated_schema_problem, place_of_tables
 from consumers.db.schema_comparison import (
@@ -201,13 +201,16 @@ def _formulas(db: Connection) -> HealthCheck:
     compared, left_out = compare_formulas(db, listed, _FORMULA_SECONDS)
     changed = [one for one in compared if one.changed]
     both = sum(one.has_both for one in compared)
-    found = f"no change at an import: {both} of {len(compared)} portfolios have imported and recorded rows"
+    found = (
+        f"no change found: {both} of {len(compared)} portfolios have both imported and recorded rows on their newest"
+        f" {MOST_DATES:,} dates"
+    )
     more = f"; {left_out} portfolios were not compared within {_FORMULA_SECONDS:.0f} s" if left_out else ""
     others = f"; {len(changed) - _SHOWN_CHANGES} more portfolios" if len(changed) > _SHOWN_CHANGES else ""
     problem = "; ".join(one.found for one in changed[:_SHOWN_CHANGES]) + others
     return check_result(
         "formula of total_value",
-        (found if listed else "no change at an import: no snapshots") + more,
+        (found if listed else "no change found: no snapshots") + more,
         problem and problem + more,
         advice=". ".join(f"{one.whose}: {one.advice}" for one in changed[:_SHOWN_CHANGES]),
         state="warn",

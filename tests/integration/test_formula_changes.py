@@ -182,7 +182,9 @@ def test_only_imported_or_only_recorded_rows_are_not_compared(store: Callable[[s
     assert one.imported.read + one.recorded.read == 4
     check = _doctored()
     assert (check["status"], check["advice"]) == ("ok", "")
-    assert check["found"] == "no change at an import: 0 of 1 portfolios have imported and recorded rows"
+    assert check["found"] == (
+        "no change found: 0 of 1 portfolios have both imported and recorded rows on their newest 1,000 dates"
+    )
 
 
 def test_each_portfolio_is_compared_with_itself() -> None:
@@ -206,7 +208,7 @@ def test_each_portfolio_is_compared_with_itself() -> None:
 
 def test_doctor_without_rows_has_nothing_to_compare(redis: Redis) -> None:
     check = _doctored()
-    assert (check["status"], check["found"]) == ("ok", "no change at an import: no snapshots")
+    assert (check["status"], check["found"]) == ("ok", "no change found: no snapshots")
     assert _run("doctor")[0] == 0
 
 
