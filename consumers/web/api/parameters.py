@@ -74,14 +74,14 @@ class PageParameters(_Parameters):
 class StreamParameters(PageParameters):
     """Parameters of the listings that can also be streams of all rows."""
 
-    limit: int | None = Field(  # type: ignore[assignment]
+    limit: int | None = Field(  # type: ignore[assignment]  # wider than in PageParameters
         None,
         ge=1,
         le=MAX_LIMIT,
         description=f"Maximum number of rows; by default {DEFAULT_LIMIT}, and as NDJSON all rows.",
         examples=[100],
     )
-    format: Literal["json", "csv", "ndjson"] | None = Field(  # type: ignore[assignment]
+    format: Literal["json", "csv", "ndjson"] | None = Field(  # type: ignore[assignment]  # as above
         None, description="Overrides the Accept header."
     )
 
