@@ -96,7 +96,7 @@ def _of_closes(closes: Sequence[Snapshot], measure: Measure) -> Curve:
 
 
 def drawdown(measure: Measure, worth: float, peak: float) -> float | None:
-    """Return the lost part of the highest worth, 0 or negative; None for profit/loss, or if the highest is not positive."""
+    """Return the lost part of the highest worth, 0 or negative; None for profit/loss, or if `peak` is not positive."""
     return worth / peak - 1 if peak > 0 and measure != "profit_loss" else None
 
 
