@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import re
 import signal
@@ -362,6 +364,22 @@ def escaped(text: str) -> str:
     return _NOT_PLAIN.sub(
         lambda found: found[0] if found[0] in "\n\t" or _is_printable(found[0]) else json.dumps(found[0])[1:-1], text
     )
+
+
+def print_any_character() -> None:
+    """Make standard output write each character that its encoding does not have as a JSON escape.
+
+    Otherwise a title with an umlaut would raise UnicodeEncodeError on a terminal that has only ASCII.
+    """
+    codecs.register_error("json-escape", _json_escapes)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="json-escape")
+
+
+def _json_escapes(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def _is_printable(character: str) -> bool:

@@ -15,7 +15,7 @@ from redis import RedisError
 from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, running, up, views
 from consumers.ops.redis_errors import redis_problem
 from consumers.process_setup import on_stop_signals, write_logs
-from consumers.terminal import escaped
+from consumers.terminal import escaped, print_any_character
 from producers.errors import HistoryError, SettingsError
 from producers.redis_keys import key_prefix_problem
 
@@ -108,6 +108,7 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
+    print_any_character()
     try:
         # Not standalone: typer would print a usage error as a box of five lines.
         sys.exit(app(standalone_mode=False))
