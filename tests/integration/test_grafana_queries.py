@@ -191,7 +191,7 @@ _INSERT = text("""
 
 
 def _row(portfolio: int | None, day: int, amounts: str, *, hour: int = 20) -> dict[str, Any]:
-    """Return a snapshot of a day from _SINCE on; `amounts` are balance, total_invested, total_profit_loss, total_value."""
+    """Return a snapshot of a day from _SINCE on. Amounts: balance, total_invested, total_profit_loss, total_value."""
     at = _SINCE + timedelta(days=day, hours=hour)
     numbers = dict(zip(("balance", "invested", "profit", "value"), map(Decimal, amounts.split()), strict=True))
     return {"portfolio": portfolio, "day": at.date(), "at": at, "trades": 10 * day, **numbers}
