@@ -249,6 +249,7 @@ def test_panels_answer_their_questions(reader: Connection) -> None:
         _row(1, 1, "1010 0 -20 990"),
         _row(2, 1, "5 0 0 5"),
         _row(1, 4, "1000 0 10 1010"),
+        _row(1, 4, "1000 0 90 1090", hour=8),  # stored later
     )  # fmt: skip
 
     def points(title: str, **variables: Any) -> list[tuple[Any, ...]]:
@@ -256,8 +257,8 @@ def test_panels_answer_their_questions(reader: Connection) -> None:
 
     assert points("Daily change of profit and loss") == [(None,), (-20.0,), (30.0,)]
     assert points("Trades per day") == [(None,), (10,), (30,)]
-    assert points("Snapshots per day") == [(1,), (2,), (1,)]
-    assert points("Open positions", interval="12h") == [(2,)] * 4
+    assert points("Snapshots per day") == [(1,), (2,), (2,)]
+    assert points("Open positions", interval="12h") == [(2,)] * 5
     assert points("Profit and loss so far", interval="1d") == [(0.0,), (-20.0,), (10.0,)]
     assert [row["time"].isoformat() for row in _found(reader, "Snapshots per day", portfolios=("1",))] == [
         f"2026-06-0{day}T00:00:00+00:00" for day in (1, 2, 5)
@@ -286,7 +287,9 @@ def test_fully_invested_portfolio_is_not_shown_as_worthless(reader: Connection) 
     assert worth("Worth", "auto", "1") == worth("Worth", "equity", "1") == [10000.0, 10000.35]
     assert worth("Worth", "value", "1") == [10000.0, 0.35]
     assert worth("Worth", "auto", "2") == worth("Worth", "value", "2") == [1010.0, 2005.0, 2005.0, 2020.0, 2030.0]
-    assert [worth("Latest snapshots", "auto", portfolio) for portfolio in "12"] == [[10000.35], [2030.0]]
+    for portfolio, measure, expected in (("1", "auto", 10000.35), ("1", "equity", 10000.35), ("1", "value", 0.35),
+                                         ("2", "auto", 2030.0), ("2", "value", 2030.0)):  # fmt: skip
+        assert worth("Latest snapshots", measure, portfolio) == [expected]
     assert [row["drawdown"] for row in _found(reader, "Drawdown", portfolios=("1",))] == [0.0]
     assert _found(reader, "Drawdown", portfolios=("1",), measure="value") == []  # no figures
     lost = [row["drawdown"] for row in _found(reader, "Drawdown", portfolios=("2",))]
