@@ -250,6 +250,8 @@ def test_panels_answer_their_questions(reader: Connection) -> None:
         _row(2, 1, "5 0 0 5"),
         _row(1, 4, "1000 0 10 1010"),
         _row(1, 4, "1000 0 90 1090", hour=8),  # stored later
+        _row(None, 4, "7 0 0 7"),
+        _row(None, 4, "9 0 0 9", hour=8),
     )  # fmt: skip
 
     def points(title: str, **variables: Any) -> list[tuple[Any, ...]]:
@@ -263,10 +265,11 @@ def test_panels_answer_their_questions(reader: Connection) -> None:
     assert [row["time"].isoformat() for row in _found(reader, "Snapshots per day", portfolios=("1",))] == [
         f"2026-06-0{day}T00:00:00+00:00" for day in (1, 2, 5)
     ]
-    times = [row["time"] for row in _found(reader, "Worth", portfolios=("1",), interval="1d")]
-    assert times == [_SINCE.timestamp() + 86400 * day for day in (0, 1, 4)]
+    worth = [(row["time"], row["worth"]) for row in _found(reader, "Worth", portfolios=("1",), interval="1d")]
+    assert worth == [(_SINCE.timestamp() + 86400 * day, value) for day, value in ((0, 1000), (1, 990), (4, 1010))]
     (latest,) = _found(reader, "Latest snapshots", portfolios=("1",))
     assert (latest["profit_loss"], latest["trades"], latest["snapshot"].day) == (10.0, 40, 5)
+    assert [row["worth"] for row in _found(reader, "Latest snapshots", portfolios=("none",))] == [7.0]
 
 
 def test_fully_invested_portfolio_is_not_shown_as_worthless(reader: Connection) -> None:
@@ -311,6 +314,7 @@ def test_drawdown_is_that_of_the_performance_or_missing_where_it_has_no_figures(
             gained += chance.choice([0, 10, 10, -10, -10, -100, -gained])
             value = {"old": paid_in - invested + gained, "all": paid_in + gained, "value": paid_in}[kind]
             rows.append(_row(portfolio, day, f"{paid_in - invested} {invested} {gained} {value}"))
+            rows.append(_row(portfolio, day, "1 1 1 1", hour=8))  # not the last one of the date
     _store(*rows)
     found: dict[str, float] = {}
     for row in _found(reader, "Drawdown", measure=measure, portfolios=[str(number) for number in range(1, 121)]):
