@@ -307,7 +307,7 @@ def test_drawdown_is_that_of_the_performance_or_missing_where_it_has_no_figures(
     chance = random.Random(20)
     rows = []
     for portfolio in range(1, 121):
-        kind, paid_in, gained = chance.choice(["old", "all", "value"]), chance.choice([0, 100, 1000]), Decimal(0)
+        kind, paid_in, gained = chance.choice(["old", "all", "value"]), chance.choice([0, 100, 1000]), 0
         for day in range(chance.randint(1, 6)):
             invested = chance.choice([0, 0, 50])
             paid_in += chance.choice([0, 0, 0, 0, 0, 0, 0, 70])
