@@ -17,8 +17,9 @@ from consumers.ops import exposition
 from consumers.ops.checks import HealthCheck
 from consumers.ops.database_health import database_server_checks
 from consumers.ops.exposition import worker_registry
-from consumers.ops.health import HealthReader, Probe
+from consumers.ops.health import HealthReader
 from consumers.ops.outbox_health import OutboxHealth
+from consumers.ops.probes import Probe
 from consumers.ops.queue_health import Owner, QueueHealth, read_queue
 from consumers.ops.redis_health import redis_server_checks
 from producers.errors import OutboxError
