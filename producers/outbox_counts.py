@@ -9,6 +9,9 @@ from producers.entries import OutboxGrowth, OutboxStatus
 from producers.outbox_schema import IS_PLAIN
 
 ALL = 2**62  # a position beyond all entries
+# To measure the growth, at most 20,000 entries are read.
+PAGE_ENTRIES = 500
+MOST_PAGES = 40
 
 # Beyond `sent_through` no position is missing: entries are deleted only up to it.
 _PENDING_COUNT = """
@@ -44,8 +47,6 @@ _NEWEST = "SELECT recorded_at FROM entries ORDER BY position DESC"
 _SETTLED_SINCE = "SELECT count(*) FROM outcomes WHERE settled_at > ? AND settled_at <= ?"
 _OLDEST_OUTCOME = "SELECT min(settled_at) FROM outcomes"
 _LAST_POSITION = "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'entries'), 0)"
-_PAGE_ENTRIES = 500
-_MOST_PAGES = 40
 
 
 def pending(db: sqlite3.Connection, until: int = ALL) -> int:
@@ -83,12 +84,12 @@ def growth(db: sqlite3.Connection, now: float, seconds: float) -> OutboxGrowth |
     None if that is not known: entries that were settled in this time may have been deleted.
     """
     since, recorded, newest = now - seconds, 0, db.execute(_NEWEST)
-    for page_number in range(_MOST_PAGES):
-        recent = [at for (at,) in newest.fetchmany(_PAGE_ENTRIES) if since < at <= now]
+    for page_number in range(MOST_PAGES):
+        recent = [at for (at,) in newest.fetchmany(PAGE_ENTRIES) if since < at <= now]
         if not recent:
             break
         recorded += len(recent)
-        if page_number == _MOST_PAGES - 1:
+        if page_number == MOST_PAGES - 1:
             since = min(recent)
     newest.close()
     counted = status(db, now)
