@@ -233,7 +233,7 @@ def print_values(values: Values) -> None:
 
 
 def values_table(values: Values) -> Table:
-    """Return a table of names and values, which a narrow window wraps."""
+    """Return a table of names and values; a small window wraps the values."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     for name, value in values.items() if isinstance(values, Mapping) else values:

@@ -24,14 +24,20 @@ _SETTING = "HISTORY_PING_URL"
 
 def _ping_option(text: str) -> SecretStr:
     if text == _SETTING:
-        url = PingSettings.from_environment().url
-        if url is None:
-            raise SettingsError(f"{_SETTING} is not set, so --ping {_SETTING} has no URL")
-        return url
+        return SecretStr(text)
     try:
         return ping_url(text)
     except ValueError as error:
         raise typer.BadParameter(f"{error}, or the word {_SETTING}") from None
+
+
+def _url_of(option: SecretStr) -> SecretStr:
+    if option.get_secret_value() != _SETTING:
+        return option
+    url = PingSettings.from_environment().url
+    if url is None:
+        raise SettingsError(f"{_SETTING} is not set, so --ping {_SETTING} has no URL")
+    return url
 
 
 Ping = Annotated[
@@ -45,12 +51,13 @@ Ping = Annotated[
 ]
 
 
-def read_and_ping(read: Callable[[], tuple[Values, Sequence[str]]], url: SecretStr | None) -> tuple[Values, bool]:
-    """Call `read`, which returns values and problems, and report the problems, or an error, if there is a `url`.
+def read_and_ping(read: Callable[[], tuple[Values, Sequence[str]]], ping: SecretStr | None) -> tuple[Values, bool]:
+    """Call `read`, which returns values and problems, and report the problems, or an error, if `ping` is given.
 
     Returns:
-        The values, and whether there are no problems and, with a `url`, the ping was delivered.
+        The values, and whether there are no problems and the ping, if any, was delivered.
     """
+    url = None if ping is None else _url_of(ping)
     try:
         LogSettings.from_environment()
         values, problems = read()
@@ -67,11 +74,11 @@ def _delivered(url: SecretStr | None, problems: Sequence[str]) -> bool:
     """Send the ping if there is a `url`. Return False, with one line on stderr, if it was not delivered."""
     if url is None:
         return True
-    from consumers.ops.ping import ping
+    from consumers.ops.ping import ping as send
 
     mask = _mask(url)
     try:
-        ping(url, [mask.masked(one) for one in problems])
+        send(url, [mask.masked(one) for one in problems])
     except PingNotDelivered as error:
         print(f"error: {escaped(str(error))}", file=sys.stderr)
         return False

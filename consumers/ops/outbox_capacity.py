@@ -12,7 +12,7 @@ from producers.outbox import MAX_BYTES, Outbox
 from producers.settings import TransportSettings
 
 GROWTH_SECONDS = 300.0
-# The pages of the empty tables are a large part of a smaller file, so bytes per entry cannot be told.
+# The pages of the empty tables are a large part of a smaller file, so the bytes per entry are not known.
 _SMALLEST_BYTES = 2**20
 
 

@@ -142,7 +142,7 @@ def _acknowledgements(redis: Redis) -> int | None:
 
 
 def _sizes(redis: Redis, keys: Sequence[str], *, items: int = _SAMPLED_ITEMS) -> list[int | None]:
-    """Return the bytes of each key, 0 if it does not exist, estimated from so many of its items; 0 means all items."""
+    """Return the bytes of each key, 0 if it does not exist, estimated from `items` of its items; 0 means all."""
     return [size or 0 for size in _answers(redis, [("MEMORY USAGE", key, "SAMPLES", items) for key in keys])]
 
 

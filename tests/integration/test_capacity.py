@@ -24,6 +24,7 @@ from consumers.ops.status import pipeline_status
 from producers.events import KINDS
 from producers.history_producer import HistoryProducer
 from producers.outbox import MAX_BYTES
+from tests.documents import table
 from tests.factories import a_snapshot
 
 _ROWS = """
@@ -61,7 +62,7 @@ def _measured() -> Any:
 
 @pytest.mark.usefixtures("database_url")
 def test_rate_counts_the_rows_of_the_last_5_minutes() -> None:
-    """Of all history tables; none in this time is a rate of 0."""
+    """Rows of all history tables are counted. If there are none, the rate is 0, not unknown."""
     assert (_measured().stored_per_second, _measured().rate_seconds) == (0.0, 300.0)
     _insert(2000, "1000 - n / 10")  # all of them are older
     assert _measured().stored_per_second == 0.0
@@ -256,3 +257,7 @@ def test_sizes_have_a_sum_unless_one_is_unknown() -> None:
     assert shown["Redis keys"] == "about 1.0 MiB: jobs 1.0 MiB, queue 1.0 KiB"
     shown = dict(capacity_lines(_UNKNOWN | {"redis_key_bytes": known | {"acknowledgements": None}}))
     assert shown["Redis keys"] == "about jobs 1.0 MiB, queue 1.0 KiB, acknowledgements unknown"
+
+
+def test_documented_names_are_those_of_the_json() -> None:
+    assert [row[0].strip("`") for row in table("consumers/ops/CAPACITY.md", "capacity")] == list(_UNKNOWN)

@@ -122,7 +122,7 @@ _FULL = 10 * _MIB / 1000  # bytes of an entry, see below
         (10 * _MIB, 0, MAX_BYTES, 0.0, None),
         (10 * _MIB, -300, MAX_BYTES, -_FULL, None),
         (MAX_BYTES + 1, 300, MAX_BYTES, (MAX_BYTES + 1) / 1000, 0.0),
-        (_MIB - 1, 300, MAX_BYTES, None, None),  # too small to tell the bytes of an entry
+        (_MIB - 1, 300, MAX_BYTES, None, None),  # too small for an estimate
     ],
 )
 def test_time_until_full_follows_from_growth_and_room(
