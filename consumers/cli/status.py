@@ -17,6 +17,7 @@ from consumers.terminal import json_text, print_json, print_values, values_table
 
 _WATCH_SECONDS = 2.0
 _LONG_SECONDS = 365 * 86400.0
+_SERVERS = {"database": "database", "redis": "Redis", "outbox": "outbox"}
 _NAMES_OF_KEYS = {
     "jobs": "jobs",
     "queue": "queue",
@@ -85,8 +86,13 @@ def _print_block(values: dict[str, Any], as_json: bool) -> None:
 
 def _lines(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return the names and values for a terminal: the state, the problems, an empty line and the capacity."""
-    state = [(name, value) for name, value in values.items() if name not in ("problems", "capacity")]
     problems = [("problem", problem) for problem in values["problems"]] or [("problems", None)]
+    state = [
+        # The reason is in the line of the problem.
+        (name, "cannot be read" if f"{_SERVERS.get(name)}: {value}" in values["problems"] else value)
+        for name, value in values.items()
+        if name not in ("problems", "capacity")
+    ]
     return [*state, *problems, ("", ""), *capacity_lines(values["capacity"])]
 
 

@@ -135,13 +135,15 @@ def _capacity(
     found["table_bytes"] = database.table_bytes if database else None
     for name in ("used_bytes", "max_bytes", "key_bytes"):
         found[f"redis_{name}"] = getattr(redis, name, None)
-    not_read = dict(redis.not_read) if redis else {}
+    found["not_read"] = not_read = dict[str, str]()
     if rows and rows.capacity_error:
         not_read["tables"] = rows.capacity_error.with_advice()
-    for what, reading in (("Redis memory", memory), ("outbox size", outbox)):
-        if problem := _problem(reading):
+    for what, reading, part in (("Redis memory", memory, health.queue), ("outbox size", outbox, health.outbox)):
+        problem = _problem(reading)
+        if part.error is None and problem:  # otherwise the reason is among the problems
             not_read[what] = problem
-    found["not_read"] = not_read
+    if redis and health.queue.error is None:
+        not_read |= redis.not_read
     return found
 
 

@@ -213,8 +213,8 @@ def test_everything_is_unknown_while_no_server_answers(monkeypatch: pytest.Monke
     monkeypatch.setenv("DATABASE_URL", "postgresql://u@127.0.0.1:1/x")
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1")
     values, healthy = pipeline_status()
-    assert (values["capacity"] | {"not_read": {}}, healthy) == (_UNKNOWN, False)
-    assert list(values["capacity"]["not_read"]) == ["Redis memory"]
+    assert (values["capacity"], healthy) == (_UNKNOWN, False)
+    assert [problem.partition(":")[0] for problem in values["problems"]] == ["database", "Redis"]
     lines = dict(capacity_lines(_UNKNOWN))
     assert set(lines.values()) == {"-"}
 
