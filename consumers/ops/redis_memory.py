@@ -133,7 +133,7 @@ def _acknowledgements(redis: Redis) -> int | None:
         return None
     prefix, cursor, keys = acknowledgement_key(""), 0, list[str]()
     for _ in range(2 * _FEW_KEYS // _SCANNED_KEYS):
-        cursor, page = redis.scan(cursor, count=_SCANNED_KEYS)  # type: ignore[misc]  # not a coroutine here
+        cursor, page = redis.scan(cursor, count=_SCANNED_KEYS)
         keys += [key for key in map(_text, page) if key.startswith(prefix)]
         if cursor == 0:
             break
@@ -152,7 +152,7 @@ def _answers(redis: Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         return []
     with redis.pipeline(transaction=False) as pipe:
         for command in commands:
-            pipe.execute_command(*command)
+            pipe.execute_command(*command)  # type: ignore[no-untyped-call]  # redis-py's annotations are incomplete
         replies: list[Any] = pipe.execute(raise_on_error=False)
     for reply in replies:
         if isinstance(reply, RedisError) and not is_wrong_type(reply):

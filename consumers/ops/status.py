@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,7 +72,7 @@ def pipeline_status() -> tuple[dict[str, Any], bool]:
         SettingsError: a setting is missing or invalid.
     """
     began = time.monotonic()
-    measuring = [_memory.start(), _outbox.start()]
+    measuring: list[Future[Any]] = [_memory.start(), _outbox.start()]
     health = _reader.read(_ALL_SECONDS)
     memory, outbox = readings(measuring, max(_MEASURING_SECONDS - (time.monotonic() - began), 0.0))
     values: dict[str, Any] = {}

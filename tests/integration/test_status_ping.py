@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -34,7 +37,7 @@ _PASSWORD = "s3cr%40t"
 
 
 def _run(
-    service: Service | str, *arguments: str, program: list[str] = _PROGRAM, **environment: str
+    service: Service | str, *arguments: str, program: Sequence[str] = _PROGRAM, **environment: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run `status`, or the command of `arguments`, with --ping. Its output never has the id of the check."""
     url = service if isinstance(service, str) else service.url
@@ -200,6 +203,18 @@ def test_host_with_an_outbox_only_can_be_watched(redis: Redis, tmp_path: Path) -
     assert [body.partition(":")[0] for body in bodies[4:6]] == ["HISTORY_LOG", "HISTORY_LOG"]
     assert bodies[6].startswith("this command needs the extra [worker]")
     assert "problem" in runs[1].stdout
+
+
+def test_servers_that_hang_are_a_failure_in_bounded_time() -> None:
+    """They accept connections and never answer. Nothing is measured then, and all of it takes less than a minute."""
+    with socket.create_server(("127.0.0.1", 0)) as hanging, monitoring_service() as service:
+        place = f"127.0.0.1:{hanging.getsockname()[1]}"
+        began = time.monotonic()
+        ran = _run(service, DATABASE_URL=f"postgresql://u@{place}/x", REDIS_URL=f"redis://{place}")
+        took = time.monotonic() - began
+    assert (ran.returncode, took < 45 + 10 + 5) == (1, True)
+    assert [line.partition(":")[0] for line in service.got[0].body.splitlines()] == ["database", "Redis"]
+    assert "Redis memory  -" in ran.stdout
 
 
 def test_status_and_ping_are_bounded_while_the_service_hangs(redis: Redis, database_url: str) -> None:
