@@ -133,9 +133,10 @@ def _outbox(found: Mapping[str, Any]) -> str:
         grows = ""
     elif full is None:
         grows = ", backlog not growing"
+    elif full > _LONG_SECONDS:  # such as a few entries that are just on their way
+        grows = ", not full within a year"
     else:
-        when = "over a year" if full > _LONG_SECONDS else duration(full)
-        grows = f", full in {when} at {size(60 * growth)} a minute"
+        grows = f", full in {duration(full)} at {size(60 * growth)} a minute"
     return f"{size(used)} of {size(limit)}{grows}"
 
 
