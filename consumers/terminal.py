@@ -226,15 +226,19 @@ def print_compared(compared: Sequence[Mapping[str, Any]]) -> None:
     print_rows(("file", *counts), cells, "There is nothing to compare.")
 
 
-def print_values(values: Mapping[str, Any]) -> None:
+Values = Mapping[str, Any] | Sequence[tuple[str, Any]]
+
+
+def print_values(values: Values) -> None:
     """Print names and values, one per line."""
     _print(values_table(values))
 
 
-def values_table(values: Mapping[str, Any]) -> Table:
-    """Return a table of names and values."""
+def values_table(values: Values) -> Table:
+    """Return a table of names and values; a small window wraps the values."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in values.items():
+    table.add_column(no_wrap=True)
+    for name, value in values.items() if isinstance(values, Mapping) else values:
         table.add_row(name.replace("_", " "), Text(printable(_value_text(value))))
     return table
 

@@ -18,9 +18,10 @@ from redis import RedisError
 from consumers.db.engine import read_transaction
 from consumers.db.portfolio_queries import newest_snapshot_ages
 from consumers.errors import first_line
-from consumers.ops.health import HealthReader, Reading, Value
+from consumers.ops.health import HealthReader
 from consumers.ops.metrics import COUNTS, WAITED_FOR, Histogram
 from consumers.ops.outbox_health import OutboxHealth
+from consumers.ops.probes import Reading, Value
 from consumers.ops.queue_health import QueueHealth, queue_of_settings
 from producers.errors import HistoryError
 from producers.outbox import MAX_BYTES
