@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta, timezone
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from consumers.terminal import (
     print_compared,
     print_import_statistics,
     print_json,
+    print_rejection_groups,
     print_rejections,
     print_text,
     print_values,
@@ -25,6 +27,7 @@ HOSTILE = "[/x] [range 1-2] [red]r[/red] :warning: \x1b[2J\x9b\n"
 SHOWN = "[/x] [range 1-2] [red]r[/red] :warning: �[2J��"
 
 _REJECTION = {"job_id": HOSTILE, "kind": None, "event_id": None, "created_at": INSTANT, "reason": HOSTILE}
+_GROUP = {"count": 1, "kind": None, "source": HOSTILE, "first_at": INSTANT, "last_at": INSTANT} | _REJECTION
 _ARCHIVE = {"id": 1, "portfolio_id": 1, "archived_at": INSTANT, "archive_month": "2026-11", "signals_count": 1}
 _SIGNAL = {"action": "[/x]", "market_question": "Will [/b] win? [range 1-2] \x1b[2J"}
 _COUNTS = ("stored", "duplicate", "rejected", "discarded", "withdrawn", "under_way", "last")
@@ -45,7 +48,8 @@ _SOURCE |= {
 @pytest.mark.parametrize(
     ("show", "what"),
     [
-        (print_rejections, [_REJECTION]),
+        (partial(print_rejections, otherwise=""), [_REJECTION]),
+        (partial(print_rejection_groups, otherwise=""), [_GROUP]),
         (print_audit, [_SOURCE | {"source": HOSTILE}]),
         (print_compared, [{"name": HOSTILE, "read": 1, "equal": 1, "differences": 0}]),
         (print_checks, [{"status": "ok", "name": HOSTILE, "found": HOSTILE, "advice": HOSTILE}]),
@@ -91,7 +95,7 @@ def test_a_time_that_ends_in_z_is_in_utc(capsys: pytest.CaptureFixture[str]) -> 
     """In any offset that the database returned."""
     local = INSTANT.astimezone(timezone(timedelta(hours=9)))
     print_archives([_ARCHIVE | {"archived_at": local, "signals_data": [{}]}])
-    print_rejections([_REJECTION | {"created_at": local}])
+    print_rejections([_REJECTION | {"created_at": local}], "")
     print_audit([_SOURCE | {"source": "a", "since": local}])
     assert capsys.readouterr().out.count("2026-11-22 17:02:46Z") == 4
 
