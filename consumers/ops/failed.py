@@ -25,14 +25,16 @@ VARIES = "…"  # in the reason of a group: a part that differs from event to ev
 _AT_ONCE = 500
 _TEXT_BYTES = 1024 * 1024  # texts of lost jobs that are in memory at once, or one larger text
 
-# In our events the type is before the data. In those of other programs it may come later, and the kind is unknown then.
-_BEGINNING = "left(event, 4096)"
-# Members of a JSON object whose values are neither objects nor arrays.
-_MEMBERS = r'^\s*\{(?:\s*"(?:[^"\\]|\\.)*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[^]["{},]*),)*'
+# The part of an event's text before its data. In our events, it has the type. In those of other programs the type may
+# come later: their kind is unknown then. A quote in a string of JSON has a backslash, so this finds only names.
+_BEFORE_DATA = """
+    split_part(CASE WHEN octet_length(event) > 8192 THEN left(event, 4096) ELSE event END, '"data":', 1)
+"""
 # Two reasons are the same if they differ only in words with a digit, such as numbers and ids, and in quoted values that
 # follow a colon. Quoted names, as of a constraint, are not values.
-_VARYING = r"""[A-Za-z0-9_-]*[0-9][A-Za-z0-9_-]*|(?<=: )(?:"[^"]*"|'[^']*')"""
-_GROUP = "regexp_replace(reason, :varying, :varies, 'g')"
+_VALUES = r""": (?:"[^"]*"|'[^']*')"""
+_WORDS = "[A-Za-z0-9_-]*[0-9][A-Za-z0-9_-]*(?:[.:][0-9][A-Za-z0-9_-]*)*"
+_GROUP = "regexp_replace(regexp_replace(reason, :values, ': ' || :varies, 'g'), :words, :varies, 'g')"
 
 _GROUPS = """
     SELECT count(*) AS count, kind,
@@ -110,7 +112,7 @@ class Selection:
         """Return the parameters of `sql`, and of the expressions of kinds and groups."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         values |= {name: at and at.astimezone(UTC) for name in ("since", "until") if (at := values[name])}
-        return values | {"varying": _VARYING, "varies": VARIES} | _kind_patterns()
+        return values | {"values": _VALUES, "words": _WORDS, "varies": VARIES} | _types()
 
 
 ALL = Selection()
@@ -125,13 +127,19 @@ _REASON_CONDITION = f"({_TEXT_CONDITION} OR strpos(lower({_GROUP}), lower(:reaso
 
 def _kind_sql() -> str:
     """Return the SQL expression for the name of an event's kind, which reads only the beginning of its text."""
-    cases = (f"WHEN {_BEGINNING} ~ :kind_{n} THEN '{kind.name}'" for n, kind in enumerate(KINDS.values()))
+    cases = (f"WHEN {_has_type(n)} THEN '{kind.name}'" for n, kind in enumerate(KINDS.values()))
     return f"CASE {' '.join(cases)} END"
 
 
-def _kind_patterns() -> dict[str, str]:
-    ends = (rf'\s*"type"\s*:\s*"{re.escape(kind.type)}"' for kind in KINDS.values())
-    return {f"kind_{n}": _MEMBERS + end for n, end in enumerate(ends)}
+def _has_type(number: int) -> str:
+    return " OR ".join(f"strpos({_BEFORE_DATA}, :type_{number}{form}) > 0" for form in ("", "_spaced"))
+
+
+def _types() -> dict[str, str]:
+    """Return the types of all kinds as members of a JSON object, without a space behind the colon and with one."""
+    types = [*enumerate(KINDS)]
+    spaced = {f"type_{n}_spaced": f'"type": "{event_type}"' for n, event_type in types}
+    return {f"type_{n}": f'"type":"{event_type}"' for n, event_type in types} | spaced
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,7 @@ class FailedJobs:
         """Enqueue new jobs under these ids, in place of what is there."""
         queue = self._queue(self._name)
         with self._redis.pipeline() as pipe:
+            pipe.multi()  # RQ would call it after the first commands, where it is an error
             for one in lost:
                 pipe.delete(Job.key_for(one.job_id))
                 pipe.zrem(self._failed_key, one.job_id)
