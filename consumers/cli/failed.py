@@ -165,9 +165,9 @@ def failed_requeue(
     if dry_run:
         _print_plan(selection, "requeued")
         return
-    with _action(selection) as (queue, on_progress):
+    with _action(selection) as (queue, total, on_progress):
         count = requeue(rejections(selection), *queue, on_progress=on_progress)
-    print(f"{count:,} requeued")
+    _print_done(count, total, "requeued")
 
 
 @failed_app.command("discard")
@@ -208,10 +208,12 @@ def failed_discard(
     if dry_run:
         _print_plan(selection, "discarded")
         return
-    with _action(selection) as (queue, on_progress):
+    # Options may select what somebody else has just requeued; a name means this event.
+    waiting = {"even_waiting": name is not None}
+    with _action(selection) as (queue, total, on_progress):
         chosen = rejections(selection)
-        count = discard(chosen, *queue, because, actor or _account(), on_progress=on_progress)
-    print(f"{count:,} discarded")
+        count = discard(chosen, *queue, because, actor or _account(), **waiting, on_progress=on_progress)
+    _print_done(count, total, "discarded")
 
 
 def _selection(
@@ -256,8 +258,8 @@ def _selection(
 
 
 @contextmanager
-def _action(selection: Selection) -> Iterator[tuple[tuple[Any, str], Callable[[int], object]]]:
-    """Start the servers; yield Redis with the name of the queue, and a function that shows the progress.
+def _action(selection: Selection) -> Iterator[tuple[tuple[Any, str], int, Callable[[int], object]]]:
+    """Start the servers; yield Redis with the queue's name, the number of events, and a function for the progress.
 
     Raises:
         HistoryError: a job id or event id was given, and no rejection has it.
@@ -271,7 +273,12 @@ def _action(selection: Selection) -> Iterator[tuple[tuple[Any, str], Callable[[i
         if not total and selection.name is not None:
             raise _not_found(selection.name)
         with progress_bar() as progress:
-            yield (settings.redis(), settings.queue), lambda done: progress(done, total)
+            yield (settings.redis(), settings.queue), total, lambda done: progress(done, total)
+
+
+def _print_done(count: int, selected: int, done: str) -> None:
+    left = selected - count
+    print(f"{count:,} {done}{f'; {left:,} left: queued again, or no longer rejected' if left > 0 else ''}")
 
 
 def _print_plan(selection: Selection, done: str) -> None:

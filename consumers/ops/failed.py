@@ -340,6 +340,7 @@ def discard(
     reason: str,
     actor: str | None = None,
     *,
+    even_waiting: bool = True,
     on_progress: Callable[[int], object] = lambda _: None,
 ) -> int:
     """Discard the chosen rejections and delete their jobs. Text, `reason` and `actor` stay in event_outcomes.
@@ -348,6 +349,7 @@ def discard(
     events are still rejected. The same call continues its work.
 
     Args:
+        even_waiting: Whether to discard also events whose jobs wait or run, since somebody has requeued them.
         on_progress: Called after each batch with the number of rejections that were looked at.
 
     Returns:
@@ -357,11 +359,10 @@ def discard(
     discarded, done = 0, 0
     for some in _batches(chosen):
         with get_db() as db:
-            rejected = [*_locked(db, some)]
             # First: if the process dies before the commit, the events are still rejected, and can be discarded again.
-            jobs.delete(rejected)
-            db.execute(_DISCARD, {"job_ids": rejected, "reason": reason, "actor": actor})
-        discarded += len(rejected)
+            deleted = jobs.delete([*_locked(db, some)], even_waiting=even_waiting)
+            db.execute(_DISCARD, {"job_ids": deleted, "reason": reason, "actor": actor})
+        discarded += len(deleted)
         done += len(some)
         on_progress(done)
     return discarded

@@ -106,20 +106,33 @@ class FailedJobs:
             return False
         return True
 
-    def delete(self, job_ids: Sequence[str]) -> None:
-        """Delete jobs, wherever they are listed. A worker that has reserved one sees that it was deleted."""
+    def delete(self, job_ids: Sequence[str], *, even_waiting: bool) -> list[str]:
+        """Delete jobs, wherever they are listed. A worker that has reserved one sees that it was deleted.
+
+        Unless `even_waiting`, a job that waits or runs stays as it is.
+
+        Returns:
+            The ids of all but those that stay.
+        """
+
+        def stays(job: _UnopenedJob | None) -> bool:
+            return not even_waiting and job is not None and job.get_status(refresh=False) in _WAITING
 
         def write(jobs: Jobs, pipe: Pipeline) -> None:
             for job_id, job in jobs.items():
+                if stays(job):
+                    continue
                 if job is None:
                     pipe.delete(Job.key_for(job_id), Result.get_key(job_id))
                 elif job.is_plain:
                     self._delete_plain(job, pipe)
                 pipe.zrem(self._failed_key, job_id)
 
-        for job in self._changed(job_ids, write).values():
+        deleted = {job_id: job for job_id, job in self._changed(job_ids, write).items() if not stays(job)}
+        for job in deleted.values():
             if job and not job.is_plain:
                 job.delete()
+        return [*deleted]
 
     def _delete_plain(self, job: _UnopenedJob, pipe: Pipeline) -> None:
         """Delete what RQ's `Job.delete` deletes. That would read status and executions of each job first."""

@@ -166,7 +166,7 @@ def test_an_event_that_is_discarded_before_its_rejection_is_acknowledged_is_sent
 
 
 def test_a_discard_that_dies_before_its_commit_leaves_the_event_rejected(machine: DeliveryMachine) -> None:
-    """Its job is gone from Redis, with a worker's rejection that was not acknowledged yet. A second discard succeeds."""
+    """Its job is gone from Redis, and its rejection was not acknowledged yet. A second discard succeeds."""
     machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
     machine.worker(0).reserve(2)
     machine.worker(0).process()
