@@ -157,6 +157,17 @@ def test_documented_handling_of_rejected_events_uses_existing_commands() -> None
     assert {shlex.split(line)[2] for line in lines} == {"list", "show", "requeue", "discard"}
 
 
+def test_documented_options_that_select_rejected_events_are_those_of_the_commands() -> None:
+    documented = {
+        option.split()[0]
+        for cell, _ in table("consumers/ops/REJECTIONS.md", "selecting rejected events")
+        for option in re.findall("`([^`]+)`", cell)
+    }
+    commands = _commands()
+    shared = set.intersection(*(_options(commands[f"failed {name}"]) for name in ("list", "requeue", "discard")))
+    assert documented == shared
+
+
 def test_documented_set_up_of_json_logs_writes_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
