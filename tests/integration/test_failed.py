@@ -218,15 +218,15 @@ def test_nothing_of_a_discarded_job_is_left_in_redis(redis: Redis, database_url:
 
 
 class _Meddled(Redis):
-    """Client that lets another program act, once, when a transaction reads what it watches."""
+    """Client that lets another program act, once, after the reads: RQ asks for the version then."""
 
     act: Callable[[], object] | None = None
 
-    def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Any:
-        if self.act is not None and not transaction:
+    def info(self, section: str | None = None, *args: str, **kwargs: Any) -> Any:
+        if self.act is not None:
             act, self.act = self.act, None
             act()
-        return super().pipeline(transaction, shard_hint)
+        return super().info(section, *args, **kwargs)
 
 
 def test_a_job_that_rq_requeues_meanwhile_is_queued_once(redis: Redis, database_url: str) -> None:
@@ -236,6 +236,7 @@ def test_a_job_that_rq_requeues_meanwhile_is_queued_once(redis: Redis, database_
     meddled = _Meddled(connection_pool=redis.connection_pool)
     meddled.act = lambda: queue.failed_job_registry.requeue(jobs[1])
     assert requeue(rejections(), meddled, "history") == 2
+    assert meddled.act is None
     assert sorted(queue.get_job_ids()) == sorted(jobs)
 
 
