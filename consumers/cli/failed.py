@@ -208,11 +208,11 @@ def failed_discard(
     if dry_run:
         _print_plan(selection, "discarded")
         return
-    # Options may select what somebody else has just requeued; a name means this event.
-    waiting = {"even_waiting": name is not None}
+    named = name is not None  # options may select what somebody else has just requeued
+    actor = actor or _account()
     with _action(selection) as (queue, total, on_progress):
         chosen = rejections(selection)
-        count = discard(chosen, *queue, because, actor or _account(), **waiting, on_progress=on_progress)
+        count = discard(chosen, *queue, because, actor, even_waiting=named, on_progress=on_progress)
     _print_done(count, total, "discarded")
 
 
