@@ -101,7 +101,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left_out: Set[
     for column in columns:
         if column not in left_out:
             justify: JustifyMethod = "right" if column in _NUMBERS else "left"
-            table.add_column(column, justify=justify, no_wrap=column not in _FREE_TEXT)
+            wrapped = column in _FREE_TEXT
+            table.add_column(column, justify=justify, no_wrap=not wrapped, overflow="fold" if wrapped else "ellipsis")
     for row in rows:
         # As Text: rich would read brackets in a cell as styles.
         table.add_row(*(Text(cell) for column, cell in zip(columns, row, strict=True) if column not in left_out))

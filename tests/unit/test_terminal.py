@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import timedelta, timezone
 from functools import partial
 from typing import Any
@@ -106,3 +107,25 @@ def test_the_command_in_the_damage_of_a_file_is_on_one_line(capsys: pytest.Captu
     counts = dict.fromkeys(("read", "stored", "already_there", "rejected"), 0)
     print_import_statistics([{"name": "a", "damage": damage, "notes": {}, **counts}])
     assert damage.rstrip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_rejections_fit_a_window_and_their_reasons_are_complete(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long word of a reason is wrapped; a source is cut to what `--source` needs."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    job, event = "a3d0b793687e439b8cfa30c1ac6e721c-1-cb1c19f888a60c3e", "f4187212-a240-5ba7-b147-dd5ea2e5cc73"
+    reason = f"event {event} is stored already as row 17 of portfolio_history, with other content"
+    print_rejections([_REJECTION | {"job_id": job, "kind": "snapshot", "event_id": event, "reason": reason}], "")
+    each = capsys.readouterr().out
+    print_rejection_groups([_GROUP | {"kind": "snapshot", "source": f"bot/{job[:32]}", "reason": reason}], "")
+    groups = capsys.readouterr().out
+    for out in (each, groups):
+        assert max(map(len, out.splitlines())) <= columns
+        assert "…" not in out
+    assert job in each
+    assert "bot/a3d0b793" in groups
+    assert "bot/a3d0b7936" not in groups
