@@ -398,6 +398,6 @@ def test_worker_without_redis_logs_it_once_without_secrets(tmp_path: Path) -> No
     ],
 )
 def test_an_invalid_time_is_named_with_an_example(command: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(app, [*command, "yesterday"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, [*command, "tomorrow"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
-    assert "yesterday is not a time such as 2026-11-22T17:00 or 2026-11-22T17:00+01:00" in result.output
+    assert "tomorrow is not a time: write for example 2026-11-22T17:00, 2026-11-22T17:00+01:00, 7d" in result.output

@@ -107,9 +107,9 @@ def test_command_lines_in_code_blocks_can_be_run(document: str) -> None:
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("failed discard JOB", "Missing parameter: reason"),
+        ("failed discard JOB", "Missing parameter: because"),
         ("failed requeue ONE TWO", "unexpected extra argument"),
-        ("audit --since yesterday", "yesterday is not a time"),
+        ("audit --since tomorrow", "tomorrow is not a time"),
         ("worker --processes two", "valid integer"),
     ],
 )
@@ -152,9 +152,20 @@ def test_commands_in_the_alert_rules_exist() -> None:
 
 
 def test_documented_handling_of_rejected_events_uses_existing_commands() -> None:
-    lines = block("consumers/ops/README.md", "handle rejected events").splitlines()
+    lines = block("consumers/ops/REJECTIONS.md", "handle rejected events").splitlines()
     assert [one for line in lines for one in _unknown(line.removeprefix("trading-history "))] == []
     assert {shlex.split(line)[2] for line in lines} == {"list", "show", "requeue", "discard"}
+
+
+def test_documented_options_that_select_rejected_events_are_those_of_the_commands() -> None:
+    documented = {
+        option.split()[0]
+        for cell, _ in table("consumers/ops/REJECTIONS.md", "selecting rejected events")
+        for option in re.findall("`([^`]+)`", cell)
+    }
+    commands = _commands()
+    shared = set.intersection(*(_options(commands[f"failed {name}"]) for name in ("list", "requeue", "discard")))
+    assert documented == shared
 
 
 def test_documented_set_up_of_json_logs_writes_json(
