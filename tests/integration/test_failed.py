@@ -253,7 +253,7 @@ def _failed(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_requeue_that_is_killed_goes_on_in_a_second_run(redis: Redis, database_url: str) -> None:
+def test_a_requeue_that_is_killed_continues_in_a_second_run(redis: Redis, database_url: str) -> None:
     """No job is lost, and none is queued twice."""
     jobs, queue = reject_conflicts(redis, 600), history_queue(redis)
     with _locked(jobs[-1]):
@@ -269,7 +269,7 @@ def test_a_requeue_that_is_killed_goes_on_in_a_second_run(redis: Redis, database
     assert (len(get_portfolio_history()), list(rejections()), queue.failed_job_registry.count) == (600, [], 0)
 
 
-def test_a_discard_that_is_killed_goes_on_in_a_second_run(redis: Redis, database_url: str) -> None:
+def test_a_discard_that_is_killed_continues_in_a_second_run(redis: Redis, database_url: str) -> None:
     jobs, queue = reject_conflicts(redis, 600), history_queue(redis)
     with _locked(jobs[-1]):
         killed = _failed("discard", "--all", "--because", "test data")

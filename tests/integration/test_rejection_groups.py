@@ -65,7 +65,7 @@ def _withdrawn(by: str, at: str) -> str:
     ids=["conflict", "path", "position", "withdrawn", "exception", "value in PostgreSQL's message"],
 )
 def test_reasons_that_differ_in_values_are_one_group(first: str, second: str, shown: str) -> None:
-    """Each value is shown as …. `--reason` finds them by a part of this text, and by a part of their own text."""
+    """Each value is shown as …. `--reason` finds them by a part of this text, and by a part of the recorded text."""
     store_rejections(first, prefix="a-")
     store_rejections(second, prefix="b-")
     store_rejections("another reason", prefix="c-")
