@@ -66,15 +66,10 @@ class Up:
         return {name: value.strip("'") for name, _, value in (line.partition("=") for line in lines)}
 
     def child(self, command: str) -> psutil.Process:
-        """Return the present child process that runs this command."""
-        found: list[psutil.Process] = []
-
-        def is_there() -> bool:
-            found[:] = [one for one in psutil.Process(self.process.pid).children() if command in one.cmdline()]
-            return bool(found)
-
-        until(is_there)
-        return found[0]
+        """Return the child process that runs this command."""
+        children = psutil.Process(self.process.pid).children()
+        (found,) = [one for one in children if one.is_running() and command in _command_line(one)]
+        return found
 
     def record(self, portfolio_id: int) -> None:
         """Record an event as a controller in another shell does that ends at once."""
@@ -122,6 +117,13 @@ def home() -> Iterator[Path]:
     with TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
         yield Path(folder, "home")
         until(lambda: _processes_of(Path(folder)) == [], 30)
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.ZombieProcess:
+        return []
 
 
 def _processes_of(folder: Path) -> list[str]:
