@@ -115,7 +115,7 @@ def test_fish_completes_commands_options_values_and_files(folder: Path) -> None:
 @pytest.mark.parametrize("command", ["--install-completion", "--show-completion"])
 def test_completion_needs_no_settings_and_starts_nothing(command: str, folder: Path) -> None:
     """It works before anything is set up."""
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HISTORY_LOG": "wrong"}
+    environment = {**os.environ, "HOME": str(folder), "HISTORY_LOG": "wrong"}
     run = subprocess.run(
         ["bash", "-c", f"{PROGRAM} {command}; exit $?"],
         capture_output=True, text=True, check=False, timeout=60, env=environment, cwd=folder,
