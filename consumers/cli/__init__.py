@@ -68,14 +68,14 @@ def options(
     """Read the options of the program itself. The hidden ones are for its child processes."""
     global _debug, _program
     _debug, _program = debug, context.command_path
+    if embedded_home is not None:
+        from consumers.embedded import used
+
+        context.with_resource(used(embedded_home))  # before the next step, so that this process stops the servers
     if while_stdin:
         from consumers.embedded.child_processes import stop_with_stdin
 
         stop_with_stdin()
-    if embedded_home is not None:
-        from consumers.embedded import used
-
-        context.with_resource(used(embedded_home))
     try:
         write_logs(logging.DEBUG if debug else logging.INFO)
     except SettingsError:

@@ -44,11 +44,12 @@ def _show_page(outbox: Path) -> None:
 
     os.environ["HISTORY_OUTBOX"] = str(outbox)
     with usual_or_free_port("The history page", PAGE_PORT) as listening:
-        threading.Thread(target=_open_browser, args=[url_of(listening)], name="browser", daemon=True).start()
+        threading.Thread(target=open_browser, args=[url_of(listening)], name="browser", daemon=True).start()
         serve(listening)
 
 
-def _open_browser(url: str) -> None:
+def open_browser(url: str) -> None:
+    """Open the address in a browser with a window; say so if there is none."""
     import webbrowser
 
     # Without a display, the standard library would start a browser for terminals in this terminal.
