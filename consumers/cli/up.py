@@ -61,7 +61,7 @@ def up(context: typer.Context) -> None:
         status = supervise(
             [Child(name, start) for name, start in children.items() if start is not None],
             [
-                WatchedServer(f"embedded {server.name}", lambda server=server: server.process() is not None, again)
+                WatchedServer(f"embedded {server.name}", server.process, again)
                 for server, again in (restarts(home) if home else ())
             ],
         )

@@ -1,9 +1,9 @@
 """PostgreSQL and Valkey (a Redis-compatible server) for one machine, installed from wheels.
 
 All files are in one folder, `home`: `postgres/`, `valkey/`, a log of each, and two lock files. A process locks `lock`
-while it starts or stops the servers. Each `servers()` block has a shared lock on `users`; a block that can make this
-lock exclusive is the last one, and stops the servers. The kernel releases the locks of a killed process, so the number
-of users is never wrong.
+while it starts or stops the servers. Each `servers()` and `used()` block has a shared lock on `users`; a block that can
+make this lock exclusive is the last one, and stops the servers. The kernel releases the locks of a killed process, so
+the number of users is never wrong.
 
 Both servers listen on unix sockets only, which only their owner and root can open, so they need no passwords.
 """

@@ -147,11 +147,14 @@ class Child(_Supervised):
 
 
 class WatchedServer(_Supervised):
-    """A running server that is not a child of this process. `start` starts it unless it runs, and waits for it."""
+    """A running server that is not a child of this process.
 
-    def __init__(self, name: str, is_running: Callable[[], bool], start: Callable[[], None]) -> None:
+    `find` returns None if it does not run. `start` starts it unless it runs, and waits until it answers.
+    """
+
+    def __init__(self, name: str, find: Callable[[], object | None], start: Callable[[], None]) -> None:
         super().__init__(name)
-        self._is_running = is_running
+        self._find = find
         self._start_server = start
         self._starter = ThreadPoolExecutor(1, thread_name_prefix=name)  # a start may take as long as a recovery
         self._starting: Future[None] | None = None
@@ -167,7 +170,7 @@ class WatchedServer(_Supervised):
             self._starting = self._starter.submit(self._start_server)
         elif not self._is_down and time.monotonic() >= self._check_at:
             self._check_at = time.monotonic() + _SERVER_POLL_SECONDS
-            if not self._is_running():
+            if self._find() is None:
                 self._is_down = True
                 self._note_failure("killed or stopped by another program")
 

@@ -155,7 +155,7 @@ def test_a_read_only_dashboard_says_so_and_shows_no_buttons(
         """Return the names of the visible buttons of each page."""
         with (
             dashboard_of(pair.redis_url, tmp_path / "log", **settings) as dashboard,
-            chromium.new_context(viewport=DESK, http_credentials=login) as context,
+            chromium.new_context(viewport=DESK, http_credentials=login) as context,  # type: ignore[arg-type]  # a dict is accepted
         ):
             found = {}
             page = context.new_page()

@@ -45,7 +45,8 @@ def create_app(guard: login.Guard, redis: Redis, queue_name: str) -> Flask:
     app.register_blueprint(blueprint)
     if guard.is_readonly:
         # RQ removes the ids of jobs and workers that no longer exist when it reads a list.
-        redis.lrem = redis.srem = lambda *_args, **_options: 0  # type: ignore[method-assign]
+        for command in ("lrem", "srem"):
+            setattr(redis, command, lambda *_: 0)
         app.after_request(_without_buttons)
 
     @app.url_value_preprocessor
