@@ -128,7 +128,7 @@ def _metrics_options() -> Sequence[str]:
     settings = MetricsSettings.from_environment()
     if settings.port is None:
         return ()
-    with usual_or_free_port("The metrics", settings.port, settings.host) as listening:
+    with usual_or_free_port("The metrics server", settings.port, settings.host) as listening:
         return (f"--metrics-port={listening.getsockname()[1]}",)
 
 

@@ -328,7 +328,7 @@ def test_with_servers_of_the_settings_nothing_secret_is_printed(
             with HistoryProducer(redis, queue="other", outbox=tmp_path / "outbox.db") as producer:
                 assert producer.record(a_snapshot()).wait(30) == 1
             until(lambda: "serving metrics at http://127.0.0.1:" in up.log)
-            assert up.log.count("The metrics uses another port this time: cannot listen at 127.0.0.1 port ") == 1
+            assert up.log.count("The metrics server uses another port this time: cannot listen at 127.0.0.1 port ") == 1
             assert "s3cret" not in up.log + "\n".join(up.lines)
             assert up.signal(signal.SIGTERM) == 0
     assert not home.exists()
