@@ -273,13 +273,16 @@ def test_without_the_extras_of_the_web_servers_the_rest_runs(home: Path, tmp_pat
 
 
 def _failed(*program: str, **environment: str) -> str:
-    """Run `up`, which must fail before it prints or starts anything, and return its error."""
+    """Run `up`, which must fail before it prints or starts anything, and return its error.
+
+    A line about a port that another program uses may come first.
+    """
     run = subprocess.run(
         [*(program or PROGRAM), "up"], capture_output=True, text=True, timeout=60, check=False,
         env={**os.environ, **environment},
     )  # fmt: skip
     assert (run.returncode, run.stdout) == (1, "")
-    return run.stderr
+    return "".join(line for line in run.stderr.splitlines(keepends=True) if " uses another port " not in line)
 
 
 def test_without_the_extra_of_the_worker_it_names_it(redis: Redis, database_url: str) -> None:
