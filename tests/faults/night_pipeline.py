@@ -1,0 +1,264 @@
+"""The pipeline of a night: the processes of two hosts, and what happens to them.
+
+The bots' host runs two long-running controllers and a pool of two workers. The other host runs controllers from cron, which
+record one event and exit, a relay for one of their two outboxes, and the API.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+from redis import Redis
+from rq.suspension import resume, suspend
+from rq.worker_registration import WORKERS_BY_QUEUE_KEY
+from sqlalchemy import text
+
+from consumers.db.engine import engine
+from producers.events import PortfolioSnapshot
+from producers.history_producer import HistoryProducer
+from producers.redis_keys import owners_key, reserved_key
+from tests.factories import a_snapshot
+from tests.faults.accepted import Accepted, AcceptedFile, accepted_by_controller, delivery_of_receipt
+from tests.faults.embedded_servers import EmbeddedServers
+from tests.faults.supervisor import ROOT, Supervisor
+from tests.faults.verdict import Verdict, verdict
+from tests.ports import free_port
+
+_PROGRAMS = "tests.faults.programs"
+_RECORD_PAUSE_SECONDS = 1.0  # at most, between two events of a long-running controller
+_CRON_SECONDS = 10.0
+_LATE_SECONDS = 600.0  # age of the late controller's events
+_WORKERS = 2
+_WAIT_SECONDS = 60.0  # for a process, a reservation, the last entries
+_PORTFOLIOS = {"bot": 1, "bot-2": 2, "cron": 3, "cron-alone": 4, "late": 5, "by-hand": 6}
+_OLD_SNAPSHOT_AGE = timedelta(hours=27)
+
+
+class Pipeline:
+    """Processes of the night. Everything is in the folder `home`, in which the embedded servers run."""
+
+    def __init__(self, home: Path, dice: random.Random) -> None:
+        self.home, self._dice = home, dice
+        self.servers = EmbeddedServers(home)
+        for folder in ("accepted", "bots", "bot-host", "cron-host"):
+            (home / folder).mkdir()
+        for name in _PORTFOLIOS:
+            (home / "bots" / name).mkdir()
+        self._bot_host = Supervisor(home / "bot-host", {"HISTORY_OUTBOX": str(self._outbox("bot"))})
+        self._cron_host = Supervisor(home / "cron-host", {"HISTORY_OUTBOX": str(self._outbox("cron"))})
+        self._redis = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=5)
+        self._worker_port, self._api_port = _free_ports(_WORKERS), free_port()
+        self._cron_runs, self._cron_at = 0, 0.0
+        self._by_hand = HistoryProducer(outbox=self._outbox("by-hand"), name="by-hand")
+        self._by_hand_file = AcceptedFile(home / "accepted" / "by-hand.0.jsonl")
+        self._suspended = False
+
+    @property
+    def targets(self) -> dict[str, list[str]]:
+        """Addresses that Prometheus scrapes, by job."""
+        workers = [f"127.0.0.1:{self._worker_port + number}" for number in range(_WORKERS)]
+        return {"trading-history-worker": workers, "trading-history-api": [f"127.0.0.1:{self._api_port}"]}
+
+    def _outbox(self, name: str) -> Path:
+        return self.home / "bots" / name / "outbox.db"
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the processes during the block, and wait at its start until the workers and the API answer."""
+        try:
+            self.start_workers()
+            self.start_relay()
+            self.start_api()
+            self._start_controller("bot")
+            self._start_controller("bot-2")
+            while self._redis.scard(WORKERS_BY_QUEUE_KEY % "history") < _WORKERS or not self._api_answers():
+                self.tick()
+                time.sleep(0.2)
+            yield
+        finally:
+            self._resume_workers()
+            self._by_hand.close(0)
+            for host in (self._bot_host, self._cron_host):
+                for child in self._children(host):
+                    with contextlib.suppress(psutil.Error):
+                        child.kill()
+                host.kill_all("workers", "relay", "api", "controller", "cron")
+
+    def _api_answers(self) -> bool:
+        return any(
+            one.laddr.port == self._api_port and one.status == psutil.CONN_LISTEN
+            for one in psutil.net_connections("tcp4")
+        )
+
+    def tick(self) -> None:
+        """Start the programs that have ended, and the next controller from cron."""
+        self._bot_host.restart_what_ended()
+        self._cron_host.restart_what_ended()
+        if time.monotonic() >= self._cron_at:
+            self._cron_at = time.monotonic() + _CRON_SECONDS
+            for name in self._cron_host.names("cron"):
+                if not self._cron_host.is_running(name):
+                    self._cron_host.kill(name)  # forgets the program that has ended
+            self._start_cron()
+
+    def _start_cron(self) -> None:
+        """Start a controller. Those whose outbox a relay process serves are killed as soon as they have recorded."""
+        self._cron_runs += 1
+        relayed = self._cron_runs % 2 == 1
+        arguments = self._controller("cron" if relayed else "cron-alone", self._cron_runs)
+        arguments += ["--count", "1", "--end", "kill" if relayed else "return"]
+        self._cron_host.start(f"cron {self._cron_runs}", lambda: arguments, restarts=False)
+
+    def _start_controller(self, name: str, *more: str) -> None:
+        starts = iter(range(10**6))
+        pause = ["--pause", str(_RECORD_PAUSE_SECONDS)]
+        self._bot_host.start(f"controller {name}", lambda: [*self._controller(name, next(starts)), *pause, *more])
+
+    def _controller(self, name: str, number: int) -> list[str]:
+        accepted = self.home / "accepted" / f"{name}.{number}.jsonl"
+        files = ["--outbox", str(self._outbox(name)), "--accepted", str(accepted)]
+        seed, portfolio = str(self._dice.randrange(10**6)), str(_PORTFOLIOS[name])
+        return [_PROGRAMS, "report", *files, "--name", name, "--seed", seed, "--portfolio", portfolio]
+
+    def start_workers(self) -> None:
+        options = ["--processes", str(_WORKERS), "--metrics-port", str(self._worker_port)]
+        self._bot_host.start("workers 0", lambda: ["consumers.cli", "worker", *options])
+
+    def stop_workers(self) -> None:
+        """Stop the pool, which is the supervisor of the workers."""
+        self._bot_host.stop("workers 0")
+
+    def start_relay(self) -> None:
+        self._cron_host.start("relay 0", lambda: ["consumers.cli", "relay", "--outbox", str(self._outbox("cron"))])
+
+    def kill_relay(self) -> None:
+        self._cron_host.kill("relay 0")
+
+    def start_api(self) -> None:
+        self._cron_host.start("api 0", lambda: ["consumers.cli", "api", "--port", str(self._api_port)])
+
+    def kill_api(self) -> None:
+        self._cron_host.kill("api 0")
+
+    def start_late_controller(self) -> None:
+        self._start_controller("late", "--late", str(_LATE_SECONDS))
+
+    def stop_late_controller(self) -> None:
+        self._bot_host.kill("controller late")
+
+    def stop_database(self) -> None:
+        self.servers.stop("postgres", signal.SIGINT)
+
+    def stop_redis(self) -> None:
+        self.servers.stop("redis", signal.SIGTERM)
+
+    def pause_workers(self) -> str:
+        """Suspend the workers, as `rq suspend` does, or send SIGSTOP to them."""
+        self._suspended = self._dice.random() < 0.5
+        if self._suspended:
+            suspend(self._redis)
+            return "workers suspended"
+        for worker in self._children(self._bot_host):
+            worker.suspend()
+        return "workers stopped by SIGSTOP"
+
+    def resume_workers(self) -> None:
+        if self._suspended:
+            resume(self._redis)
+        self._resume_workers()
+
+    def _resume_workers(self) -> None:
+        for worker in self._children(self._bot_host):
+            with contextlib.suppress(psutil.Error):
+                worker.resume()
+
+    def _children(self, host: Supervisor) -> list[psutil.Process]:
+        pids = [host.pid(name) for name in host.names("workers")]
+        with contextlib.suppress(psutil.Error):
+            return [child for pid in pids if pid is not None for child in psutil.Process(pid).children()]
+        return []
+
+    def kill_a_worker_with_reserved_jobs(self) -> None:
+        """Lock the history table until a worker has reserved jobs, and kill it."""
+        with engine().begin() as db:
+            db.execute(text("LOCK TABLE portfolio_history IN ACCESS EXCLUSIVE MODE"))
+            deadline = time.monotonic() + _WAIT_SECONDS
+            while (pid := self._pid_with_reserved_jobs()) is None:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"no worker reserved jobs within {_WAIT_SECONDS:.0f} s")
+                time.sleep(0.05)
+            time.sleep(0.5)  # by then the insert waits for the lock
+            os.kill(pid, signal.SIGKILL)
+
+    def _pid_with_reserved_jobs(self) -> int | None:
+        for owner in self._redis.hkeys(owners_key("history")):
+            name = owner.decode().rpartition(":")[0]
+            pid = self._redis.hget(f"rq:worker:{name}", "pid")
+            if pid is not None and self._redis.llen(reserved_key("history", owner.decode())):
+                return int(pid)
+        return None
+
+    def record_a_conflict(self) -> None:
+        """Record two events with the same id and different content; the second one is rejected."""
+        now = datetime.now(UTC)
+        for balance in (1, 2):
+            self._record(a_snapshot(timestamp=now, snapshot_date=now.date(), portfolio_id=1, balance=balance))
+
+    def discard_rejected(self) -> None:
+        command = [sys.executable, "-m", "consumers.cli", "failed", "discard", "--all", "--reason", "part of the night"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=_WAIT_SECONDS)
+
+    def record_an_old_snapshot(self) -> None:
+        self._record_snapshot(datetime.now(UTC) - _OLD_SNAPSHOT_AGE)
+
+    def record_a_new_snapshot(self) -> None:
+        self._record_snapshot(datetime.now(UTC))
+
+    def _record_snapshot(self, at: datetime) -> None:
+        self._record(a_snapshot(timestamp=at, snapshot_date=at.date(), portfolio_id=_PORTFOLIOS["by-hand"]))
+
+    def _record(self, snapshot: PortfolioSnapshot) -> None:
+        self._by_hand_file.write(delivery_of_receipt(self._by_hand.record(snapshot), snapshot))
+
+    def verdict(self) -> Verdict:
+        """Stop the controllers, wait until each entry of the outboxes is settled, and judge the events."""
+        for host in (self._bot_host, self._cron_host):
+            host.kill_all("controller", "cron")
+        outboxes = sorted(self.home.glob("bots/*/outbox.db"))
+        deadline = time.monotonic() + _WAIT_SECONDS
+        with contextlib.ExitStack() as stack:
+            others = [stack.enter_context(HistoryProducer(outbox=path)) for path in outboxes]
+            while sum(producer.status().depth for producer in others) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        accepted: dict[str, Accepted] = accepted_by_controller(self.home / "accepted")
+        return verdict(outboxes, accepted, redis=self._redis)
+
+
+def _free_ports(count: int) -> int:
+    """Return the first of `count` consecutive ports that nobody listens at now."""
+    while True:
+        first = free_port()
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for number in range(count):
+                stack.enter_context(_bound(first + number))
+            return first
+
+
+@contextmanager
+def _bound(port: int) -> Iterator[None]:
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", port))
+        yield
