@@ -398,7 +398,8 @@ def table_of(result: NightResult) -> str:
     )
     judged = result.verdict
     text.append(
-        f"{judged.accepted} events accepted: {judged.rows} rows, {judged.duplicate} duplicates, {judged.rejected} rejected"
+        f"{judged.accepted} events accepted: {judged.rows} rows, {judged.duplicate} duplicates,"
+        f" {judged.rejected} rejected"
     )
     text.append(f"{len(result.judgement.false_alerts)} false or unresolved alerts, {len(result.problems)} problems")
     return "\n".join(text + [f"  {problem}" for problem in result.problems[:30]])

@@ -8,16 +8,14 @@ from dataclasses import dataclass, field
 from tests.faults.alert_rules import Rule
 
 REACTION_SECONDS = 5.0  # for scrapes and evaluations that take time on a busy machine
-RECOVERY_SECONDS = (
-    60.0  # after a repair: processes start, a worker or relay connects again (pauses up to 30 s), backlogs
-)
+RECOVERY_SECONDS = 60.0  # after a repair: processes start or connect again (pauses up to 30 s), a backlog is stored
 
 
 @dataclass(frozen=True)
 class Expected:
     """An alert that a fault must raise.
 
-    `notice_seconds` pass until the fault can be seen in the metrics. If `is_old`, the limit of the rule has passed before.
+    `notice_seconds` pass until the fault can be seen in the metrics. If `is_old`, the rule's limit has passed before.
     """
 
     alert: str
@@ -81,7 +79,7 @@ class Judgement:
 
 
 def promised_seconds(rule: Rule, expected: Expected, interval: float) -> float:
-    """Return the time from a fault until its alert fires at the latest. A scrape and an evaluation take an interval each."""
+    """Return the time from a fault until its alert must fire: a scrape and an evaluation take an interval each."""
     limit = 0.0 if expected.is_old else rule.limit_seconds
     return limit + rule.for_seconds + expected.notice_seconds + 2 * interval + REACTION_SECONDS
 

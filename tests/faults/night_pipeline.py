@@ -1,7 +1,7 @@
 """The pipeline of a night: the processes of two hosts, and what happens to them.
 
-The bots' host runs two long-running controllers and a pool of two workers. The other host runs controllers from cron, which
-record one event and exit, a relay for one of their two outboxes, and the API.
+The bots' host runs two long-running controllers and a pool of two workers. The other host runs controllers from cron,
+which record one event and exit, a relay for one of their two outboxes, and the API.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Programs that the fault tests run as processes: `python -m tests.faults.programs producer|one-event|report|worker|relay`.
+"""Programs that the fault tests run as processes: `python -m tests.faults.programs PROGRAM …`.
 
 If FAULT_STEP is set, a program kills itself with SIGKILL when it reaches that step for the FAULT_TIMES-th time. If
 FAULT_FILE_BYTES is set, none of its files can grow beyond that size.

@@ -1,4 +1,4 @@
-"""Judgement of a night with alerts: each kind of wrong alert is noticed, and a rule file that the script does not cover."""
+"""Judgement of a night: each kind of wrong alert is noticed, and so is a rule without a fault."""
 
 from __future__ import annotations
 
