@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 from consumers.embedded.stack import embedded_stack
 from tests.faults.exits import print_exits
 from tests.faults.failover import print_failovers, run_failovers
-from tests.faults.night import LIMIT_SECONDS, SHORT_LIMIT_SECONDS, run_night, table_of
+from tests.faults.night import end_in_time, run_night, run_sites, table_of
 from tests.faults.storm import Storm, run_storm
 from tests.faults.verdict import Verdict
 
@@ -35,7 +34,10 @@ def main() -> int:
     )
     parser.add_argument("--folder", type=Path, help="storm, night: an empty folder with a short path; it is kept")
     parser.add_argument("--runs", type=int, default=200, help="exits: number of runs of each kind (default 200)")
-    parser.add_argument("--short", action="store_true", help="night: three faults, with shorter times in the rules")
+    sites = ("first", "second", "short")
+    parser.add_argument(
+        "--site", choices=sites, help="night: one site only; short: three faults, in less than a minute"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="night: write the result to this file")
     options = parser.parse_args()
     if options.test == "failover":
@@ -63,22 +65,16 @@ def _folder(options: argparse.Namespace) -> Iterator[Path]:
 
 
 def _night(options: argparse.Namespace) -> int:
-    def too_long(*_: object) -> None:
-        raise TimeoutError("the night did not end in time")
-
-    def stop(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(SHORT_LIMIT_SECONDS if options.short else LIMIT_SECONDS)
+    logging.basicConfig(level=logging.INFO, format=f"{options.site} %(message)s")
+    logging.getLogger("producers").setLevel(logging.ERROR)
     print(f"seed {options.seed}", flush=True)
+    if options.site is None:
+        problems = run_sites(seed=options.seed, file=options.json)
+        return 1 if problems else 0
+    end_in_time(options.site)
     with _folder(options) as folder:
-        result = run_night(
-            folder, seed=options.seed, short=options.short, interval=2.0 if options.short else 5.0,
-            report=lambda line: print(line, flush=True),
-        )  # fmt: skip
-    print(table_of(result))
+        result = run_night(folder, site=options.site, seed=options.seed)
+    print(table_of(result), flush=True)
     if options.json is not None:
         options.json.write_text(result.as_json())
     return 1 if result.problems else 0

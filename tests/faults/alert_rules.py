@@ -11,12 +11,15 @@ from typing import Any
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = r"(?:\d+(?:ms|[smhd]))+"
 _WINDOW = re.compile(rf"\[({_DURATION})(:[^]]*)?\]")
+_WHOLE_WINDOW = re.compile(rf"(?:max|min|avg|count)_over_time\([^[]*\[({_DURATION})\]")  # true when all of it is
 _AGE = re.compile(r"(_age_seconds[^<>]*>=?\s*)(\d+)")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One alert. `limit_seconds`: the age above which it is raised, if any. `window_seconds`: its longest range."""
+    """One alert. `limit_seconds` is the age, or the range, from which on it is raised, and `window_seconds`
+    its longest range; both may be 0.
+    """
 
     name: str
     expression: str
@@ -48,6 +51,7 @@ def _alerts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _rule(rule: Mapping[str, Any]) -> Rule:
     expression = re.sub(r"#.*", "", rule["expr"]).strip()
     ages = [float(found[2]) for found in re.finditer(_AGE.pattern.replace(r"(\d+)", r"(\d+(?:\.\d+)?)"), expression)]
+    ages += [_seconds(found[1]) for found in _WHOLE_WINDOW.finditer(expression)]
     windows = [_seconds(found[1]) for found in _WINDOW.finditer(expression)]
     return Rule(
         rule["alert"], expression, _seconds(rule.get("for", "0s")), max(ages, default=0.0), max(windows, default=0.0)

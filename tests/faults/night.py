@@ -1,17 +1,25 @@
 """A night: the faults of a script, while Prometheus scrapes the pipeline and evaluates its alert rules.
 
-Each fault begins in a quiet phase, and is repaired as soon as its alerts fire, or when they are too late.
+Two sites, each a pipeline with its own Prometheus, share the faults, which would take an hour one after the other. A
+fault begins in a quiet phase, or beside faults with other alerts. It is repaired as soon as its alerts fire, or when
+they are too late.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import random
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, NoReturn
 from urllib.error import URLError
 
 import yaml
@@ -34,13 +42,19 @@ from tests.faults.prometheus_server import PrometheusServer, prometheus
 from tests.faults.supervisor import ROOT
 from tests.faults.verdict import Verdict
 
+logger = logging.getLogger(__name__)
+
 RULES = ROOT / "consumers" / "deploy" / "alerts.yaml"
 _LEASE_SECONDS = 30.0  # a lease ends after 20 s, and another worker notices it within 6 s
 _TOO_LATE_SECONDS = 20.0  # a fault whose alert is late lasts so much longer, to see when it fires
 _TICK_SECONDS = 0.5
-LIMIT_SECONDS = 3600
-SHORT_LIMIT_SECONDS = 150
-"""A night that takes longer ends with an error."""
+_NIGHT_SECONDS = 1800.0
+_INTERVAL = 5.0  # between two scrapes, and between two evaluations
+_SHORT_DIVISOR = 40.0  # of the times of a short night
+_SHORT_INTERVAL = 2.0  # a scrape may take 2 s
+_LIMIT_SECONDS = 3600
+_SHORT_LIMIT_SECONDS = 150
+_LONG_WINDOW_SECONDS = 600.0  # no fault waits until an alert is resolved whose rule has such a range
 
 
 @dataclass(frozen=True)
@@ -64,66 +78,120 @@ class Fault:
     least_seconds: float = 0.0
 
 
+_CANNOT_READ = "HistoryCannotBeRead"
 _LATE = "HistoryEventsAreLate"
 _OUTBOX = "HistoryOutboxIsLate"
+_QUEUE = "HistoryQueueIsLate"
 
-SCRIPT = (
+# Events that wait for a worker are late, and so is their outbox if they wait long enough.
+_NOTHING_STORED = (_LATE, _QUEUE, _OUTBOX)
+
+_DATABASE_STOPPED = Fault(
+    "database stopped",
+    Pipeline.stop_database,
+    lambda pipeline: pipeline.servers.bring_back(),
+    (
+        Expected("HistoryWorkerWaits", {"for": "the database"}, notice_seconds=5),
+        Expected("HistoryDatabaseIsAway", notice_seconds=5),
+        Expected(_CANNOT_READ, notice_seconds=5),
+    ),
+    _NOTHING_STORED,
+    after=("worker killed with reserved jobs",),
+)
+_EVENT_REJECTED = Fault(
+    "event rejected",
+    Pipeline.record_a_conflict,
+    Pipeline.discard_rejected,
+    (Expected("HistoryHasFailedJobs", notice_seconds=5),),
+    quiet_seconds=30,
+    outlasts=("database stopped",),
+)
+_OLD_PORTFOLIO = Fault(
+    "portfolio without a new snapshot",
+    Pipeline.record_an_old_snapshot,
+    Pipeline.record_a_new_snapshot,
+    (Expected("PortfolioHasNoNewSnapshot", {"portfolio_id": "6"}, notice_seconds=5, is_old=True),),
+    quiet_seconds=35,
+)
+
+# The faults of the first site concern its workers and outboxes.
+_FIRST = (
+    _EVENT_REJECTED,
+    _OLD_PORTFOLIO,
     Fault(
-        "events late",
-        Pipeline.start_late_controller,
-        Pipeline.stop_late_controller,
-        (Expected(_LATE, notice_seconds=5),),
+        "unusable entry in the queue",
+        Pipeline.enqueue_an_unusable_entry,
+        Pipeline.delete_quarantined,
+        (Expected("HistoryHasQuarantinedEntries", notice_seconds=5),),
         quiet_seconds=40,
     ),
     Fault(
-        "an event rejected",
-        Pipeline.record_a_conflict,
-        Pipeline.discard_rejected,
-        (Expected("HistoryHasFailedJobs"),),
+        "outbox nearly full",
+        Pipeline.lower_the_limit_of_the_spare_outbox,
+        Pipeline.raise_the_limit_of_the_spare_outbox,
+        (Expected("HistoryOutboxIsNearlyFull", notice_seconds=10),),  # the API is started again
         quiet_seconds=30,
     ),
     Fault(
-        "portfolio without a new snapshot",
-        Pipeline.record_an_old_snapshot,
-        Pipeline.record_a_new_snapshot,
-        (Expected("PortfolioHasNoNewSnapshot", {"portfolio_id": "6"}, is_old=True),),
-        quiet_seconds=35,
+        "outbox damaged",
+        Pipeline.damage_the_spare_outbox,
+        Pipeline.repair_the_spare_outbox,
+        (Expected("HistoryOutboxCannotBeRead", notice_seconds=5), Expected(_CANNOT_READ, notice_seconds=5)),
+        after=("outbox nearly full",),
     ),
     Fault(
         "worker killed with reserved jobs",
         Pipeline.kill_a_worker_with_reserved_jobs,
         lambda _: None,  # the pool has started another worker
         (Expected("HistoryWorkerCrashed", notice_seconds=_LEASE_SECONDS),),
-        after=("an event rejected", "portfolio without a new snapshot"),
+        after=("portfolio without a new snapshot", "unusable entry in the queue"),
         quiet_seconds=10,
+    ),
+    _DATABASE_STOPPED,
+    Fault(
+        "workers suspended",
+        Pipeline.suspend_workers,
+        Pipeline.resume_workers,
+        (Expected("HistoryWorkersAreSuspended", notice_seconds=5), Expected(_QUEUE, notice_seconds=5)),
+        _NOTHING_STORED,
+        after=("database stopped", "event rejected"),
     ),
     Fault(
         "all workers stopped",
         Pipeline.stop_workers,
         Pipeline.start_workers,
-        (Expected("HistoryHasNoWorker", notice_seconds=5),),  # they finish their batches first
-        (_LATE, "HistoryQueueIsLate", _OUTBOX),
-        after=("worker killed with reserved jobs",),
-    ),
-    Fault(
-        "database stopped",
-        Pipeline.stop_database,
-        lambda pipeline: pipeline.servers.bring_back(),
-        (
-            Expected("HistoryWorkerWaits", {"for": "the database"}, notice_seconds=5),
-            Expected("HistoryCannotBeRead", notice_seconds=5),
-        ),
-        (_LATE, "HistoryQueueIsLate", _OUTBOX),
-        after=("all workers stopped",),
+        (Expected("HistoryHasNoWorker", notice_seconds=10),),  # they finish their batches first
+        _NOTHING_STORED,
+        after=("database stopped", "event rejected"),
+        quiet_seconds=530,  # the queue is late by then
     ),
     Fault(
         "relay killed, controllers only record",
         Pipeline.kill_relay,
         Pipeline.start_relay,
-        (Expected(_OUTBOX, {"job": "trading-history-api"}, notice_seconds=15),),  # until the next controller from cron
+        # An event is recorded every 20 s.
+        (Expected(_OUTBOX, {"job": "trading-history-api"}, notice_seconds=25),),
         (_LATE,),
-        after=("all workers stopped",),
-        outlasts=("Redis stopped",),
+        after=("database stopped", "event rejected"),
+        quiet_seconds=25,
+        outlasts=("workers suspended",),
+    ),
+)
+# The faults of the second site concern its servers and processes, while late events are stored as long as possible.
+_SECOND = (
+    Fault(
+        "events late",
+        Pipeline.start_late_controller,
+        Pipeline.stop_late_controller,
+        (Expected(_LATE, notice_seconds=10),),
+        quiet_seconds=40,
+    ),
+    Fault(
+        "API killed",
+        Pipeline.kill_api,
+        Pipeline.start_api,
+        (Expected("HistoryTargetIsDown", {"job": "trading-history-api"}),),
+        least_seconds=60,
     ),
     Fault(
         "Redis stopped",
@@ -131,11 +199,11 @@ SCRIPT = (
         lambda pipeline: pipeline.servers.bring_back(),
         (
             Expected("HistoryWorkerWaits", {"for": "Redis"}, notice_seconds=5),
-            Expected("HistoryCannotBeRead", notice_seconds=5),
-            Expected("HistoryHasNoWorker", notice_seconds=5),  # the number of workers is in Redis
+            Expected("HistoryRedisIsAway", notice_seconds=5),
+            Expected(_CANNOT_READ, notice_seconds=5),
         ),
-        (_LATE, "HistoryQueueIsLate", _OUTBOX),
-        after=("database stopped",),
+        ("HistoryHasNoWorker", *_NOTHING_STORED),
+        after=("events late", "API killed"),
         outlasts=("database stopped too",),
     ),
     Fault(
@@ -143,29 +211,28 @@ SCRIPT = (
         Pipeline.stop_database,
         lambda pipeline: pipeline.servers.bring_back(),
         (),
-        ("HistoryWorkerWaits", "HistoryCannotBeRead", "HistoryHasNoWorker", _LATE, "HistoryQueueIsLate", _OUTBOX),
+        ("HistoryWorkerWaits", "HistoryRedisIsAway", _CANNOT_READ, "HistoryHasNoWorker", *_NOTHING_STORED),
         during="Redis stopped",
         least_seconds=15,
     ),
     Fault(
-        "workers paused",
-        Pipeline.pause_workers,
-        Pipeline.resume_workers,
-        (Expected("HistoryQueueIsLate", notice_seconds=5),),
-        (_LATE, _OUTBOX, "HistoryHasNoWorker"),  # a worker stopped by SIGSTOP leaves RQ's list after 2 minutes
-        after=("Redis stopped", "relay killed, controllers only record"),
-    ),
-    Fault(
-        "API killed",
-        Pipeline.kill_api,
-        Pipeline.start_api,
-        (),
-        after=("all workers stopped",),
-        least_seconds=30,
+        "workers and API frozen by SIGSTOP",
+        Pipeline.freeze,
+        Pipeline.unfreeze,
+        (Expected("HistoryIsNotScraped", notice_seconds=5),),
+        # Their leases end meanwhile, and a worker leaves RQ's list after 2 minutes.
+        ("HistoryHasNoWorker", "HistoryWorkerCrashed", *_NOTHING_STORED),
+        after=("Redis stopped",),
     ),
 )
-SHORT_SCRIPT = ("an event rejected", "portfolio without a new snapshot", "database stopped")
-"""Faults of a short night, whose rules are shortened."""
+_SHORT = (
+    replace(_EVENT_REJECTED, outlasts=()),
+    _OLD_PORTFOLIO,
+    replace(_DATABASE_STOPPED, after=("event rejected", _OLD_PORTFOLIO.name)),
+)
+SITES = {"first": _FIRST, "second": _SECOND, "short": _SHORT}
+"""Faults of each site. The first two are a night: each is a pipeline with its Prometheus, and both run at a time."""
+SCRIPT = (*_FIRST, *_SECOND)
 
 
 @dataclass
@@ -181,8 +248,9 @@ class _Progress:
 
 @dataclass
 class NightResult:
-    """Result of a night. `labels` name what was chosen at random."""
+    """Result of one site."""
 
+    site: str
     seed: int
     begin: float
     end: float
@@ -198,7 +266,10 @@ class NightResult:
         return [*self.judgement.problems, *errors, *self.verdict.breaches]
 
     def as_json(self) -> str:
-        return json.dumps(asdict(self) | {"problems": self.problems}, indent=2, default=str)
+        counts = {name: dict(counter) for name, counter in self.verdict.by_controller.items()}
+        judged = asdict(replace(self.verdict, by_controller={})) | {"by_controller": counts}
+        others = asdict(replace(self, verdict=replace(self.verdict, by_controller={})))
+        return json.dumps(others | {"verdict": judged, "problems": self.problems}, indent=2)
 
 
 class Night:
@@ -215,18 +286,17 @@ class Night:
         self._script, self._pipeline, self._server, self._rules = script, pipeline, server, rules
         self._divisor = divisor
         self._progress = {fault.name: _Progress() for fault in script}
-        self._names = {fault.name: fault.name for fault in script}
         self._firing: list[dict[str, str]] = []
         self.rule_errors: list[str] = []
         self.begin = time.time()
 
-    def run(self, least_seconds: float, report: Callable[[str], None]) -> None:
+    def run(self, least_seconds: float) -> None:
         """Cause all faults, and then wait until `least_seconds` have passed since the begin."""
         while any(one.over_at is None for one in self._progress.values()) or time.time() < self.begin + least_seconds:
             self._pipeline.tick()
             self._read_alerts()
             for fault in self._script:
-                self._continue(fault, report)
+                self._continue(fault)
             time.sleep(_TICK_SECONDS)
 
     def _read_alerts(self) -> None:
@@ -236,22 +306,20 @@ class Night:
         except (URLError, TimeoutError) as error:
             raise RuntimeError(f"Prometheus does not answer: {error}") from error
 
-    def _continue(self, fault: Fault, report: Callable[[str], None]) -> None:
+    def _continue(self, fault: Fault) -> None:
         one, now = self._progress[fault.name], time.time()
         if one.begin is None:
             if self._may_begin(fault, now):
                 one.begin = now
-                chosen = fault.begin(self._pipeline)
-                if isinstance(chosen, str):
-                    self._names[fault.name] = f"{fault.name}: {chosen}"
-                report(f"{_clock(now - self.begin)} {self._names[fault.name]}")
+                fault.begin(self._pipeline)
+                logger.info("%s %s", _clock(now - self.begin), fault.name)
         elif one.end is None:
             self._note_alerts(fault, one)
             if self._may_be_repaired(fault, one, now):
                 one.end = now
                 fault.repair(self._pipeline)
                 one.repaired_at = time.time()
-                report(f"{_clock(one.repaired_at - self.begin)} repaired: {fault.name}")
+                logger.info("%s repaired: %s", _clock(one.repaired_at - self.begin), fault.name)
         elif one.over_at is None and self._is_over(fault, one, now):
             one.over_at = now
 
@@ -284,7 +352,7 @@ class Night:
         if now > one.repaired_at + RECOVERY_SECONDS:
             return True
         rules = [self._rules[name] for name in (*fault.consequences, *(each.alert for each in fault.expected))]
-        short = {rule.name for rule in rules if not rule.window_seconds}
+        short = {rule.name for rule in rules if rule.window_seconds < _LONG_WINDOW_SECONDS / self._divisor}
         others = [each for each in self._script if each is not fault and self._is_active(each)]
         return (
             not any(
@@ -306,11 +374,7 @@ class Night:
             assert one.begin is not None
             assert one.end is not None
             assert one.repaired_at is not None
-            found.append(
-                Happened(
-                    self._names[fault.name], fault.expected, fault.consequences, one.begin, one.end, one.repaired_at
-                )
-            )
+            found.append(Happened(fault.name, fault.expected, fault.consequences, one.begin, one.end, one.repaired_at))
         return sorted(found, key=lambda one: one.begin)
 
 
@@ -323,39 +387,36 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60:02}:{int(seconds) % 60:02}"
 
 
-def run_night(
-    home: Path, *, seed: int, short: bool = False, interval: float = 5.0, report: Callable[[str], None] = print
-) -> NightResult:
-    """Run the night in the empty folder `home`, and judge it. A short one has the faults of SHORT_SCRIPT.
+def run_night(home: Path, *, site: str, seed: int) -> NightResult:
+    """Run one site of the night in the empty folder `home`, and judge it. The rules of the site `short` are shortened.
 
     Raises:
-        ValueError: a rule of the rule file has no fault, or a fault has no rule.
+        ValueError: a rule of the rule file has no fault.
     """
     document = yaml.safe_load(RULES.read_text("utf-8"))
     check_script([one.alert for fault in SCRIPT for one in fault.expected], rules_of(document))
-    divisor = 40.0 if short else 1.0
-    script = [fault for fault in SCRIPT if not short or fault.name in SHORT_SCRIPT]
-    if short:
-        document = shortened(document, divisor)
-        script = [_without_others(fault) for fault in script]
-    rules = rules_of(document)
+    divisor, interval = (_SHORT_DIVISOR, _SHORT_INTERVAL) if site == "short" else (1.0, _INTERVAL)
+    rules = rules_of(document := shortened(document, divisor))
+    script = [_with_rules(fault, rules) for fault in SITES[site]]
     with ExitStack() as stack:
         stack.enter_context(embedded_stack(home))
         pipeline = Pipeline(home, random.Random(seed))
         stack.enter_context(pipeline.running())
         server = stack.enter_context(prometheus(home / "prometheus", document, pipeline.targets, interval=interval))
         night = Night(script, pipeline, server, rules, divisor)
-        night.run(0.0 if short else 1800.0, report)
+        night.run(0.0 if site == "short" else _NIGHT_SECONDS)
         end = time.time()
         happened = night.happened()
         firings = [_predicted(one, end, happened, rules, server) for one in server.firings(night.begin - 60, end)]
         judgement = judge(happened, firings, rules, interval=interval)
         judged = pipeline.verdict()
-    return NightResult(seed, night.begin, end, happened, firings, judgement, judged, night.rule_errors)
+    return NightResult(site, seed, night.begin, end, happened, firings, judgement, judged, night.rule_errors)
 
 
-def _without_others(fault: Fault) -> Fault:
-    return replace(fault, after=tuple(name for name in fault.after if name in SHORT_SCRIPT))
+def _with_rules(fault: Fault, rules: Mapping[str, Rule]) -> Fault:
+    """Return a fault without the alerts that the rule file does not have."""
+    expected = tuple(one for one in fault.expected if one.alert in rules)
+    return replace(fault, expected=expected, consequences=tuple(one for one in fault.consequences if one in rules))
 
 
 def _predicted(
@@ -378,9 +439,52 @@ def _predicted(
     return Firing(firing.alert, firing.labels, firing.begin, predicted, is_predicted=True)
 
 
+def end_in_time(site: str) -> None:
+    """Raise an exception in this process at SIGTERM, and when a night has lasted too long."""
+
+    def too_long(*_: object) -> NoReturn:
+        raise TimeoutError(f"the site {site} did not end in time")
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(_SHORT_LIMIT_SECONDS if site == "short" else _LIMIT_SECONDS)
+
+
+def run_sites(*, seed: int, file: Path | None) -> list[str]:
+    """Run both sites of a night as processes at the same time. Write their results to `file`, and return the problems."""
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        started = []
+        for site in ("first", "second"):
+            command = [sys.executable, "-m", "tests.faults", "night", "--site", site, "--seed", str(seed)]
+            written = Path(folder, f"{site}.json")
+            process = subprocess.Popen([*command, "--json", str(written)], cwd=ROOT)
+            stack.callback(_end, process)
+            started.append((site, process, written))
+        for site, process, written in started:
+            process.wait(_LIMIT_SECONDS + 60)
+            results[site] = (
+                json.loads(written.read_text()) if written.exists() else {"problems": [f"{site}: no result"]}
+            )
+    if file is not None:
+        file.write_text(json.dumps(results, indent=2))
+    return [problem for result in results.values() for problem in result["problems"]]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
 def table_of(result: NightResult) -> str:
     """Return the result as text: a table of the faults, then the counts."""
-    lines = [("fault", "begin", "end", "alert", "promised", "fired after", "resolved after")]
+    lines = [(f"fault ({result.site})", "begin", "end", "alert", "promised", "fired after", "resolved after")]
     for row in result.judgement.rows:
         resolved = "" if row.resolved_after is None else f"{row.resolved_after:.0f} s"
         lines.append((

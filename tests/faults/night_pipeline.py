@@ -1,7 +1,8 @@
 """The pipeline of a night: the processes of two hosts, and what happens to them.
 
 The bots' host runs two long-running controllers and a pool of two workers. The other host runs controllers from cron,
-which record one event and exit, a relay for one of their two outboxes, and the API.
+which record one event and exit, a relay for one of their two outboxes, and the API. Another API has an outbox that no
+controller uses.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from sqlalchemy import text
 from consumers.db.engine import engine
 from producers.events import PortfolioSnapshot
 from producers.history_producer import HistoryProducer
-from producers.redis_keys import owners_key, reserved_key
+from producers.outbox import Outbox
+from producers.redis_keys import owners_key, quarantine_key, reserved_key
 from tests.factories import a_snapshot
 from tests.faults.accepted import Accepted, AcceptedFile, accepted_by_controller, delivery_of_receipt
 from tests.faults.embedded_servers import EmbeddedServers
@@ -41,7 +43,7 @@ _CRON_SECONDS = 10.0
 _LATE_SECONDS = 600.0  # age of the late controller's events
 _WORKERS = 2
 _WAIT_SECONDS = 60.0  # for a process, a reservation, the last entries
-_PORTFOLIOS = {"bot": 1, "bot-2": 2, "cron": 3, "cron-alone": 4, "late": 5, "by-hand": 6}
+_PORTFOLIOS = {"bot": 1, "bot-2": 2, "cron": 3, "cron-alone": 4, "late": 5, "by-hand": 6, "spare": 7}
 _OLD_SNAPSHOT_AGE = timedelta(hours=27)
 
 
@@ -58,17 +60,19 @@ class Pipeline:
         self._bot_host = Supervisor(home / "bot-host", {"HISTORY_OUTBOX": str(self._outbox("bot"))})
         self._cron_host = Supervisor(home / "cron-host", {"HISTORY_OUTBOX": str(self._outbox("cron"))})
         self._redis = Redis.from_url(os.environ["REDIS_URL"], socket_timeout=5)
-        self._worker_port, self._api_port = _free_ports(_WORKERS), free_port()
+        self._worker_port, self._api_port, self._spare_port = _free_ports(_WORKERS), free_port(), free_port()
         self._cron_runs, self._cron_at = 0, 0.0
         self._by_hand = HistoryProducer(outbox=self._outbox("by-hand"), name="by-hand")
         self._by_hand_file = AcceptedFile(home / "accepted" / "by-hand.0.jsonl")
-        self._suspended = False
 
     @property
     def targets(self) -> dict[str, list[str]]:
         """Addresses that Prometheus scrapes, by job."""
         workers = [f"127.0.0.1:{self._worker_port + number}" for number in range(_WORKERS)]
-        return {"trading-history-worker": workers, "trading-history-api": [f"127.0.0.1:{self._api_port}"]}
+        return {
+            "trading-history-worker": workers,
+            "trading-history-api": [f"127.0.0.1:{port}" for port in (self._api_port, self._spare_port)],
+        }
 
     def _outbox(self, name: str) -> Path:
         return self.home / "bots" / name / "outbox.db"
@@ -80,6 +84,8 @@ class Pipeline:
             self.start_workers()
             self.start_relay()
             self.start_api()
+            Outbox(self._outbox("spare")).close()
+            self._start_spare_api()
             self._start_controller("bot")
             self._start_controller("bot-2")
             while self._redis.scard(WORKERS_BY_QUEUE_KEY % "history") < _WORKERS or not self._api_answers():
@@ -87,7 +93,7 @@ class Pipeline:
                 time.sleep(0.2)
             yield
         finally:
-            self._resume_workers()
+            self.unfreeze()
             self._by_hand.close(0)
             for host in (self._bot_host, self._cron_host):
                 for child in self._children(host):
@@ -96,10 +102,10 @@ class Pipeline:
                 host.kill_all("workers", "relay", "api", "controller", "cron")
 
     def _api_answers(self) -> bool:
-        return any(
-            one.laddr.port == self._api_port and one.status == psutil.CONN_LISTEN
-            for one in psutil.net_connections("tcp4")
-        )
+        listening = {
+            one.laddr.port for one in psutil.net_connections("tcp4") if one.status == psutil.CONN_LISTEN and one.laddr
+        }
+        return {self._api_port, self._spare_port} <= listening
 
     def tick(self) -> None:
         """Start the programs that have ended, and the next controller from cron."""
@@ -148,6 +154,11 @@ class Pipeline:
     def start_api(self) -> None:
         self._cron_host.start("api 0", lambda: ["consumers.cli", "api", "--port", str(self._api_port)])
 
+    def _start_spare_api(self, *options: str) -> None:
+        """Start the API that exports the metrics of the spare outbox, which no controller uses."""
+        environment = ["--outbox", str(self._outbox("spare")), "--port", str(self._spare_port)]
+        self._cron_host.start("api spare", lambda: [_PROGRAMS, "api", *environment, *options])
+
     def kill_api(self) -> None:
         self._cron_host.kill("api 0")
 
@@ -163,25 +174,49 @@ class Pipeline:
     def stop_redis(self) -> None:
         self.servers.stop("redis", signal.SIGTERM)
 
-    def pause_workers(self) -> str:
-        """Suspend the workers, as `rq suspend` does, or send SIGSTOP to them."""
-        self._suspended = self._dice.random() < 0.5
-        if self._suspended:
-            suspend(self._redis)
-            return "workers suspended"
-        for worker in self._children(self._bot_host):
-            worker.suspend()
-        return "workers stopped by SIGSTOP"
+    def suspend_workers(self) -> None:
+        suspend(self._redis)
 
     def resume_workers(self) -> None:
-        if self._suspended:
-            resume(self._redis)
-        self._resume_workers()
+        resume(self._redis)
 
-    def _resume_workers(self) -> None:
-        for worker in self._children(self._bot_host):
+    def enqueue_an_unusable_entry(self) -> None:
+        self._redis.lpush("rq:queue:history", b"\xff no job id")
+
+    def delete_quarantined(self) -> None:
+        self._redis.delete(quarantine_key("history"))
+
+    def lower_the_limit_of_the_spare_outbox(self) -> None:
+        """Start its API with a limit that the new, empty outbox has nearly reached."""
+        self._cron_host.kill("api spare")
+        self._start_spare_api("--max-bytes", str(self._outbox("spare").stat().st_size))
+
+    def raise_the_limit_of_the_spare_outbox(self) -> None:
+        self._cron_host.kill("api spare")
+        self._start_spare_api()
+
+    def damage_the_spare_outbox(self) -> None:
+        self._outbox("spare").rename(self._outbox("spare").with_name("kept.db"))
+        self._outbox("spare").write_bytes(b"no database at all" * 1000)
+
+    def repair_the_spare_outbox(self) -> None:
+        self._outbox("spare").with_name("kept.db").rename(self._outbox("spare"))
+
+    def freeze(self) -> None:
+        """Stop the workers and the API by SIGSTOP."""
+        for process in self._scraped():
+            process.suspend()
+
+    def unfreeze(self) -> None:
+        for process in self._scraped():
             with contextlib.suppress(psutil.Error):
-                worker.resume()
+                process.resume()
+
+    def _scraped(self) -> list[psutil.Process]:
+        pids = [self._cron_host.pid(name) for name in self._cron_host.names("api")]
+        with contextlib.suppress(psutil.Error):
+            return [*self._children(self._bot_host), *(psutil.Process(pid) for pid in pids if pid is not None)]
+        return []
 
     def _children(self, host: Supervisor) -> list[psutil.Process]:
         pids = [host.pid(name) for name in host.names("workers")]

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from producers import copies, entry_sender, outbox_carry_over, outbox_salvage, rq_queue
+from producers import copies, entry_sender, outbox, outbox_carry_over, outbox_salvage, rq_queue
 from producers.acknowledgement_reader import AcknowledgementReader
 from producers.entry_sender import EntrySender
 from producers.errors import EventRejected, OutboxError
@@ -171,6 +171,15 @@ def relay_outboxes(outboxes: Sequence[Path]) -> None:
     app(["relay", *(part for path in outboxes for part in ("--outbox", str(path)))])
 
 
+def serve_api(options: argparse.Namespace) -> None:
+    """Run `trading-history api` for this outbox, as if outboxes had the limit `max_bytes`."""
+    os.environ["HISTORY_OUTBOX"] = str(options.outbox)
+    outbox.MAX_BYTES = options.max_bytes
+    from consumers.cli import app
+
+    app(["api", "--port", str(options.port)])
+
+
 def _die_at(step: str, times: int) -> None:
     """Wrap the function of a step so that the process kills itself when it gets there for the `times`-th time."""
     left = times
@@ -283,6 +292,8 @@ def main() -> None:
         relay_outboxes(options.outbox)
     elif options.program == "one-event":
         record_one(options)
+    elif options.program == "api":
+        serve_api(options)
     elif options.program == "report":
         report(options)
     else:
@@ -295,6 +306,10 @@ def _options() -> argparse.Namespace:
     programs.add_parser("worker")
     relay_parser = programs.add_parser("relay")
     relay_parser.add_argument("--outbox", type=Path, action="append", required=True)
+    api_parser = programs.add_parser("api")
+    api_parser.add_argument("--outbox", type=Path, required=True)
+    api_parser.add_argument("--port", type=int, required=True)
+    api_parser.add_argument("--max-bytes", type=int, default=outbox.MAX_BYTES)
     for name in ("producer", "one-event", "report"):
         one = programs.add_parser(name)
         one.add_argument("--outbox", type=Path, required=True)
