@@ -68,10 +68,10 @@ def _night(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format=f"{options.site} %(message)s")
     logging.getLogger("producers").setLevel(logging.ERROR)
     print(f"seed {options.seed}", flush=True)
+    end_in_time(options.site)
     if options.site is None:
         problems = run_sites(seed=options.seed, file=options.json)
         return 1 if problems else 0
-    end_in_time(options.site)
     with _folder(options) as folder:
         result = run_night(folder, site=options.site, seed=options.seed)
     print(table_of(result), flush=True)

@@ -439,22 +439,22 @@ def _predicted(
     return Firing(firing.alert, firing.labels, firing.begin, predicted, is_predicted=True)
 
 
-def end_in_time(site: str) -> None:
-    """Raise an exception in this process at SIGTERM, and when a night has lasted too long."""
+def end_in_time(site: str | None) -> None:
+    """Raise an exception in this process at SIGTERM, and when a site (None: both) has lasted too long."""
 
     def too_long(*_: object) -> NoReturn:
-        raise TimeoutError(f"the site {site} did not end in time")
+        raise TimeoutError(f"the night did not end in time (site: {site or 'both'})")
 
     def stop(number: int, _: object) -> NoReturn:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(_SHORT_LIMIT_SECONDS if site == "short" else _LIMIT_SECONDS)
+    signal.alarm({"short": _SHORT_LIMIT_SECONDS, None: _LIMIT_SECONDS + 120}.get(site, _LIMIT_SECONDS))
 
 
 def run_sites(*, seed: int, file: Path | None) -> list[str]:
-    """Run both sites of a night as processes at the same time. Write their results to `file`, and return the problems."""
+    """Run both sites of a night as processes. Write their results to `file`, and return the problems."""
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         started = []
@@ -465,7 +465,7 @@ def run_sites(*, seed: int, file: Path | None) -> list[str]:
             stack.callback(_end, process)
             started.append((site, process, written))
         for site, process, written in started:
-            process.wait(_LIMIT_SECONDS + 60)
+            process.wait()
             results[site] = (
                 json.loads(written.read_text()) if written.exists() else {"problems": [f"{site}: no result"]}
             )
