@@ -23,6 +23,7 @@ from consumers.ops.metrics import COUNTS, WAITED_FOR, Histogram
 from consumers.ops.outbox_health import OutboxHealth
 from consumers.ops.queue_health import QueueHealth, queue_of_settings
 from producers.errors import HistoryError
+from producers.outbox import MAX_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ def _queue_metrics(queue: QueueHealth) -> Iterator[Metric]:
         ("reserved_jobs", "Jobs that workers have reserved.", queue.reserved),
         ("failed_jobs", "Jobs in RQ's failed registry: rejected events.", queue.failed),
         ("workers", "Live workers of the queue, as registered with RQ.", queue.workers),
+        ("suspended", "1 while RQ's workers are suspended (rq suspend).", queue.suspended),
+        ("quarantined_entries", "Unusable entries of the queue that workers have quarantined.", queue.quarantined),
         ("queue_oldest_age_seconds", "Age of the job at the front of the queue in seconds.", oldest),
     ):
         if value is not None:
@@ -147,6 +150,8 @@ def _outbox_metrics(outbox: OutboxHealth) -> Iterator[Metric]:
     yield _gauge(
         "outbox_oldest_age_seconds", "Age of the oldest entry that no worker has acknowledged, in seconds.", oldest
     )
+    yield _gauge("outbox_used_bytes", "Bytes of this machine's outbox that are in use.", outbox.used_bytes)
+    yield _gauge("outbox_max_bytes", "Bytes from which on this machine's outbox accepts no event.", MAX_BYTES)
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:
