@@ -169,8 +169,8 @@ _FIRST = (
         "relay killed, controllers only record",
         Pipeline.kill_relay,
         Pipeline.start_relay,
-        # An event is recorded every 20 s.
-        (Expected(_OUTBOX, {"job": "trading-history-api"}, notice_seconds=25),),
+        # An event is recorded every 30 s.
+        (Expected(_OUTBOX, {"job": "trading-history-api"}, notice_seconds=35),),
         (_LATE,),
         after=("database stopped", "event rejected"),
         quiet_seconds=25,

@@ -39,7 +39,7 @@ from tests.ports import free_port
 
 _PROGRAMS = "tests.faults.programs"
 _RECORD_PAUSE_SECONDS = 1.0  # at most, between two events of a long-running controller
-_CRON_SECONDS = 10.0
+_CRON_SECONDS = 15.0
 _LATE_SECONDS = 600.0  # age of the late controller's events
 _WORKERS = 2
 _WAIT_SECONDS = 60.0  # for a process, a reservation, the last entries
