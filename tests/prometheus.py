@@ -1,4 +1,4 @@
-"""Debian's Prometheus: promtool, and a server that scrapes and evaluates every second."""
+"""Debian's Prometheus: promtool, and a server that scrapes and evaluates, by default every second."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def prometheus(configuration: dict[str, Any], folder: Path) -> Iterator[Promethe
     folder.mkdir()
     every_second = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}}
     file, log, port = folder / "prometheus.yml", folder / "log", free_port()
-    file.write_text(yaml.safe_dump(configuration | every_second), "utf-8")
+    file.write_text(yaml.safe_dump(every_second | configuration), "utf-8")
     address = f"127.0.0.1:{port}"
     command = [program("prometheus"), f"--config.file={file}", f"--web.listen-address={address}"]
     with log.open("wb") as output:

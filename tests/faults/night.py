@@ -26,6 +26,7 @@ import yaml
 
 from consumers.embedded.stack import embedded_stack
 from tests.faults.alert_rules import Rule, rules_of, shortened
+from tests.faults.night_alerts import NightAlerts, night_alerts
 from tests.faults.night_judgement import (
     RECOVERY_SECONDS,
     Expected,
@@ -38,7 +39,6 @@ from tests.faults.night_judgement import (
     resolved_seconds,
 )
 from tests.faults.night_pipeline import Pipeline
-from tests.faults.prometheus_server import PrometheusServer, prometheus
 from tests.faults.supervisor import ROOT
 from tests.faults.verdict import Verdict
 
@@ -279,11 +279,11 @@ class Night:
         self,
         script: Sequence[Fault],
         pipeline: Pipeline,
-        server: PrometheusServer,
+        alerts: NightAlerts,
         rules: dict[str, Rule],
         divisor: float,
     ) -> None:
-        self._script, self._pipeline, self._server, self._rules = script, pipeline, server, rules
+        self._script, self._pipeline, self._alerts, self._rules = script, pipeline, alerts, rules
         self._divisor = divisor
         self._progress = {fault.name: _Progress() for fault in script}
         self._firing: list[dict[str, str]] = []
@@ -301,8 +301,8 @@ class Night:
 
     def _read_alerts(self) -> None:
         try:
-            self._firing = self._server.firing()
-            self.rule_errors += [error for error in self._server.errors() if error not in self.rule_errors]
+            self._firing = self._alerts.firing()
+            self.rule_errors += [error for error in self._alerts.errors() if error not in self.rule_errors]
         except (URLError, TimeoutError) as error:
             raise RuntimeError(f"Prometheus does not answer: {error}") from error
 
@@ -330,21 +330,27 @@ class Night:
 
     def _may_begin(self, fault: Fault, now: float) -> bool:
         if fault.during is not None:
-            outer = next(one for one in self._script if one.name == fault.during)
-            return len(self._progress[fault.during].fired) == len(outer.expected)
+            return self._has_fired(next(one for one in self._script if one.name == fault.during), now)
         over = [self._progress[name].over_at for name in fault.after]
         times = [at for at in over if at is not None]
         return len(times) == len(over) and now >= max(times, default=self.begin) + fault.quiet_seconds / self._divisor
 
     def _may_be_repaired(self, fault: Fault, one: _Progress, now: float) -> bool:
         assert one.begin is not None
-        promised = [promised_seconds(self._rules[each.alert], each, self._server.interval) for each in fault.expected]
-        too_late = now > one.begin + max(promised, default=0.0) + _TOO_LATE_SECONDS / self._divisor
         return (
-            (len(one.fired) == len(fault.expected) or too_late)
+            self._has_fired(fault, now)
             and now >= one.begin + fault.least_seconds / self._divisor
             and all(self._progress[name].repaired_at is not None for name in fault.outlasts)
         )
+
+    def _has_fired(self, fault: Fault, now: float) -> bool:
+        """Return whether each alert of a fault has fired, or is too late."""
+        one = self._progress[fault.name]
+        if one.begin is None:
+            return False
+        promised = [promised_seconds(self._rules[each.alert], each, self._alerts.interval) for each in fault.expected]
+        too_late = now > one.begin + max(promised, default=0.0) + _TOO_LATE_SECONDS / self._divisor
+        return len(one.fired) == len(fault.expected) or too_late
 
     def _is_over(self, fault: Fault, one: _Progress, now: float) -> bool:
         """Return whether the fault's alerts are resolved, without those whose range is long, or should be."""
@@ -359,7 +365,7 @@ class Night:
                 labels["alertname"] in short and not any(_allows(each, labels) for each in others)
                 for labels in self._firing
             )
-            and now > one.repaired_at + 2 * self._server.interval
+            and now > one.repaired_at + 2 * self._alerts.interval
         )
 
     def _is_active(self, fault: Fault) -> bool:
@@ -400,14 +406,14 @@ def run_night(home: Path, *, site: str, seed: int) -> NightResult:
     script = [_with_rules(fault, rules) for fault in SITES[site]]
     with ExitStack() as stack:
         stack.enter_context(embedded_stack(home))
-        pipeline = Pipeline(home, random.Random(seed))
+        pipeline = Pipeline(home, random.Random(seed), has_spare_outbox=site == "first")
         stack.enter_context(pipeline.running())
-        server = stack.enter_context(prometheus(home / "prometheus", document, pipeline.targets, interval=interval))
-        night = Night(script, pipeline, server, rules, divisor)
+        alerts = stack.enter_context(night_alerts(home / "prometheus", document, pipeline.targets, interval=interval))
+        night = Night(script, pipeline, alerts, rules, divisor)
         night.run(0.0 if site == "short" else _NIGHT_SECONDS)
         end = time.time()
         happened = night.happened()
-        firings = [_predicted(one, end, happened, rules, server) for one in server.firings(night.begin - 60, end)]
+        firings = [_predicted(one, end, happened, rules, alerts) for one in alerts.firings(night.begin - 60, end)]
         judgement = judge(happened, firings, rules, interval=interval)
         judged = pipeline.verdict()
     return NightResult(site, seed, night.begin, end, happened, firings, judgement, judged, night.rule_errors)
@@ -420,7 +426,7 @@ def _with_rules(fault: Fault, rules: Mapping[str, Rule]) -> Fault:
 
 
 def _predicted(
-    firing: Firing, end: float, happened: Sequence[Happened], rules: dict[str, Rule], server: PrometheusServer
+    firing: Firing, end: float, happened: Sequence[Happened], rules: dict[str, Rule], alerts: NightAlerts
 ) -> Firing:
     """Return a firing that lasts until the end of the night with its end in the future, if its rule has a range.
 
@@ -428,12 +434,12 @@ def _predicted(
     continues to count nothing more.
     """
     rule = rules[firing.alert]
-    if firing.end < end - 2 * server.interval or not rule.window_seconds:
+    causes = [one.repaired_at for one in happened if one.allows(firing.alert, firing.labels)]
+    if firing.end < end - 2 * alerts.interval or not rule.window_seconds or not causes:
         return firing
-    last = max(one.repaired_at for one in happened if one.allows(firing.alert, firing.labels))
-    until = last + resolved_seconds(rule, server.interval)
-    step = max(server.interval, (until - end) / 2000)
-    series = server.query_range(rule.expression, end, until + 2 * step, step)
+    until = max(causes) + resolved_seconds(rule, alerts.interval)
+    step = max(alerts.interval, (until - end) / 2000)
+    series = alerts.values(rule.expression, end, until + 2 * step, step)
     true_at = [float(at) for one in series for at, _ in one["values"]]
     predicted = max(true_at, default=end) + step
     return Firing(firing.alert, firing.labels, firing.begin, predicted, is_predicted=True)

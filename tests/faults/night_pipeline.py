@@ -1,8 +1,8 @@
 """The pipeline of a night: the processes of two hosts, and what happens to them.
 
 The bots' host runs two long-running controllers and a pool of two workers. The other host runs controllers from cron,
-which record one event and exit, a relay for one of their two outboxes, and the API. Another API has an outbox that no
-controller uses.
+which record one event and exit, a relay for one of their two outboxes, and the API. For faults of outbox files, another
+API has an outbox that no controller uses.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _OLD_SNAPSHOT_AGE = timedelta(hours=27)
 class Pipeline:
     """Processes of the night. Everything is in the folder `home`, in which the embedded servers run."""
 
-    def __init__(self, home: Path, dice: random.Random) -> None:
-        self.home, self._dice = home, dice
+    def __init__(self, home: Path, dice: random.Random, *, has_spare_outbox: bool) -> None:
+        self.home, self._dice, self._has_spare_outbox = home, dice, has_spare_outbox
         self.servers = EmbeddedServers(home)
         for folder in ("accepted", "bots", "bot-host", "cron-host"):
             (home / folder).mkdir()
@@ -66,12 +66,16 @@ class Pipeline:
         self._by_hand_file = AcceptedFile(home / "accepted" / "by-hand.0.jsonl")
 
     @property
+    def _api_ports(self) -> list[int]:
+        return [self._api_port, self._spare_port] if self._has_spare_outbox else [self._api_port]
+
+    @property
     def targets(self) -> dict[str, list[str]]:
         """Addresses that Prometheus scrapes, by job."""
         workers = [f"127.0.0.1:{self._worker_port + number}" for number in range(_WORKERS)]
         return {
             "trading-history-worker": workers,
-            "trading-history-api": [f"127.0.0.1:{port}" for port in (self._api_port, self._spare_port)],
+            "trading-history-api": [f"127.0.0.1:{port}" for port in self._api_ports],
         }
 
     def _outbox(self, name: str) -> Path:
@@ -84,8 +88,9 @@ class Pipeline:
             self.start_workers()
             self.start_relay()
             self.start_api()
-            Outbox(self._outbox("spare")).close()
-            self._start_spare_api()
+            if self._has_spare_outbox:
+                Outbox(self._outbox("spare")).close()
+                self._start_spare_api()
             self._start_controller("bot")
             self._start_controller("bot-2")
             while self._redis.scard(WORKERS_BY_QUEUE_KEY % "history") < _WORKERS or not self._api_answers():
@@ -105,7 +110,7 @@ class Pipeline:
         listening = {
             one.laddr.port for one in psutil.net_connections("tcp4") if one.status == psutil.CONN_LISTEN and one.laddr
         }
-        return {self._api_port, self._spare_port} <= listening
+        return set(self._api_ports) <= listening
 
     def tick(self) -> None:
         """Start the programs that have ended, and the next controller from cron."""
