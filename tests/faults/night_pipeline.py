@@ -11,8 +11,6 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 from sqlalchemy import text
 
 from consumers.db.engine import engine
+from consumers.ops.failed import discard, rejections
 from producers.events import PortfolioSnapshot
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
@@ -33,7 +32,7 @@ from producers.redis_keys import owners_key, quarantine_key, reserved_key
 from tests.factories import a_snapshot
 from tests.faults.accepted import Accepted, AcceptedFile, accepted_by_controller, delivery_of_receipt
 from tests.faults.embedded_servers import EmbeddedServers
-from tests.faults.supervisor import ROOT, Supervisor
+from tests.faults.supervisor import Supervisor
 from tests.faults.verdict import Verdict, verdict
 from tests.ports import free_port
 
@@ -256,8 +255,7 @@ class Pipeline:
             self._record(a_snapshot(timestamp=now, snapshot_date=now.date(), portfolio_id=1, balance=balance))
 
     def discard_rejected(self) -> None:
-        command = [sys.executable, "-m", "consumers.cli", "failed", "discard", "--all", "--reason", "part of the night"]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=_WAIT_SECONDS)
+        discard(rejections(), self._redis, "history", "part of the night")
 
     def record_an_old_snapshot(self) -> None:
         self._record_snapshot(datetime.now(UTC) - _OLD_SNAPSHOT_AGE)
