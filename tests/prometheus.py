@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from tests.ports import free_port, wait_until_it_listens
+from tests.rq_programs import until
 
 
 def program(name: str) -> str:
@@ -49,6 +51,15 @@ class Prometheus:
         return samples
 
 
+def _is_ready(address: str) -> bool:
+    """Return whether the server has loaded its data: until then it answers 503."""
+    try:
+        with urlopen(f"http://{address}/-/ready", timeout=10):
+            return True
+    except HTTPError:
+        return False
+
+
 @contextmanager
 def prometheus(configuration: dict[str, Any], folder: Path) -> Iterator[Prometheus]:
     """Run Prometheus with this configuration during the block, on loopback and with its data in `folder`."""
@@ -64,6 +75,7 @@ def prometheus(configuration: dict[str, Any], folder: Path) -> Iterator[Promethe
         )
     try:
         wait_until_it_listens(server, port, log)
+        until(lambda: _is_ready(address))
         yield Prometheus(f"http://{address}")
     finally:
         server.terminate()
