@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import yaml
 
 from tests.faults.night_judgement import Firing
 from tests.prometheus import Prometheus, prometheus
 
-_START_SECONDS = 30.0
 _MOST_POINTS = 10_000  # Prometheus returns at most 11,000 a series
 _OWN_LABELS = {"__name__", "alertname", "alertstate"}  # of the series ALERTS
 
@@ -73,19 +70,4 @@ def night_alerts(
         ],
     }
     with prometheus(configuration, folder) as server:
-        alerts = NightAlerts(server, interval)
-        _wait_until_ready(alerts)
-        yield alerts
-
-
-def _wait_until_ready(alerts: NightAlerts) -> None:
-    until = time.monotonic() + _START_SECONDS
-    while True:
-        try:
-            alerts.firing()
-        except URLError:  # also its subclass HTTPError, while the server reads its files
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.1)
-        else:
-            return
+        yield NightAlerts(server, interval)

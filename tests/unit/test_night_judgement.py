@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.documents import table
 from tests.faults.alert_rules import Rule, rules_of, shortened
-from tests.faults.night import RULES, SCRIPT
+from tests.faults.night import RULES, SCRIPT, SITES
 from tests.faults.night_judgement import Expected, Firing, Happened, check_script, judge
 
 _RULES = {
@@ -86,6 +87,18 @@ def test_the_script_raises_each_alert_of_the_rule_file() -> None:
     check_script(alerts, rules)
     with pytest.raises(ValueError, match=f"no fault of the night raises {alerts[0]}: add one to"):
         check_script([one for one in alerts if one != alerts[0]], rules)
+
+
+def test_the_document_has_each_fault_with_its_alerts() -> None:
+    rules = rules_of(yaml.safe_load(RULES.read_text("utf-8")))
+    documented = [
+        (site, fault, alerts.replace("`", "")) for site, fault, alerts in table("tests/faults/README.md", "night")
+    ]
+    assert documented == [
+        (site, fault.name, " ".join(one.alert for one in fault.expected if one.alert in rules) or "none")
+        for site in ("first", "second")
+        for fault in SITES[site]
+    ]
 
 
 _FILE: dict[str, Any] = {
