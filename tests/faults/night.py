@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -78,7 +78,6 @@ class Fault:
     least_seconds: float = 0.0
 
 
-_CANNOT_READ = "HistoryCannotBeRead"
 _LATE = "HistoryEventsAreLate"
 _OUTBOX = "HistoryOutboxIsLate"
 _QUEUE = "HistoryQueueIsLate"
@@ -93,7 +92,6 @@ _DATABASE_STOPPED = Fault(
     (
         Expected("HistoryWorkerWaits", {"for": "the database"}, notice_seconds=5),
         Expected("HistoryDatabaseIsAway", notice_seconds=5),
-        Expected(_CANNOT_READ, notice_seconds=5),
     ),
     _NOTHING_STORED,
     after=("worker killed with reserved jobs",),
@@ -136,7 +134,7 @@ _FIRST = (
         "outbox damaged",
         Pipeline.damage_the_spare_outbox,
         Pipeline.repair_the_spare_outbox,
-        (Expected("HistoryOutboxCannotBeRead", notice_seconds=5), Expected(_CANNOT_READ, notice_seconds=5)),
+        (Expected("HistoryOutboxCannotBeRead", notice_seconds=5),),
         after=("outbox nearly full",),
     ),
     Fault(
@@ -200,7 +198,6 @@ _SECOND = (
         (
             Expected("HistoryWorkerWaits", {"for": "Redis"}, notice_seconds=5),
             Expected("HistoryRedisIsAway", notice_seconds=5),
-            Expected(_CANNOT_READ, notice_seconds=5),
         ),
         ("HistoryHasNoWorker", *_NOTHING_STORED),
         after=("events late", "API killed"),
@@ -211,7 +208,7 @@ _SECOND = (
         Pipeline.stop_database,
         lambda pipeline: pipeline.servers.bring_back(),
         (),
-        ("HistoryWorkerWaits", "HistoryRedisIsAway", _CANNOT_READ, "HistoryHasNoWorker", *_NOTHING_STORED),
+        ("HistoryWorkerWaits", "HistoryRedisIsAway", "HistoryHasNoWorker", *_NOTHING_STORED),
         during="Redis stopped",
         least_seconds=15,
     ),
@@ -397,19 +394,18 @@ def run_night(home: Path, *, site: str, seed: int) -> NightResult:
     """Run one site of the night in the empty folder `home`, and judge it. The rules of the site `short` are shortened.
 
     Raises:
-        ValueError: a rule of the rule file has no fault.
+        ValueError: a rule of the rule file has no fault, or an alert of the script no rule.
     """
     document = yaml.safe_load(RULES.read_text("utf-8"))
     check_script([one.alert for fault in SCRIPT for one in fault.expected], rules_of(document))
     divisor, interval = (_SHORT_DIVISOR, _SHORT_INTERVAL) if site == "short" else (1.0, _INTERVAL)
     rules = rules_of(document := shortened(document, divisor))
-    script = [_with_rules(fault, rules) for fault in SITES[site]]
     with ExitStack() as stack:
         stack.enter_context(embedded_stack(home))
         pipeline = Pipeline(home, random.Random(seed), has_spare_outbox=site == "first")
         stack.enter_context(pipeline.running())
         alerts = stack.enter_context(night_alerts(home / "prometheus", document, pipeline.targets, interval=interval))
-        night = Night(script, pipeline, alerts, rules, divisor)
+        night = Night(SITES[site], pipeline, alerts, rules, divisor)
         night.run(0.0 if site == "short" else _NIGHT_SECONDS)
         end = time.time()
         happened = night.happened()
@@ -417,12 +413,6 @@ def run_night(home: Path, *, site: str, seed: int) -> NightResult:
         judgement = judge(happened, firings, rules, interval=interval)
         judged = pipeline.verdict()
     return NightResult(site, seed, night.begin, end, happened, firings, judgement, judged, night.rule_errors)
-
-
-def _with_rules(fault: Fault, rules: Mapping[str, Rule]) -> Fault:
-    """Return a fault without the alerts that the rule file does not have."""
-    expected = tuple(one for one in fault.expected if one.alert in rules)
-    return replace(fault, expected=expected, consequences=tuple(one for one in fault.consequences if one in rules))
 
 
 def _predicted(

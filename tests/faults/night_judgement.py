@@ -90,13 +90,16 @@ def resolved_seconds(rule: Rule, interval: float) -> float:
 
 
 def check_script(alerts: Iterable[str], rules: Mapping[str, Rule]) -> None:
-    """Check that a fault raises each alert of the rule file.
+    """Check that the faults raise the alerts of the rule file: each of them, and no others.
 
     Raises:
-        ValueError: a rule has no fault.
+        ValueError: a rule has no fault, or an alert no rule.
     """
-    if missing := rules.keys() - set(alerts):
+    raised = set(alerts)
+    if missing := rules.keys() - raised:
         raise ValueError(f"no fault of the night raises {', '.join(sorted(missing))}: add one to tests/faults/night.py")
+    if unknown := raised - rules.keys():
+        raise ValueError(f"the night expects {', '.join(sorted(unknown))}, which the rule file does not have")
 
 
 def judge(
