@@ -425,7 +425,7 @@ def _predicted(
     """
     rule = rules[firing.alert]
     causes = [one.repaired_at for one in happened if one.allows(firing.alert, firing.labels)]
-    if firing.end < end - 2 * alerts.interval or not rule.window_seconds or not causes:
+    if firing.end <= end or not rule.window_seconds or not causes:
         return firing
     until = max(causes) + resolved_seconds(rule, alerts.interval)
     step = max(alerts.interval, (until - end) / 2000)

@@ -90,11 +90,12 @@ class Pipeline:
             if self._has_spare_outbox:
                 Outbox(self._outbox("spare")).close()
                 self._start_spare_api()
+            while self._redis.scard(WORKERS_BY_QUEUE_KEY % "history") < _WORKERS or not self._api_answers():
+                self._bot_host.restart_what_ended()
+                self._cron_host.restart_what_ended()
+                time.sleep(0.2)
             self._start_controller("bot")
             self._start_controller("bot-2")
-            while self._redis.scard(WORKERS_BY_QUEUE_KEY % "history") < _WORKERS or not self._api_answers():
-                self.tick()
-                time.sleep(0.2)
             yield
         finally:
             self.unfreeze()
