@@ -121,11 +121,11 @@ def _rows(
             rule = rules[expected.alert]
             promised = promised_seconds(rule, expected, interval)
             found = _first(fault, expected, firings, interval)
-            fired_after = found and found.begin - fault.begin
-            resolved_after = found and found.end - _last_repair(found, happened)
+            fired_after = None if found is None else found.begin - fault.begin
+            resolved_after = None if found is None else found.end - _last_repair(found, fault, happened)
             yield Row(
                 fault.name, fault.begin, fault.end, _named(expected.alert, expected.labels), promised,
-                fired_after, resolved_after, bool(found and found.is_predicted),
+                fired_after, resolved_after, found is not None and found.is_predicted,
                 _problem(fault, expected, found, promised),
             )  # fmt: skip
 
@@ -146,12 +146,10 @@ def _first(fault: Happened, expected: Expected, firings: Sequence[Firing], inter
     return Firing(first.alert, first.labels, begin, end, predicted)
 
 
-def _last_repair(firing: Firing, happened: Sequence[Happened]) -> float:
-    return max(
-        fault.repaired_at
-        for fault in happened
-        if fault.allows(firing.alert, firing.labels) and fault.begin <= firing.end
-    )
+def _last_repair(firing: Firing, fault: Happened, happened: Sequence[Happened]) -> float:
+    """Return the time of the last repair before the end of a firing, of this fault or of another one that allows it."""
+    allowing = [one.repaired_at for one in happened if one.allows(firing.alert, firing.labels)]
+    return max((at for at in allowing if at <= firing.end), default=fault.repaired_at)
 
 
 def _problem(fault: Happened, expected: Expected, found: Firing | None, promised: float) -> str | None:
