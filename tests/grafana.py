@@ -39,7 +39,13 @@ def promql(text: str) -> str:
 
 
 def sql(
-    text: str, since: datetime, until: datetime, *, interval: str = "1h", measure: str = "auto", portfolios: Sequence[str] = ()
+    text: str,
+    since: datetime,
+    until: datetime,
+    *,
+    interval: str = "1h",
+    measure: str = "auto",
+    portfolios: Sequence[str] = (),
 ) -> str:
     """Return a query as PostgreSQL gets it: Grafana's page fills in the variables, then its server the macros."""
     values = {

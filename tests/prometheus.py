@@ -1,4 +1,4 @@
-"""Debian's Prometheus: promtool, and a server that scrapes and evaluates, by default every second."""
+"""Debian's Prometheus: promtool, and a server."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ def _is_ready(address: str) -> bool:
 
 @contextmanager
 def prometheus(configuration: dict[str, Any], folder: Path) -> Iterator[Prometheus]:
-    """Run Prometheus with this configuration during the block, on loopback and with its data in `folder`."""
+    """Run Prometheus with this configuration during the block, on loopback and with its data in `folder`.
+
+    Without `global`, it scrapes and evaluates every second.
+    """
     folder.mkdir()
     every_second = {"global": {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}}
     file, log, port = folder / "prometheus.yml", folder / "log", free_port()

@@ -1,4 +1,4 @@
-"""Every query of the dashboards and rules, run by a real Prometheus that scrapes a worker and an API, and by PostgreSQL."""
+"""Every query of dashboards and rules, run by a Prometheus that scrapes a worker and an API, and by PostgreSQL."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from math import isfinite
 from pathlib import Path
@@ -65,8 +65,8 @@ def test_prometheus_accepts_the_configurations_of_the_document(tmp_path: Path) -
     checked = promtool("check", "config", "prometheus.yml", folder=tmp_path)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     (app, port) = discovery["kubernetes"]["relabel_configs"][0]["regex"].split(";")
-    pods = [one["spec"]["template"] for one in yaml.safe_load_all((_RULES.parent / "kubernetes.yaml").read_text("utf-8"))
-            if one["kind"] == "Deployment"]  # fmt: skip
+    manifests = yaml.safe_load_all((_RULES.parent / "kubernetes.yaml").read_text("utf-8"))
+    pods = [one["spec"]["template"] for one in manifests if one["kind"] == "Deployment"]
     assert (app, port) in {
         (pod["metadata"]["labels"]["app"], one["name"]) for pod in pods for one in pod["spec"]["containers"][0]["ports"]
     }
@@ -91,7 +91,9 @@ def server(redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.
         with prometheus(configuration, tmp_path / "prometheus") as server:
             until(lambda: len(server.query("trading_history_database_up == 1")) == 2)
             for number in range(3):
-                producer.record(a_snapshot(timestamp=datetime.now(UTC) - timedelta(seconds=number), portfolio_id=number))
+                producer.record(
+                    a_snapshot(timestamp=datetime.now(UTC) - timedelta(seconds=number), portfolio_id=number)
+                )
             at = datetime.now(UTC)
             for balance in (1, 2):  # the second is a conflict
                 producer.record(a_snapshot(timestamp=at, portfolio_id=9, balance=balance))
@@ -101,7 +103,7 @@ def server(redis: Redis, database_url: str, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_every_promql_query_has_data_for_a_live_pipeline(server: Prometheus) -> None:
-    """Those of the dashboard as Grafana sends them. Of the rules, each is evaluated, and each metric that it uses exists."""
+    """Those of the dashboard as Grafana sends them. Each rule is evaluated, and each metric that it uses exists."""
     known = {sample["metric"]["outcome"] for sample in server.query("trading_history_events_total")}
     stored = f'trading_history_events_total{{type="{ARCHIVE_TYPE}", outcome="stored"}}'
     until(lambda: [one["value"][1] for one in server.query(f"increase({stored}[1m]) > bool 0")] == ["1"])
@@ -109,7 +111,7 @@ def test_every_promql_query_has_data_for_a_live_pipeline(server: Prometheus) -> 
     empty = [(title, query) for title, _, query in queries("pipeline") if not _finite(server, promql(query))]
     assert empty == []
     (variable,) = (one for one in dashboard("pipeline")["templating"]["list"] if one["type"] == "query")
-    metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["definition"]).groups()  # type: ignore[union-attr]
+    ((metric, label),) = re.findall(r"^label_values\((\w+), (\w+)\)$", variable["definition"])
     assert {one["metric"][label] for one in server.query(metric)} == {"trading-history", "trading-history-api"}
     for _, _, query in queries("pipeline"):
         for outcomes in re.findall(r'outcome=~"([\w|]+)"', query):
@@ -146,7 +148,10 @@ def test_outbox_that_nobody_scrapes_reaches_prometheus_as_a_text_file(
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         producer.record(a_snapshot())
         producer.flush(10)
-        assert _samples(script, file) == {"trading_history_outbox_up": 1.0, "trading_history_outbox_oldest_age_seconds": 0.0}
+        assert _samples(script, file) == {
+            "trading_history_outbox_up": 1.0,
+            "trading_history_outbox_oldest_age_seconds": 0.0,
+        }
     (tmp_path / "outbox.db").write_bytes(b"no database at all" * 1000)
     assert _samples(script, file) == {"trading_history_outbox_up": 0.0}
 
@@ -158,7 +163,6 @@ def _samples(script: str, file: Path) -> dict[str, float]:
     return {name: value if name.endswith("up") else value // 30 for name, value in found.items()}
 
 
-_START = date(2026, 6, 1)
 _SINCE, _UNTIL = datetime(2026, 6, 1, tzinfo=UTC), datetime(2026, 6, 30, 23, 59, tzinfo=UTC)
 
 
@@ -186,10 +190,11 @@ _INSERT = text("""
 """)
 
 
-def _row(portfolio: int | None, day: int, balance: str, invested: str, profit: str, value: str, hour: int = 20) -> dict[str, Any]:
-    at = datetime.combine(_START, datetime.min.time(), UTC) + timedelta(days=day, hours=hour)
-    amounts = {"balance": balance, "invested": invested, "profit": profit, "value": value}
-    return {"portfolio": portfolio, "day": at.date(), "at": at, "trades": 10 * day, **{k: Decimal(v) for k, v in amounts.items()}}  # fmt: skip
+def _row(portfolio: int | None, day: int, amounts: str, *, hour: int = 20) -> dict[str, Any]:
+    """Return a snapshot of a day from _SINCE on. Amounts: balance, total_invested, total_profit_loss, total_value."""
+    at = _SINCE + timedelta(days=day, hours=hour)
+    numbers = dict(zip(("balance", "invested", "profit", "value"), map(Decimal, amounts.split()), strict=True))
+    return {"portfolio": portfolio, "day": at.date(), "at": at, "trades": 10 * day, **numbers}
 
 
 def _store(*rows: dict[str, Any]) -> None:
@@ -207,14 +212,17 @@ def _found(db: Connection, title: str, **variables: Any) -> list[dict[str, Any]]
 
 def test_every_sql_query_runs_as_the_reader_and_has_rows(reader: Connection) -> None:
     """Time series have a time, the portfolio and one value. Statements that write are refused."""
-    _store(*(_row(portfolio, day, "1000", "0", str(day), str(1000 + day)) for portfolio in (1, None) for day in range(3)))
+    _store(*(_row(portfolio, day, f"1000 0 {day} {1000 + day}") for portfolio in (1, None) for day in range(3)))
     with get_db() as db:
-        db.execute(text("""
-            INSERT INTO signal_archives (event_id, source, sequence, archived_at, archive_month, signals_count, signals_data)
+        db.execute(
+            text("""
+            INSERT INTO signal_archives
+                (event_id, source, sequence, archived_at, archive_month, signals_count, signals_data)
             SELECT gen_random_uuid(), 'test/1', 1, CAST(month || '-15T12:00Z' AS timestamptz), month, 2, '[{}, {}]'
             FROM unnest(ARRAY['2026-05', '2026-06', '2026-06', '2026-07']) AS month
-        """))
-    for title, form, query in queries("portfolios"):
+        """)
+        )
+    for title, form, _ in queries("portfolios"):
         for measure in ("auto", "equity", "value"):
             rows = _found(reader, title, measure=measure)
             assert rows, title
@@ -236,11 +244,11 @@ def test_every_sql_query_runs_as_the_reader_and_has_rows(reader: Connection) -> 
 def test_panels_answer_their_questions(reader: Connection) -> None:
     """The last snapshot of a date or interval counts; changes are since the date before; portfolios can be chosen."""
     _store(
-        _row(1, 0, "1000", "0", "0", "1000"),
-        _row(1, 1, "1000", "0", "-50", "950", hour=8),
-        _row(1, 1, "1010", "0", "-20", "990"),
-        _row(2, 1, "5", "0", "0", "5"),
-        _row(1, 4, "1000", "0", "10", "1010"),
+        _row(1, 0, "1000 0 0 1000"),
+        _row(1, 1, "1000 0 -50 950", hour=8),
+        _row(1, 1, "1010 0 -20 990"),
+        _row(2, 1, "5 0 0 5"),
+        _row(1, 4, "1000 0 10 1010"),
     )  # fmt: skip
 
     def points(title: str, **variables: Any) -> list[tuple[Any, ...]]:
@@ -263,13 +271,13 @@ def test_panels_answer_their_questions(reader: Connection) -> None:
 def test_fully_invested_portfolio_is_not_shown_as_worthless(reader: Connection) -> None:
     """Its total_value leaves out the invested money. A deposit is neither profit nor drawdown."""
     _store(
-        _row(1, 0, "10000", "0", "0", "10000"),
-        _row(1, 1, "0", "10000", "0.35", "0.35"),
-        _row(2, 0, "500", "500", "10", "1010"),  # its total_value has everything
-        _row(2, 1, "1500", "500", "5", "2005"),  # a deposit of 1000, and a loss of 5
-        _row(2, 2, "1500", "500", "5", "2005"),
-        _row(2, 3, "1500", "500", "20", "2020"),
-        _row(2, 4, "1500", "500", "30", "2030"),
+        _row(1, 0, "10000 0 0 10000"),
+        _row(1, 1, "0 10000 0.35 0.35"),
+        _row(2, 0, "500 500 10 1010"),  # its total_value has everything
+        _row(2, 1, "1500 500 5 2005"),  # a deposit of 1000, and a loss of 5
+        _row(2, 2, "1500 500 5 2005"),
+        _row(2, 3, "1500 500 20 2020"),
+        _row(2, 4, "1500 500 30 2030"),
     )  # fmt: skip
 
     def worth(title: str, measure: str, portfolio: str) -> list[float]:
@@ -286,9 +294,11 @@ def test_fully_invested_portfolio_is_not_shown_as_worthless(reader: Connection) 
 
 
 @pytest.mark.parametrize("measure", ["auto", "equity", "value"])
-def test_drawdown_is_that_of_the_performance_or_missing_where_it_has_no_figures(reader: Connection, measure: str) -> None:
+def test_drawdown_is_that_of_the_performance_or_missing_where_it_has_no_figures(
+    reader: Connection, measure: str
+) -> None:
     """For portfolios of few, often extreme, closes."""
-    chance = random.Random(20)  # noqa: S311  # reproducible
+    chance = random.Random(20)
     rows = []
     for portfolio in range(1, 121):
         kind, paid_in, gained = chance.choice(["old", "all", "value"]), chance.choice([0, 100, 1000]), Decimal(0)
@@ -297,7 +307,7 @@ def test_drawdown_is_that_of_the_performance_or_missing_where_it_has_no_figures(
             paid_in += chance.choice([0, 0, 0, 0, 0, 0, 0, 70])
             gained += chance.choice([0, 10, 10, -10, -10, -100, -gained])
             value = {"old": paid_in - invested + gained, "all": paid_in + gained, "value": paid_in}[kind]
-            rows.append(_row(portfolio, day, str(paid_in - invested), str(invested), str(gained), str(value)))
+            rows.append(_row(portfolio, day, f"{paid_in - invested} {invested} {gained} {value}"))
     _store(*rows)
     found: dict[str, float] = {}
     for row in _found(reader, "Drawdown", measure=measure, portfolios=[str(number) for number in range(1, 121)]):

@@ -43,7 +43,7 @@ def test_dashboard_can_be_imported(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_panels_have_ids_of_their_own_and_do_not_overlap(name: str) -> None:
+def test_panels_have_unique_ids_and_do_not_overlap(name: str) -> None:
     """They fill each row of the grid, which is 24 wide: Grafana would move them otherwise."""
     board = dashboard(name)["panels"]
     assert len({panel["id"] for panel in board}) == len(board)
@@ -51,7 +51,8 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap(name: str) -> None:
         {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
         for at in (panel["gridPos"] for panel in board)
     ]
-    assert [] == [(one, other) for one, other in combinations(range(len(cells)), 2) if cells[one] & cells[other]]
+    overlapping = [(one, other) for one, other in combinations(range(len(cells)), 2) if cells[one] & cells[other]]
+    assert overlapping == []
     used = set().union(*cells)
     assert used == {(x, y) for x in range(24) for y in range(max(y for _, y in used) + 1)}
 
