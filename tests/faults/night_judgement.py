@@ -97,7 +97,9 @@ def check_script(alerts: Iterable[str], rules: Mapping[str, Rule]) -> None:
     """
     raised = set(alerts)
     if missing := rules.keys() - raised:
-        raise ValueError(f"no fault of the night raises {', '.join(sorted(missing))}: add one to tests/faults/night.py")
+        raise ValueError(
+            f"no fault of the night raises {', '.join(sorted(missing))}: add one to tests/faults/night_script.py"
+        )
     if unknown := raised - rules.keys():
         raise ValueError(f"the night expects {', '.join(sorted(unknown))}, which the rule file does not have")
 

@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import owners_key, quarantine_key, reserved_key
 from tests.factories import a_snapshot
-from tests.faults.accepted import Accepted, AcceptedFile, accepted_by_controller, delivery_of_receipt
+from tests.faults.accepted import AcceptedFile, accepted_by_controller, delivery_of_receipt
 from tests.faults.embedded_servers import EmbeddedServers
 from tests.faults.supervisor import Supervisor
 from tests.faults.verdict import Verdict, verdict
@@ -280,8 +281,7 @@ class Pipeline:
             others = [stack.enter_context(HistoryProducer(outbox=path)) for path in outboxes]
             while sum(producer.status().depth for producer in others) and time.monotonic() < deadline:
                 time.sleep(0.1)
-        accepted: dict[str, Accepted] = accepted_by_controller(self.home / "accepted")
-        return verdict(outboxes, accepted, redis=self._redis)
+        return verdict(outboxes, accepted_by_controller(self.home / "accepted"), redis=self._redis)
 
 
 def _free_ports(count: int) -> int:
@@ -296,8 +296,6 @@ def _free_ports(count: int) -> int:
 
 @contextmanager
 def _bound(port: int) -> Iterator[None]:
-    import socket
-
     with socket.socket() as one:
         one.bind(("127.0.0.1", port))
         yield

@@ -10,8 +10,9 @@ import yaml
 
 from tests.documents import table
 from tests.faults.alert_rules import Rule, rules_of, shortened
-from tests.faults.night import RULES, SCRIPT, SITES
+from tests.faults.night import RULES
 from tests.faults.night_judgement import Expected, Firing, Happened, check_script, judge
+from tests.faults.night_script import SCRIPT, SITES
 
 _RULES = {
     "NoWorker": Rule("NoWorker", "workers == 0", for_seconds=300, limit_seconds=0, window_seconds=0),
