@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 from redis import Redis
 from rq.suspension import resume, suspend
+from rq.utils import as_text
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 from sqlalchemy import text
 
@@ -243,10 +244,9 @@ class Pipeline:
             os.kill(pid, signal.SIGKILL)
 
     def _pid_with_reserved_jobs(self) -> int | None:
-        for owner in self._redis.hkeys(owners_key("history")):
-            name = owner.decode().rpartition(":")[0]
-            pid = self._redis.hget(f"rq:worker:{name}", "pid")
-            if pid is not None and self._redis.llen(reserved_key("history", owner.decode())):
+        for owner in map(as_text, self._redis.hkeys(owners_key("history"))):
+            pid = self._redis.hget(f"rq:worker:{owner.rpartition(':')[0]}", "pid")
+            if pid is not None and self._redis.llen(reserved_key("history", owner)):
                 return int(pid)
         return None
 
