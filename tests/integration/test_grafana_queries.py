@@ -249,6 +249,9 @@ def test_panels_answer_their_questions(reader: Connection) -> None:
         _row(1, 1, "1010 0 -20 990"),
         _row(2, 1, "5 0 0 5"),
         _row(1, 4, "1000 0 10 1010"),
+        _row(1, 4, "1000 0 90 1090", hour=8),  # stored later
+        _row(None, 4, "7 0 0 7"),
+        _row(None, 4, "9 0 0 9", hour=8),
     )  # fmt: skip
 
     def points(title: str, **variables: Any) -> list[tuple[Any, ...]]:
@@ -256,16 +259,17 @@ def test_panels_answer_their_questions(reader: Connection) -> None:
 
     assert points("Daily change of profit and loss") == [(None,), (-20.0,), (30.0,)]
     assert points("Trades per day") == [(None,), (10,), (30,)]
-    assert points("Snapshots per day") == [(1,), (2,), (1,)]
-    assert points("Open positions", interval="12h") == [(2,)] * 4
+    assert points("Snapshots per day") == [(1,), (2,), (2,)]
+    assert points("Open positions", interval="12h") == [(2,)] * 5
     assert points("Profit and loss so far", interval="1d") == [(0.0,), (-20.0,), (10.0,)]
     assert [row["time"].isoformat() for row in _found(reader, "Snapshots per day", portfolios=("1",))] == [
         f"2026-06-0{day}T00:00:00+00:00" for day in (1, 2, 5)
     ]
-    times = [row["time"] for row in _found(reader, "Worth", portfolios=("1",), interval="1d")]
-    assert times == [_SINCE.timestamp() + 86400 * day for day in (0, 1, 4)]
+    worth = [(row["time"], row["worth"]) for row in _found(reader, "Worth", portfolios=("1",), interval="1d")]
+    assert worth == [(_SINCE.timestamp() + 86400 * day, value) for day, value in ((0, 1000), (1, 990), (4, 1010))]
     (latest,) = _found(reader, "Latest snapshots", portfolios=("1",))
     assert (latest["profit_loss"], latest["trades"], latest["snapshot"].day) == (10.0, 40, 5)
+    assert [row["worth"] for row in _found(reader, "Latest snapshots", portfolios=("none",))] == [7.0]
 
 
 def test_fully_invested_portfolio_is_not_shown_as_worthless(reader: Connection) -> None:
@@ -286,7 +290,9 @@ def test_fully_invested_portfolio_is_not_shown_as_worthless(reader: Connection) 
     assert worth("Worth", "auto", "1") == worth("Worth", "equity", "1") == [10000.0, 10000.35]
     assert worth("Worth", "value", "1") == [10000.0, 0.35]
     assert worth("Worth", "auto", "2") == worth("Worth", "value", "2") == [1010.0, 2005.0, 2005.0, 2020.0, 2030.0]
-    assert [worth("Latest snapshots", "auto", portfolio) for portfolio in "12"] == [[10000.35], [2030.0]]
+    for portfolio, measure, expected in (("1", "auto", 10000.35), ("1", "equity", 10000.35), ("1", "value", 0.35),
+                                         ("2", "auto", 2030.0), ("2", "value", 2030.0)):  # fmt: skip
+        assert worth("Latest snapshots", measure, portfolio) == [expected]
     assert [row["drawdown"] for row in _found(reader, "Drawdown", portfolios=("1",))] == [0.0]
     assert _found(reader, "Drawdown", portfolios=("1",), measure="value") == []  # no figures
     lost = [row["drawdown"] for row in _found(reader, "Drawdown", portfolios=("2",))]
@@ -301,13 +307,14 @@ def test_drawdown_is_that_of_the_performance_or_missing_where_it_has_no_figures(
     chance = random.Random(20)
     rows = []
     for portfolio in range(1, 121):
-        kind, paid_in, gained = chance.choice(["old", "all", "value"]), chance.choice([0, 100, 1000]), Decimal(0)
+        kind, paid_in, gained = chance.choice(["old", "all", "value"]), chance.choice([0, 100, 1000]), 0
         for day in range(chance.randint(1, 6)):
             invested = chance.choice([0, 0, 50])
             paid_in += chance.choice([0, 0, 0, 0, 0, 0, 0, 70])
             gained += chance.choice([0, 10, 10, -10, -10, -100, -gained])
             value = {"old": paid_in - invested + gained, "all": paid_in + gained, "value": paid_in}[kind]
             rows.append(_row(portfolio, day, f"{paid_in - invested} {invested} {gained} {value}"))
+            rows.append(_row(portfolio, day, "1 1 1 1", hour=8))  # not the last one of the date
     _store(*rows)
     found: dict[str, float] = {}
     for row in _found(reader, "Drawdown", measure=measure, portfolios=[str(number) for number in range(1, 121)]):

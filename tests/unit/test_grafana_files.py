@@ -121,8 +121,8 @@ def test_worth_is_computed_as_in_the_other_programs() -> None:
     computed = [" ".join(text.split()) for _, _, text in queries("portfolios") if " worth" in text]
     assert len(computed) == 3
     for text in computed:
-        assert EXPRESSIONS["equity"] in text
-        assert FITS[OLD_FORMULA] in text
+        assert text.count(f"THEN {EXPRESSIONS['equity']}") == text.count("total_invested + ") == 2
+        assert text.count(FITS[OLD_FORMULA]) == text.count("abs(total_value - ")
 
 
 def test_the_documents_list_the_dashboards() -> None:
