@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from tests.documents import table
 from tests.faults.alert_rules import Rule, rules_of, shortened
 from tests.faults.night import RULES
-from tests.faults.night_judgement import Expected, Firing, Happened, check_script, judge
+from tests.faults.night_judgement import Expected, Firing, Happened, check_script, judge, promised_seconds
 from tests.faults.night_script import SCRIPT, SITES
 
 _RULES = {
@@ -90,6 +91,19 @@ def test_the_script_raises_each_alert_of_the_rule_file() -> None:
         check_script([one for one in alerts if one != alerts[0]], rules)
     with pytest.raises(ValueError, match="the night expects NewAlert, which the rule file does not have"):
         check_script([*alerts, "NewAlert"], rules)
+
+
+def test_the_night_is_at_least_as_strict_as_the_promise_of_each_rule() -> None:
+    """The promise in the rule file is for a scrape and an evaluation per minute."""
+    document = yaml.safe_load(RULES.read_text("utf-8"))
+    rules = rules_of(document)
+    stated = {one["alert"]: one["annotations"]["promise"] for group in document["groups"] for one in group["rules"]}
+    for fault in SCRIPT:
+        for expected in fault.expected:
+            found = re.match(r"Fires within (?:(\d+) hours and )?(\d+) minutes", stated[expected.alert])
+            assert found is not None
+            seconds = 3600 * int(found[1] or 0) + 60 * int(found[2])
+            assert promised_seconds(rules[expected.alert], expected, 5.0) <= seconds, expected
 
 
 def test_the_document_has_each_fault_with_its_alerts() -> None:
