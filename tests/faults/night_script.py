@@ -81,7 +81,7 @@ _FIRST = (
         "outbox nearly full",
         Pipeline.lower_the_limit_of_the_spare_outbox,
         Pipeline.raise_the_limit_of_the_spare_outbox,
-        (Expected("HistoryOutboxIsNearlyFull", notice_seconds=10),),  # the API is started again
+        (Expected("HistoryOutboxIsNearlyFull", notice_seconds=45),),  # the API is started again
         quiet_seconds=30,
     ),
     Fault(
