@@ -14,6 +14,7 @@ HistoryError
 ├── WithdrawalRefused   the event has no row, or the role may not withdraw it; nothing was changed
 ├── OldSchema           the database has tables of the old shape, or others, under our names
 ├── LoginNotMade        a login role cannot be created or changed
+├── PingNotDelivered    a monitoring service did not accept a ping
 ├── AdoptionRefused     tables of the old shape cannot be adopted in their present state
 └── EmbeddedError       the embedded servers are not installed, do not start or do not stop
 """
@@ -141,6 +142,10 @@ class LoginNotMade(HistoryError):
 
 class AdoptionRefused(HistoryError):
     """Tables of the old shape cannot be adopted in their present state; nothing was changed."""
+
+
+class PingNotDelivered(HistoryError):
+    """A monitoring service did not accept a ping. The message does not contain its URL."""
 
 
 class EmbeddedError(HistoryError):

@@ -148,3 +148,26 @@ class DashboardSettings(EnvironmentSettings):
         if origin_of(url) is None:
             raise ValueError("must have a host name; its port, if given, must be from 0 to 65535")
         return url
+
+
+def ping_url(text: str) -> SecretStr:
+    """Return the URL of a monitoring service's check; the id of the check in it is a secret.
+
+    Raises:
+        ValueError: it is not one. The message does not contain it.
+    """
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError("must be a URL of ASCII characters without blanks")
+    if origin_of(text) is None:
+        raise ValueError("must be an http:// or https:// URL with a host name")
+    if "@" in urlsplit(text).netloc:
+        raise ValueError("must have no user and no password")
+    return SecretStr(text)
+
+
+class PingSettings(EnvironmentSettings):
+    """URL to which `--ping HISTORY_PING_URL` reports; it is not on the command line, which other users can read."""
+
+    url: Annotated[SecretStr, BeforeValidator(lambda text: ping_url(str(text)))] | None = Field(
+        None, alias="HISTORY_PING_URL"
+    )

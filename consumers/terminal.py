@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import re
 import signal
@@ -224,15 +226,19 @@ def print_compared(compared: Sequence[Mapping[str, Any]]) -> None:
     print_rows(("file", *counts), cells, "There is nothing to compare.")
 
 
-def print_values(values: Mapping[str, Any]) -> None:
+Values = Mapping[str, Any] | Sequence[tuple[str, Any]]
+
+
+def print_values(values: Values) -> None:
     """Print names and values, one per line."""
     _print(values_table(values))
 
 
-def values_table(values: Mapping[str, Any]) -> Table:
-    """Return a table of names and values."""
+def values_table(values: Values) -> Table:
+    """Return a table of names and values; a small window wraps the values."""
     table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in values.items():
+    table.add_column(no_wrap=True)
+    for name, value in values.items() if isinstance(values, Mapping) else values:
         table.add_row(name.replace("_", " "), Text(printable(_value_text(value))))
     return table
 
@@ -362,6 +368,22 @@ def escaped(text: str) -> str:
     return _NOT_PLAIN.sub(
         lambda found: found[0] if found[0] in "\n\t" or _is_printable(found[0]) else json.dumps(found[0])[1:-1], text
     )
+
+
+def print_any_character() -> None:
+    """Make standard output write each character that its encoding does not have as a JSON escape.
+
+    Otherwise a title with an umlaut would raise UnicodeEncodeError on a terminal that has only ASCII.
+    """
+    codecs.register_error("json-escape", _json_escapes)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="json-escape")
+
+
+def _json_escapes(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def _is_printable(character: str) -> bool:

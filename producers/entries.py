@@ -66,6 +66,14 @@ class OutboxStatus:
         return self.pending + self.sent
 
 
+class OutboxGrowth(NamedTuple):
+    """Growth of the unsettled entries in the last `seconds`: recorded minus settled. `kept` counts all entries."""
+
+    entries: int
+    kept: int
+    seconds: float
+
+
 class OutboxSource(NamedTuple):
     """Source of an outbox. If it is not `current`, it gets no new events; `left_because` is `copied` or `damaged`."""
 

@@ -22,7 +22,16 @@ from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 from uuid import UUID, uuid4
 
 from producers import outbox_counts
-from producers.entries import Accepted, AuditEntry, Entry, EntryStatus, OutboxSource, OutboxStatus, full_source
+from producers.entries import (
+    Accepted,
+    AuditEntry,
+    Entry,
+    EntryStatus,
+    OutboxGrowth,
+    OutboxSource,
+    OutboxStatus,
+    full_source,
+)
 from producers.errors import OutboxDamaged, OutboxError
 from producers.events import Payload, draft_of
 from producers.outbox_check import find_fault
@@ -306,6 +315,11 @@ class Outbox:
         """Count the entries by state."""
         with self._file.snapshot() as db:
             return outbox_counts.status(db, self._clock.now(db))
+
+    def growth(self, seconds: float) -> OutboxGrowth | None:
+        """Return by how much the unsettled entries have grown in the last seconds, see `outbox_counts.growth`."""
+        with self._file.snapshot() as db:
+            return outbox_counts.growth(db, self._clock.now(db), seconds)
 
     def oldest_pending_seconds(self) -> float | None:
         """Return the age of the oldest pending entry in seconds, or None if no entry is pending."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sqlite3
 from typing import Literal
 
-from producers.entries import OutboxStatus
+from producers.entries import OutboxGrowth, OutboxStatus
 from producers.outbox_schema import IS_PLAIN
 
 ALL = 2**62  # a position beyond all entries
+# To measure the growth, at most 20,000 entries are read.
+PAGE_ENTRIES = 500
+MOST_PAGES = 40
 
 # Beyond `sent_through` no position is missing: entries are deleted only up to it.
 _PENDING_COUNT = """
@@ -40,6 +43,11 @@ ORDER BY position LIMIT 1
     "sent": "SELECT recorded_at FROM entries WHERE position = (SELECT min(position) FROM sent)",
 }
 
+_NEWEST = "SELECT recorded_at FROM entries ORDER BY position DESC"
+_SETTLED_SINCE = "SELECT count(*) FROM outcomes WHERE settled_at > ? AND settled_at <= ?"
+_OLDEST_OUTCOME = "SELECT min(settled_at) FROM outcomes"
+_LAST_POSITION = "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'entries'), 0)"
+
 
 def pending(db: sqlite3.Connection, until: int = ALL) -> int:
     """Return the number of pending entries up to a position."""
@@ -68,6 +76,30 @@ def oldest_seconds(db: sqlite3.Connection, state: Literal["pending", "sent"], no
     """Return the age of the oldest entry in this state, in seconds; None if no entry is in it."""
     row = db.execute(_OLDEST[state]).fetchone()
     return None if row is None else max(now - row[0], 0.0)
+
+
+def growth(db: sqlite3.Connection, now: float, seconds: float) -> OutboxGrowth | None:
+    """Return by how much the unsettled entries have grown in the last `seconds`, or less if very many were recorded.
+
+    None if that is not known: entries that were settled in this time may have been deleted.
+    """
+    since, recorded, newest = now - seconds, 0, db.execute(_NEWEST)
+    for page_number in range(MOST_PAGES):
+        recent = [at for (at,) in newest.fetchmany(PAGE_ENTRIES) if since < at <= now]
+        if not recent:
+            break
+        recorded += len(recent)
+        if page_number == MOST_PAGES - 1:
+            since = min(recent)
+    newest.close()
+    counted = status(db, now)
+    kept = counted.depth + counted.stored + counted.rejected
+    # Settled entries are deleted in the order in which they were settled.
+    oldest = db.execute(_OLDEST_OUTCOME).fetchone()[0]
+    if kept != db.execute(_LAST_POSITION).fetchone()[0] and (oldest is None or oldest > since):
+        return None
+    settled = db.execute(_SETTLED_SINCE, (since, now)).fetchone()[0]
+    return OutboxGrowth(recorded - settled, kept, now - since)
 
 
 def _number(db: sqlite3.Connection, query: str, values: dict[str, int]) -> int:

@@ -10,14 +10,12 @@ from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
 
 import typer
-from redis import RedisError
 
-from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, running, up, views
-from consumers.ops.redis_errors import redis_problem
+from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, running, status, up, views
+from consumers.cli.error_messages import readable
 from consumers.process_setup import on_stop_signals, write_logs
-from consumers.terminal import escaped
-from producers.errors import HistoryError, SettingsError
-from producers.redis_keys import key_prefix_problem
+from consumers.terminal import escaped, print_any_character
+from producers.errors import SettingsError
 
 app = typer.Typer(
     help="Store portfolio snapshots and signal archives of a trading controller in PostgreSQL, through Redis Queue.\n\n"
@@ -26,18 +24,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_READ_LOG_SETTINGS = ("doctor", "status", "outbox")  # they report wrong settings themselves
 _debug = False
 _program = "trading-history"
 _UsageError: Any = typer.BadParameter.__bases__[0]  # typer exports only this subclass
 _PLAIN_REASONS = {
     "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
     "Input should be a valid number, unable to parse string as a number": "must be a number",
-}
-_EXTRAS = {
-    **dict.fromkeys(("sqlalchemy", "psycopg2", "prometheus_client"), "worker"),
-    **dict.fromkeys(("fastapi", "starlette", "uvicorn"), "api"),
-    "pyarrow": "parquet",
-    **dict.fromkeys(("flask", "rq_dashboard", "six", "waitress", "werkzeug"), "dashboard"),
 }
 
 
@@ -51,7 +44,7 @@ def options(
     try:
         write_logs(logging.DEBUG if debug else logging.INFO)
     except SettingsError:
-        if context.invoked_subcommand != "doctor":  # doctor reports wrong settings itself
+        if context.invoked_subcommand not in _READ_LOG_SETTINGS:
             raise
 
 
@@ -75,7 +68,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "schema": recording.schema,
     },
     "Monitor and repair": {
-        "status": views.status,
+        "status": status.status,
         "doctor": doctor.doctor,
         "audit": reading.audit,
         "failed": failed.failed_app,
@@ -108,6 +101,7 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the process ends
+    print_any_character()
     try:
         # Not standalone: typer would print a usage error as a box of five lines.
         sys.exit(app(standalone_mode=False))
@@ -116,7 +110,7 @@ def main() -> None:
     except _UsageError as error:
         sys.exit(_show_usage_error(error))
     except Exception as error:
-        message = _readable(error)
+        message = readable(error)
         if message is None or _debug:
             raise
         print(f"error: {escaped(message)}", file=sys.stderr)
@@ -146,23 +140,3 @@ def _called_command() -> str:
             command = commands[argument]
             path.append(argument)
     return " ".join(path)
-
-
-def _readable(error: Exception) -> str | None:
-    """Return the message for an expected error, or None for a defect, which shows its traceback."""
-    if isinstance(error, HistoryError):
-        return error.with_advice()
-    if isinstance(error, OSError):
-        return str(error)
-    if isinstance(error, RedisError):
-        return f"Redis: {redis_problem(error)}"
-    if isinstance(error, ValueError) and "RQ_KEY_PREFIX" in str(error):  # raised when RQ is imported
-        return key_prefix_problem(error)
-    if isinstance(error, ModuleNotFoundError):
-        extra = _EXTRAS.get((error.name or "").split(".")[0])
-        return (
-            f"this command needs the extra [{extra}]: run pip install '.[{extra}]' in a clone of trading-history"
-            if extra
-            else None
-        )
-    return None

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from consumers.cli.options import AsJson, progress_bar, seconds_option, time_option
+from consumers.cli.pinging import Ping, read_and_ping
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
+from consumers.settings import LogSettings
 from consumers.terminal import print_json, print_values
 from producers.errors import HistoryError, OutboxDamaged
 from producers.settings import TransportSettings
@@ -29,15 +31,38 @@ outbox_app = typer.Typer(
 )
 
 _CHECK_SECONDS = 5.0
+_SOUND: dict[str | None, str] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}
+
+
+@outbox_app.callback()
+def _settings(context: typer.Context) -> None:
+    if context.invoked_subcommand != "status":  # it reports a wrong setting to a monitoring service first
+        LogSettings.from_environment()
 
 
 @outbox_app.command("status")
-def outbox_status(as_json: AsJson = False) -> None:
-    """Show the number of pending, sent, stored and rejected events; exit status 1 if the file is damaged.
+def outbox_status(as_json: AsJson = False, ping: Ping = None) -> None:
+    """Show the number of pending, sent, stored and rejected events, and problems; exit status 1 if there is one.
 
     Example: trading-history outbox status --json
     """
-    from consumers.ops.outbox_health import INCLUDED, oldest_unacknowledged_seconds
+    from consumers.ops.outbox_health import INCLUDED
+
+    values, is_well = read_and_ping(_read_status, ping)
+    if as_json:
+        print_json(values)
+    else:
+        rejected = f"{values['rejected']}{INCLUDED if values['rejected'] else ''}"
+        problems = [("problem", problem) for problem in values.pop("problems")] or [("problems", None)]
+        print_values([*(values | {"rejected": rejected}).items(), *problems])
+    if values["check"] not in _SOUND.values():
+        print(f"The file is damaged: {OutboxDamaged.advice}", file=sys.stderr)
+    raise typer.Exit(0 if is_well else 1)
+
+
+def _read_status() -> tuple[dict[str, Any], list[str]]:
+    """Return the values of `outbox status`, and the problems. No database driver is needed."""
+    from consumers.ops.outbox_health import oldest_unacknowledged_seconds, outbox_of_settings
     from producers.outbox import Outbox
 
     path, settings = _existing_outbox()
@@ -46,15 +71,14 @@ def outbox_status(as_json: AsJson = False) -> None:
         age = oldest_unacknowledged_seconds(outbox, redis)
         values = _status_values(outbox.path, outbox.status(), "unacknowledged", age)
         fault = outbox.quick_check(_CHECK_SECONDS)
-        values["check"] = {None: "sound", "unfinished": f"no fault found in {_CHECK_SECONDS:.0f} s"}.get(fault, fault)
-        values["damaged_files"] = [str(file) for file in outbox.quarantine.damaged_files()]
-    if as_json:
-        print_json(values)
-    else:
-        print_values(values | {"rejected": f"{values['rejected']}{INCLUDED if values['rejected'] else ''}"})
-    if fault not in (None, "unfinished"):
-        print(f"The file is damaged: {OutboxDamaged.advice}", file=sys.stderr)
-        raise typer.Exit(1)
+        values["check"] = _SOUND.get(fault, fault)
+        damaged = [str(file) for file in outbox.quarantine.damaged_files()]
+    values["damaged_files"] = damaged
+    health = outbox_of_settings(ask_relay=True) if fault in _SOUND else None
+    problems = [] if fault in _SOUND else [f"outbox file: damaged: {fault}"]
+    problems += [f"outbox file: damaged, and not salvaged yet: {', '.join(damaged)}"] if damaged else []
+    problems += health.problems() if health is not None else ()
+    return values | {"problems": problems}, problems
 
 
 @outbox_app.command("flush")

@@ -62,6 +62,13 @@ def _advice_for(error: Exception, advice: str) -> str:
     return advice or "if no other line explains this, report it as a bug"
 
 
+def problems_of(checks: Iterable[HealthCheck], strict: str) -> Iterator[str]:
+    """Yield what each failed check has found, and the check named `strict` unless it is ok."""
+    for one in checks:
+        if one.state == "fail" or (one.name == strict and one.state != "ok"):
+            yield f"{one.name}: {one.found}"
+
+
 def duration(seconds: float) -> str:
     """Return a duration as text, such as `8 s`, `12 min`, `5 h` or `3 d 4 h`."""
     whole = max(0, round(seconds))
@@ -79,5 +86,7 @@ def counted(count: int, what: str) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as text: in MiB below 1 GiB, in GiB above."""
+    """Return a number of bytes as text: in KiB below 1 MiB, in MiB below 1 GiB, in GiB above."""
+    if count < 2**20:
+        return f"{count / 2**10:,.1f} KiB"
     return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"

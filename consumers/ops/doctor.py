@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from consumers.embedded.stack import embedded_home, stack
 from consumers.ops.checks import HealthCheck, check_result, checks_or_error, duration
-from consumers.ops.health import Probe, read_side_by_side
 from consumers.ops.masking import Mask
 from consumers.ops.outbox_health import has_outbox, outbox_copy_checks, outbox_file_checks, outbox_of_settings
+from consumers.ops.probes import Probe, read_side_by_side
 from consumers.ops.redis_health import redis_checks
 from consumers.ops.settings_health import DATABASE, REDIS, has_database_driver, rq_checks, setting_checks
 from consumers.settings import LoginSettings, StoreSettings

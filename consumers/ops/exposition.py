@@ -18,12 +18,12 @@ from redis import RedisError
 from consumers.db.engine import read_transaction
 from consumers.db.portfolio_queries import newest_snapshot_ages
 from consumers.errors import first_line
-from consumers.ops.health import HealthReader, Reading, Value
+from consumers.ops.health import HealthReader
 from consumers.ops.metrics import COUNTS, WAITED_FOR, Histogram
 from consumers.ops.outbox_health import OutboxHealth
+from consumers.ops.probes import Reading, Value
 from consumers.ops.queue_health import QueueHealth, queue_of_settings
 from producers.errors import HistoryError
-from producers.outbox import MAX_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def _outbox_metrics(outbox: OutboxHealth) -> Iterator[Metric]:
         "outbox_oldest_age_seconds", "Age of the oldest entry that no worker has acknowledged, in seconds.", oldest
     )
     yield _gauge("outbox_used_bytes", "Bytes of this machine's outbox that are in use.", outbox.used_bytes)
-    yield _gauge("outbox_max_bytes", "Bytes from which on this machine's outbox accepts no event.", MAX_BYTES)
+    yield _gauge("outbox_max_bytes", "Bytes from which on this machine's outbox accepts no event.", outbox.limit_bytes)
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:

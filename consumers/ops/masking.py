@@ -13,6 +13,7 @@ from consumers.errors import first_line
 # Greedy, because a password that should be percent-encoded may contain an @.
 _LOGIN = re.compile(r"//[^:@]*:(.*)@", re.DOTALL)
 _SECRET_NAMES = ("pass", "secret", "token")
+_SECRET_SETTINGS = re.compile(r"POSTGRES_PASSWORD|HISTORY_\w+_(PASSWORD|TOKEN)|HISTORY_PING_URL")
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,22 @@ class Mask:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Self:
-        """Return a mask for the passwords in DATABASE_URL, REDIS_URL and POSTGRES_PASSWORD, encoded and decoded."""
+        """Return a mask for the passwords in DATABASE_URL and REDIS_URL, and for settings that are secrets.
+
+        They are masked encoded and decoded.
+        """
         found: set[str] = set()
         for url in (environment.get("DATABASE_URL", ""), environment.get("REDIS_URL", "")):
             found.update(_passwords(url))
-        found.update(_spellings([environment.get("POSTGRES_PASSWORD", "")]))
+        found.update(_spellings(value for name, value in environment.items() if _SECRET_SETTINGS.fullmatch(name)))
         return cls(tuple(sorted(filter(None, found), key=len, reverse=True)))
 
     def masked_first_line(self, error: BaseException) -> str:
         """Return the first line of the error's message, or its type's name, without the secrets."""
-        text = first_line(error)
+        return self.masked(first_line(error))
+
+    def masked(self, text: str) -> str:
+        """Return the text without the secrets."""
         for secret in self.secrets:
             text = text.replace(secret, "***")
         return text

@@ -16,7 +16,7 @@ from redis import AuthenticationError, Redis, RedisError
 from rq import Queue
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from consumers.ops.checks import HealthCheck, State, check_result, counted, duration, size
+from consumers.ops.checks import HealthCheck, State, check_result, counted, duration, problems_of, size
 from consumers.ops.redis_errors import CHECK_REDIS, is_unreachable, redis_problem
 from producers.acknowledgements import shown
 from producers.entries import EntryHead
@@ -50,6 +50,7 @@ class OutboxHealth:
     oldest_unacknowledged_seconds: float | None
     used_bytes: int
     is_relayed: bool | None = None  # None: not checked
+    limit_bytes: int = MAX_BYTES  # of used_bytes
 
     @property
     def state(self) -> State:
@@ -71,11 +72,15 @@ class OutboxHealth:
         problem = f"{self.rejected}{INCLUDED}" if self.rejected else ""
         advice = "run trading-history failed list on a machine that reaches the database"
         yield check_result("outbox rejections", "none", problem, advice=advice, state="warn")
-        share = self.used_bytes / MAX_BYTES
+        share = self.used_bytes / self.limit_bytes
         used = f"{size(self.used_bytes)}, {share:.0%} of its limit"
         advice = "make sure that Redis and workers run: a full outbox accepts no event"
         state: State = "fail" if share > _FULL_SHARE else "warn"
         yield check_result("outbox size", used, used if share > _HIGH_SHARE else "", advice=advice, state=state)
+
+    def problems(self) -> Iterator[str]:
+        """Yield the problems of the outbox: its events are late, or it is nearly full."""
+        yield from problems_of(self.checks(), strict="outbox")
 
 
 def outbox_of_settings(*, ask_relay: bool = False) -> OutboxHealth | None:

@@ -16,7 +16,7 @@ from rq.utils import utcparse
 from rq.worker import Worker
 from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
-from consumers.ops.checks import HealthCheck, State, check_result, duration
+from consumers.ops.checks import HealthCheck, State, check_result, duration, problems_of
 from consumers.ops.redis_errors import is_wrong_type
 from producers.redis_keys import crashes_key, lease_key, orphans_key, owners_key, quarantine_key, reserved_key
 from producers.settings import TransportSettings
@@ -77,6 +77,12 @@ class QueueHealth:
             yield HealthCheck(
                 "orphans", "ok", f"{self.orphans} jobs are queued but in no list; a live worker requeues them"
             )
+
+    def problems(self) -> Iterator[str]:
+        """Yield the problems of the queue and its workers. Rejected events are none: they hold up no other event."""
+        yield from problems_of(self.checks(), strict="queue")
+        if not self.workers and self._workers().state != "fail":
+            yield "workers: none" if self.workers == 0 else "workers: cannot be read"
 
     def _queue(self) -> HealthCheck:
         waited = self.oldest_waiting_seconds

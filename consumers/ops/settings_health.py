@@ -19,6 +19,7 @@ from consumers.settings import (
     LoginSettings,
     LogSettings,
     MetricsSettings,
+    PingSettings,
     StoreSettings,
 )
 from producers.errors import SettingsError
@@ -38,7 +39,7 @@ def setting_checks(mask: Mask) -> Iterator[HealthCheck]:
     yield from checks_or_error(REDIS, _redis, mask, advice=advice)
     yield from checks_or_error("time zone setting", _time_zone, mask, advice=advice)
     models: list[type[EnvironmentSettings]] = [EmbeddedSettings, LoginSettings, MetricsSettings, LogSettings]
-    models.append(DashboardSettings)
+    models += [DashboardSettings, PingSettings]
     if has_database_driver() and find_spec("fastapi") is not None:  # what the API needs
         from consumers.settings import ApiSettings
 

@@ -84,6 +84,19 @@ def test_several_portfolios_are_compared_and_the_address_keeps_it(open_page: Ope
     expect(page.locator("#other-2")).to_have_count(0)
 
 
+def test_an_address_with_an_unknown_portfolio_says_which_one_is_shown(open_page: OpenPage) -> None:
+    store_values([10_000, 11_000])
+    store_values([20_000], portfolio=2)
+    page = open_page()
+    _live(page)
+    expect(page.locator("#portfolio-note")).to_have_text("")
+    page.goto(page.url.split("?")[0] + "?portfolio=99")
+    _live(page)
+    expect(page.locator("#portfolio-note")).to_have_text("Portfolio 99 has no snapshots. Portfolio 1 is shown.")
+    page.locator("#portfolio").select_option("2")
+    expect(page.locator("#portfolio-note")).to_have_text("")
+
+
 def test_the_address_keeps_the_range_and_back_returns_to_it(open_page: OpenPage) -> None:
     """Nonsense in the address is ignored."""
     store_values(range(100, 200))

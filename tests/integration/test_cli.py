@@ -22,10 +22,12 @@ from typer.testing import CliRunner
 
 from consumers.cli import app
 from consumers.db.engine import get_db
+from consumers.db.inserts import insert_event
 from consumers.embedded.stack import stack
 from consumers.operations import get_portfolio_history
+from producers.events import event_of
 from producers.history_producer import HistoryProducer
-from tests.factories import a_portfolio, a_signal, a_snapshot
+from tests.factories import a_portfolio, a_signal, a_snapshot, an_archive
 
 PROGRAM = [sys.executable, "-m", "consumers.cli"]
 
@@ -69,6 +71,28 @@ def test_recorded_snapshot_and_archive_are_stored_and_listed(redis: Redis, datab
     assert (archive["signals_count"], archive["signals_data"]) == (2, [a_signal(), a_signal()])
     assert "9,987.35" in _run("history").stdout
     assert "buy_yes Öffnet die Brücke? 🌉" in _run("archives").stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_a_character_gets_its_json_escape(database_url: str, encoding: str) -> None:
+    insert_event(event_of(an_archive(signals=[a_signal(market_question="Zürich € 😀")]), source="test", sequence=None))
+    tables, document = (
+        subprocess.run(
+            [*PROGRAM, "archives", *arguments],
+            capture_output=True,
+            timeout=60,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            check=True,
+        ).stdout.decode(encoding)
+        for arguments in ((), ("--json",))
+    )
+    shown = {
+        "ascii": r"Z\u00fcrich \u20ac \ud83d\ude00",
+        "latin-1": r"Zürich \u20ac \ud83d\ude00",
+        "utf-8": "Zürich € 😀",
+    }
+    assert shown[encoding] in tables
+    assert json.loads(document)[0]["signals_data"][0]["market_question"] == "Zürich € 😀"
 
 
 def test_archive_without_signals_says_so_and_succeeds(redis: Redis) -> None:

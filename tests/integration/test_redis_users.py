@@ -158,9 +158,14 @@ def test_status_and_doctor_can_read_the_queue(redis: Redis, user: str, monkeypat
     values, _ = pipeline_status()
     checks = {check.name: check for check in redis_checks(TransportSettings.from_environment(), Mask(()))}
     assert (values["redis"], values["queued"]) == ("reachable", 1)
+    assert (values["capacity"]["redis_key_bytes"] is None) == (user == "controller")
+    forbids = values["capacity"]["not_read"].get("Redis keys", "")
+    assert forbids.startswith("Redis forbids the command memory|usage to this user: run ACL SETUSER") == (
+        user == "controller"
+    )
     assert (checks["queue"].state, checks["workers"].found) == ("ok", "none, but jobs wait")
-    command = "info" if user == "controller" else "config|get"
-    assert forbidden(redis) == {(f"trading_history_{user}", "command", command)}
+    commands = ("info", "memory|usage") if user == "controller" else ("config|get",)
+    assert forbidden(redis) == {(f"trading_history_{user}", "command", command) for command in commands}
     if user == "controller":
         assert checks["Redis server"].state == "unknown"
         assert "Redis forbids the command info to this user: run ACL SETUSER" in checks["Redis server"].found

@@ -166,3 +166,14 @@ def test_documented_set_up_of_json_logs_writes_json(
     line = json.loads(capsys.readouterr().err)
     assert set(line) == {"time", "level", "logger", "process", "message", "sequence"}
     assert line["message"] == "stored 1"
+
+
+def test_documented_lines_of_cron_ping_with_the_url_of_the_setting() -> None:
+    lines = [
+        block("consumers/ops/PING.md", "crontab"),
+        block("consumers/ops/PING.md", "crontab of a controller"),
+    ]
+    for line in lines:
+        command = line.strip().partition("&& trading-history ")[2]
+        _parse(command)
+        assert (line[:12], command.rpartition(" --ping ")[2]) == ("*/5 * * * * ", "HISTORY_PING_URL > /dev/null")

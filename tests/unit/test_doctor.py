@@ -130,7 +130,7 @@ def test_duration_is_shown_in_its_largest_units(seconds: float, shown: str) -> N
 
 
 def test_sizes_are_shown_in_mib_and_gib() -> None:
-    assert (size(1536 * 1024), size(3 * 2**30)) == ("1.5 MiB", "3.0 GiB")
+    assert (size(512), size(1536 * 1024), size(3 * 2**30)) == ("0.5 KiB", "1.5 MiB", "3.0 GiB")
 
 
 def test_each_check_is_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,9 @@ from consumers.ops import exposition
 from consumers.ops.checks import HealthCheck
 from consumers.ops.database_health import database_server_checks
 from consumers.ops.exposition import worker_registry
-from consumers.ops.health import HealthReader, Probe
+from consumers.ops.health import HealthReader
 from consumers.ops.outbox_health import OutboxHealth
+from consumers.ops.probes import Probe
 from consumers.ops.queue_health import Owner, QueueHealth, read_queue
 from consumers.ops.redis_health import redis_server_checks
 from producers.errors import OutboxError
@@ -124,6 +125,48 @@ def test_outbox_checks_depend_on_the_oldest_entry_and_the_size(
 ) -> None:
     empty: dict[str, Any] = dict.fromkeys(("pending", "sent", "rejected", "used_bytes"), 0)
     assert _bad(OutboxHealth(**(empty | {"oldest_unacknowledged_seconds": None} | values)).checks()) == bad
+
+
+@pytest.mark.parametrize(
+    ("values", "problems"),
+    [
+        ({}, []),
+        ({"failed": 3, "crash_counts": [2], "quarantined": 1}, []),
+        ({"queued": 1, "oldest_waiting_seconds": 301.0}, ["queue: 1 jobs in history, the first 5 min old"]),
+        ({"queued": None}, ["queue: cannot be read"]),
+        ({"suspended": True}, ["queue: 0 jobs, but RQ's workers are suspended"]),
+        (
+            {"worker_states": {"one": "waiting for the database"}},
+            ["workers: HistoryWorkers: 1, stock RQ workers: 0; one is waiting for the database"],
+        ),
+        ({"workers": 0}, ["workers: none"]),
+        ({"workers": None}, ["workers: cannot be read"]),
+        ({"workers": 0, "queued": 1, "owners": {}}, ["workers: none, but jobs wait"]),
+        (
+            {"owners": {"dead:0000000a": Owner(leased=False, jobs=2)}},
+            ["reserved jobs: 2 of crashed workers"],
+        ),
+    ],
+)
+def test_problems_of_the_queue_are_late_jobs_and_failed_checks(values: dict[str, Any], problems: list[str]) -> None:
+    """Rejected events and other warnings are no problem: they hold up no event."""
+    well: dict[str, Any] = {"workers": 1, "owners": {"one:0000000a": Owner(leased=True, jobs=0)}}
+    assert [*QueueHealth("history", **(well | values)).problems()] == problems
+
+
+@pytest.mark.parametrize(
+    ("values", "problems"),
+    [
+        ({"rejected": 1, "oldest_unacknowledged_seconds": 600.0}, []),
+        ({"oldest_unacknowledged_seconds": 720.0}, ["outbox: 0 pending, 0 sent, the oldest 12 min old"]),
+        ({"used_bytes": 60, "limit_bytes": 100}, []),
+        ({"used_bytes": 95, "limit_bytes": 100}, ["outbox size: 0.1 KiB, 95% of its limit"]),
+    ],
+)
+def test_problems_of_the_outbox_are_late_entries_and_a_full_file(values: dict[str, Any], problems: list[str]) -> None:
+    empty: dict[str, Any] = dict.fromkeys(("pending", "sent", "rejected", "used_bytes"), 0)
+    health = OutboxHealth(**(empty | {"oldest_unacknowledged_seconds": None} | values))
+    assert [*health.problems()] == problems
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from consumers.settings import (
     LoginSettings,
     LogSettings,
     MetricsSettings,
+    PingSettings,
     StoreSettings,
 )
 from producers import redis_keys
@@ -30,7 +31,7 @@ _MOST_TERMS = 25
 _MOST_WORDS_OF_THE_MAP = 400
 _SETTINGS = (
     *(TransportSettings, StoreSettings, LoginSettings, EmbeddedSettings, ApiSettings, DashboardSettings),
-    *(MetricsSettings, LogSettings),
+    *(MetricsSettings, LogSettings, PingSettings),
 )
 
 

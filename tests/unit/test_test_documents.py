@@ -193,3 +193,14 @@ def test_a_figure_is_shown_with_its_spread_or_its_quantiles_and_each_note() -> N
         "",
         "- latency, 1/s: too slow",
     ]
+
+
+def test_each_guarantee_of_the_readme_has_tests_and_each_listed_test_exists() -> None:
+    guarantees = re.findall(r"^(\d\. (?:.+\n)+?)(?=\d\. |\n)", text_of("README.md").split("## Guarantees")[1], re.M)
+    sections = re.split(r"^## ", text_of("tests/GUARANTEES.md"), flags=re.M)[1:]
+    assert [section.split("\n")[0] for section in sections] == [" ".join(one.split()) for one in guarantees]
+    for section in sections:
+        listed = re.findall(r"^- \[(.*)\]\((.*)\)$", section, re.M)
+        assert len(listed) > 3
+        for name, file in listed:
+            assert f"def test_{name.replace(' ', '_')}(" in (ROOT / "tests" / file).read_text("utf-8")

@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse
 from consumers.db import state_queries
 from consumers.db.engine import READ_SECONDS, read_transaction
 from consumers.db.waits import DatabaseWaits
-from consumers.ops.health import Reading, shared_reader
+from consumers.ops.health import shared_reader
+from consumers.ops.probes import Reading
 from consumers.settings import ApiSettings
 from consumers.web import page
 from consumers.web.api.access import Guard, require_once, require_token

@@ -6,7 +6,8 @@ from typing import Any
 
 from consumers.db import state_queries
 from consumers.db.engine import read_transaction
-from consumers.ops.health import Reading, shared_reader
+from consumers.ops.health import shared_reader
+from consumers.ops.probes import Reading
 from consumers.settings import DashboardSettings
 from consumers.web.disclosure import Unreadable, disclosed
 

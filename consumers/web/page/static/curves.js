@@ -76,6 +76,8 @@ export class Curves {
   #offer() {
     const select = byId("portfolio");
     const names = this.#portfolios.map(({ portfolio }) => portfolio);
+    const unknown = this.#chosen !== null && names.length && !names.includes(this.#chosen) ? this.#chosen : null;
+    if (unknown !== null) byId("portfolio-note").textContent = `Portfolio ${named(unknown)} has no snapshots. Portfolio ${named(names[0])} is shown.`;
     if (!names.includes(this.#chosen)) this.#chosen = names[0] ?? null;
     const offered = [...select.options].map(({ value }) => value);
     if (offered.join() !== names.join()) {
@@ -164,6 +166,7 @@ export class Curves {
 
   async #choose(name) {
     this.#chosen = name;
+    byId("portfolio-note").textContent = "";
     this.#measure = null;
     this.#offer();
     this.#shownDays = DAYS_AT_ONCE;
