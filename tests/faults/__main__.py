@@ -67,10 +67,10 @@ def _folder(options: argparse.Namespace) -> Iterator[Path]:
 def _night(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format=f"{options.site} %(message)s")
     logging.getLogger("producers").setLevel(logging.ERROR)
-    print(f"seed {options.seed}", flush=True)
     end_in_time(options.site)
     if options.site is None:
         problems = run_sites(seed=options.seed, file=options.json)
+        print(f"{len(problems)} problems of both sites, seed {options.seed}")
         return 1 if problems else 0
     with _folder(options) as folder:
         result = run_night(folder, site=options.site, seed=options.seed)

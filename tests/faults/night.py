@@ -304,7 +304,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def table_of(result: NightResult) -> str:
     """Return the result as text: a table of the faults, then the counts."""
-    lines = [(f"fault ({result.site})", "begin", "end", "alert", "promised", "fired after", "resolved after")]
+    lines = [
+        (
+            f"fault (site {result.site}, seed {result.seed})",
+            "begin",
+            "end",
+            "alert",
+            "promised",
+            "fired after",
+            "resolved after",
+        )
+    ]
     for row in result.judgement.rows:
         resolved = "" if row.resolved_after is None else f"{row.resolved_after:.0f} s"
         lines.append((
@@ -315,7 +325,8 @@ def table_of(result: NightResult) -> str:
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.append("* computed from the night's samples, for a time after the night: the range of the rule is long")
+    if any(row.is_predicted for row in result.judgement.rows):
+        text.append("* computed from the night's samples, for a time after the night: the range of the rule is long")
     alerts = {row.alert for row in result.judgement.rows if row.alert}
     text.append(
         f"{len(result.happened)} faults, {len(alerts)} expected alerts in {_clock(result.end - result.begin)} min"
@@ -325,5 +336,11 @@ def table_of(result: NightResult) -> str:
         f"{judged.accepted} events accepted: {judged.rows} rows, {judged.duplicate} duplicates,"
         f" {judged.rejected} rejected"
     )
+    consequences = {
+        one.alert
+        for one in result.firings
+        if not any(each.matches(one.alert, one.labels) for fault in result.happened for each in fault.expected)
+    }
+    text.append(f"alerts that only a consequence of a fault raised: {', '.join(sorted(consequences)) or 'none'}")
     text.append(f"{len(result.judgement.false_alerts)} false or unresolved alerts, {len(result.problems)} problems")
     return "\n".join(text + [f"  {problem}" for problem in result.problems[:30]])
