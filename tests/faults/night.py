@@ -131,8 +131,7 @@ class Night:
         one, now = self._progress[fault.name], time.time()
         if one.begin is None:
             if self._may_begin(fault, now):
-                one.begin = now
-                fault.begin(self._pipeline)
+                one.begin = fault.begin(self._pipeline) or now
                 logger.info("%s %s", _clock(now - self.begin), fault.name)
         elif one.end is None:
             self._note_alerts(fault, one)

@@ -45,6 +45,7 @@ _LATE_SECONDS = 600.0  # age of the late controller's events
 _WORKERS = 2
 _WAIT_SECONDS = 60.0  # for a process, a reservation, the last entries
 _PORTFOLIOS = {"bot": 1, "bot-2": 2, "cron": 3, "cron-alone": 4, "late": 5, "by-hand": 6, "spare": 7}
+_START_SECONDS = 180.0  # of an API on a busy machine
 _OLD_SNAPSHOT_AGE = timedelta(hours=27)
 
 
@@ -166,6 +167,18 @@ class Pipeline:
         environment = ["--outbox", str(self._outbox("spare")), "--port", str(self._spare_port)]
         self._cron_host.start("api spare", lambda: [_PROGRAMS, "api", *environment, *options])
 
+    def start_api_again(self) -> None:
+        self.start_api()
+        self._wait_for_api()
+
+    def _wait_for_api(self) -> float:
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._api_answers():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the API does not answer within {_START_SECONDS:.0f} s")
+            time.sleep(0.2)
+        return time.time()
+
     def kill_api(self) -> None:
         self._cron_host.kill("api 0")
 
@@ -193,14 +206,16 @@ class Pipeline:
     def delete_quarantined(self) -> None:
         self._redis.delete(quarantine_key("history"))
 
-    def lower_the_limit_of_the_spare_outbox(self) -> None:
-        """Start its API with a limit that the new, empty outbox has nearly reached."""
+    def lower_the_limit_of_the_spare_outbox(self) -> float:
+        """Start its API with a limit that the new, empty outbox has reached. Return the time when it answers."""
         self._cron_host.kill("api spare")
         self._start_spare_api("--max-bytes", str(self._outbox("spare").stat().st_size))
+        return self._wait_for_api()
 
     def raise_the_limit_of_the_spare_outbox(self) -> None:
         self._cron_host.kill("api spare")
         self._start_spare_api()
+        self._wait_for_api()
 
     def damage_the_spare_outbox(self) -> None:
         self._outbox("spare").rename(self._outbox("spare").with_name("kept.db"))

@@ -17,12 +17,12 @@ class Fault:
 
     It begins `quiet_seconds` after the faults `after` are over, or, for a fault `during` another one, when the alerts
     of that one fire. It is repaired when its alerts fire, `least_seconds` have passed and the faults `outlasts` are
-    repaired. The alerts of `consequences` may fire too.
+    repaired. The alerts of `consequences` may fire too. The function `begin` may return the time of the beginning.
     """
 
     name: str
-    begin: Callable[[Pipeline], object]
-    repair: Callable[[Pipeline], object]
+    begin: Callable[[Pipeline], float | None]
+    repair: Callable[[Pipeline], None]
     expected: tuple[Expected, ...] = ()
     consequences: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ _FIRST = (
         "outbox nearly full",
         Pipeline.lower_the_limit_of_the_spare_outbox,
         Pipeline.raise_the_limit_of_the_spare_outbox,
-        (Expected("HistoryOutboxIsNearlyFull", notice_seconds=45),),  # the API is started again
+        (Expected("HistoryOutboxIsNearlyFull"),),
         quiet_seconds=30,
     ),
     Fault(
@@ -142,7 +142,7 @@ _SECOND = (
     Fault(
         "API killed",
         Pipeline.kill_api,
-        Pipeline.start_api,
+        Pipeline.start_api_again,
         (Expected("HistoryTargetIsDown", {"job": "trading-history-api"}),),
         least_seconds=60,
     ),
