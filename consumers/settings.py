@@ -128,11 +128,12 @@ def origin_of(url: str) -> str | None:
 
 
 class DashboardSettings(EnvironmentSettings):
-    """Password of RQ Dashboard's only account, and the address at which browsers reach it."""
+    """Password of RQ Dashboard's only account, its address in browsers, and whether it refuses changes."""
 
     password: SecretStr | None = Field(None, alias="HISTORY_DASHBOARD_PASSWORD")
     # The history page links to it. Behind a proxy, browsers request this name and path.
     url: str | None = Field(None, alias="HISTORY_DASHBOARD_URL")
+    is_readonly: bool = Field(False, alias="HISTORY_DASHBOARD_READONLY")
 
     @field_validator("url")
     @classmethod

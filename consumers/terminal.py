@@ -49,6 +49,11 @@ def _print(what: Table | str, *, pipe_columns: int = _PIPE_COLUMNS) -> None:
 
 # Columns that a small window omits, in this order. A number that is cut off would be a wrong number.
 _LESSER = (
+    "example job",
+    "first",
+    "event",
+    "rejected at",
+    "latest",
     "host",
     "last event",
     "row",
@@ -62,12 +67,11 @@ _LESSER = (
     "portfolio",
 )
 # Columns that are wrapped instead, to no less than this width.
-_FREE_TEXT = {"first signal", "reason", "missing", "damage"}
-_WRAPPED_COLUMNS = 12
+_FREE_TEXT = {"first signal": 12, "reason": 40, "missing": 12, "damage": 12}
 _GAP = 2
 _NUMBERS = {"row", "portfolio", "balance", "invested", "profit/loss", "value", "open", "trades", "signals"}
 _NUMBERS |= {"stored", "duplicate", "rejected", "discarded", "withdrawn", "under way", "last", "from"}
-_NUMBERS |= {"read", "already there", "equal", "differences", "entries"}
+_NUMBERS |= {"events", "read", "already there", "equal", "differences", "entries"}
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], otherwise: str) -> None:
@@ -77,7 +81,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[str]], otherwise:
         return
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = {
-        column: min(width, _WRAPPED_COLUMNS) if column in _FREE_TEXT else width
+        column: min(width, _FREE_TEXT.get(column, width))
         for column, cells in zip(columns, zip(columns, *rows, strict=True), strict=True)
         for width in [max(cell_len(cell) for cell in cells)]
     }
@@ -99,7 +103,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left_out: Set[
     for column in columns:
         if column not in left_out:
             justify: JustifyMethod = "right" if column in _NUMBERS else "left"
-            table.add_column(column, justify=justify, no_wrap=column not in _FREE_TEXT)
+            wrapped = column in _FREE_TEXT
+            table.add_column(column, justify=justify, no_wrap=not wrapped, overflow="fold" if wrapped else "ellipsis")
     for row in rows:
         # As Text: rich would read brackets in a cell as styles.
         table.add_row(*(Text(cell) for column, cell in zip(columns, row, strict=True) if column not in left_out))
@@ -147,15 +152,48 @@ def _label(signal: Mapping[str, Any]) -> str:
     return label if len(label) <= 60 else label[:59] + "…"
 
 
-def print_rejections(rejections: Iterable[Mapping[str, Any]]) -> int:
-    """Print the first MOST_REJECTIONS rejections and the number of the others. Return the number of all."""
+def print_rejection_groups(groups: Sequence[Mapping[str, Any]], otherwise: str) -> None:
+    """Print a table of groups of rejections and their total, or `otherwise` if there are none.
+
+    On a terminal, a source is cut to what `--source` needs to find it.
+    """
+    shorten = sys.stdout.isatty()
+    cells = [
+        (
+            f"{one['count']:,}",
+            one["kind"] or "-",
+            one["reason"],
+            (_SOURCE_ID.sub(r"\1", one["source"]) if shorten else one["source"]) if one["source"] else "-",
+            _moment(one["last_at"]),
+            _moment(one["first_at"]),
+            one["job_id"],
+        )
+        for one in groups
+    ]
+    print_rows(("events", "kind", "reason", "source", "latest", "first", "example job"), cells, otherwise)
+    if groups:
+        count = sum(one["count"] for one in groups)
+        what = "1 event was" if count == 1 else f"{count:,} events were"
+        varying = " … stands for parts that differ." if any("…" in one["reason"] for one in groups) else ""
+        _print(f"{what} rejected.{varying}")
+
+
+# The id of an outbox, behind its first 8 digits.
+_SOURCE_ID = re.compile(r"(/[0-9a-f]{8})[0-9a-f]{8,}$")
+
+
+def print_rejections(rejections: Iterable[Mapping[str, Any]], otherwise: str) -> int:
+    """Print the first MOST_REJECTIONS rejections and the number of the others, or `otherwise` if there are none.
+
+    Return the number of all.
+    """
     left = iter(rejections)
     cells = [
         (one["job_id"], one["kind"] or "-", one["event_id"] or "-", _moment(one["created_at"]), one["reason"])
         for one in islice(left, MOST_REJECTIONS)
     ]
     more = sum(1 for _ in left)
-    print_rows(("job", "kind", "event", "at", "reason"), cells, "No event was rejected.")
+    print_rows(("job", "kind", "event", "rejected at", "reason"), cells, otherwise)
     if more:
         _print(f"{more:,} more are not shown; --json prints all of them.")
     return len(cells) + more

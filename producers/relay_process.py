@@ -42,8 +42,7 @@ def run_relay(
     name = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
     by_file = {os.path.realpath(path): path.absolute() for path in outboxes}  # once, even if two paths lead to it
     watched = [_Watched(path, redis, queue, keep_seconds, name) for path in by_file.values()]
-    for one in watched:
-        one.check_destination()
+    check_destinations(list(by_file.values()), redis, queue)
     try:
         while True:
             for one in watched:
@@ -57,6 +56,17 @@ def run_relay(
         for one in watched:
             one.stop(max(deadline - time.monotonic(), 0.0))
             one.close()
+
+
+def check_destinations(outboxes: Sequence[Path], redis: Redis, queue: str) -> None:
+    """Check that `run_relay` would not refuse these outboxes.
+
+    Raises:
+        OutboxError: one of them is a folder.
+        RelayRefused: one of them exists and belongs to another Redis or queue.
+    """
+    for path in outboxes:
+        _Watched(path.absolute(), redis, queue, keep_seconds=0, name="").check_destination()
 
 
 class _Watched:

@@ -96,7 +96,8 @@ class RelayTurn:
             redis, queue = self._destination
             raise RelayRefused(
                 f"outbox {self._outbox.path}: its entries go to {header.redis}, queue {header.queue}, and not to"
-                f" {redis}, queue {queue}. Set REDIS_URL and HISTORY_QUEUE to those of the producer that opened it last"
+                f" {redis}, queue {queue}. Set REDIS_URL and HISTORY_QUEUE to those of the producer that opened it"
+                " last, or HISTORY_OUTBOX to another file"
             )
 
     def _take_as_producer(self, header: Header, process_lives: bool) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -21,7 +23,6 @@ app = typer.Typer(
     help="Store portfolio snapshots and signal archives of a trading controller in PostgreSQL, through Redis Queue.\n\n"
     "Example: trading-history demo",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 _READ_LOG_SETTINGS = ("doctor", "status", "outbox")  # they report wrong settings themselves
@@ -34,13 +35,40 @@ _PLAIN_REASONS = {
 }
 
 
+def _print_versions(is_wanted: bool) -> None:
+    if not is_wanted:
+        return
+    from importlib.metadata import version
+
+    packages = ", ".join(f"{name} {version(package)}" for name, package in (("rq", "rq"), ("redis-py", "redis")))
+    print(f"trading-history {version('trading-history')}, Python {platform.python_version()}, {packages}")
+    raise typer.Exit
+
+
 @app.callback()
 def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug log lines.")] = False,
+    version: Annotated[  # noqa: ARG001  # its callback prints them
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_versions, help="Print the versions of this program and exit."
+        ),
+    ] = False,
+    while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
+    embedded_home: Annotated[Path | None, typer.Option("--embedded-home", hidden=True)] = None,
 ) -> None:
+    """Read the options of the program itself. The hidden ones are for its child processes."""
     global _debug, _program
     _debug, _program = debug, context.command_path
+    if embedded_home is not None:
+        from consumers.embedded import used
+
+        context.with_resource(used(embedded_home))  # before the next step, so that this process stops the servers
+    if while_stdin:
+        from consumers.embedded.child_processes import stop_with_stdin
+
+        stop_with_stdin()
     try:
         write_logs(logging.DEBUG if debug else logging.INFO)
     except SettingsError:

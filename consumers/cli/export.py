@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from consumers.cli.options import AsJson, Since, Timezone, Until, portfolio_number, progress_bar
+from consumers.cli.options import AsJson, Timezone, portfolio_number, progress_bar, time_in_zone
 from consumers.embedded.stack import stack
 from consumers.terminal import print_exported, print_json
 
@@ -27,6 +27,14 @@ Portfolios = Annotated[
         metavar="ID",
         help="Export only this portfolio, or 'none' for rows without one. If repeated, their rows are merged.",
     ),
+]
+# Read in the command, because --timezone is the zone of these times too.
+Since = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Only rows from this time on, such as 2026-11-22T17:00, 7d or yesterday."),
+]
+Until = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Only rows before this time, such as 2026-11-22T17:00, 2h or today.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
@@ -51,8 +59,8 @@ def export(
 
     zone = timezone or ZoneSettings.from_environment().timezone
 
-    def aware(moment: datetime | None, field: str) -> datetime | None:
-        return None if moment is None else localized(moment, zone, field)
+    def aware(text: str | None, field: str) -> datetime | None:
+        return None if text is None else localized(time_in_zone(text, zone, f"--{field}"), zone, field)
 
     selection = Selection(
         portfolio_ids=None if not portfolio_id else [_portfolio(one) for one in portfolio_id],

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain
-from typing import Annotated, Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
 
-from consumers.cli.options import AsJson
+from consumers.cli.options import AsJson, progress_bar, row_number, time_option
 from consumers.embedded.stack import stack
-from consumers.terminal import print_json, print_json_array, print_rejections, print_text, print_values
+from consumers.ops.checks import counted
+from consumers.terminal import (
+    print_json,
+    print_json_array,
+    print_rejection_groups,
+    print_rejections,
+    print_text,
+    print_values,
+)
 from producers.errors import HistoryError
+
+if TYPE_CHECKING:
+    from consumers.ops.failed import Selection
 
 _STATEMENT_SECONDS = 20.0  # a lock is waited for at most 5 s
 
@@ -26,22 +38,79 @@ failed_app = typer.Typer(
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Job id or event id.")]
 KindOption = Annotated[
-    str | None, typer.Option("--kind", help="Only rejected events of this kind: snapshot or archive.")
+    str | None,
+    typer.Option("--kind", help="Only events of this kind: snapshot or archive; - for events of unknown kind."),
 ]
-All = Annotated[bool, typer.Option("--all", help="All rejections, or with --kind all of that kind.")]
+SourceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        help="Only events of this source, such as bot, bot/4e1f or import; - for events of unknown source.",
+    ),
+]
+ReasonOption = Annotated[
+    str | None,
+    typer.Option("--reason", metavar="TEXT", help="Only events whose reason, or that of their group, has this part."),
+]
+SinceOption = Annotated[
+    datetime | None,
+    typer.Option(
+        "--since",
+        parser=time_option,
+        metavar="TIME",
+        help="Only events rejected from this time on, such as 2026-11-22T17:00, 7d or yesterday.",
+    ),
+]
+UntilOption = Annotated[
+    datetime | None,
+    typer.Option(
+        "--until",
+        parser=time_option,
+        metavar="TIME",
+        help="Only events rejected before this time, such as 2026-11-22T17:00, 2h or today.",
+    ),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", "-n", parser=row_number, metavar="NUMBER", help="At most this number of events, the oldest ones."
+    ),
+]
+All = Annotated[bool, typer.Option("--all", help="All rejected events, if nothing else selects some.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, by group, but change nothing.")]
 
 
 @failed_app.command("list")
-def failed_list(kind: KindOption = None, as_json: AsJson = False) -> None:
-    """List rejected events, oldest first; exit status 1 if there are any.
+def failed_list(
+    *,
+    reason: ReasonOption = None,
+    source: SourceOption = None,
+    kind: KindOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    limit: LimitOption = None,
+    each: Annotated[bool, typer.Option("--each", help="List each event, oldest first, instead of groups.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List rejected events, grouped by reason and source; exit status 1 if there are any.
 
-    Example: trading-history failed list --kind snapshot
+    Example: trading-history failed list --since yesterday --source bot
     """
-    from consumers.ops.failed import as_dict, rejections
+    from consumers.ops.failed import as_dict, rejection_groups, rejections
 
-    _check_kind(kind)
+    selection = _selection(reason=reason, source=source, kind=kind, since=since, until=until, limit=limit)
+    otherwise = "No event was rejected." if selection.is_empty else "No rejected event is selected."
     with stack(database=True):
-        count = (print_json_array if as_json else print_rejections)(map(as_dict, rejections(kind=kind)))
+        if each:
+            chosen = map(as_dict, rejections(selection))
+            count = print_json_array(chosen) if as_json else print_rejections(chosen, otherwise)
+        else:
+            groups = [asdict(group) for group in rejection_groups(selection)]
+            count = len(groups)
+            if as_json:
+                print_json(groups)
+            else:
+                print_rejection_groups(groups, otherwise)
     raise typer.Exit(1 if count else 0)
 
 
@@ -51,53 +120,182 @@ def failed_show(name: Annotated[str, typer.Argument(metavar="NAME", help="Job id
 
     Example: trading-history failed show 7c1f366e-c9c3-5876-873e-6a33c29b098d
     """
-    from consumers.ops.failed import as_dict, rejected_text
+    from consumers.ops.failed import Selection, as_dict, rejected_text, rejections
 
+    found = False
     with stack(database=True):
-        for rejection in _chosen(name, None):
+        for rejection in rejections(Selection(name=name)):
+            found = True
             print_values(as_dict(rejection))
             print_text(rejected_text(rejection.job_id) or "")
+    if not found:
+        raise _not_found(name)
 
 
 @failed_app.command("requeue")
-def failed_requeue(name: Name = None, kind: KindOption = None, every: All = False) -> None:
+def failed_requeue(
+    name: Name = None,
+    *,
+    reason: ReasonOption = None,
+    source: SourceOption = None,
+    kind: KindOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    limit: LimitOption = None,
+    every: All = False,
+    dry_run: DryRun = False,
+) -> None:
     """Requeue rejected events; an event that is then stored is no longer rejected.
 
-    Example: trading-history failed requeue --kind snapshot
+    Example: trading-history failed requeue --reason "with other content" --dry-run
     """
-    from consumers.ops.failed import requeue
-    from producers.settings import TransportSettings
+    from consumers.ops.failed import rejections, requeue
 
-    _check_choice(name, kind, every)
-    with stack(database=True, redis=True):
-        settings = TransportSettings.from_environment()
-        count = requeue(_chosen(name, kind), settings.redis(), settings.queue)
-    print(f"{count} requeued")
+    selection = _selection(
+        name=name,
+        reason=reason,
+        source=source,
+        kind=kind,
+        since=since,
+        until=until,
+        limit=limit,
+        every=every,
+        required=True,
+    )
+    if dry_run:
+        _print_plan(selection, "requeued")
+        return
+    with _action(selection) as (queue, total, on_progress):
+        count = requeue(rejections(selection), *queue, on_progress=on_progress)
+    _print_done(count, total, "requeued")
 
 
 @failed_app.command("discard")
 def failed_discard(
-    reason: Annotated[str, typer.Option(help="Why the event may be discarded; recorded in event_outcomes.")],
     name: Name = None,
-    kind: KindOption = None,
-    every: All = False,
+    *,
+    because: Annotated[str, typer.Option(help="Why the events may be discarded; recorded in event_outcomes.")],
     actor: Annotated[
         str | None,
-        typer.Option(help="Name of the person who discards it; by default the account that runs this command."),
+        typer.Option(help="Name of the person who discards them; by default the account that runs this command."),
     ] = None,
+    reason: ReasonOption = None,
+    source: SourceOption = None,
+    kind: KindOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    limit: LimitOption = None,
+    every: All = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Discard rejected events; their text, the reason and the actor stay in event_outcomes.
 
-    Example: trading-history failed discard 7c1f366e-c9c3-5876-873e-6a33c29b098d --reason "test data"
+    Example: trading-history failed discard 7c1f366e-c9c3-5876-873e-6a33c29b098d --because "test data"
     """
-    from consumers.ops.failed import discard
+    from consumers.ops.failed import discard, rejections
+
+    selection = _selection(
+        name=name,
+        reason=reason,
+        source=source,
+        kind=kind,
+        since=since,
+        until=until,
+        limit=limit,
+        every=every,
+        required=True,
+    )
+    if dry_run:
+        _print_plan(selection, "discarded")
+        return
+    named = name is not None  # options may select what somebody else has just requeued
+    actor = actor or _account()
+    with _action(selection) as (queue, total, on_progress):
+        chosen = rejections(selection)
+        count = discard(chosen, *queue, because, actor, even_waiting=named, on_progress=on_progress)
+    _print_done(count, total, "discarded")
+
+
+def _selection(
+    *,
+    name: str | None = None,
+    reason: str | None,
+    source: str | None,
+    kind: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    limit: int | None,
+    every: bool = False,
+    required: bool = False,
+) -> Selection:
+    """Return the selection of the options. Raises BadParameter if they contradict each other, or select nothing."""
+    from consumers.ops.failed import NONE, Selection
+    from producers.events import KINDS
+    from producers.settings import ZoneSettings
+    from producers.times import localized
+
+    kinds = [known.name for known in KINDS.values()]
+    if kind is not None and kind not in (*kinds, NONE):
+        raise typer.BadParameter(f"must be one of {', '.join(kinds)}, or - for an unknown kind", param_hint="--kind")
+    for option, text in (("--reason", reason), ("--source", source)):
+        if text is not None and not text.strip():
+            raise typer.BadParameter("must not be empty", param_hint=option)
+    zone = ZoneSettings.from_environment().timezone
+    selection = Selection(
+        kind=kind,
+        source=source,
+        reason=reason,
+        since=since and localized(since, zone, "--since"),
+        until=until and localized(until, zone, "--until"),
+        limit=limit,
+    )
+    if name is None and required and selection.is_empty and not every:
+        choices = "select some with --reason, --source, --kind, --since, --until or --limit, or all with --all"
+        raise typer.BadParameter(f"give a job id or event id, {choices}", param_hint="NAME")
+    if name is not None and (every or not selection.is_empty):
+        raise typer.BadParameter("give either a job id or event id, or options that select events", param_hint="NAME")
+    return selection if name is None else Selection(name=name)
+
+
+@contextmanager
+def _action(selection: Selection) -> Iterator[tuple[tuple[Any, str], int, Callable[[int], object]]]:
+    """Start the servers; yield Redis with the queue's name, the number of events, and a function for the progress.
+
+    Raises:
+        HistoryError: a job id or event id was given, and no rejection has it.
+    """
+    from consumers.ops.failed import count_rejections
     from producers.settings import TransportSettings
 
-    _check_choice(name, kind, every)
     with stack(database=True, redis=True):
         settings = TransportSettings.from_environment()
-        count = discard(_chosen(name, kind), settings.redis(), settings.queue, reason, actor or _account())
-    print(f"{count} discarded")
+        total = count_rejections(selection)
+        if not total and selection.name is not None:
+            raise _not_found(selection.name)
+        with progress_bar() as progress:
+            yield (settings.redis(), settings.queue), total, lambda done: progress(done, total)
+
+
+def _print_done(count: int, selected: int, done: str) -> None:
+    left = selected - count
+    print(f"{count:,} {done}{f'; {left:,} left: queued again, or no longer rejected' if left > 0 else ''}")
+
+
+def _print_plan(selection: Selection, done: str) -> None:
+    """Print the groups of the selection, and what would be done with them."""
+    from consumers.ops.failed import rejection_groups
+
+    with stack(database=True):
+        groups = [asdict(group) for group in rejection_groups(selection)]
+    if not groups and selection.name is not None:
+        raise _not_found(selection.name)
+    print_rejection_groups(groups, "No rejected event is selected.")
+    count = sum(group["count"] for group in groups)
+    print(f"{counted(count, 'event')} would be {done}; nothing was changed.")
+
+
+def _not_found(name: str) -> HistoryError:
+    return HistoryError(f"no rejection has the job id or event id {name}")
 
 
 def _event_id(text: str) -> UUID:
@@ -154,28 +352,3 @@ def _account() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # in a container, the user may have no name
         return f"uid {os.getuid()}"
-
-
-def _check_kind(kind: str | None) -> None:
-    from producers.events import KINDS
-
-    names = [known.name for known in KINDS.values()]
-    if kind is not None and kind not in names:
-        raise typer.BadParameter(f"must be one of {', '.join(names)}", param_hint="--kind")
-
-
-def _check_choice(name: str | None, kind: str | None, every: bool) -> None:
-    _check_kind(kind)
-    if (name is None) == (kind is None and not every):
-        raise typer.BadParameter("give a job id or event id, or choose with --kind or --all", param_hint="NAME")
-
-
-def _chosen(name: str | None, kind: str | None) -> Iterator[Any]:
-    """Yield the chosen rejections. Raises HistoryError if no rejection has the given name."""
-    from consumers.ops.failed import rejections
-
-    found = rejections(name, kind=kind)
-    first = next(found, None)
-    if first is None and name is not None:
-        raise HistoryError(f"no rejection has the job id or event id {name}")
-    return found if first is None else chain([first], found)

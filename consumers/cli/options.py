@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date, datetime
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from typing import Annotated
 from zoneinfo import ZoneInfo
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from producers.fields import LARGEST_BIGINT, SMALLEST_BIGINT
-from producers.times import zone_named
+from producers.errors import HistoryError, InvalidEvent
+from producers.fields import LARGEST_BIGINT, NUMBER, SMALLEST_BIGINT
+from producers.settings import ZoneSettings
+from producers.times import localized, wall_clock, zone_named
 
 
 def _zone(name: str) -> ZoneInfo:
@@ -25,22 +29,79 @@ def _zone(name: str) -> ZoneInfo:
 
 
 _MOMENT = TypeAdapter(datetime)
+_AGO = re.compile(r"([0-9]{1,7})([mhdw])")
+_DAYS_AGO = {"today": 0, "yesterday": 1}
+_DAYS = {"d": 1, "w": 7}
+_MINUTES = {"m": 1, "h": 60}
+
+
+def read_time(text: str, zone: tzinfo | None, *, now: datetime | None = None) -> datetime:
+    """Read a time: RFC 3339, with or without an offset, or relative to `now` (an aware time, by default the present).
+
+    `30m` and `2h` are that long ago. `7d` and `2w` are the same time of the day in `zone` (None: this machine's zone),
+    that many days or weeks ago. `today` and `yesterday` are the beginning of that day in `zone`. A time without offset
+    stays without one, since not every caller takes it to be in the same zone.
+
+    Raises:
+        ValueError: the text is none of these; the message has examples.
+    """
+    now = now or datetime.now(UTC)
+    word = text.strip().casefold()
+    try:
+        if word in _DAYS_AGO:
+            day = wall_clock(now, zone).date() - timedelta(days=_DAYS_AGO[word])
+            return localized(datetime.combine(day, time()), zone, "")
+        if ago := _AGO.fullmatch(word):
+            number, unit = int(ago[1]), ago[2]
+            if unit in _DAYS:
+                return localized(wall_clock(now, zone) - timedelta(days=number * _DAYS[unit]), zone, "")
+            return now - timedelta(minutes=number * _MINUTES[unit])
+        if not NUMBER.fullmatch(word):  # Pydantic would take it for seconds since 1970
+            return _MOMENT.validate_python(text)
+    except (InvalidEvent, OverflowError, ValidationError):
+        pass
+    raise ValueError(
+        f"{text} is not a time: write for example 2026-11-22T17:00, 2026-11-22T17:00+01:00, 7d, 2h, 30m, today or"
+        " yesterday"
+    )
 
 
 def time_option(text: str) -> datetime:
-    """Read the value of an option that is a time, with or without an offset; the `parser` of such options."""
+    """Read the value of an option that is a time; the `parser` of such options. The zone is HISTORY_TIMEZONE."""
+    return time_in_zone(text, ZoneSettings.from_environment().timezone)
+
+
+def time_in_zone(text: str, zone: tzinfo | None, option: str | None = None) -> datetime:
+    """Read a time for `option`, relative to the present in `zone`; see `read_time`."""
     try:
-        return _MOMENT.validate_python(text)
-    except ValidationError:
-        raise typer.BadParameter(f"{text} is not a time such as 2026-11-22T17:00 or 2026-11-22T17:00+01:00") from None
+        return read_time(text, zone)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def read_date(text: str, today: date) -> date:
+    """Read a date: ISO 8601, or relative to `today`: `7d` and `2w` ago, `today`, `yesterday`.
+
+    Raises:
+        ValueError: the text is none of these; the message has examples.
+    """
+    word = text.strip().casefold()
+    try:
+        if word in _DAYS_AGO:
+            return today - timedelta(days=_DAYS_AGO[word])
+        if (ago := _AGO.fullmatch(word)) and ago[2] in _DAYS:
+            return today - timedelta(days=int(ago[1]) * _DAYS[ago[2]])
+        return date.fromisoformat(text)
+    except (OverflowError, ValueError):
+        raise ValueError(f"{text} is not a date: write for example 2026-11-22, 7d, 2w, today or yesterday") from None
 
 
 def date_option(text: object) -> date:
-    """Read the value of an option that is a date; the `parser` of such options."""
+    """Read the value of an option that is a date; the `parser` of such options. The zone is HISTORY_TIMEZONE."""
     try:
-        return date.fromisoformat(str(text))
-    except ValueError:
-        raise typer.BadParameter(f"{text} is not a date such as 2026-11-22") from None
+        return read_date(str(text), wall_clock(datetime.now(UTC), ZoneSettings.from_environment().timezone).date())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _whole_number(smallest: int) -> Callable[[object], int]:
@@ -83,7 +144,7 @@ Since = Annotated[
     typer.Option(
         parser=time_option,
         metavar="TIME",
-        help="Only rows from this time on; a time without offset is in HISTORY_TIMEZONE.",
+        help="Only rows from this time on, such as 2026-11-22T17:00, 7d or yesterday, in HISTORY_TIMEZONE.",
     ),
 ]
 Until = Annotated[
@@ -91,7 +152,7 @@ Until = Annotated[
     typer.Option(
         parser=time_option,
         metavar="TIME",
-        help="Only rows before this time; a time without offset is in HISTORY_TIMEZONE.",
+        help="Only rows before this time, such as 2026-11-22T17:00, 2h or today, in HISTORY_TIMEZONE.",
     ),
 ]
 Timezone = Annotated[
@@ -117,3 +178,14 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def usual_or_free_port(what: str, port: int, host: str = "127.0.0.1") -> socket.socket:
+    """Return a socket that listens at this port. If the port is taken, use any free one and say so on stderr."""
+    from consumers.web.listening import listen
+
+    try:
+        return listen(host, port)
+    except HistoryError as error:
+        print(f"{what} uses another port this time: {error}", file=sys.stderr)
+        return listen(host, 0)

@@ -140,7 +140,7 @@ def outbox_resend(
         typer.Option(
             parser=time_option,
             metavar="TIME",
-            help="Resend events recorded from this time on; a time without offset is in HISTORY_TIMEZONE.",
+            help="Resend events recorded from this time on, such as 2026-11-22T17:00, 7d or yesterday.",
         ),
     ],
     timeout: Annotated[

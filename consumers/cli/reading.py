@@ -113,7 +113,8 @@ def performance(
     *,
     portfolio_id: OfPortfolio = None,
     since: Annotated[
-        date | None, typer.Option(parser=date_option, metavar="DATE", help="Only daily closes from this date on.")
+        date | None,
+        typer.Option(parser=date_option, metavar="DATE", help="Only daily closes from this date on, such as 7d."),
     ] = None,
     until: Annotated[
         date | None, typer.Option(parser=date_option, metavar="DATE", help="Only daily closes before this date.")
@@ -157,7 +158,7 @@ def audit(
         typer.Option(
             parser=time_option,
             metavar="TIME",
-            help="Check only events recorded from this time on; a time without offset is in HISTORY_TIMEZONE.",
+            help="Check only events recorded from this time on, such as 2026-11-22T17:00, 7d or yesterday.",
         ),
     ] = None,
     as_json: AsJson = False,

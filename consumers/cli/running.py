@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -11,20 +14,48 @@ from urllib.parse import quote
 
 import typer
 
+from consumers.cli.options import usual_or_free_port
 from consumers.embedded.stack import stack
 
 _LAST_PORT = 65535
 
 
-def demo() -> None:
+def demo(
+    opens_page: Annotated[
+        bool, typer.Option("--open", help="Then serve the history page on the data until Ctrl-C, and open it.")
+    ] = False,
+) -> None:
     """Run simulated trading cycles through the whole pipeline, twice, and check the number of rows.
 
-    Example: trading-history demo
+    Example: trading-history demo --open
     """
+    if opens_page:
+        from consumers.web.api import api_server  # noqa: F401  # if the extra is missing, say so before the demo runs
     from consumers.demo import run_demo
     from consumers.embedded.stack import embedded_home
 
-    raise typer.Exit(run_demo(embedded_home() / "demo"))
+    raise typer.Exit(run_demo(embedded_home() / "demo", _show_page if opens_page else None))
+
+
+def _show_page(outbox: Path) -> None:
+    """Serve the history page until Ctrl-C, with the state of this outbox, and open it in a browser."""
+    from consumers.web.api.api_server import serve
+    from consumers.web.listening import PAGE_PORT, url_of
+
+    os.environ["HISTORY_OUTBOX"] = str(outbox)
+    with usual_or_free_port("The history page", PAGE_PORT) as listening:
+        threading.Thread(target=open_browser, args=[url_of(listening)], name="browser", daemon=True).start()
+        serve(listening)
+
+
+def open_browser(url: str) -> None:
+    """Open the address in a browser with a window; say so if there is none."""
+    import webbrowser
+
+    # Without a display, the standard library would start a browser for terminals in this terminal.
+    can_show = any(os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"))
+    if not (can_show and webbrowser.open(url)):
+        print("No browser was found on this machine: open the address yourself.", file=sys.stderr)
 
 
 def init_db(
@@ -93,23 +124,20 @@ def worker(
         int,
         typer.Option("--processes", min=1, help="Number of worker processes; a process that dies is started again."),
     ] = 1,
-    while_stdin: Annotated[bool, typer.Option("--while-stdin", hidden=True)] = False,
 ) -> None:
     """Store events from the queue until stopped.
 
     Example: trading-history worker --processes 2 --metrics-port 9464
     """
-    from consumers.embedded.child_processes import stop_with_stdin
-    from consumers.embedded.worker_pool import run_pool
+    from consumers.embedded.supervisor import run_pool
     from consumers.settings import MetricsSettings
     from consumers.worker.history_worker import run_worker
     from producers.settings import TransportSettings
 
-    if while_stdin:
-        stop_with_stdin()
+    program = context.find_root().params
     metrics = MetricsSettings.from_environment()
     # The setting is for a worker that an operator starts: a worker of another command (demo) must not take its port.
-    port = metrics_port if metrics_port is not None or while_stdin else metrics.port
+    port = metrics_port if metrics_port is not None or program["while_stdin"] else metrics.port
     if port and port + processes - 1 > _LAST_PORT:
         raise typer.BadParameter(
             f"{processes} processes from port {port} on need ports above {_LAST_PORT}",
@@ -119,9 +147,7 @@ def worker(
         settings = TransportSettings.from_environment()
         redis = settings.redis()
         if processes > 1:
-            raise typer.Exit(
-                run_pool(processes, burst=burst, debug=context.find_root().params["debug"], metrics_port=port)
-            )
+            raise typer.Exit(run_pool(processes, burst=burst, debug=program["debug"], metrics_port=port))
         run_worker(redis, settings.queue, burst=burst, metrics=metrics.model_copy(update={"port": port}))
 
 

@@ -6,7 +6,7 @@ import fcntl
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,52 +25,69 @@ from producers.history_producer import HistoryProducer, Receipt
 from producers.settings import TransportSettings
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 
+_OUTBOX = "outbox.db"
 _WAIT_SECONDS = 40.0
 _OTHER_DEMO_SECONDS = 5.0  # time for the worker of a killed demo to end
 
 _SERVER = text("SELECT current_setting('server_version')")
 
 
-def run_demo(home: Path) -> int:
-    """Run the demo in `home` and replace the data of an earlier run. Return the exit status, 1 if a count is wrong."""
+def run_demo(home: Path, show_page: Callable[[Path], None] | None = None) -> int:
+    """Run the demo in `home` and replace the data of an earlier run. Return the exit status, 1 if a count is wrong.
+
+    If the counts are right, call `show_page` with the path of the outbox, while servers and worker still run.
+    """
     with _locked(home) as lock, embedded_stack(home):
         _start_empty(home)
-        expected = 2 * DAYS * len(PORTFOLIO_IDS)
         print(f"{len(PORTFOLIO_IDS)} portfolios, {DAYS} days, one trading cycle per day: a snapshot and an archive\n")
         with worker_process(home / "worker.log", keep=[lock]):
             first = _run_pass(home, "recorded")
             second = _run_pass(home, "recorded again")
-        counts = exact_counts()
-        stored = counts["portfolio_snapshots"] + counts["signal_archives"]
-        print(f"\n{stored} rows: {counts['portfolio_snapshots']} snapshots, {counts['signal_archives']} archives")
-        print(f"{counts['duplicate']} duplicates, {counts['rejected']} rejected events\n")
-        print("Newest rows of portfolio_history:")
-        print_snapshots(get_portfolio_history(4))
-        print("\nNewest rows of signal_archives:")
-        print_archives(get_recent_signal_archives(4))
-        right = (
-            first == second
-            and len(first) == stored == counts["duplicate"] == expected
-            and counts["portfolio_snapshots"] == counts["signal_archives"]
-            and counts["rejected"] == 0
-        )
-    if not right:
+            is_right = _print_result(first, second)
+            if is_right:
+                _print_next_commands(home)
+                if show_page is not None:
+                    sys.stdout.flush()
+                    show_page(home / _OUTBOX)
+    return 0 if is_right else 1
+
+
+def _print_result(first: list[int], second: list[int]) -> bool:
+    """Print the counts and the newest rows, and return whether all counts are right."""
+    expected = 2 * DAYS * len(PORTFOLIO_IDS)
+    counts = exact_counts()
+    stored = counts["portfolio_snapshots"] + counts["signal_archives"]
+    print(f"\n{stored} rows: {counts['portfolio_snapshots']} snapshots, {counts['signal_archives']} archives")
+    print(f"{counts['duplicate']} duplicates, {counts['rejected']} rejected events\n")
+    print("Newest rows of portfolio_history:")
+    print_snapshots(get_portfolio_history(4))
+    print("\nNewest rows of signal_archives:")
+    print_archives(get_recent_signal_archives(4))
+    is_right = (
+        first == second
+        and len(first) == stored == counts["duplicate"] == expected
+        and counts["portfolio_snapshots"] == counts["signal_archives"]
+        and counts["rejected"] == 0
+    )
+    if not is_right:
         print(f"\nWrong count: {expected} rows and {expected} duplicates were expected.", file=sys.stderr)
-        return 1
-    print("\nAll counts are right: every event was recorded twice and stored once.")
-    print(f"\nThe data stays in {home}. To see more of it, as a list or as a page:")
+    return is_right
+
+
+def _print_next_commands(home: Path) -> None:
     program = shlex.quote(sys.argv[0])
-    for command in ("history --portfolio-id 1", "api"):
-        print(f"  HISTORY_HOME={shlex.quote(str(home))} {program} {command}")
-    print(f"To start the servers and a worker for a controller of yours:\n  {program} up")
-    return 0
+    on_data = f"HISTORY_HOME={shlex.quote(str(home))} {program}"
+    print("\nAll counts are right: every event was recorded twice and stored once.")
+    print(f"\nThe data stays in {home}. To list more of it:\n  {on_data} history --portfolio-id 1")
+    print(f"To start everything for a controller of yours:\n  {program} up")
+    print(f"To open the history page on the data:\n  {on_data} api")
 
 
 def _run_pass(home: Path, label: str) -> list[int]:
     """Record every cycle and wait until all events are stored. Return their row ids, in the order of recording."""
     started = time.monotonic()
     deadline = started + _WAIT_SECONDS
-    with HistoryProducer(outbox=home / "outbox.db") as producer:
+    with HistoryProducer(outbox=home / _OUTBOX) as producer:
         receipts: list[Receipt] = []
         for cycle in cycles():
             receipts.append(
@@ -111,7 +128,7 @@ def _start_empty(home: Path) -> None:
     redis = TransportSettings.from_environment().redis()
     redis.flushall()
     print(f"PostgreSQL {version}, Valkey {redis.info('server')['valkey_version']}, one worker process")
-    for leftover in home.glob("outbox.db*"):
+    for leftover in home.glob(f"{_OUTBOX}*"):
         leftover.unlink()
 
 

@@ -1,9 +1,9 @@
 """PostgreSQL and Valkey (a Redis-compatible server) for one machine, installed from wheels.
 
 All files are in one folder, `home`: `postgres/`, `valkey/`, a log of each, and two lock files. A process locks `lock`
-while it starts or stops the servers. Each `servers()` block has a shared lock on `users`; a block that can make this
-lock exclusive is the last one, and stops the servers. The kernel releases the locks of a killed process, so the number
-of users is never wrong.
+while it starts or stops the servers. Each `servers()` and `used()` block has a shared lock on `users`; a block that can
+make this lock exclusive is the last one, and stops the servers. The kernel releases the locks of a killed process, so
+the number of users is never wrong.
 
 Both servers listen on unix sockets only, which only their owner and root can open, so they need no passwords.
 """
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -25,6 +26,12 @@ from consumers.embedded import postgres, valkey
 from consumers.embedded.installation import Installation, installed, let_in
 from consumers.embedded.server_process import Server, StillStarting
 from consumers.errors import EmbeddedError
+
+_Start = Callable[[Server, Path, Installation, IO[str]], str]
+_SERVERS: tuple[tuple[Callable[[Path], Server], _Start], ...] = (
+    (postgres.server, postgres.start),
+    (valkey.server, valkey.start),
+)
 
 
 @dataclass(frozen=True)
@@ -57,48 +64,65 @@ def servers(home: Path) -> Iterator[Addresses]:
     """
     home = home.expanduser().resolve()
     installation = installed()
-    pair = (postgres.server(home), valkey.server(home))
     with _translated(home):
         home.mkdir(mode=0o711 if installation.account else 0o700, parents=True, exist_ok=True)
-        users = _open(home / "users")
-    owner = os.getpid()
-    with users:
+    with used(home):
         with _translated(home), _locked(home / "lock") as lock:
-            fcntl.flock(users, fcntl.LOCK_SH)
-            try:
-                addresses = _start(home, *pair, installation, lock)
-            except StillStarting:
-                raise
-            except BaseException:
-                _leave(users, pair)
-                raise
+            folder = _socket_folder(home)
+            if installation.account:
+                let_in(installation, home)
+            database, transport = (start(make(home), folder, installation, lock) for make, start in _SERVERS)
+        yield Addresses(database, transport)
+
+
+@contextlib.contextmanager
+def used(home: Path) -> Iterator[None]:
+    """Be a user of the servers in `home` inside the block, without starting them.
+
+    A child process of a `servers()` block is one if they must stop with it after its parent was killed.
+    """
+    owner = os.getpid()
+    with _translated(home):
+        users = _open(home / "users")
+    with users:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        is_left_running = False
         try:
-            yield addresses
+            yield
+        except StillStarting:
+            is_left_running = True
+            raise
         finally:
-            if os.getpid() == owner:  # a forked child (RQ's work horse) has the lock too, but must not stop the servers
+            # A forked child (RQ's work horse) has the lock too, but must not stop the servers.
+            if os.getpid() == owner and not is_left_running:
                 with _locked(home / "lock"):
-                    _leave(users, pair)
+                    _leave(users, home)
 
 
-def _start(home: Path, database: Server, transport: Server, installation: Installation, lock: IO[str]) -> Addresses:
-    folder = _socket_folder(home)
-    if installation.account:
-        let_in(installation, home)
-    return Addresses(
-        database_url=postgres.start(database, folder, installation, lock),
-        redis_url=valkey.start(transport, folder, installation, lock),
-    )
+def restarts(home: Path) -> Iterator[tuple[Server, Callable[[], None]]]:
+    """Yield each server of a `servers()` block with the function that starts it, unless it runs, at the same address.
+
+    The function raises EmbeddedError if the server does not start.
+    """
+    home = home.expanduser().resolve()
+    for make, start in _SERVERS:
+        yield make(home), functools.partial(_start_again, home, make, start)
 
 
-def _leave(users: IO[str], pair: tuple[Server, Server]) -> None:
+def _start_again(home: Path, make: Callable[[Path], Server], start: _Start) -> None:
+    with _translated(home), _locked(home / "lock") as lock:
+        start(make(home), _socket_folder(home), installed(), lock)
+
+
+def _leave(users: IO[str], home: Path) -> None:
     """Stop the servers unless another process uses them. The caller has locked `lock`."""
     try:
         fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
     try:
-        for server in pair:
-            server.stop()
+        for make, _ in _SERVERS:
+            make(home).stop()
     finally:
         fcntl.flock(users, fcntl.LOCK_UN)  # closing the file does not unlock it while a forked child has it open
 

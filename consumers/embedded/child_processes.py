@@ -1,94 +1,57 @@
-"""Workers and RQ Dashboard as child processes of a command that runs them."""
+"""Commands of this project as child processes of another one: `demo`, `up`, and `worker --processes`."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
-
-from producers.errors import HistoryError
 
 STOP_SECONDS = 15.0
 
 
 @contextmanager
-def worker_process(
-    log: Path | None = None, keep: Sequence[int] = (), metrics_port: int | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
+def worker_process(log: Path | None = None, keep: Sequence[int] = ()) -> Iterator[subprocess.Popen[bytes]]:
     """Run `trading-history worker` with this process's environment inside the block.
 
-    At the end of the block the worker finishes its batch and stops.
-
-    The worker has its own session, so Ctrl-C reaches only its parent, which then stops it. If the parent is killed, the
-    worker ends too. It keeps the file descriptors `keep` open. It serves metrics at `metrics_port` only, and ignores
-    the setting.
+    At the end of the block the worker finishes its batch and stops. It keeps the file descriptors `keep` open.
     """
-    arguments = [] if metrics_port is None else [f"--metrics-port={metrics_port}"]
     with ExitStack() as opened:
         output = None if log is None else opened.enter_context(open(log, "ab"))
-        worker = start_worker(arguments, output=output, keep=keep)
-    with _stopped(worker):
+        worker = start_worker(output=output, keep=keep)
+    try:
         yield worker
+    finally:
+        stop(worker)
+        release(worker)
 
 
 def start_worker(
     arguments: Sequence[str] = (), *, debug: bool = False, output: IO[bytes] | None = None, keep: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
-    """Start the process of `worker_process`. The caller must stop it and then `release` it."""
-    options = ["--debug"] if debug else []
-    return _start(*options, "worker", *arguments, stdout=output, stderr=output, pass_fds=keep)
+    """Start `trading-history worker`. It serves metrics at a port of `arguments` only, and ignores the setting."""
+    return start_child("worker", *arguments, debug=debug, stdout=output, stderr=output, pass_fds=keep)
 
 
-@contextmanager
-def dashboard_process(listening: socket.socket, password: str) -> Iterator[None]:
-    """Run `trading-history dashboard` inside the block, on a listening socket that it takes over.
+def start_child(
+    *command: str, debug: bool = False, embedded_home: Path | None = None, **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start a command of this project. The caller must stop it and then `release` it; `options` are those of Popen.
 
-    If it ends before the block does, print that on stderr; nothing else depends on it.
+    The child has its own session, so Ctrl-C reaches only its parent, which then stops it. If the parent is killed, the
+    child ends too. The embedded servers in `embedded_home` are then stopped by the last child that ends.
     """
-    with listening:
-        number = listening.fileno()
-        child = _start(
-            "dashboard", "--fd", str(number),
-            stdout=subprocess.DEVNULL,  # only the address, which the parent prints
-            pass_fds=[number],
-            env={**os.environ, "HISTORY_DASHBOARD_PASSWORD": password},
-        )  # fmt: skip
-    stopping = threading.Event()
-
-    def watch() -> None:
-        if child.wait() and not stopping.is_set():
-            print(f"RQ Dashboard ended with status {child.returncode}; everything else continues.", file=sys.stderr)
-
-    watching = threading.Thread(target=watch, name="dashboard-watch", daemon=True)
-    watching.start()
-    try:
-        with _stopped(child, before=stopping.set):
-            yield
-    finally:
-        watching.join()
-
-
-def _start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "consumers.cli", *arguments, "--while-stdin"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **options)
-
-
-@contextmanager
-def _stopped(child: subprocess.Popen[bytes], before: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Stop and release the child at the end of the block."""
-    try:
-        yield
-    finally:
-        before()
-        stop(child)
-        release(child)
+    program = [sys.executable, "-m", "consumers.cli", "--while-stdin"]
+    if debug:
+        program.append("--debug")
+    if embedded_home is not None:
+        program.append(f"--embedded-home={embedded_home}")
+    return subprocess.Popen([*program, *command], stdin=subprocess.PIPE, start_new_session=True, **options)
 
 
 def release(child: subprocess.Popen[bytes]) -> None:
@@ -117,9 +80,3 @@ def stop_with_stdin() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
-
-
-def wait_for_worker(worker: subprocess.Popen[bytes]) -> None:
-    """Wait until the worker ends, then raise HistoryError: its end was unexpected."""
-    worker.wait()
-    raise HistoryError(f"the worker ended unexpectedly, with status {worker.returncode}")

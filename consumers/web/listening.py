@@ -7,9 +7,8 @@ import socket
 
 from producers.errors import HistoryError
 
+PAGE_PORT = 8000
 DASHBOARD_PORT = 9181  # rq-dashboard's own default
-
-
 PORT_ADVICE = "choose another address with --host and --port"
 
 

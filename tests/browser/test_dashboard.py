@@ -137,6 +137,45 @@ def test_the_buttons_of_a_list_delete_requeue_and_empty(open_dashboard: OpenDash
     assert redis.keys("rq:job:*") == []
 
 
+def test_a_read_only_dashboard_says_so_and_shows_no_buttons(
+    chromium: Browser, pair: Addresses, redis: Redis, tmp_path: Path
+) -> None:
+    """The same pages with buttons are seen without the setting."""
+    fields = {"data": b'["f", null, ["x"], {}]', "status": b"failed", "origin": b"history"}
+    plant(redis, "first", fields, result=failure("InvalidEvent: no"))
+    plant(redis, "second", fields, failed=False)
+    shown = {
+        "0/view/jobs/history/failed/8/asc/1": "tr[data-role=job]",
+        "0/view/jobs/history/queued/8/asc/1": "tr[data-role=job]",
+        "0/view/job/first": "#job-data .exc_info",
+    }
+    login: Any = {"username": "history", "password": PASSWORD}
+
+    def buttons(**settings: str) -> dict[str, list[str]]:
+        """Return the names of the visible buttons of each page."""
+        with (
+            dashboard_of(pair.redis_url, tmp_path / "log", **settings) as dashboard,
+            chromium.new_context(viewport=DESK, http_credentials=login) as context,  # type: ignore[arg-type]  # a dict is accepted
+        ):
+            found = {}
+            page = context.new_page()
+            for address, place in shown.items():
+                page.goto(dashboard.url + address)
+                expect(page.locator(place).first).to_be_visible(timeout=30_000)
+                found[address] = [one.inner_text() for one in page.locator(".section .btn:visible").all()]
+            brand = page.locator(".navbar-brand").evaluate("one => getComputedStyle(one, '::after').content")
+            found["bar"] = [brand]
+            return found
+
+    assert list(buttons(HISTORY_DASHBOARD_READONLY="1").values()) == [[], [], [], ['" (read-only)"']]
+    assert list(buttons().values()) == [
+        ["Empty queue", "Requeue All", "Requeue", "Delete"],
+        ["Empty queue", "Compact", "Delete"],
+        ["Requeue", "Delete"],
+        ["none"],
+    ]
+
+
 def test_every_page_loads_while_a_worker_is_busy(
     open_dashboard: OpenDashboard, redis: Redis, database_url: str, tmp_path: Path
 ) -> None:

@@ -160,7 +160,7 @@ def test_rejected_event_without_a_valid_source_is_not_counted(
 
 def test_failed_lists_and_shows_rejected_events(mixed: list[Receipt]) -> None:
     """`failed list` ends with 1 if there are any, and shows no payloads. `failed show` takes an event id."""
-    listed = _run("failed", "list", "--json")
+    listed = _run("failed", "list", "--each", "--json")
     (rejection,) = json.loads(listed.stdout)
     shown = _run("failed", "show", str(mixed[5].event_id))
 
@@ -198,7 +198,7 @@ def test_discarded_event_keeps_its_text_and_both_reasons(
 ) -> None:
     """It is removed from the list and the failed registry, and the audit counts it as discarded."""
     (rejection,) = rejections()
-    discarded = _run("failed", "discard", rejection.job_id, "--reason", "test data")
+    discarded = _run("failed", "discard", rejection.job_id, "--because", "test data")
 
     assert (discarded.returncode, list(rejections())) == (0, [])
     assert Queue("history", connection=redis, serializer=JSONSerializer).failed_job_registry.count == 0
@@ -226,7 +226,7 @@ def test_rejection_can_be_requeued_and_discarded_without_a_readable_job(
         redis.hset(key, "timeout", "abc")
     requeued = _run("failed", "requeue", rejection.job_id)
     work()
-    discarded = _run("failed", "discard", rejection.job_id, "--reason", "test data")
+    discarded = _run("failed", "discard", rejection.job_id, "--because", "test data")
 
     assert (requeued.returncode, requeued.stdout) == (0, "1 requeued\n")
     assert (discarded.returncode, discarded.stderr, list(rejections())) == (0, "", [])
@@ -239,7 +239,7 @@ def test_discarded_event_stays_discarded_when_it_is_rejected_again(
     """A late second delivery does not add it to the list again."""
     (rejection,) = rejections()
     event = rejected_text(rejection.job_id)
-    _run("failed", "discard", rejection.job_id, "--reason", "test data")
+    _run("failed", "discard", rejection.job_id, "--because", "test data")
     queue = Queue("history", connection=redis, serializer=JSONSerializer)
     queue.enqueue(KINDS[SNAPSHOT_TYPE].job_function, event, job_id=rejection.job_id)
     work()
@@ -256,7 +256,7 @@ def test_requeue_and_discard_need_a_name_or_a_choice(redis: Redis, database_url:
     assert [
         _run("failed", "requeue").returncode,
         _run("failed", "requeue", "x", "--all").returncode,
-        _run("failed", "discard", "--reason", "r").returncode,
+        _run("failed", "discard", "--because", "r").returncode,
         _run("failed", "discard", "--all").returncode,
     ] == [2, 2, 2, 2]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,13 +22,13 @@ from sqlalchemy import text
 from typer.testing import CliRunner
 
 from consumers.cli import app
+from consumers.cli.running import open_browser
 from consumers.db.engine import get_db
 from consumers.db.inserts import insert_event
 from consumers.embedded.stack import stack
 from consumers.operations import get_portfolio_history
 from producers.events import event_of
-from producers.history_producer import HistoryProducer
-from tests.factories import a_portfolio, a_signal, a_snapshot, an_archive
+from tests.factories import a_portfolio, a_signal, an_archive
 
 PROGRAM = [sys.executable, "-m", "consumers.cli"]
 
@@ -294,52 +295,56 @@ def test_command_works_with_a_closed_stdout(database_url: str) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_up_runs_a_worker_and_the_dashboard_until_stopped(home: Path, how: signal.Signals) -> None:
-    """The printed settings are enough for a controller, and the printed login for RQ Dashboard. No process is left."""
-    up = subprocess.Popen(
-        [*PROGRAM, "up"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "HISTORY_HOME": str(home)},
-        start_new_session=True,
-    )
+def test_demo_opens_the_page_on_its_data(home: Path, tmp_path: Path) -> None:
+    """In the browser of the standard library. The address is printed too, and served until Ctrl-C."""
+    opened = tmp_path / "opened"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" >{opened}\n')
+    browser.chmod(0o755)
+    demo = subprocess.Popen(
+        [*PROGRAM, "demo", "--open"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+        env={**os.environ, "HISTORY_HOME": str(home), "BROWSER": str(browser)},
+    )  # fmt: skip
     try:
-        _use_and_stop(up, how)
+        assert demo.stdout is not None
+        url = next(line for line in demo.stdout if line.startswith("http://")).partition(" - ")[0]
+        rows = httpx.get(f"{url}trading/portfolio-history?limit=1000", timeout=30).json()
+        health = httpx.get(f"{url}page/health", timeout=30).json()
+        deadline = time.monotonic() + 10
+        while not opened.exists() or not opened.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(demo.pid, signal.SIGINT)
+        assert demo.wait(30) == 130
     finally:
-        up.kill()  # its children end with it
-        up.wait()
-    deadline = time.monotonic() + 5
-    while _processes_of(home) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        demo.kill()
+        demo.communicate()
+    assert (len(rows), opened.read_text().strip()) == (182, url)
+    assert (health["redis"]["workers"], health["outbox"]["rejected"]) == (1, 0)
     assert _processes_of(home) == []
 
 
-def _use_and_stop(up: subprocess.Popen[str], how: signal.Signals) -> None:
-    assert up.stdout is not None
-    exports, login = {}, ""
-    for line in up.stdout:
-        if line.startswith("A worker is running."):
-            break
-        if line.startswith("RQ Dashboard: "):
-            login = line
-            continue
-        name, _, value = line.removeprefix("export ").strip().partition("=")
-        exports[name] = value.strip("'")
-    assert set(exports) == {"DATABASE_URL", "REDIS_URL", "HISTORY_DASHBOARD_URL"}
-    url, user, password = login.removeprefix("RQ Dashboard: ").replace(" - user ", ", password ").split(", password ")
-    assert url == exports["HISTORY_DASHBOARD_URL"]
-    assert httpx.get(url, timeout=30).status_code == 401
-    assert httpx.get(url, auth=(user, password.strip()), timeout=30).status_code == 200
-    with HistoryProducer(Redis.from_url(exports["REDIS_URL"])) as producer:
-        assert producer.record(a_snapshot()).wait(15) == 1
+def test_without_a_display_no_browser_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A browser for terminals would take over this terminal. The line says what to do."""
+    browser = tmp_path / "www-browser"
+    browser.write_text("#!/bin/sh\necho started\n")
+    browser.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    open_browser("http://127.0.0.1:1/")
+    assert capfd.readouterr() == ("", "No browser was found on this machine: open the address yourself.\n")
 
-    os.killpg(up.pid, how)
-    assert up.wait(30) == 128 + how
-    up.stdout.close()
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(url)
+
+def test_version_is_one_line_with_what_matters_for_a_report() -> None:
+    """Version of this project, of Python and of the two libraries, also without a command."""
+    run = _run("--version")
+    assert run.returncode == 0
+    assert re.fullmatch(r"trading-history \d[\w.]*, Python 3\.\d+\.\d\S*, rq 3\.0\S*, redis-py \d\S*\n", run.stdout)
 
 
 def test_killed_demo_leaves_no_worker_and_the_next_demo_succeeds(home: Path) -> None:
@@ -398,6 +403,6 @@ def test_worker_without_redis_logs_it_once_without_secrets(tmp_path: Path) -> No
     ],
 )
 def test_an_invalid_time_is_named_with_an_example(command: tuple[str, ...]) -> None:
-    result = CliRunner().invoke(app, [*command, "yesterday"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, [*command, "tomorrow"], env={"COLUMNS": "200"})
     assert result.exit_code == 2
-    assert "yesterday is not a time such as 2026-11-22T17:00 or 2026-11-22T17:00+01:00" in result.output
+    assert "tomorrow is not a time: write for example 2026-11-22T17:00, 2026-11-22T17:00+01:00, 7d" in result.output

@@ -163,6 +163,62 @@ def test_a_change_must_be_a_post_from_its_own_pages(
     assert _everything(redis) != before
 
 
+def _walk(client: httpx.Client) -> dict[tuple[str, str], httpx.Response]:
+    """Send each method to each rule of the installed rq-dashboard that changes something, and return the answers."""
+    from rq_dashboard.web import blueprint
+
+    app = Flask("rq_dashboard")
+    app.register_blueprint(blueprint)
+    changing = [rule for rule in app.url_map.iter_rules() if "POST" in (rule.methods or ())]
+    addresses = [
+        str(rule).replace("<job_id>", "j").replace("<queue_name>", "history").replace("<registry_name>", registry)
+        for rule in changing
+        for registry in (("queued", "failed") if "<registry_name>" in str(rule) else ("",))
+    ]
+    methods = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
+    return {(method, address): client.request(method, address) for address in addresses for method in methods}
+
+
+def test_a_read_only_dashboard_refuses_every_change_in_one_line(pair: Addresses, redis: Redis, tmp_path: Path) -> None:
+    """With the login and from its own pages. All pages answer, and reading them changes nothing in Redis either."""
+    plant(redis, "j", _FAILED, result=failure("InvalidEvent: no"))
+    plant(redis, "waiting", _FAILED | {"status": b"queued"}, failed=False)
+    redis.rpush(QUEUE_KEY, "gone")
+    redis.zadd(FAILED_KEY, {"gone": 2})
+    redis.sadd("rq:workers", "rq:worker:gone")
+    before = _everything(redis)
+    with dashboard_of(pair.redis_url, tmp_path / "log", HISTORY_DASHBOARD_READONLY="1") as dashboard:
+        assert httpx.get(dashboard.url).status_code == httpx.post(f"{dashboard.url}job/j/delete").status_code == 401
+        with dashboard.client() as client:
+            answers = _walk(client)
+            shown = {address: client.get(address).status_code for address in pages(["j", "waiting"])}
+            others = {method: client.request(method, "no/such/page") for method in ("POST", "PUT", "DELETE", "PATCH")}
+    assert len({address for _, address in answers}) == 6
+    changes = [answer for (method, _), answer in answers.items() if method in ("POST", "PUT", "PATCH", "DELETE")]
+    changes += [answers["GET", "/requeue/history"], *others.values()]
+    assert {answer.status_code for answer in changes} == {403}
+    assert {answer.status_code for answer in answers.values()} == {403, 405}  # 405: a GET of what takes only POST
+    assert {answer.text for answer in changes} == {
+        "Nothing was changed: HISTORY_DASHBOARD_READONLY makes this dashboard read-only."
+        " To requeue or discard a job, use trading-history failed.\n"
+    }
+    assert set(shown.values()) == {200}
+    assert _everything(redis) == before
+    assert dashboard.log == ""
+
+
+@pytest.mark.parametrize(("value", "status"), [("0", 200), ("false", 200), ("true", 403)])
+def test_the_setting_of_a_read_only_dashboard_is_a_boolean(
+    pair: Addresses, redis: Redis, tmp_path: Path, value: str, status: int
+) -> None:
+    plant(redis, "j", _FAILED)
+    with (
+        dashboard_of(pair.redis_url, tmp_path / "log", HISTORY_DASHBOARD_READONLY=value) as dashboard,
+        dashboard.client() as client,
+    ):
+        assert client.post("job/j/requeue").status_code == status
+
+
 def test_other_host_names_are_rejected_except_that_of_the_setting(
     pair: Addresses, redis: Redis, tmp_path: Path
 ) -> None:

@@ -14,6 +14,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 import simplejson
@@ -189,6 +190,19 @@ def test_ambiguous_times_are_counted(tmp_path: Path) -> None:
         " the format has no offset, so an import reads them as the first time\n"
     )
     assert (alone.returncode, in_order.returncode, in_order.stderr) == (0, 0, "")
+
+
+@pytest.mark.parametrize("zone", ["Pacific/Kiritimati", "Asia/Kolkata"])
+def test_yesterday_is_a_day_in_the_zone_of_the_files(zone: str) -> None:
+    """Not in the zone of the settings."""
+    midnight = datetime.now(ZoneInfo(zone)).replace(hour=0, minute=0, second=0, microsecond=0)
+    hours = [timedelta(hours=hour) for hour in (-25, -23, -1, 1)]
+    times = [(midnight + hour).astimezone(UTC) for hour in hours]
+    _store(*(a_snapshot(timestamp=at, snapshot_date=at.date(), trade_count=n) for n, at in enumerate(times)))
+
+    run = _run("out", "--timezone", zone, "--since", "yesterday", "--until", "today")
+    assert run.returncode == 0
+    assert [one["trade_count"] for one in _read(Path("out/portfolio_history.json"))] == [1, 2]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--portfolio-id", "5"], ["--since", "2030-01-01"]])

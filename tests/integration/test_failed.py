@@ -1,4 +1,4 @@
-"""Many and large rejections are listed, requeued and discarded in constant memory."""
+"""Many and large rejections are listed, requeued and discarded: memory, round trips, kill -9, two operators at once."""
 
 from __future__ import annotations
 
@@ -7,21 +7,30 @@ import subprocess
 import sys
 import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import typer
-from redis import Redis
+from redis import Redis, RedisError
 from sqlalchemy import text
 
 from consumers.cli.failed import failed_list
 from consumers.db.engine import get_db
-from consumers.ops.failed import Rejection, discard, kind_of, rejections, requeue
+from consumers.errors import StoreUnavailable
+from consumers.operations import get_portfolio_history
+from consumers.ops.failed import Rejection, Selection, count_rejections, discard, kind_of, rejections, requeue
 from consumers.terminal import MOST_REJECTIONS
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE
-from tests.deliveries import history_queue
+from tests.controllers import cli
+from tests.deliveries import burst, history_queue
 from tests.histories import store_rejection
+from tests.rejections import NOON, reject_conflicts, store_rejections
+from tests.rq_programs import until
 
 _MIB = 1024 * 1024
 
@@ -48,7 +57,7 @@ def _peak_bytes(act: Callable[[], object]) -> int:
 
 def _list(as_json: bool) -> None:
     with pytest.raises(typer.Exit):
-        failed_list(as_json=as_json)
+        failed_list(each=True, as_json=as_json)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -63,7 +72,7 @@ def test_failed_list_does_not_load_the_texts(
 
 def test_discard_does_not_load_the_texts(redis: Redis, database_url: str) -> None:
     _store_large(8)
-    assert _peak_bytes(lambda: discard(rejections(kind="archive"), redis, "history", "known")) < _MIB
+    assert _peak_bytes(lambda: discard(rejections(Selection(kind="archive")), redis, "history", "known")) < _MIB
     assert list(rejections()) == []
 
 
@@ -90,8 +99,8 @@ def test_call_of_a_job_is_neither_decompressed_nor_rewritten(redis: Redis, datab
         redis.zadd(queue.failed_job_registry.key, {job_id: 1})
     redis.delete(queue.key)
 
-    assert _peak_bytes(lambda: requeue(rejections("to-requeue"), redis, "history")) < 4 * _MIB
-    assert _peak_bytes(lambda: discard(rejections("to-discard"), redis, "history", "known")) < 4 * _MIB
+    assert _peak_bytes(lambda: requeue(rejections(Selection(name="to-requeue")), redis, "history")) < 4 * _MIB
+    assert _peak_bytes(lambda: discard(rejections(Selection(name="to-discard")), redis, "history", "known")) < 4 * _MIB
 
     assert (queue.get_job_ids(), queue.failed_job_registry.get_job_ids(cleanup=False)) == (["to-requeue"], [])
     assert redis.hmget("rq:job:to-requeue", "data", "status") == [bomb, b"queued"]
@@ -106,7 +115,7 @@ def test_table_of_rejections_is_limited_and_json_is_complete(database_url: str) 
                  " SELECT 'job-' || n, 'rejected', 'why', '{}' FROM generate_series(1, :count) AS n"),
             {"count": MOST_REJECTIONS + 2},
         )  # fmt: skip
-    program = [sys.executable, "-m", "consumers.cli", "failed", "list"]
+    program = [sys.executable, "-m", "consumers.cli", "failed", "list", "--each"]
     table = subprocess.run(program, capture_output=True, text=True, check=False)
     whole = subprocess.run([*program, "--json"], capture_output=True, text=True, check=False)
     assert (table.returncode, whole.returncode) == (1, 1)
@@ -148,6 +157,197 @@ def test_lost_job_whose_text_is_not_an_event_cannot_be_requeued(redis: Redis, da
     store_rejection("a", "why")
     with pytest.raises(HistoryError, match="job a cannot be requeued: Redis no longer has it"):
         requeue(rejections(), redis, "history")
+
+
+def test_a_job_that_cannot_be_requeued_does_not_stop_the_others(redis: Redis, database_url: str) -> None:
+    """The error comes at the end, and says how many were requeued."""
+    good = reject_conflicts(redis, 2)
+    store_rejections("why", 2, prefix="text-", at=NOON - timedelta(days=365), event="{}")
+    message = r"^job text-1 and 1 more cannot be requeued: Redis no longer has them, .*; 2 others were requeued$"
+    with pytest.raises(HistoryError, match=message):
+        requeue(rejections(), redis, "history")
+    assert history_queue(redis).get_job_ids() == good
+
+
+def _round_trips(redis: Redis, act: Callable[[], object]) -> int:
+    def reads() -> int:
+        return int(redis.info("stats")["total_reads_processed"])
+
+    before = reads()
+    act()
+    return reads() - before
+
+
+def test_requeue_and_discard_take_a_few_round_trips_for_hundreds_of_jobs(redis: Redis, database_url: str) -> None:
+    """A large batch takes more than one read of the server, so their number is not exactly that of round trips."""
+    reject_conflicts(redis, 600)
+    assert _round_trips(redis, lambda: requeue(rejections(), redis, "history")) < 150
+    redis.delete(history_queue(redis).key)
+    assert _round_trips(redis, lambda: discard(rejections(), redis, "history", "known")) < 150
+    redis.flushall()
+    with get_db() as db:
+        db.execute(text("UPDATE event_outcomes SET outcome = 'rejected'"))
+    assert _round_trips(redis, lambda: requeue(rejections(), redis, "history")) < 150
+    assert history_queue(redis).count == 600
+
+
+def test_a_requeued_job_is_the_same_as_one_that_rq_requeues(redis: Redis, database_url: str) -> None:
+    reject_conflicts(redis, 2)
+    queue = history_queue(redis)
+    queue.failed_job_registry.requeue("job-000000")
+    assert requeue(rejections(Selection(name="job-000001")), redis, "history") == 1
+    found: Any = [redis.hgetall(f"rq:job:job-00000{n}") for n in (0, 1)]
+    by_rq, ours = found
+    assert json.loads(zlib.decompress(by_rq.pop(b"data")))[0] == json.loads(zlib.decompress(ours.pop(b"data")))[0]
+    times = {b"enqueued_at", b"created_at", b"description"}
+    assert {k: v for k, v in ours.items() if k not in times} == {k: v for k, v in by_rq.items() if k not in times}
+    assert redis.ttl("rq:job:job-000000") == redis.ttl("rq:job:job-000001")
+    assert queue.get_job_ids() == ["job-000000", "job-000001"]
+    assert queue.failed_job_registry.get_job_ids() == []
+
+
+def test_nothing_of_a_discarded_job_is_left_in_redis(redis: Redis, database_url: str) -> None:
+    """In the failed registry, in the queue, and one that RQ cannot read."""
+    jobs = reject_conflicts(redis, 3)
+    requeue(rejections(Selection(name=jobs[1])), redis, "history")
+    redis.hset(f"rq:job:{jobs[2]}", "timeout", "abc")
+    assert discard(rejections(), redis, "history", "known") == 3
+    queue = history_queue(redis)
+    assert (queue.get_job_ids(), queue.failed_job_registry.get_job_ids()) == ([], [])
+    assert redis.keys("*job-0*") == []
+
+
+class _Meddled(Redis):
+    """Client that lets another program act, once, after the reads: RQ asks for the version then."""
+
+    act: Callable[[], object] | None = None
+
+    def info(self, section: str | None = None, *args: str, **kwargs: Any) -> Any:
+        if self.act is not None:
+            act, self.act = self.act, None
+            act()
+        return super().info(section, *args, **kwargs)
+
+
+def test_a_job_that_rq_requeues_meanwhile_is_queued_once(redis: Redis, database_url: str) -> None:
+    """As with the button of RQ Dashboard."""
+    jobs = reject_conflicts(redis, 3)
+    queue = history_queue(redis)
+    meddled = _Meddled(connection_pool=redis.connection_pool)
+    meddled.act = lambda: queue.failed_job_registry.requeue(jobs[1])
+    assert requeue(rejections(), meddled, "history") == 2
+    assert meddled.act is None
+    assert sorted(queue.get_job_ids()) == sorted(jobs)
+
+
+@contextmanager
+def _locked(job_id: str) -> Iterator[None]:
+    """Lock the outcome of a job during the block: who requeues or discards it waits."""
+    with get_db() as db:
+        db.execute(text("SELECT FROM event_outcomes WHERE job_id = :job FOR UPDATE"), {"job": job_id})
+        yield
+
+
+def _failed(*arguments: str) -> subprocess.Popen[str]:
+    program = [sys.executable, "-m", "consumers.cli", "failed", *arguments]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_requeue_that_is_killed_continues_in_a_second_run(redis: Redis, database_url: str) -> None:
+    """No job is lost, and none is queued twice."""
+    jobs, queue = reject_conflicts(redis, 600), history_queue(redis)
+    with _locked(jobs[-1]):
+        killed = _failed("requeue", "--all")
+        until(lambda: queue.count == 500)
+        killed.kill()
+        killed.communicate()
+    assert queue.get_job_ids() == jobs[:500]
+    again = _failed("requeue", "--all")
+    assert again.communicate() == ("100 requeued; 500 left: queued again, or no longer rejected\n", "")
+    assert queue.get_job_ids() == jobs
+    burst(redis)
+    assert (len(get_portfolio_history()), list(rejections()), queue.failed_job_registry.count) == (600, [], 0)
+
+
+def test_a_discard_that_is_killed_continues_in_a_second_run(redis: Redis, database_url: str) -> None:
+    jobs, queue = reject_conflicts(redis, 600), history_queue(redis)
+    with _locked(jobs[-1]):
+        killed = _failed("discard", "--all", "--because", "test data")
+        until(lambda: count_rejections() == 100)
+        killed.kill()
+        killed.communicate()
+    again = _failed("discard", "--all", "--because", "test data")
+    assert again.communicate() == ("100 discarded\n", "")
+    assert (list(rejections()), queue.failed_job_registry.count, redis.keys("rq:job:*")) == ([], 0, [])
+
+
+def test_a_discard_whose_commit_fails_can_be_repeated(redis: Redis, database_url: str) -> None:
+    """The jobs are deleted before the commit: otherwise a discarded event could stay in the failed registry."""
+    reject_conflicts(redis, 3)
+    with get_db() as db:
+        db.execute(text("CREATE FUNCTION away() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE ''away''; END'"))
+        db.execute(text("CREATE TRIGGER away BEFORE UPDATE ON event_outcomes FOR EACH ROW EXECUTE FUNCTION away()"))
+    with pytest.raises(StoreUnavailable):
+        discard(rejections(), redis, "history", "known")
+    assert count_rejections() == 3
+    with get_db() as db:
+        db.execute(text("DROP TRIGGER away ON event_outcomes"))
+    assert discard(rejections(), redis, "history", "known") == 3
+    assert (count_rejections(), history_queue(redis).failed_job_registry.count) == (0, 0)
+
+
+def test_nothing_is_discarded_while_redis_is_away(redis: Redis, database_url: str) -> None:
+    reject_conflicts(redis, 3)
+    with pytest.raises(RedisError):
+        discard(rejections(), Redis(port=1), "history", "known")
+    assert count_rejections() == 3
+
+
+def test_two_operators_may_requeue_the_same_events_at_once(redis: Redis, database_url: str) -> None:
+    """Each job is queued once."""
+    jobs = reject_conflicts(redis, 600)
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(requeue, rejections(), redis, "history") for _ in range(2)]
+    assert sum(one.result() for one in both) == 600
+    assert sorted(history_queue(redis).get_job_ids()) == sorted(jobs)
+
+
+def test_two_operators_may_requeue_lost_jobs_at_once(redis: Redis, database_url: str) -> None:
+    jobs = reject_conflicts(redis, 600)
+    redis.flushall()
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(requeue, rejections(), redis, "history") for _ in range(2)]
+    assert sum(one.result() for one in both) == 600
+    assert sorted(history_queue(redis).get_job_ids()) == sorted(jobs)
+
+
+def test_a_selection_does_not_discard_what_was_requeued(redis: Redis, database_url: str) -> None:
+    """Until a worker has rejected it again. A job id or event id means the event wherever it is."""
+    jobs = reject_conflicts(redis, 4)
+    assert requeue(rejections(Selection(limit=2)), redis, "history") == 2
+    discarded = cli("failed", "discard", "--all", "--because", "x")
+    assert discarded.stdout == "2 discarded; 2 left: queued again, or no longer rejected\n"
+    assert history_queue(redis).get_job_ids() == jobs[:2]
+    assert cli("failed", "requeue", "--all").stdout == "0 requeued; 2 left: queued again, or no longer rejected\n"
+    assert cli("failed", "discard", jobs[0], "--because", "x").stdout == "1 discarded\n"
+    assert history_queue(redis).get_job_ids() == jobs[1:2]
+
+
+def test_one_operator_may_discard_what_another_one_requeues(redis: Redis, database_url: str) -> None:
+    """Each event ends as a row or as discarded, and no job is left over."""
+    reject_conflicts(redis, 600)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(requeue, rejections(), redis, "history")
+        one = pool.submit(discard, rejections(), redis, "history", "known")
+        other = pool.submit(requeue, rejections(), redis, "history")
+    assert one.exception() is None
+    assert other.exception() is None
+    burst(redis)
+    with get_db() as db:
+        (discarded,) = db.execute(text("SELECT count(*) FROM event_outcomes WHERE outcome = 'discarded'")).one()
+    assert (discarded, len(get_portfolio_history())) == (one.result(), 600 - one.result())
+    queue = history_queue(redis)
+    assert (queue.count, queue.failed_job_registry.count, list(rejections())) == (0, 0, [])
 
 
 @pytest.mark.parametrize(

@@ -156,5 +156,5 @@ def test_the_command_says_why_there_are_no_returns() -> None:
     assert "No figures: total_profit_loss never changes, but the worth does" in run.stdout
     wrong = cli("performance", "--since", "june")
     assert (wrong.exit_code, wrong.stdout) == (2, "")
-    assert "june is not a date such as 2026-11-22" in wrong.stderr
+    assert "june is not a date: write for example 2026-11-22, 7d" in wrong.stderr
     assert "risk_free_rate must be" in cli("performance", "--risk-free-rate", "-2").stderr

@@ -170,7 +170,7 @@ def test_commands_of_a_worker_host_need_only_the_writer(
     _in_process("export", new, *zone, "--portfolio-id", "none")
     assert "to-discard" in _in_process("failed", "list", status=1)
     _in_process("failed", "requeue", "to-requeue")
-    _in_process("failed", "discard", "to-discard", "--reason", "a test")
+    _in_process("failed", "discard", "to-discard", "--because", "a test")
     burst(redis)
     event_id = str(get_portfolio_history()[0]["event_id"])
     done = _run("withdraw", event_id, "--reason", "a test")

@@ -198,7 +198,7 @@ def _outputs(folder: Path) -> dict[str, str]:
     commands = [
         ["history"], ["history", "--json"], ["history", "--csv"],
         ["archives"], ["archives", "--json"], ["archives", "--csv"],
-        ["failed", "list"], ["failed", "list", "--json"],
+        ["failed", "list"], ["failed", "list", "--each", "--json"],
         ["export", str(folder), "--timezone", "Europe/Berlin", "--portfolio-id", "1"],
         ["verify", str(folder), "--timezone", "Europe/Berlin", "--portfolio-id", "1"],
         ["import", str(folder), "--timezone", "Europe/Berlin", "--portfolio-id", "1", "--json"],
@@ -223,7 +223,7 @@ def test_commands_print_the_same_as_with_default_settings(
     store_rejection("job-1", "x")
     expected = _outputs(tmp_path / "default")
     failing = [name for name, output in expected.items() if not output.startswith(("0 ", "["))]
-    assert failing == ["failed list", "failed list --json"]
+    assert failing == ["failed list", "failed list --each --json"]
     _make_odd(database_url, monkeypatch)
     assert _outputs(tmp_path / "odd") == expected
 

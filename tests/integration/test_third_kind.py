@@ -26,7 +26,7 @@ from consumers.errors import StoreUnavailable
 from consumers.handlers import record
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
 from consumers.ops.audit import audit
-from consumers.ops.failed import rejections, requeue
+from consumers.ops.failed import Selection, rejections, requeue
 from consumers.ops.metrics import COUNTS
 from producers.errors import EventRejected, InvalidEvent
 from producers.event_kinds import Column, Event, EventKind, Payload
@@ -234,7 +234,7 @@ def test_equal_content_is_a_duplicate_and_other_content_is_rejected(
     assert (same.wait(10), again.wait(10)) == (row_id, none.wait(10))
     assert (_reason(other_amount), _reason(without_portfolio)) == (conflict, conflict)
     assert [row["profit_loss"] for row in _rows()] == [Decimal("-12.5")] * 2
-    assert [(one.kind, one.sequence, one.event_id) for one in rejections(kind="closed-trade")] == [
+    assert [(one.kind, one.sequence, one.event_id) for one in rejections(Selection(kind="closed-trade"))] == [
         ("closed-trade", 3, first.event_id),
         ("closed-trade", 4, first.event_id),
     ]
@@ -307,7 +307,7 @@ def test_commands_list_and_requeue_a_third_kind(producer: HistoryProducer, redis
     """If Redis has lost the job, requeueing makes a new one with the job function of its kind."""
     _record(producer, a_trade(), a_trade(profit_loss=1))
     burst(redis)
-    listed = _run("failed", "list", "--kind", "closed-trade", "--json")
+    listed = _run("failed", "list", "--kind", "closed-trade", "--each", "--json")
     (fact,) = json.loads(listed.stdout)
     assert (listed.returncode, fact["kind"], fact["sequence"]) == (1, "closed-trade", 2)
     assert _run("failed", "list", "--kind", "snapshot").returncode == 0
@@ -315,7 +315,7 @@ def test_commands_list_and_requeue_a_third_kind(producer: HistoryProducer, redis
     with get_db() as db:
         db.execute(text("DELETE FROM closed_trades"))
     redis.delete(f"rq:job:{fact['job_id']}")
-    assert requeue(rejections(kind="closed-trade"), redis, "history") == 1
+    assert requeue(rejections(Selection(kind="closed-trade")), redis, "history") == 1
     burst(redis)
     assert ([row["profit_loss"] for row in _rows()], list(rejections())) == ([Decimal(1)], [])
 

@@ -102,7 +102,7 @@ def test_repeated_failures_at_start_are_logged_as_critical(redis: Redis, tmp_pat
     path = os.pathsep.join([str(broken), *filter(None, [os.environ.get("PYTHONPATH")])])
     with _pool(tmp_path / "log", 2, PYTHONPATH=path) as pool:
         until(
-            lambda: (tmp_path / "log").read_text().count("CRITICAL consumers.embedded.worker_pool") == 2
+            lambda: (tmp_path / "log").read_text().count("CRITICAL consumers.embedded.supervisor") == 2
         )  # both workers pause now
         pool.send_signal(signal.SIGINT)
         assert pool.wait(15) == 0

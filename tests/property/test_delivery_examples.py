@@ -165,6 +165,26 @@ def test_an_event_that_is_discarded_before_its_rejection_is_acknowledged_is_sent
     assert [one.outcome for one in machine.contents.stored.outcomes.values()] == ["discarded"]
 
 
+def test_a_discard_that_dies_before_its_commit_leaves_the_event_rejected(machine: DeliveryMachine) -> None:
+    """Its job is gone from Redis, and its rejection was not acknowledged yet. A second discard succeeds."""
+    machine.begin(events=[SNAPSHOT, OTHER_CONTENT])
+    machine.worker(0).reserve(2)
+    machine.worker(0).process()
+    machine.worker(0).renew((1, "before"))  # it dies
+    machine.operator(what="discard", which=0, fault=(1, "before commit"))
+    machine.clock(what="time", seconds=61, ahead=0)
+    machine.worker(1).maintain()
+    machine.worker(1).run(500)
+    machine.check_model()
+    assert [one.outcome for one in machine.contents.stored.outcomes.values()] == ["rejected"]
+    machine.operator(what="discard", which=0, fault=None)
+    machine.clock(what="time", seconds=400, ahead=0)
+    _store(machine)
+    _store(machine)
+    assert _states(machine) == ["stored", "rejected"]
+    assert [one.outcome for one in machine.contents.stored.outcomes.values()] == ["discarded"]
+
+
 def test_withdrawn_content_stays_out_when_it_is_sent_again_and_corrected_content_is_stored(
     machine: DeliveryMachine,
 ) -> None:

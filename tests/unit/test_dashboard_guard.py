@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from flask import Flask
 
-from consumers.cli import up as cli_up
+from consumers.cli.options import usual_or_free_port
 from consumers.settings import DashboardSettings, origin_of
-from consumers.web import listening
 from consumers.web.dashboard.login import Guard
+from consumers.web.listening import listen
 from producers.errors import SettingsError
 from producers.redis_url import place_of, redis_client
 
@@ -70,13 +70,10 @@ def test_a_redis_server_is_named_without_user_and_password(url: str, place: str)
     assert place_of(redis_client(url)) == place
 
 
-def test_up_reports_why_its_dashboard_has_another_port(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with listening.listen("127.0.0.1", 0) as taken:
+def test_a_command_reports_why_it_listens_at_another_port(capsys: pytest.CaptureFixture[str]) -> None:
+    with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(listening, "DASHBOARD_PORT", port)
-        other = cli_up._listening()
+        other = usual_or_free_port("RQ Dashboard", port)
     with other:
         assert other.getsockname()[1] != port
     why = f"RQ Dashboard uses another port this time: cannot listen at 127.0.0.1 port {port}: Address already in use\n"

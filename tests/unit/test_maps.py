@@ -85,9 +85,11 @@ def test_the_table_of_settings_has_each_setting_with_its_default() -> None:
     rows = table("consumers/SETTINGS.md", "settings")
     documented = {_names(name)[0]: default.strip("`") for name, default, _ in rows}
     defaults = {field.alias: field.default for model in _SETTINGS for field in model.model_fields.values()}
-    assert documented == {
-        name: "none" if default in (None, ()) else str(default).removesuffix(".0") for name, default in defaults.items()
+    written = {
+        name: str(int(default) if isinstance(default, bool) else default).removesuffix(".0")
+        for name, default in defaults.items()
     }
+    assert documented == {name: "none" if value in ("None", "()") else value for name, value in written.items()}
 
 
 def _module(name: str) -> ModuleType:

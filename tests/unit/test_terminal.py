@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import timedelta, timezone
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from consumers.terminal import (
     print_compared,
     print_import_statistics,
     print_json,
+    print_rejection_groups,
     print_rejections,
     print_text,
     print_values,
@@ -25,6 +28,7 @@ HOSTILE = "[/x] [range 1-2] [red]r[/red] :warning: \x1b[2J\x9b\n"
 SHOWN = "[/x] [range 1-2] [red]r[/red] :warning: �[2J��"
 
 _REJECTION = {"job_id": HOSTILE, "kind": None, "event_id": None, "created_at": INSTANT, "reason": HOSTILE}
+_GROUP = {"count": 1, "kind": None, "source": HOSTILE, "first_at": INSTANT, "last_at": INSTANT} | _REJECTION
 _ARCHIVE = {"id": 1, "portfolio_id": 1, "archived_at": INSTANT, "archive_month": "2026-11", "signals_count": 1}
 _SIGNAL = {"action": "[/x]", "market_question": "Will [/b] win? [range 1-2] \x1b[2J"}
 _COUNTS = ("stored", "duplicate", "rejected", "discarded", "withdrawn", "under_way", "last")
@@ -45,7 +49,8 @@ _SOURCE |= {
 @pytest.mark.parametrize(
     ("show", "what"),
     [
-        (print_rejections, [_REJECTION]),
+        (partial(print_rejections, otherwise=""), [_REJECTION]),
+        (partial(print_rejection_groups, otherwise=""), [_GROUP]),
         (print_audit, [_SOURCE | {"source": HOSTILE}]),
         (print_compared, [{"name": HOSTILE, "read": 1, "equal": 1, "differences": 0}]),
         (print_checks, [{"status": "ok", "name": HOSTILE, "found": HOSTILE, "advice": HOSTILE}]),
@@ -91,7 +96,7 @@ def test_a_time_that_ends_in_z_is_in_utc(capsys: pytest.CaptureFixture[str]) -> 
     """In any offset that the database returned."""
     local = INSTANT.astimezone(timezone(timedelta(hours=9)))
     print_archives([_ARCHIVE | {"archived_at": local, "signals_data": [{}]}])
-    print_rejections([_REJECTION | {"created_at": local}])
+    print_rejections([_REJECTION | {"created_at": local}], "")
     print_audit([_SOURCE | {"source": "a", "since": local}])
     assert capsys.readouterr().out.count("2026-11-22 17:02:46Z") == 4
 
@@ -102,3 +107,25 @@ def test_the_command_in_the_damage_of_a_file_is_on_one_line(capsys: pytest.Captu
     counts = dict.fromkeys(("read", "stored", "already_there", "rejected"), 0)
     print_import_statistics([{"name": "a", "damage": damage, "notes": {}, **counts}])
     assert damage.rstrip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_rejections_fit_a_window_and_their_reasons_are_complete(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long word of a reason is wrapped; a source is cut to what `--source` needs."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    job, event = "a3d0b793687e439b8cfa30c1ac6e721c-1-cb1c19f888a60c3e", "f4187212-a240-5ba7-b147-dd5ea2e5cc73"
+    reason = f"event {event} is stored already as row 17 of portfolio_history, with other content"
+    print_rejections([_REJECTION | {"job_id": job, "kind": "snapshot", "event_id": event, "reason": reason}], "")
+    each = capsys.readouterr().out
+    print_rejection_groups([_GROUP | {"kind": "snapshot", "source": f"bot/{job[:32]}", "reason": reason}], "")
+    groups = capsys.readouterr().out
+    for out in (each, groups):
+        assert max(map(len, out.splitlines())) <= columns
+        assert "…" not in out
+    assert job in each
+    assert "bot/a3d0b793" in groups
+    assert "bot/a3d0b7936" not in groups

@@ -12,7 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from consumers.settings import ApiSettings
 from consumers.web.api import app, check_tables_now
-from consumers.web.listening import PORT_ADVICE, is_local, listen, url_of
+from consumers.web.listening import is_local, url_of
 from producers.errors import HistoryError
 
 logger = logging.getLogger(__name__)
@@ -60,30 +60,29 @@ def _report_database() -> None:
         logger.error("%s. Until then, requests are answered with status 503.", error.with_advice())
 
 
-def serve(host: str, port: int) -> None:
-    """Serve the API at `host` and `port` (0: any free port) until SIGINT or SIGTERM.
+def serve(listening: socket.socket) -> None:
+    """Serve the API at a listening socket until SIGINT or SIGTERM.
 
     Raises:
         SettingsError: A setting of the API is wrong.
-        HistoryError: The address cannot be used.
     """
     settings = ApiSettings.from_environment()
-    with listen(host, port, advice=PORT_ADVICE) as listening:
-        _disconnect_idle_readers(listening)
-        if settings.token is None and not is_local(listening):
-            print(
-                f"HISTORY_API_TOKEN is not set: everybody who can connect to {host} can read the history.",
-                file=sys.stderr,
-            )
-        config = uvicorn.Config(
-            app,
-            http=BoundedHead,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="on",
-            timeout_graceful_shutdown=_LEAVE_SECONDS,
+    _disconnect_idle_readers(listening)
+    if settings.token is None and not is_local(listening):
+        host = listening.getsockname()[0]
+        print(
+            f"HISTORY_API_TOKEN is not set: everybody who can connect to {host} can read the history.",
+            file=sys.stderr,
         )
-        print(f"{url_of(listening)} - stop with Ctrl-C", flush=True)
-        threading.Thread(target=_report_database, name="database-check", daemon=True).start()
-        uvicorn.Server(config).run(sockets=[listening])
+    config = uvicorn.Config(
+        app,
+        http=BoundedHead,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=_LEAVE_SECONDS,
+    )
+    print(f"{url_of(listening)} - stop with Ctrl-C", flush=True)
+    threading.Thread(target=_report_database, name="database-check", daemon=True).start()
+    uvicorn.Server(config).run(sockets=[listening])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from flask import Flask, request
+from flask import Flask, Response, request
 from flask.typing import ResponseReturnValue
 from markupsafe import Markup
 from redis import Redis, RedisError
@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 # value that the pages' script contains, `var POLL_INTERVAL = {{ poll_interval }};`, so it runs before the templates.
 _POLL_INTERVAL = Markup(r"2500;  _.templateSettings.escape = /<%[-=](?! \$\('<div\/>'\)\.text\()([\s\S]+?)%>/g")
 
+_READONLY_STYLE = """<style>
+#compact-btn, #delete-job-btn, #empty-btn, #requeue-all-btn, #requeue-job-btn { display: none !important; }
+#jobs th:last-child, #jobs td.actions { display: none; }
+.navbar-brand::after { content: " (read-only)"; }
+</style>"""
+
 
 def create_app(guard: login.Guard, redis: Redis, queue_name: str) -> Flask:
     """Return the app; its page of jobs opens with `queue_name`. Call it once per process: the blueprint is a global."""
@@ -37,6 +43,11 @@ def create_app(guard: login.Guard, redis: Redis, queue_name: str) -> Flask:
     app.register_error_handler(HTTPException, login.text_answer)
     app.register_error_handler(Exception, _failed)
     app.register_blueprint(blueprint)
+    if guard.is_readonly:
+        # RQ removes the ids of jobs and workers that no longer exist when it reads a list.
+        for command in ("lrem", "srem"):
+            setattr(redis, command, lambda *_: 0)
+        app.after_request(_without_buttons)
 
     @app.url_value_preprocessor
     def name_queue(endpoint: str | None, values: dict[str, Any] | None) -> None:
@@ -44,6 +55,13 @@ def create_app(guard: login.Guard, redis: Redis, queue_name: str) -> Flask:
             values["queue_name"] = queue_name  # RQ's default is a queue named "default"
 
     return app
+
+
+def _without_buttons(page: Response) -> Response:
+    """Hide the buttons of changes, and say that the dashboard is read-only."""
+    if page.mimetype == "text/html":
+        page.set_data(page.get_data(as_text=True).replace("</head>", f"{_READONLY_STYLE}</head>", 1))
+    return page
 
 
 def _failed(error: Exception) -> ResponseReturnValue:

@@ -1,4 +1,4 @@
-"""Checks of each request (host name, login, origin of a change) and security headers of each answer."""
+"""Checks of each request (host name, login, read-only, origin of a change) and security headers of each answer."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ _POLICY = (
     "default-src 'none'; script-src 'self' 'unsafe-eval'{hashes}; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_READONLY = (
+    "Nothing was changed: HISTORY_DASHBOARD_READONLY makes this dashboard read-only."
+    " To requeue or discard a job, use trading-history failed."
+)
 _INLINE_SCRIPT = re.compile('<script type="text/javascript">(.*?)</script>', re.DOTALL)
 
 
@@ -42,6 +46,7 @@ class Guard:
     password: bytes
     local: bool
     origin: str | None
+    is_readonly: bool
 
     @classmethod
     def of(cls, settings: DashboardSettings, *, local: bool) -> Guard:
@@ -52,9 +57,11 @@ class Guard:
         """
         if settings.password is None:
             raise SettingsError(
-                "HISTORY_DASHBOARD_PASSWORD is not set: RQ Dashboard can delete jobs, so it requires a login"
+                "HISTORY_DASHBOARD_PASSWORD is not set: RQ Dashboard shows events and can delete jobs, so it requires a"
+                " login"
             )
-        return cls(settings.password.get_secret_value().encode(), local, settings.url and origin_of(settings.url))
+        origin = settings.url and origin_of(settings.url)
+        return cls(settings.password.get_secret_value().encode(), local, origin, settings.is_readonly)
 
     def protect(self, app: Flask) -> None:
         """Add the checks and the headers to `app`."""
@@ -66,9 +73,12 @@ class Guard:
             raise MisdirectedRequest("Unknown host name. Set HISTORY_DASHBOARD_URL to the public address.")
         self._require_login()
         changes = request.url_rule is not None and "POST" in (request.url_rule.methods or ())
+        is_safe = request.method in ("GET", "HEAD", "OPTIONS")
+        if self.is_readonly and (changes or not is_safe):
+            raise Forbidden(_READONLY)
         if changes and request.method != "POST":
             raise MethodNotAllowed(["POST"])
-        if request.method not in ("GET", "HEAD", "OPTIONS"):
+        if not is_safe:
             self._require_own_page()
 
     def _is_known(self, host: str) -> bool:

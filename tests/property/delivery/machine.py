@@ -149,7 +149,7 @@ class DeliveryMachine(Disasters):
         weight=2,
         what=st.sampled_from(["withdraw", "requeue", "discard"]),
         which=numbers,
-        fault=faults(14, commits=1),
+        fault=faults(7, commits=1),
     )
     def operator(self, what: str, which: int, fault: Any) -> None:
         """Requeue or discard one rejection, or withdraw one row."""
@@ -171,4 +171,5 @@ class DeliveryMachine(Disasters):
                 if one.kind is not None:  # what is no event can only be requeued while Redis has its job
                     raise
         else:
+            self.model.discarding.add(one.job_id)
             discard([one], self.world.faulty_redis, QUEUE, "not needed", "Ada")

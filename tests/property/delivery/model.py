@@ -35,6 +35,7 @@ class Model:
         self._rows: dict[str, Row] = {}
         self._withdrawn: list[Row] = []
         self._decided: set[str] = set()
+        self.discarding: set[str] = set()  # jobs that an operator has discarded, or tried to
         self._rejected: set[str] = set()  # at any time, also by a withdrawal of their row
         self._ownerless: set[str] = set()  # keys of reserved lists
 
@@ -166,10 +167,11 @@ class Model:
             for entry in kept:
                 job_id = entry.delivery.job_id
                 answered = job_id in contents.queued.acknowledged or job_id in contents.queued.failed
-                if (outcome := contents.stored.outcomes.get(job_id)) is not None:
-                    # A discard deletes the job, also one whose worker died before it acknowledged the rejection. The
-                    # relay sends the entry again when it is overdue.
-                    answered = answered or outcome.outcome == "discarded"
+                # A discard deletes the job, also one whose worker died before it acknowledged the rejection, and also
+                # if it dies before its own commit. The relay sends the entry again when it is overdue.
+                outcome = contents.stored.outcomes.get(job_id)
+                if outcome is not None and job_id in self.discarding:
+                    answered = answered or outcome.outcome in ("rejected", "discarded")
                 assert places[job_id] <= 1, f"its job is in {places[job_id]} places: {entry}"
                 assert entry.state != "sent" or places[job_id] or answered, f"sent, but its job is nowhere: {entry}"
 
