@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -111,3 +112,13 @@ def read_accepted(path: Path) -> Accepted:
         else:
             accepted.answers.append(Answer(**fields))
     return accepted
+
+
+def accepted_by_controller(folder: Path) -> dict[str, Accepted]:
+    """Return the accepted events of all files `<controller>.<run>.jsonl` in a folder, by controller."""
+    found: defaultdict[str, Accepted] = defaultdict(Accepted)
+    for file in sorted(folder.glob("*.jsonl")):
+        one = read_accepted(file)
+        found[file.name.split(".")[0]].deliveries.extend(one.deliveries)
+        found[file.name.split(".")[0]].answers.extend(one.answers)
+    return dict(found)

@@ -12,14 +12,13 @@ import shutil
 import signal
 import sqlite3
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.faults.accepted import Accepted, read_accepted
+from tests.faults.accepted import Accepted, accepted_by_controller, read_accepted
 from tests.faults.supervisor import Supervisor
 from tests.faults.verdict import KeptEntry, kept_entries
 
@@ -99,12 +98,7 @@ class Controllers:
 
     def accepted(self) -> dict[str, Accepted]:
         """Return the accepted events of all runs, by controller."""
-        found: defaultdict[str, Accepted] = defaultdict(Accepted)
-        for file in sorted(self._home.glob("accepted/*.jsonl")):
-            one = read_accepted(file)
-            found[file.name.split(".")[0]].deliveries.extend(one.deliveries)
-            found[file.name.split(".")[0]].answers.extend(one.answers)
-        return dict(found)
+        return accepted_by_controller(self._home / "accepted")
 
     def _new(self, name: str, *, source_name: str) -> Controller:
         folder = self._home / "bots" / name.replace(" ", "-")

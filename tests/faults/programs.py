@@ -1,4 +1,4 @@
-"""Programs that the fault tests run as processes: `python -m tests.faults.programs producer|one-event|worker|relay`.
+"""Programs that the fault tests run as processes: `python -m tests.faults.programs PROGRAM …`.
 
 If FAULT_STEP is set, a program kills itself with SIGKILL when it reaches that step for the FAULT_TIMES-th time. If
 FAULT_FILE_BYTES is set, none of its files can grow beyond that size.
@@ -13,11 +13,11 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from producers import copies, entry_sender, outbox_carry_over, outbox_salvage, rq_queue
+from producers import copies, entry_sender, outbox, outbox_carry_over, outbox_salvage, rq_queue
 from producers.acknowledgement_reader import AcknowledgementReader
 from producers.entry_sender import EntrySender
 from producers.errors import EventRejected, OutboxError
@@ -91,6 +91,24 @@ def record_one(options: argparse.Namespace) -> None:
         os._exit(0)
 
 
+def report(options: argparse.Namespace) -> None:
+    """Run as a controller that reports its portfolio: record `count` snapshots of now, or `late` seconds old.
+
+    At the end, return, or with `--end kill` end like a controller that is killed as soon as it has recorded.
+    """
+    dice, file = random.Random(options.seed), AcceptedFile(options.accepted)
+    producer = HistoryProducer(outbox=options.outbox, name=options.name)
+    for number in range(options.count):
+        at = datetime.now(UTC) - timedelta(seconds=options.late)
+        balance = f"{dice.randrange(10**6) / 100:.2f}"
+        payload = a_snapshot(timestamp=at, snapshot_date=at.date(), balance=balance, portfolio_id=options.portfolio)
+        file.write(delivery_of_receipt(producer.record(payload), payload))
+        if number + 1 < options.count:
+            time.sleep(options.pause * dice.random())
+    if options.end == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _write_answer(file: AcceptedFile, receipt: Receipt, delivery: Delivery) -> bool:
     """Write the event's outcome to the file; return False if it is not known yet."""
     try:
@@ -151,6 +169,15 @@ def relay_outboxes(outboxes: Sequence[Path]) -> None:
     from consumers.cli import app
 
     app(["relay", *(part for path in outboxes for part in ("--outbox", str(path)))])
+
+
+def serve_api(options: argparse.Namespace) -> None:
+    """Run `trading-history api` for this outbox, as if outboxes had the limit `max_bytes`."""
+    os.environ["HISTORY_OUTBOX"] = str(options.outbox)
+    outbox.MAX_BYTES = options.max_bytes
+    from consumers.cli import app
+
+    app(["api", "--port", str(options.port)])
 
 
 def _die_at(step: str, times: int) -> None:
@@ -265,6 +292,10 @@ def main() -> None:
         relay_outboxes(options.outbox)
     elif options.program == "one-event":
         record_one(options)
+    elif options.program == "api":
+        serve_api(options)
+    elif options.program == "report":
+        report(options)
     else:
         produce(options)
 
@@ -275,7 +306,11 @@ def _options() -> argparse.Namespace:
     programs.add_parser("worker")
     relay_parser = programs.add_parser("relay")
     relay_parser.add_argument("--outbox", type=Path, action="append", required=True)
-    for name in ("producer", "one-event"):
+    api_parser = programs.add_parser("api")
+    api_parser.add_argument("--outbox", type=Path, required=True)
+    api_parser.add_argument("--port", type=int, required=True)
+    api_parser.add_argument("--max-bytes", type=int, default=outbox.MAX_BYTES)
+    for name in ("producer", "one-event", "report"):
         one = programs.add_parser(name)
         one.add_argument("--outbox", type=Path, required=True)
         one.add_argument("--accepted", type=Path, required=True, help="file for the accepted events")
@@ -286,6 +321,9 @@ def _options() -> argparse.Namespace:
         one.add_argument("--count", type=int, default=10**6, help="number of events")
         one.add_argument("--pause", type=float, default=0.0, help="most seconds between two events")
         one.add_argument("--settle-every", type=int, default=0, help="wait after so that many events are settled")
+        one.add_argument("--portfolio", type=int, default=1, help="report: number of the portfolio")
+        one.add_argument("--late", type=float, default=0.0, help="report: age of the events in seconds")
+        one.add_argument("--end", choices=("return", "kill"), default="return", help="report: how the program ends")
         one.add_argument("--move-after", type=int, default=0, help="rename the outbox after this number of events")
     return parser.parse_args()
 

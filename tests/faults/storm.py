@@ -21,11 +21,11 @@ from rq.utils import as_text
 from sqlalchemy import text
 
 from consumers.db.engine import engine
-from consumers.embedded import servers
 from consumers.embedded.stack import embedded_stack
 from producers.history_producer import HistoryProducer
 from producers.redis_keys import reserved_key
 from tests.faults.controllers import Controllers
+from tests.faults.embedded_servers import EmbeddedServers, ServerName
 from tests.faults.programs import shorten_intervals
 from tests.faults.proxy import Proxy
 from tests.faults.supervisor import Supervisor
@@ -49,6 +49,7 @@ class Storm:
 
     def __post_init__(self) -> None:
         addresses = {"REDIS_URL": self.proxied_redis_url, "DATABASE_URL": self._proxied_database_url()}
+        self.servers = EmbeddedServers(self.home)
         self.programs = Supervisor(self.home, addresses)
         self.controllers = Controllers(self.home, self.programs, self.dice)
 
@@ -77,24 +78,11 @@ class Storm:
         self.faults.update(self.controllers.continue_faults())
         self.programs.restart_what_ended()
 
-    def pid(self, server: str) -> int:
-        file = self.home / ("valkey.pid" if server == "redis" else "postgres/postmaster.pid")
-        return int(file.read_text().split("\n", 1)[0])
-
-    def signal_server(self, server: str, number: signal.Signals) -> None:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-            os.kill(self.pid(server), number)
-
-    def bring_back(self) -> None:
-        """Start the servers that are not running. They keep running, because the storm uses them too."""
-        with servers(self.home):
-            pass
-
-    def pause(self, server: str, seconds: float) -> None:
+    def pause(self, server: ServerName, seconds: float) -> None:
         """Stop all processes of a server for `seconds`: clients stay connected and get no answer."""
         frozen: list[psutil.Process] = []
         with contextlib.suppress(FileNotFoundError, psutil.Error, ValueError):
-            main = psutil.Process(self.pid(server))
+            main = psutil.Process(self.servers.pid(server))
             frozen = [main, *main.children()]
         _send(frozen, signal.SIGSTOP)
         time.sleep(seconds)
@@ -144,10 +132,10 @@ def _proxied(proxy: Proxy, mode: str, seconds: float) -> None:
 def _faults(storm: Storm, redis: Redis, redis_proxy: Proxy, database_proxy: Proxy) -> list[tuple[str, Fault]]:
     dice = storm.dice
 
-    def kill_server(server: str, number: signal.Signals) -> None:
-        storm.signal_server(server, number)
+    def kill_server(server: ServerName, number: signal.Signals) -> None:
+        storm.servers.send(server, number)
         time.sleep(dice.random() * 2)
-        storm.bring_back()
+        storm.servers.bring_back()
 
     def without_aof() -> None:
         with contextlib.suppress(RedisError):  # it may be loading or unreachable
@@ -218,7 +206,7 @@ def run_storm(home: Path, *, seconds: float, seed: int) -> tuple[Storm, Verdict]
             time.sleep(storm.dice.random() * 2)
             storm.cause(faults)
             storm.sample_queue(redis)
-        storm.bring_back()
+        storm.servers.bring_back()
         storm.controllers.stop()
         storm.faults["controller that exits after its event"] = storm.programs.starts["one-event"]
         with Redis.from_url(storm.proxied_redis_url) as proxied:

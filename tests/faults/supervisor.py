@@ -72,6 +72,20 @@ class Supervisor:
             program.process.kill()
             program.process.wait(30)
 
+    def stop(self, name: str) -> None:
+        """End a program with SIGTERM for good, and with SIGKILL if it runs 30 s later."""
+        program = self._programs.pop(name)
+        program.process.terminate()
+        try:
+            program.process.wait(30)
+        except subprocess.TimeoutExpired:
+            program.process.kill()
+            program.process.wait(30)
+
+    def pid(self, name: str) -> int | None:
+        program = self._programs.get(name)
+        return None if program is None else program.process.pid
+
     def send(self, name: str, number: signal.Signals) -> None:
         if name in self._programs:
             with contextlib.suppress(ProcessLookupError):

@@ -13,6 +13,7 @@ from redis import Redis
 from sqlalchemy import text
 
 from consumers.db.engine import get_db
+from consumers.ops.failed import discard, rejections
 from producers.errors import EventRejected
 from producers.history_producer import HistoryProducer
 from tests.deliveries import burst
@@ -54,6 +55,16 @@ def test_a_run_without_faults_has_no_breach(judge: Judge) -> None:
     assert judged.breaches == []
     assert (judged.accepted, judged.rows, judged.duplicate, judged.rejected) == (5, 3, 1, 1)
     assert judged.by_controller["bot"] == {"row": 3, "duplicate": 1, "rejected": 1}
+
+
+def test_a_discarded_rejection_counts_as_rejected(judge: Judge, redis: Redis) -> None:
+    """Its outcome has the reason of the rejection, behind that of the operator."""
+    assert discard(rejections(), redis, "history", "test data") == 1
+    judged = judge()
+    assert (judged.breaches, judged.rejected) == ([], 1)
+    with get_db() as db:
+        db.execute(text("UPDATE event_outcomes SET reason = 'test data' WHERE outcome = 'discarded'"))
+    assert [one for one in judge().breaches if "but the database has" in one]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tests.faults.accepted import Accepted, Answer, Delivery, content_of
 
 _SNAPSHOTS = "portfolio_history"
 _ARCHIVES = "signal_archives"
+_REJECTED = ("rejected", "discarded")  # an operator has discarded the rejection
 _CALL_NOT_RETURNED = "call did not return"  # events in an outbox whose `record` call did not return
 
 
@@ -216,9 +217,9 @@ def _outcome(delivery: Delivery, database: _Database) -> tuple[str, str | None]:
     if outcome.outcome == "duplicate":
         if row is None or is_own:
             return "duplicate", f"counts as a duplicate, but the other row is missing or is its own: {delivery} {row}"
-    elif outcome.outcome != "rejected" or outcome.content != delivery.content or is_own:
+    elif outcome.outcome not in _REJECTED or outcome.content != delivery.content or is_own:
         return outcome.outcome, f"its rejection has other content, or it has a row too: {delivery} {outcome} {row}"
-    return outcome.outcome, None
+    return "duplicate" if outcome.outcome == "duplicate" else "rejected", None
 
 
 def _wrong_rows(database: _Database, known: Mapping[str, Delivery]) -> list[str]:
@@ -235,10 +236,18 @@ def _wrong_answer(answer: Answer, known: Mapping[str, Delivery], database: _Data
     delivery = known[answer.job_id]
     if answer.row_id is None:
         outcome = database.outcomes.get(answer.job_id)
-        if outcome is None or (outcome.outcome, outcome.reason) != ("rejected", answer.reason):
+        if not _is_rejected(outcome, answer.reason):
             return f"reported rejected ({answer.reason}), but the database has {outcome}: {delivery}"
         return None
     return _wrong_row_id(delivery, answer.row_id, database)
+
+
+def _is_rejected(outcome: Outcome | None, reason: str | None) -> bool:
+    """Return whether an outcome is a rejection with this reason, which an operator may have discarded later."""
+    if outcome is None or outcome.reason is None or reason is None:
+        return False
+    discarded = outcome.outcome == "discarded" and outcome.reason.endswith(f"; it was rejected: {reason}")
+    return discarded or (outcome.outcome, outcome.reason) == ("rejected", reason)
 
 
 def _wrong_row_id(delivery: Delivery, row_id: int | None, database: _Database) -> str | None:
@@ -259,7 +268,7 @@ def _wrong_state(entry: KeptEntry, database: _Database) -> str | None:
     outcome = database.outcomes.get(entry.delivery.job_id)
     if entry.state != "rejected":
         return f"never settled, state {entry.state}: {entry.delivery}; outcome in the database: {outcome}"
-    if outcome is None or (outcome.outcome, outcome.reason) != ("rejected", entry.reason):
+    if not _is_rejected(outcome, entry.reason):
         return f"is rejected ({entry.reason}), but the database has {outcome}: {entry.delivery}"
     return None
 
