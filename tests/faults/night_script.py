@@ -112,8 +112,7 @@ _FIRST = (
         "all workers stopped",
         Pipeline.stop_workers,
         Pipeline.start_workers,
-        # They finish their batches first. Then the rule uses the numbers of their last scrape for 3 minutes.
-        (Expected("HistoryHasNoWorker", notice_seconds=10 + 180),),
+        (Expected("HistoryHasNoWorker", notice_seconds=10),),  # they finish their batches first
         _NOTHING_STORED,
         after=("database stopped", "event rejected"),
         quiet_seconds=200,

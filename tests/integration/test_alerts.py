@@ -101,6 +101,7 @@ _CHANGES = [  # of a rule: its tests must notice each
     ("HistoryTargetIsDown", ".*trading-history.*", "trading-history-api"),
     ("HistoryHasNoWorker", "last_over_time(trading_history_workers[3m])", "trading_history_workers"),
     ("HistoryHasNoWorker", "[3m]", "[5m]"),
+    ("HistoryHasNoWorker", "min(", "max("),
     ("HistoryHasNoWorker", "== 0", "== 0 or absent(trading_history_workers)"),
     ("HistoryWorkerWaits", "[3m]", "[6m]"),
     ("HistoryDatabaseIsAway", "max_over_time", "min_over_time"),
