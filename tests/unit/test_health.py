@@ -159,8 +159,8 @@ def test_problems_of_the_queue_are_late_jobs_and_failed_checks(values: dict[str,
     [
         ({"rejected": 1, "oldest_unacknowledged_seconds": 600.0}, []),
         ({"oldest_unacknowledged_seconds": 720.0}, ["outbox: 0 pending, 0 sent, the oldest 12 min old"]),
-        ({"used_bytes": 60, "limit_bytes": 100}, []),
-        ({"used_bytes": 95, "limit_bytes": 100}, ["outbox size: 0.1 KiB, 95% of its limit"]),
+        ({"used_bytes": MAX_BYTES * 60 // 100}, []),
+        ({"used_bytes": MAX_BYTES * 95 // 100}, ["outbox size: 972.8 MiB, 95% of its limit"]),
     ],
 )
 def test_problems_of_the_outbox_are_late_entries_and_a_full_file(values: dict[str, Any], problems: list[str]) -> None:
