@@ -129,7 +129,7 @@ def _database_metrics(ages: Ages) -> Iterator[Metric]:
 
 def _queue_metrics(queue: QueueHealth) -> Iterator[Metric]:
     # The age is absent if the job at the front has no enqueue time.
-    oldest = queue.oldest_waiting_seconds if queue.queued else 0
+    oldest = queue.oldest_age_seconds if queue.queued else 0
     for name, documentation, value in (
         ("queue_jobs", "Jobs that wait in the queue.", queue.queued),
         ("reserved_jobs", "Jobs that workers have reserved.", queue.reserved),
