@@ -282,9 +282,8 @@ def values_table(values: Values) -> Table:
 
 
 def _value_text(value: Any) -> str:
-    """Return a value as text; a list is a list of names."""
     if isinstance(value, list):
-        return ", ".join(name.replace("_", " ") for name in value) or "-"
+        return ", ".join(value) or "-"
     return "-" if value is None else str(value)
 
 

@@ -69,7 +69,7 @@ class OutboxDamaged(OutboxError):
     """The file is damaged, or is not an outbox. A producer or relay moves a damaged file away and makes a new one."""
 
     advice = (
-        "start the controller or trading-history relay: either moves the file aside and salvages its entries. By hand:"
+        "start the controller or trading-history relay: either quarantines the file and salvages its entries. By hand:"
         " stop both, move the file away and run trading-history outbox salvage FILE"
     )
 

@@ -101,7 +101,7 @@ class _Watched:
 
     def _begin(self) -> None:
         if not self._path.is_file():
-            self._log(logging.WARNING, "there is no outbox at %s yet: waiting for a producer to create it", self._path)
+            self._log(logging.INFO, "there is no outbox at %s yet: waiting for a producer to create it", self._path)
             return
         outbox: Outbox | None = None
         try:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, running, status, up, views
-from consumers.cli.error_messages import readable
+from consumers.cli.error_messages import error_message
 from consumers.process_setup import on_stop_signals, write_logs
 from consumers.terminal import escaped, print_any_character
 from producers.errors import SettingsError
@@ -62,9 +62,10 @@ def options(
     global _debug, _program
     _debug, _program = debug, context.command_path
     if embedded_home is not None:
-        from consumers.embedded import used
+        from consumers.embedded import counted_as_user
 
-        context.with_resource(used(embedded_home))  # before the next step, so that this process stops the servers
+        # Before the next step, so that this process stops the servers.
+        context.with_resource(counted_as_user(embedded_home))
     if while_stdin:
         from consumers.embedded.child_processes import stop_with_stdin
 
@@ -138,7 +139,7 @@ def main() -> None:
     except _UsageError as error:
         sys.exit(_show_usage_error(error))
     except Exception as error:
-        message = readable(error)
+        message = error_message(error)
         if message is None or _debug:
             raise
         print(f"error: {escaped(message)}", file=sys.stderr)

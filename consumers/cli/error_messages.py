@@ -16,7 +16,7 @@ _EXTRAS = {
 }
 
 
-def readable(error: Exception) -> str | None:
+def error_message(error: Exception) -> str | None:
     """Return the message for an expected error, or None for a defect, which shows its traceback."""
     if isinstance(error, HistoryError):
         return error.with_advice()

@@ -36,7 +36,7 @@ failed_app = typer.Typer(
     no_args_is_help=True,
 )
 
-Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Job id or event id.")]
+Name = Annotated[str | None, typer.Argument(metavar="NAME", help="Job id or event id.")]
 KindOption = Annotated[
     str | None,
     typer.Option("--kind", help="Only events of this kind: snapshot or archive; - for events of unknown kind."),
@@ -76,7 +76,7 @@ LimitOption = Annotated[
         "--limit", "-n", parser=row_number, metavar="NUMBER", help="At most this number of events, the oldest ones."
     ),
 ]
-All = Annotated[bool, typer.Option("--all", help="All rejected events, if nothing else selects some.")]
+All = Annotated[bool, typer.Option("--all", help="All rejected events; not with a name or options that select some.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, by group, but change nothing.")]
 
 
@@ -174,7 +174,13 @@ def failed_requeue(
 def failed_discard(
     name: Name = None,
     *,
-    because: Annotated[str, typer.Option(help="Why the events may be discarded; recorded in event_outcomes.")],
+    because: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Why the events may be discarded; recorded in event_outcomes. Required without --dry-run.",
+        ),
+    ] = None,
     actor: Annotated[
         str | None,
         typer.Option(help="Name of the person who discards them; by default the account that runs this command."),
@@ -208,6 +214,8 @@ def failed_discard(
     if dry_run:
         _print_plan(selection, "discarded")
         return
+    if because is None or not because.strip():
+        raise typer.BadParameter("say why the events may be discarded", param_hint="--because")
     named = name is not None  # options may select what somebody else has just requeued
     actor = actor or _account()
     with _action(selection) as (queue, total, on_progress):
@@ -254,6 +262,8 @@ def _selection(
         raise typer.BadParameter(f"give a job id or event id, {choices}", param_hint="NAME")
     if name is not None and (every or not selection.is_empty):
         raise typer.BadParameter("give either a job id or event id, or options that select events", param_hint="NAME")
+    if every and not selection.is_empty:
+        raise typer.BadParameter("cannot be used with options that select events", param_hint="--all")
     return selection if name is None else Selection(name=name)
 
 

@@ -73,7 +73,7 @@ def _read_status() -> tuple[dict[str, Any], list[str]]:
         fault = outbox.quick_check(_CHECK_SECONDS)
         values["check"] = _SOUND.get(fault, fault)
         damaged = [str(file) for file in outbox.quarantine.damaged_files()]
-    values["damaged_files"] = damaged
+        values |= {"damaged_files": damaged, "salvaged_files": [*map(str, outbox.quarantine.salvaged_files())]}
     health = outbox_of_settings(ask_relay=True) if fault in _SOUND else None
     problems = [] if fault in _SOUND else [f"outbox file: damaged: {fault}"]
     problems += [f"outbox file: damaged, and not salvaged yet: {', '.join(damaged)}"] if damaged else []

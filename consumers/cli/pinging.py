@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from pydantic import SecretStr
 
-from consumers.cli.error_messages import readable
+from consumers.cli.error_messages import error_message
 from consumers.errors import PingNotDelivered
 from consumers.ops.masking import Mask
 from consumers.settings import LogSettings, PingSettings, ping_url
@@ -20,11 +20,12 @@ from producers.settings import read_environment
 Values = TypeVar("Values")
 
 _SETTING = "HISTORY_PING_URL"
+_URL_OF_SETTING = SecretStr(_SETTING)  # value of the option that is no URL, but stands for the one of the setting
 
 
 def _ping_option(text: str) -> SecretStr:
     if text == _SETTING:
-        return SecretStr(text)
+        return _URL_OF_SETTING
     try:
         return ping_url(text)
     except ValueError as error:
@@ -32,7 +33,7 @@ def _ping_option(text: str) -> SecretStr:
 
 
 def _url_of(option: SecretStr) -> SecretStr:
-    if option.get_secret_value() != _SETTING:
+    if option != _URL_OF_SETTING:
         return option
     url = PingSettings.from_environment().url
     if url is None:
@@ -63,7 +64,7 @@ def read_and_ping(read: Callable[[], tuple[Values, Sequence[str]]], ping: Secret
         values, problems = read()
     except Exception as error:
         # The message of a defect may contain the content of an event.
-        reason = readable(error) or f"{type(error).__name__}, a defect: run the command by hand to see more"
+        reason = error_message(error) or f"{type(error).__name__}, a defect: run the command by hand to see more"
         _delivered(url, [reason])
         raise
     delivered = _delivered(url, problems)

@@ -25,7 +25,7 @@ def demo(
         bool, typer.Option("--open", help="Then serve the history page on the data until Ctrl-C, and open it.")
     ] = False,
 ) -> None:
-    """Run simulated trading cycles through the whole pipeline, twice, and check the number of rows.
+    """Run simulated trading cycles through the pipeline, twice, and count the rows; deletes data of an earlier demo.
 
     Example: trading-history demo --open
     """

@@ -18,13 +18,6 @@ from consumers.terminal import json_text, print_json, print_values, values_table
 _WATCH_SECONDS = 2.0
 _LONG_SECONDS = 365 * 86400.0
 _SERVERS = {"database": "database", "redis": "Redis", "outbox": "outbox"}
-_NAMES_OF_KEYS = {
-    "jobs": "jobs",
-    "queue": "queue",
-    "registries": "registries",
-    "reserved": "reservations",
-    "acknowledgements": "acknowledgements",
-}
 
 
 def status(
@@ -45,7 +38,7 @@ def status(
     if as_json:
         print_json(values)
     else:
-        print_values(_lines(values))
+        print_values(status_lines(values))
     raise typer.Exit(0 if is_well else 1)
 
 
@@ -53,7 +46,7 @@ def _read() -> tuple[dict[str, Any], list[str]]:
     from consumers.ops.status import pipeline_status
 
     with stack(database=True, redis=True):
-        values, _ = pipeline_status()
+        values = pipeline_status()
     return values, values["problems"]
 
 
@@ -63,15 +56,14 @@ def _watch(as_json: bool) -> None:
 
     if as_json or not sys.stdout.isatty():
         while True:
-            values, _ = pipeline_status()
-            _print_block(values, as_json)
+            _print_block(pipeline_status(), as_json)
             time.sleep(_WATCH_SECONDS)
     from rich.live import Live
 
     with Live(auto_refresh=False) as live:
         while True:
-            values = {"at": time.strftime("%H:%M:%S"), **pipeline_status()[0]}
-            live.update(values_table(_lines(values)), refresh=True)
+            values = {"at": time.strftime("%H:%M:%S"), **pipeline_status()}
+            live.update(values_table(status_lines(values)), refresh=True)
             time.sleep(_WATCH_SECONDS)
 
 
@@ -79,28 +71,30 @@ def _print_block(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json_text(values))
     else:
-        print_values(_lines(values))
+        print_values(status_lines(values))
         print()
     sys.stdout.flush()
 
 
-def _lines(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def status_lines(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return the names and values for a terminal: the state, the problems, an empty line and the capacity."""
     problems = [("problem", problem) for problem in values["problems"]] or [("problems", None)]
     state = [
         # The reason is in the line of the problem.
         (name, "cannot be read" if f"{_SERVERS.get(name)}: {value}" in values["problems"] else value)
         for name, value in values.items()
-        if name not in ("problems", "capacity")
+        if name not in ("problems", "capacity", "approximate")
     ]
+    if estimates := values.get("approximate"):
+        state.append(("approximate", ", ".join(name.replace("_", " ") for name in estimates)))
     return [*state, *problems, ("", ""), *capacity_lines(values["capacity"])]
 
 
 def capacity_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the names and values of the capacity, always the same names; - is what is not known."""
+    """Yield the names and values of the capacity, always the same names; `-` if it is not known or there is none."""
     not_read = found["not_read"]
-    yield "stored", _rate(found) or not_read.get("tables", "-")
-    waiting, unacknowledged = found["queue_oldest_waiting_seconds"], found["outbox_oldest_unacknowledged_seconds"]
+    yield "stored rate", _rate(found) or not_read.get("tables", "-")
+    waiting, unacknowledged = found["queue_oldest_age_seconds"], found["outbox_oldest_age_seconds"]
     ages = [
         f"{duration(age)} in the {place}"
         for age, place in ((waiting, "queue"), (unacknowledged, "outbox"))
@@ -112,8 +106,7 @@ def capacity_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     used, most = found["redis_used_bytes"], found["redis_max_bytes"]
     limit = "no limit" if most is None else f"limit {size(most)}"
     yield "Redis memory", not_read.get("Redis memory", "-") if used is None else f"{size(used)}, {limit}"
-    keys = {shown: found["redis_key_bytes"][name] for name, shown in _NAMES_OF_KEYS.items() if found["redis_key_bytes"]}
-    yield "Redis keys", _parts(keys, "about ") or not_read.get("Redis keys", "-")
+    yield "Redis keys", _parts(found["redis_key_bytes"] or {}, "about ") or not_read.get("Redis keys", "-")
 
 
 def _rate(found: Mapping[str, Any]) -> str:
@@ -125,7 +118,7 @@ def _rate(found: Mapping[str, Any]) -> str:
 
 
 def _outbox(found: Mapping[str, Any]) -> str:
-    used, limit, growth = (found[f"outbox_{name}"] for name in ("used_bytes", "limit_bytes", "growth_bytes_per_second"))
+    used, most, growth = (found[f"outbox_{name}"] for name in ("used_bytes", "max_bytes", "growth_bytes_per_second"))
     if used is None:
         return ""
     full = found["outbox_full_in_seconds"]
@@ -137,14 +130,16 @@ def _outbox(found: Mapping[str, Any]) -> str:
         grows = ", not full within a year"
     else:
         grows = f", full in {duration(full)} at {size(60 * growth)} a minute"
-    return f"{size(used)} of {size(limit)}{grows}"
+    return f"{size(used)} of {size(most)}{grows}"
 
 
 def _parts(sizes: Mapping[str, int | None], about: str = "") -> str:
-    """Return the sum of the sizes and each one above 0, the largest first. Without the sum if one is not known."""
+    """Return the sum of the sizes and each one above 0, the largest first. No sum if one is not known."""
     known = {name: count for name, count in sizes.items() if count is not None}
     if not known:
         return ""
+    if not any(known.values()) and len(known) == len(sizes):
+        return "none"
     listed = [f"{name} {size(count)}" for name, count in sorted(known.items(), key=lambda one: -one[1]) if count]
     listed += [f"{name} unknown" for name, count in sizes.items() if count is None]
     total = [size(sum(known.values()))] if len(known) == len(sizes) else []

@@ -35,7 +35,7 @@ def up(context: typer.Context) -> None:
     Example: trading-history up
     """
     import consumers.db.engine  # noqa: F401  # if the extra is missing, say so before anything starts
-    from consumers.embedded import restarts
+    from consumers.embedded import restart_functions
     from consumers.embedded.child_processes import start_child
     from consumers.embedded.supervisor import Child, WatchedServer, supervise
     from producers.relay_process import check_destinations
@@ -57,12 +57,12 @@ def up(context: typer.Context) -> None:
             "relay": lambda: start("relay", "--outbox", outbox),
         }
         print(page.line, dashboard.line, "", *_exports(is_embedded), "", sep="\n")
-        print("A worker and a relay of this outbox are running. Ctrl-C or SIGTERM stops everything.", flush=True)
+        print("Starting a worker and a relay of this outbox. Ctrl-C or SIGTERM stops everything.", flush=True)
         status = supervise(
             [Child(name, start) for name, start in children.items() if start is not None],
             [
-                WatchedServer(f"embedded {server.name}", server.process, again)
-                for server, again in (restarts(home) if home else ())
+                WatchedServer(f"embedded {server.name}", server.process, restart)
+                for server, restart in (restart_functions(home) if home else ())
             ],
         )
         raise typer.Exit(status)

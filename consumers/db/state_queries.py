@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-MOST_REJECTIONS = 20
+NEWEST_REJECTIONS = 20
 COUNTED_REJECTIONS = 1_000  # more are not counted
 
 # Transactions do not commit in the order of their row ids, so max(id) alone can stay the same when a row becomes
@@ -49,7 +49,7 @@ def last_stored(db: Connection) -> dict[str, Any] | None:
 
 def newest_rejections(db: Connection) -> dict[str, Any]:
     """Return the newest 20 rejections with their reasons, and the number of all; 1,000 means 1,000 or more."""
-    rows = db.execute(_REJECTIONS, {"limit": MOST_REJECTIONS}).mappings()
+    rows = db.execute(_REJECTIONS, {"limit": NEWEST_REJECTIONS}).mappings()
     return {
         "newest": [dict(row) for row in rows],
         "count": db.execute(_COUNT_REJECTIONS, {"limit": COUNTED_REJECTIONS}).scalar_one(),

@@ -76,10 +76,12 @@ def _print_result(first: list[int], second: list[int]) -> bool:
 
 def _print_next_commands(home: Path) -> None:
     program = shlex.quote(sys.argv[0])
+    if Path(sys.argv[0]).name == "__main__.py":  # python -m consumers.cli
+        program = f"{shlex.quote(sys.executable)} -m consumers.cli"
     on_data = f"HISTORY_HOME={shlex.quote(str(home))} {program}"
     print("\nAll counts are right: every event was recorded twice and stored once.")
     print(f"\nThe data stays in {home}. To list more of it:\n  {on_data} history --portfolio-id 1")
-    print(f"To start everything for a controller of yours:\n  {program} up")
+    print(f"To start the pipeline for your own controller, with other data:\n  {program} up")
     print(f"To open the history page on the data:\n  {on_data} api")
 
 

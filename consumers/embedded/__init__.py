@@ -1,9 +1,9 @@
 """PostgreSQL and Valkey (a Redis-compatible server) for one machine, installed from wheels.
 
 All files are in one folder, `home`: `postgres/`, `valkey/`, a log of each, and two lock files. A process locks `lock`
-while it starts or stops the servers. Each `servers()` and `used()` block has a shared lock on `users`; a block that can
-make this lock exclusive is the last one, and stops the servers. The kernel releases the locks of a killed process, so
-the number of users is never wrong.
+while it starts or stops the servers. Each `servers()` and `counted_as_user()` block has a shared lock on `users`; a
+block that can make this lock exclusive is the last one, and stops the servers. The kernel releases the locks of a
+killed process, so the number of users is never wrong.
 
 Both servers listen on unix sockets only, which only their owner and root can open, so they need no passwords.
 """
@@ -66,7 +66,7 @@ def servers(home: Path) -> Iterator[Addresses]:
     installation = installed()
     with _translated(home):
         home.mkdir(mode=0o711 if installation.account else 0o700, parents=True, exist_ok=True)
-    with used(home):
+    with counted_as_user(home):
         with _translated(home), _locked(home / "lock") as lock:
             folder = _socket_folder(home)
             if installation.account:
@@ -76,7 +76,7 @@ def servers(home: Path) -> Iterator[Addresses]:
 
 
 @contextlib.contextmanager
-def used(home: Path) -> Iterator[None]:
+def counted_as_user(home: Path) -> Iterator[None]:
     """Be a user of the servers in `home` inside the block, without starting them.
 
     A child process of a `servers()` block is one if they must stop with it after its parent was killed.
@@ -99,7 +99,7 @@ def used(home: Path) -> Iterator[None]:
                     _leave(users, home)
 
 
-def restarts(home: Path) -> Iterator[tuple[Server, Callable[[], None]]]:
+def restart_functions(home: Path) -> Iterator[tuple[Server, Callable[[], None]]]:
     """Yield each server of a `servers()` block with the function that starts it, unless it runs, at the same address.
 
     The function raises EmbeddedError if the server does not start.

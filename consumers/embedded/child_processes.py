@@ -28,7 +28,7 @@ def worker_process(log: Path | None = None, keep: Sequence[int] = ()) -> Iterato
         yield worker
     finally:
         stop(worker)
-        release(worker)
+        close_pipe(worker)
 
 
 def start_worker(
@@ -41,7 +41,7 @@ def start_worker(
 def start_child(
     *command: str, debug: bool = False, embedded_home: Path | None = None, **options: Any
 ) -> subprocess.Popen[bytes]:
-    """Start a command of this project. The caller must stop it and then `release` it; `options` are those of Popen.
+    """Start a command of this project. The caller must stop it, then `close_pipe`; `options` are those of Popen.
 
     The child has its own session, so Ctrl-C reaches only its parent, which then stops it. If the parent is killed, the
     child ends too. The embedded servers in `embedded_home` are then stopped by the last child that ends.
@@ -54,7 +54,7 @@ def start_child(
     return subprocess.Popen([*program, *command], stdin=subprocess.PIPE, start_new_session=True, **options)
 
 
-def release(child: subprocess.Popen[bytes]) -> None:
+def close_pipe(child: subprocess.Popen[bytes]) -> None:
     """Close the pipe to a child's standard input. A child that still runs then ends."""
     assert child.stdin is not None
     child.stdin.close()

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from consumers.embedded.child_processes import STOP_SECONDS, release, start_worker
+from consumers.embedded.child_processes import STOP_SECONDS, close_pipe, start_worker
 from consumers.process_setup import on_stop_signals
 from producers.times import backoff_seconds
 
@@ -79,16 +79,19 @@ class _Supervised(ABC):
     def _may_start(self) -> bool:
         return time.monotonic() >= self._start_at
 
+    @property
+    def _age_seconds(self) -> float:
+        return time.monotonic() - self._started_at
+
     def _note_failure(self, how: str) -> None:
         """Log a failure, from the third consecutive one on as critical, and schedule the next start."""
-        lived = time.monotonic() - self._started_at
-        self._failures = self._failures + 1 if lived < _STARTED_SECONDS else 1
+        self._failures = self._failures + 1 if self._age_seconds < _STARTED_SECONDS else 1
         pause = backoff_seconds(self._failures, first=_FIRST_PAUSE_SECONDS, last=_LAST_PAUSE_SECONDS)
         self._start_at = time.monotonic() + pause
         logger.log(
             logging.CRITICAL if self._failures >= _CRITICAL_FAILURES else logging.ERROR,
-            "%s ended unexpectedly after %.0f s, %s (consecutive failure %d); next start in %.1f s",
-            self.name, lived, how, self._failures, pause,
+            "%s ended unexpectedly, %s (consecutive failure %d); next start in %.1f s",
+            self.name, how, self._failures, pause,
         )  # fmt: skip
 
 
@@ -106,14 +109,14 @@ class Child(_Supervised):
     def check(self) -> None:
         if (status := self._ended()) is not None:
             if self._is_restarted:
-                self._note_failure(_named(status))
+                self._note_failure(f"{_named(status)} after {self._age_seconds:.0f} s")
             else:
                 self.done = True
                 self._note_end(status, expected=(0,))
         elif self._process is None and not self.done and self._may_start:
             self._start()
 
-    def runs_on(self) -> bool:
+    def still_runs(self) -> bool:
         """Return whether the process still runs after a stop signal. Log it if it ended in another way."""
         if (status := self._ended()) is not None:
             self._note_end(status, expected=_STOPPED)  # it may have got the signal before it handled signals
@@ -136,7 +139,7 @@ class Child(_Supervised):
         """Return the exit status once after the process has ended, else None."""
         status = None if self._process is None else self._process.poll()
         if self._process is not None and status is not None:
-            release(self._process)
+            close_pipe(self._process)
             self._process = None
         return status
 
@@ -188,7 +191,7 @@ class _Supervisor:
         self._children = children
         self._servers = servers
         self._signals = 0  # number of stop signals received
-        self._passed = 0  # number of those that were passed on to the children
+        self._forwarded = 0  # number of those that were passed on to the children
 
     def run(self) -> int:
         on_stop_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._request_stop)
@@ -210,9 +213,9 @@ class _Supervisor:
     def _stop(self) -> None:
         """Send SIGTERM to all children, and kill those that do not end within 15 s."""
         deadline = time.monotonic() + STOP_SECONDS
-        while running := [child for child in self._children if child.runs_on()]:
-            while self._passed < self._signals:
-                self._passed += 1
+        while running := [child for child in self._children if child.still_runs()]:
+            while self._forwarded < self._signals:
+                self._forwarded += 1
                 for child in running:
                     child.signal(signal.SIGTERM)
             if time.monotonic() > deadline:

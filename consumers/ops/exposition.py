@@ -24,6 +24,7 @@ from consumers.ops.outbox_health import OutboxHealth
 from consumers.ops.probes import Reading, Value
 from consumers.ops.queue_health import QueueHealth, queue_of_settings
 from producers.errors import HistoryError
+from producers.outbox import MAX_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def _database_metrics(ages: Ages) -> Iterator[Metric]:
 
 def _queue_metrics(queue: QueueHealth) -> Iterator[Metric]:
     # The age is absent if the job at the front has no enqueue time.
-    oldest = queue.oldest_waiting_seconds if queue.queued else 0
+    oldest = queue.oldest_age_seconds if queue.queued else 0
     for name, documentation, value in (
         ("queue_jobs", "Jobs that wait in the queue.", queue.queued),
         ("reserved_jobs", "Jobs that workers have reserved.", queue.reserved),
@@ -151,7 +152,9 @@ def _outbox_metrics(outbox: OutboxHealth) -> Iterator[Metric]:
         "outbox_oldest_age_seconds", "Age of the oldest entry that no worker has acknowledged, in seconds.", oldest
     )
     yield _gauge("outbox_used_bytes", "Bytes of this machine's outbox that are in use.", outbox.used_bytes)
-    yield _gauge("outbox_max_bytes", "Bytes from which on this machine's outbox accepts no event.", outbox.limit_bytes)
+    yield _gauge("outbox_max_bytes", "Bytes from which on this machine's outbox accepts no event.", MAX_BYTES)
+    documentation = "Damaged files of this machine's outbox that nobody has deleted yet, salvaged ones included."
+    yield _gauge("outbox_damaged_files", documentation, outbox.damaged_files)
 
 
 def _gauge(name: str, documentation: str, value: float) -> Metric:

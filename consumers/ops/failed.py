@@ -74,8 +74,8 @@ class Selection:
     Attributes:
         name: A job id or an event id.
         kind: The name of a kind, or `-` for events whose kind is unknown.
-        source: A whole source, its name (the part before a slash), or the beginning of a source that goes beyond its
-            name; `-` for events whose source is unknown.
+        source: A whole source such as `bot/4e1f0a92`. Without a slash, all sources of that name; with one, all sources
+            that begin so. `-` for events whose source is unknown.
         reason: A part of the reason, or of the reason of a group. Upper and lower case are the same.
         since: Only those rejected at or after this aware time.
         until: Only those rejected before this aware time.

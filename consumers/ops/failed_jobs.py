@@ -20,6 +20,7 @@ from rq.job import Job, JobStatus
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
+from consumers.ops.redis_errors import is_wrong_type
 from producers.errors import HistoryError
 
 logger = logging.getLogger(__name__)
@@ -199,8 +200,8 @@ class FailedJobs:
 
 def _names(found: Any) -> list[bytes]:
     """Return the fields to read, from the answer to HKEYS; none if Redis has no such job, or a key of another type."""
+    if isinstance(found, RedisError) and not is_wrong_type(found):
+        raise found
     if isinstance(found, RedisError):
-        if "WRONGTYPE" not in str(found):
-            raise found
         return []
     return [name for name in found if name not in _UNREAD] if b"data" in found else []

@@ -18,14 +18,13 @@ _SMALLEST_BYTES = 2**20
 
 @dataclass(frozen=True)
 class OutboxCapacity:
-    """Bytes in use, of at most `limit_bytes`, and how many more of them unsettled entries take per second.
+    """Bytes in use, of at most MAX_BYTES, and how many more of them unsettled entries take per second.
 
     `growth_bytes_per_second` is negative while more entries are settled than recorded, and None if it is not known.
     `full_in_seconds` is None too if the outbox does not grow.
     """
 
     used_bytes: int
-    limit_bytes: int = MAX_BYTES
     growth_bytes_per_second: float | None = None
     full_in_seconds: float | None = None
 
@@ -59,4 +58,4 @@ def outbox_capacity(used_bytes: int, growth: OutboxGrowth | None, free_bytes: in
     bytes_per_second = growth.entries / growth.seconds * used_bytes / growth.kept
     room_bytes = max(min(MAX_BYTES - used_bytes, free_bytes), 0)
     full_in_seconds = room_bytes / bytes_per_second if bytes_per_second > 0 else None
-    return OutboxCapacity(used_bytes, MAX_BYTES, bytes_per_second, full_in_seconds)
+    return OutboxCapacity(used_bytes, bytes_per_second, full_in_seconds)

@@ -50,7 +50,7 @@ class OutboxHealth:
     oldest_unacknowledged_seconds: float | None
     used_bytes: int
     is_relayed: bool | None = None  # None: not checked
-    limit_bytes: int = MAX_BYTES  # of used_bytes
+    damaged_files: int = 0  # quarantined files that nobody has deleted yet, salvaged ones included
 
     @property
     def state(self) -> State:
@@ -72,7 +72,7 @@ class OutboxHealth:
         problem = f"{self.rejected}{INCLUDED}" if self.rejected else ""
         advice = "run trading-history failed list on a machine that reaches the database"
         yield check_result("outbox rejections", "none", problem, advice=advice, state="warn")
-        share = self.used_bytes / self.limit_bytes
+        share = self.used_bytes / MAX_BYTES
         used = f"{size(self.used_bytes)}, {share:.0%} of its limit"
         advice = "make sure that Redis and workers run: a full outbox accepts no event"
         state: State = "fail" if share > _FULL_SHARE else "warn"
@@ -99,7 +99,11 @@ def outbox_of_settings(*, ask_relay: bool = False) -> OutboxHealth | None:
         status = outbox.status()
         age = oldest_unacknowledged_seconds(outbox, redis)
         is_relayed = _is_relayed(outbox) if ask_relay and age is not None and age > OUTBOX_LATE_SECONDS else None
-        return OutboxHealth(status.pending, status.sent, status.rejected, age, outbox.used_bytes(), is_relayed)
+        damaged = [*outbox.quarantine.damaged_files(), *outbox.quarantine.salvaged_files()]
+        used_bytes = outbox.used_bytes()
+        return OutboxHealth(
+            status.pending, status.sent, status.rejected, age, used_bytes, is_relayed, damaged_files=len(damaged)
+        )
 
 
 def oldest_unacknowledged_seconds(outbox: Outbox, redis: Redis | None) -> float | None:

@@ -41,7 +41,7 @@ class QueueHealth:
 
     name: str
     queued: int | None = 0
-    oldest_waiting_seconds: float | None = None  # of the job at the front; None too if its enqueue time is unknown
+    oldest_age_seconds: float | None = None  # of the job at the front; None too if its enqueue time is unknown
     failed: int | None = 0
     workers: int | None = 0  # registered with RQ; a killed worker stays registered for up to 2 minutes
     suspended: bool = False
@@ -63,7 +63,7 @@ class QueueHealth:
             return "unknown"
         if self.suspended:
             return "fail"
-        return "warn" if (self.oldest_waiting_seconds or 0.0) > QUEUE_LATE_SECONDS else "ok"
+        return "warn" if (self.oldest_age_seconds or 0.0) > QUEUE_LATE_SECONDS else "ok"
 
     def checks(self) -> Iterator[HealthCheck]:
         yield self._queue()
@@ -85,7 +85,7 @@ class QueueHealth:
             yield "workers: none" if self.workers == 0 else "workers: cannot be read"
 
     def _queue(self) -> HealthCheck:
-        waited = self.oldest_waiting_seconds
+        waited = self.oldest_age_seconds
         found = f"{self.queued} jobs in {self.name}" + ("" if waited is None else f", the first {duration(waited)} old")
         advice = ""
         if self.state == "unknown":

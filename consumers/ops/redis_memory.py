@@ -33,7 +33,7 @@ class RedisMemory:
     """Memory in bytes. `max_bytes` is None if there is no limit, `used_bytes` and `key_bytes` if they are not known.
 
     `key_bytes` has `queue`, `jobs` (waiting, reserved, finished and failed ones with their results), `registries`,
-    `reserved` (the lists of reservations) and `acknowledgements`; None for one that is not known. `not_read` says why.
+    `reservations` and `acknowledgements`; None for one that is not known. `not_read` says why.
     """
 
     used_bytes: int | None = None
@@ -99,7 +99,7 @@ def _key_bytes(redis: Redis, queue: Queue) -> dict[str, int | None]:
         "queue": queue_bytes,
         "jobs": _sum(jobs),
         "registries": _sum(_sizes(redis, registries)),
-        "reserved": None if too_many else _sum(_sizes(redis, lists)),
+        "reservations": None if too_many else _sum(_sizes(redis, lists)),
         "acknowledgements": _acknowledgements(redis),
     }
 

@@ -25,6 +25,7 @@ from consumers.ops.probes import Probe, Reading, readings
 from consumers.ops.redis_errors import redis_problem
 from consumers.ops.redis_memory import RedisMemory, redis_memory_of_settings
 from producers.errors import OutboxError
+from producers.outbox import MAX_BYTES
 
 _COUNTING_SECONDS = 30.0  # enough for a slow disk
 _CAPACITY_SECONDS = 3.0  # of one statement
@@ -62,8 +63,8 @@ _memory = Probe("redis-memory", redis_memory_of_settings)
 _outbox = Probe("outbox-capacity", outbox_capacity_of_settings)
 
 
-def pipeline_status() -> tuple[dict[str, Any], bool]:
-    """Return the values by name, and whether the pipeline is healthy: `problems` is empty.
+def pipeline_status() -> dict[str, Any]:
+    """Return the values by name. If the pipeline is healthy, `problems` is empty.
 
     Above 100,000 rows, counts are estimates; `approximate` lists their names. `capacity` has numbers, with their units
     in their names; they are None if they are not known. Takes at most 45 s.
@@ -80,7 +81,7 @@ def pipeline_status() -> tuple[dict[str, Any], bool]:
         values |= {**database.counts, "approximate": database.approximate}
     values["database"] = _problem(health.database) or "reachable"
     if queue := health.queue.value:
-        values |= {"queued": queue.queued, "failed": queue.failed, "workers": queue.workers}
+        values |= {"queued": queue.queued, "failed_jobs": queue.failed, "workers": queue.workers}
     values["redis"] = _problem(health.queue) or ("reachable" if queue else "REDIS_URL is not set")
     if found := health.outbox.value:
         values |= {"outbox_pending": found.pending, "outbox_sent": found.sent, "outbox_rejected": found.rejected}
@@ -88,7 +89,7 @@ def pipeline_status() -> tuple[dict[str, Any], bool]:
         values["outbox"] = problem
     values["problems"] = [*_problems(health)]
     values["capacity"] = _capacity(health, memory, outbox)
-    return values, not values["problems"]
+    return values
 
 
 def _problems(health: Health[_Database]) -> Iterator[str]:
@@ -126,13 +127,13 @@ def _capacity(
     found: dict[str, Any] = {
         "stored_per_minute": None if rate is None else round(60 * rate, 1),
         "stored_rate_seconds": None if database is None else round(database.rate_seconds, 1),
-        "queue_oldest_waiting_seconds": _rounded(getattr(health.queue.value, "oldest_waiting_seconds", None)),
-        "outbox_oldest_unacknowledged_seconds": _rounded(
-            getattr(health.outbox.value, "oldest_unacknowledged_seconds", None)
-        ),
+        "queue_oldest_age_seconds": _rounded(getattr(health.queue.value, "oldest_age_seconds", None)),
+        "outbox_oldest_age_seconds": _rounded(getattr(health.outbox.value, "oldest_unacknowledged_seconds", None)),
+        "outbox_used_bytes": getattr(file, "used_bytes", None),
+        "outbox_max_bytes": MAX_BYTES if file else None,
+        "outbox_growth_bytes_per_second": _rounded(getattr(file, "growth_bytes_per_second", None)),
+        "outbox_full_in_seconds": _rounded(getattr(file, "full_in_seconds", None)),
     }
-    for name in ("used_bytes", "limit_bytes", "growth_bytes_per_second", "full_in_seconds"):
-        found[f"outbox_{name}"] = _rounded(getattr(file, name, None))
     found["table_bytes"] = database.table_bytes if database else None
     for name in ("used_bytes", "max_bytes", "key_bytes"):
         found[f"redis_{name}"] = getattr(redis, name, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,10 +37,10 @@ _ROWS = """
 _UNKNOWN: dict[str, Any] = {
     "stored_per_minute": None,
     "stored_rate_seconds": None,
-    "queue_oldest_waiting_seconds": None,
-    "outbox_oldest_unacknowledged_seconds": None,
+    "queue_oldest_age_seconds": None,
+    "outbox_oldest_age_seconds": None,
     "outbox_used_bytes": None,
-    "outbox_limit_bytes": None,
+    "outbox_max_bytes": None,
     "outbox_growth_bytes_per_second": None,
     "outbox_full_in_seconds": None,
     "table_bytes": None,
@@ -137,7 +138,7 @@ def test_redis_keys_are_estimated_from_a_sample(redis: Redis) -> None:
     assert memory.key_bytes["jobs"] == pytest.approx(exact, rel=0.05)
     for group, key in (
         ("queue", "rq:queue:history"),
-        ("reserved", "history:reserved:history:one:0000000a"),
+        ("reservations", "history:reserved:history:one:0000000a"),
         ("acknowledgements", "history:ack:bot/1"),
     ):
         assert memory.key_bytes[group] == pytest.approx(redis.memory_usage(key) or 0, rel=0.2), group
@@ -174,12 +175,49 @@ def test_a_few_round_trips_measure_a_long_queue(redis: Redis, monkeypatch: pytes
     assert (took < 5, calls < 150) == (True, True), (took, calls)
 
 
+def test_number_of_commands_and_round_trips_is_limited(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more jobs of each state, worker threads and sources than are sampled; the limits of the document."""
+    job_ids = [f"job-{number}" for number in range(150)]
+    with redis.pipeline() as pipe:
+        for job_id in job_ids:
+            pipe.hset(f"rq:job:{job_id}", "data", "x")
+            pipe.hset(f"history:ack:bot/{job_id}", "a", "x")
+        pipe.rpush("rq:queue:history", *job_ids)
+        pipe.zadd("rq:failed:history", dict.fromkeys(job_ids, 1.0))
+        pipe.zadd("rq:finished:history", dict.fromkeys(job_ids, 1.0))
+        for owner in range(100):
+            pipe.hset("history:owners:history", f"one:{owner:08x}", "")
+            pipe.rpush(f"history:reserved:history:one:{owner:08x}", job_ids[owner])
+        for number in range(9_000):
+            pipe.set(f"other:{number}", "")
+        pipe.execute()
+    sent: list[object] = []
+    connection = redis.connection_pool.connection_class
+    send = connection.send_packed_command
+    monkeypatch.setattr(
+        connection, "send_packed_command", lambda *given, **named: (sent.append(given), send(*given, **named))
+    )
+    redis.config_resetstat()
+    sent.clear()
+    memory = read_memory(redis, "history")
+    round_trips = len(sent)
+    calls = sum(one["calls"] for one in redis.info("commandstats").values())
+    assert memory.key_bytes is not None
+    assert None not in (memory.key_bytes["jobs"], memory.key_bytes["reservations"])
+    (cells,) = (row for row in table("consumers/ops/CAPACITY.md", "cost") if row[0] == "Redis")
+    found = re.search(r"at most (\d+) round trips and (\d+) commands", cells[1])
+    assert found is not None
+    most_round_trips, most_calls = map(int, found.groups())
+    assert most_round_trips / 2 < round_trips <= most_round_trips
+    assert most_calls / 2 < calls <= most_calls
+
+
 def test_key_of_the_wrong_type_is_unknown_and_the_others_are_shown(redis: Redis) -> None:
     redis.set("rq:queue:history", "no list")
     redis.set("history:owners:history", "no hash")
     memory = read_memory(redis, "history")
     assert memory.key_bytes is not None
-    assert {name for name, size in memory.key_bytes.items() if size is None} == {"jobs", "reserved"}
+    assert {name for name, size in memory.key_bytes.items() if size is None} == {"jobs", "reservations"}
 
 
 def test_capacity_is_in_the_status(redis: Redis, database_url: str, tmp_path: Path) -> None:
@@ -197,15 +235,15 @@ def test_capacity_is_in_the_status(redis: Redis, database_url: str, tmp_path: Pa
     capacity = json.loads(runs[0].stdout)["capacity"]
     assert list(capacity) == list(_UNKNOWN)
     assert (capacity["stored_per_minute"], capacity["stored_rate_seconds"]) == (120.0, 300.0)
-    assert capacity["queue_oldest_waiting_seconds"] < 60
-    assert capacity["outbox_oldest_unacknowledged_seconds"] < 60
-    assert 0 < capacity["outbox_used_bytes"] < capacity["outbox_limit_bytes"] == MAX_BYTES
+    assert capacity["queue_oldest_age_seconds"] < 60
+    assert capacity["outbox_oldest_age_seconds"] < 60
+    assert 0 < capacity["outbox_used_bytes"] < capacity["outbox_max_bytes"] == MAX_BYTES
     assert (capacity["outbox_growth_bytes_per_second"], capacity["outbox_full_in_seconds"]) == (None, None)
     assert capacity["table_bytes"]["portfolio_history"] > 100_000
     assert capacity["redis_used_bytes"] > capacity["redis_key_bytes"]["jobs"] > 100
     assert capacity["not_read"] == {}
     shown = runs[1].stdout.splitlines()
-    assert "stored               120 events a minute in the last 5 min" in shown
+    assert "stored rate          120 events a minute in the last 5 min" in shown
     assert [line.split("  ")[0] for line in shown][-6:] == [name for name, _ in capacity_lines(_UNKNOWN)]
 
 
@@ -213,8 +251,8 @@ def test_everything_is_unknown_while_no_server_answers(monkeypatch: pytest.Monke
     """All names are there, so that a table on a terminal does not jump."""
     monkeypatch.setenv("DATABASE_URL", "postgresql://u@127.0.0.1:1/x")
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1")
-    values, healthy = pipeline_status()
-    assert (values["capacity"], healthy) == (_UNKNOWN, False)
+    values = pipeline_status()
+    assert (values["capacity"], values["problems"] != []) == (_UNKNOWN, True)
     assert [problem.partition(":")[0] for problem in values["problems"]] == ["database", "Redis"]
     lines = dict(capacity_lines(_UNKNOWN))
     assert set(lines.values()) == {"-"}
@@ -229,7 +267,7 @@ def test_everything_is_unknown_while_no_server_answers(monkeypatch: pytest.Monke
     ],
 )
 def test_rate_is_readable(values: dict[str, Any], line: str) -> None:
-    assert dict(capacity_lines(_UNKNOWN | values))["stored"] == line
+    assert dict(capacity_lines(_UNKNOWN | values))["stored rate"] == line
 
 
 @pytest.mark.parametrize(
@@ -245,7 +283,7 @@ def test_rate_is_readable(values: dict[str, Any], line: str) -> None:
 def test_outbox_size_is_readable(growth: float | None, full: float | None, line: str) -> None:
     values = {
         "outbox_used_bytes": 12 * 2**20,
-        "outbox_limit_bytes": 2**30,
+        "outbox_max_bytes": 2**30,
         "outbox_growth_bytes_per_second": growth,
         "outbox_full_in_seconds": full,
     }
@@ -253,9 +291,10 @@ def test_outbox_size_is_readable(growth: float | None, full: float | None, line:
 
 
 def test_sizes_have_a_sum_unless_one_is_unknown() -> None:
-    known = {"queue": 1024, "jobs": 2**20, "registries": 0, "reserved": 0, "acknowledgements": 0}
+    known = {"queue": 1024, "jobs": 2**20, "registries": 0, "reservations": 0, "acknowledgements": 0}
     shown = dict(capacity_lines(_UNKNOWN | {"redis_key_bytes": known}))
     assert shown["Redis keys"] == "about 1.0 MiB: jobs 1.0 MiB, queue 1.0 KiB"
+    assert dict(capacity_lines(_UNKNOWN | {"redis_key_bytes": dict.fromkeys(known, 0)}))["Redis keys"] == "none"
     shown = dict(capacity_lines(_UNKNOWN | {"redis_key_bytes": known | {"acknowledgements": None}}))
     assert shown["Redis keys"] == "about jobs 1.0 MiB, queue 1.0 KiB, acknowledgements unknown"
 

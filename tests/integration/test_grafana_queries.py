@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -137,7 +138,7 @@ def _finite(server: Prometheus, query: str) -> bool:
 def test_outbox_that_nobody_scrapes_reaches_prometheus_as_a_text_file(
     redis: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the script of the document. It has the metrics that the rules use, also if the outbox cannot be read."""
+    """By the script of the document, with the metrics that the rules use, also if the outbox is damaged."""
     monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "outbox.db"))
     (tmp_path / "trading-history").write_text(f'#!/bin/sh\nexec {sys.executable} -m consumers.cli "$@"\n', "utf-8")
     (tmp_path / "trading-history").chmod(0o755)
@@ -151,9 +152,27 @@ def test_outbox_that_nobody_scrapes_reaches_prometheus_as_a_text_file(
         assert _samples(script, file) == {
             "trading_history_outbox_up": 1.0,
             "trading_history_outbox_oldest_age_seconds": 0.0,
+            "trading_history_outbox_damaged_files": 0.0,
         }
-    (tmp_path / "outbox.db").write_bytes(b"no database at all" * 1000)
+        for number in range(30):
+            (tmp_path / f"outbox.db.salvaged-{number}").touch()
+        assert _samples(script, file)["trading_history_outbox_damaged_files"] == 1.0
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "damaged.db"))
+    with HistoryProducer(Redis(port=1), outbox=tmp_path / "damaged.db") as producer:
+        for portfolio_id in range(100):
+            producer.record(a_snapshot(portfolio_id=portfolio_id))
+        producer.close(timeout=0)
+    with (tmp_path / "damaged.db").open("r+b") as damaged:
+        damaged.seek(damaged.seek(0, os.SEEK_END) // 2 // 4096 * 4096)
+        damaged.write(random.Random(1).randbytes(4096))
+    assert json.loads(_printed("outbox", "status", "--json"))["check"] != "sound"
     assert _samples(script, file) == {"trading_history_outbox_up": 0.0}
+    (tmp_path / "damaged.db").write_bytes(b"no database at all" * 1000)
+    assert _samples(script, file) == {"trading_history_outbox_up": 0.0}
+
+
+def _printed(*command: str) -> str:
+    return subprocess.run(["trading-history", *command], check=False, capture_output=True, text=True, timeout=30).stdout
 
 
 def _samples(script: str, file: Path) -> dict[str, float]:

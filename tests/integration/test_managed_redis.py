@@ -46,7 +46,7 @@ def test_an_event_is_stored_and_the_state_is_known(
     with HistoryProducer(redis, outbox=tmp_path / "outbox.db") as producer:
         receipt = producer.record(a_snapshot())
         assert producer.flush(10) == 0
-        values, _ = pipeline_status()
+        values = pipeline_status()
         assert values["queued"] == 1
         assert "does not have command INFO" in values["capacity"]["not_read"]["Redis memory"]
         burst(redis)
@@ -57,8 +57,8 @@ def test_an_event_is_stored_and_the_state_is_known(
 
 def test_a_worker_process_starts_and_logs_nothing_else(redis: Redis, database_url: str, tmp_path: Path) -> None:
     with a_worker(redis, tmp_path / "log"):
-        values, healthy = pipeline_status()
-        assert (values["redis"], values["workers"], healthy) == ("reachable", 1, True)
+        values = pipeline_status()
+        assert (values["redis"], values["workers"], values["problems"]) == ("reachable", 1, [])
     log = (tmp_path / "log").read_text()
     assert ("Traceback" in log, log.count("CLIENT")) == (False, 1), log
 

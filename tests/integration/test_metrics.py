@@ -210,6 +210,17 @@ def test_unreadable_outbox_sets_outbox_up_to_0(redis: Redis) -> None:
     assert ("outbox_oldest_age_seconds",) not in scrape
 
 
+def test_damaged_files_of_an_outbox_are_counted_until_they_are_deleted(redis: Redis) -> None:
+    """Salvaged ones too: they may have lost events."""
+    Path("data").mkdir()
+    Outbox("data/outbox.db").close()
+    assert _scrape(redis)["outbox_damaged_files",] == 0
+    for name in ("outbox.db.damaged-1", "outbox.db.salvaged-2", "outbox.db.salvaged-2-wal"):
+        Path("data", name).touch()
+    scrape = _scrape(redis)
+    assert (scrape["outbox_damaged_files",], scrape["outbox_up",]) == (2, 1)
+
+
 def test_documented_metrics_are_those_that_are_exported(redis: Redis) -> None:
     """The table of consumers/ops/README.md, with labels. The alert rules use only these metrics."""
     insert_portfolio_history_snapshot({"timestamp": datetime.now(UTC), "portfolio_id": 1, **dict.fromkeys(_AMOUNTS, 1)})

@@ -380,10 +380,10 @@ def test_health_has_the_queue_the_outbox_and_the_rejections(
     for number in range(25):
         store_rejection(f"job-{number}", f"reason {number}")
     body = _get(client, "health")
-    assert body["redis"] | {"oldest_waiting_seconds": None} == {
-        "queued": 1, "reserved": 0, "oldest_waiting_seconds": None, "failed": 0, "workers": 0, "state": "ok",
+    assert body["redis"] | {"oldest_age_seconds": None} == {
+        "queued": 1, "reserved": 0, "oldest_age_seconds": None, "failed": 0, "workers": 0, "state": "ok",
     }  # fmt: skip
-    assert 0 <= body["redis"]["oldest_waiting_seconds"] < 60
+    assert 0 <= body["redis"]["oldest_age_seconds"] < 60
     assert [body["outbox"][name] for name in ("pending", "sent", "state")] == [0, 1, "ok"]
     assert body["database"]["rejections"]["count"] == 25
     assert len(body["database"]["rejections"]["newest"]) == 20
@@ -408,7 +408,7 @@ def test_an_unreadable_first_job_does_not_hide_the_number_of_jobs(client: TestCl
     """Only its age is unknown."""
     redis.rpush(Queue("history", connection=redis, serializer=JSONSerializer).key, "no-such-job")
     body = _get(client, "health")["redis"]
-    assert (body["queued"], body["oldest_waiting_seconds"]) == (1, None)
+    assert (body["queued"], body["oldest_age_seconds"]) == (1, None)
 
 
 def test_every_query_uses_an_index(client: TestClient) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -54,6 +55,16 @@ def test_the_demo_prints_the_transcript_and_leaves_no_process(home: Path) -> Non
             assert "\n".join(part) in "\n".join(printed)
         left = [process for process in psutil.process_iter(["cmdline"]) if str(home) in str(process.info["cmdline"])]
         assert left == []
+
+
+def test_the_last_lines_of_the_demo_can_be_run_without_the_installed_program(home: Path) -> None:
+    """As a module, the program has no name of its own."""
+    program = [sys.executable, "-m", "consumers.cli"]
+    environment = {**os.environ, "HISTORY_HOME": str(home)}
+    demo = subprocess.run([*program, "demo"], capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert demo.returncode == 0, demo.stderr
+    assert f"  {shlex.join(program)} up\n" in demo.stdout
+    assert f"demo {shlex.join(program)} history --portfolio-id 1\n" in demo.stdout
 
 
 def test_the_command_of_the_demo_installs_an_extra_that_exists() -> None:

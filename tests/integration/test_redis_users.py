@@ -155,7 +155,7 @@ def test_status_and_doctor_can_read_the_queue(redis: Redis, user: str, monkeypat
     """Doctor does not know the server's settings: a controller may not run INFO, and nobody CONFIG GET."""
     enqueue_snapshots(redis, 1)
     monkeypatch.setenv("REDIS_URL", url_of(redis, user))
-    values, _ = pipeline_status()
+    values = pipeline_status()
     checks = {check.name: check for check in redis_checks(TransportSettings.from_environment(), Mask(()))}
     assert (values["redis"], values["queued"]) == ("reachable", 1)
     assert (values["capacity"]["redis_key_bytes"] is None) == (user == "controller")

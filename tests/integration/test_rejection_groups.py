@@ -203,7 +203,7 @@ def test_options_select_the_same_for_list_and_discard(redis: Redis, options: tup
     assert (each.exit_code, groups.exit_code) == ((1, 1) if jobs else (0, 0))
     events = "1 event" if len(jobs) == 1 else f"{len(jobs)} events"
     assert planned.stdout.endswith(f"{events} would be requeued; nothing was changed.\n")
-    assert cli("failed", "discard", "--because", "x", "--dry-run", *options).exit_code == 0
+    assert cli("failed", "discard", "--dry-run", *options).exit_code == 0
     assert count_rejections() == 6
     done = cli("failed", "discard", "--because", "x", *options)
     assert (done.stdout, done.exit_code) == (f"{len(jobs)} discarded\n", 0)
@@ -228,7 +228,10 @@ def test_options_select_the_same_for_requeue(redis: Redis) -> None:
         (("discard", "--because", "x"), "or all with --all"),
         (("requeue", "job-1", "--kind", "archive"), "give either a job id or event id, or options that select events"),
         (("requeue", "job-1", "--limit", "1"), "give either a job id or event id, or options that select events"),
-        (("discard", "job-1", "--reason", "x"), "because"),
+        (("discard", "job-1", "--because", " "), "--because: say why the events may be discarded"),
+        (("discard", "job-1"), "--because: say why the events may be discarded"),
+        (("requeue", "--all", "--kind", "archive"), "--all: cannot be used with options that select events"),
+        (("discard", "--all", "--limit", "1", "--dry-run"), "--all: cannot be used with options that select events"),
         (("list", "--kind", "sheep"), "must be one of snapshot, archive, or - for an unknown kind"),
         (("list", "--reason", " "), "--reason: must not be empty"),
         (("list", "--source", ""), "--source: must not be empty"),

@@ -1143,7 +1143,7 @@ def test_the_age_of_a_job_without_a_readable_time_is_unknown(redis: Redis, value
     else:
         redis.hset(Job.key_for(job_id), "enqueued_at", value)
     health = read_queue(redis, "history")
-    assert (health.queued, health.oldest_waiting_seconds) == (1, None)
+    assert (health.queued, health.oldest_age_seconds) == (1, None)
 
 
 @pytest.mark.parametrize("junk", [b"\xff", b"x", b"1", b"{}", b"[" * 100_000, b'{"command":"stop-job"}'])

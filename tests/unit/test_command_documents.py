@@ -113,7 +113,7 @@ def test_command_lines_in_code_blocks_can_be_run(document: str) -> None:
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("failed discard JOB", "Missing parameter: because"),
+        ("withdraw 7c1f366e-c9c3-5876-873e-6a33c29b098d", "Missing parameter: reason"),
         ("failed requeue ONE TWO", "unexpected extra argument"),
         ("audit --since tomorrow", "tomorrow is not a time"),
         ("worker --processes two", "valid integer"),

@@ -68,8 +68,8 @@ def test_worker_checks_depend_on_leases_and_waiting_jobs(values: dict[str, Any],
 @pytest.mark.parametrize(
     ("values", "bad"),
     [
-        ({"queued": 1, "oldest_waiting_seconds": 300.0}, []),
-        ({"queued": 1, "oldest_waiting_seconds": 301.0}, [("queue", "warn")]),
+        ({"queued": 1, "oldest_age_seconds": 300.0}, []),
+        ({"queued": 1, "oldest_age_seconds": 301.0}, [("queue", "warn")]),
         ({"suspended": True}, [("queue", "fail")]),
         ({"queued": None}, [("queue", "unknown")]),
         ({"worker_states": {"one": "waiting for the database"}}, [("workers", "fail")]),
@@ -103,7 +103,7 @@ def test_queue_is_read_although_some_keys_have_the_wrong_type() -> None:
     redis.set("history:quarantine:history", "no list")
     health = read_queue(redis, "history")
     assert (health.queued, health.workers, health.reserved, health.quarantined, health.failed) == (1, 2, 2, None, 0)
-    assert (health.worker_states, health.oldest_waiting_seconds is not None) == ({"one": "busy"}, True)
+    assert (health.worker_states, health.oldest_age_seconds is not None) == ({"one": "busy"}, True)
     assert health.owners == {"dead:0000000b": Owner(leased=False, jobs=0), "one:0000000a": Owner(leased=True, jobs=2)}
 
 
@@ -132,7 +132,7 @@ def test_outbox_checks_depend_on_the_oldest_entry_and_the_size(
     [
         ({}, []),
         ({"failed": 3, "crash_counts": [2], "quarantined": 1}, []),
-        ({"queued": 1, "oldest_waiting_seconds": 301.0}, ["queue: 1 jobs in history, the first 5 min old"]),
+        ({"queued": 1, "oldest_age_seconds": 301.0}, ["queue: 1 jobs in history, the first 5 min old"]),
         ({"queued": None}, ["queue: cannot be read"]),
         ({"suspended": True}, ["queue: 0 jobs, but RQ's workers are suspended"]),
         (
@@ -159,8 +159,8 @@ def test_problems_of_the_queue_are_late_jobs_and_failed_checks(values: dict[str,
     [
         ({"rejected": 1, "oldest_unacknowledged_seconds": 600.0}, []),
         ({"oldest_unacknowledged_seconds": 720.0}, ["outbox: 0 pending, 0 sent, the oldest 12 min old"]),
-        ({"used_bytes": 60, "limit_bytes": 100}, []),
-        ({"used_bytes": 95, "limit_bytes": 100}, ["outbox size: 0.1 KiB, 95% of its limit"]),
+        ({"used_bytes": MAX_BYTES * 60 // 100}, []),
+        ({"used_bytes": MAX_BYTES * 95 // 100}, ["outbox size: 972.8 MiB, 95% of its limit"]),
     ],
 )
 def test_problems_of_the_outbox_are_late_entries_and_a_full_file(values: dict[str, Any], problems: list[str]) -> None:

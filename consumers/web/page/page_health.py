@@ -12,7 +12,7 @@ from consumers.settings import DashboardSettings
 from consumers.web.disclosure import Unreadable, disclosed
 
 _SECONDS = 15.0
-_QUEUE = ("queued", "reserved", "oldest_waiting_seconds", "failed", "workers", "state")
+_QUEUE = ("queued", "reserved", "oldest_age_seconds", "failed", "workers", "state")
 _OUTBOX = ("pending", "sent", "rejected", "oldest_unacknowledged_seconds", "state")
 
 

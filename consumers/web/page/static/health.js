@@ -40,7 +40,7 @@ function databaseTile(database) {
 function queueTiles(redis, dashboard) {
   if (redis === null) return [tile("plain", "Queue", "unknown", "REDIS_URL is not set here"), unknownWorkers()];
   if (redis.error) return [tile("bad", "Queue", "not readable", redis.error), unknownWorkers()];
-  const { queued, reserved, oldest_waiting_seconds: waited, workers, state } = redis;
+  const { queued, reserved, oldest_age_seconds: waited, workers, state } = redis;
   if (state === "unknown") return [tile("bad", "Queue", "not readable", "run trading-history doctor"), unknownWorkers()];
   const lag = waited === null ? "no job is waiting" : `the oldest has waited for ${duration(waited)}`;
   const queue = tile(state === "ok" ? "good" : "bad", "Queue", `${count(queued)} waiting`, `${lag}; ${count(reserved)} reserved`);
