@@ -67,11 +67,15 @@ class OutboxStatus:
 
 
 class OutboxGrowth(NamedTuple):
-    """Growth of the unsettled entries in the last `seconds`: recorded minus settled. `kept` counts all entries."""
+    """Growth of the unsettled entries in the last `seconds`: recorded minus settled.
+
+    `kept` counts all entries. `event_bytes` is the mean size of the newest events.
+    """
 
     entries: int
     kept: int
     seconds: float
+    event_bytes: float = 0.0
 
 
 class OutboxSource(NamedTuple):

@@ -44,6 +44,9 @@ ORDER BY position LIMIT 1
 }
 
 _NEWEST = "SELECT recorded_at FROM entries ORDER BY position DESC"
+_NEWEST_BYTES = """
+SELECT coalesce(avg(length(CAST(event AS BLOB))), 0.0) FROM (SELECT event FROM entries ORDER BY position DESC LIMIT 100)
+"""
 _SETTLED_SINCE = "SELECT count(*) FROM outcomes WHERE settled_at > ? AND settled_at <= ?"
 _OLDEST_OUTCOME = "SELECT min(settled_at) FROM outcomes"
 _LAST_POSITION = "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'entries'), 0)"
@@ -79,27 +82,33 @@ def oldest_seconds(db: sqlite3.Connection, state: Literal["pending", "sent"], no
 
 
 def growth(db: sqlite3.Connection, now: float, seconds: float) -> OutboxGrowth | None:
-    """Return by how much the unsettled entries have grown in the last `seconds`, or less if very many were recorded.
+    """Return by how much the unsettled entries have grown in the last `seconds`.
+
+    The time is shorter if very many entries were recorded, or if the outbox is younger.
 
     None if that is not known: entries that were settled in this time may have been deleted.
     """
-    since, recorded, newest = now - seconds, 0, db.execute(_NEWEST)
+    since, oldest_recent, recorded, newest = now - seconds, now, 0, db.execute(_NEWEST)
     for page_number in range(MOST_PAGES):
         recent = [at for (at,) in newest.fetchmany(PAGE_ENTRIES) if since < at <= now]
         if not recent:
             break
         recorded += len(recent)
+        oldest_recent = min(recent)
         if page_number == MOST_PAGES - 1:
-            since = min(recent)
+            since = oldest_recent
     newest.close()
     counted = status(db, now)
     kept = counted.depth + counted.stored + counted.rejected
+    last_position = db.execute(_LAST_POSITION).fetchone()[0]
     # Settled entries are deleted in the order in which they were settled.
     oldest = db.execute(_OLDEST_OUTCOME).fetchone()[0]
-    if kept != db.execute(_LAST_POSITION).fetchone()[0] and (oldest is None or oldest > since):
+    if kept != last_position and (oldest is None or oldest > since):
         return None
     settled = db.execute(_SETTLED_SINCE, (since, now)).fetchone()[0]
-    return OutboxGrowth(recorded - settled, kept, now - since)
+    event_bytes = db.execute(_NEWEST_BYTES).fetchone()[0]
+    is_young = 0 < recorded == kept == last_position  # the time before its first entry does not count
+    return OutboxGrowth(recorded - settled, kept, now - (oldest_recent if is_young else since), event_bytes)
 
 
 def _number(db: sqlite3.Connection, query: str, values: dict[str, int]) -> int:

@@ -54,9 +54,13 @@ _EACH = """
 _EVENT = text("SELECT event FROM event_outcomes WHERE job_id = :job_id AND outcome = 'rejected'")
 
 # Rows are locked in the order in which workers insert outcomes: another order could cause deadlocks.
+# An event that was rejected again since it was chosen has another time, and perhaps a reason that nobody has chosen.
 _LOCK = text("""
-    SELECT job_id, coalesce(octet_length(event), 0) AS bytes FROM event_outcomes
-    WHERE job_id = ANY (:job_ids) AND outcome = 'rejected' ORDER BY job_id FOR UPDATE
+    SELECT outcomes.job_id, coalesce(octet_length(outcomes.event), 0) AS bytes
+    FROM event_outcomes AS outcomes
+    JOIN unnest(CAST(:job_ids AS text[]), CAST(:times AS timestamptz[])) AS chosen (job_id, created_at)
+        ON chosen.job_id = outcomes.job_id AND chosen.created_at = outcomes.created_at
+    WHERE outcomes.outcome = 'rejected' ORDER BY outcomes.job_id FOR UPDATE OF outcomes
 """)
 _DISCARD = text("""
     UPDATE event_outcomes SET outcome = 'discarded', reason = :reason || '; it was rejected: ' || reason, actor = :actor
@@ -275,7 +279,8 @@ def requeue(
         on_progress: Called after each batch with the number of rejections that were looked at.
 
     Returns:
-        The number of requeued jobs. An event that was stored or discarded since it was chosen is not requeued.
+        The number of requeued jobs. An event that was stored, discarded or rejected again since it was chosen is not
+        requeued.
 
     Raises:
         HistoryError: for some jobs, Redis no longer has them and the recorded text is not an event. All others were
@@ -286,7 +291,7 @@ def requeue(
     for some in _batches(chosen):
         with get_db() as db:
             sizes = _locked(db, some)
-            moved, lost = jobs.requeue([job_id for job_id in some if job_id in sizes])
+            moved, lost = jobs.requeue([one.job_id for one in some if one.job_id in sizes])
             requeued += moved
             for few in _with_bounded_texts(lost, sizes):
                 found = _lost_jobs(db, few)
@@ -353,7 +358,8 @@ def discard(
         on_progress: Called after each batch with the number of rejections that were looked at.
 
     Returns:
-        The number of discarded rejections. A job that is no longer rejected is left unchanged.
+        The number of discarded rejections. An event that was stored, discarded or rejected again since it was chosen
+        is left unchanged.
     """
     jobs = FailedJobs(redis, queue_name)
     discarded, done = 0, 0
@@ -368,15 +374,16 @@ def discard(
     return discarded
 
 
-def _batches(chosen: Iterable[Rejection]) -> Iterator[list[str]]:
+def _batches(chosen: Iterable[Rejection]) -> Iterator[list[Rejection]]:
     left = iter(chosen)
-    while some := [rejection.job_id for rejection in islice(left, _AT_ONCE)]:
+    while some := list(islice(left, _AT_ONCE)):
         yield some
 
 
-def _locked(db: Connection, job_ids: Sequence[str]) -> dict[str, int]:
-    """Lock the outcomes that are still rejected, and return the sizes of their texts in bytes, by job id."""
-    return {row.job_id: row.bytes for row in db.execute(_LOCK, {"job_ids": list(job_ids)})}
+def _locked(db: Connection, chosen: Sequence[Rejection]) -> dict[str, int]:
+    """Lock the outcomes that are as they were chosen, and return the sizes of their texts in bytes, by job id."""
+    given = {"job_ids": [one.job_id for one in chosen], "times": [one.created_at for one in chosen]}
+    return {row.job_id: row.bytes for row in db.execute(_LOCK, given)}
 
 
 def as_dict(rejection: Rejection) -> dict[str, Any]:

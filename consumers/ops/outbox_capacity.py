@@ -55,7 +55,9 @@ def outbox_capacity(used_bytes: int, growth: OutboxGrowth | None, free_bytes: in
     """
     if growth is None or used_bytes < _SMALLEST_BYTES or growth.kept == 0 or growth.seconds < 1.0:
         return OutboxCapacity(used_bytes)
-    bytes_per_second = growth.entries / growth.seconds * used_bytes / growth.kept
+    # The newest events may be larger than the mean of all, for example archives after many snapshots.
+    entry_bytes = max(used_bytes / growth.kept, growth.event_bytes)
+    bytes_per_second = growth.entries / growth.seconds * entry_bytes
     room_bytes = max(min(MAX_BYTES - used_bytes, free_bytes), 0)
     full_in_seconds = room_bytes / bytes_per_second if bytes_per_second > 0 else None
     return OutboxCapacity(used_bytes, bytes_per_second, full_in_seconds)

@@ -153,6 +153,20 @@ def test_event_that_was_stored_meanwhile_is_not_requeued(redis: Redis, database_
     assert history_queue(redis).count == 0
 
 
+def test_event_that_was_rejected_again_meanwhile_is_left_for_the_next_run(redis: Redis, database_url: str) -> None:
+    """Its reason may be another one, which nobody has selected."""
+    store_rejections("why", 3)
+    chosen = list(rejections(Selection(reason="why")))
+    with get_db() as db:
+        db.execute(
+            text("UPDATE event_outcomes SET reason = 'other', created_at = now() WHERE job_id = :job_id"),
+            {"job_id": chosen[1].job_id},
+        )
+    assert requeue(chosen[1:2], redis, "history") == 0
+    assert discard(chosen, redis, "history", "test data") == 2
+    assert [one.reason for one in rejections()] == ["other"]
+
+
 def test_lost_job_whose_text_is_not_an_event_cannot_be_requeued(redis: Redis, database_url: str) -> None:
     store_rejection("a", "why")
     with pytest.raises(HistoryError, match="job a cannot be requeued: Redis no longer has it"):

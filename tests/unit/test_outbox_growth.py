@@ -14,7 +14,7 @@ from consumers.ops.outbox_capacity import GROWTH_SECONDS, outbox_capacity
 from producers import outbox_counts
 from producers.entries import OutboxGrowth
 from producers.outbox import MAX_BYTES, Outbox
-from tests.factories import a_snapshot
+from tests.factories import a_signal, a_snapshot, an_archive
 from tests.relaying import make_older
 
 _MIB = 2**20
@@ -109,6 +109,27 @@ def test_many_entries_are_measured_over_a_shorter_time(
     assert growth is not None
     assert growth.entries == 10
     assert 10 <= growth.seconds < 40
+
+
+def test_the_growth_of_a_new_outbox_counts_from_its_first_entry(outbox: Outbox, path: Path) -> None:
+    """Otherwise a fast start would count as slow for five minutes."""
+    _record(outbox, 10)
+    make_older(path, 20)
+    _record(outbox, 10)
+    growth = outbox.growth(GROWTH_SECONDS)
+    assert growth is not None
+    assert (growth.entries, growth.kept) == (20, 20)
+    assert 20 <= growth.seconds < 50
+
+
+def test_newest_events_that_are_larger_fill_the_outbox_sooner(outbox: Outbox, path: Path) -> None:
+    _record(outbox, 1000)
+    make_older(path, 1000)
+    outbox.append("bot", [an_archive(signals=[a_signal(reason="x" * 100_000)]) for _ in range(100)])
+    growth = outbox.growth(GROWTH_SECONDS)
+    assert growth is not None
+    capacity = outbox_capacity(outbox.used_bytes(), growth, MAX_BYTES)
+    assert capacity.growth_bytes_per_second == pytest.approx(100 * 100_000 / GROWTH_SECONDS, rel=0.1)
 
 
 _FULL = 10 * _MIB / 1000  # bytes of an entry, see below
