@@ -248,6 +248,8 @@ def _selection(
     for option, text in (("--reason", reason), ("--source", source)):
         if text is not None and not text.strip():
             raise typer.BadParameter("must not be empty", param_hint=option)
+        if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+            raise typer.BadParameter("must be UTF-8", param_hint=option)
     zone = ZoneSettings.from_environment().timezone
     selection = Selection(
         kind=kind,
@@ -257,6 +259,10 @@ def _selection(
         until=until and localized(until, zone, "--until"),
         limit=limit,
     )
+    try:
+        selection.values()
+    except OverflowError:
+        raise typer.BadParameter("is before the year 1 or after 9999 in UTC", param_hint="--since or --until") from None
     if name is None and required and selection.is_empty and not every:
         choices = "select some with --reason, --source, --kind, --since, --until or --limit, or all with --all"
         raise typer.BadParameter(f"give a job id or event id, {choices}", param_hint="NAME")
@@ -288,7 +294,7 @@ def _action(selection: Selection) -> Iterator[tuple[tuple[Any, str], int, Callab
 
 def _print_done(count: int, selected: int, done: str) -> None:
     left = selected - count
-    print(f"{count:,} {done}{f'; {left:,} left: queued again, or no longer rejected' if left > 0 else ''}")
+    print(f"{count:,} {done}{f'; {left:,} left: queued or rejected again, or no longer rejected' if left > 0 else ''}")
 
 
 def _print_plan(selection: Selection, done: str) -> None:
@@ -301,7 +307,7 @@ def _print_plan(selection: Selection, done: str) -> None:
         raise _not_found(selection.name)
     print_rejection_groups(groups, "No rejected event is selected.")
     count = sum(group["count"] for group in groups)
-    print(f"{counted(count, 'event')} would be {done}; nothing was changed.")
+    print(f"At most {counted(count, 'event')} would be {done}; nothing was changed.")
 
 
 def _not_found(name: str) -> HistoryError:

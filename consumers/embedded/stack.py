@@ -20,7 +20,8 @@ def embedded_home() -> Path:
     from consumers.embedded import default_home
 
     home = EmbeddedSettings.from_environment().home
-    return default_home() if home is None else home.expanduser().absolute()
+    # Without `..`: the path to it may not exist, and the servers' processes start elsewhere.
+    return default_home() if home is None else Path(os.path.abspath(home.expanduser()))
 
 
 @contextmanager

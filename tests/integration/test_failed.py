@@ -277,7 +277,7 @@ def test_a_requeue_that_is_killed_continues_in_a_second_run(redis: Redis, databa
         killed.communicate()
     assert queue.get_job_ids() == jobs[:500]
     again = _failed("requeue", "--all")
-    assert again.communicate() == ("100 requeued; 500 left: queued again, or no longer rejected\n", "")
+    assert again.communicate() == ("100 requeued; 500 left: queued or rejected again, or no longer rejected\n", "")
     assert queue.get_job_ids() == jobs
     burst(redis)
     assert (len(get_portfolio_history()), list(rejections()), queue.failed_job_registry.count) == (600, [], 0)
@@ -340,9 +340,12 @@ def test_a_selection_does_not_discard_what_was_requeued(redis: Redis, database_u
     jobs = reject_conflicts(redis, 4)
     assert requeue(rejections(Selection(limit=2)), redis, "history") == 2
     discarded = cli("failed", "discard", "--all", "--because", "x")
-    assert discarded.stdout == "2 discarded; 2 left: queued again, or no longer rejected\n"
+    assert discarded.stdout == "2 discarded; 2 left: queued or rejected again, or no longer rejected\n"
     assert history_queue(redis).get_job_ids() == jobs[:2]
-    assert cli("failed", "requeue", "--all").stdout == "0 requeued; 2 left: queued again, or no longer rejected\n"
+    assert (
+        cli("failed", "requeue", "--all").stdout
+        == "0 requeued; 2 left: queued or rejected again, or no longer rejected\n"
+    )
     assert cli("failed", "discard", jobs[0], "--because", "x").stdout == "1 discarded\n"
     assert history_queue(redis).get_job_ids() == jobs[1:2]
 

@@ -202,7 +202,7 @@ def test_options_select_the_same_for_list_and_discard(redis: Redis, options: tup
     assert sum(one["count"] for one in json.loads(groups.stdout)) == len(jobs)
     assert (each.exit_code, groups.exit_code) == ((1, 1) if jobs else (0, 0))
     events = "1 event" if len(jobs) == 1 else f"{len(jobs)} events"
-    assert planned.stdout.endswith(f"{events} would be requeued; nothing was changed.\n")
+    assert planned.stdout.endswith(f"At most {events} would be requeued; nothing was changed.\n")
     assert cli("failed", "discard", "--dry-run", *options).exit_code == 0
     assert count_rejections() == 6
     done = cli("failed", "discard", "--because", "x", *options)
@@ -237,6 +237,9 @@ def test_options_select_the_same_for_requeue(redis: Redis) -> None:
         (("list", "--source", ""), "--source: must not be empty"),
         (("list", "--since", "7"), "7 is not a time: write for example 2026-11-22T17:00, "),
         (("list", "--limit", "0"), "must be a whole number from 1"),
+        (("list", "--reason", "\udcff"), "--reason: must be UTF-8"),
+        (("list", "--until", "9999-12-31T23:59:59-12:00"), "is before the year 1 or after 9999 in UTC"),
+        (("discard", "--all", "--since", "0001-01-01T00:00+14:00"), "is before the year 1 or after 9999 in UTC"),
     ],
 )
 def test_a_wrong_selection_is_wrong_usage(redis: Redis, arguments: tuple[str, ...], error: str) -> None:
