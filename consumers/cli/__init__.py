@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, running, status, up, views
+from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, running, serving, status, up
 from consumers.cli.error_messages import error_message
 from consumers.process_setup import on_stop_signals, write_logs
 from consumers.terminal import escaped, print_any_character
@@ -85,8 +85,8 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "init-db": running.init_db,
         "worker": running.worker,
         "relay": running.relay,
-        "api": views.api,
-        "dashboard": views.dashboard,
+        "api": serving.api,
+        "dashboard": serving.dashboard,
     },
     "Record and read": {
         "snapshot": recording.snapshot,

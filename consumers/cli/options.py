@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from zoneinfo import ZoneInfo
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from producers.errors import HistoryError, InvalidEvent
+from producers.errors import InvalidEvent
 from producers.fields import LARGEST_BIGINT, NUMBER, SMALLEST_BIGINT
 from producers.settings import ZoneSettings
 from producers.times import localized, wall_clock, zone_named
@@ -178,14 +177,3 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def usual_or_free_port(what: str, port: int, host: str = "127.0.0.1") -> socket.socket:
-    """Return a socket that listens at this port. If the port is taken, use any free one and say so on stderr."""
-    from consumers.web.listening import listen
-
-    try:
-        return listen(host, port)
-    except HistoryError as error:
-        print(f"{what} uses another port this time: {error}", file=sys.stderr)
-        return listen(host, 0)

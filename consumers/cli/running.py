@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 import typer
 
-from consumers.cli.options import usual_or_free_port
 from consumers.embedded.stack import stack
+from consumers.web.listening import PAGE_PORT, url_of, usual_or_free_port
 
 _LAST_PORT = 65535
 
@@ -40,7 +40,6 @@ def demo(
 def _show_page(outbox: Path) -> None:
     """Serve the history page until Ctrl-C, with the state of this outbox, and open it in a browser."""
     from consumers.web.api.api_server import serve
-    from consumers.web.listening import PAGE_PORT, url_of
 
     os.environ["HISTORY_OUTBOX"] = str(outbox)
     with usual_or_free_port("The history page", PAGE_PORT) as listening:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import typer
 
-from consumers.cli.options import usual_or_free_port
 from consumers.embedded.stack import embedded_home, stack
+from consumers.web.listening import DASHBOARD_PORT, PAGE_PORT, url_of, usual_or_free_port
 
 _Start = Callable[..., subprocess.Popen[bytes]]
 
@@ -70,7 +70,6 @@ def up(context: typer.Context) -> None:
 
 def _page(opened: ExitStack, start: _Start) -> _WebServer:
     from consumers.settings import ApiSettings
-    from consumers.web.listening import PAGE_PORT, url_of
 
     if not _installed("fastapi", "httptools", "uvicorn", "youplot"):
         return _not_installed("The history page", "api")
@@ -82,7 +81,6 @@ def _page(opened: ExitStack, start: _Start) -> _WebServer:
 def _dashboard(opened: ExitStack, start: _Start) -> _WebServer:
     """Listen for RQ Dashboard. Its password is HISTORY_DASHBOARD_PASSWORD, otherwise a new one for each run."""
     from consumers.settings import DASHBOARD_USER, DashboardSettings
-    from consumers.web.listening import DASHBOARD_PORT, url_of
 
     if not _installed("flask", "rq_dashboard", "six", "waitress"):
         return _not_installed("RQ Dashboard", "dashboard")

@@ -24,7 +24,6 @@ from consumers.ops.outbox_health import OutboxHealth
 from consumers.ops.probes import Reading, Value
 from consumers.ops.queue_health import QueueHealth, queue_of_settings
 from producers.errors import HistoryError
-from producers.outbox import MAX_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +151,7 @@ def _outbox_metrics(outbox: OutboxHealth) -> Iterator[Metric]:
         "outbox_oldest_age_seconds", "Age of the oldest entry that no worker has acknowledged, in seconds.", oldest
     )
     yield _gauge("outbox_used_bytes", "Bytes of this machine's outbox that are in use.", outbox.used_bytes)
-    yield _gauge("outbox_max_bytes", "Bytes from which on this machine's outbox accepts no event.", MAX_BYTES)
+    yield _gauge("outbox_max_bytes", "Bytes from which on this machine's outbox accepts no event.", outbox.max_bytes)
     documentation = "Damaged files of this machine's outbox that nobody has deleted yet, salvaged ones included."
     yield _gauge("outbox_damaged_files", documentation, outbox.damaged_files)
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from redis import AuthenticationError, Redis, RedisError
 from rq import Queue
@@ -50,6 +50,7 @@ class OutboxHealth:
     oldest_unacknowledged_seconds: float | None
     used_bytes: int
     is_relayed: bool | None = None  # None: not checked
+    max_bytes: ClassVar[int] = MAX_BYTES  # limit of used_bytes
     damaged_files: int = 0  # quarantined files that nobody has deleted yet, salvaged ones included
 
     @property
@@ -72,7 +73,7 @@ class OutboxHealth:
         problem = f"{self.rejected}{INCLUDED}" if self.rejected else ""
         advice = "run trading-history failed list on a machine that reaches the database"
         yield check_result("outbox rejections", "none", problem, advice=advice, state="warn")
-        share = self.used_bytes / MAX_BYTES
+        share = self.used_bytes / self.max_bytes
         used = f"{size(self.used_bytes)}, {share:.0%} of its limit"
         advice = "make sure that Redis and workers run: a full outbox accepts no event"
         state: State = "fail" if share > _FULL_SHARE else "warn"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sys
 
 from producers.errors import HistoryError
 
@@ -24,6 +25,15 @@ def listen(host: str, port: int, *, advice: str = "") -> socket.socket:
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]  # Python appends the address
         raise HistoryError(f"cannot listen at {host} port {port}: {reason}{advice and '; '}{advice}") from error
+
+
+def usual_or_free_port(what: str, port: int, host: str = "127.0.0.1") -> socket.socket:
+    """Return a socket that listens at this port. If the port is taken, use any free one and say so on stderr."""
+    try:
+        return listen(host, port)
+    except HistoryError as error:
+        sys.stderr.write(f"{what} uses another port this time: {error}\n")
+        return listen(host, 0)
 
 
 def url_of(listening: socket.socket) -> str:

@@ -194,9 +194,12 @@ def test_number_of_commands_and_round_trips_is_limited(redis: Redis, monkeypatch
     sent: list[object] = []
     connection = redis.connection_pool.connection_class
     send = connection.send_packed_command
-    monkeypatch.setattr(
-        connection, "send_packed_command", lambda *given, **named: (sent.append(given), send(*given, **named))
-    )
+
+    def counted(*given: Any, **named: Any) -> None:
+        sent.append(given)
+        send(*given, **named)
+
+    monkeypatch.setattr(connection, "send_packed_command", counted)
     redis.config_resetstat()
     sent.clear()
     memory = read_memory(redis, "history")

@@ -58,7 +58,7 @@ def test_the_demo_prints_the_transcript_and_leaves_no_process(home: Path) -> Non
 
 
 def test_the_last_lines_of_the_demo_can_be_run_without_the_installed_program(home: Path) -> None:
-    """As a module, the program has no name of its own."""
+    """It then runs as a module."""
     program = [sys.executable, "-m", "consumers.cli"]
     environment = {**os.environ, "HISTORY_HOME": str(home)}
     demo = subprocess.run([*program, "demo"], capture_output=True, text=True, timeout=60, env=environment, check=False)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from flask import Flask
 
-from consumers.cli.options import usual_or_free_port
 from consumers.settings import DashboardSettings, origin_of
 from consumers.web.dashboard.login import Guard
-from consumers.web.listening import listen
+from consumers.web.listening import listen, usual_or_free_port
 from producers.errors import SettingsError
 from producers.redis_url import place_of, redis_client
 
