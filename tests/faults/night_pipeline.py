@@ -47,6 +47,7 @@ _WAIT_SECONDS = 60.0  # for a process, a reservation, the last entries
 _PORTFOLIOS = {"bot": 1, "bot-2": 2, "cron": 3, "cron-alone": 4, "late": 5, "by-hand": 6, "spare": 7}
 _START_SECONDS = 180.0  # of an API on a busy machine
 _OLD_SNAPSHOT_AGE = timedelta(hours=27)
+_PAGE_BYTES = 4096  # SQLite's
 
 
 class Pipeline:
@@ -223,6 +224,23 @@ class Pipeline:
 
     def repair_the_spare_outbox(self) -> None:
         self._outbox("spare").with_name("kept.db").rename(self._outbox("spare"))
+
+    def damage_the_spare_outbox_under_a_controller(self) -> None:
+        """Overwrite all pages but the first, and start a controller, which quarantines and salvages the file."""
+        content = self._outbox("spare").read_bytes()
+        self._outbox("spare").write_bytes(content[:_PAGE_BYTES] + bytes(len(content) - _PAGE_BYTES))
+        with HistoryProducer(outbox=self._outbox("spare"), name="spare"):
+            pass
+        if not self._quarantined_spare_files():
+            raise RuntimeError("the controller did not quarantine the damaged outbox")
+
+    def delete_the_quarantined_spare_outbox(self) -> None:
+        for file in self._quarantined_spare_files():
+            file.unlink()
+
+    def _quarantined_spare_files(self) -> list[Path]:
+        with Outbox(self._outbox("spare")) as outbox:
+            return [*outbox.quarantine.damaged_files(), *outbox.quarantine.salvaged_files()]
 
     def freeze(self) -> None:
         """Stop the workers and the API by SIGSTOP."""

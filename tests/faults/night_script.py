@@ -92,6 +92,13 @@ _FIRST = (
         after=("outbox nearly full",),
     ),
     Fault(
+        "outbox damaged under a controller",
+        Pipeline.damage_the_spare_outbox_under_a_controller,
+        Pipeline.delete_the_quarantined_spare_outbox,
+        (Expected("HistoryOutboxIsDamaged", notice_seconds=5),),
+        after=("outbox damaged",),
+    ),
+    Fault(
         "worker killed with reserved jobs",
         Pipeline.kill_a_worker_with_reserved_jobs,
         lambda _: None,  # the pool has started another worker
