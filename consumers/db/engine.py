@@ -138,9 +138,11 @@ def create_store_engine(
         hide_parameters=True,
     )
     settings = transaction_settings(statement_timeout_seconds, schemas)
+    if long_transactions:  # in the first statement: the limit may be a few milliseconds
+        settings = f"{_NO_IDLE_LIMIT}; {settings}"
     event.listen(store, "begin", lambda connection: connection.exec_driver_sql(settings))
     if long_transactions:
-        event.listen(store, "begin", _lift_transaction_limits)
+        event.listen(store, "begin", _lift_transaction_timeout)
     try_hosts_in_turn(store)
     _check_before_use(store)
     return store
@@ -203,9 +205,10 @@ def transaction_settings(statement_timeout_seconds: float, search_path: tuple[st
     )
 
 
-def _lift_transaction_limits(connection: Connection) -> None:
-    """Let the current transaction take any time."""
-    connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+_NO_IDLE_LIMIT = "SET LOCAL idle_in_transaction_session_timeout = 0"
+
+
+def _lift_transaction_timeout(connection: Connection) -> None:
     if (connection.dialect.server_version_info or ()) >= _TRANSACTION_TIMEOUT_VERSION:
         connection.exec_driver_sql("SET LOCAL transaction_timeout = 0")
 
@@ -308,8 +311,8 @@ def long_read(store: Engine | None = None) -> Iterator[Connection]:
     with translated_errors(store), store.connect() as pooled:
         connection = pooled.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         # The default limits could end a long read.
-        connection.exec_driver_sql("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
-        _lift_transaction_limits(connection)
+        connection.exec_driver_sql(f"SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0; {_NO_IDLE_LIMIT}")
+        _lift_transaction_timeout(connection)
         yield connection
 
 
