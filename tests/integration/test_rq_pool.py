@@ -119,9 +119,10 @@ def test_a_pool_without_a_database_restarts_its_workers_slowly(
         for worker in pool.children():
             worker.kill()
         until(lambda: log.read_text().count("error: DATABASE_URL is not set") == 4)
-        pool.send_signal(signal.SIGTERM)  # the pause does not delay the end
+        assert "Traceback" not in log.read_text()
+        # The pause does not delay the end. RQ shows a traceback of a worker that it ends while it starts.
+        pool.send_signal(signal.SIGTERM)
         assert pool.wait(10) == 0
-    assert "Traceback" not in log.read_text()
 
 
 def test_a_burst_of_a_pool_without_a_database_ends_at_once(
