@@ -42,7 +42,7 @@ def read_time(text: str, zone: tzinfo | None, *, now: datetime | None = None) ->
     stays without one, since not every caller takes it to be in the same zone.
 
     Raises:
-        ValueError: the text is none of these; the message has examples.
+        ValueError: the text has none of these forms; the message gives examples.
     """
     now = now or datetime.now(UTC)
     word = text.strip().casefold()
@@ -82,7 +82,7 @@ def read_date(text: str, today: date) -> date:
     """Read a date: ISO 8601, or relative to `today`: `7d` and `2w` ago, `today`, `yesterday`.
 
     Raises:
-        ValueError: the text is none of these; the message has examples.
+        ValueError: the text has none of these forms; the message gives examples.
     """
     word = text.strip().casefold()
     try:

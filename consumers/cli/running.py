@@ -48,7 +48,7 @@ def _show_page(outbox: Path) -> None:
 
 
 def open_browser(url: str) -> None:
-    """Open the address in a browser with a window; say so if there is none."""
+    """Open the address in a graphical browser. Print a line if there is none."""
     import webbrowser
 
     # Without a display, the standard library would start a browser for terminals in this terminal.

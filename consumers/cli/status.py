@@ -91,7 +91,7 @@ def status_lines(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def capacity_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the names and values of the capacity, always the same names; `-` if it is not known or there is none."""
+    """Yield each name of the capacity with its value, always the same names; `-` means unknown or none."""
     not_read = found["not_read"]
     yield "stored rate", _rate(found) or not_read.get("tables", "-")
     waiting, unacknowledged = found["queue_oldest_age_seconds"], found["outbox_oldest_age_seconds"]

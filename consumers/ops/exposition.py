@@ -152,7 +152,7 @@ def _outbox_metrics(outbox: OutboxHealth) -> Iterator[Metric]:
     )
     yield _gauge("outbox_used_bytes", "Bytes of this machine's outbox that are in use.", outbox.used_bytes)
     yield _gauge("outbox_max_bytes", "Bytes from which on this machine's outbox accepts no event.", outbox.max_bytes)
-    documentation = "Damaged files of this machine's outbox that nobody has deleted yet, salvaged ones included."
+    documentation = "Quarantined files of this machine's outbox, salvaged ones included, until they are deleted."
     yield _gauge("outbox_damaged_files", documentation, outbox.damaged_files)
 
 

@@ -51,7 +51,7 @@ class OutboxHealth:
     used_bytes: int
     is_relayed: bool | None = None  # None: not checked
     max_bytes: ClassVar[int] = MAX_BYTES  # limit of used_bytes
-    damaged_files: int = 0  # quarantined files that nobody has deleted yet, salvaged ones included
+    damaged_files: int = 0  # quarantined files, salvaged ones included, until they are deleted
 
     @property
     def state(self) -> State:
