@@ -31,6 +31,7 @@ from consumers.row_texts import ndjson_line, plain
 # A pipe has no width, so nothing is cut there.
 _PIPE_COLUMNS = 250
 _ONE_LINE_COLUMNS = 100_000
+_SHOWN_DIFFERENCES = 10  # for each source
 MOST_REJECTIONS = 1000  # a table needs all its rows in memory to find the width of its columns
 _STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -202,8 +203,11 @@ def print_rejections(rejections: Iterable[Mapping[str, Any]], otherwise: str) ->
 def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of the audited sources, then notes on the checked range and on copies of an outbox.
 
-    Sources of an outbox on this host come first, then those with the newest events.
+    Sources of an outbox on this host come first, then those with the newest events. The results of comparing contents
+    follow.
     """
+    compared = audits
+    audits = [one for one in audits if "stored" in one]
     counts = ("stored", "duplicate", "rejected", "discarded", "withdrawn", "under way", "last")
     cells = []
     never = datetime.min.replace(tzinfo=UTC)
@@ -236,6 +240,21 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
                 f"{one['source']} was used by copies of one outbox.{used} To find gaps in it, run audit on the host of"
                 " each copy."
             )
+    for one in compared:
+        for name, recorded in (("content", "was recorded"), ("against", "was sealed")):
+            if one[name] is not None:
+                _print_content(one["source"], one[name], recorded)
+
+
+def _print_content(source: str, content: Mapping[str, Any], recorded: str) -> None:
+    """Print whether the events of a source have the content that was recorded, or sealed, and how they differ."""
+    differing = f"{content['differing']:,} differ:" if content["differing"] else "all are equal."
+    _print(f"{source}: {content['checked']:,} events compared with what {recorded}: {differing}")
+    for one in content["differences"][:_SHOWN_DIFFERENCES]:
+        numbers = str(one["first"]) if one["first"] == one["last"] else f"{one['first']}-{one['last']}"
+        _print(f"  number {numbers}: {one['problem']}")
+    if content["differing"] > _SHOWN_DIFFERENCES:
+        _print("  --json shows the first 100.")
 
 
 def print_import_statistics(statistics: Sequence[Mapping[str, Any]]) -> None:

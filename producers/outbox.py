@@ -22,6 +22,7 @@ from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 from uuid import UUID, uuid4
 
 from producers import outbox_counts
+from producers.digests import digest_of_text
 from producers.entries import (
     Accepted,
     AuditEntry,
@@ -43,7 +44,9 @@ from producers.outbox_place import LOCK
 from producers.outbox_quarantine import Quarantine
 from producers.outbox_salvage import has_content_of_an_outbox
 from producers.outbox_schema import ensure_tables
+from producers.outbox_segments import segments_of
 from producers.relay_lock import RelayLock
+from producers.segments import Recorded, Segment, chain_of
 from producers.trace_context import TraceContext
 
 P = ParamSpec("P")
@@ -93,6 +96,11 @@ FROM (SELECT entries.*, coalesce(checks, 0) AS checks FROM entries LEFT JOIN ret
 _ENTRY_STATUS = "SELECT state, row_id, reason FROM entry_states WHERE source_id = ? AND sequence = ? AND nonce = ?"
 _AUDIT_PAGE = """
 SELECT sequence, nonce, event_id, state FROM entry_states
+WHERE source_id = ? AND (sequence, nonce) > (?, ?) ORDER BY sequence, nonce LIMIT ?
+"""
+
+_SETTLED_PAGE = """
+SELECT sequence, nonce, row_id IS NULL, type, event FROM entries CROSS JOIN outcomes USING (position)
 WHERE source_id = ? AND (sequence, nonce) > (?, ?) ORDER BY sequence, nonce LIMIT ?
 """
 
@@ -364,6 +372,25 @@ class Outbox:
                 return
             yield [AuditEntry(sequence, UUID(event_id), state) for sequence, _, event_id, state in rows]
             after = rows[-1][:2]
+
+    def content(self, source_id: str) -> list[Segment]:
+        """Return the chain of digests of all settled entries of one source, including deleted ones.
+
+        The last segments are of entries that are still kept, and are made for this call.
+        """
+        # The kept entries first: one that is deleted meanwhile is read twice, instead of not at all.
+        kept: list[Recorded] = []
+        after = (-1, "")
+        while True:
+            with self._file.reading() as db:
+                rows = db.execute(_SETTLED_PAGE, (source_id, *after, _AUDITED_ENTRIES)).fetchall()
+            if not rows:
+                break
+            kept += [Recorded(number, bool(no), digest_of_text(kind, event)) for number, _, no, kind, event in rows]
+            after = rows[-1][:2]
+        with self._file.reading() as db:
+            segments = list(segments_of(db, source_id))
+        return segments + chain_of(kept, segments[-1].next() if segments else None)
 
     def relay_lock(self) -> RelayLock:
         """Return the lock for relaying this outbox, which one thread of one process holds at a time."""

@@ -27,6 +27,7 @@ from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
 from producers.errors import InvalidEvent, OutboxError
 from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode
 from producers.outbox import Outbox
+from producers.outbox_schema import VERSION
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.forking import in_child
 
@@ -305,6 +306,7 @@ def test_an_accepted_event_survives_the_end_of_the_process(path: Path) -> None:
 import os, signal
 from pathlib import Path
 from producers.outbox import Outbox
+from producers.outbox_schema import VERSION
 from tests.factories import a_snapshot
 Outbox(Path({str(path)!r})).append("x", [a_snapshot()])
 os.kill(os.getpid(), signal.SIGKILL)
@@ -565,7 +567,7 @@ def test_recording_in_a_signal_handler_while_its_thread_records_raises_an_error(
     assert [entry.sequence for entry in outbox.entries()] == [1, 2]
 
 
-@pytest.mark.parametrize(("version", "age"), [(4, "an earlier"), (6, "a newer")])
+@pytest.mark.parametrize(("version", "age"), [(VERSION - 1, "an earlier"), (VERSION + 1, "a newer")])
 def test_an_outbox_of_another_version_is_left_unchanged(path: Path, version: int, age: str) -> None:
     """Its tables may have another meaning. The error says what to do."""
     with Outbox(path) as outbox:
@@ -574,7 +576,7 @@ def test_an_outbox_of_another_version_is_left_unchanged(path: Path, version: int
         db.execute(f"PRAGMA user_version = {version}")
         for repair in (False, True):
             with pytest.raises(
-                OutboxError, match=rf"by {age} version .*format {version}; .* 5.. Nothing was changed: "
+                OutboxError, match=rf"by {age} version .*format {version}; .* {VERSION}.. Nothing was changed: "
             ):
                 Outbox(path, repair=repair)
         assert db.execute("PRAGMA user_version").fetchone() == (version,)
@@ -594,6 +596,7 @@ def test_only_one_relay_has_the_lock(path: Path) -> None:
 import sys
 from pathlib import Path
 from producers.outbox import Outbox
+from producers.outbox_schema import VERSION
 lock = Outbox(Path({str(path)!r})).relay_lock()
 print(lock.acquire(), flush=True)
 sys.stdin.read()

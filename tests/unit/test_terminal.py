@@ -43,7 +43,11 @@ _SOURCE |= {
     "tail_known": True,
     "host": None,
     "last_at": INSTANT,
+    "content": None,
+    "against": None,
 }
+_DIFFERENCE = {"first": 1, "last": 1, "problem": HOSTILE}
+_CONTENT = {"checked": 1, "differing": 1, "differences": [_DIFFERENCE]}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,7 @@ _SOURCE |= {
         (partial(print_rejections, otherwise=""), [_REJECTION]),
         (partial(print_rejection_groups, otherwise=""), [_GROUP]),
         (print_audit, [_SOURCE | {"source": HOSTILE}]),
+        (print_audit, [_SOURCE | {"source": "a", "content": _CONTENT}]),
         (print_compared, [{"name": HOSTILE, "read": 1, "equal": 1, "differences": 0}]),
         (print_checks, [{"status": "ok", "name": HOSTILE, "found": HOSTILE, "advice": HOSTILE}]),
         (print_values, {"reason": HOSTILE}),
