@@ -32,13 +32,7 @@ def canonical_text(event_type: str, event_id: UUID, columns: Mapping[str, Any]) 
     is text in UTC with microseconds. Numbers in `columns` are of type int or Decimal.
     """
     given = {name: value for name, value in columns.items() if value is not None}
-    text = json.dumps(
-        [event_type, str(event_id), given],
-        ensure_ascii=False,
-        separators=(",", ":"),
-        sort_keys=True,
-        default=_canonical_value,
-    )
+    text = _ENCODER.encode([event_type, str(event_id), given])
     return text.replace(f'"{_NUMBER_MARK}', "").replace(f'{_NUMBER_MARK}"', "")
 
 
@@ -57,6 +51,9 @@ def _plain_notation(number: Decimal) -> str:
         return "0"
     text = format(number, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), sort_keys=True, default=_canonical_value)
 
 
 def digest_of(event_type: str, event_id: UUID, columns: Mapping[str, Any]) -> bytes:
