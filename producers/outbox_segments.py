@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import Any
 
-from producers.segments import Recorded, Segment, chain_of, numbers_in, ranges_of
+from producers.segments import Recorded, Segment, chain_of
 
 # Older segments lose their prefixes: their heads still prove all values, but no longer say which one has changed.
 _PREFIXED_SEGMENTS = 16_000  # of all sources; 64 MiB, a sixteenth of the largest outbox
@@ -65,11 +65,12 @@ def segment_row_of(values: Sequence[Any]) -> Sequence[Any] | None:
 
 def _segment(row: Sequence[Any]) -> Segment:
     _, previous, head, numbers, rejected, prefixes = row
-    return Segment(previous, head, numbers_in(json.loads(numbers)), frozenset(json.loads(rejected)), prefixes)
+    ranges = tuple((first, last) for first, last in json.loads(numbers))
+    return Segment(previous, head, ranges, frozenset(json.loads(rejected)), prefixes)
 
 
 def _row(source_id: str, segment: Segment) -> tuple[Any, ...]:
-    numbers, rejected = json.dumps(ranges_of(segment.sequences)), json.dumps(sorted(segment.rejected))
+    numbers, rejected = json.dumps(segment.ranges), json.dumps(sorted(segment.rejected))
     checksum = _checksum(source_id, segment.previous, segment.head, numbers, rejected)
     return (source_id, segment.previous, segment.head, numbers, rejected, checksum, segment.prefixes)
 

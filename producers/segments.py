@@ -16,7 +16,7 @@ from producers.digests import CHAIN_START, chained
 SEGMENT_EVENTS = 1000
 PREFIX_BYTES = 4
 
-Ranges = list[list[int]]
+Ranges = tuple[tuple[int, int], ...]
 
 
 class Recorded(NamedTuple):
@@ -32,27 +32,28 @@ class Segment:
     """Part of a source's chain.
 
     previous, head: heads of the chain before the segment's first event and after its last one, 32 bytes each.
-    sequences: numbers of its events in the order of the chain. A number may occur twice if copies of an outbox used it.
+    ranges: numbers of its events in the order of the chain, as inclusive ranges. A number may occur twice if copies of an
+        outbox have used it.
     rejected: positions, in `sequences`, of the events that were rejected when they were added.
     prefixes: the first four bytes of each digest; empty if the outbox has deleted them to limit its size.
     """
 
     previous: bytes = CHAIN_START
     head: bytes = CHAIN_START
-    sequences: tuple[int, ...] = ()
+    ranges: Ranges = ()
     rejected: frozenset[int] = frozenset()
     prefixes: bytes = b""
 
     def extended(self, events: Sequence[Recorded]) -> Self:
         """Return this segment with more events at its end."""
-        head, count = self.head, len(self.sequences)
+        head, sequences = self.head, self.sequences
         for event in events:
             head = chained(head, *event)
         return type(self)(
             previous=self.previous,
             head=head,
-            sequences=(*self.sequences, *(event.sequence for event in events)),
-            rejected=self.rejected | {count + n for n, event in enumerate(events) if event.rejected},
+            ranges=ranges_of([*sequences, *(event.sequence for event in events)]),
+            rejected=self.rejected | {n for n, event in enumerate(events, len(sequences)) if event.rejected},
             prefixes=self.prefixes + b"".join(event.digest[:PREFIX_BYTES] for event in events),
         )
 
@@ -64,6 +65,11 @@ class Segment:
         """Return the first bytes of the digest of the event at this position, or None if they were deleted."""
         start = position * PREFIX_BYTES
         return self.prefixes[start : start + PREFIX_BYTES] or None
+
+    @property
+    def sequences(self) -> list[int]:
+        """The number of each event, in the order of the chain."""
+        return [number for first, last in self.ranges for number in range(first, last + 1)]
 
     @property
     def room(self) -> int:
@@ -88,16 +94,11 @@ def chain_of(events: Sequence[Recorded], last: Segment | None) -> list[Segment]:
 
 
 def ranges_of(numbers: Iterable[int]) -> Ranges:
-    """Return numbers as inclusive ranges, in their order: 4, 5, 6, 2 gives [[4, 6], [2, 2]]."""
-    ranges: Ranges = []
+    """Return numbers as inclusive ranges, in their order: 4, 5, 6, 2 gives (4, 6), (2, 2)."""
+    ranges: list[tuple[int, int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
+            ranges[-1] = (ranges[-1][0], number)
         else:
-            ranges.append([number, number])
-    return ranges
-
-
-def numbers_in(ranges: Ranges) -> tuple[int, ...]:
-    """Return the numbers of inclusive ranges, in their order."""
-    return tuple(number for first, last in ranges for number in range(first, last + 1))
+            ranges.append((number, number))
+    return tuple(ranges)

@@ -76,9 +76,10 @@ def audit_content(chains: Mapping[str, Sequence[Segment]], first: Mapping[str, i
 
 
 def _check(db: Connection, source: str, segment: Segment, first: int, audit: ContentAudit) -> None:
-    evidence = _Evidence(db, source, {number for number in segment.sequences if number >= first})
+    numbers = segment.sequences
+    evidence = _Evidence(db, source, {number for number in numbers if number >= first})
     head, is_proven = segment.previous, True
-    for position, number in enumerate(segment.sequences):
+    for position, number in enumerate(numbers):
         if number < first:
             is_proven = False
             continue
@@ -93,7 +94,6 @@ def _check(db: Connection, source: str, segment: Segment, first: int, audit: Con
         else:
             head = chained(head, number, is_rejected, digest)
     if is_proven and head != segment.head:
-        numbers = segment.sequences
         problem = "at least one of these events has other content than was recorded"
         audit.add(Difference(min(numbers), max(numbers), problem), len(numbers))
 

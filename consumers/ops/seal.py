@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from consumers.errors import SealError
-from producers.segments import Segment, numbers_in, ranges_of
+from producers.segments import Segment
 
 _FORMAT = "trading-history seal 1"
 
@@ -60,7 +60,7 @@ def _lines(chains: Mapping[str, Sequence[Segment]]) -> Iterator[dict[str, Any]]:
                 "source": source,
                 "previous": segment.previous.hex(),
                 "head": segment.head.hex(),
-                "numbers": ranges_of(segment.sequences),
+                "numbers": segment.ranges,
                 "rejected": sorted(segment.rejected),
                 "prefixes": b64encode(segment.prefixes).decode(),
             }
@@ -93,7 +93,7 @@ def _segment(line: Mapping[str, Any]) -> Segment:
     return Segment(
         previous=bytes.fromhex(line["previous"]),
         head=bytes.fromhex(line["head"]),
-        sequences=numbers_in(line["numbers"]),
+        ranges=tuple((first, last) for first, last in line["numbers"]),
         rejected=frozenset(line["rejected"]),
         prefixes=b64decode(line["prefixes"], validate=True),
     )

@@ -251,7 +251,7 @@ def test_numbers_below_the_first_one_are_left_out(chains: Chains) -> None:
 
 def test_without_prefixes_a_change_is_found_in_its_segment(chains: Chains) -> None:
     bare = {
-        source: [Segment(one.previous, one.head, one.sequences, one.rejected) for one in segments]
+        source: [Segment(one.previous, one.head, one.ranges, one.rejected) for one in segments]
         for source, segments in chains.items()
     }
     assert _differing(bare) == []

@@ -17,7 +17,7 @@ from producers.acknowledgements import Acknowledgement, Outcome
 from producers.digests import CHAIN_START, chained, digest_of_text
 from producers.entries import Accepted, Entry
 from producers.outbox import Outbox
-from producers.segments import PREFIX_BYTES, SEGMENT_EVENTS, Recorded, Segment, chain_of, numbers_in, ranges_of
+from producers.segments import PREFIX_BYTES, SEGMENT_EVENTS, Recorded, Segment, chain_of, ranges_of
 from tests.factories import a_snapshot
 
 NAME = "trading-controller"
@@ -66,7 +66,7 @@ def test_the_digests_of_deleted_entries_stay_in_the_outbox(path: Path) -> None:
         assert _content(outbox) == whole
     (segment,) = whole
     assert (segment.previous, segment.head) == (CHAIN_START, _head(entries, [2]))
-    assert (segment.sequences, [*segment.rejected]) == ((1, 2, 3, 4, 5), [2])
+    assert (segment.sequences, [*segment.rejected]) == ([1, 2, 3, 4, 5], [2])
     assert segment.prefixes == b"".join(digest_of_text(one.type, one.event)[:4] for one in entries)
 
 
@@ -78,14 +78,14 @@ def test_kept_entries_continue_the_chain_of_deleted_ones(path: Path) -> None:
         first, second = _content(outbox)
     assert second.previous == first.head == _head(deleted)
     assert second.head == _head(kept, before=first.head)
-    assert (first.sequences, second.sequences) == ((1, 2), (3, 4))
+    assert (first.sequences, second.sequences) == ([1, 2], [3, 4])
 
 
 def test_entries_that_are_not_settled_are_in_no_chain(path: Path) -> None:
     with Outbox(path) as outbox:
         _append(outbox, 1)
         outbox.append(NAME, [a_snapshot(after=timedelta(days=1))])
-        assert [segment.sequences for segment in _content(outbox)] == [(1,)]
+        assert [segment.sequences for segment in _content(outbox)] == [[1]]
 
 
 def test_a_segment_grows_to_a_thousand_events(path: Path) -> None:
@@ -108,7 +108,7 @@ def test_each_source_has_its_own_chain(path: Path) -> None:
             for one in accepted:
                 _settle(outbox, one, Outcome("stored", row_id=1))
         assert _prune(outbox) == 4
-        assert [segment.sequences for segment in _content(outbox)] == [(1, 2), (1, 2)]
+        assert [segment.sequences for segment in _content(outbox)] == [[1, 2], [1, 2]]
         assert [segment.previous for segment in _content(outbox)] == [CHAIN_START] * 2
 
 
@@ -129,7 +129,7 @@ def test_an_entry_that_is_sent_again_while_others_are_deleted_stays(
         monkeypatch.setattr("producers.outbox_deliveries.digest_of_text", resend_first)
         assert _prune(outbox) == 2
         assert [entry.sequence for entry in outbox.entries()] == [2]
-        assert [segment.sequences for segment in _content(outbox)] == [(1, 3)]
+        assert [segment.sequences for segment in _content(outbox)] == [[1, 3]]
 
 
 def test_old_segments_lose_their_prefixes_and_keep_their_heads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_the_digests_of_a_removed_file_are_carried_over(path: Path) -> None:
         assert _content(outbox) == before
         _append(outbox, 1)
         _prune(outbox)
-        assert _content(outbox)[-1].sequences == (1, 2, 3, 5)
+        assert _content(outbox)[-1].sequences == [1, 2, 3, 5]
     assert before[0].head == _head(entries)
 
 
@@ -177,7 +177,7 @@ def test_both_chains_stay_if_a_copy_of_the_outbox_replaces_it(path: Path, tmp_pa
         _prune(outbox)
         copy.replace(path)
         outbox.append(NAME, [a_snapshot(after=timedelta(days=1))])
-        assert sorted(segment.sequences for segment in _content(outbox)) == [(1, 2, 3), (1, 3)]
+        assert sorted(segment.sequences for segment in _content(outbox)) == [[1, 2, 3], [1, 3]]
 
 
 def test_an_outbox_without_room_for_digests_accepts_events(
@@ -225,11 +225,11 @@ def test_the_digests_of_a_damaged_file_are_salvaged(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "ranges"), [((), []), ((4, 5, 6, 2), [[4, 6], [2, 2]]), ((1, 1, 2), [[1, 1], [1, 2]])]
+    ("numbers", "ranges"), [([], ()), ([4, 5, 6, 2], ((4, 6), (2, 2))), ([1, 1, 2], ((1, 1), (1, 2)))]
 )
-def test_numbers_are_kept_as_ranges_in_their_order(numbers: tuple[int, ...], ranges: list[list[int]]) -> None:
+def test_numbers_are_kept_as_ranges_in_their_order(numbers: list[int], ranges: tuple[tuple[int, int], ...]) -> None:
     assert ranges_of(numbers) == ranges
-    assert numbers_in(ranges) == numbers
+    assert Segment(ranges=ranges).sequences == numbers
 
 
 def test_a_chain_does_not_depend_on_how_it_was_cut(path: Path) -> None:
