@@ -203,11 +203,8 @@ def print_rejections(rejections: Iterable[Mapping[str, Any]], otherwise: str) ->
 def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
     """Print a table of the audited sources, then notes on the checked range and on copies of an outbox.
 
-    Sources of an outbox on this host come first, then those with the newest events. The results of comparing contents
-    follow.
+    Sources of an outbox on this host come first, then those with the newest events.
     """
-    compared = audits
-    audits = [one for one in audits if "stored" in one]
     counts = ("stored", "duplicate", "rejected", "discarded", "withdrawn", "under way", "last")
     cells = []
     never = datetime.min.replace(tzinfo=UTC)
@@ -240,21 +237,20 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
                 f"{one['source']} was used by copies of one outbox.{used} To find gaps in it, run audit on the host of"
                 " each copy."
             )
-    for one in compared:
-        for name, recorded in (("content", "was recorded"), ("against", "was sealed")):
-            if one[name] is not None:
-                _print_content(one["source"], one[name], recorded)
 
 
-def _print_content(source: str, content: Mapping[str, Any], recorded: str) -> None:
-    """Print whether the events of a source have the content that was recorded, or sealed, and how they differ."""
-    differing = f"{content['differing']:,} differ:" if content["differing"] else "all are equal."
-    _print(f"{source}: {content['checked']:,} events compared with what {recorded}: {differing}")
+def print_comparison(source: str, content: Mapping[str, Any], with_what: str) -> None:
+    """Print whether the events of a source have the content that the outbox or a seal has, and how they differ."""
+    compared = f"{source}: {content['checked']:,} events compared with {with_what}, "
+    if not content["differing"]:
+        _print(compared + "all are equal.")
+        return
+    _print(f"{compared}{content['differing']:,} {'differs' if content['differing'] == 1 else 'differ'}:")
     for one in content["differences"][:_SHOWN_DIFFERENCES]:
-        numbers = str(one["first"]) if one["first"] == one["last"] else f"{one['first']}-{one['last']}"
-        _print(f"  number {numbers}: {one['problem']}")
-    if content["differing"] > _SHOWN_DIFFERENCES:
-        _print("  --json shows the first 100.")
+        numbers = f"number {one['first']}" if one["first"] == one["last"] else f"numbers {one['first']}-{one['last']}"
+        _print(f"  {numbers}: {one['problem']}")
+    if len(content["differences"]) > _SHOWN_DIFFERENCES:
+        _print(f"  --json shows the first {len(content['differences'])}.")
 
 
 def print_import_statistics(statistics: Sequence[Mapping[str, Any]]) -> None:

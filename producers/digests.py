@@ -18,9 +18,7 @@ from producers.errors import InvalidEvent
 from producers.event_kinds import Payload
 from producers.events import KINDS, decode
 
-CHAIN_START = bytes(32)  # the head before the first event of a source
-
-# Text cannot contain a lone surrogate: the contract forbids it.
+# Marks a number in JSON text. The contract forbids lone surrogates, so no other text has one.
 _NUMBER_MARK = "\ud800"
 
 
@@ -64,7 +62,7 @@ def digest_of(event_type: str, event_id: UUID, columns: Mapping[str, Any]) -> by
 def digest_of_text(event_type: str, text: str) -> bytes:
     """Return the digest of the event in `text`; if it breaks the contract, that of the text itself.
 
-    The event of an entry breaks the contract if another version of this program has recorded it.
+    An entry's event breaks the contract only if another version of this program has recorded it.
     """
     try:
         payload = decode(text, KINDS[event_type].model).data
@@ -75,9 +73,4 @@ def digest_of_text(event_type: str, text: str) -> bytes:
 
 def columns_of(payload: Payload) -> dict[str, Any]:
     """Return the columns of a payload's row by name."""
-    return {column.name: getattr(payload, column.attribute or column.name) for column in KINDS[payload.type].columns}
-
-
-def chained(head: bytes, sequence: int, rejected: bool, digest: bytes) -> bytes:
-    """Return the head of a source's chain after an event, from the head before it."""
-    return sha256(head + sequence.to_bytes(8) + bytes([rejected]) + digest).digest()
+    return {column.name: getattr(payload, column.field) for column in KINDS[payload.type].columns}

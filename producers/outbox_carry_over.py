@@ -1,4 +1,4 @@
-"""Carries unsettled entries from an outbox file that was removed or replaced into the file at the path.
+"""Carries unsettled entries, and digests of deleted ones, from a removed or replaced file into the file at the path.
 
 Entries keep their source, number and nonce, and so their job id: if Redis or the database already has such an entry, it
 recognizes the same delivery. If the outbox at the path already has an entry, that entry is left unchanged.
@@ -81,7 +81,7 @@ class CarryOver:
         return bool(self._locks)
 
     def take_out(self, db: sqlite3.Connection) -> bool:
-        """Copy header, sources and unsettled entries into a temporary file; return False if they are unreadable."""
+        """Copy header, sources, unsettled entries and segments into a temporary file; return False if damaged."""
         self._place.make_folder()
         file = self._place.sibling(f"{TAKEN_OUT}{secrets.token_hex(8)}")
         lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -155,12 +155,13 @@ def _carry_over(db: sqlite3.Connection) -> int:
 def _carry_segments_over(db: sqlite3.Connection) -> None:
     """Copy the segments, after the entries are safe: a file without room for segments must not block new events."""
     try:
-        for row in db.execute(_SELECT_SEGMENTS).fetchall():
-            insert_missing(db, row)
+        db.execute("BEGIN IMMEDIATE")
+        insert_missing(db, db.execute(_SELECT_SEGMENTS).fetchall())
+        db.execute("COMMIT")
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
             raise
         logger.error(
-            "not all digests of deleted events could be carried over, because the outbox is full: audit --content will"
-            " report these events as not checked"
+            "the digests of deleted events could not be carried over, because the outbox is full: audit --content"
+            " cannot check these events"
         )

@@ -14,8 +14,8 @@ from producers.entries import Entry, EntryHead, SettledKeys
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
 from producers.outbox_schema import IS_PLAIN, SKIP_SETTLED
-from producers.outbox_segments import add_to_chain
-from producers.segments import Recorded
+from producers.outbox_segments import add_to_chain, one_page
+from producers.segments import SettledEvent
 
 LAST_CHECK_SECONDS = 300.0  # the longest interval between two checks of a sent entry
 
@@ -98,7 +98,7 @@ _AWAITING = {
 }
 
 _PRUNED = """
-SELECT position, source_id, sequence, type, event, row_id IS NULL
+SELECT position, source_id, sequence, type, row_id IS NULL, event
 FROM (SELECT position, row_id FROM outcomes WHERE settled_at < ? AND position <= (SELECT sent_through FROM outbox)
     ORDER BY settled_at LIMIT ?) CROSS JOIN entries USING (position)
 ORDER BY source_id, sequence, nonce
@@ -254,7 +254,8 @@ class OutboxDeliveries:
     def prune(self, keep_seconds: float) -> int:
         """Delete some entries that were settled over `keep_seconds` ago; if the file is half full, any settled ones.
 
-        Entries that are not settled are never deleted. The digests of deleted entries are added to their segments.
+        Entries that are not settled are never deleted. The digests of the deleted ones are added to the chains of their
+        sources.
 
         Returns:
             How many were deleted. Call it again until that is 0.
@@ -265,15 +266,16 @@ class OutboxDeliveries:
                 settled_before = math.inf
             db.execute(SKIP_SETTLED)
             generation = self._file.generation
-            rows = db.execute(_PRUNED, (settled_before, _PRUNED_ENTRIES)).fetchall()
-        # Between the transactions, because computing the digests takes some time and appends wait for their end.
-        settled: dict[str, dict[int, Recorded]] = {}
-        for position, source_id, sequence, event_type, event, is_rejected in rows:
-            one = Recorded(sequence, bool(is_rejected), digest_of_text(event_type, event))
+            with closing(db.execute(_PRUNED, (settled_before, _PRUNED_ENTRIES))) as found:
+                rows = one_page(found)
+        # Compute the digests between two transactions: appends wait while one is open.
+        settled: dict[str, dict[int, SettledEvent]] = {}
+        for position, source_id, sequence, event_type, is_rejected, event in rows:
+            one = SettledEvent(sequence, bool(is_rejected), digest_of_text(event_type, event))
             settled.setdefault(source_id, {})[position] = one
-        return self._replace_by_digests(settled, generation) if settled else 0
+        return self._delete_and_chain(settled, generation) if settled else 0
 
-    def _replace_by_digests(self, settled: Mapping[str, Mapping[int, Recorded]], generation: int) -> int:
+    def _delete_and_chain(self, settled: Mapping[str, Mapping[int, SettledEvent]], generation: int) -> int:
         """Delete the entries at these positions, by source, that are still settled; return how many."""
         deleted = 0
         with self._file.transaction(durable=False) as db:

@@ -117,8 +117,7 @@ def salvage_pages(
                 for position, entry in entries:
                     outcome = outcomes.execute("SELECT * FROM outcomes WHERE position = ?", (position,)).fetchone()
                     found.entries += _insert(db, entry, outcome)
-                for segment in filter(None, (segment_row_of(record.values) for record in page)):
-                    insert_missing(db, segment)
+                insert_missing(db, filter(None, (segment_row_of(record.values) for record in page)))
                 db.execute(SKIP_SETTLED)
             yield
     found.is_recognized = bool(sources)

@@ -48,7 +48,7 @@ UPDATE outbox SET sent_through = coalesce(
 # If `check_at` of a retry is NULL, the entry is pending; otherwise it is sent. `checks` above 0 says that Redis may
 # have its job.
 # An outcome without `row_id` is a rejection.
-# `segments` is described in producers/segments.py: `numbers` has ranges and `rejected` positions, both as JSON.
+# `segments` is described in producers/segments.py: `ranges` and `rejected` are JSON.
 # A salvage recognizes a record by the number and the types of its values, which must differ from table to table.
 TABLES = f"""
 CREATE TABLE outbox (
@@ -116,15 +116,15 @@ CREATE INDEX outcomes_rejected ON outcomes (position) WHERE row_id IS NULL;
 CREATE TABLE segments (
     id INTEGER PRIMARY KEY,
     source_id TEXT NOT NULL,
-    previous BLOB NOT NULL,
+    previous_head BLOB NOT NULL,
     head BLOB NOT NULL,
-    numbers TEXT NOT NULL,
+    ranges TEXT NOT NULL,
     rejected TEXT NOT NULL,
     checksum BLOB NOT NULL,
     prefixes BLOB NOT NULL
 );
 CREATE INDEX segments_of_source ON segments (source_id, id);
-CREATE INDEX segments_with_prefixes ON segments (id) WHERE prefixes <> x'';
+CREATE INDEX segments_by_head ON segments (head);
 CREATE VIEW pending AS
     SELECT position, checks FROM retries WHERE check_at IS NULL
     UNION ALL

@@ -1,25 +1,25 @@
-"""Segments of a source's chain of digests: up to 1,000 events each, at 4 bytes an event.
+"""The chain of digests of one source, in segments of up to 1,000 events, at 8 bytes an event.
 
-A segment has the numbers of its events, which of them were rejected, and the heads of the chain before and after it.
-With the events themselves, the last head can be computed again: if one value has changed, it differs. The first four
-bytes of each digest then say which event has changed.
+A segment has the numbers of its events, which of them were rejected, the first bytes of each digest, and the heads of
+the chain before and after it. If the content of one event has changed, the head that is computed from all of them
+differs, and the first bytes of its digest say which event it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import NamedTuple, Self
 
-from producers.digests import CHAIN_START, chained
-
+CHAIN_START = bytes(32)  # the head before the first event of a source
 SEGMENT_EVENTS = 1000
-PREFIX_BYTES = 4
+PREFIX_BYTES = 8
 
 Ranges = tuple[tuple[int, int], ...]
 
 
-class Recorded(NamedTuple):
+class SettledEvent(NamedTuple):
     """A settled event of a source: its number, whether it was rejected, and the digest of its content."""
 
     sequence: int
@@ -27,44 +27,27 @@ class Recorded(NamedTuple):
     digest: bytes
 
 
+def next_head(head: bytes, sequence: int, rejected: bool, digest: bytes) -> bytes:
+    """Return the head of a source's chain after an event, from the head before it."""
+    return sha256(head + sequence.to_bytes(8) + bytes([rejected]) + digest).digest()
+
+
 @dataclass(frozen=True)
 class Segment:
     """Part of a source's chain.
 
-    previous, head: heads of the chain before the segment's first event and after its last one, 32 bytes each.
-    ranges: numbers of its events in the order of the chain, as inclusive ranges. A number may occur twice if copies of an
-        outbox have used it.
+    previous_head, head: heads of the chain before the segment's first event and after its last one, 32 bytes each.
+    ranges: numbers of its events in the order of the chain, as inclusive ranges. A number may occur twice if copies of
+        an outbox have used it.
     rejected: positions, in `sequences`, of the events that were rejected when they were added.
-    prefixes: the first four bytes of each digest; empty if the outbox has deleted them to limit its size.
+    prefixes: the first 8 bytes of each digest.
     """
 
-    previous: bytes = CHAIN_START
+    previous_head: bytes = CHAIN_START
     head: bytes = CHAIN_START
     ranges: Ranges = ()
     rejected: frozenset[int] = frozenset()
     prefixes: bytes = b""
-
-    def extended(self, events: Sequence[Recorded]) -> Self:
-        """Return this segment with more events at its end."""
-        head, sequences = self.head, self.sequences
-        for event in events:
-            head = chained(head, *event)
-        return type(self)(
-            previous=self.previous,
-            head=head,
-            ranges=ranges_of([*sequences, *(event.sequence for event in events)]),
-            rejected=self.rejected | {n for n, event in enumerate(events, len(sequences)) if event.rejected},
-            prefixes=self.prefixes + b"".join(event.digest[:PREFIX_BYTES] for event in events),
-        )
-
-    def next(self) -> Self:
-        """Return an empty segment that continues the chain after this one."""
-        return type(self)(previous=self.head, head=self.head)
-
-    def prefix(self, position: int) -> bytes | None:
-        """Return the first bytes of the digest of the event at this position, or None if they were deleted."""
-        start = position * PREFIX_BYTES
-        return self.prefixes[start : start + PREFIX_BYTES] or None
 
     @property
     def sequences(self) -> list[int]:
@@ -72,23 +55,40 @@ class Segment:
         return [number for first, last in self.ranges for number in range(first, last + 1)]
 
     @property
-    def room(self) -> int:
-        """Number of events that may still be added; 0 if its prefixes were deleted."""
-        is_whole = len(self.prefixes) == PREFIX_BYTES * len(self.sequences)
-        return max(SEGMENT_EVENTS - len(self.sequences), 0) if is_whole else 0
+    def free_places(self) -> int:
+        """Number of events that may still be added."""
+        return max(SEGMENT_EVENTS - len(self.prefixes) // PREFIX_BYTES, 0)
+
+    def prefix(self, position: int) -> bytes:
+        """Return the first bytes of the digest of the event at this position."""
+        return self.prefixes[position * PREFIX_BYTES : (position + 1) * PREFIX_BYTES]
+
+    def extended(self, events: Sequence[SettledEvent]) -> Self:
+        """Return this segment with more events at its end."""
+        head, sequences = self.head, self.sequences
+        for event in events:
+            head = next_head(head, *event)
+        return type(self)(
+            previous_head=self.previous_head,
+            head=head,
+            ranges=ranges_of([*sequences, *(event.sequence for event in events)]),
+            rejected=self.rejected | {n for n, event in enumerate(events, len(sequences)) if event.rejected},
+            prefixes=self.prefixes + b"".join(event.digest[:PREFIX_BYTES] for event in events),
+        )
+
+    def empty_successor(self) -> Self:
+        """Return a segment without events that continues the chain after this one."""
+        return type(self)(previous_head=self.head, head=self.head)
 
 
-def chain_of(events: Sequence[Recorded], last: Segment | None) -> list[Segment]:
-    """Return the chain that continues a source's `last` segment with these events: `last` extended, then new segments.
-
-    Without events, the list is empty.
-    """
+def continued(last: Segment | None, events: Sequence[SettledEvent]) -> list[Segment]:
+    """Return the segments that have changed after these events: `last`, if it had free places, and the new ones."""
     segments: list[Segment] = []
     last, rest = last or Segment(), events
     while rest:
-        if not last.room:
-            last = last.next()
-        last, rest = last.extended(rest[: last.room]), rest[last.room :]
+        if not last.free_places:
+            last = last.empty_successor()
+        last, rest = last.extended(rest[: last.free_places]), rest[last.free_places :]
         segments.append(last)
     return segments
 

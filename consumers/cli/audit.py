@@ -15,7 +15,7 @@ import typer
 from consumers.cli.options import AsJson, time_option
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
-from consumers.terminal import print_audit, print_json, print_text
+from consumers.terminal import print_audit, print_comparison, print_json, print_text
 
 if TYPE_CHECKING:
     from consumers.ops.audit import Audits
@@ -39,7 +39,7 @@ def audit(
     ] = False,
     seal_file: Annotated[
         Path | None,
-        typer.Option("--seal", metavar="FILE", help="Write the digests of all settled events to a new file."),
+        typer.Option("--seal", metavar="FILE", help="Write the outbox's digests of all settled events to a new file."),
     ] = None,
     against: Annotated[
         Path | None,
@@ -54,8 +54,6 @@ def audit(
     from consumers.ops.audit import audit as account
     from consumers.ops.content_audit import audit_content
     from consumers.ops.seal import read_seal, write_seal
-    from producers.errors import OutboxError
-    from producers.outbox import Outbox
     from producers.settings import TransportSettings, ZoneSettings
     from producers.times import localized
 
@@ -65,36 +63,50 @@ def audit(
     with stack(database=True):
         settings = TransportSettings.from_environment()
         redis = None if settings.redis_url is None else settings.redis()
-        needs_outbox = content or seal_file is not None
-        if needs_outbox and not settings.outbox.is_file():
-            raise OutboxError(f"there is no outbox at {settings.outbox}: set HISTORY_OUTBOX, or give only --against")
-        with Outbox(settings.outbox) if settings.outbox.is_file() else nullcontext() as outbox:
+        with _outbox(settings.outbox, is_needed=content or seal_file is not None) as outbox:
             audits = account(redis, outbox, settings.queue, since=since)
-            chains = _chains(outbox) if outbox is not None and needs_outbox else {}
+            chains = _chains(outbox) if outbox is not None and (content or seal_file) else {}
         sealed = None if seal_file is None else write_seal(seal_file, chains)
-        first = {one.source: one.proven_from for one in audits}
-        compared = {
-            "content": audit_content(chains, first) if content else {},
-            "against": {} if seal is None else audit_content(seal.chains, first),
-        }
-    (print_json if as_json else print_audit)(_with_contents(audits, compared))
-    if seal_file is not None and not as_json:
-        print_text(f"{counted(sealed or 0, 'event')} sealed in {seal_file}: keep it where the database's owner cannot")
+        compared = {}
+        first_numbers = {one.source: one.proven_from for one in audits}
+        for name, known in (("content", chains if content else {}), ("against", seal.chains if seal else {})):
+            # With --since, a source that has no event since then is left out.
+            chosen = {source: one for source, one in known.items() if since is None or source in first_numbers}
+            compared[name] = audit_content(chosen, first_numbers)
+    if as_json:
+        print_json(_results(audits, compared))
+    else:
+        print_audit([asdict(one) for one in audits])
+        _print_compared(compared, None if seal is None else f"the seal of {seal.made_at:%Y-%m-%d %H:%M:%SZ}")
+        if sealed is not None:
+            keep = "Keep it where the owner of the database cannot change it."
+            print_text(f"{counted(sealed, 'event')} sealed in {seal_file}. {keep}")
     _print_notes(audits)
     differs = any(one.differing for contents in compared.values() for one in contents.values())
     raise typer.Exit(0 if all(one.complete for one in audits) and not differs else 1)
 
 
+def _outbox(path: Path, *, is_needed: bool) -> Outbox | nullcontext[None]:
+    from producers.errors import OutboxError
+    from producers.outbox import Outbox
+
+    if path.is_file():
+        return Outbox(path)
+    if is_needed:
+        raise OutboxError(f"there is no outbox at {path}: set HISTORY_OUTBOX. Only --against needs no outbox")
+    return nullcontext()
+
+
 def _chains(outbox: Outbox) -> dict[str, list[Segment]]:
-    """Return the chain of digests of each source of the outbox that has settled events."""
-    chains = {source.full_name: outbox.content(source.id) for source in outbox.sources()}
+    """Return the segments of each source of the outbox that has settled events."""
+    chains = {source.full_name: outbox.digest_chain(source.id) for source in outbox.sources()}
     return {source: segments for source, segments in chains.items() if segments}
 
 
-def _with_contents(audits: Audits, compared: Mapping[str, Mapping[str, ContentAudit]]) -> list[dict[str, Any]]:
-    """Return the results as dicts with the members `content` and `against`, which are None if they were not asked for.
+def _results(audits: Audits, compared: Mapping[str, Mapping[str, ContentAudit]]) -> list[dict[str, Any]]:
+    """Return the results as dicts. The members `content` and `against` are None if this source was not compared.
 
-    A source that only a seal has has no other members.
+    A source that is only in the seal has no other members.
     """
     results: list[dict[str, Any]] = [asdict(one) for one in audits]
     known = {one.source for one in audits}
@@ -104,6 +116,12 @@ def _with_contents(audits: Audits, compared: Mapping[str, Mapping[str, ContentAu
             found = contents.get(result["source"])
             result[name] = None if found is None else asdict(found)
     return results
+
+
+def _print_compared(compared: Mapping[str, Mapping[str, ContentAudit]], seal: str | None) -> None:
+    for name, contents in compared.items():
+        for source, content in contents.items():
+            print_comparison(source, asdict(content), "the outbox" if name == "content" else str(seal))
 
 
 def _print_notes(audits: Audits) -> None:

@@ -1,4 +1,4 @@
-"""Seals: files with the chains of digests of an outbox, to be kept where the owner of the database cannot change them.
+"""Seals: files with the digests of an outbox, to be kept where the owner of the database cannot change them.
 
 A seal is text: a header, a line for each segment, and a last line with a checksum, all of them JSON.
 """
@@ -24,10 +24,9 @@ _FORMAT = "trading-history seal 1"
 
 @dataclass(frozen=True)
 class Seal:
-    """Chains of digests by source, as they were at `made_at` on `host`."""
+    """Segments of each source, as they were at `made_at`."""
 
     made_at: datetime
-    host: str
     chains: dict[str, list[Segment]] = field(default_factory=dict)
 
 
@@ -42,14 +41,19 @@ def write_seal(file: Path, chains: Mapping[str, Sequence[Segment]]) -> int:
     body = "".join(json.dumps(line) + "\n" for line in (header, *_lines(chains)))
     text = body + json.dumps({"sha256": sha256(body.encode()).hexdigest()}) + "\n"
     try:
-        with open(file, "x", encoding="ascii") as seal:  # an earlier seal is never overwritten
-            seal.write(text)
-            seal.flush()
-            os.fsync(seal.fileno())
+        seal = open(file, "x", encoding="ascii")  # noqa: SIM115  # an earlier seal is never overwritten
     except FileExistsError:
         raise SealError(f"{file} exists, and a seal is never overwritten: write it to a new file") from None
     except OSError as error:
         raise SealError(f"cannot write the seal {file}: {error.strerror}") from error
+    try:
+        with seal:
+            seal.write(text)
+            seal.flush()
+            os.fsync(seal.fileno())
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise SealError(f"cannot write the seal {file}: {error.strerror}. It was removed") from error
     return sum(len(segment.sequences) for segments in chains.values() for segment in segments)
 
 
@@ -58,9 +62,9 @@ def _lines(chains: Mapping[str, Sequence[Segment]]) -> Iterator[dict[str, Any]]:
         for segment in segments:
             yield {
                 "source": source,
-                "previous": segment.previous.hex(),
+                "previous_head": segment.previous_head.hex(),
                 "head": segment.head.hex(),
-                "numbers": segment.ranges,
+                "ranges": segment.ranges,
                 "rejected": sorted(segment.rejected),
                 "prefixes": b64encode(segment.prefixes).decode(),
             }
@@ -79,21 +83,21 @@ def read_seal(file: Path) -> Seal:
             raise SealError(f"{file} is a seal of another version of this program: {header['format']!r:.60}")
         if json.loads(end)["sha256"] != sha256(f"{body}\n".encode()).hexdigest():
             raise SealError(f"{file} was cut off or changed: its checksum does not match. Use another copy of it")
-        seal = Seal(datetime.fromisoformat(header["made_at"]), header["host"])
+        seal = Seal(datetime.fromisoformat(header["made_at"]))
         for line in lines:
             seal.chains.setdefault(line["source"], []).append(_segment(line))
     except OSError as error:
         raise SealError(f"cannot read the seal {file}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, RecursionError, TypeError, ValueError):
         raise SealError(f"{file} is not a complete seal: give a file that audit --seal has written") from None
     return seal
 
 
 def _segment(line: Mapping[str, Any]) -> Segment:
     return Segment(
-        previous=bytes.fromhex(line["previous"]),
+        previous_head=bytes.fromhex(line["previous_head"]),
         head=bytes.fromhex(line["head"]),
-        ranges=tuple((first, last) for first, last in line["numbers"]),
+        ranges=tuple((first, last) for first, last in line["ranges"]),
         rejected=frozenset(line["rejected"]),
         prefixes=b64decode(line["prefixes"], validate=True),
     )

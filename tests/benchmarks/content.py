@@ -14,11 +14,11 @@ from unittest import mock
 from sqlalchemy import text
 
 from consumers.db.engine import engine, get_db, long_read
-from consumers.db.recorded_content import contents_by_number
+from consumers.db.stored_content import contents_by_number
 from consumers.ops.content_audit import audit_content
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.outbox import Outbox
-from producers.segments import SEGMENT_EVENTS, Recorded, Segment, chain_of
+from producers.segments import SEGMENT_EVENTS, Segment, SettledEvent, continued
 from tests.benchmarks.checks import require
 from tests.benchmarks.environment import bench_stack
 from tests.benchmarks.filling import fill_snapshots
@@ -61,8 +61,8 @@ def _chains(rows: int) -> dict[str, list[Segment]]:
             segments = chains[source] = []
             for first in range(1, rows // _SOURCES + 1, SEGMENT_EVENTS):
                 contents = contents_by_number(db, source, range(first, first + SEGMENT_EVENTS))
-                events = sorted(Recorded(one.sequence or 0, False, one.digest or b"") for one in contents)
-                segments += chain_of(events, segments[-1] if segments else None)
+                events = sorted(SettledEvent(one.sequence or 0, False, one.digest or b"") for one in contents)
+                segments += continued(segments[-1].empty_successor() if segments else None, events)
     return chains
 
 
@@ -76,25 +76,27 @@ def measure_chain(events: int, report: Report) -> None:
         calls: dict[bool, list[float]] = {True: [], False: []}
         cpu: dict[bool, list[float]] = {True: [], False: []}
         for block in range(events // (2 * _BLOCK * _KEPT_BLOCKS)):
-            for is_kept in (True, False) if block % 2 else (False, True):
-                with nullcontext() if is_kept else _no_digests():
+            for with_digests in (True, False) if block % 2 else (False, True):
+                with nullcontext() if with_digests else _no_digests():
                     started = time.process_time()
                     for n in range(_KEPT_BLOCKS):
-                        calls[is_kept].append(_recorded(outboxes[is_kept], (block * _KEPT_BLOCKS + n) * _BLOCK))
-                    while outboxes[is_kept].deliveries.prune(keep_seconds=-1):
+                        calls[with_digests].append(
+                            _record_block(outboxes[with_digests], (block * _KEPT_BLOCKS + n) * _BLOCK)
+                        )
+                    while outboxes[with_digests].deliveries.prune(keep_seconds=-1):
                         pass
-                    cpu[is_kept].append((time.process_time() - started) / (_KEPT_BLOCKS * _BLOCK) * 1e6)
-        for is_kept, label in ((True, "with digests"), (False, "without")):
-            report.add_quantiles("chain", f"one call with {_BLOCK} events, {label}", calls[is_kept])
-            value = report.add("chain", f"an event, {label}", "µs of CPU", cpu[is_kept])
-            print(f"CPU of an event, {label}: {value:.1f} µs (median of {len(cpu[is_kept])} blocks)", flush=True)
-        used = {is_kept: outbox.used_bytes() for is_kept, outbox in outboxes.items()}
+                    cpu[with_digests].append((time.process_time() - started) / (_KEPT_BLOCKS * _BLOCK) * 1e6)
+        for with_digests, label in ((True, "with digests"), (False, "without digests")):
+            report.add_quantiles("chain", f"one call with {_BLOCK} events, {label}", calls[with_digests])
+            value = report.add("chain", f"an event, {label}", "µs of CPU", cpu[with_digests])
+            print(f"CPU of an event, {label}: {value:.1f} µs (median of {len(cpu[with_digests])} blocks)", flush=True)
+        used = {with_digests: outbox.used_bytes() for with_digests, outbox in outboxes.items()}
         bytes_an_event = (used[True] - used[False]) / (events / 2)
         report.add("chain", "digests of a deleted event", "bytes", [bytes_an_event])
         print(f"digests: {bytes_an_event:.2f} bytes an event", flush=True)
 
 
-def _recorded(outbox: Outbox, first: int) -> float:
+def _record_block(outbox: Outbox, first: int) -> float:
     """Record a block of events in one call, settle it, and return the seconds of the call."""
     moments = [timedelta(seconds=n) for n in range(first, first + _BLOCK, 2)]
     payloads = [make(after=moment) for moment in moments for make in (a_snapshot, an_archive)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from redis import Redis
 from sqlalchemy import text
 
 from consumers.db.engine import get_db
+from consumers.db.stored_content import contents_by_number
 from consumers.db.withdrawals import withdraw
+from consumers.errors import SealError
 from consumers.ops.content_audit import ContentAudit, Difference, audit_content
 from consumers.ops.seal import read_seal, write_seal
 from producers.errors import EventRejected
@@ -82,7 +86,7 @@ def _outbox(producer: HistoryProducer) -> Outbox:
 
 
 def _chains(outbox: Outbox) -> Chains:
-    return {source.full_name: outbox.content(source.id) for source in outbox.sources()}
+    return {source.full_name: outbox.digest_chain(source.id) for source in outbox.sources()}
 
 
 def _audited(chains: Chains, first: int = 1) -> ContentAudit:
@@ -101,11 +105,9 @@ def _execute(statement: str, **values: Any) -> None:
         assert db.execute(text(statement), values).rowcount != 0
 
 
-def test_content_that_nobody_changed_does_not_differ(chains: Chains) -> None:
+def test_unchanged_rows_equal_the_outbox(chains: Chains) -> None:
     found = _audited(chains)
     assert (found.checked, found.differing, found.differences) == (6, 0, [])
-    ((segment,),) = chains.values()
-    assert found.head == segment.head.hex()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_each_change_by_the_owner_of_the_tables_is_found(chains: Chains, change:
         ["UPDATE portfolio_history SET balance = 1 WHERE sequence = 2", _WITHDRAWN],
     ],
 )
-def test_a_change_is_found_though_the_owner_forges_records_of_it(
+def test_forged_outcomes_and_withdrawals_do_not_hide_a_change(
     receipts: list[Receipt], chains: Chains, changes: list[str]
 ) -> None:
     """A rejection, a duplicate or a withdrawal that never happened does not hide a row that was changed."""
@@ -181,7 +183,7 @@ def test_a_rejection_that_was_requeued_and_stored_does_not_differ(
 
 
 @pytest.mark.parametrize("is_corrected", [False, True])
-def test_a_withdrawal_keeps_the_content_that_was_recorded(
+def test_a_withdrawn_event_is_compared_with_its_withdrawal(
     receipts: list[Receipt], chains: Chains, producer: HistoryProducer, work: Work, *, is_corrected: bool
 ) -> None:
     for receipt in (receipts[1], receipts[3]):
@@ -223,7 +225,9 @@ def test_a_duplicate_in_another_zone_does_not_differ(producer: HistoryProducer, 
     assert _differing(chains) == [1, 2, 3]
 
 
-def test_two_copies_of_an_outbox_find_their_own_events(producer: HistoryProducer, work: Work, tmp_path: Path) -> None:
+def test_each_copy_of_an_outbox_audits_the_events_that_it_recorded(
+    producer: HistoryProducer, work: Work, tmp_path: Path
+) -> None:
     """Both use the same numbers. An older copy that was put back checks what it has recorded."""
     _deliver(producer, work, [producer.record(a_snapshot())])
     copy = tmp_path / "copy" / "outbox.db"
@@ -249,15 +253,20 @@ def test_numbers_below_the_first_one_are_left_out(chains: Chains) -> None:
     assert (found.checked, [one.first for one in found.differences]) == (4, [5])
 
 
-def test_without_prefixes_a_change_is_found_in_its_segment(chains: Chains) -> None:
-    bare = {
-        source: [Segment(one.previous, one.head, one.ranges, one.rejected) for one in segments]
-        for source, segments in chains.items()
-    }
-    assert _differing(bare) == []
+def test_the_head_finds_a_change_that_the_first_bytes_do_not_show(chains: Chains) -> None:
+    """Its digest may begin with the same bytes. Then its segment is named."""
     _execute("UPDATE portfolio_history SET balance = 1 WHERE sequence = 2")
-    found = _audited(bare)
-    assert (found.differing, [(one.first, one.last) for one in found.differences]) == (6, [(1, 6)])
+    (own,) = _digests_of(2, *chains)
+    ((source, (segment,)),) = chains.items()
+    prefixes = segment.prefixes[:8] + own[:8] + segment.prefixes[16:]
+    assert _audited({source: [replace(segment, prefixes=prefixes)]}).differences == [
+        Difference(1, 6, "one of these events has other content than was recorded")
+    ]
+
+
+def _digests_of(number: int, source: str) -> list[bytes]:
+    with get_db() as db:
+        return [one.digest or b"" for one in contents_by_number(db, source, [number])]
 
 
 def test_each_difference_says_what_the_database_has(chains: Chains) -> None:
@@ -276,8 +285,8 @@ def environment(producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("HISTORY_OUTBOX", str(producer._transport.outbox.path))
 
 
-def _lines(marker_text: str) -> list[list[str]]:
-    return [line.split()[2:] for line in marker_text.splitlines()]
+def _arguments_of(commands: str) -> list[list[str]]:
+    return [line.split()[2:] for line in commands.splitlines()]
 
 
 def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -289,16 +298,16 @@ def test_the_command_compares_content_and_names_the_first_rows_that_differ(
     receipts: list[Receipt], environment: None
 ) -> None:
     source = receipts[0].source
-    (arguments,) = _lines(block("consumers/ops/CONTENT.md", "content"))
+    (arguments,) = _arguments_of(block("consumers/ops/CONTENT.md", "content"))
     same = _run(*arguments)
     assert (same.returncode, same.stderr) == (0, "")
-    assert f"{source}: 6 events compared with what was recorded: all are equal.\n" in same.stdout
+    assert f"{source}: 6 events compared with the outbox, all are equal.\n" in same.stdout
     _execute("UPDATE portfolio_history SET balance = 1, id = 77 WHERE sequence = 2")
     assert _run().returncode == 0
     changed = _run("--content")
     assert changed.returncode == 1
     assert (
-        f"{source}: 6 events compared with what was recorded: 1 differ:\n"
+        f"{source}: 6 events compared with the outbox, 1 differs:\n"
         "  number 2: row 77 of portfolio_history has other content than was recorded\n"
     ) in changed.stdout
     documented = block("consumers/ops/CONTENT.md", "output").replace("14,412", "6")
@@ -315,7 +324,7 @@ def test_a_seal_finds_a_change_without_the_outbox(
     """The owner of the database may have changed the outbox too, but not a seal that is kept elsewhere."""
     seal = tmp_path / "seal"
     to_seal, to_compare = [
-        [*arguments[:-1], str(seal)] for arguments in _lines(block("consumers/ops/CONTENT.md", "seal"))
+        [*arguments[:-1], str(seal)] for arguments in _arguments_of(block("consumers/ops/CONTENT.md", "seal"))
     ]
     made = _run(*to_seal)
     assert made.returncode == 0
@@ -331,9 +340,22 @@ def test_a_seal_finds_a_change_without_the_outbox(
     _execute("DELETE FROM event_outcomes")
     gone = _run("--against", seal)
     assert gone.returncode == 1
-    assert f"{receipts[0].source}: 6 events compared with what was sealed: 6 differ:\n" in gone.stdout
+    assert re.search(f"{receipts[0].source}: 6 events compared with the seal of 20[-0-9: ]+Z, 6 differ:\n", gone.stdout)
     (result,) = json.loads(_run("--against", seal, "--json").stdout)
     assert (result["source"], result["against"]["differing"]) == (receipts[0].source, 6)
+
+
+def test_a_seal_on_a_full_disk_is_removed(receipts: list[Receipt], producer: HistoryProducer, tmp_path: Path) -> None:
+    """It could be written again later, under the same name."""
+    chains = _chains(_outbox(producer))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(SealError, match="cannot write the seal .*: File too large. It was removed"):
+            write_seal(tmp_path / "seal", chains)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "seal").exists()
 
 
 def test_without_an_outbox_the_command_says_what_it_needs(
@@ -345,6 +367,9 @@ def test_without_an_outbox_the_command_says_what_it_needs(
         assert run.returncode == 1
         assert f"there is no outbox at {tmp_path / 'missing.db'}: set HISTORY_OUTBOX" in run.stderr
     assert not (tmp_path / "seal").exists()
+    missing = _run("--against", tmp_path / "missing")
+    assert (missing.returncode, missing.stderr.count("\n")) == (1, 1)
+    assert "cannot read the seal" in missing.stderr
 
 
 @pytest.mark.parametrize(
@@ -352,11 +377,12 @@ def test_without_an_outbox_the_command_says_what_it_needs(
     [
         (lambda seal: seal[:-40], "is not a complete seal"),
         (lambda seal: seal[: seal.rindex("{")], "is not a complete seal"),
-        (lambda seal: seal.replace('"numbers": [[1, 6]]', '"numbers": [[1, 5]]'), "was cut off or changed"),
+        (lambda seal: seal.replace('"ranges": [[1, 6]]', '"ranges": [[1, 5]]'), "was cut off or changed"),
         (lambda seal: seal.replace("seal 1", "seal 2"), "of another version of this program"),
         (lambda seal: "", "is not a complete seal"),
         (lambda seal: "[]\n[]\n", "is not a complete seal"),
         (lambda seal: "\0é", "is not a complete seal"),
+        (lambda seal: "[" * 100_000, "is not a complete seal"),
     ],
 )
 def test_a_damaged_seal_is_refused(
@@ -370,5 +396,3 @@ def test_a_damaged_seal_is_refused(
     assert run.stderr.startswith(f"error: {damaged} ")
     assert message in run.stderr
     assert "Traceback" not in run.stderr
-    missing = _run("--against", tmp_path / "missing")
-    assert "cannot read the seal" in missing.stderr

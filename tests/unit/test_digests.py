@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from hashlib import sha256
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
-from producers.digests import CHAIN_START, canonical_text, chained, columns_of, digest_of_text
+from producers.digests import canonical_text, columns_of, digest_of, digest_of_text
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE, Payload, encode, event_of
+from producers.segments import CHAIN_START, next_head
 from tests.documents import block, text_of
 from tests.factories import INSTANT, a_snapshot, an_archive
 
@@ -79,18 +80,15 @@ def test_the_text_of_an_event_may_differ_while_its_digest_is_the_same() -> None:
     assert _digest(archive) == _digest(other, source="other/y", sequence=99)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda: a_snapshot(balance="9900.12000001"),
-        lambda: a_snapshot(portfolio_id=None),
-        lambda: a_snapshot(snapshot_date=INSTANT.date() + timedelta(1)),
-        lambda: a_snapshot(after=timedelta(microseconds=1)),
-        lambda: a_snapshot(trade_count=3),
-    ],
-)
-def test_each_change_of_a_value_changes_the_digest(change: Callable[[], Payload]) -> None:
-    assert _digest(change()) != _digest(a_snapshot())
+@pytest.mark.parametrize("payload", [a_snapshot(), an_archive()])
+def test_each_column_is_part_of_the_digest(payload: Payload) -> None:
+    """Another type, another event id, another value and a missing value change it."""
+    columns = columns_of(payload)
+    of_columns = [{**columns, name: other} for name in columns for other in (None, "other")]
+    digests = {digest_of(payload.type, payload.event_id, one) for one in [columns, *of_columns]}
+    digests |= {digest_of("other", payload.event_id, columns), digest_of(payload.type, uuid4(), columns)}
+    assert len(digests) == 1 + len(of_columns) + 2
+    assert digest_of(payload.type, payload.event_id, columns) == _digest(payload)
 
 
 def test_a_derived_month_is_part_of_the_digest() -> None:
@@ -112,14 +110,18 @@ def test_a_text_that_is_no_event_has_a_digest_too(text: str) -> None:
     assert digests != {digest_of_text(SNAPSHOT_TYPE, text + " ")}
 
 
+def test_a_text_that_is_no_event_has_a_documented_digest() -> None:
+    assert digest_of_text(SNAPSHOT_TYPE, 'ä"') == sha256(rb'["unreadable", "\u00e4\""]').digest()
+
+
 def test_the_head_of_a_chain_depends_on_each_event_its_number_and_whether_it_was_rejected() -> None:
     digest = sha256(b"").digest()
-    head = chained(CHAIN_START, 1, False, digest)
+    head = next_head(CHAIN_START, 1, False, digest)
     assert head == sha256(bytes(32) + (1).to_bytes(8, "big") + b"\0" + digest).digest()
     others = (
-        chained(head, 1, False, digest),
-        chained(CHAIN_START, 2, False, digest),
-        chained(CHAIN_START, 1, True, digest),
-        chained(CHAIN_START, 1, False, sha256(b" ").digest()),
+        next_head(head, 1, False, digest),
+        next_head(CHAIN_START, 2, False, digest),
+        next_head(CHAIN_START, 1, True, digest),
+        next_head(CHAIN_START, 1, False, sha256(b" ").digest()),
     )
     assert len({head, *others}) == 5

@@ -306,7 +306,6 @@ def test_an_accepted_event_survives_the_end_of_the_process(path: Path) -> None:
 import os, signal
 from pathlib import Path
 from producers.outbox import Outbox
-from producers.outbox_schema import VERSION
 from tests.factories import a_snapshot
 Outbox(Path({str(path)!r})).append("x", [a_snapshot()])
 os.kill(os.getpid(), signal.SIGKILL)
@@ -596,7 +595,6 @@ def test_only_one_relay_has_the_lock(path: Path) -> None:
 import sys
 from pathlib import Path
 from producers.outbox import Outbox
-from producers.outbox_schema import VERSION
 lock = Outbox(Path({str(path)!r})).relay_lock()
 print(lock.acquire(), flush=True)
 sys.stdin.read()

@@ -14,11 +14,20 @@ import pytest
 
 from producers import outbox_segments
 from producers.acknowledgements import Acknowledgement, Outcome
-from producers.digests import CHAIN_START, chained, digest_of_text
+from producers.digests import digest_of_text
 from producers.entries import Accepted, Entry
 from producers.outbox import Outbox
-from producers.segments import PREFIX_BYTES, SEGMENT_EVENTS, Recorded, Segment, chain_of, ranges_of
-from tests.factories import a_snapshot
+from producers.segments import (
+    CHAIN_START,
+    PREFIX_BYTES,
+    SEGMENT_EVENTS,
+    Segment,
+    SettledEvent,
+    continued,
+    next_head,
+    ranges_of,
+)
+from tests.factories import a_signal, a_snapshot, an_archive
 
 NAME = "trading-controller"
 
@@ -28,14 +37,20 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "data" / "outbox.db"
 
 
-def _append(outbox: Outbox, count: int, *, rejected: Sequence[int] = ()) -> list[Entry]:
+def _append(outbox: Outbox, count: int, *, name: str = NAME, rejected: Sequence[int] = ()) -> list[Entry]:
     """Append entries, settle them, and return them; those at the positions in `rejected` are rejected."""
     after = outbox.last_position().number
-    accepted = outbox.append(NAME, [a_snapshot(after=timedelta(minutes=after + n)) for n in range(count)])
-    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(count)})
+    accepted = outbox.append(name, [a_snapshot(after=timedelta(minutes=after + n)) for n in range(count)])
+    _send(outbox)
     for n, one in enumerate(accepted):
         _settle(outbox, one, Outcome("rejected", reason="invalid") if n in rejected else Outcome("stored", row_id=n))
-    return [entry for entry in outbox.entries() if entry.sequence in {one.sequence for one in accepted}]
+    keys = {(one.source_id, one.sequence) for one in accepted}
+    return [entry for entry in outbox.entries() if (entry.source_id, entry.sequence) in keys]
+
+
+def _send(outbox: Outbox) -> None:
+    while entries := outbox.deliveries.pending(1000):
+        outbox.deliveries.mark_sent({entry.position: 0.0 for entry in entries})
 
 
 def _settle(outbox: Outbox, one: Accepted, outcome: Outcome) -> None:
@@ -48,12 +63,12 @@ def _prune(outbox: Outbox) -> int:
 
 
 def _content(outbox: Outbox) -> list[Segment]:
-    return [segment for source in outbox.sources() for segment in outbox.content(source.id)]
+    return [segment for source in outbox.sources() for segment in outbox.digest_chain(source.id)]
 
 
 def _head(entries: Sequence[Entry], rejected: Sequence[int] = (), before: bytes = CHAIN_START) -> bytes:
     for n, entry in enumerate(entries):
-        before = chained(before, entry.sequence, n in rejected, digest_of_text(entry.type, entry.event))
+        before = next_head(before, entry.sequence, n in rejected, digest_of_text(entry.type, entry.event))
     return before
 
 
@@ -65,9 +80,9 @@ def test_the_digests_of_deleted_entries_stay_in_the_outbox(path: Path) -> None:
         assert outbox.entries() == []
         assert _content(outbox) == whole
     (segment,) = whole
-    assert (segment.previous, segment.head) == (CHAIN_START, _head(entries, [2]))
+    assert (segment.previous_head, segment.head) == (CHAIN_START, _head(entries, [2]))
     assert (segment.sequences, [*segment.rejected]) == ([1, 2, 3, 4, 5], [2])
-    assert segment.prefixes == b"".join(digest_of_text(one.type, one.event)[:4] for one in entries)
+    assert segment.prefixes == b"".join(digest_of_text(one.type, one.event)[:PREFIX_BYTES] for one in entries)
 
 
 def test_kept_entries_continue_the_chain_of_deleted_ones(path: Path) -> None:
@@ -76,7 +91,7 @@ def test_kept_entries_continue_the_chain_of_deleted_ones(path: Path) -> None:
         _prune(outbox)
         kept = _append(outbox, 2)
         first, second = _content(outbox)
-    assert second.previous == first.head == _head(deleted)
+    assert second.previous_head == first.head == _head(deleted)
     assert second.head == _head(kept, before=first.head)
     assert (first.sequences, second.sequences) == ([1, 2], [3, 4])
 
@@ -103,18 +118,13 @@ def test_a_segment_grows_to_a_thousand_events(path: Path) -> None:
 def test_each_source_has_its_own_chain(path: Path) -> None:
     with Outbox(path) as outbox:
         for name in ("a", "b"):
-            accepted = outbox.append(name, [a_snapshot(after=timedelta(n)) for n in range(2)])
-            outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(2)})
-            for one in accepted:
-                _settle(outbox, one, Outcome("stored", row_id=1))
+            _append(outbox, 2, name=name)
         assert _prune(outbox) == 4
         assert [segment.sequences for segment in _content(outbox)] == [[1, 2], [1, 2]]
-        assert [segment.previous for segment in _content(outbox)] == [CHAIN_START] * 2
+        assert [segment.previous_head for segment in _content(outbox)] == [CHAIN_START] * 2
 
 
-def test_an_entry_that_is_sent_again_while_others_are_deleted_stays(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_that_is_sent_again_meanwhile_is_not_deleted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resend may begin after the entries were read and before they are deleted."""
     with Outbox(path) as outbox:
         _append(outbox, 3)
@@ -132,19 +142,37 @@ def test_an_entry_that_is_sent_again_while_others_are_deleted_stays(
         assert [segment.sequences for segment in _content(outbox)] == [[1, 3]]
 
 
-def test_old_segments_lose_their_prefixes_and_keep_their_heads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The size of an outbox is limited. A segment without prefixes is not continued."""
-    monkeypatch.setattr(outbox_segments, "_PREFIXED_SEGMENTS", 1)
+def test_the_oldest_segments_are_deleted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of an outbox is limited. However many small batches were deleted, segments are counted, not batches."""
+    monkeypatch.setattr(outbox_segments, "_MOST_SEGMENTS", 2)
+    with Outbox(path) as outbox:
+        for name in ("a", "b"):
+            for _ in range(4):
+                _append(outbox, 300, name=name)
+                _prune(outbox)
+        assert [len(segment.sequences) for segment in _content(outbox)] == [1000, 200]
+
+
+def test_entries_of_different_sources_share_one_batch(path: Path) -> None:
     with Outbox(path) as outbox:
         for _ in range(3):
-            _append(outbox, SEGMENT_EVENTS)
+            for name in ("a", "b"):
+                _append(outbox, 2, name=name)
             _prune(outbox)
-        segments = _content(outbox)
-    assert [len(segment.prefixes) for segment in segments] == [0, 0, SEGMENT_EVENTS * PREFIX_BYTES]
-    assert [segment.previous for segment in segments[1:]] == [segment.head for segment in segments[:-1]]
-    assert segments[0].prefix(0) is None
-    assert len(segments[2].prefix(0) or b"") == PREFIX_BYTES
-    assert segments[0].room == 0
+        assert [segment.sequences for segment in _content(outbox)] == [[1, 2, 3, 4, 5, 6]] * 2
+
+
+def test_a_batch_of_large_events_is_read_in_parts(path: Path) -> None:
+    """An event may have 8 MiB. One transaction deletes at most 4 MiB of events, but at least one event."""
+    with Outbox(path) as outbox:
+        for n in range(3):
+            large = an_archive(after=timedelta(n), signals=[a_signal(reason="x" * 3 * 2**20)])
+            (one,) = outbox.append(NAME, [large])
+            _send(outbox)
+            _settle(outbox, one, Outcome("stored", row_id=1))
+        whole = _content(outbox)
+        assert [_prune(outbox) for _ in range(4)] == [1, 1, 1, 0]
+        assert _content(outbox) == whole
 
 
 def test_the_digests_of_a_removed_file_are_carried_over(path: Path) -> None:
@@ -201,7 +229,7 @@ def test_an_outbox_without_room_for_digests_accepts_events(
             with caplog.at_level(logging.ERROR):
                 (accepted,) = user.append(NAME, [a_snapshot(after=timedelta(days=1))])
         assert accepted.sequence == 2
-    assert "not all digests of deleted events could be carried over" in caplog.text
+    assert "the digests of deleted events could not be carried over" in caplog.text
 
 
 def test_the_digests_of_a_damaged_file_are_salvaged(path: Path) -> None:
@@ -212,7 +240,7 @@ def test_the_digests_of_a_damaged_file_are_salvaged(path: Path) -> None:
             _prune(outbox)
         before = _content(outbox)
         with closing(sqlite3.connect(path)) as db, db:
-            db.execute("UPDATE segments SET numbers = '[[7,1006]]' WHERE id = 2")
+            db.execute("UPDATE segments SET ranges = '[[7,1006]]' WHERE id = 2")
         outbox.close()
         with path.open("r+b") as file:
             file.write(bytes(100))  # the header of the file
@@ -232,12 +260,14 @@ def test_numbers_are_kept_as_ranges_in_their_order(numbers: list[int], ranges: t
     assert Segment(ranges=ranges).sequences == numbers
 
 
-def test_a_chain_does_not_depend_on_how_it_was_cut(path: Path) -> None:
-    events = [Recorded(n, n % 7 == 0, bytes([n % 256] * 32)) for n in range(2500)]
-    whole = chain_of(events, None)
+def test_the_segments_of_a_chain_do_not_depend_on_batches() -> None:
+    events = [SettledEvent(n, n % 7 == 0, bytes([n % 256] * 32)) for n in range(2500)]
+    whole = continued(None, events)
     parts: list[Segment] = []
     for n in range(0, 2500, 300):
-        parts += chain_of(events[n : n + 300], parts[-1] if parts else None)
-    assert parts[-1].head == whole[-1].head
+        changed = continued(parts[-1] if parts else None, events[n : n + 300])
+        parts = [*(parts[:-1] if parts and parts[-1].free_places else parts), *changed]
+    assert parts == whole
     assert [len(one.sequences) for one in whole] == [1000, 1000, 500]
-    assert chain_of([], None) == []
+    assert [one for segment in whole for one in segment.sequences] == [*range(2500)]
+    assert continued(whole[-1], []) == []

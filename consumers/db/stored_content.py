@@ -1,7 +1,6 @@
-"""Reads the content of events that the database has: in rows, in withdrawals, and in the texts of rejected events.
+"""The content of events in the database: in rows, in withdrawals, and in the texts of rejected events.
 
-Values are read as text and converted here: a value that no event can have, such as an infinite time, must not end the
-reading.
+Values are read as text and converted here: a value that no event can have, such as an infinite time, must not raise.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _WITHDRAWALS = """
     WHERE {condition} AND jsonb_exists_all(content, ARRAY[{names}])
 """
 _OUTCOMES = text("""
-    SELECT sequence, CAST(event_id AS text) AS event_id, outcome, event FROM event_outcomes
+    SELECT sequence, CAST(event_id AS text) AS event_id, event FROM event_outcomes
     WHERE source = :source AND sequence = ANY (:numbers)
 """)
 _BY_NUMBER = "source = :source AND sequence = ANY (:numbers)"
@@ -37,18 +36,18 @@ _BY_EVENT = "event_id = ANY (CAST(:event_ids AS uuid[]))"
 
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "bigint": int,
-    "boolean": "true".__eq__,
+    "boolean": lambda value: value == "true",
     "integer": int,
     "jsonb": lambda value: json.loads(value, parse_float=Decimal),
     "numeric": Decimal,
     "timestamptz": datetime.fromisoformat,
 }
-# A local date differs from the date in UTC by at most one day.
+# The smallest and the largest offset of an event, and UTC: they give each local date that an instant can have.
 _ZONES = [timezone(sign * timedelta(hours=23, minutes=59)) for sign in (-1, 0, 1)]
 
 
 @dataclass(frozen=True)
-class Content:
+class StoredContent:
     """Content of an event in a row of its history table, or in a withdrawal of such a row.
 
     `row_id` is the id in the history table or in `withdrawals`; `source` and `sequence` name the delivery that made the
@@ -85,32 +84,30 @@ class Content:
     def digests_in_other_zones(self) -> set[bytes]:
         """Return the digests that the same event has if its times are given in other zones.
 
-        A derived column, such as the month, may depend on the zone. The row of a duplicate has the values of another
-        delivery, so the zone of the duplicate is not known. If the row's own derived columns fit no zone, the result is
-        empty.
+        Derived columns, such as the month, may depend on the zone. A duplicate may have been recorded in another zone
+        than the delivery that made the row. If the row's derived columns fit no zone, the result is empty.
         """
         if self.columns is None:
             return set()
-        digests = set()
-        for zone in _ZONES:
-            values: dict[str, Any] = {
-                column.attribute or column.name: value.astimezone(zone) if isinstance(value, datetime) else value
-                for column in self.kind.columns
-                for value in (self.columns[column.name],)
-                if not column.derived or column.name in self.kind.identity
-            }
-            payload = self.kind.payload.model_construct(None, **values)
-            digests.add(digest_of(self.kind.type, self.event_id, columns_of(payload)))
+        digests = {digest_of(self.kind.type, self.event_id, self._columns_in(zone)) for zone in _ZONES}
         return digests if self.digest in digests else set()
+
+    def _columns_in(self, zone: timezone) -> dict[str, Any]:
+        """Return the columns with the values that they have if the times are given in `zone`."""
+        given = {}
+        for column in self.kind.columns:
+            if not column.derived or column.name in self.kind.identity:
+                value = (self.columns or {})[column.name]
+                given[column.field] = value.astimezone(zone) if isinstance(value, datetime) else value
+        return columns_of(self.kind.payload.model_construct(None, **given))
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StoredOutcome:
     """Delivery without a row: its number, the id of its event if that is known, and the text of a rejected event."""
 
     sequence: int
     event_id: UUID | None
-    outcome: str
     event: str | None
 
     @property
@@ -119,23 +116,23 @@ class Outcome:
         return None if self.event is None else digest_of_text(_type_in(self.event), self.event)
 
 
-def contents_by_number(db: Connection, source: str, numbers: Collection[int]) -> list[Content]:
+def contents_by_number(db: Connection, source: str, numbers: Collection[int]) -> list[StoredContent]:
     """Return the rows and the withdrawals of these numbers of a source."""
     return _contents(db, _BY_NUMBER, {"source": source, "numbers": list(numbers)})
 
 
-def contents_by_event(db: Connection, event_ids: Collection[UUID]) -> list[Content]:
+def contents_by_event(db: Connection, event_ids: Collection[UUID]) -> list[StoredContent]:
     """Return the rows and the withdrawals of these events, whichever delivery made them."""
     return _contents(db, _BY_EVENT, {"event_ids": [str(one) for one in event_ids]}) if event_ids else []
 
 
-def outcomes_by_number(db: Connection, source: str, numbers: Collection[int]) -> list[Outcome]:
+def outcomes_by_number(db: Connection, source: str, numbers: Collection[int]) -> list[StoredOutcome]:
     """Return the outcomes of these numbers of a source."""
     found = db.execute(_OUTCOMES, {"source": source, "numbers": list(numbers)})
-    return [Outcome(row.sequence, row.event_id and UUID(row.event_id), row.outcome, row.event) for row in found]
+    return [StoredOutcome(row.sequence, row.event_id and UUID(row.event_id), row.event) for row in found]
 
 
-def _contents(db: Connection, condition: str, parameters: dict[str, Any]) -> list[Content]:
+def _contents(db: Connection, condition: str, parameters: dict[str, Any]) -> list[StoredContent]:
     found = []
     for kind in KINDS.values():
         for place, statement in _statements(kind, condition).items():
@@ -154,9 +151,9 @@ def _statements(kind: EventKind, condition: str) -> dict[Literal["row", "withdra
     }
 
 
-def _content(kind: EventKind, place: Literal["row", "withdrawal"], row: Row[Any]) -> Content:
+def _content(kind: EventKind, place: Literal["row", "withdrawal"], row: Row[Any]) -> StoredContent:
     row_id, source, sequence, event_id = tuple(row)[:4]
-    return Content(kind, place, row_id, source, sequence, UUID(event_id), tuple(row)[4:])
+    return StoredContent(kind, place, row_id, source, sequence, UUID(event_id), tuple(row)[4:])
 
 
 def _type_in(event: str) -> str:
