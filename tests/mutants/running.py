@@ -70,15 +70,17 @@ def files_of(target: Target, root: Path) -> list[str]:
 def mutants_of(target: Target, root: Path) -> list[Mutant]:
     """Return all mutants of the target's files."""
     return [
-        mutant for path in files_of(target, root) for mutant in target.mutants_of(path, (root / path).read_text("utf-8"))
+        mutant
+        for path in files_of(target, root)
+        for mutant in target.mutants_of(path, (root / path).read_text("utf-8"))
     ]
 
 
 class Runner:
     """Runs the tests of a target against mutants, in one copy of the project."""
 
-    def __init__(self, tree: Path, unmutated: Unmutated, servers: Servers | None) -> None:
-        self._tree, self._unmutated, self._servers = tree, unmutated, servers
+    def __init__(self, target: Target, tree: Path, unmutated: Unmutated, servers: Servers | None) -> None:
+        self._target, self._tree, self._unmutated, self._servers = target, tree, unmutated, servers
         self._kills: Counter[str] = Counter()
 
     def check(self, path: str) -> None:
@@ -103,6 +105,9 @@ class Runner:
             verdict, test = self._verdict(mutant, tests)
         return Result(mutant, verdict, text.split("\n")[mutant.line - 1].strip(), time.monotonic() - start, test)
 
+    def _most_seconds(self, test: str) -> float:
+        return self._target.test_seconds + 5 * self._unmutated.seconds.get(test, 1.0)
+
     def _text(self, path: str) -> str:
         return (self._tree / path).read_text("utf-8")
 
@@ -115,7 +120,7 @@ class Runner:
             plugins.append(self._servers)
         files = list(dict.fromkeys(test.partition("::")[0] for test in ordered))
         with mutated(self._tree, mutant):
-            run = run_pytest(self._tree, files, plugins, lambda test: 5 + 5 * seconds.get(test, 1), ["-x"])
+            run = run_pytest(self._tree, files, plugins, self._most_seconds, ["-x"])
         if self._servers:
             self._servers.renews_template = mutant.path == _SCHEMA
             if run.exit_code is None:
@@ -160,7 +165,7 @@ def _run_part(
 ) -> list[Result]:
     results = []
     with _prepared(target, root) as (tree, servers):
-        runner = Runner(tree, unmutated, servers)
+        runner = Runner(target, tree, unmutated, servers)
         runner.check(files_of(target, root)[0])
         for mutant in mutants:
             results.append(runner.run(mutant))

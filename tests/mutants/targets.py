@@ -19,6 +19,7 @@ class Target:
         but: Paths that the patterns of `files` must not match.
         mutants_of: Function that makes the mutants of a file from its path and text.
         needs_servers: Whether the tests use the fixture `pair`: PostgreSQL and Valkey, started once.
+        test_seconds: A test is too late after this time and five times its unmutated time.
     """
 
     files: tuple[str, ...]
@@ -26,6 +27,7 @@ class Target:
     but: tuple[str, ...] = ()
     mutants_of: Callable[[str, str], list[Mutant]] = python_mutants
     needs_servers: bool = False
+    test_seconds: float = 5.0
 
 
 TARGETS = {
@@ -42,6 +44,7 @@ TARGETS = {
             "tests/unit/test_times.py",
             "tests/unit/test_trading_controller.py",
             "tests/unit/test_settings.py",
+            "tests/unit/test_legacy_json.py",
         ),
     ),
     "outbox": Target(
