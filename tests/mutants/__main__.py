@@ -55,7 +55,7 @@ def _run(name: str, options: argparse.Namespace) -> tuple[list[Result], int]:
         }
         mutants = [one for one in mutants if (one.path, _line_of(one), one.change) in survivors]
     if options.limit and options.limit < len(mutants):
-        mutants = random.Random(options.seed).sample(mutants, options.limit)  # noqa: S311  # a repeatable sample
+        mutants = random.Random(options.seed).sample(mutants, options.limit)
     _say(f"{name}: {len(mutants)} of {len(everything)} mutants")
     start = time.monotonic()
     results = run_target(target, mutants, ROOT, options.processes, _report)
