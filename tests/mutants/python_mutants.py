@@ -1,7 +1,7 @@
 """Mutants of Python source: one operator, constant, condition or statement changed at a time.
 
 Left out, because no test should depend on them: docstrings, annotations, decorators, texts and f-strings, logging
-calls, assertions, `__repr__`, `__all__` and what only the type checker sees.
+calls, assertions, `__repr__`, `__all__`, constants named `…_SECONDS` and what only the type checker sees.
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ def _is_left_out(node: ast.AST) -> bool:
     match node:
         case ast.JoinedStr() | ast.Assert() | ast.FunctionDef(name="__repr__"):
             return True
-        case ast.Assign(targets=[ast.Name(id="__all__")]) | ast.If(test=ast.Name(id="TYPE_CHECKING")):
+        case ast.Assign(targets=[ast.Name(id=name)]):
+            return name == "__all__" or name.endswith("_SECONDS")
+        case ast.If(test=ast.Name(id="TYPE_CHECKING")):
             return True
         case ast.Call():
             return _LOGGING.fullmatch(ast.unparse(node.func)) is not None
