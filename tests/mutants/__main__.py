@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from tests.mutants.targets import TARGETS
 from tests.mutants.tree import ROOT
 
 
-def main() -> int:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line; `targets` has the names of all targets if none is given."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(TARGETS)}; by default all")
     parser.add_argument("--json", type=Path, help="append each result to this file, as one line of JSON")
@@ -30,12 +32,18 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="number of mutants at a time")
     parser.add_argument("--file", default="", help="mutate only files whose path contains this text")
     parser.add_argument("--again", type=Path, help="only the mutants that survived according to this file of --json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     unknown = [name for name in options.targets if name not in TARGETS]
     if unknown:
         parser.error(f"no target is named {', '.join(unknown)}")
+    options.targets = options.targets or list(TARGETS)
+    return options
+
+
+def main() -> int:
+    options = parsed()
     results, obsolete_count = [], 0
-    for name in options.targets or TARGETS:
+    for name in options.targets:
         found, count = _run(name, options)
         results += found
         obsolete_count += count

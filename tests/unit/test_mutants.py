@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.documents import block
+from tests.mutants.__main__ import parsed
+
 from tests.mutants.explanations import Explanation, obsolete, read_explanations
 from tests.mutants.mutant import Mutant
 from tests.mutants.python_mutants import python_mutants
-from tests.mutants.running import Result
+from tests.mutants.running import Result, files_of
+from tests.mutants.targets import TARGETS
 from tests.mutants.tree import ROOT
 
 _EXAMPLE = '''\
@@ -159,3 +166,21 @@ def test_each_explanation_has_a_line_of_the_source_and_a_reason() -> None:
         lines = [line.strip() for line in (ROOT / one.path).read_text("utf-8").split("\n")]
         assert one.line in lines, f"no line of {one.path} is: {one.line}"
         assert one.reason
+
+
+def test_the_documented_commands_name_targets_and_options() -> None:
+    commands = [shlex.split(line) for line in block("tests/mutants/README.md", "mutants").splitlines()]
+    assert {command[2] for command in commands} == {"tests.mutants"}
+    assert [parsed(command[3:]).targets for command in commands] == [["contract"], ["relay"], ["contract"]]
+
+
+def test_an_unknown_target_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(["contracts"])
+    assert "no target is named contracts" in capsys.readouterr().err
+
+
+def test_each_target_has_files_and_existing_tests() -> None:
+    for name, target in TARGETS.items():
+        assert files_of(target, ROOT), name
+        assert all((ROOT / test.partition("::")[0]).is_file() for test in target.tests), name

@@ -20,6 +20,7 @@ from rq.serializers import JSONSerializer
 
 from producers import entry_sender, outbox_clock
 from producers import relay as relay_module
+from producers.acknowledgement_reader import AcknowledgementReader
 from producers.acknowledgements import Outcome, acknowledgement_text, shown
 from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
 from producers.errors import OutboxError, RelayRefused
@@ -289,6 +290,18 @@ def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server:
     ]
     assert redis.hgetall(key) == {}
     relay.stop()
+
+
+def test_reading_acknowledgements_returns_the_number_of_entries_that_they_settle(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
+) -> None:
+    """An entry without an acknowledgement does not count, and a settled one counts once."""
+    first, second, _ = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    relay.sweep()
+    _acknowledge(redis, first, "stored:1")
+    _acknowledge(redis, second, "duplicate:1")
+    reader = AcknowledgementReader(outbox, redis)
+    assert [reader.apply() for _ in range(2)] == [2, 0]
 
 
 def test_a_rejection_is_logged_with_its_identifiers(
