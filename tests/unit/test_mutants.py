@@ -12,7 +12,6 @@ import pytest
 
 from tests.documents import block
 from tests.mutants.__main__ import parsed
-
 from tests.mutants.explanations import Explanation, obsolete, read_explanations
 from tests.mutants.mutant import Mutant
 from tests.mutants.python_mutants import python_mutants
