@@ -25,7 +25,9 @@ _OTHER = {
 _KEYWORDS = frozenset(
     "and break do else elseif end false for function if in local nil not or repeat return then true until while".split()
 )
-_BEFORE_STATEMENT = frozenset(["do", "else", "end", "repeat", "then", ";", ")", "]", "}", "...", "nil", "true", "false"])
+_BEFORE_STATEMENT = frozenset(
+    ["do", "else", "end", "repeat", "then", ";", ")", "]", "}", "...", "nil", "true", "false"]
+)
 _AFTER_STATEMENT = frozenset("else elseif end for if local repeat until while".split())
 _CALLS = frozenset(["call", "pcall", "attempt"])
 

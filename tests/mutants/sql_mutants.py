@@ -189,5 +189,7 @@ def _lists(text: str, found: list[Token], n: int) -> Iterator[Edit]:
         yield removed(text, found[comma].start, found[end].start)
     elif token.text == "CONSTRAINT" and found[n - 1].text == ",":
         depth = depths(found)
-        ends = (m for m in range(n, len(found)) if depth[m] < depth[n] or (found[m].text == "," and depth[m] == depth[n]))
+        ends = (
+            m for m in range(n, len(found)) if depth[m] < depth[n] or (found[m].text == "," and depth[m] == depth[n])
+        )
         yield removed(text, found[n - 1].start, found[next(ends) - 1].end)
