@@ -22,18 +22,19 @@ _OTHER = {
     "true": "false", "false": "true", "min": "max", "max": "min", "'LEFT'": "'RIGHT'", "'RIGHT'": "'LEFT'",
     "'RPUSH'": "'LPUSH'", "'LPUSH'": "'RPUSH'", "'HSETNX'": "'HSET'",
 }  # fmt: skip
-_KEYWORDS = frozenset(
-    "and break do else elseif end false for function if in local nil not or repeat return then true until while".split()
-)
+_KEYWORDS = frozenset([
+    "and", "break", "do", "else", "elseif", "end", "false", "for", "function", "if", "in", "local", "nil", "not", "or",
+    "repeat", "return", "then", "true", "until", "while",
+])  # fmt: skip
 _BEFORE_STATEMENT = frozenset(
     ["do", "else", "end", "repeat", "then", ";", ")", "]", "}", "...", "nil", "true", "false"]
 )
-_AFTER_STATEMENT = frozenset("else elseif end for if local repeat until while".split())
+_AFTER_STATEMENT = frozenset(["else", "elseif", "end", "for", "if", "local", "repeat", "until", "while"])
 _CALLS = frozenset(["call", "pcall", "attempt"])
 
 
 def lua_mutants(path: str, text: str) -> list[Mutant]:
-    """Return the mutants of a script: statements removed, operators, constants and commands changed, conditions negated."""
+    """Return the mutants of a script: statements removed, operators, constants changed, conditions negated."""
     found = tokens(_TOKEN, text)
     return list(mutants(path, text, [*_statements(text, found), *_conditions(text, found), *_tokens(found)]))
 

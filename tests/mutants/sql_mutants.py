@@ -28,11 +28,12 @@ _OTHER = {
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "=": "<>", "<>": "=", "!=": "=", "min": "max", "max": "min",
     "true": "false", "false": "true", "+": "-", "-": "+", "AND": "OR", "OR": "AND",
 }  # fmt: skip
-_CLAUSES = frozenset(
-    "WHERE ORDER GROUP LIMIT RETURNING ON UNION THEN ELSE END HAVING FROM WHEN LOOP AS OFFSET SET WINDOW ; ,".split()
-)
+_CLAUSES = frozenset([
+    "WHERE", "ORDER", "GROUP", "LIMIT", "RETURNING", "ON", "UNION", "THEN", "ELSE", "END", "HAVING", "FROM", "WHEN",
+    "LOOP", "AS", "OFFSET", "SET", "WINDOW", ";", ",",
+])  # fmt: skip
 _ENDS = _CLAUSES | {"AND", "OR"}
-_STATEMENTS = frozenset("CREATE GRANT REVOKE ALTER EXECUTE UPDATE DELETE RAISE LOCK".split())
+_STATEMENTS = frozenset(["CREATE", "GRANT", "REVOKE", "ALTER", "EXECUTE", "UPDATE", "DELETE", "RAISE", "LOCK"])
 _BEFORE_COLUMN = frozenset(["(", ",", "SELECT", "BY", "DISTINCT"])
 _AFTER_COLUMN = frozenset([",", ")", "DESC", "FROM", "ORDER", "RETURNING", "LIMIT"])
 _UNTOUCHED = re.compile(r"COMMENT ON[^;]*;|RAISE [^;]*;|GRANT [^;]*;|REVOKE [^;]*;|CREATE TABLE IF NOT EXISTS \w+ \(")
@@ -84,7 +85,8 @@ def _edits(text: str, start: int, end: int) -> Iterator[Edit]:
     for n, token in enumerate(found):
         if not any(a <= token.start < b for a, b in kept):
             yield from _operators(found, n)
-            yield from _keywords(text, found, depth, n)
+            yield from _clauses(text, found, depth, n)
+            yield from _words(text, found, n)
             yield from _lists(text, found, n)
 
 
@@ -121,37 +123,46 @@ def _is_between(found: list[Token], n: int) -> bool:
     return False
 
 
-def _keywords(text: str, found: list[Token], depth: list[int], n: int) -> Iterator[Edit]:
-    word, after = found[n].text, [one.text for one in found[n + 1 : n + 3]]
-    if word in ("AND", "OR") and after[:1] != ["REPLACE"] and not _is_between(found, n):
-        yield removed(text, found[n].start, _end_of_condition(found, depth, n))
-    elif word in ("WHERE", "LIMIT", "ORDER") and after:
-        end = _end_of_condition(found, depth, n)
-        following = next((one for one in found if one.start >= end), None)
-        if word == "WHERE" and following is not None and following.text in ("AND", "OR"):
-            yield removed(text, found[n + 1].start, following.end)
-        else:
-            yield removed(text, found[n].start, _end_of_clause(found, depth, n))
-    elif word == "NOT":
-        if after[:1] == ["NULL"] and found[n - 1].text != "IS":
-            yield removed(text, found[n].start, found[n + 1].end)
-        elif n == 0 or found[n - 1].text != "IF" or after[:1] != ["EXISTS"] or "CREATE" not in text:
-            yield Edit(found[n].start, found[n].end, "", "NOT is removed")
-    elif word == "IS" and after[:1] == ["NULL"]:
-        yield Edit(found[n].end, found[n].end, " NOT", "IS NULL becomes IS NOT NULL")
-    elif word == "DESC":
-        yield removed(text, found[n].start, found[n].end)
-    elif word == "DISTINCT" and found[n - 1].text not in ("IS", "NOT"):
-        yield removed(text, found[n].start, found[n].end)
-    elif word == "UNION" and after[:1] == ["ALL"]:
-        yield removed(text, found[n + 1].start, found[n + 1].end)
-    elif word == "JOIN":
-        yield Edit(found[n].start, found[n].end, "LEFT JOIN", "JOIN becomes LEFT JOIN")
-    elif word == "ON" and after[:1] == ["CONFLICT"]:
-        ends = (one.start for one in found[n + 1 :] if one.text in ("WHERE", "RETURNING"))
-        yield removed(text, found[n].start, next(ends, found[-1].end))
-    elif word == "DEFAULT" and found[n - 1].text != "BY":
-        yield removed(text, found[n].start, _end_of_condition(found, depth, n))
+def _clauses(text: str, found: list[Token], depth: list[int], n: int) -> Iterator[Edit]:
+    """Yield the removal of the condition, the clause or the default that begins with this token."""
+    token, after = found[n], found[n + 1].text if n + 1 < len(found) else ""
+    match token.text, after:
+        case (("AND" | "OR"), _) if after != "REPLACE" and not _is_between(found, n):
+            yield removed(text, token.start, _end_of_condition(found, depth, n))
+        case (("WHERE" | "ORDER" | "LIMIT"), _) if after:
+            yield _without_clause(text, found, depth, n)
+        case "ON", "CONFLICT":
+            ends = (one.start for one in found[n + 1 :] if one.text in ("WHERE", "RETURNING"))
+            yield removed(text, token.start, next(ends, found[-1].end))
+        case "DEFAULT", _ if found[n - 1].text != "BY":
+            yield removed(text, token.start, _end_of_condition(found, depth, n))
+
+
+def _words(text: str, found: list[Token], n: int) -> Iterator[Edit]:
+    """Yield the removal or the opposite of one word."""
+    token, before, after = found[n], found[n - 1].text, found[n + 1].text if n + 1 < len(found) else ""
+    match token.text, after:
+        case "NOT", "NULL" if before != "IS":
+            yield removed(text, token.start, found[n + 1].end)
+        case "NOT", _ if (before, after) != ("IF", "EXISTS") or "CREATE" not in text:
+            yield Edit(token.start, token.end, "", "NOT is removed")
+        case "IS", "NULL":
+            yield Edit(token.end, token.end, " NOT", "IS NULL becomes IS NOT NULL")
+        case ("DESC", _) | ("DISTINCT", _) if before not in ("IS", "NOT"):
+            yield removed(text, token.start, token.end)
+        case "UNION", "ALL":
+            yield removed(text, found[n + 1].start, found[n + 1].end)
+        case "JOIN", _:
+            yield replaced(token, "LEFT JOIN")
+
+
+def _without_clause(text: str, found: list[Token], depth: list[int], n: int) -> Edit:
+    """Return the removal of a clause, or of the first condition if a WHERE has several."""
+    end = _end_of_condition(found, depth, n)
+    following = next((one for one in found if one.start >= end), None)
+    if found[n].text == "WHERE" and following is not None and following.text in ("AND", "OR"):
+        return removed(text, found[n + 1].start, following.end)
+    return removed(text, found[n].start, _end_of_clause(found, depth, n))
 
 
 def _end_of_condition(found: list[Token], depth: list[int], n: int) -> int:

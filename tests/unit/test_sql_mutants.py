@@ -17,7 +17,7 @@ def changed(sql: str) -> list[str]:
     return [" ".join(mutant.text.split()) for mutant in sql_mutants("a.sql", sql)]
 
 
-def test_a_condition_is_dropped_and_its_operators_change():
+def test_a_condition_is_dropped_and_its_operators_change() -> None:
     assert changed("SELECT FROM t WHERE a <= :a AND b IS NULL") == [
         "SELECT FROM t WHERE b IS NULL",
         "SELECT FROM t WHERE a < :a AND b IS NULL",
@@ -27,14 +27,14 @@ def test_a_condition_is_dropped_and_its_operators_change():
     ]
 
 
-def test_the_and_of_between_belongs_to_its_condition():
+def test_the_and_of_between_belongs_to_its_condition() -> None:
     assert changed("SELECT FROM t WHERE d NOT BETWEEN e AND f") == [
         "SELECT FROM t",
         "SELECT FROM t WHERE d BETWEEN e AND f",
     ]
 
 
-def test_order_and_limit_are_dropped_and_columns_are_exchanged():
+def test_order_and_limit_are_dropped_and_columns_are_exchanged() -> None:
     assert changed("SELECT a, b FROM t ORDER BY a DESC LIMIT 1") == [
         "SELECT b, a FROM t ORDER BY a DESC LIMIT 1",
         "SELECT a, b FROM t LIMIT 1",
@@ -44,13 +44,13 @@ def test_order_and_limit_are_dropped_and_columns_are_exchanged():
     ]
 
 
-def test_the_clause_for_conflicts_is_dropped():
+def test_the_clause_for_conflicts_is_dropped() -> None:
     assert changed("INSERT INTO t (a) SELECT c ON CONFLICT (a) DO NOTHING RETURNING a") == [
         "INSERT INTO t (a) SELECT c RETURNING a"
     ]
 
 
-def test_each_constraint_of_a_table_is_dropped():
+def test_each_constraint_of_a_table_is_dropped() -> None:
     table = "CREATE TABLE IF NOT EXISTS t (a int NOT NULL, b int DEFAULT now(), CONSTRAINT c UNIQUE (a, b));"
     assert changed(table) == [
         "CREATE TABLE IF NOT EXISTS t (a int , b int DEFAULT now(), CONSTRAINT c UNIQUE (a, b));",
@@ -60,16 +60,12 @@ def test_each_constraint_of_a_table_is_dropped():
     ]
 
 
-def test_only_strings_of_sql_are_changed_in_a_python_file():
-    source = (
-        '"""SELECT a FROM t WHERE b"""\nx = f"a <= :a {where("b")}"\nraise ValueError("b < :c AND")\ny = "z"\n'.replace(
-            '"b"', "'b'"
-        )
-    )
+def test_only_strings_of_sql_are_changed_in_a_python_file() -> None:
+    source = '"""SELECT a FROM t WHERE b"""\nx = f"a <= :a {where()}"\nraise ValueError("b < :c AND")\ny = "z"\n'
     assert [(mutant.line, mutant.change) for mutant in sql_mutants("a.py", source)] == [(2, "<= becomes <")]
 
 
 @pytest.mark.parametrize("path", ["consumers/db/inserts.py", "producers/outbox_deliveries.py"])
-def test_each_mutant_of_a_python_file_can_be_parsed(path: str):
+def test_each_mutant_of_a_python_file_can_be_parsed(path: str) -> None:
     for mutant in sql_mutants(path, (ROOT / path).read_text("utf-8")):
         ast.parse(mutant.text)
