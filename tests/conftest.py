@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import pytest
@@ -45,13 +45,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def pair() -> Iterator[Addresses]:
-    """PostgreSQL and Valkey for this run, with a template database that has the tables.
-
-    Runs after each other can share the servers: TEST_SERVERS is then the folder of servers that already run.
-    """
-    with ExitStack() as stack:
-        folder = os.environ.get("TEST_SERVERS") or stack.enter_context(TemporaryDirectory(prefix="th-", dir="/tmp"))
-        addresses = stack.enter_context(servers(Path(folder)))
+    """PostgreSQL and Valkey for this run, with a template database that has the tables."""
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder, servers(Path(folder)) as addresses:
         make_template(addresses)
         yield addresses
 
@@ -60,7 +55,6 @@ def make_template(addresses: Addresses) -> None:
     """Create the template database with the tables, from which the databases of the tests are cloned."""
     administrator = _administrator(addresses)
     with administrator.connect() as db:
-        db.exec_driver_sql(f"DROP DATABASE IF EXISTS {_TEMPLATE}")  # of an earlier run with these servers
         db.exec_driver_sql(f"CREATE DATABASE {_TEMPLATE}")
     template = db_engine.create_store_engine(_url_of(addresses, _TEMPLATE))
     apply_schema(template)
