@@ -48,7 +48,11 @@ def _run(name: str, options: argparse.Namespace) -> tuple[list[Result], int]:
     target = TARGETS[name]
     mutants = everything = [one for one in mutants_of(target, ROOT) if options.file in one.path]
     if options.again:
-        survivors = {tuple(one["key"]) for one in json.loads(options.again.read_text()) if one["label"] in {"survived", "not reached"}}
+        survivors = {
+            tuple(one["key"])
+            for one in json.loads(options.again.read_text())
+            if one["label"] in {"survived", "not reached"}
+        }
         mutants = [one for one in mutants if (one.path, _line_of(one), one.change) in survivors]
     if options.limit and options.limit < len(mutants):
         mutants = random.Random(options.seed).sample(mutants, options.limit)  # noqa: S311  # a repeatable sample
@@ -84,11 +88,21 @@ def _report(result: Result) -> None:
 
 def _score_table(results: list[Result]) -> str:
     """Return a Markdown table with the score of each file."""
-    rows = ["by file:", "", "| file | mutants | killed | explained | not reached | survived |", "|---|---|---|---|---|---|"]
+    rows = [
+        "by file:",
+        "",
+        "| file | mutants | killed | explained | not reached | survived |",
+        "|---|---|---|---|---|---|",
+    ]
     for path in dict.fromkeys(one.mutant.path for one in results):
         count = Counter(_label(one) for one in results if one.mutant.path == path and one.verdict != "broken")
         killed = count["killed"] + count["timeout"]
-        counts = (f"{killed} ({killed / count.total():.0%})", count["explained"], count["not reached"], count["survived"])
+        counts = (
+            f"{killed} ({killed / count.total():.0%})",
+            count["explained"],
+            count["not reached"],
+            count["survived"],
+        )
         rows.append(f"| {path} | {count.total()} | {' | '.join(map(str, counts))} |")
     return "\n".join(rows)
 

@@ -70,15 +70,17 @@ def files_of(target: Target, root: Path) -> list[str]:
 def mutants_of(target: Target, root: Path) -> list[Mutant]:
     """Return all mutants of the target's files."""
     return [
-        mutant for path in files_of(target, root) for mutant in target.mutants_of(path, (root / path).read_text("utf-8"))
+        mutant
+        for path in files_of(target, root)
+        for mutant in target.mutants_of(path, (root / path).read_text("utf-8"))
     ]
 
 
 class Runner:
     """Runs the tests of a target against mutants, in one copy of the project."""
 
-    def __init__(self, tree: Path, unmutated: Unmutated, servers: Servers | None) -> None:
-        self._tree, self._unmutated, self._servers = tree, unmutated, servers
+    def __init__(self, target: Target, tree: Path, unmutated: Unmutated, servers: Servers | None) -> None:
+        self._target, self._tree, self._unmutated, self._servers = target, tree, unmutated, servers
         self._kills: Counter[str] = Counter()
 
     def check(self, path: str) -> None:
@@ -113,9 +115,9 @@ class Runner:
         if self._servers:
             self._servers.renews_template |= mutant.path == _SCHEMA
             plugins.append(self._servers)
-        files = list(dict.fromkeys(test.partition("::")[0] for test in ordered))
+        arguments = self._target.arguments({test.partition("::")[0] for test in ordered})
         with mutated(self._tree, mutant):
-            run = run_pytest(self._tree, files, plugins, lambda test: 5 + 5 * seconds.get(test, 1), ["-x"])
+            run = run_pytest(self._tree, arguments, plugins, lambda test: 5 + 5 * seconds.get(test, 1), ["-x"])
         if self._servers:
             self._servers.renews_template = mutant.path == _SCHEMA
             if run.exit_code is None:
@@ -147,7 +149,7 @@ def run_target(
     """
     with _prepared(target, root) as (tree, servers):
         plugins = [servers] if servers else []
-        unmutated = run_unmutated(tree, files_of(target, root), target.tests, plugins)
+        unmutated = run_unmutated(tree, files_of(target, root), target.arguments(), plugins)
     _import(unmutated.modules)
     with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
         parts = [mutants[number::processes] for number in range(processes)]
@@ -160,7 +162,7 @@ def _run_part(
 ) -> list[Result]:
     results = []
     with _prepared(target, root) as (tree, servers):
-        runner = Runner(tree, unmutated, servers)
+        runner = Runner(target, tree, unmutated, servers)
         runner.check(files_of(target, root)[0])
         for mutant in mutants:
             results.append(runner.run(mutant))

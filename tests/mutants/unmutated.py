@@ -125,5 +125,7 @@ def run_unmutated(tree: Path, files: Sequence[str], tests: Sequence[str], plugin
     run = run_pytest(tree, tests, [_Recorder(tree, files, result), *plugins], lambda test: 300, ["-x"])
     if run.exit_code != 0:
         output = (tree.parent / "output.txt").read_text("utf-8", "replace")
-        raise SystemExit(f"{output[-5000:]}\nthe unmutated tests must pass first; pytest's exit code is {run.exit_code}")
+        raise SystemExit(
+            f"{output[-5000:]}\nthe unmutated tests must pass first; pytest's exit code is {run.exit_code}"
+        )
     return Unmutated(*pickle.loads(result.read_bytes()))
