@@ -118,9 +118,9 @@ class Runner:
         if self._servers:
             self._servers.renews_template |= mutant.path == _SCHEMA
             plugins.append(self._servers)
-        files = list(dict.fromkeys(test.partition("::")[0] for test in ordered))
+        arguments = self._target.arguments({test.partition("::")[0] for test in ordered})
         with mutated(self._tree, mutant):
-            run = run_pytest(self._tree, files, plugins, self._most_seconds, ["-x"])
+            run = run_pytest(self._tree, arguments, plugins, self._most_seconds, ["-x"])
         if self._servers:
             self._servers.renews_template = mutant.path == _SCHEMA
             if run.exit_code is None:
@@ -152,7 +152,7 @@ def run_target(
     """
     with _prepared(target, root) as (tree, servers):
         plugins = [servers] if servers else []
-        unmutated = run_unmutated(tree, files_of(target, root), target.tests, plugins)
+        unmutated = run_unmutated(tree, files_of(target, root), target.arguments(), plugins)
     _import(unmutated.modules)
     with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
         parts = [mutants[number::processes] for number in range(processes)]

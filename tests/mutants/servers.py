@@ -77,6 +77,7 @@ def _keep(tree: Path, folder: Path, answer: int, end: int) -> None:
         from tests.conftest import make_template
 
         with servers(folder) as addresses:
+            _do_not_wait_for_disks(addresses)
             make_template(addresses)
             os.write(answer, json.dumps([addresses.database_url, addresses.redis_url]).encode() + b"\n")
             os.close(answer)
@@ -87,17 +88,27 @@ def _keep(tree: Path, folder: Path, answer: int, end: int) -> None:
         os._exit(0)
 
 
-def _renew_template(addresses: Any) -> None:
-    from sqlalchemy import create_engine, make_url
+def _do_not_wait_for_disks(addresses: Any) -> None:
+    """Each test creates a database, which is several times faster without fsync."""
+    _execute(addresses, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
 
+
+def _renew_template(addresses: Any) -> None:
     from tests.conftest import make_template
+
+    _execute(addresses, "DROP DATABASE IF EXISTS history_template WITH (FORCE)")
+    make_template(addresses)
+
+
+def _execute(addresses: Any, *statements: str) -> None:
+    from sqlalchemy import create_engine, make_url
 
     url = make_url(addresses.database_url).set(drivername="postgresql+psycopg2")
     administrator = create_engine(url, isolation_level="AUTOCOMMIT")
     with administrator.connect() as db:
-        db.exec_driver_sql("DROP DATABASE IF EXISTS history_template WITH (FORCE)")
+        for statement in statements:
+            db.exec_driver_sql(statement)
     administrator.dispose()
-    make_template(addresses)
 
 
 @contextmanager

@@ -83,6 +83,7 @@ class _Recorder:
 
         include = [str(self._tree / file) for file in self._files]
         self._coverage = coverage.Coverage(data_file=None, config_file=False, include=include)
+        self._coverage.set_option("run:disable_warnings", ["no-data-collected"])  # no file may be Python
         self._coverage.start()
 
     @pytest.hookimpl(wrapper=True)
