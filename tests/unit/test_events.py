@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from producers.errors import InvalidEvent
 from producers.events import (
+    KINDS,
     MAX_EVENT_BYTES,
     MAX_EVENT_STRUCTURE,
     Event,
@@ -236,6 +237,13 @@ def test_an_unchecked_event_is_the_same_as_a_checked_one(payload: Payload, trace
     assert unchecked.model_fields_set == checked.model_fields_set
     with pytest.raises(ValidationError):
         unchecked.sequence = 4
+
+
+def test_each_field_of_an_event_identifies_it_or_is_compared() -> None:
+    """Otherwise other content under a known id would count as a duplicate."""
+    for kind in KINDS.values():
+        compared = {column.attribute or column.name for column in kind.columns if not column.derived}
+        assert compared | set(kind.identity) == set(kind.payload.model_fields), kind.name
 
 
 def test_payloads_and_events_are_frozen() -> None:

@@ -188,11 +188,12 @@ def test_checking_a_queued_entry_does_not_read_its_event(outbox: Outbox, relay: 
         assert not relay.sweep()
 
 
-def test_a_full_queue_gets_no_more_jobs(
-    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("most", [250, 300], ids=["more than full", "exactly full"])
+def test_a_full_queue_gets_no_more_jobs_until_workers_have_made_room(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """The other entries stay in the outbox, where they are durable, until workers have made room."""
-    monkeypatch.setattr(entry_sender, "_FULL_QUEUE_JOBS", 250)
+    """The other entries stay in the outbox, where they are durable."""
+    monkeypatch.setattr(entry_sender, "_FULL_QUEUE_JOBS", most)
     monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 100)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(500)])
     for _ in range(3):
@@ -844,6 +845,21 @@ def test_a_defect_does_not_end_the_thread_and_is_logged_once(
 
     monkeypatch.setattr(relay, "sweep", sweep)
     _until(lambda: outbox.status().sent == 1)
+
+
+def test_an_error_without_a_message_does_not_end_the_thread(
+    outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The relay says that there are no details, and tries again."""
+
+    def fail() -> bool:
+        raise TimeoutError
+
+    tries = _counted(relay, monkeypatch, fail)
+    relay.start()
+    _until(lambda: len(tries) >= 2)
+    assert relay.failure == "no details"
+    assert relay.running
 
 
 def test_pauses_after_failures_grow_up_to_a_limit(outbox: Outbox, redis: fakeredis.FakeRedis) -> None:
