@@ -688,11 +688,29 @@ def test_a_message_shows_an_empty_name(make: Callable[[], object], message: str)
         ({"portfolio_id": True}, "portfolio_id", "integer"),
         ({"portfolio_id": "1"}, "portfolio_id", "integer"),
         ({"portfolio_id": 2**63}, "portfolio_id", "less than or equal to 9223372036854775807"),
+        ({"portfolio_id": -(2**63) - 1}, "portfolio_id", "greater than or equal to -9223372036854775808"),
     ],
 )
 def test_the_producer_reports_the_invalid_field_of_a_snapshot(changes: dict[str, Any], path: str, reason: str) -> None:
     """The message begins with the field and has the reason."""
     _assert_error(_error_of(lambda: a_snapshot(**changes)), path, reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("portfolio_id", -(2**63)),
+        ("portfolio_id", 2**63 - 1),
+        ("trade_count", 0),
+        ("trade_count", 2**31 - 1),
+        ("timestamp", datetime(1970, 1, 1, tzinfo=UTC)),
+        ("timestamp", datetime(9998, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)),
+    ],
+)
+def test_the_largest_and_smallest_values_of_a_column_are_accepted(name: str, value: Any) -> None:
+    event = event_of(a_snapshot(**{name: value}), source=SOURCE, sequence=2**63 - 1)
+    read = decode(encode(event), PortfolioSnapshotEvent)
+    assert (getattr(read.data, name), read.sequence) == (value, 2**63 - 1)
 
 
 @pytest.mark.parametrize("payload", [a_snapshot(), an_archive()])
