@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sys
+import time
 import tomllib
 import zoneinfo
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from producers.times import backoff_seconds, read_back, wall_clock, zone_named
+from producers.times import backoff_seconds, deadline_after, read_back, wall_clock, zone_named
 from tests.documents import ROOT
 
 
@@ -22,6 +24,17 @@ def test_a_pause_doubles_up_to_a_limit_and_is_random(failures: int, ceiling: flo
     waits = [backoff_seconds(failures, first=0.2, last=5.0) for _ in range(200)]
     assert ceiling / 2 <= min(waits) < max(waits) <= ceiling
     assert max(waits) - min(waits) > ceiling / 4
+
+
+def test_a_wait_ends_after_its_timeout_or_never() -> None:
+    """NaN is an error: such a wait would never end."""
+    before = time.monotonic()
+    deadline = deadline_after(5.0)
+    assert deadline is not None
+    assert before + 5.0 <= deadline <= time.monotonic() + 5.0
+    assert deadline_after(None) is None
+    with pytest.raises(ValueError, match="timeout: must be a number of seconds, not NaN"):
+        deadline_after(math.nan)
 
 
 def test_a_pause_does_not_use_the_programs_random_state() -> None:
