@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,6 +141,20 @@ def batches(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     monkeypatch.setattr(relay._sender, "_send", counted)
     return found
+
+
+def test_jobs_have_the_time_of_redis_clock(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts may have different times; a worker computes the age of a job from this one."""
+    redis_now = datetime(2031, 5, 6, 7, 8, 9, 500_000)
+    seconds = redis_now.replace(tzinfo=UTC).timestamp()
+    monkeypatch.setattr(redis, "time", lambda: (int(seconds), 500_000))
+    outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    enqueued_at = _job(redis).enqueued_at
+    assert enqueued_at is not None
+    assert timedelta(0) <= enqueued_at.replace(tzinfo=None) - redis_now < timedelta(seconds=5)
 
 
 def test_large_archives_are_sent_in_small_batches(
