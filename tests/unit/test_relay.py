@@ -23,6 +23,7 @@ from producers import relay as relay_module
 from producers.acknowledgement_reader import AcknowledgementReader
 from producers.acknowledgements import Outcome, acknowledgement_text, shown
 from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
+from producers.entry_sender import EntrySender
 from producers.errors import OutboxError, RelayRefused
 from producers.events import SignalArchive
 from producers.outbox import Outbox
@@ -217,6 +218,18 @@ def test_a_full_queue_gets_no_more_jobs_until_workers_have_made_room(
     redis.ltrim(queue_of(redis).key, 100, -1)  # a worker took a hundred
     relay.sweep()
     assert (queue_of(redis).count, outbox.status().pending) == (300, 100)
+
+
+def test_a_relay_that_is_stopped_sends_no_further_batch(
+    outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program that it belongs to waits for it at its end."""
+    monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 2)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])
+    sender = EntrySender(outbox, redis, "history")
+    assert sender.send_pending(probe=False, stopped=lambda: True) == 2
+    assert sender.send_pending(probe=False, stopped=lambda: False) == 3
+    assert queue_of(redis).count == 5
 
 
 def test_the_first_batch_after_a_failure_is_one_entry(
@@ -616,6 +629,17 @@ def test_a_relay_lets_batches_form_if_many_entries_are_recorded(
         time.sleep(0.001)
     relay.stop()
     assert 2 <= len(began) <= most + 2
+
+
+def test_an_idle_relay_sweeps_less_and_less_often(
+    outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pauses grow to 50 ms, so that it takes little time from the caller's program."""
+    sweeps = _counted(relay, monkeypatch, lambda: False)
+    relay.start()
+    time.sleep(0.5)
+    relay.stop()
+    assert 2 <= len(sweeps) <= 25
 
 
 def test_relays_that_die_before_they_mark_an_entry_enqueue_it_once(
