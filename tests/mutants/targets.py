@@ -53,7 +53,6 @@ _OUTBOX_TESTS = (
     "tests/unit/test_copies.py",
     "tests/unit/test_entries_in_progress.py",
     "tests/unit/test_relay.py",
-    "tests/unit/test_history_producer.py",
 )
 _WORKER = "tests/integration/test_worker.py"
 _THREADS = "tests/integration/test_worker_threads.py"
@@ -105,7 +104,6 @@ TARGETS = {
             "tests/unit/test_trading_controller.py",
             "tests/unit/test_settings.py",
             "tests/unit/test_legacy_json.py",
-            "tests/integration/test_third_kind.py::test_two_kinds_cannot_have_the_same_type_name_function_or_table",
         ),
     ),
     "outbox": Target(
