@@ -691,6 +691,18 @@ def _relay_process(outbox: Outbox, redis: fakeredis.FakeRedis, queue: str = "his
     return Relay(other, redis, queue, keep_seconds=KEEP_SECONDS, process_name="relay on here")
 
 
+def test_a_sent_entry_is_checked_after_about_five_seconds(
+    outbox: Outbox, relay: Relay, later: Callable[[float], None]
+) -> None:
+    """By up to 10 % earlier or later, so that outboxes that were started together do not check together."""
+    outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    later(4.4)
+    assert outbox.deliveries.overdue(10) == []
+    later(1.2)
+    assert len(outbox.deliveries.overdue(10)) == 1
+
+
 def test_producers_leave_relaying_to_a_relay_process(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, later: Callable[[float], None]
 ) -> None:
