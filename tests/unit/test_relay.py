@@ -572,6 +572,23 @@ def test_a_send_without_an_answer_is_not_repeated_unchecked(
     assert (outbox.status().sent, queue_of(redis).count) == (earlier + 1, earlier + 1)
 
 
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_an_entry_whose_acknowledgement_waits_in_redis_is_not_enqueued(
+    outbox: Outbox, redis: fakeredis.FakeRedis, is_marked: bool
+) -> None:
+    """Its job is gone because a worker has stored it. It may not be marked as sent yet: its relay died before that."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    sender = EntrySender(outbox, redis, "history")
+    if is_marked:
+        sender.send_pending(probe=False, stopped=lambda: False)
+        redis.flushall()
+    _acknowledge(redis, accepted, "stored:1")
+    sender.send_pending(probe=False, stopped=lambda: False)
+    sender.send_overdue()
+    assert (queue_of(redis).count, outbox.status().sent) == (0, 1)
+
+
 def test_a_send_that_could_not_be_marked_is_not_repeated_unchecked(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
