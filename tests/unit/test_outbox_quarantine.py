@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
+from producers.outbox_carry_over import is_in_use
 from producers.relay import Relay
 from producers.relay_process import run_relay
 from tests.factories import a_snapshot
@@ -68,6 +70,17 @@ def test_a_log_whose_file_was_salvaged_with_it_is_not_salvaged_again(path: Path,
     assert not log.exists()
     assert salvaged.read_bytes() == b"unchanged"
     assert salvaged.with_name(f"{salvaged.name}-wal").exists()
+
+
+def test_a_file_with_carried_entries_is_in_use_until_its_process_has_ended(tmp_path: Path) -> None:
+    """A file that was deleted meanwhile has nothing to salvage, so it counts as in use."""
+    file = tmp_path / "outbox.db.taken-out-1"
+    assert is_in_use(file)
+    with file.open("w") as descriptor:
+        assert not is_in_use(file)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert is_in_use(file)
+    assert not is_in_use(file)
 
 
 def test_a_starting_relay_quarantines_an_older_file_beside_a_newer_log(path: Path, redis: fakeredis.FakeRedis) -> None:
