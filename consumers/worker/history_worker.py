@@ -281,6 +281,12 @@ class HistoryWorker(SimpleWorker):
         lost = RedisConnectionError("no answer in time") if isinstance(exc, RedisTimeoutError) else exc
         super()._pubsub_exception_handler(lost, *thread)
 
+    def unsubscribe(self) -> None:
+        """End the thread that listens for commands. RQ's own worker may first wait for it for a second, in vain."""
+        if self.pubsub_thread is not None:
+            self.pubsub_thread.stop()  # first: after the answer to UNSUBSCRIBE the thread would wait again
+        super().unsubscribe()
+
     def handle_payload(self, message: Any) -> None:
         """Handle a command, and ignore any other message, which would end the listening thread of RQ's own worker.
 

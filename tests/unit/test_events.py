@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from producers.errors import InvalidEvent
 from producers.events import (
+    KINDS,
     MAX_EVENT_BYTES,
     MAX_EVENT_STRUCTURE,
     Event,
@@ -33,6 +34,7 @@ from producers.events import (
     json_schema,
     unchecked_event_of,
 )
+from producers.fields import readable
 from producers.trace_context import TraceContext
 from tests.factories import INSTANT, a_signal, a_snapshot, an_archive
 
@@ -236,6 +238,13 @@ def test_an_unchecked_event_is_the_same_as_a_checked_one(payload: Payload, trace
     assert unchecked.model_fields_set == checked.model_fields_set
     with pytest.raises(ValidationError):
         unchecked.sequence = 4
+
+
+def test_each_field_of_an_event_identifies_it_or_is_compared() -> None:
+    """Otherwise other content under a known id would count as a duplicate."""
+    for kind in KINDS.values():
+        compared = {column.attribute or column.name for column in kind.columns if not column.derived}
+        assert compared | set(kind.identity) == set(kind.payload.model_fields), kind.name
 
 
 def test_payloads_and_events_are_frozen() -> None:
@@ -680,11 +689,30 @@ def test_a_message_shows_an_empty_name(make: Callable[[], object], message: str)
         ({"portfolio_id": True}, "portfolio_id", "integer"),
         ({"portfolio_id": "1"}, "portfolio_id", "integer"),
         ({"portfolio_id": 2**63}, "portfolio_id", "less than or equal to 9223372036854775807"),
+        ({"portfolio_id": -(2**63) - 1}, "portfolio_id", "greater than or equal to -9223372036854775808"),
     ],
 )
 def test_the_producer_reports_the_invalid_field_of_a_snapshot(changes: dict[str, Any], path: str, reason: str) -> None:
     """The message begins with the field and has the reason."""
     _assert_error(_error_of(lambda: a_snapshot(**changes)), path, reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("portfolio_id", -(2**63)),
+        ("portfolio_id", 2**63 - 1),
+        ("trade_count", 0),
+        ("trade_count", 2**31 - 1),
+        ("timestamp", datetime(1970, 1, 1, tzinfo=UTC)),
+        ("timestamp", datetime(9998, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)),
+    ],
+)
+def test_the_largest_and_smallest_values_of_a_column_are_accepted(name: str, value: Any) -> None:
+    for sequence in (0, 2**63 - 1):
+        event = event_of(a_snapshot(**{name: value}), source=SOURCE, sequence=sequence)
+        read = decode(encode(event), PortfolioSnapshotEvent)
+        assert (getattr(read.data, name), read.sequence) == (value, sequence)
 
 
 @pytest.mark.parametrize("payload", [a_snapshot(), an_archive()])
@@ -804,6 +832,34 @@ def test_the_consumer_reports_the_invalid_field_of_an_event(path: str, value: ob
     """JSON text has one spelling for each value. The message begins with the field."""
     text = _changed(SNAPSHOT_TEXT, path, value)
     _assert_error(_error_of(lambda: decode(text, PortfolioSnapshotEvent)), path, reason)
+
+
+@pytest.mark.parametrize("value", [[], {}, "x", 1, None], ids=str)
+@pytest.mark.parametrize("path", ["data", "data.signals"])
+def test_the_consumer_reports_data_or_signals_of_another_type(path: str, value: object) -> None:
+    """An empty array of signals and data without fields are invalid too."""
+    error = _error_of(lambda: decode(_changed(ARCHIVE_TEXT, path, value), SignalArchiveEvent))
+    assert str(error).startswith(path)
+
+
+def test_an_archive_has_at_most_20000_signals() -> None:
+    """For the producer and for the consumer."""
+    archive = an_archive(signals=[{}] * 20_000)
+    assert archive.signals_count == 20_000
+    text = encode(event_of(archive, source=SOURCE, sequence=1))
+    assert decode(text, SignalArchiveEvent).data == archive
+    _assert_error(_error_of(lambda: an_archive(signals=[{}] * 20_001)), "signals", "has more than 20000 items")
+    too_many = text.replace('"signals":[', '"signals":[{},')
+    error = _error_of(lambda: decode(too_many, SignalArchiveEvent))
+    _assert_error(error, "data.signals", "has more than 20000 items")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("four", "four"), ("fives", "fiv…"), ("a\n", "a\\n"), ("ab\n", "ab\\n"), ("abc\n", "abc…"), ("", "")],
+)
+def test_text_in_a_message_is_escaped_and_shortened(text: str, shown: str) -> None:
+    assert readable(text, 4) == shown
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +20,10 @@ from rq.serializers import JSONSerializer
 
 from producers import entry_sender, outbox_clock
 from producers import relay as relay_module
+from producers.acknowledgement_reader import AcknowledgementReader
 from producers.acknowledgements import Acknowledgement, Outcome, acknowledgement_text, shown
 from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
+from producers.entry_sender import EntrySender
 from producers.errors import OutboxError, RelayRefused
 from producers.events import SignalArchive
 from producers.outbox import Outbox
@@ -142,6 +144,20 @@ def batches(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return found
 
 
+def test_jobs_have_the_time_of_redis_clock(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts may have different times; a worker computes the age of a job from this one."""
+    redis_now = datetime(2031, 5, 6, 7, 8, 9, 500_000)
+    seconds = redis_now.replace(tzinfo=UTC).timestamp()
+    monkeypatch.setattr(redis, "time", lambda: (int(seconds), 500_000))
+    outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    enqueued_at = _job(redis).enqueued_at
+    assert enqueued_at is not None
+    assert timedelta(0) <= enqueued_at.replace(tzinfo=None) - redis_now < timedelta(seconds=5)
+
+
 def test_large_archives_are_sent_in_small_batches(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, batches: list[list[int]]
 ) -> None:
@@ -187,11 +203,12 @@ def test_checking_a_queued_entry_does_not_read_its_event(outbox: Outbox, relay: 
         assert not relay.sweep()
 
 
-def test_a_full_queue_gets_no_more_jobs(
-    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("most", [250, 300], ids=["more than full", "exactly full"])
+def test_a_full_queue_gets_no_more_jobs_until_workers_have_made_room(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """The other entries stay in the outbox, where they are durable, until workers have made room."""
-    monkeypatch.setattr(entry_sender, "_FULL_QUEUE_JOBS", 250)
+    """The other entries stay in the outbox, where they are durable."""
+    monkeypatch.setattr(entry_sender, "_FULL_QUEUE_JOBS", most)
     monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 100)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(500)])
     for _ in range(3):
@@ -201,6 +218,18 @@ def test_a_full_queue_gets_no_more_jobs(
     redis.ltrim(queue_of(redis).key, 100, -1)  # a worker took a hundred
     relay.sweep()
     assert (queue_of(redis).count, outbox.status().pending) == (300, 100)
+
+
+def test_a_relay_that_is_stopped_sends_no_further_batch(
+    outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program that it belongs to waits for it at its end."""
+    monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 2)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])
+    sender = EntrySender(outbox, redis, "history")
+    assert sender.send_pending(probe=False, stopped=lambda: True) == 2
+    assert sender.send_pending(probe=False, stopped=lambda: False) == 3
+    assert queue_of(redis).count == 5
 
 
 def test_the_first_batch_after_a_failure_is_one_entry(
@@ -289,6 +318,18 @@ def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server:
     ]
     assert redis.hgetall(key) == {}
     relay.stop()
+
+
+def test_reading_acknowledgements_returns_the_number_of_entries_that_they_settle(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
+) -> None:
+    """An entry without an acknowledgement does not count, and a settled one counts once."""
+    first, second, _ = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    relay.sweep()
+    _acknowledge(redis, first, "stored:1")
+    _acknowledge(redis, second, "duplicate:1")
+    reader = AcknowledgementReader(outbox, redis)
+    assert [reader.apply() for _ in range(2)] == [2, 0]
 
 
 def test_a_rejection_is_logged_with_its_identifiers(
@@ -506,10 +547,14 @@ def test_an_entry_that_is_acknowledged_during_a_sweep_is_not_sent_again(
     assert queue_of(redis).count == 0
 
 
+@pytest.mark.parametrize("earlier", [0, 1], ids=["first send", "later send"])
 def test_a_send_without_an_answer_is_not_repeated_unchecked(
-    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, earlier: int
 ) -> None:
     """Redis got the jobs, but the connection broke before the answer: the next sweep finds the jobs."""
+    for number in range(earlier):
+        outbox.append(NAME, [a_snapshot(after=timedelta(1 + number))])
+        relay.sweep()
     outbox.append(NAME, [a_snapshot()])
 
     def lose_the_answer(pipe: Any, queue: Any, entries: Any, at: Any = None) -> None:
@@ -521,10 +566,27 @@ def test_a_send_without_an_answer_is_not_repeated_unchecked(
     with pytest.raises(RedisConnectionError):
         relay.sweep()
     monkeypatch.undo()
-    assert (outbox.status().pending, queue_of(redis).count) == (1, 1)
+    assert (outbox.status().pending, queue_of(redis).count) == (1, earlier + 1)
     relay.sweep()
 
-    assert (outbox.status().sent, queue_of(redis).count) == (1, 1)
+    assert (outbox.status().sent, queue_of(redis).count) == (earlier + 1, earlier + 1)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_an_entry_whose_acknowledgement_waits_in_redis_is_not_enqueued(
+    outbox: Outbox, redis: fakeredis.FakeRedis, is_marked: bool
+) -> None:
+    """Its job is gone because a worker has stored it. It may not be marked as sent yet: its relay died before that."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    sender = EntrySender(outbox, redis, "history")
+    if is_marked:
+        sender.send_pending(probe=False, stopped=lambda: False)
+        redis.flushall()
+    _acknowledge(redis, accepted, "stored:1")
+    sender.send_pending(probe=False, stopped=lambda: False)
+    sender.send_overdue()
+    assert (queue_of(redis).count, outbox.status().sent) == (0, 1)
 
 
 def test_a_send_that_could_not_be_marked_is_not_repeated_unchecked(
@@ -586,6 +648,17 @@ def test_a_relay_lets_batches_form_if_many_entries_are_recorded(
     assert 2 <= len(began) <= most + 2
 
 
+def test_an_idle_relay_sweeps_less_and_less_often(
+    outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pauses grow to 50 ms, so that it takes little time from the caller's program."""
+    sweeps = _counted(relay, monkeypatch, lambda: False)
+    relay.start()
+    time.sleep(0.5)
+    relay.stop()
+    assert 2 <= len(sweeps) <= 25
+
+
 def test_relays_that_die_before_they_mark_an_entry_enqueue_it_once(
     outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -633,6 +706,18 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def _relay_process(outbox: Outbox, redis: fakeredis.FakeRedis, queue: str = "history") -> Relay:
     other = Outbox(outbox.path, repair=True)
     return Relay(other, redis, queue, keep_seconds=KEEP_SECONDS, process_name="relay on here")
+
+
+def test_a_sent_entry_is_checked_after_about_five_seconds(
+    outbox: Outbox, relay: Relay, later: Callable[[float], None]
+) -> None:
+    """By up to 10 % earlier or later, so that outboxes that were started together do not check together."""
+    outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    later(4.4)
+    assert outbox.deliveries.overdue(10) == []
+    later(1.2)
+    assert len(outbox.deliveries.overdue(10)) == 1
 
 
 def test_producers_leave_relaying_to_a_relay_process(
@@ -855,6 +940,21 @@ def test_a_defect_does_not_end_the_thread_and_is_logged_once(
 
     monkeypatch.setattr(relay, "sweep", sweep)
     _until(lambda: outbox.status().sent == 1)
+
+
+def test_an_error_without_a_message_does_not_end_the_thread(
+    outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The relay says that there are no details, and tries again."""
+
+    def fail() -> bool:
+        raise TimeoutError
+
+    tries = _counted(relay, monkeypatch, fail)
+    relay.start()
+    _until(lambda: len(tries) >= 2)
+    assert relay.failure == "no details"
+    assert relay.running
 
 
 def test_pauses_after_failures_grow_up_to_a_limit(outbox: Outbox, redis: fakeredis.FakeRedis) -> None:
