@@ -44,7 +44,8 @@ def complete(
 def a_job(redis: Redis, *job_ids: str, dependents: bool = False, **fields: str) -> None:
     """Write reserved jobs with an expiry of 50 seconds, as a producer's job may have."""
     for job_id in job_ids:
-        redis.hset(f"rq:job:{job_id}", mapping={"status": "queued", "data": "call"} | fields)
+        written: dict[Any, Any] = {"status": "queued", "data": "call"} | fields
+        redis.hset(f"rq:job:{job_id}", mapping=written)
         redis.expire(f"rq:job:{job_id}", 50)
         redis.rpush(RESERVED, job_id)
         if dependents:
@@ -285,7 +286,7 @@ def test_a_key_of_another_type_is_renamed_and_the_job_is_completed(redis: Redis,
     a_job(redis, "a")
     redis.delete(key)
     redis.setrange(key, 0, "x")
-    acknowledged = {"sources": ("ack",), "acknowledgements": [["a", "id-1 stored:1"]]}
+    acknowledged: dict[str, Any] = {"sources": ("ack",), "acknowledgements": [["a", "id-1 stored:1"]]}
     finished = [{"id": "a", "ttl": 500, "result": "MQ=="}]
     assert complete(redis, "a", finished=finished, failed=[failure("b")], **acknowledged) == ([key], [], [])
     assert redis.get(f"{key}:quarantined") == b"x"

@@ -22,7 +22,8 @@ DAY = 86400
 def enqueue(redis: Redis, *job_ids: str, data: str = "[]", **fields: str) -> None:
     """Put jobs at the tail of the queue."""
     for job_id in job_ids:
-        redis.hset(f"rq:job:{job_id}", mapping={"data": data, "status": "queued", "origin": "history", **fields})
+        written: dict[Any, Any] = {"data": data, "status": "queued", "origin": "history"} | fields
+        redis.hset(f"rq:job:{job_id}", mapping=written)
         redis.rpush(QUEUE, job_id)
 
 

@@ -427,6 +427,9 @@ def test_error_says_why_the_event_has_no_row(database_url: str) -> None:
     _execute("DELETE FROM withdrawals")
     with pytest.raises(WithdrawalRefused, match="it was rejected: event .* with other content; .*failed show"):
         _withdraw(wrong.id)
+    _execute("UPDATE event_outcomes SET outcome = 'discarded'")
+    with pytest.raises(WithdrawalRefused, match=f"event id {wrong.id}: see trading-history history --json"):
+        _withdraw(wrong.id)
     for reason, actor in (("", "alice"), (" \n", "alice"), ("why", " ")):
         with pytest.raises(ValueError, match="must not be empty"):
             _withdraw(wrong.id, reason, actor)
