@@ -228,7 +228,7 @@ def test_only_these_columns_may_be_null(database_url: str) -> None:
                 GROUP BY table_name
             """)
         ).all()
-    assert dict(rows) == {  # type: ignore[arg-type]  # pairs
+    assert dict(rows) == {
         "portfolio_history": ["portfolio_id", "sequence"],
         "signal_archives": ["portfolio_id", "sequence"],
         "event_outcomes": ["actor", "event", "event_id", "reason", "sequence", "source"],
