@@ -125,7 +125,7 @@ class _Recorder:
             for file in self._files
             if file.endswith(".py")
         }
-        self._result.write_bytes(pickle.dumps((self._seconds, lines, _modules_of_others(self._tree))))
+        self._result.write_bytes(pickle.dumps((self._seconds, lines, self._scripts, _modules_of_others(self._tree))))
 
 
 def _modules_of_others(tree: Path) -> list[str]:
