@@ -11,6 +11,8 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from tests.mutants.explanations import key_of, obsolete, read_explanations
@@ -20,27 +22,32 @@ from tests.mutants.targets import TARGETS
 from tests.mutants.tree import ROOT
 
 
-def main() -> int:
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of the command line; `targets` has the names of all targets if none is given."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"{', '.join(TARGETS)}; by default all")
-    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--json", type=Path, help="append each result to this file, as one line of JSON")
     parser.add_argument("--limit", type=int, help="most mutants of a target: a random sample")
     parser.add_argument("--seed", type=int, default=0, help="repeats a sample")
     parser.add_argument("--processes", type=int, default=1, help="number of mutants at a time")
     parser.add_argument("--file", default="", help="mutate only files whose path contains this text")
     parser.add_argument("--again", type=Path, help="only the mutants that survived according to this file of --json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     unknown = [name for name in options.targets if name not in TARGETS]
     if unknown:
         parser.error(f"no target is named {', '.join(unknown)}")
+    options.targets = options.targets or list(TARGETS)
+    return options
+
+
+def main() -> int:
+    options = parsed()
     results, obsolete_count = [], 0
-    for name in options.targets or TARGETS:
+    for name in options.targets:
         found, count = _run(name, options)
         results += found
         obsolete_count += count
-        if options.json:
-            options.json.write_text(json.dumps([_as_dict(one) for one in results], indent=1, ensure_ascii=False))
-    return int(obsolete_count > 0 or any(_label(one) in {"survived", "not reached"} for one in results))
+    return int(obsolete_count > 0 or any(_label(one) in _LEFT for one in results))
 
 
 def _run(name: str, options: argparse.Namespace) -> tuple[list[Result], int]:
@@ -48,20 +55,17 @@ def _run(name: str, options: argparse.Namespace) -> tuple[list[Result], int]:
     target = TARGETS[name]
     mutants = everything = [one for one in mutants_of(target, ROOT) if options.file in one.path]
     if options.again:
-        survivors = {
-            tuple(one["key"])
-            for one in json.loads(options.again.read_text())
-            if one["label"] in {"survived", "not reached"}
-        }
+        earlier = map(json.loads, options.again.read_text("utf-8").splitlines())
+        survivors = {tuple(one["key"]) for one in earlier if one["label"] in _LEFT}
         mutants = [one for one in mutants if (one.path, _line_of(one), one.change) in survivors]
     if options.limit and options.limit < len(mutants):
-        mutants = random.Random(options.seed).sample(mutants, options.limit)  # noqa: S311  # a repeatable sample
+        mutants = random.Random(options.seed).sample(mutants, options.limit)
     _say(f"{name}: {len(mutants)} of {len(everything)} mutants")
     start = time.monotonic()
-    results = run_target(target, mutants, ROOT, options.processes, _report)
+    results = run_target(target, mutants, ROOT, options.processes, partial(_report, options.json))
     _say(f"{name}: {time.monotonic() - start:.0f} s, {_score_table(results)}")
     chosen = set(mutants)
-    old = obsolete(read_explanations(), results, {(one.path, one.change) for one in everything if one not in chosen})
+    old = obsolete(_EXPLANATIONS, results, {(one.path, one.change) for one in everything if one not in chosen})
     for one in old:
         _say(f"the explanation matches no surviving mutant: {one.path}: {one.line}: {one.change}")
     return results, len(old)
@@ -71,19 +75,23 @@ def _line_of(mutant: Mutant) -> str:
     return (ROOT / mutant.path).read_text("utf-8").split("\n")[mutant.line - 1].strip()
 
 
-_EXPLAINED = {one.key for one in read_explanations()}
+_EXPLANATIONS = read_explanations()
+_LEFT = {"survived", "not reached"}
 
 
 def _label(result: Result) -> str:
-    is_left = result.verdict in {"survived", "not reached"}
-    return "explained" if is_left and key_of(result) in _EXPLAINED else result.verdict
+    is_explained = result.verdict in _LEFT and any(one.matches(result) for one in _EXPLANATIONS)
+    return "explained" if is_explained else result.verdict
 
 
-def _report(result: Result) -> None:
-    """Print each mutant that no test noticed."""
-    if _label(result) in {"survived", "not reached"}:
+def _report(file: Path | None, result: Result) -> None:
+    """Print the mutant if no test noticed it, and append the result to the file."""
+    if _label(result) in _LEFT:
         mutant = result.mutant
         _say(f"{_label(result)}: {mutant.path}:{mutant.line}: {mutant.change}: {result.line_text}")
+    if file:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(_as_dict(result), ensure_ascii=False) + "\n")
 
 
 def _score_table(results: list[Result]) -> str:

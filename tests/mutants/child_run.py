@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -115,10 +116,8 @@ def _ended(child: int, seconds: float) -> bool:
 
 def _kill_group(child: int) -> None:
     for kill, number in ((os.killpg, child), (os.kill, child)):
-        try:
+        with contextlib.suppress(ProcessLookupError):
             kill(number, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def _be_child(tree: Path, arguments: list[str], plugins: list[object]) -> None:

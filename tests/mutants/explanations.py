@@ -12,18 +12,27 @@ from tests.mutants.running import Result
 FILE = Path(__file__).parent / "survivors.toml"
 
 
+_ANY = "any"
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """Why a surviving mutant needs no test. `line` is the unchanged line's text, without its indentation."""
+    """Why a surviving mutant needs no test.
+
+    Attributes:
+        line: The unchanged line's text, without its indentation.
+        change: The change, or `any` for all changes of the line.
+    """
 
     path: str
     line: str
     change: str
     reason: str
 
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.path, self.line, self.change
+    def matches(self, result: Result) -> bool:
+        """Return whether it explains the mutant of this result."""
+        mutant = result.mutant
+        return (self.path, self.line) == (mutant.path, result.line_text) and self.change in {_ANY, mutant.change}
 
 
 def read_explanations(file: Path = FILE) -> list[Explanation]:
@@ -43,10 +52,12 @@ def obsolete(
 
     `left_out` has the path and change of each mutant that a sample does not contain: they may match.
     """
-    survivors = {key_of(result) for result in results if result.verdict in {"survived", "not reached"}}
+    survivors = [result for result in results if result.verdict in {"survived", "not reached"}]
     paths = {result.mutant.path for result in results}
     return [
         one
         for one in explanations
-        if one.path in paths and one.key not in survivors and (one.path, one.change) not in left_out
+        if one.path in paths
+        and not any(one.matches(result) for result in survivors)
+        and not any(one.path == path and one.change in {_ANY, change} for path, change in left_out)
     ]

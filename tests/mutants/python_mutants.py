@@ -1,7 +1,7 @@
 """Mutants of Python source: one operator, constant, condition or statement changed at a time.
 
-Left out, because no test should depend on them: docstrings, annotations, decorators, texts and f-strings, logging calls,
-assertions, `__repr__`, `__all__` and what only the type checker sees.
+Left out, because no test should depend on them: docstrings, annotations, decorators, texts and f-strings, logging
+calls, assertions, `__repr__`, `__all__`, constants named `…_SECONDS` and what only the type checker sees.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class _Source:
         """Yield the edits of this node and of all nodes below it."""
         if _is_left_out(node):
             return
-        yield from self._of_expression(node)
+        yield from self._of_operator(node)
+        yield from _of_constant(node)
+        yield from _of_condition(node)
         if isinstance(node, ast.stmt):
             yield from self._of_statement(node)
         for name, value in ast.iter_fields(node):
@@ -109,13 +111,12 @@ class _Source:
                 if isinstance(child, ast.AST):
                     yield from self.edits(child)
 
-    def _of_expression(self, node: ast.AST) -> Iterator[Edit]:
+    def _of_operator(self, node: ast.AST) -> Iterator[Edit]:
         match node:
             case ast.Compare():
                 operands = [node.left, *node.comparators]
                 for operator, left, right in zip(node.ops, operands, operands[1:], strict=False):
                     yield from self._operator(operator, left, right)
-                yield from (_key(one) for one in operands if _is_text(one))
             case ast.BoolOp():
                 for left, right in zip(node.values, node.values[1:], strict=False):
                     yield from self._operator(node.op, left, right)
@@ -124,31 +125,9 @@ class _Source:
             case ast.UnaryOp(op=ast.Not() | ast.USub()):
                 word = "not" if isinstance(node.op, ast.Not) else "-"
                 yield Edit(_start(node), (node.lineno, node.col_offset + len(word)), "", f"removed {word}")
-            case ast.Constant(value=bool()):
-                yield _replaced(node, str(not node.value))
-            case ast.Constant(value=int() | float()):
-                yield _replaced(node, repr(node.value + 1))  # type: ignore[operator]  # a number
-            case ast.Subscript(slice=ast.Constant(value=str()) as key):
-                yield _key(key)
-            case ast.Dict():
-                yield from (_key(one) for one in node.keys if one is not None and _is_text(one))
-            case ast.Call(func=ast.Attribute(attr="get" | "pop"), args=[ast.Constant(value=str()) as key, *_]):
-                yield _key(key)
-            case ast.IfExp():
-                yield from _condition(node.test)
-            case ast.comprehension():
-                yield from (_replaced(test, "True") for test in node.ifs)
-            case ast.ExceptHandler(type=ast.expr() as kind):
-                yield _replaced(kind, "()")
 
     def _of_statement(self, node: ast.stmt) -> Iterator[Edit]:
         match node:
-            case ast.If():
-                yield from _condition(node.test)
-            case ast.While() if not isinstance(node.test, ast.Constant):
-                yield _replaced(node.test, "False")
-            case ast.For() | ast.AsyncFor():
-                yield _replaced(node.iter, "()")
             case ast.AugAssign(op=ast.Add() | ast.Sub()):
                 old, new = _OPERATORS[type(node.op)]
                 yield Edit(_end(node.target), _start(node.value), f" {new}= ", f"{old}= becomes {new}=")
@@ -168,20 +147,51 @@ class _Source:
             yield Edit(_end(left), _start(right), words, f"{old} becomes {new}")
 
 
+def _of_constant(node: ast.AST) -> Iterator[Edit]:
+    """Yield edits of numbers, booleans, and texts that are keys or are compared."""
+    match node:
+        case ast.Constant(value=bool()):
+            yield _replaced(node, str(not node.value))
+        case ast.Constant(value=int() | float() as value):
+            yield _replaced(node, repr(value + 1))
+        case ast.Compare():
+            yield from (_key(one) for one in (node.left, *node.comparators) if _is_text(one))
+        case ast.Dict():
+            yield from (_key(one) for one in node.keys if one is not None and _is_text(one))
+        case ast.Subscript(slice=ast.Constant(value=str()) as key):
+            yield _key(key)
+        case ast.Call(func=ast.Attribute(attr="get" | "pop"), args=[ast.Constant(value=str()) as key, *_]):
+            yield _key(key)
+
+
+def _of_condition(node: ast.AST) -> Iterator[Edit]:
+    """Yield edits that decide which branch runs, how often a loop does, and whether an error is caught."""
+    match node:
+        case ast.If() | ast.IfExp() if not isinstance(node.test, ast.Constant):
+            yield _replaced(node.test, "True")
+            yield _replaced(node.test, "False")
+        case ast.While() if not isinstance(node.test, ast.Constant):
+            yield _replaced(node.test, "False")
+        case ast.For() | ast.AsyncFor():
+            yield _replaced(node.iter, "()")
+        case ast.comprehension():
+            yield from (_replaced(test, "True") for test in node.ifs)
+        case ast.ExceptHandler(type=ast.expr() as kind):
+            yield _replaced(kind, "()")
+
+
 def _is_left_out(node: ast.AST) -> bool:
     match node:
-        case ast.JoinedStr() | ast.Assert():
+        case ast.JoinedStr() | ast.Assert() | ast.FunctionDef(name="__repr__"):
             return True
-        case ast.FunctionDef(name="__repr__"):
-            return True
-        case ast.Assign(targets=[ast.Name(id="__all__")]):
-            return True
+        case ast.Assign(targets=[ast.Name(id=name)]):
+            return name == "__all__" or name.endswith("_SECONDS")
         case ast.If(test=ast.Name(id="TYPE_CHECKING")):
             return True
         case ast.Call():
             return _LOGGING.fullmatch(ast.unparse(node.func)) is not None
-        case ast.Expr(value=value):
-            return isinstance(value, ast.Call) and _is_left_out(value)
+        case ast.Expr(value=ast.Call() as value):
+            return _is_left_out(value)
     return False
 
 
@@ -199,18 +209,13 @@ def _is_removable(node: ast.stmt) -> bool:
     return False
 
 
-def _condition(test: ast.expr) -> Iterator[Edit]:
-    if not isinstance(test, ast.Constant):
-        yield _replaced(test, "True")
-        yield _replaced(test, "False")
-
-
 def _is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def _key(node: ast.expr) -> Edit:
     assert isinstance(node, ast.Constant)
+    assert isinstance(node.value, str)
     return _replaced(node, repr(f"{node.value}?"))
 
 

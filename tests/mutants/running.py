@@ -105,6 +105,9 @@ class Runner:
             verdict, test = self._verdict(mutant, tests)
         return Result(mutant, verdict, text.split("\n")[mutant.line - 1].strip(), time.monotonic() - start, test)
 
+    def _most_seconds(self, test: str) -> float:
+        return self._target.test_seconds + 5 * self._unmutated.seconds.get(test, 1.0)
+
     def _text(self, path: str) -> str:
         return (self._tree / path).read_text("utf-8")
 
@@ -117,7 +120,7 @@ class Runner:
             plugins.append(self._servers)
         arguments = self._target.arguments({test.partition("::")[0] for test in ordered})
         with mutated(self._tree, mutant):
-            run = run_pytest(self._tree, arguments, plugins, lambda test: 5 + 5 * seconds.get(test, 1), ["-x"])
+            run = run_pytest(self._tree, arguments, plugins, self._most_seconds, ["-x"])
         if self._servers:
             self._servers.renews_template = mutant.path == _SCHEMA
             if run.exit_code is None:

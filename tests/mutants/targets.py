@@ -22,6 +22,7 @@ class Target:
         but: Paths that the patterns of `files` must not match.
         mutants_of: Function that makes the mutants of a file from its path and text.
         needs_servers: Whether the tests use the fixture `pair`: PostgreSQL and Valkey, started once.
+        test_seconds: A test is too late after this time and five times its unmutated time.
     """
 
     files: tuple[str, ...]
@@ -30,6 +31,7 @@ class Target:
     without: tuple[str, ...] = ()
     mutants_of: Callable[[str, str], list[Mutant]] = python_mutants
     needs_servers: bool = False
+    test_seconds: float = 5.0
 
     def arguments(self, files: Collection[str] | None = None) -> list[str]:
         """Return pytest's arguments for the tests, or for those of them in `files`."""
@@ -102,6 +104,8 @@ TARGETS = {
             "tests/unit/test_times.py",
             "tests/unit/test_trading_controller.py",
             "tests/unit/test_settings.py",
+            "tests/unit/test_legacy_json.py",
+            "tests/integration/test_third_kind.py::test_two_kinds_cannot_have_the_same_type_name_function_or_table",
         ),
     ),
     "outbox": Target(
@@ -132,7 +136,10 @@ TARGETS = {
             "tests/unit/test_copies.py",
             "tests/unit/test_entries_in_progress.py",
             "tests/unit/test_history_producer.py",
-            "tests/unit/test_outbox_growth.py",
+            "tests/unit/test_outbox.py::test_only_one_relay_has_the_lock",
+            "tests/unit/test_outbox_file.py",
+            "tests/unit/test_outbox_quarantine.py",
+            "tests/unit/test_outbox_salvage.py",
         ),
     ),
     "reservations": Target(

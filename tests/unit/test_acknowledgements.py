@@ -30,6 +30,14 @@ def test_an_acknowledgement_is_read_as_it_was_written(outcome: Outcome, event_id
     assert read_acknowledgements({field.encode(): text.encode()}, SOURCE) == {field.encode(): expected}
 
 
+def test_the_largest_numbers_that_a_database_can_store_are_read() -> None:
+    """A sequence and a row id have 63 bits, a time has 18 digits."""
+    largest = 2**63 - 1
+    field = f"{SOURCE_ID}-{largest}-{NONCE}"
+    found = read_acknowledgements({field: f"{'9' * 18} - stored:{largest}"}, SOURCE)
+    assert found == {field: Acknowledgement(SOURCE_ID, largest, NONCE, None, Outcome("stored", largest), 10**18 - 1)}
+
+
 def test_an_acknowledgement_has_its_documented_text() -> None:
     """Workers and relays of different releases must agree on it."""
     assert job_id_of("ab", 2, NONCE) == f"ab-2-{NONCE}"
@@ -59,6 +67,7 @@ _TEXT = b"17 - stored:1"
         (b"2", _TEXT),
         (b"", _TEXT),
         (f"{SOURCE_ID}--1".encode(), _TEXT),
+        (f"{SOURCE_ID}-{2**63}".encode(), _TEXT),
         (f"{SOURCE_ID}-{'9' * 19}".encode(), _TEXT),
         (f"{SOURCE_ID}-{'9' * 25}".encode(), _TEXT),
         (b"9" * 5000, _TEXT),
@@ -66,8 +75,10 @@ _TEXT = b"17 - stored:1"
         (_FIELD, b"17 - stored:-1"),
         (_FIELD, b"17 - stored:-" + b"9" * 25),
         (_FIELD, b"- - stored:1"),
+        (_FIELD, b"9" * 19 + b" - stored:1"),
         (_FIELD, b"9" * 25 + b" - stored:1"),
         (_FIELD, b"9" * 5000 + b" - stored:1"),
+        (_FIELD, f"17 - stored:{2**63}".encode()),
         (_FIELD, b"17 - stored:" + b"9" * 25),
         (_FIELD, b"17 - stored:" + b"9" * 5000),
         (_FIELD, b"17 - stored:"),

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from producers.errors import InvalidEvent
 from producers.events import (
+    KINDS,
     MAX_EVENT_BYTES,
     MAX_EVENT_STRUCTURE,
     Event,
@@ -236,6 +237,13 @@ def test_an_unchecked_event_is_the_same_as_a_checked_one(payload: Payload, trace
     assert unchecked.model_fields_set == checked.model_fields_set
     with pytest.raises(ValidationError):
         unchecked.sequence = 4
+
+
+def test_each_field_of_an_event_identifies_it_or_is_compared() -> None:
+    """Otherwise other content under a known id would count as a duplicate."""
+    for kind in KINDS.values():
+        compared = {column.attribute or column.name for column in kind.columns if not column.derived}
+        assert compared | set(kind.identity) == set(kind.payload.model_fields), kind.name
 
 
 def test_payloads_and_events_are_frozen() -> None:
@@ -680,11 +688,29 @@ def test_a_message_shows_an_empty_name(make: Callable[[], object], message: str)
         ({"portfolio_id": True}, "portfolio_id", "integer"),
         ({"portfolio_id": "1"}, "portfolio_id", "integer"),
         ({"portfolio_id": 2**63}, "portfolio_id", "less than or equal to 9223372036854775807"),
+        ({"portfolio_id": -(2**63) - 1}, "portfolio_id", "greater than or equal to -9223372036854775808"),
     ],
 )
 def test_the_producer_reports_the_invalid_field_of_a_snapshot(changes: dict[str, Any], path: str, reason: str) -> None:
     """The message begins with the field and has the reason."""
     _assert_error(_error_of(lambda: a_snapshot(**changes)), path, reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("portfolio_id", -(2**63)),
+        ("portfolio_id", 2**63 - 1),
+        ("trade_count", 0),
+        ("trade_count", 2**31 - 1),
+        ("timestamp", datetime(1970, 1, 1, tzinfo=UTC)),
+        ("timestamp", datetime(9998, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)),
+    ],
+)
+def test_the_largest_and_smallest_values_of_a_column_are_accepted(name: str, value: Any) -> None:
+    event = event_of(a_snapshot(**{name: value}), source=SOURCE, sequence=2**63 - 1)
+    read = decode(encode(event), PortfolioSnapshotEvent)
+    assert (getattr(read.data, name), read.sequence) == (value, 2**63 - 1)
 
 
 @pytest.mark.parametrize("payload", [a_snapshot(), an_archive()])

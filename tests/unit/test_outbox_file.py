@@ -591,6 +591,17 @@ def test_a_relay_lock_is_lost_when_its_file_is_removed(path: Path) -> None:
     other.release()
 
 
+def test_a_fork_releases_the_relay_lock(path: Path) -> None:
+    """A lock that the child had too would be lost when the child closes its connection."""
+    outbox = Outbox(path)
+    lock, other = outbox.relay_lock(), Outbox(path).relay_lock()
+    assert lock.acquire()
+    assert in_child(lambda: None) == 0
+    assert not lock.held
+    assert other.acquire()
+    other.release()
+
+
 @pytest.mark.parametrize("content", [b"noise" * 1000, b"SQLite format 3\0" + b"\xff" * 8000], ids=["noise", "torn"])
 def test_a_damaged_relay_lock_is_replaced(path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     """Its content is of no value; one relay at a time has the new lock."""

@@ -20,6 +20,7 @@ from rq.serializers import JSONSerializer
 
 from producers import entry_sender, outbox_clock
 from producers import relay as relay_module
+from producers.acknowledgement_reader import AcknowledgementReader
 from producers.acknowledgements import Outcome, acknowledgement_text, shown
 from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
 from producers.errors import OutboxError, RelayRefused
@@ -187,11 +188,12 @@ def test_checking_a_queued_entry_does_not_read_its_event(outbox: Outbox, relay: 
         assert not relay.sweep()
 
 
-def test_a_full_queue_gets_no_more_jobs(
-    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("most", [250, 300], ids=["more than full", "exactly full"])
+def test_a_full_queue_gets_no_more_jobs_until_workers_have_made_room(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    """The other entries stay in the outbox, where they are durable, until workers have made room."""
-    monkeypatch.setattr(entry_sender, "_FULL_QUEUE_JOBS", 250)
+    """The other entries stay in the outbox, where they are durable."""
+    monkeypatch.setattr(entry_sender, "_FULL_QUEUE_JOBS", most)
     monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 100)
     outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(500)])
     for _ in range(3):
@@ -289,6 +291,18 @@ def test_acknowledgements_settle_entries_and_are_removed(outbox: Outbox, server:
     ]
     assert redis.hgetall(key) == {}
     relay.stop()
+
+
+def test_reading_acknowledgements_returns_the_number_of_entries_that_they_settle(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
+) -> None:
+    """An entry without an acknowledgement does not count, and a settled one counts once."""
+    first, second, _ = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    relay.sweep()
+    _acknowledge(redis, first, "stored:1")
+    _acknowledge(redis, second, "duplicate:1")
+    reader = AcknowledgementReader(outbox, redis)
+    assert [reader.apply() for _ in range(2)] == [2, 0]
 
 
 def test_a_rejection_is_logged_with_its_identifiers(
@@ -506,10 +520,14 @@ def test_an_entry_that_is_acknowledged_during_a_sweep_is_not_sent_again(
     assert queue_of(redis).count == 0
 
 
+@pytest.mark.parametrize("earlier", [0, 1], ids=["first send", "later send"])
 def test_a_send_without_an_answer_is_not_repeated_unchecked(
-    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, earlier: int
 ) -> None:
     """Redis got the jobs, but the connection broke before the answer: the next sweep finds the jobs."""
+    for number in range(earlier):
+        outbox.append(NAME, [a_snapshot(after=timedelta(1 + number))])
+        relay.sweep()
     outbox.append(NAME, [a_snapshot()])
 
     def lose_the_answer(pipe: Any, queue: Any, entries: Any, at: Any = None) -> None:
@@ -521,10 +539,10 @@ def test_a_send_without_an_answer_is_not_repeated_unchecked(
     with pytest.raises(RedisConnectionError):
         relay.sweep()
     monkeypatch.undo()
-    assert (outbox.status().pending, queue_of(redis).count) == (1, 1)
+    assert (outbox.status().pending, queue_of(redis).count) == (1, earlier + 1)
     relay.sweep()
 
-    assert (outbox.status().sent, queue_of(redis).count) == (1, 1)
+    assert (outbox.status().sent, queue_of(redis).count) == (earlier + 1, earlier + 1)
 
 
 def test_a_send_that_could_not_be_marked_is_not_repeated_unchecked(
@@ -831,6 +849,21 @@ def test_a_defect_does_not_end_the_thread_and_is_logged_once(
 
     monkeypatch.setattr(relay, "sweep", sweep)
     _until(lambda: outbox.status().sent == 1)
+
+
+def test_an_error_without_a_message_does_not_end_the_thread(
+    outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The relay says that there are no details, and tries again."""
+
+    def fail() -> bool:
+        raise TimeoutError
+
+    tries = _counted(relay, monkeypatch, fail)
+    relay.start()
+    _until(lambda: len(tries) >= 2)
+    assert relay.failure == "no details"
+    assert relay.running
 
 
 def test_pauses_after_failures_grow_up_to_a_limit(outbox: Outbox, redis: fakeredis.FakeRedis) -> None:

@@ -133,3 +133,25 @@ def test_a_job_that_is_reserved_or_finished_meanwhile_is_not_lost(
 
     monkeypatch.setattr(redis, "hkeys", meanwhile)
     assert in_no_list(redis, queue, [entry]) == ([entry] if what == "nothing" else [])
+
+
+@pytest.mark.parametrize(
+    ("place", "is_lost"),
+    [("queue", False), ("reservation", False), ("started", False), ("started too long ago", True), ("no list", True)],
+)
+def test_a_job_is_lost_if_it_is_in_no_list_of_jobs(
+    tmp_path: Path, redis: fakeredis.FakeRedis, place: str, is_lost: bool
+) -> None:
+    """Another job of the same batch is in the queue, and in no case lost."""
+    queue = queue_of(redis)
+    entries = _entries(tmp_path, a_snapshot(), an_archive())
+    _enqueue(redis, entries)
+    if place != "queue":
+        redis.lpop(queue.key)
+    if place == "reservation":
+        redis.hset(owners_key(queue.name), "owner", "")
+        redis.rpush(reserved_key(queue.name, "owner"), entries[0].job_id)
+    elif place.startswith("started"):
+        seconds = 60 if place == "started" else -60  # until a stock worker's job counts as abandoned
+        redis.zadd(queue.started_job_registry.key, {f"{entries[0].job_id}:execution": redis.time()[0] + seconds})
+    assert in_no_list(redis, queue, entries) == (entries[:1] if is_lost else [])

@@ -1,18 +1,21 @@
-"""Pauses between retries, and names of time zones."""
+"""Pauses between retries, names of time zones, and times that a clock has shown."""
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import sys
+import time
 import tomllib
 import zoneinfo
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 import pytest
 
-from producers.times import backoff_seconds, zone_named
+from producers.times import backoff_seconds, deadline_after, read_back, wall_clock, zone_named
 from tests.documents import ROOT
 
 
@@ -21,6 +24,17 @@ def test_a_pause_doubles_up_to_a_limit_and_is_random(failures: int, ceiling: flo
     waits = [backoff_seconds(failures, first=0.2, last=5.0) for _ in range(200)]
     assert ceiling / 2 <= min(waits) < max(waits) <= ceiling
     assert max(waits) - min(waits) > ceiling / 4
+
+
+def test_a_wait_ends_after_its_timeout_or_never() -> None:
+    """NaN is an error: such a wait would never end."""
+    before = time.monotonic()
+    deadline = deadline_after(5.0)
+    assert deadline is not None
+    assert before + 5.0 <= deadline <= time.monotonic() + 5.0
+    assert deadline_after(None) is None
+    with pytest.raises(ValueError, match="timeout: must be a number of seconds, not NaN"):
+        deadline_after(math.nan)
 
 
 def test_a_pause_does_not_use_the_programs_random_state() -> None:
@@ -95,6 +109,38 @@ def test_a_fixed_offset_is_named_with_its_zone(name: str, offset: str, zone: str
 def test_an_offset_of_zero_is_utc() -> None:
     with pytest.raises(ValueError, match=r"for the fixed offset \+00:00, write UTC$"):
         zone_named("+00:00")
+
+
+_HOUR = timedelta(hours=1)
+_BERLIN = ZoneInfo("Europe/Berlin")
+# At this instant and an hour later, clocks in Berlin show 02:30.
+_FIRST = datetime(2026, 10, 25, 0, 30, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("after", "instant"),
+    [
+        (None, _FIRST),
+        (_FIRST - _HOUR, _FIRST),
+        (_FIRST, _FIRST),
+        (_FIRST + _HOUR / 2, _FIRST + _HOUR),
+        (_FIRST + _HOUR, _FIRST + _HOUR),
+        (_FIRST + 2 * _HOUR, _FIRST),
+    ],
+)
+def test_a_time_that_occurs_twice_is_the_first_one_that_continues_the_series(
+    after: datetime | None, instant: datetime
+) -> None:
+    """If neither continues it, the first one is taken. The result has a fixed offset."""
+    assert wall_clock(_FIRST, _BERLIN) == wall_clock(_FIRST + _HOUR, _BERLIN) == datetime(2026, 10, 25, 2, 30)
+    read = read_back(datetime(2026, 10, 25, 2, 30), _BERLIN, after, "timestamp")
+    assert read == instant
+    assert read.isoformat() == ("2026-10-25T02:30:00+02:00" if instant == _FIRST else "2026-10-25T02:30:00+01:00")
+
+
+def test_a_time_that_does_not_occur_has_the_offset_before_the_gap() -> None:
+    read = read_back(datetime(2026, 3, 29, 2, 30), _BERLIN, None, "timestamp")
+    assert read.isoformat() == "2026-03-29T02:30:00+01:00"
 
 
 @pytest.fixture
