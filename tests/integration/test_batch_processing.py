@@ -191,7 +191,8 @@ def test_a_single_event_is_logged_with_its_row_and_a_batch_with_its_totals(caplo
     same = event_of(a_snapshot(after=timedelta(1)), source="other/2", sequence=1)
     decided(Delivery("again", encode(same), PortfolioSnapshotEvent))
     decided(valid(2), invalid("{}"), valid(3), Delivery("job", "x", None, UNSUPPORTED))
-    lines = [record.getMessage() for record in caplog.records if record.name == "rq.worker.history"]
+    records = [record for record in caplog.records if record.name == "rq.worker.history"]
+    lines = [record.getMessage() for record in records]
     row = f"as row {stored.outcome.row_id}"
     assert lines[0].startswith(f"stored event {stored.event_id}: ")
     assert lines[1].startswith(f"duplicate event {stored.event_id}: ")
@@ -199,4 +200,6 @@ def test_a_single_event_is_logged_with_its_row_and_a_batch_with_its_totals(caplo
     assert lines[1].endswith(row)
     assert lines[2].startswith("rejected job invalid: specversion: is missing")
     assert lines[3] == f"rejected job job: {UNSUPPORTED}"
+    facts = [(one.__dict__["job_id"], one.__dict__["outcome"], one.__dict__["sequence"]) for one in records[:3]]
+    assert facts == [("valid-1", "stored", 1), ("again", "duplicate", 1), ("invalid", "invalid", None)]
     assert lines[4:] == ["stored 2 events, 0 duplicates, 2 rejected"]

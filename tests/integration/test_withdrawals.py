@@ -424,6 +424,11 @@ def test_error_says_why_the_event_has_no_row(database_url: str) -> None:
         WithdrawalRefused, match=f"event id {wrong.id}: it was already withdrawn by alice at .*{_REASON}"
     ):
         _withdraw(wrong.id)
+    for number, reason in enumerate(("the second", "the third"), start=3):
+        _process(_event(a_snapshot(balance=number), number))
+        _withdraw(wrong.id, reason)
+    with pytest.raises(WithdrawalRefused, match="it was already withdrawn by alice at .*: the third$"):
+        _withdraw(wrong.id)
     _execute("DELETE FROM withdrawals")
     with pytest.raises(WithdrawalRefused, match="it was rejected: event .* with other content; .*failed show"):
         _withdraw(wrong.id)
