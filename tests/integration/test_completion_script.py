@@ -291,3 +291,22 @@ def test_a_key_of_another_type_is_renamed_and_the_job_is_completed(redis: Redis,
     assert complete(redis, "a", finished=finished, failed=[failure("b")], **acknowledged) == ([key], [], [])
     assert redis.get(f"{key}:quarantined") == b"x"
     assert (redis.zcard(FINISHED), redis.zcard(FAILED), redis.hlen("ack")) == (1, 1, 1)
+
+
+def test_fields_of_jobs_are_read_without_the_data_and_within_limits(redis: Redis) -> None:
+    """Of a key without a hash, of too many fields and of too many bytes nothing is read; the order is that of the keys."""
+    redis.set("string", "x")
+    fits: dict[Any, Any] = {"abc": "x" * 7, "data": "y" * 1000}
+    redis.hset("fits", mapping=fits)
+    redis.hset("long", mapping=fits | {"b": ""})
+    redis.hset("data", mapping={"data": "y" * 1000})
+    few: dict[Any, Any] = {n: "" for n in range(1000)}
+    redis.hset("few", mapping=few)
+    redis.hset("many", mapping=few | {1000: ""})
+    read = scripts.load(redis, "read_fields")
+
+    keys = ["string", "fits", "missing", "long", "data", "fits"]
+    fields = [[b"abc"], [b"x" * 7]]
+    assert read(keys=keys, args=[10]) == [None, fields, None, None, [[], []], fields]
+    (names, values), nothing = read(keys=["few", "many"], args=[10_000])
+    assert ({int(name) for name in names}, set(values), nothing) == (set(range(1000)), {b""}, None)

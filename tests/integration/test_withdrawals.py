@@ -175,6 +175,20 @@ def test_signals_are_compared_by_value(database_url: str) -> None:
     insert_event(_event(an_archive(signals=[{"price": 10}])))
 
 
+def test_a_withdrawn_archive_stays_out_in_the_month_of_another_offset(database_url: str) -> None:
+    """Its month is not content: it follows the offset in which the same instant is written."""
+    last_hour = datetime(2026, 11, 30, 23, 30, tzinfo=UTC)
+    archives = [
+        SignalArchive(archived_at=last_hour.astimezone(timezone(timedelta(hours=hours))), signals=[{"a": 1}])
+        for hours in (0, 1)
+    ]
+    assert [archive.archive_month for archive in archives] == ["2026-11", "2026-12"]
+    insert_event(_event(archives[0]))
+    _withdraw(archives[0].event_id)
+    with pytest.raises(EventWithdrawn):
+        insert_event(_event(archives[1]))
+
+
 def test_one_batch_may_have_withdrawn_corrected_and_conflicting_content(database_url: str) -> None:
     """Whichever comes first, each delivery gets its own answer."""
     contents = [a_snapshot(balance=balance) for balance in (1, 2, 3, 2)]
