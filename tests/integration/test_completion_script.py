@@ -294,13 +294,13 @@ def test_a_key_of_another_type_is_renamed_and_the_job_is_completed(redis: Redis,
 
 
 def test_fields_of_jobs_are_read_without_the_data_and_within_limits(redis: Redis) -> None:
-    """Of a key without a hash, of too many fields and of too many bytes nothing is read; the order is that of the keys."""
+    """Nothing is read of a key that is no hash, or has too many fields or bytes. The order is that of the keys."""
     redis.set("string", "x")
     fits: dict[Any, Any] = {"abc": "x" * 7, "data": "y" * 1000}
     redis.hset("fits", mapping=fits)
     redis.hset("long", mapping=fits | {"b": ""})
     redis.hset("data", mapping={"data": "y" * 1000})
-    few: dict[Any, Any] = {n: "" for n in range(1000)}
+    few: dict[Any, Any] = dict.fromkeys(range(1000), "")
     redis.hset("few", mapping=few)
     redis.hset("many", mapping=few | {1000: ""})
     read = scripts.load(redis, "read_fields")
