@@ -41,11 +41,13 @@ class Unmutated:
         """Return the tests that execute the changed line of `text`, the unchanged file.
 
         A line that is executed when the module is imported, or whose result is cached, counts as executed by all tests
-        that run a function of the module. Another file counts as executed by all tests, except if it is a Lua script.
+        that run a function of the module. Another file counts as executed by all tests, except if it is a Lua script: a
+        test that calls scripts does not execute the others. A test that calls none may start a process that does.
         """
         lines = self.tests_by_line.get(mutant.path)
         if lines is None:
-            return self.tests_by_script.get(mutant.path) or set(self.seconds)
+            others = set().union(*self.tests_by_script.values()) - self.tests_by_script.get(mutant.path, set())
+            return set(self.seconds) - others
         first, last, is_cached = _statement(text, mutant.line)
         found = set().union(*(lines.get(line, ()) for line in range(first, last + 1)))
         if _OUTSIDE in found or (found and is_cached):
