@@ -454,6 +454,21 @@ def test_error_says_why_the_event_has_no_row(database_url: str) -> None:
             _withdraw(wrong.id, reason, actor)
 
 
+@pytest.mark.parametrize("granted", ["SELECT ON withdrawals", "DELETE ON portfolio_history", "INSERT ON withdrawals"])
+def test_a_role_without_both_rights_may_not_withdraw(database_url: str, granted: str) -> None:
+    """It needs DELETE on the history table and INSERT on withdrawals, as the owner has."""
+    event = _event(a_snapshot())
+    insert_event(event)
+    refused = pytest.raises(
+        WithdrawalRefused, match="^role trading_history_writer may not withdraw a row of portfolio_"
+    )
+    with refused, get_db() as db:
+        db.exec_driver_sql(f"GRANT {granted} TO trading_history_writer")
+        db.exec_driver_sql("SET LOCAL ROLE trading_history_writer")
+        withdraw(db, event.id, _REASON, "alice")
+    assert len(_balances()) == 1
+
+
 @pytest.mark.parametrize("shape", ["table", "json"])
 def test_the_command_withdraws_a_row(database_url: str, shape: str) -> None:
     """The actor is by default the account that runs it. With --dry-run, nothing changes."""

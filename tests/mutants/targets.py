@@ -153,6 +153,7 @@ TARGETS = {
         tests=(
             _WITHDRAWALS,
             "tests/integration/test_schema.py",
+            "tests/integration/test_batch_processing.py",
             "tests/test_history_operations.py",
             f"{_WORKER}::test_a_batch_can_have_the_same_event_and_the_same_job_twice",
             f"{_WORKER}::test_two_workers_with_the_same_events_in_opposite_order_do_not_deadlock",
