@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta
+from datetime import timedelta, timezone
 from typing import Any
 
 import pytest
@@ -14,8 +14,15 @@ from consumers.errors import StoreUnavailable, UnsupportedJob
 from consumers.worker.batch import Deferred, Result, acknowledgements, process_batch
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
-from producers.events import MAX_EVENT_BYTES, MAX_EVENT_STRUCTURE, PortfolioSnapshotEvent, encode, event_of
-from tests.factories import a_snapshot, an_archive
+from producers.events import (
+    MAX_EVENT_BYTES,
+    MAX_EVENT_STRUCTURE,
+    PortfolioSnapshotEvent,
+    SignalArchiveEvent,
+    encode,
+    event_of,
+)
+from tests.factories import INSTANT, a_snapshot, an_archive
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -122,6 +129,16 @@ def test_of_a_text_that_could_exhaust_memory_only_the_beginning_is_read() -> Non
     start = f'{{"id": "{EVENT_ID}", "source": "other/1", "sequence": "{7:019}", "data": '
     (result,) = decided(invalid(start + "[" + "1," * MAX_EVENT_STRUCTURE))
     assert (result.source, result.sequence, str(result.event_id)) == ("other/1", 7, EVENT_ID)
+
+
+def test_an_instant_is_stored_in_any_offset_of_rfc_3339() -> None:
+    """PostgreSQL itself reads offsets up to 15:59 only."""
+    farthest = timezone(timedelta(hours=23, minutes=59))
+    archive = an_archive(archived_at=INSTANT.astimezone(farthest))
+    (result,) = decided(Delivery("job", encode(event_of(archive, source="other/1", sequence=1)), SignalArchiveEvent))
+    assert result.label == "stored"
+    with get_db() as db:
+        assert db.scalar(text("SELECT archived_at FROM signal_archives")) == INSTANT
 
 
 def test_acknowledgements_are_grouped_by_source_and_need_a_number() -> None:

@@ -261,6 +261,18 @@ def test_an_entry_of_a_copy_with_the_same_number_has_no_state_here(path: Path, t
     assert [status and status.state for status in one.statuses_of([own, foreign])] == ["pending", None]
 
 
+def test_an_unchanged_destination_is_not_written_again(path: Path) -> None:
+    """Each producer sets it when it starts, and should not wait for those that record."""
+    outbox = Outbox(path)
+    outbox.set_destination("database 0 on here", "history")
+    with closing(sqlite3.connect(path)) as db:
+        version = db.execute("PRAGMA data_version").fetchone()
+        outbox.set_destination("database 0 on here", "history")
+        assert db.execute("PRAGMA data_version").fetchone() == version
+        outbox.set_destination("database 0 on here", "other")
+        assert db.execute("PRAGMA data_version").fetchone() != version
+
+
 def test_only_these_columns_may_be_null(path: Path) -> None:
     """Each other value is known when its row is written."""
     Outbox(path).close()
