@@ -111,6 +111,7 @@ def test_a_withdrawn_archive_keeps_every_digit_of_its_signals(database_url: str)
     signals = [a_signal(price=Decimal("0.12345678901234567890123")), {"market_id": "ü", "n": 12345678901234567890}]
     archive = an_archive(signals=signals, portfolio_id=None)
     insert_event(_event(archive, 3, source="import/a.json/0a1b"))
+    insert_event(_event(a_snapshot()))  # of another table, which stays
     before = _execute("SELECT CAST(signals_data AS text) FROM signal_archives")
     _withdraw(archive.event_id)
     (kept,) = _execute("SELECT job_id, content, CAST(content -> 'signals_data' AS text) AS signals FROM withdrawals")
@@ -123,6 +124,7 @@ def test_a_withdrawn_archive_keeps_every_digit_of_its_signals(database_url: str)
         "signals_count": 2,
     }
     assert kept.job_id == "0a1b-3"
+    assert len(_balances()) == 1
 
 
 @pytest.mark.parametrize(
