@@ -147,6 +147,18 @@ def test_the_text_of_a_job_that_defeats_the_parser_is_its_first_argument(call: A
     assert unreadable_delivery(a_job(call)) == Delivery("job", text, None)
 
 
+def test_an_interrupt_is_no_defect_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the worker, also while the text of a job is read."""
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    job = a_job(["f", None, ["text"], {}])
+    monkeypatch.setattr(json, "loads", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        unreadable_delivery(job)
+
+
 def test_a_dashboard_gets_only_calls_that_it_can_parse_in_little_memory() -> None:
     """Data that is not compressed is shown as it is, up to 64 KiB; a large call only in the form of ours."""
     large, brackets = a_call(UNCHECKED + 1), b"[" * (UNCHECKED + 1)
