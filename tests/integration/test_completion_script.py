@@ -293,6 +293,26 @@ def test_a_key_of_another_type_is_renamed_and_the_job_is_completed(redis: Redis,
     assert (redis.zcard(FINISHED), redis.zcard(FAILED), redis.hlen("ack")) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("command", ["hset", "xadd"])
+def test_a_forbidden_record_of_rq_is_reported_once_and_the_jobs_are_released(redis: Redis, command: str) -> None:
+    """The results that a failed job has are kept."""
+    redis.acl_setuser("limited", enabled=True, nopass=True, keys=["*"], commands=["+@all", f"-{command}"])
+    a_job(redis, "a", "b", "failed")
+    redis.xadd("rq:results:failed", {"type": "1"})
+    finished = [{"id": one, "ttl": 500, "result": "MQ=="} for one in "ab"]
+    failed = [failure("failed")] if command == "xadd" else []
+    path = redis.connection_pool.connection_kwargs["path"]
+    with Redis(unix_socket_path=path, username="limited", password="any") as limited:
+        quarantined, still_reserved, errors = complete(limited, "a", "b", "failed", finished=finished, failed=failed)
+    redis.acl_deluser("limited")
+
+    assert (quarantined, still_reserved, len(errors)) == ([], [], 1)
+    assert f"'{command}'" in errors[0]
+    assert listed(redis, RESERVED) == []
+    assert redis.zrange(FINISHED, 0, -1) == [b"a", b"b"]
+    assert redis.xlen("rq:results:failed") == 1
+
+
 def test_fields_of_jobs_are_read_without_the_data_and_within_limits(redis: Redis) -> None:
     """Nothing is read of a key that is no hash, or has too many fields or bytes. The order is that of the keys."""
     redis.set("string", "x")
