@@ -78,10 +78,8 @@ class CopyGuard:
                 pipe.multi()
                 if is_own:
                     _set_tokens(pipe, keys, token)
-                else:
-                    pipe.exists(*keys)  # any command will do: EXEC fails if a token changed since it was read
                 try:
-                    pipe.execute()
+                    pipe.execute()  # also without a command, EXEC fails if a token changed since it was read
                 except WatchError:  # another copy or relay was faster: the next try finds its token
                     continue
                 if is_own:

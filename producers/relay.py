@@ -178,7 +178,6 @@ class Relay:
         try:
             next(self._salvaging)
         except StopIteration:
-            self._salvaging = iter(())
             return False
         except OutboxDamaged:
             raise

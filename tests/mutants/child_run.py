@@ -26,7 +26,7 @@ _OPTIONS = ("-q", "-n0", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestA
 
 @dataclass(frozen=True)
 class ChildRun:
-    """What a run of pytest in a child process ended with.
+    """Result of a run of pytest in a child process.
 
     Attributes:
         exit_code: Of pytest; None if the child was killed because a test took too long.
@@ -38,7 +38,7 @@ class ChildRun:
 
 
 class _Reports:
-    """Plugin that tells the parent process which test begins and which one fails."""
+    """Plugin that reports to the parent process which test begins and which one fails."""
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe

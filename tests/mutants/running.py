@@ -32,7 +32,7 @@ Verdict = Literal["killed", "timeout", "survived", "not reached", "broken"]
 
 @dataclass(frozen=True)
 class Result:
-    """What the tests made of a mutant.
+    """Result of the tests with a mutant.
 
     Attributes:
         verdict: `killed`: a test failed. `timeout`: a test took too long, which counts as killed. `survived`: all tests

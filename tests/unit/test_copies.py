@@ -396,10 +396,28 @@ def test_one_of_two_copies_that_exchange_the_token_at_the_same_moment_keeps_the_
         return begin_exchange(*arguments)
 
     monkeypatch.setattr(a.outbox.header, "begin_exchange", meanwhile)
-    _sweep(a, b, a, b)
-
-    assert b.record(a_snapshot()) == source
+    a.relay.sweep()
     assert a.record(a_snapshot()) != source
+    _sweep(b, a, b)
+    assert b.record(a_snapshot()) == source
+
+
+def test_a_relay_that_others_forestall_at_every_try_exchanges_the_token_at_its_next_check(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then, it keeps its source."""
+    one = bot("a")
+    source = one.record(a_snapshot())
+    _sweep(one)
+    before = redis.get(token_key(source))
+    guard = copies.CopyGuard(one.outbox, redis)
+    monkeypatch.setattr(one.outbox.header, "begin_exchange", lambda *_: False)
+    guard.check()
+    monkeypatch.undo()
+    assert redis.get(token_key(source)) == before
+    guard.check()
+    assert redis.get(token_key(source)) == one.outbox.header.read().token.encode() != before
+    assert one.record(a_snapshot()) == source
 
 
 def test_a_source_that_is_added_later_gets_a_token_at_the_next_sweep(
@@ -469,10 +487,11 @@ def test_a_relay_that_resumes_after_another_one_took_over_is_not_taken_for_a_cop
     assert token == redis.get(token_key(source))
 
 
-def test_a_relay_that_compares_tokens_while_another_one_exchanges_them_is_not_taken_for_a_copy(
-    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanges", "compares"])
+def test_a_relay_that_reads_tokens_while_another_one_exchanges_them_is_not_taken_for_a_copy(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch, exchanges: bool
 ) -> None:
-    """The other relay exchanges the token after this one read the outbox and before it reads Redis."""
+    """The other relay exchanges the token between the two reads of this one: of the outbox and of Redis."""
     one = bot("a")
     source = one.record(a_snapshot())
     _sweep(one)
@@ -481,12 +500,13 @@ def test_a_relay_that_compares_tokens_while_another_one_exchanges_them_is_not_ta
 
     def meanwhile() -> Any:
         monkeypatch.setattr(one.outbox.header, "read", read)
-        found = read()
+        before = read()
         copies.CopyGuard(other, redis).check()
-        return found
+        return read() if exchanges else before
 
     guard = copies.CopyGuard(one.outbox, redis)
-    guard.check()
+    if not exchanges:
+        guard.check()
     monkeypatch.setattr(one.outbox.header, "read", meanwhile)
     guard.check()
     guard.check()

@@ -34,6 +34,7 @@ from producers.events import (
     json_schema,
     unchecked_event_of,
 )
+from producers.fields import readable
 from producers.trace_context import TraceContext
 from tests.factories import INSTANT, a_signal, a_snapshot, an_archive
 
@@ -708,9 +709,10 @@ def test_the_producer_reports_the_invalid_field_of_a_snapshot(changes: dict[str,
     ],
 )
 def test_the_largest_and_smallest_values_of_a_column_are_accepted(name: str, value: Any) -> None:
-    event = event_of(a_snapshot(**{name: value}), source=SOURCE, sequence=2**63 - 1)
-    read = decode(encode(event), PortfolioSnapshotEvent)
-    assert (getattr(read.data, name), read.sequence) == (value, 2**63 - 1)
+    for sequence in (0, 2**63 - 1):
+        event = event_of(a_snapshot(**{name: value}), source=SOURCE, sequence=sequence)
+        read = decode(encode(event), PortfolioSnapshotEvent)
+        assert (getattr(read.data, name), read.sequence) == (value, sequence)
 
 
 @pytest.mark.parametrize("payload", [a_snapshot(), an_archive()])
@@ -830,6 +832,34 @@ def test_the_consumer_reports_the_invalid_field_of_an_event(path: str, value: ob
     """JSON text has one spelling for each value. The message begins with the field."""
     text = _changed(SNAPSHOT_TEXT, path, value)
     _assert_error(_error_of(lambda: decode(text, PortfolioSnapshotEvent)), path, reason)
+
+
+@pytest.mark.parametrize("value", [[], {}, "x", 1, None], ids=str)
+@pytest.mark.parametrize("path", ["data", "data.signals"])
+def test_the_consumer_reports_data_or_signals_of_another_type(path: str, value: object) -> None:
+    """An empty array of signals and data without fields are invalid too."""
+    error = _error_of(lambda: decode(_changed(ARCHIVE_TEXT, path, value), SignalArchiveEvent))
+    assert str(error).startswith(path)
+
+
+def test_an_archive_has_at_most_20000_signals() -> None:
+    """For the producer and for the consumer."""
+    archive = an_archive(signals=[{}] * 20_000)
+    assert archive.signals_count == 20_000
+    text = encode(event_of(archive, source=SOURCE, sequence=1))
+    assert decode(text, SignalArchiveEvent).data == archive
+    _assert_error(_error_of(lambda: an_archive(signals=[{}] * 20_001)), "signals", "has more than 20000 items")
+    too_many = text.replace('"signals":[', '"signals":[{},')
+    error = _error_of(lambda: decode(too_many, SignalArchiveEvent))
+    _assert_error(error, "data.signals", "has more than 20000 items")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("four", "four"), ("fives", "fiv…"), ("a\n", "a\\n"), ("ab\n", "ab\\n"), ("abc\n", "abc…"), ("", "")],
+)
+def test_text_in_a_message_is_escaped_and_shortened(text: str, shown: str) -> None:
+    assert readable(text, 4) == shown
 
 
 @pytest.mark.parametrize(

@@ -306,10 +306,11 @@ def test_a_producer_without_redis_cannot_be_made_and_the_error_names_the_setting
     assert list(Path().rglob("*")) == []
 
 
-def test_a_name_with_other_characters_is_a_settings_error(redis: fakeredis.FakeRedis) -> None:
+@pytest.mark.parametrize("name", ["my bot/1", "", "x" * 101, b"bot"])
+def test_a_name_with_other_characters_is_a_settings_error(redis: fakeredis.FakeRedis, name: str) -> None:
     """The name is part of a Redis key and of the CloudEvents source."""
     with pytest.raises(SettingsError, match="^name: "):
-        HistoryProducer(redis, name="my bot/1")
+        HistoryProducer(redis, name=name)
 
 
 def test_now_and_naive_times_are_in_the_configured_zone(

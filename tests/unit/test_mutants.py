@@ -34,6 +34,9 @@ def send(entries: list[str], retry: bool = True) -> str:
     except OSError:
         self.failures += 1
     return entries
+
+
+PAUSE_SECONDS = 3
 '''
 
 
@@ -158,6 +161,12 @@ def test_an_explanation_that_matches_no_survivor_is_reported() -> None:
     assert obsolete([explained, elsewhere], [_survivor("< becomes <=")], set()) == []
     assert obsolete([explained, elsewhere], [_survivor("a < b becomes True")], set()) == [explained]
     assert obsolete([explained], [_survivor("a < b becomes True")], left_out) == []
+
+
+def test_an_explanation_may_cover_all_changes_of_a_line() -> None:
+    whole = Explanation("producers/small.py", "if a < b:", "any", "a figure of tuning")
+    assert all(whole.matches(_survivor(change)) for change in ("< becomes <=", "a < b becomes True"))
+    assert obsolete([whole], [_survivor("< becomes <=")], set()) == []
 
 
 def test_each_explanation_has_a_line_of_the_source_and_a_reason() -> None:

@@ -6,7 +6,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from producers import relay as relay_module
 from producers.acknowledgement_reader import AcknowledgementReader
 from producers.acknowledgements import Outcome, acknowledgement_text, shown
 from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
+from producers.entry_sender import EntrySender
 from producers.errors import OutboxError, RelayRefused
 from producers.events import SignalArchive
 from producers.outbox import Outbox
@@ -143,6 +144,20 @@ def batches(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return found
 
 
+def test_jobs_have_the_time_of_redis_clock(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts may have different times; a worker computes the age of a job from this one."""
+    redis_now = datetime(2031, 5, 6, 7, 8, 9, 500_000)
+    seconds = redis_now.replace(tzinfo=UTC).timestamp()
+    monkeypatch.setattr(redis, "time", lambda: (int(seconds), 500_000))
+    outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    enqueued_at = _job(redis).enqueued_at
+    assert enqueued_at is not None
+    assert timedelta(0) <= enqueued_at.replace(tzinfo=None) - redis_now < timedelta(seconds=5)
+
+
 def test_large_archives_are_sent_in_small_batches(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, batches: list[list[int]]
 ) -> None:
@@ -203,6 +218,18 @@ def test_a_full_queue_gets_no_more_jobs_until_workers_have_made_room(
     redis.ltrim(queue_of(redis).key, 100, -1)  # a worker took a hundred
     relay.sweep()
     assert (queue_of(redis).count, outbox.status().pending) == (300, 100)
+
+
+def test_a_relay_that_is_stopped_sends_no_further_batch(
+    outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program that it belongs to waits for it at its end."""
+    monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 2)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])
+    sender = EntrySender(outbox, redis, "history")
+    assert sender.send_pending(probe=False, stopped=lambda: True) == 2
+    assert sender.send_pending(probe=False, stopped=lambda: False) == 3
+    assert queue_of(redis).count == 5
 
 
 def test_the_first_batch_after_a_failure_is_one_entry(
@@ -545,6 +572,23 @@ def test_a_send_without_an_answer_is_not_repeated_unchecked(
     assert (outbox.status().sent, queue_of(redis).count) == (earlier + 1, earlier + 1)
 
 
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_an_entry_whose_acknowledgement_waits_in_redis_is_not_enqueued(
+    outbox: Outbox, redis: fakeredis.FakeRedis, is_marked: bool
+) -> None:
+    """Its job is gone because a worker has stored it. It may not be marked as sent yet: its relay died before that."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    sender = EntrySender(outbox, redis, "history")
+    if is_marked:
+        sender.send_pending(probe=False, stopped=lambda: False)
+        redis.flushall()
+    _acknowledge(redis, accepted, "stored:1")
+    sender.send_pending(probe=False, stopped=lambda: False)
+    sender.send_overdue()
+    assert (queue_of(redis).count, outbox.status().sent) == (0, 1)
+
+
 def test_a_send_that_could_not_be_marked_is_not_repeated_unchecked(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -604,6 +648,17 @@ def test_a_relay_lets_batches_form_if_many_entries_are_recorded(
     assert 2 <= len(began) <= most + 2
 
 
+def test_an_idle_relay_sweeps_less_and_less_often(
+    outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pauses grow to 50 ms, so that it takes little time from the caller's program."""
+    sweeps = _counted(relay, monkeypatch, lambda: False)
+    relay.start()
+    time.sleep(0.5)
+    relay.stop()
+    assert 2 <= len(sweeps) <= 25
+
+
 def test_relays_that_die_before_they_mark_an_entry_enqueue_it_once(
     outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -651,6 +706,18 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def _relay_process(outbox: Outbox, redis: fakeredis.FakeRedis, queue: str = "history") -> Relay:
     other = Outbox(outbox.path, repair=True)
     return Relay(other, redis, queue, keep_seconds=KEEP_SECONDS, process_name="relay on here")
+
+
+def test_a_sent_entry_is_checked_after_about_five_seconds(
+    outbox: Outbox, relay: Relay, later: Callable[[float], None]
+) -> None:
+    """By up to 10 % earlier or later, so that outboxes that were started together do not check together."""
+    outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    later(4.4)
+    assert outbox.deliveries.overdue(10) == []
+    later(1.2)
+    assert len(outbox.deliveries.overdue(10)) == 1
 
 
 def test_producers_leave_relaying_to_a_relay_process(

@@ -135,3 +135,31 @@ def test_an_entry_stored_while_a_relay_was_stopped_stays_stored(path: Path) -> N
             db.commit()
         outbox.deliveries.mark_sent({entry.position: 5.0})
         assert (outbox.status().stored, outbox.status().sent) == (1, 0)
+
+
+def test_only_a_relay_process_that_has_the_turn_sends_heartbeats(new: New, path: Path) -> None:
+    """Otherwise producers would leave relaying to a process that does not relay."""
+    producer, process = new(), new("one")
+    for relay in (producer, process):
+        relay.turn.heartbeat()
+    assert _relays(producer, path)
+    producer.turn.heartbeat()
+    assert _name_of_heartbeat(path) is None
+    producer.stop()
+    assert _relays(process, path)
+    _expire_heartbeat(path)
+    process.turn._heartbeat_at = 0.0  # it is due
+    process.turn.heartbeat()
+    assert process._outbox.header.relay_is_alive()
+
+
+def test_a_producers_relay_names_the_destination_of_a_new_file(new: New, path: Path) -> None:
+    """A relay process does not: it may be configured for another queue."""
+    process = new("one")
+    process.sweep()
+    assert process._outbox.header.read().queue is None
+    process.stop()
+    producer = new(queue="evening")
+    producer.sweep()
+    header = producer._outbox.header.read()
+    assert (header.redis, header.queue) == producer.turn._destination
