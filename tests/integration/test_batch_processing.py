@@ -51,7 +51,7 @@ def outcomes() -> list[tuple[Any, ...]]:
 
 
 def test_invalid_and_unsupported_jobs_do_not_split_a_batch() -> None:
-    """They cost no transaction of their own. A delivery without a model has no known type."""
+    """They are decided in its transaction. A delivery without a model has no known type."""
     archive = event_of(an_archive(), source="other/1", sequence=2)
     batch = [
         valid(1),
@@ -202,7 +202,7 @@ def test_a_rejection_that_was_discarded_needs_nobody_again(discarded_before: boo
 
 
 def test_a_single_event_is_logged_with_its_row_and_a_batch_with_its_totals(caplog: pytest.LogCaptureFixture) -> None:
-    """Each rejection is an error of its own."""
+    """Each rejection is logged as an error."""
     caplog.set_level("INFO")
     (stored,) = decided(valid(1))
     same = event_of(a_snapshot(after=timedelta(1)), source="other/2", sequence=1)

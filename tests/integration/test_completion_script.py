@@ -64,9 +64,9 @@ def listed(redis: Redis, key: str) -> list[str]:
 
 def test_each_source_gets_its_acknowledgements_with_the_time_of_redis(redis: Redis) -> None:
     """The hash expires, unless more acknowledgements follow."""
-    told = [["a", "id-1 stored:1", "b", "id-2 stored:2"], ["c", "id-3 stored:3"]]
+    acknowledged = [["a", "id-1 stored:1", "b", "id-2 stored:2"], ["c", "id-3 stored:3"]]
     before = redis.time()[0]
-    complete(redis, sources=("ack:1", "ack:2"), acknowledgements=told)
+    complete(redis, sources=("ack:1", "ack:2"), acknowledgements=acknowledged)
     for key, texts in (("ack:1", {b"a": "id-1 stored:1", b"b": "id-2 stored:2"}), ("ack:2", {b"c": "id-3 stored:3"})):
         found: Any = redis.hgetall(key)
         times = {name: int(value.split()[0]) for name, value in found.items()}

@@ -91,7 +91,7 @@ def test_an_id_that_no_job_can_have_is_quarantined(redis: Redis) -> None:
 
 @pytest.mark.parametrize("counts", [CRASHES, TIMEOUTS])
 def test_a_job_with_a_count_is_reserved_alone(redis: Redis, counts: str) -> None:
-    """The jobs before it are reserved without it, and its count is that of its own reservation only."""
+    """The jobs before it are reserved without it, and only its reservation has the count."""
     enqueue(redis, "a", "b", "counted", "c", "d")
     redis.hset(counts, "counted", 2)
     one = reservations_of(redis)
@@ -128,7 +128,7 @@ def test_no_job_is_added_to_4_mib_of_data(redis: Redis) -> None:
 
 @pytest.mark.parametrize(("more_bytes", "state"), [(0, "usual"), (1, "oversized")])
 def test_a_job_is_read_up_to_its_largest_size(redis: Redis, more_bytes: int, state: str) -> None:
-    """Of a larger one, nothing is read."""
+    """Nothing is read of a larger one."""
     size = MAX_JOB_BYTES + more_bytes
     enqueue(redis, "large", data="x" * size)
     (job,) = reservations_of(redis).reserve(1).jobs

@@ -249,7 +249,7 @@ def test_a_check_that_is_asked_for_changes_neither_intervals_nor_pending_entries
 
 
 def test_an_entry_of_a_copy_with_the_same_number_has_no_state_here(path: Path, tmp_path: Path) -> None:
-    """The nonce tells them apart."""
+    """Only the nonce differs."""
     with Outbox(path) as outbox:
         outbox.append(NAME, [a_snapshot()])
     shutil.copy(path, tmp_path / "copy.db")
