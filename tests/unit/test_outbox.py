@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -229,6 +230,69 @@ def test_check_now_makes_sent_entries_up_to_a_position_overdue(path: Path) -> No
     assert sorted(entry.sequence for entry in outbox.deliveries.overdue(10)) == [1, 2]
     assert (outbox.pending_count(until), outbox.pending_count()) == (0, 1)
     assert (outbox.unsettled_count(until=until), outbox.unsettled_count()) == (2, 5)
+
+
+def test_a_check_that_is_asked_for_changes_neither_intervals_nor_pending_entries(path: Path) -> None:
+    """The number of checks decides the next interval. An entry that is to be sent again stays pending."""
+    outbox = Outbox(path)
+    first, settled = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(2)])
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(2)})
+    _settle(outbox, (settled, STORED))
+    for checks in (1, 2):
+        assert [(entry.sequence, entry.checks) for entry in outbox.deliveries.overdue(2)] == [(first.sequence, checks)]
+        outbox.deliveries.postpone({1: 0.0})
+    outbox.deliveries.postpone({1: 100.0})
+    outbox.resend(since=0)
+    outbox.check_now(outbox.last_position())
+
+    assert [(entry.sequence, entry.checks) for entry in outbox.deliveries.overdue(2)] == [(first.sequence, 3)]
+    assert outbox.pending_count() == 1
+
+
+def test_an_entry_of_a_copy_with_the_same_number_has_no_state_here(path: Path, tmp_path: Path) -> None:
+    """Only the nonce differs."""
+    with Outbox(path) as outbox:
+        outbox.append(NAME, [a_snapshot()])
+    shutil.copy(path, tmp_path / "copy.db")
+    one, other = Outbox(path), Outbox(tmp_path / "copy.db")
+    (own,) = one.append(NAME, [a_snapshot(after=timedelta(1))])
+    (foreign,) = other.append(NAME, [a_snapshot(after=timedelta(2))])
+
+    assert (own.source, own.sequence) == (foreign.source, foreign.sequence)
+    assert [status and status.state for status in one.statuses_of([own, foreign])] == ["pending", None]
+
+
+def test_an_unchanged_destination_is_not_written_again(path: Path) -> None:
+    """Each producer sets it when it starts, and should not wait for those that record."""
+    outbox = Outbox(path)
+    outbox.set_destination("database 0 on here", "history")
+    with closing(sqlite3.connect(path)) as db:
+        version = db.execute("PRAGMA data_version").fetchone()
+        outbox.set_destination("database 0 on here", "history")
+        assert db.execute("PRAGMA data_version").fetchone() == version
+        outbox.set_destination("database 0 on here", "other")
+        assert db.execute("PRAGMA data_version").fetchone() != version
+
+
+def test_only_these_columns_may_be_null(path: Path) -> None:
+    """Each other value is known when its row is written."""
+    Outbox(path).close()
+    columns = """
+        SELECT tables.name, info.name FROM sqlite_master AS tables CROSS JOIN pragma_table_info(tables.name) AS info
+        WHERE tables.type = 'table' AND NOT "notnull" AND NOT pk AND tables.name NOT LIKE 'sqlite%' ORDER BY 1, 2
+    """
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute(columns).fetchall() == [
+            ("outbox", "next_token"),
+            ("outbox", "queue"),
+            ("outbox", "redis"),
+            ("outbox", "relay"),
+            ("outbox", "relay_at"),
+            ("outcomes", "reason"),
+            ("outcomes", "row_id"),
+            ("retries", "check_at"),
+            ("sources", "left_because"),
+        ]
 
 
 def test_a_batch_ends_before_it_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

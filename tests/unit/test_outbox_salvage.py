@@ -655,6 +655,33 @@ def test_an_interrupted_salvage_is_repeated_without_doubling_an_entry(
     assert len(outbox.quarantine.salvaged_files()) == 1
 
 
+def test_a_repeated_salvage_keeps_the_number_of_resends(path: Path) -> None:
+    """Otherwise acknowledgements from before a resend would settle its entries."""
+    _filled(path)
+    outbox = Outbox(path, repair=True)
+    outbox.quarantine.salvage(*_quarantine(outbox))
+    outbox.resend(since=0)
+    outbox.quarantine.salvage(*outbox.quarantine.salvaged_files())
+    outbox.deliveries.mark_sent({entry.position: 1.0 for entry in outbox.deliveries.pending(1)})
+    ((_, _, resends),) = outbox.deliveries.awaiting("sent")
+    assert resends == 1
+
+
+def test_a_damaged_copy_gives_back_its_entry_with_the_number_of_another(path: Path, tmp_path: Path) -> None:
+    """Two copies may give one number to two events. Both are delivered."""
+    with Outbox(path) as outbox:
+        _append(outbox, 1)
+    shutil.copy(path, tmp_path / "copy.db")
+    with Outbox(tmp_path / "copy.db") as copy:
+        (foreign,) = _append(copy, 1, after=5)
+    outbox = Outbox(path, repair=True)
+    (own,) = _append(outbox, 1, after=7)
+    assert own.sequence == foreign.sequence
+    outbox.quarantine.salvage(tmp_path / "copy.db")
+    assert {_job_id(own), _job_id(foreign)} <= {entry.job_id for entry in outbox.entries()}
+    assert len(outbox.entries()) == 3
+
+
 def _quarantine(outbox: Outbox) -> list[Path]:
     with outbox.repaired():
         raise OutboxDamaged("as reported by SQLite")
