@@ -204,6 +204,12 @@ def test_times_on_the_wire_may_end_in_z_and_have_fewer_digits() -> None:
     assert decode(text, PortfolioSnapshotEvent).data.timestamp == moment
 
 
+def test_the_date_of_a_snapshot_is_not_checked_at_the_consumer() -> None:
+    """A program in another zone may name another day than the offset of the instant."""
+    text = _changed(encode(_snapshot_event()), "data.snapshot_date", "2026-11-21")
+    assert decode(text, PortfolioSnapshotEvent).data.snapshot_date == date(2026, 11, 21)
+
+
 def test_month_and_date_follow_the_local_date() -> None:
     """23:30 UTC on the last of November is December in Berlin."""
     moment = datetime(2026, 11, 30, 23, 30, tzinfo=UTC)

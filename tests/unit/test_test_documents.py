@@ -172,6 +172,18 @@ def test_the_tables_of_figures_are_those_of_their_run() -> None:
     assert CONTENDERS.keys() <= {figure.label for figure in report.figures if figure.benchmark == "throughput"}
 
 
+def test_a_call_takes_about_a_millisecond_in_the_figures() -> None:
+    """The documents say so. It is the median of the calls in each measurement of latency."""
+    for document in ("README.md", "producers/README.md"):
+        assert "about a millisecond" in " ".join(text_of(document).split())
+    figures = Report.read(ROOT / "tests/benchmarks/figures.json").figures
+    medians = {
+        one.label: one.value for one in figures if one.label.endswith(": a call") and ", 10 a call" not in one.label
+    }
+    assert len(medians) == 9
+    assert {label: value for label, value in medians.items() if not 0.4 <= value <= 2.0} == {}
+
+
 def test_a_figure_is_shown_with_its_spread_or_its_quantiles_and_each_note() -> None:
     report = Report()
     report.add("record", "rate", "events/s", [1234.5, 1000.0, 2000.0])

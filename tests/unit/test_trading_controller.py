@@ -1005,6 +1005,24 @@ def test_calls_without_a_producer_share_one(monkeypatch: pytest.MonkeyPatch, tmp
     shared_producer().close(timeout=0)
 
 
+def test_changed_settings_count_after_the_shared_producer_was_closed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a notebook. Until then, the shared producer keeps the settings of the first call."""
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "first.db"))
+    create_daily_portfolio_snapshot(a_portfolio())
+
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "second.db"))
+    assert create_daily_portfolio_snapshot(a_portfolio()).sequence == 2
+    assert not (tmp_path / "second.db").exists()
+
+    shared_producer().close(timeout=0)
+    assert create_daily_portfolio_snapshot(a_portfolio()).sequence == 1
+    assert (tmp_path / "second.db").exists()
+    shared_producer().close(timeout=0)
+
+
 def test_calls_without_redis_url_raise_an_error_that_names_it() -> None:
     """Nothing is written."""
     with pytest.raises(SettingsError, match=r"^REDIS_URL is not set"):
