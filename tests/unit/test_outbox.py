@@ -418,6 +418,18 @@ def test_old_settled_entries_are_deleted_and_others_never(path: Path) -> None:
         outbox.status_of(stored)
 
 
+def test_a_disk_that_is_full_when_the_file_is_created_raises_an_error(path: Path) -> None:
+    """As soon as there is room, the same file can be used."""
+    with pytest.raises(OutboxError, match="is full: its disk, or its limit"):
+        Outbox(path, max_bytes=2**13).append(NAME, [a_snapshot()])
+    assert [one.sequence for one in Outbox(path).append(NAME, [a_snapshot()])] == [1]
+
+
+def test_a_path_that_the_system_does_not_accept_raises_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(OutboxError, match="File name too long"):
+        Outbox(tmp_path / ("x" * 300)).append(NAME, [a_snapshot()])
+
+
 def test_settled_entries_are_deleted_early_while_the_file_is_half_full(path: Path) -> None:
     """Entries that wait stay. When the file has room again, settled entries are kept for the set time."""
     outbox = Outbox(path, max_bytes=2**20)
