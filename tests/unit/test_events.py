@@ -726,6 +726,14 @@ def test_a_wrong_source_or_sequence_is_invalid(source: str, sequence: int, path:
     _assert_error(_error_of(lambda: event_of(a_snapshot(), source=source, sequence=sequence)), path, "")
 
 
+def test_the_id_of_an_event_made_in_python_is_a_uuid() -> None:
+    """A text with the same value is invalid: in Python, nothing is converted."""
+    event = _snapshot_event()
+    values = {name: getattr(event, name) for name in PortfolioSnapshotEvent.model_fields}
+    error = _error_of(lambda: PortfolioSnapshotEvent.checked(**values | {"id": str(event.id)}))
+    _assert_error(error, "id", "must be a UUID, not str")
+
+
 _TIME = "must be an RFC 3339 time with its offset"
 _MONEY = "must be a decimal string with at most 12 integer digits and 8 decimals"
 _SEQUENCE = "must be a string of 19 digits, at most 9223372036854775807"
