@@ -384,6 +384,7 @@ def test_a_resend_deletes_the_acknowledgements_of_the_old_database(redis: fakere
     redis.hset(key, foreign, acknowledgement_text(int(redis.time()[0]), None, Outcome("stored", row_id=9)))
     again = HistoryProducer(redis, outbox=outbox)
     again.resend(datetime(2020, 1, 1, tzinfo=UTC))
+    again.resend(datetime(2020, 1, 1, tzinfo=UTC))  # there is nothing left to delete
     again.flush(5)
     again.close(timeout=0)
 
