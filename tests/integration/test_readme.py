@@ -116,5 +116,5 @@ def test_the_example_of_a_controller_survives_bad_input(
     assert "InvalidEvent: " in caplog.text
 
 
-def test_it_is_short() -> None:
+def test_the_readme_is_short() -> None:
     assert words(text_of("README.md")) <= 950

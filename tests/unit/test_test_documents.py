@@ -226,7 +226,7 @@ def test_each_guarantee_of_the_readme_has_tests_and_each_listed_test_exists() ->
         assert _missing_tests(listed) == []
 
 
-@pytest.mark.parametrize("document", ["tests/PROMISES.md", "tests/WORKER_PROMISES.md"])
+@pytest.mark.parametrize("document", ["tests/PROMISES.md", "tests/CONSUMER_PROMISES.md"])
 def test_each_listed_promise_is_in_its_document_and_has_tests_that_exist(document: str) -> None:
     for section in re.split(r"^## ", text_of(document), flags=re.M)[1:]:
         promising, *lines = section.strip().split("\n")
