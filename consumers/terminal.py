@@ -241,11 +241,12 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
 
 def print_comparison(source: str, content: Mapping[str, Any], with_what: str) -> None:
     """Print whether the events of a source have the content that the outbox or a seal has, and how they differ."""
-    compared = f"{source}: {content['checked']:,} events compared with {with_what}, "
+    count = content["checked"]
+    compared = f"{source}: {count:,} {'event' if count == 1 else 'events'} compared with {with_what}"
     if not content["differing"]:
-        _print(compared + "all are equal.")
+        _print(f"{compared}, all are equal." if count else f"{compared}.")
         return
-    _print(f"{compared}{content['differing']:,} {'differs' if content['differing'] == 1 else 'differ'}:")
+    _print(f"{compared}, {content['differing']:,} {'differs' if content['differing'] == 1 else 'differ'}:")
     for one in content["differences"][:_SHOWN_DIFFERENCES]:
         numbers = f"number {one['first']}" if one["first"] == one["last"] else f"numbers {one['first']}-{one['last']}"
         _print(f"  {numbers}: {one['problem']}")

@@ -59,16 +59,13 @@ def digest_of(event_type: str, event_id: UUID, columns: Mapping[str, Any]) -> by
     return sha256(canonical_text(event_type, event_id, columns).encode()).digest()
 
 
-def digest_of_text(event_type: str, text: str) -> bytes:
-    """Return the digest of the event in `text`; if it breaks the contract, that of the text itself.
-
-    An entry's event breaks the contract only if another version of this program has recorded it.
-    """
+def digest_of_text(event_type: str, text: str) -> bytes | None:
+    """Return the digest of the event in `text`, or None if this version of the program does not know such an event."""
     try:
         payload = decode(text, KINDS[event_type].model).data
         return digest_of(payload.type, payload.event_id, columns_of(payload))
     except (InvalidEvent, KeyError):
-        return sha256(json.dumps(["unreadable", text]).encode()).digest()
+        return None
 
 
 def columns_of(payload: Payload) -> dict[str, Any]:

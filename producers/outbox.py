@@ -22,7 +22,6 @@ from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 from uuid import UUID, uuid4
 
 from producers import outbox_counts
-from producers.digests import digest_of_text
 from producers.entries import (
     Accepted,
     AuditEntry,
@@ -44,7 +43,7 @@ from producers.outbox_place import LOCK
 from producers.outbox_quarantine import Quarantine
 from producers.outbox_salvage import has_content_of_an_outbox
 from producers.outbox_schema import ensure_tables
-from producers.outbox_segments import one_page, segments_of
+from producers.outbox_segments import one_page, segments_of, settled_event
 from producers.relay_lock import RelayLock
 from producers.segments import Segment, SettledEvent, continued
 from producers.trace_context import TraceContext
@@ -386,7 +385,8 @@ class Outbox:
                 rows = one_page(found)
             if not rows:
                 break
-            kept += [SettledEvent(number, bool(no), digest_of_text(kind, event)) for number, _, no, kind, event in rows]
+            events = (settled_event(number, bool(no), kind, event) for number, _, no, kind, event in rows)
+            kept += [one for one in events if one is not None]
             after = rows[-1][:2]
         with self._file.reading() as db:
             segments = list(segments_of(db, source_id))

@@ -9,12 +9,11 @@ from contextlib import closing
 from typing import Any, Literal
 
 from producers.acknowledgements import Acknowledgement
-from producers.digests import digest_of_text
 from producers.entries import Entry, EntryHead, SettledKeys
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
 from producers.outbox_schema import IS_PLAIN, SKIP_SETTLED
-from producers.outbox_segments import add_to_chain, one_page
+from producers.outbox_segments import add_to_chain, one_page, settled_event
 from producers.segments import SettledEvent
 
 LAST_CHECK_SECONDS = 300.0  # the longest interval between two checks of a sent entry
@@ -269,13 +268,13 @@ class OutboxDeliveries:
             with closing(db.execute(_PRUNED, (settled_before, _PRUNED_ENTRIES))) as found:
                 rows = one_page(found)
         # Compute the digests between two transactions: appends wait while one is open.
-        settled: dict[str, dict[int, SettledEvent]] = {}
+        settled: dict[str, dict[int, SettledEvent | None]] = {}
         for position, source_id, sequence, event_type, is_rejected, event in rows:
-            one = SettledEvent(sequence, bool(is_rejected), digest_of_text(event_type, event))
+            one = settled_event(sequence, bool(is_rejected), event_type, event)
             settled.setdefault(source_id, {})[position] = one
         return self._delete_and_chain(settled, generation) if settled else 0
 
-    def _delete_and_chain(self, settled: Mapping[str, Mapping[int, SettledEvent]], generation: int) -> int:
+    def _delete_and_chain(self, settled: Mapping[str, Mapping[int, SettledEvent | None]], generation: int) -> int:
         """Delete the entries at these positions, by source, that are still settled; return how many."""
         deleted = 0
         with self._file.transaction(durable=False) as db:
@@ -284,7 +283,7 @@ class OutboxDeliveries:
             for source_id, entries in settled.items():
                 still = {position for (position,) in db.execute(_DELETE_OUTCOMES, (json.dumps([*entries]),))}
                 db.execute(_DELETE_ENTRIES, (json.dumps([*still]),))
-                add_to_chain(db, source_id, [one for position, one in entries.items() if position in still])
+                add_to_chain(db, source_id, [one for position, one in entries.items() if one and position in still])
                 deleted += len(still)
         return deleted
 

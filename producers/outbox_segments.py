@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import Any, TypeVar
 
+from producers.digests import digest_of_text
 from producers.segments import Segment, SettledEvent, continued
 
 _MOST_SEGMENTS = 16_000  # of all sources; 128 MB, an eighth of the largest outbox
@@ -41,6 +42,12 @@ def add_to_chain(db: sqlite3.Connection, source_id: str, events: Sequence[Settle
         db.execute(_PUT, (found[0], *_row(source_id, changed.pop(0))))
     db.executemany(_PUT, [(None, *_row(source_id, segment)) for segment in changed])
     db.execute(_DELETE_OLDEST, (_MOST_SEGMENTS,))
+
+
+def settled_event(sequence: int, rejected: bool, event_type: str, event: str) -> SettledEvent | None:
+    """Return what the chain needs of an entry; None if this version of the program does not know such an event."""
+    digest = digest_of_text(event_type, event)
+    return None if digest is None else SettledEvent(sequence, rejected, digest)
 
 
 def segments_of(db: sqlite3.Connection, source_id: str) -> Iterator[Segment]:

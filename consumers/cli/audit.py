@@ -15,7 +15,7 @@ import typer
 from consumers.cli.options import AsJson, time_option
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
-from consumers.terminal import print_audit, print_comparison, print_json, print_text
+from consumers.terminal import print_audit, print_comparison, print_json
 
 if TYPE_CHECKING:
     from consumers.ops.audit import Audits
@@ -66,7 +66,6 @@ def audit(
         with _outbox(settings.outbox, is_needed=content or seal_file is not None) as outbox:
             audits = account(redis, outbox, settings.queue, since=since)
             chains = _chains(outbox) if outbox is not None and (content or seal_file) else {}
-        sealed = None if seal_file is None else write_seal(seal_file, chains)
         compared = {}
         first_numbers = {one.source: one.proven_from for one in audits}
         for name, known in (("content", chains if content else {}), ("against", seal.chains if seal else {})):
@@ -78,9 +77,9 @@ def audit(
     else:
         print_audit([asdict(one) for one in audits])
         _print_compared(compared, None if seal is None else f"the seal of {seal.made_at:%Y-%m-%d %H:%M:%SZ}")
-        if sealed is not None:
-            keep = "Keep it where the owner of the database cannot change it."
-            print_text(f"{counted(sealed, 'event')} sealed in {seal_file}. {keep}")
+    if seal_file is not None:
+        sealed = f"{counted(write_seal(seal_file, chains), 'event')} sealed in {seal_file}"
+        print(f"{sealed}. Keep it where the owner of the database cannot change it.", file=sys.stderr)
     _print_notes(audits)
     differs = any(one.differing for contents in compared.values() for one in contents.values())
     raise typer.Exit(0 if all(one.complete for one in audits) and not differs else 1)

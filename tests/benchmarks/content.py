@@ -118,7 +118,7 @@ def _record_block(outbox: Outbox, first: int) -> float:
 def _no_digests() -> Iterator[None]:
     """Delete entries as if no digest of them were kept."""
     with (
-        mock.patch("producers.outbox_deliveries.digest_of_text", return_value=b""),
+        mock.patch("producers.outbox_segments.digest_of_text", return_value=b""),
         mock.patch("producers.outbox_deliveries.add_to_chain"),
     ):
         yield

@@ -123,6 +123,8 @@ def test_unchanged_rows_equal_the_outbox(chains: Chains) -> None:
             [1, 5],
         ),
         ("""UPDATE portfolio_history SET timestamp = 'infinity' WHERE sequence = 2""", [2]),
+        ("UPDATE portfolio_history SET timestamp = '9999-12-31 23:59:59Z' WHERE sequence = 1", [1, 5]),
+        ("UPDATE portfolio_history SET timestamp = '0001-01-01 00:00:00Z' WHERE sequence = 1", [1, 5]),
         ("UPDATE portfolio_history SET event_id = gen_random_uuid() WHERE sequence = 2", [2]),
         ("UPDATE portfolio_history SET trade_count = 3 WHERE sequence = 2", [2]),
         ("""UPDATE signal_archives SET signals_data = jsonb_set(signals_data, '{1,amount}', '121')""", [4]),
@@ -246,6 +248,64 @@ def test_each_copy_of_an_outbox_audits_the_events_that_it_recorded(
                 outbox.deliveries.prune(keep_seconds=-1)
 
 
+def test_a_conflict_between_two_copies_of_an_outbox_does_not_differ(
+    producer: HistoryProducer, work: Work, tmp_path: Path
+) -> None:
+    """Both use one number for one fact with other content: one of them is a row, the other one is rejected."""
+    _deliver(producer, work, [producer.record(a_snapshot())])
+    path, copy = producer._transport.outbox.path, tmp_path / "copy.db"
+    with closing(sqlite3.connect(path)) as opened, closing(sqlite3.connect(copy)) as copied:
+        opened.backup(copied)
+    with HistoryProducer(Redis.from_url(os.environ["REDIS_URL"]), outbox=copy) as other:
+        _deliver(producer, work, [producer.record(a_snapshot(after=timedelta(1)))])
+        rejected = other.record(a_snapshot(after=timedelta(1), balance=5))
+        _deliver(other, work, [])
+        with pytest.raises(EventRejected):
+            rejected.wait(5)
+        for outbox in (_outbox(producer), _outbox(other)):
+            chains = {name: segments for name, segments in _chains(outbox).items() if segments}
+            assert [one.differences for one in audit_content(chains, {}).values()] == [[]] * len(chains)
+
+
+@pytest.mark.parametrize("amount", [r"\udc00", r"\ud800120\ud800"])
+def test_a_withdrawal_with_a_lone_surrogate_differs(receipts: list[Receipt], chains: Chains, amount: str) -> None:
+    """JSON in a text can have one; an event cannot."""
+    with get_db() as db:
+        withdraw(db, receipts[3].event_id, "wrong", "operator")
+    changed = f"""replace(content ->> 'signals_data', '"amount": 120', '"amount": "{amount}"')"""
+    with get_db() as db:
+        db.exec_driver_sql(
+            f"UPDATE withdrawals SET content = jsonb_set(content, '{{signals_data}}', to_jsonb({changed}))"
+        )
+    assert _differing(chains) == [4]
+
+
+def test_signals_that_are_no_list_differ(producer: HistoryProducer, work: Work) -> None:
+    """The owner of the table has dropped its constraints."""
+    _deliver(producer, work, [producer.record(an_archive()), producer.record(an_archive())])
+    for name in ("data_is_an_array", "count_is_the_length"):
+        with get_db() as db:
+            db.execute(text(f"ALTER TABLE signal_archives DROP CONSTRAINT signal_archives_{name}"))
+    _execute("UPDATE signal_archives SET signals_data = 'null'")
+    assert _differing(_chains(_outbox(producer))) == [1, 2]
+
+
+def test_sources_that_a_time_leaves_out_are_not_compared(
+    receipts: list[Receipt], producer: HistoryProducer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rows may have been moved away. Without the outbox, only the database knows which sources are newer."""
+    seal = tmp_path / "seal"
+    write_seal(seal, _chains(_outbox(producer)))
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "missing.db"))
+    for table in ("portfolio_history", "signal_archives", "event_outcomes"):
+        _execute(f"UPDATE {table} SET created_at = '2020-01-01'")
+    _execute("DELETE FROM portfolio_history WHERE sequence IN (1, 2)")
+    run = _run("--against", seal, "--since", "2026-01-01")
+    assert (run.returncode, "compared" in run.stdout) == (0, False)
+    assert "1 source left out" in run.stderr
+    assert _run("--against", seal).returncode == 1
+
+
 def test_numbers_below_the_first_one_are_left_out(chains: Chains) -> None:
     """Their rows may have been moved to another table."""
     _execute("DELETE FROM portfolio_history WHERE sequence IN (1, 2)")
@@ -328,9 +388,9 @@ def test_a_seal_finds_a_change_without_the_outbox(
     ]
     made = _run(*to_seal)
     assert made.returncode == 0
-    assert f"6 events sealed in {seal}" in made.stdout
+    assert f"6 events sealed in {seal}" in made.stderr
     again = _run("--seal", seal)
-    assert (again.returncode, again.stderr.count("\n")) == (1, 1)
+    assert (again.returncode, again.stderr.count("\n"), again.stdout) == (1, 1, made.stdout)
     assert "exists, and a seal is never overwritten" in again.stderr
 
     producer._transport.outbox.path.unlink()

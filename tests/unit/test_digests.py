@@ -29,7 +29,9 @@ def _canonical(payload: Payload) -> str:
 
 
 def _digest(payload: Payload, *, source: str = "trading-controller/x", sequence: int = 1) -> bytes:
-    return digest_of_text(payload.type, encode(event_of(payload, source=source, sequence=sequence)))
+    digest = digest_of_text(payload.type, encode(event_of(payload, source=source, sequence=sequence)))
+    assert digest is not None
+    return digest
 
 
 def test_a_snapshot_has_one_canonical_text() -> None:
@@ -103,15 +105,9 @@ def test_a_derived_month_is_part_of_the_digest() -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", json.dumps({"type": SNAPSHOT_TYPE}), '{"type": "unknown"}', "[" * 100_000]
 )
-def test_a_text_that_is_no_event_has_a_digest_too(text: str) -> None:
-    """Another version of the program may have recorded it."""
-    digests = {digest_of_text(event_type, text) for event_type in (SNAPSHOT_TYPE, ARCHIVE_TYPE, "unknown")}
-    assert len(digests) == 1
-    assert digests != {digest_of_text(SNAPSHOT_TYPE, text + " ")}
-
-
-def test_a_text_that_is_no_event_has_a_documented_digest() -> None:
-    assert digest_of_text(SNAPSHOT_TYPE, 'ä"') == sha256(rb'["unreadable", "\u00e4\""]').digest()
+def test_a_text_that_is_no_event_has_no_digest(text: str) -> None:
+    """Another version of the program may have recorded it; its row cannot be compared."""
+    assert {digest_of_text(event_type, text) for event_type in (SNAPSHOT_TYPE, ARCHIVE_TYPE, "unknown")} == {None}
 
 
 def test_the_head_of_a_chain_depends_on_each_event_its_number_and_whether_it_was_rejected() -> None:

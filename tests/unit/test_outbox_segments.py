@@ -66,9 +66,15 @@ def _content(outbox: Outbox) -> list[Segment]:
     return [segment for source in outbox.sources() for segment in outbox.digest_chain(source.id)]
 
 
+def _digest(entry: Entry) -> bytes:
+    digest = digest_of_text(entry.type, entry.event)
+    assert digest is not None
+    return digest
+
+
 def _head(entries: Sequence[Entry], rejected: Sequence[int] = (), before: bytes = CHAIN_START) -> bytes:
     for n, entry in enumerate(entries):
-        before = next_head(before, entry.sequence, n in rejected, digest_of_text(entry.type, entry.event))
+        before = next_head(before, entry.sequence, n in rejected, _digest(entry))
     return before
 
 
@@ -82,7 +88,7 @@ def test_the_digests_of_deleted_entries_stay_in_the_outbox(path: Path) -> None:
     (segment,) = whole
     assert (segment.previous_head, segment.head) == (CHAIN_START, _head(entries, [2]))
     assert (segment.sequences, [*segment.rejected]) == ([1, 2, 3, 4, 5], [2])
-    assert segment.prefixes == b"".join(digest_of_text(one.type, one.event)[:PREFIX_BYTES] for one in entries)
+    assert segment.prefixes == b"".join(_digest(one)[:PREFIX_BYTES] for one in entries)
 
 
 def test_kept_entries_continue_the_chain_of_deleted_ones(path: Path) -> None:
@@ -129,14 +135,14 @@ def test_an_entry_that_is_sent_again_meanwhile_is_not_deleted(path: Path, monkey
     with Outbox(path) as outbox:
         _append(outbox, 3)
 
-        def resend_first(event_type: str, text: str) -> bytes:
+        def resend_first(event_type: str, text: str) -> bytes | None:
             monkeypatch.undo()
             with closing(sqlite3.connect(path)) as other, other:
                 other.execute("INSERT INTO retries (position, why, checks) VALUES (2, 'resend', 0)")
                 other.execute("DELETE FROM outcomes WHERE position = 2")
             return digest_of_text(event_type, text)
 
-        monkeypatch.setattr("producers.outbox_deliveries.digest_of_text", resend_first)
+        monkeypatch.setattr("producers.outbox_segments.digest_of_text", resend_first)
         assert _prune(outbox) == 2
         assert [entry.sequence for entry in outbox.entries()] == [2]
         assert [segment.sequences for segment in _content(outbox)] == [[1, 3]]
@@ -160,6 +166,17 @@ def test_entries_of_different_sources_share_one_batch(path: Path) -> None:
                 _append(outbox, 2, name=name)
             _prune(outbox)
         assert [segment.sequences for segment in _content(outbox)] == [[1, 2, 3, 4, 5, 6]] * 2
+
+
+def test_entries_of_an_unknown_kind_are_deleted_without_a_digest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer version of the program may have recorded them. A digest of their text would fit no row."""
+    with Outbox(path) as outbox:
+        _append(outbox, 2)
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE entries SET type = 'trading.trade.v1' WHERE sequence = 1")
+        assert [segment.sequences for segment in _content(outbox)] == [[2]]
+        assert _prune(outbox) == 2
+        assert [segment.sequences for segment in _content(outbox)] == [[2]]
 
 
 def test_a_batch_of_large_events_is_read_in_parts(path: Path) -> None:
