@@ -37,7 +37,7 @@ _OUTCOMES = text("""
 """)
 _BY_NUMBER = "source = :source AND sequence = ANY (:numbers)"
 _BY_EVENT = "event_id = ANY (CAST(:event_ids AS uuid[]))"
-_FETCHED_ROWS = 50  # at a time: each may have 8 MiB
+_FETCHED_ROWS = 100  # at a time: each may have 8 MiB
 
 # PostgreSQL writes such a character itself, never as an escape.
 _ESCAPED_SURROGATE = re.compile(r"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F]")
