@@ -22,7 +22,8 @@ DAY = 86400
 def enqueue(redis: Redis, *job_ids: str, data: str = "[]", **fields: str) -> None:
     """Put jobs at the tail of the queue."""
     for job_id in job_ids:
-        redis.hset(f"rq:job:{job_id}", mapping={"data": data, "status": "queued", "origin": "history", **fields})
+        written: dict[Any, Any] = {"data": data, "status": "queued", "origin": "history"} | fields
+        redis.hset(f"rq:job:{job_id}", mapping=written)
         redis.rpush(QUEUE, job_id)
 
 
@@ -90,7 +91,7 @@ def test_an_id_that_no_job_can_have_is_quarantined(redis: Redis) -> None:
 
 @pytest.mark.parametrize("counts", [CRASHES, TIMEOUTS])
 def test_a_job_with_a_count_is_reserved_alone(redis: Redis, counts: str) -> None:
-    """The jobs before it are reserved without it, and its count is that of its own reservation only."""
+    """The jobs before it are reserved without it, and only its reservation has the count."""
     enqueue(redis, "a", "b", "counted", "c", "d")
     redis.hset(counts, "counted", 2)
     one = reservations_of(redis)
@@ -127,7 +128,7 @@ def test_no_job_is_added_to_4_mib_of_data(redis: Redis) -> None:
 
 @pytest.mark.parametrize(("more_bytes", "state"), [(0, "usual"), (1, "oversized")])
 def test_a_job_is_read_up_to_its_largest_size(redis: Redis, more_bytes: int, state: str) -> None:
-    """Of a larger one, nothing is read."""
+    """Nothing is read of a larger one."""
     size = MAX_JOB_BYTES + more_bytes
     enqueue(redis, "large", data="x" * size)
     (job,) = reservations_of(redis).reserve(1).jobs
@@ -309,7 +310,7 @@ def test_an_orphan_in_no_list_is_requeued_30_seconds_after_it_was_first_seen(red
     redis.ltrim(QUEUE, 0, 0)
     now = int(redis.time()[0])
     redis.hset("rq:job:finished", "status", "finished")
-    seen = {"early": now - ORPHAN_SECONDS + 5, "due": now - ORPHAN_SECONDS - 1, "finished": 0, "unread": "abc"}
+    seen = {"early": now - ORPHAN_SECONDS + 20, "due": now - ORPHAN_SECONDS - 1, "finished": 0, "unread": "abc"}
     redis.hset(ORPHANS, mapping={job_id: str(at) for job_id, at in seen.items()})
 
     assert sorted(Orphans(redis, history_queue(redis)).requeue()) == ["due", "unread"]
@@ -317,7 +318,7 @@ def test_an_orphan_in_no_list_is_requeued_30_seconds_after_it_was_first_seen(red
     assert listed(redis)[2:] == ["later"]
     noted: Any = redis.hgetall(ORPHANS)
     assert sorted(noted) == [b"early", b"finished", b"new"]
-    assert now <= int(noted[b"new"]) <= now + 5
+    assert now <= int(noted[b"new"]) <= now + 20
     assert 500 < redis.ttl(ORPHANS) <= 600
 
 

@@ -165,12 +165,23 @@ _ARCHIVE = """
     INSERT INTO signal_archives (event_id, source, archived_at, archive_month, signals_count, signals_data)
     VALUES (gen_random_uuid(), 'x', now(), {month}, {count}, {data})
 """
+_STORED = _SNAPSHOT.format(balance=0, open=0, trades=0) + ";"
+_KEPT = _ARCHIVE.format(month="'2026-12'", count=1, data="'[{}]'") + ";"
 
 
 @pytest.mark.parametrize(
     ("statement", "constraint"),
     [
         (_SNAPSHOT.format(balance="'NaN'", open=0, trades=0), "portfolio_history_amounts_are_numbers"),
+        (_STORED + "UPDATE portfolio_history SET total_invested = 'NaN'", "portfolio_history_amounts_are_numbers"),
+        (_STORED + "UPDATE portfolio_history SET total_profit_loss = 'NaN'", "portfolio_history_amounts_are_numbers"),
+        (_STORED + "UPDATE portfolio_history SET total_value = 'NaN'", "portfolio_history_amounts_are_numbers"),
+        (_STORED + "UPDATE portfolio_history SET sequence = -1", "portfolio_history_sequence_not_negative"),
+        (_STORED + "INSERT INTO portfolio_history SELECT * FROM portfolio_history", "portfolio_history_pk"),
+        (_KEPT + "UPDATE signal_archives SET sequence = -1", "signal_archives_sequence_not_negative"),
+        (_KEPT + "INSERT INTO signal_archives SELECT * FROM signal_archives", "signal_archives_pk"),
+        (_ARCHIVE.format(month="'2026-00'", count=1, data="'[{}]'"), "signal_archives_month_is_a_month"),
+        (_ARCHIVE.format(month="'2026-1'", count=1, data="'[{}]'"), "signal_archives_month_is_a_month"),
         (_SNAPSHOT.format(balance=0, open=-1, trades=0), "portfolio_history_open_positions_not_negative"),
         (_SNAPSHOT.format(balance=0, open=0, trades=-1), "portfolio_history_trade_count_not_negative"),
         (_ARCHIVE.format(month="'2026-13'", count=1, data="'[{}]'"), "signal_archives_month_is_a_month"),
@@ -188,6 +199,92 @@ def test_constraints_refuse_impossible_rows(database_url: str, statement: str, c
     """The name of the constraint says what is wrong."""
     with pytest.raises(IntegrityError, match=constraint):
         _execute(statement)
+
+
+def test_constraints_accept_the_rows_at_their_limits(database_url: str) -> None:
+    """The least counts and numbers, each month, the largest amounts with every digit."""
+    _execute(_STORED + "UPDATE portfolio_history SET sequence = 0")
+    for month in range(1, 13):
+        _execute(_ARCHIVE.format(month=f"'2026-{month:02}'", count=2, data="'[{}, {}]'"))
+    _execute("UPDATE signal_archives SET sequence = 0")
+    _execute("INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'duplicate')")
+    for outcome in ("rejected", "discarded"):
+        _execute(f"INSERT INTO event_outcomes (job_id, outcome, reason) VALUES ('{outcome}', '{outcome}', 'why')")
+    largest = "-999999999999.12345678"
+    amounts = ("balance", "total_invested", "total_profit_loss", "total_value")
+    _execute("UPDATE portfolio_history SET " + ", ".join(f"{name} = {largest}" for name in amounts))
+    with get_db() as db:
+        row = db.execute(text(f"SELECT {', '.join(amounts)} FROM portfolio_history")).one()
+    assert [str(value) for value in row] == [largest] * 4
+
+
+def test_only_these_columns_may_be_null(database_url: str) -> None:
+    """The number and the portfolio of an event may be absent; an outcome may have been unreadable."""
+    with get_db() as db:
+        rows = db.execute(
+            text("""
+                SELECT table_name, array_agg(CAST(column_name AS text) ORDER BY column_name)
+                FROM information_schema.columns WHERE table_schema = current_schema() AND is_nullable = 'YES'
+                GROUP BY table_name
+            """)
+        ).all()
+    assert dict(rows) == {
+        "portfolio_history": ["portfolio_id", "sequence"],
+        "signal_archives": ["portfolio_id", "sequence"],
+        "event_outcomes": ["actor", "event", "event_id", "reason", "sequence", "source"],
+        "withdrawals": ["job_id", "sequence"],
+    }
+
+
+def test_each_table_notes_the_time_of_its_rows(database_url: str) -> None:
+    """It is the time of the transaction, which the statement need not name."""
+    _execute(_STORED + _KEPT + "INSERT INTO event_outcomes (job_id, outcome) VALUES ('x', 'duplicate')")
+    _execute(
+        "INSERT INTO withdrawals (event_id, source, row_id, content, reason, actor, created_at)"
+        " VALUES (gen_random_uuid(), 'x', 1, '{}', 'why', 'alice', now())"
+    )
+    times = " UNION ALL ".join(
+        f"SELECT {column} > now() - interval '1 minute' FROM {table}"
+        for table, column in (
+            ("portfolio_history", "created_at"),
+            ("signal_archives", "created_at"),
+            ("event_outcomes", "created_at"),
+            ("withdrawals", "withdrawn_at"),
+        )
+    )
+    with get_db() as db:
+        assert db.execute(text(times)).scalars().all() == [True] * 4
+
+
+def test_these_indexes_exist(database_url: str) -> None:
+    """A query of a large table needs each of them; tests of plans name the queries."""
+    newest = 'snapshot_date DESC, "timestamp" DESC, id DESC'
+    dated = "(((\"timestamp\" AT TIME ZONE 'UTC'::text))::date {} 1)"
+    otherwise = f"WHERE ((snapshot_date < {dated.format('-')}) OR (snapshot_date > {dated.format('+')}))"
+    markets = "gin (jsonb_path_query_array(signals_data, '$[*].\"market_id\"'::jsonpath) jsonb_path_ops)"
+    with get_db() as db:
+        rows = db.execute(text("SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = current_schema()")).all()
+    assert {name: definition.partition(" USING ")[2] for name, definition in rows} == {
+        "portfolio_history_pk": "btree (id)",
+        "portfolio_history_event_once": "btree (event_id)",
+        "portfolio_history_newest": f"btree ({newest})",
+        "portfolio_history_newest_of_portfolio": f"btree (portfolio_id, {newest})",
+        "portfolio_history_dated_otherwise": f"btree ({newest}) {otherwise}",
+        "portfolio_history_of_source": "btree (source, sequence)",
+        "signal_archives_pk": "btree (id)",
+        "signal_archives_event_once": "btree (event_id)",
+        "signal_archives_newest": "btree (archived_at DESC, id DESC)",
+        "signal_archives_newest_of_portfolio": "btree (portfolio_id, archived_at DESC, id DESC)",
+        "signal_archives_of_month": "btree (archive_month)",
+        "signal_archives_of_market": markets,
+        "signal_archives_of_source": "btree (source, sequence)",
+        "event_outcomes_pk": "btree (job_id)",
+        "event_outcomes_of_source": "btree (source, sequence)",
+        "event_outcomes_rejected": "btree (created_at DESC) WHERE (outcome = 'rejected'::text)",
+        "withdrawals_pk": "btree (id)",
+        "withdrawals_of_event": "btree (event_id)",
+        "withdrawals_of_source": "btree (source, sequence)",
+    }
 
 
 def test_insert_translates_value_errors_to_invalid_event_without_values(database_url: str) -> None:

@@ -111,6 +111,7 @@ def test_a_withdrawn_archive_keeps_every_digit_of_its_signals(database_url: str)
     signals = [a_signal(price=Decimal("0.12345678901234567890123")), {"market_id": "ü", "n": 12345678901234567890}]
     archive = an_archive(signals=signals, portfolio_id=None)
     insert_event(_event(archive, 3, source="import/a.json/0a1b"))
+    insert_event(_event(a_snapshot()))  # of another table, which stays
     before = _execute("SELECT CAST(signals_data AS text) FROM signal_archives")
     _withdraw(archive.event_id)
     (kept,) = _execute("SELECT job_id, content, CAST(content -> 'signals_data' AS text) AS signals FROM withdrawals")
@@ -123,6 +124,7 @@ def test_a_withdrawn_archive_keeps_every_digit_of_its_signals(database_url: str)
         "signals_count": 2,
     }
     assert kept.job_id == "0a1b-3"
+    assert len(_balances()) == 1
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,20 @@ def test_signals_are_compared_by_value(database_url: str) -> None:
     with pytest.raises(EventWithdrawn):
         insert_event(_event(an_archive(signals=[{"at": None, "price": Decimal("10.0")}])))
     insert_event(_event(an_archive(signals=[{"price": 10}])))
+
+
+def test_a_withdrawn_archive_stays_out_in_the_month_of_another_offset(database_url: str) -> None:
+    """Its month is not content: it follows the offset in which the same instant is written."""
+    last_hour = datetime(2026, 11, 30, 23, 30, tzinfo=UTC)
+    archives = [
+        SignalArchive(archived_at=last_hour.astimezone(timezone(timedelta(hours=hours))), signals=[{"a": 1}])
+        for hours in (0, 1)
+    ]
+    assert [archive.archive_month for archive in archives] == ["2026-11", "2026-12"]
+    insert_event(_event(archives[0]))
+    _withdraw(archives[0].event_id)
+    with pytest.raises(EventWithdrawn):
+        insert_event(_event(archives[1]))
 
 
 def test_one_batch_may_have_withdrawn_corrected_and_conflicting_content(database_url: str) -> None:
@@ -424,12 +440,35 @@ def test_error_says_why_the_event_has_no_row(database_url: str) -> None:
         WithdrawalRefused, match=f"event id {wrong.id}: it was already withdrawn by alice at .*{_REASON}"
     ):
         _withdraw(wrong.id)
+    for number, reason in enumerate(("the second", "the third"), start=3):
+        _process(_event(a_snapshot(balance=number), number))
+        _withdraw(wrong.id, reason)
+    with pytest.raises(WithdrawalRefused, match="it was already withdrawn by alice at .*: the third$"):
+        _withdraw(wrong.id)
     _execute("DELETE FROM withdrawals")
     with pytest.raises(WithdrawalRefused, match="it was rejected: event .* with other content; .*failed show"):
+        _withdraw(wrong.id)
+    _execute("UPDATE event_outcomes SET outcome = 'discarded'")
+    with pytest.raises(WithdrawalRefused, match=f"event id {wrong.id}: see trading-history history --json"):
         _withdraw(wrong.id)
     for reason, actor in (("", "alice"), (" \n", "alice"), ("why", " ")):
         with pytest.raises(ValueError, match="must not be empty"):
             _withdraw(wrong.id, reason, actor)
+
+
+@pytest.mark.parametrize("granted", ["SELECT ON withdrawals", "DELETE ON portfolio_history", "INSERT ON withdrawals"])
+def test_a_role_without_both_rights_may_not_withdraw(database_url: str, granted: str) -> None:
+    """It needs DELETE on the history table and INSERT on withdrawals, as the owner has."""
+    event = _event(a_snapshot())
+    insert_event(event)
+    refused = pytest.raises(
+        WithdrawalRefused, match="^role trading_history_writer may not withdraw a row of portfolio_"
+    )
+    with refused, get_db() as db:
+        db.exec_driver_sql(f"GRANT {granted} TO trading_history_writer")
+        db.exec_driver_sql("SET LOCAL ROLE trading_history_writer")
+        withdraw(db, event.id, _REASON, "alice")
+    assert len(_balances()) == 1
 
 
 @pytest.mark.parametrize("shape", ["table", "json"])

@@ -82,6 +82,10 @@ def _tokens(found: list[Token]) -> Iterator[Edit]:
         is_command = n > 1 and found[n - 2].text in _CALLS
         if "[#" in ("".join(one.text for one in found[max(n - m, 0) : n - m + 2]) for m in (3, 4)):
             continue  # in list[#list + 1] = item: the removal of the statement is enough
+        if [one.text for one in found[n - 1 : n + 4]] == [",", "1", ",", "true", ")"] or (
+            [one.text for one in found[n - 3 : n + 2]] == [",", "1", ",", "true", ")"]
+        ):
+            continue  # string.find from the beginning, without a pattern
         if token.text == "not":
             yield Edit(token.start, token.end, "", "not is removed")
         elif token.text == "-" and found[n - 1].text in (",", "(", "==", "~=", "or", "and", "return"):

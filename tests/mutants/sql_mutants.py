@@ -98,7 +98,7 @@ def _operators(found: list[Token], n: int) -> Iterator[Edit]:
         or (token.text == "OR" and before == "CREATE")
     ):
         yield replaced(token, _OTHER[token.text])
-    elif token.kind == "number":
+    elif token.kind == "number" and before != "SELECT":  # the value that EXISTS selects
         yield replaced(token, str(int(token.text) + 1))
     elif token.kind == "string" and before not in ("COMMENT", "IS"):
         yield replaced(token, "'other'")

@@ -57,21 +57,6 @@ _OUTBOX_TESTS = (
 _WORKER = "tests/integration/test_worker.py"
 _THREADS = "tests/integration/test_worker_threads.py"
 _WITHDRAWALS = "tests/integration/test_withdrawals.py"
-_SLOW_WORKER_TESTS = tuple(
-    f"{_WORKER}::{name}"
-    for name in (
-        "test_the_events_of_a_killed_worker_are_stored_by_the_next",
-        "test_sigterm_ends_a_worker_while_the_database_is_frozen",
-        "test_a_worker_continues_after_redis_lost_everything",
-        "test_a_crash_while_the_database_is_stalled_does_not_count",
-        "test_after_sigterm_a_worker_completes_its_batch",
-        "test_a_worker_that_starts_without_redis_waits_for_it",
-        "test_a_database_that_was_not_upgraded_rejects_no_event",
-        "test_without_tables_a_worker_waits_and_then_continues",
-        "test_an_unusable_command_does_not_end_the_listening_thread",
-        "test_the_age_of_a_job_without_a_readable_time_is_unknown",
-    )
-)
 _SLOW_WITHDRAWAL_TESTS = tuple(
     f"{_WITHDRAWALS}::{name}"
     for name in (
@@ -82,12 +67,7 @@ _SLOW_WITHDRAWAL_TESTS = tuple(
         "test_an_import_with_another_zone_after_a_withdrawal_is_no_copied_outbox",
     )
 )
-_RESERVATION_TESTS = (
-    _WORKER,
-    f"{_THREADS}::test_a_poison_candidate_runs_while_no_other_job_runs",
-    f"{_THREADS}::test_a_crash_counts_only_against_a_poison_candidate_that_ran_alone",
-    f"{_THREADS}::test_a_stop_requeues_a_poison_candidate_that_has_not_begun",
-)
+_RESERVATIONS = "tests/integration/test_reservations.py"
 
 TARGETS = {
     "contract": Target(
@@ -147,21 +127,28 @@ TARGETS = {
     ),
     "reservations": Target(
         files=("consumers/worker/reservations.py",),
-        tests=_RESERVATION_TESTS,
-        without=_SLOW_WORKER_TESTS,
+        tests=(
+            _RESERVATIONS,
+            f"{_WORKER}::test_many_unusable_ids_do_not_end_a_burst",
+            f"{_WORKER}::test_an_unusable_job_id_is_quarantined",
+            f"{_WORKER}::test_one_unusable_reservation_list_does_not_prevent_recovery_of_the_others",
+            f"{_THREADS}::test_a_poison_candidate_runs_while_no_other_job_runs",
+            f"{_THREADS}::test_a_crash_counts_only_against_a_poison_candidate_that_ran_alone",
+        ),
         needs_servers=True,
     ),
     "batch": Target(
         files=("consumers/worker/batch.py", "consumers/worker/deliveries.py"),
         tests=(
-            _WORKER,
-            _WITHDRAWALS,
+            "tests/unit/test_deliveries.py",
+            "tests/integration/test_batch_processing.py",
+            "tests/unit/test_trace_context.py",
             "tests/integration/test_defects.py::test_an_exception_after_the_commit_does_not_change_the_outcome",
             "tests/integration/test_defects.py::test_an_event_that_was_stored_before_its_workers_crashed_is_not_rejected",
-            "tests/unit/test_trace_context.py",
-            "tests/unit/test_memory_of_reading.py",
+            "tests/integration/test_defects.py::test_an_exception_of_any_class_rejects_only_that_event",
+            _WITHDRAWALS,
         ),
-        without=(*_SLOW_WORKER_TESTS, *_SLOW_WITHDRAWAL_TESTS),
+        without=_SLOW_WITHDRAWAL_TESTS,
         needs_servers=True,
     ),
     "inserts": Target(
@@ -169,10 +156,14 @@ TARGETS = {
         tests=(
             _WITHDRAWALS,
             "tests/integration/test_schema.py",
+            "tests/integration/test_batch_processing.py",
             "tests/test_history_operations.py",
             f"{_WORKER}::test_a_batch_can_have_the_same_event_and_the_same_job_twice",
             f"{_WORKER}::test_two_workers_with_the_same_events_in_opposite_order_do_not_deadlock",
             f"{_WORKER}::test_a_row_id_that_is_taken_rejects_no_event",
+            "tests/integration/test_defects.py::test_an_event_that_was_stored_before_its_workers_crashed_is_not_rejected",
+            "tests/integration/test_migration.py::test_verify_compares_derived_columns_too",
+            "tests/integration/test_migration.py::test_verify_finds_differences_in_both_directions",
         ),
         without=_SLOW_WITHDRAWAL_TESTS,
         mutants_of=_python_and_sql_mutants,
@@ -185,6 +176,7 @@ TARGETS = {
             "consumers/db/archive_queries.py",
         ),
         tests=(
+            "tests/integration/test_queries.py",
             "tests/test_history_operations.py",
             "tests/integration/test_api.py",
             "tests/integration/test_page_data.py",
@@ -197,14 +189,17 @@ TARGETS = {
     "lua": Target(
         files=("consumers/worker/scripts/*.lua",),
         tests=(
-            *_RESERVATION_TESTS,
-            "tests/integration/test_same_as_rq.py",
+            _RESERVATIONS,
+            "tests/integration/test_completion_script.py",
             "tests/integration/test_redis_users.py::test_a_forbidden_count_of_crashes_is_reported_and_changes_nothing",
             "tests/integration/test_redis_users.py::test_a_worker_that_may_not_write_rqs_records_of_jobs_says_so_once",
-        ),
-        without=(
-            *_SLOW_WORKER_TESTS,
-            "tests/integration/test_same_as_rq.py::test_a_running_worker_has_the_same_visible_state",
+            "tests/integration/test_same_as_rq.py::test_every_key_in_redis_equals_that_of_rqs_worker",
+            f"{_WORKER}::test_an_unusable_job_id_is_quarantined",
+            f"{_WORKER}::test_many_unusable_ids_do_not_end_a_burst",
+            f"{_WORKER}::test_many_finished_jobs_of_a_stock_worker_are_deleted_in_parts",
+            f"{_WORKER}::test_a_crash_is_counted_once_although_the_queue_cannot_be_written",
+            f"{_WORKER}::test_one_unusable_reservation_list_does_not_prevent_recovery_of_the_others",
+            f"{_WORKER}::test_unusable_dependencies_affect_only_the_job_that_has_them",
         ),
         mutants_of=lua_mutants,
         needs_servers=True,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,22 +28,26 @@ class Unmutated:
     Attributes:
         seconds: Duration of each test.
         tests_by_line: For each Python file, the tests that execute a line.
+        tests_by_script: For each Lua script that the tests themselves call, the tests that call it.
         modules: Modules of other projects that the tests imported.
     """
 
     seconds: dict[str, float]
     tests_by_line: dict[str, dict[int, set[str]]]
+    tests_by_script: dict[str, set[str]]
     modules: list[str]
 
     def tests_of(self, mutant: Mutant, text: str) -> set[str]:
         """Return the tests that execute the changed line of `text`, the unchanged file.
 
         A line that is executed when the module is imported, or whose result is cached, counts as executed by all tests
-        that run a function of the module. A file that is not Python counts as executed by all tests.
+        that run a function of the module. Another file counts as executed by all tests, except if it is a Lua script: a
+        test that calls scripts does not execute the others. A test that calls none may start a process that does.
         """
         lines = self.tests_by_line.get(mutant.path)
         if lines is None:
-            return set(self.seconds)
+            others = set().union(*self.tests_by_script.values()) - self.tests_by_script.get(mutant.path, set())
+            return set(self.seconds) - others
         first, last, is_cached = _statement(text, mutant.line)
         found = set().union(*(lines.get(line, ()) for line in range(first, last + 1)))
         if _OUTSIDE in found or (found and is_cached):
@@ -75,6 +80,8 @@ class _Recorder:
     def __init__(self, tree: Path, files: Sequence[str], result: Path) -> None:
         self._tree, self._files, self._result = tree, files, result
         self._seconds: dict[str, float] = {}
+        self._scripts: dict[str, set[str]] = {}
+        self._test = _OUTSIDE
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_cmdline_parse(self) -> None:
@@ -85,10 +92,26 @@ class _Recorder:
         self._coverage = coverage.Coverage(data_file=None, config_file=False, include=include)
         self._coverage.set_option("run:disable_warnings", ["no-data-collected"])  # no file may be Python
         self._coverage.start()
+        self._watch_scripts()
+
+    def _watch_scripts(self) -> None:
+        from redis.commands.core import Script
+
+        texts = {file: (self._tree / file).read_text("utf-8") for file in self._files if file.endswith(".lua")}
+        call = Script.__call__
+
+        def noted(script: Script, *args: Any, **keywords: Any) -> Any:
+            for file, text in texts.items():
+                if text in str(script.script):
+                    self._scripts.setdefault(file, set()).add(self._test)
+            return call(script, *args, **keywords)
+
+        Script.__call__ = noted  # type: ignore[assignment, method-assign]  # in this process only
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         self._coverage.switch_context(item.nodeid)
+        self._test = item.nodeid
         start = time.perf_counter()
         try:
             return (yield)
@@ -104,7 +127,7 @@ class _Recorder:
             for file in self._files
             if file.endswith(".py")
         }
-        self._result.write_bytes(pickle.dumps((self._seconds, lines, _modules_of_others(self._tree))))
+        self._result.write_bytes(pickle.dumps((self._seconds, lines, self._scripts, _modules_of_others(self._tree))))
 
 
 def _modules_of_others(tree: Path) -> list[str]:

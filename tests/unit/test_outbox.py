@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -27,6 +28,7 @@ from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
 from producers.errors import InvalidEvent, OutboxError
 from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode
 from producers.outbox import Outbox
+from producers.outbox_schema import VERSION
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.forking import in_child
 
@@ -230,6 +232,69 @@ def test_check_now_makes_sent_entries_up_to_a_position_overdue(path: Path) -> No
     assert (outbox.unsettled_count(until=until), outbox.unsettled_count()) == (2, 5)
 
 
+def test_a_check_that_is_asked_for_changes_neither_intervals_nor_pending_entries(path: Path) -> None:
+    """The number of checks decides the next interval. An entry that is to be sent again stays pending."""
+    outbox = Outbox(path)
+    first, settled = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(2)])
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(2)})
+    _settle(outbox, (settled, STORED))
+    for checks in (1, 2):
+        assert [(entry.sequence, entry.checks) for entry in outbox.deliveries.overdue(2)] == [(first.sequence, checks)]
+        outbox.deliveries.postpone({1: 0.0})
+    outbox.deliveries.postpone({1: 100.0})
+    outbox.resend(since=0)
+    outbox.check_now(outbox.last_position())
+
+    assert [(entry.sequence, entry.checks) for entry in outbox.deliveries.overdue(2)] == [(first.sequence, 3)]
+    assert outbox.pending_count() == 1
+
+
+def test_an_entry_of_a_copy_with_the_same_number_has_no_state_here(path: Path, tmp_path: Path) -> None:
+    """Only the nonce differs."""
+    with Outbox(path) as outbox:
+        outbox.append(NAME, [a_snapshot()])
+    shutil.copy(path, tmp_path / "copy.db")
+    one, other = Outbox(path), Outbox(tmp_path / "copy.db")
+    (own,) = one.append(NAME, [a_snapshot(after=timedelta(1))])
+    (foreign,) = other.append(NAME, [a_snapshot(after=timedelta(2))])
+
+    assert (own.source, own.sequence) == (foreign.source, foreign.sequence)
+    assert [status and status.state for status in one.statuses_of([own, foreign])] == ["pending", None]
+
+
+def test_an_unchanged_destination_is_not_written_again(path: Path) -> None:
+    """Each producer sets it when it starts, and should not wait for those that record."""
+    outbox = Outbox(path)
+    outbox.set_destination("database 0 on here", "history")
+    with closing(sqlite3.connect(path)) as db:
+        version = db.execute("PRAGMA data_version").fetchone()
+        outbox.set_destination("database 0 on here", "history")
+        assert db.execute("PRAGMA data_version").fetchone() == version
+        outbox.set_destination("database 0 on here", "other")
+        assert db.execute("PRAGMA data_version").fetchone() != version
+
+
+def test_only_these_columns_may_be_null(path: Path) -> None:
+    """Each other value is known when its row is written."""
+    Outbox(path).close()
+    columns = """
+        SELECT tables.name, info.name FROM sqlite_master AS tables CROSS JOIN pragma_table_info(tables.name) AS info
+        WHERE tables.type = 'table' AND NOT "notnull" AND NOT pk AND tables.name NOT LIKE 'sqlite%' ORDER BY 1, 2
+    """
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute(columns).fetchall() == [
+            ("outbox", "next_token"),
+            ("outbox", "queue"),
+            ("outbox", "redis"),
+            ("outbox", "relay"),
+            ("outbox", "relay_at"),
+            ("outcomes", "reason"),
+            ("outcomes", "row_id"),
+            ("retries", "check_at"),
+            ("sources", "left_because"),
+        ]
+
+
 def test_a_batch_ends_before_it_is_too_large(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its size is the bytes of its events. A larger event is a batch alone, and no entry is skipped."""
     outbox = Outbox(path)
@@ -418,6 +483,38 @@ def test_old_settled_entries_are_deleted_and_others_never(path: Path) -> None:
         outbox.status_of(stored)
 
 
+def test_a_disk_that_is_full_when_the_file_is_created_raises_an_error(path: Path) -> None:
+    """As soon as there is room, the same file can be used."""
+    with pytest.raises(OutboxError, match="is full: its disk, or its limit"):
+        Outbox(path, max_bytes=2**13).append(NAME, [a_snapshot()])
+    assert [one.sequence for one in Outbox(path).append(NAME, [a_snapshot()])] == [1]
+
+
+def test_a_path_that_the_system_does_not_accept_raises_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(OutboxError, match="File name too long"):
+        Outbox(tmp_path / ("x" * 300)).append(NAME, [a_snapshot()])
+
+
+def test_settled_entries_are_deleted_early_while_the_file_is_half_full(path: Path) -> None:
+    """Entries that wait stay. When the file has room again, settled entries are kept for the set time."""
+    outbox = Outbox(path, max_bytes=2**20)
+    settled = outbox.append(NAME, [a_snapshot(after=timedelta(seconds=n)) for n in range(20)])
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(20)})
+    _settle(outbox, *((one, STORED) for one in settled[:10]))
+    assert outbox.deliveries.prune(keep_seconds=60) == 0
+
+    large = outbox.append(NAME, [an_archive(signals=[a_signal(reason="x" * 600_000)])])
+    assert outbox.deliveries.prune(keep_seconds=60) == 10
+    status = outbox.status()
+    assert (status.pending, status.sent, status.stored) == (1, 10, 0)
+
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(1)})
+    _settle(outbox, *((one, STORED) for one in large))
+    assert outbox.deliveries.prune(keep_seconds=60) == 1
+    _settle(outbox, (settled[10], STORED))
+    assert outbox.deliveries.prune(keep_seconds=60) == 0
+
+
 def test_a_resend_makes_settled_entries_since_a_time_pending_again(path: Path) -> None:
     """Stored and rejected entries keep their number and bytes. Older and unsettled entries do not change."""
     outbox = Outbox(path)
@@ -565,7 +662,7 @@ def test_recording_in_a_signal_handler_while_its_thread_records_raises_an_error(
     assert [entry.sequence for entry in outbox.entries()] == [1, 2]
 
 
-@pytest.mark.parametrize(("version", "age"), [(4, "an earlier"), (6, "a newer")])
+@pytest.mark.parametrize(("version", "age"), [(VERSION - 1, "an earlier"), (VERSION + 1, "a newer")])
 def test_an_outbox_of_another_version_is_left_unchanged(path: Path, version: int, age: str) -> None:
     """Its tables may have another meaning. The error says what to do."""
     with Outbox(path) as outbox:
@@ -574,7 +671,7 @@ def test_an_outbox_of_another_version_is_left_unchanged(path: Path, version: int
         db.execute(f"PRAGMA user_version = {version}")
         for repair in (False, True):
             with pytest.raises(
-                OutboxError, match=rf"by {age} version .*format {version}; .* 5.. Nothing was changed: "
+                OutboxError, match=rf"by {age} version .*format {version}; .* {VERSION}.. Nothing was changed: "
             ):
                 Outbox(path, repair=repair)
         assert db.execute("PRAGMA user_version").fetchone() == (version,)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -96,6 +98,16 @@ def test_an_entry_is_overdue_when_its_interval_has_passed(
     assert outbox.deliveries.overdue(1) == []
     machine.wait(2)
     assert len(outbox.deliveries.overdue(1)) == 1
+
+
+def test_the_clock_of_a_new_file_continues_in_another_process(path: Path, machine: Machine) -> None:
+    """It begins with the wall clock, and continues although nothing was recorded."""
+    Outbox(path).close()
+    machine.wait(50)
+    outbox = Outbox(path)
+    _append(outbox)
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT recorded_at FROM entries").fetchall() == [(machine.wall,)]
 
 
 @_jumps

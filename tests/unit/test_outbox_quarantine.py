@@ -170,3 +170,23 @@ def test_a_relay_process_can_start_on_a_damaged_outbox(path: Path, redis: fakere
     stopping.set()
     process.join()
     assert queue_of(redis).count == 1
+
+
+def test_a_damaged_file_that_cannot_be_read_delays_no_event_and_is_tried_again(
+    path: Path, redis: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here it is a folder. The log names the problem, and no other file changes."""
+    unreadable = path.with_name(f"{path.name}.damaged-1")
+    unreadable.mkdir()
+    with Outbox(path, repair=True) as outbox, _relaying(outbox, redis) as relay:
+        outbox.append("bot", [a_snapshot()])
+        while relay.sweep():
+            pass
+        assert (outbox.status().sent, queue_of(redis).count) == (1, 1)
+        outbox.append("bot", [a_snapshot(after=timedelta(1))])
+        relay.sweep()
+        assert queue_of(redis).count == 2
+    (message,) = [one for one in caplog.messages if "cannot salvage" in one]
+    assert "trying again in 10 s: " in message
+    assert "Is a directory" in message
+    assert unreadable.is_dir()
