@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -20,7 +21,7 @@ from producers import entry_sender, events, outbox_check
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted
 from producers.errors import OutboxError
-from producers.file_operations import folder_lock
+from producers.file_operations import copy_file, folder_lock
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import job_id_of
@@ -706,6 +707,31 @@ def test_an_open_file_that_gets_a_second_name_keeps_its_entries(path: Path) -> N
             accepted += _append(outbox, 3, after=10)
             accepted += _append(other, 3, after=20)
             accepted += _append(outbox, 3, after=30)
+    assert _at_path(path) == _job_ids(accepted)
+
+
+@pytest.mark.parametrize("grows", ["-wal", ""], ids=["log", "file"])
+def test_a_file_with_two_names_is_copied_although_its_log_grows_but_not_while_it_is_written_itself(
+    path: Path, monkeypatch: pytest.MonkeyPatch, grows: str
+) -> None:
+    """SQLite ignores an incomplete transaction in a log. A file that was written meanwhile could be torn."""
+    times = itertools.count(1_000_000_000)
+
+    def copied_meanwhile(file: Path, copy: Path) -> None:
+        copy_file(file, copy)
+        moment = next(times)
+        os.utime(path.with_name(path.name + grows), (moment, moment))
+
+    monkeypatch.setattr("producers.outbox_place.copy_file", copied_meanwhile)
+    with Outbox(path, repair=True) as outbox:
+        accepted = _append(outbox, 3)
+        _link_all(path.parent, path.parent.with_name("backup"))
+        if grows:
+            with Outbox(path, repair=True) as other:
+                assert [entry.job_id for entry in other.entries()] == _job_ids(accepted)
+        else:
+            with pytest.raises(OutboxError, match="another process keeps writing to it under that name"):
+                Outbox(path, repair=True)
     assert _at_path(path) == _job_ids(accepted)
 
 
