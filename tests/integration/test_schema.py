@@ -130,6 +130,38 @@ def test_apply_schema_does_not_use_the_withdrawals_of_another_program(empty_data
     assert _structure() == before
 
 
+_INDEXES = (
+    "event_outcomes_of_source",
+    "event_outcomes_rejected",
+    "portfolio_history_dated_otherwise",
+    "portfolio_history_newest",
+    "portfolio_history_newest_of_portfolio",
+    "portfolio_history_of_source",
+    "signal_archives_newest",
+    "signal_archives_newest_of_portfolio",
+    "signal_archives_of_market",
+    "signal_archives_of_month",
+    "signal_archives_of_source",
+    "withdrawals_of_event",
+    "withdrawals_of_source",
+)
+
+
+@pytest.mark.parametrize("names", [_INDEXES[-1:], tuple(reversed(_INDEXES))], ids=["one", "all"])
+def test_apply_schema_does_not_take_indexes_of_other_tables_for_its_own(
+    empty_database_url: str, names: tuple[str, ...]
+) -> None:
+    """PostgreSQL would skip an index whose name exists, on whatever table. The error lists all of them."""
+    _execute("CREATE TABLE other (a integer)")
+    for name in names:
+        _execute(f"CREATE INDEX {name} ON other (a)")
+    before = _structure()
+    listed = ", ".join(sorted(names))
+    with pytest.raises(OldSchema, match=f"^other tables have indexes of these names: {listed}. Nothing was changed"):
+        apply_schema(engine())
+    assert _structure() == before
+
+
 def test_psql_runs_schema_sql(empty_database_url: str, tmp_path: Path) -> None:
     """A database administrator can apply the file without this program."""
     from consumers.embedded.installation import installed
