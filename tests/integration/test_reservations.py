@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from consumers.worker.deliveries import MAX_JOB_BYTES
 from consumers.worker.orphans import ORPHAN_SECONDS, Orphans
@@ -92,8 +93,8 @@ def test_an_id_that_no_job_can_have_is_quarantined(redis: Redis) -> None:
 @pytest.mark.parametrize("counts", [CRASHES, TIMEOUTS])
 def test_a_job_with_a_count_is_reserved_alone(redis: Redis, counts: str) -> None:
     """The jobs before it are reserved without it, and only its reservation has the count."""
-    enqueue(redis, "a", "b", "counted", "c", "d")
-    redis.hset(counts, "counted", 2)
+    enqueue(redis, "a", "b", "counted", "c", "d", "another")
+    redis.hset(counts, mapping={"counted": 2, "another": 3})
     one = reservations_of(redis)
     found = []
     for _ in range(3):
@@ -124,6 +125,20 @@ def test_no_job_is_added_to_4_mib_of_data(redis: Redis) -> None:
         found.append(reserved(one))
         redis.delete(one.list_key)
     assert found == [["a", "b"], ["c", "d"], []]
+
+
+def test_a_queue_of_another_type_is_an_error_that_names_it(redis: Redis) -> None:
+    """Nothing is changed before the error."""
+    enqueue(redis, "a")
+    dead = reservations_of(redis, "dead")
+    dead.reserve(1)
+    expire(redis, dead)
+    redis.set(QUEUE, "x")
+    for call in (lambda: reservations_of(redis).reserve(1), lambda: requeue_expired(redis, history_queue(redis))):
+        with pytest.raises(ResponseError, match=f"^WRONGTYPE {QUEUE} is a string and not a list: rename or delete it$"):
+            call()
+    assert (listed(redis, dead.list_key), redis.exists(CRASHES)) == (["a"], 0)
+    assert redis.hkeys(OWNERS) == [owner_of(dead).encode()]
 
 
 @pytest.mark.parametrize(("more_bytes", "state"), [(0, "usual"), (1, "oversized")])
