@@ -80,13 +80,14 @@ def test_jobs_of_a_reservation_whose_reply_was_lost_keep_their_order(redis: Redi
     assert (reserved(one, 2), reserved(one, 3)) == (["a", "b"], ["a", "b", "c"])
 
 
-def test_an_id_that_no_job_can_have_is_quarantined(redis: Redis) -> None:
+def test_an_id_that_no_job_can_have_is_quarantined(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
     """A job id has 1 to 200 letters, digits, hyphens and underscores. The jobs around it are reserved."""
     longest = "y" * 200
     for job_id in ("an id", "a_B-1", "", longest + "y", longest, "a:b"):
         enqueue(redis, job_id)
     assert reserved(reservations_of(redis)) == ["a_B-1", longest]
     assert sorted(listed(redis, QUARANTINE)) == sorted(["an id", "", longest + "y", "a:b"])
+    assert caplog.messages == [f"moved 4 entries that cannot be job ids from the queue to list {QUARANTINE}"]
     assert listed(redis) == []
 
 
@@ -246,6 +247,7 @@ def test_a_crash_counts_only_against_a_job_that_ran_alone(
     dead, living = reservations_of(redis, "dead"), reservations_of(redis, "living")
     dead.reserve(len(jobs))
     living.renew_lease()
+    assert redis.hget(OWNERS, owner_of(living)) == b""
     if is_alone:
         dead.run_alone()
         dead.renew_lease()
@@ -285,6 +287,20 @@ def test_a_crash_count_that_is_not_a_number_begins_again(redis: Redis) -> None:
     expire(redis, dead)
     assert requeue_expired(redis, history_queue(redis)) == ["a"]
     assert redis.hgetall(CRASHES) == {b"a": b"1"}
+
+
+def test_crash_counts_of_another_type_do_not_keep_jobs_from_the_queue(
+    redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their key is renamed, which is logged, and counts begin again."""
+    enqueue(redis, "a")
+    dead = reservations_of(redis, "dead")
+    dead.reserve(1)
+    redis.set(CRASHES, "x")
+    expire(redis, dead)
+    assert requeue_expired(redis, history_queue(redis)) == ["a"]
+    assert (redis.get(f"{CRASHES}:quarantined"), redis.hgetall(CRASHES)) == (b"x", {b"a": b"0"})
+    assert caplog.messages == [f"Redis key {CRASHES} has the wrong type and was renamed to {CRASHES}:quarantined"]
 
 
 def test_a_lease_without_an_expiry_gets_one(redis: Redis) -> None:
