@@ -8,6 +8,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
+from consumers.worker import orphans
 from consumers.worker.deliveries import MAX_JOB_BYTES
 from consumers.worker.orphans import ORPHAN_SECONDS, Orphans
 from consumers.worker.reservations import LEASE_SECONDS, Reservations, requeue_expired
@@ -89,6 +90,14 @@ def test_an_id_that_no_job_can_have_is_quarantined(redis: Redis, caplog: pytest.
     assert sorted(listed(redis, QUARANTINE)) == sorted(["an id", "", longest + "y", "a:b"])
     assert caplog.messages == [f"moved 4 entries that cannot be job ids from the queue to list {QUARANTINE}"]
     assert listed(redis) == []
+
+
+def test_an_id_is_quarantined_although_the_key_for_it_has_another_type(redis: Redis) -> None:
+    """That key is renamed first, so that the jobs behind the id are not held up."""
+    enqueue(redis, "an id", "a")
+    redis.set(QUARANTINE, "x")
+    assert reserved(reservations_of(redis)) == ["a"]
+    assert (listed(redis, QUARANTINE), redis.get(f"{QUARANTINE}:quarantined")) == (["an id"], b"x")
 
 
 @pytest.mark.parametrize("counts", [CRASHES, TIMEOUTS])
@@ -351,6 +360,20 @@ def test_an_orphan_in_no_list_is_requeued_30_seconds_after_it_was_first_seen(red
     assert sorted(noted) == [b"early", b"finished", b"new"]
     assert now <= int(noted[b"new"]) <= now + 20
     assert 500 < redis.ttl(ORPHANS) <= 600
+
+
+def test_a_job_that_stays_in_the_intermediate_list_returns_to_the_front(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A live stock worker removes its job within milliseconds."""
+    enqueue(redis, "later")
+    redis.rpush(f"{QUEUE}:intermediate", "a", "b")
+    dead = Orphans(redis, history_queue(redis))
+    assert dead.requeue() == []
+    monkeypatch.setattr(orphans, "ORPHAN_SECONDS", -1.0)
+    assert dead.requeue() == ["a", "b"]
+    assert (listed(redis), listed(redis, f"{QUEUE}:intermediate")) == (["b", "a", "later"], [])
+    assert dead.requeue() == []
 
 
 def test_an_expired_job_of_a_stock_worker_is_queued_again_at_the_front(redis: Redis) -> None:
