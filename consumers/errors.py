@@ -15,6 +15,7 @@ HistoryError
 ├── OldSchema           the database has tables of the old shape, or others, under our names
 ├── LoginNotMade        a login role cannot be created or changed
 ├── PingNotDelivered    a monitoring service did not accept a ping
+├── SealError           a seal cannot be read or written
 ├── AdoptionRefused     tables of the old shape cannot be adopted in their present state
 └── EmbeddedError       the embedded servers are not installed, do not start or do not stop
 """
@@ -142,6 +143,10 @@ class LoginNotMade(HistoryError):
 
 class AdoptionRefused(HistoryError):
     """Tables of the old shape cannot be adopted in their present state; nothing was changed."""
+
+
+class SealError(HistoryError):
+    """A file with the digests of an outbox cannot be read or written; an existing one is not changed."""
 
 
 class PingNotDelivered(HistoryError):

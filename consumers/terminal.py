@@ -31,6 +31,7 @@ from consumers.row_texts import ndjson_line, plain
 # A pipe has no width, so nothing is cut there.
 _PIPE_COLUMNS = 250
 _ONE_LINE_COLUMNS = 100_000
+_SHOWN_DIFFERENCES = 10  # for each source
 MOST_REJECTIONS = 1000  # a table needs all its rows in memory to find the width of its columns
 _STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -236,6 +237,20 @@ def print_audit(audits: Sequence[Mapping[str, Any]]) -> None:
                 f"{one['source']} was used by copies of one outbox.{used} To find gaps in it, run audit on the host of"
                 " each copy."
             )
+
+
+def print_comparison(source: str, content: Mapping[str, Any], with_what: str) -> None:
+    """Print whether the events of a source have the content that the outbox or a seal has, and how they differ."""
+    compared = f"{source}: {content['checked']:,} events compared with {with_what}, "
+    if not content["differing"]:
+        _print(compared + "all are equal.")
+        return
+    _print(f"{compared}{content['differing']:,} {'differs' if content['differing'] == 1 else 'differ'}:")
+    for one in content["differences"][:_SHOWN_DIFFERENCES]:
+        numbers = f"number {one['first']}" if one["first"] == one["last"] else f"numbers {one['first']}-{one['last']}"
+        _print(f"  {numbers}: {one['problem']}")
+    if len(content["differences"]) > _SHOWN_DIFFERENCES:
+        _print(f"  --json shows the first {len(content['differences'])}.")
 
 
 def print_import_statistics(statistics: Sequence[Mapping[str, Any]]) -> None:

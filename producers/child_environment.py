@@ -58,10 +58,10 @@ def _fork_server() -> Iterator[None]:
 
 
 def _reap(pid: int) -> None:
-    for _ in range(_REAP_POLLS):
+    for _ in range(_REAP_POLLS):  # pragma: no branch - the server may end later than that
         try:
             if os.waitpid(pid, os.WNOHANG)[0]:
                 return
-        except ChildProcessError:  # the program has already reaped it
+        except ChildProcessError:  # pragma: no cover - the program has already reaped it
             return
         time.sleep(_REAP_POLL_SECONDS)

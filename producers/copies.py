@@ -103,7 +103,7 @@ class CopyGuard:
 
     def _replace_sources(self) -> None:
         replaced = self._outbox.header.replace_sources()
-        if replaced:
+        if replaced:  # pragma: no branch - another process may have replaced them meanwhile
             logger.warning(
                 "outbox %s was copied or restored, and another copy has used it. New events get a new source instead of"
                 " %s. No event is lost. Run `trading-history audit` on the host of each copy",

@@ -98,7 +98,7 @@ class _Download:
                 return bytes(content)
         except httpx.HTTPStatusError as error:
             raise SignalsUnreadable(f"signals_url returned HTTP status {error.response.status_code}") from None
-        except httpx.TimeoutException:
+        except httpx.TimeoutException:  # pragma: no cover - the caller's wait has the same limit and ends first
             raise _too_slow() from None
         except (httpx.UnsupportedProtocol, httpx.InvalidURL, UnicodeError):
             raise SignalsUnreadable("signals_url is not a valid http:// or https:// URL") from None

@@ -237,6 +237,11 @@ class Column:
     attribute: str | None = None
     derived: bool = False
 
+    @property
+    def field(self) -> str:
+        """The payload's attribute that has the value."""
+        return self.attribute or self.name
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EventKind:

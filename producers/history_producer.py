@@ -128,7 +128,7 @@ class HistoryProducer:
         if redirection is None:  # the producer was made in a redirection that has ended
             raise _closed_error()
         with self._redirecting:
-            if redirection not in self._transports:
+            if redirection not in self._transports:  # pragma: no branch - another thread may have made it meanwhile
                 self._transports[redirection] = self._redirected(redirection)
                 redirection.at_end(lambda: self._transports.pop(redirection).stop(_REDIRECTED_STOP_SECONDS))
             return self._transports[redirection]

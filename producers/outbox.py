@@ -15,13 +15,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 from uuid import UUID, uuid4
 
 from producers import outbox_counts
+from producers.digests import digest_of_text
 from producers.entries import (
     Accepted,
     AuditEntry,
@@ -43,7 +44,9 @@ from producers.outbox_place import LOCK
 from producers.outbox_quarantine import Quarantine
 from producers.outbox_salvage import has_content_of_an_outbox
 from producers.outbox_schema import ensure_tables
+from producers.outbox_segments import one_page, segments_of
 from producers.relay_lock import RelayLock
+from producers.segments import Segment, SettledEvent, continued
 from producers.trace_context import TraceContext
 
 P = ParamSpec("P")
@@ -94,6 +97,11 @@ _ENTRY_STATUS = "SELECT state, row_id, reason FROM entry_states WHERE source_id 
 _AUDIT_PAGE = """
 SELECT sequence, nonce, event_id, state FROM entry_states
 WHERE source_id = ? AND (sequence, nonce) > (?, ?) ORDER BY sequence, nonce LIMIT ?
+"""
+
+_SETTLED = """
+SELECT sequence, nonce, row_id IS NULL, type, event FROM entries CROSS JOIN outcomes USING (position)
+WHERE source_id = ? AND (sequence, nonce) > (?, ?) ORDER BY sequence, nonce
 """
 
 _UNSETTLED = """
@@ -364,6 +372,25 @@ class Outbox:
                 return
             yield [AuditEntry(sequence, UUID(event_id), state) for sequence, _, event_id, state in rows]
             after = rows[-1][:2]
+
+    def digest_chain(self, source_id: str) -> list[Segment]:
+        """Return the segments of all settled entries of one source, including deleted ones.
+
+        Those of entries that are still kept come last. They are made for this call and are not stored.
+        """
+        # The kept entries first: one that is deleted meanwhile is read twice, instead of not at all.
+        kept: list[SettledEvent] = []
+        after = (-1, "")
+        while True:
+            with self._file.reading() as db, closing(db.execute(_SETTLED, (source_id, *after))) as found:
+                rows = one_page(found)
+            if not rows:
+                break
+            kept += [SettledEvent(number, bool(no), digest_of_text(kind, event)) for number, _, no, kind, event in rows]
+            after = rows[-1][:2]
+        with self._file.reading() as db:
+            segments = list(segments_of(db, source_id))
+        return segments + continued(segments[-1].empty_successor() if segments else None, kept)
 
     def relay_lock(self) -> RelayLock:
         """Return the lock for relaying this outbox, which one thread of one process holds at a time."""

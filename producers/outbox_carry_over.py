@@ -1,4 +1,4 @@
-"""Carries unsettled entries from an outbox file that was removed or replaced into the file at the path.
+"""Carries unsettled entries, and digests of deleted ones, from a removed or replaced file into the file at the path.
 
 Entries keep their source, number and nonce, and so their job id: if Redis or the database already has such an entry, it
 recognizes the same delivery. If the outbox at the path already has an entry, that entry is left unchanged.
@@ -14,6 +14,7 @@ import sqlite3
 from pathlib import Path
 
 from producers.outbox_place import TAKEN_OUT, OutboxPlace
+from producers.outbox_segments import SEGMENT_COLUMNS, insert_missing
 from producers.sqlite_connections import is_damage
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ _COPY_OUT = (
     "CREATE TABLE taken_out.entries AS SELECT * FROM main.entries WHERE position IN"
     " (SELECT position FROM main.pending UNION ALL SELECT position FROM main.sent) ORDER BY position",
     "CREATE TABLE taken_out.sent AS SELECT position FROM main.sent",
+    "CREATE TABLE taken_out.segments AS SELECT * FROM main.segments",
 )
 _CARRY_OVER = f"""
 INSERT INTO main.entries ({", ".join(ENTRY_COLUMNS)})
@@ -45,6 +47,7 @@ FROM taken_out.sent CROSS JOIN taken_out.entries AS taken_out USING (position) C
     ON own.source_id = taken_out.source_id AND own.sequence = taken_out.sequence AND own.nonce = taken_out.nonce
 WHERE own.position > ?
 """
+_SELECT_SEGMENTS = f"SELECT {', '.join(SEGMENT_COLUMNS)} FROM taken_out.segments ORDER BY id"  # noqa: S608  # constants
 _SELECT_SOURCES = f"SELECT {', '.join(_SOURCE_COLUMNS)} FROM taken_out.sources"  # noqa: S608  # constants
 
 # The names need `main`: while this connection does not know yet that another process has created the tables in this
@@ -78,7 +81,7 @@ class CarryOver:
         return bool(self._locks)
 
     def take_out(self, db: sqlite3.Connection) -> bool:
-        """Copy header, sources and unsettled entries into a temporary file; return False if they are unreadable."""
+        """Copy header, sources, unsettled entries and segments into a temporary file; return False if damaged."""
         self._place.make_folder()
         file = self._place.sibling(f"{TAKEN_OUT}{secrets.token_hex(8)}")
         lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -131,6 +134,7 @@ def _put_in(db: sqlite3.Connection, taken_out: Path) -> int:
         db.execute("BEGIN IMMEDIATE")
         carried = _carry_over(db)
         db.execute("COMMIT")
+        _carry_segments_over(db)
         return carried
     finally:
         if db.in_transaction:
@@ -146,3 +150,18 @@ def _carry_over(db: sqlite3.Connection) -> int:
     carried = db.execute(_CARRY_OVER).rowcount
     db.execute(_CHECK_SENT, (last,))
     return carried
+
+
+def _carry_segments_over(db: sqlite3.Connection) -> None:
+    """Copy the segments, after the entries are safe: a file without room for segments must not block new events."""
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        insert_missing(db, db.execute(_SELECT_SEGMENTS).fetchall())
+        db.execute("COMMIT")
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+            raise
+        logger.error(
+            "the digests of deleted events could not be carried over, because the outbox is full: audit --content"
+            " cannot check these events"
+        )

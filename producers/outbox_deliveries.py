@@ -9,10 +9,13 @@ from contextlib import closing
 from typing import Any, Literal
 
 from producers.acknowledgements import Acknowledgement
+from producers.digests import digest_of_text
 from producers.entries import Entry, EntryHead, SettledKeys
 from producers.outbox_clock import OutboxClock
 from producers.outbox_file import OutboxFile
 from producers.outbox_schema import IS_PLAIN, SKIP_SETTLED
+from producers.outbox_segments import add_to_chain, one_page
+from producers.segments import SettledEvent
 
 LAST_CHECK_SECONDS = 300.0  # the longest interval between two checks of a sent entry
 
@@ -95,9 +98,13 @@ _AWAITING = {
 }
 
 _PRUNED = """
-SELECT position FROM outcomes WHERE settled_at < ? AND position <= (SELECT sent_through FROM outbox)
-ORDER BY settled_at LIMIT ?
+SELECT position, source_id, sequence, type, row_id IS NULL, event
+FROM (SELECT position, row_id FROM outcomes WHERE settled_at < ? AND position <= (SELECT sent_through FROM outbox)
+    ORDER BY settled_at LIMIT ?) CROSS JOIN entries USING (position)
+ORDER BY source_id, sequence, nonce
 """
+_DELETE_ENTRIES = "DELETE FROM entries WHERE position IN (SELECT value FROM json_each(?))"
+_DELETE_OUTCOMES = "DELETE FROM outcomes WHERE position IN (SELECT value FROM json_each(?)) RETURNING position"
 
 
 class OutboxDeliveries:
@@ -247,7 +254,8 @@ class OutboxDeliveries:
     def prune(self, keep_seconds: float) -> int:
         """Delete some entries that were settled over `keep_seconds` ago; if the file is half full, any settled ones.
 
-        Entries that are not settled are never deleted.
+        Entries that are not settled are never deleted. The digests of the deleted ones are added to the chains of their
+        sources.
 
         Returns:
             How many were deleted. Call it again until that is 0.
@@ -257,11 +265,28 @@ class OutboxDeliveries:
             if self._file.is_half_full(db):
                 settled_before = math.inf
             db.execute(SKIP_SETTLED)
-            positions = [position for (position,) in db.execute(_PRUNED, (settled_before, _PRUNED_ENTRIES))]
-            for table in ("entries", "outcomes"):
-                query = f"DELETE FROM {table} WHERE position IN (SELECT value FROM json_each(?))"  # noqa: S608  # constants
-                db.execute(query, (json.dumps(positions),))
-            return len(positions)
+            generation = self._file.generation
+            with closing(db.execute(_PRUNED, (settled_before, _PRUNED_ENTRIES))) as found:
+                rows = one_page(found)
+        # Compute the digests between two transactions: appends wait while one is open.
+        settled: dict[str, dict[int, SettledEvent]] = {}
+        for position, source_id, sequence, event_type, is_rejected, event in rows:
+            one = SettledEvent(sequence, bool(is_rejected), digest_of_text(event_type, event))
+            settled.setdefault(source_id, {})[position] = one
+        return self._delete_and_chain(settled, generation) if settled else 0
+
+    def _delete_and_chain(self, settled: Mapping[str, Mapping[int, SettledEvent]], generation: int) -> int:
+        """Delete the entries at these positions, by source, that are still settled; return how many."""
+        deleted = 0
+        with self._file.transaction(durable=False) as db:
+            if self._file.generation != generation:  # in another file, these positions have other entries
+                return 0
+            for source_id, entries in settled.items():
+                still = {position for (position,) in db.execute(_DELETE_OUTCOMES, (json.dumps([*entries]),))}
+                db.execute(_DELETE_ENTRIES, (json.dumps([*still]),))
+                add_to_chain(db, source_id, [one for position, one in entries.items() if position in still])
+                deleted += len(still)
+        return deleted
 
 
 def _one_batch(rows: Iterable[Sequence[Any]]) -> list[Entry]:

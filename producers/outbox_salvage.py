@@ -23,6 +23,7 @@ from typing import Any
 from producers.entries import full_source
 from producers.outbox_carry_over import CONTINUE_SOURCE, ENTRY_COLUMNS
 from producers.outbox_schema import SKIP_SETTLED
+from producers.outbox_segments import insert_missing, segment_row_of
 from producers.sqlite_connections import sqlite_errors
 from producers.sqlite_salvage import Record, readable_records
 
@@ -116,6 +117,7 @@ def salvage_pages(
                 for position, entry in entries:
                     outcome = outcomes.execute("SELECT * FROM outcomes WHERE position = ?", (position,)).fetchone()
                     found.entries += _insert(db, entry, outcome)
+                insert_missing(db, filter(None, (segment_row_of(record.values) for record in page)))
                 db.execute(SKIP_SETTLED)
             yield
     found.is_recognized = bool(sources)

@@ -8,6 +8,7 @@ entries at once where possible:
 - `retries` has the exceptions, one row for each: entries whose first check found them unsettled, entries to send again,
   and entries that came from another file. It says why.
 - `outcomes` has the settled entries.
+- `segments` has the digests of settled entries that were deleted.
 
 The views `pending`, `sent` and `entry_states` compute the state of entries from these tables.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from producers.errors import OutboxError
 from producers.outbox_clock import ClockReading
 
-VERSION = 5
+VERSION = 6
 
 # Condition for an entry of the log: it has no row in `outcomes` or `retries`.
 IS_PLAIN = """NOT EXISTS (SELECT 1 FROM outcomes WHERE outcomes.position = entries.position)
@@ -47,7 +48,8 @@ UPDATE outbox SET sent_through = coalesce(
 # If `check_at` of a retry is NULL, the entry is pending; otherwise it is sent. `checks` above 0 says that Redis may
 # have its job.
 # An outcome without `row_id` is a rejection.
-# A salvage recognizes a record by the types of its values, so those of `retries` and `outcomes` must differ.
+# `segments` is described in producers/segments.py: `ranges` and `rejected` are JSON.
+# A salvage recognizes a record by the number and the types of its values, which must differ from table to table.
 TABLES = f"""
 CREATE TABLE outbox (
     only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
@@ -111,6 +113,18 @@ CREATE TABLE outcomes (
 );
 CREATE INDEX outcomes_by_age ON outcomes (settled_at);
 CREATE INDEX outcomes_rejected ON outcomes (position) WHERE row_id IS NULL;
+CREATE TABLE segments (
+    id INTEGER PRIMARY KEY,
+    source_id TEXT NOT NULL,
+    previous_head BLOB NOT NULL,
+    head BLOB NOT NULL,
+    ranges TEXT NOT NULL,
+    rejected TEXT NOT NULL,
+    checksum BLOB NOT NULL,
+    prefixes BLOB NOT NULL
+);
+CREATE INDEX segments_of_source ON segments (source_id, id);
+CREATE INDEX segments_by_head ON segments (head);
 CREATE VIEW pending AS
     SELECT position, checks FROM retries WHERE check_at IS NULL
     UNION ALL

@@ -131,6 +131,13 @@ class Relay:
             self._begin_turn()
         salvaged = self._salvage()  # first, because it does not need Redis
         try:
+            return self._exchange() or salvaged
+        finally:
+            self._prune()  # also while Redis is away: the outbox needs the room
+
+    def _exchange(self) -> bool:
+        """Send entries to Redis and read acknowledgements; return whether anything was sent or settled."""
+        try:
             self._guard.check()
             self._sent = self._sender.send_pending(probe=bool(self._failures), stopped=self._stop.is_set)
         except ResponseError:  # for example, Redis is full; settling deletes acknowledgements
@@ -138,8 +145,7 @@ class Relay:
             raise
         settled = self._settle()
         resent = self._sender.send_overdue()
-        self._prune()
-        return bool(settled or self._sent or resent or salvaged)
+        return bool(settled or self._sent or resent)
 
     def _settle(self) -> int:
         """Settle acknowledged entries and return their number; while more entries wait, only every _SETTLE_SECONDS."""

@@ -62,12 +62,6 @@ def _given(variables: Mapping[str, str | None]) -> dict[str, str]:
     }
 
 
-def _zone(name: object) -> object:
-    if not isinstance(name, str):
-        return name
-    return zone_named(name)
-
-
 class EnvironmentSettings(BaseModel):
     """Base class for settings. A field's alias is the name of its environment variable."""
 
@@ -97,7 +91,7 @@ class EnvironmentSettings(BaseModel):
 class ZoneSettings(EnvironmentSettings):
     """The zone of naive times; None is this machine's zone."""
 
-    timezone: Annotated[ZoneInfo | None, BeforeValidator(_zone)] = Field(None, alias="HISTORY_TIMEZONE")
+    timezone: Annotated[ZoneInfo | None, BeforeValidator(zone_named)] = Field(None, alias="HISTORY_TIMEZONE")
 
 
 def _key_prefix(given: str) -> str:

@@ -117,23 +117,15 @@ def read_back(shown: datetime, zone: tzinfo | None, after: datetime | None, fiel
     Raises:
         InvalidEvent: the time is too close to the year 1 or 9999 for an offset; the message begins with `field`.
     """
-    first = with_fixed_offset(localized(shown, zone, field), field)
+    first = with_fixed_offset(localized(shown, zone, field))
     if after is None or first >= after:
         return first
-    second = with_fixed_offset(localized(shown.replace(fold=1), zone, field), field)
+    second = with_fixed_offset(localized(shown.replace(fold=1), zone, field))
     return second if second >= after else first
 
 
-def with_fixed_offset(moment: datetime, field: str) -> datetime:
-    """Return `moment` with a fixed offset instead of a zone: Python compares times in the same zone without offsets.
-
-    Raises:
-        InvalidEvent: `moment` is naive or out of range; the message begins with `field`.
-    """
-    try:
-        offset = moment.utcoffset()
-    except (ValueError, OverflowError):
-        raise InvalidEvent.at(field, TIME_RANGE) from None
-    if offset is None:
-        raise InvalidEvent.at(field, "has no UTC offset")
+def with_fixed_offset(moment: datetime) -> datetime:
+    """Return an aware time with a fixed offset instead of a zone: Python compares times in one zone without offsets."""
+    offset = moment.utcoffset()
+    assert offset is not None
     return moment.replace(tzinfo=UTC if not offset else timezone(offset), fold=0)

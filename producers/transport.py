@@ -70,7 +70,7 @@ class Transport:
             return
         if not self.relay.running:
             with self._starting:
-                if not self.relay.running:
+                if not self.relay.running:  # pragma: no branch - another thread may have started it meanwhile
                     self.relay.start()
         self.relay.wake()
 

@@ -30,7 +30,7 @@ from producers.history_producer import HistoryProducer, Receipt
 from producers.outbox import Outbox
 from tests.factories import a_snapshot, an_archive
 from tests.faults.proxy import Proxy
-from tests.rq_programs import until
+from tests.rq_programs import end, until
 
 _LOST = "is neither a row nor a rejection"
 ROOT = Path(__file__).parents[1]
@@ -300,7 +300,7 @@ with HistoryProducer(outbox=sys.argv[1]) as producer:
 
 @contextmanager
 def worker_process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `trading-history worker` on the real servers, without a proxy. It is killed at the end of the block."""
+    """Run `trading-history worker` on the real servers, without a proxy. It ends with the block."""
     with (folder / "worker.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "consumers.cli", "worker"],
@@ -311,8 +311,7 @@ def worker_process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.kill()
-        process.wait()
+        end(process)
 
 
 class Line:

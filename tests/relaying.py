@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from rq.worker_registration import WORKERS_BY_QUEUE_KEY
 
 from consumers.embedded.child_processes import worker_process
 from tests.faults.proxy import Proxy
-from tests.rq_programs import until
+from tests.rq_programs import end, until
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "consumers.cli"]
@@ -93,7 +92,7 @@ def a_worker(redis: Redis, log: Path) -> Iterator[psutil.Process]:
 
 @contextmanager
 def a_relay(log: Path, *arguments: object, wait: bool = True, **environment: str) -> Iterator[psutil.Popen]:
-    """Run `trading-history relay` with its log in `log`; kill it at the end of the block."""
+    """Run `trading-history relay` with its log in `log`; end it at the end of the block."""
     with log.open("wb") as output:
         process = psutil.Popen(
             [*COMMAND, "relay", *map(str, arguments)],
@@ -107,10 +106,7 @@ def a_relay(log: Path, *arguments: object, wait: bool = True, **environment: str
             assert process.poll() is None, log.read_text()
         yield process
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-        process.wait(10)
+        end(process)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from redis import Redis
@@ -33,6 +34,21 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
+def end(process: subprocess.Popen[Any] | psutil.Popen) -> None:
+    """End a program that a test has started, and wait for its end: SIGTERM, and SIGKILL after 3 s.
+
+    If it is killed at once, it does not write which branches it has run.
+    """
+    if process.poll() is None:
+        process.terminate()
+        process.send_signal(signal.SIGCONT)  # in case it is stopped
+    try:
+        process.wait(3)
+    except (subprocess.TimeoutExpired, psutil.TimeoutExpired):
+        process.kill()
+        process.wait(10)
+
+
 def somebody_waits_for_a_lock() -> bool:
     """Return whether a session of the test's database waits for a lock."""
     with get_db() as db:
@@ -48,16 +64,16 @@ def rq(command: str, *arguments: str) -> str:
 
 @contextmanager
 def rq_process(command: str, *arguments: str, log: Path, url: bool = True) -> Iterator[psutil.Popen]:
-    """Run `rq <command>` with its output in `log`, and kill it and its children at the end of the block."""
+    """Run `rq <command>` with its output in `log`, and end it and its children with the block."""
     line = [sys.executable, "-m", "rq.cli", command, *(("--url", os.environ["REDIS_URL"]) if url else ()), *arguments]
     with log.open("wb") as output:
         process = psutil.Popen(line, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         yield process
     finally:
+        end(process)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # also a pool's workers, even if the pool has ended
-        process.wait(10)
+            os.killpg(process.pid, signal.SIGKILL)  # a pool's workers, which may still run
 
 
 def registered_workers(redis: Redis) -> dict[int, str]:

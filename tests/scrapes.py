@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.rq_programs import until
+from tests.rq_programs import end, until
 
 PREFIX = "trading_history_"
 Scrape = dict[tuple[str, ...], float]
@@ -53,5 +53,4 @@ def scraped_worker(log: Path, *arguments: str, **environment: str) -> Iterator[t
         until(lambda: bool(addresses()), seconds=40)
         yield worker, addresses()[0]
     finally:
-        worker.kill()
-        worker.wait()
+        end(worker)

@@ -13,7 +13,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from consumers.cli import doctor, export, failed, legacy, outbox, reading, recording, running, serving, status, up
+from consumers.cli import (
+    audit,
+    doctor,
+    export,
+    failed,
+    legacy,
+    outbox,
+    reading,
+    recording,
+    running,
+    serving,
+    status,
+    up,
+)
 from consumers.cli.error_messages import error_message
 from consumers.process_setup import on_stop_signals, write_logs
 from consumers.terminal import escaped, print_any_character
@@ -99,7 +112,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
     "Monitor and repair": {
         "status": status.status,
         "doctor": doctor.doctor,
-        "audit": reading.audit,
+        "audit": audit.audit,
         "failed": failed.failed_app,
         "withdraw": failed.withdraw,
         "outbox": outbox.outbox_app,

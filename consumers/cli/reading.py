@@ -1,23 +1,19 @@
-"""The commands that read the tables: `history`, `archives`, `performance` and `audit`."""
+"""The commands that read the tables: `history`, `archives` and `performance`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict
-from datetime import date, datetime
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from consumers.cli.options import AsJson, OfPortfolio, Since, Until, date_option, row_number, time_option
+from consumers.cli.options import AsJson, OfPortfolio, Since, Until, date_option, row_number
 from consumers.embedded.stack import stack
 from consumers.ops.checks import counted
 from consumers.terminal import (
     print_archives,
-    print_audit,
     print_csv,
     print_exact_json,
     print_json,
@@ -149,50 +145,6 @@ def performance(
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     (print_json if as_json else print_performances)(found)
-
-
-def audit(
-    *,
-    since: Annotated[
-        datetime | None,
-        typer.Option(
-            parser=time_option,
-            metavar="TIME",
-            help="Check only events recorded from this time on, such as 2026-11-22T17:00, 7d or yesterday.",
-        ),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Check that every event of every source has a row or an outcome; exit status 1 if one is missing.
-
-    Example: trading-history audit --since 2026-06-01
-    """
-    from consumers.ops.audit import audit as account
-    from producers.outbox import Outbox
-    from producers.settings import TransportSettings, ZoneSettings
-    from producers.times import localized
-
-    if since is not None:
-        since = localized(since, ZoneSettings.from_environment().timezone, "--since")
-    with stack(database=True):
-        settings = TransportSettings.from_environment()
-        redis = None if settings.redis_url is None else settings.redis()
-        with Outbox(settings.outbox) if settings.outbox.is_file() else nullcontext() as outbox:
-            audits = account(redis, outbox, settings.queue, since=since)
-    (print_json if as_json else print_audit)([asdict(one) for one in audits])
-    if audits.redis_problem is not None:
-        print(
-            f"note: Redis: {audits.redis_problem}; events that are only in the queue count as missing", file=sys.stderr
-        )
-    if audits.left_out:
-        have = (
-            "it has no event since then, and its outbox is"
-            if audits.left_out == 1
-            else ("they have no event since then, and their outboxes are")
-        )
-        left_out = f"{counted(audits.left_out, 'source')} left out: {have} not on this host"
-        print(f"note: {left_out}; without --since they are checked too", file=sys.stderr)
-    raise typer.Exit(0 if all(one.complete for one in audits) else 1)
 
 
 def _writer(

@@ -245,7 +245,7 @@ def _texts(kind: EventKind, events: Sequence[Event]) -> dict[str, list[str]]:
 
 
 def _column_texts(column: Column, payloads: Iterable[Payload]) -> list[str]:
-    written, value_of = _WRITERS.get(column.type, str), attrgetter(column.attribute or column.name)
+    written, value_of = _WRITERS.get(column.type, str), attrgetter(column.field)
     return ["NULL" if value is None else written(value) for value in map(value_of, payloads)]
 
 

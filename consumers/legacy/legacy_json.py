@@ -216,7 +216,7 @@ def _portfolio(entry: Mapping[str, Any], portfolio_id: int | None) -> int | None
 
 def _moment(entry: Mapping[str, Any], field: str, zone: tzinfo | None, after: datetime | None) -> datetime:
     moment = moment_of(_given(entry, field), field, zone)
-    return read_back(moment, zone, after, field) if moment.utcoffset() is None else with_fixed_offset(moment, field)
+    return read_back(moment, zone, after, field) if moment.utcoffset() is None else with_fixed_offset(moment)
 
 
 def _day(entry: Mapping[str, Any], moment: datetime) -> date:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.benchmarks.adoption import measure_adoption
 from tests.benchmarks.asking import measure_api
 from tests.benchmarks.auditing import measure_audit
+from tests.benchmarks.content import measure_chain, measure_content
 from tests.benchmarks.environment import machine_facts
 from tests.benchmarks.event_loop import measure_event_loop
 from tests.benchmarks.growth import measure_growth
@@ -40,6 +41,8 @@ MEASURES: dict[str, tuple[Callable[[int, Report], None], int]] = {
     "recovery": (measure_recovery, 20),
     "quality": (measure_quality, 3),
     "audit": (measure_audit, 10_000_000),
+    "content": (measure_content, 10_000_000),
+    "chain": (measure_chain, 1_000_000),
     "import": (measure_import, 1_000_000),
     "adopt": (measure_adoption, 1_000_000),
     "api": (measure_api, 10_000_000),

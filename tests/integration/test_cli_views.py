@@ -21,6 +21,7 @@ from redis import Redis
 
 from consumers.operations import insert_portfolio_history_snapshot, insert_signal_archive
 from tests.factories import INSTANT, a_signal
+from tests.rq_programs import end
 
 PROGRAM = [sys.executable, "-m", "consumers.cli"]
 
@@ -39,7 +40,7 @@ def _serving(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.P
         assert server.stdout is not None
         yield server, server.stdout.readline().partition("/ - ")[0]
     finally:
-        server.kill()
+        end(server)
         server.communicate()
 
 

@@ -74,7 +74,7 @@ def _call(*arguments: Any, function: str = SNAPSHOT_FUNCTION) -> bytes:
     return json.dumps([function, None, arguments, {}]).encode()
 
 
-def test_nothing_is_answered_without_the_login(dashboard: Dashboard, redis: Redis) -> None:
+def test_the_dashboard_answers_nothing_without_the_login(dashboard: Dashboard, redis: Redis) -> None:
     """No page, file or unknown address. Only the right user with the right password is accepted."""
     plant(redis, "j", {"data": _call("x")})
     logins = (None, ("history", "wrong"), ("admin", PASSWORD), ("history", ""), ("", ""))
@@ -94,7 +94,7 @@ def test_nothing_is_answered_without_the_login(dashboard: Dashboard, redis: Redi
     assert PASSWORD not in dashboard.log
 
 
-def test_it_does_not_start_without_a_password() -> None:
+def test_the_dashboard_does_not_start_without_a_password() -> None:
     """The error names the setting in one line."""
     for value in ({}, {"HISTORY_DASHBOARD_PASSWORD": ""}):
         ended = subprocess.run(
@@ -107,7 +107,9 @@ def test_it_does_not_start_without_a_password() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_its_exit_status_names_the_signal_that_stopped_it(pair: Addresses, tmp_path: Path, how: signal.Signals) -> None:
+def test_the_exit_status_of_the_dashboard_names_the_signal_that_stopped_it(
+    pair: Addresses, tmp_path: Path, how: signal.Signals
+) -> None:
     """Its command line does not contain the password."""
     with dashboard_of(pair.redis_url, tmp_path / "log") as dashboard:
         assert PASSWORD not in " ".join(psutil.Process(dashboard.process.pid).cmdline())
@@ -300,7 +302,7 @@ def test_a_pickled_job_breaks_no_page_and_runs_nothing(
     assert sprung.exists()
 
 
-def test_pickle_is_disabled_in_its_process(tmp_path: Path) -> None:
+def test_pickle_is_disabled_in_the_process_of_the_dashboard(tmp_path: Path) -> None:
     """For RQ's default serializer and for any other code."""
     program = f"""if True:
         import pickle, rq
@@ -386,7 +388,9 @@ def test_the_page_of_jobs_opens_with_the_queue_of_the_settings(client: httpx.Cli
 
 
 @pytest.mark.parametrize("asked", ["", "ops/rq/"])
-def test_it_works_under_the_path_of_a_proxy(pair: Addresses, redis: Redis, tmp_path: Path, asked: str) -> None:
+def test_the_dashboard_works_under_the_path_of_a_proxy(
+    pair: Addresses, redis: Redis, tmp_path: Path, asked: str
+) -> None:
     """All addresses in its pages begin with the path of the setting. The proxy may keep or remove this path."""
     plant(redis, "j", _FAILED)
     url = "https://rq.example/ops/rq/"

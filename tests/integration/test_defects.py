@@ -207,7 +207,7 @@ def test_an_exception_of_any_class_rejects_only_that_event(
 
 @pytest.mark.parametrize("exception", ["KeyError", "panic"])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_several_such_events_without_others_are_rejected_too(
+def test_several_events_that_raise_exceptions_are_rejected_without_others_beside_them(
     redis: Redis, producer: HistoryProducer, monkeypatch: pytest.MonkeyPatch, count: int, exception: str
 ) -> None:
     """That no event is stored does not count as an outage. A later event is stored at once."""

@@ -28,7 +28,7 @@ from producers.events import encode, event_of
 from producers.history_producer import HistoryProducer
 from tests.deliveries import burst, history_queue
 from tests.factories import a_snapshot
-from tests.rq_programs import rq_worker, until
+from tests.rq_programs import end, rq_worker, until
 from tests.scrapes import log_lines, scraped, scraped_worker
 
 _FIELDS = ("event_id", "job_id", "source", "sequence", "outcome")
@@ -226,8 +226,7 @@ def _api_output(log: Path, urls: dict[str, str], path: str) -> str:
         responses = [_response(f"http://{address}/{name}") for name in ("metrics", path)]
         until(lambda: all(f"cannot read {part}" in log.read_text() for part in ("database", "redis")))
     finally:
-        server.kill()
-        server.wait()
+        end(server)
     return log.read_text() + "".join(responses)
 
 

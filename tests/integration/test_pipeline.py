@@ -326,6 +326,19 @@ def test_acknowledgements_are_deleted_when_they_were_read(producer: HistoryProdu
     assert 6 * 24 * 3600 < redis.ttl(acknowledgement_key(event.source)) <= 7 * 24 * 3600
 
 
+def test_an_event_without_a_sequence_is_stored_and_not_acknowledged(redis: Redis, work: Work) -> None:
+    """Another program need not number its events. With a number, the same source gets an acknowledgement."""
+    numbered, unnumbered = (
+        event_of(a_snapshot(after=timedelta(n)), source="another/producer", sequence=n or None) for n in (1, 0)
+    )
+    for event in (unnumbered, numbered):
+        _queue(redis).enqueue("consumers.handlers.record_portfolio_snapshot", encode(event), job_id=str(event.id))
+    work()
+
+    assert {row["sequence"] for row in get_portfolio_history()} == {None, 1}
+    assert redis.hkeys(acknowledgement_key("another/producer")) == [str(numbered.id).encode()]
+
+
 @pytest.mark.parametrize("options", [["--worker-class", "rq.SimpleWorker"], []])
 def test_a_stock_worker_stores_and_acknowledges(
     producer: HistoryProducer, database_url: str, options: list[str]

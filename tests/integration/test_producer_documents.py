@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from producers.errors import EventRejected, InvalidEvent, OutboxError
+from producers import acknowledgements, current_signals, errors, events, json_values, outbox
+from producers.errors import EventRejected, HistoryError, InvalidEvent, OutboxError
 from producers.events import PortfolioSnapshotEvent, decode, encode, event_id
 from producers.settings import TransportSettings
 from producers.testing import FakeHistory
-from tests.documents import block, table
+from tests.documents import block, table, text_of
 
 
 def test_the_examples_for_a_controller_run_one_after_the_other() -> None:
@@ -77,6 +78,34 @@ def test_the_example_of_a_receipt_handles_its_errors(
     receipt = SimpleNamespace(wait=_raise(error))
     exec(block("producers/README.md", "receipt"), {"receipt": receipt, "log": logging.getLogger("bot")})
     assert caplog.messages == [logged]
+
+
+def test_each_error_of_the_table_is_a_history_error() -> None:
+    """And so are all other errors of the package."""
+    names = {name for row in table("producers/README.md", "table of errors") for name in re.findall(r"`(\w+)`", row[0])}
+    assert {"InvalidEvent", "OutboxError", "SettingsError"} < names
+    assert names <= vars(errors).keys()
+    classes = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, Exception)]
+    assert all(issubclass(one, HistoryError) for one in classes)
+
+
+def test_the_limits_in_the_documents_are_those_of_the_code() -> None:
+    """Each is written once, with its unit."""
+    for document, limits in {
+        "producers/README.md": (
+            f"for at most {current_signals.URL_TIMEOUT_SECONDS:.0f} s)",
+            f"larger than {outbox.MAX_BYTES / 2**31} GiB (its limit is {outbox.MAX_BYTES / 2**30:.0f} GiB)",
+        ),
+        "producers/EVENTS.md": (
+            f"more than {json_values.MAX_NESTING} levels of nesting",
+            f"more than {json_values.MAX_SIGNALS:,} signals",
+            f"events over {events.MAX_EVENT_BYTES // 2**20} MiB",
+            f"more than {events.MAX_EVENT_STRUCTURE:,} brackets, colons and commas",
+            f"expires {acknowledgements.ACKNOWLEDGEMENT_TTL_SECONDS // 86400} days after",
+        ),
+    }.items():
+        text = " ".join(text_of(document).split())
+        assert [limit for limit in limits if text.count(limit) != 1] == []
 
 
 def test_the_table_of_settings_has_the_variables_and_defaults_of_a_controller() -> None:

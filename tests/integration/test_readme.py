@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 import psutil
 import pytest
 from redis import Redis
+from typer.testing import CliRunner
 
+from consumers.cli import app
 from producers.trading_controller import shared_producer
 from tests.documents import ROOT, block, text_of, words
 
@@ -87,6 +89,23 @@ def test_the_example_of_a_controller_records_two_events(redis: Redis, database_u
     assert len(redis.lrange("rq:queue:history", 0, -1)) == 2
 
 
+def test_a_repeated_cycle_of_the_example_is_stored_once_and_history_shows_the_row(
+    redis: Redis, database_url: str, work: Callable[[], None]
+) -> None:
+    """Both calls get the cycle's own time."""
+    namespace: dict[str, Any] = {}
+    exec(block("README.md", "controller"), namespace)
+    cycle_time = namespace["datetime"].now(namespace["timezone"].utc)
+    for _ in range(2):
+        namespace["record_cycle"]({"balance": 20, "total_value": "10197.38"}, [{"market_id": "1"}], cycle_time)
+    shared_producer().close()
+    assert len(redis.lrange("rq:queue:history", 0, -1)) == 6
+    work()
+    history, archives = (CliRunner().invoke(app, [command]).stdout for command in ("history", "archives"))
+    assert (history.count("10,197.37"), history.count("10,197.38")) == (1, 1)
+    assert len(re.findall("^ *[12] ", archives, re.M)) == 2
+
+
 def test_the_example_of_a_controller_survives_bad_input(
     redis: Redis, database_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -97,5 +116,5 @@ def test_the_example_of_a_controller_survives_bad_input(
     assert "InvalidEvent: " in caplog.text
 
 
-def test_it_is_short() -> None:
+def test_the_readme_is_short() -> None:
     assert words(text_of("README.md")) <= 950

@@ -42,7 +42,7 @@ from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import INSTANT, a_portfolio, a_snapshot
 from tests.redis_servers import USERS, forbidden, rules_of, url_of, users
 from tests.relaying import COMMAND, a_relay, states
-from tests.rq_programs import registered_workers, until
+from tests.rq_programs import end, registered_workers, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -110,7 +110,7 @@ def test_a_worker_recovers_what_others_left(redis: Redis, monkeypatch: pytest.Mo
 
 @contextmanager
 def _worker_process(redis: Redis, log: Path) -> Iterator[psutil.Popen]:
-    """Run `trading-history worker` as its user, and kill it at the end of the block."""
+    """Run `trading-history worker` as its user, and end it with the block."""
     with log.open("wb") as output:
         process = psutil.Popen(
             [*COMMAND, "worker"], stdout=output, stderr=output, env={**os.environ, "REDIS_URL": url_of(redis, "worker")}
@@ -118,9 +118,7 @@ def _worker_process(redis: Redis, log: Path) -> Iterator[psutil.Popen]:
     try:
         yield process
     finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait(10)
+        end(process)
 
 
 def test_a_running_worker_can_be_suspended_and_shut_down(redis: Redis, tmp_path: Path) -> None:

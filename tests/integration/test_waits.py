@@ -33,7 +33,9 @@ def test_a_statement_without_an_answer_ends_and_closes_its_connection(database_u
         assert limits.seconds(threading.get_ident()) == 0.0
 
 
-def test_after_a_stop_request_it_waits_for_a_shorter_time(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_stop_request_a_worker_waits_for_a_shorter_time(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An answer within that time is still read."""
     monkeypatch.setattr(waits, "_STOPPING_SECONDS", 1.5)
     stopping = threading.Event()

@@ -51,7 +51,7 @@ from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.faults.proxy import Proxy
 from tests.legacy_databases import OUTCOMES_BEFORE_DUPLICATE
-from tests.rq_programs import somebody_waits_for_a_lock, until
+from tests.rq_programs import end, somebody_waits_for_a_lock, until
 
 pytestmark = pytest.mark.usefixtures("database_url")
 
@@ -75,7 +75,7 @@ def _outcomes() -> list[tuple[Any, ...]]:
 
 @contextmanager
 def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run RQ's own command with our worker class, as an operator starts it, and kill it at the end of the block."""
+    """Run RQ's own command with our worker class, as an operator starts it, and end it with the block."""
     command = [sys.executable, "-m", "rq.cli", "worker", "--url", os.environ["REDIS_URL"]]
     process = subprocess.Popen(
         [*command, "--worker-class", "consumers.worker.HistoryWorker", "history"],
@@ -86,8 +86,7 @@ def _worker_process(**environment: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.kill()
-        process.wait()
+        end(process)
 
 
 def test_a_burst_stores_all_events_and_leaves_no_reservation(redis: Redis) -> None:

@@ -169,7 +169,7 @@ def test_an_outage_is_logged_once_although_both_threads_meet_it(
     assert [words[:2] for words in logged] == [["waits", "for"], ["continues", "after"]]
 
 
-def test_its_state_is_suspended_during_a_suspension_and_idle_afterwards(
+def test_the_state_of_a_worker_is_suspended_during_a_suspension_and_idle_afterwards(
     redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it is suspended it waits for no server, even if it did before."""
@@ -185,7 +185,9 @@ def test_its_state_is_suspended_during_a_suspension_and_idle_afterwards(
     assert "waiting for the database" in seen
 
 
-def test_it_registers_again_while_a_thread_writes_a_heartbeat(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_registers_again_while_a_thread_writes_a_heartbeat(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Redis has lost the registration. A thread writes a heartbeat into its key before the worker registers again."""
     worker = HistoryWorker([history_queue(redis)], connection=redis)
     register = worker.register_birth

@@ -84,7 +84,6 @@ TARGETS = {
             "tests/unit/test_trading_controller.py",
             "tests/unit/test_settings.py",
             "tests/unit/test_legacy_json.py",
-            "tests/unit/test_history_producer.py::test_a_name_with_other_characters_is_a_settings_error",
         ),
     ),
     "outbox": Target(

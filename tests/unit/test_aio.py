@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 from fakeredis import FakeRedis
@@ -20,7 +20,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, use_s
 
 from producers import trading_controller
 from producers.aio import archive_current_signals, create_daily_portfolio_snapshot
-from producers.errors import EventRejected, InvalidEvent
+from producers.errors import EventRejected, InvalidEvent, OutboxError
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.testing import FakeHistory
@@ -252,6 +252,39 @@ def test_a_cancelled_wait_leaves_the_others(trading_history: FakeHistory) -> Non
         row_id = await other
         assert cancelled.cancelled()
         return row_id
+
+    assert _run(cycle()) == 1
+
+
+def test_an_outbox_that_cannot_be_read_ends_all_waits_with_its_error(
+    trading_history: FakeHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise OutboxError("outbox.db: Input/output error")
+
+    async def cycle() -> list[BaseException | int]:
+        receipts = [await create_daily_portfolio_snapshot({"balance": number}) for number in range(2)]
+        waits = [asyncio.create_task(receipt.stored(60)) for receipt in receipts]
+        await asyncio.sleep(0.02)
+        monkeypatch.setattr(Outbox, "statuses_of", fail)
+        return await asyncio.gather(*waits, return_exceptions=True)
+
+    assert [str(error) for error in _run(cycle())] == ["outbox.db: Input/output error"] * 2
+
+
+def test_waits_end_when_the_task_that_reads_for_them_is_cancelled(trading_history: FakeHistory) -> None:
+    """A program may cancel all tasks that it does not know. A later wait has its own task again."""
+
+    async def cycle() -> int:
+        receipt = await create_daily_portfolio_snapshot({"balance": 1})
+        waits = {asyncio.create_task(receipt.stored(60)) for _ in range(2)}
+        await asyncio.sleep(0.02)
+        for task in asyncio.all_tasks() - waits - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.wait(waits, timeout=10)
+        assert [wait.cancelled() for wait in waits] == [True, True]
+        await asyncio.to_thread(trading_history.work)
+        return await receipt.stored(5)
 
     assert _run(cycle()) == 1
 

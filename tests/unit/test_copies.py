@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -418,6 +419,29 @@ def test_a_relay_that_others_forestall_at_every_try_exchanges_the_token_at_its_n
     guard.check()
     assert redis.get(token_key(source)) == one.outbox.header.read().token.encode() != before
     assert one.record(a_snapshot()) == source
+
+
+def test_a_token_that_changes_at_every_try_is_exchanged_at_a_later_sweep(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others exchange it again and again meanwhile. Entries are sent all the same."""
+    one = bot("a")
+    source = one.record(a_snapshot())
+    read = one.outbox.header.read
+
+    def meanwhile() -> Any:
+        redis.set(token_key(source), secrets.token_hex(8))
+        return read()
+
+    with monkeypatch.context() as others:
+        others.setattr(one.outbox.header, "read", meanwhile)
+        one.relay.sweep()
+    assert one.record(a_snapshot(after=timedelta(1))) == source
+    _sweep(one)
+
+    assert one.record(a_snapshot(after=timedelta(2))) != source
+    _sweep(one)
+    assert one.outbox.status().sent == 3
 
 
 def test_a_source_that_is_added_later_gets_a_token_at_the_next_sweep(

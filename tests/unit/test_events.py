@@ -206,6 +206,12 @@ def test_times_on_the_wire_may_end_in_z_and_have_fewer_digits() -> None:
     assert decode(text, PortfolioSnapshotEvent).data.timestamp == moment
 
 
+def test_the_date_of_a_snapshot_is_not_checked_at_the_consumer() -> None:
+    """A program in another zone may name another day than the offset of the instant."""
+    text = _changed(encode(_snapshot_event()), "data.snapshot_date", "2026-11-21")
+    assert decode(text, PortfolioSnapshotEvent).data.snapshot_date == date(2026, 11, 21)
+
+
 def test_month_and_date_follow_the_local_date() -> None:
     """23:30 UTC on the last of November is December in Berlin."""
     moment = datetime(2026, 11, 30, 23, 30, tzinfo=UTC)
@@ -746,6 +752,14 @@ def test_a_message_has_three_problems_and_the_number_of_the_others() -> None:
 def test_a_wrong_source_or_sequence_is_invalid(source: str, sequence: int, path: str) -> None:
     """Both are stored in the tables, and the source is part of the name of a Redis key."""
     _assert_error(_error_of(lambda: event_of(a_snapshot(), source=source, sequence=sequence)), path, "")
+
+
+def test_the_id_of_an_event_made_in_python_is_a_uuid() -> None:
+    """A text with the same value is invalid: in Python, nothing is converted."""
+    event = _snapshot_event()
+    values = {name: getattr(event, name) for name in PortfolioSnapshotEvent.model_fields}
+    error = _error_of(lambda: PortfolioSnapshotEvent.checked(**values | {"id": str(event.id)}))
+    _assert_error(error, "id", "must be a UUID, not str")
 
 
 _TIME = "must be an RFC 3339 time with its offset"

@@ -13,7 +13,7 @@ import pytest
 
 from producers import history_producer
 from producers.acknowledgements import Outcome, acknowledgement_text
-from producers.errors import EventRejected, OutboxError, ProducerClosed, SettingsError
+from producers.errors import EventRejected, InvalidEvent, OutboxError, ProducerClosed, SettingsError
 from producers.fake_worker import FakeWorker
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox, Position
@@ -68,6 +68,30 @@ def test_wait_times_out_without_a_worker_and_the_entry_stays(producer: HistoryPr
     with pytest.raises(TimeoutError, match="was not acknowledged within 0.05 s"):
         receipt.wait(0.05)
     assert producer.status().depth == 1
+
+
+def test_waiting_for_an_event_that_the_outbox_no_longer_keeps_is_an_error(
+    redis: fakeredis.FakeRedis, tmp_path: Path
+) -> None:
+    """It was stored and then deleted. Without an outcome, the wait could not end."""
+    producer = HistoryProducer(redis, outbox=tmp_path / "outbox.db")
+    receipt = producer.record(a_snapshot())
+    producer.flush(5)
+    FakeWorker(redis, "history").work()
+    assert receipt.wait(5) == 1
+    producer.close()
+    Outbox(tmp_path / "outbox.db").deliveries.prune(keep_seconds=-1)
+    with pytest.raises(OutboxError, match="entry 1 is no longer kept"):
+        receipt.wait(5)
+
+
+def test_what_is_no_event_is_invalid_and_nothing_is_recorded(producer: HistoryProducer) -> None:
+    """Also if only one of several is none. The message names the type and not the value."""
+    for given in ({"balance": 1}, None, "pa55"):
+        with pytest.raises(InvalidEvent, match="^event: must be a PortfolioSnapshot or SignalArchive, not ") as caught:
+            producer.record_many([a_snapshot(), given])  # type: ignore[list-item]
+        assert "pa55" not in str(caught.value)
+    assert producer.status().depth == 0
 
 
 def test_events_recorded_while_redis_is_down_are_sent_when_it_is_back(trading_history: FakeHistory) -> None:
@@ -280,6 +304,24 @@ def test_a_forked_child_continues_to_record(redis: fakeredis.FakeRedis, tmp_path
     producer.close(timeout=0)
 
 
+def test_a_forked_child_that_recorded_nothing_leaves_the_outbox_alone(
+    redis: fakeredis.FakeRedis, tmp_path: Path
+) -> None:
+    """Its parent sends the entries and waits for them. Here, a child that opened the outbox would get an error."""
+    path, moved = tmp_path / "outbox.db", tmp_path / "moved.db"
+    producer = HistoryProducer(redis, outbox=path)
+    producer.record(a_snapshot())
+    producer.flush(5)
+    path.rename(moved)
+    path.mkdir()
+    try:
+        assert in_child(lambda: producer.close(timeout=0)) == 0
+    finally:
+        path.rmdir()
+        moved.rename(path)
+    producer.close(timeout=0)
+
+
 def test_queue_and_outbox_come_from_the_settings_unless_given(
     redis: fakeredis.FakeRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +385,7 @@ def test_a_resend_deletes_the_acknowledgements_of_the_old_database(redis: fakere
     redis.hset(key, foreign, acknowledgement_text(int(redis.time()[0]), None, Outcome("stored", row_id=9)))
     again = HistoryProducer(redis, outbox=outbox)
     again.resend(datetime(2020, 1, 1, tzinfo=UTC))
+    again.resend(datetime(2020, 1, 1, tzinfo=UTC))  # there is nothing left to delete
     again.flush(5)
     again.close(timeout=0)
 

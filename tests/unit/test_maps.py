@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from consumers.db import inserts
 from consumers.settings import (
     ApiSettings,
     DashboardSettings,
@@ -22,9 +23,19 @@ from consumers.settings import (
     PingSettings,
     StoreSettings,
 )
-from producers import redis_keys
+from consumers.worker import (
+    batch,
+    completion,
+    deliveries,
+    history_worker,
+    maintenance,
+    orphans,
+    reservations,
+    worker_thread,
+)
+from producers import entry_sender, outbox_header, redis_keys
 from producers.settings import TransportSettings
-from tests.documents import block, table, words
+from tests.documents import block, table, text_of, words
 
 ROOT = Path(__file__).parents[2]
 _MOST_TERMS = 25
@@ -129,6 +140,33 @@ def test_the_module_of_each_caller_calls_the_function(caller: str, called: str) 
         assert f".{method[0]}(" in inspect.getsource(module)
     else:
         assert getattr(module, name) is _found(called)
+
+
+def test_the_limits_in_the_documents_of_the_worker_are_those_of_the_code() -> None:
+    """Each is written once, with its unit."""
+    for document, limits in {
+        "consumers/worker/README.md": (
+            f"guarded by a lease of {reservations.LEASE_SECONDS} s",
+            f"renews both leases every {history_worker._RENEW_SECONDS:.0f} s",
+            f"no progress for {history_worker._STUCK_SECONDS:.0f} s",
+            f"up to {worker_thread.BATCH_JOBS} or {reservations._MAX_BATCH_BYTES // 2**20} MiB",
+            f"A statement may take {history_worker.STATEMENT_SECONDS:.0f} s, and {batch.ISOLATED_SECONDS:.0f} s while",
+            f"after {worker_thread._FIRST_BACKOFF_SECONDS} s to {worker_thread._LAST_BACKOFF_SECONDS:.0f} s",
+            f"Every {maintenance._PAUSE_SECONDS:.0f} s each worker renews",
+            f"in the intermediate list (for {orphans.ORPHAN_SECONDS:.0f} s)",
+            f"{completion.KEPT_OF_A_BATCH} finished jobs of a batch are kept, {completion.KEPT_FINISHED_JOBS:,} in all",
+        ),
+        "consumers/ops/FAILURES.md": (
+            f"After {history_worker._ANSWER_SECONDS:.0f} s a worker drops the connection",
+            f"PostgreSQL ends its open insert after {inserts.IDLE_SECONDS:.0f} s",
+            f"After {deliveries.POISON_CRASHES} more crashes it is rejected",
+            f"After {deliveries.POISON_CRASHES} attempts it is rejected",
+            f"About {entry_sender._FULL_QUEUE_JOBS:,} events wait in Redis",
+            f"the producers {outbox_header.RELAY_ALIVE_SECONDS:.0f} s after its last heartbeat",
+        ),
+    }.items():
+        text = " ".join(text_of(document).split())
+        assert [limit for limit in limits if text.count(limit) != 1] == []
 
 
 def test_the_table_of_redis_keys_is_complete() -> None:

@@ -28,6 +28,7 @@ from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
 from producers.errors import InvalidEvent, OutboxError
 from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode
 from producers.outbox import Outbox
+from producers.outbox_schema import VERSION
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.forking import in_child
 
@@ -481,6 +482,38 @@ def test_old_settled_entries_are_deleted_and_others_never(path: Path) -> None:
         outbox.status_of(stored)
 
 
+def test_a_disk_that_is_full_when_the_file_is_created_raises_an_error(path: Path) -> None:
+    """As soon as there is room, the same file can be used."""
+    with pytest.raises(OutboxError, match="is full: its disk, or its limit"):
+        Outbox(path, max_bytes=2**13).append(NAME, [a_snapshot()])
+    assert [one.sequence for one in Outbox(path).append(NAME, [a_snapshot()])] == [1]
+
+
+def test_a_path_that_the_system_does_not_accept_raises_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(OutboxError, match="File name too long"):
+        Outbox(tmp_path / ("x" * 300)).append(NAME, [a_snapshot()])
+
+
+def test_settled_entries_are_deleted_early_while_the_file_is_half_full(path: Path) -> None:
+    """Entries that wait stay. When the file has room again, settled entries are kept for the set time."""
+    outbox = Outbox(path, max_bytes=2**20)
+    settled = outbox.append(NAME, [a_snapshot(after=timedelta(seconds=n)) for n in range(20)])
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(20)})
+    _settle(outbox, *((one, STORED) for one in settled[:10]))
+    assert outbox.deliveries.prune(keep_seconds=60) == 0
+
+    large = outbox.append(NAME, [an_archive(signals=[a_signal(reason="x" * 600_000)])])
+    assert outbox.deliveries.prune(keep_seconds=60) == 10
+    status = outbox.status()
+    assert (status.pending, status.sent, status.stored) == (1, 10, 0)
+
+    outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(1)})
+    _settle(outbox, *((one, STORED) for one in large))
+    assert outbox.deliveries.prune(keep_seconds=60) == 1
+    _settle(outbox, (settled[10], STORED))
+    assert outbox.deliveries.prune(keep_seconds=60) == 0
+
+
 def test_a_resend_makes_settled_entries_since_a_time_pending_again(path: Path) -> None:
     """Stored and rejected entries keep their number and bytes. Older and unsettled entries do not change."""
     outbox = Outbox(path)
@@ -628,7 +661,7 @@ def test_recording_in_a_signal_handler_while_its_thread_records_raises_an_error(
     assert [entry.sequence for entry in outbox.entries()] == [1, 2]
 
 
-@pytest.mark.parametrize(("version", "age"), [(4, "an earlier"), (6, "a newer")])
+@pytest.mark.parametrize(("version", "age"), [(VERSION - 1, "an earlier"), (VERSION + 1, "a newer")])
 def test_an_outbox_of_another_version_is_left_unchanged(path: Path, version: int, age: str) -> None:
     """Its tables may have another meaning. The error says what to do."""
     with Outbox(path) as outbox:
@@ -637,7 +670,7 @@ def test_an_outbox_of_another_version_is_left_unchanged(path: Path, version: int
         db.execute(f"PRAGMA user_version = {version}")
         for repair in (False, True):
             with pytest.raises(
-                OutboxError, match=rf"by {age} version .*format {version}; .* 5.. Nothing was changed: "
+                OutboxError, match=rf"by {age} version .*format {version}; .* {VERSION}.. Nothing was changed: "
             ):
                 Outbox(path, repair=repair)
         assert db.execute("PRAGMA user_version").fetchone() == (version,)

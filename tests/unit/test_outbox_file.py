@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -20,7 +21,7 @@ from producers import entry_sender, events, outbox_check
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted
 from producers.errors import OutboxError
-from producers.file_operations import folder_lock
+from producers.file_operations import copy_file, folder_lock
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_keys import job_id_of
@@ -709,6 +710,31 @@ def test_an_open_file_that_gets_a_second_name_keeps_its_entries(path: Path) -> N
     assert _at_path(path) == _job_ids(accepted)
 
 
+@pytest.mark.parametrize("grows", ["-wal", ""], ids=["log", "file"])
+def test_a_file_with_two_names_is_copied_although_its_log_grows_but_not_while_it_is_written_itself(
+    path: Path, monkeypatch: pytest.MonkeyPatch, grows: str
+) -> None:
+    """SQLite ignores an incomplete transaction in a log. A file that was written meanwhile could be torn."""
+    times = itertools.count(1_000_000_000)
+
+    def copied_meanwhile(file: Path, copy: Path) -> None:
+        copy_file(file, copy)
+        moment = next(times)
+        os.utime(path.with_name(path.name + grows), (moment, moment))
+
+    monkeypatch.setattr("producers.outbox_place.copy_file", copied_meanwhile)
+    with Outbox(path, repair=True) as outbox:
+        accepted = _append(outbox, 3)
+        _link_all(path.parent, path.parent.with_name("backup"))
+        if grows:
+            with Outbox(path, repair=True) as other:
+                assert [entry.job_id for entry in other.entries()] == _job_ids(accepted)
+        else:
+            with pytest.raises(OutboxError, match="another process keeps writing to it under that name"):
+                Outbox(path, repair=True)
+    assert _at_path(path) == _job_ids(accepted)
+
+
 def test_opening_a_file_with_two_names_for_reading_keeps_both_names(path: Path) -> None:
     Outbox(path).close()
     path.with_name("linked.db").hardlink_to(path)
@@ -768,8 +794,11 @@ def test_an_entry_that_is_settled_during_the_check_of_states_stays_settled(
 
 
 @pytest.mark.parametrize("index", outbox_check.INDEXES)
-def test_a_stale_index_is_reported_and_rebuilt(path: Path, index: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stale_index_is_reported_and_rebuilt(
+    path: Path, index: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A power failure may lose a write. SQLite's quick check does not compare indexes with their table."""
+    monkeypatch.setattr(outbox_check, "_CHECK_STEPS", 1)  # a check of this small file would end before its deadline
     with Outbox(path) as outbox:
         accepted = outbox.append(NAME, [a_snapshot() for _ in range(3)])
         outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(2)})

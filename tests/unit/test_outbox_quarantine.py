@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
+from producers.outbox_carry_over import is_in_use
 from producers.relay import Relay
 from producers.relay_process import run_relay
 from tests.factories import a_snapshot
@@ -68,6 +70,18 @@ def test_a_log_whose_file_was_salvaged_with_it_is_not_salvaged_again(path: Path,
     assert not log.exists()
     assert salvaged.read_bytes() == b"unchanged"
     assert salvaged.with_name(f"{salvaged.name}-wal").exists()
+
+
+def test_a_file_with_carried_entries_is_not_salvaged_while_its_process_lives(path: Path) -> None:
+    """Its process puts the entries into the new file. A file that was deleted meanwhile has nothing to salvage."""
+    file = path.with_name(f"{path.name}.taken-out-1")
+    assert is_in_use(file)
+    with Outbox(path) as outbox, file.open("w") as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert is_in_use(file)
+        assert outbox.quarantine.damaged_files() == []
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # as the kernel does at the end of the process
+        assert outbox.quarantine.damaged_files() == [file]
 
 
 def test_a_starting_relay_quarantines_an_older_file_beside_a_newer_log(path: Path, redis: fakeredis.FakeRedis) -> None:
@@ -156,3 +170,23 @@ def test_a_relay_process_can_start_on_a_damaged_outbox(path: Path, redis: fakere
     stopping.set()
     process.join()
     assert queue_of(redis).count == 1
+
+
+def test_a_damaged_file_that_cannot_be_read_delays_no_event_and_is_tried_again(
+    path: Path, redis: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here it is a folder. The log names the problem, and no other file changes."""
+    unreadable = path.with_name(f"{path.name}.damaged-1")
+    unreadable.mkdir()
+    with Outbox(path, repair=True) as outbox, _relaying(outbox, redis) as relay:
+        outbox.append("bot", [a_snapshot()])
+        while relay.sweep():
+            pass
+        assert (outbox.status().sent, queue_of(redis).count) == (1, 1)
+        outbox.append("bot", [a_snapshot(after=timedelta(1))])
+        relay.sweep()
+        assert queue_of(redis).count == 2
+    (message,) = [one for one in caplog.messages if "cannot salvage" in one]
+    assert "trying again in 10 s: " in message
+    assert "Is a directory" in message
+    assert unreadable.is_dir()

@@ -375,6 +375,29 @@ def test_resent_entries_of_a_damaged_file_are_sent(path: Path, log: str) -> None
         assert (new.status().depth, new.status().stored) == (unsettled, COUNT - unsettled)
 
 
+def test_a_stored_entry_that_a_damaged_file_has_as_unsettled_is_sent_again(path: Path) -> None:
+    """The outcome may be one that a resend has deleted. The other entry has its outcome in both files and keeps it."""
+    with Outbox(path) as outbox:
+        accepted = _append(outbox, 2)
+        found = {
+            one.sequence: Acknowledgement(one.source_id, one.sequence, one.nonce, None, Outcome("stored", 7), at=0)
+            for one in accepted
+        }
+        outbox.deliveries.mark_sent({entry.position: 200.0 for entry in outbox.deliveries.pending(2)})
+        outbox.deliveries.settle(accepted[0].source_id, 0, {1: found[1]})
+        with outbox._file.transaction() as db:
+            pass
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        damaged = path.with_name("outbox.db.damaged-1")
+        shutil.copy(path, damaged)
+        outbox.deliveries.settle(accepted[0].source_id, 0, {2: found[2]})
+        assert outbox.status().stored == 2
+
+        outbox.quarantine.salvage(damaged)
+        assert [entry.sequence for entry in outbox.deliveries.pending(2)] == [2]
+        assert outbox.status_of(accepted[0]).state == "stored"
+
+
 def test_one_text_that_is_not_utf_8_loses_one_entry(
     path: Path, relay_of: Callable[[Outbox], Relay], redis: fakeredis.FakeRedis
 ) -> None:
@@ -462,12 +485,15 @@ def test_a_damaged_outbox_is_recognized_by_its_content(path: Path, count: int) -
         assert len(outbox.quarantine.damaged_files()) == 1
 
 
-def test_a_damaged_database_of_another_program_is_left_alone(path: Path) -> None:
+@pytest.mark.parametrize("columns", [3, 6, 10])
+def test_a_damaged_database_of_another_program_is_left_alone(path: Path, columns: int) -> None:
+    """Also if its rows have as many columns as those of an outbox: a source has 6, and an entry 10."""
     path.parent.mkdir()
     with closing(sqlite3.connect(path)) as db, db:
-        db.execute("CREATE TABLE accounts (id TEXT, name TEXT, number INTEGER)")
-        rows = [(random.Random(n).randbytes(16).hex(), f"name {n}", n) for n in range(500)]
-        db.executemany("INSERT INTO accounts VALUES (?, ?, ?)", rows)
+        db.execute(f"CREATE TABLE accounts ({', '.join(f'c{n}' for n in range(columns))})")
+        for one in range(500):
+            values = (one, random.Random(one).randbytes(16).hex(), *range(one, one + columns - 2))
+            db.execute(f"INSERT INTO accounts VALUES ({', '.join('?' * columns)})", values)
     _overwrite(path, 0.0, "noise", 4096)
     content = path.read_bytes()
     with pytest.raises(OutboxDamaged):

@@ -75,7 +75,7 @@ def test_another_text_is_not_a_time(text: str) -> None:
         ("yesterday", date(2026, 11, 28)),
     ],
 )
-def test_a_relative_date(text: str, day: date) -> None:
+def test_a_relative_date_is_a_day(text: str, day: date) -> None:
     assert read_date(text, date(2026, 11, 29)) == day
 
 

@@ -21,7 +21,7 @@ from rq.serializers import JSONSerializer
 from producers import entry_sender, outbox_clock
 from producers import relay as relay_module
 from producers.acknowledgement_reader import AcknowledgementReader
-from producers.acknowledgements import Outcome, acknowledgement_text, shown
+from producers.acknowledgements import Acknowledgement, Outcome, acknowledgement_text, shown
 from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
 from producers.entry_sender import EntrySender
 from producers.errors import OutboxError, RelayRefused
@@ -860,6 +860,30 @@ def _counted(relay: Relay, monkeypatch: pytest.MonkeyPatch, sweep: Callable[[], 
 
     monkeypatch.setattr(relay, "sweep", counting)
     return calls
+
+
+def test_old_settled_entries_are_deleted_while_redis_is_away(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, server: fakeredis.FakeServer
+) -> None:
+    """In a long outage, new events need their room."""
+    (settled,) = outbox.append(NAME, [a_snapshot()])
+    relay.sweep()
+    relay.stop()
+    server.connected = False
+    _settle_in(outbox, settled)
+    outbox.append(NAME, [a_snapshot(after=timedelta(1))])
+    later = Relay(outbox, redis, "history", keep_seconds=-1.0)
+    with pytest.raises(RedisConnectionError):
+        later.sweep()
+    later.stop()
+    assert [entry.sequence for entry in outbox.entries()] == [2]
+
+
+def _settle_in(outbox: Outbox, one: Accepted) -> None:
+    """Settle an entry as a relay does that has read its acknowledgement."""
+    outcome = Outcome("stored", row_id=1)
+    known = {0: Acknowledgement(one.source_id, one.sequence, one.nonce, str(one.event_id), outcome, at=0)}
+    outbox.deliveries.settle(one.source_id, 0, known)
 
 
 def test_an_outage_and_its_end_are_logged_once(

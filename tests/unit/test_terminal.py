@@ -15,6 +15,7 @@ from consumers.terminal import (
     print_audit,
     print_checks,
     print_compared,
+    print_comparison,
     print_import_statistics,
     print_json,
     print_rejection_groups,
@@ -44,6 +45,8 @@ _SOURCE |= {
     "host": None,
     "last_at": INSTANT,
 }
+_DIFFERENCE = {"first": 1, "last": 1, "problem": HOSTILE}
+_CONTENT = {"checked": 1, "differing": 1, "differences": [_DIFFERENCE]}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,7 @@ _SOURCE |= {
         (partial(print_rejections, otherwise=""), [_REJECTION]),
         (partial(print_rejection_groups, otherwise=""), [_GROUP]),
         (print_audit, [_SOURCE | {"source": HOSTILE}]),
+        (partial(print_comparison, HOSTILE, with_what=HOSTILE), _CONTENT),
         (print_compared, [{"name": HOSTILE, "read": 1, "equal": 1, "differences": 0}]),
         (print_checks, [{"status": "ok", "name": HOSTILE, "found": HOSTILE, "advice": HOSTILE}]),
         (print_values, {"reason": HOSTILE}),

@@ -172,6 +172,18 @@ def test_the_tables_of_figures_are_those_of_their_run() -> None:
     assert CONTENDERS.keys() <= {figure.label for figure in report.figures if figure.benchmark == "throughput"}
 
 
+def test_a_call_takes_about_a_millisecond_in_the_figures() -> None:
+    """The documents say so. It is the median of the calls in each measurement of latency."""
+    for document in ("README.md", "producers/README.md"):
+        assert "about a millisecond" in " ".join(text_of(document).split())
+    figures = Report.read(ROOT / "tests/benchmarks/figures.json").figures
+    medians = {
+        one.label: one.value for one in figures if one.label.endswith(": a call") and ", 10 a call" not in one.label
+    }
+    assert len(medians) == 9
+    assert {label: value for label, value in medians.items() if not 0.4 <= value <= 2.0} == {}
+
+
 def test_a_figure_is_shown_with_its_spread_or_its_quantiles_and_each_note() -> None:
     report = Report()
     report.add("record", "rate", "events/s", [1234.5, 1000.0, 2000.0])
@@ -195,6 +207,15 @@ def test_a_figure_is_shown_with_its_spread_or_its_quantiles_and_each_note() -> N
     ]
 
 
+def _missing_tests(listed: list[tuple[str, str]]) -> list[str]:
+    """Return the names that no test of their file has."""
+    return [
+        f"{name} in {file}"
+        for name, file in listed
+        if f"def test_{name.replace(' ', '_')}(" not in (ROOT / "tests" / file).read_text("utf-8")
+    ]
+
+
 def test_each_guarantee_of_the_readme_has_tests_and_each_listed_test_exists() -> None:
     guarantees = re.findall(r"^(\d\. (?:.+\n)+?)(?=\d\. |\n)", text_of("README.md").split("## Guarantees")[1], re.M)
     sections = re.split(r"^## ", text_of("tests/GUARANTEES.md"), flags=re.M)[1:]
@@ -202,5 +223,16 @@ def test_each_guarantee_of_the_readme_has_tests_and_each_listed_test_exists() ->
     for section in sections:
         listed = re.findall(r"^- \[(.*)\]\((.*)\)$", section, re.M)
         assert len(listed) > 3
-        for name, file in listed:
-            assert f"def test_{name.replace(' ', '_')}(" in (ROOT / "tests" / file).read_text("utf-8")
+        assert _missing_tests(listed) == []
+
+
+@pytest.mark.parametrize("document", ["tests/PROMISES.md", "tests/CONSUMER_PROMISES.md"])
+def test_each_listed_promise_is_in_its_document_and_has_tests_that_exist(document: str) -> None:
+    for section in re.split(r"^## ", text_of(document), flags=re.M)[1:]:
+        promising, *lines = section.strip().split("\n")
+        text = " ".join(text_of(promising).split())
+        promises = [re.fullmatch(r'- "(.+)": (\[.+\))', line) for line in lines if line]
+        assert None not in promises
+        for promise, tests in (found.groups() for found in promises if found):
+            assert promise in text
+            assert _missing_tests(re.findall(r"\[([^]]+)\]\(([^)]+)\)", tests)) == []

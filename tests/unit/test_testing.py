@@ -33,6 +33,7 @@ from producers.testing import FakeHistory, redirect
 from producers.trading_controller import archive_current_signals, create_daily_portfolio_snapshot
 from tests.factories import INSTANT, a_portfolio, a_signal, a_snapshot, an_archive
 from tests.forking import in_child
+from tests.unit.conftest import queue_of
 
 pytest_plugins = ["pytester"]
 
@@ -129,6 +130,14 @@ def test_a_worker_stores_a_fact_once_and_rejects_other_content(trading_history: 
     assert [receipt.wait(0) for receipt in receipts[:4]] == [1, 1, 2, 1]
     with pytest.raises(EventRejected, match="is stored already as row 1 of portfolio_history, with other content$"):
         receipts[4].wait(0)
+
+
+def test_a_worker_names_a_job_that_is_no_event(trading_history: FakeHistory) -> None:
+    """Code under test enqueued it. It stays in the queue."""
+    job = queue_of(trading_history.redis).enqueue("os.system", "true")
+    with pytest.raises(HistoryError, match=rf"^job {job.id}: os\.system is not a job function of this project$"):
+        trading_history.work()
+    assert queue_of(trading_history.redis).job_ids == [job.id]
 
 
 def test_a_worker_rejects_chosen_events_for_a_given_reason(trading_history: FakeHistory) -> None:
@@ -235,6 +244,16 @@ def test_child_processes_record_to_the_same_outbox(trading_history: FakeHistory)
 
 def _redis_url() -> str | None:
     return os.environ.get("REDIS_URL")
+
+
+def test_a_producer_made_in_the_block_is_closed_after_it() -> None:
+    with FakeHistory():
+        producer = HistoryProducer()
+        _record(producer=producer)
+    with pytest.raises(ProducerClosed):
+        _record(1, producer=producer)
+    with pytest.raises(ProducerClosed):
+        producer.status()
 
 
 def test_a_fork_server_that_already_runs_is_not_used_in_the_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,22 +6,26 @@ import copy
 import decimal
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy
 import pytest
+import trustme
 
 from producers import current_signals
 from producers.errors import InvalidEvent, SettingsError, SignalsUnreadable
@@ -242,6 +246,29 @@ def test_an_amount_may_be_any_real_number(
     assert snapshot_of({"current_balance": amount}).balance == Decimal(exact)
 
 
+class _Cents:
+    """A real number that is made from cents and not from text."""
+
+    def __init__(self, cents: int) -> None:
+        self._cents = cents + 0  # a TypeError for text
+
+    def __float__(self) -> float:
+        return self._cents / 100
+
+    def __str__(self) -> str:
+        return f"{self._cents / 100:.1f}"
+
+
+Real.register(_Cents)
+
+
+def test_an_amount_may_be_of_a_type_that_cannot_be_made_from_its_text(
+    snapshot_of: Callable[..., PortfolioSnapshot],
+) -> None:
+    """Its text may leave digits out, so its float counts."""
+    assert snapshot_of({"balance": _Cents(1_234)}).balance == Decimal("12.34")
+
+
 def test_numpys_print_options_do_not_change_an_amount(snapshot_of: Callable[..., PortfolioSnapshot]) -> None:
     """The legacy mode omits digits."""
     with numpy.printoptions(legacy="1.13"):
@@ -335,6 +362,7 @@ def test_an_amount_of_any_type_has_at_most_12_integer_digits(trading_history: Fa
         (a_portfolio(balance=float("nan")), "^balance: must be finite"),
         (a_portfolio(balance=_Status.OPEN), r"^balance: must be a number, not .*_Status: pass its \.value$"),
         (a_portfolio(total_invested="a lot"), "^total_invested: is text that is not a number$"),
+        (a_portfolio(total_invested="1e99999999999999999999"), "^total_invested: is text that is not a number$"),
         (a_portfolio(total_profit_loss=[1]), "^total_profit_loss: must be a number, not list$"),
         (a_portfolio(total_value={}), "^total_value: must be a number, not dict$"),
         (a_portfolio(trade_count="2"), "^trade_count: .*integer"),
@@ -851,6 +879,47 @@ def test_a_url_is_unreadable_if_no_thread_can_start(
         archive_current_signals(signals_url="http://127.0.0.1:1/")
 
 
+def test_a_url_whose_certificate_is_not_trusted_is_unreadable(trading_history: FakeHistory) -> None:
+    """The message has the reason of the TLS library."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as thread:
+
+        def serve() -> None:
+            client, _ = listening.accept()
+            with client, suppress(OSError):
+                context.wrap_socket(client, server_side=True)
+
+        served = thread.submit(serve)
+        with pytest.raises(SignalsUnreadable, match="^signals_url cannot be read: TLS: .*certificate") as caught:
+            archive_current_signals(signals_url=f"https://127.0.0.1:{listening.getsockname()[1]}/?token=pa55")
+        served.result()
+    assert "pa55" not in str(caught.value)
+
+
+def test_a_connection_that_is_made_after_the_time_limit_sends_nothing(
+    trading_history: FakeHistory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name lookup took too long. The caller has continued, and the server sees the connection end."""
+    monkeypatch.setattr(current_signals, "URL_TIMEOUT_SECONDS", 0.2)
+    found, looked_up = threading.Event(), socket.getaddrinfo
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        found.wait(10)
+        return looked_up(*arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        with pytest.raises(SignalsUnreadable, match=r"^signals_url took longer than 0\.2 s$"):
+            archive_current_signals(signals_url=f"http://127.0.0.1:{listening.getsockname()[1]}/")
+        found.set()
+        listening.settimeout(10)
+        client, _ = listening.accept()
+        with client:
+            client.settimeout(10)
+            assert client.recv(1000) == b""
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -1002,6 +1071,24 @@ def test_calls_without_a_producer_share_one(monkeypatch: pytest.MonkeyPatch, tmp
     first.close(timeout=0)
     assert create_daily_portfolio_snapshot(a_portfolio()).sequence == 3
     assert shared_producer() is not first
+    shared_producer().close(timeout=0)
+
+
+def test_changed_settings_count_after_the_shared_producer_was_closed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a notebook. Until then, the shared producer keeps the settings of the first call."""
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "first.db"))
+    create_daily_portfolio_snapshot(a_portfolio())
+
+    monkeypatch.setenv("HISTORY_OUTBOX", str(tmp_path / "second.db"))
+    assert create_daily_portfolio_snapshot(a_portfolio()).sequence == 2
+    assert not (tmp_path / "second.db").exists()
+
+    shared_producer().close(timeout=0)
+    assert create_daily_portfolio_snapshot(a_portfolio()).sequence == 1
+    assert (tmp_path / "second.db").exists()
     shared_producer().close(timeout=0)
 
 
