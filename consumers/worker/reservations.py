@@ -91,8 +91,6 @@ class Reservations:
                 logger.error(
                     "moved %d entries that cannot be job ids from the queue to list %s", unusable, self._quarantine
                 )
-        if not ids:
-            return Reservation([])
         noted = {index - 1: (state.decode(), _seconds(ttl)) for index, state, ttl in notes}
         jobs = [
             ReservedJob(job_id.decode(), state, call, ttl)

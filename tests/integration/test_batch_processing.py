@@ -203,7 +203,7 @@ def test_a_rejection_that_was_discarded_needs_nobody_again(discarded_before: boo
 
 def test_a_single_event_is_logged_with_its_row_and_a_batch_with_its_totals(caplog: pytest.LogCaptureFixture) -> None:
     """Each rejection is logged as an error."""
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="rq.worker.history")
     (stored,) = decided(valid(1))
     same = event_of(a_snapshot(after=timedelta(1)), source="other/2", sequence=1)
     decided(Delivery("again", encode(same), PortfolioSnapshotEvent))

@@ -63,7 +63,7 @@ def insert_snapshots(db: Connection, count: int = 150) -> list[Snapshot]:
     return rows
 
 
-def insert_archives(db: Connection, count: int = 120) -> list[Archive]:
+def insert_archives(db: Connection, count: int = 300) -> list[Archive]:
     """Insert rows of four days around the end of a month, some in the month of another offset."""
     random, rows = Random(2), []
     for row_id in range(1, count + 1):

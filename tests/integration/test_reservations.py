@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from redis import Redis
+from redis.exceptions import ResponseError
 
+from consumers.worker import orphans
 from consumers.worker.deliveries import MAX_JOB_BYTES
 from consumers.worker.orphans import ORPHAN_SECONDS, Orphans
 from consumers.worker.reservations import LEASE_SECONDS, Reservations, requeue_expired
@@ -79,21 +81,30 @@ def test_jobs_of_a_reservation_whose_reply_was_lost_keep_their_order(redis: Redi
     assert (reserved(one, 2), reserved(one, 3)) == (["a", "b"], ["a", "b", "c"])
 
 
-def test_an_id_that_no_job_can_have_is_quarantined(redis: Redis) -> None:
+def test_an_id_that_no_job_can_have_is_quarantined(redis: Redis, caplog: pytest.LogCaptureFixture) -> None:
     """A job id has 1 to 200 letters, digits, hyphens and underscores. The jobs around it are reserved."""
     longest = "y" * 200
     for job_id in ("an id", "a_B-1", "", longest + "y", longest, "a:b"):
         enqueue(redis, job_id)
     assert reserved(reservations_of(redis)) == ["a_B-1", longest]
     assert sorted(listed(redis, QUARANTINE)) == sorted(["an id", "", longest + "y", "a:b"])
+    assert caplog.messages == [f"moved 4 entries that cannot be job ids from the queue to list {QUARANTINE}"]
     assert listed(redis) == []
+
+
+def test_an_id_is_quarantined_although_the_key_for_it_has_another_type(redis: Redis) -> None:
+    """That key is renamed first, so that the jobs behind the id are not held up."""
+    enqueue(redis, "an id", "a")
+    redis.set(QUARANTINE, "x")
+    assert reserved(reservations_of(redis)) == ["a"]
+    assert (listed(redis, QUARANTINE), redis.get(f"{QUARANTINE}:quarantined")) == (["an id"], b"x")
 
 
 @pytest.mark.parametrize("counts", [CRASHES, TIMEOUTS])
 def test_a_job_with_a_count_is_reserved_alone(redis: Redis, counts: str) -> None:
     """The jobs before it are reserved without it, and only its reservation has the count."""
-    enqueue(redis, "a", "b", "counted", "c", "d")
-    redis.hset(counts, "counted", 2)
+    enqueue(redis, "a", "b", "counted", "c", "d", "another")
+    redis.hset(counts, mapping={"counted": 2, "another": 3})
     one = reservations_of(redis)
     found = []
     for _ in range(3):
@@ -124,6 +135,20 @@ def test_no_job_is_added_to_4_mib_of_data(redis: Redis) -> None:
         found.append(reserved(one))
         redis.delete(one.list_key)
     assert found == [["a", "b"], ["c", "d"], []]
+
+
+def test_a_queue_of_another_type_is_an_error_that_names_it(redis: Redis) -> None:
+    """Nothing is changed before the error."""
+    enqueue(redis, "a")
+    dead = reservations_of(redis, "dead")
+    dead.reserve(1)
+    expire(redis, dead)
+    redis.set(QUEUE, "x")
+    for call in (lambda: reservations_of(redis).reserve(1), lambda: requeue_expired(redis, history_queue(redis))):
+        with pytest.raises(ResponseError, match=f"^WRONGTYPE {QUEUE} is a string and not a list: rename or delete it$"):
+            call()
+    assert (listed(redis, dead.list_key), redis.exists(CRASHES)) == (["a"], 0)
+    assert redis.hkeys(OWNERS) == [owner_of(dead).encode()]
 
 
 @pytest.mark.parametrize(("more_bytes", "state"), [(0, "usual"), (1, "oversized")])
@@ -231,6 +256,7 @@ def test_a_crash_counts_only_against_a_job_that_ran_alone(
     dead, living = reservations_of(redis, "dead"), reservations_of(redis, "living")
     dead.reserve(len(jobs))
     living.renew_lease()
+    assert redis.hget(OWNERS, owner_of(living)) == b""
     if is_alone:
         dead.run_alone()
         dead.renew_lease()
@@ -270,6 +296,20 @@ def test_a_crash_count_that_is_not_a_number_begins_again(redis: Redis) -> None:
     expire(redis, dead)
     assert requeue_expired(redis, history_queue(redis)) == ["a"]
     assert redis.hgetall(CRASHES) == {b"a": b"1"}
+
+
+def test_crash_counts_of_another_type_do_not_keep_jobs_from_the_queue(
+    redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their key is renamed, which is logged, and counts begin again."""
+    enqueue(redis, "a")
+    dead = reservations_of(redis, "dead")
+    dead.reserve(1)
+    redis.set(CRASHES, "x")
+    expire(redis, dead)
+    assert requeue_expired(redis, history_queue(redis)) == ["a"]
+    assert (redis.get(f"{CRASHES}:quarantined"), redis.hgetall(CRASHES)) == (b"x", {b"a": b"0"})
+    assert caplog.messages == [f"Redis key {CRASHES} has the wrong type and was renamed to {CRASHES}:quarantined"]
 
 
 def test_a_lease_without_an_expiry_gets_one(redis: Redis) -> None:
@@ -320,6 +360,20 @@ def test_an_orphan_in_no_list_is_requeued_30_seconds_after_it_was_first_seen(red
     assert sorted(noted) == [b"early", b"finished", b"new"]
     assert now <= int(noted[b"new"]) <= now + 20
     assert 500 < redis.ttl(ORPHANS) <= 600
+
+
+def test_a_job_that_stays_in_the_intermediate_list_returns_to_the_front(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A live stock worker removes its job within milliseconds."""
+    enqueue(redis, "later")
+    redis.rpush(f"{QUEUE}:intermediate", "a", "b")
+    dead = Orphans(redis, history_queue(redis))
+    assert dead.requeue() == []
+    monkeypatch.setattr(orphans, "ORPHAN_SECONDS", -1.0)
+    assert dead.requeue() == ["a", "b"]
+    assert (listed(redis), listed(redis, f"{QUEUE}:intermediate")) == (["b", "a", "later"], [])
+    assert dead.requeue() == []
 
 
 def test_an_expired_job_of_a_stock_worker_is_queued_again_at_the_front(redis: Redis) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg2
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import IntegrityError
 
 from consumers.db.engine import create_store_engine, engine, get_db
@@ -128,6 +128,63 @@ def test_apply_schema_does_not_use_the_withdrawals_of_another_program(empty_data
     with pytest.raises(OldSchema, match="^another table is in the way: withdrawals. Nothing was .*--schema NAME$"):
         apply_schema(engine())
     assert _structure() == before
+
+
+_INDEXES = (
+    "event_outcomes_of_source",
+    "event_outcomes_rejected",
+    "portfolio_history_dated_otherwise",
+    "portfolio_history_newest",
+    "portfolio_history_newest_of_portfolio",
+    "portfolio_history_of_source",
+    "signal_archives_newest",
+    "signal_archives_newest_of_portfolio",
+    "signal_archives_of_market",
+    "signal_archives_of_month",
+    "signal_archives_of_source",
+    "withdrawals_of_event",
+    "withdrawals_of_source",
+)
+
+
+@pytest.mark.parametrize("names", [_INDEXES[-1:], tuple(reversed(_INDEXES))], ids=["one", "all"])
+def test_apply_schema_does_not_take_indexes_of_other_tables_for_its_own(
+    empty_database_url: str, names: tuple[str, ...]
+) -> None:
+    """PostgreSQL would skip an index whose name exists, on whatever table. The error lists all of them."""
+    _execute("CREATE TABLE other (a integer)")
+    for name in names:
+        _execute(f"CREATE INDEX {name} ON other (a)")
+    before = _structure()
+    listed = ", ".join(sorted(names))
+    with pytest.raises(OldSchema, match=f"^other tables have indexes of these names: {listed}. Nothing was changed"):
+        apply_schema(engine())
+    assert _structure() == before
+
+
+def test_only_named_roles_may_create_objects_beside_the_tables(empty_database_url: str) -> None:
+    """A function of another role could run with the rights of a worker. PostgreSQL 14 lets every role create some."""
+    _execute("GRANT CREATE ON SCHEMA public TO PUBLIC")
+    assert apply_schema(engine()) == []
+    with get_db() as db:
+        granted = text("""
+            SELECT privilege_type FROM pg_namespace, aclexplode(nspacl) WHERE nspname = 'public' AND grantee = 0
+        """)
+        assert db.scalars(granted).all() == ["USAGE"]
+
+
+def test_a_note_says_what_only_the_owner_of_the_schema_can_forbid(empty_database_url: str) -> None:
+    """The tables are created all the same."""
+    _execute("CREATE ROLE guest_of_schema LOGIN; GRANT CREATE ON SCHEMA public TO PUBLIC")
+    guest = make_url(empty_database_url).set(username="guest_of_schema").render_as_string(hide_password=False)
+    store = create_store_engine(SecretStr(guest))
+    notes = apply_schema(store)
+    store.dispose()
+    _execute("DROP OWNED BY guest_of_schema; DROP ROLE guest_of_schema")
+    assert notes == [
+        "every role may create objects in schema public, and only its owner can change that: REVOKE CREATE ON SCHEMA"
+        " public FROM PUBLIC"
+    ]
 
 
 def test_psql_runs_schema_sql(empty_database_url: str, tmp_path: Path) -> None:

@@ -262,16 +262,15 @@ def test_an_entry_of_a_copy_with_the_same_number_has_no_state_here(path: Path, t
     assert [status and status.state for status in one.statuses_of([own, foreign])] == ["pending", None]
 
 
-def test_an_unchanged_destination_is_not_written_again(path: Path) -> None:
-    """Each producer sets it when it starts, and should not wait for those that record."""
+def test_an_unchanged_destination_is_set_while_another_process_writes(path: Path) -> None:
+    """Each producer sets it when it starts, and does not wait for those that record."""
     outbox = Outbox(path)
     outbox.set_destination("database 0 on here", "history")
-    with closing(sqlite3.connect(path)) as db:
-        version = db.execute("PRAGMA data_version").fetchone()
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
         outbox.set_destination("database 0 on here", "history")
-        assert db.execute("PRAGMA data_version").fetchone() == version
-        outbox.set_destination("database 0 on here", "other")
-        assert db.execute("PRAGMA data_version").fetchone() != version
+    identity = outbox.header.read()
+    assert (identity.redis, identity.queue) == ("database 0 on here", "history")
 
 
 def test_only_these_columns_may_be_null(path: Path) -> None:
