@@ -71,7 +71,7 @@ class RelayLock:
     def _replace(self, damaged: FileId | None, error: sqlite3.Error) -> None:
         """Remove the lock file if it is still the damaged one. It has no content of value; SQLite creates a new one."""
         with os_errors(self._path), folder_lock(self._path.parent):
-            if file_id(self._path) == damaged:
+            if file_id(self._path) == damaged:  # pragma: no branch - another relay may have replaced it meanwhile
                 self._path.unlink(missing_ok=True)
                 logger.error("the relay's lock file %s was damaged and was replaced: %s", self._path, error)
 

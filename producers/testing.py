@@ -198,7 +198,9 @@ def _until(condition: Callable[[], bool], problem: str) -> None:
         if condition():
             return
         time.sleep(_POLL_SECONDS)
-    raise TimeoutError(f"{problem} within {_POLLS * _POLL_SECONDS:.0f} s; the log of producers.relay says why")
+    raise TimeoutError(  # pragma: no cover - after 10 s
+        f"{problem} within {_POLLS * _POLL_SECONDS:.0f} s; the log of producers.relay says why"
+    )
 
 
 def _newest(recorded: Sequence[AnyPayload], model: type[AnyPayload], fields: Mapping[str, Any]) -> AnyPayload:

@@ -17,6 +17,8 @@ from redis import Redis
 from rq.job import Job
 from rq.registry import FailedJobRegistry
 
+from tests.rq_programs import end
+
 PASSWORD = "a-pass:word-of-this-run-ü"
 QUEUE_KEY = "rq:queue:history"
 FAILED_KEY = FailedJobRegistry.key_template.format("history")
@@ -48,7 +50,7 @@ class Dashboard:
 
 @contextmanager
 def dashboard_of(redis_url: str, log: Path, *arguments: str, **environment: str) -> Iterator[Dashboard]:
-    """Run a dashboard at a free port; it is killed at the end of the block."""
+    """Run a dashboard at a free port; it ends with the block."""
     settings = {"REDIS_URL": redis_url, "HISTORY_DASHBOARD_PASSWORD": PASSWORD}
     with log.open("a") as errors:
         process = subprocess.Popen(
@@ -59,7 +61,7 @@ def dashboard_of(redis_url: str, log: Path, *arguments: str, **environment: str)
         assert process.stdout is not None
         yield Dashboard(process, process.stdout.readline().partition(" - ")[0], log)
     finally:
-        process.kill()
+        end(process)
         process.communicate()
 
 

@@ -129,14 +129,16 @@ def test_inserting_other_content_for_an_event_raises_and_overwrites_nothing() ->
         ({"trade_count": -1}, "^trade_count: "),
         ({"timestamp": "yesterday"}, "^timestamp: must be an ISO 8601 time"),
         ({"surprise": 1}, "^surprise: is not a field of this event"),
+        ({"timestamp": ...}, "^timestamp: is missing"),
     ],
 )
 def test_inserting_an_invalid_snapshot_raises_with_the_field_and_the_reason(
     change: dict[str, object], message: str
 ) -> None:
-    """No row is inserted."""
+    """No row is inserted. Here, `...` leaves a field out."""
+    values = {name: value for name, value in _plain_snapshot(INSTANT, **change).items() if value is not ...}
     with pytest.raises(InvalidEvent, match=message):
-        insert_portfolio_history_snapshot(_plain_snapshot(INSTANT, **change))
+        insert_portfolio_history_snapshot(values)
     assert get_portfolio_history() == []
 
 

@@ -366,5 +366,5 @@ def withdraw(
 def _account() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # in a container, the user may have no name
+    except (KeyError, OSError):  # pragma: no cover - in a container, the user may have no name
         return f"uid {os.getuid()}"

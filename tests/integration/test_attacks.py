@@ -33,7 +33,7 @@ from producers.events import encode, event_of
 from tests.conftest import a_database
 from tests.deliveries import history_queue
 from tests.factories import a_signal, a_snapshot, an_archive
-from tests.rq_programs import until
+from tests.rq_programs import end, until
 
 SNAPSHOT = "consumers.handlers.record_portfolio_snapshot"
 ARCHIVE = "consumers.handlers.record_signal_archive"
@@ -164,8 +164,7 @@ def system(pair: Addresses, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             yield System(redis, store, folder, worker, api, port, heard, listener)
         finally:
             for process in (worker, api):
-                process.kill()
-                process.wait()
+                end(process)
                 assert process.stdout is not None
                 process.stdout.close()
             store.dispose()

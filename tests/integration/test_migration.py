@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from pathlib import Path
@@ -652,6 +653,25 @@ def test_a_rejection_of_an_import_can_be_requeued(redis: Redis, tmp_path: Path) 
     assert requeue(rejections(), redis, "history") == 1
     burst(redis)
     assert (_rows(), list(rejections())) == (1, [])
+
+
+def test_an_import_shows_its_progress_on_a_terminal_only(tmp_path: Path) -> None:
+    """On standard error, as a part of the bytes of all files. The result on standard output is the same."""
+    line = [sys.executable, "-m", "consumers.cli", "import"]
+    line += [str(_write(tmp_path / "old", [_snapshot(n) for n in range(600)])), "--timezone", "Europe/Berlin"]
+    terminal, other = pty.openpty()
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=other, text=True) as process:
+        os.close(other)
+        shown = b""
+        with suppress(OSError):  # EIO: the other side is closed
+            while piece := os.read(terminal, 4096):
+                shown += piece
+        printed, _ = process.communicate(timeout=60)
+    os.close(terminal)
+    assert (process.returncode, b"100%" in shown) == (0, True), shown
+    again = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True)
+    assert "100%" not in again.stderr
+    assert printed.splitlines()[0] == again.stdout.splitlines()[0]
 
 
 def test_the_commands_print_tables_and_json_and_return_an_exit_status(tmp_path: Path) -> None:

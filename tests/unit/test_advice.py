@@ -8,6 +8,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from sqlalchemy.exc import OperationalError
 
+from consumers.cli.error_messages import error_message
 from consumers.db.engine import translated_errors
 from consumers.errors import StoreUnavailable
 from consumers.ops.redis_errors import redis_problem
@@ -83,3 +84,26 @@ def test_a_failed_connection_to_postgresql_has_advice(message: str, shown: str, 
 )
 def test_an_error_of_redis_has_advice(error: RedisError, advice: str) -> None:
     assert advice in redis_problem(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (StoreUnavailable("PostgreSQL: refused"), "PostgreSQL: refused"),
+        (OSError(28, "No space left on device", "out.csv"), "[Errno 28] No space left on device: 'out.csv'"),
+        (ResponseError("LOADING Redis is loading the dataset in memory"), "Redis: LOADING Redis is loading"),
+        (ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow"), "this command needs the extra [parquet]"),
+    ],
+)
+def test_an_error_that_a_command_expects_is_one_line(error: Exception, message: str) -> None:
+    shown = error_message(error)
+    assert shown is not None
+    assert shown.startswith(message)
+    assert "\n" not in shown
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), ValueError("x"), ModuleNotFoundError("No module named 'x'", name="x")]
+)
+def test_a_defect_has_no_message_so_that_its_traceback_is_shown(error: Exception) -> None:
+    assert error_message(error) is None

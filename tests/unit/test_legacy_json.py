@@ -629,6 +629,8 @@ def test_a_date_may_be_written_as_midnight(written: Any) -> None:
         ("2026-05-01 10:00:00 PM", "must be an ISO 8601 time"),
         ("2026-05-01 10:00:00+01:00 UTC", "must be an ISO 8601 time"),
         ("1.78e9", "must be an ISO 8601 time"),
+        ("2026-13-01T10:00:00", "must be an ISO 8601 time"),
+        ("2026-02-30 10:00:00", "must be an ISO 8601 time"),
     ],
     ids=lambda value: ascii(value)[:30],
 )
