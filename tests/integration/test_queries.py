@@ -19,7 +19,6 @@ from consumers.db.queries import Filter, Query
 
 BEGIN = datetime(2026, 1, 29, 23, 30, tzinfo=UTC)
 PORTFOLIOS = (None, 2, 5, 9)
-SEEDS = range(60)
 
 
 class Snapshot(NamedTuple):
@@ -82,16 +81,19 @@ def insert_archives(db: Connection, count: int = 300) -> list[Archive]:
     return rows
 
 
-def a_filter(random: Random, *places: dict[str, Any]) -> Filter:
-    """Return a filter of random parts, behind one of the places."""
-    since, until = sorted(BEGIN + timedelta(hours=random.randrange(97)) for _ in range(2))
-    return Filter(
-        limit=random.choice([None, 1, 5, 500]),
-        portfolio_id=random.choice([None, *PORTFOLIOS[1:], 404]),
-        since=random.choice([None, since]),
-        until=random.choice([None, until]),
-        after=random.choice([None, *places]),
-    )
+def filters(places: list[dict[str, Any]]) -> Iterator[Filter]:
+    """Yield the filter of all rows, and filters of random parts, half of them behind one of the places."""
+    yield Filter()
+    for seed in range(60):
+        random = Random(seed)
+        since, until = sorted(BEGIN + timedelta(hours=random.randrange(97)) for _ in range(2))
+        yield Filter(
+            limit=random.choice([None, 1, 5, 500]),
+            portfolio_id=random.choice([None, *PORTFOLIOS[1:], 404]),
+            since=random.choice([None, since]),
+            until=random.choice([None, until]),
+            after=random.choice([None, random.choice(places)]),
+        )
 
 
 def in_filter(wanted: Filter, at: datetime, portfolio: int | None) -> bool:
@@ -118,8 +120,7 @@ def test_snapshots_are_the_newest_of_the_filter_behind_the_place(db: Connection)
     """They are ordered by date, then time, then id, whatever date a caller has given."""
     rows = insert_snapshots(db)
     places = [{"snapshot_date": row.date, "timestamp": row.at, "id": row.id} for row in rows]
-    for seed in SEEDS:
-        wanted = a_filter(Random(seed), *places)
+    for wanted in filters(places):
         chosen = [(row.date, row.at, row.id) for row in rows if in_filter(wanted, row.at, row.portfolio)]
         if wanted.after:
             chosen = [row for row in chosen if row < tuple(wanted.after.values())]
@@ -130,8 +131,7 @@ def test_closes_are_the_last_of_each_portfolio_and_date_in_the_period(db: Connec
     """Whether a row is a close is decided before the place of the page is."""
     rows = insert_snapshots(db)
     places = [{"snapshot_date": row.date, "timestamp": row.at, "id": row.id} for row in rows]
-    for seed in SEEDS:
-        wanted = a_filter(Random(seed), *places)
+    for wanted in filters(places):
         among = sorted(row for row in rows if in_filter(wanted, row.at, row.portfolio))
         last = {(row.portfolio, row.date): row[:3] for row in among}
         chosen = [row for row in last.values() if not wanted.after or row < tuple(wanted.after.values())]
@@ -142,8 +142,7 @@ def test_archives_are_the_newest_of_the_filter_behind_the_place(db: Connection) 
     """They are ordered by time, then id."""
     rows = insert_archives(db)
     places = [{"archived_at": row.at, "id": row.id} for row in rows]
-    for seed in SEEDS:
-        wanted = a_filter(Random(seed), *places)
+    for wanted in filters(places):
         chosen = [(row.at, row.id) for row in rows if in_filter(wanted, row.at, row.portfolio)]
         if wanted.after:
             chosen = [row for row in chosen if row < tuple(wanted.after.values())]
@@ -158,8 +157,7 @@ def test_signals_of_a_market_have_its_id_as_text_or_as_number(
     rows = insert_archives(db)
     keys = [(row.at, row.id, n) for row in rows for n in range(1, len(row.markets) + 1)]
     places = [dict(zip(("archived_at", "archive_id", "position"), key, strict=True)) for key in keys]
-    for seed in SEEDS:
-        wanted = a_filter(Random(seed), *places)
+    for wanted in filters(places):
         chosen = [
             (row.at, row.id, -n)
             for row in rows

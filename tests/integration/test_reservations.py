@@ -192,6 +192,18 @@ def test_a_job_without_data_is_unreadable_and_one_without_a_key_is_deleted(redis
     ]
 
 
+def test_a_job_that_may_not_be_read_is_an_error_and_stays_in_the_queue(redis: Redis) -> None:
+    """A wrong access list must reject no event."""
+    enqueue(redis, "a", "b")
+    redis.acl_setuser("limited", enabled=True, nopass=True, keys=["*"], commands=["+@all", "-hstrlen"])
+    path = redis.connection_pool.connection_kwargs["path"]
+    refused = pytest.raises(ResponseError, match="(?i)permissions|can't run this command")
+    with Redis(unix_socket_path=path, username="limited", password="any") as limited, refused:
+        reservations_of(limited).reserve(2)
+    redis.acl_deluser("limited")
+    assert listed(redis) == ["a", "b"]
+
+
 def test_a_job_moved_to_the_tail_is_counted_once_per_move(redis: Redis) -> None:
     """The count expires a week after the last move. A job that is not reserved is neither moved nor counted."""
     enqueue(redis, "a", "b", "c")
@@ -235,12 +247,12 @@ def test_a_wait_for_a_job_ends_with_a_reserved_job_or_without_one(redis: Redis) 
 
 def test_each_marked_job_becomes_a_poison_candidate_and_keeps_its_crashes(redis: Redis) -> None:
     """The counts of a job that nobody runs again expire after a week."""
-    enqueue(redis, "a", "b")
+    enqueue(redis, "a", "b", "c")
     one = reservations_of(redis)
-    one.reserve(2)
+    one.reserve(3)
     redis.hset(CRASHES, "b", 2)
     one.mark_candidates()
-    assert redis.hgetall(CRASHES) == {b"a": b"0", b"b": b"2"}
+    assert redis.hgetall(CRASHES) == {b"a": b"0", b"b": b"2", b"c": b"0"}
     assert 6 * DAY < redis.ttl(CRASHES) <= 7 * DAY
 
 
