@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from consumers.ops.content_audit import ContentAudit
     from producers.outbox import Outbox
     from producers.segments import Segment
+
+    Comparisons = Mapping[Literal["content", "against"], Mapping[str, ContentAudit]]
 
 
 def audit(
@@ -52,7 +54,6 @@ def audit(
     Example: trading-history audit --content --since 2026-06-01
     """
     from consumers.ops.audit import audit as account
-    from consumers.ops.content_audit import audit_content
     from consumers.ops.seal import read_seal, write_seal
     from producers.settings import TransportSettings, ZoneSettings
     from producers.times import localized
@@ -63,15 +64,11 @@ def audit(
     with stack(database=True):
         settings = TransportSettings.from_environment()
         redis = None if settings.redis_url is None else settings.redis()
-        with _outbox(settings.outbox, is_needed=content or seal_file is not None) as outbox:
+        needs_chains = content or seal_file is not None
+        with _outbox(settings.outbox, is_needed=needs_chains) as outbox:
             audits = account(redis, outbox, settings.queue, since=since)
-            chains = _chains(outbox) if outbox is not None and (content or seal_file) else {}
-        compared = {}
-        first_numbers = {one.source: one.proven_from for one in audits}
-        for name, known in (("content", chains if content else {}), ("against", seal.chains if seal else {})):
-            # With --since, a source that has no event since then is left out.
-            chosen = {source: one for source, one in known.items() if since is None or source in first_numbers}
-            compared[name] = audit_content(chosen, first_numbers)
+            chains = _chains(outbox) if outbox is not None and needs_chains else {}
+        compared = _compared(audits, chains if content else {}, {} if seal is None else seal.chains, since)
     if as_json:
         print_json(_results(audits, compared))
     else:
@@ -83,6 +80,27 @@ def audit(
     _print_notes(audits)
     differs = any(one.differing for contents in compared.values() for one in contents.values())
     raise typer.Exit(0 if all(one.complete for one in audits) and not differs else 1)
+
+
+def _compared(
+    audits: Audits,
+    chains: Mapping[str, Sequence[Segment]],
+    sealed: Mapping[str, Sequence[Segment]],
+    since: datetime | None,
+) -> Comparisons:
+    """Compare the content of the database with the chains of the outbox (`content`) and of the seal (`against`)."""
+    from consumers.ops.content_audit import audit_content
+
+    first_numbers = {one.source: one.proven_from for one in audits}
+
+    def chosen(known: Mapping[str, Sequence[Segment]]) -> dict[str, Sequence[Segment]]:
+        # With --since, the sources that have no event since then are left out.
+        return {source: one for source, one in known.items() if since is None or source in first_numbers}
+
+    return {
+        "content": audit_content(chosen(chains), first_numbers),
+        "against": audit_content(chosen(sealed), first_numbers),
+    }
 
 
 def _outbox(path: Path, *, is_needed: bool) -> Outbox | nullcontext[None]:
@@ -102,7 +120,7 @@ def _chains(outbox: Outbox) -> dict[str, list[Segment]]:
     return {source: segments for source, segments in chains.items() if segments}
 
 
-def _results(audits: Audits, compared: Mapping[str, Mapping[str, ContentAudit]]) -> list[dict[str, Any]]:
+def _results(audits: Audits, compared: Comparisons) -> list[dict[str, Any]]:
     """Return the results as dicts. The members `content` and `against` are None if this source was not compared.
 
     A source that is only in the seal has no other members.
@@ -117,7 +135,7 @@ def _results(audits: Audits, compared: Mapping[str, Mapping[str, ContentAudit]])
     return results
 
 
-def _print_compared(compared: Mapping[str, Mapping[str, ContentAudit]], seal: str | None) -> None:
+def _print_compared(compared: Comparisons, seal: str | None) -> None:
     for name, contents in compared.items():
         for source, content in contents.items():
             print_comparison(source, asdict(content), "the outbox" if name == "content" else str(seal))

@@ -65,6 +65,8 @@ def audit_content(chains: Mapping[str, Sequence[Segment]], first_numbers: Mappin
         StoreUnavailable: the database cannot be read now.
     """
     audits = {source: ContentAudit() for source in chains}
+    if not chains:
+        return audits
     with long_read() as db:
         for source, segments in chains.items():
             for segment in segments:
