@@ -75,14 +75,16 @@ def test_each_source_gets_its_acknowledgements_with_the_time_of_redis(redis: Red
         assert 590 < redis.ttl(key) <= 600
 
 
-@pytest.mark.parametrize("others", [[], ["x"]])
-def test_released_jobs_leave_the_reserved_list_and_lose_their_counts(redis: Redis, others: list[str]) -> None:
+@pytest.mark.parametrize(("before", "after"), [([], []), (["x"], ["y"]), ([], ["y"]), (["x"], [])])
+def test_released_jobs_leave_the_reserved_list_and_lose_their_counts(
+    redis: Redis, before: list[str], after: list[str]
+) -> None:
     """Other reserved jobs keep their place, and the counts of other jobs stay."""
-    redis.rpush(RESERVED, *others, "a", "b", *others)
+    redis.rpush(RESERVED, *before, "a", "b", *after)
     for counts in (CRASHES, TIMEOUTS):
         redis.hset(counts, mapping={"a": 1, "b": 2, "other": 3})
     assert complete(redis, "a", "b") == ([], [], [])
-    assert listed(redis, RESERVED) == [*others, *others]
+    assert listed(redis, RESERVED) == [*before, *after]
     assert redis.hgetall(CRASHES) == redis.hgetall(TIMEOUTS) == {b"other": b"3"}
 
 

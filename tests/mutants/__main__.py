@@ -1,6 +1,6 @@
 """Change one place of the source at a time, and see whether a test fails.
 
-python -m tests.mutants contract --json /tmp/contract.json
+python -m tests.mutants contract --json /tmp/contract.jsonl
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from tests.mutants.explanations import key_of, obsolete, read_explanations
+from tests.mutants.explanations import obsolete, read_explanations
 from tests.mutants.mutant import Mutant
 from tests.mutants.running import Result, mutants_of, run_target
 from tests.mutants.targets import TARGETS
@@ -57,7 +57,7 @@ def _run(name: str, options: argparse.Namespace) -> tuple[list[Result], int]:
     if options.again:
         earlier = map(json.loads, options.again.read_text("utf-8").splitlines())
         survivors = {tuple(one["key"]) for one in earlier if one["label"] in _LEFT}
-        mutants = [one for one in mutants if (one.path, _line_of(one), one.change) in survivors]
+        mutants = [one for one in mutants if _key_of(one) in survivors]
     if options.limit and options.limit < len(mutants):
         mutants = random.Random(options.seed).sample(mutants, options.limit)
     _say(f"{name}: {len(mutants)} of {len(everything)} mutants")
@@ -65,14 +65,15 @@ def _run(name: str, options: argparse.Namespace) -> tuple[list[Result], int]:
     results = run_target(target, mutants, ROOT, options.processes, partial(_report, options.json))
     _say(f"{name}: {time.monotonic() - start:.0f} s, {_score_table(results)}")
     chosen = set(mutants)
-    old = obsolete(_EXPLANATIONS, results, {(one.path, one.change) for one in everything if one not in chosen})
+    old = obsolete(_EXPLANATIONS, results, {_key_of(one) for one in everything if one not in chosen})
     for one in old:
         _say(f"the explanation matches no surviving mutant: {one.path}: {one.line}: {one.change}")
     return results, len(old)
 
 
-def _line_of(mutant: Mutant) -> str:
-    return (ROOT / mutant.path).read_text("utf-8").split("\n")[mutant.line - 1].strip()
+def _key_of(mutant: Mutant) -> tuple[str, str, str]:
+    line = (ROOT / mutant.path).read_text("utf-8").split("\n")[mutant.line - 1]
+    return mutant.path, line.strip(), mutant.change
 
 
 _EXPLANATIONS = read_explanations()
@@ -80,7 +81,7 @@ _LEFT = {"survived", "not reached"}
 
 
 def _label(result: Result) -> str:
-    is_explained = result.verdict in _LEFT and any(one.matches(result) for one in _EXPLANATIONS)
+    is_explained = result.verdict in _LEFT and any(one.matches(result.key) for one in _EXPLANATIONS)
     return "explained" if is_explained else result.verdict
 
 
@@ -116,7 +117,7 @@ def _score_table(results: list[Result]) -> str:
 
 
 def _as_dict(result: Result) -> dict[str, object]:
-    facts = {"key": key_of(result), "line": result.mutant.line, "verdict": result.verdict, "label": _label(result)}
+    facts = {"key": result.key, "line": result.mutant.line, "verdict": result.verdict, "label": _label(result)}
     return {**facts, "seconds": round(result.seconds, 2), "test": result.test}
 
 

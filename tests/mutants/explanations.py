@@ -10,7 +10,8 @@ from pathlib import Path
 from tests.mutants.running import Result
 
 FILE = Path(__file__).parent / "survivors.toml"
-
+Key = tuple[str, str, str]
+"""Path, text of the unchanged line without its indentation, and change of a mutant."""
 
 _ANY = "any"
 
@@ -29,10 +30,10 @@ class Explanation:
     change: str
     reason: str
 
-    def matches(self, result: Result) -> bool:
-        """Return whether it explains the mutant of this result."""
-        mutant = result.mutant
-        return (self.path, self.line) == (mutant.path, result.line_text) and self.change in {_ANY, mutant.change}
+    def matches(self, key: Key) -> bool:
+        """Return whether it explains the mutant with this key."""
+        path, line, change = key
+        return (self.path, self.line) == (path, line) and self.change in {_ANY, change}
 
 
 def read_explanations(file: Path = FILE) -> list[Explanation]:
@@ -40,24 +41,13 @@ def read_explanations(file: Path = FILE) -> list[Explanation]:
     return [Explanation(**entry) for entry in tomllib.loads(file.read_text("utf-8"))["survivor"]]
 
 
-def key_of(result: Result) -> tuple[str, str, str]:
-    """Return the key that an explanation of this result has."""
-    return result.mutant.path, result.line_text, result.mutant.change
-
-
 def obsolete(
-    explanations: Sequence[Explanation], results: Sequence[Result], left_out: Collection[tuple[str, str]]
+    explanations: Sequence[Explanation], results: Sequence[Result], left_out: Collection[Key]
 ) -> list[Explanation]:
-    """Return the explanations in the files of `results` that match no surviving mutant.
+    """Return the explanations that match mutants of `results`, of which none survived.
 
-    `left_out` has the path and change of each mutant that a sample does not contain: they may match.
+    `left_out` has the keys of the mutants that a sample does not contain: they may survive.
     """
-    survivors = [result for result in results if result.verdict in {"survived", "not reached"}]
-    paths = {result.mutant.path for result in results}
-    return [
-        one
-        for one in explanations
-        if one.path in paths
-        and not any(one.matches(result) for result in survivors)
-        and not any(one.path == path and one.change in {_ANY, change} for path, change in left_out)
-    ]
+    keys = {one.key for one in results}
+    may_survive = {one.key for one in results if one.verdict in {"survived", "not reached"}} | set(left_out)
+    return [one for one in explanations if any(map(one.matches, keys)) and not any(map(one.matches, may_survive))]

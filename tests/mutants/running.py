@@ -26,6 +26,8 @@ from tests.mutants.tree import copy_tree, mutated
 from tests.mutants.unmutated import Unmutated, run_unmutated
 
 _SCHEMA = "schema.sql"
+_UNCHANGED = "nothing"
+_NO_TEST_RAN = {pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR}
 
 Verdict = Literal["killed", "timeout", "survived", "not reached", "broken"]
 
@@ -46,6 +48,11 @@ class Result:
     line_text: str
     seconds: float
     test: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Path, line and change: by them an explanation names the mutant."""
+        return self.mutant.path, self.line_text, self.mutant.change
 
 
 class _Selection:
@@ -89,7 +96,7 @@ class Runner:
         Raises:
             SystemExit: a test fails.
         """
-        verdict, test = self._verdict(Mutant(path, 1, "nothing", self._text(path)), set(self._unmutated.seconds))
+        verdict, test = self._verdict(Mutant(path, 1, _UNCHANGED, self._text(path)), set(self._unmutated.seconds))
         if verdict != "survived":
             raise SystemExit(f"without a change, but in the order of the mutants, a test fails ({verdict}): {test}")
 
@@ -129,6 +136,8 @@ class Runner:
             self._kills[run.test] += 1
         if run.exit_code is None:
             return "timeout", run.test
+        if run.exit_code in _NO_TEST_RAN and run.test is None and mutant.change != _UNCHANGED:
+            self.check(mutant.path)  # otherwise a full disk, for example, would count as a test that failed
         is_passed = run.exit_code in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}
         return ("survived" if is_passed else "killed"), run.test
 

@@ -88,6 +88,7 @@ TARGETS = {
     ),
     "outbox": Target(
         files=("producers/outbox*.py", "producers/entries.py", "producers/sqlite_connections.py"),
+        but=("producers/outbox_segments.py",),
         tests=_OUTBOX_TESTS,
         without=(
             "tests/unit/test_outbox_file.py::test_processes_that_use_a_removed_file_lose_no_entry",
@@ -96,8 +97,20 @@ TARGETS = {
     ),
     "outbox SQL": Target(
         files=("producers/outbox*.py",),
+        but=("producers/outbox_segments.py",),
         tests=_OUTBOX_TESTS,
         mutants_of=sql_mutants,
+    ),
+    "digests": Target(
+        files=("producers/digests.py", "producers/segments.py", "producers/outbox_segments.py"),
+        tests=("tests/unit/test_digests.py", "tests/unit/test_outbox_segments.py"),
+        mutants_of=_python_and_sql_mutants,
+    ),
+    "content": Target(
+        files=("consumers/db/stored_content.py", "consumers/ops/content_audit.py", "consumers/ops/seal.py"),
+        tests=("tests/integration/test_content_audit.py",),
+        mutants_of=_python_and_sql_mutants,
+        needs_servers=True,
     ),
     "relay": Target(
         files=(
