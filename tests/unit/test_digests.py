@@ -73,6 +73,11 @@ def test_each_value_has_one_canonical_text(value: Any, text: str) -> None:
     assert canonical_text(SNAPSHOT_TYPE, snapshot.event_id, {"x": value, "absent": None}) == expected
 
 
+def test_a_value_of_another_type_has_no_canonical_text() -> None:
+    with pytest.raises(TypeError, match="a value of type bytes has no canonical text"):
+        canonical_text(SNAPSHOT_TYPE, a_snapshot().event_id, {"x": b""})
+
+
 def test_the_text_of_an_event_may_differ_while_its_digest_is_the_same() -> None:
     """Source, number, spelling of numbers, order of keys and the offset of the time are not content."""
     archive = an_archive(signals=[{"a": Decimal("1.0"), "b": 100}])

@@ -89,6 +89,7 @@ def test_the_digests_of_deleted_entries_stay_in_the_outbox(path: Path) -> None:
     assert (segment.previous_head, segment.head) == (CHAIN_START, _head(entries, [2]))
     assert (segment.sequences, [*segment.rejected]) == ([1, 2, 3, 4, 5], [2])
     assert segment.prefixes == b"".join(_digest(one)[:PREFIX_BYTES] for one in entries)
+    assert [segment.prefix(n) for n in range(5)] == [_digest(one)[:PREFIX_BYTES] for one in entries]
 
 
 def test_kept_entries_continue_the_chain_of_deleted_ones(path: Path) -> None:
@@ -113,11 +114,11 @@ def test_a_segment_grows_to_a_thousand_events(path: Path) -> None:
     """Then the next one begins. The head is the same however the entries were deleted."""
     with Outbox(path) as outbox:
         entries = []
-        for _ in range(3):
+        for _ in range(4):
             entries += _append(outbox, 400)
             _prune(outbox)
         segments = _content(outbox)
-    assert [len(segment.sequences) for segment in segments] == [SEGMENT_EVENTS, 1200 - SEGMENT_EVENTS]
+    assert [len(segment.sequences) for segment in segments] == [SEGMENT_EVENTS, 1600 - SEGMENT_EVENTS]
     assert segments[-1].head == _head(entries)
 
 
@@ -206,6 +207,21 @@ def test_the_digests_of_a_removed_file_are_carried_over(path: Path) -> None:
     assert before[0].head == _head(entries)
 
 
+def test_equal_chains_of_two_sources_are_both_carried_over(path: Path) -> None:
+    """They have recorded the same events under the same numbers."""
+    with Outbox(path) as outbox:
+        for name in ("a", "b"):
+            (one,) = outbox.append(name, [a_snapshot()])
+            _send(outbox)
+            _settle(outbox, one, Outcome("stored", row_id=1))
+        _prune(outbox)
+        before = _content(outbox)
+        path.unlink()
+        outbox.status()
+        assert _content(outbox) == before
+    assert before[0] == before[1]
+
+
 def test_both_chains_stay_if_a_copy_of_the_outbox_replaces_it(path: Path, tmp_path: Path) -> None:
     """Both continue the chain that they share, each with its own events."""
     copy = tmp_path / "copy.db"
@@ -258,6 +274,9 @@ def test_the_digests_of_a_damaged_file_are_salvaged(path: Path) -> None:
         before = _content(outbox)
         with closing(sqlite3.connect(path)) as db, db:
             db.execute("UPDATE segments SET ranges = '[[7,1006]]' WHERE id = 2")
+            # Records of other tables may have as many columns.
+            db.execute("CREATE TABLE other (a, b, c, d, e, f, g, h)")
+            db.execute("INSERT INTO other VALUES (1, 2, 3, 4, 5, 6, 7, 8), (1, 'a', 3, 4, 'b', 'c', 7, 8)")
         outbox.close()
         with path.open("r+b") as file:
             file.write(bytes(100))  # the header of the file
