@@ -189,7 +189,7 @@ def test_values_that_the_table_refuses_reject_only_their_event() -> None:
 
 
 @pytest.mark.parametrize("discarded_before", [False, True])
-def test_a_rejection_that_was_discarded_needs_nobody_again(discarded_before: bool) -> None:
+def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(discarded_before: bool) -> None:
     """Its delivery stays rejected, and belongs no more in the registry of failed jobs."""
     (first,) = decided(Delivery("job", "x", None, UNSUPPORTED))
     if discarded_before:

@@ -280,7 +280,7 @@ def test_a_withdrawal_with_a_lone_surrogate_differs(receipts: list[Receipt], cha
     assert _differing(chains) == [4]
 
 
-def test_signals_that_are_no_list_differ(producer: HistoryProducer, work: Work) -> None:
+def test_signals_that_are_not_a_list_differ(producer: HistoryProducer, work: Work) -> None:
     """The owner of the table has dropped its constraints."""
     _deliver(producer, work, [producer.record(an_archive()), producer.record(an_archive())])
     for name in ("data_is_an_array", "count_is_the_length"):

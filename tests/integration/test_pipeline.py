@@ -253,6 +253,7 @@ def test_a_job_without_a_valid_event_is_rejected_with_a_reason(redis: Redis, wor
     ((job_id, outcome, reason),) = _rows("SELECT job_id, outcome, reason FROM event_outcomes")
     assert (job_id, outcome) == ("foreign-1", "rejected")
     assert reason
+    assert _queue(redis).failed_job_registry.get_job_ids() == ["foreign-1"]
     assert [row["source"] for row in get_portfolio_history()] == ["another/producer"]
 
 

@@ -116,7 +116,7 @@ def page(rows: list[Any], wanted: Filter) -> list[Any]:
     return sorted(rows, reverse=True)[: wanted.limit]
 
 
-def test_snapshots_are_the_newest_of_the_filter_behind_the_place(db: Connection) -> None:
+def test_a_page_has_the_newest_matching_snapshots_after_the_cursor(db: Connection) -> None:
     """They are ordered by date, then time, then id, whatever date a caller has given."""
     rows = insert_snapshots(db)
     places = [{"snapshot_date": row.date, "timestamp": row.at, "id": row.id} for row in rows]
@@ -138,7 +138,7 @@ def test_closes_are_the_last_of_each_portfolio_and_date_in_the_period(db: Connec
         assert found(db, closes(wanted), "snapshot_date", "timestamp", "id") == page(chosen, wanted), wanted
 
 
-def test_archives_are_the_newest_of_the_filter_behind_the_place(db: Connection) -> None:
+def test_a_page_has_the_newest_matching_archives_after_the_cursor(db: Connection) -> None:
     """They are ordered by time, then id."""
     rows = insert_archives(db)
     places = [{"archived_at": row.at, "id": row.id} for row in rows]
@@ -221,8 +221,8 @@ def test_months_are_newest_first_with_their_number_of_archives(db: Connection) -
 
 
 @pytest.mark.parametrize("month", [date(2026, 1, 1), date(2026, 2, 1)])
-def test_archives_of_a_month_are_newest_first_before_or_from_a_place(db: Connection, month: date) -> None:
-    """A listing begins behind the place, a search with it. The search reads its documents in the same order."""
+def test_archives_of_a_month_are_newest_first_before_the_cursor_or_from_it_on(db: Connection, month: date) -> None:
+    """A listing begins after the cursor, a search at it. The search reads its documents in the same order."""
     rows = insert_archives(db)
     of_month = sorted(((row.at, row.id) for row in rows if row.month == f"{month:%Y-%m}"), reverse=True)
     for n in (0, 3, len(of_month) - 2):

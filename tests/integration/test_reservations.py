@@ -126,7 +126,7 @@ def test_a_count_has_one_to_four_digits_and_any_other_value_becomes_zero(redis: 
     assert redis.hget(CRASHES, "a") == redis.hget(TIMEOUTS, "a") == str(count).encode()
 
 
-def test_no_job_is_added_to_4_mib_of_data(redis: Redis) -> None:
+def test_a_reservation_that_has_reached_4_mib_takes_no_further_job(redis: Redis) -> None:
     """A reservation of large jobs is short; a job that is larger than that is reserved alone."""
     enqueue(redis, "a", "b", "c", data="x" * 2**21)
     enqueue(redis, "d", data="x" * 2**22)
@@ -160,7 +160,7 @@ def test_a_job_is_read_up_to_its_largest_size(redis: Redis, more_bytes: int, sta
     assert (job.state, len(job.data)) == (state, 0 if more_bytes else size)
 
 
-def test_a_reserved_job_says_what_it_asks_of_rq_beside_its_call(redis: Redis) -> None:
+def test_a_reserved_job_lists_the_rq_features_that_it_asks_for(redis: Redis) -> None:
     """A callback, webhooks, repetitions, a rate limit, or an own result_ttl. An empty field asks for nothing."""
     asks = ("success_callback_name", "failure_callback_name", "stopped_callback_name", "webhooks", "repeats_left")
     for field in (*asks, "rate_limit_key"):
@@ -282,7 +282,7 @@ def test_a_crash_counts_only_against_a_job_that_ran_alone(
     assert redis.hkeys(OWNERS) == [owner_of(living).encode()]
 
 
-def test_a_stalled_database_or_another_reservation_ends_the_time_alone(redis: Redis) -> None:
+def test_a_job_no_longer_counts_as_running_alone_after_a_stalled_database_or_another_reservation(redis: Redis) -> None:
     """A crash is not counted then."""
     enqueue(redis, "a")
     one = reservations_of(redis)

@@ -381,7 +381,7 @@ def _seen(redis: Redis, when: str) -> State:
     return {(when, what): value for what, value in seen.items()}
 
 
-def test_a_running_worker_has_the_same_visible_state(redis: Redis, database_url: str, tmp_path: Path) -> None:
+def test_a_running_worker_looks_like_rqs_own_worker(redis: Redis, database_url: str, tmp_path: Path) -> None:
     """Worker.all(), the states of jobs and `rq info` are equal while it is idle, busy and gone, except as allowed."""
     rq_seen = _watched(redis, "rq.SimpleWorker", tmp_path / "rq.log")
     our_seen = _watched(redis, "consumers.worker.HistoryWorker", tmp_path / "our.log")

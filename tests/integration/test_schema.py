@@ -275,7 +275,7 @@ def test_constraints_accept_the_rows_at_their_limits(database_url: str) -> None:
     assert [str(value) for value in row] == [largest] * 4
 
 
-def test_only_these_columns_may_be_null(database_url: str) -> None:
+def test_only_optional_columns_may_be_null(database_url: str) -> None:
     """The number and the portfolio of an event may be absent; an outcome may have been unreadable."""
     with get_db() as db:
         rows = db.execute(
@@ -313,8 +313,8 @@ def test_each_table_notes_the_time_of_its_rows(database_url: str) -> None:
         assert db.execute(text(times)).scalars().all() == [True] * 4
 
 
-def test_these_indexes_exist(database_url: str) -> None:
-    """A query of a large table needs each of them; tests of plans name the queries."""
+def test_each_index_of_the_schema_exists(database_url: str) -> None:
+    """There is no other index. A query of a large table needs each of them; tests of plans name the queries."""
     newest = 'snapshot_date DESC, "timestamp" DESC, id DESC'
     dated = "(((\"timestamp\" AT TIME ZONE 'UTC'::text))::date {} 1)"
     otherwise = f"WHERE ((snapshot_date < {dated.format('-')}) OR (snapshot_date > {dated.format('+')}))"

@@ -533,7 +533,7 @@ def test_orphans_of_stock_workers_are_requeued_not_failed(redis: Redis, monkeypa
 
 
 def test_the_events_of_a_killed_worker_are_stored_by_the_next(redis: Redis, database_url: str) -> None:
-    """It is killed while its insert waits for a lock. No event is lost, and no job fails."""
+    """Within 30 s. It is killed while its insert waits for a lock. No event is lost, and no job fails."""
     with get_db() as db:
         db.execute(text("LOCK TABLE portfolio_history IN EXCLUSIVE MODE"))
         with _worker_process() as victim:
@@ -541,11 +541,11 @@ def test_the_events_of_a_killed_worker_are_stored_by_the_next(redis: Redis, data
             until(lambda: len(redis.keys("history:reserved:*")) == 1)
             victim.send_signal(signal.SIGKILL)
             victim.wait()
+            killed_at = time.monotonic()
     assert get_portfolio_history() == []
-    started = time.monotonic()
     with _worker_process():
         until(lambda: len(get_portfolio_history()) == 20, seconds=60)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - killed_at < 30
     assert history_queue(redis).failed_job_registry.count == 0
     assert _outcomes() == []
     assert len(job_ids) == 20

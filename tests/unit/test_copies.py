@@ -403,7 +403,7 @@ def test_one_of_two_copies_that_exchange_the_token_at_the_same_moment_keeps_the_
     assert b.record(a_snapshot()) == source
 
 
-def test_a_relay_that_others_forestall_at_every_try_exchanges_the_token_at_its_next_check(
+def test_a_relay_whose_exchange_fails_at_every_try_exchanges_the_token_at_its_next_check(
     bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until then, it keeps its source."""

@@ -142,13 +142,13 @@ def test_a_call_may_be_as_long_as_the_largest_event_written_in_escapes() -> None
     ("call", "text"),
     [(["f", None, ["text"], {}], "text"), (["f", None, [7], {}], ""), (["f", None, [], {}], ""), (b"garbage", "")],
 )
-def test_the_text_of_a_job_that_defeats_the_parser_is_its_first_argument(call: Any, text: str) -> None:
+def test_the_text_of_a_job_that_the_parser_cannot_handle_is_its_first_argument(call: Any, text: str) -> None:
     """It is empty if there is no such text."""
     assert unreadable_delivery(a_job(call)) == Delivery("job", text, None)
 
 
-def test_an_interrupt_is_no_defect_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It ends the worker, also while the text of a job is read."""
+def test_a_keyboard_interrupt_while_a_job_is_read_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other exception there makes the text empty."""
 
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt

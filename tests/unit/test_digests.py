@@ -110,7 +110,7 @@ def test_a_derived_month_is_part_of_the_digest() -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", json.dumps({"type": SNAPSHOT_TYPE}), '{"type": "unknown"}', "[" * 100_000]
 )
-def test_a_text_that_is_no_event_has_no_digest(text: str) -> None:
+def test_a_text_that_is_not_an_event_has_no_digest(text: str) -> None:
     """Another version of the program may have recorded it; its row cannot be compared."""
     assert {digest_of_text(event_type, text) for event_type in (SNAPSHOT_TYPE, ARCHIVE_TYPE, "unknown")} == {None}
 

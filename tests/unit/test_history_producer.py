@@ -85,8 +85,8 @@ def test_waiting_for_an_event_that_the_outbox_no_longer_keeps_is_an_error(
         receipt.wait(5)
 
 
-def test_what_is_no_event_is_invalid_and_nothing_is_recorded(producer: HistoryProducer) -> None:
-    """Also if only one of several is none. The message names the type and not the value."""
+def test_an_argument_that_is_not_an_event_is_invalid_and_records_nothing(producer: HistoryProducer) -> None:
+    """Also if the other arguments are events. The message names the type and not the value."""
     for given in ({"balance": 1}, None, "pa55"):
         with pytest.raises(InvalidEvent, match="^event: must be a PortfolioSnapshot or SignalArchive, not ") as caught:
             producer.record_many([a_snapshot(), given])  # type: ignore[list-item]

@@ -142,7 +142,7 @@ def test_the_module_of_each_caller_calls_the_function(caller: str, called: str) 
         assert getattr(module, name) is _found(called)
 
 
-def test_the_limits_in_the_documents_of_the_worker_are_those_of_the_code() -> None:
+def test_the_documented_limits_of_the_worker_are_those_of_the_code() -> None:
     """Each is written once, with its unit."""
     for document, limits in {
         "consumers/worker/README.md": (

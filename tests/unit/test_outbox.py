@@ -273,7 +273,7 @@ def test_an_unchanged_destination_is_set_while_another_process_writes(path: Path
     assert (identity.redis, identity.queue) == ("database 0 on here", "history")
 
 
-def test_only_these_columns_may_be_null(path: Path) -> None:
+def test_only_optional_columns_may_be_null(path: Path) -> None:
     """Each other value is known when its row is written."""
     Outbox(path).close()
     columns = """
@@ -482,7 +482,7 @@ def test_old_settled_entries_are_deleted_and_others_never(path: Path) -> None:
         outbox.status_of(stored)
 
 
-def test_a_disk_that_is_full_when_the_file_is_created_raises_an_error(path: Path) -> None:
+def test_a_size_limit_that_is_reached_when_the_file_is_created_raises_an_error(path: Path) -> None:
     """As soon as there is room, the same file can be used."""
     with pytest.raises(OutboxError, match="is full: its disk, or its limit"):
         Outbox(path, max_bytes=2**13).append(NAME, [a_snapshot()])

@@ -100,8 +100,8 @@ def test_an_entry_is_overdue_when_its_interval_has_passed(
     assert len(outbox.deliveries.overdue(1)) == 1
 
 
-def test_the_clock_of_a_new_file_continues_in_another_process(path: Path, machine: Machine) -> None:
-    """It begins with the wall clock, and continues although nothing was recorded."""
+def test_the_clock_of_a_new_file_continues_when_it_is_opened_again(path: Path, machine: Machine) -> None:
+    """It begins with the wall clock. Nothing was recorded before the file was opened again."""
     Outbox(path).close()
     machine.wait(50)
     outbox = Outbox(path)

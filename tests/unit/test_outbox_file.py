@@ -743,11 +743,11 @@ def test_opening_a_file_with_two_names_for_reading_keeps_both_names(path: Path) 
 
 
 @pytest.mark.parametrize("table", ["batches", "retries", "outcomes"])
-def test_entries_whose_state_is_lost_are_reported_and_checked(
-    path: Path, table: str, caplog: pytest.LogCaptureFixture
+def test_entries_whose_state_is_lost_are_reported_and_sent_again(
+    path: Path, redis: fakeredis.FakeRedis, table: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A power failure may lose the write of one page, with the rows of several entries. They were sent, and are known
-    to no table then."""
+    to no table then. The relay sends them again."""
     with Outbox(path) as outbox:
         accepted = _append(outbox, 4)
         outbox.deliveries.mark_sent({entry.position: 0.0 for entry in outbox.deliveries.pending(3)})
@@ -768,6 +768,8 @@ def test_entries_whose_state_is_lost_are_reported_and_checked(
         assert (outbox.status().pending, outbox.status().sent) == (1, 3)
         assert len(outbox.deliveries.overdue(10)) == 3
         assert outbox.quick_check(60) is None
+        Relay(outbox, redis, "history", keep_seconds=60).sweep()
+    assert sorted(queue_of(redis).job_ids) == sorted(_job_ids(accepted))
     assert [one.levelname for one in caplog.records] == ["ERROR"]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -649,14 +651,29 @@ def test_a_relay_lets_batches_form_if_many_entries_are_recorded(
 
 
 def test_an_idle_relay_sweeps_less_and_less_often(
-    outbox: Outbox, relay: Relay, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pauses grow to 50 ms, so that it takes little time from the caller's program."""
-    sweeps = _counted(relay, monkeypatch, lambda: False)
+    """After an entry was sent, pauses grow from 5 to 50 ms, so that it takes little time from the caller's program."""
+    waits: list[float] = []
+
+    class Recorded(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(threading, "Event", Recorded)
+    relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
+    results = iter([True])
+    monkeypatch.setattr(relay, "sweep", lambda: next(results, False))
     relay.start()
-    time.sleep(0.5)
+    _until(lambda: waits.count(0.05) >= 3)
     relay.stop()
-    assert 2 <= len(sweeps) <= 25
+    pauses = [wait for wait in waits if wait >= 0.005]  # shorter waits keep the sweeps 5 ms apart
+    growing = pauses[: pauses.index(0.05) + 1]
+    assert growing[0] == 0.005
+    assert len(growing) > 3
+    assert all(pause < after for pause, after in pairwise(growing))
+    assert set(pauses[len(growing) :]) == {0.05}
 
 
 def test_relays_that_die_before_they_mark_an_entry_enqueue_it_once(

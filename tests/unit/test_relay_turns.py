@@ -153,7 +153,7 @@ def test_only_a_relay_process_that_has_the_turn_sends_heartbeats(new: New, path:
     assert process._outbox.header.relay_is_alive()
 
 
-def test_a_producers_relay_names_the_destination_of_a_new_file(new: New, path: Path) -> None:
+def test_a_producers_relay_names_the_destination_of_a_new_file(new: New, redis: fakeredis.FakeRedis) -> None:
     """A relay process does not: it may be configured for another queue."""
     process = new("one")
     process.sweep()
@@ -162,4 +162,5 @@ def test_a_producers_relay_names_the_destination_of_a_new_file(new: New, path: P
     producer = new(queue="evening")
     producer.sweep()
     header = producer._outbox.header.read()
-    assert (header.redis, header.queue) == producer.turn._destination
+    host = redis.get_connection_kwargs()["host"]  # each test has its own
+    assert (header.redis, header.queue) == (f"database 0 on {host}, port 6379", "evening")

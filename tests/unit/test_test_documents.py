@@ -226,13 +226,30 @@ def test_each_guarantee_of_the_readme_has_tests_and_each_listed_test_exists() ->
         assert _missing_tests(listed) == []
 
 
-@pytest.mark.parametrize("document", ["tests/PROMISES.md", "tests/CONSUMER_PROMISES.md"])
+_lists_of_promises = pytest.mark.parametrize("document", ["tests/PROMISES.md", "tests/CONSUMER_PROMISES.md"])
+
+
+def _check_promises(lines: list[str], form: str, document: str = "") -> None:
+    """Each line has this form: a promise, its document unless it is given, and its tests."""
+    promises = [re.fullmatch(form, line) for line in lines if line]
+    assert promises
+    assert None not in promises
+    for found in (one.groupdict() for one in promises if one):
+        assert found["promise"] in " ".join(text_of(document or found["document"]).split())
+        assert _missing_tests(re.findall(r"\[([^]]+)\]\(([^)]+)\)", found["tests"])) == []
+
+
+@_lists_of_promises
 def test_each_listed_promise_is_in_its_document_and_has_tests_that_exist(document: str) -> None:
-    for section in re.split(r"^## ", text_of(document), flags=re.M)[1:]:
+    *sections, _ = re.split(r"^## ", text_of(document), flags=re.M)[1:]
+    for section in sections:
         promising, *lines = section.strip().split("\n")
-        text = " ".join(text_of(promising).split())
-        promises = [re.fullmatch(r'- "(.+)": (\[.+\))', line) for line in lines if line]
-        assert None not in promises
-        for promise, tests in (found.groups() for found in promises if found):
-            assert promise in text
-            assert _missing_tests(re.findall(r"\[([^]]+)\]\(([^)]+)\)", tests)) == []
+        _check_promises(lines, r'- "(?P<promise>.+)": (?P<tests>\[.+\))', promising)
+
+
+@_lists_of_promises
+def test_a_promise_that_is_shown_only_in_part_has_a_remark(document: str) -> None:
+    """The last section has these promises; its lines name their documents."""
+    title, *lines = re.split(r"^## ", text_of(document), flags=re.M)[-1].split("\n")
+    assert title == "Shown only in part"
+    _check_promises(lines, r'- "(?P<promise>.+)" in (?P<document>\S+): (?P<tests>\[.+\)|no test); .+')

@@ -132,7 +132,7 @@ def test_a_worker_stores_a_fact_once_and_rejects_other_content(trading_history: 
         receipts[4].wait(0)
 
 
-def test_a_worker_names_a_job_that_is_no_event(trading_history: FakeHistory) -> None:
+def test_a_worker_names_a_job_that_is_not_an_event(trading_history: FakeHistory) -> None:
     """Code under test enqueued it. It stays in the queue."""
     job = queue_of(trading_history.redis).enqueue("os.system", "true")
     with pytest.raises(HistoryError, match=rf"^job {job.id}: os\.system is not a job function of this project$"):
