@@ -405,6 +405,18 @@ def test_a_seal_finds_a_change_without_the_outbox(
     assert (result["source"], result["against"]["differing"]) == (receipts[0].source, 6)
 
 
+def test_a_seal_in_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SealError, match="cannot write the seal .*missing/seal: No such file or directory"):
+        write_seal(tmp_path / "missing" / "seal", {})
+
+
+def test_all_differences_are_counted_and_the_first_hundred_are_kept() -> None:
+    found = ContentAudit()
+    for number in range(1, 103):
+        found.add(number, number, "differs")
+    assert (found.differing, len(found.differences), found.differences[-1].first) == (102, 100, 100)
+
+
 def test_a_seal_on_a_full_disk_is_removed(receipts: list[Receipt], producer: HistoryProducer, tmp_path: Path) -> None:
     """It could be written again later, under the same name."""
     chains = _chains(_outbox(producer))

@@ -169,6 +169,22 @@ def test_entries_of_different_sources_share_one_batch(path: Path) -> None:
         assert [segment.sequences for segment in _content(outbox)] == [[1, 2, 3, 4, 5, 6]] * 2
 
 
+def test_nothing_is_deleted_if_the_file_is_replaced_meanwhile(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the new file, the positions that were read belong to other entries."""
+    with Outbox(path) as outbox:
+        _append(outbox, 2)
+
+        def replace_file(event_type: str, text: str) -> bytes | None:
+            monkeypatch.undo()
+            path.unlink()
+            _append(outbox, 2)
+            return digest_of_text(event_type, text)
+
+        monkeypatch.setattr("producers.outbox_segments.digest_of_text", replace_file)
+        assert _prune(outbox) == 0
+        assert [entry.sequence for entry in outbox.entries()] == [3, 4]
+
+
 def test_entries_of_an_unknown_kind_are_deleted_without_a_digest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A newer version of the program may have recorded them. A digest of their text would fit no row."""
     with Outbox(path) as outbox:
