@@ -292,7 +292,9 @@ def test_the_digests_of_a_damaged_file_are_salvaged(path: Path) -> None:
             db.execute("UPDATE segments SET ranges = '[[7,1006]]' WHERE id = 2")
             # Records of other tables may have as many columns.
             db.execute("CREATE TABLE other (a, b, c, d, e, f, g, h)")
-            db.execute("INSERT INTO other VALUES (1, 2, 3, 4, 5, 6, 7, 8), (1, 'a', 3, 4, 'b', 'c', 7, 8)")
+            db.execute(
+                "INSERT INTO other VALUES (1, 'a', 3, 4, 'b', 'c', 7, 8), (1, 2, x'03', x'04', 5, 6, x'07', x'08')"
+            )
         outbox.close()
         with path.open("r+b") as file:
             file.write(bytes(100))  # the header of the file
