@@ -109,9 +109,8 @@ class _StoredEvents:
             self._own[own.sequence].append(own)
         for outcome in outcomes_by_number(db, source, numbers):
             self._outcomes[outcome.sequence].append(outcome)
-        # A duplicate's row has the number of another delivery. So has the corrected row of a withdrawn event.
+        # A duplicate's row has the number of another delivery.
         others = {one.event_id for many in self._outcomes.values() for one in many if one.event_id is not None}
-        others |= {one.event_id for many in self._own.values() for one in many if one.place == "withdrawal"}
         for content in contents_by_event(db, others):
             self._of_event[content.event_id].append(content)
 
