@@ -96,12 +96,14 @@ _AWAITING = {
     "rejected": "SELECT id, name, resends FROM sources WHERE EXISTS (SELECT 1 FROM outcomes WHERE row_id IS NULL)",
 }
 
+# Without the events: SQLite would read all of them to sort the entries.
 _PRUNED = """
-SELECT position, source_id, sequence, type, row_id IS NULL, event
+SELECT position, source_id, sequence, type, row_id IS NULL
 FROM (SELECT position, row_id FROM outcomes WHERE settled_at < ? AND position <= (SELECT sent_through FROM outbox)
     ORDER BY settled_at LIMIT ?) CROSS JOIN entries USING (position)
 ORDER BY source_id, sequence, nonce
 """
+_EVENT = "SELECT event FROM entries WHERE position = ?"
 _DELETE_ENTRIES = "DELETE FROM entries WHERE position IN (SELECT value FROM json_each(?))"
 _DELETE_OUTCOMES = "DELETE FROM outcomes WHERE position IN (SELECT value FROM json_each(?)) RETURNING position"
 
@@ -265,8 +267,8 @@ class OutboxDeliveries:
                 settled_before = math.inf
             db.execute(SKIP_SETTLED)
             generation = self._file.generation
-            with closing(db.execute(_PRUNED, (settled_before, _PRUNED_ENTRIES))) as found:
-                rows = one_page(found)
+            found = db.execute(_PRUNED, (settled_before, _PRUNED_ENTRIES)).fetchall()
+            rows = one_page((*row, *db.execute(_EVENT, row[:1]).fetchone()) for row in found)
         # Compute the digests between two transactions: appends wait while one is open.
         settled: dict[str, dict[int, SettledEvent | None]] = {}
         for position, source_id, sequence, event_type, is_rejected, event in rows:

@@ -35,6 +35,8 @@ Row = TypeVar("Row", bound=Sequence[Any])
 
 def add_to_chain(db: sqlite3.Connection, source_id: str, events: Sequence[SettledEvent]) -> None:
     """Add settled events of one source, which are about to be deleted, to its chain."""
+    if not events:
+        return
     found = db.execute(_LAST, (source_id,)).fetchone()
     last = None if found is None else _segment(found)
     changed = continued(last, events)

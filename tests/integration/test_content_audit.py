@@ -393,6 +393,9 @@ def test_a_seal_finds_a_change_without_the_outbox(
     assert (again.returncode, again.stderr.count("\n"), again.stdout) == (1, 1, made.stdout)
     assert "exists, and a seal is never overwritten" in again.stderr
 
+    assert _run("--content", "--against", seal, "--seal", tmp_path / "later").returncode == 0
+    assert (tmp_path / "later").read_text().splitlines()[1:-1] == seal.read_text().splitlines()[1:-1]
+
     producer._transport.outbox.path.unlink()
     assert _run(*to_compare).returncode == 0
     _execute("DELETE FROM portfolio_history")

@@ -194,6 +194,11 @@ def test_entries_of_an_unknown_kind_are_deleted_without_a_digest(path: Path, mon
         assert [segment.sequences for segment in _content(outbox)] == [[2]]
         assert _prune(outbox) == 2
         assert [segment.sequences for segment in _content(outbox)] == [[2]]
+        _append(outbox, 1)
+        with closing(sqlite3.connect(path)) as db, db:
+            db.execute("UPDATE entries SET type = 'trading.trade.v1'")
+        assert _prune(outbox) == 1
+        assert [segment.sequences for segment in _content(outbox)] == [[2]]
 
 
 def test_a_batch_of_large_events_is_read_in_parts(path: Path) -> None:
