@@ -1,4 +1,12 @@
-"""Survivors that no test has to kill, each with its reason, from survivors.toml."""
+"""Survivors that no test has to kill, each with its reason, from the files in `survivors`.
+
+Each file is named after a target, and has tables like this one:
+
+    [["producers/relay.py"]]
+    line = "_BUSY_ENTRIES = 3"          # the unchanged line, without its indentation
+    change = "any"                      # the change, a list of changes, or "any" for all changes of the line
+    reason = "a tuning value: no promise depends on it"
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,7 @@ from pathlib import Path
 
 from tests.mutants.running import Result
 
-FILE = Path(__file__).parent / "survivors.toml"
+FOLDER = Path(__file__).parent / "survivors"
 Key = tuple[str, str, str]
 """Path, text of the unchanged line without its indentation, and change of a mutant."""
 
@@ -36,9 +44,15 @@ class Explanation:
         return (self.path, self.line) == (path, line) and self.change in {_ANY, change}
 
 
-def read_explanations(file: Path = FILE) -> list[Explanation]:
-    """Return all explanations of the file."""
-    return [Explanation(**entry) for entry in tomllib.loads(file.read_text("utf-8"))["survivor"]]
+def read_explanations(folder: Path = FOLDER) -> list[Explanation]:
+    """Return the explanations of all files: one for each change of a list."""
+    return [
+        Explanation(path, entry["line"], change, entry["reason"])
+        for file in sorted(folder.glob("*.toml"))
+        for path, entries in tomllib.loads(file.read_text("utf-8")).items()
+        for entry in entries
+        for change in ([entry["change"]] if isinstance(entry["change"], str) else entry["change"])
+    ]
 
 
 def obsolete(
