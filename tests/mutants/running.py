@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import tempfile
 import time
@@ -163,6 +164,7 @@ def run_target(
         plugins = [servers] if servers else []
         unmutated = run_unmutated(tree, files_of(target, root), target.arguments(), plugins)
     _import(unmutated.modules)
+    gc.freeze()  # pytest collects garbage in each child, which would look at all these modules again
     with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
         parts = [mutants[number::processes] for number in range(processes)]
         runs = [pool.submit(_run_part, target, part, root, unmutated, report) for part in parts]
