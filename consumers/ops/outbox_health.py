@@ -251,9 +251,8 @@ def outbox_copy_checks(settings: TransportSettings) -> Iterator[HealthCheck]:
     left = [source.full_name for source in sources if source.left_because == "copied"]
     with _redis_of(settings) as redis:
         tokens = redis.mget([token_key(source) for source in current]) if redis is not None and current else []
-    known = {header.token, header.next_token, None}
     problem = f"this outbox was copied or restored: another copy now uses its source {', '.join(left)}" if left else ""
-    if any((None if token is None else shown(token)) not in known for token in tokens):
+    if any(token is not None and shown(token) not in header.tokens for token in tokens):
         problem = f"another copy of this outbox now uses its source {', '.join(current)}"
     found = "no other copy found" + (" (Redis was not asked: REDIS_URL is not set)" * (settings.redis_url is None))
     advice = "run trading-history audit on the host of each copy; give each controller a separate outbox"
