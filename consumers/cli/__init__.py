@@ -26,6 +26,7 @@ from consumers.cli import (
     serving,
     status,
     up,
+    withdrawing,
 )
 from consumers.cli.error_messages import error_message
 from consumers.process_setup import on_stop_signals, write_logs
@@ -114,7 +115,7 @@ _COMMANDS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
         "doctor": doctor.doctor,
         "audit": audit.audit,
         "failed": failed.failed_app,
-        "withdraw": failed.withdraw,
+        "withdraw": withdrawing.withdraw,
         "outbox": outbox.outbox_app,
     },
     "Import and export": {

@@ -20,7 +20,7 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from consumers.db.inserts import insert_events
 from consumers.ops.audit import SourceAudit, audit
-from consumers.ops.failed import rejected_text, rejections
+from consumers.ops.rejections import rejected_text, rejections
 from producers.errors import EventRejected
 from producers.events import KINDS, SNAPSHOT_TYPE, encode, event_of
 from producers.history_producer import HistoryProducer, Receipt

@@ -22,7 +22,8 @@ from consumers.cli.failed import failed_list
 from consumers.db.engine import get_db
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
-from consumers.ops.failed import Rejection, Selection, count_rejections, discard, kind_of, rejections, requeue
+from consumers.ops.failed import discard, kind_of, requeue
+from consumers.ops.rejections import Rejection, Selection, count_rejections, rejections
 from consumers.terminal import MOST_REJECTIONS
 from producers.errors import HistoryError
 from producers.events import ARCHIVE_TYPE, SNAPSHOT_TYPE

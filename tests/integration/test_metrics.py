@@ -26,9 +26,10 @@ from sqlalchemy import make_url
 from consumers.operations import get_portfolio_history, insert_portfolio_history_snapshot
 from consumers.ops import exposition
 from consumers.ops.exposition import worker_registry
-from consumers.ops.failed import discard, rejections
+from consumers.ops.failed import discard
 from consumers.ops.metrics import COUNTS
 from consumers.ops.queue_health import read_queue
+from consumers.ops.rejections import rejections
 from consumers.web import api
 from consumers.worker.completion import Completion
 from consumers.worker.deliveries import POISON_CRASHES

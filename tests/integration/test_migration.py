@@ -33,7 +33,8 @@ from consumers.legacy.importer import Importer, dry_run
 from consumers.legacy.old_history import ImportStatistics, OldHistory, file_sources
 from consumers.legacy.verification import Difference, Verification
 from consumers.ops.audit import audit
-from consumers.ops.failed import discard, rejections, requeue
+from consumers.ops.failed import discard, requeue
+from consumers.ops.rejections import rejections
 from consumers.worker import batch
 from producers.errors import HistoryError
 from producers.events import Event

@@ -25,9 +25,10 @@ from rq.suspension import resume, suspend
 from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
 from consumers.ops import doctor
-from consumers.ops.failed import discard, rejections, requeue
+from consumers.ops.failed import discard, requeue
 from consumers.ops.masking import Mask
 from consumers.ops.redis_health import redis_checks
+from consumers.ops.rejections import rejections
 from consumers.ops.status import pipeline_status
 from consumers.web.api import app
 from consumers.worker import orphans

@@ -27,7 +27,8 @@ from consumers.db.withdrawals import Withdrawal, withdraw
 from consumers.errors import EventConflict, EventWithdrawn, PoisonEvent, WithdrawalRefused
 from consumers.operations import get_portfolio_history, insert_portfolio_history_snapshot, insert_signal_archive
 from consumers.ops.audit import SourceAudit, audit
-from consumers.ops.failed import rejections, requeue
+from consumers.ops.failed import requeue
+from consumers.ops.rejections import rejections
 from consumers.worker.batch import Result, process_batch
 from consumers.worker.deliveries import Delivery
 from producers.errors import EventRejected
