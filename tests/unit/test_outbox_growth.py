@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from consumers.ops.outbox_capacity import GROWTH_SECONDS, outbox_capacity, outbox_capacity_of_settings
+from consumers.ops.outbox_capacity import GROWTH_SECONDS, outbox_capacity
 from producers import outbox_counts
 from producers.entries import OutboxGrowth
-from producers.errors import OutboxError
 from producers.outbox import MAX_BYTES, Outbox
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.relaying import make_older
@@ -165,17 +162,3 @@ def _near(number: float | None) -> Any:
 def test_unknown_growth_gives_no_time() -> None:
     capacity = outbox_capacity(10 * _MIB, None, MAX_BYTES)
     assert (capacity.growth_bytes_per_second, capacity.full_in_seconds) == (None, None)
-
-
-def test_a_disk_that_does_not_tell_its_free_bytes_is_an_error_of_the_outbox(
-    outbox: Outbox, path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Commands report it in one line, as for an outbox that cannot be read."""
-
-    def failing(_: Path) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setenv("HISTORY_OUTBOX", str(path))
-    monkeypatch.setattr(shutil, "disk_usage", failing)
-    with pytest.raises(OutboxError, match=f"outbox {path}: Input/output error"):
-        outbox_capacity_of_settings()
