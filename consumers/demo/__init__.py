@@ -121,7 +121,7 @@ def _row_id(receipt: Receipt, deadline: float) -> int:
 
 def _start_empty(home: Path) -> None:
     """Empty the database and Redis and delete the outbox. They are the embedded servers in the demo's own folder."""
-    with translated_errors(), engine().begin() as db:
+    with translated_errors(engine()), engine().begin() as db:
         db.exec_driver_sql(
             "DROP TABLE IF EXISTS portfolio_history, signal_archives, event_outcomes, withdrawals CASCADE"
         )

@@ -14,6 +14,7 @@ import pytest
 from redis import Redis
 from rq.utils import as_text
 from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import InvalidRequestError
 
 from consumers.db.engine import get_db
 from consumers.db.inserts import insert_events
@@ -223,6 +224,12 @@ def test_several_events_that_raise_exceptions_are_rejected_without_others_beside
     producer.flush(10)
     burst(redis)
     assert later.wait(20) > 0
+
+
+def test_a_statement_that_cannot_be_sent_is_a_defect_and_not_an_outage() -> None:
+    """After an outage a worker would send it again and again."""
+    with pytest.raises(InvalidRequestError, match="A value is required for bind parameter 'missing'"), get_db() as db:
+        db.execute(text("SELECT :missing"))
 
 
 def _logging(monkeypatch: pytest.MonkeyPatch, error: Callable[[], BaseException]) -> None:

@@ -20,6 +20,8 @@ from sqlalchemy import text
 from consumers.db.engine import get_db
 from consumers.operations import get_portfolio_history
 from producers.history_producer import HistoryProducer
+from producers.outbox import Outbox
+from tests.controllers import cli
 from tests.factories import a_snapshot
 from tests.relaying import COMMAND, ROOT, a_proxy, a_relay, a_worker, states
 from tests.rq_programs import until
@@ -113,6 +115,21 @@ def test_flush_reports_that_there_is_no_worker(redis: Redis, outbox: Path) -> No
         "unsettled": 3,
         "waits_for": reason,
     }
+
+
+def test_flush_names_a_damaged_file_that_no_relay_has_salvaged(redis: Redis, outbox: Path) -> None:
+    """Another process relays the outbox, and has not salvaged it."""
+    damaged = outbox.with_name("outbox.db.damaged-1")
+    damaged.touch()
+    with Outbox(outbox) as opened:
+        lock = opened.relay_lock()
+        assert lock.acquire()
+        flushed = cli("outbox", "flush", "--timeout", "0.1", outbox=outbox)
+        lock.release()
+    assert flushed.exit_code == 1
+    assert flushed.stderr.endswith(
+        f" Not salvaged yet: {damaged}. Start the controller or trading-history relay: either salvages them.\n"
+    )
 
 
 @pytest.mark.parametrize("mode", ["refuse", "swallow"])

@@ -42,6 +42,7 @@ from tests.dashboard_server import SNAPSHOT_FUNCTION, dashboard_of, pages
 from tests.deliveries import burst, enqueue_snapshots, history_queue
 from tests.factories import INSTANT, a_portfolio, a_snapshot
 from tests.redis_servers import USERS, forbidden, rules_of, url_of, users
+from tests.rejections import reject_conflicts
 from tests.relaying import COMMAND, a_relay, states
 from tests.rq_programs import end, registered_workers, until
 
@@ -298,6 +299,15 @@ def test_a_forbidden_count_of_crashes_is_reported_and_changes_nothing(redis: Red
     _change(redis, "worker")
     assert requeue_expired(worker, queue) == [job_id]
     assert redis.hget("history:crashes:history", job_id) == b"2"
+
+
+def test_a_requeue_that_may_not_read_jobs_changes_nothing(redis: Redis) -> None:
+    """A job that cannot be read must not be taken for a lost one, which would be made anew."""
+    reject_conflicts(redis, 1)
+    _change(redis, "worker", "-hkeys")
+    with pytest.raises(NoPermissionError):
+        requeue(rejections(), _client(redis, "worker"), "history")
+    assert (history_queue(redis).count, history_queue(redis).failed_job_registry.count) == (0, 1)
 
 
 def test_a_relay_names_what_is_forbidden_and_continues(

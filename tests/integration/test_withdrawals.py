@@ -341,7 +341,7 @@ def _in_other_threads() -> Iterator[Callable[..., Future[Any]]]:
 
 @contextmanager
 def _connection() -> Iterator[Connection]:
-    with db_engine.translated_errors(), engine().begin() as db:
+    with db_engine.translated_errors(engine()), engine().begin() as db:
         yield db
 
 
