@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
@@ -39,6 +40,7 @@ from producers.errors import HistoryError
 from producers.events import Event
 from producers.history_producer import HistoryProducer
 from producers.trading_controller import shared_producer
+from tests.controllers import cli
 from tests.deliveries import burst
 from tests.documents import block
 from tests.factories import a_signal, a_snapshot, an_old_archive, an_old_snapshot
@@ -176,6 +178,18 @@ def test_invalid_entries_are_reported_and_recorded_and_the_others_are_imported(t
     assert (account.stored, account.duplicate, account.rejected, account.missing) == (2, 1, 3, [])
     found = [(one.what, one.index) for one in _verify(folder)]
     assert sorted(found) == [("damaged", 6), ("differs", 3), ("unusable", 1), ("unusable", 4)]
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+def test_rejected_entries_are_in_the_log_only_for_debugging(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, level: int
+) -> None:
+    """Otherwise the report has them, and only it."""
+    folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(1, balance=None)])
+    with caplog.at_level(level, batch.logger.name):
+        assert cli("import", str(folder), *_OPTIONS).exit_code == 1
+    logged = [record for record in caplog.records if "balance" in record.getMessage()]
+    assert len(logged) == (1 if level == logging.DEBUG else 0)
 
 
 def test_json_lines_and_an_array_in_an_object_are_imported(tmp_path: Path) -> None:
