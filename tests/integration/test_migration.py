@@ -181,15 +181,15 @@ def test_invalid_entries_are_reported_and_recorded_and_the_others_are_imported(t
 
 
 @pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
-def test_rejected_entries_are_in_the_log_only_for_debugging(
+def test_the_import_logs_the_outcome_of_each_entry_only_for_debugging(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, level: int
 ) -> None:
-    """Otherwise the report has them, and only it."""
-    folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(1, balance=None)])
+    """Otherwise only the report and the statistics have them."""
+    folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(0, balance=1)])
     with caplog.at_level(level, batch.logger.name):
         assert cli("import", str(folder), *_OPTIONS).exit_code == 1
-    logged = [record for record in caplog.records if "balance" in record.getMessage()]
-    assert len(logged) == (1 if level == logging.DEBUG else 0)
+    logged = [record.getMessage().split()[0] for record in caplog.records if record.name == batch.logger.name]
+    assert set(logged) == ({"stored", "rejected"} if level == logging.DEBUG else set())
 
 
 def test_json_lines_and_an_array_in_an_object_are_imported(tmp_path: Path) -> None:
