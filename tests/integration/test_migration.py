@@ -363,13 +363,14 @@ def test_an_entry_that_a_producer_already_recorded_is_a_duplicate(redis: Redis, 
 
 
 def test_verify_finds_differences_in_both_directions(tmp_path: Path) -> None:
-    """A changed amount, a changed signal, a missing row and an extra row, but not rows of other portfolios or times."""
+    """Changed amounts and signals, a missing row and an extra row, but not rows of other portfolios or times."""
     folder = _write(tmp_path / "old", [_snapshot(n) for n in range(5)], [_archive(n) for n in range(3)])
     _import(folder)
     _execute("UPDATE portfolio_history SET balance = balance + 0.00000001, trade_count = 9 WHERE sequence = 1")
     _execute("DELETE FROM portfolio_history WHERE sequence = 2")
     _execute(
-        "UPDATE signal_archives SET signals_data = jsonb_set(signals_data, '{0,amount}', '121') WHERE sequence = 1"
+        "UPDATE signal_archives SET signals_data = jsonb_build_array(jsonb_set(signals_data -> 0, '{amount}', '121')"
+        " - 'reason' || '{\"risk\": null}') WHERE sequence = 1"
     )
     for portfolio, seconds in ((1, 2), (2, 2), (1, 200)):
         _execute(
@@ -391,8 +392,31 @@ def test_verify_finds_differences_in_both_directions(tmp_path: Path) -> None:
         ("balance", "9901.00000000", "9901.00000001"),
         ("trade_count", "1", "9"),
     ]
-    assert found[2].fields == [("signals.0.amount", "120", "121")]
+    assert found[2].fields == [
+        ("signals.0.amount", "120", "121"),
+        ("signals.0.reason", "Two reports.", "absent"),
+        ("signals.0.risk", "absent", "None"),
+    ]
     assert "of portfolio 1, recorded by direct, has no entry" in found[3].reason
+
+
+def test_verify_finds_every_row_without_an_entry_however_many_there_are(tmp_path: Path) -> None:
+    """It reads 20,000 of them at once."""
+    folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(1)])
+    _import(folder)
+    with get_db() as db:
+        db.execute(
+            text(
+                "INSERT INTO portfolio_history (event_id, source, portfolio_id, snapshot_date, timestamp, balance,"
+                " total_invested, total_profit_loss, total_value, open_positions, trade_count)"
+                " SELECT gen_random_uuid(), 'direct', 1, '2025-10-20', at, 1, 1, 1, 1, 1, 1 FROM"
+                " (SELECT min(timestamp) + interval '0.1 s' AS at FROM portfolio_history) AS one,"
+                " generate_series(1, 20001)"
+            )
+        )
+    found = _verify(folder)
+    assert {one.what for one in found} == {"unexpected"}
+    assert len({one.row_id for one in found}) == len(found) == 20_001
 
 
 def test_a_set_of_row_ids_contains_the_ids_that_were_added() -> None:
