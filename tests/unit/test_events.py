@@ -608,6 +608,7 @@ def test_a_signal_may_have_50_levels() -> None:
         ([{"\ud800": 1}], "signals.0", "a key contains a NUL character or a lone surrogate"),
         ([{"a": {"\ud800": 1}}], "signals.0.a", "a key contains a NUL character or a lone surrogate"),
         ([{"a": {5: 1}}], "signals.0.a", "has a key of type int; keys must be text"),
+        ([{"a": {"b": 1, 5: 1}}], "signals.0.a", "has a key of type int; keys must be text"),
         ([{"a": (1,)}], "signals.0.a", "is of type tuple, which JSON cannot represent"),
         ([{"a": INSTANT}], "signals.0.a", "is of type datetime.datetime, which JSON cannot represent"),
         ([{"a": b"x"}], "signals.0.a", "is of type bytes, which JSON cannot represent"),
