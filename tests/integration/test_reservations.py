@@ -345,14 +345,21 @@ def test_keys_of_a_wrong_type_are_renamed_and_all_others_stay(redis: Redis, capl
     one.reserve(1)
     assert not one.quarantine_keys()
     redis.set(CRASHES, "x")
+    redis.set(QUARANTINE, "z")
     redis.delete(OWNERS)
     redis.rpush(OWNERS, "y")
     assert one.quarantine_keys()
     assert (redis.get(f"{CRASHES}:quarantined"), listed(redis, f"{OWNERS}:quarantined")) == (b"x", ["y"])
+    assert redis.get(f"{QUARANTINE}:quarantined") == b"z"
     assert listed(redis, one.list_key) == ["a"]
     assert sorted(caplog.messages) == [
-        f"Redis key {key} has the wrong type and was renamed to {key}:quarantined" for key in (CRASHES, OWNERS)
+        f"Redis key {key} has the wrong type and was renamed to {key}:quarantined"
+        for key in (CRASHES, OWNERS, QUARANTINE)
     ]
+    redis.delete(one.list_key)
+    redis.set(one.list_key, "a")
+    assert one.quarantine_keys()
+    assert redis.get(f"{one.list_key}:quarantined") == b"a"
 
 
 def test_an_orphan_in_no_list_is_requeued_30_seconds_after_it_was_first_seen(redis: Redis) -> None:
