@@ -11,9 +11,12 @@ from sqlalchemy import text
 
 from consumers.db.engine import get_db
 from consumers.errors import StoreUnavailable, UnsupportedJob
+from consumers.ops.metrics import COUNTS
+from consumers.worker import batch
 from consumers.worker.batch import Deferred, Result, acknowledgements, process_batch
 from consumers.worker.deliveries import Delivery
 from producers.acknowledgements import Outcome
+from producers.errors import SettingsError
 from producers.events import (
     MAX_EVENT_BYTES,
     MAX_EVENT_STRUCTURE,
@@ -53,7 +56,7 @@ def outcomes() -> list[tuple[Any, ...]]:
 def test_invalid_and_unsupported_jobs_do_not_split_a_batch() -> None:
     """They are decided in its transaction. A delivery without a model has no known type."""
     archive = event_of(an_archive(), source="other/1", sequence=2)
-    batch = [
+    deliveries = [
         valid(1),
         invalid("{}"),
         Delivery("unsupported", "", None, UNSUPPORTED),
@@ -61,7 +64,7 @@ def test_invalid_and_unsupported_jobs_do_not_split_a_batch() -> None:
         Delivery("archive", "", type(archive), None, archive),
         valid(1)._replace(job_id="again"),
     ]
-    (results,) = process_batch(batch)
+    (results,) = process_batch(deliveries)
 
     assert [(one.job_id, one.label, one.event_type) for one in results if isinstance(one, Result)] == [
         ("valid-1", "stored", SNAPSHOT),
@@ -174,6 +177,35 @@ def test_an_event_that_cannot_be_decided_alone_is_deferred_with_its_reason() -> 
     assert outcomes() == []
 
 
+@pytest.mark.parametrize("error", [StoreUnavailable("an outage"), SettingsError("no database"), KeyboardInterrupt()])
+def test_an_error_that_no_delivery_causes_is_raised_and_no_delivery_is_tried_alone(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Every other delivery would fail too."""
+    tried = []
+
+    def failing(_db: Any, events: Any) -> Any:
+        tried.append(len(events))
+        raise error
+
+    monkeypatch.setattr(batch, "insert_events", failing)
+    with pytest.raises(type(error)) as caught:
+        decided(valid(1), valid(2))
+    assert (caught.value, tried) == (error, [2])
+
+
+@pytest.mark.parametrize(("used", "name"), [(batch, "decode"), (json, "loads"), (COUNTS, "batch")])
+def test_a_keyboard_interrupt_is_raised_at_any_step(monkeypatch: pytest.MonkeyPatch, used: object, name: str) -> None:
+    """A person ends the worker: while it reads an event, reads what it can of an invalid one, and counts the results."""
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(used, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decided(invalid("{}"))
+
+
 def test_values_that_the_table_refuses_reject_only_their_event() -> None:
     """The record has the text of the event."""
     with get_db() as db:
@@ -199,6 +231,16 @@ def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(discar
     assert (first.failed, again.failed, other.failed) == (True, not discarded_before, True)
     assert again.label == ("discarded" if discarded_before else "unsupported")
     assert [row[1] for row in outcomes()] == ["discarded" if discarded_before else "rejected", "rejected"]
+    (stored,) = decided(valid(1)._replace(job_id="job"))
+    assert (stored.label, [row[0] for row in outcomes()]) == ("stored", ["other"])
+
+
+def test_a_duplicate_is_recorded_unless_the_same_delivery_made_the_row() -> None:
+    """So each number of each source has a row or an outcome. The record has no text: the row has the content."""
+    first = event_of(a_snapshot(), source="other/1", sequence=1)
+    for job_id, event in (("first", first), ("again", first), ("copy", first.model_copy(update={"source": "other/2"}))):
+        decided(Delivery(job_id, encode(event), PortfolioSnapshotEvent))
+    assert outcomes() == [("copy", "duplicate", "other/2", 1, None)]
 
 
 def test_a_single_event_is_logged_with_its_row_and_a_batch_with_its_totals(caplog: pytest.LogCaptureFixture) -> None:
