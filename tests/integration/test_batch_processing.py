@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
 from consumers.db.engine import get_db
-from consumers.errors import StoreUnavailable, UnsupportedJob
+from consumers.errors import PoisonEvent, StoreUnavailable, UnsupportedJob
 from consumers.ops.metrics import COUNTS
 from consumers.worker import batch
 from consumers.worker.batch import Deferred, Result, acknowledgements, process_batch
@@ -120,6 +120,15 @@ def test_an_invalid_event_is_acknowledged_by_what_can_be_read_of_it(
     assert acknowledgements([result]) == ({"other/1": answer} if expected[:2] == ("other/1", 7) else {})
 
 
+@pytest.mark.parametrize("missing", ["source", "sequence", "id"])
+def test_a_poison_event_without_a_source_a_number_or_an_id_is_rejected(missing: str) -> None:
+    """Nothing can show that it was stored before its workers crashed."""
+    attributes = {"source": "other/1", "sequence": f"{7:019}", "id": EVENT_ID}
+    del attributes[missing]
+    (result,) = decided(invalid(None, **attributes)._replace(error=PoisonEvent(3)))
+    assert (result.label, result.failed) == ("poison", True)
+
+
 @pytest.mark.parametrize("broken", ["", "[1, 2]", "not JSON", '{"source": "other/1"', "7"])
 def test_nothing_is_read_of_a_text_that_is_no_json_object(broken: str) -> None:
     """It is rejected all the same."""
@@ -142,6 +151,23 @@ def test_an_instant_is_stored_in_any_offset_of_rfc_3339() -> None:
     assert result.label == "stored"
     with get_db() as db:
         assert db.scalar(text("SELECT archived_at FROM signal_archives")) == INSTANT
+
+
+def test_a_batch_is_counted_with_its_duration_and_the_age_of_each_stored_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events of an import are old, so their age is left out. By clocks that differ, an event may be in the future."""
+    counted: list[Any] = []
+    monkeypatch.setattr(COUNTS, "batch", lambda *figures: counted.append(figures))
+    now = datetime.now(UTC)
+    events = [
+        event_of(a_snapshot(timestamp=now + timedelta(seconds=seconds)), source=source, sequence=1)
+        for seconds, source in ((-100, "other/1"), (100, "other/1"), (-50, "import/a.json/0a1b"), (-100, "other/2"))
+    ]
+    deliveries = [Delivery(f"job-{n}", encode(event), PortfolioSnapshotEvent) for n, event in enumerate(events)]
+    decided(*deliveries, invalid("{}"))
+    ((outcomes_counted, seconds, ages),) = counted
+    assert outcomes_counted == {(SNAPSHOT, "stored"): 3, (SNAPSHOT, "duplicate"): 1, (SNAPSHOT, "invalid"): 1}
+    assert 0 < seconds < 60
+    assert ages == [pytest.approx(100, abs=30), 0.0]
 
 
 def test_acknowledgements_are_grouped_by_source_and_need_a_number() -> None:

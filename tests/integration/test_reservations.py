@@ -257,14 +257,25 @@ def test_each_marked_job_becomes_a_poison_candidate_and_keeps_its_crashes(redis:
 
 
 @pytest.mark.parametrize(
-    ("jobs", "is_alone", "crashes"),
-    [(["a"], True, {b"a": b"1"}), (["a"], False, {b"a": b"0"}), (["a", "b"], True, {b"a": b"0", b"b": b"0"})],
+    ("jobs", "is_alone", "before", "after"),
+    [
+        ("a", True, {}, {"a": "1"}),
+        ("a", True, {"a": "2"}, {"a": "3"}),
+        ("a", False, {}, {"a": "0"}),
+        ("a", False, {"a": "2"}, {"a": "2"}),
+        ("abc", True, {}, {"a": "0", "b": "0", "c": "0"}),
+    ],
 )
 def test_a_crash_counts_only_against_a_job_that_ran_alone(
-    redis: Redis, jobs: list[str], is_alone: bool, crashes: dict[bytes, bytes]
+    redis: Redis, jobs: str, is_alone: bool, before: dict[Any, Any], after: dict[str, str]
 ) -> None:
-    """Each job of a dead owner returns to the front of the queue as a poison candidate; the owner is forgotten."""
+    """Each job of a dead owner returns to the front of the queue as a poison candidate; the owner is forgotten.
+
+    A candidate keeps the crashes that it has.
+    """
     enqueue(redis, *jobs, "later")
+    if before:
+        redis.hset(CRASHES, mapping=before)
     dead, living = reservations_of(redis, "dead"), reservations_of(redis, "living")
     dead.reserve(len(jobs))
     living.renew_lease()
@@ -275,8 +286,8 @@ def test_a_crash_counts_only_against_a_job_that_ran_alone(
     assert requeue_expired(redis, history_queue(redis)) == []
     expire(redis, dead)
 
-    assert requeue_expired(redis, history_queue(redis)) == jobs
-    assert redis.hgetall(CRASHES) == crashes
+    assert requeue_expired(redis, history_queue(redis)) == [*jobs]
+    assert redis.hgetall(CRASHES) == {name.encode(): count.encode() for name, count in after.items()}
     assert 6 * DAY < redis.ttl(CRASHES) <= 7 * DAY
     assert listed(redis) == [*jobs, "later"]
     assert redis.hkeys(OWNERS) == [owner_of(living).encode()]
