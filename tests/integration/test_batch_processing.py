@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -51,6 +52,13 @@ def outcomes() -> list[tuple[Any, ...]]:
     statement = text("SELECT job_id, outcome, source, sequence, event FROM event_outcomes ORDER BY job_id")
     with get_db() as db:
         return [tuple(row) for row in db.execute(statement)]
+
+
+def logged(caplog: pytest.LogCaptureFixture, level: str = "INFO") -> Callable[[], list[tuple[str, str]]]:
+    """Return a function that returns the level and the text of each line that is logged from now on."""
+    caplog.set_level(level, logger="rq.worker.history")
+    caplog.clear()
+    return lambda: [(one.levelname, one.getMessage()) for one in caplog.records if one.name == "rq.worker.history"]
 
 
 def test_invalid_and_unsupported_jobs_do_not_split_a_batch() -> None:
@@ -247,15 +255,23 @@ def test_values_that_the_table_refuses_reject_only_their_event() -> None:
 
 
 @pytest.mark.parametrize("discarded_before", [False, True])
-def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(discarded_before: bool) -> None:
-    """Its delivery stays rejected, and belongs no more in the registry of failed jobs."""
+def test_a_repeated_delivery_of_a_discarded_rejection_does_not_fail_again(
+    caplog: pytest.LogCaptureFixture, discarded_before: bool
+) -> None:
+    """Its delivery stays rejected, and belongs no more in the registry of failed jobs. It is no error in the log."""
     (first,) = decided(Delivery("job", "x", None, UNSUPPORTED))
     if discarded_before:
         with get_db() as db:
             db.exec_driver_sql("UPDATE event_outcomes SET outcome = 'discarded', reason = 'known', actor = 'alice'")
+    lines = logged(caplog)
     (again, other) = decided(Delivery("job", "x", None, UNSUPPORTED), Delivery("other", "y", None, UNSUPPORTED))
     assert (first.failed, again.failed, other.failed) == (True, not discarded_before, True)
     assert again.label == ("discarded" if discarded_before else "unsupported")
+    assert lines()[0] == (
+        ("INFO", "job job was discarded before and stays rejected")
+        if discarded_before
+        else ("ERROR", f"rejected job job: {UNSUPPORTED}")
+    )
     assert [row[1] for row in outcomes()] == ["discarded" if discarded_before else "rejected", "rejected"]
     (stored,) = decided(valid(1)._replace(job_id="job"))
     assert (stored.label, [row[0] for row in outcomes()]) == ("stored", ["other"])
@@ -288,3 +304,11 @@ def test_a_single_event_is_logged_with_its_row_and_a_batch_with_its_totals(caplo
     facts = [(one.__dict__["job_id"], one.__dict__["outcome"], one.__dict__["sequence"]) for one in records[:3]]
     assert facts == [("valid-1", "stored", 1), ("again", "duplicate", 1), ("invalid", "invalid", None)]
     assert lines[4:] == ["stored 2 events, 0 duplicates, 2 rejected"]
+
+
+def test_each_accepted_event_of_a_batch_is_logged_only_at_debug(caplog: pytest.LogCaptureFixture) -> None:
+    """At INFO, a batch of hundreds is one line."""
+    lines = logged(caplog, "DEBUG")
+    decided(valid(1), invalid("{}"), valid(2))
+    levels = [(level, line.partition(" ")[0]) for level, line in lines()]
+    assert levels == [("ERROR", "rejected"), ("INFO", "stored"), ("DEBUG", "stored"), ("DEBUG", "stored")]

@@ -178,17 +178,17 @@ def test_a_reserved_job_lists_the_rq_features_that_it_asks_for(redis: Redis) -> 
 
 
 def test_a_job_without_data_is_unreadable_and_one_without_a_key_is_deleted(redis: Redis) -> None:
-    """An unreadable one keeps its result_ttl. A key of another type is unreadable, too."""
-    enqueue(redis, "empty", "string", "deleted", "last", result_ttl="60")
+    """An unreadable one keeps its result_ttl. A key of another type is unreadable, too. None of them has data."""
+    enqueue(redis, "empty", "string", "deleted", "last", data="text", result_ttl="60")
     redis.hdel("rq:job:empty", "data")
     redis.delete("rq:job:string", "rq:job:deleted")
     redis.set("rq:job:string", "x")
     jobs = reservations_of(redis).reserve(10).jobs
-    assert [(job.state, job.result_ttl) for job in jobs] == [
-        ("unreadable", 60),
-        ("unreadable", None),
-        ("deleted", None),
-        ("usual", 60),
+    assert [(job.state, job.data, job.result_ttl) for job in jobs] == [
+        ("unreadable", b"", 60),
+        ("unreadable", b"", None),
+        ("deleted", b"", None),
+        ("usual", b"text", 60),
     ]
 
 
