@@ -10,6 +10,7 @@ import threading
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from consumers.process_setup import exit_if_signal_was_lost
 from consumers.settings import ApiSettings
 from consumers.web.api import app, check_tables_now
 from consumers.web.listening import is_local, url_of
@@ -86,4 +87,5 @@ def serve(listening: socket.socket) -> None:
     )
     print(f"{url_of(listening)} - stop with Ctrl-C", flush=True)
     threading.Thread(target=_report_database, name="database-check", daemon=True).start()
+    exit_if_signal_was_lost()  # from here on, uvicorn handles signals
     uvicorn.Server(config).run(sockets=[listening])
