@@ -283,8 +283,7 @@ class HistoryWorker(SimpleWorker):
 
     def unsubscribe(self) -> None:
         """End the thread that listens for commands. RQ's own worker may first wait for it for a second, in vain."""
-        if self.pubsub_thread is not None:
-            self.pubsub_thread.stop()  # first: after the answer to UNSUBSCRIBE the thread would wait again
+        self.pubsub_thread.stop()  # first: after the answer to UNSUBSCRIBE the thread would wait again
         super().unsubscribe()
 
     def handle_payload(self, message: Any) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from rq import Queue
 from rq.command import send_shutdown_command
 from rq.job import Job
@@ -23,6 +23,7 @@ from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
 from consumers.db.engine import get_db
+from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
 from consumers.ops import doctor
 from consumers.ops.failed import discard, requeue
@@ -33,6 +34,7 @@ from consumers.ops.status import pipeline_status
 from consumers.web.api import app
 from consumers.worker import orphans
 from consumers.worker.reservations import Reservations, requeue_expired
+from consumers.worker.shared_state import SharedState
 from producers.history_producer import HistoryProducer
 from producers.outbox import Outbox
 from producers.redis_url import redis_client
@@ -308,6 +310,36 @@ def test_a_requeue_that_may_not_read_jobs_changes_nothing(redis: Redis) -> None:
     with pytest.raises(NoPermissionError):
         requeue(rejections(), _client(redis, "worker"), "history")
     assert (history_queue(redis).count, history_queue(redis).failed_job_registry.count) == (0, 1)
+
+
+def test_a_worker_that_may_not_quarantine_a_key_waits_until_it_may(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    noted = SharedState.note_outage
+
+    def allow(shared: SharedState, error: RedisError | StoreUnavailable) -> None:
+        noted(shared, error)
+        _change(redis, "worker")
+
+    enqueue_snapshots(redis, 1)
+    redis.set("history:crashes:history", "no hash")
+    _change(redis, "worker", "-rename")
+    monkeypatch.setattr(SharedState, "note_outage", allow)
+    burst(_client(redis, "worker"))
+    assert (len(get_portfolio_history()), redis.get("history:crashes:history:quarantined")) == (1, b"no hash")
+    assert "waits for Redis and tries again" in caplog.text
+
+
+def test_a_worker_that_may_not_remove_its_registration_ends_with_a_warning(
+    redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    enqueue_snapshots(redis, 1)
+    _change(redis, "worker", "-srem")
+    burst(_client(redis, "worker"))
+    assert len(get_portfolio_history()) == 1
+    assert caplog.messages[-1].endswith(
+        " could not remove its registration, which expires within 2 minutes: NoPermissionError"
+    )
 
 
 def test_a_relay_names_what_is_forbidden_and_continues(
