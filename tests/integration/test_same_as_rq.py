@@ -524,11 +524,13 @@ def test_a_dependent_whose_data_is_not_compressed_is_enqueued(redis: Redis, data
     queue, other = _queue(redis), Queue("other", connection=redis)
     first = queue.enqueue(SNAPSHOT_FUNCTION, encode(event_of(_at(1), source="other/1", sequence=1)))
     dependent = other.enqueue("another.program", depends_on=first)
-    pickled = zlib.decompress(redis.hget(dependent.key, "data") or b"")
+    data: Any = redis.hget(dependent.key, "data")
+    pickled = zlib.decompress(data)
     redis.hset(dependent.key, "data", pickled)
     HistoryWorker([queue], connection=redis).work(burst=True, logging_level="CRITICAL")
     assert other.get_job_ids() == [dependent.id]
-    assert zlib.decompress(redis.hget(dependent.key, "data") or b"") == pickled
+    data = redis.hget(dependent.key, "data")
+    assert zlib.decompress(data) == pickled
 
 
 def test_dependents_run_although_redis_fails_before_rq_enqueues_them(

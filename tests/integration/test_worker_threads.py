@@ -23,7 +23,7 @@ from consumers.db.inserts import insert_events
 from consumers.embedded.child_processes import stop, worker_process
 from consumers.errors import StoreUnavailable
 from consumers.operations import get_portfolio_history
-from consumers.ops.failed import rejections
+from consumers.ops.rejections import rejections
 from consumers.worker import batch, maintenance
 from consumers.worker import worker_thread as thread_module
 from consumers.worker.batch import process_batch
