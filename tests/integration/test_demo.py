@@ -48,7 +48,7 @@ def test_a_demo_that_fails_says_why_and_leaves_the_settings_as_they_are(
     assert shown == []
 
 
-def test_a_second_demo_in_a_folder_waits_and_then_gives_up(tmp_path: Path) -> None:
+def test_a_second_demo_in_a_folder_waits_and_then_fails(tmp_path: Path) -> None:
     """It starts nothing."""
     with (tmp_path / "demo.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -265,7 +265,7 @@ def test_a_server_that_does_not_answer_is_left_running_by_the_last_that_uses_it(
     monkeypatch.setattr(server_process, "START_SECONDS", 0)
     program = home / "valkey-server"
     shutil.copy(shutil.which("bash") or "", program)
-    silent = [program, "-c", "read line", home / "valkey.conf"]
+    silent = [str(program), "-c", "read line", str(home / "valkey.conf")]
     with subprocess.Popen(silent, stdin=subprocess.PIPE) as valkey:
         try:
             (home / "valkey.pid").write_text(f"{valkey.pid}\n")

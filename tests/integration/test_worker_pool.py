@@ -44,7 +44,7 @@ def _pool(
 
 
 def test_dead_worker_is_restarted_and_all_share_the_work(redis: Redis, tmp_path: Path) -> None:
-    """Each worker stores a part of a long queue, and serves metrics at a port of its own, which it keeps. SIGTERM ends
+    """Each worker stores a part of a long queue, and serves metrics at its own port, which it keeps. SIGTERM ends
     all of them with status 0.
     """
     first_port = free_ports(2)
