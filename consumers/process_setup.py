@@ -22,6 +22,8 @@ def write_logs(level: int) -> None:
     """Write log lines of `level` and above to stderr, as HISTORY_LOG says. Raises SettingsError."""
     logging.basicConfig(level=level, format=_TEXT)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # If this logger has no level when RQ is imported, RQ sets it to INFO. Batches write to a logger below it.
+    logging.getLogger("rq.worker").setLevel(level)
     write_json_if_set()
 
 

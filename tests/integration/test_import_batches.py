@@ -51,8 +51,8 @@ def _snapshots(count: int) -> list[Delivery]:
     return [_delivery(a_snapshot(portfolio_id=number), number) for number in range(count)]
 
 
-class _Told:
-    """Keeps what a batch calls: outcomes by job id, and messages."""
+class _Calls:
+    """The calls of ImportBatches: outcomes by job id, and messages."""
 
     def __init__(self) -> None:
         self.outcomes: dict[str, Outcome] = {}
@@ -69,31 +69,31 @@ class _Told:
 def test_while_no_entry_can_be_stored_the_import_waits_and_says_it_once() -> None:
     """Both entries of the batch are tried alone too. The third time they are stored."""
     _refuse("(SELECT last_value FROM attempts) < 6")
-    told = _Told()
-    told.batches().insert(_snapshots(2))
-    assert [message.split(":")[0] for message in told.messages] == [
+    calls = _Calls()
+    calls.batches().insert(_snapshots(2))
+    assert [message.split(":")[0] for message in calls.messages] == [
         "waiting for the database",
         "the database is available again, the import continues",
     ]
-    assert told.kinds == ["stored", "stored"]
+    assert calls.kinds == ["stored", "stored"]
 
 
 @pytest.mark.parametrize(("most_deferred", "stored"), [(3, 3), (2, 6)])
 def test_entries_that_wait_alone_delay_the_others_only_if_they_are_many(most_deferred: int, stored: int) -> None:
     """Each one that waits is in memory, so their number is bounded."""
     _refuse("NEW.sequence % 2 = 1")
-    told = _Told()
+    calls = _Calls()
 
     def say(message: str) -> None:
-        told.messages.append(message)
+        calls.messages.append(message)
         if message.startswith("waiting for the database"):
             _accept_all()
 
-    batches = ImportBatches(decided=told.outcomes.__setitem__, say=say, stopped=Event(), most_deferred=most_deferred)
+    batches = ImportBatches(decided=calls.outcomes.__setitem__, say=say, stopped=Event(), most_deferred=most_deferred)
     batches.insert(_snapshots(6))
-    assert told.kinds == ["stored"] * stored
+    assert calls.kinds == ["stored"] * stored
     batches.finish()
-    assert (told.kinds, len(told.messages)) == (["stored"] * 6, 2)
+    assert (calls.kinds, len(calls.messages)) == (["stored"] * 6, 2)
 
 
 def test_one_transaction_has_at_most_4_mib_of_text() -> None:
@@ -102,8 +102,8 @@ def test_one_transaction_has_at_most_4_mib_of_text() -> None:
     archives = [
         an_archive(portfolio_id=n, signals=[a_signal(reason="x" * round(2**20 * size))]) for n, size in enumerate(sizes)
     ]
-    told = _Told()
-    told.batches().insert(_delivery(one, number) for number, one in enumerate(archives))
+    calls = _Calls()
+    calls.batches().insert(_delivery(one, number) for number, one in enumerate(archives))
     with get_db() as db:
         versions = db.execute(text("SELECT CAST(xmin AS text) FROM signal_archives ORDER BY sequence")).scalars().all()
     first, second, third, fourth, fifth = versions
@@ -120,7 +120,7 @@ def test_a_defect_that_also_prevents_the_rejection_ends_the_import(monkeypatch: 
         raise ZeroDivisionError("a defect")
 
     monkeypatch.setattr(batch, "insert_events", defective)
-    batches = _Told().batches()
+    batches = _Calls().batches()
     batches.insert(_snapshots(1))
     with pytest.raises(ZeroDivisionError):
         batches.finish()

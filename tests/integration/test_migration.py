@@ -181,16 +181,16 @@ def test_invalid_entries_are_reported_and_recorded_and_the_others_are_imported(t
     assert sorted(found) == [("damaged", 6), ("differs", 3), ("unusable", 1), ("unusable", 4)]
 
 
-@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+@pytest.mark.parametrize("debug", [False, True])
 def test_the_import_logs_the_outcome_of_each_entry_only_for_debugging(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, level: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, debug: bool
 ) -> None:
     """Otherwise only the report and the statistics have them."""
     folder = _write(tmp_path / "old", [_snapshot(0), _snapshot(0, balance=1)])
-    with caplog.at_level(level, batch.logger.name):
-        assert cli("import", str(folder), *_OPTIONS).exit_code == 1
-    logged = [record.getMessage().split()[0] for record in caplog.records if record.name == batch.logger.name]
-    assert set(logged) == ({"stored", "rejected"} if level == logging.DEBUG else set())
+    with caplog.at_level(logging.INFO, "rq.worker"), caplog.at_level(logging.NOTSET, batch.logger.name):
+        assert cli(*(["--debug"] if debug else []), "import", str(folder), *_OPTIONS).exit_code == 1
+    logged = {record.getMessage().split()[0] for record in caplog.records if record.name == batch.logger.name}
+    assert logged == ({"stored", "rejected"} if debug else set())
 
 
 def test_json_lines_and_an_array_in_an_object_are_imported(tmp_path: Path) -> None:

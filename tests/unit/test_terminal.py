@@ -146,7 +146,7 @@ def test_a_comparison_shows_ten_differences_and_names_the_option_for_the_others(
         assert lines[1:] == [*(f"  number {number}: {SHOWN}" for number in range(1, 11)), *more]
 
 
-def test_a_program_may_replace_standard_output_by_an_object_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_may_replace_standard_output_by_another_object(monkeypatch: pytest.MonkeyPatch) -> None:
     """As notebooks do. It takes any character."""
     monkeypatch.setattr(sys, "stdout", replaced := StringIO())
     print_any_character()
