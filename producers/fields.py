@@ -124,9 +124,7 @@ class _WireText:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
         wire = core_schema.custom_error_schema(
-            core_schema.no_info_after_validator_function(
-                self.parse, core_schema.str_schema(pattern=self.pattern, strict=True)
-            ),
+            core_schema.no_info_after_validator_function(self.parse, core_schema.str_schema(pattern=self.pattern)),
             "contract",
             custom_error_message=self.reason,
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from cloudevents.core.formats.json import JSONFormat
-from jsonschema import Draft202012Validator
+from jsonschema import Draft7Validator, Draft202012Validator
 from jsonschema.validators import validator_for
 from pydantic import ValidationError
 
@@ -428,7 +428,7 @@ def test_the_json_schema_does_not_accept_an_invalid_event(path: str, value: obje
 
 def test_the_json_schema_names_its_version() -> None:
     """A program that validates with it finds the right rules."""
-    assert validator_for(json_schema(), default=None) is Draft202012Validator
+    assert validator_for(json_schema(), default=Draft7Validator) is Draft202012Validator
     assert json_schema()["title"] == "trading-history events"
 
 
@@ -709,6 +709,13 @@ def test_a_message_shows_60_characters_of_a_key_and_200_of_a_path() -> None:
         ),
     ]:
         assert str(_error_of(call)).partition(": ")[0] == path
+
+
+@pytest.mark.parametrize("name", ["T" * 80, "T" * 81])
+def test_a_message_shows_80_characters_of_the_name_of_a_type(name: str) -> None:
+    value = type(name, (), {"__module__": "builtins"})()
+    shown = name if len(name) == 80 else f"{'T' * 79}…"
+    assert str(_error_of(lambda: a_snapshot(balance=value))) == f"balance: must be a number, not {shown}"
 
 
 @pytest.mark.parametrize(
