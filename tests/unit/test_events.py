@@ -712,6 +712,13 @@ def test_a_message_shows_60_characters_of_a_key_and_200_of_a_path() -> None:
         assert str(_error_of(call)).partition(": ")[0] == path
 
 
+@pytest.mark.parametrize("name", ["T" * 80, "T" * 81])
+def test_a_message_shows_80_characters_of_the_name_of_a_type(name: str) -> None:
+    value = type(name, (), {"__module__": "builtins"})()
+    shown = name if len(name) == 80 else f"{'T' * 79}…"
+    assert str(_error_of(lambda: a_snapshot(balance=value))) == f"balance: must be a number, not {shown}"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -743,8 +750,6 @@ def test_a_message_shows_an_empty_name(make: Callable[[], object], message: str)
             "timestamp",
             "offset with seconds",
         ),
-        ({"snapshot_date": INSTANT}, "snapshot_date", "must be a date, not datetime"),
-        ({"snapshot_date": "2026-11-22"}, "snapshot_date", "must be a date, not str"),
         ({"open_positions": -1}, "open_positions", "greater than or equal to 0"),
         ({"trade_count": 2**31}, "trade_count", "less than or equal to 2147483647"),
         ({"trade_count": True}, "trade_count", "integer"),
@@ -759,6 +764,14 @@ def test_a_message_shows_an_empty_name(make: Callable[[], object], message: str)
 def test_the_producer_reports_the_invalid_field_of_a_snapshot(changes: dict[str, Any], path: str, reason: str) -> None:
     """The message begins with the field and has the reason."""
     _assert_error(_error_of(lambda: a_snapshot(**changes)), path, reason)
+
+
+def test_the_message_says_how_to_make_a_date_of_a_datetime() -> None:
+    """It says nothing about a value that has no date."""
+    values = {INSTANT: "datetime.datetime: pass its .date()", "2026-11-22": "str", 20261122: "int"}
+    for value, rest in values.items():
+        error = _error_of(lambda value=value: a_snapshot(snapshot_date=value))  # type: ignore[misc]  # called in the same iteration
+        assert str(error) == f"snapshot_date: must be a date, not {rest}"
 
 
 @pytest.mark.parametrize(
