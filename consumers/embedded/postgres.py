@@ -19,6 +19,7 @@ from consumers.errors import EmbeddedError
 
 DATABASE = "trading_history"
 SOCKET = ".s.PGSQL.5432"
+_CONNECT_SECONDS = "2"  # a frozen server accepts connections and sends nothing
 
 
 def server(home: Path) -> Server:
@@ -38,7 +39,7 @@ def start(postgres: Server, folder: Path, installation: Installation, lock: IO[s
     url = "postgresql://postgres@/{}?host=" + quote(str(folder / "postgres"), safe="")
     psql = functools.partial(run, installation.postgres_bin / "psql", "-XAtqd", url.format("postgres"), "-c")
     launch = functools.partial(_launch, postgres, folder, installation, lock)
-    postgres.bring_up(lambda: psql("select 1").returncode == 0, launch)
+    postgres.bring_up(lambda: psql("select 1", PGCONNECT_TIMEOUT=_CONNECT_SECONDS).returncode == 0, launch)
     if DATABASE not in psql("select datname from pg_database").stdout.split():
         checked(psql(f"create database {DATABASE}"))
     return url.format(DATABASE)

@@ -284,6 +284,22 @@ def test_a_server_that_does_not_answer_is_left_running_by_the_last_that_uses_it(
     assert _ours(home) == []
 
 
+def test_a_frozen_postgresql_is_an_error_and_no_endless_wait(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left running, and answers again when it continues."""
+    with using_process(home) as user:
+        ready(user)
+        postgres = psutil.Process(pids(home)[0])
+        postgres.suspend()
+        try:
+            monkeypatch.setattr(server_process, "START_SECONDS", 0)
+            with pytest.raises(EmbeddedError, match="PostgreSQL does not answer after 0 seconds"), servers(home):
+                pass
+        finally:
+            postgres.resume()
+        leave(user)
+    assert _ours(home) == []
+
+
 def test_data_survives_kill_9_of_the_process_and_both_servers(home: Path) -> None:
     """The next start recovers it."""
     with servers(home) as addresses:
