@@ -26,8 +26,9 @@ from consumers.errors import StoreUnavailable
 from consumers.handlers import record
 from consumers.operations import get_portfolio_history, get_recent_signal_archives
 from consumers.ops.audit import audit
-from consumers.ops.failed import Selection, rejections, requeue
+from consumers.ops.failed import requeue
 from consumers.ops.metrics import COUNTS
+from consumers.ops.rejections import Selection, rejections
 from producers.errors import EventRejected, InvalidEvent
 from producers.event_kinds import Column, Event, EventKind, Payload
 from producers.events import KINDS, encode, event_of, json_schema

@@ -116,6 +116,23 @@ def test_a_wait_ends_when_a_worker_stores_the_event_later(trading_history: FakeH
     assert _run(cycle()) == 1
 
 
+def test_no_task_is_left_when_the_last_wait_has_ended(trading_history: FakeHistory) -> None:
+    """A later wait starts another one."""
+
+    async def cycle(balance: int) -> int:
+        receipt = await create_daily_portfolio_snapshot({"balance": balance})
+        trading_history.work()
+        row_id = await receipt.stored(5)
+        while len(asyncio.all_tasks()) > 1:
+            await asyncio.sleep(0.001)
+        return row_id
+
+    async def cycles() -> list[int]:
+        return [await cycle(balance) for balance in (1, 2)]
+
+    assert _run(cycles()) == [1, 2]
+
+
 def test_calls_are_recorded_in_the_order_in_which_they_were_started(trading_history: FakeHistory) -> None:
     moments = [CYCLE + timedelta(seconds=number) for number in range(20)]
 

@@ -87,6 +87,12 @@ def test_the_text_of_an_event_may_differ_while_its_digest_is_the_same() -> None:
     assert _digest(archive) == _digest(other, source="other/y", sequence=99)
 
 
+def test_a_column_of_another_type_has_no_canonical_text() -> None:
+    """A new kind of event may have one. Decide first which text stands for it."""
+    with pytest.raises(TypeError, match="a value of type UUID has no canonical text"):
+        digest_of(SNAPSHOT_TYPE, uuid4(), {"position_id": uuid4()})
+
+
 @pytest.mark.parametrize("payload", [a_snapshot(), an_archive()])
 def test_each_column_is_part_of_the_digest(payload: Payload) -> None:
     """Another type, another event id, another value and a missing value change it."""

@@ -128,7 +128,7 @@ def test_a_payload_of_another_class_does_not_belong_to_a_kind_with_the_same_type
     class Other(Payload):
         type: ClassVar[str] = Fill.type
         identity: ClassVar[tuple[str, ...]] = ()
-        instant = subject = summary = property(str)  # not used
+        instant = subject = summary = property(str)  # is not used
 
     kinds = EventKinds(FILL)
     assert kinds.has(Order.checked(**dict(a_fill())))

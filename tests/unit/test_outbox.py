@@ -282,7 +282,6 @@ def test_only_optional_columns_may_be_null(path: Path) -> None:
     """
     with closing(sqlite3.connect(path)) as db:
         assert db.execute(columns).fetchall() == [
-            ("outbox", "next_token"),
             ("outbox", "queue"),
             ("outbox", "redis"),
             ("outbox", "relay"),

@@ -172,6 +172,25 @@ def test_a_relay_process_can_start_on_a_damaged_outbox(path: Path, redis: fakere
     assert queue_of(redis).count == 1
 
 
+def test_a_relay_process_leaves_a_file_of_another_program_alone_and_relays_other_outboxes(
+    path: Path, redis: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was configured by mistake. The log names it once."""
+    content = b"somebody's notes" * 1000
+    path.write_bytes(content)
+    with Outbox(path.with_name("other.db")) as other:
+        other.append("bot", [a_snapshot()])
+
+    def stopped(_: float) -> bool:
+        time.sleep(0.01)
+        return queue_of(redis).count == 1
+
+    run_relay([path, other.path], redis, "history", keep_seconds=3600.0, stopped=stopped)
+    (message,) = [one for one in caplog.messages if "cannot relay" in one]
+    assert message.startswith(f"cannot relay {path}; trying again: outbox {path}: file is not a database")
+    assert path.read_bytes() == content
+
+
 def test_a_damaged_file_that_cannot_be_read_delays_no_event_and_is_tried_again(
     path: Path, redis: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -708,6 +708,19 @@ def test_a_damaged_copy_gives_back_its_entry_with_the_number_of_another(path: Pa
     assert len(outbox.entries()) == 3
 
 
+@pytest.mark.parametrize(("event", "name"), [("event", NAME), ("json_remove(event, '$.source')", "unknown")])
+def test_a_source_that_cannot_be_read_gets_the_name_that_is_in_its_events(path: Path, event: str, name: str) -> None:
+    with Outbox(path) as outbox:
+        (accepted,) = _append(outbox, 1)
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute(f"UPDATE entries SET event = {event}")
+        db.execute("DELETE FROM sources")
+    with Outbox(path.with_name("new.db")) as new:
+        new.quarantine.salvage(path)
+        assert [source.full_name for source in new.sources()] == [f"{name}/{accepted.source_id}"]
+        assert [entry.job_id for entry in new.deliveries.pending(2)] == [_job_id(accepted)]
+
+
 def _quarantine(outbox: Outbox) -> list[Path]:
     with outbox.repaired():
         raise OutboxDamaged("as reported by SQLite")

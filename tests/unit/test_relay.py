@@ -334,6 +334,33 @@ def test_reading_acknowledgements_returns_the_number_of_entries_that_they_settle
     assert [reader.apply() for _ in range(2)] == [2, 0]
 
 
+def test_a_sweep_reads_all_acknowledgements_however_many_they_are(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
+) -> None:
+    """Redis returns a large hash in several parts."""
+    accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(1200)])
+    for _ in range(2):
+        relay.sweep()
+    for one in accepted:
+        _acknowledge(redis, one, "stored:1")
+    assert len(redis.hscan(acknowledgement_key(accepted[0].source), count=500)[1]) < 1200
+    relay.sweep()
+    assert outbox.status().stored == 1200
+    assert redis.keys("history:ack:*") == []
+
+
+def test_only_the_acknowledgements_of_own_entries_are_deleted_before_a_resend(
+    outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis
+) -> None:
+    """Others may be those of a copy of the outbox, which awaits them. A field that is no job id stays too."""
+    (accepted,) = outbox.append(NAME, [a_snapshot()])
+    key, other = acknowledgement_key(accepted.source), job_id_of(accepted.source_id, 1, "0" * 16)
+    for field in (_field(accepted), other, "x"):
+        redis.hset(key, field, "17 - stored:1")
+    relay.delete_acknowledgements()
+    assert {shown(field) for field in redis.hkeys(key)} == {other, "x"}
+
+
 def test_a_rejection_is_logged_with_its_identifiers(
     outbox: Outbox, relay: Relay, redis: fakeredis.FakeRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -674,6 +701,29 @@ def test_an_idle_relay_sweeps_less_and_less_often(
     assert len(growing) > 3
     assert all(pause < after for pause, after in pairwise(growing))
     assert set(pauses[len(growing) :]) == {0.05}
+
+
+def test_a_relay_does_not_pause_while_there_is_more_to_send(
+    outbox: Outbox, redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep ends although more entries are pending. The next one begins at once."""
+    monkeypatch.setattr(entry_sender, "_BATCH_ENTRIES", 2)
+    monkeypatch.setattr(entry_sender, "_MOST_ENTRIES", 10)
+    sent_before_pauses: list[int] = []
+
+    class Recorded(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if timeout is not None:
+                sent_before_pauses.append(queue_of(redis).count)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(threading, "Event", Recorded)
+    outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(25)])
+    relay = Relay(outbox, redis, "history", keep_seconds=KEEP_SECONDS)
+    relay.start()
+    _until(lambda: len(sent_before_pauses) > 0)
+    relay.stop()
+    assert sent_before_pauses[0] == 25
 
 
 def test_relays_that_die_before_they_mark_an_entry_enqueue_it_once(

@@ -1,0 +1,229 @@
+"""Another process changes the file of an outbox between two steps of this one, or an error ends a step halfway."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producers.acknowledgements import Acknowledgement, Outcome
+from producers.entries import Accepted
+from producers.errors import OutboxDamaged, OutboxError
+from producers.outbox import Outbox
+from producers.outbox_file import OutboxFile
+from producers.outbox_salvage import has_content_of_an_outbox, has_readable_entries
+from producers.redis_keys import job_id_of
+from tests.factories import a_snapshot
+from tests.forking import in_child
+
+NAME = "trading-controller"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "outbox.db"
+
+
+def _append(outbox: Outbox, count: int = 1, after: int = 0) -> list[Accepted]:
+    return outbox.append(NAME, [a_snapshot(after=timedelta(after + n)) for n in range(count)])
+
+
+def _job_ids(accepted: list[Accepted]) -> list[str]:
+    return [job_id_of(one.source_id, one.sequence, one.nonce) for one in accepted]
+
+
+def _at_path(path: Path) -> list[str]:
+    """Return the job ids of the entries in the file at the path, read with a new connection."""
+    with Outbox(path) as found:
+        return [entry.job_id for entry in found.entries()]
+
+
+def _at_connect(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]) -> None:
+    """Call `meanwhile` whenever SQLite opens a file."""
+    connect = sqlite3.connect
+
+    def connected(*arguments: Any, **named: Any) -> sqlite3.Connection:
+        meanwhile()
+        connection: sqlite3.Connection = connect(*arguments, **named)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", connected)
+
+
+def test_a_file_that_is_replaced_when_its_second_connection_is_opened_keeps_its_entries(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading and appending have connections of their own. Both must be of the file at the path."""
+    with Outbox(path) as outbox:
+        before = _append(outbox, 2)
+    with Outbox(path.with_name("other.db")) as other:
+        there = _append(other, 1, after=5)
+
+    with Outbox(path) as outbox:  # it has read the file, and has appended nothing yet
+
+        def replaced() -> None:
+            monkeypatch.undo()
+            other.path.replace(path)
+
+        _at_connect(monkeypatch, replaced)
+        after = _append(outbox, 1, after=9)
+        assert outbox.generation == 1
+        assert outbox.status().pending == 4
+    assert _at_path(path) == _job_ids([*there, *before, *after])
+
+
+def test_a_file_that_is_replaced_at_each_try_to_open_it_raises_an_error(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the call would never return. The next call works if the file stays in its place."""
+    outbox = Outbox(path)
+    outbox.close()
+    names = (path.with_name(f"moved-{n}") for n in itertools.count())
+    _at_connect(monkeypatch, lambda: path.rename(next(names)) if path.exists() else None)
+    with pytest.raises(OutboxError, match=f"^outbox {path}: was replaced 5 times while it was being opened$"):
+        _append(outbox)
+    monkeypatch.undo()
+    accepted = _append(outbox)
+    assert _at_path(path) == _job_ids(accepted)
+
+
+def test_a_second_name_that_another_process_removes_meanwhile_is_no_reason_for_a_copy(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes find the second name. The first one replaces the file, before the other one may change it."""
+    Outbox(path).close()
+    second = path.with_name("second.db")
+    second.hardlink_to(path)
+    lock = fcntl.flock
+
+    def locked(descriptor: int, operation: int) -> None:
+        second.unlink(missing_ok=True)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", locked)
+    before = path.stat().st_ino
+    Outbox(path, repair=True).close()
+    assert path.stat().st_ino == before
+
+
+def test_entries_that_a_child_has_carried_over_are_not_carried_over_again(path: Path) -> None:
+    """The path is unusable at the fork, so that parent and child both have the entries of the removed file."""
+    outbox = Outbox(path)
+    before = _append(outbox, 2)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OutboxError, match="is a folder"):
+        _append(outbox)
+
+    def append() -> None:
+        path.rmdir()
+        assert [one.sequence for one in _append(outbox)] == [3]
+
+    assert in_child(append) == 0
+    assert [one.sequence for one in _append(outbox)] == [4]
+    found = _at_path(path)
+    assert found[:2] == _job_ids(before)
+    assert len(found) == 4
+
+
+def test_entries_that_do_not_fit_into_the_new_file_are_carried_over_when_it_has_room(path: Path) -> None:
+    """Until then, each call raises an error, and the entries are in a file beside the outbox."""
+    with Outbox(path.with_name("full.db")) as full:
+        settled = _append(full, 300)
+        full.deliveries.mark_sent({one.position: 0.0 for one in full.deliveries.pending(300)})
+    outbox = Outbox(path, max_bytes=2**17)
+    before = _append(outbox, 2, after=1000)
+    full.path.replace(path)
+    for _ in range(2):
+        with pytest.raises(OutboxError, match="is full"):
+            _append(outbox)
+    assert len(list(path.parent.glob("*.taken-out-*"))) == 1
+
+    with Outbox(path) as other:
+        stored = Outcome("stored", row_id=1)
+        found = {one: Acknowledgement(one.source_id, one.sequence, one.nonce, None, stored, at=0) for one in settled}
+        other.deliveries.settle(settled[0].source_id, 0, found)
+        assert other.deliveries.prune(keep_seconds=-1) == 300
+    after = _append(outbox, 1, after=2000)
+    assert _at_path(path) == _job_ids([*before, *after])
+    assert list(path.parent.glob("*.taken-out-*")) == []
+
+
+@pytest.mark.parametrize("block", [OutboxFile.snapshot, OutboxFile.transaction])
+def test_an_error_that_has_ended_the_transaction_is_reported(
+    path: Path, block: Callable[[OutboxFile], AbstractContextManager[sqlite3.Connection]]
+) -> None:
+    """SQLite rolls back by itself after some errors, for example of the disk. The file can be used again."""
+    file = OutboxFile(path, 2**20, prepare=lambda _: None)
+
+    def fail() -> None:
+        with block(file) as db:
+            db.execute("ROLLBACK")
+            raise sqlite3.OperationalError("disk I/O error")
+
+    with pytest.raises(OutboxError, match=f"^outbox {path}: disk I/O error$"):
+        fail()
+    with block(file) as db:
+        assert db.execute("SELECT 1").fetchone() == (1,)
+
+
+def _quarantine(outbox: Outbox) -> Path:
+    with outbox.repaired():
+        raise OutboxDamaged("as reported by SQLite")
+    return outbox.quarantine.damaged_files()[-1]
+
+
+def test_a_quarantined_file_replaces_no_earlier_one(path: Path) -> None:
+    """Its name has its inode, which an earlier file may have had too."""
+    with Outbox(path, repair=True) as outbox:
+        outbox.relay_lock().acquire()
+        accepted = _append(outbox)
+        first = path.with_name(f"outbox.db.damaged-{path.stat().st_ino}")
+        earlier = [first, first.with_name(f"{first.name}-2")]
+        for file in earlier:
+            file.write_bytes(b"earlier")
+        assert _quarantine(outbox) == first.with_name(f"{first.name}-3")
+        assert [file.read_bytes() for file in earlier] == [b"earlier"] * 2
+        outbox.quarantine.salvage(first.with_name(f"{first.name}-3"))
+        assert [entry.job_id for entry in outbox.entries()] == _job_ids(accepted)
+
+
+@pytest.mark.parametrize("user", [0, 1000], ids=["root", "another user"])
+def test_each_user_can_quarantine_a_file_and_break_its_second_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch, user: int
+) -> None:
+    """Only root gives the new files the owner of the earlier ones."""
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with Outbox(path, repair=True) as outbox:
+        outbox.relay_lock().acquire()
+        accepted = _append(outbox)
+        _quarantine(outbox)
+        assert path.exists() == (user == 0)
+        accepted += _append(outbox, after=1)
+    path.with_name("second.db").hardlink_to(path)
+    with Outbox(path, repair=True) as outbox:
+        assert path.stat().st_nlink == 1
+        outbox.quarantine.salvage(*outbox.quarantine.damaged_files())
+        assert {entry.job_id for entry in outbox.entries()} == set(_job_ids(accepted))
+
+
+@pytest.mark.parametrize("found", [has_content_of_an_outbox, has_readable_entries])
+def test_a_file_that_was_removed_or_cannot_be_read_has_no_content(path: Path, found: Callable[[Path], bool]) -> None:
+    """Another process has moved it meanwhile, or a folder has its name."""
+    with Outbox(path) as outbox:
+        _append(outbox)
+    assert found(path)
+    path.unlink()
+    assert not found(path)
+    path.mkdir()
+    assert not found(path)
+    shutil.rmtree(path)
