@@ -529,7 +529,10 @@ def test_numbers_in_signals_keep_every_digit() -> None:
         "tiny": Decimal("1E-400"),
         "integer": 2**200 + 1,
         "deep": [{"negative": -(2**63) - 1}, [Decimal("-0.000000000000000000000001")]],
-        "shortest": [0.1, 1e-7, 5e-324, 1.7976931348623157e308],
+        "shortest": [0.1, 1e-7, 5e-324],
+        "largest": [1.7976931348623157e308, -1.7976931348623157e308],
+        "most decimals": Decimal("1E-16383"),
+        "zero": Decimal("0E+100000"),
     }
     text = encode(_archive_event(signals=[signal]))
     event = decode(text, SignalArchiveEvent)
@@ -595,6 +598,7 @@ def test_a_signal_may_have_50_levels() -> None:
         ([], "signals", "must not be empty"),
         ({"a": 1}, "signals", "list"),
         (None, "signals", "list"),
+        (({"a": 1},), "signals", "list"),
         ([{}, 1], "signals.1", "dictionary"),
         ([None], "signals.0", "dictionary"),
         ([{"a": float("nan")}], "signals.0.a", "must be finite"),
@@ -602,6 +606,7 @@ def test_a_signal_may_have_50_levels() -> None:
         ([{"a": [1, {"b": Decimal("sNaN")}]}], "signals.0.a.1.b", "must be finite"),
         ([{"a": 10**309}], "signals.0.a", "must be finite and within"),
         ([{"a": Decimal("1E-16384")}], "signals.0.a", "too many decimals"),
+        ([{"a": Decimal("0E+100001")}], "signals.0.a", "must be finite and within"),
         ([{"a": "\0"}], "signals.0.a", "NUL character or a lone surrogate"),
         ([{"a": ["\udfff"]}], "signals.0.a.0", "NUL character or a lone surrogate"),
         ([{"a\0": 1}], "signals.0", "a key contains a NUL character or a lone surrogate"),
@@ -1027,12 +1032,14 @@ def test_a_snapshot_has_at_most_16_kib() -> None:
     _assert_error(_error_of(lambda: decode(longest + " ", PortfolioSnapshotEvent)), "event", "is larger than 16 KiB")
 
 
-@pytest.mark.parametrize(("start", "path"), [("{", "event"), ('"data":{', "data")])
-def test_more_than_100_fields_are_invalid_and_not_listed(start: str, path: str) -> None:
+@pytest.mark.parametrize(("start", "path", "own"), [("{", "event", 9), ('"data":{', "data", 3)])
+def test_more_than_100_fields_are_invalid_and_not_listed(start: str, path: str, own: int) -> None:
     """Up to 100, unknown fields are listed and counted."""
-    text = _archive_text("[{}]")
-    few, many = (text.replace(start, start + "".join(f'"U{n}":0,' for n in range(count)), 1) for count in (90, 101))
-    assert str(_error_of(lambda: decode(few, SignalArchiveEvent))).endswith("and 87 more")
+    text, unknown = _archive_text("[{}]"), 100 - own
+    few, many = (
+        text.replace(start, start + "".join(f'"U{n}":0,' for n in range(count)), 1) for count in (unknown, unknown + 1)
+    )
+    assert str(_error_of(lambda: decode(few, SignalArchiveEvent))).endswith(f"and {unknown - 3} more")
     _assert_error(_error_of(lambda: decode(many, SignalArchiveEvent)), path, "has more than 100 fields")
 
 
