@@ -97,7 +97,6 @@ def growth(db: sqlite3.Connection, now: float, seconds: float) -> OutboxGrowth |
         oldest_recent = min(recent)
         if page_number == MOST_PAGES - 1:
             since = oldest_recent
-    newest.close()
     counted = status(db, now)
     kept = counted.depth + counted.stored + counted.rejected
     last_position = db.execute(_LAST_POSITION).fetchone()[0]

@@ -209,7 +209,6 @@ class OutboxFile:
             connection, opened = self._opened(mode)
             if self._open_file not in (None, opened):  # the file was replaced just now
                 connection.close()
-                self._continue_at_path()
                 return self._connection(durable=durable)
             self._connections[mode], self._open_file = connection, opened
             self._note_open_files()

@@ -146,7 +146,7 @@ INSERT INTO outbox (only_row, token, clock_shown, clock_boot, clock_running, clo
 
 
 def ensure_tables(db: sqlite3.Connection, path: Path) -> None:
-    """Create the tables in an empty file, in one transaction.
+    """Create the tables in an empty file, in one transaction. After an error, close the connection.
 
     Raises:
         OutboxError: another version of this program wrote the file.
@@ -154,19 +154,14 @@ def ensure_tables(db: sqlite3.Connection, path: Path) -> None:
     if _version_of(db, path) == VERSION:
         return
     db.execute("BEGIN IMMEDIATE")
-    try:
-        if _version_of(db, path) != VERSION:  # another process may have created the tables meanwhile
-            for statement in TABLES.split(";\n"):
-                db.execute(statement)
-            reading = ClockReading.first()
-            clock = (reading.shown, reading.boot, reading.running, reading.wall)
-            db.execute(_INSERT_OUTBOX, (secrets.token_hex(8), *clock))
-            db.execute(f"PRAGMA user_version = {VERSION}")
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
+    if _version_of(db, path) != VERSION:  # another process may have created the tables meanwhile
+        for statement in TABLES.split(";\n"):
+            db.execute(statement)
+        reading = ClockReading.first()
+        clock = (reading.shown, reading.boot, reading.running, reading.wall)
+        db.execute(_INSERT_OUTBOX, (secrets.token_hex(8), *clock))
+        db.execute(f"PRAGMA user_version = {VERSION}")
+    db.execute("COMMIT")
 
 
 def _version_of(db: sqlite3.Connection, path: Path) -> int:

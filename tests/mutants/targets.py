@@ -47,6 +47,7 @@ _OUTBOX_TESTS = (
     "tests/unit/test_outbox.py",
     "tests/unit/test_outbox_clock.py",
     "tests/unit/test_outbox_file.py",
+    "tests/unit/test_outbox_forks.py",
     "tests/unit/test_outbox_growth.py",
     "tests/unit/test_outbox_quarantine.py",
     "tests/unit/test_outbox_races.py",

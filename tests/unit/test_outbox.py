@@ -22,13 +22,14 @@ from uuid import uuid4
 import pytest
 
 from producers import outbox as outbox_module
-from producers import outbox_deliveries
+from producers import outbox_clock, outbox_deliveries
 from producers.acknowledgements import Acknowledgement, Outcome
 from producers.entries import Accepted, Entry, EntryStatus, SettledKeys
-from producers.errors import InvalidEvent, OutboxError
+from producers.errors import InvalidEvent, OutboxDamaged, OutboxError
 from producers.events import MAX_EVENT_BYTES, PortfolioSnapshotEvent, decode
 from producers.outbox import Outbox
 from producers.outbox_schema import VERSION
+from producers.sqlite_connections import use_wal
 from tests.factories import a_signal, a_snapshot, an_archive
 from tests.forking import in_child
 
@@ -411,6 +412,44 @@ def test_appending_waits_for_the_disk_and_changing_a_state_does_not(
     assert modes_of("INSERT OR REPLACE INTO outcomes") == [("wal", 1)]
 
 
+def test_no_change_of_a_state_waits_for_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the relay's work nor the start after the machine was started. The exchange of a token waits."""
+    opened: list[list[str]] = []
+    connect = sqlite3.connect
+
+    def traced(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*args, **kwargs)
+        opened.append([])
+        connection.set_trace_callback(opened[-1].append)
+        return connection
+
+    def written_durably() -> list[str]:
+        synced = [one for statements in opened if "PRAGMA synchronous = FULL" in statements for one in statements]
+        return [one for one in synced if one.split()[0] in ("INSERT", "UPDATE", "DELETE")]
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    outbox = Outbox(path)
+    skipped, sent, stored, last = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
+    appended = written_durably()
+    _settle(outbox, (skipped, STORED))
+    outbox.deliveries.mark_sent({entry.position: -1.0 for entry in outbox.deliveries.pending(2)})
+    outbox.deliveries.postpone({entry.position: 9.0 for entry in outbox.deliveries.overdue(2)})
+    outbox.check_now(outbox.last_position())
+    _settle(outbox, (stored, STORED))
+    assert outbox.deliveries.prune(keep_seconds=-1) == 2
+    _settle(outbox, (sent, STORED), (last, STORED))
+    assert outbox.deliveries.pending(2) == []
+    outbox.header.heartbeat("relay")
+    outbox.header.clear_heartbeat("relay")
+    monkeypatch.setattr(outbox_clock, "boot_id", lambda: "after the start of the machine")
+    Outbox(path, repair=True).close()
+    assert written_durably() == appended
+    before = outbox.header.read()
+    outbox.header.begin_exchange(before, before.token, "next")
+    outbox.header.end_exchange("next")
+    assert [one.partition(" =")[0] for one in written_durably()[len(appended) :]] == ["UPDATE outbox SET token"]
+
+
 @pytest.mark.parametrize("content", [b"this is no database" * 100, None])
 def test_opening_another_file_or_a_folder_raises_an_error_that_names_it(path: Path, content: bytes | None) -> None:
     """The path leads to a file of another program, or to a folder."""
@@ -429,7 +468,7 @@ def test_text_that_is_not_utf_8_raises_an_error_that_names_the_file(path: Path) 
     outbox.append(NAME, [a_snapshot()])
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("UPDATE entries SET event = CAST(x'ff' AS TEXT)")
-    with pytest.raises(OutboxError, match=re.escape(str(path))):
+    with pytest.raises(OutboxDamaged, match=re.escape(str(path))):
         outbox.deliveries.pending(1)
 
 
@@ -516,6 +555,7 @@ def test_settled_entries_are_deleted_early_while_the_file_is_half_full(path: Pat
 def test_a_resend_makes_settled_entries_since_a_time_pending_again(path: Path) -> None:
     """Stored and rejected entries keep their number and bytes. Older and unsettled entries do not change."""
     outbox = Outbox(path)
+    assert outbox.resend(since=0) == 0
     stored, rejected, _ = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
     before = outbox.deliveries.pending(10)
     outbox.deliveries.mark_sent({entry.position: 0.0 for entry in before})
@@ -660,8 +700,14 @@ def test_recording_in_a_signal_handler_while_its_thread_records_raises_an_error(
     assert [entry.sequence for entry in outbox.entries()] == [1, 2]
 
 
-@pytest.mark.parametrize(("version", "age"), [(VERSION - 1, "an earlier"), (VERSION + 1, "a newer")])
-def test_an_outbox_of_another_version_is_left_unchanged(path: Path, version: int, age: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "age", "remedy"),
+    [
+        (VERSION - 1, "an earlier", "run `trading-history outbox flush` of that version"),
+        (VERSION + 1, "a newer", "upgrade this program"),
+    ],
+)
+def test_an_outbox_of_another_version_is_left_unchanged(path: Path, version: int, age: str, remedy: str) -> None:
     """Its tables may have another meaning. The error says what to do."""
     with Outbox(path) as outbox:
         outbox.append(NAME, [a_snapshot()])
@@ -669,7 +715,7 @@ def test_an_outbox_of_another_version_is_left_unchanged(path: Path, version: int
         db.execute(f"PRAGMA user_version = {version}")
         for repair in (False, True):
             with pytest.raises(
-                OutboxError, match=rf"by {age} version .*format {version}; .* {VERSION}.. Nothing was changed: "
+                OutboxError, match=rf"by {age} version .*format {version}; .* {VERSION}.. Nothing was changed: {remedy}"
             ):
                 Outbox(path, repair=repair)
         assert db.execute("PRAGMA user_version").fetchone() == (version,)
@@ -736,3 +782,71 @@ def test_counting_does_not_read_events(path: Path) -> None:
     status = outbox.status()
     assert (status.pending, status.sent, status.stored) == (100, 0, 200)
     assert steps < 100
+
+
+def test_the_audit_reads_all_entries_of_a_source_in_the_order_of_their_numbers(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page by page. An entry of a copy with the same number is read too."""
+    outbox = Outbox(path)
+    accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(5)])
+    outbox.append("other", [a_snapshot()])
+    with closing(sqlite3.connect(path)) as db, db:
+        columns = "recorder, recorded_at, event_id, type, summary, event"
+        insert = (
+            "INSERT INTO entries (source_id, sequence, nonce, {0}) SELECT source_id, ?, ?, {0} FROM entries LIMIT 1"
+        )
+        db.executemany(insert.format(columns), [(0, "f" * 16), (2, "f" * 16)])
+    _settle(outbox, (accepted[0], STORED), (accepted[4], REJECTED))
+    for page_entries in (1, 2, 7, 8):
+        monkeypatch.setattr(outbox_module, "_AUDITED_ENTRIES", page_entries)
+        pages = list(outbox.audit_pages(accepted[0].source_id))
+        assert max(map(len, pages)) <= page_entries
+        found = [entry for page in pages for entry in page]
+        assert [(entry.sequence, entry.state) for entry in found] == [
+            (0, "pending"), (1, "stored"), (2, "pending"), (2, "pending"), (3, "pending"), (4, "pending"),
+            (5, "rejected"),
+        ]  # fmt: skip
+        assert {entry.event_id for entry in found} == {one.event_id for one in accepted}
+    assert list(outbox.audit_pages("0" * 32)) == []
+
+
+def test_the_numbers_of_unsettled_entries_are_those_of_pending_and_sent_ones(path: Path) -> None:
+    outbox = Outbox(path)
+    accepted = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(4)])
+    outbox.append("other", [a_snapshot(after=timedelta(n)) for n in range(6)])
+    outbox.deliveries.mark_sent({entry.position: 9.0 for entry in outbox.deliveries.pending(2)})
+    _settle(outbox, (accepted[0], STORED), (accepted[3], REJECTED))
+    assert outbox.unsettled(accepted[0].source_id) == {2, 3}
+
+
+def test_an_outbox_says_which_deliveries_it_has_and_which_are_settled(path: Path) -> None:
+    """A delivery is identified by source, number and nonce; other fields of Redis name none."""
+    outbox = Outbox(path)
+    pending, stored, rejected = outbox.append(NAME, [a_snapshot(after=timedelta(n)) for n in range(3)])
+    _settle(outbox, (stored, STORED), (rejected, REJECTED))
+    own = [(one.source_id, one.sequence, one.nonce) for one in (pending, stored, rejected)]
+    foreign = [("0" * 32, 1, pending.nonce), (pending.source_id, 9, pending.nonce), (pending.source_id, 1, "0" * 16)]
+    assert [outbox.deliveries.has(one) for one in (*own, *foreign, None)] == [True] * 3 + [False] * 4
+    assert [outbox.deliveries.is_settled(one) for one in (*own, *foreign, None)] == [False, True, True] + [False] * 4
+
+
+def _hold_write_lock(path: Path) -> sqlite3.Connection:
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("CREATE TABLE created_first (one)")
+    other.execute("BEGIN IMMEDIATE")
+    return other
+
+
+@pytest.mark.parametrize("is_locked", [True, False], ids=["locked too long", "read-only"])
+def test_opening_ends_with_sqlites_error_if_the_file_gets_no_log(tmp_path: Path, is_locked: bool) -> None:
+    """Another program has the file locked for longer than the time limit, or the file cannot be written at all."""
+    path = tmp_path / "outbox.db"
+    with closing(_hold_write_lock(path)) as other:
+        if not is_locked:
+            other.execute("COMMIT")
+        with (
+            closing(sqlite3.connect(f"file:{path}{'' if is_locked else '?mode=ro'}", uri=True, timeout=0)) as db,
+            pytest.raises(sqlite3.OperationalError, match="locked" if is_locked else "readonly"),
+        ):
+            use_wal(db, 0.01 if is_locked else 60.0)

@@ -6,8 +6,8 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,9 +31,18 @@ def _append(outbox: Outbox, after: int = 0) -> int:
     return accepted.sequence
 
 
-def _in_thread(function: Callable[[], int]) -> int:
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(function).result(20)
+def _in_threads(*functions: Callable[[], int]) -> list[int]:
+    """Run each function in a thread of its own, and return their results. A thread that does not end has none."""
+    results: dict[int, int] = {}
+    threads = [
+        threading.Thread(target=lambda n=n, one=one: results.update({n: one()}), daemon=True)
+        for n, one in enumerate(functions)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return [results[n] for n in sorted(results)]
 
 
 def test_other_threads_can_append_after_a_fork_in_parent_and_child(path: Path) -> None:
@@ -42,32 +51,29 @@ def test_other_threads_can_append_after_a_fork_in_parent_and_child(path: Path) -
     assert _append(outbox) == 1
 
     def append() -> None:
-        assert _in_thread(lambda: _append(outbox)) == 2
+        assert _in_threads(lambda: _append(outbox)) == [2]
 
     assert in_child(append) == 0
-    assert _in_thread(lambda: _append(outbox)) == 3
+    assert _in_threads(lambda: _append(outbox)) == [3]
 
 
 def test_a_fork_waits_until_a_thread_has_recorded(path: Path) -> None:
     """Otherwise the child would have half of a transaction, and a lock that no thread of it releases."""
     outbox = Outbox(path)
-    is_recording, forks = threading.Event(), threading.Event()
+    is_recording, has_forked = threading.Event(), threading.Event()
 
-    def record() -> None:
+    def record() -> int:
         with outbox._file.transaction():
             is_recording.set()
-            assert not forks.wait(0.2)
+            return int(has_forked.wait(0.2))
 
     def fork() -> int:
-        is_recording.wait(20)
+        is_recording.wait(10)
         code = in_child(lambda: _append(outbox))
-        forks.set()
+        has_forked.set()
         return code
 
-    with ThreadPoolExecutor(2) as threads:
-        recording, forking = threads.submit(record), threads.submit(fork)
-        recording.result(20)
-        assert forking.result(20) == 0
+    assert _in_threads(record, fork) == [0, 0]
     assert _append(outbox) == 2
 
 
@@ -78,8 +84,18 @@ def test_threads_that_fork_at_the_same_time_can_record(path: Path) -> None:
         codes = [in_child(lambda: _append(outbox)) for _ in range(5)]
         return _append(outbox) if codes == [0] * 5 else 0
 
-    with ThreadPoolExecutor(4) as threads:
-        assert list(threads.map(fork, outboxes)) == [6] * 4
+    assert _in_threads(*(partial(fork, outbox) for outbox in outboxes)) == [6] * 4
+
+
+def test_a_child_can_fork_again(path: Path) -> None:
+    outbox = Outbox(path)
+
+    def fork() -> None:
+        assert in_child(lambda: _append(outbox)) == 0
+        assert _append(outbox) == 2
+
+    assert in_child(fork) == 0
+    assert _append(outbox) == 3
 
 
 @pytest.mark.parametrize("place", ["parent", "child"])
