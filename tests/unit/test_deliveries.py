@@ -11,7 +11,6 @@ import pytest
 from consumers.errors import OversizedJob, PoisonEvent, UnsupportedJob
 from consumers.worker.deliveries import (
     MAX_JOB_BYTES,
-    POISON_CRASHES,
     Delivery,
     ReservedJob,
     decompressed_call,
@@ -99,9 +98,9 @@ def test_a_job_that_asks_rq_for_more_is_unsupported(state: str, reason: str) -> 
     ("crashes", "text", "is_poison"),
     [
         (0, "text", False),
-        (POISON_CRASHES - 1, "text", False),
-        (POISON_CRASHES, "text", True),
-        (POISON_CRASHES + 1, "", True),
+        (2, "text", False),
+        (3, "text", True),
+        (4, "", True),
     ],
 )
 def test_a_job_that_crashed_three_workers_is_poison_and_then_is_not_read_at_all(
