@@ -229,6 +229,13 @@ def test_a_job_with_dependents_stays_reserved_and_readable_until_they_are_enqueu
     assert ttl - 10 < redis.ttl("rq:results:failed") <= ttl
 
 
+def test_a_job_with_dependents_that_is_completed_alone_stays_reserved(redis: Redis) -> None:
+    """As one of many does."""
+    a_job(redis, "a", dependents=True)
+    assert complete(redis, "a", forgotten=["a"]) == ([], ["a"], [])
+    assert listed(redis, RESERVED) == ["a"]
+
+
 def test_a_failed_job_with_a_slot_of_a_rate_limit_stays_reserved(redis: Redis) -> None:
     """Until RQ has freed the slot."""
     a_job(redis, "a", "b")
@@ -284,15 +291,19 @@ def test_failed_jobs_alone_delete_no_finished_job(redis: Redis) -> None:
 
 @pytest.mark.parametrize("key", [RESERVED, CRASHES, TIMEOUTS, FINISHED, FAILED, WORKER, "ack"])
 def test_a_key_of_another_type_is_renamed_and_the_job_is_completed(redis: Redis, key: str) -> None:
-    """Its content is kept under the new name."""
+    """Its content is kept under the new name. A key of the right type is not renamed."""
     a_job(redis, "a")
+    for hash_key in (CRASHES, TIMEOUTS, WORKER, "ack"):
+        redis.hset(hash_key, "other", 1)
+    for registry in (FINISHED, FAILED):
+        redis.zadd(registry, {"other": NOW + 60})
     redis.delete(key)
     redis.setrange(key, 0, "x")
     acknowledged: dict[str, Any] = {"sources": ("ack",), "acknowledgements": [["a", "id-1 stored:1"]]}
     finished = [{"id": "a", "ttl": 500, "result": "MQ=="}]
     assert complete(redis, "a", finished=finished, failed=[failure("b")], **acknowledged) == ([key], [], [])
     assert redis.get(f"{key}:quarantined") == b"x"
-    assert (redis.zcard(FINISHED), redis.zcard(FAILED), redis.hlen("ack")) == (1, 1, 1)
+    assert redis.zscore(FINISHED, "a") and redis.zscore(FAILED, "b") and redis.hexists("ack", "a")
 
 
 @pytest.mark.parametrize("command", ["hset", "xadd"])

@@ -54,6 +54,7 @@ def test_a_call_of_a_job_function_gives_its_text_and_model(function: str, model:
     [
         (["os.system", None, ["x"], {}], "it calls a function other than our job functions: os.system"),
         ([7, None, ["x"], {}], "it calls a function other than our job functions"),
+        ([["f"], None, ["x"], {}], "it calls a function other than our job functions"),
         (["f" * 101, None, ["x"], {}], "it calls a function other than our job functions: " + "f" * 99 + "…"),
         ([SNAPSHOT, "instance", ["x"], {}], "its call must have one argument, the event's text"),
         ([SNAPSHOT, None, [], {}], "its call must have one argument, the event's text"),
