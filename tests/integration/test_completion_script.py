@@ -124,6 +124,14 @@ def test_a_finished_job_keeps_its_result_for_its_ttl(redis: Redis, ttl: int, sco
     assert ttl < 0 or redis.ttl("rq:job::a:dependencies") > 490
 
 
+def test_a_finished_job_with_a_ttl_of_one_second_expires(redis: Redis) -> None:
+    """It is the smallest ttl of a job that is kept."""
+    a_job(redis, "a")
+    complete(redis, "a", finished=[{"id": "a", "ttl": 1, "result": "MQ=="}])
+    assert redis.zscore(FINISHED, "a") == NOW + 1
+    assert -1 not in (redis.ttl("rq:job:a"), redis.ttl("rq:results:a"))
+
+
 def test_a_job_has_at_most_ten_results(redis: Redis) -> None:
     """The newest are kept."""
     a_job(redis, "a")
