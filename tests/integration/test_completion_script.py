@@ -279,6 +279,18 @@ def test_the_oldest_finished_jobs_beyond_the_maximum_are_deleted(redis: Redis) -
     ]
 
 
+@pytest.mark.parametrize("old_jobs", [1, 700])
+def test_one_finished_job_is_enough_to_delete_all_jobs_beyond_the_maximum(redis: Redis, old_jobs: int) -> None:
+    """Up to a thousand, which is more than a batch can add."""
+    redis.zadd(FINISHED, {f"old-{number}": NOW for number in range(old_jobs)})
+    for key in ("rq:job:old-0", "rq:results:old-0"):
+        redis.hset(key, "status", "finished")
+    a_job(redis, "a")
+    complete(redis, "a", kept_jobs=1, finished=[{"id": "a", "ttl": 500, "result": "MQ=="}])
+    assert redis.zrange(FINISHED, 0, -1) == [b"a"]
+    assert redis.exists("rq:job:old-0", "rq:results:old-0") == 0
+
+
 def test_a_job_whose_dependents_are_not_enqueued_is_not_deleted_beyond_the_maximum(redis: Redis) -> None:
     """It would be the oldest."""
     a_job(redis, "a", dependents=True)
