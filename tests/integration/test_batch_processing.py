@@ -307,8 +307,13 @@ def test_a_single_event_is_logged_with_its_row_and_a_batch_with_its_totals(caplo
 
 
 def test_each_accepted_event_of_a_batch_is_logged_only_at_debug(caplog: pytest.LogCaptureFixture) -> None:
-    """At INFO, a batch of hundreds is one line."""
+    """At INFO, a batch of hundreds is one line. A conflict has no row to name."""
     lines = logged(caplog, "DEBUG")
-    decided(valid(1), invalid("{}"), valid(2))
-    levels = [(level, line.partition(" ")[0]) for level, line in lines()]
-    assert levels == [("ERROR", "rejected"), ("INFO", "stored"), ("DEBUG", "stored"), ("DEBUG", "stored")]
+    decided(valid(1), valid(1)._replace(job_id="again"))
+    decided(valid(1, balance=5)._replace(job_id="conflict"))
+    assert [(level, line.partition(":")[0].partition(" event ")[0]) for level, line in lines()] == [
+        ("INFO", "stored 1 events, 1 duplicates, 0 rejected"),
+        ("DEBUG", "stored"),
+        ("DEBUG", "duplicate"),
+        ("ERROR", "rejected job conflict"),
+    ]

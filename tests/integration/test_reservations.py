@@ -8,7 +8,7 @@ import pytest
 from redis import Redis
 from redis.exceptions import ResponseError
 
-from consumers.worker import orphans
+from consumers.worker import orphans, scripts
 from consumers.worker.deliveries import MAX_JOB_BYTES
 from consumers.worker.orphans import ORPHAN_SECONDS, Orphans
 from consumers.worker.reservations import LEASE_SECONDS, Reservations, requeue_expired
@@ -394,6 +394,28 @@ def test_an_orphan_in_no_list_is_requeued_30_seconds_after_it_was_first_seen(red
     assert sorted(noted) == [b"early", b"finished", b"new"]
     assert now <= int(noted[b"new"]) <= now + 20
     assert 500 < redis.ttl(ORPHANS) <= 600
+
+
+@pytest.mark.parametrize(("status", "is_listed"), [("queued", True), ("finished", False), ("started", False)])
+def test_a_job_that_moves_on_after_the_scan_is_no_orphan(redis: Redis, status: str, is_listed: bool) -> None:
+    """It was enqueued, or another worker took it, after the scan had read the lists. The note of it is deleted."""
+    enqueue(redis, "a", status=status)
+    if not is_listed:
+        redis.delete(QUEUE)
+    redis.hset(ORPHANS, "a", 1)
+    script = scripts.load(redis, "requeue_unlisted")
+    assert script(keys=[QUEUE, "rq:job:a", ORPHANS], args=["a", ORPHAN_SECONDS]) == 0
+    assert listed(redis) == (["a"] if is_listed else [])
+    assert redis.exists(ORPHANS) == 0
+
+
+def test_notes_of_orphans_under_a_key_of_another_type_begin_again(redis: Redis) -> None:
+    """The key is renamed."""
+    enqueue(redis, "a")
+    redis.delete(QUEUE)
+    redis.set(ORPHANS, "x")
+    assert Orphans(redis, history_queue(redis)).requeue() == []
+    assert (redis.get(f"{ORPHANS}:quarantined"), redis.hkeys(ORPHANS)) == (b"x", [b"a"])
 
 
 def test_a_job_that_stays_in_the_intermediate_list_returns_to_the_front(
