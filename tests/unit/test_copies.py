@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fakeredis
@@ -426,6 +427,75 @@ def test_a_relay_whose_exchange_fails_at_every_try_exchanges_the_token_at_its_ne
     guard.check()
     assert redis.get(token_key(source)) == one.outbox.header.read().token.encode() != before
     assert one.record(a_snapshot()) == source
+
+
+def test_a_relay_that_takes_its_lock_again_replaces_the_token_again(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis
+) -> None:
+    """Another relay may have relayed a copy of the outbox meanwhile."""
+    one = bot("a")
+    source = one.record(a_snapshot())
+    guard, tokens = copies.CopyGuard(one.outbox, redis), []
+    for begins in (True, False, True):
+        if begins:
+            guard.begin()
+        guard.check()
+        tokens.append(redis.get(token_key(source)))
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert tokens[2] == one.outbox.header.read().token.encode()
+
+
+def test_the_token_is_compared_every_five_seconds(
+    bot: Callable[[str], Bot], redis: fakeredis.FakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If Redis has lost it meanwhile, it gets it back then."""
+    clock = [1000.0]
+    monkeypatch.setattr(copies, "_CHECK_SECONDS", 5.0)
+    monkeypatch.setattr(copies, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    one = bot("a")
+    source = one.record(a_snapshot())
+    guard = copies.CopyGuard(one.outbox, redis)
+    guard.check()
+    for begin in (1000.0, 1005.0):
+        redis.flushall()
+        for moment, is_compared in ((begin + 0.1, False), (begin + 4.9, False), (begin + 5.0, True)):
+            clock[0] = moment
+            guard.check()
+            assert redis.exists(token_key(source)) == is_compared
+
+
+def test_sources_that_another_process_has_replaced_meanwhile_are_not_logged_again(
+    bot: Callable[[str], Bot],
+    redis: fakeredis.FakeRedis,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Two processes use the copy."""
+    original = bot("a")
+    original.record(a_snapshot())
+    _sweep(original)
+    original.close()
+    _copy(original, "b")
+    _sweep(bot("a"))
+    copy, other = bot("b"), bot("b")
+    replace_sources = copy.outbox.header.replace_sources
+
+    def after_the_other_one() -> list[str]:
+        monkeypatch.undo()
+        other.relay.sweep()
+        return replace_sources()
+
+    monkeypatch.setattr(copy.outbox.header, "replace_sources", after_the_other_one)
+    copies.CopyGuard(copy.outbox, redis).check()
+    assert len([record for record in caplog.records if "was copied or restored" in record.getMessage()]) == 1
+    assert [source.left_because for source in copy.outbox.sources()] == ["copied"]
+
+
+def test_an_outbox_without_events_has_no_token_in_redis(bot: Callable[[str], Bot], redis: fakeredis.FakeRedis) -> None:
+    """It has no source yet."""
+    one = bot("a")
+    _sweep(one, one)
+    assert redis.keys() == []
 
 
 def test_a_token_that_changes_at_every_try_is_exchanged_at_a_later_sweep(
