@@ -670,7 +670,7 @@ def test_other_processes_can_append_during_a_resend(path: Path, monkeypatch: pyt
     assert outbox.pending_count() == 7
 
 
-def test_a_resend_goes_on_in_a_file_that_replaces_the_outbox(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resend_continues_in_a_file_that_replaces_the_outbox(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its positions begin again. The pages that follow have all settled entries of this file."""
     outbox = Outbox(path)
     _stored(outbox, 5)

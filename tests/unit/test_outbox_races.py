@@ -64,7 +64,7 @@ def _at_connect(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object]
 def test_a_file_that_is_replaced_when_its_second_connection_is_opened_keeps_its_entries(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reading and appending have connections of their own. Both must be of the file at the path."""
+    """Reading and appending have separate connections. Both must be of the file at the path."""
     with Outbox(path) as outbox:
         before = _append(outbox, 2)
     with Outbox(path.with_name("other.db")) as other:

@@ -682,7 +682,7 @@ def _open_files(folder: Path, name: str) -> list[str]:
 
 @pytest.mark.parametrize("repair", [True, False])
 def test_a_file_that_cannot_be_opened_is_closed_again(path: Path, repair: bool) -> None:
-    """Of another version, damaged, or of another program. An open file would keep its space after its removal."""
+    """Another version wrote it, or a table is missing. An open file would keep its space after its removal."""
     _filled(path)
     with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA user_version = 99")
